@@ -4,7 +4,9 @@ Every package raises and returns these two; the command line and the worker turn
 without a traceback.
 """
 
+import difflib
 from dataclasses import dataclass
+from typing import Sequence
 
 EXIT_MISTAKE = 2
 
@@ -32,3 +34,10 @@ class UserMistake(Exception):
             problems = [problems]
         self.problems: list[Problem] = problems
         super().__init__("\n".join(map(str, problems)))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' (did you mean X? known: ...)' for an error about an unknown word."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f" ({hint}known: {', '.join(known)})"

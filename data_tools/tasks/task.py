@@ -1,0 +1,92 @@
+"""What every task module offers, and how one is found by name.
+
+A task is a module `data_tools/tasks/NAME.py` with the names of the `Task` protocol below. Data flows
+
+    JSONL line ──parse_line──> rows ──verify──> None or a drop bucket ──canonical──> row ──encode_answer──> text
+"""
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, List, NamedTuple, Optional, Protocol
+
+from data_tools.mistake import UserMistake
+
+
+class Row(NamedTuple):
+    """One training or test example: the model reads `prompt` and must continue with `answer`."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass
+class Source:
+    """Where rows come from; files and synthetic rows add up."""
+
+    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # JSONL files
+    synthetic_rows: int = 0
+    synthetic_seed: int = 0
+    synthetic_split: str = "train"  # train | heldout
+
+
+SPLITS = ("train", "heldout")
+
+
+class Task(Protocol):
+    """The names a task module exports."""
+
+    Options: type  # a dataclass of plain types
+    ALPHABET: str  # every character a canonical row may hold: the char tokenizer's vocabulary
+
+    def parse_line(self, line: str) -> list[Row]:
+        """The rows of one JSONL line, unverified. ValueError with the reason where the line is malformed."""
+
+    def verify(self, row: Row) -> Optional[str]:
+        """None when the answer is right, else the drop bucket it belongs to."""
+
+    def canonical(self, row: Row) -> Row:
+        """The one spelling of a verified row."""
+
+    def encode_answer(self, answer: str, options: Any) -> str:
+        """The text the model learns to write."""
+
+    def decode_answer(self, text: str, options: Any) -> str:
+        """The answer in what the model wrote."""
+
+    def is_correct(self, answer: str, completion: str, options: Any) -> bool:
+        """Whether `completion`, as the model wrote it and without its end token, gives `answer`."""
+
+    def synthetic_row(self, seed: int, index: int, split: str) -> Row:
+        """Row `index` of the seeded stream of a split: a pure function, random access, canonical and right."""
+
+
+def task_names() -> list[str]:
+    folder = str(Path(__file__).parent)
+    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.name != "task")
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """`did you mean X?` or the list of valid names: the end of an error about an unknown one."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"
+
+
+def load_task(name: str) -> Task:
+    """The module of task `name`. UserMistake with the nearest valid name when there is none."""
+    if name not in task_names():
+        raise UserMistake(f"unknown task {name!r}; {nearest(name, task_names())}")
+    return importlib.import_module(f"data_tools.tasks.{name}")  # type: ignore[return-value]
+
+
+def task_options(task: Task, values: dict[str, Any]) -> Any:
+    """The task's `Options` filled from a mapping. UserMistake naming unknown keys and wrong types."""
+    valid = {item.name: item.type for item in fields(task.Options)}
+    for key, value in values.items():
+        if key not in valid:
+            raise UserMistake(f"unknown task option {key!r}; {nearest(key, sorted(valid))}")
+        if type(value) is not valid[key]:
+            raise UserMistake(f"task option {key}={value!r} is a {type(value).__name__}, not {valid[key].__name__}")
+    return task.Options(**values)
