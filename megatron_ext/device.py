@@ -1,0 +1,259 @@
+"""CPU or GPU: decided here, and the only file that changes megatron-core.
+
+`init_device()` picks the GPU of this rank, or makes megatron-core 0.16.1 run on a CPU build of torch:
+
+* TORCHDYNAMO_DISABLE=1 before megatron-core is imported (its `@jit_fuser` is torch.compile, decided at import);
+* the functions of PATCHES, each with the reason;
+* one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu".
+
+On a machine with CUDA nothing is patched. Everything else in the package asks `device()` and `backend()`, or is a
+layer spec or a kernel. Measured list of what megatron-core needs: reference/megatron_cpu.md, section 2.
+"""
+
+import importlib
+import logging
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+MEGATRON_CORE = "0.16.1"
+CPU = torch.device("cpu")
+
+_ready = False
+_mode: "LiteralCudaIsCpu | None" = None
+_originals: dict[str, Any] = {}
+
+
+class Patch(NamedTuple):
+    """One name of torch or megatron-core that gets another meaning on CPU."""
+
+    why: str
+    replacement: Callable[[], Any]
+
+
+def _cpu_device() -> torch.device:
+    return CPU
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam with the state layout of Apex's and Transformer Engine's FusedAdam: the step count sits in the group.
+
+    mcore's distributed optimizer cannot load a checkpoint of torch.optim.AdamW (it looks for group["step"]:
+    optimizer/distrib_optimizer.py:641,940). With this class it can, and CPU and GPU checkpoints have one format.
+    The update is AdamW (Loshchilov & Hutter, arXiv 1711.05101) with decoupled decay, or Adam with L2 where
+    `adam_w_mode` is off.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        **unsupported: Any,
+    ):
+        if unsupported:
+            raise NotImplementedError(f"FusedAdam on CPU has no {sorted(unsupported)}")
+        super().__init__(
+            params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay)
+        )
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not group["params"]:
+                continue
+            # The count advances on a rank without gradients too: all ranks must save the same groups.
+            group["step"] = group.get("step", 0) + 1
+            if not params:
+                continue
+            beta1, beta2 = group["betas"]
+            correction1 = correction2 = 1.0
+            if group["bias_correction"]:
+                correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            grads = [p.grad for p in params]
+            first = [self.state[p]["exp_avg"] for p in params]
+            second = [self.state[p]["exp_avg_sq"] for p in params]
+            if group["weight_decay"]:
+                if self.adam_w_mode:
+                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                else:
+                    grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            torch._foreach_lerp_(first, grads, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            root = torch._foreach_sqrt(second)
+            torch._foreach_div_(root, correction2**0.5)
+            torch._foreach_add_(root, group["eps"])
+            torch._foreach_addcdiv_(params, first, root, -group["lr"] / correction1)
+
+
+PATCHES: dict[str, Patch] = {
+    "torch.cuda.current_device": Patch(
+        "the device of every buffer mcore makes (DDP buffers, rotary frequencies, mask-free paths)",
+        lambda: _cpu_device,
+    ),
+    "torch.cuda.get_rng_state": Patch("RNG tracker reads the default generator (random.py)", lambda: _rng_state),
+    "torch.cuda.manual_seed": Patch("RNG tracker seeds the default generator (random.py)", lambda: _seed),
+    "torch.cuda.random.get_rng_state": Patch("same function by its other name", lambda: _rng_state),
+    "torch.cuda.synchronize": Patch("pipeline send/receive and every checkpoint save wait for the device",
+                                    lambda: _nothing),
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": Patch(
+        "the original queues a callback for CUDA's lazy start and returns nothing", lambda: _rng_state
+    ),
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": Patch(
+        "the original queues a callback for CUDA's lazy start for ever", lambda: _set_rng_state
+    ),
+    "megatron.core.optimizer.Adam": Patch(
+        "torch.optim.AdamW, the fall-back, has a state that the distributed optimizer cannot load", lambda: FusedAdam
+    ),
+    "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER": Patch("makes mcore build the Adam above", lambda: False),
+    "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE": Patch(
+        "distributed optimizer reads and writes the step of FusedAdam groups", lambda: True
+    ),
+    "megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER": Patch(
+        "FusedAdam above keeps the step where Apex keeps it", lambda: True
+    ),
+}
+
+
+def _resolve(path: str) -> tuple[Any, str]:
+    """The module that holds the dotted name, and the name in it."""
+    module, name = path.rsplit(".", 1)
+    return importlib.import_module(module), name
+
+
+def original(path: str) -> Any:
+    """What the patched name was before `init_device` (the name itself where nothing was patched)."""
+    if path in _originals:
+        return _originals[path]
+    return getattr(*_resolve(path))
+
+
+def _is_cuda(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+class LiteralCudaIsCpu(TorchFunctionMode):
+    """Reads device="cuda", .cuda(), .to("cuda") and pin_memory=True as the CPU, and Tensor.type() as on a GPU.
+
+    Sites: schedules.py:596, optimizer.py:481-907, clip_grads.py:103-174, distrib_optimizer.py:361-582 and others.
+    It is not active inside backward or in other threads: nothing in a layer's forward may depend on it, or
+    recomputation would fail.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func in _METHODS:
+            if func is torch.Tensor.type:
+                if len(args) == 1 and not kwargs:
+                    return func(args[0]).replace("torch.", "torch.cuda.")
+            elif func is torch.Tensor.to:
+                args = tuple(CPU if _is_cuda(value) else value for value in args)
+            else:
+                return args[0]
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+_METHODS = {torch.Tensor.type, torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.pin_memory}
+
+
+def _without_te_noise(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed" not in record.getMessage()
+
+
+def check_version() -> None:
+    """Raises RuntimeError unless the one megatron-core that was measured is installed."""
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError:
+        found = "none"
+    if found != MEGATRON_CORE:
+        raise RuntimeError(
+            f"megatron-core {found} is installed, but megatron_ext/device.py is written for {MEGATRON_CORE}: "
+            f"pip install megatron-core=={MEGATRON_CORE}"
+        )
+
+
+def init_device() -> None:
+    """Prepare this process for megatron-core, once; later calls do nothing.
+
+    Raises RuntimeError when megatron-core has another version, or was imported on a CPU machine before this call
+    without TORCHDYNAMO_DISABLE=1 (its functions are then already wrapped by torch.compile).
+    """
+    global _ready, _mode
+    if _ready:
+        return
+    check_version()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _ready = True
+        return
+    if "megatron.core.jit" in sys.modules and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
+        raise RuntimeError(
+            "megatron.core was imported before init_device(): on CPU its functions are now compiled at first use. "
+            "Call megatron_ext.device.init_device() first, or start Python with TORCHDYNAMO_DISABLE=1"
+        )
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_without_te_noise)
+    for path, patch in PATCHES.items():
+        module, name = _resolve(path)
+        if not hasattr(module, name):
+            raise RuntimeError(f"{path} does not exist in megatron-core {MEGATRON_CORE} with torch {torch.__version__}")
+        _originals[path] = getattr(module, name)
+        setattr(module, name, patch.replacement())
+    _mode = LiteralCudaIsCpu()
+    _mode.__enter__()
+    torch.set_num_threads(1)  # so that sums agree whatever the machine
+    _ready = True
+
+
+def is_cpu() -> bool:
+    """For layer specs and kernels only; everybody else asks `device()`."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """The torch.distributed back end of that device."""
+    return "gloo" if is_cpu() else "nccl"

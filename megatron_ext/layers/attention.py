@@ -1,0 +1,198 @@
+"""Attention over packed documents (THD), in torch, for mcore's SelfAttention.
+
+A pack is one row of T tokens that holds many documents; a document sees only itself. `Layout` sorts the documents
+of a pack by length into buckets of 16, 32, 64, ... tokens, once for all layers, without a loop over documents.
+`PackedAttention` lays each bucket out as a batch [documents, length] and runs one causal
+scaled_dot_product_attention on it: no [T, T] mask, and the cost is that of sum(length^2), at most four times it
+(a document fills more than half of its bucket's length, apart from those shorter than 16).
+
+Isolation is exact: a document's row of the batch holds nothing but its own tokens and, after them, zeros that the
+causal order hides. Other documents can neither reach its output nor its gradient.
+
+Not here yet, each with its place: sliding windows and sinks (`_attend`, one bucket of whole documents), context
+parallelism (`PackedAttention.forward`, around the bucket loop).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+
+SHORTEST_BUCKET = 16  # tokens; below it the launch costs more than the padding
+
+
+class Bucket(NamedTuple):
+    """Documents of a similar length: slots [start, start + documents * length) of the padded buffer."""
+
+    start: int
+    documents: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each token of a pack lies in the padded buffer that the buckets share.
+
+    `slots` is int64 [T]: token t goes to row slots[t] of a buffer with `rows` rows.
+    """
+
+    buckets: tuple[Bucket, ...]
+    slots: torch.Tensor
+    rows: int
+
+    @staticmethod
+    def of(cu_seqlens: numpy.ndarray, device: torch.device) -> "Layout":
+        """Layout of documents with cumulative lengths `cu_seqlens` (int [documents + 1], first 0). Empty ones are fine."""
+        starts = cu_seqlens[:-1].astype(numpy.int64)
+        lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
+        padded = numpy.maximum(lengths, SHORTEST_BUCKET)
+        padded = 1 << numpy.ceil(numpy.log2(padded)).astype(numpy.int64)  # exact for every length below 2^48
+        order = numpy.argsort(padded, kind="stable")
+        order = order[lengths[order] > 0]
+        row = numpy.zeros(len(lengths), numpy.int64)  # first slot of each document
+        row[order] = numpy.cumsum(padded[order]) - padded[order]
+        sizes, counts = numpy.unique(padded[order], return_counts=True)
+        buckets, start = [], 0
+        for size, count in zip(sizes.tolist(), counts.tolist()):
+            buckets.append(Bucket(start, count, size))
+            start += size * count
+        slots = numpy.arange(int(cu_seqlens[-1])) + numpy.repeat(row - starts, lengths)
+        return Layout(tuple(buckets), torch.from_numpy(slots).to(device), start)
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """mcore's THD parameters, with the layout that the torch attention needs."""
+
+    layout: Layout | None = field(default=None, repr=False)
+
+
+def packed_documents(cu_seqlens: numpy.ndarray, device: torch.device) -> PackedDocuments:
+    """THD parameters of a pack whose documents end at `cu_seqlens` (int [documents + 1], first 0, last T).
+
+    `max_seqlen` is the longest document, not T: mcore's rotary embedding takes T as "positions run on over documents"
+    (rope_utils.py:211). Where one document is the whole pack the two agree.
+    """
+    cu = torch.from_numpy(numpy.ascontiguousarray(cu_seqlens, numpy.int32)).to(device)
+    longest = int(numpy.diff(cu_seqlens).max())
+    return PackedDocuments(
+        qkv_format="thd",
+        cu_seqlens_q=cu,
+        cu_seqlens_kv=cu,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        layout=Layout.of(cu_seqlens, device),
+    )
+
+
+class _Spread(torch.autograd.Function):
+    """[T, ...] -> [rows, ...]: token t to row slots[t], zeros elsewhere. Backward reads the rows back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slots: torch.Tensor, rows: int) -> torch.Tensor:
+        ctx.save_for_backward(slots)
+        return x.new_zeros((rows, *x.shape[1:])).index_copy_(0, slots, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """[rows, ...] -> [T, ...]: the inverse of `_Spread`. Backward gives zeros to the rows of no token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slots)
+        ctx.rows = x.size(0)
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.new_zeros((ctx.rows, *grad.shape[1:])).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of a batch of whole documents.
+
+    q [documents, length, heads, d], k and v [documents, length, kv_heads, d] -> [documents, length, heads, d].
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    return out.transpose(1, 2)
+
+
+def packed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
+) -> torch.Tensor:
+    """q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d], each document attending to itself, causally."""
+    q, k, v = (_Spread.apply(x, layout.slots, layout.rows) for x in (q, k, v))  # [rows, heads, d]
+    outs = []
+    for start, documents, length in layout.buckets:
+        batch = [
+            x.narrow(0, start, documents * length).view(documents, length, x.size(1), x.size(2)) for x in (q, k, v)
+        ]
+        outs.append(_attend(*batch, scale).reshape(documents * length, -1))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return _Collect.apply(out, layout.slots)
+
+
+class PackedAttention(MegatronModule):
+    """`core_attention` of a SelfAttention spec: packed rows (THD), or a batch of full sequences (SBHD), causal.
+
+    Where mcore's DotProductAttention refuses packed sequences (dot_product_attention.py:153).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ):
+        super().__init__(config=config)
+        if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+            raise NotImplementedError(f"PackedAttention is causal; this layer asks for {attn_mask_type.name}")
+        for name, unsupported in {
+            "window_size": config.window_size is not None,
+            "softmax_type": config.softmax_type != "vanilla",
+            "attention_dropout": bool(attention_dropout or config.attention_dropout),
+            "context_parallel_size": config.context_parallel_size > 1,
+        }.items():
+            if unsupported:
+                raise NotImplementedError(f"PackedAttention has no {name} = {getattr(config, name)} yet")
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """Packed: query [T, heads, d] -> [T, heads * d]. Otherwise: query [s, b, heads, d] -> [s, b, heads * d]."""
+        if attention_mask is not None or attention_bias is not None:
+            raise NotImplementedError("PackedAttention knows only the causal mask of each document")
+        if packed_seq_params is None:
+            batch = (x.transpose(0, 1) for x in (query, key, value))
+            return _attend(*batch, self.scale).flatten(2).transpose(0, 1)
+        layout = getattr(packed_seq_params, "layout", None)
+        if layout is None:
+            layout = Layout.of(packed_seq_params.cu_seqlens_q.cpu().numpy(), query.device)
+        return packed_attention(query, key, value, layout, self.scale)

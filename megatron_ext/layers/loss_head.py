@@ -1,0 +1,117 @@
+"""From hidden states to the loss of each supervised token, with the vocabulary split over tensor ranks.
+
+Only supervised positions reach the output layer: in agent trajectories and short-answer tasks most positions are
+prompt, and their logits would be thrown away. (Chunks over tokens, for vocabularies of 150k and more, come here.)
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.transformer import TransformerConfig
+
+from megatron_ext.layers.attention import PackedDocuments
+
+
+def padded_rows(rows: int, tensor: int) -> int:
+    """Rows of the vocabulary matrices for `rows` tokens split over `tensor` ranks.
+
+    `rows` is the checkpoint's number of rows. No padding where they split evenly, else up to a multiple of
+    8 * tensor, so that a rank's part suits tensor cores (reference/megatron.md 1.6).
+    """
+    if rows % tensor == 0:
+        return rows
+    unit = 8 * tensor
+    return -(-rows // unit) * unit
+
+
+def vocabulary_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, config: TransformerConfig, rows: int, group: torch.distributed.ProcessGroup
+) -> torch.Tensor:
+    """hidden [n, h], the same on all tensor ranks, times this rank's weight [padded_rows / t, h] -> [n, padded_rows / t].
+
+    Rows from `rows` on are padding and get -inf, so that the softmax is over the real vocabulary.
+    """
+    logits = linear_with_grad_accumulation_and_async_allreduce(
+        hidden,
+        weight,
+        bias=None,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        allreduce_dgrad=group.size() > 1,
+        sequence_parallel=False,
+        tp_group=group,
+    )
+    first = group.rank() * weight.size(0)
+    if first + weight.size(0) > rows:
+        real = max(0, rows - first)
+        logits = torch.cat([logits[:, :real], logits.new_full((logits.size(0), weight.size(0) - real), -torch.inf)], 1)
+    return logits
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """-log p(label), fp32 [n], for vocabulary-parallel logits [n, V / t] and labels int64 [n] of the whole vocabulary."""
+    if group.size() == 1:
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)  # the tensor group is its default
+
+
+class SupervisedHead(GPTModel):
+    """GPTModel whose forward takes `labels` of the supervised positions only and returns their losses.
+
+    The module tree, parameters and checkpoints are GPTModel's. Build it with `vocabulary_rows`, the number of real rows of
+    a padded vocabulary.
+    """
+
+    vocabulary_rows: int
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args, labels=None, loss_mask=None, **kwargs) -> torch.Tensor:
+        """With labels: losses [n] at the positions `loss_mask` (int64 [n] into T), labels int64 [n].
+
+        Without: `loss_mask` selects positions too if given, and logits come back gathered over tensor ranks,
+        [n, vocabulary_rows]; otherwise GPTModel's own logits.
+        """
+        if loss_mask is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # Every tensor rank gets all tokens; each then computes the same selection, so backward only slices.
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group
+            )
+        hidden = hidden_states.squeeze(1).index_select(0, loss_mask)  # [T, 1, h] -> [n, h]
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        logits = vocabulary_logits(hidden, weight, self.config, self.vocabulary_rows, group)
+        if labels is None:
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
+            return logits[:, : self.vocabulary_rows]
+        return token_losses(logits, labels, group)
+
+
+def supervised_losses(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    documents: PackedDocuments,
+    labels: torch.Tensor,
+    supervised: torch.Tensor,
+) -> torch.Tensor:
+    """Losses fp32 [n] of the supervised positions of one packed row.
+
+    ids and positions int64 [1, T]; labels int64 [n] of the positions `supervised` int64 [n].
+    """
+    return model(ids, positions, None, labels=labels, loss_mask=supervised, packed_seq_params=documents)
+
+
+def position_logits(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    documents: PackedDocuments,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """Logits [n, vocabulary rows] at the positions `wanted` int64 [n] of one packed row, the same on all tensor ranks."""
+    return model(ids, positions, None, loss_mask=wanted, packed_seq_params=documents)

@@ -1,0 +1,96 @@
+"""A model folder: the unit that phases pass to each other.
+
+    model.json    family, format, step, weights digest, dtype
+    hf/           config.json, generation_config.json, tokenizer files: all but the weights of a Hugging Face folder
+    weights/      distributed checkpoint, weights only; any parallel layout loads it
+
+Reading model.json and hf/ needs no torch; `load_model` and `write` do.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools import durable
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.models.registry import Family, read_config
+from megatron_ext.parallel import ParallelPlan
+
+FORMAT = 1
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A readable model folder."""
+
+    path: Path
+    family: Family
+    dims: Any  # the family's Dims
+    step: int
+    weights_digest: str
+    dtype: str
+
+    @property
+    def hf(self) -> Path:
+        return self.path / "hf"
+
+
+def open_folder(path: str | Path) -> ModelFolder:
+    """The model folder at `path`. UserMistake when it is none, or of another format, or not understood. No torch."""
+    path = Path(path)
+    try:
+        facts = durable.read_json(path / "model.json")
+    except (OSError, ValueError) as error:
+        raise UserMistake(Problem(str(path), f"not a model folder (model.json: {error}); import_hf makes one")) from None
+    if facts.get("format") != FORMAT:
+        raise UserMistake(
+            Problem(str(path / "model.json"), f"format {facts.get('format')!r} is unknown, this version reads {FORMAT}")
+        )
+    family, dims, problems = read_config(path / "hf")
+    if problems:
+        raise UserMistake(problems)
+    return ModelFolder(path, family, dims, facts["step"], facts["weights_digest"], facts["dtype"])
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Everything of a Hugging Face folder but weights and sub-folders."""
+    target.mkdir(parents=True, exist_ok=True)
+    weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in weights and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+
+
+def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> Any:
+    """This rank's part of the model, weights loaded. `dtype` "" keeps the folder's. Every rank takes part."""
+    import torch
+
+    from megatron_ext import checkpoint
+
+    model = folder.family.spec.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend)
+    checkpoint.load_weights(model, folder.path / "weights")
+    return model
+
+
+def write(out: Path, model: Any, family: Family, hf: Path, step: int) -> str:
+    """Make `out` (an existing, empty folder) the model folder of `model`; hf files come from the folder `hf`.
+
+    Returns the weights digest. Every rank takes part; rank 0 writes the plain files.
+    """
+    import torch.distributed as dist
+
+    from megatron_ext import checkpoint
+
+    checkpoint.save_weights(model, out / "weights")
+    digest = checkpoint.weights_digest(model)
+    if dist.get_rank() == 0:
+        copy_hf_files(hf, out / "hf")
+        dtype = str(next(checkpoint.unwrap(model).parameters()).dtype).removeprefix("torch.")
+        durable.write_json(
+            out / "model.json",
+            {"format": FORMAT, "family": family.name, "step": step, "weights_digest": digest, "dtype": dtype},
+        )
+    dist.barrier()
+    return digest

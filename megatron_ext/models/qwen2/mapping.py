@@ -1,0 +1,60 @@
+"""Qwen2 weights: one rule a parameter (reference/megatron.md 1.2)."""
+
+from megatron_ext.models.qwen2.config import Dims
+from megatron_ext.models.rules import GateUp, QueryKeyValue, Replicated, Row, Rule, Vocabulary
+
+
+def rules(dims: Dims) -> list[Rule]:
+    """Every parameter of the model, in the order of the Hugging Face file."""
+    vocabulary = Vocabulary((dims.vocabulary, dims.hidden))
+    norm = Replicated((dims.hidden,))
+    found = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
+    for i in range(dims.layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        attention = theirs + "self_attn."
+        found += [
+            Rule(
+                ours + "input_layernorm.weight",
+                (theirs + "input_layernorm.weight",),
+                norm,
+                te_name=ours + "self_attention.linear_qkv.layer_norm_weight",
+            ),
+            Rule(
+                ours + "self_attention.linear_qkv.weight",
+                tuple(f"{attention}{x}_proj.weight" for x in "qkv"),
+                QueryKeyValue(dims.heads, dims.kv_groups, dims.head_dim, dims.hidden),
+            ),
+            Rule(
+                ours + "self_attention.linear_qkv.bias",
+                tuple(f"{attention}{x}_proj.bias" for x in "qkv"),
+                QueryKeyValue(dims.heads, dims.kv_groups, dims.head_dim, None),
+            ),
+            Rule(
+                ours + "self_attention.linear_proj.weight",
+                (attention + "o_proj.weight",),
+                Row((dims.hidden, dims.heads * dims.head_dim)),
+            ),
+            Rule(
+                ours + "pre_mlp_layernorm.weight",
+                (theirs + "post_attention_layernorm.weight",),
+                norm,
+                te_name=ours + "mlp.linear_fc1.layer_norm_weight",
+            ),
+            Rule(
+                ours + "mlp.linear_fc1.weight",
+                (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
+                GateUp(dims.ffn, dims.hidden),
+            ),
+            Rule(
+                ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), Row((dims.hidden, dims.ffn))
+            ),
+        ]
+    found.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), norm))
+    if not dims.tied:
+        found.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
+    return found
+
+
+# Tensors that some files carry though the model does not need them: a copy of the tied output, rotary buffers.
+def is_redundant(name: str, dims: Dims) -> bool:
+    return (dims.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")

@@ -1,0 +1,61 @@
+"""Model families by the name that config.json gives them. One folder each, with the same files:
+
+config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`; no torch
+spec.py     `build(Dims, plan, dtype, backend) -> mcore model`
+mapping.py  `rules(Dims)`: the weights, both directions; `is_redundant(name, Dims)`
+"""
+
+import difflib
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from data_tools.mistake import Problem
+
+FAMILIES = ("qwen2",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The three files of one family; spec and mapping import torch and are loaded at first use."""
+
+    name: str
+
+    def _part(self, part: str) -> ModuleType:
+        return importlib.import_module(f"megatron_ext.models.{self.name}.{part}")
+
+    @property
+    def config(self) -> ModuleType:
+        return self._part("config")
+
+    @property
+    def spec(self) -> ModuleType:
+        return self._part("spec")
+
+    @property
+    def mapping(self) -> ModuleType:
+        return self._part("mapping")
+
+
+def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
+    """Family and dimensions of the Hugging Face config.json in `folder`, or the problems with it. No torch."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError:
+        return None, None, [Problem(str(path), "no such file: a Hugging Face model folder has one")]
+    except ValueError as error:
+        return None, None, [Problem(str(path), f"not JSON: {error}")]
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in FAMILIES:
+        close = difflib.get_close_matches(str(kind), FAMILIES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return None, None, [
+            Problem(str(path), f"model_type {kind!r} is not known: {hint}(known: {', '.join(FAMILIES)})")
+        ]
+    family = Family(kind)
+    dims, problems = family.config.read(config, str(path))
+    return family, dims, problems

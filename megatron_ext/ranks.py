@@ -1,0 +1,107 @@
+"""Start and stop the ranks of one job: torch.distributed, mcore's groups, random seeds.
+
+Addresses come from the environment, as torchrun and our worker set it: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT. With TORCHELASTIC_USE_AGENT_STORE=True somebody else already hosts the store at that port. Without
+these variables the process is alone.
+"""
+
+import contextlib
+import ipaddress
+import os
+import random
+from datetime import timedelta
+from typing import Iterator
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megatron_ext.device import backend, init_device
+from megatron_ext.parallel import ParallelPlan
+
+# A collective that waits longer than this on a peer is dead; checkpoints of large models take minutes.
+PATIENCE = timedelta(minutes=30)
+
+
+def world_size_of_environment() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_of_environment() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def start(plan: ParallelPlan, seed: int = 0) -> None:
+    """Join the process group (unless the caller already did), build mcore's groups for `plan`, seed every generator.
+
+    Raises RuntimeError from torch when the address does not answer.
+    """
+    init_device()
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            # gloo looks its interface up by host name, which fails on machines whose name resolves to nothing.
+            if _is_loopback(os.environ.get("MASTER_ADDR", "")):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")  # read where somebody hosts the store
+            dist.init_process_group(backend(), init_method="env://", timeout=PATIENCE)
+        else:
+            dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tensor,
+        pipeline_model_parallel_size=plan.pipeline,
+        context_parallel_size=plan.context,
+        expert_model_parallel_size=plan.expert,
+        expert_tensor_parallel_size=plan.expert_tensor,
+        create_gloo_process_groups=backend() != "gloo",  # the groups are gloo groups already
+    )
+    set_seed(seed)
+
+
+def set_seed(seed: int) -> None:
+    """Python, NumPy, torch, and mcore's tracker (which adds the tensor rank for tensor-parallel regions)."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def stop() -> None:
+    """Leave mcore's groups and the process group."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def started(plan: ParallelPlan, seed: int = 0) -> Iterator[None]:
+    """`start` and `stop` around a block. A process group that the caller made stays.
+
+    After an exception the group is left as it is: destroying it would wait for peers that do not know.
+    """
+    owned = not dist.is_initialized()
+    start(plan, seed)
+    yield
+    if owned:
+        stop()
+    else:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+
+
+def is_writer() -> bool:
+    """True on the one rank that writes plain files."""
+    return dist.get_rank() == 0
