@@ -13,7 +13,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Optional
 
-MAX_CHARACTERS = 512  # a longer text is no calculator mark; bounds the recursion and the size of the integers
+MAX_CHARACTERS = 512  # a longer text is no calculator mark; bounds the size of the integers
+MAX_DEPTH = 64  # of parentheses and signs, far above the 3 that GSM8K nests
 
 _TOKEN = re.compile(r"\d+\.?\d*|\.\d+|//|[-+*/()]")
 _NUMBER = re.compile(r"([-+]?)(\d*)(?:\.(\d*))?")
@@ -81,6 +82,7 @@ class _Reader:
     def __init__(self, expression: str):
         self.tokens = tokenize(expression)
         self.next = 0
+        self.depth = 0
         self.spelled: list[str] = []
 
     def peek(self) -> str:
@@ -116,6 +118,14 @@ class _Reader:
         return value
 
     def factor(self) -> Fraction:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} parentheses and signs inside each other")
+        value = self.primary()
+        self.depth -= 1
+        return value
+
+    def primary(self) -> Fraction:
         token = self.take()
         if token == "+":
             self.spelled.pop()

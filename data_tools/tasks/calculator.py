@@ -173,26 +173,43 @@ def _expression(draws: _Draws) -> str:
     shape = _SHAPES.draw(draws)
     while True:
         patterns = _patterns(shape, draws)
-        kind = _fraction_kind(shape, any("." in form for form in patterns))
+        kind = _fraction_kind(shape, patterns)
         fractional = kind is not None and draws.unit() < FRACTIONAL_ANSWERS[kind]
-        for _ in range(_TRIES):
-            numbers = [_number(form, draws) for form in patterns]
-            if shape == "n/n" and kind == "whole operands" and not fractional:
-                numbers[0] = _multiple(patterns[0], int(numbers[1]), draws)
-            operands = iter(numbers)
-            expression = "".join(next(operands) if part == "n" else part for part in shape)
-            try:
-                value, _ = read(expression)
-            except ValueError:  # division by zero
-                continue
-            answer = format_number(value)
-            if answer is None or value < 0 or len(answer.partition(".")[2]) > MAX_PLACES:
-                continue
-            if kind is None or fractional == ("." in answer):
-                return expression
+        for _ in range(_PATTERN_TRIES):
+            for _ in range(_NUMBER_TRIES):
+                expression = _fill(shape, patterns, kind == "whole operands" and not fractional, draws)
+                answer = _nice_answer(expression)
+                if answer is not None and (kind is None or fractional == ("." in answer)):
+                    return expression
+            patterns = _patterns(shape, draws)
+            while _fraction_kind(shape, patterns) != kind:
+                patterns = _patterns(shape, draws)
 
 
-_TRIES = 32  # operands whose patterns rarely give a nice answer are given other patterns then
+# Patterns that rarely give a nice answer (3-50, a tenth of a multiple of ten that is to be a fraction) are drawn anew,
+# of the same kind first, so that refusals do not wear down the proportion of fractions.
+_NUMBER_TRIES, _PATTERN_TRIES = 32, 8
+
+
+def _fill(shape: str, patterns: list[str], exact: bool, draws: _Draws) -> str:
+    """The shape with a number of each pattern; `exact` makes the dividend of `n/n` a multiple of its divisor."""
+    numbers = [_number(form, draws) for form in patterns]
+    if exact and shape == "n/n":
+        numbers[0] = _multiple(patterns[0], int(numbers[1]), draws)
+    operands = iter(numbers)
+    return "".join(next(operands) if part == "n" else part for part in shape)
+
+
+def _nice_answer(expression: str) -> Optional[str]:
+    """The answer where it is one GSM8K would have: not negative, at most MAX_PLACES decimals."""
+    try:
+        value, _ = read(expression)
+    except ValueError:  # division by zero
+        return None
+    answer = format_number(value)
+    if answer is None or value < 0 or len(answer.partition(".")[2]) > MAX_PLACES:
+        return None
+    return answer
 
 
 def _patterns(shape: str, draws: _Draws) -> list[str]:
@@ -208,9 +225,9 @@ def _roles(shape: str) -> list[str]:
     return ["n"] if shape == "n" else [before or "^" for before in re.findall(r"([-+*/]?)\(*n", shape)]
 
 
-def _fraction_kind(shape: str, decimals: bool) -> Optional[str]:
+def _fraction_kind(shape: str, operands: list[str]) -> Optional[str]:
     """Which row of FRACTIONAL_ANSWERS a mark belongs to; None where sums and whole products leave no choice."""
-    if decimals:
+    if any("." in operand for operand in operands):
         return "decimal operands" if "*" in shape or "/" in shape else None
     return "whole operands" if "/" in shape else None
 
@@ -248,7 +265,7 @@ def _multiple(form: str, divisor: int, draws: _Draws) -> str:
     """A multiple of the divisor with the given pattern where a few draws find one, else any multiple near."""
     scale = 10 ** len(form)
     number = ""
-    for _ in range(_TRIES):
+    for _ in range(_NUMBER_TRIES):
         target = int(_number(form, draws))
         number = str(min(max(1, round(target / max(1, divisor))) * divisor, scale * divisor))
         if pattern(number) == form:
@@ -315,7 +332,7 @@ def measure(lines: Iterable[str]) -> Proportions:
                 out.leading_digit[whole[0]] += 1
             elif whole != "0":
                 out.single_digit[whole] += 1
-        kind = _fraction_kind(shape, any("." in number for number in numbers))
+        kind = _fraction_kind(shape, numbers)
         if kind is not None:
             out.fractional_answers.setdefault(kind, Counter())["." in answer] += 1
     return Proportions(**{**vars(out), "marks": marks})
@@ -328,7 +345,7 @@ def _verified_rows(lines: Iterable[str], marks_per_line: Counter[int]) -> Iterat
         yield from (canonical(row) for row in rows if verify(row) is None)
 
 
-# Taken by `measure` from the 23,716 marks of GSM8K's train.jsonl (7,473 lines, 7,378 with a mark) in canonical spelling.
+# Taken by `measure` from the 23,716 marks in GSM8K's train.jsonl (7,473 lines, 7,378 with a mark), canonically spelled.
 # The first five state what a reader asks about; the generator draws from the others: shapes of at least 0.05%, pairs
 # of at least 0.4% (the others' operands independently), operands of at least 0.4%, each table scaled to 1. Inside a
 # pattern digits are independent. Operands are drawn again until the answer is one GSM8K would have: not negative (7 of

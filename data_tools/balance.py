@@ -1,0 +1,103 @@
+"""The balance sheet: what came in is what was kept plus what each named bucket dropped, for every source.
+
+Lines and rows are counted apart, since a line may hold several rows or none:
+
+    lines in = lines with rows + dropped lines      rows in = kept + dropped rows
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Iterable
+
+
+@dataclass
+class SourceBalance:
+    """The counts of one source. `tokens` and `supervised` are those of kept rows."""
+
+    name: str
+    lines: int = 0
+    lines_with_rows: int = 0
+    lines_dropped: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    supervised: int = 0
+
+    def __add__(self, other: "SourceBalance") -> "SourceBalance":
+        """The sheet of two shares of the same source."""
+        if self.name != other.name:
+            raise ValueError(f"shares of two sources: {self.name!r} and {other.name!r}")
+        return SourceBalance(
+            self.name,
+            self.lines + other.lines,
+            self.lines_with_rows + other.lines_with_rows,
+            self.lines_dropped + other.lines_dropped,
+            self.rows + other.rows,
+            self.kept + other.kept,
+            self.dropped + other.dropped,
+            self.tokens + other.tokens,
+            self.supervised + other.supervised,
+        )
+
+    def check(self) -> None:
+        """ValueError naming the numbers when they do not add up."""
+        sums = (
+            ("lines", self.lines, "with rows", self.lines_with_rows, self.lines_dropped),
+            ("rows", self.rows, "kept", self.kept, self.dropped),
+        )
+        for what, total, kept_word, kept, dropped in sums:
+            if min([total, kept, *dropped.values()]) < 0 or total != kept + sum(dropped.values()):
+                drops = "".join(f" + {count} {bucket}" for bucket, count in sorted(dropped.items()))
+                raise ValueError(f"{self.name}: {total} {what} are not {kept} {kept_word}{drops}")
+        if not 0 <= self.supervised <= self.tokens:
+            raise ValueError(f"{self.name}: {self.supervised} supervised of {self.tokens} tokens")
+
+
+class Balance:
+    """The sheets of all sources, in their order."""
+
+    def __init__(self, sources: Iterable[SourceBalance]):
+        self.sources = list(sources)
+
+    def __add__(self, other: "Balance") -> "Balance":
+        """The sheet of two elements of the same phase."""
+        return Balance(mine + theirs for mine, theirs in zip(self.sources, other.sources, strict=True))
+
+    def check(self) -> None:
+        """ValueError when any source does not add up."""
+        for source in self.sources:
+            source.check()
+
+    def total(self) -> SourceBalance:
+        total = SourceBalance("total")
+        for source in self.sources:
+            total = total + SourceBalance(**{**vars(source), "name": "total"})
+        return total
+
+    def table(self) -> dict[str, Any]:
+        """{"title", "columns", "rows"}: one row a source and, of several, their total; a column each bucket."""
+        total = self.total()
+        line_buckets, buckets = sorted(total.lines_dropped), sorted(total.dropped)
+        columns = ["source", "lines", *line_buckets, "rows", "kept", *buckets, "tokens", "supervised"]
+        rows = []
+        for source in [*self.sources, total] if len(self.sources) > 1 else self.sources:
+            dropped_lines = [source.lines_dropped[bucket] for bucket in line_buckets]
+            dropped = [source.dropped[bucket] for bucket in buckets]
+            counts = [source.lines, *dropped_lines, source.rows, source.kept, *dropped]
+            rows.append([source.name, *counts, source.tokens, source.supervised])
+        return {"title": "Balance: rows in = kept + dropped", "columns": columns, "rows": rows}
+
+    def to_json(self) -> dict[str, Any]:
+        def plain(value: Any) -> Any:
+            return dict(sorted(value.items())) if isinstance(value, Counter) else value
+
+        return {"sources": [{key: plain(value) for key, value in vars(source).items()} for source in self.sources]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Balance":
+        counters = ("lines_dropped", "dropped")
+        return cls(
+            SourceBalance(**{key: Counter(item) if key in counters else item for key, item in source.items()})
+            for source in value["sources"]
+        )
