@@ -1,0 +1,143 @@
+"""Which cluster a command means: this machine, a configured Slurm, the dev cluster or a profile's.
+
+`auto` never falls back: a Slurm that is configured and does not answer is an error, since a training that was meant for
+the cluster must not start on the login node. Installed binaries alone are no Slurm, and a dev cluster counts only
+where it was asked for: inside `afterok cluster exec`, or by the name `dev`.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.mistake import UserMistake
+from slurm import client, devcluster, profile
+from slurm.client import Slurm, SlurmError, SlurmTimeout, SlurmUnavailable
+
+# Where packages and site builds put it; the last two are where a configless slurmd or sackd keeps what it was sent.
+CONFIGURATION_FILES = (
+    Path("/etc/slurm/slurm.conf"),
+    Path("/etc/slurm-llnl/slurm.conf"),
+    Path("/usr/local/etc/slurm.conf"),
+    Path("/usr/local/slurm/etc/slurm.conf"),
+    Path("/opt/slurm/etc/slurm.conf"),
+    Path("/run/slurm/conf/slurm.conf"),
+    Path("/var/spool/slurmd/conf-cache/slurm.conf"),
+)
+LOOKUP_FAILED = "DNS SRV lookup failed"  # Slurm's words where no configuration is found anywhere, 20.02 and later
+GPU_DEVICES = "nvidia[0-9]*"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where phases run. `env` is the environment for Slurm's commands and for local processes: no outer job's SLURM_*."""
+
+    kind: str  # "slurm" or "local"
+    profile: profile.Profile
+    env: dict[str, str]
+    name: str
+
+    @property
+    def slurm(self) -> Slurm:
+        """The live cluster's commands (kind "slurm")."""
+        return Slurm(self.env)
+
+
+def find_cluster(choice: str = "auto") -> Cluster:
+    """The cluster that `choice` names: auto, local, slurm, dev, or a profile's name or path.
+
+    Raises UserMistake (SlurmUnavailable) when Slurm is meant and does not answer, or there is no such profile.
+    """
+    if choice == "local":
+        return _local("local")
+    if choice == "dev":
+        return _dev(devcluster.DevCluster(devcluster.default_prefix()))
+    if choice in ("auto", "slurm"):
+        inside = _cluster_around(os.environ)
+        if inside:
+            return _dev(inside)
+        if choice == "slurm" or _slurm_is_configured(os.environ):
+            return _slurm(None)
+        return _local("local")
+    return _local(choice) if profile.load(choice).kind == "local" else _slurm(choice)
+
+
+def _local(name: str) -> Cluster:
+    """Processes of this machine; a role that the built-in profile leaves open takes all its GPUs."""
+    chosen = profile.load(name)
+    if name == "local":
+        for role in chosen.roles:
+            if role != "cpu":
+                chosen.roles[role].gpus_per_node = _gpus_here(os.environ)
+    env = {key: value for key, value in client.scrubbed_environment(os.environ).items() if not key.startswith("SLURM_")}
+    return Cluster("local", chosen, env, chosen.meta.name)
+
+
+def _slurm(name: str | None) -> Cluster:
+    """A Slurm that answers, with the profile `name`, or the one named like the cluster, or one made from what it says."""
+    env = client.scrubbed_environment(os.environ)
+    slurm = Slurm(env)
+    slurm.ping()
+    if name is None:
+        own = slurm.configuration().get("ClusterName", "slurm")
+        # only an admin's or the user's: a cluster called "example" has not chosen our example
+        found = profile.find(own)
+        chosen = profile.load(own) if found and found.parent != profile.BUILT_IN else profile.from_live(slurm)
+        return Cluster("slurm", chosen, env, own)
+    chosen = profile.load(name)
+    return Cluster("slurm", chosen, env, chosen.meta.name)
+
+
+def _dev(cluster: devcluster.DevCluster) -> Cluster:
+    """The dev cluster, with its profile's limits set to the shape it was started with."""
+    if not cluster.is_up():
+        raise SlurmUnavailable(f"no dev cluster is up at {cluster.prefix}; start one with `afterok cluster up`")
+    env = cluster.env()
+    Slurm(env).ping()
+    chosen, shape = profile.load("dev"), cluster.shape
+    for partition in chosen.partitions.values():
+        partition.max_nodes = shape.nodes
+        partition.cpus = shape.cpus
+        partition.mem_gib = shape.memory_mib // 1024
+        partition.gpus_per_node = shape.gpus_per_node
+    for role in chosen.roles.values():  # a small cluster must still start what asks for nothing special
+        if role.mem_gib is not None:
+            role.mem_gib = max(min(role.mem_gib, shape.memory_mib // 1024), 1)
+    return Cluster("slurm", chosen, env, "dev")
+
+
+def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:
+    """The dev cluster whose `cluster exec` this process runs in: its mark and its configuration, both."""
+    mark = env.get(devcluster.MARK_VARIABLE)
+    if not mark:
+        return None
+    cluster = devcluster.DevCluster(Path(mark))
+    return cluster if env.get("SLURM_CONF") == str(cluster.conf) else None
+
+
+def _slurm_is_configured(env: Mapping[str, str]) -> bool:
+    """Whether this machine belongs to a Slurm, answering or not."""
+    if env.get("SLURM_CONF") or env.get("SLURM_CONF_SERVER"):
+        return True
+    if any(file.exists() for file in CONFIGURATION_FILES):
+        return True
+    if shutil.which("scontrol", path=env.get("PATH")) is None:
+        return False
+    # Configless: the commands ask the DNS where the controller is, and say so when it knows nothing (milliseconds).
+    # Anything else, silence too, means that something is there: asking it properly decides.
+    try:
+        Slurm(env).run(["scontrol", "ping"], client.PING_LIMIT_S)
+    except SlurmTimeout:
+        return True
+    except SlurmError as error:
+        return LOOKUP_FAILED not in error.stderr
+    return True
+
+
+def _gpus_here(env: Mapping[str, str]) -> int:
+    """GPUs that a process of this machine would see, without asking a driver."""
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
+    return len(list(Path("/dev").glob(GPU_DEVICES)))

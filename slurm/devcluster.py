@@ -1,0 +1,563 @@
+"""A private, real Slurm on this machine, for tests and rehearsals: munged, slurmctld and one slurmd a pretended node.
+
+Everything lives under one folder (the prefix) and listens on 127.0.0.1 only; nodes, CPUs, memory and GPUs are made up
+(the GPUs are links to /dev/null). It works as root and as a normal user, whose cluster runs only that user's jobs.
+
+* `up` writes the configuration, starts the daemons and returns when every node is idle (about 0.2 s for four nodes).
+* A daemon is known by its pid and start time, so that a reused pid is never signalled.
+* `down` also ends what the daemons leave behind: a slurmd that is told to stop leaves its job steps running.
+
+Configuration and its reasons: measured on Debian 12, Slurm 22.05.8.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pwd
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools import durable
+from data_tools.mistake import UserMistake
+from slurm.client import Slurm, SlurmError, SlurmUnavailable, scrubbed_environment
+
+PREFIX_VARIABLE = "AFTEROK_CLUSTER"
+MARK_VARIABLE = "AFTEROK_DEV_CLUSTER"  # set, to the prefix, for what runs inside `afterok cluster exec`
+PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
+APT_LINE = "apt-get install --no-install-recommends munge slurmctld slurmd slurm-client"
+SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons live here, and a normal user's PATH lacks it
+DAEMON_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd")
+PARTITIONS = ("batch", "long", "preempt")
+
+START_LIMIT_S = 30.0
+STOP_LIMIT_S = 10.0
+CANCEL_LIMIT_S = 7.0  # KillWait, and a little
+SOCKET_PATH_LIMIT = 107  # sun_path has 108 bytes, the last of them NUL (unix(7))
+# The longest socket name below the prefix is a job step's: SPOOL/NODE/NODE_JOBID.STEPID, where 4294967291 is the batch
+# step and ids have at most 8 digits (MaxJobId).
+LONGEST_SOCKET = "/spool/n9999/n9999_67043327.4294967291"
+PORTS = range(10000, 30000)  # below the ephemeral ports, so that a daemon finds its port free again
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cluster pretends to be."""
+
+    nodes: int = 4
+    gpus_per_node: int = 8
+    cpus: int = 64  # of a node
+    memory_mib: int = 256000  # of a node
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process for ever: a pid may be reused, a pid with its start time may not."""
+
+    pid: int
+    started: int  # clock ticks since boot
+
+    @classmethod
+    def of(cls, pid: int) -> "Process | None":
+        """The process now under `pid`; None when there is none or only a zombie (pid 1 of a container may not reap)."""
+        try:
+            # the name in parentheses may hold anything; fields after it: state is 0, starttime 19 (proc(5))
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
+
+    def alive(self) -> bool:
+        return Process.of(self.pid) == self
+
+    def send(self, sig: int) -> None:
+        """Signal it unless it is gone; the pidfd pins the pid between the comparison and the signal."""
+        with contextlib.suppress(ProcessLookupError):
+            handle = os.pidfd_open(self.pid)
+            try:
+                if Process.of(self.pid) == self:
+                    signal.pidfd_send_signal(handle, sig)
+            finally:
+                os.close(handle)
+
+
+_children: list[subprocess.Popen] = []  # daemons this process started, to be reaped when they end
+
+
+def default_prefix() -> Path:
+    """Where this user's dev cluster lives: $AFTEROK_CLUSTER, else ~/.cache/afterok/cluster."""
+    return Path(os.environ.get(PREFIX_VARIABLE) or "~/.cache/afterok/cluster").expanduser().absolute()
+
+
+def missing_packages() -> list[str]:
+    """Debian packages that `up` needs and this machine lacks."""
+    return [package for program, package in PACKAGES.items() if _program(program) is None]
+
+
+def up(
+    prefix: Path,
+    nodes: int = 4,
+    gpus_per_node: int = 8,
+    cpus: int = 64,
+    memory_mib: int = 256000,
+    settings: dict[str, str] | None = None,
+) -> "DevCluster":
+    """Start a cluster at `prefix` and return it when all nodes are idle; its `started` is False if it ran already.
+
+    A cluster there that lost a daemon is taken down first, jobs included. `settings` are added to slurm.conf, an empty
+    value removes ours. Raises UserMistake: packages missing, prefix unusable, another shape already up, a daemon that
+    died at once (usually a wrong setting).
+    """
+    shape = Shape(nodes, gpus_per_node, cpus, memory_mib)
+    cluster = DevCluster(prefix)
+    _check(cluster.prefix, shape)
+    cluster.prefix.mkdir(parents=True, exist_ok=True)
+    with cluster.locked():
+        if cluster.is_whole():
+            if (cluster.shape, cluster.settings) != (shape, settings or {}):
+                raise UserMistake(
+                    f"another dev cluster is already up at {cluster.prefix} ({cluster.shape}, settings "
+                    f"{cluster.settings}); `afterok cluster down` first, or choose another place with {PREFIX_VARIABLE}"
+                )
+            cluster.started = False
+            return cluster
+        cluster.stop()
+        try:
+            cluster.start(shape, settings or {})
+        except BaseException:  # Ctrl-C too: half a cluster is worse than none
+            cluster.stop()
+            raise
+    return cluster
+
+
+class DevCluster:
+    """The cluster at `prefix`, up or not. What is known of it is on disk, so any process may ask or stop it."""
+
+    def __init__(self, prefix: Path):
+        self.prefix = Path(prefix).expanduser().resolve()
+        self.conf = self.prefix / "etc" / "slurm.conf"
+        self.started = True
+
+    # -- asking ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(**self._record().get("shape", {}))
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return self._record().get("settings", {})
+
+    @property
+    def nodes(self) -> list[str]:
+        return [f"n{number}" for number in range(1, self.shape.nodes + 1)]
+
+    @property
+    def daemons(self) -> list[str]:
+        """All daemons, in the order they start."""
+        return ["munged", "slurmctld", *self.nodes]
+
+    def env(self) -> dict[str, str]:
+        """This process's environment, with Slurm's commands pointed at this cluster and nothing of another one."""
+        env = scrubbed_environment(os.environ)
+        env.pop("SLURM_CONF_SERVER", None)
+        return {**env, "SLURM_CONF": str(self.conf), MARK_VARIABLE: str(self.prefix)}
+
+    def alive(self, name: str) -> bool:
+        process = self._process(name)
+        return process is not None and process.alive()
+
+    def is_up(self) -> bool:
+        """Whether it can answer: its controller and its authentication run."""
+        return self.alive("munged") and self.alive("slurmctld")
+
+    def is_whole(self) -> bool:
+        return bool(self._record()) and all(self.alive(name) for name in self.daemons)
+
+    def status(self) -> dict[str, Any]:
+        """JSON-able: prefix, conf, up, shape, settings, daemons (pid, alive), nodes (name: Slurm's state word)."""
+        known = self._record()
+        states: dict[str, str] = {}
+        if self.is_up():
+            with contextlib.suppress(SlurmError):  # a status of a broken cluster is a status too
+                states = self._node_states()
+        return {
+            "prefix": str(self.prefix),
+            "conf": str(self.conf),
+            "up": self.is_up(),
+            "shape": dataclasses.asdict(self.shape) if known else None,
+            "settings": self.settings,
+            "daemons": {
+                name: {"pid": pid, "alive": self.alive(name)} for name, (pid, _) in known.get("daemons", {}).items()
+            },
+            "nodes": states,
+        }
+
+    # -- up and down ----------------------------------------------------------------------------------------------------
+
+    def down(self) -> None:
+        """Cancel all jobs, stop all daemons, end every process of theirs. Down already: nothing to do."""
+        if self.prefix.is_dir():
+            with self.locked():
+                self.stop()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One up or down at a time; the second waits."""
+        with open(self.prefix / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def start(self, shape: Shape, settings: dict[str, str]) -> None:
+        """Configure and start, holding the lock and with nothing of the cluster running."""
+        _configure(self.prefix, shape, settings)
+        record = {"shape": dataclasses.asdict(shape), "settings": settings, "daemons": {}}
+        durable.write_json(self.prefix / "cluster.json", record)
+        self.start_daemon("munged")
+        self._wait("munged", self._munge_answers)
+        # -c forgets the jobs and node states of an earlier cluster here, but not how far its job ids went: ids in
+        # the ledger of an old rehearsal must not come to mean new jobs.
+        self.start_daemon("slurmctld", ["-c"])
+        # asked before its port is open, a client sleeps a second before it tries again
+        self._wait("slurmctld", lambda: _listens(self._controller_port()))
+        for node in self.nodes:
+            self.start_daemon(node)
+        self._wait("the nodes", lambda: list(self._node_states().values()) == ["idle"] * shape.nodes)
+
+    def stop(self) -> None:
+        """End everything, holding the lock: jobs by scancel, daemons by SIGTERM, what is left by SIGKILL."""
+        if self.is_up():
+            with contextlib.suppress(SlurmError, SlurmUnavailable):  # a controller that hangs is killed like the rest
+                slurm = Slurm(self.env(), timeout_s=5)
+                slurm.ping(timeout_s=2)
+                slurm.cancel_all()
+                deadline = time.monotonic() + CANCEL_LIMIT_S
+                while slurm.active_job_ids() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+        remains = self._leftovers()  # before the daemons end: later a job's child may have no parent to tell of it
+        record = self._record().get("daemons", {})
+        serving = [Process(*found) for name, found in record.items() if name != "munged"]
+        for process in serving:
+            process.send(signal.SIGTERM)
+            process.send(signal.SIGCONT)  # one that a test has stopped must hear it
+        _gone(serving, STOP_LIMIT_S)
+        self.kill_daemon("munged")
+        _end(remains + self._leftovers())
+
+    def start_daemon(self, name: str, extra: list[str] | None = None) -> Process:
+        """Start one daemon: munged, slurmctld, or a node by its name. Returns at once.
+
+        Raises UserMistake when there is no such daemon or it runs already.
+        """
+        if name not in self.daemons:
+            raise UserMistake(f"the dev cluster has no daemon {name!r}; it has {', '.join(self.daemons)}")
+        if self.alive(name):
+            raise UserMistake(f"{name} of the dev cluster at {self.prefix} runs already")
+        with open(self.prefix / "log" / f"{name}.out", "ab") as log:
+            child = subprocess.Popen(
+                [*self._command(name), *(extra or [])],
+                env=self._daemon_env(),
+                cwd=self.prefix,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C of the terminal that started the cluster is not meant for it
+            )
+        _children.append(child)
+        process = Process.of(child.pid) or Process(child.pid, 0)  # 0: died before it could be looked at
+        record = self._record()
+        record["daemons"][name] = [process.pid, process.started]
+        durable.write_json(self.prefix / "cluster.json", record)
+        return process
+
+    def kill_daemon(self, name: str, sig: int = signal.SIGTERM, wait_s: float = STOP_LIMIT_S) -> bool:
+        """Signal one daemon and wait until it is gone; True if it is. SIGTERM that is not heeded becomes SIGKILL.
+
+        A slurmd's job steps live on, as they do when a real slurmd dies.
+        """
+        process = self._process(name)
+        if process is None or not process.alive():
+            return True
+        process.send(sig)
+        if sig not in (signal.SIGTERM, signal.SIGKILL):
+            return not process.alive()
+        if not _gone([process], wait_s):
+            process.send(signal.SIGKILL)
+        return _gone([process], wait_s)
+
+    # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _record(self) -> dict[str, Any]:
+        try:
+            return durable.read_json(self.prefix / "cluster.json")
+        except (OSError, json.JSONDecodeError):
+            return {}
+
+    def _process(self, name: str) -> Process | None:
+        found = self._record().get("daemons", {}).get(name)
+        return Process(*found) if found else None
+
+    def _daemon_env(self) -> dict[str, str]:
+        """What the daemons see: nothing of the user's shell, so no secret of it and nothing that differs next time."""
+        return {"PATH": _search_path(), "SLURM_CONF": str(self.conf), "LC_ALL": "C.UTF-8"}
+
+    def _command(self, name: str) -> list[str]:
+        run = self.prefix / "run"
+        if name == "munged":
+            # --force: it would refuse a socket folder that others cannot enter, which is what we want of a user's
+            return [
+                _program("munged") or "munged", "--foreground", "--force", "--num-threads=4",
+                f"--socket={run}/munge.sock", f"--key-file={self.prefix}/munge/munge.key",
+                f"--log-file={self.prefix}/log/munged.log", f"--pid-file={run}/munged.pid",
+                f"--seed-file={self.prefix}/munge/munged.seed",
+            ]  # fmt: skip
+        if name == "slurmctld":
+            return [_program("slurmctld") or "slurmctld", "-D"]
+        stepd = _program("slurmstepd")
+        return [_program("slurmd") or "slurmd", "-D", "-N", name, *(["-d", stepd] if stepd else [])]
+
+    def _controller_port(self) -> int:
+        return int(re.search(r"^SlurmctldPort=(\d+)$", self.conf.read_text(), re.MULTILINE)[1])
+
+    def _munge_answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(self.prefix / "run" / "munge.sock")) == 0
+
+    def _node_states(self) -> dict[str, str]:
+        return Slurm(self.env(), timeout_s=5).node_states()
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        """Until `ready`; UserMistake with the daemon's last words when one dies meanwhile or nothing comes."""
+        deadline = time.monotonic() + START_LIMIT_S
+        problem = f"not ready within {START_LIMIT_S:g} s"
+        while time.monotonic() < deadline:
+            try:
+                if ready():
+                    return
+            except SlurmError as error:
+                problem = str(error)
+            dead = [name for name in self._record()["daemons"] if not self.alive(name)]
+            if dead:
+                raise UserMistake(f"the dev cluster's {dead[0]} died at once: {self._last_words(dead[0])}")
+            time.sleep(0.02)
+        raise UserMistake(f"the dev cluster did not start: {what}: {problem}; logs are in {self.prefix}/log")
+
+    def _last_words(self, name: str) -> str:
+        log = self.prefix / "log" / f"{name}.out"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        blamed = [line for line in lines if "fatal" in line] or [line for line in lines if "error" in line] or lines
+        return f"{blamed[0] if blamed else 'it said nothing'}; log: {log}"
+
+    def _leftovers(self) -> list[Process]:
+        """Processes of the cluster, recorded or not: daemons, job steps, jobs and all their descendants.
+
+        slurmd's children inherit the cluster's SLURM_CONF. So does a shell of `cluster exec`, which is neither a
+        daemon nor has a job's id.
+        """
+        conf, socket_option = f"SLURM_CONF={self.conf}", f"--socket={self.prefix}/run/munge.sock"
+        children: dict[int, list[int]] = {}
+        found: list[int] = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            pid = int(entry.name)
+            try:
+                children.setdefault(_parent(pid), []).append(pid)
+                program = os.path.basename(os.readlink(entry / "exe")).removesuffix(" (deleted)")
+                variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:  # ended meanwhile, a kernel thread, or another user's
+                continue
+            daemon = program.removesuffix("-wlm") in DAEMON_PROGRAMS
+            in_job = any(variable.startswith("SLURM_JOB_ID=") for variable in variables)
+            if (conf in variables and (daemon or in_job)) or (daemon and socket_option in arguments):
+                found.append(pid)
+        for pid in found:  # grows while it is read
+            found += [child for child in children.get(pid, []) if child not in found]
+        spared = _ancestors()  # `down` may be typed in a job's shell
+        processes = (Process.of(pid) for pid in found if pid not in spared)
+        return [process for process in processes if process]
+
+
+def _check(prefix: Path, shape: Shape) -> None:
+    """Refuse what cannot work, before anything is written."""
+    missing = missing_packages()
+    if missing:
+        raise UserMistake(f"the dev cluster needs the packages {', '.join(missing)}, not installed here: {APT_LINE}")
+    # spaces, commas, brackets, # and % mean something in Slurm's files
+    if not re.fullmatch(r"[A-Za-z0-9/._+@~-]+", str(prefix)):
+        raise UserMistake(f"{str(prefix)!r} has characters that slurm.conf cannot hold; set {PREFIX_VARIABLE}")
+    longest = len(f"{prefix}{LONGEST_SOCKET}")
+    if longest > SOCKET_PATH_LIMIT:
+        most = SOCKET_PATH_LIMIT - len(LONGEST_SOCKET)
+        message = f"{prefix} is {len(str(prefix))} bytes long, and a unix socket's path below it would be {longest}"
+        raise UserMistake(f"{message}; set {PREFIX_VARIABLE} to a folder of at most {most} bytes")
+    for key, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus", 1), ("memory_mib", 1)):
+        if getattr(shape, key) < least:
+            raise UserMistake(f"{key} is {getattr(shape, key)}; the least is {least}")
+
+
+def _configure(prefix: Path, shape: Shape, settings: dict[str, str]) -> None:
+    """Write slurm.conf, gres.conf and the munge key; empty what an earlier cluster left, except its state."""
+    is_root = os.geteuid() == 0
+    # root's cluster serves every user of the machine, a user's only that user: it could not change to another one
+    prefix.chmod(0o755 if is_root else 0o700)
+    for name in ("spool", "log", "run", "dev"):
+        shutil.rmtree(prefix / name, ignore_errors=True)
+    for name in ("etc", "munge", "state", "spool", "log", "run", "dev"):
+        (prefix / name).mkdir(exist_ok=True)
+        (prefix / name).chmod(0o700 if name in ("munge", "state") else 0o755)
+    key = prefix / "munge" / "munge.key"
+    key.unlink(missing_ok=True)
+    with open(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
+        file.write(secrets.token_bytes(128))
+    for number in range(shape.gpus_per_node):
+        (prefix / "dev" / f"nvidia{number}").symlink_to("/dev/null")
+    nodes = [f"n{number}" for number in range(1, shape.nodes + 1)]
+    ports = _free_ports(1 + shape.nodes)
+    for name in nodes:
+        (prefix / "spool" / name).mkdir()
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    durable.write_file(prefix / "etc" / "slurm.conf", slurm_conf(prefix, shape, user, ports, settings))
+    durable.write_file(prefix / "etc" / "gres.conf", gres_conf(prefix, shape))
+
+
+def slurm_conf(prefix: Path, shape: Shape, user: str, ports: list[int], settings: dict[str, str]) -> str:
+    """The text of slurm.conf; `ports` are the controller's and one a node."""
+    keys = {
+        "ClusterName": "dev",
+        "SlurmctldHost": "localhost(127.0.0.1)",  # independent of the host's name
+        "SlurmctldPort": str(ports[0]),
+        "SlurmUser": user,
+        "SlurmdUser": user,
+        "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny",  # else every daemon listens on 0.0.0.0
+        "AuthType": "auth/munge",
+        "CredType": "cred/munge",
+        "AuthInfo": f"socket={prefix}/run/munge.sock,cred_expire=5",  # cred_expire is also the delay of a requeue
+        "StateSaveLocation": f"{prefix}/state",
+        "SlurmdSpoolDir": f"{prefix}/spool/%n",
+        "SlurmctldPidFile": f"{prefix}/run/slurmctld.pid",
+        "SlurmdPidFile": f"{prefix}/run/slurmd-%n.pid",
+        "SlurmctldLogFile": f"{prefix}/log/slurmctld.log",
+        "SlurmdLogFile": f"{prefix}/log/slurmd-%n.log",
+        "SlurmdParameters": "config_overrides",  # accept made-up CPUs and memory
+        "ReturnToService": "2",
+        "ProctrackType": "proctrack/linuxproc",
+        "TaskPlugin": "task/none",
+        "SwitchType": "switch/none",
+        "MpiDefault": "none",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_Core_Memory",
+        "GresTypes": "gpu",
+        "DefMemPerCPU": "100",
+        "JobAcctGatherType": "jobacct_gather/none",
+        "SchedulerType": "sched/backfill",
+        # a job starts within a second of being able to (the defaults are 30 and 60)
+        "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=0,preempt_youngest_first",
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
+        "JobRequeue": "1",
+        "MinJobAge": "3600",
+        "MaxArraySize": "4001",
+        "MaxJobCount": "20000",
+        # sbatch --export=NONE lets slurmd run a login shell for the user's environment, up to 2 s a job, only as root.
+        # 0 reads a cache that is not there: at once, and alike for root and others.
+        "GetEnvTimeout": "0",
+        "KillWait": "5",
+        "SlurmdTimeout": "10",
+        "SlurmctldTimeout": "30",
+        "MessageTimeout": "30",
+        "PropagateResourceLimits": "NONE",
+        "SlurmctldDebug": "info",
+        "SlurmdDebug": "info",
+    }
+    keys.update(settings)
+    lines = [f"{key}={value}" for key, value in keys.items() if value != ""]
+    gres = f" Gres=gpu:{shape.gpus_per_node}" if shape.gpus_per_node else ""
+    for number, port in enumerate(ports[1:], start=1):
+        lines.append(
+            f"NodeName=n{number} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} "
+            f"RealMemory={shape.memory_mib} Feature=fake{gres}"
+        )
+    batch, long, preempt = PARTITIONS
+    lines += [
+        f"PartitionName={batch} Nodes=ALL Default=YES MaxTime=1-0 DefaultTime=10 PriorityTier=10 PreemptMode=OFF",
+        f"PartitionName={long} Nodes=ALL MaxTime=7-0 DefaultTime=60 PriorityTier=5 PreemptMode=OFF",
+        f"PartitionName={preempt} Nodes=ALL MaxTime=1-0 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def gres_conf(prefix: Path, shape: Shape) -> str:
+    """The text of gres.conf. Without File= slurmd counts no GPU and drains its node."""
+    text = "AutoDetect=off\n"
+    if shape.gpus_per_node:
+        devices = f"[0-{shape.gpus_per_node - 1}]" if shape.gpus_per_node > 1 else "0"
+        text += f"NodeName=n[1-{shape.nodes}] Name=gpu File={prefix}/dev/nvidia{devices}\n"
+    return text
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=_search_path())
+
+
+def _search_path() -> str:
+    return f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SYSTEM_PATHS}"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Different TCP ports of 127.0.0.1 that are free now."""
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            probe = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", secrets.choice(PORTS)))
+                ports.append(probe.getsockname()[1])
+        return ports
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _ancestors() -> set[int]:
+    """This process and those above it."""
+    pids, pid = {os.getpid()}, os.getpid()
+    while pid > 1:
+        pid = _parent(pid)
+        pids.add(pid)
+    return pids
+
+
+def _gone(processes: list[Process], limit_s: float) -> bool:
+    """Whether all ended within the limit."""
+    _children[:] = [child for child in _children if child.poll() is None]
+    deadline = time.monotonic() + limit_s
+    while any(process.alive() for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _end(processes: list[Process]) -> None:
+    """SIGKILL: they belong to a cluster that is being removed, and their jobs were told before."""
+    for process in processes:
+        process.send(signal.SIGKILL)
+    _gone(processes, STOP_LIMIT_S)

@@ -1,0 +1,435 @@
+"""The cluster profile: what an admin writes once, so that no pipeline names a partition, an account or a module.
+
+A profile is a YAML file of the dataclasses below (`profiles/example.yaml` is the one to copy). A pipeline asks for a
+role and perhaps some numbers (`Request`); `resolve` fills in the rest (`Resources`), `check` says what the cluster would
+refuse. Times are Slurm's: "30" (minutes), "1:30:00", "2-00:00:00".
+
+The dataclasses are OmegaConf structured configs too, but files are read by `load`: OmegaConf's reader takes the time
+1:30:00 for the number 5400 and stops at the first error. yaml is imported where it is used: `afterok --help` must not
+pay for it.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, get_args, get_origin, get_type_hints
+
+from data_tools.mistake import Problem, UserMistake
+from slurm.client import Slurm, format_minutes, parse_minutes
+
+STANDARD_ROLES = ("cpu", "train", "generate", "eval")
+KINDS = ("slurm", "local")
+BUILT_IN = Path(__file__).parent / "profiles"
+_NOTHING = ("", "null", "~")  # YAML's ways to write no value
+DEFAULT_MINUTES = 24 * 60  # a role's time where neither the admin nor the partition sets a limit
+
+
+@dataclass
+class Meta:
+    """Who to ask. `name` is the file's name where it is not given."""
+
+    name: str = ""
+    contact: str = ""
+    description: str = ""
+
+
+@dataclass
+class Partition:
+    """What a Slurm partition allows a job (None: not known, not checked) and what every job in it must say."""
+
+    max_time: Optional[str] = None
+    max_nodes: Optional[int] = None
+    cpus: Optional[int] = None  # of a node
+    mem_gib: Optional[int] = None  # of a node
+    gpus_per_node: Optional[int] = None
+    account: Optional[str] = None
+    qos: Optional[str] = None
+    constraint: Optional[str] = None
+    extra_sbatch: Dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Role:
+    """What a phase of this kind gets where its pipeline does not say."""
+
+    partition: Optional[str] = None  # None: the only partition, or none at all on a local profile
+    time: Optional[str] = None  # None: the partition's max_time
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int = 1
+    mem_gib: Optional[int] = None  # a node; None: the cluster's default
+    ranks_per_node: Optional[int] = None  # None: one a GPU, else one
+
+
+@dataclass
+class Env:
+    """What a job's environment is made of, in this order: modules, setup lines, variables."""
+
+    python: Optional[str] = None  # interpreter of the jobs; None: the one that submits
+    setup: List[str] = field(default_factory=list)  # shell lines
+    modules: List[str] = field(default_factory=list)
+    set: Dict[str, str] = field(default_factory=dict)
+    forward: List[str] = field(default_factory=list)  # names of variables taken from the submitter
+
+
+@dataclass
+class Network:
+    port_range: List[int] = field(default_factory=lambda: [20000, 29999])  # first and last port for MASTER_PORT
+
+
+@dataclass
+class Srun:
+    mpi: Optional[str] = None
+    extra: List[str] = field(default_factory=list)
+
+
+@dataclass
+class Profile:
+    kind: str = "slurm"  # or "local": processes of this machine
+    meta: Meta = field(default_factory=Meta)
+    partitions: Dict[str, Partition] = field(default_factory=dict)
+    roles: Dict[str, Role] = field(default_factory=dict)
+    env: Env = field(default_factory=Env)
+    network: Network = field(default_factory=Network)
+    srun: Srun = field(default_factory=Srun)
+    max_array_size: Optional[int] = None  # None: no limit known
+
+
+@dataclass
+class Request:
+    """What a phase asks for; None takes the role's value."""
+
+    role: str
+    nodes: Optional[int] = None
+    gpus_per_node: Optional[int] = None
+    cpus_per_task: Optional[int] = None
+    mem_gib: Optional[int] = None
+    time: Optional[str] = None
+    ranks_per_node: Optional[int] = None
+    partition: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one array element gets. None means that the option is not given to sbatch."""
+
+    role: str
+    partition: Optional[str]
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    cpus_per_task: int
+    mem_gib: Optional[int]
+    time_minutes: Optional[int]
+    account: Optional[str]
+    qos: Optional[str]
+    constraint: Optional[str]
+    extra_sbatch: Dict[str, str]
+
+
+# -- finding and reading ------------------------------------------------------------------------------------------------
+
+
+def search_folders() -> list[Path]:
+    """Where a profile's name is looked up, first match wins: the user's, the site's, ours."""
+    named = os.environ.get("AFTEROK_PROFILES", "")
+    folders = [Path(folder).expanduser() for folder in named.split(os.pathsep) if folder]
+    return [*folders, Path("~/.config/afterok/profiles").expanduser(), Path("/etc/afterok/profiles.d"), BUILT_IN]
+
+
+def find(name_or_path: str) -> Optional[Path]:
+    """The file of a profile, or None: a path as it is, a name as NAME.yaml in the search folders."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        return path if path.is_file() else None
+    files = (folder / f"{name_or_path}.yaml" for folder in search_folders())
+    return next((file for file in files if file.is_file()), None)
+
+
+def names() -> list[str]:
+    """The profiles that `load` knows by name."""
+    return sorted({file.stem for folder in search_folders() if folder.is_dir() for file in folder.glob("*.yaml")})
+
+
+def load(name_or_path: str) -> Profile:
+    """Read and check a profile. Raises UserMistake with every problem of the file at once."""
+    path = find(name_or_path)
+    if path is None:
+        hint = _nearest(name_or_path, names())
+        folders = ", ".join(map(str, search_folders()))
+        raise UserMistake(f"no cluster profile {name_or_path!r}{hint}; profiles are files NAME.yaml in {folders}")
+    problems: list[Problem] = []
+    values = _read_yaml(path, problems)
+    profile = _typed(Profile, values, str(path), "", problems)
+    if not problems:
+        profile.meta.name = profile.meta.name or path.stem
+        problems = _meaning(profile, str(path))
+    if problems:
+        raise UserMistake(problems)
+    return profile
+
+
+def from_live(slurm: Slurm) -> Profile:
+    """A profile of the cluster's own partitions, where the admin wrote none: every role on the default partition."""
+    rows = [row for row in slurm.partitions() if row.state == "up"]
+    if not rows:
+        raise UserMistake("the cluster has no partition that is up and open to you (`sinfo` shows them)")
+    configuration_limit = slurm.max_array_size()
+    profile = Profile(meta=Meta(name="live", description="made from the cluster's own partitions"))
+    for row in rows:
+        profile.partitions[row.name] = Partition(
+            max_time=None if row.max_time_minutes is None else format_minutes(row.max_time_minutes),
+            max_nodes=min(row.nodes, row.max_nodes or row.nodes),
+            cpus=row.cpus_per_node,
+            mem_gib=row.mem_mib_per_node // 1024,
+            gpus_per_node=row.gpus_per_node,
+        )
+    chosen = next((row for row in rows if row.default), rows[0])
+    time = format_minutes(min(chosen.max_time_minutes or DEFAULT_MINUTES, DEFAULT_MINUTES))
+    for role in STANDARD_ROLES:
+        gpus = 0 if role == "cpu" else chosen.gpus_per_node
+        cpus = max(chosen.cpus_per_node // gpus, 1) if gpus else 1
+        profile.roles[role] = Role(partition=chosen.name, time=time, gpus_per_node=gpus, cpus_per_task=cpus)
+    profile.max_array_size = configuration_limit
+    return profile
+
+
+# -- asking -------------------------------------------------------------------------------------------------------------
+
+
+def resolve(profile: Profile, request: Request) -> Resources:
+    """Everything an array element gets. Raises UserMistake for an unknown role or partition or an unreadable time."""
+    problems = _naming(profile, request, "resources")
+    if problems:
+        raise UserMistake(problems)
+    role = profile.roles[request.role]
+    name = _partition_name(profile, request)
+    partition = profile.partitions[name] if name else Partition()
+    gpus = _first(request.gpus_per_node, role.gpus_per_node)
+    time = _first(request.time, role.time, partition.max_time)
+    # A role's ranks belong to its GPUs: asking for other GPUs without saying ranks means one a GPU again.
+    role_ranks = role.ranks_per_node if request.gpus_per_node in (None, role.gpus_per_node) else None
+    return Resources(
+        role=request.role,
+        partition=name,
+        nodes=_first(request.nodes, role.nodes),
+        ranks_per_node=_first(request.ranks_per_node, role_ranks, gpus if gpus > 0 else 1),
+        gpus_per_node=gpus,
+        cpus_per_task=_first(request.cpus_per_task, role.cpus_per_task),
+        mem_gib=_first(request.mem_gib, role.mem_gib),
+        time_minutes=None if time is None else parse_minutes(time),
+        account=partition.account,
+        qos=partition.qos,
+        constraint=partition.constraint,
+        extra_sbatch=dict(partition.extra_sbatch),
+    )
+
+
+def check(profile: Profile, request: Request, where: str, elements: int = 1) -> list[Problem]:
+    """What the cluster would refuse or never start, each with the numbers and the nearest legal value.
+
+    `where` is the place of the request's resources, such as "tiny.yaml: sft.resources"; `elements` is the array's size.
+    """
+    problems = _naming(profile, request, where)
+    if problems:
+        return problems
+    wants = resolve(profile, request)
+    limit = profile.partitions[wants.partition] if wants.partition else Partition()
+    at = f"partition {wants.partition}" if wants.partition else "this machine"
+
+    def too_small(key: str, value: Optional[int], least: int) -> None:
+        if value is not None and value < least:
+            problems.append(Problem(f"{where}.{key}", f"{value} is too small; the least is {least}"))
+
+    def above(key: str, value: Optional[int], most: Optional[int], unit: str) -> None:
+        if value is not None and most is not None and value > most:
+            problems.append(Problem(f"{where}.{key}", f"{value} {unit}, but {at} has {most}; ask for at most {most}"))
+
+    too_small("nodes", wants.nodes, 1)
+    too_small("gpus_per_node", wants.gpus_per_node, 0)
+    too_small("cpus_per_task", wants.cpus_per_task, 1)
+    too_small("ranks_per_node", wants.ranks_per_node, 1)
+    too_small("mem_gib", wants.mem_gib, 1)
+    too_small("time", wants.time_minutes, 1)
+    above("nodes", wants.nodes, limit.max_nodes, "nodes")
+    above("gpus_per_node", wants.gpus_per_node, limit.gpus_per_node, "GPUs a node")
+    above("mem_gib", wants.mem_gib, limit.mem_gib, "GiB a node")
+    ranks, cpus = wants.ranks_per_node, wants.cpus_per_task * wants.ranks_per_node
+    if limit.cpus is not None and cpus > limit.cpus:
+        most = limit.cpus // ranks
+        remedy = f"at most {most} cpus_per_task" if most else f"at most {limit.cpus} ranks_per_node"
+        message = f"{ranks} ranks of {wants.cpus_per_task} CPUs are {cpus} a node, but {at} has {limit.cpus}; {remedy}"
+        problems.append(Problem(f"{where}.cpus_per_task", message))
+    if limit.max_time is not None and wants.time_minutes > parse_minutes(limit.max_time):
+        asked = format_minutes(wants.time_minutes)
+        message = f"{asked} is longer than {at} allows; ask for at most {limit.max_time}"
+        problems.append(Problem(f"{where}.time", message))
+    if profile.max_array_size is not None and elements > profile.max_array_size:
+        message = f"{elements} elements, but the cluster's arrays have at most {profile.max_array_size}"
+        problems.append(Problem(where.removesuffix(".resources") + ".array", f"{message}; split into at most that many"))
+    return problems
+
+
+def _naming(profile: Profile, request: Request, where: str) -> list[Problem]:
+    """Role, partition and time of a request: without these nothing else can be said."""
+    problems = []
+    if request.role not in profile.roles:
+        hint = _nearest(request.role, profile.roles)
+        known = ", ".join(sorted(profile.roles)) or "none"
+        message = f"profile {profile.meta.name} has no role {request.role!r}{hint}; it has {known}"
+        problems.append(Problem(f"{where}.role", message))
+    elif profile.kind == "slurm":
+        name = _partition_name(profile, request)
+        if name not in profile.partitions:
+            known = ", ".join(sorted(profile.partitions)) or "none"
+            what = f"no partition {name!r}{_nearest(name, profile.partitions)}" if name else "no one partition to take"
+            problems.append(Problem(f"{where}.partition", f"profile {profile.meta.name} has {what}; it has {known}"))
+    if request.time is not None:
+        problems += _time_problem(f"{where}.time", request.time)
+    return problems
+
+
+def _partition_name(profile: Profile, request: Request) -> Optional[str]:
+    if profile.kind == "local":
+        return None  # a pipeline that names a partition still runs where there is none
+    only = next(iter(profile.partitions)) if len(profile.partitions) == 1 else None
+    return _first(request.partition, profile.roles[request.role].partition, only)
+
+
+# -- checking a file ----------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    """The file's mapping, every scalar still text: YAML 1.1 would read the time 1:30:00 as the number 5400."""
+    import yaml
+
+    class Loader(yaml.BaseLoader):
+        """Text only, and no key twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        values = yaml.load(path.read_text(), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problems.append(Problem(f"{path}{line}", f"not readable as YAML: {getattr(error, 'problem', None) or error}"))
+        return {}
+    if not isinstance(values, dict):
+        problems.append(Problem(str(path), "a profile is a mapping with the keys partitions, roles, ..."))
+        return {}
+    return values
+
+
+def _typed(schema: type, values: dict[str, Any], file: str, at: str, problems: list[Problem]) -> Any:
+    """A dataclass from a mapping of text; each unknown key and each value of a wrong type becomes a problem."""
+    hints = get_type_hints(schema)
+    result = schema()
+    for key, value in values.items():
+        place = f"{file}: {at}{key}"
+        if key not in hints:
+            message = f"unknown key{_nearest(key, hints)}; known are {', '.join(hints)}"
+            problems.append(Problem(place, message))
+            continue
+        hint = hints[key]
+        inner = get_args(hint)[1] if get_origin(hint) is dict else None
+        try:
+            if dataclasses.is_dataclass(hint):
+                typed = _typed(hint, _mapping(value), file, f"{at}{key}.", problems)
+            elif dataclasses.is_dataclass(inner):
+                typed = {}
+                for name, entry in _mapping(value).items():
+                    place = f"{file}: {at}{key}.{name}"
+                    typed[name] = _typed(inner, _mapping(entry), file, f"{at}{key}.{name}.", problems)
+            else:
+                typed = _leaf(hint, value)
+            setattr(result, key, typed)
+        except ValueError as error:
+            problems.append(Problem(place, str(error)))
+    return result
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if value in _NOTHING:
+        return {}  # `cpu:` with nothing below takes the defaults
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is not a mapping of keys to values")
+    return value
+
+
+def _leaf(hint: Any, value: Any) -> Any:
+    """Text, list or mapping as `hint` wants it; ValueError with the value where it is something else."""
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{value!r} is not a list; write [{value if isinstance(value, str) else '...'}]")
+        return [_leaf(get_args(hint)[0], item) for item in value]
+    if get_origin(hint) is dict:
+        return {key: _leaf(get_args(hint)[1], item) for key, item in _mapping(value).items()}
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not one value")
+    if type(None) in get_args(hint):
+        return None if value in _NOTHING else _leaf(get_args(hint)[0], value)
+    if hint is int:
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is not an integer") from None
+    return value
+
+
+def _meaning(profile: Profile, file: str) -> list[Problem]:
+    """What types cannot say: names that must exist, times that must be readable, limits that must allow the roles."""
+    problems = []
+    if profile.kind not in KINDS:
+        problems.append(Problem(f"{file}: kind", f"{profile.kind!r} is neither slurm nor local"))
+    if not profile.roles:
+        standard = ", ".join(STANDARD_ROLES)
+        problems.append(Problem(f"{file}: roles", f"no roles; pipelines ask for {standard}"))
+    for name, partition in profile.partitions.items():
+        problems += _time_problem(f"{file}: partitions.{name}.max_time", partition.max_time)
+    for name, role in profile.roles.items():
+        problems += _time_problem(f"{file}: roles.{name}.time", role.time)
+    ports = profile.network.port_range
+    if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
+        message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"
+        problems.append(Problem(f"{file}: network.port_range", message))
+    if profile.max_array_size is not None and profile.max_array_size < 1:
+        problems.append(Problem(f"{file}: max_array_size", f"{profile.max_array_size} is too small; the least is 1"))
+    if not problems:  # the numbers can be compared only now
+        for name in profile.roles:
+            problems += check(profile, Request(role=name), f"{file}: roles.{name}")
+    return problems
+
+
+def _time_problem(where: str, time: Optional[str]) -> list[Problem]:
+    try:
+        parse_minutes(time or "0")
+    except ValueError as error:
+        return [Problem(where, str(error))]
+    return []
+
+
+def to_yaml(profile: Profile) -> str:
+    """The profile as a file that `load` reads back equal; what a submission freezes."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(profile), sort_keys=False, width=120)
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None, else None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
