@@ -1,0 +1,110 @@
+"""A phase kind: what one file of jobs/phases (or a user's module) exports, found by name.
+
+    Config                         dataclass, typed by OmegaConf; field metadata says what keys and plan need:
+                                   {"input": True}   a file or folder that must exist; enters the key by content
+                                   {"input": "hub"}  a folder, or a hub name org/name, which enters as text
+                                   {"keyed": False}  does not change the result; not part of the key
+    run(config, task) -> facts     the work of one element on one rank; fills task.out
+    finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
+    check(config, placement) -> [Problem]   what can be refused before anything queues; `where` is a config key
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Iterator, Optional
+
+import jobs.phases
+from data_tools.mistake import Problem, UserMistake
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a phase would run, as far as its `check` needs to know: sizes, not names."""
+
+    ranks: int
+    nodes: int
+    gpus_per_node: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class PhaseKind:
+    name: str
+    module: ModuleType
+
+    @property
+    def config(self) -> type:
+        return self.module.Config
+
+    @property
+    def can_split(self) -> bool:
+        return hasattr(self.module, "finish")
+
+    @property
+    def run(self) -> Callable:
+        return self.module.run
+
+    @property
+    def finish(self) -> Callable:
+        return self.module.finish
+
+    def check(self, config: Any, placement: Placement) -> list[Problem]:
+        check = getattr(self.module, "check", None)
+        return check(config, placement) if check else []
+
+
+def kind_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(jobs.phases.__path__))
+
+
+def find_kind(uses: str) -> Optional[PhaseKind]:
+    """The kind of that name, None when there is none. A dotted name is a module of the user's."""
+    if uses in kind_names():
+        return PhaseKind(uses, importlib.import_module(f"jobs.phases.{uses}"))
+    if "." not in uses:
+        return None
+    try:
+        module = importlib.import_module(uses)
+    except ImportError as error:
+        raise UserMistake(f"module {uses!r} cannot be imported: {error}") from None
+    if not hasattr(module, "Config") or not hasattr(module, "run"):
+        raise UserMistake(f"module {uses!r} exports no Config and run (see jobs/kind.py)")
+    return PhaseKind(uses, module)
+
+
+def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
+    """The part of a config that changes the result, as plain data, recursing into nested dataclasses."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        value = getattr(config, field.name)
+        if not field.metadata.get("keyed", True):
+            continue
+        out[field.name] = keyed_settings(type(value), value) if dataclasses.is_dataclass(value) else value
+    return out
+
+
+def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted config key, path or name, metadata value) of every input a config names."""
+    for field in dataclasses.fields(schema):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from inputs(type(value), value, f"{key}.")
+        elif field.metadata.get("input") and value:
+            for entry in value if isinstance(value, list) else [value]:
+                yield key, entry, field.metadata["input"]
+
+
+def user_module_root(uses: str) -> Optional[Path]:
+    """The file or top package folder that the snapshot must carry for a user's phase kind."""
+    if "." not in uses:
+        return None
+    spec = importlib.util.find_spec(uses.split(".")[0])
+    if spec is None or spec.origin is None:
+        return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    origin = Path(spec.origin)
+    return origin.parent if origin.name == "__init__.py" else origin

@@ -1,0 +1,17 @@
+"""A Hugging Face checkpoint into a model folder: megatron-core's distributed format, any layout reads it."""
+
+from typing import Any
+
+from data_tools.mistake import Problem
+from jobs.kind import Placement
+from jobs.task import Task
+from megatron_ext.entrypoints import import_hf
+from megatron_ext.entrypoints.import_hf import Config
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return import_hf.check(config, placement.ranks)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    return import_hf.run(config, task.out, task.keep, task.progress)

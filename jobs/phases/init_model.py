@@ -1,0 +1,17 @@
+"""A random Hugging Face checkpoint from a small config, with its tokenizer: a model to rehearse with."""
+
+from typing import Any
+
+from data_tools.mistake import Problem
+from jobs.kind import Placement
+from jobs.task import Task
+from megatron_ext.entrypoints import init_model
+from megatron_ext.entrypoints.init_model import Config
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return init_model.check(config, placement.ranks)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    return init_model.run(config, task.out, task.keep, task.progress)

@@ -1,0 +1,22 @@
+"""Task rows to token ids and loss masks: an array over byte ranges of the inputs, merged into one token store."""
+
+from pathlib import Path
+from typing import Any
+
+from data_tools import materialize
+from data_tools.materialize import Config
+from data_tools.mistake import Problem
+from jobs.kind import Placement
+from jobs.task import Task
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return materialize.check(config)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    return materialize.materialize(config, task.out, task.index, task.count, task.progress)
+
+
+def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
+    return materialize.finish(config, parts, task.out)

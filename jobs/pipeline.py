@@ -1,0 +1,406 @@
+"""The pipeline file: schema, dotted overrides, interpolation, and every check that needs no cluster.
+
+    name: tiny
+    params: {pack_length: 416}
+    phases:
+      pack:
+        uses: pack                                  # jobs/phases/pack.py, or a dotted module of the user's
+        needs: [other, {more: aftercorr}]           # afterok unless it says aftercorr or afterany
+        with: {store: "${phases.materialize.out}", pack_length: "${params.pack_length}"}
+        array: 4                                    # or a list of values, one element each
+        resources: {role: cpu, time: "0:30:00"}
+
+Loading collects all violations, each with file, key and value, and raises them together as one UserMistake.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_tools.mistake import Problem, UserMistake, nearest
+from jobs.kind import PhaseKind, find_kind, kind_names
+from slurm.profile import Request
+
+NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}$")
+WRITTEN = re.compile(r"\$\{phases\.([A-Za-z0-9_]+)\.out\}")  # as users write it
+REFERENCE = re.compile(r"@\{phases\.([A-Za-z0-9_]+)\.out\}")  # as it stays until keys or folders are known
+DEFAULT_ROLE = "cpu"
+RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "submissions", "local")
+NEED_TYPES = ("afterok", "aftercorr", "afterany")
+ON_CODE_CHANGE = ("report", "rerun")
+TOP_KEYS = ("name", "params", "phases", "on_code_change")
+PHASE_KEYS = ("uses", "needs", "with", "array", "resources")
+
+
+@dataclass(frozen=True)
+class Need:
+    phase: str
+    type: str = "afterok"
+
+
+@dataclass
+class Phase:
+    """One phase with its parameters resolved; references to other phases read `@{phases.NAME.out}`."""
+
+    name: str
+    uses: str
+    needs: list[Need]
+    settings: dict[str, Any]
+    array: list[Any] | int | None
+    resources: Request
+    kind: PhaseKind
+
+    @property
+    def elements(self) -> int:
+        if self.array is None:
+            return 1
+        return self.array if isinstance(self.array, int) else len(self.array)
+
+    def value(self, index: int) -> Any:
+        """The array value of one element: its list entry, else its index."""
+        return self.array[index] if isinstance(self.array, list) else index
+
+
+@dataclass
+class Pipeline:
+    name: str
+    source: str
+    params: dict[str, Any]
+    phases: dict[str, Phase]  # in an order in which every phase follows its needs
+    on_code_change: str = "report"
+    cluster: str = "auto"
+    overrides: list[str] = field(default_factory=list)
+
+    def descendants(self, name: str) -> set[str]:
+        found: set[str] = set()
+        for phase in self.phases.values():
+            if any(need.phase == name or need.phase in found for need in phase.needs):
+                found.add(phase.name)
+        return found
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML as people read it: 1e-5 is a number, the time 1:30:00 is not (YAML 1.1 reads it as 5400), no key twice."""
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+               r"|\.(?:inf|nan))$"),
+    list("-+0123456789."))
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _YamlLoader)
+
+
+def substitute(value: Any, folders: dict[str, str]) -> Any:
+    """`value` with each reference `@{phases.NAME.out}` replaced by `folders[NAME]`, in strings at any depth."""
+    if isinstance(value, str):
+        return REFERENCE.sub(lambda match: folders[match.group(1)], value)
+    if isinstance(value, dict):
+        return {key: substitute(item, folders) for key, item in value.items()}
+    if isinstance(value, list):
+        return [substitute(item, folders) for item in value]
+    return value
+
+
+def references(value: Any) -> set[str]:
+    """Names of the phases that `value` refers to, at any depth."""
+    if isinstance(value, str):
+        return set(REFERENCE.findall(value))
+    if isinstance(value, dict):
+        return set().union(*map(references, value.values())) if value else set()
+    if isinstance(value, list):
+        return set().union(*map(references, value)) if value else set()
+    return set()
+
+
+def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
+    """The phase's own Config dataclass instance, from settings that were checked before."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind.config), settings))
+
+
+def load_pipeline(path: Path, overrides: "list[str] | None" = None) -> Pipeline:
+    """Read, override, resolve and check a pipeline file.
+
+    Raises:
+        UserMistake: with every violation found, each naming file (or the override), key and value.
+    """
+    return _Loader(Path(path), overrides or []).load()
+
+
+class _Loader:
+    def __init__(self, path: Path, overrides: list[str]):
+        self.path, self.overrides = path, overrides
+        self.overridden: set[str] = set()
+        self.problems: list[Problem] = []
+
+    def load(self) -> Pipeline:
+        raw = self._read()
+        cluster = self._apply_overrides(raw)
+        self._unknown_keys(raw, TOP_KEYS, "")
+        name = raw.get("name")
+        if not isinstance(name, str) or not NAME.match(name):
+            self._problem("name", f"{name!r} is not a pipeline name (lower-case letters, digits, _)")
+        on_code_change = raw.get("on_code_change", "report")
+        if on_code_change not in ON_CODE_CHANGE:
+            self._problem("on_code_change", f"unknown value {on_code_change!r}{nearest(str(on_code_change), ON_CODE_CHANGE)}")
+        params = raw.get("params") or {}
+        phases_raw = raw.get("phases")
+        if not isinstance(params, dict):
+            self._problem("params", f"{params!r} is not a mapping")
+            params = {}
+        if not isinstance(phases_raw, dict) or not phases_raw:
+            self._problem("phases", f"{phases_raw!r} is not a mapping of at least one phase")
+            phases_raw = {}
+        # A reference to a phase resolves to itself, in a spelling that OmegaConf leaves alone from then on.
+        scope = {"params": params, "phases": {str(p): {"out": f"@{{phases.{p}.out}}"} for p in phases_raw}}
+        params = self._resolve("params", params, scope)
+        phases = {}
+        for phase_name, body in phases_raw.items():
+            phase = self._phase(str(phase_name), body, scope, [str(p) for p in phases_raw])
+            if phase is not None:
+                phases[phase.name] = phase
+        ordered = self._order(phases)
+        if self.problems:
+            raise UserMistake(self.problems)
+        return Pipeline(name, str(self.path.resolve()), params, ordered, on_code_change, cluster, list(self.overrides))
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            raw = _read_yaml(self.path.read_text())
+        except FileNotFoundError:
+            raise UserMistake(f"{self.path}: no such pipeline file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserMistake(f"{self.path}: cannot be read: {error}") from None
+        except yaml.YAMLError as error:
+            raise UserMistake(f"{self.path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(raw, dict):
+            raise UserMistake(f"{self.path}: a pipeline is a mapping of {', '.join(TOP_KEYS)}")
+        return raw
+
+    def _apply_overrides(self, raw: dict[str, Any]) -> str:
+        """Write `a.b.c=value` into `raw`; the first word is `params`, a top key or a phase. Returns the cluster."""
+        cluster = "auto"
+        phases = raw.get("phases") if isinstance(raw.get("phases"), dict) else {}
+        for override in self.overrides:
+            key, separator, text = override.partition("=")
+            parts = key.split(".")
+            if not separator or not all(parts):
+                self.problems.append(Problem(f"override {override!r}", "write it as dotted.key=value"))
+                continue
+            try:
+                value = _read_yaml(text)
+            except yaml.YAMLError as error:
+                message = f"the value is not valid YAML: {' '.join(str(error).split())}"
+                self.problems.append(Problem(f"override {override!r}", message))
+                continue
+            if parts == ["cluster"]:
+                cluster = str(value)
+                continue
+            if parts[0] in ("params", "name", "on_code_change"):
+                target, path = raw, parts
+            elif parts[0] in phases:
+                target, path = phases, parts
+            else:
+                known = ["params", "cluster", *map(str, phases)]
+                self.problems.append(Problem(f"override {override!r}", f"no phase {parts[0]!r}{nearest(parts[0], known)}"))
+                continue
+            if parts[0] == "params" and len(parts) > 1 and parts[1] not in (raw.get("params") or {}):
+                known = [str(name) for name in raw.get("params") or {}]
+                self.problems.append(Problem(f"override {override!r}", f"no param {parts[1]!r}{nearest(parts[1], known)}"))
+                continue
+            self.overridden.add(key if target is raw else f"phases.{key}")
+            for part in path[:-1]:
+                below = target.get(part)
+                if not isinstance(below, dict):
+                    below = target[part] = {}
+                target = below
+            target[path[-1]] = value
+        return cluster
+
+    # -- one phase -----------------------------------------------------------------------------------------------
+
+    def _phase(self, name: str, body: Any, scope: dict, names: list[str]) -> Optional[Phase]:
+        key = f"phases.{name}"
+        if not NAME.match(name) or name in RESERVED_NAMES:
+            self._problem(key, f"{name!r} is not a phase name (lower-case letters, digits, _; not {', '.join(RESERVED_NAMES)})")
+            return None
+        if not isinstance(body, dict):
+            self._problem(key, f"{body!r} is not a mapping of {', '.join(PHASE_KEYS)}")
+            return None
+        self._unknown_keys(body, PHASE_KEYS, f"{key}.")
+        body = self._resolve(key, body, scope)
+        kind = self._kind(key, body.get("uses"))
+        settings = body.get("with") or {}
+        if not isinstance(settings, dict):
+            self._problem(f"{key}.with", f"{settings!r} is not a mapping")
+            settings = {}
+        needs = self._needs(key, name, body.get("needs") or [], settings, names)
+        resources = self._resources(f"{key}.resources", body.get("resources") or {})
+        array = self._array(key, body.get("array"), kind)
+        if kind is None:
+            return None
+        self._structured(f"{key}.with", kind.config, settings)
+        return Phase(name, str(body.get("uses")), needs, settings, array, resources, kind)
+
+    def _resources(self, key: str, resources: Any) -> Request:
+        if not isinstance(resources, dict):
+            self._problem(key, f"{resources!r} is not a mapping")
+            resources = {}
+        return self._structured(key, Request, {"role": DEFAULT_ROLE, **resources}) or Request(DEFAULT_ROLE)
+
+    def _kind(self, key: str, uses: Any) -> Optional[PhaseKind]:
+        if uses is None:
+            self._problem(f"{key}.uses", f"missing: name a phase kind{nearest('', kind_names())}")
+            return None
+        try:
+            kind = find_kind(str(uses))
+        except UserMistake as mistake:
+            self._problem(f"{key}.uses", str(mistake))
+            return None
+        if kind is None:
+            self._problem(f"{key}.uses", f"unknown phase kind {uses!r}{nearest(str(uses), kind_names())}")
+        return kind
+
+    def _needs(self, key: str, name: str, needs: Any, settings: dict, names: list[str]) -> list[Need]:
+        found: dict[str, Need] = {}
+        entries = needs if isinstance(needs, list) else [needs]
+        for entry in entries:
+            pairs = list(entry.items()) if isinstance(entry, dict) else [(entry, "afterok")]
+            for phase, kind in pairs:
+                if phase not in names:
+                    self._problem(f"{key}.needs", f"no phase {phase!r}{nearest(str(phase), names)}")
+                elif kind not in NEED_TYPES:
+                    self._problem(f"{key}.needs.{phase}", f"unknown dependency type {kind!r}{nearest(str(kind), NEED_TYPES)}")
+                else:
+                    found[phase] = Need(phase, kind)
+        for phase in sorted(references(settings)):
+            if phase in names:
+                found.setdefault(phase, Need(phase))
+        return list(found.values())
+
+    def _array(self, key: str, array: Any, kind: Optional[PhaseKind]) -> list[Any] | int | None:
+        """`array` by hand: OmegaConf knows no union of int and list."""
+        if array is None:
+            return None
+        if isinstance(array, bool) or not isinstance(array, (int, list)) or (isinstance(array, int) and array < 1) or array == []:
+            self._problem(f"{key}.array", f"{array!r} is neither a number of elements (1 or more) nor a list of values")
+            return None
+        if kind is not None and not kind.can_split:
+            self._problem(f"{key}.array", f"{array!r}: phase kind {kind.name} cannot be split into elements; remove `array`")
+            return None
+        return array
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _resolve(self, key: str, value: Any, scope: dict) -> Any:
+        """Interpolate every leaf on its own, so that one bad reference does not hide the others."""
+        if isinstance(value, dict):
+            return {str(k): self._resolve(f"{key}.{k}", item, scope) for k, item in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(f"{key}[{i}]", item, scope) for i, item in enumerate(value)]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        for reference in WRITTEN.findall(value):
+            if reference not in scope["phases"]:
+                self._problem(key, f"{value!r} refers to no phase {reference!r}{nearest(reference, list(scope['phases']))}")
+                return value.replace("${", "@{")
+        try:
+            root = OmegaConf.create({**scope, "leaf": {"value": value}})
+            return OmegaConf.to_container(root.leaf, resolve=True)["value"]
+        except OmegaConfBaseException as error:
+            known = [f"params.{name}" for name in scope["params"]] + [f"phases.{name}.out" for name in scope["phases"]]
+            word = re.search(r"\$\{([^}]*)\}", value)
+            self._problem(key, f"cannot resolve {value!r}{nearest(word.group(1) if word else value, known)}"
+                          if word else f"cannot resolve {value!r}: {_first_line(error)}")
+            return None
+
+    def _structured(self, key: str, schema: type, settings: Any) -> Any:
+        """`settings` typed by the dataclass `schema`; every unknown key, wrong type and missing value is a problem."""
+        if not isinstance(settings, dict):
+            self._problem(key, f"{settings!r} is not a mapping")
+            return None
+        good = self._typed_keys(key, schema, settings)
+        config = OmegaConf.merge(OmegaConf.structured(schema), good)
+        for missing in sorted(OmegaConf.missing_keys(config)):
+            if missing not in settings:
+                self._problem(f"{key}.{missing}", "missing: this value has no default")
+        return None if OmegaConf.missing_keys(config) else OmegaConf.to_object(config)
+
+    def _typed_keys(self, key: str, schema: type, settings: dict) -> dict:
+        fields = {f.name: f for f in dataclasses.fields(schema)}
+        self._unknown_keys(settings, tuple(fields), f"{key}.")
+        good = {}
+        for name, value in settings.items():
+            if name not in fields:
+                continue
+            nested = fields[name].type
+            if dataclasses.is_dataclass(nested) and isinstance(value, dict):
+                good[name] = self._typed_keys(f"{key}.{name}", nested, value)
+                continue
+            try:
+                OmegaConf.merge(OmegaConf.structured(schema), {name: value})
+                good[name] = value
+            except OmegaConfBaseException as error:
+                expected = getattr(nested, "__name__", str(nested)).replace("typing.", "")
+                self._problem(f"{key}.{name}", f"{value!r} is not of type {expected} ({_first_line(error)})")
+        return good
+
+    def _unknown_keys(self, value: dict, known: tuple[str, ...], prefix: str) -> None:
+        for key in value:
+            if key not in known:
+                self._problem(f"{prefix}{key}", f"unknown key{nearest(str(key), known)}")
+
+    def _order(self, phases: dict[str, Phase]) -> dict[str, Phase]:
+        ordered: dict[str, Phase] = {}
+        waiting = dict(phases)
+        while waiting:
+            ready = [p for p in waiting.values() if all(n.phase not in waiting for n in p.needs)]
+            if not ready:
+                self._problem("phases", f"cycle: {' -> '.join(_cycle(waiting))}; a phase cannot wait for itself")
+                break
+            for phase in ready:
+                ordered[phase.name] = waiting.pop(phase.name)
+        return ordered
+
+    def _problem(self, key: str, message: str) -> None:
+        where = f"override {key.removeprefix('phases.')}" if key in self.overridden else f"{self.path}: {key}"
+        self.problems.append(Problem(where, message))
+
+
+def _cycle(waiting: dict[str, Phase]) -> list[str]:
+    """One cycle among phases that all wait on each other, as names, the first repeated at the end."""
+    name, seen = next(iter(waiting)), []
+    while name not in seen:
+        seen.append(name)
+        name = next(need.phase for need in waiting[name].needs if need.phase in waiting)
+    return [*seen[seen.index(name):], name]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

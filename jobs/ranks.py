@@ -1,0 +1,153 @@
+"""The ranks of one element: found in Slurm's environment or spawned here, and one verdict for all of them.
+
+Rank 0 leases, checks and seals; the others learn its verdict before any of them exits, over the TCPStore that
+torch.distributed then uses too (the way torchrun's agent hosts it: TORCHELASTIC_USE_AGENT_STORE).
+"""
+
+import ctypes
+import datetime
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, Optional
+
+VERDICT_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may hash large upstream files before it speaks
+GOODBYE_TIMEOUT = datetime.timedelta(seconds=30)
+KILL_AFTER_S = 5.0  # between TERM and KILL of the ranks left when one died
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Rank:
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def rank_from_environment(environ: Mapping[str, str], expected: int) -> Optional[Rank]:
+    """This process's rank, None when it is no rank of a set of `expected` and has to spawn them.
+
+    A batch script and a login shell inside an allocation carry SLURM_PROCID=0 too; only a step of the right size
+    is our srun.
+    """
+    if "AFTEROK_RANK" in environ:
+        return Rank(int(environ["AFTEROK_RANK"]), int(environ["LOCAL_RANK"]), int(environ["WORLD_SIZE"]))
+    in_step = "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
+    if in_step and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) == expected:
+        return Rank(int(environ["SLURM_PROCID"]), int(environ.get("SLURM_LOCALID", "0")), expected)
+    return Rank(0, 0, 1) if expected == 1 else None
+
+
+def torch_environment(rank: Rank, gpus: int) -> dict[str, str]:
+    """What torch.distributed's env:// reads; MASTER_ADDR and MASTER_PORT come from the batch script or the parent."""
+    env = {"RANK": str(rank.rank), "LOCAL_RANK": str(rank.local_rank), "WORLD_SIZE": str(rank.world_size)}
+    if rank.world_size > 1:
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return env | thread_environment(gpus)
+
+
+def thread_environment(gpus: int) -> dict[str, str]:
+    """CPU ranks sum in one order: one thread each, wherever they run."""
+    return {} if gpus else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: a rank or worker whose parent is killed must not train on as an orphan."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
+    """Run `command` once a rank on this machine; the first bad exit ends all. Returns the worst exit code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | thread_environment(gpus)
+    children = [
+        subprocess.Popen(command, preexec_fn=die_with_parent, env=base | {
+            "AFTEROK_RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
+        for rank in range(world_size)
+    ]
+
+    def forward(number: int, _: Any) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    try:
+        return _wait_for_all(children)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait_for_all(children: list[subprocess.Popen]) -> int:
+    worst = 0
+    deadline: Optional[float] = None
+    while any(child.poll() is None for child in children):
+        for child in children:
+            if child.returncode and not worst:
+                worst = exit_code(child.returncode)
+                deadline = time.monotonic() + KILL_AFTER_S
+                for other in children:
+                    if other.poll() is None:
+                        other.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            for other in children:
+                if other.poll() is None:
+                    other.kill()
+        time.sleep(0.02)
+    return worst or max(exit_code(child.returncode) for child in children)
+
+
+def exit_code(returncode: int) -> int:
+    """A shell's view of a Popen returncode: 128 + signal for a killed process."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+class Verdicts:
+    """One decision for all ranks of an element. With one rank everything is a plain call."""
+
+    def __init__(self, rank: Rank):
+        self.rank = rank
+        self.store: Any = None
+        if rank.world_size > 1:
+            from torch.distributed import TCPStore
+
+            self.store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank.world_size,
+                                  is_master=rank.rank == 0, timeout=VERDICT_TIMEOUT)
+
+    def decide(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Rank 0 calls `function`; every rank gets its JSON-able result."""
+        if self.rank.rank == 0:
+            result = function()
+            if self.store is not None:
+                self.store.set(f"afterok/{name}", json.dumps(result))
+            return result
+        return json.loads(self.store.get(f"afterok/{name}"))
+
+    def all_done(self) -> None:
+        """Rank 0 returns when every rank has come here; the others return at once."""
+        if self.store is None:
+            return
+        if self.rank.rank:
+            self.store.set(f"afterok/done/{self.rank.rank}", "1")
+        else:
+            self.store.wait([f"afterok/done/{r}" for r in range(1, self.rank.world_size)], VERDICT_TIMEOUT)
+
+    def goodbye(self) -> None:
+        """Rank 0 hosts the store, so it leaves last."""
+        if self.store is None:
+            return
+        if self.rank.rank:
+            self.store.set(f"afterok/bye/{self.rank.rank}", "1")
+            return
+        try:
+            self.store.wait([f"afterok/bye/{r}" for r in range(1, self.rank.world_size)], GOODBYE_TIMEOUT)
+        except Exception as error:  # a rank that died after the seal changes nothing
+            print(f"a rank left without a word: {error}", file=sys.stderr)

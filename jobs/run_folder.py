@@ -1,0 +1,139 @@
+"""Where things lie in a run, and the frozen submissions that a worker reads instead of the user's files.
+
+    RUN/
+      ledger.jsonl                    every submission and job, appended
+      submissions/N/plan.json         the frozen plan: what each phase is, resolved (FrozenPhase)
+      submissions/N/{pipeline,profile}.yaml, code/, scripts/
+      local/N/                        the driver's state, where there is no Slurm
+      PHASE/logs/aN.INDEX.out         one log an element and attempt
+      PHASE/attempts/                 how each attempt ended (Outcome)
+      PHASE/KEY/                      jobs/artifact.py
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from data_tools import durable
+from data_tools.mistake import UserMistake
+from jobs.artifact import Artifact, Seal, read_seal
+
+
+@dataclass
+class FrozenPhase:
+    """One phase of a submission, complete: the worker needs no pipeline file, profile or environment."""
+
+    name: str
+    uses: str
+    key: str
+    material: dict[str, Any]
+    settings: dict[str, Any]  # resolved but for references `@{phases.NAME.out}`
+    array: Any
+    elements: int
+    fans_in: bool
+    needs: dict[str, str]  # phase -> dependency type
+    inputs: dict[str, str]  # external file or folder -> SHA-256 when planned
+    ranks_per_node: int
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def ranks(self) -> int:
+        return self.ranks_per_node * self.nodes
+
+
+@dataclass
+class Outcome:
+    """How one attempt at one element ended, for status, why and the summary."""
+
+    element: int
+    attempt: int
+    restart: int
+    state: str  # sealed, mistake, failed, skipped
+    exit_code: int
+    message: str
+    host: str
+    job: str
+    started: float
+    ended: float = field(default_factory=time.time)
+
+
+class RunFolder:
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    # -- submissions ---------------------------------------------------------------------------------------------
+
+    def submissions(self) -> list[int]:
+        folder = self.path / "submissions"
+        numbers = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+        return sorted(n for n in numbers if (folder / str(n) / "plan.json").exists())
+
+    def submission_folder(self, number: int) -> Path:
+        return self.path / "submissions" / str(number)
+
+    def newest_submission(self) -> int:
+        numbers = self.submissions()
+        if not numbers:
+            raise UserMistake(f"{self.path}: nothing was submitted there yet; start with `afterok submit PIPELINE`")
+        return numbers[-1]
+
+    def freeze(self, number: int, pipeline: str, phases: list[FrozenPhase]) -> None:
+        plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
+        durable.write_json(self.submission_folder(number) / "plan.json", plan)
+
+    def frozen(self, number: int) -> dict[str, FrozenPhase]:
+        try:
+            plan = durable.read_json(self.submission_folder(number) / "plan.json")
+        except FileNotFoundError:
+            raise UserMistake(f"{self.path}: there is no submission {number} (have {self.submissions()})") from None
+        return {entry["name"]: FrozenPhase(**entry) for entry in plan["phases"]}
+
+    def pipeline_name(self, number: int) -> str:
+        return durable.read_json(self.submission_folder(number) / "plan.json")["pipeline"]
+
+    # -- phases --------------------------------------------------------------------------------------------------
+
+    def phase_folder(self, phase: str) -> Path:
+        return self.path / phase
+
+    def artifact(self, phase: FrozenPhase) -> Artifact:
+        return Artifact(self.path / phase.name / phase.key, phase.elements, phase.fans_in)
+
+    def seal(self, phase: str, key: str) -> Optional[Seal]:
+        return read_seal(self.path / phase / key / "seal.json")
+
+    def seals(self, phase: str) -> list[Seal]:
+        """All seals of a phase in this run, oldest first."""
+        found = [read_seal(path) for path in self.phase_folder(phase).glob("*/seal.json")]
+        return sorted((seal for seal in found if seal), key=lambda seal: seal.content["sealed_at"])
+
+    def log_path(self, phase: str, attempt: int, index: int) -> Path:
+        return self.phase_folder(phase) / "logs" / f"a{attempt}.{index}.out"
+
+    def record_outcome(self, phase: str, outcome: Outcome) -> None:
+        """The first of an attempt's ranks to say how it ended is believed."""
+        folder = self.phase_folder(phase) / "attempts"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{outcome.element:04d}.a{outcome.attempt}.r{outcome.restart}.json"
+        durable.create_file(folder / name, json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
+
+    def outcomes(self, phase: str, attempt: Optional[int] = None) -> list[Outcome]:
+        """Outcomes of a phase, of one attempt or all, in order of time."""
+        found = []
+        for path in (self.phase_folder(phase) / "attempts").glob("*.json"):
+            outcome = Outcome(**durable.read_json(path))
+            if attempt is None or outcome.attempt == attempt:
+                found.append(outcome)
+        return sorted(found, key=lambda outcome: outcome.ended)

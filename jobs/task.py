@@ -1,0 +1,59 @@
+"""What a phase's `run` and `finish` are handed: one element, one rank, and the folders it may write."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRESS_LINE_S = 5.0  # at most one log line in so many seconds
+PROGRESS_FILE_S = 0.5
+
+
+@dataclass
+class Task:
+    """`out` is this attempt's own empty folder (the artifact); `keep` survives attempts (checkpoints/, metrics.jsonl,
+    tables/). Only rank 0 writes into either, unless ranks write a sharded checkpoint together."""
+
+    phase: str
+    index: int
+    count: int
+    value: Any
+    out: Path
+    keep: Path
+    rank: int
+    world_size: int
+
+    def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
+        """A plain line in the log every few seconds, and a small file that `afterok run` and `status` show."""
+        if self.rank != 0:
+            return
+        now = time.monotonic()
+        state = self.__dict__.setdefault("_progress", {"first": (now, done), "line": 0.0, "file": 0.0})
+        finished = done >= total
+        if finished or now - state["file"] >= PROGRESS_FILE_S:
+            state["file"] = now
+            self._write_progress({"done": done, "total": total, "unit": unit, "note": note})
+        if finished or now - state["line"] >= PROGRESS_LINE_S:
+            state["line"] = now
+            began, first = state["first"]
+            rate = (done - first) / (now - began) if now > began and done > first else 0.0
+            left = f", {(total - done) / rate:.0f} s left" if rate and not finished else ""
+            speed = f"  {rate:.3g} {unit}/s{left}" if rate else ""
+            print(f"{self.phase}: {done:,}/{total:,} {unit}{speed}  {note}".rstrip(), flush=True)
+
+    def _write_progress(self, value: dict[str, Any]) -> None:
+        path = progress_path(self.keep, self.index)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(value))  # for eyes only: lost in a power cut, never believed
+            os.replace(temporary, path)
+        except OSError as error:
+            print(f"progress not shown: {error}", file=sys.stderr)
+
+
+def progress_path(keep: Path, index: int) -> Path:
+    return keep / "progress" / f"{index:04d}.json"

@@ -1,0 +1,228 @@
+"""One array element of one phase, run the same by Slurm, by the local driver and by hand.
+
+    python -m jobs.worker RUN PHASE [INDEX] [--submission N]
+
+Checks the upstream seals, takes the lease, runs the phase on all ranks of the element, seals, and fans in when it
+finds all other elements sealed. Exits 0 only when the element's seal is on disk (EXIT_* otherwise).
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Optional
+
+from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from jobs.artifact import FINISH, Artifact, HashCache, Lease, LeaseHeld, Owner, Seal, Sealed, content_digest, read_seal
+from jobs.kind import PhaseKind, find_kind
+from jobs.pipeline import substitute, typed_config
+from jobs.ranks import Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
+from jobs.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.task import Task
+
+EXIT_SEALED = 0
+EXIT_FAILED = 1
+EXIT_LEASE_HELD = 3
+EXIT_NO_INPUT = 4  # an upstream phase has no seal
+
+
+class UpstreamNotSealed(Exception):
+    """A phase this one needs has no seal, whatever Slurm thought of its job."""
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.worker", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("phase")
+    parser.add_argument("index", type=int, nargs="?")
+    parser.add_argument("--submission", type=int, help="which frozen submission (default: the newest)")
+    args = parser.parse_args(argv)
+    try:
+        run = RunFolder(args.run.absolute())
+        number = args.submission or run.newest_submission()
+        phases = run.frozen(number)
+        if args.phase not in phases:
+            raise UserMistake(f"submission {number} has no phase {args.phase!r} (known: {', '.join(phases)})")
+        phase = phases[args.phase]
+        index = args.index if args.index is not None else int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+        if not 0 <= index < phase.elements:
+            raise UserMistake(f"phase {phase.name} has elements 0 to {phase.elements - 1}, not {index}")
+    except UserMistake as mistake:
+        print(f"afterok: {mistake}", file=sys.stderr)
+        return EXIT_MISTAKE
+    rank = rank_from_environment(os.environ, phase.ranks)
+    if rank is None:
+        command = [sys.executable, "-m", "jobs.worker", str(run.path), phase.name, str(index), "--submission", str(number)]
+        return spawn_ranks(command, phase.ranks, phase.gpus_per_node)
+    os.environ.update(torch_environment(rank, phase.gpus_per_node))
+    return Worker(run, number, phases, phase, index, rank).work()
+
+
+def slurm_says_ended(job: str) -> bool:
+    """True only when Slurm itself lists the job as ended; silence proves nothing."""
+    from slurm.client import ENDED_STATES, Slurm, SlurmError
+
+    try:
+        return any(job == row.job_id and row.state in ENDED_STATES for row in Slurm().queue())
+    except (SlurmError, UserMistake, OSError):
+        return False
+
+
+class Worker:
+    def __init__(self, run: RunFolder, number: int, phases: dict[str, FrozenPhase], phase: FrozenPhase, index: int,
+                 rank: Rank):
+        self.run, self.number, self.phases, self.phase, self.index, self.rank = run, number, phases, phase, index, rank
+        self.artifact: Artifact = run.artifact(phase)
+        self.owner = Owner.me(number, int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURM_JOB_ID", ""))
+        self.started = time.time()
+        self.lease: Optional[Lease] = None
+        self.upstream: dict[str, Seal] = {}
+
+    def work(self) -> int:
+        try:
+            code, message = self._work()
+        except UserMistake as mistake:
+            code, message = EXIT_MISTAKE, str(mistake)
+        except UpstreamNotSealed as error:
+            code, message = EXIT_NO_INPUT, str(error)
+        except Exception as error:
+            traceback.print_exc()
+            code, message = EXIT_FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        state = {EXIT_SEALED: "sealed", EXIT_MISTAKE: "mistake", EXIT_LEASE_HELD: "skipped"}.get(code, "failed")
+        if code != EXIT_SEALED:
+            print(f"afterok: {self.phase.name}[{self.index}]: {message}", file=sys.stderr, flush=True)
+        if code != EXIT_SEALED or self.rank.rank == 0:
+            self.run.record_outcome(self.phase.name, Outcome(
+                self.index, self.owner.attempt, self.owner.restart, state, code, message,
+                socket.gethostname(), self.owner.job, self.started))
+        if code not in (EXIT_SEALED, EXIT_LEASE_HELD):
+            # Other ranks may sit in a collective with this one: leave without waiting for them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
+
+    def _work(self) -> tuple[int, str]:
+        kind = find_kind(self.phase.uses)
+        assert kind is not None, f"phase kind {self.phase.uses} vanished from the snapshot"
+        verdicts = Verdicts(self.rank)
+        lease = verdicts.decide("lease", self._begin)
+        if lease["exit"] is not None:
+            verdicts.goodbye()
+            return lease["exit"], lease["message"]
+        if not lease["only_fan_in"]:
+            task = self._task(self.index, Path(lease["out"]))
+            config = typed_config(kind, substitute(self.phase.settings, lease["folders"]))
+            facts = kind.run(config, task) or {}
+            verdicts.all_done()
+        else:
+            facts = {}
+        sealed = verdicts.decide("sealed", lambda: self._seal(kind, facts, lease))
+        verdicts.goodbye()
+        return sealed["exit"], sealed["message"]
+
+    # -- rank 0 only ---------------------------------------------------------------------------------------------
+
+    def _begin(self) -> dict[str, Any]:
+        """Upstream seals, inputs and the lease; what every rank has to know."""
+        nothing = {"out": "", "folders": {}, "only_fan_in": False}
+        try:
+            self._read_upstream()
+            folders = {name: str(self._folder_of(name)) for name in self.phase.needs}
+            self.artifact.retire(self.index, self._upstream_digests(), self.number)
+            self.lease = self.artifact.acquire(self.index, self.owner, slurm_says_ended)
+        except Sealed:
+            if self.artifact.seal_path.exists() or not self.artifact.fans_in:
+                print(f"{self.phase.name}[{self.index}] is sealed already")
+                return {"exit": EXIT_SEALED, "message": "sealed already", **nothing}
+            return {"exit": None, "message": "", **nothing, "folders": folders, "only_fan_in": True}
+        except LeaseHeld as held:
+            return {"exit": EXIT_LEASE_HELD, "message": str(held), **nothing}
+        except UserMistake as mistake:
+            return {"exit": EXIT_MISTAKE, "message": str(mistake), **nothing}
+        except UpstreamNotSealed as error:
+            return {"exit": EXIT_NO_INPUT, "message": str(error), **nothing}
+        self.artifact.sweep(self.lease)
+        print(f"{self.phase.name}[{self.index}] attempt {self.owner.attempt}, key {self.phase.key}, "
+              f"{self.rank.world_size} rank(s) on {socket.gethostname()}", flush=True)
+        return {"exit": None, "message": "", "out": str(self.lease.folder), "folders": folders, "only_fan_in": False}
+
+    def _read_upstream(self) -> None:
+        for name, type_ in self.phase.needs.items():
+            up = self.phases[name]
+            path = self.run.artifact(up).seal_path
+            if type_ == "aftercorr" and up.fans_in:
+                path = self.run.artifact(up).element_seal_path(self.index)
+            seal = read_seal(path)
+            if seal is None:
+                if type_ == "afterany":
+                    continue
+                raise UpstreamNotSealed(f"needs {name}, which has no seal at {path}; see `afterok status {self.run.path}`")
+            seal.verify()
+            self.upstream[name] = seal
+        cache = HashCache()
+        for path, digest in self.phase.inputs.items():
+            if not Path(path).exists():
+                raise UserMistake(f"input {path} is gone since it was submitted; restore it and submit again")
+            if content_digest(Path(path), cache) != digest:
+                raise UserMistake(f"input {path} changed since it was submitted (sha256 {digest[:12]}…); submit again")
+        cache.save()
+
+    def _upstream_digests(self) -> dict[str, str]:
+        return {name: seal.digest for name, seal in self.upstream.items()}
+
+    def _folder_of(self, name: str) -> Path:
+        seal = self.upstream.get(name)
+        return seal.folder if seal else self.run.artifact(self.phases[name]).folder
+
+    def _task(self, index: int, out: Path) -> Task:
+        count = self.phase.elements
+        keep = self.artifact.folder if count == 1 else self.artifact.folder / "elements" / f"{index:04d}"
+        keep.mkdir(parents=True, exist_ok=True)
+        value = self.phase.array[index] if isinstance(self.phase.array, list) else index
+        return Task(self.phase.name, index, count, value, out, keep, self.rank.rank, self.rank.world_size)
+
+    def _seal(self, kind: PhaseKind, facts: dict[str, Any], lease: dict[str, Any]) -> dict[str, Any]:
+        if not lease["only_fan_in"] and not self.artifact.seal(self.lease, self._record(facts)):
+            return self._lost_to_twin()
+        if self.artifact.fans_in and len(self.artifact.sealed_elements()) == self.phase.elements:
+            self._fan_in(kind, lease["folders"])
+        return {"exit": EXIT_SEALED, "message": "sealed"}
+
+    def _lost_to_twin(self) -> dict[str, Any]:
+        """A newer owner took over, or a twin sealed first: only the latter means that the work is done."""
+        done = self.artifact.seal_path.exists() or (
+            self.artifact.fans_in and self.artifact.element_seal_path(self.index).exists())
+        if done:
+            return {"exit": EXIT_SEALED, "message": "a twin sealed first"}
+        return {"exit": EXIT_LEASE_HELD, "message": "a newer attempt took this element over"}
+
+    def _fan_in(self, kind: PhaseKind, folders: dict[str, str]) -> None:
+        try:
+            lease = self.artifact.acquire(FINISH, self.owner, slurm_says_ended)
+        except (Sealed, LeaseHeld):
+            return  # another element's task finishes, or has finished
+        self.artifact.sweep(lease)
+        parts = [read_seal(self.artifact.element_seal_path(i)) for i in range(self.phase.elements)]
+        for part in parts:
+            part.verify()
+        config = typed_config(kind, substitute(self.phase.settings, folders))
+        keep = self.artifact.folder
+        task = Task(self.phase.name, 0, self.phase.elements, None, lease.folder, keep, 0, 1)
+        facts = kind.finish([part.folder for part in parts], config, task) or {}
+        self.artifact.seal(lease, self._record(facts) | {"parts": [part.digest for part in parts]})
+
+    def _record(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "phase": self.phase.name, "uses": self.phase.uses, "key": self.phase.key, "material": self.phase.material,
+            "submission": self.number, "restart": self.owner.restart, "job": self.owner.job,
+            "upstream": self._upstream_digests(),
+            "ranks": self.phase.ranks, "started_at": self.started, "facts": facts,
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""The command line: one function a verb. Imports stay inside the verbs, so that --help and plan are quick."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from data_tools.mistake import EXIT_MISTAKE, UserMistake
+
+EXIT_UNFINISHED = 1
+EXIT_INTERRUPTED = 130
+
+DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
+Without Slurm the same pipeline runs as local processes."""
+
+PIPELINE_HELP = "a pipeline file, for example jobs/pipelines/tiny.yaml"
+OVERRIDES_HELP = "dotted overrides: sft.with.lr=1e-5 params.steps=100 cluster=auto|local|dev|PROFILE"
+RUN_HELP = "a run's folder, or its name below ./runs (default: the run last submitted below ./runs)"
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    args = _parser().parse_args(argv)
+    sys.path.append(os.getcwd())  # a pipeline may use phase kinds of the user's: `uses: my_package.my_phase`
+    try:
+        return args.verb(args)
+    except UserMistake as mistake:
+        for problem in mistake.problems:
+            print(f"afterok: {problem}", file=sys.stderr)
+        return mistake.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNFINISHED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="afterok", description=DESCRIPTION)
+    verbs = parser.add_subparsers(dest="name", metavar="VERB", required=True)
+
+    def verb(name: str, function: Callable, help: str, reports: bool = True) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help)
+        sub.set_defaults(verb=function)
+        if reports:
+            sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        return sub
+
+    for name, function, help in (
+        ("plan", _plan, "show what would run, what is reused, and why; submits nothing"),
+        ("submit", _submit, "submit what is missing and return at once"),
+        ("run", _run, "submit what is missing, follow it to the end, and print a summary"),
+    ):
+        sub = verb(name, function, help)
+        sub.add_argument("pipeline", type=Path, help=PIPELINE_HELP)
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+        sub.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: ./runs/PIPELINE_NAME)")
+        sub.add_argument("--verify", action="store_true", help="hash every sealed file again instead of trusting size and mtime")
+
+    sub = verb("status", _status, "show the state of each phase of a run")
+    sub.add_argument("run", nargs="?", help=RUN_HELP)
+
+    sub = verb("logs", _logs, "print the log of a phase", reports=False)
+    sub.add_argument("run", nargs="?", help=RUN_HELP)
+    sub.add_argument("phase", metavar="PHASE[:INDEX]", help="which phase, and which of its elements")
+    sub.add_argument("-f", "--follow", action="store_true", help="go on until the phase ends")
+
+    sub = verb("cancel", _cancel, "cancel a run's jobs, or those of some phases")
+    sub.add_argument("run", nargs="?", help=RUN_HELP)
+    sub.add_argument("phases", nargs="*", metavar="PHASE", help="only these phases")
+
+    cluster = verbs.add_parser("cluster", help="a private real Slurm on this machine, for rehearsal and tests")
+    actions = cluster.add_subparsers(dest="action", metavar="ACTION", required=True)
+    up = actions.add_parser("up", help="start it")
+    up.add_argument("--nodes", type=int, default=4)
+    up.add_argument("--gpus-per-node", type=int, default=8, help="fake GPUs")
+    down = actions.add_parser("down", help="cancel its jobs and stop it")
+    state = actions.add_parser("status", help="which daemons and nodes are up")
+    run_in = actions.add_parser("exec", help="run a command with the cluster's environment")
+    run_in.add_argument("command", nargs=argparse.REMAINDER, help="for example: squeue, or afterok run PIPELINE")
+    for action, function in ((up, _cluster_up), (down, _cluster_down), (state, _cluster_status), (run_in, _cluster_exec)):
+        action.set_defaults(verb=function)
+        action.add_argument("--prefix", type=Path, help="its folder (default: ~/.cache/afterok/cluster)")
+        if action is not run_in:
+            action.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+# -- pipeline verbs -----------------------------------------------------------------------------------------------
+
+
+def _make_plan(args: argparse.Namespace):
+    from jobs.pipeline import load_pipeline
+    from launchers.plan import default_run_folder, make_plan
+    from slurm.detect import find_cluster
+
+    pipeline = load_pipeline(args.pipeline, args.overrides)
+    return make_plan(pipeline, default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster), args.verify)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan = _make_plan(args)
+    if args.json:
+        return _print_json(plan.as_json())
+    from launchers.show import console, plan_table
+
+    console().print(plan_table(plan))
+    return 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from launchers.submit import submit
+
+    plan = _make_plan(args)
+    done = submit(plan)
+    if args.json:
+        return _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs, "active": done.active})
+    _print_submitted(plan, done)
+    return 0
+
+
+def _print_submitted(plan: Any, done: Any) -> None:
+    run = plan.run.path
+    for phase, job in done.jobs.items():
+        print(f"submitted {phase} as job {job}")
+    for phase, job in done.active.items():
+        print(f"{phase} is under way already as job {job}")
+    if not done.jobs and not done.active:
+        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed")
+    elif done.number:
+        print(f"submission {done.number} of {run}; look with `afterok status {_shown(run)}`")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jobs.run_folder import RunFolder
+    from launchers.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
+    from launchers.submit import submit
+
+    plan = _make_plan(args)
+    run: RunFolder = plan.run
+    done = submit(plan)
+    if not args.json:
+        _print_submitted(plan, done)
+    try:
+        poll = SLURM_POLL_S if plan.cluster.kind == "slurm" else LOCAL_POLL_S
+        status = follow(run, poll, quiet=args.json)
+    except KeyboardInterrupt:
+        print(f"\nthe jobs go on; look again with `afterok status {_shown(run.path)}`, "
+              f"`afterok logs {_shown(run.path)} PHASE -f`, or stop them with `afterok cancel {_shown(run.path)}`",
+              file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if args.json:
+        _print_json(status.as_json())
+    else:
+        from launchers.show import console, summary
+
+        console().print(summary(status))
+    return _exit_code(status, run)
+
+
+def _exit_code(status: Any, run: Any) -> int:
+    if status.finished:
+        return 0
+    failed = next((p for p in status.phases if p.state == "FAILED"), None)
+    if failed is not None:
+        print(f"afterok: {failed.phase} failed: {failed.message or failed.reason or f'exit code {failed.exit_code}'} "
+              f"(log: afterok logs {_shown(run.path)} {failed.phase})", file=sys.stderr)
+        return EXIT_MISTAKE if failed.exit_code == EXIT_MISTAKE else EXIT_UNFINISHED
+    print(f"afterok: {_shown(run.path)} is not finished; `afterok submit` goes on with what is missing", file=sys.stderr)
+    return EXIT_UNFINISHED
+
+
+# -- run verbs ----------------------------------------------------------------------------------------------------
+
+
+def _find_run(name: Optional[str]):
+    """The run a user means: a folder, a name below ./runs, or by default the one submitted last."""
+    from jobs.run_folder import RunFolder
+
+    if name is not None:
+        for path in (Path(name), Path("runs") / name):
+            if (path / "ledger.jsonl").exists():
+                return RunFolder(path.absolute())
+        raise UserMistake(f"{name!r} is no run: neither {name}/ledger.jsonl nor runs/{name}/ledger.jsonl exists")
+    ledgers = sorted(Path("runs").glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not ledgers:
+        raise UserMistake("no run below ./runs; name one: afterok status RUN")
+    return RunFolder(ledgers[-1].parent.absolute())
+
+
+def _status(args: argparse.Namespace) -> int:
+    from launchers.status import run_status
+
+    status = run_status(_find_run(args.run))
+    if args.json:
+        return _print_json(status.as_json())
+    from launchers.show import console, status_table
+
+    console().print(status_table(status))
+    return 0
+
+
+def _logs(args: argparse.Namespace) -> int:
+    from launchers.logs import show_log
+
+    phase, _, index = args.phase.partition(":")
+    if index and not index.isdigit():
+        raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
+    try:
+        show_log(_find_run(args.run), phase, int(index) if index else None, args.follow)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from launchers.submit import cancel
+
+    run = _find_run(args.run)
+    jobs = cancel(run, args.phases)
+    if args.json:
+        return _print_json({"run": str(run.path), "cancelled": jobs})
+    print(f"cancelled {', '.join(jobs)}" if jobs else f"{_shown(run.path)}: nothing is active")
+    return 0
+
+
+# -- the dev cluster ----------------------------------------------------------------------------------------------
+
+
+def _dev_cluster(args: argparse.Namespace):
+    from slurm import devcluster
+
+    return devcluster.DevCluster(args.prefix or devcluster.default_prefix())
+
+
+def _cluster_up(args: argparse.Namespace) -> int:
+    from slurm import devcluster
+
+    cluster = devcluster.up(args.prefix or devcluster.default_prefix(), args.nodes, args.gpus_per_node)
+    if args.json:
+        return _print_json(cluster.status())
+    print(f"up: {args.nodes} nodes × {args.gpus_per_node} fake GPUs in {cluster.prefix}")
+    print("use it: `afterok run PIPELINE cluster=dev`, or `afterok cluster exec squeue`")
+    return 0
+
+
+def _cluster_down(args: argparse.Namespace) -> int:
+    cluster = _dev_cluster(args)
+    cluster.down()
+    if args.json:
+        return _print_json({"prefix": str(cluster.prefix), "up": False})
+    print(f"down: {cluster.prefix}")
+    return 0
+
+
+def _cluster_status(args: argparse.Namespace) -> int:
+    status = _dev_cluster(args).status()
+    if args.json:
+        return _print_json(status)
+    for key, value in status.items():
+        print(f"{key}: {value}")
+    return 0
+
+
+def _cluster_exec(args: argparse.Namespace) -> int:
+    cluster = _dev_cluster(args)
+    if not cluster.is_up():
+        raise UserMistake(f"the dev cluster in {cluster.prefix} is not up; start it: afterok cluster up")
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise UserMistake("name a command: afterok cluster exec squeue")
+    try:
+        os.execvpe(command[0], command, cluster.env())
+    except FileNotFoundError:
+        raise UserMistake(f"no command {command[0]!r} in PATH") from None
+
+
+# -- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> int:
+    print(json.dumps(value, indent=1, default=str))
+    return 0
+
+
+def _shown(path: Path) -> str:
+    """A path as the user would type it from here."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

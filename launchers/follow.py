@@ -1,0 +1,69 @@
+"""Watching a run until it ends: a live table on a terminal, plain lines of change in a log."""
+
+import sys
+import time
+from typing import Optional
+
+from jobs.run_folder import RunFolder
+from launchers.show import console, progress_text, status_table
+from launchers.status import COMPLETED, PhaseStatus, RunStatus, format_seconds, run_status
+
+LOCAL_POLL_S = 0.5
+SLURM_POLL_S = 2.0
+PROGRESS_LINE_S = 15.0  # between two progress lines of one phase in a plain log
+SETTLE_S = 10.0  # how long a job may be gone before its seal must be visible: shared filesystems lag
+
+
+def follow(run: RunFolder, poll_s: float = LOCAL_POLL_S, quiet: bool = False) -> RunStatus:
+    """Return the last status, once nothing is active any more. KeyboardInterrupt is the caller's."""
+    if sys.stdout.isatty() and not quiet:
+        from rich.live import Live
+
+        with Live(console=console(), refresh_per_second=4, transient=True) as live:
+            return _watch(run, poll_s, lambda status: live.update(status_table(status)))
+    lines = _Lines(quiet)
+    return _watch(run, poll_s, lines.show)
+
+
+def _watch(run: RunFolder, poll_s: float, show) -> RunStatus:
+    ended_since: Optional[float] = None
+    while True:
+        status = run_status(run)
+        show(status)
+        if status.finished:
+            return status
+        if not status.active:
+            ended_since = ended_since or time.monotonic()
+            undecided = any(p.state == "UNKNOWN" or p.reason == "ended without a seal" for p in status.phases)
+            if not undecided or time.monotonic() - ended_since > SETTLE_S:
+                return status
+        else:
+            ended_since = None
+        time.sleep(poll_s)
+
+
+class _Lines:
+    """One plain line a change of state, and now and then one of progress."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.states: dict[str, str] = {}
+        self.progress_at: dict[str, float] = {}
+
+    def show(self, status: RunStatus) -> None:
+        for phase in status.phases:
+            if self.quiet:
+                continue
+            if self.states.get(phase.phase) != phase.state:
+                self.states[phase.phase] = phase.state
+                print(f"{time.strftime('%H:%M:%S')} {phase.phase}: {phase.state}{self._detail(phase)}", flush=True)
+            elif phase.progress and time.monotonic() - self.progress_at.get(phase.phase, 0) > PROGRESS_LINE_S:
+                self.progress_at[phase.phase] = time.monotonic()
+                print(f"{time.strftime('%H:%M:%S')} {phase.phase}: {progress_text(phase)}", flush=True)
+
+    @staticmethod
+    def _detail(phase: PhaseStatus) -> str:
+        if phase.state == COMPLETED:
+            return f" in {format_seconds(phase.seconds)}"
+        text = phase.message or phase.reason
+        return f" ({text})" if text else ""

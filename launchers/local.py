@@ -1,0 +1,216 @@
+"""Local processes behind the contract of launchers/backend.py: a detached driver runs the graph of one submission.
+
+    python -m launchers.local RUN N      # started by LocalBackend.submit, outlives the terminal
+
+The driver starts each element's worker when its dependencies allow and cores are free, and writes every change to
+RUN/local/N/state.json. Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+from data_tools import durable
+from data_tools.mistake import UserMistake
+from jobs.artifact import Owner
+from jobs.ranks import die_with_parent, exit_code
+from jobs.run_folder import RunFolder
+from launchers.backend import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, JobSpec, TaskState
+from launchers.ledger import Ledger
+from slurm.client import scrubbed_environment
+from slurm.detect import Cluster
+
+POLL_S = 0.05
+KILL_AFTER_S = 5.0  # between TERM and KILL of a cancelled worker
+START_TIMEOUT_S = 30.0
+
+
+class LocalBackend:
+    name = "local"
+
+    def __init__(self, run: RunFolder, cluster: Optional[Cluster] = None):
+        self.run, self.cluster = run, cluster
+
+    def submit(self, number: int, specs: list[JobSpec], waiting: dict[str, str]) -> None:
+        if waiting:  # the caller refuses this: a second driver cannot wait on the jobs of a first
+            raise UserMistake(f"{self.run.path}: still running: {', '.join(waiting)}")
+        assert self.cluster is not None
+        folder = self.run.path / "local" / str(number)
+        (folder / "cancel").mkdir(parents=True)
+        ledger = Ledger(self.run.ledger)
+        jobs = []
+        for i, spec in enumerate(specs):
+            frozen, resources = spec.planned.frozen, spec.planned.resources
+            (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
+            jobs.append({"phase": spec.phase, "job": f"{number}.{i}", "elements": spec.elements, "needs": spec.needs,
+                         "cores": frozen.ranks * max(1, resources.cpus_per_task or 1)})
+            ledger.append("job", submission=number, phase=spec.phase, key=frozen.key, job=f"{number}.{i}",
+                          elements=spec.elements, is_array=spec.is_array, needs=spec.needs)
+        durable.write_json(folder / "jobs.json", jobs)
+        profile_env = self.cluster.profile.env
+        code = self.run.submission_folder(number) / "code"
+        env = scrubbed_environment(os.environ) | dict(profile_env.set) | {
+            "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+        with open(folder / "driver.out", "ab") as log:
+            driver = subprocess.Popen(
+                [profile_env.python or sys.executable, "-m", "launchers.local", str(self.run.path), str(number)],
+                env=env, cwd=self.run.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self._wait_for_start(folder, driver)
+
+    def _wait_for_start(self, folder: Path, driver: subprocess.Popen) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (folder / "state.json").exists():
+            if driver.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the local driver did not start; see {folder / 'driver.out'}")
+            time.sleep(0.02)
+
+    def states(self, jobs: list[str]) -> list[TaskState]:
+        found = []
+        for number in sorted({job.split(".")[0] for job in jobs}, key=int):
+            state = self._state(number)
+            if state is None:
+                continue
+            gone = not driver_is_alive(state)
+            for task in state["tasks"]:
+                if task["job"] not in jobs:
+                    continue
+                word, reason = task["state"], task["reason"]
+                if gone and word in (PENDING, RUNNING):
+                    word, reason = CANCELLED if word == PENDING else FAILED, "the local driver is gone (killed, or a reboot)"
+                found.append(TaskState(task["job"], task["index"], word, reason, task["exit_code"]))
+        return found
+
+    def cancel(self, jobs: list[str]) -> None:
+        for job in jobs:
+            folder = self.run.path / "local" / job.split(".")[0] / "cancel"
+            if folder.is_dir():
+                (folder / job).touch()
+
+    def _state(self, number: str) -> Optional[dict[str, Any]]:
+        try:
+            return durable.read_json(self.run.path / "local" / number / "state.json")
+        except (OSError, ValueError):
+            return None
+
+
+def driver_is_alive(state: dict[str, Any]) -> bool:
+    return not Owner(**state["driver"]).is_dead(lambda _: False)
+
+
+class Driver:
+    """Runs one submission's jobs to their ends. One thread, so that workers die with it (PDEATHSIG is a thread's)."""
+
+    def __init__(self, run: RunFolder, number: int):
+        self.run, self.number = run, number
+        self.folder = run.path / "local" / str(number)
+        self.cores = max(1, len(os.sched_getaffinity(0)))
+        self.jobs = durable.read_json(self.folder / "jobs.json")
+        self.tasks = [
+            {"phase": job["phase"], "job": job["job"], "index": index, "state": PENDING, "reason": "",
+             "exit_code": None, "started": None, "ended": None}
+            for job in self.jobs for index in job["elements"]
+        ]
+        self.needs = {job["phase"]: job["needs"] for job in self.jobs}
+        self.cost = {job["phase"]: min(job["cores"], self.cores) for job in self.jobs}
+        self.children: dict[int, subprocess.Popen] = {}  # position in tasks -> worker
+        self.kill_at: dict[int, float] = {}
+        self.cancel_all = False
+
+    def drive(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        self._save()
+        while any(task["state"] in (PENDING, RUNNING) for task in self.tasks):
+            changed = self._reap()
+            changed |= self._cancel()
+            changed |= self._start()
+            if changed:
+                self._save()
+            time.sleep(POLL_S)
+
+    def _on_signal(self, *_: Any) -> None:
+        self.cancel_all = True
+
+    def _reap(self) -> bool:
+        changed = False
+        for position, child in list(self.children.items()):
+            if child.poll() is None:
+                if time.monotonic() > self.kill_at.get(position, float("inf")):
+                    child.kill()
+                continue
+            del self.children[position]
+            code = exit_code(child.returncode)
+            cancelled = position in self.kill_at
+            state = COMPLETED if code == 0 else CANCELLED if cancelled else FAILED
+            self.tasks[position] |= {"state": state, "exit_code": code, "ended": time.time(),
+                                     "reason": "" if code == 0 or cancelled else "NonZeroExitCode"}
+            changed = True
+        return changed
+
+    def _cancel(self) -> bool:
+        asked = {path.name for path in (self.folder / "cancel").iterdir()}
+        changed = False
+        for position, task in enumerate(self.tasks):
+            if not (self.cancel_all or task["job"] in asked):
+                continue
+            if task["state"] == PENDING:
+                task |= {"state": CANCELLED, "ended": time.time()}
+                changed = True
+            elif position in self.children and position not in self.kill_at:
+                self.children[position].terminate()
+                self.kill_at[position] = time.monotonic() + KILL_AFTER_S
+        return changed
+
+    def _start(self) -> bool:
+        changed = False
+        free = self.cores - sum(self.cost[self.tasks[position]["phase"]] for position in self.children)
+        for position, task in enumerate(self.tasks):
+            if task["state"] != PENDING:
+                continue
+            ready, reason = self._readiness(task)
+            if reason == NEVER:
+                task |= {"state": CANCELLED, "reason": NEVER, "ended": time.time()}
+                changed = True
+                continue
+            if ready and self.cost[task["phase"]] <= free:
+                free -= self.cost[task["phase"]]
+                self.children[position] = self._spawn(task)
+                task |= {"state": RUNNING, "reason": "", "started": time.time()}
+                changed = True
+                continue
+            reason = reason or "Resources"
+            changed |= task["reason"] != reason
+            task["reason"] = reason
+        return changed
+
+    def _readiness(self, task: dict[str, Any]) -> tuple[bool, str]:
+        """(may start, Slurm's reason when it may not)."""
+        for phase, type_ in self.needs[task["phase"]].items():
+            others = [other for other in self.tasks if other["phase"] == phase]
+            if type_ == "aftercorr":
+                others = [other for other in others if other["index"] == task["index"]] or others
+            ended = [other for other in others if other["state"] not in (PENDING, RUNNING)]
+            if type_ != "afterany" and any(other["state"] != COMPLETED for other in ended):
+                return False, NEVER
+            if len(ended) < len(others):
+                return False, "Dependency"
+        return True, ""
+
+    def _spawn(self, task: dict[str, Any]) -> subprocess.Popen:
+        command = [sys.executable, "-m", "jobs.worker", str(self.run.path), task["phase"], str(task["index"]),
+                   "--submission", str(self.number)]
+        with open(self.run.log_path(task["phase"], self.number, task["index"]), "ab") as log:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.run.path,
+                                    preexec_fn=die_with_parent)
+
+    def _save(self) -> None:
+        driver = Owner.me(self.number, 0).__dict__
+        durable.write_json(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})
+
+
+if __name__ == "__main__":
+    Driver(RunFolder(Path(sys.argv[1])), int(sys.argv[2])).drive()

@@ -1,0 +1,61 @@
+"""The log of a phase's element: printed, or followed until the element ends."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Optional
+
+from data_tools.mistake import UserMistake, nearest
+from jobs.run_folder import RunFolder
+from launchers.ledger import Ledger
+from launchers.status import run_status
+
+POLL_S = 0.3
+QUEUE_EVERY = 10  # polls of the file between two questions to the back end
+
+
+def newest_log(run: RunFolder, phase: str, index: Optional[int]) -> Path:
+    """The newest attempt's log of an element (the lowest that has one, when none is named)."""
+    entries = Ledger(run.ledger).jobs()
+    phases = sorted({entry.phase for entry in entries})
+    if phase not in phases:
+        raise UserMistake(f"{run.path} never submitted a phase {phase!r}{nearest(phase, phases)}")
+    for entry in reversed([entry for entry in entries if entry.phase == phase]):
+        for i in [index] if index is not None else entry.elements:
+            path = run.log_path(phase, entry.submission, i)
+            if path.exists():
+                return path
+    raise UserMistake(f"{phase}{'' if index is None else f':{index}'} has no log yet; see `afterok status {run.path}`")
+
+
+def show_log(run: RunFolder, phase: str, index: Optional[int], follow: bool) -> None:
+    path = newest_log(run, phase, index) if not follow else _wait_for_log(run, phase, index)
+    with open(path, "rb") as file:
+        polls = 0
+        while True:
+            data = file.read()
+            if data:
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+                continue
+            if not follow:
+                return
+            polls += 1
+            if polls % QUEUE_EVERY == 0 and not _is_active(run, phase) and os.fstat(file.fileno()).st_size == file.tell():
+                return
+            time.sleep(POLL_S)
+
+
+def _wait_for_log(run: RunFolder, phase: str, index: Optional[int]) -> Path:
+    while True:
+        try:
+            return newest_log(run, phase, index)
+        except UserMistake:
+            if not _is_active(run, phase):
+                raise
+            time.sleep(POLL_S)
+
+
+def _is_active(run: RunFolder, phase: str) -> bool:
+    return any(p.phase == phase and p.active for p in run_status(run).phases)

@@ -1,0 +1,267 @@
+"""What would run, what is reused, and why: a pure look at pipeline, run folder and cluster; writes nothing.
+
+    reuse   the key is sealed in this run, upstream digests agree
+    run     never sealed here (or some elements are missing)
+    rerun   sealed before under other settings, inputs or upstream results; the reasons say which
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from data_tools import durable
+from data_tools.mistake import Problem, UserMistake
+from jobs.artifact import HashCache, Seal, content_digest, key_of
+from jobs.kind import Placement, inputs, keyed_settings, user_module_root
+from jobs.pipeline import DEFAULT_ROLE, Phase, Pipeline, references, substitute, typed_config
+from jobs.run_folder import FrozenPhase, RunFolder
+from launchers.snapshot import code_digests
+from slurm.detect import Cluster
+from slurm.profile import Request, Resources, check as check_request, resolve as resolve_request
+
+MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
+
+
+@dataclass
+class PlannedPhase:
+    frozen: FrozenPhase
+    resources: Resources
+    role: str
+    action: str  # reuse, run, rerun
+    reasons: list[str] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)  # elements to run
+    code_changed: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.frozen.name
+
+
+@dataclass
+class Plan:
+    pipeline: Pipeline
+    run: RunFolder
+    cluster: Cluster
+    phases: list[PlannedPhase]
+
+    @property
+    def to_run(self) -> list[PlannedPhase]:
+        return [phase for phase in self.phases if phase.action != "reuse"]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "pipeline": self.pipeline.name, "run": str(self.run.path), "cluster": self.cluster.name,
+            "phases": [
+                {"phase": p.name, "uses": p.frozen.uses, "key": p.frozen.key, "action": p.action, "reasons": p.reasons,
+                 "elements": p.frozen.elements, "missing": p.missing, "role": p.role,
+                 "resources": dataclasses.asdict(p.resources), "code_changed": p.code_changed}
+                for p in self.phases
+            ],
+        }
+
+
+def default_run_folder(pipeline: Pipeline, run: Optional[Path]) -> RunFolder:
+    return RunFolder((run or Path("runs") / pipeline.name).absolute())
+
+
+def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False) -> Plan:
+    """The plan of a pipeline on a cluster.
+
+    Raises:
+        UserMistake: every violated rule of phases, profile and inputs at once, and sealed files that were altered.
+    """
+    return _Planner(pipeline, run, cluster, verify).plan()
+
+
+class _Planner:
+    def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool):
+        self.pipeline, self.run, self.cluster, self.verify = pipeline, run, cluster, verify
+        self.cache = HashCache()
+        self.problems: list[Problem] = []
+        self.code = code_digests(filter(None, (user_module_root(p.uses) for p in pipeline.phases.values())))
+        self.planned: dict[str, PlannedPhase] = {}
+        self.seals: dict[str, Seal] = {}
+
+    def plan(self) -> Plan:
+        for phase in self.pipeline.phases.values():
+            self.planned[phase.name] = self._phase(phase)
+        self.cache.save()
+        if self.problems:
+            raise UserMistake(self.problems)
+        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()))
+
+    def _phase(self, phase: Phase) -> PlannedPhase:
+        digests, files = self._inputs(phase)
+        frozen = self._frozen(phase, digests, files)
+        resources = self._resources(phase, frozen)
+        self._check(phase, frozen, resources)
+        frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
+        frozen.gpus_per_node = resources.gpus_per_node
+        planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
+        self._decide(planned)
+        return planned
+
+    def _inputs(self, phase: Phase) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """External inputs: ({config key: digests in order}, {absolute path: digest}); missing ones are problems."""
+        digests: dict[str, list[str]] = {}
+        files: dict[str, str] = {}
+        for key, entry, kind in inputs(phase.kind.config, typed_config(phase.kind, phase.settings)):
+            if references(entry):
+                digests.setdefault(key, []).append(str(entry))  # the upstream's key stands for it
+                continue
+            path = Path(entry).expanduser().absolute()
+            if path.exists():
+                files[str(path)] = content_digest(path, self.cache)
+                digests.setdefault(key, []).append(files[str(path)])
+            elif kind == "hub" and is_hub_name(str(entry)):
+                digests.setdefault(key, []).append(f"hub:{entry}")
+            else:
+                what = "no such file or folder, and not a hub name (org/name)" if kind == "hub" else "no such file or folder"
+                self._problem(phase, f"with.{key}", f"{entry!r}: {what} (looked for {path})")
+        return digests, files
+
+    def _frozen(self, phase: Phase, digests: dict[str, list[str]], files: dict[str, str]) -> FrozenPhase:
+        config = typed_config(phase.kind, phase.settings)
+        settings = keyed_settings(phase.kind.config, config)
+        for key, values in digests.items():
+            _write_dotted(settings, key, values)
+        material = {
+            "format": MATERIAL_FORMAT, "uses": phase.uses, "settings": settings, "array": phase.array,
+            "upstream": {need.phase: self.planned[need.phase].frozen.key for need in phase.needs},
+        }
+        if self.pipeline.on_code_change == "rerun":
+            material["code"] = durable.sha256_bytes(durable.canonical_json(self.code))
+        return FrozenPhase(
+            name=phase.name, uses=phase.uses, key=key_of(material), material=material,
+            settings=_absolute_inputs(phase, phase.settings), array=phase.array, elements=phase.elements,
+            fans_in=phase.kind.can_split, needs={need.phase: need.type for need in phase.needs}, inputs=files,
+            ranks_per_node=1, nodes=1, gpus_per_node=0)
+
+    def _resources(self, phase: Phase, frozen: FrozenPhase) -> Resources:
+        where = f"{self.pipeline.source}: phases.{phase.name}.resources"
+        problems = check_request(self.cluster.profile, phase.resources, where, phase.elements)
+        self.problems += problems
+        return resolve_request(self.cluster.profile, Request(DEFAULT_ROLE) if problems else phase.resources)
+
+    def _check(self, phase: Phase, frozen: FrozenPhase, resources: Resources) -> None:
+        """The phase's own rules, on a config whose references read as the upstream's folder (sealed or to come)."""
+        folders = {}
+        for name in frozen.needs:
+            seal = self.seals.get(name)
+            up = self.planned[name].frozen
+            folders[name] = str(seal.folder if seal else self.run.artifact(up).folder)
+        config = typed_config(phase.kind, substitute(frozen.settings, folders))
+        ranks = resources.ranks_per_node * resources.nodes
+        placement = Placement(ranks, resources.nodes, resources.gpus_per_node, phase.elements)
+        for problem in phase.kind.check(config, placement):
+            self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message)
+
+    def _decide(self, planned: PlannedPhase) -> None:
+        frozen = planned.frozen
+        seal = self.run.seal(frozen.name, frozen.key)
+        upstream_runs = [name for name, type_ in frozen.needs.items() if self.planned[name].action != "reuse"]
+        if seal is None:
+            before = self.run.seals(frozen.name)
+            planned.missing = self.run.artifact(frozen).missing_elements()
+            if before:
+                planned.action = "rerun"
+                planned.reasons = self._differences(before[-1], frozen)
+            elif frozen.fans_in and len(planned.missing) < frozen.elements:
+                planned.reasons = [f"{frozen.elements - len(planned.missing)} of {frozen.elements} elements are sealed"]
+            elif any((self.run.artifact(frozen).folder / "checkpoints").glob("step_*")):
+                planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
+            else:
+                planned.reasons = ["never ran in this run"]
+            return
+        changed = list(seal.altered(self.verify))
+        if changed:
+            self.problems.append(Problem("", f"{changed[0]}; restore it, or delete {seal.path} to have {frozen.name} run again"))
+            return
+        stale = [name for name, digest in seal.upstream.items()
+                 if name in self.seals and self.seals[name].digest != digest]
+        if upstream_runs or stale:
+            # Same key over results that were sealed anew: the old seal no longer speaks of what lies upstream.
+            planned.action = "rerun"
+            planned.reasons = [f"because of {name}, which runs again" for name in upstream_runs]
+            planned.reasons += [f"{name} was sealed anew since" for name in stale]
+            planned.missing = list(range(frozen.elements))
+            return
+        planned.action = "reuse"
+        planned.reasons = ["sealed, same key and upstream"]
+        planned.code_changed = self._code_changes(seal)
+        self.seals[frozen.name] = seal
+
+    def _differences(self, seal: Seal, frozen: FrozenPhase) -> list[str]:
+        """Why the key differs from that of the last sealed one, in the user's own words."""
+        old, new = seal.content["material"], frozen.material
+        reasons = []
+        if old.get("uses") != new["uses"]:
+            reasons.append(f"uses {old.get('uses')} → {new['uses']}")
+        before, now = _flatten(old.get("settings", {})), _flatten(new["settings"])
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                reasons.append(f"{frozen.name}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}")
+        if old.get("array") != new["array"]:
+            reasons.append(f"{frozen.name}.array {old.get('array')} → {new['array']}")
+        for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
+            if old.get("upstream", {}).get(name) != new["upstream"].get(name):
+                reasons.append(f"because of {name}")
+        if old.get("code") != new.get("code"):
+            files = self._code_changes(seal)
+            reasons.append(f"code changed: {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")
+        return reasons or ["its key differs from the last sealed one"]
+
+    def _code_changes(self, seal: Seal) -> list[str]:
+        path = self.run.submission_folder(seal.content["submission"]) / "code.json"
+        try:
+            before = durable.read_json(path)["files"]
+        except (OSError, ValueError, KeyError):
+            return []
+        return sorted(name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name))
+
+    def _problem(self, phase: Phase, key: str, message: str) -> None:
+        self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+
+
+def is_hub_name(text: str) -> bool:
+    """org/name, without the look of a path."""
+    parts = text.split("/")
+    return len(parts) == 2 and all(parts) and not text.startswith((".", "~", "/"))
+
+
+def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose existing input paths are absolute: the worker runs in another folder."""
+    absolute = {entry: str(Path(entry).expanduser().absolute())
+                for _, entry, _ in inputs(phase.kind.config, typed_config(phase.kind, settings))
+                if not references(entry) and Path(entry).expanduser().exists()}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return absolute.get(value, value) if isinstance(value, str) else value
+
+    return walk(settings)
+
+
+def _write_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        settings = settings[part]
+    settings[last] = value
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= _flatten(item, f"{prefix}{key}.")
+    return out
+
+
+def _show(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "…"

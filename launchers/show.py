@@ -1,0 +1,75 @@
+"""Tables for people: rich on a terminal, plain text in a log or pipe. Nothing is decided here."""
+
+import sys
+from typing import Any
+
+from launchers.backend import COMPLETED, FAILED, PENDING, RUNNING
+from launchers.plan import Plan
+from launchers.status import PhaseStatus, RunStatus, UNKNOWN, format_seconds
+
+PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
+COLOURS = {COMPLETED: "green", RUNNING: "cyan", PENDING: "dim", FAILED: "bold red", UNKNOWN: "bold red",
+           "reuse": "green", "run": "cyan", "rerun": "yellow"}
+
+
+def console():
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def table(columns: list[str], rows: list[list[Any]], title: str = ""):
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in columns:
+        out.add_column(column, overflow="fold")
+    for row in rows:
+        out.add_row(*(Text(str(cell), style=COLOURS.get(str(cell), "")) for cell in row))
+    return out
+
+
+def plan_table(plan: Plan):
+    rows = []
+    for phase in plan.phases:
+        r = phase.resources
+        size = f"{r.nodes} node{'s' if r.nodes > 1 else ''} × {r.ranks_per_node} rank{'s' if r.ranks_per_node > 1 else ''}"
+        if r.gpus_per_node:
+            size += f", {r.gpus_per_node} GPUs"
+        missing = f"{len(phase.missing)}/{phase.frozen.elements}" if phase.missing else str(phase.frozen.elements)
+        why = "; ".join(phase.reasons)
+        if phase.code_changed:
+            why += f"; code changed since: {', '.join(phase.code_changed[:3])}" + (" …" if len(phase.code_changed) > 3 else "")
+        rows.append([phase.name, missing, phase.role, size, phase.action, why])
+    return table(["phase", "elements", "role", "resources", "action", "why"], rows,
+                 f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}")
+
+
+def progress_text(phase: PhaseStatus) -> str:
+    p = phase.progress
+    return f"{p['done']:,}/{p['total']:,} {p['unit']}  {p.get('note', '')}".rstrip() if p else ""
+
+
+def status_table(status: RunStatus):
+    rows = []
+    for phase in status.phases:
+        detail = phase.message or progress_text(phase) or phase.reason or headline(phase.facts)
+        rows.append([phase.phase, phase.state, f"{phase.sealed}/{phase.elements}", phase.job,
+                     format_seconds(phase.seconds), detail])
+    return table(["phase", "state", "sealed", "job", "took", ""], rows, f"{status.run}, submission {status.submission}")
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """The numbers of a phase worth one line: its own `headline`, else its first few scalar facts."""
+    if "headline" in facts:
+        return str(facts["headline"])
+    scalars = [(k, v) for k, v in facts.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)]
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars[:4])
+
+
+def summary(status: RunStatus):
+    """What ran, how long, what came of it, and where the files are."""
+    rows = [[p.phase, p.state, format_seconds(p.seconds), p.message or headline(p.facts), p.folder] for p in status.phases]
+    return table(["phase", "state", "took", "result", "files"], rows, f"summary of {status.run}")

@@ -1,0 +1,44 @@
+"""One distribution, console script `afterok`. The tested versions of everything are pinned in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="afterok",
+    version="0.1.0",
+    description="Slurm-native toolkit for post-training language models with Megatron-core",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=[f"{package}{below}" for package in ("jobs", "launchers", "megatron_ext", "data_tools", "slurm")
+                 for below in ("", ".*")]
+    ),
+    package_data={"jobs": ["pipelines/*.yaml"], "slurm": ["profiles/*.yaml"]},
+    install_requires=[
+        "submitit>=1.5.4,<1.6",
+        "torch==2.13.*",
+        "megatron-core==0.16.1",  # megatron_ext/device.py patches this version only
+        "transformers>=5.10,<5.24",
+        "omegaconf>=2.3",
+        "numpy>=2",
+        "safetensors",
+        "tokenizers",
+        "einops",  # needed by megatron-core, which does not declare it
+        "psutil",  # the same: every checkpoint save imports it
+        "rich",
+    ],
+    extras_require={
+        # As far as metadata says these fit torch 2.13 and megatron-core 0.16.1; not yet run on a GPU.
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<2.12", "mamba-ssm==2.2.6.post3",
+                "causal-conv1d==1.5.3.post1"],
+        "vllm": ["vllm>=0.29,<0.31"],
+        "wandb": ["wandb"],
+        "test": ["pytest", "hypothesis"],
+    },
+    entry_points={"console_scripts": ["afterok=launchers.cli:main"]},
+)
