@@ -10,6 +10,7 @@ On a machine with CUDA nothing is patched. Everything else in the package asks `
 layer spec or a kernel. Measured list of what megatron-core needs: reference/megatron_cpu.md, section 2.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -136,6 +137,9 @@ PATCHES: dict[str, Patch] = {
     "megatron.core.optimizer.Adam": Patch(
         "torch.optim.AdamW, the fall-back, has a state that the distributed optimizer cannot load", lambda: FusedAdam
     ),
+    "megatron.core.optimizer.distrib_optimizer.Adam": Patch(
+        "the distributed optimizer accepts this class only (distrib_optimizer.py:514)", lambda: FusedAdam
+    ),
     "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER": Patch("makes mcore build the Adam above", lambda: False),
     "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE": Patch(
         "distributed optimizer reads and writes the step of FusedAdam groups", lambda: True
@@ -242,6 +246,11 @@ def init_device() -> None:
     _mode.__enter__()
     torch.set_num_threads(1)  # so that sums agree whatever the machine
     _ready = True
+
+
+def plain_torch() -> contextlib.AbstractContextManager:
+    """Around calls of our own layers, which name no literal "cuda": spares each torch function a visit to the mode."""
+    return torch.overrides._pop_mode_temporarily() if _mode is not None else contextlib.nullcontext()
 
 
 def is_cpu() -> bool:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
@@ -38,13 +39,15 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each token of a pack lies in the padded buffer that the buckets share.
+    """Where each token of a pack lies in the padded buffer that the buckets share, and in its document.
 
-    `slots` is int64 [T]: token t goes to row slots[t] of a buffer with `rows` rows.
+    `slots` is int64 [T]: token t goes to row slots[t] of a buffer with `rows` rows. `positions` is int64 [T], from 0 in
+    each document.
     """
 
     buckets: tuple[Bucket, ...]
     slots: torch.Tensor
+    positions: torch.Tensor
     rows: int
 
     @staticmethod
@@ -63,15 +66,25 @@ class Layout:
         for size, count in zip(sizes.tolist(), counts.tolist()):
             buckets.append(Bucket(start, count, size))
             start += size * count
-        slots = numpy.arange(int(cu_seqlens[-1])) + numpy.repeat(row - starts, lengths)
-        return Layout(tuple(buckets), torch.from_numpy(slots).to(device), start)
+        positions = numpy.arange(int(cu_seqlens[-1])) - numpy.repeat(starts, lengths)
+        slots = positions + numpy.repeat(row, lengths)
+        return Layout(tuple(buckets), torch.from_numpy(slots).to(device), torch.from_numpy(positions).to(device), start)
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """mcore's THD parameters, with the layout that the torch attention needs."""
+    """mcore's THD parameters, with what the torch attention needs once for all layers."""
 
     layout: Layout | None = field(default=None, repr=False)
+    _turns: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+
+    def turns(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [T, 1, d / 2] of each token's position. `angles` is mcore's table [longest, 1, 1, d]."""
+        if self._turns is None:
+            half = angles.size(-1) // 2  # the table repeats its first half
+            mine = angles[:, 0, :, :half].index_select(0, self.layout.positions)  # [T, 1, d / 2]
+            self._turns = mine.cos().to(dtype), mine.sin().to(dtype)
+        return self._turns
 
 
 def packed_documents(cu_seqlens: numpy.ndarray, device: torch.device) -> PackedDocuments:
@@ -117,6 +130,28 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad.new_zeros((ctx.rows, *grad.shape[1:])).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+class _Turn(torch.autograd.Function):
+    """Rotary positions: x [T, heads, d] with halves (a, b) -> (a cos - b sin, b cos + a sin). Backward turns back."""
+
+    @staticmethod
+    def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        left, right = out.chunk(2, dim=-1)
+        torch.mul(a, cos, out=left).addcmul_(b, sin, value=-sign)
+        torch.mul(b, cos, out=right).addcmul_(a, sin, value=sign)
+        return out
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _Turn.turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _Turn.turn(grad, *ctx.saved_tensors, -1), None, None
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -196,3 +231,32 @@ class PackedAttention(MegatronModule):
         if layout is None:
             layout = Layout.of(packed_seq_params.cu_seqlens_q.cpu().numpy(), query.device)
         return packed_attention(query, key, value, layout, self.scale)
+
+
+class PackedSelfAttention(SelfAttention):
+    """mcore's SelfAttention, with a shorter way through a packed row.
+
+    mcore turns the queries and keys of every layer document by document (rope_utils.py:178). Here the cosines and sines of a
+    row are computed once and serve all layers. Same parameters, same function; whatever is not a plain packed row (inference
+    contexts, recomputation of the core, partial or interleaved rotation) takes mcore's way.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **others: Any) -> Any:
+        """hidden_states [T, 1, h] -> (output [T, 1, h], bias)."""
+        documents, angles = others.get("packed_seq_params"), others.get("rotary_pos_emb")
+        plain = (
+            isinstance(documents, PackedDocuments)
+            and isinstance(angles, torch.Tensor)
+            and angles.size(-1) == self.hidden_size_per_attention_head
+            and others.get("inference_context") is None
+            and not self.checkpoint_core_attention
+            and not self.config.rotary_interleaved
+            and not self.config.attention_output_gate
+        )
+        if not plain:
+            return super().forward(hidden_states, attention_mask, **others)
+        query, key, value = self.get_query_key_value_tensors(hidden_states)  # [T, 1, heads | groups, d]
+        cos, sin = documents.turns(angles, query.dtype)
+        query, key = _Turn.apply(query.squeeze(1), cos, sin), _Turn.apply(key.squeeze(1), cos, sin)
+        out = self.core_attention(query, key, value.squeeze(1), attention_mask, packed_seq_params=documents)
+        return self.linear_proj(out.unsqueeze(1))

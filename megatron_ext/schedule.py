@@ -1,0 +1,60 @@
+"""Learning rate as a pure function of the step. Pure Python."""
+
+import math
+from dataclasses import dataclass
+
+from data_tools.mistake import Problem, nearest
+
+SHAPES = ("constant", "cosine", "wsd")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to `peak`, then a shape that ends at `floor` on the last step.
+
+    constant: stays at `peak`. cosine: half a cosine over all that follows the warm-up. wsd (warm-up, stable, decay; MiniCPM,
+    arXiv 2404.06395): stays at `peak`, then falls linearly over the last `decay_share` of all steps.
+    """
+
+    shape: str
+    steps: int
+    peak: float
+    floor: float = 0.0
+    warmup: int = 0
+    decay_share: float = 0.2
+
+    def rate(self, step: int) -> float:
+        """The rate of update `step`, counted from 0."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        if self.shape == "constant":
+            return self.peak
+        left = self.steps - 1 - step  # updates after this one
+        if self.shape == "cosine":
+            span = max(1, self.steps - 1 - self.warmup)
+            share = left / span
+            return self.floor + (self.peak - self.floor) * 0.5 * (1 - math.cos(math.pi * share))
+        decay = max(1, round(self.steps * self.decay_share))
+        return self.floor + (self.peak - self.floor) * min(1.0, left / decay)
+
+
+def check(schedule: Schedule, where: str = "") -> list[Problem]:
+    """All rules that the schedule breaks. `where` is the dotted place of its fields, without the field."""
+    problems = []
+
+    def refuse(field: str, message: str) -> None:
+        problems.append(Problem(f"{where}.{field}" if where else field, message))
+
+    if schedule.shape not in SHAPES:
+        refuse("schedule", f"{schedule.shape!r} is no schedule" + nearest(schedule.shape, SHAPES))
+    if schedule.steps < 1:
+        refuse("steps", f"{schedule.steps} is too few: the least is 1")
+    if not 0 <= schedule.warmup <= max(schedule.steps, 0):
+        refuse("warmup_steps", f"{schedule.warmup} is not between 0 and steps = {schedule.steps}")
+    if not schedule.peak > 0:
+        refuse("lr", f"{schedule.peak} is not positive")
+    if not 0 <= schedule.floor <= schedule.peak:
+        refuse("min_lr", f"{schedule.floor} is not between 0 and lr = {schedule.peak}")
+    if not 0 < schedule.decay_share <= 1:
+        refuse("decay_share", f"{schedule.decay_share} is not in (0, 1]: 0.2 is usual")
+    return problems

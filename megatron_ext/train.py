@@ -1,0 +1,381 @@
+"""The training loop.
+
+`Trainer` holds the model in mcore's DistributedDataParallel with the distributed optimizer and does one update at a time;
+`train_on_packs` drives it over a pack plan with schedule, metrics, checkpoints and resume.
+
+Loss and gradient of a step are sums over supervised tokens, divided once by the number of supervised tokens in the
+whole global batch, over all micro-batches and ranks (reference/megatron.md 3.4: any mean of means is biased when
+packs hold unequal numbers of them).
+
+A rank's packs of step k: the plan gives the global batch, whatever the number of ranks; data rank d of D takes packs d, d + D,
+d + 2D, ... of it, `micro_batch` at a time joined into one THD row.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator, Protocol, Sequence
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from data_tools import durable
+from data_tools.mistake import UserMistake
+from data_tools.progress import Progress, silent
+from megatron_ext import checkpoint
+from megatron_ext.device import device, plain_torch
+from megatron_ext.layers.attention import PackedDocuments, packed_documents
+from megatron_ext.layers.loss_head import supervised_losses
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.schedule import Schedule
+
+
+class Pack(Protocol):
+    """One row of L tokens: ids, labels (the next token), positions int64 [L]; loss_mask [L], 1 where the label counts;
+    cu_seqlens int32 [documents + 1], the last L."""
+
+    ids: numpy.ndarray
+    labels: numpy.ndarray
+    loss_mask: numpy.ndarray
+    positions: numpy.ndarray
+    cu_seqlens: numpy.ndarray
+
+
+class Packs(Protocol):
+    """What data_tools.pack.PackReader offers."""
+
+    n_packs: int
+    pack_length: int
+    digest: str
+
+    def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
+        """Packs of global batch `k`, in order, independent of the number of ranks."""
+
+    def pack(self, i: int) -> Pack: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One THD row on the device: ids and positions int64 [1, T]; the n supervised positions and their labels, int64 [n]."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    documents: PackedDocuments
+    supervised: torch.Tensor
+    labels: torch.Tensor
+
+
+def micro_batch(packs: Sequence[Pack]) -> MicroBatch:
+    """Join packs into one row; documents stay what they were."""
+
+    def row(name: str) -> numpy.ndarray:
+        parts = [getattr(pack, name) for pack in packs]
+        return parts[0] if len(parts) == 1 else numpy.concatenate(parts)
+
+    cu_seqlens, start = [numpy.zeros(1, numpy.int64)], 0
+    for pack in packs:
+        cu_seqlens.append(pack.cu_seqlens[1:].astype(numpy.int64) + start)
+        start += int(pack.cu_seqlens[-1])
+    target = device()
+    supervised = numpy.flatnonzero(row("loss_mask"))
+    return MicroBatch(
+        ids=torch.from_numpy(row("ids").astype(numpy.int64))[None].to(target),
+        positions=torch.from_numpy(row("positions").astype(numpy.int64))[None].to(target),
+        documents=packed_documents(numpy.concatenate(cu_seqlens), target),
+        supervised=torch.from_numpy(supervised).to(target),
+        labels=torch.from_numpy(row("labels")[supervised].astype(numpy.int64)).to(target),
+    )
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Optimizer settings. Weight decay spares norms and biases (one-dimensional parameters). `clip` 0 turns clipping off."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass
+class Sums:
+    """Sums over steps or micro-batches. On one rank until `reduced`."""
+
+    loss: float = 0.0
+    supervised: int = 0
+    tokens: int = 0
+
+    def add(self, other: "Sums") -> None:
+        self.loss += other.loss
+        self.supervised += other.supervised
+        self.tokens += other.tokens
+
+    def reduced(self) -> "Sums":
+        """The sums over all data-parallel ranks, the same on every rank."""
+        box = torch.tensor([self.loss, self.supervised, self.tokens], dtype=torch.float64, device=device())
+        dist.all_reduce(box, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        loss, supervised, tokens = box.tolist()
+        return Sums(loss, int(supervised), int(tokens))
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.supervised if self.supervised else 0.0
+
+
+class NonFinite(UserMistake):
+    """Loss or gradient became inf or NaN."""
+
+
+LossFunction = Callable[[torch.nn.Module, MicroBatch], tuple[torch.Tensor, int]]
+
+
+def supervised_loss(model: torch.nn.Module, rows: MicroBatch) -> tuple[torch.Tensor, int]:
+    """Summed loss of one micro-batch and how many tokens it sums over."""
+    losses = supervised_losses(model, rows.ids, rows.positions, rows.documents, rows.labels, rows.supervised)
+    return losses.sum(), rows.supervised.numel()
+
+
+class Trainer:
+    """A model that is being trained on these ranks. Weights must be loaded before."""
+
+    def __init__(self, model: torch.nn.Module, plan: ParallelPlan, settings: AdamW):
+        config = model.config
+        self.plan = plan
+        self.model = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=False,
+                overlap_param_gather=False,
+            ),
+            Float16Module(config, model) if config.bf16 or config.fp16 else model,
+        )
+        self.weight_decay = settings.weight_decay
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=0.0,  # set at every step
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.epsilon,
+                clip_grad=settings.clip if settings.clip > 0 else math.inf,  # 0 would skip the norm as well
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.model],
+            use_gloo_process_groups=False,
+        )
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss if config.fp16 else None
+        self._forward_backward = get_forward_backward_func()
+
+    def step(
+        self, rows: Sequence[MicroBatch], rate: float, loss_function: LossFunction = supervised_loss
+    ) -> tuple[Sums, float]:
+        """One update from this rank's micro-batches. Returns this rank's sums and the global gradient norm.
+
+        The norm is that of the gradient of the mean loss, before clipping. A non-finite one has already spoilt the
+        weights: the caller must stop.
+        """
+        sums = Sums()
+
+        def forward(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            batch = next(iterator)
+            with plain_torch():
+                loss, count = loss_function(model, batch)
+
+            def with_count(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+                sums.add(Sums(total.item(), count, batch.ids.numel()))
+                return total, torch.tensor(count, dtype=torch.int, device=total.device), {}
+
+            return loss, with_count
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._forward_backward(
+            forward_step_func=forward,
+            data_iterator=iter(rows),
+            model=[self.model],
+            num_microbatches=len(rows),
+            seq_length=rows[0].ids.numel(),
+            micro_batch_size=1,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]
+        _, norm, _ = self.optimizer.step()
+        return sums, float(norm)
+
+
+# ---------------------------------------------------------------- over packs
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `train_on_packs` needs besides model and data."""
+
+    schedule: Schedule
+    global_batch: int  # packs a step
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 0  # 0: only at the end
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Facts about a finished training, the same on every rank."""
+
+    step: int
+    first_loss: float
+    last_loss: float
+    tokens: int
+    supervised_tokens: int
+    resumed_from: int
+    notes: list[str]
+
+
+def rows_of_step(packs: Packs, k: int, run: Run, plan: ParallelPlan) -> list[MicroBatch]:
+    """This data-parallel rank's micro-batches of step `k`."""
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = packs.batch(k, run.global_batch, run.seed)[rank::size]
+    return [
+        micro_batch([packs.pack(i) for i in mine[start : start + plan.micro_batch]])
+        for start in range(0, len(mine), plan.micro_batch)
+    ]
+
+
+class Metrics:
+    """metrics.jsonl on rank 0, one line every `log_every` steps. A step is in it once, resumed or not."""
+
+    def __init__(self, path: Path, resumed_from: int):
+        self.path = path
+        self.writer = dist.get_rank() == 0
+        if self.writer and path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_from]
+            durable.write_file(path, "".join(line + "\n" for line in kept))
+
+    def append(self, values: dict[str, Any]) -> None:
+        if self.writer:
+            with open(self.path, "a") as file:  # not fsynced: a line lost in a power cut is written again
+                file.write(json.dumps(values) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; inf for a torn one, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def train_on_packs(
+    trainer: Trainer,
+    packs: Packs,
+    run: Run,
+    keep: Path,
+    identity: dict[str, Any],
+    progress: Progress = silent,
+) -> Outcome:
+    """Train to the end of the schedule, from the newest valid checkpoint in KEEP/checkpoints if there is one.
+
+    `identity` names what makes two runs the same (JSON values); the plan's digest is added. Raises UserMistake when a
+    checkpoint of another identity lies there, NonFinite naming the step when loss or gradient is inf or NaN.
+    Afterwards KEEP/checkpoints has the last step. Every rank takes part and returns the same.
+    """
+    root, plan = keep / "checkpoints", trainer.plan
+    identity = {**identity, "packs": packs.digest, "global_batch": run.global_batch, "seed": run.seed}
+    if dist.get_rank() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep(root)
+    dist.barrier()
+    folder, notes = checkpoint.newest_valid(root)
+    done, window, whole, first_loss, last_loss = 0, Sums(), Sums(), 0.0, 0.0
+    if folder is not None:
+        done, position = checkpoint.load_step(folder, trainer.model, trainer.optimizer, plan, identity)
+        first_loss, last_loss = position["first_loss"], position["last_loss"]
+        if parallel_state.get_data_parallel_rank() == 0:  # sums of all ranks: one rank carries them on
+            window, whole = Sums(**position["window"]), Sums(**position["whole"])
+    resumed_from = done
+    metrics = Metrics(keep / "metrics.jsonl", resumed_from)
+    schedule, steps = run.schedule, run.schedule.steps
+    progress(done, steps, "steps", f"resumed from {folder.name}" if folder else "")
+    since, timed = time.perf_counter(), 0
+    for k in range(done, steps):
+        rate = schedule.rate(k)
+        sums, norm = trainer.step(rows_of_step(packs, k, run, plan), rate)
+        step = k + 1
+        if not math.isfinite(norm):
+            total = sums.reduced()
+            raise NonFinite(
+                f"step {step}: the gradient norm is {norm} and the loss {total.mean_loss} at learning rate {rate:g}; "
+                f"the last checkpoint is step {_newest(root)}. Lower lr or raise warmup_steps"
+            )
+        window.add(sums)
+        whole.add(sums)
+        timed += 1
+        log = step % run.log_every == 0 or step == steps
+        save = step == steps or (run.checkpoint_every > 0 and step % run.checkpoint_every == 0)
+        if log or step == 1:
+            total = window.reduced()
+            last_loss = total.mean_loss
+            if step == 1:
+                first_loss = last_loss
+            if not math.isfinite(last_loss):
+                raise NonFinite(f"the loss up to step {step} is {last_loss}. Lower lr or raise warmup_steps")
+        if log:
+            now = time.perf_counter()
+            per_step = (now - since) / timed
+            metrics.append(
+                {
+                    "step": step,
+                    "loss": last_loss,
+                    "lr": rate,
+                    "grad_norm": norm,
+                    "tokens": total.tokens,
+                    "supervised_tokens": total.supervised,
+                    "step_s": per_step,
+                    "tokens_per_s": sums.tokens * parallel_state.get_data_parallel_world_size() / per_step,
+                }
+            )
+            progress(step, steps, "steps", f"loss {last_loss:.4f}, lr {rate:.2e}")
+            window, since, timed = Sums(), now, 0
+        if save:
+            window_sum, whole_sum = window.reduced(), whole.reduced()
+            first = parallel_state.get_data_parallel_rank() == 0
+            window, whole = (window_sum, whole_sum) if first else (Sums(), Sums())
+            checkpoint.save_step(
+                root,
+                step,
+                trainer.model,
+                trainer.optimizer,
+                plan,
+                identity=identity,
+                position={
+                    "window": vars(window_sum),
+                    "whole": vars(whole_sum),
+                    "first_loss": first_loss,
+                    "last_loss": last_loss,
+                },
+                keep=run.keep_checkpoints,
+            )
+            since, timed = time.perf_counter(), 0  # the next line's step_s is training, not saving
+    total = whole.reduced()
+    return Outcome(steps, first_loss, last_loss, total.tokens, total.supervised, resumed_from, notes)
+
+
+def _newest(root: Path) -> int:
+    found = checkpoint.steps(root)
+    return found[0] if found else 0
