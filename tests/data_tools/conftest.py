@@ -11,7 +11,7 @@ from data_tools.char_tokenizer import write_char_tokenizer
 from data_tools.materialize import Config, Source, finish, materialize
 from data_tools.tasks.calculator import ALPHABET
 
-settings.register_profile("data", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("data", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("data")
 
 SHARED = Path(__file__).parents[2].parent / "shared"

@@ -1,0 +1,177 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from data_tools.balance import Balance
+from data_tools.chat import load_tokenizer
+from data_tools.durable import read_json
+from data_tools.materialize import Config, Source, check, materialize
+from data_tools.mistake import UserMistake
+from data_tools.store import Store
+from tests.data_tools.conftest import build, line
+
+
+def config_of(tokenizer: Path, *inputs: Path, **changes: object) -> Config:
+    return Config(tokenizer=str(tokenizer), source=Source(inputs=[str(path) for path in inputs]), **changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+any_line = st.one_of(
+    st.lists(st.sampled_from(["1+1=2", "2*3=6", "2*3=7", "9/3=3.0", "1200*10=12000", "x=1"]), max_size=3).map(
+        lambda marks: line(*marks).encode()
+    ),
+    st.sampled_from([b"", b"  ", b"{", b"\xff\xfe", b'{"answer": 1}', "{\u2028}".encode()]),
+)
+files = st.lists(st.tuples(st.lists(any_line, max_size=8), st.sampled_from([b"\n", b"\r\n"]), st.booleans()), max_size=3)
+
+
+@settings(max_examples=20)  # each writes a dozen durable files an element
+@given(files, st.integers(2, 7), st.booleans())
+def test_the_store_and_its_balance_do_not_depend_on_the_number_of_elements(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path, contents_of: list, count: int, dedupe: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("m")
+    inputs = []
+    for place, (lines, end, last_end) in enumerate(contents_of):
+        inputs.append(folder / f"{place}.jsonl")
+        inputs[-1].write_bytes(end.join(lines) + (end if last_end else b""))
+    config = config_of(tokenizer_folder, *inputs, on_bad_row="drop", dedupe=dedupe, max_tokens=10)
+    config.source.synthetic_rows = 5
+    one, facts = build(config, folder, 1)
+    many, facts_of_many = build(config, folder, count)
+    assert contents(many) == contents(one)
+    assert facts_of_many == facts
+    Balance.from_json(read_json(one / "balance.json")).check()
+    assert facts["kept"] == len(Store(one)) and facts["tokens"] == Store(one).tokens
+
+
+def test_rows_are_the_canonical_marks_in_order_with_their_lines(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([line("18*.5=9.00", "2+2=4"), "", line("7-10=-3")]))
+    config = config_of(tokenizer_folder, tmp_path / "a.jsonl", task_options={"reverse_digits": True})
+    store, _ = build(config, tmp_path, 2)
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    texts = [tokenizer.decode(Store(store).ids(row)) for row in range(3)]
+    assert texts == ["18*0.5=9<eos>", "2+2=4<eos>", "7-10=3-<eos>"]
+    assert Store(store).lines.tolist() == [1, 1, 3]
+    assert Store(store).mask(0).tolist() == [0] * 7 + [1, 1]
+
+
+def test_every_drop_has_its_bucket(tmp_path: Path, tokenizer_folder: Path) -> None:
+    lines = [line("1+1=2", "1+1=2.0", "1+1=3", "x=3", "11111*10000=111110000", "7//2=3"), "", line(), "[]"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    out, facts = build(config_of(tokenizer_folder, tmp_path / "a.jsonl", on_bad_row="drop", max_tokens=10), tmp_path)
+    assert facts["buckets"] == {
+        "blank_line": 1, "malformed_line": 1, "no_rows": 1,
+        "duplicate": 1, "wrong_answer": 1, "unparsable": 1, "too_long": 1,
+    }  # fmt: skip
+    assert (facts["lines"], facts["rows"], facts["kept"]) == (4, 6, 2)
+
+
+def test_a_character_the_tokenizer_lacks_drops_the_row(tmp_path: Path) -> None:
+    from data_tools.char_tokenizer import write_char_tokenizer
+
+    write_char_tokenizer(tmp_path / "tokenizer", "0123456789+=")
+    (tmp_path / "a.jsonl").write_text(line("1+1=2", "2*2=4"))
+    _, facts = build(config_of(tmp_path / "tokenizer", tmp_path / "a.jsonl"), tmp_path)
+    assert (facts["kept"], facts["buckets"]) == (1, {"unknown_character": 1})
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [(b"{oops", "not JSON"), (b'{"answer": 1}', "a int as answer"), (b'{"answer": "\xff"}', "not UTF-8")],
+)
+def test_a_malformed_line_fails_by_file_and_line_in_whichever_element_holds_it(
+    tmp_path: Path, tokenizer_folder: Path, count: int, bad: bytes, reason: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    good = line("1+1=2").encode()
+    path.write_bytes(b"\n".join([good] * 6 + [b""] + [good] * 5 + [bad] + [good] * 3))
+    mistakes = []
+    for index in range(count):
+        (tmp_path / str(index)).mkdir()
+        try:
+            materialize(config_of(tokenizer_folder, path), tmp_path / str(index), index, count)
+        except UserMistake as mistake:
+            mistakes.append(str(mistake))
+    assert len(mistakes) == 1
+    assert mistakes[0].startswith(f"{path}:13: {reason}") and "on_bad_row" in mistakes[0] and "\n" not in mistakes[0]
+
+
+def test_nothing_left_is_a_mistake_with_the_buckets(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(line("1+1=3", "2+2=5"))
+    with pytest.raises(UserMistake, match="no row is left of 2: 2 wrong_answer"):
+        build(config_of(tokenizer_folder, tmp_path / "a.jsonl"), tmp_path)
+
+
+def test_gsm8k_adds_up(tmp_path: Path, tokenizer_folder: Path, gsm8k: Path) -> None:
+    config = config_of(tokenizer_folder, gsm8k / "train.jsonl", gsm8k / "test.jsonl")
+    out, facts = build(config, tmp_path, 3)
+    train, test = Balance.from_json(read_json(out / "balance.json")).sources
+    assert (train.lines, train.lines_with_rows, dict(train.lines_dropped)) == (7473, 7378, {"no_rows": 95})
+    assert (train.rows, train.kept, dict(train.dropped)) == (23_716, 10_625, {"duplicate": 13_091})
+    assert (test.rows, test.kept, dict(test.dropped)) == (4_282, 1_331, {"duplicate": 2_951})
+    assert len(Store(out)) == facts["kept"] == 10_625 + 1_331
+    words = Store(out).row_hashes
+    assert len(np.unique(words, axis=0)) == len(words)
+
+
+def test_heldout_and_training_stores_share_no_prompt(tmp_path: Path, tokenizer_folder: Path) -> None:
+    prompts = []
+    for split in ("train", "heldout"):
+        source = Source(synthetic_rows=400, synthetic_split=split)
+        out, facts = build(Config(tokenizer=str(tokenizer_folder), source=source), tmp_path / split)
+        assert facts["rows"] == 400
+        prompts.append({tuple(words) for words in Store(out).prompt_hashes.tolist()})
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+def test_all_problems_are_told_at_once_and_nothing_is_imported_for_it(tmp_path: Path) -> None:
+    config = Config(
+        task="calculatr",
+        source=Source(inputs=["/no/file.jsonl"], synthetic_rows=-1, synthetic_split="training"),
+        tokenizer="/no/tokenizer",
+        max_tokens=-1,
+        on_bad_row="dorp",
+    )
+    problems = {problem.where: problem.message for problem in check(config)}
+    assert problems.keys() == {
+        "task", "on_bad_row", "max_tokens", "source.synthetic_rows", "source.synthetic_split", "source.inputs[0]",
+        "tokenizer",
+    }  # fmt: skip
+    assert "did you mean drop?" in problems["on_bad_row"] and "did you mean calculator?" in problems["task"]
+    assert [problem.where for problem in check(Config(tokenizer="gpt2"))] == ["source"]
+    assert [p.where for p in check(Config(tokenizer="a/b", task_options={"x": 1}, source=Source(synthetic_rows=1)))] == [
+        "task_options"
+    ]
+    code = (
+        "import sys; from data_tools import materialize, pack; materialize.check(materialize.Config()); "
+        "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_what_an_upstream_phase_will_make_is_not_looked_for() -> None:
+    config = Config(tokenizer="/run/init/KEY/tokenizer", source=Source(inputs=["/run/gen/KEY/rows.jsonl"]))
+    assert len(check(config)) == 2
+    assert check(config, pending=["/run/init/KEY", "/run/gen/KEY"]) == []
+
+
+def test_the_configs_are_omegaconf_structured_configs() -> None:
+    from data_tools.pack import Config as PackConfig
+
+    merged = OmegaConf.merge(
+        OmegaConf.structured(Config), {"source": {"inputs": ["a"]}, "task_options": {"reverse_digits": True}}
+    )
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config) and isinstance(config.source, Source) and config.source.inputs == ["a"]
+    assert isinstance(OmegaConf.to_object(OmegaConf.structured(PackConfig)), PackConfig)

@@ -1,0 +1,200 @@
+from collections import Counter
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.mistake import UserMistake
+from data_tools.pack import Config, PackReader, best_fit, check, pack
+from data_tools.store import Provenance, Store, StoreWriter
+
+PAD = 999  # no document holds it
+
+
+def store_of(folder: Path, documents: list[tuple[int, int]]) -> Path:
+    """Documents of (prompt tokens, answer tokens); every token of the store is different."""
+    folder.mkdir()
+    writer = StoreWriter(folder)
+    token = 1000
+    for place, (prompt, answer) in enumerate(documents):
+        ids = np.arange(token, token + prompt + answer, dtype=np.int32)
+        mask = np.array([0] * prompt + [1] * answer, dtype=np.uint8)
+        writer.add(ids, mask, Provenance(0, place + 1, str(place), ""))
+        token += len(ids)
+    writer.close()
+    return folder
+
+
+def pack_to(folder: Path, **values: object) -> Path:
+    folder.mkdir()
+    pack(Config(**values), folder)
+    return folder
+
+
+documents = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 8)), min_size=1, max_size=40)
+settings_of_plan = st.fixed_dictionaries(
+    {
+        "align": st.sampled_from([1, 2, 4]),
+        "order": st.sampled_from(["decreasing", "shuffled"]),
+        "seed": st.integers(0, 3),
+    }
+)
+
+
+@given(documents, settings_of_plan, st.sampled_from([12, 16, 32, 128]))
+def test_every_token_is_in_one_pack_once_and_a_document_sees_only_itself(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list, settings: dict, pack_length: int
+) -> None:
+    folder = tmp_path_factory.mktemp("p")
+    store = Store(store_of(folder / "store", lengths))
+    try:
+        plan = pack_to(folder / "plan", store=str(store.folder), pack_length=pack_length, **settings)
+    except UserMistake as mistake:
+        assert "no document to pack" in str(mistake)
+        assert min(-(-(sum(pair)) // settings["align"]) * settings["align"] for pair in lengths) > pack_length
+        return
+    reader = PackReader(store.folder, plan, pad_id=PAD)
+    seen: Counter[int] = Counter()
+    placed: list[int] = []
+    targets = 0.0
+    for index in range(reader.n_packs):
+        got = reader.pack(index)
+        assert {len(a) for a in (got.ids, got.labels, got.loss_mask, got.positions)} == {pack_length}
+        assert [got.ids.dtype, got.labels.dtype, got.loss_mask.dtype] == [np.int64, np.int64, np.float32]
+        assert got.positions.dtype == np.int64 and got.cu_seqlens.dtype == np.int32
+        assert got.cu_seqlens[0] == 0 and got.cu_seqlens[-1] == pack_length and (np.diff(got.cu_seqlens) > 0).all()
+        assert all(boundary % settings["align"] == 0 for boundary in got.cu_seqlens.tolist())
+        assert len(got.cu_seqlens) - 1 - len(got.doc_ids) in (0, 1)
+        for slot, (start, stop) in enumerate(zip(got.cu_seqlens[:-1], got.cu_seqlens[1:])):
+            assert got.positions[start:stop].tolist() == list(range(stop - start))
+            row = int(got.doc_ids[slot]) if slot < len(got.doc_ids) else None
+            tokens = store.ids(row).tolist() if row is not None else []
+            mask = store.mask(row).tolist() if row is not None else []
+            padding = int(stop - start) - len(tokens)
+            assert got.ids[start:stop].tolist() == tokens + [PAD] * padding
+            assert got.labels[start:stop].tolist() == tokens[1:] + [PAD] * (padding + bool(tokens))
+            assert got.loss_mask[start:stop].tolist() == mask[1:] + [0.0] * (padding + bool(tokens))
+            if row is not None:
+                assert padding < settings["align"]
+        seen.update(token for token in got.ids.tolist() if token != PAD)
+        placed += got.doc_ids.tolist()
+        targets += float(got.loss_mask.sum())
+    align = settings["align"]
+    fitting = [row for row in range(len(store)) if -(-len(store.ids(row)) // align) * align <= pack_length]
+    assert sorted(placed) == fitting
+    assert seen == Counter(token for row in fitting for token in store.ids(row).tolist())
+    assert targets == reader.facts["targets"] == sum(int(store.mask(row)[1:].sum()) for row in fitting)
+    assert reader.facts["documents"] + reader.facts["overlong"] == len(store)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80))
+def test_best_fit_takes_the_fullest_pack_that_holds_the_document(sizes: list[int]) -> None:
+    packs, count = best_fit(np.array(sizes), 50)
+    free: list[int] = []
+    for size, chosen in zip(sizes, packs.tolist()):
+        holding = [space for space in free if space >= size]
+        if chosen == len(free):
+            assert not holding
+            free.append(50)
+        else:
+            assert free[chosen] == min(holding)
+        free[chosen] -= size
+    assert count == len(free) and min(free) >= 0
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80))
+def test_decreasing_best_fit_is_within_its_bound(sizes: list[int]) -> None:
+    _, count = best_fit(np.array(sorted(sizes, reverse=True)), 50)
+    assert count <= 11 / 9 * max(-(-sum(sizes) // 50), sum(size > 25 for size in sizes)) * 1.5 + 1
+
+
+def test_shuffled_packs_of_tiny_documents_mix_lengths_and_are_nearly_full(
+    tmp_path: Path, synthetic_store: Callable[..., Path]
+) -> None:
+    store = synthetic_store(1500)
+    readers = {
+        order: PackReader(store, pack_to(tmp_path / order, store=str(store), pack_length=128, order=order))
+        for order in ("decreasing", "shuffled")
+    }
+    kinds = {
+        order: np.mean([len(set(reader.store.lengths[reader.pack(i).doc_ids])) for i in range(reader.n_packs)])
+        for order, reader in readers.items()
+    }
+    assert kinds["shuffled"] > 2 * kinds["decreasing"]
+    for reader in readers.values():
+        assert reader.facts["tokens"] / (reader.n_packs * 128) > 0.97
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> PackReader:
+    store = store_of(tmp_path / "store", [(3, 2)] * 23)
+    return PackReader(store, pack_to(tmp_path / "plan", store=str(store), pack_length=10))
+
+
+def test_a_batch_is_a_pure_function_of_its_number(reader: PackReader) -> None:
+    straight = [reader.batch(k, 5, seed=1) for k in range(12)]
+    fresh = PackReader(reader.store.folder, reader.store.folder.parent / "plan")
+    assert [fresh.batch(k, 5, seed=1) for k in reversed(range(12))][::-1] == straight
+    assert [reader.batch(k, 5, seed=2) for k in range(12)] != straight
+
+
+def test_the_stream_visits_every_pack_once_an_epoch_across_batch_borders(reader: PackReader) -> None:
+    assert reader.n_packs == 12
+    for size in (1, 5, 7, 30):
+        stream = [i for k in range(60) for i in reader.batch(k, size, seed=0)]
+        epochs = [stream[start : start + 12] for start in range(0, len(stream) - 11, 12)]
+        assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert [i for k in range(10) for i in reader.batch(k, 6, 0)] == [i for k in range(20) for i in reader.batch(k, 3, 0)]
+
+
+def test_a_plan_is_the_same_bytes_again_and_its_digest_names_it(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", [(3, 2), (1, 1), (4, 4)] * 9)
+    values = {"store": str(store), "pack_length": 16, "order": "shuffled"}
+    plans = [pack_to(tmp_path / name, **values, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    for name in ("plan.npz", "plan.json", "balance.json"):
+        assert (plans[0] / name).read_bytes() == (plans[1] / name).read_bytes()
+    digests = [PackReader(store, plan).digest for plan in plans]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_overlong_document_fails_by_source_and_line_or_is_counted(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", [(3, 2), (9, 4), (1, 1)])
+    with pytest.raises(UserMistake, match="1 of 3 documents do not fit pack_length 8 .* source 0 line 2; .* 16, or set"):
+        pack(Config(store=str(store), pack_length=8, align=4, overlong="fail"), tmp_path)
+    facts = pack(Config(store=str(store), pack_length=8, align=4), tmp_path)
+    assert (facts["documents"], facts["overlong"]) == (2, 1)
+    assert facts["table"]["columns"][-3:] == ["overlong", "tokens", "supervised"]
+
+
+def test_wrong_values_are_told_at_once_with_the_nearest_legal_one() -> None:
+    problems = {problem.where: problem.message for problem in check(Config(pack_length=100, align=16, order="random"))}
+    assert problems.keys() == {"align", "order", "store"}
+    assert "pack_length 100 is not a multiple of align 16; nearest pack_length 96" in problems["align"]
+    assert check(Config(store="s", pack_length=96, align=16)) == []
+    assert [problem.where for problem in check(Config(store="s", align=0))] == ["align"]
+
+
+def test_a_damaged_plan_or_another_store_is_a_mistake_that_names_it(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", [(3, 2)] * 9)
+    other = store_of(tmp_path / "other", [(3, 2)] * 10)
+    plan = pack_to(tmp_path / "plan", store=str(store), pack_length=16)
+    with pytest.raises(UserMistake, match="made for another store"):
+        PackReader(other, plan)
+    arrays = plan / "plan.npz"
+    data = arrays.read_bytes()
+    np.savez(arrays, pack_ptr=np.array([0, 1]), doc_ids=np.array([0]))
+    with pytest.raises(UserMistake, match="plan.npz is damaged"):
+        PackReader(store, plan)
+    arrays.write_bytes(data[:50])
+    with pytest.raises(UserMistake, match="plan.npz is damaged"):
+        PackReader(store, plan)
+    arrays.write_bytes(data)
+    (plan / "plan.json").write_text("{}")
+    with pytest.raises(UserMistake, match="plan.json is damaged"):
+        PackReader(store, plan)
+    with pytest.raises(UserMistake, match="no pack plan"):
+        PackReader(store, tmp_path)

@@ -1,0 +1,114 @@
+"""char_tokenizer.py and chat.py: text to ids and back, with and without transformers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.char_tokenizer import write_char_tokenizer
+from data_tools.chat import encode_row, load_tokenizer
+from data_tools.durable import read_json, write_json
+from data_tools.mistake import UserMistake
+from data_tools.tasks.calculator import ALPHABET
+from tests.data_tools.conftest import SHARED
+
+texts = st.text(st.sampled_from(ALPHABET), max_size=40)
+
+
+@given(texts)
+def test_ids_are_one_a_character_and_decode_to_the_text(tokenizer_folder: Path, text: str) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    ids = tokenizer.encode(text)
+    assert ids == [3 + ALPHABET.index(character) for character in text]
+    assert tokenizer.decode(ids) == text
+
+
+def test_transformers_loads_the_folder_with_the_same_ids_and_an_exact_round_trip(tokenizer_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(tokenizer_folder), load_tokenizer(str(tokenizer_folder))
+    for text in ("48/2=24", "", ALPHABET, "1 + x\n2", "(3.5-2)*10=15"):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ids == ours.encode(text)
+        if set(text) <= set(ALPHABET):
+            assert theirs.decode(ids) == text
+    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (ours.pad_id, ours.eos_id, ours.unk_id)
+    assert len({ours.pad_id, ours.eos_id, ours.unk_id}) == 3
+    assert len(theirs) == ours.vocab_size == len(ALPHABET) + 3
+
+
+def test_an_unknown_character_is_visible_and_special_tokens_can_be_skipped(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    for character in (" ", "x", "\n", "é", "🙂", "０"):
+        assert tokenizer.encode(f"1{character}2") == [4, tokenizer.unk_id, 5]
+    assert tokenizer.decode([4, tokenizer.eos_id, tokenizer.pad_id], skip_special_tokens=True) == "1"
+
+
+def test_the_same_alphabet_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_char_tokenizer(tmp_path / name, "01+=")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(UserMistake, match="more than once"):
+        write_char_tokenizer(tmp_path / "c", "010")
+
+
+def test_a_real_bpe_folder_gives_the_ids_of_transformers() -> None:
+    folder = SHARED / "tokenizers" / "qwen3_rebuilt"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip(f"no real tokenizer: {folder} is not on this machine")
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder))
+    for text in ("48/2=24", "Größe 1 234,5 €\n\n  naïve <|im_end|> e\u0301", " leading"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+def test_a_local_folder_needs_no_transformers(tokenizer_folder: Path) -> None:
+    code = (
+        "import sys; from data_tools.chat import load_tokenizer; "
+        f"load_tokenizer({str(tokenizer_folder)!r}).encode('1'); assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "no-such-owner/no-such-model"])
+def test_a_tokenizer_that_is_not_there_is_a_mistake_with_a_remedy(name: str) -> None:
+    with pytest.raises(UserMistake, match=f"tokenizer {name}: no such folder") as caught:
+        load_tokenizer(name)
+    assert "\n" not in str(caught.value) and "give a folder" in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_and_a_damaged_one_are_named(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserMistake, match=f"tokenizer {tmp_path / 'empty'}"):
+        load_tokenizer(str(tmp_path / "empty"))
+    write_char_tokenizer(tmp_path / "cut", ALPHABET)
+    path = tmp_path / "cut" / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserMistake, match="tokenizer.json is damaged"):
+        load_tokenizer(str(tmp_path / "cut"))
+
+
+@given(texts, texts)
+def test_a_row_masks_its_prompt_and_supervises_answer_and_end(tokenizer_folder: Path, prompt: str, answer: str) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    ids, mask = encode_row(tokenizer, prompt, answer)
+    assert ids.dtype == np.int32 and mask.dtype == np.uint8
+    assert ids.tolist() == [*tokenizer.encode(prompt), *tokenizer.encode(answer), tokenizer.eos_id]
+    assert mask.tolist() == [0] * len(prompt) + [1] * (len(answer) + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"eos_token": None}, "has no eos token"), ({"pad_token": "<eos>"}, "are both token 1")]
+)
+def test_a_row_needs_an_end_that_is_not_padding(tmp_path: Path, change: dict, message: str) -> None:
+    write_char_tokenizer(tmp_path, ALPHABET)
+    config = tmp_path / "tokenizer_config.json"
+    write_json(config, {**read_json(config), **change})
+    with pytest.raises(UserMistake, match=message):
+        encode_row(load_tokenizer(str(tmp_path)), "1+1=", "2")
