@@ -31,7 +31,7 @@ GPU_DEVICES = "nvidia[0-9]*"
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where phases run. `env` is the environment for Slurm's commands and for local processes: no outer job's SLURM_*."""
+    """Where phases run. `env` is for Slurm's commands and for local processes: nothing of an outer job's SLURM_*."""
 
     kind: str  # "slurm" or "local"
     profile: profile.Profile
@@ -75,10 +75,10 @@ def _local(name: str) -> Cluster:
 
 
 def _slurm(name: str | None) -> Cluster:
-    """A Slurm that answers, with the profile `name`, or the one named like the cluster, or one made from what it says."""
+    """A Slurm that answers, with the profile `name`, else the one named like the cluster, else one made from it."""
     env = client.scrubbed_environment(os.environ)
     slurm = Slurm(env)
-    slurm.ping()
+    slurm.ping(client.PING_LIMIT_S)
     if name is None:
         own = slurm.configuration().get("ClusterName", "slurm")
         # only an admin's or the user's: a cluster called "example" has not chosen our example
@@ -94,7 +94,7 @@ def _dev(cluster: devcluster.DevCluster) -> Cluster:
     if not cluster.is_up():
         raise SlurmUnavailable(f"no dev cluster is up at {cluster.prefix}; start one with `afterok cluster up`")
     env = cluster.env()
-    Slurm(env).ping()
+    Slurm(env).ping(client.PING_LIMIT_S)
     chosen, shape = profile.load("dev"), cluster.shape
     for partition in chosen.partitions.values():
         partition.max_nodes = shape.nodes

@@ -148,7 +148,7 @@ class DevCluster:
         self.conf = self.prefix / "etc" / "slurm.conf"
         self.started = True
 
-    # -- asking ---------------------------------------------------------------------------------------------------------
+    # -- asking ------------------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> Shape:
@@ -203,7 +203,7 @@ class DevCluster:
             "nodes": states,
         }
 
-    # -- up and down ----------------------------------------------------------------------------------------------------
+    # -- up and down -------------------------------------------------------------------------------------------------
 
     def down(self) -> None:
         """Cancel all jobs, stop all daemons, end every process of theirs. Down already: nothing to do."""
@@ -295,7 +295,7 @@ class DevCluster:
             process.send(signal.SIGKILL)
         return _gone([process], wait_s)
 
-    # -- inside ---------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------------------------
 
     def _record(self) -> dict[str, Any]:
         try:
@@ -354,9 +354,8 @@ class DevCluster:
 
     def _last_words(self, name: str) -> str:
         log = self.prefix / "log" / f"{name}.out"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        blamed = [line for line in lines if "fatal" in line] or [line for line in lines if "error" in line] or lines
-        return f"{blamed[0] if blamed else 'it said nothing'}; log: {log}"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if "error" in line or "fatal" in line]
+        return f"{'; '.join(lines[-3:]) or 'it said nothing'}; log: {log}"
 
     def _leftovers(self) -> list[Process]:
         """Processes of the cluster, recorded or not: daemons, job steps, jobs and all their descendants.

@@ -1,8 +1,8 @@
 """The cluster profile: what an admin writes once, so that no pipeline names a partition, an account or a module.
 
 A profile is a YAML file of the dataclasses below (`profiles/example.yaml` is the one to copy). A pipeline asks for a
-role and perhaps some numbers (`Request`); `resolve` fills in the rest (`Resources`), `check` says what the cluster would
-refuse. Times are Slurm's: "30" (minutes), "1:30:00", "2-00:00:00".
+role and perhaps some numbers (`Request`); `resolve` fills in the rest (`Resources`), `check` says what the cluster
+would refuse. Times are Slurm's: "30" (minutes), "1:30:00", "2-00:00:00".
 
 The dataclasses are OmegaConf structured configs too, but files are read by `load`: OmegaConf's reader takes the time
 1:30:00 for the number 5400 and stops at the first error. yaml is imported where it is used: `afterok --help` must not
@@ -130,7 +130,7 @@ class Resources:
     extra_sbatch: Dict[str, str]
 
 
-# -- finding and reading ------------------------------------------------------------------------------------------------
+# -- finding and reading ----------------------------------------------------------------------------------------------
 
 
 def search_folders() -> list[Path]:
@@ -197,7 +197,7 @@ def from_live(slurm: Slurm) -> Profile:
     return profile
 
 
-# -- asking -------------------------------------------------------------------------------------------------------------
+# -- asking -----------------------------------------------------------------------------------------------------------
 
 
 def resolve(profile: Profile, request: Request) -> Resources:
@@ -268,8 +268,8 @@ def check(profile: Profile, request: Request, where: str, elements: int = 1) -> 
         message = f"{asked} is longer than {at} allows; ask for at most {limit.max_time}"
         problems.append(Problem(f"{where}.time", message))
     if profile.max_array_size is not None and elements > profile.max_array_size:
-        message = f"{elements} elements, but the cluster's arrays have at most {profile.max_array_size}"
-        problems.append(Problem(where.removesuffix(".resources") + ".array", f"{message}; split into at most that many"))
+        message = f"{elements} elements, but an array of this cluster has at most {profile.max_array_size}"
+        problems.append(Problem(where.removesuffix(".resources") + ".array", f"{message}; ask for at most that many"))
     return problems
 
 
@@ -299,7 +299,7 @@ def _partition_name(profile: Profile, request: Request) -> Optional[str]:
     return _first(request.partition, profile.roles[request.role].partition, only)
 
 
-# -- checking a file ----------------------------------------------------------------------------------------------------
+# -- checking a file --------------------------------------------------------------------------------------------------
 
 
 def _read_yaml(path: Path, problems: list[Problem]) -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""The pytest fixture `dev_cluster`: a real Slurm that the tests of slurm and launchers start, use and break.
+
+Import it where it is needed, with its helper fixture:
+
+    from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm import devcluster
+from slurm.client import QueueRow, Slurm, scrubbed_environment
+
+REQUIRE_VARIABLE = "AFTEROK_REQUIRE_SLURM"
+
+
+def require_packages() -> None:
+    """Skip where Slurm's packages are missing, or fail where the run promised to have them (CI)."""
+    missing = devcluster.missing_packages()
+    if not missing:
+        return
+    message = f"needs the packages {', '.join(missing)}: {devcluster.APT_LINE}"
+    if os.environ.get(REQUIRE_VARIABLE) == "1":
+        pytest.fail(f"{REQUIRE_VARIABLE}=1, but this test {message}")
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scrub_slurm() -> Iterator[None]:
+    """No test sees a Slurm of the machine, a job around it or somebody's dev cluster."""
+    unwanted = {
+        key for key in os.environ
+        if key not in scrubbed_environment(os.environ)
+        or key in ("SLURM_CONF", "SLURM_CONF_SERVER", devcluster.MARK_VARIABLE, devcluster.PREFIX_VARIABLE)
+        or key.startswith("AFTEROK_PROFILE")
+    }  # fmt: skip
+    saved = {key: os.environ.pop(key) for key in unwanted}
+    yield
+    os.environ.update(saved)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path leaves room for Slurm's sockets, which pytest's tmp_path does not."""
+    folder = Path(tempfile.mkdtemp(prefix="aok-", dir="/tmp"))
+    yield folder
+    devcluster.DevCluster(folder).down()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def dev_cluster(scrub_slurm: None) -> Iterator[devcluster.DevCluster]:
+    """A running cluster of 4 nodes with 8 pretended GPUs each, one a test module; nothing of it is left afterwards."""
+    require_packages()
+    folder = Path(tempfile.mkdtemp(prefix="aok-", dir="/tmp"))
+    try:
+        yield devcluster.up(folder)
+    finally:
+        devcluster.DevCluster(folder).down()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until(ready: Callable[[], bool], what: str, limit_s: float = 20.0) -> None:
+    """Poll until `ready`, or fail with `what`."""
+    deadline = time.monotonic() + limit_s
+    while not ready():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {limit_s:g} s: {what}")
+        time.sleep(0.05)
+
+
+def rows_of(slurm: Slurm, job_id: str) -> list[QueueRow]:
+    """The queue's rows of one job or array."""
+    return [row for row in slurm.queue() if job_id in (row.job_id, row.array_job_id)]

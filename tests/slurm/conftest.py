@@ -1,0 +1,3 @@
+"""Fixtures of the cluster for this folder's tests."""
+
+from tests.cluster import dev_cluster, scrub_slurm, short_folder  # noqa: F401

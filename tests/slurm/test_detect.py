@@ -1,0 +1,151 @@
+"""Which cluster is meant: never a fall-back from a Slurm that is configured, never a Slurm that is only installed."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from slurm import client, detect, devcluster
+from slurm.client import SlurmUnavailable
+from tests.cluster import require_packages
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """A machine without any Slurm, whose PATH the test may fill."""
+    monkeypatch.setattr(detect, "CONFIGURATION_FILES", (tmp_path / "etc" / "slurm.conf",))
+    monkeypatch.setattr(client, "PING_LIMIT_S", 1.0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("AFTEROK_CLUSTER", str(tmp_path / "no-cluster"))
+    for key in ("SLURM_CONF", "SLURM_CONF_SERVER", devcluster.MARK_VARIABLE):
+        monkeypatch.delenv(key, raising=False)
+    return tmp_path
+
+
+def command(folder, name, script):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_no_slurm_at_all_is_local_and_asks_nobody(bare):
+    found = detect.find_cluster()
+    assert (found.kind, found.name, found.profile.kind) == ("local", "local", "local")
+
+
+def test_installed_binaries_alone_are_no_slurm(bare):
+    command(bare, "scontrol", "echo 'scontrol: error: fetch_config: DNS SRV lookup failed' >&2; exit 1")
+    assert detect.find_cluster().kind == "local"
+
+
+def test_a_configless_slurm_that_is_found_but_does_not_answer_is_an_error(bare):
+    command(bare, "scontrol", "echo 'Slurmctld(primary) at h is DOWN'")
+    with pytest.raises(SlurmUnavailable):
+        detect.find_cluster()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_CONF", "SLURM_CONF_SERVER"])
+def test_a_configured_slurm_that_does_not_answer_is_an_error_never_local(bare, monkeypatch, variable):
+    monkeypatch.setenv(variable, "/nowhere/slurm.conf")
+    with pytest.raises(SlurmUnavailable, match="/nowhere/slurm.conf"):
+        detect.find_cluster()
+
+
+def test_a_configuration_in_a_standard_place_is_a_configured_slurm(bare):
+    (bare / "etc").mkdir()
+    (bare / "etc" / "slurm.conf").touch()
+    with pytest.raises(SlurmUnavailable):
+        detect.find_cluster()
+
+
+def test_local_is_forced_whatever_is_configured_and_sees_no_job(bare, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "/nowhere/slurm.conf")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    found = detect.find_cluster("local")
+    assert found.kind == "local" and not [key for key in found.env if key.startswith("SLURM_")]
+
+
+def test_slurm_is_forced_even_where_nothing_is_configured(bare):
+    with pytest.raises(SlurmUnavailable):
+        detect.find_cluster("slurm")
+
+
+def test_dev_without_a_cluster_says_how_to_start_one(bare):
+    with pytest.raises(SlurmUnavailable, match="afterok cluster up"):
+        detect.find_cluster("dev")
+
+
+def test_a_profile_needs_an_answering_slurm_unless_it_says_local(bare):
+    with pytest.raises(SlurmUnavailable):
+        detect.find_cluster("example")
+    (bare / "laptop.yaml").write_text("kind: local\nroles: {cpu: {}}\n")
+    found = detect.find_cluster(str(bare / "laptop.yaml"))
+    assert (found.kind, found.name) == ("local", "laptop")
+    with pytest.raises(UserMistake, match="did you mean"):
+        detect.find_cluster("exampel")
+
+
+def test_local_roles_take_the_gpus_that_are_visible_except_cpu(bare, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    roles = detect.find_cluster().profile.roles
+    assert {name: role.gpus_per_node for name, role in roles.items()} == {
+        "cpu": 0, "train": 2, "generate": 2, "eval": 2,
+    }  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert detect.find_cluster().profile.roles["train"].gpus_per_node == 0
+
+
+def test_detection_imports_neither_torch_nor_omegaconf():
+    heavy = ("torch", "omegaconf", "yaml", "submitit")
+    code = f"import sys; from slurm import detect; print([name for name in {heavy} if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+# -- with a real cluster ----------------------------------------------------------------------------------------------
+
+
+def test_a_dev_cluster_counts_only_inside_exec_or_by_name(dev_cluster, monkeypatch, tmp_path):
+    monkeypatch.setattr(detect, "CONFIGURATION_FILES", ())
+    monkeypatch.setenv("AFTEROK_CLUSTER", str(dev_cluster.prefix))
+    assert detect.find_cluster().kind == "local"  # it runs, and nobody asked for it
+    monkeypatch.setenv(devcluster.MARK_VARIABLE, str(dev_cluster.prefix))
+    assert detect.find_cluster().kind == "local"  # the mark alone is not being inside
+    monkeypatch.delenv(devcluster.MARK_VARIABLE)
+    by_name = detect.find_cluster("dev")
+    for key, value in dev_cluster.env().items():
+        monkeypatch.setenv(key, value)
+    inside = detect.find_cluster()
+    for found in (by_name, inside):
+        assert (found.kind, found.name, found.profile.meta.name) == ("slurm", "dev", "dev")
+        assert found.env["SLURM_CONF"] == str(dev_cluster.conf)
+        found.slurm.ping()
+
+
+def test_a_real_slurm_without_a_profile_gets_one_of_its_own_partitions(dev_cluster, monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_CONF", str(dev_cluster.conf))
+    found = detect.find_cluster("auto")
+    assert (found.kind, found.name, found.profile.meta.name) == ("slurm", "dev", "live")  # our dev.yaml is not chosen
+    assert set(found.profile.partitions) == {"batch", "long", "preempt"}
+    assert found.profile.partitions["batch"].gpus_per_node == 8 and found.profile.roles["train"].partition == "batch"
+    assert found.profile.max_array_size == 4001
+    monkeypatch.setenv("AFTEROK_PROFILES", str(tmp_path))
+    (tmp_path / "dev.yaml").write_text("meta: {contact: us}\npartitions: {batch: {}}\nroles: {cpu: {}}\n")
+    assert detect.find_cluster("auto").profile.meta.contact == "us"  # the admin's, by the cluster's name
+
+
+def test_a_configured_slurm_that_died_is_an_error_within_our_limit(short_folder, monkeypatch):
+    require_packages()
+    cluster = devcluster.up(short_folder, nodes=1)
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    assert detect.find_cluster().kind == "slurm"
+    cluster.kill_daemon("slurmctld", 9)
+    began = time.monotonic()
+    with pytest.raises(SlurmUnavailable, match="does not answer"):
+        detect.find_cluster()
+    assert 4 < time.monotonic() - began < 7
+    assert os.environ["SLURM_CONF"]

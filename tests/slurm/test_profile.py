@@ -1,0 +1,192 @@
+"""A profile's mistakes are all named at once with file and key; requests get what the cluster would grant."""
+
+import dataclasses
+import os
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_tools.mistake import UserMistake
+from slurm import profile
+from slurm.client import PartitionRow
+from slurm.profile import Partition, Profile, Request, Role
+
+GOOD = """\
+partitions:
+  gpu: {max_time: 2-00:00:00, max_nodes: 4, cpus: 96, mem_gib: 1000, gpus_per_node: 8, account: llm, qos: high}
+  cpu: {max_time: 1:30:00, cpus: 64}
+roles:
+  train: {partition: gpu, time: 1-0, gpus_per_node: 8, cpus_per_task: 12}
+  cpu: {partition: cpu}
+env: {set: {FLAG: yes, OCTAL: 010, HOME: "${HOME}/x"}}
+max_array_size: 100
+"""
+
+
+@pytest.fixture
+def good(tmp_path):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    return profile.load(str(tmp_path / "good.yaml"))
+
+
+def problems_of(tmp_path, text):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(UserMistake) as error:
+        profile.load(str(path))
+    return {problem.where.replace(f"{path}", "p.yaml"): problem.message for problem in error.value.problems}
+
+
+@pytest.mark.parametrize("name", ["dev", "local", "example"])
+def test_shipped_profiles_load_have_every_standard_role_and_freeze_without_loss(name, tmp_path):
+    loaded = profile.load(name)
+    assert set(loaded.roles) == set(profile.STANDARD_ROLES)
+    assert profile.resolve(loaded, Request("cpu")).gpus_per_node == 0
+    (tmp_path / "frozen.yaml").write_text(profile.to_yaml(loaded))
+    assert profile.load(str(tmp_path / "frozen.yaml")) == loaded
+    assert OmegaConf.to_object(OmegaConf.structured(loaded)) == loaded
+
+
+def test_values_mean_what_is_written(good):
+    # YAML 1.1 makes 5400 of the time, True of yes and 8 of 010
+    assert good.partitions["cpu"].max_time == "1:30:00"
+    assert good.env.set == {"FLAG": "yes", "OCTAL": "010", "HOME": "${HOME}/x"}
+    assert good.meta.name == "good"
+
+
+def test_every_mistake_of_a_file_is_named_at_once(tmp_path):
+    found = problems_of(
+        tmp_path,
+        """\
+partitons: {}
+partitions:
+  gpu: {max_tme: 1, max_nodes: many, account: [a]}
+roles:
+  train: {nodes: 4.5}
+  cpu: 7
+env: {modules: cuda, set: {A: [1]}}
+""",
+    )
+    assert set(found) == {
+        "p.yaml: partitons", "p.yaml: partitions.gpu.max_tme", "p.yaml: partitions.gpu.max_nodes",
+        "p.yaml: partitions.gpu.account", "p.yaml: roles.train.nodes", "p.yaml: roles.cpu", "p.yaml: env.modules",
+        "p.yaml: env.set",
+    }  # fmt: skip
+    assert "'partitions'" in found["p.yaml: partitons"] and "'max_time'" in found["p.yaml: partitions.gpu.max_tme"]
+    assert found["p.yaml: partitions.gpu.max_nodes"] == "'many' is not an integer"
+    assert "[cuda]" in found["p.yaml: env.modules"]
+
+
+def test_names_and_numbers_that_do_not_fit_together_are_named(tmp_path):
+    found = problems_of(
+        tmp_path,
+        """\
+kind: slurm
+partitions: {gpu: {max_time: 1-0, gpus_per_node: 8}}
+roles: {train: {partition: gpu, gpus_per_node: 16, time: 2-0}, cpu: {partition: gpus}}
+""",
+    )
+    keys = ("roles.train.gpus_per_node", "roles.train.time", "roles.cpu.partition")
+    assert set(found) == {f"p.yaml: {key}" for key in keys}
+    assert "'gpu'" in found["p.yaml: roles.cpu.partition"]
+    found = problems_of(
+        tmp_path, "kind: cloud\nroles: {cpu: {time: 1h}}\nnetwork: {port_range: [1, 2]}\nmax_array_size: 0\n"
+    )
+    assert set(found) == {
+        "p.yaml: kind", "p.yaml: roles.cpu.time", "p.yaml: network.port_range", "p.yaml: max_array_size",
+    }  # fmt: skip
+    assert "'1h'" in found["p.yaml: roles.cpu.time"]
+
+
+@pytest.mark.parametrize("text", ["roles: [", "- a", "roles: {}\nroles: {}\n", "\t"])
+def test_a_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text):
+    assert len(problems_of(tmp_path, text)) == 1
+
+
+def test_an_unknown_profile_names_the_nearest_and_the_folders():
+    with pytest.raises(UserMistake, match=re.escape("did you mean 'example'?")) as error:
+        profile.load("exmple")
+    assert str(profile.BUILT_IN) in str(error.value)
+
+
+def test_the_users_own_folder_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "dev.yaml").write_text("kind: local\nroles: {cpu: {}}\n")
+    monkeypatch.setenv("AFTEROK_PROFILES", os.pathsep.join(["/nowhere", str(tmp_path)]))
+    assert profile.load("dev").kind == "local"
+    assert "dev" in profile.names()
+
+
+def test_a_request_takes_what_it_does_not_say_from_its_role(good):
+    got = profile.resolve(good, Request("train"))
+    assert (got.partition, got.nodes, got.gpus_per_node, got.ranks_per_node, got.cpus_per_task) == ("gpu", 1, 8, 8, 12)
+    assert (got.time_minutes, got.mem_gib, got.account, got.qos) == (1440, None, "llm", "high")
+    assert profile.resolve(good, Request("cpu")).ranks_per_node == 1
+    assert profile.resolve(good, Request("cpu")).time_minutes == 90  # the partition's
+    got = profile.resolve(good, Request("train", nodes=2, gpus_per_node=4, time="30", mem_gib=7, partition="cpu"))
+    assert (got.partition, got.nodes, got.ranks_per_node, got.time_minutes, got.mem_gib) == ("cpu", 2, 4, 30, 7)
+
+
+def test_what_the_cluster_would_refuse_is_said_with_numbers_and_the_nearest_legal_value(good):
+    request = Request("train", nodes=9, gpus_per_node=16, mem_gib=2000, time="3-0")
+    found = {problem.where: problem.message for problem in profile.check(good, request, "t.yaml: sft.resources", 101)}
+    assert found == {
+        "t.yaml: sft.resources.nodes": "9 nodes, but partition gpu has 4; ask for at most 4",
+        "t.yaml: sft.resources.gpus_per_node": "16 GPUs a node, but partition gpu has 8; ask for at most 8",
+        "t.yaml: sft.resources.mem_gib": "2000 GiB a node, but partition gpu has 1000; ask for at most 1000",
+        "t.yaml: sft.resources.cpus_per_task":
+            "16 ranks of 12 CPUs are 192 a node, but partition gpu has 96; at most 6 cpus_per_task",
+        "t.yaml: sft.resources.time": "3-00:00:00 is longer than partition gpu allows; ask for at most 2-00:00:00",
+        "t.yaml: sft.array":
+            "101 elements, but an array of this cluster has at most 100; ask for at most that many",
+    }  # fmt: skip
+    assert profile.check(good, Request("train", nodes=4, time="2-0"), "w", 100) == []
+
+
+def test_values_below_the_least_are_refused(good):
+    request = Request("cpu", nodes=0, gpus_per_node=-1, cpus_per_task=0, ranks_per_node=0, time="0", mem_gib=0)
+    wheres = [problem.where for problem in profile.check(good, request, "w")]
+    assert sorted(wheres) == [
+        "w.cpus_per_task", "w.gpus_per_node", "w.mem_gib", "w.nodes", "w.ranks_per_node", "w.time",
+    ]  # fmt: skip
+
+
+def test_unknown_role_partition_and_time_name_the_nearest(good):
+    (found,) = profile.check(good, Request("trian"), "w")
+    assert found.where == "w.role" and "'train'" in found.message and "cpu, train" in found.message
+    (found,) = profile.check(good, Request("train", partition="gpus"), "w")
+    assert found.where == "w.partition" and "'gpu'" in found.message
+    (found,) = profile.check(good, Request("train", time="1h"), "w")
+    assert found.where == "w.time" and "'1h'" in found.message
+    with pytest.raises(UserMistake):
+        profile.resolve(good, Request("trian"))
+
+
+def test_a_local_machine_limits_nothing_and_ignores_partitions():
+    local = profile.load("local")
+    assert profile.check(local, Request("train", gpus_per_node=64, nodes=9, partition="gpu"), "w", 10**6) == []
+    assert profile.resolve(local, Request("train", partition="gpu")).partition is None
+
+
+def test_a_profile_from_the_live_cluster_puts_every_role_on_the_default_partition():
+    class Stub:
+        def partitions(self):
+            down = PartitionRow("old", False, None, 1, None, 8, 0, 1024, "down")
+            return [down, PartitionRow("debug", False, 30, 1, 1, 8, 0, 16384, "up"),
+                    PartitionRow("gpu", True, None, 4, 2, 96, 8, 1024000, "up")]  # fmt: skip
+
+        def max_array_size(self):
+            return 1001
+
+    made = profile.from_live(Stub())
+    assert set(made.roles) == set(profile.STANDARD_ROLES) and set(made.partitions) == {"debug", "gpu"}
+    assert made.partitions["gpu"] == Partition(max_nodes=2, cpus=96, mem_gib=1000, gpus_per_node=8)
+    assert made.roles["train"] == Role(partition="gpu", time="1-00:00:00", gpus_per_node=8, cpus_per_task=12)
+    assert made.roles["cpu"].gpus_per_node == 0
+    for role in made.roles:
+        assert profile.check(made, Request(role), "w") == []
+
+
+def test_the_schema_is_an_omegaconf_structured_config():
+    assert OmegaConf.structured(Profile).network.port_range == [20000, 29999]
+    assert {key.name for key in dataclasses.fields(Request)} >= {"role", "nodes", "time", "ranks_per_node"}
