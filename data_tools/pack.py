@@ -61,32 +61,69 @@ def check(config: Config) -> list[Problem]:
     return problems
 
 
-def best_fit(sizes: np.ndarray, capacity: int, progress: Progress = silent) -> tuple[np.ndarray, int]:
-    """(pack int64[n] of each size in the order given, number of packs); O(n · capacity / 64) bit operations.
+class _Spaces:
+    """The free spaces that open packs have, as a set with a fast successor: two levels of 512-bit integers.
 
-    Open packs wait by their free space; the free spaces that occur are bits of one integer, so the smallest one that
-    is large enough is its lowest set bit above. Of packs with equal space the latest is taken. Sizes in 1..capacity.
+    One integer of `capacity` bits would do, but every step would read all of it; these touch about its square root.
+    """
+
+    WORD = 512
+
+    def __init__(self, capacity: int):
+        self.words = [0] * (capacity // self.WORD + 1)
+        self.filled = 0  # bit w: words[w] is not 0
+
+    def add(self, space: int) -> None:
+        word, bit = divmod(space, self.WORD)
+        self.words[word] |= 1 << bit
+        self.filled |= 1 << word
+
+    def remove(self, space: int) -> None:
+        word, bit = divmod(space, self.WORD)
+        self.words[word] ^= 1 << bit
+        if not self.words[word]:
+            self.filled ^= 1 << word
+
+    def smallest(self, least: int) -> Optional[int]:
+        """The smallest member of at least `least`, or None."""
+        word, bit = divmod(least, self.WORD)
+        if above := self.words[word] >> bit:
+            return least + _lowest_bit(above)
+        if above := self.filled >> (word + 1):
+            word += 1 + _lowest_bit(above)
+            return word * self.WORD + _lowest_bit(self.words[word])
+        return None
+
+
+def _lowest_bit(value: int) -> int:
+    return (value & -value).bit_length() - 1
+
+
+def best_fit(sizes: np.ndarray, capacity: int, progress: Progress = silent) -> tuple[np.ndarray, int]:
+    """(pack int64[n] of each size in the order given, number of packs). Sizes in 1..capacity.
+
+    Each goes into the pack with the least free space that holds it, of equal ones the latest.
     """
     packs = np.empty(len(sizes), dtype=np.int64)
-    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space → packs
-    spaces = 0
+    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space → open packs
+    spaces = _Spaces(capacity)
     opened = 0
     for place, size in enumerate(sizes.tolist()):
         if place % _REPORT_EVERY == 0:
             progress(place, len(sizes), "documents")
-        fitting = spaces >> size
-        if fitting:
-            space = size + (fitting & -fitting).bit_length() - 1
-            pack = waiting[space].pop()
-            if not waiting[space]:
-                spaces ^= 1 << space
-        else:
+        space = spaces.smallest(size)
+        if space is None:
             space, pack = capacity, opened
             opened += 1
+        else:
+            pack = waiting[space].pop()
+            if not waiting[space]:
+                spaces.remove(space)
         packs[place] = pack
         if space > size:
+            if not waiting[space - size]:
+                spaces.add(space - size)
             waiting[space - size].append(pack)
-            spaces |= 1 << (space - size)
     progress(len(sizes), len(sizes), "documents")
     return packs, opened
 

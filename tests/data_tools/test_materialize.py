@@ -31,7 +31,8 @@ any_line = st.one_of(
     ),
     st.sampled_from([b"", b"  ", b"{", b"\xff\xfe", b'{"answer": 1}', "{\u2028}".encode()]),
 )
-files = st.lists(st.tuples(st.lists(any_line, max_size=8), st.sampled_from([b"\n", b"\r\n"]), st.booleans()), max_size=3)
+a_file = st.tuples(st.lists(any_line, max_size=8), st.sampled_from([b"\n", b"\r\n"]), st.booleans())
+files = st.lists(a_file, max_size=3)  # of (lines, line end, whether the last line has one)
 
 
 @settings(max_examples=20)  # each writes a dozen durable files an element
@@ -150,9 +151,8 @@ def test_all_problems_are_told_at_once_and_nothing_is_imported_for_it(tmp_path: 
     }  # fmt: skip
     assert "did you mean drop?" in problems["on_bad_row"] and "did you mean calculator?" in problems["task"]
     assert [problem.where for problem in check(Config(tokenizer="gpt2"))] == ["source"]
-    assert [p.where for p in check(Config(tokenizer="a/b", task_options={"x": 1}, source=Source(synthetic_rows=1)))] == [
-        "task_options"
-    ]
+    wrong_option = Config(tokenizer="a/b", task_options={"x": 1}, source=Source(synthetic_rows=1))
+    assert [problem.where for problem in check(wrong_option)] == ["task_options"]
     code = (
         "import sys; from data_tools import materialize, pack; materialize.check(materialize.Config()); "
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"

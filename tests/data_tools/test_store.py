@@ -85,6 +85,15 @@ def test_a_damaged_store_is_a_mistake_that_names_the_file(tmp_path: Path, name: 
     assert name in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_file_of_another_store_is_a_mistake_that_names_it(tmp_path: Path) -> None:
+    other = write(tmp_path / "other", [[(1, 0)], [(2, 1)], [(3, 1)]])
+    for name in ("tokens.idx", "tokens_loss_mask.idx", "rows.npz"):
+        folder = write(tmp_path / "s", [[(1, 0), (2, 1)], [(3, 1)]])
+        shutil.copy(other / name, folder / name)
+        with pytest.raises(UserMistake, match=name):
+            Store(folder)
+
+
 def test_a_folder_that_never_closed_is_no_store(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path)
     writer.add(np.array([1], dtype=np.int32), np.array([1], dtype=np.uint8), Provenance(0, 1, "p", "a"))
