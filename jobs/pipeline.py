@@ -367,7 +367,7 @@ class _Loader:
                 OmegaConf.merge(OmegaConf.structured(schema), {name: value})
                 good[name] = value
             except OmegaConfBaseException as error:
-                expected = getattr(nested, "__name__", str(nested)).replace("typing.", "")
+                expected = nested.__name__ if isinstance(nested, type) else str(nested).replace("typing.", "")
                 self._problem(f"{key}.{name}", f"{value!r} is not of type {expected} ({_first_line(error)})")
         return good
 

@@ -89,7 +89,7 @@ def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
 def _wait_for_all(children: list[subprocess.Popen]) -> int:
     worst = 0
     deadline: Optional[float] = None
-    while any(child.poll() is None for child in children):
+    while None in [child.poll() for child in children]:  # a list: every child is polled, not only the first alive
         for child in children:
             if child.returncode and not worst:
                 worst = exit_code(child.returncode)

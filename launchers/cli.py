@@ -21,7 +21,13 @@ RUN_HELP = "a run's folder, or its name below ./runs (default: the run last subm
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(late) < len(rest) or (late and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late) or ' '.join(late)}")
+    if late:
+        args.overrides += late  # argparse takes no positionals after an option; people write them there
     sys.path.append(os.getcwd())  # a pipeline may use phase kinds of the user's: `uses: my_package.my_phase`
     try:
         return args.verb(args)

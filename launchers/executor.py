@@ -76,7 +76,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     """Everything submitit turns into #SBATCH lines for one phase: a pure function, tested by a golden file."""
     resources, frozen = spec.planned.resources, spec.planned.frozen
     log = run.log_path(spec.phase, number, 0)
-    extra: dict[str, Any] = dict(resources.extra_sbatch)
+    extra: dict[str, Any] = {key: value or True for key, value in resources.extra_sbatch.items()}  # "" is a bare flag
     extra |= {
         "output": str(log.with_name(f"a{number}.%a.out") if spec.is_array else log),
         "export": ",".join(profile.env.forward) or "NONE",

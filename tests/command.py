@@ -1,0 +1,67 @@
+"""Runs `afterok` as a user does: its own process, from the checkout's root, nothing mocked."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+ROOT = Path(__file__).parents[1]
+
+
+def afterok(*args: Any, env: Optional[dict] = None, check: Optional[int] = 0, timeout: float = 120) -> subprocess.CompletedProcess:
+    """The finished process; asserts its exit code unless `check` is None."""
+    done = subprocess.run([sys.executable, "-m", "launchers.cli", *map(str, args)], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, **(env or {})}, timeout=timeout, stdin=subprocess.DEVNULL)
+    if check is not None:
+        assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def afterok_json(*args: Any, **kwargs: Any) -> Any:
+    return json.loads(afterok(*args, "--json", **kwargs).stdout)
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    """The message of a refused command: one line, no traceback."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def wait_for(what: str, condition: Callable[[], Any], timeout: float = 60) -> Any:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"timed out waiting for {what}")
+
+
+def states(run: Path, **kwargs: Any) -> dict[str, str]:
+    return {phase["phase"]: phase["state"] for phase in afterok_json("status", run, **kwargs)["phases"]}
+
+
+def phase_status(run: Path, name: str, **kwargs: Any) -> dict[str, Any]:
+    return next(phase for phase in afterok_json("status", run, **kwargs)["phases"] if phase["phase"] == name)
+
+
+TOY = """
+name: toy
+params: {start: 1, factor: 2}
+phases:
+  numbers: {uses: tests.toy.numbers, array: 3, with: {start: "${params.start}"}}
+  total:
+    uses: tests.toy.total
+    with: {numbers: "${phases.numbers.out}", factor: "${params.factor}"}
+  again: {uses: tests.toy.numbers, needs: [total], with: {start: 5}}
+"""
+
+
+def write_toy(folder: Path) -> Path:
+    path = folder / "toy.yaml"
+    path.write_text(TOY)
+    return path

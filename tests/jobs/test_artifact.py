@@ -1,0 +1,177 @@
+"""Keys, leases and seals: one of many wins, nothing sealed changes, a dead owner is replaced, a live one is not."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from jobs.artifact import FINISH, Artifact, HashCache, LeaseHeld, Owner, Sealed, content_digest, key_of, read_seal
+
+NOBODY_ENDED = lambda job: False  # noqa: E731
+
+
+def fill_and_seal(artifact, index, owner, text="x", **record):
+    lease = artifact.acquire(index, owner, NOBODY_ENDED)
+    (lease.folder / "f.txt").write_text(text)
+    return lease, artifact.seal(lease, {"key": "k", "upstream": {}, **record})
+
+
+def dead_owner(attempt, restart=0):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    owner = replace(Owner.me(attempt, restart), pid=child.pid, started=1)
+    child.wait()
+    return owner
+
+
+def test_a_key_depends_on_every_part_of_its_material_and_on_nothing_else():
+    material = {"settings": {"a": 1, "b": [1.5, None]}, "upstream": {"x": "k"}}
+    assert key_of(material) == key_of(json.loads(json.dumps(material)))
+    assert key_of({"upstream": {"x": "k"}, "settings": {"b": [1.5, None], "a": 1}}) == key_of(material)
+    assert key_of(material) != key_of({**material, "upstream": {"x": "l"}})
+
+
+def test_a_seal_names_every_file_and_is_the_last_thing_written(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    lease, won = fill_and_seal(artifact, 0, Owner.me(1, 0), "hello")
+    seal = read_seal(artifact.seal_path)
+    assert won and seal.folder == lease.folder
+    assert seal.content["files"]["f.txt"]["size"] == 5
+    assert list(seal.altered(rehash=True)) == []
+
+
+@pytest.mark.parametrize("harm, word", [
+    (lambda path: path.write_text("jello"), "was changed"), (lambda path: path.unlink(), "is missing"),
+    (lambda path: path.write_text("hello, longer"), "was changed"),
+])  # fmt: skip
+def test_an_altered_sealed_file_is_named(tmp_path, harm, word):
+    artifact = Artifact(tmp_path / "KEY")
+    lease, _ = fill_and_seal(artifact, 0, Owner.me(1, 0), "hello")
+    harm(lease.folder / "f.txt")
+    with pytest.raises(UserMistake, match=word) as caught:
+        read_seal(artifact.seal_path).verify()
+    assert str(lease.folder / "f.txt") in str(caught.value)
+
+
+def test_a_touched_but_equal_file_is_still_the_sealed_one(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    lease, _ = fill_and_seal(artifact, 0, Owner.me(1, 0))
+    os.utime(lease.folder / "f.txt", (1, 1))
+    read_seal(artifact.seal_path).verify()
+
+
+def test_a_truncated_seal_is_no_seal_but_a_named_mistake(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    fill_and_seal(artifact, 0, Owner.me(1, 0))
+    artifact.seal_path.write_bytes(artifact.seal_path.read_bytes()[:40])
+    with pytest.raises(UserMistake, match="is not a seal"):
+        read_seal(artifact.seal_path)
+
+
+def test_a_live_owner_keeps_its_lease_and_a_dead_one_loses_it(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    artifact.acquire(0, dead_owner(1), NOBODY_ENDED)
+    second = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    assert second.path.name.endswith("g1")
+    with pytest.raises(LeaseHeld, match=str(os.getpid())):
+        artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+
+
+def test_an_owner_on_another_host_is_dead_only_when_slurm_says_so(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    artifact.acquire(0, replace(Owner.me(1, 0, "77"), host="elsewhere", pid=1), NOBODY_ENDED)
+    with pytest.raises(LeaseHeld, match="elsewhere"):
+        artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    artifact.acquire(0, Owner.me(1, 0), lambda job: job == "77")
+
+
+def test_a_higher_attempt_takes_over_and_the_late_twin_cannot_seal(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    (late.folder / "f.txt").write_text("late")
+    new, won = fill_and_seal(artifact, 0, Owner.me(2, 0), "new")
+    assert won and new.folder != late.folder
+    before = artifact.seal_path.read_bytes()
+    assert artifact.seal(late, {"key": "k"}) is False
+    assert artifact.seal_path.read_bytes() == before
+    assert (read_seal(artifact.seal_path).folder / "f.txt").read_text() == "new"
+    with pytest.raises(Sealed):
+        artifact.acquire(0, Owner.me(3, 0), NOBODY_ENDED)
+
+
+def test_an_older_attempt_never_takes_over_a_newer_one(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+    with pytest.raises(LeaseHeld, match="attempt 2"):
+        artifact.acquire(0, Owner.me(1, 3), NOBODY_ENDED)
+
+
+def _race(folder, barrier, wins):
+    artifact = Artifact(folder)
+    barrier.wait()
+    try:
+        lease = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    except (LeaseHeld, Sealed):
+        wins.put("lost lease")
+        return
+    (lease.folder / "f.txt").write_text(str(os.getpid()))
+    wins.put("sealed" if artifact.seal(lease, {"key": "k"}) else "lost seal")
+
+
+def test_of_many_simultaneous_twins_exactly_one_seals(tmp_path):
+    for round_ in range(5):
+        context = multiprocessing.get_context("fork")
+        barrier, wins = context.Barrier(6), context.Queue()
+        twins = [context.Process(target=_race, args=(tmp_path / f"K{round_}", barrier, wins)) for _ in range(6)]
+        [twin.start() for twin in twins]
+        results = [wins.get(timeout=30) for _ in twins]
+        [twin.join() for twin in twins]
+        assert results.count("sealed") == 1, results
+
+
+def test_elements_fan_in_once_and_missing_ones_are_known(tmp_path):
+    artifact = Artifact(tmp_path / "KEY", elements=3, fans_in=True)
+    for index in (2, 0):
+        fill_and_seal(artifact, index, Owner.me(1, 0))
+    assert artifact.missing_elements() == [1]
+    fill_and_seal(artifact, 1, Owner.me(1, 0))
+    assert artifact.missing_elements() == [0]  # element 0 stands for the fan-in that did not happen
+    fill_and_seal(artifact, FINISH, Owner.me(1, 0))
+    assert artifact.missing_elements() == [] and artifact.seal_path.exists()
+
+
+def test_a_seal_over_other_upstream_results_is_set_aside(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    fill_and_seal(artifact, 0, Owner.me(1, 0), upstream={"a": "old"})
+    artifact.retire(0, {"a": "old"}, 2)
+    assert artifact.seal_path.exists()
+    artifact.retire(0, {"a": "new"}, 2)
+    assert not artifact.seal_path.exists() and artifact.missing_elements() == [0]
+
+
+def test_the_digest_of_a_seal_speaks_of_bytes_not_of_times(tmp_path):
+    digests = set()
+    for attempt in (1, 2):
+        artifact = Artifact(tmp_path / str(attempt))
+        fill_and_seal(artifact, 0, Owner.me(attempt, 0), "same")
+        digests.add(read_seal(artifact.seal_path).digest)
+    assert len(digests) == 1
+
+
+def test_inputs_enter_by_content_and_the_cache_sees_every_change(tmp_path):
+    cache = HashCache(tmp_path / "cache.json")
+    file = tmp_path / "in.txt"
+    file.write_text("one")
+    first = content_digest(file, cache)
+    cache.save()
+    assert content_digest(file, HashCache(tmp_path / "cache.json")) == first
+    file.write_text("two")
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
+    assert content_digest(file, cache) != first
+    folder = content_digest(tmp_path, cache)
+    file.rename(tmp_path / "renamed.txt")
+    assert content_digest(tmp_path, cache) != folder

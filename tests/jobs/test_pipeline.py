@@ -1,0 +1,115 @@
+"""The pipeline file: every mistake is found at once, named by file, key and value; references become needs."""
+
+import textwrap
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from jobs.pipeline import load_pipeline, references, substitute
+
+GOOD = """
+name: good
+params: {start: 1, files: [a, b]}
+phases:
+  last:
+    uses: tests.toy.total
+    with: {numbers: "${phases.first.out}/x", factor: "${params.start}"}
+    needs: [{middle: afterany}]
+  first: {uses: tests.toy.numbers, array: 3, with: {start: "${params.start}"}}
+  middle: {uses: tests.toy.numbers, array: [7, 8], needs: [{first: aftercorr}], resources: {time: 1:30:00}}
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "p.yaml"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def problems(tmp_path, text, *overrides):
+    with pytest.raises(UserMistake) as caught:
+        load_pipeline(write(tmp_path, text), list(overrides))
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_a_reference_implies_an_afterok_need_and_phases_come_in_order(tmp_path):
+    pipeline = load_pipeline(write(tmp_path, GOOD))
+    assert list(pipeline.phases) == ["first", "middle", "last"]
+    assert {(n.phase, n.type) for n in pipeline.phases["last"].needs} == {("middle", "afterany"), ("first", "afterok")}
+    assert pipeline.phases["last"].settings["factor"] == 1
+    settings = pipeline.phases["last"].settings
+    assert references(settings) == {"first"}
+    assert substitute(settings, {"first": "/run/first/KEY"})["numbers"] == "/run/first/KEY/x"
+    assert pipeline.phases["middle"].elements == 2 and pipeline.phases["middle"].value(1) == 8
+
+
+def test_an_unquoted_time_stays_a_time(tmp_path):
+    assert load_pipeline(write(tmp_path, GOOD)).phases["middle"].resources.time == "1:30:00"
+    overridden = load_pipeline(write(tmp_path, GOOD), ["middle.resources.time=2:00:00"])
+    assert overridden.phases["middle"].resources.time == "2:00:00"
+
+
+def test_overrides_are_typed_and_reach_every_part(tmp_path):
+    overrides = ["first.with.start=5", "params.start=1e3", "middle.array=[1]", "name=other", "cluster=local"]
+    with pytest.raises(UserMistake, match="factor.*1000.0"):  # 1e3 is a float, factor an int
+        load_pipeline(write(tmp_path, GOOD), overrides)
+    overrides[1] = "params.start=3"
+    pipeline = load_pipeline(write(tmp_path, GOOD), overrides)
+    assert (pipeline.name, pipeline.cluster) == ("other", "local")
+    assert pipeline.phases["first"].settings["start"] == 5
+    assert pipeline.phases["last"].settings["factor"] == 3
+    assert pipeline.phases["middle"].array == [1]
+
+
+def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):
+    found = problems(tmp_path, """
+        name: Bad Name
+        parms: {}
+        on_code_change: rerum
+        phases:
+          one: {uses: tests.toy.numbers, array: 0, with: {strt: 1, seconds: soon}, resources: {nodez: 2, nodes: two}}
+          two: {uses: evaluat, needs: [onne, {one: afterko}]}
+          six: {uses: tests.toy.total, array: 2, with: {numbers: "${phases.oen.out}", factor: "${params.nothing}"}}
+          Seven: {uses: tests.toy.total}
+          eight: {with: {}}
+        """)
+    text = "\n".join(found)
+    for expected in (
+        "p.yaml: name: 'Bad Name'", "p.yaml: parms: unknown key (did you mean params?", "'rerum' (did you mean rerun?",
+        "phases.one.array: 0 is neither", "phases.one.with.strt: unknown key (did you mean start?",
+        "phases.one.with.seconds: 'soon' is not of type float", "phases.one.resources.nodez: unknown key (did you mean nodes?",
+        "phases.one.resources.nodes: 'two' is not of type Optional[int]",
+        "phases.two.uses: unknown phase kind 'evaluat' (did you mean evaluate?", "phases.two.needs: no phase 'onne' (did you mean one?",
+        "phases.two.needs.one: unknown dependency type 'afterko' (did you mean afterok?", "cannot be split",
+        "no phase 'oen' (did you mean one?", "cannot resolve '${params.nothing}'", "phases.Seven: 'Seven' is not a phase name",
+        "phases.eight.uses: missing",
+    ):  # fmt: skip
+        assert expected in text, f"{expected!r} not in:\n{text}"
+    assert all("\n" not in line for line in found)
+
+
+def test_cycles_are_found_at_any_depth(tmp_path):
+    phases = "".join(f"  p{i}: {{uses: tests.toy.total, needs: [p{(i + 1) % 15}]}}\n" for i in range(15))
+    found = problems(tmp_path, "name: c\nphases:\n" + phases)
+    assert len(found) == 1 and "cycle: p0 -> p1 -> " in found[0] and found[0].count("->") == 15
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("nope.with.x=1", "no phase 'nope'"), ("params.strt=1", "did you mean start?"), ("first.with.start", "dotted.key=value"),
+    ("first.with.start=[", "not valid YAML"), ("first.with.start=x", "override first.with.start: 'x' is not of type int"),
+])  # fmt: skip
+def test_a_wrong_override_is_named(tmp_path, override, expected):
+    assert any(expected in line for line in problems(tmp_path, GOOD, override))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("name: [", "not valid YAML"), ("- a", "a pipeline is a mapping"), ("name: x\nname: y", "stands twice"), ("name: x", "phases"),
+])  # fmt: skip
+def test_a_broken_file_is_one_line(tmp_path, text, expected):
+    found = problems(tmp_path, text)
+    assert expected in found[0] and "\n" not in found[0]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserMistake, match="no such pipeline file"):
+        load_pipeline(tmp_path / "none.yaml")

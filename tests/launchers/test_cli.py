@@ -1,0 +1,60 @@
+"""The command line: quick, light, and one line with exit code 2 for every wrong input."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.command import ROOT, afterok, afterok_json, one_line, write_toy
+
+HEAVY = ("torch", "megatron", "transformers", "submitit", "tokenizers")
+
+
+def imported_by(*args):
+    code = ("import sys; sys.argv = ['afterok', *sys.argv[1:]]\nfrom launchers.cli import main\n"
+            "try:\n    main()\nexcept SystemExit:\n    pass\n"
+            "print('MODULES', *sorted(m.split('.')[0] for m in sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True, capture_output=True)
+    return set(done.stdout.split("MODULES")[1].split())
+
+
+@pytest.mark.parametrize("args", [["--help"], ["plan", "jobs/pipelines/tiny.yaml", "--run", "/nonexistent/run", "cluster=local"]])
+def test_help_and_plan_import_no_torch(args):
+    assert not imported_by(*args) & set(HEAVY)
+
+
+def test_every_verb_has_help_and_every_reporting_verb_takes_json():
+    for verb in ("plan", "submit", "run", "status", "cancel", "logs"):
+        text = afterok(verb, "--help").stdout
+        assert ("--json" in text) == (verb != "logs")
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["plan", "none.yaml"], "none.yaml: no such pipeline file"),
+    (["status", "nowhere"], "'nowhere' is no run"),
+    (["plan", "TOY", "cluster=nosuch"], "no cluster profile 'nosuch'"),
+    (["plan", "TOY", "numbers.with.file=./absent.jsonl"], "phases.numbers.with.file: './absent.jsonl': no such file or folder"),
+    (["plan", "TOY", "numbers.with.start=-1"], "phases.numbers.with.start: -1 is negative; take 0"),
+    (["plan", "TOY", "numbers.resources.role=trian", "cluster=local"], "no role 'trian'"),
+])  # fmt: skip
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, args, expected):
+    toy = write_toy(tmp_path)
+    args = [str(toy) if arg == "TOY" else arg for arg in args]
+    if "plan" in args:
+        args += ["--run", str(tmp_path / "run")]
+    assert expected in one_line(afterok(*args, check=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configured_slurm_that_does_not_answer_is_an_error_never_a_fall_back(tmp_path):
+    conf = tmp_path / "slurm.conf"
+    conf.write_text("ClusterName=dead\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=9\n")
+    done = afterok("submit", write_toy(tmp_path), "--run", tmp_path / "run", env={"SLURM_CONF": str(conf)}, check=2)
+    assert str(conf) in one_line(done)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_as_json_carries_what_the_table_shows(tmp_path):
+    plan = afterok_json("plan", write_toy(tmp_path), "--run", tmp_path / "run", "cluster=local")
+    assert [phase["phase"] for phase in plan["phases"]] == ["numbers", "total", "again"]
+    assert {"key", "action", "reasons", "elements", "missing", "role", "resources"} <= plan["phases"][0].keys()

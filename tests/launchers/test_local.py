@@ -1,0 +1,205 @@
+"""A run on this machine: the graph, arrays and states of Slurm, from local processes that outlive the terminal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jobs.run_folder import RunFolder
+from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, states, wait_for, write_toy
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return write_toy(tmp_path), tmp_path / "run"
+
+
+def seal_paths(run):
+    return sorted(str(path.relative_to(run)) for path in run.glob("*/*/seal.json"))
+
+
+def test_a_pipeline_runs_to_its_end_and_a_second_run_submits_nothing(toy):
+    pipeline, run = toy
+    done = afterok("run", pipeline, "--run", run)
+    assert "total 12" in done.stdout and "summary" in done.stdout
+    assert states(run) == {"numbers": "COMPLETED", "total": "COMPLETED", "again": "COMPLETED"}
+    seals = {path: (run / path).read_bytes() for path in seal_paths(run)}
+    again = afterok("run", pipeline, "--run", run)
+    assert "nothing to submit: all 3 phases" in again.stdout
+    assert {path: (run / path).read_bytes() for path in seal_paths(run)} == seals
+    assert RunFolder(run).submissions() == [1]
+
+
+def test_plan_says_what_is_reused_and_why_the_rest_runs(toy):
+    pipeline, run = toy
+    fresh = {p["phase"]: p for p in afterok_json("plan", pipeline, "--run", run)["phases"]}
+    assert {p["action"] for p in fresh.values()} == {"run"} and not run.exists()
+    afterok("run", pipeline, "--run", run)
+    plan = {p["phase"]: p for p in afterok_json("plan", pipeline, "params.factor=3", "--run", run)["phases"]}
+    assert plan["numbers"]["action"] == "reuse"
+    assert plan["total"]["action"] == "rerun" and plan["total"]["reasons"] == ["total.with.factor 2 → 3"]
+    assert plan["again"]["reasons"] == ["because of total"]
+    unkeyed = {p["phase"]: p for p in afterok_json("plan", pipeline, "numbers.with.seconds=9", "--run", run)["phases"]}
+    assert {p["action"] for p in unkeyed.values()} == {"reuse"}
+
+
+def test_the_key_follows_an_input_files_content_not_its_name(toy, tmp_path):
+    pipeline, run = toy
+    data = tmp_path / "data.txt"
+    data.write_text("1")
+    afterok("run", pipeline, f"numbers.with.file={data}", "--run", run)
+    moved = data.rename(tmp_path / "moved.txt")
+    plan = afterok_json("plan", pipeline, f"numbers.with.file={moved}", "--run", run)
+    assert {p["action"] for p in plan["phases"]} == {"reuse"}
+    moved.write_text("2")
+    plan = afterok_json("plan", pipeline, f"numbers.with.file={moved}", "--run", run)["phases"]
+    assert plan[0]["action"] == "rerun" and "numbers.with.file" in plan[0]["reasons"][0]
+
+
+def test_code_changes_are_reported_or_rerun_as_the_pipeline_says(toy, tmp_path):
+    pipeline, run = toy
+    afterok("run", pipeline, "--run", run)
+    code = json.loads((run / "submissions/1/code.json").read_text())
+    code["files"]["jobs/task.py"] = "0" * 64
+    (run / "submissions/1/code.json").write_text(json.dumps(code))
+    plan = afterok_json("plan", pipeline, "--run", run)["phases"]
+    assert plan[0]["action"] == "reuse" and plan[0]["code_changed"] == ["jobs/task.py"]
+    plan = afterok_json("plan", pipeline, "on_code_change=rerun", "--run", run)["phases"]
+    assert plan[0]["action"] == "rerun" and "code changed: jobs/task.py" in plan[0]["reasons"]
+
+
+def test_a_failed_element_stops_its_dependents_and_submit_runs_only_what_is_missing(toy):
+    pipeline, run = toy
+    done = afterok("run", pipeline, "numbers.with.fail_at=1", "--run", run, check=1)
+    assert "numbers failed: RuntimeError: element 1 was told to fail" in done.stderr
+    status = {p["phase"]: p for p in afterok_json("status", run)["phases"]}
+    assert (status["numbers"]["state"], status["numbers"]["sealed"]) == ("FAILED", 2)
+    assert (status["total"]["state"], status["total"]["reason"]) == ("CANCELLED", "DependencyNeverSatisfied")
+    plan = afterok_json("plan", pipeline, "--run", run)["phases"][0]
+    assert plan["missing"] == [1] and plan["reasons"] == ["2 of 3 elements are sealed"]
+    sealed = {path: (run / path).read_bytes() for path in map(str, run.glob("numbers/*/seals/*.json"))}
+    afterok("run", pipeline, "--run", run)
+    assert states(run)["again"] == "COMPLETED"
+    assert {path: open(path, "rb").read() for path in sealed} == sealed
+    assert json.loads((run / "ledger.jsonl").read_text().splitlines()[-3])["elements"] == [1]
+
+
+def test_a_users_mistake_in_a_job_is_one_line_exit_2_and_leaves_no_seal(toy):
+    pipeline, run = toy
+    done = afterok("run", pipeline, "numbers.with.mistake=row 7 is empty; remove it", "--run", run, check=2)
+    assert "numbers failed: row 7 is empty; remove it" in one_line(done)
+    assert "Traceback" not in (run / "numbers/logs/a1.0.out").read_text()
+    assert seal_paths(run) == [] and list(run.glob("numbers/*/seals/*")) == []
+
+
+def test_a_dead_rank_takes_the_others_with_it(toy):
+    pipeline, run = toy
+    done = afterok("run", pipeline, "total.with.die_on_rank=1", "total.resources.ranks_per_node=2", "--run", run, check=1)
+    assert "rank 1 was told to die" in done.stderr
+    assert phase_status(run, "total")["exit_code"] == 1
+
+
+def test_killed_workers_and_drivers_lose_nothing(toy):
+    pipeline, run = toy
+    for victim in ("worker", "driver"):
+        afterok("submit", pipeline, "again.with.seconds=30", "numbers.with.seconds=1", "--run", run)
+        wait_for("again to run", lambda: states(run)["again"] == "RUNNING")
+        number = RunFolder(run).newest_submission()
+        state = json.loads((run / f"local/{number}/state.json").read_text())
+        lease = max((run / "again").glob("*/leases/*"), key=os.path.getmtime)
+        worker = json.loads(lease.read_text())["pid"]
+        os.kill(worker if victim == "worker" else state["driver"]["pid"], signal.SIGKILL)
+        wait_for("the failure to be seen", lambda: states(run)["again"] == "FAILED")
+        wait_for("the worker to be gone", lambda: not os.path.exists(f"/proc/{worker}/status")
+                 or "Z (zombie)" in open(f"/proc/{worker}/status").read())
+    afterok("run", pipeline, "--run", run)
+    assert states(run)["again"] == "COMPLETED"
+
+
+def test_cancel_stops_what_runs_and_what_waits(toy):
+    pipeline, run = toy
+    afterok("submit", pipeline, "numbers.with.seconds=60", "--run", run)
+    wait_for("numbers to run", lambda: states(run)["numbers"] == "RUNNING")
+    assert len(afterok_json("cancel", run)["cancelled"]) == 3
+    wait_for("the end", lambda: set(states(run).values()) == {"CANCELLED"})
+    assert afterok("cancel", run).stdout.strip().endswith("nothing is active")
+
+
+def test_interrupting_run_leaves_the_jobs_running_and_says_how_to_look(toy):
+    pipeline, run = toy
+    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), "again.with.seconds=3",
+                                "--run", str(run)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for("jobs", lambda: (run / "ledger.jsonl").exists() and "COMPLETED" in states(run).values())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and f"afterok status {run}" in err
+    wait_for("the run to end by itself", lambda: set(states(run).values()) == {"COMPLETED"})
+
+
+def test_submitting_what_runs_already_submits_nothing_and_other_settings_are_refused(toy):
+    pipeline, run = toy
+    slow = ["numbers.with.seconds=5", "--run", run]
+    afterok("submit", pipeline, *slow)
+    assert afterok_json("submit", pipeline, *slow)["jobs"] == {}
+    refused = afterok("submit", pipeline, "params.start=9", *slow, check=2)
+    assert "numbers: job 1.0 is still active with other settings" in one_line(refused)
+    afterok("cancel", run)
+
+
+def test_two_simultaneous_submits_do_the_work_once(toy):
+    pipeline, run = toy
+    command = [sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)]
+    pair = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    results = [(process.communicate(timeout=60), process.returncode) for process in pair]
+    assert sorted(code for _, code in results) in ([0, 0], [0, 2]), results
+    if any(code == 2 for _, code in results):
+        assert any("is submitting right now" in err for (_, err), _ in results)
+    assert RunFolder(run).submissions() == [1]
+    wait_for("the end", lambda: set(states(run).values()) == {"COMPLETED"})
+
+
+def test_the_worker_runs_the_same_by_hand_and_a_sealed_element_exits_0_at_once(toy):
+    pipeline, run = toy
+    afterok("run", pipeline, "numbers.with.fail_at=2", "total.resources.ranks_per_node=2", "--run", run, check=1)
+    plan = run / "submissions/1/plan.json"
+    plan.write_text(plan.read_text().replace('"fail_at": 2', '"fail_at": null'))
+    by_hand = [sys.executable, "-m", "jobs.worker", str(run), "numbers"]
+    code = str(run / "submissions/1/code")
+    for index, word in (("2", "attempt 1"), ("2", "sealed already")):
+        done = subprocess.run([*by_hand, index], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True)
+        assert done.returncode == 0 and word in done.stdout, done.stderr
+    total = subprocess.run([*by_hand[:-1], "total"], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True)
+    assert total.returncode == 0, total.stderr  # two ranks, spawned by the worker itself
+    again = subprocess.run([*by_hand, "7"], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True)
+    assert again.returncode == 2 and "has elements 0 to 2, not 7" in again.stderr
+
+
+def test_a_phase_whose_upstream_has_no_seal_does_not_run_whatever_started_it(toy):
+    pipeline, run = toy
+    afterok("run", pipeline, "--run", run)
+    for seal in [*run.glob("total/*/seal.json"), *run.glob("numbers/*/seal.json")]:
+        seal.unlink()
+    done = subprocess.run([sys.executable, "-m", "jobs.worker", str(run), "total"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 4 and "needs numbers, which has no seal" in done.stderr
+    assert not list(run.glob("total/*/seal.json"))
+
+
+def test_what_runs_is_the_code_at_submission(toy, tmp_path):
+    pipeline, run = toy
+    afterok("submit", pipeline, "numbers.with.seconds=0.1", "--run", run)
+    snapshot = run / "submissions/1/code"
+    assert (snapshot / "tests/toy/numbers.py").read_bytes() == (ROOT / "tests/toy/numbers.py").read_bytes()
+    assert (snapshot / "jobs/worker.py").exists()
+    wait_for("the end", lambda: set(states(run).values()) == {"COMPLETED"})
+
+
+def test_logs_are_found_by_phase_and_element_and_followed_to_the_end(toy):
+    pipeline, run = toy
+    afterok("submit", pipeline, "numbers.with.seconds=1", "--run", run)
+    followed = afterok("logs", run, "total", "-f")
+    assert "total[0] attempt 1" in followed.stdout
+    assert "numbers[2] attempt 1" in afterok("logs", run, "numbers:2").stdout
+    assert "did you mean total?" in one_line(afterok("logs", run, "totl", check=2))
