@@ -36,6 +36,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
+from megatron_ext.models.registry import unwrap
 from megatron_ext.parallel import ParallelPlan
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,6 @@ class InProcessSave(TorchDistSaveShardedStrategy):
             storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=False),  # fsynced before renaming
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
-
-
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel below DistributedDataParallel and Float16Module."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
 
 
 def _metadata() -> dict[str, Any]:

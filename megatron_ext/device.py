@@ -15,6 +15,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Callable, NamedTuple
 
@@ -197,7 +198,7 @@ class LiteralCudaIsCpu(TorchFunctionMode):
 _METHODS = {torch.Tensor.type, torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.pin_memory}
 
 
-def _without_te_noise(record: logging.LogRecord) -> bool:
+def _without_rng_noise(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
 
@@ -235,7 +236,8 @@ def init_device() -> None:
         )
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_without_te_noise)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_without_rng_noise)
+    warnings.filterwarnings("ignore", module=r"megatron\.core\b")  # each import tells that TE and Apex are not there
     for path, patch in PATCHES.items():
         module, name = _resolve(path)
         if not hasattr(module, name):

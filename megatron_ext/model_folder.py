@@ -82,12 +82,13 @@ def write(out: Path, model: Any, family: Family, hf: Path, step: int) -> str:
     import torch.distributed as dist
 
     from megatron_ext import checkpoint
+    from megatron_ext.models.registry import unwrap
 
     checkpoint.save_weights(model, out / "weights")
     digest = checkpoint.weights_digest(model)
     if dist.get_rank() == 0:
         copy_hf_files(hf, out / "hf")
-        dtype = str(next(checkpoint.unwrap(model).parameters()).dtype).removeprefix("torch.")
+        dtype = str(next(unwrap(model).parameters()).dtype).removeprefix("torch.")
         durable.write_json(
             out / "model.json",
             {"format": FORMAT, "family": family.name, "step": step, "weights_digest": digest, "dtype": dtype},

@@ -55,6 +55,18 @@ def grid(plan: ParallelPlan, world_size: int) -> Grid:
     )
 
 
+def padded_rows(rows: int, tensor: int) -> int:
+    """Rows of the vocabulary matrices for `rows` tokens split over `tensor` ranks.
+
+    `rows` is the checkpoint's number of rows. No padding where they split evenly, else up to a multiple of
+    8 * tensor, so that a rank's part suits tensor cores (reference/megatron.md 1.6).
+    """
+    if rows % tensor == 0:
+        return rows
+    unit = 8 * tensor
+    return -(-rows // unit) * unit
+
+
 def nearest(value: int, legal: list[int]) -> int:
     """The legal value closest to `value`, the smaller of two equally close ones."""
     return min(legal, key=lambda candidate: (abs(candidate - value), candidate))

@@ -2,7 +2,7 @@
 
 Addresses come from the environment, as torchrun and our worker set it: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
 MASTER_PORT. With TORCHELASTIC_USE_AGENT_STORE=True somebody else already hosts the store at that port. Without
-these variables the process is alone.
+WORLD_SIZE, or with 1, the process is alone and needs no address.
 """
 
 import contextlib
@@ -47,11 +47,10 @@ def start(plan: ParallelPlan, seed: int = 0) -> None:
     from megatron.core import parallel_state
 
     if not dist.is_initialized():
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if world_size_of_environment() > 1:
             # gloo looks its interface up by host name, which fails on machines whose name resolves to nothing.
             if _is_loopback(os.environ.get("MASTER_ADDR", "")):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            os.environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")  # read where somebody hosts the store
             dist.init_process_group(backend(), init_method="env://", timeout=PATIENCE)
         else:
             dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)

@@ -10,7 +10,7 @@ SHAPES = ("constant", "cosine", "wsd")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to `peak`, then a shape that ends at `floor` on the last step.
+    """Linear warm-up to `peak`, then a shape that would reach `floor` one step after the last.
 
     constant: stays at `peak`. cosine: half a cosine over all that follows the warm-up. wsd (warm-up, stable, decay; MiniCPM,
     arXiv 2404.06395): stays at `peak`, then falls linearly over the last `decay_share` of all steps.
@@ -29,13 +29,12 @@ class Schedule:
             return self.peak * (step + 1) / self.warmup
         if self.shape == "constant":
             return self.peak
-        left = self.steps - 1 - step  # updates after this one
+        left = self.steps - step  # updates from this one on
         if self.shape == "cosine":
-            span = max(1, self.steps - 1 - self.warmup)
-            share = left / span
-            return self.floor + (self.peak - self.floor) * 0.5 * (1 - math.cos(math.pi * share))
-        decay = max(1, round(self.steps * self.decay_share))
-        return self.floor + (self.peak - self.floor) * min(1.0, left / decay)
+            share = 0.5 * (1 - math.cos(math.pi * left / (self.steps - self.warmup)))
+        else:
+            share = min(1.0, left / max(1, round(self.steps * self.decay_share)))
+        return self.floor + (self.peak - self.floor) * share
 
 
 def check(schedule: Schedule, where: str = "") -> list[Problem]:

@@ -14,18 +14,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron_ext.layers.attention import PackedDocuments
 
 
-def padded_rows(rows: int, tensor: int) -> int:
-    """Rows of the vocabulary matrices for `rows` tokens split over `tensor` ranks.
-
-    `rows` is the checkpoint's number of rows. No padding where they split evenly, else up to a multiple of
-    8 * tensor, so that a rank's part suits tensor cores (reference/megatron.md 1.6).
-    """
-    if rows % tensor == 0:
-        return rows
-    unit = 8 * tensor
-    return -(-rows // unit) * unit
-
-
 def vocabulary_logits(
     hidden: torch.Tensor, weight: torch.Tensor, config: TransformerConfig, rows: int, group: torch.distributed.ProcessGroup
 ) -> torch.Tensor:

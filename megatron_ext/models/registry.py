@@ -40,6 +40,13 @@ class Family:
         return self._part("mapping")
 
 
+def unwrap(model: Any) -> Any:
+    """The family's model below DistributedDataParallel and Float16Module."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
     """Family and dimensions of the Hugging Face config.json in `folder`, or the problems with it. No torch."""
     path = Path(folder) / "config.json"

@@ -13,6 +13,8 @@ from typing import Protocol, Sequence
 
 import torch
 
+from megatron_ext.parallel import padded_rows
+
 Shape = tuple[int, ...]
 
 
@@ -62,8 +64,6 @@ class Vocabulary(Replicated):
     """Embedding and output matrices [rows, h]: rows over tensor ranks, zeros after the last real row."""
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
-        from megatron_ext.layers.loss_head import padded_rows
-
         padding = padded_rows(whole.size(0), tensor) - whole.size(0)
         if padding:
             whole = torch.cat([whole, whole.new_zeros((padding, *whole.shape[1:]))])

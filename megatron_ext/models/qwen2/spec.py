@@ -11,10 +11,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
-from megatron_ext.layers.loss_head import SupervisedHead, padded_rows
+from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.norm import Norm
 from megatron_ext.models.qwen2.config import Dims
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ParallelPlan, padded_rows
 
 
 def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:

@@ -1,0 +1,77 @@
+"""Run an entrypoint without a pipeline:
+
+    torchrun --nproc-per-node 2 -m megatron_ext.entrypoints.sft --config sft.yaml --out DIR [--keep DIR] [key=value ...]
+
+The YAML file holds the fields of the entrypoint's Config. Rank 0 prints the facts as JSON. Exit code 2 and one line for a
+user's mistake.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+from data_tools.mistake import UserMistake
+
+LINE_S = 5.0  # between two progress lines
+
+
+class Lines:
+    """Progress as plain lines, one every few seconds."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def __call__(self, done: int, total: int, unit: str, note: str = "") -> None:
+        now = time.monotonic()
+        if done >= total or now - self.last >= LINE_S:
+            self.last = now
+            print(f"{done:,}/{total:,} {unit}  {note}".rstrip(), flush=True)
+
+
+def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable[..., list]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with the fields of Config")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not hold anything yet")
+    parser.add_argument("--keep", type=Path, help="checkpoints and metrics, kept between attempts (default OUT.keep)")
+    parser.add_argument("overrides", nargs="*", help="dotted key=value")
+    arguments = parser.parse_args()
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        config = read_config(config_class, arguments.config, arguments.overrides)
+        problems = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if problems:
+            raise UserMistake(problems)
+        out = arguments.out
+        keep = arguments.keep or out.with_name(out.name + ".keep")
+        if first:
+            if out.exists() and any(out.iterdir()):
+                raise UserMistake(f"{out} is not empty: name a folder that does not exist yet")
+            out.mkdir(parents=True, exist_ok=True)
+            keep.mkdir(parents=True, exist_ok=True)
+        facts = run(config, out, keep, Lines() if first else (lambda *_, **__: None))
+    except UserMistake as mistake:
+        if first:
+            print(mistake, file=sys.stderr)
+        return mistake.exit_code
+    if first:
+        print(json.dumps(facts, indent=1, sort_keys=True))
+    return 0
+
+
+def read_config(config_class: type, path: Path, overrides: list[str]) -> Any:
+    """The typed config of a YAML file. UserMistake for unknown keys and wrong types."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), given))
+    except OSError as error:
+        raise UserMistake(f"{path}: {error.strerror or error}") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserMistake(f"{path}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,196 @@
+"""Greedy accuracy of a model folder on the rows of a task, over distinct prompts, by the task's own verifier.
+
+Element i of n takes distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way.
+`finish` adds the counts. Row order: files as given, then the synthetic stream; the first of equal prompts counts.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+from data_tools import durable
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import Progress, silent
+from data_tools.tasks.task import Row, Source, Task, load_task, task_options
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import check as check_plan
+from megatron_ext.tables import write_table
+
+SAMPLES, RESULT = "samples.jsonl", "result.json"
+
+
+@dataclass
+class Config:
+    model: str = field(default="", metadata={"input": True})  # model folder
+    task: str = "calculator"
+    task_options: Dict[str, Any] = field(default_factory=dict)
+    source: Source = field(default_factory=Source)
+    limit: int = 0  # distinct prompts; 0: all
+    max_new_tokens: int = 16
+    seen_in: Optional[str] = field(default=None, metadata={"input": True})  # training token store: split by it
+    dtype: str = ""  # of the weights; "" keeps the model folder's
+    token_budget: int = field(default=16384, metadata={"keyed": False})  # tokens of one forward pass
+    backend: str = field(default="torch", metadata={"keyed": False})  # layer spec: torch | te
+    parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata={"keyed": False})
+
+
+def check(config: Config, ranks: int) -> list[Problem]:
+    problems = []
+    if not config.model:
+        problems.append(Problem("model", "is missing: a model folder"))
+    try:
+        task = load_task(config.task)
+    except UserMistake as mistake:
+        problems.append(Problem("task", str(mistake)))
+    else:
+        try:
+            task_options(task, config.task_options)
+        except UserMistake as mistake:
+            problems.append(Problem("task_options", str(mistake)))
+    if not config.source.inputs and config.source.synthetic_rows < 1:
+        problems.append(Problem("source", "has no rows: name inputs or synthetic_rows"))
+    if config.max_new_tokens < 1:
+        problems.append(Problem("max_new_tokens", f"{config.max_new_tokens} is too few: the least is 1"))
+    return problems + check_plan(config.parallel, ranks)
+
+
+def rows(config: Config, task: Task) -> Iterator[Row]:
+    """Verified, canonical rows. UserMistake naming file and line where one is malformed; wrong rows are left out."""
+    for name in config.source.inputs:
+        try:
+            file = open(name, encoding="utf-8")
+        except OSError as error:
+            raise UserMistake(Problem("source.inputs", f"{name}: {error.strerror}")) from None
+        with file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    found = task.parse_line(line)
+                except ValueError as error:
+                    raise UserMistake(Problem(f"{name}:{number}", str(error))) from None
+                yield from (task.canonical(row) for row in found if task.verify(row) is None)
+    for index in range(config.source.synthetic_rows):
+        yield task.synthetic_row(config.source.synthetic_seed, index, config.source.synthetic_split)
+
+
+def distinct(found: Iterator[Row], limit: int) -> list[Row]:
+    """The first row of each prompt, in order, at most `limit` (0: all)."""
+    kept: dict[str, Row] = {}
+    for row in found:
+        if limit and len(kept) == limit:
+            break
+        kept.setdefault(row.prompt, row)
+    return list(kept.values())
+
+
+def run(
+    config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
+) -> dict[str, Any]:
+    """Facts: as `_result`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element, the table."""
+    from data_tools.chat import load_tokenizer
+    from megatron_ext import model_folder, ranks
+
+    problems = check(config, ranks.world_size_of_environment())
+    if problems:
+        raise UserMistake(problems)
+    folder = model_folder.open_folder(config.model)
+    task = load_task(config.task)
+    options = task_options(task, config.task_options)
+    tokenizer = load_tokenizer(str(folder.hf))
+    mine = distinct(rows(config, task), config.limit)[index::count]
+    prompts = [tokenizer.encode(row.prompt) for row in mine]
+    seen = _seen([row.prompt for row in mine], config.seen_in)
+
+    with ranks.started(config.parallel):
+        import torch.distributed as dist
+        from megatron.core import parallel_state  # may be imported once the device is ready
+
+        from megatron_ext.rollout.decode import generate
+
+        model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        tokens = generate(
+            model,
+            prompts[rank::size],
+            config.max_new_tokens,
+            {tokenizer.eos_id},
+            token_budget=config.token_budget,
+            progress=progress,
+        )
+        parts: list[Any] = [None] * size
+        dist.all_gather_object(parts, tokens, group=parallel_state.get_data_parallel_group())
+        writer = ranks.is_writer()
+    samples = []
+    for place, row in enumerate(mine):
+        ids = parts[place % size][place // size]
+        ended = bool(ids) and ids[-1] == tokenizer.eos_id
+        completion = tokenizer.decode(ids[:-1] if ended else ids)
+        samples.append(
+            {
+                "prompt": row.prompt,
+                "answer": row.answer,
+                "completion": completion,
+                "correct": ended and task.is_correct(row.answer, completion, options),
+                "seen": seen[place],
+            }
+        )
+    result = _result(samples)
+    if writer:
+        durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+        durable.write_json(out / RESULT, result)
+        if count == 1:
+            _table(keep, result, folder.step)
+    return result
+
+
+def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool]]:
+    """Whether each prompt occurs in the store; None each when no store is named."""
+    if not store_folder:
+        return [None] * len(prompts)
+    from data_tools.store import Store, text_hash
+
+    known = {tuple(pair) for pair in Store(Path(store_folder)).prompt_hashes.tolist()}
+    return [tuple(text_hash(prompt)) in known for prompt in prompts]
+
+
+def _result(samples: List[Dict[str, Any]]) -> dict[str, Any]:
+    """Counts and accuracies, overall and, where known, of prompts seen and not seen in training."""
+    result: dict[str, Any] = {}
+    for name, wanted in (("", (True, False, None)), ("seen_", (True,)), ("unseen_", (False,))):
+        of = [sample for sample in samples if sample["seen"] in wanted]
+        if name and all(sample["seen"] is None for sample in samples):
+            continue
+        correct = sum(sample["correct"] for sample in of)
+        result[f"{name}prompts"] = len(of)
+        result[f"{name}correct"] = correct
+        result[f"{name}accuracy"] = correct / len(of) if of else None
+    return result
+
+
+def _table(keep: Path, result: dict[str, Any], step: int) -> None:
+    rows_ = [
+        [label, result[f"{name}prompts"], result[f"{name}correct"], result[f"{name}accuracy"]]
+        for label, name in (("all", ""), ("seen in training", "seen_"), ("not seen", "unseen_"))
+        if f"{name}prompts" in result
+    ]
+    write_table(keep, "accuracy", f"Greedy accuracy at step {step}", ["prompts", "distinct", "correct", "accuracy"], rows_)
+
+
+def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:
+    """Join the elements' samples, in element order, and their counts. One process."""
+    from megatron_ext import model_folder
+
+    samples = [json.loads(line) for part in parts for line in (part / SAMPLES).read_text().splitlines()]
+    result = _result(samples)
+    durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+    durable.write_json(out / RESULT, result)
+    _table(keep, result, model_folder.open_folder(config.model).step)
+    return result
+
+
+if __name__ == "__main__":
+    import sys
+
+    from megatron_ext.entrypoints.bare import main
+
+    sys.exit(main(Config, run, check))

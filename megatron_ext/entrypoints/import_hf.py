@@ -1,0 +1,93 @@
+"""A Hugging Face checkpoint, from a folder or the hub, as a model folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import Progress, silent
+
+
+@dataclass
+class Config:
+    source: str = field(default="", metadata={"input": "hub"})  # folder, or hub name org/model
+    revision: str = ""  # of a hub name: a commit, so that the key names the content
+    dtype: str = ""  # of the weights; "" keeps the checkpoint's
+    backend: str = field(default="torch", metadata={"keyed": False})  # layer spec: torch | te
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check(config: Config, ranks: int) -> list[Problem]:
+    from megatron_ext.models.registry import read_config
+
+    problems = []
+    if not config.source:
+        problems.append(Problem("source", "is missing: a Hugging Face folder or a hub name such as Qwen/Qwen2.5-0.5B"))
+    elif (Path(config.source) / "config.json").is_file():
+        problems += read_config(Path(config.source))[2]
+    if config.dtype and config.dtype not in DTYPES:
+        problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
+    if ranks != 1:
+        problems.append(Problem("", f"import_hf runs on 1 rank, not {ranks}: any layout loads what it writes"))
+    return problems
+
+
+def fetch(source: str, revision: str) -> Path:
+    """The folder of `source`; a hub name is downloaded, or found in the cache. UserMistake when there is neither."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_absolute() or source.startswith(".") or source.count("/") != 1:
+        raise UserMistake(Problem("source", f"{source} is no folder, and no hub name of the form org/model"))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserMistake(
+            Problem("source", f"{source}{'@' + revision if revision else ''} cannot be fetched ({reason}); download it on "
+                              f"a machine with internet and name the folder")
+        ) from None
+
+
+def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Facts: weights_digest, parameters, dtype."""
+    from megatron_ext import model_folder
+    from megatron_ext.models.registry import read_config
+
+    problems = check(config, 1)
+    if problems:
+        raise UserMistake(problems)
+    source = fetch(config.source, config.revision)
+    family, dims, problems = read_config(source)
+    if problems:
+        raise UserMistake(problems)
+    dtype = config.dtype or dims.dtype
+
+    import torch
+
+    from megatron_ext import convert, ranks
+    from megatron_ext.parallel import ParallelPlan
+
+    plan = ParallelPlan()
+    with ranks.started(plan):
+        model = family.spec.build(dims, plan, getattr(torch, dtype), config.backend)
+        convert.import_weights(model, source, family, dims, progress)
+        digest = model_folder.write(out, model, family, source, step=0)
+        parameters = sum(p.numel() for p in model.parameters())
+    return {"weights_digest": digest, "parameters": parameters, "dtype": dtype, "family": family.name}
+
+
+if __name__ == "__main__":
+    import sys
+
+    from megatron_ext.entrypoints.bare import main
+
+    sys.exit(main(Config, run, check))
