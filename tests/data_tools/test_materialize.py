@@ -66,6 +66,20 @@ def test_rows_are_the_canonical_marks_in_order_with_their_lines(tmp_path: Path, 
     assert Store(store).mask(0).tolist() == [0] * 7 + [1, 1]
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_of_equal_rows_the_first_in_source_order_is_kept(tmp_path: Path, tokenizer_folder: Path, count: int) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([line("1+1=2"), line("2+2=4"), line("1+1=2.0")]))
+    (tmp_path / "b.jsonl").write_text("\n".join([line("3+3=6"), line("2+2=4"), line("3+3=6")]))
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    out, _ = build(config_of(tokenizer_folder, *inputs), tmp_path, count)
+    store = Store(out)
+    assert list(zip(store.sources.tolist(), store.lines.tolist())) == [(0, 1), (0, 2), (1, 1)]
+    sheets = Balance.from_json(read_json(out / "balance.json")).sources
+    assert [dict(sheet.dropped) for sheet in sheets] == [{"duplicate": 1}, {"duplicate": 2}]
+    everything, _ = build(config_of(tokenizer_folder, *inputs, dedupe=False), tmp_path / "all", count)
+    assert len(Store(everything)) == 6
+
+
 def test_every_drop_has_its_bucket(tmp_path: Path, tokenizer_folder: Path) -> None:
     lines = [line("1+1=2", "1+1=2.0", "1+1=3", "x=3", "11111*10000=111110000", "7//2=3"), "", line(), "[]"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
