@@ -11,7 +11,7 @@ from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return materialize.check(config)
+    return materialize.check(config, ["/"])
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
