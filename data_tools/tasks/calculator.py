@@ -262,12 +262,11 @@ def _digits(count: int, draws: _Draws, last_nonzero: bool) -> str:
 
 
 def _multiple(form: str, divisor: int, draws: _Draws) -> str:
-    """A multiple of the divisor with the given pattern where a few draws find one, else any multiple near."""
-    scale = 10 ** len(form)
-    number = ""
+    """A multiple of the divisor with the given pattern where a few draws find one, else the last one tried."""
+    number = "0"
     for _ in range(_NUMBER_TRIES):
         target = int(_number(form, draws))
-        number = str(min(max(1, round(target / max(1, divisor))) * divisor, scale * divisor))
+        number = str(max(1, round(target / max(1, divisor))) * divisor)
         if pattern(number) == form:
             break
     return number
