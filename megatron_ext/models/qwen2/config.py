@@ -97,7 +97,10 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
     """config.json of a Qwen2ForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
+    # Released files leave head_dim out; transformers reads it where it is not hidden_size / heads.
+    head_dim = {} if dims.head_dim * dims.heads == dims.hidden else {"head_dim": dims.head_dim}
     return {
+        **head_dim,
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "num_hidden_layers": dims.layers,

@@ -1,0 +1,81 @@
+"""Real gloo ranks for tests: processes that stay up between tests, because each costs seconds to import torch and mcore."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from typing import Any, Callable
+
+TIMEOUT_S = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _serve(connection: Any, rank: int, world_size: int) -> None:
+    os.environ.update(environment(rank, world_size, 0))
+    while (task := connection.recv()) is not None:
+        function, port, arguments = task
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            connection.send((True, function(**arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+            return  # a rank that failed leaves its peers in a collective: the pool starts anew
+
+
+class Ranks:
+    """`run(function, **arguments)` calls a module-level function on every rank and returns their results, rank by rank."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.world_size), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append((process, ours))
+
+    def run(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """Raises AssertionError with the rank's traceback where one failed or went silent."""
+        if not self._processes:
+            self._start()
+        port = free_port()
+        for _, connection in self._processes:
+            connection.send((function, port, arguments))
+        results, failures = [], []
+        for rank, (_, connection) in enumerate(self._processes):
+            try:
+                good = connection.poll(5 if failures else TIMEOUT_S)
+                good, value = connection.recv() if good else (False, f"no answer in {TIMEOUT_S} s")
+            except (EOFError, ConnectionResetError):
+                good, value = False, "the process died"
+            (results if good else failures).append(value if good else f"rank {rank}: {value}")
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process, _ in self._processes:
+            process.kill()
+            process.join()
+        self._processes = []

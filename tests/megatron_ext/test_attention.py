@@ -1,0 +1,182 @@
+"""A document of a pack sees only itself, and a pack gives what its documents give one by one."""
+
+import numpy
+import pytest
+import torch
+
+from megatron_ext.layers import attention, loss_head
+from megatron_ext.layers.attention import Layout, PackedSelfAttention, packed_attention, packed_documents
+from megatron_ext.models.registry import unwrap
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.train import MicroBatch, micro_batch, supervised_loss
+from tests.megatron_ext import tiny
+
+CPU = torch.device("cpu")
+LENGTHS = [3, 16, 17, 1, 40, 2, 33, 64, 65]
+
+
+def cu(lengths) -> numpy.ndarray:
+    return numpy.concatenate([[0], numpy.cumsum(lengths)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_layout_gives_every_token_its_own_row_in_its_documents_slot(seed):
+    random = numpy.random.default_rng(seed)
+    lengths = random.integers(0, 70, random.integers(1, 30))
+    lengths[random.integers(len(lengths))] = 5  # not all empty
+    layout = Layout.of(cu(lengths), CPU)
+    slots, seen = layout.slots.numpy(), set()
+    assert len(set(slots.tolist())) == lengths.sum()
+    assert sum(b.documents * b.length for b in layout.buckets) == layout.rows
+    for start, length in zip(cu(lengths)[:-1], lengths):
+        if length == 0:
+            continue
+        mine = slots[start : start + length]
+        assert (numpy.diff(mine) == 1).all()
+        assert layout.positions[start : start + length].tolist() == list(range(length))
+        bucket = next(b for b in layout.buckets if b.start <= mine[0] < b.start + b.documents * b.length)
+        assert (mine[0] - bucket.start) % bucket.length == 0 and mine[0] not in seen
+        assert bucket.length / 2 < length <= bucket.length or bucket.length == attention.SHORTEST_BUCKET
+        seen.add(mine[0])
+
+
+def qkv(total: int, heads: int = 4, groups: int = 2, d: int = 8, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(total, n, d, generator=generator, requires_grad=True) for n in (heads, groups, groups)]
+
+
+def naive(q, k, v, scale):
+    """One document, fp64: [n, heads, d] -> [n, heads * d]."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    scores = scores.masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+
+
+def test_packed_attention_and_its_gradients_are_those_of_the_documents_alone():
+    layout = Layout.of(cu(LENGTHS), CPU)
+    tensors = qkv(sum(LENGTHS))
+    weight = torch.randn(sum(LENGTHS), 32)
+    out = packed_attention(*tensors, layout, 0.3)
+    grads = torch.autograd.grad((out * weight).sum(), tensors)
+    alone = torch.cat([naive(*(x[a:b] for x in tensors), 0.3) for a, b in zip(cu(LENGTHS)[:-1], cu(LENGTHS)[1:])])
+    expected = torch.autograd.grad((alone * weight).sum(), tensors)
+    assert torch.allclose(out.double(), alone, atol=1e-5)
+    for ours, theirs in zip(grads, expected):
+        assert torch.allclose(ours.double(), theirs.double(), atol=1e-5)
+
+
+def forward(model, pack, ids=None) -> tuple[torch.Tensor, MicroBatch]:
+    """Logits [T, V] at every position of a pack."""
+    batch = micro_batch([pack])
+    wanted = torch.arange(batch.ids.numel())
+    ids = batch.ids if ids is None else ids
+    return loss_head.position_logits(model, ids, batch.positions, batch.documents, wanted), batch
+
+
+@pytest.fixture
+def model(alone, tmp_path):
+    return tiny.model(tiny.hf_folder(tmp_path / "hf"), tiny.DIMS, ParallelPlan())
+
+
+def test_a_pack_gives_the_logits_and_gradients_of_its_documents(model):
+    pack = tiny.pack(LENGTHS, seed=3)
+    loss, _ = supervised_loss(model, micro_batch([pack]))
+    loss.backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    logits, _ = forward(model, pack)
+    model.zero_grad()
+    total = 0.0
+    for a, b in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:]):
+        one = tiny.Pack(
+            pack.ids[a:b], pack.labels[a:b], pack.loss_mask[a:b], pack.positions[a:b], numpy.array([0, b - a], numpy.int32)
+        )
+        assert torch.allclose(forward(model, one)[0], logits[a:b], atol=1e-5)
+        if one.loss_mask.any():
+            loss_one, _ = supervised_loss(model, micro_batch([one]))
+            loss_one.backward()
+            total += loss_one.item()
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, packed[name], atol=1e-5 * max(1, packed[name].abs().max())), name
+
+
+@pytest.mark.parametrize("victim", [0, 4, 8])
+def test_other_documents_cannot_reach_a_document_by_a_single_bit(model, victim):
+    pack = tiny.pack(LENGTHS, seed=4)
+    a, b = pack.cu_seqlens[victim], pack.cu_seqlens[victim + 1]
+    logits, batch = forward(model, pack)
+    changed = (batch.ids + 1 + torch.arange(batch.ids.numel()) % 7) % 19
+    changed[:, a:b] = batch.ids[:, a:b]
+    others, _ = forward(model, pack, changed)
+    assert torch.equal(others[a:b], logits[a:b])
+    outside = torch.ones(len(logits), dtype=torch.bool)
+    outside[a:b] = False
+    assert not torch.equal(others[outside], logits[outside])
+
+
+@pytest.mark.parametrize("victim", [0, 4, 8])
+def test_the_gradient_between_documents_is_exactly_zero(model, victim):
+    pack = tiny.pack(LENGTHS, seed=5)
+    a, b = pack.cu_seqlens[victim], pack.cu_seqlens[victim + 1]
+    inputs = []
+    handle = model.embedding.register_forward_hook(
+        lambda _m, _i, out: inputs.append(out.detach().requires_grad_()) or inputs[-1]
+    )
+    logits, _ = forward(model, pack)
+    handle.remove()
+    (grad,) = torch.autograd.grad(logits[a:b].sum(), inputs)
+    grad = grad.squeeze(1)
+    assert (grad[a:b].abs().sum(1) > 0).all()
+    assert grad[:a].abs().sum() == 0 and grad[b:].abs().sum() == 0
+
+
+def test_the_short_way_through_a_row_is_megatron_cores_way(model):
+    pack = tiny.pack(LENGTHS, seed=6)
+    short, _ = forward(model, pack)
+    for layer in unwrap(model).decoder.layers:
+        assert type(layer.self_attention) is PackedSelfAttention
+        layer.self_attention.checkpoint_core_attention = True  # recomputation takes mcore's own forward
+    long, _ = forward(model, pack)
+    assert torch.allclose(short, long, atol=1e-5)
+
+
+def test_a_row_without_a_layout_and_a_plain_batch_work_too(model):
+    pack = tiny.pack([20], seed=7)
+    packed, batch = forward(model, pack)
+    plain = model(batch.ids, batch.positions, None)  # [1, T, V]
+    assert torch.allclose(plain[0], packed, atol=1e-5)
+    documents = packed_documents(pack.cu_seqlens, CPU)
+    documents.layout = None
+    q, k, v = qkv(20)
+    core = unwrap(model).decoder.layers[0].self_attention.core_attention
+    expected = packed_attention(q, k, v, Layout.of(pack.cu_seqlens, CPU), core.scale)
+    assert torch.equal(core(q, k, v, packed_seq_params=documents), expected)
+
+
+def test_the_loss_head_computes_supervised_positions_only_and_the_same_loss(model):
+    pack = tiny.pack(LENGTHS, seed=8)
+    logits, batch = forward(model, pack)
+    losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(pack.labels), reduction="none")
+    mask = torch.from_numpy(pack.loss_mask)
+    loss, count = supervised_loss(model, batch)
+    assert count == int(mask.sum()) == batch.labels.numel() < batch.ids.numel()
+    assert loss.item() == pytest.approx((losses * mask).sum().item(), rel=1e-6)
+
+
+def test_joined_packs_are_one_row_of_the_same_documents(model):
+    packs = [tiny.pack([5, 20], 1), tiny.pack([30, 2, 8], 2)]
+    apart = [supervised_loss(model, micro_batch([pack])) for pack in packs]
+    loss, count = supervised_loss(model, micro_batch(packs))
+    assert count == sum(n for _, n in apart)
+    assert loss.item() == pytest.approx(sum(part.item() for part, _ in apart), rel=1e-6)
+
+
+def test_what_the_attention_cannot_do_is_refused_at_build_time(alone):
+    from megatron.core.transformer.enums import AttnMaskType
+
+    config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, ParallelPlan(), torch.float32, "torch")
+    config.window_size = (8, 0)
+    with pytest.raises(NotImplementedError, match="no window_size"):
+        attention.PackedAttention(config, 1, AttnMaskType.causal, "self")

@@ -1,0 +1,137 @@
+"""Every name that device.py patches exists, does not do its job on CPU as it is, and does it patched."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_ext import device
+
+
+def patched(path: str):
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def test_the_device_is_the_cpu():
+    assert device.device() == torch.device("cpu") and device.backend() == "gloo"
+
+
+def test_a_second_call_changes_nothing():
+    before = {path: patched(path) for path in device.PATCHES}
+    device.init_device()
+    assert {path: patched(path) for path in device.PATCHES} == before
+
+
+@pytest.mark.parametrize("path", device.PATCHES)
+def test_each_patch_names_something_that_exists_and_says_why(path):
+    assert device.PATCHES[path].why
+    assert device.original(path) is not patched(path)
+
+
+def test_current_device_is_one_that_tensors_accept():
+    assert torch.empty(1, device=torch.cuda.current_device()).device.type == "cpu"
+    with pytest.raises((RuntimeError, AssertionError)):
+        device.original("torch.cuda.current_device")()
+
+
+@pytest.mark.parametrize("path", ["torch.cuda.get_rng_state", "torch.cuda.random.get_rng_state"])
+def test_the_cuda_rng_state_is_the_default_generator(path):
+    assert torch.equal(patched(path)(), torch.get_rng_state())
+    with pytest.raises((RuntimeError, AssertionError)):
+        device.original(path)()
+
+
+def test_cuda_seeding_seeds_the_default_generator():
+    torch.cuda.manual_seed(5)
+    first = torch.rand(1)
+    device.original("torch.cuda.manual_seed")(5)  # queued for a CUDA that never starts
+    assert not torch.equal(torch.rand(1), first)
+    torch.cuda.manual_seed(5)
+    assert torch.equal(torch.rand(1), first)
+
+
+def test_synchronize_returns():
+    assert torch.cuda.synchronize() is None
+    with pytest.raises((RuntimeError, AssertionError)):
+        device.original("torch.cuda.synchronize")()
+
+
+def test_mcore_reads_and_restores_rng_state():
+    from megatron.core.tensor_parallel import random
+
+    state = random._get_cuda_rng_state()
+    first = torch.rand(1)
+    random._set_cuda_rng_state(state)
+    assert torch.equal(torch.rand(1), first)
+
+
+def test_mcore_rng_tracker_forks_and_returns(alone):
+    from megatron.core import tensor_parallel
+
+    before = torch.get_rng_state()
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        inside = torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(torch.rand(1), inside)
+
+
+def test_mcore_builds_the_fused_adam_and_the_distributed_optimizer_accepts_it(alone, tmp_path):
+    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.train import AdamW, Trainer
+    from tests.megatron_ext import tiny
+
+    trainer = Trainer(tiny.model(tiny.hf_folder(tmp_path), tiny.DIMS, ParallelPlan()), ParallelPlan(), AdamW())
+    inner = trainer.optimizer.chained_optimizers[0].optimizer
+    assert type(inner) is device.FusedAdam
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    assert optimizer.Adam is distrib_optimizer.Adam is device.FusedAdam
+    assert not optimizer.USING_PYTORCH_OPTIMIZER
+    # Both decide that the step count is read from the groups, where FusedAdam keeps it.
+    assert distrib_optimizer.HAVE_APEX_OR_TE and distrib_optimizer.USING_APEX_OPTIMIZER
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_fused_adam_updates_as_torch_does(decay, decoupled):
+    torch.manual_seed(0)
+    start, grads = torch.randn(7, 3), [torch.randn(7, 3) for _ in range(4)]
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    settings = dict(lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
+    first = device.FusedAdam([ours], adam_w_mode=decoupled, **settings)
+    second = (torch.optim.AdamW if decoupled else torch.optim.Adam)([theirs], **settings)
+    for grad in grads:
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        first.step()
+        second.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert first.param_groups[0]["step"] == 4
+
+
+def test_a_literal_cuda_is_the_cpu():
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.zeros(2, device=torch.device("cuda", 0), pin_memory=True).device.type == "cpu"
+    assert torch.zeros(2).cuda().to("cuda").to(device="cuda").pin_memory().device.type == "cpu"
+    assert torch.zeros(2).type() == "torch.cuda.FloatTensor"  # mcore compares it with this name
+    assert torch.zeros(2).to(torch.float64).dtype == torch.float64
+    with device.plain_torch():
+        assert torch.zeros(2).type() == "torch.FloatTensor"
+    assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+
+
+def test_another_megatron_core_is_refused(monkeypatch):
+    monkeypatch.setattr(device, "version", lambda name: "0.17.0")
+    with pytest.raises(RuntimeError, match="megatron-core 0.17.0 is installed.*pip install megatron-core==0.16.1"):
+        device.check_version()
+
+
+def test_coming_too_late_is_an_error_and_not_a_slow_start():
+    code = "import megatron.core\nfrom megatron_ext.device import init_device\ninit_device()"
+    fresh = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=fresh)
+    assert "was imported before init_device()" in result.stderr

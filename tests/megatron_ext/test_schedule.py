@@ -1,0 +1,36 @@
+"""The learning rate is a pure function of the step."""
+
+import pytest
+
+from megatron_ext.schedule import Schedule, check
+
+
+def rates(**changes) -> list[float]:
+    schedule = Schedule(**{"shape": "wsd", "steps": 20, "peak": 1.0, "warmup": 4, **changes})
+    return [schedule.rate(step) for step in range(schedule.steps)]
+
+
+def test_warm_up_is_linear_and_reaches_the_peak():
+    assert rates()[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_wsd_decays_linearly_over_the_last_share_only():
+    assert rates(decay_share=0.25, floor=0.0)[14:] == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert min(rates(decay_share=0.25, floor=0.1)) >= 0.1
+
+
+def test_cosine_falls_from_the_first_step_after_the_warm_up():
+    found = rates(shape="cosine")
+    assert found[4] == 1.0 and all(a > b > 0 for a, b in zip(found[4:], found[5:]))
+
+
+def test_constant_stays():
+    assert set(rates(shape="constant")[4:]) == {1.0}
+
+
+def test_all_mistakes_are_named_with_the_nearest_schedule():
+    found = [str(p) for p in check(Schedule("cosin", 10, -1.0, 0.0, 11, 0.0), "with")]
+    assert found[0].startswith("with.schedule: 'cosin' is no schedule (did you mean cosine?")
+    assert [line.split(":")[0] for line in found] == [
+        "with.schedule", "with.warmup_steps", "with.lr", "with.min_lr", "with.decay_share",
+    ]

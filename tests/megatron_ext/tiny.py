@@ -1,0 +1,98 @@
+"""Tiny models and packs that every test builds the same way, in any process and under any layout."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy
+import torch
+
+from data_tools import durable
+from megatron_ext.models.qwen2.config import Dims, hf_config
+from megatron_ext.models.registry import Family
+from megatron_ext.models.rules import hf_shapes
+
+QWEN2 = Family("qwen2")
+# 19 rows: an odd vocabulary, so that tensor parallelism pads it.
+DIMS = Dims(
+    layers=2,
+    hidden=32,
+    ffn=48,
+    heads=4,
+    kv_groups=2,
+    head_dim=8,
+    vocabulary=19,
+    tied=True,
+    norm_epsilon=1e-6,
+    rope_base=10000.0,
+    max_positions=512,
+    dtype="float32",
+)
+
+
+def dims(**changes: Any) -> Dims:
+    return replace(DIMS, **changes)
+
+
+def hf_folder(folder: Path, of: Dims = DIMS, seed: int = 0) -> Path:
+    """A Hugging Face folder with random weights, norms and biases included."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in hf_shapes(QWEN2.mapping.rules(of)).items():
+        noise = torch.randn(shape, generator=generator)
+        tensors[name] = 1 + 0.2 * noise if name.endswith("norm.weight") else 0.25 * noise
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    durable.write_json(folder / "config.json", hf_config(of))
+    return folder
+
+
+def model(hf: Path, of: Dims, plan: Any) -> Any:
+    """This rank's part of the model in `hf`. Groups for `plan` must exist."""
+    from megatron_ext import convert
+
+    built = QWEN2.spec.build(of, plan, torch.float32)
+    convert.import_weights(built, hf, QWEN2, of)
+    return built
+
+
+@dataclass(frozen=True)
+class Pack:
+    ids: numpy.ndarray
+    labels: numpy.ndarray
+    loss_mask: numpy.ndarray
+    positions: numpy.ndarray
+    cu_seqlens: numpy.ndarray
+
+
+def pack(lengths: Sequence[int], seed: int, supervised: float = 0.5, vocabulary: int = 19) -> Pack:
+    """Documents of these lengths with random tokens; about a share `supervised` of each document's labels counts."""
+    random = numpy.random.default_rng(seed)
+    total = sum(lengths)
+    ids = random.integers(0, vocabulary, total)
+    labels, mask, positions = numpy.zeros_like(ids), numpy.zeros(total, numpy.float32), numpy.zeros_like(ids)
+    cu = numpy.concatenate([[0], numpy.cumsum(lengths)])
+    for start, end in zip(cu[:-1], cu[1:]):
+        labels[start : end - 1] = ids[start + 1 : end]
+        positions[start:end] = numpy.arange(end - start)
+        mask[end - 1 - int((end - start) * supervised) : end - 1] = 1
+    return Pack(ids, labels, mask, positions, cu.astype(numpy.int32))
+
+
+class Packs:
+    """Packs in memory with PackReader's interface. Pack i supervises more tokens the larger i % 5 is."""
+
+    def __init__(self, n: int = 8, pack_length: int = 48, name: str = "tiny"):
+        self.n_packs, self.pack_length, self.digest = n, pack_length, f"{name}-{n}-{pack_length}"
+
+    def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
+        return [(seed + k * global_batch + i) % self.n_packs for i in range(global_batch)]
+
+    def pack(self, i: int) -> Pack:
+        random = numpy.random.default_rng(1000 + i)
+        lengths: list[int] = []
+        while sum(lengths) < self.pack_length:
+            lengths.append(min(int(random.integers(2, 20)), self.pack_length - sum(lengths)))
+        return pack(lengths, i, supervised=(i % 5 + 1) / 6)
