@@ -22,6 +22,12 @@ PING_RETRY_S = 0.25
 IDS_PER_COMMAND = 1000  # keeps a command line of 20-byte ids far below ARG_MAX and one Linux argument below 128 KiB
 SEPARATOR = "\x1f"  # the one character no job name or reason contains
 
+# States that a job leaves only by a requeue (man squeue, JOB STATE CODES); a requeue sets it to PENDING.
+ENDED_STATES = frozenset((
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+))  # fmt: skip
+
 # An outer job's or a user's variables change the meaning of a command: SBATCH_OUTPUT beats the script's --output,
 # SQUEUE_PARTITION filters the queue. Only where the cluster is may pass.
 _SCRUBBED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
@@ -170,9 +176,12 @@ class Slurm:
         )
 
     def queue(self) -> list[QueueRow]:
-        """Every job of this user that the controller remembers, in all states, one row an array element."""
+        """Every job of this user that the controller remembers, in all states, one row an array element.
+
+        Not by `squeue --array`, which loses the last element of an array it prints with a step ("0-396:4", 22.05.8).
+        """
         fields = SEPARATOR.join(("%A", "%F", "%K", "%T", "%r", "%E", "%N", "%j"))
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--user={os.geteuid()}", f"--format={fields}"]
+        command = ["squeue", "--noheader", "--states=all", f"--user={os.geteuid()}", f"--format={fields}"]
         return parse_queue(self.run(command))
 
     def cancel(self, ids: Iterable[str | int]) -> None:
@@ -238,26 +247,40 @@ def controller_is_up(printed: str) -> bool:
 
 
 def parse_queue(printed: str) -> list[QueueRow]:
-    """Rows of `squeue` with the fields %A %F %K %T %r %E %N %j."""
+    """Rows of `squeue` with the fields %A %F %K %T %r %E %N %j; waiting elements come in one line and become many."""
     rows = []
     for line in printed.split("\n"):
         if not line:
             continue
         job_id, array_id, index, state, reason, dependency, nodelist, name = line.split(SEPARATOR, 7)
-        is_element = index.isdigit()
-        rows.append(
+        indices = parse_indices(index) if index[:1].isdigit() else [None]
+        rows += [
             QueueRow(
                 job_id=job_id,
-                array_job_id=array_id if is_element else None,
-                array_index=int(index) if is_element else None,
+                array_job_id=None if element is None else array_id,
+                array_index=element,
                 name=name,
                 state=state,
                 reason=_absent(reason),
                 dependency=_absent(dependency),
                 nodelist=_absent(nodelist),
             )
-        )
+            for element in indices
+        ]
     return rows
+
+
+def parse_indices(text: str) -> list[int]:
+    """The indices of an array: "0-2,7%4" (the last part is its throttle) is [0, 1, 2, 7], "0-8:4" is [0, 4, 8].
+
+    Raises ValueError for a list that Slurm cut short with "...".
+    """
+    indices: list[int] = []
+    for part in text.partition("%")[0].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        indices += range(int(first), int(last or first) + 1, int(step or 1))
+    return indices
 
 
 def parse_accounting(printed: str) -> list[AccountingRow]:

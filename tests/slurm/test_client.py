@@ -14,7 +14,7 @@ from slurm.client import QueueRow, Slurm, SlurmError, SlurmTimeout, SlurmUnavail
 SQUEUE = """\
 9^9^N/A^COMPLETED^None^(null)^n1^train
 10^10^0^RUNNING^None^(null)^n[1-2]^pack
-10^10^5^PENDING^JobArrayTaskLimit^(null)^^pack
+10^10^5-6,9%2^PENDING^JobArrayTaskLimit^(null)^^pack
 14^11^4^PENDING^Dependency^aftercorr:10_*(unfulfilled)^^a|b c
 20^20^N/A^PENDING^DependencyNeverSatisfied^afterok:9(failed)^^sft
 """
@@ -51,9 +51,24 @@ def test_queue_rows_are_read_as_printed():
         QueueRow("9", None, None, "train", "COMPLETED", "", "", "n1"),
         QueueRow("10", "10", 0, "pack", "RUNNING", "", "", "n[1-2]"),
         QueueRow("10", "10", 5, "pack", "PENDING", "JobArrayTaskLimit", "", ""),
+        QueueRow("10", "10", 6, "pack", "PENDING", "JobArrayTaskLimit", "", ""),
+        QueueRow("10", "10", 9, "pack", "PENDING", "JobArrayTaskLimit", "", ""),
         QueueRow("14", "11", 4, "a|b c", "PENDING", "Dependency", "aftercorr:10_*(unfulfilled)", ""),
         QueueRow("20", None, None, "sft", "PENDING", "DependencyNeverSatisfied", "afterok:9(failed)", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"),
+    [("7", [7]), ("0-2,7%4", [0, 1, 2, 7]), ("0-8:4", [0, 4, 8]), ("1-9:4,20", [1, 5, 9, 20]), ("3-3", [3])],
+)
+def test_lists_of_array_indices_are_read_to_the_last(text, indices):
+    assert client.parse_indices(text) == indices
+
+
+def test_a_list_of_indices_that_was_cut_is_an_error_not_a_shorter_array():
+    with pytest.raises(ValueError):
+        client.parse_indices("0,3,9,...")
 
 
 def test_partitions_of_unlike_nodes_become_one_row():

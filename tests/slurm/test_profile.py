@@ -125,6 +125,9 @@ def test_a_request_takes_what_it_does_not_say_from_its_role(good):
     assert profile.resolve(good, Request("cpu")).time_minutes == 90  # the partition's
     got = profile.resolve(good, Request("train", nodes=2, gpus_per_node=4, time="30", mem_gib=7, partition="cpu"))
     assert (got.partition, got.nodes, got.ranks_per_node, got.time_minutes, got.mem_gib) == ("cpu", 2, 4, 30, 7)
+    good.roles["train"].ranks_per_node = 16
+    assert profile.resolve(good, Request("train")).ranks_per_node == 16
+    assert profile.resolve(good, Request("train", gpus_per_node=4)).ranks_per_node == 4  # one a GPU again
 
 
 def test_what_the_cluster_would_refuse_is_said_with_numbers_and_the_nearest_legal_value(good):
