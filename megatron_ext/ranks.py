@@ -75,12 +75,12 @@ def set_seed(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def stop() -> None:
-    """Leave mcore's groups and the process group."""
+def stop(process_group: bool = True) -> None:
+    """Leave mcore's groups and, if asked, the process group."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if process_group:
         dist.destroy_process_group()
 
 
@@ -88,17 +88,18 @@ def stop() -> None:
 def started(plan: ParallelPlan, seed: int = 0) -> Iterator[None]:
     """`start` and `stop` around a block. A process group that the caller made stays.
 
-    After an exception the group is left as it is: destroying it would wait for peers that do not know.
+    After an exception among several ranks the groups are left as they are: destroying them would wait for peers that
+    do not know. The process is expected to end.
     """
     owned = not dist.is_initialized()
     start(plan, seed)
-    yield
-    if owned:
-        stop()
-    else:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
+    good = False
+    try:
+        yield
+        good = True
+    finally:
+        if good or dist.get_world_size() == 1:
+            stop(process_group=owned)
 
 
 def is_writer() -> bool:

@@ -1,0 +1,180 @@
+"""Entrypoints: torch-free at their top, all mistakes at once, evaluation split over elements adds up."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from data_tools import durable
+from data_tools.mistake import UserMistake
+from data_tools.tasks.task import Source
+from megatron_ext import model_folder
+from megatron_ext.entrypoints import bare, evaluate, export_hf, import_hf, init_model, sft
+from megatron_ext.parallel import ParallelPlan
+from tests.megatron_ext.test_train import calculator  # noqa: F401
+
+ENTRYPOINTS = (init_model, import_hf, sft, evaluate, export_hf)
+
+
+def test_entrypoints_import_and_check_without_torch():
+    code = (
+        "import sys, importlib\n"
+        "for name in 'init_model import_hf sft evaluate export_hf'.split():\n"
+        "    module = importlib.import_module('megatron_ext.entrypoints.' + name)\n"
+        "    module.check(module.Config(), 1)\n"
+        "print([m for m in ('torch', 'megatron.core', 'transformers', 'safetensors') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("module", ENTRYPOINTS, ids=lambda module: module.__name__.rsplit(".")[-1])
+def test_configs_are_structured_configs(module):
+    from omegaconf import OmegaConf
+
+    assert OmegaConf.to_object(OmegaConf.structured(module.Config)) == module.Config()
+
+
+def test_sft_names_every_mistake(calculator):  # noqa: F811
+    config = sft.Config(
+        model=str(calculator["base"]),
+        store=str(calculator["store"]),
+        packs=str(calculator["packs"]),
+        schedule="cosin",
+        global_batch=3,
+        parallel=ParallelPlan(tensor=3),
+    )
+    found = [str(problem) for problem in sft.check(config, 3)]
+    assert found[0].startswith("schedule: 'cosin' is no schedule (did you mean cosine?")
+    assert found[1].startswith("parallel.tensor: 3 does not split 4 heads, 2 KV groups and 48 MLP columns evenly: use 2")
+    config.parallel = ParallelPlan()
+    assert "global batch of 3 packs does not divide by 2" in str(sft.check(config, 2)[-1])
+
+
+def test_a_folder_that_is_no_model_folder_says_so(tmp_path):
+    with pytest.raises(UserMistake, match="not a model folder"):
+        model_folder.open_folder(tmp_path)
+    durable.write_json(tmp_path / "model.json", {"format": 99})
+    with pytest.raises(UserMistake, match="format 99 is unknown"):
+        model_folder.open_folder(tmp_path)
+
+
+def test_weights_that_were_changed_by_hand_are_not_exported(calculator, tmp_path):  # noqa: F811
+    facts = durable.read_json(calculator["base"] / "model.json")
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(calculator["base"], folder)
+    durable.write_json(folder / "model.json", {**facts, "weights_digest": "0" * 64})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserMistake, match="they were changed"):
+        export_hf.run(export_hf.Config(str(folder)), tmp_path / "out", tmp_path)
+
+
+def evaluation(calculator, **changes) -> evaluate.Config:  # noqa: F811
+    source = Source(synthetic_rows=40, synthetic_split="heldout")
+    return evaluate.Config(model=str(calculator["base"]), source=source, **{"max_new_tokens": 4, **changes})
+
+
+def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):  # noqa: F811
+    config = evaluation(calculator, seen_in=str(calculator["store"]))
+    outs = [tmp_path / name for name in ("whole", "a", "b", "joined")]
+    for out in outs:
+        out.mkdir()
+    whole = evaluate.run(config, outs[0], tmp_path)
+    for index in range(2):
+        evaluate.run(config, outs[1 + index], tmp_path / "keep", index=index, count=2)
+    assert not (tmp_path / "keep").exists()
+    joined = evaluate.finish(config, outs[1:3], outs[3], tmp_path / "keep")
+    assert joined == whole == durable.read_json(outs[3] / "result.json")
+    assert whole["prompts"] == whole["seen_prompts"] + whole["unseen_prompts"] and whole["seen_prompts"] == 0
+    samples = [sorted((out / "samples.jsonl").read_text().splitlines()) for out in (outs[0], outs[3])]
+    assert samples[0] == samples[1] and len(samples[0]) == whole["prompts"]
+    table = durable.read_json(tmp_path / "keep" / "tables" / "accuracy.json")
+    assert [row[0] for row in table["rows"]] == ["all", "seen in training", "not seen"]
+
+
+def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):  # noqa: F811
+    config = evaluation(calculator, seen_in=str(calculator["store"]), limit=25)
+    config.source = Source(synthetic_rows=60)  # the training split
+    result = evaluate.run(config, tmp_path, tmp_path)
+    assert result["prompts"] == result["seen_prompts"] == 25 and result["unseen_accuracy"] is None
+
+
+def test_right_answers_count_by_number_and_only_when_they_end():
+    samples = [
+        dict(correct=True, seen=True), dict(correct=False, seen=True), dict(correct=True, seen=False),
+    ]
+    result = evaluate._result(samples)
+    assert (result["accuracy"], result["seen_accuracy"], result["unseen_accuracy"]) == (2 / 3, 0.5, 1.0)
+    assert "seen_prompts" not in evaluate._result([dict(correct=True, seen=None)])
+
+
+def test_a_malformed_line_is_named_by_file_and_line(calculator, tmp_path):  # noqa: F811
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "?", "answer": "<<1+1=2>>2"}) + "\nnot json\n")
+    config = evaluation(calculator)
+    config.source = Source(inputs=[str(rows)])
+    with pytest.raises(UserMistake, match=rf"{rows}:2: not JSON"):
+        evaluate.run(config, tmp_path, tmp_path)
+
+
+def test_evaluation_on_two_ranks_is_that_on_one(two_ranks, calculator, tmp_path):  # noqa: F811
+    results = []
+    for name, plan in (("dp", ParallelPlan()), ("tp", ParallelPlan(tensor=2))):
+        (tmp_path / name).mkdir()
+        config = evaluation(calculator, parallel=plan)
+        results += two_ranks.run(evaluate.run, config=config, out=tmp_path / name, keep=tmp_path)
+    (tmp_path / "one").mkdir()
+    assert results == [evaluate.run(evaluation(calculator), tmp_path / "one", tmp_path)] * 4
+    texts = {(tmp_path / name / "samples.jsonl").read_text() for name in ("dp", "tp", "one")}
+    assert len(texts) == 1
+
+
+def test_bare_mistakes_are_one_line_and_exit_code_2(tmp_path):
+    config = tmp_path / "sft.yaml"
+    config.write_text("model: nowhere\nstepps: 3\n")
+    command = [sys.executable, "-m", "megatron_ext.entrypoints.sft", "--config", str(config), "--out", str(tmp_path / "o")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "stepps" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_bare_configs_take_overrides(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: m\nlr: 1e-3\n")
+    config = bare.read_config(sft.Config, tmp_path / "c.yaml", ["lr=0.5", "parallel.tensor=2"])
+    assert (config.model, config.lr, config.parallel.tensor) == ("m", 0.5, 2)
+    with pytest.raises(UserMistake):
+        bare.read_config(sft.Config, tmp_path / "c.yaml", ["steps=many"])
+
+
+def _hosted() -> int:
+    """A rank whose store somebody already hosts, as our worker does it."""
+    import os
+    from datetime import timedelta
+
+    import torch
+    from torch.distributed import TCPStore
+
+    from megatron_ext import ranks
+
+    rank = int(os.environ["RANK"])
+    store = TCPStore(  # kept until the ranks are done
+        "127.0.0.1", int(os.environ["MASTER_PORT"]), 2, is_master=rank == 0, timeout=timedelta(seconds=30)
+    )
+    store.set(f"verdict/{rank}", "1")
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    try:
+        with ranks.started(ParallelPlan()):
+            box = torch.ones(1)
+            torch.distributed.all_reduce(box)
+            total = int(box)
+        store.wait(["verdict/0", "verdict/1"])
+        return total
+    finally:
+        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+
+
+def test_ranks_join_a_store_that_somebody_hosts(two_ranks):
+    assert two_ranks.run(_hosted) == [2, 2]
