@@ -1,0 +1,137 @@
+"""The quick start itself, short: tiny.yaml here and on a real Slurm, killed and resumed, exported and read back."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.artifact import read_seal
+from launchers.ledger import Ledger
+from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
+from tests.command import ROOT, afterok, afterok_json, phase_status, wait_for
+
+TINY = "jobs/pipelines/tiny.yaml"
+SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=300", "sft.with.checkpoint_every=20",
+         "sft.with.log_every=10"]  # fmt: skip
+
+
+def seal_of(run: Path, phase: str):
+    return read_seal(next(run.glob(f"{phase}/*/seal.json")))
+
+
+@pytest.fixture(scope="module")
+def local_run(tmp_path_factory, scrub_slurm):  # noqa: F811
+    run = tmp_path_factory.mktemp("tiny") / "run"
+    done = afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=400)
+    return run, done.stdout
+
+
+def test_every_phase_is_sealed_and_the_summary_says_accuracy_before_and_after(local_run):
+    run, printed = local_run
+    status = afterok_json("status", run)
+    assert status["finished"] and len(status["phases"]) == 8
+    facts = {phase["phase"]: phase["facts"] for phase in status["phases"]}
+    assert facts["untrained"]["accuracy"] <= facts["trained"]["accuracy"]
+    assert facts["trained"]["seen_prompts"] == 0 and facts["trained"]["unseen_prompts"] > 100
+    assert facts["sft"]["loss_last"] < facts["sft"]["loss_first"]
+    for word in ("untrained", "trained", "accuracy", str(run / "exported")):
+        assert word in printed
+
+
+def test_the_rows_of_the_data_add_up(local_run):
+    run, _ = local_run
+    balance = json.loads((seal_of(run, "data").folder / "balance.json").read_text())
+    text = json.dumps(balance)
+    assert "4000" in text and "duplicate" in text
+
+
+def test_the_metrics_of_every_logged_step_are_there_once(local_run):
+    run, _ = local_run
+    steps = [json.loads(line)["step"] for line in next(run.glob("sft/*/metrics.jsonl")).read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 100
+
+
+def test_a_second_run_submits_nothing_and_another_lr_reruns_what_depends_on_it(local_run):
+    run, _ = local_run
+    jobs = len(Ledger(run / "ledger.jsonl").jobs())
+    assert "nothing to submit" in afterok("run", TINY, *SHORT, "cluster=local", "--run", run).stdout
+    assert len(Ledger(run / "ledger.jsonl").jobs()) == jobs
+    plan = afterok_json("plan", TINY, *SHORT, "sft.with.lr=1e-3", "cluster=local", "--run", run)["phases"]
+    found = {phase["phase"]: (phase["action"], phase["reasons"]) for phase in plan}
+    assert found["sft"] == ("rerun", ["sft.with.lr 0.002 → 0.001"])
+    assert found["trained"] == found["exported"] == ("rerun", ["because of sft"])
+    assert {found[name][0] for name in ("init", "imported", "data", "packs", "untrained")} == {"reuse"}
+    layout = afterok_json("plan", TINY, *SHORT, "sft.with.parallel.tensor=2", "cluster=local", "--run", run)["phases"]
+    assert {phase["action"] for phase in layout} == {"reuse"}  # parallel degrees are recorded, not keyed
+
+
+def test_the_same_run_on_slurm_seals_the_same_weights_bit_for_bit(local_run, dev_cluster, tmp_path):  # noqa: F811
+    run, _ = local_run
+    env = dev_cluster.env()
+    afterok("run", TINY, *SHORT, "--run", tmp_path / "slurm", env=env, timeout=400)
+    here, there = seal_of(run, "sft").facts, seal_of(tmp_path / "slurm", "sft").facts
+    assert here["weights_digest"] == there["weights_digest"]
+    sha = [seal_of(r, "exported").content["files"] for r in (run, tmp_path / "slurm")]
+    for name in sha[0]:
+        if name.endswith(".safetensors"):
+            assert sha[0][name]["sha256"] == sha[1][name]["sha256"]
+    assert json.loads((seal_of(run, "trained").folder / "result.json").read_text()) == json.loads(
+        (seal_of(tmp_path / "slurm", "trained").folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_run, tmp_path, victim):
+    finished, _ = local_run
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for phase in ("sft", "trained", "exported"):
+        shutil.rmtree(run / phase)
+    afterok("submit", TINY, *SHORT, "cluster=local", "--run", run)
+    wait_for("a checkpoint", lambda: list(run.glob("sft/*/checkpoints/step_*")), 120)
+    ranks = subprocess.run(["pgrep", "-f", f"jobs.worker {run} sft"], capture_output=True, text=True).stdout.split()
+    children = [int(pid) for pid in ranks if b"AFTEROK_RANK=%d\0" % victim in Path(f"/proc/{pid}/environ").read_bytes()]
+    assert len(children) == 1
+    os.kill(children[0], signal.SIGKILL)
+    wait_for("the failure", lambda: phase_status(run, "sft")["state"] == "FAILED")
+    assert not list(run.glob("sft/*/seal.json"))
+    afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=300)
+    facts = seal_of(run, "sft").facts
+    assert facts["resumed_from"] > 0
+    assert facts["weights_digest"] == seal_of(finished, "sft").facts["weights_digest"]
+    assert [json.loads(line)["step"] for line in next(run.glob("sft/*/metrics.jsonl")).read_text().splitlines()] == [
+        json.loads(line)["step"] for line in next(finished.glob("sft/*/metrics.jsonl")).read_text().splitlines()]
+
+
+LOGITS = """
+import sys, torch
+from pathlib import Path
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext import model_folder, ranks
+ids = torch.load(sys.argv[2]).tolist()
+with ranks.started(ParallelPlan(), 0), torch.no_grad():
+    from megatron_ext.rollout.decode import next_logits
+    model = model_folder.load_model(model_folder.open_folder(sys.argv[1]), ParallelPlan(), "", "torch")
+    torch.save(next_logits(model, [ids[:n] for n in range(1, len(ids) + 1)]), sys.argv[3])
+"""
+
+
+def test_the_exported_model_gives_the_logits_of_the_megatron_model(local_run, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _ = local_run
+    exported = seal_of(run, "exported").folder
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(exported)("48/2=42")["input_ids"])
+    torch.save(ids, tmp_path / "ids.pt")
+    subprocess.run([sys.executable, "-c", LOGITS, str(seal_of(run, "sft").folder), str(tmp_path / "ids.pt"),
+                    str(tmp_path / "logits.pt")], cwd=ROOT, check=True)
+    ours = torch.load(tmp_path / "logits.pt")
+    with torch.no_grad():
+        theirs = model(ids[None]).logits[0]
+    assert (ours[:, : theirs.size(1)] - theirs).abs().max() <= 1e-5
