@@ -252,7 +252,13 @@ class DevCluster:
             process.send(signal.SIGCONT)  # one that a test has stopped must hear it
         _gone(serving, STOP_LIMIT_S)
         self.kill_daemon("munged")
-        _end(remains + self._leftovers())
+        _end(remains)
+        clean, deadline = 0, time.monotonic() + STOP_LIMIT_S
+        while clean < 2 and time.monotonic() < deadline:  # one look can miss what forks or execs meanwhile
+            found = self._leftovers()
+            _end(found)
+            clean = 0 if found else clean + 1
+            time.sleep(0.05)
 
     def start_daemon(self, name: str, extra: list[str] | None = None) -> Process:
         """Start one daemon: munged, slurmctld, or a node by its name. Returns at once.
