@@ -86,6 +86,10 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        with plain_torch():
+            self._step()
+
+    def _step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not group["params"]:
@@ -202,6 +206,20 @@ def _without_rng_noise(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
 
+# What megatron-core 0.16.1 makes torch 2.13 warn of, and what it says itself of missing extras: nothing a user can act on.
+NOISE = (
+    r".*(Apex|Transformer Engine).* (is|are) not installed",
+    r"full scope is deprecated",
+    r"(?s).*transformer_engine.*module is deprecated",
+    r"MLP requires ffn_hidden_size",
+    r"`torch\.distributed\.\w+` is deprecated",
+    r"`?(load_state_dict|torch\.distributed\._\w+)`? is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+    r"TypedStorage is deprecated",
+    r"Please use DTensor instead",
+)
+
+
 def check_version() -> None:
     """Raises RuntimeError unless the one megatron-core that was measured is installed."""
     try:
@@ -225,6 +243,8 @@ def init_device() -> None:
     if _ready:
         return
     check_version()
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", message=noise)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         _ready = True
@@ -237,7 +257,6 @@ def init_device() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_without_rng_noise)
-    warnings.filterwarnings("ignore", module=r"megatron\.core\b")  # each import tells that TE and Apex are not there
     for path, patch in PATCHES.items():
         module, name = _resolve(path)
         if not hasattr(module, name):

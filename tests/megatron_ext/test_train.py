@@ -15,6 +15,7 @@ import torch
 
 from data_tools.mistake import UserMistake
 from megatron_ext import checkpoint, model_folder, ranks, train
+from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.schedule import Schedule
 from tests.megatron_ext import gloo, tiny
@@ -332,12 +333,22 @@ def calculator(tmp_path_factory) -> dict[str, Path]:
     return folder
 
 
-def bare_sft(folder: dict[str, Path], out: Path, keep: Path, steps: int, **changes) -> list[subprocess.Popen]:
+def sft_config(folder: dict[str, Path], steps: int) -> sft.Config:
+    return sft.Config(
+        *(str(folder[name]) for name in ("base", "store", "packs")),
+        steps=steps,
+        checkpoint_every=5,
+        log_every=5,
+        global_batch=4,
+        seed=3,
+    )
+
+
+def bare_sft(folder: dict[str, Path], out: Path, keep: Path, steps: int) -> list[subprocess.Popen]:
     """Two bare ranks of the entrypoint, as torchrun starts them."""
     config = out.with_suffix(".yaml")
-    fields = dict(model=folder["base"], store=folder["store"], packs=folder["packs"], steps=steps, **changes)
-    fields |= dict(checkpoint_every=5, log_every=5, global_batch=4, seed=3)
-    config.write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+    fields = asdict(sft_config(folder, steps))
+    config.write_text(json.dumps(fields))  # JSON is YAML
     command = [sys.executable, "-m", "megatron_ext.entrypoints.sft", "--config", str(config), "--out", str(out)]
     port = gloo.free_port()
     return [
@@ -358,10 +369,12 @@ def finished(processes: list[subprocess.Popen]) -> str:
     return outputs[0][0]
 
 
-def test_a_rank_killed_in_mid_run_resumes_to_the_weights_of_an_uninterrupted_run(calculator, tmp_path):
+def test_a_rank_killed_in_mid_run_resumes_to_the_weights_of_an_uninterrupted_run(two_ranks, calculator, tmp_path):
     steps = 40
-    output = finished(bare_sft(calculator, tmp_path / "whole", tmp_path / "whole.keep", steps))
-    facts = json.loads(output[output.index("{") :])
+    (tmp_path / "whole").mkdir()
+    facts = two_ranks.run(
+        sft.run, config=sft_config(calculator, steps), out=tmp_path / "whole", keep=tmp_path / "whole.keep"
+    )[0]
     assert facts["step"] == steps and facts["loss_last"] < facts["loss_first"]
     killed = bare_sft(calculator, tmp_path / "cut", tmp_path / "keep", steps)
     deadline = time.time() + 60
@@ -384,8 +397,6 @@ def test_a_rank_killed_in_mid_run_resumes_to_the_weights_of_an_uninterrupted_run
 
 
 def test_bfloat16_trains_from_float32_weights(calculator, tmp_path):
-    from megatron_ext.entrypoints import sft
-
     (tmp_path / "out").mkdir()
     config = sft.Config(*(str(calculator[name]) for name in ("base", "store", "packs")), steps=4, dtype="bfloat16")
     facts = sft.run(config, tmp_path / "out", tmp_path / "keep")

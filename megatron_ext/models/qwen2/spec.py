@@ -17,6 +17,10 @@ from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.parallel import ParallelPlan, padded_rows
 
 
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:
     """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
     fused = backend == "te"
@@ -43,8 +47,11 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
         pipeline_model_parallel_size=plan.pipeline,
         context_parallel_size=plan.context,
         calculate_per_token_loss=True,
-        # Every weight comes from a checkpoint: no time is spent on random numbers.
-        perform_initialization=False,
+        # Every weight comes from a checkpoint: no time is spent on random numbers. (perform_initialization=False would
+        # also leave out the marks of tensor-parallel parameters, and gradient norms would miss all ranks but the first.)
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         # Compiled extras of Apex and Transformer Engine.
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
