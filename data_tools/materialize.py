@@ -11,17 +11,17 @@ the same bytes for every n.
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, Optional, Sequence
+from typing import Any, BinaryIO, Dict, Iterator, Optional
 
 import numpy as np
 
 from data_tools.balance import Balance, SourceBalance
 from data_tools.chat import Tokenizer, encode_row, is_path, load_tokenizer
 from data_tools.durable import CHUNK, read_json, write_json
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.store import Provenance, Store, StoreWriter
-from data_tools.tasks.task import SPLITS, Row, Source, Task, load_task, nearest, task_options
+from data_tools.tasks.task import SPLITS, Row, Source, Task, load_task, task_options
 
 BALANCE = "balance.json"
 ON_BAD_ROW = ("fail", "drop")
@@ -35,17 +35,14 @@ class Config:
     task: str = "calculator"
     task_options: Dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
-    tokenizer: str = field(default="", metadata={"input": True})  # folder or hub name
+    tokenizer: str = field(default="", metadata={"input": "hub"})  # folder or hub name
     max_tokens: int = 0  # of a row, end token included; 0 = no limit
     dedupe: bool = True  # keep the first of equal (prompt, answer)
     on_bad_row: str = "fail"  # fail | drop: what a malformed line does
 
 
-def check(config: Config, pending: Sequence[str] = ()) -> list[Problem]:
-    """What can be known wrong before anything runs, all at once; imports no tokenizer library.
-
-    `pending` are folders that upstream phases will make: a path in one of them is not looked for yet.
-    """
+def check(config: Config) -> list[Problem]:
+    """Wrong values, all at once; opens no file, since upstream phases may have yet to make them."""
     problems: list[Problem] = []
     try:
         task = load_task(config.task)
@@ -57,36 +54,33 @@ def check(config: Config, pending: Sequence[str] = ()) -> list[Problem]:
         except UserMistake as mistake:
             problems.append(Problem("task_options", str(mistake)))
     if config.on_bad_row not in ON_BAD_ROW:
-        remedy = nearest(config.on_bad_row, list(ON_BAD_ROW))
-        problems.append(Problem("on_bad_row", f"unknown value {config.on_bad_row!r}; {remedy}"))
+        problems.append(Problem("on_bad_row", f"unknown value {config.on_bad_row!r}{nearest(config.on_bad_row, ON_BAD_ROW)}"))
     if config.max_tokens < 0:
         problems.append(Problem("max_tokens", f"{config.max_tokens} is negative; give a limit, or 0 for none"))
-    problems += _check_source(config.source, pending)
-    tokenizer = Path(config.tokenizer).expanduser()
+    problems += _check_source(config.source)
     if not config.tokenizer:
         problems.append(Problem("tokenizer", "no tokenizer; give a folder or a hub name"))
-    elif is_path(config.tokenizer) and not tokenizer.is_dir() and not _is_pending(config.tokenizer, pending):
-        problems.append(Problem("tokenizer", f"no folder {config.tokenizer}; give a tokenizer's folder or a hub name"))
     return problems
 
 
-def _check_source(source: Source, pending: Sequence[str]) -> Iterator[Problem]:
+def _check_source(source: Source) -> Iterator[Problem]:
     if not source.inputs and source.synthetic_rows == 0:
         yield Problem("source", "no rows: neither inputs nor synthetic_rows; give one of them")
     if source.synthetic_rows < 0:
         yield Problem("source.synthetic_rows", f"{source.synthetic_rows} is negative; give a number of rows, or 0")
     if source.synthetic_split not in SPLITS:
-        remedy = nearest(source.synthetic_split, list(SPLITS))
-        yield Problem("source.synthetic_split", f"unknown split {source.synthetic_split!r}; {remedy}")
+        yield Problem("source.synthetic_split", f"unknown split {source.synthetic_split!r}{nearest(source.synthetic_split, SPLITS)}")
     for place, name in enumerate(source.inputs):
-        if not _is_pending(name, pending) and not Path(name).expanduser().is_file():
-            yield Problem(f"source.inputs[{place}]", f"no file {name}; give JSONL files that exist")
         if name in source.inputs[:place]:
             yield Problem(f"source.inputs[{place}]", f"{name} is given twice; name each file once")
 
 
-def _is_pending(path: str, folders: Sequence[str]) -> bool:
-    return any(Path(path).is_relative_to(folder) for folder in folders)
+def _check_files(config: Config) -> Iterator[Problem]:
+    for place, name in enumerate(config.source.inputs):
+        if not Path(name).expanduser().is_file():
+            yield Problem(f"source.inputs[{place}]", f"no file {name}; give JSONL files that exist")
+    if is_path(config.tokenizer) and not Path(config.tokenizer).expanduser().is_dir():
+        yield Problem("tokenizer", f"no folder {config.tokenizer}; give a tokenizer's folder or a hub name")
 
 
 def materialize(config: Config, out: Path, index: int, count: int, progress: Progress = silent) -> dict[str, Any]:
@@ -96,7 +90,7 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
     """
     if not 0 <= index < count:
         raise ValueError(f"element {index} of {count}")
-    problems = check(config)
+    problems = [*check(config), *_check_files(config)]
     if problems:
         raise UserMistake(problems)
     tokenizer = load_tokenizer(config.tokenizer)

@@ -21,11 +21,10 @@ import numpy as np
 
 from data_tools.balance import Balance, SourceBalance
 from data_tools.durable import canonical_json, fsync_tree, read_json, sha256_bytes, write_json
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.seeded import permutation
 from data_tools.store import Store
-from data_tools.tasks.task import nearest
 
 PLAN, FACTS, BALANCE = "plan.npz", "plan.json", "balance.json"
 OVERLONG = ("drop", "fail")
@@ -55,7 +54,7 @@ def check(config: Config) -> list[Problem]:
         problems.append(Problem("align", f"{values}; nearest pack_length {legal} with align {max(config.align, 1)}"))
     for key, value, valid in (("overlong", config.overlong, OVERLONG), ("order", config.order, ORDERS)):
         if value not in valid:
-            problems.append(Problem(key, f"unknown value {value!r}; {nearest(value, list(valid))}"))
+            problems.append(Problem(key, f"unknown value {value!r}{nearest(value, valid)}"))
     if not config.store:
         problems.append(Problem("store", "no token store; give a materialize output"))
     return problems

@@ -54,7 +54,8 @@ def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
     """Shell lines before the command, run by the batch script outside any container."""
     low, high = profile.network.port_range
     lines = ["set -euo pipefail",
-             "export SLURM_EXPORT_ENV=ALL  # --export=NONE speaks of sbatch; srun must pass on what is set here"]
+             # --export=NONE leaves a job no HOME and an unexported PATH; it speaks of sbatch, not of our srun.
+             'export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"']
     lines += [f"module load {shlex.quote(module)}" for module in profile.env.modules]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.env.set.items()]
     lines += profile.env.setup
@@ -103,7 +104,9 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
 
 def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> str:
     """The last line of the script: srun of our worker on all ranks of the element."""
-    srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", "--unbuffered"]
+    # Since 22.05 srun does not take --cpus-per-task over from sbatch.
+    srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", "--unbuffered",
+            f"--cpus-per-task={spec.planned.resources.cpus_per_task}"]
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
     python = profile.env.python or sys.executable

@@ -70,6 +70,15 @@ def headline(facts: dict[str, Any]) -> str:
 
 
 def summary(status: RunStatus):
-    """What ran, how long, what came of it, and where the files are."""
-    rows = [[p.phase, p.state, format_seconds(p.seconds), p.message or headline(p.facts), p.folder] for p in status.phases]
-    return table(["phase", "state", "took", "result", "files"], rows, f"summary of {status.run}")
+    """What ran, how long, what came of it, and where the files are; then the tables that the phases wrote."""
+    from rich.console import Group
+
+    rows = [[p.phase, p.state, format_seconds(p.seconds), p.message or headline(p.facts)] for p in status.phases]
+    parts = [table(["phase", "state", "took", "result"], rows, f"summary of {status.run}")]
+    for phase in status.phases:
+        for name, found in phase.tables.items():
+            cells = [[f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else cell or ""
+                      for cell in row] for row in found["rows"]]
+            parts.append(table(found["columns"], cells, f"{phase.phase}: {found['title']}"))
+    parts.append(table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files"))
+    return Group(*parts)

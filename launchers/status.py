@@ -35,6 +35,7 @@ class PhaseStatus:
     seconds: Optional[float] = None
     progress: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
 
     @property
@@ -80,7 +81,8 @@ def _phase_status(run: RunFolder, phase: FrozenPhase, entries: list[JobEntry], s
         began = min((o.started for o in run.outcomes(phase.name, seal.content["submission"])),
                     default=seal.content["started_at"])
         return PhaseStatus(phase.name, COMPLETED, phase.elements, phase.elements, seal.content["job"],
-                           seconds=seal.content["sealed_at"] - began, facts=seal.facts, folder=str(seal.folder))
+                           seconds=seal.content["sealed_at"] - began, facts=seal.facts, folder=str(seal.folder),
+                           tables={path.stem: json.loads(path.read_text()) for path in (artifact.folder / "tables").glob("*.json")})
     mine = [entry for entry in entries if entry.phase == phase.name and entry.key == phase.key]
     status = PhaseStatus(phase.name, NOT_SUBMITTED, len(artifact.sealed_elements()), phase.elements,
                          folder=str(artifact.folder))

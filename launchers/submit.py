@@ -8,8 +8,6 @@ import contextlib
 import dataclasses
 from typing import Iterator, Optional
 
-from omegaconf import OmegaConf
-
 from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.artifact import Owner
@@ -20,6 +18,7 @@ from launchers.ledger import JobEntry, Ledger
 from launchers.plan import Plan
 from launchers.snapshot import take_snapshot
 from slurm.detect import Cluster, find_cluster
+from slurm.profile import to_yaml
 
 
 def backend_for(run: RunFolder, cluster: Cluster) -> Backend:
@@ -106,7 +105,7 @@ def _submit(plan: Plan) -> Submitted:
     durable.write_json(folder / "pipeline.json", {
         "source": plan.pipeline.source, "overrides": plan.pipeline.overrides, "params": plan.pipeline.params})
     durable.write_file(folder / "pipeline.yaml", open(plan.pipeline.source, "rb").read())
-    durable.write_file(folder / "profile.yaml", OmegaConf.to_yaml(OmegaConf.structured(plan.cluster.profile)))
+    durable.write_file(folder / "profile.yaml", to_yaml(plan.cluster.profile))
     run.freeze(number, plan.pipeline.name, [phase.frozen for phase in plan.phases])
     backend = backend_for(run, plan.cluster)
     ledger.append("submission", submission=number, backend=backend.name, choice=plan.pipeline.cluster,

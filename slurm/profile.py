@@ -10,14 +10,13 @@ pay for it.
 """
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, get_args, get_origin, get_type_hints
 
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import Problem, UserMistake, nearest
 from slurm.client import Slurm, format_minutes, parse_minutes
 
 STANDARD_ROLES = ("cpu", "train", "generate", "eval")
@@ -158,7 +157,7 @@ def load(name_or_path: str) -> Profile:
     """Read and check a profile. Raises UserMistake with every problem of the file at once."""
     path = find(name_or_path)
     if path is None:
-        hint = _nearest(name_or_path, names())
+        hint = nearest(name_or_path, names())
         folders = ", ".join(map(str, search_folders()))
         raise UserMistake(f"no cluster profile {name_or_path!r}{hint}; profiles are files NAME.yaml in {folders}")
     problems: list[Problem] = []
@@ -277,16 +276,14 @@ def _naming(profile: Profile, request: Request, where: str) -> list[Problem]:
     """Role, partition and time of a request: without these nothing else can be said."""
     problems = []
     if request.role not in profile.roles:
-        hint = _nearest(request.role, profile.roles)
-        known = ", ".join(sorted(profile.roles)) or "none"
-        message = f"profile {profile.meta.name} has no role {request.role!r}{hint}; it has {known}"
+        message = f"profile {profile.meta.name} has no role {request.role!r}{nearest(request.role, sorted(profile.roles))}"
         problems.append(Problem(f"{where}.role", message))
     elif profile.kind == "slurm":
         name = _partition_name(profile, request)
         if name not in profile.partitions:
-            known = ", ".join(sorted(profile.partitions)) or "none"
-            what = f"no partition {name!r}{_nearest(name, profile.partitions)}" if name else "no one partition to take"
-            problems.append(Problem(f"{where}.partition", f"profile {profile.meta.name} has {what}; it has {known}"))
+            what = f"no partition {name!r}" if name else "no one partition to take"
+            known = nearest(name or "", sorted(profile.partitions))
+            problems.append(Problem(f"{where}.partition", f"profile {profile.meta.name} has {what}{known}"))
     if request.time is not None:
         problems += _time_problem(f"{where}.time", request.time)
     return problems
@@ -337,7 +334,7 @@ def _typed(schema: type, values: dict[str, Any], file: str, at: str, problems: l
     for key, value in values.items():
         place = f"{file}: {at}{key}"
         if key not in hints:
-            message = f"unknown key{_nearest(key, hints)}; known are {', '.join(hints)}"
+            message = f"unknown key{nearest(key, list(hints))}"
             problems.append(Problem(place, message))
             continue
         hint = hints[key]
@@ -428,8 +425,3 @@ def to_yaml(profile: Profile) -> str:
 def _first(*values: Any) -> Any:
     """The first that is not None, else None."""
     return next((value for value in values if value is not None), None)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""

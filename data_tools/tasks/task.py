@@ -5,14 +5,13 @@ A task is a module `data_tools/tasks/NAME.py` with the names of the `Task` proto
     JSONL line ──parse_line──> rows ──verify──> None or a drop bucket ──canonical──> row ──encode_answer──> text
 """
 
-import difflib
 import importlib
 import pkgutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Protocol
 
-from data_tools.mistake import UserMistake
+from data_tools.mistake import UserMistake, nearest
 
 
 class Row(NamedTuple):
@@ -68,16 +67,10 @@ def task_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.name != "task")
 
 
-def nearest(name: str, valid: list[str]) -> str:
-    """`did you mean X?` or the list of valid names: the end of an error about an unknown one."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"
-
-
 def load_task(name: str) -> Task:
     """The module of task `name`. UserMistake with the nearest valid name when there is none."""
     if name not in task_names():
-        raise UserMistake(f"unknown task {name!r}; {nearest(name, task_names())}")
+        raise UserMistake(f"unknown task {name!r}{nearest(name, task_names())}")
     return importlib.import_module(f"data_tools.tasks.{name}")  # type: ignore[return-value]
 
 
@@ -86,7 +79,7 @@ def task_options(task: Task, values: dict[str, Any]) -> Any:
     valid = {item.name: item.type for item in fields(task.Options)}
     for key, value in values.items():
         if key not in valid:
-            raise UserMistake(f"unknown task option {key!r}; {nearest(key, sorted(valid))}")
+            raise UserMistake(f"unknown task option {key!r}{nearest(key, sorted(valid))}")
         if type(value) is not valid[key]:
             raise UserMistake(f"task option {key}={value!r} is a {type(value).__name__}, not {valid[key].__name__}")
     return task.Options(**values)

@@ -14,4 +14,6 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return export_hf.run(config, task.out, task.keep, task.progress)
+    facts = export_hf.run(config, task.out, task.keep, task.progress)
+    size = sum(facts["bytes"].values())
+    return {"headline": f"{len(facts['bytes'])} safetensors file(s), {size:,} bytes, {facts['dtype']}", **facts}

@@ -14,4 +14,5 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return import_hf.run(config, task.out, task.keep, task.progress)
+    facts = import_hf.run(config, task.out, task.keep, task.progress)
+    return {"headline": f"{facts['family']}, {facts['parameters']:,} parameters in {facts['dtype']}", **facts}

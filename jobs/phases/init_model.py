@@ -14,4 +14,5 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return init_model.run(config, task.out, task.keep, task.progress)
+    facts = init_model.run(config, task.out, task.keep, task.progress)
+    return {"headline": f"{facts['parameters']:,} parameters, vocabulary {facts['vocabulary']:,}", **facts}

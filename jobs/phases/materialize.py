@@ -6,12 +6,13 @@ from typing import Any
 from data_tools import materialize
 from data_tools.materialize import Config
 from data_tools.mistake import Problem
+from data_tools.tables import write_table
 from jobs.kind import Placement
 from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return materialize.check(config, ["/"])
+    return materialize.check(config)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
@@ -19,4 +20,9 @@ def run(config: Config, task: Task) -> dict[str, Any]:
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
-    return materialize.finish(config, parts, task.out)
+    facts = materialize.finish(config, parts, task.out)
+    balance = facts.pop("table")
+    write_table(task.keep, "balance", balance["title"], balance["columns"], balance["rows"])
+    dropped = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(facts["buckets"].items()))
+    text = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped})' if dropped else ''}, {facts['tokens']:,} tokens"
+    return {"headline": text, **facts}

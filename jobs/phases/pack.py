@@ -4,6 +4,7 @@ from typing import Any
 
 from data_tools import pack
 from data_tools.mistake import Problem
+from data_tools.tables import write_table
 from data_tools.pack import Config
 from jobs.kind import Placement
 from jobs.task import Task
@@ -14,4 +15,7 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return pack.pack(config, task.out, task.progress)
+    facts = pack.pack(config, task.out, task.progress)
+    balance = facts.pop("table")
+    write_table(task.keep, "balance", balance["title"], balance["columns"], balance["rows"])
+    return {"headline": f"{facts['packs']:,} packs of {config.pack_length:,} tokens, {facts['fill']:.1%} full", **facts}

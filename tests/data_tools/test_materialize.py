@@ -160,8 +160,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_imported_for_it(tmp_path: 
     )
     problems = {problem.where: problem.message for problem in check(config)}
     assert problems.keys() == {
-        "task", "on_bad_row", "max_tokens", "source.synthetic_rows", "source.synthetic_split", "source.inputs[0]",
-        "tokenizer",
+        "task", "on_bad_row", "max_tokens", "source.synthetic_rows", "source.synthetic_split",
     }  # fmt: skip
     assert "did you mean drop?" in problems["on_bad_row"] and "did you mean calculator?" in problems["task"]
     assert [problem.where for problem in check(Config(tokenizer="gpt2"))] == ["source"]
@@ -174,10 +173,11 @@ def test_all_problems_are_told_at_once_and_nothing_is_imported_for_it(tmp_path: 
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_what_an_upstream_phase_will_make_is_not_looked_for() -> None:
+def test_files_are_looked_for_when_the_work_starts_not_by_check(tmp_path: Path) -> None:
     config = Config(tokenizer="/run/init/KEY/tokenizer", source=Source(inputs=["/run/gen/KEY/rows.jsonl"]))
-    assert len(check(config)) == 2
-    assert check(config, pending=["/run/init/KEY", "/run/gen/KEY"]) == []
+    assert check(config) == []
+    with pytest.raises(UserMistake, match="no file /run/gen/KEY/rows.jsonl(.|\n)*no folder /run/init/KEY/tokenizer"):
+        materialize(config, tmp_path, 0, 1)
 
 
 def test_the_configs_are_omegaconf_structured_configs() -> None:

@@ -38,7 +38,7 @@ GOLDEN = """#!/bin/bash
 
 # setup
 set -euo pipefail
-export SLURM_EXPORT_ENV=ALL  # --export=NONE speaks of sbatch; srun must pass on what is set here
+export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"
 module load cuda/12.8
 export NCCL_SOCKET_IFNAME=ib0
 export HF_HOME=/shared/hf
@@ -52,7 +52,7 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --kill-on-bad-exit=1 --export=ALL --unbuffered --mpi=none --cpu-bind=cores /shared/afterok/venv/bin/python \
+srun --kill-on-bad-exit=1 --export=ALL --unbuffered --cpus-per-task=12 --mpi=none --cpu-bind=cores /shared/afterok/venv/bin/python \
 -m jobs.worker /run/toy numbers --submission 3
 """
 
