@@ -118,8 +118,9 @@ def _submit(plan: Plan) -> Submitted:
 
 
 def _active_jobs(run: RunFolder) -> dict[str, list[JobEntry]]:
-    """{phase: its jobs that a back end still lists as queued or running}."""
-    entries = {entry.job: entry for entry in Ledger(run.ledger).jobs()}
+    """{phase: its unsealed jobs that a back end still lists as queued or running}."""
+    # A sealed phase's processes may take a moment to leave; they are nobody's concern any more.
+    entries = {entry.job: entry for entry in Ledger(run.ledger).jobs() if run.seal(entry.phase, entry.key) is None}
     found: dict[str, list[JobEntry]] = {}
     if not entries:
         return found
