@@ -190,6 +190,7 @@ class Trainer:
         weights: the caller must stop.
         """
         sums = Sums()
+        losses: list[torch.Tensor] = []
 
         def forward(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
             batch = next(iterator)
@@ -197,7 +198,8 @@ class Trainer:
                 loss, count = loss_function(model, batch)
 
             def with_count(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-                sums.add(Sums(total.item(), count, batch.ids.numel()))
+                losses.append(total.detach())  # read after the step: a read now would make a GPU wait
+                sums.add(Sums(0.0, count, batch.ids.numel()))
                 return total, torch.tensor(count, dtype=torch.int, device=total.device), {}
 
             return loss, with_count
@@ -216,6 +218,7 @@ class Trainer:
             group["lr"] = rate
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
         _, norm, _ = self.optimizer.step()
+        sums.loss = sum(loss.item() for loss in losses)
         return sums, float(norm)
 
 
@@ -350,8 +353,8 @@ def train_on_packs(
                     "tokens_per_s": sums.tokens * parallel_state.get_data_parallel_world_size() / per_step,
                 }
             )
-            progress(step, steps, "steps", f"loss {last_loss:.4f}, lr {rate:.2e}")
             window, since, timed = Sums(), now, 0
+        progress(step, steps, "steps", f"loss {last_loss:.4f}, lr {rate:.2e}")
         if save:
             window_sum, whole_sum = window.reduced(), whole.reduced()
             first = parallel_state.get_data_parallel_rank() == 0

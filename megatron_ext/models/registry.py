@@ -5,7 +5,6 @@ spec.py     `build(Dims, plan, dtype, backend) -> mcore model`
 mapping.py  `rules(Dims)`: the weights, both directions; `is_redundant(name, Dims)`
 """
 
-import difflib
 import importlib
 import json
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data_tools.mistake import Problem
+from data_tools.mistake import Problem, nearest
 
 FAMILIES = ("qwen2",)
 
@@ -58,11 +57,7 @@ def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
         return None, None, [Problem(str(path), f"not JSON: {error}")]
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
-        close = difflib.get_close_matches(str(kind), FAMILIES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return None, None, [
-            Problem(str(path), f"model_type {kind!r} is not known: {hint}(known: {', '.join(FAMILIES)})")
-        ]
+        return None, None, [Problem(str(path), f"model_type {kind!r} is not known" + nearest(str(kind), FAMILIES))]
     family = Family(kind)
     dims, problems = family.config.read(config, str(path))
     return family, dims, problems

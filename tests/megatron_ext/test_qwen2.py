@@ -154,7 +154,7 @@ def test_older_and_newer_rotary_settings_are_read():
 def test_an_unknown_architecture_names_the_known_ones(tmp_path):
     durable.write_json(tmp_path / "config.json", {"model_type": "qwen3"})
     _, _, (problem,) = read_config(tmp_path)
-    assert "model_type 'qwen3' is not known: did you mean 'qwen2'?" in str(problem)
+    assert "model_type 'qwen3' is not known (did you mean qwen2?" in str(problem)
 
 
 def break_tensors(folder, change) -> str:

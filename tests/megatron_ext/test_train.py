@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from megatron.core import tensor_parallel
 
 from data_tools.mistake import UserMistake
 from megatron_ext import checkpoint, model_folder, ranks, train
@@ -104,6 +105,32 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens(alone, hf):
     assert trainer.step(train.rows_of_step(packs, 0, run, plan), 0.0)[1] == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["serial", "DP2", "TP2"])
+def test_a_pack_without_supervised_tokens_counts_for_nothing(two_ranks, hf, layout):
+    if layout == "serial":
+        found = [_with_an_empty_pack(ParallelPlan(), hf)]
+    else:
+        found = two_ranks.run(_with_an_empty_pack, plan=LAYOUTS[layout], hf=hf)
+    assert all(value == pytest.approx(_without_the_empty_pack(hf), rel=1e-5) for value in found)
+
+
+def _norm(plan: ParallelPlan, hf: Path, packs: list) -> float:
+    with ranks.started(plan):
+        trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW())
+        return trainer.step([train.micro_batch([pack]) for pack in packs], 0.01)[1]
+
+
+def _with_an_empty_pack(plan: ParallelPlan, hf: Path) -> float:
+    """On two data ranks one has nothing but the empty pack."""
+    full, empty = tiny.pack([9, 20], 1), tiny.pack([20, 9], 2, supervised=0.0)
+    rank, size = ranks.rank_of_environment(), plan.data(ranks.world_size_of_environment())
+    return _norm(plan, hf, [full, empty][rank::size] if size > 1 else [full, empty])
+
+
+def _without_the_empty_pack(hf: Path) -> float:
+    return _norm(ParallelPlan(), hf, [tiny.pack([9, 20], 1)])
+
+
 def test_joining_packs_into_larger_micro_batches_changes_nothing(alone, hf):
     norms = []
     for plan in (ParallelPlan(), ParallelPlan(micro_batch=2), ParallelPlan(micro_batch=4)):
@@ -192,13 +219,24 @@ def test_the_digest_is_the_documented_one(alone, hf):
 # ---------------------------------------------------------------- checkpoints and resume
 
 
+def draw(done: int, total: int, unit: str, note: str = "") -> None:
+    """A progress callback that uses up random numbers at every step, as dropout would."""
+    if note.startswith("loss"):
+        torch.rand(3)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            torch.rand(5)
+
+
 def train_to_end(plan: ParallelPlan, hf: Path, keep: Path, steps: int = 6, packs: str = "tiny", **changes) -> dict:
     """A whole run with a checkpoint every 2 steps. `changes` go to Run."""
     with ranks.started(plan):
         trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW())
         run = run_of(steps, **{"checkpoint_every": 2, "log_every": 3, **changes})
-        outcome = train.train_on_packs(trainer, tiny.Packs(name=packs), run, keep, {"model": "tiny"})
-        return {**asdict(outcome), "digest": checkpoint.weights_digest(trainer.model)}
+        outcome = train.train_on_packs(trainer, tiny.Packs(name=packs), run, keep, {"model": "tiny"}, draw)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            tracked = torch.rand(1).item()
+        random = [torch.rand(1).item(), tracked]
+        return {**asdict(outcome), "digest": checkpoint.weights_digest(trainer.model), "random": random}
 
 
 def stop_at(keep: Path, step: int) -> None:
