@@ -61,13 +61,16 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         translated, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         torch_checkpoint.save(
             mcore_to_pyt_state_dict(translated, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=False),  # fsynced before renaming
+            storage_writer=torch_checkpoint.FileSystemWriter(
+                checkpoint_dir, sync_files=False
+            ),  # fsynced before renaming
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
 
 def _metadata() -> dict[str, Any]:
-    # The default sharding type is broken in 0.16.1 (mapping.py:104), and dp_reshardable cannot change the tensor degree.
+    # The default sharding type is broken in 0.16.1 (mapping.py:104), and dp_reshardable cannot change
+    # the tensor degree.
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -144,10 +147,11 @@ def _shard_sum(shard: ShardedTensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 that names the weights whatever the layout: one bit changed anywhere changes it, padding rows do not count.
+    """SHA-256 that names the weights, whatever the layout. Any changed bit changes it; padding rows do not count.
 
-    Per distributed-checkpoint key: the sum mod 2^64, over elements, of a mix of the global index and the raw bits, added
-    over ranks, each shard once. Then SHA-256 over the sorted lines "key dtype shape sum" (DESIGN.md, Checkpoints).
+    Per distributed-checkpoint key: the sum mod 2^64, over elements, of a mix of the global index and the raw bits,
+    added over ranks, each shard once. Then SHA-256 over the sorted lines "key dtype shape sum" (DESIGN.md,
+    Checkpoints).
     """
     whole = unwrap(model)
     state = _model_state(model)

@@ -47,7 +47,9 @@ def check_tensors(found: dict[str, tuple[int, ...]], family: Family, dims: Any, 
     """Every tensor that is missing, unknown or of another shape than config.json says."""
     expected = hf_shapes(family.mapping.rules(dims))
     problems = [
-        Problem(where, f"tensor {name} {list(shape)} is missing") for name, shape in expected.items() if name not in found
+        Problem(where, f"tensor {name} {list(shape)} is missing")
+        for name, shape in expected.items()
+        if name not in found
     ]
     for name, shape in found.items():
         if name in expected:
@@ -125,6 +127,9 @@ def write_safetensors(
     final = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for old, new in zip(names, final):
         (folder / old).rename(folder / new)
-    index = {"metadata": {"total_size": total}, "weight_map": {key: final[i] for i in range(count) for key in shards[i]}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {key: final[i] for i in range(count) for key in shards[i]},
+    }
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
     return [*final, INDEX]

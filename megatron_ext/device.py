@@ -131,8 +131,9 @@ PATCHES: dict[str, Patch] = {
     "torch.cuda.get_rng_state": Patch("RNG tracker reads the default generator (random.py)", lambda: _rng_state),
     "torch.cuda.manual_seed": Patch("RNG tracker seeds the default generator (random.py)", lambda: _seed),
     "torch.cuda.random.get_rng_state": Patch("same function by its other name", lambda: _rng_state),
-    "torch.cuda.synchronize": Patch("pipeline send/receive and every checkpoint save wait for the device",
-                                    lambda: _nothing),
+    "torch.cuda.synchronize": Patch(
+        "pipeline send/receive and every checkpoint save wait for the device", lambda: _nothing
+    ),
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": Patch(
         "the original queues a callback for CUDA's lazy start and returns nothing", lambda: _rng_state
     ),
@@ -206,7 +207,7 @@ def _without_rng_noise(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
 
-# What megatron-core 0.16.1 makes torch 2.13 warn of, and what it says itself of missing extras: nothing a user can act on.
+# Warnings of torch 2.13 about megatron-core's calls, and its own about missing extras: nothing a user can act on.
 NOISE = (
     r".*(Apex|Transformer Engine).* (is|are) not installed",
     r"full scope is deprecated",

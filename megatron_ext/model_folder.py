@@ -43,7 +43,9 @@ def open_folder(path: str | Path) -> ModelFolder:
     try:
         facts = durable.read_json(path / "model.json")
     except (OSError, ValueError) as error:
-        raise UserMistake(Problem(str(path), f"not a model folder (model.json: {error}); import_hf makes one")) from None
+        raise UserMistake(
+            Problem(str(path), f"not a model folder (model.json: {error}); import_hf makes one")
+        ) from None
     if facts.get("format") != FORMAT:
         raise UserMistake(
             Problem(str(path / "model.json"), f"format {facts.get('format')!r} is unknown, this version reads {FORMAT}")

@@ -75,9 +75,7 @@ def nearest(value: int, legal: list[int]) -> int:
 def legal_tensor(heads: int, kv_groups: int, ffn: int) -> list[int]:
     """Tensor degrees that split query heads, KV groups (or replicate them evenly) and MLP columns."""
     return [
-        t
-        for t in range(1, heads + 1)
-        if heads % t == 0 and ffn % t == 0 and (kv_groups % t == 0 or t % kv_groups == 0)
+        t for t in range(1, heads + 1) if heads % t == 0 and ffn % t == 0 and (kv_groups % t == 0 or t % kv_groups == 0)
     ]
 
 
@@ -94,8 +92,8 @@ def check(
 ) -> list[Problem]:
     """All rules that `plan` breaks on `world_size` ranks, each with the numbers and the nearest legal value.
 
-    `heads`, `kv_groups` and `ffn` (columns) are the model's, `pack_length` is in tokens, `global_batch` in packs; a rule
-    whose numbers are None is not asked.
+    `heads`, `kv_groups` and `ffn` (columns) are the model's, `pack_length` is in tokens, `global_batch` in packs; a
+    rule whose numbers are None is not asked.
     """
     problems: list[Problem] = []
 
@@ -140,9 +138,10 @@ def check(
     if global_batch is not None and world_size % plan.model == 0:
         unit = plan.data(world_size) * plan.micro_batch
         if global_batch < 1 or global_batch % unit:
+            legal = max(1, round(global_batch / unit)) * unit
             refuse(
                 "micro_batch",
-                f"a global batch of {global_batch} packs does not divide by {plan.data(world_size)} data-parallel ranks "
-                f"x micro-batch {plan.micro_batch} = {unit}: use {max(1, round(global_batch / unit)) * unit} packs",
+                f"a global batch of {global_batch} packs does not divide by {plan.data(world_size)} data-parallel "
+                f"ranks x micro-batch {plan.micro_batch} = {unit}: use {legal} packs",
             )
     return problems

@@ -12,8 +12,8 @@ SHAPES = ("constant", "cosine", "wsd")
 class Schedule:
     """Linear warm-up to `peak`, then a shape that would reach `floor` one step after the last.
 
-    constant: stays at `peak`. cosine: half a cosine over all that follows the warm-up. wsd (warm-up, stable, decay; MiniCPM,
-    arXiv 2404.06395): stays at `peak`, then falls linearly over the last `decay_share` of all steps.
+    constant: stays at `peak`. cosine: half a cosine over all that follows the warm-up. wsd (warm-up, stable, decay;
+    MiniCPM, arXiv 2404.06395): stays at `peak`, then falls linearly over the last `decay_share` of all steps.
     """
 
     shape: str

@@ -1,14 +1,14 @@
 """The training loop.
 
-`Trainer` holds the model in mcore's DistributedDataParallel with the distributed optimizer and does one update at a time;
-`train_on_packs` drives it over a pack plan with schedule, metrics, checkpoints and resume.
+`Trainer` holds the model in mcore's DistributedDataParallel with the distributed optimizer and does one update at a
+time; `train_on_packs` drives it over a pack plan with schedule, metrics, checkpoints and resume.
 
 Loss and gradient of a step are sums over supervised tokens, divided once by the number of supervised tokens in the
 whole global batch, over all micro-batches and ranks (reference/megatron.md 3.4: any mean of means is biased when
 packs hold unequal numbers of them).
 
-A rank's packs of step k: the plan gives the global batch, whatever the number of ranks; data rank d of D takes packs d, d + D,
-d + 2D, ... of it, `micro_batch` at a time joined into one THD row.
+A rank's packs of step k: the plan gives the global batch, whatever the number of ranks; data rank d of D takes packs
+d, d + D, d + 2D, ... of it, `micro_batch` at a time joined into one THD row.
 """
 
 import json
@@ -64,7 +64,7 @@ class Packs(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One THD row on the device: ids and positions int64 [1, T]; the n supervised positions and their labels, int64 [n]."""
+    """One THD row on the device: ids and positions int64 [1, T]; supervised positions and their labels int64 [n]."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -97,7 +97,7 @@ def micro_batch(packs: Sequence[Pack]) -> MicroBatch:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Optimizer settings. Weight decay spares norms and biases (one-dimensional parameters). `clip` 0 turns clipping off."""
+    """Optimizer settings. Weight decay spares one-dimensional parameters: norms and biases. `clip` 0: no clipping."""
 
     beta1: float = 0.9
     beta2: float = 0.95

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m megatron_ext.entrypoints.sft --config sft.yaml --out DIR [--keep DIR] [key=value ...]
 
-The YAML file holds the fields of the entrypoint's Config. Rank 0 prints the facts as JSON. Exit code 2 and one line for a
-user's mistake.
+The YAML file holds the fields of the entrypoint's Config. Rank 0 prints the facts as JSON. Exit code 2 and one line
+for a user's mistake.
 """
 
 import argparse

@@ -173,7 +173,9 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
         for label, name in (("all", ""), ("seen in training", "seen_"), ("not seen", "unseen_"))
         if f"{name}prompts" in result
     ]
-    write_table(keep, "accuracy", f"Greedy accuracy at step {step}", ["prompts", "distinct", "correct", "accuracy"], rows_)
+    write_table(
+        keep, "accuracy", f"Greedy accuracy at step {step}", ["prompts", "distinct", "correct", "accuracy"], rows_
+    )
 
 
 def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:

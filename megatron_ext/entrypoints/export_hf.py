@@ -51,8 +51,11 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
         digest = checkpoint.weights_digest(model)
         if digest != folder.weights_digest:
             raise UserMistake(
-                Problem(str(folder.path), f"its weights have digest {digest[:12]}…, model.json says "
-                                          f"{folder.weights_digest[:12]}…: they were changed; make the folder again")
+                Problem(
+                    str(folder.path),
+                    f"its weights have digest {digest[:12]}…, model.json says "
+                    f"{folder.weights_digest[:12]}…: they were changed; make the folder again",
+                )
             )
         model_folder.copy_hf_files(folder.hf, out)
         tensors = convert.hf_tensors(model, folder.family, folder.dims)

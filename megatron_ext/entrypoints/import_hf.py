@@ -46,14 +46,19 @@ def fetch(source: str, revision: str) -> Path:
     try:
         return Path(
             snapshot_download(
-                source, revision=revision or None, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+                source,
+                revision=revision or None,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserMistake(
-            Problem("source", f"{source}{'@' + revision if revision else ''} cannot be fetched ({reason}); download it on "
-                              f"a machine with internet and name the folder")
+            Problem(
+                "source",
+                f"{source}{'@' + revision if revision else ''} cannot be fetched ({reason}); download it on "
+                f"a machine with internet and name the folder",
+            )
         ) from None
 
 

@@ -54,7 +54,9 @@ def check(config: Config, ranks: int) -> list[Problem]:
     return problems
 
 
-def _dims(config: Config, vocabulary: int, eos: int | None = None, pad: int | None = None) -> tuple[Any, list[Problem], Any]:
+def _dims(
+    config: Config, vocabulary: int, eos: int | None = None, pad: int | None = None
+) -> tuple[Any, list[Problem], Any]:
     """(dimensions, problems, config.json) of the model; problems name fields of Config."""
     from megatron_ext.models.qwen2.config import Dims, hf_config
     from megatron_ext.models.registry import Family

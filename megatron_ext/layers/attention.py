@@ -52,7 +52,7 @@ class Layout:
 
     @staticmethod
     def of(cu_seqlens: numpy.ndarray, device: torch.device) -> "Layout":
-        """Layout of documents with cumulative lengths `cu_seqlens` (int [documents + 1], first 0). Empty ones are fine."""
+        """Layout of documents that end at `cu_seqlens` (int [documents + 1], first 0). Empty documents are fine."""
         starts = cu_seqlens[:-1].astype(numpy.int64)
         lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
         padded = numpy.maximum(lengths, SHORTEST_BUCKET)
@@ -164,9 +164,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     return out.transpose(1, 2)
 
 
-def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
-) -> torch.Tensor:
+def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
     """q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d], each document attending to itself, causally."""
     q, k, v = (_Spread.apply(x, layout.slots, layout.rows) for x in (q, k, v))  # [rows, heads, d]
     outs = []
@@ -236,9 +234,9 @@ class PackedAttention(MegatronModule):
 class PackedSelfAttention(SelfAttention):
     """mcore's SelfAttention, with a shorter way through a packed row.
 
-    mcore turns the queries and keys of every layer document by document (rope_utils.py:178). Here the cosines and sines of a
-    row are computed once and serve all layers. Same parameters, same function; whatever is not a plain packed row (inference
-    contexts, recomputation of the core, partial or interleaved rotation) takes mcore's way.
+    mcore turns the queries and keys of every layer document by document (rope_utils.py:178). Here the cosines and
+    sines of a row are computed once and serve all layers. Same parameters, same function; whatever is not a plain
+    packed row (inference contexts, recomputation of the core, partial or interleaved rotation) takes mcore's way.
     """
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **others: Any) -> Any:

@@ -15,9 +15,13 @@ from megatron_ext.layers.attention import PackedDocuments
 
 
 def vocabulary_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, config: TransformerConfig, rows: int, group: torch.distributed.ProcessGroup
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    config: TransformerConfig,
+    rows: int,
+    group: torch.distributed.ProcessGroup,
 ) -> torch.Tensor:
-    """hidden [n, h], the same on all tensor ranks, times this rank's weight [padded_rows / t, h] -> [n, padded_rows / t].
+    """hidden [n, h], the same on all tensor ranks, times this rank's weight [V / t, h] -> logits [n, V / t].
 
     Rows from `rows` on are padding and get -inf, so that the softmax is over the real vocabulary.
     """
@@ -38,7 +42,7 @@ def vocabulary_logits(
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """-log p(label), fp32 [n], for vocabulary-parallel logits [n, V / t] and labels int64 [n] of the whole vocabulary."""
+    """-log p(label), fp32 [n]. Logits [n, V / t] of this tensor rank, labels int64 [n] in the whole vocabulary."""
     if group.size() == 1:
         return F.cross_entropy(logits.float(), labels, reduction="none")
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)  # the tensor group is its default
@@ -47,8 +51,8 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: torch.distri
 class SupervisedHead(GPTModel):
     """GPTModel whose forward takes `labels` of the supervised positions only and returns their losses.
 
-    The module tree, parameters and checkpoints are GPTModel's. Build it with `vocabulary_rows`, the number of real rows of
-    a padded vocabulary.
+    The module tree, parameters and checkpoints are GPTModel's. Build it with `vocabulary_rows`, the number of real
+    rows of a padded vocabulary.
     """
 
     vocabulary_rows: int
@@ -101,5 +105,5 @@ def position_logits(
     documents: PackedDocuments,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits [n, vocabulary rows] at the positions `wanted` int64 [n] of one packed row, the same on all tensor ranks."""
+    """Logits [n, vocabulary rows] at the positions `wanted` int64 [n] of a packed row, alike on all tensor ranks."""
     return model(ids, positions, None, loss_mask=wanted, packed_seq_params=documents)

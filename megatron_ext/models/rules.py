@@ -1,7 +1,7 @@
 """How weights move between a Hugging Face checkpoint and megatron-core, as data.
 
-A family lists `Rule`s, one for each mcore parameter. Import, export, expected names, expected shapes and the random start
-all read that one list, so the two directions cannot drift apart.
+A family lists `Rule`s, one for each mcore parameter. Import, export, expected names, expected shapes and the random
+start all read that one list, so the two directions cannot drift apart.
 
 A layout knows one parameter: the shapes of its Hugging Face tensors, how they join into mcore's whole tensor (as at
 tensor degree 1, without vocabulary padding), how they come apart again, and which part a tensor rank holds. Sources:

@@ -1,8 +1,8 @@
 """Decoding: prompts in, new tokens out.
 
-First form: greedy, no KV cache; each round runs the packed forward pass over the whole of every live sequence, in chunks of
-at most `token_budget` tokens, and asks for the logits of last positions only. Right for short answers. The paged
-engine will replace the inside of `generate`, not its interface.
+First form: greedy, no KV cache; each round runs the packed forward pass over the whole of every live sequence, in
+chunks of at most `token_budget` tokens, and asks for the logits of last positions only. Right for short answers. The
+paged engine will replace the inside of `generate`, not its interface.
 """
 
 from typing import Collection, Iterator, Sequence
@@ -65,8 +65,8 @@ def generate(
 ) -> list[list[int]]:
     """Greedy continuation of each prompt: at most `max_new_tokens` tokens, ending with a stop token if one came.
 
-    Tensor ranks pass the same prompts and get the same tokens; data ranks may pass different ones. Raises ValueError for an
-    empty prompt.
+    Tensor ranks pass the same prompts and get the same tokens; data ranks may pass different ones. Raises ValueError
+    for an empty prompt.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt without tokens has no last position to continue from")

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: processes that stay up between tests, because each costs seconds to import torch and mcore."""
+"""Real gloo ranks for tests. The processes stay up between tests: each needs seconds to import torch and mcore."""
 
 import multiprocessing
 import os
@@ -39,7 +39,7 @@ def _serve(connection: Any, rank: int, world_size: int) -> None:
 
 
 class Ranks:
-    """`run(function, **arguments)` calls a module-level function on every rank and returns their results, rank by rank."""
+    """`run(function, **arguments)` calls a module-level function on every rank and returns the results by rank."""
 
     def __init__(self, world_size: int):
         self.world_size = world_size

@@ -90,7 +90,11 @@ def test_a_pack_gives_the_logits_and_gradients_of_its_documents(model):
     total = 0.0
     for a, b in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:]):
         one = tiny.Pack(
-            pack.ids[a:b], pack.labels[a:b], pack.loss_mask[a:b], pack.positions[a:b], numpy.array([0, b - a], numpy.int32)
+            pack.ids[a:b],
+            pack.labels[a:b],
+            pack.loss_mask[a:b],
+            pack.positions[a:b],
+            numpy.array([0, b - a], numpy.int32),
         )
         assert torch.allclose(forward(model, one)[0], logits[a:b], atol=1e-5)
         if one.loss_mask.any():

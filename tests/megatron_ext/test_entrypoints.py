@@ -47,7 +47,9 @@ def test_sft_names_every_mistake(calculator):  # noqa: F811
     )
     found = [str(problem) for problem in sft.check(config, 3)]
     assert found[0].startswith("schedule: 'cosin' is no schedule (did you mean cosine?")
-    assert found[1].startswith("parallel.tensor: 3 does not split 4 heads, 2 KV groups and 48 MLP columns evenly: use 2")
+    assert found[1].startswith(
+        "parallel.tensor: 3 does not split 4 heads, 2 KV groups and 48 MLP columns evenly: use 2"
+    )
     config.parallel = ParallelPlan()
     assert "global batch of 3 packs does not divide by 2" in str(sft.check(config, 2)[-1])
 
@@ -104,7 +106,9 @@ def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):  # n
 
 def test_right_answers_count_by_number_and_only_when_they_end():
     samples = [
-        dict(correct=True, seen=True), dict(correct=False, seen=True), dict(correct=True, seen=False),
+        dict(correct=True, seen=True),
+        dict(correct=False, seen=True),
+        dict(correct=True, seen=False),
     ]
     result = evaluate._result(samples)
     assert (result["accuracy"], result["seen_accuracy"], result["unseen_accuracy"]) == (2 / 3, 0.5, 1.0)
@@ -135,7 +139,15 @@ def test_evaluation_on_two_ranks_is_that_on_one(two_ranks, calculator, tmp_path)
 def test_bare_mistakes_are_one_line_and_exit_code_2(tmp_path):
     config = tmp_path / "sft.yaml"
     config.write_text("model: nowhere\nstepps: 3\n")
-    command = [sys.executable, "-m", "megatron_ext.entrypoints.sft", "--config", str(config), "--out", str(tmp_path / "o")]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_ext.entrypoints.sft",
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "stepps" in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "o").exists()

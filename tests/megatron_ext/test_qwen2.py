@@ -191,7 +191,11 @@ def test_a_copy_of_the_tied_output_is_no_mistake(tmp_path, alone):
 
 @pytest.mark.parametrize(
     "source, words",
-    [("/nowhere/model", "is no folder, and no hub name"), ("", "is missing"), ("no/such-model-here", "cannot be fetched")],
+    [
+        ("/nowhere/model", "is no folder, and no hub name"),
+        ("", "is missing"),
+        ("no/such-model-here", "cannot be fetched"),
+    ],
 )
 def test_a_source_that_is_not_there_is_one_line(source, words, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

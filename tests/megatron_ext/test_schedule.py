@@ -32,5 +32,9 @@ def test_all_mistakes_are_named_with_the_nearest_schedule():
     found = [str(p) for p in check(Schedule("cosin", 10, -1.0, 0.0, 11, 0.0), "with")]
     assert found[0].startswith("with.schedule: 'cosin' is no schedule (did you mean cosine?")
     assert [line.split(":")[0] for line in found] == [
-        "with.schedule", "with.warmup_steps", "with.lr", "with.min_lr", "with.decay_share",
+        "with.schedule",
+        "with.warmup_steps",
+        "with.lr",
+        "with.min_lr",
+        "with.decay_share",
     ]

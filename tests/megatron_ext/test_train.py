@@ -1,4 +1,4 @@
-"""Training: parallel equals serial, the denominator is the global count, resume equals uninterrupted, on real gloo ranks."""
+"""Training on real gloo ranks: parallel equals serial, the denominator is global, resume equals uninterrupted."""
 
 import json
 import os
@@ -196,7 +196,9 @@ def test_the_digest_is_the_documented_one(alone, hf):
 
     model = tiny.model(hf, tiny.DIMS, ParallelPlan())
     named = dict(model.named_parameters())
-    whole = {name: named[name].detach() for name in ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight")}
+    whole = {
+        name: named[name].detach() for name in ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight")
+    }
     layered = {  # key -> parameter; mcore stacks the layers along a first axis and fuses the names of norms
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "self_attention.linear_qkv.weight": "self_attention.linear_qkv.weight",

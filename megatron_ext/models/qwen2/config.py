@@ -51,7 +51,9 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     if kind != "default":
         refuse("rope_type", kind, "only plain rotary positions are")
     if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
-        refuse("partial_rotary_factor", rope.get("partial_rotary_factor", config.get("partial_rotary_factor")), "use 1.0")
+        refuse(
+            "partial_rotary_factor", rope.get("partial_rotary_factor", config.get("partial_rotary_factor")), "use 1.0"
+        )
     if config.get("use_sliding_window"):
         refuse("use_sliding_window", True, "no released Qwen2.5 uses it; set it to false if yours does not need it")
     windowed = sorted({kind for kind in config.get("layer_types") or [] if kind != "full_attention"})

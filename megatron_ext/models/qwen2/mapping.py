@@ -45,9 +45,7 @@ def rules(dims: Dims) -> list[Rule]:
                 (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
                 GateUp(dims.ffn, dims.hidden),
             ),
-            Rule(
-                ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), Row((dims.hidden, dims.ffn))
-            ),
+            Rule(ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), Row((dims.hidden, dims.ffn))),
         ]
     found.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), norm))
     if not dims.tied:

@@ -48,7 +48,8 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
         context_parallel_size=plan.context,
         calculate_per_token_loss=True,
         # Every weight comes from a checkpoint: no time is spent on random numbers. (perform_initialization=False would
-        # also leave out the marks of tensor-parallel parameters, and gradient norms would miss all ranks but the first.)
+        # also leave out the marks of tensor-parallel parameters, and gradient norms would miss
+        # all ranks but the first.)
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -63,7 +64,7 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
 
 
 def layer_spec(config: TransformerConfig, backend: str) -> ModuleSpec | TransformerBlockSubmodules:
-    """"torch": mcore's local spec with our norms and packed attention. "te": mcore's stock spec, unchanged."""
+    """ "torch": mcore's local spec with our norms and packed attention. "te": mcore's stock spec, unchanged."""
     if backend == "te":
         return get_gpt_layer_with_transformer_engine_spec()
     if backend != "torch":
