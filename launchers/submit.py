@@ -41,8 +41,12 @@ def backends_of(run: RunFolder) -> dict[str, Backend]:
             continue
         if event["backend"] == "local":
             found[event["choice"]] = LocalBackend(run)
-        else:
-            found[event["choice"]] = backend_for(run, find_cluster(event["choice"]))
+            continue
+        cluster = find_cluster(event["choice"])
+        if cluster.kind != "slurm":
+            raise UserMistake(f"{run.path}: submission {event['submission']} went to the Slurm cluster {event['cluster']}, which "
+                              "is not configured here; set SLURM_CONF, or use `afterok cluster exec` for a dev cluster")
+        found[event["choice"]] = backend_for(run, cluster)
     return found
 
 

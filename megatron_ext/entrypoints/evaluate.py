@@ -12,10 +12,10 @@ from typing import Any, Dict, Iterator, List, Optional
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
+from data_tools.tables import write_table
 from data_tools.tasks.task import Row, Source, Task, load_task, task_options
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.parallel import check as check_plan
-from megatron_ext.tables import write_table
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
 
@@ -64,6 +64,8 @@ def rows(config: Config, task: Task) -> Iterator[Row]:
             raise UserMistake(Problem("source.inputs", f"{name}: {error.strerror}")) from None
         with file:
             for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 try:
                     found = task.parse_line(line)
                 except ValueError as error:
