@@ -103,7 +103,7 @@ def test_a_controller_that_dies_before_a_submit_loses_nothing(toy, dev_cluster):
     dev_cluster.kill_daemon("slurmctld")
     try:
         line = one_line(afterok("submit", pipeline, "--run", run, env=env, check=2))
-        assert "slurm.conf" in line and not run.exists()
+        assert str(dev_cluster.prefix) in line and not run.exists()
     finally:
         dev_cluster.start_daemon("slurmctld")
     wait_for("the controller", lambda: afterok("run", pipeline, "--run", run, env=env, check=None).returncode == 0)
