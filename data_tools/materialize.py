@@ -21,7 +21,7 @@ from data_tools.durable import CHUNK, read_json, write_json
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.store import Provenance, Store, StoreWriter
-from data_tools.tasks.task import SPLITS, Row, Source, Task, load_task, task_options
+from data_tools.tasks.task import Row, Source, Task, check_rows, load_task, task_options
 
 BALANCE = "balance.json"
 ON_BAD_ROW = ("fail", "drop")
@@ -43,36 +43,14 @@ class Config:
 
 def check(config: Config) -> list[Problem]:
     """Wrong values, all at once; opens no file, since upstream phases may have yet to make them."""
-    problems: list[Problem] = []
-    try:
-        task = load_task(config.task)
-    except UserMistake as mistake:
-        problems.append(Problem("task", str(mistake)))
-    else:
-        try:
-            task_options(task, config.task_options)
-        except UserMistake as mistake:
-            problems.append(Problem("task_options", str(mistake)))
+    problems = check_rows(config.task, config.task_options, config.source)
     if config.on_bad_row not in ON_BAD_ROW:
         problems.append(Problem("on_bad_row", f"unknown value {config.on_bad_row!r}{nearest(config.on_bad_row, ON_BAD_ROW)}"))
     if config.max_tokens < 0:
         problems.append(Problem("max_tokens", f"{config.max_tokens} is negative; give a limit, or 0 for none"))
-    problems += _check_source(config.source)
     if not config.tokenizer:
         problems.append(Problem("tokenizer", "no tokenizer; give a folder or a hub name"))
     return problems
-
-
-def _check_source(source: Source) -> Iterator[Problem]:
-    if not source.inputs and source.synthetic_rows == 0:
-        yield Problem("source", "no rows: neither inputs nor synthetic_rows; give one of them")
-    if source.synthetic_rows < 0:
-        yield Problem("source.synthetic_rows", f"{source.synthetic_rows} is negative; give a number of rows, or 0")
-    if source.synthetic_split not in SPLITS:
-        yield Problem("source.synthetic_split", f"unknown split {source.synthetic_split!r}{nearest(source.synthetic_split, SPLITS)}")
-    for place, name in enumerate(source.inputs):
-        if name in source.inputs[:place]:
-            yield Problem(f"source.inputs[{place}]", f"{name} is given twice; name each file once")
 
 
 def _check_files(config: Config) -> Iterator[Problem]:

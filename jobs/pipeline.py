@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.yaml_loaders import read_values
 from jobs.kind import PhaseKind, find_kind, kind_names
 from slurm.profile import Request
 
@@ -83,36 +84,6 @@ class Pipeline:
             if any(need.phase == name or need.phase in found for need in phase.needs):
                 found.add(phase.name)
         return found
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML as people read it: 1e-5 is a number, the time 1:30:00 is not (YAML 1.1 reads it as 5400), no key twice."""
-
-    yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-               r"|\.(?:inf|nan))$"),
-    list("-+0123456789."))
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _YamlLoader)
 
 
 def substitute(value: Any, folders: dict[str, str]) -> Any:
@@ -192,7 +163,7 @@ class _Loader:
 
     def _read(self) -> dict[str, Any]:
         try:
-            raw = _read_yaml(self.path.read_text())
+            raw = read_values(self.path.read_text())
         except FileNotFoundError:
             raise UserMistake(f"{self.path}: no such pipeline file") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -214,7 +185,7 @@ class _Loader:
                 self.problems.append(Problem(f"override {override!r}", "write it as dotted.key=value"))
                 continue
             try:
-                value = _read_yaml(text)
+                value = read_values(text)
             except yaml.YAMLError as error:
                 message = f"the value is not valid YAML: {' '.join(str(error).split())}"
                 self.problems.append(Problem(f"override {override!r}", message))

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.mistake import UserMistake
 from slurm import client, devcluster, profile
 from slurm.client import Slurm, SlurmError, SlurmTimeout, SlurmUnavailable
 

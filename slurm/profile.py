@@ -11,7 +11,6 @@ pay for it.
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, get_args, get_origin, get_type_hints
@@ -303,19 +302,10 @@ def _read_yaml(path: Path, problems: list[Problem]) -> dict[str, Any]:
     """The file's mapping, every scalar still text: YAML 1.1 would read the time 1:30:00 as the number 5400."""
     import yaml
 
-    class Loader(yaml.BaseLoader):
-        """Text only, and no key twice."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
+    from data_tools.yaml_loaders import TextLoader
 
     try:
-        values = yaml.load(path.read_text(), Loader)
+        values = yaml.load(path.read_text(), TextLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

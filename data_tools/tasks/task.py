@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Protocol
 
-from data_tools.mistake import UserMistake, nearest
+from data_tools.mistake import Problem, UserMistake, nearest
 
 
 class Row(NamedTuple):
@@ -83,3 +83,24 @@ def task_options(task: Task, values: dict[str, Any]) -> Any:
         if type(value) is not valid[key]:
             raise UserMistake(f"task option {key}={value!r} is a {type(value).__name__}, not {valid[key].__name__}")
     return task.Options(**values)
+
+
+def check_rows(name: str, options: dict[str, Any], source: Source) -> list[Problem]:
+    """Wrong values of the settings `task`, `task_options` and `source`; opens no file."""
+    problems: list[Problem] = []
+    try:
+        task_options(load_task(name), options)
+    except UserMistake as mistake:
+        problems.append(Problem("task_options" if name in task_names() else "task", str(mistake)))
+    if not source.inputs and source.synthetic_rows == 0:
+        problems.append(Problem("source", "no rows: neither inputs nor synthetic_rows; give one of them"))
+    if source.synthetic_rows < 0:
+        message = f"{source.synthetic_rows} is negative; give a number of rows, or 0"
+        problems.append(Problem("source.synthetic_rows", message))
+    if source.synthetic_split not in SPLITS:
+        message = f"unknown split {source.synthetic_split!r}{nearest(source.synthetic_split, SPLITS)}"
+        problems.append(Problem("source.synthetic_split", message))
+    for place, file in enumerate(source.inputs):
+        if file in source.inputs[:place]:
+            problems.append(Problem(f"source.inputs[{place}]", f"{file} is given twice; name each file once"))
+    return problems

@@ -13,7 +13,7 @@ from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from data_tools.tables import write_table
-from data_tools.tasks.task import Row, Source, Task, load_task, task_options
+from data_tools.tasks.task import Row, Source, Task, check_rows, load_task, task_options
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.parallel import check as check_plan
 
@@ -39,17 +39,7 @@ def check(config: Config, ranks: int) -> list[Problem]:
     problems = []
     if not config.model:
         problems.append(Problem("model", "is missing: a model folder"))
-    try:
-        task = load_task(config.task)
-    except UserMistake as mistake:
-        problems.append(Problem("task", str(mistake)))
-    else:
-        try:
-            task_options(task, config.task_options)
-        except UserMistake as mistake:
-            problems.append(Problem("task_options", str(mistake)))
-    if not config.source.inputs and config.source.synthetic_rows < 1:
-        problems.append(Problem("source", "has no rows: name inputs or synthetic_rows"))
+    problems += check_rows(config.task, config.task_options, config.source)
     if config.max_new_tokens < 1:
         problems.append(Problem("max_new_tokens", f"{config.max_new_tokens} is too few: the least is 1"))
     return problems + check_plan(config.parallel, ranks)
