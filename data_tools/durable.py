@@ -1,25 +1,48 @@
 """The one way bytes become durable: write under a temporary name, fsync, rename or link, fsync the folder.
 
-Seals, ledger lines, checkpoint manifests and every small JSON file of a run go through here, so that after a kill
-or a power cut a name is either absent or complete.
+Seals, ledger lines, checkpoint manifests and every small JSON file of a run go through here, so that after a kill,
+a power cut or on a full disk a name is either absent or complete. No file locks: link(2) decides races, which holds on
+filesystems without flock. Every OSError raised here names the file that was meant, not the temporary one.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import socket
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator, Optional
+
+from data_tools.mistake import UserMistake
 
 CHUNK = 1 << 20
+TAIL = 1 << 16  # bytes looked at for the last whole line of a file
+# What fsync of a folder says where the filesystem has no such thing (FUSE, CIFS); there, rename is all there is.
+FOLDER_FSYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+LINK_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # link(2) on FAT, some FUSE
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError from within names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries (renames, links, new files) survive a power cut."""
+    """Make the folder's entries (renames, links, new files) survive a power cut, where the filesystem can."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        with _naming(folder):
+            os.fsync(handle)
+    except OSError as error:
+        if error.errno not in FOLDER_FSYNC_UNSUPPORTED:
+            raise
     finally:
         os.close(handle)
 
@@ -33,22 +56,24 @@ def fsync_tree(folder: Path) -> None:
                 continue
             handle = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(handle)
+                with _naming(Path(path)):  # a full disk or quota may show only here
+                    os.fsync(handle)
             finally:
                 os.close(handle)
         fsync_folder(Path(root))
 
 
-def _write_temporary(path: Path, data: bytes) -> Path:
-    """A fsynced sibling of `path` under a name no other process of any host uses."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+def _write_temporary(path: Path, data: bytes, folder: Path) -> Path:
+    """The fsynced bytes for `path`, in `folder` under a name no other process of any host uses."""
+    temporary = folder / f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only filesystem even this fails; the first error counts
+            temporary.unlink(missing_ok=True)
         raise
     return temporary
 
@@ -56,36 +81,72 @@ def _write_temporary(path: Path, data: bytes) -> Path:
 def write_file(path: Path, data: bytes | str) -> None:
     """Replace `path` atomically; readers see the old bytes or the new ones."""
     path = Path(path)
-    temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
+    with _naming(path):
+        temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, path.parent)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
 
 
-def create_file(path: Path, data: bytes | str) -> bool:
+def create_file(path: Path, data: bytes | str, by_way_of: Optional[Path] = None) -> bool:
     """Create `path` with all its bytes, or return False because it exists: exactly one of many writers wins.
 
-    Uses link(2), which is atomic on NFS too, where O_EXCL with a later write would show an empty file.
+    Uses link(2), which is atomic on NFS too, where O_EXCL with a later write would show an empty file. The bytes are
+    written in the folder `by_way_of` first (default: beside `path`); whoever removes that folder forbids the creation,
+    which then raises FileNotFoundError or ESTALE.
     """
     path = Path(path)
-    temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with _naming(path):
+        temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, by_way_of or path.parent)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # NFS repeats a request whose answer was lost, and the second one finds the first one's link.
+            return os.path.samefile(temporary, path)
+        except OSError as error:
+            if error.errno in LINK_UNSUPPORTED:
+                raise UserMistake(f"{path.parent} is on a filesystem without hard links ({error.strerror}); put the run "
+                                  "on one that has them") from None
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
     return True
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in a single write and fsync it (a reader drops a torn last line)."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, (line + "\n").encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Append one line and fsync it: all of it or, on a full disk, nothing. One writer at a time.
+
+    What a power cut left of an earlier line that nobody was told was written is cut off first.
+    """
+    with _naming(path):
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            whole = _end_of_last_line(handle)
+            if whole < os.fstat(handle).st_size:
+                os.ftruncate(handle, whole)
+            data = (line + "\n").encode()
+            try:
+                while data:  # a filling disk takes a part first, and refuses the next
+                    data = data[os.write(handle, data):]
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, whole)
+                raise
+        finally:
+            os.close(handle)
+
+
+def _end_of_last_line(handle: int) -> int:
+    """Bytes up to and including the last newline of an open file."""
+    end = os.fstat(handle).st_size
+    while end:
+        start = max(0, end - TAIL)
+        found = os.pread(handle, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def canonical_json(value: Any) -> str:

@@ -5,8 +5,9 @@ without a traceback.
 """
 
 import difflib
+import errno
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Optional, Sequence
 
 EXIT_MISTAKE = 2
 
@@ -41,3 +42,25 @@ def nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return f" ({hint}known: {', '.join(known)})"
+
+
+# What a filesystem refuses, and what its user can do; other OSErrors are bugs and keep their traceback.
+_DISK = {
+    errno.ENOSPC: "no space is left there; free some (`df -h` shows the filesystem), then submit again",
+    errno.EDQUOT: "your disk quota there is used up; free some space, then submit again",
+    errno.EROFS: "the filesystem is read-only; have it mounted writable, or work in another folder (--run DIR)",
+    errno.EACCES: "permission denied; have the folder's owner allow it, or work in another folder (--run DIR)",
+    errno.EPERM: "the filesystem does not permit it; work in another folder (--run DIR)",
+    errno.EIO: "the filesystem reports an input/output error; submit again once it is well",
+    errno.ESTALE: "the filesystem lost the file (stale file handle); submit again once it is well",
+}
+
+
+def disk_problem(error: BaseException, folder: object = "") -> Optional[str]:
+    """One line for a full, read-only, forbidden or failing filesystem; None for any other error.
+
+    `folder` is named where the error itself names no file.
+    """
+    if not isinstance(error, OSError) or error.errno not in _DISK:
+        return None
+    return f"{error.filename2 or error.filename or folder or 'a file'}: {_DISK[error.errno]}"

@@ -4,23 +4,29 @@
       seal.json              the phase's manifest, linked last; its presence is the only sign of success
       seals/0003.json        one an array element
       leases/0003.a2.r0.g0   who works on an element: attempt, Slurm restart count, generation
+      sealing/0003.a2.r0.g0.UNIQUE/   where that owner writes its seal before linking it; whoever takes over removes it
       work/0003.a2.r0.g0/    what that owner writes; a seal names the folder that counts
       checkpoints/ metrics.jsonl tables/    survive attempts; not sealed content
 
 A folder belongs to one owner only, so a late twin can never touch what another one sealed; seals and leases are
-created by link(2), so one of many wins. Nothing here knows Slurm: who is provably dead is asked of the caller.
+created by link(2), so one of many wins. Nothing here knows Slurm: who is provably dead is asked of the caller. No
+decision compares clocks: attempts and restart counts order owners, and they are read from the lease's name, so that
+its content may be torn.
 """
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import time
-from dataclasses import asdict, dataclass
+import uuid
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
@@ -54,9 +60,10 @@ class HashCache:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = path or cache_home / "afterok" / "sha256.json"
         try:
-            self.entries: dict[str, list] = durable.read_json(self.path)
+            found = durable.read_json(self.path)
         except (OSError, ValueError):
-            self.entries = {}
+            found = {}
+        self.entries: dict[str, list] = found if isinstance(found, dict) else {}
         self.changed = False
 
     def sha256(self, path: Path) -> str:
@@ -85,7 +92,7 @@ class HashCache:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lease. (attempt, restart) orders owners; host, pid and start time tell whether one is alive."""
+    """Who holds a lease. (attempt, restart) orders owners; host, namespace, pid and start time tell whether one is alive."""
 
     attempt: int
     restart: int
@@ -93,16 +100,36 @@ class Owner:
     host: str
     pid: int
     started: int  # kernel start time of the pid in clock ticks since boot: a recycled pid differs
+    namespace: str = ""  # where pid counts: a container on the same host may have pids of its own
 
     @staticmethod
     def me(attempt: int, restart: int, job: str = "") -> "Owner":
-        return Owner(attempt, restart, job, socket.gethostname(), os.getpid(), process_start(os.getpid()) or 0)
+        pid = os.getpid()
+        return Owner(attempt, restart, job, socket.gethostname(), pid, process_start(pid) or 0, pid_namespace())
+
+    @staticmethod
+    def read(path: Path) -> "Optional[Owner]":
+        """The owner a file names; None when the file is torn. FileNotFoundError when there is none."""
+        try:
+            found = durable.read_json(path)
+            return Owner(**{field.name: found[field.name] for field in fields(Owner) if field.name in found})
+        except (ValueError, TypeError):
+            return None
 
     def is_dead(self, slurm_says_ended: Callable[[str], bool]) -> bool:
         """True only when provable: the pid is gone from this host, or Slurm says the job ended."""
-        if self.host == socket.gethostname() and process_start(self.pid) != self.started:
+        here = self.host == socket.gethostname() and self.namespace in ("", pid_namespace())
+        if here and process_start(self.pid) != self.started:
             return True
         return bool(self.job) and slurm_says_ended(self.job)
+
+
+def pid_namespace() -> str:
+    """Tells the pids of a container from those of its host; "" where the kernel does not say."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def process_start(pid: int) -> Optional[int]:
@@ -127,6 +154,24 @@ class Lease:
     path: Path
     folder: Path  # this owner's own folder, empty
     element: str
+    sealing: Path  # its seal is written here first; removed by the owner that takes over
+
+
+class LeaseName(NamedTuple):
+    """A lease as its name says it; compares like the owners it stands for."""
+
+    attempt: int
+    restart: int
+    generation: int
+
+    @staticmethod
+    def of(path: Path) -> "Optional[LeaseName]":
+        """None for what is no lease (an editor's copy, .nfs0000)."""
+        found = re.fullmatch(r"[^.]+\.a(\d+)\.r(\d+)\.g(\d+)", path.name)
+        return LeaseName(*map(int, found.groups())) if found else None
+
+    def __str__(self) -> str:
+        return f"a{self.attempt}.r{self.restart}.g{self.generation}"
 
 
 # -- the artifact -------------------------------------------------------------------------------------------------
@@ -164,34 +209,67 @@ class Artifact:
             LeaseHeld: a newer owner, or a live twin of the same attempt and restart, holds it.
         """
         element = index if isinstance(index, str) else f"{index:04d}"
-        if self.seal_path.exists() or (isinstance(index, int) and self.fans_in and self.element_seal_path(index).exists()):
-            raise Sealed(f"{self.folder.name} element {element}")
+        self._refuse_if_sealed(index)
         leases = self.folder / "leases"
         leases.mkdir(parents=True, exist_ok=True)
         generation = 0
-        for path in sorted(leases.glob(f"{element}.a*")):
-            other = Owner(**durable.read_json(path))
-            if (other.attempt, other.restart) > (owner.attempt, owner.restart):
+        for other, path in sorted(self._leases(element).items()):
+            if other[:2] > (owner.attempt, owner.restart):
                 raise LeaseHeld(f"element {element} belongs to attempt {other.attempt} restart {other.restart}")
-            if (other.attempt, other.restart) == (owner.attempt, owner.restart):
-                if not other.is_dead(slurm_says_ended):
-                    raise LeaseHeld(f"element {element} is worked on by process {other.pid} on {other.host}"
-                                    + (f", job {other.job}" if other.job else ""))
-                generation += 1
-        name = f"{element}.a{owner.attempt}.r{owner.restart}.g{generation}"
-        if not durable.create_file(leases / name, durable.canonical_json(asdict(owner))):
-            raise LeaseHeld(f"element {element}: a twin took lease {name} a moment ago")
-        folder = self.folder / "work" / name
-        folder.mkdir(parents=True)
-        return Lease(leases / name, folder, element)
+            if other[:2] == (owner.attempt, owner.restart):
+                self._refuse_unless_dead(element, path, slurm_says_ended)
+                generation = other.generation + 1
+        mine = LeaseName(owner.attempt, owner.restart, generation)
+        # The order matters. Our sealing folder is there before our lease: an owner that sees no newer lease after
+        # making its own will be seen, and its sealing folder found, by every newer one.
+        sealing = self.folder / "sealing" / f"{element}.{mine}.{uuid.uuid4().hex[:8]}"
+        sealing.mkdir(parents=True)
+        lease = Lease(leases / f"{element}.{mine}", self.folder / "work" / f"{element}.{mine}", element, sealing)
+        if not durable.create_file(lease.path, durable.canonical_json(asdict(owner))):
+            sealing.rmdir()
+            raise LeaseHeld(f"element {element}: a twin took lease {lease.path.name} a moment ago")
+        if not self.still_mine(lease):
+            raise LeaseHeld(f"element {element}: a newer attempt took it a moment ago")
+        for other in self._leases(element):
+            if other < mine:
+                self._revoke(element, other)
+        self._refuse_if_sealed(index)  # from here on no older owner can seal
+        lease.folder.mkdir(parents=True)
+        return lease
+
+    def _refuse_if_sealed(self, index: "int | str") -> None:
+        element_sealed = isinstance(index, int) and self.fans_in and self.element_seal_path(index).exists()
+        if self.seal_path.exists() or element_sealed:
+            raise Sealed(f"{self.folder.name} element {index}")
+
+    def _refuse_unless_dead(self, element: str, lease: Path, slurm_says_ended: Callable[[str], bool]) -> None:
+        holder = Owner.read(lease)
+        if holder is None:
+            raise LeaseHeld(f"element {element} is leased to nobody knows whom: {lease} is torn; delete it if no process "
+                            "works on the element, or submit again (a new attempt takes over)")
+        if not holder.is_dead(slurm_says_ended):
+            raise LeaseHeld(f"element {element} is worked on by process {holder.pid} on {holder.host}"
+                            + (f", job {holder.job}" if holder.job else ""))
+
+    def _leases(self, element: str) -> dict[LeaseName, Path]:
+        found = {LeaseName.of(path): path for path in (self.folder / "leases").glob(f"{element}.a*")}
+        return {name: path for name, path in found.items() if name is not None}
+
+    def _revoke(self, element: str, name: LeaseName) -> None:
+        """Take from an older owner the folder its seal has to pass through. Removing, not renaming: an NFS client that
+        has it open could still link out of a renamed one."""
+        for folder in (self.folder / "sealing").glob(f"{element}.{name}.*"):
+            while folder.exists():
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:
+                    # The owner may be writing its seal into it right now, or taking it out.
+                    if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                        raise
 
     def still_mine(self, lease: Lease) -> bool:
         """False once a newer owner took the element over."""
-        def order(path: Path) -> list[int]:
-            return [int(part[1:]) for part in path.name.split(".")[1:]]
-
-        leases = (self.folder / "leases").glob(f"{lease.element}.a*")
-        return max(leases, key=order) == lease.path
+        return max(self._leases(lease.element), default=None) == LeaseName.of(lease.path)
 
     def seal(self, lease: Lease, record: dict[str, Any], files: Optional[dict[str, Any]] = None) -> bool:
         """Make the lease's folder durable and link its seal; False when a twin's seal was there first.
@@ -213,7 +291,14 @@ class Artifact:
         whole_phase = lease.element == FINISH or not self.fans_in
         path = self.seal_path if whole_phase else self.element_seal_path(int(lease.element))
         path.parent.mkdir(exist_ok=True)
-        return durable.create_file(path, durable.canonical_json(seal) + "\n")
+        try:
+            won = durable.create_file(path, durable.canonical_json(seal) + "\n", by_way_of=lease.sealing)
+        except OSError:
+            if lease.sealing.exists():
+                raise
+            return False  # taken over while the files were hashed
+        shutil.rmtree(lease.sealing, ignore_errors=True)
+        return won
 
     def retire(self, index: int, upstream: dict[str, str], attempt: int) -> None:
         """Set aside seals of this element and of the phase that speak of other upstream results than `upstream`."""
@@ -223,7 +308,7 @@ class Artifact:
                 path.rename(path.with_name(f"{path.name}.retired.a{attempt}"))
 
     def sweep(self, lease: Lease) -> None:
-        """Remove folders that older owners of this element left unsealed."""
+        """Remove folders that older owners of this element, who cannot seal any more, left unsealed."""
         keep = {sealed_root(path) for path in [self.seal_path, *(self.folder / "seals").glob("*.json")]}
         for folder in (self.folder / "work").glob(f"{lease.element}.a*"):
             if folder != lease.folder and folder.name not in keep:
@@ -286,11 +371,13 @@ class Seal:
     def upstream(self) -> dict[str, str]:
         return self.content.get("upstream", {})
 
-    def altered(self, rehash: bool = False) -> Iterable[str]:
+    def altered(self, rehash: bool = False, cache: Optional[HashCache] = None) -> Iterator[str]:
         """One line a sealed file that is missing or not the bytes that were sealed.
 
         Compares size and mtime; hashes where they differ (a copied run keeps bytes, not times) or when `rehash`.
+        With a `cache` the files of a copied run are hashed once, not at every look.
         """
+        sha256 = cache.sha256 if cache and not rehash else durable.sha256_file
         for name, entry in self.content["files"].items():
             path = self.folder / name
             try:
@@ -301,11 +388,11 @@ class Seal:
             same = stat.st_size == entry["size"] and stat.st_mtime_ns == entry["mtime_ns"]
             if same and not rehash:
                 continue
-            if stat.st_size != entry["size"] or durable.sha256_file(path) != entry["sha256"]:
+            if stat.st_size != entry["size"] or sha256(path) != entry["sha256"]:
                 yield f"{path} was changed after it was sealed (sha256 is no longer {entry['sha256'][:12]}…)"
 
-    def verify(self, rehash: bool = False) -> None:
-        for line in self.altered(rehash):
+    def verify(self, rehash: bool = False, cache: Optional[HashCache] = None) -> None:
+        for line in self.altered(rehash, cache):
             raise UserMistake(f"{line}; restore it, or delete {self.path} to have the phase run again")
 
 
@@ -317,9 +404,9 @@ def read_seal(path: Path) -> Optional[Seal]:
         return None
     try:
         content = json.loads(data)
-        content["root"], content["files"], content["key"]
-    except (ValueError, KeyError, TypeError):
+        said = {"key": content["key"], "parts": content.get("parts"),
+                "files": {name: [entry["size"], entry["sha256"]] for name, entry in content["files"].items()}}
+        content["root"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserMistake(f"{path} is not a seal (truncated or edited); delete it to have the phase run again") from None
-    said = {"key": content["key"], "parts": content.get("parts"),
-            "files": {name: [entry["size"], entry["sha256"]] for name, entry in content["files"].items()}}
     return Seal(path, durable.sha256_bytes(durable.canonical_json(said)), content)

@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 
+import jobs.artifact
 from data_tools.mistake import UserMistake
 from jobs.artifact import FINISH, Artifact, HashCache, LeaseHeld, Owner, Sealed, content_digest, key_of, read_seal
 
@@ -175,3 +177,93 @@ def test_inputs_enter_by_content_and_the_cache_sees_every_change(tmp_path):
     folder = content_digest(tmp_path, cache)
     file.rename(tmp_path / "renamed.txt")
     assert content_digest(tmp_path, cache) != folder
+
+
+def test_an_owner_that_is_replaced_while_it_hashes_can_no_longer_seal(tmp_path, monkeypatch):
+    """The takeover sweeps its folder: a seal linked after that would name nothing."""
+    artifact = Artifact(tmp_path / "KEY")
+    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    (late.folder / "f.txt").write_text("late")
+    real_manifest, taken = jobs.artifact.manifest, []
+
+    def slow_manifest(folder):
+        found = real_manifest(folder)
+        if not taken:
+            taken.append(artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED))
+            artifact.sweep(taken[0])
+        return found
+
+    monkeypatch.setattr(jobs.artifact, "manifest", slow_manifest)
+    assert artifact.seal(late, {"key": "k"}) is False
+    assert not artifact.seal_path.exists() and not late.folder.exists()
+    (taken[0].folder / "f.txt").write_text("new")
+    assert artifact.seal(taken[0], {"key": "k"})
+    assert list(read_seal(artifact.seal_path).altered(rehash=True)) == []
+
+
+def _seal_while_taken_over(folder, start):
+    artifact = Artifact(folder)
+    lease = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    (lease.folder / "f.txt").write_text("first")
+    start.wait()
+    artifact.seal(lease, {"key": "k"})
+
+
+def test_a_takeover_at_any_moment_of_a_seal_leaves_one_whole_seal(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for round_ in range(40):
+        artifact, start = Artifact(tmp_path / str(round_)), context.Event()
+        first = context.Process(target=_seal_while_taken_over, args=(artifact.folder, start))
+        first.start()
+        while not list(artifact.folder.glob("work/*/f.txt")):
+            time.sleep(0.001)
+        start.set()
+        time.sleep(0.0003 * (round_ % 20))
+        try:
+            lease = artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+            artifact.sweep(lease)
+            (lease.folder / "f.txt").write_text("second")
+            artifact.seal(lease, {"key": "k"})
+        except Sealed:
+            pass
+        first.join()
+        read_seal(artifact.seal_path).verify(rehash=True)
+
+
+def test_a_pid_means_nothing_in_another_pid_namespace(tmp_path):
+    """Containers may share the host's name and have pids of their own."""
+    owner = replace(Owner.me(1, 0), pid=2**22 + 1, namespace="pid:[1]")
+    assert not owner.is_dead(NOBODY_ENDED)
+    assert replace(owner, namespace=Owner.me(1, 0).namespace).is_dead(NOBODY_ENDED)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"attempt":1,"rest', b"\0" * 80, b"[]", b'{"attempt":1}', b"\xff\xfe"])
+def test_a_torn_lease_still_orders_owners_by_its_name(tmp_path, torn):
+    artifact = Artifact(tmp_path / "KEY")
+    lease = artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+    lease.path.write_bytes(torn)
+    with pytest.raises(LeaseHeld, match="attempt 2"):
+        artifact.acquire(0, Owner.me(1, 7), NOBODY_ENDED)
+    with pytest.raises(LeaseHeld, match=f"{lease.path} is torn"):
+        artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+    _, won = fill_and_seal(artifact, 0, Owner.me(3, 0))
+    assert won
+
+
+@pytest.mark.parametrize("torn", ["", "[]", "null", '{"/x": [1', '{"root": "work/x", "files": {"f": {}}, "key": "k"}'])
+def test_a_torn_seal_or_hash_cache_is_no_traceback(tmp_path, torn):
+    (tmp_path / "seal.json").write_text(torn)
+    with pytest.raises(UserMistake, match="is not a seal"):
+        read_seal(tmp_path / "seal.json")
+    (tmp_path / "in.txt").write_text("one")
+    assert content_digest(tmp_path / "in.txt", HashCache(tmp_path / "seal.json"))
+
+
+def test_files_of_a_copied_run_are_hashed_once(tmp_path, monkeypatch):
+    artifact = Artifact(tmp_path / "KEY")
+    lease, _ = fill_and_seal(artifact, 0, Owner.me(1, 0))
+    os.utime(lease.folder / "f.txt", (1, 1))
+    cache = HashCache(tmp_path / "cache.json")
+    assert list(read_seal(artifact.seal_path).altered(cache=cache)) == []
+    monkeypatch.setattr("data_tools.durable.sha256_file", lambda path: pytest.fail("hashed again"))
+    assert list(read_seal(artifact.seal_path).altered(cache=cache)) == []
