@@ -8,6 +8,7 @@
         needs: [other, {more: aftercorr}]           # afterok unless it says aftercorr or afterany
         with: {store: "${phases.materialize.out}", pack_length: "${params.pack_length}"}
         array: 4                                    # or a list of values, one element each
+        throttle: 2                                 # elements that may run at once
         resources: {role: cpu, time: "0:30:00"}
 
 Loading collects all violations, each with file, key and value, and raises them together as one UserMistake.
@@ -36,7 +37,7 @@ RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "subm
 NEED_TYPES = ("afterok", "aftercorr", "afterany")
 ON_CODE_CHANGE = ("report", "rerun")
 TOP_KEYS = ("name", "params", "phases", "on_code_change")
-PHASE_KEYS = ("uses", "needs", "with", "array", "resources")
+PHASE_KEYS = ("uses", "needs", "with", "array", "throttle", "resources")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Phase:
     needs: list[Need]
     settings: dict[str, Any]
     array: list[Any] | int | None
+    throttle: int  # elements that may run at once; 0: as many as fit
     resources: Request
     kind: PhaseKind
 
@@ -234,10 +236,14 @@ class _Loader:
         needs = self._needs(key, name, body.get("needs") or [], settings, names)
         resources = self._resources(f"{key}.resources", body.get("resources") or {})
         array = self._array(key, body.get("array"), kind)
+        throttle = body.get("throttle") or 0
+        if not isinstance(throttle, int) or throttle < 0:
+            self._problem(f"{key}.throttle", f"{throttle!r} is not a number of elements that may run at once")
+            throttle = 0
         if kind is None:
             return None
         self._structured(f"{key}.with", kind.config, settings)
-        return Phase(name, str(body.get("uses")), needs, settings, array, resources, kind)
+        return Phase(name, str(body.get("uses")), needs, settings, array, throttle, resources, kind)
 
     def _resources(self, key: str, resources: Any) -> Request:
         if not isinstance(resources, dict):

@@ -39,6 +39,7 @@ class FrozenPhase:
     ranks_per_node: int
     nodes: int
     gpus_per_node: int
+    throttle: int = 0  # elements that may run at once; 0: as many as fit
 
     @property
     def ranks(self) -> int:
@@ -102,6 +103,18 @@ class RunFolder:
 
     def pipeline_name(self, number: int) -> str:
         return durable.read_json(self.submission_folder(number) / "plan.json")["pipeline"]
+
+    def redirect(self, number: int, phase: str, to: int) -> None:
+        """Have a job whose script belongs to submission `number` run `phase` as submission `to` froze it."""
+        path = self.submission_folder(number) / "redirects.json"
+        redirects = durable.read_json(path) if path.exists() else {}
+        if number != to:
+            durable.write_json(path, {**redirects, phase: to})
+
+    def redirected(self, number: int, phase: str) -> int:
+        """The submission that a job of submission `number` runs for `phase`."""
+        path = self.submission_folder(number) / "redirects.json"
+        return durable.read_json(path).get(phase, number) if path.exists() else number
 
     # -- phases --------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = RunFolder(args.run.absolute())
-        number = args.submission or run.newest_submission()
+        number = _submission(run, args)
         phases = run.frozen(number)
         if args.phase not in phases:
             raise UserMistake(f"submission {number} has no phase {args.phase!r} (known: {', '.join(phases)})")
@@ -59,6 +59,18 @@ def main(argv: Optional[list[str]] = None) -> int:
         return spawn_ranks(command, phase.ranks, phase.gpus_per_node)
     os.environ.update(torch_environment(rank, phase.gpus_per_node))
     return Worker(run, number, phases, phase, index, rank).work()
+
+
+def _submission(run: RunFolder, args: argparse.Namespace) -> int:
+    """The submission to run. A job that a later submission rewired starts itself over with that one's code."""
+    number = args.submission or run.newest_submission()
+    to = run.redirected(number, args.phase)
+    if to == number:
+        return number
+    os.environ["PYTHONPATH"] = str(run.submission_folder(to) / "code")
+    index = [] if args.index is None else [str(args.index)]
+    command = [sys.executable, "-m", "jobs.worker", str(run.path), args.phase, *index, "--submission", str(to)]
+    os.execv(sys.executable, command)
 
 
 def slurm_says_ended(job: str) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional, Protocol
 
+from launchers.ledger import JobEntry
 from launchers.plan import PlannedPhase
 
 # Slurm's words (man squeue, JOB STATE CODES); the local driver uses the same.
@@ -13,13 +14,22 @@ ACTIVE_STATES = frozenset({
     "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"})
 
 
+class OutcomeOpen(Exception):
+    """A call got no answer in time: it may have happened all the same. Look before asking again."""
+
+
+class Refused(Exception):
+    """The cluster said no, in its own words."""
+
+
 @dataclass(frozen=True)
 class JobSpec:
-    """One phase to submit: all its missing elements as one job (array)."""
+    """One phase to submit: elements that go as one job (array), under a name that nothing else carries."""
 
     planned: PlannedPhase
+    name: str
     elements: list[int]
-    needs: dict[str, str]  # phase -> dependency type; only phases that have a job of their own to wait for
+    needs: dict[str, str]  # phase -> dependency type; only phases that have a job to wait for
 
     @property
     def phase(self) -> str:
@@ -32,7 +42,7 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class TaskState:
-    """One element of one job, as the back end sees it now."""
+    """One element of one job, as the back end sees it now. A PENDING one that can never start has reason NEVER."""
 
     job: str
     index: int
@@ -42,14 +52,34 @@ class TaskState:
 
 
 class Backend(Protocol):
+    """Calls that reach the cluster raise OutcomeOpen when nobody answered and Refused when the answer was no."""
+
     name: str
+    can_rewire: bool
 
-    def submit(self, number: int, specs: list[JobSpec], waiting: dict[str, str]) -> None:
-        """Submit in order, writing each job to the ledger. `waiting` maps phases submitted before and still active
-        to their job ids, so that dependents can wait on them."""
+    def prepare(self, number: int, specs: list[JobSpec]) -> None:
+        """Write what a submission's jobs need to run, before the first of them is sent."""
 
-    def states(self, jobs: list[str]) -> list[TaskState]:
+    def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        """Send one prepared job and return its id. `waits` gives the job ids of `needs`."""
+
+    def find(self, names: list[str]) -> dict[str, list[str]]:
+        """Ids of the jobs that carry these names and were not cancelled."""
+
+    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> None:
+        """Let a waiting job (or one element of it) wait on these jobs and no others."""
+
+    def release(self, number: int, jobs: list[str]) -> None:
+        """Let held jobs go; those that are not held are no error."""
+
+    def states(self, jobs: "list[JobEntry]") -> list[TaskState]:
         """Elements of these jobs that the back end still knows; one that it forgot is simply absent."""
 
     def cancel(self, jobs: list[str]) -> None:
-        """Cancel jobs; those that ended are no error."""
+        """Cancel jobs (12) or elements (12_3); those that ended are no error."""
+
+    def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        """What `send` runs, as one would type it."""
+
+    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> str:
+        """What `rewire` runs, as one would type it."""

@@ -62,6 +62,19 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: ./runs/PIPELINE_NAME)")
         sub.add_argument("--verify", action="store_true", help="hash every sealed file again instead of trusting size and mtime")
 
+        if name == "submit":
+            sub.add_argument("--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them")
+
+    sub = verb("resubmit", _resubmit, "a new attempt at one phase; what waits on it is rewired")
+    sub.add_argument("run", help=RUN_HELP.partition(" (")[0])
+    sub.add_argument("phase", metavar="PHASE")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="further overrides, on top of those it was submitted with")
+    sub.add_argument("--elements", metavar="3,7-9", help="only these elements (default: all that are not sealed)")
+    sub.add_argument("--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them")
+
+    sub = verb("repair", _repair, "finish a submission whose submitter was killed")
+    sub.add_argument("run", nargs="?", help=RUN_HELP)
+
     sub = verb("status", _status, "show the state of each phase of a run")
     sub.add_argument("run", nargs="?", help=RUN_HELP)
 
@@ -117,10 +130,59 @@ def _submit(args: argparse.Namespace) -> int:
     from launchers.submit import submit
 
     plan = _make_plan(args)
-    done = submit(plan)
+    return _report_submitted(args, plan, submit(plan, args.dry_run))
+
+
+def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
     if args.json:
-        return _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs, "active": done.active})
-    _print_submitted(plan, done)
+        return _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs, "active": done.active,
+                            "rewired": done.rewired, "calls": done.calls})
+    if args.dry_run:
+        print("\n".join(done.calls) or "nothing to do")
+    else:
+        _print_submitted(plan, done)
+    return 0
+
+
+def _resubmit(args: argparse.Namespace) -> int:
+    from data_tools import durable
+    from jobs.pipeline import load_pipeline
+    from launchers.plan import make_plan
+    from launchers.submit import resubmit
+    from slurm.detect import find_cluster
+
+    run = _find_run(args.run)
+    folder = run.submission_folder(run.newest_submission())
+    frozen = durable.read_json(folder / "pipeline.json")
+    if Path(frozen["cwd"]).is_dir():
+        os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
+        sys.path.append(frozen["cwd"])
+    pipeline = load_pipeline(folder / "pipeline.yaml", frozen["overrides"] + args.overrides)
+    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster))
+    return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
+
+
+def _indices(text: Optional[str]) -> Optional[list[int]]:
+    """3,7-9 as [3, 7, 8, 9]."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserMistake(f"--elements {text!r}: write indices and ranges, like 3,7-9")
+        found += range(int(first), int(last if dash else first) + 1)
+    return sorted(set(found))
+
+
+def _repair(args: argparse.Namespace) -> int:
+    from launchers.submit import repair
+
+    run = _find_run(args.run)
+    lines = repair(run)
+    if args.json:
+        return _print_json({"run": str(run.path), "repaired": lines})
+    print("\n".join(lines) or f"{_shown(run.path)}: nothing to repair")
     return 0
 
 
@@ -129,7 +191,7 @@ def _print_submitted(plan: Any, done: Any) -> None:
     for phase, job in done.jobs.items():
         print(f"submitted {phase} as job {job}")
     for phase, job in done.active.items():
-        print(f"{phase} is under way already as job {job}")
+        print(f"{phase} {'now waits on the new attempt' if phase in done.rewired else 'is under way already'} as job {job}")
     if not done.jobs and not done.active:
         print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed")
     elif done.number:

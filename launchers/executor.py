@@ -4,19 +4,19 @@
 pickles. The script runs by hand too: `sbatch RUN/submissions/N/scripts/PHASE.sh`.
 """
 
-import secrets
+import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable, Optional
 
-from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+from submitit.slurm.slurm import SlurmExecutor
 
 from data_tools import durable
 from jobs.run_folder import RunFolder
-from launchers.backend import JobSpec, TaskState
-from launchers.ledger import Ledger
-from slurm.client import Slurm
+from launchers.backend import NEVER, JobSpec, OutcomeOpen, Refused, TaskState
+from launchers.ledger import JobEntry
+from slurm.client import QueueRow, Slurm, SlurmError, SlurmTimeout
 from slurm.detect import Cluster
 from slurm.profile import Profile
 
@@ -35,19 +35,19 @@ def index_ranges(indices: Iterable[int]) -> str:
 
 
 class PhaseExecutor(SlurmExecutor):
-    """Builds a phase's script from submitit's parameters and sends it through the one Slurm client."""
+    """Builds a phase's script from submitit's parameters; slurm.client sends it, within our time limit."""
 
-    def __init__(self, folder: Path, script: Path, slurm: Slurm):
-        super().__init__(folder)
-        self.script, self.slurm = script, slurm
+    def __init__(self, script: Path):
+        super().__init__(script.parent)
+        self.script = script
 
-    def send(self, command: str) -> SlurmJob:
-        return self._submit_command(command)
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # a script can be written where there is no srun
 
-    def _submit_command(self, command: str) -> SlurmJob:
+    def write(self, parameters: dict[str, Any], command: str) -> None:
+        self.parameters = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
         durable.write_file(self.script, self._make_submission_file_text(command, ""))
-        job_id = self.slurm.sbatch([str(self.script)])
-        return SlurmJob(folder=self.folder, job_id=job_id, tasks=list(range(self._num_tasks())))
 
 
 def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
@@ -72,25 +72,25 @@ def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
     return lines
 
 
-def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpec, job_ids: dict[str, str],
-                     token: str) -> dict[str, Any]:
-    """Everything submitit turns into #SBATCH lines for one phase: a pure function, tested by a golden file."""
+def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> dict[str, Any]:
+    """Everything submitit turns into #SBATCH lines for one phase: a pure function, tested by a golden file.
+
+    Hold and dependency are not in the script but on sbatch's command line: they are this submission's business.
+    """
     resources, frozen = spec.planned.resources, spec.planned.frozen
     log = run.log_path(spec.phase, number, 0)
     extra: dict[str, Any] = {key: value or True for key, value in resources.extra_sbatch.items()}  # "" is a bare flag
     extra |= {
         "output": str(log.with_name(f"a{number}.%a.out") if spec.is_array else log),
         "export": ",".join(profile.env.forward) or "NONE",
-        "kill-on-invalid-dep": "yes",
+        "kill-on-invalid-dep": "no",  # a dependent of a failed phase waits, so that it can be rewired to the next attempt
         "signal": SIGNAL_BEFORE_END,
         "chdir": str(run.path),
     }
     if spec.is_array:
-        extra["array"] = index_ranges(spec.elements)
-    if spec.needs:
-        extra["dependency"] = ",".join(f"{type_}:{job_ids[phase]}" for phase, type_ in spec.needs.items())
+        extra["array"] = index_ranges(spec.elements) + (f"%{frozen.throttle}" if frozen.throttle else "")
     return {
-        "job_name": f"{run.name}.{spec.phase}.a{number}.{token}",
+        "job_name": spec.name,
         "partition": resources.partition, "account": resources.account, "qos": resources.qos,
         "constraint": resources.constraint, "time": resources.time_minutes, "nodes": resources.nodes,
         "ntasks_per_node": resources.ranks_per_node, "cpus_per_task": resources.cpus_per_task,
@@ -114,33 +114,115 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     return shlex.join([*srun, *profile.srun.extra, *worker])
 
 
+# What sbatch and scontrol say when the controller may have taken the call although the client saw it fail.
+OPEN_OUTCOME = re.compile(r"timed out|timeout|unable to contact|connection refused|connection reset|zero bytes|socket|"
+                          r"communication|slurm_persist|try again", re.IGNORECASE)
+
+
+def dependency(needs: dict[str, str], waits: dict[str, str]) -> str:
+    """Slurm's --dependency for phases and their jobs: afterok:12:15,aftercorr:13."""
+    return ",".join(f"{type_}:{waits[phase]}" for phase, type_ in needs.items() if phase in waits)
+
+
+def element_dependency(needs: dict[str, str], waits: dict[str, str], index: int) -> str:
+    """The dependency of one array element: aftercorr means its partner alone."""
+    return ",".join(f"afterok:{waits[phase]}_{index}" if type_ == "aftercorr" else f"{type_}:{waits[phase]}"
+                    for phase, type_ in needs.items() if phase in waits)
+
+
 class SlurmBackend:
     name = "slurm"
+    can_rewire = True
 
     def __init__(self, run: RunFolder, cluster: Cluster):
         self.run, self.cluster, self.slurm = run, cluster, Slurm(cluster.env)
 
-    def submit(self, number: int, specs: list[JobSpec], waiting: dict[str, str]) -> None:
-        ledger = Ledger(self.run.ledger)
-        folder = self.run.submission_folder(number) / "scripts"
-        folder.mkdir(parents=True, exist_ok=True)
-        job_ids = dict(waiting)
-        for spec in specs:
-            (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
-            executor = PhaseExecutor(folder, folder / f"{spec.phase}.sh", self.slurm)
-            parameters = phase_parameters(self.cluster.profile, self.run, number, spec, job_ids, secrets.token_hex(4))
-            executor.parameters = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
-            job = executor.send(phase_command(self.cluster.profile, self.run, number, spec))
-            job_ids[spec.phase] = job.job_id
-            ledger.append("job", submission=number, phase=spec.phase, key=spec.planned.frozen.key, job=job.job_id,
-                          elements=spec.elements, is_array=spec.is_array, needs=spec.needs,
-                          name=parameters["job_name"])
+    def script(self, number: int, phase: str) -> Path:
+        return self.run.submission_folder(number) / "scripts" / f"{phase}.sh"
 
-    def states(self, jobs: list[str]) -> list[TaskState]:
-        wanted = set(jobs)
-        rows = [(row.array_job_id or row.job_id, row) for row in self.slurm.queue()]
-        return [TaskState(job, row.array_index or 0, row.state, "" if row.reason == "None" else row.reason)
-                for job, row in rows if job in wanted]
+    def prepare(self, number: int, specs: list[JobSpec]) -> None:
+        profile = self.cluster.profile
+        for spec in specs:
+            script = self.script(number, spec.phase)
+            script.parent.mkdir(parents=True, exist_ok=True)
+            (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
+            parameters = phase_parameters(profile, self.run, number, spec)
+            PhaseExecutor(script).write(parameters, phase_command(profile, self.run, number, spec))
+
+    def _send_command(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> list[str]:
+        waits_on = dependency(needs, waits)
+        return [*(["--hold"] if hold else []), *([f"--dependency={waits_on}"] if waits_on else []),
+                str(self.script(number, phase))]
+
+    def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        return self._ask(lambda: self.slurm.sbatch(self._send_command(number, phase, needs, waits, hold)))
+
+    def find(self, names: list[str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for row in self._ask(self.slurm.queue):
+            job = row.array_job_id or row.job_id
+            if row.name in names and row.state != "CANCELLED" and job not in found.get(row.name, []):
+                found.setdefault(row.name, []).append(job)
+        return found
+
+    def _rewire_command(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> list[str]:
+        if only is None:
+            return ["scontrol", "update", f"jobid={job}", f"dependency={dependency(needs, waits)}"]
+        return ["scontrol", "update", f"jobid={job}_{only}", f"dependency={element_dependency(needs, waits, only)}"]
+
+    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> None:
+        self._ask(lambda: self.slurm.run(self._rewire_command(job, needs, waits, only)))
+
+    def release(self, number: int, jobs: list[str]) -> None:
+        rows = self._ask(self.slurm.queue)
+        held = {row.array_job_id or row.job_id for row in rows if row.state == "PENDING" and row.reason.startswith("JobHeld")}
+        mine = [job for job in jobs if job in held]
+        if mine:
+            self._ask(lambda: self.slurm.run(["scontrol", "release", *mine]))
+
+    def states(self, jobs: list[JobEntry]) -> list[TaskState]:
+        names = {entry.job: entry.name for entry in jobs}
+        rows = self.slurm.queue()
+        dead = never_starting(rows)
+        return [
+            TaskState(job, row.array_index or 0, row.state,
+                      NEVER if row.job_id in dead and row.state == "PENDING" else "" if row.reason == "None" else row.reason)
+            for row in rows
+            # The name as well: a controller that lost its last seconds gives out the same ids again.
+            if names.get(job := row.array_job_id or row.job_id) == row.name
+        ]
 
     def cancel(self, jobs: list[str]) -> None:
-        self.slurm.cancel(jobs)
+        self._ask(lambda: self.slurm.cancel(jobs))
+
+    def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        return " ".join(["sbatch", *self._send_command(number, phase, needs, waits, hold)])
+
+    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> str:
+        return " ".join(self._rewire_command(job, needs, waits, only))
+
+    @staticmethod
+    def _ask(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except SlurmTimeout as silence:
+            raise OutcomeOpen(str(silence)) from None
+        except SlurmError as error:
+            if OPEN_OUTCOME.search(error.message):
+                raise OutcomeOpen(str(error)) from None
+            raise Refused(str(error)) from None
+
+
+def never_starting(rows: list[QueueRow]) -> set[str]:
+    """Raw ids of waiting jobs that can never start: Slurm marks the first, their own dependents just wait for ever."""
+    dead = {row.job_id for row in rows if row.state == "PENDING" and row.reason == NEVER}
+    waiting = [(row, set(re.findall(r"afterok:(\d+)|aftercorr:(\d+)", row.dependency))) for row in rows
+               if row.state == "PENDING" and row.dependency]
+    before = -1
+    while len(dead) != before:
+        before = len(dead)
+        arrays = {row.array_job_id for row in rows if row.job_id in dead and row.array_job_id}
+        for row, parents in waiting:
+            if {ok or corr for ok, corr in parents} & (dead | arrays):
+                dead.add(row.job_id)
+    return dead

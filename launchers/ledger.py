@@ -1,13 +1,16 @@
 """The append-only record of what was submitted: one JSON object a line, fsynced, in RUN/ledger.jsonl.
 
     {"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "time": …}
-    {"event": "job", "submission": 2, "phase": "sft", "job": "17", "elements": [0], "needs": {"pack": "16"}, …}
+    {"event": "sending", "submission": 2, "name": "tiny.sft.a2.1f6e…", …}     an sbatch is about to happen
+    {"event": "job", "submission": 2, "phase": "sft", "job": "17", "name": …, "waits": {"packs": "16"}, …}
+    {"event": "rewire", "submission": 2, "phase": "trained", "job": "12", "waits": {"sft": "17"}, …}
+    {"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
     {"event": "cancel", "jobs": ["17"], …}
 """
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -18,12 +21,16 @@ from data_tools import durable
 class JobEntry:
     """One job that carries a phase (or some of its elements), as the ledger recorded it."""
 
-    submission: int
+    submission: int  # whose frozen plan it runs: that of its script, or a later one that rewired it
     phase: str
     key: str
     job: str
     elements: list[int]
     is_array: bool
+    name: str = ""
+    waits: dict[str, str] = field(default_factory=dict)  # phase -> job it waits on
+    request: str = ""  # digest of what its script asks Slurm for
+    scripted: int = 0  # the submission whose script it is: names its log
 
 
 class Ledger:
@@ -47,8 +54,25 @@ class Ledger:
                     raise
 
     def jobs(self) -> list[JobEntry]:
-        return [JobEntry(e["submission"], e["phase"], e["key"], e["job"], e["elements"], e["is_array"])
-                for e in self.events() if e["event"] == "job"]
+        """Jobs in the order they were submitted, as the last rewiring left them."""
+        found: dict[str, JobEntry] = {}
+        for e in self.events():
+            if e["event"] == "job":
+                found[e["job"]] = JobEntry(e["submission"], e["phase"], e["key"], e["job"], e["elements"], e["is_array"],
+                                           e["name"], e["waits"], e["request"], e["submission"])
+            elif e["event"] == "rewire" and e["only"] is None:
+                found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
+        return list(found.values())
+
+    def unreleased(self) -> list[int]:
+        """Submissions that were begun and neither released nor abandoned."""
+        open_: list[int] = []
+        for event in self.events():
+            if event["event"] == "submission":
+                open_.append(event["submission"])
+            elif event["event"] in ("released", "abandoned"):
+                open_ = [number for number in open_ if number != event["submission"]]
+        return open_
 
     def backend(self, submission: int) -> dict[str, Any]:
         """The submission event: which back end and cluster it went to."""

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools import durable
-from data_tools.mistake import UserMistake
 from jobs.artifact import Owner
 from jobs.ranks import die_with_parent, exit_code
 from jobs.run_folder import RunFolder
-from launchers.backend import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, JobSpec, TaskState
-from launchers.ledger import Ledger
+from launchers.backend import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, JobSpec, Refused, TaskState
+from launchers.ledger import JobEntry
 from slurm.client import scrubbed_environment
-from slurm.detect import Cluster
+from slurm.profile import load
 
 POLL_S = 0.05
 KILL_AFTER_S = 5.0  # between TERM and KILL of a cancelled worker
@@ -31,35 +30,60 @@ START_TIMEOUT_S = 30.0
 
 class LocalBackend:
     name = "local"
+    can_rewire = False  # a driver runs the graph it was started with
 
-    def __init__(self, run: RunFolder, cluster: Optional[Cluster] = None):
-        self.run, self.cluster = run, cluster
+    def __init__(self, run: RunFolder):
+        self.run = run
 
-    def submit(self, number: int, specs: list[JobSpec], waiting: dict[str, str]) -> None:
-        if waiting:  # the caller refuses this: a second driver cannot wait on the jobs of a first
-            raise UserMistake(f"{self.run.path}: still running: {', '.join(waiting)}")
-        assert self.cluster is not None
-        folder = self.run.path / "local" / str(number)
-        (folder / "cancel").mkdir(parents=True)
-        ledger = Ledger(self.run.ledger)
+    def _folder(self, number: int | str) -> Path:
+        return self.run.path / "local" / str(number)
+
+    def prepare(self, number: int, specs: list[JobSpec]) -> None:
+        folder = self._folder(number)
+        (folder / "cancel").mkdir(parents=True, exist_ok=True)
         jobs = []
         for i, spec in enumerate(specs):
-            frozen, resources = spec.planned.frozen, spec.planned.resources
             (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
-            jobs.append({"phase": spec.phase, "job": f"{number}.{i}", "elements": spec.elements, "needs": spec.needs,
+            frozen, resources = spec.planned.frozen, spec.planned.resources
+            jobs.append({"phase": spec.phase, "job": f"{number}.{i}", "name": spec.name, "elements": spec.elements,
+                         "needs": spec.needs, "throttle": frozen.throttle,
                          "cores": frozen.ranks * max(1, resources.cpus_per_task or 1)})
-            ledger.append("job", submission=number, phase=spec.phase, key=frozen.key, job=f"{number}.{i}",
-                          elements=spec.elements, is_array=spec.is_array, needs=spec.needs)
         durable.write_json(folder / "jobs.json", jobs)
-        profile_env = self.cluster.profile.env
-        code = self.run.submission_folder(number) / "code"
-        env = scrubbed_environment(os.environ) | dict(profile_env.set) | {
-            "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+
+    def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        """The job exists in jobs.json already; the driver that runs it starts at the release."""
+        return self.find([name])[name][0]
+
+    def find(self, names: list[str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in (self.run.path / "local").glob("*/jobs.json"):
+            for job in durable.read_json(path):
+                if job["name"] in names:
+                    found[job["name"]] = [job["job"]]
+        return found
+
+    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> None:
+        raise Refused(f"local job {job} cannot be rewired")
+
+    def release(self, number: int, jobs: list[str]) -> None:
+        """Start the driver, once."""
+        folder = self._folder(number)
+        if not jobs or (folder / "state.json").exists():
+            return
+        profile = load(str(self.run.submission_folder(number) / "profile.yaml"))
+        env = scrubbed_environment(os.environ) | dict(profile.env.set) | {
+            "PYTHONPATH": str(self.run.submission_folder(number) / "code"), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
         with open(folder / "driver.out", "ab") as log:
             driver = subprocess.Popen(
-                [profile_env.python or sys.executable, "-m", "launchers.local", str(self.run.path), str(number)],
+                [profile.env.python or sys.executable, "-m", "launchers.local", str(self.run.path), str(number)],
                 env=env, cwd=self.run.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         self._wait_for_start(folder, driver)
+
+    def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        return f"start {phase} as a local process" + (f" after {', '.join(needs)}" if needs else "")
+
+    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> str:
+        return f"rewire {job}"
 
     def _wait_for_start(self, folder: Path, driver: subprocess.Popen) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -68,15 +92,16 @@ class LocalBackend:
                 raise RuntimeError(f"the local driver did not start; see {folder / 'driver.out'}")
             time.sleep(0.02)
 
-    def states(self, jobs: list[str]) -> list[TaskState]:
+    def states(self, jobs: list[JobEntry]) -> list[TaskState]:
+        ids = {entry.job for entry in jobs}
         found = []
-        for number in sorted({job.split(".")[0] for job in jobs}, key=int):
+        for number in sorted({job.split(".")[0] for job in ids}, key=int):
             state = self._state(number)
             if state is None:
                 continue
             gone = not driver_is_alive(state)
             for task in state["tasks"]:
-                if task["job"] not in jobs:
+                if task["job"] not in ids:
                     continue
                 word, reason = task["state"], task["reason"]
                 if gone and word in (PENDING, RUNNING):
@@ -86,13 +111,13 @@ class LocalBackend:
 
     def cancel(self, jobs: list[str]) -> None:
         for job in jobs:
-            folder = self.run.path / "local" / job.split(".")[0] / "cancel"
+            folder = self._folder(job.split(".")[0]) / "cancel"
             if folder.is_dir():
                 (folder / job).touch()
 
     def _state(self, number: str) -> Optional[dict[str, Any]]:
         try:
-            return durable.read_json(self.run.path / "local" / number / "state.json")
+            return durable.read_json(self._folder(number) / "state.json")
         except (OSError, ValueError):
             return None
 
@@ -116,6 +141,7 @@ class Driver:
         ]
         self.needs = {job["phase"]: job["needs"] for job in self.jobs}
         self.cost = {job["phase"]: min(job["cores"], self.cores) for job in self.jobs}
+        self.throttle = {job["phase"]: job["throttle"] for job in self.jobs}
         self.children: dict[int, subprocess.Popen] = {}  # position in tasks -> worker
         self.kill_at: dict[int, float] = {}
         self.cancel_all = False
@@ -176,6 +202,9 @@ class Driver:
                 task |= {"state": CANCELLED, "reason": NEVER, "ended": time.time()}
                 changed = True
                 continue
+            busy = sum(self.tasks[other]["phase"] == task["phase"] for other in self.children)
+            if ready and busy >= (self.throttle[task["phase"]] or busy + 1):
+                ready, reason = False, "JobArrayTaskLimit"
             if ready and self.cost[task["phase"]] <= free:
                 free -= self.cost[task["phase"]]
                 self.children[position] = self._spawn(task)

@@ -136,7 +136,7 @@ class _Planner:
             name=phase.name, uses=phase.uses, key=key_of(material), material=material,
             settings=_absolute_inputs(phase, phase.settings), array=phase.array, elements=phase.elements,
             fans_in=phase.kind.can_split, needs={need.phase: need.type for need in phase.needs}, inputs=files,
-            ranks_per_node=1, nodes=1, gpus_per_node=0)
+            ranks_per_node=1, nodes=1, gpus_per_node=0, throttle=phase.throttle)
 
     def _resources(self, phase: Phase, frozen: FrozenPhase) -> Resources:
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"

@@ -14,7 +14,7 @@ from typing import Any, Optional
 from jobs.artifact import Artifact
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.task import progress_path
-from launchers.backend import ACTIVE_STATES, CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, TaskState
+from launchers.backend import ACTIVE_STATES, NEVER, CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, TaskState
 from launchers.ledger import JobEntry, Ledger
 from launchers.submit import backends_of
 
@@ -40,7 +40,7 @@ class PhaseStatus:
 
     @property
     def active(self) -> bool:
-        return self.state in ACTIVE_STATES
+        return self.state in ACTIVE_STATES and self.reason != NEVER
 
 
 @dataclass
@@ -68,7 +68,7 @@ def run_status(run: RunFolder) -> RunStatus:
     entries = Ledger(run.ledger).jobs()
     states: dict[tuple[str, int], TaskState] = {}
     for backend in backends_of(run).values():
-        for task in backend.states([entry.job for entry in entries]):
+        for task in backend.states(entries):
             states[task.job, task.index] = task
     phases = [_phase_status(run, phase, entries, states) for phase in run.frozen(number).values()]
     return RunStatus(str(run.path), number, phases)

@@ -1,22 +1,25 @@
-"""From a plan to jobs: freeze the submission, then hand what is missing to the back end.
+"""From a plan to jobs: submit what is missing, resubmit one phase, repair what a killed submitter left, cancel.
 
-A submission is frozen (resolved phases, pipeline, profile, code) before its first job exists, so that what runs never
-depends on what the user edits meanwhile.
+A submission is frozen (resolved phases, pipeline, profile, code) and its steps are written down before its first job
+exists, so that what runs never depends on what the user edits meanwhile (launchers/transaction.py does the steps).
 """
 
 import contextlib
 import dataclasses
+import os
+from pathlib import Path
 from typing import Iterator, Optional
 
 from data_tools import durable
-from data_tools.mistake import UserMistake
+from data_tools.mistake import UserMistake, nearest
 from jobs.artifact import Owner
 from jobs.kind import user_module_root
 from jobs.run_folder import RunFolder
-from launchers.backend import ACTIVE_STATES, Backend, JobSpec
-from launchers.ledger import JobEntry, Ledger
+from launchers.backend import Backend, JobSpec
+from launchers.ledger import Ledger
 from launchers.plan import Plan
 from launchers.snapshot import take_snapshot
+from launchers.transaction import LOST_TRIES, Lost, abandon, carry_out, decide, describe, live_jobs
 from slurm.detect import Cluster, find_cluster
 from slurm.profile import to_yaml
 
@@ -28,7 +31,7 @@ def backend_for(run: RunFolder, cluster: Cluster) -> Backend:
         return SlurmBackend(run, cluster)
     from launchers.local import LocalBackend
 
-    return LocalBackend(run, cluster)
+    return LocalBackend(run)
 
 
 def backends_of(run: RunFolder) -> dict[str, Backend]:
@@ -77,75 +80,145 @@ class Submitted:
 
     number: Optional[int]
     jobs: dict[str, str]  # phase -> job id, submitted now
-    active: dict[str, str]  # phase -> job id, submitted before and still queued or running
+    active: dict[str, str]  # phase -> job id, submitted before: queued, running, or rewired now
+    rewired: list[str] = dataclasses.field(default_factory=list)
+    calls: list[str] = dataclasses.field(default_factory=list)  # of a dry run: what would be called
 
 
-def submit(plan: Plan) -> Submitted:
-    """Submit every phase that is not sealed and not already under way."""
+def submit(plan: Plan, dry_run: bool = False) -> Submitted:
+    """Submit every phase that is not sealed and not already under way; rewire what waits on something replaced."""
+    if dry_run:
+        return _transact(plan, {}, dry_run=True)
     with submit_lock(plan.run):
-        return _submit(plan)
+        _settle_unreleased(plan)
+        return _transact(plan, {})
 
 
-def _submit(plan: Plan) -> Submitted:
-    run, ledger = plan.run, Ledger(plan.run.ledger)
-    active = _active_jobs(run)
-    under_way: dict[str, str] = {}
-    for phase in plan.phases:
-        for entry in active.get(phase.name, []):
-            if entry.key != phase.frozen.key:
-                raise UserMistake(f"{phase.name}: job {entry.job} is still active with other settings; "
-                                  f"wait for it, or `afterok cancel {run.path} {phase.name}` first")
-            under_way[phase.name] = entry.job
-    todo = [phase for phase in plan.to_run if phase.name not in under_way]
-    if not todo:
-        return Submitted(None, {}, under_way)
-    number = max(run.submissions() + [0]) + 1
-    folder = run.submission_folder(number)
-    while folder.exists():  # a submitter died before its plan was frozen
-        number, folder = number + 1, run.submission_folder(number + 1)
+def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_run: bool = False) -> Submitted:
+    """A new attempt at one phase, whatever became of the last one; its dependents are rewired, revived or sent anew.
+
+    Raises:
+        UserMistake: an unknown phase or element, or a phase that is sealed under exactly these settings.
+    """
+    planned = {p.name: p for p in plan.phases}
+    if phase not in planned:
+        raise UserMistake(f"{plan.run.path} has no phase {phase!r}{nearest(phase, list(planned))}")
+    found = planned[phase]
+    if found.action == "reuse":
+        raise UserMistake(f"{phase} is sealed under these settings (key {found.frozen.key}); change one, "
+                          f"or delete {plan.run.artifact(found.frozen).seal_path} to have it run again")
+    wrong = [i for i in elements or [] if i not in range(found.frozen.elements)]
+    if wrong:
+        raise UserMistake(f"{phase} has elements 0 to {found.frozen.elements - 1}, not {wrong[0]}")
+    sealed = [i for i in elements or [] if i not in found.missing]
+    if sealed:
+        raise UserMistake(f"{phase}: element {sealed[0]} is sealed already; missing are {found.missing}")
+    fresh = {phase: elements or found.missing}
+    if dry_run:
+        return _transact(plan, fresh, dry_run=True)
+    with submit_lock(plan.run):
+        _settle_unreleased(plan)
+        return _transact(plan, fresh)
+
+
+def repair(run: RunFolder) -> list[str]:
+    """Finish the submissions that a killed submitter left; one line about each."""
+    lines = []
+    with submit_lock(run):
+        for number in Ledger(run.ledger).unreleased():
+            lines.append(_finish_or_abandon(run, number))
+    return lines
+
+
+def _finish_or_abandon(run: RunFolder, number: int) -> str:
+    backend = _backend_of_submission(run, number)
+    if not (run.submission_folder(number) / "journal.json").exists():
+        Ledger(run.ledger).append("abandoned", submission=number, why="killed before its journal was written", jobs=[])
+        return f"submission {number} had sent nothing; closed"
+    jobs = carry_out(run, number, backend)
+    return f"submission {number} finished: {', '.join(f'{phase} is job {job}' for phase, job in jobs.items()) or 'no new jobs'}"
+
+
+def _settle_unreleased(plan: Plan) -> None:
+    """A submission that a killed submitter left is finished where it fits the plan, else cancelled: it never ran."""
+    run = plan.run
+    for number in Ledger(run.ledger).unreleased():
+        keys = {phase.name: phase.frozen.key for phase in plan.phases}
+        try:
+            frozen = {name: phase.key for name, phase in run.frozen(number).items()}
+        except UserMistake:
+            frozen = {}
+        if frozen == keys or not (run.submission_folder(number) / "journal.json").exists():
+            _finish_or_abandon(run, number)
+        else:
+            abandon(run, number, _backend_of_submission(run, number), "other settings were submitted since")
+
+
+def _backend_of_submission(run: RunFolder, number: int) -> Backend:
+    return backends_of(run)[Ledger(run.ledger).backend(number)["choice"]]
+
+
+def _transact(plan: Plan, fresh: dict[str, list[int]], dry_run: bool = False) -> Submitted:
+    for again in range(LOST_TRIES):
+        try:
+            return _submit_once(plan, fresh, dry_run)
+        except Lost:
+            if again == LOST_TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Submitted:
+    run = plan.run
+    live = live_jobs(run, list(backends_of(run).values()))
+    number = max([0, *(int(p.name) for p in (run.path / "submissions").glob("*") if p.name.isdigit())]) + 1
+    backend = backend_for(run, plan.cluster)
+    journal = decide(plan, live, number, fresh, backend.can_rewire)
+    if live and journal.steps and not backend.can_rewire:
+        job = next(iter(live.values())).entry
+        raise UserMistake(f"{run.path}: {job.phase} is still active as local job {job.job}; wait for it, "
+                          f"or `afterok cancel {run.path}` first")
+    if dry_run:
+        return Submitted(None, {}, journal.live, calls=describe(journal, backend, number))
+    if not journal.steps:
+        return Submitted(None, {}, journal.live)
+    _freeze(plan, number)
+    planned = {phase.name: phase for phase in plan.phases}
+    backend.prepare(number, [JobSpec(planned[step.phase], step.name, step.elements, step.needs)
+                             for step in journal.steps if step.do == "submit"])
+    Ledger(run.ledger).append("submission", submission=number, backend=backend.name, choice=plan.pipeline.cluster,
+                              cluster=plan.cluster.name)
+    journal.write(run, number)
+    jobs = carry_out(run, number, backend)
+    rewired = [step.phase for step in journal.steps if step.do == "rewire"]
+    return Submitted(number, jobs, journal.live, rewired)
+
+
+def _freeze(plan: Plan, number: int) -> None:
+    """Write everything a submission's jobs will read: code, pipeline, profile, resolved phases."""
+    run, folder = plan.run, plan.run.submission_folder(number)
     folder.mkdir(parents=True)
     roots = filter(None, (user_module_root(phase.uses) for phase in plan.pipeline.phases.values()))
     take_snapshot(folder / "code", roots)
     durable.write_json(folder / "pipeline.json", {
-        "source": plan.pipeline.source, "overrides": plan.pipeline.overrides, "params": plan.pipeline.params})
-    durable.write_file(folder / "pipeline.yaml", open(plan.pipeline.source, "rb").read())
+        "source": plan.pipeline.source, "overrides": plan.pipeline.overrides, "params": plan.pipeline.params,
+        "cwd": os.getcwd()})
+    durable.write_file(folder / "pipeline.yaml", Path(plan.pipeline.source).read_bytes())
     durable.write_file(folder / "profile.yaml", to_yaml(plan.cluster.profile))
     run.freeze(number, plan.pipeline.name, [phase.frozen for phase in plan.phases])
-    backend = backend_for(run, plan.cluster)
-    ledger.append("submission", submission=number, backend=backend.name, choice=plan.pipeline.cluster,
-                  cluster=plan.cluster.name)
-    names = {phase.name for phase in todo} | set(under_way)
-    specs = [JobSpec(phase, phase.missing, {n: t for n, t in phase.frozen.needs.items() if n in names}) for phase in todo]
-    backend.submit(number, specs, under_way)
-    jobs = {entry.phase: entry.job for entry in ledger.jobs() if entry.submission == number}
-    return Submitted(number, jobs, under_way)
-
-
-def _active_jobs(run: RunFolder) -> dict[str, list[JobEntry]]:
-    """{phase: its unsealed jobs that a back end still lists as queued or running}."""
-    # A sealed phase's processes may take a moment to leave; they are nobody's concern any more.
-    entries = {entry.job: entry for entry in Ledger(run.ledger).jobs() if run.seal(entry.phase, entry.key) is None}
-    found: dict[str, list[JobEntry]] = {}
-    if not entries:
-        return found
-    seen = set()
-    for backend in backends_of(run).values():
-        for task in backend.states(list(entries)):
-            if task.state in ACTIVE_STATES and task.reason != "DependencyNeverSatisfied" and task.job not in seen:
-                seen.add(task.job)
-                found.setdefault(entries[task.job].phase, []).append(entries[task.job])
-    return found
 
 
 def cancel(run: RunFolder, phases: Optional[list[str]] = None) -> list[str]:
     """Cancel the active jobs of a run, or of some of its phases. Returns the job ids."""
-    active = _active_jobs(run)
-    unknown = set(phases or []) - {entry.phase for entry in Ledger(run.ledger).jobs()}
+    submitted = {entry.phase for entry in Ledger(run.ledger).jobs()}
+    unknown = set(phases or []) - submitted
     if unknown:
-        raise UserMistake(f"{run.path} never submitted a phase {sorted(unknown)[0]!r}")
-    jobs = [entry.job for phase, entries in active.items() if not phases or phase in phases for entry in entries]
+        raise UserMistake(f"{run.path} never submitted a phase {sorted(unknown)[0]!r}{nearest(sorted(unknown)[0], sorted(submitted))}")
+    backends = backends_of(run)
+    live = live_jobs(run, list(backends.values()))
+    jobs = [found.entry.job for phase, found in live.items() if not phases or phase in phases]
     if jobs:
         Ledger(run.ledger).append("cancel", jobs=jobs)
-        for backend in backends_of(run).values():
+        for backend in backends.values():
             backend.cancel(jobs)
     return jobs

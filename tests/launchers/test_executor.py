@@ -5,9 +5,10 @@ from pathlib import Path
 from jobs.pipeline import load_pipeline
 from jobs.run_folder import RunFolder
 from launchers.backend import JobSpec
-from launchers.executor import PhaseExecutor, index_ranges, phase_command, phase_parameters
+from launchers.executor import (PhaseExecutor, dependency, element_dependency, index_ranges, never_starting, phase_command,
+                                phase_parameters)
 from launchers.plan import make_plan
-from slurm.client import Slurm
+from slurm.client import QueueRow
 from slurm.detect import Cluster
 from slurm.profile import load
 from tests.command import write_toy
@@ -16,16 +17,15 @@ GOLDEN = """#!/bin/bash
 
 # Parameters
 #SBATCH --account=llm
-#SBATCH --array=0,2
+#SBATCH --array=0,2%4
 #SBATCH --chdir=/run/toy
 #SBATCH --constraint=h100
 #SBATCH --cpus-per-task=12
-#SBATCH --dependency=afterok:41,aftercorr:42
 #SBATCH --exclusive
 #SBATCH --export=WANDB_MODE
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=toy.numbers.a3.cafe
-#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --kill-on-invalid-dep=no
 #SBATCH --mem=1843200M
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -57,18 +57,31 @@ srun --kill-on-bad-exit=1 --export=ALL --unbuffered --cpus-per-task=12 --mpi=non
 """
 
 
-def test_the_script_of_a_gpu_phase_is_this_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(PhaseExecutor, "affinity", classmethod(lambda cls: 2))  # no srun needed to build a text
+def test_the_script_of_a_gpu_phase_is_this_text(tmp_path):
     profile = load("example")
-    pipeline = load_pipeline(write_toy(tmp_path), ["numbers.resources.role=train", "numbers.resources.nodes=2"])
+    pipeline = load_pipeline(write_toy(tmp_path), ["numbers.resources.role=train", "numbers.resources.nodes=2", "numbers.throttle=4"])
     run = RunFolder(Path("/run/toy"))
     planned = make_plan(pipeline, run, Cluster("slurm", profile, {}, "example")).phases[0]
-    spec = JobSpec(planned, [0, 2], {"a": "afterok", "b": "aftercorr"})
-    parameters = phase_parameters(profile, run, 3, spec, {"a": "41", "b": "42"}, "cafe")
-    executor = PhaseExecutor(tmp_path, tmp_path / "x.sh", Slurm({}))
-    executor.parameters = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
-    text = executor._make_submission_file_text(phase_command(profile, run, 3, spec), "")
-    assert text == GOLDEN
+    spec = JobSpec(planned, "toy.numbers.a3.cafe", [0, 2], {})
+    script = tmp_path / "x.sh"
+    PhaseExecutor(script).write(phase_parameters(profile, run, 3, spec), phase_command(profile, run, 3, spec))
+    assert script.read_text() == GOLDEN
+
+
+def test_a_dependency_names_every_job_and_an_elements_its_partner():
+    needs, waits = {"a": "afterok", "b": "aftercorr", "sealed": "afterok"}, {"a": "41:44", "b": "42"}
+    assert dependency(needs, waits) == "afterok:41:44,aftercorr:42"
+    assert element_dependency(needs, waits, 7) == "afterok:41:44,afterok:42_7"
+
+
+def test_what_waits_behind_a_job_that_can_never_start_never_starts_either():
+    def row(job, reason, waits, array=None):
+        return QueueRow(job, array, None, "n", "PENDING", reason, waits, "")
+
+    rows = [row("2", "DependencyNeverSatisfied", "afterok:1(failed)"), row("3", "Dependency", "afterok:2(unfulfilled)"),
+            row("9", "DependencyNeverSatisfied", "aftercorr:5_*(failed)", "7"), row("4", "Dependency", "afterany:3(unfulfilled)"),
+            row("5", "Dependency", "afterok:7_*(unfulfilled)"), row("6", "Resources", "")]  # fmt: skip
+    assert never_starting(rows) == {"2", "3", "5", "9"}
 
 
 def test_chosen_indices_are_spelled_as_slurm_spells_them():

@@ -44,15 +44,17 @@ def test_phases_wait_on_each_other_as_dependent_arrays(toy):
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
 
 
-def test_a_failed_element_cancels_its_dependents_and_submit_sends_only_what_is_missing(toy):
+def test_a_failed_element_leaves_its_dependents_waiting_and_submit_sends_only_what_is_missing(toy):
     pipeline, run, env = toy
     done = afterok("run", pipeline, "numbers.with.fail_at=1", "--run", run, env=env, check=1)
     assert "element 1 was told to fail" in done.stderr
-    assert states(run, env=env) == {"numbers": "FAILED", "total": "CANCELLED", "again": "CANCELLED"}
+    assert states(run, env=env) == {"numbers": "FAILED", "total": "PENDING", "again": "PENDING"}
+    assert phase_status(run, "again", env=env)["reason"] == "DependencyNeverSatisfied"
     afterok("run", pipeline, "--run", run, env=env)
     assert set(states(run, env=env).values()) == {"COMPLETED"}
-    numbers = [entry for entry in Ledger(run / "ledger.jsonl").jobs() if entry.phase == "numbers"]
-    assert [entry.elements for entry in numbers] == [[0, 1, 2], [1]]
+    jobs = Ledger(run / "ledger.jsonl").jobs()
+    assert [entry.elements for entry in jobs if entry.phase == "numbers"] == [[0, 1, 2], [1]]
+    assert [entry.phase for entry in jobs] == ["numbers", "total", "again", "numbers"]  # the waiting jobs kept their place
     assert "#SBATCH --array=1\n" in (run / "submissions/2/scripts/numbers.sh").read_text()
 
 
