@@ -76,7 +76,7 @@ class LiveJob:
     @property
     def waits(self) -> bool:
         """No element has started."""
-        return all(task.state == PENDING for task in self.tasks.values())
+        return len(self.tasks) == len(self.entry.elements) and all(t.state == PENDING for t in self.tasks.values())
 
     @property
     def dead_elements(self) -> list[int]:

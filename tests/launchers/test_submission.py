@@ -1,0 +1,149 @@
+"""A submission is a transaction: killed between any two calls, refused or unanswered, it leaves nothing running twice.
+
+The calls are interrupted by shims in PATH that run the real sbatch and scontrol of a real cluster.
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launchers.ledger import Ledger
+from slurm.client import Slurm
+from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for, write_toy
+
+SHIM = """#!/bin/bash
+# Counts the calls of all shims; at call number $SHIM_AT it does $SHIM_DO.
+n=$(( $(cat {count} 2>/dev/null || echo 0) + 1 )); echo $n > {count}
+if [ "$n" = "$SHIM_AT" ]; then
+    case "$SHIM_DO" in
+        kill-before) kill -9 $PPID; exit 1;;
+        kill-after) {real} "$@" > /dev/null; kill -9 $PPID; exit 1;;
+        open-after) {real} "$@" > /dev/null; echo "{name}: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1;;
+        open-before) echo "{name}: error: Batch job submission failed: Unable to contact slurm controller (connect failure)" >&2; exit 1;;
+        refuse) echo "{name}: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1;;
+    esac
+fi
+exec {real} "$@"
+"""
+CALLS = 4  # of a toy submission: three sbatch and one scontrol release
+
+
+@pytest.fixture
+def shimmed(tmp_path, dev_cluster):
+    """(pipeline, run, env, shim(at, do) -> env) on a cluster whose client commands can be interrupted."""
+    env, folder, count = dev_cluster.env(), tmp_path / "shims", tmp_path / "count"
+    folder.mkdir()
+    for name in ("sbatch", "scontrol"):
+        real = subprocess.run(["which", name], capture_output=True, text=True).stdout.strip()
+        (folder / name).write_text(SHIM.format(count=count, real=real, name=name))
+        (folder / name).chmod(0o755)
+
+    def shim(at, do):
+        count.unlink(missing_ok=True)
+        return env | {"PATH": f"{folder}:{os.environ['PATH']}", "SHIM_AT": str(at), "SHIM_DO": do}
+
+    return write_toy(tmp_path), tmp_path / "run", env, shim
+
+
+def submitted_jobs(run, env):
+    """Ids of this run's jobs that Slurm knows and that were not cancelled."""
+    return sorted({row.array_job_id or row.job_id for row in Slurm(env).queue()
+                   if row.name.startswith(f"{run.name}.") and row.state != "CANCELLED" and str(run) in _workdir(env, row)})
+
+
+def _workdir(env, row):
+    return subprocess.run(["scontrol", "show", "job", row.job_id], env=env, capture_output=True, text=True).stdout
+
+
+def assert_sealed_once(run, env):
+    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
+    assert len(list(run.glob("*/*/seal.json"))) == 3
+    assert len(list(run.glob("numbers/*/seals/*.json"))) == 3
+
+
+@pytest.mark.parametrize("way", ["submit", "repair"])
+@pytest.mark.parametrize("do", ["kill-before", "kill-after"])
+@pytest.mark.parametrize("at", range(1, CALLS + 1))
+def test_a_submitter_killed_between_any_two_calls_loses_and_doubles_nothing(shimmed, at, do, way):
+    pipeline, run, env, shim = shimmed
+    afterok("submit", pipeline, "--run", run, env=shim(at, do), check=-9)
+    time.sleep(0.3)
+    if (at, do) != (CALLS, "kill-after"):  # not released yet
+        assert not list(run.glob("*/*/leases/*")), "something ran before the release"
+    if way == "repair":
+        lines = afterok_json("repair", run, env=env)["repaired"]
+        assert len(lines) == 1 and "submission 1" in lines[0]
+    else:
+        afterok("submit", pipeline, "--run", run, env=env)
+    assert_sealed_once(run, env)
+    assert len(submitted_jobs(run, env)) == 3
+    assert afterok("repair", run, env=env).stdout.strip().endswith("nothing to repair")
+
+
+@pytest.mark.parametrize("do", ["open-before", "open-after"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_sbatch_with_an_open_outcome_is_looked_up_before_it_is_sent_again(shimmed, at, do):
+    pipeline, run, env, shim = shimmed
+    afterok("submit", pipeline, "--run", run, env=shim(at, do))
+    assert_sealed_once(run, env)
+    assert len(submitted_jobs(run, env)) == 3
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_refused_job_takes_the_whole_submission_back(shimmed, at):
+    pipeline, run, env, shim = shimmed
+    line = one_line(afterok("submit", pipeline, "--run", run, env=shim(at, "refuse"), check=2))
+    assert "Job violates accounting/QOS policy" in line and "nothing of submission 1 will run" in line
+    assert submitted_jobs(run, env) == [] and not list(run.glob("*/*/leases/*"))
+    afterok("run", pipeline, "--run", run, env=env)
+    assert_sealed_once(run, env)
+
+
+def test_a_killed_submission_with_other_settings_is_cancelled_not_finished(shimmed):
+    pipeline, run, env, shim = shimmed
+    afterok("submit", pipeline, "--run", run, env=shim(3, "kill-after"), check=-9)
+    afterok("run", pipeline, "params.start=7", "--run", run, env=env)
+    assert len(submitted_jobs(run, env)) == 3
+    assert [e["submission"] for e in Ledger(run / "ledger.jsonl").events() if e["event"] == "abandoned"] == [1]
+    assert "total 48" in afterok("run", pipeline, "params.start=7", "--run", run, env=env).stdout  # (7 + 8 + 9) · 2
+
+
+def test_a_controller_killed_right_after_the_submit_loses_no_work(toy_on_fragile_cluster):
+    pipeline, run, env, cluster = toy_on_fragile_cluster
+    afterok("submit", pipeline, "numbers.with.seconds=1", "--run", run, env=env)
+    cluster.kill_daemon("slurmctld", 9)
+    cluster.start_daemon("slurmctld")
+    wait_for("the controller", lambda: afterok("status", run, env=env, check=None).returncode == 0)
+    end = time.monotonic() + 60
+    while set(states(run, env=env).values()) != {"COMPLETED"} and time.monotonic() < end:
+        afterok("submit", pipeline, "numbers.with.seconds=1", "--run", run, env=env)  # sends what was lost, and only that
+        time.sleep(2)
+    assert_sealed_once(run, env)
+
+
+@pytest.fixture
+def toy_on_fragile_cluster(tmp_path, short_folder):
+    from slurm import devcluster
+    from tests.cluster import require_packages
+
+    require_packages()
+    cluster = devcluster.up(short_folder, nodes=2)
+    return write_toy(tmp_path), tmp_path / "run", cluster.env(), cluster
+
+
+def test_a_controller_down_during_a_submit_is_waited_for(shimmed, dev_cluster):
+    pipeline, run, env, shim = shimmed
+    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)], cwd=ROOT,
+                               env={**os.environ, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for("the first job", lambda: (run / "ledger.jsonl").exists() and '"sending"' in (run / "ledger.jsonl").read_text())
+    dev_cluster.kill_daemon("slurmctld")
+    time.sleep(6)
+    dev_cluster.start_daemon("slurmctld")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode in (0, 1), err
+    if process.returncode:
+        afterok("repair", run, env=env)
+    assert_sealed_once(run, env)
