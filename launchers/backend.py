@@ -9,6 +9,7 @@ from launchers.plan import PlannedPhase
 # Slurm's words (man squeue, JOB STATE CODES); the local driver uses the same.
 PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"
 NEVER = "DependencyNeverSatisfied"
+HELD = "JobHeldUser"
 ACTIVE_STATES = frozenset({
     PENDING, RUNNING, "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
     "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"})

@@ -58,6 +58,7 @@ class Ledger:
         found: dict[str, JobEntry] = {}
         for e in self.events():
             if e["event"] == "job":
+                found.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
                 found[e["job"]] = JobEntry(e["submission"], e["phase"], e["key"], e["job"], e["elements"], e["is_array"],
                                            e["name"], e["waits"], e["request"], e["submission"])
             elif e["event"] == "rewire" and e["only"] is None:

@@ -17,9 +17,9 @@ from jobs.kind import user_module_root
 from jobs.run_folder import RunFolder
 from launchers.backend import Backend, JobSpec
 from launchers.ledger import Ledger
-from launchers.plan import Plan
+from launchers.plan import Plan, make_plan
 from launchers.snapshot import take_snapshot
-from launchers.transaction import LOST_TRIES, Lost, abandon, carry_out, decide, describe, live_jobs
+from launchers.transaction import LOST_TRIES, Lost, abandon, carry_out, decide, describe, live_jobs, release_held
 from slurm.detect import Cluster, find_cluster
 from slurm.profile import to_yaml
 
@@ -87,6 +87,8 @@ class Submitted:
 
 def submit(plan: Plan, dry_run: bool = False) -> Submitted:
     """Submit every phase that is not sealed and not already under way; rewire what waits on something replaced."""
+    if not plan.to_run:
+        return Submitted(None, {}, {})
     if dry_run:
         return _transact(plan, {}, dry_run=True)
     with submit_lock(plan.run):
@@ -127,6 +129,9 @@ def repair(run: RunFolder) -> list[str]:
     with submit_lock(run):
         for number in Ledger(run.ledger).unreleased():
             lines.append(_finish_or_abandon(run, number))
+        for backend in backends_of(run).values():
+            held = release_held(run, live_jobs(run, [backend]), backend) if backend.can_rewire else []
+            lines += [f"job {job} was held again (a controller crash?); released" for job in held]
     return lines
 
 
@@ -170,7 +175,13 @@ def _transact(plan: Plan, fresh: dict[str, list[int]], dry_run: bool = False) ->
 
 def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Submitted:
     run = plan.run
+    # The queue first, the seals after: a job that ends in between is then seen at least once.
     live = live_jobs(run, list(backends_of(run).values()))
+    plan = make_plan(plan.pipeline, run, plan.cluster)
+    if not dry_run:
+        for some in backends_of(run).values():
+            if some.can_rewire:
+                release_held(run, live, some)
     number = max([0, *(int(p.name) for p in (run.path / "submissions").glob("*") if p.name.isdigit())]) + 1
     backend = backend_for(run, plan.cluster)
     journal = decide(plan, live, number, fresh, backend.can_rewire)

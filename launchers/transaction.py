@@ -18,7 +18,7 @@ from typing import Any, Optional
 from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.run_folder import RunFolder
-from launchers.backend import ACTIVE_STATES, NEVER, PENDING, Backend, OutcomeOpen, Refused, TaskState
+from launchers.backend import ACTIVE_STATES, HELD, NEVER, PENDING, Backend, OutcomeOpen, Refused, TaskState
 from launchers.ledger import JobEntry, Ledger
 from launchers.plan import Plan, PlannedPhase
 
@@ -92,6 +92,18 @@ def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
             if task.state in ACTIVE_STATES:
                 tasks.setdefault(task.job, {})[task.index] = task
     return {entries[job].phase: LiveJob(entries[job], found) for job, found in tasks.items()}
+
+
+def release_held(run: RunFolder, live: dict[str, LiveJob], backend: Backend) -> list[str]:
+    """Release jobs that are held although their submission was released: a controller that crashed forgets that."""
+    ledger = Ledger(run.ledger)
+    open_ = ledger.unreleased()
+    held = [found.entry.job for found in live.values() if found.entry.scripted not in open_
+            and any(task.reason == HELD for task in found.tasks.values())]
+    if held:
+        ledger.append("release", jobs=held)
+        _patiently(lambda: backend.release(0, held))
+    return held
 
 
 # -- deciding -----------------------------------------------------------------------------------------------------

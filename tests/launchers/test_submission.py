@@ -15,7 +15,8 @@ from slurm.client import Slurm
 from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for, write_toy
 
 SHIM = """#!/bin/bash
-# Counts the calls of all shims; at call number $SHIM_AT it does $SHIM_DO.
+# Counts the calls of all shims that change something; at call number $SHIM_AT it does $SHIM_DO.
+if [ {name} = scontrol ] && [ "$1" != release ] && [ "$1" != update ]; then exec {real} "$@"; fi
 n=$(( $(cat {count} 2>/dev/null || echo 0) + 1 )); echo $n > {count}
 if [ "$n" = "$SHIM_AT" ]; then
     case "$SHIM_DO" in
