@@ -77,6 +77,13 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("status", _status, "show the state of each phase of a run")
     sub.add_argument("run", nargs="?", help=RUN_HELP)
+    sub.add_argument("-w", "--watch", action="store_true", help="look again until nothing is active; Ctrl-C only stops looking")
+
+    sub = verb("why", _why, "say why phases failed, or do not start, and what to do")
+    sub.add_argument("words", nargs="*", metavar="[RUN] [PHASE]", help=f"{RUN_HELP}; and one phase (default: all)")
+
+    sub = verb("ls", _ls, "list runs")
+    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"), help="the folder they are in (default: ./runs)")
 
     sub = verb("logs", _logs, "print the log of a phase", reports=False)
     sub.add_argument("run", nargs="?", help=RUN_HELP)
@@ -228,10 +235,10 @@ def _run(args: argparse.Namespace) -> int:
 def _exit_code(status: Any, run: Any) -> int:
     if status.finished:
         return 0
-    failed = next((p for p in status.phases if p.state == "FAILED"), None)
+    failed = next((p for p in status.phases if p.failed), None)
     if failed is not None:
         print(f"afterok: {failed.phase} failed: {failed.message or failed.reason or f'exit code {failed.exit_code}'} "
-              f"(log: afterok logs {_shown(run.path)} {failed.phase})", file=sys.stderr)
+              f"(log: afterok logs {_shown(run.path)} {failed.phase}; more: afterok why {_shown(run.path)})", file=sys.stderr)
         return EXIT_MISTAKE if failed.exit_code == EXIT_MISTAKE else EXIT_UNFINISHED
     print(f"afterok: {_shown(run.path)} is not finished; `afterok submit` goes on with what is missing", file=sys.stderr)
     return EXIT_UNFINISHED
@@ -256,14 +263,65 @@ def _find_run(name: Optional[str]):
 
 
 def _status(args: argparse.Namespace) -> int:
+    from launchers.follow import follow, poll_interval
     from launchers.status import run_status
 
-    status = run_status(_find_run(args.run))
+    run = _find_run(args.run)
+    if args.watch:
+        try:
+            status = follow(run, poll_interval(run), quiet=args.json)
+        except KeyboardInterrupt:
+            return 0
+    else:
+        status = run_status(run)
     if args.json:
         return _print_json(status.as_json())
     from launchers.show import console, status_table
 
     console().print(status_table(status))
+    return 0
+
+
+def _why(args: argparse.Namespace) -> int:
+    from launchers.why import why
+
+    run, phase = _run_and_phase(args.words)
+    report = why(run, phase)
+    if args.json:
+        return _print_json(report.as_json())
+    for line in [report.headline, *(finding.sentence for finding in report.findings), *report.notes]:
+        print(line)
+    return 0
+
+
+def _run_and_phase(words: list[str]):
+    """RUN, PHASE, both or neither; a single word that is no run is a phase of the run submitted last."""
+    if len(words) > 2:
+        raise UserMistake(f"{len(words)} words: {' '.join(words)}; write afterok why [RUN] [PHASE]")
+    if len(words) == 1:
+        try:
+            return _find_run(words[0]), None
+        except UserMistake:
+            if "/" in words[0] or not any(Path("runs").glob("*/ledger.jsonl")):
+                raise
+            return _find_run(None), words[0]
+    return _find_run(words[0] if words else None), words[1] if words else None
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from launchers.runs import list_runs
+
+    if not args.folder.is_dir():
+        raise UserMistake(f"{args.folder} is no folder; name the one that your runs are in: afterok ls DIR")
+    runs = list_runs(args.folder)
+    if args.json:
+        return _print_json({"runs": [run.as_json() for run in runs]})
+    from launchers.show import console, runs_table
+
+    if runs:
+        console().print(runs_table(runs))
+    else:
+        print(f"no runs below {args.folder}")
     return 0
 
 

@@ -5,13 +5,20 @@ import time
 from typing import Optional
 
 from jobs.run_folder import RunFolder
+from launchers.ledger import Ledger
 from launchers.show import console, progress_text, status_table
-from launchers.status import COMPLETED, PhaseStatus, RunStatus, format_seconds, run_status
+from launchers.status import COMPLETED, NO_SEAL, UNKNOWN, PhaseStatus, RunStatus, format_seconds, run_status
 
 LOCAL_POLL_S = 0.5
 SLURM_POLL_S = 2.0
 PROGRESS_LINE_S = 15.0  # between two progress lines of one phase in a plain log
 SETTLE_S = 10.0  # how long a job may be gone before its seal must be visible: shared filesystems lag
+
+
+def poll_interval(run: RunFolder) -> float:
+    """Seconds between two looks at a run: a queue is asked less often than a file."""
+    slurm = any(event["event"] == "submission" and event["backend"] == "slurm" for event in Ledger(run.ledger).events())
+    return SLURM_POLL_S if slurm else LOCAL_POLL_S
 
 
 def follow(run: RunFolder, poll_s: float = LOCAL_POLL_S, quiet: bool = False) -> RunStatus:
@@ -34,7 +41,7 @@ def _watch(run: RunFolder, poll_s: float, show) -> RunStatus:
             return status
         if not status.active:
             ended_since = ended_since or time.monotonic()
-            undecided = any(p.state == "UNKNOWN" or p.reason == "ended without a seal" for p in status.phases)
+            undecided = any(p.state == UNKNOWN or p.reason == NO_SEAL for p in status.phases)
             if not undecided or time.monotonic() - ended_since > SETTLE_S:
                 return status
         else:

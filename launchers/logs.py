@@ -9,7 +9,7 @@ from typing import Optional
 from data_tools.mistake import UserMistake, nearest
 from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
-from launchers.status import run_status
+from launchers.status import run_status, script_of
 
 POLL_S = 0.3
 QUEUE_EVERY = 10  # polls of the file between two questions to the back end
@@ -23,7 +23,7 @@ def newest_log(run: RunFolder, phase: str, index: Optional[int]) -> Path:
         raise UserMistake(f"{run.path} never submitted a phase {phase!r}{nearest(phase, phases)}")
     for entry in reversed([entry for entry in entries if entry.phase == phase]):
         for i in [index] if index is not None else entry.elements:
-            path = run.log_path(phase, entry.submission, i)
+            path = run.log_path(phase, script_of(entry), i)
             if path.exists():
                 return path
     raise UserMistake(f"{phase}{'' if index is None else f':{index}'} has no log yet; see `afterok status {run.path}`")

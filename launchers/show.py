@@ -1,10 +1,12 @@
 """Tables for people: rich on a terminal, plain text in a log or pipe. Nothing is decided here."""
 
 import sys
-from typing import Any
+import time
+from typing import Any, Optional
 
 from launchers.backend import COMPLETED, FAILED, PENDING, RUNNING
 from launchers.plan import Plan
+from launchers.runs import RunLine
 from launchers.status import PhaseStatus, RunStatus, UNKNOWN, format_seconds
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
@@ -53,12 +55,26 @@ def progress_text(phase: PhaseStatus) -> str:
 
 
 def status_table(status: RunStatus):
+    """One row a phase; GPU-hours only where a phase asked for GPUs."""
+    gpus = any(phase.gpu_hours is not None for phase in status.phases)
     rows = []
     for phase in status.phases:
         detail = phase.message or progress_text(phase) or phase.reason or headline(phase.facts)
-        rows.append([phase.phase, phase.state, f"{phase.sealed}/{phase.elements}", phase.job,
-                     format_seconds(phase.seconds), detail])
-    return table(["phase", "state", "sealed", "job", "took", ""], rows, f"{status.run}, submission {status.submission}")
+        hours = [_hours(phase.gpu_hours), _hours(phase.gpu_hours_lost)] if gpus else []
+        rows.append([phase.phase, phase.state, f"{phase.sealed}/{phase.elements}", phase.job, format_seconds(phase.seconds),
+                     *hours, detail])
+    columns = ["phase", "state", "sealed", "job", "took", *(["GPU-h", "lost"] if gpus else []), ""]
+    return table(columns, rows, f"{status.run}, submission {status.submission}")
+
+
+def _hours(value: Optional[float]) -> str:
+    return "" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.01 or not value else f"{value:.2g}"
+
+
+def runs_table(runs: list[RunLine]):
+    rows = [[run.name, run.pipeline, run.submissions, run.state,
+             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))] for run in runs]
+    return table(["run", "pipeline", "submissions", "state", "last change"], rows)
 
 
 def headline(facts: dict[str, Any]) -> str:

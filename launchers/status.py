@@ -1,25 +1,31 @@
 """What became of each phase of a run: seals first, then what the back end says, then how attempts ended.
 
 A seal is the only success. A job that a back end no longer lists, or lists as COMPLETED, without a seal is a failure
-with a name, never a success.
+with a name, never a success. One look costs one squeue, and one sacct only when the queue no longer tells how an
+unsealed element ended; without slurmdbd the files of the run have to say it.
 """
 
 import json
+import os
+import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from jobs.artifact import Artifact
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.task import progress_path
-from launchers.backend import ACTIVE_STATES, NEVER, CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, TaskState
+from launchers.backend import ACTIVE_STATES, CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, TaskState
 from launchers.ledger import JobEntry, Ledger
 from launchers.submit import backends_of
+from slurm.client import AccountingRow, Slurm, SlurmError, configuration_of, parse_indices
 
 UNKNOWN = "UNKNOWN"  # the back end lists no such job and no seal or outcome tells what became of it
 NOT_SUBMITTED = "NOT_SUBMITTED"
+NO_SEAL = "ended without a seal"
+LEASE_NAME = re.compile(r"(\d+)\.a(\d+)\.r(\d+)\.g(\d+)")
 
 
 @dataclass
@@ -37,10 +43,18 @@ class PhaseStatus:
     facts: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
+    gpu_hours: Optional[float] = None  # None: no attempt asked for GPUs
+    gpu_hours_lost: Optional[float] = None
 
     @property
     def active(self) -> bool:
+        """Something goes on or will: a job that waits for ever on a failed one does not."""
         return self.state in ACTIVE_STATES and self.reason != NEVER
+
+    @property
+    def failed(self) -> bool:
+        """An element ended, or vanished, without its seal and nobody asked for that."""
+        return not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED) and self.reason != NEVER
 
 
 @dataclass
@@ -62,71 +76,228 @@ class RunStatus:
         return asdict(self) | {"finished": self.finished, "active": self.active}
 
 
-def run_status(run: RunFolder) -> RunStatus:
-    """The state of every phase of the newest submission: one queue call a back end, the rest from files."""
+# -- one look -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Look:
+    """All that one look at a run found, for status and why."""
+
+    run: RunFolder
+    number: int
+    phases: dict[str, FrozenPhase]
+    entries: list[JobEntry]
+    states: dict[tuple[str, int], TaskState]  # by job and element: what the back end still lists
+    accounting: dict[tuple[str, int], AccountingRow] = field(default_factory=dict)
+    slurms: dict[str, Slurm] = field(default_factory=dict)  # job -> the cluster it went to
+    notes: list[str] = field(default_factory=list)  # what could not be asked
+    _elements: "dict[str, dict[int, Element]]" = field(default_factory=dict)
+
+    def of_phase(self, phase: FrozenPhase) -> "dict[int, Element]":
+        """The newest job of each element of a phase that was ever submitted under this key."""
+        if phase.name not in self._elements:
+            self._elements[phase.name] = self._read_elements(phase)
+        # accounting is asked after the elements were read, for those that need it
+        return {i: replace(element, accounting=self.accounting.get((element.entry.job, i)))
+                for i, element in self._elements[phase.name].items()} if self.accounting else self._elements[phase.name]
+
+    def _read_elements(self, phase: FrozenPhase) -> "dict[int, Element]":
+        newest = {i: entry for entry in self.entries if (entry.phase, entry.key) == (phase.name, phase.key)
+                  for i in entry.elements}
+        if not newest:
+            return {}
+        outcomes = {}
+        for outcome in self.run.outcomes(phase.name):  # oldest first
+            outcomes[outcome.element, outcome.attempt] = outcome
+        leases = newest_leases(self.run.artifact(phase).folder)
+        found = {}
+        for i, entry in sorted(newest.items()):
+            outcome = outcomes.get((i, entry.submission))
+            lease = leases.get((i, entry.submission))
+            if outcome is not None and lease is not None and lease.restart > outcome.restart:
+                outcome = None  # it tells of the life before a requeue
+            found[i] = Element(i, entry, self.states.get((entry.job, i)), outcome, None, lease)
+        return found
+
+
+@dataclass(frozen=True)
+class LeaseFile:
+    """A lease as its file's name and age tell it; what is in it is nobody's concern here."""
+
+    restart: int
+    taken_at: float
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of a phase, as its newest job left it."""
+
+    index: int
+    entry: JobEntry
+    task: Optional[TaskState]  # None: the back end does not know it (any more)
+    outcome: Optional[Outcome]  # None: its newest life has not said how it ended
+    accounting: Optional[AccountingRow]
+    lease: Optional[LeaseFile]
+
+    def state(self) -> TaskState:
+        """One word and reason for an element that is not sealed. Never COMPLETED: only a seal says that."""
+        job = self.entry.job
+        if self.task is not None:
+            if self.task.state == COMPLETED:
+                return TaskState(job, self.index, FAILED, NO_SEAL, self.task.exit_code)
+            if self.task.exit_code is None and self.accounting is not None:
+                return TaskState(job, self.index, self.task.state, self.task.reason, exit_code_of(self.accounting))
+            return self.task
+        row = self.accounting
+        if row is not None and row.state not in ACTIVE_STATES:
+            if row.state == COMPLETED:
+                return TaskState(job, self.index, FAILED, NO_SEAL, row.exit_code)
+            return TaskState(job, self.index, row.state, "so says accounting", exit_code_of(row))
+        if self.outcome is not None and self.outcome.state != "sealed":
+            return TaskState(job, self.index, FAILED, "", self.outcome.exit_code)
+        return TaskState(job, self.index, UNKNOWN, "neither a seal nor the queue knows of it")
+
+
+def exit_code_of(row: AccountingRow) -> int:
+    """A shell's view of Slurm's "code:signal"."""
+    return 128 + row.exit_signal if row.exit_signal and not row.exit_code else row.exit_code
+
+
+def newest_leases(artifact_folder: Path) -> dict[tuple[int, int], LeaseFile]:
+    """{(element, attempt): its lease of the highest restart}."""
+    found: dict[tuple[int, int], LeaseFile] = {}
+    for (element, attempt, restart), taken_at in lease_times(artifact_folder).items():
+        if (element, attempt) not in found or found[element, attempt].restart < restart:
+            found[element, attempt] = LeaseFile(restart, taken_at)
+    return found
+
+
+def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
+    """{(element, attempt, restart): when it was taken}, by the filesystem's clock."""
+    found: dict[tuple[int, int, int], float] = {}
+    try:
+        with os.scandir(artifact_folder / "leases") as entries:
+            for entry in entries:
+                if match := LEASE_NAME.fullmatch(entry.name):
+                    element, attempt, restart, _ = map(int, match.groups())
+                    found[element, attempt, restart] = entry.stat().st_mtime
+    except FileNotFoundError:
+        pass
+    return found
+
+
+def look_at(run: RunFolder) -> Look:
+    """Ask each cluster's queue once, and its accounting at most once, for all jobs of the run."""
     number = run.newest_submission()
-    entries = Ledger(run.ledger).jobs()
-    states: dict[tuple[str, int], TaskState] = {}
+    ledger = Ledger(run.ledger)
+    entries = ledger.jobs()
+    look = Look(run, number, run.frozen(number), entries, {})
+    on_slurm = {event["submission"] for event in ledger.events()
+                if event["event"] == "submission" and event["backend"] == "slurm"}
+    mine = [entry for entry in entries if script_of(entry) in on_slurm]
+    asked: set[str] = set()
     for backend in backends_of(run).values():
+        slurm: Optional[Slurm] = getattr(backend, "slurm", None)
+        cluster = configuration_of(slurm.env) if slurm is not None else backend.name
+        if cluster in asked:  # `auto` and `slurm` of two submissions may be one cluster
+            continue
+        asked.add(cluster)
         for task in backend.states(entries):
-            states[task.job, task.index] = task
-    phases = [_phase_status(run, phase, entries, states) for phase in run.frozen(number).values()]
-    return RunStatus(str(run.path), number, phases)
+            look.states[task.job, task.index] = task
+        if slurm is not None:
+            look.slurms |= {entry.job: slurm for entry in mine}
+            look.accounting |= _accounting(look, slurm, {entry.job for entry in mine})
+    return look
 
 
-def _phase_status(run: RunFolder, phase: FrozenPhase, entries: list[JobEntry], states: dict) -> PhaseStatus:
+def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int], AccountingRow]:
+    """What slurmdbd says of unsealed elements whose end neither the queue nor their worker tells."""
+    wanted = set()
+    for phase in look.phases.values():
+        if look.run.seal(phase.name, phase.key) is not None:
+            continue
+        sealed = sealed_elements(look.run.artifact(phase))
+        for element in look.of_phase(phase).values():
+            told = element.outcome is not None or (element.task is not None and element.task.state in ACTIVE_STATES)
+            if element.entry.job in jobs and element.index not in sealed and not told:
+                wanted.add(element.entry.job)
+    if not wanted:
+        return {}
+    try:
+        rows = slurm.accounting(sorted(wanted))
+    except SlurmError as error:  # slurmdbd is down: the report is poorer, not absent
+        look.notes.append(f"accounting was not asked: {error.message}")
+        return {}
+    found = {}
+    for row in rows or []:
+        job, _, index = row.job_id.partition("_")
+        for i in parse_indices(index.strip("[]")) if index else [0]:
+            found[job, i] = row
+    return found
+
+
+def run_status(run: RunFolder) -> RunStatus:
+    """The state of every phase of the newest submission."""
+    look = look_at(run)
+    return RunStatus(str(run.path), look.number, [_phase_status(look, phase) for phase in look.phases.values()])
+
+
+def sealed_elements(artifact: Artifact) -> set[int]:
+    """Elements with a seal of their own, by one listing of the folder."""
+    try:
+        return {int(name[:-5]) for name in os.listdir(artifact.folder / "seals") if name[:-5].isdigit() and name.endswith(".json")}
+    except FileNotFoundError:
+        return set()
+
+
+def open_elements(look: Look, phase: FrozenPhase) -> dict[int, Element]:
+    """Elements that were submitted and are not sealed; those whose sealed task still leaves count as sealed."""
+    artifact = look.run.artifact(phase)
+    if artifact.seal_path.exists():
+        return {}
+    sealed = sealed_elements(artifact) if artifact.fans_in else set()
+    return {i: element for i, element in look.of_phase(phase).items()
+            if i not in sealed or (element.task is not None and element.task.state in ACTIVE_STATES)}
+
+
+def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
+    run, artifact = look.run, look.run.artifact(phase)
+    used, lost = gpu_hours(look, phase)
     seal = run.seal(phase.name, phase.key)
-    artifact = run.artifact(phase)
     if seal is not None:
         began = min((o.started for o in run.outcomes(phase.name, seal.content["submission"])),
                     default=seal.content["started_at"])
         return PhaseStatus(phase.name, COMPLETED, phase.elements, phase.elements, seal.content["job"],
                            seconds=seal.content["sealed_at"] - began, facts=seal.facts, folder=str(seal.folder),
-                           tables={path.stem: json.loads(path.read_text()) for path in (artifact.folder / "tables").glob("*.json")})
-    mine = [entry for entry in entries if entry.phase == phase.name and entry.key == phase.key]
-    status = PhaseStatus(phase.name, NOT_SUBMITTED, len(artifact.sealed_elements()), phase.elements,
-                         folder=str(artifact.folder))
-    if not mine:
+                           tables={path.stem: json.loads(path.read_text()) for path in (artifact.folder / "tables").glob("*.json")},
+                           gpu_hours=used, gpu_hours_lost=lost)
+    status = PhaseStatus(phase.name, NOT_SUBMITTED, len(sealed_elements(artifact)), phase.elements,
+                         folder=str(artifact.folder), gpu_hours=used, gpu_hours_lost=lost)
+    elements = look.of_phase(phase)
+    if not elements:
         return status
-    entry = mine[-1]
-    status.job = entry.job
-    outcomes = {o.element: o for o in run.outcomes(phase.name, entry.submission)}
-    tasks = {i: _element(artifact, entry, i, states.get((entry.job, i)), outcomes.get(i)) for i in entry.elements}
-    worst = _worst(tasks)
+    open_ = open_elements(look, phase)
+    tasks = {i: element.state() for i, element in open_.items()}
+    worst = _worst(list(tasks.values()))
+    newest = max(elements.values(), key=lambda element: element.entry.submission).entry
+    status.job = worst.job or newest.job
     status.state, status.reason, status.exit_code = worst.state, worst.reason, worst.exit_code
-    outcome = outcomes.get(worst.index)
+    outcome = open_[worst.index].outcome if worst.index in open_ else None
     if outcome is not None and outcome.state != "sealed" and not status.active:
         status.message, status.exit_code = outcome.message, outcome.exit_code
-    running = [i for i, task in tasks.items() if task is not None and task.state == RUNNING]
-    status.progress = _progress(artifact.folder, phase, running)
-    began = [o.started for o in outcomes.values()]
-    status.seconds = max(o.ended for o in outcomes.values()) - min(began) if began else None
+    status.progress = _progress(artifact.folder, phase, [i for i, task in tasks.items() if task.state == RUNNING])
+    outcomes = [element.outcome for element in elements.values() if element.outcome is not None]
+    status.seconds = max(o.ended for o in outcomes) - min(o.started for o in outcomes) if outcomes else None
     return status
 
 
-def _element(artifact: Artifact, entry: JobEntry, index: int, task: Optional[TaskState],
-             outcome: Optional[Outcome]) -> Optional[TaskState]:
-    """The state of one element; None when it is sealed."""
-    if artifact.fans_in and artifact.element_seal_path(index).exists() and (task is None or task.state not in ACTIVE_STATES):
-        return None if task is None or task.state == COMPLETED else task
-    if task is None:
-        if outcome is not None and outcome.state != "sealed":
-            return TaskState(entry.job, index, FAILED, "", outcome.exit_code)
-        return TaskState(entry.job, index, UNKNOWN, "neither a seal nor the queue knows of it")
-    if task.state == COMPLETED:
-        return TaskState(entry.job, index, FAILED, "ended without a seal", task.exit_code)
-    return task
-
-
-def _worst(tasks: dict[int, Optional[TaskState]]) -> TaskState:
-    """The element to speak for the phase: a failure first, then what runs, then what waits."""
+def _worst(open_tasks: list[TaskState]) -> TaskState:
+    """The element to speak for the phase: what still goes on first, else a failure, then what waits or was cancelled."""
     order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, PENDING: 4, CANCELLED: 5}
-    open_tasks = [task for task in tasks.values() if task is not None]
     if not open_tasks:
-        return TaskState("", 0, FAILED, "all elements are sealed, their fan-in is not; submit again")
-    if any(task.state in ACTIVE_STATES for task in open_tasks):
-        open_tasks = [task for task in open_tasks if task.state in ACTIVE_STATES]
-    return min(open_tasks, key=lambda task: order.get(task.state, 2))
+        return TaskState("", -1, FAILED, "all elements are sealed, their fan-in is not; submit again")
+    going_on = [task for task in open_tasks if task.state in ACTIVE_STATES and task.reason != NEVER]
+    return min(going_on or open_tasks, key=lambda task: order.get(task.state, 2))
 
 
 def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> dict[str, Any]:
@@ -134,9 +305,8 @@ def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> dict[str,
     total: Counter = Counter()
     out: dict[str, Any] = {}
     for index in running:
-        keep = folder if phase.elements == 1 else folder / "elements" / f"{index:04d}"
         try:
-            value = json.loads(progress_path(keep, index).read_text())
+            value = json.loads(progress_path(keep_folder(folder, phase, index), index).read_text())
         except (OSError, ValueError):
             continue
         total.update(done=value["done"], total=value["total"])
@@ -144,9 +314,108 @@ def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> dict[str,
     return {**out, **total} if out else {}
 
 
+def keep_folder(folder: Path, phase: FrozenPhase, index: int) -> Path:
+    """Where an element keeps what survives attempts."""
+    return folder if phase.elements == 1 else folder / "elements" / f"{index:04d}"
+
+
+# -- GPU-hours ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """One life of an element on its GPUs, in seconds since the epoch."""
+
+    started: float
+    ended: float
+    gpus: int
+    sealed: bool
+    running: bool
+    saved_at: tuple[float, ...]  # times of the durable checkpoints that are still there
+
+    @property
+    def used_s(self) -> float:
+        return max(0.0, self.ended - self.started) * self.gpus
+
+    @property
+    def lost_s(self) -> float:
+        """GPU-seconds after the last durable checkpoint of this life; nothing of one that sealed or still runs."""
+        if self.sealed or self.running:
+            return 0.0
+        kept = max((t for t in self.saved_at if self.started <= t <= self.ended), default=self.started)
+        return max(0.0, self.ended - kept) * self.gpus
+
+
+def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[Optional[float], Optional[float]]:
+    """(used, lost) of all attempts at a phase in this run, also under other settings; (None, None) without GPUs.
+
+    Time counts from a worker's start to its end, not the allocation's. Two estimates: a worker that was killed left no
+    outcome, so its life is taken from its lease's time to what accounting says, else to the last write to its log; and
+    checkpoints that a later attempt has pruned save nothing here, so that lost is then an upper bound.
+    """
+    all_spans = spans(look, phase.name)
+    if not any(span.gpus for span in all_spans) and not phase.gpus_per_node:
+        return None, None
+    return sum(span.used_s for span in all_spans) / 3600, sum(span.lost_s for span in all_spans) / 3600
+
+
+def spans(look: Look, name: str, now: Optional[float] = None) -> list[Span]:
+    """Every life of every element of a phase that asked for GPUs."""
+    run, found = look.run, []
+    frozen = {number: phases[name] for number in run.submissions() if name in (phases := run.frozen(number))}
+    asked = {number: phase for number, phase in frozen.items() if phase.gpus_per_node}
+    if not asked:
+        return []
+    outcomes = {(o.element, o.attempt, o.restart): o for o in run.outcomes(name)}
+    leases: dict[tuple[int, int, int], float] = {}
+    for key in {phase.key for phase in asked.values()}:
+        leases |= {life: taken for life, taken in lease_times(run.path / name / key).items()
+                   if life[1] in asked and asked[life[1]].key == key}
+    entries = {(i, entry.submission): entry for entry in look.entries if entry.phase == name for i in entry.elements}
+    for life in sorted({*leases, *(life for life in outcomes if life[1] in asked)}):
+        element, attempt, restart = life
+        phase, outcome, entry = asked[attempt], outcomes.get(life), entries.get((element, attempt))
+        last = not any(other[:2] == life[:2] and other[2] > restart for other in leases)
+        task = look.states.get((entry.job, element)) if entry else None
+        running = outcome is None and last and task is not None and task.state in ACTIVE_STATES - {PENDING}
+        started = outcome.started if outcome else leases[life]
+        if outcome is not None:
+            ended = outcome.ended
+        elif running:
+            ended = time.time() if now is None else now
+        else:
+            ended = _end_of_the_killed(look, name, life, entry, started, leases)
+        keep = keep_folder(run.artifact(phase).folder, phase, element)
+        saved = tuple(path.stat().st_mtime for path in keep.glob("checkpoints/step_*/manifest.json"))
+        found.append(Span(started, ended, phase.nodes * phase.gpus_per_node, outcome is not None and outcome.state == "sealed",
+                          running, saved))
+    return found
+
+
+def _end_of_the_killed(look: Look, name: str, life: tuple[int, int, int], entry: Optional[JobEntry], started: float,
+                       leases: dict[tuple[int, int, int], float]) -> float:
+    """An estimate of when a life ended that left no word."""
+    element, attempt, restart = life
+    following = [taken for other, taken in leases.items() if other[:2] == life[:2] and other[2] > restart]
+    row = look.accounting.get((entry.job, element)) if entry else None
+    if row is not None and row.elapsed_s and not following:
+        return started + row.elapsed_s
+    try:
+        written = look.run.log_path(name, script_of(entry) if entry else attempt, element).stat().st_mtime
+    except OSError:
+        written = started
+    return max(started, min([written, *following]))
+
+
+def script_of(entry: JobEntry) -> int:
+    """The submission whose script a job runs: its log is named after it, even when a rewiring changed what it runs."""
+    return entry.scripted or entry.submission
+
+
 def format_seconds(seconds: Optional[float]) -> str:
     if seconds is None:
         return ""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds >= 3600 else f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}m{rest:02d}s"

@@ -213,6 +213,22 @@ class Slurm:
                 raise
         return rows
 
+    def job(self, job_id: str) -> AccountingRow | None:
+        """What the controller still remembers of one job or array element ("12_3"), in accounting's terms; None when
+        it has forgotten it."""
+        try:
+            return parse_job(self.run(["scontrol", "show", "job", job_id, "--oneliner"]))
+        except SlurmError as error:
+            if "Invalid job id" in error.message:
+                return None
+            raise
+
+    def down_nodes(self, nodelist: str) -> list[str]:
+        """Those of these nodes ("n[1-4]") that are down, drained, failed or do not answer."""
+        printed = self.run(["sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%N %T"])
+        rows = dict(line.split() for line in printed.splitlines())  # a node of several partitions comes in several lines
+        return [name for name, state in rows.items() if state.endswith("*") or state.startswith(("down", "drain", "fail"))]
+
     def partitions(self) -> list[PartitionRow]:
         """The partitions this user may see."""
         return parse_partitions(self.run(["sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%s|%D|%c|%m|%G"]))
@@ -302,6 +318,32 @@ def parse_accounting(printed: str) -> list[AccountingRow]:
             )
         )
     return rows
+
+
+def parse_job(printed: str) -> AccountingRow:
+    """One job of `scontrol show job --oneliner`."""
+    keys = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", printed.splitlines()[0]))
+    code, _, number = keys.get("ExitCode", "0:0").partition(":")
+    array = "ArrayTaskId" in keys
+    return AccountingRow(
+        job_id=f"{keys['ArrayJobId']}_{keys['ArrayTaskId']}" if array else keys["JobId"],
+        raw_id=keys["JobId"],
+        name=keys["JobName"],
+        state=keys["JobState"],
+        exit_code=int(code),
+        exit_signal=int(number),
+        elapsed_s=parse_seconds(keys.get("RunTime", "0")),
+        nodelist=_absent(keys.get("NodeList", "")),
+    )
+
+
+def parse_seconds(text: str) -> int:
+    """Seconds of an elapsed time as Slurm prints it: "00:01:30", "2-00:00:00"."""
+    days, _, rest = text.rpartition("-")
+    seconds = 0
+    for part in rest.split(":"):
+        seconds = seconds * 60 + int(part)
+    return int(days or 0) * 86400 + seconds
 
 
 def parse_partitions(printed: str) -> list[PartitionRow]:
