@@ -40,6 +40,7 @@ class FrozenPhase:
     nodes: int
     gpus_per_node: int
     throttle: int = 0  # elements that may run at once; 0: as many as fit
+    batch: int = 1  # consecutive elements that share an array task, where the cluster's arrays are too short
 
     @property
     def ranks(self) -> int:

@@ -81,14 +81,15 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     log = run.log_path(spec.phase, number, 0)
     extra: dict[str, Any] = {key: value or True for key, value in resources.extra_sbatch.items()}  # "" is a bare flag
     extra |= {
-        "output": str(log.with_name(f"a{number}.%a.out") if spec.is_array else log),
+        "output": str(log.with_name(f"a{number}.{'tasks' if frozen.batch > 1 else ''}%a.out") if spec.is_array else log),
         "export": ",".join(profile.env.forward) or "NONE",
         "kill-on-invalid-dep": "no",  # a dependent of a failed phase waits, so that it can be rewired to the next attempt
         "signal": SIGNAL_BEFORE_END,
         "chdir": str(run.path),
     }
     if spec.is_array:
-        extra["array"] = index_ranges(spec.elements) + (f"%{frozen.throttle}" if frozen.throttle else "")
+        tasks = {element // frozen.batch for element in spec.elements}
+        extra["array"] = index_ranges(tasks) + (f"%{frozen.throttle}" if frozen.throttle else "")
     return {
         "job_name": spec.name,
         "partition": resources.partition, "account": resources.account, "qos": resources.qos,
@@ -110,8 +111,22 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
     python = profile.env.python or sys.executable
-    worker = [python, "-m", "jobs.worker", str(run.path), spec.phase, "--submission", str(number)]
-    return shlex.join([*srun, *profile.srun.extra, *worker])
+    worker = [python, "-m", "jobs.worker", str(run.path), spec.phase]
+    batch = spec.planned.frozen.batch
+    if batch == 1:
+        return shlex.join([*srun, *profile.srun.extra, *worker, "--submission", str(number)])
+    # More elements than an array may have: each task runs its share, one step after the other, and fails if one fails.
+    log = f"--output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$element.out"
+    last = f"$(( (SLURM_ARRAY_TASK_ID + 1) * {batch} - 1 < {spec.planned.frozen.elements - 1} ? " \
+           f"(SLURM_ARRAY_TASK_ID + 1) * {batch} - 1 : {spec.planned.frozen.elements - 1} ))"
+    return "\n".join([
+        "code=0",
+        f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {batch} )) {last}); do",
+        f"    {shlex.join([*srun, '--open-mode=append', *profile.srun.extra])} {log} {shlex.join(worker)} $element "
+        f"--submission {number} || code=$?",
+        "done",
+        "exit $code",
+    ])
 
 
 # What sbatch and scontrol say when the controller may have taken the call although the client saw it fail.
@@ -181,16 +196,18 @@ class SlurmBackend:
             self._ask(lambda: self.slurm.run(["scontrol", "release", *mine]))
 
     def states(self, jobs: list[JobEntry]) -> list[TaskState]:
-        names = {entry.job: entry.name for entry in jobs}
+        known = {entry.job: entry for entry in jobs}
         rows = self.slurm.queue()
         dead = never_starting(rows)
-        return [
-            TaskState(job, row.array_index or 0, row.state,
-                      NEVER if row.job_id in dead and row.state == "PENDING" else "" if row.reason == "None" else row.reason)
-            for row in rows
+        found = []
+        for row in rows:
+            job = row.array_job_id or row.job_id
             # The name as well: a controller that lost its last seconds gives out the same ids again.
-            if names.get(job := row.array_job_id or row.job_id) == row.name
-        ]
+            if job not in known or known[job].name != row.name:
+                continue
+            reason = NEVER if row.job_id in dead and row.state == "PENDING" else "" if row.reason == "None" else row.reason
+            found += [TaskState(job, i, row.state, reason) for i in known[job].elements_of(row.array_index)]
+        return found
 
     def cancel(self, jobs: list[str]) -> None:
         self._ask(lambda: self.slurm.cancel(jobs))

@@ -12,7 +12,7 @@ import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 from data_tools import durable
 
@@ -31,6 +31,13 @@ class JobEntry:
     waits: dict[str, str] = field(default_factory=dict)  # phase -> job it waits on
     request: str = ""  # digest of what its script asks Slurm for
     scripted: int = 0  # the submission whose script it is: names its log
+    batch: int = 1  # elements per array task
+
+    def elements_of(self, task: Optional[int]) -> list[int]:
+        """The elements that an array task (None: a job that is no array) works on."""
+        if task is None:
+            return self.elements
+        return [i for i in self.elements if i // self.batch == task]
 
 
 class Ledger:
@@ -60,7 +67,7 @@ class Ledger:
             if e["event"] == "job":
                 found.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
                 found[e["job"]] = JobEntry(e["submission"], e["phase"], e["key"], e["job"], e["elements"], e["is_array"],
-                                           e["name"], e["waits"], e["request"], e["submission"])
+                                           e["name"], e["waits"], e["request"], e["submission"], e["batch"])
             elif e["event"] == "rewire" and e["only"] is None:
                 found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
         return list(found.values())

@@ -87,6 +87,7 @@ class _Planner:
         for phase in self.pipeline.phases.values():
             self.planned[phase.name] = self._phase(phase)
         self.cache.save()
+        self._batch()
         if self.problems:
             raise UserMistake(self.problems)
         return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()))
@@ -101,6 +102,19 @@ class _Planner:
         planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
         self._decide(planned)
         return planned
+
+    def _batch(self) -> None:
+        """Elements per array task where a phase has more elements than an array may have; aftercorr partners share it."""
+        limit = self.cluster.profile.max_array_size
+        if self.cluster.kind != "slurm" or not limit:
+            return
+        for planned in self.planned.values():
+            planned.frozen.batch = -(-planned.frozen.elements // limit)
+        pairs = [(planned.frozen, self.planned[name].frozen) for planned in self.planned.values()
+                 for name, type_ in planned.frozen.needs.items() if type_ == "aftercorr"]
+        for _ in pairs:  # as often as the longest chain of partners could need
+            for one, other in pairs:
+                one.batch = other.batch = max(one.batch, other.batch)
 
     def _inputs(self, phase: Phase) -> tuple[dict[str, list[str]], dict[str, str]]:
         """External inputs: ({config key: digests in order}, {absolute path: digest}); missing ones are problems."""
@@ -140,7 +154,7 @@ class _Planner:
 
     def _resources(self, phase: Phase, frozen: FrozenPhase) -> Resources:
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
-        problems = check_request(self.cluster.profile, phase.resources, where, phase.elements)
+        problems = check_request(self.cluster.profile, phase.resources, where)
         self.problems += problems
         return resolve_request(self.cluster.profile, Request(DEFAULT_ROLE) if problems else phase.resources)
 

@@ -47,7 +47,8 @@ class Step:
     is_array: bool = False
     needs: dict[str, str] = field(default_factory=dict)  # unsealed phase -> dependency type
     request: str = ""  # of submit: digest of what the script asks Slurm for
-    only: Optional[int] = None  # of rewire: just this element, which waits on its partner alone
+    batch: int = 1  # of submit: elements per array task
+    only: Optional[int] = None  # of rewire: just this array task, which waits on its partner alone
 
 
 @dataclass
@@ -143,13 +144,14 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
                     continue
         elif found is not None:
             whole = set(found.tasks) <= set(elements)
-            jobs = [found.entry.job] if whole else [f"{found.entry.job}_{i}" for i in elements if i in found.tasks]
+            tasks = sorted({i // found.entry.batch for i in elements if i in found.tasks})
+            jobs = [found.entry.job] if whole else [f"{found.entry.job}_{task}" for task in tasks]
             cancels += [Step("cancel", planned.name, job=job) for job in jobs]
             if not whole:
                 kept[planned.name] = found.entry.job
         name = f"{plan.run.name}.{planned.name}.a{number}.{secrets.token_hex(4)}"
         steps.append(Step("submit", planned.name, frozen.key, name=name, elements=elements, needs=needs,
-                          is_array=frozen.array is not None, request=request_of(planned)))
+                          is_array=frozen.array is not None, request=request_of(planned), batch=frozen.batch))
         new.add(planned.name)
     return Journal(steps + cancels if steps else [], kept)
 
@@ -163,7 +165,7 @@ def _fits(found: LiveJob, planned: PlannedPhase) -> bool:
 def request_of(planned: PlannedPhase) -> str:
     """A digest of what the script asks Slurm for: a waiting job with another request has to be replaced."""
     return durable.sha256_bytes(durable.canonical_json(
-        [planned.frozen.uses, planned.frozen.throttle, dataclasses.asdict(planned.resources)]))[:16]
+        [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch, dataclasses.asdict(planned.resources)]))[:16]
 
 
 def _rewires(found: LiveJob, planned: PlannedPhase, needs: dict[str, str], kept: dict[str, str],
@@ -178,7 +180,7 @@ def _rewires(found: LiveJob, planned: PlannedPhase, needs: dict[str, str], kept:
         return []
     # Some elements ran already: only those that can never start any more are repaired, each behind its partner.
     return [Step("rewire", planned.name, planned.frozen.key, entry.job, elements=entry.elements, is_array=entry.is_array,
-                 needs=needs, only=index) for index in found.dead_elements]
+                 needs=needs, only=task) for task in sorted({index // entry.batch for index in found.dead_elements})]
 
 
 # -- doing --------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
                         job = _send(backend, number, step, waits, hold)
                     ledger.append("job", submission=number, phase=step.phase, key=step.key, job=job, name=step.name,
                                   elements=step.elements, is_array=step.is_array, needs=step.needs, waits=waits,
-                                  request=step.request)
+                                  request=step.request, batch=step.batch)
                 mine[step.phase] = job
                 jobs[step.phase] = f"{jobs[step.phase]}:{job}" if step.phase in jobs else job
             elif step.do == "rewire":

@@ -100,6 +100,7 @@ def _dev(cluster: devcluster.DevCluster) -> Cluster:
         partition.cpus = shape.cpus
         partition.mem_gib = shape.memory_mib // 1024
         partition.gpus_per_node = shape.gpus_per_node
+    chosen.max_array_size = int(cluster.settings.get("MaxArraySize", chosen.max_array_size or 0)) or None
     for role in chosen.roles.values():  # a small cluster must still start what asks for nothing special
         if role.mem_gib is not None:
             role.mem_gib = max(min(role.mem_gib, shape.memory_mib // 1024), 1)

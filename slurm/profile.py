@@ -226,10 +226,11 @@ def resolve(profile: Profile, request: Request) -> Resources:
     )
 
 
-def check(profile: Profile, request: Request, where: str, elements: int = 1) -> list[Problem]:
+def check(profile: Profile, request: Request, where: str) -> list[Problem]:
     """What the cluster would refuse or never start, each with the numbers and the nearest legal value.
 
-    `where` is the place of the request's resources, such as "tiny.yaml: sft.resources"; `elements` is the array's size.
+    `where` is the place of the request's resources, such as "tiny.yaml: sft.resources". An array's size is not checked:
+    elements beyond max_array_size share tasks.
     """
     problems = _naming(profile, request, where)
     if problems:
@@ -265,9 +266,6 @@ def check(profile: Profile, request: Request, where: str, elements: int = 1) -> 
         asked = format_minutes(wants.time_minutes)
         message = f"{asked} is longer than {at} allows; ask for at most {limit.max_time}"
         problems.append(Problem(f"{where}.time", message))
-    if profile.max_array_size is not None and elements > profile.max_array_size:
-        message = f"{elements} elements, but an array of this cluster has at most {profile.max_array_size}"
-        problems.append(Problem(where.removesuffix(".resources") + ".array", f"{message}; ask for at most that many"))
     return problems
 
 

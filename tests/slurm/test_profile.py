@@ -132,7 +132,7 @@ def test_a_request_takes_what_it_does_not_say_from_its_role(good):
 
 def test_what_the_cluster_would_refuse_is_said_with_numbers_and_the_nearest_legal_value(good):
     request = Request("train", nodes=9, gpus_per_node=16, mem_gib=2000, time="3-0")
-    found = {problem.where: problem.message for problem in profile.check(good, request, "t.yaml: sft.resources", 101)}
+    found = {problem.where: problem.message for problem in profile.check(good, request, "t.yaml: sft.resources")}
     assert found == {
         "t.yaml: sft.resources.nodes": "9 nodes, but partition gpu has 4; ask for at most 4",
         "t.yaml: sft.resources.gpus_per_node": "16 GPUs a node, but partition gpu has 8; ask for at most 8",
@@ -140,10 +140,8 @@ def test_what_the_cluster_would_refuse_is_said_with_numbers_and_the_nearest_lega
         "t.yaml: sft.resources.cpus_per_task":
             "16 ranks of 12 CPUs are 192 a node, but partition gpu has 96; at most 6 cpus_per_task",
         "t.yaml: sft.resources.time": "3-00:00:00 is longer than partition gpu allows; ask for at most 2-00:00:00",
-        "t.yaml: sft.array":
-            "101 elements, but an array of this cluster has at most 100; ask for at most that many",
     }  # fmt: skip
-    assert profile.check(good, Request("train", nodes=4, time="2-0"), "w", 100) == []
+    assert profile.check(good, Request("train", nodes=4, time="2-0"), "w") == []
 
 
 def test_values_below_the_least_are_refused(good):
@@ -167,7 +165,7 @@ def test_unknown_role_partition_and_time_name_the_nearest(good):
 
 def test_a_local_machine_limits_nothing_and_ignores_partitions():
     local = profile.load("local")
-    assert profile.check(local, Request("train", gpus_per_node=64, nodes=9, partition="gpu"), "w", 10**6) == []
+    assert profile.check(local, Request("train", gpus_per_node=64, nodes=9, partition="gpu"), "w") == []
     assert profile.resolve(local, Request("train", partition="gpu")).partition is None
 
 

@@ -1,0 +1,64 @@
+"""Arrays beyond what the cluster allows, throttled ones, and several dependency types at once, on a real Slurm."""
+
+import json
+
+import pytest
+
+from launchers.ledger import Ledger
+from slurm import devcluster
+from slurm.client import Slurm
+from tests.cluster import require_packages
+from tests.command import afterok, afterok_json, states, wait_for
+
+BIG = """
+name: big
+phases:
+  first: {uses: tests.toy.numbers, array: 13}
+  pair: {uses: tests.toy.numbers, array: 13, needs: [{first: aftercorr}], with: {start: 100}}
+  total: {uses: tests.toy.total, with: {numbers: "${phases.pair.out}"}}
+"""
+
+
+@pytest.fixture
+def small_arrays(short_folder):
+    require_packages()
+    return devcluster.up(short_folder, nodes=2, settings={"MaxArraySize": "5"})
+
+
+def test_elements_beyond_the_array_limit_share_tasks_and_partners_share_the_factor(tmp_path, small_arrays):
+    run, env = tmp_path / "run", small_arrays.env()
+    (tmp_path / "big.yaml").write_text(BIG)
+    done = afterok("run", tmp_path / "big.yaml", "first.with.fail_at=7", "--run", run, env=env, check=1)
+    assert "element 7 was told to fail" in done.stderr
+    jobs = {entry.phase: entry for entry in Ledger(run / "ledger.jsonl").jobs()}
+    assert (jobs["first"].batch, jobs["pair"].batch, jobs["total"].batch) == (3, 3, 1)
+    assert "#SBATCH --array=0-4\n" in (run / "submissions/1/scripts/first.sh").read_text()
+    assert len(list(run.glob("first/*/seals/*.json"))) == 12  # the neighbours of the failed one in its task went on
+    assert len(list(run.glob("pair/*/seals/*.json"))) == 10  # all but the partners 6, 7, 8 of the failed task
+    status = {p["phase"]: p for p in afterok_json("status", run, env=env)["phases"]}
+    assert (status["first"]["state"], status["first"]["sealed"], status["pair"]["sealed"]) == ("FAILED", 12, 10)
+    again = afterok_json("resubmit", run, "first", "first.with.fail_at=null", env=env)
+    assert list(again["jobs"]) == ["first"]
+    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
+    assert [entry.elements for entry in Ledger(run / "ledger.jsonl").jobs() if entry.phase == "first"][-1] == [7]
+    seal = json.loads(next(run.glob("total/*/seal.json")).read_text())
+    assert seal["facts"]["total"] == sum(range(100, 113))
+    assert "first[7]" in afterok("logs", run, "first:7", env=env).stdout
+
+
+def test_a_throttled_array_runs_so_many_elements_at_once(tmp_path, dev_cluster):
+    run, env = tmp_path / "run", dev_cluster.env()
+    (tmp_path / "t.yaml").write_text("name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 6, throttle: 2, with: {seconds: 1}}\n")
+    job = afterok_json("submit", tmp_path / "t.yaml", "--run", run, env=env)["jobs"]["a"]
+    most = 0
+    while set(states(run, env=env).values()) != {"COMPLETED"}:
+        most = max(most, sum(row.state == "RUNNING" for row in Slurm(env).queue() if row.array_job_id == job))
+    assert most == 2
+
+
+def test_a_throttled_array_is_throttled_locally_too(tmp_path):
+    run = tmp_path / "run"
+    (tmp_path / "t.yaml").write_text("name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 4, throttle: 1, with: {seconds: 0.5}}\n")
+    afterok("run", tmp_path / "t.yaml", "cluster=local", "--run", run)
+    spans = sorted((o["started"], o["ended"]) for o in map(lambda p: json.loads(p.read_text()), run.glob("a/attempts/*.json")))
+    assert all(end <= begin + 0.05 for (_, end), (begin, _) in zip(spans, spans[1:]))
