@@ -92,6 +92,7 @@ class Look:
     slurms: dict[str, Slurm] = field(default_factory=dict)  # job -> the cluster it went to
     notes: list[str] = field(default_factory=list)  # what could not be asked
     _elements: "dict[str, dict[int, Element]]" = field(default_factory=dict)
+    _outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
 
     def of_phase(self, phase: FrozenPhase) -> "dict[int, Element]":
         """The newest job of each element of a phase that was ever submitted under this key."""
@@ -101,13 +102,19 @@ class Look:
         return {i: replace(element, accounting=self.accounting.get((element.entry.job, i)))
                 for i, element in self._elements[phase.name].items()} if self.accounting else self._elements[phase.name]
 
+    def outcomes(self, name: str) -> list[Outcome]:
+        """How all attempts at a phase ended, oldest first; read once."""
+        if name not in self._outcomes:
+            self._outcomes[name] = self.run.outcomes(name)
+        return self._outcomes[name]
+
     def _read_elements(self, phase: FrozenPhase) -> "dict[int, Element]":
         newest = {i: entry for entry in self.entries if (entry.phase, entry.key) == (phase.name, phase.key)
                   for i in entry.elements}
         if not newest:
             return {}
         outcomes = {}
-        for outcome in self.run.outcomes(phase.name):  # oldest first
+        for outcome in self.outcomes(phase.name):
             outcomes[outcome.element, outcome.attempt] = outcome
         leases = newest_leases(self.run.artifact(phase).folder)
         found = {}
@@ -228,11 +235,12 @@ def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int
     except SlurmError as error:  # slurmdbd is down: the report is poorer, not absent
         look.notes.append(f"accounting was not asked: {error.message}")
         return {}
+    entries = {entry.job: entry for entry in look.entries}
     found = {}
     for row in rows or []:
-        job, _, index = row.job_id.partition("_")
-        for i in parse_indices(index.strip("[]")) if index else [0]:
-            found[job, i] = row
+        job, _, tasks = row.job_id.partition("_")
+        for task in parse_indices(tasks.strip("[]")) if tasks else [None]:
+            found |= {(job, i): row for i in entries[job].elements_of(task)}
     return found
 
 
@@ -265,7 +273,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     used, lost = gpu_hours(look, phase)
     seal = run.seal(phase.name, phase.key)
     if seal is not None:
-        began = min((o.started for o in run.outcomes(phase.name, seal.content["submission"])),
+        began = min((o.started for o in look.outcomes(phase.name) if o.attempt == seal.content["submission"]),
                     default=seal.content["started_at"])
         return PhaseStatus(phase.name, COMPLETED, phase.elements, phase.elements, seal.content["job"],
                            seconds=seal.content["sealed_at"] - began, facts=seal.facts, folder=str(seal.folder),
@@ -366,45 +374,53 @@ def spans(look: Look, name: str, now: Optional[float] = None) -> list[Span]:
     asked = {number: phase for number, phase in frozen.items() if phase.gpus_per_node}
     if not asked:
         return []
-    outcomes = {(o.element, o.attempt, o.restart): o for o in run.outcomes(name)}
+    outcomes = {(o.element, o.attempt, o.restart): o for o in look.outcomes(name) if o.attempt in asked}
     leases: dict[tuple[int, int, int], float] = {}
     for key in {phase.key for phase in asked.values()}:
         leases |= {life: taken for life, taken in lease_times(run.path / name / key).items()
                    if life[1] in asked and asked[life[1]].key == key}
     entries = {(i, entry.submission): entry for entry in look.entries if entry.phase == name for i in entry.elements}
-    for life in sorted({*leases, *(life for life in outcomes if life[1] in asked)}):
-        element, attempt, restart = life
+    lives = sorted({*leases, *outcomes})
+    for life, following in zip(lives, [*lives[1:], None]):
+        element, attempt, _ = life
         phase, outcome, entry = asked[attempt], outcomes.get(life), entries.get((element, attempt))
-        last = not any(other[:2] == life[:2] and other[2] > restart for other in leases)
+        requeued_at = leases.get(following) if following is not None and following[:2] == life[:2] else None
         task = look.states.get((entry.job, element)) if entry else None
-        running = outcome is None and last and task is not None and task.state in ACTIVE_STATES - {PENDING}
+        running = outcome is None and requeued_at is None and task is not None and task.state in ACTIVE_STATES - {PENDING}
         started = outcome.started if outcome else leases[life]
         if outcome is not None:
             ended = outcome.ended
         elif running:
             ended = time.time() if now is None else now
         else:
-            ended = _end_of_the_killed(look, name, life, entry, started, leases)
-        keep = keep_folder(run.artifact(phase).folder, phase, element)
-        saved = tuple(path.stat().st_mtime for path in keep.glob("checkpoints/step_*/manifest.json"))
-        found.append(Span(started, ended, phase.nodes * phase.gpus_per_node, outcome is not None and outcome.state == "sealed",
-                          running, saved))
+            ended = _end_of_the_killed(look, name, life, entry, started, requeued_at)
+        sealed = outcome is not None and outcome.state == "sealed"
+        saved: tuple[float, ...] = ()
+        if not sealed and not running:
+            saved = checkpoint_times(keep_folder(run.path / name / phase.key, phase, element))
+        found.append(Span(started, ended, phase.nodes * phase.gpus_per_node, sealed, running, saved))
     return found
 
 
+def checkpoint_times(keep: Path) -> tuple[float, ...]:
+    """When each checkpoint that is still there was made durable."""
+    if not os.path.isdir(f"{keep}/checkpoints"):
+        return ()
+    return tuple(path.stat().st_mtime for path in keep.glob("checkpoints/step_*/manifest.json"))
+
+
 def _end_of_the_killed(look: Look, name: str, life: tuple[int, int, int], entry: Optional[JobEntry], started: float,
-                       leases: dict[tuple[int, int, int], float]) -> float:
-    """An estimate of when a life ended that left no word."""
-    element, attempt, restart = life
-    following = [taken for other, taken in leases.items() if other[:2] == life[:2] and other[2] > restart]
+                       requeued_at: Optional[float]) -> float:
+    """An estimate of when a life ended that left no word; one log serves all lives of an attempt."""
+    element, attempt, _ = life
     row = look.accounting.get((entry.job, element)) if entry else None
-    if row is not None and row.elapsed_s and not following:
+    if row is not None and row.elapsed_s and requeued_at is None:
         return started + row.elapsed_s
     try:
         written = look.run.log_path(name, script_of(entry) if entry else attempt, element).stat().st_mtime
     except OSError:
         written = started
-    return max(started, min([written, *following]))
+    return max(started, written if requeued_at is None else min(written, requeued_at))
 
 
 def script_of(entry: JobEntry) -> int:

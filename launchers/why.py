@@ -20,7 +20,7 @@ from data_tools.mistake import EXIT_MISTAKE, UserMistake, nearest
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.worker import EXIT_LEASE_HELD, EXIT_NO_INPUT
 from launchers.backend import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
-from launchers.ledger import Ledger
+from launchers.ledger import JobEntry, Ledger
 from launchers.status import (
     NO_SEAL,
     UNKNOWN,
@@ -483,6 +483,14 @@ def log_tail(path: Path, phase: str, index: int) -> str:
     return text[text.rindex(hello):] if hello in text else text
 
 
+def _shared_log(path: Path, entry: JobEntry, index: int) -> str:
+    """What Slurm wrote of the whole task where elements share one; what their sruns say there is each other's."""
+    if entry.batch == 1:
+        return ""
+    task = path.with_name(path.name.replace(f".{index}.out", f".tasks{index // entry.batch}.out"))
+    return "".join(f"{line}\n" for line in log_tail(task, "", -1).splitlines() if re.search(r"slurmstepd.*\*\*\* JOB ", line))
+
+
 def _shortened(line: str) -> str:
     line = " ".join(line.split())
     return line if len(line) <= EVIDENCE_CHARACTERS else line[: EVIDENCE_CHARACTERS - 1] + "…"
@@ -604,7 +612,7 @@ def gather(look: Look, phase: FrozenPhase, element: Element, cancels: dict[str, 
     ended = state.state not in ACTIVE_STATES
     if slurm is not None and ask_slurm and ended and element.task is not None and element.outcome is None and row is None:
         try:
-            row = slurm.job(f"{entry.job}_{element.index}" if entry.is_array else entry.job)
+            row = slurm.job(f"{entry.job}_{element.index // entry.batch}" if entry.is_array else entry.job)
         except SlurmError as error:
             look.notes.append(f"scontrol was not asked about job {entry.job}: {error.message}")
     if slurm is not None and state.state in ("NODE_FAIL", "BOOT_FAIL") and row is not None and row.nodelist:
@@ -615,7 +623,8 @@ def gather(look: Look, phase: FrozenPhase, element: Element, cancels: dict[str, 
     asked = requested(run.submission_folder(script_of(entry)) / "scripts" / f"{phase.name}.sh") if slurm is not None else {}
     return Evidence(
         phase=phase.name, index=element.index, job=entry.job, state=state.state, reason=state.reason, exit_code=state.exit_code,
-        outcome=element.outcome, log=log_tail(path, phase.name, element.index), log_path=str(path),
+        outcome=element.outcome, log=log_tail(path, phase.name, element.index) + _shared_log(path, entry, element.index),
+        log_path=str(path),
         log_folder_exists=path.parent.is_dir(), row=row, on_slurm=slurm is not None, upstream=_unsealed_needs(look, phase),
         cancelled_at=cancels.get(entry.job), asked_minutes=int(asked["time"]) if asked.get("time", "").isdigit() else None,
         asked_memory=asked.get("mem", ""), down_nodes=down)
