@@ -1,6 +1,7 @@
 """The command line: one function a verb. Imports stay inside the verbs, so that --help and plan are quick."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from typing import Any, Callable, Optional
 
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
 
+PACKAGES = ("data_tools", "megatron_ext", "slurm", "jobs", "launchers")
 EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
 
@@ -28,7 +30,11 @@ def main(argv: Optional[list[str]] = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in late) or ' '.join(late)}")
     if late:
         args.overrides += late  # argparse takes no positionals after an option; people write them there
-    sys.path.append(os.getcwd())  # a pipeline may use phase kinds of the user's: `uses: my_package.my_phase`
+    # A pipeline may use phase kinds of the user's (`uses: my_package.my_phase`). Our own packages are taken first: a folder
+    # `jobs` or `slurm` in the user's directory must not stand in for them.
+    for package in PACKAGES:
+        importlib.import_module(package)
+    sys.path.append(os.getcwd())
     try:
         return args.verb(args)
     except UserMistake as mistake:

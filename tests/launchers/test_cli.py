@@ -58,3 +58,18 @@ def test_plan_as_json_carries_what_the_table_shows(tmp_path):
     plan = afterok_json("plan", write_toy(tmp_path), "--run", tmp_path / "run", "cluster=local")
     assert [phase["phase"] for phase in plan["phases"]] == ["numbers", "total", "again"]
     assert {"key", "action", "reasons", "elements", "missing", "role", "resources"} <= plan["phases"][0].keys()
+
+
+def test_folders_of_the_user_do_not_stand_in_for_our_packages(tmp_path):
+    for name in ("jobs", "slurm", "launchers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    (tmp_path / "mine" / "phase.py").write_text((ROOT / "tests/toy/numbers.py").read_text())
+    (tmp_path / "p.yaml").write_text("name: p\nphases:\n  a: {uses: mine.phase}\n")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import launchers.cli; sys.path.remove({str(ROOT)!r}); " \
+           "sys.path.remove(''); sys.path.append(" + repr(str(ROOT)) + "); sys.exit(launchers.cli.main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "plan", "p.yaml", "cluster=local"], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "mine" not in done.stderr, done.stderr
