@@ -30,6 +30,7 @@ from jobs.kind import PhaseKind, find_kind, kind_names
 from slurm.profile import Request
 
 NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}$")
+PARAM = re.compile(r"^\$\{params\.([A-Za-z0-9_]+)\}$")
 WRITTEN = re.compile(r"\$\{phases\.([A-Za-z0-9_]+)\.out\}")  # as users write it
 REFERENCE = re.compile(r"@\{phases\.([A-Za-z0-9_]+)\.out\}")  # as it stays until keys or folders are known
 DEFAULT_ROLE = "cpu"
@@ -54,6 +55,7 @@ class Phase:
     uses: str
     needs: list[Need]
     settings: dict[str, Any]
+    config: Any  # the settings as the kind's Config
     array: list[Any] | int | None
     throttle: int  # elements that may run at once; 0: as many as fit
     resources: Request
@@ -90,6 +92,9 @@ class Pipeline:
 
 def substitute(value: Any, folders: dict[str, str]) -> Any:
     """`value` with each reference `@{phases.NAME.out}` replaced by `folders[NAME]`, in strings at any depth."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{f.name: substitute(getattr(value, f.name), folders)
+                                             for f in dataclasses.fields(value)})
     if isinstance(value, str):
         return REFERENCE.sub(lambda match: folders[match.group(1)], value)
     if isinstance(value, dict):
@@ -150,7 +155,7 @@ class _Loader:
             phases_raw = {}
         # A reference to a phase resolves to itself, in a spelling that OmegaConf leaves alone from then on.
         scope = {"params": params, "phases": {str(p): {"out": f"@{{phases.{p}.out}}"} for p in phases_raw}}
-        params = self._resolve("params", params, scope)
+        params = scope["params"] = self._resolve("params", params, scope)
         phases = {}
         for phase_name, body in phases_raw.items():
             phase = self._phase(str(phase_name), body, scope, [str(p) for p in phases_raw])
@@ -242,8 +247,8 @@ class _Loader:
             throttle = 0
         if kind is None:
             return None
-        self._structured(f"{key}.with", kind.config, settings)
-        return Phase(name, str(body.get("uses")), needs, settings, array, throttle, resources, kind)
+        config = self._structured(f"{key}.with", kind.config, settings)
+        return Phase(name, str(body.get("uses")), needs, settings, config, array, throttle, resources, kind)
 
     def _resources(self, key: str, resources: Any) -> Request:
         if not isinstance(resources, dict):
@@ -307,6 +312,13 @@ class _Loader:
             if reference not in scope["phases"]:
                 self._problem(key, f"{value!r} refers to no phase {reference!r}{nearest(reference, list(scope['phases']))}")
                 return value.replace("${", "@{")
+        # The two common forms need no OmegaConf: a reference stays as it is, a parameter was resolved before.
+        value = WRITTEN.sub(r"@{phases.\1.out}", value)
+        param = PARAM.match(value)
+        if "${" not in value:
+            return value
+        if param and key.startswith("phases.") and param.group(1) in scope["params"]:
+            return scope["params"][param.group(1)]
         try:
             root = OmegaConf.create({**scope, "leaf": {"value": value}})
             return OmegaConf.to_container(root.leaf, resolve=True)["value"]
@@ -322,8 +334,10 @@ class _Loader:
         if not isinstance(settings, dict):
             self._problem(key, f"{settings!r} is not a mapping")
             return None
-        good = self._typed_keys(key, schema, settings)
-        config = OmegaConf.merge(OmegaConf.structured(schema), good)
+        try:
+            config = OmegaConf.merge(OmegaConf.structured(schema), settings)
+        except OmegaConfBaseException:  # key by key, so that one mistake does not hide the others
+            config = OmegaConf.merge(OmegaConf.structured(schema), self._typed_keys(key, schema, settings))
         for missing in sorted(OmegaConf.missing_keys(config)):
             if missing not in settings:
                 self._problem(f"{key}.{missing}", "missing: this value has no default")

@@ -14,7 +14,7 @@ from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from jobs.artifact import HashCache, Seal, content_digest, key_of
 from jobs.kind import Placement, inputs, keyed_settings, user_module_root
-from jobs.pipeline import DEFAULT_ROLE, Phase, Pipeline, references, substitute, typed_config
+from jobs.pipeline import DEFAULT_ROLE, Phase, Pipeline, references, substitute
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.snapshot import code_digests
 from slurm.detect import Cluster
@@ -120,7 +120,7 @@ class _Planner:
         """External inputs: ({config key: digests in order}, {absolute path: digest}); missing ones are problems."""
         digests: dict[str, list[str]] = {}
         files: dict[str, str] = {}
-        for key, entry, kind in inputs(phase.kind.config, typed_config(phase.kind, phase.settings)):
+        for key, entry, kind in inputs(phase.kind.config, phase.config):
             if references(entry):
                 digests.setdefault(key, []).append(str(entry))  # the upstream's key stands for it
                 continue
@@ -136,8 +136,7 @@ class _Planner:
         return digests, files
 
     def _frozen(self, phase: Phase, digests: dict[str, list[str]], files: dict[str, str]) -> FrozenPhase:
-        config = typed_config(phase.kind, phase.settings)
-        settings = keyed_settings(phase.kind.config, config)
+        settings = keyed_settings(phase.kind.config, phase.config)
         for key, values in digests.items():
             _write_dotted(settings, key, values)
         material = {
@@ -165,7 +164,7 @@ class _Planner:
             seal = self.seals.get(name)
             up = self.planned[name].frozen
             folders[name] = str(seal.folder if seal else self.run.artifact(up).folder)
-        config = typed_config(phase.kind, substitute(frozen.settings, folders))
+        config = substitute(phase.config, folders)
         ranks = resources.ranks_per_node * resources.nodes
         placement = Placement(ranks, resources.nodes, resources.gpus_per_node, phase.elements)
         for problem in phase.kind.check(config, placement):
@@ -247,7 +246,7 @@ def is_hub_name(text: str) -> bool:
 def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings whose existing input paths are absolute: the worker runs in another folder."""
     absolute = {entry: str(Path(entry).expanduser().absolute())
-                for _, entry, _ in inputs(phase.kind.config, typed_config(phase.kind, settings))
+                for _, entry, _ in inputs(phase.kind.config, phase.config)
                 if not references(entry) and Path(entry).expanduser().exists()}
 
     def walk(value: Any) -> Any:
