@@ -30,7 +30,9 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        error.filename = str(path)
+        if error.filename2 is not None:
+            del error.filename2
         raise
 
 
@@ -104,8 +106,8 @@ def create_file(path: Path, data: bytes | str, by_way_of: Optional[Path] = None)
             return os.path.samefile(temporary, path)
         except OSError as error:
             if error.errno in LINK_UNSUPPORTED:
-                raise UserMistake(f"{path.parent} is on a filesystem without hard links ({error.strerror}); put the run "
-                                  "on one that has them") from None
+                raise UserMistake(f"{path.parent} is on a filesystem without hard links ({error.strerror}); "
+                                  "put the run on one that has them") from None
             raise
         finally:
             with contextlib.suppress(OSError):
@@ -158,8 +160,16 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+class TornFile(ValueError):
+    """A file that should hold JSON and does not: cut off by a lost disk, or edited."""
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(Path(path).read_text())
+    """The value in a file. Raises TornFile, FileNotFoundError."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise TornFile(f"{path} is not whole JSON (truncated or edited)") from None
 
 
 def sha256_bytes(data: bytes | str) -> str:

@@ -1,5 +1,6 @@
 """Small tables that the report shows: KEEP/tables/NAME.json = {"title", "columns", "rows"}. Pure Python."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -16,3 +17,12 @@ def write_table(keep: Path, name: str, title: str, columns: Sequence[str], rows:
     durable.write_json(
         folder / f"{name}.json", {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
     )
+
+
+def read_tables(keep: Path) -> dict[str, dict[str, Any]]:
+    """{name: table} of a phase; a torn one is left out."""
+    found = {}
+    for path in sorted((keep / "tables").glob("*.json")):
+        with contextlib.suppress(durable.TornFile, FileNotFoundError):
+            found[path.stem] = durable.read_json(path)
+    return found

@@ -92,7 +92,7 @@ class HashCache:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lease. (attempt, restart) orders owners; host, namespace, pid and start time tell whether one is alive."""
+    """Who holds a lease. (attempt, restart) orders owners; host, namespace, pid and start tell whether one is alive."""
 
     attempt: int
     restart: int
@@ -245,8 +245,8 @@ class Artifact:
     def _refuse_unless_dead(self, element: str, lease: Path, slurm_says_ended: Callable[[str], bool]) -> None:
         holder = Owner.read(lease)
         if holder is None:
-            raise LeaseHeld(f"element {element} is leased to nobody knows whom: {lease} is torn; delete it if no process "
-                            "works on the element, or submit again (a new attempt takes over)")
+            raise LeaseHeld(f"element {element} is leased to nobody knows whom: {lease} is torn; delete it if no "
+                            "process works on the element, or submit again (a new attempt takes over)")
         if not holder.is_dead(slurm_says_ended):
             raise LeaseHeld(f"element {element} is worked on by process {holder.pid} on {holder.host}"
                             + (f", job {holder.job}" if holder.job else ""))

@@ -7,20 +7,22 @@
       local/N/                        the driver's state, where there is no Slurm
       PHASE/logs/aN.INDEX.out         one log an element and attempt
       PHASE/attempts/                 how each attempt ended (Outcome)
+      PHASE/attempts/environment/     SLURM_* as each attempt on Slurm found it
       PHASE/KEY/                      jobs/artifact.py
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from jobs.artifact import Artifact, Seal, read_seal
+from jobs.artifact import Artifact, Owner, Seal, read_seal
 
 
 @dataclass
@@ -97,14 +99,29 @@ class RunFolder:
         durable.write_json(self.submission_folder(number) / "plan.json", plan)
 
     def frozen(self, number: int) -> dict[str, FrozenPhase]:
+        plan = self._frozen_plan(number)
+        try:
+            return {entry["name"]: FrozenPhase(**entry) for entry in plan["phases"]}
+        except (KeyError, TypeError):
+            raise self._torn_plan(number) from None
+
+    def pipeline_name(self, number: int) -> str:
+        return self._frozen_plan(number)["pipeline"]
+
+    def _frozen_plan(self, number: int) -> dict[str, Any]:
         try:
             plan = durable.read_json(self.submission_folder(number) / "plan.json")
         except FileNotFoundError:
             raise UserMistake(f"{self.path}: there is no submission {number} (have {self.submissions()})") from None
-        return {entry["name"]: FrozenPhase(**entry) for entry in plan["phases"]}
+        except ValueError:
+            raise self._torn_plan(number) from None
+        if not isinstance(plan, dict):
+            raise self._torn_plan(number)
+        return plan
 
-    def pipeline_name(self, number: int) -> str:
-        return durable.read_json(self.submission_folder(number) / "plan.json")["pipeline"]
+    def _torn_plan(self, number: int) -> UserMistake:
+        return UserMistake(f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
+                           "that file and submit again: what is sealed stays")
 
     def redirect(self, number: int, phase: str, to: int) -> None:
         """Have a job whose script belongs to submission `number` run `phase` as submission `to` froze it."""
@@ -130,9 +147,10 @@ class RunFolder:
         return read_seal(self.path / phase / key / "seal.json")
 
     def seals(self, phase: str) -> list[Seal]:
-        """All seals of a phase in this run, oldest first."""
+        """All seals of a phase in this run, in the order they were submitted: hosts' clocks may differ."""
         found = [read_seal(path) for path in self.phase_folder(phase).glob("*/seal.json")]
-        return sorted((seal for seal in found if seal), key=lambda seal: seal.content["sealed_at"])
+        return sorted((seal for seal in found if seal),
+                      key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]))
 
     def log_path(self, phase: str, attempt: int, index: int) -> Path:
         return self.phase_folder(phase) / "logs" / f"a{attempt}.{index}.out"
@@ -145,13 +163,25 @@ class RunFolder:
         durable.create_file(folder / name, json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
 
     def outcomes(self, phase: str, attempt: Optional[int] = None) -> list[Outcome]:
-        """Outcomes of a phase, of one attempt or all, in order of time."""
+        """Outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
+
+        Order is that of attempts and restarts, not of the hosts' clocks. A torn file is as good as none.
+        """
         folder = self.phase_folder(phase) / "attempts"
         names = os.listdir(folder) if folder.is_dir() else []
         mine = "" if attempt is None else f".a{attempt}."
         found = []
         for name in names:  # tens of thousands: no Path an element
             if name.endswith(".json") and mine in name and not name.startswith("."):
-                with open(f"{folder}/{name}", "rb") as file:
+                with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
                     found.append(Outcome(**json.loads(file.read())))
-        return sorted(found, key=lambda outcome: outcome.ended)
+        return sorted(found, key=lambda outcome: (outcome.attempt, outcome.restart, outcome.ended))
+
+    def record_environment(self, phase: str, element: int, owner: Owner, environment: Mapping[str, str]) -> None:
+        """What Slurm told an attempt, written when it starts; a few kilobytes, one file an attempt on Slurm."""
+        told = {name: value for name, value in environment.items() if name.startswith("SLURM")}
+        if "SLURM_JOB_ID" not in told:
+            return
+        folder = self.phase_folder(phase) / "attempts" / "environment"
+        folder.mkdir(parents=True, exist_ok=True)
+        durable.write_json(folder / f"{element:04d}.a{owner.attempt}.r{owner.restart}.json", told)

@@ -7,7 +7,10 @@ finds all other elements sealed. Exits 0 only when the element's seal is on disk
 """
 
 import argparse
+import contextlib
+import errno
 import os
+import shutil
 import socket
 import sys
 import time
@@ -15,18 +18,22 @@ import traceback
 from pathlib import Path
 from typing import Any, Optional
 
-from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from data_tools.durable import TornFile
+from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from jobs.artifact import FINISH, Artifact, HashCache, Lease, LeaseHeld, Owner, Seal, Sealed, content_digest, read_seal
 from jobs.kind import PhaseKind, find_kind
 from jobs.pipeline import substitute, typed_config
 from jobs.ranks import Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.secrets import Secrets, reveal
 from jobs.task import Task
+from slurm.profile import load
 
 EXIT_SEALED = 0
 EXIT_FAILED = 1
 EXIT_LEASE_HELD = 3
 EXIT_NO_INPUT = 4  # an upstream phase has no seal
+FULL_BELOW = 1 << 20  # bytes left on the run's filesystem at which a failure is put down to a full disk
 
 
 class UpstreamNotSealed(Exception):
@@ -50,7 +57,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         index = args.index if args.index is not None else int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
         if not 0 <= index < phase.elements:
             raise UserMistake(f"phase {phase.name} has elements 0 to {phase.elements - 1}, not {index}")
-    except UserMistake as mistake:
+    except (UserMistake, TornFile) as mistake:
         print(f"afterok: {mistake}", file=sys.stderr)
         return EXIT_MISTAKE
     rank = rank_from_environment(os.environ, phase.ranks)
@@ -83,6 +90,11 @@ def slurm_says_ended(job: str) -> bool:
         return False
 
 
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        print(f"afterok: {line}", file=sys.stderr, flush=True)
+
+
 class Worker:
     def __init__(self, run: RunFolder, number: int, phases: dict[str, FrozenPhase], phase: FrozenPhase, index: int,
                  rank: Rank):
@@ -92,6 +104,8 @@ class Worker:
         self.started = time.time()
         self.lease: Optional[Lease] = None
         self.upstream: dict[str, Seal] = {}
+        self.secrets = Secrets({})
+        self.revealed = False
 
     def work(self) -> int:
         try:
@@ -100,22 +114,56 @@ class Worker:
             code, message = EXIT_MISTAKE, str(mistake)
         except UpstreamNotSealed as error:
             code, message = EXIT_NO_INPUT, str(error)
+        except TornFile as error:
+            code, message = EXIT_MISTAKE, str(error)
         except Exception as error:
-            traceback.print_exc()
-            code, message = EXIT_FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            code, message = self._failure(error)
+        message = self.secrets.mask(message)
         state = {EXIT_SEALED: "sealed", EXIT_MISTAKE: "mistake", EXIT_LEASE_HELD: "skipped"}.get(code, "failed")
         if code != EXIT_SEALED:
-            print(f"afterok: {self.phase.name}[{self.index}]: {message}", file=sys.stderr, flush=True)
+            _say(f"{self.phase.name}[{self.index}]: {message}")
         if code != EXIT_SEALED or self.rank.rank == 0:
+            self._record_outcome(state, code, message)
+        if code not in (EXIT_SEALED, EXIT_LEASE_HELD):
+            # Other ranks may sit in a collective with this one: leave without waiting for them.
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+        return code
+
+    def _failure(self, error: Exception) -> tuple[int, str]:
+        """A disk's refusal is one line; anything else has its traceback in the log."""
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full and self.lease is not None:
+            # Unsealed, and no later attempt reads it: its room is needed to write down how this one ended.
+            shutil.rmtree(self.lease.folder, ignore_errors=True)
+        refused = disk_problem(error, self.run.path)
+        if refused:
+            return EXIT_MISTAKE, refused
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        # masked whole: cut off or with its white space changed, a value would not be recognised
+        message = f"{type(error).__name__}: {' '.join(self.secrets.mask(str(error)).split())[:500]}"
+        disk = os.statvfs(self.run.path)
+        if disk.f_bavail * disk.f_frsize < FULL_BELOW:  # libraries wrap or lose ENOSPC
+            message += f" ({self.run.path} has no space left)"
+        return EXIT_FAILED, message
+
+    def _record_outcome(self, state: str, code: int, message: str) -> None:
+        try:
             self.run.record_outcome(self.phase.name, Outcome(
                 self.index, self.owner.attempt, self.owner.restart, state, code, message,
                 socket.gethostname(), self.owner.job, self.started))
-        if code not in (EXIT_SEALED, EXIT_LEASE_HELD):
-            # Other ranks may sit in a collective with this one: leave without waiting for them.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        return code
+        except OSError as error:  # the log and the exit code say it all the same
+            _say(f"outcome not recorded: {disk_problem(error) or error}")
+
+    def _reveal_secrets(self) -> None:
+        """The profile's secrets into this rank's environment: after the lease, just before the phase's own code."""
+        if self.revealed:  # the fan-in of a rank that ran an element: a command may print another value each time
+            return
+        self.revealed = True
+        self.secrets = reveal(load(str(self.run.submission_folder(self.number) / "profile.yaml")).env.secrets)
 
     def _work(self) -> tuple[int, str]:
         kind = find_kind(self.phase.uses)
@@ -128,6 +176,7 @@ class Worker:
         if not lease["only_fan_in"]:
             task = self._task(self.index, Path(lease["out"]))
             config = typed_config(kind, substitute(self.phase.settings, lease["folders"]))
+            self._reveal_secrets()
             facts = kind.run(config, task) or {}
             verdicts.all_done()
         else:
@@ -158,11 +207,13 @@ class Worker:
         except UpstreamNotSealed as error:
             return {"exit": EXIT_NO_INPUT, "message": str(error), **nothing}
         self.artifact.sweep(self.lease)
+        self.run.record_environment(self.phase.name, self.index, self.owner, os.environ)
         print(f"{self.phase.name}[{self.index}] attempt {self.owner.attempt}, key {self.phase.key}, "
               f"{self.rank.world_size} rank(s) on {socket.gethostname()}", flush=True)
         return {"exit": None, "message": "", "out": str(self.lease.folder), "folders": folders, "only_fan_in": False}
 
     def _read_upstream(self) -> None:
+        cache = HashCache()
         for name, type_ in self.phase.needs.items():
             up = self.phases[name]
             path = self.run.artifact(up).seal_path
@@ -173,9 +224,8 @@ class Worker:
                 if type_ == "afterany":
                     continue
                 raise UpstreamNotSealed(f"needs {name}, which has no seal at {path}; see `afterok status {self.run.path}`")
-            seal.verify()
+            seal.verify(cache=cache)
             self.upstream[name] = seal
-        cache = HashCache()
         for path, digest in self.phase.inputs.items():
             if not Path(path).exists():
                 raise UserMistake(f"input {path} is gone since it was submitted; restore it and submit again")
@@ -223,6 +273,7 @@ class Worker:
             part.verify()
         config = typed_config(kind, substitute(self.phase.settings, folders))
         keep = self.artifact.folder
+        self._reveal_secrets()
         task = Task(self.phase.name, 0, self.phase.elements, None, lease.folder, keep, 0, 1)
         facts = kind.finish([part.folder for part in parts], config, task) or {}
         self.artifact.seal(lease, self._record(facts) | {"parts": [part.digest for part in parts]})
@@ -232,7 +283,8 @@ class Worker:
             "phase": self.phase.name, "uses": self.phase.uses, "key": self.phase.key, "material": self.phase.material,
             "submission": self.number, "restart": self.owner.restart, "job": self.owner.job,
             "upstream": self._upstream_digests(),
-            "ranks": self.phase.ranks, "started_at": self.started, "facts": facts,
+            "ranks": self.phase.ranks, "started_at": self.started,
+            "facts": self.secrets.mask_in(facts),
         }
 
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from data_tools.durable import TornFile
+from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 
 PACKAGES = ("data_tools", "megatron_ext", "slurm", "jobs", "launchers")
 EXIT_UNFINISHED = 1
@@ -44,6 +45,15 @@ def main(argv: Optional[list[str]] = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_UNFINISHED
+    except TornFile as error:
+        print(f"afterok: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except OSError as error:
+        refused = disk_problem(error)
+        if refused is None:
+            raise
+        print(f"afterok: {refused}", file=sys.stderr)
+        return EXIT_MISTAKE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,13 +146,20 @@ def _plan(args: argparse.Namespace) -> int:
     from launchers.show import console, plan_table
 
     console().print(plan_table(plan))
+    _print_notes(plan)
     return 0
+
+
+def _print_notes(plan: Any) -> None:
+    for note in plan.notes:
+        print(f"afterok: {note}", file=sys.stderr)
 
 
 def _submit(args: argparse.Namespace) -> int:
     from launchers.submit import submit
 
     plan = _make_plan(args)
+    _print_notes(plan)
     return _report_submitted(args, plan, submit(plan, args.dry_run))
 
 
@@ -172,6 +189,7 @@ def _resubmit(args: argparse.Namespace) -> int:
         sys.path.append(frozen["cwd"])
     pipeline = load_pipeline(folder / "pipeline.yaml", frozen["overrides"] + args.overrides)
     plan = make_plan(pipeline, run, find_cluster(pipeline.cluster))
+    _print_notes(plan)
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
 
 
@@ -218,6 +236,7 @@ def _run(args: argparse.Namespace) -> int:
 
     plan = _make_plan(args)
     run: RunFolder = plan.run
+    _print_notes(plan)
     done = submit(plan)
     if not args.json:
         _print_submitted(plan, done)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from data_tools import durable
+from data_tools.mistake import UserMistake
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Ledger:
             try:
                 yield json.loads(line)
             except ValueError:
-                if number != len(lines) - 1:
-                    raise
+                if number != len(lines) - 1:  # an append cuts off what is torn, so this was no accident
+                    where = f"{self.path}:{number + 1}"
+                    raise UserMistake(f"{where} is not JSON (edited?); remove that line, or restore it") from None
 
     def jobs(self) -> list[JobEntry]:
         """Jobs in the order they were submitted, as the last rewiring left them."""

@@ -26,6 +26,8 @@ from slurm.profile import load
 POLL_S = 0.05
 KILL_AFTER_S = 5.0  # between TERM and KILL of a cancelled worker
 START_TIMEOUT_S = 30.0
+SAVE_TIMEOUT_S = 60.0  # how long a driver whose work is over tries to write that down on a full disk
+SAVE_POLL_S = 1.0
 
 
 class LocalBackend:
@@ -145,6 +147,7 @@ class Driver:
         self.children: dict[int, subprocess.Popen] = {}  # position in tasks -> worker
         self.kill_at: dict[int, float] = {}
         self.cancel_all = False
+        self.unsaved = False  # the disk refused the last state.json
 
     def drive(self) -> None:
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -154,9 +157,13 @@ class Driver:
             changed = self._reap()
             changed |= self._cancel()
             changed |= self._start()
-            if changed:
+            if changed or self.unsaved:
                 self._save()
             time.sleep(POLL_S)
+        deadline = time.monotonic() + SAVE_TIMEOUT_S
+        while self.unsaved and time.monotonic() < deadline:
+            time.sleep(SAVE_POLL_S)
+            self._save()
 
     def _on_signal(self, *_: Any) -> None:
         self.cancel_all = True
@@ -238,7 +245,11 @@ class Driver:
 
     def _save(self) -> None:
         driver = Owner.me(self.number, 0).__dict__
-        durable.write_json(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})
+        try:
+            durable.write_json(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})
+            self.unsaved = False
+        except OSError:  # a full disk must not end the driver, and its workers with it: tried again at the next poll
+            self.unsaved = True
 
 
 if __name__ == "__main__":

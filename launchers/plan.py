@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -18,7 +19,8 @@ from jobs.pipeline import DEFAULT_ROLE, Phase, Pipeline, references, substitute
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.snapshot import code_digests
 from slurm.detect import Cluster
-from slurm.profile import Request, Resources, check as check_request, resolve as resolve_request
+from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
+from slurm.profile import resolve as resolve_request
 
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
@@ -49,8 +51,14 @@ class Plan:
     def to_run(self) -> list[PlannedPhase]:
         return [phase for phase in self.phases if phase.action != "reuse"]
 
+    @property
+    def notes(self) -> list[str]:
+        """What leaves the submitter's environment: names, and a warning for what is called a secret there."""
+        return forwarding_notes(self.cluster.profile, os.environ)
+
     def as_json(self) -> dict[str, Any]:
         return {
+            "notes": self.notes,
             "pipeline": self.pipeline.name, "run": str(self.run.path), "cluster": self.cluster.name,
             "phases": [
                 {"phase": p.name, "uses": p.frozen.uses, "key": p.frozen.key, "action": p.action, "reasons": p.reasons,
@@ -88,6 +96,7 @@ class _Planner:
             self.planned[phase.name] = self._phase(phase)
         self.cache.save()
         self._batch()
+        self.problems += forwarding_problems(self.cluster.profile, os.environ)
         if self.problems:
             raise UserMistake(self.problems)
         return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()))
@@ -187,7 +196,7 @@ class _Planner:
             else:
                 planned.reasons = ["never ran in this run"]
             return
-        changed = list(seal.altered(self.verify))
+        changed = list(seal.altered(self.verify, self.cache))
         if changed:
             self.problems.append(Problem("", f"{changed[0]}; restore it, or delete {seal.path} to have {frozen.name} run again"))
             return

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from data_tools.tables import read_tables
 from jobs.artifact import Artifact
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.task import progress_path
@@ -276,8 +277,8 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
         began = min((o.started for o in look.outcomes(phase.name) if o.attempt == seal.content["submission"]),
                     default=seal.content["started_at"])
         return PhaseStatus(phase.name, COMPLETED, phase.elements, phase.elements, seal.content["job"],
-                           seconds=seal.content["sealed_at"] - began, facts=seal.facts, folder=str(seal.folder),
-                           tables={path.stem: json.loads(path.read_text()) for path in (artifact.folder / "tables").glob("*.json")},
+                           seconds=max(0.0, seal.content["sealed_at"] - began),  # two hosts' clocks, for eyes only
+                           facts=seal.facts, folder=str(seal.folder), tables=read_tables(artifact.folder),
                            gpu_hours=used, gpu_hours_lost=lost)
     status = PhaseStatus(phase.name, NOT_SUBMITTED, len(sealed_elements(artifact)), phase.elements,
                          folder=str(artifact.folder), gpu_hours=used, gpu_hours_lost=lost)
@@ -290,12 +291,16 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     newest = max(elements.values(), key=lambda element: element.entry.submission).entry
     status.job = worst.job or newest.job
     status.state, status.reason, status.exit_code = worst.state, worst.reason, worst.exit_code
-    outcome = open_[worst.index].outcome if worst.index in open_ else None
+    if worst.index in open_:
+        outcome = open_[worst.index].outcome
+    else:  # all elements are sealed: what the fan-in said, such as which element's seal is torn
+        failed = [element.outcome for element in elements.values() if element.outcome and element.outcome.state == "mistake"]
+        outcome = max(failed, key=lambda found: (found.attempt, found.restart), default=None)
     if outcome is not None and outcome.state != "sealed" and not status.active:
         status.message, status.exit_code = outcome.message, outcome.exit_code
     status.progress = _progress(artifact.folder, phase, [i for i, task in tasks.items() if task.state == RUNNING])
     outcomes = [element.outcome for element in elements.values() if element.outcome is not None]
-    status.seconds = max(o.ended for o in outcomes) - min(o.started for o in outcomes) if outcomes else None
+    status.seconds = max(0.0, max(o.ended for o in outcomes) - min(o.started for o in outcomes)) if outcomes else None
     return status
 
 

@@ -7,6 +7,7 @@ exists, so that what runs never depends on what the user edits meanwhile (launch
 import contextlib
 import dataclasses
 import os
+import uuid
 from pathlib import Path
 from typing import Iterator, Optional
 
@@ -61,17 +62,32 @@ def submit_lock(run: RunFolder) -> Iterator[None]:
     me = Owner.me(0, 0)
     while not durable.create_file(path, durable.canonical_json(dataclasses.asdict(me))):
         try:
-            holder = Owner(**durable.read_json(path))
+            holder = Owner.read(path)
         except FileNotFoundError:
             continue
+        if holder is None:
+            raise UserMistake(f"{path} is torn: nobody knows who holds it; delete it if nobody is submitting")
         if not holder.is_dead(lambda _: False):
             raise UserMistake(f"{run.path}: process {holder.pid} on {holder.host} is submitting right now; "
                               f"wait for it, or delete {path} if it is gone")
-        path.unlink(missing_ok=True)
+        _remove_lock_of(holder, path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _remove_lock_of(dead: Owner, path: Path) -> None:
+    """Remove the lock of a dead submitter, and not that of a living one who removed it a moment earlier."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if Owner.read(aside) != dead:
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    aside.unlink()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ pay for it.
 
 import dataclasses
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, get_args, get_origin, get_type_hints
@@ -21,6 +23,8 @@ from slurm.client import Slurm, format_minutes, parse_minutes
 STANDARD_ROLES = ("cpu", "train", "generate", "eval")
 KINDS = ("slurm", "local")
 BUILT_IN = Path(__file__).parent / "profiles"
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+REFERENCES = ("file", "cmd", "env")  # where env.secrets may point
 _NOTHING = ("", "null", "~")  # YAML's ways to write no value
 DEFAULT_MINUTES = 24 * 60  # a role's time where neither the admin nor the partition sets a limit
 
@@ -64,13 +68,20 @@ class Role:
 
 @dataclass
 class Env:
-    """What a job's environment is made of, in this order: modules, setup lines, variables."""
+    """What a job's environment is made of, in this order: modules, setup lines, variables, secrets.
+
+    `secrets` maps a variable to where its value lies: "file:~/.wandb_key" and "cmd:pass show hf" are read by the worker
+    on its node (jobs/secrets.py) and are written nowhere. "env:NAME" means NAME of the submitter's environment, which
+    `forward` must list too. It is no secret: Slurm writes the environment that sbatch sends into the controller's
+    StateSaveLocation, the node's spool, and slurmdbd where it has AccountingStoreFlags=job_env (seen with 22.05).
+    """
 
     python: Optional[str] = None  # interpreter of the jobs; None: the one that submits
     setup: List[str] = field(default_factory=list)  # shell lines
     modules: List[str] = field(default_factory=list)
     set: Dict[str, str] = field(default_factory=dict)
     forward: List[str] = field(default_factory=list)  # names of variables taken from the submitter
+    secrets: Dict[str, str] = field(default_factory=dict)  # variable -> file:PATH, cmd:COMMAND or env:NAME
 
 
 @dataclass
@@ -389,10 +400,58 @@ def _meaning(profile: Profile, file: str) -> list[Problem]:
         problems.append(Problem(f"{file}: network.port_range", message))
     if profile.max_array_size is not None and profile.max_array_size < 1:
         problems.append(Problem(f"{file}: max_array_size", f"{profile.max_array_size} is too small; the least is 1"))
+    problems += _environment_problems(profile.env, f"{file}: env")
     if not problems:  # the numbers can be compared only now
         for name in profile.roles:
             problems += check(profile, Request(role=name), f"{file}: roles.{name}")
     return problems
+
+
+def _environment_problems(env: Env, where: str) -> list[Problem]:
+    """No message shows what stands where a reference belongs: it may be the secret itself."""
+    problems = []
+    for name in env.forward:
+        # The list becomes sbatch's --export, where A=value would put a value into the script, and ALL means everything.
+        if not VARIABLE.fullmatch(name) or name in ("ALL", "NONE", "NIL"):
+            message = "an entry is not the name of a variable; write names only, [NAME, ...]"
+            problems.append(Problem(f"{where}.forward", message))
+    for name, reference in env.secrets.items():
+        at = f"{where}.secrets.{name}"
+        kind, _, value = reference.partition(":")
+        if not VARIABLE.fullmatch(name):
+            problems.append(Problem(at, "not the name of a variable"))
+        if kind not in REFERENCES or not value:
+            message = "not a reference; write file:PATH, cmd:COMMAND or env:NAME, never the value itself"
+            problems.append(Problem(at, message))
+        elif kind == "file" and not value.startswith(("/", "~")):
+            problems.append(Problem(at, f"{reference} is relative to nobody knows what; write file:/... or file:~/..."))
+        elif kind == "env" and value not in env.forward:
+            message = f"{reference} is taken from the submitter's environment; list it in env.forward to allow that"
+            problems.append(Problem(at, message))
+        if name in env.set:
+            problems.append(Problem(at, "is in env.set too; remove it there"))
+    return problems
+
+
+def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[str]:
+    """What `plan` and `submit` say of the variables that leave the submitter's environment; names only."""
+    sent = [name for name in profile.env.forward if name in environment]
+    called_secret = [name for name, reference in profile.env.secrets.items() if reference.startswith("env:")]
+    notes = []
+    if sent:
+        notes.append(f"forwarded from your environment into the jobs': {', '.join(sent)} "
+                     f"(profile {profile.meta.name}, env.forward)")
+    if called_secret and profile.kind == "slurm":
+        notes.append(f"warning: {', '.join(called_secret)} will not stay secret: Slurm writes a forwarded variable to "
+                     "its state directory (and to slurmdbd with job_env); name a file: or cmd: in env.secrets instead")
+    return notes
+
+
+def forwarding_problems(profile: Profile, environment: Mapping[str, str]) -> list[Problem]:
+    """Variables that the profile takes from the submitter's environment and that are not there."""
+    names = {reference[4:]: name for name, reference in profile.env.secrets.items() if reference.startswith("env:")}
+    return [Problem("", f"{source} is not set, and profile {profile.meta.name} forwards it (env.secrets.{name}); "
+                    f"export {source} first") for source, name in names.items() if not environment.get(source)]
 
 
 def _time_problem(where: str, time: Optional[str]) -> list[Problem]:

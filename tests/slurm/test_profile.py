@@ -191,3 +191,40 @@ def test_a_profile_from_the_live_cluster_puts_every_role_on_the_default_partitio
 def test_the_schema_is_an_omegaconf_structured_config():
     assert OmegaConf.structured(Profile).network.port_range == [20000, 29999]
     assert {key.name for key in dataclasses.fields(Request)} >= {"role", "nodes", "time", "ranks_per_node"}
+
+
+def test_secrets_are_references_and_freeze_as_such(tmp_path):
+    text = GOOD.replace("env: {", 'env: {secrets: {A: "file:~/.key", B: "cmd:pass show b", C: "env:X"}, forward: [X], ')
+    (tmp_path / "p.yaml").write_text(text)
+    loaded = profile.load(str(tmp_path / "p.yaml"))
+    assert loaded.env.secrets == {"A": "file:~/.key", "B": "cmd:pass show b", "C": "env:X"}
+    (tmp_path / "frozen.yaml").write_text(profile.to_yaml(loaded))
+    assert profile.load(str(tmp_path / "frozen.yaml")) == dataclasses.replace(loaded)
+
+
+def test_what_is_no_reference_is_refused_without_showing_it(tmp_path):
+    found = problems_of(tmp_path, """\
+kind: local
+roles: {cpu: {}}
+env:
+  set: {E: f}
+  forward: [OK, "A=hunter2", ALL]
+  secrets: {A: hunter2, B: "hunter2:x", C: "file:key", D: "env:NOT_LISTED", E: "file:/k",
+            "F=hunter2": "file:/k", G: "cmd:"}
+""")
+    assert "hunter2" not in "".join(found.values())
+    secrets = {f"p.yaml: env.secrets.{name}" for name in ("A", "B", "C", "D", "E", "F=hunter2", "G")}
+    assert set(found) == {"p.yaml: env.forward"} | secrets
+    assert "env.forward to allow" in found["p.yaml: env.secrets.D"] and "relative" in found["p.yaml: env.secrets.C"]
+
+
+def test_forwarding_is_said_by_name_and_a_forwarded_secret_is_warned_of():
+    asked = Profile(env=profile.Env(forward=["MODE", "KEY", "UNSET"], secrets={"TOKEN": "env:KEY", "F": "file:/f"}))
+    asked.meta.name = "site"
+    sent, warning = profile.forwarding_notes(asked, {"MODE": "offline", "KEY": "hunter2"})
+    assert "MODE, KEY (profile site, env.forward)" in sent and "UNSET" not in sent and "hunter2" not in sent + warning
+    assert "TOKEN will not stay secret" in warning and "F" not in warning.split(" will ")[0]
+    assert profile.forwarding_problems(asked, {"KEY": "x"}) == []
+    (problem,) = profile.forwarding_problems(asked, {})
+    assert "export KEY first" in problem.message and "env.secrets.TOKEN" in problem.message
+    assert profile.forwarding_notes(Profile(), {"MODE": "x"}) == []

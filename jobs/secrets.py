@@ -1,0 +1,142 @@
+"""Secrets by reference: a profile names where a value lies, the worker reads it on its node, nothing writes it down.
+
+    file:PATH     a file of the user's that nobody else may read
+    cmd:COMMAND   what a shell command prints
+    env:NAME      a variable forwarded by sbatch. Slurm keeps it in the controller's state directory: no secret
+
+Values go into the environment of the rank that reads them, by setenv(3), which does not show in /proc/PID/environ or
+`ps e`; a child process that the phase starts inherits them, and there they do show (to the same user). What the rank
+prints, and what is recorded of it, has the values masked; what libraries write past Python's sys.stdout is not.
+"""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, MutableMapping, TextIO
+
+from data_tools.mistake import UserMistake
+
+COMMAND_LIMIT_S = 60.0
+FILE_LIMIT = 1 << 16  # bytes; a larger file is no key
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
+WHOLE_LINES = 8  # characters from which one line of a secret of several lines is masked on its own
+
+
+class Secrets:
+    """The values a rank holds, by variable. `mask` takes them out of a text."""
+
+    def __init__(self, values: Mapping[str, str]):
+        self._values = dict(values)
+        spelled = [(text, name) for name, value in self._values.items() for text in _spellings(value)]
+        # the longest first: a value that is part of another one must not leave the rest of it
+        self._spelled = sorted(spelled, key=lambda pair: -len(pair[0]))
+
+    def __repr__(self) -> str:
+        return f"Secrets({', '.join(self._values)})"  # never a value, in no traceback
+
+    def put_into(self, environment: MutableMapping[str, str]) -> None:
+        environment.update(self._values)
+
+    def mask(self, text: str) -> str:
+        for value, name in self._spelled:
+            text = text.replace(value, f"***{name}***")
+        return text
+
+    def mask_in(self, value: Any) -> Any:
+        """`value`, plain data as JSON has it, with all its texts masked."""
+        if isinstance(value, str):
+            return self.mask(value)
+        if isinstance(value, dict):
+            return {self.mask_in(key): self.mask_in(item) for key, item in value.items()}
+        return [self.mask_in(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def mask_stream(self, stream: TextIO) -> None:
+        """Mask what is printed from now on. On the object itself: log handlers hold on to it."""
+        if self._values:
+            write = stream.write
+            stream.write = lambda text: write(self.mask(text)) and len(text)  # type: ignore[method-assign]
+
+
+def _spellings(value: str) -> set[str]:
+    """How a value may stand in a text: as it is, escaped by repr, JSON or a URL, and each long line of several."""
+    lines = [line for line in value.splitlines() if len(line) >= WHOLE_LINES]
+    return {value, repr(value)[1:-1], json.dumps(value)[1:-1], urllib.parse.quote(value, safe=""),
+            urllib.parse.quote(value), *lines}
+
+
+def read_secrets(references: Mapping[str, str], environment: Mapping[str, str]) -> Secrets:
+    """The values of {variable: reference}. Raises UserMistake, which never holds a value."""
+    return Secrets({name: _value(name, reference, environment) for name, reference in references.items()})
+
+
+def reveal(references: Mapping[str, str]) -> Secrets:
+    """Read the secrets into this process's environment, and mask them in what it prints from now on."""
+    secrets = read_secrets(references, os.environ)
+    for stream in (sys.stdout, sys.stderr):
+        secrets.mask_stream(stream)
+    secrets.put_into(os.environ)
+    return secrets
+
+
+def _value(name: str, reference: str, environment: Mapping[str, str]) -> str:
+    kind, _, where = reference.partition(":")
+    read = {"file": _file, "cmd": _command}.get(kind)
+    data = read(name, where) if read else environment.get(where, "").encode()
+    try:
+        value = data.decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise UserMistake(f"secret {name}: what {reference} holds is not UTF-8 text") from None
+    if not value:
+        remedy = f"export {where} before you submit" if kind == "env" else "write the value there"
+        raise UserMistake(f"secret {name}: {reference} is empty; {remedy}")
+    if "\0" in value:
+        raise UserMistake(f"secret {name}: what {reference} holds has a NUL byte, which no variable can")
+    return value
+
+
+def _file(name: str, where: str) -> bytes:
+    path = Path(where).expanduser()
+    host = os.uname().nodename
+    try:
+        # Not blocking: a FIFO of that name must not hang the job. The mode is that of what was opened.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserMistake(f"secret {name}: {path} on {host}: {error.strerror}; write the value there and "
+                          f"`chmod 600 {path}`") from None
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserMistake(f"secret {name}: {path} is not a file")
+        if status.st_mode & OTHERS:
+            raise UserMistake(f"secret {name}: {path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}): "
+                              f"chmod 600 {path}")
+        if status.st_size > FILE_LIMIT:
+            raise UserMistake(f"secret {name}: {path} has {status.st_size:,} bytes; the most is {FILE_LIMIT:,}")
+        return os.read(handle, FILE_LIMIT)
+    finally:
+        os.close(handle)
+
+
+def _command(name: str, command: str) -> bytes:
+    """What the command prints. What it says on stderr is not shown: it may hold the value (`set -x`)."""
+    process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        out, _ = process.communicate(timeout=COMMAND_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        ending = f"did not end within {COMMAND_LIMIT_S:g} s"
+    else:
+        if process.returncode == 0:
+            return out
+        ending = f"ended with exit code {process.returncode}"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    raise UserMistake(f"secret {name}: `{command}` on {os.uname().nodename} {ending}; run it there by hand to see why")

@@ -1,0 +1,31 @@
+"""A phase kind for tests: uses a variable of its environment, and can be as careless with it as code is."""
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs.task import Task
+
+
+@dataclass
+class Config:
+    variables: list[str] = field(default_factory=list)
+    leak: str = field(default="", metadata={"keyed": False})  # print, error, facts
+    seconds: float = field(default=0.0, metadata={"keyed": False})
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    values = [os.environ[name] for name in config.variables]
+    if config.leak == "print":
+        print("the environment:", dict(os.environ), flush=True)
+    if config.leak == "error":
+        raise RuntimeError(f"401 Unauthorized: https://example.org/?key={values[0]} {values!r}")
+    for _ in range(int(config.seconds * 20)):
+        time.sleep(0.05)
+        if (task.keep / "enough").exists():
+            break
+    if task.rank == 0:
+        (task.out / "digests.txt").write_text("".join(hashlib.sha256(v.encode()).hexdigest() + "\n" for v in values))
+    return {"said": values if config.leak == "facts" else []}
