@@ -201,6 +201,23 @@ def test_an_owner_that_is_replaced_while_it_hashes_can_no_longer_seal(tmp_path, 
     assert list(read_seal(artifact.seal_path).altered(rehash=True)) == []
 
 
+def test_an_owner_that_seals_while_it_is_replaced_stays_sealed(tmp_path, monkeypatch):
+    artifact = Artifact(tmp_path / "KEY")
+    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    (late.folder / "f.txt").write_text("late")
+    monkeypatch.setattr(artifact, "still_mine", lambda lease: True)  # it looked before the newer lease was there
+    real_revoke = artifact._revoke
+
+    def revoke(element, name):
+        assert artifact.seal(late, {"key": "k"})
+        real_revoke(element, name)
+
+    monkeypatch.setattr(artifact, "_revoke", revoke)
+    with pytest.raises(Sealed):
+        artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+    assert list(read_seal(artifact.seal_path).altered(rehash=True)) == []
+
+
 def _seal_while_taken_over(folder, start):
     artifact = Artifact(folder)
     lease = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)

@@ -89,8 +89,10 @@ def test_a_value_is_used_but_in_no_file_of_the_run_whatever_the_phase_does_with_
     assert "Traceback" in log and "?key=***FROM_FILE***" in log and "401 Unauthorized" in done.stderr
     assert "***FROM_FILE***" in RunFolder(planted.run).outcomes("use")[0].message
     assert not planted.found_in(done.stdout + done.stderr)
+    done = afterok("run", planted.pipeline, cluster, "use.with.leak=mistake", "--run", planted.run, check=2)
+    assert "key ***FROM_FILE*** is refused" in one_line(done)
     afterok("run", planted.pipeline, cluster, "use.with.leak=print", "--run", planted.run)
-    assert "***FROM_COMMAND***" in (planted.run / "use/logs/a2.0.out").read_text()
+    assert "***FROM_COMMAND***" in (planted.run / "use/logs/a3.0.out").read_text()
     assert planted.used("FROM_FILE", "FROM_COMMAND")
     next(planted.run.glob("use/*/seal.json")).unlink()
     afterok("run", planted.pipeline, cluster, "use.with.leak=facts", "--run", planted.run)

@@ -6,13 +6,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_tools.mistake import UserMistake
 from jobs.task import Task
 
 
 @dataclass
 class Config:
     variables: list[str] = field(default_factory=list)
-    leak: str = field(default="", metadata={"keyed": False})  # print, error, facts
+    leak: str = field(default="", metadata={"keyed": False})  # print, error, mistake, facts
     seconds: float = field(default=0.0, metadata={"keyed": False})
 
 
@@ -22,6 +23,8 @@ def run(config: Config, task: Task) -> dict[str, Any]:
         print("the environment:", dict(os.environ), flush=True)
     if config.leak == "error":
         raise RuntimeError(f"401 Unauthorized: https://example.org/?key={values[0]} {values!r}")
+    if config.leak == "mistake":
+        raise UserMistake(f"key {values[0]} is refused; get another")
     for _ in range(int(config.seconds * 20)):
         time.sleep(0.05)
         if (task.keep / "enough").exists():
