@@ -36,8 +36,16 @@ def _line(run: RunFolder) -> RunLine:
         return RunLine(run.name, str(run.path), "", 0, "nothing submitted", 0, 0, _changed(run))
     phases = run.frozen(numbers[-1])
     sealed = sum(run.artifact(phase).seal_path.exists() for phase in phases.values())
-    return RunLine(run.name, str(run.path), run.pipeline_name(numbers[-1]), len(numbers), _state(run, sealed, len(phases)),
-                   sealed, len(phases), _changed(run))
+    return RunLine(
+        run.name,
+        str(run.path),
+        run.pipeline_name(numbers[-1]),
+        len(numbers),
+        _state(run, sealed, len(phases)),
+        sealed,
+        len(phases),
+        _changed(run),
+    )
 
 
 def _state(run: RunFolder, sealed: int, phases: int) -> str:
@@ -57,6 +65,11 @@ def _state(run: RunFolder, sealed: int, phases: int) -> str:
 
 def _changed(run: RunFolder) -> float:
     """Folders' times tell of every file made in them; logs that grow are not looked at."""
-    places = [run.ledger, *run.path.glob("*/attempts"), *run.path.glob("*/*/leases"), *run.path.glob("*/*/seals"),
-              *run.path.glob("*/*/seal.json")]
+    places = [
+        run.ledger,
+        *run.path.glob("*/attempts"),
+        *run.path.glob("*/*/leases"),
+        *run.path.glob("*/*/seals"),
+        *run.path.glob("*/*/seal.json"),
+    ]
     return max(place.stat().st_mtime for place in places if place.exists())

@@ -61,14 +61,19 @@ def status_table(status: RunStatus):
     for phase in status.phases:
         detail = phase.message or progress_text(phase) or phase.reason or headline(phase.facts)
         hours = [_hours(phase.gpu_hours), _hours(phase.gpu_hours_lost)] if gpus else []
-        rows.append([phase.phase, phase.state, f"{phase.sealed}/{phase.elements}", phase.job, format_seconds(phase.seconds),
-                     *hours, detail])
+        rows.append([phase.phase, phase.state, f"{phase.sealed}/{phase.elements}", phase.job,
+                     format_seconds(phase.seconds), *hours, detail])
     columns = ["phase", "state", "sealed", "job", "took", *(["GPU-h", "lost"] if gpus else []), ""]
     return table(columns, rows, f"{status.run}, submission {status.submission}")
 
 
 def _hours(value: Optional[float]) -> str:
-    return "" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.01 or not value else f"{value:.2g}"
+    """0.0031, 0.42, 7.10, 1,234.5: few digits, but never 0.00 for what is not nothing."""
+    if value is None:
+        return ""
+    if value >= 10:
+        return f"{value:,.1f}"
+    return f"{value:.2f}" if value >= 0.01 or not value else f"{value:.2g}"
 
 
 def runs_table(runs: list[RunLine]):

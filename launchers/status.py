@@ -254,9 +254,10 @@ def run_status(run: RunFolder) -> RunStatus:
 def sealed_elements(artifact: Artifact) -> set[int]:
     """Elements with a seal of their own, by one listing of the folder."""
     try:
-        return {int(name[:-5]) for name in os.listdir(artifact.folder / "seals") if name[:-5].isdigit() and name.endswith(".json")}
+        names = os.listdir(artifact.folder / "seals")
     except FileNotFoundError:
         return set()
+    return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
 
 
 def open_elements(look: Look, phase: FrozenPhase) -> dict[int, Element]:
@@ -305,7 +306,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
 
 
 def _worst(open_tasks: list[TaskState]) -> TaskState:
-    """The element to speak for the phase: what still goes on first, else a failure, then what waits or was cancelled."""
+    """The element to speak for the phase: what goes on first, else a failure, then what waits or was cancelled."""
     order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, PENDING: 4, CANCELLED: 5}
     if not open_tasks:
         return TaskState("", -1, FAILED, "all elements are sealed, their fan-in is not; submit again")
@@ -391,7 +392,8 @@ def spans(look: Look, name: str, now: Optional[float] = None) -> list[Span]:
         phase, outcome, entry = asked[attempt], outcomes.get(life), entries.get((element, attempt))
         requeued_at = leases.get(following) if following is not None and following[:2] == life[:2] else None
         task = look.states.get((entry.job, element)) if entry else None
-        running = outcome is None and requeued_at is None and task is not None and task.state in ACTIVE_STATES - {PENDING}
+        newest = outcome is None and requeued_at is None
+        running = newest and task is not None and task.state in ACTIVE_STATES - {PENDING}
         started = outcome.started if outcome else leases[life]
         if outcome is not None:
             ended = outcome.ended

@@ -54,6 +54,7 @@ class Cause(StrEnum):
     NO_INPUT = "missing input"
     LEASE_HELD = "lease held by another"
     CANCELLED = "cancelled"
+    STOPPED = "stopped"  # when asked to, at a checkpoint, and not started again
     UPSTREAM = "upstream not sealed"
     NEVER_STARTS = "cannot start"
     WAITING = "waiting"  # nothing is wrong
@@ -150,11 +151,25 @@ STUCK = {
     "launch failed requeued held": "its launch failed on a node and it is held; `scontrol release` tries again",
     "DeadLine": "it cannot end before its deadline; submit again without one",
 }
-STUCK_PATTERN = re.compile(r"(QOS|Assoc)(Max\w*PerJob\w*|Max\w*PerNode\w*|Max\w*Wall\w*|Min\w*|Grp\w*(Minutes|Wall)\w*|\w*TimeLimit)"
-                           r"|AccountingPolicy")
+STUCK_PATTERN = re.compile(
+    r"(QOS|Assoc)(Max\w*PerJob\w*|Max\w*PerNode\w*|Max\w*Wall\w*|Min\w*|Grp\w*(Minutes|Wall)\w*|\w*TimeLimit)"
+    r"|AccountingPolicy"
+)
 OWN_LIMIT = re.compile(r"(QOS|Assoc)(Max|Grp)\w*")
-PLAIN_WAIT = {"", "None", "Priority", "Resources", "Dependency", "BeginTime", "JobArrayTaskLimit", "Cleaning", "Licenses",
-              "Reservation", "Prolog", "WaitingForScheduling"}
+PLAIN_WAIT = {
+    "",
+    "None",
+    "Priority",
+    "Resources",
+    "Dependency",
+    "BeginTime",
+    "JobArrayTaskLimit",
+    "Cleaning",
+    "Licenses",
+    "Reservation",
+    "Prolog",
+    "WaitingForScheduling",
+}
 PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
 TIME_LINE = re.compile(r"DUE TO TIME LIMIT")
 NODE_LINE = re.compile(r"DUE TO NODE FAILURE|Node failure on \S+|launch failed on node|\bNODE_FAIL\b", re.IGNORECASE)
@@ -165,34 +180,59 @@ def _still_waits(e: Evidence) -> Optional[Diagnosis]:
         return None
     if e.reason == NEVER:
         return _upstream(e)
-    said = f"Slurm says {e.state}" + (f", reason {e.reason}" if e.reason else "") if e.on_slurm else f"{e.state} {e.reason}".strip()
+    said = (
+        f"Slurm says {e.state}" + (f", reason {e.reason}" if e.reason else "")
+        if e.on_slurm
+        else f"{e.state} {e.reason}".strip()
+    )
     if e.state in ("REQUEUE_HOLD", "SPECIAL_EXIT"):
-        return Diagnosis(Cause.NEVER_STARTS, "was requeued and is held", said,
-                         f"see its log, then `scontrol release {e.job}`, or `afterok cancel` and submit again")
+        return Diagnosis(
+            Cause.NEVER_STARTS,
+            "was requeued and is held",
+            said,
+            f"see its log, then `scontrol release {e.job}`, or `afterok cancel` and submit again",
+        )
     if e.reason in STUCK:
         return Diagnosis(Cause.NEVER_STARTS, "will not start by itself", said, STUCK[e.reason])
     if STUCK_PATTERN.fullmatch(e.reason):
-        return Diagnosis(Cause.NEVER_STARTS, "will not start by itself", said,
-                         "one job alone is over a limit of your QOS or account (`sacctmgr show qos`); ask for less")
+        return Diagnosis(
+            Cause.NEVER_STARTS,
+            "will not start by itself",
+            said,
+            "one job alone is over a limit of your QOS or account (`sacctmgr show qos`); ask for less",
+        )
     if e.state == RUNNING:
         return Diagnosis(Cause.WAITING, "runs", said, "nothing is wrong")
     if e.state == "SUSPENDED":
         return Diagnosis(Cause.WAITING, "is suspended", said, "it goes on when Slurm resumes it")
     if e.reason not in PLAIN_WAIT and e.reason.startswith(("ReqNodeNotAvail", "Nodes required", "Nodes_required")):
-        return Diagnosis(Cause.WAITING, "waits for nodes that are down, drained or reserved", said,
-                         "it starts when they are back; `sinfo -R` says why they are away")
+        return Diagnosis(
+            Cause.WAITING,
+            "waits for nodes that are down, drained or reserved",
+            said,
+            "it starts when they are back; `sinfo -R` says why they are away",
+        )
     if OWN_LIMIT.fullmatch(e.reason):
-        return Diagnosis(Cause.WAITING, "waits at a limit of your QOS or account", said, "it starts as other jobs of the limit end")
-    requeued = e.find(PREEMPTED_LINE) or e.find(NODE_LINE)
+        return Diagnosis(
+            Cause.WAITING, "waits at a limit of your QOS or account", said, "it starts as other jobs of the limit end"
+        )
+    stopped = e.message if e.outcome is not None and e.outcome.state == "stopped" else ""
+    requeued = stopped or e.find(PREEMPTED_LINE) or e.find(NODE_LINE)
     if requeued and e.reason in ("", "None", "BeginTime", "Resources", "Priority"):
-        return Diagnosis(Cause.WAITING, "was interrupted and waits to start again", requeued, "nothing: Slurm requeued it")
+        return Diagnosis(
+            Cause.WAITING, "was interrupted and waits to start again", requeued, "nothing: it was requeued"
+        )
     return Diagnosis(Cause.WAITING, "waits", said, "nothing is wrong")
 
 
 def _upstream(e: Evidence) -> Diagnosis:
     names = " and ".join(e.upstream) or "a phase"
-    return Diagnosis(Cause.UPSTREAM, f"can never start: it needs {names}, which did not end sealed", f"reason {NEVER}",
-                     f"cure {names}, then `afterok submit` or `afterok resubmit` takes it along")
+    return Diagnosis(
+        Cause.UPSTREAM,
+        f"can never start: it needs {names}, which did not end sealed",
+        f"reason {NEVER}",
+        f"cure {names}, then `afterok submit` or `afterok resubmit` takes it along",
+    )
 
 
 # -- what Slurm itself says ---------------------------------------------------------------------------------------
@@ -203,14 +243,26 @@ def _ended_by_slurm(e: Evidence) -> Optional[Diagnosis]:
     time_line, preempted_line, node_line = e.find(TIME_LINE), e.find(PREEMPTED_LINE), e.find(NODE_LINE)
     if e.state in ("TIMEOUT", "DEADLINE") or (time_line and e.state not in ("PREEMPTED", "NODE_FAIL")):
         had = f"its {format_minutes(e.asked_minutes)} time limit" if e.asked_minutes else "its time limit"
-        return Diagnosis(Cause.TIME_LIMIT, f"ran into {had}", time_line or said,
-                         f"raise {e.phase}.resources.time; what has checkpoints goes on from the newest when submitted again")
+        return Diagnosis(
+            Cause.TIME_LIMIT,
+            f"ran into {had}",
+            time_line or said,
+            f"raise {e.phase}.resources.time; what has checkpoints goes on from the newest when submitted again",
+        )
     if e.state == "PREEMPTED" or (preempted_line and e.state in (CANCELLED, FAILED, UNKNOWN)):
-        return Diagnosis(Cause.PREEMPTED, "was preempted by a job of higher priority", preempted_line or said,
-                         "submit again (checkpoints are kept), or choose a partition that is not preempted")
+        return Diagnosis(
+            Cause.PREEMPTED,
+            "was preempted by a job of higher priority",
+            preempted_line or said,
+            "submit again (checkpoints are kept), or choose a partition that is not preempted",
+        )
     if e.state in ("NODE_FAIL", "BOOT_FAIL") or (node_line and e.state in (CANCELLED, FAILED, UNKNOWN)):
         node = guilty_node(e)
-        what = f"lost node {node}" if node else f"lost a node of {e.row.nodelist}" if e.row and e.row.nodelist else "lost a node"
+        what = (
+            f"lost node {node}"
+            if node
+            else f"lost a node of {e.row.nodelist}" if e.row and e.row.nodelist else "lost a node"
+        )
         tell = f", and tell the admin about {node}" if node else ""
         return Diagnosis(Cause.NODE, what, node_line or said, f"submit again (checkpoints are kept){tell}", node)
     if e.state == "OUT_OF_MEMORY":
@@ -240,12 +292,19 @@ def _never_ran(e: Evidence) -> Optional[Diagnosis]:
 
 def _no_log_folder(e: Evidence) -> Optional[Diagnosis]:
     no_output = e.row is not None and e.row.exit_signal == SIGNAL_NO_OUTPUT
-    if e.outcome is None and e.on_slurm and e.state not in ACTIVE_STATES and (
-            no_output or (e.reason == "JobLaunchFailure" and not e.log_folder_exists)):
+    if (
+        e.outcome is None
+        and e.on_slurm
+        and e.state not in ACTIVE_STATES
+        and (no_output or (e.reason == "JobLaunchFailure" and not e.log_folder_exists))
+    ):
         folder = str(Path(e.log_path).parent)
-        return Diagnosis(Cause.NO_LOG_FOLDER, "did not start: Slurm could not open its log",
-                         f"exit code 0:{SIGNAL_NO_OUTPUT}" if no_output else f"reason {e.reason}",
-                         f"see that {folder} exists and is writable on the compute nodes, then submit again")
+        return Diagnosis(
+            Cause.NO_LOG_FOLDER,
+            "did not start: Slurm could not open its log",
+            f"exit code 0:{SIGNAL_NO_OUTPUT}" if no_output else f"reason {e.reason}",
+            f"see that {folder} exists and is writable on the compute nodes, then submit again",
+        )
     return None
 
 
@@ -254,24 +313,36 @@ def _no_log_folder(e: Evidence) -> Optional[Diagnosis]:
 
 def _said_by_worker(e: Evidence) -> Optional[Diagnosis]:
     if e.code == EXIT_MISTAKE and e.outcome is not None:
-        return Diagnosis(Cause.MISTAKE, "was stopped by a mistake in its input", e.message, "correct it and submit again")
+        return Diagnosis(
+            Cause.MISTAKE, "was stopped by a mistake in its input", e.message, "correct it and submit again"
+        )
     if e.code == EXIT_NO_INPUT and e.outcome is not None:
-        return Diagnosis(Cause.NO_INPUT, "found no sealed input", e.message,
-                         f"seal {' and '.join(e.upstream) or 'what it needs'} first: `afterok submit` runs what is missing")
+        return Diagnosis(
+            Cause.NO_INPUT,
+            "found no sealed input",
+            e.message,
+            f"seal {' and '.join(e.upstream) or 'what it needs'} first: `afterok submit` runs what is missing",
+        )
     return None
 
 
 # -- what the log shows -------------------------------------------------------------------------------------------
 
-GPU_MEMORY_LINE = re.compile(r"torch(\.cuda)?\.OutOfMemoryError|\bOutOfMemoryError: |(CUDA|HIP) out of memory|CUDA error: out of memory"
-                             r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED")
-HOST_MEMORY_LINE = re.compile(r"oom[-_]kill|\bOOM Killed\b|Out Of Memory|[Ee]xceeded (job |step )?memory limit|being killed.*memory"
-                              r"|\bMemoryError\b|can't allocate memory|std::bad_alloc|Cannot allocate memory")
+GPU_MEMORY_LINE = re.compile(
+    r"torch(\.cuda)?\.OutOfMemoryError|\bOutOfMemoryError: |(CUDA|HIP) out of memory|CUDA error: out of memory"
+    r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED"
+)
+HOST_MEMORY_LINE = re.compile(
+    r"oom[-_]kill|\bOOM Killed\b|Out Of Memory|[Ee]xceeded (job |step )?memory limit|being killed.*memory"
+    r"|\bMemoryError\b|can't allocate memory|std::bad_alloc|Cannot allocate memory"
+)
 COLLECTIVE_LINE = re.compile(
-    r"Watchdog caught collective operation timeout|ProcessGroupNCCL.*[Tt]imeout|NCCL (error|timeout)|ncclRemoteError|DistBackendError"
-    r"|Timed out (waiting|after) .*ms|Timed out initializing process group|wait timeout after \d+ms|Connection closed by peer"
-    r"|Connection reset by peer|Socket Timeout|DistStoreError|DistNetworkError|Broken pipe.*(?:gloo|TCPStore)|failed to recv, got 0 bytes"
-    r"|Connection was likely closed|monitoredBarrier")
+    r"Watchdog caught collective operation timeout|ProcessGroupNCCL.*[Tt]imeout|NCCL (error|timeout)|ncclRemoteError"
+    r"|DistBackendError|DistStoreError|DistNetworkError|Socket Timeout|Broken pipe.*(?:gloo|TCPStore)"
+    r"|Timed out (waiting|after) .*ms|Timed out initializing process group|wait timeout after \d+ms"
+    r"|Connection closed by peer|Connection reset by peer|failed to recv, got 0 bytes"
+    r"|Connection was likely closed|monitoredBarrier"
+)
 KILLED_TASK = re.compile(r"Killed|Segmentation fault|Aborted|Bus error|Illegal instruction", re.IGNORECASE)
 
 
@@ -279,16 +350,25 @@ def _gpu_memory(e: Evidence) -> Optional[Diagnosis]:
     line = e.find(GPU_MEMORY_LINE)
     if not line:
         return None
-    return Diagnosis(Cause.GPU_MEMORY, "ran out of GPU memory", line,
-                     f"lower what one GPU holds (micro-batch, pack length, recomputation), or spread {e.phase} over more GPUs")
+    return Diagnosis(
+        Cause.GPU_MEMORY,
+        "ran out of GPU memory",
+        line,
+        f"lower what one GPU holds (micro-batch, pack length, recomputation), or spread {e.phase} over more GPUs",
+    )
 
 
 def _host_memory(e: Evidence, line: str, certain: bool = True) -> Diagnosis:
     had = f" above {e.asked_memory}" if e.asked_memory else ""
     if certain:
         return Diagnosis(Cause.HOST_MEMORY, "ran out of host memory", line, f"raise {e.phase}.resources.mem_gib{had}")
-    return Diagnosis(Cause.HOST_MEMORY, "was killed by signal 9 without a word, most likely out of host memory", line,
-                     f"raise {e.phase}.resources.mem_gib{had} unless somebody killed it (the node's `dmesg` tells)", certain=False)
+    return Diagnosis(
+        Cause.HOST_MEMORY,
+        "was killed by signal 9 without a word, most likely out of host memory",
+        line,
+        f"raise {e.phase}.resources.mem_gib{had} unless somebody killed it (the node's `dmesg` tells)",
+        certain=False,
+    )
 
 
 def _host_memory_in_log(e: Evidence) -> Optional[Diagnosis]:
@@ -317,13 +397,20 @@ def _exception(e: Evidence) -> Optional[Diagnosis]:
 
 
 def _code(e: Evidence, error: str, place: str) -> Diagnosis:
-    return Diagnosis(Cause.CODE, "raised an exception" + (f" at {place}" if place else ""), error,
-                     f"correct the code and submit again; the traceback is in {e.log_path or 'its log'}")
+    return Diagnosis(
+        Cause.CODE,
+        "raised an exception" + (f" at {place}" if place else ""),
+        error,
+        f"correct the code and submit again; the traceback is in {e.log_path or 'its log'}",
+    )
 
 
 def _same_error(error: str, message: str) -> bool:
     """Whether a traceback's last line is the exception of the worker's message (whose module path is left out)."""
-    return error.rpartition(".")[2].startswith(message.partition(":")[0]) or message.partition(":")[0] in error.partition(":")[0]
+    return (
+        error.rpartition(".")[2].startswith(message.partition(":")[0])
+        or message.partition(":")[0] in error.partition(":")[0]
+    )
 
 
 def _signal_of_code(code: Optional[int]) -> int:
@@ -353,25 +440,38 @@ def _killed(e: Evidence) -> Optional[Diagnosis]:
         name = f"signal {number}"
     if e.find(COLLECTIVE_LINE):  # NCCL's watchdog ends its process with SIGABRT
         return None
-    return Diagnosis(Cause.CODE, f"crashed with {name}" + (f" on {node}" if node else ""), line or code,
-                     f"see the last lines of {e.log_path or 'its log'}", node)
+    return Diagnosis(
+        Cause.CODE,
+        f"crashed with {name}" + (f" on {node}" if node else ""),
+        line or code,
+        f"see the last lines of {e.log_path or 'its log'}",
+        node,
+    )
 
 
 def _lease_held(e: Evidence) -> Optional[Diagnosis]:
     """After what the log shows: a twin started by hand may have been the first to leave a word."""
     if e.outcome is None or e.outcome.exit_code != EXIT_LEASE_HELD:
         return None
-    return Diagnosis(Cause.LEASE_HELD, "left the work to another", e.message,
-                     "nothing if that one runs; if it is dead, submit again (a new attempt takes over)")
+    return Diagnosis(
+        Cause.LEASE_HELD,
+        "left the work to another",
+        e.message,
+        "nothing if that one runs; if it is dead, submit again (a new attempt takes over)",
+    )
 
 
 def _collective(e: Evidence) -> Optional[Diagnosis]:
     line = e.find(COLLECTIVE_LINE)
     if not line:
         return None
-    return Diagnosis(Cause.COLLECTIVE, "broke in a collective: a rank waited in vain for its peers", line,
-                     "look in the log for the rank that stopped first; if none did, submit again (checkpoints are kept), and look at "
-                     "the network if it comes back")
+    return Diagnosis(
+        Cause.COLLECTIVE,
+        "broke in a collective: a rank waited in vain for its peers",
+        line,
+        "look in the log for the rank that stopped first; if none did, submit again (checkpoints are kept), and see "
+        "the network if it comes back",
+    )
 
 
 # -- what is left -------------------------------------------------------------------------------------------------
@@ -380,8 +480,12 @@ def _collective(e: Evidence) -> Optional[Diagnosis]:
 def _driver_gone(e: Evidence) -> Optional[Diagnosis]:
     if "local driver is gone" not in e.reason:
         return None
-    return Diagnosis(Cause.DRIVER_GONE, "ended with the process that drove the local run", e.reason,
-                     "submit again: what is sealed stays, what has checkpoints goes on")
+    return Diagnosis(
+        Cause.DRIVER_GONE,
+        "ended with the process that drove the local run",
+        e.reason,
+        "submit again: what is sealed stays, what has checkpoints goes on",
+    )
 
 
 CANCELLED_LINE = re.compile(r"slurmstepd.*: error: \*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT (?!.* DUE TO )")
@@ -396,21 +500,42 @@ def _cancelled(e: Evidence) -> Optional[Diagnosis]:
     return Diagnosis(Cause.CANCELLED, "was cancelled", who, "submit again to run it")
 
 
+def _stopped(e: Evidence) -> Optional[Diagnosis]:
+    if e.outcome is None or e.outcome.state != "stopped":
+        return None
+    return Diagnosis(
+        Cause.STOPPED, "was asked to stop and did", e.message, "submit again: it goes on from its newest checkpoint"
+    )
+
+
 def _lost(e: Evidence) -> Optional[Diagnosis]:
     if e.reason == NO_SEAL:
-        return Diagnosis(Cause.LOST, "ended as COMPLETED, but there is no seal", _last_line(e) or e.reason,
-                         f"see {e.log_path or 'its log'} (was its script changed? does the filesystem lag?), then submit again")
+        return Diagnosis(
+            Cause.LOST,
+            "ended as COMPLETED, but there is no seal",
+            _last_line(e) or e.reason,
+            f"see {e.log_path or 'its log'} (was its script changed? does the filesystem lag?), then submit again",
+        )
     if e.state != UNKNOWN:
         return None
-    return Diagnosis(Cause.LOST, "is lost: neither the queue nor a seal nor its worker's last word knows what became of it",
-                     _last_line(e) or f"job {e.job} wrote no log", "submit again: only what is missing runs")
+    return Diagnosis(
+        Cause.LOST,
+        "is lost: neither the queue nor a seal nor its worker's last word knows what became of it",
+        _last_line(e) or f"job {e.job} wrote no log",
+        "submit again: only what is missing runs",
+    )
 
 
 def _otherwise(e: Evidence) -> Diagnosis:
     code = "" if e.code is None else f" with exit code {e.code}"
     before = "before its worker spoke" if e.outcome is None and not e.log.strip() else ""
-    return Diagnosis(Cause.UNKNOWN, f"ended{code} {before}".rstrip(), _last_line(e) or f"{e.state} {e.reason}".strip(),
-                     f"see {e.log_path or 'its log'}", certain=False)
+    return Diagnosis(
+        Cause.UNKNOWN,
+        f"ended{code} {before}".rstrip(),
+        e.message or _last_line(e) or f"{e.state} {e.reason}".strip(),
+        f"see {e.log_path or 'its log'}",
+        certain=False,
+    )
 
 
 def _last_line(e: Evidence) -> str:
@@ -419,8 +544,8 @@ def _last_line(e: Evidence) -> str:
 
 
 RULES: tuple[Rule, ...] = (
-    _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _said_by_worker, _gpu_memory, _host_memory_in_log, _exception,
-    _killed, _lease_held, _collective, _driver_gone, _cancelled, _lost, _otherwise,
+    _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _said_by_worker, _gpu_memory, _host_memory_in_log,
+    _exception, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped, _lost, _otherwise,
 )  # fmt: skip
 
 
@@ -480,7 +605,7 @@ def log_tail(path: Path, phase: str, index: int) -> str:
     except OSError:
         return ""
     hello = f"{phase}[{index}] attempt "
-    return text[text.rindex(hello):] if hello in text else text
+    return text[text.rindex(hello) :] if hello in text else text
 
 
 def _shared_log(path: Path, entry: JobEntry, index: int) -> str:
@@ -488,7 +613,9 @@ def _shared_log(path: Path, entry: JobEntry, index: int) -> str:
     if entry.batch == 1:
         return ""
     task = path.with_name(path.name.replace(f".{index}.out", f".tasks{index // entry.batch}.out"))
-    return "".join(f"{line}\n" for line in log_tail(task, "", -1).splitlines() if re.search(r"slurmstepd.*\*\*\* JOB ", line))
+    return "".join(
+        f"{line}\n" for line in log_tail(task, "", -1).splitlines() if re.search(r"slurmstepd.*\*\*\* JOB ", line)
+    )
 
 
 def _shortened(line: str) -> str:
@@ -517,8 +644,15 @@ class Finding:
         return f"{place} {d.what} ({d.cause}): {d.evidence.rstrip('.')}. → {d.remedy}"
 
     def as_json(self) -> dict[str, Any]:
-        return {"phase": self.phase, "elements": self.elements, "job": self.job, "log": self.log, **asdict(self.diagnosis),
-                "trouble": self.diagnosis.cause.is_trouble, "sentence": self.sentence}
+        return {
+            "phase": self.phase,
+            "elements": self.elements,
+            "job": self.job,
+            "log": self.log,
+            **asdict(self.diagnosis),
+            "trouble": self.diagnosis.cause.is_trouble,
+            "sentence": self.sentence,
+        }
 
 
 @dataclass
@@ -547,8 +681,14 @@ class Report:
         return f"{self.run}: nothing is wrong: {done}, the rest is under way"
 
     def as_json(self) -> dict[str, Any]:
-        return {"run": self.run, "submission": self.submission, "healthy": self.healthy, "headline": self.headline,
-                "findings": [finding.as_json() for finding in self.findings], "notes": self.notes}
+        return {
+            "run": self.run,
+            "submission": self.submission,
+            "healthy": self.healthy,
+            "headline": self.headline,
+            "findings": [finding.as_json() for finding in self.findings],
+            "notes": self.notes,
+        }
 
 
 def index_list(indices: list[int], most: int = 6) -> str:
@@ -573,8 +713,12 @@ def why(run: RunFolder, phase: Optional[str] = None) -> Report:
     if phase is not None and phase not in look.phases:
         raise UserMistake(f"{run.path} has no phase {phase!r}{nearest(phase, list(look.phases))}")
     chosen = [found for name, found in look.phases.items() if phase in (None, name)]
-    cancels = {job.partition("_")[0]: event["time"] for event in Ledger(run.ledger).events()
-               if event["event"] == "cancel" for job in event["jobs"]}
+    cancels = {
+        job.partition("_")[0]: event["time"]
+        for event in Ledger(run.ledger).events()
+        if event["event"] == "cancel"
+        for job in event["jobs"]
+    }
     findings: list[Finding] = []
     for found in chosen:
         findings += _findings(look, found, cancels)
@@ -596,23 +740,41 @@ def _findings(look: Look, phase: FrozenPhase, cancels: dict[str, float]) -> Iter
         if key in groups:
             groups[key].elements.append(i)
         else:
-            groups[key] = Finding(phase.name, [i], element.entry.job, diagnosis, evidence.log_path, phase.array is not None)
+            groups[key] = Finding(
+                phase.name, [i], element.entry.job, diagnosis, evidence.log_path, phase.array is not None
+            )
     if not groups and look.run.seal(phase.name, phase.key) is None and look.of_phase(phase):
-        lost = Diagnosis(Cause.LOST, "has all its elements sealed, but their fan-in is not", "no seal.json", "submit again")
-        groups[()] = Finding(phase.name, [], "", lost, "", False)
+        # The fan-in ran in one of the elements' tasks; its complaint stands in that one's name.
+        ends = [element.outcome for element in look.of_phase(phase).values() if element.outcome is not None]
+        said = max((end for end in ends if end.state != "sealed"), key=lambda e: (e.attempt, e.restart), default=None)
+        if said is not None:
+            diagnosis = classify(Evidence(phase.name, exit_code=said.exit_code, outcome=said))
+        else:
+            what = "has all its elements sealed, but their fan-in is not"
+            diagnosis = Diagnosis(Cause.LOST, what, "no seal.json", "submit again")
+        groups[()] = Finding(phase.name, [], "", diagnosis, "")
     yield from groups.values()
 
 
-def gather(look: Look, phase: FrozenPhase, element: Element, cancels: dict[str, float], ask_slurm: bool = True) -> Evidence:
+def gather(
+    look: Look, phase: FrozenPhase, element: Element, cancels: dict[str, float], ask_slurm: bool = True
+) -> Evidence:
     """Collect what is known of one element: files, and scontrol where neither they nor accounting tell how it ended."""
     run, entry, state = look.run, element.entry, element.state()
     path = run.log_path(phase.name, script_of(entry), element.index)
     slurm = look.slurms.get(entry.job)
     row, down = element.accounting, ()
     ended = state.state not in ACTIVE_STATES
-    if slurm is not None and ask_slurm and ended and element.task is not None and element.outcome is None and row is None:
+    if (
+        slurm is not None
+        and ask_slurm
+        and ended
+        and element.task is not None
+        and element.outcome is None
+        and row is None
+    ):
         try:
-            row = slurm.job(f"{entry.job}_{element.index // entry.batch}" if entry.is_array else entry.job)
+            row = slurm.job_row(f"{entry.job}_{element.index // entry.batch}" if entry.is_array else entry.job)
         except SlurmError as error:
             look.notes.append(f"scontrol was not asked about job {entry.job}: {error.message}")
     if slurm is not None and state.state in ("NODE_FAIL", "BOOT_FAIL") and row is not None and row.nodelist:
@@ -620,14 +782,28 @@ def gather(look: Look, phase: FrozenPhase, element: Element, cancels: dict[str, 
             down = tuple(slurm.down_nodes(row.nodelist))
         except SlurmError as error:
             look.notes.append(f"Slurm was not asked which node is down: {error.message}")
-    asked = requested(run.submission_folder(script_of(entry)) / "scripts" / f"{phase.name}.sh") if slurm is not None else {}
+    asked = (
+        requested(run.submission_folder(script_of(entry)) / "scripts" / f"{phase.name}.sh") if slurm is not None else {}
+    )
     return Evidence(
-        phase=phase.name, index=element.index, job=entry.job, state=state.state, reason=state.reason, exit_code=state.exit_code,
-        outcome=element.outcome, log=log_tail(path, phase.name, element.index) + _shared_log(path, entry, element.index),
+        phase=phase.name,
+        index=element.index,
+        job=entry.job,
+        state=state.state,
+        reason=state.reason,
+        exit_code=state.exit_code,
+        outcome=element.outcome,
+        log=log_tail(path, phase.name, element.index) + _shared_log(path, entry, element.index),
         log_path=str(path),
-        log_folder_exists=path.parent.is_dir(), row=row, on_slurm=slurm is not None, upstream=_unsealed_needs(look, phase),
-        cancelled_at=cancels.get(entry.job), asked_minutes=int(asked["time"]) if asked.get("time", "").isdigit() else None,
-        asked_memory=asked.get("mem", ""), down_nodes=down)
+        log_folder_exists=path.parent.is_dir(),
+        row=row,
+        on_slurm=slurm is not None,
+        upstream=_unsealed_needs(look, phase),
+        cancelled_at=cancels.get(entry.job),
+        asked_minutes=int(asked["time"]) if asked.get("time", "").isdigit() else None,
+        asked_memory=asked.get("mem", ""),
+        down_nodes=down,
+    )
 
 
 def _unsealed_needs(look: Look, phase: FrozenPhase) -> tuple[str, ...]:

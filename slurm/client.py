@@ -213,11 +213,11 @@ class Slurm:
                 raise
         return rows
 
-    def job(self, job_id: str) -> AccountingRow | None:
+    def job_row(self, job_id: str) -> AccountingRow | None:
         """What the controller still remembers of one job or array element ("12_3"), in accounting's terms; None when
         it has forgotten it."""
         try:
-            return parse_job(self.run(["scontrol", "show", "job", job_id, "--oneliner"]))
+            return parse_job_row(self.run(["scontrol", "show", "job", job_id, "--oneliner"]))
         except SlurmError as error:
             if "Invalid job id" in error.message:
                 return None
@@ -226,8 +226,9 @@ class Slurm:
     def down_nodes(self, nodelist: str) -> list[str]:
         """Those of these nodes ("n[1-4]") that are down, drained, failed or do not answer."""
         printed = self.run(["sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%N %T"])
-        rows = dict(line.split() for line in printed.splitlines())  # a node of several partitions comes in several lines
-        return [name for name, state in rows.items() if state.endswith("*") or state.startswith(("down", "drain", "fail"))]
+        states = dict(line.split() for line in printed.splitlines())  # a node of several partitions has several lines
+        bad = ("down", "drain", "fail")
+        return [name for name, state in states.items() if state.endswith("*") or state.startswith(bad)]
 
     def partitions(self) -> list[PartitionRow]:
         """The partitions this user may see."""
@@ -320,7 +321,7 @@ def parse_accounting(printed: str) -> list[AccountingRow]:
     return rows
 
 
-def parse_job(printed: str) -> AccountingRow:
+def parse_job_row(printed: str) -> AccountingRow:
     """One job of `scontrol show job --oneliner`."""
     keys = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", printed.splitlines()[0]))
     code, _, number = keys.get("ExitCode", "0:0").partition(":")

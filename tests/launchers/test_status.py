@@ -23,8 +23,21 @@ HOUR = 3600.0
 
 
 def frozen(**changes):
-    values = dict(name="sft", uses="sft", key=KEY, material={}, settings={}, array=None, elements=1, fans_in=False, needs={},
-                  inputs={}, ranks_per_node=8, nodes=2, gpus_per_node=8)
+    values = dict(
+        name="sft",
+        uses="sft",
+        key=KEY,
+        material={},
+        settings={},
+        array=None,
+        elements=1,
+        fans_in=False,
+        needs={},
+        inputs={},
+        ranks_per_node=8,
+        nodes=2,
+        gpus_per_node=8,
+    )
     return FrozenPhase(**(values | changes))
 
 
@@ -50,7 +63,10 @@ class Planted:
 
     def ended(self, attempt, first, last, state, restart=0):
         self.lease(attempt, first, restart)
-        self.run.record_outcome("sft", Outcome(0, attempt, restart, state, int(state != "sealed"), "", "n1", "11", first * HOUR, last * HOUR))
+        self.run.record_outcome(
+            "sft",
+            Outcome(0, attempt, restart, state, int(state != "sealed"), "", "n1", "11", first * HOUR, last * HOUR),
+        )
 
     def checkpoint(self, step, hour):
         self._file(self.run.artifact(self.phase).folder / "checkpoints" / f"step_{step}" / "manifest.json", hour)
@@ -87,7 +103,10 @@ def test_a_killed_attempt_ends_with_its_log_or_its_successor(tmp_path):
     planted.lease(1, 1.0)
     planted.lease(1, 3.0, restart=1)  # requeued: one log for both lives
     planted.log(1, 7.0)
-    assert [(s.started / HOUR, s.ended / HOUR, s.sealed) for s in spans(planted.look(), "sft")] == [(1, 3, False), (3, 7, False)]
+    assert [(s.started / HOUR, s.ended / HOUR, s.sealed) for s in spans(planted.look(), "sft")] == [
+        (1, 3, False),
+        (3, 7, False),
+    ]
     assert planted.hours() == pytest.approx((6 * 16, 6 * 16))
 
 
@@ -123,7 +142,9 @@ def test_ls_lists_runs_newest_change_first(tmp_path):
     afterok("run", pipeline, "numbers.with.fail_at=0", "--run", tmp_path / "bad", check=1)
     runs = afterok_json("ls", tmp_path)["runs"]
     assert [(r["name"], r["pipeline"], r["submissions"], r["state"]) for r in runs] == [
-        ("bad", "small", 1, "sealed 0 of 1, failed: numbers"), ("good", "small", 1, "sealed 1 of 1")]
+        ("bad", "small", 1, "sealed 0 of 1, failed: numbers"),
+        ("good", "small", 1, "sealed 1 of 1"),
+    ]
     assert "sealed 1 of 1" in afterok("ls", tmp_path).stdout
     (tmp_path / "empty").mkdir()
     assert "no runs below" in afterok("ls", tmp_path / "empty").stdout
@@ -133,8 +154,13 @@ def test_ls_lists_runs_newest_change_first(tmp_path):
 def test_watching_ends_with_the_run_and_an_interrupt_only_stops_looking(tmp_path):
     run = tmp_path / "run"
     afterok("submit", write_toy(tmp_path), "again.with.seconds=2", "--run", run)
-    watch = subprocess.Popen([sys.executable, "-m", "launchers.cli", "status", str(run), "--watch"], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    watch = subprocess.Popen(
+        [sys.executable, "-m", "launchers.cli", "status", str(run), "--watch"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert watch.stdout.readline()  # its first line of change
     watch.send_signal(signal.SIGINT)
     _, err = watch.communicate(timeout=30)
@@ -164,10 +190,22 @@ def broken(tmp_path_factory, dev_cluster):
     """A run on Slurm of two submissions: numbers[1] was killed without a word, what waits on it waits for ever."""
     folder = tmp_path_factory.mktemp("broken")
     pipeline = folder / "killed.yaml"
-    pipeline.write_text(json.dumps({"name": "killed", "phases": {
-        "fine": {"uses": "tests.toy.numbers"},
-        "killed": {"uses": "tests.toy.trouble", "with": {"how": "killed"}, "resources": {"gpus_per_node": 2, "ranks_per_node": 1}},
-        "after": {"uses": "tests.toy.numbers", "with": {"start": 2}, "needs": ["killed"]}}}))
+    pipeline.write_text(
+        json.dumps(
+            {
+                "name": "killed",
+                "phases": {
+                    "fine": {"uses": "tests.toy.numbers"},
+                    "killed": {
+                        "uses": "tests.toy.trouble",
+                        "with": {"how": "killed"},
+                        "resources": {"gpus_per_node": 2, "ranks_per_node": 1},
+                    },
+                    "after": {"uses": "tests.toy.numbers", "with": {"start": 2}, "needs": ["killed"]},
+                },
+            }
+        )
+    )
     env = dev_cluster.env()
     afterok("run", pipeline, "--run", folder / "run", env=env, check=1)
     afterok("run", pipeline, "--run", folder / "run", "cluster=slurm", env=env, check=1)
@@ -176,7 +214,16 @@ def broken(tmp_path_factory, dev_cluster):
 
 def test_status_asks_the_queue_once_and_accounting_once(broken, dev_cluster, tmp_path):
     env = shims(tmp_path / "bin", dev_cluster)
-    assert len({event["choice"] for event in map(json.loads, open(broken / "ledger.jsonl")) if event["event"] == "submission"}) == 2
+    assert (
+        len(
+            {
+                event["choice"]
+                for event in map(json.loads, open(broken / "ledger.jsonl"))
+                if event["event"] == "submission"
+            }
+        )
+        == 2
+    )
     assert states(broken, env=env) == {"fine": "COMPLETED", "killed": "FAILED", "after": "PENDING"}
     counted = (tmp_path / "bin" / "calls").read_text()
     assert (counted.count("squeue "), counted.count("sacct ")) == (1, 1), counted
@@ -189,10 +236,19 @@ def test_a_job_that_the_queue_forgot_is_never_a_success(broken, dev_cluster, tmp
     assert not status["finished"] and not status["active"]
 
 
-@pytest.mark.parametrize("said, state, code", [
-    ("COMPLETED|0:0", "FAILED", 0), ("TIMEOUT|0:15", "TIMEOUT", 143), ("OUT_OF_MEMORY|0:125", "OUT_OF_MEMORY", 253),
-    ("CANCELLED by 0|0:0", "CANCELLED", 0), ("RUNNING|0:0", "UNKNOWN", None)])
-def test_accounting_tells_what_the_queue_forgot_but_not_that_it_is_done(broken, dev_cluster, tmp_path, said, state, code):
+@pytest.mark.parametrize(
+    "said, state, code",
+    [
+        ("COMPLETED|0:0", "FAILED", 0),
+        ("TIMEOUT|0:15", "TIMEOUT", 143),
+        ("OUT_OF_MEMORY|0:125", "OUT_OF_MEMORY", 253),
+        ("CANCELLED by 0|0:0", "CANCELLED", 0),
+        ("RUNNING|0:0", "UNKNOWN", None),
+    ],
+)
+def test_accounting_tells_what_the_queue_forgot_but_not_that_it_is_done(
+    broken, dev_cluster, tmp_path, said, state, code
+):
     job = phase_status(broken, "killed", env=dev_cluster.env())["job"]
     env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=f"echo '{job}|{job}|{said}|7200|n1|killed'")
     found = phase_status(broken, "killed", env=env)
@@ -203,8 +259,15 @@ def test_accounting_tells_what_the_queue_forgot_but_not_that_it_is_done(broken, 
 
 
 def test_accounting_that_is_down_costs_its_answer_only(broken, dev_cluster, tmp_path):
-    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0",
-                sacct="echo 'sacct: error: slurm_persist_conn_open: failed to connect' >&2; exit 1")
+    env = shims(
+        tmp_path / "bin",
+        dev_cluster,
+        squeue="exit 0",
+        sacct="echo 'sacct: error: slurm_persist_conn_open: failed to connect' >&2; exit 1",
+    )
     assert states(broken, env=env)["killed"] == "UNKNOWN"
     report = afterok_json("why", broken, env=env)
-    assert "accounting was not asked" in report["notes"][0] and {f["phase"] for f in report["findings"]} == {"killed", "after"}
+    assert "accounting was not asked" in report["notes"][0] and {f["phase"] for f in report["findings"]} == {
+        "killed",
+        "after",
+    }
