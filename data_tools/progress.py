@@ -1,10 +1,13 @@
-"""How long work tells its progress without knowing who watches.
+"""How long work tells its progress without knowing who watches, and how it is asked to stop without knowing why.
 
 A function that takes long accepts `progress: Progress` and calls it; the worker prints plain lines into the log,
-a terminal command draws a bar. The default says nothing.
+a terminal command draws a bar. The default says nothing. One that can go on later from what it made durable accepts
+`stop: Stop` too, asks it often, and raises `Stopped` once all it did is durable. The default never asks for that.
 """
 
-from typing import Protocol
+from typing import Callable, Protocol
+
+Stop = Callable[[], bool]
 
 
 class Progress(Protocol):
@@ -14,3 +17,17 @@ class Progress(Protocol):
 
 def silent(done: int, total: int, unit: str, note: str = "") -> None:
     """The default: nobody watches."""
+
+
+def never() -> bool:
+    """The default: nobody asks for a stop."""
+    return False
+
+
+class Stopped(Exception):
+    """Work was asked to stop and did: `done` of `total` `unit`s (singular: step, row) are durable, the rest is to do."""
+
+    def __init__(self, done: int, total: int, unit: str = "step"):
+        self.done, self.total, self.unit = done, total, unit
+        super().__init__(f"stopped after a durable checkpoint at {unit} {done:,} of {total:,}" if done else
+                         f"stopped before the first {unit} of {total:,} was durable")

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Optional
 
+from jobs import stopping
+
 VERDICT_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may hash large upstream files before it speaks
 GOODBYE_TIMEOUT = datetime.timedelta(seconds=30)
 KILL_AFTER_S = 5.0  # between TERM and KILL of the ranks left when one died
@@ -62,11 +64,15 @@ def die_with_parent() -> None:
 
 
 def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
-    """Run `command` once a rank on this machine; the first bad exit ends all. Returns the worst exit code."""
+    """Run `command` once a rank on this machine; the first bad exit ends all. Returns that exit code.
+
+    Stop signals are passed on to every rank; those that come meanwhile wait until the ranks can take them.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | thread_environment(gpus)
+    stopping.hold()  # the ranks inherit it and release once their handlers are in place
     children = [
         subprocess.Popen(command, preexec_fn=die_with_parent, env=base | {
             "AFTEROK_RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
@@ -79,6 +85,7 @@ def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
                 child.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+    stopping.release()
     try:
         return _wait_for_all(children)
     finally:
@@ -90,19 +97,20 @@ def _wait_for_all(children: list[subprocess.Popen]) -> int:
     worst = 0
     deadline: Optional[float] = None
     while None in [child.poll() for child in children]:  # a list: every child is polled, not only the first alive
-        for child in children:
-            if child.returncode and not worst:
-                worst = exit_code(child.returncode)
-                deadline = time.monotonic() + KILL_AFTER_S
-                for other in children:
-                    if other.poll() is None:
-                        other.terminate()
+        # A rank killed by a signal (negative) is the cause where another failed within the same moment, for want of it.
+        bad = min((child.returncode for child in children if child.returncode), default=0)
+        if bad and not worst:
+            worst = exit_code(bad)
+            deadline = time.monotonic() + KILL_AFTER_S
+            for other in children:
+                if other.poll() is None:
+                    other.terminate()
         if deadline is not None and time.monotonic() > deadline:
             for other in children:
                 if other.poll() is None:
                     other.kill()
         time.sleep(0.02)
-    return worst or max(exit_code(child.returncode) for child in children)
+    return worst or exit_code(min(child.returncode for child in children)) or max(child.returncode for child in children)
 
 
 def exit_code(returncode: int) -> int:
@@ -131,14 +139,15 @@ class Verdicts:
             return result
         return json.loads(self.store.get(f"afterok/{name}"))
 
-    def all_done(self) -> None:
-        """Rank 0 returns when every rank has come here; the others return at once."""
-        if self.store is None:
-            return
+    def gather(self, name: str, word: str = "") -> list[str]:
+        """Rank 0 waits for every rank and gets all words, its own first; the others return at once."""
         if self.rank.rank:
-            self.store.set(f"afterok/done/{self.rank.rank}", "1")
-        else:
-            self.store.wait([f"afterok/done/{r}" for r in range(1, self.rank.world_size)], VERDICT_TIMEOUT)
+            self.store.set(f"afterok/{name}/{self.rank.rank}", word)
+            return []
+        others = [f"afterok/{name}/{r}" for r in range(1, self.rank.world_size)]
+        if others:
+            self.store.wait(others, VERDICT_TIMEOUT)
+        return [word] + [self.store.get(key).decode() for key in others]
 
     def goodbye(self) -> None:
         """Rank 0 hosts the store, so it leaves last."""

@@ -57,13 +57,14 @@ class Outcome:
     element: int
     attempt: int
     restart: int
-    state: str  # sealed, mistake, failed, skipped
+    state: str  # sealed, mistake, failed, skipped, stopped
     exit_code: int
     message: str
     host: str
     job: str
     started: float
     ended: float = field(default_factory=time.time)
+    done: Optional[int] = None  # durable steps of one that was stopped
 
 
 class RunFolder:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.progress import Stop, never
+
 PROGRESS_LINE_S = 5.0  # at most one log line in so many seconds
 PROGRESS_FILE_S = 0.5
 
@@ -25,6 +27,9 @@ class Task:
     keep: Path
     rank: int
     world_size: int
+    stop: Stop = never
+    """True once the element should end early. A phase that can go on later asks it often, on every rank, makes what it
+    did durable in `keep` and raises data_tools.progress.Stopped, on all ranks. Who never asks dies of SIGTERM."""
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         """A plain line in the log every few seconds, and a small file that `afterok run` and `status` show."""

@@ -3,8 +3,18 @@
     python -m jobs.worker RUN PHASE [INDEX] [--submission N]
 
 Checks the upstream seals, takes the lease, runs the phase on all ranks of the element, seals, and fans in when it
-finds all other elements sealed. Exits 0 only when the element's seal is on disk (EXIT_* otherwise).
+finds all other elements sealed. Exits 0 only when the element's seal is on disk (EXIT_* of jobs/retry.py otherwise).
+
+Asked to stop (jobs/stopping.py), a phase that can leaves a checkpoint; the worker then exits EXIT_UNFINISHED on all
+ranks. With --requeue, which the batch script says, rank 0 first has Slurm run the element again in place, where Slurm
+does not do so by itself.
 """
+
+from jobs.stopping import StopSignals
+
+SIGNALS = StopSignals()
+if __name__ == "__main__":
+    SIGNALS.install()  # before the other imports: without a handler SIGUSR2 kills, and they take a tenth of a second
 
 import argparse
 import contextlib
@@ -20,19 +30,19 @@ from typing import Any, Optional
 
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
-from jobs.artifact import FINISH, Artifact, HashCache, Lease, LeaseHeld, Owner, Seal, Sealed, content_digest, read_seal
+from data_tools.progress import Stopped
+from jobs import retry, stopping
+from jobs.artifact import (
+    FINISH, Artifact, HashCache, Lease, LeaseHeld, LeaseName, Owner, Seal, Sealed, content_digest, read_seal)
 from jobs.kind import PhaseKind, find_kind
 from jobs.pipeline import substitute, typed_config
 from jobs.ranks import Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
+from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_SEALED, EXIT_UNFINISHED
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.secrets import Secrets, reveal
 from jobs.task import Task
 from slurm.profile import load
 
-EXIT_SEALED = 0
-EXIT_FAILED = 1
-EXIT_LEASE_HELD = 3
-EXIT_NO_INPUT = 4  # an upstream phase has no seal
 FULL_BELOW = 1 << 20  # bytes left on the run's filesystem at which a failure is put down to a full disk
 
 
@@ -46,6 +56,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("phase")
     parser.add_argument("index", type=int, nargs="?")
     parser.add_argument("--submission", type=int, help="which frozen submission (default: the newest)")
+    parser.add_argument("--requeue", action="store_true", help="requeue this Slurm job when stopped near its time limit")
     args = parser.parse_args(argv)
     try:
         run = RunFolder(args.run.absolute())
@@ -62,10 +73,10 @@ def main(argv: Optional[list[str]] = None) -> int:
         return EXIT_MISTAKE
     rank = rank_from_environment(os.environ, phase.ranks)
     if rank is None:
-        command = [sys.executable, "-m", "jobs.worker", str(run.path), phase.name, str(index), "--submission", str(number)]
+        command = _command(run, phase.name, index, number, args.requeue)
         return spawn_ranks(command, phase.ranks, phase.gpus_per_node)
     os.environ.update(torch_environment(rank, phase.gpus_per_node))
-    return Worker(run, number, phases, phase, index, rank).work()
+    return Worker(run, number, phases, phase, index, rank, args.requeue).work()
 
 
 def _submission(run: RunFolder, args: argparse.Namespace) -> int:
@@ -75,9 +86,13 @@ def _submission(run: RunFolder, args: argparse.Namespace) -> int:
     if to == number:
         return number
     os.environ["PYTHONPATH"] = str(run.submission_folder(to) / "code")
-    index = [] if args.index is None else [str(args.index)]
-    command = [sys.executable, "-m", "jobs.worker", str(run.path), args.phase, *index, "--submission", str(to)]
-    os.execv(sys.executable, command)
+    stopping.hold()  # a handler does not outlive exec, a held signal does
+    os.execv(sys.executable, _command(run, args.phase, args.index, to, args.requeue))
+
+
+def _command(run: RunFolder, phase: str, index: Optional[int], number: int, requeue: bool) -> list[str]:
+    command = [sys.executable, "-m", "jobs.worker", str(run.path), phase, *([] if index is None else [str(index)])]
+    return [*command, "--submission", str(number), *(["--requeue"] if requeue else [])]
 
 
 def slurm_says_ended(job: str) -> bool:
@@ -95,12 +110,24 @@ def _say(line: str) -> None:
         print(f"afterok: {line}", file=sys.stderr, flush=True)
 
 
+def restart_count(artifact: Artifact, index: int, attempt: int) -> int:
+    """How often this element was restarted in this attempt: Slurm's count, or that of the local driver.
+
+    By hand nobody counts: the newest restart there was is joined, whose owner must then be provably dead.
+    """
+    if "SLURM_RESTART_COUNT" in os.environ:
+        return int(os.environ["SLURM_RESTART_COUNT"])
+    names = [LeaseName.of(path) for path in (artifact.folder / "leases").glob(f"{index:04d}.a{attempt}.*")]
+    return max((name.restart for name in names if name is not None), default=0)
+
+
 class Worker:
     def __init__(self, run: RunFolder, number: int, phases: dict[str, FrozenPhase], phase: FrozenPhase, index: int,
-                 rank: Rank):
+                 rank: Rank, requeue: bool = False):
         self.run, self.number, self.phases, self.phase, self.index, self.rank = run, number, phases, phase, index, rank
         self.artifact: Artifact = run.artifact(phase)
-        self.owner = Owner.me(number, int(os.environ.get("SLURM_RESTART_COUNT", "0")), os.environ.get("SLURM_JOB_ID", ""))
+        self.requeue = requeue
+        self.owner = Owner.me(number, restart_count(self.artifact, index, number), os.environ.get("SLURM_JOB_ID", ""))
         self.started = time.time()
         self.lease: Optional[Lease] = None
         self.upstream: dict[str, Seal] = {}
@@ -119,11 +146,11 @@ class Worker:
         except Exception as error:
             code, message = self._failure(error)
         message = self.secrets.mask(message)
-        state = {EXIT_SEALED: "sealed", EXIT_MISTAKE: "mistake", EXIT_LEASE_HELD: "skipped"}.get(code, "failed")
+        states = {EXIT_SEALED: "sealed", EXIT_MISTAKE: "mistake", EXIT_LEASE_HELD: "skipped", EXIT_UNFINISHED: "stopped"}
         if code != EXIT_SEALED:
             _say(f"{self.phase.name}[{self.index}]: {message}")
         if code != EXIT_SEALED or self.rank.rank == 0:
-            self._record_outcome(state, code, message)
+            self._record_outcome(states.get(code, "failed"), code, message)
         if code not in (EXIT_SEALED, EXIT_LEASE_HELD):
             # Other ranks may sit in a collective with this one: leave without waiting for them.
             with contextlib.suppress(OSError):
@@ -150,11 +177,11 @@ class Worker:
             message += f" ({self.run.path} has no space left)"
         return EXIT_FAILED, message
 
-    def _record_outcome(self, state: str, code: int, message: str) -> None:
+    def _record_outcome(self, state: str, code: int, message: str, done: Optional[int] = None) -> None:
         try:
             self.run.record_outcome(self.phase.name, Outcome(
                 self.index, self.owner.attempt, self.owner.restart, state, code, message,
-                socket.gethostname(), self.owner.job, self.started))
+                socket.gethostname(), self.owner.job, self.started, done=done))
         except OSError as error:  # the log and the exit code say it all the same
             _say(f"outcome not recorded: {disk_problem(error) or error}")
 
@@ -177,13 +204,23 @@ class Worker:
             task = self._task(self.index, Path(lease["out"]))
             config = typed_config(kind, substitute(self.phase.settings, lease["folders"]))
             self._reveal_secrets()
-            facts = kind.run(config, task) or {}
-            verdicts.all_done()
+            try:
+                facts = kind.run(config, task) or {}
+            except Stopped as stopped:
+                return self._stop(verdicts, stopped)
+            verdicts.gather("done")
         else:
             facts = {}
         sealed = verdicts.decide("sealed", lambda: self._seal(kind, facts, lease))
         verdicts.goodbye()
         return sealed["exit"], sealed["message"]
+
+    def _stop(self, verdicts: Verdicts, stopped: Stopped) -> tuple[int, str]:
+        """Leave after a checkpoint: no rank exits before rank 0 has said why and requeued, for that would end the job."""
+        words = verdicts.gather("stopped", ",".join(map(str, SIGNALS.received)))
+        verdict = verdicts.decide("stopped", lambda: self._stopped(stopped, words))
+        verdicts.goodbye()
+        return EXIT_UNFINISHED, verdict["message"]
 
     # -- rank 0 only ---------------------------------------------------------------------------------------------
 
@@ -211,6 +248,39 @@ class Worker:
         print(f"{self.phase.name}[{self.index}] attempt {self.owner.attempt}, key {self.phase.key}, "
               f"{self.rank.world_size} rank(s) on {socket.gethostname()}", flush=True)
         return {"exit": None, "message": "", "out": str(self.lease.folder), "folders": folders, "only_fan_in": False}
+
+    def _stopped(self, stopped: Stopped, words: list[str]) -> dict[str, Any]:
+        """Record the stop and, on Slurm, requeue where that is ours to do. `words`: the signals each rank received."""
+        received = {int(number) for word in words for number in word.split(",") if number}
+        ends = [retry.End(retry.STOPPED, outcome.done, stopped.unit)
+                for outcome in self.run.outcomes(self.phase.name, self.owner.attempt)
+                if outcome.element == self.index and outcome.state == "stopped" and outcome.restart < self.owner.restart]
+        verdict = retry.decide([*ends, retry.End(retry.STOPPED, stopped.done, stopped.unit)])
+        message = f"{stopped}; {verdict.why}"
+        refusal = self._requeue_refusal(received) if verdict.again and self.requeue else "not asked for"
+        if refusal and refusal != "not asked for":
+            message += f" (not requeued: {refusal})"
+        # Before the requeue, which has Slurm end this very process.
+        self._record_outcome("stopped", EXIT_UNFINISHED, message, stopped.done)
+        if not refusal:
+            self._requeue()
+        return {"message": message}
+
+    def _requeue_refusal(self, received: set[int]) -> str:
+        from slurm.client import Slurm, SlurmError, job_element
+
+        try:
+            return retry.requeue_refusal(Slurm().job(job_element(os.environ)), received)
+        except SlurmError as error:
+            return str(error)
+
+    def _requeue(self) -> None:
+        from slurm.client import Slurm, SlurmError, job_element
+
+        try:
+            Slurm().requeue(job_element(os.environ))
+        except SlurmError as error:
+            _say(f"not requeued: {error}")
 
     def _read_upstream(self) -> None:
         cache = HashCache()
@@ -245,7 +315,7 @@ class Worker:
         keep = self.artifact.folder if count == 1 else self.artifact.folder / "elements" / f"{index:04d}"
         keep.mkdir(parents=True, exist_ok=True)
         value = self.phase.array[index] if isinstance(self.phase.array, list) else index
-        return Task(self.phase.name, index, count, value, out, keep, self.rank.rank, self.rank.world_size)
+        return Task(self.phase.name, index, count, value, out, keep, self.rank.rank, self.rank.world_size, SIGNALS.asked)
 
     def _seal(self, kind: PhaseKind, facts: dict[str, Any], lease: dict[str, Any]) -> dict[str, Any]:
         if not lease["only_fan_in"] and not self.artifact.seal(self.lease, self._record(facts)):

@@ -20,7 +20,9 @@ from slurm.client import QueueRow, Slurm, SlurmError, SlurmTimeout
 from slurm.detect import Cluster
 from slurm.profile import Profile
 
-SIGNAL_BEFORE_END = "USR2@90"  # submitit's own default; the worker ignores USR2 until checkpoints on signal are built
+SIGNAL_BEFORE_END = "USR2@90"  # seconds before the time limit; submitit's own default
+# Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
+WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
 
 
 def index_ranges(indices: Iterable[int]) -> str:
@@ -111,10 +113,10 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
     python = profile.env.python or sys.executable
-    worker = [python, "-m", "jobs.worker", str(run.path), spec.phase]
+    worker = [*WITHOUT_USR2, python, "-m", "jobs.worker", str(run.path), spec.phase]
     batch = spec.planned.frozen.batch
     if batch == 1:
-        return shlex.join([*srun, *profile.srun.extra, *worker, "--submission", str(number)])
+        return shlex.join([*srun, *profile.srun.extra, *worker, "--submission", str(number), "--requeue"])
     # More elements than an array may have: each task runs its share, one step after the other, and fails if one fails.
     log = f"--output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$element.out"
     last = f"$(( (SLURM_ARRAY_TASK_ID + 1) * {batch} - 1 < {spec.planned.frozen.elements - 1} ? " \
@@ -123,7 +125,7 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
         "code=0",
         f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {batch} )) {last}); do",
         f"    {shlex.join([*srun, '--open-mode=append', *profile.srun.extra])} {log} {shlex.join(worker)} $element "
-        f"--submission {number} || code=$?",
+        f"--submission {number} --requeue || code=$?",
         "done",
         "exit $code",
     ])

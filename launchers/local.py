@@ -2,8 +2,8 @@
 
     python -m launchers.local RUN N      # started by LocalBackend.submit, outlives the terminal
 
-The driver starts each element's worker when its dependencies allow and cores are free, and writes every change to
-RUN/local/N/state.json. Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
+The driver starts each element's worker when its dependencies allow and cores are free, starts it again where
+jobs/retry.py says so (it stopped at a checkpoint, or was killed), and writes every change to RUN/local/N/state.json. Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools import durable
+from jobs import retry, stopping
 from jobs.artifact import Owner
 from jobs.ranks import die_with_parent, exit_code
 from jobs.run_folder import RunFolder
@@ -24,10 +25,11 @@ from slurm.client import scrubbed_environment
 from slurm.profile import load
 
 POLL_S = 0.05
-KILL_AFTER_S = 5.0  # between TERM and KILL of a cancelled worker
+KILL_AFTER_S = 30.0  # between TERM and KILL of a cancelled worker, for its checkpoint; Slurm's own default
 START_TIMEOUT_S = 30.0
 SAVE_TIMEOUT_S = 60.0  # how long a driver whose work is over tries to write that down on a full disk
 SAVE_POLL_S = 1.0
+REQUEUED = "Requeued"  # the reason of a task that waits for another start
 
 
 class LocalBackend:
@@ -138,7 +140,7 @@ class Driver:
         self.jobs = durable.read_json(self.folder / "jobs.json")
         self.tasks = [
             {"phase": job["phase"], "job": job["job"], "index": index, "state": PENDING, "reason": "",
-             "exit_code": None, "started": None, "ended": None}
+             "exit_code": None, "started": None, "ended": None, "restart": 0}
             for job in self.jobs for index in job["elements"]
         ]
         self.needs = {job["phase"]: job["needs"] for job in self.jobs}
@@ -146,6 +148,7 @@ class Driver:
         self.throttle = {job["phase"]: job["throttle"] for job in self.jobs}
         self.children: dict[int, subprocess.Popen] = {}  # position in tasks -> worker
         self.kill_at: dict[int, float] = {}
+        self.ends: dict[int, list[retry.End]] = {}  # how a task ended each time, unsealed
         self.cancel_all = False
         self.unsaved = False  # the disk refused the last state.json
 
@@ -179,10 +182,26 @@ class Driver:
             code = exit_code(child.returncode)
             cancelled = position in self.kill_at
             state = COMPLETED if code == 0 else CANCELLED if cancelled else FAILED
-            self.tasks[position] |= {"state": state, "exit_code": code, "ended": time.time(),
-                                     "reason": "" if code == 0 or cancelled else "NonZeroExitCode"}
+            task = self.tasks[position]
+            task |= {"state": state, "exit_code": code, "ended": time.time(), "reason": ""}
+            if state == FAILED:
+                self._judge(position, code)
             changed = True
         return changed
+
+    def _judge(self, position: int, code: int) -> None:
+        """Have a failed task wait for another start where that is safe and its budget allows, else say why not."""
+        task = self.tasks[position]
+        done = next((outcome.done for outcome in self.run.outcomes(task["phase"], self.number)
+                     if (outcome.element, outcome.restart) == (task["index"], task["restart"])), None)
+        ends = self.ends.setdefault(position, [])
+        ends.append(retry.End(retry.failure_of(code), done))
+        verdict = retry.decide(ends)
+        print(f"{task['phase']}[{task['index']}] exit code {code}: {verdict.why}", file=sys.stderr, flush=True)
+        if verdict.again:
+            task |= {"state": PENDING, "reason": REQUEUED, "restart": task["restart"] + 1}
+        else:
+            task["reason"] = "NonZeroExitCode" if verdict.why == ends[-1].failure else verdict.why
 
     def _cancel(self) -> bool:
         asked = {path.name for path in (self.folder / "cancel").iterdir()}
@@ -218,7 +237,7 @@ class Driver:
                 task |= {"state": RUNNING, "reason": "", "started": time.time()}
                 changed = True
                 continue
-            reason = reason or "Resources"
+            reason = reason or (REQUEUED if task["restart"] else "Resources")
             changed |= task["reason"] != reason
             task["reason"] = reason
         return changed
@@ -237,11 +256,16 @@ class Driver:
         return True, ""
 
     def _spawn(self, task: dict[str, Any]) -> subprocess.Popen:
+        def before_exec() -> None:
+            die_with_parent()
+            stopping.hold()  # until the worker can take them
+
         command = [sys.executable, "-m", "jobs.worker", str(self.run.path), task["phase"], str(task["index"]),
                    "--submission", str(self.number)]
         with open(self.run.log_path(task["phase"], self.number, task["index"]), "ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.run.path,
-                                    preexec_fn=die_with_parent)
+                                    preexec_fn=before_exec,
+                                    env=os.environ | {"SLURM_RESTART_COUNT": str(task["restart"])})
 
     def _save(self) -> None:
         driver = Owner.me(self.number, 0).__dict__

@@ -29,7 +29,7 @@ from megatron.core.transformer.module import Float16Module
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from data_tools.progress import Progress, silent
+from data_tools.progress import Progress, Stop, Stopped, never, silent
 from megatron_ext import checkpoint
 from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.attention import PackedDocuments, packed_documents
@@ -182,10 +182,15 @@ class Trainer:
         self._forward_backward = get_forward_backward_func()
 
     def step(
-        self, rows: Sequence[MicroBatch], rate: float, loss_function: LossFunction = supervised_loss
+        self,
+        rows: Sequence[MicroBatch],
+        rate: float,
+        loss_function: LossFunction = supervised_loss,
+        before_update: Callable[[], None] | None = None,
     ) -> tuple[Sums, float]:
         """One update from this rank's micro-batches. Returns this rank's sums and the global gradient norm.
 
+        `before_update` is called once the gradient is there.
         The norm is that of the gradient of the mean loss, before clipping. A non-finite one has already spoilt the
         weights: the caller must stop.
         """
@@ -217,6 +222,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
+        if before_update is not None:
+            before_update()
         _, norm, _ = self.optimizer.step()
         sums.loss = sum(loss.item() for loss in losses)
         return sums, float(norm)
@@ -291,11 +298,13 @@ def train_on_packs(
     keep: Path,
     identity: dict[str, Any],
     progress: Progress = silent,
+    stop: Stop = never,
 ) -> Outcome:
     """Train to the end of the schedule, from the newest valid checkpoint in KEEP/checkpoints if there is one.
 
     `identity` names what makes two runs the same (JSON values); the plan's digest is added. Raises UserMistake when a
-    checkpoint of another identity lies there, NonFinite naming the step when loss or gradient is inf or NaN.
+    checkpoint of another identity lies there, NonFinite naming the step when loss or gradient is inf or NaN, Stopped
+    on every rank once any rank's `stop` is true: before the next step, with the last one in a checkpoint.
     Afterwards KEEP/checkpoints has the last step. Every rank takes part and returns the same.
     """
     root, plan = keep / "checkpoints", trainer.plan
@@ -315,10 +324,41 @@ def train_on_packs(
     metrics = Metrics(keep / "metrics.jsonl", resumed_from)
     schedule, steps = run.schedule, run.schedule.steps
     progress(done, steps, "steps", f"resumed from {folder.name}" if folder else "")
+    saved = done
+
+    def publish(step: int) -> None:
+        """Make `step` durable, with what the next one continues from."""
+        nonlocal window, whole, saved
+        window_sum, whole_sum = window.reduced(), whole.reduced()
+        first = parallel_state.get_data_parallel_rank() == 0
+        window, whole = (window_sum, whole_sum) if first else (Sums(), Sums())
+        checkpoint.save_step(
+            root,
+            step,
+            trainer.model,
+            trainer.optimizer,
+            plan,
+            identity=identity,
+            position={
+                "window": vars(window_sum),
+                "whole": vars(whole_sum),
+                "first_loss": first_loss,
+                "last_loss": last_loss,
+            },
+            keep=run.keep_checkpoints,
+        )
+        saved = step
+
+    vote = StopVote(stop)
+    vote.send()
     since, timed = time.perf_counter(), 0
     for k in range(done, steps):
+        if vote.count():
+            if k > saved:
+                publish(k)
+            raise Stopped(k, steps)
         rate = schedule.rate(k)
-        sums, norm = trainer.step(rows_of_step(packs, k, run, plan), rate)
+        sums, norm = trainer.step(rows_of_step(packs, k, run, plan), rate, before_update=vote.send)
         step = k + 1
         if not math.isfinite(norm):
             total = sums.reduced()
@@ -356,27 +396,32 @@ def train_on_packs(
             window, since, timed = Sums(), now, 0
         progress(step, steps, "steps", f"loss {last_loss:.4f}, lr {rate:.2e}")
         if save:
-            window_sum, whole_sum = window.reduced(), whole.reduced()
-            first = parallel_state.get_data_parallel_rank() == 0
-            window, whole = (window_sum, whole_sum) if first else (Sums(), Sums())
-            checkpoint.save_step(
-                root,
-                step,
-                trainer.model,
-                trainer.optimizer,
-                plan,
-                identity=identity,
-                position={
-                    "window": vars(window_sum),
-                    "whole": vars(whole_sum),
-                    "first_loss": first_loss,
-                    "last_loss": last_loss,
-                },
-                keep=run.keep_checkpoints,
-            )
+            publish(step)
             since, timed = time.perf_counter(), 0  # the next line's step_s is training, not saving
+    vote.count()  # done anyway, but nothing may be under way when the groups end
     total = whole.reduced()
     return Outcome(steps, first_loss, last_loss, total.tokens, total.supervised, resumed_from, notes)
+
+
+class StopVote:
+    """Whether any rank is to stop, with one answer for all: a signal reaches them at different moments.
+
+    Sent between gradient and update, counted before the next step: one number, reduced while the update's own
+    collectives run, so that no rank waits for it (tests/benchmarks/stop_check.py).
+    """
+
+    def __init__(self, stop: Stop):
+        self.stop = stop
+        self.box = torch.zeros(1, device=device())
+        self.work: Any = None
+
+    def send(self) -> None:
+        self.box.fill_(float(self.stop()))
+        self.work = dist.all_reduce(self.box, op=dist.ReduceOp.MAX, async_op=True)
+
+    def count(self) -> bool:
+        self.work.wait()
+        return self.box.item() > 0
 
 
 def _newest(root: Path) -> int:

@@ -251,6 +251,14 @@ class Slurm:
         """The address of a node, which need not be its name (and whose name need not resolve)."""
         return parse_node_address(self.run(["scontrol", "show", "node", node, "--oneliner"]), node)
 
+    def job(self, element: str) -> dict[str, str]:
+        """What the controller says of one job ("12") or array element ("12_3"), keys as `scontrol show job` spells."""
+        return parse_job(self.run(["scontrol", "show", "job", element, "--oneliner"]))
+
+    def requeue(self, element: str) -> None:
+        """Run a job or array element again under its id. The bare id of an array means all of its elements."""
+        self.run(["scontrol", "requeue", element])
+
     def sbatch(self, arguments: Sequence[str]) -> str:
         """Submit; gives the new job's id. SlurmTimeout leaves open whether the job exists: look for its name."""
         printed = self.run(["sbatch", "--parsable", *arguments])
@@ -398,6 +406,18 @@ def array_limit(configuration: Mapping[str, str]) -> int:
     limit = int(configuration.get("MaxArraySize", 1001))  # Slurm's default
     tasks = re.search(r"\bmax_array_tasks=(\d+)", configuration.get("SchedulerParameters", ""))
     return min(limit, int(tasks[1])) if tasks else limit
+
+
+def parse_job(printed: str) -> dict[str, str]:
+    """Keys and values of one line of `scontrol show job`; of a value with blanks (names, paths) the first word."""
+    return dict(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", printed))
+
+
+def job_element(env: Mapping[str, str]) -> str:
+    """This job as scontrol and scancel name it: "12", or "12_3", for an array's last element has the array's own id."""
+    if "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID", "")
 
 
 def parse_node_address(printed: str, node: str) -> str:

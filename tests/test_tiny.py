@@ -97,9 +97,9 @@ def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_ru
     children = [int(pid) for pid in ranks if b"AFTEROK_RANK=%d\0" % victim in Path(f"/proc/{pid}/environ").read_bytes()]
     assert len(children) == 1
     os.kill(children[0], signal.SIGKILL)
-    wait_for("the failure", lambda: phase_status(run, "sft")["state"] == "FAILED")
+    wait_for("the restart", lambda: list(run.glob("sft/*/leases/0000.a2.r1.*")))
     assert not list(run.glob("sft/*/seal.json"))
-    afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=300)
+    afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=300)  # follows what is under way
     facts = seal_of(run, "sft").facts
     assert facts["resumed_from"] > 0
     assert facts["weights_digest"] == seal_of(finished, "sft").facts["weights_digest"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import Problem, UserMistake
-from data_tools.progress import Progress, silent
+from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext import schedule as schedules
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.parallel import check as check_plan
@@ -86,9 +86,10 @@ def _pack_length(config: Config) -> int | None:
         return None
 
 
-def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
+def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
     """Train to the last step, resuming from KEEP/checkpoints; then make `out` a model folder.
 
+    Raises Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
     Facts: step, loss_first, loss_last, weights_digest, tokens, supervised_tokens, resumed_from, notes.
     """
     from data_tools.pack import PackReader
@@ -123,6 +124,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
             keep,
             _identity(config, folder.weights_digest),
             progress,
+            stop,
         )
         digest = model_folder.write(out, trainer.model, folder.family, folder.hf, step=folder.step + outcome.step)
     return {

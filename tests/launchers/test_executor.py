@@ -52,8 +52,8 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --kill-on-bad-exit=1 --export=ALL --unbuffered --cpus-per-task=12 --mpi=none --cpu-bind=cores /shared/afterok/venv/bin/python \
--m jobs.worker /run/toy numbers --submission 3
+srun --kill-on-bad-exit=1 --export=ALL --unbuffered --cpus-per-task=12 --mpi=none --cpu-bind=cores /bin/sh -c \
+'trap "" USR2; exec "$@"' worker /shared/afterok/venv/bin/python -m jobs.worker /run/toy numbers --submission 3 --requeue
 """
 
 

@@ -1,0 +1,164 @@
+"""When a worker stops, what it says, and whether it runs again: the policy as a table, the signals on real processes."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_tools.progress import Stopped
+from jobs import retry, stopping
+from jobs.retry import CODE_ERROR, MISSING_INPUT, MISTAKE, NODE_FAILURE, STOPPED, UNKNOWN, End, decide
+from launchers.executor import WITHOUT_USR2
+from tests.command import ROOT
+
+
+def stops(*done):
+    return [End(STOPPED, n) for n in done]
+
+
+@pytest.mark.parametrize("ends, again", [
+    (stops(0), True),  # asked to stop while it loaded: once
+    (stops(0, 0), False),
+    (stops(30), True),
+    (stops(30, 40, 55, 56, 57, 58, 59), True),  # as often as there is progress
+    (stops(30, 40, 40), False),
+    (stops(30, None), False),  # SIGTERM before it could ask
+    ([End(UNKNOWN), *stops(30)], True),
+    ([*stops(30), End(UNKNOWN), *stops(30)], False),
+    ([End(UNKNOWN)], True),
+    ([End(UNKNOWN), End(UNKNOWN)], False),
+    ([End(NODE_FAILURE)] * 3, True),
+    ([End(NODE_FAILURE)] * 4, False),
+    ([End(CODE_ERROR)], False),
+    ([End(MISTAKE)], False),
+    ([End(MISSING_INPUT)], False),
+])
+def test_only_what_is_safe_and_gets_further_is_repeated(ends, again):
+    assert decide(ends).again == again
+
+
+def test_a_loop_without_progress_names_its_step_and_the_remedy():
+    why = decide(stops(1200, 1200)).why
+    assert "still at step 1,200" in why and "ask for a longer time" in why
+
+
+@pytest.mark.parametrize("code, failure", [
+    (1, CODE_ERROR), (2, MISTAKE), (3, "lease held"), (4, MISSING_INPUT), (5, STOPPED), (137, UNKNOWN), (139, UNKNOWN),
+    (143, STOPPED)])
+def test_exit_codes_have_classes(code, failure):
+    assert retry.failure_of(code) == failure
+
+
+RUNNING = {"JobState": "RUNNING", "Requeue": "1", "BatchFlag": "1", "PreemptTime": "None"}
+TERM, USR2 = signal.SIGTERM, signal.SIGUSR2
+
+
+@pytest.mark.parametrize("changes, received, refusal", [
+    ({}, {USR2}, ""),
+    ({"PreemptTime": "2026-11-21T01:47:31"}, {TERM}, ""),  # within a preemption's GraceTime the job still runs
+    ({}, {TERM}, "SIGTERM came from neither"),
+    ({}, {USR2, TERM}, "SIGTERM came from neither"),  # the limit was near, then somebody ended it
+    ({"JobState": "COMPLETING"}, {USR2}, "Slurm is ending the job"),  # scancel: a requeue would bring it back
+    ({"JobState": "COMPLETING"}, {TERM}, "Slurm is ending the job"),
+    ({"Requeue": "0"}, {USR2}, "may not be requeued"),
+    ({"BatchFlag": "0"}, {USR2}, "no batch job"),
+])
+def test_a_job_is_requeued_only_where_slurm_would_not_and_nobody_ended_it(changes, received, refusal):
+    found = retry.requeue_refusal({**RUNNING, **changes}, received)
+    assert found.startswith(refusal) if not refusal else refusal in found
+    assert bool(found) == bool(refusal)
+
+
+def test_a_stop_says_how_far_it_got():
+    assert str(Stopped(1200, 4000)) == "stopped after a durable checkpoint at step 1,200 of 4,000"
+    assert str(Stopped(0, 9, "row")) == "stopped before the first row of 9 was durable"
+
+
+# -- signals ------------------------------------------------------------------------------------------------------
+
+ASKING = """
+import sys, time
+from jobs.stopping import StopSignals
+signals = StopSignals()
+signals.install()
+if sys.argv[1] == "asks":
+    signals.asked()
+print("ready", flush=True)
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    if sys.argv[1] == "asks" and signals.asked():
+        print(sorted(signals.received), flush=True)
+        time.sleep(0.3)  # a second signal in this time changes nothing
+        sys.exit(5)
+    time.sleep(0.01)
+"""
+
+
+def started(mode, seconds, **kwargs):
+    return subprocess.Popen([sys.executable, "-c", ASKING, mode, str(seconds)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                            **kwargs)
+
+
+@pytest.mark.parametrize("mode, number, code", [
+    ("asks", signal.SIGTERM, 5), ("asks", signal.SIGUSR2, 5), ("silent", signal.SIGTERM, -signal.SIGTERM),
+    ("silent", signal.SIGUSR2, 0)])
+def test_who_asks_stops_and_who_does_not_dies_of_sigterm_alone(mode, number, code):
+    process = started(mode, 20 if code else 1)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    if code == 5:
+        assert process.stdout.readline() == f"[{int(number)}]\n"
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_before_the_handlers_are_there_waits_for_them(number):
+    process = started("asks", 20, preexec_fn=stopping.hold)
+    process.send_signal(number)  # Python has hardly begun to start
+    # SIGUSR2 is noted, so the first question is answered yes; SIGTERM ends what has not begun to ask
+    assert process.wait(timeout=20) == (5 if number == signal.SIGUSR2 else -signal.SIGTERM)
+
+
+def test_the_worker_survives_sigusr2_from_its_first_import_on(tmp_path):
+    """Under the shell wrapper of the batch script, at many moments of its start."""
+    for delay in (0.01, 0.03, 0.06, 0.1, 0.2):
+        process = subprocess.Popen([*WITHOUT_USR2, sys.executable, "-m", "jobs.worker", str(tmp_path), "x"], cwd=ROOT,
+                                   stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        process.send_signal(signal.SIGUSR2)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 2 and "nothing was submitted" in err, (delay, err)
+
+
+SPAWNER = """
+import sys
+from jobs.ranks import spawn_ranks
+sys.exit(spawn_ranks([sys.executable, "-c", sys.argv[1], "asks", "20"], 2, 0))
+"""
+
+
+def test_every_rank_hears_a_signal_whenever_it_comes():
+    for delay in (0.05, 0.1, 0.15, 0.2, 0.4):
+        parent = subprocess.Popen([sys.executable, "-c", SPAWNER, ASKING], cwd=ROOT, preexec_fn=stopping.hold,
+                                  stdout=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        parent.send_signal(signal.SIGUSR2)
+        out, _ = parent.communicate(timeout=30)
+        assert parent.returncode == 5 and out.count(f"[{int(signal.SIGUSR2)}]") == 2, (delay, out)
+
+
+RANK = """
+import os, signal, sys, time
+if os.environ["AFTEROK_RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.005)
+sys.exit(1)  # what a peer does that misses it
+"""
+
+
+def test_a_killed_rank_is_the_cause_not_the_peer_that_misses_it():
+    done = subprocess.run([sys.executable, "-c", SPAWNER, RANK], cwd=ROOT, timeout=30)
+    assert done.returncode == 137
