@@ -38,6 +38,8 @@ class JobEntry:
         """The elements that an array task (None: a job that is no array) works on."""
         if task is None:
             return self.elements
+        if self.batch == 1:
+            return [task]
         return [i for i in self.elements if i // self.batch == task]
 
 

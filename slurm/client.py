@@ -331,7 +331,7 @@ def parse_accounting(printed: str) -> list[AccountingRow]:
 
 def parse_job_row(printed: str) -> AccountingRow:
     """One job of `scontrol show job --oneliner`."""
-    keys = dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", printed.splitlines()[0]))
+    keys = parse_job(printed.splitlines()[0])
     code, _, number = keys.get("ExitCode", "0:0").partition(":")
     array = "ArrayTaskId" in keys
     return AccountingRow(
