@@ -3,7 +3,8 @@
     python -m launchers.local RUN N      # started by LocalBackend.submit, outlives the terminal
 
 The driver starts each element's worker when its dependencies allow and cores are free, starts it again where
-jobs/retry.py says so (it stopped at a checkpoint, or was killed), and writes every change to RUN/local/N/state.json. Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
+jobs/retry.py says so (it stopped at a checkpoint, or was killed), and writes every change to RUN/local/N/state.json.
+Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
 """
 
 import os
