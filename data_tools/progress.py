@@ -25,7 +25,7 @@ def never() -> bool:
 
 
 class Stopped(Exception):
-    """Work was asked to stop and did: `done` of `total` `unit`s (singular: step, row) are durable, the rest is to do."""
+    """Work was asked to stop and did: `done` of `total` `unit`s (singular: step, row) are durable, the rest is not."""
 
     def __init__(self, done: int, total: int, unit: str = "step"):
         self.done, self.total, self.unit = done, total, unit

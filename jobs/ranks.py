@@ -110,7 +110,8 @@ def _wait_for_all(children: list[subprocess.Popen]) -> int:
                 if other.poll() is None:
                     other.kill()
         time.sleep(0.02)
-    return worst or exit_code(min(child.returncode for child in children)) or max(child.returncode for child in children)
+    codes = [child.returncode for child in children]
+    return worst or exit_code(min(codes)) or max(codes)
 
 
 def exit_code(returncode: int) -> int:

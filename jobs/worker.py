@@ -56,7 +56,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("phase")
     parser.add_argument("index", type=int, nargs="?")
     parser.add_argument("--submission", type=int, help="which frozen submission (default: the newest)")
-    parser.add_argument("--requeue", action="store_true", help="requeue this Slurm job when stopped near its time limit")
+    parser.add_argument("--requeue", action="store_true", help="requeue this Slurm job when it has to stop")
     args = parser.parse_args(argv)
     try:
         run = RunFolder(args.run.absolute())
@@ -146,7 +146,8 @@ class Worker:
         except Exception as error:
             code, message = self._failure(error)
         message = self.secrets.mask(message)
-        states = {EXIT_SEALED: "sealed", EXIT_MISTAKE: "mistake", EXIT_LEASE_HELD: "skipped", EXIT_UNFINISHED: "stopped"}
+        states = {EXIT_SEALED: "sealed", EXIT_MISTAKE: "mistake", EXIT_LEASE_HELD: "skipped",
+                  EXIT_UNFINISHED: "stopped"}
         if code != EXIT_SEALED:
             _say(f"{self.phase.name}[{self.index}]: {message}")
         if code != EXIT_SEALED or self.rank.rank == 0:
@@ -216,7 +217,7 @@ class Worker:
         return sealed["exit"], sealed["message"]
 
     def _stop(self, verdicts: Verdicts, stopped: Stopped) -> tuple[int, str]:
-        """Leave after a checkpoint: no rank exits before rank 0 has said why and requeued, for that would end the job."""
+        """Leave after a checkpoint. No rank exits before rank 0 has requeued: that would end the job."""
         words = verdicts.gather("stopped", ",".join(map(str, SIGNALS.received)))
         verdict = verdicts.decide("stopped", lambda: self._stopped(stopped, words))
         verdicts.goodbye()
@@ -252,9 +253,9 @@ class Worker:
     def _stopped(self, stopped: Stopped, words: list[str]) -> dict[str, Any]:
         """Record the stop and, on Slurm, requeue where that is ours to do. `words`: the signals each rank received."""
         received = {int(number) for word in words for number in word.split(",") if number}
-        ends = [retry.End(retry.STOPPED, outcome.done, stopped.unit)
-                for outcome in self.run.outcomes(self.phase.name, self.owner.attempt)
-                if outcome.element == self.index and outcome.state == "stopped" and outcome.restart < self.owner.restart]
+        before = [outcome for outcome in self.run.outcomes(self.phase.name, self.owner.attempt)
+                  if outcome.element == self.index and outcome.restart < self.owner.restart]
+        ends = [retry.End(retry.STOPPED, outcome.done, stopped.unit) for outcome in before if outcome.state == "stopped"]
         verdict = retry.decide([*ends, retry.End(retry.STOPPED, stopped.done, stopped.unit)])
         message = f"{stopped}; {verdict.why}"
         refusal = self._requeue_refusal(received) if verdict.again and self.requeue else "not asked for"
@@ -315,7 +316,8 @@ class Worker:
         keep = self.artifact.folder if count == 1 else self.artifact.folder / "elements" / f"{index:04d}"
         keep.mkdir(parents=True, exist_ok=True)
         value = self.phase.array[index] if isinstance(self.phase.array, list) else index
-        return Task(self.phase.name, index, count, value, out, keep, self.rank.rank, self.rank.world_size, SIGNALS.asked)
+        return Task(self.phase.name, index, count, value, out, keep, self.rank.rank, self.rank.world_size,
+                    SIGNALS.asked)
 
     def _seal(self, kind: PhaseKind, facts: dict[str, Any], lease: dict[str, Any]) -> dict[str, Any]:
         if not lease["only_fan_in"] and not self.artifact.seal(self.lease, self._record(facts)):

@@ -8,6 +8,7 @@ told, since the ranks share two cores with whatever else runs here.
 
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -53,12 +54,10 @@ def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 600
     with tempfile.TemporaryDirectory() as folder:
         hf = tiny.hf_folder(Path(folder) / "hf", DIMS)
-        import subprocess
-
         port = gloo.free_port()
         command = [sys.executable, "-m", "tests.benchmarks.stop_check", str(steps), str(hf)]
-        children = [subprocess.Popen(command, env=os.environ | gloo.environment(rank, 2, port) | {"OMP_NUM_THREADS": "1"})
-                    for rank in range(2)]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        children = [subprocess.Popen(command, env=one_thread | gloo.environment(rank, 2, port)) for rank in range(2)]
         sys.exit(max(child.wait() for child in children))
 
 

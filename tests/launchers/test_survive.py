@@ -167,11 +167,10 @@ def test_a_loop_without_progress_is_cut_on_slurm(on_slurm):
 # -- local processes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_the_local_driver_restarts_what_stopped_at_a_checkpoint(pipeline, number):
+def test_the_local_driver_restarts_what_stopped_at_a_checkpoint(pipeline):
     path, run = pipeline
     afterok("submit", path, "cluster=local", "--run", run)
-    for restart, least in enumerate((3, 15)):
+    for restart, (least, number) in enumerate([(3, signal.SIGTERM), (15, signal.SIGUSR2)]):
         wait_for("its start", lambda: newest_name(run) == f"0000.a1.r{restart}.g0")
         os.kill(counted(run, least), number)
         wait_for("the stop", lambda: outcomes(run)[restart:] == [(restart, "stopped", 5)])
@@ -245,7 +244,8 @@ def test_by_hand_a_stopped_worker_exits_5_and_goes_on_when_run_again(pipeline):
 
 # -- training -----------------------------------------------------------------------------------------------------
 
-SFT = ["params.steps=60", "params.train_rows=2000", "params.test_rows=64", "sft.with.checkpoint_every=25", "cluster=local"]
+SFT = ["params.steps=60", "params.train_rows=2000", "params.test_rows=64", "sft.with.checkpoint_every=25",
+       "cluster=local"]
 
 
 @pytest.fixture(scope="module")
