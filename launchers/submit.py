@@ -240,7 +240,8 @@ def cancel(run: RunFolder, phases: Optional[list[str]] = None) -> list[str]:
     submitted = {entry.phase for entry in Ledger(run.ledger).jobs()}
     unknown = set(phases or []) - submitted
     if unknown:
-        raise UserMistake(f"{run.path} never submitted a phase {sorted(unknown)[0]!r}{nearest(sorted(unknown)[0], sorted(submitted))}")
+        name = sorted(unknown)[0]
+        raise UserMistake(f"{run.path} never submitted a phase {name!r}{nearest(name, sorted(submitted))}")
     backends = backends_of(run)
     live = live_jobs(run, list(backends.values()))
     jobs = [found.entry.job for phase, found in live.items() if not phases or phase in phases]
