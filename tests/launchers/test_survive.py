@@ -83,7 +83,7 @@ def finished(run, env):
     wait_for("the end", lambda: "COMPLETED" == states(run, env=env)["total"], 60)
 
 
-@pytest.mark.parametrize("grace", [0, 20])
+@pytest.mark.parametrize("grace", [0, pytest.param(20, marks=pytest.mark.soak)])
 def test_a_preempted_job_stops_at_a_checkpoint_and_goes_on_when_its_nodes_are_free(on_slurm, grace):
     """With a grace time Slurm leaves the job RUNNING, and one that ends within it as FAILED: then we requeue it."""
     path, run, env, slurm = on_slurm
@@ -306,6 +306,7 @@ def assert_same_training(trained, found, run):
     assert lines[0] == lines[1]
 
 
+@pytest.mark.soak  # CI kills ranks of tiny.yaml instead (tests/test_tiny.py)
 def test_training_stopped_at_a_random_moment_gives_the_weights_of_an_uninterrupted_one(trained, tmp_path):
     found = stopped_at_random(trained, tmp_path / "run", seed=int(time.time()))
     assert found["resumed_from"] > 0

@@ -370,6 +370,7 @@ def test_a_dead_driver_and_a_cancelled_run_are_told_apart(tmp_path):
 # -- a real Slurm --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_each_failure_on_slurm_has_its_class(tmp_path, dev_cluster):
     run, env, slurm = tmp_path / "run", dev_cluster.env(), Slurm(dev_cluster.env())
     pipeline = pipeline_of(
