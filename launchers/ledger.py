@@ -16,6 +16,7 @@ from typing import Any, Iterator, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
+from data_tools.mistake import UserMistake
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,13 @@ class Ledger:
 
     def jobs(self) -> list[JobEntry]:
         """Jobs in the order they were submitted, as the last rewiring left them."""
+        try:
+            return list(self._jobs().values())
+        except KeyError as missing:
+            raise UserMistake(f"{self.path}: an event has no {missing}: another version of afterok wrote it; "
+                              "use that version, or another run folder") from None
+
+    def _jobs(self) -> dict[str, JobEntry]:
         found: dict[str, JobEntry] = {}
         for e in self.events():
             if e["event"] == "job":
@@ -74,7 +82,7 @@ class Ledger:
                                            e["name"], e["waits"], e["request"], e["submission"], e["batch"])
             elif e["event"] == "rewire" and e["only"] is None:
                 found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
-        return list(found.values())
+        return found
 
     def unreleased(self) -> list[int]:
         """Submissions that were begun and neither released nor abandoned."""

@@ -73,3 +73,10 @@ def test_folders_of_the_user_do_not_stand_in_for_our_packages(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "plan", "p.yaml", "cluster=local"], cwd=tmp_path, text=True,
                           capture_output=True)
     assert done.returncode == 0 and "mine" not in done.stderr, done.stderr
+
+
+def test_a_ledger_that_another_version_wrote_is_one_line(tmp_path):
+    afterok("run", write_toy(tmp_path), "cluster=local", "--run", tmp_path / "run")
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"name":', '"title":'))
+    assert "another version of afterok wrote it" in one_line(afterok("status", tmp_path / "run", check=2))
