@@ -16,7 +16,6 @@ from typing import Any, Iterator, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from data_tools.mistake import UserMistake
 
 
 @dataclass(frozen=True)
