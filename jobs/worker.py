@@ -361,4 +361,6 @@ class Worker:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    stopping.hold()  # Python's shutdown gives handled signals their deadly defaults back; the exit code is decided
+    sys.exit(code)

@@ -125,7 +125,7 @@ def test_a_signal_before_the_handlers_are_there_waits_for_them(number):
 
 def test_the_worker_survives_sigusr2_from_its_first_import_on(tmp_path):
     """Under the shell wrapper of the batch script, at many moments of its start."""
-    for delay in (0.01, 0.03, 0.06, 0.1, 0.2):
+    for delay in (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25):
         process = subprocess.Popen([*WITHOUT_USR2, sys.executable, "-m", "jobs.worker", str(tmp_path), "x"], cwd=ROOT,
                                    stderr=subprocess.PIPE, text=True)
         time.sleep(delay)

@@ -183,6 +183,10 @@ def _hosted() -> int:
             torch.distributed.all_reduce(box)
             total = int(box)
         store.wait(["verdict/0", "verdict/1"])
+        if rank:
+            store.set("goodbye", "1")
+        else:
+            store.wait(["goodbye"])  # the host of the store leaves last, as our worker's rank 0 does
         return total
     finally:
         del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
