@@ -46,6 +46,7 @@ def test_elements_beyond_the_array_limit_share_tasks_and_partners_share_the_fact
     assert "first[7]" in afterok("logs", run, "first:7", env=env).stdout
 
 
+@pytest.mark.soak
 def test_a_throttled_array_runs_so_many_elements_at_once(tmp_path, dev_cluster):
     run, env = tmp_path / "run", dev_cluster.env()
     (tmp_path / "t.yaml").write_text("name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 6, throttle: 2, with: {seconds: 1}}\n")

@@ -88,7 +88,7 @@ def test_a_submitter_killed_between_any_two_calls_loses_and_doubles_nothing(shim
 
 
 @pytest.mark.parametrize("do", ["open-before", "open-after"])
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_an_sbatch_with_an_open_outcome_is_looked_up_before_it_is_sent_again(shimmed, at, do):
     pipeline, run, env, shim = shimmed
     afterok("submit", pipeline, "--run", run, env=shim(at, do))
@@ -96,7 +96,7 @@ def test_an_sbatch_with_an_open_outcome_is_looked_up_before_it_is_sent_again(shi
     assert len(submitted_jobs(run, env)) == 3
 
 
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_a_refused_job_takes_the_whole_submission_back(shimmed, at):
     pipeline, run, env, shim = shimmed
     line = one_line(afterok("submit", pipeline, "--run", run, env=shim(at, "refuse"), check=2))
