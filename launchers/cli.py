@@ -197,13 +197,15 @@ def _indices(text: Optional[str]) -> Optional[list[int]]:
     """3,7-9 as [3, 7, 8, 9]."""
     if text is None:
         return None
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UserMistake(f"--elements {text!r}: write indices and ranges, like 3,7-9")
-        found += range(int(first), int(last if dash else first) + 1)
-    return sorted(set(found))
+    from slurm.client import parse_indices
+
+    try:
+        found = sorted(set(parse_indices(text)))
+    except ValueError:
+        found = []
+    if not found or "%" in text:
+        raise UserMistake(f"--elements {text!r}: write indices and ranges, like 3,7-9")
+    return found
 
 
 def _repair(args: argparse.Namespace) -> int:

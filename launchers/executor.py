@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Optional
 
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -16,24 +16,13 @@ from data_tools import durable
 from jobs.run_folder import RunFolder
 from launchers.backend import NEVER, JobSpec, OutcomeOpen, Refused, TaskState
 from launchers.ledger import JobEntry
-from slurm.client import QueueRow, Slurm, SlurmError, SlurmTimeout
+from slurm.client import QueueRow, Slurm, SlurmError, SlurmTimeout, format_indices
 from slurm.detect import Cluster
 from slurm.profile import Profile
 
 SIGNAL_BEFORE_END = "USR2@90"  # seconds before the time limit; submitit's own default
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
-
-
-def index_ranges(indices: Iterable[int]) -> str:
-    """Slurm's spelling of array indices: 3,7-9."""
-    parts: list[list[int]] = []
-    for index in sorted(indices):
-        if parts and index == parts[-1][1] + 1:
-            parts[-1][1] = index
-        else:
-            parts.append([index, index])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 class PhaseExecutor(SlurmExecutor):
@@ -91,7 +80,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     }
     if spec.is_array:
         tasks = {element // frozen.batch for element in spec.elements}
-        extra["array"] = index_ranges(tasks) + (f"%{frozen.throttle}" if frozen.throttle else "")
+        extra["array"] = format_indices(tasks) + (f"%{frozen.throttle}" if frozen.throttle else "")
     return {
         "job_name": spec.name,
         "partition": resources.partition, "account": resources.account, "qos": resources.qos,

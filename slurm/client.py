@@ -308,6 +308,18 @@ def parse_indices(text: str) -> list[int]:
     return indices
 
 
+def format_indices(indices: Iterable[int], most: int | None = None) -> str:
+    """Array indices as Slurm spells them, "3,7-9"; for people at most `most` ranges, then "…"."""
+    ranges: list[list[int]] = []
+    for index in sorted(indices):
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
+    return ",".join(texts[:most]) + (",…" if most is not None and len(texts) > most else "")
+
+
 def parse_accounting(printed: str) -> list[AccountingRow]:
     """Rows of `sacct -X -P` with the fields JobID, JobIDRaw, State, ExitCode, ElapsedRaw, NodeList, JobName."""
     rows = []

@@ -5,7 +5,7 @@ from pathlib import Path
 from jobs.pipeline import load_pipeline
 from jobs.run_folder import RunFolder
 from launchers.backend import JobSpec
-from launchers.executor import (PhaseExecutor, dependency, element_dependency, index_ranges, never_starting, phase_command,
+from launchers.executor import (PhaseExecutor, dependency, element_dependency, never_starting, phase_command,
                                 phase_parameters)
 from launchers.plan import make_plan
 from slurm.client import QueueRow
@@ -82,8 +82,3 @@ def test_what_waits_behind_a_job_that_can_never_start_never_starts_either():
             row("9", "DependencyNeverSatisfied", "aftercorr:5_*(failed)", "7"), row("4", "Dependency", "afterany:3(unfulfilled)"),
             row("5", "Dependency", "afterok:7_*(unfulfilled)"), row("6", "Resources", "")]  # fmt: skip
     assert never_starting(rows) == {"2", "3", "5", "9"}
-
-
-def test_chosen_indices_are_spelled_as_slurm_spells_them():
-    assert index_ranges([7, 3, 8, 9, 20]) == "3,7-9,20"
-    assert index_ranges(range(4)) == "0-3"

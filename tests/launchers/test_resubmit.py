@@ -132,4 +132,5 @@ def test_wrong_names_are_refused_with_the_nearest(failed):
     run, env = failed
     assert "did you mean mid?" in one_line(afterok("resubmit", run, "midd", env=env, check=2))
     assert "did you mean factor?" in one_line(afterok("resubmit", run, "mid", "mid.with.facto=2", env=env, check=2))
-    assert "write indices and ranges" in one_line(afterok("resubmit", run, "mid", "--elements", "a-b", env=env, check=2))
+    for wrong in ("a-b", "9-3", "", "1%2"):  # a range of nothing must not mean everything
+        assert "write indices and ranges" in one_line(afterok("resubmit", run, "mid", f"--elements={wrong}", env=env, check=2))

@@ -11,8 +11,8 @@ import pytest
 
 from jobs.artifact import Owner
 from jobs.run_folder import Outcome, RunFolder
-from launchers.ledger import Ledger
-from launchers.why import Cause, Evidence, classify, first_dead_task, index_list, log_tail, tracebacks
+from launchers.diagnosis import Cause, Evidence, classify, first_dead_task, tracebacks
+from launchers.why import log_tail
 from slurm.client import AccountingRow, Slurm, parse_job_row, parse_seconds
 from tests.command import afterok, afterok_json, states, wait_for
 
@@ -255,10 +255,6 @@ def test_scontrols_job_reads_like_accountings():
     assert parse_job_row(line) == AccountingRow("12_3", "15", "toy.numbers.a1.x", "FAILED", 0, 53, 86465, "n[1-2]")
     assert parse_job_row("JobId=7 JobName=x JobState=PENDING ExitCode=0:0 NodeList=(null)").job_id == "7"
     assert parse_seconds("00:01:30") == 90
-
-
-def test_indices_are_shown_short():
-    assert index_list([3, 7, 8, 9]) == "3,7-9" and index_list(list(range(0, 40, 2))) == "0,2,4,6,8,10,…"
 
 
 # -- local processes -----------------------------------------------------------------------------------------------

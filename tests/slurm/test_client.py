@@ -71,6 +71,12 @@ def test_a_list_of_indices_that_was_cut_is_an_error_not_a_shorter_array():
         client.parse_indices("0,3,9,...")
 
 
+def test_indices_are_spelled_as_slurm_spells_them_and_shortened_for_people():
+    assert client.format_indices([7, 3, 8, 9, 20]) == "3,7-9,20" and client.format_indices(range(4)) == "0-3"
+    assert client.format_indices(range(0, 40, 2), 6) == "0,2,4,6,8,10,…"
+    assert client.parse_indices(client.format_indices([1, 2, 5])) == [1, 2, 5]
+
+
 def test_partitions_of_unlike_nodes_become_one_row():
     batch, mixed, old = client.parse_partitions(SINFO)
     assert (batch.name, batch.default, batch.max_time_minutes, batch.max_nodes) == ("batch", True, 1440, None)

@@ -1,0 +1,585 @@
+"""Why one element of a phase is not sealed: evidence in, diagnosis out, nothing read and nobody asked.
+
+The rules of `classify` are tried in order, the cause before its symptoms: a rank that was killed makes its peers report a
+broken collective, and srun then kills those. The words looked for are those of Slurm 22.05's srun and slurmstepd, PyTorch 2
+and NCCL 2; tests/launchers/test_why.py has them, seen on the dev cluster or written from those programs' known wording.
+"""
+
+import re
+import signal
+import time
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Callable, Optional
+
+from data_tools.mistake import EXIT_MISTAKE
+from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE
+from jobs.run_folder import Outcome
+from launchers.backend import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
+from launchers.status import NO_SEAL, UNKNOWN, exit_code_of
+from slurm.client import AccountingRow, format_minutes
+
+EVIDENCE_CHARACTERS = 240
+SIGNAL_NO_OUTPUT = 53  # Slurm's "signal" of a batch script whose output file it could not open
+
+
+class Cause(StrEnum):
+    """Why an element is not sealed. The value is what people and --json read."""
+
+    MISTAKE = "user mistake"
+    CODE = "python exception"
+    HOST_MEMORY = "out of host memory"
+    GPU_MEMORY = "out of GPU memory"
+    COLLECTIVE = "collective time-out"
+    TIME_LIMIT = "time limit"
+    PREEMPTED = "preempted"
+    NODE = "node failure"
+    NO_INPUT = "missing input"
+    LEASE_HELD = "lease held by another"
+    CANCELLED = "cancelled"
+    STOPPED = "stopped"  # when asked to, at a checkpoint, and not started again
+    UPSTREAM = "upstream not sealed"
+    NEVER_STARTS = "cannot start"
+    WAITING = "waiting"  # nothing is wrong
+    DRIVER_GONE = "local driver gone"
+    NO_LOG_FOLDER = "log folder missing"
+    LOST = "lost"
+    UNKNOWN = "unknown"
+
+    @property
+    def is_trouble(self) -> bool:
+        return self is not Cause.WAITING
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of one element that is not sealed."""
+
+    phase: str
+    index: int = 0
+    job: str = ""
+    state: str = FAILED  # Slurm's word, or UNKNOWN
+    reason: str = ""
+    exit_code: Optional[int] = None
+    outcome: Optional[Outcome] = None
+    log: str = ""  # the end of its log, of its newest life
+    log_path: str = ""
+    log_folder_exists: bool = True
+    row: Optional[AccountingRow] = None  # from sacct, or scontrol where there is no slurmdbd
+    on_slurm: bool = True
+    upstream: tuple[str, ...] = ()  # phases it needs that are not sealed and not under way
+    cancelled_at: Optional[float] = None  # by afterok
+    asked_minutes: Optional[int] = None
+    asked_memory: str = ""
+    down_nodes: tuple[str, ...] = ()  # of its nodes, those that Slurm calls down
+
+    @property
+    def message(self) -> str:
+        return self.outcome.message if self.outcome is not None else ""
+
+    @property
+    def code(self) -> Optional[int]:
+        if self.outcome is not None:
+            return self.outcome.exit_code
+        return self.exit_code if self.exit_code is not None else exit_code_of(self.row) if self.row else None
+
+    def lines(self) -> list[str]:
+        return self.log.splitlines()
+
+    def find(self, pattern: "re.Pattern[str]") -> str:
+        """The line that shows it: in the worker's last words, else the first in the log."""
+        if pattern.search(self.message):
+            return self.message
+        return next((line.strip() for line in self.lines() if pattern.search(line)), "")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    cause: Cause
+    what: str  # continues "sft[3] …"
+    evidence: str
+    remedy: str
+    node: str = ""  # the one guilty node, where Slurm or the log names it
+    certain: bool = True  # False: the likeliest reading of evidence that has others
+
+
+Rule = Callable[[Evidence], Optional[Diagnosis]]
+
+
+def classify(evidence: Evidence) -> Diagnosis:
+    """The first rule that applies; never None."""
+    for rule in RULES:
+        found = rule(evidence)
+        if found is not None:
+            return replace(found, evidence=_shortened(found.evidence))
+    raise AssertionError("the last rule always applies")
+
+
+# -- what still waits ---------------------------------------------------------------------------------------------
+
+# man squeue, JOB REASON CODES. What is in neither list is reported in Slurm's own words, as waiting.
+STUCK = {
+    "PartitionTimeLimit": "it asks for more time than its partition allows; lower resources.time",
+    "PartitionNodeLimit": "it asks for more nodes than its partition allows; lower resources.nodes",
+    "PartitionDown": "its partition is down; ask the admin, or choose another partition for its role",
+    "PartitionInactive": "its partition starts no jobs; ask the admin, or choose another partition for its role",
+    "BadConstraints": "no node fits what it asks for; lower resources, or drop the constraint",
+    "AccountNotAllowed": "its partition refuses the account; have the profile name another for it",
+    "InvalidAccount": "Slurm does not know the account; correct it in the profile",
+    "InvalidQOS": "Slurm does not know the QOS; correct it in the profile",
+    "QOSNotAllowed": "its partition or account refuses the QOS; have the profile name another",
+    "JobHeldAdmin": "an admin holds it; ask the admin",
+    "JobHeldUser": "it is held; `afterok repair` releases what a killed submit left, `scontrol release` the rest",
+    "JobHoldMaxRequeue": "it was requeued too often and is held; see its log, then `scontrol release`",
+    "launch failed requeued held": "its launch failed on a node and it is held; `scontrol release` tries again",
+    "DeadLine": "it cannot end before its deadline; submit again without one",
+}
+STUCK_PATTERN = re.compile(
+    r"(QOS|Assoc)(Max\w*PerJob\w*|Max\w*PerNode\w*|Max\w*Wall\w*|Min\w*|Grp\w*(Minutes|Wall)\w*|\w*TimeLimit)"
+    r"|AccountingPolicy"
+)
+OWN_LIMIT = re.compile(r"(QOS|Assoc)(Max|Grp)\w*")
+PLAIN_WAIT = {
+    "",
+    "None",
+    "Priority",
+    "Resources",
+    "Dependency",
+    "BeginTime",
+    "JobArrayTaskLimit",
+    "Cleaning",
+    "Licenses",
+    "Reservation",
+    "Prolog",
+    "WaitingForScheduling",
+}
+PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
+TIME_LINE = re.compile(r"DUE TO TIME LIMIT")
+NODE_LINE = re.compile(r"DUE TO NODE FAILURE|Node failure on \S+|launch failed on node|\bNODE_FAIL\b", re.IGNORECASE)
+
+
+def _still_waits(e: Evidence) -> Optional[Diagnosis]:
+    if e.state not in ACTIVE_STATES:
+        return None
+    if e.reason == NEVER:
+        return _upstream(e)
+    said = (
+        f"Slurm says {e.state}" + (f", reason {e.reason}" if e.reason else "")
+        if e.on_slurm
+        else f"{e.state} {e.reason}".strip()
+    )
+    if e.state in ("REQUEUE_HOLD", "SPECIAL_EXIT"):
+        return Diagnosis(
+            Cause.NEVER_STARTS,
+            "was requeued and is held",
+            said,
+            f"see its log, then `scontrol release {e.job}`, or `afterok cancel` and submit again",
+        )
+    if e.reason in STUCK:
+        return Diagnosis(Cause.NEVER_STARTS, "will not start by itself", said, STUCK[e.reason])
+    if STUCK_PATTERN.fullmatch(e.reason):
+        return Diagnosis(
+            Cause.NEVER_STARTS,
+            "will not start by itself",
+            said,
+            "one job alone is over a limit of your QOS or account (`sacctmgr show qos`); ask for less",
+        )
+    if e.state == RUNNING:
+        return Diagnosis(Cause.WAITING, "runs", said, "nothing is wrong")
+    if e.state == "SUSPENDED":
+        return Diagnosis(Cause.WAITING, "is suspended", said, "it goes on when Slurm resumes it")
+    if e.reason not in PLAIN_WAIT and e.reason.startswith(("ReqNodeNotAvail", "Nodes required", "Nodes_required")):
+        return Diagnosis(
+            Cause.WAITING,
+            "waits for nodes that are down, drained or reserved",
+            said,
+            "it starts when they are back; `sinfo -R` says why they are away",
+        )
+    if OWN_LIMIT.fullmatch(e.reason):
+        return Diagnosis(
+            Cause.WAITING, "waits at a limit of your QOS or account", said, "it starts as other jobs of the limit end"
+        )
+    stopped = e.message if e.outcome is not None and e.outcome.state == "stopped" else ""
+    requeued = stopped or e.find(PREEMPTED_LINE) or e.find(NODE_LINE)
+    if requeued and e.reason in ("", "None", "BeginTime", "Resources", "Priority"):
+        return Diagnosis(
+            Cause.WAITING, "was interrupted and waits to start again", requeued, "nothing: it was requeued"
+        )
+    return Diagnosis(Cause.WAITING, "waits", said, "nothing is wrong")
+
+
+def _upstream(e: Evidence) -> Diagnosis:
+    names = " and ".join(e.upstream) or "a phase"
+    return Diagnosis(
+        Cause.UPSTREAM,
+        f"can never start: it needs {names}, which did not end sealed",
+        f"reason {NEVER}",
+        f"cure {names}, then `afterok submit` or `afterok resubmit` takes it along",
+    )
+
+
+# -- what Slurm itself says ---------------------------------------------------------------------------------------
+
+
+def _ended_by_slurm(e: Evidence) -> Optional[Diagnosis]:
+    said = f"Slurm says {e.state}" + (f", reason {e.reason}" if e.reason else "")
+    time_line, preempted_line, node_line = e.find(TIME_LINE), e.find(PREEMPTED_LINE), e.find(NODE_LINE)
+    if e.state in ("TIMEOUT", "DEADLINE") or (time_line and e.state not in ("PREEMPTED", "NODE_FAIL")):
+        had = f"its {format_minutes(e.asked_minutes)} time limit" if e.asked_minutes else "its time limit"
+        return Diagnosis(
+            Cause.TIME_LIMIT,
+            f"ran into {had}",
+            time_line or said,
+            f"raise {e.phase}.resources.time; what has checkpoints goes on from the newest when submitted again",
+        )
+    if e.state == "PREEMPTED" or (preempted_line and e.state in (CANCELLED, FAILED, UNKNOWN)):
+        return Diagnosis(
+            Cause.PREEMPTED,
+            "was preempted by a job of higher priority",
+            preempted_line or said,
+            "submit again (checkpoints are kept), or choose a partition that is not preempted",
+        )
+    if e.state in ("NODE_FAIL", "BOOT_FAIL") or (node_line and e.state in (CANCELLED, FAILED, UNKNOWN)):
+        node = guilty_node(e)
+        what = (
+            f"lost node {node}"
+            if node
+            else f"lost a node of {e.row.nodelist}" if e.row and e.row.nodelist else "lost a node"
+        )
+        tell = f", and tell the admin about {node}" if node else ""
+        return Diagnosis(Cause.NODE, what, node_line or said, f"submit again (checkpoints are kept){tell}", node)
+    if e.state == "OUT_OF_MEMORY":
+        return _host_memory(e, e.find(HOST_MEMORY_LINE) or said)
+    return None
+
+
+NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")
+TASK_LINE = re.compile(r"srun: error: ([\w.-]+): tasks? ([\d,-]+): (.+)")
+
+
+def guilty_node(e: Evidence) -> str:
+    """The node that srun names, else the only one of the job's nodes that Slurm calls down, else "" ."""
+    for line in e.lines():
+        found = NODE_NAMES.search(line)
+        if found and "," not in (name := (found[1] or found[2])):
+            return name.rstrip(":.")
+    return e.down_nodes[0] if len(e.down_nodes) == 1 else ""
+
+
+def _never_ran(e: Evidence) -> Optional[Diagnosis]:
+    """Cancelled before it started, or because what it needs failed."""
+    if e.state == CANCELLED and e.reason == NEVER:
+        return _upstream(e)
+    return None
+
+
+def _no_log_folder(e: Evidence) -> Optional[Diagnosis]:
+    no_output = e.row is not None and e.row.exit_signal == SIGNAL_NO_OUTPUT
+    if (
+        e.outcome is None
+        and e.on_slurm
+        and e.state not in ACTIVE_STATES
+        and (no_output or (e.reason == "JobLaunchFailure" and not e.log_folder_exists))
+    ):
+        folder = str(Path(e.log_path).parent)
+        return Diagnosis(
+            Cause.NO_LOG_FOLDER,
+            "did not start: Slurm could not open its log",
+            f"exit code 0:{SIGNAL_NO_OUTPUT}" if no_output else f"reason {e.reason}",
+            f"see that {folder} exists and is writable on the compute nodes, then submit again",
+        )
+    return None
+
+
+# -- what the worker said -----------------------------------------------------------------------------------------
+
+
+def _said_by_worker(e: Evidence) -> Optional[Diagnosis]:
+    if e.code == EXIT_MISTAKE and e.outcome is not None:
+        return Diagnosis(
+            Cause.MISTAKE, "was stopped by a mistake in its input", e.message, "correct it and submit again"
+        )
+    if e.code == EXIT_NO_INPUT and e.outcome is not None:
+        return Diagnosis(
+            Cause.NO_INPUT,
+            "found no sealed input",
+            e.message,
+            f"seal {' and '.join(e.upstream) or 'what it needs'} first: `afterok submit` runs what is missing",
+        )
+    return None
+
+
+# -- what the log shows -------------------------------------------------------------------------------------------
+
+GPU_MEMORY_LINE = re.compile(
+    r"torch(\.cuda)?\.OutOfMemoryError|\bOutOfMemoryError: |(CUDA|HIP) out of memory|CUDA error: out of memory"
+    r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED"
+)
+HOST_MEMORY_LINE = re.compile(
+    r"oom[-_]kill|\bOOM Killed\b|Out Of Memory|[Ee]xceeded (job |step )?memory limit|being killed.*memory"
+    r"|\bMemoryError\b|can't allocate memory|std::bad_alloc|Cannot allocate memory"
+)
+COLLECTIVE_LINE = re.compile(
+    r"Watchdog caught collective operation timeout|ProcessGroupNCCL.*[Tt]imeout|NCCL (error|timeout)|ncclRemoteError"
+    r"|DistBackendError|DistStoreError|DistNetworkError|Socket Timeout|Broken pipe.*(?:gloo|TCPStore)"
+    r"|Timed out (waiting|after) .*ms|Timed out initializing process group|wait timeout after \d+ms"
+    r"|Connection closed by peer|Connection reset by peer|failed to recv, got 0 bytes"
+    r"|Connection was likely closed|monitoredBarrier"
+)
+KILLED_TASK = re.compile(r"Killed|Segmentation fault|Aborted|Bus error|Illegal instruction", re.IGNORECASE)
+
+
+def _gpu_memory(e: Evidence) -> Optional[Diagnosis]:
+    line = e.find(GPU_MEMORY_LINE)
+    if not line:
+        return None
+    return Diagnosis(
+        Cause.GPU_MEMORY,
+        "ran out of GPU memory",
+        line,
+        f"lower what one GPU holds (micro-batch, pack length, recomputation), or spread {e.phase} over more GPUs",
+    )
+
+
+def _host_memory(e: Evidence, line: str, certain: bool = True) -> Diagnosis:
+    had = f" above {e.asked_memory}" if e.asked_memory else ""
+    if certain:
+        return Diagnosis(Cause.HOST_MEMORY, "ran out of host memory", line, f"raise {e.phase}.resources.mem_gib{had}")
+    return Diagnosis(
+        Cause.HOST_MEMORY,
+        "was killed by signal 9 without a word, most likely out of host memory",
+        line,
+        f"raise {e.phase}.resources.mem_gib{had} unless somebody killed it (the node's `dmesg` tells)",
+        certain=False,
+    )
+
+
+def _host_memory_in_log(e: Evidence) -> Optional[Diagnosis]:
+    line = e.find(HOST_MEMORY_LINE)
+    return _host_memory(e, line) if line else None
+
+
+def first_dead_task(log: str) -> tuple[str, str, str]:
+    """(line, node, how) of the rank that srun saw end first: those after it were ended because of it."""
+    for line in log.splitlines():
+        if found := TASK_LINE.search(line):
+            return line.strip(), found[1], found[3]
+    return "", "", ""
+
+
+def _exception(e: Evidence) -> Optional[Diagnosis]:
+    """An exception other than a broken collective: the worker's last word, or another rank's in the log."""
+    found = [block for block in tracebacks(e.log) if not COLLECTIVE_LINE.search(block.error)]
+    if e.outcome is not None and e.outcome.state == "failed" and e.message and not COLLECTIVE_LINE.search(e.message):
+        place = next((block.place for block in found if _same_error(block.error, e.message)), "")
+        return _code(e, e.message, place)
+    dead, _, how = first_dead_task(e.log)
+    if found and not (dead and KILLED_TASK.search(how)):
+        return _code(e, found[0].error, found[0].place)
+    return None
+
+
+def _code(e: Evidence, error: str, place: str) -> Diagnosis:
+    return Diagnosis(
+        Cause.CODE,
+        "raised an exception" + (f" at {place}" if place else ""),
+        error,
+        f"correct the code and submit again; the traceback is in {e.log_path or 'its log'}",
+    )
+
+
+def _same_error(error: str, message: str) -> bool:
+    """Whether a traceback's last line is the exception of the worker's message (whose module path is left out)."""
+    return (
+        error.rpartition(".")[2].startswith(message.partition(":")[0])
+        or message.partition(":")[0] in error.partition(":")[0]
+    )
+
+
+def _signal_of_code(code: Optional[int]) -> int:
+    return code - SIGNAL_BASE if code is not None and SIGNAL_BASE < code <= SIGNAL_BASE + 64 else 0
+
+
+def _killed(e: Evidence) -> Optional[Diagnosis]:
+    """A process that a signal ended: what srun says of the first, else the exit code."""
+    if e.state in ACTIVE_STATES or e.state == CANCELLED:
+        return None
+    line, node, how = first_dead_task(e.log)
+    number = _signal_of_code(e.exit_code if e.exit_code is not None else exit_code_of(e.row) if e.row else None)
+    if e.row is not None and e.row.exit_signal not in (0, SIGNAL_NO_OUTPUT):
+        number = number or e.row.exit_signal
+    if line and not KILLED_TASK.search(how):
+        return None
+    if not line and not number:
+        return None
+    if e.outcome is not None and not line and number != signal.SIGKILL:
+        return None  # its own last word tells more than the signal that a peer sent it
+    code = f"exit code {SIGNAL_BASE + number}" if not (e.row and e.row.exit_signal) else f"exit code 0:{number}"
+    if number == signal.SIGKILL or how.startswith("Killed"):
+        return _host_memory(e, line or code, certain=False)
+    try:
+        name = signal.Signals(number).name if number else how
+    except ValueError:
+        name = f"signal {number}"
+    if e.find(COLLECTIVE_LINE):  # NCCL's watchdog ends its process with SIGABRT
+        return None
+    return Diagnosis(
+        Cause.CODE,
+        f"crashed with {name}" + (f" on {node}" if node else ""),
+        line or code,
+        f"see the last lines of {e.log_path or 'its log'}",
+        node,
+    )
+
+
+def _lease_held(e: Evidence) -> Optional[Diagnosis]:
+    """After what the log shows: a twin started by hand may have been the first to leave a word."""
+    if e.outcome is None or e.outcome.exit_code != EXIT_LEASE_HELD:
+        return None
+    return Diagnosis(
+        Cause.LEASE_HELD,
+        "left the work to another",
+        e.message,
+        "nothing if that one runs; if it is dead, submit again (a new attempt takes over)",
+    )
+
+
+def _collective(e: Evidence) -> Optional[Diagnosis]:
+    line = e.find(COLLECTIVE_LINE)
+    if not line:
+        return None
+    return Diagnosis(
+        Cause.COLLECTIVE,
+        "broke in a collective: a rank waited in vain for its peers",
+        line,
+        "look in the log for the rank that stopped first; if none did, submit again (checkpoints are kept), and see "
+        "the network if it comes back",
+    )
+
+
+# -- what is left -------------------------------------------------------------------------------------------------
+
+
+def _driver_gone(e: Evidence) -> Optional[Diagnosis]:
+    if "local driver is gone" not in e.reason:
+        return None
+    return Diagnosis(
+        Cause.DRIVER_GONE,
+        "ended with the process that drove the local run",
+        e.reason,
+        "submit again: what is sealed stays, what has checkpoints goes on",
+    )
+
+
+CANCELLED_LINE = re.compile(r"slurmstepd.*: error: \*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT (?!.* DUE TO )")
+
+
+def _cancelled(e: Evidence) -> Optional[Diagnosis]:
+    line = e.find(CANCELLED_LINE) if e.state == UNKNOWN else ""
+    if e.state != CANCELLED and not line:
+        return None
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(e.cancelled_at)) if e.cancelled_at else ""
+    who = f"`afterok cancel` at {when}" if when else line or "not by afterok: a scancel, or the site's admin"
+    return Diagnosis(Cause.CANCELLED, "was cancelled", who, "submit again to run it")
+
+
+def _stopped(e: Evidence) -> Optional[Diagnosis]:
+    if e.outcome is None or e.outcome.state != "stopped":
+        return None
+    return Diagnosis(
+        Cause.STOPPED, "was asked to stop and did", e.message, "submit again: it goes on from its newest checkpoint"
+    )
+
+
+def _lost(e: Evidence) -> Optional[Diagnosis]:
+    if e.reason == NO_SEAL:
+        return Diagnosis(
+            Cause.LOST,
+            "ended as COMPLETED, but there is no seal",
+            _last_line(e) or e.reason,
+            f"see {e.log_path or 'its log'} (was its script changed? does the filesystem lag?), then submit again",
+        )
+    if e.state != UNKNOWN:
+        return None
+    return Diagnosis(
+        Cause.LOST,
+        "is lost: neither the queue nor a seal nor its worker's last word knows what became of it",
+        _last_line(e) or f"job {e.job} wrote no log",
+        "submit again: only what is missing runs",
+    )
+
+
+def _otherwise(e: Evidence) -> Diagnosis:
+    code = "" if e.code is None else f" with exit code {e.code}"
+    before = "before its worker spoke" if e.outcome is None and not e.log.strip() else ""
+    return Diagnosis(
+        Cause.UNKNOWN,
+        f"ended{code} {before}".rstrip(),
+        e.message or _last_line(e) or f"{e.state} {e.reason}".strip(),
+        f"see {e.log_path or 'its log'}",
+        certain=False,
+    )
+
+
+def _last_line(e: Evidence) -> str:
+    noise = re.compile(r"srun: (Job step aborted|got SIG|forcing|Force Terminated|Terminating)")
+    return next((line.strip() for line in reversed(e.lines()) if line.strip() and not noise.search(line)), "")
+
+
+RULES: tuple[Rule, ...] = (
+    _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _said_by_worker, _gpu_memory, _host_memory_in_log,
+    _exception, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped, _lost, _otherwise,
+)  # fmt: skip
+
+
+# -- logs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traceback:
+    error: str  # its last line: "module.Error: text"
+    place: str  # file:line of the innermost frame outside installed packages
+
+
+FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+)')
+ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*(:.*)?$")
+RANK_PREFIX = re.compile(r"^(?:\[rank\d+\]:\s?|\s*\d+: )")  # torch's, and srun --label's
+CHAINED = "The above exception was the direct cause", "During handling of the above exception"
+
+
+def tracebacks(log: str) -> list[Traceback]:
+    """Python's tracebacks in a log, in order; of a chain of exceptions only the last."""
+    found: list[Traceback] = []
+    lines = [RANK_PREFIX.sub("", line) for line in log.splitlines()]
+    i, chained = 0, False
+    while i < len(lines):
+        if any(mark in lines[i] for mark in CHAINED):
+            chained = True
+        if not lines[i].startswith("Traceback (most recent call last)"):
+            i += 1
+            continue
+        place, ours = "", ""
+        i += 1
+        while i < len(lines) and (lines[i].startswith((" ", "\t")) or not lines[i].strip()):
+            if frame := FRAME.match(lines[i]):
+                place = f"{_short_path(frame[1])}:{frame[2]}"
+                if not re.search(r"/(site|dist)-packages/|/lib/python3|^<", frame[1]):
+                    ours = place
+            i += 1
+        if i < len(lines) and ERROR_LINE.match(lines[i]):
+            if chained and found:
+                found.pop()
+            found.append(Traceback(lines[i].strip(), ours or place))
+        chained = False
+    return found
+
+
+def _short_path(path: str) -> str:
+    """A path inside a code snapshot without the snapshot's folder."""
+    return re.sub(r"^.*/submissions/\d+/code/", "", path)
+
+
+def _shortened(line: str) -> str:
+    line = " ".join(line.split())
+    return line if len(line) <= EVIDENCE_CHARACTERS else line[: EVIDENCE_CHARACTERS - 1] + "…"
