@@ -73,6 +73,7 @@ def _metadata() -> dict[str, Any]:
     # the tensor degree.
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
+        "non_homogeneous_layers": True,  # one key a layer in every family, as Megatron will always have it
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 

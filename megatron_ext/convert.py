@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext.models.registry import Family, unwrap
-from megatron_ext.models.rules import hf_shapes, parameter
+from megatron_ext.models.registry import Family
+from megatron_ext.models.rules import Entry, HfTensor, hf_rules, hf_shapes, placed, shard_on_rank
 
 SHARD_BYTES = 4 << 30  # of an exported safetensors file
 INDEX = "model.safetensors.index.json"
@@ -39,13 +39,15 @@ class HfTensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._handles[name].get_tensor(name)
+    def read(self, tensor: HfTensor) -> torch.Tensor:
+        if isinstance(tensor, Entry):
+            return self._handles[tensor.name].get_slice(tensor.name)[tensor.index]
+        return self._handles[tensor].get_tensor(tensor)
 
 
 def check_tensors(found: dict[str, tuple[int, ...]], family: Family, dims: Any, where: str) -> list[Problem]:
     """Every tensor that is missing, unknown or of another shape than config.json says."""
-    expected = hf_shapes(family.mapping.rules(dims))
+    expected = hf_shapes(family.mapping.rules(dims, found))
     problems = [
         Problem(where, f"tensor {name} {list(shape)} is missing")
         for name, shape in expected.items()
@@ -68,27 +70,25 @@ def import_weights(
 ) -> None:
     """Fill this rank's `model` from the safetensors in `folder`. UserMistake naming all wrong tensors at once."""
     tensors = HfTensors(folder)
-    problems = check_tensors(tensors.shapes(), family, dims, str(folder))
+    shapes = tensors.shapes()
+    problems = check_tensors(shapes, family, dims, str(folder))
     if problems:
         raise UserMistake(problems)
-    whole = unwrap(model)
-    parameters = dict(whole.named_parameters())
-    group = whole.pg_collection.tp
-    rules = family.mapping.rules(dims)
-    for done, rule in enumerate(rules):
-        joined = rule.layout.join([tensors.read(name) for name in rule.hf_names])
-        parameter(parameters, rule).copy_(rule.layout.shard(joined, group.size(), group.rank()))
-        progress(done + 1, len(rules), "tensors")
+    held = placed(model, family.mapping.rules(dims, shapes))
+    for done, (rule, parameter) in enumerate(held):
+        joined = rule.layout.join([tensors.read(tensor) for tensor in rule.hf])
+        parameter.copy_(shard_on_rank(rule, joined, model))
+        progress(done + 1, len(held), "tensors")
 
 
 def hf_tensors(model: torch.nn.Module, family: Family, dims: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the Hugging Face checkpoint, from a whole model (tensor degree 1)."""
-    parameters = dict(unwrap(model).named_parameters())
-    for rule in family.mapping.rules(dims):
-        value = parameter(parameters, rule).detach().cpu()
-        shapes = rule.layout.hf_shapes()
-        for name, tensor, shape in zip(rule.hf_names, rule.layout.split(value), shapes):
-            yield name, tensor.reshape(shape)
+    """(name, tensor) of the Hugging Face checkpoint, from a whole model (one rank)."""
+    rules = family.mapping.rules(dims)
+    values = {rule.name: value.detach().cpu() for rule, value in placed(model, rules)}
+    shapes = hf_shapes(rules)
+    for name, entries in hf_rules(rules).items():
+        tensors = [rule.layout.split(values[rule.name])[position] for rule, position in entries]
+        yield name, torch.stack(tensors).reshape(shapes[name])
 
 
 def write_safetensors(

@@ -1,7 +1,7 @@
 """A random Hugging Face checkpoint from a small config, with its tokenizer: a model to rehearse a pipeline with.
 
 Writes config.json, generation_config.json, model.safetensors and the tokenizer files into `out`. The weights are a pure
-function of the config: normal with the config's standard deviation, norms 1, biases 0, as transformers starts them.
+function of the config: normal with a standard deviation of 0.02, norms 1, biases 0, as transformers starts them.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +11,6 @@ from typing import Any
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
-
-INITIAL_STD = 0.02  # Qwen2Config.initializer_range
 
 
 @dataclass
@@ -28,6 +26,7 @@ class Config:
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-6
     dtype: str = "float32"
+    config: dict[str, Any] = field(default_factory=dict)  # further keys of config.json, or other values of them
     seed: int = 0
     alphabet_task: str = ""  # character tokenizer with the alphabet of this task …
     tokenizer: str = field(default="", metadata={"input": True})  # … or the tokenizer files of this folder
@@ -58,33 +57,19 @@ def _dims(
     config: Config, vocabulary: int, eos: int | None = None, pad: int | None = None
 ) -> tuple[Any, list[Problem], Any]:
     """(dimensions, problems, config.json) of the model; problems name fields of Config."""
-    from megatron_ext.models.qwen2.config import Dims, hf_config
     from megatron_ext.models.registry import Family
 
     problems = []
     for name in ("layers", "hidden", "heads", "kv_groups", "ffn", "max_positions"):
         if getattr(config, name) < 1:
             problems.append(Problem(name, f"{getattr(config, name)} is too few: the least is 1"))
+    if not problems and config.hidden % config.heads:
+        problems.append(Problem("heads", f"hidden {config.hidden} does not divide by {config.heads} heads"))
     if problems:
         return None, problems, None
-    values = Dims(
-        layers=config.layers,
-        hidden=config.hidden,
-        ffn=config.ffn,
-        heads=config.heads,
-        kv_groups=config.kv_groups,
-        head_dim=config.hidden // config.heads,
-        vocabulary=vocabulary,
-        tied=config.tied,
-        norm_epsilon=config.norm_epsilon,
-        rope_base=config.rope_base,
-        max_positions=config.max_positions,
-        dtype=config.dtype,
-    )
-    file = hf_config(values, eos, pad)
-    if config.hidden % config.heads:
-        return None, [Problem("heads", f"hidden {config.hidden} does not divide by {config.heads} heads")], None
-    dims, problems = Family(config.family).config.read(file, "")
+    family = Family(config.family)
+    file = family.config.small(config, vocabulary, eos, pad) | config.config
+    dims, problems = family.config.read(file, "config")
     return dims, problems, file
 
 
@@ -114,28 +99,21 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     import torch
 
     from megatron_ext.convert import write_safetensors
-    from megatron_ext.models.rules import hf_shapes
+    from megatron_ext.models.rules import default_start, hf_rules, hf_shapes
 
     generator = torch.Generator().manual_seed(config.seed)
-    parameters = 0
-
-    def weights():
-        nonlocal parameters
-        for name, shape in hf_shapes(family.mapping.rules(dims)).items():
-            parameters += torch.Size(shape).numel()
-            if len(shape) > 1:
-                yield name, torch.empty(shape).normal_(0.0, INITIAL_STD, generator=generator)
-            else:
-                yield name, torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
-
-    files = write_safetensors(out, weights(), getattr(torch, config.dtype))
+    rules = family.mapping.rules(dims)
+    shapes = hf_shapes(rules)
+    starts = {name: entries[0][0].start or default_start(name) for name, entries in hf_rules(rules).items()}
+    tensors = ((name, starts[name](shape, generator)) for name, shape in shapes.items())
+    files = write_safetensors(out, tensors, getattr(torch, config.dtype))
     durable.write_json(out / "config.json", file)
     durable.write_json(
         out / "generation_config.json",
         {"do_sample": False, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id},
     )
     return {
-        "parameters": parameters,
+        "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
         "vocabulary": dims.vocabulary,
         "sha256": {name: durable.sha256_file(out / name) for name in files},
     }

@@ -12,7 +12,7 @@ from megatron_ext import convert, model_folder
 from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.models.qwen2.config import hf_config, read
 from megatron_ext.models.registry import read_config
-from megatron_ext.models.rules import GateUp, QueryKeyValue
+from megatron_ext.models.rules import QueryKeyValue, gate_up
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
 from tests.megatron_ext.test_attention import forward
@@ -114,7 +114,7 @@ def test_the_qkv_interleave_and_its_inverse(groups, each, d, columns):
 
 
 def test_a_gated_stack_is_sharded_half_by_half():
-    layout = GateUp(4, 3)
+    layout = gate_up(4, 3)
     gate, up = torch.zeros(4, 3), torch.ones(4, 3)
     assert layout.shard(layout.join([gate, up]), 2, 0).sum(1).tolist() == [0, 0, 3, 3]
 

@@ -126,3 +126,22 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
         "eos_token_id": eos,
         "pad_token_id": pad,
     }
+
+
+def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
+    """config.json of the model that init_model's `sizes` ask for."""
+    dims = Dims(
+        layers=sizes.layers,
+        hidden=sizes.hidden,
+        ffn=sizes.ffn,
+        heads=sizes.heads,
+        kv_groups=sizes.kv_groups,
+        head_dim=sizes.hidden // sizes.heads,
+        vocabulary=vocabulary,
+        tied=sizes.tied,
+        norm_epsilon=sizes.norm_epsilon,
+        rope_base=sizes.rope_base,
+        max_positions=sizes.max_positions,
+        dtype=sizes.dtype,
+    )
+    return hf_config(dims, eos, pad)

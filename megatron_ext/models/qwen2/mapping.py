@@ -1,10 +1,12 @@
 """Qwen2 weights: one rule a parameter (reference/megatron.md 1.2)."""
 
+from typing import Collection
+
 from megatron_ext.models.qwen2.config import Dims
-from megatron_ext.models.rules import GateUp, QueryKeyValue, Replicated, Row, Rule, Vocabulary
+from megatron_ext.models.rules import QueryKeyValue, Replicated, Row, Rule, Vocabulary, gate_up
 
 
-def rules(dims: Dims) -> list[Rule]:
+def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
     """Every parameter of the model, in the order of the Hugging Face file."""
     vocabulary = Vocabulary((dims.vocabulary, dims.hidden))
     norm = Replicated((dims.hidden,))
@@ -43,7 +45,7 @@ def rules(dims: Dims) -> list[Rule]:
             Rule(
                 ours + "mlp.linear_fc1.weight",
                 (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
-                GateUp(dims.ffn, dims.hidden),
+                gate_up(dims.ffn, dims.hidden),
             ),
             Rule(ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), Row((dims.hidden, dims.ffn))),
         ]
