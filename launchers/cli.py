@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     up = actions.add_parser("up", help="start it")
     up.add_argument("--nodes", type=int, default=4)
     up.add_argument("--gpus-per-node", type=int, default=8, help="fake GPUs")
+    up.add_argument("--dbd", action="store_true", help="with accounting: slurmdbd and a MariaDB of its own")
     down = actions.add_parser("down", help="cancel its jobs and stop it")
     state = actions.add_parser("status", help="which daemons and nodes are up")
     run_in = actions.add_parser("exec", help="run a command with the cluster's environment")
@@ -388,10 +389,11 @@ def _dev_cluster(args: argparse.Namespace):
 def _cluster_up(args: argparse.Namespace) -> int:
     from slurm import devcluster
 
-    cluster = devcluster.up(args.prefix or devcluster.default_prefix(), args.nodes, args.gpus_per_node)
+    cluster = devcluster.up(args.prefix or devcluster.default_prefix(), args.nodes, args.gpus_per_node, accounting=args.dbd)
     if args.json:
         return _print_json(cluster.status())
-    print(f"up: {args.nodes} nodes × {args.gpus_per_node} fake GPUs in {cluster.prefix}")
+    with_ = " with accounting" if args.dbd else ""
+    print(f"up: {args.nodes} nodes × {args.gpus_per_node} fake GPUs{with_} in {cluster.prefix}")
     print("use it: `afterok run PIPELINE cluster=dev`, or `afterok cluster exec squeue`")
     return 0
 

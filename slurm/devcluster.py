@@ -1,4 +1,5 @@
-"""A private, real Slurm on this machine, for tests and rehearsals: munged, slurmctld and one slurmd a pretended node.
+"""A private, real Slurm on this machine, for tests and rehearsals: munged, slurmctld and one slurmd a pretended node;
+where asked for, slurmdbd with its database too (slurm/devaccounting.py).
 
 Everything lives under one folder (the prefix) and listens on 127.0.0.1 only; nodes, CPUs, memory and GPUs are made up
 (the GPUs are links to /dev/null). It works as root and as a normal user, whose cluster runs only that user's jobs.
@@ -30,14 +31,14 @@ from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
+from slurm import devaccounting
 from slurm.client import Slurm, SlurmError, SlurmUnavailable, scrubbed_environment
 
 PREFIX_VARIABLE = "AFTEROK_CLUSTER"
 MARK_VARIABLE = "AFTEROK_DEV_CLUSTER"  # set, to the prefix, for what runs inside `afterok cluster exec`
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
-APT_LINE = "apt-get install --no-install-recommends munge slurmctld slurmd slurm-client"
 SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons live here, and a normal user's PATH lacks it
-DAEMON_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd")
+DAEMON_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", *devaccounting.DAEMONS)
 PARTITIONS = ("batch", "long", "preempt")
 
 START_LIMIT_S = 30.0
@@ -58,6 +59,7 @@ class Shape:
     gpus_per_node: int = 8
     cpus: int = 64  # of a node
     memory_mib: int = 256000  # of a node
+    accounting: bool = False  # with slurmdbd
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,14 @@ def default_prefix() -> Path:
     return Path(os.environ.get(PREFIX_VARIABLE) or "~/.cache/afterok/cluster").expanduser().absolute()
 
 
-def missing_packages() -> list[str]:
+def missing_packages(accounting: bool = False) -> list[str]:
     """Debian packages that `up` needs and this machine lacks."""
-    return [package for program, package in PACKAGES.items() if _program(program) is None]
+    wanted = PACKAGES | (devaccounting.PACKAGES if accounting else {})
+    return list(dict.fromkeys(package for program, package in wanted.items() if _program(program) is None))
+
+
+def install_line(packages: list[str]) -> str:
+    return f"apt-get install --no-install-recommends {' '.join(packages)}"
 
 
 def up(
@@ -111,6 +118,7 @@ def up(
     cpus: int = 64,
     memory_mib: int = 256000,
     settings: dict[str, str] | None = None,
+    accounting: bool = False,
 ) -> "DevCluster":
     """Start a cluster at `prefix` and return it when all nodes are idle; its `started` is False if it ran already.
 
@@ -118,7 +126,7 @@ def up(
     value removes ours. Raises UserMistake: packages missing, prefix unusable, another shape already up, a daemon that
     died at once (usually a wrong setting).
     """
-    shape = Shape(nodes, gpus_per_node, cpus, memory_mib)
+    shape = Shape(nodes, gpus_per_node, cpus, memory_mib, accounting)
     cluster = DevCluster(prefix)
     _check(cluster.prefix, shape)
     cluster.prefix.mkdir(parents=True, exist_ok=True)
@@ -165,7 +173,7 @@ class DevCluster:
     @property
     def daemons(self) -> list[str]:
         """All daemons, in the order they start."""
-        return ["munged", "slurmctld", *self.nodes]
+        return ["munged", *(devaccounting.DAEMONS if self.shape.accounting else ()), "slurmctld", *self.nodes]
 
     def env(self) -> dict[str, str]:
         """This process's environment, with Slurm's commands pointed at this cluster and nothing of another one."""
@@ -224,21 +232,31 @@ class DevCluster:
         record = {"shape": dataclasses.asdict(shape), "settings": settings, "daemons": {}}
         durable.write_json(self.prefix / "cluster.json", record)
         self.start_daemon("munged")
-        self._wait("munged", self._munge_answers)
+        self._wait("munged", lambda: _answers(self.prefix / "run" / "munge.sock"))
+        if shape.accounting:
+            self._start_accounting()
         # -c forgets the jobs and node states of an earlier cluster here, but not how far its job ids went: ids in
         # the ledger of an old rehearsal must not come to mean new jobs.
         self.start_daemon("slurmctld", ["-c"])
         # asked before its port is open, a client sleeps a second before it tries again
-        self._wait("slurmctld", lambda: _listens(self._controller_port()))
+        self._wait("slurmctld", lambda: _listens(self._port("SlurmctldPort")))
         for node in self.nodes:
             self.start_daemon(node)
         self._wait("the nodes", lambda: list(self._node_states().values()) == ["idle"] * shape.nodes)
+
+    def _start_accounting(self) -> None:
+        devaccounting.install_database(self.prefix, _user(), _program("mariadb-install-db") or "mariadb-install-db")
+        self.start_daemon("mariadbd")
+        self._wait("mariadbd", lambda: _answers(self.prefix / "run" / "mysql.sock"))
+        self.start_daemon("slurmdbd")
+        self._wait("slurmdbd", lambda: _listens(self._port("AccountingStoragePort")))
+        devaccounting.set_up_accounts(_user(), self.env())
 
     def stop(self) -> None:
         """End everything, holding the lock: jobs by scancel, daemons by SIGTERM, what is left by SIGKILL."""
         if self.is_up():
             with contextlib.suppress(SlurmError, SlurmUnavailable):  # a controller that hangs is killed like the rest
-                slurm = Slurm(self.env(), timeout_s=5)
+                slurm = self._slurm()
                 slurm.ping(timeout_s=2)
                 slurm.cancel_all()
                 deadline = time.monotonic() + CANCEL_LIMIT_S
@@ -246,12 +264,13 @@ class DevCluster:
                     time.sleep(0.05)
         remains = self._leftovers()  # before the daemons end: later a job's child may have no parent to tell of it
         record = self._record().get("daemons", {})
-        serving = [Process(*found) for name, found in record.items() if name != "munged"]
+        serving = [Process(*found) for name, found in record.items() if name not in ("munged", *devaccounting.DAEMONS)]
         for process in serving:
             process.send(signal.SIGTERM)
             process.send(signal.SIGCONT)  # one that a test has stopped must hear it
         _gone(serving, STOP_LIMIT_S)
-        self.kill_daemon("munged")
+        for name in (*reversed(devaccounting.DAEMONS), "munged"):  # the controller's last records reach the database
+            self.kill_daemon(name)
         _end(remains)
         clean, deadline = 0, time.monotonic() + STOP_LIMIT_S
         while clean < 2 and time.monotonic() < deadline:  # one look can miss what forks or execs meanwhile
@@ -272,7 +291,7 @@ class DevCluster:
         with open(self.prefix / "log" / f"{name}.out", "ab") as log:
             child = subprocess.Popen(
                 [*self._command(name), *(extra or [])],
-                env=self._daemon_env(),
+                env=self._daemon_env(name),
                 cwd=self.prefix,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -313,9 +332,11 @@ class DevCluster:
         found = self._record().get("daemons", {}).get(name)
         return Process(*found) if found else None
 
-    def _daemon_env(self) -> dict[str, str]:
-        """What the daemons see: nothing of the user's shell, so no secret of it and nothing that differs next time."""
-        return {"PATH": _search_path(), "SLURM_CONF": str(self.conf), "LC_ALL": "C.UTF-8"}
+    def _daemon_env(self, name: str) -> dict[str, str]:
+        """What a daemon sees: nothing of the user's shell, so no secret of it and nothing that differs next time."""
+        env = {"PATH": _search_path(), "SLURM_CONF": str(self.conf), "LC_ALL": "C.UTF-8"}
+        # slurmdbd has no setting for the database's socket
+        return env | {"MYSQL_UNIX_PORT": f"{self.prefix}/run/mysql.sock"} if name == "slurmdbd" else env
 
     def _command(self, name: str) -> list[str]:
         run = self.prefix / "run"
@@ -327,20 +348,23 @@ class DevCluster:
                 f"--log-file={self.prefix}/log/munged.log", f"--pid-file={run}/munged.pid",
                 f"--seed-file={self.prefix}/munge/munged.seed",
             ]  # fmt: skip
+        if name == "mariadbd":
+            return [_program("mariadbd") or "mariadbd", *devaccounting.mariadbd_options(self.prefix)]
+        if name == "slurmdbd":
+            return [_program("slurmdbd") or "slurmdbd", "-D"]
         if name == "slurmctld":
             return [_program("slurmctld") or "slurmctld", "-D"]
         stepd = _program("slurmstepd")
         return [_program("slurmd") or "slurmd", "-D", "-N", name, *(["-d", stepd] if stepd else [])]
 
-    def _controller_port(self) -> int:
-        return int(re.search(r"^SlurmctldPort=(\d+)$", self.conf.read_text(), re.MULTILINE)[1])
+    def _port(self, key: str) -> int:
+        return int(re.search(rf"^{key}=(\d+)$", self.conf.read_text(), re.MULTILINE)[1])
 
-    def _munge_answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as probe:
-            return probe.connect_ex(str(self.prefix / "run" / "munge.sock")) == 0
+    def _slurm(self) -> Slurm:
+        return Slurm(self.env(), timeout_s=5)
 
     def _node_states(self) -> dict[str, str]:
-        return Slurm(self.env(), timeout_s=5).node_states()
+        return self._slurm().node_states()
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
         """Until `ready`; UserMistake with the daemon's last words when one dies meanwhile or nothing comes."""
@@ -396,9 +420,10 @@ class DevCluster:
 
 def _check(prefix: Path, shape: Shape) -> None:
     """Refuse what cannot work, before anything is written."""
-    missing = missing_packages()
+    missing = missing_packages(shape.accounting)
     if missing:
-        raise UserMistake(f"the dev cluster needs the packages {', '.join(missing)}, not installed here: {APT_LINE}")
+        needs = f"the dev cluster{' with accounting' if shape.accounting else ''} needs the packages {', '.join(missing)}"
+        raise UserMistake(f"{needs}, not installed here: {install_line(missing)}")
     # spaces, commas, brackets, # and % mean something in Slurm's files
     if not re.fullmatch(r"[A-Za-z0-9/._+@~-]+", str(prefix)):
         raise UserMistake(f"{str(prefix)!r} has characters that slurm.conf cannot hold; set {PREFIX_VARIABLE}")
@@ -413,11 +438,11 @@ def _check(prefix: Path, shape: Shape) -> None:
 
 
 def _configure(prefix: Path, shape: Shape, settings: dict[str, str]) -> None:
-    """Write slurm.conf, gres.conf and the munge key; empty what an earlier cluster left, except its state."""
+    """Write Slurm's files and the munge key; empty what an earlier cluster left, except its state."""
     is_root = os.geteuid() == 0
     # root's cluster serves every user of the machine, a user's only that user: it could not change to another one
     prefix.chmod(0o755 if is_root else 0o700)
-    for name in ("spool", "log", "run", "dev"):
+    for name in ("spool", "log", "run", "dev", "mysql"):
         shutil.rmtree(prefix / name, ignore_errors=True)
     for name in ("etc", "munge", "state", "spool", "log", "run", "dev"):
         (prefix / name).mkdir(exist_ok=True)
@@ -429,16 +454,20 @@ def _configure(prefix: Path, shape: Shape, settings: dict[str, str]) -> None:
     for number in range(shape.gpus_per_node):
         (prefix / "dev" / f"nvidia{number}").symlink_to("/dev/null")
     nodes = [f"n{number}" for number in range(1, shape.nodes + 1)]
-    ports = _free_ports(1 + shape.nodes)
+    ports = _free_ports(2 + shape.nodes)
     for name in nodes:
         (prefix / "spool" / name).mkdir()
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = _user()
     durable.write_file(prefix / "etc" / "slurm.conf", slurm_conf(prefix, shape, user, ports, settings))
     durable.write_file(prefix / "etc" / "gres.conf", gres_conf(prefix, shape))
+    if shape.accounting:
+        path = prefix / "etc" / "slurmdbd.conf"
+        durable.write_file(path, devaccounting.slurmdbd_conf(prefix, user, ports[1]))
+        path.chmod(0o600)  # or slurmdbd refuses it
 
 
 def slurm_conf(prefix: Path, shape: Shape, user: str, ports: list[int], settings: dict[str, str]) -> str:
-    """The text of slurm.conf; `ports` are the controller's and one a node."""
+    """The text of slurm.conf; `ports` are the controller's, slurmdbd's and one a node."""
     keys = {
         "ClusterName": "dev",
         "SlurmctldHost": "localhost(127.0.0.1)",  # independent of the host's name
@@ -486,10 +515,12 @@ def slurm_conf(prefix: Path, shape: Shape, user: str, ports: list[int], settings
         "SlurmctldDebug": "info",
         "SlurmdDebug": "info",
     }
+    if shape.accounting:
+        keys.update(devaccounting.slurm_keys(prefix, ports[1]))
     keys.update(settings)
     lines = [f"{key}={value}" for key, value in keys.items() if value != ""]
     gres = f" Gres=gpu:{shape.gpus_per_node}" if shape.gpus_per_node else ""
-    for number, port in enumerate(ports[1:], start=1):
+    for number, port in enumerate(ports[2:], start=1):
         lines.append(
             f"NodeName=n{number} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} "
             f"RealMemory={shape.memory_mib} Feature=fake{gres}"
@@ -516,6 +547,10 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=_search_path())
 
 
+def _user() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
 def _search_path() -> str:
     return f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SYSTEM_PATHS}"
 
@@ -535,6 +570,11 @@ def _free_ports(count: int) -> list[int]:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _answers(unix_socket: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(unix_socket)) == 0
 
 
 def _parent(pid: int) -> int:

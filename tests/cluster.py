@@ -3,14 +3,18 @@
 Import it where it is needed, with its helper fixture:
 
     from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
+
+`accounted_cluster` is one with slurmdbd, whose QOS devaccounting.SMALL_QOS takes a few jobs only.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +24,12 @@ from slurm.client import QueueRow, Slurm, scrubbed_environment
 REQUIRE_VARIABLE = "AFTEROK_REQUIRE_SLURM"
 
 
-def require_packages() -> None:
+def require_packages(accounting: bool = False) -> None:
     """Skip where Slurm's packages are missing, or fail where the run promised to have them (CI)."""
-    missing = devcluster.missing_packages()
+    missing = devcluster.missing_packages(accounting)
     if not missing:
         return
-    message = f"needs the packages {', '.join(missing)}: {devcluster.APT_LINE}"
+    message = f"needs the packages {', '.join(missing)}: {devcluster.install_line(missing)}"
     if os.environ.get(REQUIRE_VARIABLE) == "1":
         pytest.fail(f"{REQUIRE_VARIABLE}=1, but this test {message}")
     pytest.skip(message)
@@ -58,9 +62,23 @@ def short_folder() -> Iterator[Path]:
 def dev_cluster(scrub_slurm: None) -> Iterator[devcluster.DevCluster]:
     """A running cluster of 4 nodes with 8 pretended GPUs each, one a test module; nothing of it is left afterwards."""
     require_packages()
+    with _cluster_for_a_while() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def accounted_cluster(scrub_slurm: None) -> Iterator[devcluster.DevCluster]:
+    """Like `dev_cluster`, of 2 nodes and with slurmdbd: associations, limits and QOS are enforced (5 s to start)."""
+    require_packages(accounting=True)
+    with _cluster_for_a_while(nodes=2, accounting=True) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _cluster_for_a_while(**shape: Any) -> Iterator[devcluster.DevCluster]:
     folder = Path(tempfile.mkdtemp(prefix="aok-", dir="/tmp"))
     try:
-        yield devcluster.up(folder)
+        yield devcluster.up(folder, **shape)
     finally:
         devcluster.DevCluster(folder).down()
         shutil.rmtree(folder, ignore_errors=True)

@@ -49,7 +49,7 @@ def submit(cluster: DevCluster, script: str, *options: str) -> str:
 
 
 def test_the_configuration_listens_on_the_loopback_only_and_takes_settings():
-    text = devcluster.slurm_conf(Path("/p"), Shape(2, 4, 16, 1000), "me", [1, 2, 3], {"MinJobAge": "2", "KillWait": ""})
+    text = devcluster.slurm_conf(Path("/p"), Shape(2, 4, 16, 1000), "me", [1, 9, 2, 3], {"MinJobAge": "2", "KillWait": ""})
     lines = text.splitlines()
     assert "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" in lines
     assert "MinJobAge=2" in lines and not [line for line in lines if line.startswith("KillWait")]
@@ -67,9 +67,9 @@ def test_missing_packages_are_named_with_the_line_to_install_them(monkeypatch, t
 
 
 def test_missing_packages_skip_the_tests_except_where_they_were_promised(monkeypatch):
-    monkeypatch.setattr(devcluster, "missing_packages", lambda: ["munge"])
+    monkeypatch.setattr(devcluster, "missing_packages", lambda accounting: ["munge"])
     monkeypatch.delenv("AFTEROK_REQUIRE_SLURM", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="munge: apt-get install"):
+    with pytest.raises(pytest.skip.Exception, match="munge: apt-get install.* munge"):
         require_packages()
     monkeypatch.setenv("AFTEROK_REQUIRE_SLURM", "1")
     with pytest.raises(pytest.fail.Exception, match="munge: apt-get install"):
@@ -77,7 +77,7 @@ def test_missing_packages_skip_the_tests_except_where_they_were_promised(monkeyp
 
 
 def test_a_place_or_shape_that_cannot_work_is_refused_before_anything_is_written(monkeypatch):
-    monkeypatch.setattr(devcluster, "missing_packages", list)
+    monkeypatch.setattr(devcluster, "missing_packages", lambda accounting: [])
     with pytest.raises(UserMistake, match=r"AFTEROK_CLUSTER to a folder of at most \d+ bytes"):
         devcluster.up(Path("/tmp") / ("x" * 90))
     with pytest.raises(UserMistake, match="slurm.conf cannot hold"):
@@ -116,7 +116,7 @@ def test_status_is_json_and_complete(dev_cluster):
     assert status["up"] and status["nodes"] == {"n1": "idle", "n2": "idle", "n3": "idle", "n4": "idle"}
     assert list(status["daemons"]) == sorted(["munged", "slurmctld", "n1", "n2", "n3", "n4"])
     assert all(daemon["alive"] for daemon in status["daemons"].values())
-    assert status["shape"] == {"nodes": 4, "gpus_per_node": 8, "cpus": 64, "memory_mib": 256000}
+    assert status["shape"] == {"nodes": 4, "gpus_per_node": 8, "cpus": 64, "memory_mib": 256000, "accounting": False}
     assert status["conf"] == str(dev_cluster.conf)
 
 
