@@ -4,13 +4,15 @@ A pack is one row of T tokens that holds many documents; a document sees only it
 of a pack by length into buckets of 16, 32, 64, ... tokens, once for all layers, without a loop over documents.
 `PackedAttention` lays each bucket out as a batch [documents, length] and runs one causal
 scaled_dot_product_attention on it: no [T, T] mask, and the cost is that of sum(length^2), at most four times it
-(a document fills more than half of its bucket's length, apart from those shorter than 16).
+(a document fills more than half of its bucket's length, apart from those shorter than 16), or 1.3 times for long ones.
+
+A layer may have a sliding window, whose cost is linear in the length, and a sink for each head: a learnable logit in
+the softmax's denominator that has no value (`attend`).
 
 Isolation is exact: a document's row of the batch holds nothing but its own tokens and, after them, zeros that the
 causal order hides. Other documents can neither reach its output nor its gradient.
 
-Not here yet, each with its place: sliding windows and sinks (`_attend`, one bucket of whole documents), context
-parallelism (`PackedAttention.forward`, around the bucket loop).
+Not here yet, with its place: context parallelism (`PackedAttention.forward`, around the bucket loop).
 """
 
 import math
@@ -20,13 +22,25 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
+
+from megatron_ext.device import device
 
 SHORTEST_BUCKET = 16  # tokens; below it the launch costs more than the padding
+LONG = 1024  # tokens; above it padding costs more than launches, and buckets are finer
+SINK_COLUMNS = 8  # added to the head size; 1 would do, but GPU kernels want head sizes in eights
+QUERY_BLOCK = 512  # queries at once against a longer cache of keys: bounds the mask
 
 
 class Bucket(NamedTuple):
@@ -51,12 +65,14 @@ class Layout:
     rows: int
 
     @staticmethod
-    def of(cu_seqlens: numpy.ndarray, device: torch.device) -> "Layout":
+    def of(cu_seqlens: numpy.ndarray, target: torch.device) -> "Layout":
         """Layout of documents that end at `cu_seqlens` (int [documents + 1], first 0). Empty documents are fine."""
         starts = cu_seqlens[:-1].astype(numpy.int64)
         lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
-        padded = numpy.maximum(lengths, SHORTEST_BUCKET)
-        padded = 1 << numpy.ceil(numpy.log2(padded)).astype(numpy.int64)  # exact for every length below 2^48
+        power = numpy.maximum(lengths, SHORTEST_BUCKET)
+        power = 1 << numpy.ceil(numpy.log2(power)).astype(numpy.int64)  # exact for every length below 2^48
+        unit = numpy.where(lengths > LONG, power // 16, power)
+        padded = -(-numpy.maximum(lengths, 1) // unit) * unit
         order = numpy.argsort(padded, kind="stable")
         order = order[lengths[order] > 0]
         row = numpy.zeros(len(lengths), numpy.int64)  # first slot of each document
@@ -68,7 +84,7 @@ class Layout:
             start += size * count
         positions = numpy.arange(int(cu_seqlens[-1])) - numpy.repeat(starts, lengths)
         slots = positions + numpy.repeat(row, lengths)
-        return Layout(tuple(buckets), torch.from_numpy(slots).to(device), torch.from_numpy(positions).to(device), start)
+        return Layout(tuple(buckets), torch.from_numpy(slots).to(target), torch.from_numpy(positions).to(target), start)
 
 
 @dataclass
@@ -78,22 +94,27 @@ class PackedDocuments(PackedSeqParams):
     layout: Layout | None = field(default=None, repr=False)
     _turns: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
-    def turns(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [T, 1, d / 2] of each token's position. `angles` is mcore's table [longest, 1, 1, d]."""
+    def turns(
+        self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine [T, 1, d / 2] of each token's position, times `length` (YaRN's attention factor).
+
+        `angles` is mcore's table [longest, 1, 1, d].
+        """
         if self._turns is None:
             half = angles.size(-1) // 2  # the table repeats its first half
             mine = angles[:, 0, :, :half].index_select(0, self.layout.positions)  # [T, 1, d / 2]
-            self._turns = mine.cos().to(dtype), mine.sin().to(dtype)
+            self._turns = (mine.cos() * length).to(dtype), (mine.sin() * length).to(dtype)
         return self._turns
 
 
-def packed_documents(cu_seqlens: numpy.ndarray, device: torch.device) -> PackedDocuments:
+def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device) -> PackedDocuments:
     """THD parameters of a pack whose documents end at `cu_seqlens` (int [documents + 1], first 0, last T).
 
     `max_seqlen` is the longest document, not T: mcore's rotary embedding takes T as "positions run on over documents"
     (rope_utils.py:211). Where one document is the whole pack the two agree.
     """
-    cu = torch.from_numpy(numpy.ascontiguousarray(cu_seqlens, numpy.int32)).to(device)
+    cu = torch.from_numpy(numpy.ascontiguousarray(cu_seqlens, numpy.int32)).to(target)
     longest = int(numpy.diff(cu_seqlens).max())
     return PackedDocuments(
         qkv_format="thd",
@@ -101,7 +122,7 @@ def packed_documents(cu_seqlens: numpy.ndarray, device: torch.device) -> PackedD
         cu_seqlens_kv=cu,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        layout=Layout.of(cu_seqlens, device),
+        layout=Layout.of(cu_seqlens, target),
     )
 
 
@@ -154,25 +175,127 @@ class _Turn(torch.autograd.Function):
         return _Turn.turn(grad, *ctx.saved_tensors, -1), None, None
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of a batch of whole documents.
-
-    q [documents, length, heads, d], k and v [documents, length, kv_heads, d] -> [documents, length, heads, d].
-    """
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """torch's kernel on [batch, tokens, heads, d]; causal where no mask [queries, keys] is given."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    gqa = q.size(1) != k.size(1)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+    )
     return out.transpose(1, 2)
 
 
-def packed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    """q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d], each document attending to itself, causally."""
+def _with_sinks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sinks [heads] as a token before the first: every query scores it sinks[head], and its value is zero.
+
+    That is the learnable logit in the softmax's denominator, for any kernel and with its gradient. Needs one column
+    more in the head size; gets SINK_COLUMNS.
+    """
+    column = (sinks / scale).to(q.dtype).view(1, 1, -1, 1).expand(*q.shape[:-1], 1)
+    q = torch.cat([q, column, q.new_zeros(()).expand(*q.shape[:-1], SINK_COLUMNS - 1)], dim=-1)
+    k, v = (F.pad(x, (0, SINK_COLUMNS, 0, 0, 1, 0)) for x in (k, v))
+    k[:, 0, :, v.size(-1) - SINK_COLUMNS] = 1
+    return q, k, v
+
+
+def _seen(queries: int, keys: int, window: int | None, sink: bool, like: torch.Tensor) -> torch.Tensor:
+    """Additive mask [queries, keys (+ 1)]: the queries are the last of the keys; 0 where one sees the other."""
+    rows = torch.arange(keys - queries, keys, device=like.device)[:, None]
+    columns = torch.arange(keys, device=like.device)
+    hidden = columns > rows
+    if window is not None:
+        hidden |= columns <= rows - window
+    mask = like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    return F.pad(mask, (1, 0)) if sink else mask
+
+
+def _causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """As many keys as queries, no window."""
+    if sinks is None:
+        return _sdpa(q, k, v, scale)
+    q_, k_, v_ = _with_sinks(q, k, v, sinks, scale)
+    return _sdpa(F.pad(q_, (0, 0, 0, 0, 1, 0)), k_, v_, scale)[:, 1:, :, : v.size(-1)]
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """With the mask of `_seen`."""
+    size = v.size(-1)
+    if sinks is not None:
+        q, k, v = _with_sinks(q, k, v, sinks, scale)
+    return _sdpa(q, k, v, scale, mask)[..., :size]
+
+
+def _windowed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """As many keys as queries. In blocks of `window` tokens: a block sees itself and the one before."""
+    batch, length = q.shape[:2]
+    first = _causal(*(x[:, :window] for x in (q, k, v)), scale, sinks)
+    blocks = -(-length // window) - 1  # after the first
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, (blocks + 1) * window - length)) for x in (q, k, v))
+    own = q[:, window:].reshape(batch * blocks, window, *q.shape[2:])
+    pairs = []
+    for x in (k, v):
+        x = x.view(batch, blocks + 1, window, *x.shape[2:])
+        pairs.append(torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1))  # [batch * blocks, 2 * window, ...]
+    mask = _seen(window, 2 * window, window, sinks is not None, q)
+    rest = _masked(own, *pairs, scale, mask, sinks).reshape(batch, blocks * window, *first.shape[2:])
+    return torch.cat([first, rest[:, : length - window]], dim=1)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of a batch of whole sequences, in memory linear in their length; with a window, time too.
+
+    q [batch, length, heads, d], k and v [batch, keys, kv_heads, d] -> [batch, length, heads, d]. The queries are the
+    last `length` of the keys' positions (fewer than keys when decoding from a cache). A token sees the last `window`
+    tokens, itself included, or all. `sinks` [heads] are logits without a value (gpt-oss).
+    """
+    length, keys = q.size(1), k.size(1)
+    if length == keys:
+        if window is None or window >= length:
+            return _causal(q, k, v, scale, sinks)
+        return _windowed(q, k, v, scale, window, sinks)
+    outs, end = [], keys - length
+    for part in q.split(QUERY_BLOCK, dim=1):
+        end += part.size(1)
+        start = 0 if window is None else max(0, end - part.size(1) - window + 1)
+        mask = _seen(part.size(1), end - start, window, sinks is not None, q)
+        outs.append(_masked(part, k[:, start:end], v[:, start:end], scale, mask, sinks))
+    return torch.cat(outs, dim=1)
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d], each document attending to itself (`attend`)."""
     q, k, v = (_Spread.apply(x, layout.slots, layout.rows) for x in (q, k, v))  # [rows, heads, d]
     outs = []
     for start, documents, length in layout.buckets:
         batch = [
             x.narrow(0, start, documents * length).view(documents, length, x.size(1), x.size(2)) for x in (q, k, v)
         ]
-        outs.append(_attend(*batch, scale).reshape(documents * length, -1))
+        outs.append(attend(*batch, scale, window, sinks).reshape(documents * length, -1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return _Collect.apply(out, layout.slots)
 
@@ -198,15 +321,26 @@ class PackedAttention(MegatronModule):
         super().__init__(config=config)
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
             raise NotImplementedError(f"PackedAttention is causal; this layer asks for {attn_mask_type.name}")
+        window = config.window_size or (0, 0)
         for name, unsupported in {
-            "window_size": config.window_size is not None,
-            "softmax_type": config.softmax_type != "vanilla",
+            "window_size": window[0] < 0 or window[1] != 0,
+            "softmax_type": config.softmax_type not in ("vanilla", "learnable"),
             "attention_dropout": bool(attention_dropout or config.attention_dropout),
             "context_parallel_size": config.context_parallel_size > 1,
         }.items():
             if unsupported:
                 raise NotImplementedError(f"PackedAttention has no {name} = {getattr(config, name)} yet")
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.window = None  # tokens that a token sees, itself included
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = window[0] + 1
+        self.softmax_offset = None  # the sinks of this tensor rank's heads, by mcore's name
+        if config.softmax_type == "learnable":
+            self.tensor_group = pg_collection.tp
+            heads = config.num_attention_heads // self.tensor_group.size()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype, device=device()))
+            # mcore's own attention lacks these marks: gradient norms would miss the sinks of all ranks but the first.
+            set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self,
@@ -224,11 +358,26 @@ class PackedAttention(MegatronModule):
             raise NotImplementedError("PackedAttention knows only the causal mask of each document")
         if packed_seq_params is None:
             batch = (x.transpose(0, 1) for x in (query, key, value))
-            return _attend(*batch, self.scale).flatten(2).transpose(0, 1)
+            return attend(*batch, self.scale, self.window, self.softmax_offset).flatten(2).transpose(0, 1)
         layout = getattr(packed_seq_params, "layout", None)
         if layout is None:
             layout = Layout.of(packed_seq_params.cu_seqlens_q.cpu().numpy(), query.device)
-        return packed_attention(query, key, value, layout, self.scale)
+        return packed_attention(query, key, value, layout, self.scale, self.window, self.softmax_offset)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The sinks, split over tensor ranks, by the key that mcore's and Transformer Engine's attention give them."""
+        if self.softmax_offset is None:
+            return {}
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tensor_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
 
 
 class PackedSelfAttention(SelfAttention):
@@ -254,7 +403,7 @@ class PackedSelfAttention(SelfAttention):
         if not plain:
             return super().forward(hidden_states, attention_mask, **others)
         query, key, value = self.get_query_key_value_tensors(hidden_states)  # [T, 1, heads | groups, d]
-        cos, sin = documents.turns(angles, query.dtype)
+        cos, sin = documents.turns(angles, query.dtype, _yarn_get_concentration_factor_from_config(self.config))
         query, key = _Turn.apply(query.squeeze(1), cos, sin), _Turn.apply(key.squeeze(1), cos, sin)
         out = self.core_attention(query, key, value.squeeze(1), attention_mask, packed_seq_params=documents)
         return self.linear_proj(out.unsqueeze(1))

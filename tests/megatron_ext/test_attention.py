@@ -22,7 +22,7 @@ def cu(lengths) -> numpy.ndarray:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_layout_gives_every_token_its_own_row_in_its_documents_slot(seed):
     random = numpy.random.default_rng(seed)
-    lengths = random.integers(0, 70, random.integers(1, 30))
+    lengths = random.integers(0, 70, random.integers(1, 30)) * (60 if seed % 4 == 0 else 1)  # long ones too
     lengths[random.integers(len(lengths))] = 5  # not all empty
     layout = Layout.of(cu(lengths), CPU)
     slots, seen = layout.slots.numpy(), set()
@@ -45,26 +45,101 @@ def qkv(total: int, heads: int = 4, groups: int = 2, d: int = 8, seed: int = 0):
     return [torch.randn(total, n, d, generator=generator, requires_grad=True) for n in (heads, groups, groups)]
 
 
-def naive(q, k, v, scale):
-    """One document, fp64: [n, heads, d] -> [n, heads * d]."""
+def naive(q, k, v, scale, window=None, sinks=None):
+    """One document, fp64, every score written out: [n, heads, d] -> [n, heads * d]."""
     q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    scores = scores.masked_fill(torch.ones(len(q), len(q)).triu(1).bool(), -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+    distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+    scores = scores.masked_fill((distance < 0) | (distance >= (window or len(k))), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(-1, 1, 1).expand(-1, len(q), 1)], dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(k)], v).flatten(1)
 
 
-def test_packed_attention_and_its_gradients_are_those_of_the_documents_alone():
+SINKS = torch.tensor([-1.0, 0.5, 2.0, 7.0])
+KINDS = {
+    "full": {},
+    "sinks": dict(sinks=SINKS),
+    "window of 1": dict(window=1),
+    "window of 5": dict(window=5),
+    "window of 16 and sinks": dict(window=16, sinks=SINKS),
+    "window of 40 and sinks": dict(window=40, sinks=SINKS),
+    "window longer than documents": dict(window=200, sinks=SINKS),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    chosen = dict(KINDS[request.param])
+    if "sinks" in chosen:
+        chosen["sinks"] = chosen["sinks"].clone().requires_grad_()
+    return chosen
+
+
+def test_packed_attention_and_its_gradients_are_those_of_the_documents_alone(kind):
     layout = Layout.of(cu(LENGTHS), CPU)
     tensors = qkv(sum(LENGTHS))
     weight = torch.randn(sum(LENGTHS), 32)
-    out = packed_attention(*tensors, layout, 0.3)
-    grads = torch.autograd.grad((out * weight).sum(), tensors)
-    alone = torch.cat([naive(*(x[a:b] for x in tensors), 0.3) for a, b in zip(cu(LENGTHS)[:-1], cu(LENGTHS)[1:])])
-    expected = torch.autograd.grad((alone * weight).sum(), tensors)
+    wanted = [*tensors, *(kind[name] for name in ("sinks",) if name in kind)]
+    out = packed_attention(*tensors, layout, 0.3, **kind)
+    grads = torch.autograd.grad((out * weight).sum(), wanted)
+    parts = zip(cu(LENGTHS)[:-1], cu(LENGTHS)[1:])
+    alone = torch.cat([naive(*(x[a:b] for x in tensors), 0.3, **kind) for a, b in parts])
+    expected = torch.autograd.grad((alone * weight).sum(), wanted)
     assert torch.allclose(out.double(), alone, atol=1e-5)
     for ours, theirs in zip(grads, expected):
-        assert torch.allclose(ours.double(), theirs.double(), atol=1e-5)
+        assert torch.allclose(ours.double(), theirs.double(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 7, 90])
+def test_the_last_queries_of_a_longer_cache_get_what_the_whole_sequence_gives_them(kind, queries, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 40)
+    q, k, v = (x.detach() for x in qkv(90))
+    out = attention.attend(q[None, -queries:], k[None], v[None], 0.3, **kind)
+    assert torch.allclose(out[0].flatten(1).double(), naive(q[-queries:], k, v, 0.3, **kind), atol=1e-5)
+
+
+@pytest.mark.parametrize("victim", [2, 8])
+def test_other_documents_cannot_reach_the_kernel_by_a_single_bit(kind, victim):
+    layout, tensors = Layout.of(cu(LENGTHS), CPU), qkv(sum(LENGTHS))
+    a, b = cu(LENGTHS)[victim : victim + 2]
+    out = packed_attention(*tensors, layout, 0.3, **kind)
+    for grad in torch.autograd.grad(out[a:b].sum(), tensors):
+        assert grad[:a].abs().sum() == 0 and grad[b:].abs().sum() == 0
+    changed = [torch.cat([x[:a] * 1e3 - 7, x[a:b], -x[b:]]) for x in tensors]
+    assert torch.equal(packed_attention(*changed, layout, 0.3, **kind)[a:b], out[a:b])
+
+
+def peak_bytes(function) -> int:
+    """The most memory that tensors made by `function` held at once."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("chosen", [dict(), dict(window=32, sinks=SINKS), dict(sinks=SINKS)])
+def test_memory_is_linear_in_the_length_of_a_document(chosen):
+    def step(length):
+        q, k, v = qkv(length, d=8)
+        packed_attention(q, k, v, Layout.of(cu([length]), CPU), 0.3, **chosen).sum().backward()
+
+    short, long = peak_bytes(lambda: step(1024)), peak_bytes(lambda: step(4096))
+    assert 0 < long < 4.2 * short
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("chosen", [dict(), dict(window=128, sinks=SINKS[:1]), dict(sinks=SINKS[:1])])
+def test_one_document_of_262144_tokens_passes_in_a_few_copies_of_itself(chosen):
+    length = 262144
+    q, k, v = (x.detach() for x in qkv(length, heads=1, groups=1))
+    layout = Layout.of(cu([length]), CPU)
+    assert peak_bytes(lambda: packed_attention(q, k, v, layout, 0.3, **chosen)) < 40 * q.nbytes
 
 
 def forward(model, pack, ids=None) -> tuple[torch.Tensor, MicroBatch]:
@@ -181,6 +256,6 @@ def test_what_the_attention_cannot_do_is_refused_at_build_time(alone):
     from megatron.core.transformer.enums import AttnMaskType
 
     config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, ParallelPlan(), torch.float32, "torch")
-    config.window_size = (8, 0)
-    with pytest.raises(NotImplementedError, match="no window_size"):
+    config.window_size = (8, 3)
+    with pytest.raises(NotImplementedError, match="no window_size = \\(8, 3\\)"):
         attention.PackedAttention(config, 1, AttnMaskType.causal, "self")
