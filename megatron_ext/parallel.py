@@ -1,58 +1,542 @@
 """Parallel degrees: what a user may ask for, why not, and which rank sits in which group. Pure Python.
 
-Rank order is mcore's "tp-cp-ep-dp-pp" (parallel_state.py): tensor fastest, then context, data, pipeline last. Rules and
-their sources: reference/megatron.md 2.1 and 2.2.
+Rank order is mcore's "tp-cp-ep-dp-pp" (parallel_state.py): tensor fastest, then context, data, pipeline last. The same
+ranks are counted twice: the dense grid is tensor x context x data x pipeline, the expert grid expert_tensor x expert x
+expert data x pipeline. Expert parallelism is no further factor of the number of ranks.
+
+A rule is a function of plan and workload that says what is wrong. The nearest legal value comes from the rules
+themselves: of a field's candidates the one closest to what was asked that breaks none of them. Rules and their sources:
+reference/megatron.md 2.1 to 2.8, reference/megatron_cpu.md 3.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Callable, Iterable, List, Mapping, Optional
 
 from data_tools.mistake import Problem
+from megatron_ext.models.shape import MAMBA, MLP, MOE, WINDOW, ModelShape
+
+CONTEXT_COMMS = ("p2p", "all_gather", "a2a")
+RECOMPUTES = ("none", "selective", "full")
+DEGREES = ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor", "micro_batch")
+
+# Degrees that the training loop does not run yet above 1. A degree leaves this line once the table "parallel equals
+# serial" has its rows.
+NOT_YET = ("pipeline", "virtual", "context", "expert", "expert_tensor")
 
 
 @dataclass
 class ParallelPlan:
-    """Degrees of each axis. Data parallelism is what is left: world / (tensor * pipeline * context)."""
+    """Degrees of each axis, and what else decides where numbers lie but not which.
+
+    Data parallelism is what is left: ranks / (tensor * pipeline * context).
+    """
 
     tensor: int = 1  # attention heads and MLP columns over ranks (TP)
     sequence_parallel: bool = False  # norms and residuals sharded over the tensor axis, by tokens (SP)
     pipeline: int = 1  # layers over ranks (PP)
+    virtual: int = 1  # stages a pipeline rank, interleaved (VPP)
+    pipeline_layers: List[int] = field(default_factory=list)  # layers of each stage in model order; []: even
     context: int = 1  # one sequence over ranks (CP)
+    context_comm: str = "all_gather"  # how attention meets the other ranks' keys: p2p (te only) | all_gather | a2a
     expert: int = 1  # experts over ranks (EP)
     expert_tensor: int = 1  # an expert's columns over ranks (ETP)
     micro_batch: int = 1  # packs joined into one forward pass
+    recompute: str = "none"  # activations made again in backward: none | selective (MLP and MoE blocks) | full
 
     @property
     def model(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Ranks that hold one copy of the dense part, CP ranks counted."""
         return self.tensor * self.pipeline * self.context
 
-    def data(self, world_size: int) -> int:
+    @property
+    def expert_model(self) -> int:
+        """Ranks that hold one copy of the experts."""
+        return self.expert_tensor * self.expert * self.pipeline
+
+    @property
+    def stages(self) -> int:
+        return self.pipeline * self.virtual
+
+    def data(self, ranks: int) -> int:
         """Data-parallel size; `check` has verified that it divides."""
-        return world_size // self.model
+        return ranks // self.model
+
+    def expert_data(self, ranks: int) -> int:
+        """Ranks that hold the same experts (EDP)."""
+        return ranks // self.expert_model
+
+    def stage_layers(self, layers: int) -> list[range]:
+        """Layers (from 0) of each stage in model order. Stage s is rank s % pipeline's, its number s // pipeline."""
+        counts = self.pipeline_layers or [layers // self.stages] * self.stages
+        starts = [sum(counts[:stage]) for stage in range(len(counts))]
+        return [range(start, start + count) for start, count in zip(starts, counts)]
+
+    def token_unit(self) -> int:
+        """Tokens of a micro-batch are a multiple of this: zig-zag halves under CP, equal parts under SP."""
+        halves = 2 * self.context if self.context > 1 else 1
+        return math.lcm(halves, self.tensor * self.context if self.sequence_parallel else 1)
+
+    def document_unit(self) -> int:
+        """Each document in a pack takes a multiple of this (`align` of pack): every rank holds two pieces of it."""
+        return 2 * self.context if self.context > 1 else 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan has to carry and on what. A rule whose numbers are None is not asked."""
+
+    ranks: int
+    shape: Optional[ModelShape] = None
+    pack_length: Optional[int] = None  # tokens
+    align: Optional[int] = None  # tokens, of the pack plan: each document takes a multiple
+    longest: Optional[int] = None  # tokens of the longest document
+    global_batch: Optional[int] = None  # packs an update
+    backend: str = "torch"  # layer spec: torch | te
+    gpus: Optional[bool] = None  # False: the collectives are gloo's
+
+
+# ---------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken(plan, workload)` says what is wrong, "" where nothing is. A change of any one of `fields` (of plan or
+    workload) may mend it, the best first."""
+
+    fields: tuple[str, ...]
+    broken: Callable[[ParallelPlan, Workload], str]
+
+
+RULES: list[Rule] = []
+
+
+def rule(*names: str) -> Callable:
+    def register(broken: Callable[[ParallelPlan, Workload], str]) -> Callable:
+        RULES.append(Rule(names, broken))
+        return broken
+
+    return register
+
+
+@rule("tensor", "context", "pipeline", "ranks")
+def ranks_divide_by_the_dense_grid(p: ParallelPlan, w: Workload) -> str:
+    product = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {p.model}"
+    return f"{w.ranks} ranks do not divide by {product}" if w.ranks % p.model else ""
+
+
+@rule("expert", "expert_tensor", "pipeline", "ranks")
+def ranks_divide_by_the_expert_grid(p: ParallelPlan, w: Workload) -> str:
+    product = f"expert_tensor {p.expert_tensor} x expert {p.expert} x pipeline {p.pipeline} = {p.expert_model}"
+    return f"{w.ranks} ranks do not divide by {product}" if w.ranks % p.expert_model else ""
+
+
+@rule("tensor")
+def tensor_splits_attention(p: ParallelPlan, w: Workload) -> str:
+    """Whole KV groups on a rank, or a group evenly replicated (transformer_config.py:940)."""
+    s = w.shape
+    if not s or not s.heads:
+        return ""
+    even = s.heads % p.tensor == 0 and (s.kv_groups % p.tensor == 0 or p.tensor % s.kv_groups == 0)
+    return "" if even else f"{p.tensor} does not split {s.heads} heads and {s.kv_groups} KV groups evenly"
+
+
+@rule("tensor")
+def tensor_splits_mlp_columns(p: ParallelPlan, w: Workload) -> str:
+    if not w.shape:
+        return ""
+    columns = {"MLP": w.shape.ffn if MLP in w.shape.blocks else 0, "shared-expert": w.shape.shared_ffn}
+    uneven = [f"{count} {name} columns" for name, count in columns.items() if count % p.tensor]
+    return f"{p.tensor} does not split {' and '.join(uneven)} evenly" if uneven else ""
+
+
+@rule("tensor")
+def tensor_splits_mamba(p: ParallelPlan, w: Workload) -> str:
+    s = w.shape
+    if not s or MAMBA not in s.blocks or s.mamba_heads % p.tensor == s.mamba_groups % p.tensor == 0:
+        return ""
+    return f"{p.tensor} does not split {s.mamba_heads} Mamba heads and {s.mamba_groups} Mamba groups evenly"
+
+
+@rule("context", "tensor")
+def context_splits_mamba(p: ParallelPlan, w: Workload) -> str:
+    """Mamba under CP spreads heads, not tokens (mamba_context_parallel.py:99-122)."""
+    s = w.shape
+    if not s or MAMBA not in s.blocks or tensor_splits_mamba(p, w):
+        return ""
+    heads, groups = s.mamba_heads // p.tensor, s.mamba_groups // p.tensor
+    if heads % p.context:
+        return f"{p.context} does not split the {heads} Mamba heads of a tensor rank evenly"
+    even = p.context % groups == 0 if p.context > groups else groups % p.context == 0
+    return "" if even else f"{p.context} neither divides nor is a multiple of a tensor rank's {groups} Mamba groups"
+
+
+@rule("context_comm", "context", "tensor")
+def all_to_all_splits_heads(p: ParallelPlan, w: Workload) -> str:
+    """Ulysses hands every context rank whole heads. Our own attention replicates KV heads, TE's does not."""
+    s = w.shape
+    if not s or not s.heads or p.context == 1 or p.context_comm != "a2a" or tensor_splits_attention(p, w):
+        return ""
+    heads, groups = s.heads // p.tensor, max(s.kv_groups // p.tensor, 1)
+    if heads % p.context:
+        return f"a2a over context {p.context} does not split the {heads} heads of a tensor rank evenly"
+    if w.backend == "te" and groups % p.context:
+        return f"a2a over context {p.context} does not split the {groups} KV groups of a tensor rank evenly"
+    return ""
+
+
+@rule("context_comm", "context")
+def context_communication_is_known_to_the_backend(p: ParallelPlan, w: Workload) -> str:
+    if p.context_comm not in CONTEXT_COMMS:
+        return f"{p.context_comm!r} is none of {', '.join(CONTEXT_COMMS)}"
+    ring = p.context > 1 and p.context_comm == "p2p" and w.backend == "torch"
+    return "p2p is Transformer Engine's ring; backend torch has all_gather and a2a" if ring else ""
+
+
+@rule("context_comm", "context")
+def te_needs_all_to_all_for_sinks(p: ParallelPlan, w: Workload) -> str:
+    wrong = w.shape and w.shape.sinks and w.backend == "te" and p.context > 1 and p.context_comm != "a2a"
+    return f"attention sinks under context {p.context} work in Transformer Engine with a2a only" if wrong else ""
+
+
+@rule("context_comm", "context")
+def te_has_no_ring_for_windows(p: ParallelPlan, w: Workload) -> str:
+    """attn_forward_func_with_cp of context_parallel.py."""
+    windows = w.shape and WINDOW in w.shape.blocks
+    wrong = windows and w.backend == "te" and p.context > 1 and p.context_comm == "p2p"
+    return "Transformer Engine's p2p ring has no sliding windows" if wrong else ""
+
+
+@rule("context_comm", "context")
+def te_gathers_no_packs(p: ParallelPlan, w: Workload) -> str:
+    """AttnFuncWithCPAndKVAllGather refuses THD; lifted by TransformerEngine #2829 (June 2026), after 2.11."""
+    wrong = w.backend == "te" and p.context > 1 and p.context_comm == "all_gather"
+    return "Transformer Engine 2.11 has no all_gather for packed documents" if wrong else ""
+
+
+@rule("pack_length", "context", "tensor")
+def tokens_divide(p: ParallelPlan, w: Workload) -> str:
+    if w.pack_length is None or w.pack_length * p.micro_batch % p.token_unit() == 0:
+        return ""
+    reasons = [f"2 x context {p.context} zig-zag halves"] if p.context > 1 else []
+    if p.sequence_parallel:
+        reasons.append(f"tensor {p.tensor} x context {p.context} sequence-parallel parts")
+    packs = f"{p.micro_batch} packs of " if p.micro_batch > 1 else ""
+    return f"{packs}{w.pack_length:,} tokens do not divide by {p.token_unit()} ({', '.join(reasons)})"
+
+
+@rule("align", "context")
+def documents_divide(p: ParallelPlan, w: Workload) -> str:
+    if w.align is None or w.align % p.document_unit() == 0:
+        return ""
+    pieces = f"context {p.context} cuts each into {p.document_unit()} pieces"
+    return f"packs align documents to {w.align} tokens, and {pieces}"
+
+
+@rule("longest")
+def documents_fit_the_positions(p: ParallelPlan, w: Workload) -> str:
+    if not w.shape or not w.shape.max_positions or (w.longest or 0) <= w.shape.max_positions:
+        return ""
+    return f"the longest document has {w.longest:,} tokens, the model {w.shape.max_positions:,} positions"
+
+
+@rule("sequence_parallel", "tensor")
+def sequence_parallel_needs_tensor(p: ParallelPlan, w: Workload) -> str:
+    return "needs tensor > 1 (here 1)" if p.sequence_parallel and p.tensor == 1 else ""
+
+
+@rule("sequence_parallel", "tensor")
+def experts_need_sequence_parallel(p: ParallelPlan, w: Workload) -> str:
+    """mcore raises it in the first training step (moe_layer.py)."""
+    wrong = w.shape and MOE in w.shape.blocks and p.tensor > 1 and not p.sequence_parallel
+    return f"a model with experts trains at tensor {p.tensor} only with sequence_parallel" if wrong else ""
+
+
+@rule("expert")
+def expert_splits_experts(p: ParallelPlan, w: Workload) -> str:
+    if p.expert == 1 or not w.shape:
+        return ""
+    if not w.shape.experts:
+        return "the model has no experts"
+    return f"{p.expert} does not split {w.shape.experts} experts evenly" if w.shape.experts % p.expert else ""
+
+
+@rule("expert_tensor")
+def expert_tensor_splits_expert_columns(p: ParallelPlan, w: Workload) -> str:
+    if p.expert_tensor == 1 or not w.shape:
+        return ""
+    if not w.shape.experts:
+        return "the model has no experts"
+    uneven = w.shape.expert_ffn % p.expert_tensor
+    return f"{p.expert_tensor} does not split {w.shape.expert_ffn} expert columns evenly" if uneven else ""
+
+
+@rule("expert_tensor")
+def expert_biases_stay_whole(p: ParallelPlan, w: Workload) -> str:
+    """transformer_config.py:1590."""
+    wrong = w.shape and w.shape.expert_bias and p.expert_tensor > 1
+    return f"experts with biases cannot be split over expert_tensor {p.expert_tensor}" if wrong else ""
+
+
+@rule("expert", "expert_tensor", "tensor")
+def experts_are_reduced_over_tensor_ranks(p: ParallelPlan, w: Workload) -> str:
+    """Silent in mcore: expert gradients are marked for their own groups by EP > 1 only (layers.py:829), so whole
+    experts on several tensor ranks keep a share each (measured: gradient norm x 0.707)."""
+    wrong = w.shape and MOE in w.shape.blocks and p.expert == 1 and p.expert_tensor < p.tensor
+    numbers = f"tensor {p.tensor} with expert_tensor {p.expert_tensor} and expert 1"
+    return f"{numbers} gives wrong expert gradients without an error" if wrong else ""
+
+
+@rule("expert_tensor", "expert")
+def gloo_gathers_even_parts_only(p: ParallelPlan, w: Workload) -> str:
+    wrong = w.gpus is False and p.expert > 1 and p.expert_tensor > 1
+    numbers = f"expert_tensor {p.expert_tensor} with expert {p.expert}"
+    return f"{numbers} needs an uneven all-gather, which gloo (CPU) lacks" if wrong else ""
+
+
+@rule("pipeline", "pipeline_layers", "virtual")
+def stages_are_even_or_listed(p: ParallelPlan, w: Workload) -> str:
+    if not w.shape or p.pipeline_layers or len(w.shape.layers) % p.stages == 0:
+        return ""
+    virtual = f" x virtual {p.virtual}" if p.virtual > 1 else ""
+    return f"{len(w.shape.layers)} layers do not divide by pipeline {p.pipeline}{virtual}, and pipeline_layers is empty"
+
+
+@rule("pipeline_layers")
+def listed_stages_hold_all_layers(p: ParallelPlan, w: Workload) -> str:
+    listed = p.pipeline_layers
+    if not listed:
+        return ""
+    if len(listed) != p.stages:
+        return f"{listed} are {len(listed)} stages, pipeline {p.pipeline} x virtual {p.virtual} = {p.stages}"
+    if min(listed) < 1:
+        return f"{listed} has a stage without a layer"
+    if w.shape and sum(listed) != len(w.shape.layers):
+        return f"{listed} are {sum(listed)} layers, the model has {len(w.shape.layers)}"
+    return ""
+
+
+@rule("pipeline_layers")
+def hybrid_stages_differ_at_the_ends_only(p: ParallelPlan, w: Workload) -> str:
+    """mamba_block.py:172 knows a first and a last number of layers, and equal ones between."""
+    wrong = w.shape and MAMBA in w.shape.blocks and len(set(p.pipeline_layers[1:-1])) > 1
+    return f"{p.pipeline_layers}: in a hybrid model only the first and the last stage may differ" if wrong else ""
+
+
+@rule("virtual", "pipeline")
+def virtual_needs_pipeline(p: ParallelPlan, w: Workload) -> str:
+    return f"{p.virtual} stages a rank need pipeline > 1 (here 1)" if p.virtual > 1 and p.pipeline == 1 else ""
+
+
+@rule("virtual")
+def hybrids_are_not_interleaved(p: ParallelPlan, w: Workload) -> str:
+    """mamba_block.py:173."""
+    wrong = w.shape and MAMBA in w.shape.blocks and p.virtual > 1
+    return f"{p.virtual}: a hybrid Mamba model has no interleaved pipeline" if wrong else ""
+
+
+@rule("global_batch", "micro_batch")
+def global_batch_divides(p: ParallelPlan, w: Workload) -> str:
+    unit = p.data(w.ranks) * p.micro_batch
+    if w.global_batch is None or w.ranks % p.model or w.global_batch % unit == 0:
+        return ""
+    factors = f"{p.data(w.ranks)} data-parallel ranks x micro-batch {p.micro_batch} = {unit}"
+    return f"a global batch of {w.global_batch} packs does not divide by {factors}"
+
+
+@rule("global_batch", "virtual", "micro_batch")
+def interleaving_takes_whole_rounds(p: ParallelPlan, w: Workload) -> str:
+    """schedules.py:995-1015, with its default group of `pipeline` micro-batches."""
+    if p.virtual == 1 or w.global_batch is None or w.ranks % p.model or global_batch_divides(p, w):
+        return ""
+    count = w.global_batch // (p.data(w.ranks) * p.micro_batch)
+    uneven = count % p.pipeline
+    return f"{count} micro-batches do not divide by pipeline {p.pipeline}, as interleaving needs" if uneven else ""
+
+
+@rule("recompute")
+def recompute_is_known(p: ParallelPlan, w: Workload) -> str:
+    return "" if p.recompute in RECOMPUTES else f"{p.recompute!r} is none of {', '.join(RECOMPUTES)}"
+
+
+# ---------------------------------------------------------------- the nearest legal value
+
+
+def broken_rules(plan: ParallelPlan, workload: Workload) -> list[tuple[Rule, str]]:
+    """Every rule that is broken, with its sentence. Degrees below 1 break nothing here: ask `check`."""
+    found = ((one, one.broken(plan, workload)) for one in RULES)
+    return [(one, message) for one, message in found if message]
+
+
+def is_legal(plan: ParallelPlan, workload: Workload) -> bool:
+    return not any(one.broken(plan, workload) for one in RULES)
+
+
+def divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def nearest(value: int, legal: Iterable[int]) -> int:
+    """The legal value closest to `value`, the smaller of two equally close ones."""
+    return min(legal, key=lambda candidate: (abs(candidate - value), candidate))
+
+
+def _multiples(value: int, unit: int) -> list[int]:
+    """Those of `unit` around `value`."""
+    below = value // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple > 0]
+
+
+def _even_as_can_be(layers: int, stages: int) -> list[int]:
+    """Layers of each stage; the first, which has the embedding, is the last to take one of the surplus."""
+    base, surplus = divmod(layers, stages)
+    order = [*range(1, stages), 0]
+    return [base + (stage in order[:surplus]) for stage in range(stages)]
+
+
+def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
+    """Values of a field of plan or workload that could be legal, the nearest to the present one first."""
+    w, unit = workload, plan.data(workload.ranks) * plan.micro_batch or 1
+    layers = len(w.shape.layers) if w.shape else plan.stages
+    batch = w.global_batch or 1
+    values: dict[str, Callable[[], Iterable[int]]] = {
+        "ranks": lambda: _multiples(w.ranks, math.lcm(plan.model, plan.expert_model)),
+        "pack_length": lambda: _multiples(w.pack_length or 1, math.lcm(plan.token_unit(), w.align or 1)),
+        "align": lambda: _multiples(w.align or 1, plan.document_unit()),
+        "longest": lambda: [w.shape.max_positions] if w.shape else [],
+        "global_batch": lambda: {*_multiples(batch, unit), *_multiples(batch, unit * plan.pipeline)},
+        "virtual": lambda: range(1, layers + 1),
+        "micro_batch": lambda: divisors(batch),
+    }
+    if name == "sequence_parallel":
+        return [not plan.sequence_parallel]
+    if name == "context_comm":
+        return list(CONTEXT_COMMS)
+    if name == "recompute":
+        return list(RECOMPUTES)
+    if name == "pipeline_layers":
+        return [[], _even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
+    present = getattr(plan if hasattr(plan, name) else w, name)
+    found = values.get(name, lambda: divisors(w.ranks))()
+    return sorted(found, key=lambda value: (abs(value - present), value))
+
+
+def change(plan: ParallelPlan, workload: Workload, name: str, value: Any) -> tuple[ParallelPlan, Workload]:
+    """Plan and workload with one field of either set."""
+    if hasattr(plan, name):
+        return replace(plan, **{name: value}), workload
+    return plan, replace(workload, **{name: value})
+
+
+def remedy(broken: Rule, plan: ParallelPlan, workload: Workload) -> tuple[str, Any] | None:
+    """(field, nearest value) that mends a broken rule: one that leaves nothing else broken if there is any."""
+    partial = None
+    for name in broken.fields:
+        for value in candidates(name, plan, workload):
+            changed = change(plan, workload, name, value)
+            if broken.broken(*changed):
+                continue
+            if is_legal(*changed):
+                return name, value
+            partial = partial or (name, value)
+    return partial
+
+
+_SPELLED = {
+    "ranks": "{} ranks",
+    "pack_length": "a pack length of {:,} tokens",
+    "align": "align: {} in pack",
+    "longest": "documents of at most {:,} tokens",
+    "global_batch": "a global batch of {} packs",
+}
+
+
+def spell(name: str, value: Any) -> str:
+    """A remedy in words: "tensor 4", "a pack length of 12,000 tokens"."""
+    text = str(value).lower() if isinstance(value, bool) else value
+    return _SPELLED.get(name, f"{name} {{}}").format(text)
+
+
+def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
+    """All rules that `plan` breaks, each with the numbers and the nearest legal value."""
+    small = [
+        Problem(f"{where}.{name}", f"{getattr(plan, name)} is not a degree: the least is 1")
+        for name in DEGREES
+        if getattr(plan, name) < 1
+    ]
+    not_yet = [
+        Problem(f"{where}.{name}", f"{getattr(plan, name)} is not supported yet: use 1")
+        for name in NOT_YET
+        if getattr(plan, name) > 1
+    ]
+    if small:
+        return small + not_yet
+    return not_yet + rule_problems(plan, workload, where)
+
+
+def rule_problems(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
+    """`check` without asking what the training loop can do already. Degrees are at least 1."""
+    own = {one.name for one in fields(plan)}
+    problems = []
+    for one, message in broken_rules(plan, workload):
+        mend = remedy(one, plan, workload)
+        place = f"{where}.{mend[0]}" if mend and mend[0] in own else where
+        problems.append(Problem(place, message + (f": use {spell(*mend)}" if mend else "")))
+    return problems
+
+
+# ---------------------------------------------------------------- who sits where
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Who computes with whom. Every list of ranks is one group, in group order."""
+    """Who computes with whom. Each list of ranks is one group, in mcore's order."""
 
     tensor: list[list[int]]
+    context: list[list[int]]
     data: list[list[int]]
+    pipeline: list[list[int]]
+    optimizer: list[list[int]]  # data x context: who shares the state of dense weights
+    expert_tensor: list[list[int]]
+    expert: list[list[int]]
+    expert_data: list[list[int]]  # who shares the state of experts
 
-    def data_rank(self, rank: int) -> int:
-        return next(group.index(rank) for group in self.data if rank in group)
-
-    def tensor_rank(self, rank: int) -> int:
-        return next(group.index(rank) for group in self.tensor if rank in group)
+    def place(self, axis: str, rank: int) -> int:
+        """The rank's number within its group along `axis`."""
+        return next(group.index(rank) for group in getattr(self, axis) if rank in group)
 
 
-def grid(plan: ParallelPlan, world_size: int) -> Grid:
-    """The groups of `world_size` ranks, in mcore's order (tensor fastest)."""
-    size = plan.tensor
-    starts = range(0, world_size, size)
+def _groups(sizes: Mapping[str, int], *axes: str) -> list[list[int]]:
+    """Ranks that differ in `axes` only. `sizes` counts ranks, its first axis fastest."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(math.prod(sizes.values())):
+        rest, fixed = rank, []
+        for axis, size in sizes.items():
+            rest, place = divmod(rest, size)
+            if axis not in axes:
+                fixed.append(place)
+        groups.setdefault(tuple(fixed), []).append(rank)
+    return list(groups.values())
+
+
+def grid(plan: ParallelPlan, ranks: int) -> Grid:
+    """The groups of `ranks` ranks under a legal plan."""
+    dense = {"tensor": plan.tensor, "context": plan.context, "data": plan.data(ranks), "pipeline": plan.pipeline}
+    experts = {
+        "expert_tensor": plan.expert_tensor,
+        "expert": plan.expert,
+        "expert_data": plan.expert_data(ranks),
+        "pipeline": plan.pipeline,
+    }
     return Grid(
-        tensor=[list(range(start, start + size)) for start in starts],
-        data=[list(range(offset, world_size, size)) for offset in range(size)],
+        **{axis: _groups(dense, axis) for axis in dense},
+        optimizer=_groups(dense, "context", "data"),
+        **{axis: _groups(experts, axis) for axis in experts if axis != "pipeline"},
     )
+
+
+# ---------------------------------------------------------------- what ranks need besides
 
 
 def padded_rows(rows: int, tensor: int) -> int:
@@ -67,81 +551,18 @@ def padded_rows(rows: int, tensor: int) -> int:
     return -(-rows // unit) * unit
 
 
-def nearest(value: int, legal: list[int]) -> int:
-    """The legal value closest to `value`, the smaller of two equally close ones."""
-    return min(legal, key=lambda candidate: (abs(candidate - value), candidate))
+def environment(plan: ParallelPlan) -> dict[str, str]:
+    """Variables that every rank must have before CUDA starts (reference/megatron.md 2.8).
 
-
-def legal_tensor(heads: int, kv_groups: int, ffn: int) -> list[int]:
-    """Tensor degrees that split query heads, KV groups (or replicate them evenly) and MLP columns."""
-    return [
-        t for t in range(1, heads + 1) if heads % t == 0 and ffn % t == 0 and (kv_groups % t == 0 or t % kv_groups == 0)
-    ]
-
-
-def check(
-    plan: ParallelPlan,
-    world_size: int,
-    *,
-    heads: int | None = None,
-    kv_groups: int | None = None,
-    ffn: int | None = None,
-    pack_length: int | None = None,
-    global_batch: int | None = None,
-    where: str = "parallel",
-) -> list[Problem]:
-    """All rules that `plan` breaks on `world_size` ranks, each with the numbers and the nearest legal value.
-
-    `heads`, `kv_groups` and `ffn` (columns) are the model's, `pack_length` is in tokens, `global_batch` in packs; a
-    rule whose numbers are None is not asked.
+    One hardware queue, so that a collective launched before a kernel also starts before it (Hopper and older).
     """
-    problems: list[Problem] = []
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if plan.tensor > 1 or plan.context > 1 else {}
 
-    def refuse(field: str, message: str) -> None:
-        problems.append(Problem(f"{where}.{field}", message))
 
-    degrees = ("tensor", "pipeline", "context", "expert", "expert_tensor", "micro_batch")
-    positive = True
-    for field in degrees:
-        if getattr(plan, field) < 1:
-            refuse(field, f"{getattr(plan, field)} is not a degree: the least is 1")
-            positive = False
-    for field in ("pipeline", "context", "expert", "expert_tensor"):
-        if getattr(plan, field) > 1:
-            refuse(field, f"{getattr(plan, field)} is not supported yet: use 1")
-    if not positive:
-        return problems
-
-    if world_size % plan.model:
-        divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-        refuse(
-            "tensor",
-            f"{world_size} ranks do not divide by tensor {plan.tensor} x pipeline {plan.pipeline} x context "
-            f"{plan.context} = {plan.model}: use {nearest(plan.model, divisors)}, or {plan.model} ranks",
-        )
-    if heads is not None and kv_groups is not None and ffn is not None:
-        legal = legal_tensor(heads, kv_groups, ffn)
-        if plan.tensor not in legal:
-            refuse(
-                "tensor",
-                f"{plan.tensor} does not split {heads} heads, {kv_groups} KV groups and {ffn} MLP columns evenly: "
-                f"use {nearest(plan.tensor, legal)} (legal: {', '.join(map(str, legal))})",
-            )
-    if plan.sequence_parallel and plan.tensor == 1:
-        refuse("sequence_parallel", "needs tensor > 1 (here 1): set it to false")
-    if plan.sequence_parallel and pack_length is not None and pack_length * plan.micro_batch % plan.tensor:
-        up = -(-pack_length // plan.tensor) * plan.tensor
-        refuse(
-            "sequence_parallel",
-            f"{pack_length} tokens a pack do not divide by tensor {plan.tensor}: use a pack length of {up}",
-        )
-    if global_batch is not None and world_size % plan.model == 0:
-        unit = plan.data(world_size) * plan.micro_batch
-        if global_batch < 1 or global_batch % unit:
-            legal = max(1, round(global_batch / unit)) * unit
-            refuse(
-                "micro_batch",
-                f"a global batch of {global_batch} packs does not divide by {plan.data(world_size)} data-parallel "
-                f"ranks x micro-batch {plan.micro_batch} = {unit}: use {legal} packs",
-            )
-    return problems
+def environment_problems(plan: ParallelPlan, given: Mapping[str, str], where: str) -> list[Problem]:
+    """Variables that `given` sets to something else; `where` is the place of the environment."""
+    return [
+        Problem(f"{where}.{name}", f"{given[name]!r} with tensor {plan.tensor}, context {plan.context}: use {value!r}")
+        for name, value in environment(plan).items()
+        if given.get(name, value) != value
+    ]

@@ -14,7 +14,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from data_tools.tables import write_table
 from data_tools.tasks.task import Row, Source, Task, check_rows, load_task, task_options
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel import check as check_plan
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
@@ -42,7 +42,7 @@ def check(config: Config, ranks: int) -> list[Problem]:
     problems += check_rows(config.task, config.task_options, config.source)
     if config.max_new_tokens < 1:
         problems.append(Problem("max_new_tokens", f"{config.max_new_tokens} is too few: the least is 1"))
-    return problems + check_plan(config.parallel, ranks)
+    return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
 
 
 def rows(config: Config, task: Task) -> Iterator[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext import schedule as schedules
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel import check as check_plan
 
 FREE = {"keyed": False}  # does not change the result
@@ -65,25 +65,25 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("dtype", f"{config.dtype!r} is neither float32 nor bfloat16"))
     if config.backend not in ("torch", "te"):
         problems.append(Problem("backend", f"{config.backend!r} is neither torch nor te"))
-    shape: dict[str, int] = {}
+    shape = None
     hf = Path(config.model) / "hf"
     if config.model and (hf / "config.json").is_file():
-        _, dims, found = read_config(hf)
+        family, dims, found = read_config(hf)
         problems += found
-        if dims is not None:
-            shape = {"heads": dims.heads, "kv_groups": dims.kv_groups, "ffn": dims.ffn}
-    problems += check_plan(
-        config.parallel, ranks, global_batch=max(config.global_batch, 1), pack_length=_pack_length(config), **shape
+        shape = family.config.shape(dims) if dims is not None else None
+    workload = Workload(
+        ranks, shape, global_batch=max(config.global_batch, 1), backend=config.backend, **_pack_facts(config)
     )
-    return problems
+    return problems + check_plan(config.parallel, workload)
 
 
-def _pack_length(config: Config) -> int | None:
+def _pack_facts(config: Config) -> dict[str, int]:
     """From the plan, where it already exists."""
     try:
-        return int(json.loads((Path(config.packs) / "plan.json").read_text())["pack_length"])
+        facts = json.loads((Path(config.packs) / "plan.json").read_text())
+        return {name: int(facts[name]) for name in ("pack_length", "align")}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Model families by the name that config.json gives them. One folder each, with the same files:
 
-config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `small(...)`: config.json of a random model; no torch
+config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(Dims) -> ModelShape`,
+            `small(...)`: config.json of a random model; no torch
 spec.py     `build(Dims, plan, dtype, backend) -> mcore model`
 mapping.py  `rules(Dims, found)`: the weights, both directions; `found` are the names in the checkpoint at hand, for
             families that are stored in several spellings. `is_redundant(name, Dims)`: what a file may carry besides

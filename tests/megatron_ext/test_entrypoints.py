@@ -47,9 +47,7 @@ def test_sft_names_every_mistake(calculator):  # noqa: F811
     )
     found = [str(problem) for problem in sft.check(config, 3)]
     assert found[0].startswith("schedule: 'cosin' is no schedule (did you mean cosine?")
-    assert found[1].startswith(
-        "parallel.tensor: 3 does not split 4 heads, 2 KV groups and 48 MLP columns evenly: use 2"
-    )
+    assert found[1].startswith("parallel.tensor: 3 does not split 4 heads and 2 KV groups evenly: use tensor 1")
     config.parallel = ParallelPlan()
     assert "global batch of 3 packs does not divide by 2" in str(sft.check(config, 2)[-1])
 

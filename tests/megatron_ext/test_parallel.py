@@ -1,55 +1,226 @@
 """Parallel plans: every broken rule at once, with numbers and the nearest legal value; and who sits in which group."""
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_ext import ranks
-from megatron_ext.parallel import ParallelPlan, check, grid, legal_tensor, nearest, padded_rows
+from megatron_ext.parallel import (
+    CONTEXT_COMMS,
+    NOT_YET,
+    RULES,
+    ParallelPlan,
+    Workload,
+    broken_rules,
+    change,
+    check,
+    environment_problems,
+    grid,
+    is_legal,
+    nearest,
+    padded_rows,
+    remedy,
+    rule_problems,
+)
+from tests.megatron_ext.shapes import GPT_OSS_20B, NANO, QWEN_32B
 
 
-def messages(plan: ParallelPlan, world_size: int, **shape) -> list[str]:
-    return [str(problem) for problem in check(plan, world_size, **shape)]
+def messages(plan: ParallelPlan, ranks: int, **known) -> list[str]:
+    return [str(problem) for problem in rule_problems(plan, Workload(ranks, **known))]
 
 
 def test_legal_plans_have_no_problem():
-    shape = dict(heads=40, kv_groups=8, ffn=27648, pack_length=4096, global_batch=64)
     for tensor in (1, 2, 4, 8):
-        assert messages(ParallelPlan(tensor=tensor, sequence_parallel=tensor > 1), 16, **shape) == []
+        plan = ParallelPlan(tensor=tensor, sequence_parallel=tensor > 1)
+        assert check(plan, Workload(16, QWEN_32B, pack_length=4096, align=1, global_batch=64)) == []
 
 
 def test_all_problems_come_at_once_with_the_nearest_legal_value():
-    found = messages(
-        ParallelPlan(tensor=3, pipeline=2), 8, heads=4, kv_groups=2, ffn=96, pack_length=100, global_batch=6
-    )
-    assert found == [
-        "parallel.pipeline: 2 is not supported yet: use 1",
-        "parallel.tensor: 8 ranks do not divide by tensor 3 x pipeline 2 x context 1 = 6: use 4, or 6 ranks",
-        "parallel.tensor: 3 does not split 4 heads, 2 KV groups and 96 MLP columns evenly: use 2 (legal: 1, 2, 4)",
+    plan = ParallelPlan(tensor=3, pipeline=2, sequence_parallel=True)
+    assert messages(plan, 8, shape=replace(QWEN_32B, heads=4, kv_groups=2, ffn=100), pack_length=100) == [
+        "parallel.tensor: 8 ranks do not divide by tensor 3 x pipeline 2 x context 1 = 6: use tensor 2",
+        "parallel.tensor: 3 does not split 4 heads and 2 KV groups evenly: use tensor 2",
+        "parallel.tensor: 3 does not split 100 MLP columns evenly: use tensor 2",
+        "parallel.tensor: 100 tokens do not divide by 3 (tensor 3 x context 1 sequence-parallel parts): use tensor 2",
     ]
 
 
-def test_a_global_batch_that_does_not_divide_is_refused():
-    (found,) = messages(ParallelPlan(micro_batch=2), 3, global_batch=8)
-    assert found.endswith("8 packs does not divide by 3 data-parallel ranks x micro-batch 2 = 6: use 6 packs")
-
-
-def test_sequence_parallel_needs_a_tensor_axis_and_a_length_that_divides():
-    assert "needs tensor > 1" in messages(ParallelPlan(sequence_parallel=True), 1)[0]
-    (found,) = messages(ParallelPlan(tensor=2, sequence_parallel=True), 2, pack_length=101)
-    assert "use a pack length of 102" in found
+def test_what_the_training_loop_cannot_do_yet_is_refused_by_name():
+    found = [problem.where for problem in check(ParallelPlan(**dict.fromkeys(NOT_YET, 2)), Workload(8))]
+    assert found[: len(NOT_YET)] == [f"parallel.{name}" for name in NOT_YET]
 
 
 def test_degrees_below_one_are_refused():
-    assert messages(ParallelPlan(tensor=0), 2) == ["parallel.tensor: 0 is not a degree: the least is 1"]
+    assert [str(problem) for problem in check(ParallelPlan(tensor=0), Workload(2))] == [
+        "parallel.tensor: 0 is not a degree: the least is 1"
+    ]
 
 
-def test_more_tensor_ranks_than_kv_groups_are_legal_when_they_divide():
-    assert legal_tensor(heads=32, kv_groups=2, ffn=4096) == [1, 2, 4, 8, 16, 32]
+def test_the_sequence_length_of_the_grpo_seed_is_refused_and_12000_offered():
+    plan = ParallelPlan(tensor=8, sequence_parallel=True)
+    (found,) = messages(plan, 64, shape=QWEN_32B, pack_length=11_999)
+    assert found == (
+        "parallel: 11,999 tokens do not divide by 8 (tensor 8 x context 1 sequence-parallel parts): "
+        "use a pack length of 12,000 tokens"
+    )
+
+
+@pytest.mark.parametrize("data, legal", [(4, True), (8, False)])
+def test_the_global_batch_of_the_sft_seed_fits_64_gpus_and_not_128(data, legal):
+    plan = ParallelPlan(tensor=2, context=8, expert=16, sequence_parallel=True)
+    found = messages(plan, 16 * data, shape=NANO, pack_length=262_144, global_batch=60)
+    assert (found == []) is legal
+    if not legal:
+        assert found[0].endswith("8 data-parallel ranks x micro-batch 1 = 8: use a global batch of 56 packs")
+
+
+# The valid sets of reference/megatron.md 2.2, on 64 ranks.
+@pytest.mark.parametrize(
+    "shape, field, backend, legal",
+    [
+        (QWEN_32B, "tensor", "torch", [1, 2, 4, 8]),
+        (QWEN_32B, "pipeline", "torch", [1, 2, 4, 8, 16, 32, 64]),
+        (GPT_OSS_20B, "tensor", "torch", [1, 2, 4, 8, 16, 32, 64]),
+        (GPT_OSS_20B, "expert", "torch", [1, 2, 4, 8, 16, 32]),
+        (GPT_OSS_20B, "expert_tensor", "torch", [1]),
+        (GPT_OSS_20B, "pipeline", "torch", [1, 2, 4, 8]),
+        (GPT_OSS_20B, "context", "te", [1, 2, 4, 8]),
+        (NANO, "tensor", "torch", [1, 2, 4, 8]),
+        (NANO, "context", "torch", [1, 2, 4, 8, 16, 32, 64]),
+        (NANO, "context", "te", [1, 2]),
+        (NANO, "expert", "torch", [1, 2, 4, 8, 16, 32, 64]),
+        (NANO, "pipeline", "torch", [1, 2, 4]),
+    ],
+)
+def test_the_valid_sets_of_our_models(shape, field, backend, legal):
+    def is_valid(degree: int) -> bool:
+        comm = "all_gather" if backend == "torch" else "a2a"
+        plan = replace(ParallelPlan(expert=2 if shape.experts else 1, context_comm=comm), **{field: degree})
+        plan.sequence_parallel = plan.tensor > 1
+        return is_legal(plan, Workload(64, shape, backend=backend))
+
+    assert [degree for degree in (1, 2, 3, 4, 5, 8, 16, 32, 64) if is_valid(degree)] == legal
+
+
+def test_a_hybrid_model_takes_uneven_ends_only():
+    plan = ParallelPlan(pipeline=4, pipeline_layers=[12, 14, 14, 12])
+    assert is_legal(plan, Workload(4, NANO))
+    (found,) = messages(replace(plan, pipeline_layers=[13, 12, 14, 13]), 4, shape=NANO)
+    assert found.endswith("only the first and the last stage may differ: use pipeline_layers []")
+
+
+def test_stages_cover_the_layers_in_order():
+    assert ParallelPlan(pipeline=2, virtual=2).stage_layers(8) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    assert ParallelPlan(pipeline=2, pipeline_layers=[3, 5]).stage_layers(8) == [range(0, 3), range(3, 8)]
+
+
+DEGREE = st.sampled_from([1, 1, 1, 2, 2, 3, 4, 6, 8, 16])
+PLANS = st.builds(
+    ParallelPlan,
+    tensor=DEGREE,
+    sequence_parallel=st.booleans(),
+    pipeline=DEGREE,
+    virtual=st.sampled_from([1, 1, 2, 3]),
+    pipeline_layers=st.sampled_from([[], [], [10, 14], [30, 34], [16] * 4, [10, 16, 14, 12]]),
+    context=DEGREE,
+    context_comm=st.sampled_from([*CONTEXT_COMMS, "ring"]),
+    expert=DEGREE,
+    expert_tensor=st.sampled_from([1, 1, 2, 4]),
+    micro_batch=st.sampled_from([1, 2, 3]),
+    recompute=st.sampled_from(["none", "full", "most"]),
+)
+WORKLOADS = st.builds(
+    Workload,
+    ranks=st.one_of(st.integers(1, 256), st.sampled_from([4, 16, 64])),
+    shape=st.sampled_from([None, QWEN_32B, GPT_OSS_20B, NANO]),
+    pack_length=st.one_of(st.none(), st.integers(8, 300_000)),
+    align=st.sampled_from([None, 1, 2, 12]),
+    longest=st.one_of(st.none(), st.integers(1, 400_000)),
+    global_batch=st.one_of(st.none(), st.integers(1, 600)),
+    backend=st.sampled_from(["torch", "te"]),
+    gpus=st.sampled_from([None, True, False]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PLANS, WORKLOADS)
+def test_the_value_that_is_offered_mends_what_was_broken(plan, workload):
+    for rule, message in broken_rules(plan, workload):
+        mend = remedy(rule, plan, workload)
+        assert mend is not None, message
+        changed = change(plan, workload, *mend)
+        assert not rule.broken(*changed), f"{message} -> {mend}"
+        assert mend[0] in rule.fields
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([QWEN_32B, GPT_OSS_20B, NANO]), st.sampled_from(["tensor", "expert", "context"]), DEGREE)
+def test_one_wrong_degree_is_mended_to_a_plan_that_is_legal_altogether(shape, field, degree):
+    expert = 2 if shape.experts else 1
+    good = ParallelPlan(tensor=2, sequence_parallel=True, context=2, context_comm="a2a", expert=expert)
+    plan, workload = replace(good, **{field: degree}), Workload(16, shape, pack_length=49152, global_batch=48)
+    for rule, _ in broken_rules(plan, workload):
+        assert is_legal(*change(plan, workload, *remedy(rule, plan, workload)))
+
+
+def test_every_rule_is_broken_by_some_plan():
+    """No rule is dead: each of them refuses something that the strategies above draw."""
+    assert "as interleaving needs" in messages(ParallelPlan(pipeline=2, virtual=2), 2, global_batch=3)[0]
+    seen = {"interleaving_takes_whole_rounds"}
+
+    @settings(max_examples=2000, deadline=None, database=None, derandomize=True)
+    @given(PLANS, WORKLOADS)
+    def collect(plan, workload):
+        seen.update(rule.broken.__name__ for rule, _ in broken_rules(plan, workload))
+
+    collect()
+    assert {rule.broken.__name__ for rule in RULES} == seen
+
+
+def test_nearest_takes_the_smaller_of_two():
     assert nearest(3, [1, 2, 4]) == 2
 
 
 @pytest.mark.parametrize("rows, tensor, padded", [(19, 1, 19), (19, 2, 32), (152064, 8, 152064), (201088, 3, 201096)])
 def test_the_vocabulary_is_padded_only_where_it_does_not_split(rows, tensor, padded):
     assert padded_rows(rows, tensor) == padded and padded % tensor == 0
+
+
+def test_a_contrary_environment_is_refused():
+    given_ = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    assert environment_problems(ParallelPlan(), given_, "env.set") == []
+    (found,) = environment_problems(ParallelPlan(tensor=2), given_, "env.set")
+    assert str(found) == "env.set.CUDA_DEVICE_MAX_CONNECTIONS: '8' with tensor 2, context 1: use '1'"
+
+
+# ---------------------------------------------------------------- who sits where
+
+AXES = {"tensor": "tp", "context": "cp", "data": "dp", "pipeline": "pp", "optimizer": "dp-cp"}
+EXPERT_AXES = {"expert_tensor": "tp", "expert": "ep", "expert_data": "dp", "pipeline": "pp"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(*[st.sampled_from([1, 2, 3, 4])] * 4, st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([1, 2]))
+def test_the_grid_is_that_of_megatron_cores_rank_generator(tensor, context, data, pipeline, expert, expert_tensor):
+    from megatron.core.parallel_state import RankGenerator
+
+    plan = ParallelPlan(
+        tensor=tensor, context=context, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor
+    )
+    count = tensor * context * data * pipeline
+    if count % plan.expert_model:
+        return
+    found, order = grid(plan, count), "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order=order)
+    experts = RankGenerator(
+        tp=expert_tensor, ep=expert, dp=plan.expert_data(count), pp=pipeline, cp=1, order=order
+    )
+    for axis, token in AXES.items():
+        assert getattr(found, axis) == dense.get_ranks(token), axis
+    for axis, token in EXPERT_AXES.items():
+        assert getattr(found, axis) == experts.get_ranks(token), axis
 
 
 def _groups(tensor: int) -> tuple[list[int], list[int]]:
@@ -64,14 +235,9 @@ def _groups(tensor: int) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_the_grid_is_that_of_megatron_core(two_ranks, tensor):
+def test_the_grid_is_that_of_running_ranks(two_ranks, tensor):
     expected = grid(ParallelPlan(tensor=tensor), 2)
     for rank, (tensor_group, data_group) in enumerate(two_ranks.run(_groups, tensor=tensor)):
         assert tensor_group == expected.tensor[rank // tensor]
         assert data_group == next(group for group in expected.data if rank in group)
-        assert data_group[expected.data_rank(rank)] == rank == tensor_group[expected.tensor_rank(rank)]
-
-
-def test_the_grid_puts_tensor_ranks_next_to_each_other():
-    found = grid(ParallelPlan(tensor=2), 6)
-    assert found.tensor == [[0, 1], [2, 3], [4, 5]] and found.data == [[0, 2, 4], [1, 3, 5]]
+        assert data_group[expected.place("data", rank)] == rank == tensor_group[expected.place("tensor", rank)]

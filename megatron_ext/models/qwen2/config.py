@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
+from megatron_ext.models.shape import ATTENTION, MLP, ModelShape
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,22 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
         dtype=dtype,
     )
     return dims, []
+
+
+def shape(dims: Dims) -> ModelShape:
+    """What parallel rules and the planner need to know."""
+    return ModelShape(
+        layers=((ATTENTION, MLP),) * dims.layers,
+        hidden=dims.hidden,
+        vocabulary=dims.vocabulary,
+        tied=dims.tied,
+        max_positions=dims.max_positions,
+        heads=dims.heads,
+        kv_groups=dims.kv_groups,
+        head_dim=dims.head_dim,
+        qkv_bias=True,
+        ffn=dims.ffn,
+    )
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:

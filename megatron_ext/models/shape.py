@@ -1,0 +1,139 @@
+"""What rules and the planner know of a model: kinds of blocks and sizes, no torch. A family's config.py makes one with
+`shape(dims)`. Symbols in comments are those of reference/megatron.md 0.
+"""
+
+from dataclasses import dataclass
+
+# Blocks. A layer is one or two of them, each with its norm: ATTENTION then MLP in Qwen2, a single one in Nemotron-H.
+ATTENTION, WINDOW, MLP, MOE, MAMBA = "attention", "window", "mlp", "moe", "mamba"
+Layer = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters by how they spread."""
+
+    sharded: int = 0  # over tensor ranks
+    replicated: int = 0  # norms, router: whole on every tensor rank
+    expert: int = 0  # over expert and expert-tensor ranks
+
+    @property
+    def total(self) -> int:
+        return self.sharded + self.replicated + self.expert
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(
+            self.sharded + other.sharded, self.replicated + other.replicated, self.expert + other.expert
+        )
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes in elements. What a model has none of is 0 or False."""
+
+    layers: tuple[Layer, ...]
+    hidden: int  # h
+    vocabulary: int  # V, rows of the checkpoint's embedding
+    tied: bool = False  # one matrix for embedding and output
+    max_positions: int = 0  # tokens of the longest document; 0: no limit
+
+    heads: int = 0  # n, query heads
+    kv_groups: int = 0  # g
+    head_dim: int = 0  # d
+    window: int = 0  # tokens that a WINDOW block sees, itself included
+    sinks: bool = False  # a learned logit per head
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    qk_norm: bool = False
+
+    ffn: int = 0  # f, of MLP blocks
+    gated: bool = True  # gate and up projections, here and in experts
+
+    experts: int = 0  # E
+    top_k: int = 0  # k
+    expert_ffn: int = 0  # f_e
+    shared_ffn: int = 0  # f_s, over all shared experts
+    expert_bias: bool = False  # biases of router and experts, as gpt-oss; not the router's correction buffer
+
+    mamba_heads: int = 0  # H_m
+    mamba_head_dim: int = 0  # P
+    mamba_groups: int = 0  # G
+    mamba_state: int = 0  # N
+    mamba_conv: int = 0  # K, width of the convolution
+
+    @property
+    def blocks(self) -> list[str]:
+        return [block for layer in self.layers for block in layer]
+
+    @property
+    def mamba_inner(self) -> int:
+        """d_in: width of x and z, H_m P whatever `expand` says (reference/megatron.md 1.4)."""
+        return self.mamba_heads * self.mamba_head_dim
+
+    @property
+    def mamba_projection(self) -> int:
+        """Rows of in_proj: z, x, B, C, dt."""
+        return 2 * self.mamba_inner + 2 * self.mamba_groups * self.mamba_state + self.mamba_heads
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of an MLP or expert."""
+        return 3 if self.gated else 2
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.heads + 2 * self.kv_groups) * self.head_dim
+
+    def block_parameters(self, block: str) -> Parameters:
+        """Parameters of one block, its norm included."""
+        norm = Parameters(replicated=self.hidden)
+        return norm + {
+            ATTENTION: self._attention,
+            WINDOW: self._attention,
+            MLP: self._mlp,
+            MOE: self._moe,
+            MAMBA: self._mamba,
+        }[block]()
+
+    def _attention(self) -> Parameters:
+        rows = self.heads * self.head_dim
+        return Parameters(
+            sharded=self.qkv_rows * (self.hidden + self.qkv_bias) + rows * self.hidden + self.heads * self.sinks,
+            replicated=self.hidden * self.attention_output_bias + 2 * self.head_dim * self.qk_norm,
+        )
+
+    def _mlp(self) -> Parameters:
+        return Parameters(sharded=self.mlp_matrices * self.hidden * self.ffn)
+
+    def _moe(self) -> Parameters:
+        bias = (self.mlp_matrices - 1) * self.expert_ffn + self.hidden
+        return Parameters(
+            sharded=self.mlp_matrices * self.hidden * self.shared_ffn,
+            replicated=self.experts * (self.hidden + self.expert_bias),
+            expert=self.experts * (self.mlp_matrices * self.hidden * self.expert_ffn + bias * self.expert_bias),
+        )
+
+    def _mamba(self) -> Parameters:
+        convolved = self.mamba_inner + 2 * self.mamba_groups * self.mamba_state
+        per_head = 3 * self.mamba_heads  # A_log, D, dt_bias
+        norm = self.mamba_inner  # the gated norm
+        projections = self.mamba_projection * self.hidden + self.mamba_inner * self.hidden
+        return Parameters(sharded=projections + convolved * (self.mamba_conv + 1) + per_head + norm)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of one vocabulary matrix, unpadded."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> Parameters:
+        """All, exactly as the checkpoint has them; buffers are not counted."""
+        ends = Parameters(sharded=self.embedding * (1 if self.tied else 2), replicated=self.hidden)
+        return sum((self.block_parameters(block) for block in self.blocks), start=ends)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token meets: the top k experts, and not the embedding table (unless it is the output)."""
+        found = self.parameters
+        experts = found.expert * self.top_k // self.experts if self.experts else 0
+        return found.sharded + found.replicated + experts - (0 if self.tied else self.embedding)
