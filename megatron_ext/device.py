@@ -53,6 +53,10 @@ def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _current_stream(*_: Any) -> "CpuStream":
+    return CpuStream()
+
+
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
@@ -123,6 +127,30 @@ class FusedAdam(torch.optim.Optimizer):
             torch._foreach_addcdiv_(params, first, root, -group["lr"] / correction1)
 
 
+class CpuStream:
+    """A stream of work on a device that runs everything at once; also an event on it."""
+
+    def record_event(self) -> "CpuStream":
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_stream(self, other: "CpuStream") -> None:
+        pass
+
+
+def _router_gating_linear(
+    inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, router_dtype: torch.dtype
+) -> torch.Tensor:
+    bias = None if bias is None else bias.to(router_dtype)
+    return torch.nn.functional.linear(inp.to(router_dtype), weight.to(router_dtype), bias)
+
+
+def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 PATCHES: dict[str, Patch] = {
     "torch.cuda.current_device": Patch(
         "the device of every buffer mcore makes (DDP buffers, rotary frequencies, mask-free paths)",
@@ -133,6 +161,17 @@ PATCHES: dict[str, Patch] = {
     "torch.cuda.random.get_rng_state": Patch("same function by its other name", lambda: _rng_state),
     "torch.cuda.synchronize": Patch(
         "pipeline send/receive and every checkpoint save wait for the device", lambda: _nothing
+    ),
+    "torch.cuda.Stream": Patch("the alltoall dispatcher copies its counts on a side stream", lambda: CpuStream),
+    "torch.cuda.current_stream": Patch("the same", lambda: _current_stream),
+    "torch.cuda.stream": Patch("the same", lambda: contextlib.nullcontext),
+    "megatron.core.transformer.moe.router.router_gating_linear": Patch(
+        "the original asks for te_general_gemm, a name that only exists with Transformer Engine (moe_utils.py:1192)",
+        lambda: _router_gating_linear,
+    ),
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": Patch(
+        "the original leaves CPU tensors alone, where all_to_all needs split sizes as numbers (moe_utils.py:1087)",
+        lambda: _to_cpu,
     ),
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": Patch(
         "the original queues a callback for CUDA's lazy start and returns nothing", lambda: _rng_state

@@ -62,6 +62,33 @@ def test_synchronize_returns():
         device.original("torch.cuda.synchronize")()
 
 
+def test_streams_of_work_are_ready_at_once():
+    with torch.cuda.stream(torch.cuda.Stream()) as stream:
+        stream.wait_stream(torch.cuda.current_stream())
+    assert stream.record_event().synchronize() is None
+    for name in ("torch.cuda.Stream", "torch.cuda.current_stream"):
+        with pytest.raises((RuntimeError, AssertionError)):
+            device.original(name)()
+
+
+@pytest.mark.parametrize("bias", [torch.randn(3), None])
+def test_the_router_computes_in_the_dtype_it_is_asked_for(bias):
+    path = "megatron.core.transformer.moe.router.router_gating_linear"
+    arguments = (torch.randn(2, 5), torch.randn(3, 5), bias, torch.float64)
+    x, weight, _, dtype = arguments
+    expected = torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    assert torch.equal(patched(path)(*arguments), expected)
+    with pytest.raises(NameError, match="te_general_gemm"):
+        device.original(path)(*arguments)
+
+
+def test_split_sizes_reach_the_collectives_as_numbers():
+    path = "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu"
+    sizes = torch.tensor([3, 0, 2])
+    assert patched(path)(sizes) is sizes and patched(path)(sizes, as_numpy=True).tolist() == [3, 0, 2]
+    assert isinstance(device.original(path)(sizes, as_numpy=True), torch.Tensor)
+
+
 def test_mcore_reads_and_restores_rng_state():
     from megatron.core.tensor_parallel import random
 

@@ -1,0 +1,25 @@
+"""Mixture of experts for layer specs without Transformer Engine: mcore's MoELayer, one MLP an expert (SequentialMLP).
+
+Distributed checkpoints are interchangeable with Transformer Engine's grouped experts.
+"""
+
+import torch
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+class ExpertRowParallelLinear(RowParallelLinear):
+    """mcore's MLP adds an expert's bias in place (mlp.py:247), which autograd forbids on what comes back here."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """input_ [tokens, f / t] -> (output [tokens, h], bias [h] that the caller adds, or None)."""
+        output, bias = super().forward(input_)
+        return (output if bias is None else output.clone()), bias
+
+
+def moe_spec(experts: int) -> ModuleSpec:
+    """`mlp` of a transformer layer with `experts` experts, and shared ones where the configuration has them."""
+    spec = get_moe_module_spec(use_te=False, num_experts=experts)
+    spec.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
+    return spec
