@@ -31,6 +31,7 @@ setup(
         "einops",  # needed by megatron-core, which does not declare it
         "psutil",  # the same: every checkpoint save imports it
         "rich",
+        "numba",  # data_tools/best_fit.py
     ],
     extras_require={
         # As far as metadata says these fit torch 2.13 and megatron-core 0.16.1; not yet run on a GPU.
@@ -38,7 +39,7 @@ setup(
                 "causal-conv1d==1.5.3.post1"],
         "vllm": ["vllm>=0.29,<0.31"],
         "wandb": ["wandb"],
-        "test": ["pytest", "hypothesis"],
+        "test": ["pytest", "hypothesis", "trl==1.16.0"],  # trl: the peer of benchmarks, oracle of masks and losses
     },
     entry_points={"console_scripts": ["afterok=launchers.cli:main"]},
 )

@@ -1,45 +1,54 @@
 """The pack plan: which documents of a token store lie together in one training sequence.
 
-Best fit: each document goes into the fullest open pack that still holds it, either longest first (`decreasing`, the
-classic BFD, within 11/9 of the optimum) or in a seeded shuffle (`shuffled`: packs mix lengths, which decreasing order
-does not when documents are tiny against the pack; fill loses little). Documents take a multiple of `align` tokens, so
-that context parallelism can cut them; that is a property of the plan and never of the tokens.
+Best fit (best_fit.py): each document goes into the fullest open pack that still holds it, either longest first
+(`decreasing`) or in a seeded shuffle (`shuffled`: packs mix lengths, which decreasing order does not when documents
+are tiny against the pack; fill loses little). Documents take a multiple of `align` tokens, so that context parallelism
+can cut them; that is a property of the plan and never of the tokens.
 
-    plan.npz    pack_ptr int64[packs + 1], doc_ids int64[documents]: pack i holds doc_ids[pack_ptr[i]:pack_ptr[i+1]]
-    plan.json   pack_length, align, order, seed, counts, digest of the store
+    plan.npz    pack_ptr int64[packs + 1]; of the pieces, pack after pack: doc_ids int64, starts int64, lengths int32
+                (tokens of the document from `start`; whole documents unless they were cut); source int16[packs]
+    plan.json   pack_length, align, order, seed, weights, group, cost, counts, digest of the store
 
-The packs of global batch k are a pure function of (plan, k, global batch size, seed): data parallelism only decides
-who trains which.
+Which packs make up global batch k, and who trains which: batches.py.
 """
 
+import math
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Dict, Sequence
 
 import numpy as np
 
+from data_tools import batches
 from data_tools.balance import Balance, SourceBalance
 from data_tools.durable import canonical_json, fsync_tree, read_json, sha256_bytes, write_json
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.seeded import permutation
-from data_tools.store import Store
+from data_tools.store import Store, text_hash
 
 PLAN, FACTS, BALANCE = "plan.npz", "plan.json", "balance.json"
-OVERLONG = ("drop", "fail")
+OVERLONG = ("drop", "truncate", "split", "fail")
 ORDERS = ("decreasing", "shuffled")
 
-_REPORT_EVERY = 50_000  # documents between two calls of progress
+_BLOCK = 1 << 16  # pieces held as Python numbers at a time
+_PREDICTED_STEPS = 64  # steps of 8 packs a rank over which idle time is predicted
 
 
 @dataclass
 class Config:
     store: str = field(default="", metadata={"input": True})  # a materialize output
     pack_length: int = 2048  # tokens
-    align: int = 1  # tokens; documents are padded to a multiple
-    overlong: str = "drop"  # drop | fail: what a document longer than a pack does
+    align: int = 1  # tokens; documents are padded to a multiple: 2 * context, times tensor with sequence parallelism
+    overlong: str = "drop"  # drop | truncate | split | fail: what a document longer than a pack does
+    overlong_of: Dict[str, str] = field(default_factory=dict)  # the same for one source, by name
     order: str = "decreasing"  # decreasing | shuffled
+    apart: bool = False  # two documents of one prompt never share a pack
+    weights: Dict[str, float] = field(default_factory=dict)  # share of packs a source gets; none: all, once an epoch
+    group: int = 1  # packs of nearly equal cost that stay side by side: data-parallel ranks that wait for one another
+    cost_linear: float = 24576.0  # predicted cost of a document of L tokens: linear * L + quadratic * L^2, in any unit
+    cost_quadratic: float = 1.0  # (the defaults: verl's for a 7B model)
     seed: int = 0  # of the shuffle
 
 
@@ -52,130 +61,227 @@ def check(config: Config) -> list[Problem]:
         legal = max(config.align, 1) * max(1, round(config.pack_length / max(config.align, 1)))
         values = f"pack_length {config.pack_length} is not a multiple of align {config.align}"
         problems.append(Problem("align", f"{values}; nearest pack_length {legal} with align {max(config.align, 1)}"))
-    for key, value, valid in (("overlong", config.overlong, OVERLONG), ("order", config.order, ORDERS)):
+    choices = [("overlong", config.overlong, OVERLONG), ("order", config.order, ORDERS)]
+    choices += [(f"overlong_of.{source}", policy, OVERLONG) for source, policy in config.overlong_of.items()]
+    for key, value, valid in choices:
         if value not in valid:
             problems.append(Problem(key, f"unknown value {value!r}{nearest(value, valid)}"))
+    if config.group < 1:
+        problems.append(Problem("group", f"{config.group} is no number of packs; 1 groups none"))
+    for source, weight in config.weights.items():
+        if not (weight >= 0 and math.isfinite(weight)):
+            problems.append(Problem(f"weights.{source}", f"{weight} is no share; give a number from 0"))
+    if config.weights and not any(weight > 0 for weight in config.weights.values()):
+        problems.append(Problem("weights", "every source has weight 0; give one at least a positive share"))
+    if min(config.cost_linear, config.cost_quadratic) < 0 or config.cost_linear + config.cost_quadratic <= 0:
+        values = f"{config.cost_linear} and {config.cost_quadratic}"
+        problems.append(Problem("cost_linear", f"costs {values} are not positive; `afterok plan --parallel` prints them"))
     if not config.store:
         problems.append(Problem("store", "no token store; give a materialize output"))
     return problems
 
 
-class _Spaces:
-    """The free spaces that open packs have, as a set with a fast successor: two levels of 512-bit integers.
+@dataclass(frozen=True)
+class Pieces:
+    """What there is to pack: `length` tokens of document `doc` from token `start` on. Arrays of one length."""
 
-    One integer of `capacity` bits would do, but every step would read all of it; these touch about its square root.
+    doc: np.ndarray  # int64
+    start: np.ndarray  # int64
+    length: np.ndarray  # int32
+
+    def __getitem__(self, places: np.ndarray) -> "Pieces":
+        return Pieces(self.doc[places], self.start[places], self.length[places])
+
+    def __len__(self) -> int:
+        return len(self.doc)
+
+
+def pieces_of(store: Store, config: Config, policies: Sequence[str]) -> tuple[Pieces, np.ndarray]:
+    """The documents that fit, and of the longer ones what their source's policy leaves; also which documents those are.
+
+    A piece of a cut document stays only if it holds a target; a cut loses the target that crosses it.
     """
-
-    WORD = 512
-
-    def __init__(self, capacity: int):
-        self.words = [0] * (capacity // self.WORD + 1)
-        self.filled = 0  # bit w: words[w] is not 0
-
-    def add(self, space: int) -> None:
-        word, bit = divmod(space, self.WORD)
-        self.words[word] |= 1 << bit
-        self.filled |= 1 << word
-
-    def remove(self, space: int) -> None:
-        word, bit = divmod(space, self.WORD)
-        self.words[word] ^= 1 << bit
-        if not self.words[word]:
-            self.filled ^= 1 << word
-
-    def smallest(self, least: int) -> Optional[int]:
-        """The smallest member of at least `least`, or None."""
-        word, bit = divmod(least, self.WORD)
-        if above := self.words[word] >> bit:
-            return least + _lowest_bit(above)
-        if above := self.filled >> (word + 1):
-            word += 1 + _lowest_bit(above)
-            return word * self.WORD + _lowest_bit(self.words[word])
-        return None
+    longest = config.pack_length // config.align * config.align
+    overlong = np.flatnonzero(store.lengths > longest)
+    fail = [row for row in overlong.tolist() if policies[store.sources[row]] == "fail"]
+    if fail:
+        raise UserMistake(_name_overlong(store, np.array(fail), config))
+    whole = np.flatnonzero(store.lengths <= longest)
+    cut: list[tuple[int, int, int]] = []
+    for row in overlong.tolist():
+        stop = {"drop": 0, "truncate": longest, "split": int(store.lengths[row])}[policies[store.sources[row]]]
+        for start in range(0, stop, longest):
+            length = min(longest, stop - start)
+            if store.mask(row)[start + 1 : start + length].any():
+                cut.append((row, start, length))
+    rows, starts, lengths = np.array(cut, dtype=np.int64).reshape(-1, 3).T
+    pieces = Pieces(
+        np.concatenate([whole, rows]),
+        np.concatenate([np.zeros(len(whole), dtype=np.int64), starts]),
+        np.concatenate([store.lengths[whole], lengths]).astype(np.int32),
+    )
+    return pieces[np.lexsort((pieces.start, pieces.doc))], overlong
 
 
-def _lowest_bit(value: int) -> int:
-    return (value & -value).bit_length() - 1
+@dataclass(frozen=True)
+class Plan:
+    """Pack i holds pieces[pack_ptr[i]:pack_ptr[i + 1]]; `source` int16[packs] says whose it is, 0 without weights."""
+
+    pack_ptr: np.ndarray
+    pieces: Pieces
+    source: np.ndarray
+
+    def digest(self) -> str:
+        """SHA-256 over the arrays."""
+        arrays = (self.pack_ptr, self.pieces.doc, self.pieces.start, self.pieces.length, self.source)
+        return sha256_bytes(b"".join(a.astype("<i8").tobytes() for a in arrays))
+
+    def costs(self, linear: float, quadratic: float) -> np.ndarray:
+        """float64[packs], the predicted cost of each."""
+        length = self.pieces.length.astype(np.float64)
+        return np.add.reduceat(linear * length + quadratic * length * length, self.pack_ptr[:-1])
 
 
-def best_fit(sizes: np.ndarray, capacity: int, progress: Progress = silent) -> tuple[np.ndarray, int]:
-    """(pack int64[n] of each size in the order given, number of packs). Sizes in 1..capacity.
+def plan_of(pieces: Pieces, store: Store, config: Config, weights: Sequence[float]) -> Plan:
+    """Pack the pieces, with weights each source's by themselves."""
+    from data_tools.best_fit import best_fit, longest_first  # loads a compiler: not for `check`
 
-    Each goes into the pack with the least free space that holds it, of equal ones the latest.
-    """
-    packs = np.empty(len(sizes), dtype=np.int64)
-    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space → open packs
-    spaces = _Spaces(capacity)
-    opened = 0
-    for place, size in enumerate(sizes.tolist()):
-        if place % _REPORT_EVERY == 0:
-            progress(place, len(sizes), "documents")
-        space = spaces.smallest(size)
-        if space is None:
-            space, pack = capacity, opened
-            opened += 1
+    apart = _prompt_groups(store, pieces) if config.apart else None
+    shares = [np.flatnonzero(store.sources[pieces.doc] == s) for s in range(len(weights))] or [np.arange(len(pieces))]
+    order, packs, source, opened = [], [], [], 0
+    for number, places in enumerate(shares):
+        sizes = -(-pieces.length[places] // config.align)  # in units of align
+        capacity = config.pack_length // config.align
+        if config.order == "decreasing":
+            mine = longest_first(sizes, capacity)
         else:
-            pack = waiting[space].pop()
-            if not waiting[space]:
-                spaces.remove(space)
-        packs[place] = pack
-        if space > size:
-            if not waiting[space - size]:
-                spaces.add(space - size)
-            waiting[space - size].append(pack)
-    progress(len(sizes), len(sizes), "documents")
-    return packs, opened
+            mine = permutation("pack order", config.seed, number, len(places))
+        found, count = best_fit(sizes[mine], capacity, None if apart is None else apart[places[mine]])
+        order.append(places[mine])
+        packs.append(found.astype(np.int64) + opened)
+        source.append(np.full(count, number, dtype=np.int16))
+        opened += count
+    pack_of = np.concatenate(packs)
+    by_pack = np.argsort(pack_of, kind="stable")  # within a pack in order of arrival
+    pack_ptr = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=opened))]).astype(np.int64)
+    return Plan(pack_ptr, pieces[np.concatenate(order)[by_pack]], np.concatenate(source))
+
+
+def _prompt_groups(store: Store, pieces: Pieces) -> np.ndarray:
+    """int64[pieces], a number for each prompt that several share; -1 for the others and where there is no prompt."""
+    words = store.prompt_hashes[pieces.doc, 0]  # 64 bits: equal by chance is rare, and only keeps two apart
+    _, group, count = np.unique(words, return_inverse=True, return_counts=True)
+    return np.where((count[group] > 1) & (words != text_hash("")[0]), group, -1)
 
 
 def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Plan the packs of `config.store` and write the plan and its balance into the empty folder `out`.
 
-    Returns its facts. UserMistake for every problem of `check`, for an overlong document where that fails, and when
-    no document is left.
+    Returns its facts. UserMistake for every problem of `check`, for a source the store does not have, for an overlong
+    document where that fails, and when no document is left.
     """
     problems = check(config)
     if problems:
         raise UserMistake(problems)
     out = Path(out)
     store = Store(Path(config.store).expanduser())
-    sizes = -(-store.lengths.astype(np.int64) // config.align)  # (documents,), in units of align
-    capacity = config.pack_length // config.align
-    documents = np.flatnonzero(sizes <= capacity)
-    overlong = np.flatnonzero(sizes > capacity)
-    if len(overlong) and config.overlong == "fail":
-        raise UserMistake(_name_overlong(store, overlong, config))
-    if len(documents) == 0:
+    names = source_names(store)
+    _check_sources(config, names)
+    policies = [config.overlong_of.get(name, config.overlong) for name in names]
+    weights = [float(config.weights[name]) for name in names] if config.weights else []
+    pieces, overlong = pieces_of(store, config, policies)
+    if weights:
+        pieces = pieces[np.array(weights)[store.sources[pieces.doc]] > 0]
+    if len(pieces) == 0:
         longest = f"{len(overlong)} of {len(store)} are longer than pack_length {config.pack_length}"
         raise UserMistake(f"{store.folder} gives no document to pack: {longest}; raise pack_length or add rows")
-    if config.order == "decreasing":
-        documents = documents[np.argsort(-sizes[documents], kind="stable")]
-    else:
-        documents = documents[permutation("pack order", config.seed, 0, len(documents))]
-    packs, n_packs = best_fit(sizes[documents], capacity, progress)
-    by_pack = np.argsort(packs, kind="stable")  # within a pack in order of arrival
-    pack_ptr = np.concatenate([[0], np.cumsum(np.bincount(packs, minlength=n_packs))]).astype(np.int64)
-    doc_ids = documents[by_pack].astype(np.int64)
-    np.savez(out / PLAN, pack_ptr=pack_ptr, doc_ids=doc_ids)
-    balance = _balance(store, documents, len(overlong))
+    progress(0, len(pieces), "documents")
+    plan = plan_of(pieces, store, config, weights)
+    progress(len(pieces), len(pieces), "documents")
+    np.savez(
+        out / PLAN,
+        pack_ptr=plan.pack_ptr,
+        doc_ids=plan.pieces.doc,
+        starts=plan.pieces.start,
+        lengths=plan.pieces.length,
+        source=plan.source,
+    )
+    balance = _balance(store, pieces, overlong, weights, names)
     balance.check()
     write_json(out / BALANCE, balance.to_json())
-    tokens = balance.sources[0].tokens
+    total = balance.total()
     facts = {
         "pack_length": config.pack_length,
         "align": config.align,
         "order": config.order,
         "seed": config.seed,
-        "packs": n_packs,
-        "documents": len(documents),
+        "weights": weights,
+        "group": config.group,
+        "cost": [config.cost_linear, config.cost_quadratic],
+        "packs": len(plan.source),
+        "documents": total.kept,
         "overlong": len(overlong),
-        "tokens": tokens,
-        "targets": balance.sources[0].supervised,
+        "tokens": total.tokens,
+        "targets": total.supervised,
         "store": store.digest,
-        "plan": _plan_digest(pack_ptr, doc_ids),
+        "plan": plan.digest(),
     }
     write_json(out / FACTS, facts)
     fsync_tree(out)
-    return {**facts, "fill": tokens / (n_packs * config.pack_length), "table": balance.table()}
+    stream = _stream(facts, plan, config.seed)
+    tables = {"balance": balance.table(), "idle": _idle_table(stream)}
+    return {**facts, "fill": total.tokens / (len(plan.source) * config.pack_length), "tables": tables}
+
+
+def source_names(store: Store) -> list[str]:
+    """Names of the store's sources in the order of their numbers, from the balance sheet beside it; else the numbers."""
+    try:
+        return [sheet.name for sheet in Balance.from_json(read_json(store.folder / BALANCE)).sources]
+    except FileNotFoundError:
+        return [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
+
+
+def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
+    """int64[pieces], the labels in the loss: supervised tokens but the first of a piece, which nothing predicts."""
+    firsts = store.offsets[pieces.doc] + pieces.start
+    counts = np.empty(len(pieces), dtype=np.int64)
+    for block in range(0, len(pieces), _BLOCK):
+        first, length = firsts[block : block + _BLOCK], pieces.length[block : block + _BLOCK]
+        counts[block : block + _BLOCK] = [np.count_nonzero(store.all_masks[f + 1 : f + n]) for f, n in zip(first, length)]
+    return counts
+
+
+def _check_sources(config: Config, names: Sequence[str]) -> None:
+    """UserMistake for a source that the store does not have, and for one without a weight where others have one."""
+    problems = [
+        Problem(f"{key}.{source}", f"the store has no such source{nearest(source, names)}")
+        for key, values in (("overlong_of", config.overlong_of), ("weights", config.weights))
+        for source in values
+        if source not in names
+    ]
+    if config.weights:
+        missing = [name for name in names if name not in config.weights]
+        problems += [Problem("weights", f"source {name} has none; give a share, or 0 to leave it out") for name in missing]
+    if problems:
+        raise UserMistake(problems)
+
+
+def _stream(facts: dict[str, Any], plan: Plan, seed: int) -> batches.Stream:
+    """The endless order of a plan's packs."""
+    return batches.Stream(plan.costs(*facts["cost"]), plan.source, tuple(facts["weights"]), facts["group"], seed)
+
+
+def _idle_table(stream: batches.Stream) -> dict[str, Any]:
+    """Predicted idle share of the ranks for the usual sizes of data parallelism, 8 packs a rank and step."""
+    rows = []
+    for ranks in (2, 4, 8, 16, 32, 64):
+        batch = 8 * ranks
+        steps = min(_PREDICTED_STEPS, len(stream.costs) // batch)
+        if steps:
+            each_step, each_micro = batches.idle_shares(stream, batch, ranks, steps)
+            rows.append([ranks, batch, f"{each_step:.1%}", f"{each_micro:.1%}"])
+    columns = ["data-parallel ranks", "packs a step", "waiting once a step", "waiting every micro-batch"]
+    return {"title": "Predicted idle share of the ranks", "columns": columns, "rows": rows}
 
 
 def _name_overlong(store: Store, overlong: np.ndarray, config: Config) -> str:
@@ -188,19 +294,33 @@ def _name_overlong(store: Store, overlong: np.ndarray, config: Config) -> str:
     return f"{len(overlong)} of {len(store)} documents do not fit {limit}; the longest has {where}; {remedy}"
 
 
-def _balance(store: Store, documents: np.ndarray, overlong: int) -> Balance:
-    """Documents in = packed + overlong; `supervised` counts targets, so a mask on a document's first token is none."""
-    sheet = SourceBalance("documents", lines=len(store), lines_with_rows=len(store), rows=len(store))
-    sheet.kept = len(documents)
-    sheet.tokens = int(store.lengths[documents].sum(dtype=np.int64))
-    if overlong:
-        sheet.dropped["overlong"] = overlong
-    sheet.supervised = sum(int(np.count_nonzero(store.mask(row)[1:])) for row in documents.tolist())
-    return Balance([sheet])
+def _balance(
+    store: Store, pieces: Pieces, overlong: np.ndarray, weights: Sequence[float], names: Sequence[str]
+) -> Balance:
+    """Documents in = packed + overlong + weight_0, a source a line.
 
-
-def _plan_digest(pack_ptr: np.ndarray, doc_ids: np.ndarray) -> str:
-    return sha256_bytes(pack_ptr.astype("<i8").tobytes() + doc_ids.astype("<i8").tobytes())
+    `tokens` are those in packs; of a cut document the rest is in no pack. `supervised` counts targets, so a mask on a
+    piece's first token is none.
+    """
+    sheets = []
+    packed = np.zeros(len(store), dtype=bool)
+    packed[pieces.doc] = True
+    targets = targets_of(store, pieces)
+    for number, name in enumerate(names):
+        mine = store.sources == number
+        rows = int(mine.sum())
+        sheet = SourceBalance(name, lines=rows, lines_with_rows=rows, rows=rows)
+        sheet.kept = int((mine & packed).sum())
+        left = mine & ~packed
+        if weights and weights[number] == 0:
+            sheet.dropped["weight_0"] = int(left.sum())
+        elif left.any():
+            sheet.dropped["overlong"] = int(left.sum())
+        chosen = mine[pieces.doc]
+        sheet.tokens = int(pieces.length[chosen].sum(dtype=np.int64))
+        sheet.supervised = int(targets[chosen].sum())
+        sheets.append(sheet)
+    return Balance(sheets)
 
 
 @dataclass(frozen=True)
@@ -224,68 +344,71 @@ class PackReader:
     def __init__(self, store: Path, plan: Path, pad_id: int = 0):
         self.store = Store(store)
         self.pad_id = pad_id
-        facts, self._pack_ptr, self._doc_ids = _read_plan(Path(plan))
-        if facts["store"] != self.store.digest:
+        self.facts, self.plan = read_plan(Path(plan))
+        if self.facts["store"] != self.store.digest:
             raise UserMistake(f"plan {plan} was made for another store than {store}; run pack on that store")
-        self.facts = facts
-        self.pack_length: int = facts["pack_length"]
-        self.align: int = facts["align"]
-        self.digest = sha256_bytes(canonical_json(facts))
-        self._epoch: tuple[Optional[tuple[int, int]], np.ndarray] = (None, np.empty(0, dtype=np.int64))
+        self.pack_length: int = self.facts["pack_length"]
+        self.align: int = self.facts["align"]
+        self.digest = sha256_bytes(canonical_json(self.facts))
+        self._streams: dict[int, batches.Stream] = {}
 
     @property
     def n_packs(self) -> int:
-        return len(self._pack_ptr) - 1
+        return len(self.plan.source)
+
+    def stream(self, seed: int) -> batches.Stream:
+        """The endless order of the packs; the stream of a seed is made once."""
+        if seed not in self._streams:
+            self._streams[seed] = _stream(self.facts, self.plan, seed)
+        return self._streams[seed]
 
     def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
-        """The packs of global batch k (from 0): places [k·B, (k+1)·B) of an endless stream of shuffled epochs."""
-        places = range(k * global_batch, (k + 1) * global_batch)
-        return [int(self._permutation(seed, place // self.n_packs)[place % self.n_packs]) for place in places]
+        """The packs of global batch k (from 0), whatever the number of ranks."""
+        return self.stream(seed).batch(k, global_batch).tolist()
 
-    def _permutation(self, seed: int, epoch: int) -> np.ndarray:
-        """int64[n_packs]; the last one is kept, which changes the time and not the answer."""
-        if self._epoch[0] != (seed, epoch):
-            self._epoch = ((seed, epoch), permutation("pack epoch", seed, epoch, self.n_packs))
-        return self._epoch[1]
+    def share(self, k: int, global_batch: int, seed: int, rank: int, ranks: int) -> list[int]:
+        """Those of them that data-parallel rank `rank` of `ranks` trains, in order, dealt by predicted cost."""
+        packs, stream = self.stream(seed).batch(k, global_batch), self.stream(seed)
+        return packs[batches.deal(stream.costs[packs], ranks)[:, rank]].tolist()
 
     def pack(self, i: int) -> Pack:
         """Pack i, from 0."""
-        length = self.pack_length
-        doc_ids = self._doc_ids[self._pack_ptr[i] : self._pack_ptr[i + 1]]
+        length, pieces = self.pack_length, self.plan.pieces
+        mine = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
+        doc_ids, lengths = pieces.doc[mine], pieces.length[mine].astype(np.int64)
+        slots = -(-lengths // self.align) * self.align
+        cu_seqlens = np.concatenate([[0], np.cumsum(slots)])
         ids = np.full(length, self.pad_id, dtype=np.int64)
-        labels = np.full(length, self.pad_id, dtype=np.int64)
-        loss_mask = np.zeros(length, dtype=np.float32)
-        boundaries = [0]
-        for row in doc_ids.tolist():
-            tokens, mask = self.store.ids(row), self.store.mask(row)
-            start, n = boundaries[-1], len(tokens)
-            ids[start : start + n] = tokens
-            labels[start : start + n - 1] = tokens[1:]
-            loss_mask[start : start + n - 1] = mask[1:]
-            boundaries.append(start + -(-n // self.align) * self.align)
-        if boundaries[-1] < length:
-            boundaries.append(length)
-        cu_seqlens = np.array(boundaries, dtype=np.int32)
-        starts = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))  # (L,), where each token's slot begins
-        positions = np.arange(length, dtype=np.int64) - starts
-        return Pack(ids, labels, loss_mask, positions, cu_seqlens, doc_ids)
+        mask = np.zeros(length + 1, dtype=np.float32)
+        firsts = self.store.offsets[doc_ids] + pieces.start[mine]
+        for start, first, n in zip(cu_seqlens.tolist(), firsts.tolist(), lengths.tolist()):
+            ids[start : start + n] = self.store.all_ids[first : first + n]
+            mask[start + 1 : start + n] = self.store.all_masks[first + 1 : first + n]
+        labels = np.append(ids[1:], self.pad_id)
+        labels[cu_seqlens[1:] - 1] = self.pad_id
+        if cu_seqlens[-1] < length:
+            cu_seqlens = np.append(cu_seqlens, length)
+        positions = np.arange(length, dtype=np.int64) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+        return Pack(ids, labels, mask[1:], positions, cu_seqlens.astype(np.int32), doc_ids)
 
 
-def _read_plan(folder: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
+    """(facts, plan) of a pack output. UserMistake when it is none or damaged."""
     remedy = "restore it or run pack again"
     for name in (FACTS, PLAN):
         if not (folder / name).is_file():
             raise UserMistake(f"{folder} is no pack plan: it has no {name}; give a pack output")
     try:
         facts = read_json(folder / FACTS)
-        counts = [facts[name] for name in ("pack_length", "align", "packs", "documents", "store", "plan")]
+        digest = [facts[name] for name in ("pack_length", "align", "weights", "group", "cost", "store", "plan")][-1]
     except (ValueError, KeyError, TypeError):
         raise UserMistake(f"{folder / FACTS} is damaged: not the JSON of a plan; {remedy}") from None
     try:
         with np.load(folder / PLAN) as archive:
-            pack_ptr, doc_ids = archive["pack_ptr"], archive["doc_ids"]
+            pieces = Pieces(archive["doc_ids"], archive["starts"], archive["lengths"])
+            plan = Plan(archive["pack_ptr"], pieces, archive["source"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise UserMistake(f"{folder / PLAN} is damaged ({error}); {remedy}") from None
-    if _plan_digest(pack_ptr, doc_ids) != counts[-1]:
+    if plan.digest() != digest:
         raise UserMistake(f"{folder / PLAN} is damaged: its content is not what plan.json names; {remedy}")
-    return facts, pack_ptr, doc_ids
+    return facts, plan

@@ -165,8 +165,8 @@ class Store:
             raise UserMistake(f"{self.folder} is no token store: it has no {FACTS}; {remedy}") from None
         except (ValueError, KeyError, TypeError):
             raise _damaged(self.folder / FACTS, "not the JSON of a store") from None
-        self.lengths, self._offsets, self._tokens = _open_indexed(self.folder / TOKENS, np.dtype("<i4"), rows)
-        mask_lengths, _, self._mask = _open_indexed(self.folder / LOSS_MASK, np.dtype(np.uint8), rows)
+        self.lengths, self.offsets, self.all_ids = _open_indexed(self.folder / TOKENS, np.dtype("<i4"), rows)
+        mask_lengths, _, self.all_masks = _open_indexed(self.folder / LOSS_MASK, np.dtype(np.uint8), rows)
         if not np.array_equal(self.lengths, mask_lengths):
             raise _damaged(self.folder / f"{LOSS_MASK}.idx", "its lengths are not those of tokens.idx")
         self._columns = _open_rows(self.folder / ROWS, rows)
@@ -181,20 +181,20 @@ class Store:
 
     @property
     def tokens(self) -> int:
-        return len(self._tokens)
+        return len(self.all_ids)
 
     def ids(self, row: int) -> np.ndarray:
         """int32[n] token ids of a row."""
-        return self._tokens[self._slice(row, row + 1)]
+        return self.all_ids[self._slice(row, row + 1)]
 
     def mask(self, row: int) -> np.ndarray:
         """uint8[n], 1 where the token is in the loss."""
-        return self._mask[self._slice(row, row + 1)]
+        return self.all_masks[self._slice(row, row + 1)]
 
     def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, mask) of rows [start, stop), concatenated."""
         tokens = self._slice(start, stop)
-        return self._tokens[tokens], self._mask[tokens]
+        return self.all_ids[tokens], self.all_masks[tokens]
 
     def records(self, start: int, stop: int) -> np.ndarray:
         """`RECORD`s of rows [start, stop)."""
@@ -225,8 +225,8 @@ class Store:
         return self._columns["row_hash"]
 
     def _slice(self, start: int, stop: int) -> slice:
-        first = int(self._offsets[start]) if start < len(self) else len(self._tokens)
-        last = int(self._offsets[stop]) if stop < len(self) else len(self._tokens)
+        first = int(self.offsets[start]) if start < len(self) else len(self.all_ids)
+        last = int(self.offsets[stop]) if stop < len(self) else len(self.all_ids)
         return slice(first, last)
 
 

@@ -7,8 +7,8 @@ Loss and gradient of a step are sums over supervised tokens, divided once by the
 whole global batch, over all micro-batches and ranks (reference/megatron.md 3.4: any mean of means is biased when
 packs hold unequal numbers of them).
 
-A rank's packs of step k: the plan gives the global batch, whatever the number of ranks; data rank d of D takes packs
-d, d + D, d + 2D, ... of it, `micro_batch` at a time joined into one THD row.
+A rank's packs of step k: the plan gives the global batch, whatever the number of ranks, and deals it to them by
+predicted cost (data_tools/batches.py); a rank takes `micro_batch` of them at a time, joined into one THD row.
 """
 
 import json
@@ -56,8 +56,8 @@ class Packs(Protocol):
     pack_length: int
     digest: str
 
-    def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
-        """Packs of global batch `k`, in order, independent of the number of ranks."""
+    def share(self, k: int, global_batch: int, seed: int, rank: int, ranks: int) -> list[int]:
+        """The packs of global batch `k` that data-parallel rank `rank` of `ranks` trains, in order."""
 
     def pack(self, i: int) -> Pack: ...
 
@@ -260,7 +260,7 @@ class Outcome:
 def rows_of_step(packs: Packs, k: int, run: Run, plan: ParallelPlan) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of step `k`."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = packs.batch(k, run.global_batch, run.seed)[rank::size]
+    mine = packs.share(k, run.global_batch, run.seed, rank, size)
     return [
         micro_batch([packs.pack(i) for i in mine[start : start + plan.micro_batch]])
         for start in range(0, len(mine), plan.micro_batch)

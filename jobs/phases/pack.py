@@ -4,8 +4,8 @@ from typing import Any
 
 from data_tools import pack
 from data_tools.mistake import Problem
-from data_tools.tables import write_table
 from data_tools.pack import Config
+from data_tools.tables import write_table
 from jobs.kind import Placement
 from jobs.task import Task
 
@@ -16,6 +16,6 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = pack.pack(config, task.out, task.progress)
-    balance = facts.pop("table")
-    write_table(task.keep, "balance", balance["title"], balance["columns"], balance["rows"])
+    for name, table in facts.pop("tables").items():
+        write_table(task.keep, name, table["title"], table["columns"], table["rows"])
     return {"headline": f"{facts['packs']:,} packs of {config.pack_length:,} tokens, {facts['fill']:.1%} full", **facts}

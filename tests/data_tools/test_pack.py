@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Callable
@@ -7,30 +8,42 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_tools.balance import Balance, SourceBalance
+from data_tools.durable import write_json
 from data_tools.mistake import UserMistake
-from data_tools.pack import Config, PackReader, best_fit, check, pack
+from data_tools.pack import Config, PackReader, check, pack
 from data_tools.store import Provenance, Store, StoreWriter
 
 PAD = 999  # no document holds it
 
 
-def store_of(folder: Path, documents: list[tuple[int, int]]) -> Path:
-    """Documents of (prompt tokens, answer tokens); every token of the store is different."""
+def store_of(
+    folder: Path, documents: list[tuple[int, int]], prompts: int = 10**9, sources: tuple[str, ...] = ("all",)
+) -> Path:
+    """Documents of (prompt tokens, answer tokens), dealt to `sources` in turn; every token of the store is different.
+
+    Document i has prompt i % prompts.
+    """
     folder.mkdir()
     writer = StoreWriter(folder)
     token = 1000
     for place, (prompt, answer) in enumerate(documents):
         ids = np.arange(token, token + prompt + answer, dtype=np.int32)
         mask = np.array([0] * prompt + [1] * answer, dtype=np.uint8)
-        writer.add(ids, mask, Provenance(0, place + 1, str(place), ""))
+        writer.add(ids, mask, Provenance(place % len(sources), place + 1, str(place % prompts), ""))
         token += len(ids)
     writer.close()
+    write_json(folder / "balance.json", Balance(SourceBalance(name) for name in sources).to_json())
+    return folder
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
     return folder
 
 
 def pack_to(folder: Path, **values: object) -> Path:
-    folder.mkdir()
-    pack(Config(**values), folder)
+    pack(Config(**values), make(folder))
     return folder
 
 
@@ -88,28 +101,6 @@ def test_every_token_is_in_one_pack_once_and_a_document_sees_only_itself(
     assert seen == Counter(token for row in fitting for token in store.ids(row).tolist())
     assert targets == reader.facts["targets"] == sum(int(store.mask(row)[1:].sum()) for row in fitting)
     assert reader.facts["documents"] + reader.facts["overlong"] == len(store)
-
-
-@given(st.sampled_from([50, 5000]), st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(0, 99))
-def test_best_fit_takes_the_fullest_pack_that_holds_the_document(capacity: int, sizes: list[int], odd: int) -> None:
-    sizes = [size * capacity // 50 - (odd if capacity > 50 and place % 3 else 0) for place, size in enumerate(sizes)]
-    packs, count = best_fit(np.array(sizes), capacity)
-    free: list[int] = []
-    for size, chosen in zip(sizes, packs.tolist()):
-        holding = [space for space in free if space >= size]
-        if chosen == len(free):
-            assert not holding
-            free.append(capacity)
-        else:
-            assert free[chosen] == min(holding)
-        free[chosen] -= size
-    assert count == len(free) and min(free) >= 0
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=80))
-def test_decreasing_best_fit_is_within_its_bound(sizes: list[int]) -> None:
-    _, count = best_fit(np.array(sorted(sizes, reverse=True)), 50)
-    assert count <= 11 / 9 * max(-(-sum(sizes) // 50), sum(size > 25 for size in sizes)) * 1.5 + 1
 
 
 def test_shuffled_packs_of_tiny_documents_mix_lengths_and_are_nearly_full(
@@ -170,7 +161,7 @@ def test_an_overlong_document_fails_by_source_and_line_or_is_counted(tmp_path: P
         pack(Config(store=str(store), pack_length=8, align=4, overlong="fail"), tmp_path)
     facts = pack(Config(store=str(store), pack_length=8, align=4), tmp_path)
     assert (facts["documents"], facts["overlong"]) == (2, 1)
-    assert facts["table"]["columns"][-3:] == ["overlong", "tokens", "supervised"]
+    assert facts["tables"]["balance"]["columns"][-3:] == ["overlong", "tokens", "supervised"]
 
 
 def test_wrong_values_are_told_at_once_with_the_nearest_legal_one() -> None:
@@ -189,7 +180,8 @@ def test_a_damaged_plan_or_another_store_is_a_mistake_that_names_it(tmp_path: Pa
         PackReader(other, plan)
     arrays = plan / "plan.npz"
     data = arrays.read_bytes()
-    np.savez(arrays, pack_ptr=np.array([0, 1]), doc_ids=np.array([0]))
+    one = np.array([0])
+    np.savez(arrays, pack_ptr=np.array([0, 1]), doc_ids=one, starts=one, lengths=np.array([5]), source=one)
     with pytest.raises(UserMistake, match="plan.npz is damaged"):
         PackReader(store, plan)
     arrays.write_bytes(data[:50])
@@ -201,3 +193,72 @@ def test_a_damaged_plan_or_another_store_is_a_mistake_that_names_it(tmp_path: Pa
         PackReader(store, plan)
     with pytest.raises(UserMistake, match="no pack plan"):
         PackReader(store, tmp_path)
+
+
+def tokens_of(reader: PackReader) -> Counter[int]:
+    """How often each token of the store is in a pack."""
+    ids = np.concatenate([reader.pack(i).ids for i in range(reader.n_packs)])
+    return Counter(ids[ids >= 1000].tolist())
+
+
+@pytest.mark.parametrize("align", [1, 4])
+def test_what_is_too_long_is_dropped_cut_or_split_as_its_source_says(tmp_path: Path, align: int) -> None:
+    names = ("dropped", "cut", "split")
+    store = Store(store_of(tmp_path / "store", [(10, 40)] * 3 + [(2, 3)] * 3, sources=names))
+    policy = {"dropped": "drop", "cut": "truncate", "split": "split"}
+    values = {"store": str(store.folder), "pack_length": 16, "align": align, "overlong_of": policy}
+    reader = PackReader(store.folder, pack_to(tmp_path / "plan", **values), pad_id=PAD)
+    cut, split = store.ids(1), store.ids(2)
+    short = [token for row in (3, 4, 5) for token in store.ids(row).tolist()]
+    assert tokens_of(reader) == Counter([*short, *cut[:16].tolist(), *split.tolist()])
+    targets = sum(reader.pack(i).loss_mask.sum() for i in range(reader.n_packs))
+    assert targets == reader.facts["targets"] == 3 * 3 + 6 + (6 + 15 + 15 + 1)  # a border of a split costs its target
+    balance = {sheet["name"]: sheet for sheet in json.loads((tmp_path / "plan" / "balance.json").read_text())["sources"]}
+    assert [(balance[n]["rows"], balance[n]["kept"]) for n in names] == [(2, 1), (2, 2), (2, 2)]
+
+
+def test_a_cut_that_leaves_nothing_to_learn_is_no_piece(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", [(40, 10), (3, 3)])
+    facts = {
+        policy: pack(Config(store=str(store), pack_length=16, overlong=policy), make(tmp_path / policy))
+        for policy in ("truncate", "split")
+    }
+    assert [facts[policy]["documents"] for policy in facts] == [1, 2]
+    assert [facts[policy]["tokens"] for policy in facts] == [6, 6 + 16 + 2]
+
+
+def test_documents_of_one_prompt_lie_in_different_packs_and_none_is_lost(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", [(2, 2)] * 40, prompts=7)
+    reader = PackReader(store, pack_to(tmp_path / "plan", store=str(store), pack_length=40, apart=True))
+    packs = [reader.pack(i).doc_ids for i in range(reader.n_packs)]
+    assert all(len(set(docs % 7)) == len(docs) for docs in packs)
+    assert sorted(np.concatenate(packs)) == list(range(40))
+    assert reader.n_packs == 6  # the most a prompt has: what could not lie together went on, and filled the next
+
+
+def test_a_blend_keeps_its_shares_in_every_prefix_and_its_sources_apart(tmp_path: Path) -> None:
+    names = ("maths", "chat", "unused")
+    store = store_of(tmp_path / "store", [(3, 2)] * 120, sources=names)
+    weights = {"maths": 3.0, "chat": 1.0, "unused": 0.0}
+    reader = PackReader(store, pack_to(tmp_path / "plan", store=str(store), pack_length=20, weights=weights))
+    source = [int(reader.pack(i).doc_ids[0]) % 3 for i in range(reader.n_packs)]
+    assert all(set(reader.pack(i).doc_ids % 3) == {source[i]} for i in range(reader.n_packs))
+    stream = [i for k in range(40) for i in reader.batch(k, 5, seed=0)]
+    maths = np.cumsum([source[i] == 0 for i in stream])
+    assert (np.abs(maths - 0.75 * np.arange(1, 201)) < 1).all() and 2 not in {source[i] for i in stream}
+    assert [reader.batch(k, 10, seed=0) for k in range(20)] == np.reshape(stream, (20, 10)).tolist()
+    sheet = json.loads((tmp_path / "plan" / "balance.json").read_text())["sources"][2]
+    assert (sheet["kept"], sheet["dropped"]) == (0, {"weight_0": 40})
+
+
+def test_wrong_sources_are_told_with_the_nearest_name(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", [(3, 2)] * 6, sources=("maths", "chat"))
+    with pytest.raises(UserMistake, match="(?s)overlong_of.chart: .*did you mean chat.*source chat has none"):
+        pack(Config(store=str(store), overlong_of={"chart": "drop"}, weights={"maths": 1.0}), tmp_path)
+
+
+def test_the_ranks_together_train_exactly_the_batch(reader: PackReader) -> None:
+    for ranks in (1, 2, 4):
+        shares = [reader.share(3, 8, 1, rank, ranks) for rank in range(ranks)]
+        assert sorted(sum(shares, [])) == sorted(reader.batch(3, 8, 1))
+        assert {len(share) for share in shares} == {8 // ranks}

@@ -90,6 +90,9 @@ class Packs:
     def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
         return [(seed + k * global_batch + i) % self.n_packs for i in range(global_batch)]
 
+    def share(self, k: int, global_batch: int, seed: int, rank: int, ranks: int) -> list[int]:
+        return self.batch(k, global_batch, seed)[rank::ranks]
+
     def pack(self, i: int) -> Pack:
         random = numpy.random.default_rng(1000 + i)
         lengths: list[int] = []
