@@ -36,7 +36,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from megatron_ext.models.registry import unwrap
+from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ParallelPlan
 
 log = logging.getLogger(__name__)
@@ -78,11 +78,14 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _model_state(model: torch.nn.Module) -> dict[str, Any]:
-    return unwrap(model).sharded_state_dict(metadata=_metadata())
+Model = torch.nn.Module | list[torch.nn.Module]  # or the parts of an interleaved pipeline (registry.stages)
 
 
-def save_weights(model: torch.nn.Module, folder: Path) -> None:
+def _model_state(model: Model) -> dict[str, Any]:
+    return {f"stage{i}": part.sharded_state_dict(metadata=_metadata()) for i, part in enumerate(stages(model))}
+
+
+def save_weights(model: Model, folder: Path) -> None:
     """Weights only, into the empty folder `folder` (made here)."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
@@ -90,14 +93,15 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
     dist_checkpointing.save({"model": _model_state(model)}, str(folder), InProcessSave())
 
 
-def load_weights(model: torch.nn.Module, folder: Path) -> None:
+def load_weights(model: Model, folder: Path) -> None:
     """Weights of `save_weights`, or of a step's `state`, written under any layout, into `model`."""
     state = dist_checkpointing.load({"model": _model_state(model)}, str(folder))
     _load_model(model, state["model"])
 
 
-def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    unwrap(model).load_state_dict(state, strict=True)
+def _load_model(model: Model, state: dict[str, Any]) -> None:
+    for i, part in enumerate(stages(model)):
+        part.load_state_dict(state[f"stage{i}"], strict=True)
 
 
 # ---------------------------------------------------------------- digest
@@ -147,14 +151,14 @@ def _shard_sum(shard: ShardedTensor, shape: tuple[int, ...]) -> torch.Tensor:
     return total
 
 
-def weights_digest(model: torch.nn.Module) -> str:
+def weights_digest(model: Model) -> str:
     """SHA-256 that names the weights, whatever the layout. Any changed bit changes it; padding rows do not count.
 
     Per distributed-checkpoint key: the sum mod 2^64, over elements, of a mix of the global index and the raw bits,
     added over ranks, each shard once. Then SHA-256 over the sorted lines "key dtype shape sum" (DESIGN.md,
     Checkpoints).
     """
-    whole = unwrap(model)
+    vocabulary = stages(model)[0].vocabulary_rows
     state = _model_state(model)
     apply_factories(state)
     lines: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -164,7 +168,7 @@ def weights_digest(model: torch.nn.Module) -> str:
             continue
         shape = tuple(shard.global_shape)
         if shard.allow_shape_mismatch:  # mcore's mark of a padded vocabulary
-            shape = (whole.vocabulary_rows, *shape[1:])
+            shape = (vocabulary, *shape[1:])
         lines[shard.key] = (str(shard.dtype).removeprefix("torch."), shape)
         found = _shard_sum(shard, shape) if is_main_replica(shard.replica_id) else None
         if found is not None:
@@ -212,7 +216,8 @@ def from_rank_zero(value: Any) -> Any:
 
 def layout_name(plan: ParallelPlan) -> str:
     """Names the assignment of RNG streams to ranks: only the same one can restore them."""
-    return f"world{dist.get_world_size()}_tp{plan.tensor}_pp{plan.pipeline}_cp{plan.context}_ep{plan.expert}"
+    degrees = f"tp{plan.tensor}_pp{plan.pipeline}_cp{plan.context}_ep{plan.expert}_etp{plan.expert_tensor}"
+    return f"world{dist.get_world_size()}_{degrees}"
 
 
 def _rng_state() -> dict[str, Any]:
@@ -231,7 +236,7 @@ def _restore_rng(state: dict[str, Any]) -> None:
 def save_step(
     root: Path,
     step: int,
-    model: torch.nn.Module,
+    model: Model,
     optimizer: Any,
     plan: ParallelPlan,
     *,
@@ -340,7 +345,7 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_step(
-    folder: Path, model: torch.nn.Module, optimizer: Any, plan: ParallelPlan, identity: dict[str, Any]
+    folder: Path, model: Model, optimizer: Any, plan: ParallelPlan, identity: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
     """Restore weights, optimizer and, under the same layout, RNG. Returns the step and the saved position.
 

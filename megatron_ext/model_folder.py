@@ -65,14 +65,23 @@ def copy_hf_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> Any:
-    """This rank's part of the model, weights loaded. `dtype` "" keeps the folder's. Every rank takes part."""
+def load_stages(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> list[Any]:
+    """This rank's parts of the model (registry.stages), weights loaded. `dtype` "" keeps the folder's.
+
+    Every rank takes part.
+    """
     import torch
 
     from megatron_ext import checkpoint
 
-    model = folder.family.spec.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend)
-    checkpoint.load_weights(model, folder.path / "weights")
+    parts = folder.family.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend)
+    checkpoint.load_weights(parts, folder.path / "weights")
+    return parts
+
+
+def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> Any:
+    """`load_stages` where the pipeline is not interleaved: the rank's one part."""
+    (model,) = load_stages(folder, plan, dtype, backend)
     return model
 
 
@@ -84,13 +93,13 @@ def write(out: Path, model: Any, family: Family, hf: Path, step: int) -> str:
     import torch.distributed as dist
 
     from megatron_ext import checkpoint
-    from megatron_ext.models.registry import unwrap
+    from megatron_ext.models.registry import stages
 
     checkpoint.save_weights(model, out / "weights")
     digest = checkpoint.weights_digest(model)
     if dist.get_rank() == 0:
         copy_hf_files(hf, out / "hf")
-        dtype = str(next(unwrap(model).parameters()).dtype).removeprefix("torch.")
+        dtype = str(next(stages(model)[0].parameters()).dtype).removeprefix("torch.")
         durable.write_json(
             out / "model.json",
             {"format": FORMAT, "family": family.name, "step": step, "weights_digest": digest, "dtype": dtype},

@@ -57,6 +57,7 @@ def start(plan: ParallelPlan, seed: int = 0) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,
         pipeline_model_parallel_size=plan.pipeline,
+        virtual_pipeline_model_parallel_size=plan.virtual if plan.virtual > 1 else None,
         context_parallel_size=plan.context,
         expert_model_parallel_size=plan.expert,
         expert_tensor_parallel_size=plan.expert_tensor,

@@ -8,7 +8,8 @@ whole global batch, over all micro-batches and ranks (reference/megatron.md 3.4:
 packs hold unequal numbers of them).
 
 A rank's packs of step k: the plan gives the global batch, whatever the number of ranks, and deals it to them by
-predicted cost (data_tools/batches.py); a rank takes `micro_batch` of them at a time, joined into one THD row.
+predicted cost (data_tools/batches.py); a rank takes `micro_batch` of them at a time, joined into one THD row. Context
+ranks share a row and hold some of its tokens each; of a pipeline's ranks the first reads the ids, the last the labels.
 """
 
 import json
@@ -32,7 +33,7 @@ from data_tools.mistake import UserMistake
 from data_tools.progress import Progress, Stop, Stopped, never, silent
 from megatron_ext import checkpoint
 from megatron_ext.device import device, plain_torch
-from megatron_ext.layers.attention import PackedDocuments, packed_documents
+from megatron_ext.layers.attention import ContextRank, PackedDocuments, packed_documents
 from megatron_ext.layers.loss_head import supervised_losses
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.schedule import Schedule
@@ -64,7 +65,10 @@ class Packs(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One THD row on the device: ids and positions int64 [1, T]; supervised positions and their labels int64 [n]."""
+    """One THD row on the device, what this context rank holds of it.
+
+    ids and positions int64 [1, T / c]; supervised positions among them and their labels int64 [n].
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -74,22 +78,28 @@ class MicroBatch:
 
 
 def micro_batch(packs: Sequence[Pack]) -> MicroBatch:
-    """Join packs into one row; documents stay what they were."""
+    """Join packs into one row; documents stay what they were.
 
-    def row(name: str) -> numpy.ndarray:
-        parts = [getattr(pack, name) for pack in packs]
-        return parts[0] if len(parts) == 1 else numpy.concatenate(parts)
-
+    Raises ValueError where context ranks cannot share a document evenly (`zigzag`).
+    """
     cu_seqlens, start = [numpy.zeros(1, numpy.int64)], 0
     for pack in packs:
         cu_seqlens.append(pack.cu_seqlens[1:].astype(numpy.int64) + start)
         start += int(pack.cu_seqlens[-1])
     target = device()
+    context = ContextRank(
+        parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    )
+    documents = packed_documents(numpy.concatenate(cu_seqlens), target, context)
+
+    def row(name: str) -> numpy.ndarray:
+        return numpy.concatenate([getattr(pack, name) for pack in packs])[documents.held]
+
     supervised = numpy.flatnonzero(row("loss_mask"))
     return MicroBatch(
         ids=torch.from_numpy(row("ids").astype(numpy.int64))[None].to(target),
         positions=torch.from_numpy(row("positions").astype(numpy.int64))[None].to(target),
-        documents=packed_documents(numpy.concatenate(cu_seqlens), target),
+        documents=documents,
         supervised=torch.from_numpy(supervised).to(target),
         labels=torch.from_numpy(row("labels")[supervised].astype(numpy.int64)).to(target),
     )
@@ -108,9 +118,12 @@ class AdamW:
 
 @dataclass
 class Sums:
-    """Sums over steps or micro-batches. On one rank until `reduced`."""
+    """Sums over steps or micro-batches. Of ranks that hold the same numbers one has them, until `reduced`.
 
-    loss: float = 0.0
+    The loss stays on the device until then: a read in mid-step would make a GPU wait.
+    """
+
+    loss: float | torch.Tensor = 0.0
     supervised: int = 0
     tokens: int = 0
 
@@ -120,9 +133,9 @@ class Sums:
         self.tokens += other.tokens
 
     def reduced(self) -> "Sums":
-        """The sums over all data-parallel ranks, the same on every rank."""
-        box = torch.tensor([self.loss, self.supervised, self.tokens], dtype=torch.float64, device=device())
-        dist.all_reduce(box, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        """The sums over all ranks, the same on every rank."""
+        box = torch.tensor([float(self.loss), self.supervised, self.tokens], dtype=torch.float64, device=device())
+        dist.all_reduce(box)
         loss, supervised, tokens = box.tolist()
         return Sums(loss, int(supervised), int(tokens))
 
@@ -135,31 +148,42 @@ class NonFinite(UserMistake):
     """Loss or gradient became inf or NaN."""
 
 
-LossFunction = Callable[[torch.nn.Module, MicroBatch], tuple[torch.Tensor, int]]
+# From the losses [n] of a micro-batch's supervised tokens, -log p of each, to the sum that is minimised.
+LossFunction = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
 
 
-def supervised_loss(model: torch.nn.Module, rows: MicroBatch) -> tuple[torch.Tensor, int]:
-    """Summed loss of one micro-batch and how many tokens it sums over."""
-    losses = supervised_losses(model, rows.ids, rows.positions, rows.documents, rows.labels, rows.supervised)
-    return losses.sum(), rows.supervised.numel()
+def sum_of_losses(losses: torch.Tensor, rows: MicroBatch) -> torch.Tensor:
+    return losses.sum()
+
+
+def losses_of(model: torch.nn.Module, rows: MicroBatch) -> torch.Tensor:
+    """Losses fp32 [n] of the supervised tokens; what goes to the next rank on a pipeline's stages before the last."""
+    return supervised_losses(model, rows.ids, rows.positions, rows.documents, rows.labels, rows.supervised)
 
 
 class Trainer:
-    """A model that is being trained on these ranks. Weights must be loaded before."""
+    """A model that is being trained on these ranks. Weights must be loaded before.
 
-    def __init__(self, model: torch.nn.Module, plan: ParallelPlan, settings: AdamW):
-        config = model.config
+    `model` is this rank's part of it, or the list of its parts where the pipeline is interleaved (registry.stages).
+    """
+
+    def __init__(self, model: torch.nn.Module | list[torch.nn.Module], plan: ParallelPlan, settings: AdamW):
+        parts = model if isinstance(model, list) else [model]
+        config = parts[0].config
         self.plan = plan
-        self.model = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=False,
-                overlap_param_gather=False,
-            ),
-            Float16Module(config, model) if config.bf16 or config.fp16 else model,
-        )
+        self.model = [
+            DistributedDataParallel(
+                config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=True,
+                    overlap_grad_reduce=False,
+                    overlap_param_gather=False,
+                ),
+                Float16Module(config, part) if config.bf16 or config.fp16 else part,
+            )
+            for part in parts
+        ]
         self.weight_decay = settings.weight_decay
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -174,18 +198,51 @@ class Trainer:
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=True,
             ),
-            [self.model],
+            self.model,
             use_gloo_process_groups=False,
         )
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss if config.fp16 else None
         self._forward_backward = get_forward_backward_func()
 
+    def gradient(self, rows: Sequence[MicroBatch], loss_function: LossFunction = sum_of_losses) -> Sums:
+        """Leave the gradient of the mean loss over this rank's and all other ranks' micro-batches in the buffers.
+
+        Returns this rank's sums.
+        """
+        sums = Sums()
+        counts = parallel_state.get_tensor_model_parallel_rank() == 0  # the others have the same numbers
+
+        def forward(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+            batch = next(iterator)
+
+            def with_count(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+                loss, count = loss_function(found, batch), batch.supervised.numel()
+                if counts:
+                    sums.add(Sums(loss.detach().double(), count, batch.ids.numel()))
+                return loss, torch.tensor(count, dtype=torch.int, device=loss.device), {}
+
+            with plain_torch():
+                return losses_of(model, batch), with_count
+
+        for part in self.model:
+            part.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._forward_backward(
+            forward_step_func=forward,
+            data_iterator=[iter(rows) for _ in self.model],
+            model=self.model,
+            num_microbatches=len(rows),
+            seq_length=rows[0].documents.total_tokens,
+            micro_batch_size=1,
+        )
+        return sums
+
     def step(
         self,
         rows: Sequence[MicroBatch],
         rate: float,
-        loss_function: LossFunction = supervised_loss,
+        loss_function: LossFunction = sum_of_losses,
         before_update: Callable[[], None] | None = None,
     ) -> tuple[Sums, float]:
         """One update from this rank's micro-batches. Returns this rank's sums and the global gradient norm.
@@ -194,38 +251,13 @@ class Trainer:
         The norm is that of the gradient of the mean loss, before clipping. A non-finite one has already spoilt the
         weights: the caller must stop.
         """
-        sums = Sums()
-        losses: list[torch.Tensor] = []
-
-        def forward(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-            batch = next(iterator)
-            with plain_torch():
-                loss, count = loss_function(model, batch)
-
-            def with_count(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-                losses.append(total.detach())  # read after the step: a read now would make a GPU wait
-                sums.add(Sums(0.0, count, batch.ids.numel()))
-                return total, torch.tensor(count, dtype=torch.int, device=total.device), {}
-
-            return loss, with_count
-
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self._forward_backward(
-            forward_step_func=forward,
-            data_iterator=iter(rows),
-            model=[self.model],
-            num_microbatches=len(rows),
-            seq_length=rows[0].ids.numel(),
-            micro_batch_size=1,
-        )
+        sums = self.gradient(rows, loss_function)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
         if before_update is not None:
             before_update()
         _, norm, _ = self.optimizer.step()
-        sums.loss = sum(loss.item() for loss in losses)
         return sums, float(norm)
 
 
@@ -318,7 +350,7 @@ def train_on_packs(
     if folder is not None:
         done, position = checkpoint.load_step(folder, trainer.model, trainer.optimizer, plan, identity)
         first_loss, last_loss = position["first_loss"], position["last_loss"]
-        if parallel_state.get_data_parallel_rank() == 0:  # sums of all ranks: one rank carries them on
+        if dist.get_rank() == 0:  # sums of all ranks: one rank carries them on
             window, whole = Sums(**position["window"]), Sums(**position["whole"])
     resumed_from = done
     metrics = Metrics(keep / "metrics.jsonl", resumed_from)
@@ -330,8 +362,7 @@ def train_on_packs(
         """Make `step` durable, with what the next one continues from."""
         nonlocal window, whole, saved
         window_sum, whole_sum = window.reduced(), whole.reduced()
-        first = parallel_state.get_data_parallel_rank() == 0
-        window, whole = (window_sum, whole_sum) if first else (Sums(), Sums())
+        window, whole = (window_sum, whole_sum) if dist.get_rank() == 0 else (Sums(), Sums())
         checkpoint.save_step(
             root,
             step,
@@ -390,7 +421,7 @@ def train_on_packs(
                     "tokens": total.tokens,
                     "supervised_tokens": total.supervised,
                     "step_s": per_step,
-                    "tokens_per_s": sums.tokens * parallel_state.get_data_parallel_world_size() / per_step,
+                    "tokens_per_s": run.global_batch * packs.pack_length / per_step,
                 }
             )
             window, since, timed = Sums(), now, 0

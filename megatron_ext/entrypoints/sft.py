@@ -104,9 +104,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     with ranks.started(config.parallel, config.seed):
         from megatron_ext import train  # megatron-core may be imported once the device is ready
 
-        model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
         trainer = train.Trainer(
-            model,
+            model_folder.load_stages(folder, config.parallel, config.dtype, config.backend),
             config.parallel,
             train.AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
         )

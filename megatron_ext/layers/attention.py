@@ -12,7 +12,9 @@ the softmax's denominator that has no value (`attend`).
 Isolation is exact: a document's row of the batch holds nothing but its own tokens and, after them, zeros that the
 causal order hides. Other documents can neither reach its output nor its gradient.
 
-Not here yet, with its place: context parallelism (`PackedAttention.forward`, around the bucket loop).
+Context parallelism: `zigzag` says which tokens of a row a rank holds. "all_gather" brings the keys and values of all
+ranks to each, which then asks for its own queries only; "a2a" (Ulysses, arXiv 2309.14509) exchanges tokens for heads,
+so that a rank sees whole documents for its share of the heads.
 """
 
 import math
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -43,86 +46,177 @@ SINK_COLUMNS = 8  # added to the head size; 1 would do, but GPU kernels want hea
 QUERY_BLOCK = 512  # queries at once against a longer cache of keys: bounds the mask
 
 
+class ContextRank(NamedTuple):
+    """One of `size` ranks that share a row of tokens."""
+
+    size: int = 1
+    rank: int = 0
+
+
+ALONE = ContextRank()
+
+
+def zigzag(cu_seqlens: numpy.ndarray, context: ContextRank) -> numpy.ndarray:
+    """int64 [T / size]: the tokens of a pack that a context rank holds, in the order in which it holds them.
+
+    Each document is cut into 2 * size equal chunks, and rank r holds chunks r and 2 * size - 1 - r of it, so that all
+    ranks have the same causal work (Transformer Engine's thd_get_partitioned_indices). Raises ValueError where a
+    document does not divide: packs are made with `align` a multiple of 2 * size.
+    """
+    size, rank = context
+    if size == 1:
+        return numpy.arange(int(cu_seqlens[-1]))
+    lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
+    if (lengths % (2 * size)).any():
+        odd = int(lengths[lengths % (2 * size) > 0][0])
+        raise ValueError(f"a document of {odd} tokens does not divide into the {2 * size} chunks of {size} ranks")
+    chunk = lengths // (2 * size)
+    first, second = cu_seqlens[:-1] + rank * chunk, cu_seqlens[:-1] + (2 * size - 1 - rank) * chunk
+    return ranges(numpy.stack([first, second], axis=1).ravel(), numpy.repeat(chunk, 2))
+
+
+def ranges(starts: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
+    """The numbers starts[i], starts[i] + 1, ... of each range of lengths[i], one range after the other."""
+    return numpy.arange(lengths.sum()) - numpy.repeat(numpy.cumsum(lengths) - lengths - starts, lengths)
+
+
 class Bucket(NamedTuple):
-    """Documents of a similar length: slots [start, start + documents * length) of the padded buffer."""
+    """Documents of a similar length: slots [start, start + documents * length) of a padded buffer."""
 
     start: int
     documents: int
     length: int
 
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """[rows, ...] -> [documents, length, ...]."""
+        return buffer.narrow(0, self.start, self.documents * self.length).unflatten(0, (self.documents, self.length))
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each token of a pack lies in the padded buffer that the buckets share, and in its document.
+    """Where each token of a pack lies in the padded buffer that the buckets share.
 
-    `slots` is int64 [T]: token t goes to row slots[t] of a buffer with `rows` rows. `positions` is int64 [T], from 0 in
-    each document.
+    `slots` is int64 [T]: token t goes to row slots[t] of a buffer with `rows` rows. Tokens are counted in the order
+    in which they come from the context ranks, one rank after the other.
     """
 
     buckets: tuple[Bucket, ...]
     slots: torch.Tensor
-    positions: torch.Tensor
     rows: int
 
     @staticmethod
-    def of(cu_seqlens: numpy.ndarray, target: torch.device) -> "Layout":
+    def of(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int = 1) -> "Layout":
         """Layout of documents that end at `cu_seqlens` (int [documents + 1], first 0). Empty documents are fine."""
-        starts = cu_seqlens[:-1].astype(numpy.int64)
         lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
-        power = numpy.maximum(lengths, SHORTEST_BUCKET)
-        power = 1 << numpy.ceil(numpy.log2(power)).astype(numpy.int64)  # exact for every length below 2^48
-        unit = numpy.where(lengths > LONG, power // 16, power)
-        padded = -(-numpy.maximum(lengths, 1) // unit) * unit
-        order = numpy.argsort(padded, kind="stable")
-        order = order[lengths[order] > 0]
-        row = numpy.zeros(len(lengths), numpy.int64)  # first slot of each document
-        row[order] = numpy.cumsum(padded[order]) - padded[order]
-        sizes, counts = numpy.unique(padded[order], return_counts=True)
-        buckets, start = [], 0
-        for size, count in zip(sizes.tolist(), counts.tolist()):
-            buckets.append(Bucket(start, count, size))
-            start += size * count
-        positions = numpy.arange(int(cu_seqlens[-1])) - numpy.repeat(starts, lengths)
-        slots = positions + numpy.repeat(row, lengths)
-        return Layout(tuple(buckets), torch.from_numpy(slots).to(target), torch.from_numpy(positions).to(target), start)
+        padded = _padded(lengths)
+        buckets, starts, rows = _fill(lengths, padded)
+        slots = ranges(starts, lengths)
+        if context_size > 1:
+            shares = [zigzag(cu_seqlens, ContextRank(context_size, rank)) for rank in range(context_size)]
+            slots = slots[numpy.concatenate(shares)]
+        return Layout(buckets, torch.from_numpy(slots).to(target), rows)
+
+    @staticmethod
+    def of_share(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int) -> "Layout":
+        """Layout of one context rank's tokens [T / size]: bucket for bucket that of `of`, 1 / size as long."""
+        lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
+        buckets, starts, rows = _fill(lengths, _padded(lengths), context_size)
+        return Layout(buckets, torch.from_numpy(ranges(starts, lengths // context_size)).to(target), rows)
+
+
+def _padded(lengths: numpy.ndarray) -> numpy.ndarray:
+    """The bucket length of each document: the next power of two, or of its sixteenths for long ones."""
+    power = 1 << numpy.ceil(numpy.log2(numpy.maximum(lengths, SHORTEST_BUCKET))).astype(numpy.int64)  # exact below 2^48
+    unit = numpy.where(lengths > LONG, power // 16, power)
+    return -(-numpy.maximum(lengths, 1) // unit) * unit
+
+
+def _fill(
+    lengths: numpy.ndarray, padded: numpy.ndarray, context_size: int = 1
+) -> tuple[tuple[Bucket, ...], numpy.ndarray, int]:
+    """Buckets, the first row of each document and the number of rows, where 1 / context_size of each is laid out."""
+    order = numpy.argsort(padded, kind="stable")
+    order = order[lengths[order] > 0]
+    share = padded[order] // context_size
+    starts = numpy.zeros(len(lengths), numpy.int64)
+    starts[order] = numpy.cumsum(share) - share
+    sizes, counts = numpy.unique(padded[order], return_counts=True)
+    buckets, start = [], 0
+    for size, count in zip((sizes // context_size).tolist(), counts.tolist()):
+        buckets.append(Bucket(start, count, size))
+        start += size * count
+    return tuple(buckets), starts, start
+
+
+@dataclass(frozen=True)
+class Share:
+    """The queries of one context rank, where it has the keys of all: their layout, and each row's position in its
+    document, int64 [rows] (0 in rows of no token)."""
+
+    layout: Layout
+    positions: torch.Tensor
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """mcore's THD parameters, with what the torch attention needs once for all layers."""
+    """mcore's THD parameters, with what the torch layers need once for all layers.
 
+    A rank holds T / c of the row's T tokens, `held` int64 [T / c] (numpy, indices into the row), at `positions`
+    int64 [T / c] of their documents.
+    """
+
+    total_tokens: int = 0  # T
+    held: numpy.ndarray | None = field(default=None, repr=False)
+    positions: torch.Tensor | None = field(default=None, repr=False)
     layout: Layout | None = field(default=None, repr=False)
+    share: Share | None = field(default=None, repr=False)  # with context parallelism only
     _turns: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def turns(
         self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [T, 1, d / 2] of each token's position, times `length` (YaRN's attention factor).
+        """Cosine and sine [T / c, 1, d / 2] of each token's position, times `length` (YaRN's attention factor).
 
         `angles` is mcore's table [longest, 1, 1, d].
         """
         if self._turns is None:
             half = angles.size(-1) // 2  # the table repeats its first half
-            mine = angles[:, 0, :, :half].index_select(0, self.layout.positions)  # [T, 1, d / 2]
+            mine = angles[:, 0, :, :half].index_select(0, self.positions)  # [T / c, 1, d / 2]
             self._turns = (mine.cos() * length).to(dtype), (mine.sin() * length).to(dtype)
         return self._turns
 
 
-def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device) -> PackedDocuments:
+def packed_documents(
+    cu_seqlens: numpy.ndarray, target: torch.device, context: ContextRank = ALONE
+) -> PackedDocuments:
     """THD parameters of a pack whose documents end at `cu_seqlens` (int [documents + 1], first 0, last T).
 
     `max_seqlen` is the longest document, not T: mcore's rotary embedding takes T as "positions run on over documents"
-    (rope_utils.py:211). Where one document is the whole pack the two agree.
+    (rope_utils.py:211). Where one document is the whole pack the two agree. A document's padding belongs to it, so
+    that the padded boundaries, by which Transformer Engine splits a row over context ranks, are the boundaries.
     """
     cu = torch.from_numpy(numpy.ascontiguousarray(cu_seqlens, numpy.int32)).to(target)
     longest = int(numpy.diff(cu_seqlens).max())
+    held = zigzag(cu_seqlens, context)
+    starts = numpy.repeat(cu_seqlens[:-1], numpy.diff(cu_seqlens))  # [T]
+    positions = torch.from_numpy((held - starts[held]).astype(numpy.int64)).to(target)
+    share = None
+    if context.size > 1:
+        layout = Layout.of_share(cu_seqlens, target, context.size)
+        share = Share(layout, positions.new_zeros(layout.rows).index_copy_(0, layout.slots, positions))
     return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=cu,
         cu_seqlens_kv=cu,
+        cu_seqlens_q_padded=cu,
+        cu_seqlens_kv_padded=cu,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        layout=Layout.of(cu_seqlens, target),
+        total_tokens=int(cu_seqlens[-1]),
+        held=held,
+        positions=positions,
+        layout=Layout.of(cu_seqlens, target, context.size),
+        share=share,
     )
 
 
@@ -178,7 +272,7 @@ class _Turn(torch.autograd.Function):
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """torch's kernel on [batch, tokens, heads, d]; causal where no mask [queries, keys] is given."""
+    """torch's kernel on [batch, tokens, heads, d]; causal where no mask is given: [(batch, 1,) queries, keys]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.size(1) != k.size(1)
     out = F.scaled_dot_product_attention(
@@ -202,10 +296,11 @@ def _with_sinks(
     return q, k, v
 
 
-def _seen(queries: int, keys: int, window: int | None, sink: bool, like: torch.Tensor) -> torch.Tensor:
-    """Additive mask [queries, keys (+ 1)]: the queries are the last of the keys; 0 where one sees the other."""
-    rows = torch.arange(keys - queries, keys, device=like.device)[:, None]
-    columns = torch.arange(keys, device=like.device)
+def _seen(
+    rows: torch.Tensor, columns: torch.Tensor, window: int | None, sink: bool, like: torch.Tensor
+) -> torch.Tensor:
+    """Additive mask [..., queries, keys (+ 1)]: 0 where a query at rows [..., queries] sees a key at columns [keys]."""
+    rows = rows[..., None]
     hidden = columns > rows
     if window is not None:
         hidden |= columns <= rows - window
@@ -246,7 +341,8 @@ def _windowed(
     for x in (k, v):
         x = x.view(batch, blocks + 1, window, *x.shape[2:])
         pairs.append(torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1))  # [batch * blocks, 2 * window, ...]
-    mask = _seen(window, 2 * window, window, sinks is not None, q)
+    places = torch.arange(2 * window, device=q.device)
+    mask = _seen(places[window:], places, window, sinks is not None, q)
     rest = _masked(own, *pairs, scale, mask, sinks).reshape(batch, blocks * window, *first.shape[2:])
     return torch.cat([first, rest[:, : length - window]], dim=1)
 
@@ -258,24 +354,30 @@ def attend(
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a batch of whole sequences, in memory linear in their length; with a window, time too.
 
-    q [batch, length, heads, d], k and v [batch, keys, kv_heads, d] -> [batch, length, heads, d]. The queries are the
-    last `length` of the keys' positions (fewer than keys when decoding from a cache). A token sees the last `window`
-    tokens, itself included, or all. `sinks` [heads] are logits without a value (gpt-oss).
+    q [batch, length, heads, d], k and v [batch, keys, kv_heads, d] -> [batch, length, heads, d]. The queries stand at
+    `positions` int64 [batch, length], or are the last `length` of the keys' (fewer than keys when decoding from a
+    cache). A token sees the last `window` tokens, itself included, or all. `sinks` [heads] are logits without a value
+    (gpt-oss).
     """
     length, keys = q.size(1), k.size(1)
-    if length == keys:
+    if length == keys and positions is None:
         if window is None or window >= length:
             return _causal(q, k, v, scale, sinks)
         return _windowed(q, k, v, scale, window, sinks)
+    places = torch.arange(keys, device=q.device)
+    rows = places[keys - length :] if positions is None else positions[:, None]
     outs, end = [], keys - length
-    for part in q.split(QUERY_BLOCK, dim=1):
+    for part, at in zip(q.split(QUERY_BLOCK, dim=1), rows.split(QUERY_BLOCK, dim=-1)):
         end += part.size(1)
-        start = 0 if window is None else max(0, end - part.size(1) - window + 1)
-        mask = _seen(part.size(1), end - start, window, sinks is not None, q)
-        outs.append(_masked(part, k[:, start:end], v[:, start:end], scale, mask, sinks))
+        seen = slice(0, keys)
+        if positions is None:
+            seen = slice(0 if window is None else max(0, end - part.size(1) - window + 1), end)
+        mask = _seen(at, places[seen], window, sinks is not None, q)
+        outs.append(_masked(part, k[:, seen], v[:, seen], scale, mask, sinks))
     return torch.cat(outs, dim=1)
 
 
@@ -287,17 +389,39 @@ def packed_attention(
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    share: Share | None = None,
 ) -> torch.Tensor:
-    """q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d], each document attending to itself (`attend`)."""
-    q, k, v = (_Spread.apply(x, layout.slots, layout.rows) for x in (q, k, v))  # [rows, heads, d]
+    """q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d], each document attending to itself (`attend`).
+
+    With `share`, q holds the tokens of one context rank, [T / c, heads, d] -> [T / c, heads * d].
+    """
+    asking = layout if share is None else share.layout
+    q = _Spread.apply(q, asking.slots, asking.rows)
+    k, v = (_Spread.apply(x, layout.slots, layout.rows) for x in (k, v))  # [rows, heads, d]
     outs = []
-    for start, documents, length in layout.buckets:
-        batch = [
-            x.narrow(0, start, documents * length).view(documents, length, x.size(1), x.size(2)) for x in (q, k, v)
-        ]
-        outs.append(attend(*batch, scale, window, sinks).reshape(documents * length, -1))
+    for queries, keys in zip(asking.buckets, layout.buckets):
+        positions = None if share is None else queries.of(share.positions)
+        out = attend(queries.of(q), keys.of(k), keys.of(v), scale, window, sinks, positions)
+        outs.append(out.reshape(queries.documents * queries.length, -1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return _Collect.apply(out, layout.slots)
+    return _Collect.apply(out, asking.slots)
+
+
+def tokens_for_heads(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """[T / c, heads, d] -> [T, heads / c, d]: this rank's share of the heads, tokens rank after rank.
+
+    Fewer KV heads than ranks, or a number that does not divide, are repeated until they do.
+    """
+    x = x.repeat_interleave(math.lcm(x.size(1), group.size()) // x.size(1), dim=1)
+    tokens, heads, d = x.shape
+    by_rank = x.view(tokens, group.size(), heads // group.size(), d).transpose(0, 1)
+    return all_to_all(group, by_rank.reshape(-1, heads // group.size(), d))
+
+
+def heads_for_tokens(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """[T, width / c] -> [T / c, width]: the inverse, with the heads side by side."""
+    by_rank = all_to_all(group, x).view(group.size(), -1, x.size(1))
+    return by_rank.transpose(0, 1).reshape(by_rank.size(1), -1)
 
 
 class PackedAttention(MegatronModule):
@@ -326,11 +450,12 @@ class PackedAttention(MegatronModule):
             "window_size": window[0] < 0 or window[1] != 0,
             "softmax_type": config.softmax_type not in ("vanilla", "learnable"),
             "attention_dropout": bool(attention_dropout or config.attention_dropout),
-            "context_parallel_size": config.context_parallel_size > 1,
         }.items():
             if unsupported:
                 raise NotImplementedError(f"PackedAttention has no {name} = {getattr(config, name)} yet")
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.exchanges_heads = cp_comm_type == "a2a"
+        self.context_group = pg_collection.cp
         self.window = None  # tokens that a token sees, itself included
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             self.window = window[0] + 1
@@ -353,16 +478,28 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Packed: query [T, heads, d] -> [T, heads * d]. Otherwise: query [s, b, heads, d] -> [s, b, heads * d]."""
+        """Packed: query [T / c, heads, d] -> [T / c, heads * d]. Otherwise: [s, b, heads, d] -> [s, b, heads * d]."""
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("PackedAttention knows only the causal mask of each document")
+        group, sinks = self.context_group, self.softmax_offset
         if packed_seq_params is None:
+            if group.size() > 1:
+                raise NotImplementedError("PackedAttention splits only packed rows over context ranks")
             batch = (x.transpose(0, 1) for x in (query, key, value))
-            return attend(*batch, self.scale, self.window, self.softmax_offset).flatten(2).transpose(0, 1)
-        layout = getattr(packed_seq_params, "layout", None)
-        if layout is None:
-            layout = Layout.of(packed_seq_params.cu_seqlens_q.cpu().numpy(), query.device)
-        return packed_attention(query, key, value, layout, self.scale, self.window, self.softmax_offset)
+            return attend(*batch, self.scale, self.window, sinks).flatten(2).transpose(0, 1)
+        documents = packed_seq_params
+        if not isinstance(documents, PackedDocuments):
+            context = ContextRank(group.size(), group.rank())
+            documents = packed_documents(packed_seq_params.cu_seqlens_q.cpu().numpy(), query.device, context)
+        layout = documents.layout
+        if group.size() == 1:
+            return packed_attention(query, key, value, layout, self.scale, self.window, sinks)
+        if self.exchanges_heads:
+            mine = (tokens_for_heads(x, group) for x in (query, key, value))
+            sinks = None if sinks is None else sinks.chunk(group.size())[group.rank()]
+            return heads_for_tokens(packed_attention(*mine, layout, self.scale, self.window, sinks), group)
+        key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
+        return packed_attention(query, key, value, layout, self.scale, self.window, sinks, documents.share)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -389,7 +526,7 @@ class PackedSelfAttention(SelfAttention):
     """
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **others: Any) -> Any:
-        """hidden_states [T, 1, h] -> (output [T, 1, h], bias)."""
+        """hidden_states [T / c, 1, h] -> (output [T / c, 1, h], bias)."""
         documents, angles = others.get("packed_seq_params"), others.get("rotary_pos_emb")
         plain = (
             isinstance(documents, PackedDocuments)
@@ -402,7 +539,7 @@ class PackedSelfAttention(SelfAttention):
         )
         if not plain:
             return super().forward(hidden_states, attention_mask, **others)
-        query, key, value = self.get_query_key_value_tensors(hidden_states)  # [T, 1, heads | groups, d]
+        query, key, value = self.get_query_key_value_tensors(hidden_states)  # [T / c, 1, heads | groups, d]
         cos, sin = documents.turns(angles, query.dtype, _yarn_get_concentration_factor_from_config(self.config))
         query, key = _Turn.apply(query.squeeze(1), cos, sin), _Turn.apply(key.squeeze(1), cos, sin)
         out = self.core_attention(query, key, value.squeeze(1), attention_mask, packed_seq_params=documents)

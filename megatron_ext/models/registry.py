@@ -2,7 +2,7 @@
 
 config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(Dims) -> ModelShape`,
             `small(...)`: config.json of a random model; no torch
-spec.py     `build(Dims, plan, dtype, backend) -> mcore model`
+spec.py     `build(Dims, plan, dtype, backend, virtual_stage) -> mcore model`
 mapping.py  `rules(Dims, found)`: the weights, both directions; `found` are the names in the checkpoint at hand, for
             families that are stored in several spellings. `is_redundant(name, Dims)`: what a file may carry besides
 """
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from data_tools.mistake import Problem, nearest
+from megatron_ext.parallel import ParallelPlan
 
 FAMILIES = ("qwen2",)
 
@@ -36,6 +37,11 @@ class Family:
     def spec(self) -> ModuleType:
         return self._part("spec")
 
+    def build(self, dims: Any, plan: ParallelPlan, dtype: Any, backend: str = "torch") -> list[Any]:
+        """This rank's parts of the model in model order, their weights not set: one, or `plan.virtual` of them."""
+        virtual = range(plan.virtual) if plan.virtual > 1 else [None]
+        return [self.spec.build(dims, plan, dtype, backend, stage) for stage in virtual]
+
     @property
     def mapping(self) -> ModuleType:
         return self._part("mapping")
@@ -46,6 +52,11 @@ def unwrap(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model
+
+
+def stages(model: Any) -> list[Any]:
+    """This rank's parts of the model in model order, unwrapped: one, or those of an interleaved pipeline."""
+    return [unwrap(part) for part in (model if isinstance(model, list) else [model])]
 
 
 def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:

@@ -47,7 +47,7 @@ def next_logits(model: torch.nn.Module, sequences: Sequence[Sequence[int]]) -> t
         return position_logits(
             model,
             torch.from_numpy(ids)[None].to(target),
-            documents.layout.positions[None],
+            documents.positions[None],
             documents,
             torch.from_numpy(ends - 1).to(target),
         )

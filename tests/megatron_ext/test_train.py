@@ -98,7 +98,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens(alone, hf):
     counts = [int(packs.pack(i).loss_mask.sum()) for i in packs.batch(0, 4, 0)]
     assert len(set(counts)) > 1
     model = tiny.model(hf, tiny.DIMS, plan)
-    total = sum(train.supervised_loss(model, row)[0] for row in train.rows_of_step(packs, 0, run, plan))
+    total = sum(train.losses_of(model, row).sum() for row in train.rows_of_step(packs, 0, run, plan))
     (total / sum(counts)).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW(clip=0))

@@ -1,7 +1,6 @@
 """Qwen2 as a megatron-core model: configuration, layer spec, GPTModel."""
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -13,17 +12,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.norm import Norm
+from megatron_ext.models import common
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.parallel import ParallelPlan, padded_rows
 
 
-def _leave(weight: torch.Tensor) -> torch.Tensor:
-    return weight
-
-
 def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:
     """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
-    fused = backend == "te"
     return TransformerConfig(
         num_layers=dims.layers,
         hidden_size=dims.hidden,
@@ -37,33 +32,13 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=plan.tensor,
-        sequence_parallel=plan.sequence_parallel,
-        pipeline_model_parallel_size=plan.pipeline,
-        context_parallel_size=plan.context,
-        calculate_per_token_loss=True,
-        # Every weight comes from a checkpoint: no time is spent on random numbers. (perform_initialization=False would
-        # also leave out the marks of tensor-parallel parameters, and gradient norms would miss
-        # all ranks but the first.)
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
-        # Compiled extras of Apex and Transformer Engine.
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=fused,
-        apply_rope_fusion=fused,
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
+        **common.settings(plan, dtype, backend),
     )
 
 
-def layer_spec(config: TransformerConfig, backend: str) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, backend: str, virtual_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """ "torch": mcore's local spec with our norms and packed attention. "te": mcore's stock spec, unchanged."""
     if backend == "te":
         return get_gpt_layer_with_transformer_engine_spec()
@@ -74,23 +49,25 @@ def layer_spec(config: TransformerConfig, backend: str) -> ModuleSpec | Transfor
     layer.submodules.pre_mlp_layernorm = Norm
     layer.submodules.self_attention.module = PackedSelfAttention
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    layers = [layer] * get_num_layers_to_build(config)
+    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
 
 
-def build(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch") -> SupervisedHead:
-    """This rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
+def build(
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch", virtual_stage: int | None = None
+) -> SupervisedHead:
+    """This rank's part of the model, its weights not set; of an interleaved pipeline, one of its stages. mcore's
+    groups for `plan` must exist."""
     config = transformer_config(dims, plan, dtype, backend)
     model = SupervisedHead(
         config,
-        layer_spec(config, backend),
+        layer_spec(config, backend, virtual_stage),
         vocab_size=padded_rows(dims.vocabulary, plan.tensor),
         max_sequence_length=dims.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=dims.tied,
         position_embedding_type="rope",
         rotary_base=dims.rope_base,
+        **common.ends(virtual_stage),
     )
     model.vocabulary_rows = dims.vocabulary
     return model

@@ -1,0 +1,75 @@
+"""What all families' layer specs share: the part of mcore's configuration that a parallel plan decides."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_ext.parallel import ParallelPlan
+
+
+def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """Fields of TransformerConfig. `dtype` is that of the parameters, `backend` "torch" or "te"."""
+    fused = backend == "te"
+    return dict(
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=plan.tensor,
+        sequence_parallel=plan.sequence_parallel,
+        context_parallel_size=plan.context,
+        cp_comm_type=plan.context_comm,
+        expert_model_parallel_size=plan.expert,
+        expert_tensor_parallel_size=plan.expert_tensor,
+        **_pipeline(plan, dtype),
+        # Every weight comes from a checkpoint: no time is spent on random numbers. (perform_initialization=False would
+        # also leave out the marks of tensor-parallel parameters, and gradient norms would miss
+        # all ranks but the first.)
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        # Compiled extras of Apex and Transformer Engine.
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=fused,
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+    )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _pipeline(plan: ParallelPlan, dtype: torch.dtype) -> dict[str, Any]:
+    if plan.pipeline == 1:
+        return {}
+    interleaved = plan.virtual > 1
+    return dict(
+        pipeline_model_parallel_size=plan.pipeline,
+        virtual_pipeline_model_parallel_size=plan.virtual if interleaved else None,
+        pipeline_model_parallel_layout=_layout(plan.pipeline_layers) if plan.pipeline_layers else None,
+        pipeline_dtype=dtype,
+        # Two stages of a rank pair send at once. Batched sends between the same pair mix them up without an error:
+        # wrong gradients at pipeline 2 (reference/megatron_cpu.md 3, trap 3).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+    )
+
+
+def _layout(layers: list[int]) -> list[list[str]]:
+    """mcore's names of what each stage holds, in model order."""
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def ends(virtual_stage: int | None) -> dict[str, Any]:
+    """Arguments of mcore's models: which end of the pipeline this stage is. `virtual_stage` is None without them."""
+    return dict(
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        vp_stage=virtual_stage,
+    )
