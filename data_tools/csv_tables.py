@@ -1,0 +1,123 @@
+"""CSV prompt tables (`prompt`, `q_action_0` … `reward_action_0` …): read whole, checked by file and line, written back.
+
+Other columns keep their text. Numbers are written so that reading gives the same float64.
+"""
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+from data_tools.mistake import Problem, UserMistake, nearest
+
+PROMPT = "prompt"
+_MOST_PROBLEMS = 20  # told of one file
+
+
+@dataclass(frozen=True)
+class Table:
+    """One CSV file. `lines` are the numbers of the lines that the rows begin on, from 1."""
+
+    path: Path
+    columns: list[str]
+    rows: list[list[str]]
+    lines: list[int]
+
+    def column(self, name: str) -> list[str]:
+        """UserMistake with the nearest name when there is none."""
+        if name not in self.columns:
+            raise UserMistake(Problem(str(self.path), f"has no column {name!r}{nearest(name, self.columns)}"))
+        place = self.columns.index(name)
+        return [row[place] for row in self.rows]
+
+    def numbered(self, prefix: str) -> list[str]:
+        """Columns PREFIX0, PREFIX1, … in that order. UserMistake when there are fewer than two or one is left out."""
+        found = {int(m[1]) for name in self.columns if (m := re.fullmatch(re.escape(prefix) + r"(\d+)", name))}
+        if len(found) < 2:
+            columns = ", ".join(self.columns)
+            raise UserMistake(Problem(str(self.path), f"needs columns {prefix}0, {prefix}1, …; it has {columns}"))
+        missing = sorted(set(range(max(found) + 1)) - found)
+        if missing:
+            raise UserMistake(Problem(str(self.path), f"has {prefix}{max(found)} but no {prefix}{missing[0]}"))
+        return [f"{prefix}{number}" for number in sorted(found)]
+
+    def floats(self, names: Sequence[str]) -> np.ndarray:
+        """float64[rows, names]. UserMistake naming every line (of the first 20) with something else than a number."""
+        values = np.full((len(self.rows), len(names)), np.nan)
+        problems = []
+        for place, name in enumerate(names):
+            for row, text in enumerate(self.column(name)):
+                try:
+                    values[row, place] = float(text)
+                except ValueError:
+                    pass
+                if not np.isfinite(values[row, place]):
+                    problems.append((self.lines[row], name, text))
+        if problems:
+            told = [
+                Problem(f"{self.path}:{line}", f"{name} is {text!r}, not a finite number")
+                for line, name, text in sorted(problems)[:_MOST_PROBLEMS]
+            ]
+            if len(problems) > len(told):
+                told.append(Problem(str(self.path), f"and {len(problems) - len(told)} more"))
+            raise UserMistake(told)
+        return values
+
+
+def read_table(path: Path) -> Table:
+    """UserMistake for a file that is absent, empty, not UTF-8 or has a row of another width than its header."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            columns = next(reader, [])
+            rows, lines, line = [], [], reader.line_num + 1
+            for row in reader:
+                if row:
+                    rows.append(row)
+                    lines.append(line)
+                line = reader.line_num + 1
+    except FileNotFoundError:
+        raise UserMistake(Problem(str(path), "no such file")) from None
+    except UnicodeDecodeError as error:
+        raise UserMistake(Problem(str(path), f"not UTF-8 at byte {error.start}: {error.reason}")) from None
+    except csv.Error as error:
+        raise UserMistake(Problem(f"{path}:{reader.line_num}", f"not CSV: {error}")) from None
+    if not columns:
+        raise UserMistake(Problem(str(path), "is empty; a CSV file with a header was expected"))
+    problems = [Problem(str(path), f"has two columns {name!r}") for name in sorted({c for c in columns if columns.count(c) > 1})]
+    problems += [
+        Problem(f"{path}:{line}", f"{len(row)} values under {len(columns)} columns")
+        for row, line in zip(rows, lines)
+        if len(row) != len(columns)
+    ]
+    if problems:
+        raise UserMistake(problems[:_MOST_PROBLEMS])
+    return Table(path, columns, rows, lines)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """floats as their shortest text that reads back equal (`repr`)."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([repr(float(v)) if isinstance(v, float) else v for v in row] for row in rows)
+
+
+def table_files(inputs: Sequence[str]) -> list[Path]:
+    """The CSV files that `inputs` names: files, and folders of them. UserMistake when two share a name or none is there."""
+    files: list[Path] = []
+    problems = []
+    for name in inputs:
+        path = Path(name).expanduser()
+        found = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
+        if not found:
+            problems.append(Problem("inputs", f"{name} is neither a CSV file nor a folder of some"))
+        files += found
+    names = [file.name for file in files]
+    problems += [Problem("inputs", f"two files are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
+    if problems:
+        raise UserMistake(problems)
+    return files

@@ -1,0 +1,21 @@
+"""Legacy CSV prompts to Harmony chat prompts, the format of gpt-oss; NAME.csv becomes NAME_harmony.csv."""
+
+from typing import Any
+
+from data_tools import harmony
+from data_tools.harmony import Config
+from data_tools.mistake import Problem
+from data_tools.tables import write_table
+from jobs.kind import Placement
+from jobs.task import Task
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return harmony.check(config)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    facts = harmony.harmony_convert(config, task.out, task.progress)
+    table = facts.pop("table")
+    write_table(task.keep, "balance", table["title"], table["columns"], table["rows"])
+    return {"headline": f"{facts['rows']:,} prompts in {len(facts['files'])} files, dated {config.date}", **facts}

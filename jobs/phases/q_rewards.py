@@ -1,0 +1,18 @@
+"""CSV prompts with action values to CSV prompts with rewards: the Boltzmann softmax of each row's `q_action_*`."""
+
+from typing import Any
+
+from data_tools import q_rewards
+from data_tools.mistake import Problem
+from data_tools.q_rewards import Config
+from jobs.kind import Placement
+from jobs.task import Task
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return q_rewards.check(config)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    facts = q_rewards.q_rewards(config, task.out, task.progress)
+    return {"headline": f"{facts['rows']:,} rows in {len(facts['files'])} files, tau {config.tau:g}", **facts}
