@@ -2,11 +2,18 @@
 `shape(dims)`. Symbols in comments are those of reference/megatron.md 0.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Sequence
 
 # Blocks. A layer is one or two of them, each with its norm: ATTENTION then MLP in Qwen2, a single one in Nemotron-H.
 ATTENTION, WINDOW, MLP, MOE, MAMBA = "attention", "window", "mlp", "moe", "mamba"
 Layer = tuple[str, ...]
+
+
+def count_blocks(layers: Sequence[Layer]) -> Counter[str]:
+    return Counter(block for layer in layers for block in layer)
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,9 @@ class Parameters:
         return Parameters(
             self.sharded + other.sharded, self.replicated + other.replicated, self.expert + other.expert
         )
+
+    def __mul__(self, number: int) -> "Parameters":
+        return Parameters(self.sharded * number, self.replicated * number, self.expert * number)
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,10 @@ class ModelShape:
     mamba_state: int = 0  # N
     mamba_conv: int = 0  # K, width of the convolution
 
-    @property
-    def blocks(self) -> list[str]:
-        return [block for layer in self.layers for block in layer]
+    @cached_property
+    def blocks(self) -> Counter[str]:
+        """How many blocks of each kind."""
+        return count_blocks(self.layers)
 
     @property
     def mamba_inner(self) -> int:
@@ -84,16 +95,17 @@ class ModelShape:
     def qkv_rows(self) -> int:
         return (self.heads + 2 * self.kv_groups) * self.head_dim
 
-    def block_parameters(self, block: str) -> Parameters:
-        """Parameters of one block, its norm included."""
-        norm = Parameters(replicated=self.hidden)
-        return norm + {
+    @cached_property
+    def block_parameters(self) -> dict[str, Parameters]:
+        """Parameters of one block of each kind, its norm included."""
+        counts = {
             ATTENTION: self._attention,
             WINDOW: self._attention,
             MLP: self._mlp,
             MOE: self._moe,
             MAMBA: self._mamba,
-        }[block]()
+        }
+        return {kind: Parameters(replicated=self.hidden) + counts[kind]() for kind in self.blocks}
 
     def _attention(self) -> Parameters:
         rows = self.heads * self.head_dim
@@ -129,7 +141,7 @@ class ModelShape:
     def parameters(self) -> Parameters:
         """All, exactly as the checkpoint has them; buffers are not counted."""
         ends = Parameters(sharded=self.embedding * (1 if self.tied else 2), replicated=self.hidden)
-        return sum((self.block_parameters(block) for block in self.blocks), start=ends)
+        return sum((self.block_parameters[kind] * number for kind, number in self.blocks.items()), start=ends)
 
     @property
     def active(self) -> int:
