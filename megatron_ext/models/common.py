@@ -1,10 +1,21 @@
-"""What all families' layer specs share: the part of mcore's configuration that a parallel plan decides."""
+"""What all families' layer specs share: the part of mcore's configuration that a parallel plan decides, and the layer
+of attention followed by an MLP or experts."""
 
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
+from megatron_ext.layers.moe import moe_spec
+from megatron_ext.layers.norm import Norm
 from megatron_ext.parallel import ParallelPlan
 
 
@@ -73,3 +84,32 @@ def ends(virtual_stage: int | None) -> dict[str, Any]:
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
         vp_stage=virtual_stage,
     )
+
+
+def decoder_spec(
+    config: TransformerConfig, backend: str, virtual_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Layers of attention and MLP, or experts where `config` has them.
+
+    "torch": mcore's local spec with our norms, packed attention and experts. "te": mcore's stock spec, unchanged.
+    """
+    if backend == "te":
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    if backend != "torch":
+        raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
+    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
+    parts, attention = layer.submodules, layer.submodules.self_attention
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    attention.module, attention.submodules.core_attention = PackedSelfAttention, PackedAttention
+    if config.qk_layernorm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = Norm
+    if config.num_moe_experts:
+        parts.mlp = moe_spec(config.num_moe_experts)
+        # No spec fuses this norm into experts: checkpoints keep its name (mcore's map says otherwise).
+        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

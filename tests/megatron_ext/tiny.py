@@ -8,7 +8,8 @@ import numpy
 import torch
 
 from data_tools import durable
-from megatron_ext.models.qwen2.config import Dims, hf_config
+from megatron_ext.models.gpt_oss import config as gpt_oss
+from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.models.registry import Family
 from megatron_ext.models.rules import hf_shapes
 
@@ -29,32 +30,58 @@ DIMS = Dims(
     dtype="float32",
 )
 
+# Documents of the tests are shorter and longer than the window and than YaRN's original positions.
+GPT_OSS_DIMS = gpt_oss.Dims(
+    hidden=32,
+    heads=4,
+    kv_groups=2,
+    head_dim=8,
+    window=8,
+    sliding=(True, False),
+    experts=4,
+    top_k=2,
+    ffn=24,
+    swiglu_limit=7.0,
+    vocabulary=19,
+    tied=False,
+    norm_epsilon=1e-5,
+    rope_base=150000.0,
+    yarn=gpt_oss.Yarn(4.0, 16, 32.0, 1.0, truncate=False),
+    max_positions=512,
+    dtype="float32",
+)
+
 
 def dims(**changes: Any) -> Dims:
     return replace(DIMS, **changes)
 
 
-def hf_folder(folder: Path, of: Dims = DIMS, seed: int = 0) -> Path:
+def family(of: Any) -> Family:
+    """The family whose Dims these are."""
+    return Family(type(of).__module__.split(".")[-2])
+
+
+def hf_folder(folder: Path, of: Any = DIMS, seed: int = 0) -> Path:
     """A Hugging Face folder with random weights, norms and biases included."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in hf_shapes(QWEN2.mapping.rules(of)).items():
+    for name, shape in hf_shapes(family(of).mapping.rules(of)).items():
         noise = torch.randn(shape, generator=generator)
         tensors[name] = 1 + 0.2 * noise if name.endswith("norm.weight") else 0.25 * noise
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    durable.write_json(folder / "config.json", hf_config(of))
+    durable.write_json(folder / "config.json", family(of).config.hf_config(of))
     return folder
 
 
-def model(hf: Path, of: Dims, plan: Any) -> Any:
+def model(hf: Path, of: Any, plan: Any) -> Any:
     """This rank's part of the model in `hf`. Groups for `plan` must exist."""
     from megatron_ext import convert
 
-    built = QWEN2.spec.build(of, plan, torch.float32)
-    convert.import_weights(built, hf, QWEN2, of)
+    built = family(of).spec.build(of, plan, torch.float32)
+    convert.import_weights(built, hf, family(of), of)
     return built
 
 

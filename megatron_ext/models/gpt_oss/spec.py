@@ -1,0 +1,79 @@
+"""gpt-oss as a megatron-core model: configuration and GPTModel."""
+
+import torch
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.transformer import TransformerConfig
+
+from megatron_ext.layers.loss_head import SupervisedHead
+from megatron_ext.models import common
+from megatron_ext.models.gpt_oss.config import Dims, Yarn
+from megatron_ext.parallel import ParallelPlan, padded_rows
+
+
+def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:
+    """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
+    shared = common.settings(plan, dtype, backend) | dict(
+        apply_rope_fusion=False,  # the fused kernel for packed rows drops YaRN's factor (rope_utils.py:289)
+        bias_dropout_fusion=False,
+    )
+    config = TransformerConfig(
+        num_layers=dims.layers,
+        hidden_size=dims.hidden,
+        ffn_hidden_size=dims.ffn,
+        num_attention_heads=dims.heads,
+        num_query_groups=dims.kv_groups,
+        kv_channels=dims.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=dims.norm_epsilon,
+        add_bias_linear=True,  # of router and experts too
+        softmax_type="learnable",
+        window_size=(dims.window - 1, 0) if any(dims.sliding) else None,  # tokens to the left
+        window_attn_skip_freq=[int(sliding) for sliding in dims.sliding],
+        gated_linear_unit=True,
+        activation_func=quick_gelu,
+        activation_func_clamp_value=dims.swiglu_limit,
+        glu_linear_offset=1.0,
+        num_moe_experts=dims.experts,
+        moe_ffn_hidden_size=dims.ffn,
+        moe_router_topk=dims.top_k,
+        moe_router_score_function="softmax",
+        moe_router_pre_softmax=False,  # softmax over the chosen
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=backend == "te",
+        **shared,
+    )
+    if dims.yarn is not None:
+        _set_yarn(config, dims.yarn)
+    return config
+
+
+def _set_yarn(config: TransformerConfig, yarn: Yarn) -> None:
+    """mcore reads these off the configuration, which has no such fields (gpt_model.py:172-190)."""
+    config.yarn_rotary_scaling_factor = yarn.factor
+    config.yarn_original_max_position_embeddings = yarn.original_positions
+    config.yarn_beta_fast = yarn.beta_fast
+    config.yarn_beta_slow = yarn.beta_slow
+    config.yarn_mscale = config.yarn_mscale_all_dim = None
+    config.yarn_correction_range_round_to_int = yarn.truncate
+
+
+def build(
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch", virtual_stage: int | None = None
+) -> SupervisedHead:
+    """This rank's part of the model, its weights not set; of an interleaved pipeline, one of its stages. mcore's
+    groups for `plan` must exist."""
+    config = transformer_config(dims, plan, dtype, backend)
+    model = SupervisedHead(
+        config,
+        common.decoder_spec(config, backend, virtual_stage),
+        vocab_size=padded_rows(dims.vocabulary, plan.tensor),
+        max_sequence_length=dims.max_positions,
+        share_embeddings_and_output_weights=dims.tied,
+        position_embedding_type="yarn" if dims.yarn else "rope",
+        rotary_base=dims.rope_base,
+        **common.ends(virtual_stage),
+    )
+    model.vocabulary_rows = dims.vocabulary
+    return model

@@ -1,0 +1,175 @@
+"""Every model family: transformers is the oracle of the logits, import followed by export changes no bit, and a
+document of a pack sees only itself."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_ext import model_folder
+from megatron_ext.entrypoints import export_hf, import_hf
+from megatron_ext.models.gpt_oss.config import Yarn
+from megatron_ext.models.registry import unwrap
+from megatron_ext.parallel import ParallelPlan
+from tests.megatron_ext import tiny
+from tests.megatron_ext.test_attention import forward
+
+QWEN2, GPT_OSS = tiny.DIMS, tiny.GPT_OSS_DIMS
+SHAPES = {
+    "qwen2 tied": QWEN2,
+    "qwen2 untied": replace(QWEN2, tied=False),
+    "qwen2 one group": replace(QWEN2, kv_groups=1),
+    "qwen2 no grouping, 3 heads": replace(QWEN2, hidden=36, heads=3, kv_groups=3, head_dim=12),
+    "qwen2 6 heads, 3 groups, own head size": replace(
+        QWEN2, heads=6, kv_groups=3, head_dim=10, tied=False, rope_base=1e6
+    ),
+    "qwen2 one layer, wide MLP, other epsilon": replace(
+        QWEN2, layers=1, ffn=130, norm_epsilon=1e-3, vocabulary=64
+    ),
+    "gpt_oss": GPT_OSS,
+    "gpt_oss tied, all layers full": replace(GPT_OSS, tied=True, sliding=(False, False)),
+    "gpt_oss window longer than documents": replace(GPT_OSS, window=200, sliding=(True, True, False)),
+    "gpt_oss window of 1, one group": replace(GPT_OSS, window=1, kv_groups=1),
+    "gpt_oss 3 heads, 5 experts, 4 chosen": replace(GPT_OSS, heads=3, kv_groups=3, head_dim=6, experts=5, top_k=4),
+    "gpt_oss YaRN of factor 32, whole correction range": replace(
+        GPT_OSS, head_dim=16, yarn=Yarn(32.0, 4, 8.0, 2.0, truncate=True)
+    ),
+    "gpt_oss plain positions, low clamp": replace(GPT_OSS, yarn=None, rope_base=1e4, swiglu_limit=0.5, vocabulary=64),
+}
+FAMILIES = {"qwen2": QWEN2, "gpt_oss": GPT_OSS}
+TOLERANCE = 1e-5  # fp32 logits
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request):
+    return SHAPES[request.param]
+
+
+@pytest.fixture(params=FAMILIES)
+def dims(request):
+    return FAMILIES[request.param]
+
+
+def transformers_model(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def test_logits_are_those_of_transformers(alone, shape, tmp_path):
+    folder = tiny.hf_folder(tmp_path / "hf", shape)
+    theirs = transformers_model(folder)
+    ours = tiny.model(folder, shape, ParallelPlan())
+    pack = tiny.pack([31, 7, 50], seed=1, vocabulary=shape.vocabulary)
+    logits, batch = forward(ours, pack)
+    for a, b in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:]):
+        with torch.no_grad():
+            expected = theirs(batch.ids[:, a:b]).logits[0]
+        assert (logits[a:b] - expected).abs().max() <= TOLERANCE
+        if (a, b) == (0, 31):
+            plain = ours(batch.ids[:, a:b], batch.positions[:, a:b], None)  # [1, 31, V]: no pack, mcore's own path
+            assert (plain[0, :, : shape.vocabulary] - expected).abs().max() <= TOLERANCE
+
+
+def converted(source, tmp_path) -> tuple[dict, dict]:
+    """Facts of import and export; the model folder is tmp_path/model, the export tmp_path/out."""
+    for name in ("model", "out"):
+        (tmp_path / name).mkdir()
+    imported = import_hf.run(import_hf.Config(str(source)), tmp_path / "model", tmp_path)
+    exported = export_hf.run(export_hf.Config(str(tmp_path / "model")), tmp_path / "out", tmp_path)
+    return imported, exported
+
+
+def test_import_then_export_changes_no_bit(shape, tmp_path):
+    source = tiny.hf_folder(tmp_path / "hf", shape)
+    imported, exported = converted(source, tmp_path)
+    assert exported["weights_digest"] == imported["weights_digest"]
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.int32), after[name].view(torch.int32)) for name in before)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == tiny.family(shape).config.hf_config(shape)
+
+
+def test_an_exported_model_gives_transformers_the_megatron_logits(dims, tmp_path):
+    from megatron_ext import ranks
+
+    converted(tiny.hf_folder(tmp_path / "hf", replace(dims, tied=False)), tmp_path)
+    theirs = transformers_model(tmp_path / "out")
+    with ranks.started(ParallelPlan()):
+        ours = model_folder.load_model(model_folder.open_folder(tmp_path / "model"), ParallelPlan())
+        logits, batch = forward(ours, tiny.pack([40], seed=2))
+    with torch.no_grad():
+        assert (theirs(batch.ids).logits[0] - logits).abs().max() <= TOLERANCE
+
+
+def test_reading_back_a_config_gives_the_same_dimensions(shape):
+    config = tiny.family(shape).config
+    assert config.read(config.hf_config(shape)) == (shape, [])
+
+
+def test_the_planner_counts_the_parameters_that_the_file_has(shape):
+    from megatron_ext.models.rules import hf_shapes
+
+    family = tiny.family(shape)
+    stored = hf_shapes(family.mapping.rules(shape)).values()
+    assert family.config.shape(shape).parameters.total == sum(torch.Size(size).numel() for size in stored)
+
+
+# ---------------------------------------------------------------- isolation
+
+LENGTHS = [3, 16, 17, 1, 40, 2, 33]
+
+
+@pytest.fixture
+def model(alone, dims, tmp_path):
+    return tiny.model(tiny.hf_folder(tmp_path / "hf", dims), dims, ParallelPlan())
+
+
+def embeddings(model, change=lambda x: x):
+    """Replaces what the embedding gives by `change` of it, as a leaf of the graph; returns the list of these leaves."""
+    leaves = []
+    model.embedding.register_forward_hook(
+        lambda _module, _inputs, out: leaves.append(change(out.detach()).requires_grad_()) or leaves[-1]
+    )
+    return leaves
+
+
+def routes(model):
+    """Collects which experts each router chooses, in the order of the layers."""
+    found = []
+    for layer in unwrap(model).decoder.layers:
+        if hasattr(layer.mlp, "router"):
+            layer.mlp.router.register_forward_hook(lambda _module, _inputs, out: found.append(out[1]))
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 4])
+def test_other_documents_cannot_reach_a_document_by_a_single_bit(model, victim):
+    """Where routing stays: other rows in an expert's product may round differently."""
+    pack = tiny.pack(LENGTHS, seed=4)
+    a, b = pack.cu_seqlens[victim], pack.cu_seqlens[victim + 1]
+    outside = torch.ones(len(pack.ids), dtype=torch.bool)
+    outside[a:b] = False
+    chosen = routes(model)
+    logits, _ = forward(model, pack)
+    embeddings(model, lambda x: x + 1e-5 * outside[:, None, None])
+    others, _ = forward(model, pack)
+    half = len(chosen) // 2
+    assert all(torch.equal(x, y) for x, y in zip(chosen[:half], chosen[half:]))
+    assert torch.equal(others[a:b], logits[a:b])
+    assert ((others - logits)[outside].abs().amax(dim=-1) > 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("victim", [0, 4])
+def test_the_gradient_between_documents_is_exactly_zero(model, victim):
+    pack = tiny.pack(LENGTHS, seed=5)
+    a, b = pack.cu_seqlens[victim], pack.cu_seqlens[victim + 1]
+    leaves = embeddings(model)
+    logits, _ = forward(model, pack)
+    (grad,) = torch.autograd.grad(logits[a:b].sum(), leaves)
+    grad = grad.squeeze(1)
+    assert (grad[a:b].abs().sum(1) > 0).all()
+    assert grad[:a].abs().sum() == 0 and grad[b:].abs().sum() == 0
