@@ -3,6 +3,8 @@
 Distributed checkpoints are interchangeable with Transformer Engine's grouped experts.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import RowParallelLinear
@@ -10,7 +12,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 class ExpertRowParallelLinear(RowParallelLinear):
-    """mcore's MLP adds an expert's bias in place (mlp.py:247), which autograd forbids on what comes back here."""
+    """The second matrix of an expert, whose bias mcore mishandles in three places.
+
+    Its MLP adds the bias in place (mlp.py:247), which autograd forbids on what `forward` returns. And the bias is
+    marked as the same on all tensor ranks, though these hold different experts (biases need expert_tensor 1): under
+    sequence parallelism its gradients would be mixed, and the gradient norm would count those of one rank only.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.bias is not None:
+            self.bias.sequence_parallel = False
+            self.bias.tensor_model_parallel = True
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """input_ [tokens, f / t] -> (output [tokens, h], bias [h] that the caller adds, or None)."""

@@ -140,24 +140,3 @@ def test_a_source_that_is_not_there_is_one_line(source, words, tmp_path, monkeyp
     with pytest.raises(UserMistake, match=words) as found:
         import_hf.run(import_hf.Config(source), tmp_path, tmp_path)
     assert len(str(found.value).splitlines()) == 1
-
-
-def test_the_te_switch_uses_names_that_megatron_core_has():
-    """Transformer Engine cannot be installed here: hold the call against mcore's source."""
-    import inspect
-
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    from megatron_ext.models.qwen2 import spec
-
-    assert spec.get_gpt_layer_with_transformer_engine_spec is gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec
-    source = inspect.getsource(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec)
-    assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source
-    local = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map
-    te_names = {rule.name: rule.te_name for rule in tiny.QWEN2.mapping.rules(tiny.DIMS) if rule.te_name}
-    for name, te_name in te_names.items():
-        short = name.removeprefix("decoder.layers.").split(".", 1)[1]
-        prefix = next(key for key in local if short.startswith(key))
-        assert te_name.endswith(short.replace(prefix, local[prefix]))
-    with pytest.raises(ValueError, match="neither"):
-        spec.layer_spec(None, "apex")

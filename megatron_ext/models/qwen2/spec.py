@@ -1,17 +1,9 @@
-"""Qwen2 as a megatron-core model: configuration, layer spec, GPTModel."""
+"""Qwen2 as a megatron-core model: configuration and GPTModel."""
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
 from megatron_ext.layers.loss_head import SupervisedHead
-from megatron_ext.layers.norm import Norm
 from megatron_ext.models import common
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.parallel import ParallelPlan, padded_rows
@@ -36,23 +28,6 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
     )
 
 
-def layer_spec(
-    config: TransformerConfig, backend: str, virtual_stage: int | None = None
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """ "torch": mcore's local spec with our norms and packed attention. "te": mcore's stock spec, unchanged."""
-    if backend == "te":
-        return get_gpt_layer_with_transformer_engine_spec()
-    if backend != "torch":
-        raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = Norm
-    layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.module = PackedSelfAttention
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
-
-
 def build(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch", virtual_stage: int | None = None
 ) -> SupervisedHead:
@@ -61,7 +36,7 @@ def build(
     config = transformer_config(dims, plan, dtype, backend)
     model = SupervisedHead(
         config,
-        layer_spec(config, backend, virtual_stage),
+        common.decoder_spec(config, backend, virtual_stage),
         vocab_size=padded_rows(dims.vocabulary, plan.tensor),
         max_sequence_length=dims.max_positions,
         share_embeddings_and_output_weights=dims.tied,
