@@ -81,7 +81,8 @@ def _metadata() -> dict[str, Any]:
 Model = torch.nn.Module | list[torch.nn.Module]  # or the parts of an interleaved pipeline (registry.stages)
 
 
-def _model_state(model: Model) -> dict[str, Any]:
+def model_state(model: Model) -> dict[str, Any]:
+    """What of the whole model this rank holds, as mcore's sharded tensors."""
     return {f"stage{i}": part.sharded_state_dict(metadata=_metadata()) for i, part in enumerate(stages(model))}
 
 
@@ -90,12 +91,12 @@ def save_weights(model: Model, folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save({"model": _model_state(model)}, str(folder), InProcessSave())
+    dist_checkpointing.save({"model": model_state(model)}, str(folder), InProcessSave())
 
 
 def load_weights(model: Model, folder: Path) -> None:
     """Weights of `save_weights`, or of a step's `state`, written under any layout, into `model`."""
-    state = dist_checkpointing.load({"model": _model_state(model)}, str(folder))
+    state = dist_checkpointing.load({"model": model_state(model)}, str(folder))
     _load_model(model, state["model"])
 
 
@@ -159,7 +160,7 @@ def weights_digest(model: Model) -> str:
     Checkpoints).
     """
     vocabulary = stages(model)[0].vocabulary_rows
-    state = _model_state(model)
+    state = model_state(model)
     apply_factories(state)
     lines: dict[str, tuple[str, tuple[int, ...]]] = {}
     sums: dict[str, torch.Tensor] = {}
@@ -255,10 +256,10 @@ def save_step(
     if writer:
         (temporary / STATE).mkdir(parents=True)
     dist.barrier()
-    model_state = _model_state(model)
+    weights = model_state(model)
     state = {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, metadata=_metadata()),
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, metadata=_metadata()),
         "rng": _rng_object(),
     }
     dist_checkpointing.save(state, str(temporary / STATE), InProcessSave())
@@ -360,10 +361,10 @@ def load_step(
                 f"use a fresh folder, or the old value"
             )
     same_layout = manifest["layout"] == layout_name(plan)
-    model_state = _model_state(model)
+    weights = model_state(model)
     wanted = {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_metadata()),
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata()),
     }
     if same_layout:
         wanted["rng"] = _rng_object()

@@ -205,10 +205,13 @@ class Trainer:
         config.grad_scale_func = self.optimizer.scale_loss if config.fp16 else None
         self._forward_backward = get_forward_backward_func()
 
-    def gradient(self, rows: Sequence[MicroBatch], loss_function: LossFunction = sum_of_losses) -> Sums:
-        """Leave the gradient of the mean loss over this rank's and all other ranks' micro-batches in the buffers.
+    def gradient(
+        self, rows: Sequence[MicroBatch], loss_function: LossFunction = sum_of_losses, everywhere: bool = False
+    ) -> Sums:
+        """Leave the gradient of the mean loss, over all micro-batches of all ranks, in the parameters' `main_grad`.
 
-        Returns this rank's sums.
+        Only the share that the rank's optimizer needs is right there, or `everywhere` all of it. Returns this rank's
+        sums.
         """
         sums = Sums()
         counts = parallel_state.get_tensor_model_parallel_rank() == 0  # the others have the same numbers
@@ -235,6 +238,7 @@ class Trainer:
             num_microbatches=len(rows),
             seq_length=rows[0].documents.total_tokens,
             micro_batch_size=1,
+            force_all_reduce=everywhere,
         )
         return sums
 

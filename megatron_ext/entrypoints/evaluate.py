@@ -42,7 +42,21 @@ def check(config: Config, ranks: int) -> list[Problem]:
     problems += check_rows(config.task, config.task_options, config.source)
     if config.max_new_tokens < 1:
         problems.append(Problem("max_new_tokens", f"{config.max_new_tokens} is too few: the least is 1"))
+    problems += _cannot_generate(config.parallel)
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
+
+
+def _cannot_generate(plan: ParallelPlan) -> list[Problem]:
+    """Ranks that decode different prompts go at their own pace: whoever shares a model must share the prompts."""
+    problems = [
+        Problem(f"parallel.{name}", f"{getattr(plan, name)}: generation has no {name} ranks: use 1")
+        for name in ("pipeline", "context")
+        if getattr(plan, name) > 1
+    ]
+    if plan.expert * plan.expert_tensor > plan.tensor:
+        spread = f"expert {plan.expert} x expert_tensor {plan.expert_tensor}"
+        problems.append(Problem("parallel.expert", f"{spread} is more than tensor {plan.tensor}: raise tensor"))
+    return problems
 
 
 def rows(config: Config, task: Task) -> Iterator[Row]:

@@ -18,6 +18,12 @@ from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
 from megatron_ext.parallel import ParallelPlan
 
+RECOMPUTE: dict[str, dict[str, Any]] = {  # what ParallelPlan.recompute means to mcore
+    "none": {},
+    "selective": dict(recompute_granularity="selective", recompute_modules=["mlp", "moe"]),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
+
 
 def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """Fields of TransformerConfig. `dtype` is that of the parameters, `backend` "torch" or "te"."""
@@ -35,6 +41,7 @@ def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, 
         expert_model_parallel_size=plan.expert,
         expert_tensor_parallel_size=plan.expert_tensor,
         **_pipeline(plan, dtype),
+        **RECOMPUTE[plan.recompute],
         # Every weight comes from a checkpoint: no time is spent on random numbers. (perform_initialization=False would
         # also leave out the marks of tensor-parallel parameters, and gradient norms would miss
         # all ranks but the first.)

@@ -2,15 +2,37 @@ import pytest
 
 from megatron_ext.device import init_device
 from tests.megatron_ext.gloo import Ranks
+from tests.megatron_ext.table import Table
 
 init_device()  # before any test module imports megatron-core
+
+TABLE = Table("Parallel equals serial: relative differences of loss, gradient and loss after an update")
+
+
+@pytest.fixture(scope="session")
+def table():
+    return TABLE
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in TABLE.lines():
+        terminalreporter.write_line(line)
+
+
+def _pool(world_size: int):
+    ranks = Ranks(world_size)
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    yield from _pool(4)
 
 
 @pytest.fixture
