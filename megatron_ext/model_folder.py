@@ -57,12 +57,16 @@ def open_folder(path: str | Path) -> ModelFolder:
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face folder but weights and sub-folders."""
+    """Everything of a Hugging Face folder but weights and sub-folders. Weights go on unquantised: config.json too."""
     target.mkdir(parents=True, exist_ok=True)
     weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
+    config = target / "config.json"
+    if config.is_file() and "quantization_config" in (file := durable.read_json(config)):
+        del file["quantization_config"]
+        durable.write_json(config, file)
 
 
 def load_stages(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> list[Any]:

@@ -46,6 +46,7 @@ class Dims:
     yarn: Yarn | None
     max_positions: int
     dtype: str  # of the checkpoint, its MXFP4 experts apart: "float32", "bfloat16" or "float16"
+    mxfp4: bool = False  # the checkpoint's expert matrices are MXFP4 blocks and scales
 
     @property
     def layers(self) -> int:
@@ -153,6 +154,7 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
         yarn=_yarn(rope) if kind == "yarn" else None,
         max_positions=config["max_position_embeddings"],
         dtype=dtype,
+        mxfp4=method == "mxfp4",
     ), []
 
 
@@ -206,7 +208,9 @@ def _rope(dims: Dims) -> dict[str, Any]:
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
     """config.json of a GptOssForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
     rope = _rope(dims)
+    quantised = {"quantization_config": {"quant_method": "mxfp4"}} if dims.mxfp4 else {}
     return {
+        **quantised,
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "num_hidden_layers": dims.layers,

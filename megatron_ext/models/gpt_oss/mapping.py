@@ -24,11 +24,7 @@ from megatron_ext.mxfp4 import Quantised
 
 
 def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
-    """Every parameter of the model, in the order of the Hugging Face file.
-
-    An expert matrix of which `found` has MXFP4 blocks comes from these, [out, in]; another from transformers' parameter,
-    [in, out]. The shapes would not tell them apart: released models have square ones.
-    """
+    """Every parameter of the model, in the order of the Hugging Face file."""
     vocabulary, norm = Vocabulary((dims.vocabulary, dims.hidden)), Replicated((dims.hidden,))
     rules_ = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
     for i in range(dims.layers):
@@ -45,7 +41,7 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
         rules_.append(
             Rule(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), norm)
         )
-        rules_ += _experts(dims, ours + "mlp.", theirs + "mlp.", found)
+        rules_ += _experts(dims, ours + "mlp.", theirs + "mlp.")
     rules_.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), norm))
     if not dims.tied:
         rules_.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
@@ -66,7 +62,7 @@ def _attention(dims: Dims, ours: str, theirs: str) -> list[Rule]:
     ]
 
 
-def _experts(dims: Dims, ours: str, theirs: str, found: Collection[str]) -> list[Rule]:
+def _experts(dims: Dims, ours: str, theirs: str) -> list[Rule]:
     rules_ = [
         Rule(ours + "router.weight", (theirs + "router.weight",), Replicated((dims.experts, dims.hidden))),
         Rule(ours + "router.bias", (theirs + "router.bias",), Replicated((dims.experts,))),
@@ -79,21 +75,21 @@ def _experts(dims: Dims, ours: str, theirs: str, found: Collection[str]) -> list
         source = f"{theirs}experts.{name}"
         for e in range(dims.experts):
             expert = f"{ours}experts.{e}.{to}"
-            hf, layout = _matrix(source, Entry(source, e, dims.experts), matrix, found)
             rules_ += [
-                Rule(f"{expert}.weight", hf, layout, experts=dims.experts),
+                Rule(f"{expert}.weight", *_matrix(dims, source, e, matrix), experts=dims.experts),
                 Rule(f"{expert}.bias", (Entry(f"{source}_bias", e, dims.experts),), bias, experts=dims.experts),
             ]
     return rules_
 
 
-def _matrix(
-    source: str, plain: Entry, layout: Layout, found: Collection[str]
-) -> tuple[tuple[HfTensor, ...], Layout]:
-    """Hugging Face tensors and layout of one expert's matrix."""
-    if f"{source}_blocks" not in found:
-        return (plain,), Transposed(layout)
-    parts = (Entry(f"{source}_{part}", plain.index, plain.count) for part in ("blocks", "scales"))
+def _matrix(dims: Dims, source: str, expert: int, layout: Layout) -> tuple[tuple[HfTensor, ...], Layout]:
+    """Hugging Face tensors and layout of an expert's matrix, whose `layout` is [out, in].
+
+    MXFP4 files have it so, transformers' parameter is [in, out]. Shapes would not tell: released ones are square.
+    """
+    if not dims.mxfp4:
+        return (Entry(source, expert, dims.experts),), Transposed(layout)
+    parts = (Entry(f"{source}_{part}", expert, dims.experts) for part in ("blocks", "scales"))
     return tuple(parts), Quantised(layout)
 
 
