@@ -65,6 +65,8 @@ class Outcome:
     started: float
     ended: float = field(default_factory=time.time)
     done: Optional[int] = None  # durable steps of one that was stopped
+    cause: str = ""  # of one whose worker could not say: what launchers/rerun.py read from other evidence
+    node: str = ""  # the one guilty node, where it was a node
 
 
 class RunFolder:
@@ -183,6 +185,9 @@ class RunFolder:
         told = {name: value for name, value in environment.items() if name.startswith("SLURM")}
         if "SLURM_JOB_ID" not in told:
             return
-        folder = self.phase_folder(phase) / "attempts" / "environment"
-        folder.mkdir(parents=True, exist_ok=True)
-        durable.write_json(folder / f"{element:04d}.a{owner.attempt}.r{owner.restart}.json", told)
+        path = self.environment_path(phase, element, owner.attempt, owner.restart)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_json(path, told)
+
+    def environment_path(self, phase: str, element: int, attempt: int, restart: int) -> Path:
+        return self.phase_folder(phase) / "attempts" / "environment" / f"{element:04d}.a{attempt}.r{restart}.json"

@@ -31,18 +31,20 @@ from typing import Any, Optional
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.progress import Stopped
-from jobs import retry, stopping
+from jobs import requeue, retry, stopping
 from jobs.artifact import (
     FINISH, Artifact, HashCache, Lease, LeaseHeld, LeaseName, Owner, Seal, Sealed, content_digest, read_seal)
 from jobs.kind import PhaseKind, find_kind
 from jobs.pipeline import substitute, typed_config
 from jobs.ranks import Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
-from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_SEALED, EXIT_UNFINISHED
+from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_SEALED, EXIT_UNFINISHED, Cause
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.secrets import Secrets, reveal
 from jobs.task import Task
+from slurm.client import ENDED_STATES, Slurm, SlurmError
 from slurm.profile import load
 
+ASK_LIMIT_S = 10.0  # for one question to Slurm by a worker that has to leave soon
 FULL_BELOW = 1 << 20  # bytes left on the run's filesystem at which a failure is put down to a full disk
 
 
@@ -97,8 +99,6 @@ def _command(run: RunFolder, phase: str, index: Optional[int], number: int, requ
 
 def slurm_says_ended(job: str) -> bool:
     """True only when Slurm itself lists the job as ended; silence proves nothing."""
-    from slurm.client import ENDED_STATES, Slurm, SlurmError
-
     try:
         return any(job == row.job_id and row.state in ENDED_STATES for row in Slurm().queue())
     except (SlurmError, UserMistake, OSError):
@@ -255,33 +255,22 @@ class Worker:
         received = {int(number) for word in words for number in word.split(",") if number}
         before = [outcome for outcome in self.run.outcomes(self.phase.name, self.owner.attempt)
                   if outcome.element == self.index and outcome.restart < self.owner.restart]
-        ends = [retry.End(retry.STOPPED, outcome.done, stopped.unit) for outcome in before if outcome.state == "stopped"]
-        verdict = retry.decide([*ends, retry.End(retry.STOPPED, stopped.done, stopped.unit)])
+        stops = [outcome for outcome in before if outcome.state == "stopped"]
+        ends = [retry.End(Cause.STOPPED, done, stopped.unit) for done in [*(stop.done for stop in stops), stopped.done]]
+        verdict = retry.decide(ends)
         message = f"{stopped}; {verdict.why}"
-        refusal = self._requeue_refusal(received) if verdict.again and self.requeue else "not asked for"
+        slurm = Slurm(timeout_s=ASK_LIMIT_S)
+        refusal = requeue.refusal_here(slurm, received) if verdict.again and self.requeue else "not asked for"
         if refusal and refusal != "not asked for":
             message += f" (not requeued: {refusal})"
         # Before the requeue, which has Slurm end this very process.
         self._record_outcome("stopped", EXIT_UNFINISHED, message, stopped.done)
         if not refusal:
-            self._requeue()
+            try:
+                requeue.requeue(slurm, self.run, self.phase, self.number, before)
+            except SlurmError as error:
+                _say(f"not requeued: {error}")
         return {"message": message}
-
-    def _requeue_refusal(self, received: set[int]) -> str:
-        from slurm.client import Slurm, SlurmError, job_element
-
-        try:
-            return retry.requeue_refusal(Slurm().job(job_element(os.environ)), received)
-        except SlurmError as error:
-            return str(error)
-
-    def _requeue(self) -> None:
-        from slurm.client import Slurm, SlurmError, job_element
-
-        try:
-            Slurm().requeue(job_element(os.environ))
-        except SlurmError as error:
-            _say(f"not requeued: {error}")
 
     def _read_upstream(self) -> None:
         cache = HashCache()

@@ -9,12 +9,11 @@ import re
 import signal
 import time
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Callable, Optional
 
 from data_tools.mistake import EXIT_MISTAKE
-from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE
+from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE, Cause
 from jobs.run_folder import Outcome
 from launchers.backend import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
 from launchers.status import NO_SEAL, UNKNOWN, exit_code_of
@@ -22,34 +21,6 @@ from slurm.client import AccountingRow, format_minutes
 
 EVIDENCE_CHARACTERS = 240
 SIGNAL_NO_OUTPUT = 53  # Slurm's "signal" of a batch script whose output file it could not open
-
-
-class Cause(StrEnum):
-    """Why an element is not sealed. The value is what people and --json read."""
-
-    MISTAKE = "user mistake"
-    CODE = "python exception"
-    HOST_MEMORY = "out of host memory"
-    GPU_MEMORY = "out of GPU memory"
-    COLLECTIVE = "collective time-out"
-    TIME_LIMIT = "time limit"
-    PREEMPTED = "preempted"
-    NODE = "node failure"
-    NO_INPUT = "missing input"
-    LEASE_HELD = "lease held by another"
-    CANCELLED = "cancelled"
-    STOPPED = "stopped"  # when asked to, at a checkpoint, and not started again
-    UPSTREAM = "upstream not sealed"
-    NEVER_STARTS = "cannot start"
-    WAITING = "waiting"  # nothing is wrong
-    DRIVER_GONE = "local driver gone"
-    NO_LOG_FOLDER = "log folder missing"
-    LOST = "lost"
-    UNKNOWN = "unknown"
-
-    @property
-    def is_trouble(self) -> bool:
-        return self is not Cause.WAITING
 
 
 @dataclass(frozen=True)

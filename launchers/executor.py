@@ -13,14 +13,14 @@ from typing import Any, Callable, Optional
 from submitit.slurm.slurm import SlurmExecutor
 
 from data_tools import durable
+from jobs.retry import EXIT_UNFINISHED
 from jobs.run_folder import RunFolder
 from launchers.backend import NEVER, JobSpec, OutcomeOpen, Refused, TaskState
 from launchers.ledger import JobEntry
-from slurm.client import QueueRow, Slurm, SlurmError, SlurmTimeout, format_indices
+from slurm.client import QueueRow, Slurm, SlurmError, format_indices
 from slurm.detect import Cluster
 from slurm.profile import Profile
 
-SIGNAL_BEFORE_END = "USR2@90"  # seconds before the time limit; submitit's own default
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
 
@@ -75,7 +75,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "output": str(log.with_name(f"a{number}.{'tasks' if frozen.batch > 1 else ''}%a.out") if spec.is_array else log),
         "export": ",".join(profile.env.forward) or "NONE",
         "kill-on-invalid-dep": "no",  # a dependent of a failed phase waits, so that it can be rewired to the next attempt
-        "signal": SIGNAL_BEFORE_END,
+        "signal": f"USR2@{profile.signal_lead_s}",
         "chdir": str(run.path),
     }
     if spec.is_array:
@@ -95,34 +95,47 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
 
 
 def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> str:
-    """The last line of the script: srun of our worker on all ranks of the element."""
+    """The last lines of the script: srun of our worker on all ranks of each element of the task, and what ended it.
+
+    Elements that share a task run one after the other; the task fails if one fails, and ends where one was asked to stop.
+    """
     # Since 22.05 srun does not take --cpus-per-task over from sbatch.
     srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", "--unbuffered",
             f"--cpus-per-task={spec.planned.resources.cpus_per_task}"]
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
-    python = profile.env.python or sys.executable
-    worker = [*WITHOUT_USR2, python, "-m", "jobs.worker", str(run.path), spec.phase]
-    batch = spec.planned.frozen.batch
-    if batch == 1:
-        return shlex.join([*srun, *profile.srun.extra, *worker, "--submission", str(number), "--requeue"])
-    # More elements than an array may have: each task runs its share, one step after the other, and fails if one fails.
-    log = f"--output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$element.out"
-    last = f"$(( (SLURM_ARRAY_TASK_ID + 1) * {batch} - 1 < {spec.planned.frozen.elements - 1} ? " \
-           f"(SLURM_ARRAY_TASK_ID + 1) * {batch} - 1 : {spec.planned.frozen.elements - 1} ))"
+    srun += profile.srun.extra
+    python, frozen = profile.env.python or sys.executable, spec.planned.frozen
+    where = [str(run.path), spec.phase]
+    worker = shlex.join([*WITHOUT_USR2, python, "-m", "jobs.worker", *where])
+    rerun = shlex.join([python, "-m", "launchers.rerun", *where])
+    log = ""
+    if frozen.batch > 1:
+        log = f" --open-mode=append --output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$1.out"
+    lines = [
+        "run_element() {",
+        '    if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then',
+        f"        {rerun} $1 --submission {number} || return $?",
+        "    fi",
+        "    local code=0",
+        f"    {shlex.join(srun)}{log} {worker} $1 --submission {number} --requeue || code=$?",
+        f"    [ $code = 0 ] || {rerun} $1 --submission {number} --code $code",
+        "    return $code",
+        "}",
+    ]
+    if frozen.batch == 1:
+        return "\n".join([*lines, 'run_element "${SLURM_ARRAY_TASK_ID:-0}"'])
+    last = f"(SLURM_ARRAY_TASK_ID + 1) * {frozen.batch} - 1"
+    most = frozen.elements - 1
     return "\n".join([
+        *lines,
         "code=0",
-        f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {batch} )) {last}); do",
-        f"    {shlex.join([*srun, '--open-mode=append', *profile.srun.extra])} {log} {shlex.join(worker)} $element "
-        f"--submission {number} --requeue || code=$?",
+        f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {frozen.batch} )) $(( {last} < {most} ? {last} : {most} ))); do",
+        "    run_element $element || code=$?",
+        f"    [ $code != {EXIT_UNFINISHED} ] || break",
         "done",
         "exit $code",
     ])
-
-
-# What sbatch and scontrol say when the controller may have taken the call although the client saw it fail.
-OPEN_OUTCOME = re.compile(r"timed out|timeout|unable to contact|connection refused|connection reset|zero bytes|socket|"
-                          r"communication|slurm_persist|try again", re.IGNORECASE)
 
 
 def dependency(needs: dict[str, str], waits: dict[str, str]) -> str:
@@ -213,12 +226,8 @@ class SlurmBackend:
     def _ask(call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except SlurmTimeout as silence:
-            raise OutcomeOpen(str(silence)) from None
         except SlurmError as error:
-            if OPEN_OUTCOME.search(error.message):
-                raise OutcomeOpen(str(error)) from None
-            raise Refused(str(error)) from None
+            raise (OutcomeOpen if error.is_silence else Refused)(str(error)) from None
 
 
 def never_starting(rows: list[QueueRow]) -> set[str]:

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools import durable
-from jobs import retry, stopping
+from jobs import stopping
 from jobs.artifact import Owner
 from jobs.ranks import die_with_parent, exit_code
 from jobs.run_folder import RunFolder
 from launchers.backend import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, JobSpec, Refused, TaskState
 from launchers.ledger import JobEntry
+from launchers.rerun import Life, judge
 from slurm.client import scrubbed_environment
 from slurm.profile import load
 
@@ -137,6 +138,7 @@ class Driver:
     def __init__(self, run: RunFolder, number: int):
         self.run, self.number = run, number
         self.folder = run.path / "local" / str(number)
+        self.phases = run.frozen(number)
         self.cores = max(1, len(os.sched_getaffinity(0)))
         self.jobs = durable.read_json(self.folder / "jobs.json")
         self.tasks = [
@@ -149,7 +151,6 @@ class Driver:
         self.throttle = {job["phase"]: job["throttle"] for job in self.jobs}
         self.children: dict[int, subprocess.Popen] = {}  # position in tasks -> worker
         self.kill_at: dict[int, float] = {}
-        self.ends: dict[int, list[retry.End]] = {}  # how a task ended each time, unsealed
         self.cancel_all = False
         self.unsaved = False  # the disk refused the last state.json
 
@@ -193,16 +194,13 @@ class Driver:
     def _judge(self, position: int, code: int) -> None:
         """Have a failed task wait for another start where that is safe and its budget allows, else say why not."""
         task = self.tasks[position]
-        done = next((outcome.done for outcome in self.run.outcomes(task["phase"], self.number)
-                     if (outcome.element, outcome.restart) == (task["index"], task["restart"])), None)
-        ends = self.ends.setdefault(position, [])
-        ends.append(retry.End(retry.failure_of(code), done))
-        verdict = retry.decide(ends)
+        life = Life(self.run, self.phases[task["phase"]], task["index"], self.number, self.number, task["restart"])
+        verdict = judge(life, code, on_slurm=False)
         print(f"{task['phase']}[{task['index']}] exit code {code}: {verdict.why}", file=sys.stderr, flush=True)
         if verdict.again:
             task |= {"state": PENDING, "reason": REQUEUED, "restart": task["restart"] + 1}
         else:
-            task["reason"] = "NonZeroExitCode" if verdict.why == ends[-1].failure else verdict.why
+            task["reason"] = verdict.why
 
     def _cancel(self) -> bool:
         asked = {path.name for path in (self.folder / "cancel").iterdir()}

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from data_tools.mistake import UserMistake, nearest
+from jobs.retry import Cause
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.backend import ACTIVE_STATES
-from launchers.diagnosis import Cause, Diagnosis, Evidence, classify
+from launchers.diagnosis import Diagnosis, Evidence, classify
 from launchers.ledger import JobEntry, Ledger
 from launchers.status import Element, Look, look_at, open_elements, script_of
 from slurm.client import SlurmError, format_indices
@@ -143,6 +144,7 @@ def gather(
     run, entry, state = look.run, element.entry, element.state()
     path = run.log_path(phase.name, script_of(entry), element.index)
     slurm = look.slurms.get(entry.job)
+    outcome = element.outcome if element.outcome is None or not element.outcome.cause else None  # its own words only
     row, down = element.accounting, ()
     ended = state.state not in ACTIVE_STATES
     if (
@@ -150,7 +152,7 @@ def gather(
         and ask_slurm
         and ended
         and element.task is not None
-        and element.outcome is None
+        and outcome is None
         and row is None
     ):
         try:
@@ -172,7 +174,7 @@ def gather(
         state=state.state,
         reason=state.reason,
         exit_code=state.exit_code,
-        outcome=element.outcome,
+        outcome=outcome,
         log=log_tail(path, phase.name, element.index) + _shared_log(path, entry, element.index),
         log_path=str(path),
         log_folder_exists=path.parent.is_dir(),

@@ -33,6 +33,15 @@ ENDED_STATES = frozenset((
 _SCRUBBED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
+# What sbatch and scontrol say when the controller may have taken the call although the client saw it fail.
+_SILENCE = re.compile(
+    r"timed out|timeout|unable to contact|connection refused|connection reset|zero bytes|socket|communication|slurm_persist"
+    r"|try again",
+    re.IGNORECASE,
+)
+ASK_AGAIN_S = 2.0
+REQUEUE_PATIENCE_S = 45.0  # half of the default signal lead: the other half is Slurm's, to end the job
+
 
 class SlurmError(Exception):
     """A Slurm command failed: which, with which code (None: it never ended or never started) and what it said."""
@@ -45,9 +54,16 @@ class SlurmError(Exception):
         code = "" if returncode is None else f" (exit code {returncode})"
         super().__init__(f"`{_shown(self.command)}` failed{code}: {message}")
 
+    @property
+    def is_silence(self) -> bool:
+        """Nobody answered: what was asked for may have happened all the same."""
+        return _SILENCE.search(self.message) is not None
+
 
 class SlurmTimeout(SlurmError):
     """The command was killed at our limit. What it asked for may have happened all the same (an sbatch, a scancel)."""
+
+    is_silence = True
 
 
 class SlurmUnavailable(UserMistake):
@@ -149,6 +165,17 @@ class Slurm:
             raise SlurmError(command, process.returncode, message, err)
         return out
 
+    def patiently(self, command: Sequence[str], patience_s: float) -> str:
+        """`run`, again and again for a while where nobody answers: for commands that may be given twice."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return self.run(command)
+            except SlurmError as error:
+                if not error.is_silence or time.monotonic() + ASK_AGAIN_S > deadline:
+                    raise
+                time.sleep(ASK_AGAIN_S)
+
     def ping(self, timeout_s: float = PING_LIMIT_S) -> None:
         """Return when a controller answers; a restart or a fail-over shorter than the limit goes unnoticed.
 
@@ -225,19 +252,25 @@ class Slurm:
 
     def down_nodes(self, nodelist: str) -> list[str]:
         """Those of these nodes ("n[1-4]") that are down, drained, failed or do not answer."""
-        printed = self.run(["sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%N %T"])
-        states = dict(line.split() for line in printed.splitlines())  # a node of several partitions has several lines
-        bad = ("down", "drain", "fail")
-        return [name for name, state in states.items() if state.endswith("*") or state.startswith(bad)]
+        states = self.node_states(f"--nodes={nodelist}")
+        return [name for name, state in states.items() if is_away(state)]
+
+    def usable_nodes(self, partition: str) -> set[str]:
+        """The nodes of a partition that are not away."""
+        states = self.node_states(f"--partition={partition}")
+        return {name for name, state in states.items() if not is_away(state)}
 
     def partitions(self) -> list[PartitionRow]:
         """The partitions this user may see."""
         return parse_partitions(self.run(["sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%s|%D|%c|%m|%G"]))
 
-    def node_states(self) -> dict[str, str]:
-        """Each node's state as sinfo prints it: "idle", "mixed", "down*" (the star: it does not answer)."""
-        rows = (line.split() for line in self.run(["sinfo", "--noheader", "--Node", "--format=%N %T"]).splitlines())
-        return {name: state for name, state in rows}
+    def node_states(self, *which: str) -> dict[str, str]:
+        """Each node's state as sinfo prints it: "idle", "mixed", "down*" (the star: it does not answer).
+
+        `which` are options of sinfo's that choose nodes. One of several partitions is printed once for each.
+        """
+        printed = self.run(["sinfo", "--noheader", "--Node", *which, "--format=%N %T"])
+        return dict(line.split() for line in printed.splitlines())
 
     def configuration(self) -> dict[str, str]:
         """The controller's running slurm.conf, keys as `scontrol show config` spells them."""
@@ -251,19 +284,32 @@ class Slurm:
         """The address of a node, which need not be its name (and whose name need not resolve)."""
         return parse_node_address(self.run(["scontrol", "show", "node", node, "--oneliner"]), node)
 
-    def job(self, element: str) -> dict[str, str]:
+    def job(self, element: str, patience_s: float = 0.0) -> dict[str, str]:
         """What the controller says of one job ("12") or array element ("12_3"), keys as `scontrol show job` spells."""
-        return parse_job(self.run(["scontrol", "show", "job", element, "--oneliner"]))
+        return parse_job(self.patiently(["scontrol", "show", "job", element, "--oneliner"], patience_s))
 
-    def requeue(self, element: str) -> None:
-        """Run a job or array element again under its id. The bare id of an array means all of its elements."""
-        self.run(["scontrol", "requeue", element])
+    def requeue(self, element: str, exclude: str = "", patience_s: float = REQUEUE_PATIENCE_S) -> None:
+        """Run a job or array element again under its id, not on the nodes `exclude`; asked again while nobody answers.
+
+        The bare id of an array means all of its elements. A job that requeues itself hears SIGTERM in here.
+        """
+        self.patiently(["scontrol", "requeue", element], patience_s)
+        if exclude:  # only now: Slurm changes it of waiting jobs alone
+            self.exclude(element, exclude)
+
+    def exclude(self, element: str, nodes: str) -> None:
+        """Let a waiting job, or waiting elements ("12_[3-7]"), start on none of these nodes."""
+        self.run(["scontrol", "update", f"jobid={element}", f"excnodelist={nodes}"])
 
     def sbatch(self, arguments: Sequence[str]) -> str:
         """Submit; gives the new job's id. SlurmTimeout leaves open whether the job exists: look for its name."""
         printed = self.run(["sbatch", "--parsable", *arguments])
         return printed.strip().splitlines()[-1].split(";")[0]  # "12" or, with several clusters, "12;name"
 
+
+def is_away(node_state: str) -> bool:
+    """Whether a node in that state, as sinfo prints it, is down, drained, failed or does not answer."""
+    return node_state.endswith("*") or node_state.startswith(("down", "drain", "fail"))
 
 
 def controller_is_up(printed: str) -> bool:

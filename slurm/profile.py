@@ -50,6 +50,7 @@ class Partition:
     account: Optional[str] = None
     qos: Optional[str] = None
     constraint: Optional[str] = None
+    requeue: Optional[bool] = None  # whether a stopped or preempted job may run again under its id; None: asked of Slurm
     extra_sbatch: Dict[str, str] = field(default_factory=dict)
 
 
@@ -105,6 +106,8 @@ class Profile:
     network: Network = field(default_factory=Network)
     srun: Srun = field(default_factory=Srun)
     max_array_size: Optional[int] = None  # None: no limit known
+    max_submit_jobs: Optional[int] = None  # of one user at a time, array elements counted; None: asked of sacctmgr
+    signal_lead_s: int = 90  # seconds before the time limit at which a job is asked to stop: one checkpoint must fit
 
 
 @dataclass
@@ -374,6 +377,10 @@ def _leaf(hint: Any, value: Any) -> Any:
         raise ValueError(f"{value!r} is not one value")
     if type(None) in get_args(hint):
         return None if value in _NOTHING else _leaf(get_args(hint)[0], value)
+    if hint is bool:
+        if value not in ("true", "false"):
+            raise ValueError(f"{value!r} is neither true nor false")
+        return value == "true"
     if hint is int:
         try:
             return int(value)
@@ -398,8 +405,10 @@ def _meaning(profile: Profile, file: str) -> list[Problem]:
     if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
         message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"
         problems.append(Problem(f"{file}: network.port_range", message))
-    if profile.max_array_size is not None and profile.max_array_size < 1:
-        problems.append(Problem(f"{file}: max_array_size", f"{profile.max_array_size} is too small; the least is 1"))
+    for key, least in (("max_array_size", 1), ("max_submit_jobs", 1), ("signal_lead_s", 1)):
+        value = getattr(profile, key)
+        if value is not None and value < least:
+            problems.append(Problem(f"{file}: {key}", f"{value} is too small; the least is {least}"))
     problems += _environment_problems(profile.env, f"{file}: env")
     if not problems:  # the numbers can be compared only now
         for name in profile.roles:

@@ -10,6 +10,7 @@ Import it where it is needed, with its helper fixture:
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -96,3 +97,22 @@ def wait_until(ready: Callable[[], bool], what: str, limit_s: float = 20.0) -> N
 def rows_of(slurm: Slurm, job_id: str) -> list[QueueRow]:
     """The queue's rows of one job or array."""
     return [row for row in slurm.queue() if job_id in (row.job_id, row.array_job_id)]
+
+
+def crash_node(cluster: devcluster.DevCluster, node: str) -> None:
+    """End a node as a power cut does: its slurmd, its job steps and their tasks, at once and without a word."""
+    cluster.kill_daemon(node, signal.SIGKILL)
+    log = str(cluster.prefix / "log" / f"slurmd-{node}.log")
+    lost: list[int] = []
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):  # no process, or ended meanwhile
+            pid = int(entry.name)
+            children.setdefault(int((entry / "stat").read_text().rpartition(")")[2].split()[1]), []).append(pid)
+            is_step = os.path.basename(os.readlink(entry / "exe")).startswith("slurmstepd")
+            if is_step and log in [os.readlink(fd) for fd in (entry / "fd").iterdir()]:
+                lost.append(pid)
+    for pid in lost:  # grows while it is read
+        lost += children.get(pid, [])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

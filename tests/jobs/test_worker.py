@@ -9,14 +9,14 @@ import time
 import pytest
 
 from data_tools.progress import Stopped
-from jobs import retry, stopping
-from jobs.retry import CODE_ERROR, MISSING_INPUT, MISTAKE, NODE_FAILURE, STOPPED, UNKNOWN, End, decide
+from jobs import requeue, retry, stopping
+from jobs.retry import Cause, End, decide
 from launchers.executor import WITHOUT_USR2
 from tests.command import ROOT
 
 
 def stops(*done):
-    return [End(STOPPED, n) for n in done]
+    return [End(Cause.STOPPED, n) for n in done]
 
 
 @pytest.mark.parametrize("ends, again", [
@@ -26,15 +26,15 @@ def stops(*done):
     (stops(30, 40, 55, 56, 57, 58, 59), True),  # as often as there is progress
     (stops(30, 40, 40), False),
     (stops(30, None), False),  # SIGTERM before it could ask
-    ([End(UNKNOWN), *stops(30)], True),
-    ([*stops(30), End(UNKNOWN), *stops(30)], False),
-    ([End(UNKNOWN)], True),
-    ([End(UNKNOWN), End(UNKNOWN)], False),
-    ([End(NODE_FAILURE)] * 3, True),
-    ([End(NODE_FAILURE)] * 4, False),
-    ([End(CODE_ERROR)], False),
-    ([End(MISTAKE)], False),
-    ([End(MISSING_INPUT)], False),
+    ([End(Cause.UNKNOWN), *stops(30)], True),
+    ([*stops(30), End(Cause.UNKNOWN), *stops(30)], False),
+    ([End(Cause.UNKNOWN)], True),
+    ([End(Cause.UNKNOWN), End(Cause.UNKNOWN)], False),
+    ([End(Cause.NODE)] * 3, True),
+    ([End(Cause.NODE)] * 4, False),
+    ([End(Cause.CODE)], False),
+    ([End(Cause.MISTAKE)], False),
+    ([End(Cause.NO_INPUT)], False),
 ])
 def test_only_what_is_safe_and_gets_further_is_repeated(ends, again):
     assert decide(ends).again == again
@@ -45,11 +45,11 @@ def test_a_loop_without_progress_names_its_step_and_the_remedy():
     assert "still at step 1,200" in why and "ask for a longer time" in why
 
 
-@pytest.mark.parametrize("code, failure", [
-    (1, CODE_ERROR), (2, MISTAKE), (3, "lease held"), (4, MISSING_INPUT), (5, STOPPED), (137, UNKNOWN), (139, UNKNOWN),
-    (143, STOPPED)])
-def test_exit_codes_have_classes(code, failure):
-    assert retry.failure_of(code) == failure
+@pytest.mark.parametrize("code, cause", [
+    (1, None), (2, Cause.MISTAKE), (3, Cause.LEASE_HELD), (4, Cause.NO_INPUT), (5, Cause.STOPPED), (137, None), (139, None),
+    (143, Cause.STOPPED)])
+def test_the_workers_own_exit_codes_name_their_cause(code, cause):
+    assert retry.told_by(code) == cause
 
 
 RUNNING = {"JobState": "RUNNING", "Requeue": "1", "BatchFlag": "1", "PreemptTime": "None"}
@@ -67,7 +67,7 @@ TERM, USR2 = signal.SIGTERM, signal.SIGUSR2
     ({"BatchFlag": "0"}, {USR2}, "no batch job"),
 ])
 def test_a_job_is_requeued_only_where_slurm_would_not_and_nobody_ended_it(changes, received, refusal):
-    found = retry.requeue_refusal({**RUNNING, **changes}, received)
+    found = requeue.refusal({**RUNNING, **changes}, received)
     assert found.startswith(refusal) if not refusal else refusal in found
     assert bool(found) == bool(refusal)
 

@@ -52,8 +52,18 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --kill-on-bad-exit=1 --export=ALL --unbuffered --cpus-per-task=12 --mpi=none --cpu-bind=cores /bin/sh -c \
-'trap "" USR2; exec "$@"' worker /shared/afterok/venv/bin/python -m jobs.worker /run/toy numbers --submission 3 --requeue
+run_element() {
+    if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
+        /shared/afterok/venv/bin/python -m launchers.rerun /run/toy numbers $1 --submission 3 || return $?
+    fi
+    local code=0
+    srun --kill-on-bad-exit=1 --export=ALL --unbuffered --cpus-per-task=12 --mpi=none --cpu-bind=cores /bin/sh -c \
+'trap "" USR2; exec "$@"' worker /shared/afterok/venv/bin/python -m jobs.worker /run/toy numbers $1 --submission 3 \
+--requeue || code=$?
+    [ $code = 0 ] || /shared/afterok/venv/bin/python -m launchers.rerun /run/toy numbers $1 --submission 3 --code $code
+    return $code
+}
+run_element "${SLURM_ARRAY_TASK_ID:-0}"
 """
 
 

@@ -1,0 +1,158 @@
+"""Between two lives of an element: what ended the last one, and whether its Slurm job runs again in place.
+
+    python -m launchers.rerun RUN PHASE INDEX --submission N [--code C]
+
+The batch script calls it after an srun that ended with code C, and (without --code) before that of a job which Slurm
+started again. A worker that stops when asked to requeues by itself (jobs/worker.py); here are the ends that no worker
+can speak of: killed, out of memory, a lost node. Budgets are those of jobs/retry.py; the local driver uses them too.
+
+The node that failed is excluded from the next start, that one alone, and only where the partition has others.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from data_tools import durable
+from jobs import requeue, retry
+from jobs.retry import Cause, End, Verdict
+from jobs.run_folder import FrozenPhase, Outcome, RunFolder
+from launchers.backend import FAILED
+from launchers.diagnosis import Diagnosis, Evidence, classify
+from launchers.status import UNKNOWN, lease_times
+from launchers.why import log_tail, requested
+from slurm.client import Slurm, SlurmError
+
+EXIT_GIVEN_UP = 7  # of this program, before an srun: the element has used up its restarts
+
+
+@dataclass(frozen=True)
+class Life:
+    """One start of one element. `script` is the submission whose script runs it, `attempt` the one whose plan it runs."""
+
+    run: RunFolder
+    phase: FrozenPhase
+    index: int
+    attempt: int
+    script: int
+    restart: int
+
+    @property
+    def log(self) -> Path:
+        return self.run.log_path(self.phase.name, self.script, self.index)
+
+    def outcomes(self) -> list[Outcome]:
+        """Of this attempt at the element up to this life, oldest first."""
+        return [outcome for outcome in self.run.outcomes(self.phase.name, self.attempt)
+                if outcome.element == self.index and outcome.restart <= self.restart]
+
+    def outcome(self) -> Optional[Outcome]:
+        return next((outcome for outcome in self.outcomes() if outcome.restart == self.restart), None)
+
+
+def judge(life: Life, code: Optional[int], state: str = FAILED, down_nodes: tuple[str, ...] = (),
+          on_slurm: bool = True) -> Verdict:
+    """Whether the element runs again after this life. An end that its worker did not record is recorded here."""
+    told = life.outcome()
+    if told is None:
+        diagnosis = _diagnose(life, code, state, down_nodes, on_slurm)
+        _record(life, code, diagnosis)
+    return retry.decide([_end(outcome) for outcome in life.outcomes()])
+
+
+def _diagnose(life: Life, code: Optional[int], state: str, down_nodes: tuple[str, ...], on_slurm: bool) -> Diagnosis:
+    name = life.phase.name
+    script = life.run.submission_folder(life.script) / "scripts" / f"{name}.sh"
+    return classify(Evidence(
+        phase=name, index=life.index, state=state, exit_code=code, log=log_tail(life.log, name, life.index),
+        log_path=str(life.log), log_folder_exists=life.log.parent.is_dir(), on_slurm=on_slurm,
+        asked_memory=requested(script).get("mem", ""), down_nodes=down_nodes))
+
+
+def _record(life: Life, code: Optional[int], diagnosis: Diagnosis) -> None:
+    cause = retry.told_by(code or 0) or (diagnosis.cause if diagnosis.certain else Cause.UNKNOWN)
+    leases = lease_times(life.run.artifact(life.phase).folder)
+    started = leases.get((life.index, life.attempt, life.restart), time.time())
+    life.run.record_outcome(life.phase.name, Outcome(
+        life.index, life.attempt, life.restart, "failed", code if code is not None else retry.EXIT_FAILED,
+        f"{diagnosis.what}: {diagnosis.evidence}", os.environ.get("SLURMD_NODENAME", ""), os.environ.get("SLURM_JOB_ID", ""),
+        started, cause=cause, node=diagnosis.node))
+
+
+def _end(outcome: Outcome) -> End:
+    """An outcome in the policy's terms; of a worker's own last words the exit code or the exception tells."""
+    cause = Cause(outcome.cause) if outcome.cause else retry.told_by(outcome.exit_code)
+    return End(cause or classify(Evidence("", exit_code=outcome.exit_code, outcome=outcome)).cause, outcome.done)
+
+
+# -- on Slurm -----------------------------------------------------------------------------------------------------
+
+
+def after(life: Life, code: int, slurm: Slurm) -> None:
+    """A life ended with `code`: run the job again in place where that is safe and its budget allows."""
+    if retry.told_by(code) is not None:
+        return  # the worker has spoken, and acted
+    verdict = judge(life, code)
+    refusal = requeue.refusal_here(slurm, ()) if verdict.again else ""
+    _say(life, verdict.why + (f" (not requeued: {refusal})" if refusal else ""))
+    if verdict.again and not refusal:
+        requeue.requeue(slurm, life.run, life.phase, life.attempt, life.outcomes())
+
+
+def before(life: Life, slurm: Slurm) -> int:
+    """A later life begins: 0 when it may. What Slurm itself ended left no word, so that is looked for now."""
+    last = Life(life.run, life.phase, life.index, life.attempt, life.script, life.restart - 1)
+    if last.outcome() is not None:
+        return 0  # its worker, or `after`, or Slurm meant it to go on
+    down = tuple(slurm.down_nodes(nodes)) if (nodes := _nodes_of(last)) else ()
+    diagnosis = _diagnose(last, None, "NODE_FAIL" if down else UNKNOWN, down, on_slurm=True)
+    if diagnosis.cause not in (Cause.NODE, Cause.PREEMPTED):
+        return 0  # it never began, or somebody had Slurm start it again
+    _record(last, None, diagnosis)
+    verdict = judge(last, None)
+    _say(last, f"{diagnosis.what}; {verdict.why}")
+    return 0 if verdict.again else EXIT_GIVEN_UP
+
+
+def _nodes_of(life: Life) -> str:
+    """The nodes an earlier life ran on, as Slurm names them together ("n[1-4]")."""
+    path = life.run.environment_path(life.phase.name, life.index, life.attempt, life.restart)
+    return durable.read_json(path).get("SLURM_JOB_NODELIST", "") if path.exists() else ""
+
+
+def _say(life: Life, line: str) -> None:
+    print(f"afterok: {life.phase.name}[{life.index}] restart {life.restart}: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launchers.rerun", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("phase")
+    parser.add_argument("index", type=int)
+    parser.add_argument("--submission", type=int, required=True)
+    parser.add_argument("--code", type=int, help="how its srun ended (absent: it has not begun)")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue begins with one, and there is more to do after it
+    run = RunFolder(args.run)
+    attempt = run.redirected(args.submission, args.phase)
+    life = Life(run, run.frozen(attempt)[args.phase], args.index, attempt, args.submission,
+                int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    try:
+        if args.code is None:
+            return before(life, Slurm())
+        after(life, args.code, Slurm())
+    except SlurmError as error:
+        _say(life, f"not run again: {error}")
+    except Exception:  # nothing of this may keep an element from its work
+        traceback.print_exc()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
