@@ -5,7 +5,7 @@
     phases:
       pack:
         uses: pack                                  # jobs/phases/pack.py, or a dotted module of the user's
-        needs: [other, {more: aftercorr}]           # afterok unless it says aftercorr or afterany
+        needs: [other, {more: aftercorr}]           # afterok unless it says otherwise (NEED_TYPES)
         with: {store: "${phases.materialize.out}", pack_length: "${params.pack_length}"}
         array: 4                                    # or a list of values, one element each
         throttle: 2                                 # elements that may run at once
@@ -35,7 +35,10 @@ WRITTEN = re.compile(r"\$\{phases\.([A-Za-z0-9_]+)\.out\}")  # as users write it
 REFERENCE = re.compile(r"@\{phases\.([A-Za-z0-9_]+)\.out\}")  # as it stays until keys or folders are known
 DEFAULT_ROLE = "cpu"
 RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "submissions", "local")
-NEED_TYPES = ("afterok", "aftercorr", "afterany")
+# Slurm's words, said of phases and seals: afterok once it is sealed, aftercorr each element once its partner is, afterany
+# once it ended, afternotok if it ended unsealed (and never if it is sealed), singleton never while it runs.
+NEED_TYPES = ("afterok", "aftercorr", "afterany", "afternotok", "singleton")
+NEED_SEALS = ("afterok", "aftercorr")  # which cannot go on without the upstream's seal
 ON_CODE_CHANGE = ("report", "rerun")
 TOP_KEYS = ("name", "params", "phases", "on_code_change")
 PHASE_KEYS = ("uses", "needs", "with", "array", "throttle", "resources")

@@ -3,8 +3,9 @@
 import os
 from typing import Iterable, Mapping
 
-from jobs.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs import stopping
 from jobs.retry import SIGTERM
+from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from slurm.client import REQUEUE_PATIENCE_S, Slurm, SlurmError, job_element
 from slurm.profile import Partition, load
 
@@ -40,6 +41,7 @@ def requeue(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends
 
     That one node alone, besides those that the site excludes, and only where the partition has others enough.
     """
+    stopping.hold()  # a requeue begins with SIGTERM, for scontrol's own process too, and there is more to ask of Slurm
     element = job_element(os.environ)
     guilty = next((end.node for end in reversed(ends) if end.node), "")
     if not guilty:

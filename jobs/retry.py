@@ -16,6 +16,7 @@ EXIT_FAILED = 1
 EXIT_LEASE_HELD = 3
 EXIT_NO_INPUT = 4  # an upstream phase has no seal
 EXIT_UNFINISHED = 5  # stopped when asked to, at a durable checkpoint
+EXIT_NOT_NEEDED = 6  # what it would have mended is sealed
 
 SIGNAL_BASE = 128  # a shell's exit code of a killed process is this plus the signal
 SIGTERM = 15
@@ -41,6 +42,7 @@ class Cause(StrEnum):
     WAITING = "waiting"  # nothing is wrong
     DRIVER_GONE = "local driver gone"
     NO_LOG_FOLDER = "log folder missing"
+    NOT_NEEDED = "not needed"
     LOST = "lost"
     UNKNOWN = "unknown"
 
@@ -84,7 +86,7 @@ def told_by(exit_code: int) -> Optional[Cause]:
     nothing half done.
     """
     return {EXIT_MISTAKE: Cause.MISTAKE, EXIT_NO_INPUT: Cause.NO_INPUT, EXIT_LEASE_HELD: Cause.LEASE_HELD,
-            EXIT_UNFINISHED: Cause.STOPPED, SIGNAL_BASE + SIGTERM: Cause.STOPPED}.get(exit_code)
+            EXIT_NOT_NEEDED: Cause.NOT_NEEDED, EXIT_UNFINISHED: Cause.STOPPED, SIGNAL_BASE + SIGTERM: Cause.STOPPED}.get(exit_code)
 
 
 def decide(ends: Sequence[End]) -> Verdict:

@@ -23,6 +23,7 @@ from typing import Any, Mapping, Optional
 from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.artifact import Artifact, Owner, Seal, read_seal
+from jobs.pipeline import NEED_SEALS
 
 
 @dataclass
@@ -148,6 +149,16 @@ class RunFolder:
 
     def seal(self, phase: str, key: str) -> Optional[Seal]:
         return read_seal(self.path / phase / key / "seal.json")
+
+    def not_needed(self, phases: dict[str, FrozenPhase], name: str) -> str:
+        """Why a phase without a seal never has to run: one that it was to follow `afternotok` is sealed; "" if it may."""
+        for need, type_ in phases[name].needs.items():
+            sealed = self.seal(need, phases[need].key) is not None
+            if type_ == "afternotok" and sealed:
+                return f"{need} is sealed"
+            if type_ in NEED_SEALS and not sealed and (why := self.not_needed(phases, need)):
+                return why
+        return ""
 
     def seals(self, phase: str) -> list[Seal]:
         """All seals of a phase in this run, in the order they were submitted: hosts' clocks may differ."""

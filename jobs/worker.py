@@ -35,9 +35,10 @@ from jobs import requeue, retry, stopping
 from jobs.artifact import (
     FINISH, Artifact, HashCache, Lease, LeaseHeld, LeaseName, Owner, Seal, Sealed, content_digest, read_seal)
 from jobs.kind import PhaseKind, find_kind
-from jobs.pipeline import substitute, typed_config
+from jobs.pipeline import NEED_SEALS, substitute, typed_config
 from jobs.ranks import Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
-from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_SEALED, EXIT_UNFINISHED, Cause
+from jobs.retry import (
+    EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause)
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.secrets import Secrets, reveal
 from jobs.task import Task
@@ -50,6 +51,10 @@ FULL_BELOW = 1 << 20  # bytes left on the run's filesystem at which a failure is
 
 class UpstreamNotSealed(Exception):
     """A phase this one needs has no seal, whatever Slurm thought of its job."""
+
+
+class NotNeeded(Exception):
+    """A phase whose failure this one was to follow is sealed, whatever became of its job."""
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -147,12 +152,12 @@ class Worker:
             code, message = self._failure(error)
         message = self.secrets.mask(message)
         states = {EXIT_SEALED: "sealed", EXIT_MISTAKE: "mistake", EXIT_LEASE_HELD: "skipped",
-                  EXIT_UNFINISHED: "stopped"}
+                  EXIT_NOT_NEEDED: "skipped", EXIT_UNFINISHED: "stopped"}
         if code != EXIT_SEALED:
             _say(f"{self.phase.name}[{self.index}]: {message}")
         if code != EXIT_SEALED or self.rank.rank == 0:
             self._record_outcome(states.get(code, "failed"), code, message)
-        if code not in (EXIT_SEALED, EXIT_LEASE_HELD):
+        if code not in (EXIT_SEALED, EXIT_LEASE_HELD, EXIT_NOT_NEEDED):
             # Other ranks may sit in a collective with this one: leave without waiting for them.
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
@@ -244,6 +249,8 @@ class Worker:
             return {"exit": EXIT_MISTAKE, "message": str(mistake), **nothing}
         except UpstreamNotSealed as error:
             return {"exit": EXIT_NO_INPUT, "message": str(error), **nothing}
+        except NotNeeded as sealed:
+            return {"exit": EXIT_NOT_NEEDED, "message": str(sealed), **nothing}
         self.artifact.sweep(self.lease)
         self.run.record_environment(self.phase.name, self.index, self.owner, os.environ)
         print(f"{self.phase.name}[{self.index}] attempt {self.owner.attempt}, key {self.phase.key}, "
@@ -280,9 +287,11 @@ class Worker:
             if type_ == "aftercorr" and up.fans_in:
                 path = self.run.artifact(up).element_seal_path(self.index)
             seal = read_seal(path)
+            if type_ == "afternotok" and seal is not None:
+                raise NotNeeded(f"not needed: {name} is sealed")
+            if type_ == "singleton" or (seal is None and type_ not in NEED_SEALS):
+                continue
             if seal is None:
-                if type_ == "afterany":
-                    continue
                 raise UpstreamNotSealed(f"needs {name}, which has no seal at {path}; see `afterok status {self.run.path}`")
             seal.verify(cache=cache)
             self.upstream[name] = seal

@@ -227,7 +227,8 @@ def _print_submitted(plan: Any, done: Any) -> None:
     for phase, job in done.active.items():
         print(f"{phase} {'now waits on the new attempt' if phase in done.rewired else 'is under way already'} as job {job}")
     if not done.jobs and not done.active:
-        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed")
+        or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
+        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}")
     elif done.number:
         print(f"submission {done.number} of {run}; look with `afterok status {_shown(run)}`")
 

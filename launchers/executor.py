@@ -74,7 +74,9 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     extra |= {
         "output": str(log.with_name(f"a{number}.{'tasks' if frozen.batch > 1 else ''}%a.out") if spec.is_array else log),
         "export": ",".join(profile.env.forward) or "NONE",
-        "kill-on-invalid-dep": "no",  # a dependent of a failed phase waits, so that it can be rewired to the next attempt
+        # A dependent of a failed phase waits, so that it can be rewired to the next attempt; what only a failure calls
+        # for must not wait for ever behind a success.
+        "kill-on-invalid-dep": "yes" if spec.planned.conditional else "no",
         "signal": f"USR2@{profile.signal_lead_s}",
         "chdir": str(run.path),
     }
@@ -138,15 +140,23 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     ])
 
 
-def dependency(needs: dict[str, str], waits: dict[str, str]) -> str:
-    """Slurm's --dependency for phases and their jobs: afterok:12:15,aftercorr:13."""
-    return ",".join(f"{type_}:{waits[phase]}" for phase, type_ in needs.items() if phase in waits)
+def dependency(needs: dict[str, str], waits: dict[str, str], index: Optional[int] = None) -> str:
+    """Slurm's --dependency for phases and their jobs, afterok:12:15,aftercorr:13; of one array element with `index`."""
+    return ",".join(_condition(type_, waits[phase], index) for phase, type_ in needs.items() if phase in waits)
 
 
-def element_dependency(needs: dict[str, str], waits: dict[str, str], index: int) -> str:
-    """The dependency of one array element: aftercorr means its partner alone."""
-    return ",".join(f"afterok:{waits[phase]}_{index}" if type_ == "aftercorr" else f"{type_}:{waits[phase]}"
-                    for phase, type_ in needs.items() if phase in waits)
+def _condition(type_: str, jobs: str, index: Optional[int]) -> str:
+    """Slurm's condition on the jobs ("12", "12:15") that a phase waits on.
+
+    Slurm's own singleton goes by the job's name, which here carries a token: the jobs are named instead, and the later
+    one waits for the earlier. All of several jobs would have to fail for afternotok, where one is enough: they are
+    awaited, and the worker sees whether there is a seal.
+    """
+    if type_ == "singleton" or (type_ == "afternotok" and ":" in jobs):
+        return f"afterany:{jobs}"
+    if type_ == "aftercorr" and index is not None:  # its partner alone
+        return f"afterok:{jobs}_{index}"
+    return f"{type_}:{jobs}"
 
 
 class SlurmBackend:
@@ -185,9 +195,8 @@ class SlurmBackend:
         return found
 
     def _rewire_command(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> list[str]:
-        if only is None:
-            return ["scontrol", "update", f"jobid={job}", f"dependency={dependency(needs, waits)}"]
-        return ["scontrol", "update", f"jobid={job}_{only}", f"dependency={element_dependency(needs, waits, only)}"]
+        element = job if only is None else f"{job}_{only}"
+        return ["scontrol", "update", f"jobid={element}", f"dependency={dependency(needs, waits, only)}"]
 
     def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> None:
         self._ask(lambda: self.slurm.run(self._rewire_command(job, needs, waits, only)))

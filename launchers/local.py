@@ -18,6 +18,7 @@ from typing import Any, Optional
 from data_tools import durable
 from jobs import stopping
 from jobs.artifact import Owner
+from jobs.pipeline import NEED_SEALS
 from jobs.ranks import die_with_parent, exit_code
 from jobs.run_folder import RunFolder
 from launchers.backend import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, JobSpec, Refused, TaskState
@@ -248,10 +249,13 @@ class Driver:
             if type_ == "aftercorr":
                 others = [other for other in others if other["index"] == task["index"]] or others
             ended = [other for other in others if other["state"] not in (PENDING, RUNNING)]
-            if type_ != "afterany" and any(other["state"] != COMPLETED for other in ended):
+            bad = [other for other in ended if other["state"] != COMPLETED]
+            if type_ in NEED_SEALS and bad:
                 return False, NEVER
             if len(ended) < len(others):
                 return False, "Dependency"
+            if type_ == "afternotok" and (not bad or any(other["reason"] == NEVER for other in bad)):
+                return False, NEVER  # what never ran did not fail either
         return True, ""
 
     def _spawn(self, task: dict[str, Any]) -> subprocess.Popen:

@@ -3,6 +3,7 @@
     reuse   the key is sealed in this run, upstream digests agree
     run     never sealed here (or some elements are missing)
     rerun   sealed before under other settings, inputs or upstream results; the reasons say which
+    skip    not sealed and not needed: it follows the failure of a phase that is sealed
 """
 
 import dataclasses
@@ -15,13 +16,14 @@ from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from jobs.artifact import HashCache, Seal, content_digest, key_of
 from jobs.kind import Placement, inputs, keyed_settings, user_module_root
-from jobs.pipeline import DEFAULT_ROLE, Phase, Pipeline, references, substitute
+from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.snapshot import code_digests
 from slurm.detect import Cluster
 from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
+RUNS = ("run", "rerun")
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
 
@@ -30,10 +32,11 @@ class PlannedPhase:
     frozen: FrozenPhase
     resources: Resources
     role: str
-    action: str  # reuse, run, rerun
+    action: str  # reuse, run, rerun, skip
     reasons: list[str] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)  # elements to run
     code_changed: list[str] = field(default_factory=list)
+    conditional: bool = False  # may turn out not to be needed, and its job has to go then
 
     @property
     def name(self) -> str:
@@ -49,7 +52,7 @@ class Plan:
 
     @property
     def to_run(self) -> list[PlannedPhase]:
-        return [phase for phase in self.phases if phase.action != "reuse"]
+        return [phase for phase in self.phases if phase.action in RUNS]
 
     @property
     def notes(self) -> list[str]:
@@ -150,7 +153,7 @@ class _Planner:
             _write_dotted(settings, key, values)
         material = {
             "format": MATERIAL_FORMAT, "uses": phase.uses, "settings": settings, "array": phase.array,
-            "upstream": {need.phase: self.planned[need.phase].frozen.key for need in phase.needs},
+            "upstream": {need.phase: self.planned[need.phase].frozen.key for need in phase.needs if need.type != "singleton"},
         }
         if self.pipeline.on_code_change == "rerun":
             material["code"] = durable.sha256_bytes(durable.canonical_json(self.code))
@@ -182,7 +185,15 @@ class _Planner:
     def _decide(self, planned: PlannedPhase) -> None:
         frozen = planned.frozen
         seal = self.run.seal(frozen.name, frozen.key)
-        upstream_runs = [name for name, type_ in frozen.needs.items() if self.planned[name].action != "reuse"]
+        upstream_runs = [name for name, type_ in frozen.needs.items()
+                         if type_ in (*NEED_SEALS, "afterany") and self.planned[name].action in RUNS]
+        planned.conditional = any(type_ == "afternotok" or (type_ in NEED_SEALS and self.planned[name].conditional)
+                                  for name, type_ in frozen.needs.items())
+        if seal is None and planned.conditional:
+            phases = {name: before.frozen for name, before in self.planned.items()} | {frozen.name: frozen}
+            if why := self.run.not_needed(phases, frozen.name):
+                planned.action, planned.reasons = "skip", [f"not needed: {why}"]
+                return
         if seal is None:
             before = self.run.seals(frozen.name)
             planned.missing = self.run.artifact(frozen).missing_elements()

@@ -11,7 +11,6 @@ The node that failed is excluded from the next start, that one alone, and only w
 
 import argparse
 import os
-import signal
 import sys
 import time
 import traceback
@@ -138,7 +137,6 @@ def main() -> int:
     parser.add_argument("--submission", type=int, required=True)
     parser.add_argument("--code", type=int, help="how its srun ended (absent: it has not begun)")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue begins with one, and there is more to do after it
     run = RunFolder(args.run)
     attempt = run.redirected(args.submission, args.phase)
     life = Life(run, run.frozen(attempt)[args.phase], args.index, attempt, args.submission,

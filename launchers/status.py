@@ -25,6 +25,7 @@ from slurm.client import AccountingRow, Slurm, SlurmError, configuration_of, par
 
 UNKNOWN = "UNKNOWN"  # the back end lists no such job and no seal or outcome tells what became of it
 NOT_SUBMITTED = "NOT_SUBMITTED"
+NOT_NEEDED = "NOT_NEEDED"  # follows the failure of a phase that did not fail
 NO_SEAL = "ended without a seal"
 LEASE_NAME = re.compile(r"(\d+)\.a(\d+)\.r(\d+)\.g(\d+)")
 
@@ -55,7 +56,7 @@ class PhaseStatus:
     @property
     def failed(self) -> bool:
         """An element ended, or vanished, without its seal and nobody asked for that."""
-        return not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED) and self.reason != NEVER
+        return not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED) and self.reason != NEVER
 
 
 @dataclass
@@ -66,8 +67,8 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """All sealed."""
-        return all(phase.state == COMPLETED for phase in self.phases)
+        """All that is needed is sealed."""
+        return all(phase.state in (COMPLETED, NOT_NEEDED) for phase in self.phases)
 
     @property
     def active(self) -> bool:
@@ -102,6 +103,10 @@ class Look:
         # accounting is asked after the elements were read, for those that need it
         return {i: replace(element, accounting=self.accounting.get((element.entry.job, i)))
                 for i, element in self._elements[phase.name].items()} if self.accounting else self._elements[phase.name]
+
+    def not_needed(self, phase: FrozenPhase) -> str:
+        """Why a phase never has to run, "" if it may."""
+        return self.run.not_needed(self.phases, phase.name)
 
     def outcomes(self, name: str) -> list[Outcome]:
         """How all attempts at a phase ended, oldest first; read once."""
@@ -284,7 +289,9 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     status = PhaseStatus(phase.name, NOT_SUBMITTED, len(sealed_elements(artifact)), phase.elements,
                          folder=str(artifact.folder), gpu_hours=used, gpu_hours_lost=lost)
     elements = look.of_phase(phase)
-    if not elements:
+    if not_needed := look.not_needed(phase):
+        status.state, status.reason = NOT_NEEDED, not_needed
+    if not elements or not_needed:
         return status
     open_ = open_elements(look, phase)
     tasks = {i: element.state() for i, element in open_.items()}

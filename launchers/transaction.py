@@ -125,6 +125,9 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
     for planned in plan.to_run:
         frozen, found = planned.frozen, live.get(planned.name)
         needs = {n: t for n, t in frozen.needs.items() if n in new or n in kept or any(p.name == n for p in plan.to_run)}
+        # Never at the same time, whoever was sent first: a new job also waits for one that is to follow it and has begun.
+        needs |= {later.name: "singleton" for later in plan.phases if later.frozen.needs.get(planned.name) == "singleton"
+                  and later.name in live and not live[later.name].waits}
         elements = fresh.get(planned.name) or planned.missing
         if found is not None and planned.name not in fresh:
             entry = found.entry

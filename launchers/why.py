@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from data_tools.mistake import UserMistake, nearest
+from jobs.pipeline import NEED_SEALS
 from jobs.retry import Cause
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.backend import ACTIVE_STATES
@@ -93,7 +94,8 @@ def why(run: RunFolder, phase: Optional[str] = None) -> Report:
     look = look_at(run)
     if phase is not None and phase not in look.phases:
         raise UserMistake(f"{run.path} has no phase {phase!r}{nearest(phase, list(look.phases))}")
-    chosen = [found for name, found in look.phases.items() if phase in (None, name)]
+    chosen = [found for name, found in look.phases.items()
+              if phase in (None, name) and (run.seal(name, found.key) is not None or not look.not_needed(found))]
     cancels = {
         job.partition("_")[0]: event["time"]
         for event in Ledger(run.ledger).events()
@@ -191,9 +193,9 @@ def gather(
 def _unsealed_needs(look: Look, phase: FrozenPhase) -> tuple[str, ...]:
     """The phases at the root of a chain of unsealed needs: what has to be cured first."""
     found: dict[str, None] = {}
-    for name in phase.needs:
+    for name, type_ in phase.needs.items():
         up = look.phases[name]
-        if look.run.seal(name, up.key) is None:
+        if type_ in NEED_SEALS and look.run.seal(name, up.key) is None:
             found |= dict.fromkeys(_unsealed_needs(look, up) or (name,))
     return tuple(found)
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from jobs.pipeline import load_pipeline
 from jobs.run_folder import RunFolder
 from launchers.backend import JobSpec
-from launchers.executor import (PhaseExecutor, dependency, element_dependency, never_starting, phase_command,
-                                phase_parameters)
+from launchers.executor import PhaseExecutor, dependency, never_starting, phase_command, phase_parameters
 from launchers.plan import make_plan
 from slurm.client import QueueRow
 from slurm.detect import Cluster
@@ -81,7 +80,12 @@ def test_the_script_of_a_gpu_phase_is_this_text(tmp_path):
 def test_a_dependency_names_every_job_and_an_elements_its_partner():
     needs, waits = {"a": "afterok", "b": "aftercorr", "sealed": "afterok"}, {"a": "41:44", "b": "42"}
     assert dependency(needs, waits) == "afterok:41:44,aftercorr:42"
-    assert element_dependency(needs, waits, 7) == "afterok:41:44,afterok:42_7"
+    assert dependency(needs, waits, 7) == "afterok:41:44,afterok:42_7"
+
+
+def test_a_singleton_names_the_jobs_it_may_not_meet_and_one_failure_of_several_jobs_is_enough():
+    assert dependency({"a": "singleton", "b": "afternotok"}, {"a": "4:5", "b": "6"}) == "afterany:4:5,afternotok:6"
+    assert dependency({"b": "afternotok"}, {"b": "6:7"}) == "afterany:6:7"
 
 
 def test_what_waits_behind_a_job_that_can_never_start_never_starts_either():
