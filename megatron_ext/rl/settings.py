@@ -1,0 +1,97 @@
+"""What the policy loss and the advantages are made of. No torch: plans and checks read it too.
+
+Formulas and who else has them: reference/rl.md 2, tests/megatron_ext/rl.
+"""
+
+from dataclasses import dataclass, field
+
+from data_tools.mistake import Problem, nearest
+
+POLICIES = ("clip", "cispo")
+LEVELS = ("token", "sequence")
+AGGREGATIONS = ("token", "sequence", "constant")
+KL = ("k2", "k3")
+CORRECTIONS = ("off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+BASELINES = ("mean", "leave_one_out")
+SCALES = ("none", "group", "batch")
+
+
+@dataclass
+class Correction:
+    """Weight of a token by how much likelier it is for the trained weights than it was where it was sampled.
+
+    With ratio = π_old / π_behaviour, of the token or over its whole sequence: truncate takes min(ratio, high), mask takes
+    the ratio between low and high and 0 outside (IcePop; the sequence mask of MIS).
+    """
+
+    mode: str = "off"
+    low: float = 0.0
+    high: float = 2.0
+
+
+@dataclass
+class Loss:
+    """The seeds' names: dapo is token, grpo is sequence, dr_grpo is constant; GSPO is level sequence with aggregation
+    sequence; CISPO is policy cispo with aggregation token."""
+
+    policy: str = "clip"  # clip | cispo
+    level: str = "token"  # token | sequence: whose probability ratio
+    aggregation: str = "token"  # token | sequence | constant: the mean is over
+    clip_low: float = 0.2  # the ratio counts from 1 - clip_low
+    clip_high: float = 0.28  # to 1 + clip_high; cispo: up to 1 + clip_high, from below freely
+    dual_clip: float = 0.0  # for a negative advantage the ratio counts up to this at most; 0: no limit
+    kl: str = "k3"  # k2 | k3: against the reference; k3 is weighted with the ratio, which makes its gradient exact
+    kl_beta: float = 0.0  # 0: off, and no reference is needed
+    entropy: float = 0.0  # the mean entropy of the policy, times this, is subtracted
+    correction: Correction = field(default_factory=Correction)
+
+
+@dataclass
+class Advantage:
+    baseline: str = "mean"  # mean | leave_one_out, of the other samples of the prompt
+    scale: str = "group"  # none | group | batch: whose standard deviation the advantage is divided by
+    epsilon: float = 1e-4  # added to it
+    drop_equal_groups: bool = True  # a prompt whose samples all got the same reward teaches nothing
+
+
+def check_loss(loss: Loss, where: str = "loss") -> list[Problem]:
+    problems = _check_choices(
+        where,
+        ("policy", loss.policy, POLICIES),
+        ("level", loss.level, LEVELS),
+        ("aggregation", loss.aggregation, AGGREGATIONS),
+        ("kl", loss.kl, KL),
+        ("correction.mode", loss.correction.mode, CORRECTIONS),
+    )
+    if not 0 <= loss.clip_low <= 1:
+        problems.append(Problem(f"{where}.clip_low", f"{loss.clip_low} is not between 0 and 1: 0.2 is usual"))
+    if loss.clip_high < 0:
+        problems.append(Problem(f"{where}.clip_high", f"{loss.clip_high} is negative: 0.2 to 0.28 is usual"))
+    if loss.dual_clip and loss.dual_clip <= 1 + loss.clip_high:
+        least = 1 + loss.clip_high
+        problems.append(Problem(f"{where}.dual_clip", f"{loss.dual_clip} is not above 1 + clip_high = {least:g}: 3 is usual"))
+    for name in ("kl_beta", "entropy"):
+        if getattr(loss, name) < 0:
+            problems.append(Problem(f"{where}.{name}", f"{getattr(loss, name)} is negative; 0 turns it off"))
+    if not 0 <= loss.correction.low < loss.correction.high:
+        range_ = f"{loss.correction.low} to {loss.correction.high}"
+        problems.append(Problem(f"{where}.correction.low", f"{range_} is no range of ratios: 0 <= low < high"))
+    return problems
+
+
+def check_advantage(advantage: Advantage, group: int, where: str = "advantage") -> list[Problem]:
+    """`group` is the number of samples a prompt."""
+    problems = _check_choices(where, ("baseline", advantage.baseline, BASELINES), ("scale", advantage.scale, SCALES))
+    if not advantage.epsilon >= 0:
+        problems.append(Problem(f"{where}.epsilon", f"{advantage.epsilon} is negative: 1e-4 is usual"))
+    if group < 2:
+        problems.append(Problem("group", f"{group} samples a prompt have nothing to be compared with: the least is 2"))
+    return problems
+
+
+def _check_choices(where: str, *choices: tuple[str, str, tuple[str, ...]]) -> list[Problem]:
+    return [
+        Problem(f"{where}.{key}", f"unknown value {value!r}{nearest(value, valid)}")
+        for key, value, valid in choices
+        if value not in valid
+    ]
