@@ -75,6 +75,11 @@ def zigzag(cu_seqlens: numpy.ndarray, context: ContextRank) -> numpy.ndarray:
     return ranges(numpy.stack([first, second], axis=1).ravel(), numpy.repeat(chunk, 2))
 
 
+def rank_after_rank(cu_seqlens: numpy.ndarray, context_size: int) -> numpy.ndarray:
+    """int64 [T]: the tokens of a pack in the order in which they come from the context ranks."""
+    return numpy.concatenate([zigzag(cu_seqlens, ContextRank(context_size, rank)) for rank in range(context_size)])
+
+
 def ranges(starts: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
     """The numbers starts[i], starts[i] + 1, ... of each range of lengths[i], one range after the other."""
     return numpy.arange(lengths.sum()) - numpy.repeat(numpy.cumsum(lengths) - lengths - starts, lengths)
@@ -110,10 +115,7 @@ class Layout:
         lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
         padded = _padded(lengths)
         buckets, starts, rows = _fill(lengths, padded)
-        slots = ranges(starts, lengths)
-        if context_size > 1:
-            shares = [zigzag(cu_seqlens, ContextRank(context_size, rank)) for rank in range(context_size)]
-            slots = slots[numpy.concatenate(shares)]
+        slots = ranges(starts, lengths)[rank_after_rank(cu_seqlens, context_size)]
         return Layout(buckets, torch.from_numpy(slots).to(target), rows)
 
     @staticmethod
@@ -162,12 +164,13 @@ class PackedDocuments(PackedSeqParams):
     """mcore's THD parameters, with what the torch layers need once for all layers.
 
     A rank holds T / c of the row's T tokens, `held` int64 [T / c] (numpy, indices into the row), at `positions`
-    int64 [T / c] of their documents.
+    int64 [T / c] of their documents. All ranks' tokens, rank after rank, are the row's tokens `order` int64 [T].
     """
 
     total_tokens: int = 0  # T
     held: numpy.ndarray | None = field(default=None, repr=False)
     positions: torch.Tensor | None = field(default=None, repr=False)
+    order: torch.Tensor | None = field(default=None, repr=False)
     layout: Layout | None = field(default=None, repr=False)
     share: Share | None = field(default=None, repr=False)  # with context parallelism only
     _turns: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
@@ -215,6 +218,7 @@ def packed_documents(
         total_tokens=int(cu_seqlens[-1]),
         held=held,
         positions=positions,
+        order=torch.from_numpy(rank_after_rank(cu_seqlens, context.size)).to(target),
         layout=Layout.of(cu_seqlens, target, context.size),
         share=share,
     )

@@ -4,10 +4,14 @@ Only supervised positions reach the output layer: in agent trajectories and shor
 prompt, and their logits would be thrown away. (Chunks over tokens, for vocabularies of 150k and more, come here.)
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.mamba import MambaModel
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer import TransformerConfig
 
@@ -48,6 +52,31 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: torch.distri
     return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)  # the tensor group is its default
 
 
+def supervised_output(
+    model: LanguageModule, hidden_states: torch.Tensor, labels: torch.Tensor | None, positions: torch.Tensor
+) -> torch.Tensor:
+    """What `model`'s output layer makes of the rows `positions` (int64 [n] into T) of hidden_states [T, 1, h].
+
+    With labels int64 [n]: losses [n]. Without: logits, gathered over tensor ranks, [n, vocabulary_rows].
+    """
+    group = model.pg_collection.tp
+    if model.config.sequence_parallel:
+        # Every tensor rank gets all tokens; each then computes the same selection, so backward only slices.
+        hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=group
+        )
+    hidden = hidden_states.squeeze(1).index_select(0, positions)  # [T, 1, h] -> [n, h]
+    if model.share_embeddings_and_output_weights:
+        weight = model.shared_embedding_or_output_weight()
+    else:
+        weight = model.output_layer.weight
+    logits = vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group)
+    if labels is None:
+        logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
+        return logits[:, : model.vocabulary_rows]
+    return token_losses(logits, labels, group)
+
+
 class SupervisedHead(GPTModel):
     """GPTModel whose forward takes `labels` of the supervised positions only and returns their losses.
 
@@ -58,29 +87,32 @@ class SupervisedHead(GPTModel):
     vocabulary_rows: int
 
     def _postprocess(self, hidden_states: torch.Tensor, *args, labels=None, loss_mask=None, **kwargs) -> torch.Tensor:
-        """With labels: losses [n] at the positions `loss_mask` (int64 [n] into T), labels int64 [n].
-
-        Without: `loss_mask` selects positions too if given, and logits come back gathered over tensor ranks,
-        [n, vocabulary_rows]; otherwise GPTModel's own logits.
-        """
+        """`supervised_output` at the positions `loss_mask` where they are given, otherwise GPTModel's own."""
         if loss_mask is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
-        group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            # Every tensor rank gets all tokens; each then computes the same selection, so backward only slices.
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=group
-            )
-        hidden = hidden_states.squeeze(1).index_select(0, loss_mask)  # [T, 1, h] -> [n, h]
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        else:
-            weight = self.output_layer.weight
-        logits = vocabulary_logits(hidden, weight, self.config, self.vocabulary_rows, group)
-        if labels is None:
-            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
-            return logits[:, : self.vocabulary_rows]
-        return token_losses(logits, labels, group)
+        return supervised_output(self, hidden_states, labels, loss_mask)
+
+
+class SupervisedHybrid(MambaModel):
+    """The same of MambaModel, for models without position embeddings."""
+
+    vocabulary_rows: int
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: None,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """As SupervisedHead's: `loss_mask` selects positions, whose labels are `labels`."""
+        if loss_mask is None or not self.post_process:
+            return super().forward(input_ids, position_ids, attention_mask, labels=labels, **others)
+        hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
+        hidden = self.decoder(hidden, attention_mask, **others)
+        return supervised_output(self, hidden, labels, loss_mask)
 
 
 def supervised_losses(
