@@ -17,7 +17,7 @@ from typing import Any
 from data_tools.mistake import Problem, nearest
 from megatron_ext.parallel import ParallelPlan
 
-FAMILIES = ("qwen2", "gpt_oss")
+FAMILIES = ("qwen2", "gpt_oss", "nemotron_h")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 
 from data_tools import durable
 from megatron_ext.models.gpt_oss import config as gpt_oss
+from megatron_ext.models.nemotron_h import config as nemotron_h
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.models.registry import Family
-from megatron_ext.models.rules import hf_shapes
+from megatron_ext.models.rules import hf_rules, hf_shapes
 
 QWEN2 = Family("qwen2")
 # 19 rows: an odd vocabulary, so that tensor parallelism pads it.
@@ -51,6 +52,29 @@ GPT_OSS_DIMS = gpt_oss.Dims(
     dtype="float32",
 )
 
+# Every kind of block; more heads than groups; widths that are no powers of two.
+NEMOTRON_H_DIMS = nemotron_h.Dims(
+    pattern="MEM*E-",
+    hidden=32,
+    vocabulary=19,
+    norm_epsilon=1e-5,
+    max_positions=512,
+    dtype="float32",
+    heads=4,
+    kv_groups=2,
+    head_dim=10,
+    mamba_heads=8,
+    mamba_head_dim=6,
+    mamba_groups=4,
+    mamba_state=7,
+    ffn=40,
+    experts=4,
+    top_k=2,
+    expert_ffn=24,
+    shared_ffn=20,
+    routed_scale=2.5,
+)
+
 
 def dims(**changes: Any) -> Dims:
     return replace(DIMS, **changes)
@@ -62,15 +86,19 @@ def family(of: Any) -> Family:
 
 
 def hf_folder(folder: Path, of: Any = DIMS, seed: int = 0) -> Path:
-    """A Hugging Face folder with random weights, norms and biases included."""
+    """A Hugging Face folder with random weights, norms, biases and buffers included."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in hf_shapes(family(of).mapping.rules(of)).items():
-        noise = torch.randn(shape, generator=generator)
-        tensors[name] = 1 + 0.2 * noise if name.endswith("norm.weight") else 0.25 * noise
+    rules = family(of).mapping.rules(of)
+    tensors, shapes = {}, hf_shapes(rules)
+    for name, entries in hf_rules(rules).items():
+        noise, start = torch.randn(shapes[name], generator=generator), entries[0][0].start
+        if start is not None:
+            tensors[name] = start(shapes[name], generator) + 0.25 * noise
+        else:
+            tensors[name] = 1 + 0.2 * noise if name.endswith("norm.weight") else 0.25 * noise
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     durable.write_json(folder / "config.json", family(of).config.hf_config(of))
     return folder

@@ -1,0 +1,316 @@
+"""Nemotron-H and Nemotron-3-Nano: what of a Hugging Face config.json we understand. No torch here: checks read it too.
+
+Mapping to mcore: reference/megatron.md 1.4. A layer is one block: Mamba-2 (M), attention (*), mixture of experts (E) or
+MLP (-). Both spellings are read: the pattern string of NVIDIA's own code and the list of transformers 5.
+
+transformers 5.23 bounds Mamba's steps below by `time_step_min` (modeling_nemotron_h.py:421), which NVIDIA's code,
+mamba-ssm and megatron-core use for initial values only; so do we. Where steps get shorter than it, its logits differ.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from data_tools.mistake import Problem
+from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, ModelShape
+
+CONVOLUTION = 4  # tokens that Mamba's convolution sees
+SHORTEST_STEP = 1e-9  # in the files that we write: transformers' bound has no effect (and 0 breaks its random start)
+BLOCKS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E", "mlp": "-"}
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The numbers that define a model. All sizes in elements; those of blocks that the pattern lacks are 0."""
+
+    pattern: str  # one of "M*E-" a layer
+    hidden: int
+    vocabulary: int  # rows of the embedding in the checkpoint, not the tokenizer's length
+    norm_epsilon: float
+    max_positions: int
+    dtype: str  # of the checkpoint: "float32", "bfloat16" or "float16"
+
+    heads: int = 0
+    kv_groups: int = 0
+    head_dim: int = 0
+
+    mamba_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_groups: int = 0
+    mamba_state: int = 0
+
+    ffn: int = 0
+
+    experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0  # over all shared experts
+    expert_groups: int = 1  # a token chooses among the experts of its best `top_groups` groups
+    top_groups: int = 1
+    routed_scale: float = 1.0  # of the routed experts' weights
+
+    @property
+    def layers(self) -> int:
+        return len(self.pattern)
+
+    @property
+    def mamba_inner(self) -> int:
+        """Width of x and z. `expand` has no say where heads are given (reference/megatron.md 1.4)."""
+        return self.mamba_heads * self.mamba_head_dim
+
+
+# config.json's names of the sizes that a block needs, by the field of Dims.
+SIZES = {
+    "M": {
+        "mamba_heads": "mamba_num_heads",
+        "mamba_head_dim": "mamba_head_dim",
+        "mamba_groups": "n_groups",
+        "mamba_state": "ssm_state_size",
+    },
+    "*": {"heads": "num_attention_heads", "kv_groups": "num_key_value_heads", "head_dim": "head_dim"},
+    "-": {"ffn": "intermediate_size"},
+    "E": {
+        "experts": "n_routed_experts",
+        "top_k": "num_experts_per_tok",
+        "expert_ffn": "moe_intermediate_size",
+        "shared_ffn": "moe_shared_expert_intermediate_size",
+    },
+}
+# What the model's function depends on and we have one way for. A key that is missing has this value too.
+ONLY = {
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "conv_kernel": CONVOLUTION,
+    "hidden_dropout": 0,
+    "mamba_hidden_act": "silu",
+    "mamba_proj_bias": False,
+    "mlp_bias": False,
+    "mlp_hidden_act": "relu2",
+    "moe_latent_size": None,
+    "num_nextn_predict_layers": 0,
+    "quantization_config": None,
+    "residual_in_fp32": False,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_bias": False,
+    "use_conv_bias": True,
+}
+# What it does not depend on: initial values, kernels and caches, positions (no layer has any), special tokens.
+WITHOUT_EFFECT = {
+    "architectures", "auto_map", "bos_token_id", "chunk_size", "dtype", "eos_token_id", "expand", "initializer_range",
+    "mamba_ssm_cache_dtype", "max_position_embeddings", "model_type", "moe_shared_expert_overlap",
+    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "num_logits_to_keep", "output_router_logits",
+    "pad_token_id", "partial_rotary_factor", "rescale_prenorm_residual", "rope_theta", "time_step_floor",
+    "time_step_max", "time_step_min", "torch_dtype", "transformers_version", "use_cache", "use_mamba_kernels",
+}  # fmt: skip
+# Read below one by one.
+READ = {
+    "attention_head_dim", "hidden_size", "hybrid_override_pattern", "layer_norm_epsilon", "layer_types",
+    "layers_block_type", "n_group", "n_shared_experts", "norm_eps", "norm_topk_prob", "num_hidden_layers",
+    "routed_scaling_factor", "time_step_limit", "topk_group", "vocab_size",
+}  # fmt: skip
+KNOWN = READ | WITHOUT_EFFECT | set(ONLY) | {name for sizes in SIZES.values() for name in sizes.values()}
+
+
+def _pattern(config: dict[str, Any]) -> tuple[str, str]:
+    """(pattern, "") or ("", what is wrong)."""
+    spelled = config.get("hybrid_override_pattern")
+    if spelled is not None and (not isinstance(spelled, str) or not spelled or set(spelled) - set("M*E-")):
+        return "", f"hybrid_override_pattern = {spelled!r} is no string of M, *, E and -"
+    blocks = config.get("layers_block_type") or config.get("layer_types")
+    if blocks is not None:
+        unknown = [block for block in blocks if block not in BLOCKS]
+        if unknown:
+            return "", f"layers_block_type has {unknown[0]!r}: it knows {', '.join(BLOCKS)}"
+        listed = "".join(BLOCKS[block] for block in blocks)
+        if spelled not in (None, listed):
+            return "", f"hybrid_override_pattern is {spelled} and layers_block_type means {listed}: keep the right one"
+        spelled = listed
+    if not spelled:
+        return "", "hybrid_override_pattern is missing, and so is layers_block_type"
+    layers = config.get("num_hidden_layers")
+    if layers not in (None, len(spelled)):
+        return "", f"num_hidden_layers is {layers} and the pattern {spelled} has {len(spelled)} layers"
+    return spelled, ""
+
+
+def _number(value: Any) -> Any:
+    """transformers 5 writes infinity as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if isinstance(value, dict) and "__float__" in value else value
+
+
+def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
+    """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
+    pattern, wrong = _pattern(config)
+    if wrong:
+        return None, [Problem(where, wrong)]
+    if config.get("head_dim") is None:
+        config = {**config, "head_dim": config.get("attention_head_dim")}
+    sizes = {"hidden": "hidden_size", "vocabulary": "vocab_size"}
+    for block in sorted(set(pattern)):
+        sizes |= SIZES[block]
+    found = {field: config.get(name) for field, name in sizes.items()}
+    problems = [
+        Problem(where, f"{sizes[field]} is {'missing' if value is None else f'{value!r}, not a size'}")
+        for field, value in found.items()
+        if not isinstance(value, int) or value < 1
+    ]
+    if problems:
+        return None, problems
+
+    def refuse(key: str, value: Any, remedy: str) -> None:
+        problems.append(Problem(where, f"{key} = {value!r} is not supported for nemotron_h: {remedy}"))
+
+    for key, value in ONLY.items():
+        if config.get(key, value) != value:
+            refuse(key, config[key], f"only {value!r} is")
+    for key in sorted(config.keys() - KNOWN):
+        if config[key] and not key.startswith("_"):
+            refuse(key, config[key], "it is not known; remove it if the model does not depend on it")
+    limit = [_number(value) for value in config.get("time_step_limit") or (0, math.inf)]
+    if limit != [0, math.inf]:
+        refuse("time_step_limit", limit, "megatron-core does not bound Mamba's steps")
+    epsilon = float(config.get("layer_norm_epsilon", 1e-5))
+    if float(config.get("norm_eps", epsilon)) != epsilon:
+        refuse("norm_eps", config["norm_eps"], f"layer_norm_epsilon is {epsilon}: keep the right one")
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        refuse("dtype", dtype, "use float32, bfloat16 or float16")
+    if "*" in pattern and found["heads"] % found["kv_groups"]:
+        problems.append(
+            Problem(where, f"{found['heads']} attention heads do not divide by {found['kv_groups']} key-value heads")
+        )
+    if "M" in pattern and found["mamba_heads"] % found["mamba_groups"]:
+        problems.append(
+            Problem(where, f"{found['mamba_heads']} Mamba heads do not divide by {found['mamba_groups']} groups")
+        )
+    if "E" in pattern:
+        found |= _routing(config, found["experts"], found["top_k"], where, problems)
+    if problems:
+        return None, problems
+    return Dims(
+        pattern=pattern,
+        norm_epsilon=epsilon,
+        max_positions=int(config.get("max_position_embeddings") or 4096),
+        dtype=dtype,
+        **found,
+    ), []
+
+
+def _routing(
+    config: dict[str, Any], experts: int, top_k: int, where: str, problems: list[Problem]
+) -> dict[str, int | float]:
+    """How a token finds its experts. What mcore's router would do otherwise goes to `problems`."""
+    groups, top_groups = config.get("n_group") or 1, config.get("topk_group") or 1
+    scale = config.get("routed_scaling_factor")
+    if not isinstance(scale, (int, float)) or not scale > 0:
+        problems.append(
+            Problem(where, f"routed_scaling_factor is {scale!r}: write the model's own (Nemotron-3-Nano has 2.5)")
+        )
+    if config.get("n_shared_experts", 1) < 1:
+        problems.append(Problem(where, "n_shared_experts = 0 is not supported for nemotron_h: there is always one"))
+    normalized = config.get("norm_topk_prob", True)
+    if normalized != (top_k > 1):
+        problems.append(
+            Problem(
+                where,
+                f"norm_topk_prob = {normalized} with num_experts_per_tok = {top_k} is not supported: "
+                "megatron-core's sigmoid router normalizes the weights of two and more, and never those of one",
+            )
+        )
+    if top_k > experts:
+        problems.append(Problem(where, f"num_experts_per_tok = {top_k} is more than the {experts} experts"))
+    if experts % groups or not 1 <= top_groups <= groups:
+        problems.append(Problem(where, f"{experts} experts do not split into n_group = {groups} of which {top_groups}"))
+    elif groups > 1 and (top_k // top_groups != 2 or top_k > top_groups * experts // groups):
+        problems.append(
+            Problem(
+                where,
+                f"n_group = {groups}, topk_group = {top_groups} with num_experts_per_tok = {top_k} is not supported: "
+                "megatron-core ranks groups by their best num_experts_per_tok / topk_group experts, the model by two",
+            )
+        )
+    return dict(expert_groups=groups, top_groups=top_groups, routed_scale=float(scale or 0))
+
+
+def shape(dims: Dims) -> ModelShape:
+    """What parallel rules and the planner need to know."""
+    blocks = {"M": MAMBA, "*": ATTENTION, "E": MOE, "-": MLP}
+    return ModelShape(
+        layers=tuple((blocks[block],) for block in dims.pattern),
+        hidden=dims.hidden,
+        vocabulary=dims.vocabulary,
+        max_positions=dims.max_positions,
+        heads=dims.heads,
+        kv_groups=dims.kv_groups,
+        head_dim=dims.head_dim,
+        ffn=dims.ffn,
+        gated=False,
+        experts=dims.experts,
+        top_k=dims.top_k,
+        expert_ffn=dims.expert_ffn,
+        shared_ffn=dims.shared_ffn,
+        mamba_heads=dims.mamba_heads,
+        mamba_head_dim=dims.mamba_head_dim,
+        mamba_groups=dims.mamba_groups,
+        mamba_state=dims.mamba_state,
+        mamba_conv=CONVOLUTION,
+    )
+
+
+def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
+    """config.json of a NemotronHForCausalLM with these dimensions, as transformers 5 and NVIDIA's own code read it."""
+    present = [sizes for block, sizes in SIZES.items() if block in dims.pattern]
+    sizes = {name: getattr(dims, field) for sizes in present for field, name in sizes.items()}
+    return {
+        **{name: value for name, value in ONLY.items() if value is not None},
+        **sizes,
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": dims.pattern,
+        "num_hidden_layers": dims.layers,
+        "hidden_size": dims.hidden,
+        "vocab_size": dims.vocabulary,
+        "layer_norm_epsilon": dims.norm_epsilon,
+        "max_position_embeddings": dims.max_positions,
+        "chunk_size": 128,
+        "n_group": dims.expert_groups,
+        "topk_group": dims.top_groups,
+        "n_shared_experts": 1,
+        "norm_topk_prob": dims.top_k != 1,
+        "routed_scaling_factor": dims.routed_scale,
+        "time_step_min": SHORTEST_STEP,
+        "initializer_range": 0.02,
+        "torch_dtype": dims.dtype,
+        "dtype": dims.dtype,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+    }
+
+
+def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
+    """config.json of the model that init_model's `sizes` ask for."""
+    pattern = str(sizes.config.get("hybrid_override_pattern") or ("M*-E" * sizes.layers)[: sizes.layers])
+    dims = Dims(
+        pattern=pattern,
+        hidden=sizes.hidden,
+        vocabulary=vocabulary,
+        norm_epsilon=sizes.norm_epsilon,
+        max_positions=sizes.max_positions,
+        dtype=sizes.dtype,
+        heads=sizes.heads,
+        kv_groups=sizes.kv_groups,
+        head_dim=sizes.hidden // sizes.heads,
+        mamba_heads=sizes.heads,
+        mamba_head_dim=2 * sizes.hidden // sizes.heads,
+        mamba_groups=sizes.kv_groups,
+        mamba_state=16,
+        ffn=sizes.ffn,
+        experts=4,
+        top_k=2,
+        expert_ffn=sizes.ffn // 2,
+        shared_ffn=sizes.ffn // 2,
+        routed_scale=2.5,
+    )
+    return hf_config(dims, eos, pad)

@@ -1,0 +1,168 @@
+"""Nemotron-H as a megatron-core model: configuration, layer spec, MambaModel."""
+
+from typing import Any
+
+import torch
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
+from megatron_ext.layers.loss_head import SupervisedHybrid
+from megatron_ext.layers.mamba import MambaMixer, MambaMixerSubmodules
+from megatron_ext.layers.moe import moe_spec
+from megatron_ext.layers.norm import Norm
+from megatron_ext.models import common
+from megatron_ext.models.nemotron_h.config import Dims
+from megatron_ext.parallel import ParallelPlan, padded_rows
+
+STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recurrence
+
+
+def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:
+    """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
+    return TransformerConfig(
+        num_layers=dims.layers,
+        hidden_size=dims.hidden,
+        num_attention_heads=dims.heads or plan.tensor,
+        num_query_groups=dims.kv_groups or plan.tensor,
+        kv_channels=dims.head_dim or 1,
+        ffn_hidden_size=dims.ffn or plan.tensor,
+        gated_linear_unit=False,
+        activation_func=squared_relu,
+        normalization="RMSNorm",
+        layernorm_epsilon=dims.norm_epsilon,
+        add_bias_linear=False,
+        is_hybrid_model=True,
+        mamba_num_heads=dims.mamba_heads or None,
+        mamba_head_dim=dims.mamba_head_dim or 1,
+        mamba_num_groups=dims.mamba_groups or 1,
+        mamba_state_dim=dims.mamba_state or 1,
+        **(_experts(dims, backend) if dims.experts else {}),
+        **common.settings(plan, dtype, backend),
+    )
+
+
+def _experts(dims: Dims, backend: str) -> dict[str, Any]:
+    return dict(
+        num_moe_experts=dims.experts,
+        moe_router_topk=dims.top_k,
+        moe_ffn_hidden_size=dims.expert_ffn,
+        moe_shared_expert_intermediate_size=dims.shared_ffn,
+        moe_router_score_function="sigmoid",
+        moe_router_topk_scaling_factor=dims.routed_scale,
+        moe_router_num_groups=dims.expert_groups if dims.expert_groups > 1 else None,
+        moe_router_group_topk=dims.top_groups if dims.expert_groups > 1 else None,
+        moe_router_dtype="fp32",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=0.0,  # mcore's default of 1e-3 rewrites the imported biases at every step
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=backend == "te",
+    )
+
+
+class HybridStack(MambaStack):
+    """MambaStack whose final norm is ours: mcore's is Transformer Engine's, whatever the spec says."""
+
+    def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **others: Any):
+        super().__init__(config, submodules, post_layer_norm=False, **others)
+        self.post_layer_norm = True
+        if self.post_process:
+            self.final_norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
+    """ "torch": our norms, attention and Mamba mixer. "te": mcore's stock spec, unchanged."""
+    if backend == "te":
+        from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+
+        return mamba_stack_spec
+    if backend != "torch":
+        raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mamba = MambaLayerSubmodules(
+        norm=ModuleSpec(module=Norm, params={"eps": config.layernorm_epsilon}),  # MambaLayer does not pass it
+        mixer=ModuleSpec(
+            module=MambaMixer,
+            params={"norm_epsilon": config.layernorm_epsilon},
+            submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+        ),
+        mamba_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+    )
+    attention = TransformerLayerSubmodules(
+        input_layernorm=Norm,
+        self_attention=ModuleSpec(
+            module=PackedSelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear, core_attention=PackedAttention, linear_proj=RowParallelLinear
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    )
+    dense = TransformerLayerSubmodules(
+        pre_mlp_layernorm=Norm,
+        mlp=ModuleSpec(module=MLP, submodules=mlp),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+    )
+    blocks = MambaStackSubmodules(
+        mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=dense),
+    )
+    if config.num_moe_experts:
+        experts = TransformerLayerSubmodules(
+            pre_mlp_layernorm=Norm,
+            mlp=moe_spec(config.num_moe_experts),
+            mlp_bda=get_bias_dropout_add,
+        )
+        blocks.moe_layer = ModuleSpec(module=MoETransformerLayer, submodules=experts)
+    return ModuleSpec(module=HybridStack, submodules=blocks)
+
+
+def build(
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch", virtual_stage: int | None = None
+) -> SupervisedHybrid:
+    """This rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
+    if backend == "te" and dims.norm_epsilon != STOCK_EPSILON:
+        raise UserMistake(
+            Problem(
+                "backend",
+                f"te has a norm epsilon of {STOCK_EPSILON:g} in Mamba layers, this model {dims.norm_epsilon:g}: "
+                "use backend torch",
+            )
+        )
+    config = transformer_config(dims, plan, dtype, backend)
+    ends = common.ends(virtual_stage)
+    del ends["vp_stage"]  # hybrid models have no interleaved pipeline
+    model = SupervisedHybrid(
+        config,
+        stack_spec(config, backend),
+        vocab_size=padded_rows(dims.vocabulary, plan.tensor),
+        max_sequence_length=dims.max_positions,
+        hybrid_override_pattern=dims.pattern,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=False,
+        **ends,
+    )
+    model.vocabulary_rows = dims.vocabulary
+    return model
