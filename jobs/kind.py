@@ -7,6 +7,8 @@
     run(config, task) -> facts     the work of one element on one rank; fills task.out
     finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
     check(config, placement) -> [Problem]   what can be refused before anything queues; `where` is a config key
+    forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
+    parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
 
 import dataclasses
@@ -20,16 +22,14 @@ from typing import Any, Callable, Iterator, Optional
 
 import jobs.phases
 from data_tools.mistake import Problem, UserMistake
+from megatron_ext.parallel import Site
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a phase would run, as far as its `check` needs to know: sizes, not names."""
+class Placement(Site):
+    """Where a phase would run, as far as its `check` needs to know: sizes, not names of partitions."""
 
-    ranks: int
-    nodes: int
-    gpus_per_node: int
-    elements: int
+    elements: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,15 @@ class PhaseKind:
     def check(self, config: Any, placement: Placement) -> list[Problem]:
         check = getattr(self.module, "check", None)
         return check(config, placement) if check else []
+
+    def forecast(self, config: Any, placement: Placement) -> dict[str, Any]:
+        forecast = getattr(self.module, "forecast", None)
+        return forecast(config, placement) if forecast else {}
+
+    def parallel_report(self, config: Any, placement: Placement, searching: bool) -> Optional[dict[str, Any]]:
+        """None where the phase has no parallel plan."""
+        report = getattr(self.module, "parallel_report", None)
+        return report(config, placement, searching) if report else None
 
 
 def kind_names() -> list[str]:

@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: ./runs/PIPELINE_NAME)")
         sub.add_argument("--verify", action="store_true", help="hash every sealed file again instead of trusting size and mtime")
 
+        if name == "plan":
+            sub.add_argument("--parallel", metavar="PHASE", help="memory, rank grid and predicted step of a training phase")
+            sub.add_argument("--search", action="store_true", help="with --parallel: the legal plans that fit, best first")
         if name == "submit":
             sub.add_argument("--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them")
 
@@ -141,6 +144,10 @@ def _make_plan(args: argparse.Namespace):
 
 
 def _plan(args: argparse.Namespace) -> int:
+    if args.parallel:
+        return _plan_parallel(args)
+    if args.search:
+        raise UserMistake("--search is about one phase: give --parallel PHASE too")
     plan = _make_plan(args)
     if args.json:
         return _print_json(plan.as_json())
@@ -149,6 +156,28 @@ def _plan(args: argparse.Namespace) -> int:
     console().print(plan_table(plan))
     _print_notes(plan)
     return 0
+
+
+def _plan_parallel(args: argparse.Namespace) -> int:
+    from jobs.pipeline import load_pipeline
+    from launchers.plan import default_run_folder, report_parallel
+    from slurm.detect import find_cluster
+
+    pipeline = load_pipeline(args.pipeline, args.overrides)
+    run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster)
+    report = report_parallel(pipeline, run, cluster, args.parallel, args.search)
+    if args.json:
+        _print_json({"phase": report.phase, **report.facts, "notes": report.notes,
+                     "problems": [str(problem) for problem in report.problems]})
+    else:
+        from launchers.show import console, table
+
+        for one in report.tables:
+            console().print(table(one["columns"], one["rows"], one["title"]))
+        print("\n".join(report.notes))
+    for problem in report.problems:
+        print(f"afterok: {problem}", file=sys.stderr)
+    return EXIT_MISTAKE if report.problems else 0
 
 
 def _print_notes(plan: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools import durable
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import Problem, UserMistake, nearest
 from jobs.artifact import HashCache, Seal, content_digest, key_of
 from jobs.kind import Placement, inputs, keyed_settings, user_module_root
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
@@ -85,6 +85,35 @@ def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool
     return _Planner(pipeline, run, cluster, verify).plan()
 
 
+@dataclass
+class ParallelReport:
+    """What one phase's parallel plan costs, and what of the phase `plan` refuses."""
+
+    phase: str
+    facts: dict[str, Any]
+    tables: list[dict[str, Any]]
+    notes: list[str]
+    problems: list[Problem]
+
+
+def report_parallel(pipeline: Pipeline, run: RunFolder, cluster: Cluster, name: str, searching: bool) -> ParallelReport:
+    """Memory, rank grid, predicted step and other plans of the phase `name`; refused or not.
+
+    Raises:
+        UserMistake: no such phase, or one that has no parallel plan.
+    """
+    phase = pipeline.phases.get(name)
+    if phase is None:
+        raise UserMistake(f"{pipeline.source} has no phase {name!r}{nearest(name, list(pipeline.phases))}")
+    planner = _Planner(pipeline, run, cluster, verify=False)
+    planner.survey()
+    report = phase.kind.parallel_report(*planner.checked[name], searching)
+    if report is None:
+        raise UserMistake(f"phase {name} uses {phase.uses}, which has no parallel plan; training phases have")
+    place = f"{pipeline.source}: phases.{name}."
+    return ParallelReport(name, **report, problems=[p for p in planner.problems if p.where.startswith(place)])
+
+
 class _Planner:
     def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool):
         self.pipeline, self.run, self.cluster, self.verify = pipeline, run, cluster, verify
@@ -93,11 +122,16 @@ class _Planner:
         self.code = code_digests(filter(None, (user_module_root(p.uses) for p in pipeline.phases.values())))
         self.planned: dict[str, PlannedPhase] = {}
         self.seals: dict[str, Seal] = {}
+        self.checked: dict[str, tuple[Any, Placement]] = {}
+        self.forecasts: dict[str, dict[str, Any]] = {}
 
-    def plan(self) -> Plan:
+    def survey(self) -> None:
         for phase in self.pipeline.phases.values():
             self.planned[phase.name] = self._phase(phase)
         self.cache.save()
+
+    def plan(self) -> Plan:
+        self.survey()
         self._batch()
         self.problems += forwarding_problems(self.cluster.profile, os.environ)
         if self.problems:
@@ -177,10 +211,15 @@ class _Planner:
             up = self.planned[name].frozen
             folders[name] = str(seal.folder if seal else self.run.artifact(up).folder)
         config = substitute(phase.config, folders)
-        ranks = resources.ranks_per_node * resources.nodes
-        placement = Placement(ranks, resources.nodes, resources.gpus_per_node, phase.elements)
+        placement = Placement(
+            ranks=resources.ranks_per_node * resources.nodes, nodes=resources.nodes,
+            gpus_per_node=resources.gpus_per_node, gpu=resources.gpu or "", gpu_mem_gib=resources.gpu_mem_gib,
+            environment=self.cluster.profile.env.set, elements=phase.elements,
+            forecasts={folder: self.forecasts[name] for name, folder in folders.items()})
         for problem in phase.kind.check(config, placement):
             self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message)
+        self.checked[phase.name] = config, placement
+        self.forecasts[phase.name] = phase.kind.forecast(config, placement)
 
     def _decide(self, planned: PlannedPhase) -> None:
         frozen = planned.frozen

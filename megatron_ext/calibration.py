@@ -51,10 +51,10 @@ PUBLISHED = {
         2250, 191.9e9 * 2 / 3, 8.05e9, 0.0, "NeMo Automodel, Qwen2.5-32B LoRA, 4,096 tokens, 8 x H100"
     ),
     "moe": Published(
-        13058, 21.7e9, 1.21e9, _exchanged(8, 4, 2880, 24), "NeMo Automodel, gpt-oss-20b, 4,096 tokens, 8 x H100, EP 8"
+        13058, 21.7e9, 1.21e9, _exchanged(8, 4, 2880, 24), "NeMo Automodel, gpt-oss-20b, 4,096 tokens, 8 x H100, EP8"
     ),
     "hybrid": Published(
-        16789, 19.6e9, 0.6e9, _exchanged(8, 6, 2688, 23), "NeMo Automodel, Nemotron-3-Nano, 4,096 tokens, 8 x H100, EP 8"
+        16789, 19.6e9, 0.6e9, _exchanged(8, 6, 2688, 23), "NeMo Automodel, Nemotron-3-Nano, 4,096 tokens, 8 x H100, EP8"
     ),
 }
 # Nearly all of its time is attention, in a forward done twice: 4/3 of the model's FLOPs.

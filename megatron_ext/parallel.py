@@ -83,6 +83,19 @@ class ParallelPlan:
 
 
 @dataclass(frozen=True)
+class Site:
+    """Where a phase would run, and what upstream phases will have put into the folders that it names."""
+
+    ranks: int
+    nodes: int = 1
+    gpus_per_node: int = 0
+    gpu: str = ""  # a name of calibration.GPUS; "": not known
+    gpu_mem_gib: Optional[int] = None
+    environment: Mapping[str, str] = field(default_factory=dict)  # that the cluster's profile sets
+    forecasts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by folder
+
+
+@dataclass(frozen=True)
 class Workload:
     """What a plan has to carry and on what. A rule whose numbers are None is not asked."""
 
@@ -359,6 +372,13 @@ def recompute_is_known(p: ParallelPlan, w: Workload) -> str:
     return "" if p.recompute in RECOMPUTES else f"{p.recompute!r} is none of {', '.join(RECOMPUTES)}"
 
 
+@rule("recompute")
+def hybrids_recompute_blocks_only(p: ParallelPlan, w: Workload) -> str:
+    """mamba_block.py of mcore 0.16.1 has no recomputation of whole layers; its MLP and MoE blocks have their own."""
+    wrong = w.shape and MAMBA in w.shape.blocks and p.recompute == "full"
+    return "full is not there for hybrid Mamba models" if wrong else ""
+
+
 # ---------------------------------------------------------------- the nearest legal value
 
 
@@ -559,10 +579,11 @@ def environment(plan: ParallelPlan) -> dict[str, str]:
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if plan.tensor > 1 or plan.context > 1 else {}
 
 
-def environment_problems(plan: ParallelPlan, given: Mapping[str, str], where: str) -> list[Problem]:
-    """Variables that `given` sets to something else; `where` is the place of the environment."""
+def environment_problems(plan: ParallelPlan, given: Mapping[str, str], where: str = "parallel") -> list[Problem]:
+    """Variables that the environment `given` to the ranks sets to something else."""
+    degrees = f"tensor {plan.tensor} and context {plan.context} need"
     return [
-        Problem(f"{where}.{name}", f"{given[name]!r} with tensor {plan.tensor}, context {plan.context}: use {value!r}")
+        Problem(where, f"{degrees} {name}={value}, and the environment says {given[name]}: unset it (profile: env.set)")
         for name, value in environment(plan).items()
         if given.get(name, value) != value
     ]

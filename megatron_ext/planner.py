@@ -6,6 +6,7 @@ kind of model (calibration.py). Activations are those of fused kernels (Transfor
 """
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -379,7 +380,9 @@ class Candidate:
 
 
 def legal_plans(t: Training, base: ParallelPlan) -> Iterator[ParallelPlan]:
-    """Every legal plan with the micro-batch and CP communication of `base`, even stages, tensor within a node."""
+    """Every legal plan with the micro-batch and CP communication of `base`: stages even, tensor within a node, experts
+    whole (ETP 1 is right almost always: reference/megatron.md 2.1, W4).
+    """
     w, s = t.workload, t.shape
     degrees = divisors(w.ranks)
     tensors = [d for d in degrees if d <= t.gpus_per_node]
@@ -389,21 +392,20 @@ def legal_plans(t: Training, base: ParallelPlan) -> Iterator[ParallelPlan]:
         if w.ranks % (tensor * pipeline * context) or len(s.layers) % pipeline:
             continue
         for expert, virtual in itertools.product(experts, virtuals):
-            for expert_tensor in {1, tensor} if s.experts else {1}:
-                plan = replace(
-                    base,
-                    tensor=tensor,
-                    sequence_parallel=tensor > 1,
-                    pipeline=pipeline,
-                    pipeline_layers=[],
-                    virtual=virtual,
-                    context=context,
-                    expert=expert,
-                    expert_tensor=expert_tensor,
-                    recompute="none",
-                )
-                if is_legal(plan, w):
-                    yield plan
+            plan = replace(
+                base,
+                tensor=tensor,
+                sequence_parallel=tensor > 1,
+                pipeline=pipeline,
+                pipeline_layers=[],
+                virtual=virtual,
+                context=context,
+                expert=expert,
+                expert_tensor=1,
+                recompute="none",
+            )
+            if is_legal(plan, w):
+                yield plan
 
 
 def search(t: Training, base: ParallelPlan) -> list[Candidate]:
@@ -413,7 +415,15 @@ def search(t: Training, base: ParallelPlan) -> list[Candidate]:
         for recompute in RECOMPUTES:
             tried = replace(plan, recompute=recompute)
             needs = memory(tried, t)
-            if t.capacity is None or needs.total <= HEADROOM * t.capacity:
+            fits = t.capacity is None or needs.total <= HEADROOM * t.capacity
+            if fits and is_legal(tried, t.workload):
                 found.append(Candidate(tried, needs, step(tried, t) if t.gpu else None))
                 break
-    return sorted(found, key=lambda c: (c.step.seconds if c.step else 0, c.memory.total))
+    return sorted(found, key=_rank)
+
+
+def _rank(candidate: Candidate) -> tuple[float, int, float]:
+    """The faster first; of those within about 1%, which is less than a prediction is worth, the one of fewer axes."""
+    plan, seconds = candidate.plan, candidate.step.seconds if candidate.step else 1.0
+    axes = sum(degree > 1 for degree in (plan.tensor, plan.pipeline, plan.virtual, plan.context, plan.expert))
+    return round(100 * math.log(seconds)), axes, candidate.memory.total

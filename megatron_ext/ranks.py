@@ -16,8 +16,9 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from data_tools.mistake import UserMistake
 from megatron_ext.device import backend, init_device
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ParallelPlan, environment, environment_problems
 
 # A collective that waits longer than this on a peer is dead; checkpoints of large models take minutes.
 PATIENCE = timedelta(minutes=30)
@@ -41,8 +42,13 @@ def _is_loopback(address: str) -> bool:
 def start(plan: ParallelPlan, seed: int = 0) -> None:
     """Join the process group (unless the caller already did), build mcore's groups for `plan`, seed every generator.
 
-    Raises RuntimeError from torch when the address does not answer.
+    Raises RuntimeError from torch when the address does not answer, UserMistake when the environment contradicts the
+    plan.
     """
+    problems = environment_problems(plan, os.environ)
+    if problems:
+        raise UserMistake(problems)
+    os.environ.update(environment(plan))
     init_device()
     from megatron.core import parallel_state
 

@@ -47,6 +47,8 @@ class Partition:
     cpus: Optional[int] = None  # of a node
     mem_gib: Optional[int] = None  # of a node
     gpus_per_node: Optional[int] = None
+    gpu: Optional[str] = None  # type: a100, h100, h200, b200; with it `plan` knows memory and speed
+    gpu_mem_gib: Optional[int] = None  # of one GPU; None: that of the type
     account: Optional[str] = None
     qos: Optional[str] = None
     constraint: Optional[str] = None
@@ -62,6 +64,8 @@ class Role:
     time: Optional[str] = None  # None: the partition's max_time
     nodes: int = 1
     gpus_per_node: int = 0
+    gpu: Optional[str] = None  # type and memory of one GPU; None: the partition's
+    gpu_mem_gib: Optional[int] = None
     cpus_per_task: int = 1
     mem_gib: Optional[int] = None  # a node; None: the cluster's default
     ranks_per_node: Optional[int] = None  # None: one a GPU, else one
@@ -133,6 +137,8 @@ class Resources:
     nodes: int
     ranks_per_node: int
     gpus_per_node: int
+    gpu: Optional[str]
+    gpu_mem_gib: Optional[int]
     cpus_per_task: int
     mem_gib: Optional[int]
     time_minutes: Optional[int]
@@ -230,6 +236,8 @@ def resolve(profile: Profile, request: Request) -> Resources:
         nodes=_first(request.nodes, role.nodes),
         ranks_per_node=_first(request.ranks_per_node, role_ranks, gpus if gpus > 0 else 1),
         gpus_per_node=gpus,
+        gpu=_first(role.gpu, partition.gpu),
+        gpu_mem_gib=_first(role.gpu_mem_gib, partition.gpu_mem_gib),
         cpus_per_task=_first(request.cpus_per_task, role.cpus_per_task),
         mem_gib=_first(request.mem_gib, role.mem_gib),
         time_minutes=None if time is None else parse_minutes(time),

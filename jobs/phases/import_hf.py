@@ -13,6 +13,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
     return import_hf.check(config, placement.ranks)
 
 
+def forecast(config: Config, placement: Placement) -> dict[str, Any]:
+    return import_hf.forecast(config, placement.forecasts)
+
+
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = import_hf.run(config, task.out, task.keep, task.progress)
     return {"headline": f"{facts['family']}, {facts['parameters']:,} parameters in {facts['dtype']}", **facts}

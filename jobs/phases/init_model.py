@@ -13,6 +13,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
     return init_model.check(config, placement.ranks)
 
 
+def forecast(config: Config, placement: Placement) -> dict[str, Any]:
+    return init_model.forecast(config)
+
+
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = init_model.run(config, task.out, task.keep, task.progress)
     return {"headline": f"{facts['parameters']:,} parameters, vocabulary {facts['vocabulary']:,}", **facts}

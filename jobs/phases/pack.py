@@ -14,6 +14,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
     return pack.check(config)
 
 
+def forecast(config: Config, placement: Placement) -> dict[str, Any]:
+    return {"pack_length": config.pack_length, "align": config.align}
+
+
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = pack.pack(config, task.out, task.progress)
     for name, table in facts.pop("tables").items():

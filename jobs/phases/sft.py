@@ -10,7 +10,15 @@ from megatron_ext.entrypoints.sft import Config
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return sft.check(config, placement.ranks)
+    return sft.check(config, placement.ranks, placement)
+
+
+def forecast(config: Config, placement: Placement) -> dict[str, Any]:
+    return sft.forecast(config, placement)
+
+
+def parallel_report(config: Config, placement: Placement, searching: bool) -> dict[str, Any]:
+    return sft.parallel_report(config, placement, searching)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

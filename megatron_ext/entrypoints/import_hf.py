@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
+from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 
@@ -32,6 +33,30 @@ def check(config: Config, ranks: int) -> list[Problem]:
     if ranks != 1:
         problems.append(Problem("", f"import_hf runs on 1 rank, not {ranks}: any layout loads what it writes"))
     return problems
+
+
+def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What of the model folder is known before it is made: config.json of the source, also of a hub name that is in
+    the cache of this machine. `forecasts` are those of the folders upstream."""
+    path = Path(config.source) / "config.json"
+    if not path.is_file():
+        path = _cached(config.source, config.revision)
+    try:
+        return {"hf_config": durable.read_json(path)} if path else dict(forecasts.get(config.source, {}))
+    except (OSError, ValueError):
+        return {}
+
+
+def _cached(source: str, revision: str) -> Path | None:
+    """config.json of a hub name, where an earlier download left it."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source, "config.json", revision=revision or None)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def fetch(source: str, revision: str) -> Path:

@@ -73,6 +73,11 @@ def _dims(
     return dims, problems, file
 
 
+def forecast(config: Config) -> dict[str, Any]:
+    """config.json of the checkpoint, known before it is made; the vocabulary is the tokenizer's and not yet known."""
+    return {"hf_config": _dims(config, vocabulary=1)[2]}
+
+
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
     """Facts: parameters, vocabulary, sha256 of the weights."""
     from data_tools.chat import load_tokenizer

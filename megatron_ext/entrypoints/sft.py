@@ -1,15 +1,15 @@
 """Supervised fine-tuning on packed documents: model folder + token store + pack plan -> model folder."""
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
+from megatron_ext import preflight
 from megatron_ext import schedule as schedules
-from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel import check as check_plan
+from megatron_ext.parallel import ParallelPlan, Site
+from megatron_ext.planner import Training
 
 FREE = {"keyed": False}  # does not change the result
 
@@ -50,10 +50,14 @@ def _schedule(config: Config) -> schedules.Schedule:
     )
 
 
-def check(config: Config, ranks: int) -> list[Problem]:
-    """What can be refused before anything runs. Paths that upstream phases have yet to make are not asked."""
-    from megatron_ext.models.registry import read_config
+def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
+    return preflight.prepare(
+        config.model, config.packs, max(config.global_batch, 1), config.dtype, config.backend, site
+    )
 
+
+def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
+    """What can be refused before anything runs; `site` says what is known of `ranks` ranks that are yet to come."""
     problems = [Problem(name, "is missing") for name in ("model", "store", "packs") if not getattr(config, name)]
     problems += schedules.check(_schedule(config))
     for name in ("global_batch", "log_every", "keep_checkpoints"):
@@ -65,25 +69,19 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("dtype", f"{config.dtype!r} is neither float32 nor bfloat16"))
     if config.backend not in ("torch", "te"):
         problems.append(Problem("backend", f"{config.backend!r} is neither torch nor te"))
-    shape = None
-    hf = Path(config.model) / "hf"
-    if config.model and (hf / "config.json").is_file():
-        family, dims, found = read_config(hf)
-        problems += found
-        shape = family.config.shape(dims) if dims is not None else None
-    workload = Workload(
-        ranks, shape, global_batch=max(config.global_batch, 1), backend=config.backend, **_pack_facts(config)
-    )
-    return problems + check_plan(config.parallel, workload)
+    site = site or Site(ranks)
+    training, found = _training(config, site)
+    return problems + found + preflight.check(config.parallel, training, site)
 
 
-def _pack_facts(config: Config) -> dict[str, int]:
-    """From the plan, where it already exists."""
-    try:
-        facts = json.loads((Path(config.packs) / "plan.json").read_text())
-        return {name: int(facts[name]) for name in ("pack_length", "align")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
+    """What the parallel plan costs, its rank grid, and others: see preflight.report."""
+    return preflight.report(config.parallel, _training(config, site)[0], site, searching)
+
+
+def forecast(config: Config, site: Site) -> dict[str, Any]:
+    """What the model folder of a run will hold, known before it ran."""
+    return {"hf_config": preflight.model_config(config.model, site)[0]}
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:

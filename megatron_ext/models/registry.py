@@ -68,9 +68,14 @@ def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
         return None, None, [Problem(str(path), "no such file: a Hugging Face model folder has one")]
     except ValueError as error:
         return None, None, [Problem(str(path), f"not JSON: {error}")]
+    return parse_config(config, str(path))
+
+
+def parse_config(config: Any, where: str) -> tuple[Family | None, Any, list[Problem]]:
+    """The same of a parsed config.json that lies, or will lie, at `where`."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
-        return None, None, [Problem(str(path), f"model_type {kind!r} is not known" + nearest(str(kind), FAMILIES))]
+        return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), FAMILIES))]
     family = Family(kind)
-    dims, problems = family.config.read(config, str(path))
+    dims, problems = family.config.read(config, where)
     return family, dims, problems

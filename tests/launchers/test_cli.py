@@ -18,7 +18,10 @@ def imported_by(*args):
     return set(done.stdout.split("MODULES")[1].split())
 
 
-@pytest.mark.parametrize("args", [["--help"], ["plan", "jobs/pipelines/tiny.yaml", "--run", "/nonexistent/run", "cluster=local"]])
+TINY = ["plan", "jobs/pipelines/tiny.yaml", "--run", "/nonexistent/run", "cluster=local"]
+
+
+@pytest.mark.parametrize("args", [["--help"], TINY, [*TINY, "--parallel", "sft", "--search"]])
 def test_help_and_plan_import_no_torch(args):
     assert not imported_by(*args) & set(HEAVY)
 

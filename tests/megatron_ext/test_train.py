@@ -87,6 +87,11 @@ def test_parallel_training_equals_serial(two_ranks, hf, serial, tmp_path, layout
         assert (ours[name] - theirs[name]).abs().max() <= 2e-3 * travelled, name
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_bit(hf, serial, recompute):
+    assert steps_of(ParallelPlan(recompute=recompute), hf, None) == serial[0]
+
+
 def parameters_of_hf(hf: Path) -> dict[str, torch.Tensor]:
     with ranks.started(ParallelPlan()):
         return {name: p.detach().clone() for name, p in tiny.model(hf, tiny.DIMS, ParallelPlan()).named_parameters()}

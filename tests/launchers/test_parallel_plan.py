@@ -1,0 +1,87 @@
+"""`afterok plan --parallel PHASE`: a training phase's plan is shown with its numbers, or refused, before it exists."""
+
+import json
+
+import pytest
+
+from tests.command import afterok, one_line
+
+QWEN_32B = {
+    "model_type": "qwen2", "num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 27648,
+    "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "max_position_embeddings": 131072, "hidden_act": "silu", "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+PIPELINE = """
+name: big
+phases:
+  model: {uses: import_hf, with: {source: FOLDER/qwen}}
+  packs: {uses: pack, with: {store: FOLDER/store, pack_length: 12000}}
+  sft:
+    uses: sft
+    with:
+      model: "${phases.model.out}"
+      store: FOLDER/store
+      packs: "${phases.packs.out}"
+      global_batch: 1024
+      parallel: {tensor: 8, sequence_parallel: true}
+    resources: {role: train, nodes: 8}
+"""
+
+PROFILE = """
+kind: local
+roles:
+  cpu: {}
+  train: {gpus_per_node: 8, gpu: h100}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """`afterok plan` of a pipeline whose model and packs are yet to be made: there is only a config.json."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen" / "config.json").write_text(json.dumps(QWEN_32B))
+    (tmp_path / "big.yaml").write_text(PIPELINE.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "h100.yaml").write_text(PROFILE)
+    command = ["plan", tmp_path / "big.yaml", f"cluster={tmp_path / 'h100.yaml'}", "--run", tmp_path / "run"]
+    return lambda *words, check=0: afterok(*command, *words, check=check)
+
+
+def test_memory_grid_step_and_neighbours_are_shown(plan):
+    done = plan("--parallel", "sft")
+    for text in ("64 ranks on 8 nodes", "0-56 by 8", "memory of 79.6 GiB", "28.6", "predicted step", "neighbours"):
+        assert text in done.stdout
+    assert "derived:" in done.stdout and "measured by others:" in done.stdout
+
+
+def test_the_same_as_json(plan):
+    found = json.loads(plan("--parallel", "sft", "--search", "--json").stdout)
+    assert found["parameters"] == 32_763_876_352
+    assert found["memory"]["total"] < 79.6
+    assert found["grid"]["data"][0] == list(range(0, 64, 8))
+    assert found["plan"]["data"] == 8 and found["problems"] == []
+    assert all(one["total_gib"] <= 79.6 for one in found["search"])
+
+
+def test_the_grpo_seeds_length_is_refused_by_every_verb_that_plans(plan):
+    done = plan("packs.with.pack_length=11999", check=2)
+    assert "11,999 tokens do not divide by 8" in done.stderr and "use a pack length of 12,000 tokens" in done.stderr
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_one_that_does(plan):
+    words = ["packs.with.pack_length=120000", "packs.with.align=16"]
+    line = one_line(plan(*words, check=2))
+    assert "phases.sft.with.parallel: needs" in line and "and a GPU has 79.6: use tensor" in line
+    shown = plan("--parallel", "sft", *words, check=2)
+    assert "memory of 79.6 GiB" in shown.stdout and line in shown.stderr
+
+
+def test_a_phase_without_a_parallel_plan_says_so(plan):
+    assert "phase packs uses pack, which has no parallel plan" in one_line(plan("--parallel", "packs", check=2))
+    assert "no phase 'stf' (did you mean sft?" in one_line(plan("--parallel", "stf", check=2))
+
+
+def test_an_environment_that_breaks_the_plan_is_refused(plan, tmp_path):
+    (tmp_path / "h100.yaml").write_text(PROFILE + "env: {set: {CUDA_DEVICE_MAX_CONNECTIONS: '8'}}\n")
+    assert "need CUDA_DEVICE_MAX_CONNECTIONS=1, and the environment says 8" in one_line(plan(check=2))

@@ -1,0 +1,75 @@
+"""What is known of a training before it queues, and what is refused."""
+
+from dataclasses import replace
+
+import numpy
+import pytest
+
+from data_tools import durable, pack
+from megatron_ext import preflight
+from megatron_ext.calibration import GIB, GPUS
+from megatron_ext.entrypoints import import_hf, init_model, sft
+from megatron_ext.models.qwen2.config import hf_config
+from megatron_ext.parallel import ParallelPlan, Site, Workload, is_legal
+from megatron_ext.planner import Documents, Training
+from tests.data_tools.test_pack import store_of
+from tests.megatron_ext import tiny
+from tests.megatron_ext.shapes import NANO
+
+
+def test_what_upstream_phases_will_make_is_known_before_they_ran(tmp_path):
+    """init_model -> import_hf -> sft and pack: heads, lengths and alignment are checked although no file is there."""
+    checkpoint, model, packs = (str(tmp_path / name) for name in ("checkpoint", "model", "packs"))
+    forecasts = {checkpoint: init_model.forecast(init_model.Config(heads=3, hidden=96, kv_groups=3))}
+    forecasts[model] = import_hf.forecast(import_hf.Config(checkpoint), forecasts)
+    forecasts[packs] = {"pack_length": 101, "align": 1}
+    site = Site(2, forecasts=forecasts)
+    plan = ParallelPlan(tensor=2, sequence_parallel=True)
+    config = sft.Config(model=model, store="store", packs=packs, parallel=plan)
+    found = [problem.message for problem in sft.check(config, 2, site)]
+    assert "2 does not split 3 heads and 3 KV groups evenly: use tensor 1" in found
+    assert any(message.startswith("101 tokens do not divide by 2") for message in found)
+    assert sft.forecast(config, site) == forecasts[model]  # a second fine-tuning behind it is checked too
+
+
+def test_the_documents_of_a_pack_plan_are_counted(tmp_path):
+    model, out = tmp_path / "model", tmp_path / "packs"
+    (model / "hf").mkdir(parents=True)
+    durable.write_json(model / "hf" / "config.json", hf_config(tiny.DIMS))
+    store = store_of(tmp_path / "store", [(20, 10), (10, 10), (30, 30), (4, 3)])
+    out.mkdir()
+    pack.pack(pack.Config(str(store), pack_length=64), out)
+    training, problems = preflight.prepare(str(model), str(out), 2, "", "torch", Site(1))
+    assert problems == [] and training.dtype == "float32"
+    assert training.workload.longest == 60 and training.workload.pack_length == 64
+    lengths = numpy.array([30, 20, 60, 7])
+    assert training.documents == Documents.of(lengths, packs=2, window=0)
+
+
+def nano(ranks: int, length: int = 262_144) -> Training:
+    workload = Workload(ranks, NANO, pack_length=length, align=4, global_batch=60)
+    return Training(workload, Documents.one(length, 0), gpu=GPUS["h100"])
+
+
+def test_openresearchers_plan_is_refused_with_its_memory_and_a_legal_one_offered():
+    """TP 2, CP 2, EP 1, ETP 1 on 4 GPUs at 262,144 tokens: no room, and wrong expert gradients besides."""
+    seed, site = ParallelPlan(tensor=2, context=2, sequence_parallel=True), Site(4, gpus_per_node=8, gpu="h100")
+    found = [problem.message for problem in preflight.check(seed, nano(4), site)]
+    assert any("gives wrong expert gradients without an error: use expert" in message for message in found)
+    assert found[-1].startswith("needs 577.3 GiB a GPU (state 258.6, activations 234.1, logits 80.7, other 4.0)")
+    assert "and a GPU has 79.6: use tensor" in found[-1] and "GPUs (" in found[-1]
+    state = preflight.report(seed, nano(4), site, searching=False)["facts"]["memory"]
+    assert sum(state[name] for name in ("weights", "gradients", "optimizer")) == pytest.approx(258.5, abs=0.15)
+    ranks, best = preflight.offer(seed, nano(4))
+    assert is_legal(best.plan, Workload(ranks, NANO, 262_144, align=best.plan.document_unit(), global_batch=60))
+    assert best.memory.total < GPUS["h100"].memory_gib * GIB
+
+
+def test_a_plan_that_fits_has_no_problem_and_an_unknown_gpu_refuses_nothing():
+    fits = ParallelPlan(tensor=2, sequence_parallel=True, expert=8)
+    work = replace(nano(8, 4096), workload=Workload(8, NANO, 4096, global_batch=64), gpu=GPUS["h200"])
+    site = Site(8, gpus_per_node=8)
+    refused_for_memory = [p for p in preflight.check(fits, work, site) if p.message.startswith("needs")]
+    assert refused_for_memory == []
+    huge = replace(work, gpu=None, workload=Workload(8, NANO, 2**20, global_batch=64))
+    assert not [p for p in preflight.check(fits, huge, site) if p.message.startswith("needs")]
