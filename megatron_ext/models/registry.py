@@ -17,7 +17,14 @@ from typing import Any
 from data_tools.mistake import Problem, nearest
 from megatron_ext.parallel import ParallelPlan
 
-FAMILIES = ("qwen2", "gpt_oss", "nemotron_h")
+MODEL_TYPES = {  # of config.json: the family's folder
+    "qwen2": "qwen2",
+    "qwen3": "qwen2",
+    "llama": "qwen2",
+    "gpt_oss": "gpt_oss",
+    "nemotron_h": "nemotron_h",
+}
+FAMILIES = tuple(dict.fromkeys(MODEL_TYPES.values()))
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,8 @@ def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
 def parse_config(config: Any, where: str) -> tuple[Family | None, Any, list[Problem]]:
     """The same of a parsed config.json that lies, or will lie, at `where`."""
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in FAMILIES:
-        return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), FAMILIES))]
-    family = Family(kind)
+    if kind not in MODEL_TYPES:
+        return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), MODEL_TYPES))]
+    family = Family(MODEL_TYPES[kind])
     dims, problems = family.config.read(config, where)
     return family, dims, problems

@@ -11,7 +11,7 @@ from tests.megatron_ext import tiny
 
 FAMILIES: dict[str, Any] = {
     "qwen2": replace(tiny.DIMS, layers=4),
-    "qwen2 untied": replace(tiny.DIMS, layers=4, tied=False),
+    "qwen3 untied": replace(tiny.DIMS, layers=4, tied=False, kind="qwen3"),
     "gpt_oss": replace(tiny.GPT_OSS_DIMS, sliding=(True, False) * 2),
 }
 

@@ -18,6 +18,7 @@ from tests.megatron_ext import tiny
 from tests.megatron_ext.test_attention import forward
 
 QWEN2, GPT_OSS, NEMOTRON_H = tiny.DIMS, tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS
+QWEN3, LLAMA = (replace(QWEN2, kind=kind, tied=False) for kind in ("qwen3", "llama"))
 
 
 def hybrid(pattern: str, **sizes):
@@ -39,6 +40,10 @@ SHAPES = {
     "qwen2 one layer, wide MLP, other epsilon": replace(
         QWEN2, layers=1, ffn=130, norm_epsilon=1e-3, vocabulary=64
     ),
+    "qwen3": QWEN3,
+    "qwen3 tied, own head size": replace(QWEN3, tied=True, head_dim=20, rope_base=1e6),
+    "llama": LLAMA,
+    "llama 3, stretched": replace(LLAMA, rope_factor=8.0, head_dim=16, rope_base=500000.0),
     "gpt_oss": GPT_OSS,
     "gpt_oss tied, all layers full": replace(GPT_OSS, tied=True, sliding=(False, False)),
     "gpt_oss window longer than documents": replace(GPT_OSS, window=200, sliding=(True, True, False)),
@@ -58,7 +63,7 @@ SHAPES = {
         "ME*", mamba_heads=6, mamba_groups=2, experts=5, top_k=3, heads=6, kv_groups=1, vocabulary=64
     ),
 }
-FAMILIES = {"qwen2": replace(QWEN2, tied=False), "gpt_oss": GPT_OSS, "nemotron_h": NEMOTRON_H}
+FAMILIES = {"qwen2": replace(QWEN2, tied=False), "qwen3": QWEN3, "gpt_oss": GPT_OSS, "nemotron_h": NEMOTRON_H}
 TOLERANCE = {"qwen2": 1e-5, "gpt_oss": 1e-5, "nemotron_h": 1e-4}  # fp32 logits
 
 

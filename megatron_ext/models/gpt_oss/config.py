@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
+from megatron_ext.models.reading import ROPE_KEYS, Reading
 from megatron_ext.models.shape import ATTENTION, MOE, WINDOW, ModelShape
 
 SWIGLU_ALPHA = 1.702  # the only one that mcore's quick_gelu has
@@ -16,13 +17,13 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @dataclass(frozen=True)
 class Yarn:
-    """Rotary positions stretched by `factor` (Peng et al., arXiv 2309.00071). `truncate`: its correction range to whole numbers."""
+    """Rotary positions stretched by `factor` (Peng et al., arXiv 2309.00071)."""
 
     factor: float
     original_positions: int
     beta_fast: float
     beta_slow: float
-    truncate: bool
+    truncate: bool  # the correction range to whole numbers
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,31 @@ class Dims:
         return len(self.sliding)
 
 
-REQUIRED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "max_position_embeddings",
-)
-YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
+SIZES = {
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "experts": "num_local_experts",
+    "top_k": "num_experts_per_tok",
+    "ffn": "intermediate_size",
+    "vocabulary": "vocab_size",
+    "max_positions": "max_position_embeddings",
+}
+LAYERS = {"layers": "num_hidden_layers"}
+ONLY = {
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "swiglu_alpha": SWIGLU_ALPHA,
+}
+READ = {
+    "layer_types", "num_experts", "quantization_config", "rms_norm_eps", "sliding_window", "swiglu_limit",
+    "tie_word_embeddings", *ROPE_KEYS, *SIZES.values(), *LAYERS.values(), *ONLY,
+}  # fmt: skip
+# Other names of what is read (experts_per_token, initial_context_length), and a loss that training here does not add.
+WITHOUT_EFFECT = {"experts_per_token", "initial_context_length", "router_aux_loss_coef"}
+YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
 DEFAULT_ROPE = {  # transformers' own, where a file names none
     "rope_type": "yarn",
     "factor": 32.0,
@@ -77,82 +90,53 @@ DEFAULT_ROPE = {  # transformers' own, where a file names none
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
     """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
     config = {"num_local_experts": config.get("num_experts"), **config}  # transformers answers to both names
-    problems = [Problem(where, f"{key} is missing") for key in REQUIRED if not isinstance(config.get(key), int)]
-    if problems:
-        return None, problems
+    reading = Reading(config, where, "gpt_oss")
+    sizes, layers = reading.sizes(SIZES), reading.sizes(LAYERS)["layers"]
+    if reading.problems:
+        return None, reading.problems
+    reading.only(ONLY)
+    reading.known(READ | WITHOUT_EFFECT)
+    reading.heads(sizes["heads"], sizes["kv_groups"], sizes["head_dim"])
+    hidden, ffn, experts, top_k = (sizes[name] for name in ("hidden", "ffn", "experts", "top_k"))
 
-    def refuse(key: str, value: Any, remedy: str) -> None:
-        problems.append(Problem(where, f"{key} = {value!r} is not supported for gpt_oss: {remedy}"))
+    rope = reading.rope(DEFAULT_ROPE, base=150000.0)
+    if rope["rope_type"] not in ("yarn", "default"):
+        reading.refuse("rope_type", rope["rope_type"], "yarn and default are")
+    elif rope["rope_type"] == "yarn" and not {"factor", "original_max_position_embeddings"} <= rope.keys():
+        reading.refuse("rope_parameters", rope, "yarn needs factor and original_max_position_embeddings")
+    for key in sorted(rope.keys() - {"rope_type", "rope_theta"} - YARN):
+        reading.refuse(f"rope_parameters.{key}", rope[key], "remove it if the model does not need it")
 
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or DEFAULT_ROPE
-    rope = {key: value for key, value in rope.items() if value is not None}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("yarn", "default"):
-        refuse("rope_type", kind, "yarn and default are")
-    elif kind == "yarn" and not {"factor", "original_max_position_embeddings"} <= rope.keys():
-        refuse("rope_parameters", rope, "yarn needs factor and original_max_position_embeddings")
-    for key in sorted(rope.keys() - {"rope_type", "type", "rope_theta", *YARN}):
-        if (key, rope[key]) != ("partial_rotary_factor", 1.0):
-            refuse(f"rope_parameters.{key}", rope[key], "remove it if the model does not need it")
-
-    layers = config["num_hidden_layers"]
     kinds = config.get("layer_types") or [(FULL, SLIDING)[(i + 1) % 2] for i in range(layers)]
-    window = config.get("sliding_window", 128) or 0
+    window, limit = config.get("sliding_window", 128) or 0, config.get("swiglu_limit", 7.0) or 0.0
     if unknown := sorted(set(kinds) - {FULL, SLIDING}):
-        refuse("layer_types", unknown, f"{SLIDING} and {FULL} are")
+        reading.refuse("layer_types", unknown, f"{SLIDING} and {FULL} are")
     if len(kinds) != layers:
-        problems.append(Problem(where, f"layer_types has {len(kinds)} entries for {layers} layers"))
+        reading.wrong(f"layer_types has {len(kinds)} entries for {layers} layers")
     if SLIDING in kinds and window < 1:
-        refuse("sliding_window", config.get("sliding_window"), "sliding layers need at least 1 token")
-
-    alpha, limit = config.get("swiglu_alpha", SWIGLU_ALPHA), config.get("swiglu_limit", 7.0)
-    if alpha != SWIGLU_ALPHA:
-        refuse("swiglu_alpha", alpha, f"megatron-core has {SWIGLU_ALPHA}")
-    if not limit or limit <= 0:
-        refuse("swiglu_limit", limit, "experts clamp at a positive value")
-    if config.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", config["hidden_act"], "gpt-oss has silu")
-    if not config.get("attention_bias", True):
-        refuse("attention_bias", False, "gpt-oss has biases on q, k, v and o")
-    if config.get("attention_dropout"):
-        refuse("attention_dropout", config["attention_dropout"], "set it to 0.0")
-    hidden, heads, groups = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    experts, top_k, ffn = config["num_local_experts"], config["num_experts_per_tok"], config["intermediate_size"]
+        reading.refuse("sliding_window", config.get("sliding_window"), "sliding layers need at least 1 token")
+    if limit <= 0:
+        reading.refuse("swiglu_limit", config.get("swiglu_limit"), "experts clamp at a positive value")
+    if not 2 <= top_k <= experts:
+        reading.refuse("num_experts_per_tok", top_k, f"a softmax over the chosen takes 2 to {experts} experts here")
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method not in (None, "mxfp4"):
-        refuse("quantization_config", method, "import the unquantized or the MXFP4 model")
+        reading.refuse("quantization_config", method, "import the unquantized or the MXFP4 model")
     elif method and (hidden % MXFP4_BLOCK or ffn % MXFP4_BLOCK):
-        refuse("quantization_config", method, f"hidden_size {hidden} and intermediate_size {ffn} need whole blocks of 32")
+        reading.wrong(f"MXFP4 needs whole blocks of {MXFP4_BLOCK}: hidden_size is {hidden}, intermediate_size {ffn}")
     # Files with MXFP4 experts need not name the dtype of the rest; transformers takes bfloat16 then.
-    dtype = config.get("dtype") or config.get("torch_dtype") or ("bfloat16" if method else "float32")
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        refuse("dtype", dtype, "use float32, bfloat16 or float16")
-    if heads < 1 or groups < 1 or heads % groups:
-        problems.append(Problem(where, f"{heads} attention heads do not divide by {groups} key-value heads"))
-    if config["head_dim"] % 2:
-        problems.append(Problem(where, f"head size {config['head_dim']} is odd: rotary positions need an even one"))
-    if not 2 <= top_k <= experts:
-        refuse("num_experts_per_tok", top_k, f"a softmax over the chosen takes 2 to {experts} of {experts} experts")
-    if problems:
-        return None, problems
+    dtype = reading.dtype("bfloat16" if method else "float32")
+    if reading.problems:
+        return None, reading.problems
     return Dims(
-        hidden=hidden,
-        heads=heads,
-        kv_groups=groups,
-        head_dim=config["head_dim"],
+        **sizes,
         window=window,
         sliding=tuple(kind == SLIDING for kind in kinds),
-        experts=experts,
-        top_k=top_k,
-        ffn=ffn,
         swiglu_limit=float(limit),
-        vocabulary=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-5)),
-        rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 150000.0),
-        yarn=_yarn(rope) if kind == "yarn" else None,
-        max_positions=config["max_position_embeddings"],
+        rope_base=float(rope["rope_theta"]),
+        yarn=_yarn(rope) if rope["rope_type"] == "yarn" else None,
         dtype=dtype,
         mxfp4=method == "mxfp4",
     ), []

@@ -1,4 +1,5 @@
-"""Qwen2 and Qwen2.5: what of a Hugging Face config.json we understand. No torch here: checks read it too.
+"""Qwen2 and Qwen2.5, Qwen3 and Llama, dense: what of a Hugging Face config.json we understand. No torch here: checks
+read it too.
 
 Mapping to mcore: reference/megatron.md 1.2. Anything that would change the function and is not understood is refused.
 """
@@ -7,12 +8,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
+from megatron_ext.models.reading import ROPE_KEYS, Reading
 from megatron_ext.models.shape import ATTENTION, MLP, ModelShape
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What tells apart the model types of this family."""
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+KINDS = {
+    "qwen2": Kind("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Kind("Qwen3ForCausalLM", qk_norm=True),
+    "llama": Kind("LlamaForCausalLM"),
+}
+
+
+@dataclass(frozen=True)
 class Dims:
-    """The numbers that define a Qwen2 model. All sizes in elements."""
+    """The numbers that define a model. All sizes in elements."""
 
     layers: int
     hidden: int
@@ -26,76 +44,87 @@ class Dims:
     rope_base: float
     max_positions: int
     dtype: str  # of the checkpoint: "float32", "bfloat16" or "float16"
+    kind: str = "qwen2"  # one of KINDS
+    rope_factor: float = 0.0  # by which Llama 3 stretches long wavelengths; 0: none
+
+    @property
+    def qkv_bias(self) -> bool:
+        return KINDS[self.kind].qkv_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return KINDS[self.kind].qk_norm
 
 
-REQUIRED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-)
+SIZES = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "heads": "num_attention_heads",
+    "vocabulary": "vocab_size",
+}
+ONLY = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "quantization_config": None,
+    "use_sliding_window": False,
+}
+READ = {
+    "attention_bias", "head_dim", "layer_types", "max_position_embeddings", "num_key_value_heads", "rms_norm_eps",
+    "tie_word_embeddings", *ROPE_KEYS, *SIZES.values(), *ONLY,
+}  # fmt: skip
+# How transformers computes the same (pretraining_tp), and what use_sliding_window switches off.
+WITHOUT_EFFECT = {"max_window_layers", "pretraining_tp", "sliding_window"}
+# Of Llama 3's rotary positions, mcore knows these with any factor (rotary_pos_embedding.py:92).
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+QWEN3_HEAD_DIM = 128  # transformers' own, where a file names none
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
     """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
-    problems = [Problem(where, f"{key} is missing") for key in REQUIRED if not isinstance(config.get(key), int)]
-    if problems:
-        return None, problems
+    kind = config["model_type"]
+    reading = Reading(config, where, kind)
+    sizes = reading.sizes(SIZES)
+    if reading.problems:
+        return None, reading.problems
+    reading.only(ONLY)
+    if kind != "qwen2":  # which has no such key
+        reading.only({"attention_bias": False})
+    reading.known(READ | WITHOUT_EFFECT)
+    if windowed := sorted(set(config.get("layer_types") or []) - {"full_attention"}):
+        reading.refuse("layer_types", windowed, "only full_attention layers are")
 
-    def refuse(key: str, value: Any, remedy: str) -> None:
-        problems.append(Problem(where, f"{key} = {value!r} is not supported for qwen2: {remedy}"))
+    rope = reading.rope({}, base=10000.0)
+    factor = 0.0
+    if rope["rope_type"] == "llama3" and kind == "llama":
+        factor = float(rope.get("factor", 0))
+        if (given := {key: rope.get(key) for key in LLAMA3}) != LLAMA3 or factor < 1:
+            reading.refuse("rope_parameters", {"factor": factor, **given}, f"a factor from 1 on with {LLAMA3} is")
+    elif rope["rope_type"] != "default":
+        reading.refuse("rope_type", rope["rope_type"], "only plain rotary positions are, and llama3 for llama")
 
-    # transformers 5 nests the rotary settings, older files have rope_theta and rope_scaling beside the others.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        refuse("rope_type", kind, "only plain rotary positions are")
-    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
-        refuse(
-            "partial_rotary_factor", rope.get("partial_rotary_factor", config.get("partial_rotary_factor")), "use 1.0"
-        )
-    if config.get("use_sliding_window"):
-        refuse("use_sliding_window", True, "no released Qwen2.5 uses it; set it to false if yours does not need it")
-    windowed = sorted({kind for kind in config.get("layer_types") or [] if kind != "full_attention"})
-    if windowed:
-        refuse("layer_types", windowed, "only full_attention layers are")
-    if config.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", config["hidden_act"], "Qwen2 has silu")
-    if config.get("attention_dropout"):
-        refuse("attention_dropout", config["attention_dropout"], "set it to 0.0")
-    if config.get("quantization_config"):
-        refuse("quantization_config", config["quantization_config"].get("quant_method"), "import the unquantized model")
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        refuse("dtype", dtype, "use float32, bfloat16 or float16")
-
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    hidden, heads = sizes["hidden"], sizes["heads"]
     groups = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or (hidden // heads if heads else 0)
-    if heads < 1 or groups < 1 or heads % groups:
-        problems.append(Problem(where, f"{heads} attention heads do not divide by {groups} key-value heads"))
-    elif not config.get("head_dim") and hidden % heads:
-        problems.append(Problem(where, f"hidden_size {hidden} does not divide by {heads} attention heads"))
-    elif head_dim % 2:
-        problems.append(Problem(where, f"head size {head_dim} is odd: rotary positions need an even one"))
-    if problems:
-        return None, problems
-    dims = Dims(
-        layers=config["num_hidden_layers"],
-        hidden=hidden,
-        ffn=config["intermediate_size"],
-        heads=heads,
+    head_dim = config.get("head_dim") or (QWEN3_HEAD_DIM if kind == "qwen3" else hidden // heads)
+    if not config.get("head_dim") and kind != "qwen3" and hidden % heads:
+        reading.wrong(f"hidden_size {hidden} does not divide by {heads} attention heads")
+    reading.heads(heads, groups, head_dim)
+    dtype = reading.dtype()
+    if reading.problems:
+        return None, reading.problems
+    return Dims(
+        **sizes,
         kv_groups=groups,
         head_dim=head_dim,
-        vocabulary=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        rope_base=float(rope["rope_theta"]),
+        rope_factor=factor,
         max_positions=int(config.get("max_position_embeddings", 32768)),
         dtype=dtype,
-    )
-    return dims, []
+        kind=kind,
+    ), []
 
 
 def shape(dims: Dims) -> ModelShape:
@@ -109,19 +138,28 @@ def shape(dims: Dims) -> ModelShape:
         heads=dims.heads,
         kv_groups=dims.kv_groups,
         head_dim=dims.head_dim,
-        qkv_bias=True,
+        qkv_bias=dims.qkv_bias,
+        qk_norm=dims.qk_norm,
         ffn=dims.ffn,
     )
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json of a Qwen2ForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
-    # Released files leave head_dim out; transformers reads it where it is not hidden_size / heads.
-    head_dim = {} if dims.head_dim * dims.heads == dims.hidden else {"head_dim": dims.head_dim}
+    """config.json of a model with these dimensions, as transformers 4 and 5 both read it."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": dims.rope_base}
+    own: dict[str, Any] = {}
+    if dims.rope_factor:
+        own["rope_scaling"] = {"rope_type": "llama3", "factor": dims.rope_factor, **LLAMA3}
+        rope |= own["rope_scaling"]
+    # Released Qwen2 files leave head_dim out; transformers reads it where it is not hidden_size / heads.
+    if dims.kind == "qwen3" or dims.head_dim * dims.heads != dims.hidden:
+        own["head_dim"] = dims.head_dim
+    if dims.kind != "qwen2":
+        own["attention_bias"] = False
     return {
-        **head_dim,
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        **own,
+        "architectures": [KINDS[dims.kind].architecture],
+        "model_type": dims.kind,
         "num_hidden_layers": dims.layers,
         "hidden_size": dims.hidden,
         "intermediate_size": dims.ffn,
@@ -131,7 +169,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
         "tie_word_embeddings": dims.tied,
         "rms_norm_eps": dims.norm_epsilon,
         "rope_theta": dims.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": dims.rope_base},
+        "rope_parameters": rope,
         "max_position_embeddings": dims.max_positions,
         "hidden_act": "silu",
         "attention_dropout": 0.0,

@@ -1,4 +1,4 @@
-"""Qwen2 weights: one rule a parameter (reference/megatron.md 1.2)."""
+"""Weights of Qwen2, Qwen3 and Llama: one rule a parameter (reference/megatron.md 1.2)."""
 
 from typing import Collection
 
@@ -27,11 +27,6 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
                 QueryKeyValue(dims.heads, dims.kv_groups, dims.head_dim, dims.hidden),
             ),
             Rule(
-                ours + "self_attention.linear_qkv.bias",
-                tuple(f"{attention}{x}_proj.bias" for x in "qkv"),
-                QueryKeyValue(dims.heads, dims.kv_groups, dims.head_dim, None),
-            ),
-            Rule(
                 ours + "self_attention.linear_proj.weight",
                 (attention + "o_proj.weight",),
                 Row((dims.hidden, dims.heads * dims.head_dim)),
@@ -49,6 +44,19 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
             ),
             Rule(ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), Row((dims.hidden, dims.ffn))),
         ]
+        if dims.qkv_bias:
+            found.append(
+                Rule(
+                    ours + "self_attention.linear_qkv.bias",
+                    tuple(f"{attention}{x}_proj.bias" for x in "qkv"),
+                    QueryKeyValue(dims.heads, dims.kv_groups, dims.head_dim, None),
+                )
+            )
+        if dims.qk_norm:
+            head = Replicated((dims.head_dim,))
+            found += [
+                Rule(f"{ours}self_attention.{x}_layernorm.weight", (f"{attention}{x}_norm.weight",), head) for x in "qk"
+            ]
     found.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), norm))
     if not dims.tied:
         found.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))

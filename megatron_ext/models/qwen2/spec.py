@@ -1,4 +1,4 @@
-"""Qwen2 as a megatron-core model: configuration and GPTModel."""
+"""Qwen2, Qwen3 or Llama as a megatron-core model: configuration and GPTModel."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -23,7 +23,8 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=dims.qkv_bias,
+        qk_layernorm=dims.qk_norm,
         **common.settings(plan, dtype, backend),
     )
 
@@ -42,6 +43,8 @@ def build(
         share_embeddings_and_output_weights=dims.tied,
         position_embedding_type="rope",
         rotary_base=dims.rope_base,
+        rope_scaling=dims.rope_factor > 0,
+        rope_scaling_factor=dims.rope_factor,
         **common.ends(virtual_stage),
     )
     model.vocabulary_rows = dims.vocabulary
