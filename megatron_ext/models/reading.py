@@ -40,9 +40,9 @@ class Reading:
         return found
 
     def only(self, values: Mapping[str, Any]) -> None:
-        """Keys that may have one value; one that is missing has it too."""
+        """Keys that may have one value; one that is missing or null has it too."""
         for key, value in values.items():
-            if self.config.get(key, value) != value:
+            if self.config.get(key) not in (None, value):
                 self.refuse(key, self.config[key], f"only {value!r} is")
 
     def known(self, keys: Collection[str]) -> None:
@@ -59,14 +59,12 @@ class Reading:
             self.refuse("dtype", dtype, f"use {', '.join(DTYPES)}")
         return dtype
 
-    def heads(self, heads: int, groups: int, head_dim: int) -> None:
-        """Checks attention's sizes, with rotary positions."""
+    def heads(self, heads: int, groups: int) -> None:
+        """Checks that key-value heads share the query heads evenly."""
         if heads % groups:
             self.wrong(f"{heads} attention heads do not divide by {groups} key-value heads")
-        if head_dim % 2:
-            self.wrong(f"head size {head_dim} is odd: rotary positions need an even one")
 
-    def rope(self, default: Mapping[str, Any], base: float) -> dict[str, Any]:
+    def rope(self, default: Mapping[str, Any], base: float, head_dim: int) -> dict[str, Any]:
         """Rotary settings with rope_type and rope_theta. `default` is what transformers takes where a file has none.
 
         transformers 5 nests them, older files have rope_theta and rope_scaling beside the others.
@@ -75,6 +73,8 @@ class Reading:
         found = {key: value for key, value in found.items() if value is not None}
         found.setdefault("rope_type", found.pop("type", "default"))
         found.setdefault("rope_theta", self.config.get("rope_theta") or base)
+        if head_dim % 2:
+            self.wrong(f"head size {head_dim} is odd: rotary positions need an even one")
         partial = found.pop("partial_rotary_factor", self.config.get("partial_rotary_factor") or 1.0)
         if float(partial) != 1.0:
             self.refuse("partial_rotary_factor", partial, "use 1.0")

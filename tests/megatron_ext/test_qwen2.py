@@ -65,6 +65,15 @@ def refused(change: dict) -> str:
     return str(found.value)
 
 
+LLAMA3 = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -73,6 +82,11 @@ def refused(change: dict) -> str:
         (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "rope_type = 'linear'"),
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+        (dict(model_type="qwen3", attention_bias=True), "attention_bias = True"),
+        (dict(model_type="llama", mlp_bias=True), "mlp_bias = True"),
+        (dict(model_type="llama", rope_scaling=LLAMA3 | dict(low_freq_factor=2.0), rope_parameters=None), "a factor from"),
+        (dict(rope_parameters=LLAMA3), "rope_type = 'llama3'"),
+        (dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0"),
         (dict(num_attention_heads=5), "5 attention heads do not divide by 2 key-value heads"),
         (dict(hidden_size=None), "hidden_size is missing"),
         (dict(quantization_config={"quant_method": "awq"}), "quantization_config = {'quant_method': 'awq'}"),
@@ -80,6 +94,21 @@ def refused(change: dict) -> str:
 )
 def test_a_config_that_is_not_understood_is_refused(change, words):
     assert words in refused(change)
+
+
+def test_released_files_of_the_three_model_types_are_understood():
+    common = dict(hidden_size=2048, num_attention_heads=16, num_key_value_heads=8, intermediate_size=6144,
+                  num_hidden_layers=28, vocab_size=151936, hidden_act="silu", attention_dropout=0.0, use_cache=True,
+                  rms_norm_eps=1e-6, tie_word_embeddings=True, max_position_embeddings=40960)  # fmt: skip
+    windows = dict(use_sliding_window=False, sliding_window=None, max_window_layers=28, rope_theta=1e6)
+    qwen3, problems = read({**common, **windows, "model_type": "qwen3", "head_dim": 128, "attention_bias": False})
+    assert not problems and qwen3.qk_norm and not qwen3.qkv_bias and qwen3.rope_base == 1e6
+    llama, problems = read(
+        {**common, "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1, "rope_scaling": LLAMA3, "rope_theta": 5e5}
+    )
+    assert not problems and (llama.qkv_bias, llama.qk_norm, llama.rope_factor) == (False, False, 32.0)
+    qwen2, problems = read({**common, **windows, "model_type": "qwen2", "use_mrope": False})
+    assert not problems and qwen2.qkv_bias and qwen2.head_dim == 128
 
 
 def test_older_and_newer_rotary_settings_are_read():

@@ -96,10 +96,10 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
         return None, reading.problems
     reading.only(ONLY)
     reading.known(READ | WITHOUT_EFFECT)
-    reading.heads(sizes["heads"], sizes["kv_groups"], sizes["head_dim"])
+    reading.heads(sizes["heads"], sizes["kv_groups"])
     hidden, ffn, experts, top_k = (sizes[name] for name in ("hidden", "ffn", "experts", "top_k"))
 
-    rope = reading.rope(DEFAULT_ROPE, base=150000.0)
+    rope = reading.rope(DEFAULT_ROPE, 150000.0, sizes["head_dim"])
     if rope["rope_type"] not in ("yarn", "default"):
         reading.refuse("rope_type", rope["rope_type"], "yarn and default are")
     elif rope["rope_type"] == "yarn" and not {"factor", "original_max_position_embeddings"} <= rope.keys():

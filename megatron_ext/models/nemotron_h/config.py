@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
+from megatron_ext.models.reading import Reading
 from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, ModelShape
 
 CONVOLUTION = 4  # tokens that Mamba's convolution sees
@@ -95,13 +96,11 @@ ONLY = {
     "use_bias": False,
     "use_conv_bias": True,
 }
-# What it does not depend on: initial values, kernels and caches, positions (no layer has any), special tokens.
+# What it does not depend on: initial values, kernels and caches, positions (no layer has any).
 WITHOUT_EFFECT = {
-    "architectures", "auto_map", "bos_token_id", "chunk_size", "dtype", "eos_token_id", "expand", "initializer_range",
-    "mamba_ssm_cache_dtype", "max_position_embeddings", "model_type", "moe_shared_expert_overlap",
-    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "num_logits_to_keep", "output_router_logits",
-    "pad_token_id", "partial_rotary_factor", "rescale_prenorm_residual", "rope_theta", "time_step_floor",
-    "time_step_max", "time_step_min", "torch_dtype", "transformers_version", "use_cache", "use_mamba_kernels",
+    "chunk_size", "expand", "mamba_ssm_cache_dtype", "max_position_embeddings", "moe_shared_expert_overlap",
+    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "num_logits_to_keep", "partial_rotary_factor",
+    "rescale_prenorm_residual", "rope_theta", "time_step_floor", "time_step_max", "time_step_min", "use_mamba_kernels",
 }  # fmt: skip
 # Read below one by one.
 READ = {
@@ -146,48 +145,30 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
         return None, [Problem(where, wrong)]
     if config.get("head_dim") is None:
         config = {**config, "head_dim": config.get("attention_head_dim")}
+    reading = Reading(config, where, "nemotron_h")
     sizes = {"hidden": "hidden_size", "vocabulary": "vocab_size"}
     for block in sorted(set(pattern)):
         sizes |= SIZES[block]
-    found = {field: config.get(name) for field, name in sizes.items()}
-    problems = [
-        Problem(where, f"{sizes[field]} is {'missing' if value is None else f'{value!r}, not a size'}")
-        for field, value in found.items()
-        if not isinstance(value, int) or value < 1
-    ]
-    if problems:
-        return None, problems
-
-    def refuse(key: str, value: Any, remedy: str) -> None:
-        problems.append(Problem(where, f"{key} = {value!r} is not supported for nemotron_h: {remedy}"))
-
-    for key, value in ONLY.items():
-        if config.get(key, value) != value:
-            refuse(key, config[key], f"only {value!r} is")
-    for key in sorted(config.keys() - KNOWN):
-        if config[key] and not key.startswith("_"):
-            refuse(key, config[key], "it is not known; remove it if the model does not depend on it")
+    found = reading.sizes(sizes)
+    if reading.problems:
+        return None, reading.problems
+    reading.only(ONLY)
+    reading.known(KNOWN)
     limit = [_number(value) for value in config.get("time_step_limit") or (0, math.inf)]
     if limit != [0, math.inf]:
-        refuse("time_step_limit", limit, "megatron-core does not bound Mamba's steps")
+        reading.refuse("time_step_limit", limit, "megatron-core does not bound Mamba's steps")
     epsilon = float(config.get("layer_norm_epsilon", 1e-5))
     if float(config.get("norm_eps", epsilon)) != epsilon:
-        refuse("norm_eps", config["norm_eps"], f"layer_norm_epsilon is {epsilon}: keep the right one")
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        refuse("dtype", dtype, "use float32, bfloat16 or float16")
-    if "*" in pattern and found["heads"] % found["kv_groups"]:
-        problems.append(
-            Problem(where, f"{found['heads']} attention heads do not divide by {found['kv_groups']} key-value heads")
-        )
+        reading.refuse("norm_eps", config["norm_eps"], f"layer_norm_epsilon is {epsilon}: keep the right one")
+    dtype = reading.dtype()
+    if "*" in pattern:
+        reading.heads(found["heads"], found["kv_groups"])
     if "M" in pattern and found["mamba_heads"] % found["mamba_groups"]:
-        problems.append(
-            Problem(where, f"{found['mamba_heads']} Mamba heads do not divide by {found['mamba_groups']} groups")
-        )
+        reading.wrong(f"{found['mamba_heads']} Mamba heads do not divide by {found['mamba_groups']} groups")
     if "E" in pattern:
-        found |= _routing(config, found["experts"], found["top_k"], where, problems)
-    if problems:
-        return None, problems
+        found |= _routing(reading, found["experts"], found["top_k"])
+    if reading.problems:
+        return None, reading.problems
     return Dims(
         pattern=pattern,
         norm_epsilon=epsilon,
@@ -197,38 +178,29 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     ), []
 
 
-def _routing(
-    config: dict[str, Any], experts: int, top_k: int, where: str, problems: list[Problem]
-) -> dict[str, int | float]:
-    """How a token finds its experts. What mcore's router would do otherwise goes to `problems`."""
+def _routing(reading: Reading, experts: int, top_k: int) -> dict[str, int | float]:
+    """How a token finds its experts; what mcore's router would do otherwise is refused."""
+    config = reading.config
     groups, top_groups = config.get("n_group") or 1, config.get("topk_group") or 1
     scale = config.get("routed_scaling_factor")
     if not isinstance(scale, (int, float)) or not scale > 0:
-        problems.append(
-            Problem(where, f"routed_scaling_factor is {scale!r}: write the model's own (Nemotron-3-Nano has 2.5)")
-        )
+        reading.wrong(f"routed_scaling_factor is {scale!r}: write the model's own (Nemotron-3-Nano has 2.5)")
     if config.get("n_shared_experts", 1) < 1:
-        problems.append(Problem(where, "n_shared_experts = 0 is not supported for nemotron_h: there is always one"))
+        reading.refuse("n_shared_experts", 0, "there is always one")
     normalized = config.get("norm_topk_prob", True)
     if normalized != (top_k > 1):
-        problems.append(
-            Problem(
-                where,
-                f"norm_topk_prob = {normalized} with num_experts_per_tok = {top_k} is not supported: "
-                "megatron-core's sigmoid router normalizes the weights of two and more, and never those of one",
-            )
+        reading.wrong(
+            f"norm_topk_prob = {normalized} with num_experts_per_tok = {top_k} is not supported: "
+            "megatron-core's sigmoid router normalizes the weights of two and more, and never those of one"
         )
     if top_k > experts:
-        problems.append(Problem(where, f"num_experts_per_tok = {top_k} is more than the {experts} experts"))
+        reading.wrong(f"num_experts_per_tok = {top_k} is more than the {experts} experts")
     if experts % groups or not 1 <= top_groups <= groups:
-        problems.append(Problem(where, f"{experts} experts do not split into n_group = {groups} of which {top_groups}"))
+        reading.wrong(f"{experts} experts do not split into n_group = {groups} of which {top_groups}")
     elif groups > 1 and (top_k // top_groups != 2 or top_k > top_groups * experts // groups):
-        problems.append(
-            Problem(
-                where,
-                f"n_group = {groups}, topk_group = {top_groups} with num_experts_per_tok = {top_k} is not supported: "
-                "megatron-core ranks groups by their best num_experts_per_tok / topk_group experts, the model by two",
-            )
+        reading.wrong(
+            f"n_group = {groups}, topk_group = {top_groups} with num_experts_per_tok = {top_k} is not supported: "
+            "megatron-core ranks groups by their best num_experts_per_tok / topk_group experts, the model by two"
         )
     return dict(expert_groups=groups, top_groups=top_groups, routed_scale=float(scale or 0))
 

@@ -95,7 +95,13 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     if windowed := sorted(set(config.get("layer_types") or []) - {"full_attention"}):
         reading.refuse("layer_types", windowed, "only full_attention layers are")
 
-    rope = reading.rope({}, base=10000.0)
+    hidden, heads = sizes["hidden"], sizes["heads"]
+    groups = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or (QWEN3_HEAD_DIM if kind == "qwen3" else hidden // heads)
+    if not config.get("head_dim") and kind != "qwen3" and hidden % heads:
+        reading.wrong(f"hidden_size {hidden} does not divide by {heads} attention heads")
+    reading.heads(heads, groups)
+    rope = reading.rope({}, 10000.0, head_dim)
     factor = 0.0
     if rope["rope_type"] == "llama3" and kind == "llama":
         factor = float(rope.get("factor", 0))
@@ -103,13 +109,6 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
             reading.refuse("rope_parameters", {"factor": factor, **given}, f"a factor from 1 on with {LLAMA3} is")
     elif rope["rope_type"] != "default":
         reading.refuse("rope_type", rope["rope_type"], "only plain rotary positions are, and llama3 for llama")
-
-    hidden, heads = sizes["hidden"], sizes["heads"]
-    groups = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or (QWEN3_HEAD_DIM if kind == "qwen3" else hidden // heads)
-    if not config.get("head_dim") and kind != "qwen3" and hidden % heads:
-        reading.wrong(f"hidden_size {hidden} does not divide by {heads} attention heads")
-    reading.heads(heads, groups, head_dim)
     dtype = reading.dtype()
     if reading.problems:
         return None, reading.problems
