@@ -8,7 +8,6 @@ A step is written into a hidden sibling, fsynced, and renamed: a folder named st
 part in each function unless it says otherwise.
 """
 
-import hashlib
 import logging
 import shutil
 import uuid
@@ -36,15 +35,16 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
+from megatron_ext.digest import combined, tensor_sum
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ParallelPlan
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-DIGEST_CHUNK = 1 << 22  # elements mixed at once: 32 MiB of int64 a temporary
 MANIFEST = "manifest.json"
 STATE = "state"
+EXTRA_STATE = "_extra_state"
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -82,8 +82,13 @@ Model = torch.nn.Module | list[torch.nn.Module]  # or the parts of an interleave
 
 
 def model_state(model: Model) -> dict[str, Any]:
-    """What of the whole model this rank holds, as mcore's sharded tensors."""
-    return {f"stage{i}": part.sharded_state_dict(metadata=_metadata()) for i, part in enumerate(stages(model))}
+    """What of the whole model this rank holds, as mcore's sharded tensors. Without the extra states of linear layers:
+    they are empty but under FP8, and differ between layer specs, which are to read each other's weights."""
+    states = {f"stage{i}": part.sharded_state_dict(metadata=_metadata()) for i, part in enumerate(stages(model))}
+    return {
+        stage: {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+        for stage, state in states.items()
+    }
 
 
 def save_weights(model: Model, folder: Path) -> None:
@@ -102,62 +107,27 @@ def load_weights(model: Model, folder: Path) -> None:
 
 def _load_model(model: Model, state: dict[str, Any]) -> None:
     for i, part in enumerate(stages(model)):
-        part.load_state_dict(state[f"stage{i}"], strict=True)
+        missing, unexpected = part.load_state_dict(state[f"stage{i}"], strict=False)
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        if missing or unexpected:
+            raise RuntimeError(f"the checkpoint lacks {missing} and has {unexpected} besides")
 
 
 # ---------------------------------------------------------------- digest
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-_GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _splitmix64(x: torch.Tensor) -> torch.Tensor:
-    """Steele, Lea, Flood 2014, on int64 with wrap-around; torch shifts arithmetically, hence the masks."""
-    x = x + _GOLDEN
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-
-
 def _shard_sum(shard: ShardedTensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Sum mod 2^64 over the shard's elements inside the whole tensor's true `shape` of mix(mix(index) + bits)."""
-    data = shard.data.detach()
-    data = data.reshape((1,) * shard.prepend_axis_num + tuple(data.shape))
-    offset = shard.global_offset
-    # Vocabulary padding is at the end of dimension 0.
-    data = data[: max(0, shape[0] - offset[0])] if shape else data.reshape(1)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    if data.numel() == 0:
-        return total
-    rows = data.reshape(-1, data.shape[-1])  # all but the last dimension are enumerated one row at a time
-    index = torch.zeros((), dtype=torch.int64, device=data.device)
-    for size, start, whole in zip(data.shape[:-1], offset, shape):
-        index = (index[..., None] * whole) + torch.arange(start, start + size, device=data.device)
-    index = index.reshape(-1, 1) * (shape[-1] if shape else 1)
-    columns = torch.arange(data.shape[-1], device=data.device) + (offset[-1] if shape else 0)
-    step = max(1, DIGEST_CHUNK // rows.shape[1])
-    for first in range(0, rows.shape[0], step):
-        part = rows[first : first + step].contiguous()
-        bits = part.view(_BITS[part.element_size()]).to(torch.int64)
-        if part.element_size() < 8:
-            bits &= (1 << 8 * part.element_size()) - 1
-        total += _splitmix64(_splitmix64(index[first : first + step] + columns) + bits).sum()
-    return total
+    """The shard's part of the sum of its tensor, whose true `shape` leaves out vocabulary padding."""
+    data = shard.data.reshape((1,) * shard.prepend_axis_num + tuple(shard.data.shape))
+    if shape:  # padding is at the end of dimension 0
+        data = data[: max(0, shape[0] - shard.global_offset[0])]
+    return tensor_sum(data, shard.global_offset, shape)
 
 
 def weights_digest(model: Model) -> str:
     """SHA-256 that names the weights, whatever the layout. Any changed bit changes it; padding rows do not count.
 
-    Per distributed-checkpoint key: the sum mod 2^64, over elements, of a mix of the global index and the raw bits,
-    added over ranks, each shard once. Then SHA-256 over the sorted lines "key dtype shape sum" (DESIGN.md,
-    Checkpoints).
+    Per distributed-checkpoint key the sum over ranks of digest.tensor_sum, each shard once (DESIGN.md, Checkpoints).
     """
     vocabulary = stages(model)[0].vocabulary_rows
     state = model_state(model)
@@ -176,13 +146,13 @@ def weights_digest(model: Model) -> str:
             sums[shard.key] = sums.get(shard.key, torch.zeros_like(found)) + found
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (lines, {key: int(value) for key, value in sums.items()}))
-    all_lines = {key: line for part, _ in everywhere for key, line in part.items()}
-    digest = hashlib.sha256()
-    for key in sorted(all_lines):
-        dtype, shape = all_lines[key]
-        total = sum(part.get(key, 0) for _, part in everywhere) % (1 << 64)
-        digest.update(f"{key} {dtype} {list(shape)} {total:016x}\n".encode())
-    return digest.hexdigest()
+    return combined(
+        {
+            key: (*line, sum(part.get(key, 0) for _, part in everywhere))
+            for lines, _ in everywhere
+            for key, line in lines.items()
+        }
+    )
 
 
 # ---------------------------------------------------------------- files

@@ -1,53 +1,48 @@
-"""Hugging Face safetensors <-> mcore model, by the family's rules. One tensor at a time in memory besides the model."""
+"""Hugging Face safetensors <-> mcore weights, by the family's rules, one tensor at a time.
 
-import json
+`import_weights` fills a model on its ranks. The others convert folders without a model, without a process group, and
+in the memory of a few tensors: `import_share` and `export_share` move one process's share of them, of which
+`finish_import` and `finish_export` make a whole.
+
+Every conversion keeps a ledger (LEDGER, among the Hugging Face files): of each Hugging Face tensor its file, dtype and
+shape; of each mcore tensor its sources, layout, dtype and sum (digest.tensor_sum). A model folder carries the ledger
+of its import along, so that its export knows the names and dtypes of the base checkpoint.
+"""
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
+from megatron_ext import dist_weights
+from megatron_ext.digest import combined, tensor_sum
+from megatron_ext.dist_weights import Piece, Region, pieces, regions
+from megatron_ext.hf_files import SHARD_BYTES, HfTensors, SafetensorsFiles
 from megatron_ext.models.registry import Family
-from megatron_ext.models.rules import Entry, HfTensor, hf_rules, hf_shapes, placed, shard_on_rank
+from megatron_ext.models.rules import Entry, Replicated, Rule, hf_name, hf_shapes, placed, shard_on_rank
 
-SHARD_BYTES = 4 << 30  # of an exported safetensors file
-INDEX = "model.safetensors.index.json"
+Shape = tuple[int, ...]
 
-
-class HfTensors:
-    """The tensors of a Hugging Face folder by name, wherever its files put them."""
-
-    def __init__(self, folder: Path):
-        """UserMistake when there are no safetensors or a file is unreadable."""
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserMistake(
-                Problem(str(folder), "has no *.safetensors; convert other formats with transformers' save_pretrained")
-            )
-        self._handles: dict[str, Any] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserMistake(Problem(str(file), f"not a readable safetensors file ({error})")) from None
-            for name in handle.keys():
-                self._handles[name] = handle
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
-
-    def read(self, tensor: HfTensor) -> torch.Tensor:
-        if isinstance(tensor, Entry):
-            return self._handles[tensor.name].get_slice(tensor.name)[tensor.index]
-        return self._handles[tensor].get_tensor(tensor)
+LEDGER = "conversion.json"
+SHARE = "share.json"  # what one process tells the one that finishes
+WEIGHTS = "weights"
+LISTED = 12  # wrong tensors that a message names
 
 
-def check_tensors(found: dict[str, tuple[int, ...]], family: Family, dims: Any, where: str) -> list[Problem]:
+def check_tensors(found: Mapping[str, Shape], family: Family, dims: Any, where: str) -> list[Problem]:
     """Every tensor that is missing, unknown or of another shape than config.json says."""
     expected = hf_shapes(family.mapping.rules(dims, found))
+    if not expected.keys() & found.keys():
+        name, shape = next(iter(found.items()), ("nothing", ()))
+        return [Problem(where, f"has none of the {len(expected)} tensors of the {family.name} model in config.json "
+                               f"but {name} {list(shape)}: these are the weights of another model")]  # fmt: skip
     problems = [
         Problem(where, f"tensor {name} {list(shape)} is missing")
         for name, shape in expected.items()
@@ -61,75 +56,217 @@ def check_tensors(found: dict[str, tuple[int, ...]], family: Family, dims: Any, 
                 )
         elif not family.mapping.is_redundant(name, dims):
             problems.append(Problem(where, f"tensor {name} {list(shape)} is not part of a {family.name} model"))
+    if len(problems) > LISTED:
+        problems[LISTED:] = [Problem(where, f"and {len(problems) - LISTED} more tensors are wrong")]
     return problems
 
 
-@torch.no_grad()
-def import_weights(
-    model: torch.nn.Module, folder: Path, family: Family, dims: Any, progress: Progress = silent
-) -> None:
-    """Fill this rank's `model` from the safetensors in `folder`. UserMistake naming all wrong tensors at once."""
+def open_checked(folder: Path, family: Family, dims: Any) -> tuple[HfTensors, list[Rule]]:
+    """The tensors in `folder` and their rules. UserMistake naming all wrong tensors at once."""
     tensors = HfTensors(folder)
     shapes = tensors.shapes()
     problems = check_tensors(shapes, family, dims, str(folder))
     if problems:
         raise UserMistake(problems)
-    held = placed(model, family.mapping.rules(dims, shapes))
-    for done, (rule, parameter) in enumerate(held):
+    return tensors, family.mapping.rules(dims, shapes)
+
+
+@torch.no_grad()
+def import_weights(model: torch.nn.Module, folder: Path, family: Family, dims: Any) -> None:
+    """Fill this rank's `model` from the safetensors in `folder`. UserMistake naming all wrong tensors at once."""
+    tensors, rules = open_checked(folder, family, dims)
+    for rule, parameter in placed(model, rules):
         joined = rule.layout.join([tensors.read(tensor) for tensor in rule.hf])
         parameter.copy_(shard_on_rank(rule, joined, model))
-        progress(done + 1, len(held), "tensors")
 
 
-def hf_tensors(model: torch.nn.Module, family: Family, dims: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the Hugging Face checkpoint, from a whole model (one rank)."""
-    rules = family.mapping.rules(dims)
-    values = {rule.name: value.detach().cpu() for rule, value in placed(model, rules)}
-    shapes = hf_shapes(rules)
-    for name, entries in hf_rules(rules).items():
-        tensors = [rule.layout.split(values[rule.name])[position] for rule, position in entries]
-        yield name, torch.stack(tensors).reshape(shapes[name])
+# ---------------------------------------------------------------- import
 
 
-def write_safetensors(
-    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
-) -> list[str]:
-    """Write `tensors` as model.safetensors, or as numbered files with an index when they exceed `shard_bytes`.
+def import_share(
+    tensors: HfTensors, rules: Sequence[Rule], out: Path, dtype: str, index: int, count: int, progress: Progress = silent
+) -> None:
+    """Write every `count`-th tensor into OUT/weights, and OUT/SHARE. `dtype` "" keeps each tensor's own."""
+    mine = rules[index::count]
+    writer = dist_weights.Writer(out / WEIGHTS, index)
+    ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
+    for done, rule in enumerate(mine):
+        joined = rule.layout.join([tensors.read(tensor) for tensor in rule.hf])
+        target = rule.dtype or dtype or _name(joined.dtype)
+        sums: Counter[str] = Counter()
+        for region, rows in regions(rule):
+            flat = joined[rows].reshape(-1)
+            for box, first in pieces(region, flat.element_size()):
+                part = flat[first : first + torch.Size(box.size).numel()].reshape(box.size).to(getattr(torch, target))
+                writer.write(box, part)
+                sums[region.key] += int(tensor_sum(part, box.offset, box.shape))
+        ledger["tensors"][rule.name] = _entry(rule, target, sums)
+        for name in map(hf_name, rule.hf):
+            ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
+        progress(done + 1, len(mine), "tensors")
+    writer.close()
+    durable.write_json(out / SHARE, {**ledger, "pieces": [astuple(piece) for piece in writer.written]})
 
-    The same tensors give the same bytes. Returns the names of the files.
-    """
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    total = filled = 0
-    names: list[str] = []
 
-    def flush() -> None:
-        nonlocal filled
-        name = f"model-{len(names) + 1:05d}.safetensors"
-        save_file(shards[-1], folder / name, metadata={"format": "pt"})
-        names.append(name)
-        shards[-1] = dict.fromkeys(shards[-1])  # the names stay for the index, the tensors go
-        shards.append({})
-        filled = 0
+def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Make OUT/weights of all shares a checkpoint and write the ledger, with `facts`, into `hf`. Returns the ledger."""
+    shares = [durable.read_json(part / SHARE) for part in parts]
+    _gather(parts, out, WEIGHTS)
+    dist_weights.finish(out / WEIGHTS, (_piece(row) for share in shares for row in share["pieces"]))
+    (out / SHARE).unlink(missing_ok=True)
+    return _write_ledger(hf, shares, {"direction": "import", **facts})
 
-    for name, tensor in tensors:
-        tensor = tensor.to(dtype).contiguous().clone()  # a clone: safetensors refuses tensors that share memory
-        size = tensor.numel() * tensor.element_size()
-        if filled and filled + size > shard_bytes:
-            flush()
-        shards[-1][name] = tensor
-        filled += size
-        total += size
-    flush()
-    count = len(names)
-    if count == 1:
-        (folder / names[0]).rename(folder / "model.safetensors")
-        return ["model.safetensors"]
-    final = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    for old, new in zip(names, final):
-        (folder / old).rename(folder / new)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {key: final[i] for i in range(count) for key in shards[i]},
+
+# ---------------------------------------------------------------- export
+
+
+def base_ledger(hf: Path) -> dict[str, Any]:
+    """The ledger of the import that a model folder comes from; empty where it was made otherwise."""
+    path = hf / LEDGER
+    return durable.read_json(path) if path.is_file() else {"hf": {}, "tensors": {}}
+
+
+def export_share(
+    weights: Path, rules: Sequence[Rule], base: dict[str, Any], out: Path, dtype: str, index: int, count: int,
+    progress: Progress = silent, shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives the base checkpoint's."""
+    reader = dist_weights.Reader(weights)
+    stored = _stored_dtypes(reader, rules)
+    dtypes = {
+        hf_name(tensor): rule.dtype or dtype or base["hf"].get(hf_name(tensor), {}).get("dtype") or stored[rule.name]
+        for rule in rules
+        for tensor in rule.hf
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
-    return [*final, INDEX]
+    files = SafetensorsFiles(
+        out, {name: (dtypes[name], shape) for name, shape in hf_shapes(rules).items()}, shard_bytes
+    )
+    my_files = set(list(files.files)[index::count])
+    mine = [rule for rule in rules if any(files.file(hf_name(tensor)) in my_files for tensor in rule.hf)]
+    ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
+    for done, rule in enumerate(mine):
+        sums = _export_one(reader, rule, files, my_files)
+        if files.file(hf_name(rule.hf[0])) in my_files:  # of several shares that need a tensor, one counts it
+            ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums)
+        for name in map(hf_name, rule.hf):
+            ledger["hf"][name] = {"file": files.file(name), "dtype": dtypes[name]}
+        progress(done + 1, len(mine), "tensors")
+    files.close()
+    durable.write_json(out / SHARE, ledger)
+    if index == 0:
+        files.write_index()
+
+
+def _export_one(reader: dist_weights.Reader, rule: Rule, files: SafetensorsFiles, my_files: set[str]) -> Counter[str]:
+    """Write the Hugging Face tensors of one rule that are in `my_files`. Returns the sums by key."""
+    sums: Counter[str] = Counter()
+    whole: list[torch.Tensor] = []
+    unchanged = isinstance(rule.layout, Replicated)  # then it may pass in pieces, of any size
+    for region, _ in regions(rule):
+        for box, first in pieces(region, 4) if unchanged else [(region, 0)]:
+            data = reader.read(box)
+            sums[region.key] += int(tensor_sum(data, box.offset, box.shape))
+            if unchanged:
+                _write_entry(files, my_files, rule, 0, data, first)
+            else:
+                whole.append(data.reshape(-1, *rule.layout.shape[1:]))
+    if not unchanged:
+        joined = torch.cat(whole) if len(whole) > 1 else whole[0]
+        for position, data in enumerate(rule.layout.split(joined)):
+            _write_entry(files, my_files, rule, position, data)
+    return sums
+
+
+def _write_entry(
+    files: SafetensorsFiles, my_files: set[str], rule: Rule, position: int, data: torch.Tensor, first: int = 0
+) -> None:
+    tensor = rule.hf[position]
+    if files.file(hf_name(tensor)) not in my_files:
+        return
+    if isinstance(tensor, Entry):
+        first += tensor.index * torch.Size(rule.layout.hf_shapes()[position]).numel()
+    files.write(hf_name(tensor), data, first)
+
+
+def finish_export(parts: Sequence[Path], out: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Gather the files of all shares in OUT and write the ledger, with `facts`. Returns the ledger."""
+    shares = [durable.read_json(part / SHARE) for part in parts]
+    _gather(parts, out, "")
+    (out / SHARE).unlink(missing_ok=True)
+    return _write_ledger(out, shares, {"direction": "export", **facts})
+
+
+def _stored_dtypes(reader: dist_weights.Reader, rules: Sequence[Rule]) -> dict[str, str]:
+    """Rule name -> dtype in the checkpoint. UserMistake naming what it lacks."""
+    stored, dtypes, problems = reader.tensors(), {}, []
+    for rule in rules:
+        for region, _ in regions(rule):
+            if region.key not in stored:
+                problems.append(Problem(str(reader.folder), f"tensor {region.key} {list(region.shape)} is missing"))
+            else:
+                dtypes[rule.name] = stored[region.key][0]
+    if problems:
+        raise UserMistake(problems[:LISTED])
+    return dtypes
+
+
+# ---------------------------------------------------------------- shares and ledgers
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _entry(rule: Rule, dtype: str, sums: Mapping[str, int]) -> dict[str, Any]:
+    """One mcore tensor in the ledger."""
+    return {
+        "hf": [tensor if isinstance(tensor, str) else [tensor.name, tensor.index] for tensor in rule.hf],
+        "layout": repr(rule.layout),
+        "dtype": dtype,
+        "keys": {
+            region.key: {"shape": region.shape, "sum": f"{sums[region.key] % (1 << 64):016x}"}
+            for region, _ in regions(rule)
+        },
+    }
+
+
+def _piece(row: Sequence[Any]) -> Piece:
+    (key, *shapes), *rest = row
+    return Piece(Region(key, *map(tuple, shapes)), *rest)
+
+
+def _gather(parts: Sequence[Path], out: Path, below: str) -> None:
+    """Bring the files of all shares into OUT: hard links, or copies where the filesystem has none."""
+    for part in parts:
+        if part == out:
+            continue
+        (out / below).mkdir(parents=True, exist_ok=True)
+        for path in (part / below).iterdir():
+            if path.is_file() and path.name != SHARE:
+                try:
+                    os.link(path, out / below / path.name)
+                except OSError:
+                    shutil.copyfile(path, out / below / path.name)
+
+
+def _write_ledger(folder: Path, shares: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    ledger = {kind: {name: entry for share in shares for name, entry in share[kind].items()} for kind in ("hf", "tensors")}
+    sums: dict[str, tuple[str, Shape, int]] = {}
+    for entry in ledger["tensors"].values():
+        for key, of in entry["keys"].items():
+            earlier = sums[key][2] if key in sums else 0  # experts share a key
+            sums[key] = (entry["dtype"], tuple(of["shape"]), earlier + int(of["sum"], 16))
+    ledger |= {**facts, "weights_digest": combined(sums), "dtype_changes": _dtype_changes(ledger, facts["direction"])}
+    durable.write_json(folder / LEDGER, ledger)
+    return ledger
+
+
+def _dtype_changes(ledger: dict[str, Any], direction: str) -> dict[str, int]:
+    """ "float32 to bfloat16": number of Hugging Face tensors, or entries of stacks, that the conversion changed."""
+    found: Counter[str] = Counter()
+    for entry in ledger["tensors"].values():
+        for tensor in entry["hf"]:
+            theirs, ours = ledger["hf"][tensor if isinstance(tensor, str) else tensor[0]]["dtype"], entry["dtype"]
+            if theirs != ours:
+                found[f"{theirs} to {ours}" if direction == "import" else f"{ours} to {theirs}"] += 1
+    return dict(found)

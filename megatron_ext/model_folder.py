@@ -103,10 +103,14 @@ def write(out: Path, model: Any, family: Family, hf: Path, step: int) -> str:
     digest = checkpoint.weights_digest(model)
     if dist.get_rank() == 0:
         copy_hf_files(hf, out / "hf")
-        dtype = str(next(stages(model)[0].parameters()).dtype).removeprefix("torch.")
-        durable.write_json(
-            out / "model.json",
-            {"format": FORMAT, "family": family.name, "step": step, "weights_digest": digest, "dtype": dtype},
-        )
+        describe(out, family, step, digest, str(next(stages(model)[0].parameters()).dtype).removeprefix("torch."))
     dist.barrier()
     return digest
+
+
+def describe(out: Path, family: Family, step: int, weights_digest: str, dtype: str) -> None:
+    """Write model.json, which makes `out` a model folder."""
+    durable.write_json(
+        out / "model.json",
+        {"format": FORMAT, "family": family.name, "step": step, "weights_digest": weights_digest, "dtype": dtype},
+    )

@@ -1,5 +1,8 @@
-"""A model folder back into a Hugging Face checkpoint that transformers loads."""
+"""A model folder back into a Hugging Face checkpoint that transformers loads.
 
+As an array, each element writes a share of the files."""
+
+from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import Problem
@@ -14,6 +17,16 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    facts = export_hf.run(config, task.out, task.keep, task.progress)
+    return _told(export_hf.run(config, task.out, task.keep, task.progress, task.index, task.count))
+
+
+def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
+    return _told(export_hf.finish(config, parts, task.out, task.keep))
+
+
+def _told(facts: dict[str, Any]) -> dict[str, Any]:
+    if "files" in facts:
+        return {"headline": f"{facts['files']:,} files", **facts}
+    changes = "".join(f", {count:,} tensors {change}" for change, count in facts["dtype_changes"].items())
     size = sum(facts["bytes"].values())
-    return {"headline": f"{len(facts['bytes'])} safetensors file(s), {size:,} bytes, {facts['dtype']}", **facts}
+    return {"headline": f"{len(facts['bytes'])} safetensors file(s), {size:,} bytes, {facts['dtype']}{changes}", **facts}

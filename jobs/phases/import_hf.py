@@ -1,5 +1,8 @@
-"""A Hugging Face checkpoint into a model folder: megatron-core's distributed format, any layout reads it."""
+"""A Hugging Face checkpoint into a model folder: megatron-core's distributed format, any layout reads it.
 
+As an array, each element converts a share of the tensors."""
+
+from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import Problem
@@ -18,5 +21,15 @@ def forecast(config: Config, placement: Placement) -> dict[str, Any]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    facts = import_hf.run(config, task.out, task.keep, task.progress)
-    return {"headline": f"{facts['family']}, {facts['parameters']:,} parameters in {facts['dtype']}", **facts}
+    return _told(import_hf.run(config, task.out, task.keep, task.progress, task.index, task.count))
+
+
+def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
+    return _told(import_hf.finish(config, parts, task.out, task.keep))
+
+
+def _told(facts: dict[str, Any]) -> dict[str, Any]:
+    if "tensors" in facts:
+        return {"headline": f"{facts['tensors']:,} tensors", **facts}
+    changes = "".join(f", {count:,} tensors {change}" for change, count in facts["dtype_changes"].items())
+    return {"headline": f"{facts['family']}, {facts['parameters']:,} parameters in {facts['dtype']}{changes}", **facts}

@@ -28,49 +28,49 @@ def check(config: Config, ranks: int) -> list[Problem]:
     return problems
 
 
-def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: weights_digest of the model exported, sha256 and bytes of each weight file, dtype."""
-    from megatron_ext import model_folder
+def run(
+    config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
+) -> dict[str, Any]:
+    """Write every `count`-th file; with one element, all of them and `finish`. Facts: as `finish`, or the share."""
+    from megatron_ext import convert, model_folder
 
     problems = check(config, 1)
     if problems:
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
+    base = convert.base_ledger(folder.hf)
+    rules = folder.family.mapping.rules(folder.dims, base["hf"])
+    convert.export_share(folder.path / convert.WEIGHTS, rules, base, out, config.dtype, index, count, progress)
+    return finish(config, [out], out, keep) if count == 1 else {"files": len(list(out.glob("*.safetensors")))}
+
+
+def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
+    """The elements' files as one folder. Facts: weights_digest of the model, bytes of each weight file, dtype,
+    dtype_changes."""
+    from megatron_ext import convert, model_folder
+
+    folder = model_folder.open_folder(config.model)
     dtype = config.dtype or folder.dtype
-
-    import torch
-
-    from megatron_ext import convert, ranks
-    from megatron_ext.parallel import ParallelPlan
-
-    plan = ParallelPlan()
-    with ranks.started(plan):
-        from megatron_ext import checkpoint  # megatron-core may be imported once the device is ready
-
-        model = model_folder.load_model(folder, plan)
-        digest = checkpoint.weights_digest(model)
-        if digest != folder.weights_digest:
-            raise UserMistake(
-                Problem(
-                    str(folder.path),
-                    f"its weights have digest {digest[:12]}…, model.json says "
-                    f"{folder.weights_digest[:12]}…: they were changed; make the folder again",
-                )
+    model_folder.copy_hf_files(folder.hf, out)
+    ledger = convert.finish_export(parts, out, {"family": folder.family.name, "source": config.model})
+    if ledger["weights_digest"] != folder.weights_digest:
+        raise UserMistake(
+            Problem(
+                str(folder.path),
+                f"its weights have digest {ledger['weights_digest'][:12]}…, model.json says "
+                f"{folder.weights_digest[:12]}…: they were changed; make the folder again",
             )
-        model_folder.copy_hf_files(folder.hf, out)
-        tensors = convert.hf_tensors(model, folder.family, folder.dims)
-        files = convert.write_safetensors(out, tensors, getattr(torch, dtype))
+        )
     file = durable.read_json(out / "config.json")
     for key in ("dtype", "torch_dtype"):
         if key in file or key == "dtype":
             file[key] = dtype
     durable.write_json(out / "config.json", file)
-    progress(len(files), len(files), "files")
     return {
-        "weights_digest": digest,
+        "weights_digest": ledger["weights_digest"],
         "dtype": dtype,
-        "sha256": {name: durable.sha256_file(out / name) for name in files},
-        "bytes": {name: (out / name).stat().st_size for name in files},
+        "dtype_changes": ledger["dtype_changes"],
+        "bytes": {path.name: path.stat().st_size for path in sorted(out.glob("*.safetensors"))},
     }
 
 

@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint, from a folder or the hub, as a model folder."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping
@@ -13,8 +14,7 @@ from data_tools.progress import Progress, silent
 class Config:
     source: str = field(default="", metadata={"input": "hub"})  # folder, or hub name org/model
     revision: str = ""  # of a hub name: a commit, so that the key names the content
-    dtype: str = ""  # of the weights; "" keeps the checkpoint's
-    backend: str = field(default="torch", metadata={"keyed": False})  # layer spec: torch | te
+    dtype: str = ""  # of the weights; "" keeps each tensor's
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,9 +87,39 @@ def fetch(source: str, revision: str) -> Path:
         ) from None
 
 
-def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: weights_digest, parameters, dtype."""
-    from megatron_ext import model_folder
+def run(
+    config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
+) -> dict[str, Any]:
+    """Convert every `count`-th tensor; with one element, all of them and `finish`. Facts: as `finish`, or the share."""
+    from megatron_ext import convert
+
+    source, family, dims = _source(config)
+    tensors, rules = convert.open_checked(source, family, dims)
+    convert.import_share(tensors, rules, out, config.dtype, index, count, progress)
+    return finish(config, [out], out, keep) if count == 1 else {"tensors": len(rules[index::count])}
+
+
+def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
+    """The elements' tensors as one model folder. Facts: weights_digest, parameters, dtype, dtype_changes, family."""
+    from megatron_ext import convert, model_folder
+
+    source, family, dims = _source(config)
+    hf, dtype = out / "hf", config.dtype or dims.dtype
+    model_folder.copy_hf_files(source, hf)
+    ledger = convert.finish_import(parts, out, hf, {"family": family.name, "source": config.source})
+    model_folder.describe(out, family, 0, ledger["weights_digest"], dtype)
+    shapes = {key: of["shape"] for entry in ledger["tensors"].values() for key, of in entry["keys"].items()}
+    return {
+        "weights_digest": ledger["weights_digest"],
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "dtype": dtype,
+        "dtype_changes": ledger["dtype_changes"],
+        "family": family.name,
+    }
+
+
+def _source(config: Config) -> tuple[Path, Any, Any]:
+    """(folder, family, dimensions) of the checkpoint. UserMistake where it is not understood."""
     from megatron_ext.models.registry import read_config
 
     problems = check(config, 1)
@@ -99,20 +129,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     family, dims, problems = read_config(source)
     if problems:
         raise UserMistake(problems)
-    dtype = config.dtype or dims.dtype
-
-    import torch
-
-    from megatron_ext import convert, ranks
-    from megatron_ext.parallel import ParallelPlan
-
-    plan = ParallelPlan()
-    with ranks.started(plan):
-        model = family.spec.build(dims, plan, getattr(torch, dtype), config.backend)
-        convert.import_weights(model, source, family, dims, progress)
-        digest = model_folder.write(out, model, family, source, step=0)
-        parameters = sum(p.numel() for p in model.parameters())
-    return {"weights_digest": digest, "parameters": parameters, "dtype": dtype, "family": family.name}
+    return source, family, dims
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
 
     import torch
 
-    from megatron_ext.convert import write_safetensors
+    from megatron_ext.hf_files import write_safetensors
     from megatron_ext.models.rules import default_start, hf_rules, hf_shapes
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -111,7 +111,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     shapes = hf_shapes(rules)
     starts = {name: entries[0][0].start or default_start(name) for name, entries in hf_rules(rules).items()}
     tensors = ((name, starts[name](shape, generator)) for name, shape in shapes.items())
-    files = write_safetensors(out, tensors, getattr(torch, config.dtype))
+    files = write_safetensors(out, {name: (config.dtype, shape) for name, shape in shapes.items()}, tensors)
     durable.write_json(out / "config.json", file)
     durable.write_json(
         out / "generation_config.json",

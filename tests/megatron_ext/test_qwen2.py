@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import convert
+from megatron_ext import convert, hf_files
 from megatron_ext.entrypoints import import_hf
 from megatron_ext.models.qwen2.config import hf_config, read
 from megatron_ext.models.registry import read_config
@@ -28,11 +28,12 @@ def test_a_random_start_is_what_transformers_expects(tmp_path):
 
 def test_large_exports_are_numbered_files_that_load(tmp_path):
     tensors = {f"t{i}": torch.randn(10) for i in range(5)}
-    files = convert.write_safetensors(tmp_path, iter(tensors.items()), torch.float32, shard_bytes=90)
-    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)] + [convert.INDEX]
-    found = convert.HfTensors(tmp_path)
+    kinds = {name: ("float32", (10,)) for name in tensors}
+    files = hf_files.write_safetensors(tmp_path, kinds, tensors.items(), shard_bytes=90)
+    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)] + [hf_files.INDEX]
+    found = hf_files.HfTensors(tmp_path)
     assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors.items())
-    index = json.loads((tmp_path / convert.INDEX).read_text())
+    index = json.loads((tmp_path / hf_files.INDEX).read_text())
     assert index["weight_map"] == {f"t{i}": files[i // 2] for i in range(5)}
 
 

@@ -188,16 +188,16 @@ def test_one_bit_changes_the_digest_and_a_swap_does_too(alone, hf):
 
 
 def test_the_digest_is_the_documented_one(alone, hf):
-    """Computed anew with Python integers, from the rule in DESIGN.md and the layout of the keys."""
+    """Computed anew with Python integers, from the rule in megatron_ext/digest.py and the layout of the keys."""
     import hashlib
 
     mask = (1 << 64) - 1
 
-    def mix(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) & mask
+    def odd(x: int, sequence: int) -> int:
+        x = ((x ^ sequence) + 0x9E3779B97F4A7C15) & mask
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return x ^ (x >> 31)
+        return x ^ (x >> 31) | 1
 
     model = tiny.model(hf, tiny.DIMS, ParallelPlan())
     named = dict(model.named_parameters())
@@ -218,8 +218,10 @@ def test_the_digest_is_the_documented_one(alone, hf):
             whole[layer + key] = named[layer + name].detach()
     digest = hashlib.sha256()
     for key in sorted(whole):
-        bits = whole[key].contiguous().numpy().view(numpy.uint32).ravel().tolist()
-        total = sum(mix((mix(i) + b) & mask) for i, b in enumerate(bits)) & mask
+        bits = whole[key].reshape(-1, whole[key].shape[-1]).numpy().view(numpy.int32).tolist()
+        rows, columns = range(len(bits)), range(len(bits[0]))
+        a, b = [odd(i, 0x243F6A8885A308D3) for i in rows], [odd(i, 0x13198A2E03707344) for i in columns]
+        total = sum(bits[i][j] * a[i] * b[j] for i in rows for j in columns) & mask
         digest.update(f"{key} float32 {list(whole[key].shape)} {total:016x}\n".encode())
     assert checkpoint.weights_digest(model) == digest.hexdigest()
 

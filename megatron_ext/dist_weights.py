@@ -1,0 +1,182 @@
+"""mcore's distributed checkpoint format (torch_dist), written and read tensor by tensor by plain processes.
+
+No model, no process group, no megatron-core: what is in memory is one piece at a time. The tensors are whole, so that
+any parallel layout loads them. The files are those of torch.distributed.checkpoint:
+
+    *.distcp         torch.save'd pieces one after another; each writer has its own file
+    .metadata        pickled Metadata: tensor -> shape, dtype, pieces; piece -> file, offset, length
+    metadata.json    mcore's mark of the format         common.pt    mcore's state that is not a tensor: here none
+
+torch's own FileSystemWriter keeps every tensor of a file until it closes it (filesystem.py, `tensor_dict`).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from data_tools import durable
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.models.rules import Rule
+
+Shape = tuple[int, ...]
+
+PIECE_BYTES = 64 << 20
+FORMAT = {  # megatron.core.dist_checkpointing.core.CheckpointingConfig
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of a checkpoint tensor: `size` elements from `offset`, of `shape` in all."""
+
+    key: str
+    shape: Shape
+    offset: Shape
+    size: Shape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region and where its bytes are."""
+
+    region: Region
+    dtype: str
+    file: str
+    start: int  # bytes
+    length: int  # bytes
+
+
+def regions(rule: Rule) -> Iterator[tuple[Region, slice]]:
+    """What a distributed checkpoint keeps of a rule's tensor: regions, each with its rows of mcore's whole tensor.
+
+    mcore stacks experts along a first axis under one key (transformer/moe/experts.py, `sharded_state_dict`).
+    """
+    key, stack = rule.te_name or rule.name, ()
+    if rule.experts:
+        before, after = key.split(".mlp.experts.")
+        expert, rest = after.split(".", 1)
+        key, stack = f"{before}.mlp.experts.experts.{rest}", ((rule.experts, int(expert), 1),)
+    tail = tuple((size, 0, size) for size in rule.layout.shape[1:])
+    start = 0
+    for suffix, rows in rule.layout.stored():
+        shape, offset, size = zip(*stack, (rows, 0, rows), *tail)
+        yield Region(key + suffix, shape, offset, size), slice(start, start + rows)
+        start += rows
+
+
+def pieces(region: Region, item_bytes: int) -> Iterator[tuple[Region, int]]:
+    """The region in boxes of at most PIECE_BYTES (or a row), each with the number of the region's elements before it."""
+    axis = next((i for i, size in enumerate(region.size) if size > 1), 0)
+    row = math.prod(region.size[axis + 1 :])
+    step = max(1, PIECE_BYTES // (row * item_bytes))
+    for first in range(0, region.size[axis], step):
+        offset, size = list(region.offset), list(region.size)
+        offset[axis] += first
+        size[axis] = min(step, region.size[axis] - first)
+        yield replace(region, offset=tuple(offset), size=tuple(size)), first * row
+
+
+class Writer:
+    """One process's file of a checkpoint: `write` appends, `written` tells what is where."""
+
+    def __init__(self, folder: Path, index: int = 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.written: list[Piece] = []
+        self._file = open(folder / f"__{index}_0.distcp", "wb")
+
+    def write(self, region: Region, data: torch.Tensor) -> None:
+        data = data.reshape(region.size).contiguous()
+        if data.untyped_storage().nbytes() != data.nbytes:
+            data = data.clone()  # torch.save writes the whole storage below a view
+        start = self._file.tell()
+        torch.save(data, self._file)
+        dtype = str(data.dtype).removeprefix("torch.")
+        name = Path(self._file.name).name
+        self.written.append(Piece(region, dtype, name, start, self._file.tell() - start))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finish(folder: Path, written: Iterable[Piece]) -> None:
+    """Make the folder, which holds all files, a checkpoint of these pieces."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    results = []
+    for piece in written:
+        region = piece.region
+        tensor = tensors.setdefault(
+            region.key,
+            TensorStorageMetadata(TensorProperties(getattr(torch, piece.dtype)), torch.Size(region.shape), []),
+        )
+        tensor.chunks.append(ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.size)))
+        index = MetadataIndex(region.key, region.offset, len(tensor.chunks) - 1)
+        results.append(WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length)))
+    FileSystemWriter(folder).finish(Metadata(tensors), [results])
+    torch.save({}, folder / "common.pt")
+    durable.write_json(folder / "metadata.json", FORMAT)
+
+
+class Reader:
+    """The tensors of a distributed checkpoint, whatever layout wrote it."""
+
+    def __init__(self, folder: Path):
+        """UserMistake when it is no checkpoint."""
+        self.folder = folder
+        try:
+            self._metadata = FileSystemReader(folder).read_metadata()
+        except (OSError, EOFError) as error:
+            raise UserMistake(Problem(str(folder), f"not a distributed checkpoint ({error})")) from None
+        self._files: dict[str, Any] = {}
+
+    def tensors(self) -> dict[str, tuple[str, Shape]]:
+        """Key -> (dtype, shape). Vocabulary padding counts as rows."""
+        return {
+            key: (str(tensor.properties.dtype).removeprefix("torch."), tuple(tensor.size))
+            for key, tensor in self._metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+
+    def read(self, region: Region) -> torch.Tensor:
+        """The region's elements. One stored piece that covers it is returned without a copy."""
+        tensor = self._metadata.state_dict_metadata[region.key]
+        found: torch.Tensor | None = None
+        for chunk in tensor.chunks:
+            low = [max(a, b) for a, b in zip(region.offset, chunk.offsets)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(region.offset, region.size, chunk.offsets, chunk.sizes)]
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            data = self._load(MetadataIndex(region.key, chunk.offsets))
+            part = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets))]
+            if part.shape == region.size:
+                return part
+            if found is None:
+                found = torch.empty(region.size, dtype=part.dtype)
+            found[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset))] = part
+        if found is None:
+            raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
+        return found
+
+    def _load(self, index: MetadataIndex) -> torch.Tensor:
+        where = self._metadata.storage_data[index]
+        if where.relative_path not in self._files:
+            self._files[where.relative_path] = open(self.folder / where.relative_path, "rb")
+        view = _create_file_view(self._files[where.relative_path], where.offset, where.length)
+        return torch.load(view, map_location="cpu", weights_only=True)
