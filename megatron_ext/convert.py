@@ -87,6 +87,7 @@ def import_share(
     tensors: HfTensors, rules: Sequence[Rule], out: Path, dtype: str, index: int, count: int, progress: Progress = silent
 ) -> None:
     """Write every `count`-th tensor into OUT/weights, and OUT/SHARE. `dtype` "" keeps each tensor's own."""
+    torch.set_num_threads(1)  # bytes are moved, not computed
     mine = rules[index::count]
     writer = dist_weights.Writer(out / WEIGHTS, index)
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
@@ -131,6 +132,7 @@ def export_share(
     progress: Progress = silent, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives the base checkpoint's."""
+    torch.set_num_threads(1)
     reader = dist_weights.Reader(weights)
     stored = _stored_dtypes(reader, rules)
     dtypes = {

@@ -107,7 +107,7 @@ def step(name: str, *arguments: str) -> None:
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "peak": peak, "cpu": time.process_time()}))
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
@@ -133,7 +133,8 @@ def main(gigabytes: float, folder: Path) -> None:
         command = [sys.executable, "-m", "tests.benchmarks.convert", "step", name, str(source), str(target)]
         found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         seconds, peak = found[name]["seconds"], found[name]["peak"]
-        print(f"{name:7} {seconds:6.1f} s {size / seconds / 1e9:6.2f} GB/s  peak {peak / 1e9:.2f} GB anonymous", flush=True)
+        print(f"{name:7} {seconds:6.1f} s {size / seconds / 1e9:6.2f} GB/s  peak {peak / 1e9:.2f} GB anonymous, "
+              f"{found[name]['cpu']:.1f} s of CPU", flush=True)
         if name == "copy":
             for file in plain.iterdir():
                 file.unlink()
