@@ -112,7 +112,7 @@ def import_share(
 def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Make OUT/weights of all shares a checkpoint and write the ledger, with `facts`, into `hf`. Returns the ledger."""
     shares = [durable.read_json(part / SHARE) for part in parts]
-    _gather(parts, out, WEIGHTS)
+    _gather(parts, out, f"{WEIGHTS}/*.distcp")
     dist_weights.finish(out / WEIGHTS, (_piece(row) for share in shares for row in share["pieces"]))
     (out / SHARE).unlink(missing_ok=True)
     return _write_ledger(hf, shares, {"direction": "import", **facts})
@@ -193,7 +193,7 @@ def _write_entry(
 def finish_export(parts: Sequence[Path], out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Gather the files of all shares in OUT and write the ledger, with `facts`. Returns the ledger."""
     shares = [durable.read_json(part / SHARE) for part in parts]
-    _gather(parts, out, "")
+    _gather(parts, out, "*.safetensors*")
     (out / SHARE).unlink(missing_ok=True)
     return _write_ledger(out, shares, {"direction": "export", **facts})
 
@@ -237,18 +237,16 @@ def _piece(row: Sequence[Any]) -> Piece:
     return Piece(Region(key, *map(tuple, shapes)), *rest)
 
 
-def _gather(parts: Sequence[Path], out: Path, below: str) -> None:
+def _gather(parts: Sequence[Path], out: Path, pattern: str) -> None:
     """Bring the files of all shares into OUT: hard links, or copies where the filesystem has none."""
     for part in parts:
-        if part == out:
-            continue
-        (out / below).mkdir(parents=True, exist_ok=True)
-        for path in (part / below).iterdir():
-            if path.is_file() and path.name != SHARE:
-                try:
-                    os.link(path, out / below / path.name)
-                except OSError:
-                    shutil.copyfile(path, out / below / path.name)
+        for path in part.glob(pattern) if part != out else ():
+            target = out / path.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
 
 
 def _write_ledger(folder: Path, shares: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:

@@ -17,16 +17,12 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return _told(export_hf.run(config, task.out, task.keep, task.progress, task.index, task.count))
+    files = export_hf.share(config, task.out, task.progress, task.index, task.count)
+    return {"headline": f"{files:,} files", "files": files}
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
-    return _told(export_hf.finish(config, parts, task.out, task.keep))
-
-
-def _told(facts: dict[str, Any]) -> dict[str, Any]:
-    if "files" in facts:
-        return {"headline": f"{facts['files']:,} files", **facts}
+    facts = export_hf.finish(config, parts, task.out)
     changes = "".join(f", {count:,} tensors {change}" for change, count in facts["dtype_changes"].items())
     size = sum(facts["bytes"].values())
     return {"headline": f"{len(facts['bytes'])} safetensors file(s), {size:,} bytes, {facts['dtype']}{changes}", **facts}

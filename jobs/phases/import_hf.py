@@ -21,15 +21,11 @@ def forecast(config: Config, placement: Placement) -> dict[str, Any]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return _told(import_hf.run(config, task.out, task.keep, task.progress, task.index, task.count))
+    tensors = import_hf.share(config, task.out, task.progress, task.index, task.count)
+    return {"headline": f"{tensors:,} tensors", "tensors": tensors}
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
-    return _told(import_hf.finish(config, parts, task.out, task.keep))
-
-
-def _told(facts: dict[str, Any]) -> dict[str, Any]:
-    if "tensors" in facts:
-        return {"headline": f"{facts['tensors']:,} tensors", **facts}
+    facts = import_hf.finish(config, parts, task.out)
     changes = "".join(f", {count:,} tensors {change}" for change, count in facts["dtype_changes"].items())
     return {"headline": f"{facts['family']}, {facts['parameters']:,} parameters in {facts['dtype']}{changes}", **facts}

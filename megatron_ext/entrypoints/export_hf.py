@@ -28,10 +28,14 @@ def check(config: Config, ranks: int) -> list[Problem]:
     return problems
 
 
-def run(
-    config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
-) -> dict[str, Any]:
-    """Write every `count`-th file; with one element, all of them and `finish`. Facts: as `finish`, or the share."""
+def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Facts: as `finish`."""
+    share(config, out, progress)
+    return finish(config, [out], out)
+
+
+def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
+    """Write every `count`-th file, for `finish`. Returns how many."""
     from megatron_ext import convert, model_folder
 
     problems = check(config, 1)
@@ -41,11 +45,11 @@ def run(
     base = convert.base_ledger(folder.hf)
     rules = folder.family.mapping.rules(folder.dims, base["hf"])
     convert.export_share(folder.path / convert.WEIGHTS, rules, base, out, config.dtype, index, count, progress)
-    return finish(config, [out], out, keep) if count == 1 else {"files": len(list(out.glob("*.safetensors")))}
+    return len(list(out.glob("*.safetensors")))
 
 
-def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
-    """The elements' files as one folder. Facts: weights_digest of the model, bytes of each weight file, dtype,
+def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
+    """All shares as one folder. Facts: weights_digest of the model, bytes of each weight file, dtype,
     dtype_changes."""
     from megatron_ext import convert, model_folder
 

@@ -87,20 +87,24 @@ def fetch(source: str, revision: str) -> Path:
         ) from None
 
 
-def run(
-    config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
-) -> dict[str, Any]:
-    """Convert every `count`-th tensor; with one element, all of them and `finish`. Facts: as `finish`, or the share."""
+def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Facts: as `finish`."""
+    share(config, out, progress)
+    return finish(config, [out], out)
+
+
+def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
+    """Convert every `count`-th tensor, for `finish`. Returns how many."""
     from megatron_ext import convert
 
     source, family, dims = _source(config)
     tensors, rules = convert.open_checked(source, family, dims)
     convert.import_share(tensors, rules, out, config.dtype, index, count, progress)
-    return finish(config, [out], out, keep) if count == 1 else {"tensors": len(rules[index::count])}
+    return len(rules[index::count])
 
 
-def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
-    """The elements' tensors as one model folder. Facts: weights_digest, parameters, dtype, dtype_changes, family."""
+def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
+    """All shares as one model folder. Facts: weights_digest, parameters, dtype, dtype_changes, family."""
     from megatron_ext import convert, model_folder
 
     source, family, dims = _source(config)

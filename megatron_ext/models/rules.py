@@ -17,7 +17,7 @@ from typing import Callable, Protocol, Sequence
 
 import torch
 
-from megatron_ext.models.registry import unwrap
+from megatron_ext.models.registry import stages, unwrap
 from megatron_ext.parallel import padded_rows
 
 Shape = tuple[int, ...]
@@ -332,14 +332,14 @@ def _whole_model_name(name: str, chunk: torch.nn.Module) -> str:
     return f"decoder.layers.{layer.layer_number - 1}.{rest}"  # mcore counts layers from 1, over all stages
 
 
-def placed(model: torch.nn.Module | Sequence[torch.nn.Module], rules: Sequence[Rule]) -> list[tuple[Rule, torch.Tensor]]:
+def placed(model: torch.nn.Module | list[torch.nn.Module], rules: Sequence[Rule]) -> list[tuple[Rule, torch.Tensor]]:
     """This rank's parameters and persistent buffers, each with its rule.
 
     `model` is one model chunk or, with virtual pipeline stages, several. RuntimeError names what no rule covers.
     """
     by_name = {rule.name: rule for rule in rules} | {rule.te_name: rule for rule in rules if rule.te_name}
     found, unknown = [], []
-    for chunk in map(unwrap, [model] if isinstance(model, torch.nn.Module) else model):
+    for chunk in stages(model):
         for name, value in chunk.state_dict(keep_vars=True).items():
             if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
                 continue
