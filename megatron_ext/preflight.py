@@ -4,7 +4,7 @@ Model and packs may still have to be made by phases upstream. What those will ho
 config.json of its source, by pack the length and alignment of packs. What nobody knows yet is not asked.
 """
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
@@ -21,6 +21,7 @@ from megatron_ext.parallel import (
     divisors,
     environment_problems,
     grid,
+    hybrids_recompute_blocks_only,
     is_legal,
 )
 from megatron_ext.planner import (
@@ -181,7 +182,7 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
     `searching` ranks the legal plans of these GPUs; without it the plan's legal neighbours are shown.
     """
     w = t.workload
-    facts: dict[str, Any] = {"plan": {one.name: getattr(plan, one.name) for one in fields(plan)}, "ranks": w.ranks}
+    facts: dict[str, Any] = {"plan": asdict(plan), "ranks": w.ranks}
     tables, notes = [], []
     legal = all(getattr(plan, name) >= 1 for name in DEGREES) and is_legal(plan, w)
     if legal:
@@ -203,6 +204,8 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
         needs = memory(plan, t)
         facts["memory"] = {name: size / GIB for name, size in vars(needs).items()} | {"total": needs.total / GIB}
         tables.append(_memory_table(plan, t))
+        found = offer(plan, t) if t.capacity and needs.total > t.capacity else None
+        facts["offer"] = {"ranks": found[0], **_candidate_facts(found[1])} if found else None
     if legal and t.gpu:
         facts["step"] = vars(step(plan, t))
         tables.append(_step_table(plan, t))
@@ -243,7 +246,8 @@ def neighbours(plan: ParallelPlan, t: Training) -> list[Candidate]:
 
 def _candidate_facts(one: Candidate) -> dict[str, Any]:
     return {
-        "plan": {name.name: getattr(one.plan, name.name) for name in fields(one.plan)},
+        "plan": asdict(one.plan),
+        "align": one.plan.document_unit(),
         "total_gib": one.memory.total / GIB,
         "step": vars(one.step) if one.step else None,
     }
@@ -259,14 +263,15 @@ def _candidates_table(title: str, found: list[Candidate], w: Workload) -> dict[s
 
 
 def _memory_table(plan: ParallelPlan, t: Training) -> dict[str, Any]:
-    by_mode = [memory(replace(plan, recompute=mode), t) for mode in parallel.RECOMPUTES]
+    modes = [replace(plan, recompute=mode) for mode in parallel.RECOMPUTES]
+    by_mode = {one.recompute: memory(one, t) for one in modes if not hybrids_recompute_blocks_only(one, t.workload)}
     rows = [
-        [name.replace("_", " "), *(f"{getattr(needs, name) / GIB:.1f}" for needs in by_mode)]
+        [name.replace("_", " "), *(f"{getattr(needs, name) / GIB:.1f}" for needs in by_mode.values())]
         for name in (*(one.name for one in fields(Memory)), "state", "total")
-        if any(getattr(needs, name) for needs in by_mode)
+        if any(getattr(needs, name) for needs in by_mode.values())
     ]
     size = f" of {t.capacity / GIB:.1f}" if t.capacity else ""
-    columns = ["GiB on the fullest GPU", *(f"recompute {mode}" for mode in parallel.RECOMPUTES)]
+    columns = ["GiB on the fullest GPU", *(f"recompute {mode}" for mode in by_mode)]
     return {"title": f"memory{size} GiB, {spell_plan(plan)}", "columns": columns, "rows": rows}
 
 

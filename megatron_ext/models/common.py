@@ -25,13 +25,6 @@ RECOMPUTE: dict[str, dict[str, Any]] = {  # what ParallelPlan.recompute means to
 }
 
 
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": dict(recompute_granularity="selective", recompute_modules=["mlp", "moe"]),
-    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-}
-
-
 def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """Fields of TransformerConfig. `dtype` is that of the parameters, `backend` "torch" or "te"."""
     fused = backend == "te"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megatron_ext.models.nemotron_h.config import Dims, hf_config
 from tests.command import afterok, one_line
 
 QWEN_32B = {
@@ -12,10 +13,16 @@ QWEN_32B = {
     "rope_theta": 1e6, "max_position_embeddings": 131072, "hidden_act": "silu", "torch_dtype": "bfloat16",
 }  # fmt: skip
 
+NANO = hf_config(Dims(
+    pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", hidden=2688, vocabulary=131072, norm_epsilon=1e-5,
+    max_positions=262144, dtype="bfloat16", heads=32, kv_groups=2, head_dim=128, mamba_heads=64, mamba_head_dim=64,
+    mamba_groups=8, mamba_state=128, experts=128, top_k=6, expert_ffn=1856, shared_ffn=3712, routed_scale=2.5,
+))  # fmt: skip
+
 PIPELINE = """
 name: big
 phases:
-  model: {uses: import_hf, with: {source: FOLDER/qwen}}
+  model: {uses: import_hf, with: {source: FOLDER/model}}
   packs: {uses: pack, with: {store: FOLDER/store, pack_length: 12000}}
   sft:
     uses: sft
@@ -40,8 +47,8 @@ roles:
 def plan(tmp_path):
     """`afterok plan` of a pipeline whose model and packs are yet to be made: there is only a config.json."""
     (tmp_path / "store").mkdir()
-    (tmp_path / "qwen").mkdir()
-    (tmp_path / "qwen" / "config.json").write_text(json.dumps(QWEN_32B))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN_32B))
     (tmp_path / "big.yaml").write_text(PIPELINE.replace("FOLDER", str(tmp_path)))
     (tmp_path / "h100.yaml").write_text(PROFILE)
     command = ["plan", tmp_path / "big.yaml", f"cluster={tmp_path / 'h100.yaml'}", "--run", tmp_path / "run"]
@@ -75,6 +82,28 @@ def test_a_plan_that_does_not_fit_is_refused_with_one_that_does(plan):
     assert "phases.sft.with.parallel: needs" in line and "and a GPU has 79.6: use tensor" in line
     shown = plan("--parallel", "sft", *words, check=2)
     assert "memory of 79.6 GiB" in shown.stdout and line in shown.stderr
+
+
+# TP=2 EP=1 ETP=1 PP=1 CP=2 MAX_SEQ=262144 GBS=60 of train_search_correct_only_base.sh, on 4 GPUs
+OPENRESEARCHER = [
+    "sft.resources.nodes=1", "sft.resources.gpus_per_node=4", "sft.with.global_batch=60",
+    "packs.with.pack_length=262144", "packs.with.align=4", "sft.with.parallel.tensor=2", "sft.with.parallel.context=2",
+]  # fmt: skip
+
+
+def test_the_plan_of_the_openresearcher_seed_is_refused_with_the_memory_table_and_a_legal_plan(plan, tmp_path):
+    (tmp_path / "model" / "config.json").write_text(json.dumps(NANO))
+    done = plan(*OPENRESEARCHER, "--parallel", "sft", check=2)
+    assert "31,577,937,344 parameters" in done.stdout
+    (state,) = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("state")]
+    assert state == ["state", "258.6", "258.6"]  # hybrids have no full recomputation
+    trap, shortage = done.stderr.splitlines()
+    assert "gives wrong expert gradients without an error: use expert 2" in trap
+    assert "needs 577.3 GiB a GPU (state 258.6, activations 234.1, logits 80.7, other 4.0)" in shortage
+    offer = json.loads(plan(*OPENRESEARCHER, "--parallel", "sft", "--json", check=2).stdout)["offer"]
+    accepted = [f"sft.with.parallel.{name}={value}" for name, value in offer["plan"].items()]
+    accepted += [f"packs.with.align={offer['align']}", f"sft.resources.nodes={offer['ranks'] // 4}"]
+    assert "predicted step" in plan(*OPENRESEARCHER, *accepted, "--parallel", "sft").stdout
 
 
 def test_a_phase_without_a_parallel_plan_says_so(plan):

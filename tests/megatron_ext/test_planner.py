@@ -208,5 +208,11 @@ def test_the_plan_of_the_sft_seed_does_not_fit_and_16_gpus_do():
     assert plan(2, 8, 16, recompute="selective") in fits
 
 
+def test_the_kv_cache_of_a_rollout():
+    """64 layers x key and value x 1 group of 8 x 128 x 2 bytes a token; a 20 GiB buffer holds 655,360."""
+    needs = memory(plan(8), training(QWEN_32B, 8, 12_000, kv_tokens=655_360))
+    assert needs.kv_cache == 20 * GIB
+
+
 def test_a_rank_has_whole_micro_batches():
     assert micro_batches(plan(2), Workload(8, QWEN_32B, global_batch=64)) == 16
