@@ -88,7 +88,7 @@ class Site:
 
     ranks: int
     nodes: int = 1
-    gpus_per_node: int = 0
+    gpus_per_node: Optional[int] = None  # None: not known
     gpu: str = ""  # a name of calibration.GPUS; "": not known
     gpu_mem_gib: Optional[int] = None
     environment: Mapping[str, str] = field(default_factory=dict)  # that the cluster's profile sets

@@ -90,7 +90,7 @@ def prepare(
         align=facts.get("align"),
         global_batch=global_batch,
         backend=backend,
-        gpus=site.gpus_per_node > 0,
+        gpus=None if site.gpus_per_node is None else site.gpus_per_node > 0,
     )
     lengths = _lengths(packs) if shape and length else None
     window = shape.window if shape else 0
@@ -107,7 +107,7 @@ def prepare(
         dtype or "bfloat16",
         gpu=GPUS.get(site.gpu),
         memory_gib=site.gpu_mem_gib,
-        gpus_per_node=site.gpus_per_node,
+        gpus_per_node=max(site.ranks // site.nodes, 1),
     )
     return training, problems
 

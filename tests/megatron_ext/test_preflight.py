@@ -65,6 +65,13 @@ def test_openresearchers_plan_is_refused_with_its_memory_and_a_legal_one_offered
     assert best.memory.total < GPUS["h100"].memory_gib * GIB
 
 
+def test_a_running_rank_does_not_take_itself_for_a_cpu():
+    """Experts split both ways need NCCL: refused where the profile has no GPUs, and not asked on the rank itself."""
+    for gpus_per_node, gpus in ((None, None), (0, False), (8, True)):
+        training, _ = preflight.prepare("", "", 1, "", "torch", Site(4, gpus_per_node=gpus_per_node))
+        assert training.workload.gpus is gpus
+
+
 def test_a_plan_that_fits_has_no_problem_and_an_unknown_gpu_refuses_nothing():
     fits = ParallelPlan(tensor=2, sequence_parallel=True, expert=8)
     work = replace(nano(8, 4096), workload=Workload(8, NANO, 4096, global_batch=64), gpu=GPUS["h200"])
