@@ -1,8 +1,10 @@
 """The balance sheet: what came in is what was kept plus what each named bucket dropped, for every source.
 
-Lines and rows are counted apart, since a line may hold several rows or none:
+Lines and rows are counted apart, since a line may hold several rows or none; tokens are those of rows that got as far
+as having some, and of the kept ones some are in the loss:
 
-    lines in = lines with rows + dropped lines      rows in = kept + dropped rows
+    lines in  = lines with rows + dropped lines     rows in = kept + dropped rows
+    tokens in = tokens + dropped tokens             tokens  = supervised + masked
 """
 
 from collections import Counter
@@ -12,7 +14,7 @@ from typing import Any, Iterable
 
 @dataclass
 class SourceBalance:
-    """The counts of one source. `tokens` and `supervised` are those of kept rows."""
+    """The counts of one source. `tokens` and `supervised` are those of kept rows. Buckets count lines, rows and tokens."""
 
     name: str
     lines: int = 0
@@ -21,30 +23,46 @@ class SourceBalance:
     rows: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    tokens_in: int = 0
     tokens: int = 0
+    tokens_dropped: Counter[str] = field(default_factory=Counter)
     supervised: int = 0
+
+    def keep(self, tokens: int, supervised: int) -> None:
+        """A row of so many tokens, some of them in the loss; `rows` is counted where the row is met."""
+        self.kept += 1
+        self.tokens_in += tokens
+        self.tokens += tokens
+        self.supervised += supervised
+
+    def refuse(self, bucket: str, tokens: int) -> None:
+        """A row that is not kept, of so many tokens."""
+        self.dropped[bucket] += 1
+        if tokens:
+            self.tokens_in += tokens
+            self.tokens_dropped[bucket] += tokens
+
+    def drop_kept(self, bucket: str, rows: int, tokens: int, supervised: int) -> None:
+        """Rows that were kept before, and are not."""
+        self.kept -= rows
+        self.dropped[bucket] += rows
+        self.tokens -= tokens
+        self.tokens_dropped[bucket] += tokens
+        self.supervised -= supervised
 
     def __add__(self, other: "SourceBalance") -> "SourceBalance":
         """The sheet of two shares of the same source."""
         if self.name != other.name:
             raise ValueError(f"shares of two sources: {self.name!r} and {other.name!r}")
-        return SourceBalance(
-            self.name,
-            self.lines + other.lines,
-            self.lines_with_rows + other.lines_with_rows,
-            self.lines_dropped + other.lines_dropped,
-            self.rows + other.rows,
-            self.kept + other.kept,
-            self.dropped + other.dropped,
-            self.tokens + other.tokens,
-            self.supervised + other.supervised,
-        )
+        theirs = vars(other)
+        return SourceBalance(self.name, **{key: value + theirs[key] for key, value in vars(self).items() if key != "name"})
 
     def check(self) -> None:
         """ValueError naming the numbers when they do not add up."""
         sums = (
             ("lines", self.lines, "with rows", self.lines_with_rows, self.lines_dropped),
             ("rows", self.rows, "kept", self.kept, self.dropped),
+            ("tokens", self.tokens_in, "kept", self.tokens, self.tokens_dropped),
         )
         for what, total, kept_word, kept, dropped in sums:
             if min([total, kept, *dropped.values()]) < 0 or total != kept + sum(dropped.values()):
@@ -79,13 +97,14 @@ class Balance:
         """{"title", "columns", "rows"}: one row a source and, of several, their total; a column each bucket."""
         total = self.total()
         line_buckets, buckets = sorted(total.lines_dropped), sorted(total.dropped)
-        columns = ["source", "lines", *line_buckets, "rows", "kept", *buckets, "tokens", "supervised"]
+        columns = ["source", "lines", *line_buckets, "rows", "kept", *buckets, "tokens in", "tokens", "supervised", "masked"]
         rows = []
         for source in [*self.sources, total] if len(self.sources) > 1 else self.sources:
             dropped_lines = [source.lines_dropped[bucket] for bucket in line_buckets]
             dropped = [source.dropped[bucket] for bucket in buckets]
             counts = [source.lines, *dropped_lines, source.rows, source.kept, *dropped]
-            rows.append([source.name, *counts, source.tokens, source.supervised])
+            masked = source.tokens - source.supervised
+            rows.append([source.name, *counts, source.tokens_in, source.tokens, source.supervised, masked])
         return {"title": "Balance: rows in = kept + dropped", "columns": columns, "rows": rows}
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +115,7 @@ class Balance:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Balance":
-        counters = ("lines_dropped", "dropped")
+        counters = ("lines_dropped", "dropped", "tokens_dropped")
         return cls(
             SourceBalance(**{key: Counter(item) if key in counters else item for key, item in source.items()})
             for source in value["sources"]

@@ -1,117 +1,205 @@
-"""Conversation → token ids and loss mask, and the tokenizer that does it.
+"""Conversation → token ids and loss mask.
 
-A row is `prompt` + `answer` + the end token; prompt tokens have mask 0, answer and end tokens mask 1. Prompt and
-answer are tokenised apart, so that the model sees at inference the very prompt ids it was trained on.
+A conversation is rendered once (data_tools/template.py) and tokenised once (data_tools/encoder.py); the mask is 1 on
+what its assistants wrote, stop tokens included, as far as the options train it. A task's row is `prompt` + `answer` +
+the end token, with mask 0 on the prompt; the two are tokenised apart, so that the model sees at inference the very
+prompt ids it was trained on.
 """
 
-import os
-from dataclasses import dataclass
+import datetime
+import re
+import unicodedata
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Union
 
 import numpy as np
 
-from data_tools.durable import read_json
-from data_tools.mistake import UserMistake
+from data_tools.conversation import SCHEMAS, BadRecord, Conversation, RenderedChunk, read_record
+from data_tools.encoder import Encoder
+from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.template import ChatTemplate, Rendered, Span, TemplateError
+from data_tools.tokenizer import Tokenizer
 
-# Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
-# class (v5 does for Qwen2), so those go through transformers.
-_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+TURNS = ("all", "last", "each")
 
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """What afterok needs of a tokenizer; `backend` is a `tokenizers.Tokenizer` or a transformers one."""
-
-    name: str
-    vocab_size: int  # added tokens included
-    pad_id: Optional[int]
-    eos_id: Optional[int]
-    unk_id: Optional[int]
-    backend: Any
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of the text alone, no special tokens around it."""
-        encoded = self.backend.encode(text, add_special_tokens=False)
-        return encoded if isinstance(encoded, list) else encoded.ids
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-    def check_end(self) -> None:
-        """UserMistake unless there is an end token that padding cannot be mistaken for."""
-        if self.eos_id is None:
-            raise UserMistake(f"tokenizer {self.name} has no eos token; name one in its tokenizer_config.json")
-        if self.eos_id == self.pad_id:
-            raise UserMistake(
-                f"tokenizer {self.name}: pad and eos are both token {self.eos_id}, so the loss would train on padding "
-                "or never on the end; name another pad_token in its tokenizer_config.json"
-            )
+# How templates write reasoning and tool calls within a turn: the opening and the closing text.
+_THINKING = (("<think>", "</think>"), ("<|channel|>analysis<|message|>", "<|end|>"))
+_TOOL_CALLS = (("<tool_call>", "</tool_call>"), ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+               ("<|tool_call_start|>", "<|tool_call_end|>"), (" to=functions.", "<|call|>"))  # fmt: skip
+_VERIFY_EVERY = 128  # rows, of which one is decoded and looked at
+_QUOTE = 40  # characters that an assistant does not repeat by chance
 
 
-def is_path(name_or_path: str) -> bool:
-    """Whether this names a folder rather than a hub repository (`name` or `owner/name`)."""
-    return os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+@dataclass
+class ChatConfig:
+    """How conversations become tokens."""
+
+    schema: str = "auto"  # of the records: auto, or one of data_tools.conversation.SCHEMAS
+    template: str = field(default="", metadata={"input": True})  # a Jinja file; "" = the tokenizer's own
+    arguments: Dict[str, Any] = field(default_factory=dict)  # for the template: enable_thinking, reasoning_effort, …
+    date: str = "2026-01-01"  # what templates are told today is
+    header: Optional[str] = None  # start of a turn that is not trained; null = found from the generation prompt
+    turns: str = "all"  # all | last (after the last question) | each (a row a question, up to and with its answer)
+    train_thinking: bool = True
+    train_tool_calls: bool = True
 
 
-def load_tokenizer(name_or_path: str, revision: Optional[str] = None) -> Tokenizer:
-    """The tokenizer of a folder, or of a hub repository in the local cache (compute nodes have no internet).
-
-    A folder whose tokenizer.json transformers would use as it stands is read with the `tokenizers` library alone:
-    the same ids without the seconds that importing transformers takes. UserMistake when it is not there.
-    """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir() and (folder / "tokenizer.json").is_file():
-        config = _read_config(folder)
-        if config.get("tokenizer_class") in _PLAIN_CLASSES and "added_tokens_decoder" not in config:
-            return _load_plain(folder, config)
-    elif not folder.is_dir() and is_path(name_or_path):
-        raise UserMistake(f"tokenizer {name_or_path}: no such folder; give a folder with a tokenizer or a hub name")
-    return _load_with_transformers(str(folder) if folder.is_dir() else name_or_path, revision)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
+def check_chat(config: ChatConfig) -> list[Problem]:
+    problems = [Problem(key, f"unknown value {value!r}{nearest(value, known)}") for key, value, known in
+                (("schema", config.schema, ("auto", *SCHEMAS)), ("turns", config.turns, TURNS)) if value not in known]
     try:
-        return read_json(path)
-    except ValueError as error:
-        raise UserMistake(f"tokenizer {folder}: {path.name} is not JSON ({error}); write the tokenizer anew") from None
+        datetime.date.fromisoformat(config.date)
+    except ValueError:
+        problems.append(Problem("date", f"{config.date!r} is no date; write it as 2026-01-31"))
+    return problems
 
 
-def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
-    import tokenizers
+class Encoded(NamedTuple):
+    """A row of the store. `prompt` and `answer` are its text, before and from the first assistant's turn."""
 
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
-
-    def special(key: str) -> Optional[int]:
-        token = config.get(key)
-        return backend.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
-
-    size = backend.get_vocab_size(with_added_tokens=True)
-    return Tokenizer(str(folder), size, special("pad_token"), special("eos_token"), special("unk_token"), backend)
+    ids: np.ndarray  # int32[n]
+    mask: np.ndarray  # uint8[n]
+    prompt: str
+    answer: str
+    turns: int  # assistant turns in the loss
 
 
-def _load_with_transformers(name: str, revision: Optional[str]) -> Tokenizer:
-    from transformers import AutoTokenizer
+class Refused(NamedTuple):
+    """A row that is not kept: its bucket, its tokens as far as it got any, and the reason where the data is at fault."""
 
-    try:
-        backend = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError) as error:
-        if Path(name).is_dir():
-            raise UserMistake(f"tokenizer {name}: no tokenizer in this folder ({_first_line(error)})") from None
-        at = f" at revision {revision}" if revision else ""
-        remedy = f"run `hf download {name}` on a machine with internet, or give a folder"
-        raise UserMistake(f"tokenizer {name}{at}: no such folder and not in the hub cache; {remedy}") from None
-    return Tokenizer(name, len(backend), backend.pad_token_id, backend.eos_token_id, backend.unk_token_id, backend)
+    bucket: str
+    tokens: int = 0
+    reason: str = ""
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+Result = Union[Encoded, Refused]
+
+
+class ChatRows:
+    """The rows of records. UserMistake when there is no template, or none whose turns can be told."""
+
+    def __init__(self, config: ChatConfig, tokenizer: Tokenizer, encoder: Encoder):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.template = None if config.schema == "rendered" else _load_template(config, tokenizer)
+        self._seen = 0
+
+    def rows(self, record: Any) -> Iterator[Result]:
+        """Raises BadRecord where the record is no conversation, and UserMistake where the verifier finds a fault."""
+        for found in read_record(record, self.config.schema):
+            if self.config.turns == "each" and isinstance(found, Conversation):
+                yield from map(self._result, found.turns())
+            else:
+                yield self._result(found)
+
+    def _result(self, item: "Conversation | list[RenderedChunk]") -> Result:
+        try:
+            text, spans = _join(item) if isinstance(item, list) else self._render(item)
+            trained = [piece for span in spans if self._is_trained(span, item) for piece in self._pieces(text, span)]
+            if not trained:
+                return Refused("nothing_trained")
+            ids, mask = self.encoder.encode(text, [piece[1:] for piece in trained])
+        except TemplateError as error:
+            return Refused("template_error", reason=f"the chat template refuses it: {error}")
+        except BadRecord as error:
+            return Refused(error.bucket, reason=str(error))
+        if not self.encoder.is_byte_level and self.tokenizer.unk_id is not None and (ids == self.tokenizer.unk_id).any():
+            return Refused("unknown_character", len(ids))
+        self._seen += 1
+        if self._seen % _VERIFY_EVERY == 1 and isinstance(item, Conversation):
+            self._verify(text, trained, ids, mask, item)
+        start = spans[0].start
+        return Encoded(ids, mask, text[:start], text[start:], len({span.message for span in trained}))
+
+    def _render(self, conversation: Conversation) -> Rendered:
+        """BadRecord where the template leaves out a turn or a tool call, which would teach to say nothing there."""
+        text, spans = self.template.render(conversation)
+        written = {number: "" for number, message in enumerate(conversation.messages) if message["role"] == "assistant"}
+        for span in spans:
+            written[span.message] += text[span.start : span.stop]
+        for number, said in written.items():
+            if not said:
+                raise BadRecord(f"message {number + 1}: the chat template leaves out this turn", "turn_lost")
+            names = [call["function"]["name"] for call in conversation.messages[number].get("tool_calls", ())]
+            for name in set(names):
+                if said.count(name) < names.count(name):
+                    reason = f"message {number + 1}: the chat template leaves out a call of {name}"
+                    raise BadRecord(reason, "tool_call_lost")
+        return Rendered(text, spans)
+
+    def _is_trained(self, span: Span, item: "Conversation | list[RenderedChunk]") -> bool:
+        if isinstance(item, list):
+            return True
+        if span.message in item.untrained:
+            return False
+        return self.config.turns == "all" or span.message in item.after_last_user()
+
+    def _pieces(self, text: str, span: Span) -> list[Span]:
+        """What of a turn is in the loss: all of it, or without reasoning, or without tool calls."""
+        marks = (() if self.config.train_thinking else _THINKING) + (() if self.config.train_tool_calls else _TOOL_CALLS)
+        pieces = [span]
+        for opening, closing in marks:
+            inside = re.compile(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|$)", re.DOTALL)
+            pieces = [part for piece in pieces for part in _outside(text, piece, inside)]
+        return pieces
+
+    def _verify(self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, conversation: Conversation) -> None:
+        """UserMistake unless what is in the loss reads as the assistants' turns, each with its stop token."""
+        edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).reshape(-1, 2)
+        learnt = _letters("".join(self.tokenizer.decode(ids[start:stop].tolist()) for start, stop in edges))
+        problems = [f"message {message + 1} is not in the loss as it was written" for message, start, stop in trained
+                    if _letters(text[start:stop]) not in learnt]
+        last = {piece.message: piece for piece in trained}
+        if self.config.train_thinking and self.config.train_tool_calls:
+            problems += [f"the stop token of message {number + 1} is not in the loss" for number, piece in last.items()
+                         if not text[piece.start : piece.stop].rstrip().endswith(tuple(self.template.stops))]
+        said = _letters("".join(f"{message['content']}{message.get('reasoning_content')}{message.get('tool_calls')}"
+                                for message in conversation.messages if message["role"] == "assistant"))
+        for number, message in enumerate(conversation.messages):
+            heard = _letters(message["content"])
+            if message["role"] != "assistant" and len(heard) > _QUOTE and heard in learnt and heard not in said:
+                problems.append(f"message {number + 1}, of role {message['role']}, is in the loss")
+        if self.tokenizer.pad_id is not None and (ids[mask == 1] == self.tokenizer.pad_id).any():
+            problems.append("the padding token is in the loss")
+        if problems:
+            raise UserMistake("the loss mask is wrong: " + "; ".join(problems) + "; give a chat template with "
+                              "{% generation %} blocks, or name chat.header")
+
+
+def _letters(text: str) -> str:
+    """The text as far as every tokenizer keeps it: composed, without spaces, quotes and escapes."""
+    return re.sub(r"[\s\\'\"]+", "", unicodedata.normalize("NFKC", text))
+
+
+def _load_template(config: ChatConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    source = Path(config.template).expanduser().read_text() if config.template else tokenizer.chat_template
+    if not source:
+        raise UserMistake(f"tokenizer {tokenizer.name} has no chat template; name a file in chat.template")
+    day = datetime.date.fromisoformat(config.date)
+    return ChatTemplate(source, tokenizer.special_tokens, config.arguments, day, config.header)
+
+
+def _join(chunks: list[RenderedChunk]) -> Rendered:
+    """Chunks that a template has written, as one text; a chunk of the assistant is a turn."""
+    text, spans = "", []
+    for number, (role, piece) in enumerate(chunks):
+        if role == "assistant" and piece:
+            spans.append(Span(number, len(text), len(text) + len(piece)))
+        text += piece
+    return Rendered(text, spans)
+
+
+def _outside(text: str, span: Span, inside: re.Pattern) -> Iterator[Span]:
+    """The parts of a span that the pattern leaves."""
+    start = span.start
+    for found in inside.finditer(text, span.start, span.stop):
+        if start < found.start():
+            yield span._replace(start=start, stop=found.start())
+        start = found.end()
+    if start < span.stop:
+        yield span._replace(start=start)
 
 
 def encode_row(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,62 +1,100 @@
-"""Task rows → a token store and its balance sheet, split over any number of array elements.
+"""Conversations, or a task's rows → a token store and its balance sheet, split over any number of array elements.
 
-Element i of n takes bytes [i·size/n, (i+1)·size/n) of every input file, where a line belongs to the element that holds
-its first byte, and the like share of the synthetic rows. `finish` joins the shards source by source, so the store has
-the same bytes for every n.
+Every element takes its share of every input file (data_tools/readers.py) and the like share of the synthetic rows, and
+writes a shard. `finish` joins the shards source by source, so the store has the same bytes for every number of
+elements, workers and chunk sizes.
 
-    line ──parse──> rows ──verify──> canonical ──tokenise──> store
-      │ malformed     │ unparsable, wrong_answer   │ unknown_character, too_long, (finish) duplicate
+    record ──schema──> conversation ──template──> text and spans ──tokenise──> store
+       │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
+       │ malformed_record │ empty_assistant          │ tool_call_lost
 """
 
-from collections import Counter
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections import Counter, deque
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional, Union
 
 import numpy as np
 
+from data_tools import readers
 from data_tools.balance import Balance, SourceBalance
-from data_tools.chat import Tokenizer, encode_row, is_path, load_tokenizer
-from data_tools.durable import CHUNK, read_json, write_json
+from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
+from data_tools.conversation import BadRecord
+from data_tools.durable import read_json, write_json
+from data_tools.encoder import Encoder, check_encoder
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.store import Provenance, Store, StoreWriter
-from data_tools.tasks.task import Row, Source, Task, check_rows, load_task, task_options
+from data_tools.tasks.task import Row, Source, check_rows, check_source, load_task, task_options
+from data_tools.tokenizer import Tokenizer, is_path, load_tokenizer
 
 BALANCE = "balance.json"
-ON_BAD_ROW = ("fail", "drop")
+ON_BAD_ROW = ("fail", "bucket")
 
-_REPORT_EVERY = 2000  # lines or rows between two calls of progress
+_REPORT_EVERY = 500  # lines or rows between two calls of progress
 _MERGE_ROWS = 1 << 14  # rows copied at a time by finish
+_CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 
 
 @dataclass
 class Config:
-    task: str = "calculator"
-    task_options: Dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
     tokenizer: str = field(default="", metadata={"input": "hub"})  # folder or hub name
+    task: str = ""  # a task's rows; "" = conversations
+    task_options: Dict[str, Any] = field(default_factory=dict)
+    chat: ChatConfig = field(default_factory=ChatConfig)  # of conversations
+    format: str = "auto"  # of the files: auto | jsonl | json | parquet, plain or under gzip or zstd
     max_tokens: int = 0  # of a row, end token included; 0 = no limit
-    dedupe: bool = True  # keep the first of equal (prompt, answer)
-    on_bad_row: str = "fail"  # fail | drop: what a malformed line does
+    dedupe: bool = True  # keep the first of equal rows
+    on_bad_row: str = "fail"  # fail | bucket: what a malformed record does
+    encoder: str = field(default="auto", metadata={"keyed": False})  # auto | huggingface | gigatoken: the same ids
+    workers: int = field(default=1, metadata={"keyed": False})  # processes of an element
+    chunk_size: int = field(default=16, metadata={"keyed": False})  # records handed to a worker at a time
 
 
 def check(config: Config) -> list[Problem]:
     """Wrong values, all at once; opens no file, since upstream phases may have yet to make them."""
-    problems = check_rows(config.task, config.task_options, config.source)
-    if config.on_bad_row not in ON_BAD_ROW:
-        problems.append(Problem("on_bad_row", f"unknown value {config.on_bad_row!r}{nearest(config.on_bad_row, ON_BAD_ROW)}"))
+    if config.task:
+        problems = check_rows(config.task, config.task_options, config.source)
+    else:
+        problems = _check_conversations(config)
+    problems += check_encoder(config.encoder)
+    for key, value, known in (("on_bad_row", config.on_bad_row, ON_BAD_ROW), ("format", config.format, readers.FORMATS)):
+        if value not in known:
+            problems.append(Problem(key, f"unknown value {value!r}{nearest(value, known)}"))
     if config.max_tokens < 0:
         problems.append(Problem("max_tokens", f"{config.max_tokens} is negative; give a limit, or 0 for none"))
+    for key in ("workers", "chunk_size"):
+        if getattr(config, key) < 1:
+            problems.append(Problem(key, f"{getattr(config, key)} is less than 1"))
     if not config.tokenizer:
         problems.append(Problem("tokenizer", "no tokenizer; give a folder or a hub name"))
+    return problems
+
+
+def _check_conversations(config: Config) -> list[Problem]:
+    problems = [Problem(f"chat.{problem.where}", problem.message) for problem in check_chat(config.chat)]
+    problems += check_source(config.source)
+    if config.source.synthetic_rows:
+        problems.append(Problem("source.synthetic_rows", "only a task makes rows; name one in task, or give inputs alone"))
+    if config.task_options:
+        problems.append(Problem("task_options", "no task takes them; name one in task"))
     return problems
 
 
 def _check_files(config: Config) -> Iterator[Problem]:
     for place, name in enumerate(config.source.inputs):
         if not Path(name).expanduser().is_file():
-            yield Problem(f"source.inputs[{place}]", f"no file {name}; give JSONL files that exist")
+            yield Problem(f"source.inputs[{place}]", f"no file {name}; give files that exist")
     if is_path(config.tokenizer) and not Path(config.tokenizer).expanduser().is_dir():
         yield Problem("tokenizer", f"no folder {config.tokenizer}; give a tokenizer's folder or a hub name")
 
@@ -64,134 +102,229 @@ def _check_files(config: Config) -> Iterator[Problem]:
 def materialize(config: Config, out: Path, index: int, count: int, progress: Progress = silent) -> dict[str, Any]:
     """Write the shard of element `index` of `count` into the empty folder `out`; returns its facts.
 
-    UserMistake `FILE:LINE: reason` for a malformed line unless they are dropped, and for every problem of `check`.
+    UserMistake `FILE:LINE: reason` for a malformed record unless they are counted, and for every problem of `check`.
     """
     if not 0 <= index < count:
         raise ValueError(f"element {index} of {count}")
     problems = [*check(config), *_check_files(config)]
     if problems:
         raise UserMistake(problems)
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokenizer.check_end()
     writer = StoreWriter(out)
-    element = _Element(config, load_task(config.task), tokenizer, writer, progress)
-    sheets = [element.add_file(place, name, index, count) for place, name in enumerate(config.source.inputs)]
-    if config.source.synthetic_rows:
-        sheets.append(element.add_synthetic(len(sheets), index, count))
-    writer.close()
-    return _write_balance(Balance(sheets), out)
+    with _line_maker(config) as lines_of:
+        element = _Element(config, lines_of, writer, progress)
+        sheets = [element.add_file(place, name, index, count) for place, name in enumerate(config.source.inputs)]
+        if config.source.synthetic_rows:
+            sheets.append(element.add_synthetic(len(sheets), index, count))
+    facts = writer.close()
+    return _write_balance(Balance(sheets), facts, out)
+
+
+# -- records to rows, in this process or in workers --------------------------------------------------------------------
+
+
+class Malformed(NamedTuple):
+    """A record that gives no rows; a `fatal` one is a fault of the settings, whatever on_bad_row says."""
+
+    bucket: str
+    reason: str = ""
+    fatal: bool = False
+
+
+Line = Union[Malformed, list[Result]]  # what became of one record
+
+
+class _Rows:
+    """One shard's rows of conversations or of a task; made once in every process that works on it."""
+
+    def __init__(self, config: Config):
+        self.max_tokens, self.is_task = config.max_tokens, bool(config.task)
+        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer.check_end()
+        rows = TaskRows(config, tokenizer) if config.task else ChatRows(config.chat, tokenizer, Encoder(tokenizer, config.encoder))
+        self._rows_of = rows.rows
+
+    def lines(self, chunk: list[Any]) -> list[Line]:
+        return [self._line(raw) for raw in chunk]
+
+    def _line(self, raw: Any) -> Line:
+        """`raw` is a line as bytes, or a value that was read from JSON or Parquet."""
+        if isinstance(raw, bytes) and not raw.strip():
+            return Malformed("blank_line")
+        try:
+            return [self._limited(row) for row in self._rows_of(self._record(raw))] or Malformed("no_rows")
+        except UnicodeDecodeError as error:
+            return Malformed("malformed_line", f"not UTF-8: {error.reason}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            return Malformed("malformed_line", f"not JSON: {error}")
+        except BadRecord as error:
+            return Malformed(error.bucket, str(error))
+        except UserMistake as mistake:
+            return Malformed("", str(mistake), fatal=True)
+
+    def _record(self, raw: Any) -> Any:
+        """A task parses its lines itself."""
+        if not isinstance(raw, bytes):
+            return raw
+        text = raw.decode("utf-8-sig")
+        return text if self.is_task else json.loads(text)
+
+    def _limited(self, row: Result) -> Result:
+        if isinstance(row, Encoded) and self.max_tokens and len(row.ids) > self.max_tokens:
+            return Refused("too_long", len(row.ids))
+        return row
+
+
+class TaskRows:
+    """The rows of a task's records."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        self.task = load_task(config.task)
+        self.options = task_options(self.task, config.task_options)
+        self.split, self.seed = config.source.synthetic_split, config.source.synthetic_seed
+        self.tokenizer = tokenizer
+
+    def rows(self, record: Any) -> Iterator[Result]:
+        """Those of a line, of a value read from JSON or Parquet, or of a synthetic row's number. Raises BadRecord."""
+        if isinstance(record, SyntheticRow):
+            yield self._result(self.task.synthetic_row(self.seed, record.number, self.split))
+            return
+        try:
+            rows = self.task.parse_line(record if isinstance(record, str) else json.dumps(record))
+        except ValueError as error:
+            raise BadRecord(str(error), "malformed_line") from None
+        yield from map(self._result, rows)
+
+    def _result(self, row: Row) -> Result:
+        bucket = self.task.verify(row)
+        if bucket is not None:
+            return Refused(bucket)
+        row = self.task.canonical(row)
+        ids, mask = encode_row(self.tokenizer, row.prompt, self.task.encode_answer(row.answer, self.options))
+        if self.tokenizer.unk_id is not None and (ids[:-1] == self.tokenizer.unk_id).any():  # GPT-2 ends with its unk
+            return Refused("unknown_character", len(ids))
+        return Encoded(ids, mask, row.prompt, row.answer, 1)
+
+
+class SyntheticRow(NamedTuple):
+    number: int
+
+
+LinesOf = Callable[[Iterable[list[Any]]], Iterator[list[Line]]]
+
+
+@contextlib.contextmanager
+def _line_maker(config: Config) -> Iterator[LinesOf]:
+    """Gives a function from chunks of records to chunks of lines, in the same order."""
+    if config.workers == 1:
+        rows = _Rows(config)
+        yield lambda chunks: map(rows.lines, chunks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.workers, context, _start_worker, (config,)) as pool:
+        try:
+            yield lambda chunks: _in_order(pool, chunks, _CHUNKS_AHEAD * config.workers)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, chunks: Iterable[list[Any]], ahead: int) -> Iterator[list[Line]]:
+    waiting: deque[Future] = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(_work, chunk))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _start_worker(config: Config) -> None:
+    """In a worker: remember the config, and leave when the element's process is gone."""
+    global _rows
+    _rows = functools.cache(lambda: _Rows(config))
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def _work(chunk: list[Any]) -> list[Line]:
+    return _rows().lines(chunk)
+
+
+# -- an element -------------------------------------------------------------------------------------------------------
 
 
 class _Element:
     """One element at work: rows of its shares go to the writer, their counts to a sheet a source."""
 
-    def __init__(self, config: Config, task: Task, tokenizer: Tokenizer, writer: StoreWriter, progress: Progress):
+    def __init__(self, config: Config, lines_of: LinesOf, writer: StoreWriter, progress: Progress):
         self.config = config
-        self.task = task
-        self.options = task_options(task, config.task_options)
-        self.tokenizer = tokenizer
+        self.lines_of = lines_of
         self.writer = writer
         self.progress = progress
 
     def add_file(self, source: int, name: str, index: int, count: int) -> SourceBalance:
-        sheet = SourceBalance(name)
         path = Path(name).expanduser()
-        size = path.stat().st_size
-        start, stop = index * size // count, (index + 1) * size // count
-        with open(path, "rb") as file:
-            first = position = _first_line(file, start)
-            while position < stop and (line := file.readline()):
-                position += len(line)
-                sheet.lines += 1
-                if sheet.lines % _REPORT_EVERY == 0:
-                    self.progress(position - first, stop - first, "bytes", name)
-                self._add_line(line, source, path, first, sheet)
-        self.progress(stop - start, stop - start, "bytes", name)
+        share = readers.open_share(path, index, count, self.config.format)
+        sheet = SourceBalance(name)
+        for line in self._lines(share):
+            sheet.lines += 1
+            if sheet.lines % _REPORT_EVERY == 0:
+                self.progress(share.done, share.total, share.unit, name)
+            self._add_line(line, source, sheet, share)
+        self.progress(share.total, share.total, share.unit, name)
         return sheet
-
-    def _add_line(self, line: bytes, source: int, path: Path, first: int, sheet: SourceBalance) -> None:
-        """`sheet.lines` is this line's number within the share, which starts at byte `first`."""
-        if not line.strip():
-            sheet.lines_dropped["blank_line"] += 1
-            return
-        try:
-            rows = self.task.parse_line(line.decode("utf-8"))
-        except ValueError as error:  # UnicodeDecodeError is one
-            if self.config.on_bad_row == "fail":
-                number = _count_lines(path, first) + sheet.lines
-                reason = f"not UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else str(error)
-                remedy = "mend the line, or set on_bad_row: drop"
-                raise UserMistake(Problem(f"{path}:{number}", f"{reason}; {remedy}")) from None
-            sheet.lines_dropped["malformed_line"] += 1
-            return
-        if not rows:
-            sheet.lines_dropped["no_rows"] += 1
-            return
-        sheet.lines_with_rows += 1
-        for row in rows:
-            self._add_row(row, source, sheet.lines, sheet)
 
     def add_synthetic(self, source: int, index: int, count: int) -> SourceBalance:
         wanted = self.config.source
         sheet = SourceBalance(f"synthetic {wanted.synthetic_split} rows, seed {wanted.synthetic_seed}")
         start, stop = index * wanted.synthetic_rows // count, (index + 1) * wanted.synthetic_rows // count
-        for number in range(start, stop):
-            row = self.task.synthetic_row(wanted.synthetic_seed, number, wanted.synthetic_split)
+        for line in self._lines(map(SyntheticRow, range(start, stop))):
             sheet.lines += 1
-            sheet.lines_with_rows += 1
-            self._add_row(row, source, sheet.lines, sheet)
-            if sheet.lines % _REPORT_EVERY == 0 or number + 1 == stop:
+            self._add_line(line, source, sheet)
+            if sheet.lines % _REPORT_EVERY == 0 or sheet.lines == stop - start:
                 self.progress(sheet.lines, stop - start, "rows", sheet.name)
         return sheet
 
-    def _add_row(self, row: Row, source: int, line: int, sheet: SourceBalance) -> None:
-        sheet.rows += 1
-        bucket = self.task.verify(row)
-        if bucket is None:
-            row = self.task.canonical(row)
-            answer = self.task.encode_answer(row.answer, self.options)
-            ids, mask = encode_row(self.tokenizer, row.prompt, answer)
-            bucket = self._refusal(ids)
-        if bucket is not None:
-            sheet.dropped[bucket] += 1
+    def _lines(self, records: Iterable[Any]) -> Iterator[Line]:
+        records = iter(records)
+        chunks = iter(lambda: list(itertools.islice(records, self.config.chunk_size)), [])
+        return itertools.chain.from_iterable(self.lines_of(chunks))
+
+    def _add_line(self, line: Line, source: int, sheet: SourceBalance, share: Optional[readers.Share] = None) -> None:
+        """`sheet.lines` is this line's number within the share."""
+        if isinstance(line, Malformed):
+            self._refuse(line.reason, line.fatal, sheet, share)
+            sheet.lines_dropped[line.bucket] += 1
             return
-        self.writer.add(ids, mask, Provenance(source, line, row.prompt, row.answer))
-        sheet.kept += 1
-        sheet.tokens += len(ids)
-        sheet.supervised += int(mask.sum())
+        sheet.lines_with_rows += 1
+        for row in line:
+            sheet.rows += 1
+            if isinstance(row, Refused):
+                self._refuse(row.reason, False, sheet, share)
+                sheet.refuse(row.bucket, row.tokens)
+                continue
+            self.writer.add(row.ids, row.mask, Provenance(source, sheet.lines, row.prompt, row.answer, row.turns))
+            sheet.keep(len(row.ids), int(np.count_nonzero(row.mask)))
 
-    def _refusal(self, ids: np.ndarray) -> Optional[str]:
-        if self.tokenizer.unk_id is not None and (ids[:-1] == self.tokenizer.unk_id).any():  # GPT-2 ends with its unk
-            return "unknown_character"
-        if self.config.max_tokens and len(ids) > self.config.max_tokens:
-            return "too_long"
-        return None
-
-
-def _first_line(file: BinaryIO, start: int) -> int:
-    """Seek to the first line that begins at byte `start` or after it; returns where it begins."""
-    if start == 0:
-        return 0
-    file.seek(start - 1)
-    return start - 1 + len(file.readline())
+    def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: Optional[readers.Share]) -> None:
+        """UserMistake with the place, where the data is at fault and may not be, or the settings are."""
+        if reason and (fatal or self.config.on_bad_row == "fail"):
+            place = share.place(sheet.lines) if share else f"{sheet.name}, row {sheet.lines}"
+            remedy = "" if fatal else "; mend the record, or set on_bad_row: bucket"
+            raise UserMistake(Problem(place, f"{reason}{remedy}"))
 
 
-def _count_lines(path: Path, stop: int) -> int:
-    """Line feeds in the first `stop` bytes; read only when an error needs a line number of the whole file."""
-    lines = 0
-    with open(path, "rb") as file:
-        while stop > 0 and (block := file.read(min(CHUNK, stop))):
-            lines += block.count(b"\n")
-            stop -= len(block)
-    return lines
+# -- the balance and the fan-in ---------------------------------------------------------------------------------------
 
 
-def _write_balance(balance: Balance, out: Path) -> dict[str, Any]:
-    """Check and write the sheet; returns the facts: rows, kept, tokens, supervised and each bucket's rows."""
+def _write_balance(balance: Balance, store: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Check the sheet, against the store too, and write it; returns the facts: rows, kept, tokens, supervised, buckets."""
     balance.check()
-    write_json(out / BALANCE, balance.to_json())
     total = balance.total()
-    facts = {name: getattr(total, name) for name in ("lines", "rows", "kept", "tokens", "supervised")}
+    counted = {"rows": total.kept, "tokens": total.tokens, "supervised": total.supervised}
+    if any(store[name] != value for name, value in counted.items()):
+        raise ValueError(f"the balance counts {counted}, the store holds {[store[name] for name in counted]}")
+    write_json(out / BALANCE, balance.to_json())
+    facts = {name: getattr(total, name) for name in ("lines", "rows", "kept", "tokens_in", "tokens", "supervised")}
     return {**facts, "buckets": dict(total.lines_dropped + total.dropped), "table": balance.table()}
 
 
@@ -219,8 +352,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     if writer.rows == 0:
         buckets = balance.total().dropped + balance.total().lines_dropped
         raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}; check inputs and tokenizer")
-    writer.close()
-    return _write_balance(balance, out)
+    return _write_balance(balance, writer.close(), out)
 
 
 def _spell(buckets: Counter[str]) -> str:
@@ -247,12 +379,8 @@ class _Piece:
         records["line"] += self.lines_before
         tokens = np.repeat(kept, records["length"])  # (tokens,)
         writer.add_records(ids[tokens], mask[tokens], records[kept])
-        if kept.all():
-            return
-        sheet.kept -= int((~kept).sum())
-        sheet.dropped["duplicate"] += int((~kept).sum())
-        sheet.tokens -= int((~tokens).sum())
-        sheet.supervised -= int(np.count_nonzero(mask[~tokens]))
+        if not kept.all():
+            sheet.drop_kept("duplicate", int((~kept).sum()), int((~tokens).sum()), int(np.count_nonzero(mask[~tokens])))
 
 
 def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:

@@ -299,8 +299,8 @@ def _balance(
 ) -> Balance:
     """Documents in = packed + overlong + weight_0, a source a line.
 
-    `tokens` are those in packs; of a cut document the rest is in no pack. `supervised` counts targets, so a mask on a
-    piece's first token is none.
+    `tokens` are those in packs; of a cut document the rest is in no pack, and counted as cut. `supervised` counts targets,
+    so a mask on a piece's first token is none.
     """
     sheets = []
     packed = np.zeros(len(store), dtype=bool)
@@ -312,12 +312,15 @@ def _balance(
         sheet = SourceBalance(name, lines=rows, lines_with_rows=rows, rows=rows)
         sheet.kept = int((mine & packed).sum())
         left = mine & ~packed
-        if weights and weights[number] == 0:
-            sheet.dropped["weight_0"] = int(left.sum())
-        elif left.any():
-            sheet.dropped["overlong"] = int(left.sum())
         chosen = mine[pieces.doc]
+        sheet.tokens_in = int(store.lengths[mine].sum(dtype=np.int64))
         sheet.tokens = int(pieces.length[chosen].sum(dtype=np.int64))
+        lost = int(store.lengths[left].sum(dtype=np.int64))
+        if left.any():
+            bucket = "weight_0" if weights and weights[number] == 0 else "overlong"
+            sheet.dropped[bucket], sheet.tokens_dropped[bucket] = int(left.sum()), lost
+        if cut := sheet.tokens_in - sheet.tokens - lost:
+            sheet.tokens_dropped["cut"] = cut
         sheet.supervised = int(targets[chosen].sum())
         sheets.append(sheet)
     return Balance(sheets)

@@ -31,19 +31,21 @@ _DTYPE_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}  # megatron's DTyp
 
 # One row of provenance; hashes are the first 128 bits of SHA-256, as two words.
 RECORD = np.dtype(
-    [("length", "<i4"), ("source", "<i4"), ("line", "<i8"), ("prompt_hash", "<u8", 2), ("row_hash", "<u8", 2)]
+    [("length", "<i4"), ("source", "<i4"), ("line", "<i8"), ("turns", "<i4"), ("prompt_hash", "<u8", 2), ("row_hash", "<u8", 2)]
 )
-_COLUMNS = ("source", "line", "prompt_hash", "row_hash")
+_COLUMNS = ("source", "line", "turns", "prompt_hash", "row_hash")
 _BATCH = 1 << 16  # rows held in memory at a time while writing
 
 
 class Provenance(NamedTuple):
-    """Where a row came from: index of its source, line in it (from 1), and its text, which is kept as hashes."""
+    """Where a row came from: index of its source, line in it (from 1; of JSON and Parquet the row), and its text, which is
+    kept as hashes. `turns` counts the assistant turns in the loss."""
 
     source: int
     line: int
     prompt: str
     answer: str
+    turns: int = 1
 
 
 def text_hash(*parts: str) -> tuple[int, int]:
@@ -75,7 +77,7 @@ class StoreWriter:
             raise ValueError(f"a row of {len(ids)} ids and {len(mask)} mask values")
         prompt_hash = text_hash(provenance.prompt)
         row_hash = text_hash(provenance.prompt, provenance.answer)
-        self._pending.append((len(ids), provenance.source, provenance.line, prompt_hash, row_hash))
+        self._pending.append((len(ids), provenance.source, provenance.line, provenance.turns, prompt_hash, row_hash))
         self._write(ids, mask, 1)
         if len(self._pending) >= _BATCH:
             self._flush()
@@ -213,6 +215,11 @@ class Store:
     def lines(self) -> np.ndarray:
         """int64[rows], line in the source, from 1."""
         return self._columns["line"]
+
+    @property
+    def turns(self) -> np.ndarray:
+        """int32[rows], assistant turns in the loss."""
+        return self._columns["turns"]
 
     @property
     def prompt_hashes(self) -> np.ndarray:

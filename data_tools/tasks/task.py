@@ -92,6 +92,12 @@ def check_rows(name: str, options: dict[str, Any], source: Source) -> list[Probl
         task_options(load_task(name), options)
     except UserMistake as mistake:
         problems.append(Problem("task_options" if name in task_names() else "task", str(mistake)))
+    return problems + check_source(source)
+
+
+def check_source(source: Source) -> list[Problem]:
+    """Wrong values of the setting `source`; opens no file."""
+    problems: list[Problem] = []
     if not source.inputs and source.synthetic_rows == 0:
         problems.append(Problem("source", "no rows: neither inputs nor synthetic_rows; give one of them"))
     if source.synthetic_rows < 0:

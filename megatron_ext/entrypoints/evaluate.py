@@ -93,7 +93,7 @@ def run(
     config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
 ) -> dict[str, Any]:
     """Facts: as `_result`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element, the table."""
-    from data_tools.chat import load_tokenizer
+    from data_tools.tokenizer import load_tokenizer
     from megatron_ext import model_folder, ranks
 
     problems = check(config, ranks.world_size_of_environment())

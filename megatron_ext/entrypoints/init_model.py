@@ -80,7 +80,7 @@ def forecast(config: Config) -> dict[str, Any]:
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
     """Facts: parameters, vocabulary, sha256 of the weights."""
-    from data_tools.chat import load_tokenizer
+    from data_tools.tokenizer import load_tokenizer
     from data_tools.char_tokenizer import write_char_tokenizer
     from data_tools.tasks.task import load_task
     from megatron_ext.model_folder import copy_hf_files

@@ -13,10 +13,11 @@ buckets = st.dictionaries(st.sampled_from(["duplicate", "too_long", "wrong_answe
 @st.composite
 def sheets(draw: st.DrawFn) -> Balance:
     def source(name: str) -> SourceBalance:
-        lines, rows = Counter(draw(buckets)), Counter(draw(buckets))
+        lines, rows, cut = Counter(draw(buckets)), Counter(draw(buckets)), Counter(draw(buckets))
         with_rows, kept, tokens = draw(counts), draw(counts), draw(counts)
         return SourceBalance(
-            name, with_rows + lines.total(), with_rows, lines, kept + rows.total(), kept, rows, tokens, tokens // 2
+            name, with_rows + lines.total(), with_rows, lines, kept + rows.total(), kept, rows,
+            tokens + cut.total(), tokens, cut, tokens // 2,
         )
 
     return Balance([source("a"), source("b")])
@@ -35,7 +36,7 @@ def test_json_keeps_a_sheet(sheet: Balance) -> None:
     assert Balance.from_json(sheet.to_json()).to_json() == sheet.to_json()
 
 
-@given(sheets(), st.sampled_from(["lines", "lines_with_rows", "rows", "kept"]), st.sampled_from([-1, 1]))
+@given(sheets(), st.sampled_from(["lines", "lines_with_rows", "rows", "kept", "tokens", "tokens_in"]), st.sampled_from([-1, 1]))
 def test_a_count_that_is_off_by_one_is_found(sheet: Balance, name: str, by: int) -> None:
     source = sheet.sources[1]
     setattr(source, name, getattr(source, name) + by)

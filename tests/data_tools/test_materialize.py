@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from data_tools.balance import Balance
-from data_tools.chat import load_tokenizer
+from data_tools.tokenizer import load_tokenizer
 from data_tools.durable import read_json
 from data_tools.materialize import Config, Source, check, materialize
 from data_tools.mistake import UserMistake
@@ -18,7 +18,8 @@ from tests.data_tools.conftest import build, line
 
 
 def config_of(tokenizer: Path, *inputs: Path, **changes: object) -> Config:
-    return Config(tokenizer=str(tokenizer), source=Source(inputs=[str(path) for path in inputs]), **changes)
+    source = Source(inputs=[str(path) for path in inputs])
+    return Config(task="calculator", tokenizer=str(tokenizer), source=source, **changes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -45,7 +46,7 @@ def test_the_store_and_its_balance_do_not_depend_on_the_number_of_elements(
     for place, (lines, end, last_end) in enumerate(contents_of):
         inputs.append(folder / f"{place}.jsonl")
         inputs[-1].write_bytes(end.join(lines) + (end if last_end else b""))
-    config = config_of(tokenizer_folder, *inputs, on_bad_row="drop", dedupe=dedupe, max_tokens=10)
+    config = config_of(tokenizer_folder, *inputs, on_bad_row="bucket", dedupe=dedupe, max_tokens=10)
     config.source.synthetic_rows = 5
     one, facts = build(config, folder, 1)
     many, facts_of_many = build(config, folder, count)
@@ -83,7 +84,7 @@ def test_of_equal_rows_the_first_in_source_order_is_kept(tmp_path: Path, tokeniz
 def test_every_drop_has_its_bucket(tmp_path: Path, tokenizer_folder: Path) -> None:
     lines = [line("1+1=2", "1+1=2.0", "1+1=3", "x=3", "11111*10000=111110000", "7//2=3"), "", line(), "[]"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    out, facts = build(config_of(tokenizer_folder, tmp_path / "a.jsonl", on_bad_row="drop", max_tokens=10), tmp_path)
+    out, facts = build(config_of(tokenizer_folder, tmp_path / "a.jsonl", on_bad_row="bucket", max_tokens=10), tmp_path)
     assert facts["buckets"] == {
         "blank_line": 1, "malformed_line": 1, "no_rows": 1,
         "duplicate": 1, "wrong_answer": 1, "unparsable": 1, "too_long": 1,
@@ -144,7 +145,7 @@ def test_heldout_and_training_stores_share_no_prompt(tmp_path: Path, tokenizer_f
     prompts = []
     for split in ("train", "heldout"):
         source = Source(synthetic_rows=400, synthetic_split=split)
-        out, facts = build(Config(tokenizer=str(tokenizer_folder), source=source), tmp_path / split)
+        out, facts = build(Config(task="calculator", tokenizer=str(tokenizer_folder), source=source), tmp_path / split)
         assert facts["rows"] == 400
         prompts.append({tuple(words) for words in Store(out).prompt_hashes.tolist()})
     assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
@@ -156,15 +157,15 @@ def test_all_problems_are_told_at_once_and_nothing_is_imported_for_it(tmp_path: 
         source=Source(inputs=["/no/file.jsonl"], synthetic_rows=-1, synthetic_split="training"),
         tokenizer="/no/tokenizer",
         max_tokens=-1,
-        on_bad_row="dorp",
+        on_bad_row="bukcet",
     )
     problems = {problem.where: problem.message for problem in check(config)}
     assert problems.keys() == {
         "task", "on_bad_row", "max_tokens", "source.synthetic_rows", "source.synthetic_split",
     }  # fmt: skip
-    assert "did you mean drop?" in problems["on_bad_row"] and "did you mean calculator?" in problems["task"]
+    assert "did you mean bucket?" in problems["on_bad_row"] and "did you mean calculator?" in problems["task"]
     assert [problem.where for problem in check(Config(tokenizer="gpt2"))] == ["source"]
-    wrong_option = Config(tokenizer="a/b", task_options={"x": 1}, source=Source(synthetic_rows=1))
+    wrong_option = Config(task="calculator", tokenizer="a/b", task_options={"x": 1}, source=Source(synthetic_rows=1))
     assert [problem.where for problem in check(wrong_option)] == ["task_options"]
     code = (
         "import sys; from data_tools import materialize, pack; materialize.check(materialize.Config()); "

@@ -161,7 +161,7 @@ def test_an_overlong_document_fails_by_source_and_line_or_is_counted(tmp_path: P
         pack(Config(store=str(store), pack_length=8, align=4, overlong="fail"), tmp_path)
     facts = pack(Config(store=str(store), pack_length=8, align=4), tmp_path)
     assert (facts["documents"], facts["overlong"]) == (2, 1)
-    assert facts["tables"]["balance"]["columns"][-3:] == ["overlong", "tokens", "supervised"]
+    assert facts["tables"]["balance"]["columns"][-5:] == ["overlong", "tokens in", "tokens", "supervised", "masked"]
 
 
 def test_wrong_values_are_told_at_once_with_the_nearest_legal_one() -> None:

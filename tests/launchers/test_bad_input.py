@@ -47,9 +47,9 @@ def test_a_malformed_line_is_named_and_nothing_is_sealed(tmp_path, pipeline, bad
     assert len(list((tmp_path / "run").glob("data/*/seals/*.json"))) == 2  # the other elements are good
 
 
-def test_on_bad_row_drop_counts_it_instead(tmp_path, pipeline):
+def test_on_bad_row_bucket_counts_it_instead(tmp_path, pipeline):
     path = pipeline(b"\n".join([*LINES, b"{broken"]) + b"\n")
-    afterok("run", path, "data.with.on_bad_row=drop", "data.with.dedupe=false", "--run", tmp_path / "run", "cluster=local")
+    afterok("run", path, "data.with.on_bad_row=bucket", "data.with.dedupe=false", "--run", tmp_path / "run", "cluster=local")
     facts = {p["phase"]: p["facts"] for p in afterok_json("status", tmp_path / "run")["phases"]}["data"]
     assert (facts["lines"], facts["rows"], facts["kept"]) == (7, 12, 12)
     assert facts["buckets"] == {"malformed_line": 1}
@@ -57,7 +57,7 @@ def test_on_bad_row_drop_counts_it_instead(tmp_path, pipeline):
 
 @pytest.mark.parametrize("override, expected", [
     ("data.with.tokenizer=./no/such/tokenizer", "data.with.tokenizer: './no/such/tokenizer': no such file or folder"),
-    ("data.with.on_bad_row=dorp", "unknown value 'dorp' (did you mean drop?"),
+    ("data.with.on_bad_row=bukcet", "unknown value 'bukcet' (did you mean bucket?"),
     ("data.with.source.inputs=[absent.jsonl]", "data.with.source.inputs: 'absent.jsonl': no such file or folder"),
     ("data.with.task=calculater", "unknown task 'calculater' (did you mean calculator?"),
     ("data.with.source.synthetic_rows=many", "data.with.source.synthetic_rows: 'many' is not of type int"),

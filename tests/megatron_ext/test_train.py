@@ -373,7 +373,7 @@ def calculator(tmp_path_factory) -> dict[str, Path]:
     for path in folder.values():
         path.mkdir()
     init_model.run(init_model.Config(alphabet_task="calculator", hidden=32, ffn=48, layers=2), folder["hf"], root)
-    rows = materialize.Config(source=Source(synthetic_rows=600), tokenizer=str(folder["hf"]))
+    rows = materialize.Config(task="calculator", source=Source(synthetic_rows=600), tokenizer=str(folder["hf"]))
     materialize.materialize(rows, folder["part"], 0, 1)
     materialize.finish(rows, [folder["part"]], folder["store"])
     pack.pack(pack.Config(store=str(folder["store"]), pack_length=64), folder["packs"])

@@ -1,0 +1,132 @@
+"""The tokenizer of a folder or a hub repository, without importing transformers where its tokenizer.json says it all."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Mapping, Optional, Sequence
+
+from data_tools.durable import read_json
+from data_tools.mistake import UserMistake
+
+# Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
+# class (v5 does for Qwen2), so those go through transformers.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What afterok needs of a tokenizer; `backend` is a `tokenizers.Tokenizer` or a transformers one."""
+
+    name: str
+    vocab_size: int  # added tokens included
+    pad_id: Optional[int]
+    eos_id: Optional[int]
+    unk_id: Optional[int]
+    backend: Any
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, …: what templates may name
+    chat_template: Optional[str] = None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text alone, no special tokens around it."""
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return encoded if isinstance(encoded, list) else encoded.ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def fast(self) -> Any:
+        """The `tokenizers.Tokenizer` that does the work. UserMistake where the tokenizer has none."""
+        fast = getattr(self.backend, "backend_tokenizer", self.backend)
+        if not hasattr(fast, "encode_batch_fast"):
+            raise UserMistake(f"tokenizer {self.name} has no fast form (tokenizer.json), which loss masks need; convert it")
+        return fast
+
+    def check_end(self) -> None:
+        """UserMistake unless there is an end token that padding cannot be mistaken for."""
+        if self.eos_id is None:
+            raise UserMistake(f"tokenizer {self.name} has no eos token; name one in its tokenizer_config.json")
+        if self.eos_id == self.pad_id:
+            raise UserMistake(
+                f"tokenizer {self.name}: pad and eos are both token {self.eos_id}, so the loss would train on padding "
+                "or never on the end; name another pad_token in its tokenizer_config.json"
+            )
+
+
+def is_path(name_or_path: str) -> bool:
+    """Whether this names a folder rather than a hub repository (`name` or `owner/name`)."""
+    return os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+
+
+def load_tokenizer(name_or_path: str, revision: Optional[str] = None) -> Tokenizer:
+    """The tokenizer of a folder, or of a hub repository in the local cache (compute nodes have no internet).
+
+    A folder whose tokenizer.json transformers would use as it stands is read with the `tokenizers` library alone:
+    the same ids without the seconds that importing transformers takes. UserMistake when it is not there.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir() and (folder / "tokenizer.json").is_file():
+        config = _read_config(folder)
+        if config.get("tokenizer_class") in _PLAIN_CLASSES and "added_tokens_decoder" not in config:
+            return _load_plain(folder, config)
+    elif not folder.is_dir() and is_path(name_or_path):
+        raise UserMistake(f"tokenizer {name_or_path}: no such folder; give a folder with a tokenizer or a hub name")
+    return _load_with_transformers(str(folder) if folder.is_dir() else name_or_path, revision)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise UserMistake(f"tokenizer {folder}: {path.name} is not JSON ({error}); write the tokenizer anew") from None
+
+
+def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
+
+    tokens = {key: token["content"] if isinstance(token, dict) else token
+              for key, token in config.items() if key in _SPECIAL_TOKENS and token}
+    pad, eos, unk = (backend.token_to_id(tokens[key]) if key in tokens else None
+                     for key in ("pad_token", "eos_token", "unk_token"))
+    size = backend.get_vocab_size(with_added_tokens=True)
+    return Tokenizer(str(folder), size, pad, eos, unk, backend, tokens, _read_template(folder, config))
+
+
+def _read_template(folder: Path, config: dict[str, Any]) -> Optional[str]:
+    """chat_template.jinja, or that of the config; of several the one named default, as transformers does."""
+    file = folder / "chat_template.jinja"
+    found = file.read_text() if file.is_file() else config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found
+
+
+def _load_with_transformers(name: str, revision: Optional[str]) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise UserMistake(f"tokenizer {name}: no tokenizer in this folder ({_first_line(error)})") from None
+        at = f" at revision {revision}" if revision else ""
+        remedy = f"run `hf download {name}` on a machine with internet, or give a folder"
+        raise UserMistake(f"tokenizer {name}{at}: no such folder and not in the hub cache; {remedy}") from None
+    template = backend.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return Tokenizer(name, len(backend), backend.pad_token_id, backend.eos_token_id, backend.unk_token_id, backend,
+                     backend.special_tokens_map, template)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
