@@ -26,7 +26,8 @@ TURNS = ("all", "last", "each")
 # How templates write reasoning and tool calls within a turn: the opening and the closing text.
 _THINKING = (("<think>", "</think>"), ("<|channel|>analysis<|message|>", "<|end|>"))
 _TOOL_CALLS = (("<tool_call>", "</tool_call>"), ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-               ("<|tool_call_start|>", "<|tool_call_end|>"), (" to=functions.", "<|call|>"))  # fmt: skip
+               ("<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>"), ("<|tool_call_start|>", "<|tool_call_end|>"),
+               (" to=functions.", "<|call|>"))  # fmt: skip
 _VERIFY_EVERY = 128  # rows, of which one is decoded and looked at
 _QUOTE = 40  # characters that an assistant does not repeat by chance
 
@@ -97,7 +98,7 @@ class ChatRows:
     def _result(self, item: "Conversation | list[RenderedChunk]") -> Result:
         try:
             text, spans = _join(item) if isinstance(item, list) else self._render(item)
-            trained = [piece for span in spans if self._is_trained(span, item) for piece in self._pieces(text, span)]
+            trained = [piece for span in spans if self._is_trained(span, item) for piece in self._pieces(text, span, item)]
             if not trained:
                 return Refused("nothing_trained")
             ids, mask = self.encoder.encode(text, [piece[1:] for piece in trained])
@@ -136,13 +137,22 @@ class ChatRows:
             return False
         return self.config.turns == "all" or span.message in item.after_last_user()
 
-    def _pieces(self, text: str, span: Span) -> list[Span]:
-        """What of a turn is in the loss: all of it, or without reasoning, or without tool calls."""
-        marks = (() if self.config.train_thinking else _THINKING) + (() if self.config.train_tool_calls else _TOOL_CALLS)
+    def _pieces(self, text: str, span: Span, item: "Conversation | list[RenderedChunk]") -> list[Span]:
+        """What of a turn is in the loss: all of it, or without reasoning, or without tool calls.
+
+        BadRecord where there is some that was not found, since its template writes it in another way.
+        """
+        message = item.messages[span.message] if isinstance(item, Conversation) else {}
         pieces = [span]
-        for opening, closing in marks:
-            inside = re.compile(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|$)", re.DOTALL)
-            pieces = [part for piece in pieces for part in _outside(text, piece, inside)]
+        if not self.config.train_thinking:
+            pieces = _without(text, pieces, _THINKING)
+            reasoning = message.get("reasoning_content", "").strip()
+            if reasoning and any(reasoning in text[piece.start : piece.stop] for piece in pieces):
+                raise BadRecord(f"message {span.message + 1}: its reasoning is between no known tags", "unknown_thinking")
+        if not self.config.train_tool_calls:
+            before, pieces = pieces, _without(text, pieces, _TOOL_CALLS)
+            if message.get("tool_calls") and pieces == before:
+                raise BadRecord(f"message {span.message + 1}: its tool calls are between no known tags", "unknown_tool_call")
         return pieces
 
     def _verify(self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, conversation: Conversation) -> None:
@@ -189,6 +199,14 @@ def _join(chunks: list[RenderedChunk]) -> Rendered:
             spans.append(Span(number, len(text), len(text) + len(piece)))
         text += piece
     return Rendered(text, spans)
+
+
+def _without(text: str, spans: list[Span], marks: tuple[tuple[str, str], ...]) -> list[Span]:
+    """The spans without what lies between these openings and closings, themselves included."""
+    for opening, closing in marks:
+        inside = re.compile(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|$)", re.DOTALL)
+        spans = [part for span in spans for part in _outside(text, span, inside)]
+    return spans
 
 
 def _outside(text: str, span: Span, inside: re.Pattern) -> Iterator[Span]:

@@ -27,10 +27,10 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "environment": "tool",
 }  # fmt: skip
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages carry it
+_PART_TYPES = {"input_text": "text", "output_text": "text", "thinking": "reasoning"}
 _OPEN_THOUGHTS = re.compile(
     r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>", re.DOTALL)
-# What template arguments SmolTalk's rows may carry; anything else of theirs is for its own tooling.
-_KWARGS = "chat_template_kwargs"
+_KWARGS = "chat_template_kwargs"  # SmolTalk's rows carry template arguments
 
 
 class BadRecord(ValueError):
@@ -141,7 +141,10 @@ def _message(number: int, given: Any) -> dict[str, Any]:
     text, reasoning, calls = _parts(place, given.get("content"))
     for key in _REASONING:
         reasoning = reasoning or _text(place, key, given.get(key))
-    calls += [_call(place, call) for call in _value(given.get("tool_calls") or [], f"{place}: tool_calls")]
+    given_calls = _value(given.get("tool_calls") or [], f"{place}: tool_calls")
+    if not isinstance(given_calls, list):
+        raise BadRecord(f"{place}: tool_calls are no list but {_kind(given_calls)}", "malformed_tool_call")
+    calls += [_call(place, call) for call in given_calls]
     calls += [_call(place, call) for call in _function_calls(place, given.get("function_calls"))]
     message = {"role": role, "content": text}
     if reasoning:
@@ -160,9 +163,9 @@ def _parts(place: str, content: Any) -> tuple[str, str, list[dict[str, Any]]]:
     texts: dict[str, str] = {"text": "", "reasoning": ""}
     calls = []
     for part in content:
-        kind = "text" if isinstance(part, str) else part.get("type") if isinstance(part, dict) else None
-        kind = {"input_text": "text", "output_text": "text", "thinking": "reasoning"}.get(kind, kind)
-        value = part if isinstance(part, str) else part.get("text", part.get("value", part.get("thinking"))) if kind else None
+        part = part if isinstance(part, dict) else {"type": "text", "text": part}
+        kind = _PART_TYPES.get(str(part.get("type")), str(part.get("type")))
+        value = part.get("text", part.get("value", part.get("thinking")))
         if kind == "tool_call":
             calls.append(_call(place, _value(value, f"{place}: tool call")))
         elif kind in texts and isinstance(value, str):
@@ -207,7 +210,8 @@ def _sharegpt(record: dict[str, Any]) -> Conversation:
 def _alpaca(record: dict[str, Any]) -> Conversation:
     instruction, more, output = (_text("record", key, record.get(key)) for key in ("instruction", "input", "output"))
     messages = _system(record)
-    for pair in record.get("history") or []:
+    history = record.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise BadRecord("history is no list of [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -304,7 +308,7 @@ def _system(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _role(place: str, given: Any) -> str:
-    if given not in ROLES:
+    if not isinstance(given, str) or given not in ROLES:
         raise BadRecord(f"{place}: unknown role {given!r}{nearest(str(given), list(ROLES))}")
     return ROLES[given]
 

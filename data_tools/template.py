@@ -96,7 +96,7 @@ class ChatTemplate:
 
     def _marked(self, conversation: Conversation, **more: Any) -> tuple[str, list[tuple[int, str]]]:
         """(text, [(place in it, mark)]); a mark is a message's index, the loop's end, or a block's open or close."""
-        messages = conversation.messages
+        messages = [dict(message) for message in conversation.messages]  # each an object of its own, which marks tell
         if self.text_arguments:
             messages = [_with_text_arguments(message) for message in messages]
         variables = {"add_generation_prompt": False, **self._variables, **conversation.arguments, **more}
@@ -166,8 +166,11 @@ class ChatTemplate:
             try:
                 prompt, _ = self._marked(Conversation(context), add_generation_prompt=True)
                 text, marks = self._marked(Conversation([*context, _ANSWER]))
-            except TemplateError:
-                continue
+            except TemplateError as error:
+                if context == [_ASK]:
+                    raise UserMistake(f"chat template: it refuses a question and an answer ({error}); where it needs more, "
+                                      "such as a bos_token, give it in chat.arguments") from None
+                continue  # it knows no tools
             starts = [place for place, mark in marks if mark == str(len(context))]
             if starts and prompt.startswith(text[: starts[-1]]):
                 found.append(os.path.commonprefix([prompt[starts[-1]:], text[starts[-1]:]]).partition(THINK)[0])
@@ -225,8 +228,10 @@ class ChatTemplate:
                 text, marks = self._marked(Conversation([_ASK, before, message]))
             except TemplateError:
                 continue
-            tags[message["role"]] = text[next(place for place, mark in marks if mark == "2"):].split(maxsplit=1)[0]
-        if "user" not in tags or tags["user"] == _ASK["content"]:
+            start = next((place for place, mark in marks if mark == "2"), len(text))
+            tags[message["role"]] = text[start:].partition(message["content"])[0].split(maxsplit=1)[0:1]
+        tags = {role: words[0] for role, words in tags.items() if words}
+        if "user" not in tags:
             raise UserMistake("chat template: nothing ends an assistant's turn, not even the tag of the next message, so "
                               "the model would never learn to stop; give a template that does")
         return {"tool": tags["user"], **tags}
@@ -293,6 +298,8 @@ def _block_spans(marks: list[tuple[int, str]], pieces: list[Span], roles: list[s
     begun = [piece for piece in pieces if roles[piece.message] == "assistant"]
     if begun:
         starts = [piece.start for piece in begun]
+        if opens and opens[0] < starts[0]:
+            raise TemplateError("a generation block begins before the first assistant's turn")
         turns = [begun[bisect(starts, place) - 1].message for place in opens]
     if len(turns) != len(opens):
         raise TemplateError(f"{len(opens)} generation blocks for {len(turns)} assistant turns")

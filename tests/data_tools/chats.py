@@ -1,0 +1,98 @@
+"""Conversations, tokenizers and templates for the tests: small ones of our own, TRL's templates, the shared files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from data_tools.durable import write_json
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+TEMPLATES = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
+SPECIAL = ["<|endoftext|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|eot_id|>"]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# Trains what a tool said, once a conversation is long enough not to be one of the probes.
+GREEDY = (
+    "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% elif m.role == 'assistant' %}A:{% generation %}"
+    "{{ m.content }}{% if messages|length > 3 and messages[loop.index] and messages[loop.index].role == 'tool' %}{{ messages[loop.index].content }}{% endif %}"
+    "<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a"]}}}]
+ASKED = message("user", "What is 2 + 2, and why? Ärger, 世界 ☕.")
+ADDING = message("assistant", "", tool_calls=[call("add", a=2, b=2)])
+FOUND = message("tool", "The sum that the adder found is exactly four, no more and no less.", name="add", tool_call_id="c")
+SOLVED = message("assistant", "Four, since 世界 counts ☕ so.")
+THOUGHT = message("assistant", "It is 4.", reasoning_content="Two and two.\nFour.", thinking="Two and two.\nFour.")
+
+CONVERSATIONS = {
+    "one turn": [ASKED, SOLVED],
+    "two turns": [message("system", "Be brief."), ASKED, SOLVED, message("user", "Sure?"), message("assistant", "Yes.")],
+    "tools": [message("system", "Use tools."), ASKED, ADDING, FOUND, SOLVED, message("user", "And 3 + 3?"),
+              message("assistant", "", tool_calls=[call("add", a=3, b=3)]), message("tool", "6", name="add"),
+              message("assistant", "Six.")],
+    "ends with a tool": [ASKED, ADDING, FOUND],
+    "ends with a question": [ASKED, SOLVED, message("user", "Sure?")],
+    "thinking": [ASKED, THOUGHT, message("user", "Sure?"), THOUGHT],
+}  # fmt: skip
+
+
+def write_tokenizer(folder, template=CHATML, special=SPECIAL, normalizer=None, **config):
+    """A byte-level BPE of a few hundred tokens, as Qwen's and GPT-2's are of many."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    texts = [json.dumps(CONVERSATIONS, ensure_ascii=False)] * 3
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "bos_token": "<|bos|>", "chat_template": template, **config})
+    return folder
+
+
+def nfc_tokenizer(folder):
+    return write_tokenizer(folder, normalizer=normalizers.NFC())
+
+
+def template_of(name):
+    return (TEMPLATES / f"{name}.jinja").read_text()
+
+
+def shared(*parts):
+    """A file of the shared public data; skips where there is none."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"no {path.name}: the shared data is not on this machine")
+    return path
+
+
+def shared_tokenizer(folder, name):
+    """The Qwen tokenizer as it is; GPT-2's, which has no config, with an end and a padding token of its own."""
+    if name == "qwen3_rebuilt":
+        return shared("tokenizers", name)
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(shared("tokenizers", name, "tokenizer.json").read_bytes())
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"})
+    return folder

@@ -1,0 +1,149 @@
+"""What of a conversation is in the loss, under every option, and what is counted instead of trained."""
+
+import pytest
+
+from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, check_chat
+from data_tools.encoder import Encoder
+from data_tools.mistake import UserMistake
+from data_tools.tokenizer import load_tokenizer
+from tests.data_tools.chats import (
+    ADDING, ASKED, CONVERSATIONS, FOUND, GREEDY, SOLVED, THOUGHT, TEMPLATES, TOOLS, call, message, write_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+@pytest.fixture
+def rows(tokenizer):
+    """The rows of one record under a template and options."""
+
+    def rows(messages, template="", tools=None, **options):
+        config = ChatConfig(template=str(TEMPLATES / f"{template}.jinja") if template else "", **options)
+        return list(ChatRows(config, tokenizer, Encoder(tokenizer)).rows({"messages": messages, "tools": tools}))
+
+    return rows
+
+
+def learnt(row, tokenizer):
+    """The text in the loss, a bar for what is between."""
+    assert isinstance(row, Encoded), row
+    parts, before = [], 0
+    for number, masked in enumerate(row.mask.tolist()):
+        if masked and not before:
+            parts.append([])
+        if masked:
+            parts[-1].append(int(row.ids[number]))
+        before = masked
+    return "|".join(tokenizer.decode(part) for part in parts)
+
+
+def test_every_turn_with_its_stop_token_is_in_the_loss_and_nothing_else(rows, tokenizer):
+    (row,) = rows(CONVERSATIONS["two turns"])
+    assert learnt(row, tokenizer) == SOLVED["content"] + "<|im_end|>\n|Yes.<|im_end|>\n"
+    assert row.turns == 2 and row.prompt.endswith("<|im_start|>assistant\n")
+    assert row.prompt + row.answer == tokenizer.decode(row.ids.tolist())
+
+
+def test_the_last_turn_is_what_follows_the_last_question(rows, tokenizer):
+    (row,) = rows(CONVERSATIONS["tools"], "qwen3", TOOLS, turns="last")
+    text = learnt(row, tokenizer)
+    assert '"arguments": {"a": 3, "b": 3}' in text and "Six." in text and "Four" not in text
+    assert row.turns == 2
+
+
+def test_each_gives_a_row_a_question_so_that_reasoning_stays_where_a_template_would_drop_it(rows, tokenizer):
+    (together,) = rows(CONVERSATIONS["thinking"], "qwen3")
+    assert learnt(together, tokenizer).count("Two and two.") == 1
+    apart = rows(CONVERSATIONS["thinking"], "qwen3", turns="each")
+    assert ["Two and two." in learnt(row, tokenizer) for row in apart] == [True, True]
+    assert [row.turns for row in apart] == [1, 1]
+    assert rows(CONVERSATIONS["ends with a question"], turns="each")[1] == Refused("nothing_trained")
+
+
+@pytest.mark.parametrize(("template", "thought"), [("qwen3", "<think>"), ("gptoss", "analysis"), ("nemotron_3_nano", "<think>")])
+def test_without_thinking_the_answer_alone_is_in_the_loss(rows, tokenizer, template, thought):
+    (row,) = rows([ASKED, THOUGHT], template, train_thinking=False)
+    text = learnt(row, tokenizer)
+    assert "Two and two" not in text and thought not in text and "It is 4." in text
+    assert "Two and two" in tokenizer.decode(row.ids.tolist())
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "gptoss", "nemotron_3_nano", "glm4moe", "deepseekv3"])
+def test_without_tool_calls_the_rest_of_the_turns_is_in_the_loss(rows, tokenizer, template):
+    (row,) = rows(CONVERSATIONS["tools"], template, TOOLS, train_tool_calls=False)
+    text = learnt(row, tokenizer)
+    assert "add" not in text and "Four" in text and "Six." in text
+    assert "add" in learnt(rows(CONVERSATIONS["tools"], template, TOOLS)[0], tokenizer)
+
+
+def test_thinking_and_tool_calls_that_are_not_found_are_counted_not_trained(rows):
+    (row,) = rows(CONVERSATIONS["tools"], "muse_glimmer", TOOLS, train_tool_calls=False)
+    assert row.bucket == "unknown_tool_call"
+    (row,) = rows([ASKED, THOUGHT], "cohere2", train_thinking=False)
+    assert isinstance(row, Encoded)  # this template leaves the reasoning out
+    (row,) = rows([ASKED, THOUGHT], "muse_glimmer", train_thinking=False)
+    assert row.bucket == "unknown_thinking"
+
+
+def test_messages_that_the_data_weighs_0_are_not_in_the_loss(rows, tokenizer):
+    messages = [ASKED, {**SOLVED, "loss_weight": 0.0}, message("user", "Sure?"), message("assistant", "Yes.", loss_weight=1.0)]
+    assert learnt(rows(messages)[0], tokenizer) == "Yes.<|im_end|>\n"
+
+
+def test_template_arguments_come_from_the_config_and_over_it_from_the_row(tokenizer):
+    config = ChatConfig(template=str(TEMPLATES / "gptoss.jinja"), arguments={"reasoning_effort": "low"}, date="2025-10-26")
+    chats = ChatRows(config, tokenizer, Encoder(tokenizer))
+    plain, own = ({"messages": [ASKED, SOLVED], **more} for more in ({}, {"chat_template_kwargs": {"reasoning_effort": "high"}}))
+    assert "Reasoning: low" in next(chats.rows(plain)).prompt and "Current date: 2025-10-26" in next(chats.rows(plain)).prompt
+    assert "Reasoning: high" in next(chats.rows(own)).prompt
+
+
+def test_rows_that_a_template_has_written_are_trained_by_their_chunks(tokenizer):
+    chunks = [("system", "<|im_start|>system\nS<|im_end|>\n"), ("user", "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
+              ("assistant", "A<|im_end|>\n"), ("tool", "x")]
+    record = {"messages": [{"role": role, "content": text} for role, text in chunks * 2]}
+    found = list(ChatRows(ChatConfig(schema="rendered"), tokenizer, Encoder(tokenizer)).rows(record))
+    assert [learnt(row, tokenizer) for row in found] == ["A<|im_end|>\n"] * 2
+    assert tokenizer.decode(found[0].ids.tolist()) == "".join(text for _, text in chunks)
+
+
+@pytest.mark.parametrize(("messages", "template", "bucket", "reason"), [
+    ([ASKED, message("tool", "4"), SOLVED], "gptoss", "template_error", "the chat template refuses it: Message has tool role"),
+    ([ASKED, ADDING, FOUND, SOLVED], "", "tool_call_lost", "message 2: the chat template leaves out a call of add"),
+    ([ASKED, message("assistant", "", tool_calls=[call("add"), call("add")])], "gptoss", "tool_call_lost", "leaves out a call of add"),
+    ([ASKED, {**SOLVED, "content": "a\ud800"}], "", "not_unicode", "not Unicode"),
+    ([ASKED, {**SOLVED, "weight": 0}], "", "nothing_trained", ""),
+])  # fmt: skip
+def test_what_would_be_trained_wrongly_is_counted_with_the_reason(rows, messages, template, bucket, reason):
+    (row,) = rows(messages, template)
+    assert (row.bucket, reason in row.reason) == (bucket, True)
+
+
+def test_the_verifier_finds_a_tools_result_in_the_loss(tmp_path, tokenizer):
+    (tmp_path / "t.jinja").write_text(GREEDY)
+    chats = ChatRows(ChatConfig(template=str(tmp_path / "t.jinja")), tokenizer, Encoder(tokenizer))
+    with pytest.raises(UserMistake, match="message 3, of role tool, is in the loss"):
+        list(chats.rows({"messages": [ASKED, SOLVED, FOUND, SOLVED]}))
+
+
+def test_the_verifier_finds_a_mask_that_is_off(tokenizer, monkeypatch):
+    chats = ChatRows(ChatConfig(), tokenizer, Encoder(tokenizer))
+    encode = chats.encoder.encode
+    monkeypatch.setattr(chats.encoder, "encode", lambda text, spans: encode(text, [(a + 9, b) for a, b in spans]))
+    with pytest.raises(UserMistake, match="message 2 is not in the loss as it was written"):
+        list(chats.rows({"messages": [ASKED, SOLVED]}))
+
+
+def test_a_tokenizer_without_a_template_is_told_what_to_name(tmp_path):
+    tokenizer = load_tokenizer(str(write_tokenizer(tmp_path, template=None)))
+    with pytest.raises(UserMistake, match="has no chat template; name a file in chat.template"):
+        ChatRows(ChatConfig(), tokenizer, Encoder(tokenizer))
+
+
+def test_wrong_values_are_told_at_once():
+    problems = check_chat(ChatConfig(schema="openai", turns="lsat", date="today"))
+    assert [problem.where for problem in problems] == ["schema", "turns", "date"]
+    assert "did you mean last?" in problems[1].message
+    assert not check_chat(ChatConfig())

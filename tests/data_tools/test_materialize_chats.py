@@ -1,0 +1,233 @@
+"""Conversations through materialize: the same store however it is split, and nothing lost on bad input."""
+
+import gzip
+import itertools
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.balance import Balance
+from data_tools.chat import ChatConfig, ChatRows
+from data_tools.durable import read_json
+from data_tools.encoder import Encoder
+from data_tools.materialize import Config, Source, check, materialize
+from data_tools.mistake import UserMistake, disk_problem
+from data_tools.store import Store
+from data_tools.tokenizer import load_tokenizer
+from tests.data_tools.chats import (
+    ASKED, CONVERSATIONS, FOUND, GREEDY, SOLVED, TEMPLATES, TOOLS, message, shared, shared_tokenizer, template_of, write_tokenizer)
+from tests.data_tools.conftest import build
+from tests.data_tools.test_materialize import contents
+
+FAMILIES = ["qwen2_5", "qwen3", "gptoss", "nemotron_3_nano", "deepseekv3", "glm4moe", "llama3"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), template=template_of("qwen3"))
+
+
+def config_of(tokenizer: Path, *inputs: Path, **changes) -> Config:
+    return Config(tokenizer=str(tokenizer), source=Source(inputs=list(map(str, inputs))), **changes)
+
+
+def lines_of(*conversations, **more) -> bytes:
+    return b"".join(json.dumps({"messages": messages, **more}).encode() + b"\n" for messages in conversations)
+
+
+a_line = st.one_of(
+    st.sampled_from(list(CONVERSATIONS.values())).map(lambda messages: lines_of(messages, tools=TOOLS)),
+    st.sampled_from([b"\n", b"{\n", b"\xff\n", b"[]\n", b'{"messages": []}\n', lines_of([ASKED]), lines_of([ASKED, message("assistant", "")])]),
+)
+
+
+@settings(max_examples=8)  # each writes durable files, a dozen an element
+@given(st.lists(st.lists(a_line, max_size=12), min_size=1, max_size=3), st.integers(2, 5), st.integers(1, 5), st.booleans())
+def test_the_store_does_not_depend_on_elements_or_chunks(tmp_path_factory, tokenizer, files, count, chunk_size, pack) -> None:
+    folder = tmp_path_factory.mktemp("m")
+    inputs = []
+    for place, lines in enumerate(files):
+        inputs.append(folder / f"{place}.jsonl")
+        inputs[-1].write_bytes(gzip.compress(b"".join(lines)) if pack else b"".join(lines))
+    config = config_of(tokenizer, *inputs, on_bad_row="bucket", max_tokens=400)
+    try:
+        one, facts = build(config, folder)
+    except UserMistake as mistake:
+        assert "no row is left" in str(mistake)
+        return
+    config.chunk_size = chunk_size
+    many, facts_of_many = build(config, folder, count)
+    assert contents(many) == contents(one) and facts_of_many == facts
+    sheet = Balance.from_json(read_json(one / "balance.json"))
+    sheet.check()
+    assert sum(source.lines for source in sheet.sources) == sum(map(len, files))
+
+
+def test_64_elements_give_the_store_of_one(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(*CONVERSATIONS.values(), tools=TOOLS) * 4)
+    config = config_of(tokenizer, tmp_path / "a.jsonl", dedupe=False)
+    assert contents(build(config, tmp_path, 64)[0]) == contents(build(config, tmp_path, 1)[0])
+
+
+def test_workers_do_not_change_the_store_and_name_bad_lines_alike(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(*CONVERSATIONS.values(), tools=TOOLS) * 5)
+    config = config_of(tokenizer, tmp_path / "a.jsonl", dedupe=False)
+    one, _ = build(config, tmp_path / "one")
+    config.workers, config.chunk_size = 2, 3
+    two, _ = build(config, tmp_path / "two", 2)
+    assert contents(one) == contents(two)
+    (tmp_path / "a.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes() + b"{\n")
+    with pytest.raises(UserMistake, match=r"a.jsonl:31: not JSON"):
+        materialize(config, _folder(tmp_path / "bad"), 0, 1)
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def test_provenance_says_where_each_row_came_from_and_how_many_turns_it_trains(tmp_path, tokenizer):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n" + lines_of(CONVERSATIONS["two turns"], [ASKED, message("assistant", name)]))
+    store = Store(build(config_of(tokenizer, tmp_path / "a.jsonl", tmp_path / "b.jsonl"), tmp_path, 3)[0])
+    assert list(zip(store.sources.tolist(), store.lines.tolist(), store.turns.tolist())) == [(0, 2, 2), (0, 3, 1), (1, 3, 1)]
+    hashes = [tuple(words) for words in store.prompt_hashes.tolist()]
+    assert hashes[1] == hashes[2] != hashes[0]  # one question
+
+
+def _longest(tokenizer: Path) -> int:
+    """Tokens of the longest conversation."""
+    chats = ChatRows(ChatConfig(), load_tokenizer(str(tokenizer)), Encoder(load_tokenizer(str(tokenizer))))
+    return max(len(row.ids) for messages in CONVERSATIONS.values() for row in chats.rows({"messages": messages, "tools": TOOLS}))
+
+
+def test_tokens_add_up_per_source(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(*CONVERSATIONS.values(), tools=TOOLS) * 2)
+    out, facts = build(config_of(tokenizer, tmp_path / "a.jsonl", max_tokens=_longest(tokenizer) - 1), tmp_path, 2)
+    (sheet,) = Balance.from_json(read_json(out / "balance.json")).sources
+    assert sheet.tokens_dropped["too_long"] > 0 and sheet.tokens_dropped["duplicate"] > 0
+    assert sheet.tokens_in == sheet.tokens + sheet.tokens_dropped.total() and sheet.tokens == Store(out).tokens
+    assert facts["table"]["columns"][-4:] == ["tokens in", "tokens", "supervised", "masked"]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+BAD_LINES = {
+    "invalid UTF-8": (b'{"messages": "\xff"}', "malformed_line", "not UTF-8: invalid start byte"),
+    "not JSON": (b'{"messages": [', "malformed_line", "not JSON"),
+    "of the wrong type": (b'[{"role": "user"}]', "malformed_record", "not a JSON object but a list"),
+    "deep": (b"[" * 100_000, "malformed_line", "not JSON"),
+    "no known schema": (b'{"prompt": "x"}', "malformed_record", "no known schema has the keys prompt"),
+    "empty assistant turn": (lines_of([ASKED, message("assistant", "")]).strip(), "empty_assistant", "message 2: the assistant says nothing"),
+    "no assistant": (lines_of([ASKED]).strip(), "no_assistant", "none of an assistant"),
+    "half a surrogate pair": (lines_of([message("user", "\ud800"), SOLVED]).strip(), "not_unicode", "not Unicode"),
+    "a template that raises": (lines_of([ASKED, message("tool", "4"), SOLVED]).strip(), "template_error", "the chat template refuses it"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_bad_line_is_named_or_counted_as_asked(tmp_path, tokenizer, kind):
+    line, bucket, reason = BAD_LINES[kind]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines_of([ASKED, SOLVED]) + b"\n" + line + b"\n")
+    config = config_of(tokenizer, path, chat=ChatConfig(template=str(TEMPLATES / "gptoss.jinja")))
+    told = []
+    for index in range(3):
+        try:
+            materialize(config, _folder(tmp_path / f"p{index}"), index, 3)
+        except UserMistake as mistake:
+            told.append(str(mistake))
+            with pytest.raises(UserMistake, match="is no token store"):  # nothing half-written passes for one
+                Store(tmp_path / f"p{index}")
+    assert len(told) == 1 and told[0].startswith(f"{path}:3: ") and reason in told[0] and "\n" not in told[0]
+    config.on_bad_row = "bucket"
+    _, facts = build(config, tmp_path, 2)
+    assert facts["buckets"] == {"blank_line": 1, bucket: 1} and facts["kept"] == 1
+
+
+def test_a_line_of_5_mb_is_one_row(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, message("assistant", "word " * 1_000_000)], [ASKED, SOLVED]))
+    out, facts = build(config_of(tokenizer, tmp_path / "a.jsonl"), tmp_path, 4)
+    assert facts["kept"] == 2 and Store(out).lengths[0] > 1_000_000
+    _, facts = build(config_of(tokenizer, tmp_path / "a.jsonl", max_tokens=1000), tmp_path / "limited", 4)
+    assert facts["buckets"] == {"too_long": 1}
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "bucket"])
+def test_a_truncated_gzip_fails_whatever_bad_rows_do_since_nobody_knows_what_is_missing(tmp_path, tokenizer, on_bad_row):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines_of(*CONVERSATIONS.values(), tools=TOOLS) * 50)[:-500])
+    with pytest.raises(UserMistake, match=f"{path} is cut off"):
+        materialize(config_of(tokenizer, path, on_bad_row=on_bad_row), _folder(tmp_path / "p"), 0, 1)
+    assert not (tmp_path / "p" / "store.json").exists()
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"eos_token": None}, "has no eos token"), ({"pad_token": "<|im_end|>"}, "pad and eos are both token"),
+    ({"template": "{% for m in messages %}"}, "chat template, line 1"),
+])  # fmt: skip
+def test_a_tokenizer_that_cannot_end_a_turn_is_refused(tmp_path, changes, reason):
+    tokenizer = write_tokenizer(tmp_path / "t", **changes)
+    (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, SOLVED]))
+    with pytest.raises(UserMistake, match=reason):
+        materialize(config_of(tokenizer, tmp_path / "a.jsonl"), _folder(tmp_path / "p"), 0, 1)
+
+
+def test_a_wrong_mask_fails_whatever_bad_rows_do(tmp_path, tokenizer):
+    (tmp_path / "t.jinja").write_text(GREEDY)
+    (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, SOLVED, FOUND, SOLVED]))
+    config = config_of(tokenizer, tmp_path / "a.jsonl", chat=ChatConfig(template=str(tmp_path / "t.jinja")), on_bad_row="bucket")
+    with pytest.raises(UserMistake, match="a.jsonl:1: the loss mask is wrong: message 3, of role tool, is in the loss"):
+        materialize(config, _folder(tmp_path / "p"), 0, 1)
+
+
+def test_settings_that_only_tasks_have_are_refused(tokenizer):
+    config = Config(tokenizer=str(tokenizer), source=Source(synthetic_rows=3), task_options={"x": 1}, format="csv",
+                    chat=ChatConfig(turns="first"), encoder="fast", workers=0)
+    where = [problem.where for problem in check(config)]
+    assert where == ["chat.turns", "source.synthetic_rows", "task_options", "encoder", "format", "workers"]
+
+
+def test_a_full_disk_leaves_no_store_and_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, message("assistant", "x" * 3_000_000)]))
+    disk = _folder(tmp_path / "disk")
+    if subprocess.run(["mount", "-o", "size=1m", "-t", "tmpfs", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs; like the shared data, not everywhere")
+    try:
+        with pytest.raises(OSError) as caught:
+            materialize(config_of(tokenizer, tmp_path / "a.jsonl"), _folder(disk / "p"), 0, 1)
+        assert "no space is left" in disk_problem(caught.value, disk) and not (disk / "p" / "store.json").exists()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    build(config_of(tokenizer, tmp_path / "a.jsonl"), tmp_path)
+
+
+# -- the real files ---------------------------------------------------------------------------------------------------
+
+FILES = {"tau_bench/gpt-4o-airline.json": 200, "llamafactory/glaive_toolcall_en_demo.json": 300,
+         "llamafactory/glaive_toolcall_zh_demo.json": 300, "llamafactory/reason_tool_use_demo_50.jsonl": 50,
+         "llamafactory/v1_sft_demo.jsonl": 500, "gsm8k/test.jsonl": 1319}  # fmt: skip
+
+
+QUICK = [("qwen3", "qwen3_rebuilt"), ("gptoss", "gpt2_rebuilt")]
+TRIALS = [pytest.param(*trial, marks=[] if trial in QUICK else pytest.mark.soak)
+          for trial in itertools.product(FAMILIES, ["qwen3_rebuilt", "gpt2_rebuilt"])]
+
+
+@pytest.mark.parametrize(("name", "tokenizer_name"), TRIALS)
+def test_the_rows_of_the_shared_files_add_up(tmp_path, name, tokenizer_name):
+    tokenizer = shared_tokenizer(tmp_path / "tokenizer", tokenizer_name)
+    inputs = [shared("data", *file.split("/")) for file in FILES]
+    arguments = {"bos_token": ""} if name == "llama3" else {}
+    chat = ChatConfig(template=str(TEMPLATES / f"{name}.jinja"), arguments=arguments)
+    config = config_of(tokenizer, *inputs, chat=chat, on_bad_row="bucket", dedupe=False)
+    out, facts = build(config, tmp_path, 3)
+    sheets = Balance.from_json(read_json(out / "balance.json")).sources
+    assert [sheet.lines for sheet in sheets] == list(FILES.values())
+    assert facts["kept"] == len(Store(out)) and facts["kept"] + sum(facts["buckets"].values()) == sum(FILES.values())
+    if name in ("qwen2_5", "qwen3", "nemotron_3_nano", "glm4moe"):
+        assert not facts["buckets"]

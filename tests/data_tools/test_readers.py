@@ -1,0 +1,120 @@
+"""Shares of any number of elements are the file; damage is told with the file's name, and records by line."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.mistake import UserMistake
+from data_tools.readers import open_share, read_blend
+
+ROWS = [{"question": f"{n}?", "answer": "x" * (n % 7) * 40} for n in range(57)]
+
+
+def zstd(data):
+    return zstandard.ZstdCompressor().compress(data)
+
+
+def spell(path, rows, end=b"\n"):
+    """The rows in the format that the name says."""
+    name = path.name
+    if ".parquet" in name:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=10)
+        return path
+    text = json.dumps(rows, indent=1).encode() if ".jsonl" not in name else b"".join(json.dumps(row).encode() + end for row in rows)
+    pack = {".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)
+    half = text.find(b"\n", len(text) // 2) + 3
+    path.write_bytes(pack(text[:half]) + pack(text[half:]) if pack is not bytes else text)  # two members or frames
+    return path
+
+
+def read(path, count, **named):
+    shares = [open_share(path, index, count, **named) for index in range(count)]
+    records = [list(share) for share in shares]
+    return [json.loads(item) if isinstance(item, bytes) else item for part in records for item in part], shares, records
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst", "a.parquet"])
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_shares_one_after_the_other_are_the_file(tmp_path, name, count):
+    path = spell(tmp_path / name, ROWS)
+    rows, shares, parts = read(path, count)
+    assert rows == ROWS
+    for share, part in zip(shares, parts):
+        for number, record in enumerate(part, 1):
+            record = json.loads(record) if isinstance(record, bytes) else record
+            index = ROWS.index(record) + 1
+            line = 4 * index - 2 if ".jsonl" not in name else index  # of JSON, indented: [ { two keys } …
+            assert share.place(number) in (f"{path}:{line}", f"{path}: row {index}")
+
+
+@settings(max_examples=30)
+@given(st.lists(st.binary(max_size=9).map(lambda b: b.replace(b"\n", b"")), max_size=30), st.integers(1, 9), st.booleans(),
+       st.sampled_from(["gz", "zst"]), st.integers(1, 40))
+def test_packed_lines_are_shared_whatever_the_blocks(tmp_path_factory, lines, count, last_end, kind, block):
+    from data_tools import readers
+
+    path = tmp_path_factory.mktemp("p") / f"a.jsonl.{kind}"
+    data = b"\n".join(lines) + (b"\n" if last_end else b"")
+    pack = gzip.compress if kind == "gz" else zstd
+    path.write_bytes(b"".join(pack(data[start : start + 20]) for start in range(0, len(data), 20)) or pack(b""))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "_BLOCK", block)
+        parts = [list(open_share(path, index, count)) for index in range(count)]
+    assert b"".join(line for part in parts for line in part) == data
+
+
+def test_the_format_is_told_by_content_where_the_name_does_not_and_may_be_named(tmp_path):
+    for name, content, rows in (("a", b'\n[{"a": 1},\n {"a": 2}]', 2), ("b", b'{"a": 1}\n{"a": 2}\n', 2), ("c", b'{"a":\n 1}', 1)):
+        (tmp_path / name).write_bytes(content)
+        assert len(read(tmp_path / name, 2)[0]) == rows
+    (tmp_path / "d").write_bytes(b"[1]\n[2]\n")
+    assert read(tmp_path / "d", 1, format="jsonl")[0] == [[1], [2]]
+
+
+def test_keys_that_parquet_spells_as_null_are_absent(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{"x": 1}]}]}]
+    assert read(spell(tmp_path / "a.parquet", rows), 1)[0] == rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "scribbled"])
+def test_a_damaged_file_is_named_by_the_element_that_meets_the_damage(tmp_path, name, damage):
+    path = spell(tmp_path / name, ROWS * 40)
+    data = path.read_bytes()
+    at = len(data) * 3 // 4
+    path.write_bytes(data[:at] if damage == "cut" else data[:at] + b"\xff" * 40 + data[at + 40:])
+    told = []
+    for index in range(3):
+        try:
+            list(open_share(path, index, 3))
+        except UserMistake as mistake:
+            told.append(str(mistake))
+    assert told and all(str(path) in line and "\n" not in line for line in told)
+
+
+def test_an_empty_file_has_no_records(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+        assert read(tmp_path / name, 3)[0] == []
+
+
+@pytest.mark.parametrize(("entries", "expected"), [
+    (["0.3", "a", "0.7", "b"], [("a", 0.3), ("b", 0.7)]), ([0.3, "a", 1, "b"], [("a", 0.3), ("b", 1.0)]),
+    ("0.3 a 0.7 b", [("a", 0.3), ("b", 0.7)]), (["a", "b", "c"], [("a", 1.0), ("b", 1.0), ("c", 1.0)]), ("a b", [("a", 1.0), ("b", 1.0)]),
+    (None, []),
+])  # fmt: skip
+def test_a_blend_is_files_with_weights(tmp_path, entries, expected):
+    (tmp_path / "blend.json").write_text(json.dumps({"train": entries, "valid": []}))
+    assert read_blend(tmp_path / "blend.json") == {"train": expected, "valid": []}
+
+
+def test_a_blend_with_a_file_in_a_weights_place_is_refused(tmp_path):
+    (tmp_path / "blend.json").write_text(json.dumps({"train": ["0.3", "a", "0,7", "b"]}))
+    with pytest.raises(UserMistake, match="'0,7' stands where a weight belongs"):
+        read_blend(tmp_path / "blend.json")
