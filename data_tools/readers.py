@@ -54,7 +54,7 @@ def open_share(path: Path, index: int, count: int, format: str = "auto") -> Shar
 
 
 def _json_or_jsonl(path: Path, compression: str) -> str:
-    """By the suffix .jsonl, or by the first line: JSON where it begins a list, or is not a whole record."""
+    """By the suffix .jsonl, or by the first line: JSON where it begins a list, is no whole record, or is all there is."""
     if ".jsonl" in path.suffixes:
         return "jsonl"
     first = b""
@@ -62,11 +62,12 @@ def _json_or_jsonl(path: Path, compression: str) -> str:
         first = (first + block).lstrip()
         if first.startswith(b"[") or b"\n" in first:
             break
+    line, _, more = first.partition(b"\n")
     try:
-        json.loads(first.partition(b"\n")[0])
+        json.loads(line)
     except ValueError:
         return "json" if first.startswith((b"[", b"{")) else "jsonl"
-    return "json" if first.startswith(b"[") else "jsonl"
+    return "json" if first.startswith(b"[") or not more.strip() else "jsonl"
 
 
 class Lines:
@@ -195,6 +196,7 @@ class JsonShare:
             raise UserMistake(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); mend the file") from None
         except (ValueError, RecursionError) as error:
             raise UserMistake(f"{path} is not JSON ({error}); mend the file") from None
+        _refuse_blend(path, value)
         records = value if isinstance(value, list) else [value]
         self.first = index * len(records) // count
         self.records = records[self.first : (index + 1) * len(records) // count]
@@ -258,26 +260,22 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def read_blend(path: Path) -> dict[str, list[tuple[str, float]]]:
-    """{split: [(file, weight)]} of a Megatron blend file, {"train": …, "valid": …, "test": …}.
+def read_blend(path: Path, value: Any) -> dict[str, list[tuple[str, float]]]:
+    """{split: [(file, weight)]} of a Megatron blend file's value, {"train": …, "valid": …, "test": …}.
 
     A split is a list or a text with spaces, of files or of weights and files in turn (megatron.core's
     get_blend_from_list, which takes a list for unweighted where a weight is no number; here that is a mistake).
     """
-    try:
-        value = json.loads(path.read_text())
-        return {split: _weighted(path, split, entries) for split, entries in value.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserMistake(f"{path} is no blend ({error}); write {{\"train\": [weight, file, …], …}}") from None
+    return {split: _weighted(f"{path}: {split}", entries) for split, entries in value.items()}
 
 
-def _weighted(path: Path, split: str, entries: Any) -> list[tuple[str, float]]:
+def _weighted(place: str, entries: Any) -> list[tuple[str, float]]:
     words = entries.split() if isinstance(entries, str) else [str(entry) for entry in entries or []]
     weights = [_number(word) for word in words[0::2]]
     if len(words) % 2 or all(weight is None for weight in weights):
         return [(word, 1.0) for word in words]
     if None in weights:
-        raise UserMistake(f"{path}: {split}: {words[2 * weights.index(None)]!r} stands where a weight belongs; "
+        raise UserMistake(f"{place}: {words[2 * weights.index(None)]!r} stands where a weight belongs; "
                           "give a weight before each file, or none at all")
     return list(zip(words[1::2], weights))
 
@@ -287,3 +285,14 @@ def _number(word: str) -> Optional[float]:
         return float(word)
     except ValueError:
         return None
+
+
+def _refuse_blend(path: Path, value: Any) -> None:
+    """UserMistake that spells a blend as the settings it stands for: its files enter keys by content only as inputs."""
+    if not (isinstance(value, dict) and value and value.keys() <= {"train", "valid", "test"}):
+        return
+    train = read_blend(path, value).get("train", [])
+    files = json.dumps([file for file, _ in train])
+    weights = json.dumps(dict(train)) if len({weight for _, weight in train}) > 1 else "{}"
+    raise UserMistake(f"{path} is a blend of files, no file of records; of its train split write "
+                      f"source.inputs: {files} here, and weights: {weights} in pack")

@@ -1,4 +1,4 @@
-"""Task rows to token ids and loss masks: an array over byte ranges of the inputs, merged into one token store."""
+"""Conversations or task rows to token ids and loss masks: an array over shares of the inputs, merged into one store."""
 
 from pathlib import Path
 from typing import Any
@@ -24,5 +24,6 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     balance = facts.pop("table")
     write_table(task.keep, "balance", balance["title"], balance["columns"], balance["rows"])
     dropped = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(facts["buckets"].items()))
-    text = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped})' if dropped else ''}, {facts['tokens']:,} tokens"
+    text = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped})' if dropped else ''}, {facts['tokens']:,} tokens, "
+    text += f"{facts['supervised']:,} in the loss"
     return {"headline": text, **facts}

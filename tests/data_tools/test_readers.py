@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -109,12 +110,17 @@ def test_an_empty_file_has_no_records(tmp_path):
     ("0.3 a 0.7 b", [("a", 0.3), ("b", 0.7)]), (["a", "b", "c"], [("a", 1.0), ("b", 1.0), ("c", 1.0)]), ("a b", [("a", 1.0), ("b", 1.0)]),
     (None, []),
 ])  # fmt: skip
-def test_a_blend_is_files_with_weights(tmp_path, entries, expected):
-    (tmp_path / "blend.json").write_text(json.dumps({"train": entries, "valid": []}))
-    assert read_blend(tmp_path / "blend.json") == {"train": expected, "valid": []}
+def test_a_blend_is_files_with_weights(entries, expected):
+    assert read_blend(Path("blend.json"), {"train": entries, "valid": []}) == {"train": expected, "valid": []}
 
 
-def test_a_blend_with_a_file_in_a_weights_place_is_refused(tmp_path):
-    (tmp_path / "blend.json").write_text(json.dumps({"train": ["0.3", "a", "0,7", "b"]}))
-    with pytest.raises(UserMistake, match="'0,7' stands where a weight belongs"):
-        read_blend(tmp_path / "blend.json")
+def test_a_blend_with_a_file_in_a_weights_place_is_refused():
+    with pytest.raises(UserMistake, match="blend.json: train: '0,7' stands where a weight belongs"):
+        read_blend(Path("blend.json"), {"train": ["0.3", "a", "0,7", "b"]})
+
+
+def test_a_blend_given_for_records_is_spelled_as_the_settings_it_stands_for(tmp_path):
+    (tmp_path / "blend.json").write_text('{"train": [0.3, "a.jsonl", 0.7, "b.jsonl"], "valid": [], "test": []}')
+    with pytest.raises(UserMistake) as caught:
+        open_share(tmp_path / "blend.json", 0, 1)
+    assert 'source.inputs: ["a.jsonl", "b.jsonl"] here, and weights: {"a.jsonl": 0.3, "b.jsonl": 0.7} in pack' in str(caught.value)
