@@ -14,7 +14,7 @@ from typing import Any, Iterable
 
 @dataclass
 class SourceBalance:
-    """The counts of one source. `tokens` and `supervised` are those of kept rows. Buckets count lines, rows and tokens."""
+    """The counts of one source; `tokens` and `supervised` are those of kept rows."""
 
     name: str
     lines: int = 0
@@ -55,7 +55,8 @@ class SourceBalance:
         if self.name != other.name:
             raise ValueError(f"shares of two sources: {self.name!r} and {other.name!r}")
         theirs = vars(other)
-        return SourceBalance(self.name, **{key: value + theirs[key] for key, value in vars(self).items() if key != "name"})
+        sums = {key: value + theirs[key] for key, value in vars(self).items() if key != "name"}
+        return SourceBalance(self.name, **sums)
 
     def check(self) -> None:
         """ValueError naming the numbers when they do not add up."""
@@ -97,7 +98,8 @@ class Balance:
         """{"title", "columns", "rows"}: one row a source and, of several, their total; a column each bucket."""
         total = self.total()
         line_buckets, buckets = sorted(total.lines_dropped), sorted(total.dropped)
-        columns = ["source", "lines", *line_buckets, "rows", "kept", *buckets, "tokens in", "tokens", "supervised", "masked"]
+        tokens = ["tokens in", "tokens", "supervised", "masked"]
+        columns = ["source", "lines", *line_buckets, "rows", "kept", *buckets, *tokens]
         rows = []
         for source in [*self.sources, total] if len(self.sources) > 1 else self.sources:
             dropped_lines = [source.lines_dropped[bucket] for bucket in line_buckets]

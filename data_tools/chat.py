@@ -25,9 +25,10 @@ TURNS = ("all", "last", "each")
 
 # How templates write reasoning and tool calls within a turn: the opening and the closing text.
 _THINKING = (("<think>", "</think>"), ("<|channel|>analysis<|message|>", "<|end|>"))
-_TOOL_CALLS = (("<tool_call>", "</tool_call>"), ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-               ("<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>"), ("<|tool_call_start|>", "<|tool_call_end|>"),
-               (" to=functions.", "<|call|>"))  # fmt: skip
+_TOOL_CALLS = (
+    ("<tool_call>", "</tool_call>"), ("<|tool_call_start|>", "<|tool_call_end|>"), (" to=functions.", "<|call|>"),
+    ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"), ("<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>"),
+)  # fmt: skip
 _VERIFY_EVERY = 128  # rows, of which one is decoded and looked at
 _QUOTE = 40  # characters that an assistant does not repeat by chance
 
@@ -67,7 +68,7 @@ class Encoded(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A row that is not kept: its bucket, its tokens as far as it got any, and the reason where the data is at fault."""
+    """A row that is not kept: its bucket, its tokens if it got any, and the reason where the data is at fault."""
 
     bucket: str
     tokens: int = 0
@@ -98,7 +99,8 @@ class ChatRows:
     def _result(self, item: "Conversation | list[RenderedChunk]") -> Result:
         try:
             text, spans = _join(item) if isinstance(item, list) else self._render(item)
-            trained = [piece for span in spans if self._is_trained(span, item) for piece in self._pieces(text, span, item)]
+            turns = [span for span in spans if self._is_trained(span, item)]
+            trained = [piece for span in turns for piece in self._pieces(text, span, item)]
             if not trained:
                 return Refused("nothing_trained")
             ids, mask = self.encoder.encode(text, [piece[1:] for piece in trained])
@@ -106,7 +108,8 @@ class ChatRows:
             return Refused("template_error", reason=f"the chat template refuses it: {error}")
         except BadRecord as error:
             return Refused(error.bucket, reason=str(error))
-        if not self.encoder.is_byte_level and self.tokenizer.unk_id is not None and (ids == self.tokenizer.unk_id).any():
+        unknown = None if self.encoder.is_byte_level else self.tokenizer.unk_id
+        if unknown is not None and (ids == unknown).any():
             return Refused("unknown_character", len(ids))
         self._seen += 1
         if self._seen % _VERIFY_EVERY == 1 and isinstance(item, Conversation):
@@ -143,19 +146,19 @@ class ChatRows:
         BadRecord where there is some that was not found, since its template writes it in another way.
         """
         message = item.messages[span.message] if isinstance(item, Conversation) else {}
-        pieces = [span]
+        place, pieces = f"message {span.message + 1}", [span]
         if not self.config.train_thinking:
             pieces = _without(text, pieces, _THINKING)
             reasoning = message.get("reasoning_content", "").strip()
             if reasoning and any(reasoning in text[piece.start : piece.stop] for piece in pieces):
-                raise BadRecord(f"message {span.message + 1}: its reasoning is between no known tags", "unknown_thinking")
+                raise BadRecord(f"{place}: its reasoning is between no known tags", "unknown_thinking")
         if not self.config.train_tool_calls:
             before, pieces = pieces, _without(text, pieces, _TOOL_CALLS)
             if message.get("tool_calls") and pieces == before:
-                raise BadRecord(f"message {span.message + 1}: its tool calls are between no known tags", "unknown_tool_call")
+                raise BadRecord(f"{place}: its tool calls are between no known tags", "unknown_tool_call")
         return pieces
 
-    def _verify(self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, conversation: Conversation) -> None:
+    def _verify(self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, item: Conversation) -> None:
         """UserMistake unless what is in the loss reads as the assistants' turns, each with its stop token."""
         edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).reshape(-1, 2)
         learnt = _letters("".join(self.tokenizer.decode(ids[start:stop].tolist()) for start, stop in edges))
@@ -166,8 +169,8 @@ class ChatRows:
             problems += [f"the stop token of message {number + 1} is not in the loss" for number, piece in last.items()
                          if not text[piece.start : piece.stop].rstrip().endswith(tuple(self.template.stops))]
         said = _letters("".join(f"{message['content']}{message.get('reasoning_content')}{message.get('tool_calls')}"
-                                for message in conversation.messages if message["role"] == "assistant"))
-        for number, message in enumerate(conversation.messages):
+                                for message in item.messages if message["role"] == "assistant"))
+        for number, message in enumerate(item.messages):
             heard = _letters(message["content"])
             if message["role"] != "assistant" and len(heard) > _QUOTE and heard in learnt and heard not in said:
                 problems.append(f"message {number + 1}, of role {message['role']}, is in the loss")

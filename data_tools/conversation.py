@@ -23,7 +23,8 @@ from data_tools.mistake import nearest
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "function_call": "assistant",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "environment": "tool",
 }  # fmt: skip
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages carry it
@@ -95,13 +96,14 @@ def detect_schema(record: dict[str, Any]) -> str:
             return schema
     if "question" in record and "answer" in record:
         return "gsm8k"
-    raise BadRecord(f"no known schema has the keys {', '.join(map(str, record)) or '(none)'}; known: {', '.join(SCHEMAS)}")
+    keys = ", ".join(map(str, record)) or "(none)"
+    raise BadRecord(f"no known schema has the keys {keys}; known: {', '.join(SCHEMAS)}")
 
 
 def _looks_rendered(record: dict[str, Any]) -> bool:
     """The chunks of a materialized line, or of several packed ones, have role tags in their text."""
-    contents = [message.get("content") for message in record["messages"] if isinstance(message, dict)]
-    return bool(contents) and isinstance(contents[0], str) and contents[0].startswith("<|") and contents[0].rstrip().endswith(">")
+    first = next((message.get("content") for message in record["messages"] if isinstance(message, dict)), None)
+    return isinstance(first, str) and first.startswith("<|") and first.rstrip().endswith(">")
 
 
 def _check(conversation: Conversation) -> None:
@@ -280,7 +282,8 @@ def _call(place: str, given: Any) -> dict[str, Any]:
     except BadRecord as error:
         raise BadRecord(f"{place}: call of {function['name']}: {error}", "malformed_tool_call") from None
     if not isinstance(arguments, dict):
-        raise BadRecord(f"{place}: call of {function['name']}: its arguments are {_kind(arguments)}", "malformed_tool_call")
+        reason = f"{place}: call of {function['name']}: its arguments are {_kind(arguments)}"
+        raise BadRecord(reason, "malformed_tool_call")
     identity = {"id": given["id"]} if given.get("id") else {}
     return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
 
@@ -295,11 +298,15 @@ def _function_calls(place: str, given: Any) -> list[Any]:
     except ValueError:
         pass
     try:
-        expressions = [statement.value for statement in ast.parse(given).body]
-        return [{"name": ast.unparse(call.func), "arguments": {item.arg: ast.literal_eval(item.value) for item in call.keywords}}
-                for call in expressions]
+        return [_python_call(statement.value) for statement in ast.parse(given).body]
     except (SyntaxError, ValueError, AttributeError, RecursionError):
-        raise BadRecord(f"{place}: function_calls are neither JSON nor calls: {given[:60]!r}", "malformed_tool_call") from None
+        reason = f"{place}: function_calls are neither JSON nor calls: {given[:60]!r}"
+        raise BadRecord(reason, "malformed_tool_call") from None
+
+
+def _python_call(call: Any) -> dict[str, Any]:
+    arguments = {item.arg: ast.literal_eval(item.value) for item in call.keywords}
+    return {"name": ast.unparse(call.func), "arguments": arguments}
 
 
 def _system(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -86,8 +86,8 @@ class Encoder:
             reference = self._reference(text)
             if not np.array_equal(ids, reference):
                 if self._rows > _GATE_ROWS:
-                    raise UserMistake(f"tokenizer {self._name}: gigatoken's ids are not Hugging Face's, though those of "
-                                      f"{_GATE_ROWS} rows were; set encoder: huggingface")
+                    raise UserMistake(f"tokenizer {self._name}: gigatoken's ids are not Hugging Face's, though "
+                                      f"those of {_GATE_ROWS} rows were; set encoder: huggingface")
                 self._fast = None  # every row so far was compared
             return reference
         return ids

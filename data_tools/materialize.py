@@ -68,8 +68,8 @@ def check(config: Config) -> list[Problem]:
     else:
         problems = _check_conversations(config)
     problems += check_encoder(config.encoder)
-    for key, value, known in (("on_bad_row", config.on_bad_row, ON_BAD_ROW), ("format", config.format, readers.FORMATS)):
-        if value not in known:
+    for key, known in (("on_bad_row", ON_BAD_ROW), ("format", readers.FORMATS)):
+        if (value := getattr(config, key)) not in known:
             problems.append(Problem(key, f"unknown value {value!r}{nearest(value, known)}"))
     if config.max_tokens < 0:
         problems.append(Problem("max_tokens", f"{config.max_tokens} is negative; give a limit, or 0 for none"))
@@ -85,7 +85,8 @@ def _check_conversations(config: Config) -> list[Problem]:
     problems = [Problem(f"chat.{problem.where}", problem.message) for problem in check_chat(config.chat)]
     problems += check_source(config.source)
     if config.source.synthetic_rows:
-        problems.append(Problem("source.synthetic_rows", "only a task makes rows; name one in task, or give inputs alone"))
+        message = "only a task makes rows; name one in task, or give inputs alone"
+        problems.append(Problem("source.synthetic_rows", message))
     if config.task_options:
         problems.append(Problem("task_options", "no task takes them; name one in task"))
     return problems
@@ -140,8 +141,10 @@ class _Rows:
         self.max_tokens, self.is_task = config.max_tokens, bool(config.task)
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.check_end()
-        rows = TaskRows(config, tokenizer) if config.task else ChatRows(config.chat, tokenizer, Encoder(tokenizer, config.encoder))
-        self._rows_of = rows.rows
+        if config.task:
+            self._rows_of = TaskRows(config, tokenizer).rows
+        else:
+            self._rows_of = ChatRows(config.chat, tokenizer, Encoder(tokenizer, config.encoder)).rows
 
     def lines(self, chunk: list[Any]) -> list[Line]:
         return [self._line(raw) for raw in chunk]
@@ -317,7 +320,7 @@ class _Element:
 
 
 def _write_balance(balance: Balance, store: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Check the sheet, against the store too, and write it; returns the facts: rows, kept, tokens, supervised, buckets."""
+    """Check the sheet, against the store too, and write it; returns the facts: counts, buckets and the table."""
     balance.check()
     total = balance.total()
     counted = {"rows": total.kept, "tokens": total.tokens, "supervised": total.supervised}

@@ -54,7 +54,7 @@ def open_share(path: Path, index: int, count: int, format: str = "auto") -> Shar
 
 
 def _json_or_jsonl(path: Path, compression: str) -> str:
-    """By the suffix .jsonl, or by the first line: JSON where it begins a list, is no whole record, or is all there is."""
+    """By the suffix .jsonl, or by the first line: JSON where it begins a list, is no whole record, or is all of it."""
     if ".jsonl" in path.suffixes:
         return "jsonl"
     first = b""

@@ -31,15 +31,16 @@ _DTYPE_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}  # megatron's DTyp
 
 # One row of provenance; hashes are the first 128 bits of SHA-256, as two words.
 RECORD = np.dtype(
-    [("length", "<i4"), ("source", "<i4"), ("line", "<i8"), ("turns", "<i4"), ("prompt_hash", "<u8", 2), ("row_hash", "<u8", 2)]
+    [("length", "<i4"), ("source", "<i4"), ("line", "<i8"), ("turns", "<i4"), ("prompt_hash", "<u8", 2),
+     ("row_hash", "<u8", 2)]  # fmt: skip
 )
 _COLUMNS = ("source", "line", "turns", "prompt_hash", "row_hash")
 _BATCH = 1 << 16  # rows held in memory at a time while writing
 
 
 class Provenance(NamedTuple):
-    """Where a row came from: index of its source, line in it (from 1; of JSON and Parquet the row), and its text, which is
-    kept as hashes. `turns` counts the assistant turns in the loss."""
+    """Where a row came from: index of its source, line in it (from 1; of JSON and Parquet the row), and its text, which
+    is kept as hashes. `turns` counts the assistant turns in the loss."""
 
     source: int
     line: int

@@ -67,11 +67,12 @@ class ChatTemplate:
             tree = self._environment.parse(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserMistake(f"chat template, line {error.lineno}: {error.message}; mend the template") from None
-        self.has_blocks = any(node.identifier == _Generation.identifier for node in tree.find_all(nodes.ExtensionAttribute))
+        extensions = {node.identifier for node in tree.find_all(nodes.ExtensionAttribute)}
+        self.has_blocks = _Generation.identifier in extensions
         loops = _instrument(tree)
         if not loops and not self.has_blocks:
-            raise UserMistake("chat template: no loop over messages and no {% generation %} block, so what the assistant "
-                              "wrote cannot be told; give a template that has one of them")
+            raise UserMistake("chat template: no loop over messages and no {% generation %} block, so what the "
+                              "assistant wrote cannot be told; give a template that has one of them")
         code = self._environment.compile(tree)
         self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
         self.text_arguments = False
@@ -168,8 +169,8 @@ class ChatTemplate:
                 text, marks = self._marked(Conversation([*context, _ANSWER]))
             except TemplateError as error:
                 if context == [_ASK]:
-                    raise UserMistake(f"chat template: it refuses a question and an answer ({error}); where it needs more, "
-                                      "such as a bos_token, give it in chat.arguments") from None
+                    raise UserMistake(f"chat template: it refuses a question and an answer ({error}); where it needs "
+                                      "more, such as a bos_token, give it in chat.arguments") from None
                 continue  # it knows no tools
             starts = [place for place, mark in marks if mark == str(len(context))]
             if starts and prompt.startswith(text[: starts[-1]]):
@@ -206,7 +207,8 @@ class ChatTemplate:
         """The end that tool calls have in common."""
         ends = []
         for arguments in ({"a": 1}, {"b": "x"}):
-            call = {**_CALL, "tool_calls": [{**_CALL["tool_calls"][0], "function": {"name": "add", "arguments": arguments}}]}
+            function = {"name": "add", "arguments": arguments}
+            call = {**_CALL, "tool_calls": [{**_CALL["tool_calls"][0], "function": function}]}
             try:
                 text, spans = self.render(Conversation([_ASK, call, _RESULT]))
             except TemplateError:
@@ -215,8 +217,8 @@ class ChatTemplate:
                 return
             turn = text[spans[0].start : spans[0].stop]
             if _RESULT["content"] in turn:
-                raise UserMistake("chat template: it writes a tool's result into the assistant's turn, so the model would "
-                                  "learn to make results up; give a template with {% generation %} blocks")
+                raise UserMistake("chat template: it writes a tool's result into the assistant's turn, so the model "
+                                  "would learn to make results up; give a template with {% generation %} blocks")
             ends.append(turn[::-1])
         yield os.path.commonprefix(ends)[::-1].lstrip('"}').strip()
 
@@ -232,8 +234,8 @@ class ChatTemplate:
             tags[message["role"]] = text[start:].partition(message["content"])[0].split(maxsplit=1)[0:1]
         tags = {role: words[0] for role, words in tags.items() if words}
         if "user" not in tags:
-            raise UserMistake("chat template: nothing ends an assistant's turn, not even the tag of the next message, so "
-                              "the model would never learn to stop; give a template that does")
+            raise UserMistake("chat template: nothing ends an assistant's turn, not even the tag of the next message, "
+                              "so the model would never learn to stop; give a template that does")
         return {"tool": tags["user"], **tags}
 
 
@@ -291,7 +293,7 @@ def _pieces(marks: list[tuple[int, str]], end: int, roles: list[str]) -> Iterato
 
 
 def _block_spans(marks: list[tuple[int, str]], pieces: list[Span], roles: list[str]) -> list[Span]:
-    """The generation blocks, each with the last turn that began before it; without a loop they are the turns in order."""
+    """The generation blocks, each with the last turn that began before it; without a loop the turns in their order."""
     opens = [place for place, mark in marks if mark == _OPEN]
     closes = [place for place, mark in marks if mark == _CLOSE]
     turns = [number for number, role in enumerate(roles) if role == "assistant"]
@@ -366,7 +368,7 @@ class _Generation(Extension):
 
 
 def _environment(day: date) -> ImmutableSandboxedEnvironment:
-    """What templates on the hub are written for (transformers.utils.chat_template_utils), with a day that stands still."""
+    """What templates are written for (transformers.utils.chat_template_utils), with a day that stands still."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json

@@ -1,4 +1,5 @@
-"""The tokenizer of a folder or a hub repository, without importing transformers where its tokenizer.json says it all."""
+"""The tokenizer of a folder or a hub repository; transformers is imported only where tokenizer.json does not say it all.
+"""
 
 import os
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ class Tokenizer:
     eos_id: Optional[int]
     unk_id: Optional[int]
     backend: Any
-    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, …: what templates may name
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, …: what templates may name
     chat_template: Optional[str] = None
 
     def encode(self, text: str) -> list[int]:
@@ -40,7 +41,8 @@ class Tokenizer:
         """The `tokenizers.Tokenizer` that does the work. UserMistake where the tokenizer has none."""
         fast = getattr(self.backend, "backend_tokenizer", self.backend)
         if not hasattr(fast, "encode_batch_fast"):
-            raise UserMistake(f"tokenizer {self.name} has no fast form (tokenizer.json), which loss masks need; convert it")
+            remedy = "which loss masks need; convert it"
+            raise UserMistake(f"tokenizer {self.name} has no fast form (tokenizer.json), {remedy}")
         return fast
 
     def check_end(self) -> None:

@@ -24,6 +24,6 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     balance = facts.pop("table")
     write_table(task.keep, "balance", balance["title"], balance["columns"], balance["rows"])
     dropped = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(facts["buckets"].items()))
-    text = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped})' if dropped else ''}, {facts['tokens']:,} tokens, "
-    text += f"{facts['supervised']:,} in the loss"
-    return {"headline": text, **facts}
+    kept = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped})' if dropped else ''}"
+    tokens = f"{facts['tokens']:,} tokens, {facts['supervised']:,} in the loss"
+    return {"headline": f"{kept}, {tokens}", **facts}

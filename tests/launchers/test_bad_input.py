@@ -17,7 +17,7 @@ phases:
   data:
     uses: materialize
     array: 3
-    with: {tokenizer: "${phases.init.out}", source: {inputs: [INPUT]}}
+    with: {task: calculator, tokenizer: "${phases.init.out}", source: {inputs: [INPUT]}}
 """
 
 
