@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 
 from megatron_ext.device import init_device
@@ -43,3 +45,4 @@ def alone():
 
     with ranks.started(ParallelPlan(), seed=1):
         yield
+    gc.collect()  # as the pool of ranks does (gloo.py)

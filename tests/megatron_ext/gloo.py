@@ -1,5 +1,6 @@
 """Real gloo ranks for tests. The processes stay up between tests: each needs seconds to import torch and mcore."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -36,6 +37,7 @@ def _serve(connection: Any, rank: int, world_size: int) -> None:
         except BaseException:
             connection.send((False, traceback.format_exc()))
             return  # a rank that failed leaves its peers in a collective: the pool starts anew
+        gc.collect()  # models sit in reference cycles and keep their groups, each with a thread that polls
 
 
 class Ranks:
