@@ -6,6 +6,7 @@
                                    {"keyed": False}  does not change the result; not part of the key
     run(config, task) -> facts     the work of one element on one rank; fills task.out
     finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
+    STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
     check(config, placement) -> [Problem]   what can be refused before anything queues; `where` is a config key
     forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
     parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
@@ -44,6 +45,10 @@ class PhaseKind:
     @property
     def can_split(self) -> bool:
         return hasattr(self.module, "finish")
+
+    @property
+    def can_stop(self) -> bool:
+        return getattr(self.module, "STOPS", False)
 
     @property
     def run(self) -> Callable:

@@ -37,18 +37,20 @@ def refusal(job: Mapping[str, str], received: Iterable[int]) -> str:
 
 
 def requeue(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends: list[Outcome]) -> None:
-    """Have Slurm run this job again, not on the node that failed this element last (`ends`, oldest first).
-
-    That one node alone, besides those that the site excludes, and only where the partition has others enough.
-    """
+    """Have Slurm run this job again, not on the node that failed this element last (`ends`, oldest first)."""
     stopping.hold()  # a requeue begins with SIGTERM, for scontrol's own process too, and there is more to ask of Slurm
-    element = job_element(os.environ)
+    slurm.requeue(job_element(os.environ), exclude=to_exclude(slurm, run, phase, attempt, ends))
+
+
+def to_exclude(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends: list[Outcome]) -> str:
+    """The nodes that this element must not get next, "" for none: what the site excludes, and the one that failed last.
+
+    That one alone, and only where its partition has others enough.
+    """
     guilty = next((end.node for end in reversed(ends) if end.node), "")
-    if not guilty:
-        return slurm.requeue(element)
-    partition = slurm.job(element).get("Partition", "")
-    if len(slurm.usable_nodes(partition) - {guilty}) < phase.nodes:
-        return slurm.requeue(element)
+    partition = slurm.job(job_element(os.environ)).get("Partition", "") if guilty else ""
+    if not guilty or len(slurm.usable_nodes(partition) - {guilty}) < phase.nodes:
+        return ""
     profile = load(str(run.submission_folder(attempt) / "profile.yaml"))
-    excluded = [profile.partitions.get(partition, Partition()).extra_sbatch.get("exclude"), guilty]
-    slurm.requeue(element, exclude=",".join(filter(None, excluded)))
+    site = profile.partitions.get(partition, Partition()).extra_sbatch.get("exclude")
+    return ",".join(filter(None, (site, guilty)))

@@ -45,6 +45,7 @@ class FrozenPhase:
     gpus_per_node: int
     throttle: int = 0  # elements that may run at once; 0: as many as fit
     batch: int = 1  # consecutive elements that share an array task, where the cluster's arrays are too short
+    links: int = 0  # array tasks that go on one from another, where the job may not be requeued (launchers/chain.py)
 
     @property
     def ranks(self) -> int:
@@ -65,7 +66,9 @@ class Outcome:
     job: str
     started: float
     ended: float = field(default_factory=time.time)
-    done: Optional[int] = None  # durable steps of one that was stopped
+    done: Optional[int] = None  # durable steps of one that was stopped, or all of one that was sealed
+    total: Optional[int] = None
+    key: str = ""
     cause: str = ""  # of one whose worker could not say: what launchers/rerun.py read from other evidence
     node: str = ""  # the one guilty node, where it was a node
 

@@ -6,9 +6,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
-from data_tools.progress import Stop, never
+from data_tools.progress import Stop, Stopped, never
 
 PROGRESS_LINE_S = 5.0  # at most one log line in so many seconds
 PROGRESS_FILE_S = 0.5
@@ -30,9 +30,11 @@ class Task:
     stop: Stop = never
     """True once the element should end early. A phase that can go on later asks it often, on every rank, makes what it
     did durable in `keep` and raises data_tools.progress.Stopped, on all ranks. Who never asks dies of SIGTERM."""
+    reached: tuple[Optional[int], Optional[int]] = (None, None)  # the last progress that was told: done, total
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         """A plain line in the log every few seconds, and a small file that `afterok run` and `status` show."""
+        self.reached = (done, total)
         if self.rank != 0:
             return
         now = time.monotonic()
@@ -48,6 +50,15 @@ class Task:
             left = f", {(total - done) / rate:.0f} s left" if rate and not finished else ""
             speed = f"  {rate:.3g} {unit}/s{left}" if rate else ""
             print(f"{self.phase}: {done:,}/{total:,} {unit}{speed}  {note}".rstrip(), flush=True)
+
+    def progress_or_stop(self, done: int, total: int, unit: str, note: str = "") -> None:
+        """`progress` for work that lies in `out` alone: one rank may leave it at any of these calls, and begins anew.
+
+        Raises Stopped when asked to stop. Several ranks would have to agree first, so they go on.
+        """
+        self.progress(done, total, unit, note)
+        if done < total and self.world_size == 1 and self.stop():
+            raise Stopped(0, total, unit.removesuffix("s"))
 
     def _write_progress(self, value: dict[str, Any]) -> None:
         path = progress_path(self.keep, self.index)

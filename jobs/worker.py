@@ -115,11 +115,13 @@ def _say(line: str) -> None:
         print(f"afterok: {line}", file=sys.stderr, flush=True)
 
 
-def restart_count(artifact: Artifact, index: int, attempt: int) -> int:
-    """How often this element was restarted in this attempt: Slurm's count, or that of the local driver.
+def restart_count(artifact: Artifact, index: int, attempt: int, chained: bool = False) -> int:
+    """How often this element was restarted in this attempt: Slurm's count, its link, or the local driver's count.
 
     By hand nobody counts: the newest restart there was is joined, whose owner must then be provably dead.
     """
+    if chained and "SLURM_ARRAY_TASK_ID" in os.environ:
+        return int(os.environ["SLURM_ARRAY_TASK_ID"])
     if "SLURM_RESTART_COUNT" in os.environ:
         return int(os.environ["SLURM_RESTART_COUNT"])
     names = [LeaseName.of(path) for path in (artifact.folder / "leases").glob(f"{index:04d}.a{attempt}.*")]
@@ -132,12 +134,14 @@ class Worker:
         self.run, self.number, self.phases, self.phase, self.index, self.rank = run, number, phases, phase, index, rank
         self.artifact: Artifact = run.artifact(phase)
         self.requeue = requeue
-        self.owner = Owner.me(number, restart_count(self.artifact, index, number), os.environ.get("SLURM_JOB_ID", ""))
+        restart = restart_count(self.artifact, index, number, chained=bool(phase.links))
+        self.owner = Owner.me(number, restart, os.environ.get("SLURM_JOB_ID", ""))
         self.started = time.time()
         self.lease: Optional[Lease] = None
         self.upstream: dict[str, Seal] = {}
         self.secrets = Secrets({})
         self.revealed = False
+        self.reached: tuple[Optional[int], Optional[int]] = (None, None)  # steps done and in all, where the phase told
 
     def work(self) -> int:
         try:
@@ -156,7 +160,8 @@ class Worker:
         if code != EXIT_SEALED:
             _say(f"{self.phase.name}[{self.index}]: {message}")
         if code != EXIT_SEALED or self.rank.rank == 0:
-            self._record_outcome(states.get(code, "failed"), code, message)
+            done, total = self.reached if code == EXIT_SEALED else (None, None)
+            self._record_outcome(states.get(code, "failed"), code, message, done, total)
         if code not in (EXIT_SEALED, EXIT_LEASE_HELD, EXIT_NOT_NEEDED):
             # Other ranks may sit in a collective with this one: leave without waiting for them.
             with contextlib.suppress(OSError):
@@ -183,11 +188,12 @@ class Worker:
             message += f" ({self.run.path} has no space left)"
         return EXIT_FAILED, message
 
-    def _record_outcome(self, state: str, code: int, message: str, done: Optional[int] = None) -> None:
+    def _record_outcome(self, state: str, code: int, message: str, done: Optional[int] = None,
+                        total: Optional[int] = None) -> None:
         try:
             self.run.record_outcome(self.phase.name, Outcome(
                 self.index, self.owner.attempt, self.owner.restart, state, code, message,
-                socket.gethostname(), self.owner.job, self.started, done=done))
+                socket.gethostname(), self.owner.job, self.started, done=done, total=total, key=self.phase.key))
         except OSError as error:  # the log and the exit code say it all the same
             _say(f"outcome not recorded: {disk_problem(error) or error}")
 
@@ -214,6 +220,7 @@ class Worker:
                 facts = kind.run(config, task) or {}
             except Stopped as stopped:
                 return self._stop(verdicts, stopped)
+            self.reached = task.reached
             verdicts.gather("done")
         else:
             facts = {}
@@ -267,11 +274,12 @@ class Worker:
         verdict = retry.decide(ends)
         message = f"{stopped}; {verdict.why}"
         slurm = Slurm(timeout_s=ASK_LIMIT_S)
-        refusal = requeue.refusal_here(slurm, received) if verdict.again and self.requeue else "not asked for"
+        in_place = verdict.again and self.requeue and not self.phase.links  # else the next link goes on
+        refusal = requeue.refusal_here(slurm, received) if in_place else "not asked for"
         if refusal and refusal != "not asked for":
             message += f" (not requeued: {refusal})"
         # Before the requeue, which has Slurm end this very process.
-        self._record_outcome("stopped", EXIT_UNFINISHED, message, stopped.done)
+        self._record_outcome("stopped", EXIT_UNFINISHED, message, stopped.done, stopped.total)
         if not refusal:
             try:
                 requeue.requeue(slurm, self.run, self.phase, self.number, before)

@@ -31,6 +31,7 @@ class JobSpec:
     name: str
     elements: list[int]
     needs: dict[str, str]  # phase -> dependency type; only phases that have a job to wait for
+    links: int = 0  # of a chain
 
     @property
     def phase(self) -> str:
@@ -50,6 +51,7 @@ class TaskState:
     state: str
     reason: str = ""
     exit_code: Optional[int] = None
+    links_left: int = 0  # of a chain: its links that have not ended
 
 
 class Backend(Protocol):

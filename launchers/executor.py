@@ -7,6 +7,7 @@ pickles. The script runs by hand too: `sbatch RUN/submissions/N/scripts/PHASE.sh
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -15,9 +16,9 @@ from submitit.slurm.slurm import SlurmExecutor
 from data_tools import durable
 from jobs.retry import EXIT_UNFINISHED
 from jobs.run_folder import RunFolder
-from launchers.backend import NEVER, JobSpec, OutcomeOpen, Refused, TaskState
+from launchers.backend import ACTIVE_STATES, NEVER, PENDING, JobSpec, OutcomeOpen, Refused, TaskState
 from launchers.ledger import JobEntry
-from slurm.client import QueueRow, Slurm, SlurmError, format_indices
+from slurm.client import QueueRow, Slurm, SlurmError, format_indices, parse_indices
 from slurm.detect import Cluster
 from slurm.profile import Profile
 
@@ -80,7 +81,9 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "signal": f"USR2@{profile.signal_lead_s}",
         "chdir": str(run.path),
     }
-    if spec.is_array:
+    if spec.links:
+        extra |= {"array": f"0-{spec.links - 1}%1", "no-requeue": True}
+    elif spec.is_array:
         tasks = {element // frozen.batch for element in spec.elements}
         extra["array"] = format_indices(tasks) + (f"%{frozen.throttle}" if frozen.throttle else "")
     return {
@@ -99,7 +102,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
 def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> str:
     """The last lines of the script: srun of our worker on all ranks of each element of the task, and what ended it.
 
-    Elements that share a task run one after the other; the task fails if one fails, and ends where one was asked to stop.
+    In a chain the array's index is a link, and all work on the one element. Elements that share a task run one after the other; the task fails if one fails, and ends where one was asked to stop.
     """
     # Since 22.05 srun does not take --cpus-per-task over from sbatch.
     srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", "--unbuffered",
@@ -114,17 +117,21 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     log = ""
     if frozen.batch > 1:
         log = f" --open-mode=append --output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$1.out"
+    later_life = "$SLURM_ARRAY_TASK_ID" if spec.links else "${SLURM_RESTART_COUNT:-0}"
+    ended = "" if spec.links else "[ $code = 0 ] || "
     lines = [
         "run_element() {",
-        '    if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then',
+        f'    if [ "{later_life}" != 0 ]; then',
         f"        {rerun} $1 --submission {number} || return $?",
         "    fi",
         "    local code=0",
         f"    {shlex.join(srun)}{log} {worker} $1 --submission {number} --requeue || code=$?",
-        f"    [ $code = 0 ] || {rerun} $1 --submission {number} --code $code",
+        f"    {ended}{rerun} $1 --submission {number} --code $code",
         "    return $code",
         "}",
     ]
+    if spec.links:
+        return "\n".join([*lines, "run_element 0"])
     if frozen.batch == 1:
         return "\n".join([*lines, 'run_element "${SLURM_ARRAY_TASK_ID:-0}"'])
     last = f"(SLURM_ARRAY_TASK_ID + 1) * {frozen.batch} - 1"
@@ -159,6 +166,9 @@ def _condition(type_: str, jobs: str, index: Optional[int]) -> str:
     return f"{type_}:{jobs}"
 
 
+SUBMIT_LIMIT = re.compile(r"MaxSubmit|GrpSubmit|job submit limit")  # QOSMaxSubmitJobPerUserLimit, AssocMaxSubmitJobLimit, …
+
+
 class SlurmBackend:
     name = "slurm"
     can_rewire = True
@@ -184,7 +194,24 @@ class SlurmBackend:
                 str(self.script(number, phase))]
 
     def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
-        return self._ask(lambda: self.slurm.sbatch(self._send_command(number, phase, needs, waits, hold)))
+        try:
+            return self._ask(lambda: self.slurm.sbatch(self._send_command(number, phase, needs, waits, hold)))
+        except Refused as refusal:
+            if SUBMIT_LIMIT.search(str(refusal)):
+                raise Refused(f"{refusal}; {self._submit_numbers(number, phase)}") from None
+            raise
+
+    def _submit_numbers(self, number: int, phase: str) -> str:
+        """What an sbatch that a limit on the user's jobs refused would have needed."""
+        text = self.script(number, phase).read_text()
+        array = re.search(r"^#SBATCH --array=([^%\n]+)", text, re.MULTILINE)
+        qos = re.search(r"^#SBATCH --qos=(\S+)", text, re.MULTILINE)
+        asked = len(parse_indices(array[1])) if array else 1
+        queued = sum(row.state in ACTIVE_STATES for row in self.slurm.queue())
+        limit = self.slurm.submit_limit([qos[1] if qos else ""])
+        allowed = f"{limit.of} allows {limit.jobs}" if limit else "sacctmgr does not tell the limit"
+        return (f"{phase} is {asked} job(s), array elements counted, {queued} of yours are in the queue, and {allowed}; wait for "
+                "others to end, or set the profile's max_submit_jobs so that elements share tasks")
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -220,7 +247,8 @@ class SlurmBackend:
                 continue
             reason = NEVER if row.job_id in dead and row.state == "PENDING" else "" if row.reason == "None" else row.reason
             found += [TaskState(job, i, row.state, reason) for i in known[job].elements_of(row.array_index)]
-        return found
+        chained = [state for state in found if known[state.job].links]
+        return [state for state in found if not known[state.job].links] + chain_states(chained)
 
     def cancel(self, jobs: list[str]) -> None:
         self._ask(lambda: self.slurm.cancel(jobs))
@@ -237,6 +265,22 @@ class SlurmBackend:
             return call()
         except SlurmError as error:
             raise (OutcomeOpen if error.is_silence else Refused)(str(error)) from None
+
+
+def chain_states(links: list[TaskState]) -> list[TaskState]:
+    """One state a chain, of those of its links: of the one that runs, else of what waits, else of the last that ended.
+
+    A chain whose next link waits has begun, like a job that was requeued.
+    """
+    found = []
+    for job in dict.fromkeys(link.job for link in links):
+        mine = [link for link in links if link.job == job]
+        left = [link for link in mine if link.state in ACTIVE_STATES]
+        speaks = min(left, key=lambda link: link.state == PENDING) if left else mine[-1]
+        if speaks.state == PENDING and len(left) < len(mine):
+            speaks = replace(speaks, state="REQUEUED")
+        found.append(replace(speaks, links_left=len(left)))
+    return found
 
 
 def never_starting(rows: list[QueueRow]) -> set[str]:

@@ -16,6 +16,7 @@ from typing import Any, Iterator, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
+from launchers.chain import last_link
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,16 @@ class JobEntry:
     request: str = ""  # digest of what its script asks Slurm for
     scripted: int = 0  # the submission whose script it is: names its log
     batch: int = 1  # elements per array task
+    links: int = 0  # of a chain: its tasks all work on the one element
+
+    @property
+    def awaited(self) -> str:
+        """What dependents wait on."""
+        return last_link(self.job, self.links)
 
     def elements_of(self, task: Optional[int]) -> list[int]:
         """The elements that an array task (None: a job that is no array) works on."""
-        if task is None:
+        if task is None or self.links:
             return self.elements
         if self.batch == 1:
             return [task]
@@ -78,7 +85,8 @@ class Ledger:
             if e["event"] == "job":
                 found.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
                 found[e["job"]] = JobEntry(e["submission"], e["phase"], e["key"], e["job"], e["elements"], e["is_array"],
-                                           e["name"], e["waits"], e["request"], e["submission"], e["batch"])
+                                           e["name"], e["waits"], e["request"], e["submission"], e["batch"],
+                                           e["links"])
             elif e["event"] == "rewire" and e["only"] is None:
                 found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
         return found

@@ -8,6 +8,7 @@
 
 import dataclasses
 import os
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -18,8 +19,11 @@ from jobs.artifact import HashCache, Seal, content_digest, key_of
 from jobs.kind import Placement, inputs, keyed_settings, user_module_root
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
 from jobs.run_folder import FrozenPhase, RunFolder
+from launchers.chain import links_needed
+from launchers.ledger import Ledger
 from launchers.snapshot import code_digests
-from slurm.detect import Cluster
+from slurm.client import ENDED_STATES, SubmitLimit, format_minutes
+from slurm.detect import Cluster, can_requeue
 from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
@@ -65,7 +69,7 @@ class Plan:
             "pipeline": self.pipeline.name, "run": str(self.run.path), "cluster": self.cluster.name,
             "phases": [
                 {"phase": p.name, "uses": p.frozen.uses, "key": p.frozen.key, "action": p.action, "reasons": p.reasons,
-                 "elements": p.frozen.elements, "missing": p.missing, "role": p.role,
+                 "elements": p.frozen.elements, "missing": p.missing, "links": p.frozen.links, "role": p.role,
                  "resources": dataclasses.asdict(p.resources), "code_changed": p.code_changed}
                 for p in self.phases
             ],
@@ -133,6 +137,7 @@ class _Planner:
     def plan(self) -> Plan:
         self.survey()
         self._batch()
+        self._fit_submit_limit()
         self.problems += forwarding_problems(self.cluster.profile, os.environ)
         if self.problems:
             raise UserMistake(self.problems)
@@ -145,9 +150,26 @@ class _Planner:
         self._check(phase, frozen, resources)
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
         frozen.gpus_per_node = resources.gpus_per_node
+        frozen.links = self._links(phase, frozen, resources)
         planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
         self._decide(planned)
         return planned
+
+    def _links(self, phase: Phase, frozen: FrozenPhase, resources: Resources) -> int:
+        """Links of a phase that can stop and go on, where its job may not be requeued; 0: no chain.
+
+        An array's elements are no chains: one that was stopped is sent again by the next submit.
+        """
+        if self.cluster.kind != "slurm" or not phase.kind.can_stop or not resources.time_minutes:
+            return 0
+        link_s = 60 * resources.time_minutes - self.cluster.profile.signal_lead_s
+        if link_s <= 0:
+            self._problem(phase, "resources.time", f"{format_minutes(resources.time_minutes)} is over before the signal to stop, "
+                          f"which comes {self.cluster.profile.signal_lead_s} s before the limit (the profile's signal_lead_s); "
+                          f"ask for at least {format_minutes(self.cluster.profile.signal_lead_s // 60 + 1)}")
+        if phase.array is not None or can_requeue(self.cluster, resources.partition):
+            return 0
+        return links_needed(frozen, self.run.outcomes(phase.name), link_s)
 
     def _batch(self) -> None:
         """Elements per array task where a phase has more elements than an array may have; aftercorr partners share it."""
@@ -161,6 +183,39 @@ class _Planner:
         for _ in pairs:  # as often as the longest chain of partners could need
             for one, other in pairs:
                 one.batch = other.batch = max(one.batch, other.batch)
+
+    def _fit_submit_limit(self) -> None:
+        """More elements a task where the user may not have all tasks of the pipeline in the queue at once."""
+        runs = [planned for planned in self.planned.values() if planned.action in RUNS]
+        if self.cluster.kind != "slurm" or not runs:
+            return
+        limit = self._submit_limit({planned.resources.qos or "" for planned in runs})
+        if limit is None:
+            return
+        mine = {entry.job for entry in Ledger(self.run.ledger).jobs()}
+        others = sum(row.state not in ENDED_STATES for row in self.cluster.slurm.queue()
+                     if (row.array_job_id or row.job_id) not in mine)
+
+        def tasks(factor: int) -> int:
+            return sum(planned.frozen.links or len({i // max(planned.frozen.batch, factor) for i in planned.missing})
+                       for planned in runs)
+
+        factors = range(1, max(planned.frozen.elements for planned in runs) + 1)
+        found = bisect_left(factors, True, key=lambda factor: tasks(factor) <= limit.jobs - others)
+        if found == len(factors):
+            self.problems.append(Problem("", f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, and {limit.of} "
+                                 f"allows {limit.jobs} in the queue, array elements counted, of which {others} are other jobs of "
+                                 "yours; wait for those to end, or submit fewer phases at once"))
+            return
+        for planned in runs:
+            if planned.frozen.array is not None:
+                planned.frozen.batch = max(planned.frozen.batch, factors[found])
+
+    def _submit_limit(self, qos: set[str]) -> Optional[SubmitLimit]:
+        said = self.cluster.profile.max_submit_jobs
+        if said is not None:
+            return SubmitLimit(said, f"profile {self.cluster.profile.meta.name} (max_submit_jobs)")
+        return self.cluster.slurm.submit_limit(qos)
 
     def _inputs(self, phase: Phase) -> tuple[dict[str, list[str]], dict[str, str]]:
         """External inputs: ({config key: digests in order}, {absolute path: digest}); missing ones are problems."""

@@ -16,17 +16,19 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Mapping, Optional
 
 from data_tools import durable
 from jobs import requeue, retry
 from jobs.retry import Cause, End, Verdict
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
+from launchers import chain
 from launchers.backend import FAILED
 from launchers.diagnosis import Diagnosis, Evidence, classify
 from launchers.status import UNKNOWN, lease_times
 from launchers.why import log_tail, requested
-from slurm.client import Slurm, SlurmError
+from slurm.client import Slurm, SlurmError, format_indices, parse_minutes
+from slurm.profile import load
 
 EXIT_GIVEN_UP = 7  # of this program, before an srun: the element has used up its restarts
 
@@ -81,7 +83,8 @@ def _record(life: Life, code: Optional[int], diagnosis: Diagnosis) -> None:
     life.run.record_outcome(life.phase.name, Outcome(
         life.index, life.attempt, life.restart, "failed", code if code is not None else retry.EXIT_FAILED,
         f"{diagnosis.what}: {diagnosis.evidence}", os.environ.get("SLURMD_NODENAME", ""), os.environ.get("SLURM_JOB_ID", ""),
-        started, cause=cause, node=diagnosis.node))
+        started, key=life.phase.key, cause=cause,
+        node=diagnosis.node))
 
 
 def _end(outcome: Outcome) -> End:
@@ -95,6 +98,8 @@ def _end(outcome: Outcome) -> End:
 
 def after(life: Life, code: int, slurm: Slurm) -> None:
     """A life ended with `code`: run the job again in place where that is safe and its budget allows."""
+    if life.phase.links:
+        return _after_link(life, code, slurm)
     if retry.told_by(code) is not None:
         return  # the worker has spoken, and acted
     verdict = judge(life, code)
@@ -104,18 +109,53 @@ def after(life: Life, code: int, slurm: Slurm) -> None:
         requeue.requeue(slurm, life.run, life.phase, life.attempt, life.outcomes())
 
 
+def _after_link(life: Life, code: int, slurm: Slurm) -> None:
+    """A link ended: cancel the later ones that are not needed, or all of them where none may go on."""
+    job, link, last = _link(os.environ)
+    if code == retry.EXIT_SEALED:
+        dropped = chain.surplus(link, last, 1)  # the last one tells the dependents
+    elif not (verdict := judge(life, code)).again:
+        _say(life, f"{verdict.why}; no further link")
+        dropped = list(range(link + 1, last + 1))
+    else:
+        profile = load(str(life.run.submission_folder(life.attempt) / "profile.yaml"))
+        limit_s = 60 * parse_minutes(slurm.job(f"{job}_{link}")["TimeLimit"])
+        needed = chain.links_needed(life.phase, life.run.outcomes(life.phase.name), limit_s - profile.signal_lead_s)
+        dropped = chain.surplus(link, last, needed)
+        _say(life, f"{verdict.why}; {last - link - len(dropped)} of {last - link} later links stay, {needed} would do"
+                   + (": `afterok submit` appends" if needed > last - link else ""))
+    if dropped:
+        slurm.cancel([f"{job}_[{format_indices(dropped)}]"])
+
+
+def _link(env: Mapping[str, str]) -> tuple[str, int, int]:
+    """This job as a link: the array's id, its own number and that of the last."""
+    return env["SLURM_ARRAY_JOB_ID"], int(env["SLURM_ARRAY_TASK_ID"]), int(env["SLURM_ARRAY_TASK_MAX"])
+
+
 def before(life: Life, slurm: Slurm) -> int:
     """A later life begins: 0 when it may. What Slurm itself ended left no word, so that is looked for now."""
     last = Life(life.run, life.phase, life.index, life.attempt, life.script, life.restart - 1)
     if last.outcome() is not None:
         return 0  # its worker, or `after`, or Slurm meant it to go on
     down = tuple(slurm.down_nodes(nodes)) if (nodes := _nodes_of(last)) else ()
-    diagnosis = _diagnose(last, None, "NODE_FAIL" if down else UNKNOWN, down, on_slurm=True)
-    if diagnosis.cause not in (Cause.NODE, Cause.PREEMPTED):
+    state = "NODE_FAIL" if down else UNKNOWN
+    if life.phase.links:
+        job, link, last_one = _link(os.environ)
+        row = slurm.job_row(f"{job}_{link - 1}")
+        state = row.state if row is not None else state
+    diagnosis = _diagnose(last, None, state, down, on_slurm=True)
+    if diagnosis.cause not in (Cause.NODE, Cause.PREEMPTED, Cause.TIME_LIMIT):
         return 0  # it never began, or somebody had Slurm start it again
     _record(last, None, diagnosis)
     verdict = judge(last, None)
     _say(last, f"{diagnosis.what}; {verdict.why}")
+    if life.phase.links and link < last_one:
+        later = f"{job}_[{link + 1}-{last_one}]"
+        if not verdict.again:
+            slurm.cancel([later])
+        elif nodes := requeue.to_exclude(slurm, life.run, life.phase, life.attempt, last.outcomes()):
+            slurm.exclude(later, nodes)
     return 0 if verdict.again else EXIT_GIVEN_UP
 
 
@@ -123,6 +163,10 @@ def _nodes_of(life: Life) -> str:
     """The nodes an earlier life ran on, as Slurm names them together ("n[1-4]")."""
     path = life.run.environment_path(life.phase.name, life.index, life.attempt, life.restart)
     return durable.read_json(path).get("SLURM_JOB_NODELIST", "") if path.exists() else ""
+
+
+def _restart(phase: FrozenPhase, env: Mapping[str, str]) -> int:
+    return int(env.get("SLURM_ARRAY_TASK_ID" if phase.links else "SLURM_RESTART_COUNT", "0"))
 
 
 def _say(life: Life, line: str) -> None:
@@ -139,8 +183,9 @@ def main() -> int:
     args = parser.parse_args()
     run = RunFolder(args.run)
     attempt = run.redirected(args.submission, args.phase)
-    life = Life(run, run.frozen(attempt)[args.phase], args.index, attempt, args.submission,
-                int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    phase = run.frozen(attempt)[args.phase]
+    life = Life(run, phase, args.index, attempt, args.submission,
+                _restart(phase, os.environ))
     try:
         if args.code is None:
             return before(life, Slurm())

@@ -40,6 +40,8 @@ def plan_table(plan: Plan):
         size = f"{r.nodes} node{'s' if r.nodes > 1 else ''} × {r.ranks_per_node} rank{'s' if r.ranks_per_node > 1 else ''}"
         if r.gpus_per_node:
             size += f", {r.gpus_per_node} GPUs"
+        if phase.frozen.links:
+            size += f", up to {phase.frozen.links} links"
         missing = f"{len(phase.missing)}/{phase.frozen.elements}" if phase.missing else str(phase.frozen.elements)
         why = "; ".join(phase.reasons)
         if phase.code_changed:

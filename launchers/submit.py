@@ -211,7 +211,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
         return Submitted(None, {}, journal.live)
     _freeze(plan, number)
     planned = {phase.name: phase for phase in plan.phases}
-    backend.prepare(number, [JobSpec(planned[step.phase], step.name, step.elements, step.needs)
+    backend.prepare(number, [JobSpec(planned[step.phase], step.name, step.elements, step.needs, step.links)
                              for step in journal.steps if step.do == "submit"])
     Ledger(run.ledger).append("submission", submission=number, backend=backend.name, choice=plan.pipeline.cluster,
                               cluster=plan.cluster.name)

@@ -19,6 +19,7 @@ from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.run_folder import RunFolder
 from launchers.backend import ACTIVE_STATES, HELD, NEVER, PENDING, Backend, OutcomeOpen, Refused, TaskState
+from launchers.chain import last_link
 from launchers.ledger import JobEntry, Ledger
 from launchers.plan import Plan, PlannedPhase
 
@@ -48,6 +49,7 @@ class Step:
     needs: dict[str, str] = field(default_factory=dict)  # unsealed phase -> dependency type
     request: str = ""  # of submit: digest of what the script asks Slurm for
     batch: int = 1  # of submit: elements per array task
+    links: int = 0  # of submit: of a chain
     only: Optional[int] = None  # of rewire: just this array task, which waits on its partner alone
 
 
@@ -78,6 +80,10 @@ class LiveJob:
     def waits(self) -> bool:
         """No element has started."""
         return len(self.tasks) == len(self.entry.elements) and all(t.state == PENDING for t in self.tasks.values())
+
+    @property
+    def links_left(self) -> int:
+        return sum(task.links_left for task in self.tasks.values())
 
     @property
     def dead_elements(self) -> list[int]:
@@ -122,9 +128,14 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
     cancels: list[Step] = []
     kept: dict[str, str] = {}
     new: set[str] = set()
+    batches: dict[str, int] = {}  # of the jobs to wait on; 0 where they differ
     for planned in plan.to_run:
         frozen, found = planned.frozen, live.get(planned.name)
         needs = {n: t for n, t in frozen.needs.items() if n in new or n in kept or any(p.name == n for p in plan.to_run)}
+        batch = found.entry.batch if found is not None and planned.name not in fresh else frozen.batch
+        # Partners whose tasks hold other elements wait for each other's whole jobs.
+        needs = {n: "afterok" if t == "aftercorr" and batches.get(n, batch) != batch else t for n, t in needs.items()}
+        links = frozen.links
         # Never at the same time, whoever was sent first: a new job also waits for one that is to follow it and has begun.
         needs |= {later.name: "singleton" for later in plan.phases if later.frozen.needs.get(planned.name) == "singleton"
                   and later.name in live and not live[later.name].waits}
@@ -141,8 +152,12 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
                 cancels.append(Step("cancel", planned.name, job=entry.job))
                 found = None
             if found is not None:
-                kept[planned.name] = entry.job
+                kept[planned.name] = entry.awaited
+                batches[planned.name] = entry.batch
                 elements = [i for i in planned.missing if i not in found.tasks]
+                links = max(0, frozen.links - found.links_left) if same_key and can_rewire else 0
+                if links and not found.waits:  # a chain that proved too short goes on behind its last link
+                    elements, needs = planned.missing, needs | {planned.name: "singleton"}
                 if not elements:
                     continue
         elif found is not None:
@@ -151,11 +166,12 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
             jobs = [found.entry.job] if whole else [f"{found.entry.job}_{task}" for task in tasks]
             cancels += [Step("cancel", planned.name, job=job) for job in jobs]
             if not whole:
-                kept[planned.name] = found.entry.job
+                kept[planned.name] = found.entry.awaited
         name = f"{plan.run.name}.{planned.name}.a{number}.{secrets.token_hex(4)}"
         steps.append(Step("submit", planned.name, frozen.key, name=name, elements=elements, needs=needs,
-                          is_array=frozen.array is not None, request=request_of(planned), batch=frozen.batch))
+                          is_array=frozen.array is not None, request=request_of(planned), batch=frozen.batch, links=links))
         new.add(planned.name)
+        batches[planned.name] = frozen.batch if batches.get(planned.name, frozen.batch) == frozen.batch else 0
     return Journal(steps + cancels if steps else [], kept)
 
 
@@ -217,16 +233,18 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
                         job = _send(backend, number, step, waits, hold)
                     ledger.append("job", submission=number, phase=step.phase, key=step.key, job=job, name=step.name,
                                   elements=step.elements, is_array=step.is_array, needs=step.needs, waits=waits,
-                                  request=step.request, batch=step.batch)
+                                  request=step.request, batch=step.batch, links=step.links)
                 mine[step.phase] = job
-                jobs[step.phase] = f"{jobs[step.phase]}:{job}" if step.phase in jobs else job
+                awaited = last_link(job, step.links)
+                others = step.phase in jobs and not step.links  # whose other elements are under way
+                jobs[step.phase] = f"{jobs[step.phase]}:{awaited}" if others else awaited
             elif step.do == "rewire":
                 waits = {phase: jobs[phase] for phase in step.needs if phase in jobs}
                 run.redirect(_submission_of(ledger, step.job), step.phase, number)
                 _patiently(lambda: backend.rewire(step.job, step.needs, waits, step.only))
                 ledger.append("rewire", submission=number, phase=step.phase, key=step.key, job=step.job, waits=waits,
                               needs=step.needs, only=step.only)
-                jobs[step.phase] = step.job
+                jobs[step.phase] = next(entry.awaited for entry in ledger.jobs() if entry.job == step.job)
             else:
                 ledger.append("cancel", submission=number, jobs=[step.job])
                 _patiently(lambda: backend.cancel([step.job]))

@@ -8,6 +8,7 @@ Formats: `man squeue`, `sinfo`, `sacct`, `scontrol`, of Slurm 22.05; array and t
 """
 
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -40,6 +41,7 @@ _SILENCE = re.compile(
     re.IGNORECASE,
 )
 ASK_AGAIN_S = 2.0
+ACCOUNTING_LIMIT_S = 5.0
 REQUEUE_PATIENCE_S = 45.0  # half of the default signal lead: the other half is Slurm's, to end the job
 
 
@@ -114,6 +116,14 @@ class PartitionRow:
     gpus_per_node: int
     mem_mib_per_node: int
     state: str
+
+
+@dataclass(frozen=True)
+class SubmitLimit:
+    """How many jobs a user may have in the queue, array elements counted one by one, and who says so."""
+
+    jobs: int
+    of: str  # "QOS small (MaxSubmitJobsPerUser)"
 
 
 def scrubbed_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -272,6 +282,24 @@ class Slurm:
         printed = self.run(["sinfo", "--noheader", "--Node", *which, "--format=%N %T"])
         return dict(line.split() for line in printed.splitlines())
 
+    def submit_limit(self, qos: Iterable[str]) -> SubmitLimit | None:
+        """The least limit on this user's jobs in the queue, of the account or of these QOS ("" is the default one).
+
+        None where there is none, or where the cluster keeps no accounting or it does not answer.
+        """
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        ask = ["sacctmgr", "--noheader", "--parsable2", "show"]
+        try:
+            accounts = self.run([*ask, "assoc", "where", f"user={user}", "format=Account,DefaultQOS,MaxSubmit"], ACCOUNTING_LIMIT_S)
+            quality = self.run([*ask, "qos", "format=Name,MaxSubmitPU"], ACCOUNTING_LIMIT_S)
+        except SlurmError:
+            return None
+        return parse_submit_limit(accounts, quality, set(qos))
+
+    def preempt_mode(self, partition: str) -> str:
+        """What becomes of a partition's jobs when they are preempted: "REQUEUE", "CANCEL", "SUSPEND", "OFF"."""
+        return parse_job(self.run(["scontrol", "show", "partition", partition, "--oneliner"])).get("PreemptMode", "")
+
     def configuration(self) -> dict[str, str]:
         """The controller's running slurm.conf, keys as `scontrol show config` spells them."""
         return parse_configuration(self.run(["scontrol", "show", "config"]))
@@ -402,6 +430,22 @@ def parse_job_row(printed: str) -> AccountingRow:
         elapsed_s=parse_seconds(keys.get("RunTime", "0")),
         nodelist=_absent(keys.get("NodeList", "")),
     )
+
+
+def parse_submit_limit(accounts: str, quality: str, qos: set[str]) -> SubmitLimit | None:
+    """From `sacctmgr show assoc` (Account, DefaultQOS, MaxSubmit) and `show qos` (Name, MaxSubmitPU), both parsable."""
+    found, default = [], "normal"
+    for line in accounts.splitlines():
+        account, named, most = line.split("|")
+        default = named or default
+        if most:
+            found.append(SubmitLimit(int(most), f"account {account} (MaxSubmitJobs)"))
+    wanted = {name or default for name in qos}
+    for line in quality.splitlines():
+        name, most = line.split("|")
+        if name in wanted and most:
+            found.append(SubmitLimit(int(most), f"QOS {name} (MaxSubmitJobsPerUser)"))
+    return min(found, key=lambda limit: limit.jobs, default=None)
 
 
 def parse_seconds(text: str) -> int:

@@ -62,6 +62,18 @@ def find_cluster(choice: str = "auto") -> Cluster:
     return _local(choice) if profile.load(choice).kind == "local" else _slurm(choice)
 
 
+def can_requeue(cluster: Cluster, partition: str | None) -> bool:
+    """Whether a job there that was stopped or preempted may run again under its id: the profile's word, else Slurm's."""
+    said = cluster.profile.partitions.get(partition or "", profile.Partition()).requeue
+    if said is not None or partition is None:
+        return said is not False
+    try:
+        allowed = cluster.slurm.configuration().get("JobRequeue", "1") == "1"
+        return allowed and cluster.slurm.preempt_mode(partition) != "CANCEL"
+    except SlurmError:  # the next question to this Slurm says what is wrong with it
+        return True
+
+
 def _local(name: str) -> Cluster:
     """Processes of this machine; a role that the built-in profile leaves open takes all its GPUs."""
     chosen = profile.load(name)

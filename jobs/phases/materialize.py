@@ -16,7 +16,7 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return materialize.materialize(config, task.out, task.index, task.count, task.progress)
+    return materialize.materialize(config, task.out, task.index, task.count, task.progress_or_stop)
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from jobs.task import Task
 from megatron_ext.entrypoints import sft
 from megatron_ext.entrypoints.sft import Config
 
+STOPS = True
+
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return sft.check(config, placement.ranks, placement)

@@ -9,6 +9,7 @@ from data_tools.progress import Stopped
 from jobs.task import Task
 
 FREE = {"keyed": False}
+STOPS = True
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Config:
     seconds: float = field(default=0.05, metadata=FREE)  # a step
     loading: float = field(default=0.0, metadata=FREE)  # seconds before the first step, at every start
     every: int = field(default=0, metadata=FREE)  # steps between checkpoints; 0: only when stopped
+    fail_from: int = field(default=0, metadata=FREE)  # the start that raises, counted from 0; 0: none
     stuck: bool = field(default=False, metadata=FREE)  # makes no step at all
 
 
@@ -27,6 +29,8 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     steps: list[int] = state["steps"]
     starts = [*state["starts"], len(steps)]
     time.sleep(config.loading)
+    if config.fail_from and len(starts) > config.fail_from:
+        raise RuntimeError(f"start {len(starts) - 1} was told to fail")
     while len(steps) < config.steps:
         task.progress(len(steps), config.steps, "steps")
         if task.stop():
