@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Mapping, Optional
 
@@ -57,13 +57,14 @@ class Life:
         return next((outcome for outcome in self.outcomes() if outcome.restart == self.restart), None)
 
 
-def judge(life: Life, code: Optional[int], state: str = FAILED, down_nodes: tuple[str, ...] = (),
-          on_slurm: bool = True) -> Verdict:
+def judge(life: Life, code: Optional[int], on_slurm: bool = True) -> Verdict:
     """Whether the element runs again after this life. An end that its worker did not record is recorded here."""
-    told = life.outcome()
-    if told is None:
-        diagnosis = _diagnose(life, code, state, down_nodes, on_slurm)
-        _record(life, code, diagnosis)
+    if life.outcome() is None:
+        _record(life, code, _diagnose(life, code, FAILED, (), on_slurm))
+    return _verdict(life)
+
+
+def _verdict(life: Life) -> Verdict:
     return retry.decide([_end(outcome) for outcome in life.outcomes()])
 
 
@@ -110,20 +111,20 @@ def after(life: Life, code: int, slurm: Slurm) -> None:
 
 
 def _after_link(life: Life, code: int, slurm: Slurm) -> None:
-    """A link ended: cancel the later ones that are not needed, or all of them where none may go on."""
+    """A link ended: cancel the later ones that are not needed. Never the last: it tells the dependents how it went, and
+    Slurm takes the dependency on a task that was cancelled before it started for satisfied (seen with 22.05)."""
     job, link, last = _link(os.environ)
-    if code == retry.EXIT_SEALED:
-        dropped = chain.surplus(link, last, 1)  # the last one tells the dependents
-    elif not (verdict := judge(life, code)).again:
-        _say(life, f"{verdict.why}; no further link")
-        dropped = list(range(link + 1, last + 1))
-    else:
-        profile = load(str(life.run.submission_folder(life.attempt) / "profile.yaml"))
-        limit_s = 60 * parse_minutes(slurm.job(f"{job}_{link}")["TimeLimit"])
-        needed = chain.links_needed(life.phase, life.run.outcomes(life.phase.name), limit_s - profile.signal_lead_s)
-        dropped = chain.surplus(link, last, needed)
-        _say(life, f"{verdict.why}; {last - link - len(dropped)} of {last - link} later links stay, {needed} would do"
-                   + (": `afterok submit` appends" if needed > last - link else ""))
+    needed = 1
+    if code != retry.EXIT_SEALED:
+        verdict = judge(life, code)
+        if verdict.again:
+            profile = load(str(life.run.submission_folder(life.attempt) / "profile.yaml"))
+            limit_s = 60 * parse_minutes(slurm.job(f"{job}_{link}")["TimeLimit"])
+            outcomes = life.run.outcomes(life.phase.name)
+            needed = chain.links_needed(life.phase, outcomes, limit_s - profile.signal_lead_s)
+        _say(life, verdict.why + (f"; {needed} more links would do, {last - link} are left" if verdict.again else "; no further link")
+                   + (": `afterok submit` appends" if verdict.again and needed > last - link else ""))
+    dropped = chain.surplus(link, last, needed)
     if dropped:
         slurm.cancel([f"{job}_[{format_indices(dropped)}]"])
 
@@ -135,28 +136,33 @@ def _link(env: Mapping[str, str]) -> tuple[str, int, int]:
 
 def before(life: Life, slurm: Slurm) -> int:
     """A later life begins: 0 when it may. What Slurm itself ended left no word, so that is looked for now."""
-    last = Life(life.run, life.phase, life.index, life.attempt, life.script, life.restart - 1)
-    if last.outcome() is not None:
-        return 0  # its worker, or `after`, or Slurm meant it to go on
+    last = replace(life, restart=life.restart - 1)
+    silent = last.outcome() is None and _record_silent_end(last, slurm)
+    ends = last.outcomes()
+    if not ends or ends[-1].state in ("sealed", "stopped") or not (silent or life.phase.links):
+        return 0  # nothing is known against it: its worker, `after`, or whoever had Slurm start it again meant it to go on
+    verdict = _verdict(last)
+    _say(last, f"{ends[-1].message}; {verdict.why}")
+    if verdict.again and silent and life.phase.links:
+        job, link, last_link = _link(os.environ)
+        nodes = requeue.to_exclude(slurm, life.run, life.phase, life.attempt, ends)
+        if nodes and link < last_link:
+            slurm.exclude(f"{job}_[{link + 1}-{last_link}]", nodes)
+    return 0 if verdict.again else EXIT_GIVEN_UP
+
+
+def _record_silent_end(last: Life, slurm: Slurm) -> bool:
+    """Write down why Slurm ended a life, if it was Slurm."""
     down = tuple(slurm.down_nodes(nodes)) if (nodes := _nodes_of(last)) else ()
     state = "NODE_FAIL" if down else UNKNOWN
-    if life.phase.links:
-        job, link, last_one = _link(os.environ)
-        row = slurm.job_row(f"{job}_{link - 1}")
+    if last.phase.links:
+        row = slurm.job_row(f"{_link(os.environ)[0]}_{last.restart}")
         state = row.state if row is not None else state
     diagnosis = _diagnose(last, None, state, down, on_slurm=True)
     if diagnosis.cause not in (Cause.NODE, Cause.PREEMPTED, Cause.TIME_LIMIT):
-        return 0  # it never began, or somebody had Slurm start it again
+        return False  # it never began, or somebody had Slurm start it again
     _record(last, None, diagnosis)
-    verdict = judge(last, None)
-    _say(last, f"{diagnosis.what}; {verdict.why}")
-    if life.phase.links and link < last_one:
-        later = f"{job}_[{link + 1}-{last_one}]"
-        if not verdict.again:
-            slurm.cancel([later])
-        elif nodes := requeue.to_exclude(slurm, life.run, life.phase, life.attempt, last.outcomes()):
-            slurm.exclude(later, nodes)
-    return 0 if verdict.again else EXIT_GIVEN_UP
+    return True
 
 
 def _nodes_of(life: Life) -> str:

@@ -256,7 +256,7 @@ class Slurm:
         try:
             return parse_job_row(self.run(["scontrol", "show", "job", job_id, "--oneliner"]))
         except SlurmError as error:
-            if "Invalid job id" in error.message:
+            if "Invalid job id" in error.message or "not found" in error.message:  # the latter of an array's element
                 return None
             raise
 

@@ -31,7 +31,7 @@ def one_line(done: subprocess.CompletedProcess) -> str:
     return lines[0]
 
 
-def wait_for(what: str, condition: Callable[[], Any], timeout: float = 60) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], timeout: float = 180) -> Any:
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         value = condition()

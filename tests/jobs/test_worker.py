@@ -10,7 +10,9 @@ import pytest
 
 from data_tools.progress import Stopped
 from jobs import requeue, retry, stopping
+from jobs.phases import materialize
 from jobs.retry import Cause, End, decide
+from jobs.task import Task
 from launchers.executor import WITHOUT_USR2
 from tests.command import ROOT
 
@@ -166,3 +168,25 @@ def test_a_killed_rank_is_the_cause_not_the_peer_that_misses_it(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", SPAWNER, RANK], cwd=tmp_path, env=env, timeout=30)
     assert done.returncode == 137
+
+
+def task_of(folder, stop, world_size=1):
+    (folder / "out").mkdir(exist_ok=True)
+    return Task("data", 0, 1, 0, folder / "out", folder, 0, world_size, stop)
+
+
+def test_work_that_lies_in_its_own_folder_leaves_at_any_moment_and_counts_nothing_as_done(tmp_path):
+    with pytest.raises(Stopped, match="stopped before the first row of 10 was durable"):
+        task_of(tmp_path, lambda: True).progress_or_stop(4, 10, "rows")
+    task_of(tmp_path, lambda: True).progress_or_stop(10, 10, "rows")  # the little that is left is worth its time
+    task_of(tmp_path, lambda: True, world_size=2).progress_or_stop(4, 10, "rows")  # its peers sit in a collective
+    task_of(tmp_path, lambda: False).progress_or_stop(4, 10, "rows")
+
+
+def test_materialize_stops_when_asked_to(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(materialize.materialize, "materialize",
+                        lambda config, out, index, count, progress: seen.append(progress(1, 5, "rows")))
+    with pytest.raises(Stopped):
+        materialize.run(materialize.Config(), task_of(tmp_path, lambda: True))
+    assert not seen and not list((tmp_path / "out").iterdir())

@@ -143,6 +143,20 @@ def test_cancelling_nothing_runs_nothing(tmp_path):
     Slurm(fake(tmp_path, "scancel", "exit 1")).cancel([])
 
 
+def test_a_requeue_is_asked_for_again_while_nobody_answers_and_the_node_excluded_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "ASK_AGAIN_S", 0.05)
+    env = fake(tmp_path, "scontrol", f"""
+        echo "$@" >> {tmp_path}/calls
+        [ $(wc -l < {tmp_path}/calls) -gt 2 ] || {{ echo 'slurm_requeue error: Unable to contact slurm controller' >&2; exit 1; }}
+    """)
+    Slurm(env).requeue("12_3", exclude="n4")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["requeue 12_3"] * 3 + ["update jobid=12_3 excnodelist=n4"]
+    env = fake(tmp_path, "scontrol", "echo 'Requested operation is presently disabled' >&2; exit 1")
+    with pytest.raises(SlurmError, match="presently disabled"):  # an answer: asked once
+        Slurm(env).requeue("12_3")
+
+
 def test_a_hanging_client_is_killed_with_its_children(tmp_path):
     # the child holds the pipe open: killing the shell alone would leave us reading for a minute
     env = fake(tmp_path, "squeue", f"sleep 60 & echo $! > {tmp_path}/pid; wait")
