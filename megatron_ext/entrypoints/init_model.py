@@ -15,7 +15,7 @@ from data_tools.progress import Progress, silent
 
 @dataclass
 class Config:
-    family: str = "qwen2"
+    family: str = "qwen2"  # a model type of config.json: qwen2, qwen3, llama, gpt_oss, nemotron_h
     layers: int = 3
     hidden: int = 96
     heads: int = 4
@@ -34,11 +34,11 @@ class Config:
 
 def check(config: Config, ranks: int) -> list[Problem]:
     from data_tools.tasks.task import load_task
-    from megatron_ext.models.registry import FAMILIES
+    from megatron_ext.models.registry import MODEL_TYPES
 
     problems = []
-    if config.family not in FAMILIES:
-        problems.append(Problem("family", f"{config.family!r} is not known" + nearest(config.family, FAMILIES)))
+    if config.family not in MODEL_TYPES:
+        problems.append(Problem("family", f"{config.family!r} is not known" + nearest(config.family, MODEL_TYPES)))
     else:
         problems += _dims(config, vocabulary=1)[1]
     if bool(config.alphabet_task) == bool(config.tokenizer):
@@ -57,7 +57,7 @@ def _dims(
     config: Config, vocabulary: int, eos: int | None = None, pad: int | None = None
 ) -> tuple[Any, list[Problem], Any]:
     """(dimensions, problems, config.json) of the model; problems name fields of Config."""
-    from megatron_ext.models.registry import Family
+    from megatron_ext.models.registry import MODEL_TYPES, Family
 
     problems = []
     for name in ("layers", "hidden", "heads", "kv_groups", "ffn", "max_positions"):
@@ -67,7 +67,7 @@ def _dims(
         problems.append(Problem("heads", f"hidden {config.hidden} does not divide by {config.heads} heads"))
     if problems:
         return None, problems, None
-    family = Family(config.family)
+    family = Family(MODEL_TYPES[config.family])
     file = family.config.small(config, vocabulary, eos, pad) | config.config
     dims, problems = family.config.read(file, "config")
     return dims, problems, file
@@ -84,7 +84,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     from data_tools.char_tokenizer import write_char_tokenizer
     from data_tools.tasks.task import load_task
     from megatron_ext.model_folder import copy_hf_files
-    from megatron_ext.models.registry import Family
+    from megatron_ext.models.registry import MODEL_TYPES, Family
 
     problems = check(config, 1)
     if problems:
@@ -96,7 +96,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
             raise UserMistake(Problem("tokenizer", f"{config.tokenizer} is no folder with tokenizer files"))
         copy_hf_files(Path(config.tokenizer), out)
     tokenizer = load_tokenizer(str(out))
-    family = Family(config.family)
+    family = Family(MODEL_TYPES[config.family])
     dims, problems, file = _dims(config, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id)
     if problems:
         raise UserMistake(problems)

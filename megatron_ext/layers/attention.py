@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
@@ -468,8 +467,6 @@ class PackedAttention(MegatronModule):
             self.tensor_group = pg_collection.tp
             heads = config.num_attention_heads // self.tensor_group.size()
             self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype, device=device()))
-            # mcore's own attention lacks these marks: gradient norms would miss the sinks of all ranks but the first.
-            set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self,

@@ -12,18 +12,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 class ExpertRowParallelLinear(RowParallelLinear):
-    """The second matrix of an expert, whose bias mcore mishandles in three places.
+    """The second matrix of an expert, whose bias mcore mishandles in two places.
 
-    Its MLP adds the bias in place (mlp.py:247), which autograd forbids on what `forward` returns. And the bias is
-    marked as the same on all tensor ranks, though these hold different experts (biases need expert_tensor 1): under
-    sequence parallelism its gradients would be mixed, and the gradient norm would count those of one rank only.
+    Its MLP adds the bias in place (mlp.py:247), which autograd forbids on what `forward` returns. And under sequence
+    parallelism it adds the bias's gradients over tensor ranks, though these hold different experts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.bias is not None:
             self.bias.sequence_parallel = False
-            self.bias.tensor_model_parallel = True
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """input_ [tokens, f / t] -> (output [tokens, h], bias [h] that the caller adds, or None)."""

@@ -1,4 +1,4 @@
-"""Model families by the name that config.json gives them. One folder each, with the same files:
+"""Model families by the model types that config.json names. One folder each, with the same files:
 
 config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(Dims) -> ModelShape`,
             `small(...)`: config.json of a random model; no torch
@@ -24,7 +24,6 @@ MODEL_TYPES = {  # of config.json: the family's folder
     "gpt_oss": "gpt_oss",
     "nemotron_h": "nemotron_h",
 }
-FAMILIES = tuple(dict.fromkeys(MODEL_TYPES.values()))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from megatron_ext import model_folder
 from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.models.gpt_oss.config import Yarn
 from megatron_ext.models.nemotron_h import config as nemotron_h
-from megatron_ext.models.registry import unwrap
+from megatron_ext.models.registry import MODEL_TYPES, unwrap
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
 from tests.megatron_ext.test_attention import forward
@@ -132,6 +132,20 @@ def test_an_exported_model_gives_transformers_the_megatron_logits(dims, tmp_path
         logits, batch = forward(ours, tiny.pack([40], seed=2))
     with torch.no_grad():
         assert (theirs(batch.ids).logits[0] - logits).abs().max() <= TOLERANCE[tiny.family(dims).name]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_random_start_is_what_transformers_expects(model_type, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from megatron_ext.entrypoints import init_model
+
+    config = init_model.Config(family=model_type, alphabet_task="calculator", hidden=32, ffn=48)
+    init_model.run(config, tmp_path, tmp_path)
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.model_type == model_type and model.config.eos_token_id == 1
+    assert model.config.num_key_value_heads == 2
 
 
 def test_reading_back_a_config_gives_the_same_dimensions(shape):

@@ -76,4 +76,15 @@ def build(
         **common.ends(virtual_stage),
     )
     model.vocabulary_rows = dims.vocabulary
+    _mark_distinct(model)
     return model
+
+
+def _mark_distinct(model: torch.nn.Module) -> None:
+    """Says of sinks and expert biases that tensor ranks hold different ones (biases need expert_tensor 1).
+
+    Neither mcore nor Transformer Engine does, and the gradient norm would count those of one rank only.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("softmax_offset") or (".experts." in name and "bias" in name):
+            parameter.tensor_model_parallel = True

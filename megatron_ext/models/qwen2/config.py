@@ -197,5 +197,6 @@ def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict
         rope_base=sizes.rope_base,
         max_positions=sizes.max_positions,
         dtype=sizes.dtype,
+        kind=sizes.family,
     )
     return hf_config(dims, eos, pad)
