@@ -24,8 +24,9 @@ def vocabulary_logits(
     config: TransformerConfig,
     rows: int,
     group: torch.distributed.ProcessGroup,
+    cap: float = 0.0,
 ) -> torch.Tensor:
-    """hidden [n, h], the same on all tensor ranks, times this rank's weight [V / t, h] -> logits [n, V / t].
+    """hidden [n, h], the same on all tensor ranks, times this rank's weight [V / t, h] -> logits [n, V / t], `capped`.
 
     Rows from `rows` on are padding and get -inf, so that the softmax is over the real vocabulary.
     """
@@ -38,11 +39,17 @@ def vocabulary_logits(
         sequence_parallel=False,
         tp_group=group,
     )
+    logits = capped(logits, cap)
     first = group.rank() * weight.size(0)
     if first + weight.size(0) > rows:
         real = max(0, rows - first)
         logits = torch.cat([logits[:, :real], logits.new_full((logits.size(0), weight.size(0) - real), -torch.inf)], 1)
     return logits
+
+
+def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap · tanh(logits / cap); unchanged where `cap` is 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
@@ -70,7 +77,7 @@ def supervised_output(
         weight = model.shared_embedding_or_output_weight()
     else:
         weight = model.output_layer.weight
-    logits = vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group)
+    logits = vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group, model.logit_cap)
     if labels is None:
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
         return logits[:, : model.vocabulary_rows]
@@ -85,6 +92,7 @@ class SupervisedHead(GPTModel):
     """
 
     vocabulary_rows: int
+    logit_cap: float = 0.0
 
     def _postprocess(self, hidden_states: torch.Tensor, *args, labels=None, loss_mask=None, **kwargs) -> torch.Tensor:
         """`supervised_output` at the positions `loss_mask` where they are given, otherwise GPTModel's own."""
@@ -97,6 +105,7 @@ class SupervisedHybrid(MambaModel):
     """The same of MambaModel, for models without position embeddings."""
 
     vocabulary_rows: int
+    logit_cap: float = 0.0
 
     def forward(
         self,

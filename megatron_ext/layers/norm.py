@@ -37,3 +37,15 @@ class Norm(torch.nn.Module):
         if self.bias is None:
             return F.rms_norm(x, self.shape, weight, self.eps)
         return F.layer_norm(x, self.shape, weight, self.bias, self.eps)
+
+
+class BareNorm(torch.nn.Module):
+    """RMSNorm without weights (NanoChat)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.shape = (hidden_size,)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.shape, eps=self.eps)

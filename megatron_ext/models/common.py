@@ -94,7 +94,7 @@ def ends(virtual_stage: int | None) -> dict[str, Any]:
 
 
 def decoder_spec(
-    config: TransformerConfig, backend: str, virtual_stage: int | None = None
+    config: TransformerConfig, backend: str, virtual_stage: int | None = None, norm: type[torch.nn.Module] = Norm
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Layers of attention and MLP, or experts where `config` has them.
 
@@ -110,13 +110,13 @@ def decoder_spec(
         raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     parts, attention = layer.submodules, layer.submodules.self_attention
-    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     attention.module, attention.submodules.core_attention = PackedSelfAttention, PackedAttention
     if config.qk_layernorm:
-        attention.submodules.q_layernorm = attention.submodules.k_layernorm = Norm
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     if config.num_moe_experts:
         parts.mlp = moe_spec(config.num_moe_experts)
         # No spec fuses this norm into experts: checkpoints keep its name (mcore's map says otherwise).
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     layers = [layer] * get_num_layers_to_build(config, virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -23,6 +23,7 @@ MODEL_TYPES = {  # of config.json: the family's folder
     "llama": "qwen2",
     "gpt_oss": "gpt_oss",
     "nemotron_h": "nemotron_h",
+    "nanochat": "nanochat",
 }
 
 

@@ -118,6 +118,7 @@ class QueryKeyValue:
     groups: int
     head_dim: int
     columns: int | None  # None for a bias
+    turns_backwards: bool = False  # rotary positions by minus mcore's angle: the halves of query and key heads change
 
     @property
     def shape(self) -> Shape:
@@ -131,12 +132,19 @@ class QueryKeyValue:
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         by_group = [t.reshape(self.groups, -1, self.head_dim, *self._tail()) for t in tensors]  # [g, r | 1 | 1, d, ...]
-        return torch.cat(by_group, dim=1).reshape(-1, *self._tail())
+        return torch.cat(self._turned(by_group), dim=1).reshape(-1, *self._tail())
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         each = self.heads // self.groups
         by_group = whole.reshape(self.groups, each + 2, self.head_dim, *self._tail())
-        return [part.reshape(-1, *self._tail()) for part in by_group.split([each, 1, 1], dim=1)]
+        return [part.reshape(-1, *self._tail()) for part in self._turned(by_group.split([each, 1, 1], dim=1))]
+
+    def _turned(self, by_group: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """q, k, v with the halves of each q and k head exchanged, where the rotation is backwards. Its own inverse."""
+        query, key, value = by_group
+        if not self.turns_backwards:
+            return [query, key, value]
+        return [query.roll(self.head_dim // 2, dims=2), key.roll(self.head_dim // 2, dims=2), value]
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
         return whole.chunk(tensor)[rank]

@@ -46,6 +46,7 @@ class ModelShape:
     vocabulary: int  # V, rows of the checkpoint's embedding
     tied: bool = False  # one matrix for embedding and output
     max_positions: int = 0  # tokens of the longest document; 0: no limit
+    learned_norms: bool = True  # the norms have weights
 
     heads: int = 0  # n, query heads
     kv_groups: int = 0  # g
@@ -105,7 +106,11 @@ class ModelShape:
             MOE: self._moe,
             MAMBA: self._mamba,
         }
-        return {kind: Parameters(replicated=self.hidden) + counts[kind]() for kind in self.blocks}
+        return {kind: self._norm + counts[kind]() for kind in self.blocks}
+
+    @property
+    def _norm(self) -> Parameters:
+        return Parameters(replicated=self.hidden * self.learned_norms)
 
     def _attention(self) -> Parameters:
         rows = self.heads * self.head_dim
@@ -140,7 +145,7 @@ class ModelShape:
     @property
     def parameters(self) -> Parameters:
         """All, exactly as the checkpoint has them; buffers are not counted."""
-        ends = Parameters(sharded=self.embedding * (1 if self.tied else 2), replicated=self.hidden)
+        ends = Parameters(sharded=self.embedding * (1 if self.tied else 2)) + self._norm
         return sum((self.block_parameters[kind] * number for kind, number in self.blocks.items()), start=ends)
 
     @property

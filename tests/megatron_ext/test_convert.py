@@ -20,7 +20,9 @@ from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
 
-FAMILIES = {"qwen2": tiny.DIMS, "gpt_oss": tiny.GPT_OSS_DIMS}
+FAMILIES = {
+    "qwen2": tiny.DIMS, "gpt_oss": tiny.GPT_OSS_DIMS, "nemotron_h": tiny.NEMOTRON_H_DIMS, "nanochat": tiny.NANOCHAT_DIMS
+}  # fmt: skip
 
 
 @pytest.fixture(params=FAMILIES)

@@ -20,6 +20,8 @@ from tests.megatron_ext.test_attention import forward
 QWEN2, GPT_OSS, NEMOTRON_H = tiny.DIMS, tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS
 QWEN3, LLAMA = (replace(QWEN2, kind=kind, tied=False) for kind in ("qwen3", "llama"))
 
+NANOCHAT = tiny.NANOCHAT_DIMS
+
 
 def hybrid(pattern: str, **sizes):
     """NEMOTRON_H with other layers; the sizes of blocks that it lacks are 0, as its config.json has none."""
@@ -62,9 +64,16 @@ SHAPES = {
     "nemotron_h 6 heads, 2 groups, 3 of 5 experts": hybrid(
         "ME*", mamba_heads=6, mamba_groups=2, experts=5, top_k=3, heads=6, kv_groups=1, vocabulary=64
     ),
+    "nanochat": NANOCHAT,
+    "nanochat tied, 3 heads, no cap": replace(
+        NANOCHAT, tied=True, hidden=36, heads=3, kv_groups=1, logit_cap=0.0, norm_epsilon=1e-3, vocabulary=64
+    ),
 }
-FAMILIES = {"qwen2": replace(QWEN2, tied=False), "qwen3": QWEN3, "gpt_oss": GPT_OSS, "nemotron_h": NEMOTRON_H}
-TOLERANCE = {"qwen2": 1e-5, "gpt_oss": 1e-5, "nemotron_h": 1e-4}  # fp32 logits
+FAMILIES = {
+    "qwen2": replace(QWEN2, tied=False), "qwen3": QWEN3, "gpt_oss": GPT_OSS, "nemotron_h": NEMOTRON_H,
+    "nanochat": NANOCHAT,
+}  # fmt: skip
+TOLERANCE = {"qwen2": 1e-5, "gpt_oss": 1e-5, "nemotron_h": 1e-4, "nanochat": 1e-5}  # fp32 logits
 
 
 @pytest.fixture(params=SHAPES)

@@ -9,6 +9,7 @@ import torch
 
 from data_tools import durable
 from megatron_ext.models.gpt_oss import config as gpt_oss
+from megatron_ext.models.nanochat import config as nanochat
 from megatron_ext.models.nemotron_h import config as nemotron_h
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.models.registry import Family
@@ -73,6 +74,21 @@ NEMOTRON_H_DIMS = nemotron_h.Dims(
     expert_ffn=24,
     shared_ffn=20,
     routed_scale=2.5,
+)
+
+NANOCHAT_DIMS = nanochat.Dims(
+    layers=2,
+    hidden=32,
+    ffn=40,
+    heads=4,
+    kv_groups=2,
+    vocabulary=19,
+    tied=False,
+    norm_epsilon=1e-6,
+    rope_base=10000.0,
+    max_positions=512,
+    logit_cap=2.0,  # low, so that it matters
+    dtype="float32",
 )
 
 

@@ -1,0 +1,37 @@
+"""NanoChat weights: one rule a parameter. Norms have none.
+
+NanoChat rotates queries and keys by minus the angle that mcore does. Exchanging the halves of every query and key
+head turns the one into the other: scores are dot products, and the norm of a head has no weights.
+"""
+
+from typing import Collection
+
+from megatron_ext.models.nanochat.config import Dims
+from megatron_ext.models.rules import Column, QueryKeyValue, Row, Rule, Vocabulary
+
+
+def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
+    """Every parameter of the model, in the order of the Hugging Face file."""
+    vocabulary = Vocabulary((dims.vocabulary, dims.hidden))
+    qkv = QueryKeyValue(dims.heads, dims.kv_groups, dims.head_dim, dims.hidden, turns_backwards=True)
+    rules_ = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
+    for i in range(dims.layers):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        rules_ += [
+            Rule(ours + "self_attention.linear_qkv.weight", tuple(f"{theirs}self_attn.{x}_proj.weight" for x in "qkv"), qkv),
+            Rule(
+                ours + "self_attention.linear_proj.weight",
+                (theirs + "self_attn.o_proj.weight",),
+                Row((dims.hidden, dims.hidden)),
+            ),
+            Rule(ours + "mlp.linear_fc1.weight", (theirs + "mlp.fc1.weight",), Column((dims.ffn, dims.hidden))),
+            Rule(ours + "mlp.linear_fc2.weight", (theirs + "mlp.fc2.weight",), Row((dims.hidden, dims.ffn))),
+        ]
+    if not dims.tied:
+        rules_.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
+    return rules_
+
+
+def is_redundant(name: str, dims: Dims) -> bool:
+    """Tensors that some files carry though the model does not need them: a copy of the tied output, rotary buffers."""
+    return (dims.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
