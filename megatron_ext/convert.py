@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Protocol, Sequence
 
 import torch
 
@@ -26,7 +26,7 @@ from megatron_ext.digest import combined, tensor_sum
 from megatron_ext.dist_weights import Piece, Region, pieces, regions
 from megatron_ext.hf_files import SHARD_BYTES, HfTensors, SafetensorsFiles
 from megatron_ext.models.registry import Family
-from megatron_ext.models.rules import Entry, Replicated, Rule, hf_name, hf_shapes, placed, shard_on_rank
+from megatron_ext.models.rules import Entry, HfTensor, Replicated, Rule, hf_name, hf_shapes, placed, shard_on_rank
 
 Shape = tuple[int, ...]
 
@@ -34,6 +34,18 @@ LEDGER = "conversion.json"
 SHARE = "share.json"  # what one process tells the one that finishes
 WEIGHTS = "weights"
 LISTED = 12  # wrong tensors that a message names
+
+
+class Tensors(Protocol):
+    """Where Hugging Face tensors are read from: hf_files.HfTensors, or what stands for them in other formats."""
+
+    def shapes(self) -> dict[str, Shape]: ...
+
+    def dtype(self, name: str) -> str: ...
+
+    def file(self, name: str) -> str: ...
+
+    def read(self, tensor: HfTensor) -> torch.Tensor: ...
 
 
 def check_tensors(found: Mapping[str, Shape], family: Family, dims: Any, where: str) -> list[Problem]:
@@ -61,21 +73,20 @@ def check_tensors(found: Mapping[str, Shape], family: Family, dims: Any, where: 
     return problems
 
 
-def open_checked(folder: Path, family: Family, dims: Any) -> tuple[HfTensors, list[Rule]]:
-    """The tensors in `folder` and their rules. UserMistake naming all wrong tensors at once."""
-    tensors = HfTensors(folder)
+def checked_rules(tensors: Tensors, family: Family, dims: Any, where: str) -> list[Rule]:
+    """The rules of `tensors`. UserMistake naming all wrong tensors at once."""
     shapes = tensors.shapes()
-    problems = check_tensors(shapes, family, dims, str(folder))
+    problems = check_tensors(shapes, family, dims, where)
     if problems:
         raise UserMistake(problems)
-    return tensors, family.mapping.rules(dims, shapes)
+    return family.mapping.rules(dims, shapes)
 
 
 @torch.no_grad()
 def import_weights(model: torch.nn.Module, folder: Path, family: Family, dims: Any) -> None:
     """Fill this rank's `model` from the safetensors in `folder`. UserMistake naming all wrong tensors at once."""
-    tensors, rules = open_checked(folder, family, dims)
-    for rule, parameter in placed(model, rules):
+    tensors = HfTensors(folder)
+    for rule, parameter in placed(model, checked_rules(tensors, family, dims, str(folder))):
         joined = rule.layout.join([tensors.read(tensor) for tensor in rule.hf])
         parameter.copy_(shard_on_rank(rule, joined, model))
 
@@ -84,7 +95,7 @@ def import_weights(model: torch.nn.Module, folder: Path, family: Family, dims: A
 
 
 def import_share(
-    tensors: HfTensors, rules: Sequence[Rule], out: Path, dtype: str, index: int, count: int, progress: Progress = silent
+    tensors: Tensors, rules: Sequence[Rule], out: Path, dtype: str, index: int, count: int, progress: Progress = silent
 ) -> None:
     """Write every `count`-th tensor into OUT/weights, and OUT/SHARE. `dtype` "" keeps each tensor's own."""
     torch.set_num_threads(1)  # bytes are moved, not computed

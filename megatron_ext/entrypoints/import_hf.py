@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from data_tools import durable
+from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 
@@ -15,6 +16,10 @@ class Config:
     source: str = field(default="", metadata={"input": "hub"})  # folder, or hub name org/model
     revision: str = ""  # of a hub name: a commit, so that the key names the content
     dtype: str = ""  # of the weights; "" keeps each tensor's
+    megatron: str = field(default="", metadata={"input": True})  # legacy Megatron checkpoint that has the weights
+    model_tag: str = ""  # of nanochat's own checkpoints: the folder below `source`, such as d32 …
+    step: int = -1  # … and the step, -1 for the last
+    tokenizer: str = field(default="", metadata={"input": True})  # its files go along, where `source` has none
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -97,9 +102,9 @@ def share(config: Config, out: Path, progress: Progress = silent, index: int = 0
     """Convert every `count`-th tensor, for `finish`. Returns how many."""
     from megatron_ext import convert
 
-    source, family, dims = _source(config)
-    tensors, rules = convert.open_checked(source, family, dims)
-    convert.import_share(tensors, rules, out, config.dtype, index, count, progress)
+    source = _source(config)
+    rules = convert.checked_rules(source.tensors, source.family, source.dims, source.where)
+    convert.import_share(source.tensors, rules, out, config.dtype, index, count, progress)
     return len(rules[index::count])
 
 
@@ -107,9 +112,13 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     """All shares as one model folder. Facts: weights_digest, parameters, dtype, dtype_changes, family."""
     from megatron_ext import convert, model_folder
 
-    source, family, dims = _source(config)
-    hf, dtype = out / "hf", config.dtype or dims.dtype
-    model_folder.copy_hf_files(source, hf)
+    source = _source(config)
+    family, hf, dtype = source.family, out / "hf", config.dtype or source.dims.dtype
+    hf.mkdir(exist_ok=True)
+    for folder in filter(None, [config.tokenizer, source.files]):
+        model_folder.copy_hf_files(Path(folder), hf)
+    if source.config:
+        durable.write_json(hf / "config.json", source.config)
     ledger = convert.finish_import(parts, out, hf, {"family": family.name, "source": config.source})
     model_folder.describe(out, family, 0, ledger["weights_digest"], dtype)
     shapes = {key: of["shape"] for entry in ledger["tensors"].values() for key, of in entry["keys"].items()}
@@ -122,18 +131,42 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     }
 
 
-def _source(config: Config) -> tuple[Path, Any, Any]:
-    """(folder, family, dimensions) of the checkpoint. UserMistake where it is not understood."""
-    from megatron_ext.models.registry import read_config
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that is understood."""
+
+    family: Any
+    dims: Any
+    tensors: Any  # convert.Tensors
+    where: str
+    files: Path | None = None  # folder of config.json and the tokenizer
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, where there is no file
+
+
+def _source(config: Config) -> Source:
+    """UserMistake where the checkpoint is not understood."""
+    from megatron_ext.hf_files import HfTensors
+    from megatron_ext.legacy import LegacyTensors
+    from megatron_ext.models.nanochat import checkpoint as nanochat
+    from megatron_ext.models.registry import Family, read_config
 
     problems = check(config, 1)
     if problems:
         raise UserMistake(problems)
-    source = fetch(config.source, config.revision)
-    family, dims, problems = read_config(source)
+    folder = fetch(config.source, config.revision)
+    if not (folder / "config.json").is_file() and (found := nanochat.find(folder, config.model_tag, config.step)):
+        model, meta = found
+        family, file = Family("nanochat"), nanochat.config_of(meta, "float32")
+        tensors = nanochat.NanochatTensors(model, file["vocab_size"])
+        file["dtype"] = tensors.dtype("lm_head.weight")
+        return Source(family, family.config.read(file, str(meta))[0], tensors, str(model), config=file)
+    family, dims, problems = read_config(folder)
     if problems:
         raise UserMistake(problems)
-    return source, family, dims
+    if config.megatron:
+        tensors = LegacyTensors(Path(config.megatron), family.mapping.rules(dims))
+        return Source(family, dims, tensors, config.megatron, files=folder)
+    return Source(family, dims, HfTensors(folder), str(folder), files=folder)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Callable, Protocol, Sequence
 
 import torch
 
-from megatron_ext.models.registry import stages, unwrap
+from megatron_ext.models.registry import stages
 from megatron_ext.parallel import padded_rows
 
 Shape = tuple[int, ...]
@@ -363,6 +363,6 @@ def placed(model: torch.nn.Module | list[torch.nn.Module], rules: Sequence[Rule]
 
 def shard_on_rank(rule: Rule, whole: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
     """This rank's part of `whole`: over the tensor axis, or over the expert-tensor axis for experts."""
-    groups = unwrap(model).pg_collection
+    groups = stages(model)[0].pg_collection
     group = groups.expt_tp if rule.experts else groups.tp
     return rule.layout.shard(whole, group.size(), group.rank())

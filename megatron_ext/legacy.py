@@ -1,0 +1,168 @@
+"""Megatron-LM's legacy `torch` checkpoints, read: one file a rank, of any tensor, pipeline and expert degree.
+
+    FOLDER/latest_checkpointed_iteration.txt     a number, or "release"
+    FOLDER/iter_0000100/mp_rank_00/model_optim_rng.pt
+                        mp_rank_TT[_PPP][_EEE]   PPP where the pipeline has stages, EEE where experts are spread
+
+(megatron/training/checkpointing.py, get_checkpoint_name.) The files are pickles with Megatron's own classes in them:
+those are replaced by empty ones, so that Megatron need not be installed and none of its code runs.
+"""
+
+import pickle
+import re
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Sequence
+
+import torch
+
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.models.rules import Entry, HfTensor, Rule, Shape, hf_rules, hf_shapes
+
+FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.(?:weight|bias))(\d+))$")
+_TRUSTED = {"torch", "collections", "argparse", "numpy", "_codecs"}
+_BUILTINS = {"set", "frozenset", "slice", "range", "complex", "bytearray"}
+
+
+class _Empty:
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] in _TRUSTED or (module == "builtins" and name in _BUILTINS):
+            return super().find_class(module, name)
+        return type(name, (_Empty,), {})
+
+
+_PICKLE = SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__="megatron_ext.legacy")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE)
+    except Exception as error:  # torch raises whatever its zip reader and unpickler do
+        reason = " ".join(str(error).split())[:200]
+        raise UserMistake(Problem(str(path), f"not a whole Megatron checkpoint ({reason})")) from None
+
+
+def _iteration(folder: Path) -> Path:
+    """The folder with the mp_rank folders: FOLDER, or that of its latest iteration."""
+    latest = folder / "latest_checkpointed_iteration.txt"
+    if not latest.is_file():
+        return folder
+    text = latest.read_text().strip()
+    return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
+
+
+class LegacyTensors:
+    """Such a checkpoint as the Hugging Face tensors that it would export to (convert.Tensors)."""
+
+    def __init__(self, folder: Path, rules: Sequence[Rule]):
+        """UserMistake when files or tensors are missing, and for degrees that the names of files do not tell."""
+        self.folder = _iteration(folder)
+        files = {
+            tuple(int(part or 0) for part in found.groups()): path
+            for path in sorted(self.folder.glob("mp_rank_*"))
+            if (found := _RANK.match(path.name))
+        }
+        if not files:
+            raise UserMistake(Problem(str(self.folder), "has no mp_rank_* folders: not a legacy Megatron checkpoint"))
+        first = _load(files[min(files)] / FILE)
+        degree = first.get("args", Namespace())
+        self.tensor, self.pipeline, self.expert, expert_tensor = (
+            int(getattr(degree, f"{axis}_parallel_size", None) or 1)
+            for axis in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+        )
+        if any(rule.experts for rule in rules) and self.tensor > 1 and expert_tensor not in (1, self.tensor):
+            raise UserMistake(Problem(str(self.folder), f"expert tensor degree {expert_tensor} under tensor degree "
+                                      f"{self.tensor} is not supported: save it as a distributed checkpoint"))  # fmt: skip
+        self._wholes_experts = expert_tensor < self.tensor
+        self._shards = self._collect(files)
+        self._rules, self._shapes = hf_rules(rules), hf_shapes(rules)
+        missing = [rule for rule in rules if self._name(rule) not in self._shards]
+        if missing:
+            raise UserMistake([Problem(str(self.folder), f"tensor {self._name(rule)} {list(rule.layout.shape)} is missing")
+                               for rule in missing[:12]])  # fmt: skip
+
+    def _collect(self, files: dict[tuple[int, ...], Path]) -> dict[str, list[torch.Tensor]]:
+        """Name in rules, or by Transformer Engine -> its shards by tensor rank."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for expert in range(self.expert):
+            for tensor in range(self.tensor):
+                stages = self._stages(files, tensor, expert)
+                before = 0
+                for state in stages:
+                    local = {int(m[1]) for name in state if (m := _LAYER.match(name))}
+                    for name, value in state.items():
+                        whole = self._whole_name(name, before, expert, state)
+                        if isinstance(value, torch.Tensor) and (".mlp.experts." in whole or expert == 0):
+                            found.setdefault(whole, []).append(value)
+                    before += len(local)
+        return found
+
+    def _stages(self, files: dict[tuple[int, ...], Path], tensor: int, expert: int) -> list[dict[str, Any]]:
+        """The state dicts of one tensor and expert rank in model order: interleaved stages take turns."""
+        loaded = []
+        for stage in range(self.pipeline):
+            rest = [stage] * (self.pipeline > 1) + [expert] * (self.expert > 1)
+            rank = tuple([tensor, *rest, 0, 0][:3])
+            if rank not in files:
+                name = "_".join(["mp_rank", f"{tensor:02d}", *(f"{part:03d}" for part in rest)])
+                raise UserMistake(Problem(str(self.folder / name / FILE), "is missing"))
+            loaded.append(_load(files[rank] / FILE))
+        if "model" in loaded[0]:
+            return [state["model"] for state in loaded]
+        virtual = sum(re.fullmatch(r"model\d+", key) is not None for key in loaded[0])
+        return [state[f"model{i}"] for i in range(virtual) for state in loaded]
+
+    def _whole_name(self, name: str, layers_before: int, expert_rank: int, state: dict[str, Any]) -> str:
+        layer = _LAYER.match(name)
+        if not layer:
+            return name
+        rest = name[layer.end() :]
+        if expert := _EXPERT.match(rest):
+            prefix = name[: layer.end()]
+            held = {int(m[1] or m[4]) for key in state if key.startswith(prefix) and (m := _EXPERT.match(key[layer.end() :]))}
+            index = expert_rank * len(held) + int(expert[1] or expert[4])
+            rest = f"mlp.experts.{index}.{expert[2] or expert[3]}"
+        return f"decoder.layers.{layers_before + int(layer[1])}.{rest}"
+
+    def _name(self, rule: Rule) -> str:
+        return rule.name if rule.name in self._shards else rule.te_name or rule.name
+
+    def whole(self, rule: Rule) -> torch.Tensor:
+        """mcore's whole tensor. UserMistake when the shards do not make one."""
+        shards = self._shards[self._name(rule)]
+        if rule.experts and self._wholes_experts:
+            shards = shards[:1]
+        joined = rule.layout.unshard(shards)
+        if joined.shape != rule.layout.shape:
+            raise UserMistake(Problem(str(self.folder), f"tensor {self._name(rule)} has shape {list(joined.shape)}, "
+                                      f"config.json gives {list(rule.layout.shape)}"))  # fmt: skip
+        return joined
+
+    # As convert.Tensors
+
+    def shapes(self) -> dict[str, Shape]:
+        return self._shapes
+
+    def dtype(self, name: str) -> str:
+        rule, _ = self._rules[name][0]
+        return str(self._shards[self._name(rule)][0].dtype).removeprefix("torch.")
+
+    def file(self, name: str) -> str:
+        return self.folder.name
+
+    def read(self, tensor: HfTensor) -> torch.Tensor:
+        name, index = (tensor.name, tensor.index) if isinstance(tensor, Entry) else (tensor, 0)
+        rule, position = self._rules[name][index]
+        return rule.layout.split(self.whole(rule))[position].reshape(rule.layout.hf_shapes()[position])

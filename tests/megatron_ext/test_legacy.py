@@ -1,0 +1,115 @@
+"""Legacy Megatron `torch` checkpoints, as its ranks would have written them, become the same model."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_tools import durable
+from data_tools.mistake import UserMistake
+from megatron_ext import ranks
+from megatron_ext.entrypoints import import_hf
+from megatron_ext.parallel import ParallelPlan
+from tests.megatron_ext import tiny
+
+DENSE = replace(tiny.DIMS, layers=4, tied=False)
+EXPERTS = replace(tiny.GPT_OSS_DIMS, sliding=(True, False))
+
+
+def write_rank(dims, plan: ParallelPlan, hf: Path, out: Path) -> None:
+    """This rank's file, under Megatron's names of files and with its args and a class that is nowhere installed."""
+    with ranks.started(plan):
+        from megatron.core import parallel_state
+
+        from megatron_ext import convert
+
+        model = tiny.family(dims).build(dims, plan, torch.float32)
+        convert.import_weights(model, hf, tiny.family(dims), dims)
+        name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+        if plan.pipeline > 1:
+            name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+        if plan.expert > 1:
+            name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
+        args = Namespace(
+            tensor_model_parallel_size=plan.tensor, pipeline_model_parallel_size=plan.pipeline,
+            expert_model_parallel_size=plan.expert, expert_tensor_parallel_size=plan.expert_tensor, enum=Missing(),
+        )  # fmt: skip
+        keys = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
+        (out / name).mkdir(parents=True)
+        states = {key: part.state_dict() for key, part in zip(keys, model)}
+        torch.save({"args": args, "iteration": 100, **states}, out / name / "model_optim_rng.pt")
+
+
+class Missing:
+    """Pickled under a module that the reader cannot import."""
+
+
+Missing.__module__ = "megatron.training.nowhere"
+
+
+def legacy(folder: Path, dims, plan: ParallelPlan, pool) -> tuple[Path, Path]:
+    """(Hugging Face folder, legacy checkpoint of the same weights)."""
+    import sys
+    import types
+
+    hf, root = tiny.hf_folder(folder / "hf", dims), folder / "megatron"
+    root.mkdir()
+    (root / "latest_checkpointed_iteration.txt").write_text("100")
+    sys.modules["megatron.training.nowhere"] = types.SimpleNamespace(Missing=Missing)
+    try:
+        arguments = dict(dims=dims, plan=plan, hf=hf, out=root / "iter_0000100")
+        pool.run(write_here, **arguments) if pool else write_rank(**arguments)
+    finally:
+        del sys.modules["megatron.training.nowhere"]
+    return hf, root
+
+
+def write_here(**arguments) -> None:
+    """`write_rank` in a rank's process, where pickle must find the class as well."""
+    import sys
+    import types
+
+    sys.modules["megatron.training.nowhere"] = types.SimpleNamespace(Missing=Missing)
+    write_rank(**arguments)
+
+
+@pytest.mark.parametrize(
+    "dims, degrees",
+    [
+        pytest.param(DENSE, {}, id="one rank"),
+        pytest.param(DENSE, dict(tensor=2), id="TP2, padded vocabulary"),
+        pytest.param(DENSE, dict(pipeline=2), id="PP2"),
+        pytest.param(DENSE, dict(pipeline=2, virtual=2), id="PP2 interleaved"),
+        pytest.param(EXPERTS, dict(expert=2), id="EP2"),
+    ],
+)
+def test_the_ranks_files_become_the_same_model(dims, degrees, two_ranks, tmp_path):
+    hf, root = legacy(tmp_path, dims, ParallelPlan(**degrees), two_ranks if degrees else None)
+    for name in ("hf model", "megatron model"):
+        (tmp_path / name).mkdir()
+    wanted = import_hf.run(import_hf.Config(str(hf)), tmp_path / "hf model", tmp_path)
+    config = import_hf.Config(str(hf), megatron=str(root))
+    assert import_hf.run(config, tmp_path / "megatron model", tmp_path) == wanted
+
+
+def refused(tmp_path, hf, root) -> str:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserMistake) as found:
+        import_hf.run(import_hf.Config(str(hf), megatron=str(root)), tmp_path / "out", tmp_path)
+    assert list((tmp_path / "out").iterdir()) == []
+    return str(found.value)
+
+
+def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
+    hf, root = legacy(tmp_path, DENSE, ParallelPlan(tensor=2), two_ranks)
+    (root / "iter_0000100" / "mp_rank_01" / "model_optim_rng.pt").unlink()
+    (root / "iter_0000100" / "mp_rank_01").rmdir()
+    assert refused(tmp_path, hf, root).endswith("iter_0000100/mp_rank_01/model_optim_rng.pt: is missing")
+
+
+def test_a_model_of_another_size_is_named_with_shapes(tmp_path):
+    hf, root = legacy(tmp_path, DENSE, ParallelPlan(), None)
+    durable.write_json(hf / "config.json", tiny.QWEN2.config.hf_config(replace(DENSE, layers=5)))
+    assert "tensor decoder.layers.4." in refused(tmp_path, hf, root)
