@@ -15,7 +15,7 @@ from data_tools.progress import Progress, silent
 
 @dataclass
 class Config:
-    family: str = "qwen2"  # a model type of config.json: qwen2, qwen3, llama, gpt_oss, nemotron_h
+    family: str = "qwen2"  # a model type of config.json: qwen2, qwen3, llama, gpt_oss, nemotron_h, nanochat
     layers: int = 3
     hidden: int = 96
     heads: int = 4
