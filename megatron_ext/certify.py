@@ -8,6 +8,7 @@ The same functions make the equivalence certificate of a training phase (entrypo
 tests/megatron_ext/test_certify.py.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
@@ -23,10 +24,12 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
     is_main_replica,
 )
+from safetensors.torch import save_file
 
 from data_tools.pack import Pack
-from megatron_ext import checkpoint, ranks, train
+from megatron_ext import checkpoint, convert, ranks, train
 from megatron_ext.models.registry import Family, stages
+from megatron_ext.models.rules import default_start, hf_rules, hf_shapes
 from megatron_ext.parallel import ParallelPlan
 
 RATE = 1e-3  # of the one update
@@ -51,17 +54,19 @@ def random_pack(lengths: Sequence[int], vocabulary: int, seed: int, supervised: 
     return Pack(ids, labels, mask, positions, cu_seqlens.astype(numpy.int32), numpy.arange(len(lengths)))
 
 
-@torch.no_grad()
 def write_random_weights(family: Family, dims: Any, folder: Path, seed: int = 0) -> None:
-    """Weights that any layout can load: noise in matrices, noise around the start value in vectors. One rank."""
+    """Weights that any layout can load: those of a random model, with noise that no part of it is deaf to. One rank."""
+    rules = family.mapping.rules(dims)
+    shapes, generator = hf_shapes(rules), torch.Generator().manual_seed(seed)
+
+    tensors = {}
+    for name, entries in hf_rules(rules).items():
+        start = entries[0][0].start or default_start(name)
+        tensors[name] = start(shapes[name], generator) + 0.25 * torch.randn(shapes[name], generator=generator)
     (model,) = family.build(dims, ParallelPlan(), torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() > 1:
-            parameter.copy_(0.25 * noise)
-        else:
-            parameter.add_(0.2 * noise)
+    with tempfile.TemporaryDirectory() as hf:
+        save_file(tensors, Path(hf) / "model.safetensors", metadata={"format": "pt"})
+        convert.import_weights(model, Path(hf), family, dims)
     checkpoint.save_weights(model, folder)
 
 

@@ -20,10 +20,6 @@ CONTEXT_COMMS = ("p2p", "all_gather", "a2a")
 RECOMPUTES = ("none", "selective", "full")
 DEGREES = ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor", "micro_batch")
 
-# Degrees that the training loop does not run yet above 1. A degree leaves this line once the table "parallel equals
-# serial" has its rows.
-NOT_YET = ("expert_tensor",)
-
 
 @dataclass
 class ParallelPlan:
@@ -485,18 +481,8 @@ def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> li
         for name in DEGREES
         if getattr(plan, name) < 1
     ]
-    not_yet = [
-        Problem(f"{where}.{name}", f"{getattr(plan, name)} is not supported yet: use 1")
-        for name in NOT_YET
-        if getattr(plan, name) > 1
-    ]
     if small:
-        return small + not_yet
-    return not_yet + rule_problems(plan, workload, where)
-
-
-def rule_problems(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
-    """`check` without asking what the training loop can do already. Degrees are at least 1."""
+        return small
     own = {one.name for one in fields(plan)}
     problems = []
     for one, message in broken_rules(plan, workload):

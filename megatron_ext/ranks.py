@@ -39,27 +39,24 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-def start(plan: ParallelPlan, seed: int = 0) -> None:
-    """Join the process group (unless the caller already did), build mcore's groups for `plan`, seed every generator.
+def join() -> None:
+    """Join the process group. Raises RuntimeError from torch when the address does not answer."""
+    if world_size_of_environment() > 1:
+        # gloo looks its interface up by host name, which fails on machines whose name resolves to nothing.
+        if _is_loopback(os.environ.get("MASTER_ADDR", "")):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(backend(), init_method="env://", timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
 
-    Raises RuntimeError from torch when the address does not answer, UserMistake when the environment contradicts the
-    plan.
-    """
-    problems = environment_problems(plan, os.environ)
-    if problems:
-        raise UserMistake(problems)
-    os.environ.update(environment(plan))
+
+def start(plan: ParallelPlan, seed: int = 0) -> None:
+    """`join` unless the caller already did, build mcore's groups for `plan`, seed every generator."""
     init_device()
     from megatron.core import parallel_state
 
     if not dist.is_initialized():
-        if world_size_of_environment() > 1:
-            # gloo looks its interface up by host name, which fails on machines whose name resolves to nothing.
-            if _is_loopback(os.environ.get("MASTER_ADDR", "")):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            dist.init_process_group(backend(), init_method="env://", timeout=PATIENCE)
-        else:
-            dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+        join()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,
         pipeline_model_parallel_size=plan.pipeline,
@@ -107,6 +104,14 @@ def started(plan: ParallelPlan, seed: int = 0) -> Iterator[None]:
     finally:
         if good or dist.get_world_size() == 1:
             stop(process_group=owned)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """The process group around several `started`, each of which builds its own groups."""
+    join()
+    yield
+    dist.destroy_process_group()
 
 
 def is_writer() -> bool:

@@ -184,6 +184,8 @@ class Trainer:
             )
             for part in parts
         ]
+        for part in self.model:
+            _count_padding(part)
         self.weight_decay = settings.weight_decay
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -263,6 +265,16 @@ class Trainer:
             before_update()
         _, norm, _ = self.optimizer.step()
         return sums, float(norm)
+
+
+def _count_padding(model: DistributedDataParallel) -> None:
+    """Without it the optimizer's state is saved and loaded shifted where a buffer has several buckets, as with tied
+    embeddings in a pipeline: mcore concatenates the buckets without their padding, then cuts parameters out at places
+    that count it (distrib_optimizer.py:1118,1498)."""
+    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 # ---------------------------------------------------------------- over packs

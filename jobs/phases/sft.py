@@ -27,4 +27,7 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     facts = sft.run(config, task.out, task.keep, task.progress, task.stop)
     resumed = f", resumed at {facts['resumed_from']:,}" if facts["resumed_from"] else ""
     text = f"step {facts['step']:,}{resumed}, loss {facts['loss_first']:.3f} → {facts['loss_last']:.3f}"
+    if certificate := facts.get("certificate"):
+        worst = max(certificate["loss"], certificate["gradient"])
+        text += f"; layout equals one process within {worst:.0e} on {certificate['ranks']} ranks, documents isolated"
     return {"headline": text, **facts}

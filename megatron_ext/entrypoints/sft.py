@@ -8,6 +8,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext import preflight
 from megatron_ext import schedule as schedules
+from megatron_ext.entrypoints import certify
 from megatron_ext.parallel import ParallelPlan, Site
 from megatron_ext.planner import Training
 
@@ -42,6 +43,7 @@ class Config:
     checkpoint_every: int = field(default=0, metadata=FREE)  # steps; 0: only at the end
     keep_checkpoints: int = field(default=2, metadata=FREE)
     parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
+    certify: bool = field(default=False, metadata=FREE)  # first show that the layout equals one process
 
 
 def _schedule(config: Config) -> schedules.Schedule:
@@ -88,7 +90,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     """Train to the last step, resuming from KEEP/checkpoints; then make `out` a model folder.
 
     Raises Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
-    Facts: step, loss_first, loss_last, weights_digest, tokens, supervised_tokens, resumed_from, notes.
+    Facts: step, loss_first, loss_last, weights_digest, tokens, supervised_tokens, resumed_from, notes; with `certify`
+    also certificate (entrypoints/certify.py), kept in KEEP/certificates.
     """
     from data_tools.pack import PackReader
     from megatron_ext import model_folder, ranks
@@ -98,6 +101,10 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
     packs = PackReader(Path(config.store), Path(config.packs))
+    certified = {}
+    if config.certify and ranks.rank_of_environment() == 0:  # the others wait for it where they join
+        asked = certify.Config(config.model, ranks.world_size_of_environment(), config.parallel)
+        certified = {"certificate": certify.certificate(asked, keep / "certificates")}
 
     with ranks.started(config.parallel, config.seed):
         from megatron_ext import train  # megatron-core may be imported once the device is ready
@@ -134,6 +141,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "resumed_from": outcome.resumed_from,
         "notes": outcome.notes,
         "parallel": asdict(config.parallel),
+        **certified,
     }
 
 

@@ -12,6 +12,7 @@ from tests.megatron_ext import tiny
 FAMILIES: dict[str, Any] = {
     "qwen2": replace(tiny.DIMS, layers=4),
     "qwen3 untied": replace(tiny.DIMS, layers=4, tied=False, kind="qwen3"),
+    "nemotron_h": replace(tiny.NEMOTRON_H_DIMS, pattern="ME*-"),
     "gpt_oss": replace(tiny.GPT_OSS_DIMS, sliding=(True, False) * 2),
 }
 
@@ -36,13 +37,13 @@ A2A = dict(context_comm="a2a")
 
 CELLS = [
     _cell("DP2", 2),
-    _cell("TP2", 2, tensor=2),
+    _cell("TP2", 2, soak=True, tensor=2),
     _cell("TP2 SP", 2, tensor=2, **SP),
     _cell("PP2", 2, pipeline=2),
-    _cell("PP2, 1 + 3 layers", 2, pipeline=2, pipeline_layers=[1, 3]),
+    _cell("PP2, 1 + 3 layers", 2, soak=True, pipeline=2, pipeline_layers=[1, 3]),
     _cell("PP2 interleaved", 2, pipeline=2, virtual=2),
-    _cell("CP2 all-gather", 2, whole=True, context=2),
-    _cell("CP2 all-to-all", 2, whole=True, context=2, **A2A),
+    _cell("CP2 all-gather", 2, soak=True, whole=True, context=2),
+    _cell("CP2 all-to-all", 2, soak=True, whole=True, context=2, **A2A),
     _cell("packed CP2 all-gather", 2, context=2),
     _cell("packed CP2 all-to-all", 2, context=2, **A2A),
     _cell("EP2", 2, expert=2),
@@ -53,12 +54,12 @@ CELLS = [
     _cell("CP2, recompute full", 2, context=2, recompute="full", soak=True),
     _cell("EP2, recompute selective", 2, expert=2, recompute="selective", soak=True),
     # combinations on four ranks
-    _cell("TP2 SP x CP2", 4, tensor=2, context=2, **SP),
+    _cell("TP2 SP x CP2", 4, tensor=2, context=2, **SP, soak=True),
     _cell("TP2 SP x CP2 all-to-all", 4, tensor=2, context=2, **SP, **A2A, soak=True),
     _cell("PP2 x CP2", 4, pipeline=2, context=2),
-    _cell("PP2 interleaved x TP2 SP", 4, pipeline=2, virtual=2, tensor=2, **SP),
+    _cell("PP2 interleaved x TP2 SP", 4, soak=True, pipeline=2, virtual=2, tensor=2, **SP),
     _cell("PP2 interleaved x CP2 all-to-all", 4, pipeline=2, virtual=2, context=2, **A2A, soak=True),
-    _cell("TP2 x DP2", 4, tensor=2),
+    _cell("TP2 x DP2", 4, soak=True, tensor=2),
     _cell("PP2 x DP2", 4, pipeline=2, soak=True),
     _cell("CP2 x DP2", 4, context=2, soak=True),
     _cell("TP4 SP", 4, tensor=4, **SP, soak=True),
@@ -66,7 +67,7 @@ CELLS = [
     _cell("CP4 all-gather", 4, context=4, soak=True),
     _cell("PP4", 4, pipeline=4, soak=True),
     _cell("EP4", 4, expert=4, soak=True),
-    _cell("EP2 x CP2", 4, expert=2, context=2),
+    _cell("EP2 x CP2", 4, expert=2, context=2, soak=True),
     _cell("EP2 x PP2", 4, expert=2, pipeline=2),
     _cell("EP2 x PP2 interleaved", 4, expert=2, pipeline=2, virtual=2, soak=True),
     _cell("EP2 x DP2", 4, expert=2, soak=True),

@@ -7,7 +7,14 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ext.layers import attention, loss_head
-from megatron_ext.layers.attention import Layout, PackedSelfAttention, packed_attention
+from megatron_ext.layers.attention import (
+    ContextRank,
+    Layout,
+    PackedSelfAttention,
+    packed_attention,
+    packed_documents,
+    zigzag,
+)
 from megatron_ext.models.registry import unwrap
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.train import MicroBatch, losses_of, micro_batch
@@ -110,6 +117,37 @@ def test_other_documents_cannot_reach_the_kernel_by_a_single_bit(kind, victim):
         assert grad[:a].abs().sum() == 0 and grad[b:].abs().sum() == 0
     changed = [torch.cat([x[:a] * 1e3 - 7, x[a:b], -x[b:]]) for x in tensors]
     assert torch.equal(packed_attention(*changed, layout, 0.3, **kind)[a:b], out[a:b])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_context_ranks_share_every_document_and_its_causal_work(size):
+    ends = cu([2 * size * pieces for pieces in (1, 3, 0, 40)])
+    held = [zigzag(ends, ContextRank(size, rank)) for rank in range(size)]
+    assert sorted(numpy.concatenate(held).tolist()) == list(range(ends[-1]))
+    for a, b in zip(ends[:-1], ends[1:]):
+        work = [int(tokens[(a <= tokens) & (tokens < b)].sum()) for tokens in held]  # a token sees those before it
+        assert len(set(work)) == 1
+    with pytest.raises(ValueError, match=f"a document of {2 * size + 1} tokens does not divide into the {2 * size} "):
+        zigzag(cu([2 * size + 1]), ContextRank(size, 0))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_context_rank_gets_its_part_of_the_attention_of_the_whole_row(kind, size, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 40)
+    ends = cu([2 * size * pieces for pieces in (1, 3, 2, 1, 20)])
+    tensors, weight = qkv(ends[-1]), torch.randn(ends[-1], 32)
+    whole = packed_attention(*tensors, Layout.of(ends, CPU), 0.3, **kind)
+    expected = torch.autograd.grad((whole * weight).sum(), tensors)
+    gathered = numpy.concatenate([zigzag(ends, ContextRank(size, rank)) for rank in range(size)])
+    total = 0.0
+    for rank in range(size):
+        documents = packed_documents(ends, CPU, ContextRank(size, rank))
+        q, k, v = tensors[0][documents.held], tensors[1][gathered], tensors[2][gathered]
+        out = packed_attention(q, k, v, documents.layout, 0.3, share=documents.share, **kind)
+        assert torch.allclose(out, whole[documents.held], atol=1e-5)
+        total = total + (out * weight[documents.held]).sum()
+    for ours, theirs in zip(torch.autograd.grad(total, tensors), expected):
+        assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def peak_bytes(function) -> int:

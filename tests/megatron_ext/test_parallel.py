@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from megatron_ext import ranks
 from megatron_ext.parallel import (
     CONTEXT_COMMS,
-    NOT_YET,
     RULES,
     ParallelPlan,
     Workload,
@@ -22,13 +21,12 @@ from megatron_ext.parallel import (
     nearest,
     padded_rows,
     remedy,
-    rule_problems,
 )
 from tests.megatron_ext.shapes import GPT_OSS_20B, NANO, QWEN_32B
 
 
 def messages(plan: ParallelPlan, ranks: int, **known) -> list[str]:
-    return [str(problem) for problem in rule_problems(plan, Workload(ranks, **known))]
+    return [str(problem) for problem in check(plan, Workload(ranks, **known))]
 
 
 def test_legal_plans_have_no_problem():
@@ -45,11 +43,6 @@ def test_all_problems_come_at_once_with_the_nearest_legal_value():
         "parallel.tensor: 3 does not split 100 MLP columns evenly: use tensor 2",
         "parallel.tensor: 100 tokens do not divide by 3 (tensor 3 x context 1 sequence-parallel parts): use tensor 2",
     ]
-
-
-def test_what_the_training_loop_cannot_do_yet_is_refused_by_name():
-    found = [problem.where for problem in check(ParallelPlan(**dict.fromkeys(NOT_YET, 2)), Workload(8))]
-    assert found[: len(NOT_YET)] == [f"parallel.{name}" for name in NOT_YET]
 
 
 def test_degrees_below_one_are_refused():

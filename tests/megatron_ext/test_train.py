@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -25,8 +26,16 @@ LAYOUTS = {
     "DP2": ParallelPlan(),
     "TP2": ParallelPlan(tensor=2),
     "TP2 SP": ParallelPlan(tensor=2, sequence_parallel=True),
+    "PP2": ParallelPlan(pipeline=2, pipeline_layers=[3, 1]),
+    "PP2 interleaved": ParallelPlan(pipeline=2, virtual=2),
+    "CP2": ParallelPlan(context=2, context_comm="a2a"),
+}
+EXPERTS = {
+    "EP2": ParallelPlan(expert=2),
+    "TP2 EP2": ParallelPlan(tensor=2, sequence_parallel=True, expert=2),
 }
 STEPS = 3
+MODEL = tiny.dims(layers=4)
 
 
 def run_of(steps: int = STEPS, **changes) -> train.Run:
@@ -36,9 +45,9 @@ def run_of(steps: int = STEPS, **changes) -> train.Run:
 def steps_of(plan: ParallelPlan, hf: Path, weights: Path | None, steps: int = STEPS, seed: int = 0) -> dict:
     """Some updates from the weights in `hf`: losses, norms, counts, digests; the final weights go to `weights`."""
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW(weight_decay=0.1, clip=1.0))
+        trainer = train.Trainer(tiny.parts(hf, MODEL, plan), plan, train.AdamW(weight_decay=0.1, clip=1.0))
         before = checkpoint.weights_digest(trainer.model)
-        packs, run = tiny.Packs(), run_of(steps, seed=seed)
+        packs, run = tiny.Packs(align=4), run_of(steps, seed=seed)
         losses, norms = [], []
         for k in range(steps):
             sums, norm = trainer.step(train.rows_of_step(packs, k, run, plan), 0.01)
@@ -52,7 +61,7 @@ def steps_of(plan: ParallelPlan, hf: Path, weights: Path | None, steps: int = ST
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory) -> Path:
-    return tiny.hf_folder(tmp_path_factory.mktemp("hf"))
+    return tiny.hf_folder(tmp_path_factory.mktemp("hf"), MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +73,7 @@ def serial(hf, tmp_path_factory) -> tuple[dict, Path]:
 
 def parameters(weights: Path) -> dict[str, torch.Tensor]:
     with ranks.started(ParallelPlan()):
-        model = tiny.QWEN2.spec.build(tiny.DIMS, ParallelPlan(), torch.float32)
+        model = tiny.QWEN2.spec.build(MODEL, ParallelPlan(), torch.float32)
         checkpoint.load_weights(model, weights)
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -94,7 +103,7 @@ def test_recomputation_changes_no_bit(hf, serial, recompute):
 
 def parameters_of_hf(hf: Path) -> dict[str, torch.Tensor]:
     with ranks.started(ParallelPlan()):
-        return {name: p.detach().clone() for name, p in tiny.model(hf, tiny.DIMS, ParallelPlan()).named_parameters()}
+        return {name: p.detach().clone() for name, p in tiny.model(hf, MODEL, ParallelPlan()).named_parameters()}
 
 
 def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens(alone, hf):
@@ -102,11 +111,11 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens(alone, hf):
     plan, packs, run = ParallelPlan(), tiny.Packs(), run_of()
     counts = [int(packs.pack(i).loss_mask.sum()) for i in packs.batch(0, 4, 0)]
     assert len(set(counts)) > 1
-    model = tiny.model(hf, tiny.DIMS, plan)
+    model = tiny.model(hf, MODEL, plan)
     total = sum(train.losses_of(model, row).sum() for row in train.rows_of_step(packs, 0, run, plan))
     (total / sum(counts)).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW(clip=0))
+    trainer = train.Trainer(tiny.model(hf, MODEL, plan), plan, train.AdamW(clip=0))
     assert trainer.step(train.rows_of_step(packs, 0, run, plan), 0.0)[1] == pytest.approx(norm, rel=1e-5)
 
 
@@ -121,7 +130,7 @@ def test_a_pack_without_supervised_tokens_counts_for_nothing(two_ranks, hf, layo
 
 def _norm(plan: ParallelPlan, hf: Path, packs: list) -> float:
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW())
+        trainer = train.Trainer(tiny.model(hf, MODEL, plan), plan, train.AdamW())
         return trainer.step([train.micro_batch([pack]) for pack in packs], 0.01)[1]
 
 
@@ -139,7 +148,7 @@ def _without_the_empty_pack(hf: Path) -> float:
 def test_joining_packs_into_larger_micro_batches_changes_nothing(alone, hf):
     norms = []
     for plan in (ParallelPlan(), ParallelPlan(micro_batch=2), ParallelPlan(micro_batch=4)):
-        trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW())
+        trainer = train.Trainer(tiny.model(hf, MODEL, plan), plan, train.AdamW())
         rows = train.rows_of_step(tiny.Packs(), 0, run_of(), plan)
         assert len(rows) == 4 // plan.micro_batch
         norms.append(trainer.step(rows, 0.01)[1])
@@ -148,7 +157,7 @@ def test_joining_packs_into_larger_micro_batches_changes_nothing(alone, hf):
 
 def test_weight_decay_spares_norms_and_biases(alone, hf):
     plan = ParallelPlan()
-    model = tiny.model(hf, tiny.DIMS, plan)
+    model = tiny.model(hf, MODEL, plan)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = train.Trainer(model, plan, train.AdamW(beta1=0.0, beta2=0.0, epsilon=1e30, weight_decay=0.5))
     trainer.step(train.rows_of_step(tiny.Packs(), 0, run_of(), plan), 0.1)  # an epsilon so large: decay is all
@@ -163,7 +172,7 @@ def test_padding_rows_of_the_vocabulary_stay_zero(two_ranks, hf):
 def _padding(hf: Path) -> tuple[int, float]:
     plan = LAYOUTS["TP2"]
     with ranks.started(plan):
-        model = tiny.model(hf, tiny.DIMS, plan)
+        model = tiny.model(hf, MODEL, plan)
         trainer = train.Trainer(model, plan, train.AdamW(weight_decay=0.1))
         trainer.step(train.rows_of_step(tiny.Packs(), 0, run_of(), plan), 0.01)
         weight = model.embedding.word_embeddings.weight
@@ -175,7 +184,7 @@ def _padding(hf: Path) -> tuple[int, float]:
 
 
 def test_one_bit_changes_the_digest_and_a_swap_does_too(alone, hf):
-    model = tiny.model(hf, tiny.DIMS, ParallelPlan())
+    model = tiny.model(hf, MODEL, ParallelPlan())
     first = checkpoint.weights_digest(model)
     weight = model.decoder.layers[1].mlp.linear_fc1.weight.data
     bits = weight.view(torch.int32)
@@ -199,7 +208,7 @@ def test_the_digest_is_the_documented_one(alone, hf):
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         return x ^ (x >> 31) | 1
 
-    model = tiny.model(hf, tiny.DIMS, ParallelPlan())
+    model = tiny.model(hf, MODEL, ParallelPlan())
     named = dict(model.named_parameters())
     whole = {
         name: named[name].detach() for name in ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight")
@@ -214,7 +223,7 @@ def test_the_digest_is_the_documented_one(alone, hf):
         "mlp.linear_fc2.weight": "mlp.linear_fc2.weight",
     }
     for key, name in layered.items():
-        for layer in ("decoder.layers.0.", "decoder.layers.1."):
+        for layer in (f"decoder.layers.{i}." for i in range(MODEL.layers)):
             whole[layer + key] = named[layer + name].detach()
     digest = hashlib.sha256()
     for key in sorted(whole):
@@ -237,12 +246,14 @@ def draw(done: int, total: int, unit: str, note: str = "") -> None:
             torch.rand(5)
 
 
-def train_to_end(plan: ParallelPlan, hf: Path, keep: Path, steps: int = 6, packs: str = "tiny", **changes) -> dict:
+def train_to_end(
+    plan: ParallelPlan, hf: Path, keep: Path, steps: int = 6, packs: str = "tiny", of: Any = MODEL, **changes
+) -> dict:
     """A whole run with a checkpoint every 2 steps. `changes` go to Run."""
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW())
+        trainer = train.Trainer(tiny.parts(hf, of, plan), plan, train.AdamW())
         run = run_of(steps, **{"checkpoint_every": 2, "log_every": 3, **changes})
-        outcome = train.train_on_packs(trainer, tiny.Packs(name=packs), run, keep, {"model": "tiny"}, draw)
+        outcome = train.train_on_packs(trainer, tiny.Packs(name=packs, align=4), run, keep, {"model": "tiny"}, draw)
         with tensor_parallel.get_cuda_rng_tracker().fork():
             tracked = torch.rand(1).item()
         random = [torch.rand(1).item(), tracked]
@@ -264,7 +275,10 @@ def steady(line: dict) -> dict:
     return {key: value for key, value in line.items() if key not in ("step_s", "tokens_per_s")}
 
 
-@pytest.mark.parametrize("layout", ["DP2", "TP2"])
+SOAK = pytest.mark.soak
+
+
+@pytest.mark.parametrize("layout", ["DP2", "TP2", "PP2 interleaved", pytest.param("CP2", marks=SOAK)])
 def test_resume_equals_uninterrupted_to_the_bit(two_ranks, hf, tmp_path, layout):
     plan = LAYOUTS[layout]
     whole = two_ranks.run(train_to_end, plan=plan, hf=hf, keep=tmp_path / "a", keep_checkpoints=9)[0]
@@ -286,12 +300,34 @@ def test_a_finished_run_does_nothing_again(alone_tmp, hf):
     assert (alone_tmp / "checkpoints" / "latest").read_text() == "step_6\n"
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("after", ["EP2", "TP2 EP2"])
+def test_the_optimizer_of_experts_continues(two_ranks, tmp_path, after):
+    hf = tiny.hf_folder(tmp_path / "hf", tiny.GPT_OSS_DIMS)
+    arguments = dict(hf=hf, keep=tmp_path, of=tiny.GPT_OSS_DIMS, keep_checkpoints=9)
+    whole = two_ranks.run(train_to_end, plan=EXPERTS["EP2"], **arguments)[0]
+    expected = metrics(tmp_path)[-1]
+    stop_at(tmp_path, 4)
+    resumed = two_ranks.run(train_to_end, plan=EXPERTS[after], **arguments)[0]
+    found = metrics(tmp_path)[-1]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    assert after != "EP2" or resumed["digest"] == whole["digest"]
+
+
 @pytest.fixture
 def alone_tmp(tmp_path) -> Path:
     return tmp_path / "keep"
 
 
-@pytest.mark.parametrize("before, after", [("TP2", "serial"), ("DP2", "TP2"), ("serial", "TP2 SP")])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("TP2", "serial"),
+        ("PP2 interleaved", "CP2"),
+        *(pytest.param(*pair, marks=SOAK) for pair in [("DP2", "TP2"), ("serial", "TP2 SP"), ("CP2", "PP2")]),
+    ],
+)
 def test_a_checkpoint_continues_under_another_layout(two_ranks, hf, tmp_path, before, after):
     """Weights and optimizer reshard, the padded vocabulary of TP2 included: losses and norms continue as they were."""
 
@@ -347,7 +383,7 @@ def test_another_runs_checkpoint_is_refused_with_the_difference(alone_tmp, hf):
 
 
 def test_a_non_finite_gradient_stops_and_names_the_step(alone_tmp, hf, tmp_path):
-    bad = tiny.hf_folder(tmp_path / "bad")
+    bad = tiny.hf_folder(tmp_path / "bad", MODEL)
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(bad / "model.safetensors")
@@ -442,6 +478,13 @@ def test_a_rank_killed_in_mid_run_resumes_to_the_weights_of_an_uninterrupted_run
     assert model_folder.open_folder(tmp_path / "again").weights_digest == facts["weights_digest"]
     lines = [[steady(line) for line in metrics(tmp_path / name)] for name in ("whole.keep", "keep")]
     assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(5, steps + 1, 5))
+
+
+def test_a_training_that_asks_for_it_is_certified_first(calculator, tmp_path):
+    (tmp_path / "out").mkdir()
+    config = replace(sft_config(calculator, steps=1), certify=True)
+    facts = sft.run(config, tmp_path / "out", tmp_path / "keep")
+    assert facts["certificate"]["holds"] and list((tmp_path / "keep" / "certificates").iterdir())
 
 
 def test_bfloat16_trains_from_float32_weights(calculator, tmp_path):

@@ -120,12 +120,19 @@ def hf_folder(folder: Path, of: Any = DIMS, seed: int = 0) -> Path:
     return folder
 
 
-def model(hf: Path, of: Any, plan: Any) -> Any:
-    """This rank's part of the model in `hf`. Groups for `plan` must exist."""
+def parts(hf: Path, of: Any, plan: Any) -> list[Any]:
+    """This rank's parts of the model in `hf`. Groups for `plan` must exist."""
     from megatron_ext import convert
 
-    built = family(of).spec.build(of, plan, torch.float32)
-    convert.import_weights(built, hf, family(of), of)
+    built = family(of).build(of, plan, torch.float32)
+    for part in built:
+        convert.import_weights(part, hf, family(of), of)
+    return built
+
+
+def model(hf: Path, of: Any, plan: Any) -> Any:
+    """`parts` where the pipeline is not interleaved: the rank's one part."""
+    (built,) = parts(hf, of, plan)
     return built
 
 
@@ -155,8 +162,8 @@ def pack(lengths: Sequence[int], seed: int, supervised: float = 0.5, vocabulary:
 class Packs:
     """Packs in memory with PackReader's interface. Pack i supervises more tokens the larger i % 5 is."""
 
-    def __init__(self, n: int = 8, pack_length: int = 48, name: str = "tiny"):
-        self.n_packs, self.pack_length, self.digest = n, pack_length, f"{name}-{n}-{pack_length}"
+    def __init__(self, n: int = 8, pack_length: int = 48, name: str = "tiny", align: int = 1):
+        self.n_packs, self.pack_length, self.digest, self.align = n, pack_length, f"{name}-{n}-{pack_length}", align
 
     def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
         return [(seed + k * global_batch + i) % self.n_packs for i in range(global_batch)]
@@ -168,5 +175,6 @@ class Packs:
         random = numpy.random.default_rng(1000 + i)
         lengths: list[int] = []
         while sum(lengths) < self.pack_length:
-            lengths.append(min(int(random.integers(2, 20)), self.pack_length - sum(lengths)))
+            length = -(-int(random.integers(2, 20)) // self.align) * self.align
+            lengths.append(min(length, self.pack_length - sum(lengths)))
         return pack(lengths, i, supervised=(i % 5 + 1) / 6)

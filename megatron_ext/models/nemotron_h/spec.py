@@ -53,7 +53,18 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
         mamba_num_groups=dims.mamba_groups or 1,
         mamba_state_dim=dims.mamba_state or 1,
         **(_experts(dims, backend) if dims.experts else {}),
-        **common.settings(plan, dtype, backend),
+        **(common.settings(plan, dtype, backend) | _cuts(plan)),
+    )
+
+
+def _cuts(plan: ParallelPlan) -> dict[str, Any]:
+    """mcore's hybrid stack knows a first and a last stage, and equal ones between (mamba_block.py:172)."""
+    if not plan.pipeline_layers:
+        return {}
+    return dict(
+        pipeline_model_parallel_layout=None,
+        num_layers_in_first_pipeline_stage=plan.pipeline_layers[0],
+        num_layers_in_last_pipeline_stage=plan.pipeline_layers[-1],
     )
 
 

@@ -1,0 +1,243 @@
+"""The equivalence certificate of a training: its parallel layout, made small, computes what one process computes.
+
+A model of the same family and kinds of layers, with small sizes, is trained for one update on CPU ranks (gloo), each
+parallel axis above 1 reduced to 2 and at most 8 ranks, and in one process: loss, gradients, and that a document of a
+pack sees only itself. The certificate is kept by a key of all that it speaks of: the small model, the small layout,
+and the code of this package with torch's and megatron-core's versions.
+
+    torchrun --nproc-per-node N -m megatron_ext.entrypoints.certify --config FILE --out DIR
+"""
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Iterator
+
+import megatron_ext
+from data_tools import durable
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import Progress, silent
+from megatron_ext.models.registry import read_config
+from megatron_ext.parallel import ParallelPlan, Workload
+from megatron_ext.parallel import check as check_plan
+
+MOST_RANKS = 8
+TOLERANCE = 1e-5  # of fp32 numbers, relative
+DOCUMENTS = ((64, 24, 8), (16, 40, 8, 24, 8))  # tokens; rows of 96
+ALIGN = 8  # tokens, of these
+VERSIONED = ("torch", "megatron-core")
+CERTIFICATE = "certificate.json"
+PATIENCE_S = 900.0
+
+# Sizes of the small model, by the names that all families give them; what a model has none of stays 0.
+SMALL = {
+    "hidden": 32, "ffn": 48, "heads": 4, "head_dim": 8, "vocabulary": 61, "max_positions": 512, "window": 8,
+    "experts": 4, "top_k": 2, "expert_ffn": 24, "shared_ffn": 24, "expert_groups": 1, "top_groups": 1,
+    "mamba_heads": 8, "mamba_head_dim": 4, "mamba_groups": 4, "mamba_state": 8,
+}  # fmt: skip
+
+
+@dataclass
+class Config:
+    model: str = field(default="", metadata={"input": True})  # model folder
+    ranks: int = 1  # of the training
+    parallel: ParallelPlan = field(default_factory=ParallelPlan)
+
+
+def reduced(plan: ParallelPlan, ranks: int) -> tuple[ParallelPlan, int]:
+    """The small layout and its ranks: every axis above 1 becomes 2, data parallelism where there is room for it.
+
+    Transformer Engine's ring over context ranks has no like among the torch kernels: it becomes all_gather.
+    """
+    axes = ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor", "micro_batch")
+    small = replace(plan, pipeline_layers=[], **{name: min(getattr(plan, name), 2) for name in axes})
+    if plan.pipeline_layers:
+        small.pipeline_layers = [1] * (small.stages - 1) + [2]
+    if plan.context_comm == "p2p":
+        small.context_comm = "all_gather"
+    world = small.model
+    if plan.data(ranks) > 1 and 2 * world <= MOST_RANKS:
+        world *= 2
+    return small, world
+
+
+def shrunk(dims: Any, layers: int) -> Any:
+    """The dimensions of a small model of the same family, with `layers` layers of all kinds that the model has."""
+    small = {name: size for name, size in SMALL.items() if getattr(dims, name, 0)}
+    if getattr(dims, "kv_groups", 0):
+        small["kv_groups"] = 4 if dims.kv_groups == dims.heads else min(dims.kv_groups, 2)
+    for name in ("sliding", "pattern"):  # a kind for each layer
+        if hasattr(dims, name):
+            kinds = list(itertools.islice(itertools.cycle(dict.fromkeys(getattr(dims, name))), layers))
+            small[name] = "".join(kinds) if name == "pattern" else tuple(kinds)
+    own = {one.name for one in fields(dims)}
+    if "layers" in own:
+        small["layers"] = layers
+    if "mxfp4" in own:
+        small["mxfp4"] = False
+    return replace(dims, dtype="float32", **small)
+
+
+def _problem_of(config: Config) -> tuple[Any, Any, ParallelPlan, int]:
+    """(family, small dimensions, small layout, its ranks). UserMistake where the model is not understood."""
+    family, dims, problems = read_config(Path(config.model) / "hf")
+    if problems:
+        raise UserMistake(problems)
+    plan, world = reduced(config.parallel, config.ranks)
+    return family, shrunk(dims, sum(plan.pipeline_layers) or 4), plan, world
+
+
+def _batch(plan: ParallelPlan, world: int) -> int:
+    """Packs an update: two rounds of the pipeline."""
+    return 2 * plan.pipeline * plan.data(world) * plan.micro_batch
+
+
+def check(config: Config, ranks: int) -> list[Problem]:
+    if not (Path(config.model) / "hf" / "config.json").is_file():
+        return [Problem("model", f"{config.model!r} is no model folder")]
+    family, dims, plan, world = _problem_of(config)
+    if ranks != world:
+        return [Problem("", f"the small layout has {world} ranks, not {ranks}")]
+    asked = Workload(
+        world, family.config.shape(dims), pack_length=sum(DOCUMENTS[0]), align=ALIGN,
+        global_batch=_batch(plan, world), gpus=False,
+    )  # fmt: skip
+    return check_plan(plan, asked)
+
+
+def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Measure on these ranks and, on rank 0, alone before. Rank 0 writes OUT/certificate.json.
+
+    Facts: holds, ranks, plan (degrees that are not 1), loss, gradient and norm (relative differences), tensor (whose
+    gradient differs most), isolation (gradients and changes by document).
+    """
+    from megatron_ext import ranks
+
+    family, dims, plan, world = _problem_of(config)
+    weights, first = out / "weights", ranks.rank_of_environment() == 0
+    from megatron_ext.device import init_device
+
+    init_device()
+    from megatron_ext import certify  # megatron-core may be imported once the device is ready
+
+    rows = [
+        certify.random_pack(DOCUMENTS[i % len(DOCUMENTS)], dims.vocabulary, i) for i in range(_batch(plan, world))
+    ]
+    if first:
+        with _alone():
+            with ranks.started(ParallelPlan()):
+                certify.write_random_weights(family, dims, weights)
+            serial = certify.measure(family, dims, ParallelPlan(), weights, rows)
+    with ranks.joined():  # where the others wait for rank 0
+        together = certify.measure(family, dims, plan, weights, rows)
+        alone = certify.isolation(family, dims, plan, weights, DOCUMENTS[1], document=1)
+    if not first:
+        return {}
+    found = certify.difference(together, serial)
+    facts = {
+        "holds": found.largest <= TOLERANCE and alone.holds,
+        "ranks": world,
+        "plan": {one.name: getattr(plan, one.name) for one in fields(plan)
+                 if getattr(plan, one.name) != getattr(ParallelPlan(), one.name)},
+        **asdict(found),
+        "isolation": asdict(alone),
+    }  # fmt: skip
+    durable.write_json(out / CERTIFICATE, facts)
+    return facts
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """This process is no rank of a set meanwhile."""
+    before = os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
+
+
+# ---------------------------------------------------------------- made at need, from another process
+
+
+def key_of(config: Config) -> str:
+    """Of all that a certificate speaks of."""
+    family, dims, plan, world = _problem_of(config)
+    package = Path(megatron_ext.__file__).parent
+    code = {str(path.relative_to(package)): durable.sha256_file(path) for path in sorted(package.rglob("*.py"))}
+    material = {
+        "family": family.name, "dims": repr(dims), "plan": asdict(plan), "ranks": world,
+        "versions": {name: version(name) for name in VERSIONED}, "code": code,
+    }  # fmt: skip
+    return durable.sha256_bytes(durable.canonical_json(material))[:16]
+
+
+def certificate(config: Config, folder: Path) -> dict[str, Any]:
+    """Facts of the certificate in `folder`, made now on CPU ranks of this machine where it does not exist. One process.
+
+    UserMistake where the layout does not hold, or could not be run.
+    """
+    path = folder / f"{key_of(config)}.json"
+    try:
+        return durable.read_json(path)
+    except FileNotFoundError:
+        pass
+    world = _problem_of(config)[-1]
+    with tempfile.TemporaryDirectory() as work:
+        facts = _spawn(config, Path(work), world)
+    if not facts["holds"]:
+        raise UserMistake(f"parallel: the layout does not compute what one process does: {json.dumps(facts)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    durable.write_json(path, facts)
+    return facts
+
+
+def _spawn(config: Config, work: Path, world: int) -> dict[str, Any]:
+    """Run `run` on `world` ranks here."""
+    file = work / "certify.yaml"
+    file.write_text(json.dumps(asdict(config)))  # JSON is YAML
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
+    ours = {
+        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "megatron_ext.entrypoints.certify", "--config", str(file), "--out"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(work / "out")],
+            env={**kept, **ours, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(work / f"{rank}.log").open("w"),
+        )
+        for rank in range(world)
+    ]
+    try:
+        codes = [rank.wait(timeout=PATIENCE_S) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        codes = [1]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    if any(codes):
+        said = [line for number in range(world) for line in (work / f"{number}.log").read_text().splitlines()[-1:]]
+        where = f"parallel: the equivalence certificate could not be made on {world} ranks"
+        raise UserMistake(f"{where}: {'; '.join(said)}")
+    return durable.read_json(work / "out" / CERTIFICATE)
+
+
+if __name__ == "__main__":
+    from megatron_ext.entrypoints.bare import main
+
+    sys.exit(main(Config, run, check))
