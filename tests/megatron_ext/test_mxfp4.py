@@ -75,8 +75,10 @@ def test_a_quantised_model_has_the_logits_of_transformers(alone, quantised):
     assert (logits - expected).abs().max() <= TOLERANCE["gpt_oss"]
 
 
-def test_a_quantised_model_comes_out_in_bfloat16(quantised, tmp_path):
-    converted(quantised, tmp_path)
+def test_a_quantised_model_comes_out_in_bfloat16_and_says_so(quantised, tmp_path):
+    imported, _ = converted(quantised, tmp_path)
+    matrices = 2 * DIMS.experts * DIMS.layers
+    assert imported["dtype_changes"] == {"uint8 to bfloat16": 2 * matrices}  # blocks and scales
     before, after = load_file(quantised / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
