@@ -161,6 +161,8 @@ def _condition(type_: str, jobs: str, index: Optional[int]) -> str:
     """
     if type_ == "singleton" or (type_ == "afternotok" and ":" in jobs):
         return f"afterany:{jobs}"
+    if type_ == "aftercorr" and "_" in jobs:  # a chain's last link
+        return f"afterok:{jobs}"
     if type_ == "aftercorr" and index is not None:  # its partner alone
         return f"afterok:{jobs}_{index}"
     return f"{type_}:{jobs}"

@@ -78,14 +78,16 @@ def _diagnose(life: Life, code: Optional[int], state: str, down_nodes: tuple[str
 
 
 def _record(life: Life, code: Optional[int], diagnosis: Diagnosis) -> None:
+    """The last word of a life that left none. Without `code` it ended some time ago, elsewhere: when it wrote last."""
     cause = retry.told_by(code or 0) or (diagnosis.cause if diagnosis.certain else Cause.UNKNOWN)
     leases = lease_times(life.run.artifact(life.phase).folder)
     started = leases.get((life.index, life.attempt, life.restart), time.time())
+    here = os.environ.get("SLURMD_NODENAME", "") if code is not None else diagnosis.node
+    ended = time.time() if code is not None or not life.log.exists() else max(started, life.log.stat().st_mtime)
     life.run.record_outcome(life.phase.name, Outcome(
-        life.index, life.attempt, life.restart, "failed", code if code is not None else retry.EXIT_FAILED,
-        f"{diagnosis.what}: {diagnosis.evidence}", os.environ.get("SLURMD_NODENAME", ""), os.environ.get("SLURM_JOB_ID", ""),
-        started, key=life.phase.key, cause=cause,
-        node=diagnosis.node))
+        life.index, life.attempt, life.restart, "failed", retry.EXIT_FAILED if code is None else code,
+        f"{diagnosis.what}: {diagnosis.evidence}", here, os.environ.get("SLURM_JOB_ID", ""), started, ended,
+        key=life.phase.key, cause=cause, node=diagnosis.node))
 
 
 def _end(outcome: Outcome) -> End:
@@ -122,8 +124,8 @@ def _after_link(life: Life, code: int, slurm: Slurm) -> None:
             limit_s = 60 * parse_minutes(slurm.job(f"{job}_{link}")["TimeLimit"])
             outcomes = life.run.outcomes(life.phase.name)
             needed = chain.links_needed(life.phase, outcomes, limit_s - profile.signal_lead_s)
-        _say(life, verdict.why + (f"; {needed} more links would do, {last - link} are left" if verdict.again else "; no further link")
-                   + (": `afterok submit` appends" if verdict.again and needed > last - link else ""))
+        plan = f"{needed} more links would do, {last - link} are left" if verdict.again else "no further link"
+        _say(life, f"{verdict.why}; {plan}" + (": `afterok submit` appends" if needed > max(last - link, 1) else ""))
     dropped = chain.surplus(link, last, needed)
     if dropped:
         slurm.cancel([f"{job}_[{format_indices(dropped)}]"])
@@ -197,7 +199,7 @@ def main() -> int:
             return before(life, Slurm())
         after(life, args.code, Slurm())
     except SlurmError as error:
-        _say(life, f"not run again: {error}")
+        _say(life, str(error))
     except Exception:  # nothing of this may keep an element from its work
         traceback.print_exc()
     return 0

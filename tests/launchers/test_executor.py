@@ -88,6 +88,10 @@ def test_a_singleton_names_the_jobs_it_may_not_meet_and_one_failure_of_several_j
     assert dependency({"b": "afternotok"}, {"b": "6:7"}) == "afterany:6:7"
 
 
+def test_dependents_of_a_chain_name_its_last_link():
+    assert dependency({"a": "afterok", "b": "aftercorr"}, {"a": "6_3", "b": "7_1"}) == "afterok:6_3,afterok:7_1"
+
+
 def test_what_waits_behind_a_job_that_can_never_start_never_starts_either():
     def row(job, reason, waits, array=None):
         return QueueRow(job, array, None, "n", "PENDING", reason, waits, "")
