@@ -140,6 +140,14 @@ class Verdicts:
             return result
         return json.loads(self.store.get(f"afterok/{name}"))
 
+    def hand_over(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Like `decide`; the store forgets it once every rank has it."""
+        result = self.decide(name, function)
+        self.gather(f"{name}/heard")
+        if self.store is not None and self.rank.rank == 0:
+            self.store.delete_key(f"afterok/{name}")
+        return result
+
     def gather(self, name: str, word: str = "") -> list[str]:
         """Rank 0 waits for every rank and gets all words, its own first; the others return at once."""
         if self.rank.rank:

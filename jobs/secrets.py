@@ -6,7 +6,8 @@
 
 Values go into the environment of the rank that reads them, by setenv(3), which does not show in /proc/PID/environ or
 `ps e`; a child process that the phase starts inherits them, and there they do show (to the same user). What the rank
-prints, and what is recorded of it, has the values masked; what libraries write past Python's sys.stdout is not.
+and its children print (jobs/masking.py), and what is recorded of it, has the values masked. A command runs once an
+element: rank 0 hands what it printed to the others over their store, which forgets it then.
 """
 
 import json
@@ -14,13 +15,13 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, MutableMapping, TextIO
+from typing import Any, MutableMapping, Optional
 
 from data_tools.mistake import UserMistake
+from jobs.masking import MaskedOutput
 
 COMMAND_LIMIT_S = 60.0
 FILE_LIMIT = 1 << 16  # bytes; a larger file is no key
@@ -36,6 +37,7 @@ class Secrets:
         spelled = [(text, name) for name, value in self._values.items() for text in _spellings(value)]
         # the longest first: a value that is part of another one must not leave the rest of it
         self._spelled = sorted(spelled, key=lambda pair: -len(pair[0]))
+        self._output: Optional[MaskedOutput] = None
 
     def __repr__(self) -> str:
         return f"Secrets({', '.join(self._values)})"  # never a value, in no traceback
@@ -45,7 +47,7 @@ class Secrets:
 
     def mask(self, text: str) -> str:
         for value, name in self._spelled:
-            text = text.replace(value, f"***{name}***")
+            text = text.replace(value, _shown(name))
         return text
 
     def mask_in(self, value: Any) -> Any:
@@ -56,11 +58,19 @@ class Secrets:
             return {self.mask_in(key): self.mask_in(item) for key, item in value.items()}
         return [self.mask_in(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    def mask_stream(self, stream: TextIO) -> None:
-        """Mask what is printed from now on. On the object itself: log handlers hold on to it."""
+    def mask_output(self) -> None:
+        """Mask what this process and its children print from now on."""
         if self._values:
-            write = stream.write
-            stream.write = lambda text: write(self.mask(text)) and len(text)  # type: ignore[method-assign]
+            self._output = MaskedOutput((value, _shown(name)) for value, name in self._spelled)
+
+    def close_output(self) -> None:
+        """Have everything printed written; before an exit that runs no exit handlers."""
+        if self._output is not None:
+            self._output.close()
+
+
+def _shown(name: str) -> str:
+    return f"***{name}***"
 
 
 def _spellings(value: str) -> set[str]:
@@ -70,16 +80,23 @@ def _spellings(value: str) -> set[str]:
             urllib.parse.quote(value), *lines}
 
 
-def read_secrets(references: Mapping[str, str], environment: Mapping[str, str]) -> Secrets:
+def commands_among(references: Mapping[str, str]) -> dict[str, str]:
+    return {name: reference for name, reference in references.items() if reference.startswith("cmd:")}
+
+
+def read_values(references: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
     """The values of {variable: reference}. Raises UserMistake, which never holds a value."""
-    return Secrets({name: _value(name, reference, environment) for name, reference in references.items()})
+    return {name: _value(name, reference, environment) for name, reference in references.items()}
 
 
-def reveal(references: Mapping[str, str]) -> Secrets:
-    """Read the secrets into this process's environment, and mask them in what it prints from now on."""
-    secrets = read_secrets(references, os.environ)
-    for stream in (sys.stdout, sys.stderr):
-        secrets.mask_stream(stream)
+def reveal(references: Mapping[str, str], printed: Mapping[str, str]) -> Secrets:
+    """Read the secrets into this process's environment, and mask them in what it prints from now on.
+
+    `printed`: values of commands that rank 0 ran for all.
+    """
+    unread = {name: reference for name, reference in references.items() if name not in printed}
+    secrets = Secrets(read_values(unread, os.environ) | dict(printed))
+    secrets.mask_output()
     secrets.put_into(os.environ)
     return secrets
 

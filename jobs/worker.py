@@ -40,12 +40,13 @@ from jobs.ranks import Rank, Verdicts, rank_from_environment, spawn_ranks, torch
 from jobs.retry import (
     EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause)
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
-from jobs.secrets import Secrets, reveal
+from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task
 from slurm.client import ENDED_STATES, Slurm, SlurmError
 from slurm.profile import load
 
 ASK_LIMIT_S = 10.0  # for one question to Slurm by a worker that has to leave soon
+TAKEN_OVER = "a newer attempt took this element over"
 FULL_BELOW = 1 << 20  # bytes left on the run's filesystem at which a failure is put down to a full disk
 
 
@@ -164,6 +165,7 @@ class Worker:
             self._record_outcome(states.get(code, "failed"), code, message, done, total)
         if code not in (EXIT_SEALED, EXIT_LEASE_HELD, EXIT_NOT_NEEDED):
             # Other ranks may sit in a collective with this one: leave without waiting for them.
+            self.secrets.close_output()
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -171,7 +173,9 @@ class Worker:
         return code
 
     def _failure(self, error: Exception) -> tuple[int, str]:
-        """A disk's refusal is one line; anything else has its traceback in the log."""
+        """A disk's refusal is one line; anything else has its traceback in the log, but for what a newer owner did to it."""
+        if self.lease is not None and not self.artifact.still_mine(self.lease):  # which swept the folder of this one
+            return EXIT_LEASE_HELD, TAKEN_OVER
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full and self.lease is not None:
             # Unsealed, and no later attempt reads it: its room is needed to write down how this one ended.
@@ -197,12 +201,24 @@ class Worker:
         except OSError as error:  # the log and the exit code say it all the same
             _say(f"outcome not recorded: {disk_problem(error) or error}")
 
-    def _reveal_secrets(self) -> None:
+    def _reveal_secrets(self, verdicts: Optional[Verdicts] = None) -> None:
         """The profile's secrets into this rank's environment: after the lease, just before the phase's own code."""
         if self.revealed:  # the fan-in of a rank that ran an element: a command may print another value each time
             return
         self.revealed = True
-        self.secrets = reveal(load(str(self.run.submission_folder(self.number) / "profile.yaml")).env.secrets)
+        references = load(str(self.run.submission_folder(self.number) / "profile.yaml")).env.secrets
+        commands = commands_among(references)
+        printed = verdicts.hand_over("secrets", lambda: self._run_for_all(commands)) if verdicts and commands else {}
+        if "mistake" in printed:
+            raise UserMistake(printed["mistake"])
+        self.secrets = reveal(references, printed.get("values", {}))
+
+    @staticmethod
+    def _run_for_all(commands: dict[str, str]) -> dict[str, Any]:
+        try:
+            return {"values": read_values(commands, os.environ)}
+        except UserMistake as mistake:  # every rank's: none may wait for the others
+            return {"mistake": str(mistake)}
 
     def _work(self) -> tuple[int, str]:
         kind = find_kind(self.phase.uses)
@@ -215,7 +231,7 @@ class Worker:
         if not lease["only_fan_in"]:
             task = self._task(self.index, Path(lease["out"]))
             config = typed_config(kind, substitute(self.phase.settings, lease["folders"]))
-            self._reveal_secrets()
+            self._reveal_secrets(verdicts)
             try:
                 facts = kind.run(config, task) or {}
             except Stopped as stopped:
@@ -338,7 +354,7 @@ class Worker:
             self.artifact.fans_in and self.artifact.element_seal_path(self.index).exists())
         if done:
             return {"exit": EXIT_SEALED, "message": "a twin sealed first"}
-        return {"exit": EXIT_LEASE_HELD, "message": "a newer attempt took this element over"}
+        return {"exit": EXIT_LEASE_HELD, "message": TAKEN_OVER}
 
     def _fan_in(self, kind: PhaseKind, folders: dict[str, str]) -> None:
         try:

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import secrets
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -31,7 +29,7 @@ class Planted:
 
     def __init__(self, folder: Path):
         self.values = {name: f"planted-{secrets.token_hex(12)}" for name in ("FROM_FILE", "FROM_COMMAND", "FORWARDED")}
-        self.file, self.other = folder / "key", folder / "other_key"
+        self.file, self.other, self.runs = folder / "key", folder / "other_key", folder / "runs_of_the_command"
         for path, name in ((self.file, "FROM_FILE"), (self.other, "FROM_COMMAND")):
             path.touch(0o600)
             path.write_text(self.values[name] + "\n")
@@ -41,7 +39,7 @@ class Planted:
 
     def profile(self, folder: Path, base: str, env: str = "") -> str:
         path = folder / "site.yaml"
-        references = f"{{FROM_FILE: 'file:{self.file}', FROM_COMMAND: 'cmd:cat {self.other}'}}"
+        references = f"{{FROM_FILE: 'file:{self.file}', FROM_COMMAND: 'cmd:echo >> {self.runs}; cat {self.other}'}}"
         path.write_text(f"{base}env:\n  secrets: {references}\n{env}")
         return f"cluster={path}"
 
@@ -118,8 +116,9 @@ def test_a_forwarded_variable_that_is_not_set_is_refused_before_anything_queues(
     assert "FORWARDED is not set" in line and not planted.run.exists()
 
 
-def test_on_slurm_a_planted_secret_is_nowhere_and_a_forwarded_variable_is_where_we_say(planted, tmp_path, dev_cluster):
-    env = dev_cluster.env() | {"FORWARDED": planted.values["FORWARDED"]}
+def test_on_slurm_a_planted_secret_is_nowhere_and_a_forwarded_variable_is_where_we_say(planted, tmp_path, accounted_cluster):
+    """Below the cluster's prefix lie the controller's state, the nodes' spool, all logs and slurmdbd's database."""
+    env = accounted_cluster.env() | {"FORWARDED": planted.values["FORWARDED"]}
     path = planted.profile(tmp_path, SLURM_PROFILE, "  forward: [FORWARDED]\n")
     profile = Path(path.removeprefix("cluster="))
     profile.write_text(profile.read_text().replace("secrets: {", "secrets: {FORWARDED: 'env:FORWARDED', "))
@@ -134,23 +133,27 @@ def test_on_slurm_a_planted_secret_is_nowhere_and_a_forwarded_variable_is_where_
     wait_for("both ranks to hold the values", lambda: log.exists() and log.read_text().count("the environment:") == 2)
 
     def slurm(*command):
-        return subprocess.run(command, env=dev_cluster.env(), capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, env=accounted_cluster.env(), capture_output=True, text=True, check=True).stdout
 
     assert in_any_process(planted) <= {"FORWARDED"}
     shown = slurm("scontrol", "show", "job", "-dd", job)
     assert "JobState=RUNNING" in shown and not planted.found_in(shown)
     script = slurm("scontrol", "write", "batch_script", job, "-")
     assert "--export=FORWARDED" in script and not planted.found_in(script)
-    kept = planted.found_below(dev_cluster.prefix)
+    variables = wait_for("slurmdbd", lambda: (said := slurm("sacct", "--env-vars", "--jobs", job)).count("=") and said)
+    assert planted.found_in(variables) == {"FORWARDED"}
+    assert not planted.found_in(slurm("sacct", "--batch-script", "--jobs", job) + slurm("sacct", "--jobs", job, "--format=ALL"))
+    kept = planted.found_below(accounted_cluster.prefix)
     assert set().union(*kept.values()) <= {"FORWARDED"}, kept
     # What the profile's documentation says of forwarding, and why `env:` is not called a secret; it also shows that
     # this search finds what is there.
-    assert any(name.startswith("state/") for name in kept), kept
+    assert {"state", "mysql"} <= {name.split("/")[0] for name in kept}, kept
 
     next(planted.run.glob("use/*/leases")).with_name("enough").touch()
     wait_for("the seal", lambda: list(planted.run.glob("use/*/seal.json")))
     assert planted.used("FROM_FILE", "FROM_COMMAND", "FORWARDED")
-    assert planted.found_below(planted.run) == {}
+    assert planted.found_below(planted.run) == {} and "native: ['***FROM_FILE***'" in log.read_text()
+    assert planted.runs.read_text() == "\n"  # once for both ranks
     told = json.loads((planted.run / "use/attempts/environment/0000.a1.r0.json").read_text())
     assert told["SLURM_JOB_ID"] == job and told["SLURM_NTASKS"] == "2"
     assert all(name.startswith("SLURM") for name in told)
@@ -161,13 +164,6 @@ def test_on_slurm_an_unreadable_secret_is_named_by_status(planted, tmp_path, dev
     cluster = planted.profile(tmp_path, SLURM_PROFILE)
     planted.other.unlink()
     done = afterok("run", planted.pipeline, cluster, "--run", planted.run, env=env, check=2)
-    assert f"`cat {planted.other}`" in done.stderr and "exit code 1" in done.stderr
+    assert f"cat {planted.other}`" in done.stderr and "exit code 1" in done.stderr
     assert afterok_json("status", planted.run, env=env)["phases"][0]["exit_code"] == 2
     assert planted.found_below(planted.run) == {} and planted.found_below(dev_cluster.prefix) == {}
-
-
-def test_accounting_keeps_no_secret():
-    if not (shutil.which("slurmdbd") or os.path.exists("/usr/sbin/slurmdbd")):
-        pytest.skip("sacct --env-vars needs slurmdbd, which is not installed; it shows the environment that the "
-                    "controller keeps, which the test above searches")
-    pytest.skip("the dev cluster does not start slurmdbd yet")

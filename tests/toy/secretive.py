@@ -1,7 +1,9 @@
 """A phase kind for tests: uses a variable of its environment, and can be as careless with it as code is."""
 
+import ctypes
 import hashlib
 import os
+import subprocess
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,8 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     values = [os.environ[name] for name in config.variables]
     if config.leak == "print":
         print("the environment:", dict(os.environ), flush=True)
+        ctypes.CDLL(None).write(2, *(lambda text: (text, len(text)))(f"native: {values}\n".encode()))
+        subprocess.run(["env"], check=True)
     if config.leak == "error":
         raise RuntimeError(f"401 Unauthorized: https://example.org/?key={values[0]} {values!r}")
     if config.leak == "mistake":
