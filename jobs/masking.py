@@ -22,7 +22,7 @@ LAST_WORDS_S = 5.0  # how long a rank that ends waits for the filter; a child th
 
 
 class Masker:
-    """Replaces texts by their names in a stream that comes in pieces; what may be a text's beginning waits for the rest."""
+    """Replaces texts by their names in a stream that comes in pieces; what may begin a text waits for the rest."""
 
     def __init__(self, names: dict[bytes, bytes]):
         """`names`: what stands for each text."""
@@ -46,7 +46,8 @@ class Masker:
     def _begun(self, data: bytes, at: int) -> int:
         """Where the end of `data` may be the beginning of a text."""
         for i in range(max(at, len(data) - self.longest + 1), len(data)):
-            if data[i] in self.firsts and any(text.startswith(data[i:]) and len(text) > len(data) - i for text in self.names):
+            rest = data[i:]
+            if data[i] in self.firsts and any(text.startswith(rest) and text != rest for text in self.names):
                 return i
         return len(data)
 

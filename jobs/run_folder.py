@@ -173,16 +173,18 @@ class RunFolder:
         return self.phase_folder(phase) / "logs" / f"a{attempt}.{index}.out"
 
     def record_outcome(self, phase: str, outcome: Outcome) -> None:
-        """The first of an attempt's ranks to say how it ended is believed."""
+        """The first of an attempt's ranks to say how it ended is believed; a twin that left the work to it is no rank."""
         folder = self.phase_folder(phase) / "attempts"
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{outcome.element:04d}.a{outcome.attempt}.r{outcome.restart}.json"
+        twin = ".skipped" if outcome.state == "skipped" else ""
+        name = f"{outcome.element:04d}.a{outcome.attempt}.r{outcome.restart}{twin}.json"
         durable.create_file(folder / name, json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
 
     def outcomes(self, phase: str, attempt: Optional[int] = None) -> list[Outcome]:
         """Outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
 
-        Order is that of attempts and restarts, not of the hosts' clocks. A torn file is as good as none.
+        Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
+        A torn file is as good as none.
         """
         folder = self.phase_folder(phase) / "attempts"
         names = os.listdir(folder) if folder.is_dir() else []
@@ -192,7 +194,7 @@ class RunFolder:
             if name.endswith(".json") and mine in name and not name.startswith("."):
                 with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
                     found.append(Outcome(**json.loads(file.read())))
-        return sorted(found, key=lambda outcome: (outcome.attempt, outcome.restart, outcome.ended))
+        return sorted(found, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
     def record_environment(self, phase: str, element: int, owner: Owner, environment: Mapping[str, str]) -> None:
         """What Slurm told an attempt, written when it starts; a few kilobytes, one file an attempt on Slurm."""

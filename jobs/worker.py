@@ -173,8 +173,8 @@ class Worker:
         return code
 
     def _failure(self, error: Exception) -> tuple[int, str]:
-        """A disk's refusal is one line; anything else has its traceback in the log, but for what a newer owner did to it."""
-        if self.lease is not None and not self.artifact.still_mine(self.lease):  # which swept the folder of this one
+        """A disk's refusal is one line; anything else has its traceback in the log."""
+        if self.lease is not None and not self.artifact.still_mine(self.lease):  # its new owner swept our folder
             return EXIT_LEASE_HELD, TAKEN_OVER
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full and self.lease is not None:

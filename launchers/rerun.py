@@ -49,9 +49,9 @@ class Life:
         return self.run.log_path(self.phase.name, self.script, self.index)
 
     def outcomes(self) -> list[Outcome]:
-        """Of this attempt at the element up to this life, oldest first."""
-        return [outcome for outcome in self.run.outcomes(self.phase.name, self.attempt)
-                if outcome.element == self.index and outcome.restart <= self.restart]
+        """Of this attempt at the element up to this life, oldest first; a twin that left the work to it lived no life."""
+        return [outcome for outcome in self.run.outcomes(self.phase.name, self.attempt) if outcome.state != "skipped"
+                and outcome.element == self.index and outcome.restart <= self.restart]
 
     def outcome(self) -> Optional[Outcome]:
         return next((outcome for outcome in self.outcomes() if outcome.restart == self.restart), None)

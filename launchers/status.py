@@ -245,6 +245,8 @@ def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int
     found = {}
     for row in rows or []:
         job, _, tasks = row.job_id.partition("_")
+        if row.name != entries[job].name:  # a controller that lost its last seconds gave the id to another job
+            continue
         for task in parse_indices(tasks.strip("[]")) if tasks else [None]:
             found |= {(job, i): row for i in entries[job].elements_of(task)}
     return found
@@ -372,7 +374,7 @@ def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[Optional[float], Optional
 
     Time counts from a worker's start to its end, not the allocation's. Two estimates: a worker that was killed left no
     outcome, so its life is taken from its lease's time to what accounting says, else to the last write to its log; and
-    checkpoints that a later attempt has pruned save nothing here, so that lost is then an upper bound.
+    of one that did not stop by itself, checkpoints that a later attempt has pruned save nothing here: an upper bound.
     """
     all_spans = spans(look, phase.name)
     if not any(span.gpus for span in all_spans) and not phase.gpus_per_node:
@@ -412,6 +414,8 @@ def spans(look: Look, name: str, now: Optional[float] = None) -> list[Span]:
         saved: tuple[float, ...] = ()
         if not sealed and not running:
             saved = checkpoint_times(keep_folder(run.path / name / phase.key, phase, element))
+            if outcome is not None and outcome.state == "stopped" and outcome.done:
+                saved = (*saved, ended)  # at a durable checkpoint, whatever a later attempt has pruned
         found.append(Span(started, ended, phase.nodes * phase.gpus_per_node, sealed, running, saved))
     return found
 

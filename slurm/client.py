@@ -91,7 +91,10 @@ class QueueRow:
 
 @dataclass(frozen=True)
 class AccountingRow:
-    """One job or array element as slurmdbd has it (sacct lags by seconds: absence does not mean unknown)."""
+    """One job or array element as slurmdbd has it (sacct lags by seconds: absence does not mean unknown).
+
+    Of a script's exit code of 128 and above sacct 22.05 prints what is above 128: a killed srun's 137 comes as 9.
+    """
 
     job_id: str  # "12", "12_3"; waiting elements may come as "12_[4-9]"
     raw_id: str

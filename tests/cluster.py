@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from slurm import devcluster
-from slurm.client import QueueRow, Slurm, scrubbed_environment
+from slurm.client import QueueRow, Slurm, SlurmError, scrubbed_environment
 
 REQUIRE_VARIABLE = "AFTEROK_REQUIRE_SLURM"
 
@@ -63,20 +63,23 @@ def short_folder() -> Iterator[Path]:
 def dev_cluster(scrub_slurm: None) -> Iterator[devcluster.DevCluster]:
     """A running cluster of 4 nodes with 8 pretended GPUs each, one a test module; nothing of it is left afterwards."""
     require_packages()
-    with _cluster_for_a_while() as cluster:
+    with cluster_for_a_while() as cluster:
         yield cluster
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def accounted_cluster(scrub_slurm: None) -> Iterator[devcluster.DevCluster]:
-    """Like `dev_cluster`, of 2 nodes and with slurmdbd: associations, limits and QOS are enforced (5 s to start)."""
+    """Like `dev_cluster`, of 2 nodes and with slurmdbd: associations, limits and QOS are enforced.
+
+    It takes 5 s to start, so that all modules of a folder share it: leave it whole and empty.
+    """
     require_packages(accounting=True)
-    with _cluster_for_a_while(nodes=2, accounting=True) as cluster:
+    with cluster_for_a_while(nodes=2, accounting=True) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def _cluster_for_a_while(**shape: Any) -> Iterator[devcluster.DevCluster]:
+def cluster_for_a_while(**shape: Any) -> Iterator[devcluster.DevCluster]:
     folder = Path(tempfile.mkdtemp(prefix="aok-", dir="/tmp"))
     try:
         yield devcluster.up(folder, **shape)
@@ -92,6 +95,17 @@ def wait_until(ready: Callable[[], bool], what: str, limit_s: float = 20.0) -> N
         if time.monotonic() > deadline:
             pytest.fail(f"not within {limit_s:g} s: {what}")
         time.sleep(0.05)
+
+
+def bring_back(cluster: devcluster.DevCluster, node: str) -> None:
+    """A crashed node starts again and takes jobs."""
+    if not cluster.alive(node):
+        cluster.start_daemon(node)
+    slurm = Slurm(cluster.env())
+    wait_until(lambda: not slurm.node_states()[node].endswith("*"), f"{node} answers", 60)
+    with contextlib.suppress(SlurmError):  # it may have come back by itself
+        slurm.run(["scontrol", "update", f"nodename={node}", "state=resume"])
+    wait_until(lambda: slurm.node_states()[node] in ("idle", "mixed"), f"{node} is back", 60)
 
 
 def rows_of(slurm: Slurm, job_id: str) -> list[QueueRow]:

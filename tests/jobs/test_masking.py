@@ -1,4 +1,4 @@
-"""What a rank, native code in it and its children print is masked, however it is cut into pieces and however it ends."""
+"""What a rank, native code in it and its children print is masked, however it comes and however the rank ends."""
 
 import os
 import random
@@ -56,7 +56,8 @@ def test_all_that_a_rank_and_its_children_print_is_masked_and_arrives(tmp_path, 
     key.touch(0o600)
     key.write_text("planted-value\n")
     line, code = ENDS[end]
-    done = subprocess.run([sys.executable, "-c", RANK.format(key=key, end=line)], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", RANK.format(key=key, end=line)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert done.stdout == "before\nnative ***KEY***\nchild ***KEY*** ***TOKEN***\nlast ***KEY***\n"
     assert done.stderr == "***KEY*** in two pieces\n" + ("***KEY***\n" if end == "raises" else "")
@@ -66,5 +67,6 @@ def test_signals_of_the_rank_do_not_end_the_filter(tmp_path):
     code = ("import os, signal, time; from jobs.secrets import reveal; reveal({}, {'KEY': 'planted-value'})\n"
             "for number in (15, 12, 2): signal.signal(number, signal.SIG_IGN)\n"
             "os.killpg(0, 15); os.killpg(0, 12); os.killpg(0, 2); print('alive, with', os.environ['KEY'])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, start_new_session=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
     assert (done.returncode, done.stdout) == (0, "alive, with ***KEY***\n"), done.stderr

@@ -1,13 +1,14 @@
 """The same pipelines on a real Slurm: dependent arrays, one sbatch a phase, the same seals as a local run."""
 
 import subprocess
+import sys
 
 import pytest
 
 from jobs.artifact import read_seal
 from launchers.ledger import Ledger
 from slurm.client import Slurm
-from tests.command import afterok, afterok_json, one_line, phase_status, states, wait_for, write_toy
+from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, states, wait_for, write_toy
 
 
 @pytest.fixture
@@ -73,12 +74,16 @@ def test_a_phase_checks_its_inputs_itself_when_slurm_lets_it_start(toy):
     assert not list(run.glob("total/*/seal.json"))
 
 
-def test_submitting_from_inside_a_job_does_not_inherit_its_shape(toy):
+def test_submitting_from_inside_a_job_does_not_inherit_its_shape(toy, tmp_path):
     pipeline, run, env = toy
-    inside = env | {"SLURM_NTASKS": "7", "SLURM_MEM_PER_CPU": "1", "SLURM_MEM_PER_NODE": "2", "SBATCH_PARTITION": "nosuch",
-                    "SLURM_JOB_ID": "999", "SLURM_PROCID": "0", "SBATCH_OUTPUT": "/nowhere/x", "SLURM_GPUS_PER_NODE": "3"}
-    afterok("run", pipeline, "--run", run, env=inside)
-    assert set(states(run, env=env).values()) == {"COMPLETED"}
+    outer = tmp_path / "outer.sh"
+    outer.write_text("#!/bin/bash\nexport SBATCH_PARTITION=nosuch SBATCH_OUTPUT=/nowhere/x SLURM_MEM_PER_NODE=2\n"
+                     f"cd {ROOT} && exec {sys.executable} -m launchers.cli submit {pipeline} --run {run}\n")
+    shape = ["--ntasks=7", "--mem-per-cpu=10", "--gpus-per-node=3", "--cpus-per-task=2"]
+    Slurm(env).sbatch([*shape, f"--output={tmp_path}/outer.out", str(outer)])
+    ledger = Ledger(run / "ledger.jsonl")
+    wait_for("the submission", lambda: ledger.path.exists() and ledger.unreleased() == [])
+    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
 
 
 def test_cancel_and_logs_reach_slurms_jobs(toy):

@@ -11,8 +11,9 @@ import pytest
 
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.backend import TaskState
-from launchers.ledger import JobEntry
+from launchers.ledger import JobEntry, Ledger
 from launchers.status import Look, Span, format_seconds, gpu_hours, spans
+from slurm.client import Slurm
 from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, states, wait_for, write_toy
 
 KEY = "0123456789abcdef"
@@ -61,11 +62,11 @@ class Planted:
     def lease(self, attempt, hour, restart=0):
         self._file(self.run.artifact(self.phase).folder / "leases" / f"0000.a{attempt}.r{restart}.g0", hour)
 
-    def ended(self, attempt, first, last, state, restart=0):
+    def ended(self, attempt, first, last, state, restart=0, done=None):
         self.lease(attempt, first, restart)
         self.run.record_outcome(
             "sft",
-            Outcome(0, attempt, restart, state, int(state != "sealed"), "", "n1", "11", first * HOUR, last * HOUR),
+            Outcome(0, attempt, restart, state, int(state != "sealed"), "", "n1", "11", first * HOUR, last * HOUR, done),
         )
 
     def checkpoint(self, step, hour):
@@ -96,6 +97,13 @@ def test_without_a_checkpoint_the_whole_attempt_is_lost(tmp_path):
     planted.checkpoint(100, 0.5)  # an older attempt's, elsewhere accounted for
     planted.ended(1, 1.0, 4.0, "failed")
     assert planted.hours() == pytest.approx((48, 48))
+
+
+def test_what_stopped_at_a_checkpoint_lost_nothing_even_once_that_is_pruned(tmp_path):
+    planted = Planted(tmp_path)
+    planted.ended(1, 1.0, 4.0, "stopped", done=300)
+    planted.ended(2, 5.0, 6.0, "stopped")  # before its first step
+    assert planted.hours() == pytest.approx((4 * 16, 1 * 16))
 
 
 def test_a_killed_attempt_ends_with_its_log_or_its_successor(tmp_path):
@@ -251,10 +259,14 @@ def test_a_job_that_the_queue_forgot_is_never_a_success(broken, dev_cluster, tmp
 def test_accounting_tells_what_the_queue_forgot_but_not_that_it_is_done(
     broken, dev_cluster, tmp_path, said, state, code
 ):
-    job = phase_status(broken, "killed", env=dev_cluster.env())["job"]
-    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=f"echo '{job}|{job}|{said}|7200|n1|killed'")
+    job = Ledger(broken / "ledger.jsonl").jobs()[-1]
+    row = f"{job.job}|{job.job}|{said}|7200|n1"
+    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=f"echo '{row}|{job.name}'")
     found = phase_status(broken, "killed", env=env)
-    assert (found["state"], found["exit_code"]) == (state, code)
+    assert (job.phase, found["state"], found["exit_code"]) == ("killed", state, code)
+    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=f"echo '{row}|of somebody else'")
+    assert phase_status(broken, "killed", env=env)["state"] == "UNKNOWN"
+    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=f"echo '{row}|{job.name}'")
     if state == "TIMEOUT":  # 2 GPUs for the 2 hours that only accounting knows of, and seconds of the first attempt
         assert found["gpu_hours"] == pytest.approx(4, abs=0.1) and found["gpu_hours_lost"] == found["gpu_hours"]
         assert "GPU-h" in afterok("status", broken, env=env).stdout
@@ -273,3 +285,60 @@ def test_accounting_that_is_down_costs_its_answer_only(broken, dev_cluster, tmp_
         "killed",
         "after",
     }
+
+
+def causes(run, env):
+    return {finding["phase"]: finding["cause"] for finding in afterok_json("why", run, env=env)["findings"]}
+
+
+def cancelled(folder, cluster):
+    """(pipeline, run) on a cluster with accounting, of whose phases `nap` was ended without a word, and not by us."""
+    pipeline, run, env = folder / "accounted.yaml", folder / "run", cluster.env()
+    phases = {
+        "fine": {"uses": "tests.toy.numbers"},
+        "nap": {"uses": "tests.toy.trouble", "with": {"how": "sleep"}},
+        "after": {"uses": "tests.toy.numbers", "with": {"start": 2}, "needs": ["nap"]},
+    }
+    pipeline.write_text(json.dumps({"name": "accounted", "phases": phases}))
+    afterok("submit", pipeline, "--run", run, env=env)
+    wait_for("the nap", lambda: states(run, env=env)["nap"] == "RUNNING" and list(run.glob("fine/*/seal.json")))
+    Slurm(env).cancel([next(entry.job for entry in Ledger(run / "ledger.jsonl").jobs() if entry.phase == "nap")])
+    wait_for("the end", lambda: not afterok_json("status", run, env=env)["active"])
+    return pipeline, run
+
+
+def test_status_and_why_with_slurmdbd_running_and_gone(tmp_path, accounted_cluster):
+    """A real slurmdbd tells what the queue forgot; without it the answers are poorer, never wrong, and jobs go on."""
+    env = accounted_cluster.env()
+    pipeline, run = cancelled(tmp_path, accounted_cluster)
+    known = {"fine": "COMPLETED", "nap": "CANCELLED", "after": "PENDING"}
+    why = {"nap": "cancelled", "after": "upstream not sealed"}
+    forgetful = shims(tmp_path / "bin", accounted_cluster, squeue="exit 0")
+    wait_for("the record", lambda: states(run, env=forgetful) == {**known, "after": "UNKNOWN"})
+    assert states(run, env=env) == known and causes(run, env) == why
+    (tmp_path / "bin" / "calls").unlink()
+    assert phase_status(run, "nap", env=forgetful)["reason"] == "so says accounting"
+    assert (tmp_path / "bin" / "calls").read_text().count("sacct ") == 1
+
+    accounted_cluster.kill_daemon("slurmdbd", signal.SIGKILL)
+    try:
+        assert states(run, env=env) == known and causes(run, env) == why
+        assert states(run, env=forgetful) == {**known, "nap": "UNKNOWN", "after": "UNKNOWN"}
+        notes = afterok_json("why", run, env=forgetful)["notes"]
+        assert len(notes) == 1 and "accounting was not asked" in notes[0]
+        afterok("run", pipeline, "nap.with.how=''", "--run", run, env=env)
+    finally:
+        accounted_cluster.start_daemon("slurmdbd")
+    assert set(states(run, env=env).values()) == {"COMPLETED"} and afterok_json("why", run, env=env)["healthy"]
+
+
+@pytest.mark.soak
+def test_a_slurmdbd_that_hangs_is_waited_for_once(tmp_path, accounted_cluster):
+    _, run = cancelled(tmp_path, accounted_cluster)
+    accounted_cluster.kill_daemon("slurmdbd", signal.SIGSTOP)
+    try:
+        report = afterok_json("why", run, env=accounted_cluster.env(), timeout=60)
+        assert "accounting was not asked" in report["notes"][0]
+        assert report["findings"][0]["cause"] == "cancelled"
+    finally:
+        accounted_cluster.kill_daemon("slurmdbd", signal.SIGCONT)

@@ -23,6 +23,7 @@ if [ "$n" = "$SHIM_AT" ]; then
         kill-before) kill -9 $PPID; exit 1;;
         kill-after) {real} "$@" > /dev/null; kill -9 $PPID; exit 1;;
         open-after) {real} "$@" > /dev/null; echo "{name}: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1;;
+        hang-after) {real} "$@" > /dev/null; sleep 300;;
         open-before) echo "{name}: error: Batch job submission failed: Unable to contact slurm controller (connect failure)" >&2; exit 1;;
         refuse) echo "{name}: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1;;
     esac
@@ -87,7 +88,7 @@ def test_a_submitter_killed_between_any_two_calls_loses_and_doubles_nothing(shim
     assert afterok("repair", run, env=env).stdout.strip().endswith("nothing to repair")
 
 
-@pytest.mark.parametrize("do", ["open-before", "open-after"])
+@pytest.mark.parametrize("do", ["open-before", "open-after", pytest.param("hang-after", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_an_sbatch_with_an_open_outcome_is_looked_up_before_it_is_sent_again(shimmed, at, do):
     pipeline, run, env, shim = shimmed
@@ -138,14 +139,14 @@ def toy_on_fragile_cluster(tmp_path, short_folder):
     return write_toy(tmp_path), tmp_path / "run", cluster.env(), cluster
 
 
-@pytest.mark.soak
-def test_a_controller_down_during_a_submit_is_waited_for(shimmed, dev_cluster):
+@pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=pytest.mark.soak)])
+def test_a_controller_down_during_a_submit_is_waited_for(shimmed, dev_cluster, seconds):
     pipeline, run, env, shim = shimmed
     process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)], cwd=ROOT,
                                env={**os.environ, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for("the first job", lambda: (run / "ledger.jsonl").exists() and '"sending"' in (run / "ledger.jsonl").read_text())
     dev_cluster.kill_daemon("slurmctld")
-    time.sleep(6)
+    time.sleep(seconds)
     dev_cluster.start_daemon("slurmctld")
     _, err = process.communicate(timeout=120)
     assert process.returncode in (0, 1), err

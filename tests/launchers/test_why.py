@@ -367,7 +367,7 @@ def test_a_dead_driver_and_a_cancelled_run_are_told_apart(tmp_path):
 
 
 @pytest.mark.soak
-def test_each_failure_on_slurm_has_its_class(tmp_path, dev_cluster):
+def test_twelve_failures_on_slurm_have_their_twelve_classes(tmp_path, dev_cluster):
     run, env, slurm = tmp_path / "run", dev_cluster.env(), Slurm(dev_cluster.env())
     pipeline = pipeline_of(
         tmp_path,
@@ -376,6 +376,10 @@ def test_each_failure_on_slurm_has_its_class(tmp_path, dev_cluster):
             "exception": trouble("exception"),
             "mistake": trouble("mistake"),
             "killed": trouble("killed"),
+            "gpu_memory": trouble("gpu memory"),
+            "collective": trouble("collective", resources={"ranks_per_node": 2}),
+            "stock": {"uses": "tests.toy.numbers", "with": {"start": 7}},
+            "robbed": {"uses": "tests.toy.total", "with": {"numbers": "${phases.stock.out}"}},
             "overtime": trouble("sleep"),
             "scancelled": trouble("sleep"),
             "preempted": trouble("sleep", resources={"partition": "preempt", "cpus_per_task": 64}),
@@ -394,9 +398,12 @@ def test_each_failure_on_slurm_has_its_class(tmp_path, dev_cluster):
 
     shutil.rmtree(run / "no_log" / "logs")
     scontrol("update", "partitionname=long", "maxtime=60")
-    scontrol("hold", jobs["held"])
+    scontrol("hold", jobs["held"], jobs["robbed"])
     scontrol("update", "partitionname=preempt", "preemptmode=cancel")
     log = {phase: RunFolder(run).log_path(phase, 1, 0) for phase in jobs}
+    wait_for("stock", lambda: list(run.glob("stock/*/seal.json")))
+    next(run.glob("stock/*/seal.json")).unlink()
+    scontrol("release", jobs["robbed"])
     for phase in ("overtime", "scancelled", "preempted", "node"):
         wait_for(f"{phase} to sleep", lambda: log[phase].exists() and "sleeping" in log[phase].read_text())
     scontrol("update", f"jobid={jobs['overtime']}", "timelimit=0")
@@ -410,6 +417,9 @@ def test_each_failure_on_slurm_has_its_class(tmp_path, dev_cluster):
         "exception": "python exception",
         "mistake": "user mistake",
         "killed": "out of host memory",
+        "gpu_memory": "out of GPU memory",
+        "collective": "collective time-out",
+        "robbed": "missing input",
         "overtime": "time limit",
         "scancelled": "cancelled",
         "preempted": "preempted",
@@ -419,7 +429,9 @@ def test_each_failure_on_slurm_has_its_class(tmp_path, dev_cluster):
         "held": "cannot start",
         "after": "upstream not sealed",
         "later": "upstream not sealed",
+        "stock": "lost",
     }
+    assert len(set(expected.values())) == 14  # twelve classes of failures and two of what follows from them
     deadline = time.monotonic() + 60  # a time limit and a dead node take Slurm about 25 s to notice
     while causes(report := afterok_json("why", run, env=env)) != expected and time.monotonic() < deadline:
         time.sleep(3)

@@ -1,5 +1,6 @@
 """A phase kind for tests: ends in the way it is told."""
 
+import datetime
 import os
 import signal
 import time
@@ -28,8 +29,21 @@ def run(config: Config, task: Task) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if config.how == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if config.how == "collective":
+        _wait_for_a_peer_that_never_comes(task.rank)
     if config.how == "sleep":
         print("sleeping", flush=True)
         time.sleep(600)
     (task.out / "done.txt").write_text("done\n")
     return {}
+
+
+def _wait_for_a_peer_that_never_comes(rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=5))
+    dist.barrier()
+    if rank:
+        time.sleep(600)
+    dist.all_reduce(torch.ones(1))
