@@ -1,0 +1,359 @@
+"""Rejection sampling: sampled completions → the ones worth training on, as JSONL chat.
+
+A sample is one JSON line of the `generate` phase (or of any tool that writes the same keys):
+
+    prompt_id, prompt (text) or messages (chat), completion, finish ("stop" | "length" | …), tokens,
+    correct (true | false | null: not scorable), reward; sample, seed and weights are carried along
+
+Each ends in exactly one bucket, the first rule that turns it away, in this order:
+
+    unscored, wrong, truncated, ill_formed, too_short, too_long, contaminated      on its own
+    pass_rate                                                                      with its prompt's other samples
+    duplicate, near_duplicate, over_limit                                          beside better ones of its prompt
+
+Memory holds a few numbers a sample; texts stay in the files and are read again a prompt at a time.
+"""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Iterator, List, NamedTuple, Sequence
+
+from data_tools.balance import Balance, SourceBalance
+from data_tools.durable import fsync_tree, write_json
+from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.progress import Progress, silent
+
+CHAT = "chat.jsonl"
+PREFER = ("shortest", "longest", "diverse", "first")
+THINKING = ("any", "required", "forbidden")
+ON_BAD_ROW = ("fail", "drop")
+QUESTIONS = ("question", "problem", "prompt", "instruction", "input")  # keys of an evaluation set's questions
+
+_CARRIED = ("sample", "seed", "weights", "reward", "tokens")  # keys of a sample that its chat row keeps
+_SHINGLE = 5  # words; what two completions have in common is counted in runs of so many
+_SHORTEST_QUESTION = 5  # words; a shorter one is in too many texts
+_WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W_぀-ヿ㐀-鿿가-힯]+")  # a character of a script without spaces is a word
+_REPORT_EVERY = 5000
+
+
+@dataclass
+class Config:
+    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # JSONL files, or folders of them
+    correct: bool = True  # only samples whose verifier said so; with false, also unscored and wrong ones
+    truncated: bool = False  # keep samples that reached their length limit
+    thinking: str = "any"  # any | required | forbidden: <think> … </think> before the answer; never half of it
+    answer_pattern: str = ""  # regular expression that the answer, after the thinking, has to contain
+    min_tokens: int = 0
+    max_tokens: int = 0  # 0: no limit
+    min_pass_rate: float = 0.0  # of a prompt's scored samples, the share that is correct: easier and
+    max_pass_rate: float = 1.0  # harder prompts go
+    evaluation_sets: List[str] = field(default_factory=list, metadata={"input": True})  # JSONL; none of their questions
+    ngram: int = 13  # words in a row that a text shares with an evaluation question to count as contaminated
+    near_duplicate: float = 0.8  # Jaccard similarity of 5-word runs at which the second of a prompt goes; 1.0: never
+    per_prompt: int = 0  # at most so many samples a prompt; 0: all
+    prefer: str = "shortest"  # shortest | longest | diverse | first: which ones
+    on_bad_row: str = "fail"  # fail | drop: a line that is no sample
+
+
+def check(config: Config) -> list[Problem]:
+    problems = []
+    if not config.inputs:
+        problems.append(Problem("inputs", "no samples; give JSONL files, or folders such as a generate output"))
+    choices = (("prefer", PREFER), ("thinking", THINKING), ("on_bad_row", ON_BAD_ROW))
+    for key, valid in choices:
+        if getattr(config, key) not in valid:
+            problems.append(Problem(key, f"unknown value {getattr(config, key)!r}{nearest(getattr(config, key), valid)}"))
+    try:
+        re.compile(config.answer_pattern)
+    except re.error as error:
+        problems.append(Problem("answer_pattern", f"{config.answer_pattern!r} is no regular expression: {error}"))
+    for key, least in (("min_tokens", 0), ("max_tokens", 0), ("per_prompt", 0), ("ngram", _SHORTEST_QUESTION)):
+        if getattr(config, key) < least:
+            problems.append(Problem(key, f"{getattr(config, key)} is too few: the least is {least}"))
+    if config.max_tokens and config.min_tokens > config.max_tokens:
+        problems.append(Problem("min_tokens", f"{config.min_tokens} is above max_tokens {config.max_tokens}"))
+    if not 0 <= config.min_pass_rate <= config.max_pass_rate <= 1:
+        values = f"{config.min_pass_rate} to {config.max_pass_rate}"
+        problems.append(Problem("min_pass_rate", f"{values} is no range of shares: 0 <= min <= max <= 1"))
+    if not 0 < config.near_duplicate <= 1:
+        problems.append(Problem("near_duplicate", f"{config.near_duplicate} is no similarity: above 0, at most 1 (never)"))
+    return problems
+
+
+class Place(NamedTuple):
+    """Where a sample that passed its own rules lies: the number of its file, and its line's first byte."""
+
+    file: int
+    offset: int
+    tokens: int
+
+
+@dataclass
+class Group:
+    """The samples of one prompt."""
+
+    scored: int = 0
+    right: int = 0
+    places: list[Place] = field(default_factory=list)
+
+
+def words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def shingles(text: str, size: int = _SHINGLE) -> frozenset[tuple[str, ...]]:
+    """Runs of `size` words; of a shorter text its one run."""
+    found = words(text)
+    return frozenset(tuple(found[i : i + size]) for i in range(max(1, len(found) - size + 1)))
+
+
+def similarity(a: frozenset, b: frozenset) -> float:
+    """Jaccard: what both have, of all that either has."""
+    return len(a & b) / len(a | b)
+
+
+class Contamination:
+    """Runs of words that occur in an evaluation set's questions."""
+
+    def __init__(self, files: Sequence[Path], ngram: int):
+        self._runs: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+        for file in files:
+            for _, _, row in _rows(file):
+                for question in _questions(row):
+                    size = min(ngram, len(words(question)))
+                    if size >= _SHORTEST_QUESTION:
+                        self._runs[size] |= shingles(question, size)
+
+    def touches(self, text: str) -> bool:
+        return any(not runs.isdisjoint(shingles(text, size)) for size, runs in self._runs.items())
+
+
+def _questions(row: Any) -> Iterator[str]:
+    if isinstance(row, dict):
+        yield from (row[key] for key in QUESTIONS if isinstance(row.get(key), str))
+        for message in row.get("messages") or []:
+            if message.get("role") == "user" and isinstance(message.get("content"), str):
+                yield message["content"]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """(line from 1, byte offset, value) of a JSONL file; the ValueError of a wrong line in the value's place."""
+    with open(path, "rb") as file:
+        offset = 0
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, offset, json.loads(line)
+                except ValueError as error:
+                    yield number, offset, error
+            offset += len(line)
+
+
+def _wrong(row: Any) -> str:
+    """Why a line is no sample, "" when it is one."""
+    if isinstance(row, ValueError):
+        return f"not JSON: {row}"
+    if not isinstance(row, dict):
+        return f"a {type(row).__name__}, not an object"
+    if not isinstance(row.get("completion"), str):
+        return "no text under 'completion'"
+    if not isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list):
+        return "neither a text under 'prompt' nor a list under 'messages'"
+    if "prompt_id" not in row:
+        return "no 'prompt_id'"
+    if not isinstance(row.get("tokens"), int):
+        return "no number under 'tokens'"
+    return ""
+
+
+def prompt_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return row["messages"] if isinstance(row.get("messages"), list) else [{"role": "user", "content": row["prompt"]}]
+
+
+def split_thinking(completion: str) -> tuple[str, str] | None:
+    """(thinking, answer) of a completion, the thinking empty where there is none; None where it is not closed once.
+
+    Templates that write `<think>` into the prompt leave only its end in the completion.
+    """
+    begins, ends = completion.count("<think>"), completion.count("</think>")
+    if not ends:
+        return None if begins else ("", completion.strip())
+    if ends > 1 or begins > 1 or (begins and completion.index("<think>") > completion.index("</think>")):
+        return None
+    thinking, answer = completion.split("</think>")
+    return thinking.replace("<think>", "").strip(), answer.strip()
+
+
+def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination) -> str:
+    """The bucket of the first rule that turns a sample away without looking at others, "" when none does."""
+    if config.correct and row.get("correct") is None:
+        return "unscored"
+    if config.correct and not row["correct"]:
+        return "wrong"
+    if not config.truncated and row.get("finish") == "length":
+        return "truncated"
+    parts = split_thinking(row["completion"])
+    if parts is None or not parts[1] or not re.search(config.answer_pattern, parts[1]):
+        return "ill_formed"
+    if config.thinking != "any" and bool(parts[0]) != (config.thinking == "required"):
+        return "ill_formed"
+    if row["tokens"] < config.min_tokens:
+        return "too_short"
+    if config.max_tokens and row["tokens"] > config.max_tokens:
+        return "too_long"
+    texts = [message["content"] for message in prompt_messages(row) if isinstance(message.get("content"), str)]
+    return "contaminated" if any(map(contamination.touches, [*texts, row["completion"]])) else ""
+
+
+def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config) -> list[str]:
+    """For each sample of one prompt the bucket that it goes to beside the others, "" for those to keep."""
+    order = list(range(len(completions)))
+    if config.prefer != "first":
+        order.sort(key=lambda place: tokens[place], reverse=config.prefer == "longest")
+    runs = [shingles(text) for text in completions]
+    buckets = [""] * len(completions)
+    unlike: list[int] = []
+    for place in order:
+        if any(completions[place] == completions[other] for other in unlike):
+            buckets[place] = "duplicate"
+        elif config.near_duplicate < 1 and any(
+            similarity(runs[place], runs[other]) >= config.near_duplicate for other in unlike
+        ):
+            buckets[place] = "near_duplicate"
+        else:
+            unlike.append(place)
+    limit = config.per_prompt or len(unlike)
+    kept = _spread(unlike, runs, limit) if config.prefer == "diverse" else unlike[:limit]
+    for place in set(unlike) - set(kept):
+        buckets[place] = "over_limit"
+    return buckets
+
+
+def _spread(places: list[int], runs: Sequence[frozenset], limit: int) -> list[int]:
+    """The first, then again and again the one least like any chosen before."""
+    chosen, left = places[:1], places[1:]
+    while left and len(chosen) < limit:
+        least = min(left, key=lambda place: max(similarity(runs[place], runs[other]) for other in chosen))
+        chosen.append(least)
+        left.remove(least)
+    return chosen
+
+
+def sample_files(inputs: Sequence[str], key: str = "inputs") -> list[Path]:
+    """JSONL files that `inputs` names: files, and folders of them. UserMistake for what is neither."""
+    files: list[Path] = []
+    problems = []
+    for name in inputs:
+        path = Path(name).expanduser()
+        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
+        if not found:
+            problems.append(Problem(key, f"{name} is neither a JSONL file nor a folder of some"))
+        files += found
+    if problems:
+        raise UserMistake(problems)
+    return files
+
+
+def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Write the kept samples as chat.jsonl, with balance.json, into the empty folder `out`.
+
+    Facts: kept, prompts, prompts_left, weights and seeds of the samples, table. Prompts and samples keep the order of
+    the inputs. UserMistake `FILE:LINE: reason` for a line that is no sample, unless those are dropped.
+    """
+    problems = check(config)
+    if problems:
+        raise UserMistake(problems)
+    files = sample_files(config.inputs)
+    contamination = Contamination(sample_files(config.evaluation_sets, "evaluation_sets"), config.ngram)
+    sheets = [SourceBalance(file.name) for file in files]
+    groups: dict[str, Group] = defaultdict(Group)
+    origins: dict[str, set[str]] = {"weights": set(), "seed": set()}
+    for number, (file, sheet) in enumerate(zip(files, sheets)):
+        for line, offset, row in _rows(file):
+            sheet.lines += 1
+            if sheet.lines % _REPORT_EVERY == 0:
+                progress(offset, file.stat().st_size, "bytes", file.name)
+            if wrong := _wrong(row):
+                if config.on_bad_row == "fail":
+                    raise UserMistake(Problem(f"{file}:{line}", f"{wrong}; mend it, or set on_bad_row: drop"))
+                sheet.lines_dropped["malformed_line"] += 1
+                continue
+            sheet.lines_with_rows += 1
+            sheet.rows += 1
+            for key in origins.keys() & row.keys():
+                origins[key].add(str(row[key]))
+            group = groups[str(row["prompt_id"])]
+            group.scored += row.get("correct") is not None
+            group.right += bool(row.get("correct"))
+            if bucket := own_bucket(row, config, contamination):
+                sheet.dropped[bucket] += 1
+            else:
+                group.places.append(Place(number, offset, row["tokens"]))
+    left = _write(groups, files, sheets, config, out, progress)
+    balance = Balance(sheets)
+    balance.check()
+    write_json(out / "balance.json", balance.to_json())
+    fsync_tree(out)
+    total = balance.total()
+    return {
+        "kept": total.kept,
+        "samples": total.rows,
+        "tokens": total.tokens,
+        "prompts": len(groups),
+        "prompts_left": left,
+        **{key: sorted(values) for key, values in origins.items()},
+        "table": balance.table(),
+    }
+
+
+def _write(
+    groups: dict[str, Group],
+    files: Sequence[Path],
+    sheets: Sequence[SourceBalance],
+    config: Config,
+    out: Path,
+    progress: Progress,
+) -> int:
+    """Choose among each prompt's samples and write them; returns how many prompts have any left."""
+    handles = [open(file, "rb") for file in files]
+    left = 0
+    try:
+        with open(out / CHAT, "w", encoding="utf-8") as chat:
+            for done, group in enumerate(groups.values()):
+                if done % _REPORT_EVERY == 0:
+                    progress(done, len(groups), "prompts")
+                rate = group.right / group.scored if group.scored else None
+                if rate is not None and not config.min_pass_rate <= rate <= config.max_pass_rate:
+                    for place in group.places:
+                        sheets[place.file].dropped["pass_rate"] += 1
+                    continue
+                rows = [_read(handles[place.file], place.offset) for place in group.places]
+                buckets = buckets_of([row["completion"] for row in rows], [p.tokens for p in group.places], config)
+                left += "" in buckets
+                for place, row, bucket in zip(group.places, rows, buckets):
+                    if bucket:
+                        sheets[place.file].dropped[bucket] += 1
+                    else:
+                        sheets[place.file].kept += 1
+                        sheets[place.file].tokens += place.tokens
+                        chat.write(json.dumps(_chat_row(row, rate), ensure_ascii=False) + "\n")
+    finally:
+        for handle in handles:
+            handle.close()
+    progress(len(groups), len(groups), "prompts")
+    return left
+
+
+def _read(file: BinaryIO, offset: int) -> dict[str, Any]:
+    file.seek(offset)
+    return json.loads(file.readline())
+
+
+def _chat_row(row: dict[str, Any], pass_rate: float | None) -> dict[str, Any]:
+    """A chat row, with what tells where it came from."""
+    carried = {key: row[key] for key in _CARRIED if key in row}
+    answer = {"role": "assistant", "content": row["completion"]}
+    return {"messages": [*prompt_messages(row), answer], "prompt_id": row["prompt_id"], "pass_rate": pass_rate, **carried}

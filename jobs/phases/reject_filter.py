@@ -1,0 +1,22 @@
+"""Sampled completions to JSONL chat: correct, well-formed, not too alike, at most k a prompt, none of an evaluation set."""
+
+from typing import Any
+
+from data_tools import rejection
+from data_tools.mistake import Problem
+from data_tools.rejection import Config
+from data_tools.tables import write_table
+from jobs.kind import Placement
+from jobs.task import Task
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return rejection.check(config)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    facts = rejection.reject_filter(config, task.out, task.progress)
+    table = facts.pop("table")
+    write_table(task.keep, "balance", table["title"], table["columns"], table["rows"])
+    text = f"{facts['kept']:,} of {facts['samples']:,} samples kept, of {facts['prompts_left']:,} of {facts['prompts']:,} prompts"
+    return {"headline": text, **facts}

@@ -1,0 +1,153 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from data_tools.rejection import Config, buckets_of, check, reject_filter, split_thinking
+from tests.data_tools.conftest import SHARED
+
+
+def sample(prompt_id: object = 0, completion: str = "<think>add</think>4", **values: object) -> dict:
+    row = {"prompt_id": prompt_id, "prompt": f"Question {prompt_id}", "completion": completion, "tokens": len(completion),
+           "finish": "stop", "correct": True, "seed": 7, "weights": "abc"}
+    return {**row, **values}
+
+
+def filtered(folder: Path, rows: list[dict], **values: object) -> tuple[dict, list[dict]]:
+    folder.mkdir(exist_ok=True)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = folder / "out"
+    out.mkdir()
+    facts = reject_filter(Config(inputs=[str(folder / "samples.jsonl")], **values), out)
+    return facts, [json.loads(line) for line in (out / "chat.jsonl").read_text().splitlines()]
+
+
+def buckets(facts: dict) -> dict[str, int]:
+    row = dict(zip(facts["table"]["columns"], facts["table"]["rows"][0]))
+    return {key: value for key, value in row.items() if value and key not in ("source", "lines", "rows", "tokens")}
+
+
+def test_each_sample_ends_in_one_bucket_and_they_add_up(tmp_path: Path) -> None:
+    question = "If a train leaves at nine and needs three hours to the coast when does it arrive there"
+    (tmp_path / "aime.jsonl").write_text(json.dumps({"problem": question}) + "\n")
+    rows = [
+        sample(0, correct=None),
+        sample(0, correct=False),
+        sample(0, finish="length"),
+        sample(0, "<think>never closed"),
+        sample(0, "<think>thought, but no answer</think> "),
+        sample(0, "7"),
+        sample(0, "<think>" + "so " * 40 + "</think>4"),
+        sample(1, prompt=f"Well: {question.upper()}?!"),
+        sample(2),
+        sample(2),
+    ]
+    facts, chats = filtered(tmp_path, rows, min_tokens=5, max_tokens=100, evaluation_sets=[str(tmp_path / "aime.jsonl")])
+    assert buckets(facts) == {
+        "unscored": 1, "wrong": 1, "truncated": 1, "ill_formed": 2, "too_short": 1, "too_long": 1, "contaminated": 1,
+        "duplicate": 1, "kept": 1,
+    }
+    assert (facts["kept"], facts["prompts"], facts["prompts_left"]) == (1, 3, 1)
+    assert chats == [
+        {"messages": [{"role": "user", "content": "Question 2"}, {"role": "assistant", "content": "<think>add</think>4"}],
+         "prompt_id": 2, "pass_rate": 1.0, "seed": 7, "weights": "abc", "tokens": 19}
+    ]
+    assert (facts["seed"], facts["weights"]) == (["7"], ["abc"])
+
+
+def test_a_prompts_pass_rate_counts_all_its_scored_samples(tmp_path: Path) -> None:
+    texts = ["one way to do this sum is so", "another quite different path leads here", "third"]
+    rows = [sample("easy", text) for text in texts]
+    rows += [sample("fair", texts[0]), sample("fair", texts[1], correct=False), sample("fair", texts[2], correct=None)]
+    rows += [sample("hard", text, correct=False) for text in texts]
+    facts, chats = filtered(tmp_path, rows, min_pass_rate=0.1, max_pass_rate=0.9)
+    assert [(chat["prompt_id"], chat["pass_rate"]) for chat in chats] == [("fair", 0.5)]
+    assert buckets(facts) == {"pass_rate": 3, "wrong": 4, "unscored": 1, "kept": 1}
+
+
+LONG = "we add the first number and the second number and then we look at what is left over"
+TEXTS = [LONG + " twice", LONG, "subtract them", "multiply both of these and check the sign of it all", "divide"]
+
+
+@pytest.mark.parametrize(
+    "prefer, kept",
+    [("shortest", [2, 4]), ("longest", [0, 3]), ("first", [0, 2]), ("diverse", [2, 4])],
+)
+def test_at_most_k_of_a_prompt_are_kept_as_preferred(prefer: str, kept: list[int]) -> None:
+    config = Config(near_duplicate=0.5, per_prompt=2, prefer=prefer)
+    found = buckets_of(TEXTS, [len(text) for text in TEXTS], config)
+    assert [place for place, bucket in enumerate(found) if not bucket] == kept
+    assert found.count("near_duplicate") == 1 and found.count("over_limit") == 2
+
+
+def test_diverse_takes_what_is_least_like_the_chosen_ones() -> None:
+    texts = ["a b c d e f g h", "a b c d e f g h i", "a b c d e f x y z w", "p q r s t u v w x y z"]
+    config = Config(near_duplicate=1.0, per_prompt=2, prefer="diverse")
+    assert buckets_of(texts, [1, 2, 3, 4], config) == ["", "over_limit", "over_limit", ""]
+
+
+@pytest.mark.parametrize(
+    "completion, parts",
+    [
+        ("<think>a</think>b", ("a", "b")),
+        ("a</think>\n\nb", ("a", "b")),  # the template wrote the beginning
+        ("only an answer", ("", "only an answer")),
+        ("<think>a", None),
+        ("<think>a</think>b</think>c", None),
+        ("</think>a<think>", None),
+    ],
+)
+def test_thinking_is_whole_or_the_sample_is_ill_formed(completion: str, parts: tuple[str, str] | None) -> None:
+    assert split_thinking(completion) == parts
+
+
+def test_contamination_sees_scripts_without_spaces_and_short_questions_whole(tmp_path: Path) -> None:
+    sets = tmp_path / "sets"
+    sets.mkdir()
+    (sets / "zh.jsonl").write_text(json.dumps({"question": "小明有三个苹果又买了五个苹果现在一共有几个苹果"}) + "\n")
+    (sets / "svamp.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "How many apples are left now"}]}) + "\n")
+    rows = [
+        sample(0, prompt="请问：小明有三个苹果，又买了五个苹果，现在一共有几个苹果？"),
+        sample(1, completion="First: how many apples are left now? Four."),
+        sample(2, completion="How many pears are left now? Four."),
+    ]
+    facts, chats = filtered(tmp_path, rows, evaluation_sets=[str(sets)])
+    assert buckets(facts)["contaminated"] == 2 and [chat["prompt_id"] for chat in chats] == [2]
+
+
+def test_a_line_that_is_no_sample_is_named_or_counted(tmp_path: Path) -> None:
+    lines = ["{not json", "[1]", '{"completion": "x"}', json.dumps(sample())]
+    (tmp_path / "s.jsonl").write_text("\n".join(lines))
+    config = Config(inputs=[str(tmp_path / "s.jsonl")])
+    with pytest.raises(UserMistake, match=r"s.jsonl:1: not JSON: .*; mend it, or set on_bad_row: drop"):
+        reject_filter(config, tmp_path)
+    config.on_bad_row = "drop"
+    facts = reject_filter(config, tmp_path)
+    assert buckets(facts) == {"malformed_line": 3, "kept": 1}
+    with pytest.raises(UserMistake, match="inputs: .*absent is neither a JSONL file nor a folder"):
+        reject_filter(Config(inputs=[str(tmp_path / "absent")]), tmp_path)
+
+
+def test_wrong_settings_are_told_at_once() -> None:
+    config = Config(prefer="short", answer_pattern="(", per_prompt=-1, min_pass_rate=0.9, max_pass_rate=0.1, near_duplicate=0)
+    assert [problem.where for problem in check(config)] == [
+        "inputs", "prefer", "answer_pattern", "per_prompt", "min_pass_rate", "near_duplicate"
+    ]
+
+
+def test_real_model_solutions_of_gsm8k_are_filtered_as_they_are_marked(tmp_path: Path) -> None:
+    files = sorted((SHARED / "data" / "gsm8k").glob("*solution*")) if SHARED.is_dir() else []
+    if not files:
+        pytest.skip("no model solutions of GSM8K: the shared data are not on this machine")
+    rows, right = [], 0
+    for number, line in enumerate(files[0].read_text().splitlines()[:300]):
+        row = json.loads(line)
+        for key in [key for key in row if isinstance(row[key], dict) and "is_correct" in row[key]]:
+            solution = row[key]
+            rows.append(sample(number, solution["solution"], correct=solution["is_correct"], prompt=row["question"]))
+            right += solution["is_correct"]
+    facts, chats = filtered(tmp_path, rows, near_duplicate=1.0)
+    found = buckets(facts)
+    assert len(rows) == 1200 and found["wrong"] == len(rows) - right
+    assert found["kept"] + found.get("duplicate", 0) == right and len(chats) == found["kept"]
