@@ -32,6 +32,7 @@ setup(
         "psutil",  # the same: every checkpoint save imports it
         "rich",
         "numba",  # data_tools/best_fit.py
+        "py3langid",  # data_tools/dolci.py
         "jinja2>=3.1.6",  # chat templates; older versions have known ways out of the sandbox
         "pyarrow",  # Parquet
         "zstandard",

@@ -9,7 +9,12 @@ as having some, and of the kept ones some are in the loss:
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Iterable
+
+from data_tools.durable import read_json, write_json
+
+FILE = "balance.json"
 
 
 @dataclass
@@ -27,6 +32,11 @@ class SourceBalance:
     tokens: int = 0
     tokens_dropped: Counter[str] = field(default_factory=Counter)
     supervised: int = 0
+
+    @classmethod
+    def of_rows(cls, name: str, rows: int) -> "SourceBalance":
+        """A source whose lines hold one row each."""
+        return cls(name, lines=rows, lines_with_rows=rows, rows=rows)
 
     def keep(self, tokens: int, supervised: int) -> None:
         """A row of so many tokens, some of them in the loss; `rows` is counted where the row is met."""
@@ -87,6 +97,16 @@ class Balance:
         """ValueError when any source does not add up."""
         for source in self.sources:
             source.check()
+
+    def write(self, folder: Path) -> None:
+        """FOLDER/balance.json. ValueError when it does not add up."""
+        self.check()
+        write_json(folder / FILE, self.to_json())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Balance":
+        """What `write` left. FileNotFoundError when nothing is there."""
+        return cls.from_json(read_json(folder / FILE))
 
     def total(self) -> SourceBalance:
         total = SourceBalance("total")

@@ -16,7 +16,7 @@ from typing import Any, List, NamedTuple
 
 from data_tools.balance import Balance, SourceBalance
 from data_tools.csv_tables import PROMPT, Table, read_table, table_files, write_table
-from data_tools.durable import fsync_tree, write_json
+from data_tools.durable import fsync_tree
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 
@@ -97,8 +97,7 @@ def render(prompt: Prompt, date: str, reasoning: str = "medium", identity: str =
 def _convert(table: Table, config: Config, problems: list[Problem]) -> tuple[list[list[str]], SourceBalance]:
     """The table's rows with their prompts rendered, without the bad ones; those are counted or, failing, named."""
     place = table.columns.index(PROMPT)
-    count = len(table.rows)
-    sheet = SourceBalance(table.path.name, lines=count, lines_with_rows=count, rows=count)
+    sheet = SourceBalance.of_rows(table.path.name, len(table.rows))
     rows = []
     for row, text, line in zip(table.rows, table.column(PROMPT), table.lines):
         try:
@@ -138,8 +137,7 @@ def harmony_convert(config: Config, out: Path, progress: Progress = silent) -> d
         write_table(out / name, columns, rows)
         progress(place + 1, len(done), "files", name)
     balance = Balance(sheets)
-    balance.check()
-    write_json(out / "balance.json", balance.to_json())
+    balance.write(out)
     fsync_tree(out)
     kept = sum(sheet.kept for sheet in sheets)
     return {"files": [name for name, *_ in done], "rows": kept, "table": balance.table()}

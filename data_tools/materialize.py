@@ -29,7 +29,6 @@ from data_tools import readers
 from data_tools.balance import Balance, SourceBalance
 from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.conversation import BadRecord
-from data_tools.durable import read_json, write_json
 from data_tools.encoder import Encoder, check_encoder
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
@@ -37,7 +36,6 @@ from data_tools.store import Provenance, Store, StoreWriter
 from data_tools.tasks.task import Row, Source, check_rows, check_source, load_task, task_options
 from data_tools.tokenizer import Tokenizer, is_path, load_tokenizer
 
-BALANCE = "balance.json"
 ON_BAD_ROW = ("fail", "bucket")
 
 _REPORT_EVERY = 500  # lines or rows between two calls of progress
@@ -321,12 +319,11 @@ class _Element:
 
 def _write_balance(balance: Balance, store: dict[str, Any], out: Path) -> dict[str, Any]:
     """Check the sheet, against the store too, and write it; returns the facts: counts, buckets and the table."""
-    balance.check()
     total = balance.total()
     counted = {"rows": total.kept, "tokens": total.tokens, "supervised": total.supervised}
     if any(store[name] != value for name, value in counted.items()):
         raise ValueError(f"the balance counts {counted}, the store holds {[store[name] for name in counted]}")
-    write_json(out / BALANCE, balance.to_json())
+    balance.write(out)
     facts = {name: getattr(total, name) for name in ("lines", "rows", "kept", "tokens_in", "tokens", "supervised")}
     return {**facts, "buckets": dict(total.lines_dropped + total.dropped), "table": balance.table()}
 
@@ -338,7 +335,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     UserMistake when no row is left.
     """
     stores = [Store(part) for part in parts]
-    sheets = [Balance.from_json(read_json(part / BALANCE)) for part in parts]
+    sheets = [Balance.read(part) for part in parts]
     balance = sheets[0]
     for sheet in sheets[1:]:
         balance = balance + sheet

@@ -16,7 +16,7 @@ import math
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 import numpy as np
 
@@ -28,9 +28,11 @@ from data_tools.progress import Progress, silent
 from data_tools.seeded import permutation
 from data_tools.store import Store, text_hash
 
-PLAN, FACTS, BALANCE = "plan.npz", "plan.json", "balance.json"
+PLAN, FACTS = "plan.npz", "plan.json"
 OVERLONG = ("drop", "truncate", "split", "fail")
 ORDERS = ("decreasing", "shuffled")
+EXPORTS = ("megatron_lm", "megatron_bridge")  # export_packs.py
+ON_UNSTABLE = ("fail", "drop")
 
 _BLOCK = 1 << 16  # pieces held as Python numbers at a time
 _PREDICTED_STEPS = 64  # steps of 8 packs a rank over which idle time is predicted
@@ -50,6 +52,9 @@ class Config:
     cost_linear: float = 24576.0  # predicted cost of a document of L tokens: linear * L + quadratic * L^2, in any unit
     cost_quadratic: float = 1.0  # (the defaults: verl's for a 7B model)
     seed: int = 0  # of the shuffle
+    export: List[str] = field(default_factory=list)  # megatron_lm, megatron_bridge: the packs in these formats too
+    tokenizer: str = field(default="", metadata={"input": "hub"})  # the store's; megatron_lm wants text
+    on_unstable: str = "fail"  # fail | drop: what a document does whose text gives other tokens
 
 
 def check(config: Config) -> list[Problem]:
@@ -62,6 +67,8 @@ def check(config: Config) -> list[Problem]:
         values = f"pack_length {config.pack_length} is not a multiple of align {config.align}"
         problems.append(Problem("align", f"{values}; nearest pack_length {legal} with align {max(config.align, 1)}"))
     choices = [("overlong", config.overlong, OVERLONG), ("order", config.order, ORDERS)]
+    choices += [("on_unstable", config.on_unstable, ON_UNSTABLE)]
+    choices += [(f"export[{place}]", name, EXPORTS) for place, name in enumerate(config.export)]
     choices += [(f"overlong_of.{source}", policy, OVERLONG) for source, policy in config.overlong_of.items()]
     for key, value, valid in choices:
         if value not in valid:
@@ -76,6 +83,8 @@ def check(config: Config) -> list[Problem]:
     if min(config.cost_linear, config.cost_quadratic) < 0 or config.cost_linear + config.cost_quadratic <= 0:
         values = f"{config.cost_linear} and {config.cost_quadratic}"
         problems.append(Problem("cost_linear", f"costs {values} are not positive; `afterok plan --parallel` prints them"))
+    if "megatron_lm" in config.export and not config.tokenizer:
+        problems.append(Problem("tokenizer", "no tokenizer; export megatron_lm writes text, give that of the store"))
     if not config.store:
         problems.append(Problem("store", "no token store; give a materialize output"))
     return problems
@@ -207,8 +216,7 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
         source=plan.source,
     )
     balance = _balance(store, pieces, overlong, weights, names)
-    balance.check()
-    write_json(out / BALANCE, balance.to_json())
+    balance.write(out)
     total = balance.total()
     facts = {
         "pack_length": config.pack_length,
@@ -222,6 +230,7 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
         "documents": total.kept,
         "overlong": len(overlong),
         "tokens": total.tokens,
+        "padded": len(plan.source) * config.pack_length - total.tokens,
         "targets": total.supervised,
         "store": store.digest,
         "plan": plan.digest(),
@@ -236,7 +245,7 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
 def source_names(store: Store) -> list[str]:
     """Names of the store's sources in the order of their numbers, from the balance sheet beside it; else the numbers."""
     try:
-        return [sheet.name for sheet in Balance.from_json(read_json(store.folder / BALANCE)).sources]
+        return [sheet.name for sheet in Balance.read(store.folder).sources]
     except FileNotFoundError:
         return [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
 
@@ -308,8 +317,7 @@ def _balance(
     targets = targets_of(store, pieces)
     for number, name in enumerate(names):
         mine = store.sources == number
-        rows = int(mine.sum())
-        sheet = SourceBalance(name, lines=rows, lines_with_rows=rows, rows=rows)
+        sheet = SourceBalance.of_rows(name, int(mine.sum()))
         sheet.kept = int((mine & packed).sum())
         left = mine & ~packed
         chosen = mine[pieces.doc]
@@ -373,6 +381,13 @@ class PackReader:
         """Those of them that data-parallel rank `rank` of `ranks` trains, in order, dealt by predicted cost."""
         packs, stream = self.stream(seed).batch(k, global_batch), self.stream(seed)
         return packs[batches.deal(stream.costs[packs], ranks)[:, rank]].tolist()
+
+    def documents(self, i: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(row of the store, ids int32[n], mask uint8[n]) of each document of pack i, as far as it lies in the pack."""
+        pieces, store = self.plan.pieces, self.store
+        for place in range(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1])):
+            row, start, length = int(pieces.doc[place]), int(pieces.start[place]), int(pieces.length[place])
+            yield row, store.ids(row)[start : start + length], store.mask(row)[start : start + length]
 
     def pack(self, i: int) -> Pack:
         """Pack i, from 0."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Iterator, List, NamedTuple, Sequence
 
 from data_tools.balance import Balance, SourceBalance
-from data_tools.durable import fsync_tree, write_json
+from data_tools.durable import fsync_tree
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 
@@ -289,13 +289,12 @@ def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dic
             group.scored += row.get("correct") is not None
             group.right += bool(row.get("correct"))
             if bucket := own_bucket(row, config, contamination):
-                sheet.dropped[bucket] += 1
+                sheet.refuse(bucket, row["tokens"])
             else:
                 group.places.append(Place(number, offset, row["tokens"]))
     left = _write(groups, files, sheets, config, out, progress)
     balance = Balance(sheets)
-    balance.check()
-    write_json(out / "balance.json", balance.to_json())
+    balance.write(out)
     fsync_tree(out)
     total = balance.total()
     return {
@@ -328,17 +327,16 @@ def _write(
                 rate = group.right / group.scored if group.scored else None
                 if rate is not None and not config.min_pass_rate <= rate <= config.max_pass_rate:
                     for place in group.places:
-                        sheets[place.file].dropped["pass_rate"] += 1
+                        sheets[place.file].refuse("pass_rate", place.tokens)
                     continue
                 rows = [_read(handles[place.file], place.offset) for place in group.places]
                 buckets = buckets_of([row["completion"] for row in rows], [p.tokens for p in group.places], config)
                 left += "" in buckets
                 for place, row, bucket in zip(group.places, rows, buckets):
                     if bucket:
-                        sheets[place.file].dropped[bucket] += 1
+                        sheets[place.file].refuse(bucket, place.tokens)
                     else:
-                        sheets[place.file].kept += 1
-                        sheets[place.file].tokens += place.tokens
+                        sheets[place.file].keep(place.tokens, place.tokens)
                         chat.write(json.dumps(_chat_row(row, rate), ensure_ascii=False) + "\n")
     finally:
         for handle in handles:

@@ -109,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("phase", metavar="PHASE[:INDEX]", help="which phase, and which of its elements")
     sub.add_argument("-f", "--follow", action="store_true", help="go on until the phase ends")
 
+    sub = verb("inspect", _inspect, "show a phase's token store or packs: balance, lengths, text with its loss mask")
+    sub.add_argument("run", nargs="?", help=RUN_HELP)
+    sub.add_argument("phase", metavar="PHASE", help="a materialize or pack phase")
+    sub.add_argument("--documents", type=int, default=3, metavar="N", help="how many documents to show (default: 3)")
+    sub.add_argument("--pack", type=int, metavar="N", help="of this pack")
+    sub.add_argument("--seed", type=int, default=0, help="draws other ones")
+    sub.add_argument("--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)")
+
     sub = verb("cancel", _cancel, "cancel a run's jobs, or those of some phases")
     sub.add_argument("run", nargs="?", help=RUN_HELP)
     sub.add_argument("phases", nargs="*", metavar="PHASE", help="only these phases")
@@ -393,6 +401,17 @@ def _logs(args: argparse.Namespace) -> int:
         show_log(_find_run(args.run), phase, int(index) if index else None, args.follow)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from launchers.inspect import inspect
+    from launchers.show import print_inspection
+
+    found = inspect(_find_run(args.run), args.phase, max(args.documents, 0), args.pack, args.seed, max(args.tokens, 1))
+    if args.json:
+        return _print_json(found)
+    print_inspection(found)
     return 0
 
 

@@ -56,6 +56,25 @@ def progress_text(phase: PhaseStatus) -> str:
     return f"{p['done']:,}/{p['total']:,} {p['unit']}  {p.get('note', '')}".rstrip() if p else ""
 
 
+def print_inspection(found: dict[str, Any]) -> None:
+    """A balance sheet, a histogram, and documents with what is in the loss in green (plain: between ⟦ and ⟧)."""
+    from rich.text import Text
+
+    out = console()
+    out.print(table(found["balance"]["columns"], found["balance"]["rows"], found["balance"]["title"]))
+    most = max((row[2] for row in found["lengths"]), default=1)
+    rows = [[f"{a:,} to {b:,}", f"{n:,}", f"{tokens:,}", "█" * -(-40 * n // most)] for a, b, n, tokens in found["lengths"]]
+    out.print(table(["tokens", "documents", "tokens of all", ""], rows, "Lengths"))
+    out.print(f"{found['phase']}: {found['title']}; in the loss: green" if out.is_terminal else f"{found['phase']}: {found['title']}; in the loss: ⟦ ⟧")
+    for document in found["documents"]:
+        out.print(f"\n{document['where']}, {document['tokens']:,} tokens, {document['supervised']:,} in the loss", style="bold")
+        text = Text()
+        for span in document["spans"]:
+            marked = span["text"] if out.is_terminal or not span["trained"] else f"⟦{span['text']}⟧"
+            text.append(marked, style="green" if span["trained"] else "dim")
+        out.print(text, soft_wrap=True)
+
+
 def status_table(status: RunStatus):
     """One row a phase; GPU-hours only where a phase asked for GPUs."""
     gpus = any(phase.gpu_hours is not None for phase in status.phases)

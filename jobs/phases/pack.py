@@ -3,6 +3,7 @@
 from typing import Any
 
 from data_tools import pack
+from data_tools.export_packs import export
 from data_tools.mistake import Problem
 from data_tools.pack import Config
 from data_tools.tables import write_table
@@ -20,6 +21,7 @@ def forecast(config: Config, placement: Placement) -> dict[str, Any]:
 
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = pack.pack(config, task.out, task.progress)
+    facts["exports"] = export(config, task.out, task.progress)
     for name, table in facts.pop("tables").items():
         write_table(task.keep, name, table["title"], table["columns"], table["rows"])
     return {"headline": f"{facts['packs']:,} packs of {config.pack_length:,} tokens, {facts['fill']:.1%} full", **facts}

@@ -1,0 +1,27 @@
+"""Dolci-Think to a stratified English sample: an array over the shards, drawn to a target number of rows."""
+
+from pathlib import Path
+from typing import Any
+
+from data_tools import dolci
+from data_tools.dolci import Config
+from data_tools.mistake import Problem
+from data_tools.tables import write_table
+from jobs.kind import Placement
+from jobs.task import Task
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return dolci.check(config)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    return dolci.sample_shard(config, task.out, task.index, task.count, task.progress)
+
+
+def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
+    facts = dolci.draw(config, parts, task.out, task.progress)
+    for name, table in facts.pop("tables").items():
+        write_table(task.keep, name, table["title"], table["columns"], table["rows"])
+    short = ", ".join(f"{name} {rows:,} short" for name, rows in facts["short"].items())
+    return {"headline": f"{facts['rows']:,} of {config.target_rows:,} rows drawn{f' ({short})' if short else ''}", **facts}

@@ -1,0 +1,143 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.conversation import read_record
+from data_tools.dolci import SHARES, SOURCES, Config, category_of, draw, is_language, prose, quotas, sample_shard
+from data_tools.mistake import UserMistake
+from tests.data_tools.conftest import SHARED
+
+GERMAN = "Die Würde des Menschen ist unantastbar und sie zu achten und zu schützen ist Verpflichtung aller staatlichen Gewalt " * 2
+THOUGHT = "First this. Then that. Now the other. And one more. "
+
+
+def row(source: str, thinking: str, answer: str, question: str = "What is it?") -> dict:
+    content = f"<think>{thinking}</think>{answer}" if thinking else answer
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": content}], "source": source}
+
+
+@pytest.mark.parametrize(
+    "given_row, category",
+    [
+        (row("allenai/wildguardmix", THOUGHT, "Here you are."), "safety"),
+        (row("OpenThoughts", THOUGHT, "I'm sorry, but I can't help with that."), "safety"),
+        (row("OpenThoughts3", "It is two.", "2"), "short"),
+        (row("nemotron-code", THOUGHT, "done"), "code"),
+        (row("SYNTHETIC-2", THOUGHT, "done"), "reasoning"),
+        (row("allenai/WildChat-4.8M", THOUGHT, "done"), "chat"),
+        (row("unknown", THOUGHT, "so:\n```python\nprint(1)\n```"), "code"),
+        (row("unknown", THOUGHT, "the answer is \\boxed{2}"), "reasoning"),
+        (row("unknown", "", "Hello! How can I help you?"), "chat"),
+    ],
+)
+def test_a_row_has_one_category(given_row: dict, category: str) -> None:
+    assert category_of(read_record(given_row)[0], given_row["source"], SOURCES) == category
+
+
+def test_the_language_filter_knows_english_from_186_others_and_abstains_on_code_and_maths() -> None:
+    assert is_language("A short list of the things that we have seen on the way to the sea. " * 3, "en")
+    assert not is_language(GERMAN, "en") and is_language(GERMAN, "de")
+    assert is_language("```python\nfuer = lambda zahl: zahl ** 2\n```\n$\\frac{1}{2}$ = 0.5", "en")
+    fixtures = SHARED / "data" / "langid" / "udhr_fixtures.json"
+    if not fixtures.is_file():
+        pytest.skip("no texts in many languages: the shared data are not on this machine")
+    texts = [entry for entry in json.loads(fixtures.read_text()).values() if len(prose(entry["text"])) >= 60]
+    wrong = [entry["iso6393"] for entry in texts if is_language(entry["text"], "en") != (entry["iso6393"] == "eng")]
+    assert set(wrong) <= {"sco"}  # Scots passes for English
+
+
+counts = st.fixed_dictionaries({name: st.integers(0, 500) for name in SHARES})
+
+
+@given(counts, st.integers(1, 1500), st.sampled_from(["proportional", "none"]))
+def test_quotas_draw_what_there_is_and_never_more_than_the_target(available: dict, target: int, redistribute: str) -> None:
+    drawn = quotas(available, SHARES, target, redistribute)
+    assert all(0 <= drawn[name] <= available[name] for name in SHARES)
+    if redistribute == "proportional":
+        assert sum(drawn.values()) == min(target, sum(available.values()))
+    full = quotas(dict.fromkeys(SHARES, 10**6), SHARES, target, redistribute)
+    assert sum(full.values()) == target
+    assert all(abs(full[name] - SHARES[name] * target) < 1 for name in SHARES)
+    if redistribute == "none":
+        assert drawn == {name: min(full[name], available[name]) for name in SHARES}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    """Two files: of each category 30 rows, some duplicates, some German, a few too long."""
+    kinds = {"reasoning": ("math", THOUGHT), "code": ("python", THOUGHT), "chat": ("wildchat", ""),
+             "safety": ("coconot", ""), "short": ("misc", "One.")}  # fmt: skip
+    rows = [row(source, think, f"it is {i}", f"{name} {i}") for name, (source, think) in kinds.items() for i in range(30)]
+    rows += rows[:3] + [row("math", GERMAN, GERMAN, f"Frage {i}") for i in range(4)] + [row("math", THOUGHT * 100, "x")]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for number, path in enumerate(paths):
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows[number::2]))
+    return [str(path) for path in paths]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path / "bytes"
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<e>", "<p>"])}, []))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast.add_special_tokens(["<e>", "<p>"])
+    fast.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>", "pad_token": "<p>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def prepared(folder: Path, config: Config, count: int) -> tuple[dict, bytes]:
+    parts = []
+    for index in range(count):
+        parts.append(folder / f"{count}.{index}")
+        parts[-1].mkdir()
+        sample_shard(config, parts[-1], index, count)
+    out = folder / f"out{count}"
+    out.mkdir()
+    return draw(config, parts, out), (out / "sample.jsonl").read_bytes()
+
+
+def test_the_sample_has_its_shares_adds_up_and_is_the_same_for_any_number_of_elements(
+    tmp_path: Path, shards: list[str], tokenizer: str
+) -> None:
+    config = Config(inputs=shards, tokenizer=tokenizer, target_rows=60, max_tokens=1500)
+    facts, sample = prepared(tmp_path, config, 1)
+    assert facts["drawn"] == {"reasoning": 24, "code": 12, "chat": 9, "safety": 6, "short": 9}
+    rows = [json.loads(line) for line in sample.splitlines()]
+    assert len(rows) == 60 and len({json.dumps(r["messages"]) for r in rows}) == 60
+    total = dict(zip(facts["tables"]["balance"]["columns"], facts["tables"]["balance"]["rows"][-1]))
+    assert (total["duplicate"], total["not_en"], total["too_long"], total["kept"], total["not_drawn"]) == (3, 4, 1, 60, 90)
+    assert all(prepared(tmp_path, config, count)[1] == sample for count in (2, 5))
+    assert prepared(tmp_path, Config(**{**vars(config), "seed": 1}), 3)[1] != sample
+
+
+def test_a_share_that_cannot_be_filled_is_told_and_goes_where_the_policy_says(
+    tmp_path: Path, shards: list[str], tokenizer: str
+) -> None:
+    values = {"inputs": shards, "tokenizer": tokenizer, "target_rows": 100}
+    facts, _ = prepared(tmp_path, Config(**values), 1)
+    assert facts["short"] == {"reasoning": 10} and facts["rows"] == 100 and facts["drawn"]["reasoning"] == 30
+    facts, _ = prepared(tmp_path, Config(**values, redistribute="none"), 2)
+    assert facts["rows"] == 90
+    with pytest.raises(UserMistake, match="reasoning has 30 of 40 rows; lower target_rows, change shares, or set"):
+        prepared(tmp_path, Config(**values, redistribute="fail"), 3)
+
+
+def test_a_record_that_is_none_is_named_or_counted(tmp_path: Path, shards: list[str], tokenizer: str) -> None:
+    with open(shards[0], "ab") as file:
+        file.write(b'{"messages": 3}\n\xff\n\n')
+    config = Config(inputs=shards, tokenizer=tokenizer, target_rows=10)
+    with pytest.raises(UserMistake, match=r"a.jsonl:\d+: .*; mend the record, or set on_bad_row: bucket"):
+        prepared(tmp_path, config, 1)
+    config.on_bad_row = "bucket"
+    facts, _ = prepared(tmp_path, config, 2)
+    first = dict(zip(facts["tables"]["balance"]["columns"], facts["tables"]["balance"]["rows"][0]))
+    assert (first["malformed_record"], first["malformed_line"], first["blank_line"]) == (1, 1, 1)
