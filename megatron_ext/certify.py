@@ -207,48 +207,51 @@ def isolation(
     an expert the others' sums would be taken in another order.
     """
     only = [number == document for number in range(len(lengths))]
-    ends = numpy.cumsum(lengths)
     with ranks.started(plan):
         trainer = trainer_of(family, dims, plan, weights)
-
-        def run(pack: Pack, disturb: float) -> tuple[numpy.ndarray, numpy.ndarray]:
-            """Largest gradient by each token's input, and each token's loss, [T] each."""
-            row = train.micro_batch([pack])
-            found: list[tuple[numpy.ndarray, torch.Tensor]] = []  # (tokens of the row, a number of each)
-
-            def read(losses: torch.Tensor, _: train.MicroBatch) -> torch.Tensor:
-                found.append((row.documents.held[row.supervised.cpu().numpy()], losses.detach()))
-                return losses.sum()
-
-            inputs: list[tuple[numpy.ndarray, torch.Tensor]] = []
-
-            def at_embedding(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-                tokens = row.documents.held
-                if plan.sequence_parallel:
-                    place = parallel_state.get_tensor_model_parallel_rank()
-                    tokens = numpy.split(tokens, plan.tensor)[place]
-                mine = torch.from_numpy(numpy.searchsorted(ends, tokens, side="right") == document)
-                noise = torch.randn(len(tokens), 1, output.size(-1), generator=torch.Generator().manual_seed(0))
-                output = output + disturb * (noise * mine[:, None, None]).to(output)
-                output.retain_grad()
-                inputs.append((tokens, output))
-                return output
-
-            hooks = [p.embedding.register_forward_hook(at_embedding) for p in stages(trainer.model) if p.pre_process]
-            trainer.gradient([row] * plan.pipeline, read)
-            for hook in hooks:
-                hook.remove()
-            gradients = [(tokens, output.grad.abs().amax(dim=(1, 2))) for tokens, output in inputs]
-            return _by_token(gradients, int(ends[-1])), _by_token(found, int(ends[-1]))
-
-        alone, _ = run(random_pack(lengths, dims.vocabulary, 1, only), 0.0)
+        gradients, _ = _observe(trainer, random_pack(lengths, dims.vocabulary, 1, only), document, 0.0)
         everybody = random_pack(lengths, dims.vocabulary, 1)
-        changes = numpy.abs(run(everybody, DISTURBANCE)[1] - run(everybody, 0.0)[1])
-    starts = ends - lengths
-    return Isolation(
-        document,
-        *([float(values[a:b].max()) for a, b in zip(starts, ends)] for values in (alone, changes)),
+        losses, disturbed = (_observe(trainer, everybody, document, size)[1] for size in (0.0, DISTURBANCE))
+    ends = numpy.cumsum(lengths)
+    by_document = (
+        [float(values[end - length : end].max()) for end, length in zip(ends, lengths)]
+        for values in (gradients, numpy.abs(disturbed - losses))
     )
+    return Isolation(document, *by_document)
+
+
+def _observe(trainer: train.Trainer, pack: Pack, document: int, disturb: float) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Of each token of a pack, [T] each: the largest gradient by a number of its input, and its loss.
+
+    Noise of size `disturb` is added to the inputs of `document`.
+    """
+    row = train.micro_batch([pack])
+    losses: list[tuple[numpy.ndarray, torch.Tensor]] = []  # (tokens of the row, a number of each)
+    inputs: list[tuple[numpy.ndarray, torch.Tensor]] = []
+
+    def read(found: torch.Tensor, _: train.MicroBatch) -> torch.Tensor:
+        losses.append((row.documents.held[row.supervised.cpu().numpy()], found.detach()))
+        return found.sum()
+
+    def at_embedding(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        tokens = row.documents.held
+        if trainer.plan.sequence_parallel:
+            tokens = numpy.split(tokens, trainer.plan.tensor)[parallel_state.get_tensor_model_parallel_rank()]
+        mine = (pack.cu_seqlens[document] <= tokens) & (tokens < pack.cu_seqlens[document + 1])
+        noise = torch.randn(len(tokens), 1, output.size(-1), generator=torch.Generator().manual_seed(0))
+        output = output + (disturb * noise * torch.from_numpy(mine)[:, None, None]).to(output)
+        output.retain_grad()
+        inputs.append((tokens, output))
+        return output
+
+    first = [part for part in stages(trainer.model) if part.pre_process]
+    hooks = [part.embedding.register_forward_hook(at_embedding) for part in first]
+    trainer.gradient([row] * trainer.plan.pipeline, read)
+    for hook in hooks:
+        hook.remove()
+    gradients = [(tokens, output.grad.abs().amax(dim=(1, 2))) for tokens, output in inputs]
+    total = row.documents.total_tokens
+    return _by_token(gradients, total), _by_token(losses, total)
 
 
 def _by_token(found: list[tuple[numpy.ndarray, torch.Tensor]], total: int) -> numpy.ndarray:

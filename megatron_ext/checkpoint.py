@@ -242,6 +242,7 @@ def save_step(
             "identity": identity,
             "position": position,
             "layout": layout_name(plan),
+            "optimizers": len(optimizer.chained_optimizers),
             "weights_digest": digest,
             "files": files,
         }
@@ -330,6 +331,12 @@ def load_step(
                 f"{folder} was written with {name} = {theirs!r}, this run has {ours!r}: it cannot be resumed; "
                 f"use a fresh folder, or the old value"
             )
+    ours = len(optimizer.chained_optimizers)
+    if manifest.get("optimizers", ours) != ours:  # mcore keeps one more for experts over ranks, under other names
+        raise UserMistake(
+            f"{folder} holds the optimizer's state for parallel.expert {'of' if ours > 1 else 'above'} 1, which another "
+            f"cannot read: resume with parallel.expert as it was ({manifest['layout']})"
+        )
     same_layout = manifest["layout"] == layout_name(plan)
     weights = model_state(model)
     wanted = {

@@ -71,14 +71,14 @@ def reduced(plan: ParallelPlan, ranks: int) -> tuple[ParallelPlan, int]:
 
 def shrunk(dims: Any, layers: int) -> Any:
     """The dimensions of a small model of the same family, with `layers` layers of all kinds that the model has."""
-    small = {name: size for name, size in SMALL.items() if getattr(dims, name, 0)}
-    if getattr(dims, "kv_groups", 0):
-        small["kv_groups"] = 4 if dims.kv_groups == dims.heads else min(dims.kv_groups, 2)
-    for name in ("sliding", "pattern"):  # a kind for each layer
-        if hasattr(dims, name):
-            kinds = list(itertools.islice(itertools.cycle(dict.fromkeys(getattr(dims, name))), layers))
-            small[name] = "".join(kinds) if name == "pattern" else tuple(kinds)
     own = {one.name for one in fields(dims)}
+    small = {name: size for name, size in SMALL.items() if name in own and getattr(dims, name)}
+    if dims.kv_groups:
+        small["kv_groups"] = 4 if dims.kv_groups == dims.heads else min(dims.kv_groups, 2)
+    kinds = {name: dict.fromkeys(getattr(dims, name)) for name in ("sliding", "pattern") if name in own}
+    for name, each in kinds.items():  # a kind for each layer
+        chosen = itertools.islice(itertools.cycle(each), layers)
+        small[name] = "".join(chosen) if name == "pattern" else tuple(chosen)
     if "layers" in own:
         small["layers"] = layers
     if "mxfp4" in own:

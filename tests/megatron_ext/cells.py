@@ -12,6 +12,7 @@ from tests.megatron_ext import tiny
 FAMILIES: dict[str, Any] = {
     "qwen2": replace(tiny.DIMS, layers=4),
     "qwen3 untied": replace(tiny.DIMS, layers=4, tied=False, kind="qwen3"),
+    "nanochat": replace(tiny.NANOCHAT_DIMS, layers=4),
     "nemotron_h": replace(tiny.NEMOTRON_H_DIMS, pattern="ME*-"),
     "gpt_oss": replace(tiny.GPT_OSS_DIMS, sliding=(True, False) * 2),
 }

@@ -315,6 +315,14 @@ def test_the_optimizer_of_experts_continues(two_ranks, tmp_path, after):
     assert after != "EP2" or resumed["digest"] == whole["digest"]
 
 
+def test_experts_that_leave_their_ranks_cannot_take_the_optimizer_along(two_ranks, tmp_path):
+    hf = tiny.hf_folder(tmp_path / "hf", tiny.GPT_OSS_DIMS)
+    arguments = dict(hf=hf, keep=tmp_path, of=tiny.GPT_OSS_DIMS, steps=2)
+    two_ranks.run(train_to_end, plan=EXPERTS["EP2"], **arguments)
+    with pytest.raises(UserMistake, match="resume with parallel.expert as it was .world2_tp1_pp1_cp1_ep2_etp1"):
+        train_to_end(ParallelPlan(), **arguments)
+
+
 @pytest.fixture
 def alone_tmp(tmp_path) -> Path:
     return tmp_path / "keep"
