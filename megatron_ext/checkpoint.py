@@ -334,8 +334,8 @@ def load_step(
     ours = len(optimizer.chained_optimizers)
     if manifest.get("optimizers", ours) != ours:  # mcore keeps one more for experts over ranks, under other names
         raise UserMistake(
-            f"{folder} holds the optimizer's state for parallel.expert {'of' if ours > 1 else 'above'} 1, which another "
-            f"cannot read: resume with parallel.expert as it was ({manifest['layout']})"
+            f"{folder} holds the optimizer's state for parallel.expert {'of' if ours > 1 else 'above'} 1, which this "
+            f"layout cannot read: resume with parallel.expert as it was ({manifest['layout']})"
         )
     same_layout = manifest["layout"] == layout_name(plan)
     weights = model_state(model)

@@ -488,6 +488,20 @@ def test_a_rank_killed_in_mid_run_resumes_to_the_weights_of_an_uninterrupted_run
     assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(5, steps + 1, 5))
 
 
+def test_a_pipeline_trains_from_model_folder_to_model_folder(two_ranks, calculator, tmp_path):
+    """The first stage has the ids, the last the loss: both ranks know the facts, and the folder has all layers."""
+    found = []
+    for name, pool, plan in (("alone", None, ParallelPlan()), ("stages", two_ranks, ParallelPlan(pipeline=2))):
+        (tmp_path / name).mkdir()
+        config = replace(sft_config(calculator, steps=5), parallel=plan)
+        arguments = dict(config=config, out=tmp_path / name, keep=tmp_path / f"{name}.keep")
+        found += pool.run(sft.run, **arguments) if pool else [sft.run(**arguments)]
+    for facts in found:
+        assert facts["supervised_tokens"] == found[0]["supervised_tokens"]
+        assert facts["loss_last"] == pytest.approx(found[0]["loss_last"], rel=1e-5)
+    assert model_folder.open_folder(tmp_path / "stages").weights_digest == found[1]["weights_digest"]
+
+
 def test_a_training_that_asks_for_it_is_certified_first(calculator, tmp_path):
     (tmp_path / "out").mkdir()
     config = replace(sft_config(calculator, steps=1), certify=True)
