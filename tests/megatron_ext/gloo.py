@@ -7,7 +7,7 @@ import socket
 import traceback
 from typing import Any, Callable
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 def free_port() -> int:

@@ -177,14 +177,13 @@ def attempt_with_batched_sends(**arguments: Any) -> Measured | str:
         common._pipeline = ours
 
 
-def alone_and_together(pool: Any, tmp_path: Path, run: Any, case: Refused) -> tuple[Measured, Any]:
-    """One process, and what rank 0 of the pool found."""
+def arguments_of(case: Refused, tmp_path: Path) -> dict[str, Any]:
+    """Of `certify.measure`, but the plan."""
     family, weights = tiny.family(case.dims), tmp_path / "weights"
     with ranks.started(ParallelPlan()):
         certify.write_random_weights(family, case.dims, weights)
     batch = [random_pack(case.lengths, case.dims.vocabulary, i) for i in range(case.batch)]
-    arguments = dict(family=family, dims=case.dims, weights=weights, packs=batch)
-    return certify.measure(plan=ParallelPlan(), **arguments), pool.run(run, plan=case.plan, **arguments)[0]
+    return dict(family=family, dims=case.dims, weights=weights, packs=batch)
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.reason)
@@ -193,18 +192,19 @@ def test_what_is_refused_would_fail_or_be_wrong(two_ranks, tmp_path, case):
     align = min(length & -length for length in case.lengths)
     asked = Workload(2, shape, pack_length=sum(case.lengths), align=align, global_batch=case.batch, gpus=False)
     assert any(case.reason in problem.message for problem in check(case.plan, asked))
-    serial, found = alone_and_together(two_ranks, tmp_path, attempt, case)
+    arguments = arguments_of(case, tmp_path)
+    found = two_ranks.run(attempt, plan=case.plan, **arguments)[0]
     if case.error:
         assert isinstance(found, str) and case.error in found, found
     else:
-        result = difference(found, serial)
+        result = difference(found, certify.measure(plan=ParallelPlan(), **arguments))
         assert result.loss <= TOLERANCE and result.gradient > 0.1, result  # silent: only the gradient tells
 
 
 def test_batched_sends_between_interleaved_stages_would_give_wrong_gradients(two_ranks, tmp_path):
-    case = Refused("", ParallelPlan(pipeline=2, virtual=2))
-    serial, found = alone_and_together(two_ranks, tmp_path, attempt_with_batched_sends, case)
-    assert difference(found, serial).gradient > 0.1  # and no error
+    arguments = arguments_of(case := Refused("", ParallelPlan(pipeline=2, virtual=2)), tmp_path)
+    found = two_ranks.run(attempt_with_batched_sends, plan=case.plan, **arguments)[0]
+    assert difference(found, certify.measure(plan=ParallelPlan(), **arguments)).gradient > 0.1  # and no error
 
 
 # ---------------------------------------------------------------- the certificate of a training
