@@ -4,6 +4,7 @@ document of a pack sees only itself."""
 import json
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,26 +12,15 @@ from safetensors.torch import load_file
 from megatron_ext import model_folder
 from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.models.gpt_oss.config import Yarn
-from megatron_ext.models.nemotron_h import config as nemotron_h
 from megatron_ext.models.registry import MODEL_TYPES, unwrap
 from megatron_ext.parallel import ParallelPlan
+from megatron_ext.train import losses_of, micro_batch
 from tests.megatron_ext import tiny
 from tests.megatron_ext.test_attention import forward
 
 QWEN2, GPT_OSS, NEMOTRON_H = tiny.DIMS, tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS
 QWEN3, LLAMA = (replace(QWEN2, kind=kind, tied=False) for kind in ("qwen3", "llama"))
-
 NANOCHAT = tiny.NANOCHAT_DIMS
-
-
-def hybrid(pattern: str, **sizes):
-    """NEMOTRON_H with other layers; the sizes of blocks that it lacks are 0, as its config.json has none."""
-    lacking = (fields for block, fields in nemotron_h.SIZES.items() if block not in pattern)
-    nothing = {field: 0 for fields in lacking for field in fields}
-    scale = 2.5 if "E" in pattern else 1.0
-    return replace(NEMOTRON_H, pattern=pattern, routed_scale=scale, **nothing | sizes)
-
-
 SHAPES = {
     "qwen2 tied": QWEN2,
     "qwen2 untied": replace(QWEN2, tied=False),
@@ -56,12 +46,12 @@ SHAPES = {
     ),
     "gpt_oss plain positions, low clamp": replace(GPT_OSS, yarn=None, rope_base=1e4, swiglu_limit=0.5, vocabulary=64),
     "nemotron_h": NEMOTRON_H,
-    "nemotron_h Mamba only, 5 heads": hybrid("MM", mamba_heads=5, mamba_groups=1),
-    "nemotron_h dense, one group a head, other epsilon": hybrid(
+    "nemotron_h Mamba only, 5 heads": tiny.hybrid("MM", mamba_heads=5, mamba_groups=1),
+    "nemotron_h dense, one group a head, other epsilon": tiny.hybrid(
         "M-M*-", mamba_heads=3, mamba_groups=3, heads=3, kv_groups=3, norm_epsilon=1e-3
     ),
-    "nemotron_h groups of experts": hybrid("E*E", experts=8, top_k=4, expert_groups=4, top_groups=2),
-    "nemotron_h 6 heads, 2 groups, 3 of 5 experts": hybrid(
+    "nemotron_h groups of experts": tiny.hybrid("E*E", experts=8, top_k=4, expert_groups=4, top_groups=2),
+    "nemotron_h 6 heads, 2 groups, 3 of 5 experts": tiny.hybrid(
         "ME*", mamba_heads=6, mamba_groups=2, experts=5, top_k=3, heads=6, kv_groups=1, vocabulary=64
     ),
     "nanochat": NANOCHAT,
@@ -99,7 +89,7 @@ def test_logits_are_those_of_transformers(alone, shape, tmp_path):
     theirs = transformers_model(folder)
     ours = tiny.model(folder, shape, ParallelPlan())
     tolerance = TOLERANCE[tiny.family(shape).name]
-    longest = 150 if isinstance(shape, nemotron_h.Dims) else 50  # longer than a chunk of Mamba's scan
+    longest = 150 if isinstance(shape, type(NEMOTRON_H)) else 50  # longer than a chunk of Mamba's scan
     pack = tiny.pack([31, 7, longest], seed=1, vocabulary=shape.vocabulary)
     logits, batch = forward(ours, pack)
     for a, b in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:]):
@@ -179,6 +169,32 @@ LENGTHS = [3, 16, 17, 1, 40, 2, 33]
 @pytest.fixture
 def model(alone, dims, tmp_path):
     return tiny.model(tiny.hf_folder(tmp_path / "hf", dims), dims, ParallelPlan())
+
+
+def test_a_pack_gives_the_logits_and_gradients_of_its_documents(model):
+    pack = tiny.pack(LENGTHS, seed=3)
+    loss = losses_of(model, micro_batch([pack])).sum()
+    loss.backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    logits, _ = forward(model, pack)
+    model.zero_grad()
+    total = 0.0
+    for a, b in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:]):
+        one = tiny.Pack(
+            pack.ids[a:b],
+            pack.labels[a:b],
+            pack.loss_mask[a:b],
+            pack.positions[a:b],
+            numpy.array([0, b - a], numpy.int32),
+        )
+        assert torch.allclose(forward(model, one)[0], logits[a:b], atol=1e-5)
+        if one.loss_mask.any():
+            loss_one = losses_of(model, micro_batch([one])).sum()
+            loss_one.backward()
+            total += loss_one.item()
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, packed[name], atol=1e-5 * max(1, packed[name].abs().max())), name
 
 
 def embeddings(model, change=lambda x: x):

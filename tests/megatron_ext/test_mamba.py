@@ -1,9 +1,21 @@
-"""The Mamba-2 mixer against the recurrence that defines it, document by document, and over ranks."""
+"""The Mamba-2 mixer against the recurrence that defines it and against megatron-core's own. Over ranks: test_certify."""
 
+import copy
+import importlib
+import sys
+import types
+
+import numpy
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from megatron_ext import checkpoint
 from megatron_ext.layers import mamba
+from megatron_ext.layers.attention import packed_documents
 from megatron_ext.layers.mamba import State, convolve, documents_of, scan
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
@@ -158,3 +170,94 @@ def test_decays_and_steps_stay_fp32_in_a_bf16_model(mixer):
     for name, value in exact.items():
         assert getattr(mixer, name).dtype == torch.float32 and torch.equal(getattr(mixer, name), value)
         assert getattr(mixer, name).tensor_model_parallel
+
+
+# ---------------------------------------------------------------- megatron-core's own mixer
+
+TRITON = "megatron.core.inference.contexts.attention_context.triton"
+ABSENT = {  # what mamba_mixer.py imports and a machine without Triton and mamba-ssm lacks, by module
+    f"{TRITON}.tensor_ops": ("tensor_get_slice_after", "tensor_masked_update", "tensor_merge"),
+    "mamba_ssm": (),
+    "mamba_ssm.ops": (),
+    "mamba_ssm.ops.triton": (),
+    "mamba_ssm.ops.triton.selective_state_update": ("selective_state_update",),
+    "mamba_ssm.ops.triton.layernorm_gated": ("RMSNorm",),
+    "mamba_ssm.ops.triton.ssd_combined": ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"),
+}
+
+
+class StandInNorm(torch.nn.Module):
+    """mamba_ssm.ops.triton.layernorm_gated.RMSNorm, of what the gate has been applied to."""
+
+    def __init__(self, size, eps, group_size, norm_before_gate, device, dtype):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=dtype))
+        self.eps, self.group_size = eps, group_size
+
+    def forward(self, x):
+        grouped = x.unflatten(-1, (-1, self.group_size))
+        return (grouped * (grouped.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()).flatten(-2) * self.weight
+
+
+def stand_in_kernel(zxbcdt, weight, bias, dt_bias, decay, D, ngroups, headdim, seq_idx, **_):  # noqa: N803
+    """mamba_ssm's fused kernel by its definition: the convolution of each document, then the recurrence."""
+    heads = decay.numel()
+    inner, states = heads * headdim, (weight.size(0) - heads * headdim) // 2
+    z, xbc, dt = zxbcdt.split([inner, inner + 2 * states, heads], dim=-1)
+    lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
+    padded = [torch.nn.functional.pad(part.mT, (weight.size(1) - 1, 0)) for part in xbc.split(lengths, dim=1)]
+    conv1d, silu = torch.nn.functional.conv1d, torch.nn.functional.silu
+    xbc = silu(torch.cat([conv1d(part, weight[:, None], bias, groups=weight.size(0)).mT for part in padded], dim=1))
+    x, b, c = xbc.split([inner, states, states], dim=-1)
+    x, b, c = x.unflatten(-1, (heads, -1)), b.unflatten(-1, (ngroups, -1)), c.unflatten(-1, (ngroups, -1))
+    steps = torch.nn.functional.softplus(dt + dt_bias)
+    state, before = x.new_zeros(1, heads, headdim, b.size(-1)), torch.tensor([mamba.NO_DOCUMENT])
+    y, _ = recurrence(x, steps, decay, b, c, seq_idx, state, before)
+    return (y + D[:, None] * x).flatten(-2) * silu(z)
+
+
+@pytest.fixture
+def stock(mixer, monkeypatch):
+    """mcore's MambaMixer, unchanged, over stand-ins for kernels, with the weights of `mixer`."""
+    modules = {name: types.ModuleType(name) for name in ABSENT}
+    for name, functions in ABSENT.items():
+        for function in functions:
+            setattr(modules[name], function, None)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+    modules["mamba_ssm.ops.triton.layernorm_gated"].RMSNorm = StandInNorm
+    modules["mamba_ssm.ops.triton.ssd_combined"].mamba_split_conv1d_scan_combined = stand_in_kernel
+    name = "megatron.core.ssm.mamba_mixer"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, name, module)  # forgotten afterwards
+    monkeypatch.setattr(module, "_check_mamba_sequence_packing_support", lambda **_: (True, None))
+    config = copy.copy(mixer.config)
+    submodules = module.MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    found = module.MambaMixer(config, submodules, config.hidden_size, layer_number=1, pg_collection=groups)
+    found.load_state_dict(mixer.state_dict(), strict=True)
+    return found
+
+
+def test_the_mixer_is_megatron_cores(mixer, stock):
+    """Order of in_proj's rows, gate before norm, groups, packed boundaries: the same output and gradients."""
+    documents = packed_documents(numpy.array([0, 1, 40, 44, 150]), torch.device("cpu"))
+    x = torch.randn(150, 1, mixer.config.hidden_size, requires_grad=True)
+    results = []
+    for one in (mixer, stock):
+        y, _ = one(x, packed_seq_params=documents)
+        results.append((y, *torch.autograd.grad((y * y).sum(), [x, *one.parameters()])))
+    assert [name for name, _ in mixer.named_parameters()] == [name for name, _ in stock.named_parameters()]
+    for ours, theirs in zip(*results):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_the_checkpoint_is_megatron_cores(mixer, stock):
+    def stored(module):
+        state = module.sharded_state_dict("mixer.", metadata=checkpoint._metadata())
+        apply_factories(state)
+        shards = [shard for shard in nested_values(state) if isinstance(shard, ShardedTensor)]
+        return {shard.key: (shard.global_shape, shard.global_offset, shard.dtype) for shard in shards}
+
+    found = stored(mixer)
+    assert found == stored(stock) and "mixer.in_proj.weight.dt" in found and "mixer.conv1d.bias.B" in found

@@ -1,28 +1,27 @@
 """Nemotron-H: what test_families.py does not ask of every family."""
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from safetensors.torch import load_file, save_file
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import ranks
 from megatron_ext.entrypoints import init_model
-from megatron_ext.layers.loss_head import position_logits
 from megatron_ext.models.nemotron_h.config import hf_config, read, shape
+from megatron_ext.models.nemotron_h.mapping import NORMS
 from megatron_ext.models.registry import Family, read_config
-from megatron_ext.models.rules import Replicated, placed
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.train import losses_of, micro_batch
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import NANO, NANO_PATTERN
 from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.test_families import transformers_model
+
 
 def test_gradients_are_those_of_transformers(alone, tmp_path):
     folder = tiny.hf_folder(tmp_path / "hf", tiny.NEMOTRON_H_DIMS)
@@ -99,142 +98,35 @@ def test_a_random_start_is_what_transformers_expects(tmp_path):
     assert 1e-3 <= steps.min() and steps.max() <= 0.1
 
 
-# ---------------------------------------------------------------- packs
+# ---------------------------------------------------------------- Transformer Engine
 
 
-@pytest.fixture
-def hybrid(alone, tmp_path):
-    return tiny.model(tiny.hf_folder(tmp_path / "hf", tiny.NEMOTRON_H_DIMS), tiny.NEMOTRON_H_DIMS, ParallelPlan())
+def test_the_te_names_are_those_that_megatron_cores_spec_fuses():
+    """mcore's spec needs Triton and Transformer Engine to be imported: hold the names against its source."""
+    origin = importlib.util.find_spec("megatron.core").submodule_search_locations[0]
+    source = (Path(origin) / "models/mamba/mamba_layer_specs.py").read_text()
+    assert "mamba_stack_spec = ModuleSpec(\n    module=MambaStack" in source
+    stock = source[source.index("mamba_stack_spec = ") : source.index("mamba_inference_stack_spec = ")]
+    fused = {"M": "in_proj", "*": "linear_qkv", "-": "linear_fc1"}
+    assert all(f"{layer}=TELayerNormColumnParallelLinear" in stock for layer in fused.values())
+    assert stock.count("TELayerNormColumnParallelLinear") == 3 and "pre_mlp_layernorm=TENorm, mlp=moe" in stock
+    for block, layer in fused.items():
+        assert NORMS[block][1].endswith(f"{layer}.layer_norm_weight")
+    assert NORMS["E"][1] == ""
 
 
-LENGTHS = [3, 140, 17, 1, 40, 2]
+def test_the_checkpoint_keys_are_those_of_the_te_names(alone, tmp_path):
+    model = tiny.model(tiny.hf_folder(tmp_path / "hf", tiny.NEMOTRON_H_DIMS), tiny.NEMOTRON_H_DIMS, ParallelPlan())
+    keys = {value.key for value in model.sharded_state_dict().values() if not value.key.endswith("_extra_state")}
+    rules = Family("nemotron_h").mapping.rules(tiny.NEMOTRON_H_DIMS)
+    assert {rule.te_name for rule in rules if rule.te_name} < keys
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in keys and "decoder.final_norm.weight" in keys
 
 
-def test_a_pack_gives_the_logits_and_gradients_of_its_documents(hybrid):
-    pack = tiny.pack(LENGTHS, seed=3)
-    loss = losses_of(hybrid, micro_batch([pack])).sum()
-    loss.backward()
-    packed = {name: p.grad.clone() for name, p in hybrid.named_parameters()}
-    hybrid.zero_grad()
-    total = 0.0
-    for a, b in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:]):
-        row = (pack.ids, pack.labels, pack.loss_mask, pack.positions)
-        one = tiny.Pack(*(x[a:b] for x in row), numpy.array([0, b - a], numpy.int32))
-        if one.loss_mask.any():
-            loss_one = losses_of(hybrid, micro_batch([one])).sum()
-            loss_one.backward()
-            total += loss_one.item()
-    assert loss.item() == pytest.approx(total, rel=1e-6)
-    for name, p in hybrid.named_parameters():
-        assert torch.allclose(p.grad, packed[name], atol=1e-5 * max(1, packed[name].abs().max())), name
-
-
-LAYOUTS = {
-    "alone": ParallelPlan(),
-    "TP2": ParallelPlan(tensor=2),
-    "TP2 SP": ParallelPlan(tensor=2, sequence_parallel=True),
-    "CP2": ParallelPlan(context=2),
-    "CP2 a2a": ParallelPlan(context=2, context_comm="a2a"),
-}
-EVEN = [4, 140, 16, 8, 40, 4]  # every context rank holds two chunks of each
-
-
-@pytest.fixture(params=LAYOUTS)
-def on_ranks(request, two_ranks):
-    """Runs a function with `plan` on as many ranks as that has; results by rank."""
-    plan = LAYOUTS[request.param]
-
-    def run(function, **arguments):
-        return two_ranks.run(function, plan=plan, **arguments) if plan.model > 1 else [function(plan, **arguments)]
-
-    run.plan = plan
-    return run
-
-
-def of_document(batch, number: int) -> torch.Tensor:
-    """Which of this rank's positions lie in a document, bool [T / c]."""
-    bounds = batch.documents.cu_seqlens_q
-    held = torch.from_numpy(batch.documents.held)
-    return (bounds[number] <= held) & (held < bounds[number + 1])
-
-
-def logits_and_gradient(model, batch, ids, number) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of this rank's positions; the gradient of a document's logits, by the embeddings of ids."""
-    inputs = []
-    handle = model.embedding.register_forward_hook(
-        lambda _m, _i, out: inputs.append(out.detach().requires_grad_()) or inputs[-1]
-    )
-    wanted = torch.arange(ids.numel())
-    logits = position_logits(model, ids, batch.positions, batch.documents, wanted)
-    handle.remove()
-    chosen = logits[of_document(batch, number)]
-    (grad,) = torch.autograd.grad((chosen * torch.linspace(-1, 1, chosen.size(1))).sum(), inputs)
-    if model.config.sequence_parallel:
-        grad = gather_from_sequence_parallel_region(grad)
-    return logits.detach(), grad.squeeze(1)
-
-
-def isolation(plan, hf, dims, number: int) -> dict[str, bool]:
-    with ranks.started(plan):
-        model = tiny.model(hf, dims, plan).eval()
-        batch = micro_batch([tiny.pack(EVEN, seed=4)])
-        mine = of_document(batch, number)
-        logits, grad = logits_and_gradient(model, batch, batch.ids, number)
-        changed = torch.where(mine, batch.ids, (batch.ids + 1 + batch.positions % 7) % 19)
-        others, _ = logits_and_gradient(model, batch, changed, number)
-        return {
-            "the document's logits have the same bits": torch.equal(others[mine], logits[mine]),
-            "other documents' logits changed": not torch.equal(others[~mine], logits[~mine]),
-            "its own tokens reach it": bool((grad[mine].abs().sum(1) > 0).all()),
-            "other tokens reach it exactly zero": grad[~mine].abs().sum().item() == 0,
-        }
-
-
-@pytest.mark.parametrize("number", [0, 1, 4])
-def test_other_documents_cannot_reach_a_document_by_a_single_bit(on_ranks, tmp_path, number):
-    """Through convolution, state and attention. Without experts, whose matrix products are over other rows when other
-    documents route otherwise."""
-    dims = replace(tiny.NEMOTRON_H_DIMS, pattern="M-M*M")
-    hf = tiny.hf_folder(tmp_path / "hf", dims)
-    for found in on_ranks(isolation, hf=hf, dims=dims, number=number):
-        assert all(found.values()), found
-
-
-def test_experts_pass_no_gradient_between_documents_either(alone, hybrid):
-    batch = micro_batch([tiny.pack(EVEN, seed=5)])
-    _, grad = logits_and_gradient(hybrid, batch, batch.ids, 1)
-    mine = of_document(batch, 1)
-    assert (grad[mine].abs().sum(1) > 0).all() and grad[~mine].abs().sum() == 0
-
-
-def loss_and_gradients(plan, hf, dims) -> dict:
-    """Of one pack, before any reduction over ranks: which positions the rank held, losses, gradients by rule name."""
-    with ranks.started(plan):
-        model = tiny.model(hf, dims, plan)
-        batch = micro_batch([tiny.pack(EVEN, seed=6)])
-        losses = losses_of(model, batch)
-        losses.sum().backward()
-        grads = {rule.name: p.grad for rule, p in placed(model, Family("nemotron_h").mapping.rules(dims)) if p.requires_grad}
-        return {"loss": losses.sum().item(), "grads": grads}
-
-
-def test_parallel_equals_one_process(on_ranks, tmp_path):
-    """The gradients are put together as the training loop's reductions do: added over context ranks, and over tensor
-    ranks for what each has of its own tokens (sequence parallelism)."""
-    dims, plan = replace(tiny.NEMOTRON_H_DIMS, pattern="M-M*M"), on_ranks.plan
-    hf = tiny.hf_folder(tmp_path / "hf", dims)
-    found = on_ranks(loss_and_gradients, hf=hf, dims=dims)
-    expected = loss_and_gradients(ParallelPlan(), hf, dims)
-    total = sum(result["loss"] for result in found) / plan.tensor
-    assert total == pytest.approx(expected["loss"], rel=1e-6)
-    layouts = {rule.name: rule.layout for rule in Family("nemotron_h").mapping.rules(dims)}
-    for name, grad in expected["grads"].items():
-        parts = [result["grads"][name] for result in found]
-        if plan.context > 1 or (plan.sequence_parallel and type(layouts[name]) is Replicated):
-            whole = sum(parts)
-        else:
-            whole = layouts[name].unshard(parts)
-        assert (whole - grad).abs().max() <= 1e-5 * grad.abs().max(), name
+def test_te_refuses_an_epsilon_that_megatron_cores_mixer_does_not_have(alone):
+    dims = replace(tiny.NEMOTRON_H_DIMS, norm_epsilon=1e-6)
+    with pytest.raises(UserMistake, match="te has a norm epsilon of 1e-05 in Mamba layers, this model 1e-06"):
+        Family("nemotron_h").spec.build(dims, ParallelPlan(), torch.float32, "te")
 
 
 # ---------------------------------------------------------------- config.json

@@ -96,6 +96,14 @@ def dims(**changes: Any) -> Dims:
     return replace(DIMS, **changes)
 
 
+def hybrid(pattern: str, **sizes: Any) -> nemotron_h.Dims:
+    """NEMOTRON_H_DIMS with other layers; the sizes of blocks that it lacks are 0, as its config.json has none."""
+    lacking = [fields for block, fields in nemotron_h.SIZES.items() if block not in pattern]
+    nothing = {field: 0 for fields in lacking for field in fields}
+    scale = NEMOTRON_H_DIMS.routed_scale if "E" in pattern else 1.0
+    return replace(NEMOTRON_H_DIMS, pattern=pattern, routed_scale=scale, **nothing | sizes)
+
+
 def family(of: Any) -> Family:
     """The family whose Dims these are."""
     return Family(type(of).__module__.split(".")[-2])

@@ -1,10 +1,13 @@
 """Nemotron-H as a megatron-core model: configuration, layer spec, MambaModel."""
 
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -52,13 +55,13 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
         mamba_head_dim=dims.mamba_head_dim or 1,
         mamba_num_groups=dims.mamba_groups or 1,
         mamba_state_dim=dims.mamba_state or 1,
-        **(_experts(dims, backend) if dims.experts else {}),
-        **(common.settings(plan, dtype, backend) | _cuts(plan)),
+        **(_experts(dims, backend) if "E" in dims.pattern else {}),
+        **common.settings(plan, dtype, backend) | _cuts(plan),
     )
 
 
 def _cuts(plan: ParallelPlan) -> dict[str, Any]:
-    """mcore's hybrid stack knows a first and a last stage, and equal ones between (mamba_block.py:172)."""
+    """MambaStack reads no layout but the numbers of layers at the ends; those between are equal (parallel.py)."""
     if not plan.pipeline_layers:
         return {}
     return dict(
@@ -89,7 +92,31 @@ def _experts(dims: Dims, backend: str) -> dict[str, Any]:
 
 
 class HybridStack(MambaStack):
-    """MambaStack whose final norm is ours: mcore's is Transformer Engine's, whatever the spec says."""
+    """MambaStack with `recompute: full`, which mcore 0.16.1 leaves to its GPT models: a layer at a time."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: None,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        if self.config.recompute_granularity != "full" or not self.training:
+            return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **others)
+        hidden_states = hidden_states if self.pre_process else self.input_tensor
+
+        def through(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+            out = layer(hidden_states=x, attention_mask=None, packed_seq_params=packed_seq_params)
+            return out[0] if isinstance(out, tuple) else out  # transformer layers return a context too
+
+        for layer in self.layers:
+            hidden_states = tensor_parallel.checkpoint(partial(through, layer), False, hidden_states)
+        return self.final_norm(hidden_states) if self.post_process and self.post_layer_norm else hidden_states
+
+
+class TorchHybridStack(HybridStack):
+    """With a final norm of ours: mcore's is Transformer Engine's, whatever the spec says."""
 
     def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **others: Any):
         super().__init__(config, submodules, post_layer_norm=False, **others)
@@ -99,11 +126,11 @@ class HybridStack(MambaStack):
 
 
 def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
-    """ "torch": our norms, attention and Mamba mixer. "te": mcore's stock spec, unchanged."""
+    """ "torch": our norms, attention and Mamba mixer. "te": the layers of mcore's stock spec."""
     if backend == "te":
         from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 
-        return mamba_stack_spec
+        return ModuleSpec(module=HybridStack, submodules=mamba_stack_spec.submodules)
     if backend != "torch":
         raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -147,7 +174,7 @@ def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
         )
         blocks.moe_layer = ModuleSpec(module=MoETransformerLayer, submodules=experts)
-    return ModuleSpec(module=HybridStack, submodules=blocks)
+    return ModuleSpec(module=TorchHybridStack, submodules=blocks)
 
 
 def build(
