@@ -256,7 +256,7 @@ class MambaMixer(MegatronModule):
         return [inner, inner, states, states, self.heads]
 
     def _columns(self, rank: int) -> list[torch.Tensor]:
-        """Those of z, x, B, C and dt that context rank `rank` computes with: its heads, and the groups that they use."""
+        """Those of z, x, B, C and dt that context rank `rank` computes with: its heads, the groups they use."""
         heads, each = self.heads // self.cp_group.size(), self.heads // self.groups
         own = slice(rank * heads, (rank + 1) * heads)
         used = slice(own.start // each, (own.stop - 1) // each + 1)

@@ -15,8 +15,8 @@ FAMILIES: dict[str, Any] = {
     "nanochat": replace(tiny.NANOCHAT_DIMS, layers=4),
     "nemotron_h": replace(tiny.NEMOTRON_H_DIMS, pattern="ME*-"),
     "gpt_oss": replace(tiny.GPT_OSS_DIMS, sliding=(True, False) * 2),
-    "nemotron_h": tiny.hybrid("ME*M"),
-    "nemotron_h dense": tiny.hybrid("M-*M"),
+    "nemotron_h": tiny.hybrid("ME*-"),
+    "nemotron_h dense": tiny.hybrid("M*-M"),
 }
 
 

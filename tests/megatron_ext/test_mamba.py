@@ -1,4 +1,7 @@
-"""The Mamba-2 mixer against the recurrence that defines it and against megatron-core's own. Over ranks: test_certify."""
+"""The Mamba-2 mixer against the recurrence that defines it, and against megatron-core's own.
+
+Over ranks it is tested in the table of test_certify.py.
+"""
 
 import copy
 import importlib
