@@ -368,13 +368,6 @@ def recompute_is_known(p: ParallelPlan, w: Workload) -> str:
     return "" if p.recompute in RECOMPUTES else f"{p.recompute!r} is none of {', '.join(RECOMPUTES)}"
 
 
-@rule("recompute")
-def hybrids_recompute_blocks_only(p: ParallelPlan, w: Workload) -> str:
-    """mamba_block.py of mcore 0.16.1 has no recomputation of whole layers; its MLP and MoE blocks have their own."""
-    wrong = w.shape and MAMBA in w.shape.blocks and p.recompute == "full"
-    return "full is not there for hybrid Mamba models" if wrong else ""
-
-
 # ---------------------------------------------------------------- the nearest legal value
 
 

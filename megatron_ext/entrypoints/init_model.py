@@ -6,7 +6,7 @@ function of the config: normal with a standard deviation of 0.02, norms 1, biase
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -21,7 +21,7 @@ class Config:
     heads: int = 4
     kv_groups: int = 2
     ffn: int = 256
-    tied: bool = True  # output layer shares the embedding
+    tied: Optional[bool] = None  # output layer shares the embedding; None: as the family has it
     max_positions: int = 2048  # tokens
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-6

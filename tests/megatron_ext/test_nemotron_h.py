@@ -89,7 +89,7 @@ def test_both_spellings_of_a_checkpoint_are_the_same_model(alone, tmp_path):
 def test_a_random_start_is_what_transformers_expects(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    sizes = dict(family="nemotron_h", alphabet_task="calculator", hidden=32, ffn=48, layers=4, tied=False)
+    sizes = dict(family="nemotron_h", alphabet_task="calculator", hidden=32, ffn=48, layers=4)
     init_model.run(init_model.Config(**sizes), tmp_path, tmp_path)
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -244,7 +244,7 @@ def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict
         ffn=sizes.ffn,
         swiglu_limit=7.0,
         vocabulary=vocabulary,
-        tied=sizes.tied,
+        tied=False if sizes.tied is None else sizes.tied,
         norm_epsilon=sizes.norm_epsilon,
         rope_base=sizes.rope_base,
         yarn=Yarn(32.0, max(1, sizes.max_positions // 32), 32.0, 1.0, truncate=False),

@@ -285,4 +285,4 @@ def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict
         shared_ffn=sizes.ffn // 2,
         routed_scale=2.5,
     )
-    return hf_config(dims, eos, pad)
+    return hf_config(dims, eos, pad) | {"tie_word_embeddings": bool(sizes.tied)}

@@ -192,7 +192,7 @@ def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict
         kv_groups=sizes.kv_groups,
         head_dim=sizes.hidden // sizes.heads,
         vocabulary=vocabulary,
-        tied=sizes.tied,
+        tied=True if sizes.tied is None else sizes.tied,
         norm_epsilon=sizes.norm_epsilon,
         rope_base=sizes.rope_base,
         max_positions=sizes.max_positions,
