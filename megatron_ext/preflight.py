@@ -21,7 +21,6 @@ from megatron_ext.parallel import (
     divisors,
     environment_problems,
     grid,
-    hybrids_recompute_blocks_only,
     is_legal,
 )
 from megatron_ext.planner import (
@@ -264,7 +263,7 @@ def _candidates_table(title: str, found: list[Candidate], w: Workload) -> dict[s
 
 def _memory_table(plan: ParallelPlan, t: Training) -> dict[str, Any]:
     modes = [replace(plan, recompute=mode) for mode in parallel.RECOMPUTES]
-    by_mode = {one.recompute: memory(one, t) for one in modes if not hybrids_recompute_blocks_only(one, t.workload)}
+    by_mode = {one.recompute: memory(one, t) for one in modes}
     rows = [
         [name.replace("_", " "), *(f"{getattr(needs, name) / GIB:.1f}" for needs in by_mode.values())]
         for name in (*(one.name for one in fields(Memory)), "state", "total")
