@@ -13,7 +13,6 @@ FAMILIES: dict[str, Any] = {
     "qwen2": replace(tiny.DIMS, layers=4),
     "qwen3 untied": replace(tiny.DIMS, layers=4, tied=False, kind="qwen3"),
     "nanochat": replace(tiny.NANOCHAT_DIMS, layers=4),
-    "nemotron_h": replace(tiny.NEMOTRON_H_DIMS, pattern="ME*-"),
     "gpt_oss": replace(tiny.GPT_OSS_DIMS, sliding=(True, False) * 2),
     "nemotron_h": tiny.hybrid("ME*-"),
     "nemotron_h dense": tiny.hybrid("M*-M"),
