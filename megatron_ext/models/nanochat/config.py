@@ -132,7 +132,7 @@ def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict
         heads=sizes.heads,
         kv_groups=sizes.kv_groups,
         vocabulary=vocabulary,
-        tied=sizes.tied,
+        tied=False if sizes.tied is None else sizes.tied,
         norm_epsilon=sizes.norm_epsilon,
         rope_base=sizes.rope_base,
         max_positions=sizes.max_positions,
