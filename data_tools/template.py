@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data_tools.conversation import Conversation
@@ -367,10 +368,24 @@ class _Generation(Extension):
         return marks.mark(_OPEN) + caller() + marks.mark(_CLOSE)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's, which asks a dozen questions before it gives `message.role`; keys of plain data are given at once."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute not in _DICT_NAMES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if type(obj) is LoopContext and attribute in _LOOP_NAMES:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
+_DICT_NAMES = frozenset(dir(dict))
+_LOOP_NAMES = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
+
+
 def _environment(day: date) -> ImmutableSandboxedEnvironment:
     """What templates are written for (transformers.utils.chat_template_utils), with a day that stands still."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = day.strftime

@@ -48,6 +48,13 @@ def test_ids_and_masks_do_not_depend_on_the_encoder(tokenizer):
             assert np.array_equal(one, other)
 
 
+def test_stretches_that_come_again_are_encoded_alike(tokenizer):
+    prompt = "abc é ☕\n" * 200
+    encoder = Encoder(tokenizer, "huggingface")
+    for text in (f"<|im_start|>{prompt}<|im_end|>\na<|im_start|>{prompt}", prompt, f"a{prompt}<|im_end|>", "abc") * 9:
+        assert encoder.encode(text, [])[0].tolist() == tokenizer.fast.encode(text, add_special_tokens=False).ids
+
+
 def wrong_after(rows):
     """A fast encoder that is right so often."""
     counted = [0]
@@ -55,7 +62,7 @@ def wrong_after(rows):
     def build(fast):
         def encode(text):
             counted[0] += 1
-            ids = np.array(fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+            ids = np.array(fast.encode(text, add_special_tokens=False).ids, dtype=np.int32)
             return ids if counted[0] <= rows else ids[::-1]
 
         return encode
