@@ -8,7 +8,7 @@ import torch
 
 from megatron_ext import checkpoint, model_folder, ranks
 from megatron_ext.entrypoints import import_hf
-from megatron_ext.parallel import ParallelPlan, Workload, rule_problems
+from megatron_ext.parallel import ParallelPlan, Workload, check
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import FAMILIES as PARALLEL
 
@@ -25,7 +25,7 @@ def layouts(dims, at_most: int) -> dict[str, tuple[int, ParallelPlan]]:
             tensor=tensor, sequence_parallel=tensor > 1, pipeline=pipeline, virtual=virtual, expert=expert,
             expert_tensor=expert_tensor,
         )  # fmt: skip
-        if size <= at_most and not rule_problems(plan, Workload(size, shape, pack_length=64, align=8, gpus=False)):
+        if size <= at_most and not check(plan, Workload(size, shape, pack_length=64, align=8, gpus=False)):
             found[f"TP{tensor} PP{pipeline}x{virtual} EP{expert} ETP{expert_tensor}"] = (size, plan)
     return found
 
