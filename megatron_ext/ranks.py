@@ -51,7 +51,14 @@ def join() -> None:
 
 
 def start(plan: ParallelPlan, seed: int = 0) -> None:
-    """`join` unless the caller already did, build mcore's groups for `plan`, seed every generator."""
+    """`join` unless the caller already did, build mcore's groups for `plan`, seed every generator.
+
+    UserMistake when the environment contradicts the plan.
+    """
+    problems = environment_problems(plan, os.environ)
+    if problems:
+        raise UserMistake(problems)
+    os.environ.update(environment(plan))
     init_device()
     from megatron.core import parallel_state
 

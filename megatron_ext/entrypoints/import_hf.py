@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from data_tools import durable
-from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 

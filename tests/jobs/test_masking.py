@@ -1,6 +1,5 @@
 """What a rank, native code in it and its children print is masked, however it comes and however the rank ends."""
 
-import os
 import random
 import signal
 import subprocess

@@ -1,8 +1,5 @@
 """What no worker can speak of (killed, a lost node) is read from other evidence and repeated within its budget."""
 
-import os
-import signal
-from pathlib import Path
 
 import pytest
 
