@@ -174,6 +174,14 @@ def kv_bytes(plan: ParallelPlan, shape: ModelShape, stage: Stage) -> float:
 
 
 LOGIT_BYTES = 10  # a logit: 2 in bf16, 4 in fp32, 4 for its softmax and gradient
+CHUNK_LOGITS = 2**25  # that the loss head holds at a time on a rank
+
+
+def loss_head_bytes(plan: ParallelPlan, shape: ModelShape, tokens: float) -> float:
+    """Bytes of the output layer and loss at their peak, `tokens` supervised tokens on the rank: a chunk of logits, the
+    tokens' hidden states and their gradient in bf16, the weight's gradient in fp32 and a chunk's part of it."""
+    rows = padded_rows(shape.vocabulary, plan.tensor) / plan.tensor
+    return LOGIT_BYTES * min(tokens * rows, CHUNK_LOGITS) + 4 * tokens * shape.hidden + 6 * rows * shape.hidden
 
 
 def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
@@ -184,7 +192,7 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     held, on_top = layer_activations(plan, shape, stage)
     logits = 0.0
     if stage.last:
-        logits = tokens * t.supervised * LOGIT_BYTES * padded_rows(shape.vocabulary, plan.tensor) / plan.tensor
+        logits = loss_head_bytes(plan, shape, tokens * t.supervised)
         logits += 2 * tokens * shape.hidden * plan.sequence_parallel  # the head gathers all tokens
     sent = 2 * 2 * shape.top_k * shape.hidden / plan.tensor if plan.expert > 1 else 0
     return Memory(

@@ -1,13 +1,15 @@
 """From hidden states to the loss of each supervised token, with the vocabulary split over tensor ranks.
 
 Only supervised positions reach the output layer: in agent trajectories and short-answer tasks most positions are
-prompt, and their logits would be thrown away. (Chunks over tokens, for vocabularies of 150k and more, come here.)
+prompt, and their logits would be thrown away. Of those that do, the logits of one chunk exist at a time, and backward
+computes them again: a matrix product more (4 for 3) for a memory that does not grow with the number of tokens.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
@@ -16,6 +18,17 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.layers.attention import PackedDocuments
+from megatron_ext.planner import CHUNK_LOGITS
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What to say of the supervised positions: losses of `labels` (int64 [n], in the whole vocabulary) under
+    softmax(logits / temperature), and with `entropy` the entropy of that distribution too."""
+
+    labels: torch.Tensor
+    temperature: float = 1.0
+    entropy: bool = False
 
 
 def vocabulary_logits(
@@ -52,19 +65,124 @@ def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """-log p(label), fp32 [n]. Logits [n, V / t] of this tensor rank, labels int64 [n] in the whole vocabulary."""
-    if group.size() == 1:
-        return F.cross_entropy(logits.float(), labels, reduction="none")
-    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)  # the tensor group is its default
+def _real_rows(weight: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The rows of this tensor rank's `weight` that are no padding of a vocabulary of `rows`; perhaps none."""
+    return weight[: max(0, rows - group.rank() * weight.size(0))]
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_LOGITS // max(1, vocabulary))
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+def _scaled_logits(hidden: torch.Tensor, real: torch.Tensor, cap: float, temperature: float) -> torch.Tensor:
+    """fp32 [chunk, real rows]."""
+    logits = (hidden @ real.t()).float()
+    if cap:
+        logits.div_(cap).tanh_().mul_(cap)
+    return logits.div_(temperature)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """`token_losses`, stacked [1 or 2, n]. Ranks speak once a pass, not once a chunk: forward adds up their softmax
+    statistics, backward their gradients of hidden."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets: Targets, rows: int, group: dist.ProcessGroup, cap: float):
+        real = _real_rows(weight, rows, group)
+        column = targets.labels - group.rank() * weight.size(0)
+        mine = (0 <= column) & (column < len(real))
+        column = column.where(mine, 0)[:, None]
+        log_sum = hidden.new_zeros(len(hidden), dtype=torch.float32)  # over this rank's logits
+        picked, spread = torch.zeros_like(log_sum), torch.zeros_like(log_sum)  # the label's logit; the entropy
+        for part in _chunks(len(hidden), len(real)):
+            logits = _scaled_logits(hidden[part], real, cap, targets.temperature)
+            log_sum[part] = logits.logsumexp(1)
+            if len(real):
+                picked[part] = logits.gather(1, column[part]).squeeze(1) * mine[part]
+            if targets.entropy:
+                spread[part] = torch.special.entr(logits.softmax(1)).sum(1)
+
+        highest = log_sum.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        share = (log_sum - highest).exp()
+        sums = torch.stack([share, picked, share * spread + torch.special.entr(share)])
+        dist.all_reduce(sums, group=group)
+        share, picked, spread = sums
+        log_sum = highest + share.log()
+        out = torch.stack([log_sum - picked, share.log() + spread / share][: 1 + targets.entropy])
+        ctx.save_for_backward(hidden, weight, column, mine, log_sum, out)
+        ctx.constants = targets, rows, group, cap
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        hidden, weight, column, mine, log_sum, out = ctx.saved_tensors
+        targets, rows, group, cap = ctx.constants
+        real = _real_rows(weight, rows, group)
+        label_share = -(grad_out[0] * mine)[:, None]
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for part in _chunks(len(hidden), len(real)):
+            logits = _scaled_logits(hidden[part], real, cap, targets.temperature)
+            slope = 1 - (logits * (targets.temperature / cap)).square_() if cap else None
+            grad = _through_softmax(logits.sub_(log_sum[part, None]), out[:, part, None], grad_out[:, part, None])
+            if len(real):
+                grad.scatter_add_(1, column[part], label_share[part])
+            grad.div_(targets.temperature)
+            grad = (grad.mul_(slope) if cap else grad).to(hidden.dtype)
+            if wants_hidden:
+                grad_hidden[part] = grad @ real
+            if wants_weight:
+                _add_product(grad_weight[: len(real)], grad.t(), hidden[part])
+        if wants_hidden:
+            dist.all_reduce(grad_hidden, group=group)
+        return grad_hidden, grad_weight.to(weight.dtype) if wants_weight else None, None, None, None, None
+
+
+def _through_softmax(log_p: torch.Tensor, out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
+    """Gradient of the scaled logits, in the place of log_p, without what a label's own logit gets.
+
+    ∂loss/∂z = p - onehot(label) and ∂entropy/∂z = -p (log p + entropy).
+    """
+    factor = grad_out[0]
+    if len(out) == 2:
+        factor = (log_p + out[1]).mul_(-grad_out[1]).add_(factor)
+    return log_p.exp_().mul_(factor)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b; a total in fp32 of products in bf16 too."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def token_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: Targets,
+    rows: int,
+    group: dist.ProcessGroup,
+    cap: float = 0.0,
+) -> torch.Tensor:
+    """-log p(label), fp32 [n]; with `targets.entropy` [2, n], the losses and the entropies, in nats.
+
+    hidden [n, h], the same on all tensor ranks; weight [V / t, h] of this one; logits `capped`; the vocabulary's real
+    rows are the first `rows`. Gradients are those of the logits written out, for any gradient of the output.
+    """
+    out = _ChunkedLoss.apply(hidden, weight, targets, rows, group, cap)
+    return out if targets.entropy else out.squeeze(0)
 
 
 def supervised_output(
-    model: LanguageModule, hidden_states: torch.Tensor, labels: torch.Tensor | None, positions: torch.Tensor
+    model: LanguageModule, hidden_states: torch.Tensor, targets: Targets | None, positions: torch.Tensor
 ) -> torch.Tensor:
     """What `model`'s output layer makes of the rows `positions` (int64 [n] into T) of hidden_states [T, 1, h].
 
-    With labels int64 [n]: losses [n]. Without: logits, gathered over tensor ranks, [n, vocabulary_rows].
+    With targets: `token_losses`. Without: logits, gathered over tensor ranks, [n, vocabulary_rows].
     """
     group = model.pg_collection.tp
     if model.config.sequence_parallel:
@@ -77,15 +195,15 @@ def supervised_output(
         weight = model.shared_embedding_or_output_weight()
     else:
         weight = model.output_layer.weight
-    logits = vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group, model.logit_cap)
-    if labels is None:
+    if targets is None:
+        logits = vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group, model.logit_cap)
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
         return logits[:, : model.vocabulary_rows]
-    return token_losses(logits, labels, group)
+    return token_losses(hidden, weight, targets, model.vocabulary_rows, group, model.logit_cap)
 
 
 class SupervisedHead(GPTModel):
-    """GPTModel whose forward takes `labels` of the supervised positions only and returns their losses.
+    """GPTModel whose forward takes as `labels` the `Targets` of the supervised positions, and returns their losses.
 
     The module tree, parameters and checkpoints are GPTModel's. Build it with `vocabulary_rows`, the number of real
     rows of a padded vocabulary.
@@ -112,11 +230,11 @@ class SupervisedHybrid(MambaModel):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: None,
-        labels: torch.Tensor | None = None,
+        labels: Targets | torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         **others: Any,
     ) -> torch.Tensor:
-        """As SupervisedHead's: `loss_mask` selects positions, whose labels are `labels`."""
+        """As SupervisedHead's: `loss_mask` selects positions, whose targets are `labels`."""
         if loss_mask is None or not self.post_process:
             return super().forward(input_ids, position_ids, attention_mask, labels=labels, **others)
         hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
@@ -129,14 +247,14 @@ def supervised_losses(
     ids: torch.Tensor,
     positions: torch.Tensor,
     documents: PackedDocuments,
-    labels: torch.Tensor,
+    targets: Targets,
     supervised: torch.Tensor,
 ) -> torch.Tensor:
-    """Losses fp32 [n] of the supervised positions of one packed row.
+    """`token_losses` of one packed row: ids and positions int64 [1, T], `targets` of the positions `supervised` [n].
 
-    ids and positions int64 [1, T]; labels int64 [n] of the positions `supervised` int64 [n].
+    A pipeline's stages before the last return what goes to the next.
     """
-    return model(ids, positions, None, labels=labels, loss_mask=supervised, packed_seq_params=documents)
+    return model(ids, positions, None, labels=targets, loss_mask=supervised, packed_seq_params=documents)
 
 
 def position_logits(

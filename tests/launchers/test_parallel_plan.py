@@ -96,10 +96,10 @@ def test_the_plan_of_the_openresearcher_seed_is_refused_with_the_memory_table_an
     done = plan(*OPENRESEARCHER, "--parallel", "sft", check=2)
     assert "31,577,937,344 parameters" in done.stdout
     (state,) = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("state")]
-    assert state == ["state", "258.6", "258.6"]  # hybrids have no full recomputation
+    assert state == ["state", "258.6", "258.6", "258.6"]  # by recomputation: none, selective, full
     trap, shortage = done.stderr.splitlines()
     assert "gives wrong expert gradients without an error: use expert 2" in trap
-    assert "needs 577.3 GiB a GPU (state 258.6, activations 234.1, logits 80.7, other 4.0)" in shortage
+    assert "needs 499.9 GiB a GPU (state 258.6, activations 234.1, logits 3.3, other 4.0)" in shortage
     offer = json.loads(plan(*OPENRESEARCHER, "--parallel", "sft", "--json", check=2).stdout)["offer"]
     accepted = [f"sft.with.parallel.{name}={value}" for name, value in offer["plan"].items()]
     accepted += [f"packs.with.align={offer['align']}", f"sft.resources.nodes={offer['ranks'] // 4}"]
