@@ -112,11 +112,15 @@ import sys, torch
 from pathlib import Path
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext import model_folder, ranks
-ids = torch.load(sys.argv[2]).tolist()
+ids = torch.load(sys.argv[2])
 with ranks.started(ParallelPlan(), 0), torch.no_grad():
-    from megatron_ext.rollout.decode import next_logits
+    import numpy
+    from megatron_ext.layers.attention import packed_documents
+    from megatron_ext.layers.loss_head import position_logits
     model = model_folder.load_model(model_folder.open_folder(sys.argv[1]), ParallelPlan(), "", "torch")
-    torch.save(next_logits(model, [ids[:n] for n in range(1, len(ids) + 1)]), sys.argv[3])
+    documents = packed_documents(numpy.array([0, len(ids)]), ids.device)
+    wanted = torch.arange(len(ids))
+    torch.save(position_logits(model, ids[None], documents.positions[None], documents, wanted), sys.argv[3])
 """
 
 

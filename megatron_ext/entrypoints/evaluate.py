@@ -16,6 +16,7 @@ from data_tools.tables import write_table
 from data_tools.tasks.task import Row, Source, Task, check_rows, load_task, task_options
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel import check as check_plan
+from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
 
@@ -30,7 +31,7 @@ class Config:
     max_new_tokens: int = 16
     seen_in: Optional[str] = field(default=None, metadata={"input": True})  # training token store: split by it
     dtype: str = ""  # of the weights; "" keeps the model folder's
-    token_budget: int = field(default=16384, metadata={"keyed": False})  # tokens of one forward pass
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"keyed": False})
     backend: str = field(default="torch", metadata={"keyed": False})  # layer spec: torch | te
     parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata={"keyed": False})
 
@@ -42,21 +43,10 @@ def check(config: Config, ranks: int) -> list[Problem]:
     problems += check_rows(config.task, config.task_options, config.source)
     if config.max_new_tokens < 1:
         problems.append(Problem("max_new_tokens", f"{config.max_new_tokens} is too few: the least is 1"))
-    problems += _cannot_generate(config.parallel)
+    problems += check_engine(config.engine)
+    if config.parallel.virtual > 1:
+        problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
-
-
-def _cannot_generate(plan: ParallelPlan) -> list[Problem]:
-    """Ranks that decode different prompts go at their own pace: whoever shares a model must share the prompts."""
-    problems = [
-        Problem(f"parallel.{name}", f"{getattr(plan, name)}: generation has no {name} ranks: use 1")
-        for name in ("pipeline", "context")
-        if getattr(plan, name) > 1
-    ]
-    if plan.expert * plan.expert_tensor > plan.tensor:
-        spread = f"expert {plan.expert} x expert_tensor {plan.expert_tensor}"
-        problems.append(Problem("parallel.expert", f"{spread} is more than tensor {plan.tensor}: raise tensor"))
-    return problems
 
 
 def rows(config: Config, task: Task) -> Iterator[Row]:
@@ -111,24 +101,25 @@ def run(
         import torch.distributed as dist
         from megatron.core import parallel_state  # may be imported once the device is ready
 
-        from megatron_ext.rollout.decode import generate
+        from megatron_ext.rollout.engine import Engine
+        from megatron_ext.rollout.sequence import Request
 
         model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
-        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        tokens = generate(
-            model,
-            prompts[rank::size],
-            config.max_new_tokens,
-            {tokenizer.eos_id},
-            token_budget=config.token_budget,
-            progress=progress,
-        )
-        parts: list[Any] = [None] * size
-        dist.all_gather_object(parts, tokens, group=parallel_state.get_data_parallel_group())
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        own = range(replicas.rank(), len(prompts), replicas.size())
+        engine = Engine(model, config.engine, seed=0, stop_ids={tokenizer.eos_id})
+        sampling = Sampling(temperature=0, max_tokens=config.max_new_tokens)
+        tokens: dict[int, list[int]] = {}
+        for sequence in engine.generate([Request(place, tuple(prompts[place])) for place in own], sampling):
+            tokens[sequence.prefix.request.uid] = sequence.completion
+            progress(len(tokens), len(own), "prompts")
+        parts: list[Any] = [None] * replicas.size()
+        dist.all_gather_object(parts, tokens, group=replicas)
+        completions = {place: ids for part in parts for place, ids in part.items()}
         writer = ranks.is_writer()
     samples = []
     for place, row in enumerate(mine):
-        ids = parts[place % size][place // size]
+        ids = completions[place]
         ended = bool(ids) and ids[-1] == tokenizer.eos_id
         completion = tokenizer.decode(ids[:-1] if ended else ids)
         samples.append(

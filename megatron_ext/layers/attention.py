@@ -172,6 +172,7 @@ class PackedDocuments(PackedSeqParams):
     order: torch.Tensor | None = field(default=None, repr=False)
     layout: Layout | None = field(default=None, repr=False)
     share: Share | None = field(default=None, repr=False)  # with context parallelism only
+    cache: Any = field(default=None, repr=False)  # rollout/cache.py: what earlier tokens of the documents left
     _turns: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def turns(
@@ -456,6 +457,7 @@ class PackedAttention(MegatronModule):
         }.items():
             if unsupported:
                 raise NotImplementedError(f"PackedAttention has no {name} = {getattr(config, name)} yet")
+        self.layer_number = layer_number
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.exchanges_heads = cp_comm_type == "a2a"
         self.context_group = pg_collection.cp
@@ -489,6 +491,10 @@ class PackedAttention(MegatronModule):
             batch = (x.transpose(0, 1) for x in (query, key, value))
             return attend(*batch, self.scale, self.window, sinks).flatten(2).transpose(0, 1)
         documents = packed_seq_params
+        if getattr(documents, "cache", None) is not None:
+            return documents.cache.attend(
+                documents, self.layer_number, query, key, value, self.scale, self.window, sinks
+            )
         if not isinstance(documents, PackedDocuments):
             context = ContextRank(group.size(), group.rank())
             documents = packed_documents(packed_seq_params.cu_seqlens_q.cpu().numpy(), query.device, context)

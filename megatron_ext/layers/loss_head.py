@@ -182,7 +182,7 @@ def supervised_output(
 ) -> torch.Tensor:
     """What `model`'s output layer makes of the rows `positions` (int64 [n] into T) of hidden_states [T, 1, h].
 
-    With targets: `token_losses`. Without: logits, gathered over tensor ranks, [n, vocabulary_rows].
+    With targets: `token_losses`. Without: this tensor rank's logits [n, V / t].
     """
     group = model.pg_collection.tp
     if model.config.sequence_parallel:
@@ -196,9 +196,7 @@ def supervised_output(
     else:
         weight = model.output_layer.weight
     if targets is None:
-        logits = vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group, model.logit_cap)
-        logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=group)
-        return logits[:, : model.vocabulary_rows]
+        return vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group, model.logit_cap)
     return token_losses(hidden, weight, targets, model.vocabulary_rows, group, model.logit_cap)
 
 
@@ -264,5 +262,5 @@ def position_logits(
     documents: PackedDocuments,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits [n, vocabulary rows] at the positions `wanted` int64 [n] of a packed row, alike on all tensor ranks."""
+    """Logits [n, V / t] of this tensor rank at the positions `wanted` int64 [n] of a packed row; padding has -inf."""
     return model(ids, positions, None, loss_mask=wanted, packed_seq_params=documents)

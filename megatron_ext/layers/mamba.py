@@ -335,6 +335,8 @@ class MambaMixer(MegatronModule):
         if inference_context is not None:
             raise NotImplementedError("decode with `advance`, which takes and returns the state of a row")
         projected, _ = self.in_proj(hidden_states)  # [T / CP, b, width]
+        if getattr(packed_seq_params, "cache", None) is not None:
+            return self.out_proj(self.norm(packed_seq_params.cache.recur(packed_seq_params, self, projected)))
         whole = projected if self.cp_group.size() == 1 else self._whole_row(projected, packed_seq_params)
         documents = documents_of(packed_seq_params, whole.size(0), whole.device)
         y, _ = self.advance(whole.transpose(0, 1), documents.expand(whole.size(1), -1))

@@ -1,0 +1,206 @@
+"""What earlier tokens left: keys and values in blocks, recurrent states in slots; and a step's tokens over them.
+
+This is the seam between kernels: on CPU the blocks of samples of similar length are gathered into a batch for torch's
+kernels.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Sequence
+
+import numpy
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megatron_ext.layers.attention import PackedDocuments, attend
+from megatron_ext.layers.mamba import MambaMixer, State
+
+GIB = 1 << 30
+_ANGLES = 1024  # positions; rotary tables are made for multiples, so that they are made seldom
+
+
+class Share(NamedTuple):
+    """Tokens from `start` on of a document whose blocks and slot these are, as one step computes them."""
+
+    tokens: tuple[int, ...]
+    start: int
+    blocks: list[int]
+    slot: int | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents computed together: `tokens` of each, wherever they are in the step's row.
+
+    `rows` int64 [n * tokens], their places in the row; `positions` int64 [n, tokens] in their documents; `table` int64
+    [n, blocks], their blocks, filled up with any; `slots` int64 [n]; `fresh` bool [n], those at their first token.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    table: torch.Tensor
+    slots: torch.Tensor
+    fresh: torch.Tensor
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, ...] -> [n, tokens, ...]."""
+        return x.index_select(0, self.rows).unflatten(0, self.positions.shape)
+
+
+class Cache:
+    """Of each of this rank's layers that looks back, what it needs of earlier tokens.
+
+    Attention: keys and values [blocks, block size, groups, d]. Mamba: the state after the last token, [slots, ...].
+    The memory is there from `allocate` to `free`: between rollouts training has it. The last block is nobody's: tokens
+    that only fill a row up write there.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: TransformerConfig, block_size: int, target: torch.device):
+        self.attention, self.mixers = _looking_back(model)
+        groups = max(1, (config.num_query_groups or 1) // config.tensor_model_parallel_size)
+        self.block_size, self.target = block_size, target
+        self.shape, self.dtype = (groups, config.kv_channels), config.params_dtype
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.states: dict[int, State] = {}
+
+    def blocks_in(self, gib: float) -> int:
+        """How many blocks so much memory holds, besides the one that is nobody's."""
+        size = torch.empty(0, dtype=self.dtype).element_size()
+        a_block = 2 * max(1, len(self.attention)) * self.block_size * self.shape[0] * self.shape[1] * size
+        return int(gib * GIB) // a_block - 1
+
+    def allocate(self, blocks: int, slots: int) -> None:
+        """Zeros, not whatever lies there: a block's unused places are multiplied by 0, and NaN times 0 is NaN."""
+        shape = (blocks + 1, self.block_size, *self.shape)
+        for layer in self.attention:
+            self.keys[layer] = torch.zeros(shape, dtype=self.dtype, device=self.target)
+            self.values[layer] = torch.zeros(shape, dtype=self.dtype, device=self.target)
+        for layer, mixer in self.mixers.items():
+            empty = mixer.empty_state(torch.empty(slots, 0, dtype=self.dtype, device=self.target))
+            self.states[layer] = empty
+
+    def free(self) -> None:
+        for held in (self.keys, self.values, self.states):
+            held.clear()
+
+    @property
+    def spare(self) -> int:
+        """A place of the block that is nobody's."""
+        return next(iter(self.keys.values())).size(0) * self.block_size - 1 if self.keys else 0
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """(from, to), in order: a block may be written to after it was read from."""
+        for source, target in pairs:
+            for held in (*self.keys.values(), *self.values.values()):
+                held[target] = held[source]
+
+    def copy_states(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            for state in self.states.values():
+                for held in state:
+                    held[target] = held[source]
+
+    def attend(
+        self,
+        row: "CachedRow",
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """query [T, heads, d], key and value [T, groups, d] of a step's tokens -> [T, heads * d].
+
+        The new keys and values are written to their places; each token sees its document up to itself.
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        keys.flatten(0, 1).index_copy_(0, row.places, key)
+        values.flatten(0, 1).index_copy_(0, row.places, value)
+        out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
+        for batch in row.batches:
+            blocks = batch.table.flatten()
+            k, v = (x.index_select(0, blocks).view(len(batch.table), -1, *self.shape) for x in (keys, values))
+            found = attend(batch.pick(query), k, v, scale, window, sinks, batch.positions)
+            out.index_copy_(0, batch.rows, found.reshape(len(batch.rows), -1))
+        return out
+
+    def recur(self, row: "CachedRow", mixer: MambaMixer, projected: torch.Tensor) -> torch.Tensor:
+        """projected [T, 1, width] of a step's tokens -> y [T, 1, heads * p]; their documents' states go on."""
+        held = self.states[mixer.layer_number]
+        out = None
+        for batch in row.batches:
+            state = State(*(part.index_select(0, batch.slots) for part in held))
+            state.documents[batch.fresh] = -1
+            state.ssm[batch.fresh] = 0
+            y, state = mixer.advance(batch.pick(projected.squeeze(1)), torch.zeros_like(batch.positions), state)
+            for part, new in zip(held, state):
+                part.index_copy_(0, batch.slots, new.to(part.dtype))
+            out = y.new_zeros(projected.size(0), y.size(-1)) if out is None else out
+            out.index_copy_(0, batch.rows, y.flatten(0, 1))
+        return out.unsqueeze(1)
+
+
+def _looking_back(model: torch.nn.Module) -> tuple[list[int], dict[int, MambaMixer]]:
+    """Numbers of the attention layers, and the Mamba mixers by number."""
+    from megatron.core.transformer.attention import SelfAttention
+
+    attention = [module.layer_number for module in model.modules() if isinstance(module, SelfAttention)]
+    return attention, {module.layer_number: module for module in model.modules() if isinstance(module, MambaMixer)}
+
+
+@dataclass
+class CachedRow(PackedDocuments):
+    """The tokens of one step as a packed row: documents that go on from what the cache holds of them.
+
+    `places` int64 [T], where each token's keys and values go: block * block size + offset.
+    """
+
+    places: torch.Tensor | None = field(default=None, repr=False)
+    batches: tuple[Batch, ...] = ()
+
+
+def cached_row(shares: Sequence[Share], cache: Cache, filler: int = 0) -> CachedRow:
+    """The row of `shares`, one after the other, and after them `filler` tokens of no document.
+
+    Shares of one token are batched with those whose blocks the same power of two holds; a longer one is alone.
+    """
+    size = cache.block_size
+    spans = [numpy.arange(share.start, share.stop) for share in shares]
+    tables = [numpy.array(share.blocks[: -(-share.stop // size)], numpy.int64) for share in shares]
+    places = [table[span // size] * size + span % size for span, table in zip(spans, tables)]
+    starts = numpy.cumsum([0] + [len(span) for span in spans])
+    kinds: dict[tuple[int, int], list[int]] = {}
+    for number, (span, table) in enumerate(zip(spans, tables)):
+        kind = (0, (len(table) - 1).bit_length()) if len(span) == 1 else (1, number)
+        kinds.setdefault(kind, []).append(number)
+
+    def batch(numbers: list[int]) -> Batch:
+        width = max(len(tables[i]) for i in numbers)
+        arrays = (
+            numpy.concatenate([numpy.arange(starts[i], starts[i + 1]) for i in numbers]),
+            numpy.stack([spans[i] for i in numbers]),
+            numpy.stack([numpy.pad(tables[i], (0, width - len(tables[i]))) for i in numbers]),
+            numpy.array([shares[i].slot or 0 for i in numbers]),
+            numpy.array([shares[i].start == 0 for i in numbers]),
+        )
+        return Batch(*(torch.from_numpy(array).to(cache.target) for array in arrays))
+
+    empty = numpy.zeros(filler, numpy.int64)
+    positions = numpy.concatenate([*spans, empty])
+    longest = -(-(int(positions.max()) + 1) // _ANGLES) * _ANGLES
+    return CachedRow(
+        qkv_format="thd",
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        total_tokens=len(positions),
+        positions=torch.from_numpy(positions).to(cache.target),
+        cache=cache,
+        places=torch.from_numpy(numpy.concatenate([*places, empty + cache.spare])).to(cache.target),
+        batches=tuple(map(batch, kinds.values())),
+    )

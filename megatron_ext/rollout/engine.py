@@ -1,0 +1,172 @@
+"""The rollout engine: prompts in, samples out, from the training model's own parameters.
+
+    engine = Engine(model, EngineConfig(), seed=1, stop_ids={2})
+    for sequence in engine.generate([Request(uid, prompt, samples=8)], Sampling()): ...
+
+The only decoder of the project: evaluation, generation and GRPO use it. Ranks that hold parts of one model (tensor,
+pipeline) run the same engine on the same requests and plan the same steps; data-parallel ranks, and context-parallel
+ones, which have nothing to share while they generate, run engines of their own.
+"""
+
+from collections import Counter
+from typing import Callable, Collection, Iterator, Optional, Sequence as Many
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import Stop, Stopped, never
+from megatron_ext.rollout.blocks import BlockManager
+from megatron_ext.rollout.cache import Share
+from megatron_ext.rollout.runner import Runner
+from megatron_ext.rollout.scheduler import Scheduler, Step
+from megatron_ext.rollout.sequence import Prefix, Request, Sequence
+from megatron_ext.rollout.settings import EngineConfig, Sampling
+
+Detokenize = Callable[[list[int]], str]
+_STOP_STRING_TOKENS = 64  # new tokens looked at for a stop string
+
+
+class Engine:
+    """`stop_ids` end a sample and belong to it. `detokenize` is needed where a sampling has stop strings."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: EngineConfig,
+        seed: int,
+        stop_ids: Collection[int],
+        detokenize: Optional[Detokenize] = None,
+    ):
+        self.model, self.config, self.seed = model, config, seed
+        self.stop_ids, self.detokenize = frozenset(stop_ids), detokenize
+        self.runner = Runner(model, config.block_size)
+        self.counts: Counter[str] = Counter()
+        experts = parallel_state.get_expert_model_parallel_group()
+        self._together = experts if experts.size() > 1 else None
+
+    def generate(self, requests: Many[Request], sampling: Sampling, stop: Stop = never) -> Iterator[Sequence]:
+        """Samples as they end. UserMistake when one could not be held in the memory given.
+
+        `stop` is asked between steps; when it says so on this rank, `Stopped` is raised with the number of samples that
+        ended. Counts of the work are added to `counts`.
+        """
+        blocks = self._blocks(requests, sampling)
+        slots = 2 * self.config.max_batch if self.runner.cache.mixers else 0
+        self.scheduler = Scheduler(self.config, blocks, slots)
+        self.scheduler.add(requests, sampling.max_tokens)
+        self.runner.cache.allocate(len(blocks.references), slots)
+        was_training = self.model.training
+        self.model.eval()
+        prompts: dict[Prefix, torch.Tensor] = {}  # the logits after each held prompt
+        ended = 0
+        try:
+            while self._any_has_work():
+                if stop():
+                    raise Stopped(ended, sum(request.samples for request in requests))
+                for sequence in self._step(sampling, prompts):
+                    ended += 1
+                    yield sequence
+        finally:
+            self.counts["preemptions"] += self.scheduler.preemptions
+            self.runner.cache.free()
+            self.model.train(was_training)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sample as it is; it is not among those that `generate` still gives."""
+        self.scheduler.finish(sequence, "abort")
+
+    def _blocks(self, requests: Many[Request], sampling: Sampling) -> BlockManager:
+        """As many as the memory holds, or as all samples can need."""
+        size, held = self.config.block_size, self.runner.cache.blocks_in(self.config.kv_gib)
+        longest = max((len(request.prompt) for request in requests), default=0) + sampling.max_tokens
+        needed = -(-longest // size) + 1
+        if any(not request.prompt for request in requests):
+            raise ValueError("a prompt without tokens has no last position to continue from")
+        if needed > held:
+            message = f"{self.config.kv_gib:g} GiB hold {max(held, 0) * size:,} tokens of keys and values, and one sample needs "
+            raise UserMistake(Problem("engine.kv_gib", f"{message}{needed * size:,}; give more, or lower max_tokens"))
+        most = sum((request.samples + 1) * (-(-(len(request.prompt) + sampling.max_tokens) // size) + 1) for request in requests)
+        return BlockManager(min(held, most), size)
+
+    def _any_has_work(self) -> bool:
+        if self._together is None:
+            return self.scheduler.has_work
+        flag = torch.tensor([int(self.scheduler.has_work)], device=self.runner.cache.target)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._together)
+        return bool(flag.item())
+
+    def _step(self, sampling: Sampling, prompts: dict[Prefix, torch.Tensor]) -> list[Sequence]:
+        """Compute and draw; returns the samples that ended."""
+        step = self.scheduler.plan()
+        self.runner.cache.copy_blocks(step.copies)
+        self.runner.cache.copy_states(step.states)
+        begun = [sequence for sequence in step.begun if len(sequence.tokens) == sequence.prompt_length]
+        rows = [prompts[sequence.prefix] for sequence in begun]
+        found = iter(self._compute(step))
+        self._count(step)
+        finished = self.scheduler.computed(step)
+        rows += [next(found) for _ in step.decodes]
+        resumed = []
+        for piece in step.pieces:
+            if piece.owner in finished:
+                prompts[piece.owner] = next(found)
+            elif isinstance(piece.owner, Sequence) and piece.stop == len(piece.owner.tokens):
+                resumed.append(piece.owner)
+                rows.append(next(found))
+        for prefix in [prefix for prefix in prompts if prefix not in self.scheduler.prefixes]:
+            del prompts[prefix]
+        return self._draw([*begun, *step.decodes, *resumed], rows, sampling)
+
+    def _compute(self, step: Step) -> list[torch.Tensor]:
+        """Logits [V / t] after each decoded sample and each piece that is its owner's last; empty ones on all but the
+        last stage of a pipeline."""
+        shares = [Share((s.tokens[-1],), s.cached, s.blocks, s.slot) for s in step.decodes]
+        wanted = list(range(len(shares)))
+        for piece in step.pieces:
+            owner = piece.owner
+            if piece.stop == len(owner.request.prompt if isinstance(owner, Prefix) else owner.tokens):
+                wanted.append(len(shares))
+            shares.append(Share(piece.tokens, piece.start, owner.blocks, owner.slot))
+        if shares:
+            return list(self.runner.logits(shares, wanted))
+        if self._together is not None:
+            self.runner.idle()
+        return []
+
+    def _count(self, step: Step) -> None:
+        self.counts["steps"] += bool(step.tokens)
+        self.counts["decoded"] += len(step.decodes)
+        self.counts["prefilled"] += sum(len(piece.tokens) for piece in step.pieces)
+        self.counts["running"] += len(self.scheduler.running) * bool(step.tokens)
+        self.counts["most_blocks"] = max(self.counts["most_blocks"], self.scheduler.blocks.used)
+
+    def _draw(self, sequences: list[Sequence], rows: list[torch.Tensor], sampling: Sampling) -> list[Sequence]:
+        """Give each sample its next token; returns those that it ends."""
+        if not sequences:
+            return []
+        noise = [0.0 if sampling.is_greedy else sequence.noise(self.seed) for sequence in sequences]
+        found = self.runner.draw(torch.stack(rows), noise, sampling)
+        columns = zip(sequences, *(part.tolist() for part in found))
+        ended = []
+        for sequence, token, logprob, model_logprob, margin in columns:
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            sequence.model_logprobs.append(model_logprob)
+            sequence.margins.append(margin)
+            reason = self._why_ended(sequence, token, sampling)
+            if reason:
+                self.scheduler.finish(sequence, reason)
+                ended.append(sequence)
+        return ended
+
+    def _why_ended(self, sequence: Sequence, token: int, sampling: Sampling) -> str:
+        if token in self.stop_ids:
+            return "stop"
+        new = len(sequence.tokens) - sequence.prompt_length
+        if sampling.stop_strings:
+            tail = self.detokenize(sequence.tokens[max(sequence.prompt_length, len(sequence.tokens) - _STOP_STRING_TOKENS) :])
+            if any(text in tail for text in sampling.stop_strings):
+                return "stop"
+        return "length" if new >= sequence.limit else ""

@@ -1,0 +1,73 @@
+"""One step of the engine on the model: rows in, logits out, through the stages of a pipeline."""
+
+from typing import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_ext.device import device, plain_torch
+from megatron_ext.layers.loss_head import position_logits
+from megatron_ext.models.registry import unwrap
+from megatron_ext.rollout.cache import Cache, Share, cached_row
+from megatron_ext.rollout.sampler import Drawn, Vocabulary, draw
+from megatron_ext.rollout.settings import Sampling
+
+
+class Runner:
+    """The training model itself, in the shape it has: its parameters are never copied."""
+
+    def __init__(self, model: torch.nn.Module, block_size: int):
+        self.model = unwrap(model)
+        self.config = self.model.config
+        self.cache = Cache(self.model, self.config, block_size, device())
+        group = parallel_state.get_tensor_model_parallel_group()
+        self.vocabulary = Vocabulary(group if group.size() > 1 else None)
+        self.stages = parallel_state.get_pipeline_model_parallel_group()
+
+    @property
+    def is_last(self) -> bool:
+        return self.stages.rank() == self.stages.size() - 1
+
+    @torch.no_grad()
+    def logits(self, shares: Sequence[Share], wanted: Sequence[int]) -> torch.Tensor:
+        """This tensor rank's logits [n, V / t] after each of the shares `wanted`; [n, 0] on all but the last stage."""
+        ids = [token for share in shares for token in share.tokens]
+        unit = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        filler = -len(ids) % unit
+        row = cached_row(shares, self.cache, filler)
+        ends = torch.tensor([len(share.tokens) for share in shares]).cumsum(0) - 1
+        rows = ends[list(wanted)].to(self.cache.target)
+        tokens = torch.tensor([ids + [0] * filler], device=self.cache.target)
+        with plain_torch():
+            self._receive(tokens.size(1) // unit)
+            out = position_logits(self.model, tokens, row.positions[None], row, rows)
+            return out if self.is_last else self._send(out).new_empty(len(wanted), 0)
+
+    def idle(self) -> None:
+        """A pass over nothing, where other ranks wait for this one's experts."""
+        self.logits([Share((0,), 0, [self.cache.spare // self.cache.block_size])], [])
+
+    def _receive(self, tokens: int) -> None:
+        if self.stages.rank() > 0:
+            shape = (tokens, 1, self.config.hidden_size)
+            hidden = torch.empty(shape, dtype=self.config.params_dtype, device=self.cache.target)
+            dist.recv(hidden, group=self.stages, group_src=self.stages.rank() - 1)
+            self.model.set_input_tensor(hidden)
+
+    def _send(self, hidden: torch.Tensor) -> torch.Tensor:
+        dist.send(hidden.contiguous(), group=self.stages, group_dst=self.stages.rank() + 1)
+        return hidden
+
+    def draw(self, logits: torch.Tensor, noise: Sequence[float], sampling: Sampling) -> Drawn:
+        """A token for each row of `logits`, the same on all tensor ranks and stages."""
+        found = torch.empty(len(noise), 4, dtype=torch.float64, device=self.cache.target)
+        if self.is_last:
+            uniforms = torch.tensor(noise, dtype=torch.float64, device=self.cache.target)
+            with plain_torch():
+                first = self.vocabulary.rank * logits.size(-1)
+                found = torch.stack([part.double() for part in draw(logits, uniforms, sampling, self.vocabulary, first)], 1)
+        if self.stages.size() > 1:
+            found = found.contiguous()
+            dist.broadcast(found, group=self.stages, group_src=self.stages.size() - 1)
+        return Drawn(found[:, 0].long(), *(found[:, i].float() for i in (1, 2, 3)))

@@ -1,0 +1,145 @@
+"""The next token of each sample, from logits whose vocabulary is split over tensor ranks; nothing is gathered.
+
+A token is where the sample's noise u falls in the running sum of probabilities, in the order of the vocabulary
+(inverse transform). So it depends on the logits and on u alone, and on logits only as far as u is near a border: how
+near is the `margin`, as a probability. Ranks add up their parts of the running sum; the one that holds the token says
+so.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_ext.rollout.settings import Sampling
+
+_DIGITS = ((20, 11), (10, 10), (0, 10))  # shift and width of the parts into which 31 bits are cut
+
+
+class Drawn(NamedTuple):
+    """Of n samples: tokens int64; log-probs fp32 under the distribution drawn from, and of the model itself
+    (temperature 1, no filter); margins fp32, infinite where nothing was drawn."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    model_logprobs: torch.Tensor
+    margins: torch.Tensor
+
+
+class Vocabulary:
+    """Sums over the vocabulary, of which this tensor rank holds a part."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+
+    def _reduced(self, x: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        if self.size > 1:
+            dist.all_reduce(x, op=op, group=self.group)
+        return x
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, V / t] -> [n, 1], over the whole vocabulary."""
+        return self._reduced(x.sum(-1, keepdim=True), dist.ReduceOp.SUM)
+
+    def max(self, x: torch.Tensor) -> torch.Tensor:
+        return self._reduced(x.max(-1, keepdim=True).values, dist.ReduceOp.MAX)
+
+    def agree(self, x: torch.Tensor) -> torch.Tensor:
+        """The same shape, added over ranks."""
+        return self._reduced(x, dist.ReduceOp.SUM)
+
+    def before(self, total: torch.Tensor) -> torch.Tensor:
+        """[n, 1], the totals of the ranks before this one."""
+        if self.size == 1:
+            return torch.zeros_like(total)
+        totals = [torch.empty_like(total) for _ in range(self.size)]
+        dist.all_gather(totals, total.contiguous(), group=self.group)
+        return torch.stack(totals[: self.rank]).sum(0) if self.rank else torch.zeros_like(total)
+
+    def kth(self, x: torch.Tensor, k: int) -> torch.Tensor:
+        """[n, 1], the k-th largest of a row: of each rank's k largest."""
+        best = x.topk(min(k, x.size(-1)), dim=-1).values
+        if self.size > 1:
+            width = torch.tensor(best.size(-1), device=x.device)
+            width = int(self._reduced(width, dist.ReduceOp.MAX))  # the last rank's part may be shorter than k
+            best = torch.nn.functional.pad(best, (0, width - best.size(-1)), value=-torch.inf)
+            parts = [torch.empty_like(best) for _ in range(self.size)]
+            dist.all_gather(parts, best.contiguous(), group=self.group)
+            best = torch.cat(parts, dim=-1)
+        return best.topk(min(k, best.size(-1)), dim=-1).values[:, -1:]
+
+
+@torch.no_grad()
+def draw(
+    logits: torch.Tensor, noise: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary, first: int = 0
+) -> Drawn:
+    """Logits [n, V / t], of which the first column is token `first`; noise fp64 [n] in [0, 1)."""
+    logits = logits.float()
+    top = vocabulary.max(logits)
+    weights = (logits - top).exp_()  # of the model itself, the likeliest 1
+    model_total = vocabulary.sum(weights).log()
+    if sampling.is_greedy:
+        tokens = _likeliest(logits, top, vocabulary, first)
+        logprobs = -model_total.squeeze(1)
+        return Drawn(tokens, torch.zeros_like(logprobs), logprobs, torch.full_like(logprobs, torch.inf))
+    if sampling.temperature != 1:
+        weights = ((logits - top) / sampling.temperature).exp_()
+    if sampling.is_filtered:
+        weights = weights.where(weights >= _threshold(weights, sampling, vocabulary), 0)
+    total = vocabulary.sum(weights.double())
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    before = vocabulary.before(sums[:, -1:])
+    wanted = noise[:, None] * total - before  # in this rank's part of the running sum
+    place = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.size(-1) - 1)
+    mine = (wanted >= 0) & (wanted < sums[:, -1:])
+    upper = sums.gather(1, place)
+    lower = upper - weights.gather(1, place).double()
+    margin = torch.minimum(wanted - lower, upper - wanted) / total
+    log_weight = ((logits.gather(1, place) - top) / sampling.temperature).double() - total.log()
+    model = (logits.gather(1, place) - top - model_total).double()
+    found = torch.cat([place.double() + first, log_weight, model, margin], dim=1)
+    found = vocabulary.agree(found.where(mine, 0))
+    return Drawn(found[:, 0].long(), found[:, 1].float(), found[:, 2].float(), found[:, 3].float())
+
+
+def _likeliest(logits: torch.Tensor, top: torch.Tensor, vocabulary: Vocabulary, first: int) -> torch.Tensor:
+    """int64 [n], the lowest token with the largest logit."""
+    best = logits.max(-1, keepdim=True)
+    token = (best.indices + first).where(best.values == top, torch.iinfo(torch.int64).max)
+    if vocabulary.size > 1:
+        dist.all_reduce(token, op=dist.ReduceOp.MIN, group=vocabulary.group)
+    return token.squeeze(1)
+
+
+def _threshold(weights: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary) -> torch.Tensor:
+    """[n, 1], the least weight that passes the filters; tokens that tie with it pass too."""
+    least = torch.full_like(weights[:, :1], sampling.min_p)  # the likeliest weighs 1
+    if sampling.top_k:
+        least = torch.maximum(least, vocabulary.kth(weights, sampling.top_k))
+    if sampling.top_p < 1:
+        kept = weights.where(weights >= least, 0) if sampling.top_k else weights
+        least = torch.maximum(least, _nucleus(kept, sampling.top_p, vocabulary))
+    return least
+
+
+def _nucleus(weights: torch.Tensor, share: float, vocabulary: Vocabulary) -> torch.Tensor:
+    """[n, 1], the largest threshold such that the weights at or above it make up `share` of all.
+
+    No sort, which would have to be gathered: floats from 0 up are ordered as their bits, and the threshold's are found
+    from the highest on, a table of weights by the next digit at a time.
+    """
+    bits, exact = weights.view(torch.int32), weights.double()
+    wanted = vocabulary.sum(exact) * share
+    above = torch.zeros_like(wanted)  # what lies above the digits found so far
+    found = torch.zeros_like(bits[:, :1])
+    for shift, width in _DIGITS:
+        digit = (bits >> shift) & ((1 << width) - 1)
+        inside = bits >> (shift + width) == found
+        table = exact.new_zeros(len(bits), 1 << width).scatter_add_(1, digit.long(), exact.where(inside, 0))
+        sums = above + vocabulary.agree(table).flip(1).cumsum(1)  # from the largest digit down
+        place = (sums < wanted).sum(1, keepdim=True).clamp(max=sums.size(1) - 1)
+        above = sums.gather(1, (place - 1).clamp(min=0)).where(place > 0, above)
+        found = (found << width) | ((1 << width) - 1 - place).int()
+    return found.view(torch.float32)

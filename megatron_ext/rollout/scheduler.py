@@ -1,0 +1,240 @@
+"""Which tokens of which samples the next forward pass computes.
+
+Continuous batching: a place that a finished sample leaves is filled at once. A pass holds one token of every running
+sample and, up to the token budget, pieces of prompts. A prompt is computed once for all its samples; they share its
+blocks, and the last, half-filled one is copied by who first writes into it. When blocks run out, the sample that came
+last gives its own back and is computed again later from its recorded tokens.
+"""
+
+import itertools
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Iterable
+
+from megatron_ext.rollout.blocks import BlockManager
+from megatron_ext.rollout.sequence import Prefix, Request, Sequence
+from megatron_ext.rollout.settings import EngineConfig
+
+
+LOOK_AHEAD = 2  # times the batch: how far down the queue a step looks for samples to begin
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, stop) of a holder of blocks, to be computed; its later ones wait for another pass."""
+
+    owner: Prefix | Sequence
+    tokens: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass
+class Step:
+    """One forward pass. `copies` of blocks and `states` of recurrent slots (from, to) come before it."""
+
+    decodes: list[Sequence] = field(default_factory=list)  # running samples: their last token each
+    pieces: list[Piece] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    states: list[tuple[int, int]] = field(default_factory=list)
+    begun: list[Sequence] = field(default_factory=list)  # samples whose prompt's last logits are known: they need no pass
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.decodes or self.pieces or self.begun)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.decodes) + sum(len(piece.tokens) for piece in self.pieces)
+
+
+class Scheduler:
+    """Requests in, steps out. Everything here is a function of the requests and of the tokens that were drawn, so that
+    ranks which hold parts of one model plan the same steps."""
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager, slots: int = 0):
+        self.config, self.blocks = config, blocks
+        self.free_slots = list(range(slots - 1, -1, -1))  # of recurrent state; none for attention alone
+        self.recurrent = slots > 0
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.prefixes: list[Prefix] = []  # prompts that are held: being computed, or with samples that have yet to begin
+        self.arrivals = self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, requests: Iterable[Request], max_tokens: int) -> list[Sequence]:
+        """Queue the samples of `requests`; returns them in order."""
+        added = []
+        for request in requests:
+            prefix = Prefix(request, request.samples)
+            for sample in range(request.samples):
+                limit = request.limits[sample] if request.limits else max_tokens
+                sequence = Sequence(prefix, sample, limit, list(request.prompt), arrival=self.arrivals)
+                if sample < len(request.recorded):
+                    tokens, logprobs = request.recorded[sample]
+                    sequence.tokens += tokens
+                    sequence.logprobs += logprobs
+                self.arrivals += 1
+                added.append(sequence)
+        self.waiting.extend(added)
+        return added
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Step:
+        """The next step; empty only when there is no work."""
+        step = Step()
+        before = self.preemptions
+        self._decode(step)
+        for sequence in self.running:
+            if len(sequence.tokens) - sequence.cached > 1:  # it lost its blocks once: its own tokens again
+                self._add_piece(step, sequence, sequence.tokens)
+        for prefix in self.prefixes:
+            self._add_piece(step, prefix, prefix.request.prompt)
+        if self.preemptions == before:
+            self._admit(step)
+        while step.is_empty and self.prefixes:  # prompts that hold all blocks and none to begin with
+            self._drop_prefix(self.prefixes[-1])
+            self._admit(step)
+        return step
+
+    def _decode(self, step: Step) -> None:
+        for sequence in list(self.running):
+            if sequence in self.running and len(sequence.tokens) - sequence.cached == 1 and self._make_room(sequence, step):
+                self._write(step, sequence, sequence.cached)
+                step.decodes.append(sequence)
+
+    def _make_room(self, sequence: Sequence, step: Step) -> bool:
+        """Whether the sample's next token has a place: that of a prompt held for later, or of the sample which came last.
+        That may be itself."""
+        while self.blocks.cost_of_write(sequence.blocks, sequence.cached) > self.blocks.free:
+            if self.prefixes:
+                self._drop_prefix(self.prefixes[-1])
+                continue
+            victim = max(self.running, key=lambda other: other.arrival)
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+            step.decodes = [other for other in step.decodes if other is not victim]
+        return True
+
+    def _write(self, step: Step, owner: Prefix | Sequence, position: int) -> None:
+        if copy := self.blocks.make_writable(owner.blocks, position):
+            step.copies.append(copy)
+
+    def _add_piece(self, step: Step, owner: Prefix | Sequence, tokens: Iterable[int]) -> None:
+        """As much of what the owner has yet to compute as budget and blocks allow."""
+        missing = tuple(tokens)[owner.cached :]
+        size = self.blocks.size
+        shared = self.blocks.cost_of_write(owner.blocks, owner.cached) if owner.cached < len(owner.blocks) * size else 0
+        if not missing or shared > self.blocks.free:
+            return
+        held = len(owner.blocks) * size - owner.cached  # places in blocks that it has
+        room = min(len(missing), self.config.token_budget - step.tokens, held + (self.blocks.free - shared) * size)
+        for position in range(owner.cached, owner.cached + room):
+            if position % size == 0 or position == owner.cached:
+                self._write(step, owner, position)
+        if room > 0:
+            step.pieces.append(Piece(owner, missing[:room], owner.cached))
+
+    def _admit(self, step: Step) -> None:
+        """Begin waiting samples whose prompt is computed, and compute the prompts of the next ones, in order."""
+        seen: Prefix | None = None
+        for sequence in list(itertools.islice(self.waiting, self.config.max_batch * LOOK_AHEAD)):
+            prefix = sequence.prefix
+            if prefix is not seen and prefix not in self.prefixes:
+                if not self._hold(prefix):
+                    return
+                self._add_piece(step, prefix, prefix.request.prompt)
+            seen = prefix
+            if prefix.cached == len(prefix.request.prompt) and not self._begin(sequence, step):
+                return
+
+    def _hold(self, prefix: Prefix) -> bool:
+        """Hold a prompt's blocks from now on, if all that are held can be computed to their end, and few wait."""
+        promised = sum(self.blocks.needed(len(p.request.prompt)) - len(p.blocks) for p in self.prefixes)
+        enough = self.blocks.needed(len(prefix.request.prompt)) + 1 <= self.blocks.free - promised
+        if not enough or sum(p.waiting for p in self.prefixes) >= self.config.max_batch:
+            return False
+        if self.recurrent:
+            if not self.free_slots:
+                return False
+            prefix.slot = self.free_slots.pop()
+        self.prefixes.append(prefix)
+        return True
+
+    def _begin(self, sequence: Sequence, step: Step) -> bool:
+        """Let a sample share its prompt's blocks and state."""
+        if len(self.running) == self.config.max_batch or not self.blocks.free or (self.recurrent and not self.free_slots):
+            return False
+        prefix = sequence.prefix
+        self.waiting.remove(sequence)
+        sequence.blocks = self.blocks.share(prefix.blocks)
+        sequence.cached = prefix.cached
+        if self.recurrent:
+            sequence.slot = self.free_slots.pop()
+            step.states.append((prefix.slot, sequence.slot))
+        self.running.append(sequence)
+        step.begun.append(sequence)
+        return True
+
+    # -- what happened -------------------------------------------------------------------------------------------
+
+    def computed(self, step: Step) -> list[Prefix]:
+        """The step ran: its tokens are cached. Returns the prompts whose last logits are known now."""
+        for sequence in step.decodes:
+            sequence.cached += 1
+        done = []
+        for piece in step.pieces:
+            piece.owner.cached = piece.stop
+            if isinstance(piece.owner, Prefix) and piece.stop == len(piece.owner.request.prompt):
+                done.append(piece.owner)
+        for sequence in step.begun:
+            self._release_prefix(sequence.prefix)
+        return done
+
+    def _release_prefix(self, prefix: Prefix) -> None:
+        """One of its samples has begun; with the last, the prompt's own hold ends."""
+        prefix.waiting -= 1
+        if prefix.waiting == 0:
+            self._drop_prefix(prefix)
+
+    def _drop_prefix(self, prefix: Prefix) -> None:
+        if prefix in self.prefixes:
+            self.prefixes.remove(prefix)
+        self.blocks.give_back(prefix.blocks)
+        prefix.cached = 0
+        prefix.slot = self._free_slot(prefix.slot)
+
+    def _free_slot(self, slot: int | None) -> None:
+        if slot is not None:
+            self.free_slots.append(slot)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """Its blocks are free; it is not run any more, whether it ran or waited."""
+        sequence.finish = reason
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+            self._release_prefix(sequence.prefix)
+        self._forget(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take its blocks; it waits at the front, with the tokens it has."""
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._forget(sequence)
+        sequence.prefix.waiting += 1
+        self.waiting.appendleft(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.blocks.give_back(sequence.blocks)
+        sequence.cached = 0
+        sequence.slot = self._free_slot(sequence.slot)

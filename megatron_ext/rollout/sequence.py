@@ -1,0 +1,83 @@
+"""The state of one sample while it is generated, and of the prompt that a group of samples shares."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import numpy
+
+_DRAWN = 128  # positions whose noise is made at once
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how many samples of it are wanted.
+
+    `uid` names the prompt in the run: a sample's noise is a function of (run seed, uid, number of the sample, position).
+    `recorded` are tokens that samples already had, with their log-probs, when a run is gone on with: they are taken as
+    they stand and not drawn again. `limits` are new tokens at most, a sample each, in place of the sampling's max_tokens.
+    """
+
+    uid: int
+    prompt: tuple[int, ...]
+    samples: int = 1
+    recorded: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
+    limits: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Prefix:
+    """A prompt whose keys and values several samples share. Its blocks are held until the last of them has begun."""
+
+    request: Request
+    waiting: int  # samples that have not begun
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens whose keys and values are in the blocks
+    slot: Optional[int] = None  # of recurrent state
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample: prompt and completion, log-probs of the completion, and where its keys and values lie."""
+
+    prefix: Prefix
+    sample: int
+    limit: int  # new tokens, at most
+    tokens: list[int]  # of the prompt, then new ones
+    logprobs: list[float] = field(default_factory=list)  # of each new token, under the distribution it was drawn from
+    model_logprobs: list[float] = field(default_factory=list)  # the same at temperature 1, unfiltered
+    margins: list[float] = field(default_factory=list)  # how far the noise was from choosing another token
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+    slot: Optional[int] = None
+    finish: Optional[str] = None  # stop | length | abort
+    arrival: int = 0
+    _noise: numpy.ndarray = field(default_factory=lambda: numpy.empty(0), repr=False)
+    _noise_from: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prefix.request.prompt)
+
+    @property
+    def completion(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    def noise(self, seed: int) -> float:
+        """Uniform in [0, 1) for the next new token, the same in any batch, order or process."""
+        position = len(self.tokens) - self.prompt_length
+        if not self._noise_from <= position < self._noise_from + len(self._noise):
+            self._noise_from = position // _DRAWN * _DRAWN
+            self._noise = uniforms(seed, self.prefix.request.uid, self.sample, self._noise_from, _DRAWN)
+        return float(self._noise[position - self._noise_from])
+
+
+def uniforms(seed: int, uid: int, sample: int, first: int, count: int) -> numpy.ndarray:
+    """float64[count] in [0, 1) for positions first, first + 1, …; `first` a multiple of 4.
+
+    Philox-4x64 in counter mode: key (seed, uid), counter (position / 4, sample), a position a word.
+    """
+    mask = (1 << 64) - 1
+    key = numpy.array([seed & mask, uid & mask], dtype=numpy.uint64)
+    counter = numpy.array([first // 4, 0, sample, 0], dtype=numpy.uint64)
+    words = numpy.random.Philox(counter=counter, key=key).random_raw(count)
+    return (words >> numpy.uint64(11)) * 2.0**-53

@@ -1,0 +1,84 @@
+"""The same samples under every layout that training has."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ext import ranks
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.settings import Sampling
+from tests.megatron_ext import tiny
+from tests.megatron_ext.rollout.test_engine import FAMILIES, SMALL, STOP, requests
+
+Found = dict[tuple[int, int], tuple[list[int], list[float], list[float]]]
+
+
+def sampled(hf: Path, family: str, plan: ParallelPlan) -> Found:
+    """Completion, log-probs and margins of each sample this rank's replica makes: its share of the prompts."""
+    with ranks.started(plan):
+        from megatron.core import parallel_state
+
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        model = tiny.model(hf, FAMILIES[family], plan)
+        engine = Engine(model, SMALL, seed=7, stop_ids={STOP})
+        mine = requests()[rank::size]
+        found = {
+            (s.prefix.request.uid, s.sample): (s.completion, s.logprobs, s.margins)
+            for s in engine.generate(mine, Sampling(max_tokens=9, top_p=0.95))
+        }
+        assert len(found) == sum(request.samples for request in mine)
+        return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    return {name: tiny.hf_folder(tmp_path_factory.mktemp(name), of, seed=4) for name, of in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> dict[str, Found]:
+    return {name: sampled(hf, name, ParallelPlan()) for name, hf in folders.items()}
+
+
+def same(found: list[Found], expected: Found) -> None:
+    for key, (tokens, logprobs, margins) in expected.items():
+        owners = [part[key] for part in found if key in part]
+        assert owners
+        near = next((i for i, margin in enumerate(margins) if margin < 1e-4), len(margins))
+        for owner in owners:
+            assert owner[0][:near] == tokens[:near]
+            assert owner[1][:near] == pytest.approx(logprobs[:near], abs=1e-5)
+
+
+TWO = [
+    ("qwen2", ParallelPlan(tensor=2)),
+    ("qwen2", ParallelPlan(tensor=2, sequence_parallel=True)),
+    ("qwen2", ParallelPlan(pipeline=2)),
+    ("qwen2", ParallelPlan()),  # two replicas
+    ("gpt_oss", ParallelPlan(tensor=2, sequence_parallel=True)),
+    ("gpt_oss", ParallelPlan(expert=2)),
+    ("gpt_oss", ParallelPlan(pipeline=2)),
+    ("nemotron_h", ParallelPlan(tensor=2, sequence_parallel=True)),
+    ("nemotron_h", ParallelPlan(expert=2)),
+    ("nemotron_h", ParallelPlan(pipeline=2)),
+]
+
+
+@pytest.mark.parametrize("family, plan", TWO)
+def test_two_ranks_draw_the_samples_of_one(two_ranks, folders, expected, family, plan):
+    same(two_ranks.run(sampled, hf=folders[family], family=family, plan=plan), expected[family])
+
+
+FOUR = [
+    ("qwen2", ParallelPlan(tensor=2, pipeline=2)),
+    ("qwen2", ParallelPlan(tensor=2)),  # with two replicas
+    ("gpt_oss", ParallelPlan(tensor=2, sequence_parallel=True, expert=2)),
+    ("nemotron_h", ParallelPlan(pipeline=2, expert=2)),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("family, plan", FOUR)
+def test_four_ranks_draw_the_samples_of_one(four_ranks, folders, expected, family, plan):
+    same(four_ranks.run(sampled, hf=folders[family], family=family, plan=plan), expected[family])
