@@ -64,7 +64,7 @@ EXCLUSIVE = """
 name: exclusive
 phases:
   first: {uses: tests.toy.numbers, array: 2, with: {seconds: 1.5}}
-  second: {uses: tests.toy.numbers, needs: {first: singleton}, with: {seconds: 1.5, start: 5}}
+  second: {uses: tests.toy.secretive, needs: {first: singleton}, with: {seconds: 120}}  # or until it finds a file
 """
 
 
@@ -79,6 +79,7 @@ def test_a_singleton_pair_never_runs_at_the_same_time_whichever_is_sent_first(tm
     second = {entry.phase: entry.job for entry in Ledger(run / "ledger.jsonl").jobs()}["second"]
     assert f"--dependency=afterany:{second} " in shown
     afterok("resubmit", run, "first", "first.with.fail_at=null", env=env)  # sent while second runs: it waits
+    (next(run.glob("second/*/leases")).parent / "enough").touch()
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
     outcomes = [(name, json.loads(path.read_text())) for name in ("first", "second") for path in run.glob(f"{name}/attempts/*.json")]
     (second,) = [outcome for name, outcome in outcomes if name == "second"]
