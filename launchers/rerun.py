@@ -59,6 +59,8 @@ class Life:
 
 def judge(life: Life, code: Optional[int], on_slurm: bool = True) -> Verdict:
     """Whether the element runs again after this life. An end that its worker did not record is recorded here."""
+    if code == retry.EXIT_LEASE_HELD:
+        return Verdict(False, Cause.LEASE_HELD)  # a twin: it left the work to another, who speaks for it
     if life.outcome() is None:
         _record(life, code, _diagnose(life, code, FAILED, (), on_slurm))
     return _verdict(life)
