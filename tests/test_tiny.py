@@ -84,7 +84,7 @@ def test_the_same_run_on_slurm_seals_the_same_weights_bit_for_bit(local_run, dev
         (seal_of(tmp_path / "slurm", "trained").folder / "result.json").read_text())
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_run, tmp_path, victim):
     finished, _ = local_run
     run = tmp_path / "run"
