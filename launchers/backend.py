@@ -23,6 +23,10 @@ class Refused(Exception):
     """The cluster said no, in its own words."""
 
 
+class Overtaken(Refused):
+    """A job that was to be changed while it waited has begun or ended since the queue was read."""
+
+
 @dataclass(frozen=True)
 class JobSpec:
     """One phase to submit: elements that go as one job (array), under a name that nothing else carries."""

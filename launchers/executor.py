@@ -16,7 +16,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from data_tools import durable
 from jobs.retry import EXIT_UNFINISHED
 from jobs.run_folder import RunFolder
-from launchers.backend import ACTIVE_STATES, NEVER, PENDING, JobSpec, OutcomeOpen, Refused, TaskState
+from launchers.backend import ACTIVE_STATES, NEVER, PENDING, JobSpec, OutcomeOpen, Overtaken, Refused, TaskState
 from launchers.ledger import JobEntry
 from slurm.client import QueueRow, Slurm, SlurmError, format_indices, parse_indices
 from slurm.detect import Cluster
@@ -169,6 +169,7 @@ def _condition(type_: str, jobs: str, index: Optional[int]) -> str:
 
 
 SUBMIT_LIMIT = re.compile(r"MaxSubmit|GrpSubmit|job submit limit")  # QOSMaxSubmitJobPerUserLimit, AssocMaxSubmitJobLimit, …
+BEGUN = re.compile(r"no longer pending|already completing or completed|Invalid job id")  # ESLURM_JOB_NOT_PENDING, …
 
 
 class SlurmBackend:
@@ -228,7 +229,10 @@ class SlurmBackend:
         return ["scontrol", "update", f"jobid={element}", f"dependency={dependency(needs, waits, only)}"]
 
     def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> None:
-        self._ask(lambda: self.slurm.run(self._rewire_command(job, needs, waits, only)))
+        try:
+            self._ask(lambda: self.slurm.run(self._rewire_command(job, needs, waits, only)))
+        except Refused as refusal:
+            raise (Overtaken if BEGUN.search(str(refusal)) else Refused)(str(refusal)) from None
 
     def release(self, number: int, jobs: list[str]) -> None:
         rows = self._ask(self.slurm.queue)

@@ -20,7 +20,7 @@ from launchers.backend import Backend, JobSpec
 from launchers.ledger import Ledger
 from launchers.plan import Plan, make_plan
 from launchers.snapshot import take_snapshot
-from launchers.transaction import LOST_TRIES, Lost, abandon, carry_out, decide, describe, live_jobs, release_held
+from launchers.transaction import PLAN_TRIES, Outdated, abandon, carry_out, decide, describe, live_jobs, release_held
 from slurm.detect import Cluster, find_cluster
 from slurm.profile import to_yaml
 
@@ -180,11 +180,11 @@ def _backend_of_submission(run: RunFolder, number: int) -> Backend:
 
 
 def _transact(plan: Plan, fresh: dict[str, list[int]], dry_run: bool = False) -> Submitted:
-    for again in range(LOST_TRIES):
+    for again in range(PLAN_TRIES):
         try:
             return _submit_once(plan, fresh, dry_run)
-        except Lost:
-            if again == LOST_TRIES - 1:
+        except Outdated:
+            if again == PLAN_TRIES - 1:
                 raise
     raise AssertionError("unreachable")
 

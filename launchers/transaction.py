@@ -18,7 +18,7 @@ from typing import Any, Optional
 from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.run_folder import RunFolder
-from launchers.backend import ACTIVE_STATES, HELD, NEVER, PENDING, Backend, OutcomeOpen, Refused, TaskState
+from launchers.backend import ACTIVE_STATES, HELD, NEVER, PENDING, Backend, OutcomeOpen, Overtaken, Refused, TaskState
 from launchers.chain import last_link
 from launchers.ledger import JobEntry, Ledger
 from launchers.plan import Plan, PlannedPhase
@@ -26,7 +26,7 @@ from launchers.plan import Plan, PlannedPhase
 LOOK_AGAIN_S = 1.0
 OPEN_LIMIT_S = 90.0  # how long a controller that does not answer is asked about a job whose sbatch has an open outcome
 SEND_TRIES = 3
-LOST_TRIES = 2  # how often a submission is begun again because Slurm lost jobs it had acknowledged
+PLAN_TRIES = 3  # how often a submission is planned anew because the queue changed while it was carried out
 
 
 class Unfinished(UserMistake):
@@ -210,7 +210,8 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
 
     Raises:
         UserMistake: the cluster refused a job; everything this submission sent was cancelled.
-        Unfinished: the cluster does not answer, or lost jobs it had acknowledged.
+        Outdated: the cluster lost jobs it had acknowledged, or began one that was to be rewired; what was sent is cancelled.
+        Unfinished: the cluster does not answer.
     """
     ledger, journal = Ledger(run.ledger), Journal.read(run, number)
     done = [event for event in ledger.events() if event.get("submission") == number]
@@ -251,8 +252,11 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
         lost = _reconcile(backend, {step.name: mine[step.phase] for step in journal.steps if step.do == "submit"})
         if lost:
             abandon(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
-            raise Lost(f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)")
+            raise Outdated(f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)")
         _patiently(lambda: backend.release(number, list(mine.values())))
+    except Overtaken as late:
+        abandon(run, number, backend, str(late))
+        raise Outdated(f"{run.path}: {late}; nothing of submission {number} will run: submit again") from None
     except Refused as refusal:
         abandon(run, number, backend, str(refusal))
         raise UserMistake(f"{run.path}: {refusal}; nothing of submission {number} will run") from None
@@ -262,8 +266,8 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
     return mine
 
 
-class Lost(Unfinished):
-    """Jobs that Slurm had acknowledged are gone; all others of the submission were cancelled."""
+class Outdated(Unfinished):
+    """The queue is no longer what was planned for (a job lost, a job begun); all that the submission sent was cancelled."""
 
 
 def _submission_of(ledger: Ledger, job: str) -> int:

@@ -61,6 +61,9 @@ phases:
 """
 
 
+MIDDLE = ROOT / "tests" / "toy" / "middle.yaml"
+
+
 def write_toy(folder: Path) -> Path:
     path = folder / "toy.yaml"
     path.write_text(TOY)

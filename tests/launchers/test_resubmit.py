@@ -1,16 +1,12 @@
 """A new attempt at one phase: what waits on it is rewired on the real cluster, not sent again."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from launchers.ledger import Ledger
 from slurm.client import Slurm
-from tests.command import afterok, afterok_json, one_line, states, wait_for
-
-MIDDLE = Path(__file__).parents[1] / "toy" / "middle.yaml"
-
+from tests.command import MIDDLE, afterok, afterok_json, one_line, states, wait_for
 
 @pytest.fixture
 def failed(tmp_path, dev_cluster):

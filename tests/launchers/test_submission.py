@@ -12,7 +12,7 @@ import pytest
 
 from launchers.ledger import Ledger
 from slurm.client import Slurm
-from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for, write_toy
+from tests.command import MIDDLE, ROOT, afterok, afterok_json, one_line, states, wait_for, write_toy
 
 SHIM = """#!/bin/bash
 # Counts the calls of all shims that change something; at call number $SHIM_AT it does $SHIM_DO.
@@ -25,6 +25,7 @@ if [ "$n" = "$SHIM_AT" ]; then
         open-after) {real} "$@" > /dev/null; echo "{name}: error: Batch job submission failed: Socket timed out on send/recv operation" >&2; exit 1;;
         hang-after) {real} "$@" > /dev/null; sleep 300;;
         open-before) echo "{name}: error: Batch job submission failed: Unable to contact slurm controller (connect failure)" >&2; exit 1;;
+        begin-before) {real} "$1" "$2" dependency= ; while squeue -h -j "${{2#jobid=}}" -t PENDING | grep -q .; do sleep 0.2; done;;
         refuse) echo "{name}: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1;;
     esac
 fi
@@ -105,6 +106,17 @@ def test_a_refused_job_takes_the_whole_submission_back(shimmed, at):
     assert submitted_jobs(run, env) == [] and not list(run.glob("*/*/leases/*"))
     afterok("run", pipeline, "--run", run, env=env)
     assert_sealed_once(run, env)
+
+
+def test_a_job_that_begins_before_it_is_rewired_has_the_submission_planned_anew(shimmed):
+    _, run, env, shim = shimmed
+    afterok("run", MIDDLE, "mid.with.die_on_rank=0", "--run", run, env=env, check=1)
+    rewire_of_left = 2  # the call before it sends the new `mid`
+    afterok("resubmit", run, "mid", "mid.with.die_on_rank=-1", env=shim(rewire_of_left, "begin-before"))
+    abandoned = [event for event in Ledger(run / "ledger.jsonl").events() if event["event"] == "abandoned"]
+    assert [event["submission"] for event in abandoned] == [2] and "no longer pending" in abandoned[0]["why"]
+    afterok("submit", MIDDLE, "mid.with.die_on_rank=-1", "--run", run, env=env)  # what had begun too early failed
+    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
 
 
 def test_a_killed_submission_with_other_settings_is_cancelled_not_finished(shimmed):
