@@ -7,19 +7,15 @@ Loss and gradient of a step are sums over supervised tokens, divided once by the
 whole global batch, over all micro-batches and ranks (reference/megatron.md 3.4: any mean of means is biased when
 packs hold unequal numbers of them).
 
-A rank's packs of step k: the plan gives the global batch, whatever the number of ranks, and deals it to them by
-predicted cost (data_tools/batches.py); a rank takes `micro_batch` of them at a time, joined into one THD row. Context
-ranks share a row and hold some of its tokens each; of a pipeline's ranks the first reads the ids, the last the labels.
+What a rank trains on in a step: rows.py.
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Protocol, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
-import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -28,81 +24,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from data_tools import durable
 from data_tools.mistake import UserMistake
 from data_tools.progress import Progress, Stop, Stopped, never, silent
 from megatron_ext import checkpoint
 from megatron_ext.device import device, plain_torch
-from megatron_ext.layers.attention import ContextRank, PackedDocuments, packed_documents
 from megatron_ext.layers.loss_head import Targets, supervised_losses
+from megatron_ext.metrics import Metrics
 from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rows import MicroBatch, Packs, micro_batch
 from megatron_ext.schedule import Schedule
-
-
-class Pack(Protocol):
-    """One row of L tokens: ids, labels (the next token), positions int64 [L]; loss_mask [L], 1 where the label counts;
-    cu_seqlens int32 [documents + 1], the last L."""
-
-    ids: numpy.ndarray
-    labels: numpy.ndarray
-    loss_mask: numpy.ndarray
-    positions: numpy.ndarray
-    cu_seqlens: numpy.ndarray
-
-
-class Packs(Protocol):
-    """What data_tools.pack.PackReader offers."""
-
-    n_packs: int
-    pack_length: int
-    digest: str
-
-    def share(self, k: int, global_batch: int, seed: int, rank: int, ranks: int) -> list[int]:
-        """The packs of global batch `k` that data-parallel rank `rank` of `ranks` trains, in order."""
-
-    def pack(self, i: int) -> Pack: ...
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One THD row on the device, what this context rank holds of it.
-
-    ids and positions int64 [1, T / c]; supervised positions among them and their labels int64 [n].
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    documents: PackedDocuments
-    supervised: torch.Tensor
-    labels: torch.Tensor
-
-
-def micro_batch(packs: Sequence[Pack]) -> MicroBatch:
-    """Join packs into one row; documents stay what they were.
-
-    Raises ValueError where context ranks cannot share a document evenly (`zigzag`).
-    """
-    cu_seqlens, start = [numpy.zeros(1, numpy.int64)], 0
-    for pack in packs:
-        cu_seqlens.append(pack.cu_seqlens[1:].astype(numpy.int64) + start)
-        start += int(pack.cu_seqlens[-1])
-    target = device()
-    context = ContextRank(
-        parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    )
-    documents = packed_documents(numpy.concatenate(cu_seqlens), target, context)
-
-    def row(name: str) -> numpy.ndarray:
-        return numpy.concatenate([getattr(pack, name) for pack in packs])[documents.held]
-
-    supervised = numpy.flatnonzero(row("loss_mask"))
-    return MicroBatch(
-        ids=torch.from_numpy(row("ids").astype(numpy.int64))[None].to(target),
-        positions=torch.from_numpy(row("positions").astype(numpy.int64))[None].to(target),
-        documents=documents,
-        supervised=torch.from_numpy(supervised).to(target),
-        labels=torch.from_numpy(row("labels")[supervised].astype(numpy.int64)).to(target),
-    )
 
 
 @dataclass(frozen=True)
@@ -313,30 +243,6 @@ def rows_of_step(packs: Packs, k: int, run: Run, plan: ParallelPlan) -> list[Mic
         micro_batch([packs.pack(i) for i in mine[start : start + plan.micro_batch]])
         for start in range(0, len(mine), plan.micro_batch)
     ]
-
-
-class Metrics:
-    """metrics.jsonl on rank 0, one line every `log_every` steps. A step is in it once, resumed or not."""
-
-    def __init__(self, path: Path, resumed_from: int):
-        self.path = path
-        self.writer = dist.get_rank() == 0
-        if self.writer and path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_from]
-            durable.write_file(path, "".join(line + "\n" for line in kept))
-
-    def append(self, values: dict[str, Any]) -> None:
-        if self.writer:
-            with open(self.path, "a") as file:  # not fsynced: a line lost in a power cut is written again
-                file.write(json.dumps(values) + "\n")
-
-
-def _step_of(line: str) -> float:
-    """The step of a metrics line; inf for a torn one, so that it is dropped."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def train_on_packs(
