@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from megatron_ext.device import device
 from megatron_ext.layers.attention import ContextRank, PackedDocuments, packed_documents
+from megatron_ext.layers.loss_head import Targets
 from megatron_ext.parallel import ParallelPlan
 
 
@@ -53,6 +54,10 @@ class MicroBatch:
     documents: PackedDocuments
     supervised: torch.Tensor
     labels: torch.Tensor
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(self.labels)
 
 
 def micro_batch(packs: Sequence[Pack]) -> MicroBatch:

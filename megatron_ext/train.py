@@ -28,7 +28,7 @@ from data_tools.mistake import UserMistake
 from data_tools.progress import Progress, Stop, Stopped, never, silent
 from megatron_ext import checkpoint
 from megatron_ext.device import device, plain_torch
-from megatron_ext.layers.loss_head import Targets, supervised_losses
+from megatron_ext.layers.loss_head import supervised_losses
 from megatron_ext.metrics import Metrics
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rows import MicroBatch, Packs, micro_batch
@@ -88,7 +88,7 @@ def sum_of_losses(losses: torch.Tensor, rows: MicroBatch) -> torch.Tensor:
 
 def losses_of(model: torch.nn.Module, rows: MicroBatch) -> torch.Tensor:
     """Losses fp32 [n] of the supervised tokens; what goes to the next rank on a pipeline's stages before the last."""
-    return supervised_losses(model, rows.ids, rows.positions, rows.documents, Targets(rows.labels), rows.supervised)
+    return supervised_losses(model, rows.ids, rows.positions, rows.documents, rows.targets, rows.supervised)
 
 
 class Trainer:

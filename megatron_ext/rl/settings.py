@@ -14,6 +14,7 @@ KL = ("k2", "k3")
 CORRECTIONS = ("off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 BASELINES = ("mean", "leave_one_out")
 SCALES = ("none", "group", "batch")
+OLD_LOGPROBS = ("auto", "rollout", "recompute")
 
 
 @dataclass
@@ -52,6 +53,43 @@ class Advantage:
     scale: str = "group"  # none | group | batch: whose standard deviation the advantage is divided by
     epsilon: float = 1e-4  # added to it
     drop_equal_groups: bool = True  # a prompt whose samples all got the same reward teaches nothing
+
+
+@dataclass
+class Rewarding:
+    """Which samples count, and what their length adds. A masked sample is not trained and counts in no mean."""
+
+    mask_truncated: bool = True  # one that ended because it was too long
+    overlong_tokens: int = 0  # the last so many that are allowed cost up to 1 (DAPO's overlong shaping); 0: off
+
+
+def check_rewarding(rewarding: Rewarding, max_tokens: int, where: str = "rewarding") -> list[Problem]:
+    tokens = rewarding.overlong_tokens
+    if 0 <= tokens <= max_tokens:
+        return []
+    return [Problem(f"{where}.overlong_tokens", f"{tokens} is not between 0 and sampling.max_tokens = {max_tokens}")]
+
+
+@dataclass
+class Evaluation:
+    """In the loop, of the weights in training, on prompts that are not trained."""
+
+    every: int = 0  # steps, and after the last; 0: never
+    prompts: int = 32  # the first so many
+    samples: int = 0  # of each, at `temperature`, for the mean accuracy, pass@k and maj@k; 0: greedy alone
+    temperature: float = 1.0
+
+
+def check_evaluation(evaluation: Evaluation, where: str = "evaluation") -> list[Problem]:
+    problems = []
+    for name in ("every", "samples"):
+        if getattr(evaluation, name) < 0:
+            problems.append(Problem(f"{where}.{name}", f"{getattr(evaluation, name)} is negative; 0 turns it off"))
+    if evaluation.prompts < 1:
+        problems.append(Problem(f"{where}.prompts", f"{evaluation.prompts} is too few: the least is 1"))
+    if not evaluation.temperature > 0:
+        problems.append(Problem(f"{where}.temperature", f"{evaluation.temperature} is not above 0: 1 is usual"))
+    return problems
 
 
 def check_loss(loss: Loss, where: str = "loss") -> list[Problem]:

@@ -64,7 +64,7 @@ class Engine:
         try:
             while self._any_has_work():
                 if stop():
-                    raise Stopped(ended, sum(request.samples for request in requests))
+                    raise Stopped(ended, sum(len(request.numbers) for request in requests))
                 for sequence in self._step(sampling, prompts):
                     ended += 1
                     yield sequence
@@ -72,6 +72,11 @@ class Engine:
             self.counts["preemptions"] += self.scheduler.preemptions
             self.runner.cache.free()
             self.model.train(was_training)
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        """Samples under way: running, or waiting with tokens that they already have."""
+        return [*self.scheduler.running, *(s for s in self.scheduler.waiting if len(s.tokens) > s.prompt_length)]
 
     def abort(self, sequence: Sequence) -> None:
         """End a sample as it is; it is not among those that `generate` still gives."""
@@ -87,7 +92,7 @@ class Engine:
         if needed > held:
             message = f"{self.config.kv_gib:g} GiB hold {max(held, 0) * size:,} tokens of keys and values, and one sample needs "
             raise UserMistake(Problem("engine.kv_gib", f"{message}{needed * size:,}; give more, or lower max_tokens"))
-        most = sum((request.samples + 1) * (-(-(len(request.prompt) + sampling.max_tokens) // size) + 1) for request in requests)
+        most = sum((len(request.numbers) + 1) * (-(-(len(request.prompt) + sampling.max_tokens) // size) + 1) for request in requests)
         return BlockManager(min(held, most), size)
 
     def _any_has_work(self) -> bool:

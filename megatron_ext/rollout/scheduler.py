@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Iterable
 
 from megatron_ext.rollout.blocks import BlockManager
-from megatron_ext.rollout.sequence import Prefix, Request, Sequence
+from megatron_ext.rollout.sequence import Prefix, Recorded, Request, Sequence
 from megatron_ext.rollout.settings import EngineConfig
 
 
@@ -72,14 +72,15 @@ class Scheduler:
         """Queue the samples of `requests`; returns them in order."""
         added = []
         for request in requests:
-            prefix = Prefix(request, request.samples)
-            for sample in range(request.samples):
+            prefix = Prefix(request, len(request.numbers))
+            for sample in request.numbers:
                 limit = request.limits[sample] if request.limits else max_tokens
                 sequence = Sequence(prefix, sample, limit, list(request.prompt), arrival=self.arrivals)
                 if sample < len(request.recorded):
-                    tokens, logprobs = request.recorded[sample]
-                    sequence.tokens += tokens
-                    sequence.logprobs += logprobs
+                    recorded = Recorded(*request.recorded[sample])
+                    sequence.tokens += recorded.tokens
+                    sequence.logprobs += recorded.logprobs
+                    sequence.model_logprobs += recorded.model_logprobs
                 self.arrivals += 1
                 added.append(sequence)
         self.waiting.extend(added)

@@ -1,11 +1,19 @@
 """The state of one sample while it is generated, and of the prompt that a group of samples shares."""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy
 
 _DRAWN = 128  # positions whose noise is made at once
+
+
+class Recorded(NamedTuple):
+    """New tokens that a sample already had, and their log-probs: as drawn from, and the model's own."""
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    model_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -13,15 +21,22 @@ class Request:
     """One prompt and how many samples of it are wanted.
 
     `uid` names the prompt in the run: a sample's noise is a function of (run seed, uid, number of the sample, position).
-    `recorded` are tokens that samples already had, with their log-probs, when a run is gone on with: they are taken as
-    they stand and not drawn again. `limits` are new tokens at most, a sample each, in place of the sampling's max_tokens.
+    `recorded` are tokens that samples already had, when a run is gone on with: they are taken as they stand and not
+    drawn again. `limits` are new tokens at most, a sample each, in place of the sampling's max_tokens. Both count all
+    samples, also where `only` names the numbers of those that are wanted.
     """
 
     uid: int
     prompt: tuple[int, ...]
     samples: int = 1
-    recorded: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
+    recorded: tuple[Recorded | tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
     limits: tuple[int, ...] = ()
+    only: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The wanted samples."""
+        return self.only or tuple(range(self.samples))
 
 
 @dataclass(eq=False)

@@ -1,0 +1,190 @@
+"""In-place GRPO: model folder + task -> model folder. The training model's own parameters make the rollouts."""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Dict
+
+from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.progress import Progress, Stop, never, silent
+from data_tools.tasks.task import Source, check_rows
+from megatron_ext import preflight
+from megatron_ext import schedule as schedules
+from megatron_ext.parallel import ParallelPlan, Site
+from megatron_ext.planner import Training
+from megatron_ext.rl.settings import (
+    OLD_LOGPROBS, Advantage, Evaluation, Loss, Rewarding, check_advantage, check_evaluation, check_loss, check_rewarding)
+from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
+
+FREE = {"keyed": False}  # does not change the result
+
+
+@dataclass
+class Config:
+    model: str = field(default="", metadata={"input": True})  # model folder
+    reference: str = field(default="", metadata={"input": True})  # model folder of the KL term; "": the model itself
+
+    task: str = "calculator"
+    task_options: Dict[str, Any] = field(default_factory=dict)
+    source: Source = field(default_factory=Source)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    steps: int = 100
+    prompts: int = 64  # a step
+    group: int = 8  # samples a prompt
+    passes: int = 1  # over a step's rollouts
+    minibatches: int = 1  # updates a pass
+    refill_tries: int = 0  # times that prompts are drawn in place of those dropped, a step at most
+    seed: int = 0  # order of the prompts, noise of the samples
+    sampling: Sampling = field(default_factory=Sampling)
+    rewarding: Rewarding = field(default_factory=Rewarding)
+    advantage: Advantage = field(default_factory=Advantage)
+    loss: Loss = field(default_factory=Loss)
+    # Log-probs at the beginning of an update, where several follow: recomputed, those recorded while sampling, or
+    # (auto) the recorded ones as long as their KL from training's, measured in the step before, is within the limit.
+    old_logprobs: str = "auto"
+    mismatch_limit: float = 1e-3  # nats a token
+
+    schedule: str = "constant"  # constant | cosine | wsd
+    lr: float = 1e-6  # the highest rate
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    decay_share: float = 0.2
+
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_grad: float = 1.0  # gradient norm; 0 turns clipping off
+    dtype: str = ""  # float32 | bfloat16; "" keeps the model folder's
+
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata=FREE)
+    row_tokens: int = field(default=16384, metadata=FREE)  # of a packed row that is trained; a longer sample is one
+    offload: bool = field(default=False, metadata=FREE)  # optimizer and gradients leave the GPU during rollouts
+    record_s: float = field(default=5.0, metadata=FREE)  # seconds of sampling that a kill may cost
+    log_samples: bool = field(default=True, metadata=FREE)  # every sample with its text, in KEEP/samples
+    backend: str = field(default="torch", metadata=FREE)  # layer spec: torch | te
+    checkpoint_every: int = field(default=0, metadata=FREE)  # steps; 0: only at the end
+    keep_checkpoints: int = field(default=2, metadata=FREE)
+    parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
+
+
+def _schedule(config: Config) -> schedules.Schedule:
+    return schedules.Schedule(
+        config.schedule, config.steps, config.lr, config.min_lr, config.warmup_steps, config.decay_share
+    )
+
+
+def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
+    """A row of `row_tokens` in place of a pack; documents are aligned as the plan needs it."""
+    training, problems = preflight.prepare(config.model, "", 1, config.dtype, config.backend, site)
+    workload = replace(training.workload, pack_length=None, global_batch=None)
+    return replace(training, workload=workload), problems
+
+
+def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
+    """What can be refused before anything runs; `site` says what is known of `ranks` ranks that are yet to come."""
+    problems = [] if config.model else [Problem("model", "is missing")]
+    problems += schedules.check(_schedule(config))
+    for name in ("prompts", "passes", "minibatches", "keep_checkpoints", "row_tokens"):
+        if getattr(config, name) < 1:
+            problems.append(Problem(name, f"{getattr(config, name)} is too few: the least is 1"))
+    for name in ("refill_tries", "record_s", "mismatch_limit", "checkpoint_every"):
+        if getattr(config, name) < 0:
+            problems.append(Problem(name, f"{getattr(config, name)} is negative"))
+    if config.minibatches > config.prompts * config.group:
+        samples = f"{config.prompts} prompts x {config.group} samples"
+        problems.append(Problem("minibatches", f"{config.minibatches} are more than {samples}"))
+    if config.dtype not in ("", "float32", "bfloat16"):
+        problems.append(Problem("dtype", f"{config.dtype!r} is neither float32 nor bfloat16"))
+    if config.backend not in ("torch", "te"):
+        problems.append(Problem("backend", f"{config.backend!r} is neither torch nor te"))
+    if config.old_logprobs not in OLD_LOGPROBS:
+        message = f"unknown value {config.old_logprobs!r}{nearest(config.old_logprobs, OLD_LOGPROBS)}"
+        problems.append(Problem("old_logprobs", message))
+    problems += check_sampling(config.sampling) + _check_temperature(config)
+    problems += check_loss(config.loss) + check_advantage(config.advantage, config.group)
+    problems += check_rewarding(config.rewarding, config.sampling.max_tokens) + check_evaluation(config.evaluation)
+    problems += check_rows(config.task, config.task_options, config.source) + check_engine(config.engine)
+    if config.parallel.virtual > 1:
+        problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
+    site = site or Site(ranks)
+    training, found = _training(config, site)
+    return problems + found + preflight.check(config.parallel, training, site)
+
+
+def _comparable(sampling: Sampling) -> bool:
+    """Whether the log-probs of the sampling are known without its filters: they are recorded at temperature 1."""
+    return not sampling.is_filtered or sampling.temperature == 1
+
+
+def _check_temperature(config: Config) -> list[Problem]:
+    if config.sampling.is_greedy:
+        return [Problem("sampling.temperature", "0 gives a prompt's samples all alike: 1 is usual")]
+    if _comparable(config.sampling):
+        return []
+    remedy = "use temperature 1, or turn top_k, top_p and min_p off"
+    what = f"log-probs of filtered samples at temperature {config.sampling.temperature:g} are not recorded, and"
+    problems = []
+    if config.loss.correction.mode != "off":
+        problems.append(Problem("loss.correction.mode", f"{what} {config.loss.correction.mode} needs them: {remedy}"))
+    if config.old_logprobs == "rollout":
+        problems.append(Problem("old_logprobs", f"{what} rollout takes them: {remedy}"))
+    return problems
+
+
+def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
+    """What the parallel plan costs, its rank grid, and others: see preflight.report."""
+    return preflight.report(config.parallel, _training(config, site)[0], site, searching)
+
+
+def forecast(config: Config, site: Site) -> dict[str, Any]:
+    """What the model folder of a run will hold, known before it ran."""
+    return {"hf_config": preflight.model_config(config.model, site)[0]}
+
+
+def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
+    """Train to the last step, resuming from KEEP/checkpoints and KEEP/rollouts; then make `out` a model folder.
+
+    Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
+    Facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, tokens, resumed_from,
+    notes.
+    """
+    from megatron_ext import model_folder, ranks
+
+    problems = check(config, ranks.world_size_of_environment())
+    if problems:
+        raise UserMistake(problems)
+    folder = model_folder.open_folder(config.model)
+    with ranks.started(config.parallel, config.seed):
+        from megatron_ext.rl import session  # megatron-core may be imported once the device is ready
+
+        outcome, digest = session.run(config, folder, _identity(config, folder.weights_digest), out, keep, progress, stop)
+    position = outcome.position
+    return {
+        "step": outcome.step,
+        "reward_first": position.first_reward,
+        "reward_last": position.last_reward,
+        "weights_digest": digest,
+        "updates": position.updates,
+        "samples": position.samples,
+        "trained_samples": position.trained_samples,
+        "tokens": position.tokens,
+        "resumed_from": outcome.resumed_from,
+        "notes": outcome.notes,
+        "parallel": asdict(config.parallel),
+    }
+
+
+def _identity(config: Config, model_digest: str) -> dict[str, Any]:
+    """What a checkpoint must share with a run that resumes it: all that changes the result."""
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
+    kept = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
+    return {**kept, "model": model_digest, "reference": bool(config.reference)}
+
+
+if __name__ == "__main__":
+    import sys
+
+    from megatron_ext.entrypoints.bare import main
+
+    sys.exit(main(Config, run, check))

@@ -1,0 +1,160 @@
+"""The write-ahead log of rollouts: tokens as they are drawn and scores as they come, so that a killed step goes on.
+
+    ROOT/step_12/rank_3.jsonl    what samples that rank makes got since the attempt began
+    ROOT/step_12/merged.jsonl    what earlier attempts left, one line a sample
+
+The rollouts of step 12 are those which the update from step 12 to 13 uses. After a kill the run goes on from an older
+checkpoint, computes the same weights again, and takes from here what it had already sampled: tokens and log-probs stand
+as they were recorded and are not drawn again. A line that the kill tore, and all after it, is drawn again: the same
+tokens, since noise is keyed. So nothing is fsynced before a step's rollouts are whole.
+"""
+
+import base64
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+import numpy
+
+from data_tools import durable
+
+MERGED = "merged.jsonl"
+Key = tuple[int, int]  # number of the prompt in the run, number of the sample
+
+
+@dataclass
+class Entry:
+    """What is recorded of one sample. `finish` is empty while it is under way, `score` None until it was judged."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: str = ""
+    score: Optional[dict[str, Any]] = None
+
+
+class Journal:
+    """One writer's file of one step. `identity` names what the samples depend on besides the step."""
+
+    def __init__(self, root: Path, step: int, identity: str, name: str):
+        self.path = folder_of(root, step) / f"{name}.jsonl"
+        self.identity = identity
+        self._file: Any = None
+        self._written: dict[Key, int] = {}
+
+    def resume(self, entries: dict[Key, Entry]) -> None:
+        """These are recorded already."""
+        self._written = {key: len(entry.tokens) for key, entry in entries.items()}
+
+    def record(self, key: Key, tokens: list[int], logprobs: list[float], finish: str = "") -> None:
+        """Append what is new of a sample whose new tokens so far are `tokens`, with their log-probs."""
+        at = self._written.get(key, 0)
+        if at == len(tokens) and not finish:
+            return
+        line = {"item": key[0], "sample": key[1], "at": at, "tokens": _packed(tokens[at:], numpy.int32)}
+        line["logprobs"] = _packed(logprobs[at:], numpy.float32)
+        self._append({**line, "finish": finish} if finish else line)
+        self._written[key] = len(tokens)
+
+    def judge(self, key: Key, score: dict[str, Any]) -> None:
+        self._append({"item": key[0], "sample": key[1], "score": score})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a")
+            self._file.write(json.dumps({"identity": self.identity}) + "\n")
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """A kill of this process loses nothing that was recorded before."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step_{step}"
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of which anything is recorded, in order."""
+    found = (path.name.removeprefix("step_") for path in root.glob("step_*"))
+    return sorted(int(number) for number in found if number.isdigit())
+
+
+def gather(root: Path, step: int, identity: str) -> dict[Key, Entry]:
+    """All that earlier attempts recorded of a step, made one file; records of another identity are dropped. One rank,
+    before any other writes."""
+    files, entries = _files(root, step), read(root, step, identity)
+    if files:
+        durable.write_file(folder_of(root, step) / MERGED, "".join(_whole(entries, identity)))
+        for path in files:
+            if path.name != MERGED:
+                path.unlink()
+    return entries
+
+
+def read(root: Path, step: int, identity: Optional[str] = None) -> dict[Key, Entry]:
+    """What is recorded of a step under this identity (None: any)."""
+    entries: dict[Key, Entry] = {}
+    for path in _files(root, step):
+        for line in _lines(path, identity):
+            entry = entries.setdefault((line["item"], line["sample"]), Entry())
+            if "score" in line:
+                entry.score = line["score"]
+            elif line["at"] == len(entry.tokens) and not entry.finish:
+                entry.tokens += _unpacked(line["tokens"], numpy.int32)
+                entry.logprobs += _unpacked(line["logprobs"], numpy.float32)
+                entry.finish = line.get("finish", "")
+    return entries
+
+
+def _files(root: Path, step: int) -> list[Path]:
+    """What attempts left of a step, the merged one first."""
+    return sorted(folder_of(root, step).glob("*.jsonl"), key=lambda path: (path.name != MERGED, path.name))
+
+
+def forget(root: Path, before: int) -> None:
+    """Delete the records of steps below `before`. One rank."""
+    for step in steps(root):
+        if step < before:
+            shutil.rmtree(folder_of(root, step), ignore_errors=True)
+
+
+def _lines(path: Path, identity: Optional[str]) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of this identity (None: of any), without its first."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file):
+            try:
+                line = json.loads(raw) if raw.endswith(b"\n") else None
+            except ValueError:
+                line = None
+            if line is None or (number == 0 and identity not in (None, line.get("identity"))):
+                return
+            if number:
+                yield line
+
+
+def _whole(entries: dict[Key, Entry], identity: str) -> Iterator[str]:
+    yield json.dumps({"identity": identity}) + "\n"
+    for (item, sample), entry in sorted(entries.items()):
+        line: dict[str, Any] = {"item": item, "sample": sample, "at": 0}
+        line |= {"tokens": _packed(entry.tokens, numpy.int32), "logprobs": _packed(entry.logprobs, numpy.float32)}
+        yield json.dumps({**line, "finish": entry.finish} if entry.finish else line) + "\n"
+        if entry.score is not None:
+            yield json.dumps({"item": item, "sample": sample, "score": entry.score}) + "\n"
+
+
+def _packed(values: list[Any], kind: Any) -> str:
+    """Base64 of the numbers: a quarter of their JSON, and exact."""
+    return base64.b64encode(numpy.array(values, dtype=kind).tobytes()).decode()
+
+
+def _unpacked(text: str, kind: Any) -> list[Any]:
+    return numpy.frombuffer(base64.b64decode(text), dtype=kind).tolist()

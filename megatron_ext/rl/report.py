@@ -1,0 +1,129 @@
+"""What a step of GRPO was, in numbers and as a log of its samples."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch.distributed as dist
+
+from data_tools import durable
+from megatron_ext.rl.samples import Batch, Sample
+
+OUTSIDE = ("rollout", "reward", "train")  # what a step is for; the rest is its overhead
+
+
+class Clock:
+    """Seconds of a step by what they went into."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Any) -> dict[str, Any]:
+    """The same on every rank. Shares are of samples, or of trained tokens where they speak of the loss."""
+    rewards = [s.reward for s in drawn if s.reward is not None]
+    lengths = [len(s.tokens) for s in drawn]
+    line: dict[str, Any] = {
+        "reward": float(np.mean(rewards)) if rewards else None,
+        "reward_std": float(np.std(rewards)) if rewards else None,
+        "reward_parts": _means(s.parts for s in drawn),
+        "samples": len(drawn),
+        "trained_samples": int(batch.trained.sum()),
+        "unscorable": sum(s.reward is None for s in drawn),
+        "truncated": float(np.mean([s.is_truncated for s in drawn])),
+        "length": float(np.mean(lengths)),
+        "longest": max(lengths),
+        "prompts": len({s.item for s in drawn}),
+        "prompts_kept": len(kept),
+        "loss": update.loss,
+        "grad_norm": update.norm,
+        "updates": update.updates,
+        "trained_tokens": update.tokens,
+    }
+    if update.trusted is not None:
+        line["old_logprobs"] = "rollout" if update.trusted else "recomputed"
+    sums = update.measures
+    if count := sums.get("counted"):
+        line |= {name: sums[name] / count for name in ("ratio", "clipped_low", "clipped_high", "entropy", "kl") if name in sums}
+    if count := sums.get("compared"):
+        line["mismatch"] = {
+            "probability": sums["probability_difference"] / count,
+            "max_probability": sums["max_probability_difference"],
+            "max_log": sums["max_log_difference"],
+            "kl": sums["behaviour_kl"] / count,
+            "ess": sums["weight"] ** 2 / (count * sums["weight_squared"]),
+        }
+    return line
+
+
+def _means(parts: Any) -> dict[str, float]:
+    """The mean of each numeric part of the rewards, over the samples that have it."""
+    found: dict[str, list[float]] = {}
+    for one in parts:
+        for name, value in one.items():
+            if isinstance(value, (int, float)):
+                found.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+
+
+def speeds(drawn: Sequence[Sample], update: Any, collector: Any, clock: Clock) -> dict[str, Any]:
+    """Times of this rank, counts of all replicas. Every rank takes part."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    mine = dict(collector.counts) if collector.replica.speaks else {}
+    dist.all_gather_object(parts, (mine, collector.seconds["rollout"]))
+    counts = [part for part, _ in parts if part]
+    step_s = time.perf_counter() - clock.began
+    rollout_s = max(seconds for _, seconds in parts)
+    steps = sum(part.get("steps", 0) for part in counts)
+    blocks = max((part.get("most_blocks", 0) / part["blocks"] for part in counts if part.get("blocks")), default=0.0)
+    seconds = {name: round(value, 6) for name, value in sorted(clock.seconds.items())}
+    seconds["other"] = step_s - sum(clock.seconds.values())
+    new = sum(part.get("decoded", 0) for part in counts)
+    running = sum(part.get("running", 0) for part in counts)
+    return {
+        "step_s": step_s,
+        "seconds": seconds,
+        "share_outside": 1 - sum(clock.seconds.get(name, 0.0) for name in OUTSIDE) / step_s,
+        "rollout_tokens_per_s": sum(len(s.tokens) for s in drawn) / rollout_s if new and rollout_s else None,
+        "train_tokens_per_s": update.row_tokens / clock.seconds["train"],
+        "occupancy": running / (steps * collector.engine.config.max_batch) if steps else None,
+        "kv_use": blocks,
+        "evictions": sum(part.get("preemptions", 0) for part in counts),
+        "prefilled_tokens": sum(part.get("prefilled", 0) for part in counts),
+        "samples_from_journal": sum(part.get("reused", 0) for part in counts),
+    }
+
+
+def write_samples(
+    folder: Path,
+    step: int,
+    drawn: Sequence[Sample],
+    batch: Batch,
+    differences: Mapping[tuple[int, int], tuple[float, float]],
+    spell: Callable[[Sample], dict[str, Any]],
+) -> None:
+    """FOLDER/step_N.jsonl, a line for each sample drawn for the update that made step N: a step done again after a kill
+    writes it again. One rank."""
+    worth = {s.key: (float(a), bool(t)) for s, a, t in zip(batch.samples, batch.advantages, batch.trained)}
+    lines = []
+    for sample in sorted(drawn, key=lambda s: s.key):
+        advantage, trained = worth.get(sample.key, (None, False))
+        line = {"step": step, "item": sample.item, "sample": sample.number, **spell(sample)}
+        line |= {"tokens": len(sample.tokens), "finish": sample.finish, "reward": sample.reward}
+        line |= {"parts": dict(sample.parts), "note": sample.note, "advantage": advantage, "trained": trained}
+        if sample.key in differences:
+            total, largest = differences[sample.key]
+            line["logprob_difference"] = {"mean": total / len(sample.tokens), "max": largest}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    folder.mkdir(exist_ok=True)
+    durable.write_file(folder / f"step_{step:06d}.jsonl", "".join(lines))

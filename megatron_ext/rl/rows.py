@@ -1,0 +1,234 @@
+"""Samples as packed rows on the device, their log-probs, and the policy loss over them."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.distributed.nn.functional import all_reduce
+
+from megatron_ext.device import device, plain_torch
+from megatron_ext.layers.loss_head import Targets
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rl.losses import Reduce, Tokens, Totals, alone, mismatch_sums, policy_loss
+from megatron_ext.rl.samples import Batch, deal
+from megatron_ext.rl.settings import Loss
+from megatron_ext.rows import MicroBatch, micro_batch
+from megatron_ext.train import LossFunction, losses_of
+
+
+@dataclass(frozen=True)
+class RolloutRow(MicroBatch):
+    """A row of whole documents, prompt and completion each; supervised are the trained tokens, n of them here.
+
+    keys: the rollouts' prompts and numbers.
+    sequence int64 [n]: the token's rollout in this row. lengths [rollouts]: trained tokens of each, over all context
+    ranks. advantage, behaviour, old, reference fp32 [n]: see losses.Tokens. `old` None: of the weights as they are.
+    """
+
+    temperature: float
+    keys: tuple[tuple[int, int], ...]
+    sequence: torch.Tensor
+    lengths: torch.Tensor
+    advantage: torch.Tensor
+    behaviour: torch.Tensor | None
+    old: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(self.labels, self.temperature, entropy=True)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A row of T tokens as train.Pack has it, and what else belongs to each token."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    positions: np.ndarray
+    cu_seqlens: np.ndarray
+    sequence: np.ndarray
+    advantage: np.ndarray
+    behaviour: np.ndarray
+
+
+def document_tokens(batch: Batch, places: np.ndarray, unit: int) -> np.ndarray:
+    """int64: tokens that each of these samples takes in a row. The last token is only a label."""
+    lengths = np.array([len(batch.samples[i].prompt) + len(batch.samples[i].tokens) - 1 for i in places], dtype=np.int64)
+    return -(-lengths // unit) * unit
+
+
+def rollout_rows(
+    batch: Batch, plan: ParallelPlan, row_tokens: int, temperature: float, comparable: bool
+) -> list[RolloutRow]:
+    """This rank's rows of `batch`, as many as every other rank has.
+
+    `comparable`: whether the recorded log-probs are of the distribution that is trained.
+    """
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    places = np.flatnonzero(batch.trained)
+    tokens = document_tokens(batch, places, plan.document_unit())
+    dealt = deal(tokens, size, row_tokens, plan.pipeline if plan.virtual > 1 else 1)
+    unit = plan.token_unit()
+
+    def width(row: list[int]) -> int:
+        return -(-max(int(tokens[row].sum()), 1) // unit) * unit
+
+    widest = max(width(row) for rows in dealt for row in rows) if plan.pipeline > 1 else 0  # stages pass equal rows on
+    rows = []
+    for chosen in dealt[rank]:
+        packed = _pack(batch, places[chosen], plan.document_unit(), max(width(chosen), widest))
+        keys = tuple(batch.samples[place].key for place in places[chosen])
+        rows.append(_on_device(packed, keys, temperature, comparable))
+    return rows
+
+
+def _pack(batch: Batch, places: Sequence[int], unit: int, width: int) -> _Packed:
+    lengths = document_tokens(batch, np.asarray(places, dtype=np.int64), unit)
+    ends = np.cumsum(lengths)
+    filler = width - int(lengths.sum())
+    cu_seqlens = np.concatenate([[0], ends, [width] if filler else []]).astype(np.int64)
+    ids, labels, sequence = (np.zeros(width, dtype=np.int64) for _ in range(3))
+    mask, advantage, behaviour = (np.zeros(width, dtype=np.float32) for _ in range(3))
+    for number, (place, end, length) in enumerate(zip(places, ends, lengths)):
+        sample, start = batch.samples[place], end - length
+        whole = np.concatenate([np.asarray(sample.prompt, dtype=np.int64), sample.tokens])
+        ids[start : start + len(whole) - 1] = whole[:-1]
+        mine = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)
+        labels[mine], mask[mine], sequence[mine] = sample.tokens, 1, number
+        advantage[mine], behaviour[mine] = batch.advantages[place], sample.logprobs
+    positions = np.arange(width) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
+    return _Packed(ids, labels, mask, positions, cu_seqlens, sequence, advantage, behaviour)
+
+
+def _on_device(packed: _Packed, keys: tuple, temperature: float, comparable: bool) -> RolloutRow:
+    base = micro_batch([packed])
+    held, target = base.documents.held, device()
+    mine = held[packed.loss_mask[held] > 0]
+    counts = np.bincount(packed.sequence[packed.loss_mask > 0], minlength=len(keys)).astype(np.float32)
+
+    def column(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(target)
+
+    return RolloutRow(
+        **vars(base),
+        temperature=temperature,
+        keys=keys,
+        sequence=column(packed.sequence[mine]),
+        lengths=column(counts),
+        advantage=column(packed.advantage[mine]),
+        behaviour=column(packed.behaviour[mine]) if comparable else None,
+    )
+
+
+@torch.no_grad()
+def log_probs(parts: list[torch.nn.Module], rows: Sequence[RolloutRow]) -> list[torch.Tensor | None]:
+    """fp32 [n] of each row's trained tokens under the model `parts`; None each on a pipeline's stages before the last.
+
+    Every rank takes part.
+    """
+    found: list[torch.Tensor | None] = []
+
+    def forward(iterator: Iterator[RolloutRow], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        row = next(iterator)
+
+        def keep(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            found.append(-out[0])
+            return out.sum(), torch.tensor(1, dtype=torch.int, device=out.device), {}
+
+        with plain_torch():
+            return losses_of(model, row), keep
+
+    get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(rows) for _ in parts],
+        model=parts,
+        num_microbatches=len(rows),
+        seq_length=rows[0].documents.total_tokens,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    return found or [None] * len(rows)
+
+
+def with_old(rows: Sequence[RolloutRow], found: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
+    return [replace(row, old=one) for row, one in zip(rows, found)]
+
+
+def with_reference(rows: Sequence[RolloutRow], found: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
+    return [replace(row, reference=one) for row, one in zip(rows, found)]
+
+
+class Measures:
+    """Sums, and maxima where the name begins with max_, over rows and ranks; and by sample, how far the recorded
+    log-probs are from the trained ones. On the device until `reduced`."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, torch.Tensor] = {}
+        self.differences: list[tuple[tuple, torch.Tensor]] = []
+
+    def add(self, found: dict[str, torch.Tensor]) -> None:
+        for name, value in found.items():
+            held, value = self.values.get(name), value.detach().double()
+            self.values[name] = value if held is None else _joined(name, held, value, torch.maximum)
+
+    def compare(self, row: RolloutRow, difference: torch.Tensor) -> None:
+        """|Δ log p| [n] of the row's trained tokens."""
+        sums = difference.new_zeros(2, len(row.keys))
+        sums[0].index_add_(0, row.sequence, difference)
+        sums[1].scatter_reduce_(0, row.sequence, difference, "amax")
+        self.differences.append((row.keys, sums))
+
+    def reduced(self) -> tuple[dict[str, float], dict[tuple[int, int], tuple[float, float]]]:
+        """Over all ranks, the same on each: the values; and by sample the sum and the largest of |Δ log p|."""
+        mine = {name: float(value) for name, value in self.values.items()}
+        compared = [(key, *pair) for keys, sums in self.differences for key, *pair in zip(keys, *sums.tolist())]
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (mine, compared))
+        total: dict[str, float] = {}
+        differences: dict[tuple[int, int], tuple[float, float]] = {}
+        for values, compared in parts:
+            for name, value in values.items():
+                total[name] = _joined(name, total[name], value, max) if name in total else value
+            for key, added, largest in compared:
+                before = differences.get(key, (0.0, 0.0))
+                differences[key] = before[0] + added, max(before[1], largest)
+        return total, differences
+
+
+def _joined(name: str, a: Any, b: Any, largest: Callable[[Any, Any], Any]) -> Any:
+    return largest(a, b) if name.startswith("max_") else a + b
+
+
+def policy_loss_function(config: Loss, totals: Totals, measures: Measures, is_first: bool) -> LossFunction:
+    """For Trainer.step: the loss of a row times the trained tokens of the whole batch, by which the step divides.
+
+    In the first update after a rollout the weights are still those that sampled: there the recorded log-probs are
+    compared with training's.
+    """
+    reduce: Reduce = _over_context_ranks if parallel_state.get_context_parallel_world_size() > 1 else alone
+    counts = parallel_state.get_tensor_model_parallel_rank() == 0  # the others have the same numbers
+
+    def function(out: torch.Tensor, row: RolloutRow) -> torch.Tensor:
+        logp, entropy = -out[0], out[1]
+        now = logp.detach()
+        old = now if row.old is None else row.old
+        tokens = Tokens(logp, old, row.advantage, row.sequence, row.lengths, row.behaviour, row.reference, entropy)
+        loss, sums = policy_loss(tokens, config, totals, reduce)
+        if counts:
+            measures.add({**sums, "entropy": entropy.sum(), "counted": torch.tensor(float(len(logp)))})
+            if is_first and row.behaviour is not None:
+                measures.add({**mismatch_sums(replace(tokens, old=now)), "compared": torch.tensor(float(len(logp)))})
+                measures.compare(row, (now - row.behaviour).abs())
+        return loss * totals.tokens
+
+    return function
+
+
+def _over_context_ranks(sums: torch.Tensor) -> torch.Tensor:
+    return all_reduce(sums, group=parallel_state.get_context_parallel_group())

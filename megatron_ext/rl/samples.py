@@ -1,0 +1,115 @@
+"""Sampled completions, what they are worth, and which of them an update trains. NumPy, no torch."""
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Optional, Sequence
+
+import numpy as np
+
+from megatron_ext.rl.advantages import advantages, equal_groups, overlong_penalty
+from megatron_ext.rl.settings import Advantage, Rewarding
+
+
+@dataclass
+class Sample:
+    """Completion `number` of prompt `item`, which is its number in the run's order of prompts.
+
+    tokens int32 [n] and logprobs float32 [n] of the completion, the end token among them; `finish` as the engine says
+    it. `reward` is None where nobody could tell it.
+    """
+
+    item: int
+    number: int
+    prompt: tuple[int, ...]
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish: str
+    reward: Optional[float] = None
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.item, self.number
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.finish != "stop"
+
+
+def rewards_of(samples: Sequence[Sample], config: Rewarding, limit: int) -> np.ndarray:
+    """float64 [n], NaN where the sample is not to be trained: unscorable, or truncated where those are masked.
+
+    `limit` is the most tokens a completion may have.
+    """
+    found = np.array([np.nan if s.reward is None else s.reward for s in samples], dtype=np.float64)
+    found[~np.isfinite(found)] = np.nan
+    if config.overlong_tokens:
+        found += overlong_penalty(np.array([len(s.tokens) for s in samples]), limit, config.overlong_tokens)
+    if config.mask_truncated:
+        found[[s.is_truncated for s in samples]] = np.nan
+    return found
+
+
+def groups_of(samples: Sequence[Sample]) -> np.ndarray:
+    """int64 [n], the samples' prompts counted from 0."""
+    return np.unique([s.item for s in samples], return_inverse=True)[1].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one update trains on: the samples of the prompts that are kept, in order, with one advantage each.
+
+    `trained` bool [n]: the others, whose reward nobody knows or wants, count as samples and have no tokens in the loss.
+    """
+
+    samples: list[Sample]
+    advantages: np.ndarray
+    trained: np.ndarray
+
+
+def kept_items(samples: Sequence[Sample], config: Advantage, rewarding: Rewarding, limit: int) -> set[int]:
+    """The prompts that teach something; all of them where none is dropped."""
+    if not samples:
+        return set()
+    groups = groups_of(samples)
+    items = np.unique([s.item for s in samples])
+    dropped = np.zeros(len(items), dtype=bool)
+    if config.drop_equal_groups:
+        dropped = equal_groups(rewards_of(samples, rewarding, limit), groups)
+    return set(items[~dropped].tolist())
+
+
+def batch_of(samples: Sequence[Sample], kept: set[int], config: Advantage, rewarding: Rewarding, limit: int) -> Batch:
+    chosen = sorted((s for s in samples if s.item in kept), key=lambda s: s.key)
+    if not chosen:
+        return Batch([], np.zeros(0), np.zeros(0, dtype=bool))
+    rewards = rewards_of(chosen, rewarding, limit)
+    return Batch(chosen, advantages(rewards, groups_of(chosen), config), np.isfinite(rewards))
+
+
+def deal(lengths: np.ndarray, ranks: int, row_tokens: int, unit: int = 1) -> list[list[list[int]]]:
+    """For each rank its rows, each a list of places in `lengths` (tokens): as even as the longest first makes them.
+
+    All ranks get as many rows, the fewest that hold at most `row_tokens` each (a longer document has a row of its own)
+    and divide by `unit`. A row may be empty.
+    """
+    order = np.argsort(-lengths, kind="stable").tolist()
+    most = max(row_tokens, int(lengths.max(initial=0)))
+    each = max(unit, -(-int(lengths.sum()) // (ranks * row_tokens * unit)) * unit)
+    while True:
+        rows: list[list[int]] = [[] for _ in range(ranks * each)]
+        loads = np.zeros(len(rows), dtype=np.int64)
+        for place in order:
+            row = int(np.argmin(loads))
+            rows[row].append(place)
+            loads[row] += lengths[place]
+        if loads.max() <= most:
+            break
+        each += unit
+    by_load = np.argsort(-loads, kind="stable").tolist()
+    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for start in range(0, len(rows), ranks):  # back and forth, so that no rank always has the longer one
+        turn = by_load[start : start + ranks]
+        for rank, row in enumerate(turn if start // ranks % 2 == 0 else turn[::-1]):
+            dealt[rank].append(sorted(rows[row]))
+    return dealt

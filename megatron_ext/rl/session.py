@@ -1,0 +1,185 @@
+"""Puts a GRPO run together: model, engine, prompts, scorer, reference, evaluation, loop."""
+
+import contextlib
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+from data_tools import durable
+from data_tools.progress import Progress, Stop
+from data_tools.seeded import permutation
+from data_tools.tasks.task import load_task, task_options
+from data_tools.tokenizer import load_tokenizer
+from megatron_ext import grpo, model_folder, train
+from megatron_ext import schedule as schedules
+from megatron_ext.model_folder import ModelFolder
+from megatron_ext.rl.collect import Collector, Replica, Together
+from megatron_ext.rl.evaluation import evaluate
+from megatron_ext.rl.samples import Sample
+from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.settings import Sampling
+
+
+def run(
+    config: Any, folder: ModelFolder, identity: dict[str, Any], out: Path, keep: Path, progress: Progress, stop: Stop
+) -> tuple[grpo.Outcome, str]:
+    """(outcome, digest of the weights in `out`). `config` is entrypoints.grpo.Config; the ranks are started."""
+    plan, sampling = config.parallel, config.sampling
+    tokenizer = load_tokenizer(str(folder.hf))
+    prompts, held_out = prompts_of(config, tokenizer)
+    trainer = train.Trainer(
+        model_folder.load_stages(folder, plan, config.dtype, config.backend),
+        plan,
+        train.AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
+    )
+    stop_ids = stop_ids_of(folder, tokenizer)
+
+    def engine(seed: int) -> Engine:
+        return Engine(trainer.model[0], config.engine, seed, stop_ids, tokenizer.decode)
+
+    def spell(tokens: list[int], finish: str) -> str:
+        ended = finish == "stop" and tokens and tokens[-1] in stop_ids
+        return tokenizer.decode(tokens[:-1] if ended else tokens)
+
+    def texts(sample: Sample) -> dict[str, Any]:
+        return {"prompt": tokenizer.decode(sample.prompt), "completion": spell(sample.tokens.tolist(), sample.finish)}
+
+    with scorer_of(config) as scorer:
+        collector = Collector(
+            engine(config.seed), prompts, scorer, spell, sampling, config.group, keep / grpo.ROLLOUTS,
+            durable.sha256_bytes(durable.canonical_json(identity)), config.record_s, stop,
+        )  # fmt: skip
+
+        def evaluated(step: int) -> dict[str, Any]:
+            seed = int.from_bytes(hashlib.sha256(f"evaluation:{config.seed}:{step}".encode()).digest()[:8], "little")
+            ways = [(replace(sampling, temperature=0.0), 1)]
+            if config.evaluation.samples:
+                ways.append((replace(sampling, temperature=config.evaluation.temperature), config.evaluation.samples))
+            found: dict[str, Any] = {}
+            for way, samples in ways:
+                count = min(config.evaluation.prompts, len(held_out))
+                found |= evaluate(engine(seed), held_out, scorer, spell, way, count, samples, Together(stop))
+            return found
+
+        outcome = grpo.train(
+            trainer,
+            collector,
+            run_of(config),
+            keep,
+            identity,
+            stop,
+            progress,
+            reference=reference_of(config, folder),
+            evaluate=evaluated if held_out is not None else None,
+            spell=texts,
+        )
+    digest = model_folder.write(out, trainer.model, folder.family, folder.hf, step=folder.step + outcome.step)
+    return outcome, digest
+
+
+def run_of(config: Any) -> grpo.Run:
+    sampling = config.sampling
+    return grpo.Run(
+        schedule=schedules.Schedule(
+            config.schedule, config.steps, config.lr, config.min_lr, config.warmup_steps, config.decay_share
+        ),
+        prompts=config.prompts,
+        loss=config.loss,
+        advantage=config.advantage,
+        rewarding=config.rewarding,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_tokens,
+        comparable=not sampling.is_filtered or sampling.temperature == 1,
+        row_tokens=config.row_tokens,
+        passes=config.passes,
+        minibatches=config.minibatches,
+        refill_tries=config.refill_tries,
+        old_logprobs=config.old_logprobs,
+        mismatch_limit=config.mismatch_limit,
+        seed=config.seed,
+        log_samples=config.log_samples,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        evaluate_every=config.evaluation.every,
+        offload=config.offload,
+    )
+
+
+def stop_ids_of(folder: ModelFolder, tokenizer: Any) -> set[int]:
+    """The end tokens of generation_config.json, and the tokenizer's."""
+    try:
+        found = durable.read_json(folder.hf / "generation_config.json").get("eos_token_id")
+    except (OSError, ValueError):
+        found = None
+    ids = found if isinstance(found, list) else [found]
+    return {token for token in [*ids, tokenizer.eos_id] if token is not None}
+
+
+def reference_of(config: Any, folder: ModelFolder) -> Optional[list[Any]]:
+    """The parts of the model that the KL term is taken against, never trained; None where there is none."""
+    if not config.loss.kl_beta:
+        return None
+    from megatron.core.transformer.module import Float16Module
+
+    chosen = model_folder.open_folder(config.reference) if config.reference else folder
+    parts = model_folder.load_stages(chosen, config.parallel, config.dtype, config.backend)
+    for part in parts:
+        part.requires_grad_(False)
+    wrapped = [Float16Module(part.config, part) if part.config.bf16 else part for part in parts]
+    return [part.eval() for part in wrapped]
+
+
+# ---------------------------------------------------------------- until data_tools/tasks has them
+
+
+class RowPrompts:
+    """Rows of a task in seeded epochs, each a permutation."""
+
+    def __init__(self, rows: list[Any], tokenizer: Any, seed: int, shuffled: bool = True):
+        self.rows, self.tokenizer, self.seed, self.shuffled = rows, tokenizer, seed, shuffled
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def item(self, k: int) -> Any:
+        epoch, place = divmod(k, len(self.rows))
+        order = permutation("prompt epoch", self.seed, epoch, len(self.rows)) if self.shuffled else range(len(self.rows))
+        return self.rows[int(order[place])]
+
+    def tokens(self, item: Any) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(item.prompt))
+
+
+@dataclass
+class Score:
+    reward: Optional[float]
+    parts: dict[str, Any]
+    note: str = ""
+
+    def result(self) -> "Score":
+        return self
+
+
+class RowScorer:
+    def __init__(self, task: Any, options: Any):
+        self.task, self.options = task, options
+
+    def submit(self, item: Any, completion: str, finish: str) -> Score:
+        right = finish == "stop" and self.task.is_correct(item.answer, completion, self.options)
+        return Score(float(right), {})
+
+
+def prompts_of(config: Any, tokenizer: Any) -> tuple[RowPrompts, Optional[RowPrompts]]:
+    from megatron_ext.entrypoints.evaluate import distinct, rows
+
+    task = load_task(config.task)
+    found = distinct(rows(config, task), 0)
+    held = distinct(rows(replace(config, source=replace(config.source, inputs=[], synthetic_rows=1600, synthetic_split="heldout")), task), 0)
+    return RowPrompts(found, tokenizer, config.seed), RowPrompts(held, tokenizer, 0, False)
+
+
+@contextlib.contextmanager
+def scorer_of(config: Any) -> Iterator[RowScorer]:
+    task = load_task(config.task)
+    yield RowScorer(task, task_options(task, config.task_options))
