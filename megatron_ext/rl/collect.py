@@ -35,6 +35,9 @@ class Prompts(Protocol):
 
     def tokens(self, item: Any) -> tuple[int, ...]: ...
 
+    def uid(self, item: Any) -> int:
+        """What the noise of its samples is keyed by: another one each time the prompt comes."""
+
 
 class Scorer(Protocol):
     def submit(self, item: Any, completion: str, finish: str) -> Any:
@@ -148,6 +151,7 @@ class Collector:
 
         wanted = {k: self.prompts.item(k) for k in self.replica.share(items)}
         prompts = {k: self.prompts.tokens(item) for k, item in wanted.items()}
+        self.numbers = {self.prompts.uid(item): k for k, item in wanted.items()}
         requests = []
         for k, prompt in prompts.items():
             entries = [self.entries.get((k, number), Entry()) for number in range(self.group)]
@@ -157,7 +161,7 @@ class Collector:
             only = tuple(number for number, entry in enumerate(entries) if not entry.finish)
             if only:
                 recorded = tuple(Recorded(tuple(e.tokens), tuple(e.logprobs), tuple(e.logprobs)) for e in entries)
-                requests.append(Request(k, prompt, self.group, recorded, only=only))
+                requests.append(Request(self.prompts.uid(wanted[k]), prompt, self.group, recorded, only=only))
         reused = len(samples)
         stopped = False
         try:
@@ -175,7 +179,7 @@ class Collector:
         return self._judged(samples, pending)
 
     def _finished(self, sequence: Sequence) -> Sample:
-        k = sequence.prefix.request.uid
+        k = self.numbers[sequence.prefix.request.uid]
         logprobs = self._comparable(sequence)
         if self.journal is not None:
             self.journal.record((k, sequence.sample), sequence.completion, logprobs, sequence.finish)
@@ -194,7 +198,7 @@ class Collector:
     def _record_unfinished(self) -> None:
         if self.journal is not None:
             for sequence in self.engine.unfinished:
-                key = (sequence.prefix.request.uid, sequence.sample)
+                key = (self.numbers[sequence.prefix.request.uid], sequence.sample)
                 self.journal.record(key, sequence.completion, self._comparable(sequence))
             self.journal.flush()
         self._flushed = time.monotonic()

@@ -30,13 +30,15 @@ def evaluate(
     """
     replica = Replica()
     wanted = {k: prompts.item(k) for k in replica.share(range(count))}
-    requests = [Request(k, prompts.tokens(item), samples) for k, item in wanted.items()]
+    numbers = {prompts.uid(item): k for k, item in wanted.items()}
+    requests = [Request(uid, prompts.tokens(wanted[k]), samples) for uid, k in numbers.items()]
     pending: list[tuple[int, str, str, Any]] = []
     stopped = False
     try:
         for sequence in engine.generate(requests, sampling, together):
             if replica.speaks:
-                k, text = sequence.prefix.request.uid, spell(sequence.completion, sequence.finish)
+                k = numbers[sequence.prefix.request.uid]
+                text = spell(sequence.completion, sequence.finish)
                 pending.append((k, text, sequence.finish, scorer.submit(wanted[k], text, sequence.finish)))
     except Stopped:
         stopped = True

@@ -150,6 +150,9 @@ class RowPrompts:
     def tokens(self, item: Any) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(item.prompt))
 
+    def uid(self, item: Any) -> int:
+        return int.from_bytes(hashlib.blake2b(item.prompt.encode(), digest_size=8).digest(), "little")
+
 
 @dataclass
 class Score:

@@ -1,0 +1,63 @@
+"""What was drawn before a kill is known afterwards, exactly, whatever the kill tore."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+
+from megatron_ext.rl import journal
+from megatron_ext.rl.journal import Journal, folder_of, gather
+
+
+def floats(*values: float) -> list[float]:
+    return numpy.array(values, numpy.float32).tolist()
+
+
+def written(root: Path, name: str = "rank_0") -> Journal:
+    log = Journal(root, 3, "run", name)
+    log.record((7, 0), [1, 2], floats(-0.1, -0.2))
+    log.record((7, 1), [5], floats(-1 / 3))
+    log.record((7, 0), [1, 2, 9], floats(-0.1, -0.2, -7.25), "stop")
+    log.judge((7, 0), {"reward": 1.0, "parts": {"correct": 1.0}, "note": ""})
+    return log
+
+
+def test_tokens_log_probs_ends_and_scores_come_back_bit_for_bit(tmp_path):
+    written(tmp_path).close()
+    found = gather(tmp_path, 3, "run")
+    assert found[7, 0].tokens == [1, 2, 9] and found[7, 0].logprobs == floats(-0.1, -0.2, -7.25)
+    assert found[7, 0].finish == "stop" and found[7, 0].score["reward"] == 1.0
+    assert found[7, 1].tokens == [5] and found[7, 1].finish == "" and found[7, 1].score is None
+    assert gather(tmp_path, 3, "run") == found and journal.read(tmp_path, 3) == found  # merged once, merged twice
+
+
+def test_a_later_attempt_appends_to_what_it_resumed(tmp_path):
+    written(tmp_path).close()
+    log = Journal(tmp_path, 3, "run", "rank_1")  # another layout: another rank has the sample now
+    log.resume(gather(tmp_path, 3, "run"))
+    log.record((7, 1), [5, 6], floats(-1 / 3, -0.5), "length")
+    log.close()
+    found = gather(tmp_path, 3, "run")
+    assert found[7, 1].tokens == [5, 6] and found[7, 1].finish == "length" and found[7, 0].finish == "stop"
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_torn_line_costs_itself_and_what_follows_only(tmp_path, cut):
+    written(tmp_path).close()
+    path = folder_of(tmp_path, 3) / "rank_0.jsonl"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-cut])
+    found = gather(tmp_path, 3, "run")
+    assert found[7, 0].tokens == [1, 2, 9] and found[7, 0].score is None
+    assert all(json.loads(line) for line in (folder_of(tmp_path, 3) / journal.MERGED).read_text().splitlines())
+
+
+def test_records_of_another_run_are_dropped_and_old_steps_forgotten(tmp_path):
+    written(tmp_path).close()
+    assert gather(tmp_path, 3, "another") == {} and gather(tmp_path, 3, "run") == {}
+    assert journal.steps(tmp_path) == [3]
+    journal.forget(tmp_path, 3)
+    assert journal.steps(tmp_path) == [3]
+    journal.forget(tmp_path, 4)
+    assert journal.steps(tmp_path) == []
