@@ -1,0 +1,92 @@
+"""A toy run of GRPO: prompts are a few tokens, and a completion is worth its share of tokens below TARGET."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy
+
+from megatron_ext import checkpoint, grpo, ranks
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rl.collect import Collector
+from megatron_ext.rl.settings import Advantage, Loss, Rewarding
+from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.settings import EngineConfig, Sampling
+from megatron_ext.schedule import Schedule
+from megatron_ext.train import AdamW, Trainer
+from tests.megatron_ext import tiny
+
+TARGET, STOP_ID = 9, 5
+ENGINE = EngineConfig(kv_gib=0.01, block_size=4, max_batch=8, token_budget=32)
+
+
+class Prompts:
+    def item(self, k: int) -> int:
+        return k
+
+    def tokens(self, item: int) -> tuple[int, ...]:
+        return tuple(numpy.random.default_rng(item).integers(6, 19, 1 + item % 5).tolist())
+
+    def uid(self, item: int) -> int:
+        return item
+
+
+@dataclass
+class Score:
+    reward: Any
+    parts: dict
+    note: str = ""
+
+    def result(self) -> "Score":
+        return self
+
+
+class Scorer:
+    def __init__(self, judge: Callable[[int, str], Any] | None = None):
+        self.judge = judge or share_below
+        self.asked: list[tuple[int, str]] = []
+
+    def submit(self, item: int, completion: str, finish: str) -> Score:
+        self.asked.append((item, completion))
+        return Score(self.judge(item, completion), {"length": float(len(completion.split()))})
+
+
+def share_below(item: int, completion: str) -> float:
+    tokens = [int(token) for token in completion.split()]
+    return sum(token < TARGET for token in tokens) / len(tokens)
+
+
+def run_of(steps: int, lr: float, **changes: Any) -> grpo.Run:
+    plain = dict(
+        prompts=4, loss=Loss(), advantage=Advantage(), rewarding=Rewarding(mask_truncated=False), temperature=1.0,
+        max_tokens=8, comparable=True, row_tokens=64, schedule=Schedule("constant", steps, lr),
+    )  # fmt: skip
+    return grpo.Run(**{**plain, **changes})
+
+
+def trained(
+    hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
+    judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop."""
+    keep.mkdir(parents=True, exist_ok=True)
+    with ranks.started(plan, seed=3):
+        trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
+        engine = Engine(trainer.model[0], ENGINE, seed=11, stop_ids={STOP_ID})
+        asked = 0
+
+        def stop() -> bool:
+            nonlocal asked
+            asked += 1
+            return bool(stop_after) and asked >= stop_after
+
+        scorer = Scorer(judge)
+        run = run_of(steps, lr, **changes)
+        collector = Collector(
+            engine, Prompts(), scorer, lambda tokens, finish: " ".join(map(str, tokens)), Sampling(max_tokens=run.max_tokens),
+            group, keep / grpo.ROLLOUTS, "toy", 0.0, stop,
+        )  # fmt: skip
+        model = tiny.parts(hf, of, plan) if reference else None
+        outcome = grpo.train(trainer, collector, run, keep, {"toy": True}, stop, reference=model)
+        return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=outcome.resumed_from,
+                    position=vars(outcome.position), asked=scorer.asked)  # fmt: skip
