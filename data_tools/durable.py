@@ -49,19 +49,22 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def fsync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with _naming(Path(path)):  # a full disk or quota may show only here
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def fsync_tree(folder: Path) -> None:
     """fsync every file and folder below `folder`, deepest first."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             path = os.path.join(root, name)
-            if os.path.islink(path):
-                continue
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                with _naming(Path(path)):  # a full disk or quota may show only here
-                    os.fsync(handle)
-            finally:
-                os.close(handle)
+            if not os.path.islink(path):
+                fsync_file(Path(path))
         fsync_folder(Path(root))
 
 

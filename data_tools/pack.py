@@ -382,6 +382,11 @@ class PackReader:
         packs, stream = self.stream(seed).batch(k, global_batch), self.stream(seed)
         return packs[batches.deal(stream.costs[packs], ranks)[:, rank]].tolist()
 
+    def padding(self, i: int) -> int:
+        """Tokens of pack i that are no document's."""
+        mine = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
+        return self.pack_length - int(self.plan.pieces.length[mine].sum(dtype=np.int64))
+
     def documents(self, i: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(row of the store, ids int32[n], mask uint8[n]) of each document of pack i, as far as it lies in the pack."""
         pieces, store = self.plan.pieces, self.store

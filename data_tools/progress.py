@@ -31,3 +31,8 @@ class Stopped(Exception):
         self.done, self.total, self.unit = done, total, unit
         super().__init__(f"stopped after a durable checkpoint at {unit} {done:,} of {total:,}" if done else
                          f"stopped before the first {unit} of {total:,} was durable")
+
+
+# How a rank ends that no longer moves, and how the line in its log begins that says so (megatron_ext/watch.py).
+EXIT_HUNG = 7
+HUNG = "afterok: no step for"

@@ -1,94 +1,80 @@
-"""Distributed checkpoints: what is in one, how it is published, which is the newest whole one, what its weights are.
+"""Distributed checkpoints: how a step is published, which is the newest whole one, what its weights are.
 
     ROOT/step_400/manifest.json    files with size and sha256, step, identity, position, layout, weights digest
-    ROOT/step_400/state/           torch_dist: weights, optimizer (`fully_reshardable`), RNG; any layout can load it
+    ROOT/step_400/state/           torch_dist: weights and optimizer; any layout can load it
+    ROOT/step_400/rng/             random states, a file a rank: only the same layout can restore them
     ROOT/latest                    the newest step's name, a hint only
 
 A step is written into a hidden sibling, fsynced, and renamed: a folder named step_N is complete. Every rank takes
-part in each function unless it says otherwise.
+part in each function unless it says otherwise. What a rank writes: snapshot.py; the file format: dist_weights.py.
 """
 
 import logging
+import math
 import shutil
+import threading
 import uuid
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedTensor,
-    apply_factories,
-    is_main_replica,
-)
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed import checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel import random as mcore_random
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from megatron_ext.digest import combined, tensor_sum
+from megatron_ext import dist_weights
+from megatron_ext.digest import combined
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ParallelPlan
+from megatron_ext.snapshot import (
+    EXTRA_STATE,
+    Model,
+    OptimizerState,
+    Part,
+    Staging,
+    Weights,
+    fill_optimizer,
+    metadata,
+    model_state,
+    sums,
+)
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-STATE = "state"
-EXTRA_STATE = "_extra_state"
+STATE, RNG = "state", "rng"
+Group = dist.ProcessGroup | None  # None: all ranks, on the device's back end
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """mcore's torch_dist format, written by the rank itself.
-
-    mcore's own writer forks a process from one that runs gloo or NCCL threads, and keeps a queue server that
-    outlives a killed rank; it also costs one to two seconds a save. The files are the same to every reader.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
-        translated, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(translated, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(
-                checkpoint_dir, sync_files=False
-            ),  # fsynced before renaming
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+# ---------------------------------------------------------------- weights
 
 
-def _metadata() -> dict[str, Any]:
-    # The default sharding type is broken in 0.16.1 (mapping.py:104), and dp_reshardable cannot change
-    # the tensor degree.
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "non_homogeneous_layers": True,  # one key a layer in every family, as Megatron will always have it
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+def _write(folder: Path, parts: Sequence[Part]) -> list[dist_weights.Piece]:
+    """This rank's file of a checkpoint."""
+    writer = dist_weights.Writer(folder, dist.get_rank())
+    for part in parts:
+        flat = part.data.reshape(-1)
+        for region, start in dist_weights.pieces(part.region, part.data.element_size()):
+            writer.write(region, flat[start : start + math.prod(region.size)])
+    writer.close()
+    return writer.written
 
 
-Model = torch.nn.Module | list[torch.nn.Module]  # or the parts of an interleaved pipeline (registry.stages)
-
-
-def model_state(model: Model) -> dict[str, Any]:
-    """What of the whole model this rank holds, as mcore's sharded tensors. Without the extra states of linear layers:
-    they are empty but under FP8, and differ between layer specs, which are to read each other's weights."""
-    states = {f"stage{i}": part.sharded_state_dict(metadata=_metadata()) for i, part in enumerate(stages(model))}
-    return {
-        stage: {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
-        for stage, state in states.items()
-    }
+def _check_whole(written: Iterable[dist_weights.Piece]) -> None:
+    """RuntimeError where ranks wrote more or less than each tensor has: never published."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    elements: Counter[str] = Counter()
+    for piece in written:
+        shapes[piece.region.key] = piece.region.shape
+        elements[piece.region.key] += math.prod(piece.region.size)
+    for key, shape in shapes.items():
+        if elements[key] != math.prod(shape):
+            raise RuntimeError(f"{key} has {math.prod(shape):,} elements, and ranks wrote {elements[key]:,}")
 
 
 def save_weights(model: Model, folder: Path) -> None:
@@ -96,7 +82,12 @@ def save_weights(model: Model, folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save({"model": model_state(model)}, str(folder), InProcessSave())
+    written = _gathered(_write(folder, Staging().copy(Weights(model).parts())), None)
+    if dist.get_rank() == 0:
+        pieces = [piece for part in written for piece in part]
+        _check_whole(pieces)
+        dist_weights.finish(folder, pieces)
+    dist.barrier()
 
 
 def load_weights(model: Model, folder: Path) -> None:
@@ -113,72 +104,48 @@ def _load_model(model: Model, state: dict[str, Any]) -> None:
             raise RuntimeError(f"the checkpoint lacks {missing} and has {unexpected} besides")
 
 
-# ---------------------------------------------------------------- digest
-
-
-def _shard_sum(shard: ShardedTensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The shard's part of the sum of its tensor, whose true `shape` leaves out vocabulary padding."""
-    data = shard.data.reshape((1,) * shard.prepend_axis_num + tuple(shard.data.shape))
-    if shape:  # padding is at the end of dimension 0
-        data = data[: max(0, shape[0] - shard.global_offset[0])]
-    return tensor_sum(data, shard.global_offset, shape)
-
-
 def weights_digest(model: Model) -> str:
     """SHA-256 that names the weights, whatever the layout. Any changed bit changes it; padding rows do not count.
 
-    Per distributed-checkpoint key the sum over ranks of digest.tensor_sum, each shard once (DESIGN.md, Checkpoints).
+    Per distributed-checkpoint key the sum over ranks of digest.tensor_sum, each region once (DESIGN.md, Checkpoints).
     """
-    vocabulary = stages(model)[0].vocabulary_rows
-    state = model_state(model)
-    apply_factories(state)
-    lines: dict[str, tuple[str, tuple[int, ...]]] = {}
-    sums: dict[str, torch.Tensor] = {}
-    for shard in nested_values(state):
-        if not isinstance(shard, ShardedTensor):
-            continue
-        shape = tuple(shard.global_shape)
-        if shard.allow_shape_mismatch:  # mcore's mark of a padded vocabulary
-            shape = (vocabulary, *shape[1:])
-        lines[shard.key] = (str(shard.dtype).removeprefix("torch."), shape)
-        found = _shard_sum(shard, shape) if is_main_replica(shard.replica_id) else None
-        if found is not None:
-            sums[shard.key] = sums.get(shard.key, torch.zeros_like(found)) + found
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (lines, {key: int(value) for key, value in sums.items()}))
-    return combined(
-        {
-            key: (*line, sum(part.get(key, 0) for _, part in everywhere))
-            for lines, _ in everywhere
-            for key, line in lines.items()
-        }
-    )
+    return _digest(_gathered(sums(Weights(model).parts()), None))
+
+
+def _digest(of_ranks: Sequence[dict[str, tuple[str, tuple[int, ...], int]]]) -> str:
+    """The digest of the sums that each rank found (snapshot.sums)."""
+    total: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for found in of_ranks:
+        for key, (dtype, shape, value) in found.items():
+            total[key] = dtype, shape, value + (total[key][2] if key in total else 0)
+    return combined(total)
 
 
 # ---------------------------------------------------------------- files
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+def _gathered(value: Any, group: Group) -> list[Any]:
+    """`value` of every rank, on every rank."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value, group=group)
+    return parts
 
 
-def _hash_files(folder: Path, names: list[str]) -> dict[str, list[Any]]:
-    """{name: [bytes, sha256]}, the work shared by all ranks. A file that cannot be read is missing from it."""
-    mine: dict[str, list[Any]] = {}
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
+def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
+    """{name: [bytes, sha256]}. A file that cannot be read is missing from it. One rank."""
+    found: dict[str, list[Any]] = {}
+    for name in names:
         try:
-            mine[name] = [(folder / name).stat().st_size, durable.sha256_file(folder / name)]
+            found[name] = [(folder / name).stat().st_size, durable.sha256_file(folder / name)]
         except OSError:
             continue
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {name: entry for part in parts for name, entry in part.items()}
+    return found
 
 
-def from_rank_zero(value: Any) -> Any:
+def from_rank_zero(value: Any, group: Group = None) -> Any:
     """`value` of rank 0, on every rank."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
@@ -192,16 +159,150 @@ def layout_name(plan: ParallelPlan) -> str:
 
 
 def _rng_state() -> dict[str, Any]:
-    return {"torch": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
-
-
-def _rng_object() -> ShardedObject:
-    return ShardedObject("rng", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),))
+    return {
+        "torch": torch.get_rng_state(),
+        "device": mcore_random._get_cuda_rng_state(),
+        "tracker": dict(mcore_random.get_cuda_rng_tracker().get_states()),
+    }
 
 
 def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    mcore_random._set_cuda_rng_state(state["device"])
+    mcore_random.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def surplus(steps: Sequence[int], keep: int, milestone: int = 0) -> list[int]:
+    """Of published `steps`, those to drop: all but the newest `keep` and, with `milestone`, its multiples."""
+    old = sorted(steps, reverse=True)[keep:]
+    return [step for step in old if not milestone or step % milestone]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is to be published, copied from what goes on changing."""
+
+    step: int
+    weights: list[Part]
+    optimizer: list[Part]
+    rng: dict[str, Any]
+    updates: int
+    facts: dict[str, Any]  # identity, position, layout: those of rank 0 count
+
+
+class Saver:
+    """Publishes steps of a run in ROOT, one at a time; drops those that retention does not keep.
+
+    In the background `save` returns once this rank's share is copied to host memory (kept for the next save: as much
+    again as a rank's weights and optimizer), and a thread writes, hashes and publishes it, its ranks in touch through
+    a gloo group of their own, while training goes on. A kill meanwhile leaves a hidden folder, and the step before.
+    mcore's own way forks the training process, with its gloo or NCCL threads, or keeps a queue server that outlives
+    a killed rank (async_utils.py).
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        model: Model,
+        optimizer: Any,
+        plan: ParallelPlan,
+        keep: int,
+        milestone: int = 0,
+        background: bool = False,
+    ):
+        self.root, self.plan, self.keep, self.milestone = root, plan, keep, milestone
+        self._weights, self._optimizer, self._staging = Weights(model), OptimizerState(model, optimizer), Staging()
+        self._group = dist.new_group(backend="gloo") if background else None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, identity: dict[str, Any], position: dict[str, Any]) -> None:
+        """Publish ROOT/step_N, or begin to, once the save before is done.
+
+        `identity` is what a resuming run must have in common with this one, `position` what it continues from; both
+        JSON. Raises what went wrong in the background since.
+        """
+        self.wait()
+        job = _Step(
+            step,
+            self._staging.copy(self._weights.parts()),
+            self._staging.copy(self._optimizer.parts()),
+            _rng_state(),
+            self._optimizer.updates(),
+            {"identity": identity, "position": position, "layout": layout_name(self.plan)},
+        )
+        if self._group is None:
+            self._publish(job)
+            return
+        self._thread = threading.Thread(target=self._publish_in_background, args=(job,), name=f"save step {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is under way. Raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises what went wrong in the background, at once."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self.wait()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+    def _publish_in_background(self, job: _Step) -> None:
+        try:
+            self._publish(job)
+        except BaseException as error:
+            self._error = error
+
+    def _publish(self, job: _Step) -> None:
+        first, rank = dist.get_rank() == 0, dist.get_rank()
+        temporary = self.root / from_rank_zero(f".step_{job.step}.{uuid.uuid4().hex[:8]}.tmp", self._group)
+        if first:
+            (temporary / STATE).mkdir(parents=True)
+            (temporary / RNG).mkdir()
+        dist.barrier(group=self._group)
+        written = _write(temporary / STATE, job.weights + job.optimizer)
+        torch.save(job.rng, temporary / RNG / f"{rank}.pt")
+        mine = [f"{STATE}/__{rank}_0.distcp", f"{RNG}/{rank}.pt"]
+        for name in mine:
+            durable.fsync_file(temporary / name)  # by the host that wrote it
+        found = _gathered((written, sums(job.weights), job.updates, _hash_files(temporary, mine)), self._group)
+        if first:
+            self._finish(job, temporary, *zip(*found))
+        dist.barrier(group=self._group)
+
+    def _finish(self, job: _Step, temporary: Path, written: Any, digests: Any, updates: Any, hashes: Any) -> None:
+        """Rank 0: make the folder that all ranks have filled the step's."""
+        pieces = [piece for part in written for piece in part]
+        _check_whole(pieces)
+        dist_weights.finish(temporary / STATE, pieces)
+        files = {name: entry for part in hashes for name, entry in part.items()}
+        own = (str(path.relative_to(temporary)) for path in sorted((temporary / STATE).iterdir()))
+        files |= _hash_files(temporary, [name for name in own if name not in files])
+        manifest = {
+            "format": FORMAT,
+            "step": job.step,
+            "updates": max(updates),
+            "weights_digest": _digest(digests),
+            "files": files,
+            **job.facts,
+        }
+        durable.write_json(temporary / MANIFEST, manifest)
+        durable.fsync_tree(temporary)
+        target = self.root / f"step_{job.step}"
+        if target.exists():  # a damaged one that this run fell back from
+            _remove(target)
+        temporary.rename(target)
+        durable.fsync_folder(self.root)
+        durable.write_file(self.root / "latest", target.name + "\n")
+        for old in surplus(steps(self.root), self.keep, self.milestone):
+            _remove(self.root / f"step_{old}")
 
 
 def save_step(
@@ -215,48 +316,9 @@ def save_step(
     position: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Publish ROOT/step_N and drop all but the newest `keep` steps.
-
-    `identity` is what a resuming run must have in common with this one, `position` what it continues from; both JSON,
-    and those of rank 0 count.
-    """
-    writer = dist.get_rank() == 0
-    target = root / f"step_{step}"
-    temporary = root / from_rank_zero(f".step_{step}.{uuid.uuid4().hex[:8]}.tmp")
-    if writer:
-        (temporary / STATE).mkdir(parents=True)
-    dist.barrier()
-    weights = model_state(model)
-    state = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, metadata=_metadata()),
-        "rng": _rng_object(),
-    }
-    dist_checkpointing.save(state, str(temporary / STATE), InProcessSave())
-    digest = weights_digest(model)
-    files = _hash_files(temporary, _files(temporary))
-    if writer:
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "identity": identity,
-            "position": position,
-            "layout": layout_name(plan),
-            "optimizers": len(optimizer.chained_optimizers),
-            "weights_digest": digest,
-            "files": files,
-        }
-        durable.write_json(temporary / MANIFEST, manifest)
-        durable.fsync_tree(temporary)
-        if target.exists():  # a damaged one that this run fell back from
-            _remove(target)
-        temporary.rename(target)
-        durable.fsync_folder(root)
-        durable.write_file(root / "latest", target.name + "\n")
-        for old in steps(root)[keep:]:
-            _remove(root / f"step_{old}")
-    dist.barrier()
-    return target
+    """Publish ROOT/step_N (`Saver.save`) and drop all but the newest `keep` steps. Returns once it is there."""
+    Saver(root, model, optimizer, plan, keep).save(step, identity, position)
+    return root / f"step_{step}"
 
 
 def _remove(folder: Path) -> None:
@@ -284,7 +346,9 @@ def _defects(folder: Path) -> Iterator[str]:
     if manifest is None:
         yield f"{MANIFEST} is missing or unreadable"
         return
-    found = _hash_files(folder, sorted(manifest["files"]))
+    names = sorted(manifest["files"])
+    shares = _gathered(_hash_files(folder, names[dist.get_rank() :: dist.get_world_size()]), None)
+    found = {name: entry for part in shares for name, entry in part.items()}
     for name, (size, digest) in sorted(manifest["files"].items()):
         if name not in found:
             yield f"{name} is missing"
@@ -329,25 +393,16 @@ def load_step(
         if theirs != ours:
             raise UserMistake(
                 f"{folder} was written with {name} = {theirs!r}, this run has {ours!r}: it cannot be resumed; "
-                f"use a fresh folder, or the old value"
+                f"use a fresh folder, or the old value, or begin anew from its weights (init_from)"
             )
-    ours = len(optimizer.chained_optimizers)
-    if manifest.get("optimizers", ours) != ours:  # mcore keeps one more for experts over ranks, under other names
-        raise UserMistake(
-            f"{folder} holds the optimizer's state for parallel.expert {'of' if ours > 1 else 'above'} 1, which this "
-            f"layout cannot read: resume with parallel.expert as it was ({manifest['layout']})"
-        )
-    same_layout = manifest["layout"] == layout_name(plan)
     weights = model_state(model)
     wanted = {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=_metadata()),
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata()),
     }
-    if same_layout:
-        wanted["rng"] = _rng_object()
     state = dist_checkpointing.load(wanted, str(folder / STATE))
     _load_model(model, state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if same_layout:
-        _restore_rng(state["rng"])
+    fill_optimizer(optimizer, state["optimizer"], manifest["updates"])
+    if manifest["layout"] == layout_name(plan):
+        _restore_rng(torch.load(folder / RNG / f"{dist.get_rank()}.pt", weights_only=True))
     return manifest["step"], manifest["position"]

@@ -14,7 +14,9 @@ import contextlib
 import importlib
 import logging
 import os
+import resource
 import sys
+import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Callable, NamedTuple
@@ -327,3 +329,35 @@ def device() -> torch.device:
 def backend() -> str:
     """The torch.distributed back end of that device."""
     return "gloo" if is_cpu() else "nccl"
+
+
+# ---------------------------------------------------------------- what it has been doing
+
+
+def mark() -> Any:
+    """Now, on the clock of the device's work: read with `seconds_between`."""
+    if is_cpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Any, last: Any) -> float:
+    """Seconds from one mark to a later one. Waits until the device has come there."""
+    if is_cpu():
+        return last - first
+    last.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def peak_memory() -> int:
+    """Bytes this rank has held at most: allocated on its GPU, or resident on a machine without."""
+    if is_cpu():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    return torch.cuda.max_memory_allocated()
+
+
+def gpu_name() -> str:
+    """As its driver calls it ("NVIDIA H100 80GB HBM3"); "" without one."""
+    return "" if is_cpu() else torch.cuda.get_device_name()

@@ -10,7 +10,7 @@ Reading model.json and hf/ needs no torch; `load_model` and `write` do.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
@@ -69,17 +69,25 @@ def copy_hf_files(source: Path, target: Path) -> None:
         durable.write_json(config, file)
 
 
-def load_stages(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> list[Any]:
+def load_stages(
+    folder: ModelFolder,
+    plan: ParallelPlan,
+    dtype: str = "",
+    backend: str = "torch",
+    options: Mapping[str, Any] = {},
+    weights: Optional[Path] = None,
+) -> list[Any]:
     """This rank's parts of the model (registry.stages), weights loaded. `dtype` "" keeps the folder's.
 
+    `options`: further fields of TransformerConfig. `weights`: a distributed checkpoint in place of the folder's own.
     Every rank takes part.
     """
     import torch
 
     from megatron_ext import checkpoint
 
-    parts = folder.family.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend)
-    checkpoint.load_weights(parts, folder.path / "weights")
+    parts = folder.family.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend, options)
+    checkpoint.load_weights(parts, weights or folder.path / "weights")
     return parts
 
 

@@ -36,10 +36,16 @@ class Packs(Protocol):
     pack_length: int
     digest: str
 
+    def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
+        """The packs of global batch `k`, whatever the number of ranks."""
+
     def share(self, k: int, global_batch: int, seed: int, rank: int, ranks: int) -> list[int]:
         """The packs of global batch `k` that data-parallel rank `rank` of `ranks` trains, in order."""
 
     def pack(self, i: int) -> Pack: ...
+
+    def padding(self, i: int) -> int:
+        """Tokens of pack `i` that are no document's."""
 
 
 @dataclass(frozen=True)

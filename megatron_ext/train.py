@@ -1,213 +1,39 @@
-"""The training loop.
+"""The training loop: `train_on_packs` drives a Trainer over a pack plan, with schedule, metrics, validation, checkpoints
+and resume.
 
-`Trainer` holds the model in mcore's DistributedDataParallel with the distributed optimizer and does one update at a
-time; `train_on_packs` drives it over a pack plan with schedule, metrics, checkpoints and resume.
-
-Loss and gradient of a step are sums over supervised tokens, divided once by the number of supervised tokens in the
-whole global batch, over all micro-batches and ranks (reference/megatron.md 3.4: any mean of means is biased when
-packs hold unequal numbers of them).
-
-What a rank trains on in a step: rows.py.
+    trainer.py      one update: model, optimizer, gradient     rows.py         what a rank trains on in a step
+    metrics.py      what is told, and where to                 checkpoint.py   what is saved
+    schedule.py     the learning rate, how long                watch.py        what happens if nothing happens
 """
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
+import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 
-from data_tools.mistake import UserMistake
 from data_tools.progress import Progress, Stop, Stopped, never, silent
-from megatron_ext import checkpoint
-from megatron_ext.device import device, plain_torch
-from megatron_ext.layers.loss_head import supervised_losses
-from megatron_ext.metrics import Metrics
+from megatron_ext import checkpoint, metrics
+from megatron_ext.device import device
+from megatron_ext.metrics import Metrics, Sink
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rows import MicroBatch, Packs, micro_batch
 from megatron_ext.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """Optimizer settings. Weight decay spares one-dimensional parameters: norms and biases. `clip` 0: no clipping."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-
-
-@dataclass
-class Sums:
-    """Sums over steps or micro-batches. Of ranks that hold the same numbers one has them, until `reduced`.
-
-    The loss stays on the device until then: a read in mid-step would make a GPU wait.
-    """
-
-    loss: float | torch.Tensor = 0.0
-    supervised: int = 0
-    tokens: int = 0
-
-    def add(self, other: "Sums") -> None:
-        self.loss += other.loss
-        self.supervised += other.supervised
-        self.tokens += other.tokens
-
-    def reduced(self) -> "Sums":
-        """The sums over all ranks, the same on every rank."""
-        box = torch.tensor([float(self.loss), self.supervised, self.tokens], dtype=torch.float64, device=device())
-        dist.all_reduce(box)
-        loss, supervised, tokens = box.tolist()
-        return Sums(loss, int(supervised), int(tokens))
-
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.supervised if self.supervised else 0.0
-
-
-class NonFinite(UserMistake):
-    """Loss or gradient became inf or NaN."""
-
-
-# From the losses [n] of a micro-batch's supervised tokens, -log p of each, to the sum that is minimised.
-LossFunction = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
-
-
-def sum_of_losses(losses: torch.Tensor, rows: MicroBatch) -> torch.Tensor:
-    return losses.sum()
-
-
-def losses_of(model: torch.nn.Module, rows: MicroBatch) -> torch.Tensor:
-    """Losses fp32 [n] of the supervised tokens; what goes to the next rank on a pipeline's stages before the last."""
-    return supervised_losses(model, rows.ids, rows.positions, rows.documents, rows.targets, rows.supervised)
-
-
-class Trainer:
-    """A model that is being trained on these ranks. Weights must be loaded before.
-
-    `model` is this rank's part of it, or the list of its parts where the pipeline is interleaved (registry.stages).
-    """
-
-    def __init__(self, model: torch.nn.Module | list[torch.nn.Module], plan: ParallelPlan, settings: AdamW):
-        parts = model if isinstance(model, list) else [model]
-        config = parts[0].config
-        self.plan = plan
-        self.model = [
-            DistributedDataParallel(
-                config,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    use_distributed_optimizer=True,
-                    overlap_grad_reduce=False,
-                    overlap_param_gather=False,
-                ),
-                Float16Module(config, part) if config.bf16 or config.fp16 else part,
-            )
-            for part in parts
-        ]
-        for part in self.model:
-            _count_padding(part)
-        self.weight_decay = settings.weight_decay
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=0.0,  # set at every step
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.beta1,
-                adam_beta2=settings.beta2,
-                adam_eps=settings.epsilon,
-                clip_grad=settings.clip if settings.clip > 0 else math.inf,  # 0 would skip the norm as well
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
-            ),
-            self.model,
-            use_gloo_process_groups=False,
-        )
-        config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = self.optimizer.scale_loss if config.fp16 else None
-        self._forward_backward = get_forward_backward_func()
-
-    def gradient(
-        self, rows: Sequence[MicroBatch], loss_function: LossFunction = sum_of_losses, everywhere: bool = False
-    ) -> Sums:
-        """Leave the gradient of the mean loss, over all micro-batches of all ranks, in the parameters' `main_grad`.
-
-        Only the share that the rank's optimizer needs is right there, or `everywhere` all of it. Returns this rank's
-        sums.
-        """
-        sums = Sums()
-        counts = parallel_state.get_tensor_model_parallel_rank() == 0  # the others have the same numbers
-
-        def forward(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
-            batch = next(iterator)
-
-            def with_count(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-                loss, count = loss_function(found, batch), batch.supervised.numel()
-                if counts:
-                    sums.add(Sums(loss.detach().double(), count, batch.ids.numel()))
-                return loss, torch.tensor(count, dtype=torch.int, device=loss.device), {}
-
-            with plain_torch():
-                return losses_of(model, batch), with_count
-
-        for part in self.model:
-            part.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        self._forward_backward(
-            forward_step_func=forward,
-            data_iterator=[iter(rows) for _ in self.model],
-            model=self.model,
-            num_microbatches=len(rows),
-            seq_length=rows[0].documents.total_tokens,
-            micro_batch_size=1,
-            force_all_reduce=everywhere,
-        )
-        return sums
-
-    def step(
-        self,
-        rows: Sequence[MicroBatch],
-        rate: float,
-        loss_function: LossFunction = sum_of_losses,
-        before_update: Callable[[], None] | None = None,
-    ) -> tuple[Sums, float]:
-        """One update from this rank's micro-batches. Returns this rank's sums and the global gradient norm.
-
-        `before_update` is called once the gradient is there.
-        The norm is that of the gradient of the mean loss, before clipping. A non-finite one has already spoilt the
-        weights: the caller must stop.
-        """
-        sums = self.gradient(rows, loss_function)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-            group["weight_decay"] = self.weight_decay * group["wd_mult"]
-        if before_update is not None:
-            before_update()
-        _, norm, _ = self.optimizer.step()
-        return sums, float(norm)
-
-
-def _count_padding(model: DistributedDataParallel) -> None:
-    """Without it the optimizer's state is saved and loaded shifted where a buffer has several buckets, as with tied
-    embeddings in a pipeline: mcore concatenates the buckets without their padding, then cuts parameters out at places
-    that count it (distrib_optimizer.py:1118,1498)."""
-    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-
-
-# ---------------------------------------------------------------- over packs
+from megatron_ext.trainer import (  # noqa: F401 (train.NAME is the name of each for those who train)
+    AdamW,
+    LossFunction,
+    NonFinite,
+    Sums,
+    Trainer,
+    losses_of,
+    sum_of_losses,
+)
+from megatron_ext.watch import Hang, Watch
 
 
 @dataclass(frozen=True)
@@ -220,6 +46,12 @@ class Run:
     log_every: int = 10
     checkpoint_every: int = 0  # 0: only at the end
     keep_checkpoints: int = 2
+    keep_every: int = 0  # checkpoints of its multiples stay for good
+    save_in_background: bool = True
+    validate_every: int = 0  # 0: only at the end
+    minutes: float = 0.0  # of training, all attempts together, after which it ends early; 0: as many as it takes
+    pack_flops: float = 0.0  # of the model for an average pack, forward and backward; 0: not known
+    hang: Hang = field(default_factory=Hang)
 
 
 @dataclass(frozen=True)
@@ -233,6 +65,7 @@ class Outcome:
     supervised_tokens: int
     resumed_from: int
     notes: list[str]
+    valid_losses: list[float] = field(default_factory=list)  # of each validation set, after the last step
 
 
 def rows_of_step(packs: Packs, k: int, run: Run, plan: ParallelPlan) -> list[MicroBatch]:
@@ -245,6 +78,26 @@ def rows_of_step(packs: Packs, k: int, run: Run, plan: ParallelPlan) -> list[Mic
     ]
 
 
+def validation_loss(trainer: Trainer, packs: Packs) -> float:
+    """Mean loss over all supervised tokens of all packs. Every rank takes part and gets it.
+
+    Ranks must run equally many micro-batches: packs that some lack are made of one whose tokens do not count.
+    """
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    at_once = trainer.plan.micro_batch * trainer.plan.pipeline  # a rank's packs of one pass: whole pipeline rounds
+    sums = Sums()
+    for first in range(0, packs.n_packs, size * at_once):
+        mine = []
+        for i in range(first + rank, first + size * at_once, size):
+            pack = packs.pack(min(i, packs.n_packs - 1))
+            if i >= packs.n_packs:
+                pack = replace(pack, loss_mask=numpy.zeros_like(pack.loss_mask))
+            mine.append(pack)
+        parts = [mine[j : j + trainer.plan.micro_batch] for j in range(0, at_once, trainer.plan.micro_batch)]
+        sums.add(trainer.evaluate([micro_batch(part) for part in parts]))
+    return sums.reduced().mean_loss
+
+
 def train_on_packs(
     trainer: Trainer,
     packs: Packs,
@@ -253,128 +106,257 @@ def train_on_packs(
     identity: dict[str, Any],
     progress: Progress = silent,
     stop: Stop = never,
+    validation: Sequence[Packs] = (),
+    sinks: Callable[[int], Sequence[Sink]] = lambda resumed_from: (),
 ) -> Outcome:
     """Train to the end of the schedule, from the newest valid checkpoint in KEEP/checkpoints if there is one.
 
-    `identity` names what makes two runs the same (JSON values); the plan's digest is added. Raises UserMistake when a
-    checkpoint of another identity lies there, NonFinite naming the step when loss or gradient is inf or NaN, Stopped
-    on every rank once any rank's `stop` is true: before the next step, with the last one in a checkpoint.
+    `identity` names what makes two runs the same (JSON values); the plan's digest is added. `sinks` makes, on rank 0,
+    what metrics go to besides KEEP/metrics.jsonl. Raises UserMistake when a checkpoint of another identity lies
+    there, NonFinite naming the step when loss or gradient is inf or NaN, Stopped on every rank once any rank's `stop`
+    is true: before the next step, with the last one in a checkpoint.
     Afterwards KEEP/checkpoints has the last step. Every rank takes part and returns the same.
     """
-    root, plan = keep / "checkpoints", trainer.plan
     identity = {**identity, "packs": packs.digest, "global_batch": run.global_batch, "seed": run.seed}
-    if dist.get_rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep(root)
-    dist.barrier()
-    folder, notes = checkpoint.newest_valid(root)
-    done, window, whole, first_loss, last_loss = 0, Sums(), Sums(), 0.0, 0.0
-    if folder is not None:
-        done, position = checkpoint.load_step(folder, trainer.model, trainer.optimizer, plan, identity)
-        first_loss, last_loss = position["first_loss"], position["last_loss"]
-        if dist.get_rank() == 0:  # sums of all ranks: one rank carries them on
-            window, whole = Sums(**position["window"]), Sums(**position["whole"])
-    resumed_from = done
-    metrics = Metrics(keep / "metrics.jsonl", resumed_from)
-    schedule, steps = run.schedule, run.schedule.steps
-    progress(done, steps, "steps", f"resumed from {folder.name}" if folder else "")
-    saved = done
+    loop = _Loop(trainer, packs, run, keep, identity, progress, stop, validation)
+    watch = Watch(run.hang, keep / "stacks", dist.get_rank())
+    with watch.watching():
+        loop.resume(sinks)
+        try:
+            return loop.run(watch)
+        finally:
+            loop.metrics.close()
 
-    def publish(step: int) -> None:
-        """Make `step` durable, with what the next one continues from."""
-        nonlocal window, whole, saved
-        window_sum, whole_sum = window.reduced(), whole.reduced()
-        window, whole = (window_sum, whole_sum) if dist.get_rank() == 0 else (Sums(), Sums())
-        checkpoint.save_step(
-            root,
-            step,
+
+class _Loop:
+    """The state of `train_on_packs`. `window` sums since the last metrics line, `whole` since the first step."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        packs: Packs,
+        run: Run,
+        keep: Path,
+        identity: dict[str, Any],
+        progress: Progress,
+        stop: Stop,
+        validation: Sequence[Packs],
+    ):
+        self.trainer, self.packs, self.settings, self.keep, self.identity = trainer, packs, run, keep, identity
+        self.progress, self.validation = progress, validation
+        self.root = keep / "checkpoints"
+        self.window, self.whole, self.first_loss, self.last_loss = Sums(), Sums(), 0.0, 0.0
+        self.done = self.saved = self.logged = 0
+        self.seconds, self.began = 0.0, time.monotonic()  # of training before this attempt; when this one began
+        self.notes: list[str] = []
+        self.valid: list[float] = []
+        self.held_up = 0.0  # seconds that saving kept the loop from training since the last line
+        self.vote = StopVote(stop, self._time_is_over)
+
+    # -- beginning ----------------------------------------------------------------------------------------------
+
+    def resume(self, sinks: Callable[[int], Sequence[Sink]]) -> None:
+        """Load the newest valid checkpoint, if any, and open what the run writes."""
+        trainer, run = self.trainer, self.settings
+        if dist.get_rank() == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            checkpoint.sweep(self.root)
+        dist.barrier()
+        folder, self.notes = checkpoint.newest_valid(self.root)
+        if folder is not None:
+            self.done, position = checkpoint.load_step(
+                folder, trainer.model, trainer.optimizer, trainer.plan, self.identity
+            )
+            self.first_loss, self.last_loss = position["first_loss"], position["last_loss"]
+            self.logged, self.seconds = position["logged"], position["seconds"]
+            if dist.get_rank() == 0:  # sums of all ranks: one rank carries them on
+                self.window, self.whole = Sums(**position["window"]), Sums(**position["whole"])
+        self.resumed_from = self.saved = self.done
+        self.saver = checkpoint.Saver(
+            self.root,
             trainer.model,
             trainer.optimizer,
-            plan,
-            identity=identity,
-            position={
-                "window": vars(window_sum),
-                "whole": vars(whole_sum),
-                "first_loss": first_loss,
-                "last_loss": last_loss,
-            },
-            keep=run.keep_checkpoints,
+            trainer.plan,
+            run.keep_checkpoints,
+            run.keep_every,
+            run.save_in_background,
         )
-        saved = step
+        self.metrics = Metrics(self.keep / "metrics.jsonl", self.done, lambda: sinks(self.done))
+        name = f"resumed from {folder.name}" if folder else ""
+        self.progress(self.done, run.schedule.steps, "steps", name)
 
-    vote = StopVote(stop)
-    vote.send()
-    since, timed = time.perf_counter(), 0
-    for k in range(done, steps):
-        if vote.count():
-            if k > saved:
-                publish(k)
-            raise Stopped(k, steps)
-        rate = schedule.rate(k)
-        sums, norm = trainer.step(rows_of_step(packs, k, run, plan), rate, before_update=vote.send)
-        step = k + 1
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def run(self, watch: Watch) -> Outcome:
+        run, steps = self.settings, self.settings.schedule.steps
+        self.vote.send()
+        self._start_timing()
+        while self.done < steps:
+            if self.vote.count():
+                self._publish()
+                self.saver.close()
+                raise Stopped(self.done, steps)
+            if self.vote.over:
+                self.notes.append(f"ended after {run.minutes:g} minutes at step {self.done:,} of {steps:,}")
+                break
+            self._step()
+            watch.step()
+            last = self.done == steps
+            if last or (run.validate_every and self.done % run.validate_every == 0):
+                self._validate()
+                watch.move()
+            if last or (run.checkpoint_every and self.done % run.checkpoint_every == 0):
+                self._publish()
+                watch.move()
+            self.saver.check()
+        self.vote.count()  # done anyway, but nothing may be under way when the groups end
+        self._publish()
+        self.saver.close()
+        self.trainer.settle()
+        if self.validation and not self.valid:
+            self._validate()
+        total = self.whole.reduced()
+        return Outcome(
+            self.done,
+            self.first_loss,
+            self.last_loss,
+            total.tokens,
+            total.supervised,
+            self.resumed_from,
+            self.notes,
+            self.valid,
+        )
+
+    def _step(self) -> None:
+        run, trainer, step = self.settings, self.trainer, self.done + 1
+        rate = run.schedule.rate(self.done)
+        log = step % run.log_every == 0 or step == run.schedule.steps
+        trainer.clock.start()
+        rows = rows_of_step(self.packs, self.done, run, trainer.plan)
+        trainer.clock.mark("data")
+        sums, norm = trainer.step(rows, rate, before_update=self.vote.send, count_zeros=log)
         if not math.isfinite(norm):
             total = sums.reduced()
+            self.saver.wait()
             raise NonFinite(
                 f"step {step}: the gradient norm is {norm} and the loss {total.mean_loss} at learning rate {rate:g}; "
-                f"the last checkpoint is step {_newest(root)}. Lower lr or raise warmup_steps"
+                f"the last checkpoint is step {_newest(self.root)}. Lower lr or raise warmup_steps"
             )
-        window.add(sums)
-        whole.add(sums)
-        timed += 1
-        log = step % run.log_every == 0 or step == steps
-        save = step == steps or (run.checkpoint_every > 0 and step % run.checkpoint_every == 0)
+        self.done = step
+        self.window.add(sums)
+        self.whole.add(sums)
         if log or step == 1:
-            total = window.reduced()
-            last_loss = total.mean_loss
+            total = self.window.reduced()
+            self.last_loss = total.mean_loss
             if step == 1:
-                first_loss = last_loss
-            if not math.isfinite(last_loss):
-                raise NonFinite(f"the loss up to step {step} is {last_loss}. Lower lr or raise warmup_steps")
+                self.first_loss = self.last_loss
+            if not math.isfinite(self.last_loss):
+                raise NonFinite(f"the loss up to step {step} is {self.last_loss}. Lower lr or raise warmup_steps")
         if log:
-            now = time.perf_counter()
-            per_step = (now - since) / timed
-            metrics.append(
-                {
-                    "step": step,
-                    "loss": last_loss,
-                    "lr": rate,
-                    "grad_norm": norm,
-                    "tokens": total.tokens,
-                    "supervised_tokens": total.supervised,
-                    "step_s": per_step,
-                    "tokens_per_s": run.global_batch * packs.pack_length / per_step,
-                }
-            )
-            window, since, timed = Sums(), now, 0
-        progress(step, steps, "steps", f"loss {last_loss:.4f}, lr {rate:.2e}")
-        if save:
-            publish(step)
-            since, timed = time.perf_counter(), 0  # the next line's step_s is training, not saving
-    vote.count()  # done anyway, but nothing may be under way when the groups end
-    total = whole.reduced()
-    return Outcome(steps, first_loss, last_loss, total.tokens, total.supervised, resumed_from, notes)
+            self._log(total, rate, norm)
+        self.progress(step, run.schedule.steps, "steps", f"loss {self.last_loss:.4f}, lr {rate:.2e}")
+
+    # -- what comes between -------------------------------------------------------------------------------------
+
+    def _log(self, total: Sums, rate: float, norm: float) -> None:
+        """One line about the steps since the last one."""
+        run, packs = self.settings, self.packs
+        parts = self.trainer.clock.read()
+        ranks = metrics.compare_ranks(parts["forward_backward"])
+        weights = metrics.parameter_norm(self.trainer.model)
+        per_step = (time.perf_counter() - self.timed_from - self.paused) / (self.done - self.timed_since)
+        peak = metrics.peak_flops()
+        values = {
+            "step": self.done,
+            "samples": self.done * run.global_batch,  # packs
+            "loss": self.last_loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "grad_zeros": self.trainer.zeros,
+            "param_norm": weights,
+            "tokens": total.tokens,
+            "supervised_tokens": total.supervised,
+            "padded_tokens": sum(
+                packs.padding(i) for k in range(self.logged, self.done) for i in packs.batch(k, run.global_batch, run.seed)
+            ),
+            "step_s": per_step,
+            "tokens_per_s": run.global_batch * packs.pack_length / per_step,
+            "parts_s": {**parts, "saving": self.held_up},
+            "memory_gib": ranks.peak_memory / 2**30,
+            "slowest_rank": ranks.rank,
+            "slowest_ratio": ranks.ratio,
+        }
+        if peak and run.pack_flops:
+            values["mfu"] = run.pack_flops * run.global_batch / per_step / (peak * dist.get_world_size())
+        self.metrics.append(values)
+        self.window, self.logged = Sums(), self.done
+        self._start_timing()
+
+    def _start_timing(self) -> None:
+        """The next line's step_s is training from here on, without what `_aside` takes."""
+        self.timed_from, self.timed_since, self.paused, self.held_up = time.perf_counter(), self.done, 0.0, 0.0
+
+    def _aside(self, began: float) -> float:
+        """Seconds since `began`, which are not to count as training."""
+        seconds = time.perf_counter() - began
+        self.paused += seconds
+        return seconds
+
+    def _validate(self) -> None:
+        began = time.perf_counter()
+        self.valid = [validation_loss(self.trainer, packs) for packs in self.validation]
+        if self.valid:
+            names = [f"valid_loss_{i}" if i else "valid_loss" for i in range(len(self.valid))]
+            self.metrics.append({"step": self.done, **dict(zip(names, self.valid))})
+        self._aside(began)
+
+    def _publish(self) -> None:
+        """Make the last step durable, with what the next one continues from; in the background if asked."""
+        if self.done == self.saved:
+            return
+        began = time.perf_counter()
+        window, whole = self.window.reduced(), self.whole.reduced()
+        self.window, self.whole = (window, whole) if dist.get_rank() == 0 else (Sums(), Sums())
+        self.trainer.settle()
+        position = {
+            "window": asdict(window),
+            "whole": asdict(whole),
+            "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
+            "logged": self.logged,
+            "seconds": self.seconds + time.monotonic() - self.began,
+        }
+        self.saver.save(self.done, self.identity, position)
+        self.saved = self.done
+        self.held_up += self._aside(began)
+
+    def _time_is_over(self) -> bool:
+        minutes = (self.seconds + time.monotonic() - self.began) / 60
+        return 0 < self.settings.minutes <= minutes
 
 
 class StopVote:
     """Whether any rank is to stop, with one answer for all: a signal reaches them at different moments.
 
-    Sent between gradient and update, counted before the next step: one number, reduced while the update's own
-    collectives run, so that no rank waits for it (tests/benchmarks/stop_check.py).
+    Sent between gradient and update, counted before the next step: two numbers, reduced while the update's own
+    collectives run, so that no rank waits for them (tests/benchmarks/stop_check.py).
     """
 
-    def __init__(self, stop: Stop):
-        self.stop = stop
-        self.box = torch.zeros(1, device=device())
+    def __init__(self, stop: Stop, ended: Stop = never):
+        self.stop, self.ended = stop, ended
+        self.over = False  # whether any rank found that the run has `ended`, of the last count
+        self.box = torch.zeros(2, device=device())
         self.work: Any = None
 
     def send(self) -> None:
-        self.box.fill_(float(self.stop()))
+        self.box.copy_(torch.tensor([float(self.stop()), float(self.ended())]))
         self.work = dist.all_reduce(self.box, op=dist.ReduceOp.MAX, async_op=True)
 
     def count(self) -> bool:
         self.work.wait()
-        return self.box.item() > 0
+        stop, over = self.box.tolist()
+        self.over = over > 0
+        return stop > 0
 
 
 def _newest(root: Path) -> int:

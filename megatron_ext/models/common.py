@@ -1,7 +1,7 @@
 """What all families' layer specs share: the part of mcore's configuration that a parallel plan decides, and the layer
 of attention followed by an MLP or experts."""
 
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from megatron.core import parallel_state
@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -56,6 +57,13 @@ def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, 
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
     )
+
+
+def configured(options: Mapping[str, Any], **fields: Any) -> TransformerConfig:
+    """mcore's configuration of `fields`, with those of `options` instead where both say something."""
+    if "attention_backend" in options:
+        options = {**options, "attention_backend": AttnBackend[options["attention_backend"]]}
+    return TransformerConfig(**{**fields, **options})
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(Dims) -> ModelShape`,
             `small(...)`: config.json of a random model; no torch
-spec.py     `build(Dims, plan, dtype, backend, virtual_stage) -> mcore model`
+spec.py     `build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model`; `options` are fields of
+            TransformerConfig (options.py)
 mapping.py  `rules(Dims, found)`: the weights, both directions; `found` are the names in the checkpoint at hand, for
             families that are stored in several spellings. `is_redundant(name, Dims)`: what a file may carry besides
 """
@@ -12,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Mapping
 
 from data_tools.mistake import Problem, nearest
 from megatron_ext.parallel import ParallelPlan
@@ -44,10 +45,12 @@ class Family:
     def spec(self) -> ModuleType:
         return self._part("spec")
 
-    def build(self, dims: Any, plan: ParallelPlan, dtype: Any, backend: str = "torch") -> list[Any]:
+    def build(
+        self, dims: Any, plan: ParallelPlan, dtype: Any, backend: str = "torch", options: Mapping[str, Any] = {}
+    ) -> list[Any]:
         """This rank's parts of the model in model order, their weights not set: one, or `plan.virtual` of them."""
         virtual = range(plan.virtual) if plan.virtual > 1 else [None]
-        return [self.spec.build(dims, plan, dtype, backend, stage) for stage in virtual]
+        return [self.spec.build(dims, plan, dtype, backend, stage, options) for stage in virtual]
 
     @property
     def mapping(self) -> ModuleType:

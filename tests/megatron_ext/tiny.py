@@ -179,6 +179,9 @@ class Packs:
     def share(self, k: int, global_batch: int, seed: int, rank: int, ranks: int) -> list[int]:
         return self.batch(k, global_batch, seed)[rank::ranks]
 
+    def padding(self, i: int) -> int:
+        return 0
+
     def pack(self, i: int) -> Pack:
         random = numpy.random.default_rng(1000 + i)
         lengths: list[int] = []

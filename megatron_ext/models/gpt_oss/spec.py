@@ -1,5 +1,7 @@
 """gpt-oss as a megatron-core model: configuration and GPTModel."""
 
+from typing import Any, Mapping
+
 import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer import TransformerConfig
@@ -10,13 +12,16 @@ from megatron_ext.models.gpt_oss.config import Dims, Yarn
 from megatron_ext.parallel import ParallelPlan, padded_rows
 
 
-def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:
+def transformer_config(
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
+) -> TransformerConfig:
     """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
     shared = common.settings(plan, dtype, backend) | dict(
         apply_rope_fusion=False,  # the fused kernel for packed rows drops YaRN's factor (rope_utils.py:289)
         bias_dropout_fusion=False,
     )
-    config = TransformerConfig(
+    config = common.configured(
+        options,
         num_layers=dims.layers,
         hidden_size=dims.hidden,
         ffn_hidden_size=dims.ffn,
@@ -60,11 +65,16 @@ def _set_yarn(config: TransformerConfig, yarn: Yarn) -> None:
 
 
 def build(
-    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch", virtual_stage: int | None = None
+    dims: Dims,
+    plan: ParallelPlan,
+    dtype: torch.dtype,
+    backend: str = "torch",
+    virtual_stage: int | None = None,
+    options: Mapping[str, Any] = {},
 ) -> SupervisedHead:
     """This rank's part of the model, its weights not set; of an interleaved pipeline, one of its stages. mcore's
     groups for `plan` must exist."""
-    config = transformer_config(dims, plan, dtype, backend)
+    config = transformer_config(dims, plan, dtype, backend, options)
     model = SupervisedHead(
         config,
         common.decoder_spec(config, backend, virtual_stage),

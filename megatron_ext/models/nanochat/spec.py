@@ -1,6 +1,6 @@
 """NanoChat as a megatron-core model: configuration and GPTModel, with the norm after the embedding and capped logits."""
 
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from megatron.core.activations import squared_relu
@@ -14,9 +14,12 @@ from megatron_ext.models.nanochat.config import Dims
 from megatron_ext.parallel import ParallelPlan, padded_rows
 
 
-def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:
+def transformer_config(
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
+) -> TransformerConfig:
     """mcore's configuration. `dtype` is that of the parameters."""
-    return TransformerConfig(
+    return common.configured(
+        options,
         num_layers=dims.layers,
         hidden_size=dims.hidden,
         ffn_hidden_size=dims.ffn,
@@ -46,13 +49,18 @@ class NanoChat(SupervisedHead):
 
 
 def build(
-    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch", virtual_stage: int | None = None
+    dims: Dims,
+    plan: ParallelPlan,
+    dtype: torch.dtype,
+    backend: str = "torch",
+    virtual_stage: int | None = None,
+    options: Mapping[str, Any] = {},
 ) -> NanoChat:
     """This rank's part of the model, its weights not set; of an interleaved pipeline, one of its stages. mcore's
     groups for `plan` must exist. UserMistake for "te", whose norms all have weights."""
     if backend == "te":
         raise UserMistake(Problem("backend", "'te' has no norms without weights, as nanochat's are: use torch"))
-    config = transformer_config(dims, plan, dtype, backend)
+    config = transformer_config(dims, plan, dtype, backend, options)
     model = NanoChat(
         config,
         common.decoder_spec(config, backend, virtual_stage, norm=BareNorm),

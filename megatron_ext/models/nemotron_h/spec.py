@@ -1,7 +1,7 @@
 """Nemotron-H as a megatron-core model: configuration, layer spec, MambaModel."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from megatron.core import tensor_parallel
@@ -36,9 +36,12 @@ from megatron_ext.parallel import ParallelPlan, padded_rows
 STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recurrence
 
 
-def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:
+def transformer_config(
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
+) -> TransformerConfig:
     """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
-    return TransformerConfig(
+    return common.configured(
+        options,
         num_layers=dims.layers,
         hidden_size=dims.hidden,
         num_attention_heads=dims.heads or plan.tensor,
@@ -178,7 +181,12 @@ def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
 
 
 def build(
-    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch", virtual_stage: int | None = None
+    dims: Dims,
+    plan: ParallelPlan,
+    dtype: torch.dtype,
+    backend: str = "torch",
+    virtual_stage: int | None = None,
+    options: Mapping[str, Any] = {},
 ) -> SupervisedHybrid:
     """This rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
     if backend == "te" and dims.norm_epsilon != STOCK_EPSILON:
@@ -189,7 +197,7 @@ def build(
                 "use backend torch",
             )
         )
-    config = transformer_config(dims, plan, dtype, backend)
+    config = transformer_config(dims, plan, dtype, backend, options)
     ends = common.ends(virtual_stage)
     del ends["vp_stage"]  # hybrid models have no interleaved pipeline
     model = SupervisedHybrid(

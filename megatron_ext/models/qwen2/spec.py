@@ -1,5 +1,7 @@
 """Qwen2, Qwen3 or Llama as a megatron-core model: configuration and GPTModel."""
 
+from typing import Any, Mapping
+
 import torch
 from megatron.core.transformer import TransformerConfig
 
@@ -9,9 +11,12 @@ from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.parallel import ParallelPlan, padded_rows
 
 
-def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> TransformerConfig:
+def transformer_config(
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
+) -> TransformerConfig:
     """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
-    return TransformerConfig(
+    return common.configured(
+        options,
         num_layers=dims.layers,
         hidden_size=dims.hidden,
         ffn_hidden_size=dims.ffn,
@@ -30,11 +35,16 @@ def transformer_config(dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backe
 
 
 def build(
-    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str = "torch", virtual_stage: int | None = None
+    dims: Dims,
+    plan: ParallelPlan,
+    dtype: torch.dtype,
+    backend: str = "torch",
+    virtual_stage: int | None = None,
+    options: Mapping[str, Any] = {},
 ) -> SupervisedHead:
     """This rank's part of the model, its weights not set; of an interleaved pipeline, one of its stages. mcore's
     groups for `plan` must exist."""
-    config = transformer_config(dims, plan, dtype, backend)
+    config = transformer_config(dims, plan, dtype, backend, options)
     model = SupervisedHead(
         config,
         common.decoder_spec(config, backend, virtual_stage),
