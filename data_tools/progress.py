@@ -34,5 +34,5 @@ class Stopped(Exception):
 
 
 # How a rank ends that no longer moves, and how the line in its log begins that says so (megatron_ext/watch.py).
-EXIT_HUNG = 7
+EXIT_HUNG = 8
 HUNG = "afterok: no step for"

@@ -30,6 +30,7 @@ class Cause(StrEnum):
     HOST_MEMORY = "out of host memory"
     GPU_MEMORY = "out of GPU memory"
     COLLECTIVE = "collective time-out"
+    HANG = "no progress"  # seen by a rank itself (megatron_ext/watch.py)
     TIME_LIMIT = "time limit"
     PREEMPTED = "preempted"
     NODE = "node failure"
@@ -58,6 +59,7 @@ RESTARTS: Mapping[Cause, Optional[int]] = {
     Cause.PREEMPTED: 10,  # killed before it had stopped
     Cause.NODE: 3,
     Cause.COLLECTIVE: 2,
+    Cause.HANG: 2,
     Cause.HOST_MEMORY: 1,  # a neighbour on the node may have taken it
     Cause.TIME_LIMIT: 1,  # it did not stop within the signal's lead
     Cause.UNKNOWN: 1,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, Optional
 
 from data_tools.mistake import EXIT_MISTAKE
+from data_tools.progress import EXIT_HUNG, HUNG
 from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE, Cause
 from jobs.run_folder import Outcome
 from launchers.backend import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
@@ -404,6 +405,22 @@ def _killed(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
+HUNG_LINE = re.compile(re.escape(HUNG))
+
+
+def _hung(e: Evidence) -> Optional[Diagnosis]:
+    line = e.find(HUNG_LINE)
+    if not line and e.code != EXIT_HUNG:
+        return None
+    return Diagnosis(
+        Cause.HANG,
+        "stood still, and ended itself",
+        line or f"exit code {EXIT_HUNG}",
+        "compare the stacks of its ranks (in its log and in its folder's stacks/): the one that is not in a collective "
+        "holds up the others; then submit again (checkpoints are kept)",
+    )
+
+
 def _lease_held(e: Evidence) -> Optional[Diagnosis]:
     """After what the log shows: a twin started by hand may have been the first to leave a word."""
     if e.outcome is None or e.outcome.exit_code != EXIT_LEASE_HELD:
@@ -500,7 +517,7 @@ def _last_line(e: Evidence) -> str:
 
 RULES: tuple[Rule, ...] = (
     _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _said_by_worker, _gpu_memory, _host_memory_in_log,
-    _exception, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped, _lost, _otherwise,
+    _exception, _hung, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped, _lost, _otherwise,
 )  # fmt: skip
 
 

@@ -187,7 +187,7 @@ class _Step:
     optimizer: list[Part]
     rng: dict[str, Any]
     updates: int
-    facts: dict[str, Any]  # identity, position, layout: those of rank 0 count
+    facts: dict[str, Any]  # identity, position, layout, vocabulary: those of rank 0 count
 
 
 class Saver:
@@ -211,6 +211,7 @@ class Saver:
         background: bool = False,
     ):
         self.root, self.plan, self.keep, self.milestone = root, plan, keep, milestone
+        self._model = model
         self._weights, self._optimizer, self._staging = Weights(model), OptimizerState(model, optimizer), Staging()
         self._group = dist.new_group(backend="gloo") if background else None
         self._thread: threading.Thread | None = None
@@ -229,7 +230,12 @@ class Saver:
             self._staging.copy(self._optimizer.parts()),
             _rng_state(),
             self._optimizer.updates(),
-            {"identity": identity, "position": position, "layout": layout_name(self.plan)},
+            {
+                "identity": identity,
+                "position": position,
+                "layout": layout_name(self.plan),
+                "vocabulary": stages(self._model)[0].vocabulary_rows,  # tensors may have padding
+            },
         )
         if self._group is None:
             self._publish(job)

@@ -18,6 +18,7 @@ from megatron_ext.models.registry import Family, read_config
 from megatron_ext.parallel import ParallelPlan
 
 FORMAT = 1
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # rows a layout may add to
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
 
 
@@ -56,6 +57,29 @@ def open_folder(path: str | Path) -> ModelFolder:
     return ModelFolder(path, family, dims, facts["step"], facts["weights_digest"], facts["dtype"])
 
 
+def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
+    """(distributed checkpoint, weights digest) of a model folder, of one published step, or of a training's folder: its
+    checkpoint `step`, or with 0 what it sealed, else the newest. UserMistake where there is none such. No torch."""
+    path = Path(path).expanduser()
+    if step == 0:
+        for manifest, weights in (("model.json", "weights"), ("manifest.json", "state")):
+            if (path / manifest).is_file():
+                return path / weights, durable.read_json(path / manifest)["weights_digest"]
+    # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifact.py).
+    roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
+    steps = sorted(
+        int(found.name.removeprefix("step_"))
+        for root in roots[:1]
+        for found in root.glob("step_*")
+        if (found / "manifest.json").is_file()
+    )
+    if not steps:
+        raise UserMistake(Problem("init_from", f"{path} is no model folder, and has no checkpoints either"))
+    if step and step not in steps:
+        raise UserMistake(Problem("init_step", f"{roots[0]} has no step {step}: it has {', '.join(map(str, steps))}"))
+    return weights_at(roots[0] / f"step_{step or steps[-1]}")
+
+
 def copy_hf_files(source: Path, target: Path) -> None:
     """Everything of a Hugging Face folder but weights and sub-folders. Weights go on unquantised: config.json too."""
     target.mkdir(parents=True, exist_ok=True)
@@ -67,6 +91,31 @@ def copy_hf_files(source: Path, target: Path) -> None:
     if config.is_file() and "quantization_config" in (file := durable.read_json(config)):
         del file["quantization_config"]
         durable.write_json(config, file)
+
+
+def check_same_model(folder: ModelFolder, weights: Path) -> None:
+    """UserMistake where the distributed checkpoint `weights` does not hold the tensors of the folder's model. mcore would
+    cut another vocabulary to size without a word: it takes the rows for padding."""
+    from megatron_ext.dist_weights import Reader
+
+    def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+        found = {key: shape for key, (_, shape) in Reader(path).tensors().items() if not key.startswith("optimizer.")}
+        return {key: shape[1:] if key in PADDED else shape for key, shape in found.items()}
+
+    ours, theirs = shapes(folder.path / "weights"), shapes(weights)
+    said = [f"{key} is {theirs.get(key)}, not {ours.get(key)}" for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    rows = _vocabulary(weights.parent)
+    if rows not in (None, folder.dims.vocabulary):
+        said.append(f"its vocabulary has {rows:,} rows, not {folder.dims.vocabulary:,}")
+    if said:
+        raise UserMistake(Problem("init_from", f"{weights.parent} is not of the model {folder.path}: {said[0]}"))
+
+
+def _vocabulary(folder: Path) -> Optional[int]:
+    """Rows of a model folder's or a published step's vocabulary, where it says."""
+    if (folder / "model.json").is_file():
+        return open_folder(folder).dims.vocabulary
+    return durable.read_json(folder / "manifest.json").get("vocabulary")
 
 
 def load_stages(
@@ -87,6 +136,8 @@ def load_stages(
     from megatron_ext import checkpoint
 
     parts = folder.family.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend, options)
+    if weights is not None:
+        check_same_model(folder, weights)
     checkpoint.load_weights(parts, weights or folder.path / "weights")
     return parts
 

@@ -53,6 +53,7 @@ class Training:
     gpu: Optional[Gpu] = None
     memory_gib: Optional[float] = None  # of a GPU, where the profile says so
     gpus_per_node: int = 8
+    offload: float = 0.0  # share of the optimizer's state in host memory
 
     @property
     def shape(self) -> ModelShape:
@@ -198,7 +199,7 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     return Memory(
         weights=weight * (dense + expert),
         gradients=4 * (dense + expert),
-        optimizer=moments * (dense / (plan.data(w.ranks) * plan.context) + expert / plan.expert_data(w.ranks)),
+        optimizer=moments * (1 - t.offload) * (dense / (plan.data(w.ranks) * plan.context) + expert / plan.expert_data(w.ranks)),
         activations=tokens * (held * in_flight(plan, stage, micro_batches(plan, w)) + on_top),
         logits=logits,
         exchange=tokens * sent,

@@ -39,19 +39,21 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-def join() -> None:
+def join(patience: timedelta = PATIENCE) -> None:
     """Join the process group. Raises RuntimeError from torch when the address does not answer."""
     if world_size_of_environment() > 1:
         # gloo looks its interface up by host name, which fails on machines whose name resolves to nothing.
         if _is_loopback(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend(), init_method="env://", timeout=PATIENCE)
+        dist.init_process_group(backend(), init_method="env://", timeout=patience)
     else:
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
 
 
-def start(plan: ParallelPlan, seed: int = 0) -> None:
+def start(plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_rng: bool = False) -> None:
     """`join` unless the caller already did, build mcore's groups for `plan`, seed every generator.
+
+    `te_rng`: with Transformer Engine's random-number tracker.
 
     UserMistake when the environment contradicts the plan.
     """
@@ -63,7 +65,7 @@ def start(plan: ParallelPlan, seed: int = 0) -> None:
     from megatron.core import parallel_state
 
     if not dist.is_initialized():
-        join()
+        join(patience)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,
         pipeline_model_parallel_size=plan.pipeline,
@@ -72,18 +74,19 @@ def start(plan: ParallelPlan, seed: int = 0) -> None:
         expert_model_parallel_size=plan.expert,
         expert_tensor_parallel_size=plan.expert_tensor,
         create_gloo_process_groups=backend() != "gloo",  # the groups are gloo groups already
+        distributed_timeout_minutes=patience // timedelta(minutes=1),
     )
-    set_seed(seed)
+    set_seed(seed, te_rng)
 
 
-def set_seed(seed: int) -> None:
+def set_seed(seed: int, te_rng: bool = False) -> None:
     """Python, NumPy, torch, and mcore's tracker (which adds the tensor rank for tensor-parallel regions)."""
     from megatron.core import tensor_parallel
 
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=te_rng, force_reset_rng=True)
 
 
 def stop(process_group: bool = True) -> None:
@@ -96,14 +99,16 @@ def stop(process_group: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def started(plan: ParallelPlan, seed: int = 0) -> Iterator[None]:
+def started(
+    plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_rng: bool = False
+) -> Iterator[None]:
     """`start` and `stop` around a block. A process group that the caller made stays.
 
     After an exception among several ranks the groups are left as they are: destroying them would wait for peers that
     do not know. The process is expected to end.
     """
     owned = not dist.is_initialized()
-    start(plan, seed)
+    start(plan, seed, patience, te_rng)
     good = False
     try:
         yield

@@ -30,6 +30,7 @@ phases:
       model: "${phases.model.out}"
       store: FOLDER/store
       packs: "${phases.packs.out}"
+      steps: 100
       global_batch: 1024
       parallel: {tensor: 8, sequence_parallel: true}
     resources: {role: train, nodes: 8}

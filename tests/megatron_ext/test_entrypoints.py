@@ -41,6 +41,7 @@ def test_sft_names_every_mistake(calculator):  # noqa: F811
         model=str(calculator["base"]),
         store=str(calculator["store"]),
         packs=str(calculator["packs"]),
+        steps=9,
         schedule="cosin",
         global_batch=3,
         parallel=ParallelPlan(tensor=3),

@@ -25,7 +25,7 @@ def test_what_upstream_phases_will_make_is_known_before_they_ran(tmp_path):
     forecasts[packs] = {"pack_length": 101, "align": 1}
     site = Site(2, forecasts=forecasts)
     plan = ParallelPlan(tensor=2, sequence_parallel=True)
-    config = sft.Config(model=model, store="store", packs=packs, parallel=plan)
+    config = sft.Config(model=model, store="store", packs=packs, steps=1, parallel=plan)
     found = [problem.message for problem in sft.check(config, 2, site)]
     assert "2 does not split 3 heads and 3 KV groups evenly: use tensor 1" in found
     assert any(message.startswith("101 tokens do not divide by 2") for message in found)

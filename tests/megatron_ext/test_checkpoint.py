@@ -1,0 +1,153 @@
+"""What a rank puts into a checkpoint, when it is published, what is kept, and what another training begins from."""
+
+import math
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.mistake import UserMistake
+from megatron_ext import checkpoint, dist_weights, model_folder, snapshot, train
+from megatron_ext.entrypoints import sft
+from megatron_ext.parallel import ParallelPlan
+from tests.megatron_ext import tiny
+from tests.megatron_ext.test_train import calculator, metrics, run_of, sft_config, train_to_end  # noqa: F401
+
+PLAN = ParallelPlan()
+
+
+@pytest.fixture
+def hf(tmp_path) -> Path:
+    return tiny.hf_folder(tmp_path / "hf")
+
+
+@given(shape=st.lists(st.integers(1, 5), min_size=0, max_size=4), data=st.data())
+def test_boxes_cover_a_flat_range_once_and_nothing_else(shape, data):
+    size = math.prod(shape)
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    flat, seen = numpy.arange(size).reshape(shape), []
+    for offset, extent, first in snapshot.boxes(tuple(shape), start, stop):
+        box = flat[tuple(slice(o, o + n) for o, n in zip(offset, extent))]
+        assert box.size and box.ravel().tolist() == list(range(first, first + box.size))
+        seen += box.ravel().tolist()
+    assert sorted(seen) == list(range(start, stop))
+
+
+def updated(hf: Path, steps: int = 1) -> train.Trainer:
+    """A trainer some updates after the weights in `hf`."""
+    trainer = train.Trainer(tiny.model(hf, tiny.DIMS, PLAN), PLAN, train.AdamW())
+    for k in range(steps):
+        trainer.step(train.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
+    return trainer
+
+
+def state_of(trainer: train.Trainer) -> list[torch.Tensor]:
+    saver = snapshot.OptimizerState(trainer.model, trainer.optimizer)
+    return [part.data.clone() for part in snapshot.Weights(trainer.model).parts() + saver.parts()]
+
+
+def test_training_goes_on_while_a_step_is_saved_and_the_step_is_what_it_was(alone, hf, tmp_path, monkeypatch):
+    trainer, may_write, write = updated(hf), threading.Event(), checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda *of: may_write.wait(60) and write(*of))
+    saver = checkpoint.Saver(tmp_path, trainer.model, trainer.optimizer, PLAN, keep=2, background=True)
+    expected = state_of(trainer)
+    saver.save(1, {}, {})
+    trainer.step(train.rows_of_step(tiny.Packs(), 1, run_of(), PLAN), 0.01)  # a save that were held up would never end
+    assert not any(torch.equal(a, b) for a, b in zip(state_of(trainer), expected) if a.numel() > 1)
+    assert checkpoint.steps(tmp_path) == []  # nothing is named a step before it is whole
+    may_write.set()
+    saver.close()
+    other = train.Trainer(tiny.model(hf, tiny.DIMS, PLAN), PLAN, train.AdamW())
+    assert checkpoint.load_step(tmp_path / "step_1", other.model, other.optimizer, PLAN, {})[0] == 1
+    assert all(torch.equal(a, b) for a, b in zip(state_of(other), expected))
+
+
+def test_what_goes_wrong_in_the_background_is_raised_in_training(alone, hf, tmp_path, monkeypatch):
+    trainer = updated(hf)
+    saver = checkpoint.Saver(tmp_path, trainer.model, trainer.optimizer, PLAN, keep=2, background=True)
+    monkeypatch.setattr(checkpoint, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    saver.save(1, {}, {})
+    with pytest.raises(OSError, match="No space left"):
+        saver.wait()
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_a_checkpoint_that_lacks_part_of_a_tensor_is_never_published(alone, hf, tmp_path, monkeypatch):
+    trainer, write = updated(hf), checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda folder, parts: write(folder, parts[1:]))
+    monkeypatch.setattr(checkpoint, "_check_whole", lambda pieces, check=checkpoint._check_whole: check(
+        [replace(p, region=replace(p.region, size=(1, *p.region.size[1:]))) if i == 0 else p for i, p in enumerate(pieces)]
+    ))  # fmt: skip
+    with pytest.raises(RuntimeError, match="elements, and ranks wrote"):
+        checkpoint.save_step(tmp_path, 1, trainer.model, trainer.optimizer, PLAN, identity={}, position={}, keep=2)
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_the_newest_and_the_milestones_are_kept(hf, tmp_path):
+    assert checkpoint.surplus([1, 2, 3, 4, 5, 6], keep=2, milestone=3) == [4, 2, 1]
+    train_to_end(PLAN, hf, tmp_path, steps=7, of=tiny.DIMS, checkpoint_every=1, keep_every=3, keep_checkpoints=1)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [7, 6, 3]
+
+
+def test_ranks_share_the_writing_of_what_they_all_hold(two_ranks, hf, tmp_path):
+    """Data-parallel ranks hold the same weights and each half of the optimizer's state."""
+    two_ranks.run(train_to_end, plan=PLAN, hf=hf, keep=tmp_path, steps=1, of=tiny.DIMS)
+    sizes = [path.stat().st_size for path in (tmp_path / "checkpoints" / "step_1" / "state").glob("*.distcp")]
+    assert len(sizes) == 2 and max(sizes) < 1.3 * min(sizes)
+
+
+# ---------------------------------------------------------------- beginning from weights
+
+
+def digest_after_nothing(folder: dict[str, Path], out: Path, **changes) -> dict:
+    out.mkdir()
+    return sft.run(replace(sft_config(folder, 1), lr=1e-12, **changes), out, out.with_suffix(".keep"))
+
+
+def test_weights_come_from_any_folder_step_or_training(calculator, tmp_path):  # noqa: F811
+    keep, out = tmp_path / "key", tmp_path / "key" / "work" / "0000.a1"  # as a phase lays them (jobs/artifact.py)
+    out.mkdir(parents=True)
+    sft.run(replace(sft_config(calculator, 10), keep_checkpoints=9), out, keep)
+    losses = {line["step"]: line["loss"] for line in metrics(keep)}
+    for init_from, step, expected in (
+        (out, 0, 10), (keep, 5, 5), (out, 5, 5), (keep, 0, 10), (keep / "checkpoints" / "step_5", 0, 5),
+    ):  # fmt: skip
+        weights, digest = model_folder.weights_at(init_from, step)
+        manifest = checkpoint._read_manifest(keep / "checkpoints" / f"step_{expected}")
+        assert digest == manifest["weights_digest"] and (weights / ".metadata").is_file()
+    facts = digest_after_nothing(calculator, tmp_path / "again", init_from=str(keep), init_step=10)
+    assert facts["resumed_from"] == 0 and facts["step"] == 1  # weights only: its steps begin anew
+    assert facts["loss_first"] < losses[5]
+    with pytest.raises(UserMistake, match="init_step: .* has no step 7: it has 5, 10"):
+        model_folder.weights_at(keep, 7)
+    with pytest.raises(UserMistake, match="is no model folder, and has no checkpoints"):
+        model_folder.weights_at(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(calculator, tmp_path):  # noqa: F811
+    """Also those of another vocabulary, which mcore would take for padding."""
+    folder = model_folder.open_folder(calculator["base"])
+    for changes, said in ((dict(vocabulary=24), "vocabulary has 24 rows"), (dict(ffn=24), "mlp.linear_fc1.weight is")):
+        other = tiny.hf_folder(tmp_path / said, replace(folder.dims, **changes))
+        keep = tmp_path / f"{said}.keep"
+        train_to_end(PLAN, other, keep, steps=1, of=replace(folder.dims, **changes))
+        weights, _ = model_folder.weights_at(keep)
+        with pytest.raises(UserMistake, match=f"init_from: .* is not of the model .*: .*{said}"):
+            model_folder.check_same_model(folder, weights)
+
+
+def test_stored_pieces_are_read_by_the_plain_reader_too(alone, hf, tmp_path):
+    """What import and export read without megatron-core (dist_weights.py)."""
+    model = tiny.model(hf, tiny.DIMS, PLAN)
+    checkpoint.save_weights(model, tmp_path / "weights")
+    reader = dist_weights.Reader(tmp_path / "weights")
+    key = "embedding.word_embeddings.weight"
+    _, shape = reader.tensors()[key]
+    found = reader.read(dist_weights.Region(key, shape, (0,) * len(shape), shape))
+    assert torch.equal(found, model.embedding.word_embeddings.weight)
