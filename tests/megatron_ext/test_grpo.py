@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from data_tools.progress import Stopped
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl.settings import Advantage, Loss
 from tests.megatron_ext import tiny
@@ -57,3 +56,41 @@ def test_rewards_rise(two_ranks, folders, tmp_path, family, cell):
     two_ranks.run(toy.trained, hf=folders[family], of=FAMILIES[family], plan=CELLS[cell], keep=tmp_path, steps=12)
     rewards = [line["reward"] for line in metrics(tmp_path)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
+
+
+# ---------------------------------------------------------------- stopped, and gone on with
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of the metrics does not depend on the clock, nor on which samples shared an engine step."""
+    kept = ("step", "lr", "reward", "reward_parts", "samples", "trained_samples", "length", "prompts_kept", "loss", "grad_norm")
+    return [{name: line[name] for name in kept} for line in lines]
+
+
+def texts(keep: Path) -> list[tuple[Any, ...]]:
+    return [(s["step"], s["item"], s["sample"], s["tokens"], s["reward"], s["advantage"], s["trained"]) for s in samples(keep)]
+
+
+def stop_and_go_on(pool, keep: Path, moments: list[int], **arguments: Any) -> list[dict[str, Any]]:
+    for moment in moments:
+        stopped = pool.run(toy.trained, keep=keep, stop_after=moment, **arguments)
+        assert all("stopped" in facts for facts in stopped)
+    return pool.run(toy.trained, keep=keep, **arguments)
+
+
+@pytest.mark.parametrize(
+    "family, cell",
+    [("qwen2", "DP2"), *(pytest.param(*pair, marks=pytest.mark.soak) for pair in [("qwen2", "TP2"), ("gpt_oss", "EP2")])],
+)
+def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(two_ranks, folders, tmp_path, family, cell):
+    """Several updates a step, prompts drawn again, a checkpoint every third step only."""
+    arguments = dict(hf=folders[family], of=FAMILIES[family], plan=CELLS[cell], steps=5, minibatches=2, refill_tries=1,
+                     checkpoint_every=3, old_logprobs="recompute", advantage=Advantage(scale="none"))  # fmt: skip
+    whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
+    found = stop_and_go_on(two_ranks, tmp_path / "cut", [9, 5, 14], **arguments)[0]
+    assert found["resumed_from"] > 0 and found["digest"] == whole["digest"]
+    assert {**found["position"], "mismatch": 0} == {**whole["position"], "mismatch": 0}
+    assert untimed(metrics(tmp_path / "cut")) == untimed(metrics(tmp_path / "whole"))
+    used = texts(tmp_path / "cut")
+    assert used == texts(tmp_path / "whole")
+    assert len({key[1:3] for key in used}) == len(used) == whole["position"]["samples"]

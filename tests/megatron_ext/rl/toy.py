@@ -6,8 +6,10 @@ from typing import Any, Callable
 
 import numpy
 
+from data_tools.progress import Stopped
 from megatron_ext import checkpoint, grpo, ranks
 from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rl import collect
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from megatron_ext.rollout.engine import Engine
@@ -70,6 +72,7 @@ def trained(
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop."""
     keep.mkdir(parents=True, exist_ok=True)
+    collect.VOTE_EVERY = 2  # completions are short
     with ranks.started(plan, seed=3):
         trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
         engine = Engine(trainer.model[0], ENGINE, seed=11, stop_ids={STOP_ID})
@@ -87,6 +90,9 @@ def trained(
             group, keep / grpo.ROLLOUTS, "toy", 0.0, stop,
         )  # fmt: skip
         model = tiny.parts(hf, of, plan) if reference else None
-        outcome = grpo.train(trainer, collector, run, keep, {"toy": True}, stop, reference=model)
+        try:
+            outcome = grpo.train(trainer, collector, run, keep, {"toy": True}, stop, reference=model)
+        except Stopped as stopped:
+            return dict(stopped=stopped.done)
         return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=outcome.resumed_from,
                     position=vars(outcome.position), asked=scorer.asked)  # fmt: skip
