@@ -27,6 +27,7 @@ HELDOUT_SHARE = 16
 MAX_PLACES = 2  # decimals of a synthetic answer; 6 of GSM8K's 23,716 have 3
 
 _MARK = re.compile(r"<<(.*?)>>", re.DOTALL)
+_SUM = re.compile(r"[\d.]+[-+][\d.]+=")
 _OPERAND = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -93,6 +94,11 @@ def is_correct(answer: str, completion: str, options: Options) -> bool:
     """
     written = parse_number(decode_answer(completion, options))
     return written is not None and written == parse_number(answer)
+
+
+def kind(row: Row) -> str:
+    """What evaluations tell apart: a sum or difference of two numbers, or anything else."""
+    return "single_operation_sums" if _SUM.fullmatch(row.prompt) else "others"
 
 
 # ---- the generator -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Greedy accuracy of a model folder on a task's rows: an array over prompts, counts added up."""
+"""Accuracy of a model folder on a task's rows: an array over prompts, counts added up."""
 
 from pathlib import Path
 from typing import Any
@@ -25,4 +25,8 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
         unseen = f"{facts['unseen_accuracy']:.3f}" if facts["unseen_prompts"] else "none"
         text += f"; seen in training {facts['seen_accuracy']:.3f} of {facts['seen_prompts']:,}, not seen {unseen} of "
         text += f"{facts['unseen_prompts']:,}"
+    if "sampled_accuracy" in facts:
+        text += f"; sampled {facts['sampled_accuracy']:.3f}"
+    if "gain" in facts:
+        text += f", gain {100 * facts['gain']:+.1f} ± {100 * facts['gain_error']:.1f} points"
     return {"headline": text, **facts}

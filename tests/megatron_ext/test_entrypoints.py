@@ -3,24 +3,26 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy
 import pytest
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
 from data_tools.tasks.task import Source
 from megatron_ext import model_folder
-from megatron_ext.entrypoints import bare, evaluate, export_hf, import_hf, init_model, sft
+from megatron_ext.entrypoints import bare, evaluate, export_hf, grpo, import_hf, init_model, sft
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext.test_train import calculator  # noqa: F401
 
-ENTRYPOINTS = (init_model, import_hf, sft, evaluate, export_hf)
+ENTRYPOINTS = (init_model, import_hf, sft, grpo, evaluate, export_hf)
 
 
 def test_entrypoints_import_and_check_without_torch():
     code = (
         "import sys, importlib\n"
-        "for name in 'init_model import_hf sft evaluate export_hf'.split():\n"
+        "for name in 'init_model import_hf sft grpo evaluate export_hf'.split():\n"
         "    module = importlib.import_module('megatron_ext.entrypoints.' + name)\n"
         "    module.check(module.Config(), 1)\n"
         "print([m for m in ('torch', 'megatron.core', 'transformers', 'safetensors') if m in sys.modules])"
@@ -79,7 +81,7 @@ def evaluation(calculator, **changes) -> evaluate.Config:  # noqa: F811
 
 
 def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):  # noqa: F811
-    config = evaluation(calculator, seen_in=str(calculator["store"]))
+    config = evaluation(calculator, seen_in=str(calculator["store"]), samples=3)
     outs = [tmp_path / name for name in ("whole", "a", "b", "joined")]
     for out in outs:
         out.mkdir()
@@ -93,7 +95,20 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):  #
     samples = [sorted((out / "samples.jsonl").read_text().splitlines()) for out in (outs[0], outs[3])]
     assert samples[0] == samples[1] and len(samples[0]) == whole["prompts"]
     table = durable.read_json(tmp_path / "keep" / "tables" / "accuracy.json")
-    assert [row[0] for row in table["rows"]] == ["all", "seen in training", "not seen"]
+    assert [row[0] for row in table["rows"]] == ["all", "seen in training", "not seen", "others", "single operation sums"]
+    again = evaluate.run(replace(config, compare_with=str(outs[0])), outs[1], tmp_path)
+    assert again["gain"] == again["gain_error"] == 0 and again["sampled_accuracy"] == whole["sampled_accuracy"]
+
+
+def test_what_was_gained_is_told_with_its_error_prompt_by_prompt():
+    def lines(*counts: int) -> list[dict]:
+        return [dict(prompt=str(i), correct=True, seen=None, sampled_correct=c, sampled=4) for i, c in enumerate(counts)]
+
+    before = {sample["prompt"]: sample for sample in lines(0, 2, 2)}
+    result = evaluate._result(lines(1, 3, 4), before)
+    assert result["sampled_accuracy"] == pytest.approx(8 / 12) and result["gain"] == pytest.approx(4 / 12)
+    assert result["gain_error"] == pytest.approx(numpy.std([0.25, 0.25, 0.5], ddof=1) / 3**0.5)
+    assert "gain" not in evaluate._result(lines(1), {})
 
 
 def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):  # noqa: F811
