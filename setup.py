@@ -28,6 +28,7 @@ setup(
         "numpy>=2",
         "safetensors",
         "tokenizers",
+        "regex",  # the expressions of tokenizers
         "einops",  # needed by megatron-core, which does not declare it
         "psutil",  # the same: every checkpoint save imports it
         "rich",

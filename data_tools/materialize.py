@@ -32,7 +32,7 @@ from data_tools.conversation import BadRecord
 from data_tools.encoder import Encoder, check_encoder
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
-from data_tools.store import Provenance, Store, StoreWriter
+from data_tools.store import Provenance, RowText, Store, StoreWriter, row_text
 from data_tools.tasks.task import Row, Source, check_rows, check_source, load_task, task_options
 from data_tools.tokenizer import Tokenizer, is_path, load_tokenizer
 
@@ -129,7 +129,16 @@ class Malformed(NamedTuple):
     fatal: bool = False
 
 
-Line = Union[Malformed, list[Result]]  # what became of one record
+class Kept(NamedTuple):
+    """What the store gets of a row: `Encoded` with its text as hashes, so that a worker's text does not travel."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    text: RowText
+    turns: int
+
+
+Line = Union[Malformed, list[Union[Kept, Refused]]]  # what became of one record
 
 
 class _Rows:
@@ -152,7 +161,7 @@ class _Rows:
         if isinstance(raw, bytes) and not raw.strip():
             return Malformed("blank_line")
         try:
-            return [self._limited(row) for row in self._rows_of(self._record(raw))] or Malformed("no_rows")
+            return [self._kept(row) for row in self._rows_of(self._record(raw))] or Malformed("no_rows")
         except UnicodeDecodeError as error:
             return Malformed("malformed_line", f"not UTF-8: {error.reason}")
         except (json.JSONDecodeError, RecursionError) as error:
@@ -169,10 +178,12 @@ class _Rows:
         text = raw.decode("utf-8-sig")
         return text if self.is_task else json.loads(text)
 
-    def _limited(self, row: Result) -> Result:
-        if isinstance(row, Encoded) and self.max_tokens and len(row.ids) > self.max_tokens:
+    def _kept(self, row: Result) -> "Kept | Refused":
+        if isinstance(row, Refused):
+            return row
+        if self.max_tokens and len(row.ids) > self.max_tokens:
             return Refused("too_long", len(row.ids))
-        return row
+        return Kept(row.ids, row.mask, row_text(row.prompt, row.answer), row.turns)
 
 
 class TaskRows:
@@ -303,7 +314,7 @@ class _Element:
                 self._refuse(row.reason, False, sheet, share)
                 sheet.refuse(row.bucket, row.tokens)
                 continue
-            self.writer.add(row.ids, row.mask, Provenance(source, sheet.lines, row.prompt, row.answer, row.turns))
+            self.writer.add(row.ids, row.mask, Provenance(source, sheet.lines, row.text, row.turns))
             sheet.keep(len(row.ids), int(np.count_nonzero(row.mask)))
 
     def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: Optional[readers.Share]) -> None:

@@ -38,24 +38,40 @@ _COLUMNS = ("source", "line", "turns", "prompt_hash", "row_hash")
 _BATCH = 1 << 16  # rows held in memory at a time while writing
 
 
+Words = tuple[int, int]
+
+
+class RowText(NamedTuple):
+    """What is kept of a row's text: hashes of its prompt, and of prompt and answer."""
+
+    prompt_hash: Words
+    row_hash: Words
+
+
 class Provenance(NamedTuple):
-    """Where a row came from: index of its source, line in it (from 1; of JSON and Parquet the row), and its text, which
-    is kept as hashes. `turns` counts the assistant turns in the loss."""
+    """Where a row came from: index of its source, line in it (from 1; of JSON and Parquet the row), its text as
+    `row_text` keeps it. `turns` counts the assistant turns in the loss."""
 
     source: int
     line: int
-    prompt: str
-    answer: str
+    text: RowText
     turns: int = 1
 
 
-def text_hash(*parts: str) -> tuple[int, int]:
-    """128 bits of the SHA-256 over length-prefixed parts, as two unsigned 64-bit words."""
-    digest = hashlib.sha256()
-    for part in parts:
+def text_hash(text: str) -> Words:
+    """128 bits of the SHA-256 over the length-prefixed text, as two unsigned 64-bit words."""
+    return row_text(text, "").prompt_hash
+
+
+def row_text(prompt: str, answer: str) -> RowText:
+    """The hashes of a row's text; the second is over both parts, each with its length before it."""
+    digest, words = hashlib.sha256(), []
+    for part in (prompt, answer):
         data = part.encode("utf-8", "surrogatepass")  # JSON may spell lone surrogates
-        digest.update(struct.pack("<Q", len(data)) + data)
-    return struct.unpack_from("<2Q", digest.digest())
+        digest.update(struct.pack("<Q", len(data)))
+        digest.update(data)
+        words.append(struct.unpack_from("<2Q", digest.digest()))
+    return RowText(*words)
 
 
 class StoreWriter:
@@ -76,9 +92,8 @@ class StoreWriter:
         """One row: ids int32[n] and mask uint8[n] (0 or 1), n ≥ 1."""
         if len(ids) != len(mask) or len(ids) == 0:
             raise ValueError(f"a row of {len(ids)} ids and {len(mask)} mask values")
-        prompt_hash = text_hash(provenance.prompt)
-        row_hash = text_hash(provenance.prompt, provenance.answer)
-        self._pending.append((len(ids), provenance.source, provenance.line, provenance.turns, prompt_hash, row_hash))
+        source, line, text, turns = provenance
+        self._pending.append((len(ids), source, line, turns, *text))
         self._write(ids, mask, 1)
         if len(self._pending) >= _BATCH:
             self._flush()

@@ -18,13 +18,15 @@ import json
 import os
 from bisect import bisect
 from datetime import date
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
+from types import BuiltinMethodType
+from typing import Any, Iterator, Mapping, NamedTuple, Optional
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from data_tools.conversation import Conversation
 from data_tools.mistake import UserMistake
@@ -68,8 +70,7 @@ class ChatTemplate:
             tree = self._environment.parse(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserMistake(f"chat template, line {error.lineno}: {error.message}; mend the template") from None
-        extensions = {node.identifier for node in tree.find_all(nodes.ExtensionAttribute)}
-        self.has_blocks = _Generation.identifier in extensions
+        self.has_blocks = any(node.name == _MARK for node in tree.find_all(nodes.Filter))
         loops = _instrument(tree)
         if not loops and not self.has_blocks:
             raise UserMistake("chat template: no loop over messages and no {% generation %} block, so what the "
@@ -108,7 +109,7 @@ class ChatTemplate:
             self._environment.marks = writer
             try:
                 rendered = self._template.render(
-                    messages=messages, tools=conversation.tools, documents=None, **variables, **{_MARK: writer.message})
+                    messages=messages, tools=conversation.tools, documents=None, **variables)
             except Exception as error:  # whatever a template does with data it does not expect
                 raise TemplateError(_one_line(error)) from None
             parts = rendered.split(sentinel)
@@ -272,10 +273,10 @@ class _MarkWriter:
         self.written += 1
         return f"{self.sentinel}{code}{self.sentinel}"
 
-    def message(self, item: Any) -> str:
-        """The template calls this with what its loop holds; None after the loop."""
-        if item is None:
-            return self.mark(_LOOP_END)
+    def __call__(self, item: Any) -> str:
+        """The template filters with this what its loop holds, or the mark itself."""
+        if type(item) is str:
+            return self.mark(item)
         return self.mark(self.numbers[id(item)]) if id(item) in self.numbers else ""
 
 
@@ -323,7 +324,7 @@ def _instrument(tree: nodes.Template) -> int:
         for _, body in parent.iter_fields():
             if isinstance(body, list):
                 for loop in [item for item in body if item in loops]:
-                    body.insert(body.index(loop) + 1, _mark(nodes.Const(None)))
+                    body.insert(body.index(loop) + 1, _mark(nodes.Const(_LOOP_END)))
     tree.set_environment(tree.environment)
     return len(loops)
 
@@ -347,7 +348,8 @@ def _base(expression: nodes.Expr) -> Optional[str]:
 
 
 def _mark(item: nodes.Expr) -> nodes.Output:
-    return nodes.Output([nodes.Call(nodes.Name(_MARK, "load"), [item], [], None, None)])
+    """A filter, since a call goes through the sandbox's questions."""
+    return nodes.Output([nodes.Filter(item, _MARK, [], [], None, None)])
 
 
 # -- the environment of transformers' apply_chat_template --------------------------------------------------------------
@@ -358,35 +360,43 @@ class _Generation(Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> nodes.CallBlock:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Scope:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("wrap"), [], [], body).set_lineno(line)
-
-    def wrap(self, caller: Callable[[], str]) -> str:
-        marks = self.environment.marks
-        return marks.mark(_OPEN) + caller() + marks.mark(_CLOSE)
+        return nodes.Scope([_mark(nodes.Const(_OPEN)), *body, _mark(nodes.Const(_CLOSE))]).set_lineno(line)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's, which asks a dozen questions before it gives `message.role`; keys of plain data are given at once."""
+    """Jinja's, which asks a dozen questions before it gives `message.role`; plain data's keys and texts' methods are
+    given at once."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute not in _DICT_NAMES:
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_NAMES:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        if type(obj) is LoopContext and attribute in _LOOP_NAMES:
+        if kind is str and attribute in _TEXT_NAMES or kind is LoopContext and attribute in _LOOP_NAMES:
+            return getattr(obj, attribute)
+        if kind is Namespace and not attribute.startswith("_") and hasattr(obj, attribute):
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, as Jinja's own
+        if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str and __obj.__name__ in _TEXT_NAMES:
+            return __obj(*args, **{name: value for name, value in kwargs.items() if name not in _SCOPES})
+        return super().call(__context, __obj, *args, **kwargs)
+
 
 _DICT_NAMES = frozenset(dir(dict))
+_TEXT_NAMES = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))  # formats reach into objects
 _LOOP_NAMES = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
+_SCOPES = ("_loop_vars", "_block_vars")  # which compiled templates give to every call
 
 
 def _environment(day: date) -> ImmutableSandboxedEnvironment:
     """What templates are written for (transformers.utils.chat_template_utils), with a day that stands still."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
+    environment.filters[_MARK] = jinja2.pass_context(lambda _, item: environment.marks(item))  # hence not folded away
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = day.strftime
     return environment

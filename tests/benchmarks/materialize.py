@@ -14,12 +14,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-
-from transformers import AutoTokenizer  # noqa: E402
 
 from data_tools.chat import ChatConfig, ChatRows  # noqa: E402
 from data_tools.conversation import read_record  # noqa: E402
@@ -40,34 +39,36 @@ def records() -> dict[str, list[dict[str, Any]]]:
     return {"trajectories": trajectories, "solutions": solutions}
 
 
-def medians(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """CPU seconds of each side."""
+def medians(sides: dict[str, Callable[[], Iterator]], rounds: int) -> dict[str, float]:
+    """CPU seconds of each side, whose rows are forgotten as they come."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, work in sides.items():
             began = time.process_time()
-            work()
+            deque(work(), maxlen=0)
             seconds[name].append(time.process_time() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def compare(name: str, rows: list[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+    from transformers import AutoTokenizer  # here, since workers import this module too
+
     tokenizer, theirs = load_tokenizer(str(TOKENIZER)), AutoTokenizer.from_pretrained(TOKENIZER)
     template, config = TEMPLATE.read_text(), ChatConfig(template=str(TEMPLATE))
     conversations = [conversation for row in rows for conversation in read_record(row)]
 
-    def ours(encoder: str) -> Callable[[], list]:
+    def ours(encoder: str) -> Callable[[], Iterator]:
         chats = ChatRows(config, tokenizer, Encoder(tokenizer, encoder))
-        return lambda: [row for record in rows for row in chats.rows(record)]
+        return lambda: (row for record in rows for row in chats.rows(record))
 
-    def peer() -> list:
-        return [theirs.apply_chat_template(conversation.messages, chat_template=template, return_dict=True,
-                                           return_assistant_tokens_mask=True) for conversation in conversations]
+    def peer() -> Iterator:
+        return (theirs.apply_chat_template(conversation.messages, chat_template=template, return_dict=True,
+                                           return_assistant_tokens_mask=True) for conversation in conversations)
 
     sides = {"huggingface": ours("huggingface"), "gigatoken": ours("gigatoken"), "peer": peer}
-    expected = peer()
+    expected = list(peer())
     for encoder in ("huggingface", "gigatoken"):
-        found = sides[encoder]()
+        found = list(sides[encoder]())
         assert len(found) == len(expected) and all(
             row.ids.tolist() == out["input_ids"] and row.mask.tolist() == out["assistant_masks"]
             for row, out in zip(found, expected)), f"{name}: {encoder} differs"

@@ -90,7 +90,7 @@ def grown(call, *arguments) -> float:
 def read_a_pack() -> float:
     """Milliseconds to read a random full pack of a store of 64 packs, the median."""
     from data_tools.pack import Config, PackReader, pack
-    from data_tools.store import Provenance, StoreWriter
+    from data_tools.store import Provenance, StoreWriter, row_text
 
     with tempfile.TemporaryDirectory() as folder:
         store, plan = Path(folder, "store"), Path(folder, "plan")
@@ -100,7 +100,7 @@ def read_a_pack() -> float:
         random = np.random.default_rng(0)
         for line, length in enumerate(lognormal(random, 20_000, 1.0, 600).tolist()):
             ids = random.integers(0, 150_000, length, dtype=np.int32)
-            writer.add(ids, np.ones(length, np.uint8), Provenance(0, line, "", ""))
+            writer.add(ids, np.ones(length, np.uint8), Provenance(0, line, row_text("", "")))
         writer.close()
         pack(Config(store=str(store), pack_length=CAPACITY), plan)
         reader = PackReader(store, plan)

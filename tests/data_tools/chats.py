@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_tools.durable import write_json
 
@@ -54,13 +54,19 @@ CONVERSATIONS = {
 }  # fmt: skip
 
 
-def write_tokenizer(folder, template=CHATML, special=SPECIAL, normalizer=None, **config):
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def write_tokenizer(folder, template=CHATML, special=SPECIAL, normalizer=None, words=None, **config):
     """A byte-level BPE of a few hundred tokens, as Qwen's and GPT-2's are of many."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if words:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     if normalizer:
         tokenizer.normalizer = normalizer
-    texts = [json.dumps(CONVERSATIONS, ensure_ascii=False)] * 3
+    texts = [json.dumps(CONVERSATIONS, ensure_ascii=False), "a  b   c 1\n\n  d\t\t e\r\n"] * 3
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +78,7 @@ def write_tokenizer(folder, template=CHATML, special=SPECIAL, normalizer=None, *
 
 
 def nfc_tokenizer(folder):
-    return write_tokenizer(folder, normalizer=normalizers.NFC())
+    return write_tokenizer(folder, normalizer=normalizers.NFC(), words=QWEN_WORDS)
 
 
 def template_of(name):

@@ -48,6 +48,25 @@ def test_ids_and_masks_do_not_depend_on_the_encoder(tokenizer):
             assert np.array_equal(one, other)
 
 
+plain = st.lists(st.sampled_from(["I'll", "'S", "don't", " ", "  ", "\t", "\n", "\r\n", "a", "B2", "1234", "...", " (x)\n\n", "<", "<|im_end|>", "é"]))
+
+
+@pytest.mark.parametrize("words", ["GPT-2's", "Qwen's"])
+def test_words_are_remembered_as_the_tokenizer_cuts_them(tmp_path_factory, words):
+    build = nfc_tokenizer if words == "Qwen's" else write_tokenizer
+    tokenizer = load_tokenizer(str(build(tmp_path_factory.mktemp("tokenizer"))))
+    encoder = Encoder(tokenizer, "huggingface")
+    for number in range(16):  # past the gate, where nothing is compared any more
+        encoder.encode(str(number), [])
+
+    @given(plain)
+    def check(parts):
+        text = "".join(parts)
+        assert encoder.encode(text, [])[0].tolist() == tokenizer.fast.encode(text, add_special_tokens=False).ids
+
+    check()
+
+
 def test_stretches_that_come_again_are_encoded_alike(tokenizer):
     prompt = "abc é ☕\n" * 200
     encoder = Encoder(tokenizer, "huggingface")

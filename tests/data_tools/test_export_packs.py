@@ -10,7 +10,7 @@ import pytest
 from data_tools.export_packs import export
 from data_tools.mistake import UserMistake
 from data_tools.pack import Config, PackReader, check, pack
-from data_tools.store import Provenance, StoreWriter
+from data_tools.store import Provenance, StoreWriter, row_text
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 
 Document = tuple[list[int], list[int]]
@@ -52,7 +52,7 @@ def config(tmp_path: Path, tokenizer_folder: Path, documents: list[Document]) ->
     store.mkdir()
     writer = StoreWriter(store)
     for line, (ids, mask) in enumerate(documents):
-        writer.add(np.array(ids, np.int32), np.array(mask, np.uint8), Provenance(0, line + 1, str(line), ""))
+        writer.add(np.array(ids, np.int32), np.array(mask, np.uint8), Provenance(0, line + 1, row_text(str(line), "")))
     writer.close()
     return Config(str(store), pack_length=10, export=["megatron_lm", "megatron_bridge"], tokenizer=str(tokenizer_folder))
 

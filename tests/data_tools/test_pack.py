@@ -12,7 +12,7 @@ from data_tools.balance import Balance, SourceBalance
 from data_tools.durable import write_json
 from data_tools.mistake import UserMistake
 from data_tools.pack import Config, PackReader, check, pack
-from data_tools.store import Provenance, Store, StoreWriter
+from data_tools.store import Provenance, Store, StoreWriter, row_text
 
 PAD = 999  # no document holds it
 
@@ -30,7 +30,7 @@ def store_of(
     for place, (prompt, answer) in enumerate(documents):
         ids = np.arange(token, token + prompt + answer, dtype=np.int32)
         mask = np.array([0] * prompt + [1] * answer, dtype=np.uint8)
-        writer.add(ids, mask, Provenance(place % len(sources), place + 1, str(place % prompts), ""))
+        writer.add(ids, mask, Provenance(place % len(sources), place + 1, row_text(str(place % prompts), "")))
         token += len(ids)
     writer.close()
     write_json(folder / "balance.json", Balance(SourceBalance(name) for name in sources).to_json())

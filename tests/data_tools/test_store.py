@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from data_tools.store import Provenance, Store, StoreWriter, text_hash
+from data_tools.store import Provenance, Store, StoreWriter, row_text, text_hash
 
 rows_of_tokens = st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1)), min_size=1), max_size=20)
 
@@ -18,7 +18,7 @@ def write(folder: Path, rows: list[list[tuple[int, int]]]) -> Path:
     writer = StoreWriter(folder)
     for place, row in enumerate(rows):
         ids, mask = np.array(row, dtype=np.int64).T
-        writer.add(ids.astype(np.int32), mask.astype(np.uint8), Provenance(place % 2, place + 1, f"p{place}", "a"))
+        writer.add(ids.astype(np.int32), mask.astype(np.uint8), Provenance(place % 2, place + 1, row_text(f"p{place}", "a")))
     writer.close()
     return folder
 
@@ -44,7 +44,7 @@ def test_the_digest_names_the_content(tmp_path: Path) -> None:
 
 
 def test_hashes_tell_prompt_from_answer() -> None:
-    assert text_hash("1+1=", "2") != text_hash("1+1", "=2") != text_hash("1+1=2")
+    assert row_text("1+1=", "2").row_hash != row_text("1+1", "=2").row_hash != row_text("1+1=2", "").row_hash
     assert text_hash("\ud800") == text_hash("\ud800")
 
 
@@ -96,7 +96,7 @@ def test_a_file_of_another_store_is_a_mistake_that_names_it(tmp_path: Path) -> N
 
 def test_a_folder_that_never_closed_is_no_store(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path)
-    writer.add(np.array([1], dtype=np.int32), np.array([1], dtype=np.uint8), Provenance(0, 1, "p", "a"))
+    writer.add(np.array([1], dtype=np.int32), np.array([1], dtype=np.uint8), Provenance(0, 1, row_text("p", "a")))
     with pytest.raises(UserMistake, match="no token store"):
         Store(tmp_path)
     writer.close()
@@ -105,7 +105,7 @@ def test_a_folder_that_never_closed_is_no_store(tmp_path: Path) -> None:
 
 def test_a_row_of_unequal_ids_and_mask_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 ids and 1 mask"):
-        StoreWriter(tmp_path).add(np.zeros(2, np.int32), np.zeros(1, np.uint8), Provenance(0, 1, "p", "a"))
+        StoreWriter(tmp_path).add(np.zeros(2, np.int32), np.zeros(1, np.uint8), Provenance(0, 1, row_text("p", "a")))
 
 
 def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
