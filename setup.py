@@ -43,9 +43,10 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<2.12", "mamba-ssm==2.2.6.post3",
                 "causal-conv1d==1.5.3.post1"],
         "vllm": ["vllm>=0.29,<0.31"],
-        "wandb": ["wandb"],
+        "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
         "test": ["pytest", "hypothesis", "gigatoken>=0.10,<0.11",
+                 "wandb>=0.31", "tensorboard>=2.20",
                  "trl==1.16.0"],  # the peer of benchmarks, oracle of masks and losses
     },
     entry_points={"console_scripts": ["afterok=launchers.cli:main"]},

@@ -22,8 +22,9 @@ from data_tools.mistake import UserMistake
 from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import supervised_losses
 from megatron_ext.metrics import Clock
+from megatron_ext.models.registry import stages
 from megatron_ext.options import Engine
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ParallelPlan, padded_rows
 from megatron_ext.rows import MicroBatch
 
 
@@ -141,6 +142,9 @@ class Trainer:
         if engine.overlap_grad_reduce:  # only the last micro-batch's gradients start a reduction
             syncs = [part.no_sync for part in self.model]
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        whole = stages(parts)[0]
+        added = padded_rows(whole.vocabulary_rows, plan.tensor) - whole.vocabulary_rows
+        self._padding = added * config.hidden_size * (1 if whole.share_embeddings_and_output_weights else 2)
         self._gathers_late = engine.overlap_param_gather
         config.grad_scale_func = self.optimizer.scale_loss if config.fp16 else None
         self._forward_backward = get_forward_backward_func()
@@ -223,7 +227,7 @@ class Trainer:
         """One update from this rank's micro-batches. Returns this rank's sums and the global gradient norm.
 
         `before_update` is called once the gradient is there. `count_zeros` has `zeros` tell how many of the whole
-        gradient's elements are 0.
+        gradient's elements are 0, padding of the vocabulary aside.
         The norm is that of the gradient of the mean loss, before clipping. A non-finite one has already spoilt the
         weights: the caller must stop.
         """
@@ -236,7 +240,7 @@ class Trainer:
         for one in (self.optimizer, *self.optimizer.chained_optimizers):
             one.config.log_num_zeros_in_grad = count_zeros
         _, norm, zeros = self.optimizer.step()
-        self.zeros = int(zeros) if count_zeros else None
+        self.zeros = int(zeros) - self._padding if count_zeros else None
         self.clock.mark("update")
         return sums, float(norm)
 
