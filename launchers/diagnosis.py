@@ -405,7 +405,7 @@ def _killed(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
-HUNG_LINE = re.compile(re.escape(HUNG))
+HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
 
 
 def _hung(e: Evidence) -> Optional[Diagnosis]:

@@ -4,7 +4,7 @@ A rank that waits in a collective cannot see who it waits for; its stack and tho
 on every rank compares the time since the last step with the median of those before. If training stands still, every
 rank writes its stacks to its log and into KEEP/stacks/, waits a moment for the others to do so, and exits EXIT_HUNG.
 Where not even that thread runs (a C function that never gives Python's lock back), faulthandler's own, which needs no
-lock, does the same.
+lock, writes the stacks and exits with 1.
 """
 
 import faulthandler
@@ -23,7 +23,6 @@ from data_tools.mistake import Problem
 from data_tools.progress import EXIT_HUNG, HUNG
 
 REMEMBERED = 101  # steps, for the median
-GRACE_S = 10.0  # between this rank's stacks and its exit: the others write theirs, and srun ends all with the first
 LOOKS = 20  # within the shortest time that counts as a hang
 
 
@@ -31,22 +30,24 @@ LOOKS = 20  # within the shortest time that counts as a hang
 class Hang:
     times: float = 20.0  # no step for so many times the median of the last: a hang; 0 never calls it one
     floor_s: float = 600.0  # but never earlier, nor before the first step
+    grace_s: float = 10.0  # from a rank's stacks to its exit: the others write theirs, and srun ends all with the first
 
 
 def check(hang: Hang, where: str = "hang") -> list[Problem]:
     problems = []
     if hang.times and hang.times < 2:
         problems.append(Problem(f"{where}.times", f"{hang.times} is nearly a step: give at least 2, or 0 for never"))
-    if hang.floor_s <= 0:
-        problems.append(Problem(f"{where}.floor_s", f"{hang.floor_s} is no time: give seconds above 0"))
+    for name in ("floor_s", "grace_s"):
+        if getattr(hang, name) <= 0:
+            problems.append(Problem(f"{where}.{name}", f"{getattr(hang, name)} is no time: give seconds above 0"))
     return problems
 
 
 class Watch:
     """Watches one rank between `start` and `stop`; `step` says that it moves."""
 
-    def __init__(self, hang: Hang, folder: Path, rank: int, grace_s: float = GRACE_S):
-        self.hang, self.folder, self.rank, self.grace_s = hang, folder, rank, grace_s
+    def __init__(self, hang: Hang, folder: Path, rank: int):
+        self.hang, self.folder, self.rank = hang, folder, rank
         self._steps: deque[float] = deque(maxlen=REMEMBERED)
         self._since = time.monotonic()
         self._done = threading.Event()
@@ -86,7 +87,7 @@ class Watch:
         while not self._done.wait(self.hang.floor_s / LOOKS):
             if self._log is not None:
                 # Put off at every look: it fires only if this thread no longer runs.
-                faulthandler.dump_traceback_later(self.limit() + 2 * self.grace_s, exit=True, file=self._log)
+                faulthandler.dump_traceback_later(self.limit() + 2 * self.hang.grace_s, exit=True, file=self._log)
             still = time.monotonic() - self._since
             if still > self.limit():
                 self._report(still)
@@ -100,7 +101,7 @@ class Watch:
         line = f"{HUNG} {still:.0f} s on rank {self.rank}{usual}; its stacks are in {path}"
         if self._log is not None:
             os.write(self._log, f"{line}\n{path.read_text()}\n".encode())
-        time.sleep(self.grace_s)
+        time.sleep(self.hang.grace_s)
         os._exit(EXIT_HUNG)
 
 

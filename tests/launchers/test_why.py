@@ -286,7 +286,7 @@ def test_each_local_failure_has_its_class_and_one_sentence(tmp_path):
             "robbed": {"uses": "tests.toy.total", "with": {"numbers": "${phases.numbers.out}"}, "needs": ["slow"]},
             **{
                 how.replace(" ", "_"): trouble(how)
-                for how in ("exception", "mistake", "memory", "gpu memory", "killed", "crash")
+                for how in ("exception", "mistake", "memory", "gpu memory", "killed", "crash", "hang")
             },
             "after": {"uses": "tests.toy.numbers", "with": {"start": 5}, "needs": ["exception"]},
         },
@@ -314,6 +314,7 @@ def test_each_local_failure_has_its_class_and_one_sentence(tmp_path):
             "gpu_memory": "out of GPU memory",
             "killed": "out of host memory",
             "crash": "python exception",
+            "hang": "no progress",
             "after": "upstream not sealed",
         }
         and not report["healthy"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_tools.mistake import UserMistake
 from jobs.task import Task
+from megatron_ext.watch import Hang, Watch
 
 
 @dataclass
@@ -31,6 +32,9 @@ def run(config: Config, task: Task) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGSEGV)
     if config.how == "collective":
         _wait_for_a_peer_that_never_comes(task.rank)
+    if config.how == "hang":
+        with Watch(Hang(floor_s=0.3, grace_s=0.1), task.keep / "stacks", task.rank).watching():
+            time.sleep(600)
     if config.how == "sleep":
         print("sleeping", flush=True)
         time.sleep(600)
