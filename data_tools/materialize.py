@@ -33,7 +33,7 @@ from data_tools.encoder import Encoder, check_encoder
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.store import Provenance, RowText, Store, StoreWriter, row_text
-from data_tools.tasks.task import Row, Source, check_rows, check_source, load_task, task_options
+from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, task_options
 from data_tools.tokenizer import Tokenizer, is_path, load_tokenizer
 
 ON_BAD_ROW = ("fail", "bucket")
@@ -190,7 +190,7 @@ class TaskRows:
     """The rows of a task's records."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
-        self.task = load_task(config.task)
+        self.task = load_row_task(config.task)
         self.options = task_options(self.task, config.task_options)
         self.split, self.seed = config.source.synthetic_split, config.source.synthetic_seed
         self.tokenizer = tokenizer

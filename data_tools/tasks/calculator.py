@@ -17,14 +17,17 @@ from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Iterable, Iterator, Mapping, Optional
+from typing import Any, Iterable, Iterator, Mapping, Optional
 
 from data_tools.arithmetic import format_number, parse_number, read
-from data_tools.tasks.task import SPLITS, Row
+from data_tools.tasks.task import SPLITS, Item, Row
 
 ALPHABET = "0123456789.+-*/()="
 HELDOUT_SHARE = 16
 MAX_PLACES = 2  # decimals of a synthetic answer; 6 of GSM8K's 23,716 have 3
+
+REWARDS = {"correct": 1.0}
+HUB = "openai/gsm8k:main/train-*.parquet"
 
 _MARK = re.compile(r"<<(.*?)>>", re.DOTALL)
 _SUM = re.compile(r"[\d.]+[-+][\d.]+=")
@@ -99,6 +102,27 @@ def is_correct(answer: str, completion: str, options: Options) -> bool:
 def kind(row: Row) -> str:
     """What evaluations tell apart: a sum or difference of two numbers, or anything else."""
     return "single_operation_sums" if _SUM.fullmatch(row.prompt) else "others"
+
+
+# ---- prompts to score ---------------------------------------------------------------------------------------------
+
+
+def items(record: "dict[str, Any] | Row", options: Options) -> list[Item]:
+    """The marks of a GSM8K record that are right, or a row of the generator's."""
+    if isinstance(record, Row):
+        rows = [record]
+    else:
+        rows = [canonical(row) for row in parse_line(json.dumps(record)) if verify(row) is None]
+    return [Item.of(row.prompt, row.answer) for row in rows]
+
+
+def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:
+    return {"correct": float(is_correct(item.answer, completion, options))}
+
+
+def final_answer(item: Item, completion: str, options: Options) -> Optional[str]:
+    written = parse_number(decode_answer(completion, options))
+    return None if written is None else str(written)
 
 
 # ---- the generator -----------------------------------------------------------------------------------------------

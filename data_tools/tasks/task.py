@@ -1,17 +1,27 @@
 """What every task module offers, and how one is found by name.
 
-A task is a module `data_tools/tasks/NAME.py` with the names of the `Task` protocol below. Data flows
+A task is a module `data_tools/tasks/NAME.py`, a user's module `my.module` of the same names, or a user's function
+`my.module:reward`. It has prompts that completions are scored on:
+
+    record ──items──> items        item, completion ──rewards──> terms        item, transcript ──reply──> observation
+
+and, where its answers are to be learned too (materialize), rows:
 
     JSONL line ──parse_line──> rows ──verify──> None or a drop bucket ──canonical──> row ──encode_answer──> text
 """
 
+import hashlib
 import importlib
+import importlib.util
+import json
 import pkgutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional, Protocol
+from typing import Any, List, Mapping, NamedTuple, Optional, Protocol, Union
 
 from data_tools.mistake import Problem, UserMistake, nearest
+
+_NO_TASKS = ("task", "mix", "rewards", "metrics")  # other modules of the folder
 
 
 class Row(NamedTuple):
@@ -19,6 +29,25 @@ class Row(NamedTuple):
 
     prompt: str
     answer: str
+
+
+Prompt = Union[str, List[dict]]  # text, or messages for the tokenizer's chat template
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt, and what its task needs to score completions of it. `uid` names the prompt among all of a run's."""
+
+    uid: str
+    prompt: Prompt
+    answer: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of its row, for a task that wants more than the answer
+
+    @classmethod
+    def of(cls, prompt: Prompt, answer: Any = None, columns: Mapping[str, Any] = {}) -> "Item":
+        """Named by its prompt, so that the order of files and rows does not matter and equal prompts are one."""
+        text = json.dumps(prompt, sort_keys=True)
+        return cls(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), prompt, answer, columns)
 
 
 @dataclass
@@ -34,10 +63,44 @@ class Source:
 SPLITS = ("train", "heldout")
 
 
+Terms = Union[float, Mapping[str, Optional[float]], None]
+
+
 class Task(Protocol):
     """The names a task module exports."""
 
     Options: type  # a dataclass of plain types
+    REWARDS: Mapping[str, float]  # the weight of each reward term, where a mix does not say otherwise
+    HUB: str  # where on the hub its prompts are (data_tools/hub.py), "" for nowhere
+
+    def items(self, record: dict[str, Any], options: Any) -> list[Item]:
+        """The prompts of one record. ValueError with the reason where it is malformed."""
+
+    def rewards(self, item: Item, completion: str, options: Any) -> Terms:
+        """The reward terms of a completion, without its end token; a lone number is the term `reward`.
+
+        None for what cannot be scored, a whole completion or one of its terms. Runs in a process of its own.
+        """
+
+    def final_answer(self, item: Item, completion: str, options: Any) -> Optional[str]:
+        """The one spelling of what the completion answers, for majority votes; None when it answers nothing.
+
+        A task without the name has no majority.
+        """
+
+    def check_options(self, options: Any) -> list[str]:
+        """What is wrong with values of the right type; a task where nothing can be leaves the name out."""
+
+    def reply(self, item: Item, transcript: str, options: Any) -> Optional[str]:
+        """What the environment answers to the completion so far, earlier replies included; None when it is over.
+
+        For tasks of several turns; the others leave the name out. A reply's tokens are not trained.
+        """
+
+
+class RowTask(Task, Protocol):
+    """A task whose answers can be learned, too."""
+
     ALPHABET: str  # every character a canonical row may hold: the char tokenizer's vocabulary
 
     def parse_line(self, line: str) -> list[Row]:
@@ -64,35 +127,114 @@ class Task(Protocol):
 
 def task_names() -> list[str]:
     folder = str(Path(__file__).parent)
-    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.name != "task")
+    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.name not in _NO_TASKS)
 
 
 def load_task(name: str) -> Task:
-    """The module of task `name`. UserMistake with the nearest valid name when there is none."""
+    """The module of task `name`, or a user's. UserMistake with the nearest valid name when there is none."""
+    if ":" in name:
+        return FunctionTask(name)  # type: ignore[return-value]
+    if "." in name:
+        return _user_module(name)
     if name not in task_names():
         raise UserMistake(f"unknown task {name!r}{nearest(name, task_names())}")
     return importlib.import_module(f"data_tools.tasks.{name}")  # type: ignore[return-value]
 
 
-def task_options(task: Task, values: dict[str, Any]) -> Any:
+def load_row_task(name: str) -> RowTask:
+    """A task with rows. UserMistake for one that has prompts only."""
+    task = load_task(name)
+    if not hasattr(task, "parse_line"):
+        raise UserMistake(f"task {name!r} has prompts to score, no rows to learn; calculator has both")
+    return task  # type: ignore[return-value]
+
+
+def check_task(name: str) -> Optional[str]:
+    """Why there is no such task, None when there is one. Runs no code of a user's module but its packages'."""
+    if ":" not in name and "." not in name:
+        return None if name in task_names() else f"unknown task {name!r}{nearest(name, task_names())}"
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        return f"there is no module {module!r}; it has to be importable where the run is submitted"
+    return f"{function!r} is no name of a function" if ":" in name and not function.isidentifier() else None
+
+
+def _user_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever a user's module does
+        raise UserMistake(f"module {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+
+
+class FunctionTask:
+    """A user's function as a task: `my.module:reward` is called with (item, completion) and gives reward terms.
+
+    A record has `prompt` (text or messages) or `messages`, and whatever else the function reads from item.columns.
+    """
+
+    HUB = ""
+
+    @dataclass
+    class Options:
+        prompt_key: str = "prompt"
+        answer_key: str = "answer"
+
+    def __init__(self, path: str):
+        module, _, name = path.partition(":")
+        self._function = getattr(_user_module(module), name, None)
+        if not callable(self._function):
+            raise UserMistake(f"module {module!r} has no function {name!r}")
+        self.REWARDS: dict[str, float] = {}
+
+    def items(self, record: dict[str, Any], options: Any) -> list[Item]:
+        prompt = record.get(options.prompt_key, record.get("messages"))
+        if not isinstance(prompt, (str, list)):
+            raise ValueError(f"no text or messages under {options.prompt_key!r}")
+        return [Item.of(prompt, record.get(options.answer_key), record)]
+
+    def rewards(self, item: Item, completion: str, options: Any) -> Any:
+        return self._function(item, completion)
+
+
+def task_options(task: Any, values: Mapping[str, Any]) -> Any:
     """The task's `Options` filled from a mapping. UserMistake naming unknown keys and wrong types."""
     valid = {item.name: item.type for item in fields(task.Options)}
+    given = {}
     for key, value in values.items():
         if key not in valid:
             raise UserMistake(f"unknown task option {key!r}{nearest(key, sorted(valid))}")
+        if valid[key] is float and type(value) is int:
+            value = float(value)
         if type(value) is not valid[key]:
             raise UserMistake(f"task option {key}={value!r} is a {type(value).__name__}, not {valid[key].__name__}")
-    return task.Options(**values)
+        given[key] = value
+    return task.Options(**given)
 
 
 def check_rows(name: str, options: dict[str, Any], source: Source) -> list[Problem]:
-    """Wrong values of the settings `task`, `task_options` and `source`; opens no file."""
+    """Wrong values of the settings `task`, `task_options` and `source` of what learns rows; opens no file."""
     problems: list[Problem] = []
     try:
-        task_options(load_task(name), options)
+        task = load_row_task(name)
     except UserMistake as mistake:
-        problems.append(Problem("task_options" if name in task_names() else "task", str(mistake)))
+        problems.append(Problem("task", str(mistake)))
+    else:
+        problems += check_options(task, options)
     return problems + check_source(source)
+
+
+def check_options(task: Any, values: Mapping[str, Any], where: str = "task_options") -> list[Problem]:
+    """Wrong names and types of options, and whatever else the task's own `check_options` refuses."""
+    try:
+        options = task_options(task, values)
+    except UserMistake as mistake:
+        return [Problem(where, str(mistake))]
+    own = getattr(task, "check_options", None)
+    return [Problem(where, message) for message in own(options)] if own else []
 
 
 def check_source(source: Source) -> list[Problem]:

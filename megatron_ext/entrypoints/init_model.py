@@ -33,7 +33,7 @@ class Config:
 
 
 def check(config: Config, ranks: int) -> list[Problem]:
-    from data_tools.tasks.task import load_task
+    from data_tools.tasks.task import load_row_task
     from megatron_ext.models.registry import MODEL_TYPES
 
     problems = []
@@ -45,7 +45,7 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("tokenizer", "name exactly one of alphabet_task and tokenizer"))
     elif config.alphabet_task:
         try:
-            load_task(config.alphabet_task)
+            load_row_task(config.alphabet_task)
         except UserMistake as mistake:
             problems.append(Problem("alphabet_task", str(mistake)))
     if ranks != 1:
@@ -82,7 +82,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     """Facts: parameters, vocabulary, sha256 of the weights."""
     from data_tools.tokenizer import load_tokenizer
     from data_tools.char_tokenizer import write_char_tokenizer
-    from data_tools.tasks.task import load_task
+    from data_tools.tasks.task import load_row_task
     from megatron_ext.model_folder import copy_hf_files
     from megatron_ext.models.registry import MODEL_TYPES, Family
 
@@ -90,7 +90,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     if problems:
         raise UserMistake(problems)
     if config.alphabet_task:
-        write_char_tokenizer(out, load_task(config.alphabet_task).ALPHABET)
+        write_char_tokenizer(out, load_row_task(config.alphabet_task).ALPHABET)
     else:
         if not Path(config.tokenizer).is_dir():
             raise UserMistake(Problem("tokenizer", f"{config.tokenizer} is no folder with tokenizer files"))

@@ -1,0 +1,43 @@
+"""Datasets of the Hugging Face hub, as the files that they are: those of the local cache, since compute nodes have no
+internet. `hf download NAME --repo-type dataset` on a machine with internet fills it.
+
+    org/name[@revision][:glob]        openai/gsm8k:main/train-*.parquet
+"""
+
+import fnmatch
+import re
+from pathlib import Path
+
+from data_tools.mistake import UserMistake
+
+_SPEC = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?(?::(.+))?")
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".csv")
+_NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
+
+
+def is_dataset(spec: str) -> bool:
+    """Whether the spec is well formed."""
+    return _SPEC.fullmatch(spec) is not None
+
+
+def dataset_files(spec: str) -> list[Path]:
+    """The data files of a dataset that match, by name. UserMistake when it is not in the cache or none matches."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    found = _SPEC.fullmatch(spec)
+    if found is None:
+        raise UserMistake(f"{spec!r} names no dataset of the hub: write org/name, org/name@revision or org/name:glob")
+    name, revision, glob = found.groups()
+    try:
+        folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        remedy = f"run `hf download {name} --repo-type dataset` on a machine with internet, or give files in source.inputs"
+        raise UserMistake(f"dataset {spec} is not in the hub cache; {remedy}") from None
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _NO_DATA)
+    data = [path for path in paths if path.name.endswith(_SUFFIXES)]
+    files = [path for path in data if fnmatch.fnmatch(str(path.relative_to(folder)), glob or "*")]
+    if not files:
+        there = ", ".join(str(path.relative_to(folder)) for path in data[:8]) or "no data files"
+        raise UserMistake(f"dataset {spec}: no file matches; it has {there}")
+    return files

@@ -1,0 +1,324 @@
+"""The prompts of a run: tasks with weights, each in an order of its own in which every prompt comes once an epoch.
+
+    mix = Mix(entries, seed)
+    draw = mix.draw(k)          # prompt k of the run: a pure function of (entries, seed, k), so k is all a resume needs
+
+Of an entry with share w, the first p prompts of a run hold more than p·w - 1 and fewer than p·w + 1 (data_tools/blend.py).
+"""
+
+import bisect
+import functools
+import hashlib
+import json
+import math
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional
+
+import numpy as np
+import yaml
+
+from data_tools import readers
+from data_tools.csv_tables import read_table
+from data_tools.hub import dataset_files, is_dataset
+from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.seeded import permutation
+from data_tools.tasks.rewards import Verifier
+from data_tools.tasks.task import FunctionTask, Item, Source, check_options, check_source, check_task, load_task, task_options
+from data_tools.yaml_loaders import read_values
+
+_FIRST_PLACES = 1024  # of the blend; more are found as they are asked for
+
+
+@dataclass
+class Entry:
+    """One task in a mix. Its name there stands for it in metrics and keeps its prompts apart from other entries'."""
+
+    task: str = ""  # a task's name, my.module, or my.module:reward; "" = the entry's name
+    options: Dict[str, Any] = field(default_factory=dict)
+    source: Source = field(default_factory=Source)  # files: JSONL, JSON, Parquet, CSV
+    hub: str = ""  # org/name[@revision][:glob] in the local cache; "" = source, or the task's own when that is empty
+    limit: int = 0  # the first so many distinct prompts; 0: all
+    weight: float = 1.0  # share of the run's prompts, beside the other entries
+    rewards: Dict[str, float] = field(default_factory=dict)  # weights of reward terms, over the task's own
+    evaluation_only: bool = False
+
+
+@dataclass
+class MixConfig:
+    entries: Dict[str, Entry] = field(default_factory=dict)  # name → what it is
+    environments: str = field(default="", metadata={"input": True})  # or also: Megatron-LM's YAML of environments
+
+
+# -- Megatron-LM's environment files ----------------------------------------------------------------------------------
+
+_AGENTS = {"DAPOAgent": "dapo_math", "AIMEAgent": "aime", "GSM8KAgent": "gsm8k"}
+_ARGUMENTS = ("format_reward", "answer_format", "chat_mode")
+_WITHOUT_COUNTERPART = {  # argument → the one value that asks for nothing
+    "negative_reward": 0.0, "partial_end_reward": 0.0, "assistant_suffix": "Assistant: "}  # fmt: skip
+_ENVIRONMENT_KEYS = ("agent_type", "agent_args", "weight", "evaluation_only")
+
+
+def read_environments(path: Path) -> dict[str, Entry]:
+    """The entries of a file such as examples/rl/environment_configs/dapo.yaml, named by their tasks.
+
+    Their prompts come from the hub. UserMistake for everything that has no counterpart here.
+    """
+    try:
+        given = read_values(path.read_text())
+    except OSError as error:
+        raise UserMistake(Problem(str(path), error.strerror or str(error))) from None
+    except yaml.YAMLError as error:
+        raise UserMistake(Problem(str(path), f"not YAML: {' '.join(str(error).split())}")) from None
+    if not isinstance(given, list) or not given:
+        raise UserMistake(Problem(str(path), "no list of environments; each has agent_type, agent_args, weight"))
+    entries: dict[str, Entry] = {}
+    problems: list[Problem] = []
+    for number, environment in enumerate(given):
+        where = f"{path}: environment {number + 1}"
+        found = _environment(environment)
+        if isinstance(found, str):
+            problems.append(Problem(where, found))
+        elif found.task in entries:
+            problems.append(Problem(where, f"{environment['agent_type']} stands twice"))
+        else:
+            entries[found.task] = found
+    if problems:
+        raise UserMistake(problems)
+    return entries
+
+
+def _environment(given: Any) -> "Entry | str":
+    """The entry, or why there is none."""
+    if not isinstance(given, dict) or not isinstance(given.get("agent_type"), str):
+        return "has no agent_type"
+    if unknown := [key for key in given if key not in _ENVIRONMENT_KEYS]:
+        return f"unknown key {unknown[0]!r}{nearest(str(unknown[0]), _ENVIRONMENT_KEYS)}"
+    agent, arguments = given["agent_type"].rpartition(".")[2], given.get("agent_args") or {}
+    if agent not in _AGENTS:
+        return f"agent {given['agent_type']} has no task here{nearest(agent, list(_AGENTS))}"
+    for key, value in arguments.items():
+        if key in _WITHOUT_COUNTERPART and value != _WITHOUT_COUNTERPART[key]:
+            return f"agent_args.{key}: {value!r} has no counterpart; write the task as a module of your own"
+        if key not in _WITHOUT_COUNTERPART and key not in _ARGUMENTS:
+            return f"agent_args.{key} has no counterpart{nearest(key, _ARGUMENTS)}"
+    weight, only = given.get("weight", 1.0), given.get("evaluation_only", False)
+    if not isinstance(weight, (int, float)) or not isinstance(only, bool):
+        return "weight is a number and evaluation_only true or false"
+    options = {"answer_format": arguments.get("answer_format", "tagged")}
+    if "chat_mode" in arguments:
+        options["chat"] = arguments["chat_mode"]
+    rewards = {"format": float(arguments["format_reward"])} if "format_reward" in arguments else {}
+    return Entry(_AGENTS[agent], options, weight=float(weight), rewards=rewards, evaluation_only=only)
+
+
+def entries_of(config: MixConfig) -> dict[str, Entry]:
+    """All entries by name, their tasks named. Over an environment of the same name go the values that are no defaults."""
+    entries = read_environments(Path(config.environments)) if config.environments else {}
+    for name, entry in config.entries.items():
+        if name in entries:
+            said = {key.name: getattr(entry, key.name) for key in fields(Entry) if getattr(entry, key.name) != _default(key)}
+            entry = replace(entries[name], **said)
+        entries[name] = replace(entry, task=entry.task or name)
+    return entries
+
+
+def _default(key: Any) -> Any:
+    return key.default if key.default is not MISSING else key.default_factory()
+
+
+def verifiers(entries: Mapping[str, Entry]) -> dict[str, Verifier]:
+    """What the Scorer needs to know of them."""
+    return {name: Verifier(entry.task, dict(entry.options), dict(entry.rewards)) for name, entry in entries.items()}
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_mix(config: MixConfig, training: bool = True, where: str = "mix") -> list[Problem]:
+    """Wrong values, all at once; opens the environment file alone. `training` needs an entry that is not evaluated only."""
+    try:
+        entries = entries_of(config)
+    except UserMistake as mistake:
+        return [Problem(f"{where}.environments", str(problem)) for problem in mistake.problems]
+    problems = []
+    for name, entry in entries.items():
+        problems += check_entry(entry, f"{where}.entries.{name}")
+    if not entries:
+        problems.append(Problem(f"{where}.entries", "no tasks; give one, such as {gsm8k: {source: {inputs: [FILE]}}}"))
+    elif training and not any(entry.weight > 0 and not entry.evaluation_only for entry in entries.values()):
+        problems.append(Problem(f"{where}.entries", "every task is for evaluation only or has weight 0; nothing is trained on"))
+    return problems
+
+
+def check_entry(entry: Entry, where: str) -> list[Problem]:
+    problems = []
+    if wrong := check_task(entry.task):
+        return [Problem(f"{where}.task", wrong)]
+    task: Any = FunctionTask if ":" in entry.task else None if "." in entry.task else load_task(entry.task)
+    if task:  # a user's module is first run where it is used
+        problems += check_options(task, entry.options, f"{where}.options")
+    terms = getattr(task, "REWARDS", {})
+    for name, value in entry.rewards.items():
+        if terms and name not in terms:
+            problems.append(Problem(f"{where}.rewards", f"task {entry.task} has no reward term {name!r}{nearest(name, list(terms))}"))
+        elif not math.isfinite(value):
+            problems.append(Problem(f"{where}.rewards.{name}", f"{value} is no weight of a reward term"))
+    if not (entry.weight >= 0 and math.isfinite(entry.weight)):
+        problems.append(Problem(f"{where}.weight", f"{entry.weight} is no share: give 0 or more"))
+    if entry.limit < 0:
+        problems.append(Problem(f"{where}.limit", f"{entry.limit} is negative; 0 takes all prompts"))
+    return problems + _check_prompts(entry, task, where)
+
+
+def _check_prompts(entry: Entry, task: Any, where: str) -> list[Problem]:
+    has_source = bool(entry.source.inputs or entry.source.synthetic_rows)
+    if entry.hub and has_source:
+        return [Problem(f"{where}.hub", "is given beside source; give one of them")]
+    if entry.hub and not is_dataset(entry.hub):
+        return [Problem(f"{where}.hub", f"{entry.hub!r} is no dataset: write org/name, org/name@revision or org/name:glob")]
+    if not has_source and not entry.hub and not getattr(task, "HUB", ""):
+        return [Problem(f"{where}.source", "no prompts; give files in source.inputs, or a dataset in hub")]
+    if entry.source.synthetic_rows > 0 and task and not hasattr(task, "synthetic_row"):
+        return [Problem(f"{where}.source.synthetic_rows", f"task {entry.task} makes no rows; give files in source.inputs")]
+    if not has_source:
+        return []
+    return [Problem(f"{where}.{problem.where}", problem.message) for problem in check_source(entry.source)]
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def load_items(name: str, entry: Entry) -> list[Item]:
+    """The distinct prompts of an entry, files in order, then the synthetic rows; of equal ones the first.
+
+    UserMistake `FILE:LINE: reason` for a malformed record, and when there is no prompt at all.
+    """
+    task = load_task(entry.task or name)
+    options = task_options(task, entry.options)
+    found: dict[str, Item] = {}
+    for place, record in _records(entry, task):
+        if entry.limit and len(found) >= entry.limit:
+            break
+        try:
+            items = task.items(record, options)
+        except ValueError as error:
+            raise UserMistake(Problem(str(place), f"{error}; mend the record")) from None
+        for item in items:
+            found.setdefault(item.uid, replace(item, uid=f"{name}/{item.uid}"))
+    if not found:
+        raise UserMistake(Problem(f"task {name}", "has no prompts: its files are empty, or hold none that it takes"))
+    return list(found.values())[: entry.limit or None]
+
+
+def _records(entry: Entry, task: Any) -> Iterator[tuple[object, Any]]:
+    """(place, record) of the files, then of the synthetic rows."""
+    source = entry.source
+    if source.inputs:
+        files = [Path(name).expanduser() for name in source.inputs]
+    elif source.synthetic_rows:
+        files = []
+    else:
+        files = dataset_files(entry.hub or task.HUB)
+    for file in files:
+        try:
+            yield from _file_records(file)
+        except FileNotFoundError:
+            raise UserMistake(Problem("source.inputs", f"no file {file}; give files that exist")) from None
+    for index in range(source.synthetic_rows):
+        row = task.synthetic_row(source.synthetic_seed, index, source.synthetic_split)
+        yield f"synthetic row {index}", row
+
+
+def _file_records(file: Path) -> Iterator[tuple[object, Any]]:
+    if file.suffix == ".csv":
+        table = read_table(file)
+        for line, row in zip(table.lines, table.rows):
+            yield f"{file}:{line}", dict(zip(table.columns, row))
+        return
+    share = readers.open_share(file, 0, 1)
+    for number, raw in enumerate(share, 1):
+        if isinstance(raw, bytes):
+            if not raw.strip():
+                continue
+            try:
+                raw = json.loads(raw.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise UserMistake(Problem(share.place(number), f"not JSON: {error}")) from None
+        if not isinstance(raw, dict):
+            raise UserMistake(Problem(share.place(number), f"not a JSON object but a {type(raw).__name__}"))
+        yield _Place(share, number), raw
+
+
+class _Place:
+    """FILE:LINE, counted only when it is told."""
+
+    def __init__(self, share: readers.Share, number: int):
+        self.share, self.number = share, number
+
+    def __str__(self) -> str:
+        return self.share.place(self.number)
+
+
+# -- their order ------------------------------------------------------------------------------------------------------
+
+
+_permutation = functools.lru_cache(maxsize=64)(permutation)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Prompt `place` of the run."""
+
+    place: int
+    entry: str
+    epoch: int  # of the entry, from 0
+    item: Item
+
+    @property
+    def number(self) -> int:
+        """64 bits that name this prompt in this epoch: what the noise of its samples is keyed by."""
+        return number_of(self.item.uid, self.epoch)
+
+
+def number_of(uid: str, epoch: int = 0) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{epoch}:{uid}".encode(), digest_size=8).digest(), "little")
+
+
+class Mix:
+    """The prompts of a run in their order. `items` of entries that are only evaluated are loaded, too, and never drawn."""
+
+    def __init__(self, entries: Mapping[str, Entry], seed: int, items: Optional[Mapping[str, list[Item]]] = None):
+        self.entries, self.seed = dict(entries), seed
+        self.items = dict(items or {name: load_items(name, entry) for name, entry in entries.items()})
+        self._names = [name for name, entry in entries.items() if entry.weight > 0 and not entry.evaluation_only]
+        self._weights = np.array([entries[name].weight for name in self._names])
+        self._places: list[list[int]] = [[] for _ in self._names]  # of each entry, the places that it has
+        self._sources = np.empty(0, dtype=np.int64)
+
+    def draw(self, k: int) -> Draw:
+        """Prompt k of the run, from 0."""
+        if k >= len(self._sources):
+            self._blend(max(_FIRST_PLACES, 2 * (k + 1)))
+        source = self._sources[k]
+        name = self._names[source]
+        epoch, place = divmod(bisect.bisect_left(self._places[source], k), len(self.items[name]))
+        order = _permutation(f"prompts of {name}", self.seed, epoch, len(self.items[name]))
+        return Draw(k, name, epoch, self.items[name][order[place]])
+
+    def evaluated(self) -> list[str]:
+        """The entries that are only evaluated."""
+        return [name for name, entry in self.entries.items() if entry.evaluation_only]
+
+    @property
+    def digest(self) -> str:
+        """Of everything that `draw` depends on: a resume with other prompts is another run."""
+        shares = [(name, self.entries[name].weight, [item.uid for item in self.items[name]]) for name in self._names]
+        return hashlib.sha256(json.dumps([self.seed, shares]).encode()).hexdigest()
+
+    def _blend(self, length: int) -> None:
+        from data_tools.blend import sources_of  # loads a compiler
+
+        before, self._sources = len(self._sources), sources_of(self._weights, length)
+        for place in range(before, length):
+            self._places[self._sources[place]].append(place)

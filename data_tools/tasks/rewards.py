@@ -1,0 +1,244 @@
+"""Scores of completions, found by verifiers in processes of their own, so that none of them can harm a run.
+
+    with Scorer(verifiers, workers=4, time_limit_s=10) as scorer:
+        future = scorer.submit("gsm8k", item, completion, finish_reason)
+        score = future.result()                 # Score(reward, parts, note)
+
+A verifier that raises, runs past its time limit, ends its process or gives anything but reward terms costs its own
+sample only: the reward is None, which is not zero, and the note says why. A process that hung or ended is replaced.
+"""
+
+import ctypes
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from numbers import Real
+from typing import Any, Mapping, Optional
+
+from data_tools.mistake import UserMistake
+from data_tools.tasks.task import Item, load_task, task_options
+
+_START_LIMIT_S = 300.0  # for a process to import its tasks from a slow shared filesystem
+_NOTE = 200  # characters
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Score:
+    """`reward` is the weighted sum of `parts`, None where the completion could not be scored; `note` says why."""
+
+    reward: Optional[float]
+    parts: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """Which task scores, with which options. `weights` of reward terms go over the task's own; others count once."""
+
+    task: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+
+def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
+    """The score that a verifier's answer stands for, whatever it is."""
+    if terms is None:
+        return Score(None, {}, "not scorable")
+    if isinstance(terms, Real):
+        terms = {"reward": terms}
+    if not isinstance(terms, Mapping):
+        what = f"{len(terms)} values" if isinstance(terms, (list, tuple)) else f"a {type(terms).__name__}: {terms!r}"
+        return Score(None, {}, f"the verifier gave {what}; one number, or a mapping of names to numbers, was expected"[:_NOTE])
+    parts: dict[str, float] = {}
+    for name, value in terms.items():
+        if value is None:
+            continue
+        if not isinstance(value, Real) or not math.isfinite(value):
+            return Score(None, parts, f"reward term {name!r} is {value!r}, not a finite number"[:_NOTE])
+        parts[str(name)] = float(value)
+    if not parts:
+        return Score(None, {}, "not scorable")
+    if missing := sorted(weights.keys() - {str(name) for name in terms}):
+        told = ", ".join(parts)
+        return Score(None, parts, f"the verifier gave no reward term {missing[0]!r}, which has a weight; it gave {told}"[:_NOTE])
+    return Score(sum(weights.get(name, 1.0) * value for name, value in parts.items()), parts)
+
+
+_CLOSED = Score(None, {}, "the scorer was closed")
+
+
+class Scorer:
+    """`workers` processes that score. UserMistake on entry when a task cannot be loaded in one of them."""
+
+    def __init__(self, verifiers: Mapping[str, Verifier], workers: int = 2, time_limit_s: float = 10.0):
+        self.verifiers, self.time_limit_s = dict(verifiers), time_limit_s
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
+        self._processes: set[_Process] = set()
+
+    def __enter__(self) -> "Scorer":
+        probe: Future = Future()
+        self._jobs.put((None, probe))  # the first process to be up takes it
+        for thread in self._threads:
+            thread.start()
+        try:
+            if mistake := probe.result():
+                raise UserMistake(mistake)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def submit(self, name: str, item: Item, completion: str, finish_reason: str = "stop") -> "Future[Score]":
+        """`name` is a key of `verifiers`. An aborted completion is not scorable; one cut off is scored as it stands."""
+        future: Future = Future()
+        if finish_reason == "abort":
+            future.set_result(Score(None, {}, "aborted"))
+        elif self._closed.is_set():
+            raise ValueError("the scorer is closed")
+        elif name not in self.verifiers:
+            raise KeyError(name)
+        else:
+            self._jobs.put(((name, item, completion), future))
+        return future
+
+    def close(self) -> None:
+        """End the processes. Completions not scored by then are not scorable."""
+        self._closed.set()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for process in list(self._processes):
+            process.kill()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        while not self._jobs.empty():
+            if job := self._jobs.get():
+                job[1].set_result(_CLOSED)
+
+    def _serve(self) -> None:
+        """One process and its successors: a job at a time."""
+        process: Optional[_Process] = None
+        while (job := self._jobs.get()) is not None:
+            work, future = job
+            process, answer = (process, _CLOSED) if self._closed.is_set() else self._ask(process, work)
+            future.set_result(answer)
+        self._end(process)
+
+    def _ask(self, process: "Optional[_Process]", work: Any) -> "tuple[Optional[_Process], Any]":
+        """(the process to go on with, its answer); a `work` of None asks for the mistake it met when it began."""
+        if process is None:
+            process = _Process(self.verifiers)
+            self._processes.add(process)
+            if self._closed.is_set():  # close may not have seen it
+                process.kill()
+        mistake = process.mistake()
+        if work is None and not mistake:
+            return process, ""
+        answer = mistake or process.answer(work, self.time_limit_s)
+        if isinstance(answer, Score):
+            return process, answer
+        self._end(process)
+        return None, answer if work is None else Score(None, {}, answer[:_NOTE])
+
+    def _end(self, process: "Optional[_Process]") -> None:
+        if process:
+            process.kill()
+            self._processes.discard(process)
+
+
+class _Process:
+    """One process of verifiers, seen from the run's side."""
+
+    def __init__(self, verifiers: Mapping[str, Verifier]):
+        self.connection, theirs = Pipe()
+        command = [sys.executable, "-c", "from data_tools.tasks.rewards import serve; serve()", str(theirs.fileno())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0)
+        theirs.close()
+        self._begun: Optional[str] = None
+        try:
+            self.connection.send(verifiers)
+        except OSError:  # it ended; `mistake` tells
+            pass
+
+    def mistake(self) -> str:
+        """Why this process can score nothing, "" when it can; waits until it is up."""
+        if self._begun is None:
+            answer = self._receive(_START_LIMIT_S)
+            self._begun = answer[0] if isinstance(answer, tuple) else f"a process of verifiers did not begin: {answer}"
+        return self._begun
+
+    def answer(self, work: Any, limit_s: float) -> "Score | str":
+        """The score, or why there is none and the process is of no more use."""
+        try:
+            self.connection.send(work)
+        except OSError:
+            pass  # it ended; what is received says so
+        return self._receive(limit_s)
+
+    def _receive(self, limit_s: float) -> Any:
+        try:
+            if not self.connection.poll(limit_s):
+                return f"the verifier ran past its time limit of {limit_s:g} s"
+            return self.connection.recv()
+        except (EOFError, OSError):
+            code = self._process.wait()
+            by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            return f"the verifier ended its process ({by})"
+
+    def kill(self) -> None:
+        """With whatever its verifiers started."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+# -- in the process of verifiers ---------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Score what the run sends, until it is gone."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # even in the middle of a verifier that never returns
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the run's to answer
+    connection = Connection(int(sys.argv[1]))
+    try:
+        tasks = {name: _Loaded(verifier) for name, verifier in connection.recv().items()}
+    except UserMistake as mistake:
+        connection.send((str(mistake),))
+        return
+    connection.send(("",))
+    while True:
+        try:
+            name, item, completion = connection.recv()
+        except EOFError:
+            return
+        connection.send(tasks[name].score(item, completion))
+
+
+class _Loaded:
+    def __init__(self, verifier: Verifier):
+        self.task = load_task(verifier.task)
+        self.options = task_options(self.task, verifier.options)
+        self.weights = {**self.task.REWARDS, **verifier.weights}
+
+    def score(self, item: Item, completion: str) -> Score:
+        try:
+            return score_of(self.task.rewards(item, completion, self.options), self.weights)
+        except BaseException as error:  # SystemExit too: whatever a verifier does is about its sample only
+            return Score(None, {}, f"{type(error).__name__}: {error}"[:_NOTE])

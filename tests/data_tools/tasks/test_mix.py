@@ -1,0 +1,176 @@
+"""Prompts come in exact shares, each once an epoch, and prompt k is the same whenever and wherever it is asked for."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.mistake import UserMistake
+from data_tools.tasks.mix import Entry, Mix, MixConfig, check_mix, entries_of, load_items, number_of
+from data_tools.tasks.task import Item, Source
+
+HERE = "tests.data_tools.tasks.verifiers"
+
+
+def made(shares: dict[str, tuple[int, float]], seed: int = 0, **more: Entry) -> Mix:
+    """name → (prompts, weight)"""
+    entries = {name: Entry("calculator", weight=weight) for name, (_, weight) in shares.items()} | more
+    items = {name: [Item(f"{name}/{place}", str(place)) for place in range(count)] for name, (count, _) in shares.items()}
+    return Mix(entries, seed, items | {name: [Item("never", "never")] for name in more})
+
+
+shares = st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 9), st.floats(0.01, 10)), min_size=1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shares, st.integers(0, 2**40), st.integers(1, 400))
+def test_every_prompt_once_an_epoch_and_weights_exact_over_every_prefix(shares, seed, length):
+    mix = made(shares, seed, only=Entry("calculator", weight=5.0, evaluation_only=True), none=Entry("calculator", weight=0.0))
+    total = sum(weight for _, weight in shares.values())
+    drawn = {name: [] for name in shares}
+    for k in range(length):
+        draw = mix.draw(k)
+        drawn[draw.entry].append(draw)
+        for name, (_, weight) in shares.items():
+            assert abs(len(drawn[name]) - (k + 1) * weight / total) < 1 + 1e-6
+    for name, draws in drawn.items():
+        count = shares[name][0]
+        for start in range(0, len(draws), count):
+            epoch = draws[start : start + count]
+            assert {draw.epoch for draw in epoch} == {start // count}
+            uids = [draw.item.uid for draw in epoch]
+            assert len(set(uids)) == len(uids) and (len(uids) < count or set(uids) == {f"{name}/{i}" for i in range(count)})
+
+
+@settings(deadline=None, max_examples=30)
+@given(shares, st.integers(0, 1000), st.lists(st.integers(0, 5000), min_size=1, max_size=8))
+def test_prompt_k_does_not_depend_on_what_was_asked_before(shares, seed, places):
+    assert [made(shares, seed).draw(k) for k in places] == [mix.draw(k) for mix in [made(shares, seed)] for k in places]
+
+
+def test_epochs_are_in_other_orders_and_prompts_have_other_noise():
+    mix = made({"a": (50, 1.0)})
+    first, second = ([mix.draw(k) for k in range(start, start + 50)] for start in (0, 50))
+    assert [draw.item for draw in first] != [draw.item for draw in second]
+    assert len({draw.number for draw in first + second}) == 100
+    assert [draw.item for draw in first] != [made({"a": (50, 1.0)}, seed=1).draw(k).item for k in range(50)]
+
+
+def test_the_order_is_the_one_that_runs_began_with():
+    """Golden: a change here changes what runs resumed after it train on."""
+    mix = made({"a": (5, 1.0), "b": (3, 0.45)}, seed=7)
+    assert [mix.draw(k).item.uid for k in range(8)] == GOLDEN
+    assert number_of("gsm8k/00", 1) == NUMBER
+
+
+GOLDEN = ["a/4", "a/2", "b/0", "a/3", "a/1", "b/1", "a/0", "a/3"]
+NUMBER = 15567177774316879867
+
+
+def test_a_digest_tells_other_prompts_weights_and_seeds():
+    base = made({"a": (5, 1.0), "b": (3, 0.45)})
+    same = made({"a": (5, 1.0), "b": (3, 0.45)}, only=Entry("calculator", evaluation_only=True))
+    others = [made({"a": (6, 1.0), "b": (3, 0.45)}), made({"a": (5, 1.0), "b": (3, 0.5)}), made({"a": (5, 1.0), "b": (3, 0.45)}, 1)]
+    assert base.digest == same.digest and base.digest not in [other.digest for other in others]
+
+
+def test_files_of_every_form_give_the_same_prompts(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": f"{n}?", "answer": str(n)} for n in (3, 1, 3, 2)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    for suffix in ("jsonl", "json", "parquet", "csv"):
+        items = load_items("mine", Entry(f"{HERE}:length", source=Source(inputs=[str(tmp_path / f"a.{suffix}")])))
+        assert [(item.prompt, item.answer) for item in items] == [("3?", "3"), ("1?", "1"), ("2?", "2")], suffix
+        assert all(item.uid.startswith("mine/") for item in items)
+        limited = load_items("mine", Entry(f"{HERE}:length", limit=2, source=Source(inputs=[str(tmp_path / f"a.{suffix}")])))
+        assert limited == items[:2]
+
+
+def test_wrong_records_are_named_by_file_and_line_and_no_prompts_are_a_mistake(tmp_path):
+    file = tmp_path / "a.jsonl"
+    for text, message in (
+        ('{"prompt": "?"}\n{"quest": "?"}\n', f"{file}:2: no text or messages under 'prompt'"),
+        ('{"prompt": "?"}\n[1]\n', f"{file}:2: not a JSON object but a list"),
+        ("{\n", f"{file}:1: not JSON"),
+        ("", "task a: has no prompts"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserMistake) as caught:
+            load_items("a", Entry(f"{HERE}:length", source=Source(inputs=[str(file)])))
+        assert message in str(caught.value)
+    with pytest.raises(UserMistake, match="no file .*/absent; give files that exist"):
+        load_items("a", Entry(f"{HERE}:length", source=Source(inputs=[str(tmp_path / "absent")])))
+
+
+def cache(root: Path, files: dict[str, str]) -> None:
+    """A dataset in the hub's cache, as `hf download` leaves it."""
+    folder = root / "datasets--some--set"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    for name, text in files.items():
+        path = folder / "snapshots" / "abc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_datasets_of_the_hub_come_from_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache(tmp_path, {"main/test-0.jsonl": '{"prompt": "t"}\n', "main/train-0.jsonl": '{"prompt": "a"}\n', "README.md": ""})
+    for hub, prompts in (("some/set", ["t", "a"]), ("some/set@main:main/train-*", ["a"])):
+        assert [item.prompt for item in load_items("x", Entry(f"{HERE}:length", hub=hub))] == prompts
+    with pytest.raises(UserMistake, match="no file matches; it has main/test-0.jsonl, main/train-0.jsonl"):
+        load_items("x", Entry(f"{HERE}:length", hub="some/set:nope*"))
+    with pytest.raises(UserMistake, match="dataset some/other is not in the hub cache; run `hf download some/other"):
+        load_items("x", Entry(f"{HERE}:length", hub="some/other"))
+
+
+CONFIG = MixConfig({
+    "calculater": Entry(weight=-1),
+    "b": Entry("calculator", source=Source(inputs=["x"]), hub="openai/gsm8k", rewards={"corect": 1.0}, limit=-1),
+    "c": Entry(f"{HERE}:length", {"prompt": "q"}),
+    "d": Entry("calculator", {"reverse_digits": 1}, hub="gsm8k", weight=float("nan")),
+    "e": Entry("nowhere.at:all", source=Source(inputs=["x"])),
+})  # fmt: skip
+TOLD = """
+mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: calculator)
+mix.entries.b.rewards: task calculator has no reward term 'corect' (did you mean correct? known: correct)
+mix.entries.b.limit: -1 is negative; 0 takes all prompts
+mix.entries.b.hub: is given beside source; give one of them
+mix.entries.c.options: unknown task option 'prompt' (did you mean prompt_key? known: answer_key, prompt_key)
+mix.entries.c.source: no prompts; give files in source.inputs, or a dataset in hub
+mix.entries.d.options: task option reverse_digits=1 is a int, not bool
+mix.entries.d.weight: nan is no share: give 0 or more
+mix.entries.d.hub: 'gsm8k' is no dataset: write org/name, org/name@revision or org/name:glob
+mix.entries.e.task: there is no module 'nowhere.at'; it has to be importable where the run is submitted
+""".strip().splitlines()
+
+
+def test_everything_wrong_is_told_at_once():
+    assert [str(problem) for problem in check_mix(CONFIG)] == TOLD
+    assert "no tasks" in str(check_mix(MixConfig())[0])
+    only = MixConfig({"calculator": Entry(source=Source(synthetic_rows=1), evaluation_only=True)})
+    assert "nothing is trained on" in str(check_mix(only)[0]) and not check_mix(only, training=False)
+
+
+def test_checks_import_neither_torch_nor_the_users_module():
+    program = f"""
+import sys
+from data_tools.tasks.mix import Entry, MixConfig, check_mix
+from data_tools.tasks.task import Source
+assert not check_mix(MixConfig({{"a": Entry("{HERE}:length", source=Source(inputs=["x"]))}}))
+assert not {{"torch", "numba", "{HERE}"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[3])

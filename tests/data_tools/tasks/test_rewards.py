@@ -1,0 +1,126 @@
+"""A verifier may do anything: it costs its own sample, and nothing else."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from data_tools.tasks.rewards import Score, Scorer, Verifier, score_of
+from data_tools.tasks.task import Item
+
+HERE = "tests.data_tools.tasks.verifiers"
+ITEM = Item.of("?", "4")
+BAD = Verifier(f"{HERE}:misbehave")
+UNSCORABLE = {
+    "raise": "ValueError: no such answer",
+    "exit": "SystemExit: 3",
+    "sleep": "time limit of 0.3 s",
+    "spin": "time limit of 0.3 s",
+    "die": "ended its process (signal SIGKILL)",
+    "ignore": "ended its process (exit code 0)",
+    "nan": "'reward' is nan, not a finite number",
+    "inf": "'reward' is inf",
+    "text": "gave a str: '0.5'; one number",
+    "three": "gave 3 values; one number",
+    "nothing": "not scorable",
+    "nan term": "'b' is nan",
+    "text term": "'a' is '1'",
+    "no terms": "not scorable",
+}
+
+
+def test_a_verifier_that_misbehaves_costs_that_sample_only():
+    with Scorer({"bad": BAD}, workers=1, time_limit_s=0.3) as scorer:
+        futures = {}
+        for completion in UNSCORABLE:
+            futures[completion] = scorer.submit("bad", ITEM, completion), scorer.submit("bad", ITEM, "good")
+        for completion, (bad, good) in futures.items():
+            assert good.result() == Score(1.0, {"reward": 1.0}), completion
+            score = bad.result()
+            assert score.reward is None and UNSCORABLE[completion] in score.note, (completion, score)
+
+
+def test_terms_are_weighted_and_kept():
+    with Scorer({"a": Verifier(f"{HERE}:misbehave", weights={"b": 4.0})}, workers=1) as scorer:
+        assert scorer.submit("a", ITEM, "terms").result() == Score(3.0, {"a": 1.0, "b": 0.5})
+    assert score_of(True, {}) == Score(1.0, {"reward": 1.0})
+    assert score_of({"a": 2, "b": None}, {"b": 3.0}) == Score(2.0, {"a": 2.0})
+    missing = score_of({"a": 2}, {"b": 3.0})
+    assert missing.reward is None and "no reward term 'b', which has a weight; it gave a" in missing.note
+
+
+def test_a_completion_that_was_aborted_is_not_scorable_and_one_cut_off_is_scored():
+    with Scorer({"a": Verifier(f"{HERE}:length")}, workers=1) as scorer:
+        assert scorer.submit("a", ITEM, "abc", "abort").result() == Score(None, {}, "aborted")
+        assert scorer.submit("a", ITEM, "abc", "length").result().reward == 3.0
+
+
+def test_a_killed_process_is_replaced_and_closing_leaves_none(tmp_path):
+    with Scorer({"a": Verifier(f"{HERE}:length")}, workers=2) as scorer:
+        assert [scorer.submit("a", ITEM, "x" * n).result().reward for n in range(4)] == [0, 1, 2, 3]
+        for process in list(scorer._processes):
+            process._process.kill()
+        later = [scorer.submit("a", ITEM, "x" * n).result() for n in range(6)]
+        scored = [score.reward for score in later if score.reward is not None]
+        assert len(scored) >= 4 and all("SIGKILL" in score.note for score in later if score.reward is None)
+        pids = [process._process.pid for process in scorer._processes]
+    assert pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_closing_answers_what_is_waiting():
+    scorer = Scorer({"bad": BAD}, workers=1, time_limit_s=60)
+    with scorer:
+        futures = [scorer.submit("bad", ITEM, "sleep") for _ in range(3)]
+    assert [future.result(timeout=30).reward for future in futures] == [None] * 3
+    with pytest.raises(ValueError, match="closed"):
+        scorer.submit("bad", ITEM, "good")
+
+
+def test_verifiers_die_with_the_run_even_while_they_hang(tmp_path):
+    """The run is killed, as kill -9 does, while a verifier spins in C."""
+    program = f"""
+import os, sys
+from data_tools.tasks.rewards import Scorer, Verifier
+from data_tools.tasks.task import Item
+scorer = Scorer({{"bad": Verifier("{HERE}:misbehave")}}, workers=1, time_limit_s=600).__enter__()
+scorer.submit("bad", Item.of("?"), "spin")
+print(*[process._process.pid for process in scorer._processes], flush=True)
+sys.stdin.read()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    pid = int(run.stdout.readline())
+    run.kill()
+    run.wait()
+    for _ in range(600):
+        try:
+            if open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z":
+                break
+        except FileNotFoundError:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(pid, 9)
+        raise AssertionError("the verifier outlived its run")
+
+
+def test_no_process_of_verifiers_imports_torch():
+    verifiers = {"torch": Verifier(f"{HERE}:torch_imported"), "calculator": Verifier("calculator")}
+    with Scorer(verifiers, workers=1) as scorer:
+        assert scorer.submit("calculator", Item.of("48/2=", "24"), "24").result().reward == 1.0
+        assert scorer.submit("torch", ITEM, "").result().reward == 0.0
+
+
+def test_a_task_that_cannot_be_loaded_is_refused_at_once():
+    for task, message in (("nowhere:f", "module 'nowhere' cannot be imported"), (f"{HERE}:absent", "has no function 'absent'"),
+                          ("calculatr", "did you mean calculator")):  # fmt: skip
+        with pytest.raises(UserMistake, match=message), Scorer({"a": Verifier(task)}, workers=1):
+            pass
