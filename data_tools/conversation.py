@@ -87,6 +87,11 @@ def read_record(record: Any, schema: str = "auto") -> "list[Conversation] | list
     return [conversation]
 
 
+def read_prompt(messages: list[dict[str, Any]]) -> Conversation:
+    """Messages that an assistant is to answer. Raises BadRecord."""
+    return _messages({"messages": messages})
+
+
 def detect_schema(record: dict[str, Any]) -> str:
     """The schema whose keys the record has. Raises BadRecord."""
     if isinstance(record.get("messages"), list):

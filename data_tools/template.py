@@ -95,6 +95,10 @@ class ChatTemplate:
         spans = [span for span in spans if span.start < span.stop]
         return self._closed(text, spans, pieces, conversation) if self._closings else Rendered(text, spans)
 
+    def prompt(self, conversation: Conversation) -> str:
+        """The text up to where the assistant's next turn begins. TemplateError when the template refuses."""
+        return self._marked(conversation, add_generation_prompt=True)[0]
+
     # -- one render ----------------------------------------------------------------------------------------------
 
     def _marked(self, conversation: Conversation, **more: Any) -> tuple[str, list[tuple[int, str]]]:

@@ -297,7 +297,7 @@ class Mix:
         self._sources = np.empty(0, dtype=np.int64)
 
     def draw(self, k: int) -> Draw:
-        """Prompt k of the run, from 0."""
+        """Prompt k of the run, from 0. Its samples' rewards: scorer.submit(draw.entry, draw.item, completion, finish)."""
         if k >= len(self._sources):
             self._blend(max(_FIRST_PLACES, 2 * (k + 1)))
         source = self._sources[k]
@@ -305,6 +305,10 @@ class Mix:
         epoch, place = divmod(bisect.bisect_left(self._places[source], k), len(self.items[name]))
         order = _permutation(f"prompts of {name}", self.seed, epoch, len(self.items[name]))
         return Draw(k, name, epoch, self.items[name][order[place]])
+
+    def held_out(self, name: str, k: int) -> Draw:
+        """Prompt k of an entry in the order of its files: what evaluations take."""
+        return Draw(k, name, 0, self.items[name][k])
 
     def evaluated(self) -> list[str]:
         """The entries that are only evaluated."""

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from numbers import Real
@@ -33,11 +33,15 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 @dataclass(frozen=True)
 class Score:
-    """`reward` is the weighted sum of `parts`, None where the completion could not be scored; `note` says why."""
+    """`reward` is the weighted sum of `parts`, None where the completion could not be scored; `note` says why.
+
+    `answer` is what the completion answers, for majority votes, where its task can tell.
+    """
 
     reward: Optional[float]
     parts: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    answer: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,8 @@ class _Loaded:
 
     def score(self, item: Item, completion: str) -> Score:
         try:
-            return score_of(self.task.rewards(item, completion, self.options), self.weights)
+            score = score_of(self.task.rewards(item, completion, self.options), self.weights)
+            answer = getattr(self.task, "final_answer", None)
+            return replace(score, answer=answer(item, completion, self.options)) if answer else score
         except BaseException as error:  # SystemExit too: whatever a verifier does is about its sample only
             return Score(None, {}, f"{type(error).__name__}: {error}"[:_NOTE])
