@@ -36,6 +36,7 @@ setup(
         "py3langid",  # data_tools/dolci.py
         "jinja2>=3.1.6",  # chat templates; older versions have known ways out of the sandbox
         "pyarrow",  # Parquet
+        "math-verify>=0.9,<0.10",  # data_tools/math_answers.py
         "zstandard",
     ],
     extras_require={

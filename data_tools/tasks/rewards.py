@@ -240,6 +240,7 @@ class _Loaded:
         self.task = load_task(verifier.task)
         self.options = task_options(self.task, verifier.options)
         self.weights = {**self.task.REWARDS, **verifier.weights}
+        getattr(self.task, "warm_up", lambda: None)()
 
     def score(self, item: Item, completion: str) -> Score:
         try:

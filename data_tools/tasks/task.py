@@ -82,6 +82,9 @@ class Task(Protocol):
         None for what cannot be scored, a whole completion or one of its terms. Runs in a process of its own.
         """
 
+    def warm_up(self) -> None:
+        """What takes long the first time, such as imports: outside the time limit of a sample. May be left out."""
+
     def final_answer(self, item: Item, completion: str, options: Any) -> Optional[str]:
         """The one spelling of what the completion answers, for majority votes; None when it answers nothing.
 
@@ -94,8 +97,12 @@ class Task(Protocol):
     def reply(self, item: Item, transcript: str, options: Any) -> Optional[str]:
         """What the environment answers to the completion so far, earlier replies included; None when it is over.
 
-        For tasks of several turns; the others leave the name out. A reply's tokens are not trained.
+        "" lets the model go on. Asked where a completion ends, and after each of `stop_strings(options)`. For tasks of
+        several turns; the others leave both names out. The tokens of a reply are not the model's: they are not trained.
         """
+
+    def stop_strings(self, options: Any) -> list[str]:
+        """Texts after which the model waits for a reply."""
 
 
 class RowTask(Task, Protocol):

@@ -145,7 +145,7 @@ CONFIG = MixConfig({
     "e": Entry("nowhere.at:all", source=Source(inputs=["x"])),
 })  # fmt: skip
 TOLD = """
-mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: calculator)
+mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: aime, bracketed_action, calculator, dapo_math, gsm8k, math500, multiple_choice)
 mix.entries.b.rewards: task calculator has no reward term 'corect' (did you mean correct? known: correct)
 mix.entries.b.limit: -1 is negative; 0 takes all prompts
 mix.entries.b.hub: is given beside source; give one of them

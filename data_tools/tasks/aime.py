@@ -1,0 +1,15 @@
+"""AIME 2024 (Maxwell-Jia/AIME_2024): thirty questions whose answers are whole numbers from 0 to 999. For evaluation."""
+
+from typing import Any
+
+from data_tools.math_answers import REWARDS, Options, check_options, final_answer, question, rewards, text_of, warm_up
+from data_tools.tasks.task import Item
+
+__all__ = ["HUB", "REWARDS", "Options", "check_options", "final_answer", "items", "rewards", "warm_up"]
+
+HUB = "Maxwell-Jia/AIME_2024"
+
+
+def items(record: dict[str, Any], options: Options) -> list[Item]:
+    """Other spellings of the keys too: Qwen2.5-Math, HuggingFaceH4."""
+    return [question(text_of(record, "Problem", "problem"), text_of(record, "Answer", "answer"), options)]

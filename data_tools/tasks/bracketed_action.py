@@ -1,0 +1,61 @@
+"""Decisions: the model ends with an action in brackets, `[2]`, which is worth what its row says of it.
+
+A record has `prompt` (text or messages) and reward_action_0, reward_action_1, …, as the phase q_rewards writes them. A
+completion without an action of the row's is not scorable: it is left out of training and not counted as zero.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from data_tools.q_rewards import REWARD
+from data_tools.tasks.task import Item
+
+REWARDS = {"action": 1.0}
+HUB = ""
+
+_ACTION = re.compile(r"\[\s*(\d+)\s*\]")
+
+
+@dataclass
+class Options:
+    prompt: str = "prompt"  # the column of the prompts
+
+
+def items(record: dict[str, Any], options: Options) -> list[Item]:
+    prompt = record.get(options.prompt)
+    if not isinstance(prompt, (str, list)) or not prompt:
+        raise ValueError(f"no prompt under {options.prompt!r}; it has {', '.join(map(str, record))}")
+    return [Item.of(prompt, None, {"rewards": _rewards(record)})]
+
+
+def _rewards(record: dict[str, Any]) -> list[float]:
+    """Those of actions 0, 1, …"""
+    found = {name: value for name, value in record.items() if str(name).startswith(REWARD)}
+    if len(found) < 2:
+        columns = ", ".join(map(str, record))
+        raise ValueError(f"needs columns {REWARD}0, {REWARD}1, … (the phase q_rewards makes them of Q-values); it has {columns}")
+    values = []
+    for action in range(len(found)):
+        name = f"{REWARD}{action}"
+        if name not in found:
+            raise ValueError(f"has {', '.join(found)} but no column {name}")
+        try:
+            values.append(float(found[name]))
+        except (TypeError, ValueError):
+            values.append(math.nan)
+        if not math.isfinite(values[-1]):
+            raise ValueError(f"{name} is {found[name]!r}, not a finite number")
+    return values
+
+
+def rewards(item: Item, completion: str, options: Options) -> Optional[dict[str, float]]:
+    action = final_answer(item, completion, options)
+    return None if action is None else {"action": item.columns["rewards"][int(action)]}
+
+
+def final_answer(item: Item, completion: str, options: Options) -> Optional[str]:
+    """The last action in brackets, None where there is none or the row has no such action."""
+    found = _ACTION.findall(completion)
+    return str(int(found[-1])) if found and int(found[-1]) < len(item.columns["rewards"]) else None

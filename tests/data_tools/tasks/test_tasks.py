@@ -1,0 +1,216 @@
+"""What each task takes from its records, and what it pays for."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data_tools.math_answers import Options, find_answer, is_equal, last_boxed
+from data_tools.tasks.mix import Entry, load_items
+from data_tools.tasks.rewards import Score, Scorer, Verifier
+from data_tools.tasks.task import Item, Source, load_task, task_names, task_options
+
+DATA = Path(os.environ.get("AFTEROK_DATA", "/work/shared/data"))
+
+
+def item_of(task: str, record: dict, **options) -> Item:
+    module = load_task(task)
+    [item] = module.items(record, task_options(module, options))
+    return item
+
+
+def score(task: str, item: Item, completion: str, **options):
+    module = load_task(task)
+    return module.rewards(item, completion, task_options(module, options))
+
+
+EQUAL = [("\\frac{1}{2}", "0.5"), ("1/2", "\\dfrac{1}{2}"), ("(3,\\frac{\\pi}{2})", "\\left( 3, \\pi/2 \\right)"), ("72", "72.0"),
+         ("70,000", "70000"), ("x^2+2x+1", "(x+1)^2"), ("\\text{Evelyn}", "Evelyn"), ("90", "90^\\circ"), ("10", "\\$10"),
+         ("\\{1,2\\}", "\\{2,1\\}"), ("[0,1)", "[0, 1)"), ("4", "x=4"), ("10{,}000", "10000"), ("042", "42")]  # fmt: skip
+DIFFERENT = [("\\frac{1}{2}", "0.49"), ("[0,1)", "[0,1]"), ("2", "2,3"), ("5", "}{"), ("5", ""), ("5", "five"), ("x+1", "x+2")]
+
+
+@pytest.mark.parametrize("gold, answer", EQUAL)
+def test_equal_answers_are_right_however_they_are_written(gold, answer):
+    assert is_equal(gold, answer)
+
+
+@pytest.mark.parametrize("gold, answer", DIFFERENT)
+def test_other_answers_are_wrong(gold, answer):
+    assert not is_equal(gold, answer)
+
+
+def test_the_last_answer_of_the_form_counts_and_a_box_is_always_accepted():
+    text = "First \\boxed{1}, no, \\boxed{\\frac{1}{2} \\} {x}}. <answer> 3 </answer> #### 4\nAnswer: 5\n\\boxed{6"
+    assert last_boxed(text) == "\\frac{1}{2} \\} {x}"
+    assert [find_answer(text, form) for form in ("tagged", "hashes", "answer_line")] == ["3", "4", "5"]
+    assert find_answer("\\boxed{7}", "tagged") == "7" and find_answer("7", "boxed") is None and find_answer("\\boxed{ }", "boxed") is None
+
+
+@pytest.mark.parametrize("completion, terms", [
+    ("\\boxed{0.50}", {"correct": 1.0, "format": 0.0}),
+    ("\\boxed{0.51}", {"correct": 0.0, "format": 1.0}),
+    ("\\boxed{\\frac{}}", {"correct": 0.0, "format": 1.0}),  # unreadable: the model's fault
+    ("one half", {"correct": 0.0, "format": 0.0}),
+])  # fmt: skip
+def test_wrong_and_unreadable_answers_get_nothing_but_the_format(completion, terms):
+    assert score("math500", Item.of("?", "\\frac{1}{2}"), completion) == terms
+
+
+def test_a_row_whose_own_answer_cannot_be_read_is_not_scorable():
+    item = Item.of("?", "}{")
+    assert score("math500", item, "\\boxed{1}") is None and score("math500", item, "\\boxed{}{}") is None
+
+
+def test_format_counts_as_weighted_through_the_scorer():
+    verifiers = {"math500": Verifier("math500", weights={"format": 0.1})}
+    with Scorer(verifiers, workers=1) as scorer:
+        found = [scorer.submit("math500", Item.of("?", "1/2"), text).result() for text in ("\\boxed{0.5}", "\\boxed{2}", "")]
+    assert [one.reward for one in found] == [1.0, 0.1, 0.0] and found[1].parts == {"correct": 0.0, "format": 1.0}
+    assert [one.answer for one in found] == ["1/2", "2", None]
+
+
+DAPO = {
+    "prompt": [{"role": "user", "content": "Solve the following math problem step by step. The last line of your response "
+                "should be of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+                "What is 2+2?\n\nRemember to put your answer on its own line after \"Answer:\"."}],
+    "reward_model": {"ground_truth": "4", "style": "rule"}, "extra_info": {"index": "x"}}  # fmt: skip
+RECORDS = {
+    "dapo_math": [DAPO, {"prompt": "What is 2+2?", "solution": "4"}],
+    "aime": [{"ID": "2024-I-1", "Problem": "What is 2+2?", "Answer": 4}, {"problem": "What is 2+2?", "answer": "4"}],
+    "math500": [{"problem": "What is 2+2?", "solution": "It is $4$.", "answer": "4"}],
+    "gsm8k": [{"question": "What is 2+2?", "answer": "It is <<2+2=4>>4.\n#### 4"}],
+}
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_questions_are_asked_in_the_form_that_is_wanted(task):
+    for record in RECORDS[task]:
+        item = item_of(task, record)
+        assert item.answer == "4" and item.prompt == [
+            {"role": "user", "content": "What is 2+2?\n\nPlease reason step by step, and put your final answer within \\boxed{}."}
+        ]
+        text = item_of(task, record, chat=False, answer_format="hashes", instruction="Go.")
+        assert text.prompt == "What is 2+2?\n\nGo.\n" and score(task, text, "so\n#### 4", answer_format="hashes")["correct"] == 1.0
+
+
+def test_gsm8k_answers_lose_their_commas_and_need_their_mark():
+    assert item_of("gsm8k", {"question": "?", "answer": "so\n#### 1,234"}).answer == "1234"
+    with pytest.raises(ValueError, match="no ####"):
+        item_of("gsm8k", {"question": "?", "answer": "1234"})
+
+
+def test_an_unknown_form_is_refused():
+    [message] = load_task("gsm8k").check_options(Options("boxd"))
+    assert "unknown answer_format 'boxd' (did you mean boxed?" in message
+
+
+def test_a_calculator_answers_what_was_begun_and_nothing_else():
+    task, item = load_task("gsm8k"), Item.of("?", "24")
+    options = task_options(task, {"calculator": True})
+    assert task.stop_strings(options) == ["="]
+    assert [task.reply(item, text, options) for text in ("so <<48/2=", "x =", "<<1/0=", "<<1/3=", "<<a=", "done", "<<1+1=2>> =")] == [
+        "24>>", "", "error: division by zero>>", "error: no finite decimal>>", "error: 'a' at character 1 of 'a'>>", None, ""]  # fmt: skip
+    assert task.reply(item, "<<48/2=", task_options(task, {})) is None
+
+
+CHOICES = {"question": "Which?", "choices": ["one", "two", "three"]}
+
+
+@pytest.mark.parametrize("record", [
+    CHOICES | {"answer": 2}, CHOICES | {"answer": "C"},
+    {"question": "Which?", "choices": {"text": ["one", "two", "three"], "label": ["1", "2", "3"]}, "answerKey": "3"},
+])  # fmt: skip
+def test_choices_are_lettered_and_the_letter_counts(record):
+    item = item_of("multiple_choice", record)
+    assert item.answer == "C" and "Which?\n\nA. one\nB. two\nC. three\n" in item.prompt[0]["content"]
+    for right in ("\\boxed{C}", "\\boxed{(C)}", "\\boxed{\\text{C}}", "\\boxed{C. three}", "C", "(C)", "no \\boxed{A} \\boxed{C}"):
+        assert score("multiple_choice", item, right) == {"correct": 1.0, "format": 0.0}, right
+    assert score("multiple_choice", item, "\\boxed{B}") == {"correct": 0.0, "format": 1.0}
+    assert score("multiple_choice", item, "Clearly") == {"correct": 0.0, "format": 0.0}
+
+
+def test_choices_without_an_answer_among_them_are_malformed():
+    for answer in (3, "D", True, None):
+        with pytest.raises(ValueError, match="none of the choices A, B, C"):
+            item_of("multiple_choice", CHOICES | {"answer": answer})
+
+
+ACTIONS = {"prompt": "Which?", "reward_action_0": "0.25", "reward_action_1": 0.75}
+
+
+def test_an_action_is_worth_what_its_row_says_and_none_is_not_scorable():
+    item = item_of("bracketed_action", ACTIONS)
+    for completion, reward in (("[0]", 0.25), ("not [0] but [1]", 0.75), ("[ 01 ]", 0.75)):
+        assert score("bracketed_action", item, completion) == {"action": reward}
+    for completion in ("", "1", "[2]", "[0] or [7]", "[x]"):
+        assert score("bracketed_action", item, completion) is None
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"reward_action_1": None}, "needs columns reward_action_0, reward_action_1, .* q_rewards .*; it has prompt, reward_action_0"),
+    ({"reward_action_3": 1}, "has reward_action_0, reward_action_1, reward_action_3 but no column reward_action_2"),
+    ({"reward_action_0": ""}, "reward_action_0 is '', not a finite number"),
+    ({"reward_action_0": "nan"}, "reward_action_0 is 'nan', not a finite number"),
+    ({"prompt": ""}, "no prompt under 'prompt'"),
+])  # fmt: skip
+def test_a_missing_reward_column_is_named(change, message):
+    record = {key: value for key, value in (ACTIONS | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        item_of("bracketed_action", record)
+
+
+def test_q_values_become_rewards_of_actions(tmp_path):
+    """From the table of Q-values, through the phase's function, to a score."""
+    from data_tools import q_rewards
+
+    (tmp_path / "q.csv").write_text("prompt,q_action_0,q_action_1\nWhich?,1.0,1.0\n")
+    (tmp_path / "out").mkdir()
+    q_rewards.q_rewards(q_rewards.Config([str(tmp_path / "q.csv")]), tmp_path / "out")
+    entry = Entry("bracketed_action", source=Source(inputs=[str(tmp_path / "out" / "q.csv")]))
+    [item] = load_items("tes", entry)
+    with Scorer({"tes": Verifier("bracketed_action")}, workers=1) as scorer:
+        assert scorer.submit("tes", item, "so [1]").result() == Score(0.5, {"action": 0.5}, answer="1")
+
+
+def test_every_task_has_the_names():
+    for name in task_names():
+        task = load_task(name)
+        assert {"Options", "REWARDS", "HUB", "items", "rewards", "final_answer"} <= set(dir(task)), name
+        assert set(task.REWARDS.values()) <= {0.0, 1.0} and task.Options()
+
+
+# -- real files, where they are ---------------------------------------------------------------------------------------
+
+real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data in {DATA}")
+
+
+@real
+@pytest.mark.parametrize("task, file, count", [
+    ("gsm8k", "gsm8k/test.jsonl", 1319), ("math500", "math500/test.jsonl", 500), ("aime", "qwen_math/aime24.test.jsonl", 30),
+    ("multiple_choice", "qwen_math/mmlu_stem.test.jsonl", 3018),
+])  # fmt: skip
+def test_real_files_are_read_whole(task, file, count):
+    items = load_items(task, Entry(task, source=Source(inputs=[str(DATA / file)])))
+    lines = [json.loads(line) for line in open(DATA / file)]
+    asked = {json.dumps([line.get("question", line.get("problem", "")).strip(), line.get("choices")]) for line in lines}
+    assert len(lines) == count and len(items) == len(asked)
+
+
+@real
+def test_the_solutions_of_math_500_are_right():
+    lines = [json.loads(line) for line in open(DATA / "math500/test.jsonl")][::10]
+    wrong = [line["answer"] for line in lines if not score("math500", Item.of("?", line["answer"]), line["solution"])["correct"]]
+    assert not wrong
+
+
+@real
+@pytest.mark.soak
+def test_all_solutions_of_math_500_and_the_graded_ones_of_qwen_are_judged_right():
+    for line in map(json.loads, open(DATA / "math500/test.jsonl")):
+        assert score("math500", Item.of("?", line["answer"]), line["solution"])["correct"], line["answer"]
+    graded = [(line["gt"], code, right) for line in map(json.loads, open(DATA / "qwen_math/math_cot_100.jsonl"))
+              for code, right in zip(line["code"], line["score"])]  # fmt: skip
+    other = [gold for gold, code, right in graded if score("math500", Item.of("?", gold), code)["correct"] != right]
+    assert other == ["10{,}000"]  # theirs takes 10000 for another number
