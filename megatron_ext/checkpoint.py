@@ -1,7 +1,7 @@
 """Distributed checkpoints: how a step is published, which is the newest whole one, what its weights are.
 
     ROOT/step_400/manifest.json    files with size and sha256, step, identity, position, layout, weights digest
-    ROOT/step_400/state/           torch_dist: weights and optimizer; any layout can load it
+    ROOT/step_400/state/           torch_dist: weights (with LoRA the adapters alone) and optimizer, for any layout
     ROOT/step_400/rng/             random states, a file a rank: only the same layout can restore them
     ROOT/latest                    the newest step's name, a hint only
 
@@ -31,16 +31,20 @@ from megatron_ext.digest import combined
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.snapshot import (
+    ADAPTERS,
     EXTRA_STATE,
     Model,
     OptimizerState,
     Part,
     Staging,
     Weights,
+    adapter_state,
     fill_optimizer,
+    is_adapted,
     metadata,
     model_state,
     sums,
+    trained_state,
 )
 
 log = logging.getLogger(__name__)
@@ -96,10 +100,11 @@ def load_weights(model: Model, folder: Path) -> None:
     _load_model(model, state["model"])
 
 
-def _load_model(model: Model, state: dict[str, Any]) -> None:
+def _load_model(model: Model, state: dict[str, Any], adapters: bool = False) -> None:
+    """`state` as of `model_state`, or with `adapters` as of `adapter_state`."""
     for i, part in enumerate(stages(model)):
         missing, unexpected = part.load_state_dict(state[f"stage{i}"], strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE)]
+        missing = [name for name in missing if not name.endswith(EXTRA_STATE) and name.startswith(ADAPTERS) == adapters]
         if missing or unexpected:
             raise RuntimeError(f"the checkpoint lacks {missing} and has {unexpected} besides")
 
@@ -110,6 +115,11 @@ def weights_digest(model: Model) -> str:
     Per distributed-checkpoint key the sum over ranks of digest.tensor_sum, each region once (DESIGN.md, Checkpoints).
     """
     return _digest(_gathered(sums(Weights(model).parts()), None))
+
+
+def adapter_digest(model: Model) -> str:
+    """The same of LoRA's adapters."""
+    return _digest(_gathered(sums(Weights(model, adapter_state).parts()), None))
 
 
 def _digest(of_ranks: Sequence[dict[str, tuple[str, tuple[int, ...], int]]]) -> str:
@@ -212,7 +222,8 @@ class Saver:
     ):
         self.root, self.plan, self.keep, self.milestone = root, plan, keep, milestone
         self._model = model
-        self._weights, self._optimizer, self._staging = Weights(model), OptimizerState(model, optimizer), Staging()
+        self._weights, self._staging = Weights(model, trained_state), Staging()
+        self._optimizer = OptimizerState(model, optimizer)
         self._group = dist.new_group(backend="gloo") if background else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -401,13 +412,13 @@ def load_step(
                 f"{folder} was written with {name} = {theirs!r}, this run has {ours!r}: it cannot be resumed; "
                 f"use a fresh folder, or the old value, or begin anew from its weights (init_from)"
             )
-    weights = model_state(model)
+    weights = trained_state(model)
     wanted = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata()),
     }
     state = dist_checkpointing.load(wanted, str(folder / STATE))
-    _load_model(model, state["model"])
+    _load_model(model, state["model"], adapters=is_adapted(model))
     fill_optimizer(optimizer, state["optimizer"], manifest["updates"])
     if manifest["layout"] == layout_name(plan):
         _restore_rng(torch.load(folder / RNG / f"{dist.get_rank()}.pt", weights_only=True))

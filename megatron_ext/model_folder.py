@@ -3,18 +3,24 @@
     model.json    family, format, step, weights digest, dtype
     hf/           config.json, generation_config.json, tokenizer files: all but the weights of a Hugging Face folder
     weights/      distributed checkpoint, weights only; any parallel layout loads it
+    adapter/      of a model trained with LoRA, in PEFT's format; weights/ are those of its base then
 
-Reading model.json and hf/ needs no torch; `load_model` and `write` do.
+Whoever loads a folder with an adapter gets the model with it in place. Reading model.json and hf/ needs no torch; the
+functions that load and write do.
 """
 
+import hashlib
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
+from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.registry import Family, read_config
+from megatron_ext.models.shape import ModelShape
 from megatron_ext.parallel import ParallelPlan
 
 FORMAT = 1
@@ -32,10 +38,24 @@ class ModelFolder:
     step: int
     weights_digest: str
     dtype: str
+    lora: Optional[LoraConfig] = None  # of its adapter
+    base_digest: str = ""  # of weights/ alone
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.family.config.shape(self.dims)
 
     @property
     def hf(self) -> Path:
         return self.path / "hf"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
 
 
 def open_folder(path: str | Path) -> ModelFolder:
@@ -54,7 +74,17 @@ def open_folder(path: str | Path) -> ModelFolder:
     family, dims, problems = read_config(path / "hf")
     if problems:
         raise UserMistake(problems)
-    return ModelFolder(path, family, dims, facts["step"], facts["weights_digest"], facts["dtype"])
+    adapted = facts.get("adapter")
+    return ModelFolder(
+        path,
+        family,
+        dims,
+        facts["step"],
+        facts["weights_digest"],
+        facts["dtype"],
+        LoraConfig(**adapted["lora"]) if adapted else None,
+        adapted["base_digest"] if adapted else facts["weights_digest"],
+    )
 
 
 def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
@@ -64,6 +94,8 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     if step == 0:
         for manifest, weights in (("model.json", "weights"), ("manifest.json", "state")):
             if (path / manifest).is_file():
+                if durable.read_json(path / manifest).get("adapter"):
+                    raise UserMistake(Problem("init_from", f"{path} is a model with an adapter: merge it first (merge_lora)"))
                 return path / weights, durable.read_json(path / manifest)["weights_digest"]
     # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifact.py).
     roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
@@ -102,7 +134,7 @@ def check_same_model(folder: ModelFolder, weights: Path) -> None:
         found = {key: shape for key, (_, shape) in Reader(path).tensors().items() if not key.startswith("optimizer.")}
         return {key: shape[1:] if key in PADDED else shape for key, shape in found.items()}
 
-    ours, theirs = shapes(folder.path / "weights"), shapes(weights)
+    ours, theirs = shapes(folder.weights), shapes(weights)
     said = [f"{key} is {theirs.get(key)}, not {ours.get(key)}" for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     rows = _vocabulary(weights.parent)
     if rows not in (None, folder.dims.vocabulary):
@@ -126,7 +158,8 @@ def load_stages(
     options: Mapping[str, Any] = {},
     weights: Optional[Path] = None,
 ) -> list[Any]:
-    """This rank's parts of the model (registry.stages), weights loaded. `dtype` "" keeps the folder's.
+    """This rank's parts of the model (registry.stages), weights loaded and the adapter in place. `dtype` "" keeps the
+    folder's.
 
     `options`: further fields of TransformerConfig. `weights`: a distributed checkpoint in place of the folder's own.
     Every rank takes part.
@@ -138,8 +171,53 @@ def load_stages(
     parts = folder.family.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend, options)
     if weights is not None:
         check_same_model(folder, weights)
-    checkpoint.load_weights(parts, weights or folder.path / "weights")
+    checkpoint.load_weights(parts, weights or folder.weights)
+    if folder.lora:
+        from megatron_ext.lora import adapters, pairs, peft_format
+
+        adapters.attach(parts, folder.family, folder.dims, folder.lora)
+        found = pairs.pairs(folder.family, folder.dims, folder.lora)
+        peft_format.load(parts, peft_format.Reader(folder.adapter, found, folder.lora))
     return parts
+
+
+def load_trainable(
+    folder: ModelFolder,
+    plan: ParallelPlan,
+    lora: LoraConfig,
+    seed: int,
+    dtype: str = "",
+    backend: str = "torch",
+    options: Mapping[str, Any] = {},
+    weights: Optional[Path] = None,
+) -> list[Any]:
+    """`load_stages` for training: with LoRA, new adapters from `seed` unless the folder has one to go on with.
+
+    UserMistake where the folder's adapter is of another kind than `lora`, which may be off.
+    """
+    problems = check_lora(folder, lora)
+    if problems:
+        raise UserMistake(problems)
+    parts = load_stages(folder, plan, dtype, backend, options, weights)
+    if lora.rank and not folder.lora:
+        from megatron_ext.lora import adapters
+
+        adapters.attach(parts, folder.family, folder.dims, lora, seed)
+    return parts
+
+
+def check_lora(folder: ModelFolder, lora: LoraConfig) -> list[Problem]:
+    """Whether training with `lora` can go on with the adapter that the folder has."""
+    if folder.lora is None or folder.lora == lora:
+        return []
+    has, wanted = (f"rank {one.rank}, alpha {one.alpha:g}, targets {one.targets}" for one in (folder.lora, lora))
+    return [
+        Problem(
+            "lora",
+            f"{folder.path} has an adapter of {has}, not of {wanted if lora.rank else 'none'}: "
+            "train it on with its own settings, or merge it first (merge_lora)",
+        )
+    ]
 
 
 def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> Any:
@@ -148,9 +226,10 @@ def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend
     return model
 
 
-def write(out: Path, model: Any, family: Family, hf: Path, step: int) -> str:
-    """Make `out` (an existing, empty folder) the model folder of `model`; hf files come from the folder `hf`.
+def write(out: Path, model: Any, source: ModelFolder, step: int) -> str:
+    """Make `out` (an existing, empty folder) the model folder of `model`, which was loaded from the folder `source`.
 
+    Adapters are written beside the base's weights, which are links to those of `source` where the filesystem has any.
     Returns the weights digest. Every rank takes part; rank 0 writes the plain files.
     """
     import torch.distributed as dist
@@ -158,18 +237,40 @@ def write(out: Path, model: Any, family: Family, hf: Path, step: int) -> str:
     from megatron_ext import checkpoint
     from megatron_ext.models.registry import stages
 
-    checkpoint.save_weights(model, out / "weights")
-    digest = checkpoint.weights_digest(model)
+    adapted = None
+    if checkpoint.is_adapted(model):
+        from megatron_ext.lora import peft_format
+
+        lora, adapter_digest = peft_format.write_model(out / "adapter", model, source.family, source.dims)
+        adapted = {"lora": asdict(lora), "base_digest": source.base_digest, "adapter_digest": adapter_digest}
+        digest = hashlib.sha256(f"{source.base_digest} {adapter_digest}".encode()).hexdigest()
+        if dist.get_rank() == 0:
+            link_files(source.weights, out / "weights")
+    else:
+        checkpoint.save_weights(model, out / "weights")
+        digest = checkpoint.weights_digest(model)
     if dist.get_rank() == 0:
-        copy_hf_files(hf, out / "hf")
-        describe(out, family, step, digest, str(next(stages(model)[0].parameters()).dtype).removeprefix("torch."))
+        copy_hf_files(source.hf, out / "hf")
+        trained_in = str(next(stages(model)[0].parameters()).dtype).removeprefix("torch.")
+        describe(out, source.family, step, digest, source.dtype if adapted else trained_in, adapted)
     dist.barrier()
     return digest
 
 
-def describe(out: Path, family: Family, step: int, weights_digest: str, dtype: str) -> None:
-    """Write model.json, which makes `out` a model folder."""
-    durable.write_json(
-        out / "model.json",
-        {"format": FORMAT, "family": family.name, "step": step, "weights_digest": weights_digest, "dtype": dtype},
-    )
+def link_files(source: Path, target: Path) -> None:
+    """The files of a flat folder in a new one: hard links, or copies where the filesystem has none."""
+    target.mkdir()
+    for path in source.iterdir():
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copyfile(path, target / path.name)
+
+
+def describe(
+    out: Path, family: Family, step: int, weights_digest: str, dtype: str, adapter: Optional[dict[str, Any]] = None
+) -> None:
+    """Write model.json, which makes `out` a model folder. `adapter`: its LoRA's settings and the digests of base and
+    adapter."""
+    facts = {"format": FORMAT, "family": family.name, "step": step, "weights_digest": weights_digest, "dtype": dtype}
+    durable.write_json(out / "model.json", facts | ({"adapter": adapter} if adapter else {}))

@@ -8,13 +8,15 @@ kind of model (calibration.py). Activations are those of fused kernels (Transfor
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Iterator, Optional
 
 import numpy
 
 from megatron_ext.calibration import CALIBRATION_GPU, GIB, GPUS, LONG, NETWORK, PUBLISHED, RESERVE, Gpu
+from megatron_ext.lora import settings as loras
+from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelShape, Parameters, count_blocks
 from megatron_ext.parallel import RECOMPUTES, ParallelPlan, Workload, divisors, is_legal, padded_rows
 
@@ -54,6 +56,7 @@ class Training:
     memory_gib: Optional[float] = None  # of a GPU, where the profile says so
     gpus_per_node: int = 8
     offload: float = 0.0  # share of the optimizer's state in host memory
+    lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: all parameters are trained
 
     @property
     def shape(self) -> ModelShape:
@@ -178,26 +181,39 @@ LOGIT_BYTES = 10  # a logit: 2 in bf16, 4 in fp32, 4 for its softmax and gradien
 CHUNK_LOGITS = 2**25  # that the loss head holds at a time on a rank
 
 
-def loss_head_bytes(plan: ParallelPlan, shape: ModelShape, tokens: float) -> float:
+def loss_head_bytes(plan: ParallelPlan, shape: ModelShape, tokens: float, frozen: bool = False) -> float:
     """Bytes of the output layer and loss at their peak, `tokens` supervised tokens on the rank: a chunk of logits, the
-    tokens' hidden states and their gradient in bf16, the weight's gradient in fp32 and a chunk's part of it."""
+    tokens' hidden states and their gradient in bf16, and unless the weight is `frozen` its gradient in fp32 and a
+    chunk's part of it."""
     rows = padded_rows(shape.vocabulary, plan.tensor) / plan.tensor
-    return LOGIT_BYTES * min(tokens * rows, CHUNK_LOGITS) + 4 * tokens * shape.hidden + 6 * rows * shape.hidden
+    weight = 0 if frozen else 6 * rows * shape.hidden
+    return LOGIT_BYTES * min(tokens * rows, CHUNK_LOGITS) + 4 * tokens * shape.hidden + weight
+
+
+def trained(plan: ParallelPlan, t: Training, stage: Stage) -> Parameters:
+    """Parameters with a gradient on one rank of a stage: all, or LoRA's."""
+    if not t.lora.rank:
+        return stage.parameters
+    adapters = (loras.adapters(t.lora, t.shape, kind) * count for kind, count in stage.blocks.items())
+    whole = sum(adapters, start=Parameters())
+    expert = whole.expert // (plan.expert * plan.expert_tensor)
+    return Parameters(whole.sharded // plan.tensor, whole.replicated, expert)
 
 
 def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     w, shape = t.workload, t.shape
-    dense, expert = stage.parameters.sharded + stage.parameters.replicated, stage.parameters.expert
+    found = trained(plan, t, stage)
+    dense, expert = found.sharded + found.replicated, found.expert
     weight, moments = (4, 8) if t.dtype == "float32" else (2, 12)
     tokens = w.pack_length * plan.micro_batch / plan.context
     held, on_top = layer_activations(plan, shape, stage)
     logits = 0.0
     if stage.last:
-        logits = loss_head_bytes(plan, shape, tokens * t.supervised)
+        logits = loss_head_bytes(plan, shape, tokens * t.supervised, frozen=t.lora.rank > 0)
         logits += 2 * tokens * shape.hidden * plan.sequence_parallel  # the head gathers all tokens
     sent = 2 * 2 * shape.top_k * shape.hidden / plan.tensor if plan.expert > 1 else 0
     return Memory(
-        weights=weight * (dense + expert),
+        weights=weight * (stage.parameters.total + (found.total if t.lora.rank else 0)),
         gradients=4 * (dense + expert),
         optimizer=moments * (1 - t.offload) * (dense / (plan.data(w.ranks) * plan.context) + expert / plan.expert_data(w.ranks)),
         activations=tokens * (held * in_flight(plan, stage, micro_batches(plan, w)) + on_top),
@@ -239,10 +255,19 @@ def output_flops(shape: ModelShape, tokens: float) -> float:
     return 2 * shape.hidden * shape.vocabulary * tokens
 
 
+def matrix_passes(t: Training) -> int:
+    """Products with a matrix in forward and backward: its output, the gradient of its input and, unless LoRA keeps it
+    as it is, its own gradient."""
+    return 2 if t.lora.rank else 3
+
+
 def training_flops(t: Training) -> float:
-    """Model FLOPs of forward and backward of an average pack (3 x forward; recomputation is not counted)."""
-    forward = sum(sum(block_flops(t, kind)) * count for kind, count in t.shape.blocks.items())
-    return 3 * (forward + output_flops(t.shape, t.supervised * t.workload.pack_length))
+    """Model FLOPs of forward and backward of an average pack (3 x forward; recomputation and adapters are not counted)."""
+    passes, found = matrix_passes(t), 0.0
+    for kind, count in t.shape.blocks.items():
+        matrices, attention = block_flops(t, kind)
+        found += count * (passes * matrices + 3 * attention)
+    return found + passes * output_flops(t.shape, t.supervised * t.workload.pack_length)
 
 
 def cost_coefficients(shape: ModelShape) -> tuple[float, float]:
@@ -299,15 +324,16 @@ class Work:
 
 def stage_work(plan: ParallelPlan, t: Training, stage: Stage) -> Work:
     again = {"none": (), "selective": (MLP, MOE), "full": stage.blocks}[plan.recompute]
-    linear = 3 * output_flops(t.shape, t.supervised * t.workload.pack_length) * stage.last
+    plain = matrix_passes(t)
+    linear = plain * output_flops(t.shape, t.supervised * t.workload.pack_length) * stage.last
     model, hardware, pairs = linear, linear, 0.0
     for kind, count in stage.blocks.items():
         matrices, attention = (flops * count for flops in block_flops(t, kind))
-        passes = 4 if kind in again else 3
-        model += 3 * (matrices + attention)
-        hardware += passes * (matrices + attention)
-        linear += passes * matrices
-        pairs += passes * attention
+        more = kind in again
+        model += plain * matrices + 3 * attention
+        hardware += (plain + more) * matrices + (3 + more) * attention
+        linear += (plain + more) * matrices
+        pairs += (3 + more) * attention
     share = plan.micro_batch / (plan.tensor * plan.context)
     linear_share, pair_share = kernel_shares(kind_of(t.shape))
     seconds = (linear / linear_share + pairs / pair_share) / (t.gpu.bf16_tflops * 1e12)
@@ -347,7 +373,7 @@ def communication(plan: ParallelPlan, t: Training, stage: Stage) -> float:
 
 def gradient_seconds(plan: ParallelPlan, t: Training, stage: Stage) -> float:
     """Seconds of an update's reduce-scatter of fp32 gradients and all-gather of weights, not overlapped."""
-    ranks, found = t.workload.ranks, stage.parameters
+    ranks, found = t.workload.ranks, trained(plan, t, stage)
     each = 4 + (4 if t.dtype == "float32" else 2)
     extent = ranks // plan.pipeline
     dense = transfer(t, (found.sharded + found.replicated) * each, plan.data(ranks) * plan.context, extent)

@@ -12,6 +12,7 @@ from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext import parallel
 from megatron_ext.calibration import CALIBRATION_GPU, GIB, GPUS, LONG, PUBLISHED
+from megatron_ext.lora.settings import reach, reach_text
 from megatron_ext.models.registry import parse_config
 from megatron_ext.parallel import (
     DEGREES,
@@ -197,6 +198,9 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
         f"{t.shape.parameters.total:,} parameters, {t.shape.active:,} active a token, {t.dtype}; packs of "
         f"{w.pack_length:,} tokens, {w.global_batch} an update"
     )
+    if t.lora.rank:
+        facts["lora"] = reach(t.lora, t.shape)
+        notes.append(reach_text(facts["lora"], t.lora.rank))
     costs = " ".join(f"{name}={value:.5g}" for name, value in facts["costs"].items())
     notes.append(f"for pack: {costs} (FLOPs of a document of L tokens: linear L + quadratic L²)")
     if _divides(plan, w):

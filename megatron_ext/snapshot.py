@@ -8,7 +8,7 @@ range that its optimizer holds, cut into boxes of the tensor, and no state is se
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from megatron_ext.dist_weights import Region
 from megatron_ext.models.registry import stages
 
 EXTRA_STATE = "_extra_state"
+ADAPTERS = "adapters."  # where a part of a model has LoRA's (lora/adapters.py)
 STATES = ("param", "exp_avg", "exp_avg_sq")  # of the optimizer, under mcore's names
 Shape = tuple[int, ...]
 Model = torch.nn.Module | list[torch.nn.Module]  # or the parts of an interleaved pipeline (registry.stages)
@@ -58,13 +59,30 @@ def metadata() -> dict[str, Any]:
 
 
 def model_state(model: Model) -> dict[str, Any]:
-    """What of the whole model this rank holds, as mcore's sharded tensors. Without the extra states of linear layers:
-    they are empty but under FP8, and differ between layer specs, which are to read each other's weights."""
+    """What of the whole model this rank holds, as mcore's sharded tensors; LoRA's adapters are none of it. Without the
+    extra states of linear layers: they are empty but under FP8, and differ between layer specs, which are to read each
+    other's weights."""
+    return _state(model, lambda name: not name.startswith(ADAPTERS) and not name.endswith(EXTRA_STATE))
+
+
+def adapter_state(model: Model) -> dict[str, Any]:
+    """The same of LoRA's adapters alone."""
+    return _state(model, lambda name: name.startswith(ADAPTERS))
+
+
+def trained_state(model: Model) -> dict[str, Any]:
+    """What training changes: the adapters where there are any, else the model."""
+    return adapter_state(model) if is_adapted(model) else model_state(model)
+
+
+def is_adapted(model: Model) -> bool:
+    """Whether LoRA's adapters are on it; the same on every rank."""
+    return hasattr(stages(model)[0], ADAPTERS.removesuffix("."))
+
+
+def _state(model: Model, wanted: Callable[[str], bool]) -> dict[str, Any]:
     states = {f"stage{i}": part.sharded_state_dict(metadata=metadata()) for i, part in enumerate(stages(model))}
-    return {
-        stage: {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
-        for stage, state in states.items()
-    }
+    return {stage: {name: value for name, value in state.items() if wanted(name)} for stage, state in states.items()}
 
 
 # ---------------------------------------------------------------- weights
@@ -78,15 +96,16 @@ def _region(shard: ShardedTensor, offset: Shape, size: Shape) -> Region:
 
 
 class Weights:
-    """The model's regions that this rank saves: of those that several ranks hold, each rank takes some."""
+    """The model's regions that this rank saves: of those that several ranks hold, each rank takes some. `state` says
+    what of the model: all, its adapters, or what is trained."""
 
-    def __init__(self, model: Model):
-        self._model = model
+    def __init__(self, model: Model, state: Callable[[Model], dict[str, Any]] = model_state):
+        self._model, self._state = model, state
         self._distribution: Any = None  # of replicas over data and context ranks; found at the first save
 
     def parts(self) -> list[Part]:
         """Every data and context rank takes part in the first call."""
-        state, group = model_state(self._model), parallel_state.get_data_parallel_group(with_context_parallel=True)
+        state, group = self._state(self._model), parallel_state.get_data_parallel_group(with_context_parallel=True)
         apply_factories(state)
         if group.size() > 1:
             if self._distribution is None:
@@ -163,7 +182,7 @@ class OptimizerState:
     def __init__(self, model: Model, optimizer: Any):
         self._optimizers = optimizer.chained_optimizers
         self._pieces: list[tuple[Any, torch.Tensor, list[_Piece]]] = []
-        for part in model_state(model).values():
+        for part in trained_state(model).values():
             holders = {holder.data: holder for holder in nested_values(part) if isinstance(holder, ShardedBase)}
             for one in self._optimizers:
                 self._pieces += _held(one, holders)

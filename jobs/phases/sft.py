@@ -7,6 +7,7 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import sft
 from megatron_ext.entrypoints.sft import Config
+from megatron_ext.lora import settings as loras
 
 STOPS = True
 
@@ -27,6 +28,8 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     facts = sft.run(config, task.out, task.keep, task.progress, task.stop)
     resumed = f", resumed at {facts['resumed_from']:,}" if facts["resumed_from"] else ""
     text = f"step {facts['step']:,}{resumed}, loss {facts['loss_first']:.3f} → {facts['loss_last']:.3f}"
+    if lora := facts.get("lora"):
+        text += f"; {loras.reach_text(lora, config.lora.rank)}"
     if certificate := facts.get("certificate"):
         worst = max(certificate["loss"], certificate["gradient"])
         text += f"; layout equals one process within {worst:.0e} on {certificate['ranks']} ranks, documents isolated"

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning on packed documents: model folder + token store + pack plan -> model folder."""
+"""Supervised fine-tuning on packed documents: model folder + token store + pack plan -> model folder.
+
+With `lora` the model stays as it is and adapters are trained; the folder then has both (model_folder.py).
+"""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -11,6 +14,8 @@ from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext import options, preflight, track, watch
 from megatron_ext import schedule as schedules
 from megatron_ext.entrypoints import certify
+from megatron_ext.lora import settings as loras
+from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.options import Balance, Engine
 from megatron_ext.parallel import ParallelPlan, Site
 from megatron_ext.planner import Training, training_flops
@@ -57,6 +62,7 @@ class Config:
     clip_grad: float = 1.0  # gradient norm; 0 turns clipping off
     dtype: str = ""  # float32 | bfloat16; "" keeps the model folder's
     balance: Balance = field(default_factory=Balance)  # of experts
+    lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: off
 
     backend: str = field(default="torch", metadata=FREE)  # layer spec: torch | te
     engine: Engine = field(default_factory=Engine, metadata=FREE)
@@ -90,7 +96,7 @@ def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     training, problems = preflight.prepare(
         config.model, config.packs, max(config.global_batch, 1), config.dtype, config.backend, site
     )
-    return replace(training, offload=config.engine.offload_optimizer), problems
+    return replace(training, offload=config.engine.offload_optimizer, lora=config.lora), problems
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
@@ -115,6 +121,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems += options.check_balance(config.balance, training.shape.experts > 0)
     problems += _check_data(config, site) + options.check(config.engine, config.backend)
     problems += track.check(config.track) + watch.check(config.hang)
+    problems += loras.check(config.lora, training.shape) + _check_base(config)
     return problems + found + preflight.check(config.parallel, training, site)
 
 
@@ -158,6 +165,18 @@ def _check_data(config: Config, site: Site) -> list[Problem]:
     return problems
 
 
+def _check_base(config: Config) -> list[Problem]:
+    """Of the model that adapters are for: with its own weights, and no adapter of another kind."""
+    from megatron_ext import model_folder
+
+    problems = []
+    if config.lora.rank and config.init_from:
+        problems.append(Problem("init_from", "with LoRA the weights stay those of `model`: name that folder there"))
+    if config.model and (Path(config.model) / "model.json").is_file():
+        problems += model_folder.check_lora(model_folder.open_folder(config.model), config.lora)
+    return problems
+
+
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
     """What the parallel plan costs, its rank grid, and others: see preflight.report."""
     return preflight.report(config.parallel, _training(config, site)[0], site, searching)
@@ -173,7 +192,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
     Raises Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
     Facts: step, loss_first, loss_last, valid_losses, weights_digest, tokens, supervised_tokens, resumed_from, notes;
-    with `certify` also certificate (entrypoints/certify.py), kept in KEEP/certificates.
+    with LoRA lora (lora/settings.py, reach); with `certify` also certificate (entrypoints/certify.py), kept in KEEP/certificates.
     """
     from data_tools.blended import read_packs
     from megatron_ext import model_folder, ranks
@@ -202,8 +221,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     with ranks.started(config.parallel, config.seed, patience, config.engine.te_rng):
         from megatron_ext import metrics, train  # megatron-core may be imported once the device is ready
 
-        stages = model_folder.load_stages(
-            folder, config.parallel, config.dtype, config.backend, fields_of_model, weights
+        stages = model_folder.load_trainable(
+            folder, config.parallel, config.lora, config.seed, config.dtype, config.backend, fields_of_model, weights
         )
         trainer = train.Trainer(
             stages,
@@ -241,7 +260,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
             validation,
             sinks,
         )
-        digest = model_folder.write(out, trainer.model, folder.family, folder.hf, step=folder.step + outcome.step)
+        digest = model_folder.write(out, trainer.model, folder, step=folder.step + outcome.step)
     return {
         "step": outcome.step,
         "loss_first": outcome.first_loss,
@@ -253,6 +272,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "resumed_from": outcome.resumed_from,
         "notes": outcome.notes,
         "parallel": asdict(config.parallel),
+        **({"lora": loras.reach(config.lora, folder.shape)} if config.lora.rank else {}),
         **certified,
     }
 
@@ -266,7 +286,7 @@ def _identity(config: Config, weights_digest: str) -> dict[str, Any]:
     and its packs by digest; where they lie does not matter, nor what it is measured by or when it has to end."""
     kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
     plain = {name: value for name, value in kept.items() if name not in NOT_IDENTITY}
-    return {**plain, "balance": asdict(config.balance), "model": weights_digest}
+    return {**plain, "balance": asdict(config.balance), "lora": asdict(config.lora), "model": weights_digest}
 
 
 if __name__ == "__main__":

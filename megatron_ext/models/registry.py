@@ -5,7 +5,8 @@ config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(D
 spec.py     `build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model`; `options` are fields of
             TransformerConfig (options.py)
 mapping.py  `rules(Dims, found)`: the weights, both directions; `found` are the names in the checkpoint at hand, for
-            families that are stored in several spellings. `is_redundant(name, Dims)`: what a file may carry besides
+            families that are stored in several spellings, of which MODULE_NAMES picks the one of transformers' modules.
+            `is_redundant(name, Dims)`: what a file may carry besides
 """
 
 import importlib

@@ -59,6 +59,7 @@ class ModelShape:
 
     ffn: int = 0  # f, of MLP blocks
     gated: bool = True  # gate and up projections, here and in experts
+    own_mlp_names: tuple[str, ...] = ()  # of an MLP's matrices in Hugging Face's model, where they are not the usual ones
 
     experts: int = 0  # E
     top_k: int = 0  # k
@@ -91,6 +92,11 @@ class ModelShape:
     def mlp_matrices(self) -> int:
         """Matrices of an MLP or expert."""
         return 3 if self.gated else 2
+
+    @property
+    def mlp_names(self) -> tuple[str, ...]:
+        """Of an MLP's matrices in Hugging Face's model, the one back to the hidden size last."""
+        return self.own_mlp_names or (("gate_proj",) * self.gated + ("up_proj", "down_proj"))
 
     @property
     def qkv_rows(self) -> int:

@@ -74,7 +74,7 @@ def run(
             evaluate=evaluated if held_out is not None else None,
             spell=texts,
         )
-    digest = model_folder.write(out, trainer.model, folder.family, folder.hf, step=folder.step + outcome.step)
+    digest = model_folder.write(out, trainer.model, folder, step=folder.step + outcome.step)
     return outcome, digest
 
 

@@ -93,6 +93,7 @@ def shape(dims: Dims) -> ModelShape:
         head_dim=dims.head_dim,
         ffn=dims.ffn,
         gated=False,
+        own_mlp_names=("fc1", "fc2"),
     )
 
 

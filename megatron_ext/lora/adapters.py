@@ -1,0 +1,233 @@
+"""Adapters on a model's own layers: hooks add what A and B compute to what the frozen layer gives.
+
+    attach(parts, family, dims, config, seed)      new adapters, B = 0; everything else is frozen
+    with without(parts): ...                       the base model, for reference log-probs
+
+They live in `part.adapters`, so that names, layers and checkpoints of the base model stay as they are. On tensor ranks
+a factor is shared as its matrix is: beside a column-parallel one A is whole and B is cut, beside a row-parallel one A
+is cut and B is whole. What is exchanged is `rank` wide, never as wide as the model.
+"""
+
+import contextlib
+import hashlib
+import math
+from typing import Any, Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.ssm.gated_delta_net import _split_tensor_factory  # as layers/mamba.py
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from megatron_ext.lora.pairs import Pair, pairs, spread
+from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.models.registry import Family, stages
+from megatron_ext.models.rules import Parts, placed, shard_on_rank
+
+
+class Adapter(torch.nn.Module):
+    """A and B of one matrix on this rank."""
+
+    def __init__(self, pair: Pair, weight: torch.nn.Parameter, part: torch.nn.Module, config: LoraConfig):
+        super().__init__()
+        self.pair, self.scale, self.dropout = pair, config.scale, config.dropout
+        groups, self.is_expert = part.pg_collection, bool(pair.matrix.experts)
+        self.group = groups.expt_tp if self.is_expert else groups.tp
+        self.replicas = groups.expt_dp if self.is_expert else groups.dp_cp
+        self.sequence_parallel = part.config.sequence_parallel and not self.is_expert
+        for name, rule in (("A", pair.a), ("B", pair.b)):
+            local = rule.layout.shard(torch.zeros(rule.layout.shape), self.group.size(), self.group.rank())
+            parameter = torch.nn.Parameter(local.to(weight))
+            self.register_parameter(name, parameter)
+            # mcore's marks: which gradients tensor ranks add up, count once in the norm, or share with other groups.
+            cut = local.shape != rule.layout.shape
+            parameter.tensor_model_parallel = cut or (self.is_expert and self.group.size() == 1)
+            parameter.sequence_parallel = self.sequence_parallel and (pair.shared == "" or not _is_cut(pair, name))
+            parameter.allreduce = getattr(weight, "allreduce", True)
+        owners = pair.owners()
+        if owners is not None:
+            owners = pair.b.layout.shard(owners, self.group.size(), self.group.rank()).to(weight.device)
+        self.register_buffer("owners", owners, persistent=False)
+
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What is added to the layer's output: x [..., in] -> [..., out], both as the layer has them on this rank.
+        `dtype` is another one to compute in."""
+        a, b, shared = self.A, self.B, self.pair.shared
+        if dtype is not None:
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        if self.is_expert:
+            # The dispatcher adds up over expert-tensor ranks what an expert gives and takes; only what each of them
+            # has of a whole factor's gradient is left to do.
+            if shared == "rows":
+                a = copy_to_tensor_model_parallel_region(a, group=self.group)
+            else:
+                b = copy_to_tensor_model_parallel_region(b, group=self.group)
+        low = F.linear(self._dropped(x), a) * self.scale  # [..., parts * rank]
+        if not self.is_expert and shared == "rows":
+            if self.sequence_parallel:
+                low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self.group)
+            else:
+                low = copy_to_tensor_model_parallel_region(low, group=self.group)
+        elif not self.is_expert and shared == "columns":
+            to_whole = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else reduce_from_tensor_model_parallel_region
+            low = to_whole(low, group=self.group)
+        return F.linear(low, spread(b, self.owners))
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.dropout or not self.training:
+            return x
+        different = self.sequence_parallel or self.pair.shared == "columns"  # tensor ranks hold different inputs
+        with get_cuda_rng_tracker().fork() if different else contextlib.nullcontext():
+            return F.dropout(x, self.dropout)
+
+    def sharded(self, prefix: str, replicas: Any) -> ShardedStateDict:
+        """mcore's sharded tensors, under keys of the whole model: any layout reads them."""
+        state: ShardedStateDict = {}
+        for name, rule in (("A", self.pair.a), ("B", self.pair.b)):
+            key, offsets = rule.name, ()
+            if rule.experts:
+                before, after = key.split(".mlp.experts.")
+                expert, rest = after.split(".", 1)
+                key, offsets = f"{before}.mlp.experts.{rest}", ((0, int(expert), rule.experts),)
+            axes = {key: 0 if name == "B" else 1} if _is_cut(self.pair, name) else {}
+            tensors = make_sharded_tensors_for_checkpoint(
+                {key: getattr(self, name)}, "", axes, offsets, tp_group=self.group, dp_cp_group=replicas
+            )
+            state[prefix + name] = tensors[key]
+            if axes and isinstance(rule.layout, Parts) and len(rule.layout.rows) > 1:  # each part is cut by itself
+                rows = [count // self.group.size() for count in rule.layout.rows]
+                names = [str(i) for i in range(len(rows))]
+                state[prefix + name] = _split_tensor_factory(tensors[key], rows, names, 0)
+        return state
+
+
+def _is_cut(pair: Pair, name: str) -> bool:
+    """Whether tensor ranks hold parts of the factor."""
+    return pair.shared == {"A": "columns", "B": "rows"}[name]
+
+
+class Adapters(torch.nn.Module):
+    """All adapters of this rank's part of a model."""
+
+    def __init__(self, config: LoraConfig):
+        super().__init__()
+        self.config, self.enabled = config, True
+
+    def add(self, adapter: Adapter) -> None:
+        self.add_module(adapter.pair.matrix.name.replace(".", "/"), adapter)  # of the whole model; no dots allowed
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        state: ShardedStateDict = {}
+        for name, adapter in self.named_children():
+            state |= adapter.sharded(f"{prefix}{name}.", adapter.replicas)
+        return state
+
+
+# ---------------------------------------------------------------- on the layers
+
+
+def attach(model: Any, family: Family, dims: Any, config: LoraConfig, seed: int = 0) -> None:
+    """Freeze `model` (its parts, weights loaded) and put new adapters on the layers that `config` names.
+
+    A starts as PEFT's, uniform within 1 / sqrt(in), from `seed` and the name alone, so that every layout starts from
+    the same; B is 0.
+    """
+    by_name = {pair.matrix.name: pair for pair in pairs(family, dims, config)}
+    for part in stages(model):
+        part.requires_grad_(False)
+        owner = {id(p): module for module in part.modules() for p in module._parameters.values() if p is not None}
+        adapters, on_layer = Adapters(config), {}
+        for rule, parameter in placed(part, list(family.mapping.rules(dims))):
+            pair = by_name.get(rule.name)
+            if pair is None or id(parameter) not in owner:
+                continue
+            adapter = Adapter(pair, parameter, part, config)
+            adapters.add(adapter)
+            on_layer.setdefault(owner[id(parameter)], []).append(adapter)
+        for layer, found in on_layer.items():
+            _hook(layer, found, adapters)
+        part.adapters = adapters
+        if part.pre_process:
+            part.embedding.register_forward_hook(_needs_gradient)
+    _start(model, seed)
+
+
+def _needs_gradient(_module: torch.nn.Module, _inputs: tuple, out: torch.Tensor) -> torch.Tensor:
+    """Recomputed layers and pipeline stages pass gradients on only where their input wants one."""
+    return out.requires_grad_() if torch.is_grad_enabled() and not out.requires_grad else out
+
+
+def _hook(layer: torch.nn.Module, found: list[Adapter], adapters: Adapters) -> None:
+    if isinstance(layer, Router):
+        layer.gating = _with_adapter(layer, found[0], adapters)
+        return
+
+    def add(_module: torch.nn.Module, inputs: tuple, output: tuple) -> tuple:
+        if not adapters.enabled:
+            return output
+        out, *rest = output
+        return (out + _change(layer, found, *inputs), *rest)
+
+    layer.register_forward_hook(add)
+
+
+def _change(layer: torch.nn.Module, found: list[Adapter], x: torch.Tensor, splits: Any = None) -> torch.Tensor:
+    """What the adapters of a layer add. `splits` are the rows of each expert, where one layer holds several (Transformer
+    Engine's grouped linear)."""
+    if getattr(layer, "layer_norm_weight", None) is not None:  # Transformer Engine's norm within the layer
+        x = F.rms_norm(x, x.shape[-1:], layer.layer_norm_weight, layer.eps)
+    if splits is None:
+        return found[0](x)
+    rows = x.split([int(count) for count in splits])
+    return torch.cat([adapter(part) for adapter, part in zip(found, rows)])
+
+
+def _with_adapter(router: Router, adapter: Adapter, adapters: Adapters) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The router's own `gating`, with the adapter: it is no linear layer but a function of its weight."""
+    gating = router.gating
+
+    def adapted(x: torch.Tensor) -> torch.Tensor:
+        logits = gating(x)
+        return logits + adapter(x, logits.dtype) if adapters.enabled else logits
+
+    return adapted
+
+
+@torch.no_grad()
+def _start(model: Any, seed: int) -> None:
+    for part in stages(model):
+        for adapter in part.adapters.children():
+            rule = adapter.pair.a
+            key = hashlib.sha256(f"{seed} {rule.name}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
+            bound = 1 / math.sqrt(rule.layout.shape[1])
+            whole = torch.empty(rule.layout.shape).uniform_(-bound, bound, generator=generator)
+            adapter.A.copy_(shard_on_rank(rule, whole, part))
+
+
+def adapters_of(model: Any) -> list[Adapter]:
+    """This rank's adapters, in the order of the model; none where it has none."""
+    return [adapter for part in stages(model) if hasattr(part, "adapters") for adapter in part.adapters.children()]
+
+
+@contextlib.contextmanager
+def without(model: Any) -> Iterator[None]:
+    """The base model, inside the block."""
+    parts = [part for part in stages(model) if hasattr(part, "adapters")]
+    for part in parts:
+        part.adapters.enabled = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.adapters.enabled = True

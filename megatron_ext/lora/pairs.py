@@ -1,0 +1,136 @@
+"""The two small matrices beside each adapted one, as rules (models/rules.py).
+
+mcore fuses what Hugging Face keeps apart: q, k and v projections, gate and up. An adapter follows the fused matrix:
+A stacks the A of each part, [parts * rank, in]; B [out, rank] has the fused matrix's own order of rows, so that each
+row belongs to one part. `spread` over parts * rank columns, zero but at its own part's, they make B @ A the change of
+the fused matrix. With that, a layout for A and one for B follow from the matrix's layout,
+and sharding, joining and names on a rank are those of the weights.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any, Sequence
+
+import torch
+
+from megatron_ext.lora.settings import EXPERTS, ROUTER, LoraConfig, chosen
+from megatron_ext.models.registry import Family
+from megatron_ext.models.rules import (
+    HfTensor,
+    Layout,
+    Parts,
+    QueryKeyValue,
+    Replicated,
+    Row,
+    Rule,
+    Stacked,
+    Transposed,
+    hf_name,
+)
+
+ROUTERS = ("router", "gate")  # what Hugging Face calls the module
+
+
+class ReplicatedStack(Stacked):
+    """The A of several parts: every tensor rank holds all of them."""
+
+    def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
+        return whole
+
+    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
+        return shards[0]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A and B of `matrix`. Their `hf` are the matrix's Hugging Face tensors: those that are adapted for A, all for
+    B, of which `parts` says whether they are."""
+
+    matrix: Rule
+    parts: tuple[bool, ...]
+    a: Rule
+    b: Rule
+
+    @property
+    def shared(self) -> str:
+        """How tensor ranks share the matrix: by "rows", by "columns", or not at all ("")."""
+        layout = _plain(self.matrix.layout)
+        return "columns" if isinstance(layout, Row) else "" if type(layout) is Replicated else "rows"
+
+    def owners(self) -> torch.Tensor | None:
+        """bool [out, parts]: whether a row of the whole matrix belongs to an adapted part; None where there is one part
+        and it has all rows."""
+        if self.parts == (True,):
+            return None
+        rows, numbers = _rows_only(self.matrix.layout), itertools.count()
+        values = [torch.full(shape, next(numbers) if own else -1) for shape, own in zip(rows.hf_shapes(), self.parts)]
+        return rows.join(values)[:, None] == torch.arange(sum(self.parts))
+
+    def change(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        """What the whole factors add to the whole matrix, fp32 [out, in]."""
+        return spread(b.float(), self.owners()) @ (a.float() * scale)
+
+
+def spread(b: torch.Tensor, owners: torch.Tensor | None) -> torch.Tensor:
+    """[out, rank] -> [out, parts * rank]: each row at the columns of its part, zero elsewhere."""
+    return b if owners is None else (b[:, None, :] * owners[..., None]).flatten(1)
+
+
+def _plain(layout: Layout) -> Layout:
+    """The layout in mcore's orientation."""
+    return layout.of if isinstance(layout, Transposed) else layout
+
+
+def _rows_only(layout: Layout) -> Layout:
+    """The layout of one number a row."""
+    layout = _plain(layout)
+    if isinstance(layout, QueryKeyValue):
+        return replace(layout, columns=None)
+    return replace(layout, tail=()) if isinstance(layout, Parts) else Replicated(layout.shape[:1])
+
+
+def _b_layout(layout: Layout, rank: int) -> Layout:
+    if isinstance(layout, QueryKeyValue):
+        return replace(layout, columns=rank)
+    if isinstance(layout, Parts):
+        return replace(layout, tail=(rank,))
+    shape = (layout.shape[0], rank)
+    return Replicated(shape) if isinstance(layout, Row) else replace(layout, shape=shape)
+
+
+def _a_layout(layout: Layout, rank: int, parts: int) -> Layout:
+    shape = (rank, layout.shape[1])
+    if isinstance(layout, Row):
+        return Row(shape)
+    return ReplicatedStack((rank,) * parts, shape[1:]) if parts > 1 else Replicated(shape)
+
+
+def target_of(tensor: HfTensor, rule: Rule) -> str:
+    """The target name of a Hugging Face tensor; "" where it is no matrix that can be adapted."""
+    if rule.experts:
+        return EXPERTS if rule.name.endswith(".weight") else ""
+    module, _, kind = hf_name(tensor).rpartition(".")
+    name = module.rpartition(".")[2]
+    if kind != "weight" or len(rule.layout.shape) != 2:
+        return ""
+    return ROUTER if name in ROUTERS else name
+
+
+def pairs(family: Family, dims: Any, config: LoraConfig) -> list[Pair]:
+    """Every adapted matrix of the model, in the order of its rules. Hugging Face names are those of transformers'
+    modules, whatever a checkpoint calls its tensors."""
+    targets = chosen(config, family.config.shape(dims))
+    found = []
+    for rule in family.mapping.rules(dims, getattr(family.mapping, "MODULE_NAMES", ())):
+        parts = tuple(target_of(tensor, rule) in targets for tensor in rule.hf)
+        if any(parts):
+            found.append(_pair(rule, parts, config.rank))
+    return found
+
+
+def _pair(rule: Rule, parts: tuple[bool, ...], rank: int) -> Pair:
+    layout, stem = _plain(rule.layout), rule.name.removesuffix(".weight")
+    adapted = tuple(tensor for tensor, wanted in zip(rule.hf, parts) if wanted)
+    a = Rule(f"{stem}.lora_A", adapted, _a_layout(layout, rank, len(adapted)), experts=rule.experts)
+    b = Rule(f"{stem}.lora_B", rule.hf, _b_layout(layout, rank), experts=rule.experts)
+    return Pair(rule, parts, a, b)

@@ -1,0 +1,199 @@
+"""Adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors.
+
+The names are those of transformers' modules. A linear layer has `MODULE.lora_A.weight` [rank, in] and
+`MODULE.lora_B.weight` [out, rank]. Experts are bare parameters, which PEFT adapts by `target_parameters`: A
+[experts * rank, in] has expert after expert, B [out, rank * experts] the experts fastest, and of two parameters of a
+module the first one's adapter is called `base_layer` (peft/tuners/lora/layer.py, ParamWrapper, peft 0.21).
+"""
+
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from data_tools import durable
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext import checkpoint
+from megatron_ext.hf_files import HfTensors
+from megatron_ext.lora.adapters import adapters_of
+from megatron_ext.lora.pairs import ROUTERS, Pair, pairs
+from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.models.registry import Family, stages
+from megatron_ext.models.rules import Entry, HfTensor, Rule, shard_on_rank
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's model around transformers'
+OUTER = "down_proj"  # the last parameter of an experts module
+MAMBA_ONLY = "out_proj"
+
+Factors = Mapping[str, torch.Tensor]  # whole factors by the name of their rule
+
+
+def file_name(tensor: HfTensor, letter: str) -> str:
+    """What PEFT calls factor `letter` of a matrix."""
+    if isinstance(tensor, Entry):
+        module, _, parameter = tensor.name.rpartition(".")
+        return f"{PREFIX}{module}{'' if parameter == OUTER else '.base_layer'}.lora_{letter}.weight"
+    return f"{PREFIX}{tensor.removesuffix('.weight')}.lora_{letter}.weight"
+
+
+def _each(found: Sequence[Pair]) -> Iterator[tuple[Rule, str, list[tuple[HfTensor, int]]]]:
+    """(rule, "A" or "B", its adapted Hugging Face tensors, each with its place in the rule) of every factor."""
+    for pair in found:
+        yield pair.a, "A", [(tensor, i) for i, tensor in enumerate(pair.a.hf)]
+        yield pair.b, "B", [(tensor, i) for i, tensor in enumerate(pair.b.hf) if pair.parts[i]]
+
+
+# ---------------------------------------------------------------- out
+
+
+def tensors_of(of: Sequence[Pair], factors: Factors) -> dict[str, torch.Tensor]:
+    """PEFT's tensors by name."""
+    found: dict[str, torch.Tensor] = {}
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for rule, letter, adapted in _each(of):
+        split = rule.layout.split(factors[rule.name])
+        for tensor, place in adapted:
+            name = file_name(tensor, letter)
+            if isinstance(tensor, Entry):
+                stacks.setdefault(name, []).append(split[place])
+            else:
+                found[name] = split[place].contiguous()
+    for name, experts in stacks.items():
+        along = 0 if ".lora_A." in name else 2  # [experts, rank, in], or [out, rank, experts]
+        found[name] = torch.stack(experts, along).flatten(*((0, 1) if along == 0 else (1, 2))).contiguous()
+    return found
+
+
+def config_of(of: Sequence[Pair], config: LoraConfig, base: str) -> dict[str, Any]:
+    """adapter_config.json. `base` names the Hugging Face model."""
+    modules, parameters = set(), set()
+    for pair in of:
+        for tensor in pair.a.hf:
+            if isinstance(tensor, Entry):
+                parameters.add(".".join(tensor.name.split(".")[-3:]))  # mlp.experts.down_proj
+                continue
+            *_, above, name, weight = tensor.split(".")
+            if name in ROUTERS:
+                parameters.add(f"{above}.{name}.{weight}")  # mlp.router.weight
+            else:
+                modules.add(name)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def refuse(of: Sequence[Pair], where: str) -> list[Problem]:
+    """What PEFT would not load."""
+    names = {tensor.split(".")[-2] for pair in of for tensor in pair.a.hf if isinstance(tensor, str)}
+    if MAMBA_ONLY in names:
+        message = f"PEFT adapts no {MAMBA_ONLY} of a Mamba layer (its kernel reads the weight itself): use merge_lora"
+        return [Problem(where, message)]
+    return []
+
+
+def gathered(model: Any) -> dict[str, list[torch.Tensor]]:
+    """The shards of every factor, by tensor rank, on rank 0 on the CPU; {} on others. Every rank takes part."""
+    mine = []
+    for adapter in adapters_of(model):
+        if adapter.replicas.rank() == 0:
+            for name in "AB":
+                rule = adapter.pair.a if name == "A" else adapter.pair.b
+                mine.append((rule.name, adapter.group.rank(), getattr(adapter, name).detach().cpu()))
+    everywhere: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everywhere)
+    shards: dict[str, dict[int, torch.Tensor]] = {}
+    for part in everywhere or []:
+        for name, rank, shard in part:
+            shards.setdefault(name, {})[rank] = shard
+    return {name: [found[rank] for rank in sorted(found)] for name, found in shards.items()}
+
+
+def write(folder: Path, of: Sequence[Pair], shards: Mapping[str, Sequence[torch.Tensor]], config: LoraConfig) -> None:
+    """PEFT's two files from what `gathered` gives. One rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    factors = {rule.name: rule.layout.unshard(shards[rule.name]) for pair in of for rule in (pair.a, pair.b)}
+    save_file(tensors_of(of, factors), folder / TENSORS, metadata={"format": "pt"})
+    durable.write_json(folder / CONFIG, config_of(of, config, base=""))
+
+
+def write_model(folder: Path, model: Any, family: Family, dims: Any) -> tuple[LoraConfig, str]:
+    """`write` of the adapters on `model`. Returns their settings and a digest of them that no layout changes. Every
+    rank takes part."""
+    config = stages(model)[0].adapters.config
+    shards = gathered(model)
+    if dist.get_rank() == 0:
+        write(folder, pairs(family, dims, config), shards, config)
+    return config, checkpoint.adapter_digest(model)
+
+
+# ---------------------------------------------------------------- in
+
+
+class Reader:
+    """The factors in a PEFT folder."""
+
+    def __init__(self, folder: Path, of: Sequence[Pair], config: LoraConfig):
+        """UserMistake naming all tensors that are missing, too many, or of another shape."""
+        self.config, self.tensors = config, HfTensors(folder)
+        found, wanted = self.tensors.shapes(), _shapes(of)
+        problems = [
+            Problem(str(folder), f"tensor {name} {list(shape)} is missing, or has another shape")
+            for name, shape in wanted.items()
+            if found.get(name) != shape
+        ]
+        problems += [Problem(str(folder), f"tensor {name} is none of this adapter") for name in found if name not in wanted]
+        if problems:
+            raise UserMistake(problems[:8])
+
+    def factors(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a matrix, whole."""
+        (a, _, from_a), (b, _, from_b) = _each([pair])
+        parts = [torch.zeros(shape) for shape in b.layout.hf_shapes()]
+        for tensor, place in from_b:
+            parts[place] = self._read(tensor, "B")
+        return a.layout.join([self._read(tensor, "A") for tensor, _ in from_a]), b.layout.join(parts)
+
+    def _read(self, tensor: HfTensor, letter: str) -> torch.Tensor:
+        found = self.tensors.read(file_name(tensor, letter))
+        if not isinstance(tensor, Entry):
+            return found
+        by_expert = (tensor.count, -1) if letter == "A" else (-1, tensor.count)
+        return found.unflatten(0 if letter == "A" else 1, by_expert).select(0 if letter == "A" else 2, tensor.index)
+
+    def change(self, pair: Pair) -> torch.Tensor:
+        """What the adapter adds to the whole matrix, fp32 [out, in]."""
+        return pair.change(*self.factors(pair), self.config.scale)
+
+
+def _shapes(of: Sequence[Pair]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in the file."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule, letter, adapted in _each(of):
+        for tensor, place in adapted:
+            rows, columns = rule.layout.hf_shapes()[place]
+            if isinstance(tensor, Entry):
+                rows, columns = (rows * tensor.count, columns) if letter == "A" else (rows, columns * tensor.count)
+            shapes[file_name(tensor, letter)] = (rows, columns)
+    return shapes
+
+
+@torch.no_grad()
+def load(model: Any, reader: Reader) -> None:
+    """Fill the adapters on `model` from a folder."""
+    for part in stages(model):
+        for adapter in part.adapters.children():
+            for parameter, rule, whole in zip((adapter.A, adapter.B), (adapter.pair.a, adapter.pair.b), reader.factors(adapter.pair)):
+                parameter.copy_(shard_on_rank(rule, whole, part))

@@ -1,0 +1,156 @@
+"""What a LoRA is (Hu et al., arXiv 2106.09685) and what it reaches of a model; no torch.
+
+Beside a frozen matrix W [out, in] two small ones are trained, A [rank, in] and B [out, rank], and the layer computes
+W x + (alpha / rank) B A x. Targets are the module names of PEFT and Hugging Face; experts and router, which
+transformers keep as bare parameters, go by "experts" and "router".
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, List, Optional
+
+from data_tools.mistake import Problem, nearest
+from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelShape, Parameters
+
+ALL_LINEAR = "all-linear"
+EXPERTS, ROUTER = "experts", "router"
+# PEFT has no dropout for bare parameters, and refuses Mamba's out_proj, whose weight transformers' kernel reads itself.
+BARE = (EXPERTS, ROUTER)
+NOT_IN_ALL = (*BARE, "out_proj")
+NO_TARGETS = {
+    "embed_tokens": "the embedding stays as it is",
+    "lm_head": "the output layer stays as it is",
+    "conv1d": "a convolution is no linear layer",
+}
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 0  # 0: no LoRA, all parameters are trained
+    alpha: float = 16.0  # the adapter is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapters' input
+    targets: List[str] = field(default_factory=lambda: [ALL_LINEAR])  # or q_proj, …, experts, router
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [rows, columns] of a block, `count` times (once an expert), and how tensor ranks share it: by
+    "rows", by "columns", or not at all ("")."""
+
+    target: str
+    rows: int
+    columns: int
+    shared: str = "rows"
+    count: int = 1
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns * self.count
+
+    def adapter(self, rank: int) -> Parameters:
+        """Parameters of A and B by how they spread."""
+        a, b = rank * self.columns * self.count, rank * self.rows * self.count
+        if self.target == EXPERTS:
+            return Parameters(expert=a + b)
+        sharded = {"rows": b, "columns": a, "": 0}[self.shared]
+        return Parameters(sharded=sharded, replicated=a + b - sharded)
+
+
+def matrices(shape: ModelShape, block: str) -> list[Matrix]:
+    """The matrices that adapters can reach in a block of that kind."""
+    s, h = shape, shape.hidden
+    if block in (ATTENTION, WINDOW):
+        queries, keys = s.heads * s.head_dim, s.kv_groups * s.head_dim
+        rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        return [*(Matrix(name, n, h) for name, n in rows.items()), Matrix("o_proj", h, queries, "columns")]
+    if block == MLP:
+        return _mlp(s, s.ffn)
+    if block == MAMBA:
+        return [Matrix("in_proj", s.mamba_projection, h), Matrix("out_proj", h, s.mamba_inner, "columns")]
+    first = 2 * s.expert_ffn if s.gated else s.expert_ffn  # gate and up share an adapter, being one parameter
+    experts = [Matrix(EXPERTS, first, h, "rows", s.experts), Matrix(EXPERTS, h, s.expert_ffn, "columns", s.experts)]
+    return [Matrix(ROUTER, s.experts, h, ""), *experts, *(_mlp(s, s.shared_ffn) if s.shared_ffn else [])]
+
+
+def _mlp(s: ModelShape, width: int) -> list[Matrix]:
+    *first, last = s.mlp_names
+    return [*(Matrix(name, width, s.hidden) for name in first), Matrix(last, s.hidden, width, "columns")]
+
+
+def targets_of(shape: ModelShape) -> list[str]:
+    """Every name that a target may have in this model."""
+    return list(dict.fromkeys(matrix.target for block in shape.blocks for matrix in matrices(shape, block)))
+
+
+def chosen(config: LoraConfig, shape: ModelShape) -> list[str]:
+    """The targets with "all-linear" spelled out, in the order of `targets_of`."""
+    known = targets_of(shape)
+    everything = [name for name in known if name not in NOT_IN_ALL] if ALL_LINEAR in config.targets else []
+    return [name for name in known if name in config.targets or name in everything]
+
+
+def adapters(config: LoraConfig, shape: ModelShape, block: str) -> Parameters:
+    """Parameters of the adapters of one block of that kind."""
+    names = chosen(config, shape)
+    reached = [matrix for matrix in matrices(shape, block) if matrix.target in names]
+    return sum((matrix.adapter(config.rank) for matrix in reached), start=Parameters())
+
+
+def check(config: LoraConfig, shape: Optional[ModelShape], where: str = "lora") -> list[Problem]:
+    """Every wrong setting; names of targets are judged once the model is known."""
+    problems = []
+    if config.rank < 0:
+        problems.append(Problem(f"{where}.rank", f"{config.rank} is too few: the least is 1, and 0 turns LoRA off"))
+    if config.rank == 0:
+        if config != LoraConfig():
+            problems.append(Problem(f"{where}.rank", "is 0, which turns LoRA off, but other settings of it are given"))
+        return problems
+    if not config.alpha > 0:
+        problems.append(Problem(f"{where}.alpha", f"{config.alpha:g} is not above 0: use {2 * max(config.rank, 1)}"))
+    if not 0 <= config.dropout < 1:
+        problems.append(Problem(f"{where}.dropout", f"{config.dropout:g} is no share: use 0 up to, but not with, 1"))
+    if config.dropout and (bare := [name for name in config.targets if name in BARE]):
+        message = f"PEFT knows no dropout for {' and '.join(bare)}: use 0, or leave {'it' if len(bare) == 1 else 'them'} out"
+        problems.append(Problem(f"{where}.dropout", message))
+    if not config.targets:
+        problems.append(Problem(f"{where}.targets", f"names nothing: use [{ALL_LINEAR}]"))
+    return problems + (_check_targets(config, shape, where) if shape else [])
+
+
+def _check_targets(config: LoraConfig, shape: ModelShape, where: str) -> list[Problem]:
+    known = [ALL_LINEAR, *targets_of(shape)]
+    problems = []
+    for name in config.targets:
+        if name in NO_TARGETS:
+            problems.append(Problem(f"{where}.targets", f"{name} cannot be adapted: {NO_TARGETS[name]}; leave it out"))
+        elif name not in known:
+            problems.append(Problem(f"{where}.targets", f"this model has no {name!r}" + nearest(name, known)))
+    return problems
+
+
+def reach(config: LoraConfig, shape: ModelShape) -> dict[str, Any]:
+    """What the targets reach: `targets`, `trainable` parameters of the adapters, `reached` parameters of the matrices
+    beside them, all `parameters`, and `left`, those of each kind of matrix that is not reached."""
+    names, sizes, trainable = chosen(config, shape), dict.fromkeys(targets_of(shape), 0), 0
+    for block, count in shape.blocks.items():
+        trainable += adapters(config, shape, block).total * count
+        for matrix in matrices(shape, block):
+            sizes[matrix.target] += matrix.parameters * count
+    return {
+        "targets": names,
+        "trainable": trainable,
+        "reached": sum(sizes[name] for name in names),
+        "parameters": shape.parameters.total,
+        "left": {name: size for name, size in sizes.items() if name not in names},
+    }
+
+
+def reach_text(found: dict[str, Any], rank: int) -> str:
+    """One line about what `reach` found: a list of targets that misses most of a model should not go unnoticed."""
+    shares = {name: size / found["parameters"] for name, size in found["left"].items()}
+    missed = f", not {', '.join(f'{name} {share:.1%}' for name, share in shares.items())}" if shares else ""
+    reached = found["reached"] / found["parameters"]
+    return f"LoRA of rank {rank}: {found['trainable']:,} parameters trained beside {reached:.1%} of the model{missed}"
