@@ -48,7 +48,7 @@ setup(
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
         "test": ["pytest", "hypothesis", "gigatoken>=0.10,<0.11",
                  "wandb>=0.31", "tensorboard>=2.20",
-                 "trl==1.16.0"],  # the peer of benchmarks, oracle of masks and losses
+                 "peft==0.21.2", "trl==1.16.0"],  # peers of benchmarks, oracles of adapters, masks and losses
     },
     entry_points={"console_scripts": ["afterok=launchers.cli:main"]},
 )
