@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -120,7 +120,7 @@ class Trainer:
         for part in self.model:
             _count_padding(part)
         self.weight_decay = settings.weight_decay
-        self.optimizer = get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=0.0,  # set at every step
@@ -138,6 +138,8 @@ class Trainer:
             self.model,
             use_gloo_process_groups=False,
         )
+        # Where LoRA adapts experts alone and these are over ranks, mcore's optimizer of the others is an empty shell.
+        self.optimizer = ChainedOptimizer([one for one in optimizer.chained_optimizers if not one.is_stub_optimizer])
         config.finalize_model_grads_func = self._finalize
         if engine.overlap_grad_reduce:  # only the last micro-batch's gradients start a reduction
             syncs = [part.no_sync for part in self.model]

@@ -6,8 +6,9 @@ The names are those of transformers' modules. A linear layer has `MODULE.lora_A.
 module the first one's adapter is called `base_layer` (peft/tuners/lora/layer.py, ParamWrapper, peft 0.21).
 """
 
+import itertools
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -104,27 +105,27 @@ def refuse(of: Sequence[Pair], where: str) -> list[Problem]:
     return []
 
 
-def gathered(model: Any) -> dict[str, list[torch.Tensor]]:
-    """The shards of every factor, by tensor rank, on rank 0 on the CPU; {} on others. Every rank takes part."""
+def gathered(model: Any, value: Callable[[torch.nn.Parameter], torch.Tensor] = lambda p: p) -> dict[str, torch.Tensor]:
+    """The whole factors, or what `value` makes of them, by the name of their rule on rank 0, on the CPU; {} on others.
+    Every rank takes part."""
     mine = []
     for adapter in adapters_of(model):
         if adapter.replicas.rank() == 0:
-            for name in "AB":
-                rule = adapter.pair.a if name == "A" else adapter.pair.b
-                mine.append((rule.name, adapter.group.rank(), getattr(adapter, name).detach().cpu()))
-    everywhere: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            for parameter, rule in ((adapter.A, adapter.pair.a), (adapter.B, adapter.pair.b)):
+                mine.append((rule, adapter.group.rank(), value(parameter).detach().cpu()))
+    everywhere: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, everywhere)
-    shards: dict[str, dict[int, torch.Tensor]] = {}
-    for part in everywhere or []:
-        for name, rank, shard in part:
-            shards.setdefault(name, {})[rank] = shard
-    return {name: [found[rank] for rank in sorted(found)] for name, found in shards.items()}
+    shards: dict[str, tuple[Rule, dict[int, torch.Tensor]]] = {}
+    for rule, rank, shard in itertools.chain.from_iterable(everywhere or []):
+        shards.setdefault(rule.name, (rule, {}))[1][rank] = shard
+    return {
+        name: rule.layout.unshard([found[rank] for rank in sorted(found)]) for name, (rule, found) in shards.items()
+    }
 
 
-def write(folder: Path, of: Sequence[Pair], shards: Mapping[str, Sequence[torch.Tensor]], config: LoraConfig) -> None:
-    """PEFT's two files from what `gathered` gives. One rank."""
+def write(folder: Path, of: Sequence[Pair], factors: Factors, config: LoraConfig) -> None:
+    """PEFT's two files. One rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    factors = {rule.name: rule.layout.unshard(shards[rule.name]) for pair in of for rule in (pair.a, pair.b)}
     save_file(tensors_of(of, factors), folder / TENSORS, metadata={"format": "pt"})
     durable.write_json(folder / CONFIG, config_of(of, config, base=""))
 
@@ -133,9 +134,9 @@ def write_model(folder: Path, model: Any, family: Family, dims: Any) -> tuple[Lo
     """`write` of the adapters on `model`. Returns their settings and a digest of them that no layout changes. Every
     rank takes part."""
     config = stages(model)[0].adapters.config
-    shards = gathered(model)
+    factors = gathered(model)
     if dist.get_rank() == 0:
-        write(folder, pairs(family, dims, config), shards, config)
+        write(folder, pairs(family, dims, config), factors, config)
     return config, checkpoint.adapter_digest(model)
 
 
