@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Mapping, Protocol, Sequence
+from typing import Any, Callable, Mapping, Protocol, Sequence
 
 import torch
 
@@ -29,6 +29,7 @@ from megatron_ext.models.registry import Family
 from megatron_ext.models.rules import Entry, HfTensor, Replicated, Rule, hf_name, hf_shapes, placed, shard_on_rank
 
 Shape = tuple[int, ...]
+Changes = Mapping[str, Callable[[], torch.Tensor]]  # what is added to the whole tensors of some rules, by their names
 
 LEDGER = "conversion.json"
 SHARE = "share.json"  # what one process tells the one that finishes
@@ -105,14 +106,7 @@ def import_share(
     for done, rule in enumerate(mine):
         joined = rule.layout.join([tensors.read(tensor) for tensor in rule.hf])
         target = rule.dtype or dtype or _name(joined.dtype)
-        sums: Counter[str] = Counter()
-        for region, rows in regions(rule):
-            flat = joined[rows].reshape(-1)
-            for box, first in pieces(region, flat.element_size()):
-                part = flat[first : first + torch.Size(box.size).numel()].reshape(box.size).to(getattr(torch, target))
-                writer.write(box, part)
-                sums[region.key] += int(tensor_sum(part, box.offset, box.shape))
-        ledger["tensors"][rule.name] = _entry(rule, target, sums)
+        ledger["tensors"][rule.name] = _entry(rule, target, write_whole(writer, rule, joined, target))
         for name in map(hf_name, rule.hf):
             ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
         progress(done + 1, len(mine), "tensors")
@@ -120,11 +114,23 @@ def import_share(
     durable.write_json(out / SHARE, {**ledger, "pieces": [astuple(piece) for piece in writer.written]})
 
 
+def write_whole(writer: dist_weights.Writer, rule: Rule, whole: torch.Tensor, dtype: str) -> Counter[str]:
+    """Write a rule's whole tensor as `dtype`. Returns its sums by key."""
+    sums: Counter[str] = Counter()
+    for region, rows in regions(rule):
+        flat = whole[rows].reshape(-1)
+        for box, first in pieces(region, flat.element_size()):
+            part = flat[first : first + torch.Size(box.size).numel()].reshape(box.size).to(getattr(torch, dtype))
+            writer.write(box, part)
+            sums[region.key] += int(tensor_sum(part, box.offset, box.shape))
+    return sums
+
+
 def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Make OUT/weights of all shares a checkpoint and write the ledger, with `facts`, into `hf`. Returns the ledger."""
     shares = [durable.read_json(part / SHARE) for part in parts]
-    _gather(parts, out, f"{WEIGHTS}/*.distcp")
-    dist_weights.finish(out / WEIGHTS, (_piece(row) for share in shares for row in share["pieces"]))
+    gather(parts, out, f"{WEIGHTS}/*.distcp")
+    dist_weights.finish(out / WEIGHTS, (piece_of(row) for share in shares for row in share["pieces"]))
     (out / SHARE).unlink(missing_ok=True)
     return _write_ledger(hf, shares, {"direction": "import", **facts})
 
@@ -140,9 +146,12 @@ def base_ledger(hf: Path) -> dict[str, Any]:
 
 def export_share(
     weights: Path, rules: Sequence[Rule], base: dict[str, Any], out: Path, dtype: str, index: int, count: int,
-    progress: Progress = silent, shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent, shard_bytes: int = SHARD_BYTES, changes: Changes = {},
 ) -> None:  # fmt: skip
-    """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives the base checkpoint's."""
+    """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives the base checkpoint's.
+
+    The sums in the ledger are those of `weights`, before any of `changes`.
+    """
     torch.set_num_threads(1)
     reader = dist_weights.Reader(weights)
     stored = _stored_dtypes(reader, rules)
@@ -158,7 +167,7 @@ def export_share(
     mine = [rule for rule in rules if any(files.file(hf_name(tensor)) in my_files for tensor in rule.hf)]
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     for done, rule in enumerate(mine):
-        sums = _export_one(reader, rule, files, my_files)
+        sums = _export_one(reader, rule, files, my_files, changes)
         if files.file(hf_name(rule.hf[0])) in my_files:  # of several shares that need a tensor, one counts it
             ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums)
         for name in map(hf_name, rule.hf):
@@ -170,24 +179,38 @@ def export_share(
         files.write_index()
 
 
-def _export_one(reader: dist_weights.Reader, rule: Rule, files: SafetensorsFiles, my_files: set[str]) -> Counter[str]:
+def _export_one(
+    reader: dist_weights.Reader, rule: Rule, files: SafetensorsFiles, my_files: set[str], changes: Changes
+) -> Counter[str]:
     """Write the Hugging Face tensors of one rule that are in `my_files`. Returns the sums by key."""
-    sums: Counter[str] = Counter()
-    whole: list[torch.Tensor] = []
-    unchanged = isinstance(rule.layout, Replicated)  # then it may pass in pieces, of any size
-    for region, _ in regions(rule):
-        for box, first in pieces(region, 4) if unchanged else [(region, 0)]:
+    if not isinstance(rule.layout, Replicated) or rule.name in changes:
+        whole, sums = read_whole(reader, rule)
+        for position, data in enumerate(rule.layout.split(changed(rule, whole, changes))):
+            _write_entry(files, my_files, rule, position, data)
+        return sums
+    sums = Counter()
+    for region, _ in regions(rule):  # as it is, so that it may pass in pieces of any size
+        for box, first in pieces(region, 4):
             data = reader.read(box)
             sums[region.key] += int(tensor_sum(data, box.offset, box.shape))
-            if unchanged:
-                _write_entry(files, my_files, rule, 0, data, first)
-            else:
-                whole.append(data.reshape(-1, *rule.layout.shape[1:]))
-    if not unchanged:
-        joined = torch.cat(whole) if len(whole) > 1 else whole[0]
-        for position, data in enumerate(rule.layout.split(joined)):
-            _write_entry(files, my_files, rule, position, data)
+            _write_entry(files, my_files, rule, 0, data, first)
     return sums
+
+
+def read_whole(reader: dist_weights.Reader, rule: Rule) -> tuple[torch.Tensor, Counter[str]]:
+    """A rule's whole tensor, and its sums by key."""
+    sums: Counter[str] = Counter()
+    parts = []
+    for region, _ in regions(rule):
+        data = reader.read(region)
+        sums[region.key] += int(tensor_sum(data, region.offset, region.shape))
+        parts.append(data.reshape(-1, *rule.layout.shape[1:]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0], sums
+
+
+def changed(rule: Rule, whole: torch.Tensor, changes: Changes) -> torch.Tensor:
+    """`whole` with its change added in fp32, in its own dtype."""
+    return (whole.float() + changes[rule.name]()).to(whole.dtype) if rule.name in changes else whole
 
 
 def _write_entry(
@@ -204,7 +227,7 @@ def _write_entry(
 def finish_export(parts: Sequence[Path], out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Gather the files of all shares in OUT and write the ledger, with `facts`. Returns the ledger."""
     shares = [durable.read_json(part / SHARE) for part in parts]
-    _gather(parts, out, "*.safetensors*")
+    gather(parts, out, "*.safetensors*")
     (out / SHARE).unlink(missing_ok=True)
     return _write_ledger(out, shares, {"direction": "export", **facts})
 
@@ -243,12 +266,12 @@ def _entry(rule: Rule, dtype: str, sums: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _piece(row: Sequence[Any]) -> Piece:
+def piece_of(row: Sequence[Any]) -> Piece:
     (key, *shapes), *rest = row
     return Piece(Region(key, *map(tuple, shapes)), *rest)
 
 
-def _gather(parts: Sequence[Path], out: Path, pattern: str) -> None:
+def gather(parts: Sequence[Path], out: Path, pattern: str) -> None:
     """Bring the files of all shares into OUT: hard links, or copies where the filesystem has none."""
     for part in parts:
         for path in part.glob(pattern) if part != out else ():

@@ -18,7 +18,7 @@ from typing import Any, Mapping, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.lora.settings import LoraConfig, check_folder
 from megatron_ext.models.registry import Family, read_config
 from megatron_ext.models.shape import ModelShape
 from megatron_ext.parallel import ParallelPlan
@@ -195,7 +195,7 @@ def load_trainable(
 
     UserMistake where the folder's adapter is of another kind than `lora`, which may be off.
     """
-    problems = check_lora(folder, lora)
+    problems = check_folder(lora, folder.lora, str(folder.path))
     if problems:
         raise UserMistake(problems)
     parts = load_stages(folder, plan, dtype, backend, options, weights)
@@ -204,20 +204,6 @@ def load_trainable(
 
         adapters.attach(parts, folder.family, folder.dims, lora, seed)
     return parts
-
-
-def check_lora(folder: ModelFolder, lora: LoraConfig) -> list[Problem]:
-    """Whether training with `lora` can go on with the adapter that the folder has."""
-    if folder.lora is None or folder.lora == lora:
-        return []
-    has, wanted = (f"rank {one.rank}, alpha {one.alpha:g}, targets {one.targets}" for one in (folder.lora, lora))
-    return [
-        Problem(
-            "lora",
-            f"{folder.path} has an adapter of {has}, not of {wanted if lora.rank else 'none'}: "
-            "train it on with its own settings, or merge it first (merge_lora)",
-        )
-    ]
 
 
 def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> Any:

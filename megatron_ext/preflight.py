@@ -12,7 +12,7 @@ from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext import parallel
 from megatron_ext.calibration import CALIBRATION_GPU, GIB, GPUS, LONG, PUBLISHED
-from megatron_ext.lora.settings import reach, reach_text
+from megatron_ext.lora.settings import LoraConfig, reach, reach_text
 from megatron_ext.models.registry import parse_config
 from megatron_ext.parallel import (
     DEGREES,
@@ -51,6 +51,16 @@ def model_config(folder: str, site: Site) -> tuple[Optional[dict[str, Any]], str
         return durable.read_json(path), str(path)
     except (OSError, ValueError):
         return site.forecasts.get(folder, {}).get("hf_config"), str(path)
+
+
+def model_adapter(folder: str, site: Site) -> tuple[bool, Optional[LoraConfig]]:
+    """(whether it is known, the adapter that a model folder has or will have)."""
+    try:
+        facts = durable.read_json(Path(folder) / "model.json")
+    except (OSError, ValueError):
+        facts = site.forecasts.get(folder, {})
+    adapter = facts.get("adapter")
+    return bool(facts), LoraConfig(**adapter["lora"]) if adapter else None
 
 
 def pack_facts(folder: str, site: Site) -> dict[str, Any]:

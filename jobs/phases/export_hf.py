@@ -13,7 +13,7 @@ from megatron_ext.entrypoints.export_hf import Config
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return export_hf.check(config, placement.ranks)
+    return export_hf.check(config, placement.ranks, placement)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

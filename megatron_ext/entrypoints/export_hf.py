@@ -1,21 +1,31 @@
-"""A model folder as a Hugging Face checkpoint that transformers loads and that gives the same logits."""
+"""A model folder as a Hugging Face checkpoint that transformers loads and that gives the same logits.
+
+A model with an adapter comes merged, or as the adapter alone in PEFT's format, for the base model.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from data_tools import durable
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
+from megatron_ext import preflight
+from megatron_ext.lora import settings as loras
+from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.parallel import Site
+
+ADAPTERS = ("merged", "peft")
 
 
 @dataclass
 class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
     dtype: str = ""  # of the files; "" keeps the folder's
+    adapter: str = "merged"  # of a model that has one: merged | peft
 
 
-def check(config: Config, ranks: int) -> list[Problem]:
+def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
     from megatron_ext.entrypoints.import_hf import DTYPES
 
     problems = []
@@ -23,9 +33,21 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("model", "is missing: a model folder"))
     if config.dtype and config.dtype not in DTYPES:
         problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
+    if config.adapter not in ADAPTERS:
+        problems.append(Problem("adapter", f"unknown value {config.adapter!r}{nearest(config.adapter, ADAPTERS)}"))
+    problems += _check_peft(config, *preflight.model_adapter(config.model, site or Site(ranks)))
     if ranks != 1:
         problems.append(Problem("", f"export_hf runs on 1 rank, not {ranks}"))
     return problems
+
+
+def _check_peft(config: Config, known: bool, lora: Optional[LoraConfig]) -> list[Problem]:
+    """Whether PEFT can have the adapter of the model folder, where that is known."""
+    if config.adapter != "peft" or not known:
+        return []
+    if lora is None:
+        return [Problem("adapter", f"{config.model} has none for peft: use merged, which exports the whole model")]
+    return [Problem("adapter", f"{why}: use merged") for why in loras.not_for_peft(lora)]
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
@@ -42,9 +64,15 @@ def share(config: Config, out: Path, progress: Progress = silent, index: int = 0
     if problems:
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
+    if config.adapter == "peft":
+        return 0  # all at once, in `finish`
+    from megatron_ext.lora import merge
+
     base = convert.base_ledger(folder.hf)
     rules = folder.family.mapping.rules(folder.dims, base["hf"])
-    convert.export_share(folder.path / convert.WEIGHTS, rules, base, out, config.dtype, index, count, progress)
+    convert.export_share(
+        folder.weights, rules, base, out, config.dtype, index, count, progress, changes=merge.changes(folder)
+    )
     return len(list(out.glob("*.safetensors")))
 
 
@@ -55,14 +83,19 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
 
     folder = model_folder.open_folder(config.model)
     dtype = config.dtype or folder.dtype
+    if config.adapter == "peft":
+        from megatron_ext.lora import peft_format
+
+        peft_format.export(folder, out, dtype)
+        return {"weights_digest": folder.weights_digest, "dtype": dtype, "dtype_changes": {}, "bytes": _bytes(out)}
     model_folder.copy_hf_files(folder.hf, out)
     ledger = convert.finish_export(parts, out, {"family": folder.family.name, "source": config.model})
-    if ledger["weights_digest"] != folder.weights_digest:
+    if ledger["weights_digest"] != folder.base_digest:
         raise UserMistake(
             Problem(
                 str(folder.path),
                 f"its weights have digest {ledger['weights_digest'][:12]}…, model.json says "
-                f"{folder.weights_digest[:12]}…: they were changed; make the folder again",
+                f"{folder.base_digest[:12]}…: they were changed; make the folder again",
             )
         )
     file = durable.read_json(out / "config.json")
@@ -71,11 +104,15 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
             file[key] = dtype
     durable.write_json(out / "config.json", file)
     return {
-        "weights_digest": ledger["weights_digest"],
+        "weights_digest": folder.weights_digest,
         "dtype": dtype,
         "dtype_changes": ledger["dtype_changes"],
-        "bytes": {path.name: path.stat().st_size for path in sorted(out.glob("*.safetensors"))},
+        "bytes": _bytes(out),
     }
+
+
+def _bytes(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(out.glob("*.safetensors"))}
 
 
 if __name__ == "__main__":

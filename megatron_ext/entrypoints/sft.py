@@ -121,7 +121,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems += options.check_balance(config.balance, training.shape.experts > 0)
     problems += _check_data(config, site) + options.check(config.engine, config.backend)
     problems += track.check(config.track) + watch.check(config.hang)
-    problems += loras.check(config.lora, training.shape) + _check_base(config)
+    problems += loras.check(config.lora, training.shape) + _check_base(config, site)
     return problems + found + preflight.check(config.parallel, training, site)
 
 
@@ -165,16 +165,13 @@ def _check_data(config: Config, site: Site) -> list[Problem]:
     return problems
 
 
-def _check_base(config: Config) -> list[Problem]:
+def _check_base(config: Config, site: Site) -> list[Problem]:
     """Of the model that adapters are for: with its own weights, and no adapter of another kind."""
-    from megatron_ext import model_folder
-
     problems = []
     if config.lora.rank and config.init_from:
         problems.append(Problem("init_from", "with LoRA the weights stay those of `model`: name that folder there"))
-    if config.model and (Path(config.model) / "model.json").is_file():
-        problems += model_folder.check_lora(model_folder.open_folder(config.model), config.lora)
-    return problems
+    adapter = preflight.model_adapter(config.model, site)[1]
+    return problems + loras.check_folder(config.lora, adapter, config.model)
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
@@ -184,7 +181,8 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """What the model folder of a run will hold, known before it ran."""
-    return {"hf_config": preflight.model_config(config.model, site)[0]}
+    adapter = {"adapter": {"lora": asdict(config.lora)}} if config.lora.rank else {}
+    return {"hf_config": preflight.model_config(config.model, site)[0], **adapter}
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:

@@ -7,27 +7,29 @@ module the first one's adapter is called `base_layer` (peft/tuners/lora/layer.py
 """
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext import checkpoint
+from megatron_ext import checkpoint, convert
 from megatron_ext.hf_files import HfTensors
 from megatron_ext.lora.adapters import adapters_of
 from megatron_ext.lora.pairs import ROUTERS, Pair, pairs
 from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.model_folder import ModelFolder
 from megatron_ext.models.registry import Family, stages
 from megatron_ext.models.rules import Entry, HfTensor, Rule, shard_on_rank
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+NOT_TOKENIZER = ("config.json", "generation_config.json")  # of a Hugging Face folder; the model's
 PREFIX = "base_model.model."  # PEFT's model around transformers'
 OUTER = "down_proj"  # the last parameter of an experts module
-MAMBA_ONLY = "out_proj"
 
 Factors = Mapping[str, torch.Tensor]  # whole factors by the name of their rule
 
@@ -96,15 +98,6 @@ def config_of(of: Sequence[Pair], config: LoraConfig, base: str) -> dict[str, An
     }
 
 
-def refuse(of: Sequence[Pair], where: str) -> list[Problem]:
-    """What PEFT would not load."""
-    names = {tensor.split(".")[-2] for pair in of for tensor in pair.a.hf if isinstance(tensor, str)}
-    if MAMBA_ONLY in names:
-        message = f"PEFT adapts no {MAMBA_ONLY} of a Mamba layer (its kernel reads the weight itself): use merge_lora"
-        return [Problem(where, message)]
-    return []
-
-
 def gathered(model: Any, value: Callable[[torch.nn.Parameter], torch.Tensor] = lambda p: p) -> dict[str, torch.Tensor]:
     """The whole factors, or what `value` makes of them, by the name of their rule on rank 0, on the CPU; {} on others.
     Every rank takes part."""
@@ -138,6 +131,19 @@ def write_model(folder: Path, model: Any, family: Family, dims: Any) -> tuple[Lo
     if dist.get_rank() == 0:
         write(folder, pairs(family, dims, config), factors, config)
     return config, checkpoint.adapter_digest(model)
+
+
+def export(folder: ModelFolder, out: Path, dtype: str) -> None:
+    """The adapter of a model folder as a PEFT folder with the tokenizer, its tensors as `dtype`. No ranks."""
+    files = {path.name for path in folder.hf.iterdir() if path.is_file()} - {*NOT_TOKENIZER, convert.LEDGER}
+    for name in sorted(files):
+        shutil.copyfile(folder.hf / name, out / name)
+    config = durable.read_json(folder.adapter / CONFIG)
+    config["base_model_name_or_path"] = convert.base_ledger(folder.hf).get("source") or ""
+    durable.write_json(out / CONFIG, config)
+    tensors = load_file(folder.adapter / TENSORS)
+    converted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    save_file(converted, out / TENSORS, metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------- in

@@ -13,9 +13,9 @@ from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelS
 
 ALL_LINEAR = "all-linear"
 EXPERTS, ROUTER = "experts", "router"
-# PEFT has no dropout for bare parameters, and refuses Mamba's out_proj, whose weight transformers' kernel reads itself.
-BARE = (EXPERTS, ROUTER)
-NOT_IN_ALL = (*BARE, "out_proj")
+BARE = (EXPERTS, ROUTER)  # PEFT has no dropout for these
+MAMBA_OUT = "out_proj"  # PEFT refuses it: transformers' kernel reads the weight itself
+NOT_IN_ALL = (*BARE, MAMBA_OUT)
 NO_TARGETS = {
     "embed_tokens": "the embedding stays as it is",
     "lm_head": "the output layer stays as it is",
@@ -120,6 +120,15 @@ def check(config: LoraConfig, shape: Optional[ModelShape], where: str = "lora") 
     return problems + (_check_targets(config, shape, where) if shape else [])
 
 
+def check_folder(config: LoraConfig, adapter: Optional[LoraConfig], folder: str) -> list[Problem]:
+    """Whether training with `config` can go on with the adapter that the model folder has."""
+    if adapter is None or adapter == config:
+        return []
+    has, wanted = (f"rank {one.rank}, alpha {one.alpha:g}, targets {one.targets}" for one in (adapter, config))
+    message = f"{folder} has an adapter of {has}, not {'of ' + wanted if config.rank else 'none'}"
+    return [Problem("lora", f"{message}: train it on with its own settings, or merge it first (merge_lora)")]
+
+
 def _check_targets(config: LoraConfig, shape: ModelShape, where: str) -> list[Problem]:
     known = [ALL_LINEAR, *targets_of(shape)]
     problems = []
@@ -129,6 +138,13 @@ def _check_targets(config: LoraConfig, shape: ModelShape, where: str) -> list[Pr
         elif name not in known:
             problems.append(Problem(f"{where}.targets", f"this model has no {name!r}" + nearest(name, known)))
     return problems
+
+
+def not_for_peft(config: LoraConfig) -> list[str]:
+    """Why PEFT would not load such an adapter."""
+    if MAMBA_OUT not in config.targets:
+        return []
+    return [f"PEFT adapts no {MAMBA_OUT}, a Mamba layer's, whose kernel in transformers reads the weight itself"]
 
 
 def reach(config: LoraConfig, shape: ModelShape) -> dict[str, Any]:

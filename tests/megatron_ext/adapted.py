@@ -33,6 +33,6 @@ def attach(model: Any, of: Any, config: LoraConfig, seed: int = 0) -> Any:
             rule = adapter.pair.b
             generator = torch.Generator().manual_seed(int(hashlib.sha256(rule.name.encode()).hexdigest()[:8], 16))
             parts = [torch.randn(shape, generator=generator) for shape in rule.layout.hf_shapes()]
-            parts = [0.2 * part * adapted for part, adapted in zip(parts, adapter.pair.parts, strict=True)]
+            parts = [0.1 * part * adapted for part, adapted in zip(parts, adapter.pair.parts, strict=True)]
             adapter.B.copy_(shard_on_rank(rule, rule.layout.join(parts), part))
     return model

@@ -1,39 +1,244 @@
-"""LoRA: what PEFT loads is what we train, merged is unmerged, nothing but adapters changes, and a run goes on as it
-was."""
+"""LoRA: what PEFT loads is what we train, merged is unmerged, and whoever reads a model folder gets its adapter."""
+
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from megatron_ext import checkpoint, train
-from megatron_ext.lora import adapters, pairs, peft_format, settings
+from data_tools.mistake import UserMistake
+from megatron_ext import checkpoint, model_folder
+from megatron_ext.dist_weights import Reader
+from megatron_ext.entrypoints import evaluate, export_hf, import_hf, merge_lora, sft
+from megatron_ext.lora import adapters, pairs, settings
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.parallel import ParallelPlan
-from tests.megatron_ext import adapted, tiny
+from megatron_ext.parallel import ParallelPlan, Site
+from megatron_ext.rollout.settings import Sampling
+from tests.megatron_ext import adapted, shapes, tiny
+from tests.megatron_ext.rollout.test_engine import SMALL, full_logprobs, requests, sampled
 from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.test_families import TOLERANCE, transformers_model
+from tests.megatron_ext.test_train import calculator, sft_config  # noqa: F401
+
+PACK = tiny.pack([40], seed=2)
 
 
-@pytest.fixture(params=adapted.FAMILIES)
+FAMILIES = {
+    "qwen2": tiny.DIMS, "gpt_oss": tiny.GPT_OSS_DIMS, "nemotron_h": tiny.NEMOTRON_H_DIMS, "nanochat": tiny.NANOCHAT_DIMS,
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
 def dims(request):
-    return adapted.FAMILIES[request.param]
+    return FAMILIES[request.param]
 
 
-def model_of(folder, dims, lora=None):
-    return adapted.attach(tiny.parts(folder, dims, ParallelPlan()), dims, lora or adapted.lora(dims))
+def made(run, config, out):
+    """The folder `out`, filled by an entrypoint, and its facts."""
+    out.mkdir()
+    return run(config, out, out)
 
 
-def test_peft_loads_the_adapter_and_gives_our_logits(alone, dims, tmp_path):
+@torch.no_grad()
+def test_peft_and_the_merged_model_give_our_logits(alone, dims, tmp_path):
     from peft import PeftModel
 
+    tolerance = TOLERANCE[tiny.family(dims).name]
     hf = tiny.hf_folder(tmp_path / "hf", dims)
-    (ours,) = model_of(hf, dims)
-    peft_format.write_model(tmp_path / "adapter", ours, tiny.family(dims), dims)
-    base = transformers_model(hf)
-    logits, batch = forward(ours, tiny.pack([40], seed=2))
-    with torch.no_grad():
-        before = base(batch.ids).logits[0]
-        after = PeftModel.from_pretrained(base, tmp_path / "adapter")(batch.ids).logits[0]
-    assert (after - before).abs().max() > 0.1
-    assert (after - logits).abs().max() <= TOLERANCE[tiny.family(dims).name]
+    made(import_hf.run, import_hf.Config(str(hf)), tmp_path / "base")
+    base = model_folder.open_folder(tmp_path / "base")
+    (ours,) = adapted.attach(model_folder.load_stages(base, ParallelPlan()), dims, adapted.lora(dims))
+    (tmp_path / "adapted").mkdir()
+    digest = model_folder.write(tmp_path / "adapted", ours, base, step=3)
+    folder = model_folder.open_folder(tmp_path / "adapted")
+    assert (folder.weights_digest, folder.base_digest, folder.step) == (digest, base.weights_digest, 3)
+    logits, batch = forward(ours, PACK)
+    assert torch.equal(forward(model_folder.load_model(folder, ParallelPlan()), PACK)[0], logits)
+
+    theirs = transformers_model(hf)
+    plain = theirs(batch.ids).logits[0]
+    assert (plain - logits).abs().max() > 0.1  # or nothing is shown
     with adapters.without(ours):
-        assert (forward(ours, tiny.pack([40], seed=2))[0] - before).abs().max() <= TOLERANCE[tiny.family(dims).name]
+        assert (forward(ours, PACK)[0] - plain).abs().max() <= tolerance
+    made(export_hf.run, export_hf.Config(str(folder.path), adapter="peft"), tmp_path / "peft")
+    peft = PeftModel.from_pretrained(theirs, tmp_path / "peft")
+    assert (peft(batch.ids).logits[0] - logits).abs().max() <= tolerance
+
+    facts = made(merge_lora.run, merge_lora.Config(str(folder.path)), tmp_path / "merged")
+    merged = model_folder.open_folder(tmp_path / "merged")
+    (loaded,) = model_folder.load_stages(merged, ParallelPlan())
+    assert merged.lora is None and facts["weights_digest"] == checkpoint.weights_digest(loaded)
+    assert (forward(loaded, PACK)[0] - logits).abs().max() <= tolerance
+    made(export_hf.run, export_hf.Config(str(folder.path)), tmp_path / "whole")
+    assert (transformers_model(tmp_path / "whole")(batch.ids).logits[0] - logits).abs().max() <= tolerance
+
+
+def test_merging_by_shares_is_merging_at_once(alone, tmp_path):
+    dims = tiny.GPT_OSS_DIMS
+    made(import_hf.run, import_hf.Config(str(tiny.hf_folder(tmp_path / "hf", dims))), tmp_path / "base")
+    base = model_folder.open_folder(tmp_path / "base")
+    model = adapted.attach(model_folder.load_stages(base, ParallelPlan()), dims, adapted.lora(dims))
+    (tmp_path / "adapted").mkdir()
+    model_folder.write(tmp_path / "adapted", model, base, step=0)
+    config = merge_lora.Config(str(tmp_path / "adapted"))
+    whole = made(merge_lora.run, config, tmp_path / "whole")
+    parts = [tmp_path / f"part{i}" for i in range(2)]
+    for i, part in enumerate(parts):
+        part.mkdir()
+        merge_lora.share(config, part, index=i, count=2)
+    (tmp_path / "joined").mkdir()
+    assert merge_lora.finish(config, parts, tmp_path / "joined") == whole
+    assert model_folder.open_folder(tmp_path / "joined").weights_digest == whole["weights_digest"]
+
+
+def test_the_rollout_engine_samples_from_the_adapted_model(alone, dims, tmp_path):
+    hf = tiny.hf_folder(tmp_path / "hf", dims)
+    (model,) = adapted.attach(tiny.parts(hf, dims, ParallelPlan()), dims, adapted.lora(dims))
+    greedy = Sampling(temperature=0, max_tokens=8)
+    found = sampled(model, SMALL, requests(1), greedy)
+    for sequence in found.values():
+        logprobs, best = full_logprobs(model, sequence)
+        assert best.tolist() == sequence.completion
+        assert (logprobs - torch.tensor(sequence.model_logprobs)).abs().max() <= 1e-4
+    with adapters.without(model):
+        plain = sampled(model, SMALL, requests(1), greedy)
+    assert any(plain[uid].completion != found[uid].completion for uid in found)
+
+
+# ---------------------------------------------------------------- training
+
+
+def lora_config(calculator, steps: int, **changes) -> sft.Config:  # noqa: F811
+    lora = LoraConfig(4, 8.0, 0.1, ["all-linear"])
+    return replace(sft_config(calculator, steps), lora=lora, keep_checkpoints=9, lr=1e-2, **changes)
+
+
+def test_a_run_killed_in_between_ends_with_the_same_bits(two_ranks, calculator, tmp_path):  # noqa: F811
+    """Dropout and all; and the base stays what it was."""
+    plan = ParallelPlan(tensor=2, sequence_parallel=True)
+    config = lora_config(calculator, 10, parallel=plan, save_in_background=False)
+
+    def trained(name: str) -> dict:
+        (tmp_path / name).mkdir()
+        return two_ranks.run(sft.run, config=config, out=tmp_path / name, keep=tmp_path / "keep")[0]
+
+    whole = trained("whole")
+    checkpoint._remove(tmp_path / "keep" / "checkpoints" / "step_10")
+    resumed = trained("resumed")
+    assert (whole["resumed_from"], resumed["resumed_from"]) == (0, 5)
+    assert whole["loss_last"] < whole["loss_first"]
+    assert resumed["weights_digest"] == whole["weights_digest"]
+    folders = [model_folder.open_folder(tmp_path / name) for name in ("whole", "resumed")]
+    assert folders[0].base_digest == model_folder.open_folder(calculator["base"]).weights_digest
+    files = [folder.adapter / "adapter_model.safetensors" for folder in folders]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    stored = Reader(tmp_path / "keep" / "checkpoints" / "step_10" / "state").tensors()
+    assert all(".lora_" in key for key in stored) and any(key.startswith("optimizer.") for key in stored)
+
+
+@pytest.fixture(scope="module")
+def trained(calculator, tmp_path_factory):  # noqa: F811
+    """Folder and facts of a short training with LoRA."""
+    root = tmp_path_factory.mktemp("lora")
+    (root / "out").mkdir()
+    return root / "out", sft.run(lora_config(calculator, 5), root / "out", root / "keep")
+
+
+def test_evaluation_reads_the_adapter(calculator, trained, tmp_path):  # noqa: F811
+    """As of the merged model; a base that merely has the same folder would answer otherwise."""
+    from data_tools.tasks.task import Source
+
+    made(merge_lora.run, merge_lora.Config(str(trained[0])), tmp_path / "merged")
+    found = {}
+    for name, folder in (("adapted", trained[0]), ("merged", tmp_path / "merged"), ("base", calculator["base"])):
+        source = Source(synthetic_rows=20, synthetic_split="heldout")
+        config = evaluate.Config(model=str(folder), source=source, max_new_tokens=4)
+        made(evaluate.run, config, tmp_path / f"eval {name}")
+        found[name] = (tmp_path / f"eval {name}" / "samples.jsonl").read_text()
+    assert found["adapted"] == found["merged"] != found["base"]
+
+
+def test_training_goes_on_with_the_adapter_or_refuses(calculator, trained, tmp_path):  # noqa: F811
+    config = replace(lora_config(calculator, 5), model=str(trained[0]))
+    facts = made(sft.run, config, tmp_path / "more")
+    assert facts["loss_first"] == pytest.approx(trained[1]["loss_last"], rel=0.3)
+    assert facts["loss_first"] < trained[1]["loss_first"]
+    assert model_folder.open_folder(tmp_path / "more").base_digest == model_folder.open_folder(trained[0]).base_digest
+    for lora in (LoraConfig(), LoraConfig(8, 8.0)):
+        (problem,) = sft.check(replace(config, lora=lora), 1)
+        assert problem.where == "lora" and "has an adapter of rank 4, alpha 8, targets ['all-linear']" in problem.message
+        assert "merge it first (merge_lora)" in problem.message
+    with pytest.raises(UserMistake, match="merge it first"):
+        model_folder.weights_at(trained[0])
+
+
+# ---------------------------------------------------------------- what the targets reach
+
+
+def test_the_matrices_reached_are_those_of_the_weights(dims):
+    """The torch-free count against the rules, for each target alone and all of them."""
+    shape = tiny.family(dims).config.shape(dims)
+    known = settings.targets_of(shape)
+    for targets in [*([name] for name in known), known]:
+        config = LoraConfig(2, 2.0, targets=targets)
+        found = pairs.pairs(tiny.family(dims), dims, config)
+        reached = trainable = 0
+        for pair in found:
+            for tensor, size, adapted_ in zip(pair.matrix.hf, pair.matrix.layout.hf_shapes(), pair.parts):
+                reached += adapted_ * torch.Size(size).numel()
+            trainable += pair.a.layout.shape[0] * pair.a.layout.shape[1]
+            trainable += sum(torch.Size(s).numel() for s, own in zip(pair.b.layout.hf_shapes(), pair.parts) if own)
+        said = settings.reach(config, shape)
+        assert (said["reached"], said["trainable"]) == (reached, trainable), targets
+
+
+def test_all_linear_of_gpt_oss_says_what_it_misses():
+    """It reaches attention only, as PEFT's does; the line that is shown says how little that is."""
+    config = LoraConfig(4, 8.0)
+    found = settings.reach(config, shapes.GPT_OSS_20B)
+    assert found["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert found["parameters"] == 20_914_757_184
+    assert settings.reach_text(found, 4).startswith("LoRA of rank 4: 1,990,656 parameters trained beside 3.0%")
+    assert "not router 0.0%, experts 91.4%" in settings.reach_text(found, 4)
+
+
+# ---------------------------------------------------------------- mistakes
+
+SHAPE = tiny.family(tiny.GPT_OSS_DIMS).config.shape(tiny.GPT_OSS_DIMS)
+WRONG = {
+    "rank below 0": (dict(rank=-1), "lora.rank: -1 is too few: the least is 1, and 0 turns LoRA off"),
+    "off, but meant": (dict(alpha=8.0), "lora.rank: is 0, which turns LoRA off, but other settings of it are given"),
+    "alpha 0": (dict(rank=4, alpha=0.0), "lora.alpha: 0 is not above 0: use 8"),
+    "dropout 1": (dict(rank=4, dropout=1.0), "lora.dropout: 1 is no share: use 0 up to, but not with, 1"),
+    "nothing": (dict(rank=4, targets=[]), "lora.targets: names nothing: use [all-linear]"),
+    "misspelt": (
+        dict(rank=4, targets=["q_prj"]),
+        "lora.targets: this model has no 'q_prj' (did you mean q_proj? known: all-linear, q_proj, k_proj, v_proj, o_proj, "
+        "router, experts)",
+    ),
+    "embedding": (
+        dict(rank=4, targets=["embed_tokens"]),
+        "lora.targets: embed_tokens cannot be adapted: the embedding stays as it is; leave it out",
+    ),
+    "dropout of experts": (
+        dict(rank=4, dropout=0.1, targets=["experts", "q_proj"]),
+        "lora.dropout: PEFT knows no dropout for experts: use 0, or leave it out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_settings_are_named_with_the_remedy(case):
+    changes, message = WRONG[case]
+    assert [str(problem) for problem in settings.check(LoraConfig(**changes), SHAPE)] == [message]
+
+
+def test_exports_that_peft_would_not_load_are_refused(tmp_path):
+    site = Site(1, forecasts={"m": {"adapter": {"lora": asdict(LoraConfig(4, 8.0, targets=["out_proj"]))}}, "p": {"x": 1}})
+    (problem,) = export_hf.check(export_hf.Config("m", adapter="peft"), 1, site)
+    assert "PEFT adapts no out_proj" in problem.message and problem.message.endswith("use merged")
+    (problem,) = export_hf.check(export_hf.Config("p", adapter="peft"), 1, site)
+    assert "has none for peft" in problem.message
+    (problem,) = export_hf.check(export_hf.Config("m", adapter="pfet"), 1, site)
+    assert "did you mean peft?" in problem.message
+    (problem,) = merge_lora.check(merge_lora.Config("p"), 1, site)
+    assert "has no adapter" in problem.message

@@ -1,0 +1,32 @@
+"""A model folder with an adapter into a plain one that computes the same.
+
+As an array, each element merges a share of the tensors."""
+
+from pathlib import Path
+from typing import Any
+
+from data_tools.mistake import Problem
+from jobs.kind import Placement
+from jobs.task import Task
+from megatron_ext import preflight
+from megatron_ext.entrypoints import merge_lora
+from megatron_ext.entrypoints.merge_lora import Config
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return merge_lora.check(config, placement.ranks, placement)
+
+
+def forecast(config: Config, placement: Placement) -> dict[str, Any]:
+    return {"hf_config": preflight.model_config(config.model, placement)[0]}
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    tensors = merge_lora.share(config, task.out, task.progress, task.index, task.count)
+    return {"headline": f"{tensors:,} tensors", "tensors": tensors}
+
+
+def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
+    facts = merge_lora.finish(config, parts, task.out)
+    lora = facts["lora"]
+    return {"headline": f"LoRA of rank {lora['rank']} on {', '.join(lora['targets'])} merged", **facts}

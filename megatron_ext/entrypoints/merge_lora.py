@@ -1,0 +1,62 @@
+"""A model folder with an adapter -> the plain model folder that computes the same."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import Progress, silent
+from megatron_ext import preflight
+from megatron_ext.parallel import Site
+
+
+@dataclass
+class Config:
+    model: str = field(default="", metadata={"input": True})  # model folder with an adapter
+
+
+def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
+    problems = []
+    known, adapter = preflight.model_adapter(config.model, site or Site(ranks))
+    if not config.model:
+        problems.append(Problem("model", "is missing: a model folder that sft or grpo made with lora"))
+    elif known and adapter is None:
+        problems.append(Problem("model", f"{config.model} has no adapter: it can be used as it is"))
+    if ranks != 1:
+        problems.append(Problem("", f"merge_lora runs on 1 rank, not {ranks}: as an array it shares the tensors"))
+    return problems
+
+
+def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Facts: as `finish`."""
+    share(config, out, progress)
+    return finish(config, [out], out)
+
+
+def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
+    """Merge every `count`-th tensor, for `finish`. Returns how many."""
+    from megatron_ext.lora import merge
+    from megatron_ext.model_folder import open_folder
+
+    problems = check(config, 1)
+    if problems:
+        raise UserMistake(problems)
+    return merge.share(open_folder(config.model), out, index, count, progress)
+
+
+def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
+    """All shares as one model folder. Facts: weights_digest, base_digest, lora (its settings)."""
+    from megatron_ext.lora import merge
+    from megatron_ext.model_folder import open_folder
+
+    folder = open_folder(config.model)
+    digest = merge.finish(folder, parts, out)
+    return {"weights_digest": digest, "base_digest": folder.base_digest, "lora": asdict(folder.lora)}
+
+
+if __name__ == "__main__":
+    import sys
+
+    from megatron_ext.entrypoints.bare import main
+
+    sys.exit(main(Config, run, check))
