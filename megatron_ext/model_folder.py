@@ -177,7 +177,7 @@ def load_stages(
 
         adapters.attach(parts, folder.family, folder.dims, folder.lora)
         found = pairs.pairs(folder.family, folder.dims, folder.lora)
-        peft_format.load(parts, peft_format.Reader(folder.adapter, found, folder.lora))
+        adapters.load(parts, peft_format.Reader(folder.adapter, found, folder.lora))
     return parts
 
 
@@ -225,9 +225,9 @@ def write(out: Path, model: Any, source: ModelFolder, step: int) -> str:
 
     adapted = None
     if checkpoint.is_adapted(model):
-        from megatron_ext.lora import peft_format
+        from megatron_ext.lora import adapters
 
-        lora, adapter_digest = peft_format.write_model(out / "adapter", model, source.family, source.dims)
+        lora, adapter_digest = adapters.write(out / "adapter", model, source.family, source.dims)
         adapted = {"lora": asdict(lora), "base_digest": source.base_digest, "adapter_digest": adapter_digest}
         digest = hashlib.sha256(f"{source.base_digest} {adapter_digest}".encode()).hexdigest()
         if dist.get_rank() == 0:

@@ -10,10 +10,13 @@ is cut and B is whole. What is exchanged is `rank` wide, never as wide as the mo
 
 import contextlib
 import hashlib
+import itertools
 import math
+from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.ssm.gated_delta_net import _split_tensor_factory  # as layers/mamba.py
@@ -27,10 +30,12 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_ext import checkpoint
+from megatron_ext.lora import peft_format
 from megatron_ext.lora.pairs import Pair, pairs, spread
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.registry import Family, stages
-from megatron_ext.models.rules import Parts, placed, shard_on_rank
+from megatron_ext.models.rules import Parts, Rule, placed, shard_on_rank
 
 
 class Adapter(torch.nn.Module):
@@ -56,6 +61,9 @@ class Adapter(torch.nn.Module):
         if owners is not None:
             owners = pair.b.layout.shard(owners, self.group.size(), self.group.rank()).to(weight.device)
         self.register_buffer("owners", owners, persistent=False)
+
+    def factors(self) -> tuple[tuple[torch.nn.Parameter, Rule], tuple[torch.nn.Parameter, Rule]]:
+        return (self.A, self.pair.a), (self.B, self.pair.b)
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What is added to the layer's output: x [..., in] -> [..., out], both as the layer has them on this rank.
@@ -91,7 +99,7 @@ class Adapter(torch.nn.Module):
     def sharded(self, prefix: str, replicas: Any) -> ShardedStateDict:
         """mcore's sharded tensors, under keys of the whole model: any layout reads them."""
         state: ShardedStateDict = {}
-        for name, rule in (("A", self.pair.a), ("B", self.pair.b)):
+        for name, (parameter, rule) in zip("AB", self.factors()):
             key, offsets = rule.name, ()
             if rule.experts:
                 before, after = key.split(".mlp.experts.")
@@ -99,7 +107,7 @@ class Adapter(torch.nn.Module):
                 key, offsets = f"{before}.mlp.experts.{rest}", ((0, int(expert), rule.experts),)
             axes = {key: 0 if name == "B" else 1} if _is_cut(self.pair, name) else {}
             tensors = make_sharded_tensors_for_checkpoint(
-                {key: getattr(self, name)}, "", axes, offsets, tp_group=self.group, dp_cp_group=replicas
+                {key: parameter}, "", axes, offsets, tp_group=self.group, dp_cp_group=replicas
             )
             state[prefix + name] = tensors[key]
             if axes and isinstance(rule.layout, Parts) and len(rule.layout.rows) > 1:  # each part is cut by itself
@@ -231,3 +239,43 @@ def without(model: Any) -> Iterator[None]:
     finally:
         for part in parts:
             part.adapters.enabled = True
+
+
+# ---------------------------------------------------------------- from ranks to files and back
+
+
+def gathered(model: Any, value: Callable[[torch.nn.Parameter], torch.Tensor] = lambda p: p) -> dict[str, torch.Tensor]:
+    """The whole factors, or what `value` makes of them, by the name of their rule on rank 0, on the CPU; {} on others.
+    Every rank takes part."""
+    mine = []
+    for adapter in adapters_of(model):
+        if adapter.replicas.rank() == 0:
+            for parameter, rule in adapter.factors():
+                mine.append((rule, adapter.group.rank(), value(parameter).detach().to("cpu", copy=True)))
+    everywhere: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everywhere)
+    shards: dict[str, tuple[Rule, dict[int, torch.Tensor]]] = {}
+    for rule, rank, shard in itertools.chain.from_iterable(everywhere or []):
+        shards.setdefault(rule.name, (rule, {}))[1][rank] = shard
+    return {
+        name: rule.layout.unshard([found[rank] for rank in sorted(found)]) for name, (rule, found) in shards.items()
+    }
+
+
+def write(folder: Path, model: Any, family: Family, dims: Any) -> tuple[LoraConfig, str]:
+    """The adapters on `model` as a PEFT folder. Returns their settings and a digest of them that no layout changes. Every
+    rank takes part."""
+    config = stages(model)[0].adapters.config
+    factors = gathered(model)
+    if dist.get_rank() == 0:
+        peft_format.write(folder, pairs(family, dims, config), factors, config)
+    return config, checkpoint.adapter_digest(model)
+
+
+@torch.no_grad()
+def load(model: Any, reader: peft_format.Reader) -> None:
+    """Fill the adapters on `model` from a folder."""
+    for part in stages(model):
+        for adapter in part.adapters.children():
+            for (parameter, rule), whole in zip(adapter.factors(), reader.factors(adapter.pair)):
+                parameter.copy_(shard_on_rank(rule, whole, part))

@@ -6,25 +6,21 @@ The names are those of transformers' modules. A linear layer has `MODULE.lora_A.
 module the first one's adapter is called `base_layer` (peft/tuners/lora/layer.py, ParamWrapper, peft 0.21).
 """
 
-import itertools
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext import checkpoint, convert
+from megatron_ext import convert
 from megatron_ext.hf_files import HfTensors
-from megatron_ext.lora.adapters import adapters_of
-from megatron_ext.lora.pairs import ROUTERS, Pair, pairs
+from megatron_ext.lora.pairs import ROUTERS, Pair
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.model_folder import ModelFolder
-from megatron_ext.models.registry import Family, stages
-from megatron_ext.models.rules import Entry, HfTensor, Rule, shard_on_rank
+from megatron_ext.models.rules import Entry, HfTensor, Rule
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NOT_TOKENIZER = ("config.json", "generation_config.json")  # of a Hugging Face folder; the model's
@@ -98,39 +94,11 @@ def config_of(of: Sequence[Pair], config: LoraConfig, base: str) -> dict[str, An
     }
 
 
-def gathered(model: Any, value: Callable[[torch.nn.Parameter], torch.Tensor] = lambda p: p) -> dict[str, torch.Tensor]:
-    """The whole factors, or what `value` makes of them, by the name of their rule on rank 0, on the CPU; {} on others.
-    Every rank takes part."""
-    mine = []
-    for adapter in adapters_of(model):
-        if adapter.replicas.rank() == 0:
-            for parameter, rule in ((adapter.A, adapter.pair.a), (adapter.B, adapter.pair.b)):
-                mine.append((rule, adapter.group.rank(), value(parameter).detach().cpu()))
-    everywhere: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everywhere)
-    shards: dict[str, tuple[Rule, dict[int, torch.Tensor]]] = {}
-    for rule, rank, shard in itertools.chain.from_iterable(everywhere or []):
-        shards.setdefault(rule.name, (rule, {}))[1][rank] = shard
-    return {
-        name: rule.layout.unshard([found[rank] for rank in sorted(found)]) for name, (rule, found) in shards.items()
-    }
-
-
 def write(folder: Path, of: Sequence[Pair], factors: Factors, config: LoraConfig) -> None:
     """PEFT's two files. One rank."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors_of(of, factors), folder / TENSORS, metadata={"format": "pt"})
     durable.write_json(folder / CONFIG, config_of(of, config, base=""))
-
-
-def write_model(folder: Path, model: Any, family: Family, dims: Any) -> tuple[LoraConfig, str]:
-    """`write` of the adapters on `model`. Returns their settings and a digest of them that no layout changes. Every
-    rank takes part."""
-    config = stages(model)[0].adapters.config
-    factors = gathered(model)
-    if dist.get_rank() == 0:
-        write(folder, pairs(family, dims, config), factors, config)
-    return config, checkpoint.adapter_digest(model)
 
 
 def export(folder: ModelFolder, out: Path, dtype: str) -> None:
@@ -195,12 +163,3 @@ def _shapes(of: Sequence[Pair]) -> dict[str, tuple[int, ...]]:
                 rows, columns = (rows * tensor.count, columns) if letter == "A" else (rows, columns * tensor.count)
             shapes[file_name(tensor, letter)] = (rows, columns)
     return shapes
-
-
-@torch.no_grad()
-def load(model: Any, reader: Reader) -> None:
-    """Fill the adapters on `model` from a folder."""
-    for part in stages(model):
-        for adapter in part.adapters.children():
-            for parameter, rule, whole in zip((adapter.A, adapter.B), (adapter.pair.a, adapter.pair.b), reader.factors(adapter.pair)):
-                parameter.copy_(shard_on_rank(rule, whole, part))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ext import checkpoint, ranks, train
-from megatron_ext.lora import adapters, peft_format
+from megatron_ext.lora import adapters
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel import ParallelPlan, Workload, check
 from tests.megatron_ext import adapted, tiny
@@ -71,14 +71,14 @@ def updated(hf: Path, family: str, plan: ParallelPlan, lora: LoraConfig, keep: P
         data = train.parallel_state.get_data_parallel_rank(), train.parallel_state.get_data_parallel_world_size()
         rows = [train.micro_batch([pack]) for pack in packs[data[0] :: data[1]]]
         loss = trainer.gradient(rows, everywhere=True).reduced().mean_loss
-        gradients = peft_format.gathered(trainer.model, lambda p: p.main_grad)
+        gradients = adapters.gathered(trainer.model, lambda p: p.main_grad)
         _, norm = trainer.step(rows, 1e-2)
         later = trainer.gradient(rows).reduced().mean_loss
         if keep:
             checkpoint.save_step(
                 keep, 1, trainer.model, trainer.optimizer, plan, identity={}, position={}, keep=1
             )
-        factors = peft_format.gathered(trainer.model)
+        factors = adapters.gathered(trainer.model)
         return Run(loss, norm, later, gradients, factors, [base, checkpoint.weights_digest(trainer.model)])
 
 
@@ -132,4 +132,4 @@ def loaded(hf: Path, family: str, step: Path, lora: LoraConfig) -> dict[str, tor
         adapters.attach(model, tiny.family(of), of, lora, seed=99)
         trainer = train.Trainer(model, plan, train.AdamW(weight_decay=0.1))
         checkpoint.load_step(step, trainer.model, trainer.optimizer, plan, {})
-        return peft_format.gathered(trainer.model)
+        return adapters.gathered(trainer.model)
