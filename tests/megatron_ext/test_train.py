@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -463,31 +464,66 @@ def finished(processes: list[subprocess.Popen]) -> str:
     return outputs[0][0]
 
 
-def test_a_rank_killed_in_mid_run_resumes_to_the_weights_of_an_uninterrupted_run(two_ranks, calculator, tmp_path):
-    steps = 40
-    (tmp_path / "whole").mkdir()
-    facts = two_ranks.run(
-        sft.run, config=sft_config(calculator, steps), out=tmp_path / "whole", keep=tmp_path / "whole.keep"
-    )[0]
-    assert facts["step"] == steps and facts["loss_last"] < facts["loss_first"]
-    killed = bare_sft(calculator, tmp_path / "cut", tmp_path / "keep", steps)
-    deadline = time.time() + 60
-    while not checkpoint.steps(tmp_path / "keep" / "checkpoints"):
-        assert time.time() < deadline and killed[1].poll() is None
-        time.sleep(0.01)
-    killed[1].send_signal(signal.SIGKILL)
-    for process in killed:
-        process.communicate(timeout=60)  # the other rank ends by itself: its peer is gone
-    assert [process.returncode != 0 for process in killed] == [True, True]
-    done = checkpoint.steps(tmp_path / "keep" / "checkpoints")[0]
-    assert 0 < done < steps
-    output = finished(bare_sft(calculator, tmp_path / "again", tmp_path / "keep", steps))
+KILLED_STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def whole(two_ranks, calculator, tmp_path_factory) -> tuple[dict, Path]:
+    """Facts and folder of a training that nobody killed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    out.mkdir()
+    keep = out.with_suffix(".keep")
+    facts = two_ranks.run(sft.run, config=sft_config(calculator, KILLED_STEPS), out=out, keep=keep)[0]
+    assert facts["step"] == KILLED_STEPS and facts["loss_last"] < facts["loss_first"]
+    return facts, keep
+
+
+def kill(processes: list[subprocess.Popen], keep: Path, moment: str, rank: int = 1, after: float = 0.0) -> None:
+    """SIGKILL to a rank once its training is at the moment: "load", after a "step", or in mid-"save"."""
+    root, deadline = keep / "checkpoints", time.time() + 120
+    there = {"load": lambda: True, "step": lambda: checkpoint.steps(root), "save": lambda: [*root.glob(".step_*")]}[moment]
+    while not there() and None in [process.poll() for process in processes]:
+        assert time.time() < deadline
+        time.sleep(0.002)
+    time.sleep(after)
+    processes[rank].send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate(timeout=120)  # the other rank ends by itself: its peer is gone
+
+
+def resumed_equals_whole(whole: tuple[dict, Path], calculator: dict[str, Path], out: Path, keep: Path) -> dict:
+    facts, whole_keep = whole
+    output = finished(bare_sft(calculator, out, keep, KILLED_STEPS))
     resumed = json.loads(output[output.index("{") :])
-    assert resumed["resumed_from"] >= done
     assert resumed["weights_digest"] == facts["weights_digest"]
-    assert model_folder.open_folder(tmp_path / "again").weights_digest == facts["weights_digest"]
-    lines = [[steady(line) for line in metrics(tmp_path / name)] for name in ("whole.keep", "keep")]
-    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(5, steps + 1, 5))
+    assert model_folder.open_folder(out).weights_digest == facts["weights_digest"]
+    lines = [[steady(line) for line in metrics(folder)] for folder in (whole_keep, keep)]
+    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(5, KILLED_STEPS + 1, 5))
+    return resumed
+
+
+def test_ranks_killed_in_mid_run_and_in_mid_save_end_with_the_weights_of_an_uninterrupted_run(
+    whole, calculator, tmp_path
+):
+    for moment in ("step", "save"):
+        killed = bare_sft(calculator, tmp_path / f"killed in {moment}", tmp_path / "keep", KILLED_STEPS)
+        kill(killed, tmp_path / "keep", moment)
+        assert [process.returncode != 0 for process in killed] == [True, True]
+        done = checkpoint.steps(tmp_path / "keep" / "checkpoints")[0]
+        assert 0 < done < KILLED_STEPS
+    resumed = resumed_equals_whole(whole, calculator, tmp_path / "again", tmp_path / "keep")
+    assert resumed["resumed_from"] >= done
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("trial", range(20))
+def test_a_kill_at_any_moment_changes_no_bit(whole, calculator, tmp_path, trial):
+    chance = random.Random(trial)
+    moment = ("load", "step", "save")[trial % 3]
+    after = {"load": chance.uniform(0, 8), "step": chance.uniform(0, 0.3), "save": chance.uniform(0, 0.03)}[moment]
+    killed = bare_sft(calculator, tmp_path / "killed", tmp_path / "keep", KILLED_STEPS)
+    kill(killed, tmp_path / "keep", moment, chance.randrange(2), after)
+    resumed_equals_whole(whole, calculator, tmp_path / "again", tmp_path / "keep")
 
 
 def test_a_pipeline_trains_from_model_folder_to_model_folder(two_ranks, calculator, tmp_path):
