@@ -15,7 +15,6 @@ from megatron.core import parallel_state
 from megatron_ext.device import device
 from megatron_ext.layers.attention import ContextRank, PackedDocuments, packed_documents
 from megatron_ext.layers.loss_head import Targets
-from megatron_ext.parallel import ParallelPlan
 
 
 class Pack(Protocol):
