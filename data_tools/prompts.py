@@ -36,4 +36,4 @@ class PromptEncoder:
         if not source:
             remedy = "have the task write texts (options: {chat: false}), or give the model's folder a chat_template.jinja"
             raise UserMistake(f"tokenizer {self.tokenizer.name} has no chat template for prompts that are messages; {remedy}")
-        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY)
+        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY, header="")  # none is needed here

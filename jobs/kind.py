@@ -98,8 +98,14 @@ def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if not field.metadata.get("keyed", True):
             continue
-        out[field.name] = keyed_settings(type(value), value) if dataclasses.is_dataclass(value) else value
+        out[field.name] = _keyed(value)
     return out
+
+
+def _keyed(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return keyed_settings(type(value), value)
+    return {name: _keyed(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -108,6 +114,10 @@ def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, s
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             yield from inputs(type(value), value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, one in value.items():
+                if dataclasses.is_dataclass(one):
+                    yield from inputs(type(one), one, f"{key}.{name}.")
         elif field.metadata.get("input") and value:
             for entry in value if isinstance(value, list) else [value]:
                 yield key, entry, field.metadata["input"]

@@ -1,0 +1,30 @@
+"""Samples of a model folder on the prompts of tasks: an array over prompts, what reject_filter chooses from."""
+
+from pathlib import Path
+from typing import Any
+
+from data_tools.mistake import Problem
+from jobs.kind import Placement
+from jobs.task import Task
+from megatron_ext.entrypoints import generate
+from megatron_ext.entrypoints.generate import Config
+
+STOPS = True
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return generate.check(config, placement.ranks)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    return _told(generate.run(config, task.out, task.keep, task.progress, task.stop, task.index, task.count))
+
+
+def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
+    return _told(generate.finish(config, parts, task.out, task.keep))
+
+
+def _told(facts: dict[str, Any]) -> dict[str, Any]:
+    text = f"{facts['samples']:,} samples of {facts['prompts']:,} prompts, {facts['tokens']:,} tokens, {facts['correct']:,} correct"
+    others = ", ".join(f"{facts[name]:,} {name}" for name in ("truncated", "unscored") if facts[name])
+    return {"headline": f"{text}{f' ({others})' if others else ''}", **facts}

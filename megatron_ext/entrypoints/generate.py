@@ -1,0 +1,163 @@
+"""Samples of a model folder on the prompts of tasks, with their rewards: JSONL that data_tools/rejection.py reads.
+
+Element i of n takes prompts i, i + n, i + 2n, … of all the entries' prompts, entry after entry, chunk after chunk;
+data-parallel ranks share a chunk. A requeued job goes on where it was (megatron_ext/rl/sampling.py). `finish` joins the elements' samples in the order of the prompts: the same bytes for any number of elements.
+"""
+
+import heapq
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List
+
+from data_tools import durable
+from data_tools.estimators import pass_at_k, standard_error
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import Progress, Stop, never, silent
+from data_tools.tables import write_table
+from data_tools.tasks.mix import MixConfig, check_mix, entries_of
+from megatron_ext.parallel import ParallelPlan, Workload
+from megatron_ext.parallel import check as check_plan
+from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
+
+SAMPLES, RESULT = "samples.jsonl", "result.json"
+FREE = {"keyed": False}  # does not change the result
+
+
+@dataclass
+class Config:
+    model: str = field(default="", metadata={"input": True})  # model folder
+    mix: MixConfig = field(default_factory=MixConfig)  # whose prompts; weights do not matter, every prompt is taken
+    chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    samples: int = 8  # of each prompt
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0  # noise of the samples
+    dtype: str = ""  # of the weights; "" keeps the model folder's
+    verify_limit_s: float = 10.0  # seconds that a verifier has for a sample, which is then not scorable
+    verifiers: int = field(default=2, metadata=FREE)  # processes that score, a replica
+    chunk: int = field(default=1024, metadata=FREE)  # prompts whose samples become a file at a time
+    record_s: float = field(default=5.0, metadata=FREE)  # seconds of sampling that a kill may cost
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata=FREE)
+    backend: str = field(default="torch", metadata=FREE)  # layer spec: torch | te
+    parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
+
+
+def check(config: Config, ranks: int) -> list[Problem]:
+    problems = [] if config.model else [Problem("model", "is missing: a model folder")]
+    problems += check_mix(config.mix, training=False)
+    for name in ("samples", "verifiers", "chunk"):
+        if getattr(config, name) < 1:
+            problems.append(Problem(name, f"{getattr(config, name)} is too few: the least is 1"))
+    if config.samples > 1 and config.sampling.is_greedy:
+        problems.append(Problem("sampling.temperature", f"0 gives {config.samples} samples all alike; use samples: 1"))
+    for name in ("verify_limit_s", "record_s"):
+        if not getattr(config, name) > 0:
+            problems.append(Problem(name, f"{getattr(config, name)} s is no time: give more than 0"))
+    problems += check_sampling(config.sampling) + check_engine(config.engine)
+    if config.parallel.virtual > 1:
+        problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
+    return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
+
+
+def run(
+    config: Config,
+    out: Path,
+    keep: Path,
+    progress: Progress = silent,
+    stop: Stop = never,
+    index: int = 0,
+    count: int = 1,
+) -> dict[str, Any]:
+    """Facts: as `_result`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element, the table.
+
+    Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
+    """
+    from megatron_ext import model_folder, ranks
+
+    problems = check(config, ranks.world_size_of_environment())
+    if problems:
+        raise UserMistake(problems)
+    folder = model_folder.open_folder(config.model)
+    with ranks.started(config.parallel):
+        from megatron_ext.checkpoint import from_rank_zero  # megatron-core may be imported once the device is ready
+        from megatron_ext.rl import sampling
+
+        kept = keep / f"element_{index:04d}"
+        files = sampling.run(config, folder, _identity(config, folder.weights_digest), kept, index, count, progress, stop)
+        writer = ranks.is_writer()
+        samples = list(_lines(files)) if writer else []
+        result = from_rank_zero(_result(samples) if writer else None)
+    if writer:
+        durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        durable.write_json(out / RESULT, result)
+        if count == 1:
+            _table(keep, result, folder.step)
+    return result
+
+
+def _identity(config: Config, digest: str) -> dict[str, Any]:
+    """What samples that are gone on with must share: all that changes them. Prompts go by their names."""
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True) and f.name != "mix"}
+    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
+    entries = {name: [entry.task, entry.options, entry.rewards] for name, entry in entries_of(config.mix).items()}
+    return {**plain, "model": digest, "entries": entries}
+
+
+def _lines(files: List[Path]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        with open(file, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def _result(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, and over prompts the mean share of right samples with its error and pass@k."""
+    counts = {"samples": 0, "correct": 0, "unscored": 0, "truncated": 0, "tokens": 0}
+    by_prompt: dict[str, list[bool]] = {}
+    for sample in samples:
+        right = bool(sample["correct"])
+        by_prompt.setdefault(sample["prompt_id"], []).append(right)
+        counts["samples"] += 1
+        counts["correct"] += right
+        counts["unscored"] += sample["correct"] is None
+        counts["truncated"] += sample["finish"] == "length"
+        counts["tokens"] += sample["tokens"]
+    shares = [sum(rights) / len(rights) for rights in by_prompt.values()]
+    result: dict[str, Any] = {"prompts": len(shares), **counts}
+    result |= {"accuracy": sum(shares) / len(shares) if shares else None, "accuracy_error": standard_error(shares)}
+    fewest = min(map(len, by_prompt.values()), default=0)
+    for k in (2**i for i in range(fewest.bit_length())):
+        found = [pass_at_k(len(rights), sum(rights), k) for rights in by_prompt.values()]
+        result[f"pass@{k}"] = sum(found) / len(found)
+    return result
+
+
+def _table(keep: Path, result: dict[str, Any], step: int) -> None:
+    write_table(keep, "samples", f"Samples at step {step}", ["what", "value"], [list(pair) for pair in result.items()])
+
+
+def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:
+    """Join the elements' samples in the order of the prompts. One process, a line of each element in memory."""
+    from megatron_ext import model_folder
+
+    files = [_lines([part / SAMPLES]) for part in parts]
+    merged = heapq.merge(*files, key=lambda sample: (sample["place"], sample["sample"]))
+    with open(out / SAMPLES, "w", encoding="utf-8") as file:
+
+        def written() -> Iterator[dict[str, Any]]:
+            for sample in merged:
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                yield sample
+
+        result = _result(written())
+    durable.write_json(out / RESULT, result)
+    durable.fsync_tree(out)
+    _table(keep, result, model_folder.open_folder(config.model).step)
+    return result
+
+
+if __name__ == "__main__":
+    import sys
+
+    from megatron_ext.entrypoints.bare import main
+
+    sys.exit(main(Config, run, check))

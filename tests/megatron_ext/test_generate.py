@@ -1,0 +1,139 @@
+"""Sampling for rejection: the same samples however they are cut, stopped and gone on with, and training reads the best."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_tools import durable, materialize, pack, rejection
+from data_tools.chat import ChatConfig
+from data_tools.mistake import UserMistake
+from data_tools.progress import Stopped
+from data_tools.tasks.mix import Entry, MixConfig
+from data_tools.tasks.task import Source
+from megatron_ext.entrypoints import generate, sft
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rollout.settings import Sampling
+from tests.megatron_ext.test_train import calculator  # noqa: F401
+
+PROMPTS, SAMPLES = 12, 4
+VERIFIER = "tests.data_tools.tasks.verifiers:length"
+
+
+def config(calculator, **changes) -> generate.Config:  # noqa: F811
+    mix = MixConfig({
+        "sums": Entry("calculator", source=Source(synthetic_rows=40, synthetic_split="heldout"), limit=PROMPTS - 2),
+        "lengths": Entry(VERIFIER, source=Source(inputs=[str(calculator["questions"])]), evaluation_only=True),
+    })  # fmt: skip
+    values = {"samples": SAMPLES, "sampling": Sampling(max_tokens=6), "seed": 3, "verifiers": 1, "chunk": 5, **changes}
+    return generate.Config(model=str(calculator["base"]), mix=mix, **values)
+
+
+@pytest.fixture(scope="module")
+def folders(calculator, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("generate")
+    (root / "questions.jsonl").write_text("".join(json.dumps({"prompt": f"{n}="}) + "\n" for n in (1, 2)))
+    return {**calculator, "questions": root / "questions.jsonl", "root": root}
+
+
+@pytest.fixture(scope="module")
+def whole(folders):
+    """The folder of an uninterrupted run of one element, and its facts."""
+    out, keep = made(folders["root"] / "whole")
+    return out, generate.run(config(folders), out, keep)
+
+
+def made(folder: Path) -> tuple[Path, Path]:
+    for name in ("out", "keep"):
+        (folder / name).mkdir(parents=True)
+    return folder / "out", folder / "keep"
+
+
+def test_samples_are_what_rejection_reads(whole):
+    out, facts = whole
+    rows = [json.loads(line) for line in open(out / "samples.jsonl")]
+    assert [(row["place"], row["sample"]) for row in rows] == [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]
+    assert all(rejection._wrong(row) == "" for row in rows)
+    assert facts["prompts"] == PROMPTS and facts["samples"] == PROMPTS * SAMPLES == len(rows)
+    lengths = [row for row in rows if row["task"] == "lengths"]
+    assert len(lengths) == 2 * SAMPLES and all(row["reward"] == len(row["completion"]) for row in lengths)
+    assert {row["correct"] for row in rows if row["task"] == "sums"} <= {True, False}
+    assert {"pass@1", "pass@2", "pass@4"} <= set(facts) and facts["pass@1"] == pytest.approx(facts["accuracy"])
+    assert facts == durable.read_json(out / "result.json")
+
+
+def test_elements_join_to_the_bytes_of_the_whole(folders, whole, tmp_path):
+    parts = []
+    for index in range(3):
+        out, keep = made(tmp_path / str(index))
+        generate.run(config(folders), out, keep, index=index, count=3)
+        parts.append(out)
+    out, keep = made(tmp_path / "joined")
+    assert generate.finish(config(folders), parts, out, keep) == whole[1]
+    assert (out / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
+    assert (keep / "tables" / "samples.json").is_file()
+
+
+def test_what_was_stopped_goes_on_to_the_same_samples(folders, whole, tmp_path):
+    out, keep = made(tmp_path)
+    for allowed, chunks in ((3, 0), (8, 1), (2, 1)):  # engine steps until it is asked to stop; chunks that are whole by then
+        asked = iter(range(allowed))
+        with pytest.raises(Stopped):
+            generate.run(config(folders), out, keep, stop=lambda: next(asked, None) is None)
+        assert len(list(keep.glob("element_0000/samples/*/*"))) == chunks and not (out / "samples.jsonl").exists()
+        assert list(keep.glob("element_0000/rollouts/*/*.jsonl"))
+    again = generate.run(config(folders), out, keep)
+    assert again == whole[1]
+    assert (out / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
+
+
+def test_finished_samples_need_no_model_and_other_settings_do_not_take_them(folders, tmp_path, monkeypatch):
+    out, keep = made(tmp_path)
+    facts = generate.run(config(folders), out, keep)
+    from megatron_ext import model_folder
+
+    monkeypatch.setattr(model_folder, "load_model", None)
+    assert generate.run(config(folders), out, keep) == facts
+    with pytest.raises(TypeError):
+        generate.run(config(folders, seed=4), out, keep)
+
+
+def test_two_ranks_make_the_samples_of_one(two_ranks, folders, whole, tmp_path):
+    for name, plan in (("dp", ParallelPlan()), ("tp", ParallelPlan(tensor=2))):
+        out, keep = made(tmp_path / name)
+        found = two_ranks.run(generate.run, config=config(folders, parallel=plan), out=out, keep=keep)
+        assert found == [whole[1]] * 2, name
+        assert (out / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes(), name
+
+
+def test_wrong_settings_and_prompts_without_room_are_refused(folders, tmp_path):
+    wrong = config(folders, samples=0, chunk=0, sampling=Sampling(max_tokens=0), verify_limit_s=0.0)
+    assert [str(problem).split(":")[0] for problem in generate.check(wrong, 1)] == ["samples", "chunk", "verify_limit_s", "sampling.max_tokens"]
+    assert "4 samples all alike" in str(generate.check(config(folders, sampling=Sampling(temperature=0)), 1)[0])
+    out, keep = made(tmp_path)
+    with pytest.raises(UserMistake, match="prompt sums/.* has .* tokens; the model's positions and sampling.max_tokens leave 1 for it"):
+        generate.run(config(folders, sampling=Sampling(max_tokens=2047)), out, keep)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+
+
+def test_generated_samples_are_filtered_materialized_packed_and_trained_on(folders, whole, tmp_path):
+    """Rejection sampling from end to end, as jobs/pipelines/r1_nanochat.yaml does it."""
+    kept, part, store, packs, out, keep = (tmp_path / name for name in ("kept", "part", "store", "packs", "out", "keep"))
+    for folder in (kept, part, store, packs, out, keep):
+        folder.mkdir()
+    rules = rejection.Config(inputs=[str(whole[0])], correct=False, truncated=True, per_prompt=2, near_duplicate=1.0)
+    facts = rejection.reject_filter(rules, kept)
+    assert facts["samples"] == PROMPTS * SAMPLES and facts["kept"] > 0 and facts["seed"] == ["3"]
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    rows = materialize.Config(
+        source=Source(inputs=[str(kept / "chat.jsonl")]), tokenizer=str(folders["hf"]),
+        chat=ChatConfig(template=str(tmp_path / "chat.jinja"), header=""),
+    )
+    materialize.materialize(rows, part, 0, 1)
+    made_ = materialize.finish(rows, [part], store)
+    assert made_["kept"] > 0 and made_["rows"] == facts["kept"]
+    pack.pack(pack.Config(store=str(store), pack_length=64), packs)
+    trained = sft.run(sft.Config(str(folders["base"]), str(store), str(packs), steps=2, global_batch=1, lr=1e-3), out, keep)
+    assert trained["step"] == 2
