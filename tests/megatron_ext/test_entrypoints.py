@@ -12,17 +12,17 @@ from data_tools import durable
 from data_tools.mistake import UserMistake
 from data_tools.tasks.task import Source
 from megatron_ext import model_folder
-from megatron_ext.entrypoints import bare, evaluate, export_hf, grpo, import_hf, init_model, merge_lora, sft
+from megatron_ext.entrypoints import bare, evaluate, export_hf, generate, grpo, import_hf, init_model, merge_lora, sft
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext.test_train import calculator  # noqa: F401
 
-ENTRYPOINTS = (init_model, import_hf, sft, grpo, evaluate, merge_lora, export_hf)
+ENTRYPOINTS = (init_model, import_hf, sft, grpo, generate, evaluate, merge_lora, export_hf)
 
 
 def test_entrypoints_import_and_check_without_torch():
     code = (
         "import sys, importlib\n"
-        "for name in 'init_model import_hf sft grpo evaluate merge_lora export_hf'.split():\n"
+        "for name in 'init_model import_hf sft grpo generate evaluate merge_lora export_hf'.split():\n"
         "    module = importlib.import_module('megatron_ext.entrypoints.' + name)\n"
         "    module.check(module.Config(), 1)\n"
         "print([m for m in ('torch', 'megatron.core', 'transformers', 'safetensors') if m in sys.modules])"
