@@ -1,6 +1,10 @@
 """GRPO on real gloo ranks: it learns, lr 0 changes nothing, and a stopped run goes on as if it had not been."""
 
 import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,8 @@ import pytest
 
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl.settings import Advantage, Loss
-from tests.megatron_ext import tiny
+from tests.command import ROOT
+from tests.megatron_ext import gloo, tiny
 from tests.megatron_ext.rl import toy
 
 FAMILIES = {
@@ -94,3 +99,37 @@ def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(
     used = texts(tmp_path / "cut")
     assert used == texts(tmp_path / "whole")
     assert len({key[1:3] for key in used}) == len(used) == whole["position"]["samples"]
+
+
+def in_ranks_of_their_own(hf: Path, keep: Path, dies_after: list[float], **arguments: Any) -> list[subprocess.CompletedProcess]:
+    port = gloo.free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.megatron_ext.rl.toy", str(hf), str(keep), str(seconds), json.dumps(arguments)],
+            env={**os.environ, **gloo.environment(rank, len(dies_after), port)}, cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank, seconds in enumerate(dies_after)
+    ]  # fmt: skip
+    return [subprocess.CompletedProcess(p.args, p.wait(), *p.communicate()) for p in ranks]
+
+
+@pytest.mark.parametrize("kills, seed", [(2, 1), pytest.param(20, 2, marks=pytest.mark.soak)])
+def test_ranks_killed_at_any_moment_end_as_the_uninterrupted_run_bit_for_bit(two_ranks, folders, tmp_path, kills, seed):
+    """In rollout, reward, update, save: whatever the clock meets."""
+    hf, keep, moments = folders["qwen2"], tmp_path / "cut", random.Random(seed)
+    arguments = dict(steps=8, minibatches=2, checkpoint_every=3, old_logprobs="recompute")
+    plain = dict(hf=hf, of=tiny.DIMS, plan=ParallelPlan(), **arguments)
+    whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **plain)[0]
+    found = []
+    for _ in range(kills):
+        moment = moments.uniform(0.5, 3)
+        found = in_ranks_of_their_own(hf, keep, [moment, moment + moments.uniform(-0.2, 0.2)], **arguments)
+        if not any(rank.returncode for rank in found):  # it was done before
+            break
+    found = in_ranks_of_their_own(hf, keep, [0, 0], **arguments)
+    assert [rank.returncode for rank in found] == [0, 0], found[0].stderr[-2000:]
+    assert texts(keep) == texts(tmp_path / "whole")
+    assert untimed(metrics(keep)) == untimed(metrics(tmp_path / "whole"))
+    digests = {json.loads(rank.stdout.splitlines()[-1])["digest"] for rank in found}
+    assert digests == {whole["digest"]}

@@ -1,10 +1,19 @@
 """A toy run of GRPO: prompts are a few tokens, and a completion is worth its share of tokens below TARGET."""
 
+import json
+import os
+import signal
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy
+
+from megatron_ext.device import init_device
+
+init_device()  # before megatron-core is imported
 
 from data_tools.progress import Stopped
 from megatron_ext import checkpoint, grpo, ranks
@@ -96,3 +105,17 @@ def trained(
             return dict(stopped=stopped.done)
         return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=outcome.resumed_from,
                     position=vars(outcome.position), asked=scorer.asked)  # fmt: skip
+
+
+def main() -> None:
+    """`python -m tests.megatron_ext.rl.toy HF KEEP SECONDS JSON`: the same in ranks of its own. It kills itself without
+    a word after so many seconds of training, if that is not 0; else it prints its facts."""
+    hf, keep, seconds, arguments = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4])
+    if seconds:
+        threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    facts = trained(hf, tiny.DIMS, ParallelPlan(), keep, **arguments)
+    print(json.dumps({key: facts[key] for key in ("digest", "resumed_from")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
