@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "submit what is missing, follow it to the end, and print a summary"),
     ):
         sub = verb(name, function, help)
-        sub.add_argument("pipeline", type=Path, help=PIPELINE_HELP)
+        sub.add_argument("pipeline", type=Path, help=PIPELINE_HELP, **({"nargs": "?"} if name == "plan" else {}))
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
         sub.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: ./runs/PIPELINE_NAME)")
         sub.add_argument("--verify", action="store_true", help="hash every sealed file again instead of trusting size and mtime")
@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "plan":
             sub.add_argument("--parallel", metavar="PHASE", help="memory, rank grid and predicted step of a training phase")
             sub.add_argument("--search", action="store_true", help="with --parallel: the legal plans that fit, best first")
+            sub.add_argument("--from-megatron", metavar="FLAGS", help="print the overrides that Megatron-LM's flags of a GRPO run "
+                             "stand for, and the flags that have none")
         if name == "submit":
             sub.add_argument("--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them")
 
@@ -152,6 +154,10 @@ def _make_plan(args: argparse.Namespace):
 
 
 def _plan(args: argparse.Namespace) -> int:
+    if args.from_megatron is not None:
+        return _from_megatron(args)
+    if args.pipeline is None:
+        raise UserMistake("plan needs a pipeline file, or --from-megatron FLAGS")
     if args.parallel:
         return _plan_parallel(args)
     if args.search:
@@ -163,6 +169,18 @@ def _plan(args: argparse.Namespace) -> int:
 
     console().print(plan_table(plan))
     _print_notes(plan)
+    return 0
+
+
+def _from_megatron(args: argparse.Namespace) -> int:
+    from jobs.megatron_flags import translate
+
+    overrides, notes = translate(args.from_megatron)
+    if args.json:
+        return _print_json({"overrides": overrides, "notes": notes})
+    print("\n".join(overrides))
+    for note in notes:
+        print(f"afterok: {note}", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,205 @@
+"""Megatron-LM's flags of examples/rl → overrides of jobs/pipelines/megatron_grpo.yaml, or why a flag has none.
+
+    overrides, notes = translate("--grpo-group-size 16 --lr 1e-6 …")
+
+FLAGS is the one table of it: `afterok plan PIPELINE --from-megatron "FLAGS"` reads it, and the README shows it (a test
+holds the two together). Old and new names of a flag stand in one row: Megatron-LM renamed several in February 2026
+(reference/rl.md 1.2).
+"""
+
+import shlex
+from dataclasses import dataclass
+from typing import Callable
+
+from data_tools.mistake import Problem, UserMistake, nearest
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`names`: old and new. `key`: the override that takes its value, `fixed`: overrides of a flag without value (or of
+    one whose value is looked up), `why`: why there is none. `values` is how many words follow."""
+
+    names: tuple[str, ...]
+    key: str = ""
+    fixed: tuple[str, ...] = ()
+    why: str = ""
+    values: int = 1
+    convert: Callable[[str], str] = str
+
+
+def _switch(*names: str, sets: tuple[str, ...] = (), why: str = "") -> Flag:
+    return Flag(names, fixed=sets, why=why, values=0)
+
+
+def _none(*names: str, why: str, values: int = 1) -> Flag:
+    return Flag(names, why=why, values=values)
+
+
+def _top_p(value: str) -> str:
+    return "1.0" if float(value) == 0 else value  # 0 is off there
+
+
+def _top_k(value: str) -> str:
+    return "0" if int(value) < 0 else value  # -1 is off there
+
+
+_CONFIG = "config.json of the model says it"
+_ALWAYS = "always so"
+
+FLAGS: tuple[Flag, ...] = (
+    # GRPO
+    Flag(("--grpo-prompts-per-step",), "grpo.with.prompts"),
+    Flag(("--grpo-group-size",), "grpo.with.group"),
+    Flag(("--grpo-iterations",), "grpo.with.passes"),
+    Flag(("--grpo-clamp-eps-lower",), "grpo.with.loss.clip_low"),
+    Flag(("--grpo-clamp-eps-upper",), "grpo.with.loss.clip_high"),
+    Flag(("--grpo-kl-beta",), "grpo.with.loss.kl_beta"),
+    Flag(("--grpo-entropy-term-weight",), "grpo.with.loss.entropy"),
+    _switch("--grpo-filter-groups-with-same-reward", sets=("grpo.with.advantage.drop_equal_groups=true",)),
+    Flag(("--rl-default-temperature",), "grpo.with.sampling.temperature"),
+    Flag(("--rl-default-top-p",), "grpo.with.sampling.top_p", convert=_top_p),
+    Flag(("--rl-default-top-k",), "grpo.with.sampling.top_k", convert=_top_k),
+    Flag(("--rl-prompts-per-eval",), "grpo.with.evaluation.prompts"),
+    Flag(("--eval-interval",), "grpo.with.evaluation.every"),
+    _none("--eval-iters", why="evaluation.prompts says how much"),
+    _switch("--rl-offload-optimizer-during-inference", sets=("grpo.with.offload=true",)),
+    _switch("--rl-inference-logprobs-is-correction", sets=("grpo.with.loss.correction.mode=token_truncate",)),
+    Flag(("--rl-importance-sampling-truncation-coef",), "grpo.with.loss.correction.high"),
+    _switch("--calculate-per-token-loss", sets=("grpo.with.loss.aggregation=token",)),
+    Flag(("--langrl-env-config", "--env-config"), "grpo.with.mix.environments"),
+    Flag(("--seed",), "grpo.with.seed"),
+    _switch("--perform-rl-step", why="the phase is grpo"),
+    _none("--langrl-inference-server-type", why="there is no server: the training model's own parameters sample"),
+    _switch("--rl-use-sequence-packing", why=f"{_ALWAYS}: rollouts are packed by tokens (row_tokens)"),
+    _none("--rl-sequence-packing-algo", why="rows are balanced by tokens"),
+    _none("--rl-sequence-packing-max-sequences-per-bin", why="a row is bounded by row_tokens"),
+    _switch("--rl-partial-rollouts", why="a step uses its own rollouts; unfinished ones survive a restart"),
+    _none("--rl-parallel-generation-tasks", "--rl-generation-lag", why="a step uses its own rollouts: no lag"),
+    _none("--refit-method", why="there is no second model to copy weights to"),
+    _switch("--rl-durable-rollout-bank", why=f"{_ALWAYS}: tokens are recorded as they are drawn"),
+    # engine
+    Flag(("--inference-max-batch-size", "--inference-max-requests", "--inference-dynamic-batching-max-requests"),
+         "grpo.with.engine.max_batch"),
+    Flag(("--inference-dynamic-batching-buffer-size-gb",), "grpo.with.engine.kv_gib"),
+    Flag(("--inference-dynamic-batching-block-size",), "grpo.with.engine.block_size"),
+    Flag(("--inference-dynamic-batching-max-tokens",), "grpo.with.engine.token_budget"),
+    Flag(("--inference-max-seq-length",), "grpo.with.sampling.max_tokens"),
+    _none("--inference-dynamic-batching-num-cuda-graphs", why="not there yet: decoding captures no CUDA graph"),
+    _switch("--enable-cuda-graph", why="not there yet: decoding captures no CUDA graph"),
+    _none("--cuda-graph-impl", why="not there yet: decoding captures no CUDA graph"),
+    _switch("--rl-reset-cuda-graphs", "--rl-persist-cuda-graphs", why="not there yet: decoding captures no CUDA graph"),
+    _switch("--rl-offload-kv-cache-during-training", "--rl-remove-kv-cache-during-training",
+            why=f"{_ALWAYS}: keys and values are there during rollouts only"),
+    _none("--rl-kv-cache-management-mode", why=f"{_ALWAYS}: keys and values are there during rollouts only"),
+    _switch("--inference-dynamic-batching-enable-prefix-caching", why=f"{_ALWAYS}: a group's samples share its prompt's blocks"),
+    _switch("--enable-chunked-prefill", why=f"{_ALWAYS}: token_budget bounds a pass"),
+    # parallel
+    Flag(("--tensor-model-parallel-size",), "grpo.with.parallel.tensor"),
+    Flag(("--pipeline-model-parallel-size",), "grpo.with.parallel.pipeline"),
+    Flag(("--context-parallel-size",), "grpo.with.parallel.context"),
+    Flag(("--expert-model-parallel-size",), "grpo.with.parallel.expert"),
+    Flag(("--expert-tensor-parallel-size",), "grpo.with.parallel.expert_tensor"),
+    _switch("--sequence-parallel", sets=("grpo.with.parallel.sequence_parallel=true",)),
+    Flag(("--recompute-granularity",), "grpo.with.parallel.recompute"),
+    _switch("--recompute-activations", sets=("grpo.with.parallel.recompute=selective",)),
+    _none("--micro-batch-size", why="rows of up to row_tokens take the place of micro-batches"),
+    _switch("--use-distributed-optimizer", why=_ALWAYS),
+    _switch("--accumulate-allreduce-grads-in-fp32", why=_ALWAYS),
+    _switch("--use-mcore-models", why=_ALWAYS),
+    Flag(("--nnodes",), "grpo.resources.nodes"),
+    Flag(("--nproc-per-node",), "grpo.resources.gpus_per_node"),
+    # optimizer and length of the run
+    Flag(("--lr",), "grpo.with.lr"),
+    Flag(("--min-lr",), "grpo.with.min_lr"),
+    Flag(("--lr-decay-style",), "grpo.with.schedule", convert=str.lower),
+    _none("--lr-warmup-samples", why="warmup_steps counts updates: samples / (prompts x group)"),
+    Flag(("--weight-decay",), "grpo.with.weight_decay"),
+    Flag(("--clip-grad",), "grpo.with.clip_grad"),
+    Flag(("--adam-beta1",), "grpo.with.beta1"),
+    Flag(("--adam-beta2",), "grpo.with.beta2"),
+    Flag(("--adam-eps",), "grpo.with.epsilon"),
+    _switch("--bf16", sets=("grpo.with.dtype=bfloat16",)),
+    Flag(("--train-iters",), "grpo.with.steps"),
+    _none("--train-samples", why="steps counts updates"),
+    _none("--global-batch-size", why="prompts x group samples a step; minibatches cuts them into several updates"),
+    # checkpoints, logs
+    Flag(("--save-interval",), "grpo.with.checkpoint_every"),
+    _none("--save", "--load", why="checkpoints lie in the phase's folder, and a requeued job goes on from the newest"),
+    _switch("--finetune", why="the phase begins from its model folder; init_from is that"),
+    Flag(("--pretrained-checkpoint",), "imported.with.megatron"),
+    _none("--ckpt-format", why="import_hf reads Megatron's torch format, checkpoints are torch_dist"),
+    _none("--wandb-project", "--wandb-exp-name", "--tensorboard-dir", "--tensorboard-log-interval", "--log-interval",
+          "--timing-log-level", "--timing-log-option", "--straggler-minmax-count", why="metrics.jsonl has every step"),
+    _switch("--log-timers-to-tensorboard", "--log-progress", "--log-params-norm", "--log-num-zeros-in-grad",
+            "--log-throughput", "--log-straggler", "--disable-straggler-on-startup", why="metrics.jsonl has every step"),
+    _none("--data-cache-path", why="prompts need no cache"),
+    _switch("--mock-data", why="prompts come from the mix"),
+    _none("--exit-duration-in-mins", why="Slurm's signal before the time limit ends a link at a checkpoint"),
+    _none("--distributed-timeout-minutes", why="fixed (megatron_ext/ranks.py)"),
+    # the model
+    Flag(("--transformer-impl",), "grpo.with.backend", convert=lambda v: "te" if v == "transformer_engine" else "torch"),
+    Flag(("--tokenizer-model",), "imported.with.source"),
+    _none("--tokenizer-type", "--seq-length", "--max-position-embeddings", "--num-layers", "--hidden-size", "--ffn-hidden-size",
+          "--num-attention-heads", "--num-query-groups", "--normalization", "--norm-epsilon", "--position-embedding-type",
+          "--rotary-percent", "--rotary-base", "--attention-dropout", "--hidden-dropout", "--make-vocab-size-divisible-by",
+          why=_CONFIG),
+    _switch("--untie-embeddings-and-output-weights", "--disable-bias-linear", "--add-qkv-bias", "--group-query-attention",
+            "--use-rotary-position-embeddings", "--swiglu", why=_CONFIG),
+    _none("--attention-backend", why="packed rows run flash attention where the backend is te"),
+    _switch("--attention-softmax-in-fp32", "--no-masked-softmax-fusion", "--te-rng-tracker", "--data-parallel-random-init",
+            "--initialize-socket-comms", "--no-create-attention-mask-in-dataloader", why="nothing to choose here"),
+    _none("--empty-unused-memory-level", why="nothing to choose here"),
+)  # fmt: skip
+
+
+def translate(text: str) -> tuple[list[str], list[str]]:
+    """(our overrides, a line for each flag that has none). UserMistake naming every flag nobody knows."""
+    rows = {name: row for row in FLAGS for name in row.names}
+    words = _words(text)
+    overrides: dict[str, str] = {}
+    notes, problems = [], []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        row = rows.get(name)
+        if row is None:
+            if name.startswith("--"):
+                problems.append(Problem("--from-megatron", f"{name} is no flag that is known here{nearest(name, list(rows))}"))
+                while words and not words[0].startswith("--"):
+                    words.pop(0)
+            continue  # a script's name, or a value of an unknown flag
+        if row.values and not equals:
+            if not words or words[0].startswith("--"):
+                problems.append(Problem("--from-megatron", f"{name} has no value"))
+                continue
+            value = words.pop(0)
+        if row.why:
+            notes.append(f"{name}: {row.why}")
+        for one in row.fixed:
+            key, _, fixed = one.partition("=")
+            overrides[key] = fixed
+        if row.key:
+            try:
+                overrides[row.key] = row.convert(value)
+            except ValueError:
+                problems.append(Problem("--from-megatron", f"{name} {value}: not a number"))
+    if problems:
+        raise UserMistake(problems)
+    return [f"{key}={value}" for key, value in overrides.items()], notes
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return [word for word in shlex.split(text.replace("\\\n", " "))]
+    except ValueError as error:
+        raise UserMistake(Problem("--from-megatron", f"cannot be read as a command line: {error}")) from None
+
+
+def table() -> str:
+    """FLAGS as the README shows it: Markdown."""
+    lines = ["| Megatron-LM | afterok |", "|---|---|"]
+    for row in FLAGS:
+        names = ", ".join(f"`{name}`" for name in row.names)
+        ours = f"`{row.key}`" if row.key else ", ".join(f"`{one}`" for one in row.fixed) or row.why
+        lines.append(f"| {names} | {ours} |")
+    return "\n".join(lines)
