@@ -11,16 +11,16 @@ the steps after it from the journal (rl/journal.py): every sample is trained onc
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_tools.progress import Progress, Stopped, silent
+from data_tools.progress import Progress, Stop, Stopped, silent
 from data_tools.seeded import permutation
 from megatron_ext import checkpoint
-from megatron_ext.metrics import Metrics
+from megatron_ext.metrics import Metrics, Sink
 from megatron_ext.rl import journal, report
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.losses import Totals
@@ -30,6 +30,7 @@ from megatron_ext.rl.samples import Batch, Sample, batch_of, kept_items
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from megatron_ext.schedule import Schedule
 from megatron_ext.train import NonFinite, StopVote, Sums, Trainer
+from megatron_ext.watch import Hang, Watch
 
 ROLLOUTS, SAMPLES = "rollouts", "samples"
 
@@ -58,6 +59,12 @@ class Run:
     keep_checkpoints: int = 2
     evaluate_every: int = 0
     offload: bool = False
+    keep_every: int = 0
+    save_in_background: bool = True
+    hang: Hang = field(default_factory=Hang)
+
+
+Sinks = Callable[[int], Sequence[Sink]]
 
 
 @dataclass
@@ -101,17 +108,37 @@ def train(
     run: Run,
     keep: Path,
     identity: dict[str, Any],
-    stop: Callable[[], bool],
+    stop: Stop,
     progress: Progress = silent,
     reference: Optional[list[torch.nn.Module]] = None,
     evaluate: Optional[Callable[[int], dict[str, Any]]] = None,
     spell: Callable[[Sample], dict[str, Any]] = lambda sample: {},
+    sinks: Sinks = lambda resumed_from: (),
 ) -> Outcome:
     """Train to the end of the schedule, from the newest valid checkpoint in KEEP/checkpoints if there is one.
 
     `reference` are the parts of the model for the KL term. `evaluate(step)` is called on every rank. `spell` gives the
-    texts of a sample for the log. Raises as train.train_on_packs does.
+    texts of a sample for the log. `sinks` makes, on rank 0, what metrics go to besides KEEP/metrics.jsonl. Raises as train.train_on_packs does.
     """
+    watch = Watch(run.hang, keep / "stacks", dist.get_rank())
+    with watch.watching():
+        return _train(trainer, collector, run, keep, identity, stop, progress, reference, evaluate, spell, sinks, watch)
+
+
+def _train(
+    trainer: Trainer,
+    collector: Collector,
+    run: Run,
+    keep: Path,
+    identity: dict[str, Any],
+    stop: Stop,
+    progress: Progress,
+    reference: Optional[list[torch.nn.Module]],
+    evaluate: Optional[Callable[[int], dict[str, Any]]],
+    spell: Callable[[Sample], dict[str, Any]],
+    sinks: Sinks,
+    watch: Watch,
+) -> Outcome:
     root, plan = keep / "checkpoints", trainer.plan
     if dist.get_rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
@@ -123,24 +150,26 @@ def train(
         done, saved_position = checkpoint.load_step(folder, trainer.model, trainer.optimizer, plan, identity)
         position = Position(**saved_position)
     resumed_from = saved = done
-    metrics = Metrics(keep / "metrics.jsonl", resumed_from)
+    saver = checkpoint.Saver(
+        root, trainer.model, trainer.optimizer, plan, run.keep_checkpoints, run.keep_every, run.save_in_background
+    )
+    metrics = Metrics(keep / "metrics.jsonl", resumed_from, lambda: sinks(resumed_from))
     schedule, steps = run.schedule, run.schedule.steps
     progress(done, steps, "steps", f"resumed from {folder.name}" if folder else "")
 
     def publish(step: int) -> None:
         nonlocal saved
-        checkpoint.save_step(
-            root, step, trainer.model, trainer.optimizer, plan,
-            identity=identity, position=vars(position), keep=run.keep_checkpoints,
-        )  # fmt: skip
+        saver.save(step, identity, dict(vars(position)))
         saved = step
-        if dist.get_rank() == 0:
-            journal.forget(keep / ROLLOUTS, min(checkpoint.steps(root)))
+        watch.move()
+        if dist.get_rank() == 0:  # what a retained checkpoint may be gone on with from; one under way comes on top
+            journal.forget(keep / ROLLOUTS, min(checkpoint.steps(root), default=0))
 
     def give_up(step: int) -> None:
         """Asked to stop: the work so far is durable before the ranks leave."""
         if step > saved:
             publish(step)
+        saver.close()
         raise Stopped(step, steps)
 
     def evaluate_if_due(step: int) -> None:
@@ -151,6 +180,7 @@ def train(
             except Stopped:
                 give_up(step)
             position.evaluated = step
+            watch.move()
 
     vote = StopVote(stop)
     vote.send()
@@ -175,6 +205,7 @@ def train(
         with clock("train"):
             update = _update(trainer, parts, run, rate, position.mismatch, reference, vote)
         if not math.isfinite(update.norm):
+            saver.wait()
             raise NonFinite(
                 f"step {k + 1}: the gradient norm is {update.norm} at learning rate {rate:g}; the last checkpoint is "
                 f"step {saved}. Lower lr or raise warmup_steps"
@@ -191,7 +222,11 @@ def train(
             evaluate_if_due(steps)
         if k + 1 == steps or (run.checkpoint_every > 0 and (k + 1) % run.checkpoint_every == 0):
             publish(k + 1)
+        saver.check()
+        watch.step()
     vote.count()
+    saver.close()
+    metrics.close()
     return Outcome(steps, position, resumed_from, notes)
 
 

@@ -17,7 +17,8 @@ from tests.command import ROOT, afterok, afterok_json, phase_status, wait_for
 
 TINY = "jobs/pipelines/tiny.yaml"
 SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=300", "sft.with.checkpoint_every=20",
-         "sft.with.log_every=10"]  # fmt: skip
+         "sft.with.log_every=10", "params.grpo_steps=4", "grpo.with.prompts=16", "grpo.with.checkpoint_every=2",
+         "grpo.with.advantage.drop_equal_groups=false"]  # fmt: skip
 
 
 def seal_of(run: Path, phase: str):
@@ -34,12 +35,16 @@ def local_run(tmp_path_factory, scrub_slurm):  # noqa: F811
 def test_every_phase_is_sealed_and_the_summary_says_accuracy_before_and_after(local_run):
     run, printed = local_run
     status = afterok_json("status", run)
-    assert status["finished"] and len(status["phases"]) == 8
+    assert status["finished"] and len(status["phases"]) == 12
     facts = {phase["phase"]: phase["facts"] for phase in status["phases"]}
     assert facts["untrained"]["accuracy"] <= facts["trained"]["accuracy"]
     assert facts["trained"]["seen_prompts"] == 0 and facts["trained"]["unseen_prompts"] > 100
     assert facts["sft"]["loss_last"] < facts["sft"]["loss_first"]
-    for word in ("untrained", "trained", "accuracy", str(run / "exported")):
+    assert facts["grpo"]["step"] == 4 and facts["grpo"]["samples"] == 4 * 16 * 8
+    for phase in ("reinforced", "controlled"):  # beside SFT, on the same prompts
+        assert facts[phase]["gain"] == pytest.approx(facts[phase]["sampled_accuracy"] - facts["trained"]["sampled_accuracy"])
+        assert facts[phase]["gain_error"] >= 0
+    for word in ("untrained", "trained", "accuracy", "reinforced", "gain", str(run / "exported")):
         assert word in printed
 
 
@@ -56,6 +61,16 @@ def test_the_metrics_of_every_logged_step_are_there_once(local_run):
     assert steps == sorted(set(steps)) and steps[-1] == 100
 
 
+def test_each_sample_of_grpo_is_in_the_log_once_with_what_it_was_worth(local_run):
+    run, _ = local_run
+    paths = sorted(next(run.glob("grpo/*/samples")).glob("step_*.jsonl"))
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    assert len({(line["item"], line["sample"]) for line in lines}) == len(lines) == 4 * 16 * 8
+    for line in lines:
+        assert line["prompt"].endswith("=") and line["entry"] == "calculator"
+        assert line["reward"] == line["parts"]["correct"] if line["reward"] is not None else line["note"]
+
+
 def test_a_second_run_submits_nothing_and_another_lr_reruns_what_depends_on_it(local_run):
     run, _ = local_run
     jobs = len(Ledger(run / "ledger.jsonl").jobs())
@@ -64,7 +79,7 @@ def test_a_second_run_submits_nothing_and_another_lr_reruns_what_depends_on_it(l
     plan = afterok_json("plan", TINY, *SHORT, "sft.with.lr=1e-3", "cluster=local", "--run", run)["phases"]
     found = {phase["phase"]: (phase["action"], phase["reasons"]) for phase in plan}
     assert found["sft"] == ("rerun", ["sft.with.lr 0.002 → 0.001"])
-    assert found["trained"] == found["exported"] == ("rerun", ["because of sft"])
+    assert found["trained"] == found["grpo"] == found["control"] == ("rerun", ["because of sft"])
     assert {found[name][0] for name in ("init", "imported", "data", "packs", "untrained")} == {"reuse"}
     layout = afterok_json("plan", TINY, *SHORT, "sft.with.parallel.tensor=2", "cluster=local", "--run", run)["phases"]
     assert {phase["action"] for phase in layout} == {"reuse"}  # parallel degrees are recorded, not keyed
@@ -73,9 +88,13 @@ def test_a_second_run_submits_nothing_and_another_lr_reruns_what_depends_on_it(l
 def test_the_same_run_on_slurm_seals_the_same_weights_bit_for_bit(local_run, dev_cluster, tmp_path):  # noqa: F811
     run, _ = local_run
     env = dev_cluster.env()
-    afterok("run", TINY, *SHORT, "--run", tmp_path / "slurm", env=env, timeout=400)
-    here, there = seal_of(run, "sft").facts, seal_of(tmp_path / "slurm", "sft").facts
-    assert here["weights_digest"] == there["weights_digest"]
+    afterok("submit", TINY, *SHORT, "--run", tmp_path / "slurm", env=env)
+    for phase in ("exported", "trained"):
+        wait_for(phase, lambda: list((tmp_path / "slurm").glob(f"{phase}/*/seal.json")), 400)
+    afterok("cancel", tmp_path / "slurm", env=env)  # the control is of no interest here
+    for phase in ("sft", "grpo"):
+        here, there = seal_of(run, phase).facts, seal_of(tmp_path / "slurm", phase).facts
+        assert here["weights_digest"] == there["weights_digest"]
     sha = [seal_of(r, "exported").content["files"] for r in (run, tmp_path / "slurm")]
     for name in sha[0]:
         if name.endswith(".safetensors"):
@@ -89,7 +108,7 @@ def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_ru
     finished, _ = local_run
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    for phase in ("sft", "trained", "exported"):
+    for phase in ("sft", "trained", "exported", "grpo", "control", "reinforced", "controlled"):
         shutil.rmtree(run / phase)
     afterok("submit", TINY, *SHORT, "cluster=local", "--run", run)
     wait_for("a checkpoint", lambda: list(run.glob("sft/*/checkpoints/step_*")), 120)
@@ -99,7 +118,8 @@ def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_ru
     os.kill(children[0], signal.SIGKILL)
     wait_for("the restart", lambda: list(run.glob("sft/*/leases/0000.a2.r1.*")))
     assert not list(run.glob("sft/*/seal.json"))
-    afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=300)  # follows what is under way
+    wait_for("the end of training", lambda: list(run.glob("sft/*/seal.json")), 300)
+    afterok("cancel", run)
     facts = seal_of(run, "sft").facts
     assert facts["resumed_from"] > 0
     assert facts["weights_digest"] == seal_of(finished, "sft").facts["weights_digest"]
@@ -133,7 +153,7 @@ def test_the_exported_model_gives_the_logits_of_the_megatron_model(local_run, tm
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     ids = torch.tensor(AutoTokenizer.from_pretrained(exported)("48/2=42")["input_ids"])
     torch.save(ids, tmp_path / "ids.pt")
-    subprocess.run([sys.executable, "-c", LOGITS, str(seal_of(run, "sft").folder), str(tmp_path / "ids.pt"),
+    subprocess.run([sys.executable, "-c", LOGITS, str(seal_of(run, "grpo").folder), str(tmp_path / "ids.pt"),
                     str(tmp_path / "logits.pt")], cwd=ROOT, check=True)
     ours = torch.load(tmp_path / "logits.pt")
     with torch.no_grad():

@@ -6,14 +6,16 @@ from typing import Any, Dict
 
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, Stop, never, silent
-from data_tools.tasks.task import Source, check_rows
-from megatron_ext import preflight
+from data_tools.tasks.mix import MixConfig, check_mix, entries_of
+from megatron_ext import preflight, track, watch
 from megatron_ext import schedule as schedules
 from megatron_ext.parallel import ParallelPlan, Site
 from megatron_ext.planner import Training
 from megatron_ext.rl.settings import (
     OLD_LOGPROBS, Advantage, Evaluation, Loss, Rewarding, check_advantage, check_evaluation, check_loss, check_rewarding)
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
+from megatron_ext.track import Track
+from megatron_ext.watch import Hang
 
 FREE = {"keyed": False}  # does not change the result
 
@@ -23,9 +25,8 @@ class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
     reference: str = field(default="", metadata={"input": True})  # model folder of the KL term; "": the model itself
 
-    task: str = "calculator"
-    task_options: Dict[str, Any] = field(default_factory=dict)
-    source: Source = field(default_factory=Source)
+    mix: MixConfig = field(default_factory=MixConfig)  # what is asked, and how it is rewarded
+    chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     steps: int = 100
@@ -60,11 +61,17 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig, metadata=FREE)
     row_tokens: int = field(default=16384, metadata=FREE)  # of a packed row that is trained; a longer sample is one
     offload: bool = field(default=False, metadata=FREE)  # optimizer and gradients leave the GPU during rollouts
+    verifiers: int = field(default=2, metadata=FREE)  # processes that score, a replica
+    verify_limit_s: float = 10.0  # seconds that a verifier has for a sample, which is then not scorable
     record_s: float = field(default=5.0, metadata=FREE)  # seconds of sampling that a kill may cost
     log_samples: bool = field(default=True, metadata=FREE)  # every sample with its text, in KEEP/samples
     backend: str = field(default="torch", metadata=FREE)  # layer spec: torch | te
     checkpoint_every: int = field(default=0, metadata=FREE)  # steps; 0: only at the end
-    keep_checkpoints: int = field(default=2, metadata=FREE)
+    keep_checkpoints: int = field(default=2, metadata=FREE)  # the newest
+    keep_every: int = field(default=0, metadata=FREE)  # steps; checkpoints of its multiples stay for good
+    save_in_background: bool = field(default=True, metadata=FREE)  # training goes on while a checkpoint is written
+    track: Track = field(default_factory=Track, metadata=FREE)
+    hang: Hang = field(default_factory=Hang, metadata=FREE)
     parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
 
 
@@ -85,15 +92,17 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     """What can be refused before anything runs; `site` says what is known of `ranks` ranks that are yet to come."""
     problems = [] if config.model else [Problem("model", "is missing")]
     problems += schedules.check(_schedule(config))
-    for name in ("prompts", "passes", "minibatches", "keep_checkpoints", "row_tokens"):
+    for name in ("prompts", "passes", "minibatches", "keep_checkpoints", "row_tokens", "verifiers"):
         if getattr(config, name) < 1:
             problems.append(Problem(name, f"{getattr(config, name)} is too few: the least is 1"))
-    for name in ("refill_tries", "record_s", "mismatch_limit", "checkpoint_every"):
+    for name in ("refill_tries", "record_s", "mismatch_limit", "checkpoint_every", "keep_every"):
         if getattr(config, name) < 0:
             problems.append(Problem(name, f"{getattr(config, name)} is negative"))
     if config.minibatches > config.prompts * config.group:
         samples = f"{config.prompts} prompts x {config.group} samples"
         problems.append(Problem("minibatches", f"{config.minibatches} are more than {samples}"))
+    if not config.verify_limit_s > 0:
+        problems.append(Problem("verify_limit_s", f"{config.verify_limit_s} s is no time: 10 is usual"))
     if config.dtype not in ("", "float32", "bfloat16"):
         problems.append(Problem("dtype", f"{config.dtype!r} is neither float32 nor bfloat16"))
     if config.backend not in ("torch", "te"):
@@ -104,7 +113,8 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_sampling(config.sampling) + _check_temperature(config)
     problems += check_loss(config.loss) + check_advantage(config.advantage, config.group)
     problems += check_rewarding(config.rewarding, config.sampling.max_tokens) + check_evaluation(config.evaluation)
-    problems += check_rows(config.task, config.task_options, config.source) + check_engine(config.engine)
+    problems += check_mix(config.mix) + check_engine(config.engine)
+    problems += track.check(config.track) + watch.check(config.hang)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     site = site or Site(ranks)
@@ -176,10 +186,12 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
 
 def _identity(config: Config, model_digest: str) -> dict[str, Any]:
-    """What a checkpoint must share with a run that resumes it: all that changes the result."""
+    """What a checkpoint must share with a run that resumes it: all that changes the result. The model by digest, the
+    prompts by theirs (session.py); where they lie does not matter."""
     kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
-    kept = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
-    return {**kept, "model": model_digest, "reference": bool(config.reference)}
+    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
+    rewards = {name: [e.task, e.options, e.rewards, e.evaluation_only] for name, e in entries_of(config.mix).items()}
+    return {**plain, "mix": rewards, "model": model_digest, "reference": bool(config.reference)}
 
 
 if __name__ == "__main__":

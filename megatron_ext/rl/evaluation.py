@@ -24,7 +24,7 @@ def evaluate(
     samples: int,
     together: Together,
 ) -> dict[str, Any]:
-    """Over prompts 0 to `count` - 1, `samples` each (greedy: 1). Every rank takes part and returns the same.
+    """By entry, over prompts 0 to `count` - 1, `samples` each (greedy: 1). Every rank takes part and returns the same.
 
     Raises Stopped on every rank once any was asked to stop.
     """
@@ -32,25 +32,27 @@ def evaluate(
     wanted = {k: prompts.item(k) for k in replica.share(range(count))}
     numbers = {prompts.uid(item): k for k, item in wanted.items()}
     requests = [Request(uid, prompts.tokens(wanted[k]), samples) for uid, k in numbers.items()]
-    pending: list[tuple[int, str, str, Any]] = []
+    pending: list[tuple[int, str, Any]] = []
     stopped = False
     try:
         for sequence in engine.generate(requests, sampling, together):
             if replica.speaks:
                 k = numbers[sequence.prefix.request.uid]
                 text = spell(sequence.completion, sequence.finish)
-                pending.append((k, text, sequence.finish, scorer.submit(wanted[k], text, sequence.finish)))
+                pending.append((k, sequence.finish, scorer.submit(wanted[k], text, sequence.finish)))
     except Stopped:
         stopped = True
     engine.counts.clear()
     if everywhere(stopped):
         raise Stopped(0, 0)
     found = []
-    for k, text, finish, future in pending:
+    for k, finish, future in pending:
         score = future.result()
         right = score.reward is not None and score.reward >= RIGHT
-        found.append((k, score.parts.get("answer", text.strip()) if finish == "stop" else None, right))
-    return summary(replica.gathered(replica.from_speaker(found)), samples, sampling.is_greedy)
+        found.append((getattr(wanted[k], "entry", "all"), k, score.answer if finish == "stop" else None, right))
+    every = replica.gathered(replica.from_speaker(found))
+    names = sorted({name for name, *_ in every})
+    return {name: summary([one for of, *one in every if of == name], samples, sampling.is_greedy) for name in names}
 
 
 def summary(found: Sequence[tuple[int, Optional[str], bool]], samples: int, greedy: bool) -> dict[str, Any]:
@@ -65,6 +67,7 @@ def summary(found: Sequence[tuple[int, Optional[str], bool]], samples: int, gree
     result |= {"accuracy": float(np.mean(means)), "accuracy_error": standard_error(means)}
     for k in (2**i for i in range(1, samples.bit_length()) if 2**i <= samples):
         result[f"pass@{k}"] = float(np.mean([pass_at_k(samples, sum(r for _, r in one), k) for one in by_prompt.values()]))
-        votes = [([a for a, _ in one], [r for _, r in one]) for one in by_prompt.values()]
-        result[f"maj@{k}"] = float(np.mean([majority_at_k(answers, right, k) for answers, right in votes]))
+        if any(answer is not None for answer, _ in (one for many in by_prompt.values() for one in many)):
+            votes = [([a for a, _ in one], [r for _, r in one]) for one in by_prompt.values()]
+            result[f"maj@{k}"] = float(np.mean([majority_at_k(answers, right, k) for answers, right in votes]))
     return result

@@ -1,24 +1,22 @@
 """Puts a GRPO run together: model, engine, prompts, scorer, reference, evaluation, loop."""
 
-import contextlib
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Optional
 
 from data_tools import durable
 from data_tools.progress import Progress, Stop
-from data_tools.seeded import permutation
-from data_tools.tasks.task import load_task, task_options
+from data_tools.tasks.mix import Mix, entries_of
 from data_tools.tokenizer import load_tokenizer
-from megatron_ext import grpo, model_folder, train
+from megatron_ext import grpo, metrics, model_folder, train
 from megatron_ext import schedule as schedules
 from megatron_ext.model_folder import ModelFolder
 from megatron_ext.rl.collect import Collector, Replica, Together
 from megatron_ext.rl.evaluation import evaluate
+from megatron_ext.rl.prompts import HeldOut, MixPrompts, mix_scorer
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rollout.engine import Engine
-from megatron_ext.rollout.settings import Sampling
 
 
 def run(
@@ -27,7 +25,10 @@ def run(
     """(outcome, digest of the weights in `out`). `config` is entrypoints.grpo.Config; the ranks are started."""
     plan, sampling = config.parallel, config.sampling
     tokenizer = load_tokenizer(str(folder.hf))
-    prompts, held_out = prompts_of(config, tokenizer)
+    mix = Mix(entries_of(config.mix), config.seed)
+    encoding = tokenizer, config.chat_arguments, folder.family.config.shape(folder.dims).max_positions - sampling.max_tokens
+    prompts, held_out = MixPrompts(mix, *encoding), HeldOut(mix, config.evaluation.prompts, *encoding)
+    identity = {**identity, "prompts": mix.digest}
     trainer = train.Trainer(
         model_folder.load_stages(folder, plan, config.dtype, config.backend),
         plan,
@@ -43,9 +44,16 @@ def run(
         return tokenizer.decode(tokens[:-1] if ended else tokens)
 
     def texts(sample: Sample) -> dict[str, Any]:
-        return {"prompt": tokenizer.decode(sample.prompt), "completion": spell(sample.tokens.tolist(), sample.finish)}
+        draw = prompts.item(sample.item)
+        completion = spell(sample.tokens.tolist(), sample.finish)
+        return {"entry": draw.entry, "uid": draw.item.uid, "prompt": tokenizer.decode(sample.prompt), "completion": completion}
 
-    with scorer_of(config) as scorer:
+    def sinks(resumed_from: int) -> list[Any]:
+        run_id = durable.sha256_bytes(str(keep.resolve()))[:16]  # the same for all attempts at this training
+        return metrics.sinks(config.track, keep, resumed_from, run_id, identity)
+
+    scoring = mix_scorer(mix.entries, Replica().speaks, config.verifiers, config.verify_limit_s)
+    with scoring as scorer:
         collector = Collector(
             engine(config.seed), prompts, scorer, spell, sampling, config.group, keep / grpo.ROLLOUTS,
             durable.sha256_bytes(durable.canonical_json(identity)), config.record_s, stop,
@@ -58,8 +66,9 @@ def run(
                 ways.append((replace(sampling, temperature=config.evaluation.temperature), config.evaluation.samples))
             found: dict[str, Any] = {}
             for way, samples in ways:
-                count = min(config.evaluation.prompts, len(held_out))
-                found |= evaluate(engine(seed), held_out, scorer, spell, way, count, samples, Together(stop))
+                part = evaluate(engine(seed), held_out, scorer, spell, way, len(held_out), samples, Together(stop))
+                for name, values in part.items():
+                    found[name] = found.get(name, {}) | values
             return found
 
         outcome = grpo.train(
@@ -71,8 +80,9 @@ def run(
             stop,
             progress,
             reference=reference_of(config, folder),
-            evaluate=evaluated if held_out is not None else None,
+            evaluate=evaluated if len(held_out) else None,
             spell=texts,
+            sinks=sinks,
         )
     digest = model_folder.write(out, trainer.model, folder, step=folder.step + outcome.step)
     return outcome, digest
@@ -103,6 +113,9 @@ def run_of(config: Any) -> grpo.Run:
         keep_checkpoints=config.keep_checkpoints,
         evaluate_every=config.evaluation.every,
         offload=config.offload,
+        keep_every=config.keep_every,
+        save_in_background=config.save_in_background,
+        hang=config.hang,
     )
 
 
@@ -128,61 +141,3 @@ def reference_of(config: Any, folder: ModelFolder) -> Optional[list[Any]]:
         part.requires_grad_(False)
     wrapped = [Float16Module(part.config, part) if part.config.bf16 else part for part in parts]
     return [part.eval() for part in wrapped]
-
-
-# ---------------------------------------------------------------- until data_tools/tasks has them
-
-
-class RowPrompts:
-    """Rows of a task in seeded epochs, each a permutation."""
-
-    def __init__(self, rows: list[Any], tokenizer: Any, seed: int, shuffled: bool = True):
-        self.rows, self.tokenizer, self.seed, self.shuffled = rows, tokenizer, seed, shuffled
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def item(self, k: int) -> Any:
-        epoch, place = divmod(k, len(self.rows))
-        order = permutation("prompt epoch", self.seed, epoch, len(self.rows)) if self.shuffled else range(len(self.rows))
-        return self.rows[int(order[place])]
-
-    def tokens(self, item: Any) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(item.prompt))
-
-    def uid(self, item: Any) -> int:
-        return int.from_bytes(hashlib.blake2b(item.prompt.encode(), digest_size=8).digest(), "little")
-
-
-@dataclass
-class Score:
-    reward: Optional[float]
-    parts: dict[str, Any]
-    note: str = ""
-
-    def result(self) -> "Score":
-        return self
-
-
-class RowScorer:
-    def __init__(self, task: Any, options: Any):
-        self.task, self.options = task, options
-
-    def submit(self, item: Any, completion: str, finish: str) -> Score:
-        right = finish == "stop" and self.task.is_correct(item.answer, completion, self.options)
-        return Score(float(right), {})
-
-
-def prompts_of(config: Any, tokenizer: Any) -> tuple[RowPrompts, Optional[RowPrompts]]:
-    from megatron_ext.entrypoints.evaluate import distinct, rows
-
-    task = load_task(config.task)
-    found = distinct(rows(config, task), 0)
-    held = distinct(rows(replace(config, source=replace(config.source, inputs=[], synthetic_rows=1600, synthetic_split="heldout")), task), 0)
-    return RowPrompts(found, tokenizer, config.seed), RowPrompts(held, tokenizer, 0, False)
-
-
-@contextlib.contextmanager
-def scorer_of(config: Any) -> Iterator[RowScorer]:
-    task = load_task(config.task)
-    yield RowScorer(task, task_options(task, config.task_options))
