@@ -65,6 +65,7 @@ class Run:
 
 
 Sinks = Callable[[int], Sequence[Sink]]
+Reference = Callable[[list[RolloutRow]], list[Optional[torch.Tensor]]]
 
 
 @dataclass
@@ -110,14 +111,14 @@ def train(
     identity: dict[str, Any],
     stop: Stop,
     progress: Progress = silent,
-    reference: Optional[list[torch.nn.Module]] = None,
+    reference: Optional[Reference] = None,
     evaluate: Optional[Callable[[int], dict[str, Any]]] = None,
     spell: Callable[[Sample], dict[str, Any]] = lambda sample: {},
     sinks: Sinks = lambda resumed_from: (),
 ) -> Outcome:
     """Train to the end of the schedule, from the newest valid checkpoint in KEEP/checkpoints if there is one.
 
-    `reference` are the parts of the model for the KL term. `evaluate(step)` is called on every rank. `spell` gives the
+    `reference` gives the log-probs of rows for the KL term, on every rank. `evaluate(step)` is called on every rank. `spell` gives the
     texts of a sample for the log. `sinks` makes, on rank 0, what metrics go to besides KEEP/metrics.jsonl. Raises as train.train_on_packs does.
     """
     watch = Watch(run.hang, keep / "stacks", dist.get_rank())
@@ -133,7 +134,7 @@ def _train(
     identity: dict[str, Any],
     stop: Stop,
     progress: Progress,
-    reference: Optional[list[torch.nn.Module]],
+    reference: Optional[Reference],
     evaluate: Optional[Callable[[int], dict[str, Any]]],
     spell: Callable[[Sample], dict[str, Any]],
     sinks: Sinks,
@@ -286,7 +287,7 @@ def _update(
     run: Run,
     rate: float,
     mismatch: Optional[float],
-    reference: Optional[list[torch.nn.Module]],
+    reference: Optional[Reference],
     vote: StopVote,
 ) -> Update:
     """The step's passes over its minibatches. One without a trained token changes nothing."""
@@ -301,7 +302,7 @@ def _update(
             found = [row.behaviour for row in rows] if done.trusted else log_probs(trainer.model, rows)
             parts[i] = totals, with_old(rows, found)
     if reference is not None:
-        parts = [(totals, with_reference(rows, log_probs(reference, rows))) for totals, rows in parts]
+        parts = [(totals, with_reference(rows, reference(rows))) for totals, rows in parts]
     measures, total = Measures(), Sums()
     for i in range(count):
         totals, rows = parts[i % len(parts)]

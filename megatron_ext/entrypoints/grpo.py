@@ -1,4 +1,7 @@
-"""In-place GRPO: model folder + task -> model folder. The training model's own parameters make the rollouts."""
+"""In-place GRPO: model folder + tasks -> model folder. The training model's own parameters make the rollouts.
+
+With `lora` the model stays as it is and adapters are trained; the folder then has both (model_folder.py).
+"""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -9,6 +12,8 @@ from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of
 from megatron_ext import preflight, track, watch
 from megatron_ext import schedule as schedules
+from megatron_ext.lora import settings as loras
+from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel import ParallelPlan, Site
 from megatron_ext.planner import Training
 from megatron_ext.rl.settings import (
@@ -58,6 +63,8 @@ class Config:
     clip_grad: float = 1.0  # gradient norm; 0 turns clipping off
     dtype: str = ""  # float32 | bfloat16; "" keeps the model folder's
 
+    lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: off
+
     engine: EngineConfig = field(default_factory=EngineConfig, metadata=FREE)
     row_tokens: int = field(default=16384, metadata=FREE)  # of a packed row that is trained; a longer sample is one
     offload: bool = field(default=False, metadata=FREE)  # optimizer and gradients leave the GPU during rollouts
@@ -85,7 +92,7 @@ def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """A row of `row_tokens` in place of a pack; documents are aligned as the plan needs it."""
     training, problems = preflight.prepare(config.model, "", 1, config.dtype, config.backend, site)
     workload = replace(training.workload, pack_length=None, global_batch=None)
-    return replace(training, workload=workload), problems
+    return replace(training, workload=workload, lora=config.lora), problems
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
@@ -119,6 +126,8 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     site = site or Site(ranks)
     training, found = _training(config, site)
+    adapter = preflight.model_adapter(config.model, site)[1] if config.model else None
+    problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
     return problems + found + preflight.check(config.parallel, training, site)
 
 
@@ -149,7 +158,8 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """What the model folder of a run will hold, known before it ran."""
-    return {"hf_config": preflight.model_config(config.model, site)[0]}
+    adapter = {"adapter": {"lora": asdict(config.lora)}} if config.lora.rank else {}
+    return {"hf_config": preflight.model_config(config.model, site)[0], **adapter}
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
@@ -182,6 +192,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "resumed_from": outcome.resumed_from,
         "notes": outcome.notes,
         "parallel": asdict(config.parallel),
+        **({"lora": loras.reach(config.lora, folder.shape)} if config.lora.rank else {}),
     }
 
 

@@ -15,6 +15,7 @@ from megatron_ext.model_folder import ModelFolder
 from megatron_ext.rl.collect import Collector, Replica, Together
 from megatron_ext.rl.evaluation import evaluate
 from megatron_ext.rl.prompts import HeldOut, MixPrompts, mix_scorer
+from megatron_ext.rl.rows import RolloutRow, log_probs
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rollout.engine import Engine
 
@@ -30,7 +31,7 @@ def run(
     prompts, held_out = MixPrompts(mix, *encoding), HeldOut(mix, config.evaluation.prompts, *encoding)
     identity = {**identity, "prompts": mix.digest}
     trainer = train.Trainer(
-        model_folder.load_stages(folder, plan, config.dtype, config.backend),
+        model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend),
         plan,
         train.AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
     )
@@ -79,7 +80,7 @@ def run(
             identity,
             stop,
             progress,
-            reference=reference_of(config, folder),
+            reference=reference_of(config, folder, trainer),
             evaluate=evaluated if len(held_out) else None,
             spell=texts,
             sinks=sinks,
@@ -129,10 +130,15 @@ def stop_ids_of(folder: ModelFolder, tokenizer: Any) -> set[int]:
     return {token for token in [*ids, tokenizer.eos_id] if token is not None}
 
 
-def reference_of(config: Any, folder: ModelFolder) -> Optional[list[Any]]:
-    """The parts of the model that the KL term is taken against, never trained; None where there is none."""
+def reference_of(config: Any, folder: ModelFolder, trainer: train.Trainer) -> Optional[grpo.Reference]:
+    """What the KL term is taken against: the model that training begins with, or another one; None without the term.
+
+    New adapters leave that model in place below them; otherwise it is loaded a second time.
+    """
     if not config.loss.kl_beta:
         return None
+    if config.lora.rank and not folder.lora and not config.reference:
+        return lambda rows: _without_adapters(trainer.model, rows)
     from megatron.core.transformer.module import Float16Module
 
     chosen = model_folder.open_folder(config.reference) if config.reference else folder
@@ -140,4 +146,12 @@ def reference_of(config: Any, folder: ModelFolder) -> Optional[list[Any]]:
     for part in parts:
         part.requires_grad_(False)
     wrapped = [Float16Module(part.config, part) if part.config.bf16 else part for part in parts]
-    return [part.eval() for part in wrapped]
+    model = [part.eval() for part in wrapped]
+    return lambda rows: log_probs(model, rows)
+
+
+def _without_adapters(model: list[Any], rows: list[RolloutRow]) -> list[Any]:
+    from megatron_ext.lora.adapters import without
+
+    with without(model):
+        return log_probs(model, rows)

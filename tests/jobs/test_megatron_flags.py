@@ -87,7 +87,7 @@ def test_afterok_plan_prints_overrides_and_says_what_has_none():
     done = afterok("plan", "--from-megatron", "--grpo-group-size 8 --rl-default-top-k -1 --mock-data")
     assert done.stdout.split() == ["grpo.with.group=8", "grpo.with.sampling.top_k=0"]
     assert "--mock-data: prompts come from the mix" in done.stderr
-    assert "--no-such-flag" in one_line(afterok("plan", "--from-megatron", "--no-such-flag", check=2))
+    assert "--no-such-flag" in one_line(afterok("plan", "--from-megatron", "--no-such-flag 1", check=2))
     assert "plan needs a pipeline" in one_line(afterok("plan", check=2))
 
 

@@ -20,6 +20,7 @@ from megatron_ext import checkpoint, grpo, ranks
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl import collect
 from megatron_ext.rl.collect import Collector
+from megatron_ext.rl.rows import log_probs
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.settings import EngineConfig, Sampling
@@ -99,8 +100,9 @@ def trained(
             group, keep / grpo.ROLLOUTS, "toy", 0.0, stop,
         )  # fmt: skip
         model = tiny.parts(hf, of, plan) if reference else None
+        against = (lambda rows: log_probs(model, rows)) if reference else None
         try:
-            outcome = grpo.train(trainer, collector, run, keep, {"toy": True}, stop, reference=model)
+            outcome = grpo.train(trainer, collector, run, keep, {"toy": True}, stop, reference=against)
         except Stopped as stopped:
             return dict(stopped=stopped.done)
         return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=outcome.resumed_from,
