@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from megatron_ext import checkpoint, dist_weights, model_folder, snapshot, train
+from megatron_ext import checkpoint, dist_weights, model_folder, ranks, snapshot, train
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
@@ -151,3 +151,30 @@ def test_stored_pieces_are_read_by_the_plain_reader_too(alone, hf, tmp_path):
     _, shape = reader.tensors()[key]
     found = reader.read(dist_weights.Region(key, shape, (0,) * len(shape), shape))
     assert torch.equal(found, model.embedding.word_embeddings.weight)
+
+
+@pytest.mark.parametrize(
+    "of", [tiny.DIMS, *(pytest.param(dims, marks=pytest.mark.soak) for dims in (tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS))]
+)
+def test_a_trained_model_exported_gives_the_same_greedy_tokens_in_transformers(tmp_path, of):
+    from transformers import AutoModelForCausalLM
+
+    from megatron_ext.entrypoints import export_hf, import_hf
+    from tests.megatron_ext.rollout.test_engine import PROMPTS, SMALL, STOP, Sampling, requests, sampled
+
+    for name in ("base", "trained", "exported"):
+        (tmp_path / name).mkdir()
+    import_hf.run(import_hf.Config(str(tiny.hf_folder(tmp_path / "hf", of))), tmp_path / "base", tmp_path)
+    with ranks.started(PLAN):
+        folder = model_folder.open_folder(tmp_path / "base")
+        trainer = train.Trainer(model_folder.load_stages(folder, PLAN), PLAN, train.AdamW())
+        for k in range(3):
+            trainer.step(train.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
+        model_folder.write(tmp_path / "trained", trainer.model, folder.family, folder.hf, step=3)
+        found = sampled(snapshot.stages(trainer.model)[0], SMALL, requests(1), Sampling(temperature=0, max_tokens=9))
+    export_hf.run(export_hf.Config(str(tmp_path / "trained")), tmp_path / "exported", tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
+    for (uid, _), sequence in found.items():
+        prompt = torch.tensor([PROMPTS[uid - 100]])
+        out = theirs.generate(prompt, do_sample=False, max_new_tokens=9, eos_token_id=STOP, pad_token_id=0)
+        assert sequence.completion == out[0, prompt.size(1) :].tolist()

@@ -487,6 +487,8 @@ def kill(processes: list[subprocess.Popen], keep: Path, moment: str, rank: int =
         time.sleep(0.002)
     time.sleep(after)
     processes[rank].send_signal(signal.SIGKILL)
+    if moment == "load":  # who waits for a peer that never joined is ended by srun or the worker
+        processes[1 - rank].send_signal(signal.SIGKILL)
     for process in processes:
         process.communicate(timeout=120)  # the other rank ends by itself: its peer is gone
 
