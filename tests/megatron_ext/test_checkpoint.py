@@ -170,7 +170,7 @@ def test_a_trained_model_exported_gives_the_same_greedy_tokens_in_transformers(t
         trainer = train.Trainer(model_folder.load_stages(folder, PLAN), PLAN, train.AdamW())
         for k in range(3):
             trainer.step(train.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
-        model_folder.write(tmp_path / "trained", trainer.model, folder.family, folder.hf, step=3)
+        model_folder.write(tmp_path / "trained", trainer.model, folder, step=3)
         found = sampled(snapshot.stages(trainer.model)[0], SMALL, requests(1), Sampling(temperature=0, max_tokens=9))
     export_hf.run(export_hf.Config(str(tmp_path / "trained")), tmp_path / "exported", tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
