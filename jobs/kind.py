@@ -3,6 +3,7 @@
     Config                         dataclass, typed by OmegaConf; field metadata says what keys and plan need:
                                    {"input": True}   a file or folder that must exist; enters the key by content
                                    {"input": "hub"}  a folder, or a hub name org/name, which enters as text
+                                   {"module": True}  may name a module of the user's, for the snapshot
                                    {"keyed": False}  does not change the result; not part of the key
     run(config, task) -> facts     the work of one element on one rank; fills task.out
     finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
@@ -16,6 +17,7 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -123,11 +125,26 @@ def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, s
                 yield key, entry, field.metadata["input"]
 
 
+def user_code(uses: str, config: Any) -> list[Path]:
+    """What the snapshot must carry of a user's: the phase kind, and tasks that the config names (fields with "module")."""
+    return [root for name in (uses, *_modules(config)) if (root := user_module_root(name))]
+
+
+def _modules(config: Any) -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("module"):
+            yield value
+        for one in value.values() if isinstance(value, dict) else [value]:
+            if dataclasses.is_dataclass(one):
+                yield from _modules(one)
+
+
 def user_module_root(uses: str) -> Optional[Path]:
-    """The file or top package folder that the snapshot must carry for a user's phase kind."""
-    if "." not in uses:
+    """The file or top package folder of a user's `my.module` or `my.module:function`; None for a name of ours."""
+    if "." not in uses and ":" not in uses:
         return None
-    spec = importlib.util.find_spec(uses.split(".")[0])
+    spec = importlib.util.find_spec(re.split("[.:]", uses)[0])
     if spec is None or spec.origin is None:
         return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
     origin = Path(spec.origin)

@@ -16,7 +16,7 @@ from typing import Any, Optional
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
 from jobs.artifact import HashCache, Seal, content_digest, key_of
-from jobs.kind import Placement, inputs, keyed_settings, user_module_root
+from jobs.kind import Placement, inputs, keyed_settings, user_code
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.chain import links_needed
@@ -123,7 +123,7 @@ class _Planner:
         self.pipeline, self.run, self.cluster, self.verify = pipeline, run, cluster, verify
         self.cache = HashCache()
         self.problems: list[Problem] = []
-        self.code = code_digests(filter(None, (user_module_root(p.uses) for p in pipeline.phases.values())))
+        self.code = code_digests(root for p in pipeline.phases.values() for root in user_code(p.uses, p.config))
         self.planned: dict[str, PlannedPhase] = {}
         self.seals: dict[str, Seal] = {}
         self.checked: dict[str, tuple[Any, Placement]] = {}

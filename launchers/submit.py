@@ -14,7 +14,7 @@ from typing import Iterator, Optional
 from data_tools import durable
 from data_tools.mistake import UserMistake, nearest
 from jobs.artifact import Owner
-from jobs.kind import user_module_root
+from jobs.kind import user_code
 from jobs.run_folder import RunFolder
 from launchers.backend import Backend, JobSpec
 from launchers.ledger import Ledger
@@ -225,7 +225,7 @@ def _freeze(plan: Plan, number: int) -> None:
     """Write everything a submission's jobs will read: code, pipeline, profile, resolved phases."""
     run, folder = plan.run, plan.run.submission_folder(number)
     folder.mkdir(parents=True)
-    roots = filter(None, (user_module_root(phase.uses) for phase in plan.pipeline.phases.values()))
+    roots = [root for phase in plan.pipeline.phases.values() for root in user_code(phase.uses, phase.config)]
     take_snapshot(folder / "code", roots)
     durable.write_json(folder / "pipeline.json", {
         "source": plan.pipeline.source, "overrides": plan.pipeline.overrides, "params": plan.pipeline.params,

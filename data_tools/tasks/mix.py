@@ -34,7 +34,7 @@ _FIRST_PLACES = 1024  # of the blend; more are found as they are asked for
 class Entry:
     """One task in a mix. Its name there stands for it in metrics and keeps its prompts apart from other entries'."""
 
-    task: str = ""  # a task's name, my.module, or my.module:reward; "" = the entry's name
+    task: str = field(default="", metadata={"module": True})  # its name, my.module, my.module:reward; "" = the entry's
     options: Dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)  # files: JSONL, JSON, Parquet, CSV
     hub: str = ""  # org/name[@revision][:glob] in the local cache; "" = source, or the task's own when that is empty
