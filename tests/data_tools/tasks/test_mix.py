@@ -158,6 +158,43 @@ mix.entries.e.task: there is no module 'nowhere.at'; it has to be importable whe
 """.strip().splitlines()
 
 
+ENVIRONMENTS = """
+- agent_type: DAPOAgent
+  agent_args: {format_reward: 0.25}
+  weight: 1.0
+- agent_type: examples.rl.environments.math.aime_agent.AIMEAgent
+  agent_args: {format_reward: 0.0}
+  weight: 0.0
+  evaluation_only: true
+"""
+
+
+def test_megatrons_environments_are_entries_and_settings_go_over_them(tmp_path):
+    file = tmp_path / "dapo.yaml"
+    file.write_text(ENVIRONMENTS)
+    config = MixConfig({"aime": Entry(limit=4)}, str(file))
+    entries = entries_of(config)
+    assert entries == {
+        "dapo_math": Entry("dapo_math", {"answer_format": "tagged"}, rewards={"format": 0.25}),
+        "aime": Entry("aime", {"answer_format": "tagged"}, weight=0.0, rewards={"format": 0.0}, evaluation_only=True, limit=4),
+    }
+    assert not check_mix(config)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("- {agent_type: DAPOAgnt}", "environment 1: agent DAPOAgnt has no task here (did you mean DAPOAgent?"),
+    ("- {agent_type: DAPOAgent, agent_args: {negative_reward: -1.0}}", "agent_args.negative_reward: -1.0 has no counterpart"),
+    ("- {agent_type: DAPOAgent, wieght: 2}", "unknown key 'wieght' (did you mean weight?"),
+    ("- {agent_type: DAPOAgent}\n- {agent_type: DAPOAgent}", "environment 2: DAPOAgent stands twice"),
+    ("a: 1", "no list of environments"), ("- [", "not YAML"), ("- {weight: 1}", "has no agent_type"),
+])  # fmt: skip
+def test_environments_without_a_counterpart_are_refused(tmp_path, text, message):
+    file = tmp_path / "env.yaml"
+    file.write_text(text)
+    told = [str(problem) for problem in check_mix(MixConfig(environments=str(file)))]
+    assert len(told) == 1 and message in told[0] and told[0].startswith("mix.environments: ")
+
+
 def test_everything_wrong_is_told_at_once():
     assert [str(problem) for problem in check_mix(CONFIG)] == TOLD
     assert "no tasks" in str(check_mix(MixConfig())[0])
