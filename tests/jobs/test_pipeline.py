@@ -113,3 +113,12 @@ def test_a_broken_file_is_one_line(tmp_path, text, expected):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserMistake, match="no such pipeline file"):
         load_pipeline(tmp_path / "none.yaml")
+
+
+def test_snapshots_carry_the_modules_of_users_tasks():
+    from data_tools.tasks.mix import Entry, MixConfig
+    from jobs.kind import user_code
+    from jobs.phases.generate import Config
+
+    config = Config(mix=MixConfig({"gsm8k": Entry(), "mine": Entry("tests.data_tools.tasks.verifiers:length")}))
+    assert [root.name for root in user_code("generate", config)] == ["tests"]
