@@ -46,7 +46,7 @@ setup(
         "vllm": ["vllm>=0.29,<0.31"],
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
-        "test": ["pytest", "hypothesis", "gigatoken>=0.10,<0.11",
+        "test": ["pytest", "pytest-xdist", "hypothesis", "gigatoken>=0.10,<0.11",
                  "wandb>=0.31", "tensorboard>=2.20",
                  "peft==0.21.2", "trl==1.16.0"],  # peers of benchmarks, oracles of adapters, masks and losses
     },

@@ -1,4 +1,9 @@
-"""Settings of every test: long trials only on request, and no warnings that nobody here can act on."""
+"""Settings of every test: long trials only on request, no warnings that nobody here can act on; tables at the end."""
+
+import pytest
+
+TABLES = pytest.StashKey[list[str]]()  # lines that tests want printed; left by a session's end
+_SENT = "tables"
 
 
 def pytest_configure(config):
@@ -8,3 +13,20 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", noise)
     if not config.option.markexpr:
         config.option.markexpr = "not soak"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist prints nothing: the process that started it does."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_SENT] = session.config.stash.get(TABLES, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash.setdefault(TABLES, []).extend(getattr(node, "workeroutput", {}).get(_SENT, []))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(TABLES, []):
+        terminalreporter.write_line(line)

@@ -11,8 +11,9 @@ import numpy
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_ext.layers.attention import PackedDocuments, attend
+from megatron_ext.layers.attention import PackedDocuments
 from megatron_ext.layers.mamba import MambaMixer, State
+from megatron_ext.rollout.kernels import attend_blocks
 
 GIB = 1 << 30
 _ANGLES = 1024  # positions; rotary tables are made for multiples, so that they are made seldom
@@ -124,9 +125,9 @@ class Cache:
         values.flatten(0, 1).index_copy_(0, row.places, value)
         out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
         for batch in row.batches:
-            blocks = batch.table.flatten()
-            k, v = (x.index_select(0, blocks).view(len(batch.table), -1, *self.shape) for x in (keys, values))
-            found = attend(batch.pick(query), k, v, scale, window, sinks, batch.positions)
+            found = attend_blocks(
+                batch.pick(query), keys, values, batch.table, batch.positions, scale, window, sinks
+            )
             out.index_copy_(0, batch.rows, found.reshape(len(batch.rows), -1))
         return out
 

@@ -3,6 +3,7 @@ import gc
 import pytest
 
 from megatron_ext.device import init_device
+from tests.conftest import TABLES
 from tests.megatron_ext.gloo import Ranks
 from tests.megatron_ext.table import Table
 
@@ -16,9 +17,8 @@ def table():
     return TABLE
 
 
-def pytest_terminal_summary(terminalreporter):
-    for line in TABLE.lines():
-        terminalreporter.write_line(line)
+def pytest_sessionfinish(session):
+    session.config.stash.setdefault(TABLES, []).extend(TABLE.lines())
 
 
 def _pool(world_size: int):
