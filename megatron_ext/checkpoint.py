@@ -38,7 +38,6 @@ from megatron_ext.snapshot import (
     Part,
     Staging,
     Weights,
-    adapter_state,
     fill_optimizer,
     is_adapted,
     metadata,
@@ -115,11 +114,6 @@ def weights_digest(model: Model) -> str:
     Per distributed-checkpoint key the sum over ranks of digest.tensor_sum, each region once (DESIGN.md, Checkpoints).
     """
     return _digest(_gathered(sums(Weights(model).parts()), None))
-
-
-def adapter_digest(model: Model) -> str:
-    """The same of LoRA's adapters."""
-    return _digest(_gathered(sums(Weights(model, adapter_state).parts()), None))
 
 
 def _digest(of_ranks: Sequence[dict[str, tuple[str, tuple[int, ...], int]]]) -> str:

@@ -9,7 +9,6 @@ Whoever loads a folder with an adapter gets the model with it in place. Reading 
 functions that load and write do.
 """
 
-import hashlib
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,7 +17,8 @@ from typing import Any, Mapping, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext.lora.settings import LoraConfig, check_folder
+from megatron_ext.lora import settings as loras
+from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.registry import Family, read_config
 from megatron_ext.models.shape import ModelShape
 from megatron_ext.parallel import ParallelPlan
@@ -195,7 +195,7 @@ def load_trainable(
 
     UserMistake where the folder's adapter is of another kind than `lora`, which may be off.
     """
-    problems = check_folder(lora, folder.lora, str(folder.path))
+    problems = loras.check_folder(lora, folder.lora, str(folder.path))
     if problems:
         raise UserMistake(problems)
     parts = load_stages(folder, plan, dtype, backend, options, weights)
@@ -223,24 +223,55 @@ def write(out: Path, model: Any, source: ModelFolder, step: int) -> str:
     from megatron_ext import checkpoint
     from megatron_ext.models.registry import stages
 
-    adapted = None
     if checkpoint.is_adapted(model):
         from megatron_ext.lora import adapters
 
-        lora, adapter_digest = adapters.write(out / "adapter", model, source.family, source.dims)
-        adapted = {"lora": asdict(lora), "base_digest": source.base_digest, "adapter_digest": adapter_digest}
-        digest = hashlib.sha256(f"{source.base_digest} {adapter_digest}".encode()).hexdigest()
+        lora = adapters.write(out / "adapter", model, source.family, source.dims)
         if dist.get_rank() == 0:
-            link_files(source.weights, out / "weights")
+            describe_adapted(out, source, lora, step)
     else:
         checkpoint.save_weights(model, out / "weights")
         digest = checkpoint.weights_digest(model)
-    if dist.get_rank() == 0:
-        copy_hf_files(source.hf, out / "hf")
-        trained_in = str(next(stages(model)[0].parameters()).dtype).removeprefix("torch.")
-        describe(out, source.family, step, digest, source.dtype if adapted else trained_in, adapted)
+        if dist.get_rank() == 0:
+            copy_hf_files(source.hf, out / "hf")
+            dtype = str(next(stages(model)[0].parameters()).dtype).removeprefix("torch.")
+            describe(out, source.family, step, digest, dtype)
     dist.barrier()
+    return durable.read_json(out / "model.json")["weights_digest"]
+
+
+def describe_adapted(out: Path, base: ModelFolder, lora: LoraConfig, step: int) -> str:
+    """Make OUT, which has an adapter, the model folder of it on `base`. Returns the weights digest. One process."""
+    from megatron_ext.lora.peft_format import TENSORS
+
+    if base.path != out:
+        link_files(base.weights, out / "weights")
+        copy_hf_files(base.hf, out / "hf")
+    adapter = {
+        "lora": asdict(lora),
+        "base_digest": base.base_digest,
+        "adapter_digest": durable.sha256_file(out / "adapter" / TENSORS),
+    }
+    digest = durable.sha256_bytes(f"{base.base_digest} {adapter['adapter_digest']}".encode())
+    describe(out, base.family, step, digest, base.dtype, adapter)
     return digest
+
+
+def adopt(out: Path, peft: Path) -> str:
+    """Give the model folder OUT the adapter in a PEFT folder. Returns the new weights digest. One process."""
+    from megatron_ext.lora import pairs, peft_format
+
+    base, (lora, problems) = open_folder(out), loras.of_peft(peft)
+    problems += loras.check(lora, base.shape, str(peft)) if lora else []
+    if problems:
+        raise UserMistake(problems)
+    found = pairs.pairs(base.family, base.dims, lora)
+    reader = peft_format.Reader(peft, found, lora)
+    factors = {}
+    for pair in found:
+        factors[pair.a.name], factors[pair.b.name] = reader.factors(pair)
+    peft_format.write(out / "adapter", found, factors, lora)
+    return describe_adapted(out, base, lora, base.step)
 
 
 def link_files(source: Path, target: Path) -> None:

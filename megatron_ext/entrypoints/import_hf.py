@@ -8,6 +8,7 @@ from typing import Any, Mapping
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
+from megatron_ext.lora.settings import of_peft
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Config:
     megatron: str = field(default="", metadata={"input": True})  # legacy Megatron checkpoint that has the weights
     model_tag: str = ""  # of nanochat's own checkpoints: the folder below `source`, such as d32 …
     step: int = -1  # … and the step, -1 for the last
+    adapter: str = field(default="", metadata={"input": True})  # PEFT folder of a LoRA for this model
     tokenizer: str = field(default="", metadata={"input": True})  # its files go along, where `source` has none
 
 
@@ -34,6 +36,8 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems += read_config(Path(config.source))[2]
     if config.dtype and config.dtype not in DTYPES:
         problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
+    if config.adapter:
+        problems += of_peft(Path(config.adapter))[1]
     if ranks != 1:
         problems.append(Problem("", f"import_hf runs on 1 rank, not {ranks}: any layout loads what it writes"))
     return problems
@@ -119,10 +123,13 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     if source.config:
         durable.write_json(hf / "config.json", source.config)
     ledger = convert.finish_import(parts, out, hf, {"family": family.name, "source": config.source})
-    model_folder.describe(out, family, 0, ledger["weights_digest"], dtype)
+    digest = ledger["weights_digest"]
+    model_folder.describe(out, family, 0, digest, dtype)
+    if config.adapter:
+        digest = model_folder.adopt(out, Path(config.adapter))
     shapes = {key: of["shape"] for entry in ledger["tensors"].values() for key, of in entry["keys"].items()}
     return {
-        "weights_digest": ledger["weights_digest"],
+        "weights_digest": digest,
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "dtype": dtype,
         "dtype_changes": ledger["dtype_changes"],

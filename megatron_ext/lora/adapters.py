@@ -30,7 +30,6 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_ext import checkpoint
 from megatron_ext.lora import peft_format
 from megatron_ext.lora.pairs import Pair, pairs, spread
 from megatron_ext.lora.settings import LoraConfig
@@ -262,14 +261,14 @@ def gathered(model: Any, value: Callable[[torch.nn.Parameter], torch.Tensor] = l
     }
 
 
-def write(folder: Path, model: Any, family: Family, dims: Any) -> tuple[LoraConfig, str]:
-    """The adapters on `model` as a PEFT folder. Returns their settings and a digest of them that no layout changes. Every
-    rank takes part."""
+def write(folder: Path, model: Any, family: Family, dims: Any) -> LoraConfig:
+    """The adapters on `model` as a PEFT folder, whose bytes no layout changes. Returns their settings. Every rank takes
+    part."""
     config = stages(model)[0].adapters.config
     factors = gathered(model)
     if dist.get_rank() == 0:
         peft_format.write(folder, pairs(family, dims, config), factors, config)
-    return config, checkpoint.adapter_digest(model)
+    return config
 
 
 @torch.no_grad()

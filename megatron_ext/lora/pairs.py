@@ -13,7 +13,7 @@ from typing import Any, Sequence
 
 import torch
 
-from megatron_ext.lora.settings import EXPERTS, ROUTER, LoraConfig, chosen
+from megatron_ext.lora.settings import EXPERTS, ROUTER, ROUTERS, LoraConfig, chosen
 from megatron_ext.models.registry import Family
 from megatron_ext.models.rules import (
     HfTensor,
@@ -27,8 +27,6 @@ from megatron_ext.models.rules import (
     Transposed,
     hf_name,
 )
-
-ROUTERS = ("router", "gate")  # what Hugging Face calls the module
 
 
 class ReplicatedStack(Stacked):

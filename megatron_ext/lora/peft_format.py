@@ -17,12 +17,12 @@ from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext import convert
 from megatron_ext.hf_files import HfTensors
-from megatron_ext.lora.pairs import ROUTERS, Pair
-from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.lora.pairs import Pair
+from megatron_ext.lora.settings import PEFT_CONFIG, ROUTERS, LoraConfig
 from megatron_ext.model_folder import ModelFolder
 from megatron_ext.models.rules import Entry, HfTensor, Rule
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 NOT_TOKENIZER = ("config.json", "generation_config.json")  # of a Hugging Face folder; the model's
 PREFIX = "base_model.model."  # PEFT's model around transformers'
 OUTER = "down_proj"  # the last parameter of an experts module
@@ -98,7 +98,7 @@ def write(folder: Path, of: Sequence[Pair], factors: Factors, config: LoraConfig
     """PEFT's two files. One rank."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors_of(of, factors), folder / TENSORS, metadata={"format": "pt"})
-    durable.write_json(folder / CONFIG, config_of(of, config, base=""))
+    durable.write_json(folder / PEFT_CONFIG, config_of(of, config, base=""))
 
 
 def export(folder: ModelFolder, out: Path, dtype: str) -> None:
@@ -106,9 +106,9 @@ def export(folder: ModelFolder, out: Path, dtype: str) -> None:
     files = {path.name for path in folder.hf.iterdir() if path.is_file()} - {*NOT_TOKENIZER, convert.LEDGER}
     for name in sorted(files):
         shutil.copyfile(folder.hf / name, out / name)
-    config = durable.read_json(folder.adapter / CONFIG)
+    config = durable.read_json(folder.adapter / PEFT_CONFIG)
     config["base_model_name_or_path"] = convert.base_ledger(folder.hf).get("source") or ""
-    durable.write_json(out / CONFIG, config)
+    durable.write_json(out / PEFT_CONFIG, config)
     tensors = load_file(folder.adapter / TENSORS)
     converted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     save_file(converted, out / TENSORS, metadata={"format": "pt"})

@@ -4,7 +4,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from data_tools import durable
 from data_tools.mistake import UserMistake
 from megatron_ext import checkpoint, model_folder
 from megatron_ext.dist_weights import Reader
@@ -62,6 +64,12 @@ def test_peft_and_the_merged_model_give_our_logits(alone, dims, tmp_path):
     made(export_hf.run, export_hf.Config(str(folder.path), adapter="peft"), tmp_path / "peft")
     peft = PeftModel.from_pretrained(theirs, tmp_path / "peft")
     assert (peft(batch.ids).logits[0] - logits).abs().max() <= tolerance
+
+    peft.save_pretrained(tmp_path / "theirs")  # PEFT writes, we read
+    made(import_hf.run, import_hf.Config(str(hf), adapter=str(tmp_path / "theirs")), tmp_path / "read")
+    read = model_folder.open_folder(tmp_path / "read")
+    assert settings.chosen(read.lora, read.shape) == settings.chosen(folder.lora, read.shape)
+    assert torch.equal(forward(model_folder.load_model(read, ParallelPlan()), PACK)[0], logits)
 
     facts = made(merge_lora.run, merge_lora.Config(str(folder.path)), tmp_path / "merged")
     merged = model_folder.open_folder(tmp_path / "merged")
@@ -230,6 +238,29 @@ WRONG = {
 def test_wrong_settings_are_named_with_the_remedy(case):
     changes, message = WRONG[case]
     assert [str(problem) for problem in settings.check(LoraConfig(**changes), SHAPE)] == [message]
+
+
+def test_adapters_that_are_not_understood_are_refused(alone, tmp_path):
+    hf = tiny.hf_folder(tmp_path / "hf")
+    peft = tmp_path / "peft"
+    peft.mkdir()
+
+    def problems(**fields) -> str:
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **fields}
+        durable.write_json(peft / "adapter_config.json", config)
+        return "\n".join(map(str, import_hf.check(import_hf.Config(str(hf), adapter=str(peft)), 1)))
+
+    assert "use_dora True is not understood: merge the adapter with PEFT first" in problems(use_dora=True)
+    assert "rank_pattern {'q_proj': 4} is not understood" in problems(rank_pattern={"q_proj": 4})
+    assert "peft_type 'IA3' is none that we have" in problems(peft_type="IA3")
+    assert "no PEFT folder" in str(import_hf.check(import_hf.Config(str(hf), adapter=str(hf)), 1)[0])
+    assert problems(target_modules=["q_prj"]) == ""
+    save_file({}, peft / "adapter_model.safetensors")
+    with pytest.raises(UserMistake, match="has no 'q_prj' .did you mean q_proj"):
+        made(import_hf.run, import_hf.Config(str(hf), adapter=str(peft)), tmp_path / "a")
+    assert problems() == ""
+    with pytest.raises(UserMistake, match=r"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight \[2, 32\] is missing"):
+        made(import_hf.run, import_hf.Config(str(hf), adapter=str(peft)), tmp_path / "b")
 
 
 def test_exports_that_peft_would_not_load_are_refused(tmp_path):

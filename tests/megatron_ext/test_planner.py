@@ -6,6 +6,7 @@ import numpy
 import pytest
 
 from megatron_ext.calibration import GIB, GPUS, PUBLISHED
+from megatron_ext.lora.settings import LoraConfig, reach
 from megatron_ext.models.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape
 from megatron_ext.parallel import ParallelPlan, Workload, is_legal
 from megatron_ext.planner import (
@@ -220,3 +221,17 @@ def test_the_kv_cache_of_a_rollout():
 
 def test_a_rank_has_whole_micro_batches():
     assert micro_batches(plan(2), Workload(8, QWEN_32B, global_batch=64)) == 16
+
+
+def test_lora_has_state_for_its_adapters_alone():
+    """gpt-oss-20b fits one H100 with adapters, and by far not without; of three products with a matrix two are left."""
+    whole = training(GPT_OSS_20B, 1, 4096, global_batch=16)
+    adapted = replace(whole, lora=LoraConfig(4, 8.0, targets=["all-linear", "experts", "router"]))
+    before, after = (memory(plan(), t) for t in (whole, adapted))
+    total, trained = GPT_OSS_20B.parameters.total, reach(adapted.lora, GPT_OSS_20B)["trainable"]
+    assert after.weights == 2 * (total + trained)
+    assert after.gradients == 4 * trained and after.optimizer == 12 * trained
+    assert before.state / GIB > 300 and after.state / GIB < 41
+    assert 0.6 < training_flops(adapted) / training_flops(whole) < 0.7
+    spread = memory(plan(tensor=2, expert=2), replace(adapted, workload=replace(adapted.workload, ranks=2)))
+    assert after.optimizer / 2 == pytest.approx(spread.optimizer, rel=0.05)  # but for whole factors
