@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -110,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", nargs="?", help=RUN_HELP)
     sub.add_argument("phase", metavar="PHASE[:INDEX]", help="which phase, and which of its elements")
     sub.add_argument("-f", "--follow", action="store_true", help="go on until the phase ends")
+    sub.add_argument("--replay", metavar="STEP/PROMPT/SAMPLE", help="of a grpo phase: draw one rollout again, alone, and say where "
+                     "it first differs from what was recorded (names: its samples/step_N.jsonl)")
 
     sub = verb("inspect", _inspect, "show a phase's token store or packs: balance, lengths, text with its loss mask")
     sub.add_argument("run", nargs="?", help=RUN_HELP)
@@ -415,6 +418,9 @@ def _logs(args: argparse.Namespace) -> int:
     phase, _, index = args.phase.partition(":")
     if index and not index.isdigit():
         raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
+    if args.replay:
+        command = [sys.executable, "-m", "jobs.replay", str(_find_run(args.run).path), phase, args.replay]
+        return subprocess.run(command).returncode  # a process of its own: it imports torch
     try:
         show_log(_find_run(args.run), phase, int(index) if index else None, args.follow)
     except KeyboardInterrupt:

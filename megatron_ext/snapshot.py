@@ -191,7 +191,8 @@ class OptimizerState:
         for optimizer, parameter, pieces in self._pieces:
             state = optimizer._get_main_param_and_optimizer_states(parameter)
             for name in STATES:
-                flat = state[name].detach().reshape(-1)
+                held = state[name] if name in state else torch.zeros_like(state["param"])  # it never stepped yet
+                flat = held.detach().reshape(-1)
                 for piece in pieces:
                     region = replace(piece.region, key=f"optimizer.state.{name}.{piece.region.key}")
                     found.append(Part(region, flat[piece.start : piece.stop].reshape(region.size)))

@@ -196,6 +196,16 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     }
 
 
+def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
+    """One rollout of a run whose folder is `keep`, drawn again in this process: see rl/replay.py."""
+    from megatron_ext import ranks
+
+    with ranks.started(ParallelPlan(), config.seed):
+        from megatron_ext.rl import replay as replays
+
+        return replays.replay(config, keep, step, item, number)
+
+
 def _identity(config: Config, model_digest: str) -> dict[str, Any]:
     """What a checkpoint must share with a run that resumes it: all that changes the result. The model by digest, the
     prompts by theirs (session.py); where they lie does not matter."""

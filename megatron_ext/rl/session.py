@@ -8,7 +8,7 @@ from typing import Any, Optional
 from data_tools import durable
 from data_tools.progress import Progress, Stop
 from data_tools.tasks.mix import Mix, entries_of
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext import grpo, metrics, model_folder, train
 from megatron_ext import schedule as schedules
 from megatron_ext.model_folder import ModelFolder
@@ -25,9 +25,7 @@ def run(
 ) -> tuple[grpo.Outcome, str]:
     """(outcome, digest of the weights in `out`). `config` is entrypoints.grpo.Config; the ranks are started."""
     plan, sampling = config.parallel, config.sampling
-    tokenizer = load_tokenizer(str(folder.hf))
-    mix = Mix(entries_of(config.mix), config.seed)
-    encoding = tokenizer, config.chat_arguments, folder.family.config.shape(folder.dims).max_positions - sampling.max_tokens
+    tokenizer, mix, encoding = prompts_of(config, folder)
     prompts, held_out = MixPrompts(mix, *encoding), HeldOut(mix, config.evaluation.prompts, *encoding)
     identity = {**identity, "prompts": mix.digest}
     trainer = train.Trainer(
@@ -87,6 +85,13 @@ def run(
         )
     digest = model_folder.write(out, trainer.model, folder, step=folder.step + outcome.step)
     return outcome, digest
+
+
+def prompts_of(config: Any, folder: ModelFolder) -> tuple[Tokenizer, Mix, tuple[Any, ...]]:
+    """(tokenizer, the run's prompts, what they are encoded with)."""
+    tokenizer = load_tokenizer(str(folder.hf))
+    room = folder.family.config.shape(folder.dims).max_positions - config.sampling.max_tokens
+    return tokenizer, Mix(entries_of(config.mix), config.seed), (tokenizer, config.chat_arguments, room)
 
 
 def run_of(config: Any) -> grpo.Run:

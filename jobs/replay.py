@@ -1,0 +1,66 @@
+"""One rollout of a grpo phase drawn again, alone, from what the run left.
+
+    python -m jobs.replay RUN PHASE STEP/PROMPT/SAMPLE
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from jobs.kind import find_kind
+from jobs.pipeline import substitute, typed_config
+from jobs.run_folder import RunFolder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.replay", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("phase")
+    parser.add_argument("rollout", metavar="STEP/PROMPT/SAMPLE")
+    args = parser.parse_args()
+    try:
+        found = replay(RunFolder(args.run.absolute()), args.phase, args.rollout)
+    except UserMistake as mistake:
+        print(f"afterok: {mistake}", file=sys.stderr)
+        return EXIT_MISTAKE
+    print(json.dumps(found, indent=1, ensure_ascii=False))
+    print(verdict(found), file=sys.stderr)
+    return 0
+
+
+def replay(run: RunFolder, name: str, rollout: str) -> dict[str, Any]:
+    numbers = rollout.split("/")
+    if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
+        raise UserMistake(f"--replay {rollout}: write STEP/PROMPT/SAMPLE, three numbers as in samples/step_N.jsonl")
+    phases = run.frozen(run.newest_submission())
+    if name not in phases or phases[name].uses != "grpo":
+        known = ", ".join(phase.name for phase in phases.values() if phase.uses == "grpo") or "none"
+        raise UserMistake(f"{name!r} is no grpo phase of {run.path}: those are {known}")
+    phase = phases[name]
+    folders = {}
+    for need in phase.needs:
+        seal = run.seal(need, phases[need].key)
+        if seal is None:
+            raise UserMistake(f"{need}, which {name} began from, is not sealed")
+        folders[need] = str(seal.folder)
+    kind = find_kind(phase.uses)
+    assert kind is not None
+    from megatron_ext.entrypoints import grpo
+
+    config = typed_config(kind, substitute(phase.settings, folders))
+    return grpo.replay(config, run.artifact(phase).folder, *map(int, numbers))
+
+
+def verdict(found: dict[str, Any]) -> str:
+    if not found["differs"]:
+        return f"afterok: the same {found['tokens']} tokens; log-probs within {found['logprob_difference']:.1e}"
+    where = f"token {found['same_tokens'] + 1} of {found['tokens']} differs"
+    margin = "the draw's margin is unknown" if found["margin"] is None else f"the draw's margin was {found['margin']:.1e}"
+    return f"afterok: {where}: recorded {found['recorded_token']}, drawn again {found['replayed_token']}; {margin}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

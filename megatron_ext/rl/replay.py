@@ -1,0 +1,79 @@
+"""One recorded rollout drawn again, alone: do the same weights, prompt and noise still give the same tokens?"""
+
+from pathlib import Path
+from typing import Any
+
+from data_tools.mistake import UserMistake
+from megatron_ext import checkpoint, grpo, model_folder
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rl import journal, session
+from megatron_ext.rl.prompts import MixPrompts
+from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.sequence import Request
+
+
+def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
+    """Of sample `number` of prompt `item`, which was drawn for the update that made `step`; one process, started.
+
+    Facts: prompt, completion and finish as recorded, tokens, and what was found: same_tokens (those before the first
+    difference), differs, recorded_token and replayed_token there, the margin of that draw (how far its noise was from
+    another token, as a probability), and the largest difference of log-probs before it.
+    """
+    entry = journal.read(keep / grpo.ROLLOUTS, step - 1).get((item, number))
+    if entry is None:
+        held = [k + 1 for k in journal.steps(keep / grpo.ROLLOUTS)]
+        raise UserMistake(
+            f"no tokens are recorded of {step}/{item}/{number}: recorded are those of steps {_ranges(held)}; "
+            f"samples/step_{step:06d}.jsonl has the numbers of its prompts and samples"
+        )
+    folder = model_folder.open_folder(config.model)
+    plan = ParallelPlan()
+    if step == 1:
+        parts = model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend)
+    else:
+        parts = model_folder.load_stages(folder, plan, config.dtype, config.backend, weights=_weights(config, keep, step))
+    tokenizer, mix, encoding = session.prompts_of(config, folder)
+    prompts = MixPrompts(mix, *encoding)
+    draw = prompts.item(item)
+    engine = Engine(parts[0], config.engine, config.seed, session.stop_ids_of(folder, tokenizer), tokenizer.decode)
+    request = Request(prompts.uid(draw), prompts.tokens(draw), number + 1, only=(number,))
+    (found,) = engine.generate([request], config.sampling)
+    same = 0
+    while same < min(len(entry.tokens), len(found.completion)) and entry.tokens[same] == found.completion[same]:
+        same += 1
+    logprobs = found.model_logprobs if config.sampling.is_filtered else found.logprobs
+    facts = {
+        "prompt": tokenizer.decode(request.prompt),
+        "completion": tokenizer.decode(entry.tokens),
+        "finish": entry.finish,
+        "tokens": len(entry.tokens),
+        "same_tokens": same,
+        "differs": same < len(entry.tokens) or (bool(entry.finish) and len(found.completion) > same),
+        "smallest_margin": min(found.margins[: same + 1], default=None),
+        "logprob_difference": max((abs(a - b) for a, b in zip(entry.logprobs[:same], logprobs)), default=0.0),
+    }
+    if facts["differs"]:
+        facts |= {
+            "recorded_token": entry.tokens[same] if same < len(entry.tokens) else None,
+            "replayed_token": found.completion[same] if same < len(found.completion) else None,
+            "margin": found.margins[same] if same < len(found.margins) else None,
+        }
+    return facts
+
+
+def _weights(config: Any, keep: Path, step: int) -> Path:
+    """The weights that drew the samples of `step`: those of the checkpoint before."""
+    if config.lora.rank:
+        raise UserMistake("rollouts of adapters cannot be drawn again after the first step: only whole models can")
+    folder = keep / "checkpoints" / f"step_{step - 1}"
+    if not (folder / "manifest.json").is_file():
+        held = [1, *(kept + 1 for kept in checkpoint.steps(keep / "checkpoints"))]
+        raise UserMistake(
+            f"the weights of step {step - 1}, which drew these samples, are not kept: samples of steps {_ranges(held)} "
+            "can be drawn again; keep_every keeps more"
+        )
+    return folder / "state"
+
+
+def _ranges(numbers: list[int]) -> str:
+    return ", ".join(map(str, sorted(set(numbers)))) or "none"
