@@ -13,7 +13,7 @@ import pytest
 from jobs.artifact import read_seal
 from launchers.ledger import Ledger
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
-from tests.command import ROOT, afterok, afterok_json, phase_status, wait_for
+from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, wait_for
 
 TINY = "jobs/pipelines/tiny.yaml"
 SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=300", "sft.with.checkpoint_every=20",
@@ -69,6 +69,17 @@ def test_each_sample_of_grpo_is_in_the_log_once_with_what_it_was_worth(local_run
     for line in lines:
         assert line["prompt"].endswith("=") and line["entry"] == "calculator"
         assert line["reward"] == line["parts"]["correct"] if line["reward"] is not None else line["note"]
+
+
+def test_a_recorded_rollout_is_drawn_again_to_the_same_tokens(local_run):
+    run, _ = local_run
+    line = json.loads((next(run.glob("grpo/*/samples")) / "step_000003.jsonl").read_text().splitlines()[5])
+    name = f"3/{line['item']}/{line['sample']}"
+    done = afterok("logs", run, "grpo", "--replay", name)
+    found = json.loads(done.stdout)
+    assert found["differs"] is False and found["tokens"] == found["same_tokens"] == line["tokens"]
+    assert found["logprob_difference"] < 1e-4 and "the same" in done.stderr
+    assert "recorded are those of steps 3 to 4" in one_line(afterok("logs", run, "grpo", "--replay", "1/0/0", check=2))
 
 
 def test_a_second_run_submits_nothing_and_another_lr_reruns_what_depends_on_it(local_run):

@@ -76,4 +76,11 @@ def _weights(config: Any, keep: Path, step: int) -> Path:
 
 
 def _ranges(numbers: list[int]) -> str:
-    return ", ".join(map(str, sorted(set(numbers)))) or "none"
+    """"1, 101 to 250"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs) or "none"
