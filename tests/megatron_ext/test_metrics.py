@@ -20,6 +20,7 @@ from megatron_ext.track import Track
 from tests.megatron_ext import tiny
 from tests.megatron_ext.test_train import MODEL, calculator, sft_config  # noqa: F401
 
+SOAK = pytest.mark.soak
 SECRET = "5ec2e7" * 7
 PLAN = ParallelPlan()
 
@@ -79,11 +80,14 @@ def test_validation_is_the_mean_over_all_supervised_tokens(tracked, calculator):
     assert found[-1][1] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
-def test_ranks_with_fewer_packs_validate_no_pack_twice(two_ranks, tmp_path):
+@pytest.mark.parametrize(
+    "plan",
+    [PLAN, *(pytest.param(plan, marks=SOAK) for plan in (ParallelPlan(micro_batch=2), ParallelPlan(pipeline=2, virtual=2)))],
+)
+def test_ranks_with_fewer_packs_validate_no_pack_twice(two_ranks, tmp_path, plan):
     hf = tiny.hf_folder(tmp_path, MODEL)
     expected = validation(PLAN, hf)
-    for plan in (PLAN, ParallelPlan(micro_batch=2), ParallelPlan(pipeline=2, virtual=2)):
-        assert two_ranks.run(validation, plan=plan, hf=hf) == pytest.approx([expected] * 2, rel=1e-5)
+    assert two_ranks.run(validation, plan=plan, hf=hf) == pytest.approx([expected] * 2, rel=1e-5)
 
 
 def validation(plan: ParallelPlan, hf: Path) -> float:
@@ -153,7 +157,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", [*list(LAYOUTS)[:2], "TP2 EP2", pytest.param("EP2", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("layout", ["PP2", "TP2 EP2", *(pytest.param(name, marks=SOAK) for name in ("TP2", "EP2"))])
 def test_norms_and_zeros_are_those_of_one_process(two_ranks, tmp_path, layout):
     of, plan = LAYOUTS[layout]
     hf = tiny.hf_folder(tmp_path, of)
