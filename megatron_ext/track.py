@@ -9,7 +9,7 @@ WANDB = ("off", "offline", "online")
 
 @dataclass
 class Track:
-    wandb: str = "off"  # off | offline (a compute node without internet; `wandb sync KEEP/wandb/offline-run-*`) | online
+    wandb: str = "off"  # off | offline (no internet there; later `wandb sync KEEP/wandb/offline-run-*`) | online
     project: str = "afterok"
     entity: str = ""
     name: str = ""  # of the W&B run; "": W&B chooses

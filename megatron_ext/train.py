@@ -1,5 +1,5 @@
-"""The training loop: `train_on_packs` drives a Trainer over a pack plan, with schedule, metrics, validation, checkpoints
-and resume.
+"""The training loop: `train_on_packs` drives a Trainer over a pack plan, with schedule, metrics, validation,
+checkpoints and resume.
 
     trainer.py      one update: model, optimizer, gradient     rows.py         what a rank trains on in a step
     metrics.py      what is told, and where to                 checkpoint.py   what is saved
@@ -266,6 +266,7 @@ class _Loop:
         weights = metrics.parameter_norm(self.trainer.model)
         per_step = (time.perf_counter() - self.timed_from - self.paused) / (self.done - self.timed_since)
         peak = metrics.peak_flops()
+        trained = (packs.batch(k, run.global_batch, run.seed) for k in range(self.logged, self.done))
         values = {
             "step": self.done,
             "samples": self.done * run.global_batch,  # packs
@@ -276,9 +277,7 @@ class _Loop:
             "param_norm": weights,
             "tokens": total.tokens,
             "supervised_tokens": total.supervised,
-            "padded_tokens": sum(
-                packs.padding(i) for k in range(self.logged, self.done) for i in packs.batch(k, run.global_batch, run.seed)
-            ),
+            "padded_tokens": sum(packs.padding(i) for batch in trained for i in batch),
             "step_s": per_step,
             "tokens_per_s": run.global_batch * packs.pack_length / per_step,
             "parts_s": {**parts, "saving": self.held_up},
