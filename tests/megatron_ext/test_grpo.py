@@ -56,7 +56,42 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("family, cell", [("qwen2", "DP2"), ("qwen2", "PP2")])
+LOSSES = {
+    "dapo": Loss(entropy=0.01),
+    "gspo": Loss(level="sequence", aggregation="sequence", clip_low=3e-4, clip_high=4e-4),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(folders, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
+    """Two steps of two updates each."""
+    found = {}
+    for name, loss in LOSSES.items():
+        keep = tmp_path_factory.mktemp(name)
+        toy.trained(folders["qwen2"], tiny.DIMS, ParallelPlan(), keep, steps=2, minibatches=2, loss=loss)
+        found[name] = metrics(keep)
+    return found
+
+
+IN_CI = [("dapo", "DP2"), ("gspo", "CP2")]
+OTHERS = [(loss, cell) for loss in LOSSES for cell in ("DP2", "TP2", "PP2", "CP2") if (loss, cell) not in IN_CI]
+
+
+@pytest.mark.parametrize("loss, cell", [*IN_CI, *(pytest.param(*pair, marks=pytest.mark.soak) for pair in OTHERS)])
+def test_a_step_is_the_same_under_every_layout(two_ranks, folders, one_process, tmp_path, loss, cell):
+    """The same samples, rewards, loss and gradient: denominators count all ranks."""
+    two_ranks.run(toy.trained, hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], keep=tmp_path, steps=2, minibatches=2,
+                  loss=LOSSES[loss])  # fmt: skip
+    for ours, theirs in zip(metrics(tmp_path), one_process[loss]):
+        assert [ours[name] for name in ("reward", "samples", "trained_tokens")] == [
+            theirs[name] for name in ("reward", "samples", "trained_tokens")]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        for name in ("entropy", "ratio", "clipped_low", "clipped_high"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("family, cell", [("qwen2", "PP2"), pytest.param("qwen2", "DP2", marks=pytest.mark.soak)])
 def test_rewards_rise(two_ranks, folders, tmp_path, family, cell):
     two_ranks.run(toy.trained, hf=folders[family], of=FAMILIES[family], plan=CELLS[cell], keep=tmp_path, steps=12)
     rewards = [line["reward"] for line in metrics(tmp_path)]
@@ -140,6 +175,7 @@ def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(
     assert found["resumed_from"] > 0 and found["digest"] == whole["digest"]
     assert {**found["position"], "mismatch": 0} == {**whole["position"], "mismatch": 0}
     assert untimed(metrics(tmp_path / "cut")) == untimed(metrics(tmp_path / "whole"))
+    assert sum(line["samples_from_journal"] for line in metrics(tmp_path / "cut")) > 0
     used = texts(tmp_path / "cut")
     assert used == texts(tmp_path / "whole")
     assert len({key[1:3] for key in used}) == len(used) == whole["position"]["samples"]
