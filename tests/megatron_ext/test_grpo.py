@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
+from data_tools.progress import Stopped
+from megatron_ext import grpo
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl.settings import Advantage, Loss
+from megatron_ext.rl.samples import Sample
 from tests.command import ROOT
 from tests.megatron_ext import gloo, tiny
 from tests.megatron_ext.rl import toy
@@ -143,6 +147,20 @@ def test_the_kl_term_holds_the_policy_at_its_reference(folders, tmp_path):
 
 
 # ---------------------------------------------------------------- stopped, and gone on with
+
+
+def test_a_step_that_is_left_while_it_draws_again_begins_anew():
+    class Collector:
+        def collect(self, items: range) -> list[Any]:
+            if items[0] > 7:
+                raise Stopped(0, 0)
+            return [Sample(k, n, (1,), numpy.zeros(1, numpy.int32), numpy.zeros(1, numpy.float32), "stop", 1.0)
+                    for k in items for n in range(2)]  # fmt: skip
+
+    position = grpo.Position(cursor=7)
+    with pytest.raises(Stopped):
+        grpo._draw(Collector(), toy.run_of(1, 0.1, refill_tries=1), position)
+    assert position.cursor == 7
 
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
