@@ -6,6 +6,7 @@ WORLD_SIZE, or with 1, the process is alone and needs no address.
 """
 
 import contextlib
+import gc
 import ipaddress
 import os
 import random
@@ -61,6 +62,7 @@ def start(plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_
     if problems:
         raise UserMistake(problems)
     os.environ.update(environment(plan))
+    gc.collect()  # models of an earlier start sit in reference cycles and keep its groups, each with threads that poll
     init_device()
     from megatron.core import parallel_state
 

@@ -7,6 +7,7 @@ them). What a rank trains on: rows.py. What drives it over a run: train.py.
 """
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Sequence
 
@@ -105,7 +106,7 @@ class Trainer:
         self.clock = Clock()
         self.zeros: int | None = None  # of the last step's gradient, where it was to count them
         self.model = [
-            DistributedDataParallel(
+            _Parallel(
                 config,
                 DistributedDataParallelConfig(
                     grad_reduce_in_fp32=True,
@@ -257,6 +258,14 @@ def _offloading(engine: Engine) -> dict[str, Any]:
         overlap_cpu_optimizer_d2h_h2d=engine.overlap_offload,
         use_precision_aware_optimizer=True,  # what offloading is built on
     )
+
+
+class _Parallel(DistributedDataParallel):
+    """mcore's, but what it hooks onto gradients does not keep it: such a cycle, half of it in C++, is never collected,
+    and each of its process groups has threads that poll."""
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable:
+        return DistributedDataParallel._make_backward_post_hook(weakref.proxy(self), param)
 
 
 def _count_padding(model: DistributedDataParallel) -> None:
