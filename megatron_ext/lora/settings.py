@@ -11,7 +11,7 @@ from typing import Any, List, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, nearest
-from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelShape, Parameters
+from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, WINDOW, ModelShape, Parameters
 
 ALL_LINEAR = "all-linear"
 EXPERTS, ROUTER = "experts", "router"

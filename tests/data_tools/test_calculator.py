@@ -17,7 +17,7 @@ SPLITS = st.sampled_from(["train", "heldout"])
 
 def test_a_task_is_found_by_name_and_a_wrong_name_gets_the_nearest() -> None:
     assert load_task("calculator") is calculator
-    assert task_names() == ["calculator"]
+    assert "calculator" in task_names()
     with pytest.raises(UserMistake, match="unknown task 'calculater' .did you mean calculator?"):
         load_task("calculater")
 

@@ -1,6 +1,5 @@
 """Megatron-LM's own example command, translated: every flag is known, and what it sets is what our pipeline says."""
 
-import re
 from pathlib import Path
 
 import pytest
