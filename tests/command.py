@@ -41,6 +41,16 @@ def wait_for(what: str, condition: Callable[[], Any], timeout: float = 180) -> A
     raise AssertionError(f"timed out waiting for {what}")
 
 
+def wait_until_sealed(run: Path, *phases: str, timeout: float = 180, **kwargs: Any) -> None:
+    """Fails at once, with what `why` says, when one of them can no more be sealed."""
+    end = time.monotonic() + timeout
+    while any(not list(run.glob(f"{phase}/*/seal.json")) for phase in phases):
+        found = states(run, **kwargs)
+        if {found[phase] for phase in phases} & {"FAILED", "DependencyNeverSatisfied"} or time.monotonic() > end:
+            raise AssertionError(f"{found}\n{afterok('why', run, check=None, **kwargs).stdout}")
+        time.sleep(1)
+
+
 def states(run: Path, **kwargs: Any) -> dict[str, str]:
     return {phase["phase"]: phase["state"] for phase in afterok_json("status", run, **kwargs)["phases"]}
 

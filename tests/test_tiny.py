@@ -13,7 +13,7 @@ import pytest
 from jobs.artifact import read_seal
 from launchers.ledger import Ledger
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
-from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, wait_for
+from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, wait_for, wait_until_sealed
 
 TINY = "jobs/pipelines/tiny.yaml"
 SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=300", "sft.with.checkpoint_every=20",
@@ -100,8 +100,7 @@ def test_the_same_run_on_slurm_seals_the_same_weights_bit_for_bit(local_run, dev
     run, _ = local_run
     env = dev_cluster.env()
     afterok("submit", TINY, *SHORT, "--run", tmp_path / "slurm", env=env)
-    for phase in ("exported", "trained"):
-        wait_for(phase, lambda: list((tmp_path / "slurm").glob(f"{phase}/*/seal.json")), 400)
+    wait_until_sealed(tmp_path / "slurm", "exported", "trained", timeout=400, env=env)
     afterok("cancel", tmp_path / "slurm", env=env)  # the control is of no interest here
     for phase in ("sft", "grpo"):
         here, there = seal_of(run, phase).facts, seal_of(tmp_path / "slurm", phase).facts

@@ -8,6 +8,7 @@ A verifier that raises, runs past its time limit, ends its process or gives anyt
 sample only: the reward is None, which is not zero, and the note says why. A process that hung or ended is replaced.
 """
 
+import contextlib
 import ctypes
 import math
 import os
@@ -174,6 +175,7 @@ class _Process:
         self._process = subprocess.Popen(
             command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0)
         theirs.close()
+        self._killing, self._killed = threading.Lock(), False
         self._begun: Optional[str] = None
         try:
             self.connection.send(verifiers)
@@ -206,10 +208,13 @@ class _Process:
             return f"the verifier ended its process ({by})"
 
     def kill(self) -> None:
-        """With whatever its verifiers started."""
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """With whatever its verifiers started. The thread it serves and the one that closes may come at once."""
+        with self._killing:
+            if not self._killed:  # a number that was reaped may become somebody else's
+                self._killed = True
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself, alone
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
 
 
 # -- in the process of verifiers ---------------------------------------------------------------------------------------

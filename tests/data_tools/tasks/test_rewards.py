@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from data_tools.mistake import UserMistake
-from data_tools.tasks.rewards import Score, Scorer, Verifier, score_of
+from data_tools.tasks.rewards import Score, Scorer, Verifier, _Process, score_of
 from data_tools.tasks.task import Item
 
 HERE = "tests.data_tools.tasks.verifiers"
@@ -80,6 +82,16 @@ def test_closing_answers_what_is_waiting():
     assert [future.result(timeout=30).reward for future in futures] == [None] * 3
     with pytest.raises(ValueError, match="closed"):
         scorer.submit("bad", ITEM, "good")
+
+
+def test_a_process_is_ended_once_whoever_comes_first():
+    """The thread it serves and the one that closes the scorer end it at the same moment."""
+    for _ in range(40):
+        process, start = _Process({}), threading.Barrier(8)
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: (start.wait(), process.kill()), range(8)))
+        with pytest.raises(ProcessLookupError):
+            os.kill(process._process.pid, 0)
 
 
 def test_verifiers_die_with_the_run_even_while_they_hang(tmp_path):
