@@ -1,6 +1,6 @@
 """The append-only record of what was submitted: one JSON object a line, fsynced, in RUN/ledger.jsonl.
 
-    {"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "time": …}
+    {"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "run": "/where/it/lay", "time": …}
     {"event": "sending", "submission": 2, "name": "tiny.sft.a2.1f6e…", …}     an sbatch is about to happen
     {"event": "job", "submission": 2, "phase": "sft", "job": "17", "name": …, "waits": {"packs": "16"}, …}
     {"event": "rewire", "submission": 2, "phase": "trained", "job": "12", "waits": {"sft": "17"}, …}
@@ -91,15 +91,35 @@ class Ledger:
                 found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
         return found
 
+    def copied(self) -> set[int]:
+        """Submissions of another folder that still is this run: this one is its copy, and their jobs work for that one."""
+        return {event["submission"] for event in self.events()
+                if event["event"] == "submission" and self._is_original(Path(event.get("run", self.path.parent)) / self.path.name)}
+
+    def _is_original(self, other: Path) -> bool:
+        try:
+            if other.samefile(self.path):
+                return False
+            with open(other, "rb") as theirs, open(self.path, "rb") as ours:
+                return theirs.readline() == ours.readline()  # with the moment of its first submission
+        except OSError:  # nothing lies there: the run was moved
+            return False
+
+    def own_jobs(self) -> list[JobEntry]:
+        """`jobs`, but for those of `copied` submissions."""
+        copied = self.copied()
+        return [entry for entry in self.jobs() if entry.scripted not in copied]
+
     def unreleased(self) -> list[int]:
-        """Submissions that were begun and neither released nor abandoned."""
+        """Submissions of this folder that were begun and neither released nor abandoned."""
         open_: list[int] = []
         for event in self.events():
             if event["event"] == "submission":
                 open_.append(event["submission"])
             elif event["event"] in ("released", "abandoned"):
                 open_ = [number for number in open_ if number != event["submission"]]
-        return open_
+        copied = self.copied() if open_ else set()
+        return [number for number in open_ if number not in copied]
 
     def backend(self, submission: int) -> dict[str, Any]:
         """The submission event: which back end and cluster it went to."""

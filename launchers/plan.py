@@ -192,7 +192,7 @@ class _Planner:
         limit = self._submit_limit({planned.resources.qos or "" for planned in runs})
         if limit is None:
             return
-        mine = {entry.job for entry in Ledger(self.run.ledger).jobs()}
+        mine = {entry.job for entry in Ledger(self.run.ledger).own_jobs()}
         others = sum(row.state not in ENDED_STATES for row in self.cluster.slurm.queue()
                      if (row.array_job_id or row.job_id) not in mine)
 

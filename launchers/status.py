@@ -203,7 +203,9 @@ def look_at(run: RunFolder) -> Look:
     """Ask each cluster's queue once, and its accounting at most once, for all jobs of the run."""
     number = run.newest_submission()
     ledger = Ledger(run.ledger)
-    entries = ledger.jobs()
+    copied = ledger.copied()
+    entries = [entry for entry in ledger.jobs()
+               if entry.scripted not in copied or run.seal(entry.phase, entry.key) is not None]
     look = Look(run, number, run.frozen(number), entries, {})
     on_slurm = {event["submission"] for event in ledger.events()
                 if event["event"] == "submission" and event["backend"] == "slurm"}

@@ -214,7 +214,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     backend.prepare(number, [JobSpec(planned[step.phase], step.name, step.elements, step.needs, step.links)
                              for step in journal.steps if step.do == "submit"])
     Ledger(run.ledger).append("submission", submission=number, backend=backend.name, choice=plan.pipeline.cluster,
-                              cluster=plan.cluster.name)
+                              cluster=plan.cluster.name, run=str(run.path.resolve()))
     journal.write(run, number)
     jobs = carry_out(run, number, backend)
     rewired = [step.phase for step in journal.steps if step.do == "rewire"]

@@ -92,7 +92,7 @@ class LiveJob:
 
 def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
     """{phase: its newest job that is listed as queued or running and whose phase is not sealed}."""
-    entries = {entry.job: entry for entry in Ledger(run.ledger).jobs() if run.seal(entry.phase, entry.key) is None}
+    entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs() if run.seal(entry.phase, entry.key) is None}
     tasks: dict[str, dict[int, TaskState]] = {}
     for backend in backends if entries else []:
         for task in backend.states(list(entries.values())):

@@ -168,3 +168,24 @@ def test_a_controller_down_during_a_submit_is_waited_for(shimmed, dev_cluster, s
     if process.returncode:
         afterok("repair", run, env=env)
     assert_sealed_once(run, env)
+
+
+def test_a_copy_of_a_run_leaves_the_jobs_of_its_original_alone(tmp_path, dev_cluster):
+    pipeline, run, copy, env = write_toy(tmp_path), tmp_path / "run", tmp_path / "copy", dev_cluster.env()
+    slow = "numbers.with.seconds=600"
+    afterok("submit", pipeline, slow, "--run", run, env=env)
+    wait_for("its start", lambda: states(run, env=env)["numbers"] == "RUNNING")
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    assert "RUNNING" not in states(copy, env=env).values() and "PENDING" not in states(copy, env=env).values()
+    theirs = submitted_jobs(run, env)
+    assert afterok_json("cancel", copy, env=env)["cancelled"] == []
+    afterok("submit", pipeline, slow, "--run", copy, env=env)
+    mine = submitted_jobs(copy, env)
+    assert len(mine) == len(theirs) == 3 and not set(mine) & set(theirs)
+    assert submitted_jobs(run, env) == theirs and states(run, env=env)["numbers"] == "RUNNING"
+    afterok("cancel", copy, env=env)
+    assert submitted_jobs(copy, env) == [] and submitted_jobs(run, env) == theirs
+    copy.rename(tmp_path / "moved")  # the original is gone: a run that was moved keeps its jobs
+    run.rename(tmp_path / "away")
+    assert states(tmp_path / "away", env=env)["numbers"] == "RUNNING"
+    afterok("cancel", tmp_path / "away", env=env)
