@@ -284,7 +284,10 @@ def gather(parts: Sequence[Path], out: Path, pattern: str) -> None:
 
 
 def _write_ledger(folder: Path, shares: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    ledger = {kind: {name: entry for share in shares for name, entry in share[kind].items()} for kind in ("hf", "tensors")}
+    ledger: dict[str, Any] = {"hf": {}, "tensors": {}}
+    for share in shares:
+        for kind in ledger:
+            ledger[kind] |= share[kind]
     sums: dict[str, tuple[str, Shape, int]] = {}
     for entry in ledger["tensors"].values():
         for key, of in entry["keys"].items():

@@ -98,7 +98,9 @@ class SafetensorsFiles:
     def __init__(self, folder: Path, tensors: Mapping[str, tuple[str, Shape]], shard_bytes: int = SHARD_BYTES):
         """`tensors`: name -> (dtype, shape), in the order of the files. Nothing is written yet."""
         self.folder, self.tensors = folder, tensors
-        self._bytes = {name: getattr(torch, dtype).itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
+        self._bytes = {
+            name: getattr(torch, dtype).itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()
+        }
         shards: list[list[str]] = [[]]
         filled = 0
         for name, size in self._bytes.items():

@@ -6,6 +6,9 @@
 
 (megatron/training/checkpointing.py, get_checkpoint_name.) The files are pickles with Megatron's own classes in them:
 those are replaced by empty ones, so that Megatron need not be installed and none of its code runs.
+
+They also have the arguments that the model was trained with, which tell what shapes of tensors do not: heads, rotary
+positions, epsilons, windows, the router's scale. Each that config.json says otherwise is refused.
 """
 
 import pickle
@@ -21,6 +24,20 @@ from data_tools.mistake import Problem, UserMistake
 from megatron_ext.models.rules import Entry, HfTensor, Rule, Shape, hf_rules, hf_shapes
 
 FILE = "model_optim_rng.pt"
+LISTED = 12  # wrong tensors that a message names
+ARGUMENTS = {  # Megatron's names by those of a family's Dims
+    "heads": "num_attention_heads",
+    "head_dim": "kv_channels",
+    "norm_epsilon": "norm_epsilon",
+    "rope_base": "rotary_base",
+    "experts": "num_experts",
+    "top_k": "moe_router_topk",
+    "swiglu_limit": "activation_func_clamp_value",
+    "mamba_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_groups": "mamba_num_groups",
+    "mamba_state": "mamba_state_dim",
+}
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.(?:weight|bias))(\d+))$")
@@ -54,20 +71,49 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserMistake(Problem(str(path), f"not a whole Megatron checkpoint ({reason})")) from None
 
 
+def unlike(arguments: Namespace, dims: Any) -> list[str]:
+    """What Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json's 1e6".
+
+    An argument that is not there, or None, is not compared.
+    """
+    said = {name: getattr(arguments, name, None) for name in ARGUMENTS.values()}
+    ours = {name: getattr(dims, field, 0) or None for field, name in ARGUMENTS.items()}
+    if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", 0):
+        grouped = arguments.group_query_attention
+        said["num_query_groups"] = arguments.num_query_groups if grouped else arguments.num_attention_heads
+        ours["num_query_groups"] = dims.kv_groups
+    if getattr(dims, "experts", 0) and hasattr(arguments, "moe_router_topk_scaling_factor"):
+        said["moe_router_topk_scaling_factor"] = arguments.moe_router_topk_scaling_factor or 1.0
+        ours["moe_router_topk_scaling_factor"] = getattr(dims, "routed_scale", 1.0)
+    if hasattr(arguments, "window_size") and hasattr(dims, "window"):
+        said["window_size"] = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
+        ours["window_size"] = dims.window if any(dims.sliding) else 0
+    if hasattr(arguments, "rotary_percent") and hasattr(dims, "rope_base"):
+        said["rotary_percent"], ours["rotary_percent"] = arguments.rotary_percent, 1.0
+    return [
+        f"{name} is {value}, config.json has {ours[name]}"
+        for name, value in said.items()
+        if value is not None and ours[name] is not None and value != ours[name]
+    ]
+
+
 def _iteration(folder: Path) -> Path:
     """The folder with the mp_rank folders: FOLDER, or that of its latest iteration."""
     latest = folder / "latest_checkpointed_iteration.txt"
     if not latest.is_file():
         return folder
     text = latest.read_text().strip()
+    if text != "release" and not text.isdecimal():
+        raise UserMistake(Problem(str(latest), f'has {text[:40]!r}, neither a number nor "release"'))
     return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
 
 
 class LegacyTensors:
     """Such a checkpoint as the Hugging Face tensors that it would export to (convert.Tensors)."""
 
-    def __init__(self, folder: Path, rules: Sequence[Rule]):
-        """UserMistake when files or tensors are missing, and for degrees that the names of files do not tell."""
+    def __init__(self, folder: Path, rules: Sequence[Rule], dims: Any):
+        """UserMistake when files or tensors are missing, for degrees that the names of files do not tell, and where the
+        model was trained as another one than `dims`."""
         self.folder = _iteration(folder)
         files = {
             tuple(int(part or 0) for part in found.groups()): path
@@ -78,20 +124,28 @@ class LegacyTensors:
             raise UserMistake(Problem(str(self.folder), "has no mp_rank_* folders: not a legacy Megatron checkpoint"))
         first = _load(files[min(files)] / FILE)
         degree = first.get("args", Namespace())
+        if said := unlike(degree, dims):
+            raise UserMistake([Problem(str(files[min(files)] / FILE), f"was trained otherwise: {one}") for one in said])
         self.tensor, self.pipeline, self.expert, expert_tensor = (
             int(getattr(degree, f"{axis}_parallel_size", None) or 1)
             for axis in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
         )
         if any(rule.experts for rule in rules) and self.tensor > 1 and expert_tensor not in (1, self.tensor):
-            raise UserMistake(Problem(str(self.folder), f"expert tensor degree {expert_tensor} under tensor degree "
-                                      f"{self.tensor} is not supported: save it as a distributed checkpoint"))  # fmt: skip
+            degrees = f"expert tensor degree {expert_tensor} under tensor degree {self.tensor}"
+            remedy = "is not supported: save it as a distributed checkpoint"
+            raise UserMistake(Problem(str(self.folder), f"{degrees} {remedy}"))
         self._wholes_experts = expert_tensor < self.tensor
         self._shards = self._collect(files)
         self._rules, self._shapes = hf_rules(rules), hf_shapes(rules)
         missing = [rule for rule in rules if self._name(rule) not in self._shards]
-        if missing:
-            raise UserMistake([Problem(str(self.folder), f"tensor {self._name(rule)} {list(rule.layout.shape)} is missing")
-                               for rule in missing[:12]])  # fmt: skip
+        wrong = [f"tensor {self._name(rule)} {list(rule.layout.shape)} is missing" for rule in missing]
+        known = {name for rule in rules for name in (rule.name, rule.te_name)}
+        if getattr(dims, "tied", False):
+            known.add("output_layer.weight")  # the last stage's copy of the embedding
+        for name in sorted(self._shards.keys() - known):
+            wrong.append(f"tensor {name} {list(self._shards[name][0].shape)} is not part of the model in config.json")
+        if wrong:
+            raise UserMistake([Problem(str(self.folder), message) for message in wrong[:LISTED]])
 
     def _collect(self, files: dict[tuple[int, ...], Path]) -> dict[str, list[torch.Tensor]]:
         """Name in rules, or by Transformer Engine -> its shards by tensor rank."""
@@ -104,7 +158,8 @@ class LegacyTensors:
                     local = {int(m[1]) for name in state if (m := _LAYER.match(name))}
                     for name, value in state.items():
                         whole = self._whole_name(name, before, expert, state)
-                        if isinstance(value, torch.Tensor) and (".mlp.experts." in whole or expert == 0):
+                        held = isinstance(value, torch.Tensor) and not name.endswith(("_extra_state", ".inv_freq"))
+                        if held and (".mlp.experts." in whole or expert == 0):
                             found.setdefault(whole, []).append(value)
                     before += len(local)
         return found
@@ -131,7 +186,8 @@ class LegacyTensors:
         rest = name[layer.end() :]
         if expert := _EXPERT.match(rest):
             prefix = name[: layer.end()]
-            held = {int(m[1] or m[4]) for key in state if key.startswith(prefix) and (m := _EXPERT.match(key[layer.end() :]))}
+            rests = (key[layer.end() :] for key in state if key.startswith(prefix))
+            held = {int(m[1] or m[4]) for one in rests if (m := _EXPERT.match(one))}
             index = expert_rank * len(held) + int(expert[1] or expert[4])
             rest = f"mlp.experts.{index}.{expert[2] or expert[3]}"
         return f"decoder.layers.{layers_before + int(layer[1])}.{rest}"

@@ -1,6 +1,6 @@
 """A model folder: the unit that phases pass to each other.
 
-    model.json    family, format, step, weights digest, dtype
+    model.json    family, format, step, weights digest, dtype, what config.json means (models/compare.py)
     hf/           config.json, generation_config.json, tokenizer files: all but the weights of a Hugging Face folder
     weights/      distributed checkpoint, weights only; any parallel layout loads it
     adapter/      of a model trained with LoRA, in PEFT's format; weights/ are those of its base then
@@ -19,6 +19,7 @@ from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.models.compare import differences, meaning
 from megatron_ext.models.registry import Family, read_config
 from megatron_ext.models.shape import ModelShape
 from megatron_ext.parallel import ParallelPlan
@@ -59,7 +60,8 @@ class ModelFolder:
 
 
 def open_folder(path: str | Path) -> ModelFolder:
-    """The model folder at `path`. UserMistake when it is none, or of another format, or not understood. No torch."""
+    """The model folder at `path`. UserMistake when it is none, or of another format, or not understood, or when its
+    config.json has come to mean something else. No torch."""
     path = Path(path)
     try:
         facts = durable.read_json(path / "model.json")
@@ -74,6 +76,10 @@ def open_folder(path: str | Path) -> ModelFolder:
     family, dims, problems = read_config(path / "hf")
     if problems:
         raise UserMistake(problems)
+    now = meaning(family, dims)
+    if changed := differences(now, facts.get("config", now)):
+        said = f"{'; '.join(changed)} as when the folder was made: put it back, or make another folder with import_hf"
+        raise UserMistake(Problem(str(path / "hf" / "config.json"), said))
     adapted = facts.get("adapter")
     return ModelFolder(
         path,
@@ -95,7 +101,8 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
         for manifest, weights in (("model.json", "weights"), ("manifest.json", "state")):
             if (path / manifest).is_file():
                 if durable.read_json(path / manifest).get("adapter"):
-                    raise UserMistake(Problem("init_from", f"{path} is a model with an adapter: merge it first (merge_lora)"))
+                    said = f"{path} is a model with an adapter: merge it first (merge_lora)"
+                    raise UserMistake(Problem("init_from", said))
                 return path / weights, durable.read_json(path / manifest)["weights_digest"]
     # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifact.py).
     roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
@@ -126,28 +133,29 @@ def copy_hf_files(source: Path, target: Path) -> None:
 
 
 def check_same_model(folder: ModelFolder, weights: Path) -> None:
-    """UserMistake where the distributed checkpoint `weights` does not hold the tensors of the folder's model. mcore would
-    cut another vocabulary to size without a word: it takes the rows for padding."""
+    """UserMistake where the distributed checkpoint `weights` does not hold the tensors of the folder's model, or is of
+    a model folder that means another function by them (other rotary positions, epsilons, windows). mcore would cut
+    another vocabulary to size without a word: it takes the rows for padding."""
     from megatron_ext.dist_weights import Reader
 
     def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         found = {key: shape for key, (_, shape) in Reader(path).tensors().items() if not key.startswith("optimizer.")}
         return {key: shape[1:] if key in PADDED else shape for key, shape in found.items()}
 
-    ours, theirs = shapes(folder.weights), shapes(weights)
-    said = [f"{key} is {theirs.get(key)}, not {ours.get(key)}" for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    rows = _vocabulary(weights.parent)
-    if rows not in (None, folder.dims.vocabulary):
-        said.append(f"its vocabulary has {rows:,} rows, not {folder.dims.vocabulary:,}")
+    own, other = shapes(folder.weights), shapes(weights)
+    keys = [key for key in {**own, **other} if own.get(key) != other.get(key)]
+    said = [f"{key} is {other.get(key)}, not {own.get(key)}" for key in keys] + _otherwise(folder, weights.parent)
     if said:
         raise UserMistake(Problem("init_from", f"{weights.parent} is not of the model {folder.path}: {said[0]}"))
 
 
-def _vocabulary(folder: Path) -> Optional[int]:
-    """Rows of a model folder's or a published step's vocabulary, where it says."""
-    if (folder / "model.json").is_file():
-        return open_folder(folder).dims.vocabulary
-    return durable.read_json(folder / "manifest.json").get("vocabulary")
+def _otherwise(folder: ModelFolder, other: Path) -> list[str]:
+    """What a model folder or a published step says of its model that is not so of `folder`'s."""
+    if (other / "model.json").is_file():
+        theirs = open_folder(other)
+        return differences(meaning(theirs.family, theirs.dims), meaning(folder.family, folder.dims))
+    rows, ours = durable.read_json(other / "manifest.json").get("vocabulary"), folder.dims.vocabulary
+    return [f"its vocabulary has {rows:,} rows, not {ours:,}"] if rows not in (None, ours) else []
 
 
 def load_stages(
@@ -287,7 +295,11 @@ def link_files(source: Path, target: Path) -> None:
 def describe(
     out: Path, family: Family, step: int, weights_digest: str, dtype: str, adapter: Optional[dict[str, Any]] = None
 ) -> None:
-    """Write model.json, which makes `out` a model folder. `adapter`: its LoRA's settings and the digests of base and
-    adapter."""
+    """Write model.json, which makes `out`, that has its config.json, a model folder. `adapter`: its LoRA's settings and
+    the digests of base and adapter."""
+    _, dims, problems = read_config(out / "hf")
+    if problems:
+        raise UserMistake(problems)
     facts = {"format": FORMAT, "family": family.name, "step": step, "weights_digest": weights_digest, "dtype": dtype}
+    facts["config"] = meaning(family, dims)
     durable.write_json(out / "model.json", facts | ({"adapter": adapter} if adapter else {}))

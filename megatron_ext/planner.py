@@ -211,11 +211,12 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     if stage.last:
         logits = loss_head_bytes(plan, shape, tokens * t.supervised, frozen=t.lora.rank > 0)
         logits += 2 * tokens * shape.hidden * plan.sequence_parallel  # the head gathers all tokens
+    sharing = plan.data(w.ranks) * plan.context  # ranks that share the optimizer's state of dense weights
     sent = 2 * 2 * shape.top_k * shape.hidden / plan.tensor if plan.expert > 1 else 0
     return Memory(
         weights=weight * (stage.parameters.total + (found.total if t.lora.rank else 0)),
         gradients=4 * (dense + expert),
-        optimizer=moments * (1 - t.offload) * (dense / (plan.data(w.ranks) * plan.context) + expert / plan.expert_data(w.ranks)),
+        optimizer=moments * (1 - t.offload) * (dense / sharing + expert / plan.expert_data(w.ranks)),
         activations=tokens * (held * in_flight(plan, stage, micro_batches(plan, w)) + on_top),
         logits=logits,
         exchange=tokens * sent,
@@ -262,7 +263,7 @@ def matrix_passes(t: Training) -> int:
 
 
 def training_flops(t: Training) -> float:
-    """Model FLOPs of forward and backward of an average pack (3 x forward; recomputation and adapters are not counted)."""
+    """Model FLOPs of forward and backward of an average pack (3 x forward; without recomputation and adapters)."""
     passes, found = matrix_passes(t), 0.0
     for kind, count in t.shape.blocks.items():
         matrices, attention = block_flops(t, kind)

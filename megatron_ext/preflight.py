@@ -332,4 +332,5 @@ def _sources(t: Training) -> list[str]:
     if t.gpu:
         rows = f"{PUBLISHED[kind_of(t.shape)].source}; {LONG.source}"
         notes.append(f"measured by others: kernel speed on {CALIBRATION_GPU} ({rows}); peak and links: {t.gpu.source}")
-    return [*notes, f"plans that are offered fill at most {HEADROOM:.0%} of a GPU; we measured nothing of this on a GPU"]
+    room = f"plans that are offered fill at most {HEADROOM:.0%} of a GPU; we measured nothing of this on a GPU"
+    return [*notes, room]

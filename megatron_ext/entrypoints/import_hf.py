@@ -170,7 +170,7 @@ def _source(config: Config) -> Source:
     if problems:
         raise UserMistake(problems)
     if config.megatron:
-        tensors = LegacyTensors(Path(config.megatron), family.mapping.rules(dims))
+        tensors = LegacyTensors(Path(config.megatron), family.mapping.rules(dims), dims)
         return Source(family, dims, tensors, config.megatron, files=folder)
     return Source(family, dims, HfTensors(folder), str(folder), files=folder)
 

@@ -57,7 +57,7 @@ def _dims(
     config: Config, vocabulary: int, eos: int | None = None, pad: int | None = None
 ) -> tuple[Any, list[Problem], Any]:
     """(dimensions, problems, config.json) of the model; problems name fields of Config."""
-    from megatron_ext.models.registry import MODEL_TYPES, Family
+    from megatron_ext.models.registry import MODEL_TYPES, Family, parse_config
 
     problems = []
     for name in ("layers", "hidden", "heads", "kv_groups", "ffn", "max_positions"):
@@ -69,7 +69,7 @@ def _dims(
         return None, problems, None
     family = Family(MODEL_TYPES[config.family])
     file = family.config.small(config, vocabulary, eos, pad) | config.config
-    dims, problems = family.config.read(file, "config")
+    _, dims, problems = parse_config(file, "config")
     return dims, problems, file
 
 

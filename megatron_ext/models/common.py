@@ -1,5 +1,5 @@
-"""What all families' layer specs share: the part of mcore's configuration that a parallel plan decides, and the layer
-of attention followed by an MLP or experts."""
+"""What the families' layer specs share: the part of mcore's configuration that a parallel plan decides; of models of
+GPT's form, with layers of attention followed by an MLP or experts, nearly all."""
 
 from typing import Any, Mapping
 
@@ -15,9 +15,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
+from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ParallelPlan, padded_rows
 
 RECOMPUTE: dict[str, dict[str, Any]] = {  # what ParallelPlan.recompute means to mcore
     "none": {},
@@ -64,6 +65,47 @@ def configured(options: Mapping[str, Any], **fields: Any) -> TransformerConfig:
     if "attention_backend" in options:
         options = {**options, "attention_backend": AttnBackend[options["attention_backend"]]}
     return TransformerConfig(**{**fields, **options})
+
+
+def decoder_fields(dims: Any, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """Fields of TransformerConfig of a model of GPT's form with RMSNorm, by the names that all its families' Dims have.
+    `dtype` is that of the parameters, `backend` "torch" or "te"."""
+    return dict(
+        num_layers=dims.layers,
+        hidden_size=dims.hidden,
+        ffn_hidden_size=dims.ffn,
+        num_attention_heads=dims.heads,
+        num_query_groups=dims.kv_groups,
+        kv_channels=dims.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=dims.norm_epsilon,
+        **settings(plan, dtype, backend),
+    )
+
+
+def decoder(
+    kind: type[SupervisedHead],
+    config: TransformerConfig,
+    dims: Any,
+    plan: ParallelPlan,
+    backend: str,
+    virtual_stage: int | None,
+    norm: type[torch.nn.Module] = Norm,
+    **own: Any,
+) -> Any:
+    """This rank's part of a model of GPT's form, its weights not set; of an interleaved pipeline, one of its stages.
+    mcore's groups for `plan` must exist. `own`: further arguments of `kind`."""
+    arguments = dict(
+        vocab_size=padded_rows(dims.vocabulary, plan.tensor),
+        max_sequence_length=dims.max_positions,
+        share_embeddings_and_output_weights=dims.tied,
+        position_embedding_type="rope",
+        rotary_base=dims.rope_base,
+    )
+    layers = decoder_spec(config, backend, virtual_stage, norm)
+    model = kind(config, layers, **{**arguments, **own}, **ends(virtual_stage))
+    model.vocabulary_rows = dims.vocabulary
+    return model
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,23 @@
-"""Reading a config.json, as every family does it. No torch.
+"""Reading and writing a config.json, as every family does it. No torch.
 
 A key is either read, or has the one value that we have code for, or has no effect on the model's function; any other
-that is set is refused, so that a model is never almost the right one.
+that is set is refused, so that a model is never almost the right one. compare.py holds what was read against the file.
 """
 
+import math
+from dataclasses import fields
 from typing import Any, Collection, Mapping
 
 from data_tools.mistake import Problem
 
 DTYPES = ("float32", "bfloat16", "float16")
 WITHOUT_EFFECT = {  # special tokens, initial values, caches and outputs, names
-    "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id",
-    "model_type", "output_router_logits", "pad_token_id", "return_dict", "torch_dtype", "transformers_version",
-    "use_cache",
+    "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits",
+    "pad_token_id", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
+OFF = {"add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False}  # what no family has
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 
 
 class Reading:
@@ -35,9 +39,33 @@ class Reading:
         for field, value in found.items():
             if value is None:
                 self.wrong(f"{names[field]} is missing")
-            elif not isinstance(value, int) or value < 1:
+            elif type(value) is not int or value < 1:
                 self.wrong(f"{names[field]} is {value!r}, not a size")
         return found
+
+    def number(self, key: str, default: float, of: Mapping[str, Any] | None = None) -> float:
+        """A positive number of the file, or of the mapping `of` in it; `default` where there is none."""
+        value = (self.config if of is None else of).get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            self.wrong(f"{key} is {value!r}, not a positive number")
+            return default
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.config.get(key)
+        if value not in (None, True, False):
+            self.wrong(f"{key} is {value!r}, neither true nor false")
+        return default if value is None else bool(value)
+
+    def words(self, key: str) -> list[str]:
+        """A list of words; [] where there is none."""
+        value = self.config.get(key)
+        if value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value)):
+            return value or []
+        self.wrong(f"{key} is {value!r}, not a list of words")
+        return []
 
     def only(self, values: Mapping[str, Any]) -> None:
         """Keys that may have one value; one that is missing or null has it too."""
@@ -46,10 +74,16 @@ class Reading:
                 self.refuse(key, self.config[key], f"only {value!r} is")
 
     def known(self, keys: Collection[str]) -> None:
-        """Refuses what is set and neither in `keys` nor without effect."""
-        for key in sorted(self.config.keys() - WITHOUT_EFFECT - set(keys)):
-            if self.config[key] and not key.startswith("_"):
+        """Refuses what is set, be it to false, and neither in `keys` nor without effect."""
+        self.only(OFF)
+        for key in sorted(self.config.keys() - WITHOUT_EFFECT - OFF.keys() - set(keys)):
+            if self.config[key] is not None and not key.startswith("_"):
                 self.refuse(key, self.config[key], "it is not known; remove it if the model does not depend on it")
+
+    def agree(self, key: str, value: Any, other: str, theirs: Any) -> None:
+        """Two spellings of one thing, where both are there."""
+        if value is not None and theirs is not None and value != theirs:
+            self.wrong(f"{key} is {value!r} and {other} is {theirs!r}: keep the right one")
 
     def dtype(self, default: str = "float32") -> str:
         """Of the weights."""
@@ -59,26 +93,73 @@ class Reading:
             self.refuse("dtype", dtype, f"use {', '.join(DTYPES)}")
         return dtype
 
-    def heads(self, heads: int, groups: int) -> None:
-        """Checks that key-value heads share the query heads evenly."""
-        if heads % groups:
+    def groups(self, heads: int, default: int | None = None) -> int:
+        """Key-value heads, which must share the `heads` query heads evenly; null means as many, a missing key
+        `default`."""
+        groups = self.config.get("num_key_value_heads", default)
+        groups = heads if groups is None else groups
+        if type(groups) is not int or groups < 1:
+            self.wrong(f"num_key_value_heads is {groups!r}, not a size")
+        elif heads % groups:
             self.wrong(f"{heads} attention heads do not divide by {groups} key-value heads")
+        return groups
 
-    def rope(self, default: Mapping[str, Any], base: float, head_dim: int) -> dict[str, Any]:
-        """Rotary settings with rope_type and rope_theta. `default` is what transformers takes where a file has none.
+    def rope(
+        self, default: Mapping[str, Any], base: float, head_dim: int, kinds: Mapping[str, Collection[str]]
+    ) -> dict[str, Any]:
+        """Rotary settings with rope_type and rope_theta. `kinds` has the keys that each known type may have besides,
+        `default` is what transformers takes where a file has none.
 
-        transformers 5 nests them, older files have rope_theta and rope_scaling beside the others.
+        transformers 5 nests them, older files have rope_theta and rope_scaling beside the others; a file may have both.
         """
-        found = self.config.get("rope_parameters") or self.config.get("rope_scaling") or default
-        found = {key: value for key, value in found.items() if value is not None}
-        found.setdefault("rope_type", found.pop("type", "default"))
-        found.setdefault("rope_theta", self.config.get("rope_theta") or base)
         if head_dim % 2:
             self.wrong(f"head size {head_dim} is odd: rotary positions need an even one")
-        partial = found.pop("partial_rotary_factor", self.config.get("partial_rotary_factor") or 1.0)
-        if float(partial) != 1.0:
+        spelled = {}
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(self.config.get(key) or {}, dict):
+                self.refuse(key, self.config[key], "it has settings by name")
+            elif found := {name: value for name, value in (self.config.get(key) or {}).items() if value is not None}:
+                spelled[key] = {"rope_type": found.pop("type", "default"), **found}
+        new, old = spelled.get("rope_parameters", {}), spelled.get("rope_scaling", {})
+        beside = {name: self.config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+        if new and old:
+            for name in sorted((new.keys() | old.keys()) - beside.keys()):
+                ours, theirs = (settings.get(name, "absent") for settings in (new, old))
+                self.agree(f"rope_parameters.{name}", ours, "rope_scaling's", theirs)
+        for name, value in beside.items():
+            self.agree(name, value, "rope_parameters'", new.get(name))
+        found = {**(new or old or default), **{k: v for k, v in beside.items() if v is not None}, **new}
+        found["rope_type"] = found.get("rope_type", "default")
+        found["rope_theta"] = float(self.number("rope_theta", base, found))
+        if (partial := found.pop("partial_rotary_factor", 1)) != 1:
             self.refuse("partial_rotary_factor", partial, "use 1.0")
+        if found["rope_type"] not in kinds:
+            self.refuse("rope_type", found["rope_type"], f"{' and '.join(kinds)} are")
+            return found
+        for key in sorted(found.keys() - {"rope_type", "rope_theta"} - set(kinds[found["rope_type"]])):
+            self.refuse(f"rope_parameters.{key}", found[key], "remove it if the model does not need it")
         return found
 
 
-ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+def file_of(dims: Any, architecture: str, model_type: str, eos: int | None, pad: int | None) -> dict[str, Any]:
+    """What every family's config.json has, as transformers 4 and 5 both read it."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "num_hidden_layers": dims.layers,
+        "hidden_size": dims.hidden,
+        "vocab_size": dims.vocabulary,
+        "max_position_embeddings": dims.max_positions,
+        "initializer_range": 0.02,
+        "torch_dtype": dims.dtype,
+        "dtype": dims.dtype,
+        "bos_token_id": None,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+    }
+
+
+def small_dims(dims: type, sizes: Any, vocabulary: int, **own: Any) -> Any:
+    """A family's `dims` of the model that init_model's `sizes` ask for: what both name alike, and the family's `own`."""
+    alike = {one.name: getattr(sizes, one.name) for one in fields(dims) if hasattr(sizes, one.name)}
+    return dims(**{**alike, "vocabulary": vocabulary, **own})

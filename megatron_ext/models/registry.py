@@ -1,9 +1,11 @@
 """Model families by the model types that config.json names. One folder each, with the same files:
 
 config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(Dims) -> ModelShape`,
-            `small(...)`: config.json of a random model; no torch
-spec.py     `build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model`; `options` are fields of
-            TransformerConfig (options.py)
+            `small(...)`: config.json of a random model; WITHOUT_EFFECT: keys that its function does not depend on;
+            no torch
+spec.py     `transformer_config(...)`, `build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model`:
+            `dtype` is that of the parameters, `backend` "torch" or "te", `options` are fields of TransformerConfig
+            (options.py)
 mapping.py  `rules(Dims, found)`: the weights, both directions; `found` are the names in the checkpoint at hand, for
             families that are stored in several spellings, of which MODULE_NAMES picks the one of transformers' modules.
             `is_redundant(name, Dims)`: what a file may carry besides
@@ -17,6 +19,7 @@ from types import ModuleType
 from typing import Any, Mapping
 
 from data_tools.mistake import Problem, nearest
+from megatron_ext.models.compare import lost
 from megatron_ext.parallel import ParallelPlan
 
 MODEL_TYPES = {  # of config.json: the family's folder
@@ -89,4 +92,6 @@ def parse_config(config: Any, where: str) -> tuple[Family | None, Any, list[Prob
         return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), MODEL_TYPES))]
     family = Family(MODEL_TYPES[kind])
     dims, problems = family.config.read(config, where)
+    if dims is not None and (problems := [Problem(where, message) for message in lost(config, family, dims)]):
+        dims = None
     return family, dims, problems

@@ -13,7 +13,7 @@ them a rank holds, and what it calls them, is answered in one place, `placed`.
 
 import re
 from dataclasses import dataclass
-from typing import Callable, Protocol, Sequence
+from typing import Any, Callable, Protocol, Sequence
 
 import torch
 
@@ -158,7 +158,7 @@ class QueryKeyValue:
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts stacked along dimension 0, each sharded by itself: a tensor rank holds [its rows of part 0; of part 1; ...].
+    """Parts stacked along dimension 0, each sharded by itself: a tensor rank has [its rows of part 0; of part 1; ...].
 
     Mamba's in_proj (z, x, B, C, dt) and conv1d (x, B, C): one Hugging Face tensor, and `keys` names the tensors that
     a distributed checkpoint keeps of it. Subclasses take their parts from elsewhere.
@@ -303,6 +303,11 @@ def hf_shapes(rules: Sequence[Rule]) -> dict[str, Shape]:
         for tensor, shape in zip(rule.hf, rule.layout.hf_shapes()):
             shapes[hf_name(tensor)] = shape if isinstance(tensor, str) else (tensor.count, *shape)
     return shapes
+
+
+def is_copy(name: str, dims: Any) -> bool:
+    """Tensors that some files carry though the model does not need them: a copy of the tied output, rotary buffers."""
+    return (dims.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
 
 
 INITIAL_STD = 0.02  # transformers' initializer_range

@@ -59,7 +59,7 @@ class ModelShape:
 
     ffn: int = 0  # f, of MLP blocks
     gated: bool = True  # gate and up projections, here and in experts
-    own_mlp_names: tuple[str, ...] = ()  # of an MLP's matrices in Hugging Face's model, where they are not the usual ones
+    own_mlp_names: tuple[str, ...] = ()  # of an MLP's matrices in Hugging Face's model, if they are not the usual ones
 
     experts: int = 0  # E
     top_k: int = 0  # k

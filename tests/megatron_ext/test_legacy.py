@@ -11,11 +11,23 @@ from data_tools import durable
 from data_tools.mistake import UserMistake
 from megatron_ext import ranks
 from megatron_ext.entrypoints import import_hf
+from megatron_ext.legacy import unlike
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
 
 DENSE = replace(tiny.DIMS, layers=4, tied=False)
 EXPERTS = replace(tiny.GPT_OSS_DIMS, sliding=(True, False))
+ARGUMENTS = {  # of Megatron that trained those models, of those that shapes of tensors do not tell
+    type(DENSE): dict(
+        num_attention_heads=4, group_query_attention=True, num_query_groups=2, kv_channels=8, norm_epsilon=1e-6,
+        rotary_base=10000, rotary_percent=1.0, num_experts=None, window_size=None, moe_router_topk=2,
+    ),
+    type(EXPERTS): dict(
+        num_attention_heads=4, group_query_attention=True, num_query_groups=2, kv_channels=8, norm_epsilon=1e-5,
+        rotary_base=150000, rotary_percent=1.0, num_experts=4, window_size=(7, 0), moe_router_topk=2,
+        moe_router_topk_scaling_factor=None, activation_func_clamp_value=7.0,
+    ),
+}  # fmt: skip
 
 
 def write_rank(dims, plan: ParallelPlan, hf: Path, out: Path) -> None:
@@ -35,6 +47,7 @@ def write_rank(dims, plan: ParallelPlan, hf: Path, out: Path) -> None:
         args = Namespace(
             tensor_model_parallel_size=plan.tensor, pipeline_model_parallel_size=plan.pipeline,
             expert_model_parallel_size=plan.expert, expert_tensor_parallel_size=plan.expert_tensor, enum=Missing(),
+            **ARGUMENTS[type(dims)],
         )  # fmt: skip
         keys = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
         (out / name).mkdir(parents=True)
@@ -107,6 +120,40 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
     (root / "iter_0000100" / "mp_rank_01" / "model_optim_rng.pt").unlink()
     (root / "iter_0000100" / "mp_rank_01").rmdir()
     assert refused(tmp_path, hf, root).endswith("iter_0000100/mp_rank_01/model_optim_rng.pt: is missing")
+
+
+@pytest.mark.parametrize(
+    "dims, trained, said",
+    [
+        (DENSE, dict(rotary_base=5e5), "rotary_base is 500000.0, config.json has 10000.0"),
+        (DENSE, dict(rotary_percent=0.5), "rotary_percent is 0.5, config.json has 1.0"),
+        (DENSE, dict(norm_epsilon=1e-5), "norm_epsilon is 1e-05, config.json has 1e-06"),
+        (DENSE, dict(num_attention_heads=2, kv_channels=16), "num_attention_heads is 2, config.json has 4"),
+        (DENSE, dict(group_query_attention=False), "num_query_groups is 4, config.json has 2"),
+        (EXPERTS, dict(window_size=(127, 0)), "window_size is 128, config.json has 8"),
+        (EXPERTS, dict(moe_router_topk=1), "moe_router_topk is 1, config.json has 2"),
+        (EXPERTS, dict(activation_func_clamp_value=5.0), "activation_func_clamp_value is 5.0, config.json has 7.0"),
+        (tiny.NEMOTRON_H_DIMS, dict(moe_router_topk_scaling_factor=None), "factor is 1.0, config.json has 2.5"),
+    ],
+)
+def test_what_megatron_trained_otherwise_is_named_with_both_values(dims, trained, said):
+    known = ARGUMENTS.get(type(dims), {})
+    assert unlike(Namespace(**known), dims) == []
+    assert any(said in one for one in unlike(Namespace(**{**known, **trained}), dims))
+
+
+def test_a_model_with_another_function_is_refused(tmp_path):
+    hf, root = legacy(tmp_path, DENSE, ParallelPlan(), None)
+    durable.write_json(hf / "config.json", tiny.QWEN2.config.hf_config(replace(DENSE, rope_base=5e5)))
+    said = refused(tmp_path, hf, root)
+    assert said.endswith("was trained otherwise: rotary_base is 10000, config.json has 500000.0")
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path):
+    hf, root = legacy(tmp_path, DENSE, ParallelPlan(), None)
+    durable.write_json(hf / "config.json", tiny.QWEN2.config.hf_config(replace(DENSE, kind="llama")))
+    said = refused(tmp_path, hf, root)
+    assert "tensor decoder.layers.0.self_attention.linear_qkv.bias [64] is not part of the model" in said
 
 
 def test_a_model_of_another_size_is_named_with_shapes(tmp_path):

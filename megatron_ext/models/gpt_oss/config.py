@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import ROPE_KEYS, Reading
+from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.models.shape import ATTENTION, MOE, WINDOW, ModelShape
 
 SWIGLU_ALPHA = 1.702  # the only one that mcore's quick_gelu has
@@ -73,11 +73,10 @@ ONLY = {
     "swiglu_alpha": SWIGLU_ALPHA,
 }
 READ = {
-    "layer_types", "num_experts", "quantization_config", "rms_norm_eps", "sliding_window", "swiglu_limit",
-    "tie_word_embeddings", *ROPE_KEYS, *SIZES.values(), *LAYERS.values(), *ONLY,
+    "experts_per_token", "initial_context_length", "layer_types", "num_experts", "quantization_config", "rms_norm_eps",
+    "sliding_window", "swiglu_limit", "tie_word_embeddings", *ROPE_KEYS, *SIZES.values(), *LAYERS.values(), *ONLY,
 }  # fmt: skip
-# Other names of what is read (experts_per_token, initial_context_length), and a loss that training here does not add.
-WITHOUT_EFFECT = {"experts_per_token", "initial_context_length", "router_aux_loss_coef"}
+WITHOUT_EFFECT = {"router_aux_loss_coef"}  # of a loss that training here does not add
 YARN = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
 DEFAULT_ROPE = {  # transformers' own, where a file names none
     "rope_type": "yarn",
@@ -96,50 +95,64 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
         return None, reading.problems
     reading.only(ONLY)
     reading.known(READ | WITHOUT_EFFECT)
-    reading.heads(sizes["heads"], sizes["kv_groups"])
     hidden, ffn, experts, top_k = (sizes[name] for name in ("hidden", "ffn", "experts", "top_k"))
+    for key, other in {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}.items():
+        reading.agree(key, config.get(key), other, config[other])
+    reading.groups(sizes["heads"])
 
-    rope = reading.rope(DEFAULT_ROPE, 150000.0, sizes["head_dim"])
-    if rope["rope_type"] not in ("yarn", "default"):
-        reading.refuse("rope_type", rope["rope_type"], "yarn and default are")
-    elif rope["rope_type"] == "yarn" and not {"factor", "original_max_position_embeddings"} <= rope.keys():
-        reading.refuse("rope_parameters", rope, "yarn needs factor and original_max_position_embeddings")
-    for key in sorted(rope.keys() - {"rope_type", "rope_theta"} - YARN):
-        reading.refuse(f"rope_parameters.{key}", rope[key], "remove it if the model does not need it")
-
-    kinds = config.get("layer_types") or [(FULL, SLIDING)[(i + 1) % 2] for i in range(layers)]
-    window, limit = config.get("sliding_window", 128) or 0, config.get("swiglu_limit", 7.0) or 0.0
+    kinds = reading.words("layer_types") or [(FULL, SLIDING)[(i + 1) % 2] for i in range(layers)]
+    window = config.get("sliding_window", 128) or 0
     if unknown := sorted(set(kinds) - {FULL, SLIDING}):
         reading.refuse("layer_types", unknown, f"{SLIDING} and {FULL} are")
     if len(kinds) != layers:
         reading.wrong(f"layer_types has {len(kinds)} entries for {layers} layers")
-    if SLIDING in kinds and window < 1:
+    if type(window) is not int or window < (SLIDING in kinds):
         reading.refuse("sliding_window", config.get("sliding_window"), "sliding layers need at least 1 token")
-    if limit <= 0:
-        reading.refuse("swiglu_limit", config.get("swiglu_limit"), "experts clamp at a positive value")
+    if config.get("swiglu_limit", 7.0) is None:
+        reading.refuse("swiglu_limit", None, "experts clamp at a positive value")
     if not 2 <= top_k <= experts:
         reading.refuse("num_experts_per_tok", top_k, f"a softmax over the chosen takes 2 to {experts} experts here")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    quantised = config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if method not in (None, "mxfp4"):
         reading.refuse("quantization_config", method, "import the unquantized or the MXFP4 model")
     elif method and (hidden % MXFP4_BLOCK or ffn % MXFP4_BLOCK):
         reading.wrong(f"MXFP4 needs whole blocks of {MXFP4_BLOCK}: hidden_size is {hidden}, intermediate_size {ffn}")
-    # Files with MXFP4 experts need not name the dtype of the rest; transformers takes bfloat16 then.
-    dtype = reading.dtype("bfloat16" if method else "float32")
-    if reading.problems:
-        return None, reading.problems
-    return Dims(
+    dims = Dims(
         **sizes,
         window=window,
         sliding=tuple(kind == SLIDING for kind in kinds),
-        swiglu_limit=float(limit),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-5)),
-        rope_base=float(rope["rope_theta"]),
-        yarn=_yarn(rope) if rope["rope_type"] == "yarn" else None,
-        dtype=dtype,
+        swiglu_limit=float(reading.number("swiglu_limit", 7.0)),
+        tied=reading.flag("tie_word_embeddings", False),
+        norm_epsilon=float(reading.number("rms_norm_eps", 1e-5)),
+        **_rope_of(reading, sizes["head_dim"]),
+        # Files with MXFP4 experts need not name the dtype of the rest; transformers takes bfloat16 then.
+        dtype=reading.dtype("bfloat16" if method else "float32"),
         mxfp4=method == "mxfp4",
-    ), []
+    )
+    return (None, reading.problems) if reading.problems else (dims, [])
+
+
+def _rope_of(reading: Reading, head_dim: int) -> dict[str, Any]:
+    """rope_base and yarn, with transformers' defaults."""
+    rope = reading.rope(DEFAULT_ROPE, 150000.0, head_dim, {"yarn": YARN, "default": ()})
+    if rope["rope_type"] != "yarn":
+        return dict(rope_base=rope["rope_theta"], yarn=None)
+    original = rope.get("original_max_position_embeddings")
+    if "factor" not in rope or original is None:
+        reading.refuse("rope_parameters", rope, "yarn needs factor and original_max_position_embeddings")
+    context = reading.config.get("initial_context_length")
+    reading.agree("initial_context_length", context, "original_max_position_embeddings", original)
+    if not isinstance(rope.get("truncate", True), bool):
+        reading.refuse("rope_parameters.truncate", rope["truncate"], "use true or false")
+    yarn = Yarn(
+        factor=float(reading.number("factor", 1.0, rope)),
+        original_positions=int(reading.number("original_max_position_embeddings", 4096, rope)),
+        beta_fast=float(reading.number("beta_fast", 32, rope)),
+        beta_slow=float(reading.number("beta_slow", 1, rope)),
+        truncate=bool(rope.get("truncate", True)),
+    )
+    return dict(rope_base=rope["rope_theta"], yarn=yarn)
 
 
 def shape(dims: Dims) -> ModelShape:
@@ -164,17 +177,6 @@ def shape(dims: Dims) -> ModelShape:
     )
 
 
-def _yarn(rope: dict[str, Any]) -> Yarn:
-    """With transformers' defaults."""
-    return Yarn(
-        factor=float(rope["factor"]),
-        original_positions=int(rope["original_max_position_embeddings"]),
-        beta_fast=float(rope.get("beta_fast", 32)),
-        beta_slow=float(rope.get("beta_slow", 1)),
-        truncate=bool(rope.get("truncate", True)),
-    )
-
-
 def _rope(dims: Dims) -> dict[str, Any]:
     if dims.yarn is None:
         return {"rope_type": "default", "rope_theta": dims.rope_base}
@@ -194,61 +196,36 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
     rope = _rope(dims)
     quantised = {"quantization_config": {"quant_method": "mxfp4"}} if dims.mxfp4 else {}
     return {
+        **file_of(dims, "GptOssForCausalLM", "gpt_oss", eos, pad),
         **quantised,
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
-        "num_hidden_layers": dims.layers,
-        "hidden_size": dims.hidden,
-        "intermediate_size": dims.ffn,
-        "num_attention_heads": dims.heads,
-        "num_key_value_heads": dims.kv_groups,
-        "head_dim": dims.head_dim,
-        "num_local_experts": dims.experts,
-        "num_experts_per_tok": dims.top_k,
+        **{name: getattr(dims, field) for field, name in SIZES.items()},
+        **ONLY,
         "router_aux_loss_coef": 0.0,
         "output_router_logits": False,
         "layer_types": [SLIDING if sliding else FULL for sliding in dims.sliding],
         "sliding_window": dims.window,
-        "swiglu_alpha": SWIGLU_ALPHA,
         "swiglu_limit": dims.swiglu_limit,
-        "vocab_size": dims.vocabulary,
         "tie_word_embeddings": dims.tied,
         "rms_norm_eps": dims.norm_epsilon,
         "rope_theta": dims.rope_base,
         "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"},
         "rope_parameters": rope,
-        "max_position_embeddings": dims.max_positions,
-        "hidden_act": "silu",
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "torch_dtype": dims.dtype,
-        "dtype": dims.dtype,
-        "bos_token_id": None,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
     }
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
     """config.json of the model that init_model's `sizes` ask for: 4 experts, 2 for each token, sliding layers first."""
-    dims = Dims(
-        hidden=sizes.hidden,
-        heads=sizes.heads,
-        kv_groups=sizes.kv_groups,
+    dims = small_dims(
+        Dims,
+        sizes,
+        vocabulary,
         head_dim=sizes.hidden // sizes.heads,
         window=128,
         sliding=tuple(i % 2 == 0 for i in range(sizes.layers)),
         experts=4,
         top_k=2,
-        ffn=sizes.ffn,
         swiglu_limit=7.0,
-        vocabulary=vocabulary,
-        tied=False if sizes.tied is None else sizes.tied,
-        norm_epsilon=sizes.norm_epsilon,
-        rope_base=sizes.rope_base,
+        tied=bool(sizes.tied),
         yarn=Yarn(32.0, max(1, sizes.max_positions // 32), 32.0, 1.0, truncate=False),
-        max_positions=sizes.max_positions,
-        dtype=sizes.dtype,
     )
     return hf_config(dims, eos, pad)

@@ -19,6 +19,7 @@ from megatron_ext.models.rules import (
     Shape,
     Transposed,
     Vocabulary,
+    is_copy,
 )
 from megatron_ext.mxfp4 import Quantised
 
@@ -97,6 +98,4 @@ def _normal(shape: Shape, generator: torch.Generator) -> torch.Tensor:
     return torch.empty(shape).normal_(0, INITIAL_STD, generator=generator)
 
 
-def is_redundant(name: str, dims: Dims) -> bool:
-    """Tensors that some files carry though the model does not need them: a copy of the tied output, rotary buffers."""
-    return (dims.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
+is_redundant = is_copy

@@ -9,27 +9,18 @@ from megatron.core.transformer import TransformerConfig
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.models import common
 from megatron_ext.models.gpt_oss.config import Dims, Yarn
-from megatron_ext.parallel import ParallelPlan, padded_rows
+from megatron_ext.parallel import ParallelPlan
 
 
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
-    shared = common.settings(plan, dtype, backend) | dict(
+    shared = common.decoder_fields(dims, plan, dtype, backend) | dict(
         apply_rope_fusion=False,  # the fused kernel for packed rows drops YaRN's factor (rope_utils.py:289)
         bias_dropout_fusion=False,
     )
     config = common.configured(
         options,
-        num_layers=dims.layers,
-        hidden_size=dims.hidden,
-        ffn_hidden_size=dims.ffn,
-        num_attention_heads=dims.heads,
-        num_query_groups=dims.kv_groups,
-        kv_channels=dims.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=dims.norm_epsilon,
         add_bias_linear=True,  # of router and experts too
         softmax_type="learnable",
         window_size=(dims.window - 1, 0) if any(dims.sliding) else None,  # tokens to the left
@@ -72,20 +63,12 @@ def build(
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> SupervisedHead:
-    """This rank's part of the model, its weights not set; of an interleaved pipeline, one of its stages. mcore's
-    groups for `plan` must exist."""
+    """As common.decoder."""
     config = transformer_config(dims, plan, dtype, backend, options)
-    model = SupervisedHead(
-        config,
-        common.decoder_spec(config, backend, virtual_stage),
-        vocab_size=padded_rows(dims.vocabulary, plan.tensor),
-        max_sequence_length=dims.max_positions,
-        share_embeddings_and_output_weights=dims.tied,
-        position_embedding_type="yarn" if dims.yarn else "rope",
-        rotary_base=dims.rope_base,
-        **common.ends(virtual_stage),
+    positions = "yarn" if dims.yarn else "rope"
+    model = common.decoder(
+        SupervisedHead, config, dims, plan, backend, virtual_stage, position_embedding_type=positions
     )
-    model.vocabulary_rows = dims.vocabulary
     _mark_distinct(model)
     return model
 

@@ -1,4 +1,4 @@
-"""nanochat's own checkpoints: FOLDER/TAG/model_STEP.pt beside meta_STEP.json, as nanochat/checkpoint_manager.py writes them.
+"""nanochat's own checkpoints: FOLDER/TAG/model_STEP.pt beside meta_STEP.json (nanochat/checkpoint_manager.py).
 
 They are read as the tensors of a NanoChatForCausalLM. Versions from January 2026 on add value embeddings, residual
 scales and sharper attention: what NanoChatForCausalLM does not have is refused by name. No torch at the top.
@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext.models.nanochat.config import Dims, hf_config
+from megatron_ext.models.nanochat.config import LOGIT_CAP, Dims, hf_config
 
 NAMES = {  # of a block's tensors
     "attn.c_q": "self_attn.q_proj",
@@ -21,7 +21,6 @@ NAMES = {  # of a block's tensors
     "mlp.c_proj": "mlp.fc2",
 }
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-LOGIT_CAP = 15.0  # nanochat/gpt.py, forward
 _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.weight$")
 
 

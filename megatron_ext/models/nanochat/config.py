@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import ROPE_KEYS, Reading
+from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.models.shape import ATTENTION, MLP, ModelShape
 
 
@@ -34,6 +34,7 @@ class Dims:
         return self.hidden // self.heads
 
 
+LOGIT_CAP = 15.0  # of nanochat/gpt.py, and of transformers where a file names none
 SIZES = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
@@ -46,6 +47,7 @@ READ = {
     "final_logit_softcapping", "max_position_embeddings", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings",
     *ROPE_KEYS, *SIZES.values(), *ONLY,
 }  # fmt: skip
+WITHOUT_EFFECT: set[str] = set()
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
@@ -55,28 +57,22 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     if reading.problems:
         return None, reading.problems
     reading.only(ONLY)
-    reading.known(READ)
+    reading.known(READ | WITHOUT_EFFECT)
     hidden, heads = sizes["hidden"], sizes["heads"]
-    groups = config.get("num_key_value_heads") or heads
-    reading.heads(heads, groups)
     if hidden % heads:
         reading.wrong(f"hidden_size {hidden} does not divide by {heads} attention heads")
-    rope = reading.rope({}, 10000.0, hidden // heads)
-    if rope["rope_type"] != "default":
-        reading.refuse("rope_type", rope["rope_type"], "only plain rotary positions are")
-    dtype = reading.dtype()
-    if reading.problems:
-        return None, reading.problems
-    return Dims(
+    capped = config.get("final_logit_softcapping", LOGIT_CAP) is not None
+    dims = Dims(
         **sizes,
-        kv_groups=groups,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_base=float(rope["rope_theta"]),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
-        logit_cap=float(config.get("final_logit_softcapping", 15.0) or 0.0),
-        dtype=dtype,
-    ), []
+        kv_groups=reading.groups(heads),
+        tied=reading.flag("tie_word_embeddings", False),
+        norm_epsilon=float(reading.number("rms_norm_eps", 1e-6)),
+        rope_base=reading.rope({}, 10000.0, hidden // heads, {"default": ()})["rope_theta"],
+        max_positions=int(reading.number("max_position_embeddings", 2048)),
+        logit_cap=float(reading.number("final_logit_softcapping", LOGIT_CAP)) if capped else 0.0,
+        dtype=reading.dtype(),
+    )
+    return (None, reading.problems) if reading.problems else (dims, [])
 
 
 def shape(dims: Dims) -> ModelShape:
@@ -100,44 +96,19 @@ def shape(dims: Dims) -> ModelShape:
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
     """config.json of a NanoChatForCausalLM with these dimensions."""
     return {
-        "architectures": ["NanoChatForCausalLM"],
-        "model_type": "nanochat",
-        "num_hidden_layers": dims.layers,
-        "hidden_size": dims.hidden,
+        **file_of(dims, "NanoChatForCausalLM", "nanochat", eos, pad),
+        **{name: value for name, value in ONLY.items() if value is not None},
         "intermediate_size": dims.ffn,
         "num_attention_heads": dims.heads,
         "num_key_value_heads": dims.kv_groups,
-        "vocab_size": dims.vocabulary,
         "tie_word_embeddings": dims.tied,
         "rms_norm_eps": dims.norm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": dims.rope_base},
-        "max_position_embeddings": dims.max_positions,
         "final_logit_softcapping": dims.logit_cap or None,
-        "hidden_act": "relu2",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "dtype": dims.dtype,
-        "bos_token_id": None,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
     }
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
     """config.json of the model that init_model's `sizes` ask for."""
-    dims = Dims(
-        layers=sizes.layers,
-        hidden=sizes.hidden,
-        ffn=sizes.ffn,
-        heads=sizes.heads,
-        kv_groups=sizes.kv_groups,
-        vocabulary=vocabulary,
-        tied=False if sizes.tied is None else sizes.tied,
-        norm_epsilon=sizes.norm_epsilon,
-        rope_base=sizes.rope_base,
-        max_positions=sizes.max_positions,
-        logit_cap=15.0,
-        dtype=sizes.dtype,
-    )
+    dims = small_dims(Dims, sizes, vocabulary, tied=bool(sizes.tied), logit_cap=LOGIT_CAP)
     return hf_config(dims, eos, pad)

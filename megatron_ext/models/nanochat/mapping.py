@@ -7,7 +7,7 @@ head turns the one into the other: scores are dot products, and the norm of a he
 from typing import Collection
 
 from megatron_ext.models.nanochat.config import Dims
-from megatron_ext.models.rules import Column, QueryKeyValue, Row, Rule, Vocabulary
+from megatron_ext.models.rules import Column, QueryKeyValue, Row, Rule, Vocabulary, is_copy
 
 
 def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
@@ -18,7 +18,11 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
     for i in range(dims.layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         rules_ += [
-            Rule(ours + "self_attention.linear_qkv.weight", tuple(f"{theirs}self_attn.{x}_proj.weight" for x in "qkv"), qkv),
+            Rule(
+                ours + "self_attention.linear_qkv.weight",
+                tuple(f"{theirs}self_attn.{x}_proj.weight" for x in "qkv"),
+                qkv,
+            ),
             Rule(
                 ours + "self_attention.linear_proj.weight",
                 (theirs + "self_attn.o_proj.weight",),
@@ -32,6 +36,4 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
     return rules_
 
 
-def is_redundant(name: str, dims: Dims) -> bool:
-    """Tensors that some files carry though the model does not need them: a copy of the tied output, rotary buffers."""
-    return (dims.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
+is_redundant = is_copy

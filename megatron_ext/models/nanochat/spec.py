@@ -1,4 +1,4 @@
-"""NanoChat as a megatron-core model: configuration and GPTModel, with the norm after the embedding and capped logits."""
+"""NanoChat as a megatron-core model: configuration, and GPTModel with a norm after the embedding and capped logits."""
 
 from typing import Any, Mapping
 
@@ -11,27 +11,18 @@ from megatron_ext.layers.loss_head import SupervisedHead, capped
 from megatron_ext.layers.norm import BareNorm
 from megatron_ext.models import common
 from megatron_ext.models.nanochat.config import Dims
-from megatron_ext.parallel import ParallelPlan, padded_rows
+from megatron_ext.parallel import ParallelPlan
 
 
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    """mcore's configuration. `dtype` is that of the parameters."""
     return common.configured(
         options,
-        num_layers=dims.layers,
-        hidden_size=dims.hidden,
-        ffn_hidden_size=dims.ffn,
-        num_attention_heads=dims.heads,
-        num_query_groups=dims.kv_groups,
-        kv_channels=dims.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=dims.norm_epsilon,
         activation_func=squared_relu,
         add_bias_linear=False,
         qk_layernorm=True,  # before the rotation, where NanoChat has it after: a rotation changes no norm
-        **common.settings(plan, dtype, backend),
+        **common.decoder_fields(dims, plan, dtype, backend),
     )
 
 
@@ -56,21 +47,8 @@ def build(
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> NanoChat:
-    """This rank's part of the model, its weights not set; of an interleaved pipeline, one of its stages. mcore's
-    groups for `plan` must exist. UserMistake for "te", whose norms all have weights."""
+    """As common.decoder. UserMistake for "te", whose norms all have weights."""
     if backend == "te":
         raise UserMistake(Problem("backend", "'te' has no norms without weights, as nanochat's are: use torch"))
     config = transformer_config(dims, plan, dtype, backend, options)
-    model = NanoChat(
-        config,
-        common.decoder_spec(config, backend, virtual_stage, norm=BareNorm),
-        vocab_size=padded_rows(dims.vocabulary, plan.tensor),
-        max_sequence_length=dims.max_positions,
-        share_embeddings_and_output_weights=dims.tied,
-        position_embedding_type="rope",
-        rotary_base=dims.rope_base,
-        logit_cap=dims.logit_cap,
-        **common.ends(virtual_stage),
-    )
-    model.vocabulary_rows = dims.vocabulary
-    return model
+    return common.decoder(NanoChat, config, dims, plan, backend, virtual_stage, BareNorm, logit_cap=dims.logit_cap)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import Reading
+from megatron_ext.models.reading import Reading, file_of, small_dims
 from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, ModelShape
 
 CONVOLUTION = 4  # tokens that Mamba's convolution sees
@@ -96,11 +96,13 @@ ONLY = {
     "use_bias": False,
     "use_conv_bias": True,
 }
-# What it does not depend on: initial values, kernels and caches, positions (no layer has any).
+# What it does not depend on: initial values, kernels and caches, positions (no layer has any), and the number of shared
+# experts, whose size is given for all of them.
 WITHOUT_EFFECT = {
     "chunk_size", "expand", "mamba_ssm_cache_dtype", "max_position_embeddings", "moe_shared_expert_overlap",
-    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "num_logits_to_keep", "partial_rotary_factor",
-    "rescale_prenorm_residual", "rope_theta", "time_step_floor", "time_step_max", "time_step_min", "use_mamba_kernels",
+    "mtp_hybrid_override_pattern", "mtp_layers_block_type", "n_shared_experts", "num_logits_to_keep",
+    "partial_rotary_factor", "rescale_prenorm_residual", "rope_theta", "time_step_floor", "time_step_max",
+    "time_step_min", "use_mamba_kernels",
 }  # fmt: skip
 # Read below one by one.
 READ = {
@@ -116,14 +118,16 @@ def _pattern(config: dict[str, Any]) -> tuple[str, str]:
     spelled = config.get("hybrid_override_pattern")
     if spelled is not None and (not isinstance(spelled, str) or not spelled or set(spelled) - set("M*E-")):
         return "", f"hybrid_override_pattern = {spelled!r} is no string of M, *, E and -"
-    blocks = config.get("layers_block_type") or config.get("layer_types")
-    if blocks is not None:
-        unknown = [block for block in blocks if block not in BLOCKS]
-        if unknown:
-            return "", f"layers_block_type has {unknown[0]!r}: it knows {', '.join(BLOCKS)}"
+    for key in ("layers_block_type", "layer_types"):
+        blocks = config.get(key)
+        if blocks is None:
+            continue
+        if not isinstance(blocks, list) or (unknown := [block for block in blocks if block not in tuple(BLOCKS)]):
+            wrong = repr(unknown[0]) if isinstance(blocks, list) else repr(blocks)
+            return "", f"{key} has {wrong}: it knows {', '.join(BLOCKS)}"
         listed = "".join(BLOCKS[block] for block in blocks)
         if spelled not in (None, listed):
-            return "", f"hybrid_override_pattern is {spelled} and layers_block_type means {listed}: keep the right one"
+            return "", f"hybrid_override_pattern is {spelled} and {key} means {listed}: keep the right one"
         spelled = listed
     if not spelled:
         return "", "hybrid_override_pattern is missing, and so is layers_block_type"
@@ -154,40 +158,43 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
         return None, reading.problems
     reading.only(ONLY)
     reading.known(KNOWN)
-    limit = [_number(value) for value in config.get("time_step_limit") or (0, math.inf)]
-    if limit != [0, math.inf]:
+    reading.agree("attention_head_dim", config.get("attention_head_dim"), "head_dim", config.get("head_dim"))
+    limit = config.get("time_step_limit")
+    limit = [_number(value) for value in limit] if isinstance(limit, list) else limit
+    if limit is not None and limit != [0, math.inf]:
         reading.refuse("time_step_limit", limit, "megatron-core does not bound Mamba's steps")
-    epsilon = float(config.get("layer_norm_epsilon", 1e-5))
-    if float(config.get("norm_eps", epsilon)) != epsilon:
-        reading.refuse("norm_eps", config["norm_eps"], f"layer_norm_epsilon is {epsilon}: keep the right one")
-    dtype = reading.dtype()
+    epsilon = float(reading.number("layer_norm_epsilon", 1e-5))
+    reading.agree("norm_eps", config.get("norm_eps"), "layer_norm_epsilon", epsilon)
     if "*" in pattern:
-        reading.heads(found["heads"], found["kv_groups"])
+        reading.groups(found["heads"])
     if "M" in pattern and found["mamba_heads"] % found["mamba_groups"]:
         reading.wrong(f"{found['mamba_heads']} Mamba heads do not divide by {found['mamba_groups']} groups")
     if "E" in pattern:
         found |= _routing(reading, found["experts"], found["top_k"])
-    if reading.problems:
-        return None, reading.problems
-    return Dims(
+    dims = Dims(
         pattern=pattern,
         norm_epsilon=epsilon,
-        max_positions=int(config.get("max_position_embeddings") or 4096),
-        dtype=dtype,
+        max_positions=int(reading.number("max_position_embeddings", 4096)),
+        dtype=reading.dtype(),
         **found,
-    ), []
+    )
+    return (None, reading.problems) if reading.problems else (dims, [])
 
 
 def _routing(reading: Reading, experts: int, top_k: int) -> dict[str, int | float]:
     """How a token finds its experts; what mcore's router would do otherwise is refused."""
     config = reading.config
-    groups, top_groups = config.get("n_group") or 1, config.get("topk_group") or 1
-    scale = config.get("routed_scaling_factor")
-    if not isinstance(scale, (int, float)) or not scale > 0:
-        reading.wrong(f"routed_scaling_factor is {scale!r}: write the model's own (Nemotron-3-Nano has 2.5)")
-    if config.get("n_shared_experts", 1) < 1:
-        reading.refuse("n_shared_experts", 0, "there is always one")
-    normalized = config.get("norm_topk_prob", True)
+    groups, top_groups = (
+        reading.sizes({key: key})[key] if config.get(key) is not None else 1 for key in ("n_group", "topk_group")
+    )
+    if config.get("routed_scaling_factor") is None:
+        reading.wrong("routed_scaling_factor is missing: write the model's own (Nemotron-3-Nano has 2.5)")
+    scale = reading.number("routed_scaling_factor", 1.0)
+    if config.get("n_shared_experts") is not None:
+        reading.sizes({"n_shared_experts": "n_shared_experts"})  # at least one
+    normalized = reading.flag("norm_topk_prob", True)
+    if reading.problems:
+        return {}
     if normalized != (top_k > 1):
         reading.wrong(
             f"norm_topk_prob = {normalized} with num_experts_per_tok = {top_k} is not supported: "
@@ -202,7 +209,7 @@ def _routing(reading: Reading, experts: int, top_k: int) -> dict[str, int | floa
             f"n_group = {groups}, topk_group = {top_groups} with num_experts_per_tok = {top_k} is not supported: "
             "megatron-core ranks groups by their best num_experts_per_tok / topk_group experts, the model by two"
         )
-    return dict(expert_groups=groups, top_groups=top_groups, routed_scale=float(scale or 0))
+    return dict(expert_groups=groups, top_groups=top_groups, routed_scale=float(scale))
 
 
 def shape(dims: Dims) -> ModelShape:
@@ -234,51 +241,37 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
     """config.json of a NemotronHForCausalLM with these dimensions, as transformers 5 and NVIDIA's own code read it."""
     present = [sizes for block, sizes in SIZES.items() if block in dims.pattern]
     sizes = {name: getattr(dims, field) for sizes in present for field, name in sizes.items()}
-    return {
-        **{name: value for name, value in ONLY.items() if value is not None},
-        **sizes,
-        "architectures": ["NemotronHForCausalLM"],
-        "model_type": "nemotron_h",
-        "hybrid_override_pattern": dims.pattern,
-        "num_hidden_layers": dims.layers,
-        "hidden_size": dims.hidden,
-        "vocab_size": dims.vocabulary,
-        "layer_norm_epsilon": dims.norm_epsilon,
-        "max_position_embeddings": dims.max_positions,
-        "chunk_size": 128,
+    routing = {
         "n_group": dims.expert_groups,
         "topk_group": dims.top_groups,
         "n_shared_experts": 1,
         "norm_topk_prob": dims.top_k != 1,
         "routed_scaling_factor": dims.routed_scale,
+    }
+    return {
+        **file_of(dims, "NemotronHForCausalLM", "nemotron_h", eos, pad),
+        **{name: value for name, value in ONLY.items() if value is not None},
+        **sizes,
+        **(routing if dims.experts else {}),
+        "hybrid_override_pattern": dims.pattern,
+        "layer_norm_epsilon": dims.norm_epsilon,
+        "chunk_size": 128,
         "time_step_min": SHORTEST_STEP,
-        "initializer_range": 0.02,
-        "torch_dtype": dims.dtype,
-        "dtype": dims.dtype,
-        "bos_token_id": None,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
     }
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
     """config.json of the model that init_model's `sizes` ask for."""
-    pattern = str(sizes.config.get("hybrid_override_pattern") or ("M*-E" * sizes.layers)[: sizes.layers])
-    dims = Dims(
-        pattern=pattern,
-        hidden=sizes.hidden,
-        vocabulary=vocabulary,
-        norm_epsilon=sizes.norm_epsilon,
-        max_positions=sizes.max_positions,
-        dtype=sizes.dtype,
-        heads=sizes.heads,
-        kv_groups=sizes.kv_groups,
+    dims = small_dims(
+        Dims,
+        sizes,
+        vocabulary,
+        pattern=str(sizes.config.get("hybrid_override_pattern") or ("M*-E" * sizes.layers)[: sizes.layers]),
         head_dim=sizes.hidden // sizes.heads,
         mamba_heads=sizes.heads,
         mamba_head_dim=2 * sizes.hidden // sizes.heads,
         mamba_groups=sizes.kv_groups,
         mamba_state=16,
-        ffn=sizes.ffn,
         experts=4,
         top_k=2,
         expert_ffn=sizes.ffn // 2,

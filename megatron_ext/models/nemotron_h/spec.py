@@ -39,7 +39,6 @@ STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recu
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    """mcore's configuration. `dtype` is that of the parameters, `backend` "torch" or "te"."""
     return common.configured(
         options,
         num_layers=dims.layers,

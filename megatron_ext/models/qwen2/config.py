@@ -8,23 +8,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import ROPE_KEYS, Reading
+from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.models.shape import ATTENTION, MLP, ModelShape
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What tells apart the model types of this family."""
+    """What tells apart the model types of this family, and what transformers takes where a file names none."""
 
     architecture: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    kv_groups: int | None = None  # None: one a head
+    head_dim: int | None = None  # None: hidden_size / heads
+    max_positions: int = 32768
 
 
 KINDS = {
-    "qwen2": Kind("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Kind("Qwen3ForCausalLM", qk_norm=True),
-    "llama": Kind("LlamaForCausalLM"),
+    "qwen2": Kind("Qwen2ForCausalLM", qkv_bias=True, kv_groups=32),
+    "qwen3": Kind("Qwen3ForCausalLM", qk_norm=True, kv_groups=32, head_dim=128),
+    "llama": Kind("LlamaForCausalLM", max_positions=2048),
 }
 
 
@@ -68,6 +71,7 @@ ONLY = {
     "hidden_act": "silu",
     "mlp_bias": False,
     "quantization_config": None,
+    "use_mrope": False,
     "use_sliding_window": False,
 }
 READ = {
@@ -78,52 +82,48 @@ READ = {
 WITHOUT_EFFECT = {"max_window_layers", "pretraining_tp", "sliding_window"}
 # Of Llama 3's rotary positions, mcore knows these with any factor (rotary_pos_embedding.py:92).
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-QWEN3_HEAD_DIM = 128  # transformers' own, where a file names none
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
     """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
-    kind = config["model_type"]
-    reading = Reading(config, where, kind)
+    kind = KINDS[config["model_type"]]
+    reading = Reading(config, where, config["model_type"])
     sizes = reading.sizes(SIZES)
     if reading.problems:
         return None, reading.problems
-    reading.only(ONLY)
-    if kind != "qwen2":  # which has no such key
-        reading.only({"attention_bias": False})
+    # transformers has no attention_bias for qwen2, which always has one on queries, keys and values.
+    reading.only(ONLY | {"attention_bias": kind.qkv_bias})
     reading.known(READ | WITHOUT_EFFECT)
-    if windowed := sorted(set(config.get("layer_types") or []) - {"full_attention"}):
+    if windowed := sorted(set(reading.words("layer_types")) - {"full_attention"}):
         reading.refuse("layer_types", windowed, "only full_attention layers are")
 
     hidden, heads = sizes["hidden"], sizes["heads"]
-    groups = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or (QWEN3_HEAD_DIM if kind == "qwen3" else hidden // heads)
-    if not config.get("head_dim") and kind != "qwen3" and hidden % heads:
+    head_dim = config.get("head_dim")
+    if head_dim is not None:
+        reading.sizes({"head_dim": "head_dim"})
+    elif not kind.head_dim and hidden % heads:
         reading.wrong(f"hidden_size {hidden} does not divide by {heads} attention heads")
-    reading.heads(heads, groups)
-    rope = reading.rope({}, 10000.0, head_dim)
+    head_dim = head_dim if type(head_dim) is int else kind.head_dim or hidden // heads
+    llama3 = {"llama3": ("factor", *LLAMA3)} if config["model_type"] == "llama" else {}
+    rope = reading.rope({}, 10000.0, head_dim, {"default": ()} | llama3)
     factor = 0.0
-    if rope["rope_type"] == "llama3" and kind == "llama":
-        factor = float(rope.get("factor", 0))
+    if rope["rope_type"] == "llama3":
+        factor = float(reading.number("factor", 0.0, rope))
         if (given := {key: rope.get(key) for key in LLAMA3}) != LLAMA3 or factor < 1:
             reading.refuse("rope_parameters", {"factor": factor, **given}, f"a factor from 1 on with {LLAMA3} is")
-    elif rope["rope_type"] != "default":
-        reading.refuse("rope_type", rope["rope_type"], "only plain rotary positions are, and llama3 for llama")
-    dtype = reading.dtype()
-    if reading.problems:
-        return None, reading.problems
-    return Dims(
+    dims = Dims(
         **sizes,
-        kv_groups=groups,
+        kv_groups=reading.groups(heads, kind.kv_groups),
         head_dim=head_dim,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        rope_base=float(rope["rope_theta"]),
+        tied=reading.flag("tie_word_embeddings", False),
+        norm_epsilon=float(reading.number("rms_norm_eps", 1e-6)),
+        rope_base=rope["rope_theta"],
         rope_factor=factor,
-        max_positions=int(config.get("max_position_embeddings", 32768)),
-        dtype=dtype,
-        kind=kind,
-    ), []
+        max_positions=int(reading.number("max_position_embeddings", kind.max_positions)),
+        dtype=reading.dtype(),
+        kind=config["model_type"],
+    )
+    return (None, reading.problems) if reading.problems else (dims, [])
 
 
 def shape(dims: Dims) -> ModelShape:
@@ -156,47 +156,23 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
     if dims.kind != "qwen2":
         own["attention_bias"] = False
     return {
+        **file_of(dims, KINDS[dims.kind].architecture, dims.kind, eos, pad),
         **own,
-        "architectures": [KINDS[dims.kind].architecture],
-        "model_type": dims.kind,
-        "num_hidden_layers": dims.layers,
-        "hidden_size": dims.hidden,
         "intermediate_size": dims.ffn,
         "num_attention_heads": dims.heads,
         "num_key_value_heads": dims.kv_groups,
-        "vocab_size": dims.vocabulary,
         "tie_word_embeddings": dims.tied,
         "rms_norm_eps": dims.norm_epsilon,
         "rope_theta": dims.rope_base,
         "rope_parameters": rope,
-        "max_position_embeddings": dims.max_positions,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_sliding_window": False,
-        "initializer_range": 0.02,
-        "torch_dtype": dims.dtype,
-        "dtype": dims.dtype,
-        "bos_token_id": None,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
     }
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
     """config.json of the model that init_model's `sizes` ask for."""
-    dims = Dims(
-        layers=sizes.layers,
-        hidden=sizes.hidden,
-        ffn=sizes.ffn,
-        heads=sizes.heads,
-        kv_groups=sizes.kv_groups,
-        head_dim=sizes.hidden // sizes.heads,
-        vocabulary=vocabulary,
-        tied=True if sizes.tied is None else sizes.tied,
-        norm_epsilon=sizes.norm_epsilon,
-        rope_base=sizes.rope_base,
-        max_positions=sizes.max_positions,
-        dtype=sizes.dtype,
-        kind=sizes.family,
-    )
+    head_dim, tied = sizes.hidden // sizes.heads, sizes.tied is not False
+    dims = small_dims(Dims, sizes, vocabulary, head_dim=head_dim, tied=tied, kind=sizes.family)
     return hf_config(dims, eos, pad)

@@ -3,7 +3,7 @@
 from typing import Collection
 
 from megatron_ext.models.qwen2.config import Dims
-from megatron_ext.models.rules import QueryKeyValue, Replicated, Row, Rule, Vocabulary, gate_up
+from megatron_ext.models.rules import QueryKeyValue, Replicated, Row, Rule, Vocabulary, gate_up, is_copy
 
 
 def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
@@ -63,6 +63,4 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
     return found
 
 
-# Tensors that some files carry though the model does not need them: a copy of the tied output, rotary buffers.
-def is_redundant(name: str, dims: Dims) -> bool:
-    return (dims.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
+is_redundant = is_copy
