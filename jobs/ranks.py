@@ -9,13 +9,13 @@ import datetime
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Optional
 
+from data_tools.ports import free_port
 from jobs import stopping
 
 VERDICT_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may hash large upstream files before it speaks
@@ -68,10 +68,7 @@ def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
 
     Stop signals are passed on to every rank; those that come meanwhile wait until the ranks can take them.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | thread_environment(gpus)
+    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | thread_environment(gpus)
     stopping.hold()  # the ranks inherit it and release once their handlers are in place
     children = [
         subprocess.Popen(command, preexec_fn=die_with_parent, env=base | {

@@ -31,6 +31,7 @@ from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
+from data_tools.ports import free_ports
 from slurm import devaccounting
 from slurm.client import Slurm, SlurmError, SlurmUnavailable, scrubbed_environment
 
@@ -48,7 +49,6 @@ SOCKET_PATH_LIMIT = 107  # sun_path has 108 bytes, the last of them NUL (unix(7)
 # The longest socket name below the prefix is a job step's: SPOOL/NODE/NODE_JOBID.STEPID, where 4294967291 is the batch
 # step and ids have at most 8 digits (MaxJobId).
 LONGEST_SOCKET = "/spool/n9999/n9999_67043327.4294967291"
-PORTS = range(10000, 30000)  # below the ephemeral ports, so that a daemon finds its port free again
 
 
 @dataclass(frozen=True)
@@ -454,7 +454,7 @@ def _configure(prefix: Path, shape: Shape, settings: dict[str, str]) -> None:
     for number in range(shape.gpus_per_node):
         (prefix / "dev" / f"nvidia{number}").symlink_to("/dev/null")
     nodes = [f"n{number}" for number in range(1, shape.nodes + 1)]
-    ports = _free_ports(2 + shape.nodes)
+    ports = free_ports(2 + shape.nodes)
     for name in nodes:
         (prefix / "spool" / name).mkdir()
     user = _user()
@@ -553,18 +553,6 @@ def _user() -> str:
 
 def _search_path() -> str:
     return f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SYSTEM_PATHS}"
-
-
-def _free_ports(count: int) -> list[int]:
-    """Different TCP ports of 127.0.0.1 that are free now."""
-    with contextlib.ExitStack() as held:
-        ports: list[int] = []
-        while len(ports) < count:
-            probe = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", secrets.choice(PORTS)))
-                ports.append(probe.getsockname()[1])
-        return ports
 
 
 def _listens(port: int) -> bool:

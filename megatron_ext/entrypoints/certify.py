@@ -11,7 +11,6 @@ and the code of this package with torch's and megatron-core's versions.
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any, Iterator
 import megatron_ext
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
+from data_tools.ports import free_port
 from data_tools.progress import Progress, silent
 from megatron_ext.models.registry import read_config
 from megatron_ext.parallel import ParallelPlan, Workload
@@ -204,12 +204,9 @@ def _spawn(config: Config, work: Path, world: int) -> dict[str, Any]:
     """Run `run` on `world` ranks here."""
     file = work / "certify.yaml"
     file.write_text(json.dumps(asdict(config)))  # JSON is YAML
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
     ours = {
-        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
+        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "megatron_ext.entrypoints.certify", "--config", str(file), "--out"]

@@ -3,17 +3,12 @@
 import gc
 import multiprocessing
 import os
-import socket
 import traceback
 from typing import Any, Callable
 
+from data_tools.ports import free_port
+
 TIMEOUT_S = 300
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment(rank: int, world_size: int, port: int) -> dict[str, str]:

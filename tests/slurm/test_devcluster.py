@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -346,11 +345,3 @@ def _python_for_others() -> str:
             subprocess.run([path, "-c", "import pathlib"], user=65534, capture_output=True, check=True)
             return path
     pytest.skip("no Python that user nobody may run")
-
-
-def test_free_ports_are_different_and_free():
-    ports = devcluster._free_ports(50)
-    assert len(set(ports)) == 50
-    for port in ports:
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", port)) != 0
