@@ -84,7 +84,7 @@ def regions(rule: Rule) -> Iterator[tuple[Region, slice]]:
 
 
 def pieces(region: Region, item_bytes: int) -> Iterator[tuple[Region, int]]:
-    """The region in boxes of at most PIECE_BYTES (or a row), each with how many of the region's elements come before."""
+    """The region in boxes of at most PIECE_BYTES (or a row), each with how many of its elements come before."""
     axis = next((i for i, size in enumerate(region.size) if size > 1), 0)
     row = math.prod(region.size[axis + 1 :])
     step = max(1, PIECE_BYTES // (row * item_bytes))

@@ -2,7 +2,7 @@
 megatron-core 0.16.1 gives them. No torch."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Mapping
 
 from data_tools.mistake import Problem, nearest
 
@@ -36,7 +36,10 @@ class Balance:
     bias_rate: float = 0.0  # of the router's correction bias, where the model has one
 
 
-def check(engine: Engine, backend: str, where: str = "engine") -> list[Problem]:
+def check(
+    engine: Engine, backend: str, where: str = "engine", environment: Mapping[str, str] = {}
+) -> list[Problem]:
+    """`environment`: variables that the cluster's profile sets for the ranks."""
     problems = []
 
     def refuse(name: str, message: str) -> None:
@@ -53,6 +56,9 @@ def check(engine: Engine, backend: str, where: str = "engine") -> list[Problem]:
             refuse("graph_scope", f"unknown value {scope!r}{nearest(scope, GRAPH_SCOPES)}")
     if engine.cuda_graphs != "none" and not engine.te_rng:
         refuse("te_rng", f"cuda_graphs {engine.cuda_graphs} needs a tracker that graphs can capture: set it true")
+    segments = "expandable_segments:True" in environment.get("PYTORCH_CUDA_ALLOC_CONF", "")  # cuda_graphs.py:1415
+    if engine.cuda_graphs != "none" and segments and environment.get("NCCL_GRAPH_REGISTER") != "0":
+        refuse("cuda_graphs", "expandable_segments need NCCL_GRAPH_REGISTER=0: set it (profile: env.set), or use none")
     if engine.te_rng and backend != "te":
         refuse("te_rng", "is Transformer Engine's: use backend te, or false")
     if engine.overlap_param_gather and not engine.overlap_grad_reduce:

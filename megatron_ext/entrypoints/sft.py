@@ -119,7 +119,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("backend", f"{config.backend!r} is neither torch nor te"))
     if training.shape is not None:
         problems += options.check_balance(config.balance, training.shape.experts > 0)
-    problems += _check_data(config, site) + options.check(config.engine, config.backend)
+    problems += _check_data(config, site) + options.check(config.engine, config.backend, environment=site.environment)
     problems += track.check(config.track) + watch.check(config.hang)
     problems += loras.check(config.lora, training.shape) + _check_base(config, site)
     return problems + found + preflight.check(config.parallel, training, site)

@@ -84,7 +84,9 @@ class Adapter(torch.nn.Module):
             else:
                 low = copy_to_tensor_model_parallel_region(low, group=self.group)
         elif not self.is_expert and shared == "columns":
-            to_whole = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else reduce_from_tensor_model_parallel_region
+            to_whole = reduce_from_tensor_model_parallel_region
+            if self.sequence_parallel:
+                to_whole = reduce_scatter_to_sequence_parallel_region
             low = to_whole(low, group=self.group)
         return F.linear(low, spread(b, self.owners))
 

@@ -60,7 +60,8 @@ def finish(folder: ModelFolder, parts: Sequence[Path], out: Path) -> str:
     """
     shares = [durable.read_json(part / convert.SHARE) for part in parts]
     stored = dist_weights.Reader(folder.weights).tensors()
-    shapes = {region.key: region.shape for rule in folder.family.mapping.rules(folder.dims) for region, _ in regions(rule)}
+    rules = folder.family.mapping.rules(folder.dims)
+    shapes = {region.key: region.shape for rule in rules for region, _ in regions(rule)}
     if _digest(shares, "before", stored, shapes) != folder.base_digest:
         message = f"its weights are not those of model.json ({folder.base_digest[:12]}…): they were changed"
         raise UserMistake(Problem(str(folder.path), f"{message}; make the folder again"))

@@ -129,7 +129,8 @@ class Reader:
             for name, shape in wanted.items()
             if found.get(name) != shape
         ]
-        problems += [Problem(str(folder), f"tensor {name} is none of this adapter") for name in found if name not in wanted]
+        more = [name for name in found if name not in wanted]
+        problems += [Problem(str(folder), f"tensor {name} is none of this adapter") for name in more]
         if problems:
             raise UserMistake(problems[:8])
 

@@ -122,7 +122,8 @@ def check(config: LoraConfig, shape: Optional[ModelShape], where: str = "lora") 
     if not 0 <= config.dropout < 1:
         problems.append(Problem(f"{where}.dropout", f"{config.dropout:g} is no share: use 0 up to, but not with, 1"))
     if config.dropout and (bare := [name for name in config.targets if name in BARE]):
-        message = f"PEFT knows no dropout for {' and '.join(bare)}: use 0, or leave {'it' if len(bare) == 1 else 'them'} out"
+        those = "it" if len(bare) == 1 else "them"
+        message = f"PEFT knows no dropout for {' and '.join(bare)}: use 0, or leave {those} out"
         problems.append(Problem(f"{where}.dropout", message))
     if not config.targets:
         problems.append(Problem(f"{where}.targets", f"names nothing: use [{ALL_LINEAR}]"))

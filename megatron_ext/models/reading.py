@@ -160,6 +160,6 @@ def file_of(dims: Any, architecture: str, model_type: str, eos: int | None, pad:
 
 
 def small_dims(dims: type, sizes: Any, vocabulary: int, **own: Any) -> Any:
-    """A family's `dims` of the model that init_model's `sizes` ask for: what both name alike, and the family's `own`."""
+    """A family's `dims` of the model that init_model's `sizes` ask for: what both name alike, and its `own`."""
     alike = {one.name: getattr(sizes, one.name) for one in fields(dims) if hasattr(sizes, one.name)}
     return dims(**{**alike, "vocabulary": vocabulary, **own})

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.convert [GIGABYTES] [FOLDER]
 
 Each step is a process of its own, so that its peak anonymous memory (RssAnon of /proc/PID/status, sampled; what
-memory-mapped files occupy is not in it) is its own. Every step ends with sync(2): all that it wrote is on the disk. The copy
-reads each file with `load_file` and writes it with `save_file`. FOLDER (default: a temporary one) needs three times
+memory-mapped files occupy is not in it) is its own. Every step ends with sync(2): all that it wrote is on the disk. The
+copy reads each file with `load_file` and writes it with `save_file`. FOLDER (default: a temporary one) needs three times
 the size.
 """
 
@@ -131,7 +131,8 @@ def main(gigabytes: float, folder: Path) -> None:
     found = {}
     for name, source, target in (("copy", hf, plain), ("import", hf, model), ("export", model, out)):
         command = [sys.executable, "-m", "tests.benchmarks.convert", "step", name, str(source), str(target)]
-        found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[name] = json.loads(said.splitlines()[-1])
         seconds, peak = found[name]["seconds"], found[name]["peak"]
         print(f"{name:7} {seconds:6.1f} s {size / seconds / 1e9:6.2f} GB/s  peak {peak / 1e9:.2f} GB anonymous, "
               f"{found[name]['cpu']:.1f} s of CPU", flush=True)

@@ -41,7 +41,8 @@ def sharded(folder: Path, of=tiny.DIMS, files: int = 3) -> Path:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     size = sum(tensor.nbytes for tensor in tensors.values()) // files
-    hf_files.write_safetensors(folder, {n: ("float32", tuple(t.shape)) for n, t in tensors.items()}, tensors.items(), size)
+    kinds = {name: ("float32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+    hf_files.write_safetensors(folder, kinds, tensors.items(), size)
     return folder
 
 

@@ -163,7 +163,7 @@ def test_the_planner_counts_the_parameters_that_the_file_has(shape):
 
 # ---------------------------------------------------------------- isolation
 
-LENGTHS = [3, 16, 17, 1, 40, 2, 33]
+LENGTHS = [3, 16, 17, 1, 140, 2, 33]  # one goes on in the next chunk of Mamba's scan, where others begin
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def routes(model):
     return found
 
 
-@pytest.mark.parametrize("victim", [0, 4])
+@pytest.mark.parametrize("victim", [4, 6])
 def test_other_documents_cannot_reach_a_document_by_a_single_bit(model, victim):
     """With experts: where routing stays, for other rows in an expert's product may round differently."""
     pack = tiny.pack(LENGTHS, seed=4)
@@ -234,7 +234,7 @@ def test_other_documents_cannot_reach_a_document_by_a_single_bit(model, victim):
     assert ((others - logits)[outside].abs().amax(dim=-1) > 0).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("victim", [0, 4])
+@pytest.mark.parametrize("victim", [4, 6])
 def test_the_gradient_between_documents_is_exactly_zero(model, victim):
     pack = tiny.pack(LENGTHS, seed=5)
     a, b = pack.cu_seqlens[victim], pack.cu_seqlens[victim + 1]

@@ -142,6 +142,17 @@ def test_what_megatron_trained_otherwise_is_named_with_both_values(dims, trained
     assert any(said in one for one in unlike(Namespace(**{**known, **trained}), dims))
 
 
+@pytest.mark.parametrize("dims", [DENSE, EXPERTS, tiny.NEMOTRON_H_DIMS, tiny.NANOCHAT_DIMS])
+def test_what_megatron_core_is_given_means_what_config_json_says(dims):
+    """The other direction: of the configuration that we make of a model, seen as Megatron's arguments."""
+    made = tiny.family(dims).spec.transformer_config(dims, ParallelPlan(), torch.float32, "torch")
+    named = dict(norm_epsilon=made.layernorm_epsilon, num_experts=made.num_moe_experts, group_query_attention=True)
+    assert unlike(Namespace(**vars(made), **named), dims) == []
+    for name in ("norm_epsilon", "num_attention_heads", *(["moe_router_topk"] if made.num_moe_experts else [])):
+        changed = {**vars(made), **named, name: 99}
+        assert any(one.startswith(f"{name} is 99, config.json has") for one in unlike(Namespace(**changed), dims))
+
+
 def test_a_model_with_another_function_is_refused(tmp_path):
     hf, root = legacy(tmp_path, DENSE, ParallelPlan(), None)
     durable.write_json(hf / "config.json", tiny.QWEN2.config.hf_config(replace(DENSE, rope_base=5e5)))

@@ -139,6 +139,9 @@ def test_what_the_backend_cannot_do_is_refused():
         f"engine.{name}" for name in ("attention", "cuda_graphs", "te_rng", "overlap_param_gather", "offload_optimizer")
     ]
     assert options.check(GPU, "te") == []
+    segments = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert "need NCCL_GRAPH_REGISTER=0" in str(options.check(GPU, "te", environment=segments)[0])
+    assert options.check(GPU, "te", environment=segments | {"NCCL_GRAPH_REGISTER": "0"}) == []
     assert "did you mean flash?" in str(options.check(Engine(attention="flahs"), "te")[0])
     assert str(options.check_balance(Balance(aux_loss=0.1), experts=False)[0]).startswith("balance.aux_loss: 0.1, and the")
 

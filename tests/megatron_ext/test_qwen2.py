@@ -75,7 +75,10 @@ LLAMA3 = {
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
         (dict(model_type="qwen3", attention_bias=True), "attention_bias = True"),
         (dict(model_type="llama", mlp_bias=True), "mlp_bias = True"),
-        (dict(model_type="llama", rope_scaling=LLAMA3 | dict(low_freq_factor=2.0), rope_parameters=None), "a factor from"),
+        (
+            dict(model_type="llama", rope_scaling=LLAMA3 | dict(low_freq_factor=2.0), rope_parameters=None),
+            "a factor from",
+        ),
         (dict(rope_parameters=LLAMA3), "rope_type = 'llama3'"),
         (dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0"),
         (dict(num_attention_heads=5), "5 attention heads do not divide by 2 key-value heads"),
@@ -94,9 +97,8 @@ def test_released_files_of_the_three_model_types_are_understood():
     windows = dict(use_sliding_window=False, sliding_window=None, max_window_layers=28, rope_theta=1e6)
     qwen3, problems = read({**common, **windows, "model_type": "qwen3", "head_dim": 128, "attention_bias": False})
     assert not problems and qwen3.qk_norm and not qwen3.qkv_bias and qwen3.rope_base == 1e6
-    llama, problems = read(
-        {**common, "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1, "rope_scaling": LLAMA3, "rope_theta": 5e5}
-    )
+    positions = dict(rope_scaling=LLAMA3, rope_theta=5e5)
+    llama, problems = read({**common, **positions, "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1})
     assert not problems and (llama.qkv_bias, llama.qk_norm, llama.rope_factor) == (False, False, 32.0)
     qwen2, problems = read({**common, **windows, "model_type": "qwen2", "use_mrope": False})
     assert not problems and qwen2.qkv_bias and qwen2.head_dim == 128

@@ -91,10 +91,16 @@ STAGE = SimpleNamespace(
     "on_rank, whole",
     [
         ("decoder.layers.0.self_attention.linear_qkv.bias", "decoder.layers.7.self_attention.linear_qkv.bias"),
-        ("decoder.layers.0.mlp.experts.local_experts.2.linear_fc2.weight", "decoder.layers.7.mlp.experts.6.linear_fc2.weight"),
+        (
+            "decoder.layers.0.mlp.experts.local_experts.2.linear_fc2.weight",
+            "decoder.layers.7.mlp.experts.6.linear_fc2.weight",
+        ),
         ("decoder.layers.0.mlp.experts.linear_fc1.weight3", "decoder.layers.7.mlp.experts.7.linear_fc1.weight"),
         ("decoder.layers.0.mlp.experts.linear_fc1.bias0", "decoder.layers.7.mlp.experts.4.linear_fc1.bias"),
-        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "decoder.layers.7.mlp.shared_experts.linear_fc1.weight"),
+        (
+            "decoder.layers.0.mlp.shared_experts.linear_fc1.weight",
+            "decoder.layers.7.mlp.shared_experts.linear_fc1.weight",
+        ),
         ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
         ("output_layer.weight", "embedding.word_embeddings.weight"),
     ],
