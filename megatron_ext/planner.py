@@ -18,7 +18,8 @@ from megatron_ext.calibration import CALIBRATION_GPU, GIB, GPUS, LONG, NETWORK, 
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelShape, Parameters, count_blocks
-from megatron_ext.parallel import RECOMPUTES, ParallelPlan, Workload, divisors, is_legal, padded_rows
+from megatron_ext.parallel import RECOMPUTES, ParallelPlan, Workload, divisors, padded_rows
+from megatron_ext.parallel_rules import is_legal
 
 
 @dataclass(frozen=True)

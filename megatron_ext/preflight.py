@@ -10,20 +10,21 @@ from typing import Any, Mapping, Optional, Sequence
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext import parallel
+from megatron_ext import parallel_rules
 from megatron_ext.calibration import CALIBRATION_GPU, GIB, GPUS, LONG, PUBLISHED
 from megatron_ext.lora.settings import LoraConfig, reach, reach_text
 from megatron_ext.models.registry import parse_config
 from megatron_ext.parallel import (
     DEGREES,
+    RECOMPUTES,
     ParallelPlan,
     Site,
     Workload,
     divisors,
     environment_problems,
     grid,
-    is_legal,
 )
+from megatron_ext.parallel_rules import is_legal
 from megatron_ext.planner import (
     HEADROOM,
     Candidate,
@@ -127,7 +128,7 @@ def prepare(
 
 def check(plan: ParallelPlan, t: Training, site: Site) -> list[Problem]:
     """Every broken rule, and whether the plan fits the GPUs, where their memory is known."""
-    problems = parallel.check(plan, t.workload) + environment_problems(plan, site.environment)
+    problems = parallel_rules.check(plan, t.workload) + environment_problems(plan, site.environment)
     known = t.shape and t.workload.pack_length and t.capacity and site.gpus_per_node
     if known and _divides(plan, t.workload):
         needs = memory(plan, t)
@@ -246,7 +247,7 @@ def neighbours(plan: ParallelPlan, t: Training) -> list[Candidate]:
     found = []
     for name in ("tensor", "pipeline", "context", "expert", "recompute"):
         present = getattr(plan, name)
-        values = list(parallel.RECOMPUTES) if name == "recompute" else divisors(t.workload.ranks)
+        values = list(RECOMPUTES) if name == "recompute" else divisors(t.workload.ranks)
         place = values.index(present) if present in values else 0
         for ordered in (values[:place][::-1], values[place + 1 :]):
             tried = (replace(plan, **{name: value}) for value in ordered)
@@ -276,7 +277,7 @@ def _candidates_table(title: str, found: list[Candidate], w: Workload) -> dict[s
 
 
 def _memory_table(plan: ParallelPlan, t: Training) -> dict[str, Any]:
-    modes = [replace(plan, recompute=mode) for mode in parallel.RECOMPUTES]
+    modes = [replace(plan, recompute=mode) for mode in RECOMPUTES]
     by_mode = {one.recompute: memory(one, t) for one in modes}
     rows = [
         [name.replace("_", " "), *(f"{getattr(needs, name) / GIB:.1f}" for needs in by_mode.values())]

@@ -19,7 +19,8 @@ NEVER = {
     "jobs": {"megatron", "submitit"}, "launchers": {"torch", "megatron", "transformers"},
 }  # fmt: skip
 LIGHT_TOP = ("torch", "megatron", "transformers")  # not at the top of what plan imports
-PLANNING = [ROOT / "megatron_ext" / name for name in ("parallel.py", "planner.py", "calibration.py", "models/shape.py")]
+PLANNED_WITH = ("parallel.py", "parallel_rules.py", "planner.py", "calibration.py", "models/shape.py")
+PLANNING = [ROOT / "megatron_ext" / name for name in PLANNED_WITH]
 
 
 def imports(path, top_only=False):

@@ -27,7 +27,7 @@ from data_tools.ports import free_port
 from data_tools.progress import Progress, silent
 from megatron_ext.models.registry import read_config
 from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel import check as check_plan
+from megatron_ext.parallel_rules import check as check_plan
 
 MOST_RANKS = 8
 TOLERANCE = 1e-5  # of fp32 numbers, relative

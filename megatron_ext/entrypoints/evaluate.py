@@ -17,7 +17,7 @@ from data_tools.progress import Progress, silent
 from data_tools.tables import write_table
 from data_tools.tasks.task import Row, Source, Task, check_rows, load_task, task_options
 from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel import check as check_plan
+from megatron_ext.parallel_rules import check as check_plan
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"

@@ -17,7 +17,7 @@ from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tables import write_table
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of
 from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel import check as check_plan
+from megatron_ext.parallel_rules import check as check_plan
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"

@@ -13,7 +13,8 @@ from megatron_ext import certify, ranks
 from megatron_ext.certify import Measured, difference, random_pack
 from megatron_ext.entrypoints import certify as entrypoint
 from megatron_ext.entrypoints.certify import ALIGN, DOCUMENTS, TOLERANCE
-from megatron_ext.parallel import ParallelPlan, Workload, check
+from megatron_ext.parallel import ParallelPlan, Workload
+from megatron_ext.parallel_rules import check
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import CELLS, FAMILIES, Cell
 

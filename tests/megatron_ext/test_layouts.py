@@ -8,7 +8,8 @@ import torch
 
 from megatron_ext import checkpoint, model_folder, ranks
 from megatron_ext.entrypoints import import_hf
-from megatron_ext.parallel import ParallelPlan, Workload, check
+from megatron_ext.parallel import ParallelPlan, Workload
+from megatron_ext.parallel_rules import check
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import FAMILIES as PARALLEL
 

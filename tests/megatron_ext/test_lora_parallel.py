@@ -10,7 +10,8 @@ import torch
 from megatron_ext import checkpoint, ranks, train
 from megatron_ext.lora import adapters
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.parallel import ParallelPlan, Workload, check
+from megatron_ext.parallel import ParallelPlan, Workload
+from megatron_ext.parallel_rules import check
 from tests.megatron_ext import adapted, tiny
 from tests.megatron_ext.cells import SP
 

@@ -7,21 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext import ranks
-from megatron_ext.parallel import (
-    CONTEXT_COMMS,
-    RULES,
-    ParallelPlan,
-    Workload,
-    broken_rules,
-    change,
-    check,
-    environment_problems,
-    grid,
-    is_legal,
-    nearest,
-    padded_rows,
-    remedy,
-)
+from megatron_ext.parallel import CONTEXT_COMMS, ParallelPlan, Workload, environment_problems, grid, padded_rows
+from megatron_ext.parallel_rules import RULES, broken_rules, change, check, is_legal, nearest, remedy
 from tests.megatron_ext.shapes import GPT_OSS_20B, NANO, QWEN_32B
 
 

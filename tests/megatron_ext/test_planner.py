@@ -8,7 +8,8 @@ import pytest
 from megatron_ext.calibration import GIB, GPUS, PUBLISHED
 from megatron_ext.lora.settings import LoraConfig, reach
 from megatron_ext.models.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape
-from megatron_ext.parallel import ParallelPlan, Workload, is_legal
+from megatron_ext.parallel import ParallelPlan, Workload
+from megatron_ext.parallel_rules import is_legal
 from megatron_ext.planner import (
     Documents,
     Training,

@@ -10,7 +10,8 @@ from megatron_ext import preflight
 from megatron_ext.calibration import GIB, GPUS
 from megatron_ext.entrypoints import import_hf, init_model, sft
 from megatron_ext.models.qwen2.config import hf_config
-from megatron_ext.parallel import ParallelPlan, Site, Workload, is_legal
+from megatron_ext.parallel import ParallelPlan, Site, Workload
+from megatron_ext.parallel_rules import is_legal
 from megatron_ext.planner import Documents, Training
 from tests.data_tools.test_pack import store_of
 from tests.megatron_ext import tiny

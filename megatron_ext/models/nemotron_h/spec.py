@@ -63,7 +63,7 @@ def transformer_config(
 
 
 def _cuts(plan: ParallelPlan) -> dict[str, Any]:
-    """MambaStack reads no layout but the numbers of layers at the ends; those between are equal (parallel.py)."""
+    """MambaStack reads no layout but the numbers of layers at the ends; those between are equal (parallel_rules.py)."""
     if not plan.pipeline_layers:
         return {}
     return dict(
