@@ -12,7 +12,7 @@ from typing import Sequence
 
 import torch
 
-from megatron_ext.models.rules import Layout, Shape
+from megatron_ext.models.rules import Shape, Stored
 
 BLOCK = 32  # values that share a scale
 BIAS = 127
@@ -33,14 +33,8 @@ def dequantised(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype =
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantised(Stored):
     """A layout whose only matrix [out, in] comes as blocks and scales. Goes out unquantised, by the plain layout."""
-
-    of: Layout
-
-    @property
-    def shape(self) -> Shape:
-        return self.of.shape
 
     def hf_shapes(self) -> list[Shape]:
         ((*rows, columns),) = self.of.hf_shapes()
@@ -52,12 +46,3 @@ class Quantised:
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
         raise NotImplementedError("experts are exported in the model's dtype, not as MXFP4")
-
-    def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
-        return self.of.shard(whole, tensor, rank)
-
-    def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.of.unshard(shards)
-
-    def stored(self) -> list[tuple[str, int]]:
-        return self.of.stored()

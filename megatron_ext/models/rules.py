@@ -224,23 +224,14 @@ def gate_up(ffn: int, hidden: int) -> Stacked:
 
 
 @dataclass(frozen=True)
-class Transposed:
-    """`of`, from Hugging Face tensors that are stored [in, out]."""
+class Stored:
+    """`of`, for mcore and its checkpoints; subclasses say how Hugging Face stores it otherwise."""
 
     of: Layout
 
     @property
     def shape(self) -> Shape:
         return self.of.shape
-
-    def hf_shapes(self) -> list[Shape]:
-        return [(*shape[:-2], shape[-1], shape[-2]) for shape in self.of.hf_shapes()]
-
-    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.of.join([tensor.mT for tensor in tensors])
-
-    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor.mT for tensor in self.of.split(whole)]
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
         return self.of.shard(whole, tensor, rank)
@@ -250,6 +241,20 @@ class Transposed:
 
     def stored(self) -> list[tuple[str, int]]:
         return self.of.stored()
+
+
+@dataclass(frozen=True)
+class Transposed(Stored):
+    """`of`, from Hugging Face tensors that are stored [in, out]."""
+
+    def hf_shapes(self) -> list[Shape]:
+        return [(*shape[:-2], shape[-1], shape[-2]) for shape in self.of.hf_shapes()]
+
+    def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.of.join([tensor.mT for tensor in tensors])
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.mT for tensor in self.of.split(whole)]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ SHAPES = {
     "gpt_oss YaRN of factor 32, whole correction range": replace(
         GPT_OSS, head_dim=16, yarn=Yarn(32.0, 4, 8.0, 2.0, truncate=True)
     ),
-    "gpt_oss plain positions, low clamp": replace(GPT_OSS, yarn=None, rope_base=1e4, swiglu_limit=0.5, vocabulary=64),
+    "gpt_oss plain positions, low clamp, other epsilon": replace(
+        GPT_OSS, yarn=None, rope_base=1e4, swiglu_limit=0.5, norm_epsilon=1e-3, vocabulary=64
+    ),
     "nemotron_h": NEMOTRON_H,
     "nemotron_h Mamba only, 5 heads": tiny.hybrid("MM", mamba_heads=5, mamba_groups=1),
     "nemotron_h dense, one group a head, other epsilon": tiny.hybrid(
