@@ -130,6 +130,7 @@ class Refused:
     dims: Any = FAMILIES["qwen2"]
     lengths: tuple[int, ...] = (64, 24, 8)
     batch: int = 4
+    ranks: int = 2
 
 
 SP = dict(sequence_parallel=True)
@@ -159,6 +160,32 @@ REFUSED = [
         dims=tiny.dims(heads=3, kv_groups=3),
     ),
     Refused("97 tokens do not divide", ParallelPlan(tensor=2, **SP), "divisible", lengths=(64, 33)),
+    Refused("the model has no experts", ParallelPlan(expert=2), "num_moe_experts must be non None"),
+    Refused(
+        "does not split 3 Mamba heads",
+        ParallelPlan(tensor=2, **SP),
+        "do not split over TP 2",
+        dims=tiny.hybrid("M*-M", mamba_heads=3, mamba_groups=3),
+    ),
+    Refused(
+        "does not split the 3 Mamba heads",
+        ParallelPlan(context=2),
+        "do not split over TP 1 and CP 2",
+        dims=tiny.hybrid("M*-M", mamba_heads=3, mamba_groups=1),
+    ),
+    Refused(
+        "does not split 25 expert columns",
+        ParallelPlan(tensor=2, expert_tensor=2, **SP),
+        "divisible",
+        dims=tiny.hybrid("ME*-", expert_ffn=25),
+    ),
+    Refused(
+        "needs an uneven all-gather",
+        ParallelPlan(tensor=2, expert_tensor=2, expert=2, **SP),
+        "allgather: invalid tensor size",
+        dims=FAMILIES["nemotron_h"],
+        ranks=4,
+    ),
 ]
 
 
@@ -193,16 +220,16 @@ def arguments_of(case: Refused, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(case, id=case.reason, marks=[] if number < 3 else [pytest.mark.soak])  # an error ends the pool of ranks
+    pytest.param(case, id=case.reason, marks=[] if number < 3 else [pytest.mark.soak])  # an error ends a pool of ranks
     for number, case in enumerate(REFUSED)
 ])  # fmt: skip
-def test_what_is_refused_would_fail_or_be_wrong(two_ranks, tmp_path, case):
+def test_what_is_refused_would_fail_or_be_wrong(pools, tmp_path, case):
     shape = tiny.family(case.dims).config.shape(case.dims)
     align = min(length & -length for length in case.lengths)
-    asked = Workload(2, shape, pack_length=sum(case.lengths), align=align, global_batch=case.batch, gpus=False)
+    asked = Workload(case.ranks, shape, pack_length=sum(case.lengths), align=align, global_batch=case.batch, gpus=False)
     assert any(case.reason in problem.message for problem in check(case.plan, asked))
     arguments = arguments_of(case, tmp_path)
-    found = two_ranks.run(attempt, plan=case.plan, **arguments)[0]
+    found = pools[case.ranks].run(attempt, plan=case.plan, **arguments)[0]
     if case.error:
         assert isinstance(found, str) and case.error in found, found
     else:
