@@ -122,7 +122,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--train-iters",), "grpo.with.steps"),
     _none("--train-samples", why="steps counts updates"),
     _none("--global-batch-size", why="prompts x group samples a step; minibatches cuts them into several updates"),
-    # checkpoints, logs
+    # checkpoints, logs, the job
     Flag(("--save-interval",), "grpo.with.checkpoint_every"),
     _none("--save", "--load", why="checkpoints lie in the phase's folder, and a requeued job goes on from the newest"),
     _switch("--finetune", why="the phase begins from its model folder; init_from is that"),
@@ -135,7 +135,7 @@ FLAGS: tuple[Flag, ...] = (
     _none("--data-cache-path", why="prompts need no cache"),
     _switch("--mock-data", why="prompts come from the mix"),
     _none("--exit-duration-in-mins", why="Slurm's signal before the time limit ends a link at a checkpoint"),
-    _none("--distributed-timeout-minutes", why="fixed (megatron_ext/ranks.py)"),
+    Flag(("--distributed-timeout-minutes",), "grpo.with.distributed_timeout_minutes"),
     # the model
     Flag(("--transformer-impl",), "grpo.with.backend", convert=lambda v: "te" if v == "transformer_engine" else "torch"),
     Flag(("--tokenizer-model",), "imported.with.source"),

@@ -24,7 +24,6 @@ class Engine:
     overlap_param_gather: bool = False  # weights are gathered while forward goes on; needs overlap_grad_reduce
     offload_optimizer: float = 0.0  # share of the optimizer's state and update that lives in host memory
     overlap_offload: bool = False  # its copies to and fro while others compute
-    timeout_minutes: int = 30  # a collective that waits longer for a peer is dead
 
 
 @dataclass
@@ -67,9 +66,11 @@ def check(
         refuse("offload_optimizer", f"{engine.offload_optimizer} is no share: give a number from 0 to 1")
     elif engine.offload_optimizer and backend != "te":
         refuse("offload_optimizer", "needs Transformer Engine's optimizer: use backend te, or 0")
-    if engine.timeout_minutes < 1:
-        refuse("timeout_minutes", f"{engine.timeout_minutes} is too few: the least is 1")
     return problems
+
+
+def check_timeout(minutes: int, where: str = "distributed_timeout_minutes") -> list[Problem]:
+    return [] if minutes >= 1 else [Problem(where, f"{minutes} is too few: the least is 1")]
 
 
 def check_balance(balance: Balance, experts: bool, where: str = "balance") -> list[Problem]:

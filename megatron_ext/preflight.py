@@ -64,6 +64,12 @@ def model_adapter(folder: str, site: Site) -> tuple[bool, Optional[LoraConfig]]:
     return bool(facts), LoraConfig(**adapter["lora"]) if adapter else None
 
 
+def forecast(model: str, lora: LoraConfig, site: Site) -> dict[str, Any]:
+    """What the model folder of a training on the model folder `model` will hold."""
+    adapter = {"adapter": {"lora": asdict(lora)}} if lora.rank else {}
+    return {"hf_config": model_config(model, site)[0], **adapter}
+
+
 def pack_facts(folder: str, site: Site) -> dict[str, Any]:
     """plan.json of a pack output, or what pack will write of it."""
     try:

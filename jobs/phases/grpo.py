@@ -6,21 +6,15 @@ from data_tools.mistake import Problem
 from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import grpo
-from megatron_ext.entrypoints.grpo import Config
+from megatron_ext.entrypoints.grpo import Config, forecast, parallel_report
+
+__all__ = ["STOPS", "Config", "check", "forecast", "parallel_report", "run"]
 
 STOPS = True
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return grpo.check(config, placement.ranks, placement)
-
-
-def forecast(config: Config, placement: Placement) -> dict[str, Any]:
-    return grpo.forecast(config, placement)
-
-
-def parallel_report(config: Config, placement: Placement, searching: bool) -> dict[str, Any]:
-    return grpo.parallel_report(config, placement, searching)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -6,22 +6,16 @@ from data_tools.mistake import Problem
 from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import sft
-from megatron_ext.entrypoints.sft import Config
+from megatron_ext.entrypoints.sft import Config, forecast, parallel_report
 from megatron_ext.lora import settings as loras
+
+__all__ = ["STOPS", "Config", "check", "forecast", "parallel_report", "run"]
 
 STOPS = True
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return sft.check(config, placement.ranks, placement)
-
-
-def forecast(config: Config, placement: Placement) -> dict[str, Any]:
-    return sft.forecast(config, placement)
-
-
-def parallel_report(config: Config, placement: Placement, searching: bool) -> dict[str, Any]:
-    return sft.parallel_report(config, placement, searching)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

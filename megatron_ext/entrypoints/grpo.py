@@ -4,20 +4,22 @@ With `lora` the model stays as it is and adapters are trained; the folder then h
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of
-from megatron_ext import preflight, track, watch
+from megatron_ext import options, preflight, track, watch
 from megatron_ext import schedule as schedules
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.parallel import ParallelPlan, Site
+from megatron_ext.parallel import DEGREES, ParallelPlan, Site
 from megatron_ext.planner import Training
 from megatron_ext.rl.settings import (
     OLD_LOGPROBS, Advantage, Evaluation, Loss, Rewarding, check_advantage, check_evaluation, check_loss, check_rewarding)
+from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
 from megatron_ext.track import Track
 from megatron_ext.watch import Hang
@@ -79,6 +81,7 @@ class Config:
     save_in_background: bool = field(default=True, metadata=FREE)  # training goes on while a checkpoint is written
     track: Track = field(default_factory=Track, metadata=FREE)
     hang: Hang = field(default_factory=Hang, metadata=FREE)
+    distributed_timeout_minutes: int = field(default=30, metadata=FREE)  # a collective that waits longer for a peer is dead
     parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
 
 
@@ -122,13 +125,22 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_rewarding(config.rewarding, config.sampling.max_tokens) + check_evaluation(config.evaluation)
     problems += check_mix(config.mix) + check_engine(config.engine)
     problems += track.check(config.track) + watch.check(config.hang)
+    problems += options.check_timeout(config.distributed_timeout_minutes)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     site = site or Site(ranks)
     training, found = _training(config, site)
     adapter = preflight.model_adapter(config.model, site)[1] if config.model else None
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
+    problems += check_room(_room(config, training), config.engine)
     return problems + found + preflight.check(config.parallel, training, site)
+
+
+def _room(config: Config, training: Training) -> Optional[Room]:
+    """What the rollouts' memory holds; None while the model is not known or the plan makes no sense."""
+    if training.shape is None or any(getattr(config.parallel, name) < 1 for name in DEGREES) or config.engine.block_size < 1:
+        return None
+    return room(config.engine, config.parallel, training.shape, training.dtype, 1 + config.sampling.max_tokens)
 
 
 def _comparable(sampling: Sampling) -> bool:
@@ -152,14 +164,19 @@ def _check_temperature(config: Config) -> list[Problem]:
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """What the parallel plan costs, its rank grid, and others: see preflight.report."""
-    return preflight.report(config.parallel, _training(config, site)[0], site, searching)
+    """What the parallel plan costs, its rank grid, and others: see preflight.report; and what the rollouts' memory holds."""
+    training = _training(config, site)[0]
+    report = preflight.report(config.parallel, training, site, searching)
+    found = _room(config, training)
+    if found is not None:
+        report["facts"]["rollout"] = asdict(found) | {"samples": found.samples}
+        report["notes"] = [*room_notes(found, config.engine, config.group), *report["notes"]]
+    return report
 
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """What the model folder of a run will hold, known before it ran."""
-    adapter = {"adapter": {"lora": asdict(config.lora)}} if config.lora.rank else {}
-    return {"hf_config": preflight.model_config(config.model, site)[0], **adapter}
+    return preflight.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
@@ -175,7 +192,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     if problems:
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
-    with ranks.started(config.parallel, config.seed):
+    with ranks.started(config.parallel, config.seed, timedelta(minutes=config.distributed_timeout_minutes)):
         from megatron_ext.rl import session  # megatron-core may be imported once the device is ready
 
         outcome, digest = session.run(config, folder, _identity(config, folder.weights_digest), out, keep, progress, stop)

@@ -74,6 +74,7 @@ class Config:
     keep_every: int = field(default=0, metadata=FREE)  # steps; checkpoints of its multiples stay for good
     save_in_background: bool = field(default=True, metadata=FREE)  # training goes on while a checkpoint is written
     hang: Hang = field(default_factory=Hang, metadata=FREE)
+    distributed_timeout_minutes: int = field(default=30, metadata=FREE)  # a collective that waits longer for a peer is dead
     parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
     certify: bool = field(default=False, metadata=FREE)  # first show that the layout equals one process
 
@@ -121,6 +122,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems += options.check_balance(config.balance, training.shape.experts > 0)
     problems += _check_data(config, site) + options.check(config.engine, config.backend, environment=site.environment)
     problems += track.check(config.track) + watch.check(config.hang)
+    problems += options.check_timeout(config.distributed_timeout_minutes)
     problems += loras.check(config.lora, training.shape) + _check_base(config, site)
     return problems + found + preflight.check(config.parallel, training, site)
 
@@ -181,8 +183,7 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """What the model folder of a run will hold, known before it ran."""
-    adapter = {"adapter": {"lora": asdict(config.lora)}} if config.lora.rank else {}
-    return {"hf_config": preflight.model_config(config.model, site)[0], **adapter}
+    return preflight.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     training = _training(config, Site(world))[0]
     experts = training.shape is not None and training.shape.experts > 0
     fields_of_model = options.transformer_fields(config.engine, config.balance, experts)
-    patience = timedelta(minutes=config.engine.timeout_minutes)
+    patience = timedelta(minutes=config.distributed_timeout_minutes)
 
     with ranks.started(config.parallel, config.seed, patience, config.engine.te_rng):
         from megatron_ext import metrics, train  # megatron-core may be imported once the device is ready

@@ -14,8 +14,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron_ext.layers.attention import PackedDocuments
 from megatron_ext.layers.mamba import MambaMixer, State
 from megatron_ext.rollout.kernels import attend_blocks
+from megatron_ext.rollout.room import block_bytes, blocks_in
 
-GIB = 1 << 30
 _ANGLES = 1024  # positions; rotary tables are made for multiples, so that they are made seldom
 
 
@@ -71,8 +71,7 @@ class Cache:
     def blocks_in(self, gib: float) -> int:
         """How many blocks so much memory holds, besides the one that is nobody's."""
         size = torch.empty(0, dtype=self.dtype).element_size()
-        a_block = 2 * max(1, len(self.attention)) * self.block_size * self.shape[0] * self.shape[1] * size
-        return int(gib * GIB) // a_block - 1
+        return blocks_in(gib, block_bytes(len(self.attention), self.block_size, *self.shape, size))
 
     def allocate(self, blocks: int, slots: int) -> None:
         """Zeros, not whatever lies there: a block's unused places are multiplied by 0, and NaN times 0 is NaN."""

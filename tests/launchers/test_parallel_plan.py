@@ -77,6 +77,15 @@ def test_the_grpo_seeds_length_is_refused_by_every_verb_that_plans(plan):
     assert "11,999 tokens do not divide by 8" in done.stderr and "use a pack length of 12,000 tokens" in done.stderr
 
 
+def test_what_the_rollouts_of_grpo_hold_is_told_and_refused_where_it_is_nothing(plan, tmp_path):
+    grpo = tmp_path / "h100.yaml", tmp_path / "model"
+    command = ["plan", "jobs/pipelines/megatron_grpo.yaml", f"cluster={grpo[0]}", f"params.model={grpo[1]}", "--run", tmp_path / "run"]
+    done = afterok(*command, "--parallel", "grpo")
+    assert "rollouts: 20 GiB a rank hold 655,104 tokens of keys and values: 54 samples of 12,000 tokens at once" in done.stdout
+    assert "warning: that is fewer than a group of 16" in afterok(*command, "--parallel", "grpo", "grpo.with.engine.kv_gib=2").stdout
+    assert "and one sample needs 12,288; give more" in one_line(afterok(*command, "grpo.with.engine.kv_gib=0.3", check=2))
+
+
 def test_a_plan_that_does_not_fit_is_refused_with_one_that_does(plan):
     words = ["packs.with.pack_length=120000", "packs.with.align=16"]
     line = one_line(plan(*words, check=2))

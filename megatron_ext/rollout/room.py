@@ -1,0 +1,71 @@
+"""How many samples the memory for keys and values holds, told before anything runs. No torch."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from data_tools.mistake import Problem
+from megatron_ext.calibration import GIB
+from megatron_ext.models.shape import ATTENTION, WINDOW, ModelShape, count_blocks
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rollout.settings import EngineConfig
+
+BYTES = {"float32": 4, "bfloat16": 2}  # of a key's or value's element
+
+
+@dataclass(frozen=True)
+class Room:
+    """Of the rank that holds the fewest blocks; the engine of every rank uses as many.
+
+    `blocks` of `block_size` tokens, of which a sample of `tokens` tokens, its prompt among them, takes `each`.
+    """
+
+    blocks: int
+    block_size: int
+    tokens: int
+
+    @property
+    def each(self) -> int:
+        return -(-self.tokens // self.block_size)
+
+    @property
+    def samples(self) -> int:
+        """So many of the greatest length at once; one is not run without a spare block."""
+        return self.blocks // self.each if self.blocks > self.each else 0
+
+
+def block_bytes(attentions: int, block_size: int, groups: int, head_dim: int, element: int) -> int:
+    """Of one block of keys and values in `attentions` layers, with `groups` heads of them on a rank."""
+    return 2 * max(1, attentions) * block_size * groups * head_dim * element
+
+
+def blocks_in(gib: float, size: int) -> int:
+    """How many blocks of `size` bytes so much memory holds, besides the one that is nobody's."""
+    return int(gib * GIB) // size - 1
+
+
+def room(config: EngineConfig, plan: ParallelPlan, shape: ModelShape, dtype: str, tokens: int) -> Room:
+    """For samples of `tokens` tokens at most, on the stage with the most attention layers."""
+    stages = plan.stage_layers(len(shape.layers))
+    counts = (count_blocks(shape.layers[stage.start : stage.stop]) for stage in stages)
+    most = max(count[ATTENTION] + count[WINDOW] for count in counts)
+    groups, element = max(1, shape.kv_groups // plan.tensor), BYTES.get(dtype, BYTES["bfloat16"])
+    size = block_bytes(most, config.block_size, groups, max(1, shape.head_dim), element)
+    return Room(max(0, blocks_in(config.kv_gib, size)), config.block_size, tokens)
+
+
+def check_room(found: Optional[Room], config: EngineConfig) -> list[Problem]:
+    """Refuses memory in which not even one sample has a place."""
+    if found is None or found.samples:
+        return []
+    message = f"{config.kv_gib:g} GiB hold {found.blocks * found.block_size:,} tokens of keys and values, and one sample needs "
+    return [Problem("engine.kv_gib", f"{message}{(found.each + 1) * found.block_size:,}; give more, or lower max_tokens")]
+
+
+def room_notes(found: Room, config: EngineConfig, group: int) -> list[str]:
+    """What `plan --parallel` says of it."""
+    held = f"{found.blocks * found.block_size:,} tokens of keys and values"
+    notes = [f"rollouts: {config.kv_gib:g} GiB a rank hold {held}: {found.samples} samples of {found.tokens:,} tokens at once"]
+    if found.samples < min(group, config.max_batch):
+        what = f"fewer than a group of {group}" if group <= config.max_batch else f"fewer than max_batch {config.max_batch}"
+        notes.append(f"warning: that is {what}: where samples grow long, some give their memory back and are computed again")
+    return notes
