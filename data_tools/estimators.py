@@ -1,11 +1,16 @@
 """What n samples of a prompt say of a model that may answer k times. Pure Python and NumPy."""
 
 from collections import Counter
+from functools import lru_cache
+from itertools import combinations
+from math import comb
 from typing import Optional, Sequence
 
 import numpy as np
 
-MAJORITY_DRAWS = 1000  # subsets looked at where k answers are fewer than there are
+MAJORITY_DRAWS = 1000  # subsets looked at where there are more
+
+Vote = tuple[Optional[str], bool]  # what a sample answers, None where it answers nothing; whether that is right
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -20,17 +25,36 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def majority_at_k(answers: Sequence[Optional[str]], right: Sequence[bool], k: int, seed: int = 0) -> float:
     """The chance that the most frequent of k answers is right; of equally frequent ones each is as likely.
 
-    An answer that is None does not vote. Equal answers must be equally right. With fewer than all, over subsets drawn
-    with `seed`.
+    An answer that is None does not vote. Equal answers must be equally right. Over all subsets of k, or MAJORITY_DRAWS
+    drawn with `seed` where there are more.
     """
     if not 1 <= k <= len(answers):
         raise ValueError(f"maj@{k} of {len(answers)} samples")
     truth = {answer: bool(good) for answer, good in zip(answers, right)}
-    if k == len(answers):
-        return _majority(answers, truth)
+    return float(np.mean([_majority([answers[i] for i in places], truth) for places in _subsets(len(answers), k, seed)]))
+
+
+@lru_cache(maxsize=64)
+def _subsets(n: int, k: int, seed: int) -> list[tuple[int, ...]]:
+    """Of n places, k each."""
+    if comb(n, k) <= MAJORITY_DRAWS:
+        return list(combinations(range(n), k))
     random = np.random.default_rng(seed)
-    drawn = (random.choice(len(answers), k, replace=False) for _ in range(MAJORITY_DRAWS))
-    return float(np.mean([_majority([answers[i] for i in places], truth) for places in drawn]))
+    return [tuple(random.choice(n, k, replace=False).tolist()) for _ in range(MAJORITY_DRAWS)]
+
+
+def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
+    """pass@k and, where anything was answered, maj@k, means over prompts, each with the votes of its samples: for k = 1,
+    2, 4, … up to the fewest samples of a prompt. The order of a prompt's votes does not matter."""
+    ordered = [sorted(votes, key=lambda vote: (str(vote[0]), vote[1])) for votes in prompts]
+    answered = any(answer is not None for votes in ordered for answer, _ in votes)
+    found: dict[str, float] = {}
+    for k in (2**i for i in range(min(map(len, ordered), default=0).bit_length())):
+        found[f"pass@{k}"] = float(np.mean([pass_at_k(len(votes), sum(right for _, right in votes), k) for votes in ordered]))
+        if answered:
+            means = [majority_at_k([answer for answer, _ in votes], [right for _, right in votes], k) for votes in ordered]
+            found[f"maj@{k}"] = float(np.mean(means))
+    return found
 
 
 def _majority(answers: Sequence[Optional[str]], truth: dict[Optional[str], bool]) -> float:

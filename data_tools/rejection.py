@@ -193,7 +193,7 @@ def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination
         return "unscored"
     if config.correct and not row["correct"]:
         return "wrong"
-    if not config.truncated and row.get("finish") == "length":
+    if not config.truncated and row.get("finish") in ("length", "turns"):
         return "truncated"
     parts = split_thinking(row["completion"])
     if parts is None or not parts[1] or not re.search(config.answer_pattern, parts[1]):

@@ -118,117 +118,101 @@ def train(
 ) -> Outcome:
     """Train to the end of the schedule, from the newest valid checkpoint in KEEP/checkpoints if there is one.
 
-    `reference` gives the log-probs of rows for the KL term, on every rank. `evaluate(step)` is called on every rank. `spell` gives the
-    texts of a sample for the log. `sinks` makes, on rank 0, what metrics go to besides KEEP/metrics.jsonl. Raises as train.train_on_packs does.
+    `reference` gives the log-probs of rows for the KL term, on every rank. `evaluate(step)` is called on every rank.
+    `spell` gives the texts of a sample for the log. `sinks` makes, on rank 0, what metrics go to besides
+    KEEP/metrics.jsonl. Raises as train.train_on_packs does.
     """
     watch = Watch(run.hang, keep / "stacks", dist.get_rank())
     with watch.watching():
-        return _train(trainer, collector, run, keep, identity, stop, progress, reference, evaluate, spell, sinks, watch)
+        root, plan = keep / "checkpoints", trainer.plan
+        if dist.get_rank() == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            checkpoint.sweep(root)
+        dist.barrier()
+        folder, notes = checkpoint.newest_valid(root)
+        done, position = 0, Position()
+        if folder is not None:
+            done, saved_position = checkpoint.load_step(folder, trainer.model, trainer.optimizer, plan, identity)
+            position = Position(**saved_position)
+        resumed_from = saved = done
+        saver = checkpoint.Saver(
+            root, trainer.model, trainer.optimizer, plan, run.keep_checkpoints, run.keep_every, run.save_in_background
+        )
+        metrics = Metrics(keep / "metrics.jsonl", resumed_from, lambda: sinks(resumed_from))
+        schedule, steps = run.schedule, run.schedule.steps
+        progress(done, steps, "steps", f"resumed from {folder.name}" if folder else "")
 
-
-def _train(
-    trainer: Trainer,
-    collector: Collector,
-    run: Run,
-    keep: Path,
-    identity: dict[str, Any],
-    stop: Stop,
-    progress: Progress,
-    reference: Optional[Reference],
-    evaluate: Optional[Callable[[int], dict[str, Any]]],
-    spell: Callable[[Sample], dict[str, Any]],
-    sinks: Sinks,
-    watch: Watch,
-) -> Outcome:
-    root, plan = keep / "checkpoints", trainer.plan
-    if dist.get_rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        checkpoint.sweep(root)
-    dist.barrier()
-    folder, notes = checkpoint.newest_valid(root)
-    done, position = 0, Position()
-    if folder is not None:
-        done, saved_position = checkpoint.load_step(folder, trainer.model, trainer.optimizer, plan, identity)
-        position = Position(**saved_position)
-    resumed_from = saved = done
-    saver = checkpoint.Saver(
-        root, trainer.model, trainer.optimizer, plan, run.keep_checkpoints, run.keep_every, run.save_in_background
-    )
-    metrics = Metrics(keep / "metrics.jsonl", resumed_from, lambda: sinks(resumed_from))
-    schedule, steps = run.schedule, run.schedule.steps
-    progress(done, steps, "steps", f"resumed from {folder.name}" if folder else "")
-
-    def publish(step: int) -> None:
-        nonlocal saved
-        saver.save(step, identity, dict(vars(position)))
-        saved = step
-        watch.move()
-        if dist.get_rank() == 0:  # what a retained checkpoint may be gone on with from; one under way comes on top
-            journal.forget(keep / ROLLOUTS, min(checkpoint.steps(root), default=0))
-
-    def give_up(step: int) -> None:
-        """Asked to stop: the work so far is durable before the ranks leave."""
-        if step > saved:
-            publish(step)
-        saver.close()
-        raise Stopped(step, steps)
-
-    def evaluate_if_due(step: int) -> None:
-        due = run.evaluate_every > 0 and (step % run.evaluate_every == 0 or step == steps)
-        if evaluate is not None and due and position.evaluated < step:
-            try:
-                metrics.append({"step": step, "evaluation": evaluate(step)})
-            except Stopped:
-                give_up(step)
-            position.evaluated = step
+        def publish(step: int) -> None:
+            nonlocal saved
+            saver.save(step, identity, dict(vars(position)))
+            saved = step
             watch.move()
+            if dist.get_rank() == 0:  # what a retained checkpoint may be gone on with from; one under way comes on top
+                journal.forget(keep / ROLLOUTS, min(checkpoint.steps(root), default=0))
 
-    vote = StopVote(stop)
-    vote.send()
-    for k in range(done, steps):
-        if vote.count():
-            give_up(k)
-        evaluate_if_due(k)
-        clock = report.Clock()
-        collector.begin(k)
-        try:
-            with offloaded(trainer, run.offload):
-                drawn, kept = _draw(collector, run, position)
-        except Stopped:
-            give_up(k)
-        collector.close()
-        batch = batch_of(drawn, kept, run.advantage, run.rewarding, run.max_tokens)
-        parts = [
-            (totals_of(part, run), rollout_rows(part, plan, run.row_tokens, run.temperature, run.comparable))
-            for part in minibatches(batch, run, k)
-        ]
-        rate = schedule.rate(k)
-        with clock("train"):
-            update = _update(trainer, parts, run, rate, position.mismatch, reference, vote)
-        if not math.isfinite(update.norm):
-            saver.wait()
-            raise NonFinite(
-                f"step {k + 1}: the gradient norm is {update.norm} at learning rate {rate:g}; the last checkpoint is "
-                f"step {saved}. Lower lr or raise warmup_steps"
-            )
-        found = report.measured(drawn, batch, kept, update)
-        position.after(drawn, batch, update, found)
-        if run.log_samples and dist.get_rank() == 0:
-            report.write_samples(keep / SAMPLES, k + 1, drawn, batch, update.differences, spell)
-        clock.seconds.update(collector.seconds)
-        metrics.append({"step": k + 1, "lr": rate, **found, **report.speeds(drawn, update, collector, clock)})
-        reward = found["reward"]
-        progress(k + 1, steps, "steps", "no reward" if reward is None else f"reward {reward:.3f}, lr {rate:.2e}")
-        if k + 1 == steps:
-            evaluate_if_due(steps)
-        if k + 1 == steps or (run.checkpoint_every > 0 and (k + 1) % run.checkpoint_every == 0):
-            publish(k + 1)
-        saver.check()
-        watch.step()
-    vote.count()
-    saver.close()
-    metrics.close()
-    return Outcome(steps, position, resumed_from, notes)
+        def give_up(step: int) -> None:
+            """Asked to stop: the work so far is durable before the ranks leave."""
+            if step > saved:
+                publish(step)
+            saver.close()
+            raise Stopped(step, steps)
+
+        def evaluate_if_due(step: int) -> None:
+            due = run.evaluate_every > 0 and (step % run.evaluate_every == 0 or step == steps)
+            if evaluate is not None and due and position.evaluated < step:
+                try:
+                    metrics.append({"step": step, "evaluation": evaluate(step)})
+                except Stopped:
+                    give_up(step)
+                position.evaluated = step
+                watch.move()
+
+        vote = StopVote(stop)
+        vote.send()
+        for k in range(done, steps):
+            if vote.count():
+                give_up(k)
+            evaluate_if_due(k)
+            clock = report.Clock()
+            collector.begin(k)
+            try:
+                with offloaded(trainer, run.offload):
+                    drawn, kept = _draw(collector, run, position)
+            except Stopped:
+                give_up(k)
+            collector.close()
+            batch = batch_of(drawn, kept, run.advantage, run.rewarding, run.max_tokens)
+            parts = [
+                (totals_of(part, run), rollout_rows(part, plan, run.row_tokens, run.temperature, run.comparable))
+                for part in minibatches(batch, run, k)
+            ]
+            rate = schedule.rate(k)
+            with clock("train"):
+                update = _update(trainer, parts, run, rate, position.mismatch, reference, vote)
+            if not math.isfinite(update.norm):
+                saver.wait()
+                raise NonFinite(
+                    f"step {k + 1}: the gradient norm is {update.norm} at learning rate {rate:g}; the last checkpoint is "
+                    f"step {saved}. Lower lr or raise warmup_steps"
+                )
+            found = report.measured(drawn, batch, kept, update)
+            position.after(drawn, batch, update, found)
+            if run.log_samples and dist.get_rank() == 0:
+                report.write_samples(keep / SAMPLES, k + 1, drawn, batch, update.differences, spell)
+            clock.seconds.update(collector.seconds)
+            metrics.append({"step": k + 1, "lr": rate, **found, **report.speeds(drawn, update, collector, clock)})
+            reward = found["reward"]
+            progress(k + 1, steps, "steps", "no reward" if reward is None else f"reward {reward:.3f}, lr {rate:.2e}")
+            if k + 1 == steps:
+                evaluate_if_due(steps)
+            if k + 1 == steps or (run.checkpoint_every > 0 and (k + 1) % run.checkpoint_every == 0):
+                publish(k + 1)
+            saver.check()
+            watch.step()
+        vote.count()
+        saver.close()
+        metrics.close()
+        return Outcome(steps, position, resumed_from, notes)
 
 
 # ---------------------------------------------------------------- what a step trains
@@ -260,7 +244,7 @@ def minibatches(batch: Batch, run: Run, k: int) -> list[Batch]:
 
 
 def totals_of(batch: Batch, run: Run) -> Totals:
-    tokens = sum(len(sample.tokens) for sample, good in zip(batch.samples, batch.trained) if good)
+    tokens = sum(int(sample.own.sum()) for sample, good in zip(batch.samples, batch.trained) if good)
     return Totals(tokens, len(batch.samples), run.max_tokens)
 
 

@@ -31,14 +31,12 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     return [question(text_of(record, "question"), answer.strip().replace(",", ""), options)]
 
 
-def stop_strings(options: Options) -> list[str]:
-    return ["="] if options.calculator else []
+def stop_strings(options: Options) -> Optional[list[str]]:
+    return ["="] if options.calculator else None
 
 
-def reply(item: Item, transcript: str, options: Options) -> Optional[str]:
-    """The value of an expression that was begun; nothing said ("") after any other =; None when the model has ended."""
-    if not options.calculator or not transcript.endswith("="):
-        return None
+def reply(item: Item, transcript: str, options: Options) -> str:
+    """The value of an expression that was begun; nothing said ("") after anything else."""
     asked = _ASKED.search(transcript)
     if not asked:
         return ""

@@ -132,6 +132,25 @@ def verifiers(entries: Mapping[str, Entry]) -> dict[str, Verifier]:
     return {name: Verifier(entry.task, dict(entry.options), dict(entry.rewards)) for name, entry in entries.items()}
 
 
+def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
+    """Of the entries whose task has several turns, the texts after which the model waits for a reply."""
+    found = {}
+    for name, entry in entries.items():
+        task = load_task(entry.task or name)
+        if not hasattr(task, "reply"):
+            continue
+        try:
+            texts = task.stop_strings(task_options(task, entry.options))
+        except Exception as error:  # whatever a user's module does
+            raise UserMistake(Problem(f"mix.entries.{name}.task", f"stop_strings: {type(error).__name__}: {error}")) from None
+        if texts is None:
+            continue
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
+            raise UserMistake(Problem(f"mix.entries.{name}.task", f"stop_strings are {texts!r}: give a list of texts, or None"))
+        found[name] = tuple(texts)
+    return found
+
+
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,11 @@
     with Scorer(verifiers, workers=4, time_limit_s=10) as scorer:
         future = scorer.submit("gsm8k", item, completion, finish_reason)
         score = future.result()                 # Score(reward, parts, note)
+        said = scorer.reply("gsm8k", item, transcript).result()      # Reply(text, note), in tasks of several turns
 
 A verifier that raises, runs past its time limit, ends its process or gives anything but reward terms costs its own
 sample only: the reward is None, which is not zero, and the note says why. A process that hung or ended is replaced.
+The same holds for replies.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ from data_tools.tasks.task import Item, load_task, task_options
 
 _START_LIMIT_S = 300.0  # for a process to import its tasks from a slow shared filesystem
 _NOTE = 200  # characters
+_LONGEST_REPLY = 1 << 20  # characters; the run has to encode them
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -43,6 +46,14 @@ class Score:
     parts: dict[str, float] = field(default_factory=dict)
     note: str = ""
     answer: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a task answers to a turn; `text` None: it is over. A `note` says why the sample cannot go on."""
+
+    text: Optional[str]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,24 @@ def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
     return Score(sum(weights.get(name, 1.0) * value for name, value in parts.items()), parts)
 
 
-_CLOSED = Score(None, {}, "the scorer was closed")
+def reply_of(text: Any) -> Reply:
+    """The reply that a task's answer to a turn stands for, whatever it is."""
+    if text is None:
+        return Reply(None)
+    if not isinstance(text, str):
+        return Reply(None, f"the reply was a {type(text).__name__}: {text!r}; text was expected, or None"[:_NOTE])
+    if len(text) > _LONGEST_REPLY:
+        return Reply(None, f"the reply has {len(text):,} characters; {_LONGEST_REPLY:,} are the most")
+    text.encode()  # half a surrogate pair is no text that a tokenizer takes
+    return Reply(text)
+
+
+def _failed(work: Any, note: str) -> "Score | Reply":
+    """Why a job has no answer, in the form that its kind of answer has."""
+    return Reply(None, note[:_NOTE]) if work is not None and work[0] == "reply" else Score(None, {}, note[:_NOTE])
+
+
+_CLOSED = "the scorer was closed"
 
 
 class Scorer:
@@ -109,15 +137,23 @@ class Scorer:
 
     def submit(self, name: str, item: Item, completion: str, finish_reason: str = "stop") -> "Future[Score]":
         """`name` is a key of `verifiers`. An aborted completion is not scorable; one cut off is scored as it stands."""
-        future: Future = Future()
         if finish_reason == "abort":
+            future: "Future[Score]" = Future()
             future.set_result(Score(None, {}, "aborted"))
-        elif self._closed.is_set():
+            return future
+        return self._asked("score", name, item, completion)
+
+    def reply(self, name: str, item: Item, transcript: str) -> "Future[Reply]":
+        """What the task `name` answers to the completion so far."""
+        return self._asked("reply", name, item, transcript)
+
+    def _asked(self, kind: str, name: str, item: Item, text: str) -> Future:
+        if self._closed.is_set():
             raise ValueError("the scorer is closed")
-        elif name not in self.verifiers:
+        if name not in self.verifiers:
             raise KeyError(name)
-        else:
-            self._jobs.put(((name, item, completion), future))
+        future: Future = Future()
+        self._jobs.put(((kind, name, item, text), future))
         return future
 
     def close(self) -> None:
@@ -132,14 +168,15 @@ class Scorer:
                 thread.join()
         while not self._jobs.empty():
             if job := self._jobs.get():
-                job[1].set_result(_CLOSED)
+                job[1].set_result(_failed(job[0], _CLOSED))
 
     def _serve(self) -> None:
         """One process and its successors: a job at a time."""
         process: Optional[_Process] = None
         while (job := self._jobs.get()) is not None:
             work, future = job
-            process, answer = (process, _CLOSED) if self._closed.is_set() else self._ask(process, work)
+            closed = self._closed.is_set()
+            process, answer = (process, _failed(work, _CLOSED)) if closed else self._ask(process, work)
             future.set_result(answer)
         self._end(process)
 
@@ -154,10 +191,10 @@ class Scorer:
         if work is None and not mistake:
             return process, ""
         answer = mistake or process.answer(work, self.time_limit_s)
-        if isinstance(answer, Score):
+        if isinstance(answer, (Score, Reply)):
             return process, answer
         self._end(process)
-        return None, answer if work is None else Score(None, {}, answer[:_NOTE])
+        return None, answer if work is None else _failed(work, answer)
 
     def _end(self, process: "Optional[_Process]") -> None:
         if process:
@@ -189,8 +226,8 @@ class _Process:
             self._begun = answer[0] if isinstance(answer, tuple) else f"a process of verifiers did not begin: {answer}"
         return self._begun
 
-    def answer(self, work: Any, limit_s: float) -> "Score | str":
-        """The score, or why there is none and the process is of no more use."""
+    def answer(self, work: Any, limit_s: float) -> "Score | Reply | str":
+        """The answer, or why there is none and the process is of no more use."""
         try:
             self.connection.send(work)
         except OSError:
@@ -221,7 +258,7 @@ class _Process:
 
 
 def serve() -> None:
-    """Score what the run sends, until it is gone."""
+    """Score and answer what the run sends, until it is gone."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # even in the middle of a verifier that never returns
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the run's to answer
@@ -234,10 +271,10 @@ def serve() -> None:
     connection.send(("",))
     while True:
         try:
-            name, item, completion = connection.recv()
+            kind, name, item, text = connection.recv()
         except EOFError:
             return
-        connection.send(tasks[name].score(item, completion))
+        connection.send(getattr(tasks[name], kind)(item, text))
 
 
 class _Loaded:
@@ -254,3 +291,9 @@ class _Loaded:
             return replace(score, answer=answer(item, completion, self.options)) if answer else score
         except BaseException as error:  # SystemExit too: whatever a verifier does is about its sample only
             return Score(None, {}, f"{type(error).__name__}: {error}"[:_NOTE])
+
+    def reply(self, item: Item, transcript: str) -> Reply:
+        try:
+            return reply_of(self.task.reply(item, transcript, self.options))
+        except BaseException as error:
+            return Reply(None, f"{type(error).__name__}: {error}"[:_NOTE])

@@ -97,12 +97,18 @@ class Task(Protocol):
     def reply(self, item: Item, transcript: str, options: Any) -> Optional[str]:
         """What the environment answers to the completion so far, earlier replies included; None when it is over.
 
-        "" lets the model go on. Asked where a completion ends, and after each of `stop_strings(options)`. For tasks of
-        several turns; the others leave both names out. The tokens of a reply are not the model's: they are not trained.
+        Asked after each of `stop_strings(options)`, and where the model ends a completion by itself; there "" is the end,
+        elsewhere it lets the model go on. For tasks of several turns; the others leave both names out. The tokens of a
+        reply count toward max_tokens and are not the model's: they are not trained. Runs in a process of its own, under
+        the same time limit as `rewards`. The same transcript should have the same reply: one that a kill lost is asked
+        for again.
         """
 
-    def stop_strings(self, options: Any) -> list[str]:
-        """Texts after which the model waits for a reply."""
+    def stop_strings(self, options: Any) -> Optional[list[str]]:
+        """Texts after which the model waits for a reply; the token that completes one may go on with other characters.
+
+        None where there is one turn with these options.
+        """
 
 
 class RowTask(Task, Protocol):

@@ -8,10 +8,10 @@ import heapq
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List
+from typing import Any, Callable, Dict, Iterable, Iterator, List
 
 from data_tools import durable
-from data_tools.estimators import pass_at_k, standard_error
+from data_tools.estimators import Vote, at_k, standard_error
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tables import write_table
@@ -80,12 +80,10 @@ def run(
     folder = model_folder.open_folder(config.model)
     with ranks.started(config.parallel):
         from megatron_ext.checkpoint import from_rank_zero  # megatron-core may be imported once the device is ready
-        from megatron_ext.rl import sampling
 
-        kept = keep / f"element_{index:04d}"
-        files = sampling.run(config, folder, _identity(config, folder.weights_digest), kept, index, count, progress, stop)
+        load = lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend)  # noqa: E731
+        samples = sampled(config, folder, keep / f"element_{index:04d}", index, count, progress, stop, load)
         writer = ranks.is_writer()
-        samples = list(_lines(files)) if writer else []
         result = from_rank_zero(_result(samples) if writer else None)
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
@@ -93,6 +91,20 @@ def run(
         if count == 1:
             _table(keep, result, folder.step)
     return result
+
+
+def sampled(
+    config: Config, folder: Any, keep: Path, index: int, count: int, progress: Progress, stop: Stop, load: Callable[[], Any]
+) -> List[dict[str, Any]]:
+    """The lines of element `index` of `count` on rank 0, none on others. The ranks are started; `load` gives the model.
+
+    What KEEP holds of them is not sampled again.
+    """
+    from megatron_ext import ranks
+    from megatron_ext.rl import sampling
+
+    files = sampling.run(config, folder, _identity(config, folder.weights_digest), keep, index, count, progress, stop, load)
+    return list(_lines(files)) if ranks.is_writer() else []
 
 
 def _identity(config: Config, digest: str) -> dict[str, Any]:
@@ -110,25 +122,26 @@ def _lines(files: List[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _result(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, and over prompts the mean share of right samples with its error and pass@k."""
+    """Counts, and over prompts the mean share of right samples with its error, pass@k and maj@k."""
     counts = {"samples": 0, "correct": 0, "unscored": 0, "truncated": 0, "tokens": 0}
-    by_prompt: dict[str, list[bool]] = {}
+    by_prompt: dict[str, list[Vote]] = {}
     for sample in samples:
         right = bool(sample["correct"])
-        by_prompt.setdefault(sample["prompt_id"], []).append(right)
+        by_prompt.setdefault(sample["prompt_id"], []).append(vote(sample))
         counts["samples"] += 1
         counts["correct"] += right
         counts["unscored"] += sample["correct"] is None
-        counts["truncated"] += sample["finish"] == "length"
+        counts["truncated"] += sample["finish"] in ("length", "turns")
         counts["tokens"] += sample["tokens"]
-    shares = [sum(rights) / len(rights) for rights in by_prompt.values()]
+    shares = [sum(right for _, right in votes) / len(votes) for votes in by_prompt.values()]
     result: dict[str, Any] = {"prompts": len(shares), **counts}
     result |= {"accuracy": sum(shares) / len(shares) if shares else None, "accuracy_error": standard_error(shares)}
-    fewest = min(map(len, by_prompt.values()), default=0)
-    for k in (2**i for i in range(fewest.bit_length())):
-        found = [pass_at_k(len(rights), sum(rights), k) for rights in by_prompt.values()]
-        result[f"pass@{k}"] = sum(found) / len(found)
-    return result
+    return result | at_k(list(by_prompt.values()))
+
+
+def vote(sample: dict[str, Any]) -> Vote:
+    """Of one line of samples: what was cut off answers nothing."""
+    return sample["answer"] if sample["finish"] == "stop" else None, bool(sample["correct"])
 
 
 def _table(keep: Path, result: dict[str, Any], step: int) -> None:

@@ -19,7 +19,9 @@ from megatron_ext.checkpoint import from_rank_zero
 from megatron_ext.device import device
 from megatron_ext.rl import journal
 from megatron_ext.rl.journal import Entry, Journal
+from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.samples import Sample
+from megatron_ext.rl.turns import Turns, ends_of
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Recorded, Request, Sequence
 from megatron_ext.rollout.settings import Sampling
@@ -41,7 +43,8 @@ class Prompts(Protocol):
 
 class Scorer(Protocol):
     def submit(self, item: Any, completion: str, finish: str) -> Any:
-        """A future whose result() has reward (float, or None where nobody can tell), parts and note."""
+        """A future whose result() has reward (float, or None where nobody can tell), parts and note; and `answer`, for
+        majority votes, where its task can tell."""
 
 
 class Together:
@@ -70,30 +73,6 @@ def everywhere(flag: bool) -> bool:
     return bool(box.item())
 
 
-class Replica:
-    """This rank's place among those that generate."""
-
-    def __init__(self) -> None:
-        self.group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.parts = parallel_state.get_model_parallel_group()  # the ranks that hold this replica's model
-        self.speaks = self.parts.rank() == 0  # of ranks that make the same samples one writes and scores
-
-    def share(self, items: Many[int]) -> list[int]:
-        return list(items)[self.group.rank() :: self.group.size()]
-
-    def gathered(self, mine: list[Any]) -> list[Any]:
-        """The lists of all replicas, joined."""
-        parts: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(parts, mine, group=self.group)
-        return [one for part in parts for one in part]
-
-    def from_speaker(self, value: Any) -> Any:
-        box = [value]
-        if self.parts.size() > 1:
-            dist.broadcast_object_list(box, group=self.parts, group_src=0)
-        return box[0]
-
-
 class Collector:
     """Makes the samples of one step after the other. `seconds` and `counts` are of the last call of `collect`."""
 
@@ -110,12 +89,13 @@ class Collector:
         flush_s: float,
         stop: Stop,
         progress: Progress = silent,
+        turns: Optional[Turns] = None,
     ):
         """`scorer` is needed where `Replica.speaks`. `spell(tokens, finish)` is the completion's text. `root` is the
-        journal's folder; tokens under way are written every `flush_s` seconds."""
+        journal's folder; tokens under way are written every `flush_s` seconds. `turns`: for tasks that reply."""
         self.engine, self.prompts, self.scorer, self.spell = engine, prompts, scorer, spell
         self.sampling, self.group, self.root, self.identity, self.flush_s = sampling, group, root, identity, flush_s
-        self.progress = progress
+        self.progress, self.turns = progress, turns
         self._together, self._flushed = Together(stop), time.monotonic()
         self.replica = Replica()
         self.left = set(from_rank_zero(journal.steps(root)))  # steps of which earlier attempts recorded something
@@ -161,11 +141,13 @@ class Collector:
             only = tuple(number for number, entry in enumerate(entries) if not entry.finish)
             if only:
                 recorded = tuple(Recorded(tuple(e.tokens), tuple(e.logprobs), tuple(e.logprobs)) for e in entries)
-                requests.append(Request(self.prompts.uid(wanted[k]), prompt, self.group, recorded, only=only))
+                uid, ends = self.prompts.uid(wanted[k]), ends_of(self.turns, wanted[k])
+                requests.append(Request(uid, prompt, self.group, recorded, only=only, turn_ends=ends))
         reused = len(samples)
         stopped = False
+        replies = self.turns.of({uid: wanted[k] for uid, k in self.numbers.items()}, self.replica) if self.turns else None
         try:
-            for sequence in self.engine.generate(requests, self.sampling, self._between_steps):
+            for sequence in self.engine.generate(requests, self.sampling, self._between_steps, replies):
                 ended(self._finished(sequence))
                 self.progress(len(samples), len(wanted) * self.group, "samples")
         except Stopped:
@@ -181,9 +163,13 @@ class Collector:
     def _finished(self, sequence: Sequence) -> Sample:
         k = self.numbers[sequence.prefix.request.uid]
         logprobs = self._comparable(sequence)
+        sample = _sample(k, sequence.sample, sequence.prefix.request.prompt, sequence.completion, logprobs, sequence.finish)
+        unscorable = {"reward": None, "parts": {}, "note": sequence.note} if sequence.note else None
         if self.journal is not None:
-            self.journal.record((k, sequence.sample), sequence.completion, logprobs, sequence.finish)
-        return _sample(k, sequence.sample, sequence.prefix.request.prompt, sequence.completion, logprobs, sequence.finish)
+            self.journal.record(sample.key, sequence.completion, logprobs, sequence.finish)
+            if unscorable:
+                self.journal.judge(sample.key, unscorable)
+        return _scored(sample, unscorable)
 
     def _comparable(self, sequence: Sequence) -> list[float]:
         """Log-probs that training can be compared with: without the filters."""
@@ -215,16 +201,17 @@ class Collector:
         for sample, future in pending:
             score = future.result()
             found = {"reward": score.reward, "parts": dict(score.parts), "note": score.note}
+            found["answer"] = getattr(score, "answer", None)
             _scored(sample, found)
             self.journal.judge(sample.key, found)
         if self.journal is not None:
             self.journal.flush()
         self.seconds["reward"] += time.perf_counter() - started
         started = time.perf_counter()
-        rewards = {s.key: (s.reward, s.parts, s.note) for s in samples} if self.replica.speaks else None
+        rewards = {s.key: (s.reward, s.parts, s.note, s.answer) for s in samples} if self.replica.speaks else None
         rewards = self.replica.from_speaker(rewards)
         for sample in samples:
-            sample.reward, sample.parts, sample.note = rewards[sample.key]
+            sample.reward, sample.parts, sample.note, sample.answer = rewards[sample.key]
         everyone = sorted(self.replica.gathered(samples), key=lambda s: s.key)
         self.seconds["exchange"] += time.perf_counter() - started
         return everyone
@@ -246,4 +233,5 @@ def _scored(sample: Sample, score: Optional[dict[str, Any]]) -> Sample:
         usable = isinstance(reward, (int, float)) and np.isfinite(reward)
         sample.reward = float(reward) if usable else None
         sample.parts, sample.note = score["parts"], score["note"] or ("" if usable else "no reward")
+        sample.answer = score.get("answer")
     return sample

@@ -26,7 +26,8 @@ Key = tuple[int, int]  # number of the prompt in the run, number of the sample
 
 @dataclass
 class Entry:
-    """What is recorded of one sample. `finish` is empty while it is under way, `score` None until it was judged."""
+    """What is recorded of one sample. `finish` is empty while it is under way, `score` None until it was judged. The
+    tokens of replies are recorded as the model's are, each reply in one line; their log-prob is NaN."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

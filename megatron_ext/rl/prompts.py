@@ -1,14 +1,25 @@
-"""The prompts of a run as the collector wants them, and their scorer: data_tools/tasks/mix.py and rewards.py."""
+"""A mix as the collector, the evaluation and the engine want it: prompts, scorer, replies, texts. See data_tools/tasks."""
 
 import contextlib
 from functools import lru_cache
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 from data_tools.mistake import Problem, UserMistake
 from data_tools.prompts import PromptEncoder
-from data_tools.tasks.mix import Draw, Entry, Mix, verifiers
+from data_tools.tasks.mix import Draw, Entry, Mix, turn_ends, verifiers
 from data_tools.tasks.rewards import Scorer
 from data_tools.tokenizer import Tokenizer
+from megatron_ext.rl.replica import Replica
+from megatron_ext.rl.turns import Turns
+from megatron_ext.rollout.sequence import spans
+
+RIGHT = 1.0  # a reward of this, or more, is a right answer where the task has no reward term `correct`
+_TOLD = 20  # prompts that are too long, of one run
+
+
+def is_right(reward: Optional[float], parts: Mapping[str, Any]) -> Optional[bool]:
+    """Whether a completion with this reward answers right; None where nobody could tell."""
+    return None if reward is None else parts.get("correct", reward) >= RIGHT
 
 
 class Encoded:
@@ -41,14 +52,19 @@ class MixPrompts(Encoded):
         return self.mix.draw(k)
 
 
-class HeldOut(Encoded):
-    """The first `count` prompts of each entry that is evaluated only, one entry after the other."""
+class Listed(Encoded):
+    """Given prompts. UserMistake at once for those that leave no room."""
 
-    def __init__(self, mix: Mix, count: int, *encoding: Any):
+    def __init__(self, draws: Sequence[Draw], *encoding: Any):
         super().__init__(*encoding)
-        self.draws = [
-            mix.held_out(name, k) for name in mix.evaluated() for k in range(min(count, len(mix.items[name])))
-        ]
+        self.draws, self.ids, problems = list(draws), {}, []
+        for draw in self.draws:
+            try:
+                self.ids[draw.item.uid] = super().tokens(draw)
+            except UserMistake as mistake:
+                problems += mistake.problems
+        if problems:
+            raise UserMistake(problems[:_TOLD])
 
     def __len__(self) -> int:
         return len(self.draws)
@@ -56,20 +72,59 @@ class HeldOut(Encoded):
     def item(self, k: int) -> Draw:
         return self.draws[k]
 
+    def tokens(self, draw: Draw) -> tuple[int, ...]:
+        return self.ids[draw.item.uid]
+
+
+def all_of(mix: Mix, names: Sequence[str], most: Optional[int] = None) -> list[Draw]:
+    """The first `most` prompts of each of these entries, one entry after the other, in the order of their files."""
+    return [mix.held_out(name, k) for name in names for k in range(len(mix.items[name][:most]))]
+
 
 class MixScorer:
+    """The Scorer, as it is asked with prompts of a mix."""
+
     def __init__(self, scorer: Scorer):
         self.scorer = scorer
 
     def submit(self, draw: Draw, completion: str, finish: str) -> Any:
         return self.scorer.submit(draw.entry, draw.item, completion, finish)
 
+    def reply(self, draw: Draw, transcript: str) -> Any:
+        return self.scorer.reply(draw.entry, draw.item, transcript)
+
 
 @contextlib.contextmanager
-def mix_scorer(entries: Mapping[str, Entry], wanted: bool, workers: int, limit_s: float) -> Iterator[Optional[MixScorer]]:
+def mix_scorer(entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool = True) -> Iterator[Optional[MixScorer]]:
     """None on ranks that score nothing."""
-    if not wanted:
+    if not (wanted and Replica().speaks):
         yield None
         return
     with Scorer(verifiers(entries), workers, limit_s) as scorer:
         yield MixScorer(scorer)
+
+
+class Texts:
+    """Between a model's tokens and what tasks read and say."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: set[int]):
+        self.tokenizer, self.stop_ids = tokenizer, stop_ids
+
+    def spell(self, tokens: Sequence[int], finish: str) -> str:
+        """A completion without the token that ended it."""
+        ended = finish == "stop" and len(tokens) and tokens[-1] in self.stop_ids
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens)
+
+    def spell_turns(self, tokens: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
+        """`turns` of a completion for a log: who said what; nothing where the model alone spoke."""
+        found = spans(logprobs)
+        if all(span.own for span in found):
+            return {}
+        said = [self.tokenizer.decode(tokens[span.start : span.stop]) for span in found]
+        return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(found, said)]}
+
+
+def turns_of(mix: Mix, scorer: Optional[MixScorer], texts: Texts) -> Optional[Turns]:
+    """How the tasks of a mix reply; None where none does."""
+    ends = turn_ends(mix.entries)
+    return Turns(lambda draw: ends.get(draw.entry), scorer, texts.spell, texts.tokenizer.encode) if ends else None

@@ -1,15 +1,20 @@
-"""One recorded rollout drawn again, alone: do the same weights, prompt and noise still give the same tokens?"""
+"""One recorded rollout drawn again, alone: do the same weights, prompt and noise still give the same tokens?
 
+Where a task replied it is not asked again: its recorded words are given once more.
+"""
+
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import UserMistake
+from data_tools.tasks.mix import turn_ends
 from megatron_ext import checkpoint, grpo, model_folder
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl import journal, session
 from megatron_ext.rl.prompts import MixPrompts
 from megatron_ext.rollout.engine import Engine
-from megatron_ext.rollout.sequence import Request
+from megatron_ext.rollout.sequence import Answer, Request, Sequence
 
 
 def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
@@ -36,8 +41,9 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
     prompts = MixPrompts(mix, *encoding)
     draw = prompts.item(item)
     engine = Engine(parts[0], config.engine, config.seed, session.stop_ids_of(folder, tokenizer), tokenizer.decode)
-    request = Request(prompts.uid(draw), prompts.tokens(draw), number + 1, only=(number,))
-    (found,) = engine.generate([request], config.sampling)
+    ends = turn_ends(mix.entries).get(draw.entry)
+    request = Request(prompts.uid(draw), prompts.tokens(draw), number + 1, only=(number,), turn_ends=ends)
+    (found,) = engine.generate([request], config.sampling, turns=AsRecorded(entry))
     same = 0
     while same < min(len(entry.tokens), len(found.completion)) and entry.tokens[same] == found.completion[same]:
         same += 1
@@ -50,7 +56,7 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
         "same_tokens": same,
         "differs": same < len(entry.tokens) or (bool(entry.finish) and len(found.completion) > same),
         "smallest_margin": min(found.margins[: same + 1], default=None),
-        "logprob_difference": max((abs(a - b) for a, b in zip(entry.logprobs[:same], logprobs)), default=0.0),
+        "logprob_difference": max((abs(a - b) for a, b in zip(entry.logprobs[:same], logprobs) if not isnan(a)), default=0.0),
     }
     if facts["differs"]:
         facts |= {
@@ -59,6 +65,32 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
             "margin": found.margins[same] if same < len(found.margins) else None,
         }
     return facts
+
+
+class AsRecorded:
+    """Replies as the record has them, as long as the sample is as recorded."""
+
+    def __init__(self, entry: journal.Entry):
+        self.entry, self.asked = entry, []
+
+    def ask(self, sequence: Sequence) -> None:
+        self.asked.append(sequence)
+
+    def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
+        asked, self.asked = self.asked, []
+        return [(sequence, self._answer(sequence.completion)) for sequence in asked]
+
+    def _answer(self, tokens: list[int]) -> Answer:
+        start, recorded = len(tokens), self.entry.tokens
+        if recorded[:start] != tokens:
+            return Answer(None)
+        if start == len(recorded):  # what ended it says what was answered; of too many turns the last reply is not kept
+            note = "aborted" if self.entry.finish == "abort" else ""
+            return Answer((0,) if self.entry.finish == "turns" else None, note)
+        stop = start
+        while stop < len(recorded) and isnan(self.entry.logprobs[stop]):
+            stop += 1
+        return Answer(tuple(recorded[start:stop]))
 
 
 def _weights(config: Any, keep: Path, step: int) -> Path:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from data_tools import durable
 from megatron_ext.rl.samples import Batch, Sample
+from megatron_ext.rollout.sequence import spans
 
 OUTSIDE = ("rollout", "reward", "train")  # what a step is for; the rest is its overhead
 
@@ -50,6 +51,9 @@ def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Any)
         "updates": update.updates,
         "trained_tokens": update.tokens,
     }
+    if any(not s.own.all() for s in drawn):  # tasks of several turns
+        line["turns"] = float(np.mean([sum(span.own for span in spans(s.logprobs)) for s in drawn]))
+        line["reply_tokens"] = float(np.mean([np.sum(~s.own) for s in drawn]))
     if update.trusted is not None:
         line["old_logprobs"] = "rollout" if update.trusted else "recomputed"
     sums = update.measures
@@ -123,7 +127,7 @@ def write_samples(
         line |= {"parts": dict(sample.parts), "note": sample.note, "advantage": advantage, "trained": trained}
         if sample.key in differences:
             total, largest = differences[sample.key]
-            line["logprob_difference"] = {"mean": total / len(sample.tokens), "max": largest}
+            line["logprob_difference"] = {"mean": total / int(sample.own.sum()), "max": largest}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     folder.mkdir(exist_ok=True)
     durable.write_file(folder / f"step_{step:06d}.jsonl", "".join(lines))

@@ -100,7 +100,7 @@ def _pack(batch: Batch, places: Sequence[int], unit: int, width: int) -> _Packed
         whole = np.concatenate([np.asarray(sample.prompt, dtype=np.int64), sample.tokens])
         ids[start : start + len(whole) - 1] = whole[:-1]
         mine = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)
-        labels[mine], mask[mine], sequence[mine] = sample.tokens, 1, number
+        labels[mine], mask[mine], sequence[mine] = sample.tokens, sample.own, number
         advantage[mine], behaviour[mine] = batch.advantages[place], sample.logprobs
     positions = np.arange(width) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
     return _Packed(ids, labels, mask, positions, cu_seqlens, sequence, advantage, behaviour)

@@ -13,8 +13,9 @@ from megatron_ext.rl.settings import Advantage, Rewarding
 class Sample:
     """Completion `number` of prompt `item`, which is its number in the run's order of prompts.
 
-    tokens int32 [n] and logprobs float32 [n] of the completion, the end token among them; `finish` as the engine says
-    it. `reward` is None where nobody could tell it.
+    tokens int32 [n] and logprobs float32 [n] of the completion, the end token among them; a log-prob is NaN where the
+    token is not the model's but a reply's. `finish` as the engine says it. `reward` is None where nobody could tell it.
+    `answer` is what it answers, for majority votes, where its task can tell.
     """
 
     item: int
@@ -26,10 +27,16 @@ class Sample:
     reward: Optional[float] = None
     parts: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    answer: Optional[str] = None
 
     @property
     def key(self) -> tuple[int, int]:
         return self.item, self.number
+
+    @property
+    def own(self) -> np.ndarray:
+        """bool [n]: the model's own tokens, which are those that may be trained."""
+        return ~np.isnan(self.logprobs)
 
     @property
     def is_truncated(self) -> bool:

@@ -12,9 +12,9 @@ from data_tools.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext import grpo, metrics, model_folder, train
 from megatron_ext import schedule as schedules
 from megatron_ext.model_folder import ModelFolder
-from megatron_ext.rl.collect import Collector, Replica, Together
+from megatron_ext.rl.collect import Collector, Together
 from megatron_ext.rl.evaluation import evaluate
-from megatron_ext.rl.prompts import HeldOut, MixPrompts, mix_scorer
+from megatron_ext.rl.prompts import Listed, MixPrompts, Texts, all_of, mix_scorer, turns_of
 from megatron_ext.rl.rows import RolloutRow, log_probs
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rollout.engine import Engine
@@ -26,7 +26,8 @@ def run(
     """(outcome, digest of the weights in `out`). `config` is entrypoints.grpo.Config; the ranks are started."""
     plan, sampling = config.parallel, config.sampling
     tokenizer, mix, encoding = prompts_of(config, folder)
-    prompts, held_out = MixPrompts(mix, *encoding), HeldOut(mix, config.evaluation.prompts, *encoding)
+    prompts = MixPrompts(mix, *encoding)
+    held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), *encoding)
     identity = {**identity, "prompts": mix.digest}
     trainer = train.Trainer(
         model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend),
@@ -34,28 +35,25 @@ def run(
         train.AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
     )
     stop_ids = stop_ids_of(folder, tokenizer)
+    texts = Texts(tokenizer, stop_ids)
 
     def engine(seed: int) -> Engine:
         return Engine(trainer.model[0], config.engine, seed, stop_ids, tokenizer.decode)
 
-    def spell(tokens: list[int], finish: str) -> str:
-        ended = finish == "stop" and tokens and tokens[-1] in stop_ids
-        return tokenizer.decode(tokens[:-1] if ended else tokens)
-
-    def texts(sample: Sample) -> dict[str, Any]:
-        draw = prompts.item(sample.item)
-        completion = spell(sample.tokens.tolist(), sample.finish)
-        return {"entry": draw.entry, "uid": draw.item.uid, "prompt": tokenizer.decode(sample.prompt), "completion": completion}
+    def log_of(sample: Sample) -> dict[str, Any]:
+        draw, tokens = prompts.item(sample.item), sample.tokens.tolist()
+        line = {"entry": draw.entry, "uid": draw.item.uid, "prompt": tokenizer.decode(sample.prompt)}
+        return {**line, "completion": texts.spell(tokens, sample.finish), **texts.spell_turns(tokens, sample.logprobs)}
 
     def sinks(resumed_from: int) -> list[Any]:
         run_id = durable.sha256_bytes(str(keep.resolve()))[:16]  # the same for all attempts at this training
         return metrics.sinks(config.track, keep, resumed_from, run_id, identity)
 
-    scoring = mix_scorer(mix.entries, Replica().speaks, config.verifiers, config.verify_limit_s)
-    with scoring as scorer:
+    with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s) as scorer:
+        turns = turns_of(mix, scorer, texts)
         collector = Collector(
-            engine(config.seed), prompts, scorer, spell, sampling, config.group, keep / grpo.ROLLOUTS,
-            durable.sha256_bytes(durable.canonical_json(identity)), config.record_s, stop,
+            engine(config.seed), prompts, scorer, texts.spell, sampling, config.group, keep / grpo.ROLLOUTS,
+            durable.sha256_bytes(durable.canonical_json(identity)), config.record_s, stop, turns=turns,
         )  # fmt: skip
 
         def evaluated(step: int) -> dict[str, Any]:
@@ -65,7 +63,7 @@ def run(
                 ways.append((replace(sampling, temperature=config.evaluation.temperature), config.evaluation.samples))
             found: dict[str, Any] = {}
             for way, samples in ways:
-                part = evaluate(engine(seed), held_out, scorer, spell, way, len(held_out), samples, Together(stop))
+                part = evaluate(engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns)
                 for name, values in part.items():
                     found[name] = found.get(name, {}) | values
             return found
@@ -80,7 +78,7 @@ def run(
             progress,
             reference=reference_of(config, folder, trainer),
             evaluate=evaluated if len(held_out) else None,
-            spell=texts,
+            spell=log_of,
             sinks=sinks,
         )
     digest = model_folder.write(out, trainer.model, folder, step=folder.step + outcome.step)
@@ -90,7 +88,7 @@ def run(
 def prompts_of(config: Any, folder: ModelFolder) -> tuple[Tokenizer, Mix, tuple[Any, ...]]:
     """(tokenizer, the run's prompts, what they are encoded with)."""
     tokenizer = load_tokenizer(str(folder.hf))
-    room = folder.family.config.shape(folder.dims).max_positions - config.sampling.max_tokens
+    room = (folder.family.config.shape(folder.dims).max_positions or 2**62) - config.sampling.max_tokens  # 0: no limit
     return tokenizer, Mix(entries_of(config.mix), config.seed), (tokenizer, config.chat_arguments, room)
 
 

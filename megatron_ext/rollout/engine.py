@@ -9,7 +9,8 @@ ones, which have nothing to share while they generate, run engines of their own.
 """
 
 from collections import Counter
-from typing import Callable, Collection, Iterator, Optional, Sequence as Many
+from math import isnan
+from typing import Callable, Collection, Iterator, Optional, Protocol, Sequence as Many
 
 import torch
 import torch.distributed as dist
@@ -21,15 +22,24 @@ from megatron_ext.rollout.blocks import BlockManager
 from megatron_ext.rollout.cache import Share
 from megatron_ext.rollout.runner import Runner
 from megatron_ext.rollout.scheduler import Scheduler, Step
-from megatron_ext.rollout.sequence import Prefix, Request, Sequence
+from megatron_ext.rollout.sequence import Answer, Prefix, Request, Sequence, spans
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 
 Detokenize = Callable[[list[int]], str]
 _STOP_STRING_TOKENS = 64  # new tokens looked at for a stop string
 
 
+class Turns(Protocol):
+    """Who answers the model where a turn of it ends. Ranks that plan the same steps are told the same, in one order."""
+
+    def ask(self, sequence: Sequence) -> None: ...
+
+    def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
+        """What came since the last call. `wait` a moment for it: there is nothing else to do."""
+
+
 class Engine:
-    """`stop_ids` end a sample and belong to it. `detokenize` is needed where a sampling has stop strings."""
+    """`stop_ids` end a sample, or a turn of it, and belong to it. `detokenize` is needed where there are stop strings."""
 
     def __init__(
         self,
@@ -43,29 +53,35 @@ class Engine:
         self.stop_ids, self.detokenize = frozenset(stop_ids), detokenize
         self.runner = Runner(model, config.block_size)
         self.counts: Counter[str] = Counter()
+        self._is_idle = False  # the last step had nothing to compute
         experts = parallel_state.get_expert_model_parallel_group()
         self._together = experts if experts.size() > 1 else None
 
-    def generate(self, requests: Many[Request], sampling: Sampling, stop: Stop = never) -> Iterator[Sequence]:
+    def generate(
+        self, requests: Many[Request], sampling: Sampling, stop: Stop = never, turns: Optional[Turns] = None
+    ) -> Iterator[Sequence]:
         """Samples as they end. UserMistake when one could not be held in the memory given.
 
         `stop` is asked between steps; when it says so on this rank, `Stopped` is raised with the number of samples that
-        ended. Counts of the work are added to `counts`.
+        ended. Counts of the work are added to `counts`. `turns` is needed where requests have turn ends.
         """
         blocks = self._blocks(requests, sampling)
         slots = 2 * self.config.max_batch if self.runner.cache.mixers else 0
         self.scheduler = Scheduler(self.config, blocks, slots)
-        self.scheduler.add(requests, sampling.max_tokens)
+        added = self.scheduler.add(requests, sampling.max_tokens)
         self.runner.cache.allocate(len(blocks.references), slots)
         was_training = self.model.training
         self.model.eval()
         prompts: dict[Prefix, torch.Tensor] = {}  # the logits after each held prompt
         ended = 0
         try:
+            for sequence in added:
+                if len(sequence.tokens) > sequence.prompt_length and self._ends_turn(sequence, sampling):
+                    self._ask(sequence, turns)  # the recorded tokens end where its reply was waited for
             while self._any_has_work():
                 if stop():
                     raise Stopped(ended, sum(len(request.numbers) for request in requests))
-                for sequence in self._step(sampling, prompts):
+                for sequence in [*self._answered(sampling, turns), *self._step(sampling, prompts, turns)]:
                     ended += 1
                     yield sequence
         finally:
@@ -76,15 +92,16 @@ class Engine:
     @property
     def unfinished(self) -> list[Sequence]:
         """Samples under way: running, or waiting with tokens that they already have."""
-        return [*self.scheduler.running, *(s for s in self.scheduler.waiting if len(s.tokens) > s.prompt_length)]
+        s = self.scheduler
+        return [*s.running, *s.parked, *s.answered, *(one for one in s.waiting if len(one.tokens) > one.prompt_length)]
 
     def abort(self, sequence: Sequence) -> None:
         """End a sample as it is; it is not among those that `generate` still gives."""
         self.scheduler.finish(sequence, "abort")
 
     def _blocks(self, requests: Many[Request], sampling: Sampling) -> BlockManager:
-        """As many as the memory holds, or as all samples can need."""
-        size, held = self.config.block_size, self.runner.cache.blocks_in(self.config.kv_gib)
+        """As many as the memory holds, or as all samples can need; on every rank that plans the same steps as many."""
+        size, held = self.config.block_size, self._least(self.runner.cache.blocks_in(self.config.kv_gib))
         longest = max((len(request.prompt) for request in requests), default=0) + sampling.max_tokens
         needed = -(-longest // size) + 1
         if any(not request.prompt for request in requests):
@@ -95,6 +112,15 @@ class Engine:
         most = sum((len(request.numbers) + 1) * (-(-(len(request.prompt) + sampling.max_tokens) // size) + 1) for request in requests)
         return BlockManager(min(held, most), size)
 
+    def _least(self, blocks: int) -> int:
+        """Of the ranks that hold this model: stages may have more or fewer attention layers."""
+        parts = parallel_state.get_model_parallel_group()
+        if parts.size() == 1:
+            return blocks
+        found = torch.tensor(blocks, device=self.runner.cache.target)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=parts)
+        return int(found)
+
     def _any_has_work(self) -> bool:
         if self._together is None:
             return self.scheduler.has_work
@@ -102,9 +128,42 @@ class Engine:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._together)
         return bool(flag.item())
 
-    def _step(self, sampling: Sampling, prompts: dict[Prefix, torch.Tensor]) -> list[Sequence]:
+    def _ask(self, sequence: Sequence, turns: Optional[Turns]) -> None:
+        self.scheduler.park(sequence)
+        turns.ask(sequence)
+
+    def _answered(self, sampling: Sampling, turns: Optional[Turns]) -> list[Sequence]:
+        """Let the samples that were answered go on; returns those that ended with it."""
+        if not self.scheduler.parked:
+            return []
+        ended = []
+        for sequence, answer in turns.answers(wait=self._is_idle):
+            if sequence.finish:
+                continue  # it was aborted in the meantime
+            reason = self._hear(sequence, answer, sampling)
+            if reason:
+                self.scheduler.finish(sequence, reason)
+                ended.append(sequence)
+            else:
+                self.scheduler.answer(sequence)
+        return ended
+
+    def _hear(self, sequence: Sequence, answer: Answer, sampling: Sampling) -> str:
+        """Append a reply to the sample; why it ends, "" when it goes on."""
+        if answer.note:
+            sequence.note = answer.note
+            return "abort"
+        if answer.tokens is None or (not answer.tokens and self._ends(sequence, sampling)):
+            return "stop"
+        if answer.tokens and sampling.max_turns and sum(span.own for span in spans(sequence.logprobs)) >= sampling.max_turns:
+            return "turns"
+        sequence.observe(answer.tokens[: sequence.limit - len(sequence.completion)])
+        return "length" if len(sequence.completion) >= sequence.limit else ""
+
+    def _step(self, sampling: Sampling, prompts: dict[Prefix, torch.Tensor], turns: Optional[Turns]) -> list[Sequence]:
         """Compute and draw; returns the samples that ended."""
         step = self.scheduler.plan()
+        self._is_idle = step.is_empty
         self.runner.cache.copy_blocks(step.copies)
         self.runner.cache.copy_states(step.states)
         begun = [sequence for sequence in step.begun if len(sequence.tokens) == sequence.prompt_length]
@@ -122,7 +181,7 @@ class Engine:
                 rows.append(next(found))
         for prefix in [prefix for prefix in prompts if prefix not in self.scheduler.prefixes]:
             del prompts[prefix]
-        return self._draw([*begun, *step.decodes, *resumed], rows, sampling)
+        return self._draw([*begun, *step.decodes, *resumed], rows, sampling, turns)
 
     def _compute(self, step: Step) -> list[torch.Tensor]:
         """Logits [V / t] after each decoded sample and each piece that is its owner's last; empty ones on all but the
@@ -147,7 +206,9 @@ class Engine:
         self.counts["running"] += len(self.scheduler.running) * bool(step.tokens)
         self.counts["most_blocks"] = max(self.counts["most_blocks"], self.scheduler.blocks.used)
 
-    def _draw(self, sequences: list[Sequence], rows: list[torch.Tensor], sampling: Sampling) -> list[Sequence]:
+    def _draw(
+        self, sequences: list[Sequence], rows: list[torch.Tensor], sampling: Sampling, turns: Optional[Turns]
+    ) -> list[Sequence]:
         """Give each sample its next token; returns those that it ends."""
         if not sequences:
             return []
@@ -160,18 +221,38 @@ class Engine:
             sequence.logprobs.append(logprob)
             sequence.model_logprobs.append(model_logprob)
             sequence.margins.append(margin)
-            reason = self._why_ended(sequence, token, sampling)
+            if self._ends_turn(sequence, sampling):
+                self._ask(sequence, turns)
+                continue
+            reason = self._why_ended(sequence, sampling)
             if reason:
                 self.scheduler.finish(sequence, reason)
                 ended.append(sequence)
         return ended
 
-    def _why_ended(self, sequence: Sequence, token: int, sampling: Sampling) -> str:
-        if token in self.stop_ids:
+    def _why_ended(self, sequence: Sequence, sampling: Sampling) -> str:
+        if self._ends(sequence, sampling):
             return "stop"
-        new = len(sequence.tokens) - sequence.prompt_length
-        if sampling.stop_strings:
-            tail = self.detokenize(sequence.tokens[max(sequence.prompt_length, len(sequence.tokens) - _STOP_STRING_TOKENS) :])
-            if any(text in tail for text in sampling.stop_strings):
-                return "stop"
-        return "length" if new >= sequence.limit else ""
+        return "length" if len(sequence.tokens) - sequence.prompt_length >= sequence.limit else ""
+
+    def _ends(self, sequence: Sequence, sampling: Sampling) -> bool:
+        """Whether the model ended the sample, or one of its turns, with its last token."""
+        return sequence.tokens[-1] in self.stop_ids or self._completes(sequence, sampling.stop_strings)
+
+    def _ends_turn(self, sequence: Sequence, sampling: Sampling) -> bool:
+        """Whether the last token is one after which somebody may answer. A function of the tokens: a sample that was
+        recorded goes on with the same question."""
+        ends = sequence.prefix.request.turn_ends
+        if ends is None or isnan(sequence.logprobs[-1]):
+            return False
+        return self._ends(sequence, sampling) or self._completes(sequence, ends)
+
+    def _completes(self, sequence: Sequence, texts: Many[str]) -> bool:
+        """Whether the last token completes one of the texts."""
+        if not texts:
+            return False
+        tail = sequence.tokens[max(sequence.prompt_length, len(sequence.tokens) - _STOP_STRING_TOKENS) :]
+        now = self.detokenize(tail)
+        found = [text for text in texts if text in now]
+        before = self.detokenize(tail[:-1]) if found else ""
+        return any(now.count(text) > before.count(text) for text in found)

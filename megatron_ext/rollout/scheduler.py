@@ -4,6 +4,9 @@ Continuous batching: a place that a finished sample leaves is filled at once. A 
 sample and, up to the token budget, pieces of prompts. A prompt is computed once for all its samples; they share its
 blocks, and the last, half-filled one is copied by who first writes into it. When blocks run out, the sample that came
 last gives its own back and is computed again later from its recorded tokens.
+
+A sample that waits for a reply is parked: it keeps its blocks, as long as nobody needs them, and its place goes to
+another one. With the reply it goes on from the tokens that are cached.
 """
 
 import itertools
@@ -61,12 +64,14 @@ class Scheduler:
         self.recurrent = slots > 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.parked: list[Sequence] = []  # until they are answered
+        self.answered: deque[Sequence] = deque()  # until there is a place: they have blocks
         self.prefixes: list[Prefix] = []  # prompts that are held: being computed, or with samples that have yet to begin
         self.arrivals = self.preemptions = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.parked or self.answered)
 
     def add(self, requests: Iterable[Request], max_tokens: int) -> list[Sequence]:
         """Queue the samples of `requests`; returns them in order."""
@@ -92,10 +97,10 @@ class Scheduler:
         """The next step; empty only when there is no work."""
         step = Step()
         before = self.preemptions
+        while self.answered and len(self.running) < self.config.max_batch:
+            self.running.append(self.answered.popleft())
         self._decode(step)
-        for sequence in self.running:
-            if len(sequence.tokens) - sequence.cached > 1:  # it lost its blocks once: its own tokens again
-                self._add_piece(step, sequence, sequence.tokens)
+        self._add_own(step)
         for prefix in self.prefixes:
             self._add_piece(step, prefix, prefix.request.prompt)
         if self.preemptions == before:
@@ -103,7 +108,25 @@ class Scheduler:
         while step.is_empty and self.prefixes:  # prompts that hold all blocks and none to begin with
             self._drop_prefix(self.prefixes[-1])
             self._admit(step)
+        while step.is_empty and self.running and len(self._holders()) > 1:  # replies that have no room
+            self.preempt(self._victim())
+            self._add_own(step)
         return step
+
+    def _add_own(self, step: Step) -> None:
+        """Tokens of running samples that are not their last: after a loss of blocks, or a reply."""
+        for sequence in self.running:
+            if len(sequence.tokens) - sequence.cached > 1:
+                self._add_piece(step, sequence, sequence.tokens)
+
+    def _holders(self) -> list[Sequence]:
+        """The samples that have blocks to lose."""
+        return [*self.running, *self.answered, *(sequence for sequence in self.parked if sequence.blocks)]
+
+    def _victim(self) -> Sequence:
+        """Who gives its blocks back: of those that do nothing with them now, else of all, the one that came last."""
+        parked = [sequence for sequence in self.parked if sequence.blocks]
+        return max(parked or self._holders(), key=lambda sequence: sequence.arrival)
 
     def _decode(self, step: Step) -> None:
         for sequence in list(self.running):
@@ -118,7 +141,7 @@ class Scheduler:
             if self.prefixes:
                 self._drop_prefix(self.prefixes[-1])
                 continue
-            victim = max(self.running, key=lambda other: other.arrival)
+            victim = self._victim()
             self.preempt(victim)
             if victim is sequence:
                 return False
@@ -220,20 +243,42 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Its blocks are free; it is not run any more, whether it ran or waited."""
         sequence.finish = reason
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
-            self._release_prefix(sequence.prefix)
+        self._leave(sequence)
         self._forget(sequence)
 
+    def _leave(self, sequence: Sequence) -> None:
+        """The list it is in."""
+        for held in (self.running, self.parked, self.answered):
+            if sequence in held:
+                held.remove(sequence)
+                return
+        self.waiting.remove(sequence)
+        self._release_prefix(sequence.prefix)
+
     def preempt(self, sequence: Sequence) -> None:
-        """Take its blocks; it waits at the front, with the tokens it has."""
+        """Take its blocks; it waits at the front, with the tokens it has, unless it waits for a reply."""
         self.preemptions += 1
-        self.running.remove(sequence)
         self._forget(sequence)
+        if sequence not in self.parked:
+            self._leave(sequence)
+            self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
         sequence.prefix.waiting += 1
         self.waiting.appendleft(sequence)
+
+    def park(self, sequence: Sequence) -> None:
+        """It is not run until it was answered, whether it ran or waited."""
+        self._leave(sequence)
+        self.parked.append(sequence)
+
+    def answer(self, sequence: Sequence) -> None:
+        """Its reply, if there is any, is among its tokens: it goes on."""
+        self.parked.remove(sequence)
+        if sequence.blocks:
+            self.answered.append(sequence)
+        else:
+            self._wait(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self.blocks.give_back(sequence.blocks)

@@ -1,7 +1,12 @@
-"""The state of one sample while it is generated, and of the prompt that a group of samples shares."""
+"""The state of one sample while it is generated, and of the prompt that a group of samples shares.
+
+In tasks of several turns a completion has tokens that are not the model's: what its task replied. Wherever tokens have
+log-probs beside them, here and in what is recorded and trained, such a token's log-prob is NaN.
+"""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional
+from math import isnan
+from typing import NamedTuple, Optional, Sequence as Many
 
 import numpy
 
@@ -23,7 +28,8 @@ class Request:
     `uid` names the prompt in the run: a sample's noise is a function of (run seed, uid, number of the sample, position).
     `recorded` are tokens that samples already had, when a run is gone on with: they are taken as they stand and not
     drawn again. `limits` are new tokens at most, a sample each, in place of the sampling's max_tokens. Both count all
-    samples, also where `only` names the numbers of those that are wanted.
+    samples, also where `only` names the numbers of those that are wanted. `turn_ends`, in a task of several turns, are
+    the texts after which the model waits for a reply; None: it is never answered.
     """
 
     uid: int
@@ -32,11 +38,39 @@ class Request:
     recorded: tuple[Recorded | tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
     limits: tuple[int, ...] = ()
     only: tuple[int, ...] = ()
+    turn_ends: Optional[tuple[str, ...]] = None
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """The wanted samples."""
         return self.only or tuple(range(self.samples))
+
+
+class Span(NamedTuple):
+    """Tokens [start, stop) of a completion, the model's own or a reply's."""
+
+    own: bool
+    start: int
+    stop: int
+
+
+def spans(logprobs: Many[float]) -> list[Span]:
+    """A completion's turns and the replies between them, from its tokens' log-probs."""
+    found: list[Span] = []
+    for place, logprob in enumerate(logprobs):
+        own = not isnan(logprob)
+        if found and found[-1].own == own:
+            found[-1] = found[-1]._replace(stop=place + 1)
+        else:
+            found.append(Span(own, place, place + 1))
+    return found
+
+
+class Answer(NamedTuple):
+    """To a turn: the tokens of the reply; None where it is over, with a `note` where the sample cannot go on."""
+
+    tokens: Optional[tuple[int, ...]]
+    note: str = ""
 
 
 @dataclass(eq=False)
@@ -64,7 +98,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
     slot: Optional[int] = None
-    finish: Optional[str] = None  # stop | length | abort
+    finish: Optional[str] = None  # stop | length | turns | abort
+    note: str = ""  # why it was aborted, where its task knows
     arrival: int = 0
     _noise: numpy.ndarray = field(default_factory=lambda: numpy.empty(0), repr=False)
     _noise_from: int = 0
@@ -76,6 +111,13 @@ class Sequence:
     @property
     def completion(self) -> list[int]:
         return self.tokens[self.prompt_length :]
+
+    def observe(self, tokens: Many[int]) -> None:
+        """Append tokens that are not the model's."""
+        self.tokens += tokens
+        for column in (self.logprobs, self.model_logprobs):
+            column += [float("nan")] * len(tokens)
+        self.margins += [float("inf")] * len(tokens)
 
     def noise(self, seed: int) -> float:
         """Uniform in [0, 1) for the next new token, the same in any batch, order or process."""

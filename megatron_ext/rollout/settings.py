@@ -16,6 +16,7 @@ class Sampling:
     min_p: float = 0.0  # those at least this likely, as a share of the likeliest; 0: all
     max_tokens: int = 256  # new ones, at most
     stop_strings: List[str] = field(default_factory=list)  # a completion ends where one of them is complete
+    max_turns: int = 0  # in tasks that reply: the model's, at most; 0: as many as max_tokens leaves room for
 
     @property
     def is_greedy(self) -> bool:
@@ -50,6 +51,8 @@ def check_sampling(sampling: Sampling, where: str = "sampling") -> list[Problem]
         refuse("min_p", f"{sampling.min_p} is not in [0, 1); 0 turns it off")
     if sampling.max_tokens < 1:
         refuse("max_tokens", f"{sampling.max_tokens} is too few: the least is 1")
+    if sampling.max_turns < 0:
+        refuse("max_turns", f"{sampling.max_turns} is negative; 0 sets no limit but max_tokens")
     if any(not text for text in sampling.stop_strings):
         refuse("stop_strings", "one of them is empty: every completion would end at once")
     return problems

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_tools.estimators import majority_at_k, pass_at_k, standard_error
+from data_tools.estimators import at_k, majority_at_k, pass_at_k, standard_error
 
 
 @pytest.mark.parametrize("right", [[0, 0, 0, 0, 0], [1, 0, 0, 1, 0], [1, 1, 1, 1, 0], [1] * 5])
@@ -31,8 +31,18 @@ def test_majority_of_fewer_is_that_of_the_subsets():
         return sum(a == "4" for a in tied) / len(tied)
 
     exact = np.mean([of(subset) for subset in itertools.combinations(range(5), 3)])
-    assert majority_at_k(answers, right, 3) == pytest.approx(exact, abs=0.05)
-    assert majority_at_k(answers, right, 3) == majority_at_k(answers, right, 3)
+    assert majority_at_k(answers, right, 3) == pytest.approx(exact)
+    many = answers * 4, right * 4  # more subsets than are looked at
+    assert majority_at_k(*many, 10) == majority_at_k(*many, 10) != majority_at_k(*many, 10, seed=1)
+
+
+def test_means_over_prompts_for_every_power_of_two_that_all_prompts_have():
+    prompts = [[("4", True), ("5", False), (None, False), ("4", True)], [("7", False)] * 5]
+    found = at_k(prompts)
+    assert list(found) == ["pass@1", "maj@1", "pass@2", "maj@2", "pass@4", "maj@4"]
+    assert found["pass@1"] == 0.25 and found["pass@4"] == 0.5 == found["maj@4"]
+    assert found == at_k([votes[::-1] for votes in prompts[::-1]])
+    assert list(at_k([[(None, True), (None, False)]])) == ["pass@1", "pass@2"] and at_k([]) == {}
 
 
 def test_impossible_k_are_refused():

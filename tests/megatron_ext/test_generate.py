@@ -1,6 +1,7 @@
 """Sampling for rejection: the same samples however they are cut, stopped and gone on with, and training reads the best."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
+from data_tools.tokenizer import load_tokenizer
 from megatron_ext.entrypoints import generate, sft
 from megatron_ext.parallel import ParallelPlan
-from megatron_ext.rollout.settings import Sampling
+from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext.test_train import calculator  # noqa: F401
 
 PROMPTS, SAMPLES = 12, 4
@@ -60,6 +62,38 @@ def test_samples_are_what_rejection_reads(whole):
     assert {row["correct"] for row in rows if row["task"] == "sums"} <= {True, False}
     assert {"pass@1", "pass@2", "pass@4"} <= set(facts) and facts["pass@1"] == pytest.approx(facts["accuracy"])
     assert facts == durable.read_json(out / "result.json")
+
+
+def test_several_turns_are_sampled_shown_and_gone_on_with(folders, tmp_path):
+    """A tool in a process of its own says how long the transcript is."""
+    def several(**changes):
+        tool = Entry("tests.data_tools.tasks.verifiers", source=Source(inputs=[str(folders["questions"])]))
+        options = {"samples": 6, "sampling": Sampling(max_tokens=12), "record_s": 1e-9, **changes}
+        return replace(config(folders), mix=MixConfig({"tool": tool}), **options)
+
+    out, keep = made(tmp_path / "whole")
+    generate.run(several(), out, keep)
+    tokenizer = load_tokenizer(str(folders["hf"]))
+    end = tokenizer.decode([tokenizer.eos_id])
+    rows = [json.loads(line) for line in open(out / "samples.jsonl")]
+    spoken = [row for row in rows if "turns" in row]
+    assert spoken and all("".join(turn["text"] for turn in row["turns"]).startswith(row["completion"]) for row in spoken)
+    for row in spoken:
+        for place, turn in enumerate(row["turns"]):
+            before = "".join(one["text"] for one in row["turns"][:place]).removesuffix(end)  # as the task is asked
+            assert turn["from"] == ("task" if place % 2 else "model")
+            assert not place % 2 or turn["text"] == str(len(before))[: len(turn["text"])]
+    out, keep = made(tmp_path / "cut")
+    for allowed in (4, 3, 6):
+        asked = iter(range(allowed))
+        with pytest.raises(Stopped):
+            generate.run(several(), out, keep, stop=lambda: next(asked, None) is None)
+    generate.run(several(engine=EngineConfig(0.1, 4, 3, 8)), out, keep)
+    assert (out / "samples.jsonl").read_bytes() == (tmp_path / "whole/out/samples.jsonl").read_bytes()
+    out, keep = made(tmp_path / "one turn")
+    generate.run(several(sampling=Sampling(max_tokens=12, max_turns=1)), out, keep)
+    found = [json.loads(line) for line in open(out / "samples.jsonl")]
+    assert {row["finish"] for row in found} >= {"turns"} and not any("turns" in row for row in found)
 
 
 def test_elements_join_to_the_bytes_of_the_whole(folders, whole, tmp_path):

@@ -14,8 +14,9 @@ import pytest
 from data_tools.progress import Stopped
 from megatron_ext import grpo
 from megatron_ext.parallel import ParallelPlan
-from megatron_ext.rl.settings import Advantage, Loss
-from megatron_ext.rl.samples import Sample
+from megatron_ext.rl.rows import rollout_rows
+from megatron_ext.rl.samples import Sample, batch_of
+from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from tests.command import ROOT
 from tests.megatron_ext import gloo, tiny
 from tests.megatron_ext.rl import toy
@@ -144,6 +145,35 @@ def test_the_kl_term_holds_the_policy_at_its_reference(folders, tmp_path):
         return metrics(keep)[-1]["kl"]
 
     assert last(3.0) < 0.5 * last(1e-9)
+
+
+def test_tokens_of_replies_are_in_the_rows_and_never_trained(alone):
+    """Their place in the row is the document's, their loss weight nothing, and no log-prob of theirs is compared."""
+    nan = float("nan")
+    drawn = [
+        Sample(0, 0, (1, 2), numpy.array([3, 13, 8, 9, 4], numpy.int32), numpy.array([-1, -2, nan, nan, -3], numpy.float32), "stop", 1.0),
+        Sample(0, 1, (1, 2), numpy.array([7, 5], numpy.int32), numpy.array([-4, -5], numpy.float32), "stop", 0.0),
+    ]
+    batch = batch_of(drawn, {0}, Advantage(scale="none"), Rewarding(), 8)
+    [row] = rollout_rows(batch, ParallelPlan(), 64, 1.0, True)
+    assert row.ids.tolist() == [[1, 2, 3, 13, 8, 9, 1, 2, 7]]
+    assert row.supervised.tolist() == [1, 2, 5, 7, 8] and row.labels.tolist() == [3, 13, 4, 7, 5]
+    assert row.behaviour.tolist() == [-1, -2, -3, -4, -5] and row.lengths.tolist() == [3, 2]
+    assert row.advantage.tolist() == [0.5, 0.5, 0.5, -0.5, -0.5] and row.sequence.tolist() == [0, 0, 0, 1, 1]
+    assert grpo.totals_of(batch, toy.run_of(1, 0.1)).tokens == 5
+
+
+@pytest.mark.parametrize("cell", ["DP2", pytest.param("TP2", marks=pytest.mark.soak)])
+def test_a_run_of_several_turns_stopped_in_mid_rollout_ends_as_the_uninterrupted_one(two_ranks, folders, tmp_path, cell):
+    arguments = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], steps=3, old_logprobs="recompute", minibatches=2,
+                     turns=True, max_tokens=14, advantage=Advantage(scale="none"))  # fmt: skip
+    whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
+    found = stop_and_go_on(two_ranks, tmp_path / "cut", [9, 6], **arguments)[0]
+    assert found["digest"] == whole["digest"] and texts(tmp_path / "cut") == texts(tmp_path / "whole")
+    lines = metrics(tmp_path / "whole")
+    assert untimed(metrics(tmp_path / "cut")) == untimed(lines)
+    assert all(line["turns"] > 1.2 and line["reply_tokens"] > 0.3 and line["mismatch"]["max_log"] < 1e-4 for line in lines)
+    assert all(line["trained_tokens"] < line["length"] * line["trained_samples"] for line in lines)
 
 
 # ---------------------------------------------------------------- stopped, and gone on with

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from data_tools.tasks.mix import Entry, Mix, MixConfig, check_mix, entries_of, load_items, number_of
+from data_tools.tasks.mix import Entry, Mix, MixConfig, check_mix, entries_of, load_items, number_of, turn_ends
 from data_tools.tasks.task import Item, Source
 
 HERE = "tests.data_tools.tasks.verifiers"
@@ -211,3 +211,21 @@ assert not check_mix(MixConfig({{"a": Entry("{HERE}:length", source=Source(input
 assert not {{"torch", "numba", "{HERE}"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_texts_after_which_a_task_is_asked_are_known_or_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "users_tools").mkdir()
+
+    def of(body: str) -> dict:
+        name = f"tool_{len(list(tmp_path.rglob('*.py')))}"
+        (tmp_path / "users_tools" / f"{name}.py").write_text(f"from data_tools.tasks.gsm8k import *\n{body}\n")
+        return turn_ends({"tool": Entry(f"users_tools.{name}")})
+
+    calculating = {"math": Entry("gsm8k", {"calculator": True}), "plain": Entry("gsm8k"), "aime": Entry("aime")}
+    assert turn_ends(calculating) == {"math": ("=",)}
+    assert of("stop_strings = lambda options: ['</call>']") == {"tool": ("</call>",)}
+    for body, message in (("del stop_strings", "AttributeError"), ("stop_strings = lambda options: 1 / 0", "ZeroDivisionError"),
+                          ("stop_strings = lambda options: '='", "give a list of texts, or None")):  # fmt: skip
+        with pytest.raises(UserMistake, match=message):
+            of(body)

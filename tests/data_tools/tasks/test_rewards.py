@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from data_tools.mistake import UserMistake
-from data_tools.tasks.rewards import Score, Scorer, Verifier, _Process, score_of
+from data_tools.tasks.rewards import Reply, Score, Scorer, Verifier, _Process, score_of
 from data_tools.tasks.task import Item
 
 HERE = "tests.data_tools.tasks.verifiers"
@@ -43,6 +43,25 @@ def test_a_verifier_that_misbehaves_costs_that_sample_only():
             assert good.result() == Score(1.0, {"reward": 1.0}), completion
             score = bad.result()
             assert score.reward is None and UNSCORABLE[completion] in score.note, (completion, score)
+
+
+FAILED = {
+    "raise": "ValueError: no such tool",
+    "sleep": "time limit of 0.3 s",
+    "die": "ended its process (signal SIGKILL)",
+    "number": "the reply was a int: 3; text was expected",
+    "huge": "has 2,097,152 characters; 1,048,576 are the most",
+    "half": "UnicodeEncodeError",
+}
+
+
+def test_a_reply_that_fails_costs_that_sample_only():
+    with Scorer({"tool": Verifier(f"{HERE}")}, workers=1, time_limit_s=0.3) as scorer:
+        for transcript, note in FAILED.items():
+            bad, good = (scorer.reply("tool", ITEM, text) for text in (transcript, "how long?"))
+            assert bad.result().text is None and note in bad.result().note, transcript
+            assert good.result() == Reply("9 letters") and scorer.submit("tool", ITEM, "abc").result().reward == 3.0
+        assert scorer.reply("tool", ITEM, "over").result() == Reply(None)
 
 
 def test_terms_are_weighted_and_kept():

@@ -5,8 +5,11 @@ import re
 import signal
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
+
+from data_tools.tasks.task import Item
 
 
 def length(item, completion):
@@ -35,3 +38,35 @@ def misbehave(item, completion):
 
 def torch_imported(item, completion):
     return float("torch" in sys.modules)
+
+
+# ---- a task of several turns -----------------------------------------------------------------------------------------
+
+HUB, REWARDS = "", {}
+
+
+@dataclass
+class Options:
+    every: bool = True
+
+
+def items(record, options):
+    return [Item.of(record["prompt"], None, record)]
+
+
+def rewards(item, completion, options):
+    return float(len(completion))
+
+
+def stop_strings(options):
+    return ["1", "2", "3", "4", "5", "6", "7", "8", "9"] if options.every else None
+
+
+def reply(item, transcript, options):
+    """What the transcript asks for; else how long it is, where that is an odd number."""
+    if transcript == "raise":
+        raise ValueError("no such tool")
+    if transcript in ("sleep", "die"):
+        misbehave(item, transcript)
+    odd = {"number": 3, "huge": "x" * (2 << 20), "half": "\ud800", "over": None, "how long?": "9 letters"}
+    return odd[transcript] if transcript in odd else f"{len(transcript)}" if len(transcript) % 2 else ""

@@ -1,10 +1,15 @@
-"""A toy run of GRPO: prompts are a few tokens, and a completion is worth its share of tokens below TARGET."""
+"""A toy run of GRPO: prompts are a few tokens, and a completion is worth its share of tokens below TARGET.
+
+With `turns`, token ASKS is answered: by up to three tokens, which all that was said before decides.
+"""
 
 import json
 import os
 import signal
 import sys
 import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -22,13 +27,14 @@ from megatron_ext.rl import collect
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.rows import log_probs
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
+from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from megatron_ext.schedule import Schedule
 from megatron_ext.train import AdamW, Trainer
 from tests.megatron_ext import tiny
 
-TARGET, STOP_ID = 9, 5
+TARGET, STOP_ID, ASKS = 9, 5, 13
 ENGINE = EngineConfig(kv_gib=0.01, block_size=4, max_batch=8, token_budget=32)
 
 
@@ -57,10 +63,30 @@ class Scorer:
     def __init__(self, judge: Callable[[int, str], Any] | None = None):
         self.judge = judge or share_below
         self.asked: list[tuple[int, str]] = []
+        self.processes = ThreadPoolExecutor(2)
+
+    def reply(self, item: int, transcript: str) -> Future:
+        return self.processes.submit(reply, transcript)
 
     def submit(self, item: int, completion: str, finish: str) -> Score:
         self.asked.append((item, completion))
         return Score(self.judge(item, completion), {"length": float(len(completion.split()))})
+
+
+@dataclass
+class Reply:
+    text: Any
+    note: str = ""
+
+
+def reply(transcript: str) -> Reply:
+    said = [int(token) for token in transcript.split()]
+    time.sleep(sum(said) % 5 / 1000)  # so that replies come in any order
+    return Reply(" ".join(str(6 + (sum(said) + 5 * i) % 13) for i in range(len(said) % 4)))
+
+
+def spell(tokens: list[int], finish: str = "") -> str:
+    return " ".join(map(str, tokens))
 
 
 def share_below(item: int, completion: str) -> float:
@@ -78,14 +104,14 @@ def run_of(steps: int, lr: float, **changes: Any) -> grpo.Run:
 
 def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
-    judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, **changes: Any,
+    judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, turns: bool = False, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop."""
     keep.mkdir(parents=True, exist_ok=True)
     collect.VOTE_EVERY = 2  # completions are short
     with ranks.started(plan, seed=3):
         trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
-        engine = Engine(trainer.model[0], ENGINE, seed=11, stop_ids={STOP_ID})
+        engine = Engine(trainer.model[0], ENGINE, 11, {STOP_ID}, spell)
         asked = 0
 
         def stop() -> bool:
@@ -96,8 +122,8 @@ def trained(
         scorer = Scorer(judge)
         run = run_of(steps, lr, **changes)
         collector = Collector(
-            engine, Prompts(), scorer, lambda tokens, finish: " ".join(map(str, tokens)), Sampling(max_tokens=run.max_tokens),
-            group, keep / grpo.ROLLOUTS, "toy", 0.0, stop,
+            engine, Prompts(), scorer, spell, Sampling(max_tokens=run.max_tokens), group, keep / grpo.ROLLOUTS, "toy", 0.0, stop,
+            turns=Turns(lambda item: (str(ASKS),), scorer, spell, lambda text: [int(t) for t in text.split()]) if turns else None,
         )  # fmt: skip
         model = tiny.parts(hf, of, plan) if reference else None
         against = (lambda rows: log_probs(model, rows)) if reference else None

@@ -16,7 +16,7 @@ def check(scheduler: Scheduler, step: Step, config: EngineConfig) -> None:
     """Every token of a step has a place of its own; shared blocks are only read."""
     blocks = scheduler.blocks
     assert step.tokens <= config.token_budget and len(scheduler.running) <= config.max_batch
-    holders = [*scheduler.running, *scheduler.prefixes]
+    holders = [*scheduler.running, *scheduler.parked, *scheduler.answered, *scheduler.prefixes]
     held = [block for holder in holders for block in holder.blocks]
     assert [held.count(block) for block in range(len(blocks.references))] == blocks.references
     written = [(owner.blocks[at // blocks.size], at % blocks.size) for owner, at in (
@@ -27,16 +27,28 @@ def check(scheduler: Scheduler, step: Step, config: EngineConfig) -> None:
     assert all(blocks.references[block] == 1 for block, _ in written)
 
 
-def play(config: EngineConfig, blocks: int, requests: list[Request], lengths: list[int], aborted: set[int] = frozenset(), slots: int = 0) -> tuple[Scheduler, int]:
-    """Run to the end: sample i ends after lengths[i] new tokens, or is aborted after half of them. (scheduler, steps)."""
+def play(
+    config: EngineConfig, blocks: int, requests: list[Request], lengths: list[int], aborted: set[int] = frozenset(), slots: int = 0,
+    replies: dict[int, list[int]] = {},
+) -> tuple[Scheduler, int]:  # fmt: skip
+    """Run to the end: sample i ends after lengths[i] new tokens, or is aborted after half of them. (scheduler, steps).
+
+    With replies[i] = [n, tokens, steps] sample i waits after n new tokens, so many steps, for a reply of so many tokens.
+    """
     scheduler = Scheduler(config, BlockManager(blocks, config.block_size), slots)
     added = scheduler.add(requests, max(lengths))
     number = {id(sequence): i for i, sequence in enumerate(added)}
     known: set[Prefix] = set()
     steps = 0
+    asked: dict[int, int] = {}
     while scheduler.has_work:
+        for i, since in list(asked.items()):
+            if since + replies[i][2] <= steps:
+                added[i].tokens += [2] * min(replies[i][1], lengths[i] - len(added[i].completion) - 1)
+                scheduler.answer(added[i])
+                del asked[i]
         step = scheduler.plan()
-        assert not step.is_empty
+        assert not step.is_empty or scheduler.parked
         check(scheduler, step, config)
         steps += 1
         drawn = [s for s in step.begun if len(s.tokens) == s.prompt_length]
@@ -47,7 +59,10 @@ def play(config: EngineConfig, blocks: int, requests: list[Request], lengths: li
             assert sequence.cached == len(sequence.tokens)
             sequence.tokens.append(1)
             i = number[id(sequence)]
-            if i in aborted and len(sequence.completion) >= lengths[i] / 2:
+            if i in replies and len(sequence.completion) == replies[i][0] < lengths[i]:
+                scheduler.park(sequence)
+                asked[i] = steps
+            elif i in aborted and len(sequence.completion) >= lengths[i] / 2:
                 scheduler.finish(sequence, "abort")
             elif len(sequence.completion) == lengths[i]:
                 scheduler.finish(sequence, "stop")
@@ -69,7 +84,9 @@ def test_every_sample_ends_whatever_the_memory(groups, size, batch, spare, data)
     lengths = data.draw(st.lists(st.integers(1, 25), min_size=count, max_size=count))
     least = -(-(max(length for length, _ in groups) + max(lengths)) // size) + 1
     aborted = set(data.draw(st.lists(st.integers(0, count - 1), max_size=3)))
-    play(config, least + spare, requests, lengths, aborted, slots=data.draw(st.sampled_from([0, 2 * batch])))
+    some = st.tuples(st.integers(1, 12), st.integers(0, 12), st.integers(0, 9))
+    replies = data.draw(st.dictionaries(st.integers(0, count - 1), some, max_size=count)) if data.draw(st.booleans()) else {}
+    play(config, least + spare, requests, lengths, aborted, data.draw(st.sampled_from([0, 2 * batch])), replies)
 
 
 def test_ten_thousand_requests_with_aborts_leak_no_block():

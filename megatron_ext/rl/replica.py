@@ -1,0 +1,30 @@
+"""The ranks that hold one copy of the model, among those that generate."""
+
+from typing import Any, Sequence
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+class Replica:
+    """This rank's place among those that generate."""
+
+    def __init__(self) -> None:
+        self.group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.parts = parallel_state.get_model_parallel_group()  # the ranks that hold this replica's model
+        self.speaks = self.parts.rank() == 0  # of ranks that make the same samples one writes, scores and replies
+
+    def share(self, items: Sequence[int]) -> list[int]:
+        return list(items)[self.group.rank() :: self.group.size()]
+
+    def gathered(self, mine: list[Any]) -> list[Any]:
+        """The lists of all replicas, joined."""
+        parts: list[Any] = [None] * self.group.size()
+        dist.all_gather_object(parts, mine, group=self.group)
+        return [one for part in parts for one in part]
+
+    def from_speaker(self, value: Any) -> Any:
+        box = [value]
+        if self.parts.size() > 1:
+            dist.broadcast_object_list(box, group=self.parts, group_src=0)
+        return box[0]

@@ -1,0 +1,68 @@
+"""Tasks of several turns: what they reply where a turn of the model ends.
+
+The verifiers' processes are asked (data_tools/tasks/rewards.py): a task that raises, hangs or gives no text costs its
+sample. One rank of a replica asks, and tells the others; samples of which nobody has answered yet wait, the rest goes on.
+"""
+
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, Optional, Protocol
+
+from megatron_ext.rl.replica import Replica
+from megatron_ext.rollout.sequence import Answer, Sequence
+
+MOMENT_S = 0.02  # waited for a reply where nothing else is to be done
+
+
+class Task(Protocol):
+    def reply(self, item: Any, transcript: str) -> Future:
+        """Its result() has text (None: it is over) and note (why the sample cannot go on)."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a run's tasks answer.
+
+    `ends(item)` are the texts after which its task is asked, None where it never is. `task` is needed where
+    `Replica.speaks`. `spell(tokens, finish)` is the text of a completion so far, `encode` makes tokens of a reply.
+    """
+
+    ends: Callable[[Any], Optional[tuple[str, ...]]]
+    task: Optional[Task]
+    spell: Callable[[list[int], str], str]
+    encode: Callable[[str], list[int]]
+
+    def of(self, items: Mapping[int, Any], replica: Replica) -> "Replies":
+        """For the prompts of one call of the engine, by uid."""
+        return Replies(self, items, replica)
+
+
+def ends_of(turns: Optional[Turns], item: Any) -> Optional[tuple[str, ...]]:
+    return turns.ends(item) if turns else None
+
+
+class Replies:
+    """What the engine asks and is told: see rollout/engine.py."""
+
+    def __init__(self, turns: Turns, items: Mapping[int, Any], replica: Replica):
+        self.turns, self.items, self.replica = turns, items, replica
+        self.asked: dict[tuple[int, int], Sequence] = {}
+        self.futures: dict[tuple[int, int], Future] = {}
+
+    def ask(self, sequence: Sequence) -> None:
+        uid = sequence.prefix.request.uid
+        self.asked[uid, sequence.sample] = sequence
+        if self.replica.speaks:
+            transcript = self.turns.spell(sequence.completion, "stop")
+            self.futures[uid, sequence.sample] = self.turns.task.reply(self.items[uid], transcript)
+
+    def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
+        if wait:
+            wait_for(self.futures.values(), MOMENT_S, FIRST_COMPLETED)
+        found = [(key, self._answer(self.futures.pop(key))) for key, one in list(self.futures.items()) if one.done()]
+        return [(self.asked.pop(key), Answer(*answer)) for key, answer in self.replica.from_speaker(found)]
+
+    def _answer(self, future: Future) -> Answer:
+        reply = future.result()
+        return Answer(None if reply.text is None else tuple(self.turns.encode(reply.text)), reply.note)
