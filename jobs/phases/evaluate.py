@@ -1,4 +1,4 @@
-"""Accuracy of a model folder on a task's rows: an array over prompts, counts added up."""
+"""Accuracy of a model folder on a task's rows, or on a mix of tasks: an array over prompts, counts added up."""
 
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
         text += f"{facts['unseen_prompts']:,}"
     if "sampled_accuracy" in facts:
         text += f"; sampled {facts['sampled_accuracy']:.3f}"
+        for kind in ("pass@", "maj@"):
+            text += "".join(f", {name} {facts[name]:.3f}" for name in [name for name in facts if name.startswith(kind)][-1:])
     if "gain" in facts:
         text += f", gain {100 * facts['gain']:+.1f} ± {100 * facts['gain_error']:.1f} points"
     return {"headline": text, **facts}

@@ -1,24 +1,28 @@
-"""Accuracy of a model folder on the rows of a task, over distinct prompts, by the task's own verifier: greedy, and the
-mean of samples at a temperature. With `compare_with` also what was gained over an earlier evaluation, prompt by prompt.
+"""Accuracy of a model folder over distinct prompts, by the tasks' own verifiers: greedy, and of samples at a temperature
+their mean, pass@k and maj@k. With `compare_with` also what was gained over an earlier evaluation, prompt by prompt.
 
-Element i of n takes distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way.
-`finish` adds the counts. Row order: files as given, then the synthetic stream; the first of equal prompts counts.
+The prompts are the rows of a task, or those of a mix: any tasks that generate and grpo take. Element i of n takes
+distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way. `finish` adds the counts. Row
+order: files as given, then the synthetic stream; the first of equal prompts counts.
 """
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 from data_tools import durable
-from data_tools.estimators import standard_error
+from data_tools.estimators import at_k, standard_error
 from data_tools.mistake import Problem, UserMistake
-from data_tools.progress import Progress, silent
+from data_tools.progress import Progress, never, silent
 from data_tools.tables import write_table
-from data_tools.tasks.task import Row, Source, Task, check_rows, load_task, task_options
+from data_tools.tasks.mix import MixConfig
+from data_tools.tasks.task import Item, Row, Source, Task, check_rows, load_task, task_options
+from megatron_ext.entrypoints import generate
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel_rules import check as check_plan
-from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine
+from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
 
@@ -30,10 +34,16 @@ class Config:
     task_options: Dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
     limit: int = 0  # distinct prompts; 0: all
+    mix: MixConfig = field(default_factory=MixConfig)  # in place of task, source and limit: the prompts of these tasks
+    chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
     max_new_tokens: int = 16
+    max_turns: int = 0  # of the model, in tasks that reply; 0: as many as max_new_tokens leaves room for
     samples: int = 0  # of each prompt, at `temperature`, besides the greedy one
     temperature: float = 1.0
+    top_p: float = 1.0
     seed: int = 0  # of the samples
+    verify_limit_s: float = 10.0  # seconds that a verifier of the mix has for a sample, which then counts as wrong
+    verifiers: int = field(default=2, metadata={"keyed": False})  # processes that score the mix, a replica
     compare_with: Optional[str] = field(default=None, metadata={"input": True})  # output of another evaluation
     seen_in: Optional[str] = field(default=None, metadata={"input": True})  # training token store: split by it
     dtype: str = ""  # of the weights; "" keeps the model folder's
@@ -46,13 +56,33 @@ def check(config: Config, ranks: int) -> list[Problem]:
     problems = []
     if not config.model:
         problems.append(Problem("model", "is missing: a model folder"))
+    if of_mix(config):
+        problems += [p for p in generate.check(_ways(config)[-1], ranks) if p.where.startswith(("mix", "verif"))]
+        if config.source != Source() or config.seen_in:
+            problems.append(Problem("mix", "is given beside source or seen_in, which are for the rows of one task"))
+        return problems + _check_ways(config, ranks)
     problems += check_rows(config.task, config.task_options, config.source)
+    return problems + _check_ways(config, ranks)
+
+
+def of_mix(config: Config) -> bool:
+    return bool(config.mix.entries or config.mix.environments)
+
+
+def _check_ways(config: Config, ranks: int) -> list[Problem]:
+    problems = []
     if config.max_new_tokens < 1:
         problems.append(Problem("max_new_tokens", f"{config.max_new_tokens} is too few: the least is 1"))
     if config.samples < 0:
         problems.append(Problem("samples", f"{config.samples} is negative; 0 is greedy alone"))
     if not config.temperature > 0:
         problems.append(Problem("temperature", f"{config.temperature} is not above 0; greedy accuracy is always there"))
+    own = ("sampling.top_p", "sampling.max_turns")
+    problems += [
+        Problem(problem.where.removeprefix("sampling."), problem.message)
+        for problem in check_sampling(_ways(config)[-1].sampling)
+        if problem.where in own
+    ]
     problems += check_engine(config.engine)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
@@ -93,64 +123,16 @@ def run(
     config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
 ) -> dict[str, Any]:
     """Facts: as `_result`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element, the table."""
-    from data_tools.tokenizer import load_tokenizer
     from megatron_ext import model_folder, ranks
 
     problems = check(config, ranks.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
-    task = load_task(config.task)
-    options = task_options(task, config.task_options)
-    tokenizer = load_tokenizer(str(folder.hf))
-    mine = distinct(rows(config, task), config.limit)[index::count]
-    prompts = [tokenizer.encode(row.prompt) for row in mine]
-    seen = _seen([row.prompt for row in mine], config.seen_in)
-
+    of = _of_mix if of_mix(config) else _of_rows
     with ranks.started(config.parallel):
-        import torch.distributed as dist
-        from megatron.core import parallel_state  # may be imported once the device is ready
-
-        from megatron_ext.rollout.engine import Engine
-        from megatron_ext.rollout.sequence import Request
-
-        model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
-        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        own = range(replicas.rank(), len(prompts), replicas.size())
-        engine = Engine(model, config.engine, config.seed, stop_ids={tokenizer.eos_id})
-        ways = [(Sampling(temperature=0, max_tokens=config.max_new_tokens), 1)]
-        if config.samples:
-            ways.append((Sampling(config.temperature, max_tokens=config.max_new_tokens), config.samples))
-        found: list[tuple[int, int, list[int]]] = []  # place of the prompt, way, new tokens
-        total = len(own) * (1 + config.samples)
-        for way, (sampling, samples) in enumerate(ways):
-            uids = {uid_of(prompts[place]): place for place in own}
-            requests = [Request(uid, tuple(prompts[place]), samples) for uid, place in uids.items()]
-            for sequence in engine.generate(requests, sampling):
-                found.append((uids[sequence.prefix.request.uid], way, sequence.completion))
-                progress(len(found), total, "samples")
-        parts: list[Any] = [None] * replicas.size()
-        dist.all_gather_object(parts, found, group=replicas)
-        completions: dict[tuple[int, int], list[list[int]]] = {}
-        for place, way, ids in (one for part in parts for one in part):
-            completions.setdefault((place, way), []).append(ids)
+        samples = of(config, folder, keep, progress, index, count)
         writer = ranks.is_writer()
-    kind = getattr(task, "kind", None)
-
-    def judged(row: Row, ids: list[int]) -> tuple[str, bool]:
-        ended = bool(ids) and ids[-1] == tokenizer.eos_id
-        completion = tokenizer.decode(ids[:-1] if ended else ids)
-        return completion, ended and task.is_correct(row.answer, completion, options)
-
-    samples = []
-    for place, row in enumerate(mine):
-        completion, correct = judged(row, completions[place, 0][0])
-        sample = {"prompt": row.prompt, "answer": row.answer, "completion": completion, "correct": correct}
-        sample["seen"] = seen[place]
-        if config.samples:
-            sample["sampled_correct"] = sum(judged(row, ids)[1] for ids in completions[place, 1])
-            sample["sampled"] = config.samples
-        samples.append({**sample, "kind": kind(row)} if kind else sample)
     result = _result(samples, _compared(config))
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
@@ -158,6 +140,102 @@ def run(
         if count == 1:
             _table(keep, result, folder.step)
     return result
+
+
+def _ways(config: Config) -> list[generate.Config]:
+    """A mix sampled greedily, and at a temperature."""
+    plain = dict(
+        model=config.model, mix=config.mix, chat_arguments=config.chat_arguments, seed=config.seed, dtype=config.dtype,
+        verify_limit_s=config.verify_limit_s, verifiers=config.verifiers, engine=config.engine, backend=config.backend,
+        parallel=config.parallel,
+    )  # fmt: skip
+    length = dict(max_tokens=config.max_new_tokens, max_turns=config.max_turns)
+    ways = [generate.Config(**plain, samples=1, sampling=Sampling(temperature=0, **length))]
+    if config.samples:
+        sampling = Sampling(temperature=config.temperature, top_p=config.top_p, **length)
+        ways.append(generate.Config(**plain, samples=config.samples, sampling=sampling))
+    return ways
+
+
+def _of_mix(config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int) -> List[Dict[str, Any]]:
+    """A line for each prompt of this element, on every rank. What KEEP has of it is not sampled again."""
+    from megatron_ext import model_folder
+    from megatron_ext.checkpoint import from_rank_zero
+
+    load = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
+    found = []
+    for number, way in enumerate(_ways(config)):
+        kept = keep / "sampled" / f"element_{index:04d}" / ("greedy" if number == 0 else "samples")
+        found.append(generate.sampled(way, folder, kept, index, count, progress, never, load))
+    lines: Dict[str, Dict[str, Any]] = {}
+    for sample in found[0]:
+        told = {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
+        line = {"prompt": sample["prompt_id"], **told, "correct": bool(sample["correct"]), "seen": None, "kind": sample["task"]}
+        lines[sample["prompt_id"]] = line | ({"votes": []} if config.samples else {})
+    for sample in found[1] if config.samples else ():
+        lines[sample["prompt_id"]]["votes"].append(generate.vote(sample))
+    for line in lines.values():
+        line |= _counted(line.get("votes"))
+    return from_rank_zero(list(lines.values()))
+
+
+def _counted(votes: Optional[list]) -> Dict[str, Any]:
+    return {} if votes is None else {"sampled_correct": sum(right for _, right in votes), "sampled": len(votes)}
+
+
+def _of_rows(config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int) -> List[Dict[str, Any]]:
+    """A line for each row of this element, on every rank."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from data_tools.tokenizer import load_tokenizer
+    from megatron_ext import model_folder
+    from megatron_ext.rollout.engine import Engine
+    from megatron_ext.rollout.sequence import Request
+
+    task = load_task(config.task)
+    options = task_options(task, config.task_options)
+    tokenizer = load_tokenizer(str(folder.hf))
+    mine = distinct(rows(config, task), config.limit)[index::count]
+    prompts = [tokenizer.encode(row.prompt) for row in mine]
+    seen = _seen([row.prompt for row in mine], config.seen_in)
+    model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    own = range(replicas.rank(), len(prompts), replicas.size())
+    engine = Engine(model, config.engine, config.seed, stop_ids={tokenizer.eos_id})
+    found: list[tuple[int, int, list[int]]] = []  # place of the prompt, way, new tokens
+    total = len(own) * (1 + config.samples)
+    for number, way in enumerate(_ways(config)):
+        uids = {uid_of(prompts[place]): place for place in own}
+        requests = [Request(uid, tuple(prompts[place]), way.samples) for uid, place in uids.items()]
+        for sequence in engine.generate(requests, way.sampling):
+            found.append((uids[sequence.prefix.request.uid], number, sequence.completion))
+            progress(len(found), total, "samples")
+    parts: list[Any] = [None] * replicas.size()
+    dist.all_gather_object(parts, found, group=replicas)
+    completions: dict[tuple[int, int], list[list[int]]] = {}
+    for place, number, ids in (one for part in parts for one in part):
+        completions.setdefault((place, number), []).append(ids)
+    kind, answer_of = getattr(task, "kind", None), getattr(task, "final_answer", None)
+
+    def judged(row: Row, ids: list[int]) -> tuple[str, bool, Optional[str]]:
+        """(the completion, whether it is right, what it answers); one that does not end answers nothing."""
+        ended = bool(ids) and ids[-1] == tokenizer.eos_id
+        completion = tokenizer.decode(ids[:-1] if ended else ids)
+        answer = answer_of(Item.of(row.prompt, row.answer), completion, options) if ended and answer_of else None
+        return completion, ended and task.is_correct(row.answer, completion, options), answer
+
+    samples = []
+    for place, row in enumerate(mine):
+        completion, correct, _ = judged(row, completions[place, 0][0])
+        sample = {"prompt": row.prompt, "answer": row.answer, "completion": completion, "correct": correct}
+        sample["seen"] = seen[place]
+        if config.samples:
+            votes = [(answer, right) for _, right, answer in (judged(row, ids) for ids in completions[place, 1])]
+            sample["votes"] = sorted(votes, key=str)  # in whatever order they came
+            sample |= _counted(sample["votes"])
+        samples.append({**sample, "kind": kind(row)} if kind else sample)
+    return samples
 
 
 def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool]]:
@@ -200,6 +278,7 @@ def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] 
             shares = [sample["sampled_correct"] / sample["sampled"] for sample in of]
             result[f"{name}sampled_accuracy"] = sum(shares) / len(shares)
             result[f"{name}sampled_error"] = standard_error(shares)
+            result |= {name + key: value for key, value in at_k([sample["votes"] for sample in of if "votes" in sample]).items()}
             gains = [
                 share - before[sample["prompt"]]["sampled_correct"] / before[sample["prompt"]]["sampled"]
                 for sample, share in zip(of, shares)
@@ -214,7 +293,9 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     labels = {"": "all", "seen_": "seen in training", "unseen_": "not seen"}
     names = [name.removesuffix("prompts") for name in result if name.endswith("prompts")]
     columns, keys = ["prompts", "distinct", "correct", "greedy accuracy"], ["prompts", "correct", "accuracy"]
-    for column, key in (("sampled", "sampled_accuracy"), ("± error", "sampled_error"), ("gain", "gain"), ("± error", "gain_error")):
+    largest = [[name for name in result if name.startswith(kind)][-1:] for kind in ("pass@", "maj@")]
+    told = [("sampled", "sampled_accuracy"), ("± error", "sampled_error"), *((name, name) for names in largest for name in names)]
+    for column, key in (*told, ("gain", "gain"), ("± error", "gain_error")):
         if key in result:
             columns, keys = [*columns, column], [*keys, key]
     rows_ = [[labels.get(name, name.rstrip("_").replace("_", " ")), *(result.get(name + key) for key in keys)] for name in names]

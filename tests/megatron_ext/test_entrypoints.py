@@ -10,6 +10,7 @@ import pytest
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
+from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from megatron_ext import model_folder
 from megatron_ext.entrypoints import bare, evaluate, export_hf, generate, grpo, import_hf, init_model, merge_lora, sft
@@ -109,6 +110,30 @@ def test_what_was_gained_is_told_with_its_error_prompt_by_prompt():
     assert result["sampled_accuracy"] == pytest.approx(8 / 12) and result["gain"] == pytest.approx(4 / 12)
     assert result["gain_error"] == pytest.approx(numpy.std([0.25, 0.25, 0.5], ddof=1) / 3**0.5)
     assert "gain" not in evaluate._result(lines(1), {})
+
+
+def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp_path):  # noqa: F811
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"prompt": f"{n}="}) + "\n" for n in (1, 2, 3)))
+    mix = MixConfig({
+        "sums": Entry("calculator", source=Source(synthetic_rows=9, synthetic_split="heldout")),
+        "tool": Entry("tests.data_tools.tasks.verifiers", source=Source(inputs=[str(tmp_path / "questions.jsonl")])),
+    })  # fmt: skip
+    config = evaluate.Config(model=str(calculator["base"]), mix=mix, max_new_tokens=5, samples=4, verifiers=1)
+    outs = [tmp_path / name for name in ("whole", "a", "b", "joined")]
+    for out in outs:
+        out.mkdir()
+    whole = evaluate.run(config, outs[0], tmp_path / "keep")
+    for index in range(2):
+        evaluate.run(config, outs[1 + index], tmp_path / "parts", index=index, count=2)
+    assert evaluate.finish(config, outs[1:3], outs[3], tmp_path / "parts") == whole
+    assert whole["prompts"] == 12 and whole["tool_prompts"] == 3 and whole["tool_accuracy"] == 1  # its reward is a length
+    assert whole["tool_pass@4"] == 1 and "tool_maj@4" not in whole and {"pass@1", "pass@2", "pass@4", "maj@4"} <= set(whole)
+    assert whole["pass@1"] == pytest.approx(whole["sampled_accuracy"]) and whole["pass@4"] >= whole["pass@2"] >= whole["pass@1"]
+    assert any("turns" in json.loads(line) for line in open(outs[0] / "samples.jsonl"))
+    again = evaluate.run(replace(config, compare_with=str(outs[0]), verifiers=2), outs[1], tmp_path / "keep")  # nothing is sampled anew
+    assert again["gain"] == 0
+    wrong = replace(config, source=Source(synthetic_rows=1), top_p=0.0)
+    assert [problem.where for problem in evaluate.check(wrong, 1)] == ["mix", "top_p"]
 
 
 def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):  # noqa: F811
