@@ -58,8 +58,8 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("model", "is missing: a model folder"))
     if of_mix(config):
         problems += [p for p in generate.check(_ways(config)[-1], ranks) if p.where.startswith(("mix", "verif"))]
-        if config.source != Source() or config.seen_in:
-            problems.append(Problem("mix", "is given beside source or seen_in, which are for the rows of one task"))
+        if config.source != Source() or config.limit or config.seen_in:
+            problems.append(Problem("mix", "is given beside source, limit or seen_in, which are for the rows of one task"))
         return problems + _check_ways(config, ranks)
     problems += check_rows(config.task, config.task_options, config.source)
     return problems + _check_ways(config, ranks)

@@ -4,6 +4,8 @@ import contextlib
 from functools import lru_cache
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
+import numpy as np
+
 from data_tools.mistake import Problem, UserMistake
 from data_tools.prompts import PromptEncoder
 from data_tools.tasks.mix import Draw, Entry, Mix, turn_ends, verifiers
@@ -115,11 +117,11 @@ class Texts:
         ended = finish == "stop" and len(tokens) and tokens[-1] in self.stop_ids
         return self.tokenizer.decode(tokens[:-1] if ended else tokens)
 
-    def spell_turns(self, tokens: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
+    def spell_turns(self, tokens: Sequence[int], logprobs: np.ndarray) -> dict[str, Any]:
         """`turns` of a completion for a log: who said what; nothing where the model alone spoke."""
-        found = spans(logprobs)
-        if all(span.own for span in found):
+        if not np.isnan(logprobs).any():
             return {}
+        found = spans(logprobs)
         said = [self.tokenizer.decode(tokens[span.start : span.stop]) for span in found]
         return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(found, said)]}
 
