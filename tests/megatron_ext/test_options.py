@@ -118,7 +118,7 @@ def test_plans_of_different_lengths_are_not_blended(calculator, tmp_path):  # no
 
 # ---------------------------------------------------------------- options of megatron-core
 
-GPU = Engine("fused", "transformer_engine", ["attn"], True, True, True, 0.5, True, 7)
+GPU = Engine("fused", "transformer_engine", ["attn"], True, True, True, 0.5, True)
 
 
 def test_options_are_fields_of_megatron_core():
@@ -147,6 +147,7 @@ def test_what_the_backend_cannot_do_is_refused():
 
 
 def test_the_distributed_time_out_is_the_configured_one():
+    assert "distributed_timeout_minutes: 0 is too few" in str(options.check_timeout(0)[0])
     with ranks.started(PLAN, patience=timedelta(minutes=7)):
         assert parallel_state.get_data_parallel_group()._get_backend(torch.device("cpu")).options._timeout.seconds == 420
 
