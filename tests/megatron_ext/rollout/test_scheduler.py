@@ -89,6 +89,13 @@ def test_every_sample_ends_whatever_the_memory(groups, size, batch, spare, data)
     play(config, least + spare, requests, lengths, aborted, data.draw(st.sampled_from([0, 2 * batch])), replies)
 
 
+def test_replies_that_have_no_room_take_it_from_the_sample_that_came_last():
+    config = EngineConfig(block_size=2, max_batch=2, token_budget=8)
+    requests = [Request(i, (1,)) for i in range(2)]
+    scheduler, _ = play(config, 8, requests, [12, 12], replies={0: [6, 5, 0], 1: [6, 5, 0]})
+    assert scheduler.preemptions > 0
+
+
 def test_ten_thousand_requests_with_aborts_leak_no_block():
     random = numpy.random.default_rng(0)
     requests = [Request(i, (1,) * int(n), 4) for i, n in enumerate(random.integers(1, 60, 2500))]
