@@ -33,6 +33,7 @@ OVERLONG = ("drop", "truncate", "split", "fail")
 ORDERS = ("decreasing", "shuffled")
 EXPORTS = ("megatron_lm", "megatron_bridge")  # export_packs.py
 ON_UNSTABLE = ("fail", "drop")
+PADDING_SLOT = 1024  # tokens at most: attention over a slot costs the square of its length, and padding is for nothing
 
 _BLOCK = 1 << 16  # pieces held as Python numbers at a time
 _PREDICTED_STEPS = 64  # steps of 8 packs a rank over which idle time is predicted
@@ -342,8 +343,8 @@ class Pack:
     labels: np.ndarray  # int64[L], the next token of the same document; the pad id where there is none
     loss_mask: np.ndarray  # float32[L], 1 where the label is in the loss; 0 on each document's last token and padding
     positions: np.ndarray  # int64[L], from 0 in every slot
-    cu_seqlens: np.ndarray  # int32[slots + 1], slot boundaries from 0 to L; tail padding is a slot of its own
-    doc_ids: np.ndarray  # int64[documents], rows of the store; one less than slots where there is tail padding
+    cu_seqlens: np.ndarray  # int32[slots + 1], slot boundaries from 0 to L; after the documents' slots those of padding
+    doc_ids: np.ndarray  # int64[documents], rows of the store, in the order of slots; fewer where there is tail padding
 
 
 class PackReader:
@@ -409,6 +410,8 @@ class PackReader:
             mask[start + 1 : start + n] = self.store.all_masks[first + 1 : first + n]
         labels = np.append(ids[1:], self.pad_id)
         labels[cu_seqlens[1:] - 1] = self.pad_id
+        slot = -(-PADDING_SLOT // self.align) * self.align
+        cu_seqlens = np.concatenate([cu_seqlens, np.arange(cu_seqlens[-1] + slot, length, slot)])
         if cu_seqlens[-1] < length:
             cu_seqlens = np.append(cu_seqlens, length)
         positions = np.arange(length, dtype=np.int64) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))

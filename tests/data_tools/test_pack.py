@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data_tools.balance import Balance, SourceBalance
 from data_tools.durable import write_json
 from data_tools.mistake import UserMistake
-from data_tools.pack import Config, PackReader, check, pack
+from data_tools.pack import PADDING_SLOT, Config, PackReader, check, pack
 from data_tools.store import Provenance, Store, StoreWriter, row_text
 
 PAD = 999  # no document holds it
@@ -124,6 +124,18 @@ def test_shuffled_packs_of_tiny_documents_mix_lengths_and_are_nearly_full(
 def reader(tmp_path: Path) -> PackReader:
     store = store_of(tmp_path / "store", [(3, 2)] * 23)
     return PackReader(store, pack_to(tmp_path / "plan", store=str(store), pack_length=10))
+
+
+@pytest.mark.parametrize("align", [4, 24])
+def test_padding_lies_in_short_slots_that_no_document_shares(tmp_path: Path, align: int) -> None:
+    store = store_of(tmp_path / "store", [(5, 8), (3, 4)])
+    plan = pack_to(tmp_path / "plan", store=str(store), pack_length=align * 1000, align=align)
+    got = PackReader(store, plan, pad_id=PAD).pack(0)
+    slots = np.diff(got.cu_seqlens)
+    first = slots[:2].sum()
+    assert not (slots % align).any() and slots.sum() == align * 1000 and max(slots[2:]) < PADDING_SLOT + align
+    assert (got.ids[:first] != PAD).sum() == 20 and (got.ids[first:] == PAD).all() and not got.loss_mask[first:].any()
+    assert len(slots) - 2 == -(-(align * 1000 - first) // max(slots))  # as few as that allows
 
 
 def test_a_batch_is_a_pure_function_of_its_number(reader: PackReader) -> None:
