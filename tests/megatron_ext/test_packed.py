@@ -12,7 +12,8 @@ from megatron_ext import certify, checkpoint, ranks, train
 from megatron_ext.certify import random_pack
 from megatron_ext.entrypoints.certify import DOCUMENTS
 from megatron_ext.layers.loss_head import Targets
-from megatron_ext.parallel import ParallelPlan, check
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel_rules import check
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import CELLS, FAMILIES, Cell
 from tests.megatron_ext.table import Table
