@@ -173,7 +173,7 @@ class PackedDocuments(PackedSeqParams):
     layout: Layout | None = field(default=None, repr=False)
     share: Share | None = field(default=None, repr=False)  # with context parallelism only
     cache: Any = field(default=None, repr=False)  # rollout/cache.py: what earlier tokens of the documents left
-    _turns: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+    _turns: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def turns(
         self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0
@@ -185,8 +185,9 @@ class PackedDocuments(PackedSeqParams):
         if self._turns is None:
             half = angles.size(-1) // 2  # the table repeats its first half
             mine = angles[:, 0, :, :half].index_select(0, self.positions)  # [T / c, 1, d / 2]
-            self._turns = (mine.cos() * length).to(dtype), (mine.sin() * length).to(dtype)
-        return self._turns
+            # With the table, which a recorded pass (rollout/graphs.py) reads again.
+            self._turns = (mine.cos() * length).to(dtype), (mine.sin() * length).to(dtype), angles
+        return self._turns[:2]
 
 
 def packed_documents(

@@ -165,10 +165,11 @@ class CachedRow(PackedDocuments):
     batches: tuple[Batch, ...] = ()
 
 
-def cached_row(shares: Sequence[Share], cache: Cache, filler: int = 0) -> CachedRow:
+def cached_row(shares: Sequence[Share], cache: Cache, filler: int = 0, width: int = 0) -> CachedRow:
     """The row of `shares`, one after the other, and after them `filler` tokens of no document.
 
-    Shares of one token are batched with those whose blocks the same power of two holds; a longer one is alone.
+    Shares of one token are batched with those whose blocks the same power of two holds, or with `width` all of them, of
+    so many blocks each, whose row differs from another's in numbers only; a longer one is alone.
     """
     size = cache.block_size
     spans = [numpy.arange(share.start, share.stop) for share in shares]
@@ -177,15 +178,15 @@ def cached_row(shares: Sequence[Share], cache: Cache, filler: int = 0) -> Cached
     starts = numpy.cumsum([0] + [len(span) for span in spans])
     kinds: dict[tuple[int, int], list[int]] = {}
     for number, (span, table) in enumerate(zip(spans, tables)):
-        kind = (0, (len(table) - 1).bit_length()) if len(span) == 1 else (1, number)
+        kind = (0, width or (len(table) - 1).bit_length()) if len(span) == 1 else (1, number)
         kinds.setdefault(kind, []).append(number)
 
     def batch(numbers: list[int]) -> Batch:
-        width = max(len(tables[i]) for i in numbers)
+        most = width or max(len(tables[i]) for i in numbers)
         arrays = (
             numpy.concatenate([numpy.arange(starts[i], starts[i + 1]) for i in numbers]),
             numpy.stack([spans[i] for i in numbers]),
-            numpy.stack([numpy.pad(tables[i], (0, width - len(tables[i]))) for i in numbers]),
+            numpy.stack([numpy.pad(tables[i], (0, most - len(tables[i]))) for i in numbers]),
             numpy.array([shares[i].slot or 0 for i in numbers]),
             numpy.array([shares[i].start == 0 for i in numbers]),
         )
@@ -193,7 +194,7 @@ def cached_row(shares: Sequence[Share], cache: Cache, filler: int = 0) -> Cached
 
     empty = numpy.zeros(filler, numpy.int64)
     positions = numpy.concatenate([*spans, empty])
-    longest = -(-(int(positions.max()) + 1) // _ANGLES) * _ANGLES
+    longest = -(-(width * size or int(positions.max()) + 1) // _ANGLES) * _ANGLES
     return CachedRow(
         qkv_format="thd",
         max_seqlen_q=longest,

@@ -51,7 +51,7 @@ class Engine:
     ):
         self.model, self.config, self.seed = model, config, seed
         self.stop_ids, self.detokenize = frozenset(stop_ids), detokenize
-        self.runner = Runner(model, config.block_size)
+        self.runner = Runner(model, config)
         self.counts: Counter[str] = Counter()
         self._is_idle = False  # the last step had nothing to compute
         experts = parallel_state.get_expert_model_parallel_group()
@@ -86,7 +86,7 @@ class Engine:
                     yield sequence
         finally:
             self.counts["preemptions"] += self.scheduler.preemptions
-            self.runner.cache.free()
+            self.runner.free()
             self.model.train(was_training)
 
     @property

@@ -6,24 +6,31 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from data_tools.mistake import UserMistake
 from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import position_logits
 from megatron_ext.models.registry import unwrap
-from megatron_ext.rollout.cache import Cache, Share, cached_row
+from megatron_ext.rollout.cache import Cache, CachedRow, Share, cached_row
+from megatron_ext.rollout.graphs import Graphs
 from megatron_ext.rollout.sampler import Drawn, Vocabulary, draw
-from megatron_ext.rollout.settings import Sampling
+from megatron_ext.rollout.settings import EngineConfig, Sampling, check_graphs
 
 
 class Runner:
     """The training model itself, in the shape it has: its parameters are never copied."""
 
-    def __init__(self, model: torch.nn.Module, block_size: int):
+    def __init__(self, model: torch.nn.Module, settings: EngineConfig):
         self.model = unwrap(model)
         self.config = self.model.config
-        self.cache = Cache(self.model, self.config, block_size, device())
+        self.cache = Cache(self.model, self.config, settings.block_size, device())
         group = parallel_state.get_tensor_model_parallel_group()
         self.vocabulary = Vocabulary(group if group.size() > 1 else None)
         self.stages = parallel_state.get_pipeline_model_parallel_group()
+        self.unit = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        self.graphs = Graphs(self._decode, self.cache, self.unit) if settings.cuda_graphs else None
+        experts, states = bool(self.config.num_moe_experts), bool(self.cache.mixers)
+        if problems := check_graphs(settings, experts, states, self.stages.size()):
+            raise UserMistake(problems)
 
     @property
     def is_last(self) -> bool:
@@ -32,21 +39,32 @@ class Runner:
     @torch.no_grad()
     def logits(self, shares: Sequence[Share], wanted: Sequence[int]) -> torch.Tensor:
         """This tensor rank's logits [n, V / t] after each of the shares `wanted`; [n, 0] on all but the last stage."""
+        if self.graphs and all(len(share.tokens) == 1 for share in shares):
+            return self.graphs.logits(shares)[list(wanted)]
         ids = [token for share in shares for token in share.tokens]
-        unit = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        filler = -len(ids) % unit
+        filler = -len(ids) % self.unit
         row = cached_row(shares, self.cache, filler)
         ends = torch.tensor([len(share.tokens) for share in shares]).cumsum(0) - 1
         rows = ends[list(wanted)].to(self.cache.target)
         tokens = torch.tensor([ids + [0] * filler], device=self.cache.target)
         with plain_torch():
-            self._receive(tokens.size(1) // unit)
+            self._receive(tokens.size(1) // self.unit)
             out = position_logits(self.model, tokens, row.positions[None], row, rows)
             return out if self.is_last else self._send(out).new_empty(len(wanted), 0)
+
+    def _decode(self, tokens: torch.Tensor, row: CachedRow) -> torch.Tensor:
+        with plain_torch():
+            return position_logits(self.model, tokens, row.positions[None], row, row.batches[0].rows)
 
     def idle(self) -> None:
         """A pass over nothing, where other ranks wait for this one's experts."""
         self.logits([Share((0,), 0, [self.cache.spare // self.cache.block_size])], [])
+
+    def free(self) -> None:
+        """The memory of keys, values and states, and the passes recorded over it."""
+        if self.graphs:
+            self.graphs.forget()
+        self.cache.free()
 
     def _receive(self, tokens: int) -> None:
         if self.stages.rank() > 0:

@@ -33,6 +33,7 @@ class EngineConfig:
     block_size: int = 32  # tokens of a block; GPU kernels with block tables want 256
     max_batch: int = 32  # samples that are decoded together
     token_budget: int = 2048  # tokens of one forward pass: one a sample in decoding, the rest for prompts
+    cuda_graphs: bool = False  # decoding by recorded passes: models of attention without experts, no pipeline
 
 
 def check_sampling(sampling: Sampling, where: str = "sampling") -> list[Problem]:
@@ -69,3 +70,14 @@ def check_engine(config: EngineConfig, where: str = "engine") -> list[Problem]:
     if not config.kv_gib > 0:
         problems.append(Problem(f"{where}.kv_gib", f"{config.kv_gib} GiB hold no keys and values"))
     return problems
+
+
+def check_graphs(config: EngineConfig, experts: bool, states: bool, stages: int, where: str = "engine") -> list[Problem]:
+    """Whether a model's decoding can be recorded: its passes ask nothing of the host and wait for nobody."""
+    reasons = {
+        "its experts, whose numbers of tokens the host reads": experts,
+        "its recurrent states": states,
+        f"its pipeline, whose {stages} stages send to one another": stages > 1,
+    }
+    return [Problem(f"{where}.cuda_graphs", f"this model's decoding cannot be recorded, for {reason}; set it false")
+            for reason, there in reasons.items() if config.cuda_graphs and there]  # fmt: skip

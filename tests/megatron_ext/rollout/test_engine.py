@@ -1,11 +1,13 @@
 """The engine against the full forward pass: same tokens, same log-probs, whatever shares the batch."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from data_tools.mistake import UserMistake
+from megatron_ext.layers.mamba import MambaMixer
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request, Sequence
@@ -113,6 +115,20 @@ def test_samples_are_the_same_in_any_batch_order_and_memory(model):
         for key, sequence in expected.items():
             near = next((i for i, m in enumerate(sequence.margins) if m < 1e-4), len(sequence.margins))
             assert run[key].completion[:near] == sequence.completion[:near]
+
+
+def test_recorded_passes_draw_the_same_samples_and_what_cannot_be_recorded_is_refused(model):
+    """On CPU a recorded pass is run again: what differs is its padding."""
+    graphs, sampling = replace(SMALL, cuda_graphs=True), Sampling(max_tokens=13)
+    if model.config.num_moe_experts or any(isinstance(module, MambaMixer) for module in model.modules()):
+        with pytest.raises(UserMistake, match="engine.cuda_graphs: this model's decoding cannot be recorded, for its"):
+            Engine(model, graphs, seed=7, stop_ids=())
+        return
+    expected = sampled(model, SMALL, requests(), sampling)
+    for sequence, found in zip(expected.values(), sampled(model, graphs, requests(), sampling).values()):
+        near = next((i for i, m in enumerate(sequence.margins) if m < 1e-4), len(sequence.margins))
+        assert found.completion[:near] == sequence.completion[:near]
+        assert found.logprobs[:near] == pytest.approx(sequence.logprobs[:near], abs=1e-5)
 
 
 def test_what_was_recorded_is_gone_on_with(model):
