@@ -15,12 +15,13 @@ from megatron_ext import options, preflight, track, watch
 from megatron_ext import schedule as schedules
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.models.shape import MAMBA, MOE, count_blocks
 from megatron_ext.parallel import DEGREES, ParallelPlan, Site
 from megatron_ext.planner import Training
 from megatron_ext.rl.settings import (
     OLD_LOGPROBS, Advantage, Evaluation, Loss, Rewarding, check_advantage, check_evaluation, check_loss, check_rewarding)
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
-from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
+from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_graphs, check_sampling
 from megatron_ext.track import Track
 from megatron_ext.watch import Hang
 
@@ -133,6 +134,9 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     adapter = preflight.model_adapter(config.model, site)[1] if config.model else None
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
     problems += check_room(_room(config, training), config.engine)
+    if training.shape is not None:
+        blocks = count_blocks(training.shape.layers)
+        problems += check_graphs(config.engine, bool(blocks[MOE]), bool(blocks[MAMBA]), config.parallel.pipeline)
     return problems + found + preflight.check(config.parallel, training, site)
 
 
