@@ -24,12 +24,20 @@ def never() -> bool:
     return False
 
 
-class Stopped(Exception):
-    """Work was asked to stop and did: `done` of `total` `unit`s (singular: step, row) are durable, the rest is not."""
+def counted(done: float) -> str:
+    """For a message: 1,234 or 12.25."""
+    return f"{done:,.2f}".removesuffix(".00")
 
-    def __init__(self, done: int, total: int, unit: str = "step"):
+
+class Stopped(Exception):
+    """Work was asked to stop and did: `done` of `total` `unit`s (singular: step, row) are durable, the rest is not.
+
+    `done` may be a fraction where a unit takes long and is durable in parts: who watches for progress compares it.
+    """
+
+    def __init__(self, done: float, total: int, unit: str = "step"):
         self.done, self.total, self.unit = done, total, unit
-        super().__init__(f"stopped after a durable checkpoint at {unit} {done:,} of {total:,}" if done else
+        super().__init__(f"stopped after a durable checkpoint at {unit} {counted(done)} of {total:,}" if done else
                          f"stopped before the first {unit} of {total:,} was durable")
 
 

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Mapping, Optional, Sequence
 
 from data_tools.mistake import EXIT_MISTAKE
+from data_tools.progress import counted
 
 EXIT_SEALED = 0
 EXIT_FAILED = 1
@@ -71,7 +72,7 @@ class End:
     """One end of an element without a seal; `done` is how many steps were durable, where it said so."""
 
     cause: Cause
-    done: Optional[int] = None
+    done: Optional[float] = None
     unit: str = "step"
 
 
@@ -103,6 +104,6 @@ def decide(ends: Sequence[End]) -> Verdict:
     reached = max((end.done or 0 for end in before), default=None)
     if reached is None or (last.done or 0) > reached:
         return Verdict(True, "goes on from there when it is restarted")
-    return Verdict(False, f"no progress since the last restart, still at {last.unit} {reached:,}: the time until it is "
+    return Verdict(False, f"no progress since the last restart, still at {last.unit} {counted(reached)}: the time until it is "
                           "stopped is shorter than loading and one checkpoint interval; ask for a longer time, or "
                           "checkpoint more often")

@@ -66,7 +66,7 @@ class Outcome:
     job: str
     started: float
     ended: float = field(default_factory=time.time)
-    done: Optional[int] = None  # durable steps of one that was stopped, or all of one that was sealed
+    done: Optional[float] = None  # durable steps of one that was stopped, or all of one that was sealed
     total: Optional[int] = None
     key: str = ""
     cause: str = ""  # of one whose worker could not say: what launchers/rerun.py read from other evidence

@@ -150,12 +150,13 @@ def train(
             if dist.get_rank() == 0:  # what a retained checkpoint may be gone on with from; one under way comes on top
                 journal.forget(keep / ROLLOUTS, min(checkpoint.steps(root), default=0))
 
-        def give_up(step: int) -> None:
-            """Asked to stop: the work so far is durable before the ranks leave."""
+        def give_up(step: int, tokens: float = 0) -> None:
+            """Asked to stop: the work so far is durable before the ranks leave, `tokens` of the next step's rollouts too."""
             if step > saved:
                 publish(step)
             saver.close()
-            raise Stopped(step, steps)
+            most = (1 + run.refill_tries) * run.prompts * collector.group * run.max_tokens
+            raise Stopped(step + tokens / (most + 1), steps)
 
         def evaluate_if_due(step: int) -> None:
             due = run.evaluate_every > 0 and (step % run.evaluate_every == 0 or step == steps)
@@ -178,8 +179,8 @@ def train(
             try:
                 with offloaded(trainer, run.offload):
                     drawn, kept = _draw(collector, run, position)
-            except Stopped:
-                give_up(k)
+            except Stopped as stopped:
+                give_up(k, stopped.done)
             collector.close()
             batch = batch_of(drawn, kept, run.advantage, run.rewarding, run.max_tokens)
             parts = [

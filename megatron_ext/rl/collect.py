@@ -119,7 +119,7 @@ class Collector:
 
     def collect(self, items: Many[int]) -> list[Sample]:
         """The samples of these prompts, by prompt and number. Stopped, on every rank, once any was asked to stop: what
-        was drawn until then is recorded."""
+        was drawn until then is recorded, and it says how many tokens of the step are."""
         started = time.perf_counter()
         samples, pending = [], []
 
@@ -156,8 +156,9 @@ class Collector:
         self._count(reused)
         self.seconds["rollout"] += time.perf_counter() - started
         if everywhere(stopped):
+            recorded = self._recorded()
             self.close()
-            raise Stopped(0, 0)
+            raise Stopped(recorded, len(items) * self.group * self.sampling.max_tokens, "token")
         return self._judged(samples, pending)
 
     def _finished(self, sequence: Sequence) -> Sample:
@@ -189,11 +190,19 @@ class Collector:
             self.journal.flush()
         self._flushed = time.monotonic()
 
+    def _recorded(self) -> int:
+        """Tokens of this step, by all ranks, earlier attempts included."""
+        new = torch.tensor([self.journal.recorded if self.journal else 0], device=device())
+        dist.all_reduce(new)
+        return sum(len(entry.tokens) for entry in self.entries.values()) + int(new)
+
     def _count(self, reused: int) -> None:
-        self.counts.update(self.engine.counts)
-        self.counts["blocks"] = len(self.engine.scheduler.blocks.references)
+        found, blocks = self.engine.counts, len(self.engine.scheduler.blocks.references)
+        used = found.pop("most_blocks", 0) / max(blocks, 1)  # each draw has another number of blocks
+        self.counts["kv_use"] = max(self.counts["kv_use"], used)
+        self.counts.update(found)
         self.counts["reused"] += reused
-        self.engine.counts.clear()
+        found.clear()
 
     def _judged(self, samples: list[Sample], pending: list[tuple[Sample, Any]]) -> list[Sample]:
         """All replicas' samples, with their rewards."""

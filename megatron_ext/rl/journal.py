@@ -41,6 +41,7 @@ class Journal:
     def __init__(self, root: Path, step: int, identity: str, name: str):
         self.path = folder_of(root, step) / f"{name}.jsonl"
         self.identity = identity
+        self.recorded = 0  # tokens, by this writer
         self._file: Any = None
         self._written: dict[Key, int] = {}
 
@@ -57,6 +58,7 @@ class Journal:
         line["logprobs"] = _packed(logprobs[at:], numpy.float32)
         self._append({**line, "finish": finish} if finish else line)
         self._written[key] = len(tokens)
+        self.recorded += len(tokens) - at
 
     def judge(self, key: Key, score: dict[str, Any]) -> None:
         self._append({"item": key[0], "sample": key[1], "score": score})

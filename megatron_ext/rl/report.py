@@ -89,7 +89,6 @@ def speeds(drawn: Sequence[Sample], update: Any, collector: Any, clock: Clock) -
     step_s = time.perf_counter() - clock.began
     rollout_s = max(seconds for _, seconds in parts)
     steps = sum(part.get("steps", 0) for part in counts)
-    blocks = max((part.get("most_blocks", 0) / part["blocks"] for part in counts if part.get("blocks")), default=0.0)
     seconds = {name: round(value, 6) for name, value in sorted(clock.seconds.items())}
     seconds["other"] = step_s - sum(clock.seconds.values())
     new = sum(part.get("decoded", 0) for part in counts)
@@ -101,7 +100,7 @@ def speeds(drawn: Sequence[Sample], update: Any, collector: Any, clock: Clock) -
         "rollout_tokens_per_s": sum(len(s.tokens) for s in drawn) / rollout_s if new and rollout_s else None,
         "train_tokens_per_s": update.row_tokens / clock.seconds["train"],
         "occupancy": running / (steps * collector.engine.config.max_batch) if steps else None,
-        "kv_use": blocks,
+        "kv_use": max((part.get("kv_use", 0.0) for part in counts), default=0.0),
         "evictions": sum(part.get("preemptions", 0) for part in counts),
         "prefilled_tokens": sum(part.get("prefilled", 0) for part in counts),
         "samples_from_journal": sum(part.get("reused", 0) for part in counts),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from data_tools import durable
-from data_tools.progress import Progress, Stop
+from data_tools.progress import Progress, Stop, Stopped
 from data_tools.tasks.mix import Draw
 from megatron_ext.checkpoint import from_rank_zero
 from megatron_ext.model_folder import ModelFolder
@@ -56,7 +56,11 @@ def run(
                         config.record_s, stop, turns=turns_of(mix, scorer, texts),
                     )  # fmt: skip
                 collector.begin(number)
-                samples = collector.collect(range(start, stop_at))
+                try:
+                    samples = collector.collect(range(start, stop_at))
+                except Stopped as stopped:
+                    done = start + (stop_at - start) * stopped.done / (stopped.total + 1)
+                    raise Stopped(done, len(mine), "prompt") from None
                 collector.close()
                 if is_writer():
                     path.parent.mkdir(parents=True, exist_ok=True)

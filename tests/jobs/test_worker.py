@@ -76,6 +76,7 @@ def test_a_job_is_requeued_only_where_slurm_would_not_and_nobody_ended_it(change
 
 def test_a_stop_says_how_far_it_got():
     assert str(Stopped(1200, 4000)) == "stopped after a durable checkpoint at step 1,200 of 4,000"
+    assert str(Stopped(12.251, 40)) == "stopped after a durable checkpoint at step 12.25 of 40"
     assert str(Stopped(0, 9, "row")) == "stopped before the first row of 9 was durable"
 
 

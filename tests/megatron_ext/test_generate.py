@@ -110,10 +110,13 @@ def test_elements_join_to_the_bytes_of_the_whole(folders, whole, tmp_path):
 
 def test_what_was_stopped_goes_on_to_the_same_samples(folders, whole, tmp_path):
     out, keep = made(tmp_path)
-    for allowed, chunks in ((3, 0), (8, 1), (2, 1)):  # engine steps until it is asked to stop; chunks that are whole by then
+    reached = 0.0
+    for allowed, chunks in ((3, 0), (8, 1), (4, 1)):  # engine steps until it is asked to stop; chunks that are whole by then
         asked = iter(range(allowed))
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as stopped:
             generate.run(config(folders), out, keep, stop=lambda: next(asked, None) is None)
+        assert reached < stopped.value.done < stopped.value.total and stopped.value.unit == "prompt"
+        reached = stopped.value.done  # one that gets no further is not started again
         assert len(list(keep.glob("element_0000/samples/*/*"))) == chunks and not (out / "samples.jsonl").exists()
         assert list(keep.glob("element_0000/rollouts/*/*.jsonl"))
     again = generate.run(config(folders), out, keep)

@@ -3,6 +3,7 @@
 With `turns`, token ASKS is answered: by up to three tokens, which all that was said before decides.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -135,12 +136,33 @@ def trained(
                     position=vars(outcome.position), asked=scorer.asked)  # fmt: skip
 
 
+STAGES = {
+    "rollout": (Engine, "_step"),
+    "reward": (Collector, "_judged"),
+    "update": (Trainer, "step"),
+    "save": (checkpoint.Saver, "save"),
+}
+
+
+def dies_in(stage: str, time: int, after: float) -> None:
+    """This process kills itself without a word, `after` seconds after it began that stage for the so manieth time."""
+    owner, name = STAGES[stage]
+    begun, function = itertools.count(1), getattr(owner, name)
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        if next(begun) == time:
+            threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return function(*arguments, **named)
+
+    setattr(owner, name, counted)
+
+
 def main() -> None:
-    """`python -m tests.megatron_ext.rl.toy HF KEEP SECONDS JSON`: the same in ranks of its own. It kills itself without
-    a word after so many seconds of training, if that is not 0; else it prints its facts."""
-    hf, keep, seconds, arguments = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4])
-    if seconds:
-        threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    """`python -m tests.megatron_ext.rl.toy HF KEEP DEATH ARGUMENTS`: the same in ranks of its own, which print their
+    facts. DEATH and ARGUMENTS are JSON: null, or what `dies_in` takes; what `trained` takes."""
+    hf, keep, death, arguments = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:5])
+    if death:
+        dies_in(*death)
     facts = trained(hf, tiny.DIMS, ParallelPlan(), keep, **arguments)
     print(json.dumps({key: facts[key] for key in ("digest", "resumed_from")}), flush=True)
 
