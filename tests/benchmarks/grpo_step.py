@@ -1,24 +1,27 @@
 """A whole GRPO step (rollout, reward, update) beside TRL's GRPOTrainer, on one CPU thread.
 
-    python -m tests.benchmarks.grpo_step [--prompts 4] [--tokens 64] [--steps 3]
+    python -m tests.benchmarks.grpo_step [--prompts 4] [--steps 3] [--equal 64]
 
-A Qwen2 of about 30 million parameters, groups of 8, completions of a forced length, the same reward, one update a step,
-no KL term. The first step of each is left out. Also the share of our step that is neither rollout, reward nor training.
+The model, prompts and log-normal forced lengths of the benchmark `rollout`, groups of 8, 32 samples at once, the same
+reward, one update a step, no KL term. Nobody stops early, and each of TRL's samples ends with its end token. `--equal`
+forces one length on all. The first step of each is left out. Also the share of our step that is neither rollout, reward
+nor training.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Iterator
 
 from megatron_ext.device import init_device
 
 init_device()
 
-import numpy
 import torch
 
 from megatron_ext import convert, grpo, ranks
@@ -28,23 +31,74 @@ from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.sequence import Request, Sequence
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from megatron_ext.schedule import Schedule
 from megatron_ext.train import AdamW, Trainer
-from tests.benchmarks.rollout import GROUP, VOCABULARY, hf_folder
+from tests.benchmarks.rollout import GROUP, PLACES, VOCABULARY, hf_folder, work
 
-RATE, PROMPT_TOKENS = 1e-5, 92
+RATE, END = 1e-5, 1
 
 
 class Prompts:
+    """Prompt k with its samples' lengths: what both sides are asked."""
+
+    def __init__(self, count: int, equal: int):
+        self.prompts, lengths = work(count * GROUP, seed=0)
+        self.lengths = [equal] * len(lengths) if equal else lengths
+
     def item(self, k: int) -> int:
         return k
 
     def tokens(self, item: int) -> tuple[int, ...]:
-        return tuple(numpy.random.default_rng(item).integers(2, VOCABULARY, PROMPT_TOKENS).tolist())
+        return self.prompts[item]
 
     def uid(self, item: int) -> int:
         return item
+
+
+class Forced(Engine):
+    """Each sample has its own length."""
+
+    lengths: list[int]
+
+    def generate(self, requests: list[Request], *rest: Any) -> Iterator[Sequence]:
+        limits = [tuple(self.lengths[request.uid * GROUP :][:GROUP]) for request in requests]
+        return super().generate([replace(request, limits=of) for request, of in zip(requests, limits)], *rest)
+
+
+class Ends:
+    """The same for `generate`, as a logits processor: a row's end token is its last, and no earlier one."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths, self.left = lengths, 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self.left:  # the next batch
+            self.mine, self.prompt = torch.tensor(self.lengths[: len(ids)]), ids.size(1)
+            self.left = int(self.mine.max())
+            del self.lengths[: len(ids)]
+        self.left -= 1
+        ends = self.mine == ids.size(1) - self.prompt + 1
+        scores[~ends, END] = -torch.inf
+        scores[ends] = -torch.inf
+        scores[ends, END] = 0.0
+        return scores
+
+
+class Clock:
+    """(CPU, wall) seconds between calls."""
+
+    def __init__(self) -> None:
+        self.seconds: list[tuple[float, float]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.began = time.process_time(), time.perf_counter()
+
+    def end(self) -> None:
+        self.seconds.append((time.process_time() - self.began[0], time.perf_counter() - self.began[1]))
+        self.begin()
 
 
 def worth(tokens: list[int]) -> float:
@@ -67,27 +121,35 @@ class Scorer:
         return Score(worth([int(token) for token in completion.split()]))
 
 
-def ours(hf: Path, keep: Path, prompts: int, tokens: int, steps: int) -> list[dict[str, Any]]:
-    """The metrics of each step."""
+def ours(hf: Path, keep: Path, asked: Prompts, prompts: int, steps: int) -> tuple[list[tuple[float, float]], list[dict[str, Any]]]:
+    """(CPU, wall) seconds and the metrics of each step."""
     family, dims, _ = read_config(hf)
     (model,) = family.build(dims, ParallelPlan(), torch.float32, "torch")
     convert.import_weights(model, hf, family, dims)
     trainer = Trainer(model, ParallelPlan(), AdamW())
-    engine = Engine(trainer.model[0], EngineConfig(1, 32, prompts * GROUP, 1024), 0, stop_ids=())
+    engine = Forced(trainer.model[0], EngineConfig(kv_gib=1, block_size=32, max_batch=PLACES, token_budget=256), 0, stop_ids=())
+    engine.lengths, longest = asked.lengths, max(asked.lengths)
     collector = Collector(
-        engine, Prompts(), Scorer(), lambda ids, finish: " ".join(map(str, ids)), Sampling(max_tokens=tokens), GROUP,
+        engine, asked, Scorer(), lambda ids, finish: " ".join(map(str, ids)), Sampling(max_tokens=longest), GROUP,
         keep / grpo.ROLLOUTS, "benchmark", 5.0, lambda: False,
     )  # fmt: skip
     run = grpo.Run(
         Schedule("constant", steps, RATE), prompts, Loss(), Advantage(drop_equal_groups=False), Rewarding(mask_truncated=False),
-        1.0, tokens, True, 16384,
+        1.0, longest, True, 16384,
     )  # fmt: skip
-    grpo.train(trainer, collector, run, keep, {}, lambda: False)
-    return [json.loads(line) for line in (keep / "metrics.jsonl").read_text().splitlines()]
+    clock = Clock()
+
+    def progress(done: int, *_: Any) -> None:
+        clock.end() if done else clock.begin()
+
+    grpo.train(trainer, collector, run, keep, {}, lambda: False, progress)
+    found = [json.loads(line) for line in (keep / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["trained_tokens"] for line in found) == sum(asked.lengths)
+    return clock.seconds, found
 
 
-def trls(hf: Path, folder: Path, prompts: int, tokens: int, steps: int) -> list[float]:
-    """Seconds of each step."""
+def trls(hf: Path, folder: Path, asked: Prompts, prompts: int, steps: int) -> list[tuple[float, float]]:
+    """(CPU, wall) seconds of each step."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -97,51 +159,56 @@ def trls(hf: Path, folder: Path, prompts: int, tokens: int, steps: int) -> list[
 
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", padding_side="left")
-    rows = [" ".join(f"t{token}" for token in Prompts().tokens(k)) for k in range(prompts * steps)]
-    seconds: list[float] = []
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token=f"t{END}", padding_side="left")
+    rows = [" ".join(f"t{token}" for token in prompt) for prompt in asked.prompts]
+    clock, lengths = Clock(), []
 
     class Times(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            clock.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.began)
+            clock.end()
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        lengths.extend(map(len, completion_ids))
         return [worth(ids) for ids in completion_ids]
 
     settings = GRPOConfig(
-        output_dir=str(folder), per_device_train_batch_size=prompts * GROUP, num_generations=GROUP, max_steps=steps,
-        max_completion_length=tokens, generation_kwargs={"min_new_tokens": tokens}, beta=0.0, learning_rate=RATE,
-        lr_scheduler_type="constant", use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", bf16=False,
-        gradient_checkpointing=False, disable_tqdm=True, loss_type="dapo",
+        output_dir=str(folder), per_device_train_batch_size=PLACES, gradient_accumulation_steps=prompts * GROUP // PLACES,
+        steps_per_generation=1, num_generations=GROUP, max_steps=steps, max_completion_length=max(asked.lengths), beta=0.0,
+        learning_rate=RATE, lr_scheduler_type="constant", use_cpu=True, report_to="none", save_strategy="no",
+        logging_strategy="no", bf16=False, gradient_checkpointing=False, disable_tqdm=True, loss_type="dapo",
+        shuffle_dataset=False,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    trainer = GRPOTrainer(
-        model, reward, settings, train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=tokenizer, callbacks=[Times()]
-    )
-    trainer.train()
-    return seconds
+    model.generate = partial(model.generate, logits_processor=[Ends(list(asked.lengths))])
+    data = Dataset.from_dict({"prompt": rows})
+    GRPOTrainer(model, reward, settings, train_dataset=data, processing_class=tokenizer, callbacks=[Times()]).train()
+    assert lengths == asked.lengths
+    return clock.seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=4, help=f"a step, in {PLACES // GROUP}s")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--equal", type=int, default=0, help="tokens of every completion; 0: log-normal lengths")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    asked = Prompts(args.prompts * args.steps, args.equal)
     with tempfile.TemporaryDirectory() as folder, ranks.started(ParallelPlan()):
         hf = hf_folder(Path(folder) / "hf")
-        found = ours(hf, Path(folder) / "keep", args.prompts, args.tokens, args.steps)[1:]
-        mine, outside = median(line["step_s"] for line in found), median(line["share_outside"] for line in found)
-        print(f"ours {mine:.2f} s a step, {found[-1]['seconds']}, outside {outside:.1%}", flush=True)
+        seconds, found = ours(hf, Path(folder) / "keep", asked, args.prompts, args.steps)
+        mine, mine_wall = map(median, zip(*seconds[1:]))
+        outside = median(line["share_outside"] for line in found[1:])
+        print(f"ours {mine:.2f} CPU s a step, {found[-1]['seconds']}, outside {outside:.1%}", flush=True)
         with plain_torch():
-            peer = median(trls(hf, Path(folder) / "trl", args.prompts, args.tokens, args.steps)[1:])
-        print(f"TRL's GRPOTrainer: {peer:.2f} s a step")
+            peer, peer_wall = map(median, zip(*trls(hf, Path(folder) / "trl", asked, args.prompts, args.steps)[1:]))
+        print(f"TRL's GRPOTrainer: {peer:.2f} CPU s a step")
     print(json.dumps({"name": "grpo_step", "ours": round(mine, 2), "peer": round(peer, 2), "ratio": round(peer / mine, 2),
-                      "unit": "s", "share_outside": round(outside, 4)}))  # fmt: skip
+                      "unit": "CPU s", "share_outside": round(outside, 4), "ours_wall_s": round(mine_wall, 2),
+                      "peer_wall_s": round(peer_wall, 2), "ratio_wall": round(peer_wall / mine_wall, 2)}))  # fmt: skip
 
 
 if __name__ == "__main__":
