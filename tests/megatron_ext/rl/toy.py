@@ -145,7 +145,7 @@ STAGES = {
 
 
 def dies_in(stage: str, time: int, after: float) -> None:
-    """This process kills itself without a word, `after` seconds after it began that stage for the so manieth time."""
+    """This process kills itself without a word, `after` seconds after it began that stage for the `time`th time."""
     owner, name = STAGES[stage]
     begun, function = itertools.count(1), getattr(owner, name)
 
