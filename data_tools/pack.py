@@ -410,12 +410,17 @@ class PackReader:
             mask[start + 1 : start + n] = self.store.all_masks[first + 1 : first + n]
         labels = np.append(ids[1:], self.pad_id)
         labels[cu_seqlens[1:] - 1] = self.pad_id
-        slot = -(-PADDING_SLOT // self.align) * self.align
-        cu_seqlens = np.concatenate([cu_seqlens, np.arange(cu_seqlens[-1] + slot, length, slot)])
-        if cu_seqlens[-1] < length:
-            cu_seqlens = np.append(cu_seqlens, length)
+        cu_seqlens = padded_to(cu_seqlens, length, self.align)
         positions = np.arange(length, dtype=np.int64) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
         return Pack(ids, labels, mask[1:], positions, cu_seqlens.astype(np.int32), doc_ids)
+
+
+def padded_to(cu_seqlens: np.ndarray, length: int, unit: int) -> np.ndarray:
+    """Ends of documents (from 0 on), and after them of the slots that fill a row of `length` tokens up; multiples of
+    `unit` as they are."""
+    slot = -(-PADDING_SLOT // unit) * unit
+    ends = np.concatenate([cu_seqlens, np.arange(cu_seqlens[-1] + slot, length, slot)])
+    return np.append(ends, length) if ends[-1] < length else ends
 
 
 def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:

@@ -17,10 +17,11 @@ from typing import Any, Callable, Mapping, Optional
 
 from data_tools.ports import free_port
 from jobs import stopping
+from jobs.retry import EXIT_UNFINISHED
 
 VERDICT_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may hash large upstream files before it speaks
 GOODBYE_TIMEOUT = datetime.timedelta(seconds=30)
-KILL_AFTER_S = 5.0  # between TERM and KILL of the ranks left when one died
+KILL_AFTER_S = 5.0  # from the end of one rank to the KILL of those left
 PR_SET_PDEATHSIG = 1
 
 
@@ -99,8 +100,8 @@ def _wait_for_all(children: list[subprocess.Popen]) -> int:
         if bad and not worst:
             worst = exit_code(bad)
             deadline = time.monotonic() + KILL_AFTER_S
-            for other in children:
-                if other.poll() is None:
+            for other in children:  # those that were asked to stop with this one, and are slower, need no second word
+                if other.poll() is None and worst != EXIT_UNFINISHED:
                     other.terminate()
         if deadline is not None and time.monotonic() > deadline:
             for other in children:

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.distributed.nn.functional import all_reduce
 
+from data_tools.pack import padded_to
 from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import Targets
 from megatron_ext.parallel import ParallelPlan
@@ -91,8 +92,7 @@ def rollout_rows(
 def _pack(batch: Batch, places: Sequence[int], unit: int, width: int) -> _Packed:
     lengths = document_tokens(batch, np.asarray(places, dtype=np.int64), unit)
     ends = np.cumsum(lengths)
-    filler = width - int(lengths.sum())
-    cu_seqlens = np.concatenate([[0], ends, [width] if filler else []]).astype(np.int64)
+    cu_seqlens = padded_to(np.concatenate([[0], ends]).astype(np.int64), width, unit)
     ids, labels, sequence = (np.zeros(width, dtype=np.int64) for _ in range(3))
     mask, advantage, behaviour = (np.zeros(width, dtype=np.float32) for _ in range(3))
     for number, (place, end, length) in enumerate(zip(places, ends, lengths)):
