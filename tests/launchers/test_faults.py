@@ -134,6 +134,7 @@ def test_a_dependent_sent_after_its_parent_was_purged_runs_nothing(tmp_path, sho
     go.touch()
     assert submitter.wait(60) == 0
     wait_for("its end", lambda: RunFolder(run).outcomes("child"))
+    wait_for("Slurm to notice", lambda: report(run, env)["child"]["cause"] != "waiting")
     assert report(run, env)["child"]["cause"] == "missing input" and not list(run.glob("*/*/seal.json"))
     assert "COMPLETED" not in states(run, env=env).values()
     afterok("run", pipeline, "parent.with.seconds=0.1", "--run", run, env=env)

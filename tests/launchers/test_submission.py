@@ -184,7 +184,8 @@ def test_a_copy_of_a_run_leaves_the_jobs_of_its_original_alone(tmp_path, dev_clu
     assert len(mine) == len(theirs) == 3 and not set(mine) & set(theirs)
     assert submitted_jobs(run, env) == theirs and states(run, env=env)["numbers"] == "RUNNING"
     afterok("cancel", copy, env=env)
-    assert submitted_jobs(copy, env) == [] and submitted_jobs(run, env) == theirs
+    wait_for("the copy's jobs to end", lambda: not submitted_jobs(copy, env))
+    assert submitted_jobs(run, env) == theirs
     copy.rename(tmp_path / "moved")  # the original is gone: a run that was moved keeps its jobs
     run.rename(tmp_path / "away")
     assert states(tmp_path / "away", env=env)["numbers"] == "RUNNING"

@@ -3,7 +3,7 @@
 import pytest
 
 from launchers.ledger import Ledger
-from slurm.client import Slurm, SubmitLimit, parse_submit_limit
+from slurm.client import ENDED_STATES, Slurm, SubmitLimit, parse_submit_limit
 from tests.command import afterok, afterok_json, one_line, states, wait_for
 
 WIDE = """
@@ -35,11 +35,16 @@ def limited(tmp_path, accounted_cluster):
     return tmp_path / "wide.yaml", tmp_path / "site.yaml", tmp_path / "run", accounted_cluster.env()
 
 
-def test_elements_share_tasks_so_that_the_whole_pipeline_fits_the_users_limit(limited):
+@pytest.mark.parametrize("soak", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["submitted", "run"])
+def test_elements_share_tasks_so_that_the_whole_pipeline_fits_the_users_limit(limited, soak):
     path, profile, run, env = limited
     afterok("submit", path, f"cluster={profile}", "--run", run, env=env)
     jobs = {entry.phase: entry for entry in Ledger(run / "ledger.jsonl").jobs()}
     assert (jobs["first"].batch, jobs["pair"].batch, jobs["total"].batch) == (7, 7, 1)  # 2 + 2 + 1 tasks of at most 6
+    if not soak:  # that elements in one task come out as they should is shown in test_arrays.py
+        afterok("cancel", run, env=env)
+        wait_for("their end", lambda: {row.state for row in Slurm(env).queue()} <= ENDED_STATES)
+        return
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"}, 120)
     facts = {phase["phase"]: phase["facts"] for phase in afterok_json("status", run, env=env)["phases"]}
     assert facts["total"]["total"] == sum(range(100, 113))

@@ -51,16 +51,17 @@ def same(found: list[Found], expected: Found) -> None:
             assert owner[1][:near] == pytest.approx(logprobs[:near], abs=1e-5)
 
 
+SOAK = pytest.mark.soak
 TWO = [
-    ("qwen2", ParallelPlan(tensor=2)),
+    pytest.param("qwen2", ParallelPlan(tensor=2), marks=SOAK),
     ("qwen2", ParallelPlan(tensor=2, sequence_parallel=True)),
     ("qwen2", ParallelPlan(pipeline=2)),
     ("qwen2", ParallelPlan()),  # two replicas
     ("gpt_oss", ParallelPlan(tensor=2, sequence_parallel=True)),
     ("gpt_oss", ParallelPlan(expert=2)),
-    ("gpt_oss", ParallelPlan(pipeline=2)),
+    pytest.param("gpt_oss", ParallelPlan(pipeline=2), marks=SOAK),
     ("nemotron_h", ParallelPlan(tensor=2, sequence_parallel=True)),
-    ("nemotron_h", ParallelPlan(expert=2)),
+    pytest.param("nemotron_h", ParallelPlan(expert=2), marks=SOAK),
     ("nemotron_h", ParallelPlan(pipeline=2)),
 ]
 
