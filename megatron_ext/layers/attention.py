@@ -3,8 +3,8 @@
 A pack is one row of T tokens that holds many documents; a document sees only itself. `Layout` sorts the documents
 of a pack by length into buckets of 16, 32, 64, ... tokens, once for all layers, without a loop over documents.
 `PackedAttention` lays each bucket out as a batch [documents, length] and runs one causal
-scaled_dot_product_attention on it: no [T, T] mask, and the cost is that of sum(length^2), at most four times it
-(a document fills more than half of its bucket's length, apart from those shorter than 16), or 1.3 times for long ones.
+scaled_dot_product_attention on it: no [T, T] mask, and the cost is that of sum(length^2), at most 1.3 times it (four
+times for documents that are shorter than 128 tokens, which cost little).
 
 A layer may have a sliding window, whose cost is linear in the length, and a sink for each head: a learnable logit in
 the softmax's denominator that has no value (`attend`).
@@ -40,7 +40,7 @@ from megatron.core.transformer.utils import (
 from megatron_ext.device import device
 
 SHORTEST_BUCKET = 16  # tokens; below it the launch costs more than the padding
-LONG = 1024  # tokens; above it padding costs more than launches, and buckets are finer
+LONG = 128  # tokens; above it padding costs more than launches, and buckets are finer
 SINK_COLUMNS = 8  # added to the head size; 1 would do, but GPU kernels want head sizes in eights
 QUERY_BLOCK = 512  # queries at once against a longer cache of keys: bounds the mask
 

@@ -2,7 +2,8 @@
 
 Only supervised positions reach the output layer: in agent trajectories and short-answer tasks most positions are
 prompt, and their logits would be thrown away. Of those that do, the logits of one chunk exist at a time, and backward
-computes them again: a matrix product more (4 for 3) for a memory that does not grow with the number of tokens.
+computes them again: a matrix product more (4 for 3) for a memory that does not grow with the number of tokens. Where
+one chunk is all, backward finds it as forward left it.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.layers.attention import PackedDocuments
 from megatron_ext.planner import CHUNK_LOGITS
+
+EXPONENTIALS = 2**20  # that the sum of a softmax holds at a time
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,17 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
+def _rows_at_once(logits: torch.Tensor) -> int:
+    """Rows whose exponentials exist at a time: less memory, and on a CPU pages that are warm."""
+    return max(1, EXPONENTIALS // max(1, logits.size(1)))
+
+
 def _scaled_logits(hidden: torch.Tensor, real: torch.Tensor, cap: float, temperature: float) -> torch.Tensor:
     """fp32 [chunk, real rows]."""
     logits = (hidden @ real.t()).float()
     if cap:
         logits.div_(cap).tanh_().mul_(cap)
-    return logits.div_(temperature)
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -95,9 +103,10 @@ class _ChunkedLoss(torch.autograd.Function):
         column = column.where(mine, 0)[:, None]
         log_sum = hidden.new_zeros(len(hidden), dtype=torch.float32)  # over this rank's logits
         picked, spread = torch.zeros_like(log_sum), torch.zeros_like(log_sum)  # the label's logit; the entropy
-        for part in _chunks(len(hidden), len(real)):
+        chunks = _chunks(len(hidden), len(real))
+        for part in chunks:
             logits = _scaled_logits(hidden[part], real, cap, targets.temperature)
-            log_sum[part] = logits.logsumexp(1)
+            log_sum[part] = torch.cat([block.logsumexp(1) for block in logits.split(_rows_at_once(logits))])
             if len(real):
                 picked[part] = logits.gather(1, column[part]).squeeze(1) * mine[part]
             if targets.entropy:
@@ -113,6 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
         out = torch.stack([log_sum - picked, share.log() + spread / share][: 1 + targets.entropy])
         ctx.save_for_backward(hidden, weight, column, mine, log_sum, out)
         ctx.constants = targets, rows, group, cap
+        ctx.only_chunk = logits if len(chunks) == 1 and any(ctx.needs_input_grad) else None
         return out
 
     @staticmethod
@@ -125,12 +135,15 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for part in _chunks(len(hidden), len(real)):
-            logits = _scaled_logits(hidden[part], real, cap, targets.temperature)
+            logits, ctx.only_chunk = ctx.only_chunk, None  # overwritten below: a second backward computes it again
+            if logits is None:
+                logits = _scaled_logits(hidden[part], real, cap, targets.temperature)
             slope = 1 - (logits * (targets.temperature / cap)).square_() if cap else None
             grad = _through_softmax(logits.sub_(log_sum[part, None]), out[:, part, None], grad_out[:, part, None])
             if len(real):
                 grad.scatter_add_(1, column[part], label_share[part])
-            grad.div_(targets.temperature)
+            if targets.temperature != 1:
+                grad.div_(targets.temperature)
             grad = (grad.mul_(slope) if cap else grad).to(hidden.dtype)
             if wants_hidden:
                 grad_hidden[part] = grad @ real

@@ -1,8 +1,8 @@
 """Tokens a second of supervised fine-tuning on packs of 2,048 tokens, beside TRL's SFTTrainer (packing bfd).
 
-    python -m tests.benchmarks.sft [--packs 6]
+    python -m tests.benchmarks.sft [--packs 6] [--median 300]
 
-The same Qwen2 of about 30 million parameters in fp32, the same documents (lengths log-normal around 300 tokens), every
+The same Qwen2 of about 30 million parameters in fp32, the same documents (lengths log-normal around --median tokens), every
 token in the loss, one pack an update, AdamW, one process with one thread each. Padding does not count. TRL keeps
 documents apart by a dense mask where there is no flash attention; ours attends document by document. Seconds are the
 training thread's CPU time: what else the machine does does not count, nor the threads of gloo's groups, which poll for
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 LENGTH, VOCABULARY = 2_048, 16_000
-MEDIAN, SIGMA = 300, 0.8  # tokens of a document
+SIGMA = 0.8  # of the logarithm of a document's length
 
 
 def dims() -> Any:
@@ -31,10 +31,10 @@ def dims() -> Any:
                      max_positions=LENGTH)  # fmt: skip
 
 
-def documents(packs: int) -> list[np.ndarray]:
+def documents(packs: int, median: int) -> list[np.ndarray]:
     random, found, total = np.random.default_rng(0), [], 0
     while total < 0.95 * packs * LENGTH:
-        length = int(np.clip(random.lognormal(np.log(MEDIAN), SIGMA), 16, LENGTH))
+        length = int(np.clip(random.lognormal(np.log(median), SIGMA), 16, LENGTH))
         found.append(random.integers(0, VOCABULARY, length).astype(np.int32))
         total += length
     return found
@@ -45,7 +45,7 @@ def rate(tokens: list[int], ends: list[float]) -> float:
     return sum(tokens) / len(tokens) * (len(ends) - 1) / (ends[-1] - ends[0])
 
 
-def ours(folder: Path, packs: int) -> float:
+def ours(folder: Path, packs: int, median: int) -> float:
     from megatron_ext import device, ranks
 
     device.init_device()
@@ -58,7 +58,7 @@ def ours(folder: Path, packs: int) -> float:
     for name in ("store", "packs"):
         (folder / name).mkdir()
     writer = store.StoreWriter(folder / "store")
-    for line, ids in enumerate(documents(packs), 1):
+    for line, ids in enumerate(documents(packs, median), 1):
         writer.add(ids, np.ones(len(ids), np.uint8), store.Provenance(0, line, store.row_text(str(line), "")))
     writer.close()
     pack.pack(pack.Config(store=str(folder / "store"), pack_length=LENGTH), folder / "packs")
@@ -73,7 +73,7 @@ def ours(folder: Path, packs: int) -> float:
     return rate([LENGTH - reader.padding(i) for i in range(reader.n_packs)], ends)
 
 
-def trl(folder: Path, packs: int) -> float:
+def trl(folder: Path, packs: int, median: int) -> float:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
@@ -94,7 +94,7 @@ def trl(folder: Path, packs: int) -> float:
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32),
         args=config,
-        train_dataset=Dataset.from_list([{"input_ids": ids.tolist()} for ids in documents(packs)]),
+        train_dataset=Dataset.from_list([{"input_ids": ids.tolist()} for ids in documents(packs, median)]),
         processing_class=tokenizer(folder / "hf"),
         callbacks=[Ends()],
     )
@@ -113,23 +113,24 @@ def tokenizer(folder: Path) -> Any:
     )
 
 
-def measure(kind: str, packs: int) -> float:
+def measure(kind: str, packs: int, median: int) -> float:
     os.environ["OMP_NUM_THREADS"] = "1"
     from tests.megatron_ext import tiny
 
     with tempfile.TemporaryDirectory() as name:
         tiny.hf_folder(Path(name) / "hf", dims())
-        return {"ours": ours, "peer": trl}[kind](Path(name), packs)
+        return {"ours": ours, "peer": trl}[kind](Path(name), packs, median)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packs", type=int, default=6)
+    parser.add_argument("--median", type=int, default=300, help="tokens of a document")
     args = parser.parse_args()
     found = {}
     for kind in ("ours", "peer"):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found[kind] = pool.apply(measure, (kind, args.packs))
+            found[kind] = pool.apply(measure, (kind, args.packs, args.median))
         print(f"{kind}: {found[kind]:,.0f} tokens/s", flush=True)
     print(json.dumps({"name": "sft", "ours": round(found["ours"]), "peer": round(found["peer"]),
                       "ratio": round(found["ours"] / found["peer"], 2), "unit": "tokens/s"}))
