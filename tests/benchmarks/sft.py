@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.sft [--packs 6] [--median 300]
 
-The same Qwen2 of about 30 million parameters in fp32, the same documents (lengths log-normal around --median tokens), every
+The same Qwen2 of about 30 million parameters in fp32, the same documents (log-normal around --median tokens), every
 token in the loss, one pack an update, AdamW, one process with one thread each. Padding does not count. TRL keeps
 documents apart by a dense mask where there is no flash attention; ours attends document by document. Seconds are the
 training thread's CPU time: what else the machine does does not count, nor the threads of gloo's groups, which poll for
