@@ -13,6 +13,18 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", noise)
     if not config.option.markexpr:
         config.option.markexpr = "not soak"
+    config.option.loadscopereorder = False  # pytest-xdist's own order has the few long tests last, on one worker
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The quick start, which takes longest, first; then the files of all folders, evenly mixed, so that tests that
+    wait for Slurm run beside tests that compute."""
+    folders = {}
+    for path in dict.fromkeys(item.path for item in items):
+        folders.setdefault(path.parent, []).append(path)
+    share = {path: place / len(files) for files in folders.values() for place, path in enumerate(files)}
+    items.sort(key=lambda item: -1 if item.path.name == "test_tiny.py" else share[item.path])
 
 
 @pytest.hookimpl(trylast=True)
