@@ -17,7 +17,7 @@ cannot be imported without Triton; it serves the Transformer Engine backend.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
-from torch.utils.checkpoint import checkpoint
 
 from megatron_ext.device import device
 from megatron_ext.layers.attention import PackedDocuments, heads_for_tokens, tokens_for_heads
@@ -123,6 +122,61 @@ def scan(
     inherited = torch.einsum("bkign,bkgrpn->bkigrp", c, torch.stack(entering, dim=1))
     y = y + inherited * since.permute(0, 1, 4, 2, 3)[..., None]
     return y.flatten(3, 4).flatten(1, 2)[:, :tokens], state.flatten(1, 2)
+
+
+class _Segments(torch.autograd.Function):
+    """A function of rows [b, T, width], documents [b, T], a State and parameters, as `MambaMixer._segment`, over
+    segments of a row, each recomputed in backward.
+
+    What outlives a segment lies in buffers made before the first: small blocks kept between the temporaries of
+    segments would leave holes that no later one fits into.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, segment: Callable[..., tuple[torch.Tensor, State]], rows: torch.Tensor, documents: torch.Tensor,
+        *others: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        state, parameters = State(*others[:3]), others[3:]
+        tokens = rows.size(1)
+        starts = [t.new_empty(-(-tokens // SEGMENT), *t.shape) for t in state]
+        y = None
+        for k, first in enumerate(range(0, tokens, SEGMENT)):
+            for kept, now in zip(starts, state):
+                kept[k] = now
+            span = slice(first, first + SEGMENT)
+            out, state = segment(rows[:, span], documents[:, span], state, *parameters)
+            if y is None:
+                y = out.new_empty(rows.size(0), tokens, out.size(-1))
+            y[:, span] = out
+        ctx.segment, ctx.size = segment, SEGMENT
+        ctx.save_for_backward(rows, documents, *starts, *parameters)
+        ctx.mark_non_differentiable(state.documents)
+        return y, *state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor, *grad_state: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, documents, inputs, origins, ssm, *parameters = ctx.saved_tensors
+        parameters = [p.detach().requires_grad_(needed) for p, needed in zip(parameters, ctx.needs_input_grad[6:])]
+        trained = [p for p in parameters if p.requires_grad]
+        sums = [torch.zeros_like(p) for p in trained]
+        grad_rows, (grad_inputs, _, grad_ssm) = torch.empty_like(rows), grad_state
+        for k in reversed(range(ssm.size(0))):
+            span = slice(k * ctx.size, (k + 1) * ctx.size)
+            leaves = [t.detach().requires_grad_() for t in (rows[:, span], inputs[k], ssm[k])]
+            with torch.enable_grad():
+                state = State(leaves[1], origins[k], leaves[2])
+                y, last = ctx.segment(leaves[0], documents[:, span], state, *parameters)
+            grad_rows[:, span], grad_inputs, grad_ssm, *grads = torch.autograd.grad(
+                (y, last.inputs, last.ssm), (*leaves, *trained), (grad_y[:, span], grad_inputs, grad_ssm)
+            )
+            for total, grad in zip(sums, grads):
+                total += grad
+        of_parameters = iter(sums)
+        return None, grad_rows, None, grad_inputs, None, grad_ssm, *(
+            next(of_parameters) if p.requires_grad else None for p in parameters
+        )
 
 
 def documents_of(packed: PackedSeqParams | None, tokens: int, target: torch.device) -> torch.Tensor:
@@ -286,37 +340,44 @@ class MambaMixer(MegatronModule):
         document of each token; `state` after the tokens before, or None at the start -> y [b, T, heads * p], state.
         """
         state = state or self.empty_state(projected)
-        recompute = projected.size(1) > SEGMENT and torch.is_grad_enabled()
-        outs = []
-        for rows, origins in zip(projected.split(SEGMENT, dim=1), documents.split(SEGMENT, dim=1)):
-            if recompute:
-                out, state = checkpoint(
-                    self._segment, rows, origins, state, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                out, state = self._segment(rows, origins, state)
-            outs.append(out)
-        return torch.cat(outs, dim=1), state
+        parameters = self._parameters_of_context_rank(_working(projected.dtype))
+        if projected.size(1) <= SEGMENT:
+            return self._segment(projected, documents, state, *parameters)
+        y, *state = _Segments.apply(self._segment, projected, documents, *state, *parameters)
+        return y, State(*state)
 
-    def _segment(self, rows: torch.Tensor, documents: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
-        weight, bias, dt_bias, log_decay, skip = self._parameters_of_context_rank()
-        work = _working(rows.dtype)
+    def _segment(
+        self,
+        rows: torch.Tensor,
+        documents: torch.Tensor,
+        state: State,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        dt_bias: torch.Tensor,
+        log_decay: torch.Tensor,
+        skip: torch.Tensor,
+    ) -> tuple[torch.Tensor, State]:
+        """`advance` at once, with the parameters of `_parameters_of_context_rank`."""
+        work = weight.dtype
         heads, states = dt_bias.numel(), (weight.size(0) - dt_bias.numel() * self.head_dim) // 2
         inner = heads * self.head_dim
         z, xbc, dt = rows.to(work).split([inner, inner + 2 * states, heads], dim=-1)
-        xbc, inputs, origins = convolve(xbc, documents, state, weight.squeeze(1).to(work), bias.to(work))
+        xbc, inputs, origins = convolve(xbc, documents, state, weight.squeeze(1), bias)
         x, b, c = F.silu(xbc).split([inner, states, states], dim=-1)
         x = x.unflatten(-1, (heads, -1))
         b, c = (t.unflatten(-1, (-1, self.state_dim)) for t in (b, c))
-        dt = F.softplus(dt + dt_bias.to(work))
-        decay = -torch.exp(log_decay.to(work))
+        dt = F.softplus(dt + dt_bias)
+        decay = -torch.exp(log_decay)
         y, ssm = scan(x, dt, decay, b, c, documents, state.ssm, state.documents[:, -1], self.chunk_size)
-        y = (y + x * skip.to(work)[:, None]).flatten(-2) * F.silu(z)
+        y = (y + x * skip[:, None]).flatten(-2) * F.silu(z)
         return y.to(rows.dtype), State(inputs.to(rows.dtype), origins, ssm)
 
-    def _parameters_of_context_rank(self) -> tuple[torch.Tensor, ...]:
-        """conv1d's weight and bias, dt_bias, A_log and D of this context rank's heads."""
-        convolution, by_head = (self.conv1d.weight, self.conv1d.bias), (self.dt_bias, self.A_log, self.D)
+    def _parameters_of_context_rank(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """conv1d's weight and bias, dt_bias, A_log and D of this context rank's heads, as `dtype`."""
+        convolution, by_head = (
+            [p.to(dtype) for p in those]
+            for those in ((self.conv1d.weight, self.conv1d.bias), (self.dt_bias, self.A_log, self.D))
+        )
         if self.cp_group.size() == 1:
             return *convolution, *by_head
         _, *channels, dt = self._columns(self.cp_group.rank())

@@ -150,16 +150,21 @@ def test_a_context_rank_gets_its_part_of_the_attention_of_the_whole_row(kind, si
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def peak_bytes(function) -> int:
-    """The most memory that tensors made by `function` held at once."""
+def peaks(function) -> tuple[int, int]:
+    """The most memory that tensors made by `function` held at once, in bytes, and the most blocks."""
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
-    held = most = 0
+    held = numpy.zeros(2, numpy.int64)
+    most = held.copy()
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+            held += event.nbytes(), 1 if event.nbytes() > 0 else -1
+            most = numpy.maximum(most, held)
+    return tuple(most.tolist())
+
+
+def peak_bytes(function) -> int:
+    return peaks(function)[0]
 
 
 @pytest.mark.parametrize("chosen", [dict(), dict(window=32, sinks=SINKS), dict(sinks=SINKS)])
