@@ -1,9 +1,10 @@
-"""Accuracy of a model folder over distinct prompts, by the tasks' own verifiers: greedy, and of samples at a temperature
-their mean, pass@k and maj@k. With `compare_with` also what was gained over an earlier evaluation, prompt by prompt.
+"""Accuracy of a model folder over distinct prompts, by the tasks' own verifiers: greedy, and of samples at a
+temperature their mean, pass@k and maj@k. With `compare_with` also what was gained over an earlier evaluation, prompt by
+prompt.
 
 The prompts are the rows of a task, or those of a mix: any tasks that generate and grpo take. Element i of n takes
-distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way. `finish` adds the counts. Row
-order: files as given, then the synthetic stream; the first of equal prompts counts.
+distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way. `finish` adds the counts.
+Row order: files as given, then the synthetic stream; the first of equal prompts counts.
 """
 
 import json
@@ -58,8 +59,10 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("model", "is missing: a model folder"))
     if of_mix(config):
         problems += [p for p in generate.check(_ways(config)[-1], ranks) if p.where.startswith(("mix", "verif"))]
-        if config.source != Source() or config.limit or config.seen_in:
-            problems.append(Problem("mix", "is given beside source, limit or seen_in, which are for the rows of one task"))
+        own = ("task", "task_options", "source", "limit", "seen_in")
+        if beside := [name for name in own if getattr(config, name) != getattr(Config(), name)]:
+            message = f"is given beside {', '.join(beside)}: for the rows of one task; say it in mix.entries"
+            problems.append(Problem("mix", message))
         return problems + _check_ways(config, ranks)
     problems += check_rows(config.task, config.task_options, config.source)
     return problems + _check_ways(config, ranks)
@@ -75,6 +78,8 @@ def _check_ways(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("max_new_tokens", f"{config.max_new_tokens} is too few: the least is 1"))
     if config.samples < 0:
         problems.append(Problem("samples", f"{config.samples} is negative; 0 is greedy alone"))
+    if config.compare_with and not config.samples:
+        problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     if not config.temperature > 0:
         problems.append(Problem("temperature", f"{config.temperature} is not above 0; greedy accuracy is always there"))
     own = ("sampling.top_p", "sampling.max_turns")
@@ -128,12 +133,12 @@ def run(
     problems = check(config, ranks.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
-    folder = model_folder.open_folder(config.model)
+    folder, before = model_folder.open_folder(config.model), _compared(config)
     of = _of_mix if of_mix(config) else _of_rows
     with ranks.started(config.parallel):
         samples = of(config, folder, keep, progress, index, count)
         writer = ranks.is_writer()
-    result = _result(samples, _compared(config))
+    result = _result(samples, before)
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         durable.write_json(out / RESULT, result)
@@ -157,7 +162,9 @@ def _ways(config: Config) -> list[generate.Config]:
     return ways
 
 
-def _of_mix(config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int) -> List[Dict[str, Any]]:
+def _of_mix(
+    config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
+) -> List[Dict[str, Any]]:
     """A line for each prompt of this element, on every rank. What KEEP has of it is not sampled again."""
     from megatron_ext import model_folder
     from megatron_ext.checkpoint import from_rank_zero
@@ -170,8 +177,9 @@ def _of_mix(config: Config, folder: Any, keep: Path, progress: Progress, index: 
     lines: Dict[str, Dict[str, Any]] = {}
     for sample in found[0]:
         told = {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
-        line = {"prompt": sample["prompt_id"], **told, "correct": bool(sample["correct"]), "seen": None, "kind": sample["task"]}
-        lines[sample["prompt_id"]] = line | ({"votes": []} if config.samples else {})
+        told |= {"correct": bool(sample["correct"]), "seen": None, "kind": sample["task"]}
+        told |= {"votes": []} if config.samples else {}
+        lines[sample["prompt_id"]] = {"prompt": sample["prompt_id"], **told}
     for sample in found[1] if config.samples else ():
         lines[sample["prompt_id"]]["votes"].append(generate.vote(sample))
     for line in lines.values():
@@ -183,7 +191,9 @@ def _counted(votes: Optional[list]) -> Dict[str, Any]:
     return {} if votes is None else {"sampled_correct": sum(right for _, right in votes), "sampled": len(votes)}
 
 
-def _of_rows(config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int) -> List[Dict[str, Any]]:
+def _of_rows(
+    config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
+) -> List[Dict[str, Any]]:
     """A line for each row of this element, on every rank."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -254,11 +264,18 @@ def uid_of(prompt: list[int]) -> int:
 
 
 def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
-    """The samples of the evaluation to compare with, by prompt."""
+    """The samples of the evaluation to compare with, by prompt. UserMistake where there are none."""
     if not config.compare_with:
         return {}
-    lines = (Path(config.compare_with) / SAMPLES).read_text().splitlines()
-    return {sample["prompt"]: sample for sample in map(json.loads, lines)}
+    try:
+        found = {line["prompt"]: line for line in generate.lines_of([Path(config.compare_with) / SAMPLES])}
+    except (OSError, ValueError, KeyError) as error:
+        message = f"{config.compare_with} is no output of an evaluation ({error}); name the folder with {SAMPLES}"
+        raise UserMistake(Problem("compare_with", message)) from None
+    if not any("sampled" in line for line in found.values()):
+        message = f"{config.compare_with} has greedy answers alone; evaluate it again with samples: {config.samples}"
+        raise UserMistake(Problem("compare_with", message))
+    return found
 
 
 def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] = {}) -> dict[str, Any]:
@@ -266,7 +283,8 @@ def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] 
     result: dict[str, Any] = {}
     groups = {"": samples}
     if any(sample["seen"] is not None for sample in samples):
-        groups |= {f"{name}_": [s for s in samples if s["seen"] is wanted] for name, wanted in (("seen", True), ("unseen", False))}
+        groups["seen_"] = [sample for sample in samples if sample["seen"] is True]
+        groups["unseen_"] = [sample for sample in samples if sample["seen"] is False]
     for kind in sorted({sample["kind"] for sample in samples if sample.get("kind")}):
         groups[f"{kind}_"] = [sample for sample in samples if sample.get("kind") == kind]
     for name, of in groups.items():
@@ -278,7 +296,7 @@ def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] 
             shares = [sample["sampled_correct"] / sample["sampled"] for sample in of]
             result[f"{name}sampled_accuracy"] = sum(shares) / len(shares)
             result[f"{name}sampled_error"] = standard_error(shares)
-            result |= {name + key: value for key, value in at_k([sample["votes"] for sample in of if "votes" in sample]).items()}
+            result |= {name + key: value for key, value in at_k([sample["votes"] for sample in of]).items()}
             gains = [
                 share - before[sample["prompt"]]["sampled_correct"] / before[sample["prompt"]]["sampled"]
                 for sample, share in zip(of, shares)
@@ -293,12 +311,13 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     labels = {"": "all", "seen_": "seen in training", "unseen_": "not seen"}
     names = [name.removesuffix("prompts") for name in result if name.endswith("prompts")]
     columns, keys = ["prompts", "distinct", "correct", "greedy accuracy"], ["prompts", "correct", "accuracy"]
-    largest = [[name for name in result if name.startswith(kind)][-1:] for kind in ("pass@", "maj@")]
-    told = [("sampled", "sampled_accuracy"), ("± error", "sampled_error"), *((name, name) for names in largest for name in names)]
+    largest = [name for kind in ("pass@", "maj@") for name in [name for name in result if name.startswith(kind)][-1:]]
+    told = [("sampled", "sampled_accuracy"), ("± error", "sampled_error"), *zip(largest, largest)]
     for column, key in (*told, ("gain", "gain"), ("± error", "gain_error")):
         if key in result:
             columns, keys = [*columns, column], [*keys, key]
-    rows_ = [[labels.get(name, name.rstrip("_").replace("_", " ")), *(result.get(name + key) for key in keys)] for name in names]
+    spelled = {name: labels.get(name, name.rstrip("_").replace("_", " ")) for name in names}
+    rows_ = [[spelled[name], *(result.get(name + key) for key in keys)] for name in names]
     write_table(keep, "accuracy", f"Accuracy at step {step}", columns, rows_)
 
 
@@ -306,7 +325,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
     """Join the elements' samples, in element order, and their counts. One process."""
     from megatron_ext import model_folder
 
-    samples = [json.loads(line) for part in parts for line in (part / SAMPLES).read_text().splitlines()]
+    samples = list(generate.lines_of([part / SAMPLES for part in parts]))
     result = _result(samples, _compared(config))
     durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
     durable.write_json(out / RESULT, result)

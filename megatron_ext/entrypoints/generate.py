@@ -1,7 +1,8 @@
 """Samples of a model folder on the prompts of tasks, with their rewards: JSONL that data_tools/rejection.py reads.
 
 Element i of n takes prompts i, i + n, i + 2n, … of all the entries' prompts, entry after entry, chunk after chunk;
-data-parallel ranks share a chunk. A requeued job goes on where it was (megatron_ext/rl/sampling.py). `finish` joins the elements' samples in the order of the prompts: the same bytes for any number of elements.
+data-parallel ranks share a chunk. A requeued job goes on where it was (megatron_ext/rl/sampling.py). `finish` joins the
+elements' samples in the order of the prompts: the same bytes for any number of elements.
 """
 
 import heapq
@@ -94,8 +95,9 @@ def run(
 
 
 def sampled(
-    config: Config, folder: Any, keep: Path, index: int, count: int, progress: Progress, stop: Stop, load: Callable[[], Any]
-) -> List[dict[str, Any]]:
+    config: Config, folder: Any, keep: Path, index: int, count: int, progress: Progress, stop: Stop,
+    load: Callable[[], Any],
+) -> List[dict[str, Any]]:  # fmt: skip
     """The lines of element `index` of `count` on rank 0, none on others. The ranks are started; `load` gives the model.
 
     What KEEP holds of them is not sampled again.
@@ -103,19 +105,21 @@ def sampled(
     from megatron_ext import ranks
     from megatron_ext.rl import sampling
 
-    files = sampling.run(config, folder, _identity(config, folder.weights_digest), keep, index, count, progress, stop, load)
-    return list(_lines(files)) if ranks.is_writer() else []
+    identity = _identity(config, folder.weights_digest)
+    files = sampling.run(config, folder, identity, keep, index, count, progress, stop, load)
+    return list(lines_of(files)) if ranks.is_writer() else []
 
 
 def _identity(config: Config, digest: str) -> dict[str, Any]:
     """What samples that are gone on with must share: all that changes them. Prompts go by their names."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True) and f.name != "mix"}
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
+    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items() if name != "mix"}
     entries = {name: [entry.task, entry.options, entry.rewards] for name, entry in entries_of(config.mix).items()}
     return {**plain, "model": digest, "entries": entries}
 
 
-def _lines(files: List[Path]) -> Iterator[dict[str, Any]]:
+def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The samples of these files, a line each: completions may hold what str.splitlines takes for the end of one."""
     for file in files:
         with open(file, encoding="utf-8") as lines:
             yield from map(json.loads, lines)
@@ -152,7 +156,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
     """Join the elements' samples in the order of the prompts. One process, a line of each element in memory."""
     from megatron_ext import model_folder
 
-    files = [_lines([part / SAMPLES]) for part in parts]
+    files = [lines_of([part / SAMPLES]) for part in parts]
     merged = heapq.merge(*files, key=lambda sample: (sample["place"], sample["sample"]))
     with open(out / SAMPLES, "w", encoding="utf-8") as file:
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools import durable
+from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop
 from data_tools.tasks.mix import Mix, entries_of
 from data_tools.tokenizer import Tokenizer, load_tokenizer
@@ -124,11 +125,13 @@ def run_of(config: Any) -> grpo.Run:
 
 
 def stop_ids_of(folder: ModelFolder, tokenizer: Any) -> set[int]:
-    """The end tokens of generation_config.json, and the tokenizer's."""
+    """The end tokens of generation_config.json, where there is one, and the tokenizer's. UserMistake for a torn one."""
+    file = folder.hf / "generation_config.json"
     try:
-        found = durable.read_json(folder.hf / "generation_config.json").get("eos_token_id")
-    except (OSError, ValueError):
-        found = None
+        found = durable.read_json(file).get("eos_token_id") if file.exists() else None
+    except (durable.TornFile, AttributeError) as error:
+        message = f"is no generation config ({error}): make the model folder again"
+        raise UserMistake(Problem(str(file), message)) from None
     ids = found if isinstance(found, list) else [found]
     return {token for token in [*ids, tokenizer.eos_id] if token is not None}
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -103,7 +104,8 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):  #
 
 def test_what_was_gained_is_told_with_its_error_prompt_by_prompt():
     def lines(*counts: int) -> list[dict]:
-        return [dict(prompt=str(i), correct=True, seen=None, sampled_correct=c, sampled=4) for i, c in enumerate(counts)]
+        told = dict(correct=True, seen=None, sampled=4, votes=[])
+        return [dict(prompt=str(i), sampled_correct=count, **told) for i, count in enumerate(counts)]
 
     before = {sample["prompt"]: sample for sample in lines(0, 2, 2)}
     result = evaluate._result(lines(1, 3, 4), before)
@@ -131,8 +133,35 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
     assert whole["pass@1"] == pytest.approx(whole["sampled_accuracy"]) and whole["pass@4"] >= whole["pass@2"] >= whole["pass@1"]
     again = evaluate.run(replace(config, compare_with=str(outs[0]), verifiers=2), outs[1], tmp_path / "keep")  # nothing is sampled anew
     assert again["gain"] == 0
-    wrong = replace(config, source=Source(synthetic_rows=1), top_p=0.0)
-    assert [problem.where for problem in evaluate.check(wrong, 1)] == ["mix", "top_p"]
+    wrong = replace(config, source=Source(synthetic_rows=1), task_options={"reverse_digits": True}, top_p=0.0)
+    problems = evaluate.check(wrong, 1)
+    assert [problem.where for problem in problems] == ["mix", "top_p"]
+    assert "beside task_options, source" in problems[0].message
+
+
+def test_a_completion_may_hold_whatever_some_take_for_the_end_of_a_line(tmp_path, monkeypatch):
+    """json.dumps escapes control characters alone: U+0085, U+2028 and U+2029 stay as they are."""
+    lines = [dict(prompt=f"{n}", correct=True, seen=None, completion=f"a{mark}b", sampled=1, sampled_correct=1, votes=[])
+             for n, mark in enumerate("\x85\u2028\u2029")]  # fmt: skip
+    for name in ("part", "out"):
+        (tmp_path / name).mkdir()
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "part" / "samples.jsonl").write_text(text)
+    monkeypatch.setattr(model_folder, "open_folder", lambda path: SimpleNamespace(step=0))
+    config = evaluate.Config(compare_with=str(tmp_path / "part"), samples=1)
+    found = evaluate.finish(config, [tmp_path / "part"], tmp_path / "out", tmp_path / "keep")
+    assert found["prompts"] == 3 and found["gain"] == 0
+    assert (tmp_path / "out" / "samples.jsonl").read_text() == text
+
+
+def test_an_evaluation_without_samples_is_nothing_to_compare_with(tmp_path):
+    config = evaluate.Config(model="m", source=Source(synthetic_rows=1), compare_with=str(tmp_path))
+    assert [problem.where for problem in evaluate.check(config, 1)] == ["compare_with"]
+    for line, said in ((None, "is no output of an evaluation"), (dict(prompt="1+1="), "has greedy answers alone")):
+        if line:
+            (tmp_path / "samples.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(UserMistake, match=f"compare_with: {tmp_path} {said}"):
+            evaluate._compared(replace(config, samples=2))
 
 
 def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):  # noqa: F811

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from data_tools.tasks.task import Source
 from data_tools.tokenizer import load_tokenizer
 from megatron_ext.entrypoints import generate, sft
 from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rl.session import stop_ids_of
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext.test_train import calculator  # noqa: F401
 
@@ -150,6 +152,18 @@ def test_wrong_settings_and_prompts_without_room_are_refused(folders, tmp_path):
     out, keep = made(tmp_path)
     with pytest.raises(UserMistake, match="prompt sums/.* has .* tokens; the model's positions and sampling.max_tokens leave 1 for it"):
         generate.run(config(folders, sampling=Sampling(max_tokens=2047)), out, keep)
+
+
+def test_the_end_tokens_are_the_models_and_the_tokenizers_and_a_torn_file_of_them_is_no_absent_one(tmp_path):
+    folder, tokenizer = SimpleNamespace(hf=tmp_path), SimpleNamespace(eos_id=2)
+    assert stop_ids_of(folder, tokenizer) == {2}
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": [7, 8]}')
+    assert stop_ids_of(folder, tokenizer) == {2, 7, 8}
+    for torn in ('{"eos_token_id": [7', "[7, 8]"):
+        file.write_text(torn)
+        with pytest.raises(UserMistake, match="generation_config.json: is no generation config"):
+            stop_ids_of(folder, tokenizer)
 
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
