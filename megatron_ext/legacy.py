@@ -25,6 +25,7 @@ from megatron_ext.models.rules import Entry, HfTensor, Rule, Shape, hf_rules, hf
 
 FILE = "model_optim_rng.pt"
 LISTED = 12  # wrong tensors that a message names
+LLAMA3_FACTOR = 8.0  # of --use-rope-scaling, before Megatron had --rope-scaling-factor
 ARGUMENTS = {  # Megatron's names by those of a family's Dims
     "heads": "num_attention_heads",
     "head_dim": "kv_channels",
@@ -72,7 +73,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def unlike(arguments: Namespace, dims: Any) -> list[str]:
-    """What Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json's 1e6".
+    """What Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json has 1e6".
 
     An argument that is not there, or None, is not compared.
     """
@@ -90,6 +91,13 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
         ours["window_size"] = dims.window if any(dims.sliding) else 0
     if hasattr(arguments, "rotary_percent") and hasattr(dims, "rope_base"):
         said["rotary_percent"], ours["rotary_percent"] = arguments.rotary_percent, 1.0
+    if hasattr(arguments, "use_rope_scaling") and hasattr(dims, "rope_factor"):
+        factor = getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
+        said["rope_scaling_factor"] = factor if arguments.use_rope_scaling else 0
+        ours["rope_scaling_factor"] = dims.rope_factor
+    if hasattr(arguments, "untie_embeddings_and_output_weights"):
+        said["untie_embeddings_and_output_weights"] = arguments.untie_embeddings_and_output_weights
+        ours["untie_embeddings_and_output_weights"] = not getattr(dims, "tied", False)
     return [
         f"{name} is {value}, config.json has {ours[name]}"
         for name, value in said.items()

@@ -20,7 +20,7 @@ def meaning(family: Any, dims: Any) -> dict[str, Any]:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Of two meanings: "rope_theta is 10000.0, not 1000000.0"."""
+    """Of two meanings: "rope_parameters.rope_theta is 10000.0, not 1000000.0"."""
     return [
         f"{key} is {ours.get(key)!r}, not {theirs.get(key)!r}"
         for key in {**ours, **theirs}

@@ -17,7 +17,8 @@ WITHOUT_EFFECT = {  # special tokens, initial values, caches and outputs, names
     "pad_token_id", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 OFF = {"add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False}  # what no family has
-ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+BESIDE_ROPE = {"rope_theta", "partial_rotary_factor"}  # older files have them beside the other settings
+ROPE_KEYS = ("rope_parameters", "rope_scaling", *sorted(BESIDE_ROPE))
 
 
 class Reading:
@@ -121,14 +122,17 @@ class Reading:
             elif found := {name: value for name, value in (self.config.get(key) or {}).items() if value is not None}:
                 spelled[key] = {"rope_type": found.pop("type", "default"), **found}
         new, old = spelled.get("rope_parameters", {}), spelled.get("rope_scaling", {})
-        beside = {name: self.config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
         if new and old:
-            for name in sorted((new.keys() | old.keys()) - beside.keys()):
+            for name in sorted((new.keys() | old.keys()) - BESIDE_ROPE):
                 ours, theirs = (settings.get(name, "absent") for settings in (new, old))
                 self.agree(f"rope_parameters.{name}", ours, "rope_scaling's", theirs)
-        for name, value in beside.items():
-            self.agree(name, value, "rope_parameters'", new.get(name))
-        found = {**(new or old or default), **{k: v for k, v in beside.items() if v is not None}, **new}
+        found = {**(new or old or default)}
+        for name in sorted(BESIDE_ROPE):
+            places = {"the file's": self.config, "rope_parameters'": new, "rope_scaling's": old}
+            said = {whose: place[name] for whose, place in places.items() if place.get(name) is not None}
+            for whose, value in said.items():
+                self.agree(name, next(iter(said.values())), whose, value)
+                found[name] = value
         found["rope_type"] = found.get("rope_type", "default")
         found["rope_theta"] = float(self.number("rope_theta", base, found))
         if (partial := found.pop("partial_rotary_factor", 1)) != 1:
