@@ -19,7 +19,9 @@ from megatron_ext.models.shape import MAMBA, MOE, count_blocks
 from megatron_ext.parallel import DEGREES, ParallelPlan, Site
 from megatron_ext.planner import Training
 from megatron_ext.rl.settings import (
-    OLD_LOGPROBS, Advantage, Evaluation, Loss, Rewarding, check_advantage, check_evaluation, check_loss, check_rewarding)
+    OLD_LOGPROBS, Advantage, Evaluation, Loss, Rewarding, check_advantage, check_evaluation, check_loss,
+    check_rewarding,
+)  # fmt: skip
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_graphs, check_sampling
 from megatron_ext.track import Track
@@ -82,7 +84,7 @@ class Config:
     save_in_background: bool = field(default=True, metadata=FREE)  # training goes on while a checkpoint is written
     track: Track = field(default_factory=Track, metadata=FREE)
     hang: Hang = field(default_factory=Hang, metadata=FREE)
-    distributed_timeout_minutes: int = field(default=30, metadata=FREE)  # a collective that waits longer for a peer is dead
+    distributed_timeout_minutes: int = field(default=30, metadata=FREE)  # one that waits longer for a peer is dead
     parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
 
 
@@ -135,6 +137,10 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
     problems += check_room(_room(config, training), config.engine)
     if training.shape is not None:
+        positions, new = training.shape.max_positions, config.sampling.max_tokens
+        if 0 < positions <= new:
+            message = f"{new:,} new ones leave no room for a prompt in the model's {positions:,} positions: give fewer"
+            problems.append(Problem("sampling.max_tokens", message))
         blocks = count_blocks(training.shape.layers)
         problems += check_graphs(config.engine, bool(blocks[MOE]), bool(blocks[MAMBA]), config.parallel.pipeline)
     return problems + found + preflight.check(config.parallel, training, site)
@@ -142,7 +148,9 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
 
 def _room(config: Config, training: Training) -> Optional[Room]:
     """What the rollouts' memory holds; None while the model is not known or the plan makes no sense."""
-    if training.shape is None or any(getattr(config.parallel, name) < 1 for name in DEGREES) or config.engine.block_size < 1:
+    if training.shape is None or any(getattr(config.parallel, name) < 1 for name in DEGREES):
+        return None
+    if check_engine(config.engine):
         return None
     return room(config.engine, config.parallel, training.shape, training.dtype, 1 + config.sampling.max_tokens)
 
@@ -168,7 +176,7 @@ def _check_temperature(config: Config) -> list[Problem]:
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """What the parallel plan costs, its rank grid, and others: see preflight.report; and what the rollouts' memory holds."""
+    """What the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory holds."""
     training = _training(config, site)[0]
     report = preflight.report(config.parallel, training, site, searching)
     found = _room(config, training)
@@ -199,7 +207,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     with ranks.started(config.parallel, config.seed, timedelta(minutes=config.distributed_timeout_minutes)):
         from megatron_ext.rl import session  # megatron-core may be imported once the device is ready
 
-        outcome, digest = session.run(config, folder, _identity(config, folder.weights_digest), out, keep, progress, stop)
+        identity = _identity(config, folder.weights_digest)
+        outcome, digest = session.run(config, folder, identity, out, keep, progress, stop)
     position = outcome.position
     return {
         "step": outcome.step,

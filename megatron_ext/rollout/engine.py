@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import UserMistake
 from data_tools.progress import Stop, Stopped, never
 from megatron_ext.rollout.blocks import BlockManager
 from megatron_ext.rollout.cache import Share
+from megatron_ext.rollout.room import too_small
 from megatron_ext.rollout.runner import Runner
 from megatron_ext.rollout.scheduler import Scheduler, Step
 from megatron_ext.rollout.sequence import Answer, Prefix, Request, Sequence, spans
@@ -39,7 +40,7 @@ class Turns(Protocol):
 
 
 class Engine:
-    """`stop_ids` end a sample, or a turn of it, and belong to it. `detokenize` is needed where there are stop strings."""
+    """`stop_ids` end a sample, or a turn of it, and belong to it. `detokenize` is needed for stop strings."""
 
     def __init__(
         self,
@@ -107,10 +108,9 @@ class Engine:
         if any(not request.prompt for request in requests):
             raise ValueError("a prompt without tokens has no last position to continue from")
         if needed > held:
-            message = f"{self.config.kv_gib:g} GiB hold {max(held, 0) * size:,} tokens of keys and values, and one sample needs "
-            raise UserMistake(Problem("engine.kv_gib", f"{message}{needed * size:,}; give more, or lower max_tokens"))
-        most = sum((len(request.numbers) + 1) * (-(-(len(request.prompt) + sampling.max_tokens) // size) + 1) for request in requests)
-        return BlockManager(min(held, most), size)
+            raise UserMistake(too_small(self.config, max(held, 0), needed))
+        each = ((request, -(-(len(request.prompt) + sampling.max_tokens) // size) + 1) for request in requests)
+        return BlockManager(min(held, sum((len(request.numbers) + 1) * blocks for request, blocks in each)), size)
 
     def _least(self, blocks: int) -> int:
         """Of the ranks that hold this model: stages may have more or fewer attention layers."""
@@ -155,7 +155,8 @@ class Engine:
             return "abort"
         if answer.tokens is None or (not answer.tokens and self._ends(sequence, sampling)):
             return "stop"
-        if answer.tokens and sampling.max_turns and sum(span.own for span in spans(sequence.logprobs)) >= sampling.max_turns:
+        turns = sum(span.own for span in spans(sequence.logprobs))
+        if answer.tokens and 0 < sampling.max_turns <= turns:
             return "turns"
         sequence.observe(answer.tokens[: sequence.limit - len(sequence.completion)])
         return "length" if len(sequence.completion) >= sequence.limit else ""

@@ -24,7 +24,8 @@ class Graphs:
 
     def logits(self, shares: Sequence[Share]) -> torch.Tensor:
         """[n, V / t] after each of `shares`, of one token each; overwritten by the next pass of this shape."""
-        shape = _power_of_two(max(self.unit, len(shares))), _power_of_two(max(len(share.blocks) for share in shares))
+        rows = self.unit * _power_of_two(-(-len(shares) // self.unit))
+        shape = rows, _power_of_two(max(len(share.blocks) for share in shares))
         filler = Share((0,), 0, [self.cache.spare // self.cache.block_size])
         row = cached_row([*shares, *[filler] * (shape[0] - len(shares))], self.cache, width=shape[1])
         ids = [share.tokens[0] for share in shares] + [0] * (shape[0] - len(shares))

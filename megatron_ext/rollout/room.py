@@ -55,17 +55,22 @@ def room(config: EngineConfig, plan: ParallelPlan, shape: ModelShape, dtype: str
 
 def check_room(found: Optional[Room], config: EngineConfig) -> list[Problem]:
     """Refuses memory in which not even one sample has a place."""
-    if found is None or found.samples:
-        return []
-    message = f"{config.kv_gib:g} GiB hold {found.blocks * found.block_size:,} tokens of keys and values, and one sample needs "
-    return [Problem("engine.kv_gib", f"{message}{(found.each + 1) * found.block_size:,}; give more, or lower max_tokens")]
+    return [] if found is None or found.samples else [too_small(config, found.blocks, found.each + 1)]
+
+
+def too_small(config: EngineConfig, blocks: int, needed: int) -> Problem:
+    """Its memory holds so many blocks, and one sample needs more."""
+    held, wanted = (number * config.block_size for number in (blocks, needed))
+    message = f"{config.kv_gib:g} GiB hold {held:,} tokens of keys and values, and one sample needs {wanted:,}"
+    return Problem("engine.kv_gib", f"{message}; give more, or lower max_tokens")
 
 
 def room_notes(found: Room, config: EngineConfig, group: int) -> list[str]:
     """What `plan --parallel` says of it."""
-    held = f"{found.blocks * found.block_size:,} tokens of keys and values"
-    notes = [f"rollouts: {config.kv_gib:g} GiB a rank hold {held}: {found.samples} samples of {found.tokens:,} tokens at once"]
+    held = f"{config.kv_gib:g} GiB a rank hold {found.blocks * found.block_size:,} tokens of keys and values"
+    notes = [f"rollouts: {held}: {found.samples} samples of {found.tokens:,} tokens at once"]
     if found.samples < min(group, config.max_batch):
-        what = f"fewer than a group of {group}" if group <= config.max_batch else f"fewer than max_batch {config.max_batch}"
-        notes.append(f"warning: that is {what}: where samples grow long, some give their memory back and are computed again")
+        what = f"a group of {group}" if group <= config.max_batch else f"max_batch {config.max_batch}"
+        remedy = "where samples grow long, some give their memory back and are computed again"
+        notes.append(f"warning: that is fewer than {what}: {remedy}")
     return notes

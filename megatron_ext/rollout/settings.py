@@ -1,5 +1,6 @@
 """What a rollout is asked for, and what the engine may use. No torch: plans and checks read it too."""
 
+import math
 from dataclasses import dataclass, field
 from typing import List
 
@@ -8,7 +9,7 @@ from data_tools.mistake import Problem
 
 @dataclass
 class Sampling:
-    """How the next token is chosen. Filters apply after the temperature: top_k, then top_p of what is left, then min_p."""
+    """How the next token is chosen. Filters come after the temperature: top_k, top_p of what is left, then min_p."""
 
     temperature: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # the likeliest so many; 0: all
@@ -67,12 +68,14 @@ def check_engine(config: EngineConfig, where: str = "engine") -> list[Problem]:
     if config.token_budget < config.max_batch:
         message = f"{config.token_budget} tokens a pass do not hold one of each of {config.max_batch} samples"
         problems.append(Problem(f"{where}.token_budget", f"{message}; give at least max_batch"))
-    if not config.kv_gib > 0:
-        problems.append(Problem(f"{where}.kv_gib", f"{config.kv_gib} GiB hold no keys and values"))
+    if not 0 < config.kv_gib < math.inf:
+        problems.append(Problem(f"{where}.kv_gib", f"{config.kv_gib} GiB hold no keys and values: give more than 0"))
     return problems
 
 
-def check_graphs(config: EngineConfig, experts: bool, states: bool, stages: int, where: str = "engine") -> list[Problem]:
+def check_graphs(
+    config: EngineConfig, experts: bool, states: bool, stages: int, where: str = "engine"
+) -> list[Problem]:
     """Whether a model's decoding can be recorded: its passes ask nothing of the host and wait for nobody."""
     reasons = {
         "its experts, whose numbers of tokens the host reads": experts,

@@ -1,6 +1,7 @@
 """The engine against the full forward pass: same tokens, same log-probs, whatever shares the batch."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from data_tools.mistake import UserMistake
 from megatron_ext.layers.mamba import MambaMixer
 from megatron_ext.parallel import ParallelPlan
+from megatron_ext.rollout.cache import Share
 from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.graphs import Graphs
 from megatron_ext.rollout.sequence import Request, Sequence
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext import tiny
@@ -129,6 +132,17 @@ def test_recorded_passes_draw_the_same_samples_and_what_cannot_be_recorded_is_re
         near = next((i for i, m in enumerate(sequence.margins) if m < 1e-4), len(sequence.margins))
         assert found.completion[:near] == sequence.completion[:near]
         assert found.logprobs[:near] == pytest.approx(sequence.logprobs[:near], abs=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1, 3, 4, 6])
+def test_the_rows_of_a_recorded_pass_divide_over_the_tensor_ranks(unit):
+    """Whatever their number: sequence parallelism cuts a row into as many parts."""
+    made = []
+    cache = SimpleNamespace(block_size=4, spare=43, target=torch.device("cpu"))
+    graphs = Graphs(lambda tokens, row: made.append(tokens.size(1)) or torch.zeros(tokens.size(1), 2), cache, unit)
+    for count in range(1, 14):
+        assert len(graphs.logits([Share((1,), 0, [i]) for i in range(count)])) == count
+    assert all(rows % unit == 0 for rows in made) and made[0] == unit and max(made) < 26
 
 
 def test_what_was_recorded_is_gone_on_with(model):

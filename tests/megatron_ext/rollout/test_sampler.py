@@ -101,3 +101,5 @@ def test_wrong_settings_are_told_at_once():
     assert [problem.where for problem in check_engine(EngineConfig(0, 0, 8, 4))] == [
         "engine.block_size", "engine.token_budget", "engine.kv_gib"
     ]  # fmt: skip
+    for size in (float("inf"), float("nan")):
+        assert [problem.where for problem in check_engine(EngineConfig(size))] == ["engine.kv_gib"]
