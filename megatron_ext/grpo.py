@@ -25,7 +25,8 @@ from megatron_ext.rl import journal, report
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.losses import Totals
 from megatron_ext.rl.rows import (
-    Measures, RolloutRow, log_probs, policy_loss_function, rollout_rows, with_old, with_reference)
+    Measures, RolloutRow, log_probs, policy_loss_function, rollout_rows, with_old, with_reference,
+)  # fmt: skip
 from megatron_ext.rl.samples import Batch, Sample, batch_of, kept_items
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from megatron_ext.schedule import Schedule
@@ -151,7 +152,8 @@ def train(
                 journal.forget(keep / ROLLOUTS, min(checkpoint.steps(root), default=0))
 
         def give_up(step: int, tokens: float = 0) -> None:
-            """Asked to stop: the work so far is durable before the ranks leave, `tokens` of the next step's rollouts too."""
+            """Asked to stop: the work so far is durable before the ranks leave, `tokens` of the next step's rollouts
+            too."""
             if step > saved:
                 publish(step)
             saver.close()
@@ -193,8 +195,8 @@ def train(
             if not math.isfinite(update.norm):
                 saver.wait()
                 raise NonFinite(
-                    f"step {k + 1}: the gradient norm is {update.norm} at learning rate {rate:g}; the last checkpoint is "
-                    f"step {saved}. Lower lr or raise warmup_steps"
+                    f"step {k + 1}: the gradient norm is {update.norm} at learning rate {rate:g}; the last checkpoint "
+                    f"is step {saved}. Lower lr or raise warmup_steps"
                 )
             found = report.measured(drawn, batch, kept, update)
             position.after(drawn, batch, update, found)

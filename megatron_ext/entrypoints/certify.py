@@ -206,8 +206,8 @@ def _spawn(config: Config, work: Path, world: int) -> dict[str, Any]:
     file.write_text(json.dumps(asdict(config)))  # JSON is YAML
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
     ours = {
-        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "megatron_ext.entrypoints.certify", "--config", str(file), "--out"]
     ranks = [

@@ -74,7 +74,7 @@ class Config:
     keep_every: int = field(default=0, metadata=FREE)  # steps; checkpoints of its multiples stay for good
     save_in_background: bool = field(default=True, metadata=FREE)  # training goes on while a checkpoint is written
     hang: Hang = field(default_factory=Hang, metadata=FREE)
-    distributed_timeout_minutes: int = field(default=30, metadata=FREE)  # a collective that waits longer for a peer is dead
+    distributed_timeout_minutes: int = field(default=30, metadata=FREE)  # one that waits longer for a peer is dead
     parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
     certify: bool = field(default=False, metadata=FREE)  # first show that the layout equals one process
 
@@ -155,7 +155,8 @@ def _check_data(config: Config, site: Site) -> list[Problem]:
     if len(config.blend_weights) != wanted:
         problems.append(Problem("blend_weights", f"{len(config.blend_weights)} weights for {wanted} blended plans"))
     if any(weight <= 0 for weight in config.blend_weights):
-        problems.append(Problem("blend_weights", f"{config.blend_weights} are not all positive: leave out what has none"))
+        message = f"{config.blend_weights} are not all positive: leave out what has none"
+        problems.append(Problem("blend_weights", message))
     lengths = {
         name: length
         for name in (config.packs, *config.blend_packs)
@@ -191,7 +192,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
     Raises Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
     Facts: step, loss_first, loss_last, valid_losses, weights_digest, tokens, supervised_tokens, resumed_from, notes;
-    with LoRA lora (lora/settings.py, reach); with `certify` also certificate (entrypoints/certify.py), kept in KEEP/certificates.
+    with LoRA lora (lora/settings.py, reach); with `certify` also certificate (entrypoints/certify.py), which is kept in
+    KEEP/certificates.
     """
     from data_tools.blended import read_packs
     from megatron_ext import model_folder, ranks

@@ -112,8 +112,9 @@ class Collector:
         if step in self.left:
             found = journal.gather(self.root, step, self.identity) if dist.get_rank() == 0 else None
             self.entries = from_rank_zero(found)
-        self.journal = Journal(self.root, step, self.identity, f"rank_{dist.get_rank()}") if self.replica.speaks else None
-        if self.journal is not None:
+        self.journal = None
+        if self.replica.speaks:
+            self.journal = Journal(self.root, step, self.identity, f"rank_{dist.get_rank()}")
             self.journal.resume(self.entries)
         self.counts, self.seconds = Counter(), Counter()
 
@@ -132,6 +133,7 @@ class Collector:
         wanted = {k: self.prompts.item(k) for k in self.replica.share(items)}
         prompts = {k: self.prompts.tokens(item) for k, item in wanted.items()}
         self.numbers = {self.prompts.uid(item): k for k, item in wanted.items()}
+        by_uid = {uid: wanted[k] for uid, k in self.numbers.items()}
         requests = []
         for k, prompt in prompts.items():
             entries = [self.entries.get((k, number), Entry()) for number in range(self.group)]
@@ -145,7 +147,7 @@ class Collector:
                 requests.append(Request(uid, prompt, self.group, recorded, only=only, turn_ends=ends))
         reused = len(samples)
         stopped = False
-        replies = self.turns.of({uid: wanted[k] for uid, k in self.numbers.items()}, self.replica) if self.turns else None
+        replies = self.turns.of(by_uid, self.replica) if self.turns else None
         try:
             for sequence in self.engine.generate(requests, self.sampling, self._between_steps, replies):
                 ended(self._finished(sequence))
@@ -162,9 +164,9 @@ class Collector:
         return self._judged(samples, pending)
 
     def _finished(self, sequence: Sequence) -> Sample:
-        k = self.numbers[sequence.prefix.request.uid]
-        logprobs = self._comparable(sequence)
-        sample = _sample(k, sequence.sample, sequence.prefix.request.prompt, sequence.completion, logprobs, sequence.finish)
+        request, logprobs = sequence.prefix.request, self._comparable(sequence)
+        k = self.numbers[request.uid]
+        sample = _sample(k, sequence.sample, request.prompt, sequence.completion, logprobs, sequence.finish)
         unscorable = {"reward": None, "parts": {}, "note": sequence.note} if sequence.note else None
         if self.journal is not None:
             self.journal.record(sample.key, sequence.completion, logprobs, sequence.finish)

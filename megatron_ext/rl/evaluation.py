@@ -14,6 +14,7 @@ from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import Sampling
 
+
 def evaluate(
     engine: Engine,
     prompts: Listed,
@@ -31,10 +32,11 @@ def evaluate(
     replica = Replica()
     wanted = {k: prompts.item(k) for k in replica.share(range(len(prompts)))}
     numbers = {prompts.uid(item): k for k, item in wanted.items()}
+    items = {uid: wanted[k] for uid, k in numbers.items()}
     requests = [
-        Request(uid, prompts.tokens(wanted[k]), samples, turn_ends=ends_of(turns, wanted[k])) for uid, k in numbers.items()
+        Request(uid, prompts.tokens(item), samples, turn_ends=ends_of(turns, item)) for uid, item in items.items()
     ]
-    replies = turns.of({uid: wanted[k] for uid, k in numbers.items()}, replica) if turns else None
+    replies = turns.of(items, replica) if turns else None
     pending: list[tuple[int, str, Any]] = []
     stopped = False
     try:

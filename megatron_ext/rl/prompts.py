@@ -1,4 +1,4 @@
-"""A mix as the collector, the evaluation and the engine want it: prompts, scorer, replies, texts. See data_tools/tasks."""
+"""A mix (data_tools/tasks) as the collector, the evaluation and the engine want it: prompts, scorer, replies, texts."""
 
 import contextlib
 from functools import lru_cache
@@ -35,7 +35,8 @@ class Encoded:
         if not 0 < len(found) <= self.longest:
             what = f"prompt {draw.item.uid} has {len(found):,} tokens"
             limit = f"the model's positions and sampling.max_tokens leave {self.longest:,} for it"
-            raise UserMistake(Problem(f"mix.entries.{draw.entry}", f"{what}; {limit}: leave it out, or lower max_tokens"))
+            message = f"{what}; {limit}: leave it out, or lower max_tokens"
+            raise UserMistake(Problem(f"mix.entries.{draw.entry}", message))
         return found
 
     def uid(self, draw: Draw) -> int:
@@ -97,7 +98,9 @@ class MixScorer:
 
 
 @contextlib.contextmanager
-def mix_scorer(entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool = True) -> Iterator[Optional[MixScorer]]:
+def mix_scorer(
+    entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool = True
+) -> Iterator[Optional[MixScorer]]:
     """None on ranks that score nothing."""
     if not (wanted and Replica().speaks):
         yield None

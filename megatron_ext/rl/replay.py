@@ -36,7 +36,8 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
     if step == 1:
         parts = model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend)
     else:
-        parts = model_folder.load_stages(folder, plan, config.dtype, config.backend, weights=_weights(config, keep, step))
+        weights = _weights(config, keep, step)
+        parts = model_folder.load_stages(folder, plan, config.dtype, config.backend, weights=weights)
     tokenizer, mix, encoding = session.prompts_of(config, folder)
     prompts = MixPrompts(mix, *encoding)
     draw = prompts.item(item)
@@ -48,6 +49,7 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
     while same < min(len(entry.tokens), len(found.completion)) and entry.tokens[same] == found.completion[same]:
         same += 1
     logprobs = found.model_logprobs if config.sampling.is_filtered else found.logprobs
+    differences = (abs(a - b) for a, b in zip(entry.logprobs[:same], logprobs) if not isnan(a))
     facts = {
         "prompt": tokenizer.decode(request.prompt),
         "completion": tokenizer.decode(entry.tokens),
@@ -56,7 +58,7 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
         "same_tokens": same,
         "differs": same < len(entry.tokens) or (bool(entry.finish) and len(found.completion) > same),
         "smallest_margin": min(found.margins[: same + 1], default=None),
-        "logprob_difference": max((abs(a - b) for a, b in zip(entry.logprobs[:same], logprobs) if not isnan(a)), default=0.0),
+        "logprob_difference": max(differences, default=0.0),
     }
     if facts["differs"]:
         facts |= {

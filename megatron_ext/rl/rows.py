@@ -60,7 +60,8 @@ class _Packed:
 
 def document_tokens(batch: Batch, places: np.ndarray, unit: int) -> np.ndarray:
     """int64: tokens that each of these samples takes in a row. The last token is only a label."""
-    lengths = np.array([len(batch.samples[i].prompt) + len(batch.samples[i].tokens) - 1 for i in places], dtype=np.int64)
+    samples = (batch.samples[place] for place in places)
+    lengths = np.array([len(sample.prompt) + len(sample.tokens) - 1 for sample in samples], dtype=np.int64)
     return -(-lengths // unit) * unit
 
 

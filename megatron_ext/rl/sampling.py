@@ -39,7 +39,8 @@ def run(
     texts = Texts(tokenizer, stop_ids)
 
     def line(sample: Sample) -> str:
-        return json.dumps(_row(sample, mine, index + sample.item * count, texts, config.seed, folder), ensure_ascii=False)
+        place = index + sample.item * count
+        return json.dumps(_row(sample, mine, place, texts, config.seed, folder), ensure_ascii=False)
 
     starts = range(0, len(mine), config.chunk)
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]

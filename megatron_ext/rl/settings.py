@@ -21,8 +21,8 @@ OLD_LOGPROBS = ("auto", "rollout", "recompute")
 class Correction:
     """Weight of a token by how much likelier it is for the trained weights than it was where it was sampled.
 
-    With ratio = π_old / π_behaviour, of the token or over its whole sequence: truncate takes min(ratio, high), mask takes
-    the ratio between low and high and 0 outside (IcePop; the sequence mask of MIS).
+    With ratio = π_old / π_behaviour, of the token or over its whole sequence: truncate takes min(ratio, high), mask
+    takes the ratio between low and high and 0 outside (IcePop; the sequence mask of MIS).
     """
 
     mode: str = "off"
@@ -106,8 +106,8 @@ def check_loss(loss: Loss, where: str = "loss") -> list[Problem]:
     if loss.clip_high < 0:
         problems.append(Problem(f"{where}.clip_high", f"{loss.clip_high} is negative: 0.2 to 0.28 is usual"))
     if loss.dual_clip and loss.dual_clip <= 1 + loss.clip_high:
-        least = 1 + loss.clip_high
-        problems.append(Problem(f"{where}.dual_clip", f"{loss.dual_clip} is not above 1 + clip_high = {least:g}: 3 is usual"))
+        message = f"{loss.dual_clip} is not above 1 + clip_high = {1 + loss.clip_high:g}: 3 is usual"
+        problems.append(Problem(f"{where}.dual_clip", message))
     for name in ("kl_beta", "entropy"):
         if getattr(loss, name) < 0:
             problems.append(Problem(f"{where}.{name}", f"{getattr(loss, name)} is negative; 0 turns it off"))

@@ -1,7 +1,7 @@
 """Tasks of several turns: what they reply where a turn of the model ends.
 
 The verifiers' processes are asked (data_tools/tasks/rewards.py): a task that raises, hangs or gives no text costs its
-sample. One rank of a replica asks, and tells the others; samples of which nobody has answered yet wait, the rest goes on.
+sample. One rank of a replica asks, and tells the others; samples that nobody has answered yet wait, the rest goes on.
 """
 
 from concurrent.futures import FIRST_COMPLETED, Future

@@ -42,7 +42,7 @@ class BlockManager:
         blocks.clear()
 
     def cost_of_write(self, blocks: list[int], position: int) -> int:
-        """Free blocks that writing the token at `position` takes: 1 for a new block or a copy of a shared one, else 0."""
+        """Free blocks that writing the token at `position` takes: 1 for a new one or a copy of a shared one, else 0."""
         place = position // self.size
         return int(place == len(blocks) or self.references[blocks[place]] > 1)
 

@@ -85,15 +85,16 @@ def _plain(held: torch.Tensor) -> numpy.ndarray:
 
 @functools.cache
 def _kernel(dtype: torch.dtype, share: int, d: int, size: int) -> Callable[..., None]:
-    """Compiled at first use, for keys and values of this type, `share` heads a group, of `d`, and blocks of `size` tokens.
-    A document's numbers depend on no other's."""
+    """Compiled at first use, for keys and values of this type, `share` heads a group, of `d`, and blocks of `size`
+    tokens. A document's numbers depend on no other's."""
     import llvmlite.ir
     from numba import njit, types
     from numba.extending import intrinsic
 
     @intrinsic
     def of_bits(typing, bits):  # type: ignore[no-untyped-def]
-        return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(args[0], llvmlite.ir.FloatType())
+        wanted = llvmlite.ir.FloatType()
+        return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(args[0], wanted)
 
     @njit(inline="always")
     def widen(held):  # type: ignore[no-untyped-def]

@@ -84,7 +84,8 @@ class Runner:
             uniforms = torch.tensor(noise, dtype=torch.float64, device=self.cache.target)
             with plain_torch():
                 first = self.vocabulary.rank * logits.size(-1)
-                found = torch.stack([part.double() for part in draw(logits, uniforms, sampling, self.vocabulary, first)], 1)
+                drawn = draw(logits, uniforms, sampling, self.vocabulary, first)
+                found = torch.stack([part.double() for part in drawn], 1)
         if self.stages.size() > 1:
             found = found.contiguous()
             dist.broadcast(found, group=self.stages, group_src=self.stages.size() - 1)

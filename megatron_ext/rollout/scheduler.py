@@ -43,7 +43,7 @@ class Step:
     pieces: list[Piece] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     states: list[tuple[int, int]] = field(default_factory=list)
-    begun: list[Sequence] = field(default_factory=list)  # samples whose prompt's last logits are known: they need no pass
+    begun: list[Sequence] = field(default_factory=list)  # whose prompt's last logits are known: they need no pass
 
     @property
     def is_empty(self) -> bool:
@@ -66,7 +66,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.parked: list[Sequence] = []  # until they are answered
         self.answered: deque[Sequence] = deque()  # until there is a place: they have blocks
-        self.prefixes: list[Prefix] = []  # prompts that are held: being computed, or with samples that have yet to begin
+        self.prefixes: list[Prefix] = []  # that are held: being computed, or with samples that have yet to begin
         self.arrivals = self.preemptions = 0
 
     @property
@@ -130,13 +130,14 @@ class Scheduler:
 
     def _decode(self, step: Step) -> None:
         for sequence in list(self.running):
-            if sequence in self.running and len(sequence.tokens) - sequence.cached == 1 and self._make_room(sequence, step):
+            ready = sequence in self.running and len(sequence.tokens) - sequence.cached == 1
+            if ready and self._make_room(sequence, step):
                 self._write(step, sequence, sequence.cached)
                 step.decodes.append(sequence)
 
     def _make_room(self, sequence: Sequence, step: Step) -> bool:
-        """Whether the sample's next token has a place: that of a prompt held for later, or of the sample which came last.
-        That may be itself."""
+        """Whether the sample's next token has a place: that of a prompt held for later, or of the sample which came
+        last. That may be itself."""
         while self.blocks.cost_of_write(sequence.blocks, sequence.cached) > self.blocks.free:
             if self.prefixes:
                 self._drop_prefix(self.prefixes[-1])
@@ -195,7 +196,9 @@ class Scheduler:
 
     def _begin(self, sequence: Sequence, step: Step) -> bool:
         """Let a sample share its prompt's blocks and state."""
-        if len(self.running) == self.config.max_batch or not self.blocks.free or (self.recurrent and not self.free_slots):
+        if len(self.running) == self.config.max_batch or not self.blocks.free:
+            return False
+        if self.recurrent and not self.free_slots:
             return False
         prefix = sequence.prefix
         self.waiting.remove(sequence)

@@ -25,7 +25,7 @@ class Recorded(NamedTuple):
 class Request:
     """One prompt and how many samples of it are wanted.
 
-    `uid` names the prompt in the run: a sample's noise is a function of (run seed, uid, number of the sample, position).
+    `uid` names the prompt in the run: a sample's noise is a function of run seed, uid, number of the sample, position.
     `recorded` are tokens that samples already had, when a run is gone on with: they are taken as they stand and not
     drawn again. `limits` are new tokens at most, a sample each, in place of the sampling's max_tokens. Both count all
     samples, also where `only` names the numbers of those that are wanted. `turn_ends`, in a task of several turns, are
