@@ -42,7 +42,8 @@ from jobs.retry import (
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task
-from slurm.client import ENDED_STATES, Slurm, SlurmError
+from slurm.client import Slurm, SlurmError
+from slurm.printed import ENDED_STATES
 from slurm.profile import load
 
 ASK_LIMIT_S = 10.0  # for one question to Slurm by a worker that has to leave soon

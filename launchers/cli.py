@@ -256,7 +256,7 @@ def _indices(text: Optional[str]) -> Optional[list[int]]:
     """3,7-9 as [3, 7, 8, 9]."""
     if text is None:
         return None
-    from slurm.client import parse_indices
+    from slurm.printed import parse_indices
 
     try:
         found = sorted(set(parse_indices(text)))

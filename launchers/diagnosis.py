@@ -18,7 +18,7 @@ from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE, Cause
 from jobs.run_folder import Outcome
 from launchers.backend import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
 from launchers.status import NO_SEAL, UNKNOWN, exit_code_of
-from slurm.client import AccountingRow, format_minutes
+from slurm.printed import AccountingRow, format_minutes
 
 EVIDENCE_CHARACTERS = 240
 SIGNAL_NO_OUTPUT = 53  # Slurm's "signal" of a batch script whose output file it could not open

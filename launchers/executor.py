@@ -18,7 +18,8 @@ from jobs.retry import EXIT_UNFINISHED
 from jobs.run_folder import RunFolder
 from launchers.backend import ACTIVE_STATES, NEVER, PENDING, JobSpec, OutcomeOpen, Overtaken, Refused, TaskState
 from launchers.ledger import JobEntry
-from slurm.client import QueueRow, Slurm, SlurmError, format_indices, parse_indices
+from slurm.client import Slurm, SlurmError
+from slurm.printed import QueueRow, format_indices, parse_indices
 from slurm.detect import Cluster
 from slurm.profile import Profile
 

@@ -22,7 +22,7 @@ from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.chain import links_needed
 from launchers.ledger import Ledger
 from launchers.snapshot import code_digests
-from slurm.client import ENDED_STATES, SubmitLimit, format_minutes
+from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
 from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request

@@ -27,7 +27,8 @@ from launchers.backend import FAILED
 from launchers.diagnosis import Diagnosis, Evidence, classify
 from launchers.status import UNKNOWN, lease_times
 from launchers.why import log_tail, requested
-from slurm.client import Slurm, SlurmError, format_indices, parse_minutes
+from slurm.client import Slurm, SlurmError
+from slurm.printed import format_indices, parse_minutes
 from slurm.profile import load
 
 EXIT_GIVEN_UP = 7  # of this program, before an srun: the element has used up its restarts

@@ -21,7 +21,8 @@ from jobs.task import progress_path
 from launchers.backend import ACTIVE_STATES, CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, TaskState
 from launchers.ledger import JobEntry, Ledger
 from launchers.submit import backends_of
-from slurm.client import AccountingRow, Slurm, SlurmError, configuration_of, parse_indices
+from slurm.client import Slurm, SlurmError, configuration_of
+from slurm.printed import AccountingRow, parse_indices
 
 UNKNOWN = "UNKNOWN"  # the back end lists no such job and no seal or outcome tells what became of it
 NOT_SUBMITTED = "NOT_SUBMITTED"

@@ -13,7 +13,8 @@ from launchers.backend import ACTIVE_STATES
 from launchers.diagnosis import Diagnosis, Evidence, classify
 from launchers.ledger import JobEntry, Ledger
 from launchers.status import Element, Look, look_at, open_elements, script_of
-from slurm.client import SlurmError, format_indices
+from slurm.client import SlurmError
+from slurm.printed import format_indices
 
 TAIL_BYTES = 1 << 16  # of a log; a traceback of many ranks fits
 MAX_ASKED = 8  # elements of a phase whose end is asked of scontrol one by one; the rest are judged by their logs

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, get_args, get_origin, get_type_hints
 
 from data_tools.mistake import Problem, UserMistake, nearest
-from slurm.client import Slurm, format_minutes, parse_minutes
+from slurm.client import Slurm
+from slurm.printed import format_minutes, parse_minutes
 
 STANDARD_ROLES = ("cpu", "train", "generate", "eval")
 KINDS = ("slurm", "local")

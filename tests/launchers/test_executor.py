@@ -7,7 +7,7 @@ from jobs.run_folder import RunFolder
 from launchers.backend import JobSpec
 from launchers.executor import PhaseExecutor, dependency, never_starting, phase_command, phase_parameters
 from launchers.plan import make_plan
-from slurm.client import QueueRow
+from slurm.printed import QueueRow
 from slurm.detect import Cluster
 from slurm.profile import load
 from tests.command import write_toy

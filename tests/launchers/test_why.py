@@ -13,7 +13,8 @@ from jobs.artifact import Owner
 from jobs.run_folder import Outcome, RunFolder
 from launchers.diagnosis import Cause, Evidence, classify, first_dead_task, tracebacks
 from launchers.why import log_tail
-from slurm.client import AccountingRow, Slurm, parse_job_row, parse_seconds
+from slurm.client import Slurm
+from slurm.printed import AccountingRow, parse_job_row, parse_seconds
 from tests.command import afterok, afterok_json, states, wait_for
 
 # -- recorded words ------------------------------------------------------------------------------------------------

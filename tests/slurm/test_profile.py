@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from data_tools.mistake import UserMistake
 from slurm import profile
-from slurm.client import PartitionRow
+from slurm.printed import PartitionRow
 from slurm.profile import Partition, Profile, Request, Role
 
 GOOD = """\
