@@ -31,8 +31,8 @@ _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
 # What sbatch and scontrol say when the controller may have taken the call although the client saw it fail.
 _SILENCE = re.compile(
-    r"timed out|timeout|unable to contact|connection refused|connection reset|zero bytes|socket|communication|slurm_persist"
-    r"|try again",
+    r"timed out|timeout|unable to contact|connection refused|connection reset|zero bytes|socket|communication"
+    r"|slurm_persist|try again",
     re.IGNORECASE,
 )
 ASK_AGAIN_S = 2.0
@@ -231,7 +231,8 @@ class Slurm:
         user = pwd.getpwuid(os.geteuid()).pw_name
         ask = ["sacctmgr", "--noheader", "--parsable2", "show"]
         try:
-            accounts = self.run([*ask, "assoc", "where", f"user={user}", "format=Account,DefaultQOS,MaxSubmit"], ACCOUNTING_LIMIT_S)
+            of_user = ["assoc", "where", f"user={user}", "format=Account,DefaultQOS,MaxSubmit"]
+            accounts = self.run([*ask, *of_user], ACCOUNTING_LIMIT_S)
             quality = self.run([*ask, "qos", "format=Name,MaxSubmitPU"], ACCOUNTING_LIMIT_S)
         except SlurmError:
             return None

@@ -14,33 +14,30 @@ Configuration and its reasons: measured on Debian 12, Slurm 22.05.8.
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import pwd
 import re
-import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from data_tools.ports import free_ports
 from slurm import devaccounting
 from slurm.client import Slurm, SlurmError, SlurmUnavailable, scrubbed_environment
+from slurm.devconfig import Shape, configure
+from slurm.processes import Process, ancestors, end, gone, parent, spawn
 
 PREFIX_VARIABLE = "AFTEROK_CLUSTER"
 MARK_VARIABLE = "AFTEROK_DEV_CLUSTER"  # set, to the prefix, for what runs inside `afterok cluster exec`
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons live here, and a normal user's PATH lacks it
 DAEMON_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", *devaccounting.DAEMONS)
-PARTITIONS = ("batch", "long", "preempt")
 
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
@@ -49,51 +46,6 @@ SOCKET_PATH_LIMIT = 107  # sun_path has 108 bytes, the last of them NUL (unix(7)
 # The longest socket name below the prefix is a job step's: SPOOL/NODE/NODE_JOBID.STEPID, where 4294967291 is the batch
 # step and ids have at most 8 digits (MaxJobId).
 LONGEST_SOCKET = "/spool/n9999/n9999_67043327.4294967291"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the cluster pretends to be."""
-
-    nodes: int = 4
-    gpus_per_node: int = 8
-    cpus: int = 64  # of a node
-    memory_mib: int = 256000  # of a node
-    accounting: bool = False  # with slurmdbd
-
-
-@dataclass(frozen=True)
-class Process:
-    """One process for ever: a pid may be reused, a pid with its start time may not."""
-
-    pid: int
-    started: int  # clock ticks since boot
-
-    @classmethod
-    def of(cls, pid: int) -> "Process | None":
-        """The process now under `pid`; None when there is none or only a zombie (pid 1 of a container may not reap)."""
-        try:
-            # the name in parentheses may hold anything; fields after it: state is 0, starttime 19 (proc(5))
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
-
-    def alive(self) -> bool:
-        return Process.of(self.pid) == self
-
-    def send(self, sig: int) -> None:
-        """Signal it unless it is gone; the pidfd pins the pid between the comparison and the signal."""
-        with contextlib.suppress(ProcessLookupError):
-            handle = os.pidfd_open(self.pid)
-            try:
-                if Process.of(self.pid) == self:
-                    signal.pidfd_send_signal(handle, sig)
-            finally:
-                os.close(handle)
-
-
-_children: list[subprocess.Popen] = []  # daemons this process started, to be reaped when they end
 
 
 def default_prefix() -> Path:
@@ -228,7 +180,7 @@ class DevCluster:
 
     def start(self, shape: Shape, settings: dict[str, str]) -> None:
         """Configure and start, holding the lock and with nothing of the cluster running."""
-        _configure(self.prefix, shape, settings)
+        configure(self.prefix, shape, _user(), settings)
         record = {"shape": dataclasses.asdict(shape), "settings": settings, "daemons": {}}
         durable.write_json(self.prefix / "cluster.json", record)
         self.start_daemon("munged")
@@ -268,14 +220,14 @@ class DevCluster:
         for process in serving:
             process.send(signal.SIGTERM)
             process.send(signal.SIGCONT)  # one that a test has stopped must hear it
-        _gone(serving, STOP_LIMIT_S)
+        gone(serving, STOP_LIMIT_S)
         for name in (*reversed(devaccounting.DAEMONS), "munged"):  # the controller's last records reach the database
             self.kill_daemon(name)
-        _end(remains)
+        end(remains)  # their jobs were told before
         clean, deadline = 0, time.monotonic() + STOP_LIMIT_S
         while clean < 2 and time.monotonic() < deadline:  # one look can miss what forks or execs meanwhile
             found = self._leftovers()
-            _end(found)
+            end(found)
             clean = 0 if found else clean + 1
             time.sleep(0.05)
 
@@ -289,7 +241,7 @@ class DevCluster:
         if self.alive(name):
             raise UserMistake(f"{name} of the dev cluster at {self.prefix} runs already")
         with open(self.prefix / "log" / f"{name}.out", "ab") as log:
-            child = subprocess.Popen(
+            process = spawn(
                 [*self._command(name), *(extra or [])],
                 env=self._daemon_env(name),
                 cwd=self.prefix,
@@ -298,8 +250,6 @@ class DevCluster:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C of the terminal that started the cluster is not meant for it
             )
-        _children.append(child)
-        process = Process.of(child.pid) or Process(child.pid, 0)  # 0: died before it could be looked at
         record = self._record()
         record["daemons"][name] = [process.pid, process.started]
         durable.write_json(self.prefix / "cluster.json", record)
@@ -316,16 +266,16 @@ class DevCluster:
         process.send(sig)
         if sig not in (signal.SIGTERM, signal.SIGKILL):
             return not process.alive()
-        if not _gone([process], wait_s):
+        if not gone([process], wait_s):
             process.send(signal.SIGKILL)
-        return _gone([process], wait_s)
+        return gone([process], wait_s)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _record(self) -> dict[str, Any]:
         try:
             return durable.read_json(self.prefix / "cluster.json")
-        except (OSError, json.JSONDecodeError):
+        except (OSError, durable.TornFile):
             return {}
 
     def _process(self, name: str) -> Process | None:
@@ -401,7 +351,7 @@ class DevCluster:
                 continue
             pid = int(entry.name)
             try:
-                children.setdefault(_parent(pid), []).append(pid)
+                children.setdefault(parent(pid), []).append(pid)
                 program = os.path.basename(os.readlink(entry / "exe")).removesuffix(" (deleted)")
                 variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
                 arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -413,7 +363,7 @@ class DevCluster:
                 found.append(pid)
         for pid in found:  # grows while it is read
             found += [child for child in children.get(pid, []) if child not in found]
-        spared = _ancestors()  # `down` may be typed in a job's shell
+        spared = ancestors()  # `down` may be typed in a job's shell
         processes = (Process.of(pid) for pid in found if pid not in spared)
         return [process for process in processes if process]
 
@@ -422,8 +372,9 @@ def _check(prefix: Path, shape: Shape) -> None:
     """Refuse what cannot work, before anything is written."""
     missing = missing_packages(shape.accounting)
     if missing:
-        needs = f"the dev cluster{' with accounting' if shape.accounting else ''} needs the packages {', '.join(missing)}"
-        raise UserMistake(f"{needs}, not installed here: {install_line(missing)}")
+        cluster = f"the dev cluster{' with accounting' if shape.accounting else ''}"
+        message = f"{cluster} needs the packages {', '.join(missing)}, not installed here"
+        raise UserMistake(f"{message}: {install_line(missing)}")
     # spaces, commas, brackets, # and % mean something in Slurm's files
     if not re.fullmatch(r"[A-Za-z0-9/._+@~-]+", str(prefix)):
         raise UserMistake(f"{str(prefix)!r} has characters that slurm.conf cannot hold; set {PREFIX_VARIABLE}")
@@ -435,112 +386,6 @@ def _check(prefix: Path, shape: Shape) -> None:
     for key, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus", 1), ("memory_mib", 1)):
         if getattr(shape, key) < least:
             raise UserMistake(f"{key} is {getattr(shape, key)}; the least is {least}")
-
-
-def _configure(prefix: Path, shape: Shape, settings: dict[str, str]) -> None:
-    """Write Slurm's files and the munge key; empty what an earlier cluster left, except its state."""
-    is_root = os.geteuid() == 0
-    # root's cluster serves every user of the machine, a user's only that user: it could not change to another one
-    prefix.chmod(0o755 if is_root else 0o700)
-    for name in ("spool", "log", "run", "dev", "mysql"):
-        shutil.rmtree(prefix / name, ignore_errors=True)
-    for name in ("etc", "munge", "state", "spool", "log", "run", "dev"):
-        (prefix / name).mkdir(exist_ok=True)
-        (prefix / name).chmod(0o700 if name in ("munge", "state") else 0o755)
-    key = prefix / "munge" / "munge.key"
-    key.unlink(missing_ok=True)
-    with open(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
-        file.write(secrets.token_bytes(128))
-    for number in range(shape.gpus_per_node):
-        (prefix / "dev" / f"nvidia{number}").symlink_to("/dev/null")
-    nodes = [f"n{number}" for number in range(1, shape.nodes + 1)]
-    ports = free_ports(2 + shape.nodes)
-    for name in nodes:
-        (prefix / "spool" / name).mkdir()
-    user = _user()
-    durable.write_file(prefix / "etc" / "slurm.conf", slurm_conf(prefix, shape, user, ports, settings))
-    durable.write_file(prefix / "etc" / "gres.conf", gres_conf(prefix, shape))
-    if shape.accounting:
-        path = prefix / "etc" / "slurmdbd.conf"
-        durable.write_file(path, devaccounting.slurmdbd_conf(prefix, user, ports[1]))
-        path.chmod(0o600)  # or slurmdbd refuses it
-
-
-def slurm_conf(prefix: Path, shape: Shape, user: str, ports: list[int], settings: dict[str, str]) -> str:
-    """The text of slurm.conf; `ports` are the controller's, slurmdbd's and one a node."""
-    keys = {
-        "ClusterName": "dev",
-        "SlurmctldHost": "localhost(127.0.0.1)",  # independent of the host's name
-        "SlurmctldPort": str(ports[0]),
-        "SlurmUser": user,
-        "SlurmdUser": user,
-        "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny",  # else every daemon listens on 0.0.0.0
-        "AuthType": "auth/munge",
-        "CredType": "cred/munge",
-        "AuthInfo": f"socket={prefix}/run/munge.sock,cred_expire=5",  # cred_expire is also the delay of a requeue
-        "StateSaveLocation": f"{prefix}/state",
-        "SlurmdSpoolDir": f"{prefix}/spool/%n",
-        "SlurmctldPidFile": f"{prefix}/run/slurmctld.pid",
-        "SlurmdPidFile": f"{prefix}/run/slurmd-%n.pid",
-        "SlurmctldLogFile": f"{prefix}/log/slurmctld.log",
-        "SlurmdLogFile": f"{prefix}/log/slurmd-%n.log",
-        "SlurmdParameters": "config_overrides",  # accept made-up CPUs and memory
-        "ReturnToService": "2",
-        "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/none",
-        "SwitchType": "switch/none",
-        "MpiDefault": "none",
-        "SelectType": "select/cons_tres",
-        "SelectTypeParameters": "CR_Core_Memory",
-        "GresTypes": "gpu",
-        "DefMemPerCPU": "100",
-        "JobAcctGatherType": "jobacct_gather/none",
-        "SchedulerType": "sched/backfill",
-        # a job starts within a second of being able to (the defaults are 30 and 60)
-        "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=0,preempt_youngest_first",
-        "PreemptType": "preempt/partition_prio",
-        "PreemptMode": "REQUEUE",
-        "JobRequeue": "1",
-        "MinJobAge": "3600",
-        "MaxArraySize": "4001",
-        "MaxJobCount": "20000",
-        # sbatch --export=NONE lets slurmd run a login shell for the user's environment, up to 2 s a job, only as root.
-        # 0 reads a cache that is not there: at once, and alike for root and others.
-        "GetEnvTimeout": "0",
-        "KillWait": "5",
-        "SlurmdTimeout": "10",
-        "SlurmctldTimeout": "30",
-        "MessageTimeout": "30",
-        "PropagateResourceLimits": "NONE",
-        "SlurmctldDebug": "info",
-        "SlurmdDebug": "info",
-    }
-    if shape.accounting:
-        keys.update(devaccounting.slurm_keys(prefix, ports[1]))
-    keys.update(settings)
-    lines = [f"{key}={value}" for key, value in keys.items() if value != ""]
-    gres = f" Gres=gpu:{shape.gpus_per_node}" if shape.gpus_per_node else ""
-    for number, port in enumerate(ports[2:], start=1):
-        lines.append(
-            f"NodeName=n{number} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={shape.cpus} "
-            f"RealMemory={shape.memory_mib} Feature=fake{gres}"
-        )
-    batch, long, preempt = PARTITIONS
-    lines += [
-        f"PartitionName={batch} Nodes=ALL Default=YES MaxTime=1-0 DefaultTime=10 PriorityTier=10 PreemptMode=OFF",
-        f"PartitionName={long} Nodes=ALL MaxTime=7-0 DefaultTime=60 PriorityTier=5 PreemptMode=OFF",
-        f"PartitionName={preempt} Nodes=ALL MaxTime=1-0 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=0",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def gres_conf(prefix: Path, shape: Shape) -> str:
-    """The text of gres.conf. Without File= slurmd counts no GPU and drains its node."""
-    text = "AutoDetect=off\n"
-    if shape.gpus_per_node:
-        devices = f"[0-{shape.gpus_per_node - 1}]" if shape.gpus_per_node > 1 else "0"
-        text += f"NodeName=n[1-{shape.nodes}] Name=gpu File={prefix}/dev/nvidia{devices}\n"
-    return text
 
 
 def _program(name: str) -> str | None:
@@ -563,34 +408,3 @@ def _listens(port: int) -> bool:
 def _answers(unix_socket: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(unix_socket)) == 0
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def _ancestors() -> set[int]:
-    """This process and those above it."""
-    pids, pid = {os.getpid()}, os.getpid()
-    while pid > 1:
-        pid = _parent(pid)
-        pids.add(pid)
-    return pids
-
-
-def _gone(processes: list[Process], limit_s: float) -> bool:
-    """Whether all ended within the limit."""
-    _children[:] = [child for child in _children if child.poll() is None]
-    deadline = time.monotonic() + limit_s
-    while any(process.alive() for process in processes):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _end(processes: list[Process]) -> None:
-    """SIGKILL: they belong to a cluster that is being removed, and their jobs were told before."""
-    for process in processes:
-        process.send(signal.SIGKILL)
-    _gone(processes, STOP_LIMIT_S)

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from data_tools.mistake import UserMistake
-from slurm import devcluster
+from slurm import devcluster, devconfig
 from slurm.client import Slurm, SlurmUnavailable
-from slurm.devcluster import DevCluster, Process, Shape
+from slurm.devcluster import DevCluster
+from slurm.devconfig import Shape
+from slurm.processes import Process
 from tests.cluster import require_packages, rows_of, wait_until
 
 SCRIPT = "#!/bin/bash\n"
@@ -48,13 +50,13 @@ def submit(cluster: DevCluster, script: str, *options: str) -> str:
 
 
 def test_the_configuration_listens_on_the_loopback_only_and_takes_settings():
-    text = devcluster.slurm_conf(Path("/p"), Shape(2, 4, 16, 1000), "me", [1, 9, 2, 3], {"MinJobAge": "2", "KillWait": ""})
+    text = devconfig.slurm_conf(Path("/p"), Shape(2, 4, 16, 1000), "me", [1, 9, 2, 3], {"MinJobAge": "2", "KillWait": ""})
     lines = text.splitlines()
     assert "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" in lines
     assert "MinJobAge=2" in lines and not [line for line in lines if line.startswith("KillWait")]
     assert lines[-4].startswith("NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=3 CPUs=16 RealMemory=1000")
     assert lines[-4].endswith("Gres=gpu:4")
-    assert devcluster.gres_conf(Path("/p"), Shape(2, 4)).endswith("NodeName=n[1-2] Name=gpu File=/p/dev/nvidia[0-3]\n")
+    assert devconfig.gres_conf(Path("/p"), Shape(2, 4)).endswith("NodeName=n[1-2] Name=gpu File=/p/dev/nvidia[0-3]\n")
 
 
 def test_missing_packages_are_named_with_the_line_to_install_them(monkeypatch, tmp_path):
@@ -98,6 +100,13 @@ def test_a_pid_that_another_process_has_now_is_not_signalled():
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_cluster_whose_record_was_lost_can_still_be_asked_and_taken_down(short_folder):
+    (short_folder / "cluster.json").write_text('{"shape": {"no')
+    cluster = DevCluster(short_folder)
+    assert cluster.status()["up"] is False and cluster.status()["shape"] is None
+    cluster.down()
 
 
 def test_where_the_default_cluster_lives(monkeypatch):
@@ -208,7 +217,7 @@ def test_a_job_step_sees_its_gpus(dev_cluster):
 def test_partitions_limits_and_addresses_of_the_live_cluster(dev_cluster):
     slurm = Slurm(dev_cluster.env())
     rows = {row.name: row for row in slurm.partitions()}
-    assert tuple(rows) == devcluster.PARTITIONS and [row.name for row in rows.values() if row.default] == ["batch"]
+    assert tuple(rows) == devconfig.PARTITIONS and [row.name for row in rows.values() if row.default] == ["batch"]
     assert (rows["long"].max_time_minutes, rows["batch"].max_time_minutes) == (7 * 1440, 1440)
     assert (rows["batch"].nodes, rows["batch"].cpus_per_node, rows["batch"].gpus_per_node) == (4, 64, 8)
     assert slurm.max_array_size() == 4001
