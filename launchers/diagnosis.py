@@ -1,8 +1,7 @@
 """Why one element of a phase is not sealed: evidence in, diagnosis out, nothing read and nobody asked.
 
-The rules of `classify` are tried in order, the cause before its symptoms: a rank that was killed makes its peers report a
-broken collective, and srun then kills those. The words looked for are those of Slurm 22.05's srun and slurmstepd, PyTorch 2
-and NCCL 2; tests/launchers/test_why.py has them, seen on the dev cluster or written from those programs' known wording.
+The rules of `classify` are tried in order, the cause before its symptoms: a rank that was killed makes its peers report
+a broken collective, and srun then kills those. What a log shows stands in launchers/evidence.py.
 """
 
 import re
@@ -13,57 +12,18 @@ from pathlib import Path
 from typing import Callable, Optional
 
 from data_tools.mistake import EXIT_MISTAKE
-from data_tools.progress import EXIT_HUNG, HUNG
+from data_tools.progress import EXIT_HUNG
 from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE, Cause
-from jobs.run_folder import Outcome
 from launchers.backend import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
+from launchers.evidence import (
+    CANCELLED_LINE, COLLECTIVE_LINE, GPU_MEMORY_LINE, HOST_MEMORY_LINE, HUNG_LINE, NODE_LINE, PREEMPTED_LINE, TIME_LINE,
+    Evidence, first_dead_task, guilty_node, last_line, tracebacks,
+)  # fmt: skip
 from launchers.status import NO_SEAL, UNKNOWN, exit_code_of
-from slurm.printed import AccountingRow, format_minutes
+from slurm.printed import format_minutes
 
 EVIDENCE_CHARACTERS = 240
 SIGNAL_NO_OUTPUT = 53  # Slurm's "signal" of a batch script whose output file it could not open
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that is known of one element that is not sealed."""
-
-    phase: str
-    index: int = 0
-    job: str = ""
-    state: str = FAILED  # Slurm's word, or UNKNOWN
-    reason: str = ""
-    exit_code: Optional[int] = None
-    outcome: Optional[Outcome] = None
-    log: str = ""  # the end of its log, of its newest life
-    log_path: str = ""
-    log_folder_exists: bool = True
-    row: Optional[AccountingRow] = None  # from sacct, or scontrol where there is no slurmdbd
-    on_slurm: bool = True
-    upstream: tuple[str, ...] = ()  # phases it needs that are not sealed and not under way
-    cancelled_at: Optional[float] = None  # by afterok
-    asked_minutes: Optional[int] = None
-    asked_memory: str = ""
-    down_nodes: tuple[str, ...] = ()  # of its nodes, those that Slurm calls down
-
-    @property
-    def message(self) -> str:
-        return self.outcome.message if self.outcome is not None else ""
-
-    @property
-    def code(self) -> Optional[int]:
-        if self.outcome is not None:
-            return self.outcome.exit_code
-        return self.exit_code if self.exit_code is not None else exit_code_of(self.row) if self.row else None
-
-    def lines(self) -> list[str]:
-        return self.log.splitlines()
-
-    def find(self, pattern: "re.Pattern[str]") -> str:
-        """The line that shows it: in the worker's last words, else the first in the log."""
-        if pattern.search(self.message):
-            return self.message
-        return next((line.strip() for line in self.lines() if pattern.search(line)), "")
 
 
 @dataclass(frozen=True)
@@ -126,9 +86,6 @@ PLAIN_WAIT = {
     "Prolog",
     "WaitingForScheduling",
 }
-PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
-TIME_LINE = re.compile(r"DUE TO TIME LIMIT")
-NODE_LINE = re.compile(r"DUE TO NODE FAILURE|Node failure on \S+|launch failed on node|\bNODE_FAIL\b", re.IGNORECASE)
 
 
 def _still_waits(e: Evidence) -> Optional[Diagnosis]:
@@ -226,19 +183,6 @@ def _ended_by_slurm(e: Evidence) -> Optional[Diagnosis]:
     return None
 
 
-NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")
-TASK_LINE = re.compile(r"srun: error: ([\w.-]+): tasks? ([\d,-]+): (.+)")
-
-
-def guilty_node(e: Evidence) -> str:
-    """The node that srun names, else the only one of the job's nodes that Slurm calls down, else "" ."""
-    for line in e.lines():
-        found = NODE_NAMES.search(line)
-        if found and "," not in (name := (found[1] or found[2])):
-            return name.rstrip(":.")
-    return e.down_nodes[0] if len(e.down_nodes) == 1 else ""
-
-
 def _never_ran(e: Evidence) -> Optional[Diagnosis]:
     """Cancelled before it started, or because what it needs failed."""
     if e.state == CANCELLED and e.reason == NEVER:
@@ -284,21 +228,6 @@ def _said_by_worker(e: Evidence) -> Optional[Diagnosis]:
 
 # -- what the log shows -------------------------------------------------------------------------------------------
 
-GPU_MEMORY_LINE = re.compile(
-    r"torch(\.cuda)?\.OutOfMemoryError|\bOutOfMemoryError: |(CUDA|HIP) out of memory|CUDA error: out of memory"
-    r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED"
-)
-HOST_MEMORY_LINE = re.compile(
-    r"oom[-_]kill|\bOOM Killed\b|Out Of Memory|[Ee]xceeded (job |step )?memory limit|being killed.*memory"
-    r"|\bMemoryError\b|can't allocate memory|std::bad_alloc|Cannot allocate memory"
-)
-COLLECTIVE_LINE = re.compile(
-    r"Watchdog caught collective operation timeout|ProcessGroupNCCL.*[Tt]imeout|NCCL (error|timeout)|ncclRemoteError"
-    r"|DistBackendError|DistStoreError|DistNetworkError|Socket Timeout|Broken pipe.*(?:gloo|TCPStore)"
-    r"|Timed out (waiting|after) .*ms|Timed out initializing process group|wait timeout after \d+ms"
-    r"|Connection closed by peer|Connection reset by peer|failed to recv, got 0 bytes"
-    r"|Connection was likely closed|monitoredBarrier"
-)
 KILLED_TASK = re.compile(r"Killed|Segmentation fault|Aborted|Bus error|Illegal instruction", re.IGNORECASE)
 
 
@@ -330,14 +259,6 @@ def _host_memory(e: Evidence, line: str, certain: bool = True) -> Diagnosis:
 def _host_memory_in_log(e: Evidence) -> Optional[Diagnosis]:
     line = e.find(HOST_MEMORY_LINE)
     return _host_memory(e, line) if line else None
-
-
-def first_dead_task(log: str) -> tuple[str, str, str]:
-    """(line, node, how) of the rank that srun saw end first: those after it were ended because of it."""
-    for line in log.splitlines():
-        if found := TASK_LINE.search(line):
-            return line.strip(), found[1], found[3]
-    return "", "", ""
 
 
 def _exception(e: Evidence) -> Optional[Diagnosis]:
@@ -405,9 +326,6 @@ def _killed(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
-HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
-
-
 def _hung(e: Evidence) -> Optional[Diagnosis]:
     line = e.find(HUNG_LINE)
     if not line and e.code != EXIT_HUNG:
@@ -460,9 +378,6 @@ def _driver_gone(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
-CANCELLED_LINE = re.compile(r"slurmstepd.*: error: \*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT (?!.* DUE TO )")
-
-
 def _cancelled(e: Evidence) -> Optional[Diagnosis]:
     line = e.find(CANCELLED_LINE) if e.state == UNKNOWN else ""
     if e.state != CANCELLED and not line:
@@ -485,7 +400,7 @@ def _lost(e: Evidence) -> Optional[Diagnosis]:
         return Diagnosis(
             Cause.LOST,
             "ended as COMPLETED, but there is no seal",
-            _last_line(e) or e.reason,
+            last_line(e) or e.reason,
             f"see {e.log_path or 'its log'} (was its script changed? does the filesystem lag?), then submit again",
         )
     if e.state != UNKNOWN:
@@ -493,7 +408,7 @@ def _lost(e: Evidence) -> Optional[Diagnosis]:
     return Diagnosis(
         Cause.LOST,
         "is lost: neither the queue nor a seal nor its worker's last word knows what became of it",
-        _last_line(e) or f"job {e.job} wrote no log",
+        last_line(e) or f"job {e.job} wrote no log",
         "submit again: only what is missing runs",
     )
 
@@ -504,68 +419,16 @@ def _otherwise(e: Evidence) -> Diagnosis:
     return Diagnosis(
         Cause.UNKNOWN,
         f"ended{code} {before}".rstrip(),
-        e.message or _last_line(e) or f"{e.state} {e.reason}".strip(),
+        e.message or last_line(e) or f"{e.state} {e.reason}".strip(),
         f"see {e.log_path or 'its log'}",
         certain=False,
     )
-
-
-def _last_line(e: Evidence) -> str:
-    noise = re.compile(r"srun: (Job step aborted|got SIG|forcing|Force Terminated|Terminating)")
-    return next((line.strip() for line in reversed(e.lines()) if line.strip() and not noise.search(line)), "")
 
 
 RULES: tuple[Rule, ...] = (
     _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _said_by_worker, _gpu_memory, _host_memory_in_log,
     _exception, _hung, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped, _lost, _otherwise,
 )  # fmt: skip
-
-
-# -- logs ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Traceback:
-    error: str  # its last line: "module.Error: text"
-    place: str  # file:line of the innermost frame outside installed packages
-
-
-FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+)')
-ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*(:.*)?$")
-RANK_PREFIX = re.compile(r"^(?:\[rank\d+\]:\s?|\s*\d+: )")  # torch's, and srun --label's
-CHAINED = "The above exception was the direct cause", "During handling of the above exception"
-
-
-def tracebacks(log: str) -> list[Traceback]:
-    """Python's tracebacks in a log, in order; of a chain of exceptions only the last."""
-    found: list[Traceback] = []
-    lines = [RANK_PREFIX.sub("", line) for line in log.splitlines()]
-    i, chained = 0, False
-    while i < len(lines):
-        if any(mark in lines[i] for mark in CHAINED):
-            chained = True
-        if not lines[i].startswith("Traceback (most recent call last)"):
-            i += 1
-            continue
-        place, ours = "", ""
-        i += 1
-        while i < len(lines) and (lines[i].startswith((" ", "\t")) or not lines[i].strip()):
-            if frame := FRAME.match(lines[i]):
-                place = f"{_short_path(frame[1])}:{frame[2]}"
-                if not re.search(r"/(site|dist)-packages/|/lib/python3|^<", frame[1]):
-                    ours = place
-            i += 1
-        if i < len(lines) and ERROR_LINE.match(lines[i]):
-            if chained and found:
-                found.pop()
-            found.append(Traceback(lines[i].strip(), ours or place))
-        chained = False
-    return found
-
-
-def _short_path(path: str) -> str:
-    """A path inside a code snapshot without the snapshot's folder."""
-    return re.sub(r"^.*/submissions/\d+/code/", "", path)
 
 
 def _shortened(line: str) -> str:

@@ -24,7 +24,8 @@ from jobs.retry import Cause, End, Verdict
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers import chain
 from launchers.backend import FAILED
-from launchers.diagnosis import Diagnosis, Evidence, classify
+from launchers.diagnosis import Diagnosis, classify
+from launchers.evidence import Evidence
 from launchers.status import UNKNOWN, lease_times
 from launchers.why import log_tail, requested
 from slurm.client import Slurm, SlurmError

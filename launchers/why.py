@@ -10,7 +10,8 @@ from jobs.pipeline import NEED_SEALS
 from jobs.retry import Cause
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.backend import ACTIVE_STATES
-from launchers.diagnosis import Diagnosis, Evidence, classify
+from launchers.diagnosis import Diagnosis, classify
+from launchers.evidence import Evidence
 from launchers.ledger import JobEntry, Ledger
 from launchers.status import Element, Look, look_at, open_elements, script_of
 from slurm.client import SlurmError

@@ -10,8 +10,10 @@ import time
 import pytest
 
 from jobs.artifact import Owner
+from jobs.retry import Cause
 from jobs.run_folder import Outcome, RunFolder
-from launchers.diagnosis import Cause, Evidence, classify, first_dead_task, tracebacks
+from launchers.diagnosis import classify
+from launchers.evidence import Evidence, first_dead_task, tracebacks
 from launchers.why import log_tail
 from slurm.client import Slurm
 from slurm.printed import AccountingRow, parse_job_row, parse_seconds

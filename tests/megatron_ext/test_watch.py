@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 from data_tools.progress import EXIT_HUNG
-from launchers.diagnosis import Cause, Evidence, classify
+from jobs.retry import Cause
+from launchers.diagnosis import classify
+from launchers.evidence import Evidence
 from megatron_ext.watch import Hang, Watch, check
 from tests.megatron_ext import gloo, tiny
 
