@@ -1,0 +1,395 @@
+"""What each verb of the command line does: a function of its parsed arguments that gives the exit code.
+
+Imports stay inside the verbs, so that --help and plan are quick.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+from data_tools.mistake import EXIT_MISTAKE, UserMistake
+
+EXIT_UNFINISHED = 1
+EXIT_INTERRUPTED = 130
+
+
+# -- pipeline verbs -----------------------------------------------------------------------------------------------
+
+
+def _make_plan(args: argparse.Namespace):
+    from jobs.pipeline import load_pipeline
+    from launchers.plan import default_run_folder, make_plan
+    from slurm.detect import find_cluster
+
+    pipeline = load_pipeline(args.pipeline, args.overrides)
+    return make_plan(pipeline, default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster), args.verify)
+
+
+def do_plan(args: argparse.Namespace) -> int:
+    if args.from_megatron is not None:
+        return _from_megatron(args)
+    if args.pipeline is None:
+        raise UserMistake("plan needs a pipeline file, or --from-megatron FLAGS")
+    if args.parallel:
+        return _plan_parallel(args)
+    if args.search:
+        raise UserMistake("--search is about one phase: give --parallel PHASE too")
+    plan = _make_plan(args)
+    if args.json:
+        return _print_json(plan.as_json())
+    from launchers.show import console, plan_table
+
+    console().print(plan_table(plan))
+    _print_notes(plan)
+    return 0
+
+
+def _from_megatron(args: argparse.Namespace) -> int:
+    from jobs.megatron_flags import translate
+
+    overrides, notes = translate(args.from_megatron)
+    if args.json:
+        return _print_json({"overrides": overrides, "notes": notes})
+    print("\n".join(overrides))
+    for note in notes:
+        print(f"afterok: {note}", file=sys.stderr)
+    return 0
+
+
+def _plan_parallel(args: argparse.Namespace) -> int:
+    from jobs.pipeline import load_pipeline
+    from launchers.plan import default_run_folder, report_parallel
+    from slurm.detect import find_cluster
+
+    pipeline = load_pipeline(args.pipeline, args.overrides)
+    run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster)
+    report = report_parallel(pipeline, run, cluster, args.parallel, args.search)
+    if args.json:
+        _print_json({"phase": report.phase, **report.facts, "notes": report.notes,
+                     "problems": [str(problem) for problem in report.problems]})
+    else:
+        from launchers.show import console, table
+
+        for one in report.tables:
+            console().print(table(one["columns"], one["rows"], one["title"]))
+        print("\n".join(report.notes))
+    for problem in report.problems:
+        print(f"afterok: {problem}", file=sys.stderr)
+    return EXIT_MISTAKE if report.problems else 0
+
+
+def _print_notes(plan: Any) -> None:
+    for note in plan.notes:
+        print(f"afterok: {note}", file=sys.stderr)
+
+
+def do_submit(args: argparse.Namespace) -> int:
+    from launchers.submit import submit
+
+    plan = _make_plan(args)
+    _print_notes(plan)
+    return _report_submitted(args, plan, submit(plan, args.dry_run))
+
+
+def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
+    if args.json:
+        return _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs,
+                            "active": done.active, "rewired": done.rewired, "calls": done.calls})
+    if args.dry_run:
+        print("\n".join(done.calls) or "nothing to do")
+    else:
+        _print_submitted(plan, done)
+    return 0
+
+
+def do_resubmit(args: argparse.Namespace) -> int:
+    from data_tools import durable
+    from jobs.pipeline import load_pipeline
+    from launchers.plan import make_plan
+    from launchers.submit import resubmit
+    from slurm.detect import find_cluster
+
+    run = _find_run(args.run)
+    folder = run.submission_folder(run.newest_submission())
+    frozen = durable.read_json(folder / "pipeline.json")
+    if Path(frozen["cwd"]).is_dir():
+        os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
+        sys.path.append(frozen["cwd"])
+    pipeline = load_pipeline(folder / "pipeline.yaml", frozen["overrides"] + args.overrides)
+    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster))
+    _print_notes(plan)
+    return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
+
+
+def _indices(text: Optional[str]) -> Optional[list[int]]:
+    """3,7-9 as [3, 7, 8, 9]."""
+    if text is None:
+        return None
+    from slurm.printed import parse_indices
+
+    try:
+        found = sorted(set(parse_indices(text)))
+    except ValueError:
+        found = []
+    if not found or "%" in text:
+        raise UserMistake(f"--elements {text!r}: write indices and ranges, like 3,7-9")
+    return found
+
+
+def do_repair(args: argparse.Namespace) -> int:
+    from launchers.submit import repair
+
+    run = _find_run(args.run)
+    lines = repair(run)
+    if args.json:
+        return _print_json({"run": str(run.path), "repaired": lines})
+    print("\n".join(lines) or f"{_shown(run.path)}: nothing to repair")
+    return 0
+
+
+def _print_submitted(plan: Any, done: Any) -> None:
+    run = plan.run.path
+    for phase, job in done.jobs.items():
+        print(f"submitted {phase} as job {job}")
+    for phase, job in done.active.items():
+        state = "now waits on the new attempt" if phase in done.rewired else "is under way already"
+        print(f"{phase} {state} as job {job}")
+    if not done.jobs and not done.active:
+        or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
+        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}")
+    elif done.number:
+        print(f"submission {done.number} of {run}; look with `afterok status {_shown(run)}`")
+
+
+def do_run(args: argparse.Namespace) -> int:
+    from jobs.run_folder import RunFolder
+    from launchers.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
+    from launchers.submit import submit
+
+    plan = _make_plan(args)
+    run: RunFolder = plan.run
+    _print_notes(plan)
+    done = submit(plan)
+    if not args.json:
+        _print_submitted(plan, done)
+    try:
+        poll = SLURM_POLL_S if plan.cluster.kind == "slurm" else LOCAL_POLL_S
+        status = follow(run, poll, quiet=args.json)
+    except KeyboardInterrupt:
+        print(f"\nthe jobs go on; look again with `afterok status {_shown(run.path)}`, "
+              f"`afterok logs {_shown(run.path)} PHASE -f`, or stop them with `afterok cancel {_shown(run.path)}`",
+              file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if args.json:
+        _print_json(status.as_json())
+    else:
+        from launchers.show import console, summary
+
+        console().print(summary(status))
+    return _exit_code(status, run)
+
+
+def _exit_code(status: Any, run: Any) -> int:
+    if status.finished:
+        return 0
+    failed = next((p for p in status.phases if p.failed), None)
+    if failed is not None:
+        said, where = failed.message or failed.reason or f"exit code {failed.exit_code}", _shown(run.path)
+        print(f"afterok: {failed.phase} failed: {said} (log: afterok logs {where} {failed.phase}; more: "
+              f"afterok why {where})", file=sys.stderr)
+        return EXIT_MISTAKE if failed.exit_code == EXIT_MISTAKE else EXIT_UNFINISHED
+    print(f"afterok: {_shown(run.path)} is not finished; `afterok submit` goes on with what is missing",
+          file=sys.stderr)
+    return EXIT_UNFINISHED
+
+
+# -- run verbs ----------------------------------------------------------------------------------------------------
+
+
+def _find_run(name: Optional[str]):
+    """The run a user means: a folder, a name below ./runs, or by default the one submitted last."""
+    from jobs.run_folder import RunFolder
+
+    if name is not None:
+        for path in (Path(name), Path("runs") / name):
+            if (path / "ledger.jsonl").exists():
+                return RunFolder(path.absolute())
+        raise UserMistake(f"{name!r} is no run: neither {name}/ledger.jsonl nor runs/{name}/ledger.jsonl exists")
+    ledgers = sorted(Path("runs").glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not ledgers:
+        raise UserMistake("no run below ./runs; name one: afterok status RUN")
+    return RunFolder(ledgers[-1].parent.absolute())
+
+
+def do_status(args: argparse.Namespace) -> int:
+    from launchers.follow import follow, poll_interval
+    from launchers.status import run_status
+
+    run = _find_run(args.run)
+    if args.watch:
+        try:
+            status = follow(run, poll_interval(run), quiet=args.json)
+        except KeyboardInterrupt:
+            return 0
+    else:
+        status = run_status(run)
+    if args.json:
+        return _print_json(status.as_json())
+    from launchers.show import console, status_table
+
+    console().print(status_table(status))
+    return 0
+
+
+def do_why(args: argparse.Namespace) -> int:
+    from launchers.why import why
+
+    run, phase = _run_and_phase(args.words)
+    report = why(run, phase)
+    if args.json:
+        return _print_json(report.as_json())
+    for line in [report.headline, *(finding.sentence for finding in report.findings), *report.notes]:
+        print(line)
+    return 0
+
+
+def _run_and_phase(words: list[str]):
+    """RUN, PHASE, both or neither; a single word that is no run is a phase of the run submitted last."""
+    if len(words) > 2:
+        raise UserMistake(f"{len(words)} words: {' '.join(words)}; write afterok why [RUN] [PHASE]")
+    if len(words) == 1:
+        try:
+            return _find_run(words[0]), None
+        except UserMistake:
+            if "/" in words[0] or not any(Path("runs").glob("*/ledger.jsonl")):
+                raise
+            return _find_run(None), words[0]
+    return _find_run(words[0] if words else None), words[1] if words else None
+
+
+def do_ls(args: argparse.Namespace) -> int:
+    from launchers.runs import list_runs
+
+    if not args.folder.is_dir():
+        raise UserMistake(f"{args.folder} is no folder; name the one that your runs are in: afterok ls DIR")
+    runs = list_runs(args.folder)
+    if args.json:
+        return _print_json({"runs": [run.as_json() for run in runs]})
+    from launchers.show import console, runs_table
+
+    if runs:
+        console().print(runs_table(runs))
+    else:
+        print(f"no runs below {args.folder}")
+    return 0
+
+
+def do_logs(args: argparse.Namespace) -> int:
+    from launchers.logs import show_log
+
+    phase, _, index = args.phase.partition(":")
+    if index and not index.isdigit():
+        raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
+    if args.replay:
+        command = [sys.executable, "-m", "jobs.replay", str(_find_run(args.run).path), phase, args.replay]
+        return subprocess.run(command).returncode  # a process of its own: it imports torch
+    try:
+        show_log(_find_run(args.run), phase, int(index) if index else None, args.follow)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def do_inspect(args: argparse.Namespace) -> int:
+    from launchers.inspect import inspect
+    from launchers.show import print_inspection
+
+    found = inspect(_find_run(args.run), args.phase, max(args.documents, 0), args.pack, args.seed, max(args.tokens, 1))
+    if args.json:
+        return _print_json(found)
+    print_inspection(found)
+    return 0
+
+
+def do_cancel(args: argparse.Namespace) -> int:
+    from launchers.submit import cancel
+
+    run = _find_run(args.run)
+    jobs = cancel(run, args.phases)
+    if args.json:
+        return _print_json({"run": str(run.path), "cancelled": jobs})
+    print(f"cancelled {', '.join(jobs)}" if jobs else f"{_shown(run.path)}: nothing is active")
+    return 0
+
+
+# -- the dev cluster ----------------------------------------------------------------------------------------------
+
+
+def _dev_cluster(args: argparse.Namespace):
+    from slurm import devcluster
+
+    return devcluster.DevCluster(args.prefix or devcluster.default_prefix())
+
+
+def do_cluster_up(args: argparse.Namespace) -> int:
+    from slurm import devcluster
+
+    prefix = args.prefix or devcluster.default_prefix()
+    cluster = devcluster.up(prefix, args.nodes, args.gpus_per_node, accounting=args.dbd)
+    if args.json:
+        return _print_json(cluster.status())
+    with_ = " with accounting" if args.dbd else ""
+    print(f"up: {args.nodes} nodes × {args.gpus_per_node} fake GPUs{with_} in {cluster.prefix}")
+    print("use it: `afterok run PIPELINE cluster=dev`, or `afterok cluster exec squeue`")
+    return 0
+
+
+def do_cluster_down(args: argparse.Namespace) -> int:
+    cluster = _dev_cluster(args)
+    cluster.down()
+    if args.json:
+        return _print_json({"prefix": str(cluster.prefix), "up": False})
+    print(f"down: {cluster.prefix}")
+    return 0
+
+
+def do_cluster_status(args: argparse.Namespace) -> int:
+    status = _dev_cluster(args).status()
+    if args.json:
+        return _print_json(status)
+    for key, value in status.items():
+        print(f"{key}: {value}")
+    return 0
+
+
+def do_cluster_exec(args: argparse.Namespace) -> int:
+    cluster = _dev_cluster(args)
+    if not cluster.is_up():
+        raise UserMistake(f"the dev cluster in {cluster.prefix} is not up; start it: afterok cluster up")
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise UserMistake("name a command: afterok cluster exec squeue")
+    try:
+        os.execvpe(command[0], command, cluster.env())
+    except FileNotFoundError:
+        raise UserMistake(f"no command {command[0]!r} in PATH") from None
+
+
+# -- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> int:
+    print(json.dumps(value, indent=1, default=str))
+    return 0
+
+
+def _shown(path: Path) -> str:
+    """A path as the user would type it from here."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
