@@ -31,7 +31,7 @@ def main() -> None:
     from megatron_ext import checkpoint, train
     from megatron_ext.parallel import ParallelPlan
     from tests.megatron_ext import tiny
-    from tests.megatron_ext.test_train import run_of
+    from tests.megatron_ext.training import run_of
 
     dims = tiny.dims(layers=args.layers, hidden=args.hidden, ffn=4 * args.hidden, head_dim=args.hidden // 4)
     plan, packs = ParallelPlan(), tiny.Packs(pack_length=64)

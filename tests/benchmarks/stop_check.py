@@ -27,7 +27,7 @@ def rank_main(steps: int, hf: str) -> None:
     from megatron_ext import ranks, train
     from megatron_ext.parallel import ParallelPlan
     from tests.megatron_ext import tiny
-    from tests.megatron_ext.test_train import run_of
+    from tests.megatron_ext.training import run_of
 
     plan, packs, run = ParallelPlan(), tiny.Packs(pack_length=416), run_of(steps, global_batch=2)
     with ranks.started(plan):

@@ -16,7 +16,7 @@ from megatron_ext import checkpoint, dist_weights, model_folder, ranks, snapshot
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
-from tests.megatron_ext.test_train import calculator, metrics, run_of, sft_config, train_to_end  # noqa: F401
+from tests.megatron_ext.training import metrics, run_of, sft_config, train_to_end
 
 PLAN = ParallelPlan()
 
@@ -110,7 +110,7 @@ def digest_after_nothing(folder: dict[str, Path], out: Path, **changes) -> dict:
     return sft.run(replace(sft_config(folder, 1), lr=1e-12, **changes), out, out.with_suffix(".keep"))
 
 
-def test_weights_come_from_any_folder_step_or_training(calculator, tmp_path):  # noqa: F811
+def test_weights_come_from_any_folder_step_or_training(calculator, tmp_path):
     keep, out = tmp_path / "key", tmp_path / "key" / "work" / "0000.a1"  # as a phase lays them (jobs/artifact.py)
     out.mkdir(parents=True)
     sft.run(replace(sft_config(calculator, 10), keep_checkpoints=9), out, keep)
@@ -130,7 +130,7 @@ def test_weights_come_from_any_folder_step_or_training(calculator, tmp_path):  #
         model_folder.weights_at(tmp_path)
 
 
-def test_weights_of_another_model_are_refused(calculator, tmp_path):  # noqa: F811
+def test_weights_of_another_model_are_refused(calculator, tmp_path):
     """Also those of another vocabulary, which mcore would take for padding."""
     folder = model_folder.open_folder(calculator["base"])
     for changes, said in ((dict(vocabulary=24), "vocabulary has 24 rows"), (dict(ffn=24), "mlp.linear_fc1.weight is")):

@@ -16,7 +16,6 @@ from data_tools.tasks.task import Source
 from megatron_ext import model_folder
 from megatron_ext.entrypoints import bare, evaluate, export_hf, generate, grpo, import_hf, init_model, merge_lora, sft
 from megatron_ext.parallel import ParallelPlan
-from tests.megatron_ext.test_train import calculator  # noqa: F401
 
 ENTRYPOINTS = (init_model, import_hf, sft, grpo, generate, evaluate, merge_lora, export_hf)
 
@@ -40,7 +39,7 @@ def test_configs_are_structured_configs(module):
     assert OmegaConf.to_object(OmegaConf.structured(module.Config)) == module.Config()
 
 
-def test_sft_names_every_mistake(calculator):  # noqa: F811
+def test_sft_names_every_mistake(calculator):
     config = sft.Config(
         model=str(calculator["base"]),
         store=str(calculator["store"]),
@@ -65,7 +64,7 @@ def test_a_folder_that_is_no_model_folder_says_so(tmp_path):
         model_folder.open_folder(tmp_path)
 
 
-def test_weights_that_were_changed_by_hand_are_not_exported(calculator, tmp_path):  # noqa: F811
+def test_weights_that_were_changed_by_hand_are_not_exported(calculator, tmp_path):
     facts = durable.read_json(calculator["base"] / "model.json")
     import shutil
 
@@ -77,12 +76,12 @@ def test_weights_that_were_changed_by_hand_are_not_exported(calculator, tmp_path
         export_hf.run(export_hf.Config(str(folder)), tmp_path / "out", tmp_path)
 
 
-def evaluation(calculator, **changes) -> evaluate.Config:  # noqa: F811
+def evaluation(calculator, **changes) -> evaluate.Config:
     source = Source(synthetic_rows=40, synthetic_split="heldout")
     return evaluate.Config(model=str(calculator["base"]), source=source, **{"max_new_tokens": 4, **changes})
 
 
-def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):  # noqa: F811
+def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
     config = evaluation(calculator, seen_in=str(calculator["store"]), samples=3)
     outs = [tmp_path / name for name in ("whole", "a", "b", "joined")]
     for out in outs:
@@ -114,7 +113,7 @@ def test_what_was_gained_is_told_with_its_error_prompt_by_prompt():
     assert "gain" not in evaluate._result(lines(1), {})
 
 
-def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp_path):  # noqa: F811
+def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp_path):
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"prompt": f"{n}="}) + "\n" for n in (1, 2, 3)))
     mix = MixConfig({
         "sums": Entry("calculator", source=Source(synthetic_rows=9, synthetic_split="heldout")),
@@ -164,7 +163,7 @@ def test_an_evaluation_without_samples_is_nothing_to_compare_with(tmp_path):
             evaluate._compared(replace(config, samples=2))
 
 
-def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):  # noqa: F811
+def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):
     config = evaluation(calculator, seen_in=str(calculator["store"]), limit=25)
     config.source = Source(synthetic_rows=60)  # the training split
     result = evaluate.run(config, tmp_path, tmp_path)
@@ -182,7 +181,7 @@ def test_right_answers_count_by_number_and_only_when_they_end():
     assert "seen_prompts" not in evaluate._result([dict(correct=True, seen=None)])
 
 
-def test_a_malformed_line_is_named_by_file_and_line(calculator, tmp_path):  # noqa: F811
+def test_a_malformed_line_is_named_by_file_and_line(calculator, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"question": "?", "answer": "<<1+1=2>>2"}) + "\nnot json\n")
     config = evaluation(calculator)
@@ -191,7 +190,7 @@ def test_a_malformed_line_is_named_by_file_and_line(calculator, tmp_path):  # no
         evaluate.run(config, tmp_path, tmp_path)
 
 
-def test_evaluation_on_two_ranks_is_that_on_one(two_ranks, calculator, tmp_path):  # noqa: F811
+def test_evaluation_on_two_ranks_is_that_on_one(two_ranks, calculator, tmp_path):
     results = []
     for name, plan in (("dp", ParallelPlan()), ("tp", ParallelPlan(tensor=2))):
         (tmp_path / name).mkdir()

@@ -18,13 +18,12 @@ from megatron_ext.entrypoints import generate, sft
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl.session import stop_ids_of
 from megatron_ext.rollout.settings import EngineConfig, Sampling
-from tests.megatron_ext.test_train import calculator  # noqa: F401
 
 PROMPTS, SAMPLES = 12, 4
 VERIFIER = "tests.data_tools.tasks.verifiers:length"
 
 
-def config(calculator, **changes) -> generate.Config:  # noqa: F811
+def config(calculator, **changes) -> generate.Config:
     mix = MixConfig({
         "sums": Entry("calculator", source=Source(synthetic_rows=40, synthetic_split="heldout"), limit=PROMPTS - 2),
         "lengths": Entry(VERIFIER, source=Source(inputs=[str(calculator["questions"])]), evaluation_only=True),
@@ -34,7 +33,7 @@ def config(calculator, **changes) -> generate.Config:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def folders(calculator, tmp_path_factory):  # noqa: F811
+def folders(calculator, tmp_path_factory):
     root = tmp_path_factory.mktemp("generate")
     (root / "questions.jsonl").write_text("".join(json.dumps({"prompt": f"{n}="}) + "\n" for n in (1, 2)))
     return {**calculator, "questions": root / "questions.jsonl", "root": root}

@@ -19,7 +19,7 @@ from tests.megatron_ext import adapted, shapes, tiny
 from tests.megatron_ext.rollout.test_engine import SMALL, full_logprobs, requests, sampled
 from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.test_families import TOLERANCE, transformers_model
-from tests.megatron_ext.test_train import calculator, sft_config  # noqa: F401
+from tests.megatron_ext.training import sft_config
 
 PACK = tiny.pack([40], seed=2)
 
@@ -115,12 +115,12 @@ def test_the_rollout_engine_samples_from_the_adapted_model(alone, dims, tmp_path
 # ---------------------------------------------------------------- training
 
 
-def lora_config(calculator, steps: int, **changes) -> sft.Config:  # noqa: F811
+def lora_config(calculator, steps: int, **changes) -> sft.Config:
     lora = LoraConfig(4, 8.0, 0.1, ["all-linear"])
     return replace(sft_config(calculator, steps), lora=lora, keep_checkpoints=9, lr=1e-2, **changes)
 
 
-def test_a_run_killed_in_between_ends_with_the_same_bits(two_ranks, calculator, tmp_path):  # noqa: F811
+def test_a_run_killed_in_between_ends_with_the_same_bits(two_ranks, calculator, tmp_path):
     """Dropout and all; and the base stays what it was."""
     plan = ParallelPlan(tensor=2, sequence_parallel=True)
     config = lora_config(calculator, 6, parallel=plan, save_in_background=False, checkpoint_every=3)
@@ -144,14 +144,14 @@ def test_a_run_killed_in_between_ends_with_the_same_bits(two_ranks, calculator, 
 
 
 @pytest.fixture(scope="module")
-def trained(calculator, tmp_path_factory):  # noqa: F811
+def trained(calculator, tmp_path_factory):
     """Folder and facts of a short training with LoRA."""
     root = tmp_path_factory.mktemp("lora")
     (root / "out").mkdir()
     return root / "out", sft.run(lora_config(calculator, 5), root / "out", root / "keep")
 
 
-def test_evaluation_reads_the_adapter(calculator, trained, tmp_path):  # noqa: F811
+def test_evaluation_reads_the_adapter(calculator, trained, tmp_path):
     """As of the merged model; a base that merely has the same folder would answer otherwise."""
     from data_tools.tasks.task import Source
 
@@ -165,7 +165,7 @@ def test_evaluation_reads_the_adapter(calculator, trained, tmp_path):  # noqa: F
     assert found["adapted"] == found["merged"] != found["base"]
 
 
-def test_training_goes_on_with_the_adapter_or_refuses(calculator, trained, tmp_path):  # noqa: F811
+def test_training_goes_on_with_the_adapter_or_refuses(calculator, trained, tmp_path):
     config = replace(lora_config(calculator, 5), model=str(trained[0]))
     facts = made(sft.run, config, tmp_path / "more")
     assert facts["loss_first"] == pytest.approx(trained[1]["loss_last"], rel=0.3)

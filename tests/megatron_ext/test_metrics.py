@@ -18,7 +18,7 @@ from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ParallelPlan, Site
 from megatron_ext.track import Track
 from tests.megatron_ext import tiny
-from tests.megatron_ext.test_train import MODEL, calculator, sft_config  # noqa: F401
+from tests.megatron_ext.training import MODEL, sft_config
 
 SOAK = pytest.mark.soak
 SECRET = "5ec2e7" * 7
@@ -26,7 +26,7 @@ PLAN = ParallelPlan()
 
 
 @pytest.fixture(scope="module")
-def tracked(calculator, tmp_path_factory) -> Path:  # noqa: F811
+def tracked(calculator, tmp_path_factory) -> Path:
     """The folder of a training that reports to everything, stopped in the middle and resumed."""
     root = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +48,7 @@ def lines_of(keep: Path) -> list[dict]:
     return [json.loads(line) for line in (keep / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_line_says_how_the_steps_went(tracked, calculator):  # noqa: F811
+def test_a_line_says_how_the_steps_went(tracked, calculator):
     lines = [line for line in lines_of(tracked) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
     folder = [json.loads((calculator["packs"] / "plan.json").read_text())][0]
@@ -64,7 +64,7 @@ def test_a_line_says_how_the_steps_went(tracked, calculator):  # noqa: F811
     assert whole == pytest.approx(folder["padded"] / (folder["packs"] * 64), abs=0.1)
 
 
-def test_validation_is_the_mean_over_all_supervised_tokens(tracked, calculator):  # noqa: F811
+def test_validation_is_the_mean_over_all_supervised_tokens(tracked, calculator):
     found = [(line["step"], line["valid_loss"]) for line in lines_of(tracked) if "valid_loss" in line]
     assert [step for step, _ in found] == [5, 10]
     from data_tools.pack import PackReader
@@ -182,7 +182,7 @@ def test_the_norm_is_over_each_parameter_once(alone, tmp_path):
     assert metrics.parameter_norm([model]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_mfu_is_the_planners_flops_over_the_data_sheets(calculator, tmp_path, monkeypatch):  # noqa: F811
+def test_mfu_is_the_planners_flops_over_the_data_sheets(calculator, tmp_path, monkeypatch):
     """On a GPU whose driver gives that name, which a CPU is made to give here."""
     monkeypatch.setattr(metrics.device, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
     (tmp_path / "out").mkdir()

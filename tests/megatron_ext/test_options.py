@@ -22,7 +22,7 @@ from megatron_ext.options import Balance, Engine
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.schedule import Amount
 from tests.megatron_ext import tiny
-from tests.megatron_ext.test_train import calculator, run_of, sft_config  # noqa: F401
+from tests.megatron_ext.training import run_of, sft_config
 
 PLAN = ParallelPlan()
 
@@ -59,7 +59,7 @@ def test_every_mistake_about_length_is_named():
     ]
 
 
-def test_training_ends_after_its_time_with_a_model_and_says_so(calculator, tmp_path):  # noqa: F811
+def test_training_ends_after_its_time_with_a_model_and_says_so(calculator, tmp_path):
     (tmp_path / "out").mkdir()
     config = replace(sft_config(calculator, 100_000), minutes=1 / 60)
     facts = sft.run(config, tmp_path / "out", tmp_path / "keep")
@@ -74,7 +74,7 @@ def test_training_ends_after_its_time_with_a_model_and_says_so(calculator, tmp_p
 
 
 @pytest.fixture(scope="module")
-def plans(calculator, tmp_path_factory) -> list[Path]:  # noqa: F811
+def plans(calculator, tmp_path_factory) -> list[Path]:
     """Two pack plans over the same store."""
     found = [calculator["packs"], tmp_path_factory.mktemp("other") / "packs"]
     found[1].mkdir()
@@ -82,7 +82,7 @@ def plans(calculator, tmp_path_factory) -> list[Path]:  # noqa: F811
     return found
 
 
-def test_a_blend_keeps_its_shares_and_every_plans_own_order(calculator, plans):  # noqa: F811
+def test_a_blend_keeps_its_shares_and_every_plans_own_order(calculator, plans):
     readers = [PackReader(calculator["store"], plan) for plan in plans]
     blend = BlendedPacks(readers, [3, 1])
     stream = [i for k in range(12) for i in blend.batch(k, 4, seed=7)]
@@ -99,7 +99,7 @@ def test_a_blend_keeps_its_shares_and_every_plans_own_order(calculator, plans): 
     assert blend.padding(stream[place]) == readers[1].padding(second[0])
 
 
-def test_training_on_a_blend(calculator, plans, tmp_path):  # noqa: F811
+def test_training_on_a_blend(calculator, plans, tmp_path):
     (tmp_path / "out").mkdir()
     config = replace(sft_config(calculator, 5), blend_stores=[str(calculator["store"])], blend_packs=[str(plans[1])])
     assert "0 weights for 2 blended plans" in str(sft.check(config, 1)[0])
@@ -107,7 +107,7 @@ def test_training_on_a_blend(calculator, plans, tmp_path):  # noqa: F811
     assert facts["step"] == 5
 
 
-def test_plans_of_different_lengths_are_not_blended(calculator, tmp_path):  # noqa: F811
+def test_plans_of_different_lengths_are_not_blended(calculator, tmp_path):
     pack.pack(pack.Config(store=str(calculator["store"]), pack_length=128), tmp_path)
     readers = [PackReader(calculator["store"], plan) for plan in (calculator["packs"], tmp_path)]
     with pytest.raises(UserMistake, match=r"packs of \[64, 128\] tokens cannot be blended"):

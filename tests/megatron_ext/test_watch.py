@@ -28,7 +28,7 @@ def rank_main(hf: Path, keep: Path) -> None:
     init_device()
     from megatron_ext import ranks, train
     from megatron_ext.parallel import ParallelPlan
-    from tests.megatron_ext.test_train import run_of
+    from tests.megatron_ext.training import run_of
 
     def told(done: int, *_: object) -> None:
         if done == 2 and ranks.rank_of_environment() == 1:

@@ -1,0 +1,78 @@
+"""A tiny training: its run, its loop to the end on any ranks, and what it wrote."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+
+from megatron_ext import checkpoint, ranks, train
+from megatron_ext.entrypoints import sft
+from megatron_ext.parallel import ParallelPlan
+from megatron_ext.schedule import Schedule
+from tests.megatron_ext import tiny
+
+LAYOUTS = {
+    "DP2": ParallelPlan(),
+    "TP2": ParallelPlan(tensor=2),
+    "TP2 SP": ParallelPlan(tensor=2, sequence_parallel=True),
+    "PP2": ParallelPlan(pipeline=2, pipeline_layers=[3, 1]),
+    "PP2 interleaved": ParallelPlan(pipeline=2, virtual=2),
+    "CP2": ParallelPlan(context=2, context_comm="a2a"),
+}
+MODEL = tiny.dims(layers=4)
+
+
+def run_of(steps: int = 3, **changes) -> train.Run:
+    return train.Run(Schedule("constant", steps, 0.01), **{"global_batch": 4, "log_every": 1, **changes})
+
+
+def draw(done: int, total: int, unit: str, note: str = "") -> None:
+    """A progress callback that uses up random numbers at every step, as dropout would."""
+    if note.startswith("loss"):
+        torch.rand(3)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            torch.rand(5)
+
+
+def train_to_end(
+    plan: ParallelPlan, hf: Path, keep: Path, steps: int = 6, packs: str = "tiny", of: Any = MODEL, **changes
+) -> dict:
+    """A whole run with a checkpoint every 2 steps. `changes` go to Run."""
+    with ranks.started(plan):
+        trainer = train.Trainer(tiny.parts(hf, of, plan), plan, train.AdamW())
+        run = run_of(steps, **{"checkpoint_every": 2, "log_every": 3, **changes})
+        outcome = train.train_on_packs(trainer, tiny.Packs(name=packs, align=4), run, keep, {"model": "tiny"}, draw)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            tracked = torch.rand(1).item()
+        random = [torch.rand(1).item(), tracked]
+        return {**asdict(outcome), "digest": checkpoint.weights_digest(trainer.model), "random": random}
+
+
+def stop_at(keep: Path, step: int) -> None:
+    """Make the folder that of a run killed right after checkpoint `step`, having logged past it."""
+    for newer in checkpoint.steps(keep / "checkpoints"):
+        if newer > step:
+            checkpoint._remove(keep / "checkpoints" / f"step_{newer}")
+
+
+def metrics(keep: Path) -> list[dict]:
+    return [json.loads(line) for line in (keep / "metrics.jsonl").read_text().splitlines()]
+
+
+def steady(line: dict) -> dict:
+    timed = ("step_s", "tokens_per_s", "parts_s", "memory_gib", "slowest_rank", "slowest_ratio")
+    return {key: value for key, value in line.items() if key not in timed}
+
+
+def sft_config(folder: dict[str, Path], steps: int) -> sft.Config:
+    return sft.Config(
+        *(str(folder[name]) for name in ("base", "store", "packs")),
+        steps=steps,
+        checkpoint_every=5,
+        log_every=5,
+        global_batch=4,
+        seed=3,
+    )
