@@ -12,9 +12,10 @@ of its import along, so that its export knows the names and dtypes of the base c
 import os
 import shutil
 from collections import Counter
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 import torch
 
@@ -34,6 +35,8 @@ Changes = Mapping[str, Callable[[], torch.Tensor]]  # what is added to the whole
 LEDGER = "conversion.json"
 SHARE = "share.json"  # what one process tells the one that finishes
 WEIGHTS = "weights"
+SUMMING = 2  # threads that add up what one thread writes
+BACKLOG = 8  # pieces that may wait for them
 LISTED = 12  # wrong tensors that a message names
 
 
@@ -92,6 +95,34 @@ def import_weights(model: torch.nn.Module, folder: Path, family: Family, dims: A
         parameter.copy_(shard_on_rank(rule, joined, model))
 
 
+# ---------------------------------------------------------------- sums
+
+
+def summing() -> ThreadPoolExecutor:
+    """Where `Sums` adds up."""
+    return ThreadPoolExecutor(SUMMING, "sums")
+
+
+class Sums:
+    """The sums by key of a rule's tensor, added up by other threads while this one reads and writes."""
+
+    def __init__(self, pool: Executor):
+        self._pool = pool
+        self._parts: list[tuple[str, Future[torch.Tensor]]] = []
+
+    def add(self, region: Region, data: torch.Tensor) -> None:
+        """Count `data`, which must stay as it is until `total`. Waits where BACKLOG others are waiting."""
+        self._parts.append((region.key, self._pool.submit(tensor_sum, data, region.offset, region.shape)))
+        if len(self._parts) > BACKLOG:
+            self._parts[-BACKLOG - 1][1].result()
+
+    def total(self) -> Counter[str]:
+        sums: Counter[str] = Counter()
+        for key, part in self._parts:
+            sums[key] += int(part.result())
+        return sums
+
+
 # ---------------------------------------------------------------- import
 
 
@@ -103,27 +134,36 @@ def import_share(
     mine = rules[index::count]
     writer = dist_weights.Writer(out / WEIGHTS, index)
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
-    for done, rule in enumerate(mine):
-        joined = rule.layout.join([tensors.read(tensor) for tensor in rule.hf])
-        target = rule.dtype or dtype or _name(joined.dtype)
-        ledger["tensors"][rule.name] = _entry(rule, target, write_whole(writer, rule, joined, target))
-        for name in map(hf_name, rule.hf):
-            ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
-        progress(done + 1, len(mine), "tensors")
+    with summing() as pool:
+        for done, rule in enumerate(mine):
+            joined = rule.layout.join([tensors.read(tensor) for tensor in rule.hf])
+            target = rule.dtype or dtype or _name(joined.dtype)
+            ledger["tensors"][rule.name] = _entry(rule, target, write_whole(writer, rule, joined, target, pool))
+            for name in map(hf_name, rule.hf):
+                ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
+            progress(done + 1, len(mine), "tensors")
     writer.close()
     durable.write_json(out / SHARE, {**ledger, "pieces": [astuple(piece) for piece in writer.written]})
 
 
-def write_whole(writer: dist_weights.Writer, rule: Rule, whole: torch.Tensor, dtype: str) -> Counter[str]:
+def write_whole(
+    writer: dist_weights.Writer, rule: Rule, whole: torch.Tensor, dtype: str, pool: Executor
+) -> Counter[str]:
     """Write a rule's whole tensor as `dtype`. Returns its sums by key."""
-    sums: Counter[str] = Counter()
+    sums = Sums(pool)
     for region, rows in regions(rule):
-        flat = whole[rows].reshape(-1)
-        for box, first in pieces(region, flat.element_size()):
-            part = flat[first : first + torch.Size(box.size).numel()].reshape(box.size).to(getattr(torch, dtype))
+        for box, data in _boxes(region, whole[rows]):
+            part = data.to(getattr(torch, dtype))
+            sums.add(box, part)
             writer.write(box, part)
-            sums[region.key] += int(tensor_sum(part, box.offset, box.shape))
-    return sums
+    return sums.total()
+
+
+def _boxes(region: Region, data: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
+    """The region, whose elements are `data`, piece by piece."""
+    flat = data.reshape(-1)
+    for box, first in pieces(region, flat.element_size()):
+        yield box, flat[first : first + torch.Size(box.size).numel()].reshape(box.size)
 
 
 def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -166,13 +206,14 @@ def export_share(
     my_files = set(list(files.files)[index::count])
     mine = [rule for rule in rules if any(files.file(hf_name(tensor)) in my_files for tensor in rule.hf)]
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
-    for done, rule in enumerate(mine):
-        sums = _export_one(reader, rule, files, my_files, changes)
-        if files.file(hf_name(rule.hf[0])) in my_files:  # of several shares that need a tensor, one counts it
-            ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums)
-        for name in map(hf_name, rule.hf):
-            ledger["hf"][name] = {"file": files.file(name), "dtype": dtypes[name]}
-        progress(done + 1, len(mine), "tensors")
+    with summing() as pool:
+        for done, rule in enumerate(mine):
+            sums = _export_one(reader, rule, files, my_files, changes, pool)
+            if files.file(hf_name(rule.hf[0])) in my_files:  # of several shares that need a tensor, one counts it
+                ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums)
+            for name in map(hf_name, rule.hf):
+                ledger["hf"][name] = {"file": files.file(name), "dtype": dtypes[name]}
+            progress(done + 1, len(mine), "tensors")
     files.close()
     durable.write_json(out / SHARE, ledger)
     if index == 0:
@@ -180,30 +221,31 @@ def export_share(
 
 
 def _export_one(
-    reader: dist_weights.Reader, rule: Rule, files: SafetensorsFiles, my_files: set[str], changes: Changes
-) -> Counter[str]:
+    reader: dist_weights.Reader, rule: Rule, files: SafetensorsFiles, my_files: set[str], changes: Changes,
+    pool: Executor,
+) -> Counter[str]:  # fmt: skip
     """Write the Hugging Face tensors of one rule that are in `my_files`. Returns the sums by key."""
     if not isinstance(rule.layout, Replicated) or rule.name in changes:
-        whole, sums = read_whole(reader, rule)
+        whole, sums = read_whole(reader, rule, pool)
         for position, data in enumerate(rule.layout.split(changed(rule, whole, changes))):
             _write_entry(files, my_files, rule, position, data)
-        return sums
-    sums = Counter()
+        return sums.total()
+    sums = Sums(pool)
     for region, _ in regions(rule):  # as it is, so that it may pass in pieces of any size
         for box, first in pieces(region, 4):
             data = reader.read(box)
-            sums[region.key] += int(tensor_sum(data, box.offset, box.shape))
+            sums.add(box, data)
             _write_entry(files, my_files, rule, 0, data, first)
-    return sums
+    return sums.total()
 
 
-def read_whole(reader: dist_weights.Reader, rule: Rule) -> tuple[torch.Tensor, Counter[str]]:
+def read_whole(reader: dist_weights.Reader, rule: Rule, pool: Executor) -> tuple[torch.Tensor, Sums]:
     """A rule's whole tensor, and its sums by key."""
-    sums: Counter[str] = Counter()
-    parts = []
+    sums, parts = Sums(pool), []
     for region, _ in regions(rule):
         data = reader.read(region)
-        sums[region.key] += int(tensor_sum(data, region.offset, region.shape))
+        for box, part in _boxes(region, data):
+            sums.add(box, part)
         parts.append(data.reshape(-1, *rule.layout.shape[1:]))
     return torch.cat(parts) if len(parts) > 1 else parts[0], sums
 

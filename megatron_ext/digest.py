@@ -14,7 +14,7 @@ import torch
 
 Shape = tuple[int, ...]
 
-CHUNK = 1 << 16  # elements at a time: the temporaries stay in cache
+CHUNK = 1 << 17  # elements at a time: the temporary stays in cache
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 _ROW, _COLUMN = 0x243F6A8885A308D3, 0x13198A2E03707344  # first digits of π: two unrelated sequences
 
@@ -47,10 +47,12 @@ def tensor_sum(data: torch.Tensor, offset: Shape, shape: Shape) -> torch.Tensor:
     row = _odd(row.reshape(-1), _ROW)
     column = _odd(torch.arange(offset[-1], offset[-1] + data.shape[-1], device=data.device), _COLUMN)
     bits = data.detach().reshape(-1, data.shape[-1]).view(_BITS[data.element_size()])
-    step = max(1, CHUNK // data.shape[-1])
+    step = min(max(1, CHUNK // data.shape[-1]), len(bits))
+    temporary = torch.empty((step, data.shape[-1]), dtype=torch.int64, device=data.device)
     for first in range(0, len(bits), step):
-        part = bits[first : first + step].to(torch.int64)
-        total += (part.mul_(column).sum(1) * row[first : first + step]).sum()
+        part = bits[first : first + step]
+        wide = temporary[: len(part)].copy_(part)
+        total += (wide.mul_(column).sum(1) * row[first : first + step]).sum()
     return total
 
 

@@ -11,10 +11,12 @@ torch's own FileSystemWriter keeps every tensor of a file until it closes it (fi
 """
 
 import math
+import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
+import numpy
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -36,6 +38,7 @@ from megatron_ext.models.rules import Rule
 Shape = tuple[int, ...]
 
 PIECE_BYTES = 64 << 20
+ALIGNMENT = 64  # bytes, of a piece in its file, as torch.save aligns the data within: so it can be mapped
 FORMAT = {  # megatron.core.dist_checkpointing.core.CheckpointingConfig
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -107,7 +110,7 @@ class Writer:
         data = data.contiguous()
         # torch.save writes all of the storage below a view; this is one of the data's size, on the same memory.
         bytes_ = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
-        start = self._file.tell()
+        start = self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
         with serialization.patch("save.compute_crc32", False):  # seals and sums tell more, and it takes half the time
             torch.save(bytes_.view(data.dtype).reshape(region.size), self._file)
         dtype = str(data.dtype).removeprefix("torch.")
@@ -157,7 +160,7 @@ class Reader:
         }
 
     def read(self, region: Region) -> torch.Tensor:
-        """The region's elements. One stored piece that covers it is returned without a copy."""
+        """The region's elements. One stored piece that covers it is mapped from its file, not copied."""
         tensor = self._metadata.state_dict_metadata[region.key]
         found: torch.Tensor | None = None
         for chunk in tensor.chunks:
@@ -170,7 +173,7 @@ class Reader:
             if part.shape == region.size:
                 return part
             if found is None:
-                found = torch.empty(region.size, dtype=part.dtype)
+                found = _room(region.size, part.dtype)
             found[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset))] = part
         if found is None:
             raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
@@ -180,5 +183,22 @@ class Reader:
         where = self._metadata.storage_data[index]
         if where.relative_path not in self._files:
             self._files[where.relative_path] = open(self.folder / where.relative_path, "rb")
-        view = _create_file_view(self._files[where.relative_path], where.offset, where.length)
-        return torch.load(view, map_location="cpu", weights_only=True)
+        file = self._files[where.relative_path]
+        view = _create_file_view(file, where.offset, where.length)
+        piece = torch.load(view, map_location="meta", weights_only=True)
+        storage = piece.untyped_storage()
+        start = where.offset + storage._checkpoint_offset  # where torch.load would read the data from
+        before = start % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(
+            file.fileno(), before + storage.nbytes(), access=mmap.ACCESS_COPY, offset=start - before
+        )
+        data = torch.frombuffer(mapped, dtype=torch.uint8, offset=before)
+        if start % piece.itemsize:  # of a writer that does not align its pieces
+            data = data.clone()
+        return data.view(piece.dtype).as_strided(piece.size(), piece.stride(), piece.storage_offset())
+
+
+def _room(size: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor in huge pages where the system has them: numpy asks for them, torch does not. The first
+    touch of small pages takes longer than the copy into them."""
+    return torch.from_numpy(numpy.empty(math.prod(size) * dtype.itemsize, numpy.uint8)).view(dtype).reshape(size)

@@ -36,12 +36,13 @@ def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Prog
     writer = dist_weights.Writer(out / convert.WEIGHTS, index)
     dtypes = {key: dtype for key, (dtype, _) in reader.tensors().items()}
     sums: dict[str, Counter[str]] = {"before": Counter(), "after": Counter()}
-    for done, rule in enumerate(rules):
-        whole, before = convert.read_whole(reader, rule)
-        dtype = dtypes[next(regions(rule))[0].key]
-        sums["before"].update(before)
-        sums["after"].update(convert.write_whole(writer, rule, convert.changed(rule, whole, added), dtype))
-        progress(done + 1, len(rules), "tensors")
+    with convert.summing() as pool:
+        for done, rule in enumerate(rules):
+            whole, before = convert.read_whole(reader, rule, pool)
+            dtype = dtypes[next(regions(rule))[0].key]
+            sums["after"].update(convert.write_whole(writer, rule, convert.changed(rule, whole, added), dtype, pool))
+            sums["before"].update(before.total())
+            progress(done + 1, len(rules), "tensors")
     writer.close()
     durable.write_json(
         out / convert.SHARE,
