@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_ext.device import device
-from megatron_ext.layers.attention import ContextRank, PackedDocuments, packed_documents
+from megatron_ext.layers.documents import ContextRank, PackedDocuments, packed_documents
 from megatron_ext.layers.loss_head import Targets
 
 

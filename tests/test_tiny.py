@@ -145,7 +145,7 @@ from megatron_ext import model_folder, ranks
 ids = torch.load(sys.argv[2])
 with ranks.started(ParallelPlan(), 0), torch.no_grad():
     import numpy
-    from megatron_ext.layers.attention import packed_documents
+    from megatron_ext.layers.documents import packed_documents
     from megatron_ext.layers.loss_head import position_logits
     model = model_folder.load_model(model_folder.open_folder(sys.argv[1]), ParallelPlan(), "", "torch")
     documents = packed_documents(numpy.array([0, len(ids)]), ids.device)

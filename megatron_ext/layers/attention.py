@@ -1,8 +1,7 @@
 """Attention over packed documents (THD), in torch, for mcore's SelfAttention.
 
-A pack is one row of T tokens that holds many documents; a document sees only itself. `Layout` sorts the documents
-of a pack by length into buckets of 16, 32, 64, ... tokens, once for all layers, without a loop over documents.
-`PackedAttention` lays each bucket out as a batch [documents, length] and runs one causal
+A pack is one row of T tokens that holds many documents; a document sees only itself. `PackedAttention` lays each
+bucket of documents of a similar length (documents.py) out as a batch [documents, length] and runs one causal
 scaled_dot_product_attention on it: no [T, T] mask, and the cost is that of sum(length^2), at most 1.3 times it (four
 times for documents that are shorter than 128 tokens, which cost little).
 
@@ -12,16 +11,14 @@ the softmax's denominator that has no value (`attend`).
 Isolation is exact: a document's row of the batch holds nothing but its own tokens and, after them, zeros that the
 causal order hides. Other documents can neither reach its output nor its gradient.
 
-Context parallelism: `zigzag` says which tokens of a row a rank holds. "all_gather" brings the keys and values of all
-ranks to each, which then asks for its own queries only; "a2a" (Ulysses, arXiv 2309.14509) exchanges tokens for heads,
-so that a rank sees whole documents for its share of the heads.
+Context parallelism: a rank holds some tokens of each document (`documents.zigzag`). "all_gather" brings the keys and
+values of all ranks to each, which then asks for its own queries only; "a2a" (Ulysses, arXiv 2309.14509) exchanges
+tokens for heads, so that a rank sees whole documents for its share of the heads.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
@@ -38,191 +35,10 @@ from megatron.core.transformer.utils import (
 )
 
 from megatron_ext.device import device
+from megatron_ext.layers.documents import ContextRank, Layout, PackedDocuments, Share, packed_documents
 
-SHORTEST_BUCKET = 16  # tokens; below it the launch costs more than the padding
-LONG = 128  # tokens; above it padding costs more than launches, and buckets are finer
 SINK_COLUMNS = 8  # added to the head size; 1 would do, but GPU kernels want head sizes in eights
 QUERY_BLOCK = 512  # queries at once against a longer cache of keys: bounds the mask
-
-
-class ContextRank(NamedTuple):
-    """One of `size` ranks that share a row of tokens."""
-
-    size: int = 1
-    rank: int = 0
-
-
-ALONE = ContextRank()
-
-
-def zigzag(cu_seqlens: numpy.ndarray, context: ContextRank) -> numpy.ndarray:
-    """int64 [T / size]: the tokens of a pack that a context rank holds, in the order in which it holds them.
-
-    Each document is cut into 2 * size equal chunks, and rank r holds chunks r and 2 * size - 1 - r of it, so that all
-    ranks have the same causal work (Transformer Engine's thd_get_partitioned_indices). Raises ValueError where a
-    document does not divide: packs are made with `align` a multiple of 2 * size.
-    """
-    size, rank = context
-    if size == 1:
-        return numpy.arange(int(cu_seqlens[-1]))
-    lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
-    if (lengths % (2 * size)).any():
-        odd = int(lengths[lengths % (2 * size) > 0][0])
-        raise ValueError(f"a document of {odd} tokens does not divide into the {2 * size} chunks of {size} ranks")
-    chunk = lengths // (2 * size)
-    first, second = cu_seqlens[:-1] + rank * chunk, cu_seqlens[:-1] + (2 * size - 1 - rank) * chunk
-    return ranges(numpy.stack([first, second], axis=1).ravel(), numpy.repeat(chunk, 2))
-
-
-def rank_after_rank(cu_seqlens: numpy.ndarray, context_size: int) -> numpy.ndarray:
-    """int64 [T]: the tokens of a pack in the order in which they come from the context ranks."""
-    return numpy.concatenate([zigzag(cu_seqlens, ContextRank(context_size, rank)) for rank in range(context_size)])
-
-
-def ranges(starts: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
-    """The numbers starts[i], starts[i] + 1, ... of each range of lengths[i], one range after the other."""
-    return numpy.arange(lengths.sum()) - numpy.repeat(numpy.cumsum(lengths) - lengths - starts, lengths)
-
-
-class Bucket(NamedTuple):
-    """Documents of a similar length: slots [start, start + documents * length) of a padded buffer."""
-
-    start: int
-    documents: int
-    length: int
-
-    def of(self, buffer: torch.Tensor) -> torch.Tensor:
-        """[rows, ...] -> [documents, length, ...]."""
-        return buffer.narrow(0, self.start, self.documents * self.length).unflatten(0, (self.documents, self.length))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each token of a pack lies in the padded buffer that the buckets share.
-
-    `slots` is int64 [T]: token t goes to row slots[t] of a buffer with `rows` rows. Tokens are counted in the order
-    in which they come from the context ranks, one rank after the other.
-    """
-
-    buckets: tuple[Bucket, ...]
-    slots: torch.Tensor
-    rows: int
-
-    @staticmethod
-    def of(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int = 1) -> "Layout":
-        """Layout of documents that end at `cu_seqlens` (int [documents + 1], first 0). Empty documents are fine."""
-        lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
-        padded = _padded(lengths)
-        buckets, starts, rows = _fill(lengths, padded)
-        slots = ranges(starts, lengths)[rank_after_rank(cu_seqlens, context_size)]
-        return Layout(buckets, torch.from_numpy(slots).to(target), rows)
-
-    @staticmethod
-    def of_share(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int) -> "Layout":
-        """Layout of one context rank's tokens [T / size]: bucket for bucket that of `of`, 1 / size as long."""
-        lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
-        buckets, starts, rows = _fill(lengths, _padded(lengths), context_size)
-        return Layout(buckets, torch.from_numpy(ranges(starts, lengths // context_size)).to(target), rows)
-
-
-def _padded(lengths: numpy.ndarray) -> numpy.ndarray:
-    """The bucket length of each document: the next power of two, or of its sixteenths for long ones."""
-    power = 1 << numpy.ceil(numpy.log2(numpy.maximum(lengths, SHORTEST_BUCKET))).astype(numpy.int64)  # exact below 2^48
-    unit = numpy.where(lengths > LONG, power // 16, power)
-    return -(-numpy.maximum(lengths, 1) // unit) * unit
-
-
-def _fill(
-    lengths: numpy.ndarray, padded: numpy.ndarray, context_size: int = 1
-) -> tuple[tuple[Bucket, ...], numpy.ndarray, int]:
-    """Buckets, the first row of each document and the number of rows, where 1 / context_size of each is laid out."""
-    order = numpy.argsort(padded, kind="stable")
-    order = order[lengths[order] > 0]
-    share = padded[order] // context_size
-    starts = numpy.zeros(len(lengths), numpy.int64)
-    starts[order] = numpy.cumsum(share) - share
-    sizes, counts = numpy.unique(padded[order], return_counts=True)
-    buckets, start = [], 0
-    for size, count in zip((sizes // context_size).tolist(), counts.tolist()):
-        buckets.append(Bucket(start, count, size))
-        start += size * count
-    return tuple(buckets), starts, start
-
-
-@dataclass(frozen=True)
-class Share:
-    """The queries of one context rank, where it has the keys of all: their layout, and each row's position in its
-    document, int64 [rows] (0 in rows of no token)."""
-
-    layout: Layout
-    positions: torch.Tensor
-
-
-@dataclass
-class PackedDocuments(PackedSeqParams):
-    """mcore's THD parameters, with what the torch layers need once for all layers.
-
-    A rank holds T / c of the row's T tokens, `held` int64 [T / c] (numpy, indices into the row), at `positions`
-    int64 [T / c] of their documents. All ranks' tokens, rank after rank, are the row's tokens `order` int64 [T].
-    """
-
-    total_tokens: int = 0  # T
-    held: numpy.ndarray | None = field(default=None, repr=False)
-    positions: torch.Tensor | None = field(default=None, repr=False)
-    order: torch.Tensor | None = field(default=None, repr=False)
-    layout: Layout | None = field(default=None, repr=False)
-    share: Share | None = field(default=None, repr=False)  # with context parallelism only
-    cache: Any = field(default=None, repr=False)  # rollout/cache.py: what earlier tokens of the documents left
-    _turns: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
-
-    def turns(
-        self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [T / c, 1, d / 2] of each token's position, times `length` (YaRN's attention factor).
-
-        `angles` is mcore's table [longest, 1, 1, d].
-        """
-        if self._turns is None:
-            half = angles.size(-1) // 2  # the table repeats its first half
-            mine = angles[:, 0, :, :half].index_select(0, self.positions)  # [T / c, 1, d / 2]
-            # With the table, which a recorded pass (rollout/graphs.py) reads again.
-            self._turns = (mine.cos() * length).to(dtype), (mine.sin() * length).to(dtype), angles
-        return self._turns[:2]
-
-
-def packed_documents(
-    cu_seqlens: numpy.ndarray, target: torch.device, context: ContextRank = ALONE
-) -> PackedDocuments:
-    """THD parameters of a pack whose documents end at `cu_seqlens` (int [documents + 1], first 0, last T).
-
-    `max_seqlen` is the longest document, not T: mcore's rotary embedding takes T as "positions run on over documents"
-    (rope_utils.py:211). Where one document is the whole pack the two agree. A document's padding belongs to it, so
-    that the padded boundaries, by which Transformer Engine splits a row over context ranks, are the boundaries.
-    """
-    cu = torch.from_numpy(numpy.ascontiguousarray(cu_seqlens, numpy.int32)).to(target)
-    longest = int(numpy.diff(cu_seqlens).max())
-    held = zigzag(cu_seqlens, context)
-    starts = numpy.repeat(cu_seqlens[:-1], numpy.diff(cu_seqlens))  # [T]
-    positions = torch.from_numpy((held - starts[held]).astype(numpy.int64)).to(target)
-    share = None
-    if context.size > 1:
-        layout = Layout.of_share(cu_seqlens, target, context.size)
-        share = Share(layout, positions.new_zeros(layout.rows).index_copy_(0, layout.slots, positions))
-    return PackedDocuments(
-        qkv_format="thd",
-        cu_seqlens_q=cu,
-        cu_seqlens_kv=cu,
-        cu_seqlens_q_padded=cu,
-        cu_seqlens_kv_padded=cu,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        total_tokens=int(cu_seqlens[-1]),
-        held=held,
-        positions=positions,
-        order=torch.from_numpy(rank_after_rank(cu_seqlens, context.size)).to(target),
-        layout=Layout.of(cu_seqlens, target, context.size),
-        share=share,
-    )
 
 
 class _Spread(torch.autograd.Function):

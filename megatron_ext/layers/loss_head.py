@@ -18,7 +18,7 @@ from megatron.core.models.mamba import MambaModel
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer import TransformerConfig
 
-from megatron_ext.layers.attention import PackedDocuments
+from megatron_ext.layers.documents import PackedDocuments
 from megatron_ext.planner import CHUNK_LOGITS
 
 EXPONENTIALS = 2**20  # that the sum of a softmax holds at a time

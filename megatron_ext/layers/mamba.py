@@ -35,7 +35,8 @@ from megatron.core.transformer.utils import (
 )
 
 from megatron_ext.device import device
-from megatron_ext.layers.attention import PackedDocuments, heads_for_tokens, tokens_for_heads
+from megatron_ext.layers.attention import heads_for_tokens, tokens_for_heads
+from megatron_ext.layers.documents import PackedDocuments
 
 SEGMENT = 2048  # tokens that are recomputed together
 NO_DOCUMENT = -1

@@ -11,7 +11,7 @@ import numpy
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_ext.layers.attention import PackedDocuments
+from megatron_ext.layers.documents import PackedDocuments
 from megatron_ext.layers.mamba import MambaMixer, State
 from megatron_ext.rollout.kernels import attend_blocks
 from megatron_ext.rollout.room import block_bytes, blocks_in

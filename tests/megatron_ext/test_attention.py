@@ -7,14 +7,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ext.layers import attention, loss_head
-from megatron_ext.layers.attention import (
-    ContextRank,
-    Layout,
-    PackedSelfAttention,
-    packed_attention,
-    packed_documents,
-    zigzag,
-)
+from megatron_ext.layers.attention import PackedSelfAttention, packed_attention
+from megatron_ext.layers.documents import SHORTEST_BUCKET, ContextRank, Layout, packed_documents, zigzag
 from megatron_ext.models.registry import unwrap
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.train import MicroBatch, losses_of, micro_batch
@@ -44,7 +38,7 @@ def test_a_layout_gives_every_token_its_own_row_in_its_documents_slot(seed):
         assert (numpy.diff(mine) == 1).all()
         bucket = next(b for b in layout.buckets if b.start <= mine[0] < b.start + b.documents * b.length)
         assert (mine[0] - bucket.start) % bucket.length == 0 and mine[0] not in seen
-        assert bucket.length / 2 < length <= bucket.length or bucket.length == attention.SHORTEST_BUCKET
+        assert bucket.length / 2 < length <= bucket.length or bucket.length == SHORTEST_BUCKET
         seen.add(mine[0])
 
 

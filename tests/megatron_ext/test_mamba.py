@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 from megatron_ext import snapshot
 from megatron_ext.layers import mamba
-from megatron_ext.layers.attention import packed_documents
+from megatron_ext.layers.documents import packed_documents
 from megatron_ext.layers.mamba import State, convolve, documents_of, scan
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
