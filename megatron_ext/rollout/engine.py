@@ -122,11 +122,14 @@ class Engine:
         return int(found)
 
     def _any_has_work(self) -> bool:
+        """Of the ranks that meet in each pass; with them this one is idle when all of them are, or they would wait."""
         if self._together is None:
             return self.scheduler.has_work
-        flag = torch.tensor([int(self.scheduler.has_work)], device=self.runner.cache.target)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._together)
-        return bool(flag.item())
+        flags = torch.tensor([self.scheduler.has_work, not self._is_idle], device=self.runner.cache.target).int()
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._together)
+        has_work, busy = map(bool, flags.tolist())
+        self._is_idle = not busy
+        return has_work
 
     def _ask(self, sequence: Sequence, turns: Optional[Turns]) -> None:
         self.scheduler.park(sequence)

@@ -7,6 +7,7 @@ import pytest
 from megatron_ext import ranks
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.sequence import Answer, Request, Sequence
 from megatron_ext.rollout.settings import Sampling
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rollout.test_engine import FAMILIES, SMALL, STOP, requests
@@ -69,6 +70,41 @@ TWO = [
 @pytest.mark.parametrize("family, plan", TWO)
 def test_two_ranks_draw_the_samples_of_one(two_ranks, folders, expected, family, plan):
     same(two_ranks.run(sampled, hf=folders[family], family=family, plan=plan), expected[family])
+
+
+class Slow:
+    """Answers after a dozen questions; counts those where the engine had nothing else to do."""
+
+    def __init__(self) -> None:
+        self.asked, self.calls, self.waits = [], 0, 0
+
+    def ask(self, sequence: Sequence) -> None:
+        self.asked.append(sequence)
+
+    def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
+        self.calls, self.waits = self.calls + 1, self.waits + wait
+        return [(self.asked.pop(), Answer(None)) for _ in list(self.asked) if self.calls >= 12]
+
+
+def waited(hf: Path, longest: tuple[int, int]) -> tuple[int, int]:
+    """Questions, and those that were waited for, of replicas whose sample has so many tokens: all one turn, or one
+    token that ends it."""
+    plan = ParallelPlan(expert=2)
+    with ranks.started(plan):
+        from megatron.core import parallel_state
+
+        most, turns = longest[parallel_state.get_data_parallel_rank()], Slow()
+        model = tiny.model(hf, FAMILIES["gpt_oss"], plan)
+        engine = Engine(model, SMALL, 7, stop_ids=range(100) if most == 1 else (), detokenize=str)
+        request = Request(1, (3, 4), turn_ends=() if most == 1 else None)
+        list(engine.generate([request], Sampling(max_tokens=40 if most == 1 else most), turns=turns))
+        return turns.calls, turns.waits
+
+
+def test_a_replica_that_waits_for_a_reply_does_not_hold_up_those_that_share_its_experts(two_ranks, folders):
+    assert two_ranks.run(waited, hf=folders["gpt_oss"], longest=(30, 1)) == [(0, 0), (12, 0)]
+    (_, one), (_, other) = two_ranks.run(waited, hf=folders["gpt_oss"], longest=(1, 1))
+    assert one == other > 6
 
 
 FOUR = [
