@@ -195,11 +195,9 @@ def _of_rows(
     config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
 ) -> List[Dict[str, Any]]:
     """A line for each row of this element, on every rank."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
     from data_tools.tokenizer import load_tokenizer
     from megatron_ext import model_folder
+    from megatron_ext.rl.replica import Replica
     from megatron_ext.rollout.engine import Engine
     from megatron_ext.rollout.sequence import Request
 
@@ -210,8 +208,8 @@ def _of_rows(
     prompts = [tokenizer.encode(row.prompt) for row in mine]
     seen = _seen([row.prompt for row in mine], config.seen_in)
     model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
-    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    own = range(replicas.rank(), len(prompts), replicas.size())
+    replica = Replica()
+    own = replica.share(range(len(prompts)))
     engine = Engine(model, config.engine, config.seed, stop_ids={tokenizer.eos_id})
     found: list[tuple[int, int, list[int]]] = []  # place of the prompt, way, new tokens
     total = len(own) * (1 + config.samples)
@@ -221,10 +219,8 @@ def _of_rows(
         for sequence in engine.generate(requests, way.sampling):
             found.append((uids[sequence.prefix.request.uid], number, sequence.completion))
             progress(len(found), total, "samples")
-    parts: list[Any] = [None] * replicas.size()
-    dist.all_gather_object(parts, found, group=replicas)
     completions: dict[tuple[int, int], list[list[int]]] = {}
-    for place, number, ids in (one for part in parts for one in part):
+    for place, number, ids in replica.gathered(found):
         completions.setdefault((place, number), []).append(ids)
     kind, answer_of = getattr(task, "kind", None), getattr(task, "final_answer", None)
 
