@@ -82,6 +82,24 @@ def test_the_router_computes_in_the_dtype_it_is_asked_for(bias):
         device.original(path)(*arguments)
 
 
+@pytest.mark.parametrize("name", ["frozen_weight", "grad_accumulation_and_async_allreduce"])
+def test_a_cpu_without_bf16_multiplies_in_fp32(alone, monkeypatch, name):
+    linear = patched(f"megatron.core.tensor_parallel.layers.linear_with_{name}")
+    operands = [torch.randn(shape).bfloat16().requires_grad_() for shape in ((40, 300), (50, 300), (50,))]
+    exact = torch.nn.functional.linear(*(x.double() for x in operands))
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+        multiplied = []
+        with monkeypatch.context() as spy:
+            matmul = torch.matmul
+            spy.setattr(torch, "matmul", lambda a, b: multiplied.append(a.dtype) or matmul(a, b))
+            out = linear(*operands, False, False, False, tp_group=None)
+        assert multiplied == [torch.bfloat16 if supported else torch.float32]
+        assert out.dtype == torch.bfloat16 and torch.allclose(out.double(), exact, rtol=2**-7, atol=2**-5)
+        grads = torch.autograd.grad(out.sum(), operands, allow_unused=True)
+        assert all(grad is None or grad.dtype == torch.bfloat16 for grad in grads) and grads[0] is not None
+
+
 def test_split_sizes_reach_the_collectives_as_numbers():
     path = "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu"
     sizes = torch.tensor([3, 0, 2])
