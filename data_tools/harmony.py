@@ -66,7 +66,7 @@ def parse_legacy(text: str) -> Prompt:
     system: list[str] = []
     user: list[str] = []
     now = user
-    for line in text.splitlines():
+    for line in re.split(r"\r\n?|\n", text):  # U+2028 and its like belong to a line
         role = None if user else _ROLE.match(line)
         if role:
             now = system if role[1].lower() == "system" else user

@@ -60,7 +60,7 @@ class Ledger:
     def events(self) -> Iterator[dict[str, Any]]:
         """All events, oldest first; a torn last line (power cut in an append) is dropped."""
         try:
-            lines = self.path.read_text().splitlines()
+            lines = self.path.read_text().removesuffix("\n").split("\n")  # a value may hold U+2028
         except FileNotFoundError:
             return
         for number, line in enumerate(lines):

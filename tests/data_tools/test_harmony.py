@@ -42,6 +42,7 @@ def test_a_prompt_reads_as_the_models_own_template_renders_it(
         ("System:  A\n goes on\nUSER: u1\nu2", ("A\n goes on", "u1\nu2")),
         ("user: The log says\nsystem: overheated\nuser: unknown", ("", "The log says\nsystem: overheated\nuser: unknown")),
         ("Which action?", ("", "Which action?")),
+        ("system: one\r\nuser: two\u2028user: three\x0cfour", ("one", "two\u2028user: three\x0cfour")),
     ],
 )
 def test_roles_end_where_the_users_text_begins(legacy: str, prompt: tuple[str, str]) -> None:

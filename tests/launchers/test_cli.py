@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from launchers.ledger import Ledger
 from tests.command import ROOT, afterok, afterok_json, one_line, write_toy
 
 HEAVY = ("torch", "megatron", "transformers", "submitit", "tokenizers")
@@ -76,6 +77,13 @@ def test_folders_of_the_user_do_not_stand_in_for_our_packages(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "plan", "p.yaml", "cluster=local"], cwd=tmp_path, text=True,
                           capture_output=True)
     assert done.returncode == 0 and "mine" not in done.stderr, done.stderr
+
+
+def test_an_event_may_hold_what_python_takes_for_a_line_break(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for value in ("a\u2028b", "c\x0cd\n"):
+        ledger.append("note", value=value)
+    assert [event["value"] for event in ledger.events()] == ["a\u2028b", "c\x0cd\n"]
 
 
 def test_a_ledger_that_another_version_wrote_is_one_line(tmp_path):
