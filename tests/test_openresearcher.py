@@ -94,7 +94,7 @@ def test_real_trajectories_go_through_the_whole_pipeline_in_small_packs(tmp_path
     rows = json.loads(shared("data", "tau_bench", "gpt-4o-airline.json").read_text())[:24]
     (tmp_path / "trajectories.json").write_text(json.dumps(rows))
     words = small(tmp_path, [tmp_path / "trajectories.json"])
-    afterok("run", *words, "params.pack_length=8192", "cluster=local", timeout=600)
+    afterok("run", *words, "params.pack_length=32768", "cluster=local", timeout=600)
     check_small(tmp_path / "run", 24)
 
 

@@ -329,6 +329,10 @@ class Mix:
         """Prompt k of an entry in the order of its files: what evaluations take."""
         return Draw(k, name, 0, self.items[name][k])
 
+    def trained(self) -> list[str]:
+        """The entries that are drawn from."""
+        return list(self._names)
+
     def evaluated(self) -> list[str]:
         """The entries that are only evaluated."""
         return [name for name, entry in self.entries.items() if entry.evaluation_only]

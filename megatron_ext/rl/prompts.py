@@ -39,6 +39,18 @@ class Encoded:
             raise UserMistake(Problem(f"mix.entries.{draw.entry}", message))
         return found
 
+    def all_tokens(self, draws: Sequence[Draw]) -> dict[str, tuple[int, ...]]:
+        """By the prompts' uids. UserMistake that names those that leave no room."""
+        found, problems = {}, []
+        for draw in draws:
+            try:
+                found[draw.item.uid] = Encoded.tokens(self, draw)
+            except UserMistake as mistake:
+                problems += mistake.problems
+        if problems:
+            raise UserMistake(problems[:_TOLD])
+        return found
+
     def uid(self, draw: Draw) -> int:
         return draw.number
 
@@ -50,6 +62,15 @@ class MixPrompts(Encoded):
         super().__init__(*encoding)
         self.mix = mix
 
+    def check(self) -> None:
+        """UserMistake for prompts that leave no room, before the first step and not when they are drawn.
+
+        Only those are encoded that could be too long: a token is a byte at least, and a template as long as half of
+        the room is none that we know. `tokens` looks at each one again.
+        """
+        drawn = all_of(self.mix, self.mix.trained())
+        self.all_tokens([draw for draw in drawn if not 0 < 2 * len(str(draw.item.prompt).encode()) < self.longest])
+
     @lru_cache(maxsize=4096)
     def item(self, k: int) -> Draw:
         return self.mix.draw(k)
@@ -60,14 +81,7 @@ class Listed(Encoded):
 
     def __init__(self, draws: Sequence[Draw], *encoding: Any):
         super().__init__(*encoding)
-        self.draws, self.ids, problems = list(draws), {}, []
-        for draw in self.draws:
-            try:
-                self.ids[draw.item.uid] = super().tokens(draw)
-            except UserMistake as mistake:
-                problems += mistake.problems
-        if problems:
-            raise UserMistake(problems[:_TOLD])
+        self.draws, self.ids = list(draws), self.all_tokens(draws)
 
     def __len__(self) -> int:
         return len(self.draws)

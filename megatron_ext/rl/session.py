@@ -28,6 +28,7 @@ def run(
     plan, sampling = config.parallel, config.sampling
     tokenizer, mix, encoding = prompts_of(config, folder)
     prompts = MixPrompts(mix, *encoding)
+    prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), *encoding)
     identity = {**identity, "prompts": mix.digest}
     trainer = train.Trainer(
