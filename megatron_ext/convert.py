@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import Counter
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 
@@ -27,7 +27,17 @@ from megatron_ext.digest import combined, tensor_sum
 from megatron_ext.dist_weights import Piece, Region, pieces, regions
 from megatron_ext.hf_files import SHARD_BYTES, HfTensors, SafetensorsFiles
 from megatron_ext.models.registry import Family
-from megatron_ext.models.rules import Entry, HfTensor, Replicated, Rule, hf_name, hf_shapes, placed, shard_on_rank
+from megatron_ext.models.rules import (
+    Entry,
+    HfTensor,
+    Replicated,
+    Rule,
+    Stacked,
+    hf_name,
+    hf_shapes,
+    placed,
+    shard_on_rank,
+)
 
 Shape = tuple[int, ...]
 Changes = Mapping[str, Callable[[], torch.Tensor]]  # what is added to the whole tensors of some rules, by their names
@@ -136,9 +146,9 @@ def import_share(
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     with summing() as pool:
         for done, rule in enumerate(mine):
-            joined = rule.layout.join([tensors.read(tensor) for tensor in rule.hf])
-            target = rule.dtype or dtype or _name(joined.dtype)
-            ledger["tensors"][rule.name] = _entry(rule, target, write_whole(writer, rule, joined, target, pool))
+            blocks = _blocks(rule, [tensors.read(tensor) for tensor in rule.hf])
+            target = rule.dtype or dtype or _name(blocks[0].dtype)
+            ledger["tensors"][rule.name] = _entry(rule, target, write_whole(writer, rule, blocks, target, pool))
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
             progress(done + 1, len(mine), "tensors")
@@ -146,17 +156,38 @@ def import_share(
     durable.write_json(out / SHARE, {**ledger, "pieces": [astuple(piece) for piece in writer.written]})
 
 
+def _blocks(rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """mcore's whole tensor in blocks of rows: where it is a mere stack of Hugging Face's tensors those, not copied."""
+    if isinstance(rule.layout, Stacked) and len({tensor.dtype for tensor in tensors}) == 1:
+        return tensors
+    return [rule.layout.join(tensors)]
+
+
 def write_whole(
-    writer: dist_weights.Writer, rule: Rule, whole: torch.Tensor, dtype: str, pool: Executor
+    writer: dist_weights.Writer, rule: Rule, blocks: Sequence[torch.Tensor], dtype: str, pool: Executor
 ) -> Counter[str]:
-    """Write a rule's whole tensor as `dtype`. Returns its sums by key."""
+    """Write a rule's whole tensor, the rows of `blocks`, as `dtype`. Returns its sums by key."""
     sums = Sums(pool)
     for region, rows in regions(rule):
-        for box, data in _boxes(region, whole[rows]):
-            part = data.to(getattr(torch, dtype))
-            sums.add(box, part)
-            writer.write(box, part)
+        first = 0
+        for block in blocks:
+            low, high = max(rows.start, first), min(rows.stop, first + len(block))
+            if low < high:
+                mine = _rows_of(region, rule, low - rows.start, high - low)
+                for box, data in _boxes(mine, block[low - first : high - first]):
+                    part = data.to(getattr(torch, dtype))
+                    sums.add(box, part)
+                    writer.write(box, part)
+            first += len(block)
     return sums.total()
+
+
+def _rows_of(region: Region, rule: Rule, first: int, count: int) -> Region:
+    """`count` rows of a region of the rule, from `first` on."""
+    axis = len(region.size) - len(rule.layout.shape)  # experts are stacked before it
+    offset, size = list(region.offset), list(region.size)
+    offset[axis], size[axis] = offset[axis] + first, count
+    return replace(region, offset=tuple(offset), size=tuple(size))
 
 
 def _boxes(region: Region, data: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:

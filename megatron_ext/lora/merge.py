@@ -40,7 +40,7 @@ def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Prog
         for done, rule in enumerate(rules):
             whole, before = convert.read_whole(reader, rule, pool)
             dtype = dtypes[next(regions(rule))[0].key]
-            sums["after"].update(convert.write_whole(writer, rule, convert.changed(rule, whole, added), dtype, pool))
+            sums["after"].update(convert.write_whole(writer, rule, [convert.changed(rule, whole, added)], dtype, pool))
             sums["before"].update(before.total())
             progress(done + 1, len(rules), "tensors")
     writer.close()
