@@ -9,6 +9,7 @@ shape; of each mcore tensor its sources, layout, dtype and sum (digest.tensor_su
 of its import along, so that its export knows the names and dtypes of the base checkpoint.
 """
 
+import math
 import os
 import shutil
 from collections import Counter
@@ -168,26 +169,27 @@ def write_whole(
 ) -> Counter[str]:
     """Write a rule's whole tensor, the rows of `blocks`, as `dtype`. Returns its sums by key."""
     sums = Sums(pool)
-    for region, rows in regions(rule):
-        first = 0
-        for block in blocks:
-            low, high = max(rows.start, first), min(rows.stop, first + len(block))
-            if low < high:
-                mine = _rows_of(region, rule, low - rows.start, high - low)
-                for box, data in _boxes(mine, block[low - first : high - first]):
-                    part = data.to(getattr(torch, dtype))
-                    sums.add(box, part)
-                    writer.write(box, part)
-            first += len(block)
+    for number, region, rows in _regions_of_blocks(rule, [len(block) for block in blocks]):
+        for box, data in _boxes(region, blocks[number][rows]):
+            part = data.to(getattr(torch, dtype))
+            sums.add(box, part)
+            writer.write(box, part)
     return sums.total()
 
 
-def _rows_of(region: Region, rule: Rule, first: int, count: int) -> Region:
-    """`count` rows of a region of the rule, from `first` on."""
-    axis = len(region.size) - len(rule.layout.shape)  # experts are stacked before it
-    offset, size = list(region.offset), list(region.size)
-    offset[axis], size[axis] = offset[axis] + first, count
-    return replace(region, offset=tuple(offset), size=tuple(size))
+def _regions_of_blocks(rule: Rule, heights: Sequence[int]) -> Iterator[tuple[int, Region, slice]]:
+    """The regions of a rule, cut where a block of so many rows ends: the block's number, its region, its rows."""
+    for region, rows in regions(rule):
+        axis = len(region.size) - len(rule.layout.shape)  # experts are stacked before it
+        first = 0
+        for number, height in enumerate(heights):
+            low, high = max(rows.start, first), min(rows.stop, first + height)
+            if low < high:
+                offset, size = list(region.offset), list(region.size)
+                offset[axis], size[axis] = offset[axis] + low - rows.start, high - low
+                mine = replace(region, offset=tuple(offset), size=tuple(size))
+                yield number, mine, slice(low - first, high - first)
+            first += height
 
 
 def _boxes(region: Region, data: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
@@ -256,17 +258,21 @@ def _export_one(
     pool: Executor,
 ) -> Counter[str]:  # fmt: skip
     """Write the Hugging Face tensors of one rule that are in `my_files`. Returns the sums by key."""
-    if not isinstance(rule.layout, Replicated) or rule.name in changes:
+    layout = rule.layout
+    if not isinstance(layout, (Replicated, Stacked)) or rule.name in changes:
         whole, sums = read_whole(reader, rule, pool)
-        for position, data in enumerate(rule.layout.split(changed(rule, whole, changes))):
+        for position, data in enumerate(layout.split(changed(rule, whole, changes))):
             _write_entry(files, my_files, rule, position, data)
         return sums.total()
     sums = Sums(pool)
-    for region, _ in regions(rule):  # as it is, so that it may pass in pieces of any size
+    # As they are, so that they may pass in pieces of any size.
+    heights = layout.rows if isinstance(layout, Stacked) else layout.shape[:1]
+    for position, region, rows in _regions_of_blocks(rule, heights):
+        before = rows.start * math.prod(layout.shape[1:])
         for box, first in pieces(region, 4):
             data = reader.read(box)
             sums.add(box, data)
-            _write_entry(files, my_files, rule, 0, data, first)
+            _write_entry(files, my_files, rule, position, data, before + first)
     return sums.total()
 
 
