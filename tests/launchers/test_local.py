@@ -132,7 +132,7 @@ def test_cancel_stops_what_runs_and_what_waits(toy):
 
 def test_interrupting_run_leaves_the_jobs_running_and_says_how_to_look(toy):
     pipeline, run = toy
-    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), "again.with.seconds=3",
+    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), "again.with.seconds=8",
                                 "--run", str(run)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for("jobs", lambda: (run / "ledger.jsonl").exists() and "COMPLETED" in states(run).values())
     process.send_signal(signal.SIGINT)
