@@ -299,6 +299,8 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     if not elements or not_needed:
         return status
     open_ = open_elements(look, phase)
+    if not open_ and run.seal(phase.name, phase.key) is not None:
+        return _phase_status(look, phase)  # it was sealed since we looked
     tasks = {i: element.state() for i, element in open_.items()}
     worst = _worst(list(tasks.values()))
     newest = max(elements.values(), key=lambda element: element.entry.submission).entry

@@ -10,6 +10,7 @@ import pytest
 
 from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
+from launchers.status import run_status
 from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, states, wait_for, write_toy
 
 
@@ -128,6 +129,19 @@ def test_cancel_stops_what_runs_and_what_waits(toy):
     assert len(afterok_json("cancel", run)["cancelled"]) == 3
     wait_for("the end", lambda: set(states(run).values()) == {"CANCELLED"})
     assert afterok("cancel", run).stdout.strip().endswith("nothing is active")
+
+
+def test_a_phase_that_is_sealed_while_status_looks_is_completed(toy, monkeypatch):
+    pipeline, run = toy
+    afterok("run", pipeline, "--run", run)
+    seal, asked = RunFolder.seal, []
+
+    def not_yet(self, phase, key):
+        asked.append(phase)
+        return None if asked.count(phase) == 1 else seal(self, phase, key)
+
+    monkeypatch.setattr(RunFolder, "seal", not_yet)
+    assert {phase.state for phase in run_status(RunFolder(run)).phases} == {"COMPLETED"}
 
 
 def test_interrupting_run_leaves_the_jobs_running_and_says_how_to_look(toy):
