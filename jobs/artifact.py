@@ -14,6 +14,7 @@ decision compares clocks: attempts and restart counts order owners, and they are
 its content may be torn.
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import json
@@ -54,37 +55,42 @@ def content_digest(path: Path, cache: "HashCache") -> str:
 
 
 class HashCache:
-    """SHA-256 by path, size and mtime, kept in the user's cache folder; a cache that cannot be written is no error."""
+    """SHA-256 of large files by path, size and mtime, one small file each in the user's cache folder.
 
-    def __init__(self, path: Optional[Path] = None):
+    Thousands of elements read and write it at the same time, so that nothing of it is shared but a folder. A cache
+    that is torn or cannot be written is no error.
+    """
+
+    SMALL = 1 << 20  # bytes up to which hashing takes no longer than looking up
+    KEPT_S = 90 * 86_400.0
+
+    def __init__(self, folder: Optional[Path] = None):
         cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = path or cache_home / "afterok" / "sha256.json"
-        try:
-            found = durable.read_json(self.path)
-        except (OSError, ValueError):
-            found = {}
-        self.entries: dict[str, list] = found if isinstance(found, dict) else {}
-        self.changed = False
+        self.folder = folder or cache_home / "afterok" / "sha256"
 
     def sha256(self, path: Path) -> str:
         path = Path(path).resolve()
         stat = path.stat()
-        known = self.entries.get(str(path))
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return known[2]
+        if stat.st_size <= self.SMALL:
+            return durable.sha256_file(path)
+        now = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        name = durable.sha256_bytes(str(path))
+        entry = self.folder / name[:2] / f"{name}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = durable.read_json(entry)
+            if found == now | {"sha256": found["sha256"]}:
+                return found["sha256"]
         digest = durable.sha256_file(path)
-        self.entries[str(path)] = [stat.st_size, stat.st_mtime_ns, digest]
-        self.changed = True
+        with contextlib.suppress(OSError):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            durable.write_json(entry, now | {"sha256": digest})
+            self._forget_old(entry.parent)
         return digest
 
-    def save(self) -> None:
-        if not self.changed:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            durable.write_json(self.path, self.entries)
-        except OSError:
-            pass
+    def _forget_old(self, folder: Path) -> None:
+        for entry in folder.iterdir():
+            if time.time() - entry.stat().st_mtime > self.KEPT_S:
+                entry.unlink()
 
 
 # -- owners and leases --------------------------------------------------------------------------------------------

@@ -325,7 +325,6 @@ class Worker:
                 raise UserMistake(f"input {path} is gone since it was submitted; restore it and submit again")
             if content_digest(Path(path), cache) != digest:
                 raise UserMistake(f"input {path} changed since it was submitted (sha256 {digest[:12]}…); submit again")
-        cache.save()
 
     def _upstream_digests(self) -> dict[str, str]:
         return {name: seal.digest for name, seal in self.upstream.items()}

@@ -132,7 +132,6 @@ class _Planner:
     def survey(self) -> None:
         for phase in self.pipeline.phases.values():
             self.planned[phase.name] = self._phase(phase)
-        self.cache.save()
 
     def plan(self) -> Plan:
         self.survey()

@@ -1,5 +1,6 @@
 """Keys, leases and seals: one of many wins, nothing sealed changes, a dead owner is replaced, a live one is not."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -164,19 +165,41 @@ def test_the_digest_of_a_seal_speaks_of_bytes_not_of_times(tmp_path):
     assert len(digests) == 1
 
 
-def test_inputs_enter_by_content_and_the_cache_sees_every_change(tmp_path):
-    cache = HashCache(tmp_path / "cache.json")
-    file = tmp_path / "in.txt"
-    file.write_text("one")
+LARGE = "x" * (HashCache.SMALL + 1)
+
+
+@pytest.mark.parametrize("size", [3, HashCache.SMALL + 1])
+def test_inputs_enter_by_content_and_the_cache_sees_every_change(tmp_path, size):
+    cache = HashCache(tmp_path / "cache")
+    file = tmp_path / "in" / "a.txt"
+    file.parent.mkdir()
+    file.write_text("1" * size)
     first = content_digest(file, cache)
-    cache.save()
-    assert content_digest(file, HashCache(tmp_path / "cache.json")) == first
-    file.write_text("two")
+    assert content_digest(file, HashCache(tmp_path / "cache")) == first == hashlib.sha256(b"1" * size).hexdigest()
+    file.write_text("2" * size)
     os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
     assert content_digest(file, cache) != first
-    folder = content_digest(tmp_path, cache)
-    file.rename(tmp_path / "renamed.txt")
-    assert content_digest(tmp_path, cache) != folder
+    folder = content_digest(file.parent, cache)
+    file.rename(file.with_name("renamed.txt"))
+    assert content_digest(file.parent, cache) != folder
+
+
+def test_the_hash_cache_keeps_large_files_only_each_by_itself_and_forgets_old_ones(tmp_path, monkeypatch):
+    cache = HashCache(tmp_path / "cache")
+    for name, text in (("small", "x"), ("one", LARGE), ("two", LARGE)):
+        (tmp_path / name).write_text(text)
+        cache.sha256(tmp_path / name)
+    entries = sorted((tmp_path / "cache").rglob("*.json"))
+    assert {json.loads(entry.read_text())["path"] for entry in entries} == {str(tmp_path / "one"), str(tmp_path / "two")}
+    old = entries[0].with_name("old.json")
+    old.write_text("{}")
+    os.utime(old, (1, 1))
+    entries[0].unlink()
+    for name in ("one", "two"):
+        cache.sha256(tmp_path / name)
+    assert sorted((tmp_path / "cache").rglob("*.json")) == entries
+    monkeypatch.setattr("data_tools.durable.sha256_file", lambda path: pytest.fail("hashed again"))
+    cache.sha256(tmp_path / "two")
 
 
 def test_an_owner_that_is_replaced_while_it_hashes_can_no_longer_seal(tmp_path, monkeypatch):
@@ -272,15 +295,19 @@ def test_a_torn_seal_or_hash_cache_is_no_traceback(tmp_path, torn):
     (tmp_path / "seal.json").write_text(torn)
     with pytest.raises(UserMistake, match="is not a seal"):
         read_seal(tmp_path / "seal.json")
-    (tmp_path / "in.txt").write_text("one")
-    assert content_digest(tmp_path / "in.txt", HashCache(tmp_path / "seal.json"))
+    (tmp_path / "in.txt").write_text(LARGE)
+    digest = HashCache(tmp_path / "cache").sha256(tmp_path / "in.txt")
+    for entry in (tmp_path / "cache").rglob("*.json"):
+        entry.write_text(torn)
+    assert HashCache(tmp_path / "cache").sha256(tmp_path / "in.txt") == digest
+    assert HashCache(tmp_path / "seal.json").sha256(tmp_path / "in.txt") == digest  # no folder can be made there
 
 
 def test_files_of_a_copied_run_are_hashed_once(tmp_path, monkeypatch):
     artifact = Artifact(tmp_path / "KEY")
-    lease, _ = fill_and_seal(artifact, 0, Owner.me(1, 0))
+    lease, _ = fill_and_seal(artifact, 0, Owner.me(1, 0), LARGE)
     os.utime(lease.folder / "f.txt", (1, 1))
-    cache = HashCache(tmp_path / "cache.json")
+    cache = HashCache(tmp_path / "cache")
     assert list(read_seal(artifact.seal_path).altered(cache=cache)) == []
     monkeypatch.setattr("data_tools.durable.sha256_file", lambda path: pytest.fail("hashed again"))
     assert list(read_seal(artifact.seal_path).altered(cache=cache)) == []
