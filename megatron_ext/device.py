@@ -2,8 +2,7 @@
 
 `init_device()` picks the GPU of this rank, or makes megatron-core 0.16.1 run on a CPU build of torch:
 
-* TORCHDYNAMO_DISABLE=1 before megatron-core is imported (its `@jit_fuser` is torch.compile, decided at import);
-* the functions of PATCHES, each with the reason;
+* the functions of PATCHES, each with the reason, before megatron-core is imported (some it takes at import);
 * one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu".
 
 On a machine with CUDA nothing is patched. Everything else in the package asks `device()` and `backend()`, or is a
@@ -19,6 +18,7 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Callable, NamedTuple
 
@@ -173,7 +173,15 @@ def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) ->
 _LINEAR = "megatron.core.tensor_parallel.layers.linear_with_"
 _SLOW_BF16 = "without AVX-512 torch multiplies bfloat16 row by row: from 16 rows on 2 to 8 times as slow as widened"
 
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    return _uncompiled if function is None else function
+
+
 PATCHES: dict[str, Patch] = {
+    "torch.compile": Patch(
+        "mcore's @jit_fuser: each use compiles for seconds on CPU, and the mere decorator imports torch._dynamo",
+        lambda: _uncompiled,
+    ),
     "torch.cuda.current_device": Patch(
         "the device of every buffer mcore makes (DDP buffers, rotary frequencies, mask-free paths)",
         lambda: _cpu_device,
@@ -299,11 +307,33 @@ def check_version() -> None:
         )
 
 
+def _patch() -> None:
+    for path, patch in PATCHES.items():
+        module, name = _resolve(path)
+        if not hasattr(module, name):
+            raise RuntimeError(f"{path} does not exist in megatron-core {MEGATRON_CORE} with torch {torch.__version__}")
+        _originals[path] = getattr(module, name)
+        setattr(module, name, patch.replacement())
+
+
+@contextlib.contextmanager
+def _without_wandb() -> Iterator[None]:
+    """Spares each rank a second: mcore's own inference engine, which nothing here uses, would import wandb."""
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # reads as not installed
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+
+
 def init_device() -> None:
     """Prepare this process for megatron-core, once; later calls do nothing.
 
     Raises RuntimeError when megatron-core has another version, or was imported on a CPU machine before this call
-    without TORCHDYNAMO_DISABLE=1 (its functions are then already wrapped by torch.compile).
+    (its functions are then already wrapped by torch.compile).
     """
     global _ready, _mode
     if _ready:
@@ -313,22 +343,19 @@ def init_device() -> None:
         warnings.filterwarnings("ignore", message=noise)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        with _without_wandb():
+            importlib.import_module("megatron.core")
         _ready = True
         return
-    if "megatron.core.jit" in sys.modules and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
+    if "megatron.core.jit" in sys.modules:
         raise RuntimeError(
             "megatron.core was imported before init_device(): on CPU its functions are now compiled at first use. "
-            "Call megatron_ext.device.init_device() first, or start Python with TORCHDYNAMO_DISABLE=1"
+            "Call megatron_ext.device.init_device() first"
         )
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_without_rng_noise)
-    for path, patch in PATCHES.items():
-        module, name = _resolve(path)
-        if not hasattr(module, name):
-            raise RuntimeError(f"{path} does not exist in megatron-core {MEGATRON_CORE} with torch {torch.__version__}")
-        _originals[path] = getattr(module, name)
-        setattr(module, name, patch.replacement())
+    with _without_wandb():
+        _patch()
     _mode = LiteralCudaIsCpu()
     _mode.__enter__()
     torch.set_num_threads(1)  # so that sums agree whatever the machine

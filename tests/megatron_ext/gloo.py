@@ -7,6 +7,7 @@ import traceback
 from typing import Any, Callable
 
 from data_tools.ports import free_port
+from megatron_ext.device import init_device
 
 TIMEOUT_S = 300
 
@@ -24,6 +25,7 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _serve(connection: Any, rank: int, world_size: int) -> None:
     os.environ.update(environment(rank, world_size, 0))
+    init_device()  # before the first task names a module that imports megatron-core
     while (task := connection.recv()) is not None:
         function, port, arguments = task
         os.environ["MASTER_PORT"] = str(port)

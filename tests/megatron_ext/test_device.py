@@ -179,6 +179,18 @@ def test_another_megatron_core_is_refused(monkeypatch):
 
 def test_coming_too_late_is_an_error_and_not_a_slow_start():
     code = "import megatron.core\nfrom megatron_ext.device import init_device\ninit_device()"
-    fresh = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=fresh)
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert "was imported before init_device()" in result.stderr
+
+
+def test_a_rank_imports_neither_a_compiler_nor_wandb_to_start():
+    code = """
+import sys
+from megatron_ext.device import init_device
+init_device()
+import megatron_ext.trainer
+print(sorted({"torch._dynamo", "torch._inductor", "wandb"} & set(sys.modules)))
+import wandb
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
