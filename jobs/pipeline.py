@@ -15,13 +15,14 @@ Loading collects all violations, each with file, key and value, and raises them 
 """
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -120,7 +121,13 @@ def references(value: Any) -> set[str]:
 
 def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
     """The phase's own Config dataclass instance, from settings that were checked before."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind.config), settings))
+    return OmegaConf.to_object(OmegaConf.merge(_defaults(kind.config), settings))
+
+
+@functools.lru_cache(maxsize=None)
+def _defaults(schema: type) -> DictConfig:
+    """Of a dataclass. To be merged with others, which leaves it as it is."""
+    return OmegaConf.structured(schema)
 
 
 def load_pipeline(path: Path, overrides: "list[str] | None" = None) -> Pipeline:
@@ -338,13 +345,14 @@ class _Loader:
             self._problem(key, f"{settings!r} is not a mapping")
             return None
         try:
-            config = OmegaConf.merge(OmegaConf.structured(schema), settings)
+            config = OmegaConf.merge(_defaults(schema), settings)
         except OmegaConfBaseException:  # key by key, so that one mistake does not hide the others
-            config = OmegaConf.merge(OmegaConf.structured(schema), self._typed_keys(key, schema, settings))
-        for missing in sorted(OmegaConf.missing_keys(config)):
-            if missing not in settings:
-                self._problem(f"{key}.{missing}", "missing: this value has no default")
-        return None if OmegaConf.missing_keys(config) else OmegaConf.to_object(config)
+            config = OmegaConf.merge(_defaults(schema), self._typed_keys(key, schema, settings))
+        missing = sorted(OmegaConf.missing_keys(config))
+        for name in missing:
+            if name not in settings:
+                self._problem(f"{key}.{name}", "missing: this value has no default")
+        return None if missing else OmegaConf.to_object(config)
 
     def _typed_keys(self, key: str, schema: type, settings: dict) -> dict:
         fields = {f.name: f for f in dataclasses.fields(schema)}
@@ -358,7 +366,7 @@ class _Loader:
                 good[name] = self._typed_keys(f"{key}.{name}", nested, value)
                 continue
             try:
-                OmegaConf.merge(OmegaConf.structured(schema), {name: value})
+                OmegaConf.merge(_defaults(schema), {name: value})
                 good[name] = value
             except OmegaConfBaseException as error:
                 expected = nested.__name__ if isinstance(nested, type) else str(nested).replace("typing.", "")

@@ -73,6 +73,12 @@ class FusedAdam(torch.optim.Optimizer):
     `adam_w_mode` is off.
     """
 
+    # As torch wraps them, they would import torch._dynamo: half a second of each rank's start.
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    state_dict = torch.optim.Optimizer.state_dict.__wrapped__
+    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+
     def __init__(
         self,
         params: Any,

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,23 +32,30 @@ def one_line(done: subprocess.CompletedProcess) -> str:
 
 
 def wait_for(what: str, condition: Callable[[], Any], timeout: float = 180) -> Any:
+    """A condition that takes its time to ask leaves as much of it to what it waits for."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
+    while (start := time.monotonic()) < end:
         value = condition()
         if value:
             return value
-        time.sleep(0.05)
+        time.sleep(max(0.05, time.monotonic() - start))
     raise AssertionError(f"timed out waiting for {what}")
 
 
 def wait_until_sealed(run: Path, *phases: str, timeout: float = 180, **kwargs: Any) -> None:
     """Fails at once, with what `why` says, when one of them can no more be sealed."""
     end = time.monotonic() + timeout
-    while any(not list(run.glob(f"{phase}/*/seal.json")) for phase in phases):
+    while _unsealed(run, phases):
         found = states(run, **kwargs)
         if {found[phase] for phase in phases} & {"FAILED", "DependencyNeverSatisfied"} or time.monotonic() > end:
             raise AssertionError(f"{found}\n{afterok('why', run, check=None, **kwargs).stdout}")
-        time.sleep(1)
+        look_again = time.monotonic() + 5
+        while _unsealed(run, phases) and time.monotonic() < look_again:
+            time.sleep(0.1)
+
+
+def _unsealed(run: Path, phases: Iterable[str]) -> list[str]:
+    return [phase for phase in phases if not list(run.glob(f"{phase}/*/seal.json"))]
 
 
 def states(run: Path, **kwargs: Any) -> dict[str, str]:

@@ -46,11 +46,13 @@ def check(config: Config, ranks: int) -> list[Problem]:
 def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What of the model folder is known before it is made: config.json of the source, also of a hub name that is in
     the cache of this machine. `forecasts` are those of the folders upstream."""
+    if config.source in forecasts:
+        return dict(forecasts[config.source])
     path = Path(config.source) / "config.json"
     if not path.is_file():
         path = _cached(config.source, config.revision)
     try:
-        return {"hf_config": durable.read_json(path)} if path else dict(forecasts.get(config.source, {}))
+        return {"hf_config": durable.read_json(path)} if path else {}
     except (OSError, ValueError):
         return {}
 

@@ -186,9 +186,13 @@ def test_coming_too_late_is_an_error_and_not_a_slow_start():
 def test_a_rank_imports_neither_a_compiler_nor_wandb_to_start():
     code = """
 import sys
-from megatron_ext.device import init_device
+import torch
+from megatron_ext.device import FusedAdam, init_device
 init_device()
 import megatron_ext.trainer
+optimizer = FusedAdam([torch.nn.Parameter(torch.zeros(2))])
+optimizer.load_state_dict(optimizer.state_dict())
+optimizer.zero_grad()
 print(sorted({"torch._dynamo", "torch._inductor", "wandb"} & set(sys.modules)))
 import wandb
 """

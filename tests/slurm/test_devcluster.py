@@ -157,6 +157,7 @@ def test_a_dependent_array_waits_with_the_reason_and_cancel_ends_both(dev_cluste
     first = submit(dev_cluster, "sleep 60\n", "--array=0-3%2", "--job-name=first")
     second = submit(dev_cluster, "true\n", "--array=0,2-3", f"--dependency=aftercorr:{first}", "--job-name=second")
     wait_until(lambda: [row.state for row in rows_of(slurm, first)].count("RUNNING") == 2, "two elements run")
+    wait_until(lambda: all(row.reason for row in rows_of(slurm, second)), "Slurm has looked at the second")
     waiting = rows_of(slurm, second)
     assert sorted(row.array_index for row in waiting) == [0, 2, 3]
     assert {(row.state, row.reason, row.name) for row in waiting} == {("PENDING", "Dependency", "second")}
