@@ -176,12 +176,12 @@ def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) ->
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-_LINEAR = "megatron.core.tensor_parallel.layers.linear_with_"
-_SLOW_BF16 = "without AVX-512 torch multiplies bfloat16 row by row: from 16 rows on 2 to 8 times as slow as widened"
-
 def _uncompiled(function: Any = None, **_: Any) -> Any:
     return _uncompiled if function is None else function
 
+
+_LINEAR = "megatron.core.tensor_parallel.layers.linear_with_"
+_SLOW_BF16 = "without AVX-512 torch multiplies bfloat16 row by row: from 16 rows on 2 to 8 times as slow as widened"
 
 PATCHES: dict[str, Patch] = {
     "torch.compile": Patch(
