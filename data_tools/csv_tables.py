@@ -87,7 +87,9 @@ def read_table(path: Path) -> Table:
         raise UserMistake(Problem(f"{path}:{reader.line_num}", f"not CSV: {error}")) from None
     if not columns:
         raise UserMistake(Problem(str(path), "is empty; a CSV file with a header was expected"))
-    problems = [Problem(str(path), f"has two columns {name!r}") for name in sorted({c for c in columns if columns.count(c) > 1})]
+    problems = [
+        Problem(str(path), f"has two columns {name!r}") for name in sorted({c for c in columns if columns.count(c) > 1})
+    ]
     problems += [
         Problem(f"{path}:{line}", f"{len(row)} values under {len(columns)} columns")
         for row, line in zip(rows, lines)
@@ -117,7 +119,9 @@ def table_files(inputs: Sequence[str]) -> list[Path]:
             problems.append(Problem("inputs", f"{name} is neither a CSV file nor a folder of some"))
         files += found
     names = [file.name for file in files]
-    problems += [Problem("inputs", f"two files are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [
+        Problem("inputs", f"two files are called {name}") for name in sorted({n for n in names if names.count(n) > 1})
+    ]
     if problems:
         raise UserMistake(problems)
     return files

@@ -44,12 +44,16 @@ SOURCES = {
     "chat": ["wildchat", "openassistant", "oasst", "persona", "aya", "tulu", "chat", "flan", "instruct"],
 }
 
-INDEX_RECORD = np.dtype([("priority", "<u8"), ("offset", "<i8"), ("tokens", "<i4"), ("source", "<i4"), ("category", "i1")])
+INDEX_RECORD = np.dtype(
+    [("priority", "<u8"), ("offset", "<i8"), ("tokens", "<i4"), ("source", "<i4"), ("category", "i1")]
+)
 
 _THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _CODE_FENCE = re.compile(r"```.*?```", re.DOTALL)
 _MATHS = re.compile(r"\\boxed|\\frac|\\\(|\\\[|\$[^$\n]+\$")
-_REFUSAL = re.compile(r"\s*(?:i'?m sorry|i am sorry|sorry,|i (?:cannot|can't|can not|won't|will not)\b|i'm (?:not able|unable))", re.I)
+_REFUSAL = re.compile(
+    r"\s*(?:i'?m sorry|i am sorry|sorry,|i (?:cannot|can't|can not|won't|will not)\b|i'm (?:not able|unable))", re.I
+)
 _SENTENCE = re.compile(r"[^.!?\n]*[^\W\d_][^.!?\n]*[.!?\n]?")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _LEAST_LETTERS = 60  # of prose; below it the language is not asked
@@ -92,7 +96,9 @@ def check(config: Config) -> list[Problem]:
             problems.append(Problem(f"sources.{name}", f"unknown category{nearest(name, list(SHARES))}"))
     for key, valid in (("redistribute", REDISTRIBUTE), ("on_bad_row", ON_BAD_ROW)):
         if getattr(config, key) not in valid:
-            problems.append(Problem(key, f"unknown value {getattr(config, key)!r}{nearest(getattr(config, key), valid)}"))
+            problems.append(
+                Problem(key, f"unknown value {getattr(config, key)!r}{nearest(getattr(config, key), valid)}")
+            )
     if config.max_tokens and config.min_tokens > config.max_tokens:
         problems.append(Problem("min_tokens", f"{config.min_tokens} is above max_tokens {config.max_tokens}"))
     return problems
@@ -159,7 +165,9 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
     bucket.
     """
     problems = check(config)
-    problems += [Problem("inputs", f"no file {name}") for name in config.inputs if not Path(name).expanduser().is_file()]
+    problems += [
+        Problem("inputs", f"no file {name}") for name in config.inputs if not Path(name).expanduser().is_file()
+    ]
     if problems:
         raise UserMistake(problems)
     encoder = Encoder(load_tokenizer(config.tokenizer))
@@ -185,8 +193,12 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
                 if bucket:
                     sheet.refuse(bucket, tokens)
                     continue
-                category = category_of(conversation, str(row.get("source", row.get("dataset_source", ""))), config.sources)
-                entries.append((priority(config.seed, conversation), rows.tell(), tokens, number, names.index(category)))
+                category = category_of(
+                    conversation, str(row.get("source", row.get("dataset_source", ""))), config.sources
+                )
+                entries.append(
+                    (priority(config.seed, conversation), rows.tell(), tokens, number, names.index(category))
+                )
                 rows.write(json.dumps({**row, "category": category}, ensure_ascii=False).encode() + b"\n")
                 sheet.keep(tokens, 0)
             progress(share.total, share.total, share.unit, name)
@@ -288,9 +300,19 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     _write(parts, entries[chosen], part_of[chosen], out, progress)
     balance.write(out)
     fsync_tree(out)
-    table = [[n, f"{config.shares.get(n, 0):.0%}", wanted.get(n, 0), available[n], drawn.get(n, 0), short.get(n, 0)] for n in names]
-    strata = {"title": "Categories", "columns": ["category", "share", "wanted", "available", "drawn", "short"], "rows": table}
-    return {"rows": int(chosen.sum()), "drawn": drawn, "short": short, "tables": {"balance": balance.table(), "categories": strata}}
+    table = [
+        [n, f"{config.shares.get(n, 0):.0%}", wanted.get(n, 0), available[n], drawn.get(n, 0), short.get(n, 0)]
+        for n in names
+    ]
+    strata = {
+        "title": "Categories", "columns": ["category", "share", "wanted", "available", "drawn", "short"], "rows": table
+    }
+    return {
+        "rows": int(chosen.sum()),
+        "drawn": drawn,
+        "short": short,
+        "tables": {"balance": balance.table(), "categories": strata},
+    }
 
 
 def _balance(parts: Sequence[Path], entries: np.ndarray, first: np.ndarray, chosen: np.ndarray) -> Balance:

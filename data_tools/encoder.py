@@ -191,7 +191,11 @@ def _words(fast: Any) -> Optional[Callable[[str], list[str]]]:
     parts = spec["pre_tokenizer"] or {}
     parts = parts.get("pretokenizers", [parts])
     *splits, last = parts
-    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or (spec["normalizer"] or {}).get("type") not in (None, "NFC"):
+    if (
+        last.get("type") != "ByteLevel"
+        or last["add_prefix_space"]
+        or (spec["normalizer"] or {}).get("type") not in (None, "NFC")
+    ):
         return None
     if last["use_regex"] and not splits:
         return regex.compile(_GPT2_WORDS).findall

@@ -31,7 +31,9 @@ def majority_at_k(answers: Sequence[Optional[str]], right: Sequence[bool], k: in
     if not 1 <= k <= len(answers):
         raise ValueError(f"maj@{k} of {len(answers)} samples")
     truth = {answer: bool(good) for answer, good in zip(answers, right)}
-    return float(np.mean([_majority([answers[i] for i in places], truth) for places in _subsets(len(answers), k, seed)]))
+    return float(
+        np.mean([_majority([answers[i] for i in places], truth) for places in _subsets(len(answers), k, seed)])
+    )
 
 
 @lru_cache(maxsize=64)
@@ -50,9 +52,13 @@ def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
     answered = any(answer is not None for votes in ordered for answer, _ in votes)
     found: dict[str, float] = {}
     for k in (2**i for i in range(min(map(len, ordered), default=0).bit_length())):
-        found[f"pass@{k}"] = float(np.mean([pass_at_k(len(votes), sum(right for _, right in votes), k) for votes in ordered]))
+        found[f"pass@{k}"] = float(
+            np.mean([pass_at_k(len(votes), sum(right for _, right in votes), k) for votes in ordered])
+        )
         if answered:
-            means = [majority_at_k([answer for answer, _ in votes], [right for _, right in votes], k) for votes in ordered]
+            means = [
+                majority_at_k([answer for answer, _ in votes], [right for _, right in votes], k) for votes in ordered
+            ]
             found[f"maj@{k}"] = float(np.mean(means))
     return found
 

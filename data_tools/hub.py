@@ -32,7 +32,9 @@ def dataset_files(spec: str) -> list[Path]:
     try:
         folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        remedy = f"run `hf download {name} --repo-type dataset` on a machine with internet, or give files in source.inputs"
+        remedy = (
+            f"run `hf download {name} --repo-type dataset` on a machine with internet, or give files in source.inputs"
+        )
         raise UserMistake(f"dataset {spec} is not in the hub cache; {remedy}") from None
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _NO_DATA)
     data = [path for path in paths if path.name.endswith(_SUFFIXES)]

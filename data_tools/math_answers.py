@@ -30,7 +30,9 @@ INSTRUCTIONS = {
     "answer_line": "Please reason step by step, and write your final answer on a last line that begins with Answer:.",
 }
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LINES = {"hashes": re.compile(r"####[ \t]*(.+)"), "answer_line": re.compile(r"^[ \t*]*Answer:[ \t*]*(.+)", re.MULTILINE)}
+_LINES = {
+    "hashes": re.compile(r"####[ \t]*(.+)"), "answer_line": re.compile(r"^[ \t*]*Answer:[ \t*]*(.+)", re.MULTILINE)
+}
 
 
 @dataclass
@@ -60,7 +62,9 @@ def text_of(record: dict[str, Any], *keys: str) -> str:
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
-    raise ValueError(f"no text under {' or '.join(map(repr, keys))}; it has {', '.join(map(repr, record)) or 'nothing'}")
+    raise ValueError(
+        f"no text under {' or '.join(map(repr, keys))}; it has {', '.join(map(repr, record)) or 'nothing'}"
+    )
 
 
 def rewards(item: Item, completion: str, options: Options) -> Optional[dict[str, float]]:
@@ -131,5 +135,6 @@ def _read(text: str) -> tuple[Any, ...]:
     from math_verify import parse
 
     for name in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # it warns that its time limits are off, and of every failure
+        # it warns that its time limits are off, and of every failure
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return tuple(parse(f"\\boxed{{{text.strip().strip('$')}}}", parsing_timeout=None))

@@ -83,7 +83,9 @@ def check(config: Config) -> list[Problem]:
         problems.append(Problem("weights", "every source has weight 0; give one at least a positive share"))
     if min(config.cost_linear, config.cost_quadratic) < 0 or config.cost_linear + config.cost_quadratic <= 0:
         values = f"{config.cost_linear} and {config.cost_quadratic}"
-        problems.append(Problem("cost_linear", f"costs {values} are not positive; `afterok plan --parallel` prints them"))
+        problems.append(
+            Problem("cost_linear", f"costs {values} are not positive; `afterok plan --parallel` prints them")
+        )
     if "megatron_lm" in config.export and not config.tokenizer:
         problems.append(Problem("tokenizer", "no tokenizer; export megatron_lm writes text, give that of the store"))
     if not config.store:
@@ -257,7 +259,9 @@ def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
     counts = np.empty(len(pieces), dtype=np.int64)
     for block in range(0, len(pieces), _BLOCK):
         first, length = firsts[block : block + _BLOCK], pieces.length[block : block + _BLOCK]
-        counts[block : block + _BLOCK] = [np.count_nonzero(store.all_masks[f + 1 : f + n]) for f, n in zip(first, length)]
+        counts[block : block + _BLOCK] = [
+            np.count_nonzero(store.all_masks[f + 1 : f + n]) for f, n in zip(first, length)
+        ]
     return counts
 
 
@@ -271,7 +275,9 @@ def _check_sources(config: Config, names: Sequence[str]) -> None:
     ]
     if config.weights:
         missing = [name for name in names if name not in config.weights]
-        problems += [Problem("weights", f"source {name} has none; give a share, or 0 to leave it out") for name in missing]
+        problems += [
+            Problem("weights", f"source {name} has none; give a share, or 0 to leave it out") for name in missing
+        ]
     if problems:
         raise UserMistake(problems)
 

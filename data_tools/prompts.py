@@ -28,12 +28,19 @@ class PromptEncoder:
         try:
             return self._template.prompt(read_prompt(prompt))
         except (TemplateError, BadRecord) as error:
-            raise UserMistake(f"chat template of {self.tokenizer.name}: {error}; the prompt is {str(prompt)[:80]}") from None
+            raise UserMistake(
+                f"chat template of {self.tokenizer.name}: {error}; the prompt is {str(prompt)[:80]}"
+            ) from None
 
     @cached_property
     def _template(self) -> ChatTemplate:
         source = self.tokenizer.chat_template
         if not source:
-            remedy = "have the task write texts (options: {chat: false}), or give the model's folder a chat_template.jinja"
-            raise UserMistake(f"tokenizer {self.tokenizer.name} has no chat template for prompts that are messages; {remedy}")
-        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY, header="")  # none is needed here
+            remedy = (
+                "have the task write texts (options: {chat: false}), or give the model's folder a chat_template.jinja"
+            )
+            raise UserMistake(
+                f"tokenizer {self.tokenizer.name} has no chat template for prompts that are messages; {remedy}"
+            )
+        # none is needed here
+        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY, header="")

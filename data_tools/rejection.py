@@ -65,7 +65,9 @@ def check(config: Config) -> list[Problem]:
     choices = (("prefer", PREFER), ("thinking", THINKING), ("on_bad_row", ON_BAD_ROW))
     for key, valid in choices:
         if getattr(config, key) not in valid:
-            problems.append(Problem(key, f"unknown value {getattr(config, key)!r}{nearest(getattr(config, key), valid)}"))
+            problems.append(
+                Problem(key, f"unknown value {getattr(config, key)!r}{nearest(getattr(config, key), valid)}")
+            )
     try:
         re.compile(config.answer_pattern)
     except re.error as error:
@@ -79,7 +81,9 @@ def check(config: Config) -> list[Problem]:
         values = f"{config.min_pass_rate} to {config.max_pass_rate}"
         problems.append(Problem("min_pass_rate", f"{values} is no range of shares: 0 <= min <= max <= 1"))
     if not 0 < config.near_duplicate <= 1:
-        problems.append(Problem("near_duplicate", f"{config.near_duplicate} is no similarity: above 0, at most 1 (never)"))
+        problems.append(
+            Problem("near_duplicate", f"{config.near_duplicate} is no similarity: above 0, at most 1 (never)")
+        )
     return problems
 
 
@@ -354,4 +358,6 @@ def _chat_row(row: dict[str, Any], pass_rate: float | None) -> dict[str, Any]:
     """A chat row, with what tells where it came from."""
     carried = {key: row[key] for key in _CARRIED if key in row}
     answer = {"role": "assistant", "content": row["completion"]}
-    return {"messages": [*prompt_messages(row), answer], "prompt_id": row["prompt_id"], "pass_rate": pass_rate, **carried}
+    return {
+        "messages": [*prompt_messages(row), answer], "prompt_id": row["prompt_id"], "pass_rate": pass_rate, **carried
+    }

@@ -414,5 +414,6 @@ def read_seal(path: Path) -> Optional[Seal]:
                 "files": {name: [entry["size"], entry["sha256"]] for name, entry in content["files"].items()}}
         content["root"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserMistake(f"{path} is not a seal (truncated or edited); delete it to have the phase run again") from None
+        raise UserMistake(
+            f"{path} is not a seal (truncated or edited); delete it to have the phase run again") from None
     return Seal(path, durable.sha256_bytes(durable.canonical_json(said)), content)

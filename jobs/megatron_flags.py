@@ -85,14 +85,16 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--inference-dynamic-batching-max-tokens",), "grpo.with.engine.token_budget"),
     Flag(("--inference-max-seq-length",), "grpo.with.sampling.max_tokens"),
     _switch("--enable-cuda-graph", sets=("grpo.with.engine.cuda_graphs=true",)),
-    _none("--inference-dynamic-batching-num-cuda-graphs", why="one for each power of two of samples and of blocks, as they come"),
+    _none("--inference-dynamic-batching-num-cuda-graphs",
+          why="one for each power of two of samples and of blocks, as they come"),
     _none("--cuda-graph-impl", why="engine.cuda_graphs records decoding"),
     _switch("--rl-reset-cuda-graphs", "--rl-persist-cuda-graphs",
             why="recorded anew in each rollout: keys and values are there during rollouts only"),
     _switch("--rl-offload-kv-cache-during-training", "--rl-remove-kv-cache-during-training",
             why=f"{_ALWAYS}: keys and values are there during rollouts only"),
     _none("--rl-kv-cache-management-mode", why=f"{_ALWAYS}: keys and values are there during rollouts only"),
-    _switch("--inference-dynamic-batching-enable-prefix-caching", why=f"{_ALWAYS}: a group's samples share its prompt's blocks"),
+    _switch("--inference-dynamic-batching-enable-prefix-caching",
+            why=f"{_ALWAYS}: a group's samples share its prompt's blocks"),
     _switch("--enable-chunked-prefill", why=f"{_ALWAYS}: token_budget bounds a pass"),
     # parallel
     Flag(("--tensor-model-parallel-size",), "grpo.with.parallel.tensor"),
@@ -132,23 +134,26 @@ FLAGS: tuple[Flag, ...] = (
     _none("--wandb-project", "--wandb-exp-name", "--tensorboard-dir", "--tensorboard-log-interval", "--log-interval",
           "--timing-log-level", "--timing-log-option", "--straggler-minmax-count", why="metrics.jsonl has every step"),
     _switch("--log-timers-to-tensorboard", "--log-progress", "--log-params-norm", "--log-num-zeros-in-grad",
-            "--log-throughput", "--log-straggler", "--disable-straggler-on-startup", why="metrics.jsonl has every step"),
+            "--log-throughput", "--log-straggler", "--disable-straggler-on-startup",
+            why="metrics.jsonl has every step"),
     _none("--data-cache-path", why="prompts need no cache"),
     _switch("--mock-data", why="prompts come from the mix"),
     _none("--exit-duration-in-mins", why="Slurm's signal before the time limit ends a link at a checkpoint"),
     Flag(("--distributed-timeout-minutes",), "grpo.with.distributed_timeout_minutes"),
     # the model
-    Flag(("--transformer-impl",), "grpo.with.backend", convert=lambda v: "te" if v == "transformer_engine" else "torch"),
+    Flag(("--transformer-impl",), "grpo.with.backend",
+         convert=lambda v: "te" if v == "transformer_engine" else "torch"),
     Flag(("--tokenizer-model",), "imported.with.source"),
-    _none("--tokenizer-type", "--seq-length", "--max-position-embeddings", "--num-layers", "--hidden-size", "--ffn-hidden-size",
-          "--num-attention-heads", "--num-query-groups", "--normalization", "--norm-epsilon", "--position-embedding-type",
-          "--rotary-percent", "--rotary-base", "--attention-dropout", "--hidden-dropout", "--make-vocab-size-divisible-by",
-          why=_CONFIG),
-    _switch("--untie-embeddings-and-output-weights", "--disable-bias-linear", "--add-qkv-bias", "--group-query-attention",
-            "--use-rotary-position-embeddings", "--swiglu", why=_CONFIG),
+    _none("--tokenizer-type", "--seq-length", "--max-position-embeddings", "--num-layers", "--hidden-size",
+          "--ffn-hidden-size", "--num-attention-heads", "--num-query-groups", "--normalization", "--norm-epsilon",
+          "--position-embedding-type", "--rotary-percent", "--rotary-base", "--attention-dropout", "--hidden-dropout",
+          "--make-vocab-size-divisible-by", why=_CONFIG),
+    _switch("--untie-embeddings-and-output-weights", "--disable-bias-linear", "--add-qkv-bias",
+            "--group-query-attention", "--use-rotary-position-embeddings", "--swiglu", why=_CONFIG),
     _none("--attention-backend", why="packed rows run flash attention where the backend is te"),
-    _switch("--attention-softmax-in-fp32", "--no-masked-softmax-fusion", "--te-rng-tracker", "--data-parallel-random-init",
-            "--initialize-socket-comms", "--no-create-attention-mask-in-dataloader", why="nothing to choose here"),
+    _switch("--attention-softmax-in-fp32", "--no-masked-softmax-fusion", "--te-rng-tracker",
+            "--data-parallel-random-init", "--initialize-socket-comms", "--no-create-attention-mask-in-dataloader",
+            why="nothing to choose here"),
     _none("--empty-unused-memory-level", why="nothing to choose here"),
 )  # fmt: skip
 
@@ -165,7 +170,8 @@ def translate(text: str) -> tuple[list[str], list[str]]:
         row = rows.get(name)
         if row is None:
             if name.startswith("--"):
-                problems.append(Problem("--from-megatron", f"{name} is no flag that is known here{nearest(name, list(rows))}"))
+                problems.append(
+                    Problem("--from-megatron", f"{name} is no flag that is known here{nearest(name, list(rows))}"))
                 while words and not words[0].startswith("--"):
                     words.pop(0)
             continue  # a script's name, or a value of an unknown flag

@@ -36,8 +36,8 @@ WRITTEN = re.compile(r"\$\{phases\.([A-Za-z0-9_]+)\.out\}")  # as users write it
 REFERENCE = re.compile(r"@\{phases\.([A-Za-z0-9_]+)\.out\}")  # as it stays until keys or folders are known
 DEFAULT_ROLE = "cpu"
 RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "submissions", "local")
-# Slurm's words, said of phases and seals: afterok once it is sealed, aftercorr each element once its partner is, afterany
-# once it ended, afternotok if it ended unsealed (and never if it is sealed), singleton never while it runs.
+# Slurm's words, said of phases and seals: afterok once it is sealed, aftercorr each element once its partner is,
+# afterany once it ended, afternotok if it ended unsealed (and never if it is sealed), singleton never while it runs.
 NEED_TYPES = ("afterok", "aftercorr", "afterany", "afternotok", "singleton")
 NEED_SEALS = ("afterok", "aftercorr")  # which cannot go on without the upstream's seal
 ON_CODE_CHANGE = ("report", "rerun")
@@ -154,7 +154,8 @@ class _Loader:
             self._problem("name", f"{name!r} is not a pipeline name (lower-case letters, digits, _)")
         on_code_change = raw.get("on_code_change", "report")
         if on_code_change not in ON_CODE_CHANGE:
-            self._problem("on_code_change", f"unknown value {on_code_change!r}{nearest(str(on_code_change), ON_CODE_CHANGE)}")
+            self._problem("on_code_change",
+                          f"unknown value {on_code_change!r}{nearest(str(on_code_change), ON_CODE_CHANGE)}")
         params = raw.get("params") or {}
         phases_raw = raw.get("phases")
         if not isinstance(params, dict):
@@ -216,11 +217,13 @@ class _Loader:
                 target, path = phases, parts
             else:
                 known = ["params", "cluster", *map(str, phases)]
-                self.problems.append(Problem(f"override {override!r}", f"no phase {parts[0]!r}{nearest(parts[0], known)}"))
+                self.problems.append(
+                    Problem(f"override {override!r}", f"no phase {parts[0]!r}{nearest(parts[0], known)}"))
                 continue
             if parts[0] == "params" and len(parts) > 1 and parts[1] not in (raw.get("params") or {}):
                 known = [str(name) for name in raw.get("params") or {}]
-                self.problems.append(Problem(f"override {override!r}", f"no param {parts[1]!r}{nearest(parts[1], known)}"))
+                self.problems.append(
+                    Problem(f"override {override!r}", f"no param {parts[1]!r}{nearest(parts[1], known)}"))
                 continue
             self.overridden.add(key if target is raw else f"phases.{key}")
             for part in path[:-1]:
@@ -236,7 +239,8 @@ class _Loader:
     def _phase(self, name: str, body: Any, scope: dict, names: list[str]) -> Optional[Phase]:
         key = f"phases.{name}"
         if not NAME.match(name) or name in RESERVED_NAMES:
-            self._problem(key, f"{name!r} is not a phase name (lower-case letters, digits, _; not {', '.join(RESERVED_NAMES)})")
+            self._problem(
+                key, f"{name!r} is not a phase name (lower-case letters, digits, _; not {', '.join(RESERVED_NAMES)})")
             return None
         if not isinstance(body, dict):
             self._problem(key, f"{body!r} is not a mapping of {', '.join(PHASE_KEYS)}")
@@ -288,7 +292,8 @@ class _Loader:
                 if phase not in names:
                     self._problem(f"{key}.needs", f"no phase {phase!r}{nearest(str(phase), names)}")
                 elif kind not in NEED_TYPES:
-                    self._problem(f"{key}.needs.{phase}", f"unknown dependency type {kind!r}{nearest(str(kind), NEED_TYPES)}")
+                    self._problem(f"{key}.needs.{phase}",
+                                  f"unknown dependency type {kind!r}{nearest(str(kind), NEED_TYPES)}")
                 else:
                     found[phase] = Need(phase, kind)
         for phase in sorted(references(settings)):
@@ -300,11 +305,13 @@ class _Loader:
         """`array` by hand: OmegaConf knows no union of int and list."""
         if array is None:
             return None
-        if isinstance(array, bool) or not isinstance(array, (int, list)) or (isinstance(array, int) and array < 1) or array == []:
+        if (isinstance(array, bool) or not isinstance(array, (int, list)) or (isinstance(array, int) and array < 1)
+                or array == []):
             self._problem(f"{key}.array", f"{array!r} is neither a number of elements (1 or more) nor a list of values")
             return None
         if kind is not None and not kind.can_split:
-            self._problem(f"{key}.array", f"{array!r}: phase kind {kind.name} cannot be split into elements; remove `array`")
+            self._problem(f"{key}.array",
+                          f"{array!r}: phase kind {kind.name} cannot be split into elements; remove `array`")
             return None
         return array
 
@@ -320,7 +327,8 @@ class _Loader:
             return value
         for reference in WRITTEN.findall(value):
             if reference not in scope["phases"]:
-                self._problem(key, f"{value!r} refers to no phase {reference!r}{nearest(reference, list(scope['phases']))}")
+                self._problem(key,
+                              f"{value!r} refers to no phase {reference!r}{nearest(reference, list(scope['phases']))}")
                 return value.replace("${", "@{")
         # The two common forms need no OmegaConf: a reference stays as it is, a parameter was resolved before.
         value = WRITTEN.sub(r"@{phases.\1.out}", value)

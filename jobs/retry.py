@@ -89,7 +89,8 @@ def told_by(exit_code: int) -> Optional[Cause]:
     nothing half done.
     """
     return {EXIT_MISTAKE: Cause.MISTAKE, EXIT_NO_INPUT: Cause.NO_INPUT, EXIT_LEASE_HELD: Cause.LEASE_HELD,
-            EXIT_NOT_NEEDED: Cause.NOT_NEEDED, EXIT_UNFINISHED: Cause.STOPPED, SIGNAL_BASE + SIGTERM: Cause.STOPPED}.get(exit_code)
+            EXIT_NOT_NEEDED: Cause.NOT_NEEDED, EXIT_UNFINISHED: Cause.STOPPED,
+            SIGNAL_BASE + SIGTERM: Cause.STOPPED}.get(exit_code)
 
 
 def decide(ends: Sequence[End]) -> Verdict:
@@ -104,6 +105,6 @@ def decide(ends: Sequence[End]) -> Verdict:
     reached = max((end.done or 0 for end in before), default=None)
     if reached is None or (last.done or 0) > reached:
         return Verdict(True, "goes on from there when it is restarted")
-    return Verdict(False, f"no progress since the last restart, still at {last.unit} {counted(reached)}: the time until it is "
-                          "stopped is shorter than loading and one checkpoint interval; ask for a longer time, or "
-                          "checkpoint more often")
+    return Verdict(False, f"no progress since the last restart, still at {last.unit} {counted(reached)}: the time "
+                          "until it is stopped is shorter than loading and one checkpoint interval; ask for a longer "
+                          "time, or checkpoint more often")

@@ -317,7 +317,8 @@ class Worker:
             if type_ == "singleton" or (seal is None and type_ not in NEED_SEALS):
                 continue
             if seal is None:
-                raise UpstreamNotSealed(f"needs {name}, which has no seal at {path}; see `afterok status {self.run.path}`")
+                raise UpstreamNotSealed(
+                    f"needs {name}, which has no seal at {path}; see `afterok status {self.run.path}`")
             seal.verify(cache=cache)
             self.upstream[name] = seal
         for path, digest in self.phase.inputs.items():

@@ -74,7 +74,9 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     log = run.log_path(spec.phase, number, 0)
     extra: dict[str, Any] = {key: value or True for key, value in resources.extra_sbatch.items()}  # "" is a bare flag
     extra |= {
-        "output": str(log.with_name(f"a{number}.{'tasks' if frozen.batch > 1 else ''}%a.out") if spec.is_array else log),
+        "output": str(
+            log.with_name(f"a{number}.{'tasks' if frozen.batch > 1 else ''}%a.out") if spec.is_array else log
+        ),
         "export": ",".join(profile.env.forward) or "NONE",
         # A dependent of a failed phase waits, so that it can be rewired to the next attempt; what only a failure calls
         # for must not wait for ever behind a success.
@@ -117,7 +119,10 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     rerun = shlex.join([python, "-m", "launchers.rerun", *where])
     log = ""
     if frozen.batch > 1:
-        log = f" --open-mode=append --output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$1.out"
+        log = (
+            " --open-mode=append "
+            f"--output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$1.out"
+        )
     later_life = "$SLURM_ARRAY_TASK_ID" if spec.links else "${SLURM_RESTART_COUNT:-0}"
     ended = "" if spec.links else "[ $code = 0 ] || "
     lines = [
@@ -140,7 +145,8 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     return "\n".join([
         *lines,
         "code=0",
-        f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {frozen.batch} )) $(( {last} < {most} ? {last} : {most} ))); do",
+        f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {frozen.batch} )) "
+        f"$(( {last} < {most} ? {last} : {most} ))); do",
         "    run_element $element || code=$?",
         f"    [ $code != {EXIT_UNFINISHED} ] || break",
         "done",
@@ -169,7 +175,8 @@ def _condition(type_: str, jobs: str, index: Optional[int]) -> str:
     return f"{type_}:{jobs}"
 
 
-SUBMIT_LIMIT = re.compile(r"MaxSubmit|GrpSubmit|job submit limit")  # QOSMaxSubmitJobPerUserLimit, AssocMaxSubmitJobLimit, …
+# QOSMaxSubmitJobPerUserLimit, AssocMaxSubmitJobLimit, …
+SUBMIT_LIMIT = re.compile(r"MaxSubmit|GrpSubmit|job submit limit")
 BEGUN = re.compile(r"no longer pending|already completing or completed|Invalid job id")  # ESLURM_JOB_NOT_PENDING, …
 
 
@@ -192,7 +199,9 @@ class SlurmBackend:
             parameters = phase_parameters(profile, self.run, number, spec)
             PhaseExecutor(script).write(parameters, phase_command(profile, self.run, number, spec))
 
-    def _send_command(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> list[str]:
+    def _send_command(
+        self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool
+    ) -> list[str]:
         waits_on = dependency(needs, waits)
         return [*(["--hold"] if hold else []), *([f"--dependency={waits_on}"] if waits_on else []),
                 str(self.script(number, phase))]
@@ -214,8 +223,9 @@ class SlurmBackend:
         queued = sum(row.state in ACTIVE_STATES for row in self.slurm.queue())
         limit = self.slurm.submit_limit([qos[1] if qos else ""])
         allowed = f"{limit.of} allows {limit.jobs}" if limit else "sacctmgr does not tell the limit"
-        return (f"{phase} is {asked} job(s), array elements counted, {queued} of yours are in the queue, and {allowed}; wait for "
-                "others to end, or set the profile's max_submit_jobs so that elements share tasks")
+        return (f"{phase} is {asked} job(s), array elements counted, {queued} of yours are in the queue, and "
+                f"{allowed}; wait for others to end, or set the profile's max_submit_jobs so that elements share "
+                "tasks")
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -237,7 +247,11 @@ class SlurmBackend:
 
     def release(self, number: int, jobs: list[str]) -> None:
         rows = self._ask(self.slurm.queue)
-        held = {row.array_job_id or row.job_id for row in rows if row.state == "PENDING" and row.reason.startswith("JobHeld")}
+        held = {
+            row.array_job_id or row.job_id
+            for row in rows
+            if row.state == "PENDING" and row.reason.startswith("JobHeld")
+        }
         mine = [job for job in jobs if job in held]
         if mine:
             self._ask(lambda: self.slurm.run(["scontrol", "release", *mine]))
@@ -252,7 +266,9 @@ class SlurmBackend:
             # The name as well: a controller that lost its last seconds gives out the same ids again.
             if job not in known or known[job].name != row.name:
                 continue
-            reason = NEVER if row.job_id in dead and row.state == "PENDING" else "" if row.reason == "None" else row.reason
+            reason = (
+                NEVER if row.job_id in dead and row.state == "PENDING" else "" if row.reason == "None" else row.reason
+            )
             found += [TaskState(job, i, row.state, reason) for i in known[job].elements_of(row.array_index)]
         chained = [state for state in found if known[state.job].links]
         return [state for state in found if not known[state.job].links] + chain_states(chained)

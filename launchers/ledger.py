@@ -84,9 +84,9 @@ class Ledger:
         for e in self.events():
             if e["event"] == "job":
                 found.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
-                found[e["job"]] = JobEntry(e["submission"], e["phase"], e["key"], e["job"], e["elements"], e["is_array"],
-                                           e["name"], e["waits"], e["request"], e["submission"], e["batch"],
-                                           e["links"])
+                found[e["job"]] = JobEntry(e["submission"], e["phase"], e["key"], e["job"], e["elements"],
+                                           e["is_array"], e["name"], e["waits"], e["request"], e["submission"],
+                                           e["batch"], e["links"])
             elif e["event"] == "rewire" and e["only"] is None:
                 found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
         return found
@@ -94,7 +94,8 @@ class Ledger:
     def copied(self) -> set[int]:
         """Submissions of another folder that still is this run: this one is its copy, and their jobs work for that one."""
         return {event["submission"] for event in self.events()
-                if event["event"] == "submission" and self._is_original(Path(event.get("run", self.path.parent)) / self.path.name)}
+                if event["event"] == "submission"
+                and self._is_original(Path(event.get("run", self.path.parent)) / self.path.name)}
 
     def _is_original(self, other: Path) -> bool:
         try:

@@ -79,7 +79,8 @@ class LocalBackend:
             return
         profile = load(str(self.run.submission_folder(number) / "profile.yaml"))
         env = scrubbed_environment(os.environ) | dict(profile.env.set) | {
-            "PYTHONPATH": str(self.run.submission_folder(number) / "code"), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+            "PYTHONPATH": str(self.run.submission_folder(number) / "code"), "PYTHONSAFEPATH": "1",
+            "PYTHONUNBUFFERED": "1"}
         with open(folder / "driver.out", "ab") as log:
             driver = subprocess.Popen(
                 [profile.env.python or sys.executable, "-m", "launchers.local", str(self.run.path), str(number)],
@@ -112,7 +113,8 @@ class LocalBackend:
                     continue
                 word, reason = task["state"], task["reason"]
                 if gone and word in (PENDING, RUNNING):
-                    word, reason = CANCELLED if word == PENDING else FAILED, "the local driver is gone (killed, or a reboot)"
+                    word, reason = (CANCELLED if word == PENDING else FAILED,
+                                    "the local driver is gone (killed, or a reboot)")
                 found.append(TaskState(task["job"], task["index"], word, reason, task["exit_code"]))
         return found
 

@@ -42,7 +42,8 @@ def show_log(run: RunFolder, phase: str, index: Optional[int], follow: bool) -> 
             if not follow:
                 return
             polls += 1
-            if polls % QUEUE_EVERY == 0 and not _is_active(run, phase) and os.fstat(file.fileno()).st_size == file.tell():
+            if (polls % QUEUE_EVERY == 0 and not _is_active(run, phase)
+                    and os.fstat(file.fileno()).st_size == file.tell()):
                 return
             time.sleep(POLL_S)
 

@@ -163,9 +163,11 @@ class _Planner:
             return 0
         link_s = 60 * resources.time_minutes - self.cluster.profile.signal_lead_s
         if link_s <= 0:
-            self._problem(phase, "resources.time", f"{format_minutes(resources.time_minutes)} is over before the signal to stop, "
-                          f"which comes {self.cluster.profile.signal_lead_s} s before the limit (the profile's signal_lead_s); "
-                          f"ask for at least {format_minutes(self.cluster.profile.signal_lead_s // 60 + 1)}")
+            self._problem(phase, "resources.time",
+                          f"{format_minutes(resources.time_minutes)} is over before the signal to stop, "
+                          f"which comes {self.cluster.profile.signal_lead_s} s before the limit (the profile's "
+                          "signal_lead_s); ask for at least "
+                          f"{format_minutes(self.cluster.profile.signal_lead_s // 60 + 1)}")
         if phase.array is not None or can_requeue(self.cluster, resources.partition):
             return 0
         return links_needed(frozen, self.run.outcomes(phase.name), link_s)
@@ -202,9 +204,10 @@ class _Planner:
         factors = range(1, max(planned.frozen.elements for planned in runs) + 1)
         found = bisect_left(factors, True, key=lambda factor: tasks(factor) <= limit.jobs - others)
         if found == len(factors):
-            self.problems.append(Problem("", f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, and {limit.of} "
-                                 f"allows {limit.jobs} in the queue, array elements counted, of which {others} are other jobs of "
-                                 "yours; wait for those to end, or submit fewer phases at once"))
+            self.problems.append(Problem("", f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, "
+                                 f"and {limit.of} allows {limit.jobs} in the queue, array elements counted, of which "
+                                 f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
+                                 "once"))
             return
         for planned in runs:
             if planned.frozen.array is not None:
@@ -231,7 +234,11 @@ class _Planner:
             elif kind == "hub" and is_hub_name(str(entry)):
                 digests.setdefault(key, []).append(f"hub:{entry}")
             else:
-                what = "no such file or folder, and not a hub name (org/name)" if kind == "hub" else "no such file or folder"
+                what = (
+                    "no such file or folder, and not a hub name (org/name)"
+                    if kind == "hub"
+                    else "no such file or folder"
+                )
                 self._problem(phase, f"with.{key}", f"{entry!r}: {what} (looked for {path})")
         return digests, files
 
@@ -241,7 +248,9 @@ class _Planner:
             _write_dotted(settings, key, values)
         material = {
             "format": MATERIAL_FORMAT, "uses": phase.uses, "settings": settings, "array": phase.array,
-            "upstream": {need.phase: self.planned[need.phase].frozen.key for need in phase.needs if need.type != "singleton"},
+            "upstream": {
+                need.phase: self.planned[need.phase].frozen.key for need in phase.needs if need.type != "singleton"
+            },
         }
         if self.pipeline.on_code_change == "rerun":
             material["code"] = durable.sha256_bytes(durable.canonical_json(self.code))
@@ -302,7 +311,9 @@ class _Planner:
             return
         changed = list(seal.altered(self.verify, self.cache))
         if changed:
-            self.problems.append(Problem("", f"{changed[0]}; restore it, or delete {seal.path} to have {frozen.name} run again"))
+            self.problems.append(
+                Problem("", f"{changed[0]}; restore it, or delete {seal.path} to have {frozen.name} run again")
+            )
             return
         stale = [name for name, digest in seal.upstream.items()
                  if name in self.seals and self.seals[name].digest != digest]

@@ -146,7 +146,8 @@ def before(life: Life, slurm: Slurm) -> int:
     silent = last.outcome() is None and _record_silent_end(last, slurm)
     ends = last.outcomes()
     if not ends or ends[-1].state in ("sealed", "stopped") or not (silent or life.phase.links):
-        return 0  # nothing is known against it: its worker, `after`, or whoever had Slurm start it again meant it to go on
+        # nothing is known against it: its worker, `after`, or whoever had Slurm start it again meant it to go on
+        return 0
     verdict = _verdict(last)
     _say(last, f"{ends[-1].message}; {verdict.why}")
     if verdict.again and silent and life.phase.links:

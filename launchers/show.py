@@ -37,7 +37,8 @@ def plan_table(plan: Plan):
     rows = []
     for phase in plan.phases:
         r = phase.resources
-        size = f"{r.nodes} node{'s' if r.nodes > 1 else ''} × {r.ranks_per_node} rank{'s' if r.ranks_per_node > 1 else ''}"
+        size = (f"{r.nodes} node{'s' if r.nodes > 1 else ''} × {r.ranks_per_node} "
+                f"rank{'s' if r.ranks_per_node > 1 else ''}")
         if r.gpus_per_node:
             size += f", {r.gpus_per_node} GPUs"
         if phase.frozen.links:
@@ -45,7 +46,8 @@ def plan_table(plan: Plan):
         missing = f"{len(phase.missing)}/{phase.frozen.elements}" if phase.missing else str(phase.frozen.elements)
         why = "; ".join(phase.reasons)
         if phase.code_changed:
-            why += f"; code changed since: {', '.join(phase.code_changed[:3])}" + (" …" if len(phase.code_changed) > 3 else "")
+            why += (f"; code changed since: {', '.join(phase.code_changed[:3])}"
+                    + (" …" if len(phase.code_changed) > 3 else ""))
         rows.append([phase.name, missing, phase.role, size, phase.action, why])
     return table(["phase", "elements", "role", "resources", "action", "why"], rows,
                  f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}")
@@ -63,11 +65,14 @@ def print_inspection(found: dict[str, Any]) -> None:
     out = console()
     out.print(table(found["balance"]["columns"], found["balance"]["rows"], found["balance"]["title"]))
     most = max((row[2] for row in found["lengths"]), default=1)
-    rows = [[f"{a:,} to {b:,}", f"{n:,}", f"{tokens:,}", "█" * -(-40 * n // most)] for a, b, n, tokens in found["lengths"]]
+    rows = [[f"{a:,} to {b:,}", f"{n:,}", f"{tokens:,}", "█" * -(-40 * n // most)]
+            for a, b, n, tokens in found["lengths"]]
     out.print(table(["tokens", "documents", "tokens of all", ""], rows, "Lengths"))
-    out.print(f"{found['phase']}: {found['title']}; in the loss: green" if out.is_terminal else f"{found['phase']}: {found['title']}; in the loss: ⟦ ⟧")
+    out.print(f"{found['phase']}: {found['title']}; in the loss: green" if out.is_terminal
+              else f"{found['phase']}: {found['title']}; in the loss: ⟦ ⟧")
     for document in found["documents"]:
-        out.print(f"\n{document['where']}, {document['tokens']:,} tokens, {document['supervised']:,} in the loss", style="bold")
+        out.print(f"\n{document['where']}, {document['tokens']:,} tokens, {document['supervised']:,} in the loss",
+                  style="bold")
         text = Text()
         for span in document["spans"]:
             marked = span["text"] if out.is_terminal or not span["trained"] else f"⟦{span['text']}⟧"
@@ -122,5 +127,6 @@ def summary(status: RunStatus):
             cells = [[f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else cell or ""
                       for cell in row] for row in found["rows"]]
             parts.append(table(found["columns"], cells, f"{phase.phase}: {found['title']}"))
-    parts.append(table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files"))
+    parts.append(
+        table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files"))
     return Group(*parts)

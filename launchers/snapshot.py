@@ -55,9 +55,10 @@ def git_state() -> Optional[dict[str, str]]:
     """Commit and whether the checkout was changed; None outside a checkout or without git."""
     root = package_root("jobs").parent
     try:
-        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        dirty = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True,
-                               timeout=5)
+        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True,
+                                timeout=5)
+        dirty = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True,
+                               text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if commit.returncode:

@@ -57,7 +57,8 @@ class PhaseStatus:
     @property
     def failed(self) -> bool:
         """An element ended, or vanished, without its seal and nobody asked for that."""
-        return not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED) and self.reason != NEVER
+        return (not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED)
+                and self.reason != NEVER)
 
 
 @dataclass
@@ -309,7 +310,8 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     if worst.index in open_:
         outcome = open_[worst.index].outcome
     else:  # all elements are sealed: what the fan-in said, such as which element's seal is torn
-        failed = [element.outcome for element in elements.values() if element.outcome and element.outcome.state == "mistake"]
+        failed = [element.outcome for element in elements.values()
+                  if element.outcome and element.outcome.state == "mistake"]
         outcome = max(failed, key=lambda found: (found.attempt, found.restart), default=None)
     if outcome is not None and outcome.state != "sealed" and not status.active:
         status.message, status.exit_code = outcome.message, outcome.exit_code

@@ -48,8 +48,9 @@ def backends_of(run: RunFolder) -> dict[str, Backend]:
             continue
         cluster = find_cluster(event["choice"])
         if cluster.kind != "slurm":
-            raise UserMistake(f"{run.path}: submission {event['submission']} went to the Slurm cluster {event['cluster']}, which "
-                              "is not configured here; set SLURM_CONF, or use `afterok cluster exec` for a dev cluster")
+            raise UserMistake(f"{run.path}: submission {event['submission']} went to the Slurm cluster "
+                              f"{event['cluster']}, which is not configured here; set SLURM_CONF, or use "
+                              "`afterok cluster exec` for a dev cluster")
         found[event["choice"]] = backend_for(run, cluster)
     return found
 
@@ -157,7 +158,8 @@ def _finish_or_abandon(run: RunFolder, number: int) -> str:
         Ledger(run.ledger).append("abandoned", submission=number, why="killed before its journal was written", jobs=[])
         return f"submission {number} had sent nothing; closed"
     jobs = carry_out(run, number, backend)
-    return f"submission {number} finished: {', '.join(f'{phase} is job {job}' for phase, job in jobs.items()) or 'no new jobs'}"
+    return (f"submission {number} finished: "
+            f"{', '.join(f'{phase} is job {job}' for phase, job in jobs.items()) or 'no new jobs'}")
 
 
 def _settle_unreleased(plan: Plan) -> None:

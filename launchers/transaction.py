@@ -131,13 +131,16 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
     batches: dict[str, int] = {}  # of the jobs to wait on; 0 where they differ
     for planned in plan.to_run:
         frozen, found = planned.frozen, live.get(planned.name)
-        needs = {n: t for n, t in frozen.needs.items() if n in new or n in kept or any(p.name == n for p in plan.to_run)}
+        needs = {n: t for n, t in frozen.needs.items()
+                 if n in new or n in kept or any(p.name == n for p in plan.to_run)}
         batch = found.entry.batch if found is not None and planned.name not in fresh else frozen.batch
         # Partners whose tasks hold other elements wait for each other's whole jobs.
         needs = {n: "afterok" if t == "aftercorr" and batches.get(n, batch) != batch else t for n, t in needs.items()}
         links = frozen.links
-        # Never at the same time, whoever was sent first: a new job also waits for one that is to follow it and has begun.
-        needs |= {later.name: "singleton" for later in plan.phases if later.frozen.needs.get(planned.name) == "singleton"
+        # Never at the same time, whoever was sent first:
+        # a new job also waits for one that is to follow it and has begun.
+        needs |= {later.name: "singleton" for later in plan.phases
+                  if later.frozen.needs.get(planned.name) == "singleton"
                   and later.name in live and not live[later.name].waits}
         elements = fresh.get(planned.name) or planned.missing
         if found is not None and planned.name not in fresh:
@@ -169,7 +172,8 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
                 kept[planned.name] = found.entry.awaited
         name = f"{plan.run.name}.{planned.name}.a{number}.{secrets.token_hex(4)}"
         steps.append(Step("submit", planned.name, frozen.key, name=name, elements=elements, needs=needs,
-                          is_array=frozen.array is not None, request=request_of(planned), batch=frozen.batch, links=links))
+                          is_array=frozen.array is not None, request=request_of(planned), batch=frozen.batch,
+                          links=links))
         new.add(planned.name)
         batches[planned.name] = frozen.batch if batches.get(planned.name, frozen.batch) == frozen.batch else 0
     return Journal(steps + cancels if steps else [], kept)
@@ -184,7 +188,8 @@ def _fits(found: LiveJob, planned: PlannedPhase) -> bool:
 def request_of(planned: PlannedPhase) -> str:
     """A digest of what the script asks Slurm for: a waiting job with another request has to be replaced."""
     return durable.sha256_bytes(durable.canonical_json(
-        [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch, dataclasses.asdict(planned.resources)]))[:16]
+        [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch,
+         dataclasses.asdict(planned.resources)]))[:16]
 
 
 def _rewires(found: LiveJob, planned: PlannedPhase, needs: dict[str, str], kept: dict[str, str],
@@ -198,8 +203,9 @@ def _rewires(found: LiveJob, planned: PlannedPhase, needs: dict[str, str], kept:
                          is_array=entry.is_array, needs=needs)]
         return []
     # Some elements ran already: only those that can never start any more are repaired, each behind its partner.
-    return [Step("rewire", planned.name, planned.frozen.key, entry.job, elements=entry.elements, is_array=entry.is_array,
-                 needs=needs, only=task) for task in sorted({index // entry.batch for index in found.dead_elements})]
+    return [Step("rewire", planned.name, planned.frozen.key, entry.job, elements=entry.elements,
+                 is_array=entry.is_array, needs=needs, only=task)
+            for task in sorted({index // entry.batch for index in found.dead_elements})]
 
 
 # -- doing --------------------------------------------------------------------------------------------------------
@@ -252,7 +258,8 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
         lost = _reconcile(backend, {step.name: mine[step.phase] for step in journal.steps if step.do == "submit"})
         if lost:
             abandon(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
-            raise Outdated(f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)")
+            raise Outdated(
+                f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)")
         _patiently(lambda: backend.release(number, list(mine.values())))
     except Overtaken as late:
         abandon(run, number, backend, str(late))
@@ -333,7 +340,8 @@ def describe(journal: Journal, backend: Backend, number: int) -> list[str]:
     for step in journal.steps:
         waits = {phase: jobs.get(phase, f"<{phase}>") for phase in step.needs}
         if step.do == "submit":
-            lines.append(backend.shown_send(number, step.phase, step.needs, waits, not any(p in new for p in step.needs)))
+            lines.append(
+                backend.shown_send(number, step.phase, step.needs, waits, not any(p in new for p in step.needs)))
             new.append(step.phase)
             jobs[step.phase] = f"<{step.phase}>"
         elif step.do == "rewire":

@@ -53,7 +53,8 @@ class Partition:
     account: Optional[str] = None
     qos: Optional[str] = None
     constraint: Optional[str] = None
-    requeue: Optional[bool] = None  # whether a stopped or preempted job may run again under its id; None: asked of Slurm
+    # whether a stopped or preempted job may run again under its id; None: asked of Slurm
+    requeue: Optional[bool] = None
     extra_sbatch: Dict[str, str] = field(default_factory=dict)
 
 
@@ -296,7 +297,9 @@ def _naming(profile: Profile, request: Request, where: str) -> list[Problem]:
     """Role, partition and time of a request: without these nothing else can be said."""
     problems = []
     if request.role not in profile.roles:
-        message = f"profile {profile.meta.name} has no role {request.role!r}{nearest(request.role, sorted(profile.roles))}"
+        message = (
+            f"profile {profile.meta.name} has no role {request.role!r}{nearest(request.role, sorted(profile.roles))}"
+        )
         problems.append(Problem(f"{where}.role", message))
     elif profile.kind == "slurm":
         name = _partition_name(profile, request)

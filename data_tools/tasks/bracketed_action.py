@@ -35,7 +35,9 @@ def _rewards(record: dict[str, Any]) -> list[float]:
     found = {name: value for name, value in record.items() if str(name).startswith(REWARD)}
     if len(found) < 2:
         columns = ", ".join(map(str, record))
-        raise ValueError(f"needs columns {REWARD}0, {REWARD}1, … (the phase q_rewards makes them of Q-values); it has {columns}")
+        raise ValueError(
+            f"needs columns {REWARD}0, {REWARD}1, … (the phase q_rewards makes them of Q-values); it has {columns}"
+        )
     values = []
     for action in range(len(found)):
         name = f"{REWARD}{action}"

@@ -12,7 +12,9 @@ from data_tools.arithmetic import evaluate, format_number
 from data_tools.math_answers import REWARDS, check_options, final_answer, question, rewards, text_of, warm_up
 from data_tools.tasks.task import Item
 
-__all__ = ["HUB", "REWARDS", "Options", "check_options", "final_answer", "items", "reply", "rewards", "stop_strings", "warm_up"]
+__all__ = [
+    "HUB", "REWARDS", "Options", "check_options", "final_answer", "items", "reply", "rewards", "stop_strings", "warm_up"
+]
 
 HUB = "openai/gsm8k:main/train-*.parquet"
 

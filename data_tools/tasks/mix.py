@@ -24,7 +24,9 @@ from data_tools.hub import dataset_files, is_dataset
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.seeded import permutation
 from data_tools.tasks.rewards import Verifier
-from data_tools.tasks.task import FunctionTask, Item, Source, check_options, check_source, check_task, load_task, task_options
+from data_tools.tasks.task import (
+    FunctionTask, Item, Source, check_options, check_source, check_task, load_task, task_options,
+)
 from data_tools.yaml_loaders import read_values
 
 _FIRST_PLACES = 1024  # of the blend; more are found as they are asked for
@@ -117,7 +119,9 @@ def entries_of(config: MixConfig) -> dict[str, Entry]:
     entries = read_environments(Path(config.environments)) if config.environments else {}
     for name, entry in config.entries.items():
         if name in entries:
-            said = {key.name: getattr(entry, key.name) for key in fields(Entry) if getattr(entry, key.name) != _default(key)}
+            said = {
+                key.name: getattr(entry, key.name) for key in fields(Entry) if getattr(entry, key.name) != _default(key)
+            }
             entry = replace(entries[name], **said)
         entries[name] = replace(entry, task=entry.task or name)
     return entries
@@ -142,11 +146,15 @@ def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
         try:
             texts = task.stop_strings(task_options(task, entry.options))
         except Exception as error:  # whatever a user's module does
-            raise UserMistake(Problem(f"mix.entries.{name}.task", f"stop_strings: {type(error).__name__}: {error}")) from None
+            raise UserMistake(
+                Problem(f"mix.entries.{name}.task", f"stop_strings: {type(error).__name__}: {error}")
+            ) from None
         if texts is None:
             continue
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text for text in texts):
-            raise UserMistake(Problem(f"mix.entries.{name}.task", f"stop_strings are {texts!r}: give a list of texts, or None"))
+            raise UserMistake(
+                Problem(f"mix.entries.{name}.task", f"stop_strings are {texts!r}: give a list of texts, or None")
+            )
         found[name] = tuple(texts)
     return found
 
@@ -166,7 +174,9 @@ def check_mix(config: MixConfig, training: bool = True, where: str = "mix") -> l
     if not entries:
         problems.append(Problem(f"{where}.entries", "no tasks; give one, such as {gsm8k: {source: {inputs: [FILE]}}}"))
     elif training and not any(entry.weight > 0 and not entry.evaluation_only for entry in entries.values()):
-        problems.append(Problem(f"{where}.entries", "every task is for evaluation only or has weight 0; nothing is trained on"))
+        problems.append(
+            Problem(f"{where}.entries", "every task is for evaluation only or has weight 0; nothing is trained on")
+        )
     return problems
 
 
@@ -180,7 +190,11 @@ def check_entry(entry: Entry, where: str) -> list[Problem]:
     terms = getattr(task, "REWARDS", {})
     for name, value in entry.rewards.items():
         if terms and name not in terms:
-            problems.append(Problem(f"{where}.rewards", f"task {entry.task} has no reward term {name!r}{nearest(name, list(terms))}"))
+            problems.append(
+                Problem(
+                    f"{where}.rewards", f"task {entry.task} has no reward term {name!r}{nearest(name, list(terms))}"
+                )
+            )
         elif not math.isfinite(value):
             problems.append(Problem(f"{where}.rewards.{name}", f"{value} is no weight of a reward term"))
     if not (entry.weight >= 0 and math.isfinite(entry.weight)):
@@ -195,11 +209,15 @@ def _check_prompts(entry: Entry, task: Any, where: str) -> list[Problem]:
     if entry.hub and has_source:
         return [Problem(f"{where}.hub", "is given beside source; give one of them")]
     if entry.hub and not is_dataset(entry.hub):
-        return [Problem(f"{where}.hub", f"{entry.hub!r} is no dataset: write org/name, org/name@revision or org/name:glob")]
+        return [
+            Problem(f"{where}.hub", f"{entry.hub!r} is no dataset: write org/name, org/name@revision or org/name:glob")
+        ]
     if not has_source and not entry.hub and not getattr(task, "HUB", ""):
         return [Problem(f"{where}.source", "no prompts; give files in source.inputs, or a dataset in hub")]
     if entry.source.synthetic_rows > 0 and task and not hasattr(task, "synthetic_row"):
-        return [Problem(f"{where}.source.synthetic_rows", f"task {entry.task} makes no rows; give files in source.inputs")]
+        return [
+            Problem(f"{where}.source.synthetic_rows", f"task {entry.task} makes no rows; give files in source.inputs")
+        ]
     if not has_source:
         return []
     return [Problem(f"{where}.{problem.where}", problem.message) for problem in check_source(entry.source)]

@@ -73,7 +73,9 @@ def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
         terms = {"reward": terms}
     if not isinstance(terms, Mapping):
         what = f"{len(terms)} values" if isinstance(terms, (list, tuple)) else f"a {type(terms).__name__}: {terms!r}"
-        return Score(None, {}, f"the verifier gave {what}; one number, or a mapping of names to numbers, was expected"[:_NOTE])
+        return Score(
+            None, {}, f"the verifier gave {what}; one number, or a mapping of names to numbers, was expected"[:_NOTE]
+        )
     parts: dict[str, float] = {}
     for name, value in terms.items():
         if value is None:
@@ -85,7 +87,9 @@ def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
         return Score(None, {}, "not scorable")
     if missing := sorted(weights.keys() - {str(name) for name in terms}):
         told = ", ".join(parts)
-        return Score(None, parts, f"the verifier gave no reward term {missing[0]!r}, which has a weight; it gave {told}"[:_NOTE])
+        return Score(
+            None, parts, f"the verifier gave no reward term {missing[0]!r}, which has a weight; it gave {told}"[:_NOTE]
+        )
     return Score(sum(weights.get(name, 1.0) * value for name, value in parts.items()), parts)
 
 

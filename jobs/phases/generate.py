@@ -25,6 +25,7 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
 
 
 def _told(facts: dict[str, Any]) -> dict[str, Any]:
-    text = f"{facts['samples']:,} samples of {facts['prompts']:,} prompts, {facts['tokens']:,} tokens, {facts['correct']:,} correct"
+    text = (f"{facts['samples']:,} samples of {facts['prompts']:,} prompts, {facts['tokens']:,} tokens, "
+            f"{facts['correct']:,} correct")
     others = ", ".join(f"{facts[name]:,} {name}" for name in ("truncated", "unscored") if facts[name])
     return {"headline": f"{text}{f' ({others})' if others else ''}", **facts}
