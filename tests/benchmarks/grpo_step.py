@@ -121,21 +121,23 @@ class Scorer:
         return Score(worth([int(token) for token in completion.split()]))
 
 
-def ours(hf: Path, keep: Path, asked: Prompts, prompts: int, steps: int) -> tuple[list[tuple[float, float]], list[dict[str, Any]]]:
+def ours(hf: Path, keep: Path, asked: Prompts, prompts: int,
+         steps: int) -> tuple[list[tuple[float, float]], list[dict[str, Any]]]:
     """(CPU, wall) seconds and the metrics of each step."""
     family, dims, _ = read_config(hf)
     (model,) = family.build(dims, ParallelPlan(), torch.float32, "torch")
     convert.import_weights(model, hf, family, dims)
     trainer = Trainer(model, ParallelPlan(), AdamW())
-    engine = Forced(trainer.model[0], EngineConfig(kv_gib=1, block_size=32, max_batch=PLACES, token_budget=256), 0, stop_ids=())
+    engine = Forced(trainer.model[0], EngineConfig(kv_gib=1, block_size=32, max_batch=PLACES, token_budget=256), 0,
+                    stop_ids=())
     engine.lengths, longest = asked.lengths, max(asked.lengths)
     collector = Collector(
         engine, asked, Scorer(), lambda ids, finish: " ".join(map(str, ids)), Sampling(max_tokens=longest), GROUP,
         keep / grpo.ROLLOUTS, "benchmark", 5.0, lambda: False,
     )  # fmt: skip
     run = grpo.Run(
-        Schedule("constant", steps, RATE), prompts, Loss(), Advantage(drop_equal_groups=False), Rewarding(mask_truncated=False),
-        1.0, longest, True, 16384,
+        Schedule("constant", steps, RATE), prompts, Loss(), Advantage(drop_equal_groups=False),
+        Rewarding(mask_truncated=False), 1.0, longest, True, 16384,
     )  # fmt: skip
     clock = Clock()
 
@@ -159,7 +161,8 @@ def trls(hf: Path, folder: Path, asked: Prompts, prompts: int, steps: int) -> li
 
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token=f"t{END}", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token=f"t{END}",
+                                        padding_side="left")
     rows = [" ".join(f"t{token}" for token in prompt) for prompt in asked.prompts]
     clock, lengths = Clock(), []
 
@@ -175,9 +178,10 @@ def trls(hf: Path, folder: Path, asked: Prompts, prompts: int, steps: int) -> li
         return [worth(ids) for ids in completion_ids]
 
     settings = GRPOConfig(
-        output_dir=str(folder), per_device_train_batch_size=PLACES, gradient_accumulation_steps=prompts * GROUP // PLACES,
-        steps_per_generation=1, num_generations=GROUP, max_steps=steps, max_completion_length=max(asked.lengths), beta=0.0,
-        learning_rate=RATE, lr_scheduler_type="constant", use_cpu=True, report_to="none", save_strategy="no",
+        output_dir=str(folder), per_device_train_batch_size=PLACES,
+        gradient_accumulation_steps=prompts * GROUP // PLACES, steps_per_generation=1, num_generations=GROUP,
+        max_steps=steps, max_completion_length=max(asked.lengths), beta=0.0, learning_rate=RATE,
+        lr_scheduler_type="constant", use_cpu=True, report_to="none", save_strategy="no",
         logging_strategy="no", bf16=False, gradient_checkpointing=False, disable_tqdm=True, loss_type="dapo",
         shuffle_dataset=False,
     )  # fmt: skip
@@ -206,8 +210,9 @@ def main() -> None:
         with plain_torch():
             peer, peer_wall = map(median, zip(*trls(hf, Path(folder) / "trl", asked, args.prompts, args.steps)[1:]))
         print(f"TRL's GRPOTrainer: {peer:.2f} CPU s a step")
-    print(json.dumps({"name": "grpo_step", "ours": round(mine, 2), "peer": round(peer, 2), "ratio": round(peer / mine, 2),
-                      "unit": "CPU s", "share_outside": round(outside, 4), "ours_wall_s": round(mine_wall, 2),
+    print(json.dumps({"name": "grpo_step", "ours": round(mine, 2), "peer": round(peer, 2),
+                      "ratio": round(peer / mine, 2), "unit": "CPU s", "share_outside": round(outside, 4),
+                      "ours_wall_s": round(mine_wall, 2),
                       "peer_wall_s": round(peer_wall, 2), "ratio_wall": round(peer_wall / mine_wall, 2)}))  # fmt: skip
 
 

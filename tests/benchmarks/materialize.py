@@ -98,7 +98,8 @@ def two_workers(rounds: int) -> dict[str, Any]:
                 materialize(config, out, 0, 1)
                 seconds[workers].append(time.perf_counter() - began)
     one, two = (statistics.median(seconds[workers]) for workers in (1, 2))
-    print(f"phase, {len(lines) * COPIES:,} trajectories: one worker {one:.1f} s, two {two:.1f} s (load {os.getloadavg()[0]:.1f})")
+    print(f"phase, {len(lines) * COPIES:,} trajectories: one worker {one:.1f} s, two {two:.1f} s "
+          f"(load {os.getloadavg()[0]:.1f})")
     return {"name": "materialize, two workers", "ours": two, "peer": one, "ratio": one / two, "unit": "s"}
 
 

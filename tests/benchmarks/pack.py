@@ -29,7 +29,8 @@ def distributions(n: int) -> dict[str, np.ndarray]:
     """int32[n] lengths in tokens, five kinds: data.md D."""
     random = np.random.default_rng(0)
     short, reason, agentic = n * 7 // 10, n // 4, n - n * 7 // 10 - n // 4
-    mixed = [lognormal(random, 600, 0.9, short), lognormal(random, 6_000, 0.8, reason), lognormal(random, 20_000, 1, agentic)]
+    mixed = [lognormal(random, 600, 0.9, short), lognormal(random, 6_000, 0.8, reason),
+             lognormal(random, 20_000, 1, agentic)]
     return {
         "agentic": lognormal(random, 20_000, 1.0, n),
         "reason": lognormal(random, 6_000, 0.8, n),

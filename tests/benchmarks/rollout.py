@@ -71,7 +71,9 @@ def padded(model: Any, prompts: list[tuple[int, ...]], lengths: list[int]) -> No
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in batch])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
-        model.generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=longest, min_new_tokens=longest, pad_token_id=0)
+        model.generate(
+            ids, attention_mask=mask, do_sample=True, max_new_tokens=longest, min_new_tokens=longest, pad_token_id=0
+        )
 
 
 def continuous(model: Any, prompts: list[tuple[int, ...]], lengths: list[int], page: int, tokens: int) -> None:
@@ -81,7 +83,9 @@ def continuous(model: Any, prompts: list[tuple[int, ...]], lengths: list[int], p
     settings = ContinuousBatchingConfig(
         page_size=page, num_blocks=32 * 600 // page, max_batch_tokens=tokens, max_requests_per_batch=PLACES
     )
-    with model.continuous_batching_context_manager(generation_config=config, continuous_batching_config=settings) as manager:
+    with model.continuous_batching_context_manager(
+        generation_config=config, continuous_batching_config=settings
+    ) as manager:
         for i, length in enumerate(lengths):
             manager.add_request(list(prompts[i // GROUP]), max_new_tokens=length)
         done = 0
@@ -125,19 +129,24 @@ def main() -> None:
         ours(model, *work(GROUP, args.rounds))  # what is compiled at first use
         parameters = sum(p.numel() for p in model.parameters())
         mine, found = rate(ours, model, args.requests, args.rounds)
-        print(f"{parameters / 1e6:.1f}M parameters, {args.dtype}: ours {mine:.0f} tokens/s, occupancy {found['occupancy']:.2f}, "
-              f"prompt tokens computed per prompt token {found['prefill']:.2f}", flush=True)
+        print(f"{parameters / 1e6:.1f}M parameters, {args.dtype}: ours {mine:.0f} tokens/s, occupancy "
+              f"{found['occupancy']:.2f}, prompt tokens computed per prompt token {found['prefill']:.2f}", flush=True)
         with plain_torch():
             theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=getattr(torch, args.dtype)).eval()
             hugging, _ = rate(padded, theirs, args.requests, args.rounds)
             print(f"generate, padded batches: {hugging:.0f} tokens/s", flush=True)
             tuned = 0.0
             for page, tokens in ((32, 128), (32, 256)):
-                found_rate, _ = rate(lambda m, p, n: continuous(m, p, n, page, tokens), theirs, args.requests, args.rounds)
-                print(f"continuous batching, page {page}, {tokens} tokens a batch: {found_rate:.0f} tokens/s", flush=True)
+                found_rate, _ = rate(
+                    lambda m, p, n: continuous(m, p, n, page, tokens), theirs, args.requests, args.rounds
+                )
+                print(
+                    f"continuous batching, page {page}, {tokens} tokens a batch: {found_rate:.0f} tokens/s", flush=True
+                )
                 tuned = max(tuned, found_rate)
-    print(json.dumps({"name": "rollout", "ours": round(mine, 1), "peer": round(hugging, 1), "ratio": round(mine / hugging, 2),
-                      "unit": "tokens/CPU s", "continuous_batching": round(tuned, 1), "ratio_continuous": round(mine / tuned, 2),
+    print(json.dumps({"name": "rollout", "ours": round(mine, 1), "peer": round(hugging, 1),
+                      "ratio": round(mine / hugging, 2), "unit": "tokens/CPU s", "continuous_batching": round(tuned, 1),
+                      "ratio_continuous": round(mine / tuned, 2),
                       **{key: round(value, 3) for key, value in found.items()}, "dtype": args.dtype}))
 
 
