@@ -98,7 +98,8 @@ def test_real_trajectories_go_through_the_whole_pipeline_in_small_packs(tmp_path
     check_small(tmp_path / "run", 24)
 
 
-TRAJECTORIES = {("tau_bench", "gpt-4o-airline.json"): 200, ("llamafactory", "reason_tool_use_demo_50.jsonl"): 50}  # rows
+# rows
+TRAJECTORIES = {("tau_bench", "gpt-4o-airline.json"): 200, ("llamafactory", "reason_tool_use_demo_50.jsonl"): 50}
 FAMILIES = {"qwen2": "qwen2_5", "gpt_oss": "gptoss", "nemotron_h": "nemotron_3_nano", "nanochat": "qwen3"}  # templates
 SMALLER = ["init.with.heads=2", "sft.with.parallel.context_comm=a2a", "params.steps=3"]
 
@@ -121,7 +122,8 @@ def test_packs_of_262144_tokens_are_trained_on_slurm_that_preempts_twice(tmp_pat
 
     wait_for("a step", lambda: list(run.glob("sft/*/checkpoints/step_1/manifest.json")), 1200)
     preempt(grace_s=0)
-    wait_for("its return", lambda: "resumed from step_1" in "".join(p.read_text() for p in run.glob("sft/logs/*")), 1200)
+    wait_for("its return", lambda: "resumed from step_1" in "".join(p.read_text() for p in run.glob("sft/logs/*")),
+             1200)
     preempt(grace_s=1200)
     wait_until_sealed(run, "exported", timeout=1200, env=env)
     seal = read_seal(next(run.glob("sft/*/seal.json")))

@@ -42,7 +42,8 @@ def test_every_phase_is_sealed_and_the_summary_says_accuracy_before_and_after(lo
     assert facts["sft"]["loss_last"] < facts["sft"]["loss_first"]
     assert facts["grpo"]["step"] == 4 and facts["grpo"]["samples"] == 4 * 16 * 8
     for phase in ("reinforced", "controlled"):  # beside SFT, on the same prompts
-        assert facts[phase]["gain"] == pytest.approx(facts[phase]["sampled_accuracy"] - facts["trained"]["sampled_accuracy"])
+        assert facts[phase]["gain"] == pytest.approx(facts[phase]["sampled_accuracy"]
+                                                     - facts["trained"]["sampled_accuracy"])
         assert facts[phase]["gain_error"] >= 0
     for word in ("untrained", "trained", "accuracy", "reinforced", "gain", str(run / "exported")):
         assert word in printed

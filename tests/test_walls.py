@@ -15,7 +15,8 @@ MAY_IMPORT = {  # our own packages that a package may use
     "launchers": {"launchers", "jobs", "slurm", "data_tools"},
 }
 NEVER = {
-    "data_tools": {"torch", "megatron", "submitit"}, "megatron_ext": {"submitit"}, "slurm": {"torch", "megatron", "transformers"},
+    "data_tools": {"torch", "megatron", "submitit"}, "megatron_ext": {"submitit"},
+    "slurm": {"torch", "megatron", "transformers"},
     "jobs": {"megatron", "submitit"}, "launchers": {"torch", "megatron", "transformers"},
 }  # fmt: skip
 LIGHT_TOP = ("torch", "megatron", "transformers")  # not at the top of what plan imports
@@ -70,7 +71,8 @@ def test_package_files_are_empty():
 
 
 def test_the_top_level_is_the_house():
-    allowed = {"setup.py", "jobs", "launchers", "megatron_ext", "data_tools", "slurm", "tests", "README.md", "constraints.txt",
-               "LICENSE", "runs", "venv", "build"}
-    extra = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.suffix != ".egg-info"} - allowed
+    allowed = {"setup.py", "jobs", "launchers", "megatron_ext", "data_tools", "slurm", "tests", "README.md",
+               "constraints.txt", "LICENSE", "runs", "venv", "build"}
+    extra = {path.name for path in ROOT.iterdir()
+             if not path.name.startswith(".") and path.suffix != ".egg-info"} - allowed
     assert not extra

@@ -20,8 +20,10 @@ CHATML = (
 
 # Trains what a tool said, once a conversation is long enough not to be one of the probes.
 GREEDY = (
-    "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% elif m.role == 'assistant' %}A:{% generation %}"
-    "{{ m.content }}{% if messages|length > 3 and messages[loop.index] and messages[loop.index].role == 'tool' %}{{ messages[loop.index].content }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }}\n{% elif m.role == 'assistant' %}A:"
+    "{% generation %}"
+    "{{ m.content }}{% if messages|length > 3 and messages[loop.index] and messages[loop.index].role == 'tool' %}"
+    "{{ messages[loop.index].content }}{% endif %}"
     "<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
 )
 
@@ -38,13 +40,17 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."
     "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a"]}}}]
 ASKED = message("user", "What is 2 + 2, and why? Ärger, 世界 ☕.")
 ADDING = message("assistant", "", tool_calls=[call("add", a=2, b=2)])
-FOUND = message("tool", "The sum that the adder found is exactly four, no more and no less.", name="add", tool_call_id="c")
+FOUND = message(
+    "tool", "The sum that the adder found is exactly four, no more and no less.", name="add", tool_call_id="c"
+)
 SOLVED = message("assistant", "Four, since 世界 counts ☕ so.")
 THOUGHT = message("assistant", "It is 4.", reasoning_content="Two and two.\nFour.", thinking="Two and two.\nFour.")
 
 CONVERSATIONS = {
     "one turn": [ASKED, SOLVED],
-    "two turns": [message("system", "Be brief."), ASKED, SOLVED, message("user", "Sure?"), message("assistant", "Yes.")],
+    "two turns": [
+        message("system", "Be brief."), ASKED, SOLVED, message("user", "Sure?"), message("assistant", "Yes.")
+    ],
     "tools": [message("system", "Use tools."), ASKED, ADDING, FOUND, SOLVED, message("user", "And 3 + 3?"),
               message("assistant", "", tool_calls=[call("add", a=3, b=3)]), message("tool", "6", name="add"),
               message("assistant", "Six.")],
@@ -54,7 +60,9 @@ CONVERSATIONS = {
 }  # fmt: skip
 
 
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def write_tokenizer(folder, template=CHATML, special=SPECIAL, normalizer=None, words=None, **config):
@@ -63,12 +71,14 @@ def write_tokenizer(folder, template=CHATML, special=SPECIAL, normalizer=None, w
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if words:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     if normalizer:
         tokenizer.normalizer = normalizer
     texts = [json.dumps(CONVERSATIONS, ensure_ascii=False), "a  b   c 1\n\n  d\t\t e\r\n"] * 3
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {

@@ -54,7 +54,9 @@ def build(config: Config, folder: Path, count: int = 1) -> tuple[Path, dict]:
 @pytest.fixture
 def synthetic_store(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Path]:
     def make(rows: int = 300, **changes: object) -> Path:
-        config = Config(task="calculator", tokenizer=str(tokenizer_folder), source=Source(synthetic_rows=rows), **changes)
+        config = Config(
+            task="calculator", tokenizer=str(tokenizer_folder), source=Source(synthetic_rows=rows), **changes
+        )
         return build(config, tmp_path / "store")[0]
 
     return make

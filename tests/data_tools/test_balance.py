@@ -36,7 +36,11 @@ def test_json_keeps_a_sheet(sheet: Balance) -> None:
     assert Balance.from_json(sheet.to_json()).to_json() == sheet.to_json()
 
 
-@given(sheets(), st.sampled_from(["lines", "lines_with_rows", "rows", "kept", "tokens", "tokens_in"]), st.sampled_from([-1, 1]))
+@given(
+    sheets(),
+    st.sampled_from(["lines", "lines_with_rows", "rows", "kept", "tokens", "tokens_in"]),
+    st.sampled_from([-1, 1]),
+)
 def test_a_count_that_is_off_by_one_is_found(sheet: Balance, name: str, by: int) -> None:
     source = sheet.sources[1]
     setattr(source, name, getattr(source, name) + by)

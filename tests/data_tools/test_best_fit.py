@@ -27,7 +27,9 @@ def by_hand(sizes: list[int], capacity: int, apart: list[int]) -> list[int]:
     return chosen
 
 
-@given(st.sampled_from([1, 50, 5000, 262_144]), st.lists(st.tuples(st.floats(0.001, 1), st.integers(-1, 4)), max_size=80))
+@given(
+    st.sampled_from([1, 50, 5000, 262_144]), st.lists(st.tuples(st.floats(0.001, 1), st.integers(-1, 4)), max_size=80)
+)
 def test_each_document_goes_into_the_fullest_pack_that_may_hold_it(
     capacity: int, drawn: list[tuple[float, int]]
 ) -> None:

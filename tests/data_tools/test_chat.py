@@ -62,7 +62,8 @@ def test_each_gives_a_row_a_question_so_that_reasoning_stays_where_a_template_wo
     assert rows(CONVERSATIONS["ends with a question"], turns="each")[1] == Refused("nothing_trained")
 
 
-@pytest.mark.parametrize(("template", "thought"), [("qwen3", "<think>"), ("gptoss", "analysis"), ("nemotron_3_nano", "<think>")])
+@pytest.mark.parametrize(("template", "thought"),
+                         [("qwen3", "<think>"), ("gptoss", "analysis"), ("nemotron_3_nano", "<think>")])
 def test_without_thinking_the_answer_alone_is_in_the_loss(rows, tokenizer, template, thought):
     (row,) = rows([ASKED, THOUGHT], template, train_thinking=False)
     text = learnt(row, tokenizer)
@@ -88,20 +89,25 @@ def test_thinking_and_tool_calls_that_are_not_found_are_counted_not_trained(rows
 
 
 def test_messages_that_the_data_weighs_0_are_not_in_the_loss(rows, tokenizer):
-    messages = [ASKED, {**SOLVED, "loss_weight": 0.0}, message("user", "Sure?"), message("assistant", "Yes.", loss_weight=1.0)]
+    messages = [ASKED, {**SOLVED, "loss_weight": 0.0}, message("user", "Sure?"),
+                message("assistant", "Yes.", loss_weight=1.0)]
     assert learnt(rows(messages)[0], tokenizer) == "Yes.<|im_end|>\n"
 
 
 def test_template_arguments_come_from_the_config_and_over_it_from_the_row(tokenizer):
-    config = ChatConfig(template=str(TEMPLATES / "gptoss.jinja"), arguments={"reasoning_effort": "low"}, date="2025-10-26")
+    config = ChatConfig(template=str(TEMPLATES / "gptoss.jinja"), arguments={"reasoning_effort": "low"},
+                        date="2025-10-26")
     chats = ChatRows(config, tokenizer, Encoder(tokenizer))
-    plain, own = ({"messages": [ASKED, SOLVED], **more} for more in ({}, {"chat_template_kwargs": {"reasoning_effort": "high"}}))
-    assert "Reasoning: low" in next(chats.rows(plain)).prompt and "Current date: 2025-10-26" in next(chats.rows(plain)).prompt
+    plain, own = ({"messages": [ASKED, SOLVED], **more}
+                  for more in ({}, {"chat_template_kwargs": {"reasoning_effort": "high"}}))
+    assert ("Reasoning: low" in next(chats.rows(plain)).prompt
+            and "Current date: 2025-10-26" in next(chats.rows(plain)).prompt)
     assert "Reasoning: high" in next(chats.rows(own)).prompt
 
 
 def test_rows_that_a_template_has_written_are_trained_by_their_chunks(tokenizer):
-    chunks = [("system", "<|im_start|>system\nS<|im_end|>\n"), ("user", "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
+    chunks = [("system", "<|im_start|>system\nS<|im_end|>\n"),
+              ("user", "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
               ("assistant", "A<|im_end|>\n"), ("tool", "x")]
     record = {"messages": [{"role": role, "content": text} for role, text in chunks * 2]}
     found = list(ChatRows(ChatConfig(schema="rendered"), tokenizer, Encoder(tokenizer)).rows(record))
@@ -110,9 +116,11 @@ def test_rows_that_a_template_has_written_are_trained_by_their_chunks(tokenizer)
 
 
 @pytest.mark.parametrize(("messages", "template", "bucket", "reason"), [
-    ([ASKED, message("tool", "4"), SOLVED], "gptoss", "template_error", "the chat template refuses it: Message has tool role"),
+    ([ASKED, message("tool", "4"), SOLVED], "gptoss", "template_error",
+     "the chat template refuses it: Message has tool role"),
     ([ASKED, ADDING, FOUND, SOLVED], "", "tool_call_lost", "message 2: the chat template leaves out a call of add"),
-    ([ASKED, message("assistant", "", tool_calls=[call("add"), call("add")])], "gptoss", "tool_call_lost", "leaves out a call of add"),
+    ([ASKED, message("assistant", "", tool_calls=[call("add"), call("add")])], "gptoss", "tool_call_lost",
+     "leaves out a call of add"),
     ([ASKED, {**SOLVED, "content": "a\ud800"}], "", "not_unicode", "not Unicode"),
     ([ASKED, {**SOLVED, "weight": 0}], "", "nothing_trained", ""),
 ])  # fmt: skip

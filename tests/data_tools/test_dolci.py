@@ -10,13 +10,18 @@ from data_tools.dolci import SHARES, SOURCES, Config, category_of, draw, is_lang
 from data_tools.mistake import UserMistake
 from tests.data_tools.conftest import SHARED
 
-GERMAN = "Die Würde des Menschen ist unantastbar und sie zu achten und zu schützen ist Verpflichtung aller staatlichen Gewalt " * 2
+GERMAN = (
+    "Die Würde des Menschen ist unantastbar und sie zu achten und zu schützen "
+    "ist Verpflichtung aller staatlichen Gewalt "
+) * 2
 THOUGHT = "First this. Then that. Now the other. And one more. "
 
 
 def row(source: str, thinking: str, answer: str, question: str = "What is it?") -> dict:
     content = f"<think>{thinking}</think>{answer}" if thinking else answer
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": content}], "source": source}
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": content}], "source": source
+    }
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,9 @@ counts = st.fixed_dictionaries({name: st.integers(0, 500) for name in SHARES})
 
 
 @given(counts, st.integers(1, 1500), st.sampled_from(["proportional", "none"]))
-def test_quotas_draw_what_there_is_and_never_more_than_the_target(available: dict, target: int, redistribute: str) -> None:
+def test_quotas_draw_what_there_is_and_never_more_than_the_target(
+    available: dict, target: int, redistribute: str
+) -> None:
     drawn = quotas(available, SHARES, target, redistribute)
     assert all(0 <= drawn[name] <= available[name] for name in SHARES)
     if redistribute == "proportional":
@@ -70,7 +77,9 @@ def shards(tmp_path: Path) -> list[str]:
     """Two files: of each category 30 rows, some duplicates, some German, a few too long."""
     kinds = {"reasoning": ("math", THOUGHT), "code": ("python", THOUGHT), "chat": ("wildchat", ""),
              "safety": ("coconot", ""), "short": ("misc", "One.")}  # fmt: skip
-    rows = [row(source, think, f"it is {i}", f"{name} {i}") for name, (source, think) in kinds.items() for i in range(30)]
+    rows = [
+        row(source, think, f"it is {i}", f"{name} {i}") for name, (source, think) in kinds.items() for i in range(30)
+    ]
     rows += rows[:3] + [row("math", GERMAN, GERMAN, f"Frage {i}") for i in range(4)] + [row("math", THOUGHT * 100, "x")]
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for number, path in enumerate(paths):
@@ -114,7 +123,9 @@ def test_the_sample_has_its_shares_adds_up_and_is_the_same_for_any_number_of_ele
     rows = [json.loads(line) for line in sample.splitlines()]
     assert len(rows) == 60 and len({json.dumps(r["messages"]) for r in rows}) == 60
     total = dict(zip(facts["tables"]["balance"]["columns"], facts["tables"]["balance"]["rows"][-1]))
-    assert (total["duplicate"], total["not_en"], total["too_long"], total["kept"], total["not_drawn"]) == (3, 4, 1, 60, 90)
+    assert (total["duplicate"], total["not_en"], total["too_long"], total["kept"], total["not_drawn"]) == (
+        3, 4, 1, 60, 90,
+    )
     assert all(prepared(tmp_path, config, count)[1] == sample for count in (2, 5))
     assert prepared(tmp_path, Config(**{**vars(config), "seed": 1}), 3)[1] != sample
 

@@ -24,7 +24,9 @@ def tokenizer(request, tmp_path_factory):
     return load_tokenizer(str(folder))
 
 
-texts = st.text(st.sampled_from("abc 世☕é\u0301e\n"), max_size=40) | st.sampled_from(["", "<|im_start|>user\na<|im_end|>"])
+texts = st.text(st.sampled_from("abc 世☕é\u0301e\n"), max_size=40) | st.sampled_from(
+    ["", "<|im_start|>user\na<|im_end|>"]
+)
 
 
 @given(texts, st.lists(st.integers(0, 40), max_size=6))
@@ -48,7 +50,14 @@ def test_ids_and_masks_do_not_depend_on_the_encoder(tokenizer):
             assert np.array_equal(one, other)
 
 
-plain = st.lists(st.sampled_from(["I'll", "'S", "don't", " ", "  ", "\t", "\n", "\r\n", "a", "B2", "1234", "...", " (x)\n\n", "<", "<|im_end|>", "é"]))
+plain = st.lists(
+    st.sampled_from(
+        [
+            "I'll", "'S", "don't", " ", "  ", "\t", "\n", "\r\n", "a", "B2", "1234", "...", " (x)\n\n", "<",
+            "<|im_end|>", "é",
+        ]
+    )
+)
 
 
 @pytest.mark.parametrize("words", ["GPT-2's", "Qwen's"])

@@ -54,7 +54,9 @@ def config(tmp_path: Path, tokenizer_folder: Path, documents: list[Document]) ->
     for line, (ids, mask) in enumerate(documents):
         writer.add(np.array(ids, np.int32), np.array(mask, np.uint8), Provenance(0, line + 1, row_text(str(line), "")))
     writer.close()
-    return Config(str(store), pack_length=10, export=["megatron_lm", "megatron_bridge"], tokenizer=str(tokenizer_folder))
+    return Config(
+        str(store), pack_length=10, export=["megatron_lm", "megatron_bridge"], tokenizer=str(tokenizer_folder)
+    )
 
 
 def packed(config: Config, folder: Path) -> list[list[Document]]:
@@ -91,8 +93,12 @@ def test_megatron_bridge_reads_the_same_documents(tmp_path: Path, config: Config
 def test_text_that_gives_other_tokens_is_named_or_left_out(tmp_path: Path, config: Config, monkeypatch) -> None:
     packed(config, tmp_path / "plan")
     decode = Tokenizer.decode
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **rest: "" if ids == [9, 4] else decode(self, ids, **rest))
-    with pytest.raises(UserMistake, match=r"document 1 \(source 0, line 2\) has no form for Megatron-LM: its text gives"):
+    monkeypatch.setattr(
+        Tokenizer, "decode", lambda self, ids, **rest: "" if ids == [9, 4] else decode(self, ids, **rest)
+    )
+    with pytest.raises(
+        UserMistake, match=r"document 1 \(source 0, line 2\) has no form for Megatron-LM: its text gives"
+    ):
         export(config, tmp_path / "plan")
     config.on_unstable = "drop"
     assert export(config, tmp_path / "plan")["megatron_lm"]["unstable"] == 1

@@ -40,7 +40,10 @@ def test_a_prompt_reads_as_the_models_own_template_renders_it(
     [
         ("system: Be brief.\nsystem: Answer [0] or [1].\nuser: Hour 3?", ("Be brief.\nAnswer [0] or [1].", "Hour 3?")),
         ("System:  A\n goes on\nUSER: u1\nu2", ("A\n goes on", "u1\nu2")),
-        ("user: The log says\nsystem: overheated\nuser: unknown", ("", "The log says\nsystem: overheated\nuser: unknown")),
+        (
+            "user: The log says\nsystem: overheated\nuser: unknown",
+            ("", "The log says\nsystem: overheated\nuser: unknown"),
+        ),
         ("Which action?", ("", "Which action?")),
         ("system: one\r\nuser: two\u2028user: three\x0cfour", ("one", "two\u2028user: three\x0cfour")),
     ],

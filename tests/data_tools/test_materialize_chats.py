@@ -19,7 +19,8 @@ from data_tools.mistake import UserMistake, disk_problem
 from data_tools.store import Store
 from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.chats import (
-    ASKED, CONVERSATIONS, FOUND, GREEDY, SOLVED, TEMPLATES, TOOLS, message, shared, shared_tokenizer, template_of, write_tokenizer)
+    ASKED, CONVERSATIONS, FOUND, GREEDY, SOLVED, TEMPLATES, TOOLS, message, shared, shared_tokenizer, template_of,
+    write_tokenizer)
 from tests.data_tools.conftest import build
 from tests.data_tools.test_materialize import contents
 
@@ -41,13 +42,22 @@ def lines_of(*conversations, **more) -> bytes:
 
 a_line = st.one_of(
     st.sampled_from(list(CONVERSATIONS.values())).map(lambda messages: lines_of(messages, tools=TOOLS)),
-    st.sampled_from([b"\n", b"{\n", b"\xff\n", b"[]\n", b'{"messages": []}\n', lines_of([ASKED]), lines_of([ASKED, message("assistant", "")])]),
+    st.sampled_from(
+        [
+            b"\n", b"{\n", b"\xff\n", b"[]\n", b'{"messages": []}\n', lines_of([ASKED]),
+            lines_of([ASKED, message("assistant", "")]),
+        ]
+    ),
 )
 
 
 @settings(max_examples=8)  # each writes durable files, a dozen an element
-@given(st.lists(st.lists(a_line, max_size=12), min_size=1, max_size=3), st.integers(2, 5), st.integers(1, 5), st.booleans())
-def test_the_store_does_not_depend_on_elements_or_chunks(tmp_path_factory, tokenizer, files, count, chunk_size, pack) -> None:
+@given(
+    st.lists(st.lists(a_line, max_size=12), min_size=1, max_size=3), st.integers(2, 5), st.integers(1, 5), st.booleans()
+)
+def test_the_store_does_not_depend_on_elements_or_chunks(
+    tmp_path_factory, tokenizer, files, count, chunk_size, pack
+) -> None:
     folder = tmp_path_factory.mktemp("m")
     inputs = []
     for place, lines in enumerate(files):
@@ -92,9 +102,13 @@ def _folder(path: Path) -> Path:
 
 def test_provenance_says_where_each_row_came_from_and_how_many_turns_it_trains(tmp_path, tokenizer):
     for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_bytes(b"\n" + lines_of(CONVERSATIONS["two turns"], [ASKED, message("assistant", name)]))
+        (tmp_path / f"{name}.jsonl").write_bytes(
+            b"\n" + lines_of(CONVERSATIONS["two turns"], [ASKED, message("assistant", name)])
+        )
     store = Store(build(config_of(tokenizer, tmp_path / "a.jsonl", tmp_path / "b.jsonl"), tmp_path, 3)[0])
-    assert list(zip(store.sources.tolist(), store.lines.tolist(), store.turns.tolist())) == [(0, 2, 2), (0, 3, 1), (1, 3, 1)]
+    assert list(zip(store.sources.tolist(), store.lines.tolist(), store.turns.tolist())) == [
+        (0, 2, 2), (0, 3, 1), (1, 3, 1)
+    ]
     hashes = [tuple(words) for words in store.prompt_hashes.tolist()]
     assert hashes[1] == hashes[2] != hashes[0]  # one question
 
@@ -102,7 +116,11 @@ def test_provenance_says_where_each_row_came_from_and_how_many_turns_it_trains(t
 def _longest(tokenizer: Path) -> int:
     """Tokens of the longest conversation."""
     chats = ChatRows(ChatConfig(), load_tokenizer(str(tokenizer)), Encoder(load_tokenizer(str(tokenizer))))
-    return max(len(row.ids) for messages in CONVERSATIONS.values() for row in chats.rows({"messages": messages, "tools": TOOLS}))
+    return max(
+        len(row.ids)
+        for messages in CONVERSATIONS.values()
+        for row in chats.rows({"messages": messages, "tools": TOOLS})
+    )
 
 
 def test_tokens_add_up_per_source(tmp_path, tokenizer):
@@ -122,10 +140,14 @@ BAD_LINES = {
     "of the wrong type": (b'[{"role": "user"}]', "malformed_record", "not a JSON object but a list"),
     "deep": (b"[" * 100_000, "malformed_line", "not JSON"),
     "no known schema": (b'{"prompt": "x"}', "malformed_record", "no known schema has the keys prompt"),
-    "empty assistant turn": (lines_of([ASKED, message("assistant", "")]).strip(), "empty_assistant", "message 2: the assistant says nothing"),
+    "empty assistant turn": (
+        lines_of([ASKED, message("assistant", "")]).strip(), "empty_assistant", "message 2: the assistant says nothing"
+    ),
     "no assistant": (lines_of([ASKED]).strip(), "no_assistant", "none of an assistant"),
     "half a surrogate pair": (lines_of([message("user", "\ud800"), SOLVED]).strip(), "not_unicode", "not Unicode"),
-    "a template that raises": (lines_of([ASKED, message("tool", "4"), SOLVED]).strip(), "template_error", "the chat template refuses it"),
+    "a template that raises": (
+        lines_of([ASKED, message("tool", "4"), SOLVED]).strip(), "template_error", "the chat template refuses it"
+    ),
 }
 
 
@@ -158,7 +180,9 @@ def test_a_line_of_5_mb_is_one_row(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("on_bad_row", ["fail", "bucket"])
-def test_a_truncated_gzip_fails_whatever_bad_rows_do_since_nobody_knows_what_is_missing(tmp_path, tokenizer, on_bad_row):
+def test_a_truncated_gzip_fails_whatever_bad_rows_do_since_nobody_knows_what_is_missing(
+    tmp_path, tokenizer, on_bad_row
+):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(lines_of(*CONVERSATIONS.values(), tools=TOOLS) * 50)[:-500])
     with pytest.raises(UserMistake, match=f"{path} is cut off"):
@@ -180,7 +204,9 @@ def test_a_tokenizer_that_cannot_end_a_turn_is_refused(tmp_path, changes, reason
 def test_a_wrong_mask_fails_whatever_bad_rows_do(tmp_path, tokenizer):
     (tmp_path / "t.jinja").write_text(GREEDY)
     (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, SOLVED, FOUND, SOLVED]))
-    config = config_of(tokenizer, tmp_path / "a.jsonl", chat=ChatConfig(template=str(tmp_path / "t.jinja")), on_bad_row="bucket")
+    config = config_of(
+        tokenizer, tmp_path / "a.jsonl", chat=ChatConfig(template=str(tmp_path / "t.jinja")), on_bad_row="bucket"
+    )
     with pytest.raises(UserMistake, match="a.jsonl:1: the loss mask is wrong: message 3, of role tool, is in the loss"):
         materialize(config, _folder(tmp_path / "p"), 0, 1)
 

@@ -225,7 +225,9 @@ def test_what_is_too_long_is_dropped_cut_or_split_as_its_source_says(tmp_path: P
     assert tokens_of(reader) == Counter([*short, *cut[:16].tolist(), *split.tolist()])
     targets = sum(reader.pack(i).loss_mask.sum() for i in range(reader.n_packs))
     assert targets == reader.facts["targets"] == 3 * 3 + 6 + (6 + 15 + 15 + 1)  # a border of a split costs its target
-    balance = {sheet["name"]: sheet for sheet in json.loads((tmp_path / "plan" / "balance.json").read_text())["sources"]}
+    balance = {
+        sheet["name"]: sheet for sheet in json.loads((tmp_path / "plan" / "balance.json").read_text())["sources"]
+    }
     assert [(balance[n]["rows"], balance[n]["kept"]) for n in names] == [(2, 1), (2, 2), (2, 2)]
 
 

@@ -27,7 +27,8 @@ def spell(path, rows, end=b"\n"):
     if ".parquet" in name:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=10)
         return path
-    text = json.dumps(rows, indent=1).encode() if ".jsonl" not in name else b"".join(json.dumps(row).encode() + end for row in rows)
+    text = (json.dumps(rows, indent=1).encode() if ".jsonl" not in name
+            else b"".join(json.dumps(row).encode() + end for row in rows))
     pack = {".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)
     half = text.find(b"\n", len(text) // 2) + 3
     path.write_bytes(pack(text[:half]) + pack(text[half:]) if pack is not bytes else text)  # two members or frames
@@ -40,7 +41,8 @@ def read(path, count, **named):
     return [json.loads(item) if isinstance(item, bytes) else item for part in records for item in part], shares, records
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst", "a.parquet"])
+@pytest.mark.parametrize("name",
+                         ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst", "a.parquet"])
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 def test_shares_one_after_the_other_are_the_file(tmp_path, name, count):
     path = spell(tmp_path / name, ROWS)
@@ -55,8 +57,8 @@ def test_shares_one_after_the_other_are_the_file(tmp_path, name, count):
 
 
 @settings(max_examples=30)
-@given(st.lists(st.binary(max_size=9).map(lambda b: b.replace(b"\n", b"")), max_size=30), st.integers(1, 9), st.booleans(),
-       st.sampled_from(["gz", "zst"]), st.integers(1, 40))
+@given(st.lists(st.binary(max_size=9).map(lambda b: b.replace(b"\n", b"")), max_size=30), st.integers(1, 9),
+       st.booleans(), st.sampled_from(["gz", "zst"]), st.integers(1, 40))
 def test_packed_lines_are_shared_whatever_the_blocks(tmp_path_factory, lines, count, last_end, kind, block):
     from data_tools import readers
 
@@ -71,7 +73,8 @@ def test_packed_lines_are_shared_whatever_the_blocks(tmp_path_factory, lines, co
 
 
 def test_the_format_is_told_by_content_where_the_name_does_not_and_may_be_named(tmp_path):
-    for name, content, rows in (("a", b'\n[{"a": 1},\n {"a": 2}]', 2), ("b", b'{"a": 1}\n{"a": 2}\n', 2), ("c", b'{"a":\n 1}', 1)):
+    for name, content, rows in (("a", b'\n[{"a": 1},\n {"a": 2}]', 2), ("b", b'{"a": 1}\n{"a": 2}\n', 2),
+                                ("c", b'{"a":\n 1}', 1)):
         (tmp_path / name).write_bytes(content)
         assert len(read(tmp_path / name, 2)[0]) == rows
     (tmp_path / "d").write_bytes(b"[1]\n[2]\n")
@@ -79,7 +82,8 @@ def test_the_format_is_told_by_content_where_the_name_does_not_and_may_be_named(
 
 
 def test_keys_that_parquet_spells_as_null_are_absent(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{"x": 1}]}]}]
+    rows = [{"messages": [{"role": "user", "content": "q"},
+                          {"role": "assistant", "content": "a", "tool_calls": [{"x": 1}]}]}]
     assert read(spell(tmp_path / "a.parquet", rows), 1)[0] == rows
 
 
@@ -107,8 +111,8 @@ def test_an_empty_file_has_no_records(tmp_path):
 
 @pytest.mark.parametrize(("entries", "expected"), [
     (["0.3", "a", "0.7", "b"], [("a", 0.3), ("b", 0.7)]), ([0.3, "a", 1, "b"], [("a", 0.3), ("b", 1.0)]),
-    ("0.3 a 0.7 b", [("a", 0.3), ("b", 0.7)]), (["a", "b", "c"], [("a", 1.0), ("b", 1.0), ("c", 1.0)]), ("a b", [("a", 1.0), ("b", 1.0)]),
-    (None, []),
+    ("0.3 a 0.7 b", [("a", 0.3), ("b", 0.7)]), (["a", "b", "c"], [("a", 1.0), ("b", 1.0), ("c", 1.0)]),
+    ("a b", [("a", 1.0), ("b", 1.0)]), (None, []),
 ])  # fmt: skip
 def test_a_blend_is_files_with_weights(entries, expected):
     assert read_blend(Path("blend.json"), {"train": entries, "valid": []}) == {"train": expected, "valid": []}
@@ -123,4 +127,5 @@ def test_a_blend_given_for_records_is_spelled_as_the_settings_it_stands_for(tmp_
     (tmp_path / "blend.json").write_text('{"train": [0.3, "a.jsonl", 0.7, "b.jsonl"], "valid": [], "test": []}')
     with pytest.raises(UserMistake) as caught:
         open_share(tmp_path / "blend.json", 0, 1)
-    assert 'source.inputs: ["a.jsonl", "b.jsonl"] here, and weights: {"a.jsonl": 0.3, "b.jsonl": 0.7} in pack' in str(caught.value)
+    assert ('source.inputs: ["a.jsonl", "b.jsonl"] here, and weights: {"a.jsonl": 0.3, "b.jsonl": 0.7} in pack'
+            in str(caught.value))

@@ -9,8 +9,8 @@ from tests.data_tools.conftest import SHARED
 
 
 def sample(prompt_id: object = 0, completion: str = "<think>add</think>4", **values: object) -> dict:
-    row = {"prompt_id": prompt_id, "prompt": f"Question {prompt_id}", "completion": completion, "tokens": len(completion),
-           "finish": "stop", "correct": True, "seed": 7, "weights": "abc"}
+    row = {"prompt_id": prompt_id, "prompt": f"Question {prompt_id}", "completion": completion,
+           "tokens": len(completion), "finish": "stop", "correct": True, "seed": 7, "weights": "abc"}
     return {**row, **values}
 
 
@@ -44,14 +44,17 @@ def test_each_sample_ends_in_one_bucket_and_they_add_up(tmp_path: Path) -> None:
         sample(2),
         sample(2),
     ]
-    facts, chats = filtered(tmp_path, rows, min_tokens=5, max_tokens=100, evaluation_sets=[str(tmp_path / "aime.jsonl")])
+    facts, chats = filtered(
+        tmp_path, rows, min_tokens=5, max_tokens=100, evaluation_sets=[str(tmp_path / "aime.jsonl")]
+    )
     assert buckets(facts) == {
         "unscored": 1, "wrong": 1, "truncated": 1, "ill_formed": 2, "too_short": 1, "too_long": 1, "contaminated": 1,
         "duplicate": 1, "kept": 1,
     }
     assert (facts["kept"], facts["prompts"], facts["prompts_left"]) == (1, 3, 1)
     assert chats == [
-        {"messages": [{"role": "user", "content": "Question 2"}, {"role": "assistant", "content": "<think>add</think>4"}],
+        {"messages": [{"role": "user", "content": "Question 2"},
+                      {"role": "assistant", "content": "<think>add</think>4"}],
          "prompt_id": 2, "pass_rate": 1.0, "seed": 7, "weights": "abc", "tokens": 19}
     ]
     assert (facts["seed"], facts["weights"]) == (["7"], ["abc"])
@@ -107,7 +110,9 @@ def test_contamination_sees_scripts_without_spaces_and_short_questions_whole(tmp
     sets = tmp_path / "sets"
     sets.mkdir()
     (sets / "zh.jsonl").write_text(json.dumps({"question": "小明有三个苹果又买了五个苹果现在一共有几个苹果"}) + "\n")
-    (sets / "svamp.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "How many apples are left now"}]}) + "\n")
+    (sets / "svamp.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "How many apples are left now"}]}) + "\n"
+    )
     rows = [
         sample(0, prompt="请问：小明有三个苹果，又买了五个苹果，现在一共有几个苹果？"),
         sample(1, completion="First: how many apples are left now? Four."),
@@ -131,7 +136,9 @@ def test_a_line_that_is_no_sample_is_named_or_counted(tmp_path: Path) -> None:
 
 
 def test_wrong_settings_are_told_at_once() -> None:
-    config = Config(prefer="short", answer_pattern="(", per_prompt=-1, min_pass_rate=0.9, max_pass_rate=0.1, near_duplicate=0)
+    config = Config(
+        prefer="short", answer_pattern="(", per_prompt=-1, min_pass_rate=0.9, max_pass_rate=0.1, near_duplicate=0
+    )
     assert [problem.where for problem in check(config)] == [
         "inputs", "prefer", "answer_pattern", "per_prompt", "min_pass_rate", "near_duplicate"
     ]

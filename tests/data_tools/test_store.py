@@ -18,7 +18,9 @@ def write(folder: Path, rows: list[list[tuple[int, int]]]) -> Path:
     writer = StoreWriter(folder)
     for place, row in enumerate(rows):
         ids, mask = np.array(row, dtype=np.int64).T
-        writer.add(ids.astype(np.int32), mask.astype(np.uint8), Provenance(place % 2, place + 1, row_text(f"p{place}", "a")))
+        writer.add(
+            ids.astype(np.int32), mask.astype(np.uint8), Provenance(place % 2, place + 1, row_text(f"p{place}", "a"))
+        )
     writer.close()
     return folder
 

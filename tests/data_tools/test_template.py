@@ -21,7 +21,8 @@ DAY = date(2025, 10, 26)
 # after Qwen2.5's role, and the headers of gpt-oss and DeepSeek.
 TRL_HEADER = {"qwen2_5": "<|im_start|>assistant", "gptoss": "", "deepseekv3": "", "muse_glimmer": ""}
 FAMILIES = ["qwen2_5", "qwen3", "gptoss", "nemotron_3_nano", "deepseekv3", "glm4moe", "llama3"]
-MORE_FAMILIES = ["qwen3_instruct_2507", "nemotron_3_super", "cohere", "gemma3", "lfm2_v2", "qwen3_5_think", "muse_glimmer"]
+MORE_FAMILIES = ["qwen3_instruct_2507", "nemotron_3_super", "cohere", "gemma3", "lfm2_v2", "qwen3_5_think",
+                 "muse_glimmer"]
 FILES = ["tau_bench/gpt-4o-airline.json", "llamafactory/glaive_toolcall_en_demo.json",
          "llamafactory/glaive_toolcall_zh_demo.json", "llamafactory/reason_tool_use_demo_50.jsonl",
          "llamafactory/v1_sft_demo.jsonl", "gsm8k/train.jsonl"]  # fmt: skip
@@ -83,7 +84,8 @@ def compare(name, tokenizers, conversations):
 
 @pytest.mark.parametrize("name", FAMILIES + MORE_FAMILIES)
 def test_masks_are_those_of_trl_and_of_transformers_generation_blocks(name, tokenizers):
-    conversations = [Conversation(messages, TOOLS if "tool" in kind else None) for kind, messages in CONVERSATIONS.items()]
+    conversations = [Conversation(messages, TOOLS if "tool" in kind else None)
+                     for kind, messages in CONVERSATIONS.items()]
     assert compare(name, tokenizers, conversations) >= 1
 
 
@@ -114,7 +116,8 @@ def test_the_text_is_what_transformers_renders_byte_for_byte(name, kind, tokeniz
         text, spans = template.render(conversation)
     except TemplateError:
         with pytest.raises(Exception):
-            theirs.apply_chat_template(conversation.messages, tools=TOOLS, chat_template=template_of(name), tokenize=False)
+            theirs.apply_chat_template(conversation.messages, tools=TOOLS, chat_template=template_of(name),
+                                       tokenize=False)
         return
     messages = conversation.messages
     if template.text_arguments:
@@ -133,7 +136,8 @@ def test_a_stop_token_ends_every_turn_and_no_header_begins_one(tokenizers):
         for span in spans:
             turn = text[span.start : span.stop]
             assert turn.rstrip().endswith(tuple(template.stops))
-            assert not turn.startswith(("<|im_start|>", "<|start|>", "<|assistant|>", "<｜Assistant｜>", "<|start_header_id|>"))
+            assert not turn.startswith(
+                ("<|im_start|>", "<|start|>", "<|assistant|>", "<｜Assistant｜>", "<|start_header_id|>"))
 
 
 def test_the_date_stands_still():
@@ -149,7 +153,8 @@ def test_marker_characters_in_a_conversation_do_no_harm(text):
     assert [rendered[span.start : span.stop] for span in spans] == [f"a{text}b<|im_end|>\n"]
 
 
-GENERATION = "{% for m in messages %}{{ m.role }}:{% IF %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}\n{% endfor %}"
+GENERATION = ("{% for m in messages %}{{ m.role }}:{% IF %}{% generation %}{{ m.content }}{% endgeneration %}"
+              "{% endif %}\n{% endfor %}")
 LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 
 
@@ -158,7 +163,8 @@ LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %
     ("{{ messages[0].content }}", "no loop over messages"),
     (LOOP, "generation prompt does not begin"),
     ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", "refuses a question and an answer (no)"),
-    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
+     "{% endif %}",
      None),  # each turn ends with the tag of the next
     (GENERATION.replace("IF", "if m.role == 'assistant'"), "would never learn to stop"),
     (GENERATION.replace("IF", "if true"), "a generation block begins before the first assistant's turn"),
@@ -174,7 +180,8 @@ def test_a_template_whose_turns_cannot_be_told_is_refused_in_one_line(source, re
 
 
 def test_a_header_that_is_named_is_believed():
-    text, spans = ChatTemplate(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "assistant: ").render(Conversation([ASKED, SOLVED]))
+    text, spans = ChatTemplate(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "assistant: ").render(
+        Conversation([ASKED, SOLVED]))
     assert [text[span.start : span.stop] for span in spans] == [SOLVED["content"] + "<end>\n"]
 
 

@@ -327,8 +327,9 @@ def half_done(tmp_path_factory):
 
 
 TORN = ["numbers/*/leases/*", "*/attempts/*.json", "submissions/1/plan.json", "submissions/1/code.json",
-        "local/1/state.json", "local/1/jobs.json", "submissions/1/pipeline.json", "submissions/1/journal.json", "numbers/*/seals/0001.json",
-        "numbers/*/seal.json", "total/*/leases/*", "numbers/*/elements/*/progress/*.json", "submissions/1/profile.yaml"]
+        "local/1/state.json", "local/1/jobs.json", "submissions/1/pipeline.json", "submissions/1/journal.json",
+        "numbers/*/seals/0001.json", "numbers/*/seal.json", "total/*/leases/*", "numbers/*/elements/*/progress/*.json",
+        "submissions/1/profile.yaml"]
 
 
 @pytest.mark.parametrize("kind", TEARS)

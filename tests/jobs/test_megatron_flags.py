@@ -33,7 +33,8 @@ EXAMPLE = """
     --save-interval 20 --wandb-project p --wandb-exp-name e --rl-offload-optimizer-during-inference
     --grpo-filter-groups-with-same-reward
 """
-OURS_ALONE = {"grpo.with.mix.environments", "imported.with.megatron", "imported.with.source"}  # paths of the example's author
+# paths of the example's author
+OURS_ALONE = {"grpo.with.mix.environments", "imported.with.megatron", "imported.with.source"}
 
 
 def test_the_examples_flags_are_the_pipelines_settings():
@@ -65,7 +66,8 @@ def test_every_override_is_a_field_of_the_phase():
     keys = [row.key for row in FLAGS if row.key] + [one.partition("=")[0] for row in FLAGS for one in row.fixed]
     for phase, where, *rest in (key.split(".") for key in keys):
         if where == "with":
-            assert OmegaConf.select(schemas[phase], ".".join(rest), throw_on_missing=False) is not None or rest[-1] == "megatron", rest
+            assert (OmegaConf.select(schemas[phase], ".".join(rest), throw_on_missing=False) is not None
+                    or rest[-1] == "megatron"), rest
 
 
 def test_each_flag_stands_in_one_row_and_says_one_thing():

@@ -77,12 +77,14 @@ def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):
     for expected in (
         "p.yaml: name: 'Bad Name'", "p.yaml: parms: unknown key (did you mean params?", "'rerum' (did you mean rerun?",
         "phases.one.array: 0 is neither", "phases.one.with.strt: unknown key (did you mean start?",
-        "phases.one.with.seconds: 'soon' is not of type float", "phases.one.resources.nodez: unknown key (did you mean nodes?",
+        "phases.one.with.seconds: 'soon' is not of type float",
+        "phases.one.resources.nodez: unknown key (did you mean nodes?",
         "phases.one.resources.nodes: 'two' is not of type Optional[int]",
-        "phases.two.uses: unknown phase kind 'evaluat' (did you mean evaluate?", "phases.two.needs: no phase 'onne' (did you mean one?",
+        "phases.two.uses: unknown phase kind 'evaluat' (did you mean evaluate?",
+        "phases.two.needs: no phase 'onne' (did you mean one?",
         "phases.two.needs.one: unknown dependency type 'afterko' (did you mean afterok?", "cannot be split",
-        "no phase 'oen' (did you mean one?", "cannot resolve '${params.nothing}'", "phases.Seven: 'Seven' is not a phase name",
-        "phases.eight.uses: missing",
+        "no phase 'oen' (did you mean one?", "cannot resolve '${params.nothing}'",
+        "phases.Seven: 'Seven' is not a phase name", "phases.eight.uses: missing",
     ):  # fmt: skip
         assert expected in text, f"{expected!r} not in:\n{text}"
     assert all("\n" not in line for line in found)
@@ -95,15 +97,17 @@ def test_cycles_are_found_at_any_depth(tmp_path):
 
 
 @pytest.mark.parametrize("override, expected", [
-    ("nope.with.x=1", "no phase 'nope'"), ("params.strt=1", "did you mean start?"), ("first.with.start", "dotted.key=value"),
-    ("first.with.start=[", "not valid YAML"), ("first.with.start=x", "override first.with.start: 'x' is not of type int"),
+    ("nope.with.x=1", "no phase 'nope'"), ("params.strt=1", "did you mean start?"),
+    ("first.with.start", "dotted.key=value"), ("first.with.start=[", "not valid YAML"),
+    ("first.with.start=x", "override first.with.start: 'x' is not of type int"),
 ])  # fmt: skip
 def test_a_wrong_override_is_named(tmp_path, override, expected):
     assert any(expected in line for line in problems(tmp_path, GOOD, override))
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("name: [", "not valid YAML"), ("- a", "a pipeline is a mapping"), ("name: x\nname: y", "stands twice"), ("name: x", "phases"),
+    ("name: [", "not valid YAML"), ("- a", "a pipeline is a mapping"), ("name: x\nname: y", "stands twice"),
+    ("name: x", "phases"),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line(tmp_path, text, expected):
     found = problems(tmp_path, text)

@@ -34,7 +34,8 @@ def key(tmp_path):
 
 def test_values_come_from_a_file_a_command_or_the_forwarded_environment(key, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    found = read_values({"A": f"file:{key}", "B": "file:~/key", "C": f"cmd:tr a-z A-Z < {key}", "D": "env:E"}, {"E": "e"})
+    found = read_values({"A": f"file:{key}", "B": "file:~/key", "C": f"cmd:tr a-z A-Z < {key}", "D": "env:E"},
+                        {"E": "e"})
     assert found == {"A": VALUE, "B": VALUE, "C": VALUE.upper(), "D": "e"}
 
 

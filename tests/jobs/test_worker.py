@@ -48,8 +48,8 @@ def test_a_loop_without_progress_names_its_step_and_the_remedy():
 
 
 @pytest.mark.parametrize("code, cause", [
-    (1, None), (2, Cause.MISTAKE), (3, Cause.LEASE_HELD), (4, Cause.NO_INPUT), (5, Cause.STOPPED), (137, None), (139, None),
-    (143, Cause.STOPPED)])
+    (1, None), (2, Cause.MISTAKE), (3, Cause.LEASE_HELD), (4, Cause.NO_INPUT), (5, Cause.STOPPED), (137, None),
+    (139, None), (143, Cause.STOPPED)])
 def test_the_workers_own_exit_codes_name_their_cause(code, cause):
     assert retry.told_by(code) == cause
 

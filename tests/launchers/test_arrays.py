@@ -49,7 +49,8 @@ def test_elements_beyond_the_array_limit_share_tasks_and_partners_share_the_fact
 @pytest.mark.soak
 def test_a_throttled_array_runs_so_many_elements_at_once(tmp_path, dev_cluster):
     run, env = tmp_path / "run", dev_cluster.env()
-    (tmp_path / "t.yaml").write_text("name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 6, throttle: 2, with: {seconds: 1}}\n")
+    (tmp_path / "t.yaml").write_text(
+        "name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 6, throttle: 2, with: {seconds: 1}}\n")
     job = afterok_json("submit", tmp_path / "t.yaml", "--run", run, env=env)["jobs"]["a"]
     most = 0
     while set(states(run, env=env).values()) != {"COMPLETED"}:
@@ -59,7 +60,9 @@ def test_a_throttled_array_runs_so_many_elements_at_once(tmp_path, dev_cluster):
 
 def test_a_throttled_array_is_throttled_locally_too(tmp_path):
     run = tmp_path / "run"
-    (tmp_path / "t.yaml").write_text("name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 4, throttle: 1, with: {seconds: 0.5}}\n")
+    (tmp_path / "t.yaml").write_text(
+        "name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 4, throttle: 1, with: {seconds: 0.5}}\n")
     afterok("run", tmp_path / "t.yaml", "cluster=local", "--run", run)
-    spans = sorted((o["started"], o["ended"]) for o in map(lambda p: json.loads(p.read_text()), run.glob("a/attempts/*.json")))
+    spans = sorted((o["started"], o["ended"])
+                   for o in map(lambda p: json.loads(p.read_text()), run.glob("a/attempts/*.json")))
     assert all(end <= begin + 0.05 for (_, end), (begin, _) in zip(spans, spans[1:]))

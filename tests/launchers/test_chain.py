@@ -22,7 +22,9 @@ phases:
 
 
 def end(done, total, seconds, key="k", state="stopped"):
-    return Outcome(0, 1, 0, state, 5, "", "h", "1", started=100.0, ended=100.0 + seconds, done=done, total=total, key=key)
+    return Outcome(
+        0, 1, 0, state, 5, "", "h", "1", started=100.0, ended=100.0 + seconds, done=done, total=total, key=key
+    )
 
 
 PHASE = FrozenPhase("sft", "sft", "k", {}, {}, None, 1, False, {}, {}, 1, 1, 0)
@@ -68,13 +70,17 @@ def began(run, link, attempt=1):
 
 def preempt(slurm, seconds=1):
     nodes = str(len(slurm.node_states()))
-    slurm.sbatch(["--partition=batch", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", f"--wrap=sleep {seconds}"])
+    slurm.sbatch(
+        ["--partition=batch", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", f"--wrap=sleep {seconds}"]
+    )
 
 
 def ask_to_stop(slurm, job):
     """What sbatch --signal does near the time limit. scancel tries a job in transition again, and finds it gone."""
     with contextlib.suppress(SlurmError):
-        slurm.run(["scancel", "--signal=USR2", next(row.job_id for row in rows_of(slurm, job) if row.state == "RUNNING")])
+        slurm.run(
+            ["scancel", "--signal=USR2", next(row.job_id for row in rows_of(slurm, job) if row.state == "RUNNING")]
+        )
 
 
 def facts(run, phase):
@@ -115,7 +121,8 @@ def test_a_link_that_is_asked_to_stop_exits_5_and_an_exception_ends_the_chain(ch
     assert "python exception; no further link" in next(run.glob("counter/logs/*.out")).read_text()
     total = phase_status(run, "total", env=env)
     assert (total["state"], total["reason"]) == ("PENDING", "DependencyNeverSatisfied")
-    again = afterok_json("submit", path, "--run", run, env=env)  # the code was mended: another chain, and it waits on that
+    # the code was mended: another chain, and it waits on that
+    again = afterok_json("submit", path, "--run", run, env=env)
     assert list(again["jobs"]) == ["counter"] and again["rewired"] == ["total"]
     wait_for("the end", lambda: states(run, env=env)["total"] == "COMPLETED")
     assert facts(run, "counter")["starts"][1] > 0
@@ -124,7 +131,8 @@ def test_a_link_that_is_asked_to_stop_exits_5_and_an_exception_ends_the_chain(ch
 @pytest.mark.soak
 def test_a_chain_that_proves_too_short_is_lengthened_and_one_too_long_shortened(chained):
     path, run, env, slurm = chained
-    slow = ["counter.with.steps=4000", "counter.with.seconds=0.5", "counter.resources.time=0:02:00"]  # 30 s a link: 67 links
+    # 30 s a link: 67 links
+    slow = ["counter.with.steps=4000", "counter.with.seconds=0.5", "counter.resources.time=0:02:00"]
     afterok("submit", path, *slow, "--run", run, env=env)
     jobs = jobs_of(run)
     began(run, 0)
@@ -146,13 +154,18 @@ def test_a_time_limit_ends_a_link_and_the_next_goes_on(chained):
     """Slurm's clock is minutes: a link of one minute, asked to stop 30 s before its end, and some seconds early."""
     path, run, env, slurm = chained
     profile = path.with_name("site.yaml")
-    profile.write_text("partitions: {preempt: {requeue: false}, batch: {}}\nroles: {cpu: {partition: batch}}\nsignal_lead_s: 30\n")
+    profile.write_text(
+        "partitions: {preempt: {requeue: false}, batch: {}}\nroles: {cpu: {partition: batch}}\nsignal_lead_s: 30\n"
+    )
     slow = ["counter.with.steps=600", "counter.resources.time=0:01:00", f"cluster={profile}"]
     afterok("submit", path, *slow, "--run", run, env=env)
     job = jobs_of(run)["counter"]
     assert "#SBATCH --signal=USR2@30\n" in (run / "submissions/1/scripts/counter.sh").read_text()
     wait_for("the end", lambda: states(run, env=env)["total"] == "COMPLETED", 300)
-    assert [o.state for o in RunFolder(run).outcomes("counter")][-1] == "sealed" and len(facts(run, "counter")["starts"]) > 1
+    assert (
+        [o.state for o in RunFolder(run).outcomes("counter")][-1] == "sealed"
+        and len(facts(run, "counter")["starts"]) > 1
+    )
     assert facts(run, "total")["total"] == sum(range(600)) and jobs_of(run)["counter"] == job
 
 

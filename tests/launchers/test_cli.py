@@ -37,7 +37,8 @@ def test_every_verb_has_help_and_every_reporting_verb_takes_json():
     (["plan", "none.yaml"], "none.yaml: no such pipeline file"),
     (["status", "nowhere"], "'nowhere' is no run"),
     (["plan", "TOY", "cluster=nosuch"], "no cluster profile 'nosuch'"),
-    (["plan", "TOY", "numbers.with.file=./absent.jsonl"], "phases.numbers.with.file: './absent.jsonl': no such file or folder"),
+    (["plan", "TOY", "numbers.with.file=./absent.jsonl"],
+     "phases.numbers.with.file: './absent.jsonl': no such file or folder"),
     (["plan", "TOY", "numbers.with.start=-1"], "phases.numbers.with.start: -1 is negative; take 0"),
     (["plan", "TOY", "numbers.resources.role=trian", "cluster=local"], "no role 'trian'"),
 ])  # fmt: skip

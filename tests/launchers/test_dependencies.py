@@ -35,7 +35,8 @@ def test_what_follows_a_failure_runs_then_and_only_then(place):
     assert "train failed: ValueError: row 7" in failed.stderr
     found = {"train": "FAILED", "clean": "COMPLETED", "tell": "COMPLETED", "report": "COMPLETED"}
     assert states(run, env=env) == found
-    again = afterok_json("submit", path, *overrides, "--run", run, env=env)  # mended: another start of the same settings
+    # mended: another start of the same settings
+    again = afterok_json("submit", path, *overrides, "--run", run, env=env)
     assert list(again["jobs"]) == ["train", "report"]  # which has to follow this end as well
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
 
@@ -81,7 +82,8 @@ def test_a_singleton_pair_never_runs_at_the_same_time_whichever_is_sent_first(tm
     afterok("resubmit", run, "first", "first.with.fail_at=null", env=env)  # sent while second runs: it waits
     (next(run.glob("second/*/leases")).parent / "enough").touch()
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
-    outcomes = [(name, json.loads(path.read_text())) for name in ("first", "second") for path in run.glob(f"{name}/attempts/*.json")]
+    outcomes = [(name, json.loads(path.read_text())) for name in ("first", "second")
+                for path in run.glob(f"{name}/attempts/*.json")]
     (second,) = [outcome for name, outcome in outcomes if name == "second"]
     assert all(outcome["ended"] <= second["started"] or second["ended"] <= outcome["started"]
                for name, outcome in outcomes if name == "first")
@@ -91,8 +93,8 @@ def test_a_singleton_is_no_input_and_enters_no_key(tmp_path):
     (tmp_path / "e.yaml").write_text(EXCLUSIVE)
     plan = afterok_json("plan", tmp_path / "e.yaml", "cluster=local", "--run", tmp_path / "run")
     (tmp_path / "e.yaml").write_text(EXCLUSIVE.replace("needs: {first: singleton}, ", ""))
-    assert afterok_json("plan", tmp_path / "e.yaml", "cluster=local", "--run", tmp_path / "run")["phases"][1]["key"] == \
-        plan["phases"][1]["key"]
+    assert (afterok_json("plan", tmp_path / "e.yaml", "cluster=local", "--run", tmp_path / "run")["phases"][1]["key"]
+            == plan["phases"][1]["key"])
 
 
 def test_several_types_at_once_and_the_nearest_of_a_wrong_one(tmp_path):

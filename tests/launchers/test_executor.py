@@ -68,7 +68,8 @@ run_element "${SLURM_ARRAY_TASK_ID:-0}"
 
 def test_the_script_of_a_gpu_phase_is_this_text(tmp_path):
     profile = load("example")
-    pipeline = load_pipeline(write_toy(tmp_path), ["numbers.resources.role=train", "numbers.resources.nodes=2", "numbers.throttle=4"])
+    pipeline = load_pipeline(write_toy(tmp_path),
+                             ["numbers.resources.role=train", "numbers.resources.nodes=2", "numbers.throttle=4"])
     run = RunFolder(Path("/run/toy"))
     planned = make_plan(pipeline, run, Cluster("slurm", profile, {}, "example")).phases[0]
     spec = JobSpec(planned, "toy.numbers.a3.cafe", [0, 2], {})
@@ -97,6 +98,7 @@ def test_what_waits_behind_a_job_that_can_never_start_never_starts_either():
         return QueueRow(job, array, None, "n", "PENDING", reason, waits, "")
 
     rows = [row("2", "DependencyNeverSatisfied", "afterok:1(failed)"), row("3", "Dependency", "afterok:2(unfulfilled)"),
-            row("9", "DependencyNeverSatisfied", "aftercorr:5_*(failed)", "7"), row("4", "Dependency", "afterany:3(unfulfilled)"),
+            row("9", "DependencyNeverSatisfied", "aftercorr:5_*(failed)", "7"),
+            row("4", "Dependency", "afterany:3(unfulfilled)"),
             row("5", "Dependency", "afterok:7_*(unfulfilled)"), row("6", "Resources", "")]  # fmt: skip
     assert never_starting(rows) == {"2", "3", "5", "9"}

@@ -99,7 +99,8 @@ def test_a_users_mistake_in_a_job_is_one_line_exit_2_and_leaves_no_seal(toy):
 
 def test_a_dead_rank_takes_the_others_with_it(toy):
     pipeline, run = toy
-    done = afterok("run", pipeline, "total.with.die_on_rank=1", "total.resources.ranks_per_node=2", "--run", run, check=1)
+    done = afterok("run", pipeline, "total.with.die_on_rank=1", "total.resources.ranks_per_node=2", "--run", run,
+                   check=1)
     assert "rank 1 was told to die" in done.stderr
     assert phase_status(run, "total")["exit_code"] == 1
 
@@ -168,7 +169,8 @@ def test_submitting_what_runs_already_submits_nothing_and_other_settings_are_ref
 def test_two_simultaneous_submits_do_the_work_once(toy):
     pipeline, run = toy
     command = [sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)]
-    pair = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    pair = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(2)]
     results = [(process.communicate(timeout=60), process.returncode) for process in pair]
     assert sorted(code for _, code in results) in ([0, 0], [0, 2]), results
     if any(code == 2 for _, code in results):
@@ -187,7 +189,8 @@ def test_the_worker_runs_the_same_by_hand_and_a_sealed_element_exits_0_at_once(t
     for index, word in (("2", "attempt 1"), ("2", "sealed already")):
         done = subprocess.run([*by_hand, index], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True)
         assert done.returncode == 0 and word in done.stdout, done.stderr
-    total = subprocess.run([*by_hand[:-1], "total"], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True)
+    total = subprocess.run([*by_hand[:-1], "total"], env={**os.environ, "PYTHONPATH": code}, text=True,
+                           capture_output=True)
     assert total.returncode == 0, total.stderr  # two ranks, spawned by the worker itself
     again = subprocess.run([*by_hand, "7"], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True)
     assert again.returncode == 2 and "has elements 0 to 2, not 7" in again.stderr
@@ -198,7 +201,8 @@ def test_a_phase_whose_upstream_has_no_seal_does_not_run_whatever_started_it(toy
     afterok("run", pipeline, "--run", run)
     for seal in [*run.glob("total/*/seal.json"), *run.glob("numbers/*/seal.json")]:
         seal.unlink()
-    done = subprocess.run([sys.executable, "-m", "jobs.worker", str(run), "total"], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "jobs.worker", str(run), "total"], cwd=ROOT, text=True,
+                          capture_output=True)
     assert done.returncode == 4 and "needs numbers, which has no seal" in done.stderr
     assert not list(run.glob("total/*/seal.json"))
 

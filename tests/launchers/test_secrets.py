@@ -116,7 +116,9 @@ def test_a_forwarded_variable_that_is_not_set_is_refused_before_anything_queues(
     assert "FORWARDED is not set" in line and not planted.run.exists()
 
 
-def test_on_slurm_a_planted_secret_is_nowhere_and_a_forwarded_variable_is_where_we_say(planted, tmp_path, accounted_cluster):
+def test_on_slurm_a_planted_secret_is_nowhere_and_a_forwarded_variable_is_where_we_say(
+    planted, tmp_path, accounted_cluster
+):
     """Below the cluster's prefix lie the controller's state, the nodes' spool, all logs and slurmdbd's database."""
     env = accounted_cluster.env() | {"FORWARDED": planted.values["FORWARDED"]}
     path = planted.profile(tmp_path, SLURM_PROFILE, "  forward: [FORWARDED]\n")
@@ -142,7 +144,8 @@ def test_on_slurm_a_planted_secret_is_nowhere_and_a_forwarded_variable_is_where_
     assert "--export=FORWARDED" in script and not planted.found_in(script)
     variables = wait_for("slurmdbd", lambda: (said := slurm("sacct", "--env-vars", "--jobs", job)).count("=") and said)
     assert planted.found_in(variables) == {"FORWARDED"}
-    assert not planted.found_in(slurm("sacct", "--batch-script", "--jobs", job) + slurm("sacct", "--jobs", job, "--format=ALL"))
+    assert not planted.found_in(slurm("sacct", "--batch-script", "--jobs", job)
+                                + slurm("sacct", "--jobs", job, "--format=ALL"))
     kept = planted.found_below(accounted_cluster.prefix)
     assert set().union(*kept.values()) <= {"FORWARDED"}, kept
     # What the profile's documentation says of forwarding, and why `env:` is not called a secret; it also shows that

@@ -36,7 +36,8 @@ def test_a_run_on_slurm_seals_the_same_as_a_local_run(toy, tmp_path):
 def test_phases_wait_on_each_other_as_dependent_arrays(toy):
     pipeline, run, env = toy
     jobs = afterok_json("submit", pipeline, "numbers.with.seconds=4", "--run", run, env=env)["jobs"]
-    rows = {row.array_index if row.array_index is not None else row.name.split(".")[1]: row for row in Slurm(env).queue()
+    rows = {row.array_index if row.array_index is not None else row.name.split(".")[1]: row
+            for row in Slurm(env).queue()
             if (row.array_job_id or row.job_id) in jobs.values()}
     assert rows["total"].reason == "Dependency" and f"afterok:{jobs['numbers']}" in rows["total"].dependency
     assert rows["again"].reason == "Dependency" and f"afterok:{jobs['total']}" in rows["again"].dependency
@@ -55,7 +56,8 @@ def test_a_failed_element_leaves_its_dependents_waiting_and_submit_sends_only_wh
     assert set(states(run, env=env).values()) == {"COMPLETED"}
     jobs = Ledger(run / "ledger.jsonl").jobs()
     assert [entry.elements for entry in jobs if entry.phase == "numbers"] == [[0, 1, 2], [1]]
-    assert [entry.phase for entry in jobs] == ["numbers", "total", "again", "numbers"]  # the waiting jobs kept their place
+    # the waiting jobs kept their place
+    assert [entry.phase for entry in jobs] == ["numbers", "total", "again", "numbers"]
     assert "#SBATCH --array=1\n" in (run / "submissions/2/scripts/numbers.sh").read_text()
 
 
@@ -90,7 +92,8 @@ def test_cancel_and_logs_reach_slurms_jobs(toy):
     pipeline, run, env = toy
     afterok("submit", pipeline, "numbers.with.seconds=100", "--run", run, env=env)
     wait_for("a log", lambda: phase_status(run, "numbers", env=env)["state"] == "RUNNING")
-    wait_for("its first line", lambda: "numbers[1] attempt 1" in afterok("logs", run, "numbers:1", env=env, check=None).stdout)
+    wait_for("its first line",
+             lambda: "numbers[1] attempt 1" in afterok("logs", run, "numbers:1", env=env, check=None).stdout)
     afterok("cancel", run, env=env)
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"CANCELLED"})
 
@@ -98,7 +101,8 @@ def test_cancel_and_logs_reach_slurms_jobs(toy):
 def test_nothing_of_the_submitters_environment_reaches_a_job_unless_forwarded(toy, tmp_path):
     pipeline, run, env = toy
     afterok("run", pipeline, "--run", run, env=env | {"PLANTED_SECRET": "s3cr3t-value"})
-    found = subprocess.run(["grep", "-rl", "--exclude-dir=code", "s3cr3t-value", str(run)], capture_output=True, text=True).stdout
+    found = subprocess.run(["grep", "-rl", "--exclude-dir=code", "s3cr3t-value", str(run)], capture_output=True,
+                           text=True).stdout
     assert found == ""
     job = Ledger(run / "ledger.jsonl").jobs()[0].job
     shown = subprocess.run(["scontrol", "show", "job", job], env=env, capture_output=True, text=True).stdout

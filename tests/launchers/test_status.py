@@ -66,7 +66,9 @@ class Planted:
         self.lease(attempt, first, restart)
         self.run.record_outcome(
             "sft",
-            Outcome(0, attempt, restart, state, int(state != "sealed"), "", "n1", "11", first * HOUR, last * HOUR, done),
+            Outcome(
+                0, attempt, restart, state, int(state != "sealed"), "", "n1", "11", first * HOUR, last * HOUR, done
+            ),
         )
 
     def checkpoint(self, step, hour):

@@ -65,14 +65,18 @@ Traceback (most recent call last):
 {GLOO_PEER}
 srun: error: n1: task 0: Exited with exit code 1
 """
-STEPD = "slurmstepd-n1: error: *** JOB 3 ON n1 CANCELLED AT 2026-11-21T01:41:06 {} ***\nsrun: error: n1: task 0: Terminated\n"
+STEPD = (
+    "slurmstepd-n1: error: *** JOB 3 ON n1 CANCELLED AT 2026-11-21T01:41:06 {} ***\n"
+    "srun: error: n1: task 0: Terminated\n"
+)
 CGROUP_OOM = (
     HELLO + "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the step tasks have been OOM Killed.\n"
     "srun: error: n1: task 0: Out Of Memory\n"
 )
 OVER_MEMORY = (
     HELLO
-    + "slurmstepd: error: Exceeded job memory limit\nslurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T01:41:06 ***\n"
+    + "slurmstepd: error: Exceeded job memory limit\n"
+    "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T01:41:06 ***\n"
 )
 
 
@@ -252,8 +256,9 @@ def test_what_is_only_likely_says_so():
 
 def test_scontrols_job_reads_like_accountings():
     line = (
-        "JobId=15 ArrayJobId=12 ArrayTaskId=3 JobName=toy.numbers.a1.x UserId=root(0) JobState=FAILED Reason=NonZeroExitCode "
-        "Requeue=1 Restarts=0 ExitCode=0:53 RunTime=1-00:01:05 TimeLimit=00:10:00 ReqNodeList=(null) NodeList=n[1-2] NumNodes=2"
+        "JobId=15 ArrayJobId=12 ArrayTaskId=3 JobName=toy.numbers.a1.x UserId=root(0) JobState=FAILED "
+        "Reason=NonZeroExitCode Requeue=1 Restarts=0 ExitCode=0:53 RunTime=1-00:01:05 TimeLimit=00:10:00 "
+        "ReqNodeList=(null) NodeList=n[1-2] NumNodes=2"
     )
     assert parse_job_row(line) == AccountingRow("12_3", "15", "toy.numbers.a1.x", "FAILED", 0, 53, 86465, "n[1-2]")
     assert parse_job_row("JobId=7 JobName=x JobState=PENDING ExitCode=0:0 NodeList=(null)").job_id == "7"

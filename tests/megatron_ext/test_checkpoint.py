@@ -82,7 +82,10 @@ def test_a_checkpoint_that_lacks_part_of_a_tensor_is_never_published(alone, hf, 
     trainer, write = updated(hf), checkpoint._write
     monkeypatch.setattr(checkpoint, "_write", lambda folder, parts: write(folder, parts[1:]))
     monkeypatch.setattr(checkpoint, "_check_whole", lambda pieces, check=checkpoint._check_whole: check(
-        [replace(p, region=replace(p.region, size=(1, *p.region.size[1:]))) if i == 0 else p for i, p in enumerate(pieces)]
+        [
+            replace(p, region=replace(p.region, size=(1, *p.region.size[1:]))) if i == 0 else p
+            for i, p in enumerate(pieces)
+        ]
     ))  # fmt: skip
     with pytest.raises(RuntimeError, match="elements, and ranks wrote"):
         checkpoint.save_step(tmp_path, 1, trainer.model, trainer.optimizer, PLAN, identity={}, position={}, keep=2)
@@ -154,7 +157,8 @@ def test_stored_pieces_are_read_by_the_plain_reader_too(alone, hf, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "of", [tiny.DIMS, *(pytest.param(dims, marks=pytest.mark.soak) for dims in (tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS))]
+    "of",
+    [tiny.DIMS, *(pytest.param(dims, marks=pytest.mark.soak) for dims in (tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS))]
 )
 def test_a_trained_model_exported_gives_the_same_greedy_tokens_in_transformers(tmp_path, of):
     from transformers import AutoModelForCausalLM

@@ -139,8 +139,16 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(kind):
     [
         ("qwen2", dict(rope_theta=5e5), "rope_theta is 500000.0 and rope_parameters' is 10000.0: keep the right one"),
         ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 8.0}), "factor is 4.0 and rope_scaling's is 8.0"),
-        ("qwen2", dict(rope_scaling={"rope_type": "default", "rope_theta": 5e5}), "rope_theta is 10000.0 and rope_scaling's"),
-        ("qwen2", dict(rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5}), "factor = 0.5 is not supported"),
+        (
+            "qwen2",
+            dict(rope_scaling={"rope_type": "default", "rope_theta": 5e5}),
+            "rope_theta is 10000.0 and rope_scaling's",
+        ),
+        (
+            "qwen2",
+            dict(rope_scaling={"rope_type": "default", "partial_rotary_factor": 0.5}),
+            "factor = 0.5 is not supported",
+        ),
         ("gpt_oss", dict(experts_per_token=4), "experts_per_token is 4 and num_experts_per_tok is 2"),
         ("gpt_oss", dict(initial_context_length=99), "initial_context_length is 99 and original_max_position"),
         ("nemotron_h", dict(attention_head_dim=64), "attention_head_dim is 64 and head_dim is 10"),

@@ -96,7 +96,9 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
     samples = [sorted((out / "samples.jsonl").read_text().splitlines()) for out in (outs[0], outs[3])]
     assert samples[0] == samples[1] and len(samples[0]) == whole["prompts"]
     table = durable.read_json(tmp_path / "keep" / "tables" / "accuracy.json")
-    assert [row[0] for row in table["rows"]] == ["all", "seen in training", "not seen", "others", "single operation sums"]
+    assert [row[0] for row in table["rows"]] == [
+        "all", "seen in training", "not seen", "others", "single operation sums"
+    ]
     again = evaluate.run(replace(config, compare_with=str(outs[0])), outs[1], tmp_path)
     assert again["gain"] == again["gain_error"] == 0 and again["sampled_accuracy"] == whole["sampled_accuracy"]
 
@@ -127,10 +129,19 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
     for index in range(2):
         evaluate.run(config, outs[1 + index], tmp_path / "parts", index=index, count=2)
     assert evaluate.finish(config, outs[1:3], outs[3], tmp_path / "parts") == whole
-    assert whole["prompts"] == 12 and whole["tool_prompts"] == 3 and whole["tool_accuracy"] == 1  # its reward is a length
-    assert whole["tool_pass@4"] == 1 and "tool_maj@4" not in whole and {"pass@1", "pass@2", "pass@4", "maj@4"} <= set(whole)
-    assert whole["pass@1"] == pytest.approx(whole["sampled_accuracy"]) and whole["pass@4"] >= whole["pass@2"] >= whole["pass@1"]
-    again = evaluate.run(replace(config, compare_with=str(outs[0]), verifiers=2), outs[1], tmp_path / "keep")  # nothing is sampled anew
+    # its reward is a length
+    assert whole["prompts"] == 12 and whole["tool_prompts"] == 3 and whole["tool_accuracy"] == 1
+    assert (
+        whole["tool_pass@4"] == 1
+        and "tool_maj@4" not in whole
+        and {"pass@1", "pass@2", "pass@4", "maj@4"} <= set(whole)
+    )
+    assert (
+        whole["pass@1"] == pytest.approx(whole["sampled_accuracy"])
+        and whole["pass@4"] >= whole["pass@2"] >= whole["pass@1"]
+    )
+    # nothing is sampled anew
+    again = evaluate.run(replace(config, compare_with=str(outs[0]), verifiers=2), outs[1], tmp_path / "keep")
     assert again["gain"] == 0
     wrong = replace(config, source=Source(synthetic_rows=1), task_options={"reverse_digits": True}, top_p=0.0)
     problems = evaluate.check(wrong, 1)
@@ -140,7 +151,8 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
 
 def test_a_completion_may_hold_whatever_some_take_for_the_end_of_a_line(tmp_path, monkeypatch):
     """json.dumps escapes control characters alone: U+0085, U+2028 and U+2029 stay as they are."""
-    lines = [dict(prompt=f"{n}", correct=True, seen=None, completion=f"a{mark}b", sampled=1, sampled_correct=1, votes=[])
+    lines = [dict(prompt=f"{n}", correct=True, seen=None, completion=f"a{mark}b", sampled=1, sampled_correct=1,
+                  votes=[])
              for n, mark in enumerate("\x85\u2028\u2029")]  # fmt: skip
     for name in ("part", "out"):
         (tmp_path / name).mkdir()

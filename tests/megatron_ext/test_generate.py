@@ -78,7 +78,9 @@ def test_several_turns_are_sampled_shown_and_gone_on_with(folders, tmp_path):
     end = tokenizer.decode([tokenizer.eos_id])
     rows = [json.loads(line) for line in open(out / "samples.jsonl")]
     spoken = [row for row in rows if "turns" in row]
-    assert spoken and all("".join(turn["text"] for turn in row["turns"]).startswith(row["completion"]) for row in spoken)
+    assert (
+        spoken and all("".join(turn["text"] for turn in row["turns"]).startswith(row["completion"]) for row in spoken)
+    )
     for row in spoken:
         for place, turn in enumerate(row["turns"]):
             before = "".join(one["text"] for one in row["turns"][:place]).removesuffix(end)  # as the task is asked
@@ -112,7 +114,8 @@ def test_elements_join_to_the_bytes_of_the_whole(folders, whole, tmp_path):
 def test_what_was_stopped_goes_on_to_the_same_samples(folders, whole, tmp_path):
     out, keep = made(tmp_path)
     reached = 0.0
-    for allowed, chunks in ((3, 0), (8, 1), (4, 1)):  # engine steps until it is asked to stop; chunks that are whole by then
+    # engine steps until it is asked to stop; chunks that are whole by then
+    for allowed, chunks in ((3, 0), (8, 1), (4, 1)):
         asked = iter(range(allowed))
         with pytest.raises(Stopped) as stopped:
             generate.run(config(folders), out, keep, stop=lambda: next(asked, None) is None)
@@ -146,10 +149,14 @@ def test_two_ranks_make_the_samples_of_one(two_ranks, folders, whole, tmp_path):
 
 def test_wrong_settings_and_prompts_without_room_are_refused(folders, tmp_path):
     wrong = config(folders, samples=0, chunk=0, sampling=Sampling(max_tokens=0), verify_limit_s=0.0)
-    assert [str(problem).split(":")[0] for problem in generate.check(wrong, 1)] == ["samples", "chunk", "verify_limit_s", "sampling.max_tokens"]
+    assert [str(problem).split(":")[0] for problem in generate.check(wrong, 1)] == [
+        "samples", "chunk", "verify_limit_s", "sampling.max_tokens"
+    ]
     assert "4 samples all alike" in str(generate.check(config(folders, sampling=Sampling(temperature=0)), 1)[0])
     out, keep = made(tmp_path)
-    with pytest.raises(UserMistake, match="prompt sums/.* has .* tokens; the model's positions and sampling.max_tokens leave 1 for it"):
+    with pytest.raises(
+        UserMistake, match="prompt sums/.* has .* tokens; the model's positions and sampling.max_tokens leave 1 for it"
+    ):
         generate.run(config(folders, sampling=Sampling(max_tokens=2047)), out, keep)
 
 
@@ -170,7 +177,9 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}
 
 def test_generated_samples_are_filtered_materialized_packed_and_trained_on(folders, whole, tmp_path):
     """Rejection sampling from end to end, as jobs/pipelines/r1_nanochat.yaml does it."""
-    kept, part, store, packs, out, keep = (tmp_path / name for name in ("kept", "part", "store", "packs", "out", "keep"))
+    kept, part, store, packs, out, keep = (
+        tmp_path / name for name in ("kept", "part", "store", "packs", "out", "keep")
+    )
     for folder in (kept, part, store, packs, out, keep):
         folder.mkdir()
     rules = rejection.Config(inputs=[str(whole[0])], correct=False, truncated=True, per_prompt=2, near_duplicate=1.0)
@@ -185,5 +194,7 @@ def test_generated_samples_are_filtered_materialized_packed_and_trained_on(folde
     made_ = materialize.finish(rows, [part], store)
     assert made_["kept"] > 0 and made_["rows"] == facts["kept"]
     pack.pack(pack.Config(store=str(store), pack_length=64), packs)
-    trained = sft.run(sft.Config(str(folders["base"]), str(store), str(packs), steps=2, global_batch=1, lr=1e-3), out, keep)
+    trained = sft.run(
+        sft.Config(str(folders["base"]), str(store), str(packs), steps=2, global_batch=1, lr=1e-3), out, keep
+    )
     assert trained["step"] == 2

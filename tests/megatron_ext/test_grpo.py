@@ -89,7 +89,8 @@ OTHERS = [(loss, cell) for loss in LOSSES for cell in ("DP2", "TP2", "PP2", "CP2
 @pytest.mark.parametrize("loss, cell", [*SHORT, *(pytest.param(*pair, marks=pytest.mark.soak) for pair in OTHERS)])
 def test_a_step_is_the_same_under_every_layout(two_ranks, folders, one_process, tmp_path, loss, cell):
     """The same samples, rewards, loss and gradient: denominators count all ranks."""
-    two_ranks.run(toy.trained, hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], keep=tmp_path, steps=2, minibatches=2,
+    two_ranks.run(toy.trained, hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], keep=tmp_path, steps=2,
+                  minibatches=2,
                   loss=LOSSES[loss])  # fmt: skip
     for ours, theirs in zip(metrics(tmp_path), one_process[loss]):
         assert [ours[name] for name in ("reward", "samples", "trained_tokens")] == [
@@ -111,7 +112,9 @@ def plan_of(family: str, cell: str) -> ParallelPlan:
     return plan if family == "qwen2" or plan.tensor == 1 else replace(plan, expert=plan.tensor)
 
 
-@pytest.mark.parametrize("family, cell", [pytest.param(*one, marks=[] if one == IN_CI else pytest.mark.soak) for one in LEGAL])
+@pytest.mark.parametrize(
+    "family, cell", [pytest.param(*one, marks=[] if one == IN_CI else pytest.mark.soak) for one in LEGAL]
+)
 def test_rewards_rise(request, folders, tmp_path, family, cell):
     pool = request.getfixturevalue("four_ranks" if cell == "TP2xDP2" else "two_ranks")
     pool.run(toy.trained, hf=folders[family], of=FAMILIES[family], plan=plan_of(family, cell), keep=tmp_path, steps=12)
@@ -121,7 +124,9 @@ def test_rewards_rise(request, folders, tmp_path, family, cell):
 
 def odd_judge(item: int, completion: str) -> Any:
     """What broken verifiers say, of some samples."""
-    return {0: None, 1: float("nan"), 2: "a string", 3: float("inf")}.get(len(completion) % 7, toy.share_below(item, completion))
+    return {0: None, 1: float("nan"), 2: "a string", 3: float("inf")}.get(
+        len(completion) % 7, toy.share_below(item, completion)
+    )
 
 
 def test_samples_without_a_usable_reward_are_masked_and_the_run_goes_on(folders, tmp_path):
@@ -159,7 +164,10 @@ def test_tokens_of_replies_are_in_the_rows_and_never_trained(alone):
     """Their place in the row is the document's, their loss weight nothing, and no log-prob of theirs is compared."""
     nan = float("nan")
     drawn = [
-        Sample(0, 0, (1, 2), numpy.array([3, 13, 8, 9, 4], numpy.int32), numpy.array([-1, -2, nan, nan, -3], numpy.float32), "stop", 1.0),
+        Sample(
+            0, 0, (1, 2), numpy.array([3, 13, 8, 9, 4], numpy.int32),
+            numpy.array([-1, -2, nan, nan, -3], numpy.float32), "stop", 1.0,
+        ),
         Sample(0, 1, (1, 2), numpy.array([7, 5], numpy.int32), numpy.array([-4, -5], numpy.float32), "stop", 0.0),
     ]
     batch = batch_of(drawn, {0}, Advantage(scale="none"), Rewarding(), 8)
@@ -172,15 +180,20 @@ def test_tokens_of_replies_are_in_the_rows_and_never_trained(alone):
 
 
 @pytest.mark.parametrize("cell", ["DP2", pytest.param("TP2", marks=pytest.mark.soak)])
-def test_a_run_of_several_turns_stopped_in_mid_rollout_ends_as_the_uninterrupted_one(two_ranks, folders, tmp_path, cell):
-    arguments = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], steps=3, old_logprobs="recompute", minibatches=2,
+def test_a_run_of_several_turns_stopped_in_mid_rollout_ends_as_the_uninterrupted_one(
+    two_ranks, folders, tmp_path, cell
+):
+    arguments = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], steps=3, old_logprobs="recompute",
+                     minibatches=2,
                      turns=True, max_tokens=14, advantage=Advantage(scale="none"))  # fmt: skip
     whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
     found = stop_and_go_on(two_ranks, tmp_path / "cut", [9, 6], **arguments)[0]
     assert found["digest"] == whole["digest"] and texts(tmp_path / "cut") == texts(tmp_path / "whole")
     lines = metrics(tmp_path / "whole")
     assert untimed(metrics(tmp_path / "cut")) == untimed(lines)
-    assert all(line["turns"] > 1.2 and line["reply_tokens"] > 0.3 and line["mismatch"]["max_log"] < 1e-4 for line in lines)
+    assert all(
+        line["turns"] > 1.2 and line["reply_tokens"] > 0.3 and line["mismatch"]["max_log"] < 1e-4 for line in lines
+    )
     assert all(line["trained_tokens"] < line["length"] * line["trained_samples"] for line in lines)
 
 
@@ -203,28 +216,40 @@ def test_a_step_that_is_left_while_it_draws_again_begins_anew():
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What of the metrics does not depend on the clock, nor on which samples shared an engine step."""
-    kept = ("step", "lr", "reward", "reward_parts", "samples", "trained_samples", "length", "prompts_kept", "loss", "grad_norm")
+    kept = (
+        "step", "lr", "reward", "reward_parts", "samples", "trained_samples", "length", "prompts_kept", "loss",
+        "grad_norm",
+    )
     return [{name: line[name] for name in kept} for line in lines]
 
 
 def texts(keep: Path) -> list[tuple[Any, ...]]:
-    return [(s["step"], s["item"], s["sample"], s["tokens"], s["reward"], s["advantage"], s["trained"]) for s in samples(keep)]
+    return [
+        (s["step"], s["item"], s["sample"], s["tokens"], s["reward"], s["advantage"], s["trained"])
+        for s in samples(keep)
+    ]
 
 
 def stop_and_go_on(pool, keep: Path, moments: list[int], **arguments: Any) -> list[dict[str, Any]]:
     done = [0]
     for moment in moments:
         stopped = {facts["stopped"] for facts in pool.run(toy.trained, keep=keep, stop_after=moment, **arguments)}
-        assert len(stopped) == 1 and max(stopped) > done[-1]  # also where both are in one step: else a restart is refused
+        # also where both are in one step: else a restart is refused
+        assert len(stopped) == 1 and max(stopped) > done[-1]
         done += stopped
     return pool.run(toy.trained, keep=keep, **arguments)
 
 
 @pytest.mark.parametrize(
     "family, cell",
-    [("qwen2", "DP2"), *(pytest.param(*pair, marks=pytest.mark.soak) for pair in [("qwen2", "TP2"), ("gpt_oss", "EP2")])],
+    [
+        ("qwen2", "DP2"),
+        *(pytest.param(*pair, marks=pytest.mark.soak) for pair in [("qwen2", "TP2"), ("gpt_oss", "EP2")]),
+    ],
 )
-def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(two_ranks, folders, tmp_path, family, cell):
+def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(
+    two_ranks, folders, tmp_path, family, cell
+):
     """Several updates a step, prompts drawn again, a checkpoint every third step only."""
     arguments = dict(hf=folders[family], of=FAMILIES[family], plan=CELLS[cell], steps=5, minibatches=2, refill_tries=1,
                      checkpoint_every=3, old_logprobs="recompute", advantage=Advantage(scale="none"))  # fmt: skip
@@ -239,12 +264,17 @@ def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(
     assert len({key[1:3] for key in used}) == len(used) == whole["position"]["samples"]
 
 
-def in_ranks_of_their_own(hf: Path, keep: Path, deaths: list[Any], **arguments: Any) -> list[subprocess.CompletedProcess]:
+def in_ranks_of_their_own(
+    hf: Path, keep: Path, deaths: list[Any], **arguments: Any
+) -> list[subprocess.CompletedProcess]:
     """Once a rank ended badly the others are killed, as srun does."""
     port = gloo.free_port()
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.megatron_ext.rl.toy", str(hf), str(keep), json.dumps(death), json.dumps(arguments)],
+            [
+                sys.executable, "-m", "tests.megatron_ext.rl.toy", str(hf), str(keep), json.dumps(death),
+                json.dumps(arguments),
+            ],
             env={**os.environ, **gloo.environment(rank, len(deaths), port)}, cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
@@ -260,7 +290,8 @@ def in_ranks_of_their_own(hf: Path, keep: Path, deaths: list[Any], **arguments: 
 
 
 LONGEST = {"rollout": 0.05, "reward": 0.01, "update": 0.1, "save": 0.3}  # seconds that the stage takes, about
-OFTEN = {"rollout": 12, "reward": 2, "update": 4, "save": 1}  # each start comes to it so many times, whatever was done before
+# each start comes to it so many times, whatever was done before
+OFTEN = {"rollout": 12, "reward": 2, "update": 4, "save": 1}
 
 
 def deaths(seed: int, stages: list[str]) -> list[list[Any]]:
@@ -274,11 +305,16 @@ def deaths(seed: int, stages: list[str]) -> list[list[Any]]:
 
 
 ONCE, ALL = ["rollout", "save"], ["rollout", "rollout", "reward", "update", "save"]
-KILLS = [pytest.param(1, ONCE, id="CI"), *(pytest.param(seed, ALL, id=f"{seed}", marks=pytest.mark.soak) for seed in (2, 3, 4, 5))]
+KILLS = [
+    pytest.param(1, ONCE, id="CI"),
+    *(pytest.param(seed, ALL, id=f"{seed}", marks=pytest.mark.soak) for seed in (2, 3, 4, 5)),
+]
 
 
 @pytest.mark.parametrize("seed, stages", KILLS)
-def test_ranks_killed_at_any_moment_end_as_the_uninterrupted_run_bit_for_bit(two_ranks, folders, tmp_path, seed, stages):
+def test_ranks_killed_at_any_moment_end_as_the_uninterrupted_run_bit_for_bit(
+    two_ranks, folders, tmp_path, seed, stages
+):
     hf, keep = folders["qwen2"], tmp_path / "cut"
     arguments = dict(steps=10, minibatches=2, checkpoint_every=3, old_logprobs="recompute")
     plain = dict(hf=hf, of=tiny.DIMS, plan=ParallelPlan(), **arguments)

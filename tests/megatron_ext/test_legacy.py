@@ -129,7 +129,11 @@ def test_a_missing_rank_is_one_line(two_ranks, tmp_path):
         (DENSE, dict(rotary_percent=0.5), "rotary_percent is 0.5, config.json has 1.0"),
         (DENSE, dict(norm_epsilon=1e-5), "norm_epsilon is 1e-05, config.json has 1e-06"),
         (DENSE, dict(use_rope_scaling=True), "rope_scaling_factor is 8.0, config.json has 0.0"),
-        (replace(DENSE, tied=True), dict(untie_embeddings_and_output_weights=True), "weights is True, config.json has False"),
+        (
+            replace(DENSE, tied=True),
+            dict(untie_embeddings_and_output_weights=True),
+            "weights is True, config.json has False",
+        ),
         (DENSE, dict(num_attention_heads=2, kv_channels=16), "num_attention_heads is 2, config.json has 4"),
         (DENSE, dict(group_query_attention=False), "num_query_groups is 4, config.json has 2"),
         (EXPERTS, dict(window_size=(127, 0)), "window_size is 128, config.json has 8"),

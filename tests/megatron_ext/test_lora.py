@@ -25,7 +25,8 @@ PACK = tiny.pack([40], seed=2)
 
 
 FAMILIES = {
-    "qwen2": tiny.DIMS, "gpt_oss": tiny.GPT_OSS_DIMS, "nemotron_h": tiny.NEMOTRON_H_DIMS, "nanochat": tiny.NANOCHAT_DIMS,
+    "qwen2": tiny.DIMS, "gpt_oss": tiny.GPT_OSS_DIMS, "nemotron_h": tiny.NEMOTRON_H_DIMS,
+    "nanochat": tiny.NANOCHAT_DIMS,
 }  # fmt: skip
 
 
@@ -173,7 +174,9 @@ def test_training_goes_on_with_the_adapter_or_refuses(calculator, trained, tmp_p
     assert model_folder.open_folder(tmp_path / "more").base_digest == model_folder.open_folder(trained[0]).base_digest
     for lora in (LoraConfig(), LoraConfig(8, 8.0)):
         (problem,) = sft.check(replace(config, lora=lora), 1)
-        assert problem.where == "lora" and "has an adapter of rank 4, alpha 8, targets ['all-linear']" in problem.message
+        assert (
+            problem.where == "lora" and "has an adapter of rank 4, alpha 8, targets ['all-linear']" in problem.message
+        )
         assert "merge it first (merge_lora)" in problem.message
     with pytest.raises(UserMistake, match="merge it first"):
         model_folder.weights_at(trained[0])
@@ -220,8 +223,8 @@ WRONG = {
     "nothing": (dict(rank=4, targets=[]), "lora.targets: names nothing: use [all-linear]"),
     "misspelt": (
         dict(rank=4, targets=["q_prj"]),
-        "lora.targets: this model has no 'q_prj' (did you mean q_proj? known: all-linear, q_proj, k_proj, v_proj, o_proj, "
-        "router, experts)",
+        "lora.targets: this model has no 'q_prj' (did you mean q_proj? known: all-linear, q_proj, k_proj, v_proj, "
+        "o_proj, router, experts)",
     ),
     "embedding": (
         dict(rank=4, targets=["embed_tokens"]),
@@ -259,12 +262,16 @@ def test_adapters_that_are_not_understood_are_refused(alone, tmp_path):
     with pytest.raises(UserMistake, match="has no 'q_prj' .did you mean q_proj"):
         made(import_hf.run, import_hf.Config(str(hf), adapter=str(peft)), tmp_path / "a")
     assert problems() == ""
-    with pytest.raises(UserMistake, match=r"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight \[2, 32\] is missing"):
+    with pytest.raises(
+        UserMistake, match=r"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight \[2, 32\] is missing"
+    ):
         made(import_hf.run, import_hf.Config(str(hf), adapter=str(peft)), tmp_path / "b")
 
 
 def test_exports_that_peft_would_not_load_are_refused(tmp_path):
-    site = Site(1, forecasts={"m": {"adapter": {"lora": asdict(LoraConfig(4, 8.0, targets=["out_proj"]))}}, "p": {"x": 1}})
+    site = Site(
+        1, forecasts={"m": {"adapter": {"lora": asdict(LoraConfig(4, 8.0, targets=["out_proj"]))}}, "p": {"x": 1}}
+    )
     (problem,) = export_hf.check(export_hf.Config("m", adapter="peft"), 1, site)
     assert "PEFT adapts no out_proj" in problem.message and problem.message.endswith("use merged")
     (problem,) = export_hf.check(export_hf.Config("p", adapter="peft"), 1, site)

@@ -53,7 +53,10 @@ def test_linear_falls_by_equal_steps_to_the_floor():
 def test_every_mistake_about_length_is_named():
     config = sft.Config("m", "s", "p", samples=-1, warmup_steps=1, warmup_tokens=5)
     found = [str(problem) for problem in sft._check_length(config, 64)]
-    assert found[0] == "samples: -1 is negative" and found[1].startswith("warmup_steps: the warm-up is given more than once")
+    assert (
+        found[0] == "samples: -1 is negative"
+        and found[1].startswith("warmup_steps: the warm-up is given more than once")
+    )
     assert [str(p) for p in sft._check_length(sft.Config(), None)] == [
         "steps: how long to train is not said: give steps, samples or tokens"
     ]
@@ -112,7 +115,9 @@ def test_plans_of_different_lengths_are_not_blended(calculator, tmp_path):
     readers = [PackReader(calculator["store"], plan) for plan in (calculator["packs"], tmp_path)]
     with pytest.raises(UserMistake, match=r"packs of \[64, 128\] tokens cannot be blended"):
         BlendedPacks(readers, [1, 1])
-    config = replace(sft_config(calculator, 5), blend_stores=["s"], blend_packs=[str(tmp_path)], blend_weights=[1.0, 1.0])
+    config = replace(
+        sft_config(calculator, 5), blend_stores=["s"], blend_packs=[str(tmp_path)], blend_weights=[1.0, 1.0]
+    )
     assert "packs of different lengths cannot be blended" in "\n".join(map(str, sft.check(config, 1)))
 
 
@@ -143,13 +148,17 @@ def test_what_the_backend_cannot_do_is_refused():
     assert "need NCCL_GRAPH_REGISTER=0" in str(options.check(GPU, "te", environment=segments)[0])
     assert options.check(GPU, "te", environment=segments | {"NCCL_GRAPH_REGISTER": "0"}) == []
     assert "did you mean flash?" in str(options.check(Engine(attention="flahs"), "te")[0])
-    assert str(options.check_balance(Balance(aux_loss=0.1), experts=False)[0]).startswith("balance.aux_loss: 0.1, and the")
+    assert str(options.check_balance(Balance(aux_loss=0.1), experts=False)[0]).startswith(
+        "balance.aux_loss: 0.1, and the"
+    )
 
 
 def test_the_distributed_time_out_is_the_configured_one():
     assert "distributed_timeout_minutes: 0 is too few" in str(options.check_timeout(0)[0])
     with ranks.started(PLAN, patience=timedelta(minutes=7)):
-        assert parallel_state.get_data_parallel_group()._get_backend(torch.device("cpu")).options._timeout.seconds == 420
+        assert (
+            parallel_state.get_data_parallel_group()._get_backend(torch.device("cpu")).options._timeout.seconds == 420
+        )
 
 
 def losses_with(plan: ParallelPlan, hf: Path, engine: Engine) -> list[float]:

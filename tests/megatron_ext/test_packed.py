@@ -38,7 +38,8 @@ class Trained:
 def packs_of(step: int, whole: bool, vocabulary: int) -> list[Any]:
     """The global batch of an update: four rows of several documents each, or of one."""
     return [
-        random_pack([ROW] if whole else lengths, vocabulary, len(DOCUMENTS) * 2 * step + i) for i, lengths in enumerate(DOCUMENTS * 2)
+        random_pack([ROW] if whole else lengths, vocabulary, len(DOCUMENTS) * 2 * step + i)
+        for i, lengths in enumerate(DOCUMENTS * 2)
     ]
 
 

@@ -44,7 +44,9 @@ def test_the_stacks_of_all_ranks_are_dumped_when_one_stands_still(tmp_path):
     hf, port = tiny.hf_folder(tmp_path / "hf"), gloo.free_port()
     command = [sys.executable, "-m", "tests.megatron_ext.test_watch", str(hf), str(tmp_path)]
     found = [
-        subprocess.Popen(command, env={**os.environ, **gloo.environment(rank, 2, port)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, env={**os.environ, **gloo.environment(rank, 2, port)}, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     logs = [process.communicate(timeout=120)[1] for process in found]

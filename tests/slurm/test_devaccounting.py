@@ -28,7 +28,9 @@ def wrapped(slurm: Slurm, command: str, *options: str) -> str:
 def test_missing_packages_are_named_with_the_line_to_install_them(monkeypatch):
     found = {*devcluster.PACKAGES, "sacctmgr", "my_print_defaults"}
     monkeypatch.setattr(devcluster, "_program", lambda name: name if name in found else None)
-    with pytest.raises(UserMistake, match="with accounting .* slurmdbd, mariadb-server-core, .*apt-get install") as refused:
+    with pytest.raises(
+        UserMistake, match="with accounting .* slurmdbd, mariadb-server-core, .*apt-get install"
+    ) as refused:
         devcluster.up(Path("/tmp/aok-never"), accounting=True)
     assert "mariadb-client-core" not in str(refused.value) and not Path("/tmp/aok-never").exists()
 

@@ -73,7 +73,9 @@ env: {modules: cuda, set: {A: [1]}}
         "p.yaml: partitions.gpu.account", "p.yaml: roles.train.nodes", "p.yaml: roles.cpu", "p.yaml: env.modules",
         "p.yaml: env.set",
     }  # fmt: skip
-    assert "mean partitions?" in found["p.yaml: partitons"] and "mean max_time?" in found["p.yaml: partitions.gpu.max_tme"]
+    assert (
+        "mean partitions?" in found["p.yaml: partitons"] and "mean max_time?" in found["p.yaml: partitions.gpu.max_tme"]
+    )
     assert found["p.yaml: partitions.gpu.max_nodes"] == "'many' is not an integer"
     assert "[cuda]" in found["p.yaml: env.modules"]
 

@@ -20,7 +20,9 @@ HERE = "tests.data_tools.tasks.verifiers"
 def made(shares: dict[str, tuple[int, float]], seed: int = 0, **more: Entry) -> Mix:
     """name → (prompts, weight)"""
     entries = {name: Entry("calculator", weight=weight) for name, (_, weight) in shares.items()} | more
-    items = {name: [Item(f"{name}/{place}", str(place)) for place in range(count)] for name, (count, _) in shares.items()}
+    items = {
+        name: [Item(f"{name}/{place}", str(place)) for place in range(count)] for name, (count, _) in shares.items()
+    }
     return Mix(entries, seed, items | {name: [Item("never", "never")] for name in more})
 
 
@@ -30,7 +32,9 @@ shares = st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(1, 9), s
 @settings(deadline=None, max_examples=60)
 @given(shares, st.integers(0, 2**40), st.integers(1, 400))
 def test_every_prompt_once_an_epoch_and_weights_exact_over_every_prefix(shares, seed, length):
-    mix = made(shares, seed, only=Entry("calculator", weight=5.0, evaluation_only=True), none=Entry("calculator", weight=0.0))
+    mix = made(
+        shares, seed, only=Entry("calculator", weight=5.0, evaluation_only=True), none=Entry("calculator", weight=0.0)
+    )
     total = sum(weight for _, weight in shares.values())
     drawn = {name: [] for name in shares}
     for k in range(length):
@@ -44,7 +48,10 @@ def test_every_prompt_once_an_epoch_and_weights_exact_over_every_prefix(shares, 
             epoch = draws[start : start + count]
             assert {draw.epoch for draw in epoch} == {start // count}
             uids = [draw.item.uid for draw in epoch]
-            assert len(set(uids)) == len(uids) and (len(uids) < count or set(uids) == {f"{name}/{i}" for i in range(count)})
+            assert (
+                len(set(uids)) == len(uids)
+                and (len(uids) < count or set(uids) == {f"{name}/{i}" for i in range(count)})
+            )
 
 
 @settings(deadline=None, max_examples=30)
@@ -75,7 +82,11 @@ NUMBER = 15567177774316879867
 def test_a_digest_tells_other_prompts_weights_and_seeds():
     base = made({"a": (5, 1.0), "b": (3, 0.45)})
     same = made({"a": (5, 1.0), "b": (3, 0.45)}, only=Entry("calculator", evaluation_only=True))
-    others = [made({"a": (6, 1.0), "b": (3, 0.45)}), made({"a": (5, 1.0), "b": (3, 0.5)}), made({"a": (5, 1.0), "b": (3, 0.45)}, 1)]
+    others = [
+        made({"a": (6, 1.0), "b": (3, 0.45)}),
+        made({"a": (5, 1.0), "b": (3, 0.5)}),
+        made({"a": (5, 1.0), "b": (3, 0.45)}, 1),
+    ]
     assert base.digest == same.digest and base.digest not in [other.digest for other in others]
 
 
@@ -95,7 +106,9 @@ def test_files_of_every_form_give_the_same_prompts(tmp_path):
         items = load_items("mine", Entry(f"{HERE}:length", source=Source(inputs=[str(tmp_path / f"a.{suffix}")])))
         assert [(item.prompt, item.answer) for item in items] == [("3?", "3"), ("1?", "1"), ("2?", "2")], suffix
         assert all(item.uid.startswith("mine/") for item in items)
-        limited = load_items("mine", Entry(f"{HERE}:length", limit=2, source=Source(inputs=[str(tmp_path / f"a.{suffix}")])))
+        limited = load_items(
+            "mine", Entry(f"{HERE}:length", limit=2, source=Source(inputs=[str(tmp_path / f"a.{suffix}")]))
+        )
         assert limited == items[:2]
 
 
@@ -128,7 +141,9 @@ def cache(root: Path, files: dict[str, str]) -> None:
 
 def test_datasets_of_the_hub_come_from_its_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    cache(tmp_path, {"main/test-0.jsonl": '{"prompt": "t"}\n', "main/train-0.jsonl": '{"prompt": "a"}\n', "README.md": ""})
+    cache(
+        tmp_path, {"main/test-0.jsonl": '{"prompt": "t"}\n', "main/train-0.jsonl": '{"prompt": "a"}\n', "README.md": ""}
+    )
     for hub, prompts in (("some/set", ["t", "a"]), ("some/set@main:main/train-*", ["a"])):
         assert [item.prompt for item in load_items("x", Entry(f"{HERE}:length", hub=hub))] == prompts
     with pytest.raises(UserMistake, match="no file matches; it has main/test-0.jsonl, main/train-0.jsonl"):
@@ -176,14 +191,19 @@ def test_megatrons_environments_are_entries_and_settings_go_over_them(tmp_path):
     entries = entries_of(config)
     assert entries == {
         "dapo_math": Entry("dapo_math", {"answer_format": "tagged"}, rewards={"format": 0.25}),
-        "aime": Entry("aime", {"answer_format": "tagged"}, weight=0.0, rewards={"format": 0.0}, evaluation_only=True, limit=4),
+        "aime": Entry(
+            "aime", {"answer_format": "tagged"}, weight=0.0, rewards={"format": 0.0}, evaluation_only=True, limit=4
+        ),
     }
     assert not check_mix(config)
 
 
 @pytest.mark.parametrize("text, message", [
     ("- {agent_type: DAPOAgnt}", "environment 1: agent DAPOAgnt has no task here (did you mean DAPOAgent?"),
-    ("- {agent_type: DAPOAgent, agent_args: {negative_reward: -1.0}}", "agent_args.negative_reward: -1.0 has no counterpart"),
+    (
+        "- {agent_type: DAPOAgent, agent_args: {negative_reward: -1.0}}",
+        "agent_args.negative_reward: -1.0 has no counterpart",
+    ),
     ("- {agent_type: DAPOAgent, wieght: 2}", "unknown key 'wieght' (did you mean weight?"),
     ("- {agent_type: DAPOAgent}\n- {agent_type: DAPOAgent}", "environment 2: DAPOAgent stands twice"),
     ("a: 1", "no list of environments"), ("- [", "not YAML"), ("- {weight: 1}", "has no agent_type"),
@@ -225,7 +245,8 @@ def test_texts_after_which_a_task_is_asked_are_known_or_refused(tmp_path, monkey
     calculating = {"math": Entry("gsm8k", {"calculator": True}), "plain": Entry("gsm8k"), "aime": Entry("aime")}
     assert turn_ends(calculating) == {"math": ("=",)}
     assert of("stop_strings = lambda options: ['</call>']") == {"tool": ("</call>",)}
-    for body, message in (("del stop_strings", "AttributeError"), ("stop_strings = lambda options: 1 / 0", "ZeroDivisionError"),
+    for body, message in (("del stop_strings", "AttributeError"),
+                          ("stop_strings = lambda options: 1 / 0", "ZeroDivisionError"),
                           ("stop_strings = lambda options: '='", "give a list of texts, or None")):  # fmt: skip
         with pytest.raises(UserMistake, match=message):
             of(body)

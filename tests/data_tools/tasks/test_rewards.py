@@ -151,7 +151,8 @@ def test_no_process_of_verifiers_imports_torch():
 
 
 def test_a_task_that_cannot_be_loaded_is_refused_at_once():
-    for task, message in (("nowhere:f", "module 'nowhere' cannot be imported"), (f"{HERE}:absent", "has no function 'absent'"),
+    for task, message in (("nowhere:f", "module 'nowhere' cannot be imported"),
+                          (f"{HERE}:absent", "has no function 'absent'"),
                           ("calculatr", "did you mean calculator")):  # fmt: skip
         with pytest.raises(UserMistake, match=message), Scorer({"a": Verifier(task)}, workers=1):
             pass

@@ -25,10 +25,14 @@ def score(task: str, item: Item, completion: str, **options):
     return module.rewards(item, completion, task_options(module, options))
 
 
-EQUAL = [("\\frac{1}{2}", "0.5"), ("1/2", "\\dfrac{1}{2}"), ("(3,\\frac{\\pi}{2})", "\\left( 3, \\pi/2 \\right)"), ("72", "72.0"),
-         ("70,000", "70000"), ("x^2+2x+1", "(x+1)^2"), ("\\text{Evelyn}", "Evelyn"), ("90", "90^\\circ"), ("10", "\\$10"),
-         ("\\{1,2\\}", "\\{2,1\\}"), ("[0,1)", "[0, 1)"), ("4", "x=4"), ("10{,}000", "10000"), ("042", "42")]  # fmt: skip
-DIFFERENT = [("\\frac{1}{2}", "0.49"), ("[0,1)", "[0,1]"), ("2", "2,3"), ("5", "}{"), ("5", ""), ("5", "five"), ("x+1", "x+2")]
+EQUAL = [("\\frac{1}{2}", "0.5"), ("1/2", "\\dfrac{1}{2}"), ("(3,\\frac{\\pi}{2})", "\\left( 3, \\pi/2 \\right)"),
+         ("72", "72.0"), ("70,000", "70000"), ("x^2+2x+1", "(x+1)^2"), ("\\text{Evelyn}", "Evelyn"),
+         ("90", "90^\\circ"), ("10", "\\$10"), ("\\{1,2\\}", "\\{2,1\\}"), ("[0,1)", "[0, 1)"), ("4", "x=4"),
+         ("10{,}000", "10000"),
+         ("042", "42")]  # fmt: skip
+DIFFERENT = [
+    ("\\frac{1}{2}", "0.49"), ("[0,1)", "[0,1]"), ("2", "2,3"), ("5", "}{"), ("5", ""), ("5", "five"), ("x+1", "x+2")
+]
 
 
 @pytest.mark.parametrize("gold, answer", EQUAL)
@@ -45,7 +49,11 @@ def test_the_last_answer_of_the_form_counts_and_a_box_is_always_accepted():
     text = "First \\boxed{1}, no, \\boxed{\\frac{1}{2} \\} {x}}. <answer> 3 </answer> #### 4\nAnswer: 5\n\\boxed{6"
     assert last_boxed(text) == "\\frac{1}{2} \\} {x}"
     assert [find_answer(text, form) for form in ("tagged", "hashes", "answer_line")] == ["3", "4", "5"]
-    assert find_answer("\\boxed{7}", "tagged") == "7" and find_answer("7", "boxed") is None and find_answer("\\boxed{ }", "boxed") is None
+    assert (
+        find_answer("\\boxed{7}", "tagged") == "7"
+        and find_answer("7", "boxed") is None
+        and find_answer("\\boxed{ }", "boxed") is None
+    )
 
 
 @pytest.mark.parametrize("completion, terms", [
@@ -66,13 +74,16 @@ def test_a_row_whose_own_answer_cannot_be_read_is_not_scorable():
 def test_format_counts_as_weighted_through_the_scorer():
     verifiers = {"math500": Verifier("math500", weights={"format": 0.1})}
     with Scorer(verifiers, workers=1) as scorer:
-        found = [scorer.submit("math500", Item.of("?", "1/2"), text).result() for text in ("\\boxed{0.5}", "\\boxed{2}", "")]
+        found = [
+            scorer.submit("math500", Item.of("?", "1/2"), text).result() for text in ("\\boxed{0.5}", "\\boxed{2}", "")
+        ]
     assert [one.reward for one in found] == [1.0, 0.1, 0.0] and found[1].parts == {"correct": 0.0, "format": 1.0}
     assert [one.answer for one in found] == ["1/2", "2", None]
 
 
 DAPO = {
-    "prompt": [{"role": "user", "content": "Solve the following math problem step by step. The last line of your response "
+    "prompt": [{"role": "user", "content":
+                "Solve the following math problem step by step. The last line of your response "
                 "should be of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
                 "What is 2+2?\n\nRemember to put your answer on its own line after \"Answer:\"."}],
     "reward_model": {"ground_truth": "4", "style": "rule"}, "extra_info": {"index": "x"}}  # fmt: skip
@@ -89,10 +100,16 @@ def test_questions_are_asked_in_the_form_that_is_wanted(task):
     for record in RECORDS[task]:
         item = item_of(task, record)
         assert item.answer == "4" and item.prompt == [
-            {"role": "user", "content": "What is 2+2?\n\nPlease reason step by step, and put your final answer within \\boxed{}."}
+            {
+                "role": "user",
+                "content": "What is 2+2?\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+            }
         ]
         text = item_of(task, record, chat=False, answer_format="hashes", instruction="Go.")
-        assert text.prompt == "What is 2+2?\n\nGo.\n" and score(task, text, "so\n#### 4", answer_format="hashes")["correct"] == 1.0
+        assert (
+            text.prompt == "What is 2+2?\n\nGo.\n"
+            and score(task, text, "so\n#### 4", answer_format="hashes")["correct"] == 1.0
+        )
 
 
 def test_gsm8k_answers_lose_their_commas_and_need_their_mark():
@@ -110,8 +127,10 @@ def test_a_calculator_answers_what_was_begun_and_nothing_else():
     task, item = load_task("gsm8k"), Item.of("?", "24")
     options = task_options(task, {"calculator": True})
     assert task.stop_strings(options) == ["="]
-    assert [task.reply(item, text, options) for text in ("so <<48/2=", "x =", "<<1/0=", "<<1/3=", "<<a=", "done", "<<1+1=2>> =")] == [
-        "24>>", "", "error: division by zero>>", "error: no finite decimal>>", "error: 'a' at character 1 of 'a'>>", "", ""]  # fmt: skip
+    assert [task.reply(item, text, options)
+            for text in ("so <<48/2=", "x =", "<<1/0=", "<<1/3=", "<<a=", "done", "<<1+1=2>> =")] == [
+        "24>>", "", "error: division by zero>>", "error: no finite decimal>>", "error: 'a' at character 1 of 'a'>>",
+        "", ""]  # fmt: skip
     assert task.stop_strings(task_options(task, {})) is None
 
 
@@ -125,7 +144,9 @@ CHOICES = {"question": "Which?", "choices": ["one", "two", "three"]}
 def test_choices_are_lettered_and_the_letter_counts(record):
     item = item_of("multiple_choice", record)
     assert item.answer == "C" and "Which?\n\nA. one\nB. two\nC. three\n" in item.prompt[0]["content"]
-    for right in ("\\boxed{C}", "\\boxed{(C)}", "\\boxed{\\text{C}}", "\\boxed{C. three}", "C", "(C)", "no \\boxed{A} \\boxed{C}"):
+    for right in (
+        "\\boxed{C}", "\\boxed{(C)}", "\\boxed{\\text{C}}", "\\boxed{C. three}", "C", "(C)", "no \\boxed{A} \\boxed{C}"
+    ):
         assert score("multiple_choice", item, right) == {"correct": 1.0, "format": 0.0}, right
     assert score("multiple_choice", item, "\\boxed{B}") == {"correct": 0.0, "format": 1.0}
     assert score("multiple_choice", item, "Clearly") == {"correct": 0.0, "format": 0.0}
@@ -149,7 +170,10 @@ def test_an_action_is_worth_what_its_row_says_and_none_is_not_scorable():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"reward_action_1": None}, "needs columns reward_action_0, reward_action_1, .* q_rewards .*; it has prompt, reward_action_0"),
+    (
+        {"reward_action_1": None},
+        "needs columns reward_action_0, reward_action_1, .* q_rewards .*; it has prompt, reward_action_0",
+    ),
     ({"reward_action_3": 1}, "has reward_action_0, reward_action_1, reward_action_3 but no column reward_action_2"),
     ({"reward_action_0": ""}, "reward_action_0 is '', not a finite number"),
     ({"reward_action_0": "nan"}, "reward_action_0 is 'nan', not a finite number"),
@@ -188,8 +212,8 @@ real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data in {DATA}")
 
 @real
 @pytest.mark.parametrize("task, file, count", [
-    ("gsm8k", "gsm8k/test.jsonl", 1319), ("math500", "math500/test.jsonl", 500), ("aime", "qwen_math/aime24.test.jsonl", 30),
-    ("multiple_choice", "qwen_math/mmlu_stem.test.jsonl", 3018),
+    ("gsm8k", "gsm8k/test.jsonl", 1319), ("math500", "math500/test.jsonl", 500),
+    ("aime", "qwen_math/aime24.test.jsonl", 30), ("multiple_choice", "qwen_math/mmlu_stem.test.jsonl", 3018),
 ])  # fmt: skip
 def test_real_files_are_read_whole(task, file, count):
     items = load_items(task, Entry(task, source=Source(inputs=[str(DATA / file)])))
@@ -201,7 +225,11 @@ def test_real_files_are_read_whole(task, file, count):
 @real
 def test_the_solutions_of_math_500_are_right():
     lines = [json.loads(line) for line in open(DATA / "math500/test.jsonl")][::10]
-    wrong = [line["answer"] for line in lines if not score("math500", Item.of("?", line["answer"]), line["solution"])["correct"]]
+    wrong = [
+        line["answer"]
+        for line in lines
+        if not score("math500", Item.of("?", line["answer"]), line["solution"])["correct"]
+    ]
     assert not wrong
 
 

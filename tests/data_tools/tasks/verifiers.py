@@ -31,7 +31,8 @@ def misbehave(item, completion):
     if completion == "ignore":
         os._exit(0)
     values = {"nan": float("nan"), "inf": float("inf"), "text": "0.5", "three": [1.0, 0.0, 1.0], "nothing": None,
-              "nan term": {"a": 1.0, "b": float("nan")}, "text term": {"a": "1"}, "no terms": {}, "numpy": np.float32(0.5),
+              "nan term": {"a": 1.0, "b": float("nan")}, "text term": {"a": "1"}, "no terms": {},
+              "numpy": np.float32(0.5),
               "terms": {"a": 1, "b": 0.5, "c": None}, "true": True}  # fmt: skip
     return values.get(completion, 1.0)
 

@@ -108,7 +108,9 @@ def test_the_correction_weighs_as_its_bounds_say() -> None:
     assert weights("sequence_truncate") == pytest.approx([2.0, 2.0, 0.3, 0.3])
     assert weights("sequence_mask") == pytest.approx([0.0] * 4)
     sums = mismatch_sums(tokens)
-    assert sums["max_probability_difference"] == pytest.approx(0.4) and sums["weight"] == pytest.approx(3 + 1 + 0.2 + 1.5)
+    assert (
+        sums["max_probability_difference"] == pytest.approx(0.4) and sums["weight"] == pytest.approx(3 + 1 + 0.2 + 1.5)
+    )
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3"])

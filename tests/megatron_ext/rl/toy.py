@@ -105,7 +105,8 @@ def run_of(steps: int, lr: float, **changes: Any) -> grpo.Run:
 
 def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
-    judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, turns: bool = False, **changes: Any,
+    judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, turns: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop."""
     keep.mkdir(parents=True, exist_ok=True)
@@ -123,8 +124,10 @@ def trained(
         scorer = Scorer(judge)
         run = run_of(steps, lr, **changes)
         collector = Collector(
-            engine, Prompts(), scorer, spell, Sampling(max_tokens=run.max_tokens), group, keep / grpo.ROLLOUTS, "toy", 0.0, stop,
-            turns=Turns(lambda item: (str(ASKS),), scorer, spell, lambda text: [int(t) for t in text.split()]) if turns else None,
+            engine, Prompts(), scorer, spell, Sampling(max_tokens=run.max_tokens), group, keep / grpo.ROLLOUTS, "toy",
+            0.0, stop,
+            turns=Turns(lambda item: (str(ASKS),), scorer, spell, lambda text: [int(t) for t in text.split()])
+            if turns else None,
         )  # fmt: skip
         model = tiny.parts(hf, of, plan) if reference else None
         against = (lambda rows: log_probs(model, rows)) if reference else None

@@ -27,7 +27,9 @@ def requests(samples: int = 3) -> list[Request]:
     return [Request(100 + i, prompt, samples) for i, prompt in enumerate(PROMPTS)]
 
 
-def sampled(model: Any, config: EngineConfig, wanted: list[Request], sampling: Sampling, **memory: int) -> dict[tuple[int, int], Sequence]:
+def sampled(
+    model: Any, config: EngineConfig, wanted: list[Request], sampling: Sampling, **memory: int
+) -> dict[tuple[int, int], Sequence]:
     """{(uid, sample): sequence}; `blocks` limits the memory to so many."""
     engine = Engine(model, config, seed=7, stop_ids={STOP})
     if memory:
@@ -73,7 +75,9 @@ def test_greedy_tokens_are_those_of_transformers(alone, tmp_path):
 
     hf = tiny.hf_folder(tmp_path / "hf", seed=2)
     theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
-    found = sampled(tiny.model(hf, tiny.DIMS, ParallelPlan()), SMALL, requests(1), Sampling(temperature=0, max_tokens=9))
+    found = sampled(
+        tiny.model(hf, tiny.DIMS, ParallelPlan()), SMALL, requests(1), Sampling(temperature=0, max_tokens=9)
+    )
     for (uid, _), sequence in found.items():
         prompt = torch.tensor([PROMPTS[uid - 100]])
         out = theirs.generate(prompt, do_sample=False, max_new_tokens=9, eos_token_id=STOP, pad_token_id=0)

@@ -25,7 +25,8 @@ def test_the_seed_of_grpo_holds_54_samples_a_replica():
     found = room(SEED, ParallelPlan(tensor=8), shape(QWEN_32B), "bfloat16", 12000)
     assert found.samples == 54 and (found.blocks + 1) * found.block_size == 655_360
     assert room_notes(found, SEED, 16) == [
-        "rollouts: 20 GiB a rank hold 655,104 tokens of keys and values: 54 samples of 12,000 tokens at once"]  # fmt: skip
+        "rollouts: 20 GiB a rank hold 655,104 tokens of keys and values: "
+        "54 samples of 12,000 tokens at once"]  # fmt: skip
     assert room(SEED, ParallelPlan(tensor=8, pipeline=2), shape(QWEN_32B), "bfloat16", 12000).samples == 108
     uneven = ParallelPlan(tensor=8, pipeline=2, pipeline_layers=[16, 48])
     assert room(SEED, uneven, shape(QWEN_32B), "bfloat16", 12000).samples == 72  # of the stage that has the most
@@ -49,4 +50,7 @@ def test_the_forecast_is_what_the_engine_finds(alone, tmp_path, family):
     config = EngineConfig(kv_gib=0.01, block_size=4)
     engine = Engine(model, config, 0, ())
     found, dims, _ = read_config(hf)
-    assert room(config, ParallelPlan(), found.config.shape(dims), dims.dtype, 9).blocks == engine.runner.cache.blocks_in(0.01)
+    assert (
+        room(config, ParallelPlan(), found.config.shape(dims), dims.dtype, 9).blocks
+        == engine.runner.cache.blocks_in(0.01)
+    )

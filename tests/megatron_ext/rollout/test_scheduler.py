@@ -28,8 +28,8 @@ def check(scheduler: Scheduler, step: Step, config: EngineConfig) -> None:
 
 
 def play(
-    config: EngineConfig, blocks: int, requests: list[Request], lengths: list[int], aborted: set[int] = frozenset(), slots: int = 0,
-    replies: dict[int, list[int]] = {},
+    config: EngineConfig, blocks: int, requests: list[Request], lengths: list[int], aborted: set[int] = frozenset(),
+    slots: int = 0, replies: dict[int, list[int]] = {},
 ) -> tuple[Scheduler, int]:  # fmt: skip
     """Run to the end: sample i ends after lengths[i] new tokens, or is aborted after half of them. (scheduler, steps).
 
@@ -54,7 +54,9 @@ def play(
         drawn = [s for s in step.begun if len(s.tokens) == s.prompt_length]
         assert all(s.prefix in known for s in drawn)
         known |= set(scheduler.computed(step))
-        drawn += step.decodes + [p.owner for p in step.pieces if not isinstance(p.owner, Prefix) and p.stop == len(p.owner.tokens)]
+        drawn += step.decodes + [
+            p.owner for p in step.pieces if not isinstance(p.owner, Prefix) and p.stop == len(p.owner.tokens)
+        ]
         for sequence in drawn:
             assert sequence.cached == len(sequence.tokens)
             sequence.tokens.append(1)
@@ -85,7 +87,9 @@ def test_every_sample_ends_whatever_the_memory(groups, size, batch, spare, data)
     least = -(-(max(length for length, _ in groups) + max(lengths)) // size) + 1
     aborted = set(data.draw(st.lists(st.integers(0, count - 1), max_size=3)))
     some = st.tuples(st.integers(1, 12), st.integers(0, 12), st.integers(0, 9))
-    replies = data.draw(st.dictionaries(st.integers(0, count - 1), some, max_size=count)) if data.draw(st.booleans()) else {}
+    replies = (
+        data.draw(st.dictionaries(st.integers(0, count - 1), some, max_size=count)) if data.draw(st.booleans()) else {}
+    )
     play(config, least + spare, requests, lengths, aborted, data.draw(st.sampled_from([0, 2 * batch])), replies)
 
 

@@ -100,7 +100,10 @@ def test_the_model_goes_on_from_replies_which_are_marked_and_counted(model):
                 replied += 1
                 before = sequence.completion[: span.start]
                 said = tool(spell(before)).tokens[: span.stop - span.start]
-                assert spell(before)[-1] in (*ENDS, spell([STOP])) and tuple(sequence.completion[span.start : span.stop]) == said
+                assert (
+                    spell(before)[-1] in (*ENDS, spell([STOP]))
+                    and tuple(sequence.completion[span.start : span.stop]) == said
+                )
     assert replied > 8
 
 
@@ -117,7 +120,8 @@ def test_samples_of_several_turns_are_the_same_in_any_batch_memory_and_delay(one
 def test_a_prefill_of_a_reply_shares_what_is_cached(qwen2):
     wanted = [Request(1, PROMPTS[4], 4, turn_ends=ENDS)]
     found = sampled(qwen2, wanted, EngineConfig(0.01, 4, 64, 512))
-    turns = [span for s in found.values() for span in spans(s.logprobs)[:-1] if not span.own]  # one that ends a sample is not computed
+    # one that ends a sample is not computed
+    turns = [span for s in found.values() for span in spans(s.logprobs)[:-1] if not span.own]
     said = sum(span.stop - span.start for span in turns)
     assert counts["prefilled"] == len(PROMPTS[4]) + said + len(turns)  # each with the token that ended the turn
 
@@ -153,13 +157,22 @@ def test_a_record_replies_as_the_task_did(qwen2):
 
 def test_how_a_sample_of_several_turns_ends(qwen2):
     def ends(answer: Any, **changes: Any) -> list[Sequence]:
-        return list(sampled(qwen2, requests(), turns=Delayed(answer), sampling=Sampling(**{"max_tokens": 24, **changes})).values())
+        return list(
+            sampled(
+                qwen2, requests(), turns=Delayed(answer), sampling=Sampling(**{"max_tokens": 24, **changes})
+            ).values()
+        )
 
     spoken = lambda s: spell(s.completion)[-1] in ENDS  # noqa: E731
     over = ends(lambda text: Answer(None))
-    assert all((s.finish == "stop") == (spoken(s) or s.completion[-1] == STOP) and len(spans(s.logprobs)) == 1 for s in over)
+    assert all(
+        (s.finish == "stop") == (spoken(s) or s.completion[-1] == STOP) and len(spans(s.logprobs)) == 1 for s in over
+    )
     failed = ends(lambda text: Answer(None, "it broke"))
-    assert {s.note for s in failed if s.finish == "abort"} == {"it broke"} and {s.finish for s in failed} <= {"abort", "length"}
+    assert (
+        {s.note for s in failed if s.finish == "abort"} == {"it broke"}
+        and {s.finish for s in failed} <= {"abort", "length"}
+    )
     silent = ends(lambda text: Answer(()))  # nothing said ends a turn that the model ended by itself, and no other
     assert all((s.finish == "stop") == (s.completion[-1] == STOP) for s in silent) and any(spoken(s) for s in over)
     talking = ends(lambda text: Answer((7, 8)), max_tokens=40)
