@@ -9,7 +9,9 @@ from launchers.plan import PlannedPhase
 # Slurm's words (man squeue, JOB STATE CODES); the local driver uses the same.
 PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"
 NEVER = "DependencyNeverSatisfied"
-HELD = "JobHeldUser"
+# Why a job waits for a release: nobody released it yet, or a controller that crashed forgot that, or forgot that the
+# job ran: it sends the job, or a new one of that id, to a node where the old one still is.
+HELD = frozenset({"JobHeldUser", "launch failed requeued held"})
 ACTIVE_STATES = frozenset({
     PENDING, RUNNING, "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
     "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"})

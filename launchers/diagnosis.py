@@ -64,7 +64,7 @@ STUCK = {
     "JobHeldAdmin": "an admin holds it; ask the admin",
     "JobHeldUser": "it is held; `afterok repair` releases what a killed submit left, `scontrol release` the rest",
     "JobHoldMaxRequeue": "it was requeued too often and is held; see its log, then `scontrol release`",
-    "launch failed requeued held": "its launch failed on a node and it is held; `scontrol release` tries again",
+    "launch failed requeued held": "its launch failed on a node and it is held; `afterok repair` releases it",
     "DeadLine": "it cannot end before its deadline; submit again without one",
 }
 STUCK_PATTERN = re.compile(

@@ -16,7 +16,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from data_tools import durable
 from jobs.retry import EXIT_UNFINISHED
 from jobs.run_folder import RunFolder
-from launchers.backend import ACTIVE_STATES, NEVER, PENDING, JobSpec, OutcomeOpen, Overtaken, Refused, TaskState
+from launchers.backend import ACTIVE_STATES, HELD, NEVER, PENDING, JobSpec, OutcomeOpen, Overtaken, Refused, TaskState
 from launchers.ledger import JobEntry
 from slurm.client import Slurm, SlurmError
 from slurm.printed import QueueRow, format_indices, parse_indices
@@ -250,7 +250,7 @@ class SlurmBackend:
         held = {
             row.array_job_id or row.job_id
             for row in rows
-            if row.state == "PENDING" and row.reason.startswith("JobHeld")
+            if row.state == "PENDING" and (row.reason.startswith("JobHeld") or row.reason in HELD)
         }
         mine = [job for job in jobs if job in held]
         if mine:

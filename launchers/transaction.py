@@ -102,11 +102,11 @@ def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
 
 
 def release_held(run: RunFolder, live: dict[str, LiveJob], backend: Backend) -> list[str]:
-    """Release jobs that are held although their submission was released: a controller that crashed forgets that."""
+    """Release jobs that are held although their submission was released, as a controller that crashed leaves them."""
     ledger = Ledger(run.ledger)
     open_ = ledger.unreleased()
     held = [found.entry.job for found in live.values() if found.entry.scripted not in open_
-            and any(task.reason == HELD for task in found.tasks.values())]
+            and any(task.reason in HELD for task in found.tasks.values())]
     if held:
         ledger.append("release", jobs=held)
         _patiently(lambda: backend.release(0, held))

@@ -4,6 +4,7 @@ The calls are interrupted by shims in PATH that run the real sbatch and scontrol
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def _workdir(env, row):
 
 
 def assert_sealed_once(run, env):
-    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
+    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"}, 60)
     assert len(list(run.glob("*/*/seal.json"))) == 3
     assert len(list(run.glob("numbers/*/seals/*.json"))) == 3
 
@@ -131,6 +132,27 @@ def test_a_killed_submission_with_other_settings_is_cancelled_not_finished(shimm
     assert len(submitted_jobs(run, env)) == 3
     assert [e["submission"] for e in Ledger(run / "ledger.jsonl").events() if e["event"] == "abandoned"] == [1]
     assert "total 48" in afterok("run", pipeline, "params.start=7", "--run", run, env=env).stdout  # (7 + 8 + 9) · 2
+
+
+def test_a_controller_that_gives_out_the_ids_of_running_jobs_again_loses_no_work(toy_on_fragile_cluster):
+    pipeline, run, env, cluster = toy_on_fragile_cluster
+    settings, state = ["numbers.with.seconds=6", "--run", run], cluster.prefix / "state"
+    shutil.copytree(state, run.parent / "state")
+    afterok("submit", pipeline, *settings, env=env)
+    wait_for("workers", lambda: len(list(run.glob("numbers/*/leases/*"))) == 3)
+    cluster.kill_daemon("slurmctld", 9)
+    shutil.rmtree(state)
+    shutil.copytree(run.parent / "state", state)
+    cluster.start_daemon("slurmctld")
+    wait_for("the controller", lambda: afterok("status", run, env=env, check=None).returncode == 0)
+    afterok("submit", pipeline, *settings, env=env)
+    held = "launch failed requeued held"  # the node has a job of that id
+    wait_for("the failed launch", lambda: held in {row.reason for row in Slurm(env).queue()}, 60)
+    end = time.monotonic() + 60
+    while set(states(run, env=env).values()) != {"COMPLETED"} and time.monotonic() < end:
+        afterok("repair", run, env=env)
+        time.sleep(1)
+    assert_sealed_once(run, env)
 
 
 def test_a_controller_killed_right_after_the_submit_loses_no_work(toy_on_fragile_cluster):
