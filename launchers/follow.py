@@ -5,6 +5,7 @@ import time
 from typing import Optional
 
 from jobs.run_folder import RunFolder
+from launchers.diagnosis import STUCK
 from launchers.ledger import Ledger
 from launchers.show import console, progress_text, status_table
 from launchers.status import COMPLETED, NO_SEAL, UNKNOWN, PhaseStatus, RunStatus, format_seconds, run_status
@@ -50,19 +51,20 @@ def _watch(run: RunFolder, poll_s: float, show) -> RunStatus:
 
 
 class _Lines:
-    """One plain line a change of state, and now and then one of progress."""
+    """One plain line a change of state, one of what will not start by itself, and now and then one of progress."""
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
-        self.states: dict[str, str] = {}
+        self.said: dict[str, tuple[str, Optional[str]]] = {}
         self.progress_at: dict[str, float] = {}
 
     def show(self, status: RunStatus) -> None:
         for phase in status.phases:
             if self.quiet:
                 continue
-            if self.states.get(phase.phase) != phase.state:
-                self.states[phase.phase] = phase.state
+            now = phase.state, STUCK.get(phase.reason)
+            if self.said.get(phase.phase) != now:
+                self.said[phase.phase] = now
                 print(f"{time.strftime('%H:%M:%S')} {phase.phase}: {phase.state}{self._detail(phase)}", flush=True)
             elif phase.progress and time.monotonic() - self.progress_at.get(phase.phase, 0) > PROGRESS_LINE_S:
                 self.progress_at[phase.phase] = time.monotonic()
@@ -72,5 +74,5 @@ class _Lines:
     def _detail(phase: PhaseStatus) -> str:
         if phase.state == COMPLETED:
             return f" in {format_seconds(phase.seconds)}"
-        text = phase.message or phase.reason
+        text = ": ".join(filter(None, [phase.message or phase.reason, STUCK.get(phase.reason)]))
         return f" ({text})" if text else ""

@@ -147,8 +147,7 @@ def repair(run: RunFolder) -> list[str]:
         for number in Ledger(run.ledger).unreleased():
             lines.append(_finish_or_abandon(run, number))
         for backend in backends_of(run).values():
-            held = release_held(run, live_jobs(run, [backend]), backend) if backend.can_rewire else []
-            lines += [f"job {job} was held again (a controller crash?); released" for job in held]
+            lines += [f"job {job} was held again (a controller crash?); released" for job in release_held(run, backend)]
     return lines
 
 
@@ -198,8 +197,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     plan = make_plan(plan.pipeline, run, plan.cluster)
     if not dry_run:
         for some in backends_of(run).values():
-            if some.can_rewire:
-                release_held(run, live, some)
+            release_held(run, some)
     number = max([0, *(int(p.name) for p in (run.path / "submissions").glob("*") if p.name.isdigit())]) + 1
     backend = backend_for(run, plan.cluster)
     journal = decide(plan, live, number, fresh, backend.can_rewire)

@@ -101,12 +101,16 @@ def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
     return {entries[job].phase: LiveJob(entries[job], found) for job, found in tasks.items()}
 
 
-def release_held(run: RunFolder, live: dict[str, LiveJob], backend: Backend) -> list[str]:
-    """Release jobs that are held although their submission was released, as a controller that crashed leaves them."""
+def release_held(run: RunFolder, backend: Backend) -> list[str]:
+    """Release jobs that are held although their submission was released, as a controller that crashed leaves them.
+
+    Those of sealed phases too: what waits on such a job would wait for ever.
+    """
     ledger = Ledger(run.ledger)
     open_ = ledger.unreleased()
-    held = [found.entry.job for found in live.values() if found.entry.scripted not in open_
-            and any(task.reason in HELD for task in found.tasks.values())]
+    released = [entry for entry in ledger.own_jobs() if entry.scripted not in open_]
+    tasks = backend.states(released) if released and backend.can_rewire else []
+    held = sorted({task.job for task in tasks if task.reason in HELD})
     if held:
         ledger.append("release", jobs=held)
         _patiently(lambda: backend.release(0, held))

@@ -109,6 +109,19 @@ def bring_back(cluster: devcluster.DevCluster, node: str) -> None:
     wait_until(lambda: slurm.node_states()[node] in ("idle", "mixed"), f"{node} is back", 60)
 
 
+@contextlib.contextmanager
+def controller_forgets(cluster: devcluster.DevCluster) -> Iterator[None]:
+    """What is submitted within is forgotten: slurmctld dies at the end and comes back with the state of the beginning."""
+    state, saved = cluster.prefix / "state", cluster.prefix / "state.saved"
+    shutil.copytree(state, saved)
+    yield
+    cluster.kill_daemon("slurmctld", signal.SIGKILL)
+    shutil.rmtree(state)
+    saved.rename(state)
+    cluster.start_daemon("slurmctld")
+    Slurm(cluster.env()).ping(timeout_s=30)
+
+
 def rows_of(slurm: Slurm, job_id: str) -> list[QueueRow]:
     """The queue's rows of one job or array."""
     return [row for row in slurm.queue() if job_id in (row.job_id, row.array_job_id)]

@@ -20,6 +20,7 @@
 | log folder missing | here: a_missing_log_folder_… |
 | submission inside a job | test_slurm: submitting_from_inside_a_job_… |
 | code edited between submit and run | here: code_edited_after_the_submit_… |
+| held job | here: a_held_job_… |
 | suspended job | here: a_suspended_job_… |
 | two workers by hand for one element | here: of_two_workers_for_one_element_… |
 | filesystem full, read-only, torn, without locks; clocks | tests/jobs/test_hardened |
@@ -39,7 +40,7 @@ from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
 from slurm import devcluster
 from slurm.client import Slurm
-from tests.cluster import bring_back, crash_node, require_packages, rows_of
+from tests.cluster import bring_back, controller_forgets, crash_node, require_packages, rows_of
 from tests.command import ROOT, afterok, afterok_json, phase_status, states, wait_for, write_toy
 
 
@@ -88,22 +89,17 @@ def report(run, env):
 def test_ids_that_somebody_else_has_now_are_not_taken_for_ours(tmp_path, short_folder):
     require_packages()
     cluster = devcluster.up(short_folder, nodes=2)
-    env, slurm, pipeline = cluster.env(), Slurm(cluster.env()), write_toy(tmp_path)
-    for trial in range(3):  # the controller saves its state every few seconds: now and then it forgets nothing
-        run = tmp_path / f"run{trial}"
-        afterok("submit", pipeline, "numbers.with.seconds=2", "--run", run, env=env)
-        cluster.kill_daemon("slurmctld", 9)
-        cluster.start_daemon("slurmctld")
-        slurm.ping(timeout_s=30)
-        others = [slurm.sbatch(["--hold", "--job-name=foreign", "--output=/dev/null", "--wrap=true"]) for _ in range(3)]
-        if set(others) & set(jobs_of(run).values()):
-            break
-    assert set(others) & set(jobs_of(run).values())
-    found = states(run, env=env)
-    assert {found[phase] for phase, job in jobs_of(run).items() if job in others} == {"UNKNOWN"}
+    env, slurm = cluster.env(), Slurm(cluster.env())
+    pipeline, run = write_toy(tmp_path), tmp_path / "run"
+    with controller_forgets(cluster):  # none of them started: test_submission has those that did
+        slurm.run(["scontrol", "update", f"nodename={','.join(cluster.nodes)}", "state=drain", "reason=test"])
+        afterok("submit", pipeline, "--run", run, env=env)
+    others = [slurm.sbatch(["--hold", "--job-name=foreign", "--output=/dev/null", "--wrap=true"]) for _ in range(3)]
+    assert sorted(others) == sorted(jobs_of(run).values())
+    assert set(states(run, env=env).values()) == {"UNKNOWN"}
     afterok("cancel", run, env=env)
     assert {rows_of(slurm, job)[0].state for job in others} == {"PENDING"}
-    afterok("run", pipeline, "numbers.with.seconds=2", "--run", run, env=env)
+    afterok("run", pipeline, "--run", run, env=env)
     assert_sealed_once(run)
     assert {rows_of(slurm, job)[0].reason for job in others} == {"JobHeldUser"}
 
@@ -205,6 +201,31 @@ def test_drained_nodes_finish_what_runs_and_the_rest_waits_for_them(toy):
 
 
 # -- a job --------------------------------------------------------------------------------------------------------
+
+
+def test_a_held_job_is_reported_and_lets_its_dependents_go_even_if_its_phase_was_sealed_meanwhile(tmp_path, dev_cluster):
+    run, env, slurm = tmp_path / "run", dev_cluster.env(), Slurm(dev_cluster.env())
+    counter = {"uses": "tests.toy.counter", "with": {"steps": 2}}
+    log = tmp_path / "watch.log"
+    slurm.run(["scontrol", "update", "nodename=ALL", "state=drain", "reason=test"])
+    try:
+        afterok("submit", pipeline_of(tmp_path, parent=counter, child={**counter, "needs": ["parent"]}), "--run", run,
+                env=env)
+        watch = subprocess.Popen([sys.executable, "-m", "launchers.cli", "status", str(run), "--watch"], cwd=ROOT,
+                                 env={**os.environ, **env}, stdout=log.open("w"))
+        wait_for("its first look", lambda: "parent: PENDING" in log.read_text())
+        slurm.run(["scontrol", "uhold", jobs_of(run)["parent"]])
+        said = wait_for("the line", lambda: [line for line in log.read_text().splitlines() if "JobHeldUser" in line], 30)
+        assert "parent: PENDING" in said[0] and "`afterok repair` releases" in said[0]
+    finally:
+        slurm.run(["scontrol", "update", "nodename=ALL", "state=resume"])
+    by_hand = {**os.environ, **env, "PYTHONPATH": str(run / "submissions/1/code")}
+    subprocess.run([sys.executable, "-m", "jobs.worker", str(run), "parent"], env=by_hand, check=True, timeout=60)
+    assert states(run, env=env) == {"parent": "COMPLETED", "child": "PENDING"}
+    assert "released" in afterok("repair", run, env=env).stdout
+    assert watch.wait(60) == 0
+    finish(run, env)
+    assert_sealed_once(run)
 
 
 def test_a_suspended_job_is_under_way_and_is_not_sent_again(toy):

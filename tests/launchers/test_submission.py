@@ -4,7 +4,6 @@ The calls are interrupted by shims in PATH that run the real sbatch and scontrol
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 
 from launchers.ledger import Ledger
 from slurm.client import Slurm
+from tests.cluster import controller_forgets
 from tests.command import MIDDLE, ROOT, afterok, afterok_json, one_line, states, wait_for, write_toy
 
 SHIM = """#!/bin/bash
@@ -136,15 +136,10 @@ def test_a_killed_submission_with_other_settings_is_cancelled_not_finished(shimm
 
 def test_a_controller_that_gives_out_the_ids_of_running_jobs_again_loses_no_work(toy_on_fragile_cluster):
     pipeline, run, env, cluster = toy_on_fragile_cluster
-    settings, state = ["numbers.with.seconds=20", "--run", run], cluster.prefix / "state"
-    shutil.copytree(state, run.parent / "state")
-    afterok("submit", pipeline, *settings, env=env)
-    wait_for("workers", lambda: len(list(run.glob("numbers/*/leases/*"))) == 3)
-    cluster.kill_daemon("slurmctld", 9)
-    shutil.rmtree(state)
-    shutil.copytree(run.parent / "state", state)
-    cluster.start_daemon("slurmctld")
-    wait_for("the controller", lambda: afterok("status", run, env=env, check=None).returncode == 0)
+    settings = ["numbers.with.seconds=20", "--run", run]
+    with controller_forgets(cluster):
+        afterok("submit", pipeline, *settings, env=env)
+        wait_for("workers", lambda: len(list(run.glob("numbers/*/leases/*"))) == 3)
     afterok("submit", pipeline, *settings, env=env)
     held = "launch failed requeued held"  # the node has a job of that id
     wait_for("the failed launch", lambda: held in {row.reason for row in Slurm(env).queue()}, 60)
