@@ -105,7 +105,8 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
 def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> str:
     """The last lines of the script: srun of our worker on all ranks of each element of the task, and what ended it.
 
-    In a chain the array's index is a link, and all work on the one element. Elements that share a task run one after the other; the task fails if one fails, and ends where one was asked to stop.
+    In a chain the array's index is a link, and all work on the one element. Elements that share a task run one after the
+    other; the task fails if one fails, and ends where one was asked to stop.
     """
     # Since 22.05 srun does not take --cpus-per-task over from sbatch.
     srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", "--unbuffered",

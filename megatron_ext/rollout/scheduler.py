@@ -5,8 +5,8 @@ sample and, up to the token budget, pieces of prompts. A prompt is computed once
 blocks, and the last, half-filled one is copied by who first writes into it. When blocks run out, the sample that came
 last gives its own back and is computed again later from its recorded tokens.
 
-A sample that waits for a reply is parked: it keeps its blocks, as long as nobody needs them, and its place goes to
-another one. With the reply it goes on from the tokens that are cached.
+A sample that waits for a reply is parked: it keeps its blocks (and its recurrent state), as long as nobody needs them,
+and its place goes to another one. With the reply it goes on from the tokens that are cached.
 """
 
 import itertools
@@ -188,17 +188,24 @@ class Scheduler:
         if not enough or sum(p.waiting for p in self.prefixes) >= self.config.max_batch:
             return False
         if self.recurrent:
-            if not self.free_slots:
+            if not self._has_slot():
                 return False
             prefix.slot = self.free_slots.pop()
         self.prefixes.append(prefix)
         return True
 
+    def _has_slot(self) -> bool:
+        """Whether a recurrent state has a place: a free one, or that of the parked sample which came last."""
+        parked = [sequence for sequence in self.parked if sequence.slot is not None]
+        if not self.free_slots and parked:
+            self.preempt(max(parked, key=lambda sequence: sequence.arrival))
+        return bool(self.free_slots)
+
     def _begin(self, sequence: Sequence, step: Step) -> bool:
         """Let a sample share its prompt's blocks and state."""
         if len(self.running) == self.config.max_batch or not self.blocks.free:
             return False
-        if self.recurrent and not self.free_slots:
+        if self.recurrent and not self._has_slot():
             return False
         prefix = sequence.prefix
         self.waiting.remove(sequence)

@@ -3,6 +3,7 @@
 import heapq
 
 import numpy
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +99,15 @@ def test_replies_that_have_no_room_take_it_from_the_sample_that_came_last():
     requests = [Request(i, (1,)) for i in range(2)]
     scheduler, _ = play(config, 8, requests, [12, 12], replies={0: [6, 5, 0], 1: [6, 5, 0]})
     assert scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize("slots", [0, 4])
+def test_samples_that_wait_for_replies_keep_nobody_from_beginning(slots):
+    """12 samples, 2 at a time, each waiting 200 steps for a reply: they wait side by side, whatever states they have."""
+    config = EngineConfig(block_size=4, max_batch=2, token_budget=16)
+    requests = [Request(i, (1,) * 5) for i in range(12)]
+    _, steps = play(config, 200, requests, [8] * 12, slots=slots, replies={i: [3, 2, 200] for i in range(12)})
+    assert steps < 300
 
 
 def test_ten_thousand_requests_with_aborts_leak_no_block():
