@@ -113,7 +113,9 @@ def bring_back(cluster: devcluster.DevCluster, node: str) -> None:
 def controller_forgets(cluster: devcluster.DevCluster) -> Iterator[None]:
     """What is submitted within is forgotten: slurmctld dies at the end and comes back with the state of the beginning."""
     state, saved = cluster.prefix / "state", cluster.prefix / "state.saved"
+    cluster.kill_daemon("slurmctld", signal.SIGSTOP)  # it renames files there
     shutil.copytree(state, saved)
+    cluster.kill_daemon("slurmctld", signal.SIGCONT)
     yield
     cluster.kill_daemon("slurmctld", signal.SIGKILL)
     shutil.rmtree(state)
