@@ -88,6 +88,13 @@ PLAIN_WAIT = {
 }
 
 
+def remedy_if_stuck(reason: str) -> str:
+    """What to do about a job that will not start by itself; "" for one that only has to wait."""
+    if STUCK_PATTERN.fullmatch(reason):
+        return "one job alone is over a limit of your QOS or account (`sacctmgr show qos`); ask for less"
+    return STUCK.get(reason, "")
+
+
 def _still_waits(e: Evidence) -> Optional[Diagnosis]:
     if e.state not in ACTIVE_STATES:
         return None
@@ -105,15 +112,8 @@ def _still_waits(e: Evidence) -> Optional[Diagnosis]:
             said,
             f"see its log, then `scontrol release {e.job}`, or `afterok cancel` and submit again",
         )
-    if e.reason in STUCK:
-        return Diagnosis(Cause.NEVER_STARTS, "will not start by itself", said, STUCK[e.reason])
-    if STUCK_PATTERN.fullmatch(e.reason):
-        return Diagnosis(
-            Cause.NEVER_STARTS,
-            "will not start by itself",
-            said,
-            "one job alone is over a limit of your QOS or account (`sacctmgr show qos`); ask for less",
-        )
+    if remedy := remedy_if_stuck(e.reason):
+        return Diagnosis(Cause.NEVER_STARTS, "will not start by itself", said, remedy)
     if e.state == RUNNING:
         return Diagnosis(Cause.WAITING, "runs", said, "nothing is wrong")
     if e.state == "SUSPENDED":

@@ -5,7 +5,7 @@ import time
 from typing import Optional
 
 from jobs.run_folder import RunFolder
-from launchers.diagnosis import STUCK
+from launchers.diagnosis import remedy_if_stuck
 from launchers.ledger import Ledger
 from launchers.show import console, progress_text, status_table
 from launchers.status import COMPLETED, NO_SEAL, UNKNOWN, PhaseStatus, RunStatus, format_seconds, run_status
@@ -55,14 +55,14 @@ class _Lines:
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
-        self.said: dict[str, tuple[str, Optional[str]]] = {}
+        self.said: dict[str, tuple[str, str]] = {}
         self.progress_at: dict[str, float] = {}
 
     def show(self, status: RunStatus) -> None:
         for phase in status.phases:
             if self.quiet:
                 continue
-            now = phase.state, STUCK.get(phase.reason)
+            now = phase.state, remedy_if_stuck(phase.reason)
             if self.said.get(phase.phase) != now:
                 self.said[phase.phase] = now
                 print(f"{time.strftime('%H:%M:%S')} {phase.phase}: {phase.state}{self._detail(phase)}", flush=True)
@@ -74,5 +74,5 @@ class _Lines:
     def _detail(phase: PhaseStatus) -> str:
         if phase.state == COMPLETED:
             return f" in {format_seconds(phase.seconds)}"
-        text = ": ".join(filter(None, [phase.message or phase.reason, STUCK.get(phase.reason)]))
+        text = ": ".join(filter(None, [phase.message or phase.reason, remedy_if_stuck(phase.reason)]))
         return f" ({text})" if text else ""
