@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from pathlib import Path
 
 from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
@@ -147,18 +148,19 @@ def test_a_phase_that_is_sealed_while_status_looks_is_completed(toy, monkeypatch
 
 def test_interrupting_run_leaves_the_jobs_running_and_says_how_to_look(toy):
     pipeline, run = toy
-    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), "again.with.seconds=8",
+    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), f"again.with.gate={run}.gate",
                                 "--run", str(run)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for("jobs", lambda: (run / "ledger.jsonl").exists() and "COMPLETED" in states(run).values())
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and f"afterok status {run}" in err
+    Path(f"{run}.gate").touch()
     wait_for("the run to end by itself", lambda: set(states(run).values()) == {"COMPLETED"})
 
 
 def test_submitting_what_runs_already_submits_nothing_and_other_settings_are_refused(toy):
     pipeline, run = toy
-    slow = ["numbers.with.seconds=5", "--run", run]
+    slow = [f"numbers.with.gate={run}.gate", "--run", run]
     afterok("submit", pipeline, *slow)
     assert afterok_json("submit", pipeline, *slow)["jobs"] == {}
     refused = afterok("submit", pipeline, "params.start=9", *slow, check=2)
