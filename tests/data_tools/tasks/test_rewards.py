@@ -20,8 +20,8 @@ BAD = Verifier(f"{HERE}:misbehave")
 UNSCORABLE = {
     "raise": "ValueError: no such answer",
     "exit": "SystemExit: 3",
-    "sleep": "time limit of 0.3 s",
-    "spin": "time limit of 0.3 s",
+    "sleep": "time limit of 2 s",
+    "spin": "time limit of 2 s",
     "die": "ended its process (signal SIGKILL)",
     "ignore": "ended its process (exit code 0)",
     "nan": "'reward' is nan, not a finite number",
@@ -36,7 +36,7 @@ UNSCORABLE = {
 
 
 def test_a_verifier_that_misbehaves_costs_that_sample_only():
-    with Scorer({"bad": BAD}, workers=1, time_limit_s=0.3) as scorer:
+    with Scorer({"bad": BAD}, workers=1, time_limit_s=2.0) as scorer:
         futures = {}
         for completion in UNSCORABLE:
             futures[completion] = scorer.submit("bad", ITEM, completion), scorer.submit("bad", ITEM, "good")
@@ -48,7 +48,7 @@ def test_a_verifier_that_misbehaves_costs_that_sample_only():
 
 FAILED = {
     "raise": "ValueError: no such tool",
-    "sleep": "time limit of 0.3 s",
+    "sleep": "time limit of 2 s",
     "die": "ended its process (signal SIGKILL)",
     "number": "the reply was a int: 3; text was expected",
     "huge": "has 2,097,152 characters; 1,048,576 are the most",
@@ -57,7 +57,7 @@ FAILED = {
 
 
 def test_a_reply_that_fails_costs_that_sample_only():
-    with Scorer({"tool": Verifier(f"{HERE}")}, workers=1, time_limit_s=0.3) as scorer:
+    with Scorer({"tool": Verifier(f"{HERE}")}, workers=1, time_limit_s=2.0) as scorer:
         for transcript, note in FAILED.items():
             bad, good = (scorer.reply("tool", ITEM, text) for text in (transcript, "how long?"))
             assert bad.result().text is None and note in bad.result().note, transcript
