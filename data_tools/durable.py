@@ -68,11 +68,11 @@ def fsync_tree(folder: Path) -> None:
         fsync_folder(Path(root))
 
 
-def _write_temporary(path: Path, data: bytes, folder: Path) -> Path:
+def _write_temporary(path: Path, data: bytes, folder: Path, mode: int = 0o666) -> Path:
     """The fsynced bytes for `path`, in `folder` under a name no other process of any host uses."""
     temporary = folder / f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -92,16 +92,17 @@ def write_file(path: Path, data: bytes | str) -> None:
         fsync_folder(path.parent)
 
 
-def create_file(path: Path, data: bytes | str, by_way_of: Optional[Path] = None) -> bool:
+def create_file(path: Path, data: bytes | str, by_way_of: Optional[Path] = None, mode: int = 0o666) -> bool:
     """Create `path` with all its bytes, or return False because it exists: exactly one of many writers wins.
 
     Uses link(2), which is atomic on NFS too, where O_EXCL with a later write would show an empty file. The bytes are
     written in the folder `by_way_of` first (default: beside `path`); whoever removes that folder forbids the creation,
-    which then raises FileNotFoundError or ESTALE.
+    which then raises FileNotFoundError or ESTALE. `mode` is what the umask leaves of it.
     """
     path = Path(path)
     with _naming(path):
-        temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, by_way_of or path.parent)
+        data = data.encode() if isinstance(data, str) else data
+        temporary = _write_temporary(path, data, by_way_of or path.parent, mode)
         try:
             os.link(temporary, path)
         except FileExistsError:

@@ -15,6 +15,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
+import shutil
+import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,8 @@ from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.artifact import Artifact, Owner, Seal, read_seal
 from jobs.pipeline import NEED_SEALS
+
+MEETING_KEY = "meeting_key"
 
 
 @dataclass
@@ -85,6 +90,31 @@ class RunFolder:
     def ledger(self) -> Path:
         return self.path / "ledger.jsonl"
 
+    def make(self, group: str = "") -> None:
+        """Make the folder, closed to all others, or readable for `group` too; one that was there keeps its mode.
+
+        What lies below needs no modes of its own: nobody gets past the folder. Raises UserMistake for a group that the
+        user is not in.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        if group:
+            try:
+                shutil.chown(self.path, group=group)
+                self.path.chmod(0o2750)  # what is made below belongs to the group too
+            except (LookupError, PermissionError):
+                raise UserMistake(f"--group {group}: no group of yours; `id -nG` lists them") from None
+        self.heed_group()
+
+    def heed_group(self) -> None:
+        """Have this process and its children make files that the group of a shared run can read."""
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_mode & stat.S_ISGID:
+                os.umask(os.umask(0o077) & ~0o050)
+
     # -- submissions ---------------------------------------------------------------------------------------------
 
     def submissions(self) -> list[int]:
@@ -129,6 +159,13 @@ class RunFolder:
     def _torn_plan(self, number: int) -> UserMistake:
         return UserMistake(f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
                            "that file and submit again: what is sealed stays")
+
+    def meeting_key(self, number: int) -> bytes:
+        """Return what the ranks of a submission's jobs prove themselves with; nobody but the user may read its file."""
+        path = self.submission_folder(number) / MEETING_KEY
+        if not path.exists():  # submit writes it; a run of before has none
+            durable.create_file(path, secrets.token_hex(32) + "\n", mode=0o600)
+        return bytes.fromhex(path.read_text())
 
     def redirect(self, number: int, phase: str, to: int) -> None:
         """Have a job whose script belongs to submission `number` run `phase` as submission `to` froze it."""

@@ -31,12 +31,13 @@ from typing import Any, Optional
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.progress import Stopped
+from data_tools.rendezvous import Meeting
 from jobs import requeue, retry, stopping
 from jobs.artifact import (
     FINISH, Artifact, HashCache, Lease, LeaseHeld, LeaseName, Owner, Seal, Sealed, content_digest, read_seal)
 from jobs.kind import PhaseKind, find_kind
 from jobs.pipeline import NEED_SEALS, substitute, typed_config
-from jobs.ranks import Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
+from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
 from jobs.retry import (
     EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause)
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
@@ -44,10 +45,12 @@ from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task
 from slurm.client import Slurm, SlurmError
 from slurm.printed import ENDED_STATES
-from slurm.profile import load
+from slurm.profile import Profile, load
 
 ASK_LIMIT_S = 10.0  # for one question to Slurm by a worker that has to leave soon
 TAKEN_OVER = "a newer attempt took this element over"
+# What tells one start of an element from another; the same for all of its ranks.
+START_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", SPAWN_VARIABLE)
 FULL_BELOW = 1 << 20  # bytes left on the run's filesystem at which a failure is put down to a full disk
 
 
@@ -69,6 +72,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = RunFolder(args.run.absolute())
+        run.heed_group()
         number = _submission(run, args)
         phases = run.frozen(number)
         if args.phase not in phases:
@@ -202,12 +206,22 @@ class Worker:
         except OSError as error:  # the log and the exit code say it all the same
             _say(f"outcome not recorded: {disk_problem(error) or error}")
 
+    def _profile(self) -> Profile:
+        return load(str(self.run.submission_folder(self.number) / "profile.yaml"))
+
+    def _meeting(self) -> Meeting:
+        """Return where the ranks of this start of this element meet."""
+        low, high = self._profile().network.port_range
+        start = [os.environ.get(name, "") for name in START_VARIABLES]
+        name = "/".join([str(self.run.path), self.phase.name, self.phase.key, str(self.index), str(self.number), *start])
+        return Meeting(os.environ["MASTER_ADDR"], range(low, high + 1), name, self.run.meeting_key(self.number))
+
     def _reveal_secrets(self, verdicts: Optional[Verdicts] = None) -> None:
         """The profile's secrets into this rank's environment: after the lease, just before the phase's own code."""
         if self.revealed:  # the fan-in of a rank that ran an element: a command may print another value each time
             return
         self.revealed = True
-        references = load(str(self.run.submission_folder(self.number) / "profile.yaml")).env.secrets
+        references = self._profile().env.secrets
         commands = commands_among(references)
         printed = verdicts.hand_over("secrets", lambda: self._run_for_all(commands)) if verdicts and commands else {}
         if "mistake" in printed:
@@ -224,7 +238,7 @@ class Worker:
     def _work(self) -> tuple[int, str]:
         kind = find_kind(self.phase.uses)
         assert kind is not None, f"phase kind {self.phase.uses} vanished from the snapshot"
-        verdicts = Verdicts(self.rank)
+        verdicts = Verdicts(self.rank, self._meeting)
         lease = verdicts.decide("lease", self._begin)
         if lease["exit"] is not None:
             verdicts.goodbye()
@@ -374,12 +388,13 @@ class Worker:
         self.artifact.seal(lease, self._record(facts) | {"parts": [part.digest for part in parts]})
 
     def _record(self, facts: dict[str, Any]) -> dict[str, Any]:
+        self.secrets.refuse_in(facts, f"{self.phase.name}: facts")
         return {
             "phase": self.phase.name, "uses": self.phase.uses, "key": self.phase.key, "material": self.phase.material,
             "submission": self.number, "restart": self.owner.restart, "job": self.owner.job,
             "upstream": self._upstream_digests(),
             "ranks": self.phase.ranks, "started_at": self.started,
-            "facts": self.secrets.mask_in(facts),
+            "facts": facts,
         }
 
 

@@ -282,4 +282,6 @@ class Driver:
 
 
 if __name__ == "__main__":
-    Driver(RunFolder(Path(sys.argv[1])), int(sys.argv[2])).drive()
+    RUN = RunFolder(Path(sys.argv[1]))
+    RUN.heed_group()
+    Driver(RUN, int(sys.argv[2])).drive()

@@ -58,7 +58,7 @@ def backends_of(run: RunFolder) -> dict[str, Backend]:
 @contextlib.contextmanager
 def submit_lock(run: RunFolder) -> Iterator[None]:
     """One submitter a run; the lock of a dead one on this host is taken over."""
-    run.path.mkdir(parents=True, exist_ok=True)
+    run.make()
     path = run.path / "submit.lock"
     me = Owner.me(0, 0)
     while not durable.create_file(path, durable.canonical_json(dataclasses.asdict(me))):
@@ -232,6 +232,7 @@ def _freeze(plan: Plan, number: int) -> None:
         "cwd": os.getcwd()})
     durable.write_file(folder / "pipeline.yaml", Path(plan.pipeline.source).read_bytes())
     durable.write_file(folder / "profile.yaml", to_yaml(plan.cluster.profile))
+    run.meeting_key(number)
     run.freeze(number, plan.pipeline.name, [phase.frozen for phase in plan.phases])
 
 

@@ -92,6 +92,8 @@ def do_submit(args: argparse.Namespace) -> int:
 
     plan = _make_plan(args)
     _print_notes(plan)
+    if not args.dry_run:
+        plan.run.make(args.group)
     return _report_submitted(args, plan, submit(plan, args.dry_run))
 
 
@@ -173,6 +175,7 @@ def do_run(args: argparse.Namespace) -> int:
     plan = _make_plan(args)
     run: RunFolder = plan.run
     _print_notes(plan)
+    run.make(args.group)
     done = submit(plan)
     if not args.json:
         _print_submitted(plan, done)

@@ -21,7 +21,7 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Protocol, Union
 
 from data_tools.mistake import Problem, UserMistake, nearest
 
-_NO_TASKS = ("task", "mix", "rewards")  # other modules of the folder
+_NO_TASKS = ("task", "mix", "rewards", "process")  # other modules of the folder
 
 
 class Row(NamedTuple):
