@@ -61,7 +61,7 @@ def submit_lock(run: RunFolder) -> Iterator[None]:
     run.path.mkdir(parents=True, exist_ok=True)
     path = run.path / "submit.lock"
     me = Owner.me(0, 0)
-    while not durable.create_file(path, durable.canonical_json(dataclasses.asdict(me))):
+    while not durable.create_file(path, me.record()):
         try:
             holder = Owner.read(path)
         except FileNotFoundError:
@@ -194,7 +194,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     run = plan.run
     # The queue first, the seals after: a job that ends in between is then seen at least once.
     live = live_jobs(run, list(backends_of(run).values()))
-    plan = make_plan(plan.pipeline, run, plan.cluster)
+    plan = make_plan(plan.pipeline, run, plan.cluster, plan.verified)
     if not dry_run:
         for some in backends_of(run).values():
             release_held(run, some)
@@ -207,6 +207,8 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
                           f"or `afterok cancel {run.path}` first")
     if dry_run:
         return Submitted(None, {}, journal.live, calls=describe(journal, backend, number))
+    for planned in plan.to_run:
+        planned.survey.withdraw(run.artifact(planned.frozen), number)
     if not journal.steps:
         return Submitted(None, {}, journal.live)
     _freeze(plan, number)
@@ -227,7 +229,7 @@ def _freeze(plan: Plan, number: int) -> None:
     folder.mkdir(parents=True)
     roots = [root for phase in plan.pipeline.phases.values() for root in user_code(phase.uses, phase.config)]
     take_snapshot(folder / "code", roots)
-    durable.write_json(folder / "pipeline.json", {
+    durable.write_checked(folder / "pipeline.json", {
         "source": plan.pipeline.source, "overrides": plan.pipeline.overrides, "params": plan.pipeline.params,
         "cwd": os.getcwd()})
     durable.write_file(folder / "pipeline.yaml", Path(plan.pipeline.source).read_bytes())
