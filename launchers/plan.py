@@ -360,10 +360,7 @@ class _Planner:
         reasons = []
         if old.get("uses") != new["uses"]:
             reasons.append(f"uses {old.get('uses')} → {new['uses']}")
-        before, now = _flatten(old.get("settings", {})), _flatten(new["settings"])
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                reasons.append(f"{frozen.name}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}")
+        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"])
         if old.get("array") != new["array"]:
             reasons.append(f"{frozen.name}.array {old.get('array')} → {new['array']}")
         for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
@@ -384,6 +381,13 @@ class _Planner:
 
     def _problem(self, phase: Phase, key: str, message: str) -> None:
         self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+
+
+def changed_settings(phase: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return one line a setting of a phase that differs between two keys' materials, in the user's own words."""
+    before, now = _flatten(old), _flatten(new)
+    return [f"{phase}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}"
+            for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
 
 
 def is_hub_name(text: str) -> bool:
