@@ -364,13 +364,14 @@ class Artifact:
     def sweep(self, lease: Lease) -> None:
         """Remove folders that older owners of this element, who cannot seal any more, left unsealed.
 
-        What an altered seal names stays too: somebody may have meant the change, or want to restore it.
+        Never a newer owner's, who may have begun meanwhile. What an altered seal names stays too: somebody may have meant the change, or want to restore it.
         """
         own = self.seal_path if lease.element == FINISH else self.element_seal_path(int(lease.element))
         places = [path for seal in {self.seal_path, own} for path in (seal, *seal.parent.glob(f"{seal.name}.altered.*"))]
         keep = {sealed_root(path) for path in places}
         for folder in (self.folder / "work").glob(f"{lease.element}.a*"):
-            if folder != lease.folder and folder.name not in keep:
+            name = LeaseName.of(folder)
+            if name is not None and name < LeaseName.of(lease.path) and folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -375,6 +375,14 @@ class Worker:
             lease = self.artifact.acquire(FINISH, self.owner, slurm_says_ended, lambda seal: seal.parts != digests)
         except (Sealed, LeaseHeld):
             return  # another element's task finishes, or has finished
+        try:
+            self._merge(kind, lease, parts)
+        except Exception:
+            if self.artifact.still_mine(lease):
+                raise
+            print(f"{self.phase.name}: a newer attempt merges the elements")  # and has swept our folder
+
+    def _merge(self, kind: PhaseKind, lease: Lease, parts: list[Seal]) -> None:
         self.artifact.sweep(lease)
         for part in parts:
             part.verify()
@@ -390,7 +398,7 @@ class Worker:
         task = Task(self.phase.name, 0, self.phase.elements, None, lease.folder, keep, 0, 1)
         facts = kind.finish([part.folder for part in parts], config, task) or {}
         self.artifact.seal(lease, self._record(facts) | {
-            "parts": digests, "upstream": standing.whole_upstream(parts, self.paired)})
+            "parts": [part.digest for part in parts], "upstream": standing.whole_upstream(parts, self.paired)})
 
     def _is_current(self, index: int, part: Seal) -> bool:
         """False for an element's seal of an earlier submission over other results: its task in this one is to come."""

@@ -264,6 +264,16 @@ def test_an_owner_that_seals_while_it_is_replaced_stays_sealed(tmp_path, monkeyp
     assert list(read_seal(artifact.seal_path).altered(rehash=True)) == []
 
 
+def test_an_owner_that_was_replaced_sweeps_nothing_of_the_newer_one(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    newer = artifact.acquire(0, Owner.me(1, 1), NOBODY_ENDED)
+    artifact.sweep(late)
+    assert newer.folder.exists()
+    artifact.sweep(newer)
+    assert not late.folder.exists() and newer.folder.exists()
+
+
 def _seal_while_taken_over(folder, start):
     artifact = Artifact(folder)
     lease = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
