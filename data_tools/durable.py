@@ -179,13 +179,14 @@ def read_json(path: Path) -> Any:
 
 # The key of an object's sum over itself. What was written before there were sums has none, and is read all the same.
 SUM = "sum"
+TAG = "sum:"  # begins its value: one edit cannot make an object with a sum look like one that never had any
 SUM_DIGITS = 16  # hexadecimal: 64 bits, against accidents and not against an enemy
 
 
 def sum_of(value: dict[str, Any]) -> str:
     """Return the sum over an object as JSON gives it back, whatever its spelling in a file; its own sum left out."""
     plain = json.loads(json.dumps({key: item for key, item in value.items() if key != SUM}))
-    return sha256_bytes(json.dumps(plain, sort_keys=True, separators=(",", ":")))[:SUM_DIGITS]
+    return TAG + sha256_bytes(json.dumps(plain, sort_keys=True, separators=(",", ":")))[:SUM_DIGITS]
 
 
 def with_sum(value: dict[str, Any]) -> dict[str, Any]:
@@ -210,9 +211,11 @@ def parse_checked(text: "str | bytes", name: object) -> dict[str, Any]:
         raise TornFile(f"{name} is not whole JSON (truncated or edited)") from None
     if not isinstance(value, dict):
         raise TornFile(f"{name} is not what afterok wrote there (no JSON object)")
-    if SUM in value and value[SUM] != sum_of(value):
-        raise TornFile(f"{name} was altered after it was written (its sum is {value[SUM]!r:.40}, that of what it says "
-                       f"{sum_of(value)})")
+    others = [text for key, item in value.items() if key != SUM for text in (key, item)]
+    renamed = any(isinstance(text, str) and text.startswith(TAG) for text in others)
+    if renamed or (SUM in value and value[SUM] != sum_of(value)):
+        raise TornFile(f"{name} was altered after it was written (its sum is {value.get(SUM)!r:.40}, that of what it "
+                       f"says {sum_of(value)})")
     return value
 
 
