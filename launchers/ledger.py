@@ -8,6 +8,7 @@
     {"event": "cancel", "jobs": ["17"], …}
 """
 
+import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,15 @@ class JobEntry:
         return [i for i in self.elements if i // self.batch == task]
 
 
+def _is_cut_off(line: bytes) -> bool:
+    """Return whether a last line without its end is the beginning of one: no whole object stands there."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 class Ledger:
     def __init__(self, path: Path):
         self.path = path
@@ -67,7 +77,7 @@ class Ledger:
             try:
                 event = durable.parse_checked(line, f"{self.path}:{number}")
             except durable.TornFile as torn:
-                if number > len(lines):
+                if number > len(lines) and _is_cut_off(line):
                     return
                 # an append cuts off what is torn, so this was no accident
                 raise UserMistake(f"{torn}; remove that line, or restore it") from None
