@@ -375,7 +375,9 @@ class _Planner:
         path = self.run.submission_folder(seal.content["submission"]) / "code.json"
         try:
             before = durable.read_checked(path)["files"]
-        except (OSError, ValueError, KeyError):
+        except durable.TornFile as torn:
+            return [f"nobody can tell what, {torn}"]
+        except (OSError, KeyError):
             return []
         return sorted(name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name))
 

@@ -48,6 +48,7 @@ class PhaseStatus:
     folder: str = ""
     gpu_hours: Optional[float] = None  # None: no attempt asked for GPUs
     gpu_hours_lost: Optional[float] = None
+    written_before: bool = False  # sealed before seals had a sum over themselves
 
     @property
     def active(self) -> bool:
@@ -76,8 +77,15 @@ class RunStatus:
     def active(self) -> bool:
         return any(phase.active for phase in self.phases)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is no fault and has to be known."""
+        before = [phase.phase for phase in self.phases if phase.written_before]
+        return [f"no sum: written before, so that nobody can tell whether it was altered: the seal of "
+                f"{', '.join(before)}"] if before else []
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"finished": self.finished, "active": self.active}
+        return asdict(self) | {"finished": self.finished, "active": self.active, "notes": self.notes}
 
 
 # -- one look -----------------------------------------------------------------------------------------------------
@@ -299,7 +307,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
         return PhaseStatus(phase.name, COMPLETED, phase.elements, phase.elements, seal.content["job"],
                            seconds=max(0.0, seal.content["sealed_at"] - began),  # two hosts' clocks, for eyes only
                            facts=seal.facts, folder=str(seal.folder), tables=read_tables(artifact.folder),
-                           gpu_hours=used, gpu_hours_lost=lost)
+                           gpu_hours=used, gpu_hours_lost=lost, written_before=not seal.has_sum)
     status = PhaseStatus(phase.name, NOT_SUBMITTED, len(sealed_elements(artifact)), phase.elements,
                          folder=str(artifact.folder), gpu_hours=used, gpu_hours_lost=lost)
     elements = look.of_phase(phase)

@@ -242,6 +242,7 @@ def do_status(args: argparse.Namespace) -> int:
     from launchers.show import console, status_table
 
     console().print(status_table(status))
+    _print_notes(status)
     return 0
 
 
