@@ -133,7 +133,7 @@ class RunFolder:
 
     def freeze(self, number: int, pipeline: str, phases: list[FrozenPhase]) -> None:
         plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
-        durable.write_json(self.submission_folder(number) / "plan.json", plan)
+        durable.write_checked(self.submission_folder(number) / "plan.json", plan)
 
     def frozen(self, number: int) -> dict[str, FrozenPhase]:
         plan = self._frozen_plan(number)
@@ -147,14 +147,11 @@ class RunFolder:
 
     def _frozen_plan(self, number: int) -> dict[str, Any]:
         try:
-            plan = durable.read_json(self.submission_folder(number) / "plan.json")
+            return durable.read_checked(self.submission_folder(number) / "plan.json")
         except FileNotFoundError:
             raise UserMistake(f"{self.path}: there is no submission {number} (have {self.submissions()})") from None
         except ValueError:
             raise self._torn_plan(number) from None
-        if not isinstance(plan, dict):
-            raise self._torn_plan(number)
-        return plan
 
     def _torn_plan(self, number: int) -> UserMistake:
         return UserMistake(f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
@@ -170,14 +167,14 @@ class RunFolder:
     def redirect(self, number: int, phase: str, to: int) -> None:
         """Have a job whose script belongs to submission `number` run `phase` as submission `to` froze it."""
         path = self.submission_folder(number) / "redirects.json"
-        redirects = durable.read_json(path) if path.exists() else {}
+        redirects = durable.read_checked(path) if path.exists() else {}
         if number != to:
-            durable.write_json(path, {**redirects, phase: to})
+            durable.write_checked(path, {**redirects, phase: to})
 
     def redirected(self, number: int, phase: str) -> int:
         """The submission that a job of submission `number` runs for `phase`."""
         path = self.submission_folder(number) / "redirects.json"
-        return durable.read_json(path).get(phase, number) if path.exists() else number
+        return durable.read_checked(path).get(phase, number) if path.exists() else number
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -215,13 +212,13 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         twin = ".skipped" if outcome.state == "skipped" else ""
         name = f"{outcome.element:04d}.a{outcome.attempt}.r{outcome.restart}{twin}.json"
-        durable.create_file(folder / name, json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
+        durable.create_file(folder / name, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 
     def outcomes(self, phase: str, attempt: Optional[int] = None) -> list[Outcome]:
         """Outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
 
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
-        A torn file is as good as none.
+        A torn or altered file is as good as none.
         """
         folder = self.phase_folder(phase) / "attempts"
         names = os.listdir(folder) if folder.is_dir() else []
@@ -230,7 +227,9 @@ class RunFolder:
         for name in names:  # tens of thousands: no Path an element
             if name.endswith(".json") and mine in name and not name.startswith("."):
                 with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
-                    found.append(Outcome(**json.loads(file.read())))
+                    told = durable.parse_checked(file.read(), name)
+                    told.pop(durable.SUM, None)
+                    found.append(Outcome(**told))
         return sorted(found, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
     def record_environment(self, phase: str, element: int, owner: Owner, environment: Mapping[str, str]) -> None:
@@ -240,7 +239,7 @@ class RunFolder:
             return
         path = self.environment_path(phase, element, owner.attempt, owner.restart)
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path, told)
+        durable.write_checked(path, told)
 
     def environment_path(self, phase: str, element: int, attempt: int, restart: int) -> Path:
         return self.phase_folder(phase) / "attempts" / "environment" / f"{element:04d}.a{attempt}.r{restart}.json"

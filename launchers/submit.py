@@ -18,10 +18,11 @@ from jobs.kind import user_code
 from jobs.run_folder import RunFolder
 from launchers.backend import Backend, JobSpec
 from launchers.ledger import Ledger
-from launchers.plan import Plan, make_plan
+from launchers.plan import Plan, PlannedPhase, changed_settings, make_plan
 from launchers.snapshot import take_snapshot
 from launchers.transaction import PLAN_TRIES, Outdated, abandon, carry_out, decide, describe, live_jobs, release_held
 from slurm.detect import Cluster, find_cluster
+from slurm.printed import format_indices
 from slurm.profile import to_yaml
 
 
@@ -61,7 +62,7 @@ def submit_lock(run: RunFolder) -> Iterator[None]:
     run.make()
     path = run.path / "submit.lock"
     me = Owner.me(0, 0)
-    while not durable.create_file(path, durable.canonical_json(dataclasses.asdict(me))):
+    while not durable.create_file(path, me.record()):
         try:
             holder = Owner.read(path)
         except FileNotFoundError:
@@ -117,7 +118,8 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
     """A new attempt at one phase, whatever became of the last one; its dependents are rewired, revived or sent anew.
 
     Raises:
-        UserMistake: an unknown phase or element, or a phase that is sealed under exactly these settings.
+        UserMistake: an unknown phase or element, a phase that is sealed under exactly these settings, or some elements
+            of one whose key is another than that of the newest submission.
     """
     planned = {p.name: p for p in plan.phases}
     if phase not in planned:
@@ -126,6 +128,8 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
     if found.action == "reuse":
         raise UserMistake(f"{phase} is sealed under these settings (key {found.frozen.key}); change one, "
                           f"or delete {plan.run.artifact(found.frozen).seal_path} to have it run again")
+    if elements:
+        _refuse_other_key(plan, found, elements)
     wrong = [i for i in elements or [] if i not in range(found.frozen.elements)]
     if wrong:
         raise UserMistake(f"{phase} has elements 0 to {found.frozen.elements - 1}, not {wrong[0]}")
@@ -138,6 +142,19 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
     with submit_lock(plan.run):
         _settle_unreleased(plan)
         return _transact(plan, fresh)
+
+
+def _refuse_other_key(plan: Plan, found: PlannedPhase, elements: list[int]) -> None:
+    """Raise UserMistake where `elements` alone would run under settings that the phase's other elements do not have."""
+    number = plan.run.newest_submission()
+    before = plan.run.frozen(number).get(found.name)
+    if before is None or before.key == found.frozen.key:
+        return
+    changed = changed_settings(found.name, before.material["settings"], found.frozen.material["settings"])
+    changes = "; ".join([*changed, f"key {before.key} → {found.frozen.key}"])
+    raise UserMistake(f"--elements {format_indices(elements)}: {found.name} is no more what submission {number} runs "
+                      f"({changes}), and all its elements belong under one key; leave --elements out, so that all of "
+                      "them run under the new one, or leave the change out")
 
 
 def repair(run: RunFolder) -> list[str]:
@@ -194,7 +211,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     run = plan.run
     # The queue first, the seals after: a job that ends in between is then seen at least once.
     live = live_jobs(run, list(backends_of(run).values()))
-    plan = make_plan(plan.pipeline, run, plan.cluster)
+    plan = make_plan(plan.pipeline, run, plan.cluster, plan.verified)
     if not dry_run:
         for some in backends_of(run).values():
             release_held(run, some)
@@ -207,6 +224,8 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
                           f"or `afterok cancel {run.path}` first")
     if dry_run:
         return Submitted(None, {}, journal.live, calls=describe(journal, backend, number))
+    for planned in plan.to_run:
+        planned.survey.withdraw(run.artifact(planned.frozen), number)
     if not journal.steps:
         return Submitted(None, {}, journal.live)
     _freeze(plan, number)
@@ -227,7 +246,7 @@ def _freeze(plan: Plan, number: int) -> None:
     folder.mkdir(parents=True)
     roots = [root for phase in plan.pipeline.phases.values() for root in user_code(phase.uses, phase.config)]
     take_snapshot(folder / "code", roots)
-    durable.write_json(folder / "pipeline.json", {
+    durable.write_checked(folder / "pipeline.json", {
         "source": plan.pipeline.source, "overrides": plan.pipeline.overrides, "params": plan.pipeline.params,
         "cwd": os.getcwd()})
     durable.write_file(folder / "pipeline.yaml", Path(plan.pipeline.source).read_bytes())

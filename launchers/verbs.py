@@ -117,7 +117,7 @@ def do_resubmit(args: argparse.Namespace) -> int:
 
     run = _find_run(args.run)
     folder = run.submission_folder(run.newest_submission())
-    frozen = durable.read_json(folder / "pipeline.json")
+    frozen = durable.read_checked(folder / "pipeline.json")
     if Path(frozen["cwd"]).is_dir():
         os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
         sys.path.append(frozen["cwd"])
@@ -245,6 +245,7 @@ def do_status(args: argparse.Namespace) -> int:
     from launchers.show import console, status_table
 
     console().print(status_table(status))
+    _print_notes(status)
     return 0
 
 

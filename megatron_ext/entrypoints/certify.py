@@ -187,8 +187,8 @@ def certificate(config: Config, folder: Path) -> dict[str, Any]:
     """
     path = folder / f"{key_of(config)}.json"
     try:
-        return durable.read_json(path)
-    except FileNotFoundError:
+        return durable.read_checked(path)
+    except (FileNotFoundError, durable.TornFile):
         pass
     world = _problem_of(config)[-1]
     with tempfile.TemporaryDirectory() as work:
@@ -196,7 +196,7 @@ def certificate(config: Config, folder: Path) -> dict[str, Any]:
     if not facts["holds"]:
         raise UserMistake(f"parallel: the layout does not compute what one process does: {json.dumps(facts)}")
     folder.mkdir(parents=True, exist_ok=True)
-    durable.write_json(path, facts)
+    durable.write_checked(path, facts)
     return facts
 
 

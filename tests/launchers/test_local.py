@@ -9,6 +9,7 @@ import sys
 import pytest
 from pathlib import Path
 
+from data_tools import durable
 from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
 from launchers.status import run_status
@@ -65,9 +66,9 @@ def test_the_key_follows_an_input_files_content_not_its_name(toy, tmp_path):
 def test_code_changes_are_reported_or_rerun_as_the_pipeline_says(toy, tmp_path):
     pipeline, run = toy
     afterok("run", pipeline, "--run", run)
-    code = json.loads((run / "submissions/1/code.json").read_text())
+    code = durable.read_checked(run / "submissions/1/code.json")
     code["files"]["jobs/task.py"] = "0" * 64
-    (run / "submissions/1/code.json").write_text(json.dumps(code))
+    durable.write_checked(run / "submissions/1/code.json", code)
     plan = afterok_json("plan", pipeline, "--run", run)["phases"]
     assert plan[0]["action"] == "reuse" and plan[0]["code_changed"] == ["jobs/task.py"]
     plan = afterok_json("plan", pipeline, "on_code_change=rerun", "--run", run)["phases"]
@@ -186,6 +187,7 @@ def test_the_worker_runs_the_same_by_hand_and_a_sealed_element_exits_0_at_once(t
     afterok("run", pipeline, "numbers.with.fail_at=2", "total.resources.ranks_per_node=2", "--run", run, check=1)
     plan = run / "submissions/1/plan.json"
     plan.write_text(plan.read_text().replace('"fail_at": 2', '"fail_at": null'))
+    durable.write_checked(plan, durable.read_json(plan))
     by_hand = [sys.executable, "-m", "jobs.worker", str(run), "numbers"]
     code = str(run / "submissions/1/code")
     for index, word in (("2", "attempt 1"), ("2", "sealed already")):
