@@ -137,7 +137,7 @@ def test_tokens_add_up_per_source(tmp_path, tokenizer):
 BAD_LINES = {
     "invalid UTF-8": (b'{"messages": "\xff"}', "malformed_line", "not UTF-8: invalid start byte"),
     "not JSON": (b'{"messages": [', "malformed_line", "not JSON"),
-    "of the wrong type": (b'[{"role": "user"}]', "malformed_record", "not a JSON object but a list"),
+    "of the wrong type": (b"[]", "malformed_record", "not a JSON object but a list"),
     "deep": (b"[" * 100_000, "malformed_line", "not JSON"),
     "no known schema": (b'{"prompt": "x"}', "malformed_record", "no known schema has the keys prompt"),
     "empty assistant turn": (
