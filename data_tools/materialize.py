@@ -11,6 +11,7 @@ elements, workers and chunk sizes.
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -52,7 +53,7 @@ class Config:
     chat: ChatConfig = field(default_factory=ChatConfig)  # of conversations
     format: str = "auto"  # of the files: auto | jsonl | json | parquet, plain or under gzip or zstd
     max_tokens: int = 0  # of a row, end token included; 0 = no limit
-    dedupe: bool = True  # keep the first of equal rows
+    dedupe: bool = True  # keep the first of equal rows: the same text with the same loss mask
     on_bad_row: str = "fail"  # fail | bucket: what a malformed record does
     encoder: str = field(default="auto", metadata={"keyed": False})  # auto | huggingface | gigatoken: the same ids
     workers: int = field(default=1, metadata={"keyed": False})  # processes of an element
@@ -342,7 +343,8 @@ def _write_balance(balance: Balance, store: dict[str, Any], out: Path) -> dict[s
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     """Join the shards of all elements, in element order, into one store in the empty folder `out`; returns its facts.
 
-    Rows come source by source and in the order of the source; of equal rows the first is kept when `dedupe`.
+    Rows come source by source and in the order of the source; of equal rows the first is kept when `dedupe`. Rows of
+    one text that train different parts of it are not equal. One that trains nothing was dropped before, as such.
     UserMistake when no row is left.
     """
     stores = [Store(part) for part in parts]
@@ -351,7 +353,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     for sheet in sheets[1:]:
         balance = balance + sheet
     pieces = _source_major(stores, sheets)
-    keep = _first_of_equals([piece.row_hashes() for piece in pieces]) if config.dedupe else None
+    keep = _first_of_equals(pieces) if config.dedupe else None
     writer = StoreWriter(out)
     done = 0
     for piece in pieces:
@@ -406,11 +408,28 @@ def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
     return pieces
 
 
-def _first_of_equals(hashes: list[np.ndarray]) -> np.ndarray:
-    """bool[rows]: whether no earlier row has the same 128-bit hash; 40 bytes a row at the peak."""
-    words = np.concatenate(hashes)
+def _first_of_equals(pieces: list[_Piece]) -> np.ndarray:
+    """bool[rows]: whether no earlier row has the same text, by its 128-bit hash, and the same loss mask; 40 bytes a row
+    at the peak, and of rows that share their text 16 more."""
+    words = np.concatenate([piece.row_hashes() for piece in pieces])
     order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal rows stay in their order
     ordered = words[order]
+    repeats = np.zeros(len(words), dtype=bool)  # of the row before, in that order
+    repeats[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
     first = np.ones(len(words), dtype=bool)
-    first[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    ends = np.cumsum([piece.stop - piece.start for piece in pieces])
+    seen: set[bytes] = set()
+    for place in np.flatnonzero(repeats | np.append(repeats[1:], False)).tolist():
+        if not repeats[place]:
+            seen = set()
+        row = int(order[place])
+        number = int(np.searchsorted(ends, row, side="right"))
+        mask = _mask_hash(pieces[number], row - int(ends[number]))
+        first[row] = mask not in seen
+        seen.add(mask)
     return first
+
+
+def _mask_hash(piece: _Piece, from_end: int) -> bytes:
+    """16 bytes that name the loss mask of a row, counted from the piece's last one: -1."""
+    return hashlib.blake2b(piece.store.mask(piece.stop + from_end).tobytes(), digest_size=16).digest()
