@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,7 +33,7 @@ from data_tools.encoder import Encoder, check_encoder
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.store import Provenance, RowText, Store, StoreWriter, row_text
-from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, task_options
+from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, rows_of, task_options
 from data_tools.tokenizer import Tokenizer, is_path, load_tokenizer
 
 ON_BAD_ROW = ("fail", "bucket")
@@ -51,7 +50,7 @@ class Config:
     task: str = ""  # a task's rows; "" = conversations
     task_options: Dict[str, Any] = field(default_factory=dict)
     chat: ChatConfig = field(default_factory=ChatConfig)  # of conversations
-    format: str = "auto"  # of the files: auto | jsonl | json | parquet, plain or under gzip or zstd
+    format: str = "auto"  # of the files: auto | jsonl | json | parquet | csv, plain or under gzip or zstd
     max_tokens: int = 0  # of a row, end token included; 0 = no limit
     dedupe: bool = True  # keep the first of equal rows: the same text with the same loss mask
     on_bad_row: str = "fail"  # fail | bucket: what a malformed record does
@@ -159,25 +158,18 @@ class _Rows:
 
     def _line(self, raw: Any) -> Line:
         """`raw` is a line as bytes, or a value that was read from JSON or Parquet."""
-        if isinstance(raw, bytes) and not raw.strip():
+        if readers.is_blank(raw):
             return Malformed("blank_line")
         try:
-            return [self._kept(row) for row in self._rows_of(self._record(raw))] or Malformed("no_rows")
-        except UnicodeDecodeError as error:
-            return Malformed("malformed_line", f"not UTF-8: {error.reason}")
-        except (json.JSONDecodeError, RecursionError) as error:
-            return Malformed("malformed_line", f"not JSON: {error}")
+            record = raw if self.is_task else readers.value_of(raw)  # a task parses its lines itself
+        except ValueError as error:
+            return Malformed("malformed_line", str(error))
+        try:
+            return [self._kept(row) for row in self._rows_of(record)] or Malformed("no_rows")
         except BadRecord as error:
             return Malformed(error.bucket, str(error))
         except UserMistake as mistake:
             return Malformed("", str(mistake), fatal=True)
-
-    def _record(self, raw: Any) -> Any:
-        """A task parses its lines itself."""
-        if not isinstance(raw, bytes):
-            return raw
-        text = raw.decode("utf-8-sig")
-        return text if self.is_task else json.loads(text)
 
     def _kept(self, row: Result) -> "Kept | Refused":
         if isinstance(row, Refused):
@@ -197,12 +189,12 @@ class TaskRows:
         self.tokenizer = tokenizer
 
     def rows(self, record: Any) -> Iterator[Result]:
-        """Those of a line, of a value read from JSON or Parquet, or of a synthetic row's number. Raises BadRecord."""
+        """Those of a record as a share gives it, or of a synthetic row's number. Raises BadRecord."""
         if isinstance(record, SyntheticRow):
             yield self._result(self.task.synthetic_row(self.seed, record.number, self.split))
             return
         try:
-            rows = self.task.parse_line(record if isinstance(record, str) else json.dumps(record))
+            rows = rows_of(self.task, record)
         except ValueError as error:
             raise BadRecord(str(error), "malformed_line") from None
         yield from map(self._result, rows)

@@ -159,8 +159,7 @@ FORMS = {
     "messages": lambda turns: {"messages": turns},
     "traj": lambda turns: {"traj": turns},
     "sharegpt": lambda turns: {"conversations": [
-        {"from": turn["role"], "value": turn["content"], **{k: v for k, v in turn.items() if k not in ("role", "content")}}
-        for turn in turns]},
+        {{"role": "from", "content": "value"}.get(key, key): value for key, value in turn.items()} for turn in turns]},
     "prompt_completion": lambda turns: {"prompt": turns[:1], "completion": turns[1:]},
 }  # fmt: skip
 
@@ -259,7 +258,7 @@ def test_a_wrong_mask_fails_whatever_bad_rows_do(tmp_path, tokenizer):
 
 
 def test_settings_that_only_tasks_have_are_refused(tokenizer):
-    config = Config(tokenizer=str(tokenizer), source=Source(synthetic_rows=3), task_options={"x": 1}, format="csv",
+    config = Config(tokenizer=str(tokenizer), source=Source(synthetic_rows=3), task_options={"x": 1}, format="tsv",
                     chat=ChatConfig(turns="first"), encoder="fast", workers=0)
     where = [problem.where for problem in check(config)]
     assert where == ["chat.turns", "source.synthetic_rows", "task_options", "encoder", "format", "workers"]
