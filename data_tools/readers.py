@@ -78,7 +78,7 @@ class Place:
 class Record(NamedTuple):
     """What stands at a place of a file: a value, or why there is none. A line that is blank has neither."""
 
-    place: Place
+    place: object  # its str() is FILE:LINE
     value: Any
     problem: str = ""
     is_blank: bool = False

@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
-from data_tools import durable
+from data_tools import durable, readers
 from data_tools.estimators import at_k, standard_error
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, never, silent
+from data_tools.samples import problem_of_evaluated
 from data_tools.tables import write_table
 from data_tools.tasks.mix import Entry, Loaded, MixConfig, counts_table, load
 from data_tools.tasks.task import Item, Row, Source, check_rows, load_task, task_options
@@ -242,11 +243,15 @@ def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
     """The samples of the evaluation to compare with, by prompt. UserMistake where there are none."""
     if not config.compare_with:
         return {}
-    try:
-        found = {line["prompt"]: line for line in generate.lines_of([Path(config.compare_with) / SAMPLES])}
-    except (OSError, ValueError, KeyError) as error:
-        message = f"{config.compare_with} is no output of an evaluation ({error}); name the folder with {SAMPLES}"
-        raise UserMistake(Problem("compare_with", message)) from None
+    file, found = Path(config.compare_with).expanduser() / SAMPLES, {}
+    records = readers.records(file) if file.is_file() else [readers.Record(file, None, "there is no such file")]
+    for record in records:
+        if record.is_blank:
+            continue
+        if wrong := record.problem or problem_of_evaluated(record.value):
+            message = f"{config.compare_with} is no output of an evaluation ({record.place}: {wrong}); name the folder"
+            raise UserMistake(Problem("compare_with", f"{message} with {SAMPLES}"))
+        found[record.value["prompt"]] = record.value
     if not any("sampled" in line for line in found.values()):
         message = f"{config.compare_with} has greedy answers alone; evaluate it again with samples: {config.samples}"
         raise UserMistake(Problem("compare_with", message))
