@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from data_tools.messages import (
-    REFUSED_KEY, ROLES, BadRecord, Keys, Turn, kind, read_message, read_tools, role_of, take_trained, value_of)
+    REFUSED_KEY, REMEDY, ROLES, BadRecord, Keys, Turn, kind, read_message, read_tools, role_of, take_trained, value_of)
 
 __all__ = ["REFUSED", "ROLES", "SCHEMAS", "BadRecord", "Conversation", "RenderedChunk", "detect_schema", "read_prompt",
            "read_record"]
@@ -101,12 +101,22 @@ class RenderedChunk(NamedTuple):
     text: str
 
 
-def read_record(record: Any, schema: str = "auto") -> "list[Conversation] | list[list[RenderedChunk]]":
-    """The conversations of one record: one, but for a packed line, which may hold several. Raises BadRecord."""
+def read_record(
+    record: Any, schema: str = "auto", ignored: Sequence[str] = ()
+) -> "list[Conversation] | list[list[RenderedChunk]]":
+    """The conversations of one record: one, but for a packed line, which may hold several. Raises BadRecord.
+
+    Keys in `ignored`, of the record and of its messages, are read as if they were not there.
+    """
     if isinstance(record, list) and record:
         record = {"messages": record}  # nanochat's lines
     if not isinstance(record, dict):
         raise BadRecord(f"not a JSON object but a {type(record).__name__}")
+    if ignored:
+        record = _without(record, ignored)
+        given = {key: value_of(value, key) if key in _LISTS else value for key, value in record.items()}
+        lists = {key: value for key, value in given.items() if isinstance(value, list)}
+        record = {**record, **{key: [_without(item, ignored) for item in value] for key, value in lists.items()}}
     if schema == "auto":
         schema = detect_schema(record)
     if schema == "rendered":
@@ -114,6 +124,10 @@ def read_record(record: Any, schema: str = "auto") -> "list[Conversation] | list
     conversation = _SCHEMAS[schema](record)
     _check(conversation)
     return [conversation]
+
+
+def _without(value: Any, ignored: Sequence[str]) -> Any:
+    return {key: item for key, item in value.items() if key not in ignored} if isinstance(value, dict) else value
 
 
 def read_prompt(messages: list[dict[str, Any]]) -> Conversation:
@@ -270,7 +284,7 @@ def _refuse(keys: Keys, refused: Mapping[str, str]) -> None:
     """BadRecord for the first key that has a value and would change what is trained."""
     for key, value in keys.left.items():
         if key in refused and value not in ("", [], {}):
-            reason = f"record: key {key!r} ({kind(value)}): {refused[key]}; take it out of the data"
+            reason = f"record: key {key!r} ({kind(value)}): {refused[key]}; {REMEDY}"
             raise BadRecord(reason, REFUSED_KEY)
 
 

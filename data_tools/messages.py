@@ -35,7 +35,7 @@ CALLING = ("function_call", "tool_call")  # roles whose text is a call: LLaMA-Fa
 # loss_scale) and axolotl's examples (train, training, train_on_turn) spell it.
 IN_LOSS = ("weight", "loss_weight", "loss", "loss_scale", "train", "training", "trainable", "train_on_turn")
 
-_REMEDY = "take it out of the data, or write it as a key that is understood"
+REMEDY = "take it out of the data, or name it in chat.ignored to leave it out"
 _REFUSED = {  # keys that are known, and why they have no form here
     "train_detail": "parts of a turn are in the loss or not (axolotl); here a turn is, as a whole",
     "training_detail": "parts of a turn are in the loss or not (axolotl); here a turn is, as a whole",
@@ -119,7 +119,7 @@ class Keys:
         for key in self.left:
             if key not in without_meaning:
                 why = known.get(key, "is not understood")
-                raise BadRecord(f"{self.place}: key {key!r} ({kind(self.left[key])}): {why}; {_REMEDY}", REFUSED_KEY)
+                raise BadRecord(f"{self.place}: key {key!r} ({kind(self.left[key])}): {why}; {REMEDY}", REFUSED_KEY)
 
 
 def read_message(place: str, given: Any) -> Turn:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List
 
-from data_tools import durable
+from data_tools import durable, readers
 from data_tools.estimators import Vote, at_k, standard_error
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
@@ -121,10 +121,12 @@ def _identity(config: Config, digest: str) -> dict[str, Any]:
 
 
 def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The samples of these files, a line each: completions may hold what str.splitlines takes for the end of one."""
+    """The samples of these files, a line each. UserMistake for a line that is damaged."""
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
+        for record in readers.records(file, "jsonl"):
+            if record.problem:
+                raise UserMistake(Problem(str(record.place), f"{record.problem}; restore the file, or sample again"))
+            yield record.value
 
 
 def records_of(keep: Path) -> Dict[str, Any]:

@@ -348,6 +348,19 @@ def test_columns_that_would_change_what_is_trained_are_refused_by_name_and_other
     assert caught.value.bucket == "refused_key"
 
 
+@pytest.mark.parametrize("name", ["openai", "sharegpt", "prompt and completion as messages"])
+def test_keys_that_the_settings_name_are_left_out_of_records_and_messages(name):
+    record = copy.deepcopy(RECORDS[name][0])
+    for path in list(speakers(record)):
+        at(record, path)["emphasis"] = at(record, path)["label"] = 1
+    record["chosen"] = record["emphasis"] = [1]
+    (left,) = read_record(record, "auto", ["emphasis", "label", "chosen"])
+    assert left == read_record(RECORDS[name][0])[0]
+    for ignored in (["emphasis", "label"], ["emphasis", "chosen"], ["label", "chosen"]):
+        with pytest.raises(BadRecord, match="name it in chat.ignored"):
+            read_record(record, "auto", ignored)
+
+
 def test_a_systems_text_beside_the_messages_comes_first_and_is_said_once():
     for key in ("system", "system_prompt"):
         assert turns({"messages": CHAT, key: "S"})[0] == said("system", "S")
