@@ -257,6 +257,8 @@ def load(name: str, entry: Entry) -> Loaded:
     UserMistake `FILE:LINE: reason` for a malformed record, and when there is no prompt at all.
     """
     task = load_task(entry.task or name)
+    if not hasattr(task, "items"):
+        raise UserMistake(Problem(f"task {name}", "its module has no `items`, which gives the prompts of a record"))
     options = task_options(task, entry.options)
     left_out = getattr(task, "left_out", lambda record: [])
     found: dict[tuple[str, str], Item] = {}
