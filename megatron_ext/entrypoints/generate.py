@@ -121,7 +121,7 @@ def _identity(config: Config, digest: str) -> dict[str, Any]:
 
 
 def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The samples of these files, a line each. UserMistake for a line that is damaged."""
+    """Yield the samples of these files, a line each. Raise UserMistake for a line that is damaged."""
     for file in files:
         for record in readers.records(file, "jsonl"):
             if record.problem:
@@ -130,14 +130,14 @@ def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 def records_of(keep: Path) -> Dict[str, Any]:
-    """What became of the records of each task, as sampling left it in KEEP."""
+    """Return what became of the records of each task, as sampling left it in KEEP."""
     from megatron_ext.rl.sampling import RECORDS
 
     return durable.read_json(keep / RECORDS)
 
 
 def records_of_parts(parts: List[Path]) -> Dict[str, Any]:
-    """What each element found alike; empty where they did not write it down yet."""
+    """Return what each element found alike; nothing where elements of before did not write it down."""
     file = parts[0] / RESULT
     return durable.read_json(file).get("records", {}) if file.is_file() else {}
 
