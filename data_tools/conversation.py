@@ -54,7 +54,7 @@ _TAG = re.compile(r"\s*<\|[^|<>\s]+\|>")
 
 
 class _Pair(NamedTuple):
-    """Names the keys of a schema of one question and one answer; `more` of the question and `reasoning` may be absent."""
+    """Names the keys of a schema of one question and one answer; `more` of it and `reasoning` may be absent."""
 
     question: str
     answer: str

@@ -156,7 +156,7 @@ def read_message(place: str, given: Any) -> Turn:
     message |= {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}
     message |= {"tool_calls": calls} if calls else {}
     message |= {key: value for key, value in (("tool_call_id", call_id), ("name", name)) if value}
-    return Turn(message, trained, tools, is_call)
+    return Turn(message, trained, tools, is_call and bool(calls))
 
 
 def role_of(place: str, given: Any) -> str:
@@ -206,6 +206,8 @@ class _Said:
 def _calling(place: str, content: Any) -> _Said:
     """Read the text of a message whose role says that it is a call, or several."""
     given = value_of(content, f"{place}: function call", _BAD_CALL)
+    if not given:
+        raise BadRecord(f"{place}: no call, though its role says that it is one", _BAD_CALL)
     return _Said(calls=_calls(place, "its call", given if isinstance(given, list) else [given]))
 
 
@@ -214,7 +216,7 @@ def _content(place: str, role: str, content: Any) -> _Said:
     if isinstance(content, str):
         return _thoughts(place, content) if role == "assistant" and _MARKERS.search(content) else _Said(content)
     if isinstance(content, dict) and role == "tool":
-        return _Said(json.dumps(content, ensure_ascii=False))
+        return _Said(_json_of(place, content))
     if not isinstance(content, list) or not content:
         raise BadRecord(f"{place}: its content is {kind(content)}, neither a text nor parts")
     found: dict[str, list[Any]] = {name: [] for name in _PART_ORDER}
@@ -227,6 +229,14 @@ def _content(place: str, role: str, content: Any) -> _Said:
         last = _PART_ORDER.index(name)
         found[name].append(value)
     return _Said("".join(found["text"]), "".join(found["reasoning"]), found["tool_call"])
+
+
+def _json_of(place: str, value: Any) -> str:
+    """Return the JSON of what a tool gave, as templates write it. Raise BadRecord where it is nested too deep."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise BadRecord(f"{place}: its content is nested too deep") from None
 
 
 def _part(part: Keys) -> tuple[str, Any]:
