@@ -165,9 +165,9 @@ def _is_materialized(record: dict[str, Any]) -> bool:
     counted = next((keys for keys in _COUNTED if all(key in record for key in keys)), ())
     if bool(tag) == bool(counted):
         return bool(tag)
-    found = f"{counted[0]}, as lines of materialize.py have," if counted else f"a message that begins with {tag!r}"
-    lacks = "but no template's tags" if counted else "as text that a template has written does, or someone who says so"
-    raise BadRecord(f"has {found} {lacks}; name chat.schema: rendered, or messages", "ambiguous_schema")
+    found = f"has {counted[0]}, and no message begins with a tag" if counted else f"a message begins with {tag!r}"
+    reason = f"{found}: this is text that a template has already written, or it is a chat"
+    raise BadRecord(f"{reason}; name chat.schema: rendered, or messages", "ambiguous_schema")
 
 
 def _tag(message: Any) -> str:

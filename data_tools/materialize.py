@@ -6,7 +6,9 @@ elements, workers and chunk sizes.
 
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
        │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
-       │ malformed_record │ empty_assistant          │ tool_call_lost
+       │ malformed_record │ empty_assistant,         │ tool_call_lost,
+       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained
+                          │ refused_key, openthoughts_markers
 """
 
 import contextlib
