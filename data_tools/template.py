@@ -50,7 +50,7 @@ class Form:
         if self.text_arguments and message.get("tool_calls"):
             message["tool_calls"] = list(map(_with_text_arguments, message["tool_calls"]))
         if self.parts and isinstance(message["content"], str):
-            message["content"] = [{"type": "text", "text": message["content"]}] if message["content"] else []
+            message["content"] = [{"type": "text", "text": message["content"]}]
         if self.reasoning and message.get("reasoning_content"):
             message["reasoning"] = message["reasoning_content"]
         return message
@@ -188,15 +188,25 @@ def _instrument(tree: nodes.Template) -> int:
     names = _names_of_messages(tree)
     loops = [loop for loop in tree.find_all(nodes.For) if isinstance(loop.target, nodes.Name)
              and _base(loop.iter) in names and next(loop.find_all(nodes.Output), None)]
+    loops = _outermost(tree, loops)
     for loop in loops:
         loop.body.insert(0, _mark(nodes.Name(loop.target.name, "load")))
     for parent in [tree, *tree.find_all(nodes.Node)]:
         for _, body in parent.iter_fields():
             if isinstance(body, list):
-                for loop in [item for item in body if item in loops]:
+                for loop in [item for item in body if any(item is one for one in loops)]:
                     body.insert(body.index(loop) + 1, _mark(nodes.Const(LOOP_END)))
     tree.set_environment(tree.environment)
     return len(loops)
+
+
+def _outermost(tree: nodes.Template, loops: list[nodes.For]) -> list[nodes.For]:
+    """The loops that are in no other one, nor in a macro which one of them may call: those write parts of a message."""
+    inner = [node for loop in loops for node in loop.find_all(nodes.For)]
+    outer = [loop for loop in loops if not any(loop is node for node in inner)]
+    in_macros = [node for macro in tree.find_all(nodes.Macro) for node in macro.find_all(nodes.For)]
+    free = [loop for loop in outer if not any(loop is node for node in in_macros)]
+    return free or outer
 
 
 def _names_of_messages(tree: nodes.Template) -> set[str]:

@@ -2,7 +2,7 @@
 
 There are three ways to tell where a turn lies, of which a template gets the first that its probes bear out:
 
-    blocks     `{% generation %}` blocks are taken at their word
+    blocks     `{% generation %}` blocks, but for a header within one
     loop       what one pass through the template's loop over messages wrote; one render a conversation, and right where
                a template writes a message differently once another follows it (stock Qwen3 and gpt-oss do)
     prefixes   the conversation is rendered up to the turn, with the generation prompt, and up to its end: a template
@@ -98,7 +98,7 @@ class Turns:
     def _render(self, conversation: Conversation, wanted: AbstractSet[int]) -> Rendered:
         text, pieces = self._cut(conversation, wanted)
         if self.template.has_blocks:
-            return Rendered(text, [span for span in pieces if span.start < span.stop])
+            return Rendered(text, self._blocks_through_stop(text, pieces, conversation))
         spans = []
         for piece in pieces:
             if piece.message in wanted:
@@ -139,6 +139,27 @@ class Turns:
         if stop is None:
             raise Unclear(f"nothing that ends a turn is behind message {piece.message + 1}")
         return text, piece._replace(stop=end - len(stop.rest))
+
+    def _blocks_through_stop(self, text: str, blocks: list[Span], conversation: Conversation) -> list[Span]:
+        """Return the blocks without a header, and what is behind the stop token of their turn, where they have them."""
+        kept: list[Span] = []
+        for number in dict.fromkeys(block.message for block in blocks):
+            turn = [block for block in blocks if block.message == number]
+            turn = self._without_block_header(text, turn, conversation)
+            written = "".join(text[start:stop] for _, start, stop in turn)
+            stop = self._stop_before(written, 0, len(written.rstrip()))
+            length = len(written.rstrip()) - len(stop.rest) if stop else len(written)
+            for block in turn:
+                kept.append(block._replace(stop=min(block.stop, block.start + length)))
+                length -= kept[-1].stop - kept[-1].start
+        return [block for block in kept if block.start < block.stop]
+
+    def _without_block_header(self, text: str, turn: list[Span], conversation: Conversation) -> list[Span]:
+        first, *more = turn
+        for header in self._headers_of(conversation, first.message):
+            if text.startswith(header, first.start):
+                return [first._replace(start=first.start + len(header)), *more]
+        return turn
 
     def _stop_before(self, text: str, start: int, end: int) -> Optional[Stop]:
         return next((stop for stop in self.stops if text.endswith(stop.text + stop.rest, start, end)), None)
@@ -187,13 +208,12 @@ class Turns:
             return len(text)
         alone = self.template.text(replace(conversation, messages=conversation.messages[: number + 1]))
         place = _common(alone, text)
-        rest = alone[place:].strip()
-        if rest in ("", self.template.token("eos_token")):
-            return place
+        rest, after = alone[place:].strip(), place + len(text[place:]) - len(text[place:].lstrip())
         for stop in self.stops:  # behind other spaces
-            after = place + len(text[place:]) - len(text[place:].lstrip())
             if rest.startswith(stop.text) and text.startswith(stop.text, after):
                 return after + len(stop.text)
+        if rest in ("", self.template.token("eos_token")):
+            return place
         raise Unclear(f"message {number + 1} is written in another way once a message follows; set chat.turns: each")
 
     # -- probes --------------------------------------------------------------------------------------------------
@@ -224,7 +244,7 @@ class Turns:
         self.closings: dict[str, str] = {}
         self._asides: set[str] = set()  # what generation prompts have behind the header
         self._missing = ""  # what a last turn lacks and any other has
-        if not self.template.has_blocks and self._header is None:
+        if self._header is None:
             self.headers = self._find_headers()
         self._find_stops()
 
@@ -241,6 +261,8 @@ class Turns:
                 continue  # it knows no tools
             if header is not None:
                 found[role] = header
+            elif self.template.has_blocks:
+                found[role] = ""  # its blocks tell
         if "user" not in found:
             raise UserMistake("chat template: its generation prompt does not begin an assistant's turn, so the header "
                               "cannot be told from the answer; name the header in chat.header (\"\" for none)")
@@ -250,8 +272,8 @@ class Turns:
         """Return the header of an answer; None where the generation prompt gives none of what is before its text."""
         prompt = self.template.prompt(self.template.probe(*context))
         conversation = self.template.probe(*context, ANSWER)
-        if self._cut == self._by_loop:
-            text, pieces = self._by_loop(conversation, frozenset())
+        if self._cut != self._by_prefixes:
+            text, pieces = self._cut(conversation, frozenset())
             start = next((piece.start for piece in pieces if piece.message == len(context)), None)
         else:
             text, start = self.template.text(conversation), _common(self.template.text(

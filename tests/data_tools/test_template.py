@@ -203,7 +203,7 @@ def test_a_header_that_is_named_is_believed():
 
 
 RESULTS_INSIDE = ("{% for m in messages %}{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}"
-                  "{{ m.tool_calls[0].function.name }}={{ loop.nextitem.content }}{% endif %}<end>{% endif %}"
+                  "{{ m.tool_calls[0].function.name }}={{ (loop.nextitem or m).content }}{% endif %}<end>{% endif %}"
                   "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
