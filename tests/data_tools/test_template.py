@@ -19,9 +19,8 @@ from tests.data_tools.chats import (
     write_tokenizer)
 
 DAY = date(2025, 10, 26)
-# What TRL's templates leave out of the loss where it is not what the generation prompt gives: they train the line feed
-# after Qwen2.5's role, and the headers of gpt-oss and DeepSeek.
-TRL_HEADER = {"qwen2_5": "<|im_start|>assistant", "gptoss": "", "deepseekv3": "", "muse_glimmer": ""}
+# What TRL's templates have in the loss and ours have not: headers, and line feeds behind stop tokens.
+LEFT = ("<|start|>assistant", "<｜Assistant｜", "<｜tool▁outputs▁end｜")
 FAMILIES = ["qwen2_5", "qwen3", "gptoss", "nemotron_3_nano", "deepseekv3", "glm4moe", "llama3"]
 MORE_FAMILIES = ["qwen3_instruct_2507", "nemotron_3_super", "cohere", "gemma3", "lfm2_v2", "qwen3_5_think",
                  "muse_glimmer"]
@@ -57,16 +56,6 @@ def same(one, other):
     return (one is None) == (other is None) and (one is None or all(map(np.array_equal, one, other)))
 
 
-def without_space_behind(ids, mask, tokenizer):
-    """The mask without the line feed that TRL trains behind a stop token."""
-    mask = mask.copy()
-    for end in np.flatnonzero(np.diff(mask, append=0) == -1):
-        while not tokenizer.decode([ids[end]]).strip():
-            mask[end] = 0
-            end -= 1
-    return mask
-
-
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """(transformers' tokenizer, ours, its encoder)."""
@@ -76,28 +65,30 @@ def tokenizers(tmp_path_factory):
 
 
 def compare(name, tokenizers, conversations):
-    """How many conversations TRL's template writes as the stock one does; asserts the masks are equal."""
+    """How many conversations TRL's template writes as the stock one does; asserts the masks are equal.
+
+    Theirs are those of their blocks, but for what the generation prompt gives or follows the stop token.
+    """
     theirs, ours, encoder = tokenizers
     tokens = {**theirs.special_tokens_map, "bos_token": theirs.bos_token or "<s>"}
     theirs.bos_token = tokens["bos_token"]
     today = date.today()  # transformers knows no other
     trained = template_of(f"{name}_training")
-    stock = turns(template_of(name), tokens, {}, today, TRL_HEADER.get(name))
-    probed = turns(template_of(name), tokens, {}, today)
-    blocks = turns(trained, tokens, {}, today)
+    stock, blocks = (turns(source, tokens, {}, today) for source in (template_of(name), trained))
     equal_texts = 0
     for conversation in conversations:
         expected = transformers_masks(theirs, trained, conversation)
-        assert same(masked(blocks, encoder, conversation), expected)
-        expected = expected and (expected[0], without_space_behind(*expected, theirs))
-        found, default = masked(stock, encoder, conversation), masked(probed, encoder, conversation)
-        if found is None or expected is None or not np.array_equal(found[0], expected[0]):
-            continue  # Qwen3's training template writes another text
-        equal_texts += 1
-        assert same(found, expected)
-        if default is None:
-            continue  # DeepSeek's, which writes a second call behind no header
-        assert (default[1] <= expected[1]).all() and default[1].sum() > 0  # ours trains no header
+        found, plain = masked(blocks, encoder, conversation), masked(stock, encoder, conversation)
+        assert (found is None) == (expected is None)
+        if found is None:
+            continue
+        assert np.array_equal(found[0], expected[0]) and (found[1] <= expected[1]).all() and found[1].sum() > 0
+        edges = np.flatnonzero(np.diff(expected[1] > found[1], prepend=False, append=False)).reshape(-1, 2)
+        left = {theirs.decode(found[0][start:stop]).strip() for start, stop in edges}
+        assert all(any(header in text and len(text) < len(header) + 3 for header in LEFT) for text in left - {""}), left
+        if plain is not None and np.array_equal(plain[0], found[0]):  # Qwen3's training template writes another text
+            equal_texts += 1
+            assert same(plain, found)
     return equal_texts
 
 
