@@ -40,7 +40,7 @@ def stops_of(name):
     return STOPS[max((family for family in STOPS if name.lower().startswith(family)), key=len)]
 
 
-def tokenizer_for(name, source, renderings=()):
+def tokenizer_for(name, source, renderings=(), normalizer=None):
     """A byte-level BPE that has the tags of a template as special tokens, as its own tokenizer has.
 
     `renderings` are (messages, tools) whose texts show the tags that the template puts together.
@@ -54,11 +54,13 @@ def tokenizer_for(name, source, renderings=()):
             tags |= set(_TAGS.findall(plain.apply_chat_template(messages, tools=tools, tokenize=False)))
         except Exception:  # whatever templates raise
             pass
-    return _tokenizer(source, sorted(tags), eos)
+    return _tokenizer(source, sorted(tags), eos, normalizer)
 
 
-def _tokenizer(source, special, eos):
+def _tokenizer(source, special, eos, normalizer=None):
     tokenizer = Tokenizer(models.BPE())
+    if normalizer:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator([source], trainers.BpeTrainer(
         vocab_size=len(special) + 400, special_tokens=special, show_progress=False,
@@ -68,9 +70,13 @@ def _tokenizer(source, special, eos):
 
 
 class Prefixes:
-    """The texts of a conversation and of its prefixes. `messages` are in the form that the template reads."""
+    """The texts of a conversation and of its prefixes. `messages` are in the form that the template reads.
 
-    def __init__(self, tokenizer, messages, tools, stops):
+    `doubles`: the template ends a turn with two stop tokens, of which the first already stops the model.
+    """
+
+    def __init__(self, tokenizer, messages, tools, stops, doubles=False):
+        self.doubles = doubles
         self.tokenizer, self.messages, self.tools = tokenizer, messages, tools
         self.stops = {tokenizer.convert_tokens_to_ids(stop) for stop in stops}
         self.ids = self.render(len(messages))
@@ -106,7 +112,7 @@ class Prefixes:
         found = [place for place in range(self.start(turn) or 0, parts) if self.ids[place] in self.stops]
         if found and not (rest and rest[0] in self.stops):
             written = [place for place in range(found[-1] + 1) if not self._is_blank(self.ids[place])]
-            while self.ids[written[-2]] in self.stops:  # of several the first stops the model
+            while self.doubles and self.ids[written[-2]] in self.stops:
                 written.pop()
             return written[-1] + 1
         following = next((place for place in range(parts, len(self.ids)) if not self._is_blank(self.ids[place])), None)
