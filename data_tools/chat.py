@@ -48,8 +48,10 @@ class ChatConfig:
 
 
 def check_chat(config: ChatConfig) -> list[Problem]:
-    problems = [Problem(key, f"unknown value {value!r}{nearest(value, known)}") for key, value, known in
-                (("schema", config.schema, ("auto", *SCHEMAS)), ("turns", config.turns, TURNS)) if value not in known]
+    values = [("schema", config.schema, ("auto", *SCHEMAS)), ("turns", config.turns, TURNS),
+              *(("may_lose", value, LOSABLE) for value in config.may_lose)]
+    problems = [Problem(key, f"unknown value {value!r}{nearest(value, known)}") for key, value, known in values
+                if value not in known]
     try:
         datetime.date.fromisoformat(config.date)
     except ValueError:

@@ -25,7 +25,7 @@ from data_tools.turns import Rendered
 
 LOSABLE = ("reasoning", "tools", "name")  # what a template may leave out, where chat.may_lose says so
 
-_MARK = "\uE0FF\uE0FE\uE0FF"  # private use
+_MARK = "xQ7mArK7Qx"  # as JSON and HTML write it too
 _INLINE = re.compile(r"\s*<think>(.*)</think>(.*)", re.DOTALL)
 _REASONING_KEYS = ("reasoning_content", "thinking")
 
@@ -36,6 +36,7 @@ class Field(NamedTuple):
     kind: str
     path: Path
     text: str
+    instead: str = ""  # what it would be where the order of results told whose they are
 
     @property
     def message(self) -> int:
@@ -73,7 +74,7 @@ class Fields:
     def _is_lost(self, field: Field, conversation: Conversation, rendered: Rendered,
                  unwritten: frozenset[Path]) -> bool:
         if field.kind == "name" and conversation.messages[field.message]["role"] == "tool":
-            return not self._is_marked(field, conversation)
+            return not self._is_used(field, conversation)
         if field.path in unwritten:
             return not self._is_history(field, conversation)
         if field.kind == "tools" or _holds(_region(field, rendered), field.text):
@@ -90,12 +91,22 @@ class Fields:
         return field.path not in self._unwritten_of(alone, list(_fields(alone)))
 
     def _is_marked(self, field: Field, conversation: Conversation) -> bool:
-        """Whether a mark within the field turns up in the text."""
-        text = field.text.strip()
+        """Whether a mark within the field turns up in the text, and changes nothing else there."""
+        before, text, after = field.text.partition(field.text.strip())
         try:
-            return _MARK in self._template.text(_changed(conversation, {field.path: text[:1] + _MARK + text[1:]}))
+            marked = self._template.text(_changed(
+                conversation, {field.path: f"{before}{text[:1]}{_MARK}{text[1:]}{after}"}))
+            return _MARK in marked and marked.replace(_MARK, "") == self._template.text(conversation)
         except TemplateError:
             return False
+
+    def _is_used(self, field: Field, conversation: Conversation) -> bool:
+        """Whether the text would be another one with the other name."""
+        try:
+            other = self._template.text(_changed(conversation, {field.path: field.instead}))
+        except TemplateError:
+            return True
+        return other != self._template.text(conversation)
 
     def _unwritten_of(self, conversation: Conversation, fields: list[Field]) -> frozenset[Path]:
         """Return the paths of fields that the template leaves out of any conversation of this shape."""
@@ -167,14 +178,14 @@ def _names_of_results(messages: list[dict[str, Any]]) -> Iterator[Field]:
         place += 1
         for key, value in (("tool_call_id", expected.get("id")), ("name", expected["function"].get("name"))):
             if calls and message.get(key) and value and message[key] != value:
-                yield Field("name", ("messages", number, key), message[key])
+                yield Field("name", ("messages", number, key), message[key], value)
                 break
 
 
 def _is_asked_by_shape(field: Field) -> bool:
     """Not what templates look up, nor what is a part of a text."""
-    return bool(field.text.strip()) and field.path[-1] not in ("tool_call_id",) and not (
-        field.kind == "reasoning" and field.path[-1] == "content")
+    is_inline = field.kind == "reasoning" and field.path[-1] == "content"
+    return bool(field.text.strip()) and not field.instead and not is_inline
 
 
 def _region(field: Field, rendered: Rendered) -> str:
