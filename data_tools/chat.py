@@ -22,7 +22,7 @@ from data_tools.fields import LOSABLE, Fields, inline_reasoning
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.template import ChatTemplate, TemplateError
 from data_tools.tokenizer import Tokenizer
-from data_tools.turn_parts import Part, calls_of, thinking_of, without, written_calls, written_thinking
+from data_tools.turn_parts import Part, calls_of, thinking_of, thinking_tags, without, written_calls, written_thinking
 from data_tools.turns import Rendered, Span, Turns, Unclear
 
 TURNS = ("all", "last", "each")
@@ -89,6 +89,7 @@ class ChatRows:
         self.encoder = encoder
         self.turns = None if config.schema == "rendered" else _load_turns(config, tokenizer)
         self.fields = self.turns and Fields(self.turns.template, config.may_lose)
+        self.tags = thinking_tags(self.turns.template) if self.turns else ()
         self._seen = 0
 
     def rows(self, record: Any) -> Iterator[Result]:
@@ -177,7 +178,8 @@ class ChatRows:
         """The parts of a turn that are not in the loss."""
         message = conversation.messages[number]
         is_written = not self.fields.omits_reasoning(conversation, number)
-        thinking = thinking_of(text, turn, message.get("reasoning_content", "") if is_written else "")
+        reasoning = message.get("reasoning_content", "") if is_written else ""
+        thinking = thinking_of(text, turn, reasoning, self.tags)
         parts = [] if self.config.train_thinking else [thinking]
         if not self.config.train_tool_calls:
             parts.append(calls_of(text, turn, thinking, message))

@@ -9,6 +9,7 @@ import re
 from typing import Any, Mapping, NamedTuple, Optional
 
 from data_tools.conversation import BadRecord
+from data_tools.template import ANSWER, ASK, CALL, THOUGHT, ChatTemplate, TemplateError
 
 # How templates write reasoning and tool calls within a turn: the opening and the closing text.
 _THINKING = (
@@ -22,6 +23,9 @@ _TOOL_CALLS = (
 )  # fmt: skip
 
 
+Tags = tuple[tuple[str, str], ...]
+
+
 class Part(NamedTuple):
     """text[start:stop]."""
 
@@ -29,13 +33,27 @@ class Part(NamedTuple):
     stop: int
 
 
-def thinking_of(text: str, turn: Part, reasoning: str) -> Optional[Part]:
+def thinking_tags(template: ChatTemplate) -> Tags:
+    """Return the tags that reasoning may be between: those that the template writes, and <think> in a content."""
+    tags = [_THINKING[0]]
+    for message in (ANSWER, CALL):
+        try:
+            text = template.text(template.probe(ASK, {**message, **THOUGHT}))
+        except TemplateError:
+            continue
+        before, _, after = text.partition(THOUGHT["thinking"])
+        tags += [pair for pair in _THINKING if before.rstrip().endswith(pair[0].rstrip())
+                 and after.lstrip().startswith(pair[1])]
+    return tuple(dict.fromkeys(tags))
+
+
+def thinking_of(text: str, turn: Part, reasoning: str, tags: Tags) -> Optional[Part]:
     """Return where the reasoning of a turn lies, its tags included; None where there is none.
 
     `reasoning` is the message's own, where the template wrote it. Raise BadRecord where it cannot be told.
     """
     start = turn.start + len(text[turn.start : turn.stop]) - len(text[turn.start : turn.stop].lstrip())
-    opening, closing = next((pair for pair in _THINKING if text.startswith(pair[0], start)), ("", ""))
+    opening, closing = next((pair for pair in tags if text.startswith(pair[0], start)), ("", ""))
     if reasoning.strip():
         return _known_thinking(text, turn, reasoning.strip(), start, opening, closing)
     if not opening:
@@ -110,7 +128,7 @@ def written_calls(text: str, turn: Part) -> list[Part]:
     return _between(text, turn, _TOOL_CALLS)
 
 
-def _between(text: str, turn: Part, pairs: tuple[tuple[str, str], ...]) -> list[Part]:
+def _between(text: str, turn: Part, pairs: Tags) -> list[Part]:
     parts = []
     for opening, closing in pairs:
         depth, start = 0, turn.start

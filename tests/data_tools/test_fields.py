@@ -1,5 +1,6 @@
 """No field of a message is lost in silence: a template that leaves one out has the row refused by the field's name."""
 
+import functools
 import json
 
 import pytest
@@ -46,9 +47,13 @@ def leaky(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("template") / "leaky.jinja"
     path.write_text(LEAKY)
 
-    def rows(drop, messages, tools=TOOLS, **options):
-        config = ChatConfig(schema="messages", template=str(path), arguments={"drop": drop}, **options)
-        return list(ChatRows(config, tokenizer, Encoder(tokenizer)).rows({"messages": messages, "tools": tools}))
+    @functools.cache
+    def chats(drop, may_lose):
+        config = ChatConfig(schema="messages", template=str(path), arguments={"drop": drop}, may_lose=list(may_lose))
+        return ChatRows(config, tokenizer, Encoder(tokenizer))
+
+    def rows(drop, messages, tools=TOOLS, may_lose=()):
+        return list(chats(drop, tuple(may_lose)).rows({"messages": messages, "tools": tools}))
 
     return rows
 
@@ -72,8 +77,9 @@ def test_a_field_that_is_left_out_is_named(leaky, drop):
                 max_size=6).map("".join).filter(str.strip), st.sampled_from(["user", "tool", "reasoning", "arguments"]))
 def test_short_and_odd_texts_are_found_lost_too(leaky, text, drop):
     """A text that by chance stands in what the template writes anyway is no proof that the field was written."""
-    messages = [message("user", text), message("assistant", "a", tool_calls=[call("add", a=text)], reasoning_content=text,
-                                               thinking=text), message("tool", text), message("assistant", "word 4")]
+    thought = {"reasoning_content": text, "thinking": text}
+    messages = [message("user", text), message("assistant", "a", tool_calls=[call("add", a=text)], **thought),
+                message("tool", text), message("assistant", "word 4")]
     (row,) = leaky(drop, messages)
     assert row.bucket == {"arguments": "tool_call_lost", "reasoning": "reasoning_lost"}.get(drop, "content_lost")
     (row,) = leaky("nothing", messages)

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from data_tools.chat import ChatConfig, ChatRows, Encoded
+from data_tools.conversation import Conversation
 from data_tools.encoder import Encoder
 from data_tools.mistake import UserMistake
+from data_tools.template import ChatTemplate
 from data_tools.tokenizer import load_tokenizer
+from data_tools.turns import Turns
 from tests.data_tools.chats import TEMPLATES, message
 from tests.data_tools.oracle import Prefixes, stops_of, tokenizer_for
 
@@ -222,15 +225,63 @@ def test_templates_of_other_places_give_the_masks_of_prefixes_or_are_refused(pat
             "reasoning", "content", "tool_call", "tools", "turn"))}
 
 
-# -- generated conversations ------------------------------------------------------------------------------------------
-
+# What is said: texts that look like tags, and that a normal form changes.
 PIECES = st.sampled_from([
-    "a", "word ", "B2", ".", " ", "\n", "\n\n", "<think>", "</think>", "<|im_end|>", "<|im_start|>user\n", "<tool_call>",
-    "</tool_call>", "<|user|>", "<|end|>", "{", '"', "\\", "é", "e\u0301", "\u095c\u095c", "\u212a\u212a\u212a", "世☕",
+    "a", "word ", "B2", ".", " ", "\n", "\n\n", "<think>", "</think>", "<|im_end|>", "<|im_start|>user\n",
+    "<tool_call>", "</tool_call>", "<|user|>", "<|end|>", "{", '"', "\\", "é", "e\u0301", "\u095c\u095c", "\u212a\u212a\u212a", "世☕",
 ])  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=6).map("".join)
 SAID = TEXTS.map(lambda text: f"so{text}it")
 THOUGHTS = st.none() | SAID
+# -- templates that end a turn within the next message -----------------------------------------------------------------
+
+APERTUS = """
+{%- for m in messages %}{% if m.role == 'user' %}{{ '<|assistant_end|>' if not loop.first }}<|user_start|>{{ m.content }}
+{%- elif m.role == 'assistant' %}{{ ']' if loop.previtem.role == 'tool' else '<|assistant_start|>' }}{{ m.content }}
+{%- for c in m.tool_calls or [] %}<|tools_prefix|>{{ c.function | tojson }}<|tools_suffix|>{% endfor %}
+{%- else %}{{ '[' if loop.previtem.role != 'tool' else ', ' }}{{ m.content }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ ']' if messages[-1].role == 'tool' else '<|assistant_start|>' }}{% endif %}"""
+GLM = """
+{%- for m in messages %}{% if m.role == 'tool' %}
+{{- '<|observation|>' if loop.previtem.role != 'tool' }}<tool_response>{{ m.content }}</tool_response>
+{%- else %}<|{{ m.role }}|>{{ m.content }}
+{%- for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+JAMBA = """
+{%- for m in messages %}{{ '<|eom|>' if not loop.first }}<|bom|><|{{ m.role }}|> {{ m.content }}
+{%- for c in m.tool_calls or [] %}<tool_calls>{{ c.function | tojson }}</tool_calls>{% endfor %}{% endfor %}
+{%- if add_generation_prompt %}<|eom|><|bom|><|assistant|> {% endif %}"""
+
+
+@pytest.mark.parametrize(("source", "stops"), [
+    (APERTUS, {"user": "<|assistant_end|>", "tool": "<|tools_suffix|>"}),
+    (GLM, {"user": "<|user|>", "tool": "<|observation|>"}), (JAMBA, {"user": "<|eom|>", "tool": "<|eom|>"}),
+], ids=["Apertus", "GLM-4.7", "Jamba"])  # fmt: skip
+def test_nothing_of_the_next_message_is_in_a_turn_that_it_ends(source, stops):
+    turns = Turns(ChatTemplate(source, {}, {}, date(2026, 1, 1)))
+
+    @given(st.lists(st.tuples(TEXTS, SAID, st.booleans()), min_size=1, max_size=4))
+    def check(said):
+        messages = []
+        for asked, answer, calls in said:
+            messages += [message("user", asked), *([
+                message("assistant", "", tool_calls=[call("c1", text="x")]), message("tool", asked)] if calls else []),
+                message("assistant", answer)]
+        text, spans = turns.render(Conversation(messages))
+        for span in spans:
+            one, turn = messages[span.message], text[span.start : span.stop]
+            stop = stops["tool" if one.get("tool_calls") else "user"]
+            assert turn.startswith(one["content"]) and turn.endswith(stop)
+            assert turn == one["content"] + stop or one.get("tool_calls")
+            assert turn.count("<|") == one["content"].count("<|") + (2 if "<|tools_prefix|>" in turn else 1)
+        assert [span.message for span in spans] == [
+            number for number, one in enumerate(messages) if one["role"] == "assistant"]
+
+    check()
+
+
+# -- generated conversations ------------------------------------------------------------------------------------------
+
 FAMILIES = ("qwen2_5", "qwen3", "glm4moe", "gptoss", "gemma4_v5", "muse_glimmer")
 
 
