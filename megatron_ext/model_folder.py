@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from data_tools import durable
+from data_tools.inside import files, inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
@@ -26,7 +27,8 @@ from megatron_ext.parallel import ParallelPlan
 
 FORMAT = 1
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # rows a layout may add to
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
+                "adapter_config.json")  # an adapter is no part of the base model that it lies beside  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def open_folder(path: str | Path) -> ModelFolder:
     config.json has come to mean something else. No torch."""
     path = Path(path)
     try:
-        facts = durable.read_json(path / "model.json")
+        facts = durable.read_json(inside(path, "model.json"))
     except (OSError, ValueError) as error:
         raise UserMistake(
             Problem(str(path), f"not a model folder (model.json: {error}); import_hf makes one")
@@ -100,10 +102,10 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     if step == 0:
         for manifest, weights in (("model.json", "weights"), ("manifest.json", "state")):
             if (path / manifest).is_file():
-                if durable.read_json(path / manifest).get("adapter"):
+                if durable.read_json(inside(path, manifest)).get("adapter"):
                     said = f"{path} is a model with an adapter: merge it first (merge_lora)"
                     raise UserMistake(Problem("init_from", said))
-                return path / weights, durable.read_json(path / manifest)["weights_digest"]
+                return path / weights, durable.read_json(inside(path, manifest))["weights_digest"]
     # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifact.py).
     roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
     steps = sorted(
@@ -125,7 +127,7 @@ def copy_hf_files(source: Path, target: Path) -> None:
     weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in weights and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(inside(source, path.name), target / path.name)
     config = target / "config.json"
     if config.is_file() and "quantization_config" in (file := durable.read_json(config)):
         del file["quantization_config"]
@@ -267,14 +269,16 @@ def describe_adapted(out: Path, base: ModelFolder, lora: LoraConfig, step: int) 
 
 def adopt(out: Path, peft: Path) -> str:
     """Give the model folder OUT the adapter in a PEFT folder. Returns the new weights digest. One process."""
-    from megatron_ext.lora import pairs, peft_format
+    from megatron_ext.lora import pairs, peft_config, peft_format
 
-    base, (lora, problems) = open_folder(out), loras.of_peft(peft)
-    problems += loras.check(lora, base.shape, str(peft)) if lora else []
+    base, (adapter, problems) = open_folder(out), peft_config.read(peft)
     if problems:
         raise UserMistake(problems)
+    lora, reached = pairs.reached(base.family, base.dims, adapter)
+    if problems := loras.check(lora, base.shape, str(peft)):
+        raise UserMistake(problems)
     found = pairs.pairs(base.family, base.dims, lora)
-    reader = peft_format.Reader(peft, found, lora)
+    reader = peft_format.Reader(peft, found, lora, reached)
     factors = {}
     for pair in found:
         factors[pair.a.name], factors[pair.b.name] = reader.factors(pair)
@@ -285,11 +289,12 @@ def adopt(out: Path, peft: Path) -> str:
 def link_files(source: Path, target: Path) -> None:
     """The files of a flat folder in a new one: hard links, or copies where the filesystem has none."""
     target.mkdir()
-    for path in source.iterdir():
+    for path in files(source):
+        found = inside(source, path.name)
         try:
-            os.link(path, target / path.name)
+            os.link(found, target / path.name)
         except OSError:
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(found, target / path.name)
 
 
 def describe(

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from data_tools import durable
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext.lora.settings import of_peft
+from megatron_ext.lora import peft_config
 
 
 @dataclass
@@ -37,10 +38,18 @@ def check(config: Config, ranks: int) -> list[Problem]:
     if config.dtype and config.dtype not in DTYPES:
         problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
     if config.adapter:
-        problems += of_peft(Path(config.adapter))[1]
+        problems += peft_config.read(Path(config.adapter))[1]
+    if (beside := Path(config.source) / peft_config.PEFT_CONFIG).is_file() and not _same(config):
+        remedy = f"name the folder as `adapter` too, or remove {beside.name}"
+        problems.append(Problem(str(beside), f"transformers would load the model with this adapter: {remedy}"))
     if ranks != 1:
         problems.append(Problem("", f"import_hf runs on 1 rank, not {ranks}: any layout loads what it writes"))
     return problems
+
+
+def _same(config: Config) -> bool:
+    """Whether the adapter lies beside the model."""
+    return bool(config.adapter) and Path(config.adapter).resolve() == Path(config.source).resolve()
 
 
 def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,11 +58,10 @@ def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict
     if config.source in forecasts:
         return dict(forecasts[config.source])
     path = Path(config.source) / "config.json"
-    if not path.is_file():
-        path = _cached(config.source, config.revision)
     try:
+        path = inside(path.parent, path.name) if path.is_file() else _cached(config.source, config.revision)
         return {"hf_config": durable.read_json(path)} if path else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserMistake):  # what is wrong with it, `check` says
         return {}
 
 
