@@ -70,7 +70,7 @@ def load_tokenizer(name_or_path: str, revision: Optional[str] = None) -> Tokeniz
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
-        files(folder)  # transformers would follow links of any of them
+        _check_inside(folder)
         _check_no_code(folder)
     if folder.is_dir() and (folder / "tokenizer.json").is_file():
         config = _read_config(folder)
@@ -97,6 +97,19 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserMistake(f"tokenizer {folder}: {name} is no JSON object; write the tokenizer anew")
     return found
+
+
+def _check_inside(folder: Path) -> None:
+    """UserMistake where a file of the folder leads out of it, or its settings name one elsewhere: transformers would
+    follow both."""
+    for place in filter(Path.is_dir, (folder, folder / "additional_chat_templates")):
+        files(place)
+    for key, value in _read_config(folder).items():
+        if key.endswith("_file") and isinstance(value, str) and value:
+            path = folder / value  # that of its author's machine as a rule, which is not there
+            if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+                said = f"{key} names {value}, which is not in the folder: remove the key"
+                raise UserMistake(f"tokenizer {folder}: tokenizer_config.json: {said}")
 
 
 def _check_no_code(folder: Path) -> None:
