@@ -12,6 +12,7 @@ from typing import Iterator, Optional
 
 from data_tools.mistake import Problem, UserMistake
 
+_REMEDY = "remove the link, or put the file itself there"
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # of a repository in the hub's cache
 
 
@@ -34,9 +35,11 @@ def inside(folder: Path, name: str, needed: bool = True) -> Optional[Path]:
         raise UserMistake(Problem(str(path), f"{gone}; copy or download it again")) from None
     except (OSError, ValueError) as error:  # a circle of links, a name that is too long, a folder that is closed
         raise UserMistake(Problem(str(path), f"cannot be read ({error})")) from None
-    if not any(found.is_relative_to(place) for place in _places(Path(os.path.realpath(folder)))):
-        remedy = f"copy the file there if it belongs to it (cp {found} {path.name})"
-        raise UserMistake(Problem(str(path), f"is a link to {found}, outside of the folder: {remedy}"))
+    home = Path(os.path.realpath(folder))
+    if not Path(os.path.realpath(path.parent)).is_relative_to(home):  # whose files are in no digest of the folder
+        raise UserMistake(Problem(str(path), f"lies in a link to another folder: {_REMEDY}"))
+    if not any(found.is_relative_to(place) for place in _places(home)):
+        raise UserMistake(Problem(str(path), f"is a link to {found}, outside of the folder: {_REMEDY}"))
     if not stat.S_ISREG(mode):
         raise UserMistake(Problem(str(path), "is no regular file"))
     return found

@@ -166,8 +166,13 @@ def _rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "device": mcore_random._get_cuda_rng_state(),
-        "tracker": dict(mcore_random.get_cuda_rng_tracker().get_states()),
+        "tracker": {name: _plain(of) for name, of in mcore_random.get_cuda_rng_tracker().get_states().items()},
     }
+
+
+def _plain(state: torch.Tensor | torch.Generator) -> torch.Tensor:
+    """A random state as a tensor; trackers that CUDA graphs may use keep generators."""
+    return state.get_state() if isinstance(state, torch.Generator) else state
 
 
 def _read_rng(folder: Path, name: str) -> dict[str, Any]:
@@ -181,7 +186,13 @@ def _read_rng(folder: Path, name: str) -> dict[str, Any]:
 def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     mcore_random._set_cuda_rng_state(state["device"])
-    mcore_random.get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = mcore_random.get_cuda_rng_tracker()
+    own, found = tracker.get_states(), dict(state["tracker"])
+    for name in found:
+        if isinstance(own.get(name), torch.Generator):  # which graphs hold on to: it stays the same object
+            own[name].set_state(found[name])
+            found[name] = own[name]
+    tracker.set_states(found)
 
 
 def surplus(steps: Sequence[int], keep: int, milestone: int = 0) -> list[int]:

@@ -121,13 +121,26 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     return weights_at(roots[0] / f"step_{step or steps[-1]}")
 
 
+def files_beside_weights(source: Path) -> dict[str, Path]:
+    """Name -> path of every file of a Hugging Face folder but weights. UserMistake naming all that lead out of it."""
+    weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
+    found, problems = {}, []
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in weights and not path.name.startswith("."):
+            try:
+                found[path.name] = inside(source, path.name)
+            except UserMistake as mistake:
+                problems += mistake.problems
+    if problems:
+        raise UserMistake(problems)
+    return found
+
+
 def copy_hf_files(source: Path, target: Path) -> None:
     """Everything of a Hugging Face folder but weights and sub-folders. Weights go on unquantised: config.json too."""
     target.mkdir(parents=True, exist_ok=True)
-    weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in weights and not path.name.startswith("."):
-            shutil.copyfile(inside(source, path.name), target / path.name)
+    for name, path in files_beside_weights(source).items():
+        shutil.copyfile(path, target / name)
     config = target / "config.json"
     if config.is_file() and "quantization_config" in (file := durable.read_json(config)):
         del file["quantization_config"]

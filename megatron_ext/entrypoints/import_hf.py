@@ -35,6 +35,8 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("source", "is missing: a Hugging Face folder or a hub name such as Qwen/Qwen2.5-0.5B"))
     elif (Path(config.source) / "config.json").is_file():
         problems += read_config(Path(config.source))[2]
+    for folder in (config.source, config.tokenizer):
+        problems += _leading_out(Path(folder)) if folder and Path(folder).is_dir() else []
     if config.dtype and config.dtype not in DTYPES:
         problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
     if config.adapter:
@@ -45,6 +47,17 @@ def check(config: Config, ranks: int) -> list[Problem]:
     if ranks != 1:
         problems.append(Problem("", f"import_hf runs on 1 rank, not {ranks}: any layout loads what it writes"))
     return problems
+
+
+def _leading_out(folder: Path) -> list[Problem]:
+    """The files of a folder that are links out of it: they would be copied."""
+    from megatron_ext.model_folder import files_beside_weights
+
+    try:
+        files_beside_weights(folder)
+    except UserMistake as mistake:
+        return mistake.problems
+    return []
 
 
 def _same(config: Config) -> bool:

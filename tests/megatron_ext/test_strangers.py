@@ -279,7 +279,7 @@ def test_a_link_out_of_a_models_folder_is_refused_wherever_it_is(name, private, 
             load_tokenizer(str(source))
 
 
-@pytest.mark.parametrize("place", ["../outside", "{outside}", "sub/../../outside", "link", "/proc/self/mem", "pipe", "a\0b",
+@pytest.mark.parametrize("place", ["../outside", "{outside}", "sub/../../outside", "link", "elsewhere/outside", "/proc/self/mem", "pipe", "a\0b",
                                    ".", ""])  # fmt: skip
 def test_an_index_names_files_of_its_folder_only(place, hf, tmp_path):
     source, outside = copied(hf, tmp_path / "hf"), tmp_path / "outside"
@@ -287,6 +287,7 @@ def test_an_index_names_files_of_its_folder_only(place, hf, tmp_path):
     (source / "model.safetensors").rename(outside)
     (source / "link").symlink_to(outside)
     (source / "sub").mkdir()
+    (source / "elsewhere").symlink_to(tmp_path)
     os.mkfifo(source / "pipe")
     place = place.format(outside=outside)
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, place)}))
