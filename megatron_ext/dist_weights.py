@@ -32,8 +32,9 @@ from torch.utils.serialization import config as serialization
 from data_tools import durable
 from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext import pickles
+from megatron_ext import pickles, stored
 from megatron_ext.models.rules import Rule
+from megatron_ext.stored import StoredPiece
 
 Shape = tuple[int, ...]
 
@@ -147,11 +148,12 @@ class Reader:
         """UserMistake when it is no checkpoint."""
         self.folder = folder
         try:
-            self.stored = pickles.metadata(inside(folder, METADATA))
+            self.stored = stored.read(inside(folder, METADATA))
             beside = inside(folder, COMMON, needed=False)
             common = pickles.load(beside) if beside else {}
         except (OSError, pickles.Refused, UserMistake) as error:
-            raise UserMistake(Problem(str(folder), f"not a distributed checkpoint that is understood: {error}")) from None
+            said = f"not a distributed checkpoint that is understood: {error}"
+            raise UserMistake(Problem(str(folder), said)) from None
         if common != {}:
             said = f"{COMMON} has {', '.join(map(str, common)) if isinstance(common, dict) else type(common).__name__}"
             raise UserMistake(Problem(str(folder), f"{said}, and none of our checkpoints has anything there"))
@@ -180,7 +182,7 @@ class Reader:
             raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
         return found
 
-    def load(self, key: str, piece: pickles.StoredPiece) -> torch.Tensor:
+    def load(self, key: str, piece: StoredPiece) -> torch.Tensor:
         """The elements of one stored piece of a tensor, mapped from its file."""
         path = self.folder / piece.file
         try:
@@ -188,10 +190,11 @@ class Reader:
                 self._files[piece.file] = open(inside(self.folder, piece.file), "rb")
             data = pickles.load_piece(self._files[piece.file], piece.start, piece.length)
         except (OSError, pickles.Refused) as error:
-            raise UserMistake(Problem(str(path), f"the piece of {key} at byte {piece.start:,} is damaged: {error}")) from None
-        stored = getattr(torch, self.stored.tensors[key].dtype)
-        if tuple(data.shape) != piece.size or data.dtype != stored:
-            said = f"{data.dtype} {list(data.shape)} instead of {stored} {list(piece.size)}"
+            said = f"the piece of {key} at byte {piece.start:,} is damaged: {error}"
+            raise UserMistake(Problem(str(path), said)) from None
+        dtype = getattr(torch, self.stored.tensors[key].dtype)
+        if tuple(data.shape) != piece.size or data.dtype != dtype:
+            said = f"{data.dtype} {list(data.shape)} instead of {dtype} {list(piece.size)}"
             raise UserMistake(Problem(str(path), f"the piece of {key} at byte {piece.start:,} is {said}"))
         return data
 

@@ -188,7 +188,8 @@ class LegacyTensors:
         virtual = sum(re.fullmatch(r"model\d+", str(key)) is not None for key in loaded[0])
         keys = ["model"] if "model" in loaded[0] else [f"model{i}" for i in range(virtual)]
         states = [state.get(key) for key in keys for state in loaded]
-        if not states or not all(isinstance(state, dict) and all(type(key) is str for key in state) for state in states):
+        named = [isinstance(state, dict) and all(type(name) is str for name in state) for state in states]
+        if not all(named) or not named:
             raise UserMistake(Problem(str(self.folder), "has files without the weights of a model (`model`)"))
         return states
 

@@ -1,11 +1,11 @@
-"""Pickles that others may have written: .pt files, and the .metadata of distributed checkpoints.
+"""Pickles that others may have written. Here are those of .pt files; stored.py has those of distributed checkpoints.
 
 A pickle may name any function of any module and have it called. Ours calls none: each class and function that a pickle
 names becomes a `Node`, which keeps what it was called with. What a node means is looked up afterwards in a table of
 exact pairs (module, name), by code of ours, which checks it. A name outside the table is refused, or stays a node.
 
-Every pickle that this code base reads passes through here (tests/test_pickles.py). Format of .pt files, as of torch
-1.6: a zip archive of uncompressed records NAME/data.pkl, NAME/byteorder and NAME/data/KEY, one a storage.
+Every pickle that this code base reads passes through here (tests/test_strangers_files.py). Format of .pt files, as of
+torch 1.6: a zip archive of uncompressed records NAME/data.pkl, NAME/byteorder and NAME/data/KEY, one a storage.
 """
 
 import io
@@ -13,7 +13,7 @@ import mmap
 import pickle
 import zipfile
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Callable, Mapping, Optional
 
@@ -22,7 +22,6 @@ import torch
 Pair = tuple[str, str]
 Shape = tuple[int, ...]
 
-METADATA_BYTES = 4 << 30  # of a .metadata file: some 10 million pieces
 PICKLE_BYTES = 1 << 30  # of the pickle in a .pt file, which has no tensor's data
 NAME_BYTES = 65_536  # of a name in a zip archive
 _LOCAL_HEADER = 30  # bytes of a record's header in a zip archive, before its name and extra field
@@ -64,23 +63,6 @@ SIZE = ("torch", "Size")
 
 TENSORS: frozenset[Pair] = frozenset({*STORAGES, *DTYPES, *REBUILD_TENSOR, *REBUILD_OTHER, FROM_TYPE, ORDERED, SIZE})
 ARGUMENTS: frozenset[Pair] = TENSORS | {NAMESPACE}
-
-_CHECKPOINT = "torch.distributed.checkpoint."
-_METADATA = {  # torch's classes of a .metadata file
-    name: (_CHECKPOINT + module, name)
-    for module, names in {
-        "metadata": (
-            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-        ),
-        "filesystem": ("_StorageInfo",),
-    }.items()
-    for name in names
-}  # fmt: skip
-METADATA: frozenset[Pair] = frozenset(
-    {*_METADATA.values(), *DTYPES, SIZE, ORDERED, ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
-     ("pathlib._local", "PosixPath")}
-)  # fmt: skip
 
 
 class Refused(Exception):
@@ -145,7 +127,7 @@ class _Unpickler(pickle.Unpickler):
         return _Persistent(pid)
 
 
-def _unpickled(data: bytes, known: frozenset[Pair] | None, storages: bool) -> Any:
+def nodes(data: bytes, known: frozenset[Pair] | None, storages: bool = False) -> Any:
     """The nodes of a pickle. Refused for any that is not whole, or names what is not `known`."""
     try:
         return _Unpickler(io.BytesIO(data), known, storages).load()
@@ -159,7 +141,7 @@ def _line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
-def _read(what: Callable[[], Any]) -> Any:
+def understood(what: Callable[[], Any]) -> Any:
     """What `what` returns; Refused in place of whatever else it raises over odd content."""
     try:
         return what()
@@ -222,8 +204,8 @@ class _Slice(io.RawIOBase):
 
 def _load(file: IO[bytes], start: int, length: int, known: frozenset[Pair] | None) -> Any:
     archive = _Archive(file, start, length)
-    tree = _unpickled(archive.bytes("data.pkl", PICKLE_BYTES), known, storages=True)
-    return _read(lambda: _Tensors(archive).made(tree))
+    tree = nodes(archive.bytes("data.pkl", PICKLE_BYTES), known, storages=True)
+    return understood(lambda: _Tensors(archive).made(tree))
 
 
 class _Archive:
@@ -333,25 +315,25 @@ class _Tensors:
         storage, offset, size, stride = args[:4]
         own = DTYPES[args[6].pair] if pair[1] == "_rebuild_tensor_v3" else None
         memory = self._storage(storage.id, own)
-        shape, steps = (tuple(map(_count, part)) for part in (self.made(size), self.made(stride)))
+        shape, steps = (tuple(map(count, part)) for part in (self.made(size), self.made(stride)))
         if len(shape) != len(steps):
             raise Refused(f"one of its tensors has shape {list(shape)} and strides {list(steps)}")
-        last = _count(offset) + sum((n - 1) * step for n, step in zip(shape, steps))
+        last = count(offset) + sum((n - 1) * step for n, step in zip(shape, steps))
         if 0 not in shape and last >= memory.numel():
             raise Refused(f"a tensor {list(shape)} reaches beyond the {memory.numel():,} elements of its storage")
         if 0 in shape:
             return torch.empty(shape, dtype=memory.dtype)
-        return memory.as_strided(shape, steps, _count(offset))
+        return memory.as_strided(shape, steps, count(offset))
 
     def _storage(self, id_: Any, own: torch.dtype | None) -> torch.Tensor:
         """The elements of a storage, flat; `own` is the dtype of a tensor that says it itself."""
-        kind, type_, key, _, count = id_
+        kind, type_, key, _, elements = id_
         if kind != "storage" or type_.pair not in STORAGES:
             raise Refused(f"one of its storages is {getattr(type_, 'pair', type_)!r}")
         stored = STORAGES[type_.pair]
         place = (str(key), own or stored)
         if place not in self._storages:
-            memory = self._archive.memory(f"data/{key}", _count(count) * stored.itemsize)
+            memory = self._archive.memory(f"data/{key}", count(elements) * stored.itemsize)
             dtype = own or stored
             if memory.numel() % dtype.itemsize:
                 raise Refused(f"its record data/{key} has {memory.numel():,} bytes, no whole number of {dtype}")
@@ -361,103 +343,7 @@ class _Tensors:
         return self._storages[place]
 
 
-def _count(value: Any) -> int:
+def count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise Refused(f"it has {value!r} where a count stands")
     return value
-
-
-# ---------------------------------------------------------------- .metadata files
-
-
-@dataclass(frozen=True)
-class StoredPiece:
-    """A box of a tensor, and where in which file torch.save put it."""
-
-    offset: Shape
-    size: Shape
-    file: str
-    start: int  # bytes
-    length: int  # bytes
-
-
-@dataclass
-class StoredTensor:
-    dtype: str
-    shape: Shape
-    pieces: list[StoredPiece] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a distributed checkpoint keeps: tensors by key, and the keys of objects that are no tensors."""
-
-    tensors: dict[str, StoredTensor]
-    objects: tuple[str, ...]
-
-
-def metadata(path: Path) -> Stored:
-    """The content of a .metadata file. Refused where it is none. OSError where it cannot be read."""
-    with open(path, "rb") as file:
-        data = file.read(METADATA_BYTES + 1)
-    if len(data) > METADATA_BYTES:
-        raise Refused(f"it has more than {METADATA_BYTES:,} bytes")
-    tree = _unpickled(data, METADATA, storages=False)
-    return _read(lambda: _stored(tree))
-
-
-def _state(node: Any, name: str) -> Any:
-    """What an object of torch's class `name` has."""
-    if not isinstance(node, Node) or type(node).pair != _METADATA[name]:
-        raise Refused(f"it has {getattr(type(node), 'pair', type(node).__name__)!r} where {name} stands")
-    return node.state
-
-
-def _shape(node: Any) -> Shape:
-    if isinstance(node, Node) and type(node).pair == SIZE:
-        node = node.args[0]
-    if not isinstance(node, (tuple, list)):
-        raise Refused(f"it has {type(node).__name__} where a shape stands")
-    return tuple(map(_count, node))
-
-
-def _stored(tree: Any) -> Stored:
-    whole = _state(tree, "Metadata")
-    tensors: dict[str, StoredTensor] = {}
-    boxes: dict[str, dict[Shape, Shape]] = {}
-    objects = []
-    for key, entry in whole["state_dict_metadata"].items():
-        if type(key) is not str:
-            raise Refused(f"it has {key!r} where the key of a tensor stands")
-        if isinstance(entry, Node) and type(entry).pair == _METADATA["BytesStorageMetadata"]:
-            objects.append(key)
-            continue
-        tensor = _state(entry, "TensorStorageMetadata")
-        dtype = DTYPES[_state(tensor["properties"], "TensorProperties")[0].pair]
-        tensors[key] = StoredTensor(str(dtype).removeprefix("torch."), _shape(tensor["size"]))
-        chunks = (_state(chunk, "ChunkStorageMetadata") for chunk in tensor["chunks"])
-        boxes[key] = {_shape(chunk["offsets"]): _shape(chunk["sizes"]) for chunk in chunks}
-    for index, where in whole["storage_data"].items():
-        index, where = _state(index, "MetadataIndex"), _state(where, "_StorageInfo")
-        if index["fqn"] in objects:
-            continue
-        tensor, offset = tensors[index["fqn"]], _shape(index["offset"])
-        if where.get("transform_descriptors"):
-            raise Refused(f"the pieces of {index['fqn']} are stored as {where['transform_descriptors']!r}")
-        if type(where["relative_path"]) is not str:
-            raise Refused(f"it has {where['relative_path']!r} where the name of a file stands")
-        place = where["relative_path"], _count(where["offset"]), _count(where["length"])
-        tensor.pieces.append(StoredPiece(offset, boxes[index["fqn"]].pop(offset), *place))
-    _check(tensors, boxes)
-    return Stored(tensors, tuple(objects))
-
-
-def _check(tensors: Mapping[str, StoredTensor], unplaced: Mapping[str, Mapping[Shape, Shape]]) -> None:
-    """Refused for pieces that lie in no file, or outside of their tensor."""
-    for key, tensor in tensors.items():
-        if unplaced[key]:
-            raise Refused(f"the piece of {key} at {list(next(iter(unplaced[key])))} lies in no file")
-        for piece in tensor.pieces:
-            dimensions = len(piece.offset) == len(piece.size) == len(tensor.shape)
-            if not dimensions or any(a + n > all_ for a, n, all_ in zip(piece.offset, piece.size, tensor.shape)):
-                raise Refused(f"a piece of {key} {list(tensor.shape)} is {list(piece.size)} at {list(piece.offset)}")

@@ -99,7 +99,8 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
             )
         )
     # What transformers loads them as: of a base checkpoint whose config.json said otherwise, too.
-    dtype = convert.main_dtype(convert.dtypes_of(ledger), folder.family.mapping.rules(folder.dims, ledger["hf"])) or dtype
+    rules = folder.family.mapping.rules(folder.dims, ledger["hf"])
+    dtype = convert.main_dtype(convert.dtypes_of(ledger), rules)
     file = durable.read_json(out / "config.json")
     for key in ("dtype", "torch_dtype"):
         if key in file or key == "dtype":

@@ -146,7 +146,8 @@ def reached(family: Family, dims: Any, adapter: PeftAdapter) -> tuple[LoraConfig
         names |= {name.rpartition(".")[2] for name in adapter.modules}
     for name in adapter.parameters:
         if not any(hf_name(tensor) == name or hf_name(tensor).endswith(f".{name}") for tensor in found):
-            raise UserMistake(Problem(adapter.where, f"target_parameters has {name!r}, which is no matrix of this model"))
+            said = f"target_parameters has {name!r}, which is no matrix of this model"
+            raise UserMistake(Problem(adapter.where, said))
     return replace(adapter.config, targets=sorted(names)), frozenset(found)
 
 

@@ -147,7 +147,8 @@ def _mistyped(found: Mapping[str, Any]) -> list[str]:
         "layers_pattern": lambda value: value is None or isinstance(value, str) or texts(value),
         "layers_to_transform": lambda value: value is None or layer(value) or all(map(layer, _listed(value))),
     }
-    return [f"{key} is {found.get(key)!r}, no value that PEFT has" for key, ok in right.items() if not ok(found.get(key))]
+    wrong = {key: found.get(key) for key, ok in right.items() if not ok(found.get(key))}
+    return [f"{key} is {value!r}, no value that PEFT has" for key, value in wrong.items()]
 
 
 def _listed(value: Any) -> list[Any]:

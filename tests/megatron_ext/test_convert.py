@@ -225,7 +225,7 @@ def test_a_missing_shard_is_one_line(tmp_path):
     assert "model-00002-of-00004.safetensors: is missing, with" in message and len(message.splitlines()) == 1
 
 
-@pytest.mark.parametrize("dims", [tiny.dims(tied=True), replace(tiny.GPT_OSS_DIMS, tied=True)], ids=["qwen2", "gpt_oss"])
+@pytest.mark.parametrize("dims", [tiny.dims(tied=True), replace(tiny.GPT_OSS_DIMS, tied=True)], ids=["qwen2", "oss"])
 def test_a_copy_is_left_out_where_it_is_one_and_refused_where_it_is_not(dims, tmp_path):
     source = tiny.hf_folder(tmp_path / "hf", dims)
     plain = import_hf.run(import_hf.Config(str(source)), new(tmp_path / "plain"), tmp_path)
@@ -234,7 +234,8 @@ def test_a_copy_is_left_out_where_it_is_one_and_refused_where_it_is_not(dims, tm
     right = dims.rope_base ** -(torch.arange(0, dims.head_dim, 2) / dims.head_dim)
 
     def with_copies(**copies: torch.Tensor) -> Path:
-        more = {{"head": "lm_head.weight", "angles": angle}[name]: tensor.contiguous() for name, tensor in copies.items()}
+        names = {"head": "lm_head.weight", "angles": angle}
+        more = {names[name]: tensor.contiguous() for name, tensor in copies.items()}
         save_file({**tensors, **more}, source / "model.safetensors", metadata={"format": "pt"})
         return source
 
@@ -242,7 +243,8 @@ def test_a_copy_is_left_out_where_it_is_one_and_refused_where_it_is_not(dims, tm
     assert import_hf.run(same, new(tmp_path / "same"), tmp_path)["weights_digest"] == plain["weights_digest"]
     other = embedding.clone()
     other[3, 5] += 0.5
-    assert f"lm_head.weight differs in 1 of {other.numel():,} elements, by up to 0.5 from" in refused(with_copies(head=other))
+    said = refused(with_copies(head=other))
+    assert f"lm_head.weight differs in 1 of {other.numel():,} elements, by up to 0.5 from" in said
     shutil.rmtree(tmp_path / "refused")
     assert "lm_head.weight is bfloat16 [" in refused(with_copies(head=embedding.bfloat16()))
     shutil.rmtree(tmp_path / "refused")
@@ -280,9 +282,9 @@ def test_the_weights_of_a_folder_are_those_that_transformers_reads(tmp_path):
     assert equal(read(folder("shards", shards=right, index=index)), right)
     assert equal(read(folder("shards without index", shards=right)), right)
     said = refused(folder("nothing"))
-    assert "has neither model.safetensors nor model.safetensors.index.json, but consolidated.safetensors, pytorch" in said
+    assert "has neither model.safetensors nor model.safetensors.index.json, but consolidated.safetensors, " in said
     for name, wanted, message in (
-        ("a shard is lost", dict(shards=right, index=index), f"{shards[1]}: is missing, with {len(names) // 2} tensors"),
+        ("with index", dict(shards=right, index=index), f"{shards[1]}: is missing, with {len(names) // 2} tensors"),
         ("without index", dict(shards=right), "has 1 of 2 shards: number 2 is missing"),
     ):
         source = folder(name, **wanted)
@@ -290,7 +292,8 @@ def test_the_weights_of_a_folder_are_those_that_transformers_reads(tmp_path):
         shutil.rmtree(tmp_path / "refused", ignore_errors=True)
         assert message in refused(source)
     twice = folder("twice", shards=right, index=index)
-    save_file({name: right[name] for name in names[1::2]} | {names[0]: other[names[0]] + 1}, twice / shards[1], metadata=plain)
+    more = {name: right[name] for name in names[1::2]} | {names[0]: other[names[0]] + 1}
+    save_file(more, twice / shards[1], metadata=plain)
     shutil.rmtree(tmp_path / "refused")
     assert f"tensor {names[0]} is in {shards[0]} and in {shards[1]}, where it differs in " in refused(twice)
 

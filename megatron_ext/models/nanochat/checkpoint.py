@@ -114,4 +114,5 @@ class NanochatTensors:
 
     def read(self, tensor: str) -> Any:
         data = self._tensors[tensor]
-        return data[: self._vocabulary] if data.dim() and tensor in ("model.embed_tokens.weight", "lm_head.weight") else data
+        padded = tensor in ("model.embed_tokens.weight", "lm_head.weight") and data.dim()
+        return data[: self._vocabulary] if padded else data
