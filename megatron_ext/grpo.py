@@ -277,14 +277,17 @@ def _update(
     reference: Optional[Reference],
     vote: StopVote,
 ) -> Update:
-    """The step's passes over its minibatches. One without a trained token changes nothing."""
+    """Make the step's passes over its minibatches. One without a trained token changes nothing.
+
+    A lone update needs no old log-probs: its ratio is 1. Several need those of the weights before the first of them,
+    which a forward pass over the same rows gives. What the engine recorded carries the rounding of whichever samples
+    shared its passes, so it enters the loss only where that was asked for (old_logprobs: rollout, loss.correction).
+    """
     done = Update()
     parts = [(totals, rows) for totals, rows in parts if totals.tokens]
     count = len(parts) * run.passes
     if count > 1:
-        done.trusted = run.old_logprobs == "rollout" or (
-            run.old_logprobs == "auto" and mismatch is not None and mismatch <= run.mismatch_limit
-        )
+        done.trusted = run.old_logprobs == "rollout" and mismatch is not None and mismatch <= run.mismatch_limit
         for i, (totals, rows) in enumerate(parts):
             found = [row.behaviour for row in rows] if done.trusted else log_probs(trainer.model, rows)
             parts[i] = totals, with_old(rows, found)

@@ -50,10 +50,11 @@ class Config:
     rewarding: Rewarding = field(default_factory=Rewarding)
     advantage: Advantage = field(default_factory=Advantage)
     loss: Loss = field(default_factory=Loss)
-    # Log-probs at the beginning of an update, where several follow: recomputed, those recorded while sampling, or
-    # (auto) the recorded ones as long as their KL from training's, measured in the step before, is within the limit.
-    old_logprobs: str = "auto"
-    mismatch_limit: float = 1e-3  # nats a token
+    # Log-probs at the beginning of a step, which only several updates of it need. auto and recompute: one more forward
+    # pass over the step's rows. rollout saves that pass by those recorded while sampling, as long as their KL from
+    # training's, measured in the step before, is within the limit; the result then depends on the rounding of `engine`.
+    old_logprobs: str = "auto"  # auto | recompute | rollout
+    mismatch_limit: float = 1e-3  # nats a token, for rollout
 
     schedule: str = "constant"  # constant | cosine | wsd
     lr: float = 1e-6  # the highest rate
@@ -175,6 +176,15 @@ def _check_temperature(config: Config) -> list[Problem]:
     return problems
 
 
+def _recorded_notes(config: Config) -> list[str]:
+    """Say which settings have the loss take log-probs that the engine recorded."""
+    names = ["loss.correction"] if config.loss.correction.mode != "off" else []
+    if config.old_logprobs == "rollout" and config.passes * config.minibatches > 1:
+        names.append("old_logprobs: rollout")
+    what = "the loss takes log-probs as the engine recorded them: its settings, and restarts, count within their rounding"
+    return [f"{' and '.join(names)}: {what}"] if names else []
+
+
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
     """What the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory holds."""
     training = _training(config, site)[0]
@@ -220,7 +230,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "trained_samples": position.trained_samples,
         "tokens": position.tokens,
         "resumed_from": outcome.resumed_from,
-        "notes": outcome.notes,
+        "notes": [*outcome.notes, *_recorded_notes(config)],
         "parallel": asdict(config.parallel),
         **({"lora": loras.reach(config.lora, folder.shape)} if config.lora.rank else {}),
     }

@@ -183,8 +183,7 @@ def test_tokens_of_replies_are_in_the_rows_and_never_trained(alone):
 def test_a_run_of_several_turns_stopped_in_mid_rollout_ends_as_the_uninterrupted_one(
     two_ranks, folders, tmp_path, cell
 ):
-    arguments = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], steps=3, old_logprobs="recompute",
-                     minibatches=2,
+    arguments = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], steps=3, minibatches=2,
                      turns=True, max_tokens=14, advantage=Advantage(scale="none"))  # fmt: skip
     whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
     found = stop_and_go_on(two_ranks, tmp_path / "cut", [9, 6], **arguments)[0]
@@ -195,6 +194,45 @@ def test_a_run_of_several_turns_stopped_in_mid_rollout_ends_as_the_uninterrupted
         line["turns"] > 1.2 and line["reply_tokens"] > 0.3 and line["mismatch"]["max_log"] < 1e-4 for line in lines
     )
     assert all(line["trained_tokens"] < line["length"] * line["trained_samples"] for line in lines)
+
+
+ENGINES = [dict(max_batch=3, block_size=2), dict(max_batch=16, token_budget=64), dict(max_batch=1, token_budget=2)]
+UPDATES = dict(passes=2, minibatches=2)  # all else as it is by default
+
+
+def with_engines(train: Any, folder: Path, keep: Path, engines: list, **arguments: Any) -> tuple[set, set]:
+    """(digests, mismatches of the last step) of a run under each of `engines` and the toy's own."""
+    digests, mismatches = set(), set()
+    for number, engine in enumerate([{}, *engines]):
+        found = train(hf=folder, of=tiny.DIMS, keep=keep / str(number), engine_of=engine, **UPDATES, **arguments)
+        digests |= {rank["digest"] for rank in (found if isinstance(found, list) else [found])}
+        mismatches.add(metrics(keep / str(number))[-1]["mismatch"]["kl"])
+    return digests, mismatches
+
+
+def test_settings_of_the_engine_change_no_bit_of_the_weights(folders, tmp_path):
+    """Not even where several updates follow a rollout: what the engine records does not enter the loss."""
+    digests, mismatches = with_engines(
+        toy.trained, folders["qwen2"], tmp_path, ENGINES[:2], plan=ParallelPlan(), steps=3
+    )
+    assert len(digests) == 1
+    assert len(mismatches) > 1, "the engines recorded the same bits: nothing was shown"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("cell", ["DP2", "TP2", "PP2", "CP2"])
+def test_settings_of_the_engine_change_no_bit_under_any_layout(two_ranks, folders, tmp_path, cell):
+    def run(**arguments: Any) -> Any:
+        return two_ranks.run(toy.trained, plan=CELLS[cell], **arguments)
+
+    digests, mismatches = with_engines(run, folders["qwen2"], tmp_path, ENGINES, steps=20)
+    assert len(digests) == 1 and len(mismatches) > 1
+
+
+@pytest.mark.soak
+def test_what_the_engine_recorded_enters_the_loss_only_on_request(folders, tmp_path):
+    asked = dict(plan=ParallelPlan(), steps=6, old_logprobs="rollout", mismatch_limit=1.0)
+    assert len(with_engines(toy.trained, folders["qwen2"], tmp_path, ENGINES, **asked)[0]) > 1
 
 
 # ---------------------------------------------------------------- stopped, and gone on with
@@ -252,7 +290,7 @@ def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(
 ):
     """Several updates a step, prompts drawn again, a checkpoint every third step only."""
     arguments = dict(hf=folders[family], of=FAMILIES[family], plan=CELLS[cell], steps=5, minibatches=2, refill_tries=1,
-                     checkpoint_every=3, old_logprobs="recompute", advantage=Advantage(scale="none"))  # fmt: skip
+                     checkpoint_every=3, advantage=Advantage(scale="none"))  # fmt: skip
     whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
     found = stop_and_go_on(two_ranks, tmp_path / "cut", [9, 5, 14], **arguments)[0]
     assert found["resumed_from"] > 0 and found["digest"] == whole["digest"]
@@ -316,7 +354,7 @@ def test_ranks_killed_at_any_moment_end_as_the_uninterrupted_run_bit_for_bit(
     two_ranks, folders, tmp_path, seed, stages
 ):
     hf, keep = folders["qwen2"], tmp_path / "cut"
-    arguments = dict(steps=10, minibatches=2, checkpoint_every=3, old_logprobs="recompute")
+    arguments = dict(steps=10, passes=1 if stages is ONCE else 2, minibatches=2, checkpoint_every=3)
     plain = dict(hf=hf, of=tiny.DIMS, plan=ParallelPlan(), **arguments)
     whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **plain)[0]
     for death in deaths(seed, stages):

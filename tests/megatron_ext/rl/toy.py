@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -106,14 +106,15 @@ def run_of(steps: int, lr: float, **changes: Any) -> grpo.Run:
 def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
     judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, turns: bool = False,
-    **changes: Any,
+    engine_of: dict[str, int] | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop."""
+    """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop; `engine_of` are settings
+    of the engine."""
     keep.mkdir(parents=True, exist_ok=True)
     collect.VOTE_EVERY = 2  # completions are short
     with ranks.started(plan, seed=3):
         trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
-        engine = Engine(trainer.model[0], ENGINE, 11, {STOP_ID}, spell)
+        engine = Engine(trainer.model[0], replace(ENGINE, **engine_of or {}), 11, {STOP_ID}, spell)
         asked = 0
 
         def stop() -> bool:
