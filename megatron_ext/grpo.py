@@ -11,7 +11,7 @@ the steps after it from the journal (rl/journal.py): every sample is trained onc
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -185,6 +185,7 @@ def train(
                 give_up(k, stopped.done)
             collector.close()
             batch = batch_of(drawn, kept, run.advantage, run.rewarding, run.max_tokens)
+            _check_advantages(batch, k + 1)
             parts = [
                 (totals_of(part, run), rollout_rows(part, plan, run.row_tokens, run.temperature, run.comparable))
                 for part in minibatches(batch, run, k)
@@ -192,12 +193,10 @@ def train(
             rate = schedule.rate(k)
             with clock("train"):
                 update = _update(trainer, parts, run, rate, position.mismatch, reference, vote)
-            if not math.isfinite(update.norm):
+            if not math.isfinite(update.norm) or update.measures.get("beyond"):
                 saver.wait()
-                raise NonFinite(
-                    f"step {k + 1}: the gradient norm is {update.norm} at learning rate {rate:g}; the last checkpoint "
-                    f"is step {saved}. Lower lr or raise warmup_steps"
-                )
+                what = f"the gradient norm is {update.norm:g} at learning rate {rate:g}; the last checkpoint is step {saved}"
+                raise NonFinite(f"step {k + 1}: {what}. {_remedy(update.measures, batch)}")
             found = report.measured(drawn, batch, kept, update)
             position.after(drawn, batch, update, found)
             if run.log_samples and dist.get_rank() == 0:
@@ -249,6 +248,35 @@ def minibatches(batch: Batch, run: Run, k: int) -> list[Batch]:
 def totals_of(batch: Batch, run: Run) -> Totals:
     tokens = sum(int(sample.own.sum()) for sample, good in zip(batch.samples, batch.trained) if good)
     return Totals(tokens, len(batch.samples), run.max_tokens)
+
+
+_LARGE_ADVANTAGE = 1e6  # beyond what any scale of rewards gives on purpose
+_LARGE_LOG_RATIO = 20.0  # e^20 = 5e8
+
+
+def _check_advantages(batch: Batch, step: int) -> None:
+    """Raise NonFinite for advantages that float32 does not hold."""
+    with np.errstate(over="ignore"):
+        wrong = ~np.isfinite(batch.advantages.astype(np.float32))
+    if wrong.any():
+        item = batch.samples[int(np.argmax(wrong))].item
+        rewards = [sample.reward for sample in batch.samples if sample.item == item and sample.reward is not None]
+        of = f"of prompt {item}'s rewards from {min(rewards):g} to {max(rewards):g}"
+        raise NonFinite(f"step {step}: {of} float32 holds no advantages: scale the rewards down")
+
+
+def _remedy(measures: Mapping[str, float], batch: Batch) -> str:
+    """Say what made a step's gradient overflow, as far as its measures tell, and what to do."""
+    ratio, below = (measures.get(name, 0.0) for name in ("max_log_ratio", "max_below_reference"))
+    largest = float(np.abs(batch.advantages).max(initial=0.0))
+    if largest > _LARGE_ADVANTAGE:
+        return f"Advantages are up to {largest:g}: scale the rewards down"
+    if ratio > _LARGE_LOG_RATIO:
+        remedy = "lower lr, give fewer passes or minibatches, or set loss.dual_clip"
+        return f"A trained token became e^{ratio:.0f} times as likely within the step: {remedy}"
+    if below > _LARGE_LOG_RATIO:
+        return f"The reference gives a trained token e^{below:.0f} times the policy's probability: lower lr, or use kl: k2"
+    return "Lower lr or raise warmup_steps"
 
 
 # ---------------------------------------------------------------- updates

@@ -54,6 +54,9 @@ class Encoded:
     def uid(self, draw: Draw) -> int:
         return draw.number
 
+    def name(self, draw: Draw) -> str:
+        return draw.item.uid
+
 
 class MixPrompts(Encoded):
     """The endless order of a mix."""

@@ -54,7 +54,7 @@ def run(
                     engine = Engine(load(), config.engine, config.seed, stop_ids, tokenizer.decode)
                     collector = Collector(
                         engine, prompts, scorer, texts.spell, config.sampling, config.samples, keep / "rollouts", key,
-                        config.record_s, stop, turns=turns_of(mix, scorer, texts),
+                        config.record_s, stop, turns=turns_of(mix, scorer, texts), model=config.model,
                     )  # fmt: skip
                 collector.begin(number)
                 try:

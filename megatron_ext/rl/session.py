@@ -39,6 +39,8 @@ def run(
     stop_ids = stop_ids_of(folder, tokenizer)
     texts = Texts(tokenizer, stop_ids)
 
+    in_training = f"{config.model}, as trained so far,"
+
     def engine(seed: int) -> Engine:
         return Engine(trainer.model[0], config.engine, seed, stop_ids, tokenizer.decode)
 
@@ -56,6 +58,7 @@ def run(
         collector = Collector(
             engine(config.seed), prompts, scorer, texts.spell, sampling, config.group, keep / grpo.ROLLOUTS,
             durable.sha256_bytes(durable.canonical_json(identity)), config.record_s, stop, turns=turns,
+            model=in_training,
         )  # fmt: skip
 
         def evaluated(step: int) -> dict[str, Any]:
@@ -65,7 +68,9 @@ def run(
                 ways.append((replace(sampling, temperature=config.evaluation.temperature), config.evaluation.samples))
             found: dict[str, Any] = {}
             for way, samples in ways:
-                part = evaluate(engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns)
+                part = evaluate(
+                    engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns, in_training
+                )
                 for name, values in part.items():
                     found[name] = found.get(name, {}) | values
             return found

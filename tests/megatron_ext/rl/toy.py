@@ -49,6 +49,9 @@ class Prompts:
     def uid(self, item: int) -> int:
         return item
 
+    def name(self, item: int) -> str:
+        return str(item)
+
 
 @dataclass
 class Score:
