@@ -11,7 +11,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class ChatConfig:
     turns: str = "all"  # all | last (after the last question) | each (a row a question, up to and with its answer)
     train_thinking: bool = True
     train_tool_calls: bool = True
+    ignored: List[str] = field(default_factory=list, metadata={"keyed": "if_set"})  # keys of records and messages
 
 
 def check_chat(config: ChatConfig) -> list[Problem]:
@@ -90,7 +91,7 @@ class ChatRows:
 
     def rows(self, record: Any) -> Iterator[Result]:
         """Raises BadRecord where the record is no conversation, and UserMistake where the verifier finds a fault."""
-        for found in read_record(record, self.config.schema):
+        for found in read_record(record, self.config.schema, self.config.ignored):
             if self.config.turns == "each" and isinstance(found, Conversation):
                 yield from map(self._result, found.turns())
             else:

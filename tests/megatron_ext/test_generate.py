@@ -11,6 +11,7 @@ from data_tools import durable, materialize, pack, rejection
 from data_tools.chat import ChatConfig
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
+from data_tools.samples import problem_of_sample
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from data_tools.tokenizer import load_tokenizer
@@ -56,7 +57,7 @@ def test_samples_are_what_rejection_reads(whole):
     out, facts = whole
     rows = [json.loads(line) for line in open(out / "samples.jsonl")]
     assert [(row["place"], row["sample"]) for row in rows] == [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]
-    assert all(rejection._wrong(row) == "" for row in rows)
+    assert all(problem_of_sample(row) == "" for row in rows)
     assert facts["prompts"] == PROMPTS and facts["samples"] == PROMPTS * SAMPLES == len(rows)
     lengths = [row for row in rows if row["task"] == "lengths"]
     assert len(lengths) == 2 * SAMPLES and all(row["reward"] == len(row["completion"]) for row in lengths)
