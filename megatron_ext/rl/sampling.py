@@ -40,7 +40,8 @@ def run(
     mine = all_of(mix, list(mix.items))[index::count]
     prompts = Listed(mine, *encoding)
     names = [draw.item.uid for draw in mine]
-    key = durable.sha256_bytes(durable.canonical_json({**identity, "prompts": names, "chunk": config.chunk}))
+    named = {**identity, "prompts": names, "scoring": mix.scoring(mine), "chunk": config.chunk}
+    key = durable.sha256_bytes(durable.canonical_json(named))
     stop_ids = stop_ids_of(folder, tokenizer)
     texts = Texts(tokenizer, stop_ids)
 

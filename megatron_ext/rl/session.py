@@ -34,7 +34,7 @@ def run(
     prompts = MixPrompts(mix, *encoding)
     prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), *encoding)
-    identity = {**identity, "prompts": mix.digest}
+    identity = {**identity, "prompts": mix.digest, "scoring": mix.scoring(all_of(mix, mix.trained()))}
     trainer = train.Trainer(
         model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend),
         plan,

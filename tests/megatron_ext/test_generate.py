@@ -1,6 +1,7 @@
 """Sampling for rejection: the same samples however they are cut, stopped and gone on with, and training reads the best."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,45 @@ def test_finished_samples_need_no_model_and_other_settings_do_not_take_them(fold
     assert generate.run(config(folders), out, keep) == facts
     with pytest.raises(TypeError):
         generate.run(config(folders, seed=4), out, keep)
+
+
+JUDGE = """
+from dataclasses import dataclass
+from data_tools.tasks.task import Item
+REWARDS, HUB = {"correct": 1.0}, ""
+@dataclass
+class Options:
+    always: bool = False
+def items(record, options):
+    return [Item.of(record["problem"], record["answer"], record)]
+def rewards(item, completion, options):
+    return {"correct": float(options.always or item.answer == "right" or item.columns["hint"] == "right") + LIKED}
+"""
+
+
+def test_verdicts_are_of_the_answers_the_columns_the_options_and_the_code_as_they_are(folders, tmp_path, monkeypatch):
+    """The same KEEP serves while only the samples' settings are the same, and their scores are not those of before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # which tells a file by its second and size
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    out, keep = made(tmp_path)
+
+    def correct(answer: str = "wrong", hint: str = "none", liked: int = 0, always: bool = False, weight: float = 1.0):
+        (tmp_path / "judges" / "of_users.py").write_text(JUDGE.replace("LIKED", str(liked)))
+        rows = [{"problem": f"{n}=", "answer": answer, "hint": hint} for n in range(2)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = Source(inputs=[str(tmp_path / "rows.jsonl")])
+        mix = MixConfig({"mine": Entry("judges.of_users", {"always": always}, source, rewards={"correct": weight})})
+        return generate.run(replace(config(folders, samples=1), mix=mix), out, keep)["correct"]
+
+    (tmp_path / "judges").mkdir()
+    assert correct() == 0 and correct(answer="right") == 2 and correct(hint="right") == 2 and correct(liked=1) == 2
+    assert correct(always=True) == 2 and correct(always=True, weight=3.0) == 2
+    assert {row["reward"] for row in rows_of(out)} == {3.0}
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in open(out / "samples.jsonl")]
 
 
 def test_two_ranks_make_the_samples_of_one(two_ranks, folders, whole, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 
+from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from megatron_ext import grpo
 from megatron_ext.parallel import ParallelPlan
@@ -148,6 +149,15 @@ def test_a_step_that_teaches_nothing_changes_nothing_and_is_no_error(folders, tm
 
 def alike(item: int, completion: str) -> float:
     return 1.0
+
+
+def test_a_checkpoint_of_another_identity_is_refused_and_what_it_does_not_say_is_none(folders, tmp_path):
+    """A name that runs did not write down yet when they began is not held against them."""
+    plain = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), keep=tmp_path)
+    toy.trained(steps=1, identity={"answers": "old"}, **plain)
+    with pytest.raises(UserMistake, match="was written with answers = 'old', this run has 'new'"):
+        toy.trained(steps=2, identity={"answers": "new"}, **plain)
+    assert toy.trained(steps=2, identity={"answers": "old", "later": 1}, **plain)["resumed_from"] == 1
 
 
 def test_the_kl_term_holds_the_policy_at_its_reference(folders, tmp_path):

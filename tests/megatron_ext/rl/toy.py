@@ -109,7 +109,7 @@ def run_of(steps: int, lr: float, **changes: Any) -> grpo.Run:
 def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
     judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, turns: bool = False,
-    engine_of: dict[str, int] | None = None, **changes: Any,
+    engine_of: dict[str, int] | None = None, identity: dict[str, Any] = {"toy": True}, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop; `engine_of` are settings
     of the engine."""
@@ -136,7 +136,7 @@ def trained(
         model = tiny.parts(hf, of, plan) if reference else None
         against = (lambda rows: log_probs(model, rows)) if reference else None
         try:
-            outcome = grpo.train(trainer, collector, run, keep, {"toy": True}, stop, reference=against)
+            outcome = grpo.train(trainer, collector, run, keep, identity, stop, reference=against)
         except Stopped as stopped:
             return dict(stopped=stopped.done)
         return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=outcome.resumed_from,
