@@ -21,7 +21,7 @@ from data_tools.progress import Progress, Stop, Stopped, silent
 from data_tools.seeded import permutation
 from megatron_ext import checkpoint
 from megatron_ext.metrics import Metrics, Sink
-from megatron_ext.rl import journal, report
+from megatron_ext.rl import fruit, journal, report
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.losses import Totals
 from megatron_ext.rl.rows import (
@@ -82,9 +82,24 @@ class Position:
     tokens: int = 0  # of completions
     first_reward: Optional[float] = None
     last_reward: Optional[float] = None
+    signal: int = 0  # trained samples whose advantage was not 0
+    unscorable: int = 0  # samples that were not trained, by why
+    cut_off: int = 0
+    equal: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)  # notes of those without a reward
+    steps: int = 0
+    broken_steps: int = 0  # the last ones, in which every verdict failed
 
-    def after(self, drawn: list[Sample], batch: Batch, update: "Update", found: dict[str, Any]) -> None:
-        """What a step did."""
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> "Position":
+        """Return the position of a checkpoint, which may be from before `signal` was counted."""
+        return cls(**{"signal": saved.get("trained_samples", 0), "steps": 1, **saved})
+
+    def after(
+        self, drawn: list[Sample], batch: Batch, rewarding: Rewarding, update: "Update", found: dict[str, Any]
+    ) -> None:
+        """Count what a step did."""
+        self.steps += 1
         self.updates += update.updates
         self.samples += len(drawn)
         self.trained_samples += int(batch.trained.sum())
@@ -92,6 +107,20 @@ class Position:
         self.mismatch = found.get("mismatch", {}).get("kl", self.mismatch)
         self.last_reward = found["reward"] if found["reward"] is not None else self.last_reward
         self.first_reward = self.last_reward if self.first_reward is None else self.first_reward
+        self.signal += int((batch.trained & (batch.advantages != 0)).sum())
+        for name, count in fruit.untrained(drawn, batch, rewarding).items():
+            setattr(self, name, getattr(self, name) + count)
+        fruit.add_reasons(self.reasons, drawn)
+        self.broken_steps = self.broken_steps + 1 if fruit.all_failed(drawn) else 0
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether every verdict of the first step failed, or of so many in a row that the verifiers will not mend."""
+        return self.broken_steps >= fruit.BROKEN_STEPS or 0 < self.broken_steps == self.steps
+
+    @property
+    def untrained(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in fruit.CATEGORIES}
 
 
 @dataclass(frozen=True)
@@ -134,7 +163,7 @@ def train(
         done, position = 0, Position()
         if folder is not None:
             done, saved_position = checkpoint.load_step(folder, trainer.model, trainer.optimizer, plan, identity)
-            position = Position(**saved_position)
+            position = Position.read(saved_position)
         resumed_from = saved = done
         saver = checkpoint.Saver(
             root, trainer.model, trainer.optimizer, plan, run.keep_checkpoints, run.keep_every, run.save_in_background
@@ -195,16 +224,25 @@ def train(
                 update = _update(trainer, parts, run, rate, position.mismatch, reference, vote)
             if not math.isfinite(update.norm) or update.measures.get("beyond"):
                 saver.wait()
-                what = f"the gradient norm is {update.norm:g} at learning rate {rate:g}; the last checkpoint is step {saved}"
-                raise NonFinite(f"step {k + 1}: {what}. {_remedy(update.measures, batch)}")
+                what = f"the gradient norm is {update.norm:g} at learning rate {rate:g}"
+                remedy = _remedy(update.measures, batch)
+                raise NonFinite(f"step {k + 1}: {what}; the last checkpoint is step {saved}. {remedy}")
             found = report.measured(drawn, batch, kept, update)
-            position.after(drawn, batch, update, found)
+            position.after(drawn, batch, run.rewarding, update, found)
             if run.log_samples and dist.get_rank() == 0:
                 report.write_samples(keep / SAMPLES, k + 1, drawn, batch, update.differences, spell)
             clock.seconds.update(collector.seconds)
             metrics.append({"step": k + 1, "lr": rate, **found, **report.speeds(drawn, update, collector, clock)})
             reward = found["reward"]
-            progress(k + 1, steps, "steps", "no reward" if reward is None else f"reward {reward:.3f}, lr {rate:.2e}")
+            none = "" if batch.trained.any() else ", no sample trained"
+            said = "no reward" if reward is None else f"reward {reward:.3f}, lr {rate:.2e}"
+            progress(k + 1, steps, "steps", said + none)
+            if position.is_broken:
+                if dist.get_rank() == 0:
+                    for step in journal.steps(keep / ROLLOUTS):
+                        journal.drop_failures(keep / ROLLOUTS, step, collector.identity)
+                saver.wait()
+                raise fruit.failed_verdicts(drawn, f"step {k + 1}")
             if k + 1 == steps:
                 evaluate_if_due(steps)
             if k + 1 == steps or (run.checkpoint_every > 0 and (k + 1) % run.checkpoint_every == 0):
@@ -214,6 +252,8 @@ def train(
         vote.count()
         saver.close()
         metrics.close()
+        if not position.signal and not (position.trained_samples and (run.loss.kl_beta or run.loss.entropy)):
+            raise fruit.nothing_trained(position.untrained, position.reasons, position.samples, steps)
         return Outcome(steps, position, resumed_from, notes)
 
 
@@ -275,7 +315,8 @@ def _remedy(measures: Mapping[str, float], batch: Batch) -> str:
         remedy = "lower lr, give fewer passes or minibatches, or set loss.dual_clip"
         return f"A trained token became e^{ratio:.0f} times as likely within the step: {remedy}"
     if below > _LARGE_LOG_RATIO:
-        return f"The reference gives a trained token e^{below:.0f} times the policy's probability: lower lr, or use kl: k2"
+        of = f"e^{below:.0f} times the policy's probability"
+        return f"The reference gives a trained token {of}: lower lr, or use loss.kl: k2"
     return "Lower lr or raise warmup_steps"
 
 

@@ -181,7 +181,7 @@ def _recorded_notes(config: Config) -> list[str]:
     names = ["loss.correction"] if config.loss.correction.mode != "off" else []
     if config.old_logprobs == "rollout" and config.passes * config.minibatches > 1:
         names.append("old_logprobs: rollout")
-    what = "the loss takes log-probs as the engine recorded them: its settings, and restarts, count within their rounding"
+    what = "the loss takes what the engine recorded: its settings, and restarts, count within their rounding"
     return [f"{' and '.join(names)}: {what}"] if names else []
 
 
@@ -205,8 +205,9 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     """Train to the last step, resuming from KEEP/checkpoints and KEEP/rollouts; then make `out` a model folder.
 
     Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
-    Facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, tokens, resumed_from,
-    notes.
+    Facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by why they
+    were not (unscorable, cut_off, equal), tokens, resumed_from, notes. UserMistake where nothing was trained in all
+    steps, or every verdict of the first one failed (rl/fruit.py).
     """
     from megatron_ext import model_folder, ranks
 
@@ -228,6 +229,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "updates": position.updates,
         "samples": position.samples,
         "trained_samples": position.trained_samples,
+        **position.untrained,
         "tokens": position.tokens,
         "resumed_from": outcome.resumed_from,
         "notes": [*outcome.notes, *_recorded_notes(config)],

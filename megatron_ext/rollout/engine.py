@@ -38,7 +38,8 @@ class NoDistribution(UserMistake):
 
     def __init__(self, uid: int, sample: int, position: int, prompt: str = "", model: str = "the model"):
         self.uid, self.sample, self.position = uid, sample, position
-        what = f"gives NaN or infinite logits for {prompt or f'prompt {uid}'}, sample {sample}, new token {position + 1}"
+        where = f"{prompt or f'prompt {uid}'}, sample {sample}, new token {position + 1}"
+        what = f"gives NaN or infinite logits for {where}"
         super().__init__(
             f"{model} {what}: its weights are damaged, or overflow in their dtype; look at what made them, or try "
             "dtype: float32"
@@ -80,8 +81,8 @@ class Engine:
     def generate(
         self, requests: Many[Request], sampling: Sampling, stop: Stop = never, turns: Optional[Turns] = None
     ) -> Iterator[Sequence]:
-        """Samples as they end. UserMistake when one could not be held in the memory given; NoDistribution where logits are
-        not finite.
+        """Samples as they end. UserMistake when one could not be held in the memory given; NoDistribution where logits
+        are not finite.
 
         `stop` is asked between steps; when it says so on this rank, `Stopped` is raised with the number of samples that
         ended. Counts of the work are added to `counts`. `turns` is needed where requests have turn ends.

@@ -139,18 +139,6 @@ def test_samples_without_a_usable_reward_are_masked_and_the_run_goes_on(folders,
     assert any(line["trained"] for line in lines)
 
 
-def test_a_step_that_teaches_nothing_changes_nothing_and_is_no_error(folders, tmp_path):
-    found = toy.trained(folders["qwen2"], tiny.DIMS, ParallelPlan(), tmp_path, steps=2, judge=alike, refill_tries=1)
-    assert found["position"]["updates"] == 0 and found["position"]["cursor"] == 2 * 2 * 4
-    assert [line["prompts_kept"] for line in metrics(tmp_path)] == [0, 0]
-    again = toy.trained(folders["qwen2"], tiny.DIMS, ParallelPlan(), tmp_path, steps=3, judge=alike, refill_tries=1)
-    assert again["resumed_from"] == 2 and again["digest"] == found["digest"]
-
-
-def alike(item: int, completion: str) -> float:
-    return 1.0
-
-
 def test_a_checkpoint_of_another_identity_is_refused_and_what_it_does_not_say_is_none(folders, tmp_path):
     """A name that runs did not write down yet when they began is not held against them."""
     plain = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), keep=tmp_path)

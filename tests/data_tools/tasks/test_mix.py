@@ -98,7 +98,7 @@ def test_a_digest_tells_other_prompts_weights_and_seeds():
     assert base.digest == same.digest and base.digest not in [other.digest for other in others]
 
 
-def test_the_digest_of_scoring_tells_other_answers_columns_and_code_and_is_the_same_in_any_process(tmp_path, monkeypatch):
+def test_the_digest_of_scoring_tells_other_answers_columns_and_code_and_is_no_chance(tmp_path, monkeypatch):
     class Value:  # which calls itself by its place in memory
         pass
 
@@ -110,10 +110,11 @@ def test_the_digest_of_scoring_tells_other_answers_columns_and_code_and_is_the_s
     (tmp_path / "mine_scored.py").write_text("def score(item, completion): return 0\n")
     own = scoring(task="mine_scored:score")
     (tmp_path / "mine_scored.py").write_text("def score(item, completion): return 1\n")
-    found = [scoring(), scoring(2), scoring("1"), scoring(columns={"q": 1.5}), scoring(uid="a/1"), scoring(Value()), own,
-             scoring(task="mine_scored:score")]  # fmt: skip
+    found = [scoring(), scoring(2), scoring("1"), scoring(columns={"q": 1.5}), scoring(uid="a/1"), scoring(Value()),
+             own, scoring(task="mine_scored:score")]  # fmt: skip
     assert len(set(found)) == len(found)
-    assert scoring(Value()) == scoring(Value()) and scoring(columns={"b": 1, "a": 2}) == scoring(columns={"a": 2, "b": 1})
+    assert scoring(Value()) == scoring(Value())
+    assert scoring(columns={"b": 1, "a": 2}) == scoring(columns={"a": 2, "b": 1})
 
 
 def test_files_of_every_form_give_the_same_prompts(tmp_path):

@@ -74,7 +74,8 @@ class Scorer:
 
     def submit(self, item: int, completion: str, finish: str) -> Score:
         self.asked.append((item, completion))
-        return Score(self.judge(item, completion), {"length": float(len(completion.split()))})
+        found = self.judge(item, completion)
+        return found if isinstance(found, Score) else Score(found, {"length": float(len(completion.split()))})
 
 
 @dataclass

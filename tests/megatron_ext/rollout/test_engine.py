@@ -116,7 +116,7 @@ def test_logits_that_are_not_finite_end_the_run_with_a_word(alone, tmp_path, tem
     model = tiny.model(tiny.hf_folder(tmp_path / "hf"), tiny.DIMS, ParallelPlan())
     with torch.no_grad():
         model.decoder.layers[0].mlp.linear_fc1.weight[0, 0] = float("nan")
-    with pytest.raises(NoDistribution, match="the model gives NaN or infinite logits for prompt 4, sample 0, new token 1"):
+    with pytest.raises(NoDistribution, match="NaN or infinite logits for prompt 4, sample 0, new token 1:"):
         sampled(model, SMALL, [Request(4, (1, 2), 2)], Sampling(temperature=temperature))
     assert "/m gives NaN or infinite logits for prompt sums/ab, sample 3, new token 8" in str(
         NoDistribution(4, 3, 7).named("prompt sums/ab", "/m")
