@@ -241,6 +241,8 @@ def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] 
         result[f"{name}prompts"] = len(of)
         result[f"{name}correct"] = correct
         result[f"{name}accuracy"] = correct / len(of) if of else None
+        if unscored := sum("reward" in sample and sample["reward"] is None for sample in of):
+            result[f"{name}unscored"] = unscored  # which count as wrong
         if of and "sampled" in of[0]:
             shares = [sample["sampled_correct"] / sample["sampled"] for sample in of]
             result[f"{name}sampled_accuracy"] = sum(shares) / len(shares)
