@@ -22,6 +22,7 @@ from data_tools.samples import problem_of_evaluated
 from data_tools.tables import write_table
 from data_tools.tasks.mix import Entry, Loaded, MixConfig, counts_table, load
 from data_tools.tasks.task import Row, Source, check_rows, load_task
+from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 from megatron_ext.entrypoints import generate
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel_rules import check as check_plan
@@ -39,6 +40,7 @@ class Config:
     limit: int = 0  # distinct prompts; 0: all
     mix: MixConfig = field(default_factory=MixConfig)  # in place of task, source and limit: the prompts of these tasks
     chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     max_new_tokens: int = 16
     max_turns: int = 0  # of the model, in tasks that reply; 0: as many as max_new_tokens leaves room for
     samples: int = 0  # of each prompt, at `temperature`, besides the greedy one
@@ -90,7 +92,7 @@ def _check_ways(config: Config, ranks: int) -> list[Problem]:
         for problem in check_sampling(_ways(config)[-1].sampling)
         if problem.where in own
     ]
-    problems += check_engine(config.engine)
+    problems += check_engine(config.engine) + check_bos(config.bos)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
@@ -120,7 +122,8 @@ def run(
     with ranks.started(config.parallel):
         samples, records = of(config, folder, keep, progress, index, count)
         writer = ranks.is_writer()
-    result = {**_result(samples, before), "records": records}
+    opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
+    result = {**_result(samples, before), "records": records, **opening}
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         durable.write_json(out / RESULT, result)
@@ -132,7 +135,8 @@ def run(
 def _ways(config: Config) -> list[generate.Config]:
     """A mix sampled greedily, and at a temperature."""
     plain = dict(
-        model=config.model, mix=config.mix, chat_arguments=config.chat_arguments, seed=config.seed, dtype=config.dtype,
+        model=config.model, mix=config.mix, chat_arguments=config.chat_arguments, bos=config.bos, seed=config.seed,
+        dtype=config.dtype,
         verify_limit_s=config.verify_limit_s, verifiers=config.verifiers, engine=config.engine, backend=config.backend,
         parallel=config.parallel,
     )  # fmt: skip
@@ -278,7 +282,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
     from megatron_ext import model_folder
 
     samples = list(generate.lines_of([part / SAMPLES for part in parts]))
-    result = {**_result(samples, _compared(config)), "records": generate.records_of_parts(parts)}
+    result = {**_result(samples, _compared(config)), **generate.told_of_parts(parts)}
     durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
     durable.write_json(out / RESULT, result)
     _table(keep, result, model_folder.open_folder(config.model).step)

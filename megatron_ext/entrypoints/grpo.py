@@ -3,7 +3,7 @@
 With `lora` the model stays as it is and adapters are trained; the folder then has both (model_folder.py).
 """
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -11,6 +11,7 @@ from typing import Any, Dict, Optional
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of
+from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 from megatron_ext import options, preflight, track, watch
 from megatron_ext import schedule as schedules
 from megatron_ext.lora import settings as loras
@@ -37,6 +38,7 @@ class Config:
 
     mix: MixConfig = field(default_factory=MixConfig)  # what is asked, and how it is rewarded
     chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     steps: int = 100
@@ -127,7 +129,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_sampling(config.sampling) + _check_temperature(config)
     problems += check_loss(config.loss) + check_advantage(config.advantage, config.group)
     problems += check_rewarding(config.rewarding, config.sampling.max_tokens) + check_evaluation(config.evaluation)
-    problems += check_mix(config.mix) + check_engine(config.engine)
+    problems += check_mix(config.mix) + check_engine(config.engine) + check_bos(config.bos)
     problems += track.check(config.track) + watch.check(config.hang)
     problems += options.check_timeout(config.distributed_timeout_minutes)
     if config.parallel.virtual > 1:
@@ -230,6 +232,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "samples": position.samples,
         "trained_samples": position.trained_samples,
         **position.untrained,
+        **told_opening(load_tokenizer(str(folder.hf)), config.bos),
         "tokens": position.tokens,
         "resumed_from": outcome.resumed_from,
         "notes": [*outcome.notes, *_recorded_notes(config)],
@@ -251,7 +254,7 @@ def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dic
 def _identity(config: Config, model_digest: str) -> dict[str, Any]:
     """What a checkpoint must share with a run that resumes it: all that changes the result. The model by digest, the
     prompts by theirs (session.py); where they lie does not matter."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
+    kept = options.keyed(config)
     plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
     rewards = {name: [e.task, e.options, e.rewards, e.evaluation_only] for name, e in entries_of(config.mix).items()}
     return {**plain, "mix": rewards, "model": model_digest, "reference": bool(config.reference)}

@@ -100,7 +100,7 @@ def prompts_of(config: Any, folder: ModelFolder) -> tuple[Tokenizer, Mix, tuple[
     """(tokenizer, the run's prompts, what they are encoded with)."""
     tokenizer = load_tokenizer(str(folder.hf))
     room = (folder.family.config.shape(folder.dims).max_positions or 2**62) - config.sampling.max_tokens  # 0: no limit
-    return tokenizer, Mix(entries_of(config.mix), config.seed), (tokenizer, config.chat_arguments, room)
+    return tokenizer, Mix(entries_of(config.mix), config.seed), (tokenizer, config.chat_arguments, room, config.bos)
 
 
 def run_of(config: Any) -> grpo.Run:
