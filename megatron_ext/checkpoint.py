@@ -411,13 +411,17 @@ def load_step(
 ) -> tuple[int, dict[str, Any]]:
     """Restore weights, optimizer and, under the same layout, RNG. Returns the step and the saved position.
 
-    Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs, or is damaged.
+    Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs, or is damaged. What it
+    does not say, since it was not written down yet when it was made, is no difference.
     """
     manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
     if problem:
         raise UserMistake(f"{folder}/{problem}; delete {folder} to go on from an earlier step")
     for name in sorted({*identity, *manifest["identity"]}):
         theirs, ours = manifest["identity"].get(name), identity.get(name)
+        if name not in manifest["identity"]:
+            log.warning("%s does not say its %s: taken for this run's", folder, name)
+            continue
         if theirs != ours:
             raise UserMistake(
                 f"{folder} was written with {name} = {theirs!r}, this run has {ours!r}: it cannot be resumed; "
