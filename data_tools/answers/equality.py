@@ -39,8 +39,9 @@ def key(value: Any, like: Any) -> str:
     if isinstance(value, Words):
         return value.text
     if isinstance(value, Group):
-        if isinstance(like, Several) and not like.union and len(like.items) == len(value.items) and value.brackets == "()":
-            return _several_key(value.items, like, False)
+        if isinstance(like, Several) and not like.union and len(like.items) == len(value.items):
+            if value.brackets == "()" and not _may_be_interval(value):
+                return _several_key(value.items, like, False)
         return _group_key(value, like)
     if isinstance(value, Several):
         return _union_key(value) if value.union else _list_key(value, like)
@@ -156,7 +157,8 @@ def _group_key(value: Group, like: Any) -> str:
 
 def _list_key(value: Several, like: Any) -> str:
     if isinstance(like, Group) and like.brackets == "()" and len(like.items) == len(value.items) and not value.distinct:
-        if not _may_be_interval(like):  # a point without its brackets
+        names = [one.name for one in value.items if isinstance(one, Named)]
+        if not _may_be_interval(like) and names == sorted(names):  # a point without its brackets
             return _group_key(Group("()", value.items), like)
     return _several_key(value.items, like, value.distinct)
 

@@ -77,7 +77,7 @@ def bare(answer: str) -> Optional[str]:
     while answer != before:
         before = answer
         answer = _TEXT_LEAD.sub("", _LEAD.sub("", answer.strip()))
-        answer = re.sub(r"(?:\\\\|(?<!\\)\\(?=\s*$)|[\s,;:.]|\\[,;:!])+$", "", answer) if answer != "." else ""
+        answer = re.sub(r"(?:\\\\|(?<!\\)\\(?=\s*$)|[\s,;:]|(?<!\.)\.(?=\W*$)|\\[,;:!])+$", "", answer) if answer != "." else ""
         answer = _outside(answer)
     return answer or None
 
@@ -109,13 +109,14 @@ def last_boxed(text: str) -> Optional[str]:
     boxes = list(_boxes(text))
     if not boxes or boxes[-1][2] is None:
         return None
-    last = [boxes[-1]]
+    last, held = [boxes[-1]], boxes[-1][2]
     for box in reversed(boxes[:-1]):
         between = text[box[1] : last[0][0]]
         if box[2] is None or not _JOINT.fullmatch(between):
             break
         last.insert(0, box)
-    return ", ".join(held for _, _, held in last)
+        held = f"{box[2]}{' or ' if re.search(r'(?<![a-z])or(?![a-z])', between) else ', '}{held}"
+    return held
 
 
 def _boxes(text: str) -> Iterator[tuple[int, int, Optional[str]]]:

@@ -285,6 +285,8 @@ def _several(text: str, depth: int) -> Any:
         items = [_read(part, depth + 1) for part in parts]
         if all(isinstance(one, Named) and isinstance(one.value, Group) for one in items) and re.search(r"\bor\b", text):
             return Named(items[0].name, _union([one.value for one in items]))
+        if len(marks := {_mark(one) for one in items}) == 1 and None not in marks and not _COMMA.search(text):
+            return items[-1]  # 3 1/2 or 7/2
         return _together(items)
     if text.count(r"\pm") == 1 and r"\mp" not in text and not re.match(rf"(?:{_NAME}) ?=", text) and not _grouped_whole(text):
         return _together([_read(text.replace(r"\pm", sign), depth + 1) for sign in "+-"])
@@ -398,10 +400,13 @@ def _equation(sides: list[str], text: str, depth: int) -> Any:
 
 def _alike(values: list) -> Any:
     """The last of values that are equal, such as of 2+2=4. Unclear where they are not: 2+2=5."""
-    marks = {one.value if isinstance(one, Number) else one.mark if isinstance(one, Formula) else one for one in values}
-    if len(marks) > 1:
+    if len(values) > 1 and (len(marks := {_mark(one) for one in values}) > 1 or None in marks):
         raise Unclear("an equation that does not hold")
     return values[-1]
+
+
+def _mark(value: Any) -> "Fraction | str | None":
+    return value.value if isinstance(value, Number) else value.mark if isinstance(value, Formula) else None
 
 
 def relation(text: str) -> Relation:
