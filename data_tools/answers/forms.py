@@ -18,7 +18,7 @@ _JOINT = re.compile(  # between two boxes that are one answer: \boxed{1} and $x=
     r"(?:[a-zA-Z](?:_{?\w+}?)?\s*=\s*)?"
 )
 _OPENING, _CLOSING = re.compile(r"<answer>", re.IGNORECASE), re.compile(r"</answer>", re.IGNORECASE)
-_HASHES = re.compile(r"^[ \t>*_]*####(?!#)[ \t]*(.*)$", re.MULTILINE)
+_HASHES = re.compile(r"(?:^[ \t>*_]*|(?<=\s))####(?!#)[ \t]*(.*)$", re.MULTILINE)
 _LINE = re.compile(
     r"^[ \t>*_#+•-]*(?:(?:so|thus|hence|therefore),?[ \t]+)?(?:(?:the|my)[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?"
     r"[ \t*_]*[:：][ \t*_]*(.*)$",
