@@ -21,11 +21,13 @@ def is_same(gold: Any, answer: Any) -> bool:
     """Whether an answer says what the row's own does."""
     if key(gold, gold) == key(answer, gold) or _is_near(gold, answer):
         return True
-    return _is_related(gold, answer)
+    return isinstance(gold, Formula) and _is_related(gold, answer)
 
 
 def key(value: Any, like: Any) -> str:
     """The same for answers that are equal as answers to a question whose own answer is `like`."""
+    if value is not like and Relation in (type(value), type(like)) and _is_related(like, value):
+        return key(like, like)
     if isinstance(value, Named):
         named = like.name if isinstance(like, Named) else None
         shown = f"{value.name} = " if named is not None and named != value.name else ""

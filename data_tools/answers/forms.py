@@ -12,7 +12,7 @@ a lead such as "The answer is", commas and backslashes after it) are no part of 
 import re
 from typing import Callable, Iterator, Optional
 
-_BOX = re.compile(r"\\f?boxed(?![a-zA-Z])\s*|(?<![\\a-zA-Z])boxed(?={)")
+_BOX = re.compile(r"\\(?:boxed|fboxed|fbox)(?![a-zA-Z])\s*|(?<![\\a-zA-Z])boxed(?={)")
 _JOINT = re.compile(  # between two boxes that are one answer: \boxed{1} and $x=\boxed{2}$
     r"[\s$.)\]\\]*(?:,|;|\b(?:and|or)\b|\\text\s*{\s*(?:,\s*)?(?:and|or)\s*})[\s$(\[\\]*(?:(?:and|or)\b)?[\s$(\[\\]*"
     r"(?:[a-zA-Z](?:_{?\w+}?)?\s*=\s*)?"
@@ -71,7 +71,7 @@ def find_answer(completion: str, form: str) -> Optional[str]:
 
 def bare(answer: str) -> Optional[str]:
     """The answer without its marks; None where nothing is left."""
-    if re.search(r"\\f?boxed(?![a-zA-Z])", answer):
+    if re.search(r"\\(?:boxed|fbox)(?![a-zA-Z])", answer):
         answer = last_boxed(answer) or ""
     before = None
     while answer != before:
@@ -162,7 +162,7 @@ def _hashes(text: str) -> Optional[str]:
     for match in reversed(list(_HASHES.finditer(text))):
         said, after = match[1].strip(), text[match.end() :].strip()
         if not said or _ANSWER_HEADING.fullmatch(said):
-            if after and not after.startswith("#"):
+            if not after.startswith("#"):
                 return _whole("", after)
         elif not _HEADING.fullmatch(said) or _ANSWER_HEADING.match(said):
             if not (after and _is_words(said)):

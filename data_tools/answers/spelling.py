@@ -43,7 +43,7 @@ _SYNONYMS = tuple((re.compile(pattern), new) for pattern, new in (
     (r"\\lt(?![a-zA-Z])", "<"), (r"\\gt(?![a-zA-Z])", ">"), (r"<=", r"\\le "), (r">=", r"\\ge "),
     (r"\\neq(?![a-zA-Z])", r"\\ne "), (r"\\(?:varnothing)(?![a-zA-Z])", r"\\emptyset "),
     (r"\\(?:dots|dotsc|cdots)(?![a-zA-Z])|\.\.\.+", r"\\ldots "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])", r"^{\\circ}"),
+    (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])", r"^{\\circ}"),
     (r"\\(?:lang|langle)(?![a-zA-Z])", "⟨"), (r"\\(?:rang|rangle)(?![a-zA-Z])", "⟩"),
     (r"\\(?:in)(?=[\[({⦃])", r"\\in "), (r"\\%|％", "%"),
     (r"\\[$]", "＄"), (r"\\(?:euro|texteuro)(?![a-zA-Z])(?:\{\})?", "€"),

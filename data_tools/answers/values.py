@@ -142,6 +142,8 @@ def _inside(text: str) -> str:
     text = text.strip().rstrip(",;").strip()
     if text.endswith(".") and not text.lower().endswith(".m."):
         text = text[:-1].strip()
+    if text[:1] == "⟦" and _closing(text) == len(text) - 1 and not re.search("[A-Za-z]", text):
+        text = text[1:-1].strip()
     while text[:1] == "{" and _closing(text) == len(text) - 1:
         text = text[1:-1].strip()
     return text
