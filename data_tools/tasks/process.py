@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Mapping, NoReturn, Optional
+from typing import Any, Callable, NoReturn, Optional
 
 START_LIMIT_S = 300.0  # for a process to import its tasks from a slow shared filesystem
 LONGEST_ANSWER = 4 << 20  # bytes

@@ -8,7 +8,6 @@ import subprocess
 import time
 
 import pytest
-from pathlib import Path
 
 from jobs.artifact import Owner
 from jobs.retry import Cause
