@@ -34,8 +34,8 @@ def test_only_where_the_cluster_is_passes_the_scrub():
     }  # fmt: skip
 
 
-def test_a_failure_names_command_code_and_first_line(tmp_path):
-    env = fake(tmp_path, "scancel", "echo 'scancel: error: no such thing' >&2; echo more >&2; exit 3")
+def test_a_failure_names_command_and_code_and_keeps_the_whole_message(tmp_path):
+    env = fake(tmp_path, "scancel", "echo 'scancel: error: no such' >&2; echo 'scancel: error: thing' >&2; exit 3")
     with pytest.raises(SlurmError) as error:
         Slurm(env).cancel(["7", 8])
     assert str(error.value) == "`scancel --quiet 7 8` failed (exit code 3): scancel: error: no such thing"
