@@ -18,6 +18,7 @@ from jobs.retry import EXIT_UNFINISHED
 from jobs.run_folder import RunFolder
 from launchers.backend import ACTIVE_STATES, HELD, NEVER, PENDING, JobSpec, OutcomeOpen, Overtaken, Refused, TaskState
 from launchers.ledger import JobEntry
+from launchers.shell_lines import script_setup
 from slurm.client import Slurm, SlurmError
 from slurm.printed import QueueRow, format_indices, parse_indices
 from slurm.detect import Cluster
@@ -41,28 +42,6 @@ class PhaseExecutor(SlurmExecutor):
     def write(self, parameters: dict[str, Any], command: str) -> None:
         self.parameters = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
         durable.write_file(self.script, self._make_submission_file_text(command, ""))
-
-
-def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
-    """Shell lines before the command, run by the batch script outside any container."""
-    low, high = profile.network.port_range
-    lines = ["set -euo pipefail",
-             # --export=NONE leaves a job no HOME and an unexported PATH; it speaks of sbatch, not of our srun.
-             'export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"']
-    lines += [f"module load {shlex.quote(module)}" for module in profile.env.modules]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.env.set.items()]
-    lines += profile.env.setup
-    lines += [f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"]
-    if ranks > 1:
-        # An address, not a name: node names need not resolve, and NodeAddr may itself be one.
-        lines += [
-            'node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "address=$(scontrol show node \"$node\" --oneliner | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')",
-            "resolved=$(getent ahostsv4 \"${address:-$node}\" | awk 'NR == 1 {print $1}' || true)",
-            'export MASTER_ADDR="${resolved:-${address:-$node}}"',
-            f"export MASTER_PORT=$(({low} + SLURM_JOB_ID % {high - low + 1}))",
-        ]
-    return lines
 
 
 def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jobs.retry import Cause
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.backend import ACTIVE_STATES
 from launchers.diagnosis import Diagnosis, classify
-from launchers.evidence import Evidence
+from launchers.evidence import ENVIRONMENT_LINE, Evidence
 from launchers.ledger import JobEntry, Ledger
 from launchers.status import Element, Look, look_at, open_elements, script_of
 from slurm.client import SlurmError
@@ -229,5 +229,6 @@ def _shared_log(path: Path, entry: JobEntry, index: int) -> str:
         return ""
     task = path.with_name(path.name.replace(f".{index}.out", f".tasks{index // entry.batch}.out"))
     return "".join(
-        f"{line}\n" for line in log_tail(task, "", -1).splitlines() if re.search(r"slurmstepd.*\*\*\* JOB ", line)
+        f"{line}\n" for line in log_tail(task, "", -1).splitlines()
+        if re.search(r"slurmstepd.*\*\*\* JOB ", line) or ENVIRONMENT_LINE.search(line)
     )
