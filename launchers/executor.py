@@ -22,7 +22,7 @@ from launchers.shell_lines import script_setup
 from slurm.client import Slurm, SlurmError
 from slurm.printed import QueueRow, format_indices, parse_indices
 from slurm.detect import Cluster
-from slurm.profile import Profile
+from slurm.profile import Profile, contact_note
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
@@ -262,12 +262,13 @@ class SlurmBackend:
     def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> str:
         return " ".join(self._rewire_command(job, needs, waits, only))
 
-    @staticmethod
-    def _ask(call: Callable[[], Any]) -> Any:
+    def _ask(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except SlurmError as error:
-            raise (OutcomeOpen if error.is_silence else Refused)(str(error)) from None
+            if error.is_silence:
+                raise OutcomeOpen(str(error)) from None
+            raise Refused(f"{error}{contact_note(self.cluster.profile)}") from None
 
 
 def chain_states(links: list[TaskState]) -> list[TaskState]:

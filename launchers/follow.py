@@ -40,7 +40,7 @@ def _watch(run: RunFolder, poll_s: float, show) -> RunStatus:
         show(status)
         if status.finished:
             return status
-        if not status.active:
+        if not status.active and not status.may_answer:
             ended_since = ended_since or time.monotonic()
             undecided = any(p.state == UNKNOWN or p.reason == NO_SEAL for p in status.phases)
             if not undecided or time.monotonic() - ended_since > SETTLE_S:

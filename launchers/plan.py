@@ -24,6 +24,7 @@ from launchers.ledger import Ledger
 from launchers.snapshot import code_digests
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
+from slurm.options import option_problems
 from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
@@ -67,6 +68,7 @@ class Plan:
         return {
             "notes": self.notes,
             "pipeline": self.pipeline.name, "run": str(self.run.path), "cluster": self.cluster.name,
+            "profile": self.cluster.as_json(),
             "phases": [
                 {"phase": p.name, "uses": p.frozen.uses, "key": p.frozen.key, "action": p.action, "reasons": p.reasons,
                  "elements": p.frozen.elements, "missing": p.missing, "links": p.frozen.links, "role": p.role,
@@ -134,6 +136,9 @@ class _Planner:
             self.planned[phase.name] = self._phase(phase)
 
     def plan(self) -> Plan:
+        if other := Ledger(self.run.ledger).other_cluster(self.pipeline.cluster, self.cluster.slurm_name):
+            raise UserMistake(other)
+        self.problems += self._profile_problems()
         self.survey()
         self._batch()
         self._fit_submit_limit()
@@ -141,6 +146,12 @@ class _Planner:
         if self.problems:
             raise UserMistake(self.problems)
         return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()))
+
+    def _profile_problems(self) -> list[Problem]:
+        """Options of sbatch that a partition must not set: checked here, so that frozen profiles of before still load."""
+        profile, where = self.cluster.profile, self.cluster.profile_file or self.cluster.profile.meta.name
+        return [problem for name, partition in profile.partitions.items()
+                for problem in option_problems(partition.extra_sbatch, f"{where}: partitions.{name}.extra_sbatch")]
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         digests, files = self._inputs(phase)
