@@ -254,3 +254,20 @@ def test_a_run_on_a_read_only_filesystem_is_cancelled_all_the_same(site, afterok
     assert "could not be written down: " in one_line(done) and "read-only" in done.stderr
     assert (run / "ledger.jsonl").read_bytes() == before
     wait_for("the jobs' end", lambda: jobs_of(run, env) == set())
+
+
+@pytest.mark.parametrize("setup, state, told", [
+    (["grep -q nothing /dev/null", "export PATHS=/opt/lib:$NOT_SET_ANYWHERE"], "COMPLETED", "1: grep -q nothing /dev/null"),
+    (["true", "exit 3"], "FAILED", "env.setup ended the job with code 3, at or after: exit 3"),
+])  # fmt: skip
+def test_what_a_profiles_setup_lines_do_is_told_in_the_log_and_by_why(site, afterok, setup, state, told):
+    pipeline, run, env = site
+    (Path(env["AFTEROK_PROFILES"]) / "BigSite.yaml").write_text(PROFILE + f"env: {{setup: {json.dumps(setup)}}}\n")
+    afterok("run", pipeline, "--run", run, env=env, check=0 if state == "COMPLETED" else 1)
+    assert afterok.states(run, env=env)["numbers"] == state
+    assert told in afterok("logs", run, "numbers:1", env=env).stdout
+    if state == "FAILED":
+        finding = afterok.json("why", run, "numbers", env=env)["findings"][0]
+        assert (finding["cause"], told in finding["evidence"]) == ("environment not set up", True)
+        assert f"{run}/numbers/logs/a1." in finding["remedy"] and "contact for profile BigSite: help@" in finding["remedy"]
+        afterok("cancel", run, env=env)
