@@ -249,9 +249,10 @@ def _leave_open(look: Look, error: Exception, entries: list[JobEntry]) -> None:
     """Say of these jobs that their cluster told nothing."""
     mistake = error if isinstance(error, UserMistake) else SlurmUnavailable(str(error))
     look.unasked.append(mistake)
+    reason = "its cluster is not this one" if isinstance(error, OtherCluster) else "its cluster does not answer"
     for entry in entries:
         for index in entry.elements:
-            look.states[entry.job, index] = TaskState(entry.job, index, NO_ANSWER, "its cluster was not asked")
+            look.states[entry.job, index] = TaskState(entry.job, index, NO_ANSWER, reason)
 
 
 def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int], AccountingRow]:

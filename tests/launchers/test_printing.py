@@ -100,6 +100,15 @@ def test_no_verb_prints_a_control_character_or_reads_markup(evil, monkeypatch, c
         json.loads(out)
 
 
+def test_an_inspection_shows_text_of_rows_as_text(capsys):
+    document = {"where": EVIL, "tokens": 2, "supervised": 1,
+                "spans": [{"text": EVIL, "trained": True}, {"text": "a\tb\n", "trained": False}]}
+    show.print_inspection({"phase": EVIL, "title": EVIL, "balance": {"columns": [EVIL], "rows": [[EVIL]], "title": EVIL},
+                           "lengths": [(1, 2, 1, 2)], "documents": [document]})
+    out = capsys.readouterr().out
+    assert out.count("[/bold][red]x[/nope]:smile:[link=file:///]") == 7 and not CONTROL.search(out)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -152,6 +152,11 @@ def test_banners_around_an_id_and_an_sbatch_that_fails_after_all_change_nothing(
                  'echo "quota: 12" >&2; exit $code')
     afterok("run", pipeline, "--run", run, env=env)
     assert set(afterok.states(run, env=env).values()) == {"COMPLETED"}
+    silent = run.with_name("silent")
+    env = sbatch('$REAL "$@" > /dev/null; echo "thank you"')  # found by its name
+    afterok("submit", pipeline, "numbers.with.seconds=60", "--run", silent, env=env)
+    assert len({name.split(".")[1] for name in jobs_of(silent, env)}) == len(jobs_of(silent, env)) == 3
+    afterok("cancel", silent, env=env)
     again = run.with_name("again")
     env = sbatch('$REAL "$@"; echo "accounting hook failed, try again" >&2; exit 3')  # the job is there all the same
     assert "try again" in one_line(afterok("submit", pipeline, "--run", again, env=env, check=2))
@@ -238,6 +243,21 @@ def test_a_sealed_run_has_its_status_while_the_controller_hangs(site, big_site, 
     finally:
         big_site.kill_daemon("slurmctld", signal.SIGCONT)
     afterok("cancel", open_run, env=env)
+
+
+def test_a_run_is_followed_through_a_time_without_its_controller(site, big_site):
+    pipeline, run, env = site
+    command = [sys.executable, "-m", "launchers.cli", "run", pipeline, "numbers.with.seconds=1", "--run", run]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, text=True) as following:
+        lines = iter(following.stdout.readline, "")
+        assert any("numbers: RUNNING" in line for line in lines)
+        big_site.kill_daemon("slurmctld", signal.SIGSTOP)
+        try:
+            assert any("NO_ANSWER (its cluster does not answer)" in line for line in lines)
+        finally:
+            big_site.kill_daemon("slurmctld", signal.SIGCONT)
+        assert any("again: COMPLETED" in line for line in lines)
+        assert following.wait(60) == 0
 
 
 def test_a_run_on_a_read_only_filesystem_is_cancelled_all_the_same(site, afterok):
