@@ -441,8 +441,9 @@ def _otherwise(e: Evidence) -> Diagnosis:
 
 
 RULES: tuple[Rule, ...] = (
-    _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _environment, _said_by_worker, _gpu_memory, _host_memory_in_log,
-    _exception, _hung, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped, _lost, _otherwise,
+    _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _environment, _said_by_worker, _gpu_memory,
+    _host_memory_in_log, _exception, _hung, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped,
+    _lost, _otherwise,
 )  # fmt: skip
 
 

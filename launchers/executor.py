@@ -190,9 +190,13 @@ class SlurmBackend:
         try:
             return self._ask(lambda: self.slurm.sbatch(self._send_command(number, phase, needs, waits, hold)))
         except Refused as refusal:
-            if SUBMIT_LIMIT.search(str(refusal)):
-                raise Refused(f"{refusal}; {self._submit_numbers(number, phase)}") from None
-            raise
+            if not SUBMIT_LIMIT.search(str(refusal)):
+                raise
+            try:
+                numbers = self._submit_numbers(number, phase)
+            except SlurmError as error:
+                numbers = f"how many of yours are queued is not known: {error}"
+            raise Refused(f"{refusal}; {numbers}") from None
 
     def _submit_numbers(self, number: int, phase: str) -> str:
         """What an sbatch that a limit on the user's jobs refused would have needed."""

@@ -24,7 +24,7 @@ from launchers.ledger import Ledger
 from launchers.snapshot import code_digests
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
-from slurm.options import option_problems
+from slurm.options import own_setting_problems
 from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
@@ -138,7 +138,8 @@ class _Planner:
     def plan(self) -> Plan:
         if other := Ledger(self.run.ledger).other_cluster(self.pipeline.cluster, self.cluster.slurm_name):
             raise UserMistake(other)
-        self.problems += self._profile_problems()
+        profile = self.cluster.profile
+        self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
         self.survey()
         self._batch()
         self._fit_submit_limit()
@@ -146,12 +147,6 @@ class _Planner:
         if self.problems:
             raise UserMistake(self.problems)
         return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()))
-
-    def _profile_problems(self) -> list[Problem]:
-        """Options of sbatch that a partition must not set: checked here, so that frozen profiles of before still load."""
-        profile, where = self.cluster.profile, self.cluster.profile_file or self.cluster.profile.meta.name
-        return [problem for name, partition in profile.partitions.items()
-                for problem in option_problems(partition.extra_sbatch, f"{where}: partitions.{name}.extra_sbatch")]
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         digests, files = self._inputs(phase)

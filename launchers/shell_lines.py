@@ -50,7 +50,8 @@ def _admins_lines(env: Env, name: str) -> list[str]:
     """
     said = shlex.quote(f"afterok: profile {name}:")
     lines = [f'afterok_say() {{ echo {said} "$@" >&2; }}', "afterok_now=env.modules",
-             f"""trap 'afterok_code=$?; afterok_say "$afterok_now {ENDED} $afterok_code, at or after: $BASH_COMMAND"' EXIT"""]
+             f"""trap 'afterok_code=$?; afterok_say "$afterok_now {ENDED} $afterok_code, """
+             """at or after: $BASH_COMMAND"' EXIT"""]
     if env.modules:
         files = " ".join(f'"{file}"' for file in MODULE_FILES)
         lines.append(f"command -v module > /dev/null || for file in {files}; do "

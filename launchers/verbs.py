@@ -69,14 +69,14 @@ def _plan_parallel(args: argparse.Namespace) -> int:
     run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster)
     report = report_parallel(pipeline, run, cluster, args.parallel, args.search)
     if args.json:
-        _print_json({"phase": report.phase, **report.facts, "notes": report.notes,
+        _print_json({"phase": report.phase, "profile": cluster.as_json(), **report.facts, "notes": report.notes,
                      "problems": [str(problem) for problem in report.problems]})
     else:
         from launchers.show import console, table
 
         for one in report.tables:
             console().print(table(one["columns"], one["rows"], one["title"]))
-        print("\n".join(report.notes))
+        print("\n".join([*report.notes, cluster.where]))
     for problem in report.problems:
         tell(problem)
     return EXIT_MISTAKE if report.problems else 0
@@ -106,7 +106,8 @@ def do_submit(args: argparse.Namespace) -> int:
 def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
     if args.json:
         return _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs,
-                            "profile": plan.cluster.as_json(), "active": done.active, "rewired": done.rewired, "calls": done.calls})
+                            "profile": plan.cluster.as_json(), "active": done.active, "rewired": done.rewired,
+                            "calls": done.calls})
     if args.dry_run:
         print("\n".join(done.calls) or "nothing to do")
     else:

@@ -86,7 +86,8 @@ def afterok(monkeypatch, capsys):
         return subprocess.CompletedProcess(words, code, out, err)
 
     afterok.json = lambda *words, **kwargs: json.loads(afterok(*words, "--json", **kwargs).stdout)
-    afterok.states = lambda run, **kwargs: {p["phase"]: p["state"] for p in afterok.json("status", run, **kwargs)["phases"]}
+    afterok.states = lambda run, **kwargs: {
+        phase["phase"]: phase["state"] for phase in afterok.json("status", run, **kwargs)["phases"]}
     return afterok
 
 

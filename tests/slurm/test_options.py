@@ -2,7 +2,8 @@
 
 import pytest
 
-from slurm.options import RESERVED, option_problems
+from slurm.options import RESERVED, SRUN_RESERVED, VARIABLES, option_problems, own_setting_problems
+from slurm.profile import Env, Partition, Profile, Srun, load
 
 ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses", "wckey",
            "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network", "wait-all-nodes")  # fmt: skip
@@ -32,3 +33,22 @@ def test_what_is_the_sites_alone_passes(option):
                                         ("x", "host"), ("", ""), ("no such", "1")])  # fmt: skip
 def test_no_value_brings_a_line_of_its_own(key, value):
     assert problem_of(key, value)
+
+
+def test_a_profile_is_asked_for_all_that_is_ours_and_the_shipped_ones_set_none_of_it():
+    assert [own_setting_problems(load(name), "p") for name in ("dev", "local", "example")] == [[], [], []]
+    profile = Profile(partitions={"gpu": Partition(extra_sbatch={"t": "5"})}, srun=Srun(extra=["--mpi=pmix", "-oX"]),
+                      env=Env(set={"PYTHONPATH": "/x", "OMP_NUM_THREADS": "1"}, forward=["MASTER_PORT", "WANDB_MODE"]))
+    assert [problem.where for problem in own_setting_problems(profile, "p")] == [
+        "p: partitions.gpu.extra_sbatch.t", "p: srun.extra", "p: srun.extra", "p: env.set.PYTHONPATH",
+        "p: env.forward.MASTER_PORT"]
+
+
+@pytest.mark.parametrize("option", SRUN_RESERVED)
+def test_srun_gets_nothing_twice(option):
+    dashed = f"-{option}" if len(option) == 1 else f"--{option}"
+    for word in (dashed, f"{dashed}=x", dashed + "x" if len(option) == 1 else dashed[:-1]):
+        assert own_setting_problems(Profile(srun=Srun(extra=[word])), "p"), word
+    for word in ("--cpu-bind=cores", "--label", "-l", "--mem-bind=local", "--distribution=block", "--wait=60", "-vv"):
+        assert not own_setting_problems(Profile(srun=Srun(extra=[word])), "p"), word
+    assert VARIABLES
