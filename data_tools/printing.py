@@ -28,6 +28,11 @@ def clean_log(text: str) -> str:
     return clean(re.sub(r"\r+\n?", "\n", text))
 
 
+def set_in(text: str) -> str:
+    """`text` whose further lines are set in, so that none of what it quotes looks like a line of ours."""
+    return text.replace("\n", "\n  ")
+
+
 def json_text(value: Any) -> str:
     """`value` as JSON for people: other scripts as they are, control characters escaped as JSON escapes them."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
@@ -74,7 +79,6 @@ def clean_streams() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
         sys.stdout, sys.stderr = before
 
 

@@ -41,7 +41,9 @@ def _main(argv: Optional[list[str]]) -> int:
         importlib.import_module(package)
     sys.path.append(os.getcwd())
     try:
-        return args.verb(args)
+        code = args.verb(args)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return code
     except UserMistake as mistake:
         for problem in mistake.problems:
             verbs.tell(problem)

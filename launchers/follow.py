@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Optional
 
+from data_tools.printing import set_in
 from jobs.run_folder import RunFolder
 from launchers.diagnosis import remedy_if_stuck
 from launchers.ledger import Ledger
@@ -75,4 +76,4 @@ class _Lines:
         if phase.state == COMPLETED:
             return f" in {format_seconds(phase.seconds)}"
         text = ": ".join(filter(None, [phase.message or phase.reason, remedy_if_stuck(phase.reason)]))
-        return f" ({text})" if text else ""
+        return f" ({set_in(text)})" if text else ""

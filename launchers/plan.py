@@ -25,7 +25,8 @@ from launchers.snapshot import code_digests
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
 from slurm.options import own_setting_problems
-from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
+from slurm.profile import Request, Resources, check as check_request, contact_note
+from slurm.profile import forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
 RUNS = ("run", "rerun")
@@ -213,7 +214,7 @@ class _Planner:
             self.problems.append(Problem("", f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, "
                                  f"and {limit.of} allows {limit.jobs} in the queue, array elements counted, of which "
                                  f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
-                                 "once"))
+                                 f"once{contact_note(self.cluster.profile)}"))
             return
         for planned in runs:
             if planned.frozen.array is not None:

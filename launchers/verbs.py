@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from data_tools.printing import set_in
 
 EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
@@ -92,7 +93,7 @@ def _announce(plan: Any, quiet: bool = False) -> None:
 
 def tell(what: Any) -> None:
     """Print a message of ours; lines that came with what it quotes are set in, so that none looks like one of ours."""
-    print(f"afterok: {what}".replace("\n", "\n  "), file=sys.stderr)
+    print(set_in(f"afterok: {what}"), file=sys.stderr)
 
 
 def do_submit(args: argparse.Namespace) -> int:
@@ -269,7 +270,7 @@ def do_why(args: argparse.Namespace) -> int:
         return _print_json(report.as_json())
     for line in [report.headline, report.given_up, *(f.sentence for f in report.findings), *report.notes]:
         if line:
-            print(line)
+            print(set_in(line))
     return 0
 
 

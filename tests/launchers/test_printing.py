@@ -82,6 +82,19 @@ def test_a_run_prints_no_control_character(evil):
     _, printed = evil
     assert "good: COMPLETED" in printed and "[/bold][red]x[/nope]:smile:" in printed and "owned" in printed
     assert not CONTROL.search(printed)
+    assert not [line for line in printed.splitlines() if line.startswith("afterok: all is well")]
+
+
+def test_a_traceback_that_nobody_caught_is_cleaned_too_and_a_reader_that_left_is_no_error(evil):
+    code = f"from launchers import cli, verbs\ndef bad(args): raise RuntimeError({EVIL!r})\nverbs.do_ls = bad\ncli.main(['ls'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "RuntimeError: ]0;owned" in done.stderr and not CONTROL.search(done.stderr) and done.returncode == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone:
+        done = subprocess.run([sys.executable, "-m", "launchers.cli", "ls", evil[0] / "runs"], cwd=ROOT, stdout=gone,
+                              stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -95,7 +108,7 @@ def test_no_verb_prints_a_control_character_or_reads_markup(evil, monkeypatch, c
     out, err = capsys.readouterr()
     assert out + err and not CONTROL.search(out + err)
     assert "MarkupError" not in err and "Traceback" not in err
-    assert not [line for line in err.splitlines() if line.startswith("afterok: all is well")]
+    assert not [line for line in (out + err).splitlines() if line.startswith("afterok: all is well")]
     if as_json and out:
         json.loads(out)
 
