@@ -11,6 +11,7 @@ from typing import Optional
 from data_tools.progress import HUNG
 from jobs.run_folder import Outcome
 from launchers.backend import FAILED
+from launchers.shell_lines import ENDED
 from launchers.status import exit_code_of
 from slurm.printed import AccountingRow
 
@@ -79,6 +80,7 @@ COLLECTIVE_LINE = re.compile(
     r"|Connection was likely closed|monitoredBarrier|MeetingFailed|MeetingTimeout"
 )
 HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
+ENVIRONMENT_LINE = re.compile(rf"^afterok: profile .*: (env\.\w+) {re.escape(ENDED)} \d+")
 NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")
 TASK_LINE = re.compile(r"srun: error: ([\w.-]+): tasks? ([\d,-]+): (.+)")
 

@@ -25,7 +25,9 @@ from launchers.ledger import Ledger
 from launchers.snapshot import code_digests
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
-from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
+from slurm.options import own_setting_problems
+from slurm.profile import Request, Resources, check as check_request, contact_note
+from slurm.profile import forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
 RUNS = ("run", "rerun")
@@ -72,6 +74,7 @@ class Plan:
         return {
             "notes": self.notes,
             "pipeline": self.pipeline.name, "run": str(self.run.path), "cluster": self.cluster.name,
+            "profile": self.cluster.as_json(),
             "phases": [
                 {"phase": p.name, "uses": p.frozen.uses, "key": p.frozen.key, "action": p.action, "reasons": p.reasons,
                  "elements": p.frozen.elements, "missing": p.missing, "links": p.frozen.links, "role": p.role,
@@ -139,6 +142,10 @@ class _Planner:
             self.planned[phase.name] = self._phase(phase)
 
     def plan(self) -> Plan:
+        if other := Ledger(self.run.ledger).other_cluster(self.pipeline.cluster, self.cluster.slurm_name):
+            raise UserMistake(other)
+        profile = self.cluster.profile
+        self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
         self.survey()
         self._batch()
         self._fit_submit_limit()
@@ -212,7 +219,7 @@ class _Planner:
             self.problems.append(Problem("", f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, "
                                  f"and {limit.of} allows {limit.jobs} in the queue, array elements counted, of which "
                                  f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
-                                 "once"))
+                                 f"once{contact_note(self.cluster.profile)}"))
             return
         for planned in runs:
             if planned.frozen.array is not None:

@@ -14,18 +14,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from data_tools.mistake import UserMistake
 from data_tools.tables import read_tables
 from jobs.artifact import Artifact, Seal
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.task import progress_path
 from launchers.backend import ACTIVE_STATES, CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, TaskState
 from launchers.ledger import JobEntry, Ledger
-from launchers.submit import backends_of
-from slurm.client import Slurm, SlurmError, configuration_of
+from launchers.submit import OtherCluster, backend_of, choices_of
+from slurm.client import Slurm, SlurmError, SlurmUnavailable, configuration_of
+from slurm.detect import NoDevCluster
 from slurm.printed import AccountingRow, parse_indices
 
 UNKNOWN = "UNKNOWN"  # the back end lists no such job and no seal or outcome tells what became of it
 NOT_SUBMITTED = "NOT_SUBMITTED"
+NO_ANSWER = "NO_ANSWER"  # its cluster was not asked, or did not answer, and no seal says that it is done
 NOT_NEEDED = "NOT_NEEDED"  # follows the failure of a phase that did not fail
 NO_SEAL = "ended without a seal"
 LEASE_NAME = re.compile(r"(\d+)\.a(\d+)\.r(\d+)\.g(\d+)")
@@ -58,7 +61,7 @@ class PhaseStatus:
     @property
     def failed(self) -> bool:
         """An element ended, or vanished, without its seal and nobody asked for that."""
-        return (not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED)
+        return (not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED, NO_ANSWER)
                 and self.reason != NEVER)
 
 
@@ -67,6 +70,10 @@ class RunStatus:
     run: str
     submission: int
     phases: list[PhaseStatus]
+    notes: list[str] = field(default_factory=list)  # what could not be asked, and what the cluster refused
+    where: str = ""  # which cluster it went to last, by which profile of which file
+    unasked: str = ""  # why a cluster of its jobs told nothing
+    may_answer: bool = False  # that cluster, later
 
     @property
     def finished(self) -> bool:
@@ -77,15 +84,8 @@ class RunStatus:
     def active(self) -> bool:
         return any(phase.active for phase in self.phases)
 
-    @property
-    def notes(self) -> list[str]:
-        """What is no fault and has to be known."""
-        before = [phase.phase for phase in self.phases if phase.written_before]
-        return [f"no sum: written before, so that nobody can tell whether it was altered: the seal of "
-                f"{', '.join(before)}"] if before else []
-
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"finished": self.finished, "active": self.active, "notes": self.notes}
+        return asdict(self) | {"finished": self.finished, "active": self.active}
 
 
 # -- one look -----------------------------------------------------------------------------------------------------
@@ -103,6 +103,7 @@ class Look:
     accounting: dict[tuple[str, int], AccountingRow] = field(default_factory=dict)
     slurms: dict[str, Slurm] = field(default_factory=dict)  # job -> the cluster it went to
     notes: list[str] = field(default_factory=list)  # what could not be asked
+    unasked: list[UserMistake] = field(default_factory=list)  # why clusters told nothing
     _elements: "dict[str, dict[int, Element]]" = field(default_factory=dict)
     _outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
 
@@ -218,29 +219,49 @@ def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
 
 
 def look_at(run: RunFolder) -> Look:
-    """Ask each cluster's queue once, and its accounting at most once, for all jobs of the run."""
+    """Ask each cluster's queue once, and its accounting at most once, for all jobs of the run.
+
+    A cluster that cannot be asked, or is not the one of this machine, leaves what the files of the run tell.
+    """
     number = run.newest_submission()
     ledger = Ledger(run.ledger)
     copied = ledger.copied()
     entries = [entry for entry in ledger.jobs()
                if entry.scripted not in copied or run.seal(entry.phase, entry.key) is not None]
     look = Look(run, number, run.frozen(number), entries, {})
-    on_slurm = {event["submission"] for event in ledger.events()
-                if event["event"] == "submission" and event["backend"] == "slurm"}
+    submissions = [event for event in ledger.events() if event["event"] == "submission"]
+    on_slurm = {event["submission"] for event in submissions if event["backend"] == "slurm"}
     mine = [entry for entry in entries if script_of(entry) in on_slurm]
     asked: set[str] = set()
-    for backend in backends_of(run).values():
-        slurm: Optional[Slurm] = getattr(backend, "slurm", None)
-        cluster = configuration_of(slurm.env) if slurm is not None else backend.name
-        if cluster in asked:  # `auto` and `slurm` of two submissions may be one cluster
+    for choice in choices_of(run):
+        try:
+            backend = backend_of(run, choice)
+            slurm: Optional[Slurm] = getattr(backend, "slurm", None)
+            cluster = configuration_of(slurm.env) if slurm is not None else backend.name
+            if cluster in asked:  # `auto` and `slurm` of two submissions may be one cluster
+                continue
+            tasks = backend.states(entries)
+        except (OtherCluster, SlurmUnavailable, SlurmError) as error:
+            gone = {event["submission"] for event in submissions if event["choice"] == choice}
+            _leave_open(look, error, [entry for entry in mine if script_of(entry) in gone])
             continue
         asked.add(cluster)
-        for task in backend.states(entries):
+        for task in tasks:
             look.states[task.job, task.index] = task
         if slurm is not None:
             look.slurms |= {entry.job: slurm for entry in mine}
             look.accounting |= _accounting(look, slurm, {entry.job for entry in mine})
     return look
+
+
+def _leave_open(look: Look, error: Exception, entries: list[JobEntry]) -> None:
+    """Say of these jobs that their cluster told nothing."""
+    mistake = error if isinstance(error, UserMistake) else SlurmUnavailable(str(error))
+    look.unasked.append(mistake)
+    reason = "its cluster is not this one" if isinstance(error, OtherCluster) else "its cluster does not answer"
+    for entry in entries:
+        for index in entry.elements:
+            look.states[entry.job, index] = TaskState(entry.job, index, NO_ANSWER, reason)
 
 
 def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int], AccountingRow]:
@@ -275,7 +296,28 @@ def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int
 def run_status(run: RunFolder) -> RunStatus:
     """The state of every phase of the newest submission."""
     look = look_at(run)
-    return RunStatus(str(run.path), look.number, [_phase_status(look, phase) for phase in look.phases.values()])
+    ledger = Ledger(run.ledger)
+    status = RunStatus(str(run.path), look.number, [_phase_status(look, phase) for phase in look.phases.values()],
+                       list(look.notes), where_of(ledger.backend(look.number)))
+    if look.unasked:
+        status.unasked = look.unasked[0].problems[0].message
+        status.may_answer = not any(isinstance(one, (OtherCluster, NoDevCluster)) for one in look.unasked)
+        status.notes += [f"{one}; what is told is from the files of the run" for one in look.unasked]
+    if not status.finished and (given_up := ledger.given_up()):
+        status.notes.append(given_up)
+    if before := [phase.phase for phase in status.phases if phase.written_before]:
+        status.notes.append("no sum: written before, so that nobody can tell whether it was altered: the seal of "
+                            f"{', '.join(before)}")
+    return status
+
+
+def where_of(submission: dict[str, Any]) -> str:
+    """Which cluster a submission went to, by which profile and which file; "" of one that did not write it down."""
+    if "profile" not in submission:
+        return ""
+    place = f"cluster {submission['cluster_name']}" if submission["backend"] == "slurm" else "this machine"
+    return f"{place}, profile {submission['profile']}" + (
+        f" ({submission['profile_file']})" if submission["profile_file"] else ", made from its own partitions")
 
 
 def sealed_elements(artifact: Artifact) -> set[int]:

@@ -266,15 +266,15 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
                 _patiently(lambda: backend.cancel([step.job]))
         lost = _reconcile(backend, {step.name: mine[step.phase] for step in journal.steps if step.do == "submit"})
         if lost:
-            abandon(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
+            _take_back(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
             raise Outdated(
                 f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)")
         _patiently(lambda: backend.release(number, list(mine.values())))
     except Overtaken as late:
-        abandon(run, number, backend, str(late))
+        _take_back(run, number, backend, str(late))
         raise Outdated(f"{run.path}: {late}; nothing of submission {number} will run: submit again") from None
     except Refused as refusal:
-        abandon(run, number, backend, str(refusal))
+        _take_back(run, number, backend, str(refusal))
         raise UserMistake(f"{run.path}: {refusal}; nothing of submission {number} will run") from None
     except OutcomeOpen as silence:
         raise Unfinished(f"{run.path}: {silence}; what was sent is held: `afterok repair {run.path}` goes on") from None
@@ -329,6 +329,15 @@ def _reconcile(backend: Backend, recorded: dict[str, str]) -> list[str]:
     if extra:
         _patiently(lambda: backend.cancel(extra))
     return [name for name, job in recorded.items() if job not in found.get(name, [])]
+
+
+def _take_back(run: RunFolder, number: int, backend: Backend, why: str) -> None:
+    """`abandon`, or say what is left: that the cluster refused is not lost because it then fell silent."""
+    try:
+        abandon(run, number, backend, why)
+    except (OutcomeOpen, Refused) as failed:
+        raise Unfinished(f"{run.path}: {why}; what was sent is held and could not be cancelled ({failed}): "
+                         f"`afterok cancel {run.path}` takes it back") from None
 
 
 def abandon(run: RunFolder, number: int, backend: Backend, why: str) -> list[str]:
