@@ -368,26 +368,29 @@ def is_hub_name(text: str) -> bool:
 
 
 def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings whose existing input paths are absolute: the worker runs in another folder."""
-    absolute = {entry: str(Path(entry).expanduser().absolute())
-                for _, entry, _ in inputs(phase.kind.config, phase.config)
-                if not references(entry) and Path(entry).expanduser().exists()}
+    """Return the settings with the existing paths of input fields absolute: the worker runs in another folder."""
+    fields = {key for key, _, _ in inputs(phase.kind.config, phase.config)}
 
-    def walk(value: Any) -> Any:
+    def absolute(entry: Any) -> Any:
+        path = Path(str(entry)).expanduser()
+        return str(path.absolute()) if not references(entry) and path.exists() else entry
+
+    def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
-            return {key: walk(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [walk(item) for item in value]
-        return absolute.get(value, value) if isinstance(value, str) else value
+            return {name: walk(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        if key not in fields or not value:
+            return value
+        return [absolute(entry) for entry in value] if isinstance(value, list) else absolute(value)
 
-    return walk(settings)
+    return walk(settings, "")
 
 
 def _write_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        settings = settings[part]
-    settings[last] = value
+    """Write a value where its dotted key says; names of entries may hold dots, too."""
+    for name, below in settings.items():
+        if isinstance(below, dict) and key.startswith(f"{name}."):
+            return _write_dotted(below, key[len(name) + 1:], value)
+    settings[key] = value
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
