@@ -25,7 +25,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
 
-from data_tools import readers
+from data_tools import readers, sources
 from data_tools.balance import Balance, SourceBalance
 from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.conversation import BadRecord
@@ -287,7 +287,7 @@ class _Element:
 
     def add_synthetic(self, source: int, index: int, count: int) -> SourceBalance:
         wanted = self.config.source
-        sheet = SourceBalance(f"synthetic {wanted.synthetic_split} rows, seed {wanted.synthetic_seed}")
+        sheet = SourceBalance(sources.synthetic_name(wanted))
         start, stop = index * wanted.synthetic_rows // count, (index + 1) * wanted.synthetic_rows // count
         for line in self._lines(map(SyntheticRow, range(start, stop))):
             sheet.lines += 1
