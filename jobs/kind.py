@@ -25,6 +25,7 @@ from typing import Any, Callable, Iterator, Optional
 
 import jobs.phases
 from data_tools.mistake import Problem, UserMistake
+from data_tools.own_packages import taken
 from megatron_ext.parallel import Site
 
 
@@ -87,7 +88,7 @@ def find_kind(uses: str) -> Optional[PhaseKind]:
     try:
         module = importlib.import_module(uses)
     except ImportError as error:
-        raise UserMistake(f"module {uses!r} cannot be imported: {error}") from None
+        raise UserMistake(f"module {uses!r} cannot be imported: {error}{taken(uses)}") from None
     if not hasattr(module, "Config") or not hasattr(module, "run"):
         raise UserMistake(f"module {uses!r} exports no Config and run (see jobs/kind.py)")
     return PhaseKind(uses, module)

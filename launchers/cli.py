@@ -1,5 +1,10 @@
 """The command line: its words, and how mistakes are told. What each verb does stands in launchers/verbs.py."""
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"](children=False)
+
 import argparse
 import importlib
 import os
@@ -9,9 +14,9 @@ from typing import Callable, Optional
 
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
+from data_tools.own_packages import PACKAGES
 from launchers import verbs
 
-PACKAGES = ("data_tools", "megatron_ext", "slurm", "jobs", "launchers")
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
 Without Slurm the same pipeline runs as local processes."""
 

@@ -7,6 +7,11 @@ jobs/retry.py says so (it stopped at a checkpoint, or was killed), and writes ev
 Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import os
 import signal
 import subprocess

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from data_tools.own_packages import environment
 
 EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
@@ -296,7 +297,8 @@ def do_logs(args: argparse.Namespace) -> int:
         raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
     if args.replay:
         command = [sys.executable, "-m", "jobs.replay", str(_find_run(args.run).path), phase, args.replay]
-        return subprocess.run(command).returncode  # a process of its own: it imports torch
+        env = {**os.environ, **environment(os.environ)}
+        return subprocess.run(command, env=env).returncode  # a process of its own: it imports torch
     try:
         show_log(_find_run(args.run), phase, int(index) if index else None, args.follow)
     except KeyboardInterrupt:

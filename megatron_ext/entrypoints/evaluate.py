@@ -7,6 +7,11 @@ distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's t
 Row order: files as given, then the synthetic stream; the first of equal prompts counts.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import json
 from dataclasses import dataclass, field
 from functools import cache
