@@ -47,7 +47,7 @@ _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 class Config:
     source: Source = field(default_factory=Source)
     tokenizer: str = field(default="", metadata={"input": "hub"})  # folder or hub name
-    task: str = ""  # a task's rows; "" = conversations
+    task: str = field(default="", metadata={"module": True})  # a task's rows; "" = conversations
     task_options: Dict[str, Any] = field(default_factory=dict)
     chat: ChatConfig = field(default_factory=ChatConfig)  # of conversations
     format: str = "auto"  # of the files: auto | jsonl | json | parquet, plain or under gzip or zstd

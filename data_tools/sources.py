@@ -15,17 +15,17 @@ from pathlib import Path, PurePath
 from typing import Any, Mapping, Optional, Sequence
 
 from data_tools.mistake import Problem, nearest
-from data_tools.tasks.task import Source
 
 EXACT, PATH, FOLDER, PATTERN = 4, 3, 2, 1
 _WILD = "*?["
 
 
-def synthetic_name(source: Source) -> str:
+def synthetic_name(source: Any) -> str:
+    """Return the name of a task's made-up rows; `source` is a data_tools.tasks.task.Source."""
     return f"synthetic {source.synthetic_split} rows, seed {source.synthetic_seed}"
 
 
-def forecast(source: Source) -> Optional[list[str]]:
+def forecast(source: Any) -> Optional[list[str]]:
     """Return the names that the sources of a store will have; None where that shows only once the files are read."""
     paths = [os.path.abspath(os.path.expanduser(name)) for name in source.inputs]
     if any(os.path.isdir(path) or set(_WILD) & set(path) or not PurePath(path).suffix for path in paths):

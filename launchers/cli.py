@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value",
                      help="further overrides, on top of those it was submitted with")
     sub.add_argument("--elements", metavar="3,7-9", help="only these elements (default: all that are not sealed)")
+    sub.add_argument("--again", action="store_true",
+                     help="run it anew though it is sealed; what it made so far, checkpoints too, is set aside in "
+                     "RUN/PHASE/retired")
     sub.add_argument("--dry-run", action="store_true",
                      help="print the sbatch and scontrol calls instead of making them")
 

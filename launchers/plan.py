@@ -11,17 +11,20 @@ import os
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Mapping, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.own_packages import PACKAGES
+from jobs.anew import how_to_run_anew
 from jobs.artifact import HashCache, Seal, content_digest, key_of
-from jobs.kind import Placement, inputs, keyed_settings, user_code
+from jobs.imports import closure
+from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.chain import links_needed
 from launchers.ledger import Ledger
-from launchers.snapshot import code_digests
+from launchers.snapshot import code_digests, find_code
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
 from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
@@ -53,6 +56,7 @@ class Plan:
     run: RunFolder
     cluster: Cluster
     phases: list[PlannedPhase]
+    again: str = ""  # a phase that runs anew though it is sealed
 
     @property
     def to_run(self) -> list[PlannedPhase]:
@@ -80,13 +84,15 @@ def default_run_folder(pipeline: Pipeline, run: Optional[Path]) -> RunFolder:
     return RunFolder((run or Path("runs") / pipeline.name).absolute())
 
 
-def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False) -> Plan:
-    """The plan of a pipeline on a cluster.
+def make_plan(
+    pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False, again: str = ""
+) -> Plan:
+    """The plan of a pipeline on a cluster; the phase `again` runs whatever is sealed of it.
 
     Raises:
         UserMistake: every violated rule of phases, profile and inputs at once, and sealed files that were altered.
     """
-    return _Planner(pipeline, run, cluster, verify).plan()
+    return _Planner(pipeline, run, cluster, verify, again).plan()
 
 
 @dataclass
@@ -119,11 +125,12 @@ def report_parallel(pipeline: Pipeline, run: RunFolder, cluster: Cluster, name: 
 
 
 class _Planner:
-    def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool):
-        self.pipeline, self.run, self.cluster, self.verify = pipeline, run, cluster, verify
+    def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool, again: str = ""):
+        self.pipeline, self.run, self.cluster, self.verify, self.again = pipeline, run, cluster, verify, again
         self.cache = HashCache()
         self.problems: list[Problem] = []
-        self.code = code_digests(root for p in pipeline.phases.values() for root in user_code(p.uses, p.config))
+        self.found = find_code(root for p in pipeline.phases.values() for root in user_code(p.uses, p.config))
+        self.code = code_digests(self.found)
         self.planned: dict[str, PlannedPhase] = {}
         self.seals: dict[str, Seal] = {}
         self.checked: dict[str, tuple[Any, Placement]] = {}
@@ -140,7 +147,7 @@ class _Planner:
         self.problems += forwarding_problems(self.cluster.profile, os.environ)
         if self.problems:
             raise UserMistake(self.problems)
-        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()))
+        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()), self.again)
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         digests, files = self._inputs(phase)
@@ -252,13 +259,22 @@ class _Planner:
                 need.phase: self.planned[need.phase].frozen.key for need in phase.needs if need.type != "singleton"
             },
         }
+        if modules := user_modules(phase.config):  # what scores is part of the result; keys without it are as ever
+            material["modules"] = {module: self._digest_of_users_code(module) for module in modules}
         if self.pipeline.on_code_change == "rerun":
-            material["code"] = durable.sha256_bytes(durable.canonical_json(self.code))
+            code = {name: self.code[name] for name in _code_of(phase, self.found.files)}
+            material["code"] = durable.sha256_bytes(durable.canonical_json(code))
         return FrozenPhase(
             name=phase.name, uses=phase.uses, key=key_of(material), material=material,
             settings=_absolute_inputs(phase, phase.settings), array=phase.array, elements=phase.elements,
             fans_in=phase.kind.can_split, needs={need.phase: need.type for need in phase.needs}, inputs=files,
             ranks_per_node=1, nodes=1, gpus_per_node=0, throttle=phase.throttle)
+
+    def _digest_of_users_code(self, module: str) -> str:
+        """A digest of a user's module and of what it imports of the user's files; ours are no part of it."""
+        users = {name: path for name, path in self.found.files.items() if name.split("/")[0] not in PACKAGES}
+        mine = {name: self.code[name] for name in closure([module.partition(":")[0]], users)}
+        return durable.sha256_bytes(durable.canonical_json(mine))
 
     def _resources(self, phase: Phase, frozen: FrozenPhase) -> Resources:
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
@@ -286,6 +302,10 @@ class _Planner:
 
     def _decide(self, planned: PlannedPhase) -> None:
         frozen = planned.frozen
+        if frozen.name == self.again:
+            planned.action, planned.reasons = "rerun", ["asked for anew"]
+            planned.missing = list(range(frozen.elements))
+            return
         seal = self.run.seal(frozen.name, frozen.key)
         upstream_runs = [name for name, type_ in frozen.needs.items()
                          if type_ in (*NEED_SEALS, "afterany") and self.planned[name].action in RUNS]
@@ -312,7 +332,7 @@ class _Planner:
         changed = list(seal.altered(self.verify, self.cache))
         if changed:
             self.problems.append(
-                Problem("", f"{changed[0]}; restore it, or delete {seal.path} to have {frozen.name} run again")
+                Problem("", f"{changed[0]}; restore it, or {how_to_run_anew(self.run.artifact(frozen).folder)}")
             )
             return
         stale = [name for name, digest in seal.upstream.items()
@@ -326,7 +346,7 @@ class _Planner:
             return
         planned.action = "reuse"
         planned.reasons = ["sealed, same key and upstream"]
-        planned.code_changed = self._code_changes(seal)
+        planned.code_changed = self._code_changes(seal, frozen.name)
         self.seals[frozen.name] = seal
 
     def _differences(self, seal: Seal, frozen: FrozenPhase) -> list[str]:
@@ -344,21 +364,35 @@ class _Planner:
         for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
             if old.get("upstream", {}).get(name) != new["upstream"].get(name):
                 reasons.append(f"because of {name}")
+        before, now = old.get("modules", {}), new.get("modules", {})
+        reasons += [f"code of {name} changed" for name in now if before.get(name, now[name]) != now[name]]
         if old.get("code") != new.get("code"):
-            files = self._code_changes(seal)
+            files = self._code_changes(seal, frozen.name)
             reasons.append(f"code changed: {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")
         return reasons or ["its key differs from the last sealed one"]
 
-    def _code_changes(self, seal: Seal) -> list[str]:
-        path = self.run.submission_folder(seal.content["submission"]) / "code.json"
+    def _code_changes(self, seal: Seal, name: str) -> list[str]:
+        """The files that a phase imports, or imported when it was sealed, and that are others now."""
+        folder = self.run.submission_folder(seal.content["submission"])
         try:
-            before = durable.read_json(path)["files"]
-        except (OSError, ValueError, KeyError):
+            before = durable.read_json(folder / "code.json")["files"]
+        except (OSError, ValueError, KeyError, TypeError):
             return []
-        return sorted(name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name))
+        changed = {name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name)}
+        if not changed:
+            return []
+        snapshot = {name: path for name in before if (path := folder / "code" / name).is_file()}
+        phase = self.pipeline.phases[name]
+        return sorted(changed & (_code_of(phase, self.found.files) | _code_of(phase, snapshot)))
 
     def _problem(self, phase: Phase, key: str, message: str) -> None:
         self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+
+
+def _code_of(phase: Phase, files: Mapping[str, Path]) -> set[str]:
+    """The files that a phase imports: its kind's, and those of tasks of the user's."""
+    kind = phase.uses if "." in phase.uses else f"jobs.phases.{phase.uses}"
+    return closure([kind, *(module.partition(":")[0] for module in user_modules(phase.config))], files)
 
 
 def is_hub_name(text: str) -> bool:

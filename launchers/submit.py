@@ -13,6 +13,7 @@ from typing import Iterator, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake, nearest
+from jobs.anew import how_to_run_anew, restore, retire
 from jobs.artifact import Owner
 from jobs.kind import user_code
 from jobs.run_folder import RunFolder
@@ -20,7 +21,8 @@ from launchers.backend import Backend, JobSpec
 from launchers.ledger import Ledger
 from launchers.plan import Plan, make_plan
 from launchers.snapshot import take_snapshot
-from launchers.transaction import PLAN_TRIES, Outdated, abandon, carry_out, decide, describe, live_jobs, release_held
+from launchers.transaction import (
+    PLAN_TRIES, Outdated, Unfinished, abandon, carry_out, decide, describe, live_jobs, release_held)
 from slurm.detect import Cluster, find_cluster
 from slurm.profile import to_yaml
 
@@ -125,7 +127,7 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
     found = planned[phase]
     if found.action == "reuse":
         raise UserMistake(f"{phase} is sealed under these settings (key {found.frozen.key}); change one, "
-                          f"or delete {plan.run.artifact(found.frozen).seal_path} to have it run again")
+                          f"or {how_to_run_anew(plan.run.artifact(found.frozen).folder)}")
     wrong = [i for i in elements or [] if i not in range(found.frozen.elements)]
     if wrong:
         raise UserMistake(f"{phase} has elements 0 to {found.frozen.elements - 1}, not {wrong[0]}")
@@ -137,7 +139,37 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
         return _transact(plan, fresh, dry_run=True)
     with submit_lock(plan.run):
         _settle_unreleased(plan)
-        return _transact(plan, fresh)
+        with _retired(plan):
+            return _transact(plan, fresh)
+
+
+@contextlib.contextmanager
+def _retired(plan: Plan) -> Iterator[None]:
+    """Set aside all that the phase to run anew made under its key, and put it back where the submission is refused.
+
+    Raises:
+        UserMistake: a job that is under way works on it or reads it.
+    """
+    if not plan.again:
+        yield
+        return
+    run = plan.run
+    readers = {plan.again} | plan.pipeline.descendants(plan.again)
+    jobs = [f"{name} (job {job.entry.job})" for name, job in live_jobs(run, list(backends_of(run).values())).items()
+            if name in readers and not job.waits]
+    if jobs:
+        raise UserMistake(f"{run.path}: {', '.join(jobs)} is under way and works on what {plan.again} made; wait for "
+                          f"it, or `afterok cancel {run.path}` first")
+    folder = next(run.artifact(p.frozen).folder for p in plan.phases if p.name == plan.again)
+    aside = retire(folder)
+    try:
+        yield
+    except Unfinished:  # what was sent is held, and goes on
+        raise
+    except BaseException:
+        if aside is not None:
+            restore(aside, folder)
+        raise
 
 
 def repair(run: RunFolder) -> list[str]:
@@ -194,7 +226,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     run = plan.run
     # The queue first, the seals after: a job that ends in between is then seen at least once.
     live = live_jobs(run, list(backends_of(run).values()))
-    plan = make_plan(plan.pipeline, run, plan.cluster)
+    plan = make_plan(plan.pipeline, run, plan.cluster, again=plan.again if dry_run else "")
     if not dry_run:
         for some in backends_of(run).values():
             release_held(run, some)

@@ -121,7 +121,9 @@ def do_resubmit(args: argparse.Namespace) -> int:
         os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
         sys.path.append(frozen["cwd"])
     pipeline = load_pipeline(folder / "pipeline.yaml", frozen["overrides"] + args.overrides)
-    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster))
+    if args.again and args.elements:
+        raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
+    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster), again=args.phase if args.again else "")
     _print_notes(plan)
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
 

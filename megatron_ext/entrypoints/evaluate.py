@@ -36,7 +36,7 @@ SAMPLES, RESULT = "samples.jsonl", "result.json"
 @dataclass
 class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
-    task: str = "calculator"
+    task: str = field(default="calculator", metadata={"module": True})
     task_options: Dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
     limit: int = 0  # distinct prompts; 0: all
