@@ -17,7 +17,7 @@ from jobs.anew import how_to_run_anew, restore, retire
 from jobs.artifact import Owner
 from jobs.kind import user_code
 from jobs.run_folder import RunFolder
-from launchers.backend import Backend, JobSpec
+from launchers.backend import ACTIVE_STATES, PENDING, Backend, JobSpec
 from launchers.ledger import Ledger
 from launchers.plan import Plan, make_plan
 from launchers.snapshot import take_snapshot
@@ -95,7 +95,7 @@ def _remove_lock_of(dead: Owner, path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Submitted:
-    """What a submit did: its number (None when there was nothing to submit) and the jobs it made or found."""
+    """What a submit did: its number (None when nothing was written down) and the jobs it made or found."""
 
     number: Optional[int]
     jobs: dict[str, str]  # phase -> job id, submitted now
@@ -105,9 +105,16 @@ class Submitted:
 
 
 def submit(plan: Plan, dry_run: bool = False) -> Submitted:
-    """Submit every phase that is not sealed and not already under way; rewire what waits on something replaced."""
+    """Submit every phase that is not sealed and not already under way; rewire what waits on something replaced.
+
+    Afterwards the run's newest submission is one of these settings, though there were no jobs to send: it is what
+    `status`, `why` and the summary speak of.
+    """
     if not plan.to_run:
-        return Submitted(None, {}, {})
+        if dry_run or _is_newest(plan):
+            return Submitted(None, {}, {})
+        with submit_lock(plan.run):
+            return Submitted(_select(plan, _next_number(plan.run)), {}, {})
     if dry_run:
         return _transact(plan, {}, dry_run=True)
     with submit_lock(plan.run):
@@ -155,11 +162,12 @@ def _retired(plan: Plan) -> Iterator[None]:
         return
     run = plan.run
     readers = {plan.again} | plan.pipeline.descendants(plan.again)
-    jobs = [f"{name} (job {job.entry.job})" for name, job in live_jobs(run, list(backends_of(run).values())).items()
-            if name in readers and not job.waits]
-    if jobs:
-        raise UserMistake(f"{run.path}: {', '.join(jobs)} is under way and works on what {plan.again} made; wait for "
-                          f"it, or `afterok cancel {run.path}` first")
+    jobs = {entry.job: entry for entry in Ledger(run.ledger).own_jobs() if entry.phase in readers}
+    for backend in backends_of(run).values() if jobs else []:
+        for task in backend.states(list(jobs.values())):
+            if task.state in ACTIVE_STATES - {PENDING}:
+                raise UserMistake(f"{run.path}: {jobs[task.job].phase} is under way as job {task.job} and works on what "
+                                  f"{plan.again} made; wait for it, or `afterok cancel {run.path}` first")
     folder = next(run.artifact(p.frozen).folder for p in plan.phases if p.name == plan.again)
     aside = retire(folder)
     try:
@@ -230,7 +238,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     if not dry_run:
         for some in backends_of(run).values():
             release_held(run, some)
-    number = max([0, *(int(p.name) for p in (run.path / "submissions").glob("*") if p.name.isdigit())]) + 1
+    number = _next_number(run)
     backend = backend_for(run, plan.cluster)
     journal = decide(plan, live, number, fresh, backend.can_rewire)
     if live and journal.steps and not backend.can_rewire:
@@ -240,17 +248,41 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     if dry_run:
         return Submitted(None, {}, journal.live, calls=describe(journal, backend, number))
     if not journal.steps:
-        return Submitted(None, {}, journal.live)
+        return Submitted(None if _is_newest(plan) else _select(plan, number), {}, journal.live)
     _freeze(plan, number)
     planned = {phase.name: phase for phase in plan.phases}
     backend.prepare(number, [JobSpec(planned[step.phase], step.name, step.elements, step.needs, step.links)
                              for step in journal.steps if step.do == "submit"])
-    Ledger(run.ledger).append("submission", submission=number, backend=backend.name, choice=plan.pipeline.cluster,
-                              cluster=plan.cluster.name, run=str(run.path.resolve()))
+    _open(plan, number)
     journal.write(run, number)
     jobs = carry_out(run, number, backend)
     rewired = [step.phase for step in journal.steps if step.do == "rewire"]
     return Submitted(number, jobs, journal.live, rewired)
+
+
+def _next_number(run: RunFolder) -> int:
+    return max([0, *(int(p.name) for p in (run.path / "submissions").glob("*") if p.name.isdigit())]) + 1
+
+
+def _is_newest(plan: Plan) -> bool:
+    """Whether the newest submission is of the plan's phases under the plan's keys."""
+    numbers = plan.run.submissions()
+    newest = plan.run.frozen(numbers[-1]) if numbers else {}
+    return {name: phase.key for name, phase in newest.items()} == {p.name: p.frozen.key for p in plan.phases}
+
+
+def _select(plan: Plan, number: int) -> int:
+    """Write down a submission that has no jobs: all of its phases are sealed, or under way for an earlier one."""
+    _freeze(plan, number)
+    _open(plan, number)
+    Ledger(plan.run.ledger).append("released", submission=number)
+    return number
+
+
+def _open(plan: Plan, number: int) -> None:
+    backend = "slurm" if plan.cluster.kind == "slurm" else "local"
+    Ledger(plan.run.ledger).append("submission", submission=number, backend=backend, choice=plan.pipeline.cluster,
+                                   cluster=plan.cluster.name, run=str(plan.run.path.resolve()))
 
 
 def _freeze(plan: Plan, number: int) -> None:

@@ -163,7 +163,8 @@ def _print_submitted(plan: Any, done: Any) -> None:
         print(f"{phase} {state} as job {job}")
     if not done.jobs and not done.active:
         or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
-        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}")
+        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
+              + (f"; submission {done.number} has their settings" if done.number else ""))
     elif done.number:
         print(f"submission {done.number} of {run}; look with `afterok status {_shown(run)}`")
 
