@@ -18,11 +18,11 @@ from jobs.artifact import Owner
 from jobs.kind import user_code
 from jobs.run_folder import RunFolder
 from launchers.backend import ACTIVE_STATES, PENDING, Backend, JobSpec
-from launchers.ledger import Ledger
+from launchers.ledger import JobEntry, Ledger
 from launchers.plan import Plan, make_plan
 from launchers.snapshot import take_snapshot
 from launchers.transaction import (
-    PLAN_TRIES, Outdated, Unfinished, abandon, carry_out, decide, describe, live_jobs, release_held)
+    PLAN_TRIES, Journal, Outdated, Unfinished, abandon, carry_out, decide, describe, live_jobs, release_held)
 from slurm.detect import Cluster, find_cluster
 from slurm.profile import to_yaml
 
@@ -102,6 +102,7 @@ class Submitted:
     active: dict[str, str]  # phase -> job id, submitted before: queued, running, or rewired now
     rewired: list[str] = dataclasses.field(default_factory=list)
     calls: list[str] = dataclasses.field(default_factory=list)  # of a dry run: what would be called
+    not_applied: list[str] = dataclasses.field(default_factory=list)  # what was asked for and reaches no job
 
 
 def submit(plan: Plan, dry_run: bool = False) -> Submitted:
@@ -210,10 +211,22 @@ def _settle_unreleased(plan: Plan) -> None:
             frozen = {name: phase.key for name, phase in run.frozen(number).items()}
         except UserMistake:
             frozen = {}
-        if frozen == keys or not (run.submission_folder(number) / "journal.json").exists():
+        if not (run.submission_folder(number) / "journal.json").exists():
+            _finish_or_abandon(run, number)
+        elif frozen == keys and _would_send_the_same(plan, number):
             _finish_or_abandon(run, number)
         else:
             abandon(run, number, _backend_of_submission(run, number), "other settings were submitted since")
+
+
+def _would_send_the_same(plan: Plan, number: int) -> bool:
+    """Whether the jobs of an unfinished submission are those that its phases would get now: no key holds resources."""
+    backend, planned = _backend_of_submission(plan.run, number), {phase.name: phase for phase in plan.phases}
+    return not any(
+        backend.differs(JobEntry(number, step.phase, step.key, "", step.elements, step.is_array, step.name,
+                                 request=step.request, scripted=number, batch=step.batch, links=step.links),
+                        planned[step.phase])
+        for step in Journal.read(plan.run, number).steps if step.do == "submit")
 
 
 def _backend_of_submission(run: RunFolder, number: int) -> Backend:
@@ -240,15 +253,16 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
             release_held(run, some)
     number = _next_number(run)
     backend = backend_for(run, plan.cluster)
-    journal = decide(plan, live, number, fresh, backend.can_rewire)
+    journal = decide(plan, live, number, fresh, backend)
     if live and journal.steps and not backend.can_rewire:
         job = next(iter(live.values())).entry
         raise UserMistake(f"{run.path}: {job.phase} is still active as local job {job.job}; wait for it, "
                           f"or `afterok cancel {run.path}` first")
     if dry_run:
-        return Submitted(None, {}, journal.live, calls=describe(journal, backend, number))
+        return Submitted(None, {}, journal.live, [], describe(journal, backend, number), journal.not_applied)
     if not journal.steps:
-        return Submitted(None if _is_newest(plan) else _select(plan, number), {}, journal.live)
+        selected = None if _is_newest(plan) else _select(plan, number)
+        return Submitted(selected, {}, journal.live, not_applied=journal.not_applied)
     _freeze(plan, number)
     planned = {phase.name: phase for phase in plan.phases}
     backend.prepare(number, [JobSpec(planned[step.phase], step.name, step.elements, step.needs, step.links)
@@ -257,7 +271,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     journal.write(run, number)
     jobs = carry_out(run, number, backend)
     rewired = [step.phase for step in journal.steps if step.do == "rewire"]
-    return Submitted(number, jobs, journal.live, rewired)
+    return Submitted(number, jobs, journal.live, rewired, not_applied=journal.not_applied)
 
 
 def _next_number(run: RunFolder) -> int:

@@ -98,13 +98,19 @@ def do_submit(args: argparse.Namespace) -> int:
 
 def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
     if args.json:
-        return _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs,
-                            "active": done.active, "rewired": done.rewired, "calls": done.calls})
-    if args.dry_run:
+        _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs, "active": done.active,
+                     "rewired": done.rewired, "calls": done.calls, "not_applied": done.not_applied})
+    elif args.dry_run:
         print("\n".join(done.calls) or "nothing to do")
     else:
         _print_submitted(plan, done)
-    return 0
+    _print_not_applied(done)
+    return EXIT_UNFINISHED if done.not_applied else 0
+
+
+def _print_not_applied(done: Any) -> None:
+    for line in done.not_applied:
+        print(f"afterok: {line}", file=sys.stderr)
 
 
 def do_resubmit(args: argparse.Namespace) -> int:
@@ -180,6 +186,7 @@ def do_run(args: argparse.Namespace) -> int:
     done = submit(plan)
     if not args.json:
         _print_submitted(plan, done)
+    _print_not_applied(done)
     try:
         poll = SLURM_POLL_S if plan.cluster.kind == "slurm" else LOCAL_POLL_S
         status = follow(run, poll, quiet=args.json)
