@@ -21,7 +21,7 @@ from jobs.artifact import HashCache, Seal, content_digest, key_of
 from jobs.imports import closure
 from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
-from jobs.run_folder import FrozenPhase, RunFolder
+from jobs.run_folder import FrozenPhase, RunFolder, path_problem
 from launchers.chain import links_needed
 from launchers.ledger import Ledger
 from launchers.snapshot import code_digests, find_code
@@ -92,6 +92,8 @@ def make_plan(
     Raises:
         UserMistake: every violated rule of phases, profile and inputs at once, and sealed files that were altered.
     """
+    if problem := path_problem(run.path, cluster.kind == "slurm"):
+        raise UserMistake(problem)
     return _Planner(pipeline, run, cluster, verify, again).plan()
 
 
