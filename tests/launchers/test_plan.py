@@ -76,3 +76,43 @@ phases:
 """).phases
     assert planned.frozen.settings["family"] == "qwen2"
     assert planned.frozen.settings["tokenizer"] == str(tmp_path / "qwen2")
+
+
+SCORED = """
+name: p
+phases:
+  init: {uses: init_model, with: {family: qwen2, alphabet_task: calculator, layers: 1, hidden: 32, heads: 4, kv_groups: 2, ffn: 64}}
+  samples:
+    uses: generate
+    with: {model: "${phases.init.out}", mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+  trained:
+    uses: grpo
+    with: {model: "${phases.init.out}", steps: 1, mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+  judged:
+    uses: evaluate
+    with: {model: "${phases.init.out}", mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+"""
+
+
+def test_what_scores_is_in_the_key_by_content_with_what_it_imports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (tmp_path / "my_rewards.py").write_text("import my_grammar\n\ndef score(item, completion):\n    return 1.0\n")
+    (tmp_path / "my_grammar.py").write_text("")
+    (tmp_path / "my_other.py").write_text("")
+    SCORERS = ("samples", "trained", "judged")
+
+    def keys():
+        return {phase.name: phase.frozen.key for phase in plan_of(tmp_path, SCORED).phases}
+
+    first = keys()
+    (tmp_path / "my_other.py").write_text("x = 1")
+    assert keys() == first
+    for file in ("my_rewards.py", "my_grammar.py"):
+        before = keys()
+        with open(tmp_path / file, "a") as more:
+            more.write("\n# edited\n")
+        after = keys()
+        assert after["init"] == before["init"]
+        assert all(after[name] != before[name] for name in SCORERS)
