@@ -1,5 +1,6 @@
 """What a phase imports, read from its files: our own packages and the user's, never the rest of the house."""
 
+import subprocess
 import sys
 
 import pytest
@@ -35,11 +36,13 @@ def test_imports_are_followed_wherever_they_stand(tmp_path, name, expected):
     assert closure([name], written(tmp_path, FILES)) == expected
 
 
-@pytest.mark.parametrize("kind", kind_names())
+OFTEN = ("pack", "grpo")
+
+
+@pytest.mark.parametrize("kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.soak)
+                                  for kind in kind_names()])
 def test_what_a_phase_loads_of_ours_at_plan_is_among_what_it_imports(kind):
     """Python itself as the oracle: a fresh interpreter imports the phase file."""
-    import subprocess
-
     code = f"import jobs.phases.{kind}, sys; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', 0)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     files = find_code().files

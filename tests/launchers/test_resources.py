@@ -43,25 +43,18 @@ def test_other_resources_after_a_killed_submitter_are_what_runs(three, at, do):
     assert len(submitted_jobs(run, env)) == 3
 
 
-def test_a_waiting_phase_is_replaced_and_what_waits_on_it_rewired(three):
+def test_what_waits_is_replaced_what_waits_on_it_rewired_and_what_has_begun_named(three):
     pipeline, run, env, _ = three
     afterok("submit", pipeline, "--run", run, env=env)
+    wait_for("a start", lambda: list(run.glob("a/*/leases/*")))
     before = asked(run, env)
     done = afterok_json("submit", pipeline, "--run", run, "b.resources.time=7", env=env)
     assert list(done["jobs"]) == ["b"] and done["rewired"] == ["c"] and not done["not_applied"]
     assert asked(run, env) == before | {"b": "7:00"}
     job = next(entry for entry in Ledger(run / "ledger.jsonl").jobs() if entry.phase == "c")
     assert job.waits == {"b": done["jobs"]["b"]}
-    again = afterok_json("submit", pipeline, "--run", run, "b.resources.time=7", env=env)
-    assert not again["jobs"] and not again["rewired"]
-
-
-def test_a_phase_that_has_begun_keeps_what_it_has_and_submit_says_so(three):
-    pipeline, run, env, _ = three
-    afterok("submit", pipeline, "--run", run, env=env)
-    wait_for("a start", lambda: list(run.glob("a/*/leases/*")))
-    done = afterok("submit", pipeline, "--run", run, "a.resources.time=7", env=env, check=1)
-    assert "time " in done.stderr and "→ 7" in done.stderr and "is not applied" in done.stderr
-    assert asked(run, env)["a"] != "7:00"
-    done = afterok("submit", pipeline, "--run", run, env=env)
-    assert "not applied" not in done.stderr
+    done = afterok("submit", pipeline, "--run", run, "b.resources.time=7", "a.resources.time=9", env=env, check=1)
+    assert "→ 9" in done.stderr and "is not applied" in done.stderr and "submitted" not in done.stdout
+    assert asked(run, env) == before | {"b": "7:00"}
+    again = afterok_json("submit", pipeline, "--run", run, "b.resources.time=7", env=env)  # as it is: nothing to say
+    assert not again["jobs"] and not again["rewired"] and not again["not_applied"]

@@ -34,6 +34,7 @@ def run(config, task):
 def finish(parts, config, task):
     return {}
 """
+ODD = """ -r' "#1 $HOME$(id)`id`é日,;[0-3]*?&|<>{b}=~!@^(+ """  # a run's name that shells, Slurm and rich could misread
 SHADOW = "import os\nopen({marker!r}, 'a').write(__file__)\nraise SystemExit('a module of the user ran in place of ours')\n"
 
 
@@ -74,20 +75,23 @@ def code_of(run, phase):
 
 
 def test_the_console_script_the_driver_the_worker_and_its_ranks_run_ours(project):
-    done = console(project, "run", "mine.yaml", "--run", "r")
+    run = f"{ODD}%a\\n"
+    done = console(project, "run", "mine.yaml", f"--run={run}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert code_of(project / "r", "one") == code_of(project / "r", "two") == {project / "r/submissions/1/code"}
-    replay = console(project, "logs", "r", "one", "--replay", "0/0/0")
+    assert code_of(project / run, "one") == code_of(project / run, "two") == {project / run / "submissions/1/code"}
+    replay = console(project, "logs", run, "one", "--replay", "0/0/0")
     assert replay.returncode == 2 and "is no grpo phase" in replay.stderr  # said by ours
-    by_hand = subprocess.run([sys.executable, "-P", "-m", "jobs.worker", "r", "two"], cwd=project, text=True,
+    by_hand = subprocess.run([sys.executable, "-P", "-m", "jobs.worker", run, "two"], cwd=project, text=True,
                              capture_output=True, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}."})
     assert by_hand.returncode == 0 and "is sealed already" in by_hand.stdout, by_hand.stderr
 
 
 def test_slurms_jobs_run_ours(project, dev_cluster):  # noqa: F811
-    done = console(project, "run", "mine.yaml", "--run", "r", **dev_cluster.env())
+    done = console(project, "run", "mine.yaml", f"--run={ODD}", **dev_cluster.env())
+    run = project / ODD
     assert done.returncode == 0, done.stdout + done.stderr
-    assert code_of(project / "r", "one") == code_of(project / "r", "two") == {project / "r/submissions/1/code"}
+    assert code_of(run, "one") == code_of(run, "two") == {run / "submissions/1/code"}
+    assert sorted(path.name for path in run.glob("one/logs/*")) == ["a1.0.out", "a1.1.out"]
 
 
 @pytest.mark.parametrize("program", ["jobs.worker", "jobs.replay", "launchers.local", "launchers.rerun", "launchers.cli",
