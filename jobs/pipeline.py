@@ -154,6 +154,7 @@ class _Loader:
     def __init__(self, path: Path, overrides: list[str]):
         self.path, self.overrides = path, overrides
         self.overridden: set[str] = set()
+        self.unresolved: set[str] = set()  # keys whose reference was refused: their None is no value of the user's
         self.problems: list[Problem] = []
 
     def load(self) -> Pipeline:
@@ -366,6 +367,7 @@ class _Loader:
 
     def _foreign(self, key: str, reference: str, known: list[str]) -> None:
         """Refuse OmegaConf's resolvers, such as oc.env: what they give would stand in the run's files."""
+        self.unresolved.add(key)
         hint = "" if ":" in reference else nearest(reference.strip("${}"), known)
         self._problem(key, f"{reference!r} is no reference{hint}: a pipeline has ${{params.NAME}} and "
                       "${phases.NAME.out}; a variable reaches the jobs by the profile's env.set or env.forward, a "
@@ -401,7 +403,7 @@ class _Loader:
         self._unknown_keys(settings, tuple(fields), f"{key}.")
         good = {}
         for name, value in settings.items():
-            if name not in fields:
+            if name not in fields or f"{key}.{name}" in self.unresolved:
                 continue
             nested = fields[name].type
             if dataclasses.is_dataclass(nested) and isinstance(value, dict):
