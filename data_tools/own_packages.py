@@ -40,6 +40,7 @@ def hold(children: bool = True) -> None:
     sys.meta_path.insert(0, OwnPackages)
     if children:
         os.environ.update(environment(os.environ))
+        sys.path.insert(0, ROOT)  # what multiprocessing and the verifiers' processes take over
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:

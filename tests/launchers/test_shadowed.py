@@ -120,3 +120,23 @@ def test_a_users_module_with_a_name_of_ours_is_told_so(project):
     (project / "mine.yaml").write_text(PIPELINE.replace("my_phases.count", "jobs.count"))
     done = console(project, "plan", "mine.yaml", "cluster=local")
     assert done.returncode == 2 and "jobs is a package of afterok itself" in done.stderr
+
+
+def test_processes_that_a_program_of_ours_starts_import_ours_too(project):
+    """Verifiers and multiprocessing's workers take the path of the process that starts them."""
+    script = project / "mine.py"
+    script.write_text(f"""
+import multiprocessing, runpy
+if __name__ == "__main__":
+    runpy.run_path({str(ROOT / 'data_tools' / 'own_packages.py')!r})["hold"]()
+    import data_tools.mistake
+    from data_tools.tasks.rewards import _Process, Verifier
+    process = _Process({{"calculator": Verifier("calculator", {{}}, {{}})}})
+    print("verifiers", repr(process.mistake()))
+    process.kill()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print("spawned", pool.apply(data_tools.mistake.nearest, ("a", ["a"])))
+""")
+    done = subprocess.run([sys.executable, "mine.py"], cwd=project, text=True, capture_output=True, timeout=100,
+                          env={**os.environ, "PYTHONPATH": "."})
+    assert "verifiers ''" in done.stdout and "did you mean a?" in done.stdout, done.stdout + done.stderr
