@@ -12,13 +12,12 @@ from data_tools import durable
 
 def retire(artifact: Path) -> Optional[Path]:
     """Set a phase's KEY folder aside and return where it lies now; None where there was none."""
+    if not artifact.exists():
+        return None
     aside = artifact.parent / "retired"
     aside.mkdir(parents=True, exist_ok=True)
     place = next(path for n in itertools.count(1) if not (path := aside / f"{artifact.name}.{n}").exists())
-    try:
-        artifact.rename(place)
-    except FileNotFoundError:
-        return None
+    artifact.rename(place)
     durable.fsync_folder(artifact.parent)
     return place
 

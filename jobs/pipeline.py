@@ -30,7 +30,7 @@ from data_tools.yaml_loaders import read_values
 from jobs.kind import PhaseKind, find_kind, kind_names
 from slurm.profile import Request
 
-NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}$")
+NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}\Z")  # not $, which a newline may follow
 PARAM = re.compile(r"^\$\{params\.([A-Za-z0-9_]+)\}$")
 WRITTEN = re.compile(r"\$\{phases\.([A-Za-z0-9_]+)\.out\}")  # as users write it
 REFERENCE = re.compile(r"@\{phases\.([A-Za-z0-9_]+)\.out\}")  # as it stays until keys or folders are known

@@ -367,7 +367,8 @@ class _Planner:
             if old.get("upstream", {}).get(name) != new["upstream"].get(name):
                 reasons.append(f"because of {name}")
         before, now = old.get("modules", {}), new.get("modules", {})
-        reasons += [f"code of {name} changed" for name in now if before.get(name, now[name]) != now[name]]
+        reasons += [f"code of {name} changed" if name in before else f"the code of {name} is part of the key now"
+                    for name in now if before.get(name) != now[name]]
         if old.get("code") != new.get("code"):
             files = self._code_changes(seal, frozen.name)
             reasons.append(f"code changed: {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")

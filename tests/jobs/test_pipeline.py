@@ -140,7 +140,7 @@ def test_a_wrong_override_is_named(tmp_path, override, expected):
 
 @pytest.mark.parametrize("text, expected", [
     ("name: [", "not valid YAML"), ("- a", "a pipeline is a mapping"), ("name: x\nname: y", "stands twice"),
-    ("name: x", "phases"),
+    ("name: x", "phases"), ('name: "x\\n"\nphases: {}', "is not a pipeline name"),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line(tmp_path, text, expected):
     found = problems(tmp_path, text)
