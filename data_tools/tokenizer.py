@@ -94,6 +94,8 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
         raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
+    backend.no_truncation()  # as transformers does, whatever the file was saved with
+    backend.no_padding()
 
     tokens = {key: token["content"] if isinstance(token, dict) else token
               for key, token in config.items() if key in _SPECIAL_TOKENS and token}

@@ -6,6 +6,7 @@
                                    {"module": True}  may name a module of the user's: it goes into the snapshot, and
                                                      with what it imports of the user's files into the key, by content
                                    {"keyed": False}  does not change the result; not part of the key
+                                   {"keyed": "if_set"}  part of it unless empty: the phase was sealed without it before
     run(config, task) -> facts     the work of one element on one rank; fills task.out
     finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
     STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
@@ -101,7 +102,8 @@ def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         value = getattr(config, field.name)
-        if not field.metadata.get("keyed", True):
+        keyed = field.metadata.get("keyed", True)
+        if not keyed or keyed == "if_set" and not value:
             continue
         out[field.name] = _keyed(value)
     return out

@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verify", action="store_true",
                          help="hash every sealed file again instead of trusting size and mtime")
 
+        if name != "plan":
+            sub.add_argument("--group", metavar="NAME", default="",
+                             help="let this group of users read the run (default: nobody but you)")
         if name == "plan":
             sub.add_argument("--parallel", metavar="PHASE",
                              help="memory, rank grid and predicted step of a training phase")

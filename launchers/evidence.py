@@ -76,7 +76,7 @@ COLLECTIVE_LINE = re.compile(
     r"|DistBackendError|DistStoreError|DistNetworkError|Socket Timeout|Broken pipe.*(?:gloo|TCPStore)"
     r"|Timed out (waiting|after) .*ms|Timed out initializing process group|wait timeout after \d+ms"
     r"|Connection closed by peer|Connection reset by peer|failed to recv, got 0 bytes"
-    r"|Connection was likely closed|monitoredBarrier"
+    r"|Connection was likely closed|monitoredBarrier|MeetingFailed|MeetingTimeout"
 )
 HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
 NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")

@@ -51,26 +51,39 @@ class JobEntry:
         return [i for i in self.elements if i // self.batch == task]
 
 
+def _is_cut_off(line: bytes) -> bool:
+    """Return whether a last line without its end is the beginning of one: no whole object stands there."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 class Ledger:
     def __init__(self, path: Path):
         self.path = path
 
     def append(self, event: str, **fields: Any) -> None:
-        durable.append_line(self.path, durable.canonical_json({"event": event, "time": time.time(), **fields}))
+        line = durable.with_sum({"event": event, "time": time.time(), **fields})
+        durable.append_line(self.path, durable.canonical_json(line))
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All events, oldest first; a torn last line (power cut in an append) is dropped."""
+        """All events, oldest first; a torn last line (power cut in an append), which has no end, is dropped."""
         try:
-            lines = self.path.read_text().removesuffix("\n").split("\n")  # a value may hold U+2028
+            *lines, last = self.path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return
-        for number, line in enumerate(lines):
+        for number, line in enumerate([*lines, last] if last else lines, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                if number != len(lines) - 1:  # an append cuts off what is torn, so this was no accident
-                    where = f"{self.path}:{number + 1}"
-                    raise UserMistake(f"{where} is not JSON (edited?); remove that line, or restore it") from None
+                event = durable.parse_checked(line, f"{self.path}:{number}")
+            except durable.TornFile as torn:
+                if number > len(lines) and _is_cut_off(line):
+                    return
+                # an append cuts off what is torn, so this was no accident
+                raise UserMistake(f"{torn}; remove that line, or restore it") from None
+            event.pop(durable.SUM, None)
+            yield event
 
     def jobs(self) -> list[JobEntry]:
         """Jobs in the order they were submitted, as the last rewiring left them."""

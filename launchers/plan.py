@@ -11,26 +11,25 @@ import os
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.own_packages import PACKAGES
-from jobs.anew import how_to_run_anew
+from jobs import standing
 from jobs.artifact import HashCache, Seal, content_digest, key_of
-from jobs.imports import closure
 from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
 from jobs.run_folder import FrozenPhase, RunFolder, path_problem
 from launchers.chain import links_needed
 from launchers.ledger import Ledger
-from launchers.snapshot import code_digests, find_code
+from launchers.snapshot import code_changes, code_digests, code_of, find_code, users_code_digest
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
 from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
 RUNS = ("run", "rerun")
+REASONS = 3  # seals of one phase that do not stand: so many are named
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
 
@@ -42,7 +41,9 @@ class PlannedPhase:
     action: str  # reuse, run, rerun, skip
     reasons: list[str] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)  # elements to run
+    anew: list[int] = field(default_factory=list)  # of those, the ones that may be sealed with other results
     code_changed: list[str] = field(default_factory=list)
+    survey: standing.Survey = field(default_factory=standing.Survey)  # what of it stands
     conditional: bool = False  # may turn out not to be needed, and its job has to go then
 
     @property
@@ -56,6 +57,7 @@ class Plan:
     run: RunFolder
     cluster: Cluster
     phases: list[PlannedPhase]
+    verified: bool = False  # whether every sealed file was hashed
     again: str = ""  # a phase that runs anew though it is sealed
 
     @property
@@ -149,7 +151,7 @@ class _Planner:
         self.problems += forwarding_problems(self.cluster.profile, os.environ)
         if self.problems:
             raise UserMistake(self.problems)
-        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()), self.again)
+        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()), self.verify, self.again)
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         digests, files = self._inputs(phase)
@@ -262,21 +264,15 @@ class _Planner:
             },
         }
         if modules := user_modules(phase.config):  # what scores is part of the result; keys without it are as ever
-            material["modules"] = {module: self._digest_of_users_code(module) for module in modules}
+            material["modules"] = {module: users_code_digest(module, self.found, self.code) for module in modules}
         if self.pipeline.on_code_change == "rerun":
-            code = {name: self.code[name] for name in _code_of(phase, self.found.files)}
+            code = {name: self.code[name] for name in code_of(phase.uses, phase.config, self.found.files)}
             material["code"] = durable.sha256_bytes(durable.canonical_json(code))
         return FrozenPhase(
             name=phase.name, uses=phase.uses, key=key_of(material), material=material,
             settings=_absolute_inputs(phase, phase.settings), array=phase.array, elements=phase.elements,
             fans_in=phase.kind.can_split, needs={need.phase: need.type for need in phase.needs}, inputs=files,
             ranks_per_node=1, nodes=1, gpus_per_node=0, throttle=phase.throttle)
-
-    def _digest_of_users_code(self, module: str) -> str:
-        """A digest of a user's module and of what it imports of the user's files; ours are no part of it."""
-        users = {name: path for name, path in self.found.files.items() if name.split("/")[0] not in PACKAGES}
-        mine = {name: self.code[name] for name in closure([module.partition(":")[0]], users)}
-        return durable.sha256_bytes(durable.canonical_json(mine))
 
     def _resources(self, phase: Phase, frozen: FrozenPhase) -> Resources:
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
@@ -306,50 +302,70 @@ class _Planner:
         frozen = planned.frozen
         if frozen.name == self.again:
             planned.action, planned.reasons = "rerun", ["asked for anew"]
-            planned.missing = list(range(frozen.elements))
+            planned.missing = planned.anew = list(range(frozen.elements))
             return
-        seal = self.run.seal(frozen.name, frozen.key)
-        upstream_runs = [name for name, type_ in frozen.needs.items()
-                         if type_ in (*NEED_SEALS, "afterany") and self.planned[name].action in RUNS]
+        survey = planned.survey = self._what_stands(frozen)
+        # A result that is to be sealed anew may turn out the same: its element then finds its seal good, and ends.
+        affected = {name: elements for name in frozen.needs if (elements := self._affected(frozen, name))}
+        again = {i for elements in affected.values() for i in elements}
+        stands = survey.parts if frozen.fans_in else [0] if survey.whole else []
+        planned.anew = [i for i in range(frozen.elements) if i in again or i not in stands]
+        planned.missing = planned.anew or survey.missing(frozen)
         planned.conditional = any(type_ == "afternotok" or (type_ in NEED_SEALS and self.planned[name].conditional)
                                   for name, type_ in frozen.needs.items())
-        if seal is None and planned.conditional:
+        if survey.whole is None and not survey.fallen and planned.conditional:
             phases = {name: before.frozen for name, before in self.planned.items()} | {frozen.name: frozen}
             if why := self.run.not_needed(phases, frozen.name):
                 planned.action, planned.reasons = "skip", [f"not needed: {why}"]
                 return
-        if seal is None:
-            before = self.run.seals(frozen.name)
-            planned.missing = self.run.artifact(frozen).missing_elements()
-            if before:
-                planned.action = "rerun"
-                planned.reasons = self._differences(before[-1], frozen)
-            elif frozen.fans_in and len(planned.missing) < frozen.elements:
-                planned.reasons = [f"{frozen.elements - len(planned.missing)} of {frozen.elements} elements are sealed"]
-            elif any((self.run.artifact(frozen).folder / "checkpoints").glob("step_*")):
-                planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
-            else:
-                planned.reasons = ["never ran in this run"]
-            return
-        changed = list(seal.altered(self.verify, self.cache))
-        if changed:
-            self.problems.append(
-                Problem("", f"{changed[0]}; restore it, or {how_to_run_anew(self.run.artifact(frozen).folder)}")
-            )
-            return
-        stale = [name for name, digest in seal.upstream.items()
-                 if name in self.seals and self.seals[name].digest != digest]
-        if upstream_runs or stale:
-            # Same key over results that were sealed anew: the old seal no longer speaks of what lies upstream.
+        if survey.whole is not None and not planned.missing:
+            planned.action = "reuse"
+            planned.reasons = ["sealed, same key and upstream"]
+            if not all(seal.has_sum for seal in (survey.whole, *survey.parts.values())):
+                planned.reasons.append("no sum: written before")
+            planned.code_changed = self._code_changes(survey.whole, frozen.name)
+            self.seals[frozen.name] = survey.whole
+        elif survey.whole is not None:
             planned.action = "rerun"
-            planned.reasons = [f"because of {name}, which runs again" for name in upstream_runs]
-            planned.reasons += [f"{name} was sealed anew since" for name in stale]
-            planned.missing = list(range(frozen.elements))
-            return
-        planned.action = "reuse"
-        planned.reasons = ["sealed, same key and upstream"]
-        planned.code_changed = self._code_changes(seal, frozen.name)
-        self.seals[frozen.name] = seal
+            planned.reasons = [f"because of {name}, which runs again" for name in affected]
+        elif survey.reasons:
+            planned.action = "rerun"
+            planned.reasons = survey.reasons[:REASONS]
+            if len(survey.reasons) > REASONS:
+                planned.reasons.append(f"and {len(survey.reasons) - REASONS} more")
+        else:
+            self._decide_unsealed(planned)
+
+    def _decide_unsealed(self, planned: PlannedPhase) -> None:
+        frozen, survey = planned.frozen, planned.survey
+        before = self.run.seals(frozen.name)
+        if before:
+            planned.action = "rerun"
+            planned.reasons = self._differences(before[-1], frozen)
+        elif survey.parts:
+            planned.reasons = [f"{len(survey.parts)} of {frozen.elements} elements are sealed"]
+        elif any((self.run.artifact(frozen).folder / "checkpoints").glob("step_*")):
+            planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
+        else:
+            planned.reasons = ["never ran in this run"]
+
+    def _what_stands(self, frozen: FrozenPhase) -> standing.Survey:
+        phases = {name: before.frozen for name, before in self.planned.items()}
+        paired = standing.partners(frozen, phases)
+        now = {name: self.seals[name].digest for name, type_ in frozen.needs.items()
+               if type_ in standing.COMPARED and name in self.seals and name not in paired}
+        partners = {name: self.planned[name].survey.parts for name in paired}
+        surveyor = standing.Surveyor(self.verify, self.cache)
+        return surveyor.survey(self.run.artifact(frozen), frozen, now, partners)
+
+    def _affected(self, frozen: FrozenPhase, name: str) -> list[int]:
+        """Return the elements that may find other results in `name` than before once this plan has run."""
+        upstream, type_ = self.planned[name], frozen.needs[name]
+        if type_ not in standing.COMPARED or upstream.action not in RUNS:
+            return []
+        if type_ == "aftercorr" and upstream.frozen.fans_in:
+            return [i for i in upstream.anew if i < frozen.elements]
+        return list(range(frozen.elements))
 
     def _differences(self, seal: Seal, frozen: FrozenPhase) -> list[str]:
         """Why the key differs from that of the last sealed one, in the user's own words."""
@@ -357,10 +373,7 @@ class _Planner:
         reasons = []
         if old.get("uses") != new["uses"]:
             reasons.append(f"uses {old.get('uses')} → {new['uses']}")
-        before, now = _flatten(old.get("settings", {})), _flatten(new["settings"])
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                reasons.append(f"{frozen.name}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}")
+        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"])
         if old.get("array") != new["array"]:
             reasons.append(f"{frozen.name}.array {old.get('array')} → {new['array']}")
         for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
@@ -375,27 +388,19 @@ class _Planner:
         return reasons or ["its key differs from the last sealed one"]
 
     def _code_changes(self, seal: Seal, name: str) -> list[str]:
-        """The files that a phase imports, or imported when it was sealed, and that are others now."""
-        folder = self.run.submission_folder(seal.content["submission"])
-        try:
-            before = durable.read_json(folder / "code.json")["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
-        changed = {name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name)}
-        if not changed:
-            return []
-        snapshot = {name: path for name in before if (path := folder / "code" / name).is_file()}
         phase = self.pipeline.phases[name]
-        return sorted(changed & (_code_of(phase, self.found.files) | _code_of(phase, snapshot)))
+        sealed_by = self.run.submission_folder(seal.content["submission"])
+        return code_changes(sealed_by, phase.uses, phase.config, self.found, self.code)
 
     def _problem(self, phase: Phase, key: str, message: str) -> None:
         self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
 
 
-def _code_of(phase: Phase, files: Mapping[str, Path]) -> set[str]:
-    """The files that a phase imports: its kind's, and those of tasks of the user's."""
-    kind = phase.uses if "." in phase.uses else f"jobs.phases.{phase.uses}"
-    return closure([kind, *(module.partition(":")[0] for module in user_modules(phase.config))], files)
+def changed_settings(phase: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return one line a setting of a phase that differs between two keys' materials, in the user's own words."""
+    before, now = _flatten(old), _flatten(new)
+    return [f"{phase}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}"
+            for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
 
 
 def is_hub_name(text: str) -> bool:

@@ -12,11 +12,13 @@ import stat
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, Iterator, Optional
+from typing import Any, Iterable, Iterator, Mapping, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.own_packages import PACKAGES
+from jobs.imports import closure
+from jobs.kind import user_modules
 
 DATA = (".yaml", ".yml", ".json", ".jinja")  # of a package that git does not know
 NOT_CODE = ("__pycache__", "node_modules", "site-packages")  # folders
@@ -113,6 +115,34 @@ def code_digests(code: Code) -> dict[str, str]:
     return {name: _digest(path) for name, path in code.files.items()}
 
 
+def code_of(uses: str, config: Any, files: Mapping[str, Path]) -> set[str]:
+    """Return those of `files` that a phase imports: its kind's, and those of tasks of the user's."""
+    kind = uses if "." in uses else f"jobs.phases.{uses}"
+    return closure([kind, *(module.partition(":")[0] for module in user_modules(config))], files)
+
+
+def users_code_digest(module: str, code: Code, digests: Mapping[str, str]) -> str:
+    """Return a digest of a user's module and of what it imports of the user's files; ours are no part of it."""
+    users = {name: path for name, path in code.files.items() if name.split("/")[0] not in PACKAGES}
+    mine = {name: digests[name] for name in closure([module.partition(":")[0]], users)}
+    return durable.sha256_bytes(durable.canonical_json(mine))
+
+
+def code_changes(sealed_by: Path, uses: str, config: Any, code: Code, digests: Mapping[str, str]) -> list[str]:
+    """Return the files that a phase imports, or imported in the submission that sealed it, and that are others now."""
+    try:
+        before = durable.read_checked(sealed_by / "code.json")["files"]
+    except durable.TornFile as torn:
+        return [f"nobody can tell what, {torn}"]
+    except (OSError, KeyError):
+        return []
+    changed = {name for name in before.keys() | digests.keys() if before.get(name) != digests.get(name)}
+    if not changed:
+        return []
+    then = {name: path for name in before if (path := sealed_by / "code" / name).is_file()}
+    return sorted(changed & (code_of(uses, config, code.files) | code_of(uses, config, then)))
+
+
 def take_snapshot(folder: Path, extra: Iterable[Path] = ()) -> None:
     """Copy the code into `folder` with its digests (code.json beside it) and the git commit, if there is one."""
     code = find_code(extra)
@@ -121,7 +151,7 @@ def take_snapshot(folder: Path, extra: Iterable[Path] = ()) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _copy(path, target)
     digests = {name: _digest(folder / name) for name in code.files}
-    durable.write_json(folder.with_name("code.json"), {
+    durable.write_checked(folder.with_name("code.json"), {
         "git": git_state(), "files": digests, "left_out": sorted(code.left_out)})
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools.tables import read_tables
-from jobs.artifact import Artifact
+from jobs.artifact import Artifact, Seal
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.task import progress_path
 from launchers.backend import ACTIVE_STATES, CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, TaskState
@@ -48,6 +48,7 @@ class PhaseStatus:
     folder: str = ""
     gpu_hours: Optional[float] = None  # None: no attempt asked for GPUs
     gpu_hours_lost: Optional[float] = None
+    written_before: bool = False  # sealed before seals had a sum over themselves
 
     @property
     def active(self) -> bool:
@@ -76,8 +77,15 @@ class RunStatus:
     def active(self) -> bool:
         return any(phase.active for phase in self.phases)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is no fault and has to be known."""
+        before = [phase.phase for phase in self.phases if phase.written_before]
+        return [f"no sum: written before, so that nobody can tell whether it was altered: the seal of "
+                f"{', '.join(before)}"] if before else []
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"finished": self.finished, "active": self.active}
+        return asdict(self) | {"finished": self.finished, "active": self.active, "notes": self.notes}
 
 
 # -- one look -----------------------------------------------------------------------------------------------------
@@ -105,6 +113,14 @@ class Look:
         # accounting is asked after the elements were read, for those that need it
         return {i: replace(element, accounting=self.accounting.get((element.entry.job, i)))
                 for i, element in self._elements[phase.name].items()} if self.accounting else self._elements[phase.name]
+
+    def seal(self, phase: FrozenPhase) -> Optional[Seal]:
+        """A phase's seal, unless it is of an earlier submission than a job of the phase that goes on: that one decides."""
+        seal = self.run.seal(phase.name, phase.key)
+        if seal is None or any(element.entry.submission > seal.submission and element.task is not None
+                               and element.task.state in ACTIVE_STATES for element in self.of_phase(phase).values()):
+            return None
+        return seal
 
     def not_needed(self, phase: FrozenPhase) -> str:
         """Why a phase never has to run, "" if it may."""
@@ -231,7 +247,7 @@ def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int
     """What slurmdbd says of unsealed elements whose end neither the queue nor their worker tells."""
     wanted = set()
     for phase in look.phases.values():
-        if look.run.seal(phase.name, phase.key) is not None:
+        if look.seal(phase) is not None:
             continue
         sealed = sealed_elements(look.run.artifact(phase))
         for element in look.of_phase(phase).values():
@@ -274,7 +290,7 @@ def sealed_elements(artifact: Artifact) -> set[int]:
 def open_elements(look: Look, phase: FrozenPhase) -> dict[int, Element]:
     """Elements that were submitted and are not sealed; those whose sealed task still leaves count as sealed."""
     artifact = look.run.artifact(phase)
-    if artifact.seal_path.exists():
+    if look.seal(phase) is not None:
         return {}
     sealed = sealed_elements(artifact) if artifact.fans_in else set()
     return {i: element for i, element in look.of_phase(phase).items()
@@ -284,14 +300,14 @@ def open_elements(look: Look, phase: FrozenPhase) -> dict[int, Element]:
 def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     run, artifact = look.run, look.run.artifact(phase)
     used, lost = gpu_hours(look, phase)
-    seal = run.seal(phase.name, phase.key)
+    seal = look.seal(phase)
     if seal is not None:
         began = min((o.started for o in look.outcomes(phase.name) if o.attempt == seal.content["submission"]),
                     default=seal.content["started_at"])
         return PhaseStatus(phase.name, COMPLETED, phase.elements, phase.elements, seal.content["job"],
                            seconds=max(0.0, seal.content["sealed_at"] - began),  # two hosts' clocks, for eyes only
                            facts=seal.facts, folder=str(seal.folder), tables=read_tables(artifact.folder),
-                           gpu_hours=used, gpu_hours_lost=lost)
+                           gpu_hours=used, gpu_hours_lost=lost, written_before=not seal.has_sum)
     status = PhaseStatus(phase.name, NOT_SUBMITTED, len(sealed_elements(artifact)), phase.elements,
                          folder=str(artifact.folder), gpu_hours=used, gpu_hours_lost=lost)
     elements = look.of_phase(phase)
@@ -300,7 +316,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     if not elements or not_needed:
         return status
     open_ = open_elements(look, phase)
-    if not open_ and run.seal(phase.name, phase.key) is not None:
+    if not open_ and look.seal(phase) is not None:
         return _phase_status(look, phase)  # it was sealed since we looked
     tasks = {i: element.state() for i, element in open_.items()}
     worst = _worst(list(tasks.values()))

@@ -7,6 +7,7 @@ exists, so that what runs never depends on what the user edits meanwhile (launch
 import contextlib
 import dataclasses
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Iterator, Optional
@@ -19,12 +20,16 @@ from jobs.kind import user_code
 from jobs.run_folder import RunFolder
 from launchers.backend import ACTIVE_STATES, PENDING, Backend, JobSpec
 from launchers.ledger import JobEntry, Ledger
-from launchers.plan import Plan, make_plan
+from launchers.plan import Plan, PlannedPhase, changed_settings, make_plan
 from launchers.snapshot import take_snapshot
 from launchers.transaction import (
     PLAN_TRIES, Journal, Outdated, Unfinished, abandon, carry_out, decide, describe, live_jobs, release_held)
 from slurm.detect import Cluster, find_cluster
+from slurm.printed import format_indices
 from slurm.profile import to_yaml
+
+
+LEAVING_S = 10.0  # how long a job may take to leave once its work is sealed
 
 
 def backend_for(run: RunFolder, cluster: Cluster) -> Backend:
@@ -60,10 +65,10 @@ def backends_of(run: RunFolder) -> dict[str, Backend]:
 @contextlib.contextmanager
 def submit_lock(run: RunFolder) -> Iterator[None]:
     """One submitter a run; the lock of a dead one on this host is taken over."""
-    run.path.mkdir(parents=True, exist_ok=True)
+    run.make()
     path = run.path / "submit.lock"
     me = Owner.me(0, 0)
-    while not durable.create_file(path, durable.canonical_json(dataclasses.asdict(me))):
+    while not durable.create_file(path, me.record()):
         try:
             holder = Owner.read(path)
         except FileNotFoundError:
@@ -127,7 +132,8 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
     """A new attempt at one phase, whatever became of the last one; its dependents are rewired, revived or sent anew.
 
     Raises:
-        UserMistake: an unknown phase or element, or a phase that is sealed under exactly these settings.
+        UserMistake: an unknown phase or element, a phase that is sealed under exactly these settings, or some elements
+            of one whose key is another than that of the newest submission.
     """
     planned = {p.name: p for p in plan.phases}
     if phase not in planned:
@@ -136,6 +142,8 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
     if found.action == "reuse":
         raise UserMistake(f"{phase} is sealed under these settings (key {found.frozen.key}); change one, "
                           f"or {how_to_run_anew(plan.run.artifact(found.frozen).folder)}")
+    if elements:
+        _refuse_other_key(plan, found, elements)
     wrong = [i for i in elements or [] if i not in range(found.frozen.elements)]
     if wrong:
         raise UserMistake(f"{phase} has elements 0 to {found.frozen.elements - 1}, not {wrong[0]}")
@@ -151,6 +159,12 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
             return _transact(plan, fresh)
 
 
+def _begun(run: RunFolder, jobs: list[JobEntry]) -> list[str]:
+    """Return those of these jobs that have begun and not ended."""
+    tasks = [task for backend in backends_of(run).values() for task in backend.states(jobs)] if jobs else []
+    return sorted({task.job for task in tasks if task.state in ACTIVE_STATES - {PENDING}})
+
+
 @contextlib.contextmanager
 def _retired(plan: Plan) -> Iterator[None]:
     """Set aside all that the phase to run anew made under its key, and put it back where the submission is refused.
@@ -164,11 +178,12 @@ def _retired(plan: Plan) -> Iterator[None]:
     run = plan.run
     readers = {plan.again} | plan.pipeline.descendants(plan.again)
     jobs = {entry.job: entry for entry in Ledger(run.ledger).own_jobs() if entry.phase in readers}
-    for backend in backends_of(run).values() if jobs else []:
-        for task in backend.states(list(jobs.values())):
-            if task.state in ACTIVE_STATES - {PENDING}:
-                raise UserMistake(f"{run.path}: {jobs[task.job].phase} is under way as job {task.job} and works on what "
-                                  f"{plan.again} made; wait for it, or `afterok cancel {run.path}` first")
+    deadline = time.monotonic() + LEAVING_S
+    while busy := _begun(run, list(jobs.values())):
+        if time.monotonic() > deadline:
+            raise UserMistake(f"{run.path}: {jobs[busy[0]].phase} is under way as job {busy[0]} and works on what "
+                              f"{plan.again} made; wait for it, or `afterok cancel {run.path}` first")
+        time.sleep(0.2)
     folder = next(run.artifact(p.frozen).folder for p in plan.phases if p.name == plan.again)
     aside = retire(folder)
     try:
@@ -179,6 +194,19 @@ def _retired(plan: Plan) -> Iterator[None]:
         if aside is not None:
             restore(aside, folder)
         raise
+
+
+def _refuse_other_key(plan: Plan, found: PlannedPhase, elements: list[int]) -> None:
+    """Raise UserMistake where `elements` alone would run under settings that the phase's other elements do not have."""
+    number = plan.run.newest_submission()
+    before = plan.run.frozen(number).get(found.name)
+    if before is None or before.key == found.frozen.key:
+        return
+    changed = changed_settings(found.name, before.material["settings"], found.frozen.material["settings"])
+    changes = "; ".join([*changed, f"key {before.key} → {found.frozen.key}"])
+    raise UserMistake(f"--elements {format_indices(elements)}: {found.name} is no more what submission {number} runs "
+                      f"({changes}), and all its elements belong under one key; leave --elements out, so that all of "
+                      "them run under the new one, or leave the change out")
 
 
 def repair(run: RunFolder) -> list[str]:
@@ -247,7 +275,7 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     run = plan.run
     # The queue first, the seals after: a job that ends in between is then seen at least once.
     live = live_jobs(run, list(backends_of(run).values()))
-    plan = make_plan(plan.pipeline, run, plan.cluster, again=plan.again if dry_run else "")
+    plan = make_plan(plan.pipeline, run, plan.cluster, plan.verified, plan.again if dry_run else "")
     if not dry_run:
         for some in backends_of(run).values():
             release_held(run, some)
@@ -260,6 +288,8 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
                           f"or `afterok cancel {run.path}` first")
     if dry_run:
         return Submitted(None, {}, journal.live, [], describe(journal, backend, number), journal.not_applied)
+    for planned in plan.to_run:
+        planned.survey.withdraw(run.artifact(planned.frozen), number)
     if not journal.steps:
         selected = None if _is_newest(plan) else _select(plan, number)
         return Submitted(selected, {}, journal.live, not_applied=journal.not_applied)
@@ -305,11 +335,12 @@ def _freeze(plan: Plan, number: int) -> None:
     folder.mkdir(parents=True)
     roots = [root for phase in plan.pipeline.phases.values() for root in user_code(phase.uses, phase.config)]
     take_snapshot(folder / "code", roots)
-    durable.write_json(folder / "pipeline.json", {
+    durable.write_checked(folder / "pipeline.json", {
         "source": plan.pipeline.source, "overrides": plan.pipeline.overrides, "params": plan.pipeline.params,
         "cwd": os.getcwd()})
     durable.write_file(folder / "pipeline.yaml", Path(plan.pipeline.source).read_bytes())
     durable.write_file(folder / "profile.yaml", to_yaml(plan.cluster.profile))
+    run.meeting_key(number)
     run.freeze(number, plan.pipeline.name, [phase.frozen for phase in plan.phases])
 
 

@@ -62,12 +62,16 @@ class Journal:
     not_applied: list[str] = field(default_factory=list)  # what was asked for and reaches no job, a line each
 
     def write(self, run: RunFolder, number: int) -> None:
-        durable.write_json(run.submission_folder(number) / "journal.json", dataclasses.asdict(self))
+        durable.write_checked(run.submission_folder(number) / "journal.json", dataclasses.asdict(self))
 
     @staticmethod
     def read(run: RunFolder, number: int) -> "Journal":
-        value = durable.read_json(run.submission_folder(number) / "journal.json")
-        return Journal([Step(**step) for step in value["steps"]], value["live"])
+        path = run.submission_folder(number) / "journal.json"
+        value = durable.read_checked(path)
+        try:
+            return Journal([Step(**step) for step in value["steps"]], value["live"])
+        except (KeyError, TypeError):
+            raise durable.TornFile(f"{path} is no journal (edited, or of another version of afterok)") from None
 
 
 @dataclass
@@ -92,8 +96,9 @@ class LiveJob:
 
 
 def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
-    """{phase: its newest job that is listed as queued or running and whose phase is not sealed}."""
-    entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs() if run.seal(entry.phase, entry.key) is None}
+    """{phase: its newest job that is listed as queued or running and whose phase is not sealed by it or since}."""
+    entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs()
+               if (seal := run.seal(entry.phase, entry.key)) is None or seal.submission < entry.submission}
     tasks: dict[str, dict[int, TaskState]] = {}
     for backend in backends if entries else []:
         for task in backend.states(list(entries.values())):

@@ -93,6 +93,8 @@ def do_submit(args: argparse.Namespace) -> int:
 
     plan = _make_plan(args)
     _print_notes(plan)
+    if not args.dry_run:
+        plan.run.make(args.group)
     return _report_submitted(args, plan, submit(plan, args.dry_run))
 
 
@@ -122,7 +124,7 @@ def do_resubmit(args: argparse.Namespace) -> int:
 
     run = _find_run(args.run)
     folder = run.submission_folder(run.newest_submission())
-    frozen = durable.read_json(folder / "pipeline.json")
+    frozen = durable.read_checked(folder / "pipeline.json")
     if Path(frozen["cwd"]).is_dir():
         os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
         sys.path.append(frozen["cwd"])
@@ -183,6 +185,7 @@ def do_run(args: argparse.Namespace) -> int:
     plan = _make_plan(args)
     run: RunFolder = plan.run
     _print_notes(plan)
+    run.make(args.group)
     done = submit(plan)
     if not args.json:
         _print_submitted(plan, done)
@@ -253,6 +256,7 @@ def do_status(args: argparse.Namespace) -> int:
     from launchers.show import console, status_table
 
     console().print(status_table(status))
+    _print_notes(status)
     return 0
 
 

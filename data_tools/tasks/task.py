@@ -19,10 +19,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, List, Mapping, NamedTuple, Optional, Protocol, Union
 
+from data_tools import readers
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
 
-_NO_TASKS = ("task", "mix", "rewards")  # other modules of the folder
+_NO_TASKS = ("task", "mix", "rewards", "process")  # other modules of the folder
 
 
 class Row(NamedTuple):
@@ -47,15 +48,25 @@ class Item:
     @classmethod
     def of(cls, prompt: Prompt, answer: Any = None, columns: Mapping[str, Any] = {}) -> "Item":
         """Named by its prompt, so that the order of files and rows does not matter and equal prompts are one."""
-        text = json.dumps(prompt, sort_keys=True)
-        return cls(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), prompt, answer, columns)
+        return cls(_name_of(prompt), prompt, answer, columns)
+
+    @property
+    def scoring(self) -> str:
+        """Return 16 hex digits that name all that a completion is scored with: answer and columns."""
+        return _name_of([self.answer, dict(self.columns)])
+
+
+def _name_of(value: Any) -> str:
+    """Return 16 hex digits that name a value, the same in any process."""
+    text = json.dumps(value, sort_keys=True, default=repr)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @dataclass
 class Source:
     """Where rows come from; files and synthetic rows add up."""
 
-    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # JSONL files
+    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # files of any kind that readers.py reads
     synthetic_rows: int = 0
     synthetic_seed: int = 0
     synthetic_split: str = "train"  # train | heldout
@@ -76,6 +87,9 @@ class Task(Protocol):
 
     def items(self, record: dict[str, Any], options: Any) -> list[Item]:
         """The prompts of one record. ValueError with the reason where it is malformed."""
+
+    def left_out(self, record: dict[str, Any]) -> list[str]:
+        """Return the bucket of each row of a record that gives no prompt since it is wrong. May be left out."""
 
     def rewards(self, item: Item, completion: str, options: Any) -> Terms:
         """The reward terms of a completion, without its end token; a lone number is the term `reward`.
@@ -161,6 +175,12 @@ def load_row_task(name: str) -> RowTask:
     if not hasattr(task, "parse_line"):
         raise UserMistake(f"task {name!r} has prompts to score, no rows to learn; calculator has both")
     return task  # type: ignore[return-value]
+
+
+def rows_of(task: RowTask, raw: Any) -> list[Row]:
+    """Return the rows of a record as a share of its file gives it (data_tools/readers.py). Raise ValueError with the
+    reason."""
+    return task.parse_line(readers.text_of(raw))
 
 
 def check_task(name: str) -> Optional[str]:

@@ -4,7 +4,7 @@ prompt.
 
 The prompts are the rows of a task, or those of a mix: any tasks that generate and grpo take. Element i of n takes
 distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way. `finish` adds the counts.
-Row order: files as given, then the synthetic stream; the first of equal prompts counts.
+Both are read by data_tools/tasks/mix.py: files as given, then the synthetic stream; every row is accounted for.
 """
 
 import runpy
@@ -16,15 +16,16 @@ import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
-from data_tools import durable
+from data_tools import durable, readers
 from data_tools.estimators import at_k, standard_error
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, never, silent
+from data_tools.samples import problem_of_evaluated
 from data_tools.tables import write_table
-from data_tools.tasks.mix import MixConfig
-from data_tools.tasks.task import Item, Row, Source, Task, check_rows, load_task, task_options
+from data_tools.tasks.mix import Entry, Loaded, MixConfig, counts_table, load
+from data_tools.tasks.task import Item, Row, Source, check_rows, load_task, task_options
 from megatron_ext.entrypoints import generate
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel_rules import check as check_plan
@@ -99,40 +100,16 @@ def _check_ways(config: Config, ranks: int) -> list[Problem]:
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
 
 
-def rows(config: Config, task: Task) -> Iterator[Row]:
-    """Verified, canonical rows. UserMistake naming file and line where one is malformed; wrong rows are left out."""
-    for name in config.source.inputs:
-        try:
-            file = open(name, encoding="utf-8")
-        except OSError as error:
-            raise UserMistake(Problem("source.inputs", f"{name}: {error.strerror}")) from None
-        with file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    found = task.parse_line(line)
-                except ValueError as error:
-                    raise UserMistake(Problem(f"{name}:{number}", str(error))) from None
-                yield from (task.canonical(row) for row in found if task.verify(row) is None)
-    for index in range(config.source.synthetic_rows):
-        yield task.synthetic_row(config.source.synthetic_seed, index, config.source.synthetic_split)
-
-
-def distinct(found: Iterator[Row], limit: int) -> list[Row]:
-    """The first row of each prompt, in order, at most `limit` (0: all)."""
-    kept: dict[str, Row] = {}
-    for row in found:
-        if limit and len(kept) == limit:
-            break
-        kept.setdefault(row.prompt, row)
-    return list(kept.values())
+def rows(config: Config) -> Loaded:
+    """Return the rows of the task as a mix has them: verified, canonical, each once, at most `limit` (0: all)."""
+    return load(config.task, Entry(config.task, config.task_options, config.source, limit=config.limit))
 
 
 def run(
     config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
 ) -> dict[str, Any]:
-    """Facts: as `_result`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element, the table."""
+    """Facts: as `_result`, and `records`: Mix.counts. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the
+    only element, the tables."""
     from megatron_ext import model_folder, ranks
 
     problems = check(config, ranks.world_size_of_environment())
@@ -141,9 +118,9 @@ def run(
     folder, before = model_folder.open_folder(config.model), _compared(config)
     of = _of_mix if of_mix(config) else _of_rows
     with ranks.started(config.parallel):
-        samples = of(config, folder, keep, progress, index, count)
+        samples, records = of(config, folder, keep, progress, index, count)
         writer = ranks.is_writer()
-    result = _result(samples, before)
+    result = {**_result(samples, before), "records": records}
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         durable.write_json(out / RESULT, result)
@@ -169,16 +146,16 @@ def _ways(config: Config) -> list[generate.Config]:
 
 def _of_mix(
     config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
-) -> List[Dict[str, Any]]:
-    """A line for each prompt of this element, on every rank. What KEEP has of it is not sampled again."""
-    from megatron_ext import model_folder
+) -> tuple[List[Dict[str, Any]], Dict[str, Any]]:
+    """A line for each prompt of this element, and Mix.counts, on every rank. What KEEP has is not sampled again."""
+    from megatron_ext import model_folder, ranks
     from megatron_ext.checkpoint import from_rank_zero
 
-    load = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
+    load_once = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
     found = []
     for number, way in enumerate(_ways(config)):
         kept = keep / "sampled" / f"element_{index:04d}" / ("greedy" if number == 0 else "samples")
-        found.append(generate.sampled(way, folder, kept, index, count, progress, never, load))
+        found.append(generate.sampled(way, folder, kept, index, count, progress, never, load_once))
     lines: Dict[str, Dict[str, Any]] = {}
     for sample in found[0]:
         told = {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
@@ -189,7 +166,7 @@ def _of_mix(
         lines[sample["prompt_id"]]["votes"].append(generate.vote(sample))
     for line in lines.values():
         line |= _counted(line.get("votes"))
-    return from_rank_zero(list(lines.values()))
+    return from_rank_zero((list(lines.values()), generate.records_of(kept) if ranks.is_writer() else {}))
 
 
 def _counted(votes: Optional[list]) -> Dict[str, Any]:
@@ -198,8 +175,8 @@ def _counted(votes: Optional[list]) -> Dict[str, Any]:
 
 def _of_rows(
     config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
-) -> List[Dict[str, Any]]:
-    """A line for each row of this element, on every rank."""
+) -> tuple[List[Dict[str, Any]], Dict[str, Any]]:
+    """A line for each row of this element, and Mix.counts of the task, on every rank."""
     from data_tools.tokenizer import load_tokenizer
     from megatron_ext import model_folder
     from megatron_ext.rl.replica import Replica
@@ -209,7 +186,8 @@ def _of_rows(
     task = load_task(config.task)
     options = task_options(task, config.task_options)
     tokenizer = load_tokenizer(str(folder.hf))
-    mine = distinct(rows(config, task), config.limit)[index::count]
+    loaded = rows(config)
+    mine = [Row(item.prompt, item.answer) for item in loaded.items][index::count]
     prompts = [tokenizer.encode(row.prompt) for row in mine]
     seen = _seen([row.prompt for row in mine], config.seen_in)
     model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
@@ -219,10 +197,12 @@ def _of_rows(
     found: list[tuple[int, int, list[int]]] = []  # place of the prompt, way, new tokens
     total = len(own) * (1 + config.samples)
     for number, way in enumerate(_ways(config)):
-        uids = {uid_of(prompts[place]): place for place in own}
-        requests = [Request(uid, tuple(prompts[place]), way.samples) for uid, place in uids.items()]
+        uids: Dict[int, List[int]] = {}  # rows that share a prompt share its samples
+        for place in own:
+            uids.setdefault(uid_of(prompts[place]), []).append(place)
+        requests = [Request(uid, tuple(prompts[places[0]]), way.samples) for uid, places in uids.items()]
         for sequence in engine.generate(requests, way.sampling):
-            found.append((uids[sequence.prefix.request.uid], number, sequence.completion))
+            found += [(place, number, sequence.completion) for place in uids[sequence.prefix.request.uid]]
             progress(len(found), total, "samples")
     completions: dict[tuple[int, int], list[list[int]]] = {}
     for place, number, ids in replica.gathered(found):
@@ -246,7 +226,7 @@ def _of_rows(
             sample["votes"] = sorted(votes, key=str)  # in whatever order they came
             sample |= _counted(sample["votes"])
         samples.append({**sample, "kind": kind(row)} if kind else sample)
-    return samples
+    return samples, {config.task: loaded.counts()}
 
 
 def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool]]:
@@ -268,11 +248,15 @@ def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
     """The samples of the evaluation to compare with, by prompt. UserMistake where there are none."""
     if not config.compare_with:
         return {}
-    try:
-        found = {line["prompt"]: line for line in generate.lines_of([Path(config.compare_with) / SAMPLES])}
-    except (OSError, ValueError, KeyError) as error:
-        message = f"{config.compare_with} is no output of an evaluation ({error}); name the folder with {SAMPLES}"
-        raise UserMistake(Problem("compare_with", message)) from None
+    file, found = Path(config.compare_with).expanduser() / SAMPLES, {}
+    records = readers.records(file) if file.is_file() else [readers.Record(file, None, "there is no such file")]
+    for record in records:
+        if record.is_blank:
+            continue
+        if wrong := record.problem or problem_of_evaluated(record.value):
+            message = f"{config.compare_with} is no output of an evaluation ({record.place}: {wrong}); name the folder"
+            raise UserMistake(Problem("compare_with", f"{message} with {SAMPLES}"))
+        found[record.value["prompt"]] = record.value
     if not any("sampled" in line for line in found.values()):
         message = f"{config.compare_with} has greedy answers alone; evaluate it again with samples: {config.samples}"
         raise UserMistake(Problem("compare_with", message))
@@ -320,6 +304,7 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     spelled = {name: labels.get(name, name.rstrip("_").replace("_", " ")) for name in names}
     rows_ = [[spelled[name], *(result.get(name + key) for key in keys)] for name in names]
     write_table(keep, "accuracy", f"Accuracy at step {step}", columns, rows_)
+    write_table(keep, "prompts", **counts_table(result["records"]))
 
 
 def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:
@@ -327,7 +312,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
     from megatron_ext import model_folder
 
     samples = list(generate.lines_of([part / SAMPLES for part in parts]))
-    result = _result(samples, _compared(config))
+    result = {**_result(samples, _compared(config)), "records": generate.records_of_parts(parts)}
     durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
     durable.write_json(out / RESULT, result)
     _table(keep, result, model_folder.open_folder(config.model).step)

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List
 
-from data_tools import durable
+from data_tools import durable, readers
 from data_tools.estimators import Vote, at_k, standard_error
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tables import write_table
-from data_tools.tasks.mix import MixConfig, check_mix, entries_of
+from data_tools.tasks.mix import MixConfig, check_mix, counts_table, entries_of
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel_rules import check as check_plan
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
@@ -74,7 +74,8 @@ def run(
     index: int = 0,
     count: int = 1,
 ) -> dict[str, Any]:
-    """Facts: as `_result`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element, the table.
+    """Facts: as `_result`, and `records`: Mix.counts. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the
+    only element, the tables.
 
     Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
     """
@@ -88,9 +89,10 @@ def run(
         from megatron_ext.checkpoint import from_rank_zero  # megatron-core may be imported once the device is ready
 
         load = lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend)  # noqa: E731
-        samples = sampled(config, folder, keep / f"element_{index:04d}", index, count, progress, stop, load)
+        mine = keep / f"element_{index:04d}"
+        samples = sampled(config, folder, mine, index, count, progress, stop, load)
         writer = ranks.is_writer()
-        result = from_rank_zero(_result(samples) if writer else None)
+        result = from_rank_zero({**_result(samples), "records": records_of(mine)} if writer else None)
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         durable.write_json(out / RESULT, result)
@@ -124,10 +126,25 @@ def _identity(config: Config, digest: str) -> dict[str, Any]:
 
 
 def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The samples of these files, a line each: completions may hold what str.splitlines takes for the end of one."""
+    """Yield the samples of these files, a line each. Raise UserMistake for a line that is damaged."""
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
+        for record in readers.records(file, "jsonl"):
+            if record.problem:
+                raise UserMistake(Problem(str(record.place), f"{record.problem}; restore the file, or sample again"))
+            yield record.value
+
+
+def records_of(keep: Path) -> Dict[str, Any]:
+    """Return what became of the records of each task, as sampling left it in KEEP."""
+    from megatron_ext.rl.sampling import RECORDS
+
+    return durable.read_json(keep / RECORDS)
+
+
+def records_of_parts(parts: List[Path]) -> Dict[str, Any]:
+    """Return what each element found alike; nothing where elements of before did not write it down."""
+    file = parts[0] / RESULT
+    return durable.read_json(file).get("records", {}) if file.is_file() else {}
 
 
 def _result(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -154,7 +171,9 @@ def vote(sample: dict[str, Any]) -> Vote:
 
 
 def _table(keep: Path, result: dict[str, Any], step: int) -> None:
-    write_table(keep, "samples", f"Samples at step {step}", ["what", "value"], [list(pair) for pair in result.items()])
+    told = [list(pair) for pair in result.items() if pair[0] != "records"]
+    write_table(keep, "samples", f"Samples at step {step}", ["what", "value"], told)
+    write_table(keep, "prompts", **counts_table(result["records"]))
 
 
 def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:
@@ -170,7 +189,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 yield sample
 
-        result = _result(written())
+        result = {**_result(written()), "records": records_of_parts(parts)}
     durable.write_json(out / RESULT, result)
     durable.fsync_tree(out)
     _table(keep, result, model_folder.open_folder(config.model).step)

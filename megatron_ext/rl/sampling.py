@@ -1,5 +1,6 @@
 """Samples of many prompts, chunk after chunk, by the collector of GRPO: what a kill interrupts goes on where it was.
 
+    KEEP/records.json         what became of the records of each task (Mix.counts)
     KEEP/rollouts             tokens of the chunk under way (journal.py)
     KEEP/samples/KEY/0003.jsonl    chunk 3 once it is whole; KEY names all that its samples depend on
 """
@@ -21,6 +22,8 @@ from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.session import prompts_of, stop_ids_of
 from megatron_ext.rollout.engine import Engine
 
+RECORDS = "records.json"
+
 
 def run(
     config: Any, folder: ModelFolder, identity: dict[str, Any], keep: Path, index: int, count: int, progress: Progress,
@@ -31,6 +34,9 @@ def run(
     `config` is entrypoints.generate.Config; the ranks are started. `load` gives the model, once it is needed.
     """
     tokenizer, mix, encoding = prompts_of(config, folder)
+    if is_writer():
+        keep.mkdir(parents=True, exist_ok=True)
+        durable.write_json(keep / RECORDS, mix.counts())
     mine = all_of(mix, list(mix.items))[index::count]
     prompts = Listed(mine, *encoding)
     names = [draw.item.uid for draw in mine]

@@ -8,11 +8,13 @@ from typing import Any, Optional
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop
-from data_tools.tasks.mix import Mix, entries_of
+from data_tools.tables import write_table
+from data_tools.tasks.mix import Mix, counts_table, entries_of
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext import grpo, metrics, model_folder, train
 from megatron_ext import schedule as schedules
 from megatron_ext.model_folder import ModelFolder
+from megatron_ext.ranks import is_writer
 from megatron_ext.rl.collect import Collector, Together
 from megatron_ext.rl.evaluation import evaluate
 from megatron_ext.rl.prompts import Listed, MixPrompts, Texts, all_of, mix_scorer, turns_of
@@ -27,6 +29,8 @@ def run(
     """(outcome, digest of the weights in `out`). `config` is entrypoints.grpo.Config; the ranks are started."""
     plan, sampling = config.parallel, config.sampling
     tokenizer, mix, encoding = prompts_of(config, folder)
+    if is_writer():
+        write_table(keep, "prompts", **counts_table(mix.counts()))
     prompts = MixPrompts(mix, *encoding)
     prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), *encoding)

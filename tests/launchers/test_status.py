@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from pathlib import Path
 
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.backend import TaskState
@@ -163,7 +164,7 @@ def test_ls_lists_runs_newest_change_first(tmp_path):
 
 def test_watching_ends_with_the_run_and_an_interrupt_only_stops_looking(tmp_path):
     run = tmp_path / "run"
-    afterok("submit", write_toy(tmp_path), "again.with.seconds=2", "--run", run)
+    afterok("submit", write_toy(tmp_path), f"again.with.gate={run}.gate", "--run", run)
     watch = subprocess.Popen(
         [sys.executable, "-m", "launchers.cli", "status", str(run), "--watch"],
         cwd=ROOT,
@@ -173,8 +174,9 @@ def test_watching_ends_with_the_run_and_an_interrupt_only_stops_looking(tmp_path
     )
     assert watch.stdout.readline()  # its first line of change
     watch.send_signal(signal.SIGINT)
-    _, err = watch.communicate(timeout=30)
+    _, err = watch.communicate(timeout=120)
     assert watch.returncode == 0 and "Traceback" not in err
+    Path(f"{run}.gate").touch()
     done = afterok("status", run, "--watch")
     assert "again: COMPLETED" in done.stdout and "GPU-h" not in done.stdout
     assert set(states(run).values()) == {"COMPLETED"}

@@ -11,6 +11,7 @@ from data_tools import durable, materialize, pack, rejection
 from data_tools.chat import ChatConfig
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
+from data_tools.samples import problem_of_sample
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from data_tools.tokenizer import load_tokenizer
@@ -56,13 +57,15 @@ def test_samples_are_what_rejection_reads(whole):
     out, facts = whole
     rows = [json.loads(line) for line in open(out / "samples.jsonl")]
     assert [(row["place"], row["sample"]) for row in rows] == [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]
-    assert all(rejection._wrong(row) == "" for row in rows)
+    assert all(problem_of_sample(row) == "" for row in rows)
     assert facts["prompts"] == PROMPTS and facts["samples"] == PROMPTS * SAMPLES == len(rows)
     lengths = [row for row in rows if row["task"] == "lengths"]
     assert len(lengths) == 2 * SAMPLES and all(row["reward"] == len(row["completion"]) for row in lengths)
     assert {row["correct"] for row in rows if row["task"] == "sums"} <= {True, False}
     assert {"pass@1", "pass@2", "pass@4"} <= set(facts) and facts["pass@1"] == pytest.approx(facts["accuracy"])
     assert facts == durable.read_json(out / "result.json")
+    found = facts["records"]["sums"]
+    assert (found["prompts"], found["lines"]) == (PROMPTS - 2, found["rows"]) and facts["records"]["lengths"]["rows"] == 2
 
 
 def test_several_turns_are_sampled_shown_and_gone_on_with(folders, tmp_path):
