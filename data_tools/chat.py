@@ -242,7 +242,7 @@ def encode_row(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarr
     UserMistake when the tokenizer has no end token or pads with it.
     """
     tokenizer.check_end()
-    prompt_ids, answer_ids = tokenizer.encode(prompt), tokenizer.encode(answer)
+    prompt_ids, answer_ids = tokenizer.encode_opened(prompt), tokenizer.encode(answer)
     ids = np.array([*prompt_ids, *answer_ids, tokenizer.eos_id], dtype=np.int32)
     mask = np.ones(len(ids), dtype=np.uint8)
     mask[: len(prompt_ids)] = 0

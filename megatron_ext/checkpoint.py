@@ -21,12 +21,12 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import random as mcore_random
 
 from data_tools import durable
-from data_tools.mistake import UserMistake
-from megatron_ext import dist_weights, step_manifest
+from data_tools.inside import inside
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext import dist_weights, loading, pickles, step_manifest
 from megatron_ext.digest import combined
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ParallelPlan
@@ -94,7 +94,7 @@ def save_weights(model: Model, folder: Path) -> None:
 
 def load_weights(model: Model, folder: Path) -> None:
     """Weights of `save_weights`, or of a step's `state`, written under any layout, into `model`."""
-    state = dist_checkpointing.load({"model": model_state(model)}, str(folder))
+    state = loading.load({"model": model_state(model)}, folder)
     _load_model(model, state["model"])
 
 
@@ -165,14 +165,33 @@ def _rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "device": mcore_random._get_cuda_rng_state(),
-        "tracker": dict(mcore_random.get_cuda_rng_tracker().get_states()),
+        "tracker": {name: _plain(of) for name, of in mcore_random.get_cuda_rng_tracker().get_states().items()},
     }
+
+
+def _plain(state: torch.Tensor | torch.Generator) -> torch.Tensor:
+    """A random state as a tensor; trackers that CUDA graphs may use keep generators."""
+    return state.get_state() if isinstance(state, torch.Generator) else state
+
+
+def _read_rng(folder: Path, name: str) -> dict[str, Any]:
+    """What `_rng_state` gave, from a step's file. UserMistake where the file is not of that kind."""
+    try:
+        return pickles.load(inside(folder, name))
+    except pickles.Refused as error:
+        raise UserMistake(Problem(str(folder / name), f"are no random states of ours: {error}")) from None
 
 
 def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     mcore_random._set_cuda_rng_state(state["device"])
-    mcore_random.get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = mcore_random.get_cuda_rng_tracker()
+    own, found = tracker.get_states(), dict(state["tracker"])
+    for name in found:
+        if isinstance(own.get(name), torch.Generator):  # which graphs hold on to: it stays the same object
+            own[name].set_state(found[name])
+            found[name] = own[name]
+    tracker.set_states(found)
 
 
 def surplus(steps: Sequence[int], keep: int, milestone: int = 0) -> list[int]:
@@ -392,13 +411,17 @@ def load_step(
 ) -> tuple[int, dict[str, Any]]:
     """Restore weights, optimizer and, under the same layout, RNG. Returns the step and the saved position.
 
-    Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs, or is damaged.
+    Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs, or is damaged. What it
+    does not say, since it was not written down yet when it was made, is no difference.
     """
     manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
     if problem:
         raise UserMistake(f"{folder}/{problem}; delete {folder} to go on from an earlier step")
     for name in sorted({*identity, *manifest["identity"]}):
         theirs, ours = manifest["identity"].get(name), identity.get(name)
+        if name not in manifest["identity"]:
+            log.warning("%s does not say its %s: taken for this run's", folder, name)
+            continue
         if theirs != ours:
             raise UserMistake(
                 f"{folder} was written with {name} = {theirs!r}, this run has {ours!r}: it cannot be resumed; "
@@ -409,9 +432,9 @@ def load_step(
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata()),
     }
-    state = dist_checkpointing.load(wanted, str(folder / STATE))
+    state = loading.load(wanted, folder / STATE)
     _load_model(model, state["model"], adapters=is_adapted(model))
     fill_optimizer(optimizer, state["optimizer"], manifest["updates"])
     if manifest["layout"] == layout_name(plan):
-        _restore_rng(torch.load(folder / RNG / f"{dist.get_rank()}.pt", weights_only=True))
+        _restore_rng(_read_rng(folder / RNG, f"{dist.get_rank()}.pt"))
     return manifest["step"], manifest["position"]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import durable
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
 
 FORMAT = 2
@@ -15,9 +16,12 @@ KINDS = {"step": int, "updates": int, "weights_digest": str, "files": dict, "ide
 def read(folder: Path) -> tuple[dict[str, Any], str]:
     """Return a step's manifest and "", or {} and what is wrong with it."""
     try:
-        manifest = durable.read_checked(folder / MANIFEST)
-    except FileNotFoundError:
-        return {}, f"{MANIFEST} is missing"
+        found = inside(folder, MANIFEST, needed=False)
+        if found is None:
+            return {}, f"{MANIFEST} is missing"
+        manifest = durable.read_checked(found)
+    except UserMistake as mistake:
+        return {}, str(mistake).removeprefix(f"{folder}/")
     except durable.TornFile as torn:
         return {}, str(torn).removeprefix(f"{folder}/")
     except OSError as error:

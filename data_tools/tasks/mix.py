@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import yaml
@@ -27,7 +27,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.seeded import permutation
 from data_tools.tasks.rewards import Verifier
 from data_tools.tasks.task import (
-    FunctionTask, Item, Source, check_options, check_source, check_task, load_task, task_options,
+    FunctionTask, Item, Source, check_options, check_source, check_task, code_digest, load_task, task_options,
 )
 from data_tools.yaml_loaders import read_values
 
@@ -402,6 +402,13 @@ class Mix:
         """Of everything that `draw` depends on: a resume with other prompts is another run."""
         shares = [(name, self.entries[name].weight, [item.uid for item in self.items[name]]) for name in self._names]
         return hashlib.sha256(json.dumps([self.seed, shares]).encode()).hexdigest()
+
+    def scoring(self, draws: Iterable[Draw]) -> str:
+        """Return the digest of what completions of `draws` are scored with besides the entries' settings: answers and
+        columns of their rows, and the code of users' tasks. Verdicts of another one are not theirs."""
+        code = {name: code_digest(entry.task or name) for name, entry in sorted(self.entries.items())}
+        scored_with = [[draw.item.uid, draw.item.scoring] for draw in draws]
+        return hashlib.sha256(json.dumps([code, scored_with]).encode()).hexdigest()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return, of each entry that was loaded, what became of its records and rows."""

@@ -15,6 +15,7 @@ import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
 from numbers import Real
 from typing import Any, Callable, Mapping, Optional
 
@@ -23,6 +24,9 @@ from data_tools.tasks.process import Ended, Process
 from data_tools.tasks.task import Item, load_task, task_options
 
 _NOTE = 200  # characters
+NOT_SCORABLE = "not scorable"  # the note of a completion for which the task gave None
+ABORTED = "aborted"
+_LARGEST = 3.4028234663852886e38  # float32's, in which advantages are trained
 _LONGEST_REPLY = 1 << 20  # characters; the run has to encode them
 
 
@@ -57,10 +61,14 @@ class Verifier:
 
 
 def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
-    """The score that a verifier's answer stands for, whatever it is."""
+    """Return the score that a verifier's answer stands for, whatever it is.
+
+    A number is one of Python's, or whatever holds exactly one without being a list: NumPy's scalars, a 0-d array or
+    tensor.
+    """
     if terms is None:
-        return Score(None, {}, "not scorable")
-    if isinstance(terms, Real):
+        return Score(None, {}, NOT_SCORABLE)
+    if _number(terms) is not None:
         terms = {"reward": terms}
     if not isinstance(terms, Mapping):
         what = f"{len(terms)} values" if isinstance(terms, (list, tuple)) else f"a {type(terms).__name__}: {terms!r}"
@@ -71,17 +79,38 @@ def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
     for name, value in terms.items():
         if value is None:
             continue
-        if not isinstance(value, Real) or not math.isfinite(value):
+        number = _number(value)
+        if number is None or not math.isfinite(number):
             return Score(None, parts, f"reward term {name!r} is {value!r}, not a finite number"[:_NOTE])
-        parts[str(name)] = float(value)
+        parts[str(name)] = number
     if not parts:
-        return Score(None, {}, "not scorable")
+        return Score(None, {}, NOT_SCORABLE)
     if missing := sorted(weights.keys() - {str(name) for name in terms}):
         told = ", ".join(parts)
         return Score(
             None, parts, f"the verifier gave no reward term {missing[0]!r}, which has a weight; it gave {told}"[:_NOTE]
         )
-    return Score(sum(weights.get(name, 1.0) * value for name, value in parts.items()), parts)
+    reward = sum(weights.get(name, 1.0) * value for name, value in parts.items())
+    if not abs(reward) <= _LARGEST:
+        return Score(None, parts, f"the reward {reward:g} is beyond float32's range ({_LARGEST:.2g})")
+    return Score(reward, parts)
+
+
+def _number(value: Any) -> Optional[float]:
+    """Return the number that `value` is, None where it is none; inf for an integer that no float holds."""
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        value = value.item()
+    if not isinstance(value, (Real, Decimal)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def is_failure(reward: Optional[float], note: str) -> bool:
+    """Return whether a sample has no reward because its verifier failed, not because the task cannot score it."""
+    return reward is None and note not in (NOT_SCORABLE, ABORTED)
 
 
 def reply_of(text: Any) -> Reply:
@@ -134,7 +163,7 @@ class Scorer:
         """`name` is a key of `verifiers`. An aborted completion is not scorable; one cut off is scored as it stands."""
         if finish_reason == "abort":
             future: "Future[Score]" = Future()
-            future.set_result(Score(None, {}, "aborted"))
+            future.set_result(Score(None, {}, ABORTED))
             return future
         return self._asked("score", name, item, completion)
 

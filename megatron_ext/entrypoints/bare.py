@@ -55,7 +55,7 @@ def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable
             keep.mkdir(parents=True, exist_ok=True)
         facts = run(config, out, keep, Lines() if first else (lambda *_, **__: None))
     except UserMistake as mistake:
-        if first:
+        if first or getattr(mistake, "of_some_ranks", False):
             print(mistake, file=sys.stderr)
         return mistake.exit_code
     if first:

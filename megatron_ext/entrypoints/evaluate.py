@@ -12,8 +12,9 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
+import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
@@ -25,7 +26,8 @@ from data_tools.progress import Progress, never, silent
 from data_tools.samples import problem_of_evaluated
 from data_tools.tables import write_table
 from data_tools.tasks.mix import Entry, Loaded, MixConfig, counts_table, load
-from data_tools.tasks.task import Item, Row, Source, check_rows, load_task, task_options
+from data_tools.tasks.task import Row, Source, check_rows, load_task
+from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 from megatron_ext.entrypoints import generate
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel_rules import check as check_plan
@@ -43,14 +45,15 @@ class Config:
     limit: int = 0  # distinct prompts; 0: all
     mix: MixConfig = field(default_factory=MixConfig)  # in place of task, source and limit: the prompts of these tasks
     chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     max_new_tokens: int = 16
     max_turns: int = 0  # of the model, in tasks that reply; 0: as many as max_new_tokens leaves room for
     samples: int = 0  # of each prompt, at `temperature`, besides the greedy one
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0  # of the samples
-    verify_limit_s: float = 10.0  # seconds that a verifier of the mix has for a sample, which then counts as wrong
-    verifiers: int = field(default=2, metadata={"keyed": False})  # processes that score the mix, a replica
+    verify_limit_s: float = 10.0  # seconds that a verifier has for a sample, which then counts as wrong
+    verifiers: int = field(default=2, metadata={"keyed": False})  # processes that score, a replica
     compare_with: Optional[str] = field(default=None, metadata={"input": True})  # output of another evaluation
     seen_in: Optional[str] = field(default=None, metadata={"input": True})  # training token store: split by it
     dtype: str = ""  # of the weights; "" keeps the model folder's
@@ -94,15 +97,19 @@ def _check_ways(config: Config, ranks: int) -> list[Problem]:
         for problem in check_sampling(_ways(config)[-1].sampling)
         if problem.where in own
     ]
-    problems += check_engine(config.engine)
+    problems += check_engine(config.engine) + check_bos(config.bos)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
 
 
 def rows(config: Config) -> Loaded:
-    """Return the rows of the task as a mix has them: verified, canonical, each once, at most `limit` (0: all)."""
-    return load(config.task, Entry(config.task, config.task_options, config.source, limit=config.limit))
+    """Return the rows of the task as a mix would have them: verified, canonical, each once, at most `limit` (0: all)."""
+    return load(config.task, _entry(config))
+
+
+def _entry(config: Config) -> Entry:
+    return Entry(config.task, config.task_options, config.source, limit=config.limit)
 
 
 def run(
@@ -120,7 +127,8 @@ def run(
     with ranks.started(config.parallel):
         samples, records = of(config, folder, keep, progress, index, count)
         writer = ranks.is_writer()
-    result = {**_result(samples, before), "records": records}
+    opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
+    result = {**_result(samples, before), "records": records, **opening}
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         durable.write_json(out / RESULT, result)
@@ -132,7 +140,8 @@ def run(
 def _ways(config: Config) -> list[generate.Config]:
     """A mix sampled greedily, and at a temperature."""
     plain = dict(
-        model=config.model, mix=config.mix, chat_arguments=config.chat_arguments, seed=config.seed, dtype=config.dtype,
+        model=config.model, mix=config.mix, chat_arguments=config.chat_arguments, bos=config.bos, seed=config.seed,
+        dtype=config.dtype,
         verify_limit_s=config.verify_limit_s, verifiers=config.verifiers, engine=config.engine, backend=config.backend,
         parallel=config.parallel,
     )  # fmt: skip
@@ -145,9 +154,12 @@ def _ways(config: Config) -> list[generate.Config]:
 
 
 def _of_mix(
-    config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
+    config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int, only_ended: bool = False
 ) -> tuple[List[Dict[str, Any]], Dict[str, Any]]:
-    """A line for each prompt of this element, and Mix.counts, on every rank. What KEEP has is not sampled again."""
+    """A line for each prompt of this element, and Mix.counts, on every rank. What KEEP has is not sampled again.
+
+    `only_ended`: a completion that was cut off is never right.
+    """
     from megatron_ext import model_folder, ranks
     from megatron_ext.checkpoint import from_rank_zero
 
@@ -156,6 +168,8 @@ def _of_mix(
     for number, way in enumerate(_ways(config)):
         kept = keep / "sampled" / f"element_{index:04d}" / ("greedy" if number == 0 else "samples")
         found.append(generate.sampled(way, folder, kept, index, count, progress, never, load_once))
+    for sample in itertools.chain(*found) if only_ended else ():
+        sample["correct"] = sample["correct"] and sample["finish"] == "stop"
     lines: Dict[str, Dict[str, Any]] = {}
     for sample in found[0]:
         told = {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
@@ -176,57 +190,21 @@ def _counted(votes: Optional[list]) -> Dict[str, Any]:
 def _of_rows(
     config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
 ) -> tuple[List[Dict[str, Any]], Dict[str, Any]]:
-    """A line for each row of this element, and Mix.counts of the task, on every rank."""
-    from data_tools.tokenizer import load_tokenizer
-    from megatron_ext import model_folder
-    from megatron_ext.rl.replica import Replica
-    from megatron_ext.rollout.engine import Engine
-    from megatron_ext.rollout.sequence import Request
+    """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
-    task = load_task(config.task)
-    options = task_options(task, config.task_options)
-    tokenizer = load_tokenizer(str(folder.hf))
-    loaded = rows(config)
-    mine = [Row(item.prompt, item.answer) for item in loaded.items][index::count]
-    prompts = [tokenizer.encode(row.prompt) for row in mine]
-    seen = _seen([row.prompt for row in mine], config.seen_in)
-    model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
-    replica = Replica()
-    own = replica.share(range(len(prompts)))
-    engine = Engine(model, config.engine, config.seed, stop_ids={tokenizer.eos_id})
-    found: list[tuple[int, int, list[int]]] = []  # place of the prompt, way, new tokens
-    total = len(own) * (1 + config.samples)
-    for number, way in enumerate(_ways(config)):
-        uids: Dict[int, List[int]] = {}  # rows that share a prompt share its samples
-        for place in own:
-            uids.setdefault(uid_of(prompts[place]), []).append(place)
-        requests = [Request(uid, tuple(prompts[places[0]]), way.samples) for uid, places in uids.items()]
-        for sequence in engine.generate(requests, way.sampling):
-            found += [(place, number, sequence.completion) for place in uids[sequence.prefix.request.uid]]
-            progress(len(found), total, "samples")
-    completions: dict[tuple[int, int], list[list[int]]] = {}
-    for place, number, ids in replica.gathered(found):
-        completions.setdefault((place, number), []).append(ids)
-    kind, answer_of = getattr(task, "kind", None), getattr(task, "final_answer", None)
-
-    def judged(row: Row, ids: list[int]) -> tuple[str, bool, Optional[str]]:
-        """(the completion, whether it is right, what it answers); one that does not end answers nothing."""
-        ended = bool(ids) and ids[-1] == tokenizer.eos_id
-        completion = tokenizer.decode(ids[:-1] if ended else ids)
-        answer = answer_of(Item.of(row.prompt, row.answer), completion, options) if ended and answer_of else None
-        return completion, ended and task.is_correct(row.answer, completion, options), answer
-
+    They are sampled and scored as the mix of this one task; an answer that does not end is wrong here.
+    """
+    kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
+    alone = replace(config, mix=MixConfig({config.task: _entry(config)}))
+    found, records = _of_mix(alone, folder, keep, progress, index, count, only_ended=True)
+    items = {item.uid: item for item in loaded.items}
+    mine = [items[line["prompt"]] for line in found]
     samples = []
-    for place, row in enumerate(mine):
-        completion, correct, _ = judged(row, completions[place, 0][0])
-        sample = {"prompt": row.prompt, "answer": row.answer, "completion": completion, "correct": correct}
-        sample["seen"] = seen[place]
-        if config.samples:
-            votes = [(answer, right) for _, right, answer in (judged(row, ids) for ids in completions[place, 1])]
-            sample["votes"] = sorted(votes, key=str)  # in whatever order they came
-            sample |= _counted(sample["votes"])
-        samples.append({**sample, "kind": kind(row)} if kind else sample)
-    return samples, {config.task: loaded.counts()}
+    for line, item, seen in zip(found, mine, _seen([item.prompt for item in mine], config.seen_in)):
+        line |= {"prompt": item.prompt, "answer": item.answer, "seen": seen}
+        line |= {"kind": kind(Row(item.prompt, item.answer)) if kind else None}
+        samples.append({name: value for name, value in line.items() if name != "kind" or kind})
+    return samples, records
 
 
 def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool]]:
@@ -237,11 +215,6 @@ def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool
 
     known = {tuple(pair) for pair in Store(Path(store_folder)).prompt_hashes.tolist()}
     return [tuple(text_hash(prompt)) in known for prompt in prompts]
-
-
-def uid_of(prompt: list[int]) -> int:
-    """What the noise of a prompt's samples is keyed by: the same in any element or order."""
-    return int(durable.sha256_bytes(repr(prompt))[:16], 16)
 
 
 def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
@@ -277,6 +250,8 @@ def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] 
         result[f"{name}prompts"] = len(of)
         result[f"{name}correct"] = correct
         result[f"{name}accuracy"] = correct / len(of) if of else None
+        if unscored := sum("reward" in sample and sample["reward"] is None for sample in of):
+            result[f"{name}unscored"] = unscored  # which count as wrong
         if of and "sampled" in of[0]:
             shares = [sample["sampled_correct"] / sample["sampled"] for sample in of]
             result[f"{name}sampled_accuracy"] = sum(shares) / len(shares)
@@ -312,7 +287,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
     from megatron_ext import model_folder
 
     samples = list(generate.lines_of([part / SAMPLES for part in parts]))
-    result = {**_result(samples, _compared(config)), "records": generate.records_of_parts(parts)}
+    result = {**_result(samples, _compared(config)), **generate.told_of_parts(parts)}
     durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
     durable.write_json(out / RESULT, result)
     _table(keep, result, model_folder.open_folder(config.model).step)

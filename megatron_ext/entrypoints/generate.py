@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import heapq
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List
 
@@ -22,11 +22,14 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tables import write_table
 from data_tools.tasks.mix import MixConfig, check_mix, counts_table, entries_of
+from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
+from megatron_ext import options
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel_rules import check as check_plan
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
+JOINED = ("records", "texts_begin")  # facts of all elements that are the same in each
 FREE = {"keyed": False}  # does not change the result
 
 
@@ -35,6 +38,7 @@ class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
     mix: MixConfig = field(default_factory=MixConfig)  # whose prompts; weights do not matter, every prompt is taken
     chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     samples: int = 8  # of each prompt
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0  # noise of the samples
@@ -59,7 +63,7 @@ def check(config: Config, ranks: int) -> list[Problem]:
     for name in ("verify_limit_s", "record_s"):
         if not getattr(config, name) > 0:
             problems.append(Problem(name, f"{getattr(config, name)} s is no time: give more than 0"))
-    problems += check_sampling(config.sampling) + check_engine(config.engine)
+    problems += check_sampling(config.sampling) + check_engine(config.engine) + check_bos(config.bos)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
@@ -92,7 +96,9 @@ def run(
         mine = keep / f"element_{index:04d}"
         samples = sampled(config, folder, mine, index, count, progress, stop, load)
         writer = ranks.is_writer()
-        result = from_rank_zero({**_result(samples), "records": records_of(mine)} if writer else None)
+        opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
+        result = {**_result(samples), "records": records_of(mine), **opening} if writer else None
+        result = from_rank_zero(result)
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         durable.write_json(out / RESULT, result)
@@ -119,7 +125,7 @@ def sampled(
 
 def _identity(config: Config, digest: str) -> dict[str, Any]:
     """What samples that are gone on with must share: all that changes them. Prompts go by their names."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
+    kept = options.keyed(config)
     plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items() if name != "mix"}
     entries = {name: [entry.task, entry.options, entry.rewards] for name, entry in entries_of(config.mix).items()}
     return {**plain, "model": digest, "entries": entries}
@@ -141,10 +147,11 @@ def records_of(keep: Path) -> Dict[str, Any]:
     return durable.read_json(keep / RECORDS)
 
 
-def records_of_parts(parts: List[Path]) -> Dict[str, Any]:
-    """Return what each element found alike; nothing where elements of before did not write it down."""
+def told_of_parts(parts: List[Path]) -> Dict[str, Any]:
+    """Return the facts JOINED, which each element found alike; no records where they did not write them down yet."""
     file = parts[0] / RESULT
-    return durable.read_json(file).get("records", {}) if file.is_file() else {}
+    found = durable.read_json(file) if file.is_file() else {}
+    return {"records": {}, **{name: found[name] for name in JOINED if name in found}}
 
 
 def _result(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -171,7 +178,7 @@ def vote(sample: dict[str, Any]) -> Vote:
 
 
 def _table(keep: Path, result: dict[str, Any], step: int) -> None:
-    told = [list(pair) for pair in result.items() if pair[0] != "records"]
+    told = [list(pair) for pair in result.items() if pair[0] not in JOINED]
     write_table(keep, "samples", f"Samples at step {step}", ["what", "value"], told)
     write_table(keep, "prompts", **counts_table(result["records"]))
 
@@ -189,7 +196,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 yield sample
 
-        result = {**_result(written()), "records": records_of_parts(parts)}
+        result = {**_result(written()), **told_of_parts(parts)}
     durable.write_json(out / RESULT, result)
     durable.fsync_tree(out)
     _table(keep, result, model_folder.open_folder(config.model).step)

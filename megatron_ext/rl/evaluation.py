@@ -10,7 +10,7 @@ from megatron_ext.rl.collect import Scorer, Together, everywhere
 from megatron_ext.rl.prompts import Listed, is_right
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.turns import Turns, ends_of
-from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import Sampling
 
@@ -24,6 +24,7 @@ def evaluate(
     samples: int,
     together: Together,
     turns: Optional[Turns] = None,
+    model: str = "the model",
 ) -> dict[str, Any]:
     """By entry, over the prompts, `samples` each (greedy: 1). Every rank takes part and returns the same.
 
@@ -47,6 +48,8 @@ def evaluate(
                 pending.append((k, sequence.finish, scorer.submit(wanted[k], text, sequence.finish)))
     except Stopped:
         stopped = True
+    except NoDistribution as mistake:
+        raise mistake.named(f"prompt {prompts.name(items[mistake.uid])}", model) from None
     engine.counts.clear()
     if everywhere(stopped):
         raise Stopped(0, 0)

@@ -19,6 +19,7 @@ from typing import Any, Iterator, Optional
 import numpy
 
 from data_tools import durable
+from data_tools.tasks.rewards import is_failure
 
 MERGED = "merged.jsonl"
 Key = tuple[int, int]  # number of the prompt in the run, number of the sample
@@ -101,6 +102,22 @@ def gather(root: Path, step: int, identity: str) -> dict[Key, Entry]:
             if path.name != MERGED:
                 path.unlink()
     return entries
+
+
+def drop_failures(root: Path, step: int, identity: str) -> None:
+    """Forget the verdicts of a step that failed, so that its samples are scored anew. One rank, while none writes.
+
+    A sample that a failed reply ended is drawn again.
+    """
+    entries = gather(root, step, identity)
+    failed = {key for key, e in entries.items() if e.score and is_failure(e.score["reward"], e.score["note"])}
+    for key in failed:
+        if entries[key].finish == "abort":
+            del entries[key]
+        else:
+            entries[key].score = None
+    if failed:
+        durable.write_file(folder_of(root, step) / MERGED, "".join(_whole(entries, identity)))
 
 
 def read(root: Path, step: int, identity: Optional[str] = None) -> dict[Key, Entry]:

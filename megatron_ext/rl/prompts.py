@@ -27,8 +27,8 @@ def is_right(reward: Optional[float], parts: Mapping[str, Any]) -> Optional[bool
 class Encoded:
     """Prompts that leave room for a completion. UserMistake for one that does not."""
 
-    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any], longest: int):
-        self.encoder, self.longest = PromptEncoder(tokenizer, arguments), longest
+    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any], longest: int, bos: str = ""):
+        self.encoder, self.longest = PromptEncoder(tokenizer, arguments, bos), longest
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
         found = tuple(self.encoder.encode(draw.item.prompt))
@@ -53,6 +53,9 @@ class Encoded:
 
     def uid(self, draw: Draw) -> int:
         return draw.number
+
+    def name(self, draw: Draw) -> str:
+        return draw.item.uid
 
 
 class MixPrompts(Encoded):

@@ -6,6 +6,7 @@
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -17,12 +18,14 @@ from megatron_ext.model_folder import ModelFolder
 from megatron_ext.ranks import is_writer
 from megatron_ext.rl import journal
 from megatron_ext.rl.collect import Collector
+from megatron_ext.rl.fruit import all_failed, failed_verdicts
 from megatron_ext.rl.prompts import Listed, Texts, all_of, is_right, mix_scorer, turns_of
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.session import prompts_of, stop_ids_of
 from megatron_ext.rollout.engine import Engine
 
 RECORDS = "records.json"
+_PROMPTS_TO_TELL = 16  # that a task's verifier is broken
 
 
 def run(
@@ -40,7 +43,8 @@ def run(
     mine = all_of(mix, list(mix.items))[index::count]
     prompts = Listed(mine, *encoding)
     names = [draw.item.uid for draw in mine]
-    key = durable.sha256_bytes(durable.canonical_json({**identity, "prompts": names, "chunk": config.chunk}))
+    named = {**identity, "prompts": names, "scoring": mix.scoring(mine), "chunk": config.chunk}
+    key = durable.sha256_bytes(durable.canonical_json(named))
     stop_ids = stop_ids_of(folder, tokenizer)
     texts = Texts(tokenizer, stop_ids)
 
@@ -60,7 +64,7 @@ def run(
                     engine = Engine(load(), config.engine, config.seed, stop_ids, tokenizer.decode)
                     collector = Collector(
                         engine, prompts, scorer, texts.spell, config.sampling, config.samples, keep / "rollouts", key,
-                        config.record_s, stop, turns=turns_of(mix, scorer, texts),
+                        config.record_s, stop, turns=turns_of(mix, scorer, texts), model=config.model,
                     )  # fmt: skip
                 collector.begin(number)
                 try:
@@ -69,12 +73,33 @@ def run(
                     done = start + (stop_at - start) * stopped.done / (stopped.total + 1)
                     raise Stopped(done, len(mine), "prompt") from None
                 collector.close()
+                if failed := _failed_entry(samples, mine):
+                    name, theirs = failed
+                    if is_writer():
+                        journal.drop_failures(keep / "rollouts", number, key)
+                    raise failed_verdicts(theirs, f"mix.entries.{name}")
                 if is_writer():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     durable.write_file(path, "".join(f"{line(sample)}\n" for sample in samples))
                     journal.forget(keep / "rollouts", number + 1)
             progress(stop_at, len(mine), "prompts")
     return files
+
+
+def _failed_entry(samples: list[Sample], draws: list[Draw]) -> Optional[tuple[str, list[Sample]]]:
+    """Return an entry of the mix whose every verdict in a chunk failed, and its samples there; None where none is such.
+
+    Some prompts have to be there, as far as there are so many: a lone one may be odd by itself.
+    """
+    by_entry: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_entry.setdefault(draws[sample.item].entry, []).append(sample)
+    every = Counter(draw.entry for draw in draws)
+    for name, theirs in by_entry.items():
+        enough = len({sample.item for sample in theirs}) >= min(_PROMPTS_TO_TELL, every[name])
+        if enough and all_failed(theirs):
+            return name, theirs
+    return None
 
 
 def _row(

@@ -34,7 +34,7 @@ def run(
     prompts = MixPrompts(mix, *encoding)
     prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), *encoding)
-    identity = {**identity, "prompts": mix.digest}
+    identity = {**identity, "prompts": mix.digest, "scoring": mix.scoring(all_of(mix, mix.trained()))}
     trainer = train.Trainer(
         model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend),
         plan,
@@ -42,6 +42,8 @@ def run(
     )
     stop_ids = stop_ids_of(folder, tokenizer)
     texts = Texts(tokenizer, stop_ids)
+
+    in_training = f"{config.model}, as trained so far,"
 
     def engine(seed: int) -> Engine:
         return Engine(trainer.model[0], config.engine, seed, stop_ids, tokenizer.decode)
@@ -60,6 +62,7 @@ def run(
         collector = Collector(
             engine(config.seed), prompts, scorer, texts.spell, sampling, config.group, keep / grpo.ROLLOUTS,
             durable.sha256_bytes(durable.canonical_json(identity)), config.record_s, stop, turns=turns,
+            model=in_training,
         )  # fmt: skip
 
         def evaluated(step: int) -> dict[str, Any]:
@@ -69,7 +72,9 @@ def run(
                 ways.append((replace(sampling, temperature=config.evaluation.temperature), config.evaluation.samples))
             found: dict[str, Any] = {}
             for way, samples in ways:
-                part = evaluate(engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns)
+                part = evaluate(
+                    engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns, in_training
+                )
                 for name, values in part.items():
                     found[name] = found.get(name, {}) | values
             return found
@@ -95,7 +100,7 @@ def prompts_of(config: Any, folder: ModelFolder) -> tuple[Tokenizer, Mix, tuple[
     """(tokenizer, the run's prompts, what they are encoded with)."""
     tokenizer = load_tokenizer(str(folder.hf))
     room = (folder.family.config.shape(folder.dims).max_positions or 2**62) - config.sampling.max_tokens  # 0: no limit
-    return tokenizer, Mix(entries_of(config.mix), config.seed), (tokenizer, config.chat_arguments, room)
+    return tokenizer, Mix(entries_of(config.mix), config.seed), (tokenizer, config.chat_arguments, room, config.bos)
 
 
 def run_of(config: Any) -> grpo.Run:

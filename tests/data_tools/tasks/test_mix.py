@@ -98,6 +98,25 @@ def test_a_digest_tells_other_prompts_weights_and_seeds():
     assert base.digest == same.digest and base.digest not in [other.digest for other in others]
 
 
+def test_the_digest_of_scoring_tells_other_answers_columns_and_code_and_is_no_chance(tmp_path, monkeypatch):
+    class Value:  # which calls itself by its place in memory
+        pass
+
+    def scoring(answer=1, columns={}, uid="a/0", task="calculator"):
+        mix = Mix({"a": Entry(task)}, 0, {"a": [Item(uid, "?", answer, columns)]})
+        return mix.scoring([mix.held_out("a", 0)])
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_scored.py").write_text("def score(item, completion): return 0\n")
+    own = scoring(task="mine_scored:score")
+    (tmp_path / "mine_scored.py").write_text("def score(item, completion): return 1\n")
+    found = [scoring(), scoring(2), scoring("1"), scoring(columns={"q": 1.5}), scoring(uid="a/1"), scoring(Value()),
+             own, scoring(task="mine_scored:score")]  # fmt: skip
+    assert len(set(found)) == len(found)
+    assert scoring(Value()) == scoring(Value())
+    assert scoring(columns={"b": 1, "a": 2}) == scoring(columns={"a": 2, "b": 1})
+
+
 def test_files_of_every_form_give_the_same_prompts(tmp_path):
     import pyarrow
     import pyarrow.parquet

@@ -6,11 +6,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
 import pytest
 
 from data_tools.mistake import UserMistake
-from data_tools.tasks.rewards import Reply, Score, Scorer, Verifier, _Process, score_of
+from data_tools.tasks.rewards import Reply, Score, Scorer, Verifier, _Process, is_failure, score_of
 from data_tools.tasks.task import Item
 from jobs.artifact import process_start
 
@@ -108,6 +111,45 @@ def test_terms_are_weighted_and_kept():
     assert score_of({"a": 2, "b": None}, {"b": 3.0}) == Score(2.0, {"a": 2.0})
     missing = score_of({"a": 2}, {"b": 3.0})
     assert missing.reward is None and "no reward term 'b', which has a weight; it gave a" in missing.note
+
+
+def numbers() -> dict[str, tuple[Any, float]]:
+    """What a verifier may give for a number, and which one it is."""
+    import numpy
+    import torch
+
+    return {
+        "bool": (True, 1.0), "int": (3, 3.0), "float": (0.5, 0.5), "Fraction": (Fraction(1, 4), 0.25),
+        "Decimal": (Decimal("0.1"), 0.1), "np.bool": (numpy.bool_(True), 1.0), "np.float64": (numpy.float64(0.1), 0.1),
+        "np.float32": (numpy.float32(0.5), 0.5), "np.int8": (numpy.int8(-2), -2.0), "np.uint64": (numpy.uint64(7), 7.0),
+        "array": (numpy.array(0.25), 0.25), "array of bool": (numpy.array(False), 0.0),
+        "tensor": (torch.tensor(0.75), 0.75), "tensor of bool": (torch.tensor(True), 1.0),
+        "bfloat16": (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        "with gradient": (torch.ones((), requires_grad=True), 1.0),
+    }  # fmt: skip
+
+
+def no_numbers() -> list[Any]:
+    import numpy
+    import torch
+
+    return ["0.5", b"1", [1.0], (1.0,), {1.0}, 1j, numpy.array([1.0]), numpy.array("1"), numpy.complex64(1),
+            torch.ones(1), torch.tensor(1j), object(), numpy.nan, numpy.float32("inf"), torch.tensor(float("nan")),
+            10**400, 1e308, -1e39, Decimal("NaN")]  # fmt: skip
+
+
+def test_whatever_is_one_finite_number_is_a_reward_and_nothing_else():
+    for name, (value, number) in numbers().items():
+        for terms in (value, {"a": value}):
+            score = score_of(terms, {})
+            assert score.reward == number and type(score.reward) in (float, int) and not score.note, name
+    for value in no_numbers():
+        for terms in (value, {"a": value}):
+            score = score_of(terms, {})
+            assert score.reward is None and is_failure(score.reward, score.note), value
+    assert "the reward 1e+308 is beyond float32's range" in score_of(1e308, {}).note
+    assert "the reward inf is beyond" in score_of({"a": 1e300}, {"a": 1e300}).note
+    assert not is_failure(None, score_of(None, {}).note) and not is_failure(0.0, "")
 
 
 def test_a_completion_that_was_aborted_is_not_scorable_and_one_cut_off_is_scored():

@@ -83,6 +83,12 @@ def hostile(item, completion):
     return 1.0
 
 
+def needs_a_file(item, completion):
+    """Scores while the file that its row names is there."""
+    open(item.columns["file"]).close()
+    return 1.0
+
+
 def torch_imported(item, completion):
     return float("torch" in sys.modules)
 
