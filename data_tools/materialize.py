@@ -27,7 +27,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
 
-from data_tools import readers
+from data_tools import readers, sources
 from data_tools.balance import Balance, SourceBalance
 from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.conversation import BadRecord
@@ -49,7 +49,7 @@ _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 class Config:
     source: Source = field(default_factory=Source)
     tokenizer: str = field(default="", metadata={"input": "hub"})  # folder or hub name
-    task: str = ""  # a task's rows; "" = conversations
+    task: str = field(default="", metadata={"module": True})  # a task's rows; "" = conversations
     task_options: Dict[str, Any] = field(default_factory=dict)
     chat: ChatConfig = field(default_factory=ChatConfig)  # of conversations
     format: str = "auto"  # of the files: auto | jsonl | json | parquet | csv, plain or under gzip or zstd
@@ -282,7 +282,7 @@ class _Element:
 
     def add_synthetic(self, source: int, index: int, count: int) -> SourceBalance:
         wanted = self.config.source
-        sheet = SourceBalance(f"synthetic {wanted.synthetic_split} rows, seed {wanted.synthetic_seed}")
+        sheet = SourceBalance(sources.synthetic_name(wanted))
         start, stop = index * wanted.synthetic_rows // count, (index + 1) * wanted.synthetic_rows // count
         for line in self._lines(map(SyntheticRow, range(start, stop))):
             sheet.lines += 1

@@ -3,6 +3,11 @@
     python -m jobs.replay RUN PHASE STEP/PROMPT/SAMPLE
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("jobs", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import argparse
 import sys
 from pathlib import Path

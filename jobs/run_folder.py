@@ -19,6 +19,7 @@ import secrets
 import shutil
 import stat
 import time
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Optional
@@ -29,6 +30,34 @@ from jobs.artifact import Artifact, Owner, Seal, read_seal
 from jobs.pipeline import NEED_SEALS
 
 MEETING_KEY = "meeting_key"
+
+
+# What a run's path must not hold, and why; on Slurm the latter, too (tried with 22.05).
+UNFIT = {
+    ":": "Python separates the folders of PYTHONPATH by it, so that other code than the run's would be imported",
+    "${": "a setting that names a folder of the run would be read as a reference",
+}
+UNFIT_ON_SLURM = {
+    "%": "Slurm reads it as a pattern in the names of logs",
+    "\\": "Slurm drops it from the names of logs and of jobs",
+}
+LONGEST_NAME = 255  # bytes of one folder's name, on every filesystem in use
+
+
+def path_problem(path: Path, on_slurm: bool) -> str:
+    """Return why a run cannot lie at an absolute path, "" where it can: the one place that says so."""
+    text = str(path)
+    found = UNFIT | (UNFIT_ON_SLURM if on_slurm else {})
+    wrong = [(part, why) for part, why in found.items() if part in text]
+    wrong += [(char, "no line of a script or of a listing can hold it")
+              for char in text if unicodedata.category(char) in ("Cc", "Zl", "Zp")]
+    wrong += [(char, "it is no Unicode") for char in text if unicodedata.category(char) == "Cs"]
+    wrong += [(part, f"a name of {len(os.fsencode(part))} bytes is longer than {LONGEST_NAME}")
+              for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME]
+    if not wrong:
+        return ""
+    part, why = wrong[0]
+    return f"{text!r:.300} cannot be a run's folder: it has {part!r:.60}, and {why}; choose another one with --run DIR"
 
 
 @dataclass

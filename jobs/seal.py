@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
+from jobs.anew import how_to_run_anew
 
 if TYPE_CHECKING:
     from jobs.artifact import HashCache
@@ -128,7 +129,8 @@ def read_seal(path: Path) -> Optional[Seal]:
     except durable.TornFile as torn:
         problem = str(torn).removeprefix(f"{path} ")
     if problem:
-        raise DamagedSeal(f"{path} is not a seal: it {problem}; restore it, or delete it to have the phase run again")
+        artifact = path.parent if path.name == "seal.json" else path.parent.parent
+        raise DamagedSeal(f"{path} is not a seal: it {problem}; restore it, or {how_to_run_anew(artifact)}")
     said = {"key": content["key"], "parts": content.get("parts"),
             "files": {name: [entry["size"], entry["sha256"]] for name, entry in content["files"].items()}}
     return Seal(path, durable.sha256_bytes(durable.canonical_json(said)), content)

@@ -16,6 +16,11 @@ SIGNALS = StopSignals()
 if __name__ == "__main__":
     SIGNALS.install()  # before the other imports: without a handler SIGUSR2 kills, and they take a tenth of a second
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("jobs", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import argparse
 import contextlib
 import errno

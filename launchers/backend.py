@@ -75,6 +75,9 @@ class Backend(Protocol):
     def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
         """Send one prepared job and return its id. `waits` gives the job ids of `needs`."""
 
+    def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:
+        """Say how what would be sent of a phase now differs from what was sent of it; "" where it does not."""
+
     def find(self, names: list[str]) -> dict[str, list[str]]:
         """Ids of the jobs that carry these names and were not cancelled."""
 

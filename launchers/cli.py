@@ -1,5 +1,10 @@
 """The command line: its words, and how mistakes are told. What each verb does stands in launchers/verbs.py."""
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"](children=False)
+
 import argparse
 import importlib
 import os
@@ -9,11 +14,11 @@ from typing import Callable, Optional
 
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
+from data_tools.own_packages import PACKAGES
 from data_tools.printing import clean_streams
 from launchers import verbs
 from slurm.client import SlurmError
 
-PACKAGES = ("data_tools", "megatron_ext", "slurm", "jobs", "launchers")
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
 Without Slurm the same pipeline runs as local processes."""
 
@@ -109,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value",
                      help="further overrides, on top of those it was submitted with")
     sub.add_argument("--elements", metavar="3,7-9", help="only these elements (default: all that are not sealed)")
+    sub.add_argument("--again", action="store_true",
+                     help="run it anew though it is sealed; what it made so far, checkpoints too, is set aside in "
+                     "RUN/PHASE/retired")
     sub.add_argument("--dry-run", action="store_true",
                      help="print the sbatch and scontrol calls instead of making them")
 

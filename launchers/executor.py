@@ -18,6 +18,7 @@ from jobs.retry import EXIT_UNFINISHED
 from jobs.run_folder import RunFolder
 from launchers.backend import ACTIVE_STATES, HELD, NEVER, PENDING, JobSpec, OutcomeOpen, Overtaken, Refused, TaskState
 from launchers.ledger import JobEntry
+from launchers.plan import PlannedPhase
 from launchers.shell_lines import script_setup
 from slurm.client import Slurm, SlurmError
 from slurm.printed import QueueRow, format_indices, parse_indices
@@ -40,8 +41,11 @@ class PhaseExecutor(SlurmExecutor):
         return 2  # a script can be written where there is no srun
 
     def write(self, parameters: dict[str, Any], command: str) -> None:
+        durable.write_file(self.script, self.text(parameters, command))
+
+    def text(self, parameters: dict[str, Any], command: str) -> str:
         self.parameters = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
-        durable.write_file(self.script, self._make_submission_file_text(command, ""))
+        return self._make_submission_file_text(command, "")
 
 
 def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> dict[str, Any]:
@@ -171,13 +175,27 @@ class SlurmBackend:
         return self.run.submission_folder(number) / "scripts" / f"{phase}.sh"
 
     def prepare(self, number: int, specs: list[JobSpec]) -> None:
-        profile = self.cluster.profile
         for spec in specs:
             script = self.script(number, spec.phase)
             script.parent.mkdir(parents=True, exist_ok=True)
             (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
-            parameters = phase_parameters(profile, self.run, number, spec)
-            PhaseExecutor(script).write(parameters, phase_command(profile, self.run, number, spec))
+            PhaseExecutor(script).write(*self._parts(number, spec))
+
+    def _parts(self, number: int, spec: JobSpec) -> tuple[dict[str, Any], str]:
+        """What a phase's script is made of."""
+        profile = self.cluster.profile
+        return phase_parameters(profile, self.run, number, spec), phase_command(profile, self.run, number, spec)
+
+    def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:
+        script = self.script(entry.scripted, entry.phase)
+        try:
+            sent = script.read_text()
+        except OSError:
+            return "a script that is gone"
+        # how many elements share a task follows the queue's limits of the moment: nobody asked for another number
+        planned = replace(planned, frozen=replace(planned.frozen, batch=entry.batch))
+        parts = self._parts(entry.scripted, JobSpec(planned, entry.name, entry.elements, {}, entry.links))
+        return script_changes(sent, PhaseExecutor(script).text(*parts))
 
     def _send_command(
         self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool
@@ -289,6 +307,16 @@ def chain_states(links: list[TaskState]) -> list[TaskState]:
             speaks = replace(speaks, state="REQUEUED")
         found.append(replace(speaks, links_left=len(left)))
     return found
+
+
+def script_changes(sent: str, now: str) -> str:
+    """Say in which options two scripts differ, "time 5 → 33", or that they do so elsewhere; "" where they do not."""
+    if sent == now:
+        return ""
+    options = [dict(re.findall(r"^#SBATCH --([^=\n]+)=?(.*)$", text, re.MULTILINE)) for text in (sent, now)]
+    changed = [f"{name} {options[0].get(name, 'none')} → {options[1].get(name, 'none')}"
+               for name in sorted(options[0].keys() | options[1].keys()) if options[0].get(name) != options[1].get(name)]
+    return ", ".join(changed) or "another script"
 
 
 def never_starting(rows: list[QueueRow]) -> set[str]:

@@ -5,6 +5,7 @@
     {"event": "sending", "submission": 2, "name": "tiny.sft.a2.1f6e…", …}     an sbatch is about to happen
     {"event": "job", "submission": 2, "phase": "sft", "job": "17", "name": …, "waits": {"packs": "16"}, …}
     {"event": "rewire", "submission": 2, "phase": "trained", "job": "12", "waits": {"sft": "17"}, …}
+    {"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already
     {"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
     {"event": "cancel", "jobs": ["17"], …}
 """

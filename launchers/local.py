@@ -7,6 +7,11 @@ jobs/retry.py says so (it stopped at a checkpoint, or was killed), and writes ev
 Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import os
 import signal
 import subprocess
@@ -23,7 +28,9 @@ from jobs.ranks import die_with_parent, exit_code
 from jobs.run_folder import RunFolder
 from launchers.backend import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, JobSpec, Refused, TaskState
 from launchers.ledger import JobEntry
+from launchers.plan import PlannedPhase
 from launchers.rerun import Life, judge
+from launchers.transaction import request_of
 from slurm.client import scrubbed_environment
 from slurm.profile import load
 
@@ -60,6 +67,9 @@ class LocalBackend:
     def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
         """The job exists in jobs.json already; the driver that runs it starts at the release."""
         return self.find([name])[name][0]
+
+    def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:
+        return "" if entry.request == request_of(planned) else "another request for resources"
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}

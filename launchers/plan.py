@@ -17,12 +17,12 @@ from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
 from jobs import standing
 from jobs.artifact import HashCache, Seal, content_digest, key_of
-from jobs.kind import Placement, inputs, keyed_settings, user_code
+from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
-from jobs.run_folder import FrozenPhase, RunFolder
+from jobs.run_folder import FrozenPhase, RunFolder, path_problem
 from launchers.chain import links_needed
 from launchers.ledger import Ledger
-from launchers.snapshot import code_digests
+from launchers.snapshot import code_changes, code_digests, code_of, find_code, users_code_digest
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
 from slurm.options import own_setting_problems
@@ -60,6 +60,7 @@ class Plan:
     cluster: Cluster
     phases: list[PlannedPhase]
     verified: bool = False  # whether every sealed file was hashed
+    again: str = ""  # a phase that runs anew though it is sealed
 
     @property
     def to_run(self) -> list[PlannedPhase]:
@@ -88,13 +89,17 @@ def default_run_folder(pipeline: Pipeline, run: Optional[Path]) -> RunFolder:
     return RunFolder((run or Path("runs") / pipeline.name).absolute())
 
 
-def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False) -> Plan:
-    """The plan of a pipeline on a cluster.
+def make_plan(
+    pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False, again: str = ""
+) -> Plan:
+    """The plan of a pipeline on a cluster; the phase `again` runs whatever is sealed of it.
 
     Raises:
         UserMistake: every violated rule of phases, profile and inputs at once, and sealed files that were altered.
     """
-    return _Planner(pipeline, run, cluster, verify).plan()
+    if problem := path_problem(run.path, cluster.kind == "slurm"):
+        raise UserMistake(problem)
+    return _Planner(pipeline, run, cluster, verify, again).plan()
 
 
 @dataclass
@@ -127,11 +132,12 @@ def report_parallel(pipeline: Pipeline, run: RunFolder, cluster: Cluster, name: 
 
 
 class _Planner:
-    def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool):
-        self.pipeline, self.run, self.cluster, self.verify = pipeline, run, cluster, verify
+    def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool, again: str = ""):
+        self.pipeline, self.run, self.cluster, self.verify, self.again = pipeline, run, cluster, verify, again
         self.cache = HashCache()
         self.problems: list[Problem] = []
-        self.code = code_digests(root for p in pipeline.phases.values() for root in user_code(p.uses, p.config))
+        self.found = find_code(root for p in pipeline.phases.values() for root in user_code(p.uses, p.config))
+        self.code = code_digests(self.found)
         self.planned: dict[str, PlannedPhase] = {}
         self.seals: dict[str, Seal] = {}
         self.checked: dict[str, tuple[Any, Placement]] = {}
@@ -152,7 +158,7 @@ class _Planner:
         self.problems += forwarding_problems(self.cluster.profile, os.environ)
         if self.problems:
             raise UserMistake(self.problems)
-        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()), self.verify)
+        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()), self.verify, self.again)
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         digests, files = self._inputs(phase)
@@ -264,8 +270,11 @@ class _Planner:
                 need.phase: self.planned[need.phase].frozen.key for need in phase.needs if need.type != "singleton"
             },
         }
+        if modules := user_modules(phase.config):  # what scores is part of the result; keys without it are as ever
+            material["modules"] = {module: users_code_digest(module, self.found, self.code) for module in modules}
         if self.pipeline.on_code_change == "rerun":
-            material["code"] = durable.sha256_bytes(durable.canonical_json(self.code))
+            code = {name: self.code[name] for name in code_of(phase.uses, phase.config, self.found.files)}
+            material["code"] = durable.sha256_bytes(durable.canonical_json(code))
         return FrozenPhase(
             name=phase.name, uses=phase.uses, key=key_of(material), material=material,
             settings=_absolute_inputs(phase, phase.settings), array=phase.array, elements=phase.elements,
@@ -298,6 +307,10 @@ class _Planner:
 
     def _decide(self, planned: PlannedPhase) -> None:
         frozen = planned.frozen
+        if frozen.name == self.again:
+            planned.action, planned.reasons = "rerun", ["asked for anew"]
+            planned.missing = planned.anew = list(range(frozen.elements))
+            return
         survey = planned.survey = self._what_stands(frozen)
         # A result that is to be sealed anew may turn out the same: its element then finds its seal good, and ends.
         affected = {name: elements for name in frozen.needs if (elements := self._affected(frozen, name))}
@@ -317,7 +330,7 @@ class _Planner:
             planned.reasons = ["sealed, same key and upstream"]
             if not all(seal.has_sum for seal in (survey.whole, *survey.parts.values())):
                 planned.reasons.append("no sum: written before")
-            planned.code_changed = self._code_changes(survey.whole)
+            planned.code_changed = self._code_changes(survey.whole, frozen.name)
             self.seals[frozen.name] = survey.whole
         elif survey.whole is not None:
             planned.action = "rerun"
@@ -373,20 +386,18 @@ class _Planner:
         for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
             if old.get("upstream", {}).get(name) != new["upstream"].get(name):
                 reasons.append(f"because of {name}")
+        before, now = old.get("modules", {}), new.get("modules", {})
+        reasons += [f"code of {name} changed" if name in before else f"the code of {name} is part of the key now"
+                    for name in now if before.get(name) != now[name]]
         if old.get("code") != new.get("code"):
-            files = self._code_changes(seal)
+            files = self._code_changes(seal, frozen.name)
             reasons.append(f"code changed: {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")
         return reasons or ["its key differs from the last sealed one"]
 
-    def _code_changes(self, seal: Seal) -> list[str]:
-        path = self.run.submission_folder(seal.content["submission"]) / "code.json"
-        try:
-            before = durable.read_checked(path)["files"]
-        except durable.TornFile as torn:
-            return [f"nobody can tell what, {torn}"]
-        except (OSError, KeyError):
-            return []
-        return sorted(name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name))
+    def _code_changes(self, seal: Seal, name: str) -> list[str]:
+        phase = self.pipeline.phases[name]
+        sealed_by = self.run.submission_folder(seal.content["submission"])
+        return code_changes(sealed_by, phase.uses, phase.config, self.found, self.code)
 
     def _problem(self, phase: Phase, key: str, message: str) -> None:
         self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
@@ -406,26 +417,29 @@ def is_hub_name(text: str) -> bool:
 
 
 def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings whose existing input paths are absolute: the worker runs in another folder."""
-    absolute = {entry: str(Path(entry).expanduser().absolute())
-                for _, entry, _ in inputs(phase.kind.config, phase.config)
-                if not references(entry) and Path(entry).expanduser().exists()}
+    """Return the settings with the existing paths of input fields absolute: the worker runs in another folder."""
+    fields = {key for key, _, _ in inputs(phase.kind.config, phase.config)}
 
-    def walk(value: Any) -> Any:
+    def absolute(entry: Any) -> Any:
+        path = Path(str(entry)).expanduser()
+        return str(path.absolute()) if not references(entry) and path.exists() else entry
+
+    def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
-            return {key: walk(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [walk(item) for item in value]
-        return absolute.get(value, value) if isinstance(value, str) else value
+            return {name: walk(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        if key not in fields or not value:
+            return value
+        return [absolute(entry) for entry in value] if isinstance(value, list) else absolute(value)
 
-    return walk(settings)
+    return walk(settings, "")
 
 
 def _write_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        settings = settings[part]
-    settings[last] = value
+    """Write a value where its dotted key says; names of entries may hold dots, too."""
+    for name, below in settings.items():
+        if isinstance(below, dict) and key.startswith(f"{name}."):
+            return _write_dotted(below, key[len(name) + 1:], value)
+    settings[key] = value
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,11 @@ can speak of: killed, out of memory, a lost node. Budgets are those of jobs/retr
 The node that failed is excluded from the next start, that one alone, and only where the partition has others.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import argparse
 import os
 import sys

@@ -340,7 +340,7 @@ def open_elements(look: Look, phase: FrozenPhase) -> dict[int, Element]:
 
 
 def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
-    run, artifact = look.run, look.run.artifact(phase)
+    artifact = look.run.artifact(phase)
     used, lost = gpu_hours(look, phase)
     seal = look.seal(phase)
     if seal is not None:

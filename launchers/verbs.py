@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from data_tools.own_packages import environment
 from data_tools.printing import set_in
 
 EXIT_UNFINISHED = 1
@@ -108,14 +109,20 @@ def do_submit(args: argparse.Namespace) -> int:
 
 def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
     if args.json:
-        return _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs,
-                            "profile": plan.cluster.as_json(), "active": done.active, "rewired": done.rewired,
-                            "calls": done.calls})
-    if args.dry_run:
+        _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs,
+                     "profile": plan.cluster.as_json(), "active": done.active, "rewired": done.rewired,
+                     "calls": done.calls, "not_applied": done.not_applied})
+    elif args.dry_run:
         print("\n".join(done.calls) or "nothing to do")
     else:
         _print_submitted(plan, done)
-    return 0
+    _print_not_applied(done)
+    return EXIT_UNFINISHED if done.not_applied else 0
+
+
+def _print_not_applied(done: Any) -> None:
+    for line in done.not_applied:
+        tell(line)
 
 
 def do_resubmit(args: argparse.Namespace) -> int:
@@ -132,7 +139,9 @@ def do_resubmit(args: argparse.Namespace) -> int:
         os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
         sys.path.append(frozen["cwd"])
     pipeline = load_pipeline(folder / "pipeline.yaml", frozen["overrides"] + args.overrides)
-    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster))
+    if args.again and args.elements:
+        raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
+    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster), again=args.phase if args.again else "")
     _announce(plan, quiet=args.json)
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
 
@@ -172,7 +181,8 @@ def _print_submitted(plan: Any, done: Any) -> None:
         print(f"{phase} {state} as job {job}")
     if not done.jobs and not done.active:
         or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
-        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}")
+        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
+              + (f"; submission {done.number} has their settings" if done.number else ""))
     elif done.number:
         print(f"submission {done.number} of {run}; look with `afterok status {_shown(run)}`")
 
@@ -189,6 +199,7 @@ def do_run(args: argparse.Namespace) -> int:
     done = submit(plan)
     if not args.json:
         _print_submitted(plan, done)
+    _print_not_applied(done)
     try:
         poll = SLURM_POLL_S if plan.cluster.kind == "slurm" else LOCAL_POLL_S
         status = follow(run, poll, quiet=args.json)
@@ -316,7 +327,8 @@ def do_logs(args: argparse.Namespace) -> int:
         raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
     if args.replay:
         command = [sys.executable, "-m", "jobs.replay", str(_find_run(args.run).path), phase, args.replay]
-        return subprocess.run(command).returncode  # a process of its own: it imports torch
+        env = {**os.environ, **environment(os.environ)}
+        return subprocess.run(command, env=env).returncode  # a process of its own: it imports torch
     try:
         show_log(_find_run(args.run), phase, int(index) if index else None, args.follow)
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Protocol, Union
 
 from data_tools import readers
 from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.own_packages import taken
 
 _NO_TASKS = ("task", "mix", "rewards", "outcome", "process")  # other modules of the folder
 
@@ -210,7 +211,7 @@ def check_task(name: str) -> Optional[str]:
     except (ImportError, ValueError):
         found = None
     if found is None:
-        return f"there is no module {module!r}; it has to be importable where the run is submitted"
+        return f"there is no module {module!r}{taken(module)}; it has to be importable where the run is submitted"
     return f"{function!r} is no name of a function" if ":" in name and not function.isidentifier() else None
 
 

