@@ -19,6 +19,7 @@ What begins and ends a turn is probed with small conversations when the template
                the stop token, and one is added after a last turn
 """
 
+import contextlib
 import os
 import re
 from bisect import bisect
@@ -104,6 +105,10 @@ class Turns:
             if piece.message in wanted:
                 piece = self._without_header(text, piece, conversation)
                 text, piece = self._through_stop(text, piece, conversation)
+            else:  # where it begins parts prompt and answer, whether it is trained or not
+                with contextlib.suppress(Unclear):
+                    start = self._without_header(text, piece, conversation).start
+                    piece = piece._replace(start=start, stop=max(start, piece.stop))
             spans.append(piece)
         return Rendered(text, spans)
 
