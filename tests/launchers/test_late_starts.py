@@ -22,7 +22,7 @@ from jobs.run_folder import RunFolder
 from launchers.plan import make_plan
 from launchers.submit import _freeze
 from slurm.detect import find_cluster
-from tests.command import afterok, afterok_json
+from tests.command import afterok, afterok_json, one_line
 
 PIPELINE = """
 name: late
@@ -273,3 +273,9 @@ def test_one_submit_is_enough_and_run_waits_for_what_is_sealed_anew(tmp_path):
     refused = afterok("resubmit", run, "pair", "pair.with.start=5", "--elements", "1", check=2).stderr
     assert "pair.with.start 100 → 5" in refused and "leave --elements out" in refused and refused.count("\n") == 1
     assert sorted(path for path in run.rglob("*")) == state
+
+
+def test_an_element_without_a_partner_is_refused_by_plan(tmp_path):
+    (tmp_path / "odd.yaml").write_text(PIPELINE.replace("array: 3, needs", "array: 5, needs"))
+    refused = one_line(afterok("plan", tmp_path / "odd.yaml", "cluster=local", "--run", tmp_path / "run", check=2))
+    assert "phases.pair.needs.first" in refused and "pair has 5 elements, first 3" in refused
