@@ -207,11 +207,14 @@ def test_a_later_submission_that_finds_other_results_upstream_sets_the_seals_asi
     plan = run.plan()
     run.freeze(plan, 2)
     seal_first_anew(run, 0, 2, "other\n")
-    for i in (2, 1, 0):
-        assert ended(run.start("pair", i, submission=2)) == EXIT_SEALED
+    seal_first_anew(run, 2, 3, "another\n")
     pair = run.artifact("pair")
+    for i in (1, 0):
+        assert ended(run.start("pair", i, submission=2)) == EXIT_SEALED
+    assert not pair.seal_path.exists()  # all three elements are sealed, and what the last says is of before
+    assert ended(run.start("pair", 2, submission=2)) == EXIT_SEALED
     submissions = [read_seal(pair.element_seal_path(i)).submission for i in range(3)]
-    assert submissions == [2, 1, 1] and read_seal(pair.seal_path).submission == 2
+    assert submissions == [2, 1, 2] and read_seal(pair.seal_path).submission == 2
     assert set(run.actions().values()) == {"reuse"}
 
 
