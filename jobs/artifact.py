@@ -239,7 +239,7 @@ class Artifact:
         sealing.mkdir(parents=True)
         lease = Lease(leases / f"{element}.{mine}", self.folder / "work" / f"{element}.{mine}", element, sealing)
         if not durable.create_file(lease.path, owner.record()):
-            sealing.rmdir()
+            shutil.rmtree(sealing, ignore_errors=True)  # a newer owner may have removed it: it bears the twin's name
             raise LeaseHeld(f"element {element}: a twin took lease {lease.path.name} a moment ago")
         if not self.still_mine(lease):
             raise LeaseHeld(f"element {element}: a newer attempt took it a moment ago")
