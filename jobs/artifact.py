@@ -239,7 +239,7 @@ class Artifact:
         sealing.mkdir(parents=True)
         lease = Lease(leases / f"{element}.{mine}", self.folder / "work" / f"{element}.{mine}", element, sealing)
         if not durable.create_file(lease.path, owner.record()):
-            sealing.rmdir()
+            shutil.rmtree(sealing, ignore_errors=True)  # a newer owner may have removed it: it bears the twin's name
             raise LeaseHeld(f"element {element}: a twin took lease {lease.path.name} a moment ago")
         if not self.still_mine(lease):
             raise LeaseHeld(f"element {element}: a newer attempt took it a moment ago")
@@ -276,7 +276,7 @@ class Artifact:
         return found
 
     def _set_aside(self, path: Path, lease: Lease, owner: Owner) -> None:
-        """Take a seal away by way of the lease's sealing folder, which a newer owner, who may have sealed since, removes."""
+        """Take a seal away by way of the lease's sealing folder: a newer owner, who may have sealed since, removes it."""
         kept = path.with_name(f"{path.name}.retired.a{owner.attempt}")
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             os.link(path, kept)
@@ -364,11 +364,13 @@ class Artifact:
     def sweep(self, lease: Lease) -> None:
         """Remove folders that older owners of this element, who cannot seal any more, left unsealed.
 
-        Never a newer owner's, who may have begun meanwhile. What an altered seal names stays too: somebody may have meant the change, or want to restore it.
+        Never a newer owner's, who may have begun meanwhile. What an altered seal names stays too: somebody may have
+        meant the change, or want to restore it.
         """
         own = self.seal_path if lease.element == FINISH else self.element_seal_path(int(lease.element))
-        places = [path for seal in {self.seal_path, own} for path in (seal, *seal.parent.glob(f"{seal.name}.altered.*"))]
-        keep = {sealed_root(path) for path in places}
+        seals = {self.seal_path, own}
+        altered = {path for seal in seals for path in seal.parent.glob(f"{seal.name}.altered.*")}
+        keep = {sealed_root(path) for path in seals | altered}
         for folder in (self.folder / "work").glob(f"{lease.element}.a*"):
             name = LeaseName.of(folder)
             if name is not None and name < LeaseName.of(lease.path) and folder.name not in keep:

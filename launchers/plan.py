@@ -165,6 +165,7 @@ class _Planner:
         frozen = self._frozen(phase, digests, files)
         resources = self._resources(phase, frozen)
         self._check(phase, frozen, resources)
+        self._check_partners(phase, frozen)
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
         frozen.gpus_per_node = resources.gpus_per_node
         frozen.links = self._links(phase, frozen, resources)
@@ -304,6 +305,12 @@ class _Planner:
             self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message)
         self.checked[phase.name] = config, placement
         self.forecasts[phase.name] = phase.kind.forecast(config, placement)
+
+    def _check_partners(self, phase: Phase, frozen: FrozenPhase) -> None:
+        for name in standing.partners(frozen, {name: before.frozen for name, before in self.planned.items()}):
+            if frozen.elements > (others := self.planned[name].frozen.elements):
+                self._problem(phase, f"needs.{name}", f"aftercorr has each element follow its partner, and {phase.name} "
+                              f"has {frozen.elements} elements, {name} {others}: say afterok, or give both as many")
 
     def _decide(self, planned: PlannedPhase) -> None:
         frozen = planned.frozen

@@ -22,7 +22,7 @@ from jobs.run_folder import RunFolder
 from launchers.plan import make_plan
 from launchers.submit import _freeze
 from slurm.detect import find_cluster
-from tests.command import afterok, afterok_json
+from tests.command import afterok, afterok_json, one_line
 
 PIPELINE = """
 name: late
@@ -207,11 +207,14 @@ def test_a_later_submission_that_finds_other_results_upstream_sets_the_seals_asi
     plan = run.plan()
     run.freeze(plan, 2)
     seal_first_anew(run, 0, 2, "other\n")
-    for i in (2, 1, 0):
-        assert ended(run.start("pair", i, submission=2)) == EXIT_SEALED
+    seal_first_anew(run, 2, 3, "another\n")
     pair = run.artifact("pair")
+    for i in (1, 0):
+        assert ended(run.start("pair", i, submission=2)) == EXIT_SEALED
+    assert not pair.seal_path.exists()  # all three elements are sealed, and what the last says is of before
+    assert ended(run.start("pair", 2, submission=2)) == EXIT_SEALED
     submissions = [read_seal(pair.element_seal_path(i)).submission for i in range(3)]
-    assert submissions == [2, 1, 1] and read_seal(pair.seal_path).submission == 2
+    assert submissions == [2, 1, 2] and read_seal(pair.seal_path).submission == 2
     assert set(run.actions().values()) == {"reuse"}
 
 
@@ -273,3 +276,9 @@ def test_one_submit_is_enough_and_run_waits_for_what_is_sealed_anew(tmp_path):
     refused = afterok("resubmit", run, "pair", "pair.with.start=5", "--elements", "1", check=2).stderr
     assert "pair.with.start 100 → 5" in refused and "leave --elements out" in refused and refused.count("\n") == 1
     assert sorted(path for path in run.rglob("*")) == state
+
+
+def test_an_element_without_a_partner_is_refused_by_plan(tmp_path):
+    (tmp_path / "odd.yaml").write_text(PIPELINE.replace("array: 3, needs", "array: 5, needs"))
+    refused = one_line(afterok("plan", tmp_path / "odd.yaml", "cluster=local", "--run", tmp_path / "run", check=2))
+    assert "phases.pair.needs.first" in refused and "pair has 5 elements, first 3" in refused
