@@ -12,8 +12,9 @@ from data_tools.tasks.rewards import NOT_SCORABLE
 from megatron_ext import grpo
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl.fruit import told
-from megatron_ext.rl.samples import Sample, batch_of
+from megatron_ext.rl.samples import Batch, Sample, batch_of
 from megatron_ext.rl.settings import Advantage, Rewarding
+from megatron_ext.train import NonFinite
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rl import toy
 
@@ -95,6 +96,29 @@ def test_ten_steps_of_failed_verdicts_end_a_run_and_fewer_do_not():
     assert not after(*[False, *[True] * 9] * 2).is_broken
     resumed = grpo.Position.read({"cursor": 4, "trained_samples": 7, "samples": 9})  # of before these were counted
     assert resumed.signal == 7 and not resumed.is_broken
+
+
+def batch_of_rewards(*rewards: float, scale: str = "none") -> Batch:
+    drawn = [Sample(3, n, (1,), numpy.zeros(1, numpy.int32), numpy.zeros(1, numpy.float32), "stop", reward)
+             for n, reward in enumerate(rewards)]  # fmt: skip
+    return batch_of(drawn, {3}, Advantage(scale=scale), Rewarding(), 8)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_what_overflows_is_named_with_its_own_remedy():
+    for rewards, scale in (((1e308, -1e308), "group"), ((3e38, -3e38), "none"), ((2e38, -3.4e38, 3.4e38), "none")):
+        with pytest.raises(NonFinite, match="step 2: of prompt 3's rewards from -.*e.* to .*e.* float32 holds no adv"):
+            grpo._check_advantages(batch_of_rewards(*rewards, scale=scale), 2)
+    grpo._check_advantages(batch_of_rewards(1e30, -1e30), 2)
+    plain = batch_of_rewards(1.0, 0.0)
+    said = {
+        "Advantages are up to 1e+30: scale the rewards": ({"max_log_ratio": 50.0}, batch_of_rewards(1e30, -1e30)),
+        "A trained token became e^50 times as likely within the step: lower lr": ({"max_log_ratio": 50.0}, plain),
+        "The reference gives a trained token e^90 times": ({"max_below_reference": 90.0}, plain),
+        "Lower lr or raise warmup_steps": ({"max_log_ratio": 1.0}, plain),
+    }
+    for words, (measures, batch) in said.items():
+        assert grpo._remedy(measures, batch).startswith(words)
 
 
 def test_a_headline_counts_what_was_not_trained():
