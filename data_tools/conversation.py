@@ -43,7 +43,10 @@ REFUSED = {  # keys of a record that would change what is trained, and why they 
     "history": "earlier turns, which only pairs of texts have",
     "finish": "a sample that may be cut off or wrong; the phase reject_filter makes chats of samples",
 }  # fmt: skip
-_PIECES = dict.fromkeys(("choices", "options", "context", "passage", "input"), _PIECE)
+_PIECES = {
+    **dict.fromkeys(("choices", "options", "context", "passage", "input"), _PIECE),
+    **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "maybe the answer's reasoning; write messages"),
+}  # fmt: skip
 
 _LISTS = {"messages": "messages", "traj": "messages", "conversations": "sharegpt", "conversation": "sharegpt"}
 _COUNTED = (("num_generated_tokens",), ("question_num_generated_tokens", "answer_num_generated_tokens"))
@@ -51,7 +54,7 @@ _TAG = re.compile(r"\s*<\|[^|<>\s]+\|>")
 
 
 class _Pair(NamedTuple):
-    """A schema of one question and its answer; `more` of the question and `reasoning` may be absent."""
+    """Names the keys of a schema of one question and one answer; `more` of it and `reasoning` may be absent."""
 
     question: str
     answer: str
@@ -153,19 +156,22 @@ def detect_schema(record: dict[str, Any]) -> str:
 
 
 def _is_materialized(record: dict[str, Any]) -> bool:
-    """Whether materialize.py wrote it, which counts its tokens. A line of pack.py has nothing but its messages: where
-    only a template's tags speak for one, or speak against the count, the settings have to say. Raises BadRecord."""
+    """Return whether materialize.py wrote it, which counts its tokens.
+
+    A line of pack.py has nothing but its messages: where only a template's tags speak for one, or their absence speaks
+    against the count, raise BadRecord; the settings have to say.
+    """
     tag = next(filter(None, map(_tag, record["messages"] if isinstance(record["messages"], list) else [])), "")
     counted = next((keys for keys in _COUNTED if all(key in record for key in keys)), ())
     if bool(tag) == bool(counted):
         return bool(tag)
-    found = f"{counted[0]}, as lines of materialize.py have," if counted else f"a message that begins with {tag!r}"
-    lacks = "but no template's tags" if counted else "as text that a template has written does, or someone who says so"
-    raise BadRecord(f"has {found} {lacks}; name chat.schema: rendered, or messages", "ambiguous_schema")
+    found = f"has {counted[0]}, and no message begins with a tag" if counted else f"a message begins with {tag!r}"
+    reason = f"{found}: this is text that a template has already written, or it is a chat"
+    raise BadRecord(f"{reason}; name chat.schema: rendered, or messages", "ambiguous_schema")
 
 
 def _tag(message: Any) -> str:
-    """The tag that begins a message, other than an assistant's; "" where there is none."""
+    """Return the tag that begins a message, other than an assistant's; "" where there is none."""
     if not isinstance(message, dict) or message.get("role", message.get("from")) == "assistant":
         return ""
     found = _TAG.match(content) if isinstance(content := message.get("content", message.get("value")), str) else None
@@ -188,7 +194,7 @@ def _check(conversation: Conversation) -> None:
 
 
 def _dialogue(schema: str, record: dict[str, Any]) -> Conversation:
-    """A list of messages, or its JSON text."""
+    """Read a list of messages, or its JSON text."""
     keys = Keys("record", record)
     names = [key for key, found in _LISTS.items() if found == schema]
     name = next((key for key in names if key in keys.left), names[0])
@@ -205,7 +211,7 @@ def _turns(name: str, given: Any) -> list[Turn]:
 
 
 def _pair(schema: str, record: dict[str, Any]) -> Conversation:
-    """A question and its answer, and what was said before. Of messages, those of the question are not in the loss."""
+    """Read a question and its answer, and what was said before. Messages of the question are not in the loss."""
     pair, keys = _PAIRS[schema], Keys("record", record)
     question, answer = keys.need(pair.question), keys.need(pair.answer)
     turns = []
@@ -263,7 +269,8 @@ SCHEMAS = (*_SCHEMAS, "rendered")
 
 
 def _conversation(keys: Keys, turns: list[Turn], refused: Mapping[str, str]) -> Conversation:
-    """Of turns and what else the record says of them. BadRecord for keys of it that would change what is trained."""
+    """Make a conversation of turns and what else the record says of them. Raise BadRecord for keys of it that would
+    change what is trained."""
     system = [keys.text(name) for name in SYSTEM]
     tools = [*(read_tools(keys.take(name)) for name in ("tools", "functions")), *(turn.tools for turn in turns)]
     given = [found for found in tools if found]
@@ -281,7 +288,7 @@ def _conversation(keys: Keys, turns: list[Turn], refused: Mapping[str, str]) -> 
 
 
 def _refuse(keys: Keys, refused: Mapping[str, str]) -> None:
-    """BadRecord for the first key that has a value and would change what is trained."""
+    """Raise BadRecord for the first key that has a value and would change what is trained."""
     for key, value in keys.left.items():
         if key in refused and value not in ("", [], {}):
             reason = f"record: key {key!r} ({kind(value)}): {refused[key]}; {REMEDY}"
@@ -289,7 +296,7 @@ def _refuse(keys: Keys, refused: Mapping[str, str]) -> None:
 
 
 def _merged_system(system: Sequence[str], turns: list[Turn]) -> list[Turn]:
-    """Leading system messages become one, since templates read the first only; equal texts are said once."""
+    """Make one message of the leading system messages, since templates read the first only; say equal texts once."""
     leading = 0
     while leading < len(turns) and turns[leading].message["role"] == "system":
         leading += 1
@@ -300,7 +307,7 @@ def _merged_system(system: Sequence[str], turns: list[Turn]) -> list[Turn]:
 
 
 def _merged_calls(turns: list[Turn]) -> list[Turn]:
-    """Calls that follow one another in messages of their own are those of one turn."""
+    """Make one turn of calls that follow one another in messages of their own."""
     merged: list[Turn] = []
     for turn in turns:
         last = merged[-1] if merged else None

@@ -6,7 +6,9 @@ elements, workers and chunk sizes.
 
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
        │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
-       │ malformed_record │ empty_assistant          │ tool_call_lost
+       │ malformed_record │ empty_assistant,         │ tool_call_lost,
+       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained
+                          │ refused_key, openthoughts_markers
 """
 
 import contextlib
@@ -401,8 +403,10 @@ def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
 
 
 def _first_of_equals(pieces: list[_Piece]) -> np.ndarray:
-    """bool[rows]: whether no earlier row has the same text, by its 128-bit hash, and the same loss mask; 40 bytes a row
-    at the peak, and of rows that share their text 16 more."""
+    """Return bool[rows]: whether no earlier row has the same text, by its 128-bit hash, and the same loss mask.
+
+    Takes 40 bytes a row at the peak.
+    """
     words = np.concatenate([piece.row_hashes() for piece in pieces])
     order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal rows stay in their order
     ordered = words[order]
@@ -423,5 +427,5 @@ def _first_of_equals(pieces: list[_Piece]) -> np.ndarray:
 
 
 def _mask_hash(piece: _Piece, from_end: int) -> bytes:
-    """16 bytes that name the loss mask of a row, counted from the piece's last one: -1."""
+    """Return 16 bytes that name the loss mask of a row, counted from the piece's last one: -1."""
     return hashlib.blake2b(piece.store.mask(piece.stop + from_end).tobytes(), digest_size=16).digest()

@@ -78,8 +78,8 @@ class BadRecord(ValueError):
 
 
 class Turn(NamedTuple):
-    """A message in the form of templates, whether it may be in the loss, what tools it names, how many calls it makes
-    by its role alone."""
+    """Holds a message in the form of templates, whether it may be in the loss, what tools it names, and whether its
+    role alone says that it is a call."""
 
     message: dict[str, Any]
     trained: bool = True
@@ -88,14 +88,18 @@ class Turn(NamedTuple):
 
 
 class Keys:
-    """A mapping that is read key by key; `end` refuses what nobody took."""
+    """Reads a mapping key by key; `end` refuses what nobody took."""
 
     def __init__(self, place: str, given: Any, bucket: str = _MALFORMED):
         if not isinstance(given, dict):
             raise BadRecord(f"{place} is no mapping but {kind(given)}", bucket)
-        self.place, self.bucket = place, bucket
-        self.names = ", ".join(map(str, given)) or "(none)"
+        self.place, self.bucket, self.given = place, bucket, given
         self.left = {key: value for key, value in given.items() if value is not None}
+
+    @property
+    def names(self) -> str:
+        """Return all keys, to be told."""
+        return ", ".join(map(str, self.given)) or "(none)"
 
     def take(self, key: str) -> Any:
         """Return the key's value, None where it is absent."""
@@ -128,12 +132,16 @@ def read_message(place: str, given: Any) -> Turn:
     who, key = ("from", "value") if "from" in keys.left else ("role", "content")
     said = keys.need(who)
     role = role_of(place, said)
-    trained = take_trained(keys, role)
-    tools = _the_one(place, [read_tools(keys.take(name)) for name in ("tools", "functions")], "tools")
     content, is_call = keys.take(key), said in CALLING
+    if not (keys.left or is_call) and isinstance(content, str) and not _MARKERS.search(content):
+        return Turn({"role": role, "content": content})  # as most are
+    trained = take_trained(keys, role)
+    given_tools = [read_tools(keys.take(name)) for name in ("tools", "functions") if name in keys.left]
+    tools = _the_one(place, given_tools, "tools")
     found = _Said() if content is None else _calling(place, content) if is_call else _content(place, role, content)
-    found.reasoning += [keys.text(name) for name in _REASONING]
-    found.calls += [_calls(place, name, keys.take(name)) for name in ("tool_calls", "function_call")]
+    found.reasoning += [keys.text(name) for name in _REASONING if name in keys.left]
+    calling = [name for name in ("tool_calls", "function_call") if name in keys.left]
+    found.calls += [_calls(place, name, keys.take(name)) for name in calling]
     found.calls += [_function_calls(place, keys.take("function_calls"))]
     reasoning = _the_one(place, [text for text in found.reasoning if text], "its reasoning") or ""
     calls = _the_one(place, [calls for calls in found.calls if calls], "its tool calls") or []
@@ -148,10 +156,11 @@ def read_message(place: str, given: Any) -> Turn:
     message |= {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}
     message |= {"tool_calls": calls} if calls else {}
     message |= {key: value for key, value in (("tool_call_id", call_id), ("name", name)) if value}
-    return Turn(message, trained, tools, is_call)
+    return Turn(message, trained, tools, is_call and bool(calls))
 
 
 def role_of(place: str, given: Any) -> str:
+    """Return the role in the words of templates. Raise BadRecord for one that is not known."""
     if not isinstance(given, str) or given not in ROLES:
         raise BadRecord(f"{place}: unknown role {given!r}{nearest(str(given), list(ROLES))}")
     return ROLES[given]
@@ -161,7 +170,7 @@ def take_trained(keys: Keys, role: str = "assistant") -> bool:
     """Return whether the turn may be in the loss. Raise BadRecord for what is no yes or no, and where a message that
     is none of an assistant's asks for it."""
     said = {}
-    for name in IN_LOSS:
+    for name in IN_LOSS if not keys.left.keys().isdisjoint(IN_LOSS) else ():
         value = keys.take(name)
         if value is None:
             continue
@@ -188,24 +197,26 @@ def _the_one(place: str, found: list[Any], what: str) -> Any:
 
 
 class _Said:
-    """What a content says; of reasoning and calls a list for each place that they may stand in."""
+    """Collects what a message says; of reasoning and calls a list for each place that they may stand in."""
 
     def __init__(self, text: str = "", reasoning: str = "", calls: Optional[list[dict[str, Any]]] = None):
         self.text, self.reasoning, self.calls = text, [reasoning], [calls or []]
 
 
 def _calling(place: str, content: Any) -> _Said:
-    """The text of a message whose role says that it is a call, or several."""
+    """Read the text of a message whose role says that it is a call, or several."""
     given = value_of(content, f"{place}: function call", _BAD_CALL)
+    if not given:
+        raise BadRecord(f"{place}: no call, though its role says that it is one", _BAD_CALL)
     return _Said(calls=_calls(place, "its call", given if isinstance(given, list) else [given]))
 
 
 def _content(place: str, role: str, content: Any) -> _Said:
-    """A text, a list of typed parts, or what a tool gave as an object."""
+    """Read a text, a list of typed parts, or what a tool gave as an object."""
     if isinstance(content, str):
         return _thoughts(place, content) if role == "assistant" and _MARKERS.search(content) else _Said(content)
     if isinstance(content, dict) and role == "tool":
-        return _Said(json.dumps(content, ensure_ascii=False))
+        return _Said(_json_of(place, content))
     if not isinstance(content, list) or not content:
         raise BadRecord(f"{place}: its content is {kind(content)}, neither a text nor parts")
     found: dict[str, list[Any]] = {name: [] for name in _PART_ORDER}
@@ -220,8 +231,16 @@ def _content(place: str, role: str, content: Any) -> _Said:
     return _Said("".join(found["text"]), "".join(found["reasoning"]), found["tool_call"])
 
 
+def _json_of(place: str, value: Any) -> str:
+    """Return the JSON of what a tool gave, as templates write it. Raise BadRecord where it is nested too deep."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise BadRecord(f"{place}: its content is nested too deep") from None
+
+
 def _part(part: Keys) -> tuple[str, Any]:
-    """(what it is, its text or call) of a part. BadRecord for pictures and the like."""
+    """Return (what it is, its text or call) of a part. Raise BadRecord for pictures and the like."""
     given = part.need("type")
     name = _PART_TYPES.get(str(given), str(given))
     if name not in _PART_ORDER:
@@ -239,7 +258,7 @@ def _part(part: Keys) -> tuple[str, Any]:
 
 
 def _thoughts(place: str, text: str) -> _Said:
-    """OpenThoughts' turns: a thought between markers, or none, then a solution between markers or plain text."""
+    """Read a turn of OpenThoughts: a thought between markers or none, then a solution between markers or plain text."""
     found = _OPEN_THOUGHTS.fullmatch(text)
     parts = [(part or "").strip() for part in found.groups()] if found else []
     answer = parts[1] or parts[2] if parts else ""
@@ -288,7 +307,7 @@ def _calls(place: str, key: str, given: Any) -> list[dict[str, Any]]:
 
 
 def _call(place: str, given: Any) -> dict[str, Any]:
-    """A tool call in OpenAI's form, its arguments a mapping."""
+    """Return a tool call in OpenAI's form, its arguments a mapping."""
     keys = Keys(f"{place}: a tool call", given, _BAD_CALL)
     function = keys
     if "function" in keys.left:
@@ -312,7 +331,7 @@ def _call(place: str, given: Any) -> dict[str, Any]:
 
 
 def _function_calls(place: str, given: Any) -> list[dict[str, Any]]:
-    """Dolci's `function_calls`: JSON, or lines of Python calls with keyword arguments."""
+    """Read Dolci's `function_calls`: JSON, or lines of Python calls with keyword arguments."""
     if not given:
         return []
     try:
@@ -331,7 +350,7 @@ def _python_calls(place: str, given: str) -> list[dict[str, Any]]:
 
 
 def _python_call(statement: ast.stmt) -> dict[str, Any]:
-    """ValueError for what is no call by itself, or has an argument without a name."""
+    """Return the call. Raise ValueError for what is none by itself, or has an argument without a name."""
     call = statement.value if isinstance(statement, ast.Expr) else None
     if not isinstance(call, ast.Call):
         raise ValueError("no call")

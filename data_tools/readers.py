@@ -66,7 +66,7 @@ def open_share(path: Path, index: int, count: int, format: str = "auto") -> Shar
 
 
 class Place:
-    """FILE:LINE of a record, counted only when it is told."""
+    """Says FILE:LINE of a record, counted only when it is told."""
 
     def __init__(self, share: Share, number: int):
         self.share, self.number = share, number
@@ -76,7 +76,7 @@ class Place:
 
 
 class Record(NamedTuple):
-    """What stands at a place of a file: a value, or why there is none. A line that is blank has neither."""
+    """Holds what stands at a place of a file: a value, or why there is none. A line that is blank has neither."""
 
     place: object  # its str() is FILE:LINE
     value: Any
@@ -85,7 +85,7 @@ class Record(NamedTuple):
 
 
 def records(path: Path, format: str = "auto") -> Iterator[Record]:
-    """Every record of a file in its order, blank lines too. UserMistake where the file cannot be read at all."""
+    """Yield every record of a file in its order, blank lines too. Raise UserMistake where it cannot be read at all."""
     for place, raw in lines(path, format):
         if is_blank(raw):
             yield Record(place, None, is_blank=True)
@@ -97,7 +97,7 @@ def records(path: Path, format: str = "auto") -> Iterator[Record]:
 
 
 def lines(path: Path, format: str = "auto") -> Iterator[tuple[Place, Any]]:
-    """(place, record as a share gives it) of a whole file. UserMistake for a file that is not there."""
+    """Yield (place, record as a share gives it) of a whole file. Raise UserMistake for a file that is not there."""
     try:
         share = open_share(path, 0, 1, format)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -107,11 +107,12 @@ def lines(path: Path, format: str = "auto") -> Iterator[tuple[Place, Any]]:
 
 
 def is_blank(raw: Any) -> bool:
+    """Return whether a record as a share gives it is a line with nothing on it."""
     return isinstance(raw, bytes) and not raw.strip()
 
 
 def text_of(raw: Any) -> str:
-    """The JSON text of a record as a share gives it. ValueError with the reason where it is not UTF-8."""
+    """Return the JSON text of a record as a share gives it. Raise ValueError with the reason where it is not UTF-8."""
     if not isinstance(raw, bytes):
         return json.dumps(raw)
     try:
@@ -121,7 +122,7 @@ def text_of(raw: Any) -> str:
 
 
 def value_of(raw: Any) -> Any:
-    """The value of a record as a share gives it. ValueError with the reason where there is none."""
+    """Return the value of a record as a share gives it. Raise ValueError with the reason where there is none."""
     if not isinstance(raw, bytes):
         return raw
     text = text_of(raw)
@@ -334,7 +335,7 @@ class ParquetShare:
 
 
 class CsvShare:
-    """Rows of a CSV file, by their columns."""
+    """Reads the rows of a CSV file, each a mapping of its columns."""
 
     unit = "rows"
 

@@ -88,7 +88,7 @@ def check(config: Config) -> list[Problem]:
 
 
 class Place(NamedTuple):
-    """Where a sample that passed its own rules waits: the number of its file, and its first byte among those that wait."""
+    """Where a sample that passed its own rules waits: the number of its file, its first byte among those that wait."""
 
     file: int
     offset: int
@@ -137,7 +137,8 @@ class Contamination:
 
 
 def _questions(record: readers.Record) -> list[str]:
-    """The questions of a record of an evaluation set. UserMistake where there is none: it would keep nothing out."""
+    """Return the questions of a record of an evaluation set. Raise UserMistake where it has none and would keep nothing
+    out."""
     if record.is_blank:
         return []
     row, found = record.value, []
@@ -151,7 +152,7 @@ def _questions(record: readers.Record) -> list[str]:
 
 
 def _texts(messages: Any, roles: Sequence[str] = ()) -> list[str]:
-    """The texts of messages of these roles, or of all; of contents in parts, those of the parts."""
+    """Return the texts of messages of these roles, or of all; of contents in parts, those of the parts."""
     found = []
     for message in messages if isinstance(messages, list) else []:
         if isinstance(message, dict) and (not roles or message.get("role") in roles):
@@ -241,7 +242,8 @@ def sample_files(inputs: Sequence[str], key: str = "inputs") -> list[Path]:
     problems = []
     for name in inputs:
         path = Path(name).expanduser()
-        found = sorted(file for end in _JSONL for file in path.glob(f"*{end}")) if path.is_dir() else [path] if path.is_file() else []
+        inside = sorted(file for end in _JSONL for file in path.glob(f"*{end}"))
+        found = [path] if path.is_file() else inside
         if not found:
             problems.append(Problem(key, f"{name} is neither a JSONL file nor a folder of some"))
         files += found
@@ -296,8 +298,8 @@ def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dic
 def _samples(
     file: Path, sheet: SourceBalance, groups: dict[str, Group], config: Config, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """The samples of a file, each counted on its sheet. UserMistake `FILE:LINE: reason` for what is none, unless those
-    are dropped."""
+    """Yield the samples of a file, each counted on its sheet. Raise UserMistake `FILE:LINE: reason` for what is none,
+    unless those are dropped."""
     for record in readers.records(file):
         share = record.place.share
         sheet.lines += 1
@@ -324,7 +326,7 @@ def _samples(
 
 
 def _name(row: dict[str, Any]) -> str:
-    """Of its prompt: 1 and "1" are two."""
+    """Return what its prompt's group is called: 1 and "1" are two."""
     return json.dumps(row["prompt_id"])
 
 

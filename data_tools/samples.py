@@ -25,7 +25,7 @@ CUT_OFF = ("length", "max_tokens", "turns", "abort", "timeout")
 
 
 def problem_of_sample(row: Any) -> str:
-    """Why a value is no sample, "" when it is one."""
+    """Return why a value is no sample, "" when it is one."""
     if not isinstance(row, dict):
         return f"a {type(row).__name__}, not an object"
     if (row.get("prompt") is None) == (row.get("messages") is None):
@@ -35,7 +35,7 @@ def problem_of_sample(row: Any) -> str:
 
 
 def problem_of_evaluated(row: Any) -> str:
-    """Why a value is no line of an evaluation's samples with its counts, "" when it is one."""
+    """Return why a value is no line of an evaluation's samples with its counts, "" when it is one."""
     if not isinstance(row, dict):
         return f"a {type(row).__name__}, not an object"
     if wrong := _wrong(row, ("prompt",), _EVALUATED):
@@ -63,7 +63,7 @@ def _wrong(row: dict[str, Any], needed: tuple[str, ...], kinds: dict[str, tuple[
 
 
 def _is_text(value: Any) -> bool:
-    """Also that it is Unicode: JSON may spell half of a surrogate pair."""
+    """Return whether it is a text, and Unicode: JSON may spell half of a surrogate pair."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:

@@ -117,7 +117,7 @@ def items(record: "dict[str, Any] | Row", options: Options) -> list[Item]:
 
 
 def left_out(record: "dict[str, Any] | Row") -> list[str]:
-    """Why marks of a record give no prompt, a bucket each."""
+    """Return why marks of a record give no prompt, a bucket each."""
     rows = [] if isinstance(record, Row) else parse_line(json.dumps(record))
     return [bucket for row in rows if (bucket := verify(row)) is not None]
 

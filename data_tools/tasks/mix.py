@@ -229,34 +229,36 @@ def _check_prompts(entry: Entry, task: Any, where: str) -> list[Problem]:
 
 
 class Loaded(NamedTuple):
-    """The prompts of an entry, and what became of each of its records and rows."""
+    """Holds the prompts of an entry, and what became of each of its records and rows."""
 
     items: list[Item]
     sheet: SourceBalance
     shared: int  # prompts that several items have, since their rows are scored differently
 
     def counts(self) -> dict[str, int]:
-        """What became of the records (`lines`) and of their rows, and `shared`."""
+        """Return what became of the records (`lines`) and of their rows, and `shared`."""
         sheet = self.sheet
         return {"lines": sheet.lines, **sheet.lines_dropped, "rows": sheet.rows, **sheet.dropped,
                 "prompts": sheet.kept, "shared": self.shared}  # fmt: skip
 
 
 def load_items(name: str, entry: Entry) -> list[Item]:
-    """The prompts of an entry, as `load` gives them."""
+    """Return the prompts of an entry, as `load` gives them."""
     return load(name, entry).items
 
 
 def load(name: str, entry: Entry) -> Loaded:
-    """The prompts of an entry, files in order, then the synthetic rows.
+    """Return the prompts of an entry, files in order, then the synthetic rows.
 
     Rows of one prompt that are scored alike are one item, the others are counted as duplicates. Rows of one prompt with
     other answers or columns contradict one another, or are several tasks: none is chosen over another. Each is an item
     whose name says what it is scored with, and `shared` counts their prompts.
 
-    UserMistake `FILE:LINE: reason` for a malformed record, and when there is no prompt at all.
+    Raise UserMistake `FILE:LINE: reason` for a malformed record, and when there is no prompt at all.
     """
     task = load_task(entry.task or name)
+    if not hasattr(task, "items"):
+        raise UserMistake(Problem(f"task {name}", "its module has no `items`, which gives the prompts of a record"))
     options = task_options(task, entry.options)
     left_out = getattr(task, "left_out", lambda record: [])
     found: dict[tuple[str, str], Item] = {}
@@ -289,7 +291,7 @@ def load(name: str, entry: Entry) -> Loaded:
 
 
 def _count(sheet: SourceBalance, items: int, wrong: Sequence[str]) -> None:
-    """A record of so many prompts and rows that are left out."""
+    """Count a record of so many prompts and rows that are left out."""
     sheet.rows += items + len(wrong)
     for bucket in wrong:
         sheet.refuse(bucket, 0)
@@ -300,7 +302,7 @@ def _count(sheet: SourceBalance, items: int, wrong: Sequence[str]) -> None:
 
 
 def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[tuple[object, Any]]:
-    """(place, record) of the files, then of the synthetic rows; blank lines are counted."""
+    """Yield (place, record) of the files, then of the synthetic rows, and count blank lines."""
     source = entry.source
     if source.inputs:
         files = [Path(name).expanduser() for name in source.inputs]
@@ -346,7 +348,7 @@ class Draw:
 
 
 def counts_table(counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """`Mix.counts` as {"title", "columns", "rows"}."""
+    """Return `Mix.counts` as {"title", "columns", "rows"}."""
     own = ("lines", "rows", "prompts", "shared")
     rows = []
     for name, found in counts.items():
@@ -409,7 +411,7 @@ class Mix:
         return hashlib.sha256(json.dumps([code, scored_with]).encode()).hexdigest()
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Of each entry that was loaded, what became of its records and rows."""
+        """Return, of each entry that was loaded, what became of its records and rows."""
         return {name: loaded.counts() for name, loaded in self.loaded.items()}
 
     def _blend(self, length: int) -> None:

@@ -52,12 +52,12 @@ class Item:
 
     @property
     def scoring(self) -> str:
-        """16 hex digits that name all that a completion of the prompt is scored with: answer and columns."""
+        """Return 16 hex digits that name all that a completion is scored with: answer and columns."""
         return _name_of([self.answer, dict(self.columns)])
 
 
 def _name_of(value: Any) -> str:
-    """16 hex digits that name a value, the same in any process."""
+    """Return 16 hex digits that name a value, the same in any process."""
     text = json.dumps(value, sort_keys=True, default=_spelled)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -94,7 +94,7 @@ class Task(Protocol):
         """The prompts of one record. ValueError with the reason where it is malformed."""
 
     def left_out(self, record: dict[str, Any]) -> list[str]:
-        """The bucket of each row of a record that gives no prompt since it is wrong. May be left out."""
+        """Return the bucket of each row of a record that gives no prompt since it is wrong. May be left out."""
 
     def rewards(self, item: Item, completion: str, options: Any) -> Terms:
         """The reward terms of a completion, without its end token; a lone number is the term `reward`.
@@ -183,7 +183,8 @@ def load_row_task(name: str) -> RowTask:
 
 
 def rows_of(task: RowTask, raw: Any) -> list[Row]:
-    """The rows of a record as a share of its file gives it (data_tools/readers.py). ValueError with the reason."""
+    """Return the rows of a record as a share of its file gives it (data_tools/readers.py). Raise ValueError with the
+    reason."""
     return task.parse_line(readers.text_of(raw))
 
 

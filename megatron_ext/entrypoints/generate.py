@@ -127,7 +127,7 @@ def _identity(config: Config, digest: str) -> dict[str, Any]:
 
 
 def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The samples of these files, a line each. UserMistake for a line that is damaged."""
+    """Yield the samples of these files, a line each. Raise UserMistake for a line that is damaged."""
     for file in files:
         for record in readers.records(file, "jsonl"):
             if record.problem:
@@ -136,7 +136,7 @@ def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 def records_of(keep: Path) -> Dict[str, Any]:
-    """What became of the records of each task, as sampling left it in KEEP."""
+    """Return what became of the records of each task, as sampling left it in KEEP."""
     from megatron_ext.rl.sampling import RECORDS
 
     return durable.read_json(keep / RECORDS)

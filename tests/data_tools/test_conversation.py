@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.conversation import REFUSED, BadRecord, detect_schema, read_record
+from data_tools.conversation import REFUSED, SCHEMAS, BadRecord, detect_schema, read_record
 from data_tools.messages import IN_LOSS, ROLES, WITHOUT_MEANING
 
 
@@ -327,6 +327,7 @@ def test_what_the_data_keeps_out_of_the_loss_is_known_by_number_in_every_schema(
      "reasoning after text"),
     ({"role": "assistant", "content": "", "function_calls": "f(1)"}, "calls with named arguments"),
     ({"role": "assistant", "content": "", "function_calls": "x = f(a=1)"}, "calls with named arguments"),
+    ({"role": "tool_call", "content": []}, "no call, though its role says that it is one"),
     ({"role": "assistant", "tool_calls": [{"type": "custom", "name": "f"}]}, "its type is 'custom'"),
 ])  # fmt: skip
 def test_what_has_no_form_here_is_refused_with_the_reason(message, told):
@@ -421,16 +422,22 @@ def places(value, path=()):
         yield from places(item, (*path, key))
 
 
-@settings(max_examples=300)
-@given(st.sampled_from(list(RECORDS)), st.integers(0, 200), anything)
-def test_whatever_stands_anywhere_in_a_record_is_read_or_told(name, number, value):
+KEYS = [*IN_LOSS, *REFUSED, "role", "from", "content", "value", "tool_calls", "function_call", "function_calls", "tools",
+        "name", "arguments", "type", "function", "thinking", "messages", "traj", "prompt", "completion", "x"]
+
+
+@settings(max_examples=600)
+@given(st.sampled_from(list(RECORDS)), st.integers(0, 200), anything, st.none() | st.sampled_from(KEYS),
+       st.sampled_from(["auto", *SCHEMAS]))  # fmt: skip
+def test_whatever_stands_anywhere_in_a_record_is_read_or_told(name, number, value, key, schema):
     record = copy.deepcopy(RECORDS[name][0])
-    *above, last = list(places(record))[1:][number % (len(list(places(record))) - 1)]
-    target = record
-    for key in above:
-        target = target[key]
-    target[last] = value
+    paths = list(places(record))
+    *above, last = paths[1:][number % (len(paths) - 1)]
+    target = at(record, above)
+    if key is not None and isinstance(target[last], dict):
+        target, last = target[last], key
+    target[last] = copy.deepcopy(value)
     try:
-        assert all(messages for messages in read_record(record))
+        assert all(messages for messages in read_record(record, schema))
     except BadRecord as error:
         assert str(error) and error.bucket

@@ -137,7 +137,8 @@ def test_a_line_that_is_no_sample_is_named_or_counted(tmp_path: Path) -> None:
 
 KINDS = {  # of each key, values of other types than it has
     "prompt_id": [None, True, 1.0, [1]], "prompt": [None, 3, ["q"]], "completion": [None, 3, "half \ud83d"],
-    "tokens": [None, True, "3", 3.0, -1], "finish": [None, "", "done", True], "correct": ["false", "true", 0, 1, 1.0, []],
+    "tokens": [None, True, "3", 3.0, -1], "finish": [None, "", "done", True],
+    "correct": ["false", "true", 0, 1, 1.0, []],
     "reward": ["1", True, float("nan"), float("inf")], "sample": ["0", 0.0, True], "seed": ["7", 7.5], "weights": [7],
     "messages": [[], "q", [{"role": "user", "content": "q"}]],
 }  # fmt: skip

@@ -99,6 +99,10 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
     assert [row[0] for row in table["rows"]] == [
         "all", "seen in training", "not seen", "others", "single operation sums"
     ]
+    (prompts,) = durable.read_json(tmp_path / "keep" / "tables" / "prompts.json")["rows"]
+    records = whole["records"]["calculator"]
+    assert prompts[:4] == ["calculator", records["lines"], records["rows"], whole["prompts"]]
+    assert records["rows"] == whole["prompts"] + records.get("duplicate", 0) + records.get("over_limit", 0)
     again = evaluate.run(replace(config, compare_with=str(outs[0])), outs[1], tmp_path)
     assert again["gain"] == again["gain_error"] == 0 and again["sampled_accuracy"] == whole["sampled_accuracy"]
 

@@ -68,6 +68,8 @@ def test_samples_are_what_rejection_reads(whole):
     assert {row["correct"] for row in rows if row["task"] == "sums"} <= {True, False}
     assert {"pass@1", "pass@2", "pass@4"} <= set(facts) and facts["pass@1"] == pytest.approx(facts["accuracy"])
     assert facts == durable.read_json(out / "result.json")
+    found = facts["records"]["sums"]
+    assert (found["prompts"], found["lines"]) == (PROMPTS - 2, found["rows"]) and facts["records"]["lengths"]["rows"] == 2
 
 
 def test_several_turns_are_sampled_shown_and_gone_on_with(folders, tmp_path):
