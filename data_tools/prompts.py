@@ -45,5 +45,4 @@ class PromptEncoder:
             raise UserMistake(
                 f"tokenizer {self.tokenizer.name} has no chat template for prompts that are messages; {remedy}"
             )
-        # none is needed here
-        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY, header="")
+        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY)

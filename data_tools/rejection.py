@@ -184,6 +184,8 @@ def split_thinking(completion: str) -> tuple[str, str] | None:
 def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination) -> str:
     """The bucket of the first rule that turns a sample away without looking at others, "" when none does."""
     if config.correct and row.get("correct") is None:
+        if row.get("reward") is not None:
+            raise UserMistake(_unjudged(row))
         return "unscored"
     if config.correct and not row["correct"]:
         return "wrong"
@@ -200,6 +202,12 @@ def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination
         return "too_long"
     texts = [*_texts(prompt_messages(row)), row["completion"]]
     return "contaminated" if any(map(contamination.touches, texts)) else ""
+
+
+def _unjudged(row: dict[str, Any]) -> Problem:
+    task = f"task {row['task']}" if "task" in row else "its task"
+    reason = f"a sample has reward {row['reward']} and no verdict: {task} does not say which rewards are right"
+    return Problem("correct", f"{reason}; let its module say RIGHT = the least right one, or set correct: false")
 
 
 def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config) -> list[str]:

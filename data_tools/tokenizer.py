@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
 from data_tools.durable import read_json
+from data_tools.inside import files, inside
 from data_tools.mistake import Problem, UserMistake
 
 # Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
@@ -98,6 +99,9 @@ def load_tokenizer(name_or_path: str, revision: Optional[str] = None) -> Tokeniz
     the same ids without the seconds that importing transformers takes. UserMistake when it is not there.
     """
     folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        _check_inside(folder)
+        _check_no_code(folder)
     if folder.is_dir() and (folder / "tokenizer.json").is_file():
         config = _read_config(folder)
         if config.get("tokenizer_class") in _PLAIN_CLASSES and "added_tokens_decoder" not in config:
@@ -108,22 +112,57 @@ def load_tokenizer(name_or_path: str, revision: Optional[str] = None) -> Tokeniz
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
+    return _settings(folder, "tokenizer_config.json")
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of settings; {} where there is none."""
+    path = inside(folder, name, needed=False)
+    if path is None:
         return {}
     try:
-        return read_json(path)
+        found = read_json(path)
     except ValueError as error:
-        raise UserMistake(f"tokenizer {folder}: {path.name} is not JSON ({error}); write the tokenizer anew") from None
+        raise UserMistake(f"tokenizer {folder}: {name} is not JSON ({error}); write the tokenizer anew") from None
+    if not isinstance(found, dict):
+        raise UserMistake(f"tokenizer {folder}: {name} is no JSON object; write the tokenizer anew")
+    return found
+
+
+def _check_inside(folder: Path) -> None:
+    """UserMistake where a file of the folder leads out of it, or its settings name one elsewhere: transformers would
+    follow both."""
+    for place in filter(Path.is_dir, (folder, folder / "additional_chat_templates")):
+        files(place)
+    for key, value in _read_config(folder).items():
+        if key.endswith("_file") and isinstance(value, str) and value:
+            path = folder / value  # that of its author's machine as a rule, which is not there
+            if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+                said = f"{key} names {value}, which is not in the folder: remove the key"
+                raise UserMistake(f"tokenizer {folder}: tokenizer_config.json: {said}")
+
+
+def _check_no_code(folder: Path) -> None:
+    """UserMistake where the tokenizer is Python code in the folder: it is not run."""
+    for name in ("tokenizer_config.json", "config.json"):
+        classes = _settings(folder, name).get("auto_map") or {}
+        named = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
+        if named:
+            first = next(filter(None, named), named) if isinstance(named, list) else named
+            remedy = "convert it to a tokenizer.json and remove the key"
+            said = f"auto_map names code of its own, {first}, which is not run"
+            raise UserMistake(f"tokenizer {folder}: {name}: {said}; {remedy}")
 
 
 def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
     import tokenizers
 
     try:
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend = tokenizers.Tokenizer.from_file(str(inside(folder, "tokenizer.json")))
     except Exception as error:  # the library raises bare Exception
         raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
+    backend.no_truncation()  # as transformers does, whatever the file was saved with
+    backend.no_padding()
 
     tokens = {key: token["content"] if isinstance(token, dict) else token
               for key, token in config.items() if key in _SPECIAL_TOKENS and token}
@@ -135,8 +174,8 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
 
 def _read_template(folder: Path, config: dict[str, Any]) -> Optional[str]:
     """chat_template.jinja, or that of the config; of several the one named default, as transformers does."""
-    file = folder / "chat_template.jinja"
-    found = file.read_text() if file.is_file() else config.get("chat_template")
+    file = inside(folder, "chat_template.jinja", needed=False)
+    found = file.read_text() if file else config.get("chat_template")
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     return found
@@ -146,8 +185,11 @@ def _load_with_transformers(name: str, revision: Optional[str]) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        backend = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
+        backend = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            remedy = "convert it to a tokenizer.json"
+            raise UserMistake(f"tokenizer {name}: is code of its own (auto_map), which is not run; {remedy}") from None
         if Path(name).is_dir():
             raise UserMistake(f"tokenizer {name}: no tokenizer in this folder ({_first_line(error)})") from None
         at = f" at revision {revision}" if revision else ""

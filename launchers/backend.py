@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional, Protocol
 
+from data_tools.mistake import UserMistake
 from launchers.ledger import JobEntry
 from launchers.plan import PlannedPhase
 
@@ -17,12 +18,14 @@ ACTIVE_STATES = frozenset({
     "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"})
 
 
-class OutcomeOpen(Exception):
+class OutcomeOpen(UserMistake):
     """A call got no answer in time: it may have happened all the same. Look before asking again."""
 
+    exit_code = 1
 
-class Refused(Exception):
-    """The cluster said no, in its own words."""
+
+class Refused(UserMistake):
+    """The cluster said no, in its own words and all of them, and whom its profile names as contact."""
 
 
 class Overtaken(Refused):

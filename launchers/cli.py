@@ -9,7 +9,9 @@ from typing import Callable, Optional
 
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
+from data_tools.printing import clean_streams
 from launchers import verbs
+from slurm.client import SlurmError
 
 PACKAGES = ("data_tools", "megatron_ext", "slurm", "jobs", "launchers")
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -21,6 +23,11 @@ RUN_HELP = "a run's folder, or its name below ./runs (default: the run last subm
 
 
 def main(argv: Optional[list[str]] = None) -> int:
+    with clean_streams():
+        return _main(argv)
+
+
+def _main(argv: Optional[list[str]]) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     late = [word for word in rest if "=" in word and not word.startswith("-")]
@@ -34,22 +41,27 @@ def main(argv: Optional[list[str]] = None) -> int:
         importlib.import_module(package)
     sys.path.append(os.getcwd())
     try:
-        return args.verb(args)
+        code = args.verb(args)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return code
     except UserMistake as mistake:
         for problem in mistake.problems:
-            print(f"afterok: {problem}", file=sys.stderr)
+            verbs.tell(problem)
         return mistake.exit_code
+    except SlurmError as error:
+        verbs.tell(error)
+        return verbs.EXIT_UNFINISHED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return verbs.EXIT_UNFINISHED
     except TornFile as error:
-        print(f"afterok: {error}", file=sys.stderr)
+        verbs.tell(error)
         return EXIT_MISTAKE
     except OSError as error:
         refused = disk_problem(error)
         if refused is None:
             raise
-        print(f"afterok: {refused}", file=sys.stderr)
+        verbs.tell(refused)
         return EXIT_MISTAKE
 
 
@@ -76,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verify", action="store_true",
                          help="hash every sealed file again instead of trusting size and mtime")
 
+        if name != "plan":
+            sub.add_argument("--group", metavar="NAME", default="",
+                             help="let this group of users read the run (default: nobody but you)")
         if name == "plan":
             sub.add_argument("--parallel", metavar="PHASE",
                              help="memory, rank grid and predicted step of a training phase")

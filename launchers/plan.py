@@ -15,6 +15,7 @@ from typing import Any, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
+from jobs import standing
 from jobs.artifact import HashCache, Seal, content_digest, key_of
 from jobs.kind import Placement, inputs, keyed_settings, user_code
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
@@ -24,10 +25,13 @@ from launchers.ledger import Ledger
 from launchers.snapshot import code_digests
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
-from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
+from slurm.options import own_setting_problems
+from slurm.profile import Request, Resources, check as check_request, contact_note
+from slurm.profile import forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
 RUNS = ("run", "rerun")
+REASONS = 3  # seals of one phase that do not stand: so many are named
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
 
@@ -39,7 +43,9 @@ class PlannedPhase:
     action: str  # reuse, run, rerun, skip
     reasons: list[str] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)  # elements to run
+    anew: list[int] = field(default_factory=list)  # of those, the ones that may be sealed with other results
     code_changed: list[str] = field(default_factory=list)
+    survey: standing.Survey = field(default_factory=standing.Survey)  # what of it stands
     conditional: bool = False  # may turn out not to be needed, and its job has to go then
 
     @property
@@ -53,6 +59,7 @@ class Plan:
     run: RunFolder
     cluster: Cluster
     phases: list[PlannedPhase]
+    verified: bool = False  # whether every sealed file was hashed
 
     @property
     def to_run(self) -> list[PlannedPhase]:
@@ -67,6 +74,7 @@ class Plan:
         return {
             "notes": self.notes,
             "pipeline": self.pipeline.name, "run": str(self.run.path), "cluster": self.cluster.name,
+            "profile": self.cluster.as_json(),
             "phases": [
                 {"phase": p.name, "uses": p.frozen.uses, "key": p.frozen.key, "action": p.action, "reasons": p.reasons,
                  "elements": p.frozen.elements, "missing": p.missing, "links": p.frozen.links, "role": p.role,
@@ -134,13 +142,17 @@ class _Planner:
             self.planned[phase.name] = self._phase(phase)
 
     def plan(self) -> Plan:
+        if other := Ledger(self.run.ledger).other_cluster(self.pipeline.cluster, self.cluster.slurm_name):
+            raise UserMistake(other)
+        profile = self.cluster.profile
+        self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
         self.survey()
         self._batch()
         self._fit_submit_limit()
         self.problems += forwarding_problems(self.cluster.profile, os.environ)
         if self.problems:
             raise UserMistake(self.problems)
-        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()))
+        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()), self.verify)
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         digests, files = self._inputs(phase)
@@ -207,7 +219,7 @@ class _Planner:
             self.problems.append(Problem("", f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, "
                                  f"and {limit.of} allows {limit.jobs} in the queue, array elements counted, of which "
                                  f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
-                                 "once"))
+                                 f"once{contact_note(self.cluster.profile)}"))
             return
         for planned in runs:
             if planned.frozen.array is not None:
@@ -286,48 +298,68 @@ class _Planner:
 
     def _decide(self, planned: PlannedPhase) -> None:
         frozen = planned.frozen
-        seal = self.run.seal(frozen.name, frozen.key)
-        upstream_runs = [name for name, type_ in frozen.needs.items()
-                         if type_ in (*NEED_SEALS, "afterany") and self.planned[name].action in RUNS]
+        survey = planned.survey = self._what_stands(frozen)
+        # A result that is to be sealed anew may turn out the same: its element then finds its seal good, and ends.
+        affected = {name: elements for name in frozen.needs if (elements := self._affected(frozen, name))}
+        again = {i for elements in affected.values() for i in elements}
+        stands = survey.parts if frozen.fans_in else [0] if survey.whole else []
+        planned.anew = [i for i in range(frozen.elements) if i in again or i not in stands]
+        planned.missing = planned.anew or survey.missing(frozen)
         planned.conditional = any(type_ == "afternotok" or (type_ in NEED_SEALS and self.planned[name].conditional)
                                   for name, type_ in frozen.needs.items())
-        if seal is None and planned.conditional:
+        if survey.whole is None and not survey.fallen and planned.conditional:
             phases = {name: before.frozen for name, before in self.planned.items()} | {frozen.name: frozen}
             if why := self.run.not_needed(phases, frozen.name):
                 planned.action, planned.reasons = "skip", [f"not needed: {why}"]
                 return
-        if seal is None:
-            before = self.run.seals(frozen.name)
-            planned.missing = self.run.artifact(frozen).missing_elements()
-            if before:
-                planned.action = "rerun"
-                planned.reasons = self._differences(before[-1], frozen)
-            elif frozen.fans_in and len(planned.missing) < frozen.elements:
-                planned.reasons = [f"{frozen.elements - len(planned.missing)} of {frozen.elements} elements are sealed"]
-            elif any((self.run.artifact(frozen).folder / "checkpoints").glob("step_*")):
-                planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
-            else:
-                planned.reasons = ["never ran in this run"]
-            return
-        changed = list(seal.altered(self.verify, self.cache))
-        if changed:
-            self.problems.append(
-                Problem("", f"{changed[0]}; restore it, or delete {seal.path} to have {frozen.name} run again")
-            )
-            return
-        stale = [name for name, digest in seal.upstream.items()
-                 if name in self.seals and self.seals[name].digest != digest]
-        if upstream_runs or stale:
-            # Same key over results that were sealed anew: the old seal no longer speaks of what lies upstream.
+        if survey.whole is not None and not planned.missing:
+            planned.action = "reuse"
+            planned.reasons = ["sealed, same key and upstream"]
+            if not all(seal.has_sum for seal in (survey.whole, *survey.parts.values())):
+                planned.reasons.append("no sum: written before")
+            planned.code_changed = self._code_changes(survey.whole)
+            self.seals[frozen.name] = survey.whole
+        elif survey.whole is not None:
             planned.action = "rerun"
-            planned.reasons = [f"because of {name}, which runs again" for name in upstream_runs]
-            planned.reasons += [f"{name} was sealed anew since" for name in stale]
-            planned.missing = list(range(frozen.elements))
-            return
-        planned.action = "reuse"
-        planned.reasons = ["sealed, same key and upstream"]
-        planned.code_changed = self._code_changes(seal)
-        self.seals[frozen.name] = seal
+            planned.reasons = [f"because of {name}, which runs again" for name in affected]
+        elif survey.reasons:
+            planned.action = "rerun"
+            planned.reasons = survey.reasons[:REASONS]
+            if len(survey.reasons) > REASONS:
+                planned.reasons.append(f"and {len(survey.reasons) - REASONS} more")
+        else:
+            self._decide_unsealed(planned)
+
+    def _decide_unsealed(self, planned: PlannedPhase) -> None:
+        frozen, survey = planned.frozen, planned.survey
+        before = self.run.seals(frozen.name)
+        if before:
+            planned.action = "rerun"
+            planned.reasons = self._differences(before[-1], frozen)
+        elif survey.parts:
+            planned.reasons = [f"{len(survey.parts)} of {frozen.elements} elements are sealed"]
+        elif any((self.run.artifact(frozen).folder / "checkpoints").glob("step_*")):
+            planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
+        else:
+            planned.reasons = ["never ran in this run"]
+
+    def _what_stands(self, frozen: FrozenPhase) -> standing.Survey:
+        phases = {name: before.frozen for name, before in self.planned.items()}
+        paired = standing.partners(frozen, phases)
+        now = {name: self.seals[name].digest for name, type_ in frozen.needs.items()
+               if type_ in standing.COMPARED and name in self.seals and name not in paired}
+        partners = {name: self.planned[name].survey.parts for name in paired}
+        surveyor = standing.Surveyor(self.verify, self.cache)
+        return surveyor.survey(self.run.artifact(frozen), frozen, now, partners)
+
+    def _affected(self, frozen: FrozenPhase, name: str) -> list[int]:
+        """Return the elements that may find other results in `name` than before once this plan has run."""
+        upstream, type_ = self.planned[name], frozen.needs[name]
+        if type_ not in standing.COMPARED or upstream.action not in RUNS:
+            return []
+        if type_ == "aftercorr" and upstream.frozen.fans_in:
+            return [i for i in upstream.anew if i < frozen.elements]
+        return list(range(frozen.elements))
 
     def _differences(self, seal: Seal, frozen: FrozenPhase) -> list[str]:
         """Why the key differs from that of the last sealed one, in the user's own words."""
@@ -335,10 +367,7 @@ class _Planner:
         reasons = []
         if old.get("uses") != new["uses"]:
             reasons.append(f"uses {old.get('uses')} → {new['uses']}")
-        before, now = _flatten(old.get("settings", {})), _flatten(new["settings"])
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                reasons.append(f"{frozen.name}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}")
+        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"])
         if old.get("array") != new["array"]:
             reasons.append(f"{frozen.name}.array {old.get('array')} → {new['array']}")
         for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
@@ -352,13 +381,22 @@ class _Planner:
     def _code_changes(self, seal: Seal) -> list[str]:
         path = self.run.submission_folder(seal.content["submission"]) / "code.json"
         try:
-            before = durable.read_json(path)["files"]
-        except (OSError, ValueError, KeyError):
+            before = durable.read_checked(path)["files"]
+        except durable.TornFile as torn:
+            return [f"nobody can tell what, {torn}"]
+        except (OSError, KeyError):
             return []
         return sorted(name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name))
 
     def _problem(self, phase: Phase, key: str, message: str) -> None:
         self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+
+
+def changed_settings(phase: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return one line a setting of a phase that differs between two keys' materials, in the user's own words."""
+    before, now = _flatten(old), _flatten(new)
+    return [f"{phase}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}"
+            for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
 
 
 def is_hub_name(text: str) -> bool:

@@ -175,7 +175,10 @@ def _record_silent_end(last: Life, slurm: Slurm) -> bool:
 def _nodes_of(life: Life) -> str:
     """The nodes an earlier life ran on, as Slurm names them together ("n[1-4]")."""
     path = life.run.environment_path(life.phase.name, life.index, life.attempt, life.restart)
-    return durable.read_json(path).get("SLURM_JOB_NODELIST", "") if path.exists() else ""
+    try:
+        return durable.read_checked(path).get("SLURM_JOB_NODELIST", "")
+    except (FileNotFoundError, durable.TornFile):  # nothing is known of it
+        return ""
 
 
 def _restart(phase: FrozenPhase, env: Mapping[str, str]) -> int:

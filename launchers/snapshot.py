@@ -48,7 +48,7 @@ def take_snapshot(folder: Path, extra: Iterable[Path] = ()) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     digests = {name: durable.sha256_file(folder / name) for name in files}
-    durable.write_json(folder.with_name("code.json"), {"git": git_state(), "files": digests})
+    durable.write_checked(folder.with_name("code.json"), {"git": git_state(), "files": digests})
 
 
 def git_state() -> Optional[dict[str, str]]:

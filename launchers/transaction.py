@@ -61,12 +61,16 @@ class Journal:
     live: dict[str, str]  # phase -> job, or several joined by ":" as Slurm's dependencies take them
 
     def write(self, run: RunFolder, number: int) -> None:
-        durable.write_json(run.submission_folder(number) / "journal.json", dataclasses.asdict(self))
+        durable.write_checked(run.submission_folder(number) / "journal.json", dataclasses.asdict(self))
 
     @staticmethod
     def read(run: RunFolder, number: int) -> "Journal":
-        value = durable.read_json(run.submission_folder(number) / "journal.json")
-        return Journal([Step(**step) for step in value["steps"]], value["live"])
+        path = run.submission_folder(number) / "journal.json"
+        value = durable.read_checked(path)
+        try:
+            return Journal([Step(**step) for step in value["steps"]], value["live"])
+        except (KeyError, TypeError):
+            raise durable.TornFile(f"{path} is no journal (edited, or of another version of afterok)") from None
 
 
 @dataclass
@@ -91,8 +95,9 @@ class LiveJob:
 
 
 def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
-    """{phase: its newest job that is listed as queued or running and whose phase is not sealed}."""
-    entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs() if run.seal(entry.phase, entry.key) is None}
+    """{phase: its newest job that is listed as queued or running and whose phase is not sealed by it or since}."""
+    entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs()
+               if (seal := run.seal(entry.phase, entry.key)) is None or seal.submission < entry.submission}
     tasks: dict[str, dict[int, TaskState]] = {}
     for backend in backends if entries else []:
         for task in backend.states(list(entries.values())):
@@ -261,15 +266,15 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
                 _patiently(lambda: backend.cancel([step.job]))
         lost = _reconcile(backend, {step.name: mine[step.phase] for step in journal.steps if step.do == "submit"})
         if lost:
-            abandon(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
+            _take_back(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
             raise Outdated(
                 f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)")
         _patiently(lambda: backend.release(number, list(mine.values())))
     except Overtaken as late:
-        abandon(run, number, backend, str(late))
+        _take_back(run, number, backend, str(late))
         raise Outdated(f"{run.path}: {late}; nothing of submission {number} will run: submit again") from None
     except Refused as refusal:
-        abandon(run, number, backend, str(refusal))
+        _take_back(run, number, backend, str(refusal))
         raise UserMistake(f"{run.path}: {refusal}; nothing of submission {number} will run") from None
     except OutcomeOpen as silence:
         raise Unfinished(f"{run.path}: {silence}; what was sent is held: `afterok repair {run.path}` goes on") from None
@@ -324,6 +329,15 @@ def _reconcile(backend: Backend, recorded: dict[str, str]) -> list[str]:
     if extra:
         _patiently(lambda: backend.cancel(extra))
     return [name for name, job in recorded.items() if job not in found.get(name, [])]
+
+
+def _take_back(run: RunFolder, number: int, backend: Backend, why: str) -> None:
+    """`abandon`, or say what is left: that the cluster refused is not lost because it then fell silent."""
+    try:
+        abandon(run, number, backend, why)
+    except (OutcomeOpen, Refused) as failed:
+        raise Unfinished(f"{run.path}: {why}; what was sent is held and could not be cancelled ({failed}): "
+                         f"`afterok cancel {run.path}` takes it back") from None
 
 
 def abandon(run: RunFolder, number: int, backend: Backend, why: str) -> list[str]:

@@ -21,12 +21,12 @@ from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import random as mcore_random
 
 from data_tools import durable
-from data_tools.mistake import UserMistake
-from megatron_ext import dist_weights
+from data_tools.inside import inside
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext import dist_weights, loading, pickles, step_manifest
 from megatron_ext.digest import combined
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ParallelPlan
@@ -45,11 +45,10 @@ from megatron_ext.snapshot import (
     sums,
     trained_state,
 )
+from megatron_ext.step_manifest import FORMAT, MANIFEST
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-MANIFEST = "manifest.json"
 STATE, RNG = "state", "rng"
 Group = dist.ProcessGroup | None  # None: all ranks, on the device's back end
 
@@ -95,7 +94,7 @@ def save_weights(model: Model, folder: Path) -> None:
 
 def load_weights(model: Model, folder: Path) -> None:
     """Weights of `save_weights`, or of a step's `state`, written under any layout, into `model`."""
-    state = dist_checkpointing.load({"model": model_state(model)}, str(folder))
+    state = loading.load({"model": model_state(model)}, folder)
     _load_model(model, state["model"])
 
 
@@ -166,14 +165,33 @@ def _rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "device": mcore_random._get_cuda_rng_state(),
-        "tracker": dict(mcore_random.get_cuda_rng_tracker().get_states()),
+        "tracker": {name: _plain(of) for name, of in mcore_random.get_cuda_rng_tracker().get_states().items()},
     }
+
+
+def _plain(state: torch.Tensor | torch.Generator) -> torch.Tensor:
+    """A random state as a tensor; trackers that CUDA graphs may use keep generators."""
+    return state.get_state() if isinstance(state, torch.Generator) else state
+
+
+def _read_rng(folder: Path, name: str) -> dict[str, Any]:
+    """What `_rng_state` gave, from a step's file. UserMistake where the file is not of that kind."""
+    try:
+        return pickles.load(inside(folder, name))
+    except pickles.Refused as error:
+        raise UserMistake(Problem(str(folder / name), f"are no random states of ours: {error}")) from None
 
 
 def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     mcore_random._set_cuda_rng_state(state["device"])
-    mcore_random.get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = mcore_random.get_cuda_rng_tracker()
+    own, found = tracker.get_states(), dict(state["tracker"])
+    for name in found:
+        if isinstance(own.get(name), torch.Generator):  # which graphs hold on to: it stays the same object
+            own[name].set_state(found[name])
+            found[name] = own[name]
+    tracker.set_states(found)
 
 
 def surplus(steps: Sequence[int], keep: int, milestone: int = 0) -> list[int]:
@@ -304,7 +322,7 @@ class Saver:
             "files": files,
             **job.facts,
         }
-        durable.write_json(temporary / MANIFEST, manifest)
+        durable.write_checked(temporary / MANIFEST, manifest)
         durable.fsync_tree(temporary)
         target = self.root / f"step_{job.step}"
         if target.exists():  # a damaged one that this run fell back from
@@ -353,9 +371,9 @@ def steps(root: Path) -> list[int]:
 
 def _defects(folder: Path) -> Iterator[str]:
     """What of a step does not agree with its manifest."""
-    manifest = from_rank_zero(_read_manifest(folder) if dist.get_rank() == 0 else None)
-    if manifest is None:
-        yield f"{MANIFEST} is missing or unreadable"
+    manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
+    if problem:
+        yield problem
         return
     names = sorted(manifest["files"])
     shares = _gathered(_hash_files(folder, names[dist.get_rank() :: dist.get_world_size()]), None)
@@ -369,21 +387,18 @@ def _defects(folder: Path) -> Iterator[str]:
             yield f"{name} has other bytes than were written"
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = durable.read_json(folder / MANIFEST)
-        return manifest if manifest["format"] == FORMAT and manifest["files"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest step whose files all have the bytes that were written, and one line about each newer, damaged one."""
+    """The newest step whose files all have the bytes that were written, and one line about each newer, damaged one.
+
+    A last line where nobody can tell whether that step's manifest was altered: before, it had no sum over itself.
+    """
     notes: list[str] = []
     for step in from_rank_zero(steps(root)):
         folder = root / f"step_{step}"
         defects = list(_defects(folder))
         if not defects:
+            if not from_rank_zero(step_manifest.has_sum(folder) if dist.get_rank() == 0 else None):
+                notes.append(f"{folder.name} has no sum: written before")
             return folder, notes
         notes.append(f"{folder.name} is damaged and was skipped: {defects[0]}")
         if dist.get_rank() == 0:
@@ -396,10 +411,12 @@ def load_step(
 ) -> tuple[int, dict[str, Any]]:
     """Restore weights, optimizer and, under the same layout, RNG. Returns the step and the saved position.
 
-    Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs. What it does not say,
-    since it was not written down yet when it was made, is no difference.
+    Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs, or is damaged. What it
+    does not say, since it was not written down yet when it was made, is no difference.
     """
-    manifest = from_rank_zero(_read_manifest(folder) if dist.get_rank() == 0 else None)
+    manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
+    if problem:
+        raise UserMistake(f"{folder}/{problem}; delete {folder} to go on from an earlier step")
     for name in sorted({*identity, *manifest["identity"]}):
         theirs, ours = manifest["identity"].get(name), identity.get(name)
         if name not in manifest["identity"]:
@@ -415,9 +432,9 @@ def load_step(
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata()),
     }
-    state = dist_checkpointing.load(wanted, str(folder / STATE))
+    state = loading.load(wanted, folder / STATE)
     _load_model(model, state["model"], adapters=is_adapted(model))
     fill_optimizer(optimizer, state["optimizer"], manifest["updates"])
     if manifest["layout"] == layout_name(plan):
-        _restore_rng(torch.load(folder / RNG / f"{dist.get_rank()}.pt", weights_only=True))
+        _restore_rng(_read_rng(folder / RNG, f"{dist.get_rank()}.pt"))
     return manifest["step"], manifest["position"]

@@ -21,9 +21,10 @@ from typing import Any, Callable, Iterator, Mapping, Protocol, Sequence
 import torch
 
 from data_tools import durable
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext import dist_weights
+from megatron_ext import copies, dist_weights
 from megatron_ext.digest import combined, tensor_sum
 from megatron_ext.dist_weights import Piece, Region, pieces, regions
 from megatron_ext.hf_files import SHARD_BYTES, HfTensors, SafetensorsFiles
@@ -92,9 +93,10 @@ def checked_rules(tensors: Tensors, family: Family, dims: Any, where: str) -> li
     """The rules of `tensors`. UserMistake naming all wrong tensors at once."""
     shapes = tensors.shapes()
     problems = check_tensors(shapes, family, dims, where)
-    if problems:
+    rules = [] if problems else family.mapping.rules(dims, shapes)
+    if problems or (problems := copies.check(tensors, rules, dims, where)):
         raise UserMistake(problems)
-    return family.mapping.rules(dims, shapes)
+    return rules
 
 
 @torch.no_grad()
@@ -213,26 +215,52 @@ def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, A
 
 def base_ledger(hf: Path) -> dict[str, Any]:
     """The ledger of the import that a model folder comes from; empty where it was made otherwise."""
-    path = hf / LEDGER
-    return durable.read_json(path) if path.is_file() else {"hf": {}, "tensors": {}}
+    path = inside(hf, LEDGER, needed=False)
+    return durable.read_json(path) if path else {"hf": {}, "tensors": {}}
+
+
+def main_dtype(dtypes: Mapping[str, str], rules: Sequence[Rule]) -> str:
+    """The dtype of most elements of a Hugging Face checkpoint, by its tensors' dtypes; "" where it has none of them."""
+    elements: Counter[str] = Counter()
+    for name, shape in hf_shapes(rules).items():
+        if name in dtypes:
+            elements[dtypes[name]] += math.prod(shape)
+    return max(elements, key=lambda dtype: elements[dtype], default="")
+
+
+def dtypes_of(ledger: Mapping[str, Any]) -> dict[str, str]:
+    """Hugging Face tensor -> its dtype in the files."""
+    return {name: tensor["dtype"] for name, tensor in ledger["hf"].items()}
+
+
+def _export_dtypes(
+    rules: Sequence[Rule], stored: Mapping[str, str], base: Mapping[str, Any], dtype: str
+) -> dict[str, str]:
+    """Hugging Face tensor -> the dtype it is written in: `dtype`, or with "" as it is `stored`.
+
+    A tensor that the base checkpoint kept in another dtype than its others (norms, decays) has that one again.
+    """
+    theirs = dtypes_of(base)
+    main, found = main_dtype(theirs, rules), {}
+    for rule in rules:
+        for name in map(hf_name, rule.hf):
+            kept = theirs.get(name, main)
+            found[name] = rule.dtype or dtype or (stored[rule.name] if kept == main else kept)
+    return found
 
 
 def export_share(
     weights: Path, rules: Sequence[Rule], base: dict[str, Any], out: Path, dtype: str, index: int, count: int,
     progress: Progress = silent, shard_bytes: int = SHARD_BYTES, changes: Changes = {},
 ) -> None:  # fmt: skip
-    """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives the base checkpoint's.
+    """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives what `_export_dtypes` says.
 
     The sums in the ledger are those of `weights`, before any of `changes`.
     """
     torch.set_num_threads(1)
     reader = dist_weights.Reader(weights)
     stored = _stored_dtypes(reader, rules)
-    dtypes = {
-        hf_name(tensor): rule.dtype or dtype or base["hf"].get(hf_name(tensor), {}).get("dtype") or stored[rule.name]
-        for rule in rules
-        for tensor in rule.hf
-    }
+    dtypes = _export_dtypes(rules, stored, base, dtype)
     files = SafetensorsFiles(
         out, {name: (dtypes[name], shape) for name, shape in hf_shapes(rules).items()}, shard_bytes
     )

@@ -11,14 +11,13 @@ torch's own FileSystemWriter keeps every tensor of a file until it closes it (fi
 """
 
 import math
-import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import IO, Iterable, Iterator
 
 import numpy
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -28,15 +27,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config as serialization
 
 from data_tools import durable
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
+from megatron_ext import pickles, stored
 from megatron_ext.models.rules import Rule
+from megatron_ext.stored import StoredPiece
 
 Shape = tuple[int, ...]
 
+METADATA, COMMON = ".metadata", "common.pt"
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64  # bytes, of a piece in its file, as torch.save aligns the data within: so it can be mapped
 FORMAT = {  # megatron.core.dist_checkpointing.core.CheckpointingConfig
@@ -135,41 +137,42 @@ def finish(folder: Path, written: Iterable[Piece]) -> None:
         index = MetadataIndex(region.key, region.offset, len(tensor.chunks) - 1)
         results.append(WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length)))
     FileSystemWriter(folder).finish(Metadata(tensors), [results])
-    torch.save({}, folder / "common.pt")
+    torch.save({}, folder / COMMON)
     durable.write_json(folder / "metadata.json", FORMAT)
 
 
 class Reader:
-    """The tensors of a distributed checkpoint, whatever layout wrote it."""
+    """The tensors of a distributed checkpoint, whatever layout wrote it, and whoever: pickles.py reads its pickles."""
 
     def __init__(self, folder: Path):
         """UserMistake when it is no checkpoint."""
         self.folder = folder
         try:
-            self._metadata = FileSystemReader(folder).read_metadata()
-        except (OSError, EOFError) as error:
-            raise UserMistake(Problem(str(folder), f"not a distributed checkpoint ({error})")) from None
-        self._files: dict[str, Any] = {}
+            self.stored = stored.read(inside(folder, METADATA))
+            beside = inside(folder, COMMON, needed=False)
+            common = pickles.load(beside) if beside else {}
+        except (OSError, pickles.Refused, UserMistake) as error:
+            said = f"not a distributed checkpoint that is understood: {error}"
+            raise UserMistake(Problem(str(folder), said)) from None
+        if common != {}:
+            said = f"{COMMON} has {', '.join(map(str, common)) if isinstance(common, dict) else type(common).__name__}"
+            raise UserMistake(Problem(str(folder), f"{said}, and none of our checkpoints has anything there"))
+        self._files: dict[str, IO[bytes]] = {}
 
     def tensors(self) -> dict[str, tuple[str, Shape]]:
         """Key -> (dtype, shape). Vocabulary padding counts as rows."""
-        return {
-            key: (str(tensor.properties.dtype).removeprefix("torch."), tuple(tensor.size))
-            for key, tensor in self._metadata.state_dict_metadata.items()
-            if isinstance(tensor, TensorStorageMetadata)
-        }
+        return {key: (tensor.dtype, tensor.shape) for key, tensor in self.stored.tensors.items()}
 
     def read(self, region: Region) -> torch.Tensor:
         """The region's elements. One stored piece that covers it is mapped from its file, not copied."""
-        tensor = self._metadata.state_dict_metadata[region.key]
         found: torch.Tensor | None = None
-        for chunk in tensor.chunks:
-            low = [max(a, b) for a, b in zip(region.offset, chunk.offsets)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(region.offset, region.size, chunk.offsets, chunk.sizes)]
+        for piece in self.stored.tensors[region.key].pieces:
+            low = [max(a, b) for a, b in zip(region.offset, piece.offset)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(region.offset, region.size, piece.offset, piece.size)]
             if any(a >= b for a, b in zip(low, high)):
                 continue
-            data = self._load(MetadataIndex(region.key, chunk.offsets))
-            part = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets))]
+            data = self.load(region.key, piece)
+            part = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset))]
             if part.shape == region.size:
                 return part
             if found is None:
@@ -179,23 +182,21 @@ class Reader:
             raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
         return found
 
-    def _load(self, index: MetadataIndex) -> torch.Tensor:
-        where = self._metadata.storage_data[index]
-        if where.relative_path not in self._files:
-            self._files[where.relative_path] = open(self.folder / where.relative_path, "rb")
-        file = self._files[where.relative_path]
-        view = _create_file_view(file, where.offset, where.length)
-        piece = torch.load(view, map_location="meta", weights_only=True)
-        storage = piece.untyped_storage()
-        start = where.offset + storage._checkpoint_offset  # where torch.load would read the data from
-        before = start % mmap.ALLOCATIONGRANULARITY
-        mapped = mmap.mmap(
-            file.fileno(), before + storage.nbytes(), access=mmap.ACCESS_COPY, offset=start - before
-        )
-        data = torch.frombuffer(mapped, dtype=torch.uint8, offset=before)
-        if start % piece.itemsize:  # of a writer that does not align its pieces
-            data = data.clone()
-        return data.view(piece.dtype).as_strided(piece.size(), piece.stride(), piece.storage_offset())
+    def load(self, key: str, piece: StoredPiece) -> torch.Tensor:
+        """The elements of one stored piece of a tensor, mapped from its file."""
+        path = self.folder / piece.file
+        try:
+            if piece.file not in self._files:
+                self._files[piece.file] = open(inside(self.folder, piece.file), "rb")
+            data = pickles.load_piece(self._files[piece.file], piece.start, piece.length)
+        except (OSError, pickles.Refused) as error:
+            said = f"the piece of {key} at byte {piece.start:,} is damaged: {error}"
+            raise UserMistake(Problem(str(path), said)) from None
+        dtype = getattr(torch, self.stored.tensors[key].dtype)
+        if tuple(data.shape) != piece.size or data.dtype != dtype:
+            said = f"{data.dtype} {list(data.shape)} instead of {dtype} {list(piece.size)}"
+            raise UserMistake(Problem(str(path), f"the piece of {key} at byte {piece.start:,} is {said}"))
+        return data
 
 
 def _room(size: Shape, dtype: torch.dtype) -> torch.Tensor:

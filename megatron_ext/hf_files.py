@@ -7,6 +7,7 @@ file only from tensors that are all in memory; `SafetensorsFiles` lays the files
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
@@ -14,7 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_tools import durable
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
+from megatron_ext.copies import difference
 from megatron_ext.models.rules import Entry, HfTensor
 
 Shape = tuple[int, ...]
@@ -26,26 +29,42 @@ DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
+OTHERS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")  # weights that are not read
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class HfTensors:
     """The tensors of a Hugging Face folder by name, wherever its files put them."""
 
-    def __init__(self, folder: Path):
-        """UserMistake when there are no safetensors, when a file of the index is missing, or one is unreadable."""
+    def __init__(self, folder: Path, single: str = SINGLE):
+        """UserMistake when there are no safetensors, when a file of the index is missing, or one is unreadable.
+
+        `single`: the file's name where there is one for all. transformers and PEFT make the same choice.
+        """
         self.folder = folder
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
-        for file in _weight_files(folder):
+        for file in _weight_files(folder, single):
+            path = inside(folder, file)
             try:
-                handle = safe_open(folder / file, framework="pt")
+                handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserMistake(
                     Problem(str(folder / file), f"not a whole safetensors file ({error}); copy or download it again")
                 ) from None
             self._handles[file] = handle
-            self._file_of.update(dict.fromkeys(handle.keys(), file))
+            for name in handle.keys():
+                self._add(name, file)
+
+    def _add(self, name: str, file: str) -> None:
+        """Count a tensor. UserMistake where another file has it too, and otherwise."""
+        first = self._file_of.setdefault(name, file)
+        if first == file:
+            return
+        if said := difference(self._handles[file].get_tensor(name), self._handles[first].get_tensor(name)):
+            where = f"tensor {name} is in {first} and in {file}, where it {said}"
+            raise UserMistake(Problem(str(self.folder), f"{where}: remove the file that is not of this model"))
 
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
@@ -67,29 +86,65 @@ class HfTensors:
         return self._handles[self._file_of[name]].get_slice(name)
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files: those of the index, or model.safetensors, or all there are."""
-    if (folder / INDEX).is_file():
-        try:
-            places: dict[str, str] = durable.read_json(folder / INDEX)["weight_map"]
-        except (durable.TornFile, KeyError) as error:
-            raise UserMistake(Problem(str(folder / INDEX), f"not an index of weights ({error})")) from None
-        files = sorted(set(places.values()))
-        missing = [file for file in files if not (folder / file).is_file()]
-        if missing:
-            raise UserMistake([_missing_shard(folder / file, places) for file in missing])
-        return files
-    files = [SINGLE] if (folder / SINGLE).is_file() else sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        raise UserMistake(
-            Problem(str(folder), "has no *.safetensors; convert other formats with transformers' save_pretrained")
-        )
+def _weight_files(folder: Path, single: str) -> list[str]:
+    """Names of the safetensors files: the single one, or else those of the index, whatever others lie there.
+
+    (transformers/modeling_utils.py, `_get_resolved_checkpoint_files`; peft/utils/save_and_load.py,
+    `load_peft_weights`, which knows no index.)
+    """
+    if inside(folder, single, needed=False):
+        return [single]
+    if single != SINGLE:
+        raise UserMistake(Problem(str(folder), f"has no {single}{_instead(folder)}"))
+    index = inside(folder, INDEX, needed=False)
+    if index is None:
+        numbered = _numbered(folder)
+        if not numbered:
+            raise UserMistake(Problem(str(folder), f"has neither {single} nor {INDEX}{_instead(folder)}"))
+        return numbered
+    places = _places(index)
+    files = sorted(set(places.values()))
+    missing = [file for file in files if inside(folder, file, needed=False) is None]
+    if missing:
+        raise UserMistake([_missing_shard(folder / file, file, places) for file in missing])
     return files
 
 
-def _missing_shard(file: Path, places: Mapping[str, str]) -> Problem:
-    lost = [name for name, place in places.items() if place == file.name]
-    return Problem(str(file), f"is missing, with {len(lost)} tensors of the index ({lost[0]}, …); download it again")
+def _places(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index has it."""
+    try:
+        places = durable.read_json(index)["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserMistake(Problem(str(index), f"not an index of weights ({error!r})")) from None
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise UserMistake(Problem(str(index), "not an index of weights: weight_map gives no file for each tensor"))
+    return places
+
+
+def _numbered(folder: Path) -> list[str]:
+    """model-00001-of-00003.safetensors and so on, where all are there: their index was not copied along."""
+    found = {path.name: _SHARD.fullmatch(path.name) for path in folder.iterdir()}
+    shards = {name: (int(shard[1]), int(shard[2])) for name, shard in found.items() if shard}
+    counts = {count for _, count in shards.values()}
+    if len(counts) > 1:
+        raise UserMistake(Problem(str(folder), f"has the shards of {len(counts)} checkpoints, and no {INDEX}"))
+    lost = sorted(set(range(1, max(counts, default=0) + 1)) - {number for number, _ in shards.values()})
+    if lost:
+        said = f"has {len(shards)} of {max(counts)} shards: number {lost[0]} is missing; copy or download it"
+        raise UserMistake(Problem(str(folder), said))
+    return sorted(shards)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder has in place of the weights that are looked for, for a message."""
+    others = sorted(path.name for pattern in OTHERS for path in folder.glob(pattern))
+    has = f", but {', '.join(others[:3])}{', …' if len(others) > 3 else ''}" if others else ""
+    return f"{has}; write it with save_pretrained of transformers or PEFT"
+
+
+def _missing_shard(path: Path, file: str, places: Mapping[str, str]) -> Problem:
+    lost = [name for name, place in places.items() if place == file]
+    return Problem(str(path), f"is missing, with {len(lost)} tensors of the index ({lost[0]}, …); download it again")
 
 
 class SafetensorsFiles:

@@ -5,25 +5,27 @@
                         mp_rank_TT[_PPP][_EEE]   PPP where the pipeline has stages, EEE where experts are spread
 
 (megatron/training/checkpointing.py, get_checkpoint_name.) The files are pickles with Megatron's own classes in them:
-those are replaced by empty ones, so that Megatron need not be installed and none of its code runs.
+pickles.py reads them, so that Megatron need not be installed and no code of theirs or of anybody else runs.
 
 They also have the arguments that the model was trained with, which tell what shapes of tensors do not: heads, rotary
 positions, epsilons, windows, the router's scale. Each that config.json says otherwise is refused.
 """
 
-import pickle
 import re
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Sequence
 
 import torch
 
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
+from megatron_ext import pickles
+from megatron_ext.copies import difference
 from megatron_ext.models.rules import Entry, HfTensor, Rule, Shape, hf_rules, hf_shapes
 
 FILE = "model_optim_rng.pt"
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 LISTED = 12  # wrong tensors that a message names
 LLAMA3_FACTOR = 8.0  # of --use-rope-scaling, before Megatron had --rope-scaling-factor
 ARGUMENTS = {  # Megatron's names by those of a family's Dims
@@ -42,34 +44,26 @@ ARGUMENTS = {  # Megatron's names by those of a family's Dims
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.(?:weight|bias))(\d+))$")
-_TRUSTED = {"torch", "collections", "argparse", "numpy", "_codecs"}
-_BUILTINS = {"set", "frozenset", "slice", "range", "complex", "bytearray"}
 
 
-class _Empty:
-    def __init__(self, *_: Any, **__: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] in _TRUSTED or (module == "builtins" and name in _BUILTINS):
-            return super().find_class(module, name)
-        return type(name, (_Empty,), {})
-
-
-_PICKLE = SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__="megatron_ext.legacy")
-
-
-def _load(path: Path) -> dict[str, Any]:
+def _load(root: Path, rank: Path) -> dict[str, Any]:
+    """The file in a rank's folder, which is below `root`."""
+    path = rank / FILE
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE)
-    except Exception as error:  # torch raises whatever its zip reader and unpickler do
-        reason = " ".join(str(error).split())[:200]
-        raise UserMistake(Problem(str(path), f"not a whole Megatron checkpoint ({reason})")) from None
+        found = pickles.load(inside(root, str(path.relative_to(root))), pickles.ARGUMENTS, unknown=True)
+    except (OSError, pickles.Refused) as error:
+        raise UserMistake(Problem(str(path), f"not a whole Megatron checkpoint ({error})")) from None
+    if not isinstance(found, dict) or not isinstance(found.get("args", Namespace()), Namespace):
+        raise UserMistake(Problem(str(path), "is no Megatron checkpoint: it is no dict of weights and arguments"))
+    return found
+
+
+def _degree(arguments: Namespace, axis: str, where: str) -> int:
+    """A parallel degree of Megatron's arguments; 1 where there is none."""
+    degree = getattr(arguments, f"{axis}_parallel_size", None) or 1
+    if type(degree) is not int or degree < 1:
+        raise UserMistake(Problem(where, f"{axis}_parallel_size is {degree!r}, no degree"))
+    return degree
 
 
 def unlike(arguments: Namespace, dims: Any) -> list[str]:
@@ -107,11 +101,11 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
 
 def _iteration(folder: Path) -> Path:
     """The folder with the mp_rank folders: FOLDER, or that of its latest iteration."""
-    latest = folder / "latest_checkpointed_iteration.txt"
-    if not latest.is_file():
+    latest = inside(folder, "latest_checkpointed_iteration.txt", needed=False)
+    if latest is None:
         return folder
-    text = latest.read_text().strip()
-    if text != "release" and not text.isdecimal():
+    text = latest.read_bytes()[:80].decode(errors="replace").strip()
+    if text != "release" and not (text.isascii() and text.isdecimal()):
         raise UserMistake(Problem(str(latest), f'has {text[:40]!r}, neither a number nor "release"'))
     return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
 
@@ -122,7 +116,7 @@ class LegacyTensors:
     def __init__(self, folder: Path, rules: Sequence[Rule], dims: Any):
         """UserMistake when files or tensors are missing, for degrees that the names of files do not tell, and where the
         model was trained as another one than `dims`."""
-        self.folder = _iteration(folder)
+        self._root, self.folder = folder, _iteration(folder)
         files = {
             tuple(int(part or 0) for part in found.groups()): path
             for path in sorted(self.folder.glob("mp_rank_*"))
@@ -130,12 +124,16 @@ class LegacyTensors:
         }
         if not files:
             raise UserMistake(Problem(str(self.folder), "has no mp_rank_* folders: not a legacy Megatron checkpoint"))
-        first = _load(files[min(files)] / FILE)
-        degree = first.get("args", Namespace())
-        if said := unlike(degree, dims):
-            raise UserMistake([Problem(str(files[min(files)] / FILE), f"was trained otherwise: {one}") for one in said])
+        first = files[min(files)]
+        arguments = _load(folder, first).get("args", Namespace())
+        try:
+            said = unlike(arguments, dims)
+        except (TypeError, AttributeError, IndexError) as error:
+            raise UserMistake(Problem(str(first / FILE), f"its arguments are not understood ({error})")) from None
+        if said:
+            raise UserMistake([Problem(str(first / FILE), f"was trained otherwise: {one}") for one in said])
         self.tensor, self.pipeline, self.expert, expert_tensor = (
-            int(getattr(degree, f"{axis}_parallel_size", None) or 1)
+            _degree(arguments, axis, str(first / FILE))
             for axis in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
         )
         if any(rule.experts for rule in rules) and self.tensor > 1 and expert_tensor not in (1, self.tensor):
@@ -143,13 +141,15 @@ class LegacyTensors:
             remedy = "is not supported: save it as a distributed checkpoint"
             raise UserMistake(Problem(str(self.folder), f"{degrees} {remedy}"))
         self._wholes_experts = expert_tensor < self.tensor
+        self._copies: dict[str, list[tuple[torch.Tensor, int]]] = {}  # name -> (copy, tensor rank of what it repeats)
         self._shards = self._collect(files)
         self._rules, self._shapes = hf_rules(rules), hf_shapes(rules)
         missing = [rule for rule in rules if self._name(rule) not in self._shards]
         wrong = [f"tensor {self._name(rule)} {list(rule.layout.shape)} is missing" for rule in missing]
         known = {name for rule in rules for name in (rule.name, rule.te_name)}
-        if getattr(dims, "tied", False):
-            known.add("output_layer.weight")  # the last stage's copy of the embedding
+        if getattr(dims, "tied", False) and OUTPUT in self._shards:  # the last stage's copy of the embedding
+            copies = [(shard, rank) for rank, shard in enumerate(self._shards.pop(OUTPUT))]
+            self._copies.setdefault(EMBEDDING, []).extend(copies)
         for name in sorted(self._shards.keys() - known):
             wrong.append(f"tensor {name} {list(self._shards[name][0].shape)} is not part of the model in config.json")
         if wrong:
@@ -166,9 +166,12 @@ class LegacyTensors:
                     local = {int(m[1]) for name in state if (m := _LAYER.match(name))}
                     for name, value in state.items():
                         whole = self._whole_name(name, before, expert, state)
-                        held = isinstance(value, torch.Tensor) and not name.endswith(("_extra_state", ".inv_freq"))
-                        if held and (".mlp.experts." in whole or expert == 0):
+                        if not isinstance(value, torch.Tensor) or name.endswith(("_extra_state", ".inv_freq")):
+                            continue
+                        if ".mlp.experts." in whole or expert == 0:
                             found.setdefault(whole, []).append(value)
+                        else:  # which all expert ranks have
+                            self._copies.setdefault(whole, []).append((value, tensor))
                     before += len(local)
         return found
 
@@ -181,11 +184,14 @@ class LegacyTensors:
             if rank not in files:
                 name = "_".join(["mp_rank", f"{tensor:02d}", *(f"{part:03d}" for part in rest)])
                 raise UserMistake(Problem(str(self.folder / name / FILE), "is missing"))
-            loaded.append(_load(files[rank] / FILE))
-        if "model" in loaded[0]:
-            return [state["model"] for state in loaded]
-        virtual = sum(re.fullmatch(r"model\d+", key) is not None for key in loaded[0])
-        return [state[f"model{i}"] for i in range(virtual) for state in loaded]
+            loaded.append(_load(self._root, files[rank]))
+        virtual = sum(re.fullmatch(r"model\d+", str(key)) is not None for key in loaded[0])
+        keys = ["model"] if "model" in loaded[0] else [f"model{i}" for i in range(virtual)]
+        states = [state.get(key) for key in keys for state in loaded]
+        named = [isinstance(state, dict) and all(type(name) is str for name in state) for state in states]
+        if not all(named) or not named:
+            raise UserMistake(Problem(str(self.folder), "has files without the weights of a model (`model`)"))
+        return states
 
     def _whole_name(self, name: str, layers_before: int, expert_rank: int, state: dict[str, Any]) -> str:
         layer = _LAYER.match(name)
@@ -204,13 +210,18 @@ class LegacyTensors:
         return rule.name if rule.name in self._shards else rule.te_name or rule.name
 
     def whole(self, rule: Rule) -> torch.Tensor:
-        """mcore's whole tensor. UserMistake when the shards do not make one."""
-        shards = self._shards[self._name(rule)]
-        if rule.experts and self._wholes_experts:
-            shards = shards[:1]
+        """mcore's whole tensor. UserMistake when the shards do not make one, or when its copies differ."""
+        name = self._name(rule)
+        shards, copies = self._shards[name], list(self._copies.get(name, ()))
+        if (rule.experts and self._wholes_experts) or shards[0].shape == rule.layout.shape:
+            copies += [(shard, 0) for shard in shards[1:]]
+            shards = shards[:1] * (1 if rule.experts and self._wholes_experts else len(shards))
+        for copy, rank in copies:
+            if said := difference(copy, self._shards[name][rank]):
+                raise UserMistake(Problem(str(self.folder), f"tensor {name}: a rank's copy {said} (of another's)"))
         joined = rule.layout.unshard(shards)
         if joined.shape != rule.layout.shape:
-            raise UserMistake(Problem(str(self.folder), f"tensor {self._name(rule)} has shape {list(joined.shape)}, "
+            raise UserMistake(Problem(str(self.folder), f"tensor {name} has shape {list(joined.shape)}, "
                                       f"config.json gives {list(rule.layout.shape)}"))  # fmt: skip
         return joined
 

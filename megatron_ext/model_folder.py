@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Mapping, Optional
 
 from data_tools import durable
+from data_tools.inside import files, inside
 from data_tools.mistake import Problem, UserMistake
+from megatron_ext import step_manifest
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.compare import differences, meaning
@@ -26,7 +28,8 @@ from megatron_ext.parallel import ParallelPlan
 
 FORMAT = 1
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # rows a layout may add to
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf",
+                "adapter_config.json")  # an adapter is no part of the base model that it lies beside  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def open_folder(path: str | Path) -> ModelFolder:
     config.json has come to mean something else. No torch."""
     path = Path(path)
     try:
-        facts = durable.read_json(path / "model.json")
+        facts = durable.read_json(inside(path, "model.json"))
     except (OSError, ValueError) as error:
         raise UserMistake(
             Problem(str(path), f"not a model folder (model.json: {error}); import_hf makes one")
@@ -98,12 +101,16 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     checkpoint `step`, or with 0 what it sealed, else the newest. UserMistake where there is none such. No torch."""
     path = Path(path).expanduser()
     if step == 0:
-        for manifest, weights in (("model.json", "weights"), ("manifest.json", "state")):
-            if (path / manifest).is_file():
-                if durable.read_json(path / manifest).get("adapter"):
+        for name, weights in (("model.json", "weights"), (step_manifest.MANIFEST, "state")):
+            if (path / name).is_file():
+                if name == step_manifest.MANIFEST:
+                    facts = step_manifest.read_or_refuse(path, "init_from")
+                else:
+                    facts = durable.read_json(inside(path, name))
+                if facts.get("adapter"):
                     said = f"{path} is a model with an adapter: merge it first (merge_lora)"
                     raise UserMistake(Problem("init_from", said))
-                return path / weights, durable.read_json(path / manifest)["weights_digest"]
+                return path / weights, facts["weights_digest"]
     # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifact.py).
     roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
     steps = sorted(
@@ -119,13 +126,26 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     return weights_at(roots[0] / f"step_{step or steps[-1]}")
 
 
+def files_beside_weights(source: Path) -> dict[str, Path]:
+    """Name -> path of every file of a Hugging Face folder but weights. UserMistake naming all that lead out of it."""
+    weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
+    found, problems = {}, []
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in weights and not path.name.startswith("."):
+            try:
+                found[path.name] = inside(source, path.name)
+            except UserMistake as mistake:
+                problems += mistake.problems
+    if problems:
+        raise UserMistake(problems)
+    return found
+
+
 def copy_hf_files(source: Path, target: Path) -> None:
     """Everything of a Hugging Face folder but weights and sub-folders. Weights go on unquantised: config.json too."""
     target.mkdir(parents=True, exist_ok=True)
-    weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in weights and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
+    for name, path in files_beside_weights(source).items():
+        shutil.copyfile(path, target / name)
     config = target / "config.json"
     if config.is_file() and "quantization_config" in (file := durable.read_json(config)):
         del file["quantization_config"]
@@ -154,7 +174,7 @@ def _otherwise(folder: ModelFolder, other: Path) -> list[str]:
     if (other / "model.json").is_file():
         theirs = open_folder(other)
         return differences(meaning(theirs.family, theirs.dims), meaning(folder.family, folder.dims))
-    rows, ours = durable.read_json(other / "manifest.json").get("vocabulary"), folder.dims.vocabulary
+    rows, ours = step_manifest.read_or_refuse(other, "init_from").get("vocabulary"), folder.dims.vocabulary
     return [f"its vocabulary has {rows:,} rows, not {ours:,}"] if rows not in (None, ours) else []
 
 
@@ -267,14 +287,16 @@ def describe_adapted(out: Path, base: ModelFolder, lora: LoraConfig, step: int) 
 
 def adopt(out: Path, peft: Path) -> str:
     """Give the model folder OUT the adapter in a PEFT folder. Returns the new weights digest. One process."""
-    from megatron_ext.lora import pairs, peft_format
+    from megatron_ext.lora import pairs, peft_config, peft_format
 
-    base, (lora, problems) = open_folder(out), loras.of_peft(peft)
-    problems += loras.check(lora, base.shape, str(peft)) if lora else []
+    base, (adapter, problems) = open_folder(out), peft_config.read(peft)
     if problems:
         raise UserMistake(problems)
+    lora, reached = pairs.reached(base.family, base.dims, adapter)
+    if problems := loras.check(lora, base.shape, str(peft)):
+        raise UserMistake(problems)
     found = pairs.pairs(base.family, base.dims, lora)
-    reader = peft_format.Reader(peft, found, lora)
+    reader = peft_format.Reader(peft, found, lora, reached)
     factors = {}
     for pair in found:
         factors[pair.a.name], factors[pair.b.name] = reader.factors(pair)
@@ -285,11 +307,12 @@ def adopt(out: Path, peft: Path) -> str:
 def link_files(source: Path, target: Path) -> None:
     """The files of a flat folder in a new one: hard links, or copies where the filesystem has none."""
     target.mkdir()
-    for path in source.iterdir():
+    for path in files(source):
+        found = inside(source, path.name)
         try:
-            os.link(path, target / path.name)
+            os.link(found, target / path.name)
         except OSError:
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(found, target / path.name)
 
 
 def describe(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
 from data_tools import durable
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext import parallel_rules
 from megatron_ext.calibration import CALIBRATION_GPU, GIB, GPUS, LONG, PUBLISHED
@@ -49,16 +50,16 @@ def model_config(folder: str, site: Site) -> tuple[Optional[dict[str, Any]], str
     """(config.json of a model folder, where it is), or what its phase will write; None where neither is known."""
     path = Path(folder) / "hf" / "config.json"
     try:
-        return durable.read_json(path), str(path)
-    except (OSError, ValueError):
+        return durable.read_json(inside(Path(folder), "hf/config.json")), str(path)
+    except (OSError, ValueError, UserMistake):
         return site.forecasts.get(folder, {}).get("hf_config"), str(path)
 
 
 def model_adapter(folder: str, site: Site) -> tuple[bool, Optional[LoraConfig]]:
     """(whether it is known, the adapter that a model folder has or will have)."""
     try:
-        facts = durable.read_json(Path(folder) / "model.json")
-    except (OSError, ValueError):
+        facts = durable.read_json(inside(Path(folder), "model.json"))
+    except (OSError, ValueError, UserMistake):
         facts = site.forecasts.get(folder, {})
     adapter = facts.get("adapter")
     return bool(facts), LoraConfig(**adapter["lora"]) if adapter else None

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import pkgutil
 import re
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, List, Mapping, NamedTuple, Optional, Protocol, Union
@@ -23,7 +24,7 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Protocol, Union
 from data_tools import readers
 from data_tools.mistake import Problem, UserMistake, nearest
 
-_NO_TASKS = ("task", "mix", "rewards")  # other modules of the folder
+_NO_TASKS = ("task", "mix", "rewards", "outcome", "process")  # other modules of the folder
 
 
 class Row(NamedTuple):
@@ -110,6 +111,17 @@ class Task(Protocol):
 
         A task without the name has no majority.
         """
+
+    RIGHT: float  # the least reward that is right, where there is no term `correct`; left out, 1 is right, 0 and -1 wrong
+
+    def best(self, item: Item, options: Any) -> Mapping[str, float]:
+        """The terms of the best completion there can be, which alone is right; for rewards that are no yes or no.
+
+        A task that cannot tell leaves the name out. A pure function, called in the run's own process.
+        """
+
+    def cut_off(self, item: Item, options: Any) -> Terms:
+        """The terms of a completion that did not end; a task that scores such as they stand leaves the name out."""
 
     def check_options(self, options: Any) -> list[str]:
         """What is wrong with values of the right type; a task where nothing can be leaves the name out."""
@@ -225,6 +237,7 @@ class FunctionTask:
     """A user's function as a task: `my.module:reward` is called with (item, completion) and gives reward terms.
 
     A record has `prompt` (text or messages) or `messages`, and whatever else the function reads from item.columns.
+    RIGHT of the module, or of the function, is the least reward that is right.
     """
 
     HUB = ""
@@ -240,6 +253,9 @@ class FunctionTask:
         if not callable(self._function):
             raise UserMistake(f"module {module!r} has no function {name!r}")
         self.REWARDS: dict[str, float] = {}
+        for place in (sys.modules[module], self._function):
+            if hasattr(place, "RIGHT"):
+                self.RIGHT = place.RIGHT
 
     def items(self, record: dict[str, Any], options: Any) -> list[Item]:
         prompt = record.get(options.prompt_key, record.get("messages"))

@@ -1,6 +1,7 @@
 """Accuracy of a model folder over distinct prompts, by the tasks' own verifiers: greedy, and of samples at a
 temperature their mean, pass@k and maj@k. With `compare_with` also what was gained over an earlier evaluation, prompt by
-prompt.
+prompt. Where a task's rewards are more than right and wrong, also their mean and the regret to the best of the row; where
+it does not say which are right, these stand in place of accuracy.
 
 The prompts are the rows of a task, or those of a mix: any tasks that generate and grpo take. Element i of n takes
 distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way. `finish` adds the counts.
@@ -21,6 +22,7 @@ from data_tools.progress import Progress, never, silent
 from data_tools.samples import problem_of_evaluated
 from data_tools.tables import write_table
 from data_tools.tasks.mix import Entry, Loaded, MixConfig, counts_table, load
+from data_tools.tasks.outcome import graded, is_graded, is_unjudged
 from data_tools.tasks.task import Row, Source, check_rows, load_task
 from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 from megatron_ext.entrypoints import generate
@@ -168,18 +170,24 @@ def _of_mix(
     lines: Dict[str, Dict[str, Any]] = {}
     for sample in found[0]:
         told = {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
-        told |= {"correct": bool(sample["correct"]), "seen": None, "kind": sample["task"]}
+        right = None if is_unjudged(sample) else bool(sample["correct"])
+        told |= {"correct": right, "seen": None, "kind": sample["task"]}
+        if is_graded(sample):
+            told |= {"answer": sample["answer"], "best": sample.get("best")}
         told |= {"votes": []} if config.samples else {}
         lines[sample["prompt_id"]] = {"prompt": sample["prompt_id"], **told}
     for sample in found[1] if config.samples else ():
-        lines[sample["prompt_id"]]["votes"].append(generate.vote(sample))
+        line = lines[sample["prompt_id"]]
+        line["votes"].append((generate.vote(sample)[0], None) if is_unjudged(sample) else generate.vote(sample))
+        if is_graded(sample):
+            line.setdefault("graded", []).append(generate.outcome(sample))
     for line in lines.values():
         line |= _counted(line.get("votes"))
     return from_rank_zero((list(lines.values()), generate.records_of(kept) if ranks.is_writer() else {}))
 
 
 def _counted(votes: Optional[list]) -> Dict[str, Any]:
-    return {} if votes is None else {"sampled_correct": sum(right for _, right in votes), "sampled": len(votes)}
+    return {} if votes is None else {"sampled_correct": sum(map(bool, (v[1] for v in votes))), "sampled": len(votes)}
 
 
 def _of_rows(
@@ -241,13 +249,17 @@ def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] 
     for kind in sorted({sample["kind"] for sample in samples if sample.get("kind")}):
         groups[f"{kind}_"] = [sample for sample in samples if sample.get("kind") == kind]
     for name, of in groups.items():
-        correct = sum(sample["correct"] for sample in of)
+        correct = sum(map(bool, (sample["correct"] for sample in of)))
         result[f"{name}prompts"] = len(of)
         result[f"{name}correct"] = correct
-        result[f"{name}accuracy"] = correct / len(of) if of else None
+        told = any(map(is_unjudged, of))
+        result[f"{name}accuracy"] = correct / len(of) if of and not told else None
         if unscored := sum("reward" in sample and sample["reward"] is None for sample in of):
             result[f"{name}unscored"] = unscored  # which count as wrong
-        if of and "sampled" in of[0]:
+        result |= graded(of, name)
+        sampled = [one for sample in of for one in sample.get("graded", ())]
+        result |= graded(sampled, f"{name}sampled_")
+        if of and "sampled" in of[0] and not (told or any(map(is_unjudged, sampled))):
             shares = [sample["sampled_correct"] / sample["sampled"] for sample in of]
             result[f"{name}sampled_accuracy"] = sum(shares) / len(shares)
             result[f"{name}sampled_error"] = standard_error(shares)
@@ -268,6 +280,8 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     columns, keys = ["prompts", "distinct", "correct", "greedy accuracy"], ["prompts", "correct", "accuracy"]
     largest = [name for kind in ("pass@", "maj@") for name in [name for name in result if name.startswith(kind)][-1:]]
     told = [("sampled", "sampled_accuracy"), ("± error", "sampled_error"), *zip(largest, largest)]
+    told += [("mean reward", "reward"), ("regret", "regret")]
+    told += [("sampled reward", "sampled_reward"), ("sampled regret", "sampled_regret")]
     for column, key in (*told, ("gain", "gain"), ("± error", "gain_error")):
         if key in result:
             columns, keys = [*columns, column], [*keys, key]

@@ -98,6 +98,9 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
                 f"{folder.base_digest[:12]}…: they were changed; make the folder again",
             )
         )
+    # What transformers loads them as: of a base checkpoint whose config.json said otherwise, too.
+    rules = folder.family.mapping.rules(folder.dims, ledger["hf"])
+    dtype = convert.main_dtype(convert.dtypes_of(ledger), rules)
     file = durable.read_json(out / "config.json")
     for key in ("dtype", "torch_dtype"):
         if key in file or key == "dtype":

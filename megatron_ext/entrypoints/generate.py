@@ -17,6 +17,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tables import write_table
 from data_tools.tasks.mix import MixConfig, check_mix, counts_table, entries_of
+from data_tools.tasks.outcome import graded, is_unjudged
 from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 from megatron_ext import options
 from megatron_ext.parallel import ParallelPlan, Workload
@@ -150,21 +151,35 @@ def told_of_parts(parts: List[Path]) -> Dict[str, Any]:
 
 
 def _result(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, and over prompts the mean share of right samples with its error, pass@k and maj@k."""
+    """Counts, and over prompts the mean share of right samples with its error, pass@k and maj@k.
+
+    Where rewards are more than right and wrong, their mean and the regret; where a task does not say which rewards are
+    right, the accuracy is None.
+    """
     counts = {"samples": 0, "correct": 0, "unscored": 0, "truncated": 0, "tokens": 0}
     by_prompt: dict[str, list[Vote]] = {}
+    outcomes: list[dict[str, Any]] = []
     for sample in samples:
         right = bool(sample["correct"])
         by_prompt.setdefault(sample["prompt_id"], []).append(vote(sample))
         counts["samples"] += 1
         counts["correct"] += right
-        counts["unscored"] += sample["correct"] is None
+        counts["unscored"] += sample["reward"] is None
+        outcomes.append(outcome(sample))
         counts["truncated"] += sample["finish"] in ("length", "turns")
         counts["tokens"] += sample["tokens"]
     shares = [sum(right for _, right in votes) / len(votes) for votes in by_prompt.values()]
     result: dict[str, Any] = {"prompts": len(shares), **counts}
     result |= {"accuracy": sum(shares) / len(shares) if shares else None, "accuracy_error": standard_error(shares)}
-    return result | at_k(list(by_prompt.values()))
+    if any(map(is_unjudged, outcomes)):
+        return result | {"accuracy": None, "accuracy_error": None} | graded(outcomes)
+    return result | at_k(list(by_prompt.values())) | graded(outcomes)
+
+
+def outcome(sample: dict[str, Any]) -> dict[str, Any]:
+    """What outcome.graded reads of one line of samples."""
+    told = {name: sample.get(name) for name in ("reward", "correct", "best")}
+    return {"prompt": sample["prompt_id"], "answer": vote(sample)[0], **told}
 
 
 def vote(sample: dict[str, Any]) -> Vote:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from data_tools import durable
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext.lora.settings import of_peft
+from megatron_ext.lora import peft_config
 
 
 @dataclass
@@ -34,13 +35,34 @@ def check(config: Config, ranks: int) -> list[Problem]:
         problems.append(Problem("source", "is missing: a Hugging Face folder or a hub name such as Qwen/Qwen2.5-0.5B"))
     elif (Path(config.source) / "config.json").is_file():
         problems += read_config(Path(config.source))[2]
+    for folder in (config.source, config.tokenizer):
+        problems += _leading_out(Path(folder)) if folder and Path(folder).is_dir() else []
     if config.dtype and config.dtype not in DTYPES:
         problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
     if config.adapter:
-        problems += of_peft(Path(config.adapter))[1]
+        problems += peft_config.read(Path(config.adapter))[1]
+    if (beside := Path(config.source) / peft_config.PEFT_CONFIG).is_file() and not _same(config):
+        remedy = f"name the folder as `adapter` too, or remove {beside.name}"
+        problems.append(Problem(str(beside), f"transformers would load the model with this adapter: {remedy}"))
     if ranks != 1:
         problems.append(Problem("", f"import_hf runs on 1 rank, not {ranks}: any layout loads what it writes"))
     return problems
+
+
+def _leading_out(folder: Path) -> list[Problem]:
+    """The files of a folder that are links out of it: they would be copied."""
+    from megatron_ext.model_folder import files_beside_weights
+
+    try:
+        files_beside_weights(folder)
+    except UserMistake as mistake:
+        return mistake.problems
+    return []
+
+
+def _same(config: Config) -> bool:
+    """Whether the adapter lies beside the model."""
+    return bool(config.adapter) and Path(config.adapter).resolve() == Path(config.source).resolve()
 
 
 def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,11 +71,10 @@ def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict
     if config.source in forecasts:
         return dict(forecasts[config.source])
     path = Path(config.source) / "config.json"
-    if not path.is_file():
-        path = _cached(config.source, config.revision)
     try:
+        path = inside(path.parent, path.name) if path.is_file() else _cached(config.source, config.revision)
         return {"hf_config": durable.read_json(path)} if path else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserMistake):  # what is wrong with it, `check` says
         return {}
 
 

@@ -13,7 +13,9 @@ from typing import Any, Sequence
 
 import torch
 
-from megatron_ext.lora.settings import EXPERTS, ROUTER, ROUTERS, LoraConfig, chosen
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.lora.peft_config import PeftAdapter
+from megatron_ext.lora.settings import EXPERTS, ROUTER, ROUTERS, LoraConfig, chosen, targets_of
 from megatron_ext.models.registry import Family
 from megatron_ext.models.rules import (
     HfTensor,
@@ -124,6 +126,29 @@ def pairs(family: Family, dims: Any, config: LoraConfig) -> list[Pair]:
         if any(parts):
             found.append(_pair(rule, parts, config.rank))
     return found
+
+
+def reached(family: Family, dims: Any, adapter: PeftAdapter) -> tuple[LoraConfig, frozenset[HfTensor]]:
+    """Which matrices of the model a PEFT folder adapts: as our settings, and as Hugging Face's tensors, one by one.
+
+    Ours reach a target in every layer. Where the folder has it in some, the others have factors that are 0, and stay 0
+    when they are trained: the gradient of each is a product with the other. Targets that are not of the model are
+    among the settings all the same, so that `settings.check` names them.
+    """
+    shape = family.config.shape(dims)
+    everything = replace(adapter.config, targets=targets_of(shape))
+    matrices = [
+        (tensor, target_of(tensor, pair.matrix)) for pair in pairs(family, dims, everything) for tensor in pair.a.hf
+    ]
+    found = {tensor: target for tensor, target in matrices if adapter.reaches(hf_name(tensor), target)}
+    names = set(found.values())
+    if not isinstance(adapter.modules, str):
+        names |= {name.rpartition(".")[2] for name in adapter.modules}
+    for name in adapter.parameters:
+        if not any(hf_name(tensor) == name or hf_name(tensor).endswith(f".{name}") for tensor in found):
+            said = f"target_parameters has {name!r}, which is no matrix of this model"
+            raise UserMistake(Problem(adapter.where, said))
+    return replace(adapter.config, targets=sorted(names)), frozenset(found)
 
 
 def _pair(rule: Rule, parts: tuple[bool, ...], rank: int) -> Pair:

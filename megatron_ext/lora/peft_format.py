@@ -7,18 +7,21 @@ module the first one's adapter is called `base_layer` (peft/tuners/lora/layer.py
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from data_tools import durable
+from data_tools.inside import files, inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext import convert
 from megatron_ext.hf_files import HfTensors
 from megatron_ext.lora.pairs import Pair
-from megatron_ext.lora.settings import PEFT_CONFIG, ROUTERS, LoraConfig
+from megatron_ext.lora.peft_config import PEFT_CONFIG
+from megatron_ext.lora.settings import ROUTERS, LoraConfig
 from megatron_ext.model_folder import ModelFolder
 from megatron_ext.models.rules import Entry, HfTensor, Rule
 
@@ -103,13 +106,13 @@ def write(folder: Path, of: Sequence[Pair], factors: Factors, config: LoraConfig
 
 def export(folder: ModelFolder, out: Path, dtype: str) -> None:
     """The adapter of a model folder as a PEFT folder with the tokenizer, its tensors as `dtype`. No ranks."""
-    files = {path.name for path in folder.hf.iterdir() if path.is_file()} - {*NOT_TOKENIZER, convert.LEDGER}
-    for name in sorted(files):
-        shutil.copyfile(folder.hf / name, out / name)
-    config = durable.read_json(folder.adapter / PEFT_CONFIG)
+    names = {path.name for path in files(folder.hf)} - {*NOT_TOKENIZER, convert.LEDGER}
+    for name in sorted(names):
+        shutil.copyfile(inside(folder.hf, name), out / name)
+    config = durable.read_json(inside(folder.adapter, PEFT_CONFIG))
     config["base_model_name_or_path"] = convert.base_ledger(folder.hf).get("source") or ""
     durable.write_json(out / PEFT_CONFIG, config)
-    tensors = load_file(folder.adapter / TENSORS)
+    tensors = load_file(inside(folder.adapter, TENSORS))
     converted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     save_file(converted, out / TENSORS, metadata={"format": "pt"})
 
@@ -120,10 +123,15 @@ def export(folder: ModelFolder, out: Path, dtype: str) -> None:
 class Reader:
     """The factors in a PEFT folder."""
 
-    def __init__(self, folder: Path, of: Sequence[Pair], config: LoraConfig):
-        """UserMistake naming all tensors that are missing, too many, or of another shape."""
-        self.config, self.tensors = config, HfTensors(folder)
-        found, wanted = self.tensors.shapes(), _shapes(of)
+    def __init__(
+        self, folder: Path, of: Sequence[Pair], config: LoraConfig, reached: Optional[frozenset[HfTensor]] = None
+    ):
+        """`reached`: the tensors that the folder adapts, where it does not adapt all of `of`; others have factors of 0.
+
+        UserMistake naming all tensors that are missing, too many, or of another shape.
+        """
+        self.config, self._reached, self.tensors = config, reached, HfTensors(folder, TENSORS)
+        found, wanted = self.tensors.shapes(), self._shapes(of)
         problems = [
             Problem(str(folder), f"tensor {name} {list(shape)} is missing, or has another shape")
             for name, shape in wanted.items()
@@ -134,16 +142,41 @@ class Reader:
         if problems:
             raise UserMistake(problems[:8])
 
+    def _has(self, tensor: HfTensor) -> bool:
+        return self._reached is None or tensor in self._reached
+
+    def _name(self, tensor: HfTensor, letter: str) -> str:
+        """`file_name`, of an experts module whose outer parameter may not be adapted: the inner one is alone then."""
+        name = file_name(tensor, letter)
+        if isinstance(tensor, Entry):
+            outer = replace(tensor, name=f"{tensor.name.rpartition('.')[0]}.{OUTER}")
+            return name if self._has(outer) else name.replace(".base_layer.", ".")
+        return name
+
+    def _shapes(self, of: Sequence[Pair]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor in the file."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for rule, letter, adapted in _each(of):
+            for tensor, place in adapted:
+                rows, columns = rule.layout.hf_shapes()[place]
+                if isinstance(tensor, Entry):
+                    rows, columns = (rows * tensor.count, columns) if letter == "A" else (rows, columns * tensor.count)
+                if self._has(tensor):
+                    shapes[self._name(tensor, letter)] = (rows, columns)
+        return shapes
+
     def factors(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B of a matrix, whole."""
         (a, _, from_a), (b, _, from_b) = _each([pair])
-        parts = [torch.zeros(shape) for shape in b.layout.hf_shapes()]
-        for tensor, place in from_b:
-            parts[place] = self._read(tensor, "B")
-        return a.layout.join([self._read(tensor, "A") for tensor, _ in from_a]), b.layout.join(parts)
+        parts_a, parts_b = ([torch.zeros(shape) for shape in rule.layout.hf_shapes()] for rule in (a, b))
+        for parts, letter, adapted in ((parts_a, "A", from_a), (parts_b, "B", from_b)):
+            for tensor, place in adapted:
+                if self._has(tensor):
+                    parts[place] = self._read(tensor, letter)
+        return a.layout.join(parts_a), b.layout.join(parts_b)
 
     def _read(self, tensor: HfTensor, letter: str) -> torch.Tensor:
-        found = self.tensors.read(file_name(tensor, letter))
+        found = self.tensors.read(self._name(tensor, letter))
         if not isinstance(tensor, Entry):
             return found
         by_expert = (tensor.count, -1) if letter == "A" else (-1, tensor.count)
@@ -152,15 +185,3 @@ class Reader:
     def change(self, pair: Pair) -> torch.Tensor:
         """What the adapter adds to the whole matrix, fp32 [out, in]."""
         return pair.change(*self.factors(pair), self.config.scale)
-
-
-def _shapes(of: Sequence[Pair]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the file."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for rule, letter, adapted in _each(of):
-        for tensor, place in adapted:
-            rows, columns = rule.layout.hf_shapes()[place]
-            if isinstance(tensor, Entry):
-                rows, columns = (rows * tensor.count, columns) if letter == "A" else (rows, columns * tensor.count)
-            shapes[file_name(tensor, letter)] = (rows, columns)
-    return shapes

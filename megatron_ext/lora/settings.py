@@ -6,10 +6,8 @@ transformers keep as bare parameters, go by "experts" and "router".
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, List, Optional
 
-from data_tools import durable
 from data_tools.mistake import Problem, nearest
 from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, WINDOW, ModelShape, Parameters
 
@@ -24,12 +22,6 @@ NO_TARGETS = {
     "lm_head": "the output layer stays as it is",
     "conv1d": "a convolution is no linear layer",
 }
-
-PEFT_CONFIG = "adapter_config.json"
-NOT_UNDERSTOOD = (  # of its fields
-    "use_rslora", "use_dora", "bias", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "layers_to_transform", "layer_replication", "exclude_modules", "trainable_token_indices",
-)  # fmt: skip
 
 
 @dataclass
@@ -155,28 +147,6 @@ def not_for_peft(config: LoraConfig) -> list[str]:
     if MAMBA_OUT not in config.targets:
         return []
     return [f"PEFT adapts no {MAMBA_OUT}, a Mamba layer's, whose kernel in transformers reads the weight itself"]
-
-
-def of_peft(folder: Path) -> tuple[Optional[LoraConfig], list[Problem]]:
-    """The settings of a PEFT folder, or why we have no such adapter."""
-    try:
-        found = durable.read_json(folder / PEFT_CONFIG)
-    except (OSError, ValueError) as error:
-        return None, [Problem(str(folder), f"no PEFT folder ({PEFT_CONFIG}: {error})")]
-    where = str(folder / PEFT_CONFIG)
-    if found.get("peft_type") != "LORA":
-        return None, [Problem(where, f"peft_type {found.get('peft_type')!r} is none that we have: only LORA")]
-    problems = [
-        Problem(where, f"{name} {found[name]!r} is not understood: merge the adapter with PEFT first")
-        for name in NOT_UNDERSTOOD
-        if found.get(name) and not (name == "bias" and found[name] == "none")
-    ]
-    modules = found.get("target_modules") or []
-    names = [modules] if isinstance(modules, str) else [name.rpartition(".")[2] for name in modules]
-    for name in found.get("target_parameters") or []:
-        names.append(ROUTER if name.removesuffix(".weight").rpartition(".")[2] in ROUTERS else EXPERTS)
-    lora = LoraConfig(found["r"], float(found["lora_alpha"]), float(found.get("lora_dropout") or 0), sorted(set(names)))
-    return lora, problems
 
 
 def reach(config: LoraConfig, shape: ModelShape) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Mapping
 
-from data_tools.mistake import Problem, nearest
+from data_tools.inside import inside
+from data_tools.mistake import Problem, UserMistake, nearest
 from megatron_ext.models.compare import lost
 from megatron_ext.parallel import ParallelPlan
 
@@ -77,9 +78,14 @@ def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
     """Family and dimensions of the Hugging Face config.json in `folder`, or the problems with it. No torch."""
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except OSError:
-        return None, None, [Problem(str(path), "no such file: a Hugging Face model folder has one")]
+        found = inside(folder, path.name, needed=False)
+        if found is None:
+            return None, None, [Problem(str(path), "no such file: a Hugging Face model folder has one")]
+        config = json.loads(found.read_text())
+    except UserMistake as mistake:
+        return None, None, mistake.problems
+    except OSError as error:
+        return None, None, [Problem(str(path), f"cannot be read ({error.strerror})")]
     except ValueError as error:
         return None, None, [Problem(str(path), f"not JSON: {error}")]
     return parse_config(config, str(path))

@@ -13,13 +13,14 @@ from typing import Any, Callable, Optional
 from data_tools import durable
 from data_tools.progress import Progress, Stop, Stopped
 from data_tools.tasks.mix import Draw
+from data_tools.tasks.outcome import Outcomes
 from megatron_ext.checkpoint import from_rank_zero
 from megatron_ext.model_folder import ModelFolder
 from megatron_ext.ranks import is_writer
 from megatron_ext.rl import journal
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.fruit import all_failed, failed_verdicts
-from megatron_ext.rl.prompts import Listed, Texts, all_of, is_right, mix_scorer, turns_of
+from megatron_ext.rl.prompts import Listed, Texts, all_of, mix_scorer, turns_of
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.session import prompts_of, stop_ids_of
 from megatron_ext.rollout.engine import Engine
@@ -46,11 +47,11 @@ def run(
     named = {**identity, "prompts": names, "scoring": mix.scoring(mine), "chunk": config.chunk}
     key = durable.sha256_bytes(durable.canonical_json(named))
     stop_ids = stop_ids_of(folder, tokenizer)
-    texts = Texts(tokenizer, stop_ids)
+    texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
 
     def line(sample: Sample) -> str:
         place = index + sample.item * count
-        return json.dumps(_row(sample, mine, place, texts, config.seed, folder), ensure_ascii=False)
+        return json.dumps(_row(sample, mine, place, texts, config.seed, folder, outcomes), ensure_ascii=False)
 
     starts = range(0, len(mine), config.chunk)
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]
@@ -103,11 +104,11 @@ def _failed_entry(samples: list[Sample], draws: list[Draw]) -> Optional[tuple[st
 
 
 def _row(
-    sample: Sample, draws: list[Draw], place: int, texts: Texts, seed: int, folder: ModelFolder
+    sample: Sample, draws: list[Draw], place: int, texts: Texts, seed: int, folder: ModelFolder, outcomes: Outcomes
 ) -> dict[str, Any]:
     """One line of what rejection reads; `place` is the prompt's among all elements'."""
     draw, tokens = draws[sample.item], sample.tokens.tolist()
-    prompt = draw.item.prompt
+    prompt, best = draw.item.prompt, outcomes.best(draw.entry, draw.item)
     return {
         "prompt_id": draw.item.uid,
         **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}),
@@ -115,9 +116,10 @@ def _row(
         **texts.spell_turns(tokens, sample.logprobs),
         "finish": sample.finish,
         "tokens": len(sample.tokens),
-        "correct": is_right(sample.reward, sample.parts),
+        "correct": outcomes.is_right(draw.entry, draw.item, sample.reward, sample.parts),
         "answer": sample.answer,
         "reward": sample.reward,
+        **({} if best is None else {"best": best}),
         "parts": dict(sample.parts),
         "note": sample.note,
         "task": draw.entry,

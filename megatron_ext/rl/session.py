@@ -10,6 +10,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop
 from data_tools.tables import write_table
 from data_tools.tasks.mix import Mix, counts_table, entries_of
+from data_tools.tasks.outcome import Outcomes
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext import grpo, metrics, model_folder, train
 from megatron_ext import schedule as schedules
@@ -41,7 +42,7 @@ def run(
         train.AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
     )
     stop_ids = stop_ids_of(folder, tokenizer)
-    texts = Texts(tokenizer, stop_ids)
+    texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
 
     in_training = f"{config.model}, as trained so far,"
 
@@ -72,9 +73,8 @@ def run(
                 ways.append((replace(sampling, temperature=config.evaluation.temperature), config.evaluation.samples))
             found: dict[str, Any] = {}
             for way, samples in ways:
-                part = evaluate(
-                    engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns, in_training
-                )
+                part = evaluate(engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns,
+                                outcomes, in_training)  # fmt: skip
                 for name, values in part.items():
                     found[name] = found.get(name, {}) | values
             return found

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from megatron_ext import checkpoint, dist_weights, model_folder, ranks, snapshot, train
+from megatron_ext import checkpoint, dist_weights, model_folder, ranks, snapshot, step_manifest, train
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
@@ -122,7 +122,7 @@ def test_weights_come_from_any_folder_step_or_training(calculator, tmp_path):
         (out, 0, 10), (keep, 5, 5), (out, 5, 5), (keep, 0, 10), (keep / "checkpoints" / "step_5", 0, 5),
     ):  # fmt: skip
         weights, digest = model_folder.weights_at(init_from, step)
-        manifest = checkpoint._read_manifest(keep / "checkpoints" / f"step_{expected}")
+        manifest, _ = step_manifest.read(keep / "checkpoints" / f"step_{expected}")
         assert digest == manifest["weights_digest"] and (weights / ".metadata").is_file()
     facts = digest_after_nothing(calculator, tmp_path / "again", init_from=str(keep), init_step=10)
     assert facts["resumed_from"] == 0 and facts["step"] == 1  # weights only: its steps begin anew
@@ -182,3 +182,18 @@ def test_a_trained_model_exported_gives_the_same_greedy_tokens_in_transformers(t
         prompt = torch.tensor([PROMPTS[uid - 100]])
         out = theirs.generate(prompt, do_sample=False, max_new_tokens=9, eos_token_id=STOP, pad_token_id=0)
         assert sequence.completion == out[0, prompt.size(1) :].tolist()
+
+
+def test_generators_of_a_tracker_come_back_where_they_are(alone, tmp_path, monkeypatch):
+    """Trackers that CUDA graphs may use keep generators, which graphs hold on to; the file has their states."""
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    tracker = mcore_random.CudaRNGStatesTracker()
+    generators = {name: torch.Generator().manual_seed(seed) for seed, name in enumerate(("a", "b"))}
+    tracker.set_states(dict(generators))
+    monkeypatch.setattr(mcore_random, "get_cuda_rng_tracker", lambda: tracker)
+    torch.save(checkpoint._rng_state(), tmp_path / "0.pt")
+    wanted = [torch.rand(3, generator=generator) for generator in generators.values()]
+    checkpoint._restore_rng(checkpoint._read_rng(tmp_path, "0.pt"))
+    assert tracker.get_states() == generators
+    assert all(map(torch.equal, wanted, [torch.rand(3, generator=generator) for generator in generators.values()]))

@@ -109,7 +109,7 @@ def test_a_checkpoint_that_torch_wrote_is_read_wherever_its_pieces_lie(tmp_path)
     state = {"a": torch.randn(3, 5), "b": torch.randn(4, 3).bfloat16().t(), "c": torch.arange(7.0)}
     torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
     reader = dist_weights.Reader(tmp_path)
-    starts = [where.offset for where in reader._metadata.storage_data.values()]
+    starts = [piece.start for tensor in reader.stored.tensors.values() for piece in tensor.pieces]
     assert any(start % 4 for start in starts)  # not aligned
     for key, value in state.items():
         shape = tuple(value.shape)
@@ -159,6 +159,38 @@ def test_dtypes_are_kept_and_every_change_is_reported(tmp_path):
     assert len(norms) == 5 and all(name.endswith("norm.weight") for name in norms)
 
 
+def exported(tmp_path: Path, source: Path, **asked: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """(the dtype in config.json, the tensors) of an export of an import."""
+    import_hf.run(import_hf.Config(str(source), **asked), new(tmp_path / "model"), tmp_path)
+    facts = export_hf.run(export_hf.Config(str(tmp_path / "model")), new(tmp_path / "out"), tmp_path)
+    config = durable.read_json(tmp_path / "out" / "config.json")
+    assert facts["dtype"] == config["dtype"] == config.get("torch_dtype", config["dtype"])
+    return config["dtype"], tensors_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("said", ["float32", "bfloat16", None])
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", ["", "bfloat16", "float16", "float32"])
+def test_config_json_says_the_dtype_that_the_tensors_have(said, kept, asked, tmp_path):
+    """Whatever the source's config.json says, the tensors are those of the import, and config.json says which."""
+    source = tiny.hf_folder(tmp_path / "hf")
+    tensors = {name: tensor.to(getattr(torch, kept)) for name, tensor in tensors_of(source).items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = {**durable.read_json(source / "config.json"), "dtype": said, "torch_dtype": said}
+    durable.write_json(source / "config.json", {key: value for key, value in config.items() if value is not None})
+    dtype, found = exported(tmp_path, source, dtype=asked)
+    assert dtype == (asked or kept) and {str(tensor.dtype) for tensor in found.values()} == {f"torch.{dtype}"}
+    if not asked or asked == kept:
+        assert equal(found, tensors)
+
+
+def test_tensors_that_a_source_kept_in_another_dtype_keep_it(tmp_path):
+    source = mixed(tmp_path / "hf")
+    dtype, found = exported(tmp_path, source, dtype="float16")
+    assert dtype == "float16"
+    assert all((tensor.dtype == torch.float32) == name.endswith("norm.weight") for name, tensor in found.items())
+
+
 def test_the_ledger_tells_source_layout_and_sum_of_every_tensor(dims, tmp_path):
     source = sharded(tmp_path / "hf", dims)
     import_hf.run(import_hf.Config(str(source)), new(tmp_path / "model"), tmp_path)
@@ -191,6 +223,79 @@ def test_a_missing_shard_is_one_line(tmp_path):
     (source / "model-00002-of-00004.safetensors").unlink()
     message = refused(source)
     assert "model-00002-of-00004.safetensors: is missing, with" in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dims", [tiny.dims(tied=True), replace(tiny.GPT_OSS_DIMS, tied=True)], ids=["qwen2", "oss"])
+def test_a_copy_is_left_out_where_it_is_one_and_refused_where_it_is_not(dims, tmp_path):
+    source = tiny.hf_folder(tmp_path / "hf", dims)
+    plain = import_hf.run(import_hf.Config(str(source)), new(tmp_path / "plain"), tmp_path)
+    tensors, angle = tensors_of(source), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    embedding = tensors["model.embed_tokens.weight"]
+    right = dims.rope_base ** -(torch.arange(0, dims.head_dim, 2) / dims.head_dim)
+
+    def with_copies(**copies: torch.Tensor) -> Path:
+        names = {"head": "lm_head.weight", "angles": angle}
+        more = {names[name]: tensor.contiguous() for name, tensor in copies.items()}
+        save_file({**tensors, **more}, source / "model.safetensors", metadata={"format": "pt"})
+        return source
+
+    same = import_hf.Config(str(with_copies(head=embedding.clone(), angles=right.bfloat16())))
+    assert import_hf.run(same, new(tmp_path / "same"), tmp_path)["weights_digest"] == plain["weights_digest"]
+    other = embedding.clone()
+    other[3, 5] += 0.5
+    said = refused(with_copies(head=other))
+    assert f"lm_head.weight differs in 1 of {other.numel():,} elements, by up to 0.5 from" in said
+    shutil.rmtree(tmp_path / "refused")
+    assert "lm_head.weight is bfloat16 [" in refused(with_copies(head=embedding.bfloat16()))
+    shutil.rmtree(tmp_path / "refused")
+    said = refused(with_copies(angles=(dims.rope_base * 50.0) ** -(torch.arange(0, dims.head_dim, 2) / dims.head_dim)))
+    assert f"{angle} has " in said and f"config.json gives {float(right[1]):.6g}" in said
+
+
+def test_the_weights_of_a_folder_are_those_that_transformers_reads(tmp_path):
+    """model.safetensors, whatever else lies there; else the index; else all the shards, where none is missing."""
+    right, other = (tensors_of(tiny.hf_folder(tmp_path / f"{seed}", seed=seed)) for seed in (0, 1))
+    names, plain = sorted(right), {"format": "pt"}
+    shards = [f"model-{i + 1:05d}-of-00002.safetensors" for i in range(2)]
+    index = {name: shards[i % 2] for i, name in enumerate(names)}
+
+    def folder(name: str, **wanted: dict[str, torch.Tensor]) -> Path:
+        source = new(tmp_path / name)
+        shutil.copy(tmp_path / "0" / "config.json", source)
+        save_file(other, source / "consolidated.safetensors", metadata=plain)
+        (source / "pytorch_model.bin").write_bytes(b"no weights of this model")
+        if "single" in wanted:
+            save_file(wanted["single"], source / "model.safetensors", metadata=plain)
+        for i, file in enumerate(shards if "shards" in wanted else ()):
+            mine = {name: wanted["shards"][name] for name in names[i::2]}
+            save_file(mine, source / file, metadata=plain)
+        if "index" in wanted:
+            durable.write_json(source / hf_files.INDEX, {"weight_map": wanted["index"]})
+        return source
+
+    def read(source: Path) -> dict[str, torch.Tensor]:
+        found = hf_files.HfTensors(source)
+        return {name: found.read(name) for name in found.shapes()}
+
+    assert equal(read(folder("stale index", single=right, index=index)), right)
+    assert equal(read(folder("old shards too", single=right, shards=other, index=index)), right)
+    assert equal(read(folder("shards", shards=right, index=index)), right)
+    assert equal(read(folder("shards without index", shards=right)), right)
+    said = refused(folder("nothing"))
+    assert "has neither model.safetensors nor model.safetensors.index.json, but consolidated.safetensors, " in said
+    for name, wanted, message in (
+        ("with index", dict(shards=right, index=index), f"{shards[1]}: is missing, with {len(names) // 2} tensors"),
+        ("without index", dict(shards=right), "has 1 of 2 shards: number 2 is missing"),
+    ):
+        source = folder(name, **wanted)
+        (source / shards[1]).unlink()
+        shutil.rmtree(tmp_path / "refused", ignore_errors=True)
+        assert message in refused(source)
+    twice = folder("twice", shards=right, index=index)
+    more = {name: right[name] for name in names[1::2]} | {names[0]: other[names[0]] + 1}
+    save_file(more, twice / shards[1], metadata=plain)
+    shutil.rmtree(tmp_path / "refused")
+    assert f"tensor {names[0]} is in {shards[0]} and in {shards[1]}, where it differs in " in refused(twice)
 
 
 def test_a_truncated_file_is_one_line(tmp_path):

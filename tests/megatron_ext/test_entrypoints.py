@@ -274,33 +274,37 @@ def test_bare_configs_take_overrides(tmp_path):
 def _hosted() -> int:
     """A rank whose store somebody already hosts, as our worker does it."""
     import os
-    from datetime import timedelta
-
     import torch
-    from torch.distributed import TCPStore
 
+    from data_tools import rendezvous
+    from data_tools.ports import PORTS
     from megatron_ext import ranks
 
-    rank = int(os.environ["RANK"])
-    store = TCPStore(  # kept until the ranks are done
-        "127.0.0.1", int(os.environ["MASTER_PORT"]), 2, is_master=rank == 0, timeout=timedelta(seconds=30)
-    )
-    store.set(f"verdict/{rank}", "1")
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    rank, port = int(os.environ["RANK"]), os.environ["MASTER_PORT"]
+    place = rendezvous.Meeting("127.0.0.1", PORTS, f"test {port}", b"the key of a test")
+    server = rendezvous.Server(place) if rank == 0 else None
+    store = rendezvous.Client(place, 30.0)
+    told = rendezvous.to_environment(place, store.port)
+    os.environ.update(told)
     try:
         with ranks.started(ParallelPlan()):
             box = torch.ones(1)
             torch.distributed.all_reduce(box)
+            group = torch.distributed.new_group([0, 1])
+            torch.distributed.all_reduce(box, group=group)
             total = int(box)
-        store.wait(["verdict/0", "verdict/1"])
         if rank:
-            store.set("goodbye", "1")
+            store.set("bye", b"1")
         else:
-            store.wait(["goodbye"])  # the host of the store leaves last, as our worker's rank 0 does
+            store.wait(["bye"])  # the host of the store leaves last, as our worker's rank 0 does
         return total
     finally:
-        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+        store.close()
+        for name in told:
+            del os.environ[name]
+        if server:
+            server.close()
 
 
 def test_ranks_join_a_store_that_somebody_hosts(two_ranks):
-    assert two_ranks.run(_hosted) == [2, 2]
+    assert two_ranks.run(_hosted) == [4, 4]

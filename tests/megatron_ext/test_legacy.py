@@ -9,7 +9,7 @@ import torch
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import ranks
+from megatron_ext import pickles, ranks
 from megatron_ext.entrypoints import import_hf
 from megatron_ext.legacy import unlike
 from megatron_ext.parallel import ParallelPlan
@@ -157,6 +157,30 @@ def test_what_megatron_core_is_given_means_what_config_json_says(dims):
     for name in ("norm_epsilon", "num_attention_heads", *(["moe_router_topk"] if made.num_moe_experts else [])):
         changed = {**vars(made), **named, name: 99}
         assert any(one.startswith(f"{name} is 99, config.json has") for one in unlike(Namespace(**changed), dims))
+
+
+@pytest.mark.parametrize(
+    "dims, degrees, rank, name",
+    [
+        pytest.param(DENSE, dict(tensor=2), "mp_rank_01", "decoder.final_layernorm.weight", id="of a norm"),
+        pytest.param(replace(DENSE, tied=True), dict(pipeline=2), "mp_rank_00_001", "output_layer.weight", id="tied"),
+        pytest.param(EXPERTS, dict(expert=2), "mp_rank_00_001", "embedding.word_embeddings.weight", id="expert rank"),
+    ],
+)
+def test_copies_of_ranks_that_differ_are_refused(dims, degrees, rank, name, two_ranks, tmp_path):
+    hf, root = legacy(tmp_path, dims, ParallelPlan(**degrees), two_ranks)
+    file = root / "iter_0000100" / rank / "model_optim_rng.pt"
+    state = pickles.load(file, unknown=True)
+    state["args"] = Namespace(
+        **ARGUMENTS[type(dims)],
+        **{f"{axis}_model_parallel_size": degrees.get(axis, 1) for axis in ("tensor", "pipeline", "expert")},
+    )
+    state["model"] = {key: value.clone() for key, value in state["model"].items() if isinstance(value, torch.Tensor)}
+    state["model"][name][0] += 0.25
+    torch.save(state, file)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserMistake, match="a rank's copy differs in [0-9,]+ of [0-9,]+ elements, by up to 0.25"):
+        import_hf.run(import_hf.Config(str(hf), megatron=str(root)), tmp_path / "out", tmp_path)
 
 
 def test_a_model_with_another_function_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import durable
+from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.models.nanochat.config import LOGIT_CAP, Dims, hf_config
 
@@ -21,6 +22,7 @@ NAMES = {  # of a block's tensors
     "mlp.c_proj": "mlp.fc2",
 }
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+LISTED = 8  # wrong tensors that a message names
 _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.weight$")
 
 
@@ -87,14 +89,18 @@ class NanochatTensors:
 
     def __init__(self, path: Path, vocabulary: int):
         """UserMistake when the file is unreadable. Rows from `vocabulary` on are padding."""
-        import torch
+        from megatron_ext import pickles
 
         self._file, self._vocabulary = path, vocabulary
         try:
-            found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # torch raises whatever its zip reader and unpickler do
-            reason = " ".join(str(error).split())[:200]
-            raise UserMistake(Problem(str(path), f"not a whole PyTorch checkpoint ({reason})")) from None
+            found = pickles.load(inside(path.parent, path.name))
+        except (OSError, pickles.Refused) as error:
+            raise UserMistake(Problem(str(path), f"not a whole PyTorch checkpoint ({error})")) from None
+        if not isinstance(found, dict) or not all(type(name) is str for name in found):
+            raise UserMistake(Problem(str(path), "is no checkpoint of nanochat: it is no dict of tensors by name"))
+        odd = [name for name, value in found.items() if not hasattr(value, "untyped_storage")]
+        if odd:
+            raise UserMistake([Problem(str(path), f"{name} is no tensor") for name in odd[:LISTED]])
         self._tensors = {hf_name(name): tensor for name, tensor in found.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -108,4 +114,5 @@ class NanochatTensors:
 
     def read(self, tensor: str) -> Any:
         data = self._tensors[tensor]
-        return data[: self._vocabulary] if tensor in ("model.embed_tokens.weight", "lm_head.weight") else data
+        padded = tensor in ("model.embed_tokens.weight", "lm_head.weight") and data.dim()
+        return data[: self._vocabulary] if padded else data

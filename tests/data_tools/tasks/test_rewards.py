@@ -15,6 +15,7 @@ import pytest
 from data_tools.mistake import UserMistake
 from data_tools.tasks.rewards import Reply, Score, Scorer, Verifier, _Process, is_failure, score_of
 from data_tools.tasks.task import Item
+from jobs.artifact import process_start
 
 HERE = "tests.data_tools.tasks.verifiers"
 ITEM = Item.of("?", "4")
@@ -22,8 +23,8 @@ BAD = Verifier(f"{HERE}:misbehave")
 UNSCORABLE = {
     "raise": "ValueError: no such answer",
     "exit": "SystemExit: 3",
-    "sleep": "time limit of 0.3 s",
-    "spin": "time limit of 0.3 s",
+    "sleep": "time limit of 2 s",
+    "spin": "time limit of 2 s",
     "die": "ended its process (signal SIGKILL)",
     "ignore": "ended its process (exit code 0)",
     "nan": "'reward' is nan, not a finite number",
@@ -38,7 +39,7 @@ UNSCORABLE = {
 
 
 def test_a_verifier_that_misbehaves_costs_that_sample_only():
-    with Scorer({"bad": BAD}, workers=1, time_limit_s=0.3) as scorer:
+    with Scorer({"bad": BAD}, workers=1, time_limit_s=2.0) as scorer:
         futures = {}
         for completion in UNSCORABLE:
             futures[completion] = scorer.submit("bad", ITEM, completion), scorer.submit("bad", ITEM, "good")
@@ -50,7 +51,7 @@ def test_a_verifier_that_misbehaves_costs_that_sample_only():
 
 FAILED = {
     "raise": "ValueError: no such tool",
-    "sleep": "time limit of 0.3 s",
+    "sleep": "time limit of 2 s",
     "die": "ended its process (signal SIGKILL)",
     "number": "the reply was a int: 3; text was expected",
     "huge": "has 2,097,152 characters; 1,048,576 are the most",
@@ -59,12 +60,48 @@ FAILED = {
 
 
 def test_a_reply_that_fails_costs_that_sample_only():
-    with Scorer({"tool": Verifier(f"{HERE}")}, workers=1, time_limit_s=0.3) as scorer:
+    with Scorer({"tool": Verifier(f"{HERE}")}, workers=1, time_limit_s=2.0) as scorer:
         for transcript, note in FAILED.items():
             bad, good = (scorer.reply("tool", ITEM, text) for text in (transcript, "how long?"))
             assert bad.result().text is None and note in bad.result().note, transcript
             assert good.result() == Reply("9 letters") and scorer.submit("tool", ITEM, "abc").result().reward == 3.0
         assert scorer.reply("tool", ITEM, "over").result() == Reply(None)
+
+
+HOSTILE = {
+    "closes": "closed its process's connection",
+    "half an answer": "time limit of 2 s",
+    "a pickle": "wrote what is no answer",
+    "an answer of before": "wrote what is no answer",
+    "takes memory": "MemoryError",
+    "long": "bytes; 4,194,304 are the most",
+    "stops": "time limit of 2 s",
+    "leaves and hangs": "time limit of 2 s",
+    "leaves and dies": "ended its process (exit code 1)",
+}
+
+
+def test_a_hostile_verifier_runs_nothing_in_the_run_hangs_nobody_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Scorer({"bad": Verifier(f"{HERE}:hostile")}, workers=1, time_limit_s=2.0) as scorer:
+        assert scorer.submit("bad", ITEM, "leaves").result().reward == 1.0
+        for completion, note in HOSTILE.items():
+            score = scorer.submit("bad", ITEM, completion).result(timeout=60)
+            assert score.reward is None and note in score.note, (completion, score)
+            assert scorer.submit("bad", ITEM, "good").result(timeout=60).reward == 1.0, completion
+    left = [int(pid) for pid in (tmp_path / "left").read_text().split()]
+    assert len(left) == 3 and not [pid for pid in left if process_start(pid) is not None]
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_verifiers_see_of_the_environment_what_is_named(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "value")
+    monkeypatch.setenv("NAMED", "value")
+    for named, seen in (("", 0.0), ("NAMED, X", 1.0)):
+        monkeypatch.setenv("AFTEROK_VERIFIER_ENV", named)
+        with Scorer({"bad": Verifier(f"{HERE}:hostile")}, workers=1) as scorer:
+            parts = scorer.submit("bad", ITEM, "looks").result().parts
+        assert parts == {"A_SECRET": 0.0, "NAMED": seen, "PATH": 1.0}
 
 
 def test_terms_are_weighted_and_kept():
