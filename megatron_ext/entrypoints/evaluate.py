@@ -106,7 +106,7 @@ def _check_ways(config: Config, ranks: int) -> list[Problem]:
 
 
 def rows(config: Config) -> Loaded:
-    """Return the rows of the task as a mix would have them: verified, canonical, each once, at most `limit` (0: all)."""
+    """Return the rows of the task as a mix has them: verified, canonical, each once, at most `limit` (0: all)."""
     return load(config.task, _entry(config))
 
 

@@ -200,6 +200,7 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
     if found is not None:
         report["facts"]["rollout"] = asdict(found) | {"samples": found.samples}
         report["notes"] = [*room_notes(found, config.engine, config.group), *report["notes"]]
+    report["notes"] = [*report["notes"], *_recorded_notes(config)]
     return report
 
 

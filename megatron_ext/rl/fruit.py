@@ -70,7 +70,7 @@ def failed_verdicts(drawn: Sequence[Sample], where: str) -> UserMistake:
     add_reasons(reasons, drawn)
     return NothingTrained(
         f"{where}: no sample of {len(drawn):,} could be scored: {commonest(reasons)}; mend the reward. "
-        "What was sampled is kept, and is scored anew by the next attempt"
+        "What was sampled is kept: the next attempt under these settings scores it anew"
     )
 
 

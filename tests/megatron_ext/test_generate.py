@@ -177,7 +177,7 @@ def test_verdicts_are_of_the_answers_the_columns_the_options_and_the_code_as_the
 
     (tmp_path / "judges").mkdir()
     assert correct() == 0 and correct(answer="right") == 2 and correct(hint="right") == 2 and correct(liked=1) == 2
-    assert correct(always=True) == 2 and correct(always=True, weight=3.0) == 2
+    assert correct(always=True, weight=3.0) == 2
     assert {row["reward"] for row in rows_of(out)} == {3.0}
 
 
@@ -204,11 +204,10 @@ def evaluation_of(wanted: generate.Config) -> evaluate.Config:
     return evaluate.Config(model=wanted.model, mix=wanted.mix, max_new_tokens=6, verifiers=1)
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_model_without_finite_logits_is_named_with_the_prompt(folders, tmp_path, monkeypatch, wrong):
+def test_a_model_without_finite_logits_is_named_with_the_prompt(folders, tmp_path, monkeypatch):
     """Where generate samples, and where evaluate and grpo do."""
     def logits(*_: Any) -> torch.Tensor:
-        return torch.full_like(whole(*_), wrong)
+        return torch.full_like(whole(*_), float("nan"))
 
     from megatron_ext.rollout import runner
 

@@ -95,7 +95,7 @@ def test_a_stop_string_ends_a_sample(alone, tmp_path):
         assert spell(s.completion) == (whole[s.sample] if place < 0 else whole[s.sample][: place + 2])
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 66, 150])
+@pytest.mark.parametrize("size", [1, 64, 65, 150])
 def test_a_stop_string_of_any_length_is_found(alone, tmp_path, size):
     """A model has to write it: in tokens of one, two and three bytes."""
     spelled = ["a", "é", "€", "b", "c"]
