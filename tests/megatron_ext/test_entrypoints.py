@@ -133,7 +133,7 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
     for index in range(2):
         evaluate.run(config, outs[1 + index], tmp_path / "parts", index=index, count=2)
     assert evaluate.finish(config, outs[1:3], outs[3], tmp_path / "parts") == whole
-    # its reward is a length
+    # its reward is a length, of which 1 and more are right
     assert whole["prompts"] == 12 and whole["tool_prompts"] == 3 and whole["tool_accuracy"] == 1
     assert (
         whole["tool_pass@4"] == 1
