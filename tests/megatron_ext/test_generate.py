@@ -66,9 +66,10 @@ def test_samples_are_what_rejection_reads(whole):
     lengths = [row for row in rows if row["task"] == "lengths"]
     assert len(lengths) == 2 * SAMPLES and all(row["reward"] == len(row["completion"]) for row in lengths)
     assert {row["correct"] for row in rows if row["task"] == "sums"} <= {True, False}
-    assert facts["accuracy"] is None and "pass@1" not in facts and facts["reward"] > 0  # a length is not right or wrong
-    sums = generate._result(row for row in rows if row["task"] == "sums")
-    assert {"pass@1", "pass@2", "pass@4"} <= set(sums) and sums["pass@1"] == pytest.approx(sums["accuracy"])
+    assert {"pass@1", "pass@2", "pass@4"} <= set(facts) and facts["pass@1"] == pytest.approx(facts["accuracy"])
+    rows[0]["reward"], rows[0]["correct"] = 0.5, None
+    unjudged = generate._result(rows)
+    assert unjudged["accuracy"] is None and "pass@1" not in unjudged and unjudged["reward"] > 0
     assert facts == durable.read_json(out / "result.json")
     found = facts["records"]["sums"]
     assert (found["prompts"], found["lines"]) == (PROMPTS - 2, found["rows"]) and facts["records"]["lengths"]["rows"] == 2
