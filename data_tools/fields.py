@@ -17,13 +17,19 @@ else the row is rendered again with a mark inside the field, which then turns up
 import json
 import re
 from dataclasses import replace
-from typing import Any, Iterator, NamedTuple, Sequence, Union
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence, Union
 
 from data_tools.conversation import BadRecord, Conversation
 from data_tools.template import ChatTemplate, TemplateError
 from data_tools.turns import Rendered
 
 LOSABLE = ("reasoning", "tools", "name")  # what a template may leave out, where chat.may_lose says so
+REMEDIES = {  # of what is counted: what keeps such rows
+    "reasoning_lost": "chat.inline_reasoning: true writes it into the content between <think> tags, chat.may_lose: "
+                      "[reasoning] trains without it",
+    "tools_lost": "chat.may_lose: [tools] trains without them",
+    "name_lost": "chat.may_lose: [name] trains without it",
+}  # fmt: skip
 
 _MARK = "xQ7mArK7Qx"  # as JSON and HTML write it too
 _INLINE = re.compile(r"\s*<think>(.*)</think>(.*)", re.DOTALL)
@@ -120,6 +126,11 @@ class Fields:
             except TemplateError:  # it wants other texts; each row's own are asked for
                 self._unwritten[shape] = frozenset()
         return self._unwritten[shape]
+
+
+def remedies(buckets: Iterable[str]) -> list[str]:
+    """Return what would keep the rows of these buckets, for those where a setting does."""
+    return [f"{bucket}: {REMEDIES[bucket]}" for bucket in sorted(buckets) if bucket in REMEDIES]
 
 
 def inline_reasoning(conversation: Conversation, messages: Sequence[int]) -> Conversation:
@@ -225,12 +236,11 @@ def _reason(field: Field) -> str:
     if field.kind == "tool_call":
         return f"{place}a call, or a part of one: {field.text.strip()[:60]!r}"
     if field.kind == "tools":
-        return (f"the chat template leaves out the tool {field.text!r}; give one that writes tools, or set "
-                "chat.may_lose: [tools]")
-    if field.kind == "name":
-        return f"{place}the name {field.text!r}; give one that writes it, or set chat.may_lose: [name]"
-    if field.kind == "reasoning":
-        remedy = "give one that writes it, or set chat.inline_reasoning: true to have it in the content between " \
-                 "<think> tags, or chat.may_lose: [reasoning] to train without it"
-        return f"{place}its reasoning; {remedy}"
-    return f"{place}what it says: {field.text.strip()[:60]!r}; give one that writes it"
+        what = f"the chat template leaves out the tool {field.text!r}; give one that writes tools"
+    elif field.kind == "name":
+        what = f"{place}the name {field.text!r}; give one that writes it"
+    elif field.kind == "reasoning":
+        what = f"{place}its reasoning; give one that writes it"
+    else:
+        what = f"{place}what it says: {field.text.strip()[:60]!r}; give one that writes it"
+    return "; ".join(filter(None, [what, REMEDIES.get(f"{field.kind}_lost")]))

@@ -6,8 +6,8 @@ elements, workers and chunk sizes.
 
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
        │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
-       │ malformed_record │ empty_assistant,         │ tool_call_lost,
-       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained
+       │ malformed_record │ empty_assistant,         │ turn_unclear, reasoning_lost, tool_call_lost,
+       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained, …
                           │ refused_key, openthoughts_markers
 """
 
@@ -32,6 +32,7 @@ from data_tools.balance import Balance, SourceBalance
 from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.conversation import BadRecord
 from data_tools.encoder import Encoder, check_encoder
+from data_tools.fields import remedies
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.store import Provenance, RowText, Store, StoreWriter, row_text
@@ -59,6 +60,11 @@ class Config:
     encoder: str = field(default="auto", metadata={"keyed": False})  # auto | huggingface | gigatoken: the same ids
     workers: int = field(default=1, metadata={"keyed": False})  # processes of an element
     chunk_size: int = field(default=16, metadata={"keyed": False})  # records handed to a worker at a time
+
+    @staticmethod
+    def meaning(config: "Config") -> Dict[str, Any]:
+        """Return what the settings have come to mean since stores were first sealed, for the key (jobs/kind.py)."""
+        return {} if config.task else {"loss": "through the stop token"}
 
 
 def check(config: Config) -> list[Problem]:
@@ -358,7 +364,8 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
             done += stop - start
     if writer.rows == 0:
         buckets = balance.total().dropped + balance.total().lines_dropped
-        raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}; check inputs and tokenizer")
+        advice = "; ".join(remedies(buckets)) or "check inputs and tokenizer"
+        raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}; {advice}")
     return _write_balance(balance, writer.close(), out)
 
 

@@ -19,7 +19,6 @@ What begins and ends a turn is probed with small conversations when the template
                the stop token, and one is added after a last turn
 """
 
-import contextlib
 import os
 import re
 from bisect import bisect
@@ -84,11 +83,11 @@ class Turns:
         """
         wanted = frozenset(range(len(conversation.messages))) if wanted is None else wanted
         try:
-            return self._render(conversation, wanted)
+            return self._render(self._cut, conversation, wanted)
         except Unclear:
             if self._cut != self._by_loop:
                 raise
-        return self._with(self._by_prefixes)._render(conversation, wanted)
+        return self._render(self._by_prefixes, conversation, wanted)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -96,20 +95,20 @@ class Turns:
 
     # -- a conversation ------------------------------------------------------------------------------------------
 
-    def _render(self, conversation: Conversation, wanted: AbstractSet[int]) -> Rendered:
-        text, pieces = self._cut(conversation, wanted)
+    def _render(self, cut: "Cut", conversation: Conversation, wanted: AbstractSet[int]) -> Rendered:
+        text, pieces = cut(conversation, wanted)
         if self.template.has_blocks:
             return Rendered(text, self._blocks_through_stop(text, pieces, conversation))
         spans = []
         for piece in pieces:
-            if piece.message in wanted:
+            try:
                 piece = self._without_header(text, piece, conversation)
+            except Unclear:
+                if piece.message in wanted:
+                    raise
+            if piece.message in wanted:
                 text, piece = self._through_stop(text, piece, conversation)
-            else:  # where it begins parts prompt and answer, whether it is trained or not
-                with contextlib.suppress(Unclear):
-                    start = self._without_header(text, piece, conversation).start
-                    piece = piece._replace(start=start, stop=max(start, piece.stop))
-            spans.append(piece)
+            spans.append(piece._replace(stop=max(piece.start, piece.stop)))
         return Rendered(text, spans)
 
     def _without_header(self, text: str, piece: Span, conversation: Conversation) -> Span:
@@ -233,13 +232,6 @@ class Turns:
             self._learn(self._by_prefixes)
         except UserMistake:
             raise by_loop from None
-
-    def _with(self, cut: "Cut") -> "Turns":
-        """Return one that knows what this does and tells turns in another way."""
-        other = object.__new__(Turns)
-        other.__dict__ = {**self.__dict__}
-        other._cut = other._by_prefixes if cut == self._by_prefixes else cut
-        return other
 
     def _learn(self, cut: "Cut") -> None:
         """Find headers, stops and closings by probes. UserMistake where there are none."""

@@ -7,6 +7,8 @@
                                                      with what it imports of the user's files into the key, by content
                                    {"keyed": False}  does not change the result; not part of the key
                                    {"keyed": "if_set"}  part of it unless empty: the phase was sealed without it before
+                                   its static method `meaning(config) -> dict`, if any, adds to the key where the same
+                                   settings give another result than they did
     run(config, task) -> facts     the work of one element on one rank; fills task.out
     finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
     STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
@@ -106,7 +108,7 @@ def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
         if not keyed or keyed == "if_set" and not value:
             continue
         out[field.name] = _keyed(value)
-    return out
+    return out | (schema.meaning(config) if hasattr(schema, "meaning") else {})
 
 
 def _keyed(value: Any) -> Any:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import materialize, sources
+from data_tools.fields import remedies
 from data_tools.materialize import Config
 from data_tools.mistake import Problem
 from data_tools.tables import write_table
@@ -30,4 +31,18 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     dropped = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(facts["buckets"].items()))
     kept = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped})' if dropped else ''}"
     tokens = f"{facts['tokens']:,} tokens, {facts['supervised']:,} in the loss"
-    return {"headline": f"{kept}, {tokens}", **facts}
+    return {"headline": "; ".join([f"{kept}, {tokens}", *remedies(facts["buckets"]), *_liberties(config)]), **facts, **_liberty_facts(config)}
+
+
+def _liberties(config: Config) -> list[str]:
+    """What was allowed where a chat template leaves something out of a row."""
+    said = []
+    if config.chat.inline_reasoning:
+        said.append("reasoning that the template does not write is in the contents, between <think> tags")
+    if config.chat.may_lose:
+        said.append(f"{', '.join(config.chat.may_lose)} left out where the template does not write it")
+    return said
+
+
+def _liberty_facts(config: Config) -> dict[str, Any]:
+    return {name: value for name in ("inline_reasoning", "may_lose") if (value := getattr(config.chat, name))}

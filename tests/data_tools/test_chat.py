@@ -60,6 +60,13 @@ def test_the_last_turn_is_what_follows_the_last_question(rows, tokenizer):
     assert row.turns == 2
 
 
+@pytest.mark.parametrize("template", ["qwen3", "gemma4_v5"])
+def test_the_prompt_of_a_row_ends_behind_the_first_header_whichever_turns_are_trained(rows, template):
+    messages = [message("user", "2?"), SOLVED, message("user", "3?"), SOLVED]
+    prompts = {rows(messages, template, turns=turns)[0].prompt for turns in ("all", "last", "each")}
+    assert len(prompts) == 1 and prompts.pop().endswith(("assistant\n", "model\n"))
+
+
 def test_each_gives_a_row_a_question_so_that_reasoning_stays_where_a_template_would_drop_it(rows, tokenizer):
     (together,) = rows(CONVERSATIONS["thinking"], "qwen3")
     assert learnt(together, tokenizer).count("Two and two.") == 1

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from data_tools.messages import IN_LOSS
 from data_tools.mistake import UserMistake, disk_problem
 from data_tools.store import Store
 from data_tools.tokenizer import load_tokenizer
+from jobs.phases import materialize as materialize_phase
+from jobs.task import Task
 from tests.data_tools.chats import (
     ASKED, CONVERSATIONS, FOUND, GREEDY, SOLVED, TEMPLATES, TOOLS, message, shared, shared_tokenizer, template_of,
     write_tokenizer)
@@ -276,6 +279,25 @@ def test_a_full_disk_leaves_no_store_and_is_named(tmp_path, tokenizer):
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
     build(config_of(tokenizer, tmp_path / "a.jsonl"), tmp_path)
+
+
+def test_what_a_template_leaves_out_is_said_in_the_headline_with_what_keeps_it(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "t", template=template_of("qwen2_5"))
+    (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, SOLVED], CONVERSATIONS["thinking"]))
+
+    def facts_of(**options):
+        out = _folder(tmp_path / f"p{len(list(tmp_path.iterdir()))}")
+        config = config_of(tokenizer, tmp_path / "a.jsonl", on_bad_row="bucket", chat=ChatConfig(**options))
+        task = Task("data", 0, 1, None, _folder(out / "part"), _folder(out / "keep"), 0, 1)
+        materialize_phase.run(config, task)
+        return materialize_phase.finish([out / "part"], config, replace(task, out=_folder(out / "all")))
+
+    facts = facts_of()
+    assert facts["buckets"] == {"reasoning_lost": 1} and "chat.inline_reasoning: true" in facts["headline"]
+    facts = facts_of(inline_reasoning=True)
+    assert facts["kept"] == 2 and facts["inline_reasoning"] and "between <think> tags" in facts["headline"]
+    facts = facts_of(may_lose=["reasoning"])
+    assert facts["kept"] == 2 and facts["may_lose"] == ["reasoning"] and "reasoning left out" in facts["headline"]
 
 
 # -- the real files ---------------------------------------------------------------------------------------------------
