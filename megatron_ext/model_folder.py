@@ -67,10 +67,8 @@ def open_folder(path: str | Path) -> ModelFolder:
     path = Path(path)
     try:
         facts = durable.read_json(inside(path, "model.json"))
-    except (OSError, ValueError) as error:
-        raise UserMistake(
-            Problem(str(path), f"not a model folder (model.json: {error}); import_hf makes one")
-        ) from None
+    except (OSError, ValueError, UserMistake) as error:
+        raise UserMistake(Problem(str(path), f"not a model folder ({error}); import_hf makes one")) from None
     if facts.get("format") != FORMAT:
         raise UserMistake(
             Problem(str(path / "model.json"), f"format {facts.get('format')!r} is unknown, this version reads {FORMAT}")
