@@ -167,7 +167,7 @@ def _otherwise(folder: ModelFolder, other: Path) -> list[str]:
     if (other / "model.json").is_file():
         theirs = open_folder(other)
         return differences(meaning(theirs.family, theirs.dims), meaning(folder.family, folder.dims))
-    rows, ours = durable.read_json(other / "manifest.json").get("vocabulary"), folder.dims.vocabulary
+    rows, ours = durable.read_json(inside(other, "manifest.json")).get("vocabulary"), folder.dims.vocabulary
     return [f"its vocabulary has {rows:,} rows, not {ours:,}"] if rows not in (None, ours) else []
 
 
