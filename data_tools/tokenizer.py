@@ -132,8 +132,10 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 def _check_inside(folder: Path) -> None:
     """UserMistake where a file of the folder leads out of it, or its settings name one elsewhere: transformers would
     follow both."""
-    for place in filter(Path.is_dir, (folder, folder / "additional_chat_templates")):
-        files(place)
+    files(folder)
+    if (more := folder / "additional_chat_templates").is_dir():
+        for path in more.iterdir():
+            inside(folder, f"{more.name}/{path.name}")
     for key, value in _read_config(folder).items():
         if key.endswith("_file") and isinstance(value, str) and value:
             path = folder / value  # that of its author's machine as a rule, which is not there

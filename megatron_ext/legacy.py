@@ -211,15 +211,14 @@ class LegacyTensors:
 
     def whole(self, rule: Rule) -> torch.Tensor:
         """mcore's whole tensor. UserMistake when the shards do not make one, or when its copies differ."""
-        name = self._name(rule)
+        name, wholes = self._name(rule), rule.experts and self._wholes_experts
         shards, copies = self._shards[name], list(self._copies.get(name, ()))
-        if (rule.experts and self._wholes_experts) or shards[0].shape == rule.layout.shape:
+        if wholes or shards[0].shape == rule.layout.shape:  # each tensor rank has all of it
             copies += [(shard, 0) for shard in shards[1:]]
-            shards = shards[:1] * (1 if rule.experts and self._wholes_experts else len(shards))
         for copy, rank in copies:
-            if said := difference(copy, self._shards[name][rank]):
+            if said := difference(copy, shards[rank]):
                 raise UserMistake(Problem(str(self.folder), f"tensor {name}: a rank's copy {said} (of another's)"))
-        joined = rule.layout.unshard(shards)
+        joined = rule.layout.unshard(shards[:1] if wholes else shards)
         if joined.shape != rule.layout.shape:
             raise UserMistake(Problem(str(self.folder), f"tensor {name} has shape {list(joined.shape)}, "
                                       f"config.json gives {list(rule.layout.shape)}"))  # fmt: skip

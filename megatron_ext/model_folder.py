@@ -67,14 +67,9 @@ def open_folder(path: str | Path) -> ModelFolder:
     config.json has come to mean something else. No torch."""
     path = Path(path)
     try:
-        file = inside(path, "model.json", needed=False)
-        facts = durable.read_json(file) if file else None
-    except (OSError, ValueError) as error:
-        raise UserMistake(
-            Problem(str(path), f"not a model folder (model.json: {error}); import_hf makes one")
-        ) from None
-    if facts is None:
-        raise UserMistake(Problem(str(path), "not a model folder (it has no model.json); import_hf makes one"))
+        facts = durable.read_json(inside(path, "model.json"))
+    except (OSError, ValueError, UserMistake) as error:
+        raise UserMistake(Problem(str(path), f"not a model folder ({error}); import_hf makes one")) from None
     if facts.get("format") != FORMAT:
         raise UserMistake(
             Problem(str(path / "model.json"), f"format {facts.get('format')!r} is unknown, this version reads {FORMAT}")

@@ -1,8 +1,10 @@
 """What a distributed checkpoint keeps where: the content of its .metadata file, a pickle of torch's classes."""
 
+import contextlib
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 from megatron_ext.pickles import DTYPES, ORDERED, SIZE, Node, Pair, Refused, Shape, count, nodes, understood
 
@@ -58,8 +60,22 @@ def read(path: Path) -> Stored:
         data = file.read(METADATA_BYTES + 1)
     if len(data) > METADATA_BYTES:
         raise Refused(f"it has more than {METADATA_BYTES:,} bytes")
-    tree = nodes(data, KNOWN)
-    return understood(lambda: _stored(tree))
+    with _no_collector():
+        tree = nodes(data, KNOWN)
+        return understood(lambda: _stored(tree))
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's collector of circles, which would look at all that is made again and again: 3.4 s instead of
+    0.9 s for 100,000 pieces."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _state(node: Any, name: str) -> Any:

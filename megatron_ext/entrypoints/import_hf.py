@@ -110,6 +110,7 @@ def fetch(source: str, revision: str) -> Path:
                 source,
                 revision=revision or None,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
+                ignore_patterns=["original/*", "consolidated*"],  # the same weights in the format of their authors
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -15,8 +15,9 @@ WITHOUT_EFFECT = {  # special tokens, initial values, caches and outputs, names
     "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
     "initializer_range", "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits",
     "pad_token_id", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "is_llama_config", "max_sequence_length", "transformers.js_config", "unsloth_fixed",  # of other programs
 }  # fmt: skip
-OFF = {"add_cross_attention": False, "is_decoder": False, "is_encoder_decoder": False}  # what no family has
+OFF = dict.fromkeys(("add_cross_attention", "is_decoder", "is_encoder_decoder", "rope_interleaved"), False)  # of none
 BESIDE_ROPE = {"rope_theta", "partial_rotary_factor"}  # older files have them beside the other settings
 ROPE_KEYS = ("rope_parameters", "rope_scaling", *sorted(BESIDE_ROPE))
 

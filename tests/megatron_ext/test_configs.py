@@ -108,6 +108,13 @@ def test_what_has_no_effect_here_has_none_in_transformers(dims):
     assert {"initializer_range", "use_cache", "eos_token_id"} <= ignored
 
 
+def test_keys_of_other_programs_change_nothing(dims):
+    keys = {"is_llama_config": True, "transformers.js_config": {"dtype": "q4"}, "unsloth_fixed": True,
+            "max_sequence_length": 17, "rope_interleaved": False}  # fmt: skip
+    assert understood({**file_of(dims), **keys}) == understood(file_of(dims)) == dims
+    assert understood({**file_of(dims), "rope_interleaved": True}) is None
+
+
 REQUIRED = {  # keys without which no file is understood, and sizes that suit transformers' own for the others
     "qwen2": dict(num_attention_heads=64),
     "qwen3": dict(num_attention_heads=64),

@@ -176,6 +176,7 @@ def test_nemotron_3_nano_is_understood():
         (dict(residual_in_fp32=True), "residual_in_fp32 = True"),
         (dict(tie_word_embeddings=True), "tie_word_embeddings = True"),
         (dict(time_step_limit=[0.001, 0.1]), "time_step_limit = [0.001, 0.1]"),
+        (dict(rms_norm_eps=1e-6), "rms_norm_eps is 1e-06 and layer_norm_epsilon is 1e-05: keep the right one"),
         (dict(norm_eps=1e-6), "norm_eps is 1e-06 and layer_norm_epsilon is 1e-05: keep the right one"),
         (dict(quantization_config={"quant_method": "fp8"}), "quantization_config"),
         (dict(new_feature=3), "new_feature = 3 is not supported for nemotron_h: it is not known"),

@@ -330,6 +330,28 @@ def test_a_link_out_of_an_adapters_folder_is_refused(name, private, hf, tmp_path
     assert "outside of the folder" in tried(import_hf.run, config, tmp_path / "out")
 
 
+def test_an_adapter_reads_its_own_file_and_no_other(private, hf, tmp_path):
+    """Neither what an index beside it names, nor the base model that it names, nor a pipe is opened."""
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
+              "base_model_name_or_path": str(private.parent)}  # fmt: skip
+    durable.write_json(peft / "adapter_config.json", config)
+    durable.write_json(peft / "model.safetensors.index.json", {"weight_map": {"x": str(private)}})
+    config = import_hf.Config(str(hf), adapter=str(peft))
+    assert "has no adapter_model.safetensors" in tried(import_hf.run, config, tmp_path / "out")
+    os.mkfifo(peft / "adapter_model.safetensors")
+    assert "is no regular file" in tried(import_hf.run, config, tmp_path / "out2")
+
+
+def test_a_folder_of_templates_that_is_a_link_is_refused(private, hf, tmp_path):
+    folder = copied(hf, tmp_path / "tokenizer")
+    (private.parent / "x.jinja").write_text(SECRET)
+    (folder / "additional_chat_templates").symlink_to(private.parent)
+    with pytest.raises(UserMistake, match="lies in a link to another folder"):
+        load_tokenizer(str(folder))
+
+
 def test_an_adapter_whose_expression_never_ends_is_refused(hf, tmp_path):
     peft = tmp_path / "peft"
     peft.mkdir()

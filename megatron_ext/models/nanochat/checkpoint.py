@@ -49,7 +49,7 @@ def find(folder: Path, tag: str, step: int) -> tuple[Path, Path] | None:
 def config_of(meta: Path, dtype: str) -> dict[str, Any]:
     """config.json of the NanoChatForCausalLM that meta_STEP.json describes. UserMistake for what it cannot express."""
     try:
-        model = dict(durable.read_json(meta)["model_config"])
+        model = dict(durable.read_json(inside(meta.parent, meta.name))["model_config"])
         sizes = [int(model.pop(key)) for key in SIZES]
     except (OSError, durable.TornFile, KeyError, TypeError, ValueError) as error:
         raise UserMistake(Problem(str(meta), f"has no model_config with {', '.join(SIZES)} ({error!r})")) from None

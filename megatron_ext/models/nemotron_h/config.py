@@ -108,7 +108,7 @@ WITHOUT_EFFECT = {
 READ = {
     "attention_head_dim", "hidden_size", "hybrid_override_pattern", "layer_norm_epsilon", "layer_types",
     "layers_block_type", "n_group", "n_shared_experts", "norm_eps", "norm_topk_prob", "num_hidden_layers",
-    "routed_scaling_factor", "time_step_limit", "topk_group", "vocab_size",
+    "rms_norm_eps", "routed_scaling_factor", "time_step_limit", "topk_group", "vocab_size",
 }  # fmt: skip
 KNOWN = READ | WITHOUT_EFFECT | set(ONLY) | {name for sizes in SIZES.values() for name in sizes.values()}
 
@@ -164,7 +164,8 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     if limit is not None and limit != [0, math.inf]:
         reading.refuse("time_step_limit", limit, "megatron-core does not bound Mamba's steps")
     epsilon = float(reading.number("layer_norm_epsilon", 1e-5))
-    reading.agree("norm_eps", config.get("norm_eps"), "layer_norm_epsilon", epsilon)
+    for other in ("norm_eps", "rms_norm_eps"):
+        reading.agree(other, config.get(other), "layer_norm_epsilon", epsilon)
     if "*" in pattern:
         reading.groups(found["heads"])
     if "M" in pattern and found["mamba_heads"] % found["mamba_groups"]:
