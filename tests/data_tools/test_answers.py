@@ -80,7 +80,7 @@ def numbers():
     for top, bottom in ((1, 2), (3, 4), (-5, 8), (7, 3), (11, 40)):
         sign, size = "-" if top < 0 else "", abs(top)
         yield (top, bottom), {f"{top}/{bottom}", f"\\frac{{{top}}}{{{bottom}}}", f"{sign}\\dfrac{{{size}}}{{{bottom}}}",
-                              f"{sign}\\frac{{{2 * size}}}{{{2 * bottom}}}", f"{sign}\\frac {size}{{{bottom}}}"}  # fmt: skip
+                              f"{sign}\\frac{{{2 * size}}}{{{2 * bottom}}}", f"{sign}\\frac {{{size}}} {{{bottom}}}"}  # fmt: skip
     for power in (-7, -5, 4, 16, 20):
         plain = f"{10**power:d}" if power > 0 else f"0.{'0' * (-power - 1)}1"
         yield f"1e{power}", {f"1e{power}", f"10^{{{power}}}", f"1 \\times 10^{{{power}}}", plain, f"1E{power:+03d}"}
