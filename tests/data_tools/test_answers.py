@@ -75,12 +75,14 @@ def numbers():
     """(value, all its spellings) of whole and decimal numbers, fractions and powers of ten."""
     for whole in (0, 7, -7, 12, 1000, -1234, 1234567):
         grouped = f"{whole:,}"
-        yield whole, {str(whole), grouped, grouped.replace(",", r"\,"), grouped.replace(",", "{,}"), f"{whole}.0", f"{whole}.",
-                      grouped.replace(",", r",\!"), str(whole).replace("-", "−"), f"${whole}$", f"\\text{{{whole}}}"}  # fmt: skip
+        yield whole, {str(whole), grouped, grouped.replace(",", r"\,"), grouped.replace(",",
+        "{,}"), f"{whole}.0", f"{whole}.",
+                      grouped.replace(",", r",\!"), str(whole).replace("-",
+                      "−"), f"${whole}$", f"\\text{{{whole}}}"}  # fmt: skip
     for top, bottom in ((1, 2), (3, 4), (-5, 8), (7, 3), (11, 40)):
         sign, size = "-" if top < 0 else "", abs(top)
         yield (top, bottom), {f"{top}/{bottom}", f"\\frac{{{top}}}{{{bottom}}}", f"{sign}\\dfrac{{{size}}}{{{bottom}}}",
-                              f"{sign}\\frac{{{2 * size}}}{{{2 * bottom}}}", f"{sign}\\frac {{{size}}}{{{bottom}}}"}  # fmt: skip
+                              f"{sign}\\frac{{{2 * size}}}{{{2 * bottom}}}", f"{sign}\\frac {{{size}}} {{{bottom}}}"}  # fmt: skip
     for power in (-7, -5, 4, 16, 20):
         plain = f"{10**power:d}" if power > 0 else f"0.{'0' * (-power - 1)}1"
         yield f"1e{power}", {f"1e{power}", f"10^{{{power}}}", f"1 \\times 10^{{{power}}}", plain, f"1E{power:+03d}"}
@@ -111,7 +113,8 @@ def test_whatever_a_model_writes_is_judged_without_an_error():
     """Cut, doubled and shuffled pieces of all answers, against a plain one."""
     texts = [text for pairs in PAIRS.values() for gold, answer, _ in pairs for text in (gold, answer)]
     odd = [text[: len(text) // 2] for text in texts] + [text[len(text) // 3 :] + text[:3] for text in texts]
-    odd += ["{" * 300, "(" * 500 + ")" * 500, "9" * 5000, "^" * 50, "\\frac" * 40, "\ud800", "\0", "1e999999999", "-" * 99]
+    odd += ["{" * 300, "(" * 500 + ")" * 500, "9" * 5000, "^" * 50, "\\frac" * 40, "\ud800", "\0", "1e999999999",
+    "-" * 99]
     for text in odd:
         assert is_equal("123454321", text) is False
         assert isinstance(vote("123454321", text), str)
@@ -120,28 +123,48 @@ def test_whatever_a_model_writes_is_judged_without_an_error():
 # -- forms ------------------------------------------------------------------------------------------------------------
 
 FOUND = [  # form, what is written, the answer
-    ("boxed", r"\boxed{34}", "34"), ("boxed", r"\fbox{34}", "34"), ("boxed", r"\boxed 34", "34"), ("boxed", r"$\boxed 34$.", "34"),
-    ("boxed", r"\boxed{ 34 }", "34"), ("boxed", r"\boxed{5\\}", "5"), ("boxed", r"\boxed{34}.", "34"), ("boxed", r"\boxed{34.}", "34"),
-    ("boxed", r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"), ("boxed", r"\boxed{**34**}", "34"), ("boxed", r"\boxed{$34$}", "34"),
+    ("boxed", r"\boxed{34}", "34"), ("boxed", r"\fbox{34}", "34"), ("boxed", r"\boxed 34", "34"), ("boxed",
+    r"$\boxed 34$.", "34"),
+    ("boxed", r"\boxed{ 34 }", "34"), ("boxed", r"\boxed{5\\}", "5"), ("boxed", r"\boxed{34}.", "34"), ("boxed",
+    r"\boxed{34.}", "34"),
+    ("boxed", r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"), ("boxed", r"\boxed{**34**}", "34"), ("boxed",
+    r"\boxed{$34$}", "34"),
     ("boxed", r"\boxed{\(34\)}", "34"), ("boxed", r"\boxed{\{1,2\}}", r"\{1,2\}"), ("boxed", "boxed{34}", "34"),
-    ("boxed", r"\boxed{\begin{pmatrix}1\\{2}\end{pmatrix}}", r"\begin{pmatrix}1\\{2}\end{pmatrix}"), ("boxed", r"\boxed{\text{Answer: }34}", "34"),
-    ("boxed", r"First \boxed{3}. Then \boxed{5\\}", "5"), ("boxed", r"\boxed{3} and then \boxed{5", None), ("boxed", r"\boxed{3} no \boxed{5}", "5"),
-    ("boxed", r"\boxed{3} or \boxed{5}", "3 or 5"), ("boxed", r"$x=\boxed{3}$, $y=\boxed{5}$", "3, 5"), ("boxed", r"\boxed{}", None), ("boxed", "34", None),
-    ("boxed", r"\boxed{\boxed{34}}", "34"), ("boxed", "\\boxed{\n34\n}", "34"), ("boxed", r"\boxed{0.333...}", "0.333..."),
-    ("answer_line", "Answer: 34", "34"), ("answer_line", "**Answer: 34**", "34"), ("answer_line", "**Answer:** 34", "34"), ("answer_line", "Answer: **34**", "34"),
-    ("answer_line", "### Answer: 34", "34"), ("answer_line", r"Answer: \(34\)", "34"), ("answer_line", r"Answer: \[34\]", "34"), ("answer_line", "Answer: $$34$$", "34"),
-    ("answer_line", "Answer: 34.", "34"), ("answer_line", "Answer: 34,", "34"), ("answer_line", r"Answer: $\boxed{34}$", "34"), ("answer_line", "Answer:\n34", "34"),
-    ("answer_line", "Final Answer: 34", "34"), ("answer_line", "**Final Answer:** 34", "34"), ("answer_line", "answer: 34", "34"), ("answer_line", "- Answer: 34", "34"),
-    ("answer_line", "> Answer: 34", "34"), ("answer_line", "Answer: 34\n\nThanks!", "34"), ("answer_line", "Answer: `34`", "34"), ("answer_line", "Answer: __34__", "34"),
-    ("answer_line", "The final answer is: 34", "34"), ("answer_line", "Answer: 3\nno\nAnswer: 34", "34"), ("answer_line", "Answer:\n\\[\n34\n\\]\nDone.", "34"),
-    ("answer_line", "## Answer\n34", None), ("answer_line", r"so \boxed{34}", "34"), ("answer_line", "Answer:", None), ("answer_line", "Answer: 3\nAnswer:\n", None),
-    ("hashes", "#### 34", "34"), ("hashes", "#### **34**", "34"), ("hashes", "####34", "34"), ("hashes", "#### $34$", "34"), ("hashes", "#### 34.", "34"),
-    ("hashes", "#### 34\n\n#### Explanation", "34"), ("hashes", "#### 34\n\n#### Explanation\nWe add.", "34"), ("hashes", "#### Answer: 34", "34"), ("hashes", "#### Answer\n34", "34"),
-    ("hashes", "#### Step 1\nadd\n#### 34", "34"), ("hashes", "#### 3\n#### 34", "34"), ("hashes", "**#### 34**", "34"), ("hashes", "##### 34", None), ("hashes", "so #### 34", "34"),
+    ("boxed", r"\boxed{\begin{pmatrix}1\\{2}\end{pmatrix}}", r"\begin{pmatrix}1\\{2}\end{pmatrix}"), ("boxed",
+    r"\boxed{\text{Answer: }34}", "34"),
+    ("boxed", r"First \boxed{3}. Then \boxed{5\\}", "5"), ("boxed", r"\boxed{3} and then \boxed{5", None), ("boxed",
+    r"\boxed{3} no \boxed{5}", "5"),
+    ("boxed", r"\boxed{3} or \boxed{5}", "3 or 5"), ("boxed", r"$x=\boxed{3}$, $y=\boxed{5}$", "3, 5"), ("boxed",
+    r"\boxed{}", None), ("boxed", "34", None),
+    ("boxed", r"\boxed{\boxed{34}}", "34"), ("boxed", "\\boxed{\n34\n}", "34"), ("boxed", r"\boxed{0.333...}",
+    "0.333..."),
+    ("answer_line", "Answer: 34", "34"), ("answer_line", "**Answer: 34**", "34"), ("answer_line", "**Answer:** 34",
+    "34"), ("answer_line", "Answer: **34**", "34"),
+    ("answer_line", "### Answer: 34", "34"), ("answer_line", r"Answer: \(34\)", "34"), ("answer_line",
+    r"Answer: \[34\]", "34"), ("answer_line", "Answer: $$34$$", "34"),
+    ("answer_line", "Answer: 34.", "34"), ("answer_line", "Answer: 34,", "34"), ("answer_line",
+    r"Answer: $\boxed{34}$", "34"), ("answer_line", "Answer:\n34", "34"),
+    ("answer_line", "Final Answer: 34", "34"), ("answer_line", "**Final Answer:** 34", "34"), ("answer_line",
+    "answer: 34", "34"), ("answer_line", "- Answer: 34", "34"),
+    ("answer_line", "> Answer: 34", "34"), ("answer_line", "Answer: 34\n\nThanks!", "34"), ("answer_line",
+    "Answer: `34`", "34"), ("answer_line", "Answer: __34__", "34"),
+    ("answer_line", "The final answer is: 34", "34"), ("answer_line", "Answer: 3\nno\nAnswer: 34", "34"),
+    ("answer_line", "Answer:\n\\[\n34\n\\]\nDone.", "34"),
+    ("answer_line", "## Answer\n34", None), ("answer_line", r"so \boxed{34}", "34"), ("answer_line",
+    "Answer:", None), ("answer_line", "Answer: 3\nAnswer:\n", None),
+    ("hashes", "#### 34", "34"), ("hashes", "#### **34**", "34"), ("hashes", "####34", "34"), ("hashes", "#### $34$",
+    "34"), ("hashes", "#### 34.", "34"),
+    ("hashes", "#### 34\n\n#### Explanation", "34"), ("hashes", "#### 34\n\n#### Explanation\nWe add.", "34"),
+    ("hashes", "#### Answer: 34", "34"), ("hashes", "#### Answer\n34", "34"),
+    ("hashes", "#### Step 1\nadd\n#### 34", "34"), ("hashes", "#### 3\n#### 34", "34"), ("hashes", "**#### 34**",
+    "34"), ("hashes", "##### 34", None), ("hashes", "so #### 34", "34"),
     ("hashes", "#### 3\n####", None), ("hashes", "#### Monday", "Monday"),
-    ("tagged", "<answer>34</answer>", "34"), ("tagged", "<answer>\n34\n</answer>", "34"), ("tagged", "<answer>**34**</answer>", "34"), ("tagged", "<ANSWER>34</ANSWER>", "34"),
-    ("tagged", r"<answer>\boxed{34}</answer>", "34"), ("tagged", "<answer>Answer: 34</answer>", "34"), ("tagged", "<answer>The answer is 34.</answer>", "34"),
-    ("tagged", "<answer>1</answer> no <answer>34</answer>", "34"), ("tagged", "<answer>a <answer>34</answer>", "34"), ("tagged", "<answer>3</answer> no <answer>34", None),
+    ("tagged", "<answer>34</answer>", "34"), ("tagged", "<answer>\n34\n</answer>", "34"), ("tagged",
+    "<answer>**34**</answer>", "34"), ("tagged", "<ANSWER>34</ANSWER>", "34"),
+    ("tagged", r"<answer>\boxed{34}</answer>", "34"), ("tagged", "<answer>Answer: 34</answer>", "34"), ("tagged",
+    "<answer>The answer is 34.</answer>", "34"),
+    ("tagged", "<answer>1</answer> no <answer>34</answer>", "34"), ("tagged", "<answer>a <answer>34</answer>", "34"),
+    ("tagged", "<answer>3</answer> no <answer>34", None),
     ("tagged", r"<answer>$34$</answer>", "34"), ("tagged", r"\boxed{34}", "34"),
 ]  # fmt: skip
 
@@ -152,10 +175,13 @@ def test_an_answer_is_found_in_every_form(form, written, answer):
 
 
 CHOSEN = {
-    "B": ["B", "b", "(B)", "B.", "B)", "[B]", r"\text{B}", r"\mathrm{B}", r"\mathbf{B}", r"\mathbf{(B)}", r"\textbf{(B)}", r"\rm B", r"\bf B", "Option B", "option b",
-          r"\text{Option B}", "B. 42", "(B) 42", r"\text{(B) } 42", "B: three", "B. A triangle", "I choose B", "The answer is B", "Answer: B", "B is correct", "**B**", "$B$",
+    "B": ["B", "b", "(B)", "B.", "B)", "[B]", r"\text{B}", r"\mathrm{B}", r"\mathbf{B}", r"\mathbf{(B)}",
+    r"\textbf{(B)}", r"\rm B", r"\bf B", "Option B", "option b",
+          r"\text{Option B}", "B. 42", "(B) 42", r"\text{(B) } 42", "B: three", "B. A triangle", "I choose B",
+          "The answer is B", "Answer: B", "B is correct", "**B**", "$B$",
           r"\Large B", r"\operatorname{B}", "The correct option is (B)", "B - seven"],
-    None: ["A or B", "A, B", "A and B", "(A) or (B)", "A/B", "both A and B", "B. 42 or C. 43", "not B", "Option B (not A)", "I", "I think so", "A dog", "Z", "E", "2", "Clearly", "",
+    None: ["A or B", "A, B", "A and B", "(A) or (B)", "A/B", "both A and B", "B. 42 or C. 43", "not B",
+    "Option B (not A)", "I", "I think so", "A dog", "Z", "E", "2", "Clearly", "",
            "B: I think A", "the answer is a dog", "either B or C", "neither"],
 }  # fmt: skip
 
@@ -171,11 +197,16 @@ def test_a_choice_is_the_one_letter_that_is_named(letter):
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data in {DATA}")
 SPELLINGS = [  # of LaTeX, that mean the same
     lambda s: f"${s}$", lambda s: f" {s} ", lambda s: f"{s}.", lambda s: f"\\displaystyle {s}", lambda s: f"{{{s}}}", lambda s: f"\\({s}\\)",
-    lambda s: s.replace("\\frac", "\\dfrac"), lambda s: s.replace("\\frac", "\\tfrac"), lambda s: s.replace("-", "−"), lambda s: s.replace("\\pi", "π"),
-    lambda s: re.sub(r"\\sqrt\{(\d+)\}", r"√\1", s), lambda s: re.sub(r"\\(?:left|right)", "", s), lambda s: s.replace("\\begin{pmatrix}", "\\begin{bmatrix}").replace(
-        "\\end{pmatrix}", "\\end{bmatrix}"), lambda s: re.sub(r"\^\\circ", "°", s), lambda s: re.sub(r"\\text\{([^}]*)\}", r"\\mbox{\1}", s),
-    lambda s: s if "matrix" in s else re.sub(r"\s*([-+=,])\s*", r" \1 ", s) if not re.search(r"\d,\d|,\\!", s) else s, lambda s: s.replace("\\infty", "∞"),
-    lambda s: f"\\mathbf{{{s}}}", lambda s: s.replace("\\cup", "∪"), lambda s: re.sub(r"\\frac(\d)(\d)", r"\1/\2", s), lambda s: f"**{s}**",
+    lambda s: s.replace("\\frac", "\\dfrac"), lambda s: s.replace("\\frac", "\\tfrac"), lambda s: s.replace("-",
+    "−"), lambda s: s.replace("\\pi", "π"),
+    lambda s: re.sub(r"\\sqrt\{(\d+)\}", r"√\1", s), lambda s: re.sub(r"\\(?:left|right)",
+    "", s), lambda s: s.replace("\\begin{pmatrix}", "\\begin{bmatrix}").replace(
+        "\\end{pmatrix}", "\\end{bmatrix}"), lambda s: re.sub(r"\^\\circ",
+        "°", s), lambda s: re.sub(r"\\text\{([^}]*)\}", r"\\mbox{\1}", s),
+    lambda s: s if "matrix" in s else re.sub(r"\s*([-+=,])\s*",
+    r" \1 ", s) if not re.search(r"\d,\d|,\\!", s) else s, lambda s: s.replace("\\infty", "∞"),
+    lambda s: f"\\mathbf{{{s}}}", lambda s: s.replace("\\cup", "∪"), lambda s: re.sub(r"\\frac(\d)(\d)",
+    r"\1/\2", s), lambda s: f"**{s}**",
 ]  # fmt: skip
 
 
@@ -199,15 +230,18 @@ def test_no_answer_of_math_500_is_taken_for_another():
 
 
 @real
-@pytest.mark.parametrize("file, key", [("gsm8k/test.jsonl", "answer"), ("qwen_math/math_cot_100.jsonl", "gt"), ("qwen_math/svamp.test.jsonl", "Answer")])
+@pytest.mark.parametrize("file, key", [("gsm8k/test.jsonl", "answer"), ("qwen_math/math_cot_100.jsonl", "gt"),
+("qwen_math/svamp.test.jsonl", "Answer")])
 def test_real_answers_are_right_in_other_spellings(file, key):
     lines = [json.loads(line) for line in open(DATA / file)]
     golds = sorted({text_of(line, key).rpartition("####")[2].strip() for line in lines} - {"4:30p.."})  # no answer
     for gold in golds:
         plain = gold.replace(",", "") if re.fullmatch(r"-?[\d,]+", gold) else gold
-        forms = [("boxed", f"\\boxed{{{plain}}}"), ("answer_line", f"**Final Answer:** {gold}"), ("hashes", f"#### {gold}."), ("tagged", f"<answer>${plain}$</answer>"),
+        forms = [("boxed", f"\\boxed{{{plain}}}"), ("answer_line", f"**Final Answer:** {gold}"),
+        ("hashes", f"#### {gold}."), ("tagged", f"<answer>${plain}$</answer>"),
                  ("boxed", f"\\fbox{{{plain.replace('-', '–')}}}")]  # fmt: skip
         if re.fullmatch(r"-?\d+(\.\d+)?", plain):
-            forms += [("boxed", f"\\boxed{{{float(plain):,.2f}}}"), ("boxed", f"\\boxed{{\\${plain}}}"), ("boxed", f"\\boxed{{{plain} \\text{{ apples}}}}")]
+            forms += [("boxed", f"\\boxed{{{float(plain):,.2f}}}"), ("boxed", f"\\boxed{{\\${plain}}}"),
+            ("boxed", f"\\boxed{{{plain} \\text{{ apples}}}}")]
         missed = [(form, text) for form, text in forms if not is_right(gold, text, form)]
         assert not missed, gold

@@ -60,6 +60,15 @@ def test_each_sample_ends_in_one_bucket_and_they_add_up(tmp_path: Path) -> None:
     assert (facts["seed"], facts["weights"]) == (["7"], ["abc"])
 
 
+def test_rewards_without_a_verdict_are_refused_with_the_setting_to_change(tmp_path: Path) -> None:
+    rows = [sample(0, correct=None, reward=0.88, task="decide")]
+    with pytest.raises(UserMistake, match="reward 0.88 and no verdict: task decide does not say .* RIGHT .* correct: false"):
+        filtered(tmp_path, rows)
+    (tmp_path / "out").rmdir()
+    facts, _ = filtered(tmp_path, rows, correct=False)
+    assert facts["kept"] == 1
+
+
 def test_a_prompts_pass_rate_counts_all_its_scored_samples(tmp_path: Path) -> None:
     texts = ["one way to do this sum is so", "another quite different path leads here", "third"]
     rows = [sample("easy", text) for text in texts]

@@ -170,6 +170,34 @@ def test_an_action_is_worth_what_its_row_says_and_none_is_not_scorable():
         assert score("bracketed_action", item, completion) is None
 
 
+def test_the_final_channel_of_a_decision_counts_alone():
+    item = item_of("bracketed_action", ACTIONS)
+    analysis = "<|channel|>analysis<|message|>I take [1]<|end|><|start|>assistant"
+    for completion, reward in (
+        (f"{analysis}<|channel|>final<|message|>[0]", 0.25), (f"{analysis}<|channel|>final<|message|>[0]<|return|>", 0.25),
+        ("<think>maybe [1]</think> so [0]", 0.25), ("maybe [1]</think> so [0]", 0.25),
+    ):  # fmt: skip
+        assert score("bracketed_action", item, completion) == {"action": reward}, completion
+    for completion in (
+        analysis, f"{analysis}<|channel|>final<|message|>none", f"{analysis}<|channel|>final<|message|>",
+        f"{analysis}<|channel|>commentary<|message|>[0]", "<think>[1]", "<think>[1]</think> none", "I take [1]<|end|>",
+        f"{analysis}<|channel|>final<|message|>[1] no, [7]",
+    ):  # fmt: skip
+        assert score("bracketed_action", item, completion) is None, completion
+        assert score("bracketed_action", item, completion, on_invalid="penalty", penalty=-1.0) == {"action": -1.0}
+
+
+def test_a_penalty_has_to_have_an_effect():
+    task = load_task("bracketed_action")
+    for options, message in (
+        ({"penalty": -1.0}, "no effect while on_invalid is mask"), ({"on_invalid": "msk"}, "unknown on_invalid 'msk'"),
+        ({"on_invalid": "penalty", "penalty": float("nan")}, "no finite number"),
+    ):  # fmt: skip
+        [found] = task.check_options(task_options(task, options))
+        assert message in found
+    assert task.check_options(task_options(task, {"on_invalid": "penalty", "penalty": -1})) == []
+
+
 @pytest.mark.parametrize("change, message", [
     (
         {"reward_action_1": None},
