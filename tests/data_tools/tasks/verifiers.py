@@ -43,7 +43,7 @@ def torch_imported(item, completion):
 
 # ---- a task of several turns -----------------------------------------------------------------------------------------
 
-HUB, REWARDS = "", {}
+HUB, REWARDS, RIGHT = "", {}, 1.0  # the rewards are lengths
 
 
 @dataclass
