@@ -16,8 +16,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(
         include=[f"{package}{below}" for package in ("jobs", "launchers", "megatron_ext", "data_tools", "slurm")
-                 for below in ("", ".*")]
-    ),
+                 for below in ("", ".*")], exclude=["launchers.console"]
+    ) + ["afterok"],
+    package_dir={"afterok": "launchers/console"},
     package_data={"jobs": ["pipelines/*.yaml"], "slurm": ["profiles/*.yaml"]},
     install_requires=[
         "submitit>=1.5.4,<1.6",
@@ -50,5 +51,5 @@ setup(
                  "wandb>=0.31", "tensorboard>=2.20",
                  "peft==0.21.2", "trl==1.16.0"],  # peers of benchmarks, oracles of adapters, masks and losses
     },
-    entry_points={"console_scripts": ["afterok=launchers.cli:main"]},
+    entry_points={"console_scripts": ["afterok=afterok.start:main"]},
 )

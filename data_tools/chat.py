@@ -1,7 +1,8 @@
 """Conversation → token ids and loss mask.
 
 A conversation is rendered once (data_tools/template.py) and tokenised once (data_tools/encoder.py); the mask is 1 on
-what its assistants wrote, stop tokens included, as far as the options train it. A task's row is `prompt` + `answer` +
+what its assistants wrote (data_tools/turns.py), through their stop tokens, as far as the options train it. A row of
+which the template leaves something out (data_tools/fields.py) is refused. A task's row is `prompt` + `answer` +
 the end token, with mask 0 on the prompt; the two are tokenised apart, so that the model sees at inference the very
 prompt ids it was trained on.
 """
@@ -11,24 +12,21 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Union
 
 import numpy as np
 
 from data_tools.conversation import SCHEMAS, BadRecord, Conversation, RenderedChunk, read_record
 from data_tools.encoder import Encoder
+from data_tools.fields import LOSABLE, Fields, inline_reasoning
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.template import ChatTemplate, Rendered, Span, TemplateError
+from data_tools.template import ChatTemplate, TemplateError
 from data_tools.tokenizer import Tokenizer
+from data_tools.turn_parts import Part, calls_of, thinking_of, thinking_tags, without, written_calls, written_thinking
+from data_tools.turns import Rendered, Span, Turns, Unclear
 
 TURNS = ("all", "last", "each")
 
-# How templates write reasoning and tool calls within a turn: the opening and the closing text.
-_THINKING = (("<think>", "</think>"), ("<|channel|>analysis<|message|>", "<|end|>"))
-_TOOL_CALLS = (
-    ("<tool_call>", "</tool_call>"), ("<|tool_call_start|>", "<|tool_call_end|>"), (" to=functions.", "<|call|>"),
-    ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"), ("<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>"),
-)  # fmt: skip
 _VERIFY_EVERY = 128  # rows, of which one is decoded and looked at
 _QUOTE = 40  # characters that an assistant does not repeat by chance
 
@@ -45,11 +43,16 @@ class ChatConfig:
     turns: str = "all"  # all | last (after the last question) | each (a row a question, up to and with its answer)
     train_thinking: bool = True
     train_tool_calls: bool = True
+    ignored: List[str] = field(default_factory=list, metadata={"keyed": "if_set"})  # keys of records and messages
+    inline_reasoning: bool = False  # what the template leaves out goes into the content, between <think> tags
+    may_lose: List[str] = field(default_factory=list)  # what it may leave out: reasoning | tools | name
 
 
 def check_chat(config: ChatConfig) -> list[Problem]:
-    problems = [Problem(key, f"unknown value {value!r}{nearest(value, known)}") for key, value, known in
-                (("schema", config.schema, ("auto", *SCHEMAS)), ("turns", config.turns, TURNS)) if value not in known]
+    values = [("schema", config.schema, ("auto", *SCHEMAS)), ("turns", config.turns, TURNS),
+              *(("may_lose", value, LOSABLE) for value in config.may_lose)]
+    problems = [Problem(key, f"unknown value {value!r}{nearest(value, known)}") for key, value, known in values
+                if value not in known]
     try:
         datetime.date.fromisoformat(config.date)
     except ValueError:
@@ -85,12 +88,14 @@ class ChatRows:
         self.config = config
         self.tokenizer = tokenizer
         self.encoder = encoder
-        self.template = None if config.schema == "rendered" else _load_template(config, tokenizer)
+        self.turns = None if config.schema == "rendered" else _load_turns(config, tokenizer)
+        self.fields = self.turns and Fields(self.turns.template, config.may_lose)
+        self.tags = thinking_tags(self.turns.template) if self.turns else ()
         self._seen = 0
 
     def rows(self, record: Any) -> Iterator[Result]:
         """Raises BadRecord where the record is no conversation, and UserMistake where the verifier finds a fault."""
-        for found in read_record(record, self.config.schema):
+        for found in read_record(record, self.config.schema, self.config.ignored):
             if self.config.turns == "each" and isinstance(found, Conversation):
                 yield from map(self._result, found.turns())
             else:
@@ -98,12 +103,14 @@ class ChatRows:
 
     def _result(self, item: "Conversation | list[RenderedChunk]") -> Result:
         try:
-            text, spans = _join(item) if isinstance(item, list) else self._render(item)
-            turns = [span for span in spans if self._is_trained(span, item)]
-            trained = [piece for span in turns for piece in self._pieces(text, span, item)]
+            item, (text, spans) = (item, _join(item)) if isinstance(item, list) else self._render(item)
+            turns = [span for span in spans if self._is_trained(span.message, item) and span.start < span.stop]
+            trained = self._pieces(text, turns, item)
             if not trained:
                 return Refused("nothing_trained")
             ids, mask = self.encoder.encode(text, [piece[1:] for piece in trained])
+        except Unclear as error:
+            return Refused("turn_unclear", reason=f"what its assistant wrote cannot be told: {error}")
         except TemplateError as error:
             return Refused("template_error", reason=f"the chat template refuses it: {error}")
         except BadRecord as error:
@@ -117,12 +124,20 @@ class ChatRows:
         start = spans[0].start
         return Encoded(ids, mask, text[:start], text[start:], len({span.message for span in trained}))
 
-    def _render(self, conversation: Conversation) -> Rendered:
-        """BadRecord where the template leaves out a turn or a tool call, which would teach to say nothing there."""
-        text, spans = self.template.render(conversation)
-        written = {number: "" for number, message in enumerate(conversation.messages) if message["role"] == "assistant"}
-        for span in spans:
-            written[span.message] += text[span.start : span.stop]
+    def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered]:
+        """Return the conversation as it was rendered, and that. BadRecord where the template leaves something out."""
+        wanted = {number for number in range(len(conversation.messages)) if self._is_trained(number, conversation)}
+        rendered = self.turns.render(conversation, wanted)
+        if self.config.inline_reasoning:
+            lost = [field.message for field in self.fields.lost(conversation, rendered)
+                    if field.path[-1] == "reasoning_content"]
+            if lost:
+                conversation = inline_reasoning(conversation, lost)
+                rendered = self.turns.render(conversation, wanted)
+        written = {number: "" for number in sorted(wanted) if conversation.messages[number]["role"] == "assistant"}
+        for message, start, stop in rendered.spans:
+            if message in written:
+                written[message] += rendered.text[start:stop]
         for number, said in written.items():
             if not said:
                 raise BadRecord(f"message {number + 1}: the chat template leaves out this turn", "turn_lost")
@@ -131,32 +146,49 @@ class ChatRows:
                 if said.count(name) < names.count(name):
                     reason = f"message {number + 1}: the chat template leaves out a call of {name}"
                     raise BadRecord(reason, "tool_call_lost")
-        return Rendered(text, spans)
+        self.fields.check(conversation, rendered)
+        return conversation, rendered
 
-    def _is_trained(self, span: Span, item: "Conversation | list[RenderedChunk]") -> bool:
+    def _is_trained(self, message: int, item: "Conversation | list[RenderedChunk]") -> bool:
         if isinstance(item, list):
             return True
-        if span.message in item.untrained:
+        if message in item.untrained:
             return False
-        return self.config.turns == "all" or span.message in item.after_last_user()
+        return self.config.turns == "all" or message in item.after_last_user()
 
-    def _pieces(self, text: str, span: Span, item: "Conversation | list[RenderedChunk]") -> list[Span]:
-        """What of a turn is in the loss: all of it, or without reasoning, or without tool calls.
+    def _pieces(self, text: str, turns: list[Span], item: "Conversation | list[RenderedChunk]") -> list[Span]:
+        """What of the turns is in the loss: all of it, or without reasoning, or without tool calls.
 
         BadRecord where there is some that was not found, since its template writes it in another way.
         """
-        message = item.messages[span.message] if isinstance(item, Conversation) else {}
-        place, pieces = f"message {span.message + 1}", [span]
-        if not self.config.train_thinking:
-            pieces = _without(text, pieces, _THINKING)
-            reasoning = message.get("reasoning_content", "").strip()
-            if reasoning and any(reasoning in text[piece.start : piece.stop] for piece in pieces):
-                raise BadRecord(f"{place}: its reasoning is between no known tags", "unknown_thinking")
-        if not self.config.train_tool_calls:
-            before, pieces = pieces, _without(text, pieces, _TOOL_CALLS)
-            if message.get("tool_calls") and pieces == before:
-                raise BadRecord(f"{place}: its tool calls are between no known tags", "unknown_tool_call")
+        if self.config.train_thinking and self.config.train_tool_calls:
+            return turns
+        pieces = []
+        for number in dict.fromkeys(span.message for span in turns):
+            spans = [span for span in turns if span.message == number]
+            turn = Part(spans[0].start, spans[-1].stop)
+            try:
+                parts = (self._rendered_parts(text, turn) if isinstance(item, list)
+                         else self._parts(text, turn, number, item))
+            except BadRecord as error:
+                raise BadRecord(f"message {number + 1}: {error}", error.bucket) from None
+            pieces += without(spans, parts)
         return pieces
+
+    def _parts(self, text: str, turn: Part, number: int, conversation: Conversation) -> list[Part]:
+        """The parts of a turn that are not in the loss."""
+        message = conversation.messages[number]
+        is_written = not self.fields.omits_reasoning(conversation, number)
+        reasoning = message.get("reasoning_content", "") if is_written else ""
+        thinking = thinking_of(text, turn, reasoning, self.tags)
+        parts = [] if self.config.train_thinking else [thinking]
+        if not self.config.train_tool_calls:
+            parts.append(calls_of(text, turn, thinking, message))
+        return [part for part in parts if part]
+
+    def _rendered_parts(self, text: str, turn: Part) -> list[Part]:
+        thinking = [] if self.config.train_thinking else written_thinking(text, turn)
+        return thinking + ([] if self.config.train_tool_calls else written_calls(text, turn))
 
     def _verify(self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, item: Conversation) -> None:
         """UserMistake unless what is in the loss reads as the assistants' turns, each with its stop token."""
@@ -167,7 +199,7 @@ class ChatRows:
         last = {piece.message: piece for piece in trained}
         if self.config.train_thinking and self.config.train_tool_calls:
             problems += [f"the stop token of message {number + 1} is not in the loss" for number, piece in last.items()
-                         if not text[piece.start : piece.stop].rstrip().endswith(tuple(self.template.stops))]
+                         if not text[piece.start : piece.stop].rstrip().endswith(self.turns.stop_texts)]
         said = _letters("".join(f"{message['content']}{message.get('reasoning_content')}{message.get('tool_calls')}"
                                 for message in item.messages if message["role"] == "assistant"))
         for number, message in enumerate(item.messages):
@@ -186,12 +218,12 @@ def _letters(text: str) -> str:
     return re.sub(r"[\s\\'\"]+", "", unicodedata.normalize("NFKC", text))
 
 
-def _load_template(config: ChatConfig, tokenizer: Tokenizer) -> ChatTemplate:
+def _load_turns(config: ChatConfig, tokenizer: Tokenizer) -> Turns:
     source = Path(config.template).expanduser().read_text() if config.template else tokenizer.chat_template
     if not source:
         raise UserMistake(f"tokenizer {tokenizer.name} has no chat template; name a file in chat.template")
     day = datetime.date.fromisoformat(config.date)
-    return ChatTemplate(source, tokenizer.special_tokens, config.arguments, day, config.header)
+    return Turns(ChatTemplate(source, tokenizer.special_tokens, config.arguments, day), config.header)
 
 
 def _join(chunks: list[RenderedChunk]) -> Rendered:
@@ -204,32 +236,13 @@ def _join(chunks: list[RenderedChunk]) -> Rendered:
     return Rendered(text, spans)
 
 
-def _without(text: str, spans: list[Span], marks: tuple[tuple[str, str], ...]) -> list[Span]:
-    """The spans without what lies between these openings and closings, themselves included."""
-    for opening, closing in marks:
-        inside = re.compile(f"{re.escape(opening)}.*?(?:{re.escape(closing)}|$)", re.DOTALL)
-        spans = [part for span in spans for part in _outside(text, span, inside)]
-    return spans
-
-
-def _outside(text: str, span: Span, inside: re.Pattern) -> Iterator[Span]:
-    """The parts of a span that the pattern leaves."""
-    start = span.start
-    for found in inside.finditer(text, span.start, span.stop):
-        if start < found.start():
-            yield span._replace(start=start, stop=found.start())
-        start = found.end()
-    if start < span.stop:
-        yield span._replace(start=start)
-
-
 def encode_row(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
     """(ids int32[n], mask uint8[n]) of prompt + answer + end token; the prompt's mask is 0, the rest is 1.
 
     UserMistake when the tokenizer has no end token or pads with it.
     """
     tokenizer.check_end()
-    prompt_ids, answer_ids = tokenizer.encode(prompt), tokenizer.encode(answer)
+    prompt_ids, answer_ids = tokenizer.encode_opened(prompt), tokenizer.encode(answer)
     ids = np.array([*prompt_ids, *answer_ids, tokenizer.eos_id], dtype=np.int32)
     mask = np.ones(len(ids), dtype=np.uint8)
     mask[: len(prompt_ids)] = 0

@@ -1,45 +1,74 @@
 """Records as they are met in the wild → conversations in the one form that chat templates read.
 
-    schema        keys                                            met in
-    messages      messages, tools                                 OpenAI, OpenResearcher, SmolTalk, Dolci-Think,
-                                                                  Multilingual-Thinking; traj: tau-bench
-    sharegpt      conversations (from, value), system, tools      ShareGPT, glaive, OpenThoughts
-    alpaca        instruction, input, output, history, system     Alpaca
-    gsm8k         question, answer                                GSM8K
-    rendered      messages whose contents are a template's text   materialize.py and pack.py of examples/openresearcher
+    schema             keys                                            met in
+    messages           messages, tools, or a list alone                OpenAI, OpenResearcher, SmolTalk, Dolci-Think,
+                                                                       Multilingual-Thinking, nanochat; traj: tau-bench
+    sharegpt           conversations, conversation; system, tools      ShareGPT, glaive, OpenThoughts, WildChat
+    alpaca             instruction, input, output                      Alpaca
+    gsm8k              question, answer                                GSM8K
+    prompt_completion  prompt, completion (texts, or messages)         TRL
+    query_response     query, response                                 ms-swift
+    openthoughts       problem, deepseek_reasoning, deepseek_solution  OpenThoughts' metadata
+    rendered           messages of text that a template wrote          OpenResearcher's materialize.py and pack.py
 
-The schema of a record is told by its keys unless it is named. What cannot be read is a `BadRecord` with its bucket and
-the reason; nothing is skipped.
+The schema of a record is told by its keys, never by its text, unless it is named. Lists of messages go before pairs of
+texts. What cannot be read is a `BadRecord` with its bucket and the reason; nothing is skipped.
+
+Of a message each key counts (messages.py). Of a record, data sets have columns of any name beside the conversation:
+those are not read, but for the ones that would change what is trained (`SYSTEM`, tools and functions,
+chat_template_kwargs, history, `IN_LOSS` of messages.py, `REFUSED`). They are carried, or the record is refused by name.
 """
 
-import ast
-import json
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
-from data_tools.mistake import nearest
+from data_tools.messages import (
+    REFUSED_KEY, REMEDY, ROLES, BadRecord, Keys, Turn, kind, read_message, read_tools, role_of, take_trained, value_of)
 
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "environment": "tool",
-}  # fmt: skip
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which messages carry it
-_PART_TYPES = {"input_text": "text", "output_text": "text", "thinking": "reasoning"}
-_OPEN_THOUGHTS = re.compile(
-    r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>", re.DOTALL)
+__all__ = ["REFUSED", "ROLES", "SCHEMAS", "BadRecord", "Conversation", "RenderedChunk", "detect_schema", "read_prompt",
+           "read_record"]
+
 _KWARGS = "chat_template_kwargs"  # SmolTalk's rows carry template arguments
+SYSTEM = ("system", "system_prompt")
+
+_PREFERENCE, _MASK = "preferences between answers, which are not learned here", "a mask of tokens that are not given"
+_MEDIA, _PIECE = "more than text, which is not read", "a part of the question that this schema does not read"
+REFUSED = {  # keys of a record that would change what is trained, and why they have no form here
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages", "margin"), _PREFERENCE),
+    **dict.fromkeys(("label", "labels", "kto_tag"), "a verdict on the answer (KTO); keep the rows to learn from"),
+    **dict.fromkeys(("mask", "loss_mask", "completion_mask", "assistant_masks", "attention_mask", "input_ids"), _MASK),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "objects"), _MEDIA),
+    "chat_template": "a template of its own; name one for all rows in chat.template",
+    "history": "earlier turns, which only pairs of texts have",
+    "finish": "a sample that may be cut off or wrong; the phase reject_filter makes chats of samples",
+}  # fmt: skip
+_PIECES = {
+    **dict.fromkeys(("choices", "options", "context", "passage", "input"), _PIECE),
+    **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "maybe the answer's reasoning; write messages"),
+}  # fmt: skip
+
+_LISTS = {"messages": "messages", "traj": "messages", "conversations": "sharegpt", "conversation": "sharegpt"}
+_COUNTED = (("num_generated_tokens",), ("question_num_generated_tokens", "answer_num_generated_tokens"))
+_TAG = re.compile(r"\s*<\|[^|<>\s]+\|>")
 
 
-class BadRecord(ValueError):
-    """A record that gives no conversation: the bucket it is counted in, and why."""
+class _Pair(NamedTuple):
+    """Names the keys of a schema of one question and one answer; `more` of it and `reasoning` may be absent."""
 
-    def __init__(self, reason: str, bucket: str = "malformed_record"):
-        super().__init__(reason)
-        self.bucket = bucket
+    question: str
+    answer: str
+    more: str = ""
+    reasoning: str = ""
+
+
+_PAIRS = {
+    "alpaca": _Pair("instruction", "output", more="input"),
+    "gsm8k": _Pair("question", "answer"),
+    "prompt_completion": _Pair("prompt", "completion"),
+    "query_response": _Pair("query", "response"),
+    "openthoughts": _Pair("problem", "deepseek_solution", reasoning="deepseek_reasoning"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,16 +97,29 @@ class Conversation:
 
 
 class RenderedChunk(NamedTuple):
-    """A piece of text that a template has already written; the loss is on those of the assistant."""
+    """A piece of text that a template has already written; the loss is on those of role assistant. One of an assistant
+    that the data keeps out of the loss has the role context."""
 
     role: str
     text: str
 
 
-def read_record(record: Any, schema: str = "auto") -> "list[Conversation] | list[list[RenderedChunk]]":
-    """The conversations of one record: one, but for a packed line, which may hold several. Raises BadRecord."""
+def read_record(
+    record: Any, schema: str = "auto", ignored: Sequence[str] = ()
+) -> "list[Conversation] | list[list[RenderedChunk]]":
+    """The conversations of one record: one, but for a packed line, which may hold several. Raises BadRecord.
+
+    Keys in `ignored`, of the record and of its messages, are read as if they were not there.
+    """
+    if isinstance(record, list) and record:
+        record = {"messages": record}  # nanochat's lines
     if not isinstance(record, dict):
         raise BadRecord(f"not a JSON object but a {type(record).__name__}")
+    if ignored:
+        record = _without(record, ignored)
+        given = {key: value_of(value, key) if key in _LISTS else value for key, value in record.items()}
+        lists = {key: value for key, value in given.items() if isinstance(value, list)}
+        record = {**record, **{key: [_without(item, ignored) for item in value] for key, value in lists.items()}}
     if schema == "auto":
         schema = detect_schema(record)
     if schema == "rendered":
@@ -87,28 +129,53 @@ def read_record(record: Any, schema: str = "auto") -> "list[Conversation] | list
     return [conversation]
 
 
+def _without(value: Any, ignored: Sequence[str]) -> Any:
+    return {key: item for key, item in value.items() if key not in ignored} if isinstance(value, dict) else value
+
+
 def read_prompt(messages: list[dict[str, Any]]) -> Conversation:
     """Messages that an assistant is to answer. Raises BadRecord."""
-    return _messages({"messages": messages})
+    return _dialogue("messages", {"messages": messages})
 
 
 def detect_schema(record: dict[str, Any]) -> str:
-    """The schema whose keys the record has. Raises BadRecord."""
-    if isinstance(record.get("messages"), list):
-        return "rendered" if _looks_rendered(record) else "messages"
-    for key, schema in (("traj", "messages"), ("conversations", "sharegpt"), ("instruction", "alpaca")):
-        if key in record:
-            return schema
-    if "question" in record and "answer" in record:
-        return "gsm8k"
+    """The schema whose keys the record has. Raises BadRecord where there is none, or more than one."""
+    present = [key for key in _LISTS if isinstance(record.get(key), (list, str))]
+    lists = [key for key in present if record[key]] or present[:1]
+    if len(lists) > 1:
+        raise BadRecord(f"has {' and '.join(lists)}, which both hold messages; name one in chat.schema")
+    if lists:
+        return "rendered" if lists == ["messages"] and _is_materialized(record) else _LISTS[lists[0]]
+    pairs = [name for name, pair in _PAIRS.items() if pair.question in record and pair.answer in record]
+    if len(pairs) > 1:
+        raise BadRecord(f"has the keys of {' and '.join(pairs)}; name one in chat.schema")
+    if pairs:
+        return pairs[0]
     keys = ", ".join(map(str, record)) or "(none)"
     raise BadRecord(f"no known schema has the keys {keys}; known: {', '.join(SCHEMAS)}")
 
 
-def _looks_rendered(record: dict[str, Any]) -> bool:
-    """The chunks of a materialized line, or of several packed ones, have role tags in their text."""
-    first = next((message.get("content") for message in record["messages"] if isinstance(message, dict)), None)
-    return isinstance(first, str) and first.startswith("<|") and first.rstrip().endswith(">")
+def _is_materialized(record: dict[str, Any]) -> bool:
+    """Return whether materialize.py wrote it, which counts its tokens.
+
+    A line of pack.py has nothing but its messages: where only a template's tags speak for one, or their absence speaks
+    against the count, raise BadRecord; the settings have to say.
+    """
+    tag = next(filter(None, map(_tag, record["messages"] if isinstance(record["messages"], list) else [])), "")
+    counted = next((keys for keys in _COUNTED if all(key in record for key in keys)), ())
+    if bool(tag) == bool(counted):
+        return bool(tag)
+    found = f"has {counted[0]}, and no message begins with a tag" if counted else f"a message begins with {tag!r}"
+    reason = f"{found}: this is text that a template has already written, or it is a chat"
+    raise BadRecord(f"{reason}; name chat.schema: rendered, or messages", "ambiguous_schema")
+
+
+def _tag(message: Any) -> str:
+    """Return the tag that begins a message, other than an assistant's; "" where there is none."""
+    if not isinstance(message, dict) or message.get("role", message.get("from")) == "assistant":
+        return ""
+    found = _TAG.match(content) if isinstance(content := message.get("content", message.get("value")), str) else None
+    return found[0].strip() if found else ""
 
 
 def _check(conversation: Conversation) -> None:
@@ -126,220 +193,127 @@ def _check(conversation: Conversation) -> None:
 # -- schemas ----------------------------------------------------------------------------------------------------------
 
 
-def _messages(record: dict[str, Any]) -> Conversation:
-    given = record.get("messages", record.get("traj"))
+def _dialogue(schema: str, record: dict[str, Any]) -> Conversation:
+    """Read a list of messages, or its JSON text."""
+    keys = Keys("record", record)
+    names = [key for key, found in _LISTS.items() if found == schema]
+    name = next((key for key in names if key in keys.left), names[0])
+    given = value_of(keys.take(name), name)
+    turns = _turns(name, given)
+    keys.left = {key: value for key, value in keys.left.items() if key not in _LISTS}
+    return _conversation(keys, turns, REFUSED)
+
+
+def _turns(name: str, given: Any) -> list[Turn]:
     if not isinstance(given, list) or not given:
-        raise BadRecord(f"messages are no list of messages but {_kind(given)}")
-    messages = [_message(number, message) for number, message in enumerate(given)]
-    tools = record.get("tools") or next(
-        (message["functions"] for message in given if message.get("functions")), None)  # Dolci: on its system message
-    untrained = {number for number, message in enumerate(given) if not _is_trained(number, message)}
-    arguments = _value(record.get(_KWARGS) or {}, _KWARGS)
-    if not isinstance(arguments, dict):
-        raise BadRecord(f"{_KWARGS} is no mapping but {_kind(arguments)}")
-    return _conversation(messages, tools, arguments, untrained)
+        raise BadRecord(f"{name} are no list of messages but {kind(given)}")
+    return [read_message(f"message {number}", message) for number, message in enumerate(given, 1)]
 
 
-def _message(number: int, given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise BadRecord(f"message {number + 1} is no mapping but {_kind(given)}")
-    place = f"message {number + 1}"
-    role = _role(place, given.get("role"))
-    text, reasoning, calls = _parts(place, given.get("content"))
-    for key in _REASONING:
-        reasoning = reasoning or _text(place, key, given.get(key))
-    given_calls = _value(given.get("tool_calls") or [], f"{place}: tool_calls")
-    if not isinstance(given_calls, list):
-        raise BadRecord(f"{place}: tool_calls are no list but {_kind(given_calls)}", "malformed_tool_call")
-    calls += [_call(place, call) for call in given_calls]
-    calls += [_call(place, call) for call in _function_calls(place, given.get("function_calls"))]
-    message = {"role": role, "content": text}
-    if reasoning:
-        message |= {"reasoning_content": reasoning, "thinking": reasoning}
-    if calls:
-        message["tool_calls"] = calls
-    return message | {key: given[key] for key in ("tool_call_id", "name") if given.get(key)}
-
-
-def _parts(place: str, content: Any) -> tuple[str, str, list[dict[str, Any]]]:
-    """(text, reasoning, tool calls) of a content, which may be a text or a list of typed parts."""
-    if content is None or isinstance(content, str):
-        return content or "", "", []
-    if not isinstance(content, list):
-        raise BadRecord(f"{place}: its content is {_kind(content)}, neither a text nor parts")
-    texts: dict[str, str] = {"text": "", "reasoning": ""}
-    calls = []
-    for part in content:
-        part = part if isinstance(part, dict) else {"type": "text", "text": part}
-        kind = _PART_TYPES.get(str(part.get("type")), str(part.get("type")))
-        value = part.get("text", part.get("value", part.get("thinking")))
-        if kind == "tool_call":
-            calls.append(_call(place, _value(value, f"{place}: tool call")))
-        elif kind in texts and isinstance(value, str):
-            texts[kind] += value
-        else:
-            raise BadRecord(f"{place}: a part of type {kind!r}; text, reasoning and tool_call are known")
-    return texts["text"], texts["reasoning"], calls
-
-
-def _is_trained(number: int, message: dict[str, Any]) -> bool:
-    weight = message.get("loss_weight", message.get("weight"))
-    if weight not in (None, 0, 1):
-        raise BadRecord(f"message {number + 1}: loss weight {weight!r}; a token is in the loss (1) or not (0)")
-    return weight != 0
-
-
-def _sharegpt(record: dict[str, Any]) -> Conversation:
-    given = record.get("conversations")
-    if not isinstance(given, list) or not given:
-        raise BadRecord(f"conversations are no list of messages but {_kind(given)}")
-    messages = _system(record)
-    for number, turn in enumerate(given):
-        place = f"message {number + 1}"
-        if not isinstance(turn, dict):
-            raise BadRecord(f"{place} is no mapping but {_kind(turn)}")
-        if "from" not in turn:
-            messages.append(_message(number, turn))
-            continue
-        role, value = _role(place, turn["from"]), _text(place, "value", turn.get("value"))
-        if turn["from"] == "function_call":
-            calls = _value(value, f"{place}: function call")
-            calls = [_call(place, call) for call in (calls if isinstance(calls, list) else [calls])]
-            messages.append({"role": role, "content": "", "tool_calls": calls})
-        elif role == "assistant" and (thought := _OPEN_THOUGHTS.fullmatch(value.strip())):
-            reasoning, answer = (part.strip() for part in thought.groups())
-            messages.append({"role": role, "content": answer, "reasoning_content": reasoning, "thinking": reasoning})
-        else:
-            messages.append({"role": role, "content": value})
-    return _conversation(messages, record.get("tools"))
-
-
-def _alpaca(record: dict[str, Any]) -> Conversation:
-    instruction, more, output = (_text("record", key, record.get(key)) for key in ("instruction", "input", "output"))
-    messages = _system(record)
-    history = record.get("history") or []
-    for pair in history if isinstance(history, list) else [history]:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+def _pair(schema: str, record: dict[str, Any]) -> Conversation:
+    """Read a question and its answer, and what was said before. Messages of the question are not in the loss."""
+    pair, keys = _PAIRS[schema], Keys("record", record)
+    question, answer = keys.need(pair.question), keys.need(pair.answer)
+    turns = []
+    history = keys.take("history") or []
+    for said in history if isinstance(history, list) else [history]:
+        if not (isinstance(said, list) and len(said) == 2 and all(isinstance(text, str) for text in said)):
             raise BadRecord("history is no list of [question, answer]")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = f"{instruction}\n{more}" if more else instruction
-    return _conversation([*messages, {"role": "user", "content": question}, {"role": "assistant", "content": output}])
+        turns += [_said("history", "user", said[0]), _said("history", "assistant", said[1])]
+    more, reasoning = (keys.text(key) if key else "" for key in (pair.more, pair.reasoning))
+    if isinstance(question, list) and isinstance(answer, list) and schema == "prompt_completion":
+        turns += [turn._replace(trained=False) for turn in _turns(pair.question, question)]
+        turns += _turns(pair.answer, answer)
+    else:
+        for key, text in ((pair.question, question), (pair.answer, answer)):
+            if not isinstance(text, str):
+                raise BadRecord(f"record: its {key} is {kind(text)}, not a text")
+        turns.append(_said(pair.question, "user", f"{question}\n{more}" if more else question))
+        turns.append(_said(pair.answer, "assistant", answer, reasoning_content=reasoning or None))
+    return _conversation(keys, turns, REFUSED | _PIECES)
 
 
-def _gsm8k(record: dict[str, Any]) -> Conversation:
-    question, answer = (_text("record", key, record.get(key)) for key in ("question", "answer"))
-    return _conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+def _said(place: str, role: str, text: str, **more: Any) -> Turn:
+    return read_message(place, {"role": role, "content": text, **more})
 
 
 def _rendered(record: dict[str, Any]) -> list[list[RenderedChunk]]:
     """A materialized line, or a packed one: a system chunk begins the next conversation."""
     conversations: list[list[RenderedChunk]] = []
-    given = record.get("messages")
-    for number, chunk in enumerate(given if isinstance(given, list) else []):
-        if not isinstance(chunk, dict) or not isinstance(chunk.get("content"), str):
-            raise BadRecord(f"chunk {number + 1} has no text")
-        role = _role(f"chunk {number + 1}", chunk.get("role"))
+    line = Keys("record", record)
+    given, in_loss = line.take("messages"), take_trained(line)
+    _refuse(line, REFUSED)
+    for number, chunk in enumerate(given if isinstance(given, list) else [], 1):
+        keys = Keys(f"chunk {number}", chunk)
+        role, text = role_of(keys.place, keys.take("role")), keys.take("content")
+        trained = take_trained(keys, role) and in_loss
+        if not isinstance(text, str):
+            raise BadRecord(f"chunk {number} has no text")
+        keys.end()
         if role == "system" or not conversations:
             conversations.append([])
-        conversations[-1].append(RenderedChunk(role, chunk["content"]))
+        conversations[-1].append(RenderedChunk(role if trained or role != "assistant" else "context", text))
     if not conversations:
-        raise BadRecord(f"messages are no list of chunks but {_kind(given)}")
+        raise BadRecord(f"messages are no list of chunks but {kind(given)}")
     return conversations
 
 
 _SCHEMAS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
-    "messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "gsm8k": _gsm8k}  # fmt: skip
+    **{schema: lambda record, schema=schema: _dialogue(schema, record) for schema in ("messages", "sharegpt")},
+    **{schema: lambda record, schema=schema: _pair(schema, record) for schema in _PAIRS},
+}  # type: ignore[dict-item]
 SCHEMAS = (*_SCHEMAS, "rendered")
 
 
-# -- pieces -----------------------------------------------------------------------------------------------------------
+# -- a conversation of turns ------------------------------------------------------------------------------------------
 
 
-def _conversation(messages: list[dict[str, Any]], tools: Any = None, arguments: Mapping[str, Any] = {},
-                  untrained: "set[int] | frozenset[int]" = frozenset()) -> Conversation:
-    """Leading system messages become one, since templates read the first only; tools become OpenAI's form."""
-    system = 0
-    while system < len(messages) and messages[system]["role"] == "system":
-        system += 1
-    if system > 1:
-        texts = [message["content"] for message in messages[:system]]
-        messages = [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *messages[system:]]
-        untrained = {number - system + 1 for number in untrained if number >= system}
-    return Conversation(messages, _tools(tools), arguments, frozenset(untrained))
-
-
-def _tools(given: Any) -> Optional[list[dict[str, Any]]]:
-    tools = _value(given, "tools") if given else None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRecord(f"tools are no list of mappings but {_kind(tools)}")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def _call(place: str, given: Any) -> dict[str, Any]:
-    """A tool call in OpenAI's form, its arguments a mapping."""
-    function = given.get("function", given) if isinstance(given, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRecord(f"{place}: a tool call without a name", "malformed_tool_call")
-    try:
-        arguments = _value(function.get("arguments") or {}, "arguments")
-    except BadRecord as error:
-        raise BadRecord(f"{place}: call of {function['name']}: {error}", "malformed_tool_call") from None
+def _conversation(keys: Keys, turns: list[Turn], refused: Mapping[str, str]) -> Conversation:
+    """Make a conversation of turns and what else the record says of them. Raise BadRecord for keys of it that would
+    change what is trained."""
+    system = [keys.text(name) for name in SYSTEM]
+    tools = [*(read_tools(keys.take(name)) for name in ("tools", "functions")), *(turn.tools for turn in turns)]
+    given = [found for found in tools if found]
+    if any(found != given[0] for found in given):
+        raise BadRecord("record: tools stand there twice, and differ")
+    arguments = value_of(keys.take(_KWARGS) or {}, _KWARGS)
     if not isinstance(arguments, dict):
-        reason = f"{place}: call of {function['name']}: its arguments are {_kind(arguments)}"
-        raise BadRecord(reason, "malformed_tool_call")
-    identity = {"id": given["id"]} if given.get("id") else {}
-    return {"type": "function", **identity, "function": {"name": function["name"], "arguments": arguments}}
+        raise BadRecord(f"{_KWARGS} is no mapping but {kind(arguments)}")
+    if not take_trained(keys):
+        turns = [turn._replace(trained=False) for turn in turns]
+    _refuse(keys, refused)
+    turns = _merged_calls(_merged_system(system, turns))
+    untrained = {number for number, turn in enumerate(turns) if not turn.trained}
+    return Conversation([turn.message for turn in turns], given[0] if given else None, arguments, frozenset(untrained))
 
 
-def _function_calls(place: str, given: Any) -> list[Any]:
-    """Dolci's `function_calls`: JSON, or lines of Python calls with keyword arguments."""
-    if not given:
-        return []
-    try:
-        calls = json.loads(given) if isinstance(given, str) else given
-        return calls if isinstance(calls, list) else [calls]
-    except ValueError:
-        pass
-    try:
-        return [_python_call(statement.value) for statement in ast.parse(given).body]
-    except (SyntaxError, ValueError, AttributeError, RecursionError):
-        reason = f"{place}: function_calls are neither JSON nor calls: {given[:60]!r}"
-        raise BadRecord(reason, "malformed_tool_call") from None
+def _refuse(keys: Keys, refused: Mapping[str, str]) -> None:
+    """Raise BadRecord for the first key that has a value and would change what is trained."""
+    for key, value in keys.left.items():
+        if key in refused and value not in ("", [], {}):
+            reason = f"record: key {key!r} ({kind(value)}): {refused[key]}; {REMEDY}"
+            raise BadRecord(reason, REFUSED_KEY)
 
 
-def _python_call(call: Any) -> dict[str, Any]:
-    arguments = {item.arg: ast.literal_eval(item.value) for item in call.keywords}
-    return {"name": ast.unparse(call.func), "arguments": arguments}
+def _merged_system(system: Sequence[str], turns: list[Turn]) -> list[Turn]:
+    """Make one message of the leading system messages, since templates read the first only; say equal texts once."""
+    leading = 0
+    while leading < len(turns) and turns[leading].message["role"] == "system":
+        leading += 1
+    texts = list(dict.fromkeys(filter(None, [*system, *(turn.message["content"] for turn in turns[:leading])])))
+    if leading == 1 and not any(system) or not texts and not leading:
+        return turns
+    return [Turn({"role": "system", "content": "\n\n".join(texts)}), *turns[leading:]]
 
 
-def _system(record: dict[str, Any]) -> list[dict[str, Any]]:
-    text = _text("record", "system", record.get("system"))
-    return [{"role": "system", "content": text}] if text else []
-
-
-def _role(place: str, given: Any) -> str:
-    if not isinstance(given, str) or given not in ROLES:
-        raise BadRecord(f"{place}: unknown role {given!r}{nearest(str(given), list(ROLES))}")
-    return ROLES[given]
-
-
-def _text(place: str, key: str, value: Any) -> str:
-    if value is not None and not isinstance(value, str):
-        raise BadRecord(f"{place}: its {key} is {_kind(value)}, not a text")
-    return value or ""
-
-
-def _value(given: Any, what: str) -> Any:
-    """What JSON text stands for; anything else as it is."""
-    if not isinstance(given, str):
-        return given
-    try:
-        return json.loads(given)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{what} are not JSON: {error}") from None
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else "empty" if value == [] else f"a {type(value).__name__}"
+def _merged_calls(turns: list[Turn]) -> list[Turn]:
+    """Make one turn of calls that follow one another in messages of their own."""
+    merged: list[Turn] = []
+    for turn in turns:
+        last = merged[-1] if merged else None
+        if last and turn.is_call and last.is_call and turn.trained == last.trained:
+            calls = [*last.message["tool_calls"], *turn.message["tool_calls"]]
+            merged[-1] = last._replace(message={**last.message, "tool_calls": calls})
+        else:
+            merged.append(turn)
+    return merged

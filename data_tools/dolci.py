@@ -150,8 +150,11 @@ def _identifier() -> Any:
 
 
 def priority(seed: int, conversation: Conversation) -> int:
-    """64 bits, the same for equal messages: place in the draw, and what a duplicate is known by."""
+    """64 bits, the same for equal messages with equal tools and loss: place in the draw, and what a duplicate is known
+    by."""
+    more = [conversation.tools, sorted(conversation.untrained)] if conversation.tools or conversation.untrained else []
     data = struct.pack("<q", seed) + canonical_json(conversation.messages).encode("utf-8", "surrogatepass")
+    data += canonical_json(more).encode("utf-8", "surrogatepass") if more else b""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -213,20 +216,27 @@ def _record(
 ) -> tuple[dict[str, Any], Conversation] | None:
     """(record, its conversation), or None for a line that went to a bucket."""
     try:
-        if isinstance(raw, bytes) and not raw.strip():
+        if readers.is_blank(raw):
             sheet.lines_dropped["blank_line"] += 1
             return None
-        row = json.loads(raw.decode("utf-8-sig")) if isinstance(raw, bytes) else raw
-        return row, read_record(row)[0]
+        row = readers.value_of(raw)
+        return _row(row)
     except BadRecord as error:
         bucket, reason = error.bucket, str(error)
-    except (ValueError, RecursionError) as error:
-        bucket, reason = "malformed_line", f"not JSON in UTF-8: {error}"
+    except ValueError as error:
+        bucket, reason = "malformed_line", str(error)
     if config.on_bad_row == "fail":
         place = share.place(sheet.lines)
         raise UserMistake(Problem(place, f"{reason}; mend the record, or set on_bad_row: bucket"))
     sheet.lines_dropped[bucket] += 1
     return None
+
+
+def _row(value: Any) -> tuple[dict[str, Any], Conversation]:
+    (conversation, *more) = read_record(value)
+    if not isinstance(value, dict) or more or not isinstance(conversation, Conversation):
+        raise BadRecord("a list of messages alone, or text that a template has written; give chats with a source")
+    return value, conversation
 
 
 def _texts(conversation: Conversation) -> list[str]:

@@ -68,11 +68,11 @@ def fsync_tree(folder: Path) -> None:
         fsync_folder(Path(root))
 
 
-def _write_temporary(path: Path, data: bytes, folder: Path) -> Path:
+def _write_temporary(path: Path, data: bytes, folder: Path, mode: int = 0o666) -> Path:
     """The fsynced bytes for `path`, in `folder` under a name no other process of any host uses."""
     temporary = folder / f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -92,16 +92,17 @@ def write_file(path: Path, data: bytes | str) -> None:
         fsync_folder(path.parent)
 
 
-def create_file(path: Path, data: bytes | str, by_way_of: Optional[Path] = None) -> bool:
+def create_file(path: Path, data: bytes | str, by_way_of: Optional[Path] = None, mode: int = 0o666) -> bool:
     """Create `path` with all its bytes, or return False because it exists: exactly one of many writers wins.
 
     Uses link(2), which is atomic on NFS too, where O_EXCL with a later write would show an empty file. The bytes are
     written in the folder `by_way_of` first (default: beside `path`); whoever removes that folder forbids the creation,
-    which then raises FileNotFoundError or ESTALE.
+    which then raises FileNotFoundError or ESTALE. `mode` is what the umask leaves of it.
     """
     path = Path(path)
     with _naming(path):
-        temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data, by_way_of or path.parent)
+        data = data.encode() if isinstance(data, str) else data
+        temporary = _write_temporary(path, data, by_way_of or path.parent, mode)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -164,15 +165,71 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class TornFile(ValueError):
-    """A file that should hold JSON and does not: cut off by a lost disk, or edited."""
+    """A file that should hold JSON and does not, or not what was written: cut off by a lost disk, or edited."""
 
 
 def read_json(path: Path) -> Any:
     """The value in a file. Raises TornFile, FileNotFoundError."""
     try:
         return json.loads(Path(path).read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise TornFile(f"{path} is not whole JSON (truncated or edited)") from None
+
+
+# -- JSON that decides something ----------------------------------------------------------------------------------
+
+# The key of an object's sum over itself. What was written before there were sums has none, and is read all the same.
+SUM = "sum"
+TAG = "sum:"  # begins its value: one edit cannot make an object with a sum look like one that never had any
+SUM_DIGITS = 16  # hexadecimal: 64 bits, against accidents and not against an enemy
+
+
+def sum_of(value: dict[str, Any]) -> str:
+    """Return the sum over an object as JSON gives it back, whatever its spelling in a file; its own sum left out."""
+    plain = json.loads(json.dumps({key: item for key, item in value.items() if key != SUM}))
+    return TAG + sha256_bytes(json.dumps(plain, sort_keys=True, separators=(",", ":")))[:SUM_DIGITS]
+
+
+def with_sum(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the object with its sum, ready to be written."""
+    return {**value, SUM: sum_of(value)}
+
+
+def write_checked(path: Path, value: dict[str, Any]) -> None:
+    """Replace `path` by an object with its sum; `read_checked` reads it."""
+    write_json(path, with_sum(value))
+
+
+def parse_checked(text: "str | bytes", name: object) -> dict[str, Any]:
+    """Return the object in `text`, its sum checked and still in it where it has one; `name` is for the message.
+
+    Raises:
+        TornFile: not one JSON object, or not the one that was written.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise TornFile(f"{name} is not whole JSON (truncated or edited)") from None
+    if not isinstance(value, dict):
+        raise TornFile(f"{name} is not what afterok wrote there (no JSON object)")
+    others = [text for key, item in value.items() if key != SUM for text in (key, item)]
+    renamed = any(isinstance(text, str) and text.startswith(TAG) for text in others)
+    if renamed or (SUM in value and value[SUM] != sum_of(value)):
+        raise TornFile(f"{name} was altered after it was written (its sum is {value.get(SUM)!r:.40}, that of what it "
+                       f"says {sum_of(value)})")
+    return value
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """Return the object in a file, checked against its sum, and without it. Raises TornFile, FileNotFoundError."""
+    value = parse_checked(Path(path).read_bytes(), path)
+    value.pop(SUM, None)
+    return value
+
+
+def is_plain_path(name: Any) -> bool:
+    """Return whether a name out of a file stays below the folder it is joined to: relative, and without `.` and `..`."""
+    return isinstance(name, str) and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def sha256_bytes(data: bytes | str) -> str:

@@ -1,8 +1,9 @@
 """Text and character spans → token ids and loss mask: the ids of Hugging Face's tokenizers, the offsets counted.
 
 Byte-level BPE loses no byte, so a token's place in the text is the sum of the byte lengths before it, whoever found the
-ids: no encoder has to report offsets. Where the sum is not the text's length (the tokenizer normalises, or is no
-byte-level one) the offsets of Hugging Face's tokenizers are used.
+ids: no encoder has to report offsets. Where the tokenizer is no byte-level one, normalises this text or may add to it,
+or the sum is not the text's length, the offsets of Hugging Face's tokenizers are used. The sum alone proves nothing:
+a normal form may make one character longer and another shorter by as much.
 
 Two short cuts find the same ids sooner: gigatoken (pip install gigatoken), where installed, some hundred times; else,
 about twice as fast, a memory of the words of plain text, and of the stretches of any other between special tokens.
@@ -48,6 +49,7 @@ class Encoder:
         self._tokenizer = tokenizer.name
         self._slow = tokenizer.fast
         self._byte_lengths = _byte_lengths(self._slow)
+        self._counts = _keeps_bytes(self._slow)
         self._rows = 0
         self._fast: Optional[Callable[[str], np.ndarray]] = None
         self.name = "huggingface"  # whose ids these are; gigatoken only as long as it passed
@@ -79,7 +81,7 @@ class Encoder:
             ids = self._ids(text)
             lengths = self._byte_lengths[ids]
             stops = np.cumsum(lengths)
-            if lengths.sum() == size:
+            if lengths.sum() == size and self._counts(text):
                 bounds = characters if size == len(text) else _byte_bounds(text, spans)
                 return ids, _mask(stops - lengths, stops, bounds)
         encoded = self._slow.encode(text, add_special_tokens=False)
@@ -140,6 +142,30 @@ def _byte_lengths(fast: Any) -> Optional[np.ndarray]:
     for added in spec["added_tokens"]:
         lengths[added["id"]] = len(added["content"].encode())
     return lengths
+
+
+_UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # which leave ASCII, and any part of a text in that form, as it is
+
+
+def _keeps_bytes(fast: Any) -> Callable[[str], bool]:
+    """How to tell that no step before the tokens changes or adds a byte; it may then lose some, which the sum shows."""
+    spec = json.loads(fast.to_str())
+    normalizer, words = (_steps(spec[key], parts) for key, parts in (
+        ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")))
+    if any(step.get("add_prefix_space") or step.get("type") == "Metaspace" for step in words):
+        return lambda text: False
+    if not normalizer:
+        return lambda text: True
+    if any(step["type"] not in _UNICODE_FORMS for step in normalizer):
+        return lambda text: False
+    return lambda text: text.isascii() or fast.normalizer.normalize_str(text) == text
+
+
+def _steps(step: Optional[dict[str, Any]], parts: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or a pre-tokenizer that may be a sequence, or none."""
+    if step is None:
+        return []
+    return [inner for part in step[parts] for inner in _steps(part, parts)] if parts in step else [step]
 
 
 def _gigatoken(fast: Any) -> Optional[Callable[[str], np.ndarray]]:

@@ -2,14 +2,12 @@
 
 from collections import Counter
 from functools import lru_cache
-from itertools import combinations
-from math import comb
-from typing import Optional, Sequence
+from math import exp, lgamma
+from typing import Mapping, Optional, Sequence
 
 import numpy as np
 
-MAJORITY_DRAWS = 1000  # subsets looked at where there are more
-
+_NOTHING = 1e-20  # of a chance; the doubles of a result have 16 digits
 Vote = tuple[Optional[str], bool]  # what a sample answers, None where it answers nothing; whether that is right
 
 
@@ -22,27 +20,69 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
 
 
-def majority_at_k(answers: Sequence[Optional[str]], right: Sequence[bool], k: int, seed: int = 0) -> float:
+def majority_at_k(answers: Sequence[Optional[str]], right: Sequence[bool], k: int) -> float:
     """The chance that the most frequent of k answers is right; of equally frequent ones each is as likely.
 
-    An answer that is None does not vote. Equal answers must be equally right. Over all subsets of k, or MAJORITY_DRAWS
-    drawn with `seed` where there are more.
+    The mean over all subsets of k, exactly and without listing them. An answer that is None does not vote. Where samples
+    of one answer have several verdicts, the answer is right with their mean.
     """
     if not 1 <= k <= len(answers):
         raise ValueError(f"maj@{k} of {len(answers)} samples")
-    truth = {answer: bool(good) for answer, good in zip(answers, right)}
-    return float(
-        np.mean([_majority([answers[i] for i in places], truth) for places in _subsets(len(answers), k, seed)])
-    )
+    verdicts: dict[str, list[bool]] = {}
+    for answer, good in zip(answers, right):
+        if answer is not None:
+            verdicts.setdefault(answer, []).append(bool(good))
+    found = Counter((len(one), sum(one) / len(one)) for _, one in sorted(verdicts.items()))
+    silent = len(answers) - sum(size * times for (size, _), times in found.items())
+    largest = max((size for size, _ in found), default=0)
+    total = sum(_won_by(votes, found, silent, len(answers), k) for votes in range(1, min(k, largest) + 1))
+    return float(min(1.0, total / _drawn(len(answers), k, len(answers), k)[k]))
 
 
-@lru_cache(maxsize=64)
-def _subsets(n: int, k: int, seed: int) -> list[tuple[int, ...]]:
-    """Of n places, k each."""
-    if comb(n, k) <= MAJORITY_DRAWS:
-        return list(combinations(range(n), k))
-    random = np.random.default_rng(seed)
-    return [tuple(random.choice(n, k, replace=False).tolist()) for _ in range(MAJORITY_DRAWS)]
+def _won_by(votes: int, classes: Mapping[tuple[int, float], int], silent: int, n: int, k: int) -> float:
+    """The part of the subsets in which `votes` votes win, each weighted by how right its winners are.
+
+    `classes` counts the answers of each (samples, verdict). The subsets are built answer by answer: `weights` [t, j] is of
+    those with j samples so far and t answers that have `votes` votes, `rights` the same times the sum of their verdicts.
+    Weights are those of a binomial draw of each sample with chance k/n, which are in the same proportion and not large;
+    those below _NOTHING are left out.
+    """
+    weights, rights = _drawn(silent, k, n, k)[None], np.zeros((1, k + 1))
+    for (size, verdict), times in sorted(classes.items()):
+        chances = _drawn(size, k, n, k)
+        fewer, equal = chances[: min(votes, size + 1)], chances[votes] if votes <= size else 0.0
+        for _ in range(times):
+            new = [_added(table, fewer, 1 if equal else 0) for table in (weights, rights)]
+            if equal:
+                new[0][1:, votes:] += equal * weights[:, : k + 1 - votes]
+                new[1][1:, votes:] += equal * (rights + verdict * weights)[:, : k + 1 - votes]
+            rows = np.flatnonzero(new[0].max(axis=1) > _NOTHING)
+            if not rows.size:
+                return 0.0
+            weights, rights = (table[: rows[-1] + 1] for table in new)
+    return float((rights[1:, k] / np.arange(1, len(rights))).sum())
+
+
+def _added(table: np.ndarray, chances: np.ndarray, more: int) -> np.ndarray:
+    """[t + more, j] after a class gave some of its samples: each number of them with its chance."""
+    rows, columns = table.shape
+    found = np.zeros((rows + more, columns))
+    for given in np.flatnonzero(chances > _NOTHING):
+        found[:rows, given:] += chances[given] * table[:, : columns - given]
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _drawn(size: int, most: int, n: int, k: int) -> np.ndarray:
+    """float64 [most + 1]: the chance that 0, 1, … of `size` samples are drawn, each with chance k/n."""
+    found = np.zeros(most + 1)
+    for given in range(min(size, most) + 1):
+        if k == n:
+            found[given] = float(given == size)
+        else:
+            log = lgamma(size + 1) - lgamma(given + 1) - lgamma(size - given + 1)
+            found[given] = exp(log + given * np.log(k / n) + (size - given) * np.log1p(-k / n))
+    return found
 
 
 def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
@@ -61,15 +101,6 @@ def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
             ]
             found[f"maj@{k}"] = float(np.mean(means))
     return found
-
-
-def _majority(answers: Sequence[Optional[str]], truth: dict[Optional[str], bool]) -> float:
-    votes = Counter(answer for answer in answers if answer is not None)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    tied = [answer for answer, count in votes.items() if count == most]
-    return sum(truth[answer] for answer in tied) / len(tied)
 
 
 def standard_error(values: Sequence[float]) -> float:

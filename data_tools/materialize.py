@@ -6,13 +6,15 @@ elements, workers and chunk sizes.
 
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
        │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
-       │ malformed_record │ empty_assistant          │ tool_call_lost
+       │ malformed_record │ empty_assistant,         │ tool_call_lost,
+       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained
+                          │ refused_key, openthoughts_markers
 """
 
 import contextlib
 import functools
+import hashlib
 import itertools
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,7 +27,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
 
-from data_tools import readers
+from data_tools import readers, sources
 from data_tools.balance import Balance, SourceBalance
 from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.conversation import BadRecord
@@ -33,7 +35,7 @@ from data_tools.encoder import Encoder, check_encoder
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.store import Provenance, RowText, Store, StoreWriter, row_text
-from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, task_options
+from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, rows_of, task_options
 from data_tools.tokenizer import Tokenizer, is_path, load_tokenizer
 
 ON_BAD_ROW = ("fail", "bucket")
@@ -47,12 +49,12 @@ _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 class Config:
     source: Source = field(default_factory=Source)
     tokenizer: str = field(default="", metadata={"input": "hub"})  # folder or hub name
-    task: str = ""  # a task's rows; "" = conversations
+    task: str = field(default="", metadata={"module": True})  # a task's rows; "" = conversations
     task_options: Dict[str, Any] = field(default_factory=dict)
     chat: ChatConfig = field(default_factory=ChatConfig)  # of conversations
-    format: str = "auto"  # of the files: auto | jsonl | json | parquet, plain or under gzip or zstd
+    format: str = "auto"  # of the files: auto | jsonl | json | parquet | csv, plain or under gzip or zstd
     max_tokens: int = 0  # of a row, end token included; 0 = no limit
-    dedupe: bool = True  # keep the first of equal rows
+    dedupe: bool = True  # keep the first of equal rows: the same text with the same loss mask
     on_bad_row: str = "fail"  # fail | bucket: what a malformed record does
     encoder: str = field(default="auto", metadata={"keyed": False})  # auto | huggingface | gigatoken: the same ids
     workers: int = field(default=1, metadata={"keyed": False})  # processes of an element
@@ -158,25 +160,18 @@ class _Rows:
 
     def _line(self, raw: Any) -> Line:
         """`raw` is a line as bytes, or a value that was read from JSON or Parquet."""
-        if isinstance(raw, bytes) and not raw.strip():
+        if readers.is_blank(raw):
             return Malformed("blank_line")
         try:
-            return [self._kept(row) for row in self._rows_of(self._record(raw))] or Malformed("no_rows")
-        except UnicodeDecodeError as error:
-            return Malformed("malformed_line", f"not UTF-8: {error.reason}")
-        except (json.JSONDecodeError, RecursionError) as error:
-            return Malformed("malformed_line", f"not JSON: {error}")
+            record = raw if self.is_task else readers.value_of(raw)  # a task parses its lines itself
+        except ValueError as error:
+            return Malformed("malformed_line", str(error))
+        try:
+            return [self._kept(row) for row in self._rows_of(record)] or Malformed("no_rows")
         except BadRecord as error:
             return Malformed(error.bucket, str(error))
         except UserMistake as mistake:
             return Malformed("", str(mistake), fatal=True)
-
-    def _record(self, raw: Any) -> Any:
-        """A task parses its lines itself."""
-        if not isinstance(raw, bytes):
-            return raw
-        text = raw.decode("utf-8-sig")
-        return text if self.is_task else json.loads(text)
 
     def _kept(self, row: Result) -> "Kept | Refused":
         if isinstance(row, Refused):
@@ -196,12 +191,12 @@ class TaskRows:
         self.tokenizer = tokenizer
 
     def rows(self, record: Any) -> Iterator[Result]:
-        """Those of a line, of a value read from JSON or Parquet, or of a synthetic row's number. Raises BadRecord."""
+        """Those of a record as a share gives it, or of a synthetic row's number. Raises BadRecord."""
         if isinstance(record, SyntheticRow):
             yield self._result(self.task.synthetic_row(self.seed, record.number, self.split))
             return
         try:
-            rows = self.task.parse_line(record if isinstance(record, str) else json.dumps(record))
+            rows = rows_of(self.task, record)
         except ValueError as error:
             raise BadRecord(str(error), "malformed_line") from None
         yield from map(self._result, rows)
@@ -287,7 +282,7 @@ class _Element:
 
     def add_synthetic(self, source: int, index: int, count: int) -> SourceBalance:
         wanted = self.config.source
-        sheet = SourceBalance(f"synthetic {wanted.synthetic_split} rows, seed {wanted.synthetic_seed}")
+        sheet = SourceBalance(sources.synthetic_name(wanted))
         start, stop = index * wanted.synthetic_rows // count, (index + 1) * wanted.synthetic_rows // count
         for line in self._lines(map(SyntheticRow, range(start, stop))):
             sheet.lines += 1
@@ -342,7 +337,8 @@ def _write_balance(balance: Balance, store: dict[str, Any], out: Path) -> dict[s
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     """Join the shards of all elements, in element order, into one store in the empty folder `out`; returns its facts.
 
-    Rows come source by source and in the order of the source; of equal rows the first is kept when `dedupe`.
+    Rows come source by source and in the order of the source; of equal rows the first is kept when `dedupe`. Rows of
+    one text that train different parts of it are not equal. One that trains nothing was dropped before, as such.
     UserMistake when no row is left.
     """
     stores = [Store(part) for part in parts]
@@ -351,7 +347,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     for sheet in sheets[1:]:
         balance = balance + sheet
     pieces = _source_major(stores, sheets)
-    keep = _first_of_equals([piece.row_hashes() for piece in pieces]) if config.dedupe else None
+    keep = _first_of_equals(pieces) if config.dedupe else None
     writer = StoreWriter(out)
     done = 0
     for piece in pieces:
@@ -406,11 +402,30 @@ def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
     return pieces
 
 
-def _first_of_equals(hashes: list[np.ndarray]) -> np.ndarray:
-    """bool[rows]: whether no earlier row has the same 128-bit hash; 40 bytes a row at the peak."""
-    words = np.concatenate(hashes)
+def _first_of_equals(pieces: list[_Piece]) -> np.ndarray:
+    """Return bool[rows]: whether no earlier row has the same text, by its 128-bit hash, and the same loss mask.
+
+    Takes 40 bytes a row at the peak.
+    """
+    words = np.concatenate([piece.row_hashes() for piece in pieces])
     order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal rows stay in their order
     ordered = words[order]
+    repeats = np.zeros(len(words), dtype=bool)  # of the row before, in that order
+    repeats[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
     first = np.ones(len(words), dtype=bool)
-    first[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    ends = np.cumsum([piece.stop - piece.start for piece in pieces])
+    seen: set[bytes] = set()
+    for place in np.flatnonzero(repeats | np.append(repeats[1:], False)).tolist():
+        if not repeats[place]:
+            seen = set()
+        row = int(order[place])
+        number = int(np.searchsorted(ends, row, side="right"))
+        mask = _mask_hash(pieces[number], row - int(ends[number]))
+        first[row] = mask not in seen
+        seen.add(mask)
     return first
+
+
+def _mask_hash(piece: _Piece, from_end: int) -> bytes:
+    """Return 16 bytes that name the loss mask of a row, counted from the piece's last one: -1."""
+    return hashlib.blake2b(piece.store.mask(piece.stop + from_end).tobytes(), digest_size=16).digest()

@@ -20,7 +20,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 
 import numpy as np
 
-from data_tools import batches
+from data_tools import batches, sources
 from data_tools.balance import Balance, SourceBalance
 from data_tools.durable import canonical_json, fsync_tree, read_json, sha256_bytes, write_json
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -45,7 +45,7 @@ class Config:
     pack_length: int = 2048  # tokens
     align: int = 1  # tokens; documents are padded to a multiple: 2 * context, times tensor with sequence parallelism
     overlong: str = "drop"  # drop | truncate | split | fail: what a document longer than a pack does
-    overlong_of: Dict[str, str] = field(default_factory=dict)  # the same for one source, by name
+    overlong_of: Dict[str, str] = field(default_factory=dict)  # the same for one source: name, path or pattern
     order: str = "decreasing"  # decreasing | shuffled
     apart: bool = False  # two documents of one prompt never share a pack
     weights: Dict[str, float] = field(default_factory=dict)  # share of packs a source gets; none: all, once an epoch
@@ -198,9 +198,11 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
     out = Path(out)
     store = Store(Path(config.store).expanduser())
     names = source_names(store)
-    _check_sources(config, names)
-    policies = [config.overlong_of.get(name, config.overlong) for name in names]
-    weights = [float(config.weights[name]) for name in names] if config.weights else []
+    problems = sources.check(config.weights, config.overlong_of, names)
+    if problems:
+        raise UserMistake(problems)
+    policies = [policy or config.overlong for policy in sources.by_source("", config.overlong_of, names)[0]]
+    weights = list(map(float, sources.by_source("", config.weights, names)[0])) if config.weights else []
     pieces, overlong = pieces_of(store, config, policies)
     if weights:
         pieces = pieces[np.array(weights)[store.sources[pieces.doc]] > 0]
@@ -247,10 +249,8 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
 
 def source_names(store: Store) -> list[str]:
     """Names of the store's sources in the order of their numbers, from the balance sheet beside it; else the numbers."""
-    try:
-        return [sheet.name for sheet in Balance.read(store.folder).sources]
-    except FileNotFoundError:
-        return [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
+    found = sources.of_folder(store.folder)
+    return found or [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
 
 
 def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
@@ -263,23 +263,6 @@ def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
             np.count_nonzero(store.all_masks[f + 1 : f + n]) for f, n in zip(first, length)
         ]
     return counts
-
-
-def _check_sources(config: Config, names: Sequence[str]) -> None:
-    """UserMistake for a source that the store does not have, and for one without a weight where others have one."""
-    problems = [
-        Problem(f"{key}.{source}", f"the store has no such source{nearest(source, names)}")
-        for key, values in (("overlong_of", config.overlong_of), ("weights", config.weights))
-        for source in values
-        if source not in names
-    ]
-    if config.weights:
-        missing = [name for name in names if name not in config.weights]
-        problems += [
-            Problem("weights", f"source {name} has none; give a share, or 0 to leave it out") for name in missing
-        ]
-    if problems:
-        raise UserMistake(problems)
 
 
 def _stream(facts: dict[str, Any], plan: Plan, seed: int) -> batches.Stream:

@@ -1,4 +1,5 @@
-"""A prompt to token ids: a text as it stands, messages by the tokenizer's chat template, up to where the model goes on."""
+"""A prompt to token ids: a text as transformers' tokenizer(text) has it, messages by the tokenizer's chat template, up
+to where the model goes on."""
 
 import datetime
 from functools import cached_property
@@ -7,20 +8,22 @@ from typing import Any, Mapping, Union
 from data_tools.conversation import BadRecord, read_prompt
 from data_tools.mistake import UserMistake
 from data_tools.template import ChatTemplate, TemplateError
-from data_tools.tokenizer import Tokenizer
+from data_tools.tokenizer import NEVER, Tokenizer
 
 _DAY = datetime.date(2026, 1, 1)  # what templates are told today is, as in data_tools/chat.py
 
 
 class PromptEncoder:
-    """`arguments` are for the template: enable_thinking, reasoning_effort, …"""
+    """`arguments` are for the template: enable_thinking, reasoning_effort, … `bos` says how a text begins: "" as
+    transformers begins it (with a BOS, where the tokenizer adds one), NEVER as it stands. A template writes its own."""
 
-    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any] = {}):
-        self.tokenizer, self.arguments = tokenizer, arguments
+    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any] = {}, bos: str = ""):
+        self.tokenizer, self.arguments, self.bos = tokenizer, arguments, bos
 
     def encode(self, prompt: Union[str, list[dict]]) -> list[int]:
         """UserMistake for messages where there is no template, or it refuses them."""
-        return self.tokenizer.encode(self.text(prompt))
+        opened = isinstance(prompt, str) and self.bos != NEVER
+        return (self.tokenizer.encode_opened if opened else self.tokenizer.encode)(self.text(prompt))
 
     def text(self, prompt: Union[str, list[dict]]) -> str:
         if isinstance(prompt, str):
@@ -42,5 +45,4 @@ class PromptEncoder:
             raise UserMistake(
                 f"tokenizer {self.tokenizer.name} has no chat template for prompts that are messages; {remedy}"
             )
-        # none is needed here
-        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY, header="")
+        return ChatTemplate(source, self.tokenizer.special_tokens, self.arguments, _DAY)

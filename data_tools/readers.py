@@ -1,4 +1,6 @@
-"""Files of records, cut into the shares of array elements: JSONL, JSON and Parquet, plain or under gzip or zstd.
+"""Files of records, the one reader of them all: JSONL, JSON, Parquet and CSV, the first two also under gzip or zstd.
+
+A file is cut into the shares of array elements; `records` reads all of it, with the place of each.
 
 Element i of n takes the records whose first byte lies in [i·size/n, (i+1)·size/n) of the file, so the shares of any n
 elements, one after the other, are the file.
@@ -7,19 +9,21 @@ elements, one after the other, are the file.
     JSONL.gz, .zst  bytes of the compressed file; an element unpacks what lies before its share, and skips it
     JSON            one list of records (or one record): an element parses the file and takes its share of the list
     Parquet         rows; an element reads the row groups that its share touches
+    CSV             rows under a header, of texts; an element reads the file and takes its share of the rows
 
-Compression and format are told by the file's first bytes, unless the format is named.
+Compression and format are told by the file's first bytes, CSV by the name .csv, unless the format is named.
 """
 
 import json
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator, Optional, Protocol
+from typing import Any, BinaryIO, Iterator, NamedTuple, Optional, Protocol
 
+from data_tools.csv_tables import read_table
 from data_tools.durable import CHUNK
 from data_tools.mistake import UserMistake
 
-FORMATS = ("auto", "jsonl", "json", "parquet")
+FORMATS = ("auto", "jsonl", "json", "parquet", "csv")
 
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _BLOCK = 1 << 16  # compressed bytes read at a time; a line belongs to the element that holds the block it begins in
@@ -45,12 +49,90 @@ def open_share(path: Path, index: int, count: int, format: str = "auto") -> Shar
         magic = file.read(4)
     compression = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else ""
     if format == "auto":
-        format = "parquet" if magic == _PARQUET else _json_or_jsonl(path, compression)
+        format = ("parquet" if magic == _PARQUET else "csv" if ".csv" in path.suffixes
+                  else _json_or_jsonl(path, compression))
     if format == "parquet":
         return ParquetShare(path, index, count)
+    if format == "csv":
+        if compression:
+            raise UserMistake(f"{path} is CSV under {compression}, which is not read; unpack it")
+        return CsvShare(path, index, count)
     if format == "json":
         return JsonShare(path, index, count, compression)
     return PackedLines(path, index, count, compression) if compression else Lines(path, index, count)
+
+
+# -- all records of a file --------------------------------------------------------------------------------------------
+
+
+class Place:
+    """Says FILE:LINE of a record, counted only when it is told."""
+
+    def __init__(self, share: Share, number: int):
+        self.share, self.number = share, number
+
+    def __str__(self) -> str:
+        return self.share.place(self.number)
+
+
+class Record(NamedTuple):
+    """Holds what stands at a place of a file: a value, or why there is none. A line that is blank has neither."""
+
+    place: object  # its str() is FILE:LINE
+    value: Any
+    problem: str = ""
+    is_blank: bool = False
+
+
+def records(path: Path, format: str = "auto") -> Iterator[Record]:
+    """Yield every record of a file in its order, blank lines too. Raise UserMistake where it cannot be read at all."""
+    for place, raw in lines(path, format):
+        if is_blank(raw):
+            yield Record(place, None, is_blank=True)
+            continue
+        try:
+            yield Record(place, value_of(raw))
+        except ValueError as error:
+            yield Record(place, None, str(error))
+
+
+def lines(path: Path, format: str = "auto") -> Iterator[tuple[Place, Any]]:
+    """Yield (place, record as a share gives it) of a whole file. Raise UserMistake for a file that is not there."""
+    try:
+        share = open_share(path, 0, 1, format)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserMistake(f"no file {path}; give files that exist") from None
+    for number, raw in enumerate(share, 1):
+        yield Place(share, number), raw
+
+
+def is_blank(raw: Any) -> bool:
+    """Return whether a record as a share gives it is a line with nothing on it."""
+    return isinstance(raw, bytes) and not raw.strip()
+
+
+def text_of(raw: Any) -> str:
+    """Return the JSON text of a record as a share gives it. Raise ValueError with the reason where it is not UTF-8."""
+    if not isinstance(raw, bytes):
+        return json.dumps(raw)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason}") from None
+
+
+def value_of(raw: Any) -> Any:
+    """Return the value of a record as a share gives it. Raise ValueError with the reason where there is none."""
+    if not isinstance(raw, bytes):
+        return raw
+    text = text_of(raw)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+# -- shares -----------------------------------------------------------------------------------------------------------
 
 
 def _json_or_jsonl(path: Path, compression: str) -> str:
@@ -65,7 +147,7 @@ def _json_or_jsonl(path: Path, compression: str) -> str:
     line, _, more = first.partition(b"\n")
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "json" if first.startswith((b"[", b"{")) else "jsonl"
     return "json" if first.startswith(b"[") or not more.strip() else "jsonl"
 
@@ -250,6 +332,26 @@ class ParquetShare:
 
     def place(self, number: int) -> str:
         return f"{self.path}: row {self.start + number}"
+
+
+class CsvShare:
+    """Reads the rows of a CSV file, each a mapping of its columns."""
+
+    unit = "rows"
+
+    def __init__(self, path: Path, index: int, count: int):
+        table = read_table(path)
+        self.path, self.columns, rows = path, table.columns, len(table.rows)
+        share = slice(index * rows // count, (index + 1) * rows // count)
+        self.rows, self.lines = table.rows[share], table.lines[share]
+        self.done, self.total = 0, len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for self.done, row in enumerate(self.rows, 1):
+            yield dict(zip(self.columns, row))
+
+    def place(self, number: int) -> str:
+        return f"{self.path}:{self.lines[number - 1]}"
 
 
 def _without_nulls(value: Any) -> Any:

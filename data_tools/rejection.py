@@ -1,30 +1,29 @@
 """Rejection sampling: sampled completions → the ones worth training on, as JSONL chat.
 
-A sample is one JSON line of the `generate` phase (or of any tool that writes the same keys):
-
-    prompt_id, prompt (text) or messages (chat), completion, finish ("stop" | "length" | …), tokens,
-    correct (true | false | null: not scorable), reward; sample, seed and weights are carried along
-
-Each ends in exactly one bucket, the first rule that turns it away, in this order:
+A sample is a record of the `generate` phase, or of any tool that writes the same keys (samples.py); sample, seed,
+weights and reward are carried along. Each ends in exactly one bucket, the first rule that turns it away, in this order:
 
     unscored, wrong, truncated, ill_formed, too_short, too_long, contaminated      on its own
     pass_rate                                                                      with its prompt's other samples
     duplicate, near_duplicate, over_limit                                          beside better ones of its prompt
 
-Memory holds a few numbers a sample; texts stay in the files and are read again a prompt at a time.
+Memory holds a few numbers a sample; texts that passed their own rules wait in a file, for their prompt's turn.
 """
 
 import json
 import re
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator, List, NamedTuple, Sequence
 
+from data_tools import readers
 from data_tools.balance import Balance, SourceBalance
 from data_tools.durable import fsync_tree
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
+from data_tools.samples import CUT_OFF, problem_of_sample
 
 CHAT = "chat.jsonl"
 PREFER = ("shortest", "longest", "diverse", "first")
@@ -32,6 +31,7 @@ THINKING = ("any", "required", "forbidden")
 ON_BAD_ROW = ("fail", "drop")
 QUESTIONS = ("question", "problem", "prompt", "instruction", "input")  # keys of an evaluation set's questions
 
+_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _CARRIED = ("sample", "seed", "weights", "reward", "tokens")  # keys of a sample that its chat row keeps
 _SHINGLE = 5  # words; what two completions have in common is counted in runs of so many
 _SHORTEST_QUESTION = 5  # words; a shorter one is in too many texts
@@ -41,7 +41,7 @@ _REPORT_EVERY = 5000
 
 @dataclass
 class Config:
-    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # JSONL files, or folders of them
+    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # files, or folders of JSONL
     correct: bool = True  # only samples whose verifier said so; with false, also unscored and wrong ones
     truncated: bool = False  # keep samples that reached their length limit
     thinking: str = "any"  # any | required | forbidden: <think> … </think> before the answer; never half of it
@@ -50,7 +50,7 @@ class Config:
     max_tokens: int = 0  # 0: no limit
     min_pass_rate: float = 0.0  # of a prompt's scored samples, the share that is correct: easier and
     max_pass_rate: float = 1.0  # harder prompts go
-    evaluation_sets: List[str] = field(default_factory=list, metadata={"input": True})  # JSONL; none of their questions
+    evaluation_sets: List[str] = field(default_factory=list, metadata={"input": True})  # none of their questions
     ngram: int = 13  # words in a row that a text shares with an evaluation question to count as contaminated
     near_duplicate: float = 0.8  # Jaccard similarity of 5-word runs at which the second of a prompt goes; 1.0: never
     per_prompt: int = 0  # at most so many samples a prompt; 0: all
@@ -88,7 +88,7 @@ def check(config: Config) -> list[Problem]:
 
 
 class Place(NamedTuple):
-    """Where a sample that passed its own rules lies: the number of its file, and its line's first byte."""
+    """Where a sample that passed its own rules waits: the number of its file, its first byte among those that wait."""
 
     file: int
     offset: int
@@ -99,6 +99,7 @@ class Place(NamedTuple):
 class Group:
     """The samples of one prompt."""
 
+    asked: Any = None  # a hash of its prompt or messages
     scored: int = 0
     right: int = 0
     places: list[Place] = field(default_factory=list)
@@ -125,8 +126,8 @@ class Contamination:
     def __init__(self, files: Sequence[Path], ngram: int):
         self._runs: dict[int, set[tuple[str, ...]]] = defaultdict(set)
         for file in files:
-            for _, _, row in _rows(file):
-                for question in _questions(row):
+            for record in readers.records(file):
+                for question in _questions(record):
                     size = min(ngram, len(words(question)))
                     if size >= _SHORTEST_QUESTION:
                         self._runs[size] |= shingles(question, size)
@@ -135,42 +136,31 @@ class Contamination:
         return any(not runs.isdisjoint(shingles(text, size)) for size, runs in self._runs.items())
 
 
-def _questions(row: Any) -> Iterator[str]:
+def _questions(record: readers.Record) -> list[str]:
+    """Return the questions of a record of an evaluation set. Raise UserMistake where it has none and would keep nothing
+    out."""
+    if record.is_blank:
+        return []
+    row, found = record.value, []
     if isinstance(row, dict):
-        yield from (row[key] for key in QUESTIONS if isinstance(row.get(key), str))
-        for message in row.get("messages") or []:
-            if message.get("role") == "user" and isinstance(message.get("content"), str):
-                yield message["content"]
+        found = [value for key, value in row.items() if key.lower() in QUESTIONS and isinstance(value, str)]
+        found += _texts(row.get("messages"), ("user", "human")) + _texts(row.get("prompt"), ("user", "human"))
+    if not found:
+        reason = record.problem or f"no question under {', '.join(QUESTIONS)} or in messages"
+        raise UserMistake(Problem(str(record.place), f"{reason}; mend the evaluation set, or name its questions so"))
+    return found
 
 
-def _rows(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """(line from 1, byte offset, value) of a JSONL file; the ValueError of a wrong line in the value's place."""
-    with open(path, "rb") as file:
-        offset = 0
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, offset, json.loads(line)
-                except ValueError as error:
-                    yield number, offset, error
-            offset += len(line)
-
-
-def _wrong(row: Any) -> str:
-    """Why a line is no sample, "" when it is one."""
-    if isinstance(row, ValueError):
-        return f"not JSON: {row}"
-    if not isinstance(row, dict):
-        return f"a {type(row).__name__}, not an object"
-    if not isinstance(row.get("completion"), str):
-        return "no text under 'completion'"
-    if not isinstance(row.get("prompt"), str) and not isinstance(row.get("messages"), list):
-        return "neither a text under 'prompt' nor a list under 'messages'"
-    if "prompt_id" not in row:
-        return "no 'prompt_id'"
-    if not isinstance(row.get("tokens"), int):
-        return "no number under 'tokens'"
-    return ""
+def _texts(messages: Any, roles: Sequence[str] = ()) -> list[str]:
+    """Return the texts of messages of these roles, or of all; of contents in parts, those of the parts."""
+    found = []
+    for message in messages if isinstance(messages, list) else []:
+        if isinstance(message, dict) and (not roles or message.get("role") in roles):
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [content]
+            texts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in parts]
+            found += [text for text in texts if isinstance(text, str)]
+    return found
 
 
 def prompt_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -194,10 +184,12 @@ def split_thinking(completion: str) -> tuple[str, str] | None:
 def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination) -> str:
     """The bucket of the first rule that turns a sample away without looking at others, "" when none does."""
     if config.correct and row.get("correct") is None:
+        if row.get("reward") is not None:
+            raise UserMistake(_unjudged(row))
         return "unscored"
     if config.correct and not row["correct"]:
         return "wrong"
-    if not config.truncated and row.get("finish") in ("length", "turns"):
+    if not config.truncated and row["finish"] in CUT_OFF:
         return "truncated"
     parts = split_thinking(row["completion"])
     if parts is None or not parts[1] or not re.search(config.answer_pattern, parts[1]):
@@ -208,8 +200,14 @@ def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination
         return "too_short"
     if config.max_tokens and row["tokens"] > config.max_tokens:
         return "too_long"
-    texts = [message["content"] for message in prompt_messages(row) if isinstance(message.get("content"), str)]
-    return "contaminated" if any(map(contamination.touches, [*texts, row["completion"]])) else ""
+    texts = [*_texts(prompt_messages(row)), row["completion"]]
+    return "contaminated" if any(map(contamination.touches, texts)) else ""
+
+
+def _unjudged(row: dict[str, Any]) -> Problem:
+    task = f"task {row['task']}" if "task" in row else "its task"
+    reason = f"a sample has reward {row['reward']} and no verdict: {task} does not say which rewards are right"
+    return Problem("correct", f"{reason}; let its module say RIGHT = the least right one, or set correct: false")
 
 
 def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config) -> list[str]:
@@ -247,12 +245,13 @@ def _spread(places: list[int], runs: Sequence[frozenset], limit: int) -> list[in
 
 
 def sample_files(inputs: Sequence[str], key: str = "inputs") -> list[Path]:
-    """JSONL files that `inputs` names: files, and folders of them. UserMistake for what is neither."""
+    """The files that `inputs` names: of any kind, and the JSONL files of folders. UserMistake for what is neither."""
     files: list[Path] = []
     problems = []
     for name in inputs:
         path = Path(name).expanduser()
-        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
+        inside = sorted(file for end in _JSONL for file in path.glob(f"*{end}"))
+        found = [path] if path.is_file() else inside
         if not found:
             problems.append(Problem(key, f"{name} is neither a JSONL file nor a folder of some"))
         files += found
@@ -275,28 +274,20 @@ def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dic
     sheets = [SourceBalance(file.name) for file in files]
     groups: dict[str, Group] = defaultdict(Group)
     origins: dict[str, set[str]] = {"weights": set(), "seed": set()}
-    for number, (file, sheet) in enumerate(zip(files, sheets)):
-        for line, offset, row in _rows(file):
-            sheet.lines += 1
-            if sheet.lines % _REPORT_EVERY == 0:
-                progress(offset, file.stat().st_size, "bytes", file.name)
-            if wrong := _wrong(row):
-                if config.on_bad_row == "fail":
-                    raise UserMistake(Problem(f"{file}:{line}", f"{wrong}; mend it, or set on_bad_row: drop"))
-                sheet.lines_dropped["malformed_line"] += 1
-                continue
-            sheet.lines_with_rows += 1
-            sheet.rows += 1
-            for key in origins.keys() & row.keys():
-                origins[key].add(str(row[key]))
-            group = groups[str(row["prompt_id"])]
-            group.scored += row.get("correct") is not None
-            group.right += bool(row.get("correct"))
-            if bucket := own_bucket(row, config, contamination):
-                sheet.refuse(bucket, row["tokens"])
-            else:
-                group.places.append(Place(number, offset, row["tokens"]))
-    left = _write(groups, files, sheets, config, out, progress)
+    with tempfile.TemporaryFile(dir=out) as waiting:
+        for number, (file, sheet) in enumerate(zip(files, sheets)):
+            for row in _samples(file, sheet, groups, config, progress):
+                for key in origins.keys() & row.keys():
+                    origins[key].add(str(row[key]))
+                group = groups[_name(row)]
+                group.scored += row.get("correct") is not None
+                group.right += row.get("correct") is True
+                if bucket := own_bucket(row, config, contamination):
+                    sheet.refuse(bucket, row["tokens"])
+                else:
+                    group.places.append(Place(number, waiting.tell(), row["tokens"]))
+                    waiting.write(json.dumps(row).encode() + b"\n")
+        left = _write(groups, waiting, sheets, config, out, progress)
     balance = Balance(sheets)
     balance.write(out)
     fsync_tree(out)
@@ -312,39 +303,69 @@ def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dic
     }
 
 
+def _samples(
+    file: Path, sheet: SourceBalance, groups: dict[str, Group], config: Config, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a file, each counted on its sheet. Raise UserMistake `FILE:LINE: reason` for what is none,
+    unless those are dropped."""
+    for record in readers.records(file):
+        share = record.place.share
+        sheet.lines += 1
+        if sheet.lines % _REPORT_EVERY == 0:
+            progress(share.done, share.total, share.unit, file.name)
+        if record.is_blank:
+            sheet.lines_dropped["blank_line"] += 1
+            continue
+        row = record.value
+        wrong = record.problem or problem_of_sample(row)
+        if not wrong:
+            group, asked = groups[_name(row)], hash(json.dumps([row.get("prompt"), row.get("messages")]))
+            if group.asked not in (None, asked):
+                wrong = f"prompt_id {row['prompt_id']!r} named another prompt before; name each by itself"
+            group.asked = asked
+        if wrong:
+            if config.on_bad_row == "fail":
+                raise UserMistake(Problem(str(record.place), f"{wrong}; mend it, or set on_bad_row: drop"))
+            sheet.lines_dropped["malformed_line" if record.problem else "malformed_sample"] += 1
+            continue
+        sheet.lines_with_rows += 1
+        sheet.rows += 1
+        yield row
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Return what its prompt's group is called: 1 and "1" are two."""
+    return json.dumps(row["prompt_id"])
+
+
 def _write(
     groups: dict[str, Group],
-    files: Sequence[Path],
+    waiting: BinaryIO,
     sheets: Sequence[SourceBalance],
     config: Config,
     out: Path,
     progress: Progress,
 ) -> int:
     """Choose among each prompt's samples and write them; returns how many prompts have any left."""
-    handles = [open(file, "rb") for file in files]
     left = 0
-    try:
-        with open(out / CHAT, "w", encoding="utf-8") as chat:
-            for done, group in enumerate(groups.values()):
-                if done % _REPORT_EVERY == 0:
-                    progress(done, len(groups), "prompts")
-                rate = group.right / group.scored if group.scored else None
-                if rate is not None and not config.min_pass_rate <= rate <= config.max_pass_rate:
-                    for place in group.places:
-                        sheets[place.file].refuse("pass_rate", place.tokens)
-                    continue
-                rows = [_read(handles[place.file], place.offset) for place in group.places]
-                buckets = buckets_of([row["completion"] for row in rows], [p.tokens for p in group.places], config)
-                left += "" in buckets
-                for place, row, bucket in zip(group.places, rows, buckets):
-                    if bucket:
-                        sheets[place.file].refuse(bucket, place.tokens)
-                    else:
-                        sheets[place.file].keep(place.tokens, place.tokens)
-                        chat.write(json.dumps(_chat_row(row, rate), ensure_ascii=False) + "\n")
-    finally:
-        for handle in handles:
-            handle.close()
+    with open(out / CHAT, "w", encoding="utf-8") as chat:
+        for done, group in enumerate(groups.values()):
+            if done % _REPORT_EVERY == 0:
+                progress(done, len(groups), "prompts")
+            rate = group.right / group.scored if group.scored else None
+            if rate is not None and not config.min_pass_rate <= rate <= config.max_pass_rate:
+                for place in group.places:
+                    sheets[place.file].refuse("pass_rate", place.tokens)
+                continue
+            rows = [_read(waiting, place.offset) for place in group.places]
+            buckets = buckets_of([row["completion"] for row in rows], [p.tokens for p in group.places], config)
+            left += "" in buckets
+            for place, row, bucket in zip(group.places, rows, buckets):
+                if bucket:
+                    sheets[place.file].refuse(bucket, place.tokens)
+                else:
+                    sheets[place.file].keep(place.tokens, place.tokens)
+                    chat.write(json.dumps(_chat_row(row, rate), ensure_ascii=False) + "\n")
     progress(len(groups), len(groups), "prompts")
     return left
 

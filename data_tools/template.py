@@ -1,25 +1,19 @@
-"""Chat template → text and the character spans that assistants wrote, from one render of each conversation.
+"""Chat template → text, and the places in it where each message's turn in the loop begins and generation blocks lie.
 
-Rendering prefixes to find where a message ends costs a render a turn, and is wrong where a template writes a message
-differently once another follows it (stock Qwen3 and gpt-oss do). Here the template's syntax tree gets a marker at the
-start of the body of its loop over messages and one after the loop; `{% generation %}` blocks, where a template has
-them, are marked instead. The markers are cut out of the rendered text, which is then what the template writes, byte
-for byte.
+The template's syntax tree gets a marker at the start of the body of its loop over messages and one after the loop;
+`{% generation %}` blocks, where a template has them, are marked too. The markers are cut out of the rendered text,
+which is then what the template writes, byte for byte. data_tools/turns.py tells what of it an assistant wrote.
 
-A span is what the model itself has to write. Two things about that are probed with small conversations when the
-template is loaded:
-
-    header    what the generation prompt already gives (`<|im_start|>assistant\\n`) is no part of a span
-    closing   where the template closes no turn itself (GLM), the next message's role tag is the stop token, and one is
-              added after a last turn
+Templates read messages in several forms (a tool call's arguments as JSON text, contents as lists of parts, reasoning
+under one name or another). Which one this template takes is found by rendering small conversations.
 """
 
+import itertools
 import json
-import os
-from bisect import bisect
+from dataclasses import dataclass, replace
 from datetime import date
 from types import BuiltinMethodType
-from typing import Any, Iterator, Mapping, NamedTuple, Optional
+from typing import Any, Mapping, Optional
 
 import jinja2
 from jinja2 import nodes
@@ -31,11 +25,10 @@ from jinja2.utils import Namespace
 from data_tools.conversation import Conversation
 from data_tools.mistake import UserMistake
 
-THINK = "<think>"
+LOOP_END, OPEN, CLOSE = "end", "open", "close"  # marks; any other is the number of a message
 
 _MARK = "__mark"  # the marker's name within the template
 _MESSAGES = "messages"
-_LOOP_END, _OPEN, _CLOSE = "end", "open", "close"
 _SENTINELS = [chr(code) for code in range(0xE000, 0xE100)]  # private use; the first that a text does not hold
 
 
@@ -43,27 +36,30 @@ class TemplateError(ValueError):
     """The template refused a conversation; str() is one line."""
 
 
-class Span(NamedTuple):
-    """text[start:stop] is what the assistant wrote in message `message`, its stop token included."""
+@dataclass(frozen=True)
+class Form:
+    """How this template reads messages."""
 
-    message: int
-    start: int
-    stop: int
+    text_arguments: bool = False  # a tool call's arguments are JSON text (DeepSeek)
+    parts: bool = False  # a content is a list of typed parts (SmolVLM)
+    reasoning: bool = False  # reasoning has the name `reasoning` alone (Solar)
 
-
-class Rendered(NamedTuple):
-    text: str
-    spans: list[Span]
+    def message(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the message in this form, an object of its own, which marks tell from any other."""
+        message = dict(given)
+        if self.text_arguments and message.get("tool_calls"):
+            message["tool_calls"] = list(map(_with_text_arguments, message["tool_calls"]))
+        if self.parts and isinstance(message["content"], str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        if self.reasoning and message.get("reasoning_content"):
+            message["reasoning"] = message["reasoning_content"]
+        return message
 
 
 class ChatTemplate:
-    """A compiled template. UserMistake when it cannot be parsed, or its assistant turns cannot be told.
+    """A compiled template. UserMistake when it cannot be parsed. `day` stands for today."""
 
-    `header`: text at the start of a turn that is not trained; None finds it. `day` stands for today.
-    """
-
-    def __init__(self, source: str, special_tokens: Mapping[str, str], arguments: Mapping[str, Any], day: date,
-                 header: Optional[str] = None):
+    def __init__(self, source: str, special_tokens: Mapping[str, str], arguments: Mapping[str, Any], day: date):
         self._variables = {**special_tokens, **arguments}
         self._environment = _environment(day)
         try:
@@ -71,41 +67,28 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserMistake(f"chat template, line {error.lineno}: {error.message}; mend the template") from None
         self.has_blocks = any(node.name == _MARK for node in tree.find_all(nodes.Filter))
-        loops = _instrument(tree)
-        if not loops and not self.has_blocks:
-            raise UserMistake("chat template: no loop over messages and no {% generation %} block, so what the "
-                              "assistant wrote cannot be told; give a template that has one of them")
+        self.has_loop = bool(_instrument(tree))
         code = self._environment.compile(tree)
         self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
-        self.text_arguments = False
-        self.text_arguments = self._wants_text_arguments()
-        self._headers: list[str] = [] if self.has_blocks else self._find_headers() if header is None else [header]
-        self._closings: dict[str, str] = {}
-        self.stops = self._find_stops()
+        self.form = Form()
+        self.probe_tools: Optional[list[dict[str, Any]]] = None  # tools without which it refuses any conversation
+        self._find_form()
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """The text and the spans of its assistant turns, in order. TemplateError when the template refuses."""
-        text, marks = self._marked(conversation)
-        roles = [message["role"] for message in conversation.messages]
-        pieces = list(_pieces(marks, len(text), roles))
-        if self.has_blocks:
-            spans = _block_spans(marks, pieces, roles)
-        else:
-            spans = [self._without_header(text, span) for span in pieces if roles[span.message] == "assistant"]
-        spans = [span for span in spans if span.start < span.stop]
-        return self._closed(text, spans, pieces, conversation) if self._closings else Rendered(text, spans)
+    def token(self, name: str) -> str:
+        """Return the text of a special token, such as bos_token; "" where there is none."""
+        return self._variables.get(name) or ""
+
+    def text(self, conversation: Conversation) -> str:
+        """Return the text of a conversation. TemplateError when the template refuses it."""
+        return self.marked(conversation)[0]
 
     def prompt(self, conversation: Conversation) -> str:
-        """The text up to where the assistant's next turn begins. TemplateError when the template refuses."""
-        return self._marked(conversation, add_generation_prompt=True)[0]
+        """Return the text up to where the assistant's next turn begins. TemplateError when the template refuses."""
+        return self.marked(conversation, add_generation_prompt=True)[0]
 
-    # -- one render ----------------------------------------------------------------------------------------------
-
-    def _marked(self, conversation: Conversation, **more: Any) -> tuple[str, list[tuple[int, str]]]:
-        """(text, [(place in it, mark)]); a mark is a message's index, the loop's end, or a block's open or close."""
-        messages = [dict(message) for message in conversation.messages]  # each an object of its own, which marks tell
-        if self.text_arguments:
-            messages = [_with_text_arguments(message) for message in messages]
+    def marked(self, conversation: Conversation, **more: Any) -> tuple[str, list[tuple[int, str]]]:
+        """Return (text, [(place in it, mark)]); a mark is a message's number, LOOP_END, OPEN or CLOSE."""
+        messages = list(map(self.form.message, conversation.messages))
         variables = {"add_generation_prompt": False, **self._variables, **conversation.arguments, **more}
         numbers = {id(message): str(number) for number, message in enumerate(messages)}
         for sentinel in _SENTINELS:
@@ -127,137 +110,50 @@ class ChatTemplate:
             marks.append((place, mark))
         return "".join(parts[0::2]), marks
 
-    def _without_header(self, text: str, span: Span) -> Span:
-        for header in self._headers:
-            if text.startswith(header, span.start):
-                return span._replace(start=span.start + len(header))
-        return span
+    def probe(self, *messages: dict[str, Any]) -> Conversation:
+        """Return a small conversation that this template can be tried with."""
+        return Conversation(list(messages), self.probe_tools)
 
-    def _closed(self, text: str, spans: list[Span], pieces: list[Span], conversation: Conversation) -> Rendered:
-        """Each span with the next message's role tag; the last turn gets one of its own."""
-        messages = conversation.messages
-        following = {piece.message: following for piece, following in zip(pieces, pieces[1:])}
-        closed = []
-        for span in spans:
-            tag, stop = "", span.stop
-            if span.message in following:
-                tag = self._closings.get(messages[following[span.message].message]["role"], "")
-            elif span.stop == len(text):
-                tag = self._closings["tool" if messages[span.message].get("tool_calls") else "user"]
-                text += tag
-            if tag and text.startswith(tag, span.stop):
-                stop += len(tag)
-            closed.append(span._replace(stop=stop))
-        return Rendered(text, closed)
+    def _find_form(self) -> None:
+        """Choose the form in which the template writes what messages hold; the plain one where none does."""
+        for messages in ([ASK, CALL, RESULT, ANSWER], [ASK, ANSWER]):
+            for self.probe_tools, parts, text_arguments in itertools.product(
+                    (None, [TOOL]), (False, True), (False, True)):
+                self.form = Form(text_arguments, parts)
+                if self._writes(messages, *(message["content"] for message in messages)):
+                    self._find_reasoning()
+                    return
+        self.form, self.probe_tools = Form(), None
 
-    # -- probes --------------------------------------------------------------------------------------------------
+    def _find_reasoning(self) -> None:
+        plain = self.form
+        for reasoning in (False, True):
+            self.form = replace(plain, reasoning=reasoning)
+            if any(self._writes([ASK, {**message, **THOUGHT}], THOUGHT["thinking"]) for message in (ANSWER, CALL)):
+                return
+        self.form = plain
 
-    def _wants_text_arguments(self) -> bool:
-        """Whether the template takes a tool call's arguments as JSON text only (DeepSeek)."""
-        for text_arguments in (False, True):
-            self.text_arguments = text_arguments
-            try:
-                self._marked(Conversation([_ASK, _CALL, _RESULT, _ANSWER]))
-                return text_arguments
-            except TemplateError:
-                pass
-        return False  # it knows no tools
-
-    def _find_headers(self) -> list[str]:
-        """What the generation prompt already holds of a turn after a question, and of one after a tool's result.
-
-        Thinking tags stay part of the turn, whoever writes them: whether a model reasons is in the loss.
-        """
-        found = []
-        for context in ([_ASK], [_ASK, _CALL, _RESULT]):
-            try:
-                prompt, _ = self._marked(Conversation(context), add_generation_prompt=True)
-                text, marks = self._marked(Conversation([*context, _ANSWER]))
-            except TemplateError as error:
-                if context == [_ASK]:
-                    raise UserMistake(f"chat template: it refuses a question and an answer ({error}); where it needs "
-                                      "more, such as a bos_token, give it in chat.arguments") from None
-                continue  # it knows no tools
-            starts = [place for place, mark in marks if mark == str(len(context))]
-            if starts and prompt.startswith(text[: starts[-1]]):
-                found.append(os.path.commonprefix([prompt[starts[-1]:], text[starts[-1]:]]).partition(THINK)[0])
-        if not found or not found[0]:
-            raise UserMistake("chat template: its generation prompt does not begin an assistant's turn, so the header "
-                              "cannot be told from the answer; name the header in chat.header (\"\" for none)")
-        bos = self._variables.get("bos_token") or ""
-        return [start + header for start in ("", bos) for header in dict.fromkeys(found) if header]
-
-    def _find_stops(self) -> list[str]:
-        """The texts that end a turn: amid a conversation, at its end, and after a tool call."""
+    def _writes(self, messages: list[dict[str, Any]], *wanted: str) -> bool:
         try:
-            amid, last = (self._tail([_ASK, _ANSWER, *more], 1) for more in ([_ASK], []))
-        except TemplateError as error:
-            raise UserMistake(f"chat template: it refuses a question, an answer and a question ({error})") from None
-        if not amid.strip() and not self.has_blocks:
-            self._closings = self._find_closings()
-            return list(dict.fromkeys(self._closings.values()))
-        if not amid.strip() or not last.strip():
-            raise UserMistake("chat template: nothing ends an assistant's turn within what is trained, so the model "
-                              "would never learn to stop; give a template that does")
-        return list(dict.fromkeys([amid.strip(), last.strip(), *self._call_stop()]))
-
-    def _tail(self, messages: list[dict[str, Any]], turn: int) -> str:
-        """What the template writes after the answer's own text."""
-        text, spans = self.render(Conversation(messages))
-        span = next((span for span in spans if span.message == turn), None)
-        if span is None or _ANSWER["content"] not in text[span.start : span.stop]:
-            raise TemplateError("it does not write an assistant's answer")
-        return text[span.start : span.stop].rpartition(_ANSWER["content"])[2]
-
-    def _call_stop(self) -> Iterator[str]:
-        """The end that tool calls have in common."""
-        ends = []
-        for arguments in ({"a": 1}, {"b": "x"}):
-            function = {"name": "add", "arguments": arguments}
-            call = {**_CALL, "tool_calls": [{**_CALL["tool_calls"][0], "function": function}]}
-            try:
-                text, spans = self.render(Conversation([_ASK, call, _RESULT]))
-            except TemplateError:
-                return
-            if not spans:
-                return
-            turn = text[spans[0].start : spans[0].stop]
-            if _RESULT["content"] in turn:
-                raise UserMistake("chat template: it writes a tool's result into the assistant's turn, so the model "
-                                  "would learn to make results up; give a template with {% generation %} blocks")
-            ends.append(turn[::-1])
-        yield os.path.commonprefix(ends)[::-1].lstrip('"}').strip()
-
-    def _find_closings(self) -> dict[str, str]:
-        """{role: its tag}, the first word of such a message, for a template that closes no turn."""
-        tags = {}
-        for before, message in ((_ANSWER, _ASK), (_CALL, _RESULT), (_ANSWER, {"role": "system", "content": "Go on."})):
-            try:
-                text, marks = self._marked(Conversation([_ASK, before, message]))
-            except TemplateError:
-                continue
-            start = next((place for place, mark in marks if mark == "2"), len(text))
-            tags[message["role"]] = text[start:].partition(message["content"])[0].split(maxsplit=1)[0:1]
-        tags = {role: words[0] for role, words in tags.items() if words}
-        if "user" not in tags:
-            raise UserMistake("chat template: nothing ends an assistant's turn, not even the tag of the next message, "
-                              "so the model would never learn to stop; give a template that does")
-        return {"tool": tags["user"], **tags}
+            text = self.text(self.probe(*messages))
+        except TemplateError:
+            return False
+        return all(part in text for part in wanted)
 
 
-_ASK = {"role": "user", "content": "2+2?"}
-_ANSWER = {"role": "assistant", "content": "ANSWER4"}
-_CALL = {"role": "assistant", "content": "", "tool_calls": [
+# What templates are tried with.
+ASK = {"role": "user", "content": "2+2?"}
+ANSWER = {"role": "assistant", "content": "ANSWER4"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
     {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2}}}]}
-_RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "RESULT4"}
+RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "RESULT4"}
+THOUGHT = {"reasoning_content": "THOUGHT4", "thinking": "THOUGHT4"}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer", "description": "What to add."}}, "required": ["a"]}}}
 
 
-def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    if not message.get("tool_calls"):
-        return message
-    calls = [{**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
-             for call in message["tool_calls"]]
-    return {**message, "tool_calls": calls}
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    return {**call, "function": {**call["function"], "arguments": _to_json(call["function"]["arguments"])}}
 
 
 def _one_line(error: Exception) -> str:
@@ -284,36 +180,6 @@ class _MarkWriter:
         return self.mark(self.numbers[id(item)]) if id(item) in self.numbers else ""
 
 
-def _pieces(marks: list[tuple[int, str]], end: int, roles: list[str]) -> Iterator[Span]:
-    """What each message's pass through the loop wrote; several loops may pass over a message, most write nothing."""
-    bounds = [(place, mark) for place, mark in marks if mark not in (_OPEN, _CLOSE)]
-    written: dict[int, Span] = {}
-    for (start, mark), (stop, _) in zip(bounds, [*bounds[1:], (end, _LOOP_END)]):
-        if mark == _LOOP_END or start == stop:
-            continue
-        message = int(mark)
-        if message in written and roles[message] == "assistant":
-            raise TemplateError(f"it writes message {message + 1} twice")
-        written[message] = Span(message, start, stop)
-    yield from sorted(written.values(), key=lambda span: span.start)
-
-
-def _block_spans(marks: list[tuple[int, str]], pieces: list[Span], roles: list[str]) -> list[Span]:
-    """The generation blocks, each with the last turn that began before it; without a loop the turns in their order."""
-    opens = [place for place, mark in marks if mark == _OPEN]
-    closes = [place for place, mark in marks if mark == _CLOSE]
-    turns = [number for number, role in enumerate(roles) if role == "assistant"]
-    begun = [piece for piece in pieces if roles[piece.message] == "assistant"]
-    if begun:
-        starts = [piece.start for piece in begun]
-        if opens and opens[0] < starts[0]:
-            raise TemplateError("a generation block begins before the first assistant's turn")
-        turns = [begun[bisect(starts, place) - 1].message for place in opens]
-    if len(turns) != len(opens):
-        raise TemplateError(f"{len(opens)} generation blocks for {len(turns)} assistant turns")
-    return [Span(*span) for span in zip(turns, opens, closes)]
-
-
 # -- the syntax tree --------------------------------------------------------------------------------------------------
 
 
@@ -322,15 +188,25 @@ def _instrument(tree: nodes.Template) -> int:
     names = _names_of_messages(tree)
     loops = [loop for loop in tree.find_all(nodes.For) if isinstance(loop.target, nodes.Name)
              and _base(loop.iter) in names and next(loop.find_all(nodes.Output), None)]
+    loops = _outermost(tree, loops)
     for loop in loops:
         loop.body.insert(0, _mark(nodes.Name(loop.target.name, "load")))
     for parent in [tree, *tree.find_all(nodes.Node)]:
         for _, body in parent.iter_fields():
             if isinstance(body, list):
-                for loop in [item for item in body if item in loops]:
-                    body.insert(body.index(loop) + 1, _mark(nodes.Const(_LOOP_END)))
+                for loop in [item for item in body if any(item is one for one in loops)]:
+                    body.insert(body.index(loop) + 1, _mark(nodes.Const(LOOP_END)))
     tree.set_environment(tree.environment)
     return len(loops)
+
+
+def _outermost(tree: nodes.Template, loops: list[nodes.For]) -> list[nodes.For]:
+    """The loops that are in no other one, nor in a macro which one of them may call: those write parts of a message."""
+    inner = [node for loop in loops for node in loop.find_all(nodes.For)]
+    outer = [loop for loop in loops if not any(loop is node for node in inner)]
+    in_macros = [node for macro in tree.find_all(nodes.Macro) for node in macro.find_all(nodes.For)]
+    free = [loop for loop in outer if not any(loop is node for node in in_macros)]
+    return free or outer
 
 
 def _names_of_messages(tree: nodes.Template) -> set[str]:
@@ -367,7 +243,7 @@ class _Generation(Extension):
     def parse(self, parser: jinja2.parser.Parser) -> nodes.Scope:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope([_mark(nodes.Const(_OPEN)), *body, _mark(nodes.Const(_CLOSE))]).set_lineno(line)
+        return nodes.Scope([_mark(nodes.Const(OPEN)), *body, _mark(nodes.Const(CLOSE))]).set_lineno(line)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

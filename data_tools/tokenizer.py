@@ -3,16 +3,18 @@
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence
 
 from data_tools.durable import read_json
 from data_tools.inside import files, inside
-from data_tools.mistake import UserMistake
+from data_tools.mistake import Problem, UserMistake
 
 # Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
 # class (v5 does for Qwen2), so those go through transformers.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+NEVER = "never"  # of a setting `bos`: texts begin as they stand
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -33,6 +35,20 @@ class Tokenizer:
         """Token ids of the text alone, no special tokens around it."""
         encoded = self.backend.encode(text, add_special_tokens=False)
         return encoded if isinstance(encoded, list) else encoded.ids
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """Return the ids that transformers' tokenizer(text) puts before a text, such as a BOS; what it puts after is no
+        part of a text that goes on."""
+        encoded = self.backend.encode("a", add_special_tokens=True)
+        whole, plain = encoded if isinstance(encoded, list) else encoded.ids, self.encode("a")
+        starts = [n for n in range(len(whole)) if plain and whole[n : n + len(plain)] == plain]
+        return whole[: starts[0]] if starts else []
+
+    def encode_opened(self, text: str) -> list[int]:
+        """Return the ids of a text from its opening on, which a text that has it already gets no second time."""
+        ids = self.encode(text)
+        return ids if ids[: len(self.opening)] == self.opening else [*self.opening, *ids]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -55,6 +71,20 @@ class Tokenizer:
                 f"tokenizer {self.name}: pad and eos are both token {self.eos_id}, so the loss would train on padding "
                 "or never on the end; name another pad_token in its tokenizer_config.json"
             )
+
+
+def check_bos(bos: str) -> list[Problem]:
+    if bos in ("", NEVER):
+        return []
+    return [Problem("bos", f"{bos!r} is neither {NEVER} nor empty, which is as transformers' tokenizer(text) has it")]
+
+
+def told_opening(tokenizer: Tokenizer, bos: str) -> dict[str, str]:
+    """Return the fact `texts_begin`, where the tokenizer has an opening for texts: it, or that it is left out."""
+    if not tokenizer.opening:
+        return {}
+    opening = tokenizer.decode(tokenizer.opening)
+    return {"texts_begin": f"without {opening}" if bos == NEVER else f"with {opening}"}
 
 
 def is_path(name_or_path: str) -> bool:
@@ -133,6 +163,8 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(inside(folder, "tokenizer.json")))
     except Exception as error:  # the library raises bare Exception
         raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
+    backend.no_truncation()  # as transformers does, whatever the file was saved with
+    backend.no_padding()
 
     tokens = {key: token["content"] if isinstance(token, dict) else token
               for key, token in config.items() if key in _SPECIAL_TOKENS and token}

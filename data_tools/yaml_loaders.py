@@ -9,14 +9,69 @@ from typing import Any
 import yaml
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _UniqueKeys:
+    """Refuse a key that stands twice in a mapping, however each is spelled, naming both lines.
+
+    Keys are the same where their values are, or their text is: 1 and 0x1, 1 and "1", a and "a". A merge (`<<: *base`)
+    gives what the mapping does not write itself; two merges that give the same key are refused too.
+    """
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        merged = yaml.MappingNode(node.tag, self._pairs(node, ()), node.start_mark, node.end_mark)
+        return yaml.constructor.BaseConstructor.construct_mapping(self, merged, deep)
+
+    def _pairs(self, node: yaml.Node, inside: tuple[yaml.Node, ...]) -> list[tuple[yaml.Node, yaml.Node]]:
+        """The (key, value) nodes of a mapping, what it merges first."""
+        if not isinstance(node, yaml.MappingNode) or node in inside:
+            raise yaml.constructor.ConstructorError(None, None, "<< wants other mappings to merge", node.start_mark)
+        own, merged = _Keys(self), _Keys(self)
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                own.add(key, value)
+        merges = [value for key, value in node.value if key.tag == _MERGE]
+        for value in merges[1:]:
+            _stands_twice("<<", merges[0], value)
+        for value in merges:
+            for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                for pair in self._pairs(one, (*inside, node)):
+                    merged.add(*pair)
+        return [pair for pair in merged.pairs if not own.has(pair[0])] + own.pairs
+
+
+class _Keys:
+    """The keys of one mapping, each once."""
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+        self.pairs: list[tuple[yaml.Node, yaml.Node]] = []
+        self._nodes: dict[Any, yaml.Node] = {}  # by value and by text
+
+    def _names(self, node: yaml.Node) -> tuple[Any, Any]:
+        key = self.loader.construct_object(node, deep=True)
+        try:
+            hash(key)
+        except TypeError:
+            raise yaml.constructor.ConstructorError(
+                None, None, "a list or a mapping is no key", node.start_mark) from None
+        return ("value", key), ("text", str(key))
+
+    def has(self, node: yaml.Node) -> bool:
+        return any(name in self._nodes for name in self._names(node))
+
+    def add(self, key: yaml.Node, value: yaml.Node) -> None:
+        for name in self._names(key):
+            if name in self._nodes:
+                _stands_twice(key.value, self._nodes[name], key)
+        self._nodes |= dict.fromkeys(self._names(key), key)
+        self.pairs.append((key, value))
+
+
+def _stands_twice(key: Any, first: yaml.Node, second: yaml.Node) -> None:
+    lines = f"on line {first.start_mark.line + 1} and on line {second.start_mark.line + 1}"
+    raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice, {lines}", second.start_mark)
 
 
 class TextLoader(_UniqueKeys, yaml.BaseLoader):

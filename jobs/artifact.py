@@ -12,14 +12,15 @@ A folder belongs to one owner only, so a late twin can never touch what another 
 created by link(2), so one of many wins. Nothing here knows Slurm: who is provably dead is asked of the caller. No
 decision compares clocks: attempts and restart counts order owners, and they are read from the lease's name, so that
 its content may be torn.
+
+A seal is set aside (seal.json.retired.a3: it speaks of other upstream results; .altered.a3: what it names is not what
+was sealed) by the submitter whose plan said so, or by the owner of a later submission who makes a new one. A late
+start of the submission that sealed, or of an older one, never does.
 """
 
 import contextlib
 import errno
-import importlib.metadata
-import json
 import os
-import platform
 import re
 import shutil
 import socket
@@ -27,12 +28,11 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from data_tools import durable
-from data_tools.mistake import UserMistake
+from jobs.seal import FORMAT, Seal, environment, manifest, read_seal
 
-FORMAT = 1
 KEY_LENGTH = 16  # hexadecimal digits of a key: 64 bits, enough to tell the keys of one run apart
 FINISH = "finish"  # stands where an element's index would, for the lease and folder of the fan-in
 
@@ -77,13 +77,13 @@ class HashCache:
         name = durable.sha256_bytes(str(path))
         entry = self.folder / name[:2] / f"{name}.json"
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            found = durable.read_json(entry)
-            if found == now | {"sha256": found["sha256"]}:
+            found = durable.parse_checked(entry.read_bytes(), entry)
+            if found == durable.with_sum(now | {"sha256": found["sha256"]}):
                 return found["sha256"]
         digest = durable.sha256_file(path)
         with contextlib.suppress(OSError):
             entry.parent.mkdir(parents=True, exist_ok=True)
-            durable.write_json(entry, now | {"sha256": digest})
+            durable.write_checked(entry, now | {"sha256": digest})
             self._forget_old(entry.parent)
         return digest
 
@@ -115,12 +115,16 @@ class Owner:
 
     @staticmethod
     def read(path: Path) -> "Optional[Owner]":
-        """The owner a file names; None when the file is torn. FileNotFoundError when there is none."""
+        """The owner a file names; None when the file is torn or altered. FileNotFoundError when there is none."""
         try:
-            found = durable.read_json(path)
+            found = durable.read_checked(path)
             return Owner(**{field.name: found[field.name] for field in fields(Owner) if field.name in found})
         except (ValueError, TypeError):
             return None
+
+    def record(self) -> str:
+        """Return the text of a lease's file."""
+        return durable.canonical_json(durable.with_sum(asdict(self)))
 
     def is_dead(self, slurm_says_ended: Callable[[str], bool]) -> bool:
         """True only when provable: the pid is gone from this host, or Slurm says the job ended."""
@@ -207,15 +211,18 @@ class Artifact:
             return [0]
         return [i for i in range(self.elements) if not self.element_seal_path(i).exists()] or [0]
 
-    def acquire(self, index: "int | str", owner: Owner, slurm_says_ended: Callable[[str], bool]) -> Lease:
+    def acquire(self, index: "int | str", owner: Owner, slurm_says_ended: Callable[[str], bool],
+                outdated: "Callable[[Seal], bool]" = lambda seal: False) -> Lease:
         """Take the lease of an element (or FINISH) and give its owner an empty folder.
+
+        A seal of an earlier submission that is `outdated` is set aside: an element's own, and with it the phase's.
 
         Raises:
             Sealed: the seal is there.
             LeaseHeld: a newer owner, or a live twin of the same attempt and restart, holds it.
         """
         element = index if isinstance(index, str) else f"{index:04d}"
-        self._refuse_if_sealed(index)
+        self._refuse_if_sealed(index, owner, outdated)
         leases = self.folder / "leases"
         leases.mkdir(parents=True, exist_ok=True)
         generation = 0
@@ -231,7 +238,7 @@ class Artifact:
         sealing = self.folder / "sealing" / f"{element}.{mine}.{uuid.uuid4().hex[:8]}"
         sealing.mkdir(parents=True)
         lease = Lease(leases / f"{element}.{mine}", self.folder / "work" / f"{element}.{mine}", element, sealing)
-        if not durable.create_file(lease.path, durable.canonical_json(asdict(owner))):
+        if not durable.create_file(lease.path, owner.record()):
             sealing.rmdir()
             raise LeaseHeld(f"element {element}: a twin took lease {lease.path.name} a moment ago")
         if not self.still_mine(lease):
@@ -239,14 +246,49 @@ class Artifact:
         for other in self._leases(element):
             if other < mine:
                 self._revoke(element, other)
-        self._refuse_if_sealed(index)  # from here on no older owner can seal
+        # From here on no older owner can seal.
+        for path in self._outdated(index, owner, outdated):
+            self._set_aside(path, lease, owner)
+        self._refuse_if_sealed(index, owner, outdated)
         lease.folder.mkdir(parents=True)
         return lease
 
-    def _refuse_if_sealed(self, index: "int | str") -> None:
-        element_sealed = isinstance(index, int) and self.fans_in and self.element_seal_path(index).exists()
-        if self.seal_path.exists() or element_sealed:
+    def _refuse_if_sealed(self, index: "int | str", owner: Owner, outdated: "Callable[[Seal], bool]") -> None:
+        there = [path for path in self._seals_over(index) if path.exists()]
+        if there and there != self._outdated(index, owner, outdated):
             raise Sealed(f"{self.folder.name} element {index}")
+
+    def _seals_over(self, index: "int | str") -> list[Path]:
+        """Return the places of the seals that leave the owner of `index` nothing to do.
+
+        An element's own comes first, to be set aside first: without it nobody fans in.
+        """
+        own = [self.element_seal_path(index)] if isinstance(index, int) and self.fans_in else []
+        return [*own, self.seal_path]
+
+    def _outdated(self, index: "int | str", owner: Owner, outdated: "Callable[[Seal], bool]") -> list[Path]:
+        """Return those of `_seals_over` that this owner may set aside and has to."""
+        found: list[Path] = []
+        for path in self._seals_over(index):
+            seal = read_seal(path)
+            if seal is not None and seal.submission < owner.attempt and (found or outdated(seal)):
+                found.append(path)
+        return found
+
+    def _set_aside(self, path: Path, lease: Lease, owner: Owner) -> None:
+        """Take a seal away by way of the lease's sealing folder, which a newer owner, who may have sealed since, removes."""
+        kept = path.with_name(f"{path.name}.retired.a{owner.attempt}")
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            os.link(path, kept)
+        try:
+            path.rename(lease.sealing / path.name)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            if not lease.sealing.exists():
+                raise LeaseHeld(f"element {lease.element}: a newer attempt took it a moment ago") from None
+            return  # the owner of another element was quicker with the phase's seal
+        (lease.sealing / path.name).unlink(missing_ok=True)
 
     def _refuse_unless_dead(self, element: str, lease: Path, slurm_says_ended: Callable[[str], bool]) -> None:
         holder = Owner.read(lease)
@@ -298,7 +340,8 @@ class Artifact:
         path = self.seal_path if whole_phase else self.element_seal_path(int(lease.element))
         path.parent.mkdir(exist_ok=True)
         try:
-            won = durable.create_file(path, durable.canonical_json(seal) + "\n", by_way_of=lease.sealing)
+            text = durable.canonical_json(durable.with_sum(seal)) + "\n"
+            won = durable.create_file(path, text, by_way_of=lease.sealing)
         except OSError:
             if lease.sealing.exists():
                 raise
@@ -306,18 +349,29 @@ class Artifact:
         shutil.rmtree(lease.sealing, ignore_errors=True)
         return won
 
-    def retire(self, index: int, upstream: dict[str, str], attempt: int) -> None:
-        """Set aside seals of this element and of the phase that speak of other upstream results than `upstream`."""
-        for path in (self.seal_path, self.element_seal_path(index)):
-            seal = read_seal(path)
-            if seal is not None and seal.upstream != upstream:
-                path.rename(path.with_name(f"{path.name}.retired.a{attempt}"))
+    def withdraw(self, seal: Path, seen: str, name: str) -> None:
+        """Set aside the seal that a submitter saw, whose bytes have the SHA-256 `seen`, as `name`; no newer one."""
+        kept = seal.with_name(name)
+        try:
+            seal.rename(kept)
+        except FileNotFoundError:
+            return
+        if durable.sha256_file(kept) != seen:
+            with contextlib.suppress(FileExistsError):
+                os.link(kept, seal)
+            kept.unlink()
 
     def sweep(self, lease: Lease) -> None:
-        """Remove folders that older owners of this element, who cannot seal any more, left unsealed."""
-        keep = {sealed_root(path) for path in [self.seal_path, *(self.folder / "seals").glob("*.json")]}
+        """Remove folders that older owners of this element, who cannot seal any more, left unsealed.
+
+        Never a newer owner's, who may have begun meanwhile. What an altered seal names stays too: somebody may have meant the change, or want to restore it.
+        """
+        own = self.seal_path if lease.element == FINISH else self.element_seal_path(int(lease.element))
+        places = [path for seal in {self.seal_path, own} for path in (seal, *seal.parent.glob(f"{seal.name}.altered.*"))]
+        keep = {sealed_root(path) for path in places}
         for folder in (self.folder / "work").glob(f"{lease.element}.a*"):
-            if folder != lease.folder and folder.name not in keep:
+            name = LeaseName.of(folder)
+            if name is not None and name < LeaseName.of(lease.path) and folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -326,94 +380,3 @@ def sealed_root(seal_path: Path) -> Optional[str]:
         return Path(durable.read_json(seal_path)["root"]).name
     except (OSError, ValueError, KeyError):
         return None
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    """{relative name: {size, mtime_ns, sha256}} of every file below `folder`."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = path.stat()
-        files[str(path.relative_to(folder))] = {
-            "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": durable.sha256_file(path)}
-    return files
-
-
-def environment() -> dict[str, Any]:
-    """What a seal says of the machine and the libraries it was made with."""
-    versions = {}
-    for package in ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "mamba-ssm"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"host": socket.gethostname(), "python": platform.python_version(), "packages": versions}
-
-
-# -- reading seals ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Seal:
-    """A seal as read from disk. `folder` is the sealed content.
-
-    `digest` is taken over key, files and parts, not over times, hosts or attempts: a phase that ran again and gave the
-    same bytes leaves what lies downstream valid.
-    """
-
-    path: Path
-    digest: str
-    content: dict[str, Any]
-
-    @property
-    def folder(self) -> Path:
-        artifact = self.path.parent if self.path.name == "seal.json" else self.path.parent.parent
-        return artifact / self.content["root"]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return self.content.get("facts", {})
-
-    @property
-    def upstream(self) -> dict[str, str]:
-        return self.content.get("upstream", {})
-
-    def altered(self, rehash: bool = False, cache: Optional[HashCache] = None) -> Iterator[str]:
-        """One line a sealed file that is missing or not the bytes that were sealed.
-
-        Compares size and mtime; hashes where they differ (a copied run keeps bytes, not times) or when `rehash`.
-        With a `cache` the files of a copied run are hashed once, not at every look.
-        """
-        sha256 = cache.sha256 if cache and not rehash else durable.sha256_file
-        for name, entry in self.content["files"].items():
-            path = self.folder / name
-            try:
-                stat = path.stat()
-            except OSError:
-                yield f"{path} is missing"
-                continue
-            same = stat.st_size == entry["size"] and stat.st_mtime_ns == entry["mtime_ns"]
-            if same and not rehash:
-                continue
-            if stat.st_size != entry["size"] or sha256(path) != entry["sha256"]:
-                yield f"{path} was changed after it was sealed (sha256 is no longer {entry['sha256'][:12]}…)"
-
-    def verify(self, rehash: bool = False, cache: Optional[HashCache] = None) -> None:
-        for line in self.altered(rehash, cache):
-            raise UserMistake(f"{line}; restore it, or delete {self.path} to have the phase run again")
-
-
-def read_seal(path: Path) -> Optional[Seal]:
-    """The seal at `path`, None when there is none."""
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    try:
-        content = json.loads(data)
-        said = {"key": content["key"], "parts": content.get("parts"),
-                "files": {name: [entry["size"], entry["sha256"]] for name, entry in content["files"].items()}}
-        content["root"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserMistake(
-            f"{path} is not a seal (truncated or edited); delete it to have the phase run again") from None
-    return Seal(path, durable.sha256_bytes(durable.canonical_json(said)), content)

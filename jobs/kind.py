@@ -3,8 +3,10 @@
     Config                         dataclass, typed by OmegaConf; field metadata says what keys and plan need:
                                    {"input": True}   a file or folder that must exist; enters the key by content
                                    {"input": "hub"}  a folder, or a hub name org/name, which enters as text
-                                   {"module": True}  may name a module of the user's, for the snapshot
+                                   {"module": True}  may name a module of the user's: it goes into the snapshot, and
+                                                     with what it imports of the user's files into the key, by content
                                    {"keyed": False}  does not change the result; not part of the key
+                                   {"keyed": "if_set"}  part of it unless empty: the phase was sealed without it before
     run(config, task) -> facts     the work of one element on one rank; fills task.out
     finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
     STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
@@ -25,6 +27,8 @@ from typing import Any, Callable, Iterator, Optional
 
 import jobs.phases
 from data_tools.mistake import Problem, UserMistake
+from data_tools.own_packages import taken
+from jobs.imports import beside
 from megatron_ext.parallel import Site
 
 
@@ -87,7 +91,7 @@ def find_kind(uses: str) -> Optional[PhaseKind]:
     try:
         module = importlib.import_module(uses)
     except ImportError as error:
-        raise UserMistake(f"module {uses!r} cannot be imported: {error}") from None
+        raise UserMistake(f"module {uses!r} cannot be imported: {error}{taken(uses)}") from None
     if not hasattr(module, "Config") or not hasattr(module, "run"):
         raise UserMistake(f"module {uses!r} exports no Config and run (see jobs/kind.py)")
     return PhaseKind(uses, module)
@@ -98,7 +102,8 @@ def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         value = getattr(config, field.name)
-        if not field.metadata.get("keyed", True):
+        keyed = field.metadata.get("keyed", True)
+        if not keyed or keyed == "if_set" and not value:
             continue
         out[field.name] = _keyed(value)
     return out
@@ -126,8 +131,14 @@ def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, s
 
 
 def user_code(uses: str, config: Any) -> list[Path]:
-    """What the snapshot must carry of a user's: the phase kind, and tasks that the config names (fields with "module")."""
-    return [root for name in (uses, *_modules(config)) if (root := user_module_root(name))]
+    """What the snapshot must carry of a user's: the phase kind, tasks that the config names, and what these import."""
+    roots = [root for name in (uses, *_modules(config)) if (root := user_module_root(name))]
+    return [*roots, *(place for root in roots for place in beside(root))]
+
+
+def user_modules(config: Any) -> list[str]:
+    """The modules of the user's that a config names, in fields with "module": tasks and rewards."""
+    return [name for name in _modules(config) if user_module_root(name)]
 
 
 def _modules(config: Any) -> Iterator[str]:

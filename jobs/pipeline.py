@@ -30,10 +30,12 @@ from data_tools.yaml_loaders import read_values
 from jobs.kind import PhaseKind, find_kind, kind_names
 from slurm.profile import Request
 
-NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}$")
+NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}\Z")  # not $, which a newline may follow
 PARAM = re.compile(r"^\$\{params\.([A-Za-z0-9_]+)\}$")
 WRITTEN = re.compile(r"\$\{phases\.([A-Za-z0-9_]+)\.out\}")  # as users write it
 REFERENCE = re.compile(r"@\{phases\.([A-Za-z0-9_]+)\.out\}")  # as it stays until keys or folders are known
+INNERMOST = re.compile(r"\$\{([^${}]*)\}")  # a reference that holds no other
+OURS = re.compile(r"\s*(params|phases)[.\[][^:]*")  # what may stand in one: no call of OmegaConf's resolvers
 DEFAULT_ROLE = "cpu"
 RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "submissions", "local")
 # Slurm's words, said of phases and seals: afterok once it is sealed, aftercorr each element once its partner is,
@@ -95,14 +97,14 @@ class Pipeline:
 
 
 def substitute(value: Any, folders: dict[str, str]) -> Any:
-    """`value` with each reference `@{phases.NAME.out}` replaced by `folders[NAME]`, in strings at any depth."""
+    """`value` with each reference `@{phases.NAME.out}` replaced by `folders[NAME]`, in strings and keys at any depth."""
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{f.name: substitute(getattr(value, f.name), folders)
                                              for f in dataclasses.fields(value)})
     if isinstance(value, str):
         return REFERENCE.sub(lambda match: folders[match.group(1)], value)
     if isinstance(value, dict):
-        return {key: substitute(item, folders) for key, item in value.items()}
+        return {substitute(key, folders): substitute(item, folders) for key, item in value.items()}
     if isinstance(value, list):
         return [substitute(item, folders) for item in value]
     return value
@@ -113,10 +115,19 @@ def references(value: Any) -> set[str]:
     if isinstance(value, str):
         return set(REFERENCE.findall(value))
     if isinstance(value, dict):
-        return set().union(*map(references, value.values())) if value else set()
+        return set().union(*map(references, [*value, *value.values()])) if value else set()
     if isinstance(value, list):
         return set().union(*map(references, value)) if value else set()
     return set()
+
+
+def foreign_reference(text: str) -> str:
+    """Return the first `${…}` of a text that names no parameter and no phase, "" where there is none."""
+    while match := INNERMOST.search(text):
+        if not OURS.fullmatch(match[1]):
+            return match[0]
+        text = text[: match.start()] + "_" + text[match.end():]
+    return text[text.index("${"):] if "${" in text else ""
 
 
 def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
@@ -143,6 +154,7 @@ class _Loader:
     def __init__(self, path: Path, overrides: list[str]):
         self.path, self.overrides = path, overrides
         self.overridden: set[str] = set()
+        self.unresolved: set[str] = set()  # keys whose reference was refused: their None is no value of the user's
         self.problems: list[Problem] = []
 
     def load(self) -> Pipeline:
@@ -320,11 +332,17 @@ class _Loader:
     def _resolve(self, key: str, value: Any, scope: dict) -> Any:
         """Interpolate every leaf on its own, so that one bad reference does not hide the others."""
         if isinstance(value, dict):
-            return {str(k): self._resolve(f"{key}.{k}", item, scope) for k, item in value.items()}
+            return self._resolve_keys(key, value, scope)
         if isinstance(value, list):
             return [self._resolve(f"{key}[{i}]", item, scope) for i, item in enumerate(value)]
+        if value == "???":
+            self._problem(key, "'???' stands for a value that is missing; give one")
+            return None
         if not isinstance(value, str) or "${" not in value:
             return value
+        known = [f"params.{name}" for name in scope["params"]] + [f"phases.{name}.out" for name in scope["phases"]]
+        if foreign := value if "\\${" in value else foreign_reference(value):
+            return self._foreign(key, foreign, known)
         for reference in WRITTEN.findall(value):
             if reference not in scope["phases"]:
                 self._problem(key,
@@ -339,13 +357,31 @@ class _Loader:
             return scope["params"][param.group(1)]
         try:
             root = OmegaConf.create({**scope, "leaf": {"value": value}})
-            return OmegaConf.to_container(root.leaf, resolve=True)["value"]
+            found = OmegaConf.to_container(root.leaf, resolve=True)["value"]
+            return self._foreign(key, found, known) if isinstance(found, str) and "${" in found else found
         except OmegaConfBaseException as error:
-            known = [f"params.{name}" for name in scope["params"]] + [f"phases.{name}.out" for name in scope["phases"]]
             word = re.search(r"\$\{([^}]*)\}", value)
             self._problem(key, f"cannot resolve {value!r}{nearest(word.group(1) if word else value, known)}"
                           if word else f"cannot resolve {value!r}: {_first_line(error)}")
             return None
+
+    def _foreign(self, key: str, reference: str, known: list[str]) -> None:
+        """Refuse OmegaConf's resolvers, such as oc.env: what they give would stand in the run's files."""
+        self.unresolved.add(key)
+        hint = "" if ":" in reference else nearest(reference.strip("${}"), known)
+        self._problem(key, f"{reference!r} is no reference{hint}: a pipeline has ${{params.NAME}} and "
+                      "${phases.NAME.out}; a variable reaches the jobs by the profile's env.set or env.forward, a "
+                      "secret by its env.secrets")
+
+    def _resolve_keys(self, key: str, value: dict, scope: dict) -> dict[str, Any]:
+        """A mapping whose keys are text; they may hold references, too."""
+        found: dict[str, Any] = {}
+        for written, item in value.items():
+            name = str(self._resolve(f"{key}.{written}", str(written), scope))
+            if name in found:
+                self._problem(f"{key}.{written}", f"stands for {name!r}, which stands there already")
+            found[name] = self._resolve(f"{key}.{written}", item, scope)
+        return found
 
     def _structured(self, key: str, schema: type, settings: Any) -> Any:
         """`settings` typed by the dataclass `schema`; every unknown key, wrong type and missing value is a problem."""
@@ -367,7 +403,7 @@ class _Loader:
         self._unknown_keys(settings, tuple(fields), f"{key}.")
         good = {}
         for name, value in settings.items():
-            if name not in fields:
+            if name not in fields or f"{key}.{name}" in self.unresolved:
                 continue
             nested = fields[name].type
             if dataclasses.is_dataclass(nested) and isinstance(value, dict):

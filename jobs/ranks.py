@@ -1,28 +1,32 @@
 """The ranks of one element: found in Slurm's environment or spawned here, and one verdict for all of them.
 
-Rank 0 leases, checks and seals; the others learn its verdict before any of them exits, over the TCPStore that
-torch.distributed then uses too (the way torchrun's agent hosts it: TORCHELASTIC_USE_AGENT_STORE).
+Rank 0 leases, checks and seals; the others learn its verdict before any of them exits, over a store that nobody without
+the submission's key can enter (data_tools/rendezvous.py) and that torch.distributed then uses too.
 """
 
+import contextlib
 import ctypes
-import datetime
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Optional
 
+from data_tools import rendezvous
 from data_tools.ports import free_port
+from data_tools.rendezvous import Meeting
 from jobs import stopping
 from jobs.retry import EXIT_UNFINISHED
 
-VERDICT_TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may hash large upstream files before it speaks
-GOODBYE_TIMEOUT = datetime.timedelta(seconds=30)
+VERDICT_LIMIT_S = 3600.0  # rank 0 may hash large upstream files before it speaks
+GOODBYE_LIMIT_S = 30.0
 KILL_AFTER_S = 5.0  # from the end of one rank to the KILL of those left
 PR_SET_PDEATHSIG = 1
+SPAWN_VARIABLE = "AFTEROK_SPAWN"  # tells the ranks of one spawn_ranks from those of another
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,11 @@ def rank_from_environment(environ: Mapping[str, str], expected: int) -> Optional
 
 
 def torch_environment(rank: Rank, gpus: int) -> dict[str, str]:
-    """What torch.distributed's env:// reads; MASTER_ADDR and MASTER_PORT come from the batch script or the parent."""
+    """What torch.distributed's env:// reads; MASTER_ADDR and MASTER_PORT come from the batch script or the parent.
+
+    Our own training meets at `Verdicts`' store instead; the port is for phases that call torch.distributed themselves.
+    """
     env = {"RANK": str(rank.rank), "LOCAL_RANK": str(rank.local_rank), "WORLD_SIZE": str(rank.world_size)}
-    if rank.world_size > 1:
-        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return env | thread_environment(gpus)
 
 
@@ -69,7 +74,8 @@ def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
 
     Stop signals are passed on to every rank; those that come meanwhile wait until the ranks can take them.
     """
-    base = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | thread_environment(gpus)
+    base = os.environ | thread_environment(gpus) | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), SPAWN_VARIABLE: uuid.uuid4().hex}
     stopping.hold()  # the ranks inherit it and release once their handlers are in place
     children = [
         subprocess.Popen(command, preexec_fn=die_with_parent, env=base | {
@@ -120,21 +126,22 @@ def exit_code(returncode: int) -> int:
 class Verdicts:
     """One decision for all ranks of an element. With one rank everything is a plain call."""
 
-    def __init__(self, rank: Rank):
+    def __init__(self, rank: Rank, meeting: Callable[[], Meeting]):
+        """Meet the other ranks, if there are any. Raises MeetingFailed."""
         self.rank = rank
-        self.store: Any = None
+        self.store: Optional[rendezvous.Client] = None
         if rank.world_size > 1:
-            from torch.distributed import TCPStore
-
-            self.store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank.world_size,
-                                  is_master=rank.rank == 0, timeout=VERDICT_TIMEOUT)
+            place = meeting()
+            server = rendezvous.Server(place) if rank.rank == 0 else None
+            self.store = rendezvous.Client(place, VERDICT_LIMIT_S, server and server.port)
+            os.environ.update(rendezvous.to_environment(place, self.store.port))
 
     def decide(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Rank 0 calls `function`; every rank gets its JSON-able result."""
         if self.rank.rank == 0:
             result = function()
             if self.store is not None:
-                self.store.set(f"afterok/{name}", json.dumps(result))
+                self.store.set(f"afterok/{name}", json.dumps(result).encode())
             return result
         return json.loads(self.store.get(f"afterok/{name}"))
 
@@ -143,27 +150,26 @@ class Verdicts:
         result = self.decide(name, function)
         self.gather(f"{name}/heard")
         if self.store is not None and self.rank.rank == 0:
-            self.store.delete_key(f"afterok/{name}")
+            self.store.delete(f"afterok/{name}")
         return result
 
     def gather(self, name: str, word: str = "") -> list[str]:
         """Rank 0 waits for every rank and gets all words, its own first; the others return at once."""
         if self.rank.rank:
-            self.store.set(f"afterok/{name}/{self.rank.rank}", word)
+            self.store.set(f"afterok/{name}/{self.rank.rank}", word.encode())
             return []
         others = [f"afterok/{name}/{r}" for r in range(1, self.rank.world_size)]
-        if others:
-            self.store.wait(others, VERDICT_TIMEOUT)
-        return [word] + [self.store.get(key).decode() for key in others]
+        return [word] + [said.decode() for said in (self.store.multi_get(others) if others else [])]
 
     def goodbye(self) -> None:
         """Rank 0 hosts the store, so it leaves last."""
         if self.store is None:
             return
         if self.rank.rank:
-            self.store.set(f"afterok/bye/{self.rank.rank}", "1")
+            with contextlib.suppress(rendezvous.MeetingFailed):  # rank 0 knows, or is gone
+                self.store.set(f"afterok/bye/{self.rank.rank}", b"1")
             return
         try:
-            self.store.wait([f"afterok/bye/{r}" for r in range(1, self.rank.world_size)], GOODBYE_TIMEOUT)
+            self.store.wait([f"afterok/bye/{r}" for r in range(1, self.rank.world_size)], GOODBYE_LIMIT_S)
         except Exception as error:  # a rank that died after the seal changes nothing
             print(f"a rank left without a word: {error}", file=sys.stderr)

@@ -3,19 +3,29 @@
     python -m jobs.replay RUN PHASE STEP/PROMPT/SAMPLE
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("jobs", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from data_tools.printing import clean_streams, json_text
 from jobs.kind import find_kind
 from jobs.pipeline import substitute, typed_config
 from jobs.run_folder import RunFolder
 
 
 def main() -> int:
+    with clean_streams():
+        return _main()
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.replay", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("phase")
@@ -26,7 +36,7 @@ def main() -> int:
     except UserMistake as mistake:
         print(f"afterok: {mistake}", file=sys.stderr)
         return EXIT_MISTAKE
-    print(json.dumps(found, indent=1, ensure_ascii=False))
+    print(json_text(found))
     print(verdict(found), file=sys.stderr)
     return 0
 

@@ -44,6 +44,7 @@ class Cause(StrEnum):
     WAITING = "waiting"  # nothing is wrong
     DRIVER_GONE = "local driver gone"
     NO_LOG_FOLDER = "log folder missing"
+    ENVIRONMENT = "environment not set up"  # a module or a setup line of the profile ended the job
     NOT_NEEDED = "not needed"
     LOST = "lost"
     UNKNOWN = "unknown"

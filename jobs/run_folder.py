@@ -15,7 +15,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
+import shutil
+import stat
 import time
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Optional
@@ -24,6 +28,36 @@ from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.artifact import Artifact, Owner, Seal, read_seal
 from jobs.pipeline import NEED_SEALS
+
+MEETING_KEY = "meeting_key"
+
+
+# What a run's path must not hold, and why; on Slurm the latter, too (tried with 22.05).
+UNFIT = {
+    ":": "Python separates the folders of PYTHONPATH by it, so that other code than the run's would be imported",
+    "${": "a setting that names a folder of the run would be read as a reference",
+}
+UNFIT_ON_SLURM = {
+    "%": "Slurm reads it as a pattern in the names of logs",
+    "\\": "Slurm drops it from the names of logs and of jobs",
+}
+LONGEST_NAME = 255  # bytes of one folder's name, on every filesystem in use
+
+
+def path_problem(path: Path, on_slurm: bool) -> str:
+    """Return why a run cannot lie at an absolute path, "" where it can: the one place that says so."""
+    text = str(path)
+    found = UNFIT | (UNFIT_ON_SLURM if on_slurm else {})
+    wrong = [(part, why) for part, why in found.items() if part in text]
+    wrong += [(char, "no line of a script or of a listing can hold it")
+              for char in text if unicodedata.category(char) in ("Cc", "Zl", "Zp")]
+    wrong += [(char, "it is no Unicode") for char in text if unicodedata.category(char) == "Cs"]
+    wrong += [(part, f"a name of {len(os.fsencode(part))} bytes is longer than {LONGEST_NAME}")
+              for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME]
+    if not wrong:
+        return ""
+    part, why = wrong[0]
+    return f"{text!r:.300} cannot be a run's folder: it has {part!r:.60}, and {why}; choose another one with --run DIR"
 
 
 @dataclass
@@ -85,6 +119,31 @@ class RunFolder:
     def ledger(self) -> Path:
         return self.path / "ledger.jsonl"
 
+    def make(self, group: str = "") -> None:
+        """Make the folder, closed to all others, or readable for `group` too; one that was there keeps its mode.
+
+        What lies below needs no modes of its own: nobody gets past the folder. Raises UserMistake for a group that the
+        user is not in.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        if group:
+            try:
+                shutil.chown(self.path, group=group)
+                self.path.chmod(0o2750)  # what is made below belongs to the group too
+            except (LookupError, PermissionError):
+                raise UserMistake(f"--group {group}: no group of yours; `id -nG` lists them") from None
+        self.heed_group()
+
+    def heed_group(self) -> None:
+        """Have this process and its children make files that the group of a shared run can read."""
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_mode & stat.S_ISGID:
+                os.umask(os.umask(0o077) & ~0o050)
+
     # -- submissions ---------------------------------------------------------------------------------------------
 
     def submissions(self) -> list[int]:
@@ -103,7 +162,7 @@ class RunFolder:
 
     def freeze(self, number: int, pipeline: str, phases: list[FrozenPhase]) -> None:
         plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
-        durable.write_json(self.submission_folder(number) / "plan.json", plan)
+        durable.write_checked(self.submission_folder(number) / "plan.json", plan)
 
     def frozen(self, number: int) -> dict[str, FrozenPhase]:
         plan = self._frozen_plan(number)
@@ -117,30 +176,34 @@ class RunFolder:
 
     def _frozen_plan(self, number: int) -> dict[str, Any]:
         try:
-            plan = durable.read_json(self.submission_folder(number) / "plan.json")
+            return durable.read_checked(self.submission_folder(number) / "plan.json")
         except FileNotFoundError:
             raise UserMistake(f"{self.path}: there is no submission {number} (have {self.submissions()})") from None
         except ValueError:
             raise self._torn_plan(number) from None
-        if not isinstance(plan, dict):
-            raise self._torn_plan(number)
-        return plan
 
     def _torn_plan(self, number: int) -> UserMistake:
         return UserMistake(f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
                            "that file and submit again: what is sealed stays")
 
+    def meeting_key(self, number: int) -> bytes:
+        """Return what the ranks of a submission's jobs prove themselves with; nobody but the user may read its file."""
+        path = self.submission_folder(number) / MEETING_KEY
+        if not path.exists():  # submit writes it; a run of before has none
+            durable.create_file(path, secrets.token_hex(32) + "\n", mode=0o600)
+        return bytes.fromhex(path.read_text())
+
     def redirect(self, number: int, phase: str, to: int) -> None:
         """Have a job whose script belongs to submission `number` run `phase` as submission `to` froze it."""
         path = self.submission_folder(number) / "redirects.json"
-        redirects = durable.read_json(path) if path.exists() else {}
+        redirects = durable.read_checked(path) if path.exists() else {}
         if number != to:
-            durable.write_json(path, {**redirects, phase: to})
+            durable.write_checked(path, {**redirects, phase: to})
 
     def redirected(self, number: int, phase: str) -> int:
         """The submission that a job of submission `number` runs for `phase`."""
         path = self.submission_folder(number) / "redirects.json"
-        return durable.read_json(path).get(phase, number) if path.exists() else number
+        return durable.read_checked(path).get(phase, number) if path.exists() else number
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -178,13 +241,13 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         twin = ".skipped" if outcome.state == "skipped" else ""
         name = f"{outcome.element:04d}.a{outcome.attempt}.r{outcome.restart}{twin}.json"
-        durable.create_file(folder / name, json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
+        durable.create_file(folder / name, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 
     def outcomes(self, phase: str, attempt: Optional[int] = None) -> list[Outcome]:
         """Outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
 
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
-        A torn file is as good as none.
+        A torn or altered file is as good as none.
         """
         folder = self.phase_folder(phase) / "attempts"
         names = os.listdir(folder) if folder.is_dir() else []
@@ -193,7 +256,9 @@ class RunFolder:
         for name in names:  # tens of thousands: no Path an element
             if name.endswith(".json") and mine in name and not name.startswith("."):
                 with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
-                    found.append(Outcome(**json.loads(file.read())))
+                    told = durable.parse_checked(file.read(), name)
+                    told.pop(durable.SUM, None)
+                    found.append(Outcome(**told))
         return sorted(found, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
     def record_environment(self, phase: str, element: int, owner: Owner, environment: Mapping[str, str]) -> None:
@@ -203,7 +268,7 @@ class RunFolder:
             return
         path = self.environment_path(phase, element, owner.attempt, owner.restart)
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path, told)
+        durable.write_checked(path, told)
 
     def environment_path(self, phase: str, element: int, attempt: int, restart: int) -> Path:
         return self.phase_folder(phase) / "attempts" / "environment" / f"{element:04d}.a{attempt}.r{restart}.json"

@@ -6,12 +6,14 @@
 
 Values go into the environment of the rank that reads them, by setenv(3), which does not show in /proc/PID/environ or
 `ps e`; a child process that the phase starts inherits them, and there they do show (to the same user). What the rank
-and its children print (jobs/masking.py), and what is recorded of it, has the values masked. A command runs once an
-element: rank 0 hands what it printed to the others over their store, which forgets it then.
+and its children print (jobs/masking.py), and messages about it, have the values masked; facts that hold one are refused,
+and no core file is written. A command runs once an element: rank 0 hands what it printed to the others over their store,
+which nobody else can enter, and which forgets it then.
 """
 
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -26,6 +28,7 @@ from jobs.masking import MaskedOutput
 COMMAND_LIMIT_S = 60.0
 FILE_LIMIT = 1 << 16  # bytes; a larger file is no key
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
+SHORTEST = 8  # characters: what is shorter stands in texts that are none of it
 WHOLE_LINES = 8  # characters from which one line of a secret of several lines is masked on its own
 
 
@@ -50,13 +53,21 @@ class Secrets:
             text = text.replace(value, _shown(name))
         return text
 
-    def mask_in(self, value: Any) -> Any:
-        """`value`, plain data as JSON has it, with all its texts masked."""
+    def refuse_in(self, value: Any, where: str) -> None:
+        """Raise UserMistake where plain data, as JSON has it, holds a secret in a text: it is read by machines, so that
+        a mask would be a wrong value, and it is written down."""
         if isinstance(value, str):
-            return self.mask(value)
-        if isinstance(value, dict):
-            return {self.mask_in(key): self.mask_in(item) for key, item in value.items()}
-        return [self.mask_in(item) for item in value] if isinstance(value, (list, tuple)) else value
+            for text, name in self._spelled:
+                if text in value:
+                    raise UserMistake(f"{where} would write down the value of the secret {name}; have the phase leave it "
+                                      "out of what it returns")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self.refuse_in(key, where)
+                self.refuse_in(item, f"{where}.{self.mask(str(key))}")
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                self.refuse_in(item, where)
 
     def mask_output(self) -> None:
         """Mask what this process and its children print from now on."""
@@ -94,11 +105,24 @@ def reveal(references: Mapping[str, str], printed: Mapping[str, str]) -> Secrets
 
     `printed`: values of commands that rank 0 ran for all.
     """
+    if references:
+        forbid_core_files()
     unread = {name: reference for name, reference in references.items() if name not in printed}
     secrets = Secrets(read_values(unread, os.environ) | dict(printed))
     secrets.mask_output()
     secrets.put_into(os.environ)
     return secrets
+
+
+def forbid_core_files() -> None:
+    """Have no core file written of this process and its children: it would hold the secrets.
+
+    A limit of 0 does not stop a core that is piped to a program; of 1 byte the kernel takes it for both (core(5),
+    do_coredump in fs/coredump.c).
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def _value(name: str, reference: str, environment: Mapping[str, str]) -> str:
@@ -112,6 +136,9 @@ def _value(name: str, reference: str, environment: Mapping[str, str]) -> str:
     if not value:
         remedy = f"export {where} before you submit" if kind == "env" else "write the value there"
         raise UserMistake(f"secret {name}: {reference} is empty; {remedy}")
+    if len(value) < SHORTEST:
+        raise UserMistake(f"secret {name}: what {reference} holds has {len(value)} characters; a secret has {SHORTEST} "
+                          "at the least, for its value is masked wherever it stands in a log")
     if "\0" in value:
         raise UserMistake(f"secret {name}: what {reference} holds has a NUL byte, which no variable can")
     return value

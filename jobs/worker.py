@@ -16,6 +16,11 @@ SIGNALS = StopSignals()
 if __name__ == "__main__":
     SIGNALS.install()  # before the other imports: without a handler SIGUSR2 kills, and they take a tenth of a second
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("jobs", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import argparse
 import contextlib
 import errno
@@ -31,12 +36,13 @@ from typing import Any, Optional
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.progress import Stopped
-from jobs import requeue, retry, stopping
+from data_tools.rendezvous import Meeting
+from jobs import requeue, retry, standing, stopping
 from jobs.artifact import (
     FINISH, Artifact, HashCache, Lease, LeaseHeld, LeaseName, Owner, Seal, Sealed, content_digest, read_seal)
 from jobs.kind import PhaseKind, find_kind
 from jobs.pipeline import NEED_SEALS, substitute, typed_config
-from jobs.ranks import Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
+from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
 from jobs.retry import (
     EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause)
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
@@ -44,10 +50,12 @@ from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task
 from slurm.client import Slurm, SlurmError
 from slurm.printed import ENDED_STATES
-from slurm.profile import load
+from slurm.profile import Profile, load
 
 ASK_LIMIT_S = 10.0  # for one question to Slurm by a worker that has to leave soon
 TAKEN_OVER = "a newer attempt took this element over"
+# What tells one start of an element from another; the same for all of its ranks.
+START_VARIABLES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", SPAWN_VARIABLE)
 FULL_BELOW = 1 << 20  # bytes left on the run's filesystem at which a failure is put down to a full disk
 
 
@@ -69,6 +77,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         run = RunFolder(args.run.absolute())
+        run.heed_group()
         number = _submission(run, args)
         phases = run.frozen(number)
         if args.phase not in phases:
@@ -141,6 +150,7 @@ class Worker:
         self.started = time.time()
         self.lease: Optional[Lease] = None
         self.upstream: dict[str, Seal] = {}
+        self.paired = standing.partners(phase, phases)
         self.secrets = Secrets({})
         self.revealed = False
         self.reached: tuple[Optional[int], Optional[int]] = (None, None)  # steps done and in all, where the phase told
@@ -202,12 +212,22 @@ class Worker:
         except OSError as error:  # the log and the exit code say it all the same
             _say(f"outcome not recorded: {disk_problem(error) or error}")
 
+    def _profile(self) -> Profile:
+        return load(str(self.run.submission_folder(self.number) / "profile.yaml"))
+
+    def _meeting(self) -> Meeting:
+        """Return where the ranks of this start of this element meet."""
+        low, high = self._profile().network.port_range
+        start = [os.environ.get(name, "") for name in START_VARIABLES]
+        name = "/".join([str(self.run.path), self.phase.name, self.phase.key, str(self.index), str(self.number), *start])
+        return Meeting(os.environ["MASTER_ADDR"], range(low, high + 1), name, self.run.meeting_key(self.number))
+
     def _reveal_secrets(self, verdicts: Optional[Verdicts] = None) -> None:
         """The profile's secrets into this rank's environment: after the lease, just before the phase's own code."""
         if self.revealed:  # the fan-in of a rank that ran an element: a command may print another value each time
             return
         self.revealed = True
-        references = load(str(self.run.submission_folder(self.number) / "profile.yaml")).env.secrets
+        references = self._profile().env.secrets
         commands = commands_among(references)
         printed = verdicts.hand_over("secrets", lambda: self._run_for_all(commands)) if verdicts and commands else {}
         if "mistake" in printed:
@@ -224,7 +244,7 @@ class Worker:
     def _work(self) -> tuple[int, str]:
         kind = find_kind(self.phase.uses)
         assert kind is not None, f"phase kind {self.phase.uses} vanished from the snapshot"
-        verdicts = Verdicts(self.rank)
+        verdicts = Verdicts(self.rank, self._meeting)
         lease = verdicts.decide("lease", self._begin)
         if lease["exit"] is not None:
             verdicts.goodbye()
@@ -260,8 +280,7 @@ class Worker:
         try:
             self._read_upstream()
             folders = {name: str(self._folder_of(name)) for name in self.phase.needs}
-            self.artifact.retire(self.index, self._upstream_digests(), self.number)
-            self.lease = self.artifact.acquire(self.index, self.owner, slurm_says_ended)
+            self.lease = self.artifact.acquire(self.index, self.owner, slurm_says_ended, self._is_outdated)
         except Sealed:
             if self.artifact.seal_path.exists() or not self.artifact.fans_in:
                 print(f"{self.phase.name}[{self.index}] is sealed already")
@@ -307,10 +326,7 @@ class Worker:
     def _read_upstream(self) -> None:
         cache = HashCache()
         for name, type_ in self.phase.needs.items():
-            up = self.phases[name]
-            path = self.run.artifact(up).seal_path
-            if type_ == "aftercorr" and up.fans_in:
-                path = self.run.artifact(up).element_seal_path(self.index)
+            path = self._upstream_path(name, self.index)
             seal = read_seal(path)
             if type_ == "afternotok" and seal is not None:
                 raise NotNeeded(f"not needed: {name} is sealed")
@@ -327,8 +343,17 @@ class Worker:
             if content_digest(Path(path), cache) != digest:
                 raise UserMistake(f"input {path} changed since it was submitted (sha256 {digest[:12]}…); submit again")
 
+    def _upstream_path(self, name: str, index: int) -> Path:
+        """The seal that element `index` reads of a phase it needs."""
+        up = self.run.artifact(self.phases[name])
+        return up.element_seal_path(index) if name in self.paired else up.seal_path
+
     def _upstream_digests(self) -> dict[str, str]:
         return {name: seal.digest for name, seal in self.upstream.items()}
+
+    def _is_outdated(self, seal: Seal) -> bool:
+        """Whether a seal of this element, or of the phase, speaks of other results than those this element found."""
+        return bool(standing.other_results(seal, self._upstream_digests(), self.index, self.paired))
 
     def _folder_of(self, name: str) -> Path:
         seal = self.upstream.get(name)
@@ -346,7 +371,7 @@ class Worker:
         if not lease["only_fan_in"] and not self.artifact.seal(self.lease, self._record(facts)):
             return self._lost_to_twin()
         if self.artifact.fans_in and len(self.artifact.sealed_elements()) == self.phase.elements:
-            self._fan_in(kind, lease["folders"])
+            self._fan_in(kind)
         return {"exit": EXIT_SEALED, "message": "sealed"}
 
     def _lost_to_twin(self) -> dict[str, Any]:
@@ -357,29 +382,63 @@ class Worker:
             return {"exit": EXIT_SEALED, "message": "a twin sealed first"}
         return {"exit": EXIT_LEASE_HELD, "message": TAKEN_OVER}
 
-    def _fan_in(self, kind: PhaseKind, folders: dict[str, str]) -> None:
+    def _fan_in(self, kind: PhaseKind) -> None:
+        """Merge the elements into the phase's seal: what it says is the same whichever of them comes last."""
+        parts = [read_seal(self.artifact.element_seal_path(i)) for i in range(self.phase.elements)]
+        waits = next((i for i, part in enumerate(parts) if part is None or not self._is_current(i, part)), None)
+        if waits is not None:
+            print(f"{self.phase.name}[{waits}] is to be sealed anew, then all are merged")
+            return
+        digests = [part.digest for part in parts]
         try:
-            lease = self.artifact.acquire(FINISH, self.owner, slurm_says_ended)
+            lease = self.artifact.acquire(FINISH, self.owner, slurm_says_ended, lambda seal: seal.parts != digests)
         except (Sealed, LeaseHeld):
             return  # another element's task finishes, or has finished
+        try:
+            self._merge(kind, lease, parts)
+        except Exception:
+            if self.artifact.still_mine(lease):
+                raise
+            print(f"{self.phase.name}: a newer attempt merges the elements")  # and has swept our folder
+
+    def _merge(self, kind: PhaseKind, lease: Lease, parts: list[Seal]) -> None:
         self.artifact.sweep(lease)
-        parts = [read_seal(self.artifact.element_seal_path(i)) for i in range(self.phase.elements)]
         for part in parts:
             part.verify()
+        folders = {name: str(self._folder_of(name)) for name in self.phase.needs}
+        for name in self.paired:  # it may be any element's, but always the same one's
+            partner = read_seal(self._upstream_path(name, 0))
+            if partner is None:
+                raise UpstreamNotSealed(f"needs {name}, whose element 0 has no seal any more; submit again")
+            folders[name] = str(partner.folder)
         config = typed_config(kind, substitute(self.phase.settings, folders))
         keep = self.artifact.folder
         self._reveal_secrets()
         task = Task(self.phase.name, 0, self.phase.elements, None, lease.folder, keep, 0, 1)
         facts = kind.finish([part.folder for part in parts], config, task) or {}
-        self.artifact.seal(lease, self._record(facts) | {"parts": [part.digest for part in parts]})
+        self.artifact.seal(lease, self._record(facts) | {
+            "parts": [part.digest for part in parts], "upstream": standing.whole_upstream(parts, self.paired)})
+
+    def _is_current(self, index: int, part: Seal) -> bool:
+        """False for an element's seal of an earlier submission over other results: its task in this one is to come."""
+        if part.submission >= self.number:
+            return True
+        now = self._upstream_digests()
+        for name in self.paired:
+            partner = read_seal(self._upstream_path(name, index))
+            if partner is None:
+                return False
+            now[name] = partner.digest
+        return not standing.other_results(part, now, index, self.paired)
 
     def _record(self, facts: dict[str, Any]) -> dict[str, Any]:
+        self.secrets.refuse_in(facts, f"{self.phase.name}: facts")
         return {
             "phase": self.phase.name, "uses": self.phase.uses, "key": self.phase.key, "material": self.phase.material,
             "submission": self.number, "restart": self.owner.restart, "job": self.owner.job,
             "upstream": self._upstream_digests(),
             "ranks": self.phase.ranks, "started_at": self.started,
-            "facts": self.secrets.mask_in(facts),
+            "facts": facts,
         }
 
 

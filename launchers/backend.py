@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional, Protocol
 
+from data_tools.mistake import UserMistake
 from launchers.ledger import JobEntry
 from launchers.plan import PlannedPhase
 
@@ -17,12 +18,14 @@ ACTIVE_STATES = frozenset({
     "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"})
 
 
-class OutcomeOpen(Exception):
+class OutcomeOpen(UserMistake):
     """A call got no answer in time: it may have happened all the same. Look before asking again."""
 
+    exit_code = 1
 
-class Refused(Exception):
-    """The cluster said no, in its own words."""
+
+class Refused(UserMistake):
+    """The cluster said no, in its own words and all of them, and whom its profile names as contact."""
 
 
 class Overtaken(Refused):
@@ -71,6 +74,9 @@ class Backend(Protocol):
 
     def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
         """Send one prepared job and return its id. `waits` gives the job ids of `needs`."""
+
+    def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:
+        """Say how what would be sent of a phase now differs from what was sent of it; "" where it does not."""
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
         """Ids of the jobs that carry these names and were not cancelled."""

@@ -1,5 +1,10 @@
 """The command line: its words, and how mistakes are told. What each verb does stands in launchers/verbs.py."""
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"](children=False)
+
 import argparse
 import importlib
 import os
@@ -9,9 +14,11 @@ from typing import Callable, Optional
 
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
+from data_tools.own_packages import PACKAGES
+from data_tools.printing import clean_streams
 from launchers import verbs
+from slurm.client import SlurmError
 
-PACKAGES = ("data_tools", "megatron_ext", "slurm", "jobs", "launchers")
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
 Without Slurm the same pipeline runs as local processes."""
 
@@ -21,6 +28,11 @@ RUN_HELP = "a run's folder, or its name below ./runs (default: the run last subm
 
 
 def main(argv: Optional[list[str]] = None) -> int:
+    with clean_streams():
+        return _main(argv)
+
+
+def _main(argv: Optional[list[str]]) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     late = [word for word in rest if "=" in word and not word.startswith("-")]
@@ -34,22 +46,27 @@ def main(argv: Optional[list[str]] = None) -> int:
         importlib.import_module(package)
     sys.path.append(os.getcwd())
     try:
-        return args.verb(args)
+        code = args.verb(args)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return code
     except UserMistake as mistake:
         for problem in mistake.problems:
-            print(f"afterok: {problem}", file=sys.stderr)
+            verbs.tell(problem)
         return mistake.exit_code
+    except SlurmError as error:
+        verbs.tell(error)
+        return verbs.EXIT_UNFINISHED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return verbs.EXIT_UNFINISHED
     except TornFile as error:
-        print(f"afterok: {error}", file=sys.stderr)
+        verbs.tell(error)
         return EXIT_MISTAKE
     except OSError as error:
         refused = disk_problem(error)
         if refused is None:
             raise
-        print(f"afterok: {refused}", file=sys.stderr)
+        verbs.tell(refused)
         return EXIT_MISTAKE
 
 
@@ -76,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verify", action="store_true",
                          help="hash every sealed file again instead of trusting size and mtime")
 
+        if name != "plan":
+            sub.add_argument("--group", metavar="NAME", default="",
+                             help="let this group of users read the run (default: nobody but you)")
         if name == "plan":
             sub.add_argument("--parallel", metavar="PHASE",
                              help="memory, rank grid and predicted step of a training phase")
@@ -94,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value",
                      help="further overrides, on top of those it was submitted with")
     sub.add_argument("--elements", metavar="3,7-9", help="only these elements (default: all that are not sealed)")
+    sub.add_argument("--again", action="store_true",
+                     help="run it anew though it is sealed; what it made so far, checkpoints too, is set aside in "
+                     "RUN/PHASE/retired")
     sub.add_argument("--dry-run", action="store_true",
                      help="print the sbatch and scontrol calls instead of making them")
 

@@ -16,8 +16,8 @@ from data_tools.progress import EXIT_HUNG
 from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE, Cause
 from launchers.backend import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
 from launchers.evidence import (
-    CANCELLED_LINE, COLLECTIVE_LINE, GPU_MEMORY_LINE, HOST_MEMORY_LINE, HUNG_LINE, NODE_LINE, PREEMPTED_LINE, TIME_LINE,
-    Evidence, first_dead_task, guilty_node, last_line, tracebacks,
+    CANCELLED_LINE, COLLECTIVE_LINE, ENVIRONMENT_LINE, GPU_MEMORY_LINE, HOST_MEMORY_LINE, HUNG_LINE, NODE_LINE,
+    PREEMPTED_LINE, TIME_LINE, Evidence, first_dead_task, guilty_node, last_line, tracebacks,
 )  # fmt: skip
 from launchers.status import NO_SEAL, UNKNOWN, exit_code_of
 from slurm.printed import format_minutes
@@ -206,6 +206,21 @@ def _no_log_folder(e: Evidence) -> Optional[Diagnosis]:
             f"see that {folder} exists and is writable on the compute nodes, then submit again",
         )
     return None
+
+
+def _environment(e: Evidence) -> Optional[Diagnosis]:
+    """A module or a setup line of the profile ended the job before any worker began."""
+    line = e.find(ENVIRONMENT_LINE) if e.outcome is None else ""
+    if not line:
+        return None
+    where = ENVIRONMENT_LINE.search(line)
+    assert where is not None
+    return Diagnosis(
+        Cause.ENVIRONMENT,
+        f"did not begin: its profile's {where[1]} ended the job",
+        line,
+        f"have {where[1]} corrected, then submit again; what it said is in {e.log_path or 'its log'}",
+    )
 
 
 # -- what the worker said -----------------------------------------------------------------------------------------
@@ -426,8 +441,9 @@ def _otherwise(e: Evidence) -> Diagnosis:
 
 
 RULES: tuple[Rule, ...] = (
-    _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _said_by_worker, _gpu_memory, _host_memory_in_log,
-    _exception, _hung, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped, _lost, _otherwise,
+    _still_waits, _never_ran, _ended_by_slurm, _no_log_folder, _environment, _said_by_worker, _gpu_memory,
+    _host_memory_in_log, _exception, _hung, _killed, _lease_held, _collective, _driver_gone, _cancelled, _stopped,
+    _lost, _otherwise,
 )  # fmt: skip
 
 

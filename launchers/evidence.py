@@ -11,6 +11,7 @@ from typing import Optional
 from data_tools.progress import HUNG
 from jobs.run_folder import Outcome
 from launchers.backend import FAILED
+from launchers.shell_lines import ENDED
 from launchers.status import exit_code_of
 from slurm.printed import AccountingRow
 
@@ -76,9 +77,10 @@ COLLECTIVE_LINE = re.compile(
     r"|DistBackendError|DistStoreError|DistNetworkError|Socket Timeout|Broken pipe.*(?:gloo|TCPStore)"
     r"|Timed out (waiting|after) .*ms|Timed out initializing process group|wait timeout after \d+ms"
     r"|Connection closed by peer|Connection reset by peer|failed to recv, got 0 bytes"
-    r"|Connection was likely closed|monitoredBarrier"
+    r"|Connection was likely closed|monitoredBarrier|MeetingFailed|MeetingTimeout"
 )
 HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
+ENVIRONMENT_LINE = re.compile(rf"^afterok: profile .*: (env\.\w+) {re.escape(ENDED)} \d+")
 NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")
 TASK_LINE = re.compile(r"srun: error: ([\w.-]+): tasks? ([\d,-]+): (.+)")
 

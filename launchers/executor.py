@@ -18,10 +18,12 @@ from jobs.retry import EXIT_UNFINISHED
 from jobs.run_folder import RunFolder
 from launchers.backend import ACTIVE_STATES, HELD, NEVER, PENDING, JobSpec, OutcomeOpen, Overtaken, Refused, TaskState
 from launchers.ledger import JobEntry
+from launchers.plan import PlannedPhase
+from launchers.shell_lines import script_setup
 from slurm.client import Slurm, SlurmError
 from slurm.printed import QueueRow, format_indices, parse_indices
 from slurm.detect import Cluster
-from slurm.profile import Profile
+from slurm.profile import Profile, contact_note
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
@@ -39,30 +41,11 @@ class PhaseExecutor(SlurmExecutor):
         return 2  # a script can be written where there is no srun
 
     def write(self, parameters: dict[str, Any], command: str) -> None:
+        durable.write_file(self.script, self.text(parameters, command))
+
+    def text(self, parameters: dict[str, Any], command: str) -> str:
         self.parameters = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
-        durable.write_file(self.script, self._make_submission_file_text(command, ""))
-
-
-def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
-    """Shell lines before the command, run by the batch script outside any container."""
-    low, high = profile.network.port_range
-    lines = ["set -euo pipefail",
-             # --export=NONE leaves a job no HOME and an unexported PATH; it speaks of sbatch, not of our srun.
-             'export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"']
-    lines += [f"module load {shlex.quote(module)}" for module in profile.env.modules]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.env.set.items()]
-    lines += profile.env.setup
-    lines += [f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"]
-    if ranks > 1:
-        # An address, not a name: node names need not resolve, and NodeAddr may itself be one.
-        lines += [
-            'node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "address=$(scontrol show node \"$node\" --oneliner | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')",
-            "resolved=$(getent ahostsv4 \"${address:-$node}\" | awk 'NR == 1 {print $1}' || true)",
-            'export MASTER_ADDR="${resolved:-${address:-$node}}"',
-            f"export MASTER_PORT=$(({low} + SLURM_JOB_ID % {high - low + 1}))",
-        ]
-    return lines
+        return self._make_submission_file_text(command, "")
 
 
 def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> dict[str, Any]:
@@ -192,13 +175,27 @@ class SlurmBackend:
         return self.run.submission_folder(number) / "scripts" / f"{phase}.sh"
 
     def prepare(self, number: int, specs: list[JobSpec]) -> None:
-        profile = self.cluster.profile
         for spec in specs:
             script = self.script(number, spec.phase)
             script.parent.mkdir(parents=True, exist_ok=True)
             (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
-            parameters = phase_parameters(profile, self.run, number, spec)
-            PhaseExecutor(script).write(parameters, phase_command(profile, self.run, number, spec))
+            PhaseExecutor(script).write(*self._parts(number, spec))
+
+    def _parts(self, number: int, spec: JobSpec) -> tuple[dict[str, Any], str]:
+        """What a phase's script is made of."""
+        profile = self.cluster.profile
+        return phase_parameters(profile, self.run, number, spec), phase_command(profile, self.run, number, spec)
+
+    def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:
+        script = self.script(entry.scripted, entry.phase)
+        try:
+            sent = script.read_text()
+        except OSError:
+            return "a script that is gone"
+        # how many elements share a task follows the queue's limits of the moment: nobody asked for another number
+        planned = replace(planned, frozen=replace(planned.frozen, batch=entry.batch))
+        parts = self._parts(entry.scripted, JobSpec(planned, entry.name, entry.elements, {}, entry.links))
+        return script_changes(sent, PhaseExecutor(script).text(*parts))
 
     def _send_command(
         self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool
@@ -211,9 +208,13 @@ class SlurmBackend:
         try:
             return self._ask(lambda: self.slurm.sbatch(self._send_command(number, phase, needs, waits, hold)))
         except Refused as refusal:
-            if SUBMIT_LIMIT.search(str(refusal)):
-                raise Refused(f"{refusal}; {self._submit_numbers(number, phase)}") from None
-            raise
+            if not SUBMIT_LIMIT.search(str(refusal)):
+                raise
+            try:
+                numbers = self._submit_numbers(number, phase)
+            except SlurmError as error:
+                numbers = f"how many of yours are queued is not known: {error}"
+            raise Refused(f"{refusal}; {numbers}") from None
 
     def _submit_numbers(self, number: int, phase: str) -> str:
         """What an sbatch that a limit on the user's jobs refused would have needed."""
@@ -283,12 +284,13 @@ class SlurmBackend:
     def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> str:
         return " ".join(self._rewire_command(job, needs, waits, only))
 
-    @staticmethod
-    def _ask(call: Callable[[], Any]) -> Any:
+    def _ask(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except SlurmError as error:
-            raise (OutcomeOpen if error.is_silence else Refused)(str(error)) from None
+            if error.is_silence:
+                raise OutcomeOpen(str(error)) from None
+            raise Refused(f"{error}{contact_note(self.cluster.profile)}") from None
 
 
 def chain_states(links: list[TaskState]) -> list[TaskState]:
@@ -305,6 +307,16 @@ def chain_states(links: list[TaskState]) -> list[TaskState]:
             speaks = replace(speaks, state="REQUEUED")
         found.append(replace(speaks, links_left=len(left)))
     return found
+
+
+def script_changes(sent: str, now: str) -> str:
+    """Say in which options two scripts differ, "time 5 → 33", or that they do so elsewhere; "" where they do not."""
+    if sent == now:
+        return ""
+    options = [dict(re.findall(r"^#SBATCH --([^=\n]+)=?(.*)$", text, re.MULTILINE)) for text in (sent, now)]
+    changed = [f"{name} {options[0].get(name, 'none')} → {options[1].get(name, 'none')}"
+               for name in sorted(options[0].keys() | options[1].keys()) if options[0].get(name) != options[1].get(name)]
+    return ", ".join(changed) or "another script"
 
 
 def never_starting(rows: list[QueueRow]) -> set[str]:

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Optional
 
+from data_tools.printing import set_in
 from jobs.run_folder import RunFolder
 from launchers.diagnosis import remedy_if_stuck
 from launchers.ledger import Ledger
@@ -40,7 +41,7 @@ def _watch(run: RunFolder, poll_s: float, show) -> RunStatus:
         show(status)
         if status.finished:
             return status
-        if not status.active:
+        if not status.active and not status.may_answer:
             ended_since = ended_since or time.monotonic()
             undecided = any(p.state == UNKNOWN or p.reason == NO_SEAL for p in status.phases)
             if not undecided or time.monotonic() - ended_since > SETTLE_S:
@@ -75,4 +76,4 @@ class _Lines:
         if phase.state == COMPLETED:
             return f" in {format_seconds(phase.seconds)}"
         text = ": ".join(filter(None, [phase.message or phase.reason, remedy_if_stuck(phase.reason)]))
-        return f" ({text})" if text else ""
+        return f" ({set_in(text)})" if text else ""

@@ -1,9 +1,11 @@
 """The append-only record of what was submitted: one JSON object a line, fsynced, in RUN/ledger.jsonl.
 
-    {"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "run": "/where/it/lay", "time": …}
+    {"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "cluster_name": "dev",
+     "profile": "dev", "profile_file": "/…/dev.yaml", "run": "/where/it/lay", "time": …}
     {"event": "sending", "submission": 2, "name": "tiny.sft.a2.1f6e…", …}     an sbatch is about to happen
     {"event": "job", "submission": 2, "phase": "sft", "job": "17", "name": …, "waits": {"packs": "16"}, …}
     {"event": "rewire", "submission": 2, "phase": "trained", "job": "12", "waits": {"sft": "17"}, …}
+    {"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already
     {"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
     {"event": "cancel", "jobs": ["17"], …}
 """
@@ -50,26 +52,39 @@ class JobEntry:
         return [i for i in self.elements if i // self.batch == task]
 
 
+def _is_cut_off(line: bytes) -> bool:
+    """Return whether a last line without its end is the beginning of one: no whole object stands there."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 class Ledger:
     def __init__(self, path: Path):
         self.path = path
 
     def append(self, event: str, **fields: Any) -> None:
-        durable.append_line(self.path, durable.canonical_json({"event": event, "time": time.time(), **fields}))
+        line = durable.with_sum({"event": event, "time": time.time(), **fields})
+        durable.append_line(self.path, durable.canonical_json(line))
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All events, oldest first; a torn last line (power cut in an append) is dropped."""
+        """All events, oldest first; a torn last line (power cut in an append), which has no end, is dropped."""
         try:
-            lines = self.path.read_text().removesuffix("\n").split("\n")  # a value may hold U+2028
+            *lines, last = self.path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return
-        for number, line in enumerate(lines):
+        for number, line in enumerate([*lines, last] if last else lines, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                if number != len(lines) - 1:  # an append cuts off what is torn, so this was no accident
-                    where = f"{self.path}:{number + 1}"
-                    raise UserMistake(f"{where} is not JSON (edited?); remove that line, or restore it") from None
+                event = durable.parse_checked(line, f"{self.path}:{number}")
+            except durable.TornFile as torn:
+                if number > len(lines) and _is_cut_off(line):
+                    return
+                # an append cuts off what is torn, so this was no accident
+                raise UserMistake(f"{torn}; remove that line, or restore it") from None
+            event.pop(durable.SUM, None)
+            yield event
 
     def jobs(self) -> list[JobEntry]:
         """Jobs in the order they were submitted, as the last rewiring left them."""
@@ -110,6 +125,44 @@ class Ledger:
         """`jobs`, but for those of `copied` submissions."""
         copied = self.copied()
         return [entry for entry in self.jobs() if entry.scripted not in copied]
+
+    def other_cluster(self, choice: str, answering: str) -> str:
+        """What is wrong where the Slurm that answers to `choice`, by its ClusterName, is not the one it was submitted
+        to; "" where it is, or where neither is known."""
+        for event in self.events():
+            if event["event"] != "submission" or event["backend"] != "slurm":
+                continue
+            if (event["choice"] == "dev") != (choice == "dev"):  # all others mean the Slurm of this machine
+                continue
+            # Ledgers of before have no cluster_name, but `auto` wrote it as the cluster, except for a dev cluster's.
+            before = event["cluster"] if event["choice"] in ("auto", "slurm") and event["cluster"] != "dev" else ""
+            name = event.get("cluster_name") or before
+            if name and answering and name != answering:
+                return (f"{self.path.parent}: submission {event['submission']} went to the Slurm cluster {name}, and "
+                        f"the one that answers here is {answering}; nothing was done: work from {name}'s login node, "
+                        f"or set SLURM_CONF to {name}'s")
+        return ""
+
+    def given_up(self) -> str:
+        """Why the newest submission was taken back or was not finished, "" where it was released.
+
+        Nothing of such a submission ran: a cluster that refused one of its jobs is told of here.
+        """
+        newest, end = 0, ""
+        for event in self.events():
+            if event["event"] == "submission":
+                newest, end = event["submission"], ""
+            elif event["event"] == "released" and event["submission"] == newest:
+                newest = 0
+            elif event["event"] == "abandoned" and event["submission"] == newest:
+                end = event["why"]
+        if not newest or newest in self.copied():
+            return ""
+        where = self.path.parent
+        if end:
+            return f"submission {newest} was taken back, nothing of it ran: {end}"
+        return (f"submission {newest} is not released (its submitter was killed or still works, or Slurm did not "
+                f"answer): `afterok repair {where}` goes on with it, `afterok cancel {where}` takes it back")
 
     def unreleased(self) -> list[int]:
         """Submissions of this folder that were begun and neither released nor abandoned."""

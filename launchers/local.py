@@ -7,6 +7,11 @@ jobs/retry.py says so (it stopped at a checkpoint, or was killed), and writes ev
 Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import os
 import signal
 import subprocess
@@ -23,7 +28,9 @@ from jobs.ranks import die_with_parent, exit_code
 from jobs.run_folder import RunFolder
 from launchers.backend import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, JobSpec, Refused, TaskState
 from launchers.ledger import JobEntry
+from launchers.plan import PlannedPhase
 from launchers.rerun import Life, judge
+from launchers.transaction import request_of
 from slurm.client import scrubbed_environment
 from slurm.profile import load
 
@@ -55,16 +62,19 @@ class LocalBackend:
             jobs.append({"phase": spec.phase, "job": f"{number}.{i}", "name": spec.name, "elements": spec.elements,
                          "needs": spec.needs, "throttle": frozen.throttle,
                          "cores": frozen.ranks * max(1, resources.cpus_per_task or 1)})
-        durable.write_json(folder / "jobs.json", jobs)
+        durable.write_checked(folder / "jobs.json", {"jobs": jobs})
 
     def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
         """The job exists in jobs.json already; the driver that runs it starts at the release."""
         return self.find([name])[name][0]
 
+    def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:
+        return "" if entry.request == request_of(planned) else "another request for resources"
+
     def find(self, names: list[str]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for path in (self.run.path / "local").glob("*/jobs.json"):
-            for job in durable.read_json(path):
+            for job in read_jobs(path):
                 if job["name"] in names:
                     found[job["name"]] = [job["job"]]
         return found
@@ -126,9 +136,16 @@ class LocalBackend:
 
     def _state(self, number: str) -> Optional[dict[str, Any]]:
         try:
-            return durable.read_json(self._folder(number) / "state.json")
+            return durable.read_checked(self._folder(number) / "state.json")
         except (OSError, ValueError):
             return None
+
+
+def read_jobs(path: Path) -> list[dict[str, Any]]:
+    """Return the jobs of a submission; before files had a sum over themselves they were a plain list."""
+    if isinstance(found := durable.read_json(path), list):
+        return found
+    return durable.read_checked(path)["jobs"]
 
 
 def driver_is_alive(state: dict[str, Any]) -> bool:
@@ -143,7 +160,7 @@ class Driver:
         self.folder = run.path / "local" / str(number)
         self.phases = run.frozen(number)
         self.cores = max(1, len(os.sched_getaffinity(0)))
-        self.jobs = durable.read_json(self.folder / "jobs.json")
+        self.jobs = read_jobs(self.folder / "jobs.json")
         self.tasks = [
             {"phase": job["phase"], "job": job["job"], "index": index, "state": PENDING, "reason": "",
              "exit_code": None, "started": None, "ended": None, "restart": 0}
@@ -275,11 +292,13 @@ class Driver:
     def _save(self) -> None:
         driver = Owner.me(self.number, 0).__dict__
         try:
-            durable.write_json(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})
+            durable.write_checked(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})
             self.unsaved = False
         except OSError:  # a full disk must not end the driver, and its workers with it: tried again at the next poll
             self.unsaved = True
 
 
 if __name__ == "__main__":
-    Driver(RunFolder(Path(sys.argv[1])), int(sys.argv[2])).drive()
+    RUN = RunFolder(Path(sys.argv[1]))
+    RUN.heed_group()
+    Driver(RUN, int(sys.argv[2])).drive()

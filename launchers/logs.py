@@ -1,17 +1,19 @@
 """The log of a phase's element: printed, or followed until the element ends."""
 
+import codecs
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Optional
 
 from data_tools.mistake import UserMistake, nearest
+from data_tools.printing import clean_log
 from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
-from launchers.status import run_status, script_of
+from launchers.status import NO_ANSWER, run_status, script_of
 
 POLL_S = 0.3
+READ_BYTES = 1 << 20
 QUEUE_EVERY = 10  # polls of the file between two questions to the back end
 
 
@@ -33,11 +35,11 @@ def show_log(run: RunFolder, phase: str, index: Optional[int], follow: bool) -> 
     path = newest_log(run, phase, index) if not follow else _wait_for_log(run, phase, index)
     with open(path, "rb") as file:
         polls = 0
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may come in two reads
         while True:
-            data = file.read()
+            data = file.read(READ_BYTES)
             if data:
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
+                print(clean_log(decoder.decode(data)), end="", flush=True)
                 continue
             if not follow:
                 return
@@ -59,4 +61,5 @@ def _wait_for_log(run: RunFolder, phase: str, index: Optional[int]) -> Path:
 
 
 def _is_active(run: RunFolder, phase: str) -> bool:
-    return any(p.phase == phase and p.active for p in run_status(run).phases)
+    status = run_status(run)
+    return any(p.phase == phase and (p.active or (p.state == NO_ANSWER and status.may_answer)) for p in status.phases)

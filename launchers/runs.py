@@ -57,8 +57,10 @@ def _state(run: RunFolder, sealed: int, phases: int) -> str:
         return done
     try:
         status = run_status(run)
-    except UserMistake as mistake:  # its Slurm is not this machine's, or does not answer
+    except UserMistake as mistake:
         return f"{done}, unknown: {mistake.problems[0].message}"
+    if status.unasked and not status.finished:  # its Slurm is not this machine's, or does not answer
+        return f"{done}, unknown: {status.unasked}"
     if status.active:
         return f"{done}, active: {', '.join(p.phase for p in status.phases if p.active)}"
     failed = [p.phase for p in status.phases if p.failed]

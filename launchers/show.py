@@ -2,22 +2,31 @@
 
 import sys
 import time
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
+from data_tools.printing import clean, raw
 from launchers.backend import COMPLETED, FAILED, PENDING, RUNNING
 from launchers.plan import Plan
 from launchers.runs import RunLine
-from launchers.status import PhaseStatus, RunStatus, UNKNOWN, format_seconds
+from launchers.status import NO_ANSWER, PhaseStatus, RunStatus, UNKNOWN, format_seconds
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
 COLOURS = {COMPLETED: "green", RUNNING: "cyan", PENDING: "dim", FAILED: "bold red", UNKNOWN: "bold red",
-           "reuse": "green", "run": "cyan", "rerun": "yellow"}
+           "reuse": "green", "run": "cyan", "rerun": "yellow", NO_ANSWER: "yellow"}
 
 
 def console():
+    """What prints tables: text is text, never markup, and holds no control characters but those of our own colours."""
     from rich.console import Console
+    from rich.segment import Segment
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    class CleanConsole(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                yield segment if segment.control else Segment(clean(segment.text), segment.style)
+
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return CleanConsole(file=raw(sys.stdout), highlight=False, markup=False, emoji=False, width=width)
 
 
 def table(columns: list[str], rows: list[list[Any]], title: str = ""):

@@ -14,18 +14,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from data_tools.mistake import UserMistake
 from data_tools.tables import read_tables
-from jobs.artifact import Artifact
+from jobs.artifact import Artifact, Seal
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.task import progress_path
 from launchers.backend import ACTIVE_STATES, CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, TaskState
 from launchers.ledger import JobEntry, Ledger
-from launchers.submit import backends_of
-from slurm.client import Slurm, SlurmError, configuration_of
+from launchers.submit import OtherCluster, backend_of, choices_of
+from slurm.client import Slurm, SlurmError, SlurmUnavailable, configuration_of
+from slurm.detect import NoDevCluster
 from slurm.printed import AccountingRow, parse_indices
 
 UNKNOWN = "UNKNOWN"  # the back end lists no such job and no seal or outcome tells what became of it
 NOT_SUBMITTED = "NOT_SUBMITTED"
+NO_ANSWER = "NO_ANSWER"  # its cluster was not asked, or did not answer, and no seal says that it is done
 NOT_NEEDED = "NOT_NEEDED"  # follows the failure of a phase that did not fail
 NO_SEAL = "ended without a seal"
 LEASE_NAME = re.compile(r"(\d+)\.a(\d+)\.r(\d+)\.g(\d+)")
@@ -48,6 +51,7 @@ class PhaseStatus:
     folder: str = ""
     gpu_hours: Optional[float] = None  # None: no attempt asked for GPUs
     gpu_hours_lost: Optional[float] = None
+    written_before: bool = False  # sealed before seals had a sum over themselves
 
     @property
     def active(self) -> bool:
@@ -57,7 +61,7 @@ class PhaseStatus:
     @property
     def failed(self) -> bool:
         """An element ended, or vanished, without its seal and nobody asked for that."""
-        return (not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED)
+        return (not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED, NO_ANSWER)
                 and self.reason != NEVER)
 
 
@@ -66,6 +70,10 @@ class RunStatus:
     run: str
     submission: int
     phases: list[PhaseStatus]
+    notes: list[str] = field(default_factory=list)  # what could not be asked, and what the cluster refused
+    where: str = ""  # which cluster it went to last, by which profile of which file
+    unasked: str = ""  # why a cluster of its jobs told nothing
+    may_answer: bool = False  # that cluster, later
 
     @property
     def finished(self) -> bool:
@@ -95,6 +103,7 @@ class Look:
     accounting: dict[tuple[str, int], AccountingRow] = field(default_factory=dict)
     slurms: dict[str, Slurm] = field(default_factory=dict)  # job -> the cluster it went to
     notes: list[str] = field(default_factory=list)  # what could not be asked
+    unasked: list[UserMistake] = field(default_factory=list)  # why clusters told nothing
     _elements: "dict[str, dict[int, Element]]" = field(default_factory=dict)
     _outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
 
@@ -105,6 +114,14 @@ class Look:
         # accounting is asked after the elements were read, for those that need it
         return {i: replace(element, accounting=self.accounting.get((element.entry.job, i)))
                 for i, element in self._elements[phase.name].items()} if self.accounting else self._elements[phase.name]
+
+    def seal(self, phase: FrozenPhase) -> Optional[Seal]:
+        """A phase's seal, unless it is of an earlier submission than a job of the phase that goes on: that one decides."""
+        seal = self.run.seal(phase.name, phase.key)
+        if seal is None or any(element.entry.submission > seal.submission and element.task is not None
+                               and element.task.state in ACTIVE_STATES for element in self.of_phase(phase).values()):
+            return None
+        return seal
 
     def not_needed(self, phase: FrozenPhase) -> str:
         """Why a phase never has to run, "" if it may."""
@@ -202,24 +219,34 @@ def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
 
 
 def look_at(run: RunFolder) -> Look:
-    """Ask each cluster's queue once, and its accounting at most once, for all jobs of the run."""
+    """Ask each cluster's queue once, and its accounting at most once, for all jobs of the run.
+
+    A cluster that cannot be asked, or is not the one of this machine, leaves what the files of the run tell.
+    """
     number = run.newest_submission()
     ledger = Ledger(run.ledger)
     copied = ledger.copied()
     entries = [entry for entry in ledger.jobs()
                if entry.scripted not in copied or run.seal(entry.phase, entry.key) is not None]
     look = Look(run, number, run.frozen(number), entries, {})
-    on_slurm = {event["submission"] for event in ledger.events()
-                if event["event"] == "submission" and event["backend"] == "slurm"}
+    submissions = [event for event in ledger.events() if event["event"] == "submission"]
+    on_slurm = {event["submission"] for event in submissions if event["backend"] == "slurm"}
     mine = [entry for entry in entries if script_of(entry) in on_slurm]
     asked: set[str] = set()
-    for backend in backends_of(run).values():
-        slurm: Optional[Slurm] = getattr(backend, "slurm", None)
-        cluster = configuration_of(slurm.env) if slurm is not None else backend.name
-        if cluster in asked:  # `auto` and `slurm` of two submissions may be one cluster
+    for choice in choices_of(run):
+        try:
+            backend = backend_of(run, choice)
+            slurm: Optional[Slurm] = getattr(backend, "slurm", None)
+            cluster = configuration_of(slurm.env) if slurm is not None else backend.name
+            if cluster in asked:  # `auto` and `slurm` of two submissions may be one cluster
+                continue
+            tasks = backend.states(entries)
+        except (OtherCluster, SlurmUnavailable, SlurmError) as error:
+            gone = {event["submission"] for event in submissions if event["choice"] == choice}
+            _leave_open(look, error, [entry for entry in mine if script_of(entry) in gone])
             continue
         asked.add(cluster)
-        for task in backend.states(entries):
+        for task in tasks:
             look.states[task.job, task.index] = task
         if slurm is not None:
             look.slurms |= {entry.job: slurm for entry in mine}
@@ -227,11 +254,21 @@ def look_at(run: RunFolder) -> Look:
     return look
 
 
+def _leave_open(look: Look, error: Exception, entries: list[JobEntry]) -> None:
+    """Say of these jobs that their cluster told nothing."""
+    mistake = error if isinstance(error, UserMistake) else SlurmUnavailable(str(error))
+    look.unasked.append(mistake)
+    reason = "its cluster is not this one" if isinstance(error, OtherCluster) else "its cluster does not answer"
+    for entry in entries:
+        for index in entry.elements:
+            look.states[entry.job, index] = TaskState(entry.job, index, NO_ANSWER, reason)
+
+
 def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int], AccountingRow]:
     """What slurmdbd says of unsealed elements whose end neither the queue nor their worker tells."""
     wanted = set()
     for phase in look.phases.values():
-        if look.run.seal(phase.name, phase.key) is not None:
+        if look.seal(phase) is not None:
             continue
         sealed = sealed_elements(look.run.artifact(phase))
         for element in look.of_phase(phase).values():
@@ -259,7 +296,28 @@ def _accounting(look: Look, slurm: Slurm, jobs: set[str]) -> dict[tuple[str, int
 def run_status(run: RunFolder) -> RunStatus:
     """The state of every phase of the newest submission."""
     look = look_at(run)
-    return RunStatus(str(run.path), look.number, [_phase_status(look, phase) for phase in look.phases.values()])
+    ledger = Ledger(run.ledger)
+    status = RunStatus(str(run.path), look.number, [_phase_status(look, phase) for phase in look.phases.values()],
+                       list(look.notes), where_of(ledger.backend(look.number)))
+    if look.unasked:
+        status.unasked = look.unasked[0].problems[0].message
+        status.may_answer = not any(isinstance(one, (OtherCluster, NoDevCluster)) for one in look.unasked)
+        status.notes += [f"{one}; what is told is from the files of the run" for one in look.unasked]
+    if not status.finished and (given_up := ledger.given_up()):
+        status.notes.append(given_up)
+    if before := [phase.phase for phase in status.phases if phase.written_before]:
+        status.notes.append("no sum: written before, so that nobody can tell whether it was altered: the seal of "
+                            f"{', '.join(before)}")
+    return status
+
+
+def where_of(submission: dict[str, Any]) -> str:
+    """Which cluster a submission went to, by which profile and which file; "" of one that did not write it down."""
+    if "profile" not in submission:
+        return ""
+    place = f"cluster {submission['cluster_name']}" if submission["backend"] == "slurm" else "this machine"
+    return f"{place}, profile {submission['profile']}" + (
+        f" ({submission['profile_file']})" if submission["profile_file"] else ", made from its own partitions")
 
 
 def sealed_elements(artifact: Artifact) -> set[int]:
@@ -274,7 +332,7 @@ def sealed_elements(artifact: Artifact) -> set[int]:
 def open_elements(look: Look, phase: FrozenPhase) -> dict[int, Element]:
     """Elements that were submitted and are not sealed; those whose sealed task still leaves count as sealed."""
     artifact = look.run.artifact(phase)
-    if artifact.seal_path.exists():
+    if look.seal(phase) is not None:
         return {}
     sealed = sealed_elements(artifact) if artifact.fans_in else set()
     return {i: element for i, element in look.of_phase(phase).items()
@@ -282,16 +340,16 @@ def open_elements(look: Look, phase: FrozenPhase) -> dict[int, Element]:
 
 
 def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
-    run, artifact = look.run, look.run.artifact(phase)
+    artifact = look.run.artifact(phase)
     used, lost = gpu_hours(look, phase)
-    seal = run.seal(phase.name, phase.key)
+    seal = look.seal(phase)
     if seal is not None:
         began = min((o.started for o in look.outcomes(phase.name) if o.attempt == seal.content["submission"]),
                     default=seal.content["started_at"])
         return PhaseStatus(phase.name, COMPLETED, phase.elements, phase.elements, seal.content["job"],
                            seconds=max(0.0, seal.content["sealed_at"] - began),  # two hosts' clocks, for eyes only
                            facts=seal.facts, folder=str(seal.folder), tables=read_tables(artifact.folder),
-                           gpu_hours=used, gpu_hours_lost=lost)
+                           gpu_hours=used, gpu_hours_lost=lost, written_before=not seal.has_sum)
     status = PhaseStatus(phase.name, NOT_SUBMITTED, len(sealed_elements(artifact)), phase.elements,
                          folder=str(artifact.folder), gpu_hours=used, gpu_hours_lost=lost)
     elements = look.of_phase(phase)
@@ -300,7 +358,7 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     if not elements or not_needed:
         return status
     open_ = open_elements(look, phase)
-    if not open_ and run.seal(phase.name, phase.key) is not None:
+    if not open_ and look.seal(phase) is not None:
         return _phase_status(look, phase)  # it was sealed since we looked
     tasks = {i: element.state() for i, element in open_.items()}
     worst = _worst(list(tasks.values()))

@@ -59,14 +59,19 @@ class Journal:
 
     steps: list[Step]
     live: dict[str, str]  # phase -> job, or several joined by ":" as Slurm's dependencies take them
+    not_applied: list[str] = field(default_factory=list)  # what was asked for and reaches no job, a line each
 
     def write(self, run: RunFolder, number: int) -> None:
-        durable.write_json(run.submission_folder(number) / "journal.json", dataclasses.asdict(self))
+        durable.write_checked(run.submission_folder(number) / "journal.json", dataclasses.asdict(self))
 
     @staticmethod
     def read(run: RunFolder, number: int) -> "Journal":
-        value = durable.read_json(run.submission_folder(number) / "journal.json")
-        return Journal([Step(**step) for step in value["steps"]], value["live"])
+        path = run.submission_folder(number) / "journal.json"
+        value = durable.read_checked(path)
+        try:
+            return Journal([Step(**step) for step in value["steps"]], value["live"])
+        except (KeyError, TypeError):
+            raise durable.TornFile(f"{path} is no journal (edited, or of another version of afterok)") from None
 
 
 @dataclass
@@ -91,8 +96,9 @@ class LiveJob:
 
 
 def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
-    """{phase: its newest job that is listed as queued or running and whose phase is not sealed}."""
-    entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs() if run.seal(entry.phase, entry.key) is None}
+    """{phase: its newest job that is listed as queued or running and whose phase is not sealed by it or since}."""
+    entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs()
+               if (seal := run.seal(entry.phase, entry.key)) is None or seal.submission < entry.submission}
     tasks: dict[str, dict[int, TaskState]] = {}
     for backend in backends if entries else []:
         for task in backend.states(list(entries.values())):
@@ -120,16 +126,21 @@ def release_held(run: RunFolder, backend: Backend) -> list[str]:
 # -- deciding -----------------------------------------------------------------------------------------------------
 
 
-def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, list[int]], can_rewire: bool) -> Journal:
+def decide(
+    plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, list[int]], backend: Backend
+) -> Journal:
     """What brings the run to its plan. `fresh` names phases (with their elements) that get a new job whatever is live.
 
-    A waiting job keeps its place in the queue: where what it waits on changed, or its settings did, it is rewired.
+    A waiting job keeps its place in the queue: where what it waits on changed, or its settings did, it is rewired. One
+    whose script would be another now is replaced, since no key holds what it asks Slurm for; one that has begun stays.
 
     Raises:
         UserMistake: a job is running with other settings, and nobody asked to replace it.
     """
     steps: list[Step] = []
     cancels: list[Step] = []
+    not_applied: list[str] = []
+    can_rewire = backend.can_rewire
     kept: dict[str, str] = {}
     new: set[str] = set()
     batches: dict[str, int] = {}  # of the jobs to wait on; 0 where they differ
@@ -137,7 +148,10 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
         frozen, found = planned.frozen, live.get(planned.name)
         needs = {n: t for n, t in frozen.needs.items()
                  if n in new or n in kept or any(p.name == n for p in plan.to_run)}
-        batch = found.entry.batch if found is not None and planned.name not in fresh else frozen.batch
+        sent = found if planned.name not in fresh else None
+        differs = backend.differs(sent.entry, planned) if sent is not None else ""
+        replaced = sent is not None and bool(differs) and sent.waits and can_rewire
+        batch = sent.entry.batch if sent is not None and not replaced else frozen.batch
         # Partners whose tasks hold other elements wait for each other's whole jobs.
         needs = {n: "afterok" if t == "aftercorr" and batches.get(n, batch) != batch else t for n, t in needs.items()}
         links = frozen.links
@@ -150,14 +164,19 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
         if found is not None and planned.name not in fresh:
             entry = found.entry
             same_key = entry.key == frozen.key
-            if can_rewire and _fits(found, planned) and (same_key or (found.waits and (fresh or found.dead_elements))):
+            would_do = same_key or (found.waits and (fresh or found.dead_elements))
+            if can_rewire and not differs and _fits(found, planned) and would_do:
                 steps += _rewires(found, planned, needs, kept, new)
             elif not same_key and not fresh:
                 raise UserMistake(f"{planned.name}: job {entry.job} is still active with other settings; wait for it, "
                                   f"or `afterok cancel {plan.run.path} {planned.name}` first")
-            elif not same_key:
+            elif not same_key or replaced:
                 cancels.append(Step("cancel", planned.name, job=entry.job))
                 found = None
+            elif differs:
+                not_applied.append(f"{planned.name}: job {entry.job} has begun and keeps what it was sent with ({differs} "
+                                   f"is not applied); `afterok resubmit {plan.run.path} {planned.name}` with the same "
+                                   "overrides replaces it")
             if found is not None:
                 kept[planned.name] = entry.awaited
                 batches[planned.name] = entry.batch
@@ -180,17 +199,16 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
                           links=links))
         new.add(planned.name)
         batches[planned.name] = frozen.batch if batches.get(planned.name, frozen.batch) == frozen.batch else 0
-    return Journal(steps + cancels if steps else [], kept)
+    return Journal(steps + cancels if steps else [], kept, not_applied)
 
 
 def _fits(found: LiveJob, planned: PlannedPhase) -> bool:
-    """Whether a job that waits would run this phase as it is planned now: its elements, its request to Slurm."""
-    enough = set(planned.missing) == set(found.entry.elements) or not found.waits
-    return enough and found.entry.request == request_of(planned)
+    """Whether a job that waits would run the elements of this phase that are to run now."""
+    return set(planned.missing) == set(found.entry.elements) or not found.waits
 
 
 def request_of(planned: PlannedPhase) -> str:
-    """A digest of what the script asks Slurm for: a waiting job with another request has to be replaced."""
+    """A digest of what a job asks for."""
     return durable.sha256_bytes(durable.canonical_json(
         [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch,
          dataclasses.asdict(planned.resources)]))[:16]
@@ -261,15 +279,15 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
                 _patiently(lambda: backend.cancel([step.job]))
         lost = _reconcile(backend, {step.name: mine[step.phase] for step in journal.steps if step.do == "submit"})
         if lost:
-            abandon(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
+            _take_back(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
             raise Outdated(
                 f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)")
         _patiently(lambda: backend.release(number, list(mine.values())))
     except Overtaken as late:
-        abandon(run, number, backend, str(late))
+        _take_back(run, number, backend, str(late))
         raise Outdated(f"{run.path}: {late}; nothing of submission {number} will run: submit again") from None
     except Refused as refusal:
-        abandon(run, number, backend, str(refusal))
+        _take_back(run, number, backend, str(refusal))
         raise UserMistake(f"{run.path}: {refusal}; nothing of submission {number} will run") from None
     except OutcomeOpen as silence:
         raise Unfinished(f"{run.path}: {silence}; what was sent is held: `afterok repair {run.path}` goes on") from None
@@ -324,6 +342,15 @@ def _reconcile(backend: Backend, recorded: dict[str, str]) -> list[str]:
     if extra:
         _patiently(lambda: backend.cancel(extra))
     return [name for name, job in recorded.items() if job not in found.get(name, [])]
+
+
+def _take_back(run: RunFolder, number: int, backend: Backend, why: str) -> None:
+    """`abandon`, or say what is left: that the cluster refused is not lost because it then fell silent."""
+    try:
+        abandon(run, number, backend, why)
+    except (OutcomeOpen, Refused) as failed:
+        raise Unfinished(f"{run.path}: {why}; what was sent is held and could not be cancelled ({failed}): "
+                         f"`afterok cancel {run.path}` takes it back") from None
 
 
 def abandon(run: RunFolder, number: int, backend: Backend, why: str) -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
+from data_tools.own_packages import environment
+from data_tools.printing import set_in
 
 EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
@@ -44,7 +46,7 @@ def do_plan(args: argparse.Namespace) -> int:
     from launchers.show import console, plan_table
 
     console().print(plan_table(plan))
-    _print_notes(plan)
+    _announce(plan)
     return 0
 
 
@@ -56,7 +58,7 @@ def _from_megatron(args: argparse.Namespace) -> int:
         return _print_json({"overrides": overrides, "notes": notes})
     print("\n".join(overrides))
     for note in notes:
-        print(f"afterok: {note}", file=sys.stderr)
+        tell(note)
     return 0
 
 
@@ -69,41 +71,58 @@ def _plan_parallel(args: argparse.Namespace) -> int:
     run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster)
     report = report_parallel(pipeline, run, cluster, args.parallel, args.search)
     if args.json:
-        _print_json({"phase": report.phase, **report.facts, "notes": report.notes,
+        _print_json({"phase": report.phase, "profile": cluster.as_json(), **report.facts, "notes": report.notes,
                      "problems": [str(problem) for problem in report.problems]})
     else:
         from launchers.show import console, table
 
         for one in report.tables:
             console().print(table(one["columns"], one["rows"], one["title"]))
-        print("\n".join(report.notes))
+        print("\n".join([*report.notes, cluster.where]))
     for problem in report.problems:
-        print(f"afterok: {problem}", file=sys.stderr)
+        tell(problem)
     return EXIT_MISTAKE if report.problems else 0
 
 
-def _print_notes(plan: Any) -> None:
+def _announce(plan: Any, quiet: bool = False) -> None:
+    """Say which cluster and profile a plan is for, and what leaves the submitter's environment."""
+    if not quiet:
+        print(plan.cluster.where, flush=True)
     for note in plan.notes:
-        print(f"afterok: {note}", file=sys.stderr)
+        tell(note)
+
+
+def tell(what: Any) -> None:
+    """Print a message of ours; lines that came with what it quotes are set in, so that none looks like one of ours."""
+    print(set_in(f"afterok: {what}"), file=sys.stderr)
 
 
 def do_submit(args: argparse.Namespace) -> int:
     from launchers.submit import submit
 
     plan = _make_plan(args)
-    _print_notes(plan)
+    _announce(plan, quiet=args.json)
+    if not args.dry_run:
+        plan.run.make(args.group)
     return _report_submitted(args, plan, submit(plan, args.dry_run))
 
 
 def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
     if args.json:
-        return _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs,
-                            "active": done.active, "rewired": done.rewired, "calls": done.calls})
-    if args.dry_run:
+        _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs,
+                     "profile": plan.cluster.as_json(), "active": done.active, "rewired": done.rewired,
+                     "calls": done.calls, "not_applied": done.not_applied})
+    elif args.dry_run:
         print("\n".join(done.calls) or "nothing to do")
     else:
         _print_submitted(plan, done)
-    return 0
+    _print_not_applied(done)
+    return EXIT_UNFINISHED if done.not_applied else 0
+
+
+def _print_not_applied(done: Any) -> None:
+    for line in done.not_applied:
+        tell(line)
 
 
 def do_resubmit(args: argparse.Namespace) -> int:
@@ -115,13 +134,15 @@ def do_resubmit(args: argparse.Namespace) -> int:
 
     run = _find_run(args.run)
     folder = run.submission_folder(run.newest_submission())
-    frozen = durable.read_json(folder / "pipeline.json")
+    frozen = durable.read_checked(folder / "pipeline.json")
     if Path(frozen["cwd"]).is_dir():
         os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
         sys.path.append(frozen["cwd"])
     pipeline = load_pipeline(folder / "pipeline.yaml", frozen["overrides"] + args.overrides)
-    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster))
-    _print_notes(plan)
+    if args.again and args.elements:
+        raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
+    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster), again=args.phase if args.again else "")
+    _announce(plan, quiet=args.json)
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
 
 
@@ -160,7 +181,8 @@ def _print_submitted(plan: Any, done: Any) -> None:
         print(f"{phase} {state} as job {job}")
     if not done.jobs and not done.active:
         or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
-        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}")
+        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
+              + (f"; submission {done.number} has their settings" if done.number else ""))
     elif done.number:
         print(f"submission {done.number} of {run}; look with `afterok status {_shown(run)}`")
 
@@ -172,10 +194,12 @@ def do_run(args: argparse.Namespace) -> int:
 
     plan = _make_plan(args)
     run: RunFolder = plan.run
-    _print_notes(plan)
+    _announce(plan, quiet=args.json)
+    run.make(args.group)
     done = submit(plan)
     if not args.json:
         _print_submitted(plan, done)
+    _print_not_applied(done)
     try:
         poll = SLURM_POLL_S if plan.cluster.kind == "slurm" else LOCAL_POLL_S
         status = follow(run, poll, quiet=args.json)
@@ -199,11 +223,11 @@ def _exit_code(status: Any, run: Any) -> int:
     failed = next((p for p in status.phases if p.failed), None)
     if failed is not None:
         said, where = failed.message or failed.reason or f"exit code {failed.exit_code}", _shown(run.path)
-        print(f"afterok: {failed.phase} failed: {said} (log: afterok logs {where} {failed.phase}; more: "
-              f"afterok why {where})", file=sys.stderr)
+        tell(f"{failed.phase} failed: {said} (log: afterok logs {where} {failed.phase}; more: afterok why {where})")
         return EXIT_MISTAKE if failed.exit_code == EXIT_MISTAKE else EXIT_UNFINISHED
-    print(f"afterok: {_shown(run.path)} is not finished; `afterok submit` goes on with what is missing",
-          file=sys.stderr)
+    for note in status.notes:
+        tell(note)
+    tell(f"{_shown(run.path)} is not finished; `afterok submit` goes on with what is missing")
     return EXIT_UNFINISHED
 
 
@@ -237,12 +261,18 @@ def do_status(args: argparse.Namespace) -> int:
             return 0
     else:
         status = run_status(run)
+    code = EXIT_MISTAKE if status.unasked and not status.finished else 0
     if args.json:
-        return _print_json(status.as_json())
+        _print_json(status.as_json())
+        return code
     from launchers.show import console, status_table
 
     console().print(status_table(status))
-    return 0
+    if status.where:
+        print(status.where)
+    for note in status.notes:
+        tell(note)
+    return code
 
 
 def do_why(args: argparse.Namespace) -> int:
@@ -252,8 +282,9 @@ def do_why(args: argparse.Namespace) -> int:
     report = why(run, phase)
     if args.json:
         return _print_json(report.as_json())
-    for line in [report.headline, *(finding.sentence for finding in report.findings), *report.notes]:
-        print(line)
+    for line in [report.headline, report.given_up, *(f.sentence for f in report.findings), *report.notes]:
+        if line:
+            print(set_in(line))
     return 0
 
 
@@ -296,7 +327,8 @@ def do_logs(args: argparse.Namespace) -> int:
         raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
     if args.replay:
         command = [sys.executable, "-m", "jobs.replay", str(_find_run(args.run).path), phase, args.replay]
-        return subprocess.run(command).returncode  # a process of its own: it imports torch
+        env = {**os.environ, **environment(os.environ)}
+        return subprocess.run(command, env=env).returncode  # a process of its own: it imports torch
     try:
         show_log(_find_run(args.run), phase, int(index) if index else None, args.follow)
     except KeyboardInterrupt:
@@ -319,10 +351,12 @@ def do_cancel(args: argparse.Namespace) -> int:
     from launchers.submit import cancel
 
     run = _find_run(args.run)
-    jobs = cancel(run, args.phases)
+    done = cancel(run, args.phases)
     if args.json:
-        return _print_json({"run": str(run.path), "cancelled": jobs})
-    print(f"cancelled {', '.join(jobs)}" if jobs else f"{_shown(run.path)}: nothing is active")
+        return _print_json({"run": str(run.path), "cancelled": done.jobs, "notes": done.notes})
+    print(f"cancelled {', '.join(done.jobs)}" if done.jobs else f"{_shown(run.path)}: nothing is active")
+    for note in done.notes:
+        tell(note)
     return 0
 
 

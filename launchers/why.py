@@ -1,7 +1,7 @@
 """`afterok why`: gathers what is known of each element that is not sealed, and has launchers/diagnosis.py read it."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -11,15 +11,17 @@ from jobs.retry import Cause
 from jobs.run_folder import FrozenPhase, RunFolder
 from launchers.backend import ACTIVE_STATES
 from launchers.diagnosis import Diagnosis, classify
-from launchers.evidence import Evidence
+from launchers.evidence import ENVIRONMENT_LINE, Evidence
 from launchers.ledger import JobEntry, Ledger
 from launchers.status import Element, Look, look_at, open_elements, script_of
 from slurm.client import SlurmError
 from slurm.printed import format_indices
+from slurm.profile import contact_note, load
 
 TAIL_BYTES = 1 << 16  # of a log; a traceback of many ranks fits
 MAX_ASKED = 8  # elements of a phase whose end is asked of scontrol one by one; the rest are judged by their logs
 SHOWN_RANGES = 6  # of elements, in a sentence
+ASK_THE_SITE = (Cause.NEVER_STARTS, Cause.NODE, Cause.ENVIRONMENT)  # what a profile's contact has to hear of
 
 
 @dataclass
@@ -60,10 +62,11 @@ class Report:
     phases: int
     not_submitted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    given_up: str = ""  # why the newest submission did not come to run
 
     @property
     def healthy(self) -> bool:
-        return not any(finding.diagnosis.cause.is_trouble for finding in self.findings)
+        return not self.given_up and not any(finding.diagnosis.cause.is_trouble for finding in self.findings)
 
     @property
     def headline(self) -> str:
@@ -83,6 +86,7 @@ class Report:
             "healthy": self.healthy,
             "headline": self.headline,
             "findings": [finding.as_json() for finding in self.findings],
+            "given_up": self.given_up,
             "notes": self.notes,
         }
 
@@ -104,13 +108,28 @@ def why(run: RunFolder, phase: Optional[str] = None) -> Report:
         if event["event"] == "cancel"
         for job in event["jobs"]
     }
+    sealed = sum(run.seal(p.name, p.key) is not None for p in chosen)
+    if look.unasked and sealed < len(chosen):
+        raise look.unasked[0]
     findings: list[Finding] = []
     for found in chosen:
         findings += _findings(look, found, cancels)
-    sealed = sum(run.seal(p.name, p.key) is not None for p in chosen)
     idle = [p.name for p in chosen if run.seal(p.name, p.key) is None and not look.of_phase(p)]
     findings.sort(key=lambda f: (f.diagnosis.cause is Cause.WAITING, f.diagnosis.cause is Cause.UPSTREAM))
-    return Report(str(run.path), look.number, findings, sealed, len(chosen), idle, look.notes)
+    given_up = Ledger(run.ledger).given_up() if sealed < len(chosen) else ""
+    if contact := _contact(run, look.number):
+        for finding in findings:
+            if finding.diagnosis.cause in ASK_THE_SITE:
+                finding.diagnosis = replace(finding.diagnosis, remedy=finding.diagnosis.remedy + contact)
+    return Report(str(run.path), look.number, findings, sealed, len(chosen), idle, look.notes, given_up)
+
+
+def _contact(run: RunFolder, number: int) -> str:
+    """What names the contact of the profile that a submission was made with; "" where nobody can be named."""
+    try:
+        return contact_note(load(str(run.submission_folder(number) / "profile.yaml")))
+    except (UserMistake, OSError):
+        return ""
 
 
 def _findings(look: Look, phase: FrozenPhase, cancels: dict[str, float]) -> Iterator[Finding]:
@@ -229,5 +248,6 @@ def _shared_log(path: Path, entry: JobEntry, index: int) -> str:
         return ""
     task = path.with_name(path.name.replace(f".{index}.out", f".tasks{index // entry.batch}.out"))
     return "".join(
-        f"{line}\n" for line in log_tail(task, "", -1).splitlines() if re.search(r"slurmstepd.*\*\*\* JOB ", line)
+        f"{line}\n" for line in log_tail(task, "", -1).splitlines()
+        if re.search(r"slurmstepd.*\*\*\* JOB ", line) or ENVIRONMENT_LINE.search(line)
     )

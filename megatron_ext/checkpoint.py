@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import random as mcore_random
 from data_tools import durable
 from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext import dist_weights, loading, pickles
+from megatron_ext import dist_weights, loading, pickles, step_manifest
 from megatron_ext.digest import combined
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ParallelPlan
@@ -45,11 +45,10 @@ from megatron_ext.snapshot import (
     sums,
     trained_state,
 )
+from megatron_ext.step_manifest import FORMAT, MANIFEST
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-MANIFEST = "manifest.json"
 STATE, RNG = "state", "rng"
 Group = dist.ProcessGroup | None  # None: all ranks, on the device's back end
 
@@ -323,7 +322,7 @@ class Saver:
             "files": files,
             **job.facts,
         }
-        durable.write_json(temporary / MANIFEST, manifest)
+        durable.write_checked(temporary / MANIFEST, manifest)
         durable.fsync_tree(temporary)
         target = self.root / f"step_{job.step}"
         if target.exists():  # a damaged one that this run fell back from
@@ -372,9 +371,9 @@ def steps(root: Path) -> list[int]:
 
 def _defects(folder: Path) -> Iterator[str]:
     """What of a step does not agree with its manifest."""
-    manifest = from_rank_zero(_read_manifest(folder) if dist.get_rank() == 0 else None)
-    if manifest is None:
-        yield f"{MANIFEST} is missing or unreadable"
+    manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
+    if problem:
+        yield problem
         return
     names = sorted(manifest["files"])
     shares = _gathered(_hash_files(folder, names[dist.get_rank() :: dist.get_world_size()]), None)
@@ -388,21 +387,18 @@ def _defects(folder: Path) -> Iterator[str]:
             yield f"{name} has other bytes than were written"
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = durable.read_json(folder / MANIFEST)
-        return manifest if manifest["format"] == FORMAT and manifest["files"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest step whose files all have the bytes that were written, and one line about each newer, damaged one."""
+    """The newest step whose files all have the bytes that were written, and one line about each newer, damaged one.
+
+    A last line where nobody can tell whether that step's manifest was altered: before, it had no sum over itself.
+    """
     notes: list[str] = []
     for step in from_rank_zero(steps(root)):
         folder = root / f"step_{step}"
         defects = list(_defects(folder))
         if not defects:
+            if not from_rank_zero(step_manifest.has_sum(folder) if dist.get_rank() == 0 else None):
+                notes.append(f"{folder.name} has no sum: written before")
             return folder, notes
         notes.append(f"{folder.name} is damaged and was skipped: {defects[0]}")
         if dist.get_rank() == 0:
@@ -415,11 +411,17 @@ def load_step(
 ) -> tuple[int, dict[str, Any]]:
     """Restore weights, optimizer and, under the same layout, RNG. Returns the step and the saved position.
 
-    Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs.
+    Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs, or is damaged. What it
+    does not say, since it was not written down yet when it was made, is no difference.
     """
-    manifest = from_rank_zero(_read_manifest(folder) if dist.get_rank() == 0 else None)
+    manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
+    if problem:
+        raise UserMistake(f"{folder}/{problem}; delete {folder} to go on from an earlier step")
     for name in sorted({*identity, *manifest["identity"]}):
         theirs, ours = manifest["identity"].get(name), identity.get(name)
+        if name not in manifest["identity"]:
+            log.warning("%s does not say its %s: taken for this run's", folder, name)
+            continue
         if theirs != ours:
             raise UserMistake(
                 f"{folder} was written with {name} = {theirs!r}, this run has {ours!r}: it cannot be resumed; "

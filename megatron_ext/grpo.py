@@ -11,7 +11,7 @@ the steps after it from the journal (rl/journal.py): every sample is trained onc
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from data_tools.progress import Progress, Stop, Stopped, silent
 from data_tools.seeded import permutation
 from megatron_ext import checkpoint
 from megatron_ext.metrics import Metrics, Sink
-from megatron_ext.rl import journal, report
+from megatron_ext.rl import fruit, journal, report
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.losses import Totals
 from megatron_ext.rl.rows import (
@@ -82,9 +82,24 @@ class Position:
     tokens: int = 0  # of completions
     first_reward: Optional[float] = None
     last_reward: Optional[float] = None
+    signal: int = 0  # trained samples whose advantage was not 0
+    unscorable: int = 0  # samples that were not trained, by why
+    cut_off: int = 0
+    equal: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)  # notes of those without a reward
+    steps: int = 0
+    broken_steps: int = 0  # the last ones, in which every verdict failed
 
-    def after(self, drawn: list[Sample], batch: Batch, update: "Update", found: dict[str, Any]) -> None:
-        """What a step did."""
+    @classmethod
+    def read(cls, saved: dict[str, Any]) -> "Position":
+        """Return the position of a checkpoint, which may be from before `signal` was counted."""
+        return cls(**{"signal": saved.get("trained_samples", 0), "steps": 1, **saved})
+
+    def after(
+        self, drawn: list[Sample], batch: Batch, rewarding: Rewarding, update: "Update", found: dict[str, Any]
+    ) -> None:
+        """Count what a step did."""
+        self.steps += 1
         self.updates += update.updates
         self.samples += len(drawn)
         self.trained_samples += int(batch.trained.sum())
@@ -92,6 +107,20 @@ class Position:
         self.mismatch = found.get("mismatch", {}).get("kl", self.mismatch)
         self.last_reward = found["reward"] if found["reward"] is not None else self.last_reward
         self.first_reward = self.last_reward if self.first_reward is None else self.first_reward
+        self.signal += int((batch.trained & (batch.advantages != 0)).sum())
+        for name, count in fruit.untrained(drawn, batch, rewarding).items():
+            setattr(self, name, getattr(self, name) + count)
+        fruit.add_reasons(self.reasons, drawn)
+        self.broken_steps = self.broken_steps + 1 if fruit.all_failed(drawn) else 0
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether every verdict of the first step failed, or of so many in a row that the verifiers will not mend."""
+        return self.broken_steps >= fruit.BROKEN_STEPS or 0 < self.broken_steps == self.steps
+
+    @property
+    def untrained(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in fruit.CATEGORIES}
 
 
 @dataclass(frozen=True)
@@ -134,7 +163,7 @@ def train(
         done, position = 0, Position()
         if folder is not None:
             done, saved_position = checkpoint.load_step(folder, trainer.model, trainer.optimizer, plan, identity)
-            position = Position(**saved_position)
+            position = Position.read(saved_position)
         resumed_from = saved = done
         saver = checkpoint.Saver(
             root, trainer.model, trainer.optimizer, plan, run.keep_checkpoints, run.keep_every, run.save_in_background
@@ -185,6 +214,7 @@ def train(
                 give_up(k, stopped.done)
             collector.close()
             batch = batch_of(drawn, kept, run.advantage, run.rewarding, run.max_tokens)
+            _check_advantages(batch, k + 1)
             parts = [
                 (totals_of(part, run), rollout_rows(part, plan, run.row_tokens, run.temperature, run.comparable))
                 for part in minibatches(batch, run, k)
@@ -192,20 +222,27 @@ def train(
             rate = schedule.rate(k)
             with clock("train"):
                 update = _update(trainer, parts, run, rate, position.mismatch, reference, vote)
-            if not math.isfinite(update.norm):
+            if not math.isfinite(update.norm) or update.measures.get("beyond"):
                 saver.wait()
-                raise NonFinite(
-                    f"step {k + 1}: the gradient norm is {update.norm} at learning rate {rate:g}; the last checkpoint "
-                    f"is step {saved}. Lower lr or raise warmup_steps"
-                )
+                what = f"the gradient norm is {update.norm:g} at learning rate {rate:g}"
+                remedy = _remedy(update.measures, batch)
+                raise NonFinite(f"step {k + 1}: {what}; the last checkpoint is step {saved}. {remedy}")
             found = report.measured(drawn, batch, kept, update)
-            position.after(drawn, batch, update, found)
+            position.after(drawn, batch, run.rewarding, update, found)
             if run.log_samples and dist.get_rank() == 0:
                 report.write_samples(keep / SAMPLES, k + 1, drawn, batch, update.differences, spell)
             clock.seconds.update(collector.seconds)
             metrics.append({"step": k + 1, "lr": rate, **found, **report.speeds(drawn, update, collector, clock)})
             reward = found["reward"]
-            progress(k + 1, steps, "steps", "no reward" if reward is None else f"reward {reward:.3f}, lr {rate:.2e}")
+            none = "" if batch.trained.any() else ", no sample trained"
+            said = "no reward" if reward is None else f"reward {reward:.3f}, lr {rate:.2e}"
+            progress(k + 1, steps, "steps", said + none)
+            if position.is_broken:
+                if dist.get_rank() == 0:
+                    for step in journal.steps(keep / ROLLOUTS):
+                        journal.drop_failures(keep / ROLLOUTS, step, collector.identity)
+                saver.wait()
+                raise fruit.failed_verdicts(drawn, f"step {k + 1}")
             if k + 1 == steps:
                 evaluate_if_due(steps)
             if k + 1 == steps or (run.checkpoint_every > 0 and (k + 1) % run.checkpoint_every == 0):
@@ -215,6 +252,8 @@ def train(
         vote.count()
         saver.close()
         metrics.close()
+        if not position.signal and not (position.trained_samples and (run.loss.kl_beta or run.loss.entropy)):
+            raise fruit.nothing_trained(position.untrained, position.reasons, position.samples, steps)
         return Outcome(steps, position, resumed_from, notes)
 
 
@@ -251,6 +290,36 @@ def totals_of(batch: Batch, run: Run) -> Totals:
     return Totals(tokens, len(batch.samples), run.max_tokens)
 
 
+_LARGE_ADVANTAGE = 1e6  # beyond what any scale of rewards gives on purpose
+_LARGE_LOG_RATIO = 20.0  # e^20 = 5e8
+
+
+def _check_advantages(batch: Batch, step: int) -> None:
+    """Raise NonFinite for advantages that float32 does not hold."""
+    with np.errstate(over="ignore"):
+        wrong = ~np.isfinite(batch.advantages.astype(np.float32))
+    if wrong.any():
+        item = batch.samples[int(np.argmax(wrong))].item
+        rewards = [sample.reward for sample in batch.samples if sample.item == item and sample.reward is not None]
+        of = f"of prompt {item}'s rewards from {min(rewards):g} to {max(rewards):g}"
+        raise NonFinite(f"step {step}: {of} float32 holds no advantages: scale the rewards down")
+
+
+def _remedy(measures: Mapping[str, float], batch: Batch) -> str:
+    """Say what made a step's gradient overflow, as far as its measures tell, and what to do."""
+    ratio, below = (measures.get(name, 0.0) for name in ("max_log_ratio", "max_below_reference"))
+    largest = float(np.abs(batch.advantages).max(initial=0.0))
+    if largest > _LARGE_ADVANTAGE:
+        return f"Advantages are up to {largest:g}: scale the rewards down"
+    if ratio > _LARGE_LOG_RATIO:
+        remedy = "lower lr, give fewer passes or minibatches, or set loss.dual_clip"
+        return f"A trained token became e^{ratio:.0f} times as likely within the step: {remedy}"
+    if below > _LARGE_LOG_RATIO:
+        of = f"e^{below:.0f} times the policy's probability"
+        return f"The reference gives a trained token {of}: lower lr, or use loss.kl: k2"
+    return "Lower lr or raise warmup_steps"
+
+
 # ---------------------------------------------------------------- updates
 
 
@@ -277,14 +346,17 @@ def _update(
     reference: Optional[Reference],
     vote: StopVote,
 ) -> Update:
-    """The step's passes over its minibatches. One without a trained token changes nothing."""
+    """Make the step's passes over its minibatches. One without a trained token changes nothing.
+
+    A lone update needs no old log-probs: its ratio is 1. Several need those of the weights before the first of them,
+    which a forward pass over the same rows gives. What the engine recorded carries the rounding of whichever samples
+    shared its passes, so it enters the loss only where that was asked for (old_logprobs: rollout, loss.correction).
+    """
     done = Update()
     parts = [(totals, rows) for totals, rows in parts if totals.tokens]
     count = len(parts) * run.passes
     if count > 1:
-        done.trusted = run.old_logprobs == "rollout" or (
-            run.old_logprobs == "auto" and mismatch is not None and mismatch <= run.mismatch_limit
-        )
+        done.trusted = run.old_logprobs == "rollout" and mismatch is not None and mismatch <= run.mismatch_limit
         for i, (totals, rows) in enumerate(parts):
             found = [row.behaviour for row in rows] if done.trusted else log_probs(trainer.model, rows)
             parts[i] = totals, with_old(rows, found)

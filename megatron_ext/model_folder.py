@@ -18,6 +18,7 @@ from typing import Any, Mapping, Optional
 from data_tools import durable
 from data_tools.inside import files, inside
 from data_tools.mistake import Problem, UserMistake
+from megatron_ext import step_manifest
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.compare import differences, meaning
@@ -98,12 +99,16 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     checkpoint `step`, or with 0 what it sealed, else the newest. UserMistake where there is none such. No torch."""
     path = Path(path).expanduser()
     if step == 0:
-        for manifest, weights in (("model.json", "weights"), ("manifest.json", "state")):
-            if (path / manifest).is_file():
-                if durable.read_json(inside(path, manifest)).get("adapter"):
+        for name, weights in (("model.json", "weights"), (step_manifest.MANIFEST, "state")):
+            if (path / name).is_file():
+                if name == step_manifest.MANIFEST:
+                    facts = step_manifest.read_or_refuse(path, "init_from")
+                else:
+                    facts = durable.read_json(inside(path, name))
+                if facts.get("adapter"):
                     said = f"{path} is a model with an adapter: merge it first (merge_lora)"
                     raise UserMistake(Problem("init_from", said))
-                return path / weights, durable.read_json(inside(path, manifest))["weights_digest"]
+                return path / weights, facts["weights_digest"]
     # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifact.py).
     roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
     steps = sorted(
@@ -167,7 +172,7 @@ def _otherwise(folder: ModelFolder, other: Path) -> list[str]:
     if (other / "model.json").is_file():
         theirs = open_folder(other)
         return differences(meaning(theirs.family, theirs.dims), meaning(folder.family, folder.dims))
-    rows, ours = durable.read_json(inside(other, "manifest.json")).get("vocabulary"), folder.dims.vocabulary
+    rows, ours = step_manifest.read_or_refuse(other, "init_from").get("vocabulary"), folder.dims.vocabulary
     return [f"its vocabulary has {rows:,} rows, not {ours:,}"] if rows not in (None, ours) else []
 
 

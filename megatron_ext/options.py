@@ -1,7 +1,7 @@
 """How a training uses its GPUs, and how experts are balanced: parts of a training's config, by the names that
 megatron-core 0.16.1 gives them. No torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Mapping
 
 from data_tools.mistake import Problem, nearest
@@ -10,6 +10,16 @@ ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused")  # enums.AttnBackend;
 CUDA_GRAPHS = ("none", "local", "transformer_engine")  # TransformerConfig.cuda_graph_impl
 GRAPH_SCOPES = ("attn", "mlp", "moe", "moe_router", "moe_preprocess", "mamba")  # enums.CudaGraphScope
 BALANCINGS = ("aux_loss", "seq_aux_loss", "global_aux_loss")  # TransformerConfig.moe_router_load_balancing_type
+
+
+def keyed(config: Any) -> Dict[str, Any]:
+    """Return the fields of a config that change the result, as the key of its phase has them (jobs/kind.py)."""
+    found = {}
+    for one in fields(config):
+        counts, value = one.metadata.get("keyed", True), getattr(config, one.name)
+        if counts is True or counts == "if_set" and value:
+            found[one.name] = value
+    return found
 
 
 @dataclass

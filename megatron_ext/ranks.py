@@ -1,7 +1,7 @@
 """Start and stop the ranks of one job: torch.distributed, mcore's groups, random seeds.
 
 Addresses come from the environment, as torchrun and our worker set it: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-MASTER_PORT. With TORCHELASTIC_USE_AGENT_STORE=True somebody else already hosts the store at that port. Without
+MASTER_PORT. Where our worker began the process, its ranks have met already, and go on with that store. Without
 WORLD_SIZE, or with 1, the process is alone and needs no address.
 """
 
@@ -11,12 +11,13 @@ import ipaddress
 import os
 import random
 from datetime import timedelta
-from typing import Iterator
+from typing import Iterator, Optional
 
 import numpy
 import torch
 import torch.distributed as dist
 
+from data_tools import rendezvous
 from data_tools.mistake import UserMistake
 from megatron_ext.device import backend, init_device
 from megatron_ext.parallel import ParallelPlan, environment, environment_problems
@@ -40,13 +41,85 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+class MeetingStore(dist.Store):
+    """The ranks' own store (data_tools/rendezvous.py) in the form that torch.distributed takes.
+
+    The names of the methods are those that torch's C++ looks for in a Store written in Python.
+    """
+
+    _kept: "list[MeetingStore]" = []  # C++ keeps a Store alive, but not the half of it that is written in Python
+
+    def __init__(self, client: rendezvous.Client):
+        super().__init__()
+        self._client = client
+        self._kept.append(self)
+
+    def set(self, key: str, value: "str | bytes") -> None:
+        self._client.set(key, value.encode() if isinstance(value, str) else value)
+
+    def get(self, key: str) -> bytes:
+        with _as_torch_says():
+            return self._client.get(key)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        with _as_torch_says():
+            return self._client.multi_get(keys)
+
+    def multi_set(self, keys: list[str], values: list[bytes]) -> None:
+        self._client.multi_set(keys, values)
+
+    def wait(self, keys: list[str], timeout: Optional[timedelta] = None) -> None:
+        with _as_torch_says():
+            self._client.wait(keys, None if timeout is None else timeout.total_seconds())
+
+    def check(self, keys: list[str]) -> bool:
+        return self._client.check(keys)
+
+    def add(self, key: str, amount: int) -> int:
+        return self._client.add(key, amount)
+
+    def append(self, key: str, value: bytes) -> None:
+        self._client.append(key, value)
+
+    def compare_set(self, key: str, expected: "str | bytes", desired: "str | bytes") -> bytes:
+        return self._client.compare_set(key, *(v.encode() if isinstance(v, str) else v for v in (expected, desired)))
+
+    def deleteKey(self, key: str) -> bool:
+        return self._client.delete(key)
+
+    def getNumKeys(self) -> int:
+        return self._client.count()
+
+    def has_extended_api(self) -> bool:
+        return True
+
+    def clone(self) -> "MeetingStore":
+        return MeetingStore(self._client.again())
+
+    delete_key, num_keys = deleteKey, getNumKeys
+
+
+@contextlib.contextmanager
+def _as_torch_says() -> Iterator[None]:
+    """A time limit that passed, as the error that torch's own stores raise."""
+    try:
+        yield
+    except rendezvous.MeetingTimeout as error:
+        raise dist.DistStoreError(str(error)) from None
+
+
 def join(patience: timedelta = PATIENCE) -> None:
     """Join the process group. Raises RuntimeError from torch when the address does not answer."""
     if world_size_of_environment() > 1:
         # gloo looks its interface up by host name, which fails on machines whose name resolves to nothing.
         if _is_loopback(os.environ.get("MASTER_ADDR", "")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend(), init_method="env://", timeout=patience)
+        store = rendezvous.of_environment(os.environ, patience.total_seconds())
+        if store is None:
+            dist.init_process_group(backend(), init_method="env://", timeout=patience)
+        else:
+            dist.init_process_group(backend(), store=MeetingStore(store), rank=rank_of_environment(),
+                                    world_size=world_size_of_environment(), timeout=patience)
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
 

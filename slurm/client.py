@@ -7,7 +7,6 @@ would change what is asked or how it is printed. What they print is read in slur
 
 import os
 import pwd
-import re
 import signal
 import subprocess
 import time
@@ -15,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from data_tools.mistake import UserMistake
 from slurm.printed import (
-    SEPARATOR, AccountingRow, PartitionRow, QueueRow, SubmitLimit, array_limit, controller_is_up, first_line,
-    is_away, parse_accounting, parse_configuration, parse_job_row, parse_keys, parse_partitions, parse_queue,
-    parse_submit_limit,
+    ACCOUNTING_FIELDS, QUEUE_FIELDS, AccountingRow, PartitionRow, QueueRow, SubmitLimit, array_limit, controller_is_up,
+    first_line, is_away, lost_connection, parse_accounting, parse_configuration, parse_job, parse_job_row, parse_keys,
+    parse_partitions, parse_queue, parse_submit_limit, separator, submitted_id, whole_message,
 )  # fmt: skip
 
 PING_LIMIT_S = 5.0
@@ -29,38 +28,35 @@ IDS_PER_COMMAND = 1000  # keeps a command line of 20-byte ids far below ARG_MAX 
 _SCRUBBED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
 
-# What sbatch and scontrol say when the controller may have taken the call although the client saw it fail.
-_SILENCE = re.compile(
-    r"timed out|timeout|unable to contact|connection refused|connection reset|zero bytes|socket|communication"
-    r"|slurm_persist|try again",
-    re.IGNORECASE,
-)
 ASK_AGAIN_S = 2.0
 ACCOUNTING_LIMIT_S = 5.0
 REQUEUE_PATIENCE_S = 45.0  # half of the default signal lead: the other half is Slurm's, to end the job
 
 
 class SlurmError(Exception):
-    """A Slurm command failed: which, with which code (None: it never ended or never started) and what it said."""
+    """A Slurm command failed: which, with which code (None: it never ended or never started) and what it said.
 
-    def __init__(self, command: Sequence[str], returncode: int | None, message: str, stderr: str = ""):
+    `is_silence`: nobody answered, so that what was asked for may have happened all the same. A command that ended by
+    itself with its own words has answered, whatever they are.
+    """
+
+    def __init__(
+        self, command: Sequence[str], returncode: int | None, message: str, stderr: str = "", is_silence: bool = False
+    ):
         self.command = list(command)
         self.returncode = returncode
         self.message = message
         self.stderr = stderr
+        self.is_silence = is_silence
         code = "" if returncode is None else f" (exit code {returncode})"
         super().__init__(f"`{_shown(self.command)}` failed{code}: {message}")
-
-    @property
-    def is_silence(self) -> bool:
-        """Nobody answered: what was asked for may have happened all the same."""
-        return _SILENCE.search(self.message) is not None
 
 
 class SlurmTimeout(SlurmError):
     """The command was killed at our limit. What it asked for may have happened all the same (an sbatch, a scancel)."""
 
-    is_silence = True
+    def __init__(self, command: Sequence[str], limit_s: float):
+        super().__init__(command, None, f"no answer within {limit_s:g} s", is_silence=True)
 
 
 class SlurmUnavailable(UserMistake):
@@ -106,14 +102,16 @@ class Slurm:
         try:
             out, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            raise SlurmTimeout(command, None, f"no answer within {limit:g} s") from None
+            raise SlurmTimeout(command, limit) from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-        if process.returncode != 0:
-            message = first_line(err) or first_line(out) or "it said nothing"
-            raise SlurmError(command, process.returncode, message, err)
+        code = process.returncode
+        if code != 0:
+            message = whole_message(command[0], err, out) or "it said nothing"
+            silent = _ended_by_signal(code) or lost_connection(command[0], err)
+            raise SlurmError(command, code, message, err, silent)
         return out
 
     def patiently(self, command: Sequence[str], patience_s: float) -> str:
@@ -158,9 +156,10 @@ class Slurm:
 
         Not by `squeue --array`, which loses the last element of an array it prints with a step ("0-396:4", 22.05.8).
         """
-        fields = SEPARATOR.join(("%A", "%F", "%K", "%T", "%r", "%E", "%N", "%j"))
+        between = separator()
+        fields = "".join(field + between for field in QUEUE_FIELDS)
         command = ["squeue", "--noheader", "--states=all", f"--user={os.geteuid()}", f"--format={fields}"]
-        return parse_queue(self.run(command))
+        return parse_queue(self.run(command), between)
 
     def cancel(self, ids: Iterable[str | int]) -> None:
         """Cancel jobs, arrays ("12") or elements ("12_3"); those already ended or forgotten are no error."""
@@ -180,11 +179,12 @@ class Slurm:
     def accounting(self, ids: Iterable[str | int]) -> list[AccountingRow] | None:
         """What slurmdbd recorded of these jobs, steps left out; None when the cluster keeps no accounting."""
         rows: list[AccountingRow] = []
-        fields = "JobID,JobIDRaw,State,ExitCode,ElapsedRaw,NodeList,JobName"
+        between, fields = separator(), ",".join(ACCOUNTING_FIELDS)
         for some in _chunks(ids):
-            command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--format={fields}"]
+            command = ["sacct", "--allocations", "--noheader", "--parsable", f"--delimiter={between}"]
             try:
-                rows += parse_accounting(self.run([*command, f"--jobs={','.join(some)}"]))
+                printed = self.run([*command, f"--format={fields}", f"--jobs={','.join(some)}"])
+                rows += parse_accounting(printed, between)
             except SlurmError as error:
                 if "accounting storage is disabled" in error.message:
                     return None
@@ -260,7 +260,7 @@ class Slurm:
 
     def job(self, element: str, patience_s: float = 0.0) -> dict[str, str]:
         """What the controller says of one job ("12") or array element ("12_3"), keys as `scontrol show job` spells."""
-        return parse_keys(self.patiently(["scontrol", "show", "job", element, "--oneliner"], patience_s))
+        return parse_job(self.patiently(["scontrol", "show", "job", element, "--oneliner"], patience_s))
 
     def requeue(self, element: str, exclude: str = "", patience_s: float = REQUEUE_PATIENCE_S) -> None:
         """Run a job or array element again under its id, not on the nodes `exclude`; asked again while nobody answers.
@@ -276,9 +276,14 @@ class Slurm:
         self.run(["scontrol", "update", f"jobid={element}", f"excnodelist={nodes}"])
 
     def sbatch(self, arguments: Sequence[str]) -> str:
-        """Submit; gives the new job's id. SlurmTimeout leaves open whether the job exists: look for its name."""
-        printed = self.run(["sbatch", "--parsable", *arguments])
-        return printed.strip().splitlines()[-1].split(";")[0]  # "12" or, with several clusters, "12;name"
+        """Submit; gives the new job's id. An error that `is_silence` leaves open whether it exists: look for its name."""
+        command = ["sbatch", "--parsable", *arguments]
+        printed = self.run(command)
+        job = submitted_id(printed)
+        if job is None:
+            said = whole_message("sbatch", printed, "") or "nothing"
+            raise SlurmError(command, 0, f"no line of what it printed is a job's id: {said}", is_silence=True)
+        return job
 
 
 def job_element(env: Mapping[str, str]) -> str:
@@ -288,8 +293,13 @@ def job_element(env: Mapping[str, str]) -> str:
     return env.get("SLURM_JOB_ID", "")
 
 
+def _ended_by_signal(code: int) -> bool:
+    """Whether a command was killed, by what itself or a shell around it tells (128 and the signal)."""
+    return code < 0 or 128 < code <= 192
+
+
 def _shown(command: Sequence[str], longest: int = 120) -> str:
-    text = " ".join(command).replace(SEPARATOR, " ")
+    text = " ".join("--format=…" if word.startswith("--format=%") else word for word in command)
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 

@@ -28,6 +28,10 @@ LOOKUP_FAILED = "DNS SRV lookup failed"  # Slurm's words where no configuration 
 GPU_DEVICES = "nvidia[0-9]*"
 
 
+class NoDevCluster(SlurmUnavailable):
+    """The dev cluster is not up, and nothing will start it but its user."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Where phases run. `env` is for Slurm's commands and for local processes: nothing of an outer job's SLURM_*."""
@@ -36,6 +40,20 @@ class Cluster:
     profile: profile.Profile
     env: dict[str, str]
     name: str
+    slurm_name: str = ""  # ClusterName, as the Slurm that answers spells it
+    profile_file: str = ""  # "": made from the live cluster, for the reason that `made` tells
+    made: str = ""
+
+    @property
+    def where(self) -> str:
+        """One line: which cluster this is, which profile describes it, and which file that is."""
+        place = f"cluster {self.slurm_name or self.name}" if self.kind == "slurm" else "this machine"
+        return f"{place}: {self.made or f'profile {self.profile.meta.name} ({self.profile_file})'}"
+
+    def as_json(self) -> dict[str, str]:
+        """What `where` tells, by name."""
+        return {"kind": self.kind, "name": self.name, "cluster_name": self.slurm_name,
+                "profile": self.profile.meta.name, "profile_file": self.profile_file}
 
     @property
     def slurm(self) -> Slurm:
@@ -82,7 +100,7 @@ def _local(name: str) -> Cluster:
             if role != "cpu":
                 chosen.roles[role].gpus_per_node = _gpus_here(os.environ)
     env = {key: value for key, value in client.scrubbed_environment(os.environ).items() if not key.startswith("SLURM_")}
-    return Cluster("local", chosen, env, chosen.meta.name)
+    return Cluster("local", chosen, env, chosen.meta.name, profile_file=str(profile.find(name)))
 
 
 def _slurm(name: str | None) -> Cluster:
@@ -90,20 +108,30 @@ def _slurm(name: str | None) -> Cluster:
     env = client.scrubbed_environment(os.environ)
     slurm = Slurm(env)
     slurm.ping(client.PING_LIMIT_S)
-    if name is None:
-        own = slurm.configuration().get("ClusterName", "slurm")
-        # only an admin's or the user's: a cluster called "example" has not chosen our example
-        found = profile.find(own)
-        chosen = profile.load(own) if found and found.parent != profile.BUILT_IN else profile.from_live(slurm)
-        return Cluster("slurm", chosen, env, own)
-    chosen = profile.load(name)
-    return Cluster("slurm", chosen, env, chosen.meta.name)
+    own = cluster_name(slurm)
+    if name is not None:
+        chosen = profile.load(name)
+        return Cluster("slurm", chosen, env, chosen.meta.name, own, str(profile.find(name)))
+    file = profile.find_for_cluster(own)
+    if file is not None:
+        return Cluster("slurm", profile.load(str(file)), env, own, own, str(file))
+    looked = ", ".join(map(str, profile.site_folders()))
+    made = f"no profile is named like it ({own}.yaml in {looked}); used is one made from its own partitions"
+    return Cluster("slurm", profile.from_live(slurm), env, own, own, made=made)
+
+
+def cluster_name(slurm: Slurm) -> str:
+    """ClusterName of the Slurm that answers, which spells it in small letters whatever slurm.conf has."""
+    try:
+        return slurm.configuration().get("ClusterName", "slurm")
+    except SlurmError as error:
+        raise SlurmUnavailable(f"Slurm does not tell its name: {error}; submit again once it answers") from None
 
 
 def _dev(cluster: devcluster.DevCluster) -> Cluster:
     """The dev cluster, with its profile's limits set to the shape it was started with."""
     if not cluster.is_up():
-        raise SlurmUnavailable(f"no dev cluster is up at {cluster.prefix}; start one with `afterok cluster up`")
+        raise NoDevCluster(f"no dev cluster is up at {cluster.prefix}; start one with `afterok cluster up`")
     env = cluster.env()
     Slurm(env).ping(client.PING_LIMIT_S)
     chosen, shape = profile.load("dev"), cluster.shape
@@ -116,7 +144,7 @@ def _dev(cluster: devcluster.DevCluster) -> Cluster:
     for role in chosen.roles.values():  # a small cluster must still start what asks for nothing special
         if role.mem_gib is not None:
             role.mem_gib = max(min(role.mem_gib, shape.memory_mib // 1024), 1)
-    return Cluster("slurm", chosen, env, "dev")
+    return Cluster("slurm", chosen, env, "dev", cluster_name(Slurm(env)), str(profile.find("dev")))
 
 
 def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:

@@ -4,10 +4,24 @@ Formats: `man squeue`, `sinfo`, `sacct`, `scontrol`, of Slurm 22.05; array and t
 """
 
 import re
-from collections.abc import Iterable, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-SEPARATOR = "\x1f"  # the one character no job name or reason contains
+# What Slurm's library itself says where a connection was lost, so that what was asked for may have happened all the
+# same: slurm_strerror's texts of 22.05 for communication, and those of the C library for a socket.
+LOST_CONNECTION = (
+    "Unexpected message received", "Message send failure", "Message receive failure", "Protocol authentication error",
+    "Communication connection failure", "Communication shutdown failure", "Zero Bytes were transmitted or received",
+    "Unable to contact slurm controller (connect failure)", "Unable to contact slurm controller (send failure)",
+    "Unable to contact slurm controller (receive failure)", "Unable to contact slurm controller (shutdown failure)",
+    "Slurm backup controller in standby mode", "Socket timed out on send/recv operation", "Connection refused",
+    "Connection timed out", "Connection reset by peer", "Broken pipe", "No route to host", "Network is unreachable",
+)  # fmt: skip
+SBATCH_FAILED = "sbatch: error: Batch job submission failed: "  # what follows is slurm_strerror's, whatever stands above
+MESSAGE_CHARACTERS = 4000  # of what a command said: a site's longest policy text, and no more of a log by mistake
+QUEUE_FIELDS = ("%A", "%F", "%K", "%T", "%r", "%E", "%N", "%j")
+ACCOUNTING_FIELDS = ("JobID", "JobIDRaw", "State", "ExitCode", "ElapsedRaw", "NodeList", "JobName")
 
 # States that a job leaves only by a requeue (man squeue, JOB STATE CODES); a requeue sets it to PENDING.
 ENDED_STATES = frozenset((
@@ -83,13 +97,27 @@ def controller_is_up(printed: str) -> bool:
     return any(line.rstrip().endswith(" UP") for line in printed.splitlines())
 
 
-def parse_queue(printed: str) -> list[QueueRow]:
-    """Rows of `squeue` with the fields %A %F %K %T %r %E %N %j; waiting elements come in one line and become many."""
+def separator() -> str:
+    """Return a text to print between fields that no job's name or reason can hold: it was drawn after they were given.
+
+    Names hold what their users like, newlines, tabs and every other separator among them.
+    """
+    return secrets.token_hex(8)
+
+
+def _records(printed: str, between: str, fields: int) -> Iterator[list[str]]:
+    """Yield each record of `fields` values, every value followed by `between` and the last by a newline too."""
+    values = printed.split(between)
+    for start in range(0, len(values) - fields, fields):
+        first, *others = values[start : start + fields]
+        yield [first.removeprefix("\n"), *others]
+
+
+def parse_queue(printed: str, between: str) -> list[QueueRow]:
+    """Rows of `squeue` with QUEUE_FIELDS, each followed by `between`; waiting elements come in one and become many."""
     rows = []
-    for line in printed.split("\n"):
-        if not line:
-            continue
-        job_id, array_id, index, state, reason, dependency, nodelist, name = line.split(SEPARATOR, 7)
+    for record in _records(printed, between, len(QUEUE_FIELDS)):
+        job_id, array_id, index, state, reason, dependency, nodelist, name = record
         indices = parse_indices(index) if index[:1].isdigit() else [None]
         rows += [
             QueueRow(
@@ -132,11 +160,11 @@ def format_indices(indices: Iterable[int], most: int | None = None) -> str:
     return ",".join(texts[:most]) + (",…" if most is not None and len(texts) > most else "")
 
 
-def parse_accounting(printed: str) -> list[AccountingRow]:
-    """Rows of `sacct -X -P` with the fields JobID, JobIDRaw, State, ExitCode, ElapsedRaw, NodeList, JobName."""
+def parse_accounting(printed: str, between: str) -> list[AccountingRow]:
+    """Rows of `sacct -X --parsable` with ACCOUNTING_FIELDS and the delimiter `between`."""
     rows = []
-    for line in printed.splitlines():
-        job_id, raw_id, state, exit_code, elapsed, nodelist, name = line.split("|", 6)
+    for record in _records(printed, between, len(ACCOUNTING_FIELDS)):
+        job_id, raw_id, state, exit_code, elapsed, nodelist, name = record
         code, _, number = exit_code.partition(":")
         rows.append(
             AccountingRow(
@@ -153,9 +181,20 @@ def parse_accounting(printed: str) -> list[AccountingRow]:
     return rows
 
 
+def parse_job(printed: str) -> dict[str, str]:
+    """Keys and values of one job of `scontrol show job --oneliner`; JobName is whole, whatever it holds.
+
+    The other texts that a user chooses (comment, paths) come last, and of a key the first value counts.
+    """
+    found = re.search(r"JobName=(.*?)\s+(?=UserId=\S+\(\d+\) GroupId=\S+\(\d+\) )", printed, re.DOTALL)
+    if found is None:
+        return parse_keys(printed)
+    return parse_keys(printed[found.end() :]) | parse_keys(printed[: found.start()]) | {"JobName": found[1]}
+
+
 def parse_job_row(printed: str) -> AccountingRow:
     """One job of `scontrol show job --oneliner`."""
-    keys = parse_keys(printed.splitlines()[0])
+    keys = parse_job(printed)
     code, _, number = keys.get("ExitCode", "0:0").partition(":")
     array = "ArrayTaskId" in keys
     return AccountingRow(
@@ -250,8 +289,8 @@ def array_limit(configuration: Mapping[str, str]) -> int:
 
 def parse_keys(printed: str) -> dict[str, str]:
     """Keys and values of one line of `scontrol show` of a job, node or partition; of a value with blanks (names,
-    paths) the first word."""
-    return dict(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", printed))
+    paths) the first word, and of a key that comes twice the first value."""
+    return dict(reversed(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", printed)))
 
 
 def parse_minutes(text: str) -> int:
@@ -290,3 +329,34 @@ def _number_or_none(text: str) -> int | None:
 
 def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def submitted_id(printed: str) -> str | None:
+    """The job's id in what `sbatch --parsable` printed: the last line that is one ("12", or "12;cluster"), else None.
+
+    Wrappers of a site's add lines of their own, before and after.
+    """
+    ids = [found[1] for line in printed.splitlines() if (found := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))]
+    return ids[-1] if ids else None
+
+
+def lost_connection(command: str, stderr: str) -> bool:
+    """Whether a command that failed says, in Slurm's own fixed words, that the connection to the controller was lost.
+
+    Words alone are not enough: what a site writes into a refusal may speak of time-outs and communication too. Of
+    sbatch the text after SBATCH_FAILED decides, of the others how their last line ends (scontrol adds "for job 12").
+    """
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    if command == "sbatch":
+        verdicts = [line.removeprefix(SBATCH_FAILED) for line in lines if line.startswith(SBATCH_FAILED)]
+        return bool(verdicts) and verdicts[-1] in LOST_CONNECTION
+    last = re.sub(r" for job \S+$", "", lines[-1]) if lines else ""
+    return last in LOST_CONNECTION or last.endswith(tuple(f" {text}" for text in LOST_CONNECTION))
+
+
+def whole_message(command: str, stderr: str, stdout: str) -> str:
+    """Everything that a failed command said, in one line; the words "COMMAND: error:" stand once at most."""
+    lines = [line.strip() for text in (stderr, stdout) for line in text.splitlines() if line.strip()]
+    prefix = f"{command}: error: "
+    text = " ".join([*lines[:1], *(line.removeprefix(prefix) for line in lines[1:])])
+    return text if len(text) <= MESSAGE_CHARACTERS else text[: MESSAGE_CHARACTERS - 1] + "…"

@@ -75,7 +75,14 @@ class Role:
 
 @dataclass
 class Env:
-    """What a job's environment is made of, in this order: modules, setup lines, variables, secrets.
+    """What a job's environment is made of, in this order: `forward`, `set`, `modules`, `setup`, our own, `secrets`.
+
+    Each sees what those before it made, and may change it. `modules` are loaded with `module load`, one after the other;
+    a batch shell that has no `module` gets it from where Environment Modules and Lmod are installed (launchers/
+    shell_lines.py), and one that is not loaded ends the job. `setup` are lines of one shell script, run under bash's
+    default options, so without -e, -u and pipefail: a command of theirs that fails is told in the job's log and does
+    not end it, `exit` does. Our own are PYTHONPATH, PYTHONSAFEPATH, PYTHONUNBUFFERED, MASTER_ADDR and MASTER_PORT.
+    Local processes get `set` and `secrets`.
 
     `secrets` maps a variable to where its value lies: "file:~/.wandb_key" and "cmd:pass show hf" are read by the worker
     on its node (jobs/secrets.py) and are written nowhere. "env:NAME" means NAME of the submitter's environment, which
@@ -155,9 +162,33 @@ class Resources:
 
 def search_folders() -> list[Path]:
     """Where a profile's name is looked up, first match wins: the user's, the site's, ours."""
+    return [*site_folders(), BUILT_IN]
+
+
+def site_folders() -> list[Path]:
+    """The folders of profiles that users and admins wrote."""
     named = os.environ.get("AFTEROK_PROFILES", "")
     folders = [Path(folder).expanduser() for folder in named.split(os.pathsep) if folder]
-    return [*folders, Path("~/.config/afterok/profiles").expanduser(), Path("/etc/afterok/profiles.d"), BUILT_IN]
+    return [*folders, Path("~/.config/afterok/profiles").expanduser(), Path("/etc/afterok/profiles.d")]
+
+
+def find_for_cluster(cluster_name: str) -> Optional[Path]:
+    """Return the profile that a user or admin named like a cluster, in whatever case: Slurm tells its name in small
+    letters. Ours are not taken: a cluster called "example" has not chosen our example.
+
+    Raises:
+        UserMistake: one folder has the name in several spellings, none of them Slurm's.
+    """
+    for folder in site_folders():
+        files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
+        alike = [file for file in files if file.is_file() and file.stem.casefold() == cluster_name.casefold()]
+        exact = [file for file in alike if file.stem == cluster_name]
+        if len(alike) > 1 and not exact:
+            raise UserMistake(f"{' and '.join(map(str, alike))} are both named like the cluster {cluster_name}; "
+                              f"keep one of them, or call it {cluster_name}.yaml")
+        if alike:
+            return (exact or alike)[0]
+    return None
 
 
 def find(name_or_path: str) -> Optional[Path]:
@@ -251,14 +282,27 @@ def resolve(profile: Profile, request: Request) -> Resources:
 
 
 def check(profile: Profile, request: Request, where: str) -> list[Problem]:
-    """What the cluster would refuse or never start, each with the numbers and the nearest legal value.
+    """What the cluster would refuse or never start, each with the numbers and the nearest legal value, and the last
+    with whom to ask about the limits.
 
     `where` is the place of the request's resources, such as "tiny.yaml: sft.resources". An array's size is not checked:
     elements beyond max_array_size share tasks.
     """
-    problems = _naming(profile, request, where)
+    problems = _naming(profile, request, where) or _limits(profile, request, where)
     if problems:
-        return problems
+        last = problems[-1]
+        problems[-1] = dataclasses.replace(last, message=last.message + contact_note(profile))
+    return problems
+
+
+def contact_note(profile: Profile) -> str:
+    """Return what follows a refusal: whom to ask about this cluster, "" where its profile names nobody."""
+    contact = profile.meta.contact.strip()
+    return f"; contact for profile {profile.meta.name}: {contact}" if contact else ""
+
+
+def _limits(profile: Profile, request: Request, where: str) -> list[Problem]:
+    problems: list[Problem] = []
     wants = resolve(profile, request)
     limit = profile.partitions[wants.partition] if wants.partition else Partition()
     at = f"partition {wants.partition}" if wants.partition else "this machine"
@@ -422,6 +466,10 @@ def _meaning(profile: Profile, file: str) -> list[Problem]:
         if value is not None and value < least:
             problems.append(Problem(f"{file}: {key}", f"{value} is too small; the least is {least}"))
     problems += _environment_problems(profile.env, f"{file}: env")
+    for key in ("setup", "modules"):
+        if profile.kind == "local" and getattr(profile.env, key):
+            message = "local processes run no shell lines; say it in env.set, or before you call afterok"
+            problems.append(Problem(f"{file}: env.{key}", message))
     if not problems:  # the numbers can be compared only now
         for name in profile.roles:
             problems += check(profile, Request(role=name), f"{file}: roles.{name}")

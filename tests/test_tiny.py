@@ -14,6 +14,7 @@ from jobs.artifact import read_seal
 from launchers.ledger import Ledger
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
 from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, wait_for, wait_until_sealed
+from tests.megatron_ext.rounding import logits_bound
 
 TINY = "jobs/pipelines/tiny.yaml"
 SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=300", "sft.with.checkpoint_every=20",
@@ -169,4 +170,4 @@ def test_the_exported_model_gives_the_logits_of_the_megatron_model(local_run, tm
     ours = torch.load(tmp_path / "logits.pt")
     with torch.no_grad():
         theirs = model(ids[None]).logits[0]
-    assert (ours[:, : theirs.size(1)] - theirs).abs().max() <= 1e-5
+    assert (ours[:, : theirs.size(1)] - theirs).abs().max() <= logits_bound(model, ids[None])

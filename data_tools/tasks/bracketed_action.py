@@ -1,7 +1,9 @@
 """Decisions: the model ends with an action in brackets, `[2]`, which is worth what its row says of it.
 
-A record has `prompt` (text or messages) and reward_action_0, reward_action_1, …, as the phase q_rewards writes them. A
-completion without an action of the row's is not scorable: it is left out of training and not counted as zero.
+A record has `prompt` (text or messages) and reward_action_0, reward_action_1, …, as the phase q_rewards writes them. What
+the model says to the user counts alone: the last action in the final channel, or after the thoughts. Right is the best
+action of the row. A completion that was cut off, or whose last brackets name no action of the row's, is not scorable: it
+is left out of training and not counted as zero; with `on_invalid: penalty` it is worth `penalty`.
 """
 
 import math
@@ -9,11 +11,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from data_tools.answers.forms import final_text
+from data_tools.mistake import nearest
 from data_tools.q_rewards import REWARD
 from data_tools.tasks.task import Item
 
 REWARDS = {"action": 1.0}
 HUB = ""
+ON_INVALID = ("mask", "penalty")
 
 _ACTION = re.compile(r"\[\s*(\d+)\s*\]")
 
@@ -21,6 +26,19 @@ _ACTION = re.compile(r"\[\s*(\d+)\s*\]")
 @dataclass
 class Options:
     prompt: str = "prompt"  # the column of the prompts
+    on_invalid: str = "mask"  # mask | penalty: a completion without an action of the row's
+    penalty: float = 0.0  # what it is then worth
+
+
+def check_options(options: Options) -> list[str]:
+    found = []
+    if options.on_invalid not in ON_INVALID:
+        found.append(f"unknown on_invalid {options.on_invalid!r}{nearest(options.on_invalid, ON_INVALID)}")
+    if not math.isfinite(options.penalty):
+        found.append(f"penalty {options.penalty} is no finite number")
+    elif options.penalty and options.on_invalid == "mask":
+        found.append(f"penalty {options.penalty:g} has no effect while on_invalid is mask; set on_invalid: penalty")
+    return found
 
 
 def items(record: dict[str, Any], options: Options) -> list[Item]:
@@ -54,10 +72,20 @@ def _rewards(record: dict[str, Any]) -> list[float]:
 
 def rewards(item: Item, completion: str, options: Options) -> Optional[dict[str, float]]:
     action = final_answer(item, completion, options)
-    return None if action is None else {"action": item.columns["rewards"][int(action)]}
+    return cut_off(item, options) if action is None else {"action": item.columns["rewards"][int(action)]}
 
 
 def final_answer(item: Item, completion: str, options: Options) -> Optional[str]:
-    """The last action in brackets, None where there is none or the row has no such action."""
-    found = _ACTION.findall(completion)
+    """The last action in brackets of what is said to the user, None where that is none of the row's."""
+    said = final_text(completion)
+    found = _ACTION.findall(said) if said is not None else []
     return str(int(found[-1])) if found and int(found[-1]) < len(item.columns["rewards"]) else None
+
+
+def best(item: Item, options: Options) -> dict[str, float]:
+    return {"action": max(item.columns["rewards"])}
+
+
+def cut_off(item: Item, options: Options) -> Optional[dict[str, float]]:
+    """Also of a completion that names no action."""
+    return {"action": options.penalty} if options.on_invalid == "penalty" else None

@@ -116,6 +116,12 @@ def items(record: "dict[str, Any] | Row", options: Options) -> list[Item]:
     return [Item.of(row.prompt, row.answer) for row in rows]
 
 
+def left_out(record: "dict[str, Any] | Row") -> list[str]:
+    """Return why marks of a record give no prompt, a bucket each."""
+    rows = [] if isinstance(record, Row) else parse_line(json.dumps(record))
+    return [bucket for row in rows if (bucket := verify(row)) is not None]
+
+
 def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:
     return {"correct": float(is_correct(item.answer, completion, options))}
 

@@ -9,23 +9,25 @@ Of an entry with share w, the first p prompts of a run hold more than p·w - 1 a
 import bisect
 import functools
 import hashlib
+import itertools
 import json
 import math
+from collections import Counter
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional
+from typing import Any, Dict, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import yaml
 
 from data_tools import readers
-from data_tools.csv_tables import read_table
+from data_tools.balance import SourceBalance
 from data_tools.hub import dataset_files, is_dataset
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.seeded import permutation
 from data_tools.tasks.rewards import Verifier
 from data_tools.tasks.task import (
-    FunctionTask, Item, Source, check_options, check_source, check_task, load_task, task_options,
+    FunctionTask, Item, Source, check_options, check_source, check_task, code_digest, load_task, task_options,
 )
 from data_tools.yaml_loaders import read_values
 
@@ -226,30 +228,81 @@ def _check_prompts(entry: Entry, task: Any, where: str) -> list[Problem]:
 # -- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def load_items(name: str, entry: Entry) -> list[Item]:
-    """The distinct prompts of an entry, files in order, then the synthetic rows; of equal ones the first.
+class Loaded(NamedTuple):
+    """Holds the prompts of an entry, and what became of each of its records and rows."""
 
-    UserMistake `FILE:LINE: reason` for a malformed record, and when there is no prompt at all.
+    items: list[Item]
+    sheet: SourceBalance
+    shared: int  # prompts that several items have, since their rows are scored differently
+
+    def counts(self) -> dict[str, int]:
+        """Return what became of the records (`lines`) and of their rows, and `shared`."""
+        sheet = self.sheet
+        return {"lines": sheet.lines, **sheet.lines_dropped, "rows": sheet.rows, **sheet.dropped,
+                "prompts": sheet.kept, "shared": self.shared}  # fmt: skip
+
+
+def load_items(name: str, entry: Entry) -> list[Item]:
+    """Return the prompts of an entry, as `load` gives them."""
+    return load(name, entry).items
+
+
+def load(name: str, entry: Entry) -> Loaded:
+    """Return the prompts of an entry, files in order, then the synthetic rows.
+
+    Rows of one prompt that are scored alike are one item, the others are counted as duplicates. Rows of one prompt with
+    other answers or columns contradict one another, or are several tasks: none is chosen over another. Each is an item
+    whose name says what it is scored with, and `shared` counts their prompts.
+
+    Raise UserMistake `FILE:LINE: reason` for a malformed record, and when there is no prompt at all.
     """
     task = load_task(entry.task or name)
+    if not hasattr(task, "items"):
+        raise UserMistake(Problem(f"task {name}", "its module has no `items`, which gives the prompts of a record"))
     options = task_options(task, entry.options)
-    found: dict[str, Item] = {}
-    for place, record in _records(entry, task):
+    left_out = getattr(task, "left_out", lambda record: [])
+    found: dict[tuple[str, str], Item] = {}
+    sheet = SourceBalance(name)
+    for place, record in _records(entry, task, sheet):
         if entry.limit and len(found) >= entry.limit:
             break
+        sheet.lines += 1
         try:
-            items = task.items(record, options)
+            items, wrong = task.items(record, options), left_out(record)
         except ValueError as error:
             raise UserMistake(Problem(str(place), f"{error}; mend the record")) from None
+        _count(sheet, len(items), wrong)
         for item in items:
-            found.setdefault(item.uid, replace(item, uid=f"{name}/{item.uid}"))
+            key = (item.uid, item.scoring)
+            if key in found:
+                sheet.refuse("duplicate", 0)
+            elif entry.limit and len(found) >= entry.limit:
+                sheet.refuse("over_limit", 0)
+            else:
+                found[key] = item
+                sheet.keep(0, 0)
     if not found:
         raise UserMistake(Problem(f"task {name}", "has no prompts: its files are empty, or hold none that it takes"))
-    return list(found.values())[: entry.limit or None]
+    sheet.check()
+    several = Counter(uid for uid, _ in found)
+    items = [replace(item, uid=f"{name}/{uid}" if several[uid] == 1 else f"{name}/{uid}/{scoring}")
+             for (uid, scoring), item in found.items()]
+    return Loaded(items, sheet, sum(count > 1 for count in several.values()))
 
 
-def _records(entry: Entry, task: Any) -> Iterator[tuple[object, Any]]:
-    """(place, record) of the files, then of the synthetic rows."""
+def _count(sheet: SourceBalance, items: int, wrong: Sequence[str]) -> None:
+    """Count a record of so many prompts and rows that are left out."""
+    sheet.rows += items + len(wrong)
+    for bucket in wrong:
+        sheet.refuse(bucket, 0)
+    if items or wrong:
+        sheet.lines_with_rows += 1
+    else:
+        sheet.lines_dropped["no_prompt"] += 1
+
+
+def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[tuple[object, Any]]:
+    """Yield (place, record) of the files, then of the synthetic rows, and count blank lines."""
     source = entry.source
     if source.inputs:
         files = [Path(name).expanduser() for name in source.inputs]
@@ -257,44 +310,20 @@ def _records(entry: Entry, task: Any) -> Iterator[tuple[object, Any]]:
         files = []
     else:
         files = dataset_files(entry.hub or task.HUB)
-    for file in files:
-        try:
-            yield from _file_records(file)
-        except FileNotFoundError:
-            raise UserMistake(Problem("source.inputs", f"no file {file}; give files that exist")) from None
+    for record in itertools.chain.from_iterable(map(readers.records, files)):
+        if record.is_blank:
+            sheet.lines += 1
+            sheet.lines_dropped["blank_line"] += 1
+            continue
+        problem = record.problem
+        if not problem and not isinstance(record.value, dict):
+            problem = f"not a JSON object but a {type(record.value).__name__}"
+        if problem:
+            raise UserMistake(Problem(str(record.place), problem))
+        yield record.place, record.value
     for index in range(source.synthetic_rows):
         row = task.synthetic_row(source.synthetic_seed, index, source.synthetic_split)
         yield f"synthetic row {index}", row
-
-
-def _file_records(file: Path) -> Iterator[tuple[object, Any]]:
-    if file.suffix == ".csv":
-        table = read_table(file)
-        for line, row in zip(table.lines, table.rows):
-            yield f"{file}:{line}", dict(zip(table.columns, row))
-        return
-    share = readers.open_share(file, 0, 1)
-    for number, raw in enumerate(share, 1):
-        if isinstance(raw, bytes):
-            if not raw.strip():
-                continue
-            try:
-                raw = json.loads(raw.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise UserMistake(Problem(share.place(number), f"not JSON: {error}")) from None
-        if not isinstance(raw, dict):
-            raise UserMistake(Problem(share.place(number), f"not a JSON object but a {type(raw).__name__}"))
-        yield _Place(share, number), raw
-
-
-class _Place:
-    """FILE:LINE, counted only when it is told."""
-
-    def __init__(self, share: readers.Share, number: int):
-        self.share, self.number = share, number
-
-    def __str__(self) -> str:
-        return self.share.place(self.number)
 
 
 # -- their order ------------------------------------------------------------------------------------------------------
@@ -318,6 +347,18 @@ class Draw:
         return number_of(self.item.uid, self.epoch)
 
 
+def counts_table(counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Return `Mix.counts` as {"title", "columns", "rows"}."""
+    own = ("lines", "rows", "prompts", "shared")
+    rows = []
+    for name, found in counts.items():
+        others = ", ".join(f"{count:,} {key}" for key, count in found.items() if key not in own)
+        rows.append([name, found["lines"], found["rows"], found["prompts"], others, found.get("shared", 0)])
+    title = "Prompts: rows = prompts + what is named; prompts of one text that are scored differently are all asked"
+    columns = ["task", "records", "rows", "prompts", "not asked", "texts shared"]
+    return {"title": title, "columns": columns, "rows": rows}
+
+
 def number_of(uid: str, epoch: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(f"{epoch}:{uid}".encode(), digest_size=8).digest(), "little")
 
@@ -327,7 +368,8 @@ class Mix:
 
     def __init__(self, entries: Mapping[str, Entry], seed: int, items: Optional[Mapping[str, list[Item]]] = None):
         self.entries, self.seed = dict(entries), seed
-        self.items = dict(items or {name: load_items(name, entry) for name, entry in entries.items()})
+        self.loaded = {} if items else {name: load(name, entry) for name, entry in entries.items()}
+        self.items = dict(items or {name: loaded.items for name, loaded in self.loaded.items()})
         self._names = [name for name, entry in entries.items() if entry.weight > 0 and not entry.evaluation_only]
         self._weights = np.array([entries[name].weight for name in self._names])
         self._places: list[list[int]] = [[] for _ in self._names]  # of each entry, the places that it has
@@ -360,6 +402,17 @@ class Mix:
         """Of everything that `draw` depends on: a resume with other prompts is another run."""
         shares = [(name, self.entries[name].weight, [item.uid for item in self.items[name]]) for name in self._names]
         return hashlib.sha256(json.dumps([self.seed, shares]).encode()).hexdigest()
+
+    def scoring(self, draws: Iterable[Draw]) -> str:
+        """Return the digest of what completions of `draws` are scored with besides the entries' settings: answers and
+        columns of their rows, and the code of users' tasks. Verdicts of another one are not theirs."""
+        code = {name: code_digest(entry.task or name) for name, entry in sorted(self.entries.items())}
+        scored_with = [[draw.item.uid, draw.item.scoring] for draw in draws]
+        return hashlib.sha256(json.dumps([code, scored_with]).encode()).hexdigest()
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return, of each entry that was loaded, what became of its records and rows."""
+        return {name: loaded.counts() for name, loaded in self.loaded.items()}
 
     def _blend(self, length: int) -> None:
         from data_tools.blend import sources_of  # loads a compiler

@@ -3,12 +3,13 @@
 A record has `question`, `choices` (texts, or {"text", "label"}) and `answer` or `answerKey`: a label, or a place from 0.
 """
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from data_tools import math_answers
-from data_tools.math_answers import REWARDS, check_options, find_answer, text_of
+from data_tools.answers.choices import letter_of
+from data_tools.answers.forms import find_answer
+from data_tools.math_answers import REWARDS, check_options, text_of
 from data_tools.tasks.task import Item
 
 __all__ = ["HUB", "REWARDS", "Options", "check_options", "final_answer", "items", "rewards"]
@@ -16,7 +17,7 @@ __all__ = ["HUB", "REWARDS", "Options", "check_options", "final_answer", "items"
 HUB = "allenai/ai2_arc:ARC-Challenge/train-*.parquet"
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_LETTER = re.compile(r"\W*(?:\\text\w*\s*{)?\W*([A-Z])(?![a-zA-Z])")
+_SHORTEST = 40  # characters of a completion that may say its letter without the form that was asked for
 
 
 @dataclass
@@ -40,7 +41,8 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     else:
         raise ValueError(f"answer {given!r} is none of the choices {', '.join(known)}, nor a place from 0")
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts)]
-    return [math_answers.question("\n".join([text_of(record, "question"), "", *lines]), letters[place], options)]
+    asked = math_answers.question("\n".join([text_of(record, "question"), "", *lines]), letters[place], options)
+    return [replace(asked, columns={"letters": letters})]
 
 
 def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:
@@ -49,7 +51,9 @@ def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:
 
 
 def final_answer(item: Item, completion: str, options: Options) -> Optional[str]:
-    """The letter that the answer begins with: `B`, `(B)`, `\\text{B}`, `B. 42`; also a completion that is only that."""
+    """The one letter of a choice that the answer names; also of a completion that is no more than that."""
+    letters = item.columns.get("letters", _LETTERS)
     answer = find_answer(completion, options.answer_format)
-    found = _LETTER.match(completion.strip() if answer is None and len(completion.strip()) <= 3 else answer or "")
-    return found[1] if found else None
+    if answer is None and len(completion.strip()) <= _SHORTEST and "boxed" not in completion and "<" not in completion:
+        answer = completion.strip()
+    return letter_of(answer, letters) if answer else None

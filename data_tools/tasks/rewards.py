@@ -10,29 +10,24 @@ sample only: the reward is None, which is not zero, and the note says why. A pro
 The same holds for replies.
 """
 
-import contextlib
-import ctypes
 import math
-import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
 from numbers import Real
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 from data_tools.mistake import UserMistake
+from data_tools.tasks.process import Ended, Process
 from data_tools.tasks.task import Item, load_task, task_options
 
-_START_LIMIT_S = 300.0  # for a process to import its tasks from a slow shared filesystem
 _NOTE = 200  # characters
+NOT_SCORABLE = "not scorable"  # the note of a completion for which the task gave None
+ABORTED = "aborted"
+_LARGEST = 3.4028234663852886e38  # float32's, in which advantages are trained
 _LONGEST_REPLY = 1 << 20  # characters; the run has to encode them
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -66,10 +61,14 @@ class Verifier:
 
 
 def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
-    """The score that a verifier's answer stands for, whatever it is."""
+    """Return the score that a verifier's answer stands for, whatever it is.
+
+    A number is one of Python's, or whatever holds exactly one without being a list: NumPy's scalars, a 0-d array or
+    tensor.
+    """
     if terms is None:
-        return Score(None, {}, "not scorable")
-    if isinstance(terms, Real):
+        return Score(None, {}, NOT_SCORABLE)
+    if _number(terms) is not None:
         terms = {"reward": terms}
     if not isinstance(terms, Mapping):
         what = f"{len(terms)} values" if isinstance(terms, (list, tuple)) else f"a {type(terms).__name__}: {terms!r}"
@@ -80,17 +79,38 @@ def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
     for name, value in terms.items():
         if value is None:
             continue
-        if not isinstance(value, Real) or not math.isfinite(value):
+        number = _number(value)
+        if number is None or not math.isfinite(number):
             return Score(None, parts, f"reward term {name!r} is {value!r}, not a finite number"[:_NOTE])
-        parts[str(name)] = float(value)
+        parts[str(name)] = number
     if not parts:
-        return Score(None, {}, "not scorable")
+        return Score(None, {}, NOT_SCORABLE)
     if missing := sorted(weights.keys() - {str(name) for name in terms}):
         told = ", ".join(parts)
         return Score(
             None, parts, f"the verifier gave no reward term {missing[0]!r}, which has a weight; it gave {told}"[:_NOTE]
         )
-    return Score(sum(weights.get(name, 1.0) * value for name, value in parts.items()), parts)
+    reward = sum(weights.get(name, 1.0) * value for name, value in parts.items())
+    if not abs(reward) <= _LARGEST:
+        return Score(None, parts, f"the reward {reward:g} is beyond float32's range ({_LARGEST:.2g})")
+    return Score(reward, parts)
+
+
+def _number(value: Any) -> Optional[float]:
+    """Return the number that `value` is, None where it is none; inf for an integer that no float holds."""
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        value = value.item()
+    if not isinstance(value, (Real, Decimal)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def is_failure(reward: Optional[float], note: str) -> bool:
+    """Return whether a sample has no reward because its verifier failed, not because the task cannot score it."""
+    return reward is None and note not in (NOT_SCORABLE, ABORTED)
 
 
 def reply_of(text: Any) -> Reply:
@@ -143,7 +163,7 @@ class Scorer:
         """`name` is a key of `verifiers`. An aborted completion is not scorable; one cut off is scored as it stands."""
         if finish_reason == "abort":
             future: "Future[Score]" = Future()
-            future.set_result(Score(None, {}, "aborted"))
+            future.set_result(Score(None, {}, ABORTED))
             return future
         return self._asked("score", name, item, completion)
 
@@ -194,11 +214,13 @@ class Scorer:
         mistake = process.mistake()
         if work is None and not mistake:
             return process, ""
-        answer = mistake or process.answer(work, self.time_limit_s)
-        if isinstance(answer, (Score, Reply)):
-            return process, answer
-        self._end(process)
-        return None, answer if work is None else _failed(work, answer)
+        try:
+            if mistake:
+                raise Ended(mistake)
+            return process, process.ask(work, self.time_limit_s)
+        except Ended as ended:
+            self._end(process)
+            return None, mistake if work is None else _failed(work, str(ended))
 
     def _end(self, process: "Optional[_Process]") -> None:
         if process:
@@ -206,79 +228,64 @@ class Scorer:
             self._processes.discard(process)
 
 
-class _Process:
-    """One process of verifiers, seen from the run's side."""
+class _Process(Process):
+    """A process that has loaded the tasks of some verifiers."""
 
     def __init__(self, verifiers: Mapping[str, Verifier]):
-        self.connection, theirs = Pipe()
-        command = [sys.executable, "-c", "from data_tools.tasks.rewards import serve; serve()", str(theirs.fileno())]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0)
-        theirs.close()
-        self._killing, self._killed = threading.Lock(), False
-        self._begun: Optional[str] = None
-        try:
-            self.connection.send(verifiers)
-        except OSError:  # it ended; `mistake` tells
-            pass
+        super().__init__("data_tools.tasks.rewards:begin", dict(verifiers))
+        self._mistake: Optional[str] = None
 
     def mistake(self) -> str:
         """Why this process can score nothing, "" when it can; waits until it is up."""
-        if self._begun is None:
-            answer = self._receive(_START_LIMIT_S)
-            self._begun = answer[0] if isinstance(answer, tuple) else f"a process of verifiers did not begin: {answer}"
-        return self._begun
+        if self._mistake is None:
+            try:
+                self._mistake = str(self.begun())
+            except Ended as ended:
+                self._mistake = f"a process of verifiers did not begin: {ended}"
+        return self._mistake
 
-    def answer(self, work: Any, limit_s: float) -> "Score | Reply | str":
-        """The answer, or why there is none and the process is of no more use."""
+    def ask(self, work: Any, limit_s: float) -> "Score | Reply":
+        """The answer. Raises Ended."""
+        answer = self.answer(work, limit_s)
         try:
-            self.connection.send(work)
-        except OSError:
-            pass  # it ended; what is received says so
-        return self._receive(limit_s)
+            return (_read_reply if work[0] == "reply" else _read_score)(answer)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise Ended("the verifier's process wrote what is no answer") from None
 
-    def _receive(self, limit_s: float) -> Any:
-        try:
-            if not self.connection.poll(limit_s):
-                return f"the verifier ran past its time limit of {limit_s:g} s"
-            return self.connection.recv()
-        except (EOFError, OSError):
-            code = self._process.wait()
-            by = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            return f"the verifier ended its process ({by})"
 
-    def kill(self) -> None:
-        """With whatever its verifiers started. The thread it serves and the one that closes may come at once."""
-        with self._killing:
-            if not self._killed:  # a number that was reaped may become somebody else's
-                self._killed = True
-                with contextlib.suppress(ProcessLookupError):  # it ended by itself, alone
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+def _read_score(told: Any) -> Score:
+    """The score that a process of verifiers told. ValueError, TypeError or KeyError for what is none."""
+    reward = None if told["reward"] is None else float(told["reward"])
+    parts = {str(name): float(value) for name, value in told["parts"].items()}
+    answer = told["answer"]
+    if not isinstance(told["note"], str) or not (answer is None or isinstance(answer, str)):
+        raise TypeError
+    if not all(math.isfinite(value) for value in [*parts.values(), *([] if reward is None else [reward])]):
+        raise ValueError
+    return Score(reward, parts, told["note"], answer)
+
+
+def _read_reply(told: Any) -> Reply:
+    if not isinstance(told["note"], str):
+        raise TypeError
+    return replace(reply_of(told["text"]), note=told["note"]) if told["text"] is not None else Reply(None, told["note"])
 
 
 # -- in the process of verifiers ---------------------------------------------------------------------------------------
 
 
-def serve() -> None:
-    """Score and answer what the run sends, until it is gone."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)  # even in the middle of a verifier that never returns
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # the run's to answer
-    connection = Connection(int(sys.argv[1]))
+def begin(verifiers: Mapping[str, Verifier]) -> "tuple[str, Optional[Callable[[Any], Any]]]":
+    """(the mistake met when the tasks were loaded, "" for none; what answers a request)."""
     try:
-        tasks = {name: _Loaded(verifier) for name, verifier in connection.recv().items()}
+        tasks = {name: _Loaded(verifier) for name, verifier in verifiers.items()}
     except UserMistake as mistake:
-        connection.send((str(mistake),))
-        return
-    connection.send(("",))
-    while True:
-        try:
-            kind, name, item, text = connection.recv()
-        except EOFError:
-            return
-        connection.send(getattr(tasks[name], kind)(item, text))
+        return str(mistake), None
+
+    def answer(work: tuple[str, str, Item, str]) -> Any:
+        kind, name, item, text = work
+        return asdict(getattr(tasks[name], kind)(item, text))
+
+    return "", answer
 
 
 class _Loaded:

@@ -15,13 +15,17 @@ import importlib
 import importlib.util
 import json
 import pkgutil
+import re
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, List, Mapping, NamedTuple, Optional, Protocol, Union
 
+from data_tools import readers
 from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.own_packages import taken
 
-_NO_TASKS = ("task", "mix", "rewards")  # other modules of the folder
+_NO_TASKS = ("task", "mix", "rewards", "outcome", "process")  # other modules of the folder
 
 
 class Row(NamedTuple):
@@ -46,15 +50,30 @@ class Item:
     @classmethod
     def of(cls, prompt: Prompt, answer: Any = None, columns: Mapping[str, Any] = {}) -> "Item":
         """Named by its prompt, so that the order of files and rows does not matter and equal prompts are one."""
-        text = json.dumps(prompt, sort_keys=True)
-        return cls(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), prompt, answer, columns)
+        return cls(_name_of(prompt), prompt, answer, columns)
+
+    @property
+    def scoring(self) -> str:
+        """Return 16 hex digits that name all that a completion is scored with: answer and columns."""
+        return _name_of([self.answer, dict(self.columns)])
+
+
+def _name_of(value: Any) -> str:
+    """Return 16 hex digits that name a value, the same in any process."""
+    text = json.dumps(value, sort_keys=True, default=_spelled)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _spelled(value: Any) -> str:
+    """Return what `value` calls itself, without where in memory it lies."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 @dataclass
 class Source:
     """Where rows come from; files and synthetic rows add up."""
 
-    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # JSONL files
+    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # files of any kind that readers.py reads
     synthetic_rows: int = 0
     synthetic_seed: int = 0
     synthetic_split: str = "train"  # train | heldout
@@ -76,6 +95,9 @@ class Task(Protocol):
     def items(self, record: dict[str, Any], options: Any) -> list[Item]:
         """The prompts of one record. ValueError with the reason where it is malformed."""
 
+    def left_out(self, record: dict[str, Any]) -> list[str]:
+        """Return the bucket of each row of a record that gives no prompt since it is wrong. May be left out."""
+
     def rewards(self, item: Item, completion: str, options: Any) -> Terms:
         """The reward terms of a completion, without its end token; a lone number is the term `reward`.
 
@@ -90,6 +112,17 @@ class Task(Protocol):
 
         A task without the name has no majority.
         """
+
+    RIGHT: float  # the least reward that is right, where there is no term `correct`; left out, 1 is right, 0 and -1 wrong
+
+    def best(self, item: Item, options: Any) -> Mapping[str, float]:
+        """The terms of the best completion there can be, which alone is right; for rewards that are no yes or no.
+
+        A task that cannot tell leaves the name out. A pure function, called in the run's own process.
+        """
+
+    def cut_off(self, item: Item, options: Any) -> Terms:
+        """The terms of a completion that did not end; a task that scores such as they stand leaves the name out."""
 
     def check_options(self, options: Any) -> list[str]:
         """What is wrong with values of the right type; a task where nothing can be leaves the name out."""
@@ -162,6 +195,12 @@ def load_row_task(name: str) -> RowTask:
     return task  # type: ignore[return-value]
 
 
+def rows_of(task: RowTask, raw: Any) -> list[Row]:
+    """Return the rows of a record as a share of its file gives it (data_tools/readers.py). Raise ValueError with the
+    reason."""
+    return task.parse_line(readers.text_of(raw))
+
+
 def check_task(name: str) -> Optional[str]:
     """Why there is no such task, None when there is one. Runs no code of a user's module but its packages'."""
     if ":" not in name and "." not in name:
@@ -172,8 +211,20 @@ def check_task(name: str) -> Optional[str]:
     except (ImportError, ValueError):
         found = None
     if found is None:
-        return f"there is no module {module!r}; it has to be importable where the run is submitted"
+        return f"there is no module {module!r}{taken(module)}; it has to be importable where the run is submitted"
     return f"{function!r} is no name of a function" if ":" in name and not function.isidentifier() else None
+
+
+def code_digest(name: str) -> str:
+    """Return the SHA-256 of the file of a user's `my.module` or `my.module:function`, "" for a task of ours.
+
+    Runs no code of the module but its packages'.
+    """
+    if ":" not in name and "." not in name:
+        return ""
+    spec = importlib.util.find_spec(name.partition(":")[0])
+    file = Path(spec.origin) if spec and spec.origin else None
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
 
 
 def _user_module(name: str) -> Any:
@@ -187,6 +238,7 @@ class FunctionTask:
     """A user's function as a task: `my.module:reward` is called with (item, completion) and gives reward terms.
 
     A record has `prompt` (text or messages) or `messages`, and whatever else the function reads from item.columns.
+    RIGHT of the module, or of the function, is the least reward that is right.
     """
 
     HUB = ""
@@ -202,6 +254,9 @@ class FunctionTask:
         if not callable(self._function):
             raise UserMistake(f"module {module!r} has no function {name!r}")
         self.REWARDS: dict[str, float] = {}
+        for place in (sys.modules[module], self._function):
+            if hasattr(place, "RIGHT"):
+                self.RIGHT = place.RIGHT
 
     def items(self, record: dict[str, Any], options: Any) -> list[Item]:
         prompt = record.get(options.prompt_key, record.get("messages"))

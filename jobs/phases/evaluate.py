@@ -20,7 +20,12 @@ def run(config: Config, task: Task) -> dict[str, Any]:
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     facts = evaluate.finish(config, parts, task.out, task.keep)
-    text = f"accuracy {facts['accuracy']:.3f} ({facts['correct']:,} of {facts['prompts']:,})"
+    text = f"{facts['prompts']:,} prompts, no accuracy"
+    if facts["accuracy"] is not None:
+        text = f"accuracy {facts['accuracy']:.3f} ({facts['correct']:,} of {facts['prompts']:,})"
+    text += f", of which {facts['unscored']:,} could not be scored" if facts.get("unscored") else ""
+    for name in ("reward", "regret"):
+        text += f", {name} {facts[name]:.3f}" if name in facts else ""
     if facts.get("seen_prompts"):
         unseen = f"{facts['unseen_accuracy']:.3f}" if facts["unseen_prompts"] else "none"
         text += f"; seen in training {facts['seen_accuracy']:.3f} of {facts['seen_prompts']:,}, not seen {unseen} of "

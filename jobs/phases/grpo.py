@@ -7,6 +7,7 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import grpo
 from megatron_ext.entrypoints.grpo import Config, forecast, parallel_report
+from megatron_ext.rl.fruit import told
 
 __all__ = ["STOPS", "Config", "check", "forecast", "parallel_report", "run"]
 
@@ -25,4 +26,6 @@ def run(config: Config, task: Task) -> dict[str, Any]:
         rewards = f"reward {facts['reward_first']:.3f} → {facts['reward_last']:.3f}"
     text = (f"step {facts['step']:,}{resumed}, {rewards}, {facts['trained_samples']:,} of {facts['samples']:,} samples "
             "trained")
+    if others := told(facts):
+        text += f" ({others})"
     return {"headline": text, **facts}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from data_tools import materialize
+from data_tools import materialize, sources
 from data_tools.materialize import Config
 from data_tools.mistake import Problem
 from data_tools.tables import write_table
@@ -13,6 +13,10 @@ from jobs.task import Task
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return materialize.check(config)
+
+
+def forecast(config: Config, placement: Placement) -> dict[str, Any]:
+    return {"sources": sources.forecast(config.source)}
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A token store's documents into packs of one length: the plan of every batch, apart from the tokens."""
 
+from pathlib import Path
 from typing import Any
 
-from data_tools import pack
+from data_tools import pack, sources
 from data_tools.export_packs import export
 from data_tools.mistake import Problem
 from data_tools.pack import Config
@@ -12,7 +13,9 @@ from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return pack.check(config)
+    store = Path(config.store).expanduser()
+    names = placement.forecasts.get(config.store, {}).get("sources") or sources.of_folder(store)
+    return pack.check(config) + (sources.check(config.weights, config.overlong_of, names) if names else [])
 
 
 def forecast(config: Config, placement: Placement) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from data_tools.mistake import UserMistake
+from data_tools.yaml_loaders import read_values
 
 LINE_S = 5.0  # between two progress lines
 
@@ -54,7 +55,7 @@ def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable
             keep.mkdir(parents=True, exist_ok=True)
         facts = run(config, out, keep, Lines() if first else (lambda *_, **__: None))
     except UserMistake as mistake:
-        if first:
+        if first or getattr(mistake, "of_some_ranks", False):
             print(mistake, file=sys.stderr)
         return mistake.exit_code
     if first:
@@ -69,7 +70,7 @@ def read_config(config_class: type, path: Path, overrides: list[str]) -> Any:
     from yaml import YAMLError
 
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        given = OmegaConf.merge(OmegaConf.create(read_values(path.read_text())), OmegaConf.from_dotlist(overrides))
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), given))
     except OSError as error:
         raise UserMistake(f"{path}: {error.strerror or error}") from None

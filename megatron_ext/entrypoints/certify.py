@@ -8,6 +8,11 @@ and the code of this package with torch's and megatron-core's versions.
     torchrun --nproc-per-node N -m megatron_ext.entrypoints.certify --config FILE --out DIR
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import itertools
 import json
 import os
@@ -21,9 +26,9 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import megatron_ext
-from data_tools import durable
+from data_tools import durable, rendezvous
 from data_tools.mistake import Problem, UserMistake
-from data_tools.ports import free_port
+from data_tools.ports import PORTS
 from data_tools.progress import Progress, silent
 from megatron_ext.models.registry import read_config
 from megatron_ext.parallel import ParallelPlan, Workload
@@ -187,8 +192,8 @@ def certificate(config: Config, folder: Path) -> dict[str, Any]:
     """
     path = folder / f"{key_of(config)}.json"
     try:
-        return durable.read_json(path)
-    except FileNotFoundError:
+        return durable.read_checked(path)
+    except (FileNotFoundError, durable.TornFile):
         pass
     world = _problem_of(config)[-1]
     with tempfile.TemporaryDirectory() as work:
@@ -196,7 +201,7 @@ def certificate(config: Config, folder: Path) -> dict[str, Any]:
     if not facts["holds"]:
         raise UserMistake(f"parallel: the layout does not compute what one process does: {json.dumps(facts)}")
     folder.mkdir(parents=True, exist_ok=True)
-    durable.write_json(path, facts)
+    durable.write_checked(path, facts)
     return facts
 
 
@@ -205,8 +210,9 @@ def _spawn(config: Config, work: Path, world: int) -> dict[str, Any]:
     file = work / "certify.yaml"
     file.write_text(json.dumps(asdict(config)))  # JSON is YAML
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
+    server = rendezvous.Server(rendezvous.Meeting("127.0.0.1", PORTS, str(work), os.urandom(32)))
     ours = {
-        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        **rendezvous.to_environment(server.meeting, server.port), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "megatron_ext.entrypoints.certify", "--config", str(file), "--out"]
@@ -227,6 +233,7 @@ def _spawn(config: Config, work: Path, world: int) -> dict[str, Any]:
         for rank in ranks:
             rank.kill()
             rank.wait()
+        server.close()
     if any(codes):
         said = [line for number in range(world) for line in (work / f"{number}.log").read_text().splitlines()[-1:]]
         where = f"parallel: the equivalence certificate could not be made on {world} ranks"

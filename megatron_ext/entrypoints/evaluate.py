@@ -1,25 +1,35 @@
 """Accuracy of a model folder over distinct prompts, by the tasks' own verifiers: greedy, and of samples at a
 temperature their mean, pass@k and maj@k. With `compare_with` also what was gained over an earlier evaluation, prompt by
-prompt.
+prompt. Where a task's rewards are more than right and wrong, also their mean and the regret to the best of the row; where
+it does not say which are right, these stand in place of accuracy.
 
 The prompts are the rows of a task, or those of a mix: any tasks that generate and grpo take. Element i of n takes
 distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way. `finish` adds the counts.
-Row order: files as given, then the synthetic stream; the first of equal prompts counts.
+Both are read by data_tools/tasks/mix.py: files as given, then the synthetic stream; every row is accounted for.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
+import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
-from data_tools import durable
+from data_tools import durable, readers
 from data_tools.estimators import at_k, standard_error
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, never, silent
+from data_tools.samples import problem_of_evaluated
 from data_tools.tables import write_table
-from data_tools.tasks.mix import MixConfig
-from data_tools.tasks.task import Item, Row, Source, Task, check_rows, load_task, task_options
+from data_tools.tasks.mix import Entry, Loaded, MixConfig, counts_table, load
+from data_tools.tasks.outcome import graded, is_graded, is_unjudged
+from data_tools.tasks.task import Row, Source, check_rows, load_task
+from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 from megatron_ext.entrypoints import generate
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel_rules import check as check_plan
@@ -31,20 +41,21 @@ SAMPLES, RESULT = "samples.jsonl", "result.json"
 @dataclass
 class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
-    task: str = "calculator"
+    task: str = field(default="calculator", metadata={"module": True})
     task_options: Dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
     limit: int = 0  # distinct prompts; 0: all
     mix: MixConfig = field(default_factory=MixConfig)  # in place of task, source and limit: the prompts of these tasks
     chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     max_new_tokens: int = 16
     max_turns: int = 0  # of the model, in tasks that reply; 0: as many as max_new_tokens leaves room for
     samples: int = 0  # of each prompt, at `temperature`, besides the greedy one
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0  # of the samples
-    verify_limit_s: float = 10.0  # seconds that a verifier of the mix has for a sample, which then counts as wrong
-    verifiers: int = field(default=2, metadata={"keyed": False})  # processes that score the mix, a replica
+    verify_limit_s: float = 10.0  # seconds that a verifier has for a sample, which then counts as wrong
+    verifiers: int = field(default=2, metadata={"keyed": False})  # processes that score, a replica
     compare_with: Optional[str] = field(default=None, metadata={"input": True})  # output of another evaluation
     seen_in: Optional[str] = field(default=None, metadata={"input": True})  # training token store: split by it
     dtype: str = ""  # of the weights; "" keeps the model folder's
@@ -88,46 +99,26 @@ def _check_ways(config: Config, ranks: int) -> list[Problem]:
         for problem in check_sampling(_ways(config)[-1].sampling)
         if problem.where in own
     ]
-    problems += check_engine(config.engine)
+    problems += check_engine(config.engine) + check_bos(config.bos)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
 
 
-def rows(config: Config, task: Task) -> Iterator[Row]:
-    """Verified, canonical rows. UserMistake naming file and line where one is malformed; wrong rows are left out."""
-    for name in config.source.inputs:
-        try:
-            file = open(name, encoding="utf-8")
-        except OSError as error:
-            raise UserMistake(Problem("source.inputs", f"{name}: {error.strerror}")) from None
-        with file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    found = task.parse_line(line)
-                except ValueError as error:
-                    raise UserMistake(Problem(f"{name}:{number}", str(error))) from None
-                yield from (task.canonical(row) for row in found if task.verify(row) is None)
-    for index in range(config.source.synthetic_rows):
-        yield task.synthetic_row(config.source.synthetic_seed, index, config.source.synthetic_split)
+def rows(config: Config) -> Loaded:
+    """Return the rows of the task as a mix would have them: verified, canonical, each once, at most `limit` (0: all)."""
+    return load(config.task, _entry(config))
 
 
-def distinct(found: Iterator[Row], limit: int) -> list[Row]:
-    """The first row of each prompt, in order, at most `limit` (0: all)."""
-    kept: dict[str, Row] = {}
-    for row in found:
-        if limit and len(kept) == limit:
-            break
-        kept.setdefault(row.prompt, row)
-    return list(kept.values())
+def _entry(config: Config) -> Entry:
+    return Entry(config.task, config.task_options, config.source, limit=config.limit)
 
 
 def run(
     config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
 ) -> dict[str, Any]:
-    """Facts: as `_result`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element, the table."""
+    """Facts: as `_result`, and `records`: Mix.counts. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the
+    only element, the tables."""
     from megatron_ext import model_folder, ranks
 
     problems = check(config, ranks.world_size_of_environment())
@@ -136,9 +127,10 @@ def run(
     folder, before = model_folder.open_folder(config.model), _compared(config)
     of = _of_mix if of_mix(config) else _of_rows
     with ranks.started(config.parallel):
-        samples = of(config, folder, keep, progress, index, count)
+        samples, records = of(config, folder, keep, progress, index, count)
         writer = ranks.is_writer()
-    result = _result(samples, before)
+    opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
+    result = {**_result(samples, before), "records": records, **opening}
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         durable.write_json(out / RESULT, result)
@@ -150,7 +142,8 @@ def run(
 def _ways(config: Config) -> list[generate.Config]:
     """A mix sampled greedily, and at a temperature."""
     plain = dict(
-        model=config.model, mix=config.mix, chat_arguments=config.chat_arguments, seed=config.seed, dtype=config.dtype,
+        model=config.model, mix=config.mix, chat_arguments=config.chat_arguments, bos=config.bos, seed=config.seed,
+        dtype=config.dtype,
         verify_limit_s=config.verify_limit_s, verifiers=config.verifiers, engine=config.engine, backend=config.backend,
         parallel=config.parallel,
     )  # fmt: skip
@@ -163,85 +156,63 @@ def _ways(config: Config) -> list[generate.Config]:
 
 
 def _of_mix(
-    config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
-) -> List[Dict[str, Any]]:
-    """A line for each prompt of this element, on every rank. What KEEP has of it is not sampled again."""
-    from megatron_ext import model_folder
+    config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int, only_ended: bool = False
+) -> tuple[List[Dict[str, Any]], Dict[str, Any]]:
+    """A line for each prompt of this element, and Mix.counts, on every rank. What KEEP has is not sampled again.
+
+    `only_ended`: a completion that was cut off is never right.
+    """
+    from megatron_ext import model_folder, ranks
     from megatron_ext.checkpoint import from_rank_zero
 
-    load = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
+    load_once = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
     found = []
     for number, way in enumerate(_ways(config)):
         kept = keep / "sampled" / f"element_{index:04d}" / ("greedy" if number == 0 else "samples")
-        found.append(generate.sampled(way, folder, kept, index, count, progress, never, load))
+        found.append(generate.sampled(way, folder, kept, index, count, progress, never, load_once))
+    for sample in itertools.chain(*found) if only_ended else ():
+        sample["correct"] = sample["correct"] and sample["finish"] == "stop"
     lines: Dict[str, Dict[str, Any]] = {}
     for sample in found[0]:
         told = {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
-        told |= {"correct": bool(sample["correct"]), "seen": None, "kind": sample["task"]}
+        right = None if is_unjudged(sample) else bool(sample["correct"])
+        told |= {"correct": right, "seen": None, "kind": sample["task"]}
+        if is_graded(sample):
+            told |= {"answer": sample["answer"], "best": sample.get("best")}
         told |= {"votes": []} if config.samples else {}
         lines[sample["prompt_id"]] = {"prompt": sample["prompt_id"], **told}
     for sample in found[1] if config.samples else ():
-        lines[sample["prompt_id"]]["votes"].append(generate.vote(sample))
+        line = lines[sample["prompt_id"]]
+        line["votes"].append((generate.vote(sample)[0], None) if is_unjudged(sample) else generate.vote(sample))
+        if is_graded(sample):
+            line.setdefault("graded", []).append(generate.outcome(sample))
     for line in lines.values():
         line |= _counted(line.get("votes"))
-    return from_rank_zero(list(lines.values()))
+    return from_rank_zero((list(lines.values()), generate.records_of(kept) if ranks.is_writer() else {}))
 
 
 def _counted(votes: Optional[list]) -> Dict[str, Any]:
-    return {} if votes is None else {"sampled_correct": sum(right for _, right in votes), "sampled": len(votes)}
+    return {} if votes is None else {"sampled_correct": sum(map(bool, (v[1] for v in votes))), "sampled": len(votes)}
 
 
 def _of_rows(
     config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
-) -> List[Dict[str, Any]]:
-    """A line for each row of this element, on every rank."""
-    from data_tools.tokenizer import load_tokenizer
-    from megatron_ext import model_folder
-    from megatron_ext.rl.replica import Replica
-    from megatron_ext.rollout.engine import Engine
-    from megatron_ext.rollout.sequence import Request
+) -> tuple[List[Dict[str, Any]], Dict[str, Any]]:
+    """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
-    task = load_task(config.task)
-    options = task_options(task, config.task_options)
-    tokenizer = load_tokenizer(str(folder.hf))
-    mine = distinct(rows(config, task), config.limit)[index::count]
-    prompts = [tokenizer.encode(row.prompt) for row in mine]
-    seen = _seen([row.prompt for row in mine], config.seen_in)
-    model = model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
-    replica = Replica()
-    own = replica.share(range(len(prompts)))
-    engine = Engine(model, config.engine, config.seed, stop_ids={tokenizer.eos_id})
-    found: list[tuple[int, int, list[int]]] = []  # place of the prompt, way, new tokens
-    total = len(own) * (1 + config.samples)
-    for number, way in enumerate(_ways(config)):
-        uids = {uid_of(prompts[place]): place for place in own}
-        requests = [Request(uid, tuple(prompts[place]), way.samples) for uid, place in uids.items()]
-        for sequence in engine.generate(requests, way.sampling):
-            found.append((uids[sequence.prefix.request.uid], number, sequence.completion))
-            progress(len(found), total, "samples")
-    completions: dict[tuple[int, int], list[list[int]]] = {}
-    for place, number, ids in replica.gathered(found):
-        completions.setdefault((place, number), []).append(ids)
-    kind, answer_of = getattr(task, "kind", None), getattr(task, "final_answer", None)
-
-    def judged(row: Row, ids: list[int]) -> tuple[str, bool, Optional[str]]:
-        """(the completion, whether it is right, what it answers); one that does not end answers nothing."""
-        ended = bool(ids) and ids[-1] == tokenizer.eos_id
-        completion = tokenizer.decode(ids[:-1] if ended else ids)
-        answer = answer_of(Item.of(row.prompt, row.answer), completion, options) if ended and answer_of else None
-        return completion, ended and task.is_correct(row.answer, completion, options), answer
-
+    They are sampled and scored as the mix of this one task; an answer that does not end is wrong here.
+    """
+    kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
+    alone = replace(config, mix=MixConfig({config.task: _entry(config)}))
+    found, records = _of_mix(alone, folder, keep, progress, index, count, only_ended=True)
+    items = {item.uid: item for item in loaded.items}
+    mine = [items[line["prompt"]] for line in found]
     samples = []
-    for place, row in enumerate(mine):
-        completion, correct, _ = judged(row, completions[place, 0][0])
-        sample = {"prompt": row.prompt, "answer": row.answer, "completion": completion, "correct": correct}
-        sample["seen"] = seen[place]
-        if config.samples:
-            votes = [(answer, right) for _, right, answer in (judged(row, ids) for ids in completions[place, 1])]
-            sample["votes"] = sorted(votes, key=str)  # in whatever order they came
-            sample |= _counted(sample["votes"])
-        samples.append({**sample, "kind": kind(row)} if kind else sample)
-    return samples
+    for line, item, seen in zip(found, mine, _seen([item.prompt for item in mine], config.seen_in)):
+        line |= {"prompt": item.prompt, "answer": item.answer, "seen": seen}
+        line |= {"kind": kind(Row(item.prompt, item.answer)) if kind else None}
+        samples.append({name: value for name, value in line.items() if name != "kind" or kind})
+    return samples, records
 
 
 def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool]]:
@@ -254,20 +225,19 @@ def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool
     return [tuple(text_hash(prompt)) in known for prompt in prompts]
 
 
-def uid_of(prompt: list[int]) -> int:
-    """What the noise of a prompt's samples is keyed by: the same in any element or order."""
-    return int(durable.sha256_bytes(repr(prompt))[:16], 16)
-
-
 def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
     """The samples of the evaluation to compare with, by prompt. UserMistake where there are none."""
     if not config.compare_with:
         return {}
-    try:
-        found = {line["prompt"]: line for line in generate.lines_of([Path(config.compare_with) / SAMPLES])}
-    except (OSError, ValueError, KeyError) as error:
-        message = f"{config.compare_with} is no output of an evaluation ({error}); name the folder with {SAMPLES}"
-        raise UserMistake(Problem("compare_with", message)) from None
+    file, found = Path(config.compare_with).expanduser() / SAMPLES, {}
+    records = readers.records(file) if file.is_file() else [readers.Record(file, None, "there is no such file")]
+    for record in records:
+        if record.is_blank:
+            continue
+        if wrong := record.problem or problem_of_evaluated(record.value):
+            message = f"{config.compare_with} is no output of an evaluation ({record.place}: {wrong}); name the folder"
+            raise UserMistake(Problem("compare_with", f"{message} with {SAMPLES}"))
+        found[record.value["prompt"]] = record.value
     if not any("sampled" in line for line in found.values()):
         message = f"{config.compare_with} has greedy answers alone; evaluate it again with samples: {config.samples}"
         raise UserMistake(Problem("compare_with", message))
@@ -284,11 +254,17 @@ def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] 
     for kind in sorted({sample["kind"] for sample in samples if sample.get("kind")}):
         groups[f"{kind}_"] = [sample for sample in samples if sample.get("kind") == kind]
     for name, of in groups.items():
-        correct = sum(sample["correct"] for sample in of)
+        correct = sum(map(bool, (sample["correct"] for sample in of)))
         result[f"{name}prompts"] = len(of)
         result[f"{name}correct"] = correct
-        result[f"{name}accuracy"] = correct / len(of) if of else None
-        if of and "sampled" in of[0]:
+        told = any(map(is_unjudged, of))
+        result[f"{name}accuracy"] = correct / len(of) if of and not told else None
+        if unscored := sum("reward" in sample and sample["reward"] is None for sample in of):
+            result[f"{name}unscored"] = unscored  # which count as wrong
+        result |= graded(of, name)
+        sampled = [one for sample in of for one in sample.get("graded", ())]
+        result |= graded(sampled, f"{name}sampled_")
+        if of and "sampled" in of[0] and not (told or any(map(is_unjudged, sampled))):
             shares = [sample["sampled_correct"] / sample["sampled"] for sample in of]
             result[f"{name}sampled_accuracy"] = sum(shares) / len(shares)
             result[f"{name}sampled_error"] = standard_error(shares)
@@ -309,12 +285,15 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     columns, keys = ["prompts", "distinct", "correct", "greedy accuracy"], ["prompts", "correct", "accuracy"]
     largest = [name for kind in ("pass@", "maj@") for name in [name for name in result if name.startswith(kind)][-1:]]
     told = [("sampled", "sampled_accuracy"), ("± error", "sampled_error"), *zip(largest, largest)]
+    told += [("mean reward", "reward"), ("regret", "regret")]
+    told += [("sampled reward", "sampled_reward"), ("sampled regret", "sampled_regret")]
     for column, key in (*told, ("gain", "gain"), ("± error", "gain_error")):
         if key in result:
             columns, keys = [*columns, column], [*keys, key]
     spelled = {name: labels.get(name, name.rstrip("_").replace("_", " ")) for name in names}
     rows_ = [[spelled[name], *(result.get(name + key) for key in keys)] for name in names]
     write_table(keep, "accuracy", f"Accuracy at step {step}", columns, rows_)
+    write_table(keep, "prompts", **counts_table(result["records"]))
 
 
 def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:
@@ -322,7 +301,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
     from megatron_ext import model_folder
 
     samples = list(generate.lines_of([part / SAMPLES for part in parts]))
-    result = _result(samples, _compared(config))
+    result = {**_result(samples, _compared(config)), **generate.told_of_parts(parts)}
     durable.write_file(out / SAMPLES, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
     durable.write_json(out / RESULT, result)
     _table(keep, result, model_folder.open_folder(config.model).step)

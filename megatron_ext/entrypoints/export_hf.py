@@ -3,6 +3,11 @@
 A model with an adapter comes merged, or as the adapter alone in PEFT's format, for the base model.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional

@@ -5,23 +5,32 @@ data-parallel ranks share a chunk. A requeued job goes on where it was (megatron
 elements' samples in the order of the prompts: the same bytes for any number of elements.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import heapq
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List
 
-from data_tools import durable
+from data_tools import durable, readers
 from data_tools.estimators import Vote, at_k, standard_error
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tables import write_table
-from data_tools.tasks.mix import MixConfig, check_mix, entries_of
+from data_tools.tasks.mix import MixConfig, check_mix, counts_table, entries_of
+from data_tools.tasks.outcome import graded, is_unjudged
+from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
+from megatron_ext import options
 from megatron_ext.parallel import ParallelPlan, Workload
 from megatron_ext.parallel_rules import check as check_plan
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
+JOINED = ("records", "texts_begin")  # facts of all elements that are the same in each
 FREE = {"keyed": False}  # does not change the result
 
 
@@ -30,6 +39,7 @@ class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
     mix: MixConfig = field(default_factory=MixConfig)  # whose prompts; weights do not matter, every prompt is taken
     chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     samples: int = 8  # of each prompt
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0  # noise of the samples
@@ -54,7 +64,7 @@ def check(config: Config, ranks: int) -> list[Problem]:
     for name in ("verify_limit_s", "record_s"):
         if not getattr(config, name) > 0:
             problems.append(Problem(name, f"{getattr(config, name)} s is no time: give more than 0"))
-    problems += check_sampling(config.sampling) + check_engine(config.engine)
+    problems += check_sampling(config.sampling) + check_engine(config.engine) + check_bos(config.bos)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
@@ -69,7 +79,8 @@ def run(
     index: int = 0,
     count: int = 1,
 ) -> dict[str, Any]:
-    """Facts: as `_result`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element, the table.
+    """Facts: as `_result`, and `records`: Mix.counts. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the
+    only element, the tables.
 
     Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
     """
@@ -83,9 +94,12 @@ def run(
         from megatron_ext.checkpoint import from_rank_zero  # megatron-core may be imported once the device is ready
 
         load = lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend)  # noqa: E731
-        samples = sampled(config, folder, keep / f"element_{index:04d}", index, count, progress, stop, load)
+        mine = keep / f"element_{index:04d}"
+        samples = sampled(config, folder, mine, index, count, progress, stop, load)
         writer = ranks.is_writer()
-        result = from_rank_zero(_result(samples) if writer else None)
+        opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
+        result = {**_result(samples), "records": records_of(mine), **opening} if writer else None
+        result = from_rank_zero(result)
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         durable.write_json(out / RESULT, result)
@@ -112,35 +126,65 @@ def sampled(
 
 def _identity(config: Config, digest: str) -> dict[str, Any]:
     """What samples that are gone on with must share: all that changes them. Prompts go by their names."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
+    kept = options.keyed(config)
     plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items() if name != "mix"}
     entries = {name: [entry.task, entry.options, entry.rewards] for name, entry in entries_of(config.mix).items()}
     return {**plain, "model": digest, "entries": entries}
 
 
 def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The samples of these files, a line each: completions may hold what str.splitlines takes for the end of one."""
+    """Yield the samples of these files, a line each. Raise UserMistake for a line that is damaged."""
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
+        for record in readers.records(file, "jsonl"):
+            if record.problem:
+                raise UserMistake(Problem(str(record.place), f"{record.problem}; restore the file, or sample again"))
+            yield record.value
+
+
+def records_of(keep: Path) -> Dict[str, Any]:
+    """Return what became of the records of each task, as sampling left it in KEEP."""
+    from megatron_ext.rl.sampling import RECORDS
+
+    return durable.read_json(keep / RECORDS)
+
+
+def told_of_parts(parts: List[Path]) -> Dict[str, Any]:
+    """Return the facts JOINED, which each element found alike; no records where they did not write them down yet."""
+    file = parts[0] / RESULT
+    found = durable.read_json(file) if file.is_file() else {}
+    return {"records": {}, **{name: found[name] for name in JOINED if name in found}}
 
 
 def _result(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, and over prompts the mean share of right samples with its error, pass@k and maj@k."""
+    """Counts, and over prompts the mean share of right samples with its error, pass@k and maj@k.
+
+    Where rewards are more than right and wrong, their mean and the regret; where a task does not say which rewards are
+    right, the accuracy is None.
+    """
     counts = {"samples": 0, "correct": 0, "unscored": 0, "truncated": 0, "tokens": 0}
     by_prompt: dict[str, list[Vote]] = {}
+    outcomes: list[dict[str, Any]] = []
     for sample in samples:
         right = bool(sample["correct"])
         by_prompt.setdefault(sample["prompt_id"], []).append(vote(sample))
         counts["samples"] += 1
         counts["correct"] += right
-        counts["unscored"] += sample["correct"] is None
+        counts["unscored"] += sample["reward"] is None
+        outcomes.append(outcome(sample))
         counts["truncated"] += sample["finish"] in ("length", "turns")
         counts["tokens"] += sample["tokens"]
     shares = [sum(right for _, right in votes) / len(votes) for votes in by_prompt.values()]
     result: dict[str, Any] = {"prompts": len(shares), **counts}
     result |= {"accuracy": sum(shares) / len(shares) if shares else None, "accuracy_error": standard_error(shares)}
-    return result | at_k(list(by_prompt.values()))
+    if any(map(is_unjudged, outcomes)):
+        return result | {"accuracy": None, "accuracy_error": None} | graded(outcomes)
+    return result | at_k(list(by_prompt.values())) | graded(outcomes)
+
+
+def outcome(sample: dict[str, Any]) -> dict[str, Any]:
+    """What outcome.graded reads of one line of samples."""
+    told = {name: sample.get(name) for name in ("reward", "correct", "best")}
+    return {"prompt": sample["prompt_id"], "answer": vote(sample)[0], **told}
 
 
 def vote(sample: dict[str, Any]) -> Vote:
@@ -149,7 +193,9 @@ def vote(sample: dict[str, Any]) -> Vote:
 
 
 def _table(keep: Path, result: dict[str, Any], step: int) -> None:
-    write_table(keep, "samples", f"Samples at step {step}", ["what", "value"], [list(pair) for pair in result.items()])
+    told = [list(pair) for pair in result.items() if pair[0] not in JOINED]
+    write_table(keep, "samples", f"Samples at step {step}", ["what", "value"], told)
+    write_table(keep, "prompts", **counts_table(result["records"]))
 
 
 def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:
@@ -165,7 +211,7 @@ def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 yield sample
 
-        result = _result(written())
+        result = {**_result(written()), **told_of_parts(parts)}
     durable.write_json(out / RESULT, result)
     durable.fsync_tree(out)
     _table(keep, result, model_folder.open_folder(config.model).step)

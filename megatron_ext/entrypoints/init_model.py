@@ -4,6 +4,11 @@ Writes config.json, generation_config.json, model.safetensors and the tokenizer 
 function of the config: normal with a standard deviation of 0.02, norms 1, biases 0, as transformers starts them.
 """
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional

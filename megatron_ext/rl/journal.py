@@ -5,8 +5,8 @@
 
 The rollouts of step 12 are those which the update from step 12 to 13 uses. After a kill the run goes on from an older
 checkpoint, computes the same weights again, and takes from here what it had already sampled: tokens and log-probs stand
-as they were recorded and are not drawn again. A line that the kill tore, and all after it, is drawn again: the same
-tokens, since noise is keyed. So nothing is fsynced before a step's rollouts are whole.
+as they were recorded and are not drawn again. A line that the kill tore, or that does not fit its sum, and all after it
+is drawn again: the same tokens, since noise is keyed. So nothing is fsynced before a step's rollouts are whole.
 """
 
 import base64
@@ -19,6 +19,7 @@ from typing import Any, Iterator, Optional
 import numpy
 
 from data_tools import durable
+from data_tools.tasks.rewards import is_failure
 
 MERGED = "merged.jsonl"
 Key = tuple[int, int]  # number of the prompt in the run, number of the sample
@@ -67,8 +68,8 @@ class Journal:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a")
-            self._file.write(json.dumps({"identity": self.identity}) + "\n")
-        self._file.write(json.dumps(line) + "\n")
+            self._file.write(_spelled({"identity": self.identity}))
+        self._file.write(_spelled(line))
 
     def flush(self) -> None:
         """A kill of this process loses nothing that was recorded before."""
@@ -103,6 +104,22 @@ def gather(root: Path, step: int, identity: str) -> dict[Key, Entry]:
     return entries
 
 
+def drop_failures(root: Path, step: int, identity: str) -> None:
+    """Forget the verdicts of a step that failed, so that its samples are scored anew. One rank, while none writes.
+
+    A sample that a failed reply ended is drawn again.
+    """
+    entries = gather(root, step, identity)
+    failed = {key for key, e in entries.items() if e.score and is_failure(e.score["reward"], e.score["note"])}
+    for key in failed:
+        if entries[key].finish == "abort":
+            del entries[key]
+        else:
+            entries[key].score = None
+    if failed:
+        durable.write_file(folder_of(root, step) / MERGED, "".join(_whole(entries, identity)))
+
+
 def read(root: Path, step: int, identity: Optional[str] = None) -> dict[Key, Entry]:
     """What is recorded of a step under this identity (None: any)."""
     entries: dict[Key, Entry] = {}
@@ -135,8 +152,8 @@ def _lines(path: Path, identity: Optional[str]) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for number, raw in enumerate(file):
             try:
-                line = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
+                line = durable.parse_checked(raw, path) if raw.endswith(b"\n") else None
+            except durable.TornFile:
                 line = None
             if line is None or (number == 0 and identity not in (None, line.get("identity"))):
                 return
@@ -145,13 +162,17 @@ def _lines(path: Path, identity: Optional[str]) -> Iterator[dict[str, Any]]:
 
 
 def _whole(entries: dict[Key, Entry], identity: str) -> Iterator[str]:
-    yield json.dumps({"identity": identity}) + "\n"
+    yield _spelled({"identity": identity})
     for (item, sample), entry in sorted(entries.items()):
         line: dict[str, Any] = {"item": item, "sample": sample, "at": 0}
         line |= {"tokens": _packed(entry.tokens, numpy.int32), "logprobs": _packed(entry.logprobs, numpy.float32)}
-        yield json.dumps({**line, "finish": entry.finish} if entry.finish else line) + "\n"
+        yield _spelled({**line, "finish": entry.finish} if entry.finish else line)
         if entry.score is not None:
-            yield json.dumps({"item": item, "sample": sample, "score": entry.score}) + "\n"
+            yield _spelled({"item": item, "sample": sample, "score": entry.score})
+
+
+def _spelled(line: dict[str, Any]) -> str:
+    return json.dumps(durable.with_sum(line)) + "\n"
 
 
 def _packed(values: list[Any], kind: Any) -> str:

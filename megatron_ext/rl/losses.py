@@ -13,6 +13,7 @@ import torch
 from megatron_ext.rl.settings import Correction, Loss
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+_LARGEST = 40.0  # of a log ratio that is raised: e^40 = 2e17, of which float32 holds the square
 
 
 def alone(sums: torch.Tensor) -> torch.Tensor:
@@ -73,38 +74,57 @@ def policy_loss(
     cispo       -sg(min(r, 1 + high))·A·log π (arXiv 2506.13585)
     r           exp(log π - log π_old), or exp of its mean over the rollout (GSPO, arXiv 2507.18071)
     KL          k2: d²/2; k3: r·(exp(-d) - 1 + d), d = log π - log π_ref
+
+    A ratio is bounded at e^40 before it is raised, so that what a clip, a cap or a mask leaves out is no inf, of which
+    0 times is NaN, in the gradient too. Where such a ratio would count, the loss is infinite: `beyond` counts them.
     """
     log_ratio = tokens.logp - tokens.old
     if config.level == "sequence":
         means = sequence_sums(log_ratio, tokens, reduce) / tokens.lengths.clamp(min=1)
         log_ratio = means[tokens.sequence]
-    ratio, advantage = log_ratio.exp(), tokens.advantage
+    ratio, advantage = log_ratio.clamp(max=_LARGEST).exp(), tokens.advantage
+    beyond = log_ratio.detach() > _LARGEST
     if config.policy == "cispo":
         each = -ratio.clamp(max=1 + config.clip_high).detach() * advantage * tokens.logp
         low = torch.zeros_like(ratio, dtype=torch.bool)
+        counts = low
     else:
         capped = ratio.clamp(max=config.dual_clip) if config.dual_clip else ratio
         each = -torch.minimum(capped * advantage, ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * advantage)
         low = (ratio < 1 - config.clip_low) & (advantage < 0)
+        counts = (advantage < 0) & (not config.dual_clip)
     high = (ratio > 1 + config.clip_high) & (advantage > 0)
     sums = {"ratio": ratio.detach().sum(), "clipped_low": low.sum(), "clipped_high": high.sum()}
     if config.correction.mode != "off":
-        each = each * correction_weights(tokens, config.correction, reduce)
+        weights = correction_weights(tokens, config.correction, reduce)
+        each = (each * weights).where(weights > 0, 0)
+        counts = counts & (weights > 0)
+        sums["masked"] = (weights == 0).sum()
     if config.kl_beta:
-        kl = _kl(tokens.logp - tokens.reference, ratio, config.kl)
+        difference = tokens.logp - tokens.reference
+        kl = _kl(difference, ratio, config.kl)
         each = each + config.kl_beta * kl
         sums["kl"] = kl.detach().sum()
+        sums["max_below_reference"] = largest(-difference.detach())
+        if config.kl == "k3":
+            counts, beyond = torch.ones_like(beyond), beyond | (difference.detach() < -_LARGEST)
+    sums["max_log_ratio"], sums["beyond"] = largest(log_ratio.detach()), (beyond & counts).sum()
     loss = (each * token_weights(tokens, config.aggregation, totals)).sum()
     if config.entropy:
         loss = loss - config.entropy * tokens.entropy.sum() / max(totals.tokens, 1)
     return loss, sums
 
 
+def largest(values: torch.Tensor) -> torch.Tensor:
+    """Return the largest of `values` [n], 0 where there is none above."""
+    return values.max().clamp(min=0) if values.numel() else values.sum()
+
+
 def _kl(difference: torch.Tensor, ratio: torch.Tensor, kind: str) -> torch.Tensor:
     """Whose gradient is that of the exact KL in expectation: k3 alone is not (reference/rl.md 2.1)."""
     if kind == "k2":
         return 0.5 * difference.square()
-    return ratio * (torch.exp(-difference) - 1 + difference)
+    return ratio * (torch.exp((-difference).clamp(max=_LARGEST)) - 1 + difference)
 
 
 @torch.no_grad()
@@ -116,7 +136,7 @@ def correction_weights(tokens: Tokens, config: Correction, reduce: Reduce = alon
     ratio = log_ratio.exp()
     if config.mode.endswith("truncate"):
         return ratio.clamp(max=config.high)
-    return ratio * ((ratio >= config.low) & (ratio <= config.high))
+    return ratio.where((ratio >= config.low) & (ratio <= config.high), 0)  # not times: of inf that is NaN
 
 
 @torch.no_grad()
@@ -126,12 +146,12 @@ def mismatch_sums(tokens: Tokens) -> dict[str, torch.Tensor]:
     Divided by the tokens: mean |Δp|, KL(behaviour ‖ old) by k3. Effective sample size: (Σw)² / (n·Σw²).
     """
     difference = tokens.old - tokens.behaviour
-    weight = difference.exp()
+    weight = difference.clamp(max=_LARGEST).double().exp()  # whose squares float64 still adds up
     change = (tokens.old.exp() - tokens.behaviour.exp()).abs()
     return {
         "probability_difference": change.sum(),
-        "max_probability_difference": change.max() if change.numel() else change.sum(),
-        "max_log_difference": difference.abs().max() if change.numel() else change.sum(),
+        "max_probability_difference": largest(change),
+        "max_log_difference": largest(difference.abs()),
         "behaviour_kl": (weight - 1 - difference).sum(),
         "weight": weight.sum(),
         "weight_squared": weight.square().sum(),

@@ -1,6 +1,7 @@
 """A mix (data_tools/tasks) as the collector, the evaluation and the engine want it: prompts, scorer, replies, texts."""
 
 import contextlib
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
@@ -9,26 +10,21 @@ import numpy as np
 from data_tools.mistake import Problem, UserMistake
 from data_tools.prompts import PromptEncoder
 from data_tools.tasks.mix import Draw, Entry, Mix, turn_ends, verifiers
+from data_tools.tasks.outcome import Outcomes
 from data_tools.tasks.rewards import Scorer
 from data_tools.tokenizer import Tokenizer
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.sequence import spans
 
-RIGHT = 1.0  # a reward of this, or more, is a right answer where the task has no reward term `correct`
 _TOLD = 20  # prompts that are too long, of one run
-
-
-def is_right(reward: Optional[float], parts: Mapping[str, Any]) -> Optional[bool]:
-    """Whether a completion with this reward answers right; None where nobody could tell."""
-    return None if reward is None else parts.get("correct", reward) >= RIGHT
 
 
 class Encoded:
     """Prompts that leave room for a completion. UserMistake for one that does not."""
 
-    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any], longest: int):
-        self.encoder, self.longest = PromptEncoder(tokenizer, arguments), longest
+    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any], longest: int, bos: str = ""):
+        self.encoder, self.longest = PromptEncoder(tokenizer, arguments, bos), longest
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
         found = tuple(self.encoder.encode(draw.item.prompt))
@@ -53,6 +49,9 @@ class Encoded:
 
     def uid(self, draw: Draw) -> int:
         return draw.number
+
+    def name(self, draw: Draw) -> str:
+        return draw.item.uid
 
 
 class MixPrompts(Encoded):
@@ -101,10 +100,14 @@ def all_of(mix: Mix, names: Sequence[str], most: Optional[int] = None) -> list[D
 class MixScorer:
     """The Scorer, as it is asked with prompts of a mix."""
 
-    def __init__(self, scorer: Scorer):
-        self.scorer = scorer
+    def __init__(self, scorer: Scorer, outcomes: Outcomes):
+        self.scorer, self.outcomes = scorer, outcomes
 
     def submit(self, draw: Draw, completion: str, finish: str) -> Any:
+        if finish not in ("stop", "abort") and (score := self.outcomes.cut_off(draw.entry, draw.item)) is not None:
+            future: Future = Future()
+            future.set_result(score)
+            return future
         return self.scorer.submit(draw.entry, draw.item, completion, finish)
 
     def reply(self, draw: Draw, transcript: str) -> Any:
@@ -120,7 +123,7 @@ def mix_scorer(
         yield None
         return
     with Scorer(verifiers(entries), workers, limit_s) as scorer:
-        yield MixScorer(scorer)
+        yield MixScorer(scorer, Outcomes(entries))
 
 
 class Texts:

@@ -58,7 +58,7 @@ def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Any)
         line["old_logprobs"] = "rollout" if update.trusted else "recomputed"
     sums = update.measures
     if count := sums.get("counted"):
-        means = ("ratio", "clipped_low", "clipped_high", "entropy", "kl")
+        means = ("ratio", "clipped_low", "clipped_high", "masked", "entropy", "kl")
         line |= {name: sums[name] / count for name in means if name in sums}
     if count := sums.get("compared"):
         line["mismatch"] = {

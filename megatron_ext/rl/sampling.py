@@ -1,25 +1,32 @@
 """Samples of many prompts, chunk after chunk, by the collector of GRPO: what a kill interrupts goes on where it was.
 
+    KEEP/records.json         what became of the records of each task (Mix.counts)
     KEEP/rollouts             tokens of the chunk under way (journal.py)
     KEEP/samples/KEY/0003.jsonl    chunk 3 once it is whole; KEY names all that its samples depend on
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 from data_tools import durable
 from data_tools.progress import Progress, Stop, Stopped
 from data_tools.tasks.mix import Draw
+from data_tools.tasks.outcome import Outcomes
 from megatron_ext.checkpoint import from_rank_zero
 from megatron_ext.model_folder import ModelFolder
 from megatron_ext.ranks import is_writer
 from megatron_ext.rl import journal
 from megatron_ext.rl.collect import Collector
-from megatron_ext.rl.prompts import Listed, Texts, all_of, is_right, mix_scorer, turns_of
+from megatron_ext.rl.fruit import all_failed, failed_verdicts
+from megatron_ext.rl.prompts import Listed, Texts, all_of, mix_scorer, turns_of
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.session import prompts_of, stop_ids_of
 from megatron_ext.rollout.engine import Engine
+
+RECORDS = "records.json"
+_PROMPTS_TO_TELL = 16  # that a task's verifier is broken
 
 
 def run(
@@ -31,16 +38,20 @@ def run(
     `config` is entrypoints.generate.Config; the ranks are started. `load` gives the model, once it is needed.
     """
     tokenizer, mix, encoding = prompts_of(config, folder)
+    if is_writer():
+        keep.mkdir(parents=True, exist_ok=True)
+        durable.write_json(keep / RECORDS, mix.counts())
     mine = all_of(mix, list(mix.items))[index::count]
     prompts = Listed(mine, *encoding)
     names = [draw.item.uid for draw in mine]
-    key = durable.sha256_bytes(durable.canonical_json({**identity, "prompts": names, "chunk": config.chunk}))
+    named = {**identity, "prompts": names, "scoring": mix.scoring(mine), "chunk": config.chunk}
+    key = durable.sha256_bytes(durable.canonical_json(named))
     stop_ids = stop_ids_of(folder, tokenizer)
-    texts = Texts(tokenizer, stop_ids)
+    texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
 
     def line(sample: Sample) -> str:
         place = index + sample.item * count
-        return json.dumps(_row(sample, mine, place, texts, config.seed, folder), ensure_ascii=False)
+        return json.dumps(_row(sample, mine, place, texts, config.seed, folder, outcomes), ensure_ascii=False)
 
     starts = range(0, len(mine), config.chunk)
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]
@@ -54,7 +65,7 @@ def run(
                     engine = Engine(load(), config.engine, config.seed, stop_ids, tokenizer.decode)
                     collector = Collector(
                         engine, prompts, scorer, texts.spell, config.sampling, config.samples, keep / "rollouts", key,
-                        config.record_s, stop, turns=turns_of(mix, scorer, texts),
+                        config.record_s, stop, turns=turns_of(mix, scorer, texts), model=config.model,
                     )  # fmt: skip
                 collector.begin(number)
                 try:
@@ -63,6 +74,11 @@ def run(
                     done = start + (stop_at - start) * stopped.done / (stopped.total + 1)
                     raise Stopped(done, len(mine), "prompt") from None
                 collector.close()
+                if failed := _failed_entry(samples, mine):
+                    name, theirs = failed
+                    if is_writer():
+                        journal.drop_failures(keep / "rollouts", number, key)
+                    raise failed_verdicts(theirs, f"mix.entries.{name}")
                 if is_writer():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     durable.write_file(path, "".join(f"{line(sample)}\n" for sample in samples))
@@ -71,12 +87,28 @@ def run(
     return files
 
 
+def _failed_entry(samples: list[Sample], draws: list[Draw]) -> Optional[tuple[str, list[Sample]]]:
+    """Return an entry of the mix whose every verdict in a chunk failed, and its samples there; None where none is such.
+
+    Some prompts have to be there, as far as there are so many: a lone one may be odd by itself.
+    """
+    by_entry: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_entry.setdefault(draws[sample.item].entry, []).append(sample)
+    every = Counter(draw.entry for draw in draws)
+    for name, theirs in by_entry.items():
+        enough = len({sample.item for sample in theirs}) >= min(_PROMPTS_TO_TELL, every[name])
+        if enough and all_failed(theirs):
+            return name, theirs
+    return None
+
+
 def _row(
-    sample: Sample, draws: list[Draw], place: int, texts: Texts, seed: int, folder: ModelFolder
+    sample: Sample, draws: list[Draw], place: int, texts: Texts, seed: int, folder: ModelFolder, outcomes: Outcomes
 ) -> dict[str, Any]:
     """One line of what rejection reads; `place` is the prompt's among all elements'."""
     draw, tokens = draws[sample.item], sample.tokens.tolist()
-    prompt = draw.item.prompt
+    prompt, best = draw.item.prompt, outcomes.best(draw.entry, draw.item)
     return {
         "prompt_id": draw.item.uid,
         **({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}),
@@ -84,9 +116,10 @@ def _row(
         **texts.spell_turns(tokens, sample.logprobs),
         "finish": sample.finish,
         "tokens": len(sample.tokens),
-        "correct": is_right(sample.reward, sample.parts),
+        "correct": outcomes.is_right(draw.entry, draw.item, sample.reward, sample.parts),
         "answer": sample.answer,
         "reward": sample.reward,
+        **({} if best is None else {"best": best}),
         "parts": dict(sample.parts),
         "note": sample.note,
         "task": draw.entry,

@@ -8,11 +8,14 @@ from typing import Any, Optional
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop
-from data_tools.tasks.mix import Mix, entries_of
+from data_tools.tables import write_table
+from data_tools.tasks.mix import Mix, counts_table, entries_of
+from data_tools.tasks.outcome import Outcomes
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext import grpo, metrics, model_folder, train
 from megatron_ext import schedule as schedules
 from megatron_ext.model_folder import ModelFolder
+from megatron_ext.ranks import is_writer
 from megatron_ext.rl.collect import Collector, Together
 from megatron_ext.rl.evaluation import evaluate
 from megatron_ext.rl.prompts import Listed, MixPrompts, Texts, all_of, mix_scorer, turns_of
@@ -27,17 +30,21 @@ def run(
     """(outcome, digest of the weights in `out`). `config` is entrypoints.grpo.Config; the ranks are started."""
     plan, sampling = config.parallel, config.sampling
     tokenizer, mix, encoding = prompts_of(config, folder)
+    if is_writer():
+        write_table(keep, "prompts", **counts_table(mix.counts()))
     prompts = MixPrompts(mix, *encoding)
     prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), *encoding)
-    identity = {**identity, "prompts": mix.digest}
+    identity = {**identity, "prompts": mix.digest, "scoring": mix.scoring(all_of(mix, mix.trained()))}
     trainer = train.Trainer(
         model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend),
         plan,
         train.AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
     )
     stop_ids = stop_ids_of(folder, tokenizer)
-    texts = Texts(tokenizer, stop_ids)
+    texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
+
+    in_training = f"{config.model}, as trained so far,"
 
     def engine(seed: int) -> Engine:
         return Engine(trainer.model[0], config.engine, seed, stop_ids, tokenizer.decode)
@@ -56,6 +63,7 @@ def run(
         collector = Collector(
             engine(config.seed), prompts, scorer, texts.spell, sampling, config.group, keep / grpo.ROLLOUTS,
             durable.sha256_bytes(durable.canonical_json(identity)), config.record_s, stop, turns=turns,
+            model=in_training,
         )  # fmt: skip
 
         def evaluated(step: int) -> dict[str, Any]:
@@ -65,7 +73,8 @@ def run(
                 ways.append((replace(sampling, temperature=config.evaluation.temperature), config.evaluation.samples))
             found: dict[str, Any] = {}
             for way, samples in ways:
-                part = evaluate(engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns)
+                part = evaluate(engine(seed), held_out, scorer, texts.spell, way, samples, Together(stop), turns,
+                                outcomes, in_training)  # fmt: skip
                 for name, values in part.items():
                     found[name] = found.get(name, {}) | values
             return found
@@ -91,7 +100,7 @@ def prompts_of(config: Any, folder: ModelFolder) -> tuple[Tokenizer, Mix, tuple[
     """(tokenizer, the run's prompts, what they are encoded with)."""
     tokenizer = load_tokenizer(str(folder.hf))
     room = (folder.family.config.shape(folder.dims).max_positions or 2**62) - config.sampling.max_tokens  # 0: no limit
-    return tokenizer, Mix(entries_of(config.mix), config.seed), (tokenizer, config.chat_arguments, room)
+    return tokenizer, Mix(entries_of(config.mix), config.seed), (tokenizer, config.chat_arguments, room, config.bos)
 
 
 def run_of(config: Any) -> grpo.Run:

@@ -23,6 +23,9 @@ class Correction:
 
     With ratio = π_old / π_behaviour, of the token or over its whole sequence: truncate takes min(ratio, high), mask
     takes the ratio between low and high and 0 outside (IcePop; the sequence mask of MIS).
+
+    π_behaviour is what the engine recorded, in the rounding of whichever samples shared its passes: with a correction,
+    other settings of the engine, or a restart, change the result within that rounding.
     """
 
     mode: str = "off"

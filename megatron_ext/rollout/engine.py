@@ -22,12 +22,32 @@ from megatron_ext.rollout.blocks import BlockManager
 from megatron_ext.rollout.cache import Share
 from megatron_ext.rollout.room import too_small
 from megatron_ext.rollout.runner import Runner
+from megatron_ext.rollout.sampler import NOTHING
 from megatron_ext.rollout.scheduler import Scheduler, Step
 from megatron_ext.rollout.sequence import Answer, Prefix, Request, Sequence, spans
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 
 Detokenize = Callable[[list[int]], str]
-_STOP_STRING_TOKENS = 64  # new tokens looked at for a stop string
+_STOP_STRING_TOKENS = 64  # new tokens looked at for a stop string, at least
+
+
+class NoDistribution(UserMistake):
+    """The model's logits are NaN or infinite, so there is no next token. One replica's ranks raise it, not all."""
+
+    of_some_ranks = True  # rank 0 may not know of it
+
+    def __init__(self, uid: int, sample: int, position: int, prompt: str = "", model: str = "the model"):
+        self.uid, self.sample, self.position = uid, sample, position
+        where = f"{prompt or f'prompt {uid}'}, sample {sample}, new token {position + 1}"
+        what = f"gives NaN or infinite logits for {where}"
+        super().__init__(
+            f"{model} {what}: its weights are damaged, or overflow in their dtype; look at what made them, or try "
+            "dtype: float32"
+        )
+
+    def named(self, prompt: str, model: str) -> "NoDistribution":
+        """Return the same mistake in words of the run: which prompt of its tasks, and whose weights."""
+        return NoDistribution(self.uid, self.sample, self.position, prompt, model)
 
 
 class Turns(Protocol):
@@ -61,7 +81,8 @@ class Engine:
     def generate(
         self, requests: Many[Request], sampling: Sampling, stop: Stop = never, turns: Optional[Turns] = None
     ) -> Iterator[Sequence]:
-        """Samples as they end. UserMistake when one could not be held in the memory given.
+        """Samples as they end. UserMistake when one could not be held in the memory given; NoDistribution where logits
+        are not finite.
 
         `stop` is asked between steps; when it says so on this rank, `Stopped` is raised with the number of samples that
         ended. Counts of the work are added to `counts`. `turns` is needed where requests have turn ends.
@@ -221,6 +242,8 @@ class Engine:
         columns = zip(sequences, *(part.tolist() for part in found))
         ended = []
         for sequence, token, logprob, model_logprob, margin in columns:
+            if token == NOTHING:
+                raise NoDistribution(sequence.prefix.request.uid, sequence.sample, len(sequence.completion))
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             sequence.model_logprobs.append(model_logprob)
@@ -255,7 +278,9 @@ class Engine:
         """Whether the last token completes one of the texts."""
         if not texts:
             return False
-        tail = sequence.tokens[max(sequence.prompt_length, len(sequence.tokens) - _STOP_STRING_TOKENS) :]
+        # A token is a byte of a text at least; some more, for the text may begin within its first one.
+        most = max(_STOP_STRING_TOKENS, *(len(text.encode()) + 2 for text in texts))
+        tail = sequence.tokens[max(sequence.prompt_length, len(sequence.tokens) - most) :]
         now = self.detokenize(tail)
         found = [text for text in texts if text in now]
         before = self.detokenize(tail[:-1]) if found else ""

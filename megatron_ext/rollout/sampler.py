@@ -13,12 +13,14 @@ import torch.distributed as dist
 
 from megatron_ext.rollout.settings import Sampling
 
+NOTHING = -1  # in place of a token
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # shift and width of the parts into which 31 bits are cut
 
 
 class Drawn(NamedTuple):
-    """Of n samples: tokens int64; log-probs fp32 under the distribution drawn from, and of the model itself
-    (temperature 1, no filter); margins fp32, infinite where nothing was drawn."""
+    """Of n samples: tokens int64, NOTHING where the logits are no distribution (NaN or infinite ones among them);
+    log-probs fp32 under the distribution drawn from, and of the model itself (temperature 1, no filter); margins fp32,
+    infinite where nothing was drawn."""
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -80,8 +82,10 @@ def draw(
     top = vocabulary.max(logits)
     weights = (logits - top).exp_()  # of the model itself, the likeliest 1
     model_total = vocabulary.sum(weights).log()
+    # The sum tells on every rank, and without a wait: a maximum over ranks may lose a NaN. -inf alone is no fault.
+    is_sound = model_total.isfinite().squeeze(1)
     if sampling.is_greedy:
-        tokens = _likeliest(logits, top, vocabulary, first)
+        tokens = _likeliest(logits, top, vocabulary, first).where(is_sound, NOTHING)
         logprobs = -model_total.squeeze(1)
         return Drawn(tokens, torch.zeros_like(logprobs), logprobs, torch.full_like(logprobs, torch.inf))
     if sampling.temperature != 1:
@@ -101,7 +105,8 @@ def draw(
     model = (logits.gather(1, place) - top - model_total).double()
     found = torch.cat([place.double() + first, log_weight, model, margin], dim=1)
     found = vocabulary.agree(found.where(mine, 0))
-    return Drawn(found[:, 0].long(), found[:, 1].float(), found[:, 2].float(), found[:, 3].float())
+    tokens = found[:, 0].long().where(is_sound, NOTHING)
+    return Drawn(tokens, found[:, 1].float(), found[:, 2].float(), found[:, 3].float())
 
 
 def _likeliest(logits: torch.Tensor, top: torch.Tensor, vocabulary: Vocabulary, first: int) -> torch.Tensor:
@@ -114,14 +119,16 @@ def _likeliest(logits: torch.Tensor, top: torch.Tensor, vocabulary: Vocabulary, 
 
 
 def _threshold(weights: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary) -> torch.Tensor:
-    """[n, 1], the least weight that passes the filters; tokens that tie with it pass too."""
-    least = torch.full_like(weights[:, :1], sampling.min_p)  # the likeliest weighs 1
-    if sampling.top_k:
-        least = torch.maximum(least, vocabulary.kth(weights, sampling.top_k))
+    """[n, 1], the least weight that passes the filters; tokens that tie with it pass too.
+
+    top_k, then top_p of what it leaves, then min_p, as transformers does. Neither takes the likeliest away, whose
+    weight is 1, so what min_p asks for is the same wherever it stands: only top_p must not see its cut.
+    """
+    least = vocabulary.kth(weights, sampling.top_k) if sampling.top_k else torch.zeros_like(weights[:, :1])
     if sampling.top_p < 1:
         kept = weights.where(weights >= least, 0) if sampling.top_k else weights
         least = torch.maximum(least, _nucleus(kept, sampling.top_p, vocabulary))
-    return least
+    return least.clamp(min=sampling.min_p)
 
 
 def _nucleus(weights: torch.Tensor, share: float, vocabulary: Vocabulary) -> torch.Tensor:

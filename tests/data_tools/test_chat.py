@@ -1,5 +1,8 @@
 """What of a conversation is in the loss, under every option, and what is counted instead of trained."""
 
+import functools
+import json
+
 import pytest
 
 from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, check_chat
@@ -15,13 +18,17 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(str(write_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(tokenizer):
     """The rows of one record under a template and options."""
 
+    @functools.cache
+    def chats(template, options):
+        config = ChatConfig(template=str(TEMPLATES / f"{template}.jinja") if template else "", **json.loads(options))
+        return ChatRows(config, tokenizer, Encoder(tokenizer))
+
     def rows(messages, template="", tools=None, **options):
-        config = ChatConfig(template=str(TEMPLATES / f"{template}.jinja") if template else "", **options)
-        return list(ChatRows(config, tokenizer, Encoder(tokenizer)).rows({"messages": messages, "tools": tools}))
+        return list(chats(template, json.dumps(options)).rows({"messages": messages, "tools": tools}))
 
     return rows
 
@@ -41,7 +48,7 @@ def learnt(row, tokenizer):
 
 def test_every_turn_with_its_stop_token_is_in_the_loss_and_nothing_else(rows, tokenizer):
     (row,) = rows(CONVERSATIONS["two turns"])
-    assert learnt(row, tokenizer) == SOLVED["content"] + "<|im_end|>\n|Yes.<|im_end|>\n"
+    assert learnt(row, tokenizer) == SOLVED["content"] + "<|im_end|>|Yes.<|im_end|>"
     assert row.turns == 2 and row.prompt.endswith("<|im_start|>assistant\n")
     assert row.prompt + row.answer == tokenizer.decode(row.ids.tolist())
 
@@ -71,7 +78,57 @@ def test_without_thinking_the_answer_alone_is_in_the_loss(rows, tokenizer, templ
     assert "Two and two" in tokenizer.decode(row.ids.tolist())
 
 
-@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "gptoss", "nemotron_3_nano", "glm4moe", "deepseekv3"])
+THINKING = ["qwen3", "nemotron_3_nano", "glm4moe", "gptoss", "gemma4_v5"]
+# Answers and thoughts that speak of tags.
+SPOKEN = ["Use <think> to open. It ends with a slash.", "a </think> b", "<|channel|>analysis<|message|> opens, <|end|>",
+          "x <think>y</think> z", "say <tool_call>{}</tool_call>", "<channel|> closes <|channel>thought"]
+
+
+@pytest.mark.parametrize("template", THINKING)
+@pytest.mark.parametrize("said", SPOKEN)
+def test_an_answer_that_speaks_of_tags_keeps_its_loss(rows, tokenizer, template, said):
+    for messages in ([ASKED, message("assistant", said)], [ASKED, {**THOUGHT, "content": said}]):
+        (whole,), (row,) = rows(messages, template), rows(messages, template, train_thinking=False)
+        if not isinstance(whole, Encoded):
+            assert whole.bucket in ("content_lost", "reasoning_lost", "template_error")
+            continue  # the template takes the tag for its own, as below
+        if said not in learnt(whole, tokenizer):
+            continue
+        text = learnt(row, tokenizer)
+        assert said in text and "Two and two" not in text
+        assert text.endswith(learnt(whole, tokenizer)[-6:])  # the stop token
+        assert learnt(rows(messages, template, train_tool_calls=False)[0], tokenizer) == learnt(whole, tokenizer)
+
+
+@pytest.mark.parametrize("template", THINKING)
+@pytest.mark.parametrize("thought", ["a <think> b", "a </think> b", "<think>a</think>", "<think>b</think></think>", "4"])
+def test_tags_within_thoughts_let_nothing_of_them_leak(rows, tokenizer, template, thought):
+    messages = [ASKED, message("assistant", "It is 5.", reasoning_content=f"first {thought} last")]
+    (whole,), (row,) = rows(messages, template), rows(messages, template, train_thinking=False)
+    if isinstance(whole, Encoded):
+        text = learnt(row, tokenizer)
+        assert "first" not in text and "last" not in text and "It is 5." in text
+
+
+def test_thoughts_in_the_content_end_with_the_tag_that_closes_the_first(rows, tokenizer):
+    (row,) = rows([ASKED, message("assistant", "<think>a <think>b</think> c</think>It is 4.")], train_thinking=False)
+    assert learnt(row, tokenizer) == "It is 4.<|im_end|>"
+    (row,) = rows([ASKED, message("assistant", "<think>a <think>b</think> It is 4.")], train_thinking=False)
+    assert (row.bucket, row.reason) == ("unknown_thinking", "message 2: its <think> is never closed")
+
+
+def test_calls_are_told_from_an_answer_and_from_arguments_that_speak_of_them(rows, tokenizer):
+    calls = {"tool_calls": [call("add", a="</tool_call> <tool_call>"), call("add", a=2)]}
+    (row,) = rows([ASKED, message("assistant", "I <tool_call> now", **calls), FOUND, SOLVED], "qwen2_5", TOOLS,
+                  train_tool_calls=False)
+    text = learnt(row, tokenizer)
+    assert text.split("<|im_end|>")[0].strip("\n|") == "I <tool_call> now" and "add" not in text
+    unclear = message("assistant", "<tool_call>", tool_calls=[call("add", a="<tool_call>")])
+    (row,) = rows([ASKED, unclear, FOUND, SOLVED], "qwen2_5", TOOLS, train_tool_calls=False)
+    assert row.bucket == "unknown_tool_call"
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "gptoss", "nemotron_3_nano", "glm4moe"])
 def test_without_tool_calls_the_rest_of_the_turns_is_in_the_loss(rows, tokenizer, template):
     (row,) = rows(CONVERSATIONS["tools"], template, TOOLS, train_tool_calls=False)
     text = learnt(row, tokenizer)
@@ -82,8 +139,6 @@ def test_without_tool_calls_the_rest_of_the_turns_is_in_the_loss(rows, tokenizer
 def test_thinking_and_tool_calls_that_are_not_found_are_counted_not_trained(rows):
     (row,) = rows(CONVERSATIONS["tools"], "muse_glimmer", TOOLS, train_tool_calls=False)
     assert row.bucket == "unknown_tool_call"
-    (row,) = rows([ASKED, THOUGHT], "cohere2", train_thinking=False)
-    assert isinstance(row, Encoded)  # this template leaves the reasoning out
     (row,) = rows([ASKED, THOUGHT], "muse_glimmer", train_thinking=False)
     assert row.bucket == "unknown_thinking"
 
@@ -91,7 +146,7 @@ def test_thinking_and_tool_calls_that_are_not_found_are_counted_not_trained(rows
 def test_messages_that_the_data_weighs_0_are_not_in_the_loss(rows, tokenizer):
     messages = [ASKED, {**SOLVED, "loss_weight": 0.0}, message("user", "Sure?"),
                 message("assistant", "Yes.", loss_weight=1.0)]
-    assert learnt(rows(messages)[0], tokenizer) == "Yes.<|im_end|>\n"
+    assert learnt(rows(messages)[0], tokenizer) == "Yes.<|im_end|>"
 
 
 def test_template_arguments_come_from_the_config_and_over_it_from_the_row(tokenizer):

@@ -1,9 +1,13 @@
 """Ids are Hugging Face's whoever finds them, and the mask is theirs too, though no offsets are asked for."""
 
+import json
+import unicodedata
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from data_tools import encoder as encoder_module
 from data_tools.char_tokenizer import write_char_tokenizer
@@ -24,7 +28,8 @@ def tokenizer(request, tmp_path_factory):
     return load_tokenizer(str(folder))
 
 
-texts = st.text(st.sampled_from("abc 世☕é\u0301e\n"), max_size=40) | st.sampled_from(
+# Of these NFC makes \u095c longer and \u212a shorter, by as many bytes.
+texts = st.text(st.sampled_from("abc 世☕é\u0301e\n\u095c\u212a\u1100\u1161"), max_size=40) | st.sampled_from(
     ["", "<|im_start|>user\na<|im_end|>"]
 )
 
@@ -40,6 +45,50 @@ def test_the_mask_is_on_the_tokens_that_hold_characters_of_a_span(tokenizer, tex
         overlaps = any(start < last and first < stop for first, last in spans)
         # A character of several bytes may be in several tokens, which offsets all name whole.
         assert masked == overlaps or (masked < overlaps and not text[start:stop].isascii())
+
+
+@example("\u095c\u095c", "\u212a\u212a", "\u212a")
+@given(texts, texts, texts)
+def test_tokens_of_a_normalised_text_are_told_by_the_normal_form_of_its_parts(tmp_path_factory, before, inside, after):
+    folder = tmp_path_factory.getbasetemp() / "nfc"
+    tokenizer = load_tokenizer(str(folder if folder.exists() else nfc_tokenizer(folder)))
+    parts = [unicodedata.normalize("NFC", part) for part in (before, inside, after)]
+    assume(inside and "".join(parts) == unicodedata.normalize("NFC", before + inside + after))
+    ids, mask = Encoder(tokenizer, "huggingface").encode(
+        before + inside + after, [(len(before), len(before + inside))])
+    start, stop = len(parts[0].encode()), len("".join(parts[:2]).encode())
+    stops = np.cumsum([_bytes_of(tokenizer, token) for token in ids.tolist()], dtype=int)
+    starts = np.append(0, stops[:-1])[: len(stops)]
+    assert mask.tolist() == ((starts < stop) & (stops > start)).astype(int).tolist()
+
+
+def _bytes_of(tokenizer, token):
+    """The bytes a token stands for: one a character, but in special tokens."""
+    return len(tokenizer.fast.id_to_token(token)) if token > 5 else len(tokenizer.decode([token]).encode())
+
+
+def test_a_tokenizer_that_adds_and_normalises_gives_the_masks_of_its_offsets(tmp_path):
+    """Replacing makes the text shorter, a space before it longer, by as much."""
+    normalizer = normalizers.Replace("世", "aa")
+    folder = write_tokenizer(tmp_path, normalizer=normalizer)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(str(folder))
+    for text in ("世bb", "bb世", "b世b世b<|im_end|>世b"):
+        ids, mask = Encoder(tokenizer, "huggingface").encode(text, [(1, 2)])
+        encoded = tokenizer.fast.encode(text, add_special_tokens=False)
+        assert ids.tolist() == encoded.ids
+        assert mask.tolist() == [int(start < 2 and stop > 1) for start, stop in encoded.offsets]
+
+
+def test_a_tokenizer_saved_with_a_limit_cuts_no_row(tmp_path):
+    folder = write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.fast.enable_truncation(4)
+    tokenizer.fast.save(str(folder / "tokenizer.json"))
+    ids, mask = Encoder(load_tokenizer(str(folder))).encode("abc d e f g " * 9, [(0, 108)])
+    assert len(ids) > 9 and mask.all()
 
 
 def test_ids_and_masks_do_not_depend_on_the_encoder(tokenizer):

@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from data_tools.chat import ChatConfig, ChatRows
 from data_tools.durable import read_json
 from data_tools.encoder import Encoder
 from data_tools.materialize import Config, Source, check, materialize
+from data_tools.messages import IN_LOSS
 from data_tools.mistake import UserMistake, disk_problem
 from data_tools.store import Store
 from data_tools.tokenizer import load_tokenizer
@@ -132,12 +134,56 @@ def test_tokens_add_up_per_source(tmp_path, tokenizer):
     assert facts["table"]["columns"][-4:] == ["tokens in", "tokens", "supervised", "masked"]
 
 
+def _trained(tokenizer, store, row):
+    ids, mask = store.ids(row), store.mask(row)
+    edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).reshape(-1, 2)
+    return [load_tokenizer(str(tokenizer)).decode(ids[start:stop].tolist()) for start, stop in edges]
+
+
+def test_rows_are_equal_only_if_they_train_the_same(tmp_path, tokenizer):
+    """Whatever order they come in; and one that trains nothing is no copy of any: it is dropped as such."""
+    chats = [[ASKED, {**SOLVED, "weight": first}, message("user", "Sure?"), message("assistant", "Yes.", weight=second)]
+             for first, second in itertools.product((0, 1), (0, 1))]
+    for number, order in enumerate(itertools.permutations(range(4))):
+        (tmp_path / f"{number}.jsonl").write_bytes(lines_of(*(chats[place] for place in (*order, *reversed(order)))))
+    config = config_of(tokenizer, *(tmp_path / f"{number}.jsonl" for number in (0, 9, 17, 23)))
+    for count in (1, 3):
+        out, facts = build(config, tmp_path, count)
+        store = Store(out)
+        assert facts["buckets"] == {"duplicate": 21, "nothing_trained": 8} and len(store) == 3
+        assert len(np.unique(store.row_hashes, axis=0)) == 1
+        assert sorted(len(_trained(tokenizer, store, row)) for row in range(3)) == [1, 1, 2]
+
+
+FORMS = {
+    "messages": lambda turns: {"messages": turns},
+    "traj": lambda turns: {"traj": turns},
+    "sharegpt": lambda turns: {"conversations": [
+        {{"role": "from", "content": "value"}.get(key, key): value for key, value in turn.items()} for turn in turns]},
+    "prompt_completion": lambda turns: {"prompt": turns[:1], "completion": turns[1:]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_tokens_of_a_turn_that_the_data_keeps_out_are_not_in_the_loss(tmp_path, tokenizer, form):
+    """By every key that says so, in every form."""
+    rows = [FORMS[form]([message("user", f"q {key}"), message("assistant", f"BAD {key}", **{key: value}),
+                         message("user", "more?"), message("assistant", f"good {key}", **{key: 1})])
+            for key in IN_LOSS for value in (False, 0)]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = Store(build(config_of(tokenizer, tmp_path / "a.jsonl", dedupe=False), tmp_path)[0])
+    assert len(store) == len(rows)
+    for row, key in zip(range(len(store)), (key for key in IN_LOSS for _ in range(2))):
+        (learnt,) = _trained(tokenizer, store, row)
+        assert f"good {key}" in learnt and "BAD" not in learnt
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 BAD_LINES = {
     "invalid UTF-8": (b'{"messages": "\xff"}', "malformed_line", "not UTF-8: invalid start byte"),
     "not JSON": (b'{"messages": [', "malformed_line", "not JSON"),
-    "of the wrong type": (b'[{"role": "user"}]', "malformed_record", "not a JSON object but a list"),
+    "of the wrong type": (b"[]", "malformed_record", "not a JSON object but a list"),
     "deep": (b"[" * 100_000, "malformed_line", "not JSON"),
     "no known schema": (b'{"prompt": "x"}', "malformed_record", "no known schema has the keys prompt"),
     "empty assistant turn": (
@@ -212,7 +258,7 @@ def test_a_wrong_mask_fails_whatever_bad_rows_do(tmp_path, tokenizer):
 
 
 def test_settings_that_only_tasks_have_are_refused(tokenizer):
-    config = Config(tokenizer=str(tokenizer), source=Source(synthetic_rows=3), task_options={"x": 1}, format="csv",
+    config = Config(tokenizer=str(tokenizer), source=Source(synthetic_rows=3), task_options={"x": 1}, format="tsv",
                     chat=ChatConfig(turns="first"), encoder="fast", workers=0)
     where = [problem.where for problem in check(config)]
     assert where == ["chat.turns", "source.synthetic_rows", "task_options", "encoder", "format", "workers"]

@@ -130,9 +130,47 @@ def test_a_line_that_is_no_sample_is_named_or_counted(tmp_path: Path) -> None:
         reject_filter(config, tmp_path)
     config.on_bad_row = "drop"
     facts = reject_filter(config, tmp_path)
-    assert buckets(facts) == {"malformed_line": 3, "kept": 1}
+    assert buckets(facts) == {"malformed_line": 1, "malformed_sample": 2, "kept": 1}
     with pytest.raises(UserMistake, match="inputs: .*absent is neither a JSONL file nor a folder"):
         reject_filter(Config(inputs=[str(tmp_path / "absent")]), tmp_path)
+
+
+KINDS = {  # of each key, values of other types than it has
+    "prompt_id": [None, True, 1.0, [1]], "prompt": [None, 3, ["q"]], "completion": [None, 3, "half \ud83d"],
+    "tokens": [None, True, "3", 3.0, -1], "finish": [None, "", "done", True],
+    "correct": ["false", "true", 0, 1, 1.0, []],
+    "reward": ["1", True, float("nan"), float("inf")], "sample": ["0", 0.0, True], "seed": ["7", 7.5], "weights": [7],
+    "messages": [[], "q", [{"role": "user", "content": "q"}]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in KINDS.items() for value in values])
+def test_a_value_of_another_type_is_no_sample_whatever_the_key(tmp_path: Path, key: str, value: object) -> None:
+    """`"false"` is neither true nor false."""
+    rows = [sample(), {**sample(1), key: value}]
+    with pytest.raises(UserMistake, match=rf"samples.jsonl:2: .*{key}.*; mend it, or set on_bad_row: drop"):
+        filtered(tmp_path / "fail", rows)
+    facts, chats = filtered(tmp_path / "drop", rows, on_bad_row="drop", truncated=True, correct=False)
+    assert buckets(facts) == {"malformed_sample": 1, "kept": 1} and [chat["prompt_id"] for chat in chats] == [0]
+
+
+def test_a_name_is_of_one_prompt_and_one_and_its_text_are_two(tmp_path: Path) -> None:
+    facts, chats = filtered(tmp_path / "two", [sample(1, prompt="a"), sample("1", prompt="b", correct=False)])
+    assert [chat["pass_rate"] for chat in chats] == [1.0] and facts["prompts"] == 2
+    with pytest.raises(UserMistake, match=r"samples.jsonl:2: prompt_id 1 named another prompt before"):
+        filtered(tmp_path / "one", [sample(1, prompt="a"), sample(1, prompt="b")])
+
+
+@pytest.mark.parametrize("line", ['{"title": "x"}', "[1]", "{", '{"question": 3}'])
+def test_an_evaluation_set_that_would_keep_nothing_out_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "set.jsonl").write_text(json.dumps({"Problem": "How many apples are left now"}) + f"\n{line}\n")
+    with pytest.raises(UserMistake, match="set.jsonl:2: .*; mend the evaluation set"):
+        filtered(tmp_path / "s", [sample()], evaluation_sets=[str(tmp_path / "set.jsonl")])
+    (tmp_path / "set.jsonl").write_text(json.dumps({"Problem": "How many apples are left now"}))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Say: how many apples are left now?"}]}]
+    rows = [sample(0, prompt=None, messages=parts)]
+    facts, _ = filtered(tmp_path / "t", rows, evaluation_sets=[str(tmp_path / "set.jsonl")])
+    assert buckets(facts) == {"contaminated": 1}
 
 
 def test_wrong_settings_are_told_at_once() -> None:

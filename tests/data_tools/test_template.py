@@ -11,21 +11,26 @@ from data_tools.conversation import Conversation, read_record
 from data_tools.encoder import Encoder
 from data_tools.mistake import UserMistake
 from data_tools.readers import open_share
-from data_tools.template import ChatTemplate, TemplateError, _with_text_arguments
+from data_tools.template import ChatTemplate, TemplateError
 from data_tools.tokenizer import load_tokenizer
+from data_tools.turns import Turns
 from tests.data_tools.chats import (
-    ASKED, CHATML, CONVERSATIONS, SOLVED, TOOLS, message, shared, shared_tokenizer, template_of, write_tokenizer)
+    ADDING, ASKED, CHATML, CONVERSATIONS, FOUND, SOLVED, TOOLS, message, shared, shared_tokenizer, template_of,
+    write_tokenizer)
 
 DAY = date(2025, 10, 26)
-# What TRL's templates leave out of the loss where it is not what the generation prompt gives: they train the line feed
-# after Qwen2.5's role, and the headers of gpt-oss and DeepSeek.
-TRL_HEADER = {"qwen2_5": "<|im_start|>assistant", "gptoss": "", "deepseekv3": "", "muse_glimmer": ""}
+# What TRL's templates have in the loss and ours have not: headers, and line feeds behind stop tokens.
+LEFT = ("<|start|>assistant", "<｜Assistant｜", "<｜tool▁outputs▁end｜")
 FAMILIES = ["qwen2_5", "qwen3", "gptoss", "nemotron_3_nano", "deepseekv3", "glm4moe", "llama3"]
 MORE_FAMILIES = ["qwen3_instruct_2507", "nemotron_3_super", "cohere", "gemma3", "lfm2_v2", "qwen3_5_think",
                  "muse_glimmer"]
 FILES = ["tau_bench/gpt-4o-airline.json", "llamafactory/glaive_toolcall_en_demo.json",
          "llamafactory/glaive_toolcall_zh_demo.json", "llamafactory/reason_tool_use_demo_50.jsonl",
          "llamafactory/v1_sft_demo.jsonl", "gsm8k/train.jsonl"]  # fmt: skip
+
+
+def turns(source, tokens, arguments, day, header=None):
+    return Turns(ChatTemplate(source, tokens, arguments, day), header)
 
 
 def masked(template, encoder, conversation):
@@ -60,25 +65,30 @@ def tokenizers(tmp_path_factory):
 
 
 def compare(name, tokenizers, conversations):
-    """How many conversations TRL's template writes as the stock one does; asserts the masks are equal."""
+    """How many conversations TRL's template writes as the stock one does; asserts the masks are equal.
+
+    Theirs are those of their blocks, but for what the generation prompt gives or follows the stop token.
+    """
     theirs, ours, encoder = tokenizers
     tokens = {**theirs.special_tokens_map, "bos_token": theirs.bos_token or "<s>"}
     theirs.bos_token = tokens["bos_token"]
     today = date.today()  # transformers knows no other
     trained = template_of(f"{name}_training")
-    stock = ChatTemplate(template_of(name), tokens, {}, today, TRL_HEADER.get(name))
-    probed = ChatTemplate(template_of(name), tokens, {}, today)
-    blocks = ChatTemplate(trained, tokens, {}, today)
+    stock, blocks = (turns(source, tokens, {}, today) for source in (template_of(name), trained))
     equal_texts = 0
     for conversation in conversations:
         expected = transformers_masks(theirs, trained, conversation)
-        assert same(masked(blocks, encoder, conversation), expected)
-        found, default = masked(stock, encoder, conversation), masked(probed, encoder, conversation)
-        if found is None or expected is None or not np.array_equal(found[0], expected[0]):
-            continue  # Qwen3's training template writes another text
-        equal_texts += 1
-        assert same(found, expected)
-        assert (default[1] <= expected[1]).all() and default[1].sum() > 0  # ours trains no header
+        found, plain = masked(blocks, encoder, conversation), masked(stock, encoder, conversation)
+        assert (found is None) == (expected is None)
+        if found is None:
+            continue
+        assert np.array_equal(found[0], expected[0]) and (found[1] <= expected[1]).all() and found[1].sum() > 0
+        edges = np.flatnonzero(np.diff(expected[1] > found[1], prepend=False, append=False)).reshape(-1, 2)
+        left = {theirs.decode(found[0][start:stop]).strip() for start, stop in edges}
+        assert all(any(header in text and len(text) < len(header) + 3 for header in LEFT) for text in left - {""}), left
+        if plain is not None and np.array_equal(plain[0], found[0]):  # Qwen3's training template writes another text
+            equal_texts += 1
+            assert same(plain, found)
     return equal_texts
 
 
@@ -111,7 +121,7 @@ def test_masks_of_real_conversations_are_those_of_trl(name, real_tokenizers):
 def test_the_text_is_what_transformers_renders_byte_for_byte(name, kind, tokenizers):
     theirs, _, _ = tokenizers
     conversation = Conversation(CONVERSATIONS[kind], TOOLS)
-    template = ChatTemplate(template_of(name), theirs.special_tokens_map, {"enable_thinking": False}, date.today())
+    template = turns(template_of(name), theirs.special_tokens_map, {"enable_thinking": False}, date.today())
     try:
         text, spans = template.render(conversation)
     except TemplateError:
@@ -119,9 +129,7 @@ def test_the_text_is_what_transformers_renders_byte_for_byte(name, kind, tokeniz
             theirs.apply_chat_template(conversation.messages, tools=TOOLS, chat_template=template_of(name),
                                        tokenize=False)
         return
-    messages = conversation.messages
-    if template.text_arguments:
-        messages = list(map(_with_text_arguments, messages))
+    messages = list(map(template.template.form.message, conversation.messages))
     expected = theirs.apply_chat_template(messages, tools=TOOLS, chat_template=template_of(name), tokenize=False,
                                           enable_thinking=False)
     assert text.startswith(expected) and text[len(expected):] in ("", "<|user|>", "<|observation|>")  # GLM's closing
@@ -131,26 +139,26 @@ def test_the_text_is_what_transformers_renders_byte_for_byte(name, kind, tokeniz
 def test_a_stop_token_ends_every_turn_and_no_header_begins_one(tokenizers):
     theirs, _, _ = tokenizers
     for name in FAMILIES:
-        template = ChatTemplate(template_of(name), theirs.special_tokens_map, {}, DAY)
+        template = turns(template_of(name), theirs.special_tokens_map, {}, DAY)
         text, spans = template.render(Conversation(CONVERSATIONS["two turns"]))
         for span in spans:
             turn = text[span.start : span.stop]
-            assert turn.rstrip().endswith(tuple(template.stops))
+            assert turn.rstrip().endswith(template.stop_texts)
             assert not turn.startswith(
                 ("<|im_start|>", "<|start|>", "<|assistant|>", "<｜Assistant｜>", "<|start_header_id|>"))
 
 
 def test_the_date_stands_still():
-    template = ChatTemplate(template_of("gptoss"), {}, {}, DAY)
+    template = turns(template_of("gptoss"), {}, {}, DAY)
     assert "Current date: 2025-10-26" in template.render(Conversation([ASKED, SOLVED])).text
 
 
 @pytest.mark.parametrize("text", ["\ue000", "\ue0001\ue000", "\ue000\ue001\ue002" * 3, "end\ue000open"])
 def test_marker_characters_in_a_conversation_do_no_harm(text):
-    template = ChatTemplate(CHATML, {}, {}, DAY)
+    template = turns(CHATML, {}, {}, DAY)
     rendered, spans = template.render(Conversation([message("user", text), message("assistant", f"a{text}b")]))
     assert rendered == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\na{text}b<|im_end|>\n"
-    assert [rendered[span.start : span.stop] for span in spans] == [f"a{text}b<|im_end|>\n"]
+    assert [rendered[span.start : span.stop] for span in spans] == [f"a{text}b<|im_end|>"]
 
 
 GENERATION = ("{% for m in messages %}{{ m.role }}:{% IF %}{% generation %}{{ m.content }}{% endgeneration %}"
@@ -160,7 +168,7 @@ LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %
 
 @pytest.mark.parametrize(("source", "reason"), [
     ("{% for %}", "chat template, line 1"),
-    ("{{ messages[0].content }}", "no loop over messages"),
+    ("{{ messages[0].content }}", "generation prompt does not begin"),
     (LOOP, "generation prompt does not begin"),
     ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", "refuses a question and an answer (no)"),
     ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
@@ -171,27 +179,34 @@ LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %
 ])  # fmt: skip
 def test_a_template_whose_turns_cannot_be_told_is_refused_in_one_line(source, reason):
     if reason is None:
-        text, spans = ChatTemplate(source, {}, {}, DAY).render(Conversation([ASKED, SOLVED, ASKED, SOLVED]))
+        text, spans = turns(source, {}, {}, DAY).render(Conversation([ASKED, SOLVED, ASKED, SOLVED]))
         assert [text[span.start : span.stop] for span in spans] == [SOLVED["content"] + "<user>"] * 2
         return
     with pytest.raises(UserMistake) as caught:
-        ChatTemplate(source, {}, {}, DAY)
+        turns(source, {}, {}, DAY)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_header_that_is_named_is_believed():
-    text, spans = ChatTemplate(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "assistant: ").render(
+    text, spans = turns(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "assistant: ").render(
         Conversation([ASKED, SOLVED]))
-    assert [text[span.start : span.stop] for span in spans] == [SOLVED["content"] + "<end>\n"]
+    assert [text[span.start : span.stop] for span in spans] == [SOLVED["content"] + "<end>"]
 
 
-def test_a_template_that_writes_tool_results_into_the_turn_is_refused():
-    with pytest.raises(UserMistake, match="tool's result into the assistant's turn"):
-        ChatTemplate(template_of("gemma4"), {"bos_token": "<bos>"}, {}, DAY)
+RESULTS_INSIDE = ("{% for m in messages %}{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}"
+                  "{{ m.tool_calls[0].function.name }}={{ (loop.nextitem or m).content }}{% endif %}<end>{% endif %}"
+                  "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def test_a_tools_result_within_a_turn_is_not_trained():
+    template = turns(RESULTS_INSIDE, {}, {}, DAY)
+    assert len(template.render(Conversation([ASKED, SOLVED, ASKED, SOLVED])).spans) == 2
+    with pytest.raises(TemplateError, match="message 2 is written in another way once a message follows"):
+        template.render(Conversation([ASKED, ADDING, FOUND, SOLVED]))
 
 
 def test_what_a_template_raises_is_one_line():
-    template = ChatTemplate(template_of("gptoss"), {}, {}, DAY)
+    template = turns(template_of("gptoss"), {}, {}, DAY)
     with pytest.raises(TemplateError, match="no previous assistant message with a tool call"):
         template.render(Conversation([ASKED, message("tool", "4"), SOLVED]))
 
@@ -199,4 +214,4 @@ def test_what_a_template_raises_is_one_line():
 def test_templates_cannot_reach_the_interpreter():
     source = CHATML + "{{ ''.__class__.__mro__ }}"
     with pytest.raises(UserMistake, match="unsafe"):
-        ChatTemplate(source, {}, {}, DAY)
+        turns(source, {}, {}, DAY)

@@ -147,13 +147,35 @@ def test_elements_fan_in_once_and_missing_ones_are_known(tmp_path):
     assert artifact.missing_elements() == [] and artifact.seal_path.exists()
 
 
-def test_a_seal_over_other_upstream_results_is_set_aside(tmp_path):
+def test_a_seal_over_other_results_is_set_aside_by_an_owner_of_a_later_submission_alone(tmp_path):
     artifact = Artifact(tmp_path / "KEY")
-    fill_and_seal(artifact, 0, Owner.me(1, 0), upstream={"a": "old"})
-    artifact.retire(0, {"a": "old"}, 2)
-    assert artifact.seal_path.exists()
-    artifact.retire(0, {"a": "new"}, 2)
+    fill_and_seal(artifact, 0, Owner.me(2, 0), upstream={"a": "old"}, submission=2)
+    before = artifact.seal_path.read_bytes()
+    for attempt, restart, outdated in ((1, 0, True), (2, 0, True), (2, 7, True), (3, 0, False)):
+        with pytest.raises(Sealed):
+            artifact.acquire(0, Owner.me(attempt, restart), NOBODY_ENDED, lambda seal: outdated)
+    assert artifact.seal_path.read_bytes() == before
+    artifact.acquire(0, Owner.me(3, 0), NOBODY_ENDED, lambda seal: seal.upstream != {"a": "new"})
     assert not artifact.seal_path.exists() and artifact.missing_elements() == [0]
+    assert artifact.seal_path.with_name("seal.json.retired.a3").read_bytes() == before
+
+
+def test_an_owner_that_was_replaced_sets_no_newer_seal_aside(tmp_path, monkeypatch):
+    """It saw an outdated seal, slept, and would now take away that of the owner who came after it."""
+    artifact = Artifact(tmp_path / "KEY")
+    fill_and_seal(artifact, 0, Owner.me(1, 0), upstream={"a": "old"}, submission=1)
+    outdated, aside = lambda seal: seal.upstream != {"a": "new"}, artifact._set_aside
+
+    def late(path, lease, owner):
+        monkeypatch.setattr(artifact, "_set_aside", aside)
+        newest = artifact.acquire(0, Owner.me(3, 0), NOBODY_ENDED, outdated)
+        assert artifact.seal(newest, {"key": "k", "upstream": {"a": "new"}, "submission": 3})
+        aside(path, lease, owner)
+
+    monkeypatch.setattr(artifact, "_set_aside", late)
+    with pytest.raises(LeaseHeld, match="a newer attempt took it"):
+        artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED, outdated)
+    assert read_seal(artifact.seal_path).submission == 3
 
 
 def test_the_digest_of_a_seal_speaks_of_bytes_not_of_times(tmp_path):
@@ -240,6 +262,16 @@ def test_an_owner_that_seals_while_it_is_replaced_stays_sealed(tmp_path, monkeyp
     with pytest.raises(Sealed):
         artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
     assert list(read_seal(artifact.seal_path).altered(rehash=True)) == []
+
+
+def test_an_owner_that_was_replaced_sweeps_nothing_of_the_newer_one(tmp_path):
+    artifact = Artifact(tmp_path / "KEY")
+    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    newer = artifact.acquire(0, Owner.me(1, 1), NOBODY_ENDED)
+    artifact.sweep(late)
+    assert newer.folder.exists()
+    artifact.sweep(newer)
+    assert not late.folder.exists() and newer.folder.exists()
 
 
 def _seal_while_taken_over(folder, start):

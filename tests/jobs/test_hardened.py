@@ -111,8 +111,7 @@ def test_attempts_order_outcomes_and_seals_whatever_the_clocks_of_their_hosts_sa
         artifact = Artifact(tmp_path / "p" / f"KEY{submission}")
         lease = artifact.acquire(0, Owner.me(submission, 0), lambda job: False)
         artifact.seal(lease, {"key": f"K{submission}", "submission": submission, "restart": 0})
-        seal = json.loads(artifact.seal_path.read_text()) | {"sealed_at": sealed_at}
-        artifact.seal_path.write_text(json.dumps(seal))
+        durable.write_checked(artifact.seal_path, durable.read_checked(artifact.seal_path) | {"sealed_at": sealed_at})
     assert [seal.content["submission"] for seal in run.seals("p")] == [1, 2]
 
 
@@ -123,9 +122,9 @@ def test_elements_worked_on_under_clocks_days_apart_fan_in_and_are_reused(toy, s
              "from jobs.worker import main\nsys.exit(main())")
     for phase, shift in (("numbers", -3 * 86400), ("total", 5 * 86400), ("again", -9 * 86400)):
         for index in range(3 if phase == "numbers" else 1):
-            plan = json.loads((run / "submissions/1/plan.json").read_text())
+            plan = durable.read_checked(run / "submissions/1/plan.json")
             next(p for p in plan["phases"] if p["name"] == "numbers")["settings"]["fail_at"] = None
-            (run / "submissions/1/plan.json").write_text(json.dumps(plan))
+            durable.write_checked(run / "submissions/1/plan.json", plan)
             subprocess.run([sys.executable, "-c", clock.format(shift=shift * (index + 1)), str(run), phase, str(index)],
                            cwd=ROOT, check=True, capture_output=True)
     assert set(say.states(run).values()) == {"COMPLETED"} and say.actions(pipeline, "--run", run) == {"reuse"}
@@ -213,7 +212,7 @@ def test_an_edited_ledger_is_one_line_that_names_its_line(toy):
     pipeline, run = toy
     run.mkdir()
     (run / "ledger.jsonl").write_text('{"event": "cancel", "jobs": []}\nnot json\n{"event": "cancel", "jobs": []}\n')
-    assert f"{run}/ledger.jsonl:2 is not JSON" in one_line(afterok("submit", pipeline, "--run", run, check=2))
+    assert f"{run}/ledger.jsonl:2 is not whole JSON" in one_line(afterok("submit", pipeline, "--run", run, check=2))
 
 
 def test_a_seal_that_does_not_fit_is_no_seal_and_fits_later(disk):

@@ -90,6 +90,39 @@ def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):
     assert all("\n" not in line for line in found)
 
 
+FOREIGN = ["${oc.env:SECRET}", "${oc.decode:${oc.env:SECRET}}", "x ${ oc.env : SECRET } y", "${oc.create:{a: 1}}",
+           "${oc.select:params.start}", "${oc.dict.keys:params}", "${custom:1}", "${params.start:1}", "${.start}",
+           "\\\\${oc.env:SECRET}", "${${params.oc}:SECRET}", "${params.${oc.env:SECRET}}", "${leaf.value}",
+           "${params.dollar}{oc.env:SECRET}", "${oc.env:SECRET", "???"]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+@pytest.mark.parametrize("place", ["params.start", "first.with.start", "last.needs", "first.resources.time"])
+def test_a_pipeline_refers_to_parameters_and_phases_alone(tmp_path, monkeypatch, text, place):
+    monkeypatch.setenv("SECRET", "hunter22")
+    pipeline = GOOD.replace("files: [a, b]", 'files: [a, b], oc: oc.env, dollar: "$"')
+    for value in (f'"{text}"', f'["{text}"]', f'{{"{text}": 1}}'):
+        found = problems(tmp_path, pipeline, f"{place}={value}")
+        assert any("is no reference" in line or "cannot resolve" in line or "is missing" in line
+                   for line in found), found
+        assert not any("hunter22" in line for line in found)
+
+
+def test_references_stand_in_keys_too_and_two_that_become_one_are_refused(tmp_path):
+    text = """
+        name: keys
+        params: {one: a.jsonl}
+        phases:
+          first: {uses: tests.toy.numbers}
+          packs: {uses: pack, with: {store: s, weights: {"${phases.first.out}/b.jsonl": 1, "${params.one}": 2}}}
+        """
+    packs = load_pipeline(write(tmp_path, text)).phases["packs"]
+    assert [need.phase for need in packs.needs] == ["first"]
+    assert substitute(packs.settings, {"first": "/run"})["weights"] == {"/run/b.jsonl": 1, "a.jsonl": 2}
+    assert any("stands there already" in line for line in problems(
+        tmp_path, text.replace("${phases.first.out}/b.jsonl", "a.jsonl")))
+
+
 def test_cycles_are_found_at_any_depth(tmp_path):
     phases = "".join(f"  p{i}: {{uses: tests.toy.total, needs: [p{(i + 1) % 15}]}}\n" for i in range(15))
     found = problems(tmp_path, "name: c\nphases:\n" + phases)
@@ -107,7 +140,7 @@ def test_a_wrong_override_is_named(tmp_path, override, expected):
 
 @pytest.mark.parametrize("text, expected", [
     ("name: [", "not valid YAML"), ("- a", "a pipeline is a mapping"), ("name: x\nname: y", "stands twice"),
-    ("name: x", "phases"),
+    ("name: x", "phases"), ('name: "x\\n"\nphases: {}', "is not a pipeline name"),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line(tmp_path, text, expected):
     found = problems(tmp_path, text)

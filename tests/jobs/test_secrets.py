@@ -11,7 +11,7 @@ from data_tools.mistake import UserMistake
 from jobs import secrets
 from jobs.artifact import process_start
 from jobs.secrets import Secrets, read_values
-from tests.command import wait_for
+from tests.command import ROOT, wait_for
 
 VALUE = "pl4nted v@lue/with=signs"
 
@@ -35,8 +35,8 @@ def key(tmp_path):
 def test_values_come_from_a_file_a_command_or_the_forwarded_environment(key, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     found = read_values({"A": f"file:{key}", "B": "file:~/key", "C": f"cmd:tr a-z A-Z < {key}", "D": "env:E"},
-                        {"E": "e"})
-    assert found == {"A": VALUE, "B": VALUE, "C": VALUE.upper(), "D": "e"}
+                        {"E": "forwarded"})
+    assert found == {"A": VALUE, "B": VALUE, "C": VALUE.upper(), "D": "forwarded"}
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o610])
@@ -90,8 +90,27 @@ def test_values_are_masked_in_every_spelling_and_never_shown_by_repr():
     masked = held.mask(text)
     assert masked.startswith("***LONG*** '***KEY***' ***KEY*** ***KEY*** ***PEM***;") and "v@lue" not in masked
     assert repr("it's\t\"q\"") not in held.mask(repr("x it's\t\"q\""))
-    found = held.mask_in({"a": [VALUE, 1, None], VALUE: (VALUE,)})
-    assert found == {"a": ["***KEY***", 1, None], "***KEY***": ["***KEY***"]}
+    for facts in ({"a": [VALUE, 1, None]}, {VALUE: 1}, {"a": {"b": (f"x{VALUE}",)}}, [repr("it's\t\"q\"")[1:-1]]):
+        with pytest.raises(UserMistake, match="facts.* would write down the value of the secret (KEY|Q)") as caught:
+            held.refuse_in(facts, "facts")
+        assert VALUE not in str(caught.value)
+    held.refuse_in({"a": ["first line", 1, None], "loss": 0.5}, "facts")
+
+
+def test_a_value_so_short_that_it_stands_in_texts_by_chance_is_refused(key):
+    key.write_text("1\n")
+    assert f"what file:{key} holds has 1 characters; a secret has 8 at the least" in refused(f"file:{key}")
+    assert "7 characters" in refused("cmd:echo 1234567") and "1 characters" in refused("env:E", {"E": "e"})
+
+
+@pytest.mark.parametrize("hard", ["unlimited", "0"])
+def test_a_rank_with_secrets_that_aborts_leaves_no_core_file(key, tmp_path, hard):
+    code = (f"import os; from jobs.secrets import reveal; reveal({{'KEY': 'file:{key}'}}, {{}})\n"
+            "import resource; assert resource.getrlimit(resource.RLIMIT_CORE)[1] <= 1; os.abort()")
+    shell = f"ulimit -c {hard}; cd {tmp_path}; exec {sys.executable} -c \"$0\""
+    done = subprocess.run(["bash", "-c", shell, code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == -6, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"key"}
 
 
 def test_a_revealed_value_does_not_show_in_the_process_list(key):

@@ -1,9 +1,13 @@
 """Arrays beyond what the cluster allows, throttled ones, and several dependency types at once, on a real Slurm."""
 
 import json
+import random
+import shutil
 
 import pytest
 
+from jobs.artifact import read_seal
+from launchers.backend import ACTIVE_STATES
 from launchers.ledger import Ledger
 from slurm import devcluster
 from slurm.client import Slurm
@@ -44,6 +48,49 @@ def test_elements_beyond_the_array_limit_share_tasks_and_partners_share_the_fact
     seal = json.loads(next(run.glob("total/*/seal.json")).read_text())
     assert seal["facts"]["total"] == sum(range(100, 113))
     assert "first[7]" in afterok("logs", run, "first:7", env=env).stdout
+
+
+LATE = """
+name: late
+phases:
+  first: {uses: tests.toy.numbers, array: 9}
+  pair: {uses: tests.toy.numbers, array: 9, needs: [{first: aftercorr}], with: {start: 100, seconds: 0.2}}
+"""
+
+
+@pytest.mark.soak
+def test_whatever_slurm_starts_again_changes_nothing_that_is_sealed(tmp_path, small_arrays):
+    """Tasks of two elements; requeued when they had ended or while they run, sent a second time, or both at once."""
+    run, env, slurm = tmp_path / "run", small_arrays.env(), Slurm(small_arrays.env())
+    (tmp_path / "late.yaml").write_text(LATE)
+    afterok("run", tmp_path / "late.yaml", "--run", run, env=env)
+    script, folder = run / "submissions/1/scripts/pair.sh", next(run.glob("pair/*/seal.json")).parent
+    assert "#SBATCH --array=0-4\n" in script.read_text()
+    digest = read_seal(folder / "seal.json").digest
+    jobs = [entry.job for entry in Ledger(run / "ledger.jsonl").jobs() if entry.phase == "pair"]
+
+    def tasks(*states):
+        return [f"{row.array_job_id}_{row.array_index}" for row in slurm.queue()
+                if row.array_job_id == jobs[-1] and row.array_index is not None and row.state in states]
+
+    for trial in range(40):
+        draw, fresh = random.Random(trial), trial % 2 == 1
+        if fresh:  # the same then race for what is missing
+            shutil.rmtree(folder)
+        seals = {path: path.read_bytes() for path in [*folder.glob("seals/*.json"), *folder.glob("seal.json")]}
+        if fresh or draw.random() < 0.3:
+            jobs.append(slurm.sbatch([str(script)]))
+        if not fresh:
+            again = [task for task in tasks("COMPLETED") if draw.random() < 0.7]
+        else:
+            again = wait_for("a task to run", lambda: tasks("RUNNING"))
+        for task in again:
+            slurm.run(["scontrol", "requeue", task])
+        wait_for("the end", lambda: not any(row.state in ACTIVE_STATES for row in slurm.queue()))
+        assert fresh or {path: path.read_bytes() for path in seals} == seals
+        assert read_seal(folder / "seal.json").digest == digest and not list(folder.rglob("*.retired.*"))
+    planned = afterok_json("plan", tmp_path / "late.yaml", "--run", run, env=env)["phases"]
+    assert {phase["action"] for phase in planned} == {"reuse"}
 
 
 @pytest.mark.soak

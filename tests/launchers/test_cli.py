@@ -1,10 +1,12 @@
 """The command line: quick, light, and one line with exit code 2 for every wrong input."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+from data_tools import durable
 from launchers.ledger import Ledger
 from tests.command import ROOT, afterok, afterok_json, one_line, write_toy
 
@@ -90,5 +92,6 @@ def test_an_event_may_hold_what_python_takes_for_a_line_break(tmp_path):
 def test_a_ledger_that_another_version_wrote_is_one_line(tmp_path):
     afterok("run", write_toy(tmp_path), "cluster=local", "--run", tmp_path / "run")
     ledger = tmp_path / "run" / "ledger.jsonl"
-    ledger.write_text(ledger.read_text().replace('"name":', '"title":'))
+    lines = [json.loads(line.replace('"name":', '"title":')) for line in ledger.read_text().splitlines()]
+    ledger.write_text("".join(json.dumps(durable.with_sum(line)) + "\n" for line in lines))
     assert "another version of afterok wrote it" in one_line(afterok("status", tmp_path / "run", check=2))

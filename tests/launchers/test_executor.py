@@ -38,10 +38,21 @@ GOLDEN = """#!/bin/bash
 # setup
 set -euo pipefail
 export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"
-module load cuda/12.8
 export NCCL_SOCKET_IFNAME=ib0
 export HF_HOME=/shared/hf
+set +euo pipefail
+afterok_say() { echo 'afterok: profile example:' "$@" >&2; }
+afterok_now=env.modules
+trap 'afterok_code=$?; afterok_say "$afterok_now ended the job with code $afterok_code, at or after: $BASH_COMMAND"' EXIT
+command -v module > /dev/null || for file in "${MODULESHOME:-/usr/share/modules}/init/bash" "${LMOD_PKG:-/usr/share/lmod/lmod}/init/bash" "/etc/profile.d/modules.sh" "/etc/profile.d/lmod.sh" "/etc/profile.d/z00_lmod.sh"; do if [ -r "$file" ]; then . "$file"; break; fi; done
+module load cuda/12.8 || { afterok_code=$?; trap - EXIT; afterok_say env.modules ended the job with code $afterok_code, at: 'module load cuda/12.8'; exit $afterok_code; }
+afterok_now=env.setup
+trap 'afterok_code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || afterok_say "a command of env.setup ended with code $afterok_code: $BASH_COMMAND"' ERR
+: the first line
 ulimit -l unlimited
+trap - ERR
+[[ "$(trap -p EXIT)" != *afterok_now* ]] || trap - EXIT
+unset IFS; set -euo pipefail
 export PYTHONPATH=/run/toy/submissions/3/code PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$node" --oneliner | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')

@@ -34,6 +34,7 @@ import sys
 import time
 
 import pytest
+from pathlib import Path
 
 from jobs.artifact import process_start
 from jobs.run_folder import RunFolder
@@ -158,7 +159,7 @@ def test_a_cluster_that_kills_invalid_dependents_loses_none(tmp_path, short_fold
 def test_a_lost_node_costs_a_restart_elsewhere_and_its_late_twin_changes_nothing(tmp_path, dev_cluster, how):
     """A node that is only cut off goes on working for nobody: Slurm starts the element a second time elsewhere."""
     env, slurm, run = dev_cluster.env(), Slurm(dev_cluster.env()), tmp_path / "run"
-    pipeline = pipeline_of(tmp_path, counter={"uses": "tests.toy.counter", "with": {"steps": 60, "seconds": 0.05}},
+    pipeline = pipeline_of(tmp_path, counter={"uses": "tests.toy.counter", "with": {"steps": 4, "gate": f"{run}.gate"}},
                            total={"uses": "tests.toy.total", "with": {"numbers": "${phases.counter.out}"}})
     afterok("submit", pipeline, "--run", run, env=env)
     first = wait_for("its lease", lambda: next(run.glob("counter/*/leases/*.r0.g0"), None))
@@ -172,6 +173,7 @@ def test_a_lost_node_costs_a_restart_elsewhere_and_its_late_twin_changes_nothing
             os.kill(twin, signal.SIGSTOP)  # until the second life has sealed: else it may be the first to
             dev_cluster.kill_daemon(node, signal.SIGKILL)
         slurm.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=crash"])  # as after SlurmdTimeout
+        Path(f"{run}.gate").touch()
         finish(run, env)
         sealed = contents(run)
         if how == "cut off":
@@ -179,7 +181,9 @@ def test_a_lost_node_costs_a_restart_elsewhere_and_its_late_twin_changes_nothing
         wait_for("the end of the first life", lambda: process_start(twin) is None, 60)
         assert ("skipped" in {outcome.state for outcome in RunFolder(run).outcomes("counter")}) == (how == "cut off")
         assert contents(run) == sealed and afterok_json("why", run, env=env)["healthy"]
-        assert jobs_of(run)["counter"] == job and slurm.job(job)["Restarts"] == "1"
+        # Slurm counts a launch of its own that failed too, as one does on a busy machine.
+        assert jobs_of(run)["counter"] == job and int(slurm.job(job)["Restarts"]) >= 1
+        assert len(list(run.glob("counter/*/leases/*"))) == 2
         assert_sealed_once(run)
     finally:
         bring_back(dev_cluster, node)
@@ -187,9 +191,10 @@ def test_a_lost_node_costs_a_restart_elsewhere_and_its_late_twin_changes_nothing
 
 def test_drained_nodes_finish_what_runs_and_the_rest_waits_for_them(toy):
     pipeline, run, env, slurm = toy
-    afterok("submit", pipeline, "numbers.with.seconds=2", "--run", run, env=env)
-    wait_for("numbers to run", lambda: states(run, env=env)["numbers"] == "RUNNING")
+    afterok("submit", pipeline, f"numbers.with.gate={run}.gate", "--run", run, env=env)
+    wait_for("numbers to run", lambda: len(list(run.glob("numbers/*/leases/*"))) == 3)
     slurm.run(["scontrol", "update", "nodename=ALL", "state=drain", "reason=maintenance"])
+    Path(f"{run}.gate").touch()
     try:
         wait_for("numbers", lambda: states(run, env=env)["numbers"] == "COMPLETED")
         wait_for("Slurm's reason", lambda: report(run, env)["total"]["what"].startswith("waits for nodes"))
@@ -230,7 +235,7 @@ def test_a_held_job_is_reported_and_lets_its_dependents_go_even_if_its_phase_was
 
 def test_a_suspended_job_is_under_way_and_is_not_sent_again(toy):
     pipeline, run, env, slurm = toy
-    slow = ["again.with.seconds=2", "--run", run]
+    slow = [f"again.with.gate={run}.gate", "--run", run]
     afterok("submit", pipeline, *slow, env=env)
     wait_for("again to run", lambda: states(run, env=env)["again"] == "RUNNING")
     job = jobs_of(run)["again"]
@@ -239,14 +244,16 @@ def test_a_suspended_job_is_under_way_and_is_not_sent_again(toy):
     done = afterok_json("submit", pipeline, *slow, env=env)
     assert done["jobs"] == {} and done["active"] == {"again": job}
     slurm.run(["scontrol", "resume", job])
+    Path(f"{run}.gate").touch()
     finish(run, env)
     assert_sealed_once(run)
 
 
 def test_a_missing_log_folder_is_named_and_the_next_submit_makes_it(toy):
     pipeline, run, env, _ = toy
-    afterok("submit", pipeline, "numbers.with.seconds=2", "--run", run, env=env)
+    afterok("submit", pipeline, f"numbers.with.gate={run}.gate", "--run", run, env=env)
     (run / "total/logs").rmdir()
+    Path(f"{run}.gate").touch()
     wait_for("the failure", lambda: states(run, env=env)["total"] == "FAILED")
     found = report(run, env)["total"]
     assert found["cause"] == "log folder missing" and str(run / "total/logs") in found["sentence"]
@@ -260,11 +267,12 @@ def test_code_edited_after_the_submit_does_not_run(tmp_path, dev_cluster):
     text = ("from dataclasses import dataclass\n@dataclass\nclass Config:\n    x: int = 0\n"
             "def run(config, task):\n    (task.out / 'a').write_text('a')\n    return {'said': 'first'}\n")
     module.write_text(text)
-    pipeline = pipeline_of(tmp_path, gate={"uses": "tests.toy.numbers", "with": {"seconds": 2}},
+    pipeline = pipeline_of(tmp_path, gate={"uses": "tests.toy.numbers", "with": {"gate": f"{run}.gate"}},
                            spell={"uses": "my_phases.spell", "needs": ["gate"]})
     command = [sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, check=True)
     module.write_text(text.replace("'first'", "'second'"))
+    Path(f"{run}.gate").touch()
     finish(run, env)
     assert phase_status(run, "spell", env=env)["facts"] == {"said": "first"}
     assert_sealed_once(run)
@@ -272,7 +280,8 @@ def test_code_edited_after_the_submit_does_not_run(tmp_path, dev_cluster):
 
 def test_of_two_workers_for_one_element_one_works_and_the_other_leaves(tmp_path, dev_cluster):
     run, env = tmp_path / "run", dev_cluster.env()
-    pipeline = pipeline_of(tmp_path, counter={"uses": "tests.toy.counter", "with": {"steps": 40, "seconds": 0.05}})
+    pipeline = pipeline_of(tmp_path, counter={
+        "uses": "tests.toy.counter", "with": {"steps": 4, "gate": f"{run}.gate"}})
     afterok("submit", pipeline, "--run", run, env=env)
     owner = json.loads(wait_for("its lease", lambda: next(run.glob("counter/*/leases/*"), None)).read_text())["pid"]
     os.kill(owner, signal.SIGSTOP)
@@ -282,6 +291,7 @@ def test_of_two_workers_for_one_element_one_works_and_the_other_leaves(tmp_path,
     assert twin.returncode == 3 and "is worked on by process" in twin.stderr
     assert afterok_json("why", run, env=env)["healthy"]
     os.kill(owner, signal.SIGCONT)
+    Path(f"{run}.gate").touch()
     finish(run, env)
     assert_sealed_once(run)
     sealed = contents(run)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from pathlib import Path
 
+from data_tools import durable
 from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
 from launchers.status import run_status
@@ -64,9 +66,9 @@ def test_the_key_follows_an_input_files_content_not_its_name(toy, tmp_path):
 def test_code_changes_are_reported_or_rerun_as_the_pipeline_says(toy, tmp_path):
     pipeline, run = toy
     afterok("run", pipeline, "--run", run)
-    code = json.loads((run / "submissions/1/code.json").read_text())
-    code["files"]["jobs/task.py"] = "0" * 64
-    (run / "submissions/1/code.json").write_text(json.dumps(code))
+    code = durable.read_checked(run / "submissions/1/code.json")
+    code["files"]["jobs/task.py"] = code["files"]["launchers/cli.py"] = "0" * 64  # which no phase imports
+    durable.write_checked(run / "submissions/1/code.json", code)
     plan = afterok_json("plan", pipeline, "--run", run)["phases"]
     assert plan[0]["action"] == "reuse" and plan[0]["code_changed"] == ["jobs/task.py"]
     plan = afterok_json("plan", pipeline, "on_code_change=rerun", "--run", run)["phases"]
@@ -147,18 +149,19 @@ def test_a_phase_that_is_sealed_while_status_looks_is_completed(toy, monkeypatch
 
 def test_interrupting_run_leaves_the_jobs_running_and_says_how_to_look(toy):
     pipeline, run = toy
-    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), "again.with.seconds=8",
+    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), f"again.with.gate={run}.gate",
                                 "--run", str(run)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for("jobs", lambda: (run / "ledger.jsonl").exists() and "COMPLETED" in states(run).values())
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and f"afterok status {run}" in err
+    Path(f"{run}.gate").touch()
     wait_for("the run to end by itself", lambda: set(states(run).values()) == {"COMPLETED"})
 
 
 def test_submitting_what_runs_already_submits_nothing_and_other_settings_are_refused(toy):
     pipeline, run = toy
-    slow = ["numbers.with.seconds=5", "--run", run]
+    slow = [f"numbers.with.gate={run}.gate", "--run", run]
     afterok("submit", pipeline, *slow)
     assert afterok_json("submit", pipeline, *slow)["jobs"] == {}
     refused = afterok("submit", pipeline, "params.start=9", *slow, check=2)
@@ -184,6 +187,7 @@ def test_the_worker_runs_the_same_by_hand_and_a_sealed_element_exits_0_at_once(t
     afterok("run", pipeline, "numbers.with.fail_at=2", "total.resources.ranks_per_node=2", "--run", run, check=1)
     plan = run / "submissions/1/plan.json"
     plan.write_text(plan.read_text().replace('"fail_at": 2', '"fail_at": null'))
+    durable.write_checked(plan, durable.read_json(plan))
     by_hand = [sys.executable, "-m", "jobs.worker", str(run), "numbers"]
     code = str(run / "submissions/1/code")
     for index, word in (("2", "attempt 1"), ("2", "sealed already")):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_tools import durable
 from launchers.ledger import Ledger
 from slurm.client import Slurm
 from tests.command import MIDDLE, afterok, afterok_json, one_line, states, wait_for
@@ -49,6 +50,7 @@ def test_resubmitting_without_a_change_revives_the_same_jobs(failed):
     plan = run / "submissions/1/pipeline.json"
     # the user mended the code
     plan.write_text(plan.read_text().replace("mid.with.die_on_rank=0", "mid.with.die_on_rank=-1"))
+    durable.write_checked(plan, durable.read_json(plan))
     before = jobs_of(run)
     assert "now waits on the new attempt" in afterok("resubmit", run, "mid", env=env).stdout
     finish(run, env)

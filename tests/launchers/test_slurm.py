@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from pathlib import Path
 
 from jobs.artifact import read_seal
 from launchers.ledger import Ledger
@@ -35,7 +36,7 @@ def test_a_run_on_slurm_seals_the_same_as_a_local_run(toy, tmp_path):
 
 def test_phases_wait_on_each_other_as_dependent_arrays(toy):
     pipeline, run, env = toy
-    jobs = afterok_json("submit", pipeline, "numbers.with.seconds=4", "--run", run, env=env)["jobs"]
+    jobs = afterok_json("submit", pipeline, f"numbers.with.gate={run}.gate", "--run", run, env=env)["jobs"]
     rows = {row.array_index if row.array_index is not None else row.name.split(".")[1]: row
             for row in Slurm(env).queue()
             if (row.array_job_id or row.job_id) in jobs.values()}
@@ -43,6 +44,7 @@ def test_phases_wait_on_each_other_as_dependent_arrays(toy):
     assert rows["again"].reason == "Dependency" and f"afterok:{jobs['total']}" in rows["again"].dependency
     assert {0, 1, 2} <= rows.keys()  # one array of three elements
     assert states(run, env=env)["total"] == "PENDING"
+    Path(f"{run}.gate").touch()
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
 
 

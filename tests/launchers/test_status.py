@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from pathlib import Path
 
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.backend import TaskState
@@ -163,7 +164,7 @@ def test_ls_lists_runs_newest_change_first(tmp_path):
 
 def test_watching_ends_with_the_run_and_an_interrupt_only_stops_looking(tmp_path):
     run = tmp_path / "run"
-    afterok("submit", write_toy(tmp_path), "again.with.seconds=2", "--run", run)
+    afterok("submit", write_toy(tmp_path), f"again.with.gate={run}.gate", "--run", run)
     watch = subprocess.Popen(
         [sys.executable, "-m", "launchers.cli", "status", str(run), "--watch"],
         cwd=ROOT,
@@ -173,8 +174,9 @@ def test_watching_ends_with_the_run_and_an_interrupt_only_stops_looking(tmp_path
     )
     assert watch.stdout.readline()  # its first line of change
     watch.send_signal(signal.SIGINT)
-    _, err = watch.communicate(timeout=30)
+    _, err = watch.communicate(timeout=120)
     assert watch.returncode == 0 and "Traceback" not in err
+    Path(f"{run}.gate").touch()
     done = afterok("status", run, "--watch")
     assert "again: COMPLETED" in done.stdout and "GPU-h" not in done.stdout
     assert set(states(run).values()) == {"COMPLETED"}
@@ -248,6 +250,10 @@ def test_a_job_that_the_queue_forgot_is_never_a_success(broken, dev_cluster, tmp
     assert not status["finished"] and not status["active"]
 
 
+# What a sacct prints, its "|" as the delimiter that it was asked for.
+PRINTED = 'for a; do case $a in --delimiter=*) d=${{a#*=}};; esac; done; echo "{}" | sed "s/|/$d/g"'
+
+
 @pytest.mark.parametrize(
     "said, state, code",
     [
@@ -263,12 +269,12 @@ def test_accounting_tells_what_the_queue_forgot_but_not_that_it_is_done(
 ):
     job = Ledger(broken / "ledger.jsonl").jobs()[-1]
     row = f"{job.job}|{job.job}|{said}|7200|n1"
-    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=f"echo '{row}|{job.name}'")
+    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=PRINTED.format(f"{row}|{job.name}|"))
     found = phase_status(broken, "killed", env=env)
     assert (job.phase, found["state"], found["exit_code"]) == ("killed", state, code)
-    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=f"echo '{row}|of somebody else'")
+    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=PRINTED.format(f"{row}|of somebody else|"))
     assert phase_status(broken, "killed", env=env)["state"] == "UNKNOWN"
-    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=f"echo '{row}|{job.name}'")
+    env = shims(tmp_path / "bin", dev_cluster, squeue="exit 0", sacct=PRINTED.format(f"{row}|{job.name}|"))
     if state == "TIMEOUT":  # 2 GPUs for the 2 hours that only accounting knows of, and seconds of the first attempt
         assert found["gpu_hours"] == pytest.approx(4, abs=0.1) and found["gpu_hours_lost"] == found["gpu_hours"]
         assert "GPU-h" in afterok("status", broken, env=env).stdout

@@ -125,6 +125,22 @@ def test_a_job_that_begins_before_it_is_rewired_has_the_submission_planned_anew(
     assert set(states(run, env=env).values()) == {"COMPLETED"}
 
 
+def test_the_first_submit_after_a_killed_submitter_goes_on_though_the_queue_changed_since(shimmed):
+    _, run, env, shim = shimmed
+    afterok("run", MIDDLE, "mid.with.die_on_rank=0", "--run", run, env=env, check=1)
+    rewire_of_left = 2
+    afterok("resubmit", run, "mid", "mid.with.die_on_rank=-1", env=shim(rewire_of_left, "kill-before"), check=-9)
+    left = next(entry.job for entry in Ledger(run / "ledger.jsonl").jobs() if entry.phase == "left")
+    slurm = Slurm(env)
+    slurm.run(["scontrol", "update", f"jobid={left}", "dependency="])
+    wait_for("its start", lambda: slurm.job(left)["JobState"] != "PENDING")
+    afterok("submit", MIDDLE, "mid.with.die_on_rank=-1", "--run", run, env=env)
+    events = list(Ledger(run / "ledger.jsonl").events())
+    assert [event["submission"] for event in events if event["event"] == "abandoned"] == [2]
+    assert Ledger(run / "ledger.jsonl").unreleased() == [] and events[-1]["event"] == "released"
+    afterok("cancel", run, env=env)
+
+
 def test_a_killed_submission_with_other_settings_is_cancelled_not_finished(shimmed):
     pipeline, run, env, shim = shimmed
     afterok("submit", pipeline, "--run", run, env=shim(3, "kill-after"), check=-9)

@@ -54,6 +54,15 @@ def counted(run, least=3):
     return newest_owner(run)["pid"]
 
 
+def gate(run):
+    """An override: the counter does not end before the test says so, however slow the test is."""
+    return f"counter.with.gate={run}.gate"
+
+
+def opened(run):
+    Path(f"{run}.gate").touch()
+
+
 def newest_owner(run, phase="counter"):
     return json.loads(max(run.glob(f"{phase}/*/leases/0000.*"), key=lambda path: path.name).read_text())
 
@@ -88,12 +97,13 @@ def test_a_preempted_job_stops_at_a_checkpoint_and_goes_on_when_its_nodes_are_fr
     """With a grace time Slurm leaves the job RUNNING, and one that ends within it as FAILED: then we requeue it."""
     path, run, env, slurm = on_slurm
     slurm.run(["scontrol", "update", "partition=preempt", f"gracetime={grace}"])
-    afterok("submit", path, "counter.resources.partition=preempt", "counter.with.seconds=0.1", "--run", run, env=env)
+    afterok("submit", path, "counter.resources.partition=preempt", gate(run), "--run", run, env=env)
     counted(run)
     jobs = jobs_of(run)
     high = slurm.sbatch(["--partition=batch", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"])
     wait_for("the higher job", lambda: rows_of(slurm, high)[0].state in ("RUNNING", "COMPLETED"), 30)
     assert rows_of(slurm, jobs["counter"])[0].state in ("PENDING", "RUNNING")
+    opened(run)
     finished(run, env)
     assert jobs_of(run) == jobs and slurm.job(jobs["counter"])["Restarts"] == "1"
     assert_sealed_once_after_restarts(run, 2)
@@ -103,16 +113,16 @@ def test_near_its_time_limit_an_element_is_requeued_in_place_and_the_rest_of_its
     """The last element of an array has the array's own id: `scontrol requeue ID` would take all of them."""
     path, run, env, slurm = on_slurm
     path.write_text(PIPELINE.replace("uses: tests.toy.counter", "uses: tests.toy.counter_array, array: 2"))
-    afterok("submit", path, "counter.with.seconds=0.1", "--run", run, env=env)
+    afterok("submit", path, gate(run), "--run", run, env=env)
     jobs = jobs_of(run)
     wait_for("both", lambda: len(list(run.glob("counter/*/elements/*/progress/*.json"))) == 2)
     last = next(row.array_index for row in rows_of(slurm, jobs["counter"]) if row.job_id == jobs["counter"])
-    time.sleep(0.5)
     slurm.run(["scancel", "--signal=USR2", f"{jobs['counter']}_{last}"])  # what sbatch --signal=USR2@90 does
     wait_for("the requeue", lambda: any(row.state == "PENDING" for row in rows_of(slurm, jobs["counter"])))
     dependent = rows_of(slurm, jobs["total"])[0]
     assert (dependent.state, dependent.reason) == ("PENDING", "Dependency")
     assert phase_status(run, "counter", env=env)["state"] in ("PENDING", "RUNNING")
+    opened(run)
     finished(run, env)
     assert jobs_of(run) == jobs
     assert [slurm.job(f"{jobs['counter']}_{index}")["Restarts"] for index in (last, 1 - last)] == ["1", "0"]
@@ -123,7 +133,7 @@ def test_near_its_time_limit_an_element_is_requeued_in_place_and_the_rest_of_its
 @pytest.mark.parametrize("before", [[], ["USR2"]])
 def test_a_cancelled_job_is_never_requeued(on_slurm, before):
     path, run, env, slurm = on_slurm
-    afterok("submit", path, "counter.with.seconds=0.3", "counter.with.steps=10", "--run", run, env=env)
+    afterok("submit", path, "counter.with.seconds=0.3", "counter.with.steps=10", gate(run), "--run", run, env=env)
     counted(run, 2)
     job = jobs_of(run)["counter"]
     for name in before:
@@ -138,7 +148,7 @@ def test_a_cancelled_job_is_never_requeued(on_slurm, before):
 
 def test_a_job_that_may_not_be_requeued_ends_unfinished_and_says_so(on_slurm):
     path, run, env, slurm = on_slurm
-    afterok("submit", path, "--run", run, env=env)
+    afterok("submit", path, gate(run), "--run", run, env=env)
     counted(run)
     job = jobs_of(run)["counter"]
     slurm.run(["scontrol", "update", f"jobid={job}", "requeue=0"])
@@ -169,11 +179,12 @@ def test_a_loop_without_progress_is_cut_on_slurm(on_slurm):
 
 def test_the_local_driver_restarts_what_stopped_at_a_checkpoint(pipeline):
     path, run = pipeline
-    afterok("submit", path, "cluster=local", "--run", run)
+    afterok("submit", path, gate(run), "cluster=local", "--run", run)
     for restart, (least, number) in enumerate([(3, signal.SIGTERM), (15, signal.SIGUSR2)]):
         wait_for("its start", lambda: newest_name(run) == f"0000.a1.r{restart}.g0")
         os.kill(counted(run, least), number)
         wait_for("the stop", lambda: outcomes(run)[restart:] == [(restart, "stopped", 5)])
+    opened(run)
     wait_for("the end", lambda: states(run)["total"] == "COMPLETED")
     assert_sealed_once_after_restarts(run, 3)
     assert [path.name for path in sorted(run.glob("counter/*/leases/*"))] == [f"0000.a1.r{n}.g0" for n in range(3)]
@@ -211,7 +222,7 @@ def test_a_loop_without_progress_is_cut(pipeline):
 @pytest.mark.parametrize("how", ["cancel", "driver"])
 def test_what_is_cancelled_stops_for_good_and_leaves_its_checkpoint(pipeline, how):
     path, run = pipeline
-    afterok("submit", path, "cluster=local", "--run", run)
+    afterok("submit", path, gate(run), "cluster=local", "--run", run)
     counted(run)
     if how == "cancel":
         afterok("cancel", run)
@@ -219,13 +230,14 @@ def test_what_is_cancelled_stops_for_good_and_leaves_its_checkpoint(pipeline, ho
         os.kill(durable.read_json(run / "local/1/state.json")["driver"]["pid"], signal.SIGTERM)
     wait_for("the end", lambda: set(states(run).values()) == {"CANCELLED"})
     assert outcomes(run) == [(0, "stopped", 5)]
+    opened(run)
     afterok("run", path, "cluster=local", "--run", run)
     assert facts(run)["starts"][1] > 0 and len(facts(run)["starts"]) == 2
 
 
 def test_by_hand_a_stopped_worker_exits_5_and_goes_on_when_run_again(pipeline):
     path, run = pipeline
-    afterok("submit", path, "cluster=local", "--run", run)
+    afterok("submit", path, gate(run), "cluster=local", "--run", run)
     os.kill(counted(run), signal.SIGTERM)
     wait_for("a restart", lambda: newest_name(run) == "0000.a1.r1.g0")
     afterok("cancel", run)
@@ -234,10 +246,10 @@ def test_by_hand_a_stopped_worker_exits_5_and_goes_on_when_run_again(pipeline):
     env = os.environ | {"PYTHONPATH": str(run / "submissions/1/code")}
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     wait_for("its lease", lambda: newest_name(run) == "0000.a1.r1.g1")
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    process.send_signal(signal.SIGUSR2)  # SIGTERM is deadly until the phase asks for the first time
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 5 and "stopped after a durable checkpoint at step" in err
+    opened(run)
     assert subprocess.run(command, env=env, timeout=60).returncode == 0
     assert facts(run)["starts"] == sorted(facts(run)["starts"]) and len(facts(run)["starts"]) >= 4
 

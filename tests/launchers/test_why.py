@@ -287,7 +287,7 @@ def test_each_local_failure_has_its_class_and_one_sentence(tmp_path):
     pipeline = pipeline_of(
         tmp_path,
         {
-            "slow": {"uses": "tests.toy.numbers", "with": {"seconds": 1.5}},
+            "slow": {"uses": "tests.toy.numbers", "with": {"gate": str(tmp_path / "gate")}},
             "numbers": {"uses": "tests.toy.numbers", "array": 2, "with": {"start": 3}},
             "parted": {"uses": "tests.toy.numbers", "array": 2, "with": {"start": 9, "fail_at": 1}},
             "leased": trouble(""),
@@ -307,6 +307,7 @@ def test_each_local_failure_has_its_class_and_one_sentence(tmp_path):
     seal = run / "numbers" / key["numbers"] / "seal.json"
     wait_for("numbers", seal.exists)
     seal.unlink()
+    (tmp_path / "gate").touch()
     wait_for("the end", lambda: not afterok_json("status", run)["active"])
     report = afterok_json("why", run)
     assert (
@@ -344,7 +345,7 @@ def test_a_healthy_run_says_so_while_it_runs_and_when_it_is_done(tmp_path):
     pipeline = pipeline_of(
         tmp_path,
         {
-            "first": {"uses": "tests.toy.numbers", "with": {"seconds": 1.5}},
+            "first": {"uses": "tests.toy.numbers", "with": {"gate": str(tmp_path / "gate")}},
             "second": {"uses": "tests.toy.numbers", "with": {"start": 1}, "needs": ["first"]},
         },
     )
@@ -352,6 +353,7 @@ def test_a_healthy_run_says_so_while_it_runs_and_when_it_is_done(tmp_path):
     during = afterok_json("why", run)
     assert during["healthy"] and set(causes(during).values()) == {"waiting"}, during
     assert "the rest is under way" in during["headline"]
+    (tmp_path / "gate").touch()
     wait_for("the end", lambda: afterok_json("status", run)["finished"])
     assert afterok("why", run).stdout == f"{run}: nothing is wrong: all 2 phases are sealed\n"
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from megatron_ext import checkpoint, dist_weights, model_folder, ranks, snapshot, train
+from megatron_ext import checkpoint, dist_weights, model_folder, ranks, snapshot, step_manifest, train
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
@@ -122,7 +122,7 @@ def test_weights_come_from_any_folder_step_or_training(calculator, tmp_path):
         (out, 0, 10), (keep, 5, 5), (out, 5, 5), (keep, 0, 10), (keep / "checkpoints" / "step_5", 0, 5),
     ):  # fmt: skip
         weights, digest = model_folder.weights_at(init_from, step)
-        manifest = checkpoint._read_manifest(keep / "checkpoints" / f"step_{expected}")
+        manifest, _ = step_manifest.read(keep / "checkpoints" / f"step_{expected}")
         assert digest == manifest["weights_digest"] and (weights / ".metadata").is_file()
     facts = digest_after_nothing(calculator, tmp_path / "again", init_from=str(keep), init_step=10)
     assert facts["resumed_from"] == 0 and facts["step"] == 1  # weights only: its steps begin anew

@@ -1,6 +1,7 @@
 """Entrypoints: torch-free at their top, all mistakes at once, evaluation split over elements adds up."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from data_tools import durable
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
+from data_tools.tokenizer import load_tokenizer
 from megatron_ext import model_folder
 from megatron_ext.entrypoints import bare, evaluate, export_hf, generate, grpo, import_hf, init_model, merge_lora, sft
 from megatron_ext.parallel import ParallelPlan
@@ -66,8 +68,6 @@ def test_a_folder_that_is_no_model_folder_says_so(tmp_path):
 
 def test_weights_that_were_changed_by_hand_are_not_exported(calculator, tmp_path):
     facts = durable.read_json(calculator["base"] / "model.json")
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(calculator["base"], folder)
     durable.write_json(folder / "model.json", {**facts, "weights_digest": "0" * 64})
@@ -89,7 +89,7 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
     whole = evaluate.run(config, outs[0], tmp_path)
     for index in range(2):
         evaluate.run(config, outs[1 + index], tmp_path / "keep", index=index, count=2)
-    assert not (tmp_path / "keep").exists()
+    assert not (tmp_path / "keep" / "tables").exists()
     joined = evaluate.finish(config, outs[1:3], outs[3], tmp_path / "keep")
     assert joined == whole == durable.read_json(outs[3] / "result.json")
     assert whole["prompts"] == whole["seen_prompts"] + whole["unseen_prompts"] and whole["seen_prompts"] == 0
@@ -99,6 +99,10 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
     assert [row[0] for row in table["rows"]] == [
         "all", "seen in training", "not seen", "others", "single operation sums"
     ]
+    (prompts,) = durable.read_json(tmp_path / "keep" / "tables" / "prompts.json")["rows"]
+    records = whole["records"]["calculator"]
+    assert prompts[:4] == ["calculator", records["lines"], records["rows"], whole["prompts"]]
+    assert records["rows"] == whole["prompts"] + records.get("duplicate", 0) + records.get("over_limit", 0)
     again = evaluate.run(replace(config, compare_with=str(outs[0])), outs[1], tmp_path)
     assert again["gain"] == again["gain_error"] == 0 and again["sampled_accuracy"] == whole["sampled_accuracy"]
 
@@ -147,6 +151,34 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
     problems = evaluate.check(wrong, 1)
     assert [problem.where for problem in problems] == ["mix", "top_p"]
     assert "beside task_options, source" in problems[0].message
+
+
+def test_a_task_is_sampled_and_scored_as_its_mix_is(calculator, tmp_path):
+    """The end tokens of generation_config.json, the room that the model's positions leave, and the noise."""
+    model = tmp_path / "model"
+    shutil.copytree(calculator["base"], model)
+    tokenizer = load_tokenizer(str(calculator["hf"]))
+    ends = [tokenizer.eos_id, *tokenizer.encode("=")]  # what this model writes
+    durable.write_json(model_folder.open_folder(model).hf / "generation_config.json", {"eos_token_id": ends})
+    entry = Entry("calculator", source=Source(synthetic_rows=40, synthetic_split="heldout"))
+    alone = evaluate.Config(model=str(model), source=entry.source, max_new_tokens=8, samples=2, verifiers=1)
+    mixed = replace(alone, source=Source(), mix=MixConfig({"calculator": entry}))
+    found = {}
+    for name, config in (("task", alone), ("mix", mixed)):
+        for folder in (tmp_path / name, tmp_path / f"{name}.keep"):
+            folder.mkdir()
+        evaluate.run(config, tmp_path / name, tmp_path / f"{name}.keep")
+        found[name] = [json.loads(line) for line in open(tmp_path / name / "samples.jsonl")]
+    assert len(found["task"]) == len(found["mix"]) > 10
+    for ours, theirs in zip(found["task"], found["mix"]):
+        assert (ours["completion"], ours["finish"]) == (theirs["completion"], theirs["finish"])
+        assert ours["correct"] == (theirs["correct"] and theirs["finish"] == "stop")
+        assert [answer for answer, _ in ours["votes"]] == [answer for answer, _ in theirs["votes"]]
+    completions = [line["completion"] for line in found["task"] if line["finish"] == "stop"]
+    assert completions and not any("=" in text for text in completions)
+    for config in (alone, mixed):
+        with pytest.raises(UserMistake, match="the model's positions and sampling.max_tokens leave 1 for it"):
+            evaluate.run(replace(config, max_new_tokens=2047), tmp_path / "none", tmp_path / "none.keep")
 
 
 def test_a_completion_may_hold_whatever_some_take_for_the_end_of_a_line(tmp_path, monkeypatch):
@@ -242,33 +274,37 @@ def test_bare_configs_take_overrides(tmp_path):
 def _hosted() -> int:
     """A rank whose store somebody already hosts, as our worker does it."""
     import os
-    from datetime import timedelta
-
     import torch
-    from torch.distributed import TCPStore
 
+    from data_tools import rendezvous
+    from data_tools.ports import PORTS
     from megatron_ext import ranks
 
-    rank = int(os.environ["RANK"])
-    store = TCPStore(  # kept until the ranks are done
-        "127.0.0.1", int(os.environ["MASTER_PORT"]), 2, is_master=rank == 0, timeout=timedelta(seconds=30)
-    )
-    store.set(f"verdict/{rank}", "1")
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    rank, port = int(os.environ["RANK"]), os.environ["MASTER_PORT"]
+    place = rendezvous.Meeting("127.0.0.1", PORTS, f"test {port}", b"the key of a test")
+    server = rendezvous.Server(place) if rank == 0 else None
+    store = rendezvous.Client(place, 30.0)
+    told = rendezvous.to_environment(place, store.port)
+    os.environ.update(told)
     try:
         with ranks.started(ParallelPlan()):
             box = torch.ones(1)
             torch.distributed.all_reduce(box)
+            group = torch.distributed.new_group([0, 1])
+            torch.distributed.all_reduce(box, group=group)
             total = int(box)
-        store.wait(["verdict/0", "verdict/1"])
         if rank:
-            store.set("goodbye", "1")
+            store.set("bye", b"1")
         else:
-            store.wait(["goodbye"])  # the host of the store leaves last, as our worker's rank 0 does
+            store.wait(["bye"])  # the host of the store leaves last, as our worker's rank 0 does
         return total
     finally:
-        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+        store.close()
+        for name in told:
+            del os.environ[name]
+        if server:
+            server.close()
 
 
 def test_ranks_join_a_store_that_somebody_hosts(two_ranks):
-    assert two_ranks.run(_hosted) == [2, 2]
+    assert two_ranks.run(_hosted) == [4, 4]

@@ -1,22 +1,27 @@
 """Sampling for rejection: the same samples however they are cut, stopped and gone on with, and training reads the best."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from data_tools import durable, materialize, pack, rejection
 from data_tools.chat import ChatConfig
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
+from data_tools.samples import problem_of_sample
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from data_tools.tokenizer import load_tokenizer
-from megatron_ext.entrypoints import generate, sft
+from megatron_ext.entrypoints import evaluate, generate, grpo, sft
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rl.session import stop_ids_of
+from megatron_ext.rl.settings import Evaluation
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 
 PROMPTS, SAMPLES = 12, 4
@@ -56,13 +61,15 @@ def test_samples_are_what_rejection_reads(whole):
     out, facts = whole
     rows = [json.loads(line) for line in open(out / "samples.jsonl")]
     assert [(row["place"], row["sample"]) for row in rows] == [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]
-    assert all(rejection._wrong(row) == "" for row in rows)
+    assert all(problem_of_sample(row) == "" for row in rows)
     assert facts["prompts"] == PROMPTS and facts["samples"] == PROMPTS * SAMPLES == len(rows)
     lengths = [row for row in rows if row["task"] == "lengths"]
     assert len(lengths) == 2 * SAMPLES and all(row["reward"] == len(row["completion"]) for row in lengths)
     assert {row["correct"] for row in rows if row["task"] == "sums"} <= {True, False}
     assert {"pass@1", "pass@2", "pass@4"} <= set(facts) and facts["pass@1"] == pytest.approx(facts["accuracy"])
     assert facts == durable.read_json(out / "result.json")
+    found = facts["records"]["sums"]
+    assert (found["prompts"], found["lines"]) == (PROMPTS - 2, found["rows"]) and facts["records"]["lengths"]["rows"] == 2
 
 
 def test_several_turns_are_sampled_shown_and_gone_on_with(folders, tmp_path):
@@ -137,6 +144,94 @@ def test_finished_samples_need_no_model_and_other_settings_do_not_take_them(fold
     assert generate.run(config(folders), out, keep) == facts
     with pytest.raises(TypeError):
         generate.run(config(folders, seed=4), out, keep)
+
+
+JUDGE = """
+from dataclasses import dataclass
+from data_tools.tasks.task import Item
+REWARDS, HUB = {"correct": 1.0}, ""
+@dataclass
+class Options:
+    always: bool = False
+def items(record, options):
+    return [Item.of(record["problem"], record["answer"], record)]
+def rewards(item, completion, options):
+    return {"correct": float(options.always or item.answer == "right" or item.columns["hint"] == "right") + LIKED}
+"""
+
+
+def test_verdicts_are_of_the_answers_the_columns_the_options_and_the_code_as_they_are(folders, tmp_path, monkeypatch):
+    """The same KEEP serves while only the samples' settings are the same, and their scores are not those of before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # which tells a file by its second and size
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    out, keep = made(tmp_path)
+
+    def correct(answer: str = "wrong", hint: str = "none", liked: int = 0, always: bool = False, weight: float = 1.0):
+        (tmp_path / "judges" / "of_users.py").write_text(JUDGE.replace("LIKED", str(liked)))
+        rows = [{"problem": f"{n}=", "answer": answer, "hint": hint} for n in range(2)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = Source(inputs=[str(tmp_path / "rows.jsonl")])
+        mix = MixConfig({"mine": Entry("judges.of_users", {"always": always}, source, rewards={"correct": weight})})
+        return generate.run(replace(config(folders, samples=1), mix=mix), out, keep)["correct"]
+
+    (tmp_path / "judges").mkdir()
+    assert correct() == 0 and correct(answer="right") == 2 and correct(hint="right") == 2 and correct(liked=1) == 2
+    assert correct(always=True) == 2 and correct(always=True, weight=3.0) == 2
+    assert {row["reward"] for row in rows_of(out)} == {3.0}
+
+
+def test_a_task_whose_every_verdict_fails_ends_the_phase_and_is_scored_anew(folders, tmp_path, monkeypatch):
+    """Beside one that scores; without the model once more, for what was sampled stays."""
+    rows = [{"prompt": f"{n}=", "file": str(tmp_path / "service")} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(inputs=[str(tmp_path / "rows.jsonl")])
+    broken = Entry("tests.data_tools.tasks.verifiers:needs_a_file", source=source)
+    mix = MixConfig({"sums": config(folders).mix.entries["sums"], "broken": broken})
+    out, keep = made(tmp_path)
+    wanted = replace(config(folders, samples=2, chunk=100), mix=mix)
+    for run in (generate.run, lambda wanted, out, keep: evaluate.run(evaluation_of(wanted), out, keep / "evaluated")):
+        with pytest.raises(UserMistake, match=r"entries.broken: no sample of \d could be scored: FileNotFoundError"):
+            run(wanted, out, keep)
+    assert not list(out.iterdir())
+    (tmp_path / "service").touch()
+    monkeypatch.setattr("megatron_ext.rollout.engine.Engine._draw", None)  # nothing is drawn again
+    facts = generate.run(wanted, out, keep)
+    assert facts["unscored"] == 0 and {row["reward"] for row in rows_of(out) if row["task"] == "broken"} == {1.0}
+
+
+def evaluation_of(wanted: generate.Config) -> evaluate.Config:
+    return evaluate.Config(model=wanted.model, mix=wanted.mix, max_new_tokens=6, verifiers=1)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_model_without_finite_logits_is_named_with_the_prompt(folders, tmp_path, monkeypatch, wrong):
+    """Where generate samples, and where evaluate and grpo do."""
+    def logits(*_: Any) -> torch.Tensor:
+        return torch.full_like(whole(*_), wrong)
+
+    from megatron_ext.rollout import runner
+
+    whole = runner.position_logits
+    monkeypatch.setattr(runner, "position_logits", logits)
+    wanted = replace(config(folders), mix=MixConfig({"sums": config(folders).mix.entries["sums"]}))
+    trained = grpo.Config(model=wanted.model, mix=wanted.mix, steps=1, prompts=2, group=2, verifiers=1,
+                          sampling=wanted.sampling)  # fmt: skip
+    held_out = replace(trained, evaluation=Evaluation(every=1), mix=MixConfig({
+        **wanted.mix.entries, "held": replace(wanted.mix.entries["sums"], task="calculator", evaluation_only=True)}))
+    for number, (entry, asked) in enumerate([
+        (generate, wanted), (evaluate, evaluation_of(wanted)), (grpo, trained), (grpo, held_out)
+    ]):  # fmt: skip
+        out, keep = made(tmp_path / str(number))
+        name = "held" if asked is held_out else "sums"
+        said = f"gives NaN or infinite logits for prompt {name}/[0-9a-f]+, sample 0, new token 1: its weights"
+        with pytest.raises(UserMistake, match=f"{folders['base']}.* {said}"):
+            entry.run(asked, out, keep)
+        assert not list(out.iterdir())
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in open(out / "samples.jsonl")]
 
 
 def test_two_ranks_make_the_samples_of_one(two_ranks, folders, whole, tmp_path):

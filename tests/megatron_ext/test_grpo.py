@@ -1,5 +1,6 @@
 """GRPO on real gloo ranks: it learns, lr 0 changes nothing, and a stopped run goes on as if it had not been."""
 
+import itertools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 import numpy
 import pytest
 
+from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from megatron_ext import grpo
 from megatron_ext.parallel import ParallelPlan
@@ -138,16 +140,13 @@ def test_samples_without_a_usable_reward_are_masked_and_the_run_goes_on(folders,
     assert any(line["trained"] for line in lines)
 
 
-def test_a_step_that_teaches_nothing_changes_nothing_and_is_no_error(folders, tmp_path):
-    found = toy.trained(folders["qwen2"], tiny.DIMS, ParallelPlan(), tmp_path, steps=2, judge=alike, refill_tries=1)
-    assert found["position"]["updates"] == 0 and found["position"]["cursor"] == 2 * 2 * 4
-    assert [line["prompts_kept"] for line in metrics(tmp_path)] == [0, 0]
-    again = toy.trained(folders["qwen2"], tiny.DIMS, ParallelPlan(), tmp_path, steps=3, judge=alike, refill_tries=1)
-    assert again["resumed_from"] == 2 and again["digest"] == found["digest"]
-
-
-def alike(item: int, completion: str) -> float:
-    return 1.0
+def test_a_checkpoint_of_another_identity_is_refused_and_what_it_does_not_say_is_none(folders, tmp_path):
+    """A name that runs did not write down yet when they began is not held against them."""
+    plain = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=ParallelPlan(), keep=tmp_path)
+    toy.trained(steps=1, identity={"answers": "old"}, **plain)
+    with pytest.raises(UserMistake, match="was written with answers = 'old', this run has 'new'"):
+        toy.trained(steps=2, identity={"answers": "new"}, **plain)
+    assert toy.trained(steps=2, identity={"answers": "old", "later": 1}, **plain)["resumed_from"] == 1
 
 
 def test_the_kl_term_holds_the_policy_at_its_reference(folders, tmp_path):
@@ -183,8 +182,7 @@ def test_tokens_of_replies_are_in_the_rows_and_never_trained(alone):
 def test_a_run_of_several_turns_stopped_in_mid_rollout_ends_as_the_uninterrupted_one(
     two_ranks, folders, tmp_path, cell
 ):
-    arguments = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], steps=3, old_logprobs="recompute",
-                     minibatches=2,
+    arguments = dict(hf=folders["qwen2"], of=tiny.DIMS, plan=CELLS[cell], steps=3, minibatches=2,
                      turns=True, max_tokens=14, advantage=Advantage(scale="none"))  # fmt: skip
     whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
     found = stop_and_go_on(two_ranks, tmp_path / "cut", [9, 6], **arguments)[0]
@@ -195,6 +193,60 @@ def test_a_run_of_several_turns_stopped_in_mid_rollout_ends_as_the_uninterrupted
         line["turns"] > 1.2 and line["reply_tokens"] > 0.3 and line["mismatch"]["max_log"] < 1e-4 for line in lines
     )
     assert all(line["trained_tokens"] < line["length"] * line["trained_samples"] for line in lines)
+
+
+ENGINES = [dict(max_batch=3, block_size=2), dict(max_batch=16, token_budget=64), dict(max_batch=1, token_budget=2)]
+UPDATES = dict(passes=2, minibatches=2)  # all else as it is by default
+
+
+def with_engines(train: Any, folder: Path, keep: Path, engines: list, **arguments: Any) -> tuple[set, set]:
+    """(digests, mismatches of the first update) of a run under each of `engines` and the toy's own."""
+    digests, mismatches = set(), set()
+    for number, engine in enumerate([{}, *engines]):
+        found = train(hf=folder, of=tiny.DIMS, keep=keep / str(number), engine_of=engine, **UPDATES, **arguments)
+        digests |= {rank["digest"] for rank in (found if isinstance(found, list) else [found])}
+        mismatches.add(next(line["mismatch"]["kl"] for line in metrics(keep / str(number)) if "mismatch" in line))
+    return digests, mismatches
+
+
+def test_settings_of_the_engine_change_no_bit_of_the_weights(folders, tmp_path):
+    """Not even where several updates follow a rollout: what the engine records does not enter the loss."""
+    digests, mismatches = with_engines(
+        toy.trained, folders["qwen2"], tmp_path, ENGINES[:2], plan=ParallelPlan(), steps=3
+    )
+    assert len(digests) == 1
+    assert len(mismatches) > 1, "the engines recorded the same bits: nothing was shown"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("cell", ["DP2", "TP2", "PP2", "CP2"])
+def test_settings_of_the_engine_change_no_bit_under_any_layout(two_ranks, folders, tmp_path, cell):
+    def run(**arguments: Any) -> Any:
+        return two_ranks.run(toy.trained, plan=CELLS[cell], **arguments)
+
+    digests, mismatches = with_engines(run, folders["qwen2"], tmp_path, ENGINES, steps=20)
+    assert len(digests) == 1 and len(mismatches) > 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("cell", ["DP2", "TP2", "PP2", "CP2", "TP2xDP2"])
+def test_later_updates_of_a_step_are_those_of_one_process_under_every_layout(request, folders, tmp_path, cell):
+    """Within fp32's tolerance: each layout adds up sums in an order of its own, and none has the bits of one process."""
+    pool = request.getfixturevalue("four_ranks" if cell == "TP2xDP2" else "two_ranks")
+    plain = dict(hf=folders["qwen2"], of=tiny.DIMS, steps=2, **UPDATES)
+    toy.trained(plan=ParallelPlan(), keep=tmp_path / "one", **plain)
+    pool.run(toy.trained, plan=CELLS[cell], keep=tmp_path / cell, **plain)
+    for ours, theirs in zip(metrics(tmp_path / cell), metrics(tmp_path / "one")):
+        assert ours["updates"] == theirs["updates"] == 4 and ours["trained_tokens"] == theirs["trained_tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["ratio"] == pytest.approx(theirs["ratio"], rel=1e-4)
+
+
+@pytest.mark.soak
+def test_what_the_engine_recorded_enters_the_loss_only_on_request(folders, tmp_path):
+    asked = dict(plan=ParallelPlan(), steps=6, old_logprobs="rollout", mismatch_limit=1.0)
+    assert len(with_engines(toy.trained, folders["qwen2"], tmp_path, ENGINES, **asked)[0]) > 1
 
 
 # ---------------------------------------------------------------- stopped, and gone on with
@@ -252,7 +304,7 @@ def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(
 ):
     """Several updates a step, prompts drawn again, a checkpoint every third step only."""
     arguments = dict(hf=folders[family], of=FAMILIES[family], plan=CELLS[cell], steps=5, minibatches=2, refill_tries=1,
-                     checkpoint_every=3, old_logprobs="recompute", advantage=Advantage(scale="none"))  # fmt: skip
+                     checkpoint_every=3, advantage=Advantage(scale="none"))  # fmt: skip
     whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **arguments)[0]
     found = stop_and_go_on(two_ranks, tmp_path / "cut", [9, 5, 14], **arguments)[0]
     assert found["resumed_from"] > 0 and found["digest"] == whole["digest"]
@@ -316,11 +368,12 @@ def test_ranks_killed_at_any_moment_end_as_the_uninterrupted_run_bit_for_bit(
     two_ranks, folders, tmp_path, seed, stages
 ):
     hf, keep = folders["qwen2"], tmp_path / "cut"
-    arguments = dict(steps=10, minibatches=2, checkpoint_every=3, old_logprobs="recompute")
+    arguments = dict(steps=10, passes=1 if stages is ONCE else 2, minibatches=2, checkpoint_every=3)
     plain = dict(hf=hf, of=tiny.DIMS, plan=ParallelPlan(), **arguments)
     whole = two_ranks.run(toy.trained, keep=tmp_path / "whole", **plain)[0]
+    engines = itertools.cycle([{}] if stages is ONCE else ENGINES)  # of each start another one
     for death in deaths(seed, stages):
-        found = in_ranks_of_their_own(hf, keep, death, **arguments)
+        found = in_ranks_of_their_own(hf, keep, death, engine_of=next(engines), **arguments)
         assert all(rank.returncode for rank in found), "the run was done before"
         assert -signal.SIGKILL in [rank.returncode for rank in found], found[0].stderr[-2000:]
     found = in_ranks_of_their_own(hf, keep, [None, None], **arguments)

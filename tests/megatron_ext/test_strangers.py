@@ -18,7 +18,6 @@ from data_tools.tokenizer import load_tokenizer
 from megatron_ext import checkpoint, dist_weights, model_folder, pickles, stored
 from megatron_ext.entrypoints import export_hf, import_hf, init_model
 from megatron_ext.models.nanochat.checkpoint import NanochatTensors
-from tests.megatron_ext import tiny
 
 SECRET = "machine x login y password PRIVATE"
 TENSOR = "decoder.final_layernorm.weight"

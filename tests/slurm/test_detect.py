@@ -9,7 +9,7 @@ import time
 import pytest
 
 from data_tools.mistake import UserMistake
-from slurm import client, detect, devcluster
+from slurm import client, detect, devcluster, profile
 from slurm.client import SlurmUnavailable
 from tests.cluster import require_packages
 
@@ -136,6 +136,33 @@ def test_a_real_slurm_without_a_profile_gets_one_of_its_own_partitions(dev_clust
     monkeypatch.setenv("AFTEROK_PROFILES", str(tmp_path))
     (tmp_path / "dev.yaml").write_text("meta: {contact: us}\npartitions: {batch: {}}\nroles: {cpu: {}}\n")
     assert detect.find_cluster("auto").profile.meta.contact == "us"  # the admin's, by the cluster's name
+
+
+@pytest.mark.parametrize("names, chosen", [
+    (["DEV"], "DEV"), (["Dev", "dev", "other"], "dev"), (["devel", "de"], None), ([], None),
+])  # fmt: skip
+def test_a_profile_is_named_like_its_cluster_in_any_case_and_said_with_its_file(
+    dev_cluster, monkeypatch, tmp_path, names, chosen
+):
+    monkeypatch.setenv("SLURM_CONF", str(dev_cluster.conf))
+    monkeypatch.setenv("AFTEROK_PROFILES", str(tmp_path))
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text("partitions: {batch: {}}\nroles: {cpu: {}}\n")
+    found = detect.find_cluster("auto")
+    assert (found.profile.meta.name, found.slurm_name) == (chosen or "live", "dev")
+    if chosen:
+        assert found.where == f"cluster dev: profile {chosen} ({tmp_path}/{chosen}.yaml)"
+    else:
+        assert found.where.startswith(f"cluster dev: no profile is named like it (dev.yaml in {tmp_path}, ")
+        assert found.where.endswith("used is one made from its own partitions") and found.profile_file == ""
+
+
+def test_two_spellings_of_a_clusters_name_are_not_guessed_between(monkeypatch, tmp_path):
+    monkeypatch.setenv("AFTEROK_PROFILES", str(tmp_path))
+    for name in ("BigSite", "BIGSITE"):
+        (tmp_path / f"{name}.yaml").touch()
+    with pytest.raises(UserMistake, match="keep one of them, or call it bigsite.yaml"):
+        profile.find_for_cluster("bigsite")
 
 
 def test_a_configured_slurm_that_died_is_an_error_within_our_limit(short_folder, monkeypatch):

@@ -7,11 +7,11 @@ from slurm.printed import QueueRow
 
 # As printed by Slurm 22.05.8; "^" stands for the separator.
 SQUEUE = """\
-9^9^N/A^COMPLETED^None^(null)^n1^train
-10^10^0^RUNNING^None^(null)^n[1-2]^pack
-10^10^5-6,9%2^PENDING^JobArrayTaskLimit^(null)^^pack
-14^11^4^PENDING^Dependency^aftercorr:10_*(unfulfilled)^^a|b c
-20^20^N/A^PENDING^DependencyNeverSatisfied^afterok:9(failed)^^sft
+9^9^N/A^COMPLETED^None^(null)^n1^train^
+10^10^0^RUNNING^None^(null)^n[1-2]^pack^
+10^10^5-6,9%2^PENDING^JobArrayTaskLimit^(null)^^pack^
+14^11^4^PENDING^Dependency^aftercorr:10_*(unfulfilled)^^a|b c^
+20^20^N/A^PENDING^DependencyNeverSatisfied^afterok:9(failed)^^sft^
 """
 SINFO = """\
 batch*|up|1-00:00:00|1-infinite|4|64|256000|gpu:8
@@ -20,9 +20,9 @@ mixed|up|infinite|1-16|2|96+|512000+|gpu:a100:4(S:0,1),gpu:v100:4(S:0-1),nvme:2
 old|down|30:00|1-1|1|8|16000|(null)
 """
 SACCT = """\
-12|12|COMPLETED|0:0|65|n1|init
-13_1|15|FAILED|137:0|3|n2|sft|x
-13_[2-4]|13|CANCELLED by 1000|0:9||None assigned|sft
+12^12^COMPLETED^0:0^65^n1^init^
+13_1^15^FAILED^137:0^3^n2^sft|x^
+13_[2-4]^13^CANCELLED by 1000^0:9^^None assigned^sft^
 """
 CONFIG = """\
 Configuration data as of 2026-11-21T00:25:40
@@ -33,7 +33,7 @@ SchedulerParameters     = bf_interval=1,max_array_tasks=500
 
 
 def test_queue_rows_are_read_as_printed():
-    rows = printed.parse_queue(SQUEUE.replace("^", printed.SEPARATOR))
+    rows = printed.parse_queue(SQUEUE, "^")
     assert rows == [
         QueueRow("9", None, None, "train", "COMPLETED", "", "", "n1"),
         QueueRow("10", "10", 0, "pack", "RUNNING", "", "", "n[1-2]"),
@@ -73,7 +73,7 @@ def test_partitions_of_unlike_nodes_become_one_row():
 
 
 def test_accounting_rows_are_read_as_printed():
-    rows = printed.parse_accounting(SACCT)
+    rows = printed.parse_accounting(SACCT, "^")
     assert [(row.job_id, row.raw_id, row.state) for row in rows] == [
         ("12", "12", "COMPLETED"), ("13_1", "15", "FAILED"), ("13_[2-4]", "13", "CANCELLED"),
     ]  # fmt: skip

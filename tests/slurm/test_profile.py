@@ -230,3 +230,18 @@ def test_forwarding_is_said_by_name_and_a_forwarded_secret_is_warned_of():
     (problem,) = profile.forwarding_problems(asked, {})
     assert "export KEY first" in problem.message and "env.secrets.TOKEN" in problem.message
     assert profile.forwarding_notes(Profile(), {"MODE": "x"}) == []
+
+
+def test_local_processes_run_no_shell_lines_and_say_so(tmp_path):
+    found = problems_of(tmp_path, "kind: local\nroles: {cpu: {}}\nenv: {setup: [source x], modules: [cuda]}\n")
+    assert set(found) == {"p.yaml: env.setup", "p.yaml: env.modules"}
+    assert all("local processes run no shell lines; say it in env.set" in message for message in found.values())
+
+
+def test_what_a_cluster_would_refuse_ends_with_its_contact(good):
+    request = Request("train", nodes=99, gpus_per_node=99)
+    assert not any("contact" in str(problem) for problem in profile.check(good, request, "p"))
+    good.meta.contact = "help@x.org"
+    *others, last = profile.check(good, request, "p")
+    assert last.message.endswith("; contact for profile good: help@x.org")
+    assert others and not any("contact" in str(problem) for problem in others)

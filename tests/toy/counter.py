@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_tools import durable
@@ -19,6 +20,7 @@ class Config:
     loading: float = field(default=0.0, metadata=FREE)  # seconds before the first step, at every start
     every: int = field(default=0, metadata=FREE)  # steps between checkpoints; 0: only when stopped
     fail_from: int = field(default=0, metadata=FREE)  # the start that raises, counted from 0; 0: none
+    gate: str = field(default="", metadata=FREE)  # a file without which it does not make its last step
     stuck: bool = field(default=False, metadata=FREE)  # makes no step at all
 
 
@@ -37,7 +39,7 @@ def run(config: Config, task: Task) -> dict[str, Any]:
             durable.write_json(checkpoint, {"steps": steps, "starts": starts})
             raise Stopped(len(steps), config.steps)
         time.sleep(config.seconds)
-        if config.stuck:
+        if config.stuck or (config.gate and len(steps) == config.steps - 1 and not Path(config.gate).exists()):
             continue
         steps.append(len(steps))
         if config.every and len(steps) % config.every == 0:

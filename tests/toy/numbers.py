@@ -14,6 +14,7 @@ from jobs.task import Task
 class Config:
     start: int = 0
     seconds: float = field(default=0.0, metadata={"keyed": False})
+    gate: str = field(default="", metadata={"keyed": False})  # a file that it waits for
     fail_at: Optional[int] = field(default=None, metadata={"keyed": False})
     mistake: str = ""
     file: str = field(default="", metadata={"input": True})
@@ -32,6 +33,8 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     for step in range(steps):
         time.sleep(config.seconds / steps)
         task.progress(step + 1, steps, "naps")
+    while config.gate and not Path(config.gate).exists():
+        time.sleep(0.05)
     (task.out / "numbers.txt").write_text(f"{config.start + task.index}\n")
     return {"number": config.start + task.index}
 

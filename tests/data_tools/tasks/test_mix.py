@@ -1,18 +1,26 @@
 """Prompts come in exact shares, each once an epoch, and prompt k is the same whenever and wherever it is asked for."""
 
 import csv
+import gzip
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.char_tokenizer import write_char_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.tasks.mix import Entry, Mix, MixConfig, check_mix, entries_of, load_items, number_of, turn_ends
+from data_tools.tasks.calculator import ALPHABET
+from data_tools.tasks.mix import (
+    Entry, Mix, MixConfig, check_mix, counts_table, entries_of, load, load_items, number_of, turn_ends)
 from data_tools.tasks.task import Item, Source
+from tests.data_tools.chats import write_tokenizer
+from tests.data_tools.conftest import build
 
 HERE = "tests.data_tools.tasks.verifiers"
 
@@ -90,6 +98,25 @@ def test_a_digest_tells_other_prompts_weights_and_seeds():
     assert base.digest == same.digest and base.digest not in [other.digest for other in others]
 
 
+def test_the_digest_of_scoring_tells_other_answers_columns_and_code_and_is_no_chance(tmp_path, monkeypatch):
+    class Value:  # which calls itself by its place in memory
+        pass
+
+    def scoring(answer=1, columns={}, uid="a/0", task="calculator"):
+        mix = Mix({"a": Entry(task)}, 0, {"a": [Item(uid, "?", answer, columns)]})
+        return mix.scoring([mix.held_out("a", 0)])
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_scored.py").write_text("def score(item, completion): return 0\n")
+    own = scoring(task="mine_scored:score")
+    (tmp_path / "mine_scored.py").write_text("def score(item, completion): return 1\n")
+    found = [scoring(), scoring(2), scoring("1"), scoring(columns={"q": 1.5}), scoring(uid="a/1"), scoring(Value()),
+             own, scoring(task="mine_scored:score")]  # fmt: skip
+    assert len(set(found)) == len(found)
+    assert scoring(Value()) == scoring(Value())
+    assert scoring(columns={"b": 1, "a": 2}) == scoring(columns={"a": 2, "b": 1})
+
+
 def test_files_of_every_form_give_the_same_prompts(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -110,6 +137,101 @@ def test_files_of_every_form_give_the_same_prompts(tmp_path):
             "mine", Entry(f"{HERE}:length", limit=2, source=Source(inputs=[str(tmp_path / f"a.{suffix}")]))
         )
         assert limited == items[:2]
+
+
+def loaded(tmp_path, rows, entry=None, text=None):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) if text is None else text)
+    entry = entry or Entry("bracketed_action")
+    return load("tes", replace(entry, source=Source(inputs=[str(file)])))
+
+
+rewards = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.1, 0.2, 0.3])), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rewards, st.randoms(use_true_random=False), st.integers(0, 5))
+def test_every_row_is_a_prompt_a_duplicate_or_over_the_limit_in_any_order(tmp_path_factory, given_rows, random, limit):
+    rows = [{"prompt": prompt, "reward_action_0": reward, "reward_action_1": 1.0} for prompt, reward in given_rows]
+    folder = tmp_path_factory.mktemp("rows")
+    found = loaded(folder, rows)
+    assert [(item.prompt, item.columns["rewards"][0]) for item in found.items] == list(dict.fromkeys(given_rows))
+    assert len({item.uid for item in found.items}) == len(found.items)
+    counts = found.counts()
+    assert counts["rows"] == len(rows) == counts["prompts"] + counts.get("duplicate", 0)
+    assert counts["shared"] == sum(len({r for p, r in given_rows if p == one}) > 1 for one in "abc")
+    shuffled = random.sample(rows, len(rows))
+    names = {item.uid: (item.prompt, item.columns) for item in found.items}
+    assert {item.uid: (item.prompt, item.columns) for item in loaded(folder, shuffled).items} == names
+    few = loaded(folder, rows, Entry("bracketed_action", limit=limit))
+    assert few.sheet.kept == len(few.items) == min(limit or len(found.items), len(found.items))
+    assert few.sheet.rows == few.sheet.kept + few.sheet.dropped.total()
+
+
+def test_prompts_that_are_asked_once_have_the_names_that_they_had(tmp_path):
+    """What was sampled before is gone on with: only rows that contradict one another have other names."""
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+    items = loaded(tmp_path, rows, Entry(f"{HERE}:length")).items
+    assert [item.uid for item in items][0] == f"tes/{Item.of('a').uid}" == "tes/167004e8304614a8"
+    assert all(item.uid.startswith(f"tes/{Item.of('b').uid}/") for item in items[1:])
+
+
+def test_records_without_prompts_blank_lines_and_wrong_rows_are_counted_and_told(tmp_path):
+    texts = ["so <<48/2=24>> and <<1+1=3>>", "none", "<<1+1=2>><<1+1=2>><<x>>"]
+    lines = [json.dumps({"question": "q", "answer": text}) for text in texts]
+    found = loaded(tmp_path, (), Entry("calculator"), "\n\n".join(lines) + "\n")
+    counts = {"lines": 5, "blank_line": 2, "no_prompt": 1, "rows": 5, "wrong_answer": 1, "duplicate": 1,
+              "unparsable": 1, "prompts": 2, "shared": 0}  # fmt: skip
+    assert found.counts() == counts
+    told = "2 blank_line, 1 no_prompt, 1 wrong_answer, 1 duplicate, 1 unparsable"
+    assert counts_table({"tes": counts})["rows"] == [["tes", 5, 5, 2, told, 0]]
+
+
+def spelled(path, rows):
+    """The rows in the form that the file's name says."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        data = (json.dumps(rows) if ".json" in path.suffixes else text).encode()
+        data = b"\xef\xbb\xbf" + data if "bom" in path.name else data
+        pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
+        path.write_bytes(pack(data))
+    return str(path)
+
+
+NAMES = ["a.jsonl", "bom.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "bom.json", "a.json.gz", "a.parquet", "a.csv"]
+
+
+def test_every_door_reads_every_kind_of_file(tmp_path):
+    """A mix, evaluate, materialize (rows of a task, and chats), dolci_prepare, and reject_filter."""
+    from data_tools import dolci, materialize, rejection
+    from megatron_ext.entrypoints import evaluate
+
+    rows = [{"question": "q", "answer": "so <<48/2=24>>24"}, {"question": "r", "answer": "x"}]
+    write_char_tokenizer(tmp_path / "marks", ALPHABET)
+    marks, chats = str(tmp_path / "marks"), str(write_tokenizer(tmp_path / "chats"))
+    for name in NAMES:
+        folder = tmp_path / name.replace(".", "_")
+        (folder / "shard").mkdir(parents=True)
+        file = spelled(folder / name, rows)
+        source = Source(inputs=[file])
+        prompts = [load_items("calculator", Entry("calculator", source=source)),
+                   evaluate.rows(evaluate.Config(task="calculator", source=source)).items]
+        assert [[item.prompt for item in items] for items in prompts] == [["48/2="]] * 2, name
+        assert build(materialize.Config(source, marks, task="calculator"), folder / "rows")[1]["kept"] == 1, name
+        assert build(materialize.Config(source, chats), folder / "chats")[1]["kept"] == 2, name
+        assert dolci.sample_shard(dolci.Config([file], chats, language=""), folder / "shard", 0, 1)["kept"] == 2, name
+        with pytest.raises(UserMistake, match=r":\d+|row 1: neither a text under 'prompt'"):
+            rejection.reject_filter(rejection.Config([file]), folder / "shard")
 
 
 def test_wrong_records_are_named_by_file_and_line_and_no_prompts_are_a_mistake(tmp_path):

@@ -6,12 +6,16 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
 import pytest
 
 from data_tools.mistake import UserMistake
-from data_tools.tasks.rewards import Reply, Score, Scorer, Verifier, _Process, score_of
+from data_tools.tasks.rewards import Reply, Score, Scorer, Verifier, _Process, is_failure, score_of
 from data_tools.tasks.task import Item
+from jobs.artifact import process_start
 
 HERE = "tests.data_tools.tasks.verifiers"
 ITEM = Item.of("?", "4")
@@ -19,8 +23,8 @@ BAD = Verifier(f"{HERE}:misbehave")
 UNSCORABLE = {
     "raise": "ValueError: no such answer",
     "exit": "SystemExit: 3",
-    "sleep": "time limit of 0.3 s",
-    "spin": "time limit of 0.3 s",
+    "sleep": "time limit of 2 s",
+    "spin": "time limit of 2 s",
     "die": "ended its process (signal SIGKILL)",
     "ignore": "ended its process (exit code 0)",
     "nan": "'reward' is nan, not a finite number",
@@ -35,7 +39,7 @@ UNSCORABLE = {
 
 
 def test_a_verifier_that_misbehaves_costs_that_sample_only():
-    with Scorer({"bad": BAD}, workers=1, time_limit_s=0.3) as scorer:
+    with Scorer({"bad": BAD}, workers=1, time_limit_s=2.0) as scorer:
         futures = {}
         for completion in UNSCORABLE:
             futures[completion] = scorer.submit("bad", ITEM, completion), scorer.submit("bad", ITEM, "good")
@@ -47,7 +51,7 @@ def test_a_verifier_that_misbehaves_costs_that_sample_only():
 
 FAILED = {
     "raise": "ValueError: no such tool",
-    "sleep": "time limit of 0.3 s",
+    "sleep": "time limit of 2 s",
     "die": "ended its process (signal SIGKILL)",
     "number": "the reply was a int: 3; text was expected",
     "huge": "has 2,097,152 characters; 1,048,576 are the most",
@@ -56,12 +60,48 @@ FAILED = {
 
 
 def test_a_reply_that_fails_costs_that_sample_only():
-    with Scorer({"tool": Verifier(f"{HERE}")}, workers=1, time_limit_s=0.3) as scorer:
+    with Scorer({"tool": Verifier(f"{HERE}")}, workers=1, time_limit_s=2.0) as scorer:
         for transcript, note in FAILED.items():
             bad, good = (scorer.reply("tool", ITEM, text) for text in (transcript, "how long?"))
             assert bad.result().text is None and note in bad.result().note, transcript
             assert good.result() == Reply("9 letters") and scorer.submit("tool", ITEM, "abc").result().reward == 3.0
         assert scorer.reply("tool", ITEM, "over").result() == Reply(None)
+
+
+HOSTILE = {
+    "closes": "closed its process's connection",
+    "half an answer": "time limit of 2 s",
+    "a pickle": "wrote what is no answer",
+    "an answer of before": "wrote what is no answer",
+    "takes memory": "MemoryError",
+    "long": "bytes; 4,194,304 are the most",
+    "stops": "time limit of 2 s",
+    "leaves and hangs": "time limit of 2 s",
+    "leaves and dies": "ended its process (exit code 1)",
+}
+
+
+def test_a_hostile_verifier_runs_nothing_in_the_run_hangs_nobody_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Scorer({"bad": Verifier(f"{HERE}:hostile")}, workers=1, time_limit_s=2.0) as scorer:
+        assert scorer.submit("bad", ITEM, "leaves").result().reward == 1.0
+        for completion, note in HOSTILE.items():
+            score = scorer.submit("bad", ITEM, completion).result(timeout=60)
+            assert score.reward is None and note in score.note, (completion, score)
+            assert scorer.submit("bad", ITEM, "good").result(timeout=60).reward == 1.0, completion
+    left = [int(pid) for pid in (tmp_path / "left").read_text().split()]
+    assert len(left) == 3 and not [pid for pid in left if process_start(pid) is not None]
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_verifiers_see_of_the_environment_what_is_named(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "value")
+    monkeypatch.setenv("NAMED", "value")
+    for named, seen in (("", 0.0), ("NAMED, X", 1.0)):
+        monkeypatch.setenv("AFTEROK_VERIFIER_ENV", named)
+        with Scorer({"bad": Verifier(f"{HERE}:hostile")}, workers=1) as scorer:
+            parts = scorer.submit("bad", ITEM, "looks").result().parts
+        assert parts == {"A_SECRET": 0.0, "NAMED": seen, "PATH": 1.0}
 
 
 def test_terms_are_weighted_and_kept():
@@ -71,6 +111,45 @@ def test_terms_are_weighted_and_kept():
     assert score_of({"a": 2, "b": None}, {"b": 3.0}) == Score(2.0, {"a": 2.0})
     missing = score_of({"a": 2}, {"b": 3.0})
     assert missing.reward is None and "no reward term 'b', which has a weight; it gave a" in missing.note
+
+
+def numbers() -> dict[str, tuple[Any, float]]:
+    """What a verifier may give for a number, and which one it is."""
+    import numpy
+    import torch
+
+    return {
+        "bool": (True, 1.0), "int": (3, 3.0), "float": (0.5, 0.5), "Fraction": (Fraction(1, 4), 0.25),
+        "Decimal": (Decimal("0.1"), 0.1), "np.bool": (numpy.bool_(True), 1.0), "np.float64": (numpy.float64(0.1), 0.1),
+        "np.float32": (numpy.float32(0.5), 0.5), "np.int8": (numpy.int8(-2), -2.0), "np.uint64": (numpy.uint64(7), 7.0),
+        "array": (numpy.array(0.25), 0.25), "array of bool": (numpy.array(False), 0.0),
+        "tensor": (torch.tensor(0.75), 0.75), "tensor of bool": (torch.tensor(True), 1.0),
+        "bfloat16": (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        "with gradient": (torch.ones((), requires_grad=True), 1.0),
+    }  # fmt: skip
+
+
+def no_numbers() -> list[Any]:
+    import numpy
+    import torch
+
+    return ["0.5", b"1", [1.0], (1.0,), {1.0}, 1j, numpy.array([1.0]), numpy.array("1"), numpy.complex64(1),
+            torch.ones(1), torch.tensor(1j), object(), numpy.nan, numpy.float32("inf"), torch.tensor(float("nan")),
+            10**400, 1e308, -1e39, Decimal("NaN")]  # fmt: skip
+
+
+def test_whatever_is_one_finite_number_is_a_reward_and_nothing_else():
+    for name, (value, number) in numbers().items():
+        for terms in (value, {"a": value}):
+            score = score_of(terms, {})
+            assert score.reward == number and type(score.reward) in (float, int) and not score.note, name
+    for value in no_numbers():
+        for terms in (value, {"a": value}):
+            score = score_of(terms, {})
+            assert score.reward is None and is_failure(score.reward, score.note), value
+    assert "the reward 1e+308 is beyond float32's range" in score_of(1e308, {}).note
+    assert "the reward inf is beyond" in score_of({"a": 1e300}, {"a": 1e300}).note
+    assert not is_failure(None, score_of(None, {}).note) and not is_failure(0.0, "")
 
 
 def test_a_completion_that_was_aborted_is_not_scorable_and_one_cut_off_is_scored():

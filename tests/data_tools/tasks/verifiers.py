@@ -1,8 +1,11 @@
 """Verifiers of users, good and bad: what the Scorer's processes import."""
 
+import json
 import os
+import pickle
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -35,6 +38,55 @@ def misbehave(item, completion):
               "numpy": np.float32(0.5),
               "terms": {"a": 1, "b": 0.5, "c": None}, "true": True}  # fmt: skip
     return values.get(completion, 1.0)
+
+
+class Evil:
+    """What runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['TMPDIR']}/unpickled",)
+
+
+def hostile(item, completion):
+    """As the completion says."""
+    mine = [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
+    if completion == "closes":
+        os.closerange(3, 1024)
+        time.sleep(3600)
+    if completion in ("half an answer", "a pickle", "an answer of before"):
+        forged = json.dumps({"reward": 1.0, "parts": {}, "note": "", "answer": None}).encode()
+        sent = {"half an answer": b"\0\0\x10\0abc", "a pickle": pickle.dumps(Evil()),
+                "an answer of before": len(forged).to_bytes(4, "big") + forged}[completion]  # fmt: skip
+        for handle in mine:
+            try:
+                os.write(handle, sent)
+            except OSError:
+                continue
+        if completion == "half an answer":
+            time.sleep(3600)
+    if completion.startswith("leaves"):
+        child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+        with open(f"{os.environ['TMPDIR']}/left", "a") as file:
+            print(child.pid, file=file)
+        if completion == "leaves and hangs":
+            time.sleep(3600)
+        if completion == "leaves and dies":
+            os._exit(1)
+    if completion == "takes memory":
+        return float(len(bytearray(64 << 30)))
+    if completion == "long":
+        return {"x" * (5 << 20): 1.0}
+    if completion == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if completion == "looks":
+        return {name: float(name in os.environ) for name in ("A_SECRET", "NAMED", "PATH")}
+    return 1.0
+
+
+def needs_a_file(item, completion):
+    """Scores while the file that its row names is there."""
+    open(item.columns["file"]).close()
+    return 1.0
 
 
 def torch_imported(item, completion):

@@ -149,6 +149,54 @@ def test_a_step_without_change_has_ratio_one_and_clips_nothing() -> None:
     assert sums["ratio"] == batch.mask.sum() and sums["clipped_low"] == sums["clipped_high"] == 0
 
 
+def extreme_tokens(seed: int) -> Tokens:
+    """float32 tokens of 6 rollouts, whose log-probs are up to 1,000 nats apart, and with advantages of 0 among them."""
+    random = torch.Generator().manual_seed(seed)
+    n = 48
+    sizes = torch.tensor([0.0, 0.3, 30.0, 100.0, 1000.0])
+
+    def log_probs() -> torch.Tensor:
+        return -sizes[torch.randint(5, (n,), generator=random)] * torch.randn(n, generator=random).abs()
+
+    logp, sequence = log_probs(), torch.arange(n) // 8
+    advantage = torch.tensor([1.0, -1.0, 0.0, 2.0, -3.0, 0.5])[sequence]
+    lengths, entropy = torch.full((6,), 8), torch.rand(n, generator=random)
+    return Tokens(
+        logp.requires_grad_(), log_probs(), advantage, sequence, lengths, log_probs(), log_probs(), entropy,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("correction", ["off", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_an_extreme_mismatch_gives_a_finite_gradient_or_is_counted(correction: str) -> None:
+    """What a mask, a clip or a cap leaves out leaves no NaN; what is not left out is told."""
+    counted = 0
+    shapes = itertools.product(("clip", "cispo"), ("token", "sequence"), ("token", "sequence", "constant"),
+                               (0.0, 3.0), (0.0, 0.1), ("k2", "k3"), range(3))  # fmt: skip
+    for policy, level, aggregation, dual, beta, kl, seed in shapes:
+        tokens = extreme_tokens(seed)
+        config = Loss(policy, level, aggregation, dual_clip=dual, kl=kl, kl_beta=beta, entropy=0.01,
+                      correction=Correction(correction, 0.5, 2.0))  # fmt: skip
+        loss, sums = policy_loss(tokens, config, Totals(48, 6, 8))
+        loss.backward()
+        case = (config, seed)
+        assert loss.isfinite() and tokens.logp.grad.isfinite().all(), case
+        assert all(value.isfinite() for value in sums.values()), case
+        unbounded = (policy == "clip" and not dual) or (beta and kl == "k3")
+        assert unbounded or not sums["beyond"], case
+        counted += int(sums["beyond"])
+    assert counted
+    assert all(value.isfinite() for value in mismatch_sums(extreme_tokens(0)).values())
+
+
+def test_what_a_mask_leaves_out_has_no_part_in_loss_or_gradient() -> None:
+    for mode in ("token_mask", "sequence_mask"):
+        tokens = extreme_tokens(1)
+        masked = correction_weights(tokens, Correction(mode, 0.5, 2.0)) == 0
+        loss, sums = policy_loss(tokens, Loss(correction=Correction(mode, 0.5, 2.0)), Totals(48, 6, 8))
+        loss.backward()
+        assert masked.any() and not tokens.logp.grad[masked].any() and sums["masked"] == masked.sum()
+
+
 def test_wrong_settings_are_told_with_the_nearest() -> None:
     wrong = Loss("clipp", clip_low=2, dual_clip=1.1, kl_beta=-1, correction=Correction("tis", 3.0, 2.0))
     problems: list[Problem] = check_loss(wrong)

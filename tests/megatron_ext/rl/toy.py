@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -49,6 +49,9 @@ class Prompts:
     def uid(self, item: int) -> int:
         return item
 
+    def name(self, item: int) -> str:
+        return str(item)
+
 
 @dataclass
 class Score:
@@ -71,7 +74,8 @@ class Scorer:
 
     def submit(self, item: int, completion: str, finish: str) -> Score:
         self.asked.append((item, completion))
-        return Score(self.judge(item, completion), {"length": float(len(completion.split()))})
+        found = self.judge(item, completion)
+        return found if isinstance(found, Score) else Score(found, {"length": float(len(completion.split()))})
 
 
 @dataclass
@@ -106,14 +110,15 @@ def run_of(steps: int, lr: float, **changes: Any) -> grpo.Run:
 def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
     judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, turns: bool = False,
-    **changes: Any,
+    engine_of: dict[str, int] | None = None, identity: dict[str, Any] = {"toy": True}, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop."""
+    """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop; `engine_of` are settings
+    of the engine."""
     keep.mkdir(parents=True, exist_ok=True)
     collect.VOTE_EVERY = 2  # completions are short
     with ranks.started(plan, seed=3):
         trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
-        engine = Engine(trainer.model[0], ENGINE, 11, {STOP_ID}, spell)
+        engine = Engine(trainer.model[0], replace(ENGINE, **engine_of or {}), 11, {STOP_ID}, spell)
         asked = 0
 
         def stop() -> bool:
@@ -132,7 +137,7 @@ def trained(
         model = tiny.parts(hf, of, plan) if reference else None
         against = (lambda rows: log_probs(model, rows)) if reference else None
         try:
-            outcome = grpo.train(trainer, collector, run, keep, {"toy": True}, stop, reference=against)
+            outcome = grpo.train(trainer, collector, run, keep, identity, stop, reference=against)
         except Stopped as stopped:
             return dict(stopped=stopped.done)
         return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=outcome.resumed_from,

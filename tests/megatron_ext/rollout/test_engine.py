@@ -11,9 +11,9 @@ from data_tools.mistake import UserMistake
 from megatron_ext.layers.mamba import MambaMixer
 from megatron_ext.parallel import ParallelPlan
 from megatron_ext.rollout.cache import Share
-from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.graphs import Graphs
-from megatron_ext.rollout.sequence import Request, Sequence
+from megatron_ext.rollout.sequence import Prefix, Request, Sequence
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from tests.megatron_ext import tiny
 
@@ -93,6 +93,34 @@ def test_a_stop_string_ends_a_sample(alone, tmp_path):
     for s in engine.generate([Request(1, (1, 2), 6)], Sampling(max_tokens=20, stop_strings=[stop])):
         place = whole[s.sample].find(stop)
         assert spell(s.completion) == (whole[s.sample] if place < 0 else whole[s.sample][: place + 2])
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 66, 150])
+def test_a_stop_string_of_any_length_is_found(alone, tmp_path, size):
+    """A model has to write it: in tokens of one, two and three bytes."""
+    spelled = ["a", "é", "€", "b", "c"]
+    engine = Engine(tiny.model(tiny.hf_folder(tmp_path / "hf"), tiny.DIMS, ParallelPlan()), SMALL, 7, set(),
+                    lambda ids: "".join(spelled[i % 5] for i in ids))  # fmt: skip
+    tokens = torch.randint(0, 19, (2 * size,), generator=torch.Generator().manual_seed(size)).tolist()
+    text = engine.detokenize(tokens[size - 1 : 2 * size - 1])
+    written = Sequence(Prefix(Request(1, (1, 2)), 0), 0, 10**6, [1, 2])
+    ends = []
+    for token in tokens:
+        written.tokens.append(token)
+        ends.append(engine._completes(written, [text]))
+    assert ends == [engine.detokenize(tokens[: n + 1]).endswith(text) for n in range(len(tokens))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_the_run_with_a_word(alone, tmp_path, temperature):
+    model = tiny.model(tiny.hf_folder(tmp_path / "hf"), tiny.DIMS, ParallelPlan())
+    with torch.no_grad():
+        model.decoder.layers[0].mlp.linear_fc1.weight[0, 0] = float("nan")
+    with pytest.raises(NoDistribution, match="NaN or infinite logits for prompt 4, sample 0, new token 1:"):
+        sampled(model, SMALL, [Request(4, (1, 2), 2)], Sampling(temperature=temperature))
+    assert "/m gives NaN or infinite logits for prompt sums/ab, sample 3, new token 8" in str(
+        NoDistribution(4, 3, 7).named("prompt sums/ab", "/m")
+    )
 
 
 def test_an_empty_prompt_is_an_error(alone, tmp_path):

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from megatron_ext.rollout.sampler import Vocabulary, draw
+from megatron_ext.rollout.sampler import NOTHING, Vocabulary, draw
 from megatron_ext.rollout.settings import Sampling, check_engine, check_sampling, EngineConfig
 
 ALONE = Vocabulary()
@@ -48,6 +50,65 @@ def test_noise_spread_evenly_draws_each_token_as_often_as_it_is_likely(sampling)
     assert (frequency - expected).abs().max() < 2e-4
     assert torch.allclose(drawn.logprobs.exp(), expected[drawn.tokens], atol=1e-6)
     assert torch.allclose(drawn.model_logprobs, scores.log_softmax(-1)[0, drawn.tokens], atol=1e-5)
+
+
+@given(
+    st.integers(0, 10**6), st.integers(2, 40), st.floats(0.3, 3.0), st.integers(0, 12), st.floats(0.05, 1.0),
+    st.floats(0.0, 0.9),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_all_filters_together_leave_what_transformers_leaves(seed, size, temperature, top_k, top_p, min_p):
+    sampling, scores = Sampling(temperature, top_k, top_p, min_p), logits(1, size, seed)
+    weights = (scores[0].double() / temperature).softmax(-1)
+    best = weights.sort(descending=True).values[: top_k or size]
+    # Where a sum falls on top_p, or a weight on min_p, to the last digits, either answer is right.
+    assume(top_p == 1 or (best.cumsum(0) / best.sum() - top_p).abs().min() > 1e-5)
+    assume((weights / weights.max() - min_p).abs().min() > 1e-5)
+    expected = kept(scores, sampling)[0].double()
+    left = expected.nonzero().squeeze(1)
+    middles = (expected.cumsum(0) - expected / 2)[left]  # of each token's share of the noise
+    found = draw(scores.expand(len(left), -1), middles, sampling, ALONE)
+    assert found.tokens.tolist() == left.tolist()
+    # Were one more or one less left, all would have other shares.
+    assert torch.allclose(found.logprobs.double(), expected[left].log(), atol=1e-5)
+
+
+UNSOUND = [float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("sampling", [*SETTINGS, Sampling(temperature=0), Sampling(top_k=3, top_p=0.7, min_p=0.1)])
+def test_logits_that_are_no_distribution_give_no_token(sampling):
+    """And cost no other sample its own; -inf alone is how a token is left out."""
+    scores = logits(6, 9)
+    scores[1, 4], scores[2, 0], scores[3], scores[4, 1:3] = *UNSOUND, -torch.inf, -torch.inf
+    found = draw(scores, torch.full((6,), 0.4, dtype=torch.float64), sampling, ALONE)
+    assert (found.tokens == NOTHING).tolist() == [False, True, True, True, False, False]
+    sound = [0, 4, 5]
+    alone = draw(scores[sound], torch.full((3,), 0.4, dtype=torch.float64), sampling, ALONE)
+    assert found.tokens[sound].tolist() == alone.tokens.tolist()
+
+
+def unsound_here(sampling: Sampling) -> list[int]:
+    """Of a vocabulary over two ranks, where one rank has a NaN or an inf among its logits."""
+    import torch.distributed as dist
+
+    from megatron_ext import ranks
+    from megatron_ext.parallel import ParallelPlan
+
+    with ranks.started(ParallelPlan(tensor=2)):
+        group = dist.group.WORLD
+        scores = logits(3, 8)
+        scores[0, 1], scores[1, 6] = UNSOUND
+        mine = scores.chunk(2, dim=1)[group.rank()]
+        return draw(mine, torch.full((3,), 0.4, dtype=torch.float64), sampling, Vocabulary(group), 4 * group.rank())[
+            0
+        ].tolist()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0)])
+def test_every_rank_knows_that_one_has_no_distribution(two_ranks, sampling):
+    one, other = two_ranks.run(unsound_here, sampling=sampling)
+    assert one == other and one[:2] == [NOTHING] * 2 and one[2] != NOTHING
 
 
 def test_the_margin_is_the_distance_to_another_token():

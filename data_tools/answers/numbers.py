@@ -1,0 +1,110 @@
+"""Numbers as people and models write them, read exactly: 1,234.5, 1e-05, 6.02\\times10^{23}, 3 1/2, 0.1\\overline{6}, 12/5.
+
+A space separates thousands (`1 000`) or a fraction (`3 1/2`), or what stands there is no number: `1 2` is not 12.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple, Optional
+
+from data_tools.answers.units import CURRENCIES, MULTIPLIERS, unit_of
+
+LARGEST_EXPONENT = 1000  # of ten; a number beyond it is not written out
+
+_DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?! ?\d)|\d+)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
+_MAGNITUDE = re.compile(
+    rf"(?P<whole>\d+) ?\\frac\{{ ?(?P<over>\d+) ?\}}\{{ ?(?P<under>\d+) ?\}}"  # 3\frac{1}{2}
+    rf"|(?P<whole2>\d+) (?P<over2>\d+) ?/ ?(?P<under2>\d+)"  # 3 1/2
+    rf"|\\frac\{{ ?(?P<sign>[-+]?) ?(?P<top>{_DECIMAL}) ?\}}\{{ ?(?P<sign2>[-+]?) ?(?P<bottom>{_DECIMAL}) ?\}}"
+    r"|(?P<before>\d*)\.(?P<once>\d*?)"
+    r"(?:\\(?:overline|bar) ?\{(?P<again>\d+)\}|\\dot ?\{?(?P<again2>\d)\}?|\((?P<again3>\d+)\)"
+    r"|(?P<again4>\d)(?P=again4){2,}\\ldots)"
+    rf"|(?P<mantissa>{_DECIMAL})(?:[eE](?P<e>[-+]?\d+)(?![\d.])|"
+    r" ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?(?P<e2>[-+]?\d+) ?\}|(?P<e3>[-+]?\d+)))"
+    r"|10 ?\^ ?(?:\{ ?(?P<e4>[-+]?\d+) ?\}|(?P<e5>[-+]?\d+))"
+    rf"|(?P<top2>{_DECIMAL}) ?/ ?(?P<bottom2>{_DECIMAL})"
+    rf"|(?P<decimal>{_DECIMAL})"
+)
+_PREFIX = re.compile(rf"(?P<sign>[-+]?) ?(?:⟦? ?(?P<currency>[{CURRENCIES}]) ?⟧? ?(?P<sign2>[-+]?) ?)?")
+_ORDINAL = re.compile(r"(?:\^ ?\{? ?)?⟦? ?(?:st|nd|rd|th) ?⟧?(?: ?\})?")
+_MODULUS = re.compile(r"\(?(?:\\pmod|\\bmod|\\mod|⟦ ?mod ?⟧|mod) ?\{? ?\d+ ?\}? ?\)?")
+_PERCENT = re.compile(r"(?:⟦ ?)?(?:%|percent|percentage|pct)(?: ?⟧)?")
+
+
+class Reading(NamedTuple):
+    """A number. `places`: its decimals where it is written as a decimal number, None for fractions and the like."""
+
+    value: Fraction
+    places: Optional[int] = None
+    percent: bool = False
+    unit: Optional[tuple] = None
+
+
+def number(text: str) -> Optional[Reading]:
+    """The number that the whole text is, with what it measures; None where the text is anything else.
+
+    ValueError for what looks like a number and is not one, such as 2\\frac{3}{2}, which may be 3 or 3.5.
+    """
+    prefix = _PREFIX.match(text)
+    match = _MAGNITUDE.match(text, prefix.end())
+    if match is None:
+        return None
+    value, places = _value(match.groupdict())
+    if "-" in (prefix["sign"], prefix["sign2"]):
+        value = -value
+    rest = text[match.end() :]
+    unit = unit_of(prefix["currency"]) if prefix["currency"] else None
+    if found := re.match(rf" ?⟦? ?({'|'.join(MULTIPLIERS)})(?![a-z])", rest):
+        value, places, rest = value * MULTIPLIERS[found[1]], None, rest[found.end() :].replace("⟧", "", 1)
+    stripped = rest.strip()
+    if not stripped or _MODULUS.fullmatch(stripped):
+        return Reading(value, places, unit=unit)
+    if _ORDINAL.fullmatch(stripped) and value.denominator == 1 and unit is None:
+        return Reading(value, None)
+    if _PERCENT.fullmatch(stripped):
+        return Reading(value, places, True)
+    if unit is None and (measured := _measured(rest)):
+        return Reading(value, places, unit=measured)
+    if unit is not None and unit_of(stripped) == unit:  # $5 dollars
+        return Reading(value, places, unit=unit)
+    return None
+
+
+def _measured(rest: str) -> Optional[tuple]:
+    """The unit after a number: a letter only where a space or \\text{} sets it off, for 5m may be a product."""
+    found = unit_of(rest)
+    apart = rest[:1] in (" ", "⟦", "^", "¢", *CURRENCIES)
+    word = rest.strip(" ⟦⟧")
+    known = found is not None and not (found[0].isalpha() and found[0].startswith(word[:3].lower()))
+    return found if apart or (found and known and len(word) > 1) else None
+
+
+def _value(found: dict[str, Optional[str]]) -> tuple[Fraction, Optional[int]]:
+    whole, over, under = (found[name] or found[f"{name}2"] for name in ("whole", "over", "under"))
+    if whole:
+        if not int(over) < int(under):
+            raise ValueError(f"{whole} and {over}/{under} is no mixed number")
+        return int(whole) + Fraction(int(over), int(under)), None
+    top, bottom = found["top"] or found["top2"], found["bottom"] or found["bottom2"]
+    if top:
+        if _decimal(bottom) == 0:
+            raise ValueError("a fraction of zero")
+        sign = -1 if (found["sign"] == "-") != (found["sign2"] == "-") else 1
+        return sign * _decimal(top) / _decimal(bottom), None
+    again = found["again"] or found["again2"] or found["again3"] or found["again4"]
+    if again:
+        once = found["once"]
+        period = Fraction(int(again), 10 ** len(once) * (10 ** len(again) - 1))
+        return Fraction(int((found["before"] or "0") + once), 10 ** len(once)) + period, None
+    exponent = next((found[name] for name in ("e", "e2", "e3", "e4", "e5") if found[name]), None)
+    if exponent:
+        if abs(int(exponent[:6])) > LARGEST_EXPONENT:
+            raise ValueError(f"10^{exponent} is not written out")
+        return _decimal(found["mantissa"] or "1") * Fraction(10) ** int(exponent), None
+    return _decimal(found["decimal"]), len(found["decimal"].partition(".")[2])
+
+
+def _decimal(text: str) -> Fraction:
+    whole, _, decimals = re.sub(r"[ ,]", "", text).partition(".")
+    return Fraction(int((whole or "0") + decimals), 10 ** len(decimals))

@@ -1,0 +1,165 @@
+"""Formulas, as math-verify's parser reads them, told apart by their values: equal formulas have equal fingerprints.
+
+A formula without variables has its value, to 20 digits; one with variables has its values at fixed points, two at least
+(a formula of degree d that differs agrees there with chance 0, for the points are random). What cannot be evaluated, such
+as an unknown function, goes by its structure.
+"""
+
+import functools
+import hashlib
+import logging
+import re
+from fractions import Fraction
+from typing import Any, Optional
+
+_DIGITS, _WORKING = 20, 45  # of a fingerprint; of the sums that lead to it
+_POINTS = 3
+_LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_FUNCTIONS = (
+    "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim".split()
+)
+_PLAIN_NAMES = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty ", "theta": r"\theta ", "alpha": r"\alpha ",
+                "beta": r"\beta ", "gamma": r"\gamma ", "lambda": r"\lambda ", "phi": r"\phi ", "omega": r"\omega "}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def parsed(text: str) -> Optional[Any]:
+    """The sympy expression of a formula in one spelling, None where it is none."""
+    latex = _latex(text)
+    if latex is None:
+        return None
+    import sympy
+
+    try:
+        found = _parser()(f"\\boxed{{{latex}}}")
+    except Exception:  # a RecursionError, whatever sympy makes of odd input: the text is no formula
+        return None
+    return found[0] if found and isinstance(found[0], (sympy.Basic, sympy.MatrixBase)) else None
+
+
+@functools.lru_cache(maxsize=1)
+def _parser() -> Any:
+    """math-verify's parser of LaTeX, without what it does to units: to it, `4t` is 4."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    for name in ("math_verify", "latex2sympy2_extended"):
+        # it warns that its time limits are off, and of every failure
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    spelling = NormalizationConfig(units=False, malformed_operators=False, nits=False, boxed="last")
+    wanted = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
+    return lambda text: parse(text, wanted, fallback_mode="no_fallback", parsing_timeout=None)
+
+
+def _latex(text: str) -> Optional[str]:
+    """LaTeX that the parser takes as it is meant. None for what it would misread."""
+    text = re.sub(r"([\^_])\s*(-?\d+(?:\.\d+)?)", r"\1{\2}", text)  # 10^23 is nobody's 10^2 · 3
+    if re.search(r"⟦[^⟧]{2,}⟧|[\d.]\s+[\d.]|\\ldots|\\approx|[＄€£¥₹¢%#&?;@\"]|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)", text):
+        return None
+    text = text.replace("⟦", "").replace("⟧", "").replace("**", "^").replace("^{\\circ}", "*(\\pi/180)")
+    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
+    text = re.sub(r"(?<!\d)\.(\d)", r"0.\1", text)
+    text = _LETTER.sub(_named, text)
+    if text.count("\\sqrt(") or "\0" in text:
+        text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+        if "\0" in text:
+            return None
+    text = text.replace("*", r"\cdot ")
+    return _cased(text)
+
+
+def _named(match: re.Match) -> str:
+    """Functions and letters that are written without a backslash; a long word is no formula."""
+    word = match[1]
+    if word in _PLAIN_NAMES:
+        return _PLAIN_NAMES[word]
+    if word in _FUNCTIONS:
+        return f"\\{word}" if word == "sqrt" else f"\\{word} "
+    return word if len(word) < 5 else "\0"
+
+
+def _cased(text: str) -> Optional[str]:
+    """With capital letters as other variables than small ones, which the parser takes for the same."""
+
+    def mapped(match: re.Match) -> str:
+        return match[0] if match[1] is None else f"{match[1].lower()}_{{9}}"
+
+    if re.search(r"[A-Z]_", _COMMAND.sub("", text)):
+        return text
+    return re.sub(r"\\[a-zA-Z]+(?:\s*\{[A-Z]\})?|([A-Z])(?!\()", mapped, text)
+
+
+def fingerprint(expression: Any) -> "Fraction | str":
+    """The same for equal expressions: the value of a rational number, else digits."""
+    import sympy
+
+    if isinstance(expression, sympy.Rational):
+        return Fraction(int(expression.p), int(expression.q))
+    expression = expression.replace(lambda e: isinstance(e, sympy.Float), lambda e: sympy.Rational(str(e)))
+    imaginary = {symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"}
+    if imaginary:
+        expression = expression.xreplace(imaginary)
+    names = sorted(expression.free_symbols, key=str)
+    if not names:
+        exact = expression.doit() if expression.is_rational and _is_small(expression) else None
+        if isinstance(exact, sympy.Rational):
+            return Fraction(int(exact.p), int(exact.q))
+        return _digits(expression)
+    values = []
+    for point in range(_POINTS):
+        values.append(_digits(expression.xreplace({name: _coordinate(name.name, point) for name in names})))
+    if len(set(values)) == 1 and re.fullmatch(r"-?\d+", values[0]):
+        return Fraction(values[0])  # sin^2 x + cos^2 x
+    return f"at {_POINTS} points {' and '.join(values)}"
+
+
+def _is_small(expression: Any) -> bool:
+    """Whether to evaluate it exactly takes no long number."""
+    import sympy
+
+    sizes = [abs(number) for number in expression.atoms(sympy.Integer)]
+    return len(str(expression)) < 200 and all(size < 10**9 for size in sizes) and not any(
+        abs(power.exp) > 1000 for power in expression.atoms(sympy.Pow) if power.exp.is_number
+    ) and not any(f.args[0].is_number and f.args[0] > 1000 for f in expression.atoms(sympy.factorial))
+
+
+def _digits(expression: Any) -> str:
+    """The value of an expression without variables. ValueError where it has none."""
+    import sympy
+
+    value = sympy.N(expression, _WORKING, maxn=200, chop=False)
+    if value in (sympy.oo, -sympy.oo):
+        return str(value)
+    real, imaginary = value.as_real_imag()
+    if not (real.is_Float or real.is_Integer or real.is_Rational) or not imaginary.is_number:
+        raise ValueError(f"{expression} has no value")
+    size = max(abs(real), abs(imaginary))
+    parts = [_rounded(part, size) for part in (real, imaginary)]
+    return parts[0] if parts[1] == "0" else f"{parts[0]}{'' if parts[1][0] == '-' else '+'}{parts[1]}i"
+
+
+def _rounded(value: Any, size: Any) -> str:
+    """To _DIGITS digits, and nothing where the other part of the number is that much larger."""
+    import sympy
+
+    if size == 0 or abs(value) < size * sympy.Float(10) ** -(_DIGITS + 5) or abs(value) < sympy.Float(10) ** -(_WORKING - 5):
+        return "0"
+    text = str(sympy.Float(value, _DIGITS))
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+
+
+def _coordinate(name: str, point: int) -> Any:
+    """Where a variable is, at most 3 from 0: above it at point 0, below it at point 1, on either side at the others."""
+    import sympy
+
+    noise = int.from_bytes(hashlib.blake2b(f"{name}:{point}".encode(), digest_size=6).digest(), "big")
+    place = sympy.Rational(noise % 10**12, 10**12) * 3
+    return -place if point == 1 or (point > 1 and noise % 2) else place
+
+
+def are_equal(gold: Any, answer: Any) -> bool:
+    """Whether math-verify calls two expressions equal: for those without fingerprints, such as equations."""
+    from math_verify import verify
+
+    return bool(verify([gold], [answer], float_rounding=12, timeout_seconds=None))

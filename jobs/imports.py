@@ -1,0 +1,111 @@
+"""What Python files import, read from their text: which of our own and of the user's files a phase depends on.
+
+Nothing is executed. An import whose name is made at run time (`import_module(f"data_tools.tasks.{name}")`) stands for
+every module below the part that is written out.
+"""
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path, PurePath
+from typing import Iterable, Iterator, Mapping, Optional
+
+from data_tools.own_packages import PACKAGES
+
+_DISPATCHERS = ("jobs.phases.",)  # imported by name for every phase alike: no phase depends on the others
+
+
+def closure(names: Iterable[str], files: Mapping[str, Path]) -> set[str]:
+    """Return those of `files` ({name below the code's root: file}) that the modules `names` import, themselves included."""
+    found: set[str] = set()
+    waiting = [file for name in names for file in _files_of(name, files)]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if name.endswith(".py"):
+            waiting += [file for module in imported(files[name], PurePath(name)) for file in _files_of(module, files)]
+    return found
+
+
+def _files_of(module: str, files: Mapping[str, Path]) -> list[str]:
+    """Return the files that importing `my.module` runs; of `my.` (a name made at run time) all below it."""
+    if module.endswith("."):
+        return [name for name in files if name.startswith(module.replace(".", "/"))]
+    parts = module.split(".")
+    above = ["/".join([*parts[:depth], "__init__.py"]) for depth in range(1, len(parts) + 1)]
+    return [name for name in (*above, "/".join(parts) + ".py") if name in files]
+
+
+def imported(file: Path, name: PurePath) -> set[str]:
+    """Return the dotted names that a file imports anywhere in it; `name` is its place below the code's root."""
+    package = list(name.parent.parts)
+    return {module for level, module in _imports(file, file.stat().st_mtime_ns)
+            for module in [".".join([*package[: len(package) - level + 1], module]) if level else module]
+            if module not in _DISPATCHERS}
+
+
+@functools.lru_cache(maxsize=None)
+def _imports(file: Path, changed: int) -> frozenset[tuple[int, str]]:
+    """(level of a relative import, dotted name) of each import; a file that is no Python has none."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, OSError):
+        return frozenset()
+    return frozenset(_walk(tree))
+
+
+def _walk(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            for alias in node.names:  # a name of a module, or a module itself
+                yield node.level, f"{module}.{alias.name}" if module else alias.name
+            if module:
+                yield node.level, module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            if written := _written(node.args[0]):
+                yield 0, written
+
+
+def _written(argument: ast.expr) -> str:
+    """Return the name that import_module is called with, up to the first part that is made at run time."""
+    if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+        return argument.value
+    if isinstance(argument, ast.JoinedStr) and isinstance(argument.values[0], ast.Constant):
+        text = str(argument.values[0].value)
+        return text[: text.rindex(".") + 1] if "." in text else ""
+    return ""
+
+
+def beside(root: Path) -> list[Path]:
+    """Return the modules beside a user's module or package that it imports, and those that these import.
+
+    Only what Python itself would import from there: installed packages are installed where the job runs, too.
+    """
+    found: dict[str, Path] = {}
+    waiting = [root]
+    while waiting:
+        one = waiting.pop()
+        for file in [one] if one.is_file() else sorted(one.rglob("*.py")):
+            for first in {module.split(".")[0] for module in imported(file, PurePath(file.name))}:
+                place = _place_beside(root, first)
+                if place and place != root and first not in found:
+                    found[first] = place
+                    waiting.append(place)
+    return sorted(found.values())
+
+
+def _place_beside(root: Path, name: str) -> Optional[Path]:
+    places = [place for place in (root.parent / name, root.parent / f"{name}.py") if place.exists()]
+    if not places or name in PACKAGES or root.parent.name in ("site-packages", "dist-packages"):
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    where = spec and (spec.submodule_search_locations or [spec.origin])
+    return next((place for place in places if where and place.samefile(list(where)[0] or "/")), None)

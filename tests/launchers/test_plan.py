@@ -1,0 +1,118 @@
+"""What plan makes of a pipeline's settings: paths by field, keys by what matters."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import get_type_hints
+
+import pytest
+
+from jobs.kind import find_kind, inputs, kind_names
+from jobs.pipeline import load_pipeline
+from jobs.run_folder import RunFolder
+from launchers.plan import _absolute_inputs, make_plan
+from slurm.detect import find_cluster
+
+
+def plan_of(tmp_path, text, *overrides):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    return make_plan(load_pipeline(path, list(overrides)), RunFolder(tmp_path / "run"), find_cluster("local"))
+
+
+def _filled(schema):
+    """A config of `schema` and its settings, where every text is "same" and every list or mapping of texts holds it."""
+    settings = {}
+    for name, hint in get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            settings[name] = _filled(hint)
+        elif "Dict" in str(hint) and dataclasses.is_dataclass(hint.__args__[1]):
+            settings[name] = {"same": _filled(hint.__args__[1]), "with.dots": _filled(hint.__args__[1])}
+        elif "List[str]" in str(hint):
+            settings[name] = ["same"]
+        elif "Dict[str, " in str(hint):
+            settings[name] = {"same": "same"}
+        elif "str" in str(hint):
+            settings[name] = "same"
+    return settings
+
+
+def _config(schema, settings):
+    hints = get_type_hints(schema)
+    return schema(**{name: _config(hints[name], value) if dataclasses.is_dataclass(hints[name])
+                     else {key: _config(hints[name].__args__[1], one) for key, one in value.items()}
+                     if "Dict" in str(hints[name]) and dataclasses.is_dataclass(hints[name].__args__[1]) else value
+                     for name, value in settings.items()})
+
+
+def _texts(value, key=""):
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _texts(one, f"{key}.{name}" if key else name)
+    else:
+        yield from ((key, one) for one in (value if isinstance(value, list) else [value]))
+
+
+@pytest.mark.parametrize("kind", kind_names())
+def test_only_the_fields_that_are_inputs_become_absolute_whatever_their_text(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "same").mkdir()
+    kind = find_kind(kind)
+    settings = _filled(kind.config)
+    config = _config(kind.config, settings)
+    fields = {key for key, _, _ in inputs(kind.config, config)}
+    for key, text in _texts(_absolute_inputs(SimpleNamespace(kind=kind, config=config), settings)):
+        assert text == (str(tmp_path / "same") if key in fields else "same"), key
+
+
+def test_a_setting_that_equals_an_inputs_path_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen2").mkdir()
+    planned, = plan_of(tmp_path, """
+name: p
+phases:
+  init:
+    uses: init_model
+    with: {family: qwen2, tokenizer: qwen2, layers: 1, hidden: 32, heads: 4, kv_groups: 2, ffn: 64}
+""").phases
+    assert planned.frozen.settings["family"] == "qwen2"
+    assert planned.frozen.settings["tokenizer"] == str(tmp_path / "qwen2")
+
+
+SCORED = """
+name: p
+phases:
+  init: {uses: init_model, with: {family: qwen2, alphabet_task: calculator, layers: 1, hidden: 32, heads: 4, kv_groups: 2, ffn: 64}}
+  samples:
+    uses: generate
+    with: {model: "${phases.init.out}", mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+  trained:
+    uses: grpo
+    with: {model: "${phases.init.out}", steps: 1, mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+  judged:
+    uses: evaluate
+    with: {model: "${phases.init.out}", mix: {entries: {mine: {task: "my_rewards:score", source: {inputs: [p.jsonl]}}}}}
+"""
+
+
+def test_what_scores_is_in_the_key_by_content_with_what_it_imports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (tmp_path / "my_rewards.py").write_text("import my_grammar\n\ndef score(item, completion):\n    return 1.0\n")
+    (tmp_path / "my_grammar.py").write_text("")
+    (tmp_path / "my_other.py").write_text("")
+    SCORERS = ("samples", "trained", "judged")
+
+    def keys():
+        return {phase.name: phase.frozen.key for phase in plan_of(tmp_path, SCORED).phases}
+
+    first = keys()
+    (tmp_path / "my_other.py").write_text("x = 1")
+    assert keys() == first
+    for file in ("my_rewards.py", "my_grammar.py"):
+        before = keys()
+        with open(tmp_path / file, "a") as more:
+            more.write("\n# edited\n")
+        after = keys()
+        assert after["init"] == before["init"]
+        assert all(after[name] != before[name] for name in SCORERS)

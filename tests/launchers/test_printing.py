@@ -1,0 +1,147 @@
+"""Nothing that afterok prints holds a control character or is taken for markup, whatever rows, names and paths hold."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools import printing
+from launchers import show
+from launchers.cli import main
+from tests.command import ROOT
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+EVIL = "\x1b]0;owned\x07\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202edrow\u2066\r[/bold][red]x[/nope]:smile:[link=file:///]"
+PHASE = f'''
+from dataclasses import dataclass, field
+from data_tools.mistake import UserMistake
+from data_tools.tables import write_table
+EVIL = {EVIL!r}
+
+@dataclass
+class Config:
+    rows: list[str] = field(default_factory=list, metadata={{"input": True}})
+    note: str = ""
+    fail: str = ""
+
+def run(config, task):
+    print("log", EVIL, flush=True)
+    task.progress(1, 2, EVIL, EVIL)
+    if config.fail == "mistake":
+        raise UserMistake(f"row {{EVIL}}: wrong\\nafterok: all is well")
+    if config.fail:
+        raise RuntimeError(EVIL)
+    write_table(task.keep, "t", EVIL, [EVIL, "n"], [[EVIL, 1]])
+    (task.out / "x").write_text("x")
+    return {{"headline": EVIL, EVIL: EVIL}}
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A project whose run's path, rows' file, settings, facts, tables, progress and errors are all EVIL."""
+    folder = tmp_path_factory.mktemp("evil")
+    (folder / "evil").mkdir()
+    (folder / "evil" / "phase.py").write_text(PHASE)
+    (folder / EVIL.replace("/", "|")).write_text("{}")
+    rows = json.dumps([EVIL.replace("/", "|")])
+    phases = {"good": {"uses": "evil.phase", "with": {"rows": json.loads(rows), "note": EVIL}},
+              "bad": {"uses": "evil.phase", "with": {"fail": "mistake"}},
+              "ugly": {"uses": "evil.phase", "with": {"fail": "exception"}}}
+    (folder / "p.yaml").write_text(json.dumps({"name": "evil", "phases": phases}))
+    (folder / "profile[x].yaml").write_text(json.dumps(
+        {"kind": "local", "meta": {"contact": EVIL, "name": EVIL}, "roles": {"cpu": {}, "train": {}}}))
+    return folder
+
+
+RUN = "runs/" + EVIL.replace("/", "|")
+VERBS = [["plan", "p.yaml", "--run", RUN], ["plan", "p.yaml", "cluster=./profile[x].yaml", "--run", RUN],
+         ["plan", "p.yaml", f"good.with.note={EVIL}\x1b", "--run", RUN], ["plan", "p.yaml", f"{EVIL}=1"],
+         ["plan", f"{EVIL}.yaml"], ["submit", "p.yaml", "--dry-run", "--run", RUN], ["status", RUN], ["why", RUN],
+         ["why", RUN, EVIL], ["why", RUN, "bad"], ["ls", "runs"], ["ls", EVIL], ["logs", RUN, "good"], ["logs", RUN, EVIL],
+         ["logs", RUN, "ugly"], ["inspect", RUN, EVIL], ["cancel", RUN], ["cancel", RUN, EVIL], ["repair", RUN],
+         ["resubmit", RUN, EVIL], ["status", EVIL], [EVIL], ["plan", f"--{EVIL}"]]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evil(folder):
+    done = subprocess.run([sys.executable, "-m", "launchers.cli", "run", "p.yaml", "cluster=local", "--run", "runs/r"],
+                          cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert b"Traceback" not in done.stderr and done.returncode in (1, 2), done.stderr
+    (folder / "runs" / "r").rename(folder / RUN)  # as anybody may who shares the folder
+    return folder, done.stdout.decode() + done.stderr.decode()
+
+
+def test_a_run_prints_no_control_character(evil):
+    _, printed = evil
+    assert "good: COMPLETED" in printed and "[/bold][red]x[/nope]:smile:" in printed and "owned" in printed
+    assert not CONTROL.search(printed)
+    assert not [line for line in printed.splitlines() if line.startswith("afterok: all is well")]
+
+
+def test_a_traceback_that_nobody_caught_is_cleaned_too_and_a_reader_that_left_is_no_error(evil):
+    code = f"from launchers import cli, verbs\ndef bad(args): raise RuntimeError({EVIL!r})\nverbs.do_ls = bad\ncli.main(['ls'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "RuntimeError: ]0;owned" in done.stderr and not CONTROL.search(done.stderr) and done.returncode == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone:
+        done = subprocess.run([sys.executable, "-m", "launchers.cli", "ls", evil[0] / "runs"], cwd=ROOT, stdout=gone,
+                              stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("words", VERBS, ids=range(len(VERBS)))
+def test_no_verb_prints_a_control_character_or_reads_markup(evil, monkeypatch, capsys, words, as_json):
+    monkeypatch.chdir(evil[0])
+    try:
+        main([*words, *(["--json"] if as_json else [])])
+    except SystemExit as end:  # argparse's own
+        assert end.code == 2
+    out, err = capsys.readouterr()
+    assert out + err and not CONTROL.search(out + err)
+    assert "MarkupError" not in err and "Traceback" not in err
+    assert not [line for line in (out + err).splitlines() if line.startswith("afterok: all is well")]
+    if as_json and out:
+        json.loads(out)
+
+
+def test_an_inspection_shows_text_of_rows_as_text(capsys):
+    document = {"where": EVIL, "tokens": 2, "supervised": 1,
+                "spans": [{"text": EVIL, "trained": True}, {"text": "a\tb\n", "trained": False}]}
+    show.print_inspection({"phase": EVIL, "title": EVIL, "balance": {"columns": [EVIL], "rows": [[EVIL]], "title": EVIL},
+                           "lengths": [(1, 2, 1, 2)], "documents": [document]})
+    out = capsys.readouterr().out
+    assert out.count("[/bold][red]x[/nope]:smile:[link=file:///]") == 7 and not CONTROL.search(out)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@given(st.text(max_size=30) | st.text("\x1b\x07\x9b\u202e[]/0;mA\r\n\t:\\", max_size=30))
+def test_on_a_terminal_only_our_own_colours_are_escape_sequences(text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", Terminal())
+        patch.setenv("TERM", "xterm-256color")
+        console = show.console()
+        console.print(show.table([text, "state"], [[text, "COMPLETED"], ["FAILED", text]], title=text))
+        console.print(text, style="bold")
+        shown = sys.stdout.getvalue()
+    assert not CONTROL.search(re.sub(r"\x1b\[[0-9;]*m", "", shown))
+    assert CONTROL.search(shown)  # green and red are still there
+
+
+@given(st.text() | st.text("\x1b\x9b\u202e\r\n\t", max_size=9))
+def test_json_for_people_says_the_same_and_holds_no_control_character(text):
+    printed = printing.json_text({text: [text]})
+    assert json.loads(printed) == {text: [text]} and not CONTROL.search(printed)
+    assert not CONTROL.search(printing.clean(text)) and printing.clean("a\tü\n日") == "a\tü\n日"

@@ -1,0 +1,54 @@
+"""A profile's extra_sbatch sets nothing that afterok sets, by whatever spelling sbatch would take."""
+
+import pytest
+
+from slurm.options import RESERVED, SRUN_RESERVED, VARIABLES, option_problems, own_setting_problems
+from slurm.profile import Env, Partition, Profile, Srun, load
+
+ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses", "wckey",
+           "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network", "wait-all-nodes")  # fmt: skip
+
+
+def problem_of(key, value="x"):
+    found = option_problems({key: value}, "p.yaml: partitions.gpu.extra_sbatch")
+    assert len(found) <= 1 and all(one.where == f"p.yaml: partitions.gpu.extra_sbatch.{key}" for one in found)
+    return found[0].message if found else ""
+
+
+@pytest.mark.parametrize("option", RESERVED)
+def test_what_afterok_sets_is_refused_in_each_spelling_that_sbatch_takes(option):
+    spellings = {option, option.replace("-", "_"), f"--{option}", f"-{option}", f"{option}=x"}
+    spellings |= {option[:length] for length in range(2, len(option))}  # sbatch takes an unambiguous beginning
+    for key in spellings:
+        assert problem_of(key), key
+    assert RESERVED[option] in problem_of(option) and RESERVED[option] in problem_of(f"--{option}")
+
+
+@pytest.mark.parametrize("option", ALLOWED)
+def test_what_is_the_sites_alone_passes(option):
+    assert problem_of(option) == problem_of(option, "") == ""
+
+
+@pytest.mark.parametrize("key, value", [("comment", "a\n#SBATCH --output=/x"), ("comment=a\n#SBATCH --output", ""),
+                                        ("x", "host"), ("", ""), ("no such", "1")])  # fmt: skip
+def test_no_value_brings_a_line_of_its_own(key, value):
+    assert problem_of(key, value)
+
+
+def test_a_profile_is_asked_for_all_that_is_ours_and_the_shipped_ones_set_none_of_it():
+    assert [own_setting_problems(load(name), "p") for name in ("dev", "local", "example")] == [[], [], []]
+    profile = Profile(partitions={"gpu": Partition(extra_sbatch={"t": "5"})}, srun=Srun(extra=["--mpi=pmix", "-oX"]),
+                      env=Env(set={"PYTHONPATH": "/x", "OMP_NUM_THREADS": "1"}, forward=["MASTER_PORT", "WANDB_MODE"]))
+    assert [problem.where for problem in own_setting_problems(profile, "p")] == [
+        "p: partitions.gpu.extra_sbatch.t", "p: srun.extra", "p: srun.extra", "p: env.set.PYTHONPATH",
+        "p: env.forward.MASTER_PORT"]
+
+
+@pytest.mark.parametrize("option", SRUN_RESERVED)
+def test_srun_gets_nothing_twice(option):
+    dashed = f"-{option}" if len(option) == 1 else f"--{option}"
+    for word in (dashed, f"{dashed}=x", dashed + "x" if len(option) == 1 else dashed[:-1]):
+        assert own_setting_problems(Profile(srun=Srun(extra=[word])), "p"), word
+    for word in ("--cpu-bind=cores", "--label", "-l", "--mem-bind=local", "--distribution=block", "--wait=60", "-vv"):
+        assert not own_setting_problems(Profile(srun=Srun(extra=[word])), "p"), word
+    assert VARIABLES
