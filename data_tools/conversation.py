@@ -45,6 +45,7 @@ REFUSED = {  # keys of a record that would change what is trained, and why they 
 }  # fmt: skip
 _PIECES = {
     **dict.fromkeys(("choices", "options", "context", "passage", "input"), _PIECE),
+    **dict.fromkeys(("instruction", "question", "prompt", "query", "problem"), _PIECE),
     **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "maybe the answer's reasoning; write messages"),
 }  # fmt: skip
 
@@ -140,7 +141,7 @@ def read_prompt(messages: list[dict[str, Any]]) -> Conversation:
 
 def detect_schema(record: dict[str, Any]) -> str:
     """The schema whose keys the record has. Raises BadRecord where there is none, or more than one."""
-    present = [key for key in _LISTS if isinstance(record.get(key), (list, str))]
+    present = [key for key in _LISTS if isinstance(record.get(key), (list, str, dict))]
     lists = [key for key in present if record[key]] or present[:1]
     if len(lists) > 1:
         raise BadRecord(f"has {' and '.join(lists)}, which both hold messages; name one in chat.schema")
@@ -303,15 +304,20 @@ def _merged_system(system: Sequence[str], turns: list[Turn]) -> list[Turn]:
     texts = list(dict.fromkeys(filter(None, [*system, *(turn.message["content"] for turn in turns[:leading])])))
     if leading == 1 and not any(system) or not texts and not leading:
         return turns
+    for number, turn in enumerate(turns[:leading], 1):
+        if more := turn.message.keys() - {"role", "content"}:
+            reason = f"message {number}: key {min(more)!r}: the first system messages are made one, which has none"
+            raise BadRecord(f"{reason}; {REMEDY}", REFUSED_KEY)
     return [Turn({"role": "system", "content": "\n\n".join(texts)}), *turns[leading:]]
 
 
 def _merged_calls(turns: list[Turn]) -> list[Turn]:
-    """Make one turn of calls that follow one another in messages of their own."""
+    """Make one turn of calls that follow one another in messages of their own, but for one that says more."""
     merged: list[Turn] = []
     for turn in turns:
         last = merged[-1] if merged else None
-        if last and turn.is_call and last.is_call and turn.trained == last.trained:
+        is_bare = turn.is_call and turn.message.keys() == {"role", "content", "tool_calls"}
+        if last and is_bare and last.is_call and turn.trained == last.trained:
             calls = [*last.message["tool_calls"], *turn.message["tool_calls"]]
             merged[-1] = last._replace(message={**last.message, "tool_calls": calls})
         else:

@@ -321,7 +321,7 @@ def _call(place: str, given: Any) -> dict[str, Any]:
     for part in (function, keys):
         part.end(_CALLS_WITHOUT_MEANING)
     try:
-        arguments = value_of(arguments or {}, "arguments")
+        arguments = value_of({} if arguments in (None, "", []) else arguments, "arguments")
     except BadRecord as error:
         raise BadRecord(f"{place}: call of {name}: {error}", _BAD_CALL) from None
     if not isinstance(arguments, dict):
