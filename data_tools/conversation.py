@@ -29,7 +29,8 @@ from data_tools.messages import (
 __all__ = ["REFUSED", "ROLES", "SCHEMAS", "BadRecord", "Conversation", "RenderedChunk", "detect_schema", "read_prompt",
            "read_record"]
 
-_KWARGS = "chat_template_kwargs"  # SmolTalk's rows carry template arguments
+KWARGS = "chat_template_kwargs"  # SmolTalk's rows carry template arguments
+_OWN = ("messages", "tools", "documents", "add_generation_prompt")  # variables of templates that are no arguments
 SYSTEM = ("system", "system_prompt")
 
 _PREFERENCE, _MASK = "preferences between answers, which are not learned here", "a mask of tokens that are not given"
@@ -134,9 +135,14 @@ def _without(value: Any, ignored: Sequence[str]) -> Any:
     return {key: item for key, item in value.items() if key not in ignored} if isinstance(value, dict) else value
 
 
-def read_prompt(messages: list[dict[str, Any]]) -> Conversation:
-    """Messages that an assistant is to answer. Raises BadRecord."""
-    return _dialogue("messages", {"messages": messages})
+def own_variables(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names among arguments for a template that rendering sets itself, and these would set otherwise."""
+    return [name for name in _OWN if name in arguments and arguments[name] is not False]
+
+
+def read_prompt(messages: list[dict[str, Any]], **more: Any) -> Conversation:
+    """Messages that an assistant is to answer, with `more` keys of their record. Raises BadRecord."""
+    return _dialogue("messages", {"messages": messages, **more})
 
 
 def detect_schema(record: dict[str, Any]) -> str:
@@ -277,9 +283,11 @@ def _conversation(keys: Keys, turns: list[Turn], refused: Mapping[str, str]) -> 
     given = [found for found in tools if found]
     if any(found != given[0] for found in given):
         raise BadRecord("record: tools stand there twice, and differ")
-    arguments = value_of(keys.take(_KWARGS) or {}, _KWARGS)
+    arguments = value_of(keys.take(KWARGS) or {}, KWARGS)
     if not isinstance(arguments, dict):
-        raise BadRecord(f"{_KWARGS} is no mapping but {kind(arguments)}")
+        raise BadRecord(f"{KWARGS} is no mapping but {kind(arguments)}")
+    if found := own_variables(arguments):
+        raise BadRecord(f"{KWARGS}: {found[0]!r} is no argument: it is set for every row; {REMEDY}", REFUSED_KEY)
     if not take_trained(keys):
         turns = [turn._replace(trained=False) for turn in turns]
     _refuse(keys, refused)
