@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Union
 
 import numpy as np
 
-from data_tools.conversation import SCHEMAS, BadRecord, Conversation, RenderedChunk, read_record
+from data_tools.conversation import SCHEMAS, BadRecord, Conversation, RenderedChunk, own_variables, read_record
 from data_tools.encoder import Encoder
 from data_tools.fields import LOSABLE, Fields, inline_reasoning
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -54,6 +54,8 @@ def check_chat(config: ChatConfig) -> list[Problem]:
               *(("may_lose", value, LOSABLE) for value in config.may_lose)]
     problems = [Problem(key, f"unknown value {value!r}{nearest(value, known)}") for key, value, known in values
                 if value not in known]
+    problems += [Problem(f"arguments.{name}", "is no argument: it is set for every row; leave it out")
+                 for name in own_variables(config.arguments)]
     try:
         datetime.date.fromisoformat(config.date)
     except ValueError:

@@ -29,7 +29,8 @@ from data_tools.messages import (
 __all__ = ["REFUSED", "ROLES", "SCHEMAS", "BadRecord", "Conversation", "RenderedChunk", "detect_schema", "read_prompt",
            "read_record"]
 
-_KWARGS = "chat_template_kwargs"  # SmolTalk's rows carry template arguments
+KWARGS = "chat_template_kwargs"  # SmolTalk's rows carry template arguments
+_OWN = ("messages", "tools", "documents", "add_generation_prompt")  # variables of templates that are no arguments
 SYSTEM = ("system", "system_prompt")
 
 _PREFERENCE, _MASK = "preferences between answers, which are not learned here", "a mask of tokens that are not given"
@@ -45,6 +46,7 @@ REFUSED = {  # keys of a record that would change what is trained, and why they 
 }  # fmt: skip
 _PIECES = {
     **dict.fromkeys(("choices", "options", "context", "passage", "input"), _PIECE),
+    **dict.fromkeys(("instruction", "question", "prompt", "query", "problem"), _PIECE),
     **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), "maybe the answer's reasoning; write messages"),
 }  # fmt: skip
 
@@ -133,14 +135,19 @@ def _without(value: Any, ignored: Sequence[str]) -> Any:
     return {key: item for key, item in value.items() if key not in ignored} if isinstance(value, dict) else value
 
 
-def read_prompt(messages: list[dict[str, Any]]) -> Conversation:
-    """Messages that an assistant is to answer. Raises BadRecord."""
-    return _dialogue("messages", {"messages": messages})
+def own_variables(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names among arguments for a template that rendering sets itself, and these would set otherwise."""
+    return [name for name in _OWN if name in arguments and arguments[name] is not False]
+
+
+def read_prompt(messages: list[dict[str, Any]], **more: Any) -> Conversation:
+    """Messages that an assistant is to answer, with `more` keys of their record. Raises BadRecord."""
+    return _dialogue("messages", {"messages": messages, **more})
 
 
 def detect_schema(record: dict[str, Any]) -> str:
     """The schema whose keys the record has. Raises BadRecord where there is none, or more than one."""
-    present = [key for key in _LISTS if isinstance(record.get(key), (list, str))]
+    present = [key for key in _LISTS if isinstance(record.get(key), (list, str, dict))]
     lists = [key for key in present if record[key]] or present[:1]
     if len(lists) > 1:
         raise BadRecord(f"has {' and '.join(lists)}, which both hold messages; name one in chat.schema")
@@ -276,9 +283,11 @@ def _conversation(keys: Keys, turns: list[Turn], refused: Mapping[str, str]) -> 
     given = [found for found in tools if found]
     if any(found != given[0] for found in given):
         raise BadRecord("record: tools stand there twice, and differ")
-    arguments = value_of(keys.take(_KWARGS) or {}, _KWARGS)
+    arguments = value_of(keys.take(KWARGS) or {}, KWARGS)
     if not isinstance(arguments, dict):
-        raise BadRecord(f"{_KWARGS} is no mapping but {kind(arguments)}")
+        raise BadRecord(f"{KWARGS} is no mapping but {kind(arguments)}")
+    if found := own_variables(arguments):
+        raise BadRecord(f"{KWARGS}: {found[0]!r} is no argument: it is set for every row; {REMEDY}", REFUSED_KEY)
     if not take_trained(keys):
         turns = [turn._replace(trained=False) for turn in turns]
     _refuse(keys, refused)
@@ -303,15 +312,20 @@ def _merged_system(system: Sequence[str], turns: list[Turn]) -> list[Turn]:
     texts = list(dict.fromkeys(filter(None, [*system, *(turn.message["content"] for turn in turns[:leading])])))
     if leading == 1 and not any(system) or not texts and not leading:
         return turns
+    for number, turn in enumerate(turns[:leading], 1):
+        if more := turn.message.keys() - {"role", "content"}:
+            reason = f"message {number}: key {min(more)!r}: the first system messages are made one, which has none"
+            raise BadRecord(f"{reason}; {REMEDY}", REFUSED_KEY)
     return [Turn({"role": "system", "content": "\n\n".join(texts)}), *turns[leading:]]
 
 
 def _merged_calls(turns: list[Turn]) -> list[Turn]:
-    """Make one turn of calls that follow one another in messages of their own."""
+    """Make one turn of calls that follow one another in messages of their own, but for one that says more."""
     merged: list[Turn] = []
     for turn in turns:
         last = merged[-1] if merged else None
-        if last and turn.is_call and last.is_call and turn.trained == last.trained:
+        is_bare = turn.is_call and turn.message.keys() == {"role", "content", "tool_calls"}
+        if last and is_bare and last.is_call and turn.trained == last.trained:
             calls = [*last.message["tool_calls"], *turn.message["tool_calls"]]
             merged[-1] = last._replace(message={**last.message, "tool_calls": calls})
         else:

@@ -20,6 +20,7 @@ import re
 from typing import Any, Mapping, NamedTuple, Optional
 
 from data_tools.mistake import nearest
+from data_tools.readers import RepeatedKey, json_value
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -321,7 +322,7 @@ def _call(place: str, given: Any) -> dict[str, Any]:
     for part in (function, keys):
         part.end(_CALLS_WITHOUT_MEANING)
     try:
-        arguments = value_of(arguments or {}, "arguments")
+        arguments = value_of({} if arguments in (None, "", []) else arguments, "arguments")
     except BadRecord as error:
         raise BadRecord(f"{place}: call of {name}: {error}", _BAD_CALL) from None
     if not isinstance(arguments, dict):
@@ -335,8 +336,10 @@ def _function_calls(place: str, given: Any) -> list[dict[str, Any]]:
     if not given:
         return []
     try:
-        calls = json.loads(given) if isinstance(given, str) else given
-    except (ValueError, RecursionError):
+        calls = json_value(given) if isinstance(given, str) else given
+    except RepeatedKey as error:
+        raise BadRecord(f"{place}: function_calls: {error}", _BAD_CALL) from None
+    except ValueError:
         calls = _python_calls(place, given)
     return [_call(place, call) for call in (calls if isinstance(calls, list) else [calls])]
 
@@ -356,6 +359,9 @@ def _python_call(statement: ast.stmt) -> dict[str, Any]:
         raise ValueError("no call")
     if call.args or any(item.arg is None for item in call.keywords):
         raise ValueError("an argument without a name")
+    for mapping in (node for node in ast.walk(call) if isinstance(node, ast.Dict)):
+        if len({ast.dump(key) for key in mapping.keys if key}) < len(mapping.keys):
+            raise ValueError("a key that stands twice")
     arguments = {item.arg: ast.literal_eval(item.value) for item in call.keywords}
     return {"name": ast.unparse(call.func), "arguments": arguments}
 
@@ -368,9 +374,10 @@ def value_of(given: Any, what: str, bucket: str = _MALFORMED) -> Any:
     if not isinstance(given, str):
         return given
     try:
-        return json.loads(given)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{what} are not JSON: {error}", bucket) from None
+        return json_value(given)
+    except ValueError as error:
+        are = ": " if isinstance(error, RepeatedKey) else " are "
+        raise BadRecord(f"{what}{are}{error}", bucket) from None
 
 
 def kind(value: Any) -> str:

@@ -125,11 +125,33 @@ def value_of(raw: Any) -> Any:
     """Return the value of a record as a share gives it. Raise ValueError with the reason where there is none."""
     if not isinstance(raw, bytes):
         return raw
-    text = text_of(raw)
+    return json_value(text_of(raw))
+
+
+class RepeatedKey(ValueError):
+    """A JSON object that has a key twice, which leaves open what it says."""
+
+
+def json_value(text: str) -> Any:
+    """Return the value of a JSON text. Raise ValueError with the reason where there is none, or a key stands twice."""
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
+    except RepeatedKey:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise RepeatedKey(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
 
 
 # -- shares -----------------------------------------------------------------------------------------------------------
@@ -273,11 +295,11 @@ class JsonShare:
         self.path = path
         try:
             self.text = b"".join(_unpack(path, compression)).decode("utf-8-sig")
-            value = json.loads(self.text)
+            value = json_value(self.text)
         except UnicodeDecodeError as error:
             raise UserMistake(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); mend the file") from None
-        except (ValueError, RecursionError) as error:
-            raise UserMistake(f"{path} is not JSON ({error}); mend the file") from None
+        except ValueError as error:
+            raise UserMistake(f"{path}: {error}; mend the file") from None
         _refuse_blend(path, value)
         records = value if isinstance(value, list) else [value]
         self.first = index * len(records) // count

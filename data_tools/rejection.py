@@ -20,10 +20,12 @@ from typing import Any, BinaryIO, Iterator, List, NamedTuple, Sequence
 
 from data_tools import readers
 from data_tools.balance import Balance, SourceBalance
+from data_tools.conversation import SYSTEM
 from data_tools.durable import fsync_tree
+from data_tools.messages import IN_LOSS, ROLES
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
-from data_tools.samples import CUT_OFF, problem_of_sample
+from data_tools.samples import ASKED_WITH, CUT_OFF, problem_of_sample, prompt_messages
 
 CHAT = "chat.jsonl"
 PREFER = ("shortest", "longest", "diverse", "first")
@@ -32,7 +34,7 @@ ON_BAD_ROW = ("fail", "drop")
 QUESTIONS = ("question", "problem", "prompt", "instruction", "input")  # keys of an evaluation set's questions
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-_CARRIED = ("sample", "seed", "weights", "reward", "tokens")  # keys of a sample that its chat row keeps
+_CARRIED = ("sample", "seed", "weights", "reward", "tokens", *ASKED_WITH)  # keys of a sample that its chat row keeps
 _SHINGLE = 5  # words; what two completions have in common is counted in runs of so many
 _SHORTEST_QUESTION = 5  # words; a shorter one is in too many texts
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W_぀-ヿ㐀-鿿가-힯]+")  # a character of a script without spaces is a word
@@ -163,10 +165,6 @@ def _texts(messages: Any, roles: Sequence[str] = ()) -> list[str]:
     return found
 
 
-def prompt_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return row["messages"] if isinstance(row.get("messages"), list) else [{"role": "user", "content": row["prompt"]}]
-
-
 def split_thinking(completion: str) -> tuple[str, str] | None:
     """(thinking, answer) of a completion, the thinking empty where there is none; None where it is not closed once.
 
@@ -200,7 +198,7 @@ def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination
         return "too_short"
     if config.max_tokens and row["tokens"] > config.max_tokens:
         return "too_long"
-    texts = [*_texts(prompt_messages(row)), row["completion"]]
+    texts = [*_texts(prompt_messages(row)), *(row.get(key) or "" for key in SYSTEM), row["completion"]]
     return "contaminated" if any(map(contamination.touches, texts)) else ""
 
 
@@ -319,7 +317,8 @@ def _samples(
         row = record.value
         wrong = record.problem or problem_of_sample(row)
         if not wrong:
-            group, asked = groups[_name(row)], hash(json.dumps([row.get("prompt"), row.get("messages")]))
+            asked = hash(json.dumps([row.get(key) for key in ("prompt", "messages", *ASKED_WITH)]))
+            group = groups[_name(row)]
             if group.asked not in (None, asked):
                 wrong = f"prompt_id {row['prompt_id']!r} named another prompt before; name each by itself"
             group.asked = asked
@@ -376,9 +375,14 @@ def _read(file: BinaryIO, offset: int) -> dict[str, Any]:
 
 
 def _chat_row(row: dict[str, Any], pass_rate: float | None) -> dict[str, Any]:
-    """A chat row, with what tells where it came from."""
+    """A chat row, with what tells where it came from. Of its messages the completion alone is in the loss."""
     carried = {key: row[key] for key in _CARRIED if key in row}
-    answer = {"role": "assistant", "content": row["completion"]}
-    return {
-        "messages": [*prompt_messages(row), answer], "prompt_id": row["prompt_id"], "pass_rate": pass_rate, **carried
-    }
+    messages = [*map(_untrained, prompt_messages(row)), {"role": "assistant", "content": row["completion"]}]
+    return {"messages": messages, "prompt_id": row["prompt_id"], "pass_rate": pass_rate, **carried}
+
+
+def _untrained(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message of a prompt; an assistant's, which nobody judged, is kept out of the loss."""
+    said = message.get("from", message.get("role"))
+    given = {key: value for key, value in message.items() if key not in IN_LOSS}
+    return {**given, "weight": 0} if ROLES[said] == "assistant" else message

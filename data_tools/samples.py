@@ -11,23 +11,36 @@
     reward       number, null                                   (may be absent)
     sample, seed whole number                                   (may be absent)
     weights      text                                           (may be absent)
+    `ASKED_WITH` what else was asked, and whether it is trained (may be absent): as a record of messages has it
 
-A value of another type is no sample: `"false"` is neither true nor false. Other keys are not read.
+A value of another type is no sample: `"false"` is neither true nor false. What a completion says outside its text
+(`_BESIDE`) is refused. Other keys are not read.
 """
 
 import math
 from typing import Any, Callable
 
-from data_tools.conversation import BadRecord, read_prompt
+from data_tools.conversation import KWARGS, SYSTEM, BadRecord, read_prompt
+from data_tools.messages import IN_LOSS
 
 WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
 CUT_OFF = ("length", "max_tokens", "turns", "abort", "timeout")
+ASKED_WITH = (*SYSTEM, "tools", "functions", KWARGS, *IN_LOSS)
+
+_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "function_calls")
+
+
+def prompt_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a sample was asked, as messages."""
+    return row["messages"] if isinstance(row.get("messages"), list) else [{"role": "user", "content": row["prompt"]}]
 
 
 def problem_of_sample(row: Any) -> str:
     """Return why a value is no sample, "" when it is one."""
     if not isinstance(row, dict):
         return f"a {type(row).__name__}, not an object"
+    if beside := next((key for key in _BESIDE if row.get(key)), ""):
+        return f"{beside!r} stands beside the completion; write it into its text, as the model did"
     if (row.get("prompt") is None) == (row.get("messages") is None):
         return "neither a text under 'prompt' nor a list under 'messages', or both"
     needed = ("prompt" if row.get("prompt") is not None else "messages", "completion", "prompt_id", "tokens", "finish")
@@ -54,9 +67,10 @@ def _wrong(row: dict[str, Any], needed: tuple[str, ...], kinds: dict[str, tuple[
         value = row.get(key)
         if value is not None and not is_kind(value):
             return f"{key!r} is {str(value)[:40]!r}, a {type(value).__name__}, not {what}"
-    if isinstance(row.get("messages"), list):
+    more = {key: row[key] for key in ASKED_WITH if key in row}
+    if more or isinstance(row.get("messages"), list):
         try:
-            read_prompt(row["messages"])
+            read_prompt(prompt_messages(row), **more)
         except BadRecord as error:
             return f"messages: {error}"
     return ""

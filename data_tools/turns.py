@@ -98,7 +98,7 @@ class Turns:
     def _render(self, cut: "Cut", conversation: Conversation, wanted: AbstractSet[int]) -> Rendered:
         text, pieces = cut(conversation, wanted)
         if self.template.has_blocks:
-            return Rendered(text, self._blocks_through_stop(text, pieces, conversation))
+            return Rendered(text, self._blocks_through_stop(text, pieces, conversation, wanted))
         spans = []
         for piece in pieces:
             try:
@@ -144,14 +144,18 @@ class Turns:
             raise Unclear(f"nothing that ends a turn is behind message {piece.message + 1}")
         return text, piece._replace(stop=end - len(stop.rest))
 
-    def _blocks_through_stop(self, text: str, blocks: list[Span], conversation: Conversation) -> list[Span]:
-        """Return the blocks without a header, and what is behind the stop token of their turn, where they have them."""
+    def _blocks_through_stop(self, text: str, blocks: list[Span], conversation: Conversation,
+                             wanted: AbstractSet[int]) -> list[Span]:
+        """Return the blocks without a header, where they have one, and without what is behind the stop token of their
+        turn. Raise Unclear where a wanted turn has none."""
         kept: list[Span] = []
         for number in dict.fromkeys(block.message for block in blocks):
             turn = [block for block in blocks if block.message == number]
             turn = self._without_block_header(text, turn, conversation)
             written = "".join(text[start:stop] for _, start, stop in turn)
             stop = self._stop_before(written, 0, len(written.rstrip()))
+            if stop is None and number in wanted and written:
+                raise Unclear(f"nothing that ends a turn is in the generation blocks of message {number + 1}")
             length = len(written.rstrip()) - len(stop.rest) if stop else len(written)
             for block in turn:
                 kept.append(block._replace(stop=min(block.stop, block.start + length)))

@@ -20,6 +20,7 @@ from itertools import accumulate
 from typing import Any, Iterable, Iterator, Mapping, Optional
 
 from data_tools.arithmetic import format_number, parse_number, read
+from data_tools.readers import json_value
 from data_tools.tasks.task import SPLITS, Item, Row
 
 ALPHABET = "0123456789.+-*/()="
@@ -46,10 +47,7 @@ class Options:
 
 def parse_line(line: str) -> list[Row]:
     """The calculator marks of one GSM8K-schema line; none is legal. ValueError with the reason if malformed."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    record = json_value(line)
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but a {type(record).__name__}")
     if not isinstance(record.get("answer"), str):

@@ -206,6 +206,26 @@ def test_the_verifier_finds_a_mask_that_is_off(tokenizer, monkeypatch):
         list(chats.rows({"messages": [ASKED, SOLVED]}))
 
 
+UNENDED = (  # its block holds no stop token where a text stands beside a call
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{% if not (m.content and m.tool_calls) %}<|im_end|>{% endif %}{% endgeneration %}{% else %}{{ m.content }}<|im_end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def test_a_turn_whose_generation_blocks_hold_no_stop_token_is_trained_in_no_row(tmp_path, tokenizer):
+    (tmp_path / "t.jinja").write_text(UNENDED)
+    chats = ChatRows(ChatConfig(template=str(tmp_path / "t.jinja")), tokenizer, Encoder(tokenizer))
+    ended, unended = ([ASKED, {**ADDING, "content": text}, FOUND, SOLVED] for text in ("", "Let me add."))
+    for _ in range(3):  # the verifier looks at one row of many
+        (row,) = chats.rows({"messages": ended})
+        assert learnt(row, tokenizer).count("<|im_end|>") == 2
+        (refused,) = chats.rows({"messages": unended})
+        assert refused.bucket == "turn_unclear" and "generation blocks of message 2" in refused.reason
+    (row,) = chats.rows({"messages": [ASKED, {**unended[1], "weight": 0}, FOUND, SOLVED]})
+    assert learnt(row, tokenizer) == SOLVED["content"] + "<|im_end|>"
+
+
 def test_a_tokenizer_without_a_template_is_told_what_to_name(tmp_path):
     tokenizer = load_tokenizer(str(write_tokenizer(tmp_path, template=None)))
     with pytest.raises(UserMistake, match="has no chat template; name a file in chat.template"):
@@ -216,4 +236,6 @@ def test_wrong_values_are_told_at_once():
     problems = check_chat(ChatConfig(schema="openai", turns="lsat", date="today"))
     assert [problem.where for problem in problems] == ["schema", "turns", "date"]
     assert "did you mean last?" in problems[1].message
+    problems = check_chat(ChatConfig(arguments={"add_generation_prompt": True, "enable_thinking": False, "tools": []}))
+    assert [problem.where for problem in problems] == ["arguments.tools", "arguments.add_generation_prompt"]
     assert not check_chat(ChatConfig())

@@ -1,6 +1,7 @@
 """Every schema met in the wild becomes the one form of conversation; what does not is told with its bucket."""
 
 import copy
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -253,6 +254,45 @@ def test_a_key_that_is_not_understood_is_refused_by_name_wherever_it_stands(name
     with pytest.raises(BadRecord, match=r"key 'emphasis' \(a int\): is not understood; take it out") as caught:
         read_record(record)
     assert caught.value.bucket == "refused_key"
+
+
+VALUES = {"reasoning_content": "WHY", "name": "WHO", "tool_call_id": "WHOSE"}  # what a message may hold beside a text
+MERGED = {  # messages of which one is made, each with the keys that it may have
+    "calls": ([{"role": "function_call", "content": json.dumps({"name": name})} for name in ("f", "g", "h")], VALUES),
+    "systems": ([{"role": "system", "content": text} for text in "abc"], ("name", "tool_call_id")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, (_, keys) in MERGED.items() for key in keys])
+def test_what_messages_hold_that_are_made_one_is_carried_or_refused_by_name(kind, key, place):
+    messages = copy.deepcopy(MERGED[kind][0])
+    (whole,) = read_record({"messages": [*messages, *CHAT]})
+    messages[place][key] = VALUES[key]
+    try:
+        assert VALUES[key] in json.dumps(read_record({"messages": [*messages, *CHAT]})[0].messages)
+    except BadRecord as error:
+        assert error.bucket == "refused_key" and f"message {place + 1}: key {key!r}" in str(error)
+    assert len(whole.messages) == 1 + len(CHAT)
+
+
+@pytest.mark.parametrize("name, key", [("query and response", "instruction"), ("gsm8k", "prompt"),
+                                       ("gsm8k", "messages"), ("prompt and completion", "conversations")])
+def test_another_question_beside_a_pair_of_texts_is_not_dropped(name, key):
+    given = {"role": ["user"], "content": ["Q"]} if key in ("messages", "conversations") else "Into French:"
+    with pytest.raises(BadRecord, match=rf"{key}.*\ba (str|dict)"):
+        read_record({**RECORDS[name][0], key: given})
+
+
+@pytest.mark.parametrize("key", ["messages", "tools", "documents", "add_generation_prompt"])
+def test_a_row_does_not_set_what_rendering_sets_for_every_row(key):
+    for value, is_refused in ((True, True), (False, False)):
+        record = {"messages": CHAT, "chat_template_kwargs": {key: value}}
+        if is_refused:
+            with pytest.raises(BadRecord, match=f"chat_template_kwargs: '{key}' is no argument"):
+                read_record(record)
+        elif key == "add_generation_prompt":
+            assert read_record(record)[0].arguments == {key: False}
 
 
 @pytest.mark.parametrize("tool, told", [

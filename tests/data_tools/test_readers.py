@@ -11,6 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools import readers
 from data_tools.mistake import UserMistake
 from data_tools.readers import open_share, read_blend
 
@@ -129,3 +130,17 @@ def test_a_blend_given_for_records_is_spelled_as_the_settings_it_stands_for(tmp_
         open_share(tmp_path / "blend.json", 0, 1)
     assert ('source.inputs: ["a.jsonl", "b.jsonl"] here, and weights: {"a.jsonl": 0.3, "b.jsonl": 0.7} in pack'
             in str(caught.value))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": 1, "a": 1}', '{"b": [{"c": {"a": null, "d": 0, "a": 1}}]}'])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz"])
+def test_a_key_that_stands_twice_is_told_and_the_last_one_does_not_win(tmp_path, text, ending):
+    path = tmp_path / f"r.{ending}"
+    data = f"[{text}]" if ending == "json" else f'{{"a": 1}}\n{text}\n'
+    path.write_bytes(gzip.compress(data.encode()) if ending.endswith("gz") else data.encode())
+    if ending == "json":
+        with pytest.raises(UserMistake, match="r.json: the key 'a' stands twice in one object; mend the file"):
+            list(readers.records(path))
+        return
+    first, second = readers.records(path)
+    assert first.value == {"a": 1} and second.problem == "the key 'a' stands twice in one object"

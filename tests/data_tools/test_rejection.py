@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.conversation import read_record
 from data_tools.mistake import UserMistake
 from data_tools.rejection import Config, buckets_of, check, reject_filter, split_thinking
 from tests.data_tools.conftest import SHARED
@@ -161,6 +162,35 @@ def test_a_value_of_another_type_is_no_sample_whatever_the_key(tmp_path: Path, k
         filtered(tmp_path / "fail", rows)
     facts, chats = filtered(tmp_path / "drop", rows, on_bad_row="drop", truncated=True, correct=False)
     assert buckets(facts) == {"malformed_sample": 1, "kept": 1} and [chat["prompt_id"] for chat in chats] == [0]
+
+
+@pytest.mark.parametrize("key, value", [
+    ("system", "Be brief."), ("tools", [{"type": "function", "function": {"name": "add"}}]), ("weight", 0),
+    ("chat_template_kwargs", {"enable_thinking": False}), ("reasoning_content", "Two and two."),
+    ("tool_calls", [{"function": {"name": "add"}}]), ("loss", 0.5), ("tools", "{"),
+])  # fmt: skip
+def test_what_a_sample_was_asked_with_is_in_its_chat_and_what_it_says_beside_its_text_is_refused(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    rows = [sample(), sample(1, **{key: value})]
+    if key in ("reasoning_content", "tool_calls", "loss") or value == "{":
+        with pytest.raises(UserMistake, match=rf"samples.jsonl:2: .*{key}"):
+            filtered(tmp_path, rows)
+        return
+    plain, asked = (read_record(chat)[0] for chat in filtered(tmp_path, rows)[1])
+    assert (asked.messages, asked.tools, asked.arguments, asked.untrained) != (
+        [{**plain.messages[0], "content": "Question 1"}, plain.messages[1]], None, {}, frozenset())
+
+
+@pytest.mark.parametrize("who, text, roles", [("role", "content", ("user", "assistant")),
+                                              ("from", "value", ("human", "gpt"))])
+def test_of_a_chat_the_sampled_answer_alone_is_in_the_loss(
+    tmp_path: Path, who: str, text: str, roles: tuple[str, str]
+) -> None:
+    said = [{who: role, text: f"{role} {number}"} for number in range(2) for role in roles]
+    said[1]["loss"] = True
+    _, (chat,) = filtered(tmp_path, [sample(prompt=None, messages=said[:3])])
+    assert read_record(chat)[0].untrained == {1} and len(chat["messages"]) == 4
 
 
 def test_a_name_is_of_one_prompt_and_one_and_its_text_are_two(tmp_path: Path) -> None:
