@@ -44,8 +44,10 @@ class ChatConfig:
     train_thinking: bool = True
     train_tool_calls: bool = True
     ignored: List[str] = field(default_factory=list, metadata={"keyed": "if_set"})  # keys of records and messages
-    inline_reasoning: bool = False  # what the template leaves out goes into the content, between <think> tags
-    may_lose: List[str] = field(default_factory=list)  # what it may leave out: reasoning | tools | name
+    # What the template leaves out goes into the content, between <think> tags.
+    inline_reasoning: bool = field(default=False, metadata={"keyed": "if_set"})
+    # What it may leave out: reasoning | tools | name.
+    may_lose: List[str] = field(default_factory=list, metadata={"keyed": "if_set"})
 
 
 def check_chat(config: ChatConfig) -> list[Problem]:
