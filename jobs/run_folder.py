@@ -28,6 +28,7 @@ from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.artifact import Artifact, Owner, Seal, read_seal
 from jobs.pipeline import NEED_SEALS
+from jobs.seal import DamagedSeal
 
 MEETING_KEY = "meeting_key"
 
@@ -216,6 +217,12 @@ class RunFolder:
     def seal(self, phase: str, key: str) -> Optional[Seal]:
         return read_seal(self.path / phase / key / "seal.json")
 
+    def whole_seal(self, phase: str, key: str) -> Optional[Seal]:
+        """`seal`, but None for a damaged one: for those who ask about jobs, or about other keys than a plan's."""
+        with contextlib.suppress(DamagedSeal):
+            return self.seal(phase, key)
+        return None
+
     def not_needed(self, phases: dict[str, FrozenPhase], name: str) -> str:
         """Why a phase without a seal never has to run: one that it was to follow `afternotok` is sealed; "" if it may."""
         for need, type_ in phases[name].needs.items():
@@ -227,8 +234,12 @@ class RunFolder:
         return ""
 
     def seals(self, phase: str) -> list[Seal]:
-        """All seals of a phase in this run, in the order they were submitted: hosts' clocks may differ."""
-        found = [read_seal(path) for path in self.phase_folder(phase).glob("*/seal.json")]
+        """All seals of a phase in this run, in the order they were submitted: hosts' clocks may differ.
+
+        A damaged one is left out: under the key of a plan it is refused where that is surveyed, and those of other keys
+        only tell what was different.
+        """
+        found = [self.whole_seal(phase, path.parent.name) for path in self.phase_folder(phase).glob("*/seal.json")]
         return sorted((seal for seal in found if seal),
                       key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]))
 
