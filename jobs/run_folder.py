@@ -199,12 +199,12 @@ class RunFolder:
         path = self.submission_folder(number) / "redirects.json"
         redirects = durable.read_checked(path) if path.exists() else {}
         if number != to:
-            durable.write_checked(path, {**redirects, phase: to})
+            durable.write_checked(path, {**redirects, _redirect_of(phase): to})
 
     def redirected(self, number: int, phase: str) -> int:
         """The submission that a job of submission `number` runs for `phase`."""
         path = self.submission_folder(number) / "redirects.json"
-        return durable.read_checked(path).get(phase, number) if path.exists() else number
+        return durable.read_checked(path).get(_redirect_of(phase), number) if path.exists() else number
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -283,3 +283,8 @@ class RunFolder:
 
     def environment_path(self, phase: str, element: int, attempt: int, restart: int) -> Path:
         return self.phase_folder(phase) / "attempts" / "environment" / f"{element:04d}.a{attempt}.r{restart}.json"
+
+
+def _redirect_of(phase: str) -> str:
+    """Return where redirects.json has a phase: under its name, which must not be that of the file's sum."""
+    return phase if phase != durable.SUM else f"phase {phase}"
