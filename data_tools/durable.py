@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import uuid
 from pathlib import Path
@@ -182,6 +183,7 @@ def read_json(path: Path) -> Any:
 SUM = "sum"
 TAG = "sum:"  # begins its value: one edit cannot make an object with a sum look like one that never had any
 SUM_DIGITS = 16  # hexadecimal: 64 bits, against accidents and not against an enemy
+_A_SUM = re.compile(rf"{TAG}[0-9a-f]{{{SUM_DIGITS}}}\Z")  # the whole of one: a message may begin with its tag
 
 
 def sum_of(value: dict[str, Any]) -> str:
@@ -213,7 +215,7 @@ def parse_checked(text: "str | bytes", name: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TornFile(f"{name} is not what afterok wrote there (no JSON object)")
     others = [text for key, item in value.items() if key != SUM for text in (key, item)]
-    renamed = any(isinstance(text, str) and text.startswith(TAG) for text in others)
+    renamed = any(isinstance(text, str) and _A_SUM.match(text) for text in others)
     if renamed or (SUM in value and value[SUM] != sum_of(value)):
         raise TornFile(f"{name} was altered after it was written (its sum is {value.get(SUM)!r:.40}, that of what it "
                        f"says {sum_of(value)})")

@@ -28,6 +28,7 @@ from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.artifact import Artifact, Owner, Seal, read_seal
 from jobs.pipeline import NEED_SEALS
+from jobs.seal import DamagedSeal
 
 MEETING_KEY = "meeting_key"
 
@@ -198,12 +199,12 @@ class RunFolder:
         path = self.submission_folder(number) / "redirects.json"
         redirects = durable.read_checked(path) if path.exists() else {}
         if number != to:
-            durable.write_checked(path, {**redirects, phase: to})
+            durable.write_checked(path, {**redirects, _redirect_of(phase): to})
 
     def redirected(self, number: int, phase: str) -> int:
         """The submission that a job of submission `number` runs for `phase`."""
         path = self.submission_folder(number) / "redirects.json"
-        return durable.read_checked(path).get(phase, number) if path.exists() else number
+        return durable.read_checked(path).get(_redirect_of(phase), number) if path.exists() else number
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -216,6 +217,12 @@ class RunFolder:
     def seal(self, phase: str, key: str) -> Optional[Seal]:
         return read_seal(self.path / phase / key / "seal.json")
 
+    def whole_seal(self, phase: str, key: str) -> Optional[Seal]:
+        """`seal`, but None for a damaged one: for those who ask about jobs, or about other keys than a plan's."""
+        with contextlib.suppress(DamagedSeal):
+            return self.seal(phase, key)
+        return None
+
     def not_needed(self, phases: dict[str, FrozenPhase], name: str) -> str:
         """Why a phase without a seal never has to run: one that it was to follow `afternotok` is sealed; "" if it may."""
         for need, type_ in phases[name].needs.items():
@@ -227,8 +234,12 @@ class RunFolder:
         return ""
 
     def seals(self, phase: str) -> list[Seal]:
-        """All seals of a phase in this run, in the order they were submitted: hosts' clocks may differ."""
-        found = [read_seal(path) for path in self.phase_folder(phase).glob("*/seal.json")]
+        """All seals of a phase in this run, in the order they were submitted: hosts' clocks may differ.
+
+        A damaged one is left out: under the key of a plan it is refused where that is surveyed, and those of other keys
+        only tell what was different.
+        """
+        found = [self.whole_seal(phase, path.parent.name) for path in self.phase_folder(phase).glob("*/seal.json")]
         return sorted((seal for seal in found if seal),
                       key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]))
 
@@ -272,3 +283,8 @@ class RunFolder:
 
     def environment_path(self, phase: str, element: int, attempt: int, restart: int) -> Path:
         return self.phase_folder(phase) / "attempts" / "environment" / f"{element:04d}.a{attempt}.r{restart}.json"
+
+
+def _redirect_of(phase: str) -> str:
+    """Return where redirects.json has a phase: under its name, which must not be that of the file's sum."""
+    return phase if phase != durable.SUM else f"phase {phase}"

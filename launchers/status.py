@@ -227,7 +227,7 @@ def look_at(run: RunFolder) -> Look:
     ledger = Ledger(run.ledger)
     copied = ledger.copied()
     entries = [entry for entry in ledger.jobs()
-               if entry.scripted not in copied or run.seal(entry.phase, entry.key) is not None]
+               if entry.scripted not in copied or run.whole_seal(entry.phase, entry.key) is not None]
     look = Look(run, number, run.frozen(number), entries, {})
     submissions = [event for event in ledger.events() if event["event"] == "submission"]
     on_slurm = {event["submission"] for event in submissions if event["backend"] == "slurm"}

@@ -98,7 +98,7 @@ class LiveJob:
 def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
     """{phase: its newest job that is listed as queued or running and whose phase is not sealed by it or since}."""
     entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs()
-               if (seal := run.seal(entry.phase, entry.key)) is None or seal.submission < entry.submission}
+               if (seal := run.whole_seal(entry.phase, entry.key)) is None or seal.submission < entry.submission}
     tasks: dict[str, dict[int, TaskState]] = {}
     for backend in backends if entries else []:
         for task in backend.states(list(entries.values())):

@@ -237,3 +237,22 @@ def test_a_sum_is_that_of_what_json_gives_back(tmp_path):
     with pytest.raises(TornFile, match="its sum"):
         (tmp_path / "f").write_text((tmp_path / "f").read_text().replace("-0.0", "0.0"))
         durable.read_checked(tmp_path / "f")
+
+
+@pytest.mark.parametrize("text", ["sum", "sum:", "sum: the parts of row 3 do not add up", "sum:0123456789abcdef0"])
+def test_text_that_begins_like_a_sum_is_text(text, tmp_path):
+    """A message of a user's phase, a reason of Slurm's."""
+    run = RunFolder(tmp_path)
+    run.record_outcome("p", Outcome(0, 1, 0, "mistake", 2, text, "host", text, 0.0, node=text))
+    assert [(found.message, found.job, found.node) for found in run.outcomes("p")] == [(text, text, text)]
+    Ledger(tmp_path / "ledger.jsonl").append("abandoned", submission=1, why=text, jobs=[])
+    assert [event["why"] for event in Ledger(tmp_path / "ledger.jsonl").events()] == [text]
+
+
+@pytest.mark.parametrize("first, second", [("sum", "p"), ("p", "sum")])
+def test_a_phase_called_sum_is_redirected_like_any_other(first, second, tmp_path):
+    (tmp_path / "submissions/1").mkdir(parents=True)
+    run = RunFolder(tmp_path)
+    run.redirect(1, first, 4)
+    run.redirect(1, second, 5)
+    assert (run.redirected(1, first), run.redirected(1, second), run.redirected(1, "other")) == (4, 5, 1)

@@ -1,0 +1,47 @@
+"""Keys of what was sealed before: a setting that a phase kind got since leaves them as they are until it is set."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_tools import durable
+from jobs.kind import find_kind, keyed_settings, kind_names
+from jobs.pipeline import load_pipeline
+from jobs.run_folder import RunFolder
+from launchers.plan import make_plan
+from slurm.detect import find_cluster
+
+# Of each kind's default settings, as far as they are part of a key, the digest that the first seals were made with.
+# A new setting is {"keyed": "if_set"}; whoever changes a line here has every sealed phase of that kind run again.
+FIRST = {
+    "dolci_prepare": "697cb5209017",
+    "evaluate": "9fc98a1c2ef1",
+    "export_hf": "991b046b6652",
+    "generate": "b0b9c6b6cf26",
+    "grpo": "5c8870fcd159",
+    "harmony_convert": "1e41e7533d9f",
+    "import_hf": "3c4dc80277b1",
+    "init_model": "b608dd159128",
+    "materialize": "2d3234c0a40c",
+    "merge_lora": "4f6c8cfc7d70",
+    "pack": "b7e935762237",
+    "q_rewards": "26c5fa98c7a5",
+    "reject_filter": "46ace1733edb",
+    "sft": "d4a8ac2e802f",
+}
+TINY = {"packs": "7a266f2a0b1cb2be", "controlled": "f6294f712afa5482", "exported": "81b0aaebee4274e0"}
+
+
+@pytest.mark.parametrize("name", kind_names())
+def test_a_kinds_default_settings_make_the_key_that_they_always_made(name):
+    kind = find_kind(name)
+    defaults = OmegaConf.to_object(OmegaConf.structured(kind.config))
+    said = durable.canonical_json(keyed_settings(kind.config, defaults))
+    assert durable.sha256_bytes(said)[:12] == FIRST[name], f"{name}: the key's material is now {said}"
+
+
+def test_the_quick_starts_keys_are_those_of_the_first_runs(tmp_path):
+    pipeline = load_pipeline(Path("jobs/pipelines/tiny.yaml"), ["cluster=local"])
+    planned = make_plan(pipeline, RunFolder(tmp_path / "run"), find_cluster("local")).phases
+    assert {p.name: p.frozen.key for p in planned if p.name in TINY} == TINY
