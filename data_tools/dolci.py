@@ -150,9 +150,10 @@ def _identifier() -> Any:
 
 
 def priority(seed: int, conversation: Conversation) -> int:
-    """64 bits, the same for equal messages with equal tools and loss: place in the draw, and what a duplicate is known
-    by."""
+    """64 bits, the same for equal messages with equal tools, loss and arguments: place in the draw, and what a
+    duplicate is known by."""
     more = [conversation.tools, sorted(conversation.untrained)] if conversation.tools or conversation.untrained else []
+    more += [dict(conversation.arguments)] if conversation.arguments else []
     data = struct.pack("<q", seed) + canonical_json(conversation.messages).encode("utf-8", "surrogatepass")
     data += canonical_json(more).encode("utf-8", "surrogatepass") if more else b""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -11,7 +11,7 @@
     reward       number, null                                   (may be absent)
     sample, seed whole number                                   (may be absent)
     weights      text                                           (may be absent)
-    `ASKED_WITH` what else was asked, and whether it is trained (may be absent): as a record of messages has it
+    `ASKED_WITH`: what else was asked, and whether it is trained (may be absent): as a record of messages has it
 
 A value of another type is no sample: `"false"` is neither true nor false. What a completion says outside its text
 (`_BESIDE`) is refused. Other keys are not read.
@@ -101,4 +101,4 @@ _SAMPLE = {
     "finish": (f"one of {', '.join((*WHOLE, *CUT_OFF))}", lambda value: value in (*WHOLE, *CUT_OFF)), "correct": _TRUTH,
     "reward": ("finite number", _is_number), "sample": _WHOLE, "seed": _WHOLE, "weights": _TEXT,
 }  # fmt: skip
-_EVALUATED = {"prompt": _TEXT, "correct": _TRUTH, "sampled": _COUNT, "sampled_correct": _COUNT}
+_EVALUATED = {"prompt": _TEXT, "prompt_id": _TEXT, "correct": _TRUTH, "sampled": _COUNT, "sampled_correct": _COUNT}

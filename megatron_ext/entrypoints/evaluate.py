@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -207,8 +208,9 @@ def _of_rows(
     found, records = _of_mix(alone, folder, keep, progress, index, count, only_ended=True)
     items = {item.uid: item for item in loaded.items}
     mine = [items[line["prompt"]] for line in found]
-    samples = []
+    samples, asked = [], Counter(item.prompt for item in loaded.items)
     for line, item, seen in zip(found, mine, _seen([item.prompt for item in mine], config.seen_in)):
+        line |= {"prompt_id": item.uid} if asked[item.prompt] > 1 else {}  # rows of one text are told apart
         line |= {"prompt": item.prompt, "answer": item.answer, "seen": seen}
         line |= {"kind": kind(Row(item.prompt, item.answer)) if kind else None}
         samples.append({name: value for name, value in line.items() if name != "kind" or kind})
@@ -225,8 +227,13 @@ def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool
     return [tuple(text_hash(prompt)) in known for prompt in prompts]
 
 
+def _asked(line: Mapping[str, Any]) -> str:
+    """Return what names the prompt of a line."""
+    return line.get("prompt_id", line["prompt"])
+
+
 def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
-    """The samples of the evaluation to compare with, by prompt. UserMistake where there are none."""
+    """The samples to compare with, by prompt. UserMistake where there are none, or two of a prompt."""
     if not config.compare_with:
         return {}
     file, found = Path(config.compare_with).expanduser() / SAMPLES, {}
@@ -237,7 +244,10 @@ def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
         if wrong := record.problem or problem_of_evaluated(record.value):
             message = f"{config.compare_with} is no output of an evaluation ({record.place}: {wrong}); name the folder"
             raise UserMistake(Problem("compare_with", f"{message} with {SAMPLES}"))
-        found[record.value["prompt"]] = record.value
+        if (key := _asked(record.value)) in found:
+            message = f"{config.compare_with} has two lines of prompt {key!r}, the second at {record.place}"
+            raise UserMistake(Problem("compare_with", f"{message}; evaluate it again, which tells them apart"))
+        found[key] = record.value
     if not any("sampled" in line for line in found.values()):
         message = f"{config.compare_with} has greedy answers alone; evaluate it again with samples: {config.samples}"
         raise UserMistake(Problem("compare_with", message))
@@ -270,9 +280,9 @@ def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] 
             result[f"{name}sampled_error"] = standard_error(shares)
             result |= {name + key: value for key, value in at_k([sample["votes"] for sample in of]).items()}
             gains = [
-                share - before[sample["prompt"]]["sampled_correct"] / before[sample["prompt"]]["sampled"]
+                share - before[_asked(sample)]["sampled_correct"] / before[_asked(sample)]["sampled"]
                 for sample, share in zip(of, shares)
-                if "sampled" in before.get(sample["prompt"], {})
+                if "sampled" in before.get(_asked(sample), {})
             ]
             if gains:
                 result[f"{name}gain"], result[f"{name}gain_error"] = sum(gains) / len(gains), standard_error(gains)

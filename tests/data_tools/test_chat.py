@@ -209,8 +209,8 @@ def test_the_verifier_finds_a_mask_that_is_off(tokenizer, monkeypatch):
 UNENDED = (  # its block holds no stop token where a text stands beside a call
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
-    "{% if not (m.content and m.tool_calls) %}<|im_end|>{% endif %}{% endgeneration %}{% else %}{{ m.content }}<|im_end|>"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if not (m.content and m.tool_calls) %}<|im_end|>{% endif %}{% endgeneration %}{% else %}{{ m.content }}"
+    "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def test_a_turn_whose_generation_blocks_hold_no_stop_token_is_trained_in_no_row(tmp_path, tokenizer):

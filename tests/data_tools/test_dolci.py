@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.conversation import read_record
-from data_tools.dolci import SHARES, SOURCES, Config, category_of, draw, is_language, prose, quotas, sample_shard
+from data_tools.dolci import (
+    SHARES, SOURCES, Config, category_of, draw, is_language, priority, prose, quotas, sample_shard)
 from data_tools.mistake import UserMistake
 from tests.data_tools.conftest import SHARED
 
@@ -152,3 +153,10 @@ def test_a_record_that_is_none_is_named_or_counted(tmp_path: Path, shards: list[
     facts, _ = prepared(tmp_path, config, 2)
     first = dict(zip(facts["tables"]["balance"]["columns"], facts["tables"]["balance"]["rows"][0]))
     assert (first["malformed_record"], first["malformed_line"], first["blank_line"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("more", [{"chat_template_kwargs": {"a": 1}}, {"tools": [{"name": "f"}]}, {"weight": 0}])
+def test_chats_that_differ_beside_their_messages_are_no_duplicates(more: dict) -> None:
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (plain,), (other,) = read_record(record), read_record({**record, **more})
+    assert plain.messages == other.messages and priority(0, plain) != priority(0, other)

@@ -207,6 +207,22 @@ def test_an_evaluation_without_samples_is_nothing_to_compare_with(tmp_path):
             evaluate._compared(replace(config, samples=2))
 
 
+def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path):
+    """The task scores them differently, so one of them is no stand-in for the other."""
+    def line(name: str, right: int) -> dict:
+        return dict(prompt="1+1=", correct=True, seen=None, sampled=4, sampled_correct=right, votes=[], **(
+            {"prompt_id": name} if name else {}))
+
+    config = evaluate.Config(compare_with=str(tmp_path), samples=4)
+    lines = [line("a", 0), line("b", 4)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert evaluate._result(lines, evaluate._compared(config))["gain"] == 0
+    assert evaluate._result([line("b", 2)], evaluate._compared(config))["gain"] == -0.5
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line("", right)) + "\n" for right in (0, 4)))
+    with pytest.raises(UserMistake, match="two lines of prompt '1.1=', the second at .*samples.jsonl:2"):
+        evaluate._compared(config)
+
+
 def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):
     config = evaluation(calculator, seen_in=str(calculator["store"]), limit=25)
     config.source = Source(synthetic_rows=60)  # the training split
