@@ -8,9 +8,12 @@ A key is, from the most exact to the least:
     a pattern                           maths-*.jsonl, *, data/*.jsonl
 
 Of several keys that match a source the most exact one counts, of those the one with the most parts.
+
+What a phase made is the same whichever attempt made it (the key of its folder says so) and wherever the run lies now.
 """
 
 import os
+import re
 from pathlib import Path, PurePath
 from typing import Any, Mapping, Optional, Sequence
 
@@ -18,6 +21,8 @@ from data_tools.mistake import Problem, nearest
 
 EXACT, PATH, FOLDER, PATTERN = 4, 3, 2, 1
 _WILD = "*?["
+# RUN/PHASE/KEY, or in it the folder of the attempt that was sealed: jobs/artifact.py.
+_MADE = re.compile(r"^.*(/[a-z][a-z0-9_]*/[0-9a-f]{16})(?:/work/[^./]+\.a\d+\.r\d+\.g\d+)?(?=/|$)")
 
 
 def synthetic_name(source: Any) -> str:
@@ -35,6 +40,11 @@ def forecast(source: Any) -> Optional[list[str]]:
 
 def match(key: str, name: str) -> tuple[int, int]:
     """Return how exactly a key names a source: (EXACT, …, PATTERN; parts of the key), (0, 0) where it does not."""
+    made_key, made = _MADE.sub(r"\1", key), _MADE.sub(r"\1", name)
+    return max(_match(key, name), _match(made_key, made) if made_key != key and made != name else (0, 0))
+
+
+def _match(key: str, name: str) -> tuple[int, int]:
     if key == name:
         return EXACT, 0
     path = os.path.expanduser(key)

@@ -23,6 +23,21 @@ def test_a_key_names_a_source_by_name_path_or_pattern(key, means):
     assert [place for place, value in enumerate(found) if value is not None] == means
 
 
+KEY = "5675e7b008a5f4a7"
+PLACES = [f"{run}/kept/{KEY}{attempt}" for run in ("/run", "/moved/to/here") for attempt in (
+    "", "/work/0000.a1.r0.g0", "/work/0000.a12.r3.g1", "/work/finish.a2.r0.g0")]  # fmt: skip
+
+
+@pytest.mark.parametrize("then", PLACES)
+@pytest.mark.parametrize("now", PLACES)
+@pytest.mark.parametrize("below", ["/chat.jsonl", "", "/*.jsonl"])
+def test_what_a_phase_made_is_meant_whichever_attempt_made_it_wherever_the_run_lies(then, now, below):
+    names = [f"{then}/chat.jsonl", "/data/chat.jsonl", f"{then.replace(KEY, KEY[::-1])}/chat.jsonl",
+             f"{then.replace('kept', 'other')}/chat.jsonl"]
+    found, problems = by_source("weights", {f"{now}{below}": 2.0}, names)
+    assert (found, problems) == ([2.0, None, None, None], [])
+
+
 @pytest.mark.parametrize("values, expected", [
     ({"*": 1, "*.jsonl": 1}, "both match source"), ({"train.jsonl": 1}, "stands for 2 sources"),
     ({"math.jsonl": 1}, "did you mean maths.jsonl"), ({"aths.jsonl": 1}, "no source matches"),
