@@ -21,13 +21,14 @@ import hashlib
 import hmac
 import json
 import os
+import resource
 import selectors
 import socket
 import struct
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Iterable, Mapping, Optional, Sequence
+from typing import Iterable, Mapping, Optional, Sequence
 
 NONCE = 32  # bytes, and those of an HMAC-SHA256
 PROOF_S = 5.0  # to prove oneself in
@@ -54,6 +55,7 @@ class Meeting:
     ports: range
     name: str
     key: bytes = field(repr=False)
+    spared: Optional[int] = None  # the port that was promised to somebody else, taken only where there is no other
 
     def candidates(self) -> list[int]:
         """Return the ports to try, in their order: known to holders of the key alone."""
@@ -61,7 +63,7 @@ class Meeting:
         for number in range(8 * CANDIDATES):
             word = _hmac(self.key, b"port", self.name.encode(), number.to_bytes(4, "big"))
             found[self.ports[int.from_bytes(word[:8], "big") % len(self.ports)]] = None
-        return list(found)[:CANDIDATES]
+        return [port for port in found if port != self.spared or len(found) == 1][:CANDIDATES]
 
     def proof(self, side: bytes, port: int, nonces: bytes) -> bytes:
         """Return what shows that a side ("client", "server") holds the key."""
@@ -134,22 +136,27 @@ class Server:
         self._thread.join()
 
     def _serve(self) -> None:
-        while not self._ended:
-            for key, events in self._peers.select(TICK_S):
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._exchange(key.data, events)
-            self._look_at_the_clock()
-        for key in list(self._peers.get_map().values()):
-            key.fileobj.close()
+        try:
+            while not self._ended:
+                for key, events in self._peers.select(TICK_S):
+                    if key.data is None:
+                        self._accept()
+                    else:
+                        self._exchange(key.data, events)
+                self._look_at_the_clock()
+        finally:  # those who wait hear of it
+            for key in list(self._peers.get_map().values()):
+                key.fileobj.close()
+            self._peers.close()
 
     def _accept(self) -> None:
         try:
             connection, _ = self._socket.accept()
-        except OSError:  # it left already, or no descriptor is free: those that prove nothing make room
+        except OSError as error:  # it left already, or no descriptor is free: those that prove nothing make room
             if self._unproven:
                 self._drop(next(iter(self._unproven)))
+            elif error.errno in (errno.EMFILE, errno.ENFILE) and not _more_descriptors():
+                time.sleep(TICK_S / 10)  # the others are served meanwhile, without a busy loop
             return
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -227,23 +234,26 @@ class Server:
             wait.missing -= values.keys()
             if not wait.missing and wait in self._waiting:
                 self._waiting.remove(wait)
-                self._say(wait.peer, b"ok", *wait.answer())
+                self._say(wait.peer, b"ok", *self._values_of(wait.wanted))
 
-    def _when_set(self, peer: "_Peer", limit_s: bytes, keys: list[bytes], answer: Callable[[], list[bytes]]) -> None:
+    def _when_set(self, peer: "_Peer", limit_s: bytes, keys: list[bytes], wanted: list[bytes]) -> None:
         missing = {key for key in keys if key not in self.values}
         if missing:
-            self._waiting.append(_Wait(time.monotonic() + float(limit_s), missing, peer, answer))
+            self._waiting.append(_Wait(time.monotonic() + float(limit_s), missing, peer, wanted))
         else:
-            self._say(peer, b"ok", *answer())
+            self._say(peer, b"ok", *self._values_of(wanted))
+
+    def _values_of(self, keys: list[bytes]) -> list[bytes]:
+        return [self.values[key] for key in keys]
 
     def _do_set(self, peer: "_Peer", *pairs: bytes) -> None:
         self._put(peer, dict(zip(pairs[::2], pairs[1::2], strict=True)))
 
     def _do_get(self, peer: "_Peer", limit_s: bytes, *keys: bytes) -> None:
-        self._when_set(peer, limit_s, list(keys), lambda: [self.values[key] for key in keys])
+        self._when_set(peer, limit_s, list(keys), list(keys))
 
     def _do_wait(self, peer: "_Peer", limit_s: bytes, *keys: bytes) -> None:
-        self._when_set(peer, limit_s, list(keys), lambda: [])
+        self._when_set(peer, limit_s, list(keys), [])
 
     def _do_check(self, peer: "_Peer", *keys: bytes) -> None:
         self._say(peer, b"ok", b"1" if all(key in self.values for key in keys) else b"0")
@@ -263,6 +273,8 @@ class Server:
         self._say(peer, b"ok", expected if before is None else before)
 
     def _do_delete(self, peer: "_Peer", key: bytes) -> None:
+        for wait in self._waiting:
+            wait.missing |= {key} & set(wait.wanted)  # it is to be set again before that one is answered
         self._say(peer, b"ok", b"0" if self.values.pop(key, None) is None else b"1")
 
     def _do_count(self, peer: "_Peer") -> None:
@@ -272,8 +284,9 @@ class Server:
         now = time.monotonic()
         for peer in [peer for peer in self._unproven if now > peer.since + PROOF_S]:
             self._drop(peer)
-        for wait in [wait for wait in self._waiting if now > wait.until]:
-            self._waiting.remove(wait)
+        late = [wait for wait in self._waiting if now > wait.until]
+        self._waiting = [wait for wait in self._waiting if now <= wait.until]
+        for wait in late:
             self._say(wait.peer, b"late", *sorted(wait.missing)[:3])
 
     def _drop(self, peer: "_Peer") -> None:
@@ -301,29 +314,40 @@ class _Peer:
 
 @dataclass(eq=False)
 class _Wait:
-    """A request that is answered once its keys are set."""
+    """A request that is answered, with the values of the `wanted` keys, once its keys are set."""
 
     until: float
     missing: set[bytes]
     peer: _Peer
-    answer: Callable[[], list[bytes]]
+    wanted: list[bytes]
+
+
+def _more_descriptors() -> bool:
+    """Raise this process's limit of open files as far as the site lets it; return whether there was room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] > soft
 
 
 def _listen(meeting: Meeting) -> socket.socket:
     """Return a socket that listens at the meeting's address, or at every one where that is not this host's own."""
-    family = socket.AF_INET6 if ":" in meeting.address else socket.AF_INET
-    for address in (meeting.address, ""):
+    try:
+        family, _, _, _, place = socket.getaddrinfo(meeting.address, 0, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise MeetingFailed(f"{meeting.address}, where the ranks are to meet, is no address: {error}") from None
+    for address in (place[0], ""):
         for port in meeting.candidates():
             listening = socket.socket(family, socket.SOCK_STREAM)
             try:
-                listening.bind((address, port))
+                listening.bind((address, port, *place[2:]))
                 listening.listen(1024)
                 return listening
             except OSError as error:
                 listening.close()
                 if error.errno == errno.EADDRNOTAVAIL:  # behind a translation of addresses
                     break
-    raise MeetingFailed(f"none of {CANDIDATES} ports from {meeting.ports[0]} to {meeting.ports[-1]} of "
+    raise MeetingFailed(f"none of {len(meeting.candidates())} ports from {meeting.ports[0]} to {meeting.ports[-1]} of "
                         f"{meeting.address} is free")
 
 
@@ -350,10 +374,12 @@ class Client:
         end, patience_s = time.monotonic() + self.limit_s, 1.0
         while True:
             for port in ports:
-                with contextlib.suppress(OSError):
+                try:
                     return self._proven(port, patience_s), port
-            if time.monotonic() > end:
-                raise MeetingFailed(f"rank 0 was not reached at {self.meeting.address} within {self.limit_s:g} s")
+                except OSError as error:
+                    if time.monotonic() > end:
+                        raise MeetingFailed(f"rank 0 was not reached at {self.meeting.address} within "
+                                            f"{self.limit_s:g} s: {error}") from None
             time.sleep(0.05)
             patience_s = min(PROOF_S, patience_s * 1.5)
 
@@ -381,7 +407,11 @@ class Client:
                 size = int.from_bytes(_receive(self._socket, 4), "big")
                 word, *answer = _unpack(_receive(self._socket, size))
             except (OSError, ValueError) as error:
+                self.close()
                 raise MeetingFailed(f"rank 0 at {self.meeting.address}:{self.port} left: {error}") from None
+            except BaseException:  # interrupted: the answer, when it comes, must not be taken for the next one's
+                self.close()
+                raise
         if word == b"late":
             missing = b", ".join(answer).decode(errors="replace")
             raise MeetingTimeout(f"nobody set {missing} within {limit_s:g} s")

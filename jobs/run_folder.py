@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -188,11 +189,18 @@ class RunFolder:
                            "that file and submit again: what is sealed stays")
 
     def meeting_key(self, number: int) -> bytes:
-        """Return what the ranks of a submission's jobs prove themselves with; nobody but the user may read its file."""
+        """Return what the ranks of a submission's jobs prove themselves with; nobody but the user may read its file.
+
+        Raise UserMistake where the file is torn: with less than the whole key, strangers could prove themselves too.
+        """
         path = self.submission_folder(number) / MEETING_KEY
         if not path.exists():  # submit writes it; a run of before has none
             durable.create_file(path, secrets.token_hex(32) + "\n", mode=0o600)
-        return bytes.fromhex(path.read_text())
+        told = path.read_bytes().strip()
+        if re.fullmatch(rb"[0-9a-f]{64}", told) is None:
+            raise UserMistake(f"{path} holds no key (truncated or edited); delete that file and submit again: what is "
+                              "sealed stays")
+        return bytes.fromhex(told.decode())
 
     def redirect(self, number: int, phase: str, to: int) -> None:
         """Have a job whose script belongs to submission `number` run `phase` as submission `to` froze it."""

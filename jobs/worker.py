@@ -220,7 +220,8 @@ class Worker:
         low, high = self._profile().network.port_range
         start = [os.environ.get(name, "") for name in START_VARIABLES]
         name = "/".join([str(self.run.path), self.phase.name, self.phase.key, str(self.index), str(self.number), *start])
-        return Meeting(os.environ["MASTER_ADDR"], range(low, high + 1), name, self.run.meeting_key(self.number))
+        promised = int(os.environ["MASTER_PORT"])  # to a phase that calls torch.distributed itself
+        return Meeting(os.environ["MASTER_ADDR"], range(low, high + 1), name, self.run.meeting_key(self.number), promised)
 
     def _reveal_secrets(self, verdicts: Optional[Verdicts] = None) -> None:
         """The profile's secrets into this rank's environment: after the lease, just before the phase's own code."""

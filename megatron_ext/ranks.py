@@ -8,6 +8,7 @@ WORLD_SIZE, or with 1, the process is alone and needs no address.
 import contextlib
 import gc
 import ipaddress
+import itertools
 import os
 import random
 from datetime import timedelta
@@ -41,6 +42,17 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _as_torch_says() -> Iterator[None]:
+    """A time limit that passed, or a store that is gone, as the errors that torch's own stores raise."""
+    try:
+        yield
+    except rendezvous.MeetingTimeout as error:
+        raise dist.DistStoreError(str(error)) from None
+    except rendezvous.MeetingFailed as error:
+        raise dist.DistNetworkError(str(error)) from None
+
+
 class MeetingStore(dist.Store):
     """The ranks' own store (data_tools/rendezvous.py) in the form that torch.distributed takes.
 
@@ -54,39 +66,47 @@ class MeetingStore(dist.Store):
         self._client = client
         self._kept.append(self)
 
+    @_as_torch_says()
     def set(self, key: str, value: "str | bytes") -> None:
         self._client.set(key, value.encode() if isinstance(value, str) else value)
 
+    @_as_torch_says()
     def get(self, key: str) -> bytes:
-        with _as_torch_says():
-            return self._client.get(key)
+        return self._client.get(key)
 
+    @_as_torch_says()
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        with _as_torch_says():
-            return self._client.multi_get(keys)
+        return self._client.multi_get(keys)
 
+    @_as_torch_says()
     def multi_set(self, keys: list[str], values: list[bytes]) -> None:
         self._client.multi_set(keys, values)
 
+    @_as_torch_says()
     def wait(self, keys: list[str], timeout: Optional[timedelta] = None) -> None:
-        with _as_torch_says():
-            self._client.wait(keys, None if timeout is None else timeout.total_seconds())
+        self._client.wait(keys, None if timeout is None else timeout.total_seconds())
 
+    @_as_torch_says()
     def check(self, keys: list[str]) -> bool:
         return self._client.check(keys)
 
+    @_as_torch_says()
     def add(self, key: str, amount: int) -> int:
         return self._client.add(key, amount)
 
+    @_as_torch_says()
     def append(self, key: str, value: bytes) -> None:
         self._client.append(key, value)
 
+    @_as_torch_says()
     def compare_set(self, key: str, expected: "str | bytes", desired: "str | bytes") -> bytes:
         return self._client.compare_set(key, *(v.encode() if isinstance(v, str) else v for v in (expected, desired)))
 
+    @_as_torch_says()
     def deleteKey(self, key: str) -> bool:
         return self._client.delete(key)
 
+    @_as_torch_says()
     def getNumKeys(self) -> int:
         return self._client.count()
 
@@ -99,13 +119,7 @@ class MeetingStore(dist.Store):
     delete_key, num_keys = deleteKey, getNumKeys
 
 
-@contextlib.contextmanager
-def _as_torch_says() -> Iterator[None]:
-    """A time limit that passed, as the error that torch's own stores raise."""
-    try:
-        yield
-    except rendezvous.MeetingTimeout as error:
-        raise dist.DistStoreError(str(error)) from None
+_joins = itertools.count()  # every rank joins as often as the others
 
 
 def join(patience: timedelta = PATIENCE) -> None:
@@ -118,7 +132,9 @@ def join(patience: timedelta = PATIENCE) -> None:
         if store is None:
             dist.init_process_group(backend(), init_method="env://", timeout=patience)
         else:
-            dist.init_process_group(backend(), store=MeetingStore(store), rank=rank_of_environment(),
+            # Under a name of its own: the next group of this process must not read the addresses that this one leaves.
+            named = dist.PrefixStore(f"join {next(_joins)}", MeetingStore(store))
+            dist.init_process_group(backend(), store=named, rank=rank_of_environment(),
                                     world_size=world_size_of_environment(), timeout=patience)
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=patience)

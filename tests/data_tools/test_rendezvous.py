@@ -5,13 +5,14 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
 from data_tools import rendezvous
 from data_tools.ports import PORTS
 from data_tools.rendezvous import NONCE, Client, Meeting, MeetingFailed, MeetingTimeout, Server
-from tests.command import ROOT
+from tests.command import ROOT, wait_for
 
 KEY = b"k" * 32
 
@@ -76,12 +77,12 @@ def attack(server: Server, sent: bytes, after_nonce: bool = True) -> bytes:
     with socket.create_connection(("127.0.0.1", server.port), timeout=rendezvous.PROOF_S + 10) as stranger:
         if after_nonce:
             assert len(stranger.recv(NONCE)) == NONCE
-        stranger.sendall(sent)
         told = b""
         try:
+            stranger.sendall(sent)
             while data := stranger.recv(1 << 16):
                 told += data
-        except ConnectionResetError:
+        except (ConnectionResetError, BrokenPipeError):
             pass
         return told
 
@@ -183,3 +184,78 @@ def test_another_user_of_the_machine_gets_nowhere(store):
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert said.stdout == "out\n", said
     assert client.get("afterok/secrets") == b"value"
+
+
+def test_a_value_that_is_deleted_amid_a_wait_is_waited_for_again(store):
+    server, one = store
+    other, heard = Client(server.meeting, 20.0), []
+    one.set("early", b"1")
+    waiting = threading.Thread(target=lambda: heard.append(other.multi_get(["early", "late"])))
+    waiting.start()
+    wait_for("the request", lambda: server._waiting)
+    assert one.delete("early")
+    one.set("late", b"2")
+    one.set("early", b"3")
+    waiting.join(20)
+    assert heard == [[b"3", b"2"]]
+
+
+@pytest.mark.parametrize("ended_by", ["a time limit", "an exception"])
+def test_an_answer_that_came_too_late_is_not_taken_for_the_next_one(store, ended_by, monkeypatch):
+    """A connection whose request was given up is given up with it."""
+    server, client = store
+    client.set("q", b"the next one's")
+    hasty = Client(server.meeting, 0.1)
+    if ended_by == "a time limit":  # of the client's own, as where rank 0 is stopped
+        monkeypatch.setattr(rendezvous, "MARGIN_S", -0.05)
+        with pytest.raises(MeetingFailed):
+            hasty.get("late")
+    else:
+        monkeypatch.setattr(rendezvous, "_receive", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            hasty.get("late")
+    monkeypatch.undo()
+    client.set("late", b"the first one's")
+    with pytest.raises(MeetingFailed):
+        hasty.get("q")
+
+
+def test_the_port_that_was_promised_to_somebody_else_is_left_to_him(request):
+    meeting = place(request.node.name)
+    first = meeting.candidates()[0]
+    assert replace(meeting, spared=first).candidates()[0] == meeting.candidates()[1]
+    assert replace(meeting, ports=range(first, first + 2), spared=first).candidates() == [first + 1]
+    assert replace(meeting, ports=range(first, first + 1), spared=first).candidates() == [first]
+
+
+@pytest.mark.parametrize("address, own", [("localhost", True), ("::1", True), ("203.0.113.9", False)])
+def test_names_and_addresses_of_both_kinds_serve_also_behind_a_translation(request, address, own):
+    server = Server(replace(place(request.node.name), address=address))
+    reached = server._socket.getsockname()[0]
+    assert reached in (("127.0.0.1", "::1") if own else ("0.0.0.0",))
+    client = Client(server.meeting if own else replace(server.meeting, address="127.0.0.1"), 20.0)
+    client.set("a", b"1")
+    client.close()
+    server.close()
+
+
+def test_an_address_that_is_none_is_said_at_once(request):
+    with pytest.raises(MeetingFailed, match="no.such.host.invalid, where the ranks are to meet, is no address"):
+        Server(replace(place(request.node.name), address="no.such.host.invalid"))
+
+
+def test_more_ranks_than_the_soft_limit_of_open_files_are_let_in():
+    """Rank 0 of a large job holds one connection for each rank, and torch's as well."""
+    code = ("import os, resource; from data_tools.rendezvous import Client, Meeting, Server\n"
+            "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
+            "server = Server(Meeting('127.0.0.1', range(20000, 30000), f'many/{os.getpid()}', b'k' * 32))\n"
+            "held = [os.dup(0) for _ in range(20)]\n"
+            "if not os.fork():\n"
+            "    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))\n"
+            "    every = [Client(server.meeting, 20.0, server.port) for _ in range(60)]\n"
+            "    for one in every: one.add('n', 1)\n"
+            "    os._exit(every[0].get('n') != b'60')\n"
+            "os._exit(os.waitstatus_to_exitcode(os.wait()[1]))\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done
