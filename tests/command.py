@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,11 @@ def afterok(*args: Any, env: Optional[dict] = None, check: Optional[int] = 0,
 
 def afterok_json(*args: Any, **kwargs: Any) -> Any:
     return json.loads(afterok(*args, "--json", **kwargs).stdout)
+
+
+def heed_interrupts() -> None:
+    """For `preexec_fn`: a shell starts what runs in its background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:

@@ -13,7 +13,8 @@ from data_tools import durable
 from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
 from launchers.status import run_status
-from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, states, wait_for, write_toy
+from tests.command import (
+    ROOT, afterok, afterok_json, heed_interrupts, one_line, phase_status, states, wait_for, write_toy)
 
 
 @pytest.fixture
@@ -150,7 +151,8 @@ def test_a_phase_that_is_sealed_while_status_looks_is_completed(toy, monkeypatch
 def test_interrupting_run_leaves_the_jobs_running_and_says_how_to_look(toy):
     pipeline, run = toy
     process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), f"again.with.gate={run}.gate",
-                                "--run", str(run)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                "--run", str(run)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=heed_interrupts)
     wait_for("jobs", lambda: (run / "ledger.jsonl").exists() and "COMPLETED" in states(run).values())
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)

@@ -248,7 +248,7 @@ def test_a_sealed_run_has_its_status_while_the_controller_hangs(site, big_site, 
 
 def test_a_run_is_followed_through_a_time_without_its_controller(site, big_site):
     pipeline, run, env = site
-    command = [sys.executable, "-m", "launchers.cli", "run", pipeline, "numbers.with.seconds=1", "--run", run]
+    command = [sys.executable, "-m", "launchers.cli", "run", pipeline, f"numbers.with.gate={run}.gate", "--run", run]
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, text=True) as following:
         lines = iter(following.stdout.readline, "")
         assert any("numbers: RUNNING" in line for line in lines)
@@ -257,6 +257,7 @@ def test_a_run_is_followed_through_a_time_without_its_controller(site, big_site)
             assert any("NO_ANSWER (its cluster does not answer)" in line for line in lines)
         finally:
             big_site.kill_daemon("slurmctld", signal.SIGCONT)
+        Path(f"{run}.gate").touch()
         assert any("again: COMPLETED" in line for line in lines)
         assert following.wait(60) == 0
 

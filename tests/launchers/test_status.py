@@ -15,7 +15,8 @@ from launchers.backend import TaskState
 from launchers.ledger import JobEntry, Ledger
 from launchers.status import Look, Span, format_seconds, gpu_hours, spans
 from slurm.client import Slurm
-from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, states, wait_for, write_toy
+from tests.command import (
+    ROOT, afterok, afterok_json, heed_interrupts, one_line, phase_status, states, wait_for, write_toy)
 
 KEY = "0123456789abcdef"
 HOUR = 3600.0
@@ -171,6 +172,7 @@ def test_watching_ends_with_the_run_and_an_interrupt_only_stops_looking(tmp_path
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,
     )
     assert watch.stdout.readline()  # its first line of change
     watch.send_signal(signal.SIGINT)
