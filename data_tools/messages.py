@@ -153,6 +153,8 @@ def read_message(place: str, given: Any) -> Turn:
     if role != "assistant" and (reasoning or calls):
         what = "tool calls" if calls else "reasoning"
         raise BadRecord(f"{place}: {what} of {said!r}: only an assistant has any")
+    if role != "tool" and call_id:
+        raise BadRecord(f"{place}: key 'tool_call_id' of {said!r}: only a tool's result has one; {REMEDY}", REFUSED_KEY)
     message = {"role": role, "content": found.text}
     message |= {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}
     message |= {"tool_calls": calls} if calls else {}

@@ -116,8 +116,8 @@ class Turns:
         for header in self._headers_of(conversation, piece.message):
             if text.startswith(header, piece.start):
                 return piece._replace(start=piece.start + len(header))
-        if self._header is not None:
-            return piece
+        if self._header:
+            raise Unclear(f"message {piece.message + 1} does not begin with chat.header {self._header!r}")
         raise Unclear(f"message {piece.message + 1} does not begin as its generation prompt does")
 
     def _headers_of(self, conversation: Conversation, message: int) -> list[str]:

@@ -271,7 +271,7 @@ def test_what_messages_hold_that_are_made_one_is_carried_or_refused_by_name(kind
     messages[place][key] = VALUES[key]
     try:
         assert VALUES[key] in json.dumps(read_record({"messages": [*messages, *CHAT]})[0].messages)
-    except BadRecord as error:
+    except BadRecord as error:  # a tool_call_id of any but a tool is refused alike
         assert error.bucket == "refused_key" and f"message {place + 1}: key {key!r}" in str(error)
     assert len(whole.messages) == 1 + len(CHAT)
 

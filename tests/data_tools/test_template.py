@@ -191,6 +191,8 @@ def test_a_header_that_is_named_is_believed():
     text, spans = turns(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "assistant: ").render(
         Conversation([ASKED, SOLVED]))
     assert [text[span.start : span.stop] for span in spans] == [SOLVED["content"] + "<end>"]
+    with pytest.raises(TemplateError, match="message 2 (does not begin with chat.header|is not written behind)"):
+        turns(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "asistant: ").render(Conversation([ASKED, SOLVED]))
 
 
 RESULTS_INSIDE = ("{% for m in messages %}{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}"
