@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, Optional
 
 _DIGITS, _WORKING = 20, 45  # of a fingerprint; of the sums that lead to it
+_LONGEST = 5000  # digits before the point that are compared; larger numbers are the same where they are written alike
 _POINTS = 3
 _LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -135,17 +136,24 @@ def _digits(expression: Any) -> str:
     if not (real.is_Float or real.is_Integer or real.is_Rational) or not imaginary.is_number:
         raise ValueError(f"{expression} has no value")
     size = max(abs(real), abs(imaginary))
-    parts = [_rounded(part, size) for part in (real, imaginary)]
+    digits = _DIGITS
+    if size >= 10**_DIGITS:  # 2^{100} and 2^{100}+1 differ in the last digit before the point
+        before = int(sympy.log(size, 10).evalf(15)) + 1
+        if before > _LONGEST:
+            return f"as written {expression}"
+        digits += before
+        real, imaginary = sympy.N(expression, digits + _WORKING - _DIGITS, maxn=digits + 200, chop=False).as_real_imag()
+    parts = [_rounded(part, size, digits) for part in (real, imaginary)]
     return parts[0] if parts[1] == "0" else f"{parts[0]}{'' if parts[1][0] == '-' else '+'}{parts[1]}i"
 
 
-def _rounded(value: Any, size: Any) -> str:
-    """To _DIGITS digits, and nothing where the other part of the number is that much larger."""
+def _rounded(value: Any, size: Any, digits: int) -> str:
+    """To so many digits, and nothing where the other part of the number is that much larger."""
     import sympy
 
-    if size == 0 or abs(value) < size * sympy.Float(10) ** -(_DIGITS + 5) or abs(value) < sympy.Float(10) ** -(_WORKING - 5):
+    if size == 0 or abs(value) < size * sympy.Float(10) ** -(digits + 5) or abs(value) < sympy.Float(10) ** -(_WORKING - 5):
         return "0"
-    text = str(sympy.Float(value, _DIGITS))
+    text = str(sympy.Float(value, digits))
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 

@@ -38,7 +38,13 @@ _NO_UNITS = frozenset(  # words after a number that say something else about it
     "squared cubed factorial times plus minus over more less than fewer or and to not if when where mod modulo is are percent "
     "half quarter third base approximately about at least most up down through until but maybe possibly either neither "
     "option choice halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
-    "greater smaller between with without".split()
+    "greater smaller between with without by into multiplied divided choose doubled tripled halved point root sqrt remainder "
+    "negative positive below above under beneath wrong incorrect false isn't aren't unless except mille permille basis "
+    "dozens hundreds thousands millions billions lakh lakhs crore crores score gross imaginary reversed "
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion "
+    "fourth fifth sixth seventh eighth ninth tenth eleventh twelfth sixteenth twentieth hundredth thousandth millionth billionth "
+    "elevenths twelfths sixteenths twentieths thousandths millionths billionths".split()
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*\.?")
 

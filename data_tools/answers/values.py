@@ -103,6 +103,7 @@ _ORDER = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|<|>")
 _BASED = re.compile(r"(?:⟦? ?|\( ?)?([0-9A-Fa-f]+)(?: ?\)| ?⟧)?_ ?\{? ?⟦? ?(\d+|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen) ?⟧? ?\}?")
 _BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
 _CLOCK = re.compile(r"(\d+) ?: ?(\d+)(?: ?: ?(\d+))?(.*)")
+_DATE = re.compile(r"[12]\d{3} ?- ?[01]\d ?- ?[0-3]\d|[0-3]?\d ?- ?[0-3]?\d ?- ?[12]\d{3}")  # no difference of three numbers
 _WORDY = re.compile(r"[^\W\d_]{2,}")
 _PLAIN_TEXT = re.compile(r"[\w\s'\".,;:!?&()/-]+")
 _MATRIX = re.compile(r"[(\[]? ?\\begin ?\{(p|b|small|)(matrix|array)\}(?:\{[clr| ]*\})?(.*?)\\end ?\{\1\2\} ?[)\]]?", re.DOTALL)
@@ -177,6 +178,8 @@ def _labelled(text: str, depth: int) -> Any:
             raise Unclear("a time and more")
         return Measure(Words(":".join(str(int(part)) if not n else part for n, part in enumerate(match.group(1, 2, 3)) if part)),
                        unit=unit)  # fmt: skip
+    if _DATE.fullmatch(text):
+        return Words(text.replace(" ", ""))
     if re.fullmatch(r"\\mathbb ?\{? ?R ?\}?", text):
         infinite = _formula(r"\infty")
         return Group("()", (_formula(r"-\infty"), infinite))

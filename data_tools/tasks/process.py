@@ -32,6 +32,7 @@ from typing import Any, Callable, NoReturn, Optional
 START_LIMIT_S = 300.0  # for a process to import its tasks from a slow shared filesystem
 LONGEST_ANSWER = 4 << 20  # bytes
 LEAVE_S = 5.0  # for a supervisor to end what is below it
+_MARK = "AFTEROK_VERIFIERS_OF"  # in the environment of all that is below one supervisor
 MEMORY_GIB, MEMORY_VARIABLE, ENVIRONMENT_VARIABLE = 4.0, "AFTEROK_VERIFIER_GIB", "AFTEROK_VERIFIER_ENV"
 MORE_PROCESSES = 512  # of the user's, over those there are when verifiers begin; root has no such limit
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "XDG_CACHE_HOME",
@@ -62,7 +63,8 @@ class Process:
         """Start it: `begin`, "module:function", makes of the `argument` the function that answers requests there."""
         self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-c", "from data_tools.tasks.process import serve; serve()", str(theirs.fileno()), begin]
-        self._process = subprocess.Popen(command, env=_environment(), pass_fds=[theirs.fileno()],
+        self._mark = secrets.token_hex(_TOKEN)
+        self._process = subprocess.Popen(command, env=_environment() | {_MARK: self._mark}, pass_fds=[theirs.fileno()],
                                          stdin=subprocess.DEVNULL, process_group=0)
         theirs.close()
         self._killing, self._killed = threading.Lock(), False
@@ -132,13 +134,34 @@ class Process:
             self._killed = True
             if self._process.poll() is None:
                 self._process.send_signal(_END)
-                try:
+                self._process.send_signal(signal.SIGCONT)  # a verifier may have stopped it
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(LEAVE_S)
-                except subprocess.TimeoutExpired:  # it was stopped, or something below it cannot be ended
-                    self._process.kill()
-                    self._process.wait()
+            if self._process.poll() != 0:  # it was killed, or cannot end what is below it
+                _end_marked(f"{_MARK}={self._mark}".encode())
+                self._process.kill()
+                self._process.wait()
             with contextlib.suppress(ProcessLookupError, PermissionError):  # of a supervisor that was killed
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _end_marked(mark: bytes) -> None:
+    """Kill the processes that began with `mark` in their environment, until there are none."""
+    until = time.monotonic() + LEAVE_S  # a process that cannot be killed is its file system's
+    while time.monotonic() < until:
+        found = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if _is_marked(folder, mark)]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _is_marked(process: Path, mark: bytes) -> bool:
+    try:
+        return mark in (process / "environ").read_bytes().split(b"\0")  # empty where it ended and is not reaped
+    except OSError:
+        return False
 
 
 # -- in the process ---------------------------------------------------------------------------------------------------
@@ -147,6 +170,7 @@ class Process:
 def serve() -> None:
     """Answer what the run sends, until it is gone; as a child of a supervisor."""
     connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)  # a command that a verifier starts reads no later request
     _supervise(connection)
     # The parent is the supervisor. Even in the middle of a verifier that never returns.
     _prctl(_PDEATHSIG, signal.SIGKILL)

@@ -10,6 +10,7 @@ sample only: the reward is None, which is not zero, and the note says why. A pro
 The same holds for replies.
 """
 
+import contextlib
 import math
 import queue
 import threading
@@ -139,7 +140,7 @@ class Scorer:
     def __init__(self, verifiers: Mapping[str, Verifier], workers: int = 2, time_limit_s: float = 10.0):
         self.verifiers, self.time_limit_s = dict(verifiers), time_limit_s
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self._closed = threading.Event()
+        self._closed, self._closing = threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
         self._processes: set[_Process] = set()
 
@@ -172,17 +173,19 @@ class Scorer:
         return self._asked("reply", name, item, transcript)
 
     def _asked(self, kind: str, name: str, item: Item, text: str) -> Future:
-        if self._closed.is_set():
-            raise ValueError("the scorer is closed")
         if name not in self.verifiers:
             raise KeyError(name)
         future: Future = Future()
-        self._jobs.put(((kind, name, item, text), future))
+        with self._closing:  # nothing is asked that nobody answers
+            if self._closed.is_set():
+                raise ValueError("the scorer is closed")
+            self._jobs.put(((kind, name, item, text), future))
         return future
 
     def close(self) -> None:
         """End the processes. Completions not scored by then are not scorable."""
-        self._closed.set()
+        with self._closing:
+            self._closed.set()
         for _ in self._threads:
             self._jobs.put(None)
         for process in list(self._processes):
@@ -190,17 +193,25 @@ class Scorer:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        while not self._jobs.empty():
-            if job := self._jobs.get():
-                job[1].set_result(_failed(job[0], _CLOSED))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (job := self._jobs.get_nowait()) and job[1].set_running_or_notify_cancel():
+                    job[1].set_result(_failed(job[0], _CLOSED))
 
     def _serve(self) -> None:
         """One process and its successors: a job at a time."""
         process: Optional[_Process] = None
         while (job := self._jobs.get()) is not None:
             work, future = job
-            closed = self._closed.is_set()
-            process, answer = (process, _failed(work, _CLOSED)) if closed else self._ask(process, work)
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                closed = self._closed.is_set()
+                process, answer = (process, _failed(work, _CLOSED)) if closed else self._ask(process, work)
+            except Exception as error:  # no process can be started, a row that cannot be sent: who waits is told
+                self._end(process)
+                note = f"no verifier could be asked: {type(error).__name__}: {error}"
+                process, answer = None, note if work is None else _failed(work, note)
             future.set_result(answer)
         self._end(process)
 
@@ -249,7 +260,7 @@ class _Process(Process):
         answer = self.answer(work, limit_s)
         try:
             return (_read_reply if work[0] == "reply" else _read_score)(answer)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise Ended("the verifier's process wrote what is no answer") from None
 
 
