@@ -237,3 +237,14 @@ def test_a_sum_is_that_of_what_json_gives_back(tmp_path):
     with pytest.raises(TornFile, match="its sum"):
         (tmp_path / "f").write_text((tmp_path / "f").read_text().replace("-0.0", "0.0"))
         durable.read_checked(tmp_path / "f")
+
+
+@pytest.mark.parametrize("torn", [b"", b"\n", b"ab" * 16, b"zz" * 32, b"\0" * 64, b"\xff" * 64])
+def test_a_torn_key_of_a_meeting_is_refused(tmp_path, torn):
+    """With an empty key everybody who knows the protocol could prove that he holds it."""
+    run = RunFolder(tmp_path)
+    run.submission_folder(1).mkdir(parents=True)
+    assert len(run.meeting_key(1)) == 32 and run.meeting_key(1) == run.meeting_key(1)
+    (run.submission_folder(1) / "meeting_key").write_bytes(torn)
+    with pytest.raises(UserMistake, match="meeting_key holds no key .truncated or edited.; delete that file"):
+        run.meeting_key(1)
