@@ -28,6 +28,7 @@ import struct
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Iterable, Mapping, Optional, Sequence
 
 NONCE = 32  # bytes, and those of an HMAC-SHA256
@@ -56,6 +57,7 @@ class Meeting:
     name: str
     key: bytes = field(repr=False)
     spared: Optional[int] = None  # the port that was promised to somebody else, taken only where there is no other
+    key_file: str = ""  # where the key lies, so that the environment, which programs print, need not hold it
 
     def candidates(self) -> list[int]:
         """Return the ports to try, in their order: known to holders of the key alone."""
@@ -75,8 +77,8 @@ _VARIABLE = "AFTEROK_MEETING"
 
 def to_environment(meeting: Meeting, port: int) -> dict[str, str]:
     """Return the variable by which `of_environment` finds a store again, for this process and its children alone."""
-    told = {"address": meeting.address, "port": port, "name": meeting.name, "key": meeting.key.hex()}
-    return {_VARIABLE: json.dumps(told)}
+    key = {"key_file": meeting.key_file} if meeting.key_file else {"key": meeting.key.hex()}
+    return {_VARIABLE: json.dumps({"address": meeting.address, "port": port, "name": meeting.name, **key})}
 
 
 def of_environment(environment: Mapping[str, str], limit_s: float) -> "Optional[Client]":
@@ -84,7 +86,8 @@ def of_environment(environment: Mapping[str, str], limit_s: float) -> "Optional[
     if _VARIABLE not in environment:
         return None
     told = json.loads(environment[_VARIABLE])
-    meeting = Meeting(told["address"], range(told["port"], told["port"] + 1), told["name"], bytes.fromhex(told["key"]))
+    key = Path(told["key_file"]).read_text() if "key_file" in told else told["key"]
+    meeting = Meeting(told["address"], range(told["port"], told["port"] + 1), told["name"], bytes.fromhex(key.strip()))
     return Client(meeting, limit_s, told["port"])
 
 

@@ -188,12 +188,15 @@ class RunFolder:
         return UserMistake(f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
                            "that file and submit again: what is sealed stays")
 
+    def meeting_key_path(self, number: int) -> Path:
+        return self.submission_folder(number) / MEETING_KEY
+
     def meeting_key(self, number: int) -> bytes:
         """Return what the ranks of a submission's jobs prove themselves with; nobody but the user may read its file.
 
         Raise UserMistake where the file is torn: with less than the whole key, strangers could prove themselves too.
         """
-        path = self.submission_folder(number) / MEETING_KEY
+        path = self.meeting_key_path(number)
         if not path.exists():  # submit writes it; a run of before has none
             durable.create_file(path, secrets.token_hex(32) + "\n", mode=0o600)
         told = path.read_bytes().strip()

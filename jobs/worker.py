@@ -221,7 +221,9 @@ class Worker:
         start = [os.environ.get(name, "") for name in START_VARIABLES]
         name = "/".join([str(self.run.path), self.phase.name, self.phase.key, str(self.index), str(self.number), *start])
         promised = int(os.environ["MASTER_PORT"])  # to a phase that calls torch.distributed itself
-        return Meeting(os.environ["MASTER_ADDR"], range(low, high + 1), name, self.run.meeting_key(self.number), promised)
+        key = self.run.meeting_key(self.number)
+        return Meeting(os.environ["MASTER_ADDR"], range(low, high + 1), name, key, promised,
+                       str(self.run.meeting_key_path(self.number)))
 
     def _reveal_secrets(self, verdicts: Optional[Verdicts] = None) -> None:
         """The profile's secrets into this rank's environment: after the lease, just before the phase's own code."""

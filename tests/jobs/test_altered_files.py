@@ -256,3 +256,14 @@ def test_a_phase_called_sum_is_redirected_like_any_other(first, second, tmp_path
     run.redirect(1, first, 4)
     run.redirect(1, second, 5)
     assert (run.redirected(1, first), run.redirected(1, second), run.redirected(1, "other")) == (4, 5, 1)
+
+
+@pytest.mark.parametrize("torn", [b"", b"\n", b"ab" * 16, b"zz" * 32, b"\0" * 64, b"\xff" * 64])
+def test_a_torn_key_of_a_meeting_is_refused(tmp_path, torn):
+    """With an empty key everybody who knows the protocol could prove that he holds it."""
+    run = RunFolder(tmp_path)
+    run.submission_folder(1).mkdir(parents=True)
+    assert len(run.meeting_key(1)) == 32 and run.meeting_key(1) == run.meeting_key(1)
+    (run.submission_folder(1) / "meeting_key").write_bytes(torn)
+    with pytest.raises(UserMistake, match="meeting_key holds no key .truncated or edited.; delete that file"):
+        run.meeting_key(1)

@@ -16,7 +16,7 @@ STRANGER = 65534
 PIPELINE = """
 name: pair
 phases:
-  use: {uses: tests.toy.secretive, with: {variables: [KEY], seconds: 60}, resources: {ranks_per_node: 2}}
+  use: {uses: tests.toy.secretive, with: {variables: [KEY], seconds: 60, leak: print}, resources: {ranks_per_node: 2}}
 """
 PROFILE = "kind: local\nroles: {cpu: {}}\nenv:\n  secrets: {KEY: 'cmd:cat %s'}\n"
 
@@ -134,4 +134,4 @@ def test_another_user_learns_nothing_of_a_running_pair_of_ranks_and_does_not_dis
     assert sorted(readable_below(open_folder)) == [str(open_folder / name) for name in sorted(("pair.yaml", "site.yaml"))]
     next(run.glob("use/*/leases")).with_name("enough").touch()
     wait_for("the seal", lambda: list(run.glob("use/*/seal.json")))
-    assert value not in log.read_text()
+    assert value not in log.read_text() and meeting_key not in log.read_text()  # it prints its environment
