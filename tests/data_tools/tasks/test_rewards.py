@@ -78,6 +78,9 @@ HOSTILE = {
     "stops": "time limit of 2 s",
     "leaves and hangs": "time limit of 2 s",
     "leaves and dies": "ended its process (exit code 1)",
+    "leaves and stops its supervisor": "time limit of 2 s",
+    "leaves and kills its supervisor": "ended its process (",
+    "a huge number": "wrote what is no answer",
 }
 
 
@@ -90,8 +93,30 @@ def test_a_hostile_verifier_runs_nothing_in_the_run_hangs_nobody_and_leaves_noth
             assert score.reward is None and note in score.note, (completion, score)
             assert scorer.submit("bad", ITEM, "good").result(timeout=60).reward == 1.0, completion
     left = [int(pid) for pid in (tmp_path / "left").read_text().split()]
-    assert len(left) == 3 and not [pid for pid in left if process_start(pid) is not None]
+    assert len(left) == 5 and not [pid for pid in left if process_start(pid) is not None]
     assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_command_that_a_verifier_starts_has_no_connection_to_the_run():
+    with Scorer({"bad": Verifier(f"{HERE}:hostile")}, workers=1) as scorer:
+        assert scorer.submit("bad", ITEM, "sockets of a command").result(timeout=60).reward == 0.0
+
+
+def test_whoever_waits_is_told_where_no_verifier_can_be_asked(monkeypatch):
+    """No process can be started, a row cannot be sent, whoever asked gave up: nobody waits for ever."""
+    with Scorer({"a": Verifier(f"{HERE}:length")}, workers=1) as scorer:
+        score = scorer.submit("a", Item.of("?", None, {"column": lambda: 0}), "abc").result(timeout=60)
+        assert score.reward is None and "no verifier could be asked" in score.note
+        futures = [scorer.submit("a", ITEM, "abc") for _ in range(50)]
+        futures[-1].cancel()
+        assert scorer.submit("a", ITEM, "abc").result(timeout=60).reward == 3.0
+
+    def no_process(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    with pytest.raises(UserMistake, match="Resource temporarily unavailable"), Scorer({"a": BAD}, workers=1):
+        pass
 
 
 def test_verifiers_see_of_the_environment_what_is_named(monkeypatch):

@@ -68,10 +68,21 @@ def hostile(item, completion):
         child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
         with open(f"{os.environ['TMPDIR']}/left", "a") as file:
             print(child.pid, file=file)
-        if completion == "leaves and hangs":
+        if completion.endswith("its supervisor"):
+            os.kill(os.getppid(), signal.SIGSTOP if "stops" in completion else signal.SIGKILL)
+        if completion in ("leaves and hangs", "leaves and stops its supervisor", "leaves and kills its supervisor"):
             time.sleep(3600)
         if completion == "leaves and dies":
             os._exit(1)
+    if completion == "a huge number":
+        frame = sys._getframe()
+        while "connection" not in frame.f_locals:
+            frame = frame.f_back
+        answer = b'{"reward": 1%s, "parts": {}, "note": "", "answer": null}' % (b"0" * 400)
+        frame.f_locals["connection"].sendall(frame.f_locals["token"] + len(answer).to_bytes(4, "big") + answer)
+        time.sleep(3600)
+    if completion == "sockets of a command":
+        return float(os.popen("readlink /proc/self/fd/* | grep -c socket:").read())
     if completion == "takes memory":
         return float(len(bytearray(64 << 30)))
     if completion == "long":
