@@ -81,7 +81,8 @@ def test_a_damaged_seal_of_other_settings_holds_up_nothing(say):
     assert say("run", "params.seed=2")[0] == 0
     seal.write_text(seal.read_text().replace('"numbers":1', '"numbers":3'))
     assert main(["cancel", str(say.run.path)]) == 0
-    assert say("plan", "params.seed=3")[0] == say("resubmit", "numbers", "--again")[0] == say("run", "params.seed=2")[0] == 0
+    assert say("plan", "params.seed=3")[0] == say("resubmit", "numbers", "--again")[0] == 0
+    assert say("run", "params.seed=2")[0] == 0
     assert say("run", "params.seed=3")[0] == say("status")[0] == 0
     code, _, told = say("plan", "params.seed=1")
     assert code == 2 and str(seal) in told
