@@ -72,3 +72,17 @@ def test_a_sealed_phase_runs_anew_when_asked_and_what_it_made_is_set_aside(say):
     assert say("plan")[0] == 2
     assert say("resubmit", "numbers", "--again")[0] == 0
     assert say("run")[0] == 0 and json.loads(seal.read_bytes())["submission"] == 3
+
+
+def test_a_damaged_seal_of_other_settings_holds_up_nothing(say):
+    """Neither a plan, nor a new attempt, nor a cancel: it says nothing about the settings asked for now."""
+    assert say("run", "params.seed=1")[0] == 0
+    seal, = say.run.path.glob("numbers/*/seal.json")
+    assert say("run", "params.seed=2")[0] == 0
+    seal.write_text(seal.read_text().replace('"numbers":1', '"numbers":3'))
+    assert main(["cancel", str(say.run.path)]) == 0
+    assert say("plan", "params.seed=3")[0] == say("resubmit", "numbers", "--again")[0] == 0
+    assert say("run", "params.seed=2")[0] == 0
+    assert say("run", "params.seed=3")[0] == say("status")[0] == 0
+    code, _, told = say("plan", "params.seed=1")
+    assert code == 2 and str(seal) in told
