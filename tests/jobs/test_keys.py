@@ -30,6 +30,8 @@ FIRST = {
     "reject_filter": "46ace1733edb",
     "sft": "d4a8ac2e802f",
 }
+# On purpose, since the same settings give another result: stores of conversations are made anew, those of tasks are not.
+CAME_TO_MEAN = {"materialize": {"loss": "through the stop token"}}
 TINY = {"packs": "7a266f2a0b1cb2be", "controlled": "f6294f712afa5482", "exported": "81b0aaebee4274e0"}
 
 
@@ -37,7 +39,10 @@ TINY = {"packs": "7a266f2a0b1cb2be", "controlled": "f6294f712afa5482", "exported
 def test_a_kinds_default_settings_make_the_key_that_they_always_made(name):
     kind = find_kind(name)
     defaults = OmegaConf.to_object(OmegaConf.structured(kind.config))
-    said = durable.canonical_json(keyed_settings(kind.config, defaults))
+    material = keyed_settings(kind.config, defaults)
+    meant = CAME_TO_MEAN.get(name, {})
+    assert {key: material.pop(key, None) for key in meant} == meant
+    said = durable.canonical_json(material)
     assert durable.sha256_bytes(said)[:12] == FIRST[name], f"{name}: the key's material is now {said}"
 
 
