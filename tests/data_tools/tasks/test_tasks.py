@@ -244,7 +244,7 @@ def test_real_files_are_read_whole(inputs, task, file):
 
 
 def test_the_solutions_of_math_500_are_right(inputs):
-    lines = [json.loads(line) for line in open(inputs.data("math500/test.jsonl"))][::10]
+    lines = [json.loads(line) for line in open(inputs.data("math500/test.jsonl"))][:: 1 if inputs.shipped else 10]
     wrong = [
         line["answer"]
         for line in lines
