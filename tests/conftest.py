@@ -2,8 +2,16 @@
 
 import pytest
 
+from tests.inputs import ORIGINS, Inputs
+
 TABLES = pytest.StashKey[list[str]]()  # lines that tests want printed; left by a session's end
 _SENT = "tables"
+
+
+@pytest.fixture(scope="session", params=ORIGINS)
+def inputs(request):
+    """Input files: those that ship with the tests, then the public ones."""
+    return Inputs(request.param)
 
 
 def pytest_configure(config):

@@ -14,7 +14,8 @@ from launchers.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import dev_cluster, rows_of, scrub_slurm  # noqa: F401
 from tests.command import ROOT, afterok, afterok_json, wait_for, wait_until_sealed
-from tests.data_tools.chats import shared, template_of, write_tokenizer
+from tests.data_tools.chats import template_of, write_tokenizer
+from tests.inputs import public
 from tests.launchers.test_parallel_plan import NANO, PROFILE
 
 WHOLE, SMALL = "jobs/pipelines/openresearcher.yaml", "jobs/pipelines/openresearcher_small.yaml"
@@ -90,12 +91,12 @@ def check_small(run: Path, rows: int) -> None:
 
 
 @pytest.mark.soak  # half a minute of starting processes
-def test_real_trajectories_go_through_the_whole_pipeline_in_small_packs(tmp_path):
-    rows = json.loads(shared("data", "tau_bench", "gpt-4o-airline.json").read_text())[:24]
+def test_real_trajectories_go_through_the_whole_pipeline_in_small_packs(tmp_path, inputs):
+    rows = json.loads(inputs.data("tau_bench/gpt-4o-airline.json").read_text())[:24]
     (tmp_path / "trajectories.json").write_text(json.dumps(rows))
     words = small(tmp_path, [tmp_path / "trajectories.json"])
     afterok("run", *words, "params.pack_length=32768", "cluster=local", timeout=600)
-    check_small(tmp_path / "run", 24)
+    check_small(tmp_path / "run", len(rows))
 
 
 # rows
@@ -109,7 +110,7 @@ SMALLER = ["init.with.heads=2", "sft.with.parallel.context_comm=a2a", "params.st
 def test_packs_of_262144_tokens_are_trained_on_slurm_that_preempts_twice(tmp_path, dev_cluster, family):  # noqa: F811
     """Once without grace, so that the second step is cut in the middle, and once with time to end it."""
     env, slurm, run = dev_cluster.env(), Slurm(dev_cluster.env()), tmp_path / "run"
-    words = small(tmp_path, [shared("data", *name) for name in TRAJECTORIES], FAMILIES[family])
+    words = small(tmp_path, [public("data", *name) for name in TRAJECTORIES], FAMILIES[family])
     layers = 4 if family == "nemotron_h" else 2  # one of each kind
     words += [f"params.family={family}", f"init.with.layers={layers}", *SMALLER, "sft.resources.partition=preempt"]
     afterok("submit", *words, env=env, timeout=300)

@@ -25,7 +25,8 @@ from data_tools.conversation import read_record  # noqa: E402
 from data_tools.encoder import Encoder  # noqa: E402
 from data_tools.materialize import Config, Source, materialize  # noqa: E402
 from data_tools.tokenizer import load_tokenizer  # noqa: E402
-from tests.data_tools.chats import SHARED, TEMPLATES  # noqa: E402
+from tests.data_tools.chats import TEMPLATES  # noqa: E402
+from tests.inputs import SHARED  # noqa: E402
 
 TOKENIZER, TEMPLATE = SHARED / "tokenizers/qwen3_rebuilt", TEMPLATES / "qwen3_training.jinja"
 COPIES = 100  # of the trajectories, for the phase as a whole: enough for its start not to count

@@ -4,12 +4,11 @@ import importlib.util
 import json
 from pathlib import Path
 
-import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_tools.durable import write_json
+from tests.inputs import public
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 TEMPLATES = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "chat_templates"
 SPECIAL = ["<|endoftext|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|eot_id|>"]
 
@@ -95,20 +94,29 @@ def template_of(name):
     return (TEMPLATES / f"{name}.jinja").read_text()
 
 
-def shared(*parts):
-    """A file of the shared public data; skips where there is none."""
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"no {path.name}: the shared data is not on this machine")
-    return path
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+QWEN_ADDED = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
 
-def shared_tokenizer(folder, name):
-    """The Qwen tokenizer as it is; GPT-2's, which has no config, with an end and a padding token of its own."""
-    if name == "qwen3_rebuilt":
-        return shared("tokenizers", name)
-    folder.mkdir()
-    (folder / "tokenizer.json").write_bytes(shared("tokenizers", name, "tokenizer.json").read_bytes())
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"})
+def tokenizer_of(inputs, folder, name):
+    """The Qwen tokenizer as it is; GPT-2's, which has no config, with an end and a padding token of its own.
+
+    Of the shipped ones the vocabulary is small; normal form, words, added tokens and configs are theirs.
+    """
+    qwen = name == "qwen3_rebuilt"
+    if qwen and not inputs.shipped:
+        return public("tokenizers", name)
+    if inputs.shipped:
+        more = {"normalizer": normalizers.NFC(), "words": QWEN_WORDS} if qwen else {}
+        write_tokenizer(folder, special=QWEN_SPECIAL if qwen else ["<|endoftext|>"], **more)
+    else:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_bytes(public("tokenizers", name, "tokenizer.json").read_bytes())
+    config = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    if qwen:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in QWEN_ADDED])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config})
     return folder

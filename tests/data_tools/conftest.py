@@ -14,17 +14,6 @@ from data_tools.tasks.calculator import ALPHABET
 settings.register_profile("data", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("data")
 
-SHARED = Path(__file__).parents[2].parent / "shared"
-
-
-@pytest.fixture
-def gsm8k() -> Path:
-    """The folder with GSM8K's real train.jsonl and test.jsonl."""
-    folder = SHARED / "data" / "gsm8k"
-    if not folder.is_dir():
-        pytest.skip(f"no GSM8K files: {folder} is not on this machine")
-    return folder
-
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +12,6 @@ from data_tools.answers.values import read
 from data_tools.math_answers import Options, final_answer, is_equal, rewards, text_of, vote
 from data_tools.tasks.task import Item
 from tests.data_tools.answer_pairs import PAIRS
-
-DATA = Path(os.environ.get("AFTEROK_DATA", "/work/shared/data"))
 
 
 def is_right(gold: str, completion: str, form: str = "boxed") -> bool:
@@ -194,7 +190,6 @@ def test_a_choice_is_the_one_letter_that_is_named(letter):
 
 # -- real answers -----------------------------------------------------------------------------------------------------
 
-real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data in {DATA}")
 SPELLINGS = [  # of LaTeX, that mean the same
     lambda s: f"${s}$", lambda s: f" {s} ", lambda s: f"{s}.", lambda s: f"\\displaystyle {s}", lambda s: f"{{{s}}}", lambda s: f"\\({s}\\)",
     lambda s: s.replace("\\frac", "\\dfrac"), lambda s: s.replace("\\frac", "\\tfrac"), lambda s: s.replace("-",
@@ -210,30 +205,30 @@ SPELLINGS = [  # of LaTeX, that mean the same
 ]  # fmt: skip
 
 
-@real
-def test_the_answers_of_math_500_are_right_in_other_spellings():
-    golds = sorted({json.loads(line)["answer"] for line in open(DATA / "math500/test.jsonl")})
+def test_the_answers_of_math_500_are_right_in_other_spellings(inputs):
+    golds = sorted({json.loads(line)["answer"] for line in open(inputs.data("math500/test.jsonl"))})
     missed = {(gold, f(gold)) for gold in golds for f in SPELLINGS if not is_right(gold, f"\\boxed{{{f(gold)}}}")}
-    assert len(golds) > 280 and not missed
+    assert len(golds) >= (30 if inputs.shipped else 281) and not missed
 
 
-@real
-def test_no_answer_of_math_500_is_taken_for_another():
+def test_no_answer_of_math_500_is_taken_for_another(inputs):
     """But for those that are equal: \\frac{1}{4} and \\frac14; one's unit or the other's is not said."""
-    golds = sorted({json.loads(line)["answer"] for line in open(DATA / "math500/test.jsonl")})
+    golds = sorted({json.loads(line)["answer"] for line in open(inputs.data("math500/test.jsonl"))})
     by_vote: dict[str, set[str]] = {}
     for gold in golds:
         bare = re.sub(r"\\(?:left|right|[dt]?frac|,|!|\$)|[\s{}$,]", "", gold)
         by_vote.setdefault(vote(gold, gold), set()).add(re.sub(r"(?<=\d)\^\\circ$", "", bare))
     shared = [sorted(same) for same in by_vote.values() if len(same) > 1]
-    assert sorted(shared) == [["-21", "1-2"], ["15", "15\\mboxcm^2"], ["5", "x=5"]] and len(by_vote) > 270
+    equal = [["-21", "1-2"], ["15", "15\\mboxcm^2"], ["5", "x=5"]]
+    if inputs.shipped:
+        equal = [["12", "12\\mboxcm^2"], ["7", "x=7"]]
+    assert sorted(shared) == equal and len(by_vote) > (25 if inputs.shipped else 270)
 
 
-@real
 @pytest.mark.parametrize("file, key", [("gsm8k/test.jsonl", "answer"), ("qwen_math/math_cot_100.jsonl", "gt"),
 ("qwen_math/svamp.test.jsonl", "Answer")])
-def test_real_answers_are_right_in_other_spellings(file, key):
-    lines = [json.loads(line) for line in open(DATA / file)]
+def test_real_answers_are_right_in_other_spellings(inputs, file, key):
+    lines = [json.loads(line) for line in open(inputs.data(file))]
     golds = sorted({text_of(line, key).rpartition("####")[2].strip() for line in lines} - {"4:30p.."})  # no answer
     for gold in golds:
         plain = gold.replace(",", "") if re.fullmatch(r"-?[\d,]+", gold) else gold

@@ -15,7 +15,7 @@ from data_tools.conversation import BadRecord
 from data_tools.encoder import Encoder, check_encoder
 from data_tools.mistake import UserMistake
 from data_tools.tokenizer import load_tokenizer
-from tests.data_tools.chats import nfc_tokenizer, shared, shared_tokenizer, write_tokenizer
+from tests.data_tools.chats import nfc_tokenizer, tokenizer_of, write_tokenizer
 
 
 @pytest.fixture(scope="module", params=["byte level", "byte level, NFC", "characters"])
@@ -175,9 +175,9 @@ def test_an_unknown_encoder_is_refused():
 
 
 @pytest.mark.parametrize("name", ["qwen3_rebuilt", "gpt2_rebuilt"])
-def test_gigatoken_gives_the_ids_of_real_tokenizers(name, tmp_path):
-    tokenizer = load_tokenizer(str(shared_tokenizer(tmp_path / "tokenizer", name)))
+def test_gigatoken_gives_the_ids_of_real_tokenizers(name, tmp_path, inputs):
+    tokenizer = load_tokenizer(str(tokenizer_of(inputs, tmp_path / "tokenizer", name)))
     fast, slow = Encoder(tokenizer, "gigatoken"), Encoder(tokenizer, "huggingface")
-    lines = shared("data", "llamafactory", "c4_demo.jsonl").read_text().splitlines()[:100]
+    lines = inputs.data("llamafactory/c4_demo.jsonl").read_text().splitlines()[:100]
     assert all(np.array_equal(fast.encode(line, [])[0], slow.encode(line, [])[0]) for line in lines)
     assert fast.name == "gigatoken"

@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from data_tools.mistake import UserMistake
 from data_tools.q_rewards import Config, boltzmann, q_rewards
-from tests.data_tools.conftest import SHARED
+from tests.inputs import Inputs
 
 
 def table(path: Path, header: str, *lines: str) -> Path:
@@ -23,11 +23,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_published_rows_are_reproduced_to_the_last_digit(tmp_path: Path) -> None:
-    golden = SHARED / "data" / "boltzmann_golden.json"
-    if not golden.is_file():
-        pytest.skip("no golden Q-value rows: the shared data are not on this machine")
-    golden = json.loads(golden.read_text())
+def test_the_published_rows_are_reproduced_to_the_last_digit(tmp_path: Path, inputs: Inputs) -> None:
+    golden = json.loads(inputs.data("boltzmann_golden.json").read_text())
     lines = [",".join(["a prompt", *map(repr, row["q"])]) for row in golden["rows"]]
     source = table(tmp_path / "q.csv", "prompt,q_action_0,q_action_1,q_action_2,q_action_3", *lines)
     out = tmp_path / "out"

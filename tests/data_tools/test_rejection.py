@@ -6,7 +6,7 @@ import pytest
 from data_tools.conversation import read_record
 from data_tools.mistake import UserMistake
 from data_tools.rejection import Config, buckets_of, check, reject_filter, split_thinking
-from tests.data_tools.conftest import SHARED
+from tests.inputs import Inputs
 
 
 def sample(prompt_id: object = 0, completion: str = "<think>add</think>4", **values: object) -> dict:
@@ -221,12 +221,10 @@ def test_wrong_settings_are_told_at_once() -> None:
     ]
 
 
-def test_real_model_solutions_of_gsm8k_are_filtered_as_they_are_marked(tmp_path: Path) -> None:
-    files = sorted((SHARED / "data" / "gsm8k").glob("*solution*")) if SHARED.is_dir() else []
-    if not files:
-        pytest.skip("no model solutions of GSM8K: the shared data are not on this machine")
+def test_model_solutions_of_gsm8k_are_filtered_as_they_are_marked(tmp_path: Path, inputs: Inputs) -> None:
     rows, right = [], 0
-    for number, line in enumerate(files[0].read_text().splitlines()[:300]):
+    lines = inputs.data("gsm8k/example_model_solutions.jsonl").read_text().splitlines()
+    for number, line in enumerate(lines[:300]):
         row = json.loads(line)
         for key in [key for key in row if isinstance(row[key], dict) and "is_correct" in row[key]]:
             solution = row[key]
@@ -234,5 +232,5 @@ def test_real_model_solutions_of_gsm8k_are_filtered_as_they_are_marked(tmp_path:
             right += solution["is_correct"]
     facts, chats = filtered(tmp_path, rows, near_duplicate=1.0)
     found = buckets(facts)
-    assert len(rows) == 1200 and found["wrong"] == len(rows) - right
+    assert len(rows) == (16 if inputs.shipped else 1200) and 0 < right < len(rows) and found["wrong"] == len(rows) - right
     assert found["kept"] + found.get("duplicate", 0) == right and len(chats) == found["kept"]

@@ -15,7 +15,7 @@ from data_tools.template import ChatTemplate, TemplateError
 from data_tools.tokenizer import load_tokenizer
 from data_tools.turns import Turns
 from tests.data_tools.chats import (
-    ADDING, ASKED, CHATML, CONVERSATIONS, FOUND, SOLVED, TOOLS, message, shared, shared_tokenizer, template_of,
+    ADDING, ASKED, CHATML, CONVERSATIONS, FOUND, SOLVED, TOOLS, message, template_of, tokenizer_of,
     write_tokenizer)
 
 DAY = date(2025, 10, 26)
@@ -100,16 +100,16 @@ def test_masks_are_those_of_trl_and_of_transformers_generation_blocks(name, toke
 
 
 @pytest.fixture(scope="module", params=["qwen3_rebuilt", "gpt2_rebuilt"])
-def real_tokenizers(request, tmp_path_factory):
-    folder = shared_tokenizer(tmp_path_factory.mktemp("real") / "tokenizer", request.param)
+def real_tokenizers(request, tmp_path_factory, inputs):
+    folder = tokenizer_of(inputs, tmp_path_factory.mktemp("real") / "tokenizer", request.param)
     ours = load_tokenizer(str(folder))
     return AutoTokenizer.from_pretrained(folder), ours, Encoder(ours, "huggingface")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_masks_of_real_conversations_are_those_of_trl(name, real_tokenizers):
+def test_masks_of_real_conversations_are_those_of_trl(name, inputs, real_tokenizers):
     for file in FILES:
-        share = open_share(shared("data", *file.split("/")), 0, 1)
+        share = open_share(inputs.data(file), 0, 1)
         records = [record for record, _ in zip(share, range(10))]
         records = [json.loads(record) if isinstance(record, bytes) else record for record in records]
         conversations = [conversation for record in records for conversation in read_record(record)]

@@ -15,7 +15,8 @@ from data_tools.tokenizer import load_tokenizer
 from data_tools.durable import read_json, write_json
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
-from tests.data_tools.conftest import SHARED
+from tests.data_tools.chats import tokenizer_of
+from tests.inputs import Inputs
 
 texts = st.text(st.sampled_from(ALPHABET), max_size=40)
 
@@ -58,10 +59,8 @@ def test_the_same_alphabet_gives_the_same_bytes(tmp_path: Path) -> None:
         write_char_tokenizer(tmp_path / "c", "010")
 
 
-def test_a_real_bpe_folder_gives_the_ids_of_transformers() -> None:
-    folder = SHARED / "tokenizers" / "qwen3_rebuilt"
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip(f"no real tokenizer: {folder} is not on this machine")
+def test_a_real_bpe_folder_gives_the_ids_of_transformers(tmp_path: Path, inputs: Inputs) -> None:
+    folder = tokenizer_of(inputs, tmp_path / "tokenizer", "qwen3_rebuilt")
     from transformers import AutoTokenizer
 
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(str(folder))

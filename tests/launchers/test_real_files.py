@@ -12,7 +12,7 @@ from data_tools.pack import PackReader
 from data_tools.store import Store
 from jobs.artifact import read_seal
 from tests.command import afterok, afterok_json
-from tests.data_tools.chats import TEMPLATES, shared, shared_tokenizer
+from tests.data_tools.chats import TEMPLATES, tokenizer_of
 from tests.data_tools.test_materialize_chats import FAMILIES, FILES
 
 LENGTH, ALIGN, ELEMENTS = 262_144, 8, 3
@@ -30,11 +30,11 @@ def phases_of(name, tokenizer, inputs):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("tokenizer_name", ["qwen3_rebuilt", "gpt2_rebuilt"])
-def test_every_row_of_the_shared_files_is_in_a_pack_or_in_a_bucket(tmp_path, dev_cluster, tokenizer_name):
-    inputs = [str(shared("data", *file.split("/"))) for file in FILES]
-    tokenizer = shared_tokenizer(tmp_path / "tokenizer", tokenizer_name)
+def test_every_row_of_the_shared_files_is_in_a_pack_or_in_a_bucket(tmp_path, dev_cluster, inputs, tokenizer_name):
+    files, lines = [str(inputs.data(file)) for file in FILES], list(map(inputs.lines, FILES))
+    tokenizer = tokenizer_of(inputs, tmp_path / "tokenizer", tokenizer_name)
     pipeline, run, env = tmp_path / "real.yaml", tmp_path / "run", dev_cluster.env()
-    phases = {key: phase for name in FAMILIES for key, phase in phases_of(name, tokenizer, inputs).items()}
+    phases = {key: phase for name in FAMILIES for key, phase in phases_of(name, tokenizer, files).items()}
     pipeline.write_text(yaml.safe_dump({"name": "real", "phases": phases}, sort_keys=False))
     afterok("run", pipeline, "--run", run, env=env, timeout=1500)
     facts = {phase["phase"]: phase["facts"] for phase in afterok_json("status", run, env=env)["phases"]}
@@ -43,8 +43,8 @@ def test_every_row_of_the_shared_files_is_in_a_pack_or_in_a_bucket(tmp_path, dev
                                   for phase in (name, f"{name}_packs"))
         store, reader = Store(store_path), PackReader(store_path, packs_path)
         sheets = Balance.from_json(read_json(store_path / "balance.json")).sources
-        assert [sheet.lines for sheet in sheets] == list(FILES.values())
-        assert len(store) + sum(facts[name]["buckets"].values()) == sum(FILES.values())
+        assert [sheet.lines for sheet in sheets] == lines
+        assert len(store) + sum(facts[name]["buckets"].values()) == sum(lines)
         placed = []
         for number in range(reader.n_packs):
             pack = reader.pack(number)

@@ -1,8 +1,6 @@
 """What each task takes from its records, and what it pays for."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +9,6 @@ from data_tools.math_answers import Options, is_equal
 from data_tools.tasks.mix import Entry, load_items
 from data_tools.tasks.rewards import Score, Scorer, Verifier
 from data_tools.tasks.task import Item, Source, load_task, task_names, task_options
-
-DATA = Path(os.environ.get("AFTEROK_DATA", "/work/shared/data"))
 
 
 def item_of(task: str, record: dict, **options) -> Item:
@@ -236,24 +232,19 @@ def test_every_task_has_the_names():
 
 # -- real files, where they are ---------------------------------------------------------------------------------------
 
-real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public data in {DATA}")
-
-
-@real
-@pytest.mark.parametrize("task, file, count", [
-    ("gsm8k", "gsm8k/test.jsonl", 1319), ("math500", "math500/test.jsonl", 500),
-    ("aime", "qwen_math/aime24.test.jsonl", 30), ("multiple_choice", "qwen_math/mmlu_stem.test.jsonl", 3018),
+@pytest.mark.parametrize("task, file", [
+    ("gsm8k", "gsm8k/test.jsonl"), ("math500", "math500/test.jsonl"), ("aime", "qwen_math/aime24.test.jsonl"),
+    ("multiple_choice", "qwen_math/mmlu_stem.test.jsonl"),
 ])  # fmt: skip
-def test_real_files_are_read_whole(task, file, count):
-    items = load_items(task, Entry(task, source=Source(inputs=[str(DATA / file)])))
-    lines = [json.loads(line) for line in open(DATA / file)]
+def test_real_files_are_read_whole(inputs, task, file):
+    items = load_items(task, Entry(task, source=Source(inputs=[str(inputs.data(file))])))
+    lines = [json.loads(line) for line in open(inputs.data(file))]
     asked = {json.dumps([line.get("question", line.get("problem", "")).strip(), line.get("choices")]) for line in lines}
-    assert len(lines) == count and len(items) == len(asked)
+    assert len(lines) == inputs.lines(file) and len(items) == len(asked)
 
 
-@real
-def test_the_solutions_of_math_500_are_right():
-    lines = [json.loads(line) for line in open(DATA / "math500/test.jsonl")][::10]
+def test_the_solutions_of_math_500_are_right(inputs):
+    lines = [json.loads(line) for line in open(inputs.data("math500/test.jsonl"))][:: 1 if inputs.shipped else 10]
     wrong = [
         line["answer"]
         for line in lines
@@ -262,12 +253,11 @@ def test_the_solutions_of_math_500_are_right():
     assert not wrong
 
 
-@real
 @pytest.mark.soak
-def test_all_solutions_of_math_500_and_the_graded_ones_of_qwen_are_judged_right():
-    for line in map(json.loads, open(DATA / "math500/test.jsonl")):
+def test_all_solutions_of_math_500_and_the_graded_ones_of_qwen_are_judged_right(inputs):
+    for line in map(json.loads, open(inputs.data("math500/test.jsonl"))):
         assert score("math500", Item.of("?", line["answer"]), line["solution"])["correct"], line["answer"]
-    graded = [(line["gt"], code, right) for line in map(json.loads, open(DATA / "qwen_math/math_cot_100.jsonl"))
+    graded = [(line["gt"], code, right) for line in map(json.loads, open(inputs.data("qwen_math/math_cot_100.jsonl")))
               for code, right in zip(line["code"], line["score"])]  # fmt: skip
     other = [gold for gold, code, right in graded
              if (score("math500", Item.of("?", gold), code) or {"correct": False})["correct"] != right]
