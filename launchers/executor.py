@@ -161,7 +161,8 @@ def _condition(type_: str, jobs: str, index: Optional[int]) -> str:
 
 # QOSMaxSubmitJobPerUserLimit, AssocMaxSubmitJobLimit, …
 SUBMIT_LIMIT = re.compile(r"MaxSubmit|GrpSubmit|job submit limit")
-BEGUN = re.compile(r"no longer pending|already completing or completed|Invalid job id")  # ESLURM_JOB_NOT_PENDING, …
+# ESLURM_JOB_NOT_PENDING, ESLURM_JOB_FINISHED, …
+BEGUN = re.compile(r"no longer pending|already finished|already completing or completed|Invalid job id")
 
 
 class SlurmBackend:

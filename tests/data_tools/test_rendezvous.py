@@ -1,5 +1,6 @@
 """Ranks meet in a store that nobody enters without the key, whatever he knows of address, port and protocol."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -147,10 +148,12 @@ def test_one_who_passes_a_proof_on_from_another_port_is_not_believed(store):
 
 
 def test_a_port_that_a_stranger_took_is_passed_by(request):
-    meeting = place(request.node.name)
-    taken = [socket.create_server(("127.0.0.1", port)) for port in meeting.candidates()[:2]]
+    meeting, taken = place(request.node.name), []
+    for port in meeting.candidates()[:2]:
+        with contextlib.suppress(OSError):  # taken already, by somebody else
+            taken.append(socket.create_server(("127.0.0.1", port)))
     server = Server(meeting)
-    assert server.port == meeting.candidates()[2]
+    assert server.port in meeting.candidates()[2:]
     client = Client(meeting, 30.0)
     client.set("a", b"1")
     client.close()
