@@ -283,7 +283,7 @@ def test_of_two_workers_for_one_element_one_works_and_the_other_leaves(tmp_path,
     pipeline = pipeline_of(tmp_path, counter={
         "uses": "tests.toy.counter", "with": {"steps": 4, "gate": f"{run}.gate"}})
     afterok("submit", pipeline, "--run", run, env=env)
-    owner = json.loads(wait_for("its lease", lambda: next(run.glob("counter/*/leases/*"), None)).read_text())["pid"]
+    owner = json.loads(wait_for("its lease", lambda: next(run.glob("counter/*/leases/0000.*"), None)).read_text())["pid"]
     os.kill(owner, signal.SIGSTOP)
     command = [sys.executable, "-m", "jobs.worker", str(run), "counter"]
     code = {**os.environ, **env, "PYTHONPATH": str(run / "submissions/1/code")}
