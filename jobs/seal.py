@@ -9,14 +9,12 @@ import platform
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
 from jobs.anew import how_to_run_anew
-
-if TYPE_CHECKING:
-    from jobs.artifact import HashCache
+from jobs.hash_cache import HashCache
 
 FORMAT = 1
 FILE = {"size": int, "mtime_ns": int, "sha256": str}  # what a seal says of each file
@@ -88,7 +86,7 @@ class Seal:
         """False of what was sealed before seals had a sum over themselves: nobody can tell whether it was altered."""
         return durable.SUM in self.content
 
-    def altered(self, rehash: bool = False, cache: "Optional[HashCache]" = None) -> Iterator[str]:
+    def altered(self, rehash: bool = False, cache: Optional[HashCache] = None) -> Iterator[str]:
         """One line a sealed file that is missing or not the bytes that were sealed.
 
         Compares size and mtime; hashes where they differ (a copied run keeps bytes, not times) or when `rehash`.
@@ -108,7 +106,7 @@ class Seal:
             if stat.st_size != entry["size"] or sha256(path) != entry["sha256"]:
                 yield f"{path} was changed after it was sealed (sha256 is no longer {entry['sha256'][:12]}…)"
 
-    def verify(self, rehash: bool = False, cache: "Optional[HashCache]" = None) -> None:
+    def verify(self, rehash: bool = False, cache: Optional[HashCache] = None) -> None:
         for line in self.altered(rehash, cache):
             raise UserMistake(f"{line}; restore it, or submit again: it is then sealed anew")
 
