@@ -15,9 +15,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(
-        include=[f"{package}{below}" for package in ("jobs", "launchers", "megatron_ext", "data_tools", "slurm")
-                 for below in ("", ".*")], exclude=["launchers.console"]
-    ) + ["afterok"],
+        include=[
+            f"{package}{below}"
+            for package in ("jobs", "launchers", "megatron_ext", "data_tools", "slurm")
+            for below in ("", ".*")
+        ],
+        exclude=["launchers.console"],
+    )
+    + ["afterok"],
     package_dir={"afterok": "launchers/console"},
     package_data={"jobs": ["pipelines/*.yaml"], "slurm": ["profiles/*.yaml"]},
     install_requires=[
@@ -42,14 +47,24 @@ setup(
     ],
     extras_require={
         # As far as metadata says these fit torch 2.13 and megatron-core 0.16.1; not yet run on a GPU.
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<2.12", "mamba-ssm==2.2.6.post3",
-                "causal-conv1d==1.5.3.post1"],
+        "gpu": [
+            "transformer-engine[core_cu13,pytorch]>=2.11,<2.12",
+            "mamba-ssm==2.2.6.post3",
+            "causal-conv1d==1.5.3.post1",
+        ],
         "vllm": ["vllm>=0.29,<0.31"],
         "wandb": ["wandb>=0.31", "tensorboard>=2.20"],  # trackers that a training reports to when asked
         "fast": ["gigatoken>=0.10,<0.11"],  # Hugging Face's token ids, found many times faster
-        "test": ["pytest", "pytest-xdist", "hypothesis", "gigatoken>=0.10,<0.11",
-                 "wandb>=0.31", "tensorboard>=2.20",
-                 "peft==0.21.2", "trl==1.16.0"],  # peers of benchmarks, oracles of adapters, masks and losses
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "gigatoken>=0.10,<0.11",
+            "wandb>=0.31",
+            "tensorboard>=2.20",
+            "peft==0.21.2",
+            "trl==1.16.0",
+        ],  # peers of benchmarks, oracles of adapters, masks and losses
     },
     entry_points={"console_scripts": ["afterok=afterok.start:main"]},
 )

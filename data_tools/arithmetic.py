@@ -11,7 +11,6 @@ Rational throughout (`fractions.Fraction`), left to right, never `eval()`. `//` 
 import re
 from fractions import Fraction
 from functools import lru_cache
-from typing import Optional
 
 MAX_CHARACTERS = 512  # a longer text is no calculator mark; bounds the size of the integers
 MAX_DEPTH = 64  # of parentheses and signs, far above the 3 that GSM8K nests
@@ -33,7 +32,7 @@ def clean(text: str) -> str:
     return _THOUSANDS.sub("", re.sub("[$€£¥]", "", text))
 
 
-def parse_number(text: str) -> Optional[Fraction]:
+def parse_number(text: str) -> Fraction | None:
     """The value of one decimal number (`-75.00`, `.5`, `$1,200`), None when the text is anything else."""
     text = clean(text)
     if text.isascii() and text.isdigit() and len(text) <= MAX_CHARACTERS:
@@ -45,7 +44,7 @@ def parse_number(text: str) -> Optional[Fraction]:
     return -value if match[1] == "-" else value
 
 
-def format_number(value: Fraction) -> Optional[str]:
+def format_number(value: Fraction) -> str | None:
     """The shortest decimal spelling: 75.00 → `75`, .5 → `0.5`; None where it has no finite one (1/3)."""
     if value.denominator == 1:
         return str(value.numerator)

@@ -8,9 +8,10 @@ as having some, and of the kept ones some are in the loss:
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 from data_tools.durable import read_json, write_json
 

@@ -1,7 +1,7 @@
 """One stream of packs out of several pack plans, each over its own store, in exact proportion."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 

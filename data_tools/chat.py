@@ -10,9 +10,10 @@ prompt ids it was trained on.
 import datetime
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 
@@ -37,25 +38,33 @@ class ChatConfig:
 
     schema: str = "auto"  # of the records: auto, or one of data_tools.conversation.SCHEMAS
     template: str = field(default="", metadata={"input": True})  # a Jinja file; "" = the tokenizer's own
-    arguments: Dict[str, Any] = field(default_factory=dict)  # for the template: enable_thinking, reasoning_effort, …
+    arguments: dict[str, Any] = field(default_factory=dict)  # for the template: enable_thinking, reasoning_effort, …
     date: str = "2026-01-01"  # what templates are told today is
-    header: Optional[str] = None  # start of a turn that is not trained; null = found from the generation prompt
+    header: str | None = None  # start of a turn that is not trained; null = found from the generation prompt
     turns: str = "all"  # all | last (after the last question) | each (a row a question, up to and with its answer)
     train_thinking: bool = True
     train_tool_calls: bool = True
-    ignored: List[str] = field(default_factory=list, metadata={"keyed": "if_set"})  # keys of records and messages
+    ignored: list[str] = field(default_factory=list, metadata={"keyed": "if_set"})  # keys of records and messages
     # What the template leaves out: put into the content, between <think> tags; or lost: reasoning | tools | name.
     inline_reasoning: bool = field(default=False, metadata={"keyed": "if_set"})
-    may_lose: List[str] = field(default_factory=list, metadata={"keyed": "if_set"})
+    may_lose: list[str] = field(default_factory=list, metadata={"keyed": "if_set"})
 
 
 def check_chat(config: ChatConfig) -> list[Problem]:
-    values = [("schema", config.schema, ("auto", *SCHEMAS)), ("turns", config.turns, TURNS),
-              *(("may_lose", value, LOSABLE) for value in config.may_lose)]
-    problems = [Problem(key, f"unknown value {value!r}{nearest(value, known)}") for key, value, known in values
-                if value not in known]
-    problems += [Problem(f"arguments.{name}", "is no argument: it is set for every row; leave it out")
-                 for name in own_variables(config.arguments)]
+    values = [
+        ("schema", config.schema, ("auto", *SCHEMAS)),
+        ("turns", config.turns, TURNS),
+        *(("may_lose", value, LOSABLE) for value in config.may_lose),
+    ]
+    problems = [
+        Problem(key, f"unknown value {value!r}{nearest(value, known)}")
+        for key, value, known in values
+        if value not in known
+    ]
+    problems += [
+        Problem(f"arguments.{name}", "is no argument: it is set for every row; leave it out")
+        for name in own_variables(config.arguments)
+    ]
     try:
         datetime.date.fromisoformat(config.date)
     except ValueError:
@@ -132,8 +141,11 @@ class ChatRows:
         wanted = {number for number in range(len(conversation.messages)) if self._is_trained(number, conversation)}
         rendered = self.turns.render(conversation, wanted)
         if self.config.inline_reasoning:
-            lost = [field.message for field in self.fields.lost(conversation, rendered)
-                    if field.path[-1] == "reasoning_content"]
+            lost = [
+                field.message
+                for field in self.fields.lost(conversation, rendered)
+                if field.path[-1] == "reasoning_content"
+            ]
             if lost:
                 conversation = inline_reasoning(conversation, lost)
                 rendered = self.turns.render(conversation, wanted)
@@ -171,8 +183,11 @@ class ChatRows:
             spans = [span for span in turns if span.message == number]
             turn = Part(spans[0].start, spans[-1].stop)
             try:
-                parts = (self._rendered_parts(text, turn) if isinstance(item, list)
-                         else self._parts(text, turn, number, item))
+                parts = (
+                    self._rendered_parts(text, turn)
+                    if isinstance(item, list)
+                    else self._parts(text, turn, number, item)
+                )
             except BadRecord as error:
                 raise BadRecord(f"message {number + 1}: {error}", error.bucket) from None
             pieces += without(spans, parts)
@@ -197,14 +212,25 @@ class ChatRows:
         """UserMistake unless what is in the loss reads as the assistants' turns, each with its stop token."""
         edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).reshape(-1, 2)
         learnt = _letters("".join(self.tokenizer.decode(ids[start:stop].tolist()) for start, stop in edges))
-        problems = [f"message {message + 1} is not in the loss as it was written" for message, start, stop in trained
-                    if _letters(text[start:stop]) not in learnt]
+        problems = [
+            f"message {message + 1} is not in the loss as it was written"
+            for message, start, stop in trained
+            if _letters(text[start:stop]) not in learnt
+        ]
         last = {piece.message: piece for piece in trained}
         if self.config.train_thinking and self.config.train_tool_calls:
-            problems += [f"the stop token of message {number + 1} is not in the loss" for number, piece in last.items()
-                         if not text[piece.start : piece.stop].rstrip().endswith(self.turns.stop_texts)]
-        said = _letters("".join(f"{message['content']}{message.get('reasoning_content')}{message.get('tool_calls')}"
-                                for message in item.messages if message["role"] == "assistant"))
+            problems += [
+                f"the stop token of message {number + 1} is not in the loss"
+                for number, piece in last.items()
+                if not text[piece.start : piece.stop].rstrip().endswith(self.turns.stop_texts)
+            ]
+        said = _letters(
+            "".join(
+                f"{message['content']}{message.get('reasoning_content')}{message.get('tool_calls')}"
+                for message in item.messages
+                if message["role"] == "assistant"
+            )
+        )
         for number, message in enumerate(item.messages):
             heard = _letters(message["content"])
             if message["role"] != "assistant" and len(heard) > _QUOTE and heard in learnt and heard not in said:
@@ -212,8 +238,10 @@ class ChatRows:
         if self.tokenizer.pad_id is not None and (ids[mask == 1] == self.tokenizer.pad_id).any():
             problems.append("the padding token is in the loss")
         if problems:
-            raise UserMistake("the loss mask is wrong: " + "; ".join(problems) + "; give a chat template with "
-                              "{% generation %} blocks, or name chat.header")
+            raise UserMistake(
+                "the loss mask is wrong: " + "; ".join(problems) + "; give a chat template with "
+                "{% generation %} blocks, or name chat.header"
+            )
 
 
 def _letters(text: str) -> str:

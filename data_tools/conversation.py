@@ -20,14 +20,36 @@ chat_template_kwargs, history, `IN_LOSS` of messages.py, `REFUSED`). They are ca
 """
 
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 from data_tools.messages import (
-    REFUSED_KEY, REMEDY, ROLES, BadRecord, Keys, Turn, kind, read_message, read_tools, role_of, take_trained, value_of)
+    REFUSED_KEY,
+    REMEDY,
+    ROLES,
+    BadRecord,
+    Keys,
+    Turn,
+    kind,
+    read_message,
+    read_tools,
+    role_of,
+    take_trained,
+    value_of,
+)
 
-__all__ = ["REFUSED", "ROLES", "SCHEMAS", "BadRecord", "Conversation", "RenderedChunk", "detect_schema", "read_prompt",
-           "read_record"]
+__all__ = [
+    "REFUSED",
+    "ROLES",
+    "SCHEMAS",
+    "BadRecord",
+    "Conversation",
+    "RenderedChunk",
+    "detect_schema",
+    "read_prompt",
+    "read_record",
+]
 
 KWARGS = "chat_template_kwargs"  # SmolTalk's rows carry template arguments
 _OWN = ("messages", "tools", "documents", "add_generation_prompt")  # variables of templates that are no arguments
@@ -82,7 +104,7 @@ class Conversation:
     """
 
     messages: list[dict[str, Any]]
-    tools: Optional[list[dict[str, Any]]] = None
+    tools: list[dict[str, Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)  # for the template, over those of the config
     untrained: frozenset[int] = frozenset()  # messages that the data itself keeps out of the loss
 

@@ -5,9 +5,9 @@ Other columns keep their text. Numbers are written so that reading gives the sam
 
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 

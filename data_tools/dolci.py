@@ -13,10 +13,11 @@ import hashlib
 import json
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -63,15 +64,15 @@ _REPORT_EVERY = 2000
 
 @dataclass
 class Config:
-    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # JSONL, JSON or Parquet files
+    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # JSONL, JSON or Parquet files
     tokenizer: str = field(default="", metadata={"input": "hub"})  # what counts tokens: folder or hub name
     target_rows: int = 800_000
-    shares: Dict[str, float] = field(default_factory=lambda: dict(SHARES))  # of the target, by category
+    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))  # of the target, by category
     redistribute: str = "proportional"  # proportional | none | fail: what becomes of a share that cannot be filled
     min_tokens: int = 1
     max_tokens: int = 1500  # of all messages together; 0: no limit
     language: str = "en"  # ISO 639-1; "": any
-    sources: Dict[str, List[str]] = field(default_factory=lambda: {k: list(v) for k, v in SOURCES.items()})
+    sources: dict[str, list[str]] = field(default_factory=lambda: {k: list(v) for k, v in SOURCES.items()})
     seed: int = 0
     on_bad_row: str = "fail"  # fail | bucket
 
@@ -115,7 +116,7 @@ def thinking_and_answer(conversation: Conversation) -> tuple[str, str]:
     return thinking.strip(), _THINKING.sub("", content).strip()
 
 
-def category_of(conversation: Conversation, source: str, sources: Dict[str, List[str]]) -> str:
+def category_of(conversation: Conversation, source: str, sources: dict[str, list[str]]) -> str:
     """safety and short by source or text first, then what the source says, then what the text looks like."""
     thinking, answer = thinking_and_answer(conversation)
     named = next((name for name, parts in sources.items() if any(part in source.lower() for part in parts)), "")
@@ -258,7 +259,7 @@ def _bucket(conversation: Conversation, tokens: int, config: Config) -> str:
 # -- the draw ---------------------------------------------------------------------------------------------------------
 
 
-def quotas(available: Dict[str, int], shares: Dict[str, float], target: int, redistribute: str) -> dict[str, int]:
+def quotas(available: dict[str, int], shares: dict[str, float], target: int, redistribute: str) -> dict[str, int]:
     """Rows to draw of each category: its share of the target, or all it has; the rest as `redistribute` says.
 
     proportional: again and again to the categories with rows left, by their shares, until the target or the rows are
@@ -275,7 +276,7 @@ def quotas(available: Dict[str, int], shares: Dict[str, float], target: int, red
     return drawn
 
 
-def _apportion(rows: int, shares: Dict[str, float]) -> dict[str, int]:
+def _apportion(rows: int, shares: dict[str, float]) -> dict[str, int]:
     """`rows` by shares, whole numbers that add up: the largest remainders get what rounding down left."""
     exact = {name: rows * share / sum(shares.values()) for name, share in shares.items()}
     given = {name: int(value) for name, value in exact.items()}
@@ -316,7 +317,9 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
         for n in names
     ]
     strata = {
-        "title": "Categories", "columns": ["category", "share", "wanted", "available", "drawn", "short"], "rows": table
+        "title": "Categories",
+        "columns": ["category", "share", "wanted", "available", "drawn", "short"],
+        "rows": table,
     }
     return {
         "rows": int(chosen.sum()),

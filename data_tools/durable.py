@@ -13,8 +13,9 @@ import os
 import re
 import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 from data_tools.mistake import UserMistake
 
@@ -93,7 +94,7 @@ def write_file(path: Path, data: bytes | str) -> None:
         fsync_folder(path.parent)
 
 
-def create_file(path: Path, data: bytes | str, by_way_of: Optional[Path] = None, mode: int = 0o666) -> bool:
+def create_file(path: Path, data: bytes | str, by_way_of: Path | None = None, mode: int = 0o666) -> bool:
     """Create `path` with all its bytes, or return False because it exists: exactly one of many writers wins.
 
     Uses link(2), which is atomic on NFS too, where O_EXCL with a later write would show an empty file. The bytes are
@@ -111,8 +112,10 @@ def create_file(path: Path, data: bytes | str, by_way_of: Optional[Path] = None,
             return os.path.samefile(temporary, path)
         except OSError as error:
             if error.errno in LINK_UNSUPPORTED:
-                raise UserMistake(f"{path.parent} is on a filesystem without hard links ({error.strerror}); "
-                                  "put the run on one that has them") from None
+                raise UserMistake(
+                    f"{path.parent} is on a filesystem without hard links ({error.strerror}); "
+                    "put the run on one that has them"
+                ) from None
             raise
         finally:
             with contextlib.suppress(OSError):
@@ -135,7 +138,7 @@ def append_line(path: Path, line: str) -> None:
             data = (line + "\n").encode()
             try:
                 while data:  # a filling disk takes a part first, and refuses the next
-                    data = data[os.write(handle, data):]
+                    data = data[os.write(handle, data) :]
                 os.fsync(handle)
             except OSError:
                 os.ftruncate(handle, whole)
@@ -217,8 +220,10 @@ def parse_checked(text: "str | bytes", name: object) -> dict[str, Any]:
     others = [text for key, item in value.items() if key != SUM for text in (key, item)]
     renamed = any(isinstance(text, str) and _A_SUM.match(text) for text in others)
     if renamed or (SUM in value and value[SUM] != sum_of(value)):
-        raise TornFile(f"{name} was altered after it was written (its sum is {value.get(SUM)!r:.40}, that of what it "
-                       f"says {sum_of(value)})")
+        raise TornFile(
+            f"{name} was altered after it was written (its sum is {value.get(SUM)!r:.40}, that of what it "
+            f"says {sum_of(value)})"
+        )
     return value
 
 

@@ -16,7 +16,8 @@ import importlib.util
 import itertools
 import json
 import re
-from typing import Any, Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import regex
@@ -51,7 +52,7 @@ class Encoder:
         self._byte_lengths = _byte_lengths(self._slow)
         self._counts = _keeps_bytes(self._slow)
         self._rows = 0
-        self._fast: Optional[Callable[[str], np.ndarray]] = None
+        self._fast: Callable[[str], np.ndarray] | None = None
         self.name = "huggingface"  # whose ids these are; gigatoken only as long as it passed
         if encoder != "huggingface" and importlib.util.find_spec("gigatoken") is not None:
             self._fast = _gigatoken(self._slow)
@@ -97,8 +98,10 @@ class Encoder:
             reference = self._reference(text)
             if not np.array_equal(ids, reference):
                 if self._rows > _GATE_ROWS:
-                    raise UserMistake(f"tokenizer {self._tokenizer}: {self.name}'s ids are not Hugging Face's, though "
-                                      f"those of {_GATE_ROWS} rows were; set encoder: huggingface")
+                    raise UserMistake(
+                        f"tokenizer {self._tokenizer}: {self.name}'s ids are not Hugging Face's, though "
+                        f"those of {_GATE_ROWS} rows were; set encoder: huggingface"
+                    )
                 self._fast, self.name = None, "huggingface"  # every row so far was compared
             return reference
         return ids
@@ -123,7 +126,7 @@ def _byte_bounds(text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
     return np.cumsum(np.array(sizes, dtype=np.int64)).reshape(-1, 2)
 
 
-def _byte_lengths(fast: Any) -> Optional[np.ndarray]:
+def _byte_lengths(fast: Any) -> np.ndarray | None:
     """int64[vocabulary], the bytes each token stands for; None for a tokenizer that is not byte-level BPE.
 
     Byte-level tokens are spelled with one character a byte.
@@ -150,8 +153,9 @@ _UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # which leave ASCII, and any pa
 def _keeps_bytes(fast: Any) -> Callable[[str], bool]:
     """How to tell that no step before the tokens changes or adds a byte; it may then lose some, which the sum shows."""
     spec = json.loads(fast.to_str())
-    normalizer, words = (_steps(spec[key], parts) for key, parts in (
-        ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")))
+    normalizer, words = (
+        _steps(spec[key], parts) for key, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
+    )
     if any(step.get("add_prefix_space") or step.get("type") == "Metaspace" for step in words):
         return lambda text: False
     if not normalizer:
@@ -161,14 +165,14 @@ def _keeps_bytes(fast: Any) -> Callable[[str], bool]:
     return lambda text: text.isascii() or fast.normalizer.normalize_str(text) == text
 
 
-def _steps(step: Optional[dict[str, Any]], parts: str) -> list[dict[str, Any]]:
+def _steps(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
     """The steps of a normalizer or a pre-tokenizer that may be a sequence, or none."""
     if step is None:
         return []
     return [inner for part in step[parts] for inner in _steps(part, parts)] if parts in step else [step]
 
 
-def _gigatoken(fast: Any) -> Optional[Callable[[str], np.ndarray]]:
+def _gigatoken(fast: Any) -> Callable[[str], np.ndarray] | None:
     """gigatoken's encode for this tokenizer; None where it does not know its kind."""
     import gigatoken
 
@@ -207,7 +211,7 @@ def _remembering(fast: Any, encode: Callable[[str], np.ndarray]) -> Callable[[st
     return ids
 
 
-def _words(fast: Any) -> Optional[Callable[[str], list[str]]]:
+def _words(fast: Any) -> Callable[[str], list[str]] | None:
     """How a byte-level tokenizer cuts plain text into words, each of which it encodes by itself; None where it does
     anything else before.
 

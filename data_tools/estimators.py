@@ -1,14 +1,14 @@
 """What n samples of a prompt say of a model that may answer k times. Pure Python and NumPy."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import exp, lgamma
-from typing import Mapping, Optional, Sequence
 
 import numpy as np
 
 _NOTHING = 1e-20  # of a chance; the doubles of a result have 16 digits
-Vote = tuple[Optional[str], bool]  # what a sample answers, None where it answers nothing; whether that is right
+Vote = tuple[str | None, bool]  # what a sample answers, None where it answers nothing; whether that is right
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -20,7 +20,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - float(np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
 
 
-def majority_at_k(answers: Sequence[Optional[str]], right: Sequence[bool], k: int) -> float:
+def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
     """The chance that the most frequent of k answers is right; of equally frequent ones each is as likely.
 
     The mean over all subsets of k, exactly and without listing them. An answer that is None does not vote. Where samples

@@ -16,8 +16,9 @@ else the row is rendered again with a mark inside the field, which then turns up
 
 import json
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Iterable, Iterator, NamedTuple, Sequence, Union
+from typing import Any, NamedTuple
 
 from data_tools.conversation import BadRecord, Conversation
 from data_tools.template import ChatTemplate, TemplateError
@@ -35,7 +36,7 @@ _MARK = "xQ7mArK7Qx"  # as JSON and HTML write it too
 _INLINE = re.compile(r"\s*<think>(.*)</think>(.*)", re.DOTALL)
 _REASONING_KEYS = ("reasoning_content", "thinking")
 
-Path = tuple[Union[str, int], ...]  # of a field within {"messages": …, "tools": …}
+Path = tuple[str | int, ...]  # of a field within {"messages": …, "tools": …}
 
 
 class Field(NamedTuple):
@@ -62,8 +63,11 @@ class Fields:
         """Return the fields that are not in the text and should be; those of reasoning first."""
         fields = list(_fields(conversation))
         unwritten = self._unwritten_of(conversation, fields)
-        lost = [field for field in fields
-                if field.kind not in self._may_lose and self._is_lost(field, conversation, rendered, unwritten)]
+        lost = [
+            field
+            for field in fields
+            if field.kind not in self._may_lose and self._is_lost(field, conversation, rendered, unwritten)
+        ]
         return sorted(lost, key=lambda field: field.kind != "reasoning")
 
     def check(self, conversation: Conversation, rendered: Rendered) -> None:
@@ -75,10 +79,12 @@ class Fields:
     def omits_reasoning(self, conversation: Conversation, message: int) -> bool:
         """Whether the template leaves out the reasoning of this message, since a question follows or at all."""
         return ("messages", message, "reasoning_content") in self._unwritten_of(
-            conversation, list(_fields(conversation)))
+            conversation, list(_fields(conversation))
+        )
 
-    def _is_lost(self, field: Field, conversation: Conversation, rendered: Rendered,
-                 unwritten: frozenset[Path]) -> bool:
+    def _is_lost(
+        self, field: Field, conversation: Conversation, rendered: Rendered, unwritten: frozenset[Path]
+    ) -> bool:
         if field.kind == "name" and conversation.messages[field.message]["role"] == "tool":
             return not self._is_used(field, conversation)
         if field.path in unwritten:
@@ -100,8 +106,9 @@ class Fields:
         """Whether a mark within the field turns up in the text, and changes nothing else there."""
         before, text, after = field.text.partition(field.text.strip())
         try:
-            marked = self._template.text(_changed(
-                conversation, {field.path: f"{before}{text[:1]}{_MARK}{text[1:]}{after}"}))
+            marked = self._template.text(
+                _changed(conversation, {field.path: f"{before}{text[:1]}{_MARK}{text[1:]}{after}"})
+            )
             return _MARK in marked and marked.replace(_MARK, "") == self._template.text(conversation)
         except TemplateError:
             return False
@@ -139,8 +146,10 @@ def inline_reasoning(conversation: Conversation, messages: Sequence[int]) -> Con
     for number in messages:
         message = changed[number]
         content = f"<think>\n{message['reasoning_content'].strip()}\n</think>\n\n{message['content']}"
-        changed[number] = {**{key: value for key, value in message.items() if key not in _REASONING_KEYS},
-                           "content": content}
+        changed[number] = {
+            **{key: value for key, value in message.items() if key not in _REASONING_KEYS},
+            "content": content,
+        }
     return replace(conversation, messages=changed)
 
 
@@ -209,7 +218,8 @@ def _holds(text: str, part: str) -> bool:
     """Whether the part is in the text, as it is or as JSON writes it."""
     part = part.strip()
     return part in text or any(
-        json.dumps(part, ensure_ascii=ensure_ascii)[1:-1] in text for ensure_ascii in (False, True))
+        json.dumps(part, ensure_ascii=ensure_ascii)[1:-1] in text for ensure_ascii in (False, True)
+    )
 
 
 def _changed(conversation: Conversation, texts: "dict[Path, str]") -> Conversation:

@@ -12,7 +12,7 @@ import datetime
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, NamedTuple
+from typing import Any, NamedTuple
 
 from data_tools.balance import Balance, SourceBalance
 from data_tools.csv_tables import PROMPT, Table, read_table, table_files, write_table
@@ -39,7 +39,7 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Config:
-    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # CSV files, or folders of them
+    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # CSV files, or folders of them
     date: str = ""  # YYYY-MM-DD, what the prompts say today is; pinned, so that they are the same on every day
     reasoning: str = "medium"  # low | medium | high
     identity: str = IDENTITY

@@ -7,8 +7,8 @@ snapshot's files are links to the blobs of its repository.
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, Optional
 
 from data_tools.mistake import Problem, UserMistake
 
@@ -16,7 +16,7 @@ _REMEDY = "remove the link, or put the file itself there"
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # of a repository in the hub's cache
 
 
-def inside(folder: Path, name: str, needed: bool = True) -> Optional[Path]:
+def inside(folder: Path, name: str, needed: bool = True) -> Path | None:
     """The file `name` of `folder`, every link followed; None where there is none and it is not `needed`.
 
     UserMistake where the name or a link leads out of the folder, where it is no regular file, or where it is missing.

@@ -65,8 +65,6 @@ def pack_documents(reader: PackReader, pack: int, tokenizer: Tokenizer, limit: i
     return [_document(reader.store, row, ids, mask, tokenizer, limit) for row, ids, mask in reader.documents(pack)]
 
 
-def _document(
-    store: Store, row: int, ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, limit: int
-) -> Document:
+def _document(store: Store, row: int, ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, limit: int) -> Document:
     where = f"document {row}, source {store.sources[row]}, line {store.lines[row]}"
     return Document(where, len(ids), int(np.count_nonzero(mask)), spans_of(ids, mask, tokenizer, limit))

@@ -20,10 +20,11 @@ import multiprocessing.connection
 import os
 import threading
 from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Config:
     source: Source = field(default_factory=Source)
     tokenizer: str = field(default="", metadata={"input": "hub"})  # folder or hub name
     task: str = field(default="", metadata={"module": True})  # a task's rows; "" = conversations
-    task_options: Dict[str, Any] = field(default_factory=dict)
+    task_options: dict[str, Any] = field(default_factory=dict)
     chat: ChatConfig = field(default_factory=ChatConfig)  # of conversations
     format: str = "auto"  # of the files: auto | jsonl | json | parquet | csv, plain or under gzip or zstd
     max_tokens: int = 0  # of a row, end token included; 0 = no limit
@@ -62,7 +63,7 @@ class Config:
     chunk_size: int = field(default=16, metadata={"keyed": False})  # records handed to a worker at a time
 
     @staticmethod
-    def meaning(config: "Config") -> Dict[str, Any]:
+    def meaning(config: "Config") -> dict[str, Any]:
         """Return what the settings have come to mean since stores were first sealed, for the key (jobs/kind.py)."""
         return {} if config.task else {"loss": "through the stop token"}
 
@@ -146,7 +147,7 @@ class Kept(NamedTuple):
     turns: int
 
 
-Line = Union[Malformed, list[Union[Kept, Refused]]]  # what became of one record
+Line = Union[Malformed, list[Kept | Refused]]  # what became of one record
 
 
 class _Rows:
@@ -302,7 +303,7 @@ class _Element:
         chunks = iter(lambda: list(itertools.islice(records, self.config.chunk_size)), [])
         return itertools.chain.from_iterable(self.lines_of(chunks))
 
-    def _add_line(self, line: Line, source: int, sheet: SourceBalance, share: Optional[readers.Share] = None) -> None:
+    def _add_line(self, line: Line, source: int, sheet: SourceBalance, share: readers.Share | None = None) -> None:
         """`sheet.lines` is this line's number within the share."""
         if isinstance(line, Malformed):
             self._refuse(line.reason, line.fatal, sheet, share)
@@ -318,7 +319,7 @@ class _Element:
             self.writer.add(row.ids, row.mask, Provenance(source, sheet.lines, row.text, row.turns))
             sheet.keep(len(row.ids), int(np.count_nonzero(row.mask)))
 
-    def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: Optional[readers.Share]) -> None:
+    def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: readers.Share | None) -> None:
         """UserMistake with the place, where the data is at fault and may not be, or the settings are."""
         if reason and (fatal or self.config.on_bad_row == "fail"):
             place = share.place(sheet.lines) if share else f"{sheet.name}, row {sheet.lines}"

@@ -14,7 +14,7 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Optional
+from typing import Any
 
 from data_tools.answers.equality import is_same, key
 from data_tools.answers.forms import find_answer
@@ -64,7 +64,7 @@ def text_of(record: dict[str, Any], *keys: str) -> str:
     )
 
 
-def rewards(item: Item, completion: str, options: Options) -> Optional[dict[str, float]]:
+def rewards(item: Item, completion: str, options: Options) -> dict[str, float] | None:
     answer = find_answer(completion, options.answer_format)
     correct = answer is not None and is_equal(item.answer, answer)
     if not correct and read(item.answer) is None:
@@ -72,7 +72,7 @@ def rewards(item: Item, completion: str, options: Options) -> Optional[dict[str,
     return {"correct": float(correct), "format": float(answer is not None and not correct)}
 
 
-def final_answer(item: Item, completion: str, options: Options) -> Optional[str]:
+def final_answer(item: Item, completion: str, options: Options) -> str | None:
     """The key of the answer: one for all that are equal as answers to this question."""
     answer = find_answer(completion, options.answer_format)
     return None if answer is None else vote(item.answer, answer)

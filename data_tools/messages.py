@@ -17,7 +17,8 @@ is not there. A text that is absent is refused; only a turn of tool calls or rea
 import ast
 import json
 import re
-from typing import Any, Mapping, NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from data_tools.mistake import nearest
 from data_tools.readers import RepeatedKey, json_value
@@ -67,7 +68,9 @@ _MALFORMED, _BAD_CALL, REFUSED_KEY = "malformed_record", "malformed_tool_call", 
 _MARKERS = re.compile(r"<\|(?:begin|end)_of_(?:thought|solution)\|>")
 _OPEN_THOUGHTS = re.compile(
     r"\s*(?:<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>\s*)?"
-    r"(?:<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>|(.+?))\s*", re.DOTALL)
+    r"(?:<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>|(.+?))\s*",
+    re.DOTALL,
+)
 
 
 class BadRecord(ValueError):
@@ -84,7 +87,7 @@ class Turn(NamedTuple):
 
     message: dict[str, Any]
     trained: bool = True
-    tools: Optional[list[dict[str, Any]]] = None
+    tools: list[dict[str, Any]] | None = None
     is_call: bool = False
 
 
@@ -202,7 +205,7 @@ def _the_one(place: str, found: list[Any], what: str) -> Any:
 class _Said:
     """Collects what a message says; of reasoning and calls a list for each place that they may stand in."""
 
-    def __init__(self, text: str = "", reasoning: str = "", calls: Optional[list[dict[str, Any]]] = None):
+    def __init__(self, text: str = "", reasoning: str = "", calls: list[dict[str, Any]] | None = None):
         self.text, self.reasoning, self.calls = text, [reasoning], [calls or []]
 
 
@@ -251,8 +254,9 @@ def _part(part: Keys) -> tuple[str, Any]:
     values = [part.take(key) for key in _PART_VALUES if key in part.left]
     part.end(_PARTS_WITHOUT_MEANING, _REFUSED)
     if len(values) != 1:
-        raise BadRecord(f"{part.place} has {len(values)} of the keys {', '.join(_PART_VALUES)}; its keys are "
-                        f"{part.names}")
+        raise BadRecord(
+            f"{part.place} has {len(values)} of the keys {', '.join(_PART_VALUES)}; its keys are {part.names}"
+        )
     if name == "tool_call":
         return name, _call(part.place, value_of(values[0], f"{part.place}: tool call", _BAD_CALL))
     if not isinstance(values[0], str):
@@ -274,7 +278,7 @@ def _thoughts(place: str, text: str) -> _Said:
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 
-def read_tools(given: Any) -> Optional[list[dict[str, Any]]]:
+def read_tools(given: Any) -> list[dict[str, Any]] | None:
     """Return tools in OpenAI's form, None where there are none; what stands in a function is its template's affair."""
     tools = value_of(given, "tools") if given else None
     if not tools:

@@ -6,8 +6,8 @@ without a traceback.
 
 import difflib
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence
 
 EXIT_MISTAKE = 2
 
@@ -56,7 +56,7 @@ _DISK = {
 }
 
 
-def disk_problem(error: BaseException, folder: object = "") -> Optional[str]:
+def disk_problem(error: BaseException, folder: object = "") -> str | None:
     """One line for a full, read-only, forbidden or failing filesystem; None for any other error.
 
     `folder` is named where the error itself names no file.

@@ -10,8 +10,9 @@ loads this file by its place, before any other of ours, since `data_tools` may b
 import importlib.machinery
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 PACKAGES = ("data_tools", "megatron_ext", "slurm", "jobs", "launchers")
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -21,7 +22,7 @@ class OwnPackages:
     """Finds our packages below ROOT, before Python looks through its path."""
 
     @staticmethod
-    def find_spec(name: str, path: Optional[Sequence[str]] = None, target: Any = None) -> Any:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: Any = None) -> Any:
         return importlib.machinery.PathFinder.find_spec(name, [ROOT]) if name in PACKAGES else None
 
 
@@ -33,9 +34,11 @@ def hold(children: bool = True) -> None:
     for name in PACKAGES:
         for place in getattr(sys.modules.get(name), "__path__", []):
             if os.path.realpath(place) != os.path.join(ROOT, name):
-                print(f"afterok: the package {name} was imported from {place}, not from {ROOT}: a folder of yours has "
-                      "its name; start with PYTHONSAFEPATH=1 and without that folder's parent in PYTHONPATH",
-                      file=sys.stderr)
+                print(
+                    f"afterok: the package {name} was imported from {place}, not from {ROOT}: a folder of yours has "
+                    "its name; start with PYTHONSAFEPATH=1 and without that folder's parent in PYTHONPATH",
+                    file=sys.stderr,
+                )
                 sys.exit(2)
     sys.meta_path.insert(0, OwnPackages)
     if children:

@@ -14,9 +14,10 @@ Which packs make up global batch k, and who trains which: batches.py.
 
 import math
 import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,15 +46,15 @@ class Config:
     pack_length: int = 2048  # tokens
     align: int = 1  # tokens; documents are padded to a multiple: 2 * context, times tensor with sequence parallelism
     overlong: str = "drop"  # drop | truncate | split | fail: what a document longer than a pack does
-    overlong_of: Dict[str, str] = field(default_factory=dict)  # the same for one source: name, path or pattern
+    overlong_of: dict[str, str] = field(default_factory=dict)  # the same for one source: name, path or pattern
     order: str = "decreasing"  # decreasing | shuffled
     apart: bool = False  # two documents of one prompt never share a pack
-    weights: Dict[str, float] = field(default_factory=dict)  # share of packs a source gets; none: all, once an epoch
+    weights: dict[str, float] = field(default_factory=dict)  # share of packs a source gets; none: all, once an epoch
     group: int = 1  # packs of nearly equal cost that stay side by side: data-parallel ranks that wait for one another
     cost_linear: float = 24576.0  # predicted cost of a document of L tokens: linear * L + quadratic * L^2, in any unit
     cost_quadratic: float = 1.0  # (the defaults: verl's for a 7B model)
     seed: int = 0  # of the shuffle
-    export: List[str] = field(default_factory=list)  # megatron_lm, megatron_bridge: the packs in these formats too
+    export: list[str] = field(default_factory=list)  # megatron_lm, megatron_bridge: the packs in these formats too
     tokenizer: str = field(default="", metadata={"input": "hub"})  # the store's; megatron_lm wants text
     on_unstable: str = "fail"  # fail | drop: what a document does whose text gives other tokens
 

@@ -11,8 +11,9 @@ import json
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Iterator, TextIO
+from typing import Any, TextIO
 
 # C0 but for tab and newline, DEL, C1, and the bidirectional embeddings, overrides and isolates (Unicode Annex 9).
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

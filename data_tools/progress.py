@@ -5,7 +5,8 @@ a terminal command draws a bar. The default says nothing. One that can go on lat
 `stop: Stop` too, asks it often, and raises `Stopped` once all it did is durable. The default never asks for that.
 """
 
-from typing import Callable, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 Stop = Callable[[], bool]
 
@@ -37,8 +38,11 @@ class Stopped(Exception):
 
     def __init__(self, done: float, total: int, unit: str = "step"):
         self.done, self.total, self.unit = done, total, unit
-        super().__init__(f"stopped after a durable checkpoint at {unit} {counted(done)} of {total:,}" if done else
-                         f"stopped before the first {unit} of {total:,} was durable")
+        super().__init__(
+            f"stopped after a durable checkpoint at {unit} {counted(done)} of {total:,}"
+            if done
+            else f"stopped before the first {unit} of {total:,} was durable"
+        )
 
 
 # How a rank ends that no longer moves, and how the line in its log begins that says so (megatron_ext/watch.py).

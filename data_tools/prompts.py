@@ -2,8 +2,9 @@
 to where the model goes on."""
 
 import datetime
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Mapping, Union
+from typing import Any
 
 from data_tools.conversation import BadRecord, read_prompt
 from data_tools.mistake import UserMistake
@@ -20,12 +21,12 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any] = {}, bos: str = ""):
         self.tokenizer, self.arguments, self.bos = tokenizer, arguments, bos
 
-    def encode(self, prompt: Union[str, list[dict]]) -> list[int]:
+    def encode(self, prompt: str | list[dict]) -> list[int]:
         """UserMistake for messages where there is no template, or it refuses them."""
         opened = isinstance(prompt, str) and self.bos != NEVER
         return (self.tokenizer.encode_opened if opened else self.tokenizer.encode)(self.text(prompt))
 
-    def text(self, prompt: Union[str, list[dict]]) -> str:
+    def text(self, prompt: str | list[dict]) -> str:
         if isinstance(prompt, str):
             return prompt
         try:

@@ -7,7 +7,7 @@ The row's largest value is subtracted first, so that no exponential overflows.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ Q, REWARD = "q_action_", "reward_action_"
 
 @dataclass
 class Config:
-    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # CSV files, or folders of them
+    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # CSV files, or folders of them
     tau: float = 0.05  # temperature, in units of the Q-values
     overwrite: bool = False  # replace reward columns that are there already
 

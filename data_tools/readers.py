@@ -16,8 +16,9 @@ Compression and format are told by the file's first bytes, CSV by the name .csv,
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator, NamedTuple, Optional, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from data_tools.csv_tables import read_table
 from data_tools.durable import CHUNK
@@ -49,8 +50,9 @@ def open_share(path: Path, index: int, count: int, format: str = "auto") -> Shar
         magic = file.read(4)
     compression = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else ""
     if format == "auto":
-        format = ("parquet" if magic == _PARQUET else "csv" if ".csv" in path.suffixes
-                  else _json_or_jsonl(path, compression))
+        format = (
+            "parquet" if magic == _PARQUET else "csv" if ".csv" in path.suffixes else _json_or_jsonl(path, compression)
+        )
     if format == "parquet":
         return ParquetShare(path, index, count)
     if format == "csv":
@@ -399,12 +401,14 @@ def _weighted(place: str, entries: Any) -> list[tuple[str, float]]:
     if len(words) % 2 or all(weight is None for weight in weights):
         return [(word, 1.0) for word in words]
     if None in weights:
-        raise UserMistake(f"{place}: {words[2 * weights.index(None)]!r} stands where a weight belongs; "
-                          "give a weight before each file, or none at all")
+        raise UserMistake(
+            f"{place}: {words[2 * weights.index(None)]!r} stands where a weight belongs; "
+            "give a weight before each file, or none at all"
+        )
     return list(zip(words[1::2], weights))
 
 
-def _number(word: str) -> Optional[float]:
+def _number(word: str) -> float | None:
     try:
         return float(word)
     except ValueError:
@@ -418,5 +422,7 @@ def _refuse_blend(path: Path, value: Any) -> None:
     train = read_blend(path, value).get("train", [])
     files = json.dumps([file for file, _ in train])
     weights = json.dumps(dict(train)) if len({weight for _, weight in train}) > 1 else "{}"
-    raise UserMistake(f"{path} is a blend of files, no file of records; of its train split write "
-                      f"source.inputs: {files} here, and weights: {weights} in pack")
+    raise UserMistake(
+        f"{path} is a blend of files, no file of records; of its train split write "
+        f"source.inputs: {files} here, and weights: {weights} in pack"
+    )

@@ -14,9 +14,10 @@ import json
 import re
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator, List, NamedTuple, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 from data_tools import readers
 from data_tools.balance import Balance, SourceBalance
@@ -43,7 +44,7 @@ _REPORT_EVERY = 5000
 
 @dataclass
 class Config:
-    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # files, or folders of JSONL
+    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # files, or folders of JSONL
     correct: bool = True  # only samples whose verifier said so; with false, also unscored and wrong ones
     truncated: bool = False  # keep samples that reached their length limit
     thinking: str = "any"  # any | required | forbidden: <think> … </think> before the answer; never half of it
@@ -52,7 +53,7 @@ class Config:
     max_tokens: int = 0  # 0: no limit
     min_pass_rate: float = 0.0  # of a prompt's scored samples, the share that is correct: easier and
     max_pass_rate: float = 1.0  # harder prompts go
-    evaluation_sets: List[str] = field(default_factory=list, metadata={"input": True})  # none of their questions
+    evaluation_sets: list[str] = field(default_factory=list, metadata={"input": True})  # none of their questions
     ngram: int = 13  # words in a row that a text shares with an evaluation question to count as contaminated
     near_duplicate: float = 0.8  # Jaccard similarity of 5-word runs at which the second of a prompt goes; 1.0: never
     per_prompt: int = 0  # at most so many samples a prompt; 0: all

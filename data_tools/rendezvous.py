@@ -27,9 +27,9 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, Mapping, Optional, Sequence
 
 NONCE = 32  # bytes, and those of an HMAC-SHA256
 PROOF_S = 5.0  # to prove oneself in
@@ -56,7 +56,7 @@ class Meeting:
     ports: range
     name: str
     key: bytes = field(repr=False)
-    spared: Optional[int] = None  # the port that was promised to somebody else, taken only where there is no other
+    spared: int | None = None  # the port that was promised to somebody else, taken only where there is no other
     key_file: str = ""  # where the key lies, so that the environment, which programs print, need not hold it
 
     def candidates(self) -> list[int]:
@@ -81,7 +81,7 @@ def to_environment(meeting: Meeting, port: int) -> dict[str, str]:
     return {_VARIABLE: json.dumps({"address": meeting.address, "port": port, "name": meeting.name, **key})}
 
 
-def of_environment(environment: Mapping[str, str], limit_s: float) -> "Optional[Client]":
+def of_environment(environment: Mapping[str, str], limit_s: float) -> "Client | None":
     """Return a connection to the store that this process's environment names; None where it names none."""
     if _VARIABLE not in environment:
         return None
@@ -105,10 +105,10 @@ def _unpack(body: bytes) -> list[bytes]:
     """Return the fields of a message. Raises ValueError."""
     fields, at = [], 0
     while at < len(body):
-        size = int.from_bytes(body[at:at + 4], "big")
+        size = int.from_bytes(body[at : at + 4], "big")
         if at + 4 + size > len(body):
             raise ValueError("a field is longer than its message")
-        fields.append(body[at + 4:at + 4 + size])
+        fields.append(body[at + 4 : at + 4 + size])
         at += 4 + size
     return fields
 
@@ -179,7 +179,7 @@ class Server:
                 peer.received += data
                 self._read(peer)
             if peer.out:
-                del peer.out[:peer.socket.send(peer.out)]
+                del peer.out[: peer.socket.send(peer.out)]
         except BlockingIOError:
             pass
         except Exception:  # a stranger, somebody who left, or no request: the others' store goes on
@@ -196,11 +196,11 @@ class Server:
         if not peer.proven:
             if len(peer.received) < 2 * NONCE:
                 return
-            theirs, proof = bytes(peer.received[:NONCE]), bytes(peer.received[NONCE:2 * NONCE])
+            theirs, proof = bytes(peer.received[:NONCE]), bytes(peer.received[NONCE : 2 * NONCE])
             nonces = peer.nonce + theirs
             if not hmac.compare_digest(proof, self.meeting.proof(b"client", self.port, nonces)):
                 raise ValueError("a stranger")
-            del peer.received[:2 * NONCE]
+            del peer.received[: 2 * NONCE]
             peer.proven = True
             del self._unproven[peer]
             peer.out += self.meeting.proof(b"server", self.port, nonces)
@@ -210,8 +210,8 @@ class Server:
                 raise ValueError(f"a request of {size} bytes")
             if len(peer.received) < 4 + size:
                 return
-            body = bytes(peer.received[4:4 + size])
-            del peer.received[:4 + size]
+            body = bytes(peer.received[4 : 4 + size])
+            del peer.received[: 4 + size]
             self._answer(peer, _unpack(body))
 
     def _answer(self, peer: "_Peer", request: list[bytes]) -> None:
@@ -222,7 +222,7 @@ class Server:
         """Send what the connection takes at once: an answer must not wait for a process that may end now."""
         peer.out += _pack(fields)
         try:
-            del peer.out[:peer.socket.send(peer.out)]
+            del peer.out[: peer.socket.send(peer.out)]
         except BlockingIOError:
             pass
         except OSError:
@@ -350,8 +350,10 @@ def _listen(meeting: Meeting) -> socket.socket:
                 listening.close()
                 if error.errno == errno.EADDRNOTAVAIL:  # behind a translation of addresses
                     break
-    raise MeetingFailed(f"none of {len(meeting.candidates())} ports from {meeting.ports[0]} to {meeting.ports[-1]} of "
-                        f"{meeting.address} is free")
+    raise MeetingFailed(
+        f"none of {len(meeting.candidates())} ports from {meeting.ports[0]} to {meeting.ports[-1]} of "
+        f"{meeting.address} is free"
+    )
 
 
 # -- the client ---------------------------------------------------------------------------------------------------
@@ -360,7 +362,7 @@ def _listen(meeting: Meeting) -> socket.socket:
 class Client:
     """One rank's connection; one request at a time, whatever its threads ask. `limit_s`: for what does not say."""
 
-    def __init__(self, meeting: Meeting, limit_s: float, port: Optional[int] = None):
+    def __init__(self, meeting: Meeting, limit_s: float, port: int | None = None):
         """Connect, to `port` where it is known. Raises MeetingFailed after `limit_s` seconds."""
         self.meeting, self.limit_s = meeting, limit_s
         self._lock = threading.Lock()
@@ -381,8 +383,9 @@ class Client:
                     return self._proven(port, patience_s), port
                 except OSError as error:
                     if time.monotonic() > end:
-                        raise MeetingFailed(f"rank 0 was not reached at {self.meeting.address} within "
-                                            f"{self.limit_s:g} s: {error}") from None
+                        raise MeetingFailed(
+                            f"rank 0 was not reached at {self.meeting.address} within {self.limit_s:g} s: {error}"
+                        ) from None
             time.sleep(0.05)
             patience_s = min(PROOF_S, patience_s * 1.5)
 
@@ -401,7 +404,7 @@ class Client:
             connection.close()
             raise
 
-    def _ask(self, limit_s: Optional[float], *request: bytes) -> list[bytes]:
+    def _ask(self, limit_s: float | None, *request: bytes) -> list[bytes]:
         limit_s = self.limit_s if limit_s is None else limit_s
         with self._lock:
             try:
@@ -433,7 +436,7 @@ class Client:
         """Return the values once all are there. Raises MeetingTimeout."""
         return self._ask(None, b"get", b"%r" % self.limit_s, *(key.encode() for key in keys))
 
-    def wait(self, keys: Iterable[str], limit_s: Optional[float] = None) -> None:
+    def wait(self, keys: Iterable[str], limit_s: float | None = None) -> None:
         """Wait until all keys are set. Raises MeetingTimeout."""
         limit_s = self.limit_s if limit_s is None else limit_s
         self._ask(limit_s, b"wait", b"%r" % limit_s, *(key.encode() for key in keys))

@@ -18,7 +18,8 @@ A value of another type is no sample: `"false"` is neither true nor false. What 
 """
 
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from data_tools.conversation import KWARGS, SYSTEM, BadRecord, read_prompt
 from data_tools.messages import IN_LOSS

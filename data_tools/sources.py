@@ -14,8 +14,9 @@ What a phase made is the same whichever attempt made it (the key of its folder s
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 from data_tools.mistake import Problem, nearest
 
@@ -30,7 +31,7 @@ def synthetic_name(source: Any) -> str:
     return f"synthetic {source.synthetic_split} rows, seed {source.synthetic_seed}"
 
 
-def forecast(source: Any) -> Optional[list[str]]:
+def forecast(source: Any) -> list[str] | None:
     """Return the names that the sources of a store will have; None where that shows only once the files are read."""
     paths = [os.path.abspath(os.path.expanduser(name)) for name in source.inputs]
     if any(os.path.isdir(path) or set(_WILD) & set(path) or not PurePath(path).suffix for path in paths):
@@ -50,7 +51,7 @@ def _match(key: str, name: str) -> tuple[int, int]:
     path = os.path.expanduser(key)
     wanted = [part for part in PurePath(os.path.normpath(path)).parts if part != ".."]
     parts = PurePath(name).parts
-    if wanted and parts[-len(wanted):] == tuple(wanted):
+    if wanted and parts[-len(wanted) :] == tuple(wanted):
         return PATH, len(wanted)
     if os.path.isabs(path) and parts[: len(wanted)] == tuple(wanted):
         return FOLDER, len(wanted)
@@ -71,8 +72,13 @@ def by_source(setting: str, values: Mapping[str, Any], names: Sequence[str]) -> 
         if not found:
             problems.append(Problem(f"{setting}.{key}", f"no source matches{nearest(key, _short(names))}"))
         elif len([name for name in found if match(key, name)[0] == PATH]) > 1:
-            problems.append(Problem(f"{setting}.{key}", f"stands for {len(found)} sources, {', '.join(found)}; "
-                                    "give more of the path, or a pattern that means all"))
+            problems.append(
+                Problem(
+                    f"{setting}.{key}",
+                    f"stands for {len(found)} sources, {', '.join(found)}; "
+                    "give more of the path, or a pattern that means all",
+                )
+            )
     chosen = []
     for name in names:
         best = max((match(key, name) for key in values), default=(0, 0))
@@ -85,6 +91,7 @@ def by_source(setting: str, values: Mapping[str, Any], names: Sequence[str]) -> 
 
 def _short(names: Sequence[str]) -> list[str]:
     """Return the names as a user would type them: as many last parts of the path as tell them apart."""
+
     def ending(name: str, parts: int) -> str:
         return "/".join(PurePath(name).parts[-parts:]) if parts < len(PurePath(name).parts) else name
 
@@ -101,11 +108,14 @@ def check(weights: Mapping[str, float], overlong_of: Mapping[str, str], names: S
     _, problems = by_source("overlong_of", overlong_of, names)
     found, wrong = by_source("weights", weights, names)
     missing = [name for name, weight in zip(names, found) if weights and weight is None]
-    return problems + wrong + [
-        Problem("weights", f"source {name} has none; give a share, or 0 to leave it out") for name in missing]
+    return (
+        problems
+        + wrong
+        + [Problem("weights", f"source {name} has none; give a share, or 0 to leave it out") for name in missing]
+    )
 
 
-def of_folder(store: Path) -> Optional[list[str]]:
+def of_folder(store: Path) -> list[str] | None:
     """Return the names that a store's balance sheet has, None where there is none (yet)."""
     from data_tools.balance import Balance
 

@@ -14,8 +14,9 @@ Layout of an .idx (megatron.core.datasets.indexed_dataset, version 1, little end
 import hashlib
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,8 +32,14 @@ _DTYPE_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}  # megatron's DTyp
 
 # One row of provenance; hashes are the first 128 bits of SHA-256, as two words.
 RECORD = np.dtype(
-    [("length", "<i4"), ("source", "<i4"), ("line", "<i8"), ("turns", "<i4"), ("prompt_hash", "<u8", 2),
-     ("row_hash", "<u8", 2)]  # fmt: skip
+    [
+        ("length", "<i4"),
+        ("source", "<i4"),
+        ("line", "<i8"),
+        ("turns", "<i4"),
+        ("prompt_hash", "<u8", 2),
+        ("row_hash", "<u8", 2),
+    ]  # fmt: skip
 )
 _COLUMNS = ("source", "line", "turns", "prompt_hash", "row_hash")
 _BATCH = 1 << 16  # rows held in memory at a time while writing

@@ -1,8 +1,9 @@
 """Small tables that the report shows: KEEP/tables/NAME.json = {"title", "columns", "rows"}. Pure Python."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from data_tools import durable
 

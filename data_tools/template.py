@@ -10,10 +10,11 @@ under one name or another). Which one this template takes is found by rendering 
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from types import BuiltinMethodType
-from typing import Any, Mapping, Optional
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -71,7 +72,7 @@ class ChatTemplate:
         code = self._environment.compile(tree)
         self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
         self.form = Form()
-        self.probe_tools: Optional[list[dict[str, Any]]] = None  # tools without which it refuses any conversation
+        self.probe_tools: list[dict[str, Any]] | None = None  # tools without which it refuses any conversation
         self._find_form()
 
     def token(self, name: str) -> str:
@@ -96,7 +97,8 @@ class ChatTemplate:
             self._environment.marks = writer
             try:
                 rendered = self._template.render(
-                    messages=messages, tools=conversation.tools, documents=None, **variables)
+                    messages=messages, tools=conversation.tools, documents=None, **variables
+                )
             except Exception as error:  # whatever a template does with data it does not expect
                 raise TemplateError(_one_line(error)) from None
             parts = rendered.split(sentinel)
@@ -118,7 +120,8 @@ class ChatTemplate:
         """Choose the form in which the template writes what messages hold; the plain one where none does."""
         for messages in ([ASK, CALL, RESULT, ANSWER], [ASK, ANSWER]):
             for self.probe_tools, parts, text_arguments in itertools.product(
-                    (None, [TOOL]), (False, True), (False, True)):
+                (None, [TOOL]), (False, True), (False, True)
+            ):
                 self.form = Form(text_arguments, parts)
                 if self._writes(messages, *(message["content"] for message in messages)):
                     self._find_reasoning()
@@ -144,12 +147,25 @@ class ChatTemplate:
 # What templates are tried with.
 ASK = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "ANSWER4"}
-CALL = {"role": "assistant", "content": "", "tool_calls": [
-    {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2}}}]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2}}}],
+}
 RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "RESULT4"}
 THOUGHT = {"reasoning_content": "THOUGHT4", "thinking": "THOUGHT4"}
-TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
-    "type": "object", "properties": {"a": {"type": "integer", "description": "What to add."}}, "required": ["a"]}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "description": "What to add."}},
+            "required": ["a"],
+        },
+    },
+}
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -186,8 +202,11 @@ class _MarkWriter:
 def _instrument(tree: nodes.Template) -> int:
     """Put marks into every loop over messages that writes something; returns how many there are."""
     names = _names_of_messages(tree)
-    loops = [loop for loop in tree.find_all(nodes.For) if isinstance(loop.target, nodes.Name)
-             and _base(loop.iter) in names and next(loop.find_all(nodes.Output), None)]
+    loops = [
+        loop
+        for loop in tree.find_all(nodes.For)
+        if isinstance(loop.target, nodes.Name) and _base(loop.iter) in names and next(loop.find_all(nodes.Output), None)
+    ]
     loops = _outermost(tree, loops)
     for loop in loops:
         loop.body.insert(0, _mark(nodes.Name(loop.target.name, "load")))
@@ -214,15 +233,19 @@ def _names_of_messages(tree: nodes.Template) -> set[str]:
     names, before = {_MESSAGES}, 0
     while len(names) > before:
         before = len(names)
-        names |= {node.target.name for node in tree.find_all(nodes.Assign)
-                  if isinstance(node.target, nodes.Name) and _base(node.node) in names}
+        names |= {
+            node.target.name
+            for node in tree.find_all(nodes.Assign)
+            if isinstance(node.target, nodes.Name) and _base(node.node) in names
+        }
     return names
 
 
-def _base(expression: nodes.Expr) -> Optional[str]:
+def _base(expression: nodes.Expr) -> str | None:
     """The name a list of messages comes from, through slices and filters."""
     while isinstance(expression, nodes.Filter) or (
-            isinstance(expression, nodes.Getitem) and isinstance(expression.arg, nodes.Slice)):
+        isinstance(expression, nodes.Getitem) and isinstance(expression.arg, nodes.Slice)
+    ):
         expression = expression.node
     return expression.name if isinstance(expression, nodes.Name) else None
 
@@ -282,8 +305,13 @@ def _environment(day: date) -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: Optional[int] = None,
-             separators: Optional[tuple[str, str]] = None, sort_keys: bool = False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

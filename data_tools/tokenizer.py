@@ -1,11 +1,11 @@
-"""The tokenizer of a folder or a hub repository; transformers is imported only where tokenizer.json does not say it all.
-"""
+"""The tokenizer of a folder or a hub repository; transformers is imported only where tokenizer.json does not say it all."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 from data_tools.durable import read_json
 from data_tools.inside import files, inside
@@ -24,12 +24,12 @@ class Tokenizer:
 
     name: str
     vocab_size: int  # added tokens included
-    pad_id: Optional[int]
-    eos_id: Optional[int]
-    unk_id: Optional[int]
+    pad_id: int | None
+    eos_id: int | None
+    unk_id: int | None
     backend: Any
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, …: what templates may name
-    chat_template: Optional[str] = None
+    chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text alone, no special tokens around it."""
@@ -92,7 +92,7 @@ def is_path(name_or_path: str) -> bool:
     return os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
 
 
-def load_tokenizer(name_or_path: str, revision: Optional[str] = None) -> Tokenizer:
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a folder, or of a hub repository in the local cache (compute nodes have no internet).
 
     A folder whose tokenizer.json transformers would use as it stands is read with the `tokenizers` library alone:
@@ -166,15 +166,19 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
     backend.no_truncation()  # as transformers does, whatever the file was saved with
     backend.no_padding()
 
-    tokens = {key: token["content"] if isinstance(token, dict) else token
-              for key, token in config.items() if key in _SPECIAL_TOKENS and token}
-    pad, eos, unk = (backend.token_to_id(tokens[key]) if key in tokens else None
-                     for key in ("pad_token", "eos_token", "unk_token"))
+    tokens = {
+        key: token["content"] if isinstance(token, dict) else token
+        for key, token in config.items()
+        if key in _SPECIAL_TOKENS and token
+    }
+    pad, eos, unk = (
+        backend.token_to_id(tokens[key]) if key in tokens else None for key in ("pad_token", "eos_token", "unk_token")
+    )
     size = backend.get_vocab_size(with_added_tokens=True)
     return Tokenizer(str(folder), size, pad, eos, unk, backend, tokens, _read_template(folder, config))
 
 
-def _read_template(folder: Path, config: dict[str, Any]) -> Optional[str]:
+def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, or that of the config; of several the one named default, as transformers does."""
     file = inside(folder, "chat_template.jinja", needed=False)
     found = file.read_text() if file else config.get("chat_template")
@@ -183,7 +187,7 @@ def _read_template(folder: Path, config: dict[str, Any]) -> Optional[str]:
     return found
 
 
-def _load_with_transformers(name: str, revision: Optional[str]) -> Tokenizer:
+def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
@@ -200,8 +204,16 @@ def _load_with_transformers(name: str, revision: Optional[str]) -> Tokenizer:
     template = backend.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    return Tokenizer(name, len(backend), backend.pad_token_id, backend.eos_token_id, backend.unk_token_id, backend,
-                     backend.special_tokens_map, template)
+    return Tokenizer(
+        name,
+        len(backend),
+        backend.pad_token_id,
+        backend.eos_token_id,
+        backend.unk_token_id,
+        backend,
+        backend.special_tokens_map,
+        template,
+    )
 
 
 def _first_line(error: Exception) -> str:

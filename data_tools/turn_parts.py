@@ -6,7 +6,8 @@ the message's content and reasoning.
 """
 
 import re
-from typing import Any, Mapping, NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from data_tools.conversation import BadRecord
 from data_tools.template import ANSWER, ASK, CALL, THOUGHT, ChatTemplate, TemplateError
@@ -42,12 +43,15 @@ def thinking_tags(template: ChatTemplate) -> Tags:
         except TemplateError:
             continue
         before, _, after = text.partition(THOUGHT["thinking"])
-        tags += [pair for pair in _THINKING if before.rstrip().endswith(pair[0].rstrip())
-                 and after.lstrip().startswith(pair[1])]
+        tags += [
+            pair
+            for pair in _THINKING
+            if before.rstrip().endswith(pair[0].rstrip()) and after.lstrip().startswith(pair[1])
+        ]
     return tuple(dict.fromkeys(tags))
 
 
-def thinking_of(text: str, turn: Part, reasoning: str, tags: Tags) -> Optional[Part]:
+def thinking_of(text: str, turn: Part, reasoning: str, tags: Tags) -> Part | None:
     """Return where the reasoning of a turn lies, its tags included; None where there is none.
 
     `reasoning` is the message's own, where the template wrote it. Raise BadRecord where it cannot be told.
@@ -78,7 +82,7 @@ def _known_thinking(text: str, turn: Part, reasoning: str, start: int, opening: 
     return Part(start, place + len(reasoning) + len(after) - len(after.lstrip()) + len(closing))
 
 
-def calls_of(text: str, turn: Part, thinking: Optional[Part], message: Mapping[str, Any]) -> Optional[Part]:
+def calls_of(text: str, turn: Part, thinking: Part | None, message: Mapping[str, Any]) -> Part | None:
     """Return where the tool calls of a turn lie, from the first tag to the last; None where the message has none.
 
     Raise BadRecord where they cannot be told from what the message says.
@@ -101,7 +105,7 @@ def calls_of(text: str, turn: Part, thinking: Optional[Part], message: Mapping[s
     return calls
 
 
-def _said(text: str, turn: Part, content: str) -> Optional[Part]:
+def _said(text: str, turn: Part, content: str) -> Part | None:
     """Where the content lies; None where it holds no tag, which then does not matter."""
     tags = [tag for pair in _TOOL_CALLS for tag in pair if tag in content]
     if not tags:
@@ -112,7 +116,7 @@ def _said(text: str, turn: Part, content: str) -> Optional[Part]:
     return Part(place, place + len(content))
 
 
-def _outside(text: str, tag: str, turn: Part, said: Optional[Part]) -> list[int]:
+def _outside(text: str, tag: str, turn: Part, said: Part | None) -> list[int]:
     """The places of a tag in the turn, but for those in what is said."""
     places = [turn.start + found.start() for found in re.finditer(re.escape(tag), text[turn.start : turn.stop])]
     return [place for place in places if not (said and said.start <= place < said.stop)]
@@ -148,7 +152,13 @@ def _between(text: str, turn: Part, pairs: Tags) -> list[Part]:
 def without(spans: "list[Any]", parts: list[Part]) -> "list[Any]":
     """Return the spans without these parts; each is a named tuple with start and stop."""
     for part in parts:
-        spans = [piece for span in spans for piece in (
-            span._replace(stop=min(span.stop, part.start)), span._replace(start=max(span.start, part.stop)))
-            if piece.start < piece.stop]
+        spans = [
+            piece
+            for span in spans
+            for piece in (
+                span._replace(stop=min(span.stop, part.start)),
+                span._replace(start=max(span.start, part.stop)),
+            )
+            if piece.start < piece.stop
+        ]
     return spans

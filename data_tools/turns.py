@@ -22,8 +22,9 @@ What begins and ends a turn is probed with small conversations when the template
 import os
 import re
 from bisect import bisect
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import AbstractSet, Any, Callable, Iterator, NamedTuple, Optional
+from typing import AbstractSet, Any, NamedTuple
 
 from data_tools.conversation import Conversation
 from data_tools.mistake import UserMistake
@@ -65,7 +66,7 @@ class Turns:
     `header`: text at the start of a turn that is not trained; None finds it.
     """
 
-    def __init__(self, template: ChatTemplate, header: Optional[str] = None):
+    def __init__(self, template: ChatTemplate, header: str | None = None):
         self.template = template
         self._header = header
         if template.has_blocks:
@@ -75,7 +76,7 @@ class Turns:
         else:
             self._learn_by_loop_or_prefixes()
 
-    def render(self, conversation: Conversation, wanted: Optional[AbstractSet[int]] = None) -> Rendered:
+    def render(self, conversation: Conversation, wanted: AbstractSet[int] | None = None) -> Rendered:
         """Return the text and the spans of the assistant's turns, in order.
 
         Of messages that are not `wanted` (None: all are) a span may be empty. TemplateError when the template refuses
@@ -144,8 +145,9 @@ class Turns:
             raise Unclear(f"nothing that ends a turn is behind message {piece.message + 1}")
         return text, piece._replace(stop=end - len(stop.rest))
 
-    def _blocks_through_stop(self, text: str, blocks: list[Span], conversation: Conversation,
-                             wanted: AbstractSet[int]) -> list[Span]:
+    def _blocks_through_stop(
+        self, text: str, blocks: list[Span], conversation: Conversation, wanted: AbstractSet[int]
+    ) -> list[Span]:
         """Return the blocks without a header, where they have one, and without what is behind the stop token of their
         turn. Raise Unclear where a wanted turn has none."""
         kept: list[Span] = []
@@ -169,7 +171,7 @@ class Turns:
                 return [first._replace(start=first.start + len(header)), *more]
         return turn
 
-    def _stop_before(self, text: str, start: int, end: int) -> Optional[Stop]:
+    def _stop_before(self, text: str, start: int, end: int) -> Stop | None:
         return next((stop for stop in self.stops if text.endswith(stop.text + stop.rest, start, end)), None)
 
     # -- where messages begin and end ----------------------------------------------------------------------------
@@ -257,19 +259,23 @@ class Turns:
                 header = self._find_header(context)
             except TemplateError as error:
                 if role == "user":
-                    raise UserMistake(f"chat template: it refuses a question and an answer ({error}); where it needs "
-                                      "more, such as a bos_token, give it in chat.arguments") from None
+                    raise UserMistake(
+                        f"chat template: it refuses a question and an answer ({error}); where it needs "
+                        "more, such as a bos_token, give it in chat.arguments"
+                    ) from None
                 continue  # it knows no tools
             if header is not None:
                 found[role] = header
             elif self.template.has_blocks:
                 found[role] = ""  # its blocks tell
         if "user" not in found:
-            raise UserMistake("chat template: its generation prompt does not begin an assistant's turn, so the header "
-                              "cannot be told from the answer; name the header in chat.header (\"\" for none)")
+            raise UserMistake(
+                "chat template: its generation prompt does not begin an assistant's turn, so the header "
+                'cannot be told from the answer; name the header in chat.header ("" for none)'
+            )
         return {"tool": found["user"], **found}
 
-    def _find_header(self, context: list[dict[str, Any]]) -> Optional[str]:
+    def _find_header(self, context: list[dict[str, Any]]) -> str | None:
         """Return the header of an answer; None where the generation prompt gives none of what is before its text."""
         prompt = self.template.prompt(self.template.probe(*context))
         conversation = self.template.probe(*context, ANSWER)
@@ -277,8 +283,10 @@ class Turns:
             text, pieces = self._cut(conversation, frozenset())
             start = next((piece.start for piece in pieces if piece.message == len(context)), None)
         else:
-            text, start = self.template.text(conversation), _common(self.template.text(
-                self.template.probe(*context)), prompt)
+            text, start = (
+                self.template.text(conversation),
+                _common(self.template.text(self.template.probe(*context)), prompt),
+            )
         if start is None or not prompt.startswith(text[:start]):
             return None
         header = _THINKING.split(prompt[start : _common(prompt, text)], maxsplit=1)[0]
@@ -301,8 +309,10 @@ class Turns:
         if not amid.strip() and not self.template.has_blocks:
             self.closings = self._find_closings()
         elif not amid.strip() or (not last.strip() and self.template.has_blocks):
-            raise UserMistake("chat template: nothing ends an assistant's turn within what is trained, so the model "
-                              "would never learn to stop; give a template that does")
+            raise UserMistake(
+                "chat template: nothing ends an assistant's turn within what is trained, so the model "
+                "would never learn to stop; give a template that does"
+            )
         else:
             stop = self._stop_of(amid)
             self._missing = "" if last.strip() else amid[: len(amid.rstrip()) - len(stop.rest)]
@@ -349,8 +359,10 @@ class Turns:
                 return
             turn = "".join(text[piece.start : piece.stop] for piece in pieces if piece.message == 1)
             if RESULT["content"] in turn:
-                raise UserMistake("chat template: it writes a tool's result into the assistant's turn, so the model "
-                                  "would learn to make results up; give a template with {% generation %} blocks")
+                raise UserMistake(
+                    "chat template: it writes a tool's result into the assistant's turn, so the model "
+                    "would learn to make results up; give a template with {% generation %} blocks"
+                )
             turns.append(turn.rstrip())
         if "tool" in self.closings or not all(turns) or self._stop_before(turns[0], 0, len(turns[0])):
             return
@@ -370,8 +382,10 @@ class Turns:
             tag = _TAG.match(text[stop:].partition(message["content"])[0])
             tags[message["role"]] = tag.group() if tag else ""
         if not tags.get("user"):
-            raise UserMistake("chat template: nothing ends an assistant's turn, not even a tag that begins the next "
-                              "message, so the model would never learn to stop; give a template that does")
+            raise UserMistake(
+                "chat template: nothing ends an assistant's turn, not even a tag that begins the next "
+                "message, so the model would never learn to stop; give a template that does"
+            )
         return {role: tag for role, tag in {"tool": tags["user"], **tags}.items() if tag}
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -55,7 +54,8 @@ class _Keys:
             hash(key)
         except TypeError:
             raise yaml.constructor.ConstructorError(
-                None, None, "a list or a mapping is no key", node.start_mark) from None
+                None, None, "a list or a mapping is no key", node.start_mark
+            ) from None
         return ("value", key), ("text", str(key))
 
     def has(self, node: yaml.Node) -> bool:
@@ -88,12 +88,16 @@ class ValueLoader(_UniqueKeys, yaml.SafeLoader):
 
 
 ValueLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
 ValueLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-               r"|\.(?:inf|nan))$"),
-    list("-+0123456789."))
+    re.compile(
+        r"^[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+        r"|\.(?:inf|nan))$"
+    ),
+    list("-+0123456789."),
+)
 
 
 def read_values(text: str) -> Any:

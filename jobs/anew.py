@@ -1,16 +1,15 @@
 """A sealed phase that runs anew: all that it made under its key is set aside whole, checkpoints and metrics too.
 
-    RUN/PHASE/retired/KEY.1     what PHASE/KEY was
+RUN/PHASE/retired/KEY.1     what PHASE/KEY was
 """
 
 import itertools
 from pathlib import Path
-from typing import Optional
 
 from data_tools import durable
 
 
-def retire(artifact: Path) -> Optional[Path]:
+def retire(artifact: Path) -> Path | None:
     """Set a phase's KEY folder aside and return where it lies now; None where there was none."""
     if not artifact.exists():
         return None
@@ -31,5 +30,7 @@ def restore(place: Path, artifact: Path) -> None:
 
 def how_to_run_anew(artifact: Path) -> str:
     """Say how the phase of RUN/PHASE/KEY is run anew."""
-    return (f"run it anew: `afterok resubmit {artifact.parent.parent} {artifact.parent.name} --again` (what it made is "
-            "set aside)")
+    return (
+        f"run it anew: `afterok resubmit {artifact.parent.parent} {artifact.parent.name} --again` (what it made is "
+        "set aside)"
+    )

@@ -26,9 +26,10 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from data_tools import durable
 from jobs.hash_cache import HashCache
@@ -76,7 +77,7 @@ class Owner:
         return Owner(attempt, restart, job, socket.gethostname(), pid, process_start(pid) or 0, pid_namespace())
 
     @staticmethod
-    def read(path: Path) -> "Optional[Owner]":
+    def read(path: Path) -> "Owner | None":
         """The owner a file names; None when the file is torn or altered. FileNotFoundError when there is none."""
         try:
             found = durable.read_checked(path)
@@ -104,7 +105,7 @@ def pid_namespace() -> str:
         return ""
 
 
-def process_start(pid: int) -> Optional[int]:
+def process_start(pid: int) -> int | None:
     """Start time of a live process in clock ticks since boot; None when there is none (a zombie counts as none)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -137,7 +138,7 @@ class LeaseName(NamedTuple):
     generation: int
 
     @staticmethod
-    def of(path: Path) -> "Optional[LeaseName]":
+    def of(path: Path) -> "LeaseName | None":
         """None for what is no lease (an editor's copy, .nfs0000)."""
         found = re.fullmatch(r"[^.]+\.a(\d+)\.r(\d+)\.g(\d+)", path.name)
         return LeaseName(*map(int, found.groups())) if found else None
@@ -173,8 +174,13 @@ class Artifact:
             return [0]
         return [i for i in range(self.elements) if not self.element_seal_path(i).exists()] or [0]
 
-    def acquire(self, index: "int | str", owner: Owner, slurm_says_ended: Callable[[str], bool],
-                outdated: "Callable[[Seal], bool]" = lambda seal: False) -> Lease:
+    def acquire(
+        self,
+        index: "int | str",
+        owner: Owner,
+        slurm_says_ended: Callable[[str], bool],
+        outdated: "Callable[[Seal], bool]" = lambda seal: False,
+    ) -> Lease:
         """Take the lease of an element (or FINISH) and give its owner an empty folder.
 
         A seal of an earlier submission that is `outdated` is set aside: an element's own, and with it the phase's.
@@ -255,11 +261,15 @@ class Artifact:
     def _refuse_unless_dead(self, element: str, lease: Path, slurm_says_ended: Callable[[str], bool]) -> None:
         holder = Owner.read(lease)
         if holder is None:
-            raise LeaseHeld(f"element {element} is leased to nobody knows whom: {lease} is torn; delete it if no "
-                            "process works on the element, or submit again (a new attempt takes over)")
+            raise LeaseHeld(
+                f"element {element} is leased to nobody knows whom: {lease} is torn; delete it if no "
+                "process works on the element, or submit again (a new attempt takes over)"
+            )
         if not holder.is_dead(slurm_says_ended):
-            raise LeaseHeld(f"element {element} is worked on by process {holder.pid} on {holder.host}"
-                            + (f", job {holder.job}" if holder.job else ""))
+            raise LeaseHeld(
+                f"element {element} is worked on by process {holder.pid} on {holder.host}"
+                + (f", job {holder.job}" if holder.job else "")
+            )
 
     def _leases(self, element: str) -> dict[LeaseName, Path]:
         found = {LeaseName.of(path): path for path in (self.folder / "leases").glob(f"{element}.a*")}
@@ -281,7 +291,7 @@ class Artifact:
         """False once a newer owner took the element over."""
         return max(self._leases(lease.element), default=None) == LeaseName.of(lease.path)
 
-    def seal(self, lease: Lease, record: dict[str, Any], files: Optional[dict[str, Any]] = None) -> bool:
+    def seal(self, lease: Lease, record: dict[str, Any], files: dict[str, Any] | None = None) -> bool:
         """Make the lease's folder durable and link its seal; False when a twin's seal was there first.
 
         `record` is what the caller knows (key, config, facts, upstream …); files are hashed here unless the caller
@@ -339,7 +349,7 @@ class Artifact:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def sealed_root(seal_path: Path) -> Optional[str]:
+def sealed_root(seal_path: Path) -> str | None:
     try:
         return Path(durable.read_json(seal_path)["root"]).name
     except (OSError, ValueError, KeyError):

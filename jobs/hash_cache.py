@@ -4,7 +4,6 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Optional
 
 from data_tools import durable
 
@@ -19,7 +18,7 @@ class HashCache:
     SMALL = 1 << 20  # bytes up to which hashing takes no longer than looking up
     KEPT_S = 90 * 86_400.0
 
-    def __init__(self, folder: Optional[Path] = None):
+    def __init__(self, folder: Path | None = None):
         cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.folder = folder or cache_home / "afterok" / "sha256"
 

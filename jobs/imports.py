@@ -7,8 +7,8 @@ every module below the part that is written out.
 import ast
 import functools
 import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Iterable, Iterator, Mapping, Optional
 
 from data_tools.own_packages import PACKAGES
 
@@ -41,12 +41,15 @@ def _files_of(module: str, files: Mapping[str, Path]) -> list[str]:
 def imported(file: Path, name: PurePath) -> set[str]:
     """Return the dotted names that a file imports anywhere in it; `name` is its place below the code's root."""
     package = list(name.parent.parts)
-    return {module for level, module in _imports(file, file.stat().st_mtime_ns)
-            for module in [".".join([*package[: len(package) - level + 1], module]) if level else module]
-            if module not in _DISPATCHERS}
+    return {
+        module
+        for level, module in _imports(file, file.stat().st_mtime_ns)
+        for module in [".".join([*package[: len(package) - level + 1], module]) if level else module]
+        if module not in _DISPATCHERS
+    }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _imports(file: Path, changed: int) -> frozenset[tuple[int, str]]:
     """(level of a relative import, dotted name) of each import; a file that is no Python has none."""
     try:
@@ -99,7 +102,7 @@ def beside(root: Path) -> list[Path]:
     return sorted(found.values())
 
 
-def _place_beside(root: Path, name: str) -> Optional[Path]:
+def _place_beside(root: Path, name: str) -> Path | None:
     places = [place for place in (root.parent / name, root.parent / f"{name}.py") if place.exists()]
     if not places or name in PACKAGES or root.parent.name in ("site-packages", "dist-packages"):
         return None

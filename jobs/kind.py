@@ -1,20 +1,20 @@
 """A phase kind: what one file of jobs/phases (or a user's module) exports, found by name.
 
-    Config                         dataclass, typed by OmegaConf; field metadata says what keys and plan need:
-                                   {"input": True}   a file or folder that must exist; enters the key by content
-                                   {"input": "hub"}  a folder, or a hub name org/name, which enters as text
-                                   {"module": True}  may name a module of the user's: it goes into the snapshot, and
-                                                     with what it imports of the user's files into the key, by content
-                                   {"keyed": False}  does not change the result; not part of the key
-                                   {"keyed": "if_set"}  part of it unless empty: the phase was sealed without it before
-                                   its static method `meaning(config) -> dict`, if any, adds to the key where the same
-                                   settings give another result than they did
-    run(config, task) -> facts     the work of one element on one rank; fills task.out
-    finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
-    STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
-    check(config, placement) -> [Problem]   what can be refused before anything queues; `where` is a config key
-    forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
-    parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
+Config                         dataclass, typed by OmegaConf; field metadata says what keys and plan need:
+                               {"input": True}   a file or folder that must exist; enters the key by content
+                               {"input": "hub"}  a folder, or a hub name org/name, which enters as text
+                               {"module": True}  may name a module of the user's: it goes into the snapshot, and
+                                                 with what it imports of the user's files into the key, by content
+                               {"keyed": False}  does not change the result; not part of the key
+                               {"keyed": "if_set"}  part of it unless empty: the phase was sealed without it before
+                               its static method `meaning(config) -> dict`, if any, adds to the key where the same
+                               settings give another result than they did
+run(config, task) -> facts     the work of one element on one rank; fills task.out
+finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
+STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
+check(config, placement) -> [Problem]   what can be refused before anything queues; `where` is a config key
+forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
+parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Iterator, Optional
+from typing import Any
 
 import jobs.phases
 from data_tools.mistake import Problem, UserMistake
@@ -74,7 +75,7 @@ class PhaseKind:
         forecast = getattr(self.module, "forecast", None)
         return forecast(config, placement) if forecast else {}
 
-    def parallel_report(self, config: Any, placement: Placement, searching: bool) -> Optional[dict[str, Any]]:
+    def parallel_report(self, config: Any, placement: Placement, searching: bool) -> dict[str, Any] | None:
         """None where the phase has no parallel plan."""
         report = getattr(self.module, "parallel_report", None)
         return report(config, placement, searching) if report else None
@@ -84,7 +85,7 @@ def kind_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(jobs.phases.__path__))
 
 
-def find_kind(uses: str) -> Optional[PhaseKind]:
+def find_kind(uses: str) -> PhaseKind | None:
     """The kind of that name, None when there is none. A dotted name is a module of the user's."""
     if uses in kind_names():
         return PhaseKind(uses, importlib.import_module(f"jobs.phases.{uses}"))
@@ -153,7 +154,7 @@ def _modules(config: Any) -> Iterator[str]:
                 yield from _modules(one)
 
 
-def user_module_root(uses: str) -> Optional[Path]:
+def user_module_root(uses: str) -> Path | None:
     """The file or top package folder of a user's `my.module` or `my.module:function`; None for a name of ours."""
     if "." not in uses and ":" not in uses:
         return None

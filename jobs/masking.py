@@ -14,7 +14,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from typing import Iterable
+from collections.abc import Iterable
 
 STREAMS = (1, 2)
 READ_BYTES = 1 << 16
@@ -40,7 +40,7 @@ class Masker:
             if found is None or begun <= found.start():
                 self.held = data[begun:]
                 return out + data[at:begun]
-            out += data[at:found.start()] + self.names[found[0]]
+            out += data[at : found.start()] + self.names[found[0]]
             at = found.end()
 
     def _begun(self, data: bytes, at: int) -> int:
@@ -63,8 +63,11 @@ class MaskedOutput:
         # Held signals are inherited: a step's signals reach the filter too, and must not end it before the rank.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            self.filter = subprocess.Popen([sys.executable, "-m", "jobs.masking", *(str(pipes[s][0]) for s in STREAMS)],
-                                           stdin=subprocess.PIPE, pass_fds=[pipes[s][0] for s in STREAMS])
+            self.filter = subprocess.Popen(
+                [sys.executable, "-m", "jobs.masking", *(str(pipes[s][0]) for s in STREAMS)],
+                stdin=subprocess.PIPE,
+                pass_fds=[pipes[s][0] for s in STREAMS],
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.filter.stdin.write(json.dumps(list(names)).encode())
@@ -111,7 +114,7 @@ def main(pipes: list[int]) -> None:
 def _write(stream: int, data: bytes) -> None:
     try:
         while data:
-            data = data[os.write(stream, data):]
+            data = data[os.write(stream, data) :]
     except OSError:  # a full disk or a reader that left: the rank must not wait for it
         pass
 

@@ -8,8 +8,8 @@ holds the two together). Old and new names of a flag stand in one row: Megatron-
 """
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from data_tools.mistake import Problem, UserMistake, nearest
 
@@ -171,7 +171,8 @@ def translate(text: str) -> tuple[list[str], list[str]]:
         if row is None:
             if name.startswith("--"):
                 problems.append(
-                    Problem("--from-megatron", f"{name} is no flag that is known here{nearest(name, list(rows))}"))
+                    Problem("--from-megatron", f"{name} is no flag that is known here{nearest(name, list(rows))}")
+                )
                 while words and not words[0].startswith("--"):
                     words.pop(0)
             continue  # a script's name, or a value of an unknown flag

@@ -19,7 +19,7 @@ import functools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -99,8 +99,9 @@ class Pipeline:
 def substitute(value: Any, folders: dict[str, str]) -> Any:
     """`value` with each reference `@{phases.NAME.out}` replaced by `folders[NAME]`, in strings and keys at any depth."""
     if dataclasses.is_dataclass(value):
-        return dataclasses.replace(value, **{f.name: substitute(getattr(value, f.name), folders)
-                                             for f in dataclasses.fields(value)})
+        return dataclasses.replace(
+            value, **{f.name: substitute(getattr(value, f.name), folders) for f in dataclasses.fields(value)}
+        )
     if isinstance(value, str):
         return REFERENCE.sub(lambda match: folders[match.group(1)], value)
     if isinstance(value, dict):
@@ -126,8 +127,8 @@ def foreign_reference(text: str) -> str:
     while match := INNERMOST.search(text):
         if not OURS.fullmatch(match[1]):
             return match[0]
-        text = text[: match.start()] + "_" + text[match.end():]
-    return text[text.index("${"):] if "${" in text else ""
+        text = text[: match.start()] + "_" + text[match.end() :]
+    return text[text.index("${") :] if "${" in text else ""
 
 
 def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
@@ -135,7 +136,7 @@ def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(_defaults(kind.config), settings))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _defaults(schema: type) -> DictConfig:
     """Of a dataclass. To be merged with others, which leaves it as it is."""
     return OmegaConf.structured(schema)
@@ -166,8 +167,9 @@ class _Loader:
             self._problem("name", f"{name!r} is not a pipeline name (lower-case letters, digits, _)")
         on_code_change = raw.get("on_code_change", "report")
         if on_code_change not in ON_CODE_CHANGE:
-            self._problem("on_code_change",
-                          f"unknown value {on_code_change!r}{nearest(str(on_code_change), ON_CODE_CHANGE)}")
+            self._problem(
+                "on_code_change", f"unknown value {on_code_change!r}{nearest(str(on_code_change), ON_CODE_CHANGE)}"
+            )
         params = raw.get("params") or {}
         phases_raw = raw.get("phases")
         if not isinstance(params, dict):
@@ -230,12 +232,14 @@ class _Loader:
             else:
                 known = ["params", "cluster", *map(str, phases)]
                 self.problems.append(
-                    Problem(f"override {override!r}", f"no phase {parts[0]!r}{nearest(parts[0], known)}"))
+                    Problem(f"override {override!r}", f"no phase {parts[0]!r}{nearest(parts[0], known)}")
+                )
                 continue
             if parts[0] == "params" and len(parts) > 1 and parts[1] not in (raw.get("params") or {}):
                 known = [str(name) for name in raw.get("params") or {}]
                 self.problems.append(
-                    Problem(f"override {override!r}", f"no param {parts[1]!r}{nearest(parts[1], known)}"))
+                    Problem(f"override {override!r}", f"no param {parts[1]!r}{nearest(parts[1], known)}")
+                )
                 continue
             self.overridden.add(key if target is raw else f"phases.{key}")
             for part in path[:-1]:
@@ -248,11 +252,12 @@ class _Loader:
 
     # -- one phase -----------------------------------------------------------------------------------------------
 
-    def _phase(self, name: str, body: Any, scope: dict, names: list[str]) -> Optional[Phase]:
+    def _phase(self, name: str, body: Any, scope: dict, names: list[str]) -> Phase | None:
         key = f"phases.{name}"
         if not NAME.match(name) or name in RESERVED_NAMES:
             self._problem(
-                key, f"{name!r} is not a phase name (lower-case letters, digits, _; not {', '.join(RESERVED_NAMES)})")
+                key, f"{name!r} is not a phase name (lower-case letters, digits, _; not {', '.join(RESERVED_NAMES)})"
+            )
             return None
         if not isinstance(body, dict):
             self._problem(key, f"{body!r} is not a mapping of {', '.join(PHASE_KEYS)}")
@@ -282,7 +287,7 @@ class _Loader:
             resources = {}
         return self._structured(key, Request, {"role": DEFAULT_ROLE, **resources}) or Request(DEFAULT_ROLE)
 
-    def _kind(self, key: str, uses: Any) -> Optional[PhaseKind]:
+    def _kind(self, key: str, uses: Any) -> PhaseKind | None:
         if uses is None:
             self._problem(f"{key}.uses", f"missing: name a phase kind{nearest('', kind_names())}")
             return None
@@ -304,8 +309,9 @@ class _Loader:
                 if phase not in names:
                     self._problem(f"{key}.needs", f"no phase {phase!r}{nearest(str(phase), names)}")
                 elif kind not in NEED_TYPES:
-                    self._problem(f"{key}.needs.{phase}",
-                                  f"unknown dependency type {kind!r}{nearest(str(kind), NEED_TYPES)}")
+                    self._problem(
+                        f"{key}.needs.{phase}", f"unknown dependency type {kind!r}{nearest(str(kind), NEED_TYPES)}"
+                    )
                 else:
                     found[phase] = Need(phase, kind)
         for phase in sorted(references(settings)):
@@ -313,17 +319,22 @@ class _Loader:
                 found.setdefault(phase, Need(phase))
         return list(found.values())
 
-    def _array(self, key: str, array: Any, kind: Optional[PhaseKind]) -> list[Any] | int | None:
+    def _array(self, key: str, array: Any, kind: PhaseKind | None) -> list[Any] | int | None:
         """`array` by hand: OmegaConf knows no union of int and list."""
         if array is None:
             return None
-        if (isinstance(array, bool) or not isinstance(array, (int, list)) or (isinstance(array, int) and array < 1)
-                or array == []):
+        if (
+            isinstance(array, bool)
+            or not isinstance(array, (int, list))
+            or (isinstance(array, int) and array < 1)
+            or array == []
+        ):
             self._problem(f"{key}.array", f"{array!r} is neither a number of elements (1 or more) nor a list of values")
             return None
         if kind is not None and not kind.can_split:
-            self._problem(f"{key}.array",
-                          f"{array!r}: phase kind {kind.name} cannot be split into elements; remove `array`")
+            self._problem(
+                f"{key}.array", f"{array!r}: phase kind {kind.name} cannot be split into elements; remove `array`"
+            )
             return None
         return array
 
@@ -345,8 +356,9 @@ class _Loader:
             return self._foreign(key, foreign, known)
         for reference in WRITTEN.findall(value):
             if reference not in scope["phases"]:
-                self._problem(key,
-                              f"{value!r} refers to no phase {reference!r}{nearest(reference, list(scope['phases']))}")
+                self._problem(
+                    key, f"{value!r} refers to no phase {reference!r}{nearest(reference, list(scope['phases']))}"
+                )
                 return value.replace("${", "@{")
         # The two common forms need no OmegaConf: a reference stays as it is, a parameter was resolved before.
         value = WRITTEN.sub(r"@{phases.\1.out}", value)
@@ -361,17 +373,24 @@ class _Loader:
             return self._foreign(key, found, known) if isinstance(found, str) and "${" in found else found
         except OmegaConfBaseException as error:
             word = re.search(r"\$\{([^}]*)\}", value)
-            self._problem(key, f"cannot resolve {value!r}{nearest(word.group(1) if word else value, known)}"
-                          if word else f"cannot resolve {value!r}: {_first_line(error)}")
+            self._problem(
+                key,
+                f"cannot resolve {value!r}{nearest(word.group(1) if word else value, known)}"
+                if word
+                else f"cannot resolve {value!r}: {_first_line(error)}",
+            )
             return None
 
     def _foreign(self, key: str, reference: str, known: list[str]) -> None:
         """Refuse OmegaConf's resolvers, such as oc.env: what they give would stand in the run's files."""
         self.unresolved.add(key)
         hint = "" if ":" in reference else nearest(reference.strip("${}"), known)
-        self._problem(key, f"{reference!r} is no reference{hint}: a pipeline has ${{params.NAME}} and "
-                      "${phases.NAME.out}; a variable reaches the jobs by the profile's env.set or env.forward, a "
-                      "secret by its env.secrets")
+        self._problem(
+            key,
+            f"{reference!r} is no reference{hint}: a pipeline has ${{params.NAME}} and "
+            "${phases.NAME.out}; a variable reaches the jobs by the profile's env.set or env.forward, a "
+            "secret by its env.secrets",
+        )
 
     def _resolve_keys(self, key: str, value: dict, scope: dict) -> dict[str, Any]:
         """A mapping whose keys are text; they may hold references, too."""
@@ -445,7 +464,7 @@ def _cycle(waiting: dict[str, Phase]) -> list[str]:
     while name not in seen:
         seen.append(name)
         name = next(need.phase for need in waiting[name].needs if need.phase in waiting)
-    return [*seen[seen.index(name):], name]
+    return [*seen[seen.index(name) :], name]
 
 
 def _first_line(error: Exception) -> str:

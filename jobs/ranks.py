@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Optional
+from typing import Any
 
 from data_tools import rendezvous
 from data_tools.ports import free_port
@@ -36,7 +37,7 @@ class Rank:
     world_size: int
 
 
-def rank_from_environment(environ: Mapping[str, str], expected: int) -> Optional[Rank]:
+def rank_from_environment(environ: Mapping[str, str], expected: int) -> Rank | None:
     """This process's rank, None when it is no rank of a set of `expected` and has to spawn them.
 
     A batch script and a login shell inside an allocation carry SLURM_PROCID=0 too; only a step of the right size
@@ -74,12 +75,18 @@ def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
 
     Stop signals are passed on to every rank; those that come meanwhile wait until the ranks can take them.
     """
-    base = os.environ | thread_environment(gpus) | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), SPAWN_VARIABLE: uuid.uuid4().hex}
+    base = (
+        os.environ
+        | thread_environment(gpus)
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), SPAWN_VARIABLE: uuid.uuid4().hex}
+    )
     stopping.hold()  # the ranks inherit it and release once their handlers are in place
     children = [
-        subprocess.Popen(command, preexec_fn=die_with_parent, env=base | {
-            "AFTEROK_RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
+        subprocess.Popen(
+            command,
+            preexec_fn=die_with_parent,
+            env=base | {"AFTEROK_RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+        )
         for rank in range(world_size)
     ]
 
@@ -99,7 +106,7 @@ def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
 
 def _wait_for_all(children: list[subprocess.Popen]) -> int:
     worst = 0
-    deadline: Optional[float] = None
+    deadline: float | None = None
     while None in [child.poll() for child in children]:  # a list: every child is polled, not only the first alive
         # A rank killed by a signal (negative) is the cause where another failed within the same moment, for want of it.
         bad = min((child.returncode for child in children if child.returncode), default=0)
@@ -129,7 +136,7 @@ class Verdicts:
     def __init__(self, rank: Rank, meeting: Callable[[], Meeting]):
         """Meet the other ranks, if there are any. Raises MeetingFailed."""
         self.rank = rank
-        self.store: Optional[rendezvous.Client] = None
+        self.store: rendezvous.Client | None = None
         if rank.world_size > 1:
             place = meeting()
             server = rendezvous.Server(place) if rank.rank == 0 else None

@@ -1,6 +1,6 @@
 """One rollout of a grpo phase drawn again, alone, from what the run left.
 
-    python -m jobs.replay RUN PHASE STEP/PROMPT/SAMPLE
+python -m jobs.replay RUN PHASE STEP/PROMPT/SAMPLE
 """
 
 import runpy
@@ -68,8 +68,9 @@ def verdict(found: dict[str, Any]) -> str:
     if not found["differs"]:
         return f"afterok: the same {found['tokens']} tokens; log-probs within {found['logprob_difference']:.1e}"
     where = f"token {found['same_tokens'] + 1} of {found['tokens']} differs"
-    margin = ("the draw's margin is unknown" if found["margin"] is None
-              else f"the draw's margin was {found['margin']:.1e}")
+    margin = (
+        "the draw's margin is unknown" if found["margin"] is None else f"the draw's margin was {found['margin']:.1e}"
+    )
     return f"afterok: {where}: recorded {found['recorded_token']}, drawn again {found['replayed_token']}; {margin}"
 
 

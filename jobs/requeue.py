@@ -1,7 +1,7 @@
 """This process's Slurm job, run again under its id: why it must not be, and how it is, away from the node that failed."""
 
 import os
-from typing import Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from jobs import stopping
 from jobs.retry import SIGTERM

@@ -5,9 +5,9 @@ restart got further than the one before, after an error of the code never, and a
 table of budgets says. What a cause is read from stands in launchers/diagnosis.py.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Mapping, Optional, Sequence
 
 from data_tools.mistake import EXIT_MISTAKE
 from data_tools.progress import counted
@@ -56,7 +56,7 @@ class Cause(StrEnum):
 
 # Restarts that an attempt gives an element for each cause; those not listed get none, for they would only happen again.
 # None: as many as it makes progress.
-RESTARTS: Mapping[Cause, Optional[int]] = {
+RESTARTS: Mapping[Cause, int | None] = {
     Cause.STOPPED: None,
     Cause.PREEMPTED: 10,  # killed before it had stopped
     Cause.NODE: 3,
@@ -73,7 +73,7 @@ class End:
     """One end of an element without a seal; `done` is how many steps were durable, where it said so."""
 
     cause: Cause
-    done: Optional[float] = None
+    done: float | None = None
     unit: str = "step"
 
 
@@ -83,15 +83,20 @@ class Verdict:
     why: str  # for a user: what happens, or why nothing does
 
 
-def told_by(exit_code: int) -> Optional[Cause]:
+def told_by(exit_code: int) -> Cause | None:
     """The cause that a worker's own exit code names; None where other evidence has to tell.
 
     One that SIGTERM ended had not begun to ask for stops, so it is a stop too: somebody wanted it to end, and it left
     nothing half done.
     """
-    return {EXIT_MISTAKE: Cause.MISTAKE, EXIT_NO_INPUT: Cause.NO_INPUT, EXIT_LEASE_HELD: Cause.LEASE_HELD,
-            EXIT_NOT_NEEDED: Cause.NOT_NEEDED, EXIT_UNFINISHED: Cause.STOPPED,
-            SIGNAL_BASE + SIGTERM: Cause.STOPPED}.get(exit_code)
+    return {
+        EXIT_MISTAKE: Cause.MISTAKE,
+        EXIT_NO_INPUT: Cause.NO_INPUT,
+        EXIT_LEASE_HELD: Cause.LEASE_HELD,
+        EXIT_NOT_NEEDED: Cause.NOT_NEEDED,
+        EXIT_UNFINISHED: Cause.STOPPED,
+        SIGNAL_BASE + SIGTERM: Cause.STOPPED,
+    }.get(exit_code)
 
 
 def decide(ends: Sequence[End]) -> Verdict:
@@ -106,6 +111,9 @@ def decide(ends: Sequence[End]) -> Verdict:
     reached = max((end.done or 0 for end in before), default=None)
     if reached is None or (last.done or 0) > reached:
         return Verdict(True, "goes on from there when it is restarted")
-    return Verdict(False, f"no progress since the last restart, still at {last.unit} {counted(reached)}: the time "
-                          "until it is stopped is shorter than loading and one checkpoint interval; ask for a longer "
-                          "time, or checkpoint more often")
+    return Verdict(
+        False,
+        f"no progress since the last restart, still at {last.unit} {counted(reached)}: the time "
+        "until it is stopped is shorter than loading and one checkpoint interval; ask for a longer "
+        "time, or checkpoint more often",
+    )

@@ -1,14 +1,14 @@
 """Where things lie in a run, and the frozen submissions that a worker reads instead of the user's files.
 
-    RUN/
-      ledger.jsonl                    every submission and job, appended
-      submissions/N/plan.json         the frozen plan: what each phase is, resolved (FrozenPhase)
-      submissions/N/{pipeline,profile}.yaml, code/, scripts/
-      local/N/                        the driver's state, where there is no Slurm
-      PHASE/logs/aN.INDEX.out         one log an element and attempt
-      PHASE/attempts/                 how each attempt ended (Outcome)
-      PHASE/attempts/environment/     SLURM_* as each attempt on Slurm found it
-      PHASE/KEY/                      jobs/artifact.py
+RUN/
+  ledger.jsonl                    every submission and job, appended
+  submissions/N/plan.json         the frozen plan: what each phase is, resolved (FrozenPhase)
+  submissions/N/{pipeline,profile}.yaml, code/, scripts/
+  local/N/                        the driver's state, where there is no Slurm
+  PHASE/logs/aN.INDEX.out         one log an element and attempt
+  PHASE/attempts/                 how each attempt ended (Outcome)
+  PHASE/attempts/environment/     SLURM_* as each attempt on Slurm found it
+  PHASE/KEY/                      jobs/artifact.py
 """
 
 import contextlib
@@ -21,9 +21,10 @@ import shutil
 import stat
 import time
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
@@ -51,11 +52,17 @@ def path_problem(path: Path, on_slurm: bool) -> str:
     text = str(path)
     found = UNFIT | (UNFIT_ON_SLURM if on_slurm else {})
     wrong = [(part, why) for part, why in found.items() if part in text]
-    wrong += [(char, "no line of a script or of a listing can hold it")
-              for char in text if unicodedata.category(char) in ("Cc", "Zl", "Zp")]
+    wrong += [
+        (char, "no line of a script or of a listing can hold it")
+        for char in text
+        if unicodedata.category(char) in ("Cc", "Zl", "Zp")
+    ]
     wrong += [(char, "it is no Unicode") for char in text if unicodedata.category(char) == "Cs"]
-    wrong += [(part, f"a name of {len(os.fsencode(part))} bytes is longer than {LONGEST_NAME}")
-              for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME]
+    wrong += [
+        (part, f"a name of {len(os.fsencode(part))} bytes is longer than {LONGEST_NAME}")
+        for part in path.parts
+        if len(os.fsencode(part)) > LONGEST_NAME
+    ]
     if not wrong:
         return ""
     part, why = wrong[0]
@@ -102,8 +109,8 @@ class Outcome:
     job: str
     started: float
     ended: float = field(default_factory=time.time)
-    done: Optional[float] = None  # durable steps of one that was stopped, or all of one that was sealed
-    total: Optional[int] = None
+    done: float | None = None  # durable steps of one that was stopped, or all of one that was sealed
+    total: int | None = None
     key: str = ""
     cause: str = ""  # of one whose worker could not say: what launchers/rerun.py read from other evidence
     node: str = ""  # the one guilty node, where it was a node
@@ -185,8 +192,10 @@ class RunFolder:
             raise self._torn_plan(number) from None
 
     def _torn_plan(self, number: int) -> UserMistake:
-        return UserMistake(f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
-                           "that file and submit again: what is sealed stays")
+        return UserMistake(
+            f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
+            "that file and submit again: what is sealed stays"
+        )
 
     def meeting_key_path(self, number: int) -> Path:
         return self.submission_folder(number) / MEETING_KEY
@@ -201,8 +210,9 @@ class RunFolder:
             durable.create_file(path, secrets.token_hex(32) + "\n", mode=0o600)
         told = path.read_bytes().strip()
         if re.fullmatch(rb"[0-9a-f]{64}", told) is None:
-            raise UserMistake(f"{path} holds no key (truncated or edited); delete that file and submit again: what is "
-                              "sealed stays")
+            raise UserMistake(
+                f"{path} holds no key (truncated or edited); delete that file and submit again: what is sealed stays"
+            )
         return bytes.fromhex(told.decode())
 
     def redirect(self, number: int, phase: str, to: int) -> None:
@@ -225,10 +235,10 @@ class RunFolder:
     def artifact(self, phase: FrozenPhase) -> Artifact:
         return Artifact(self.path / phase.name / phase.key, phase.elements, phase.fans_in)
 
-    def seal(self, phase: str, key: str) -> Optional[Seal]:
+    def seal(self, phase: str, key: str) -> Seal | None:
         return read_seal(self.path / phase / key / "seal.json")
 
-    def whole_seal(self, phase: str, key: str) -> Optional[Seal]:
+    def whole_seal(self, phase: str, key: str) -> Seal | None:
         """`seal`, but None for a damaged one: for those who ask about jobs, or about other keys than a plan's."""
         with contextlib.suppress(DamagedSeal):
             return self.seal(phase, key)
@@ -251,8 +261,10 @@ class RunFolder:
         only tell what was different.
         """
         found = [self.whole_seal(phase, path.parent.name) for path in self.phase_folder(phase).glob("*/seal.json")]
-        return sorted((seal for seal in found if seal),
-                      key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]))
+        return sorted(
+            (seal for seal in found if seal),
+            key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]),
+        )
 
     def log_path(self, phase: str, attempt: int, index: int) -> Path:
         return self.phase_folder(phase) / "logs" / f"a{attempt}.{index}.out"
@@ -265,7 +277,7 @@ class RunFolder:
         name = f"{outcome.element:04d}.a{outcome.attempt}.r{outcome.restart}{twin}.json"
         durable.create_file(folder / name, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 
-    def outcomes(self, phase: str, attempt: Optional[int] = None) -> list[Outcome]:
+    def outcomes(self, phase: str, attempt: int | None = None) -> list[Outcome]:
         """Outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
 
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.

@@ -1,15 +1,16 @@
 """What a seal says, and reading it: a damaged one is refused by name, an older one without a sum is read all the same.
 
-    {"format", "key", "material", "root", "files": {name: {size, mtime_ns, sha256}}, "parts", "upstream", "facts",
-     "submission", "restart", "job", "environment", "sealed_at", …, "sum"}
+{"format", "key", "material", "root", "files": {name: {size, mtime_ns, sha256}}, "parts", "upstream", "facts",
+ "submission", "restart", "job", "environment", "sealed_at", …, "sum"}
 """
 
 import importlib.metadata
 import platform
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
@@ -26,7 +27,10 @@ def manifest(folder: Path) -> dict[str, Any]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         stat = path.stat()
         files[str(path.relative_to(folder))] = {
-            "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": durable.sha256_file(path)}
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": durable.sha256_file(path),
+        }
     return files
 
 
@@ -73,7 +77,7 @@ class Seal:
         return self.content.get("upstream", {})
 
     @property
-    def parts(self) -> Optional[list[str]]:
+    def parts(self) -> list[str] | None:
         """Digests of the elements' seals that were merged."""
         return self.content.get("parts")
 
@@ -86,7 +90,7 @@ class Seal:
         """False of what was sealed before seals had a sum over themselves: nobody can tell whether it was altered."""
         return durable.SUM in self.content
 
-    def altered(self, rehash: bool = False, cache: Optional[HashCache] = None) -> Iterator[str]:
+    def altered(self, rehash: bool = False, cache: HashCache | None = None) -> Iterator[str]:
         """One line a sealed file that is missing or not the bytes that were sealed.
 
         Compares size and mtime; hashes where they differ (a copied run keeps bytes, not times) or when `rehash`.
@@ -106,7 +110,7 @@ class Seal:
             if stat.st_size != entry["size"] or sha256(path) != entry["sha256"]:
                 yield f"{path} was changed after it was sealed (sha256 is no longer {entry['sha256'][:12]}…)"
 
-    def verify(self, rehash: bool = False, cache: Optional[HashCache] = None) -> None:
+    def verify(self, rehash: bool = False, cache: HashCache | None = None) -> None:
         for line in self.altered(rehash, cache):
             raise UserMistake(f"{line}; restore it, or submit again: it is then sealed anew")
 
@@ -115,7 +119,7 @@ class DamagedSeal(UserMistake):
     """A file in a seal's place that is not the seal that was written there."""
 
 
-def read_seal(path: Path) -> Optional[Seal]:
+def read_seal(path: Path) -> Seal | None:
     """Return the seal at `path`, None when there is none. Raises DamagedSeal."""
     try:
         data = path.read_bytes()
@@ -129,15 +133,28 @@ def read_seal(path: Path) -> Optional[Seal]:
     if problem:
         artifact = path.parent if path.name == "seal.json" else path.parent.parent
         raise DamagedSeal(f"{path} is not a seal: it {problem}; restore it, or {how_to_run_anew(artifact)}")
-    said = {"key": content["key"], "parts": content.get("parts"),
-            "files": {name: [entry["size"], entry["sha256"]] for name, entry in content["files"].items()}}
+    said = {
+        "key": content["key"],
+        "parts": content.get("parts"),
+        "files": {name: [entry["size"], entry["sha256"]] for name, entry in content["files"].items()},
+    }
     return Seal(path, durable.sha256_bytes(durable.canonical_json(said)), content)
 
 
 def _malformed(content: dict[str, Any]) -> str:
     """Return what a seal says that no seal says; "" where it may be one."""
-    kinds = {"key": str, "root": str, "files": dict, "facts": dict, "upstream": dict, "material": dict, "parts": list,
-             "submission": int, "restart": int, "job": str}
+    kinds = {
+        "key": str,
+        "root": str,
+        "files": dict,
+        "facts": dict,
+        "upstream": dict,
+        "material": dict,
+        "parts": list,
+        "submission": int,
+        "restart": int,
+        "job": str,
+    }
     for name, kind in kinds.items():
         if name not in content and name in ("key", "root", "files"):
             return f"has no {name}"

@@ -18,9 +18,9 @@ import signal
 import stat
 import subprocess
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, MutableMapping, Optional
+from typing import Any
 
 from data_tools.mistake import UserMistake
 from jobs.masking import MaskedOutput
@@ -40,7 +40,7 @@ class Secrets:
         spelled = [(text, name) for name, value in self._values.items() for text in _spellings(value)]
         # the longest first: a value that is part of another one must not leave the rest of it
         self._spelled = sorted(spelled, key=lambda pair: -len(pair[0]))
-        self._output: Optional[MaskedOutput] = None
+        self._output: MaskedOutput | None = None
 
     def __repr__(self) -> str:
         return f"Secrets({', '.join(self._values)})"  # never a value, in no traceback
@@ -59,8 +59,10 @@ class Secrets:
         if isinstance(value, str):
             for text, name in self._spelled:
                 if text in value:
-                    raise UserMistake(f"{where} would write down the value of the secret {name}; have the phase leave it "
-                                      "out of what it returns")
+                    raise UserMistake(
+                        f"{where} would write down the value of the secret {name}; have the phase leave it "
+                        "out of what it returns"
+                    )
         elif isinstance(value, dict):
             for key, item in value.items():
                 self.refuse_in(key, where)
@@ -87,8 +89,14 @@ def _shown(name: str) -> str:
 def _spellings(value: str) -> set[str]:
     """How a value may stand in a text: as it is, escaped by repr, JSON or a URL, and each long line of several."""
     lines = [line for line in value.splitlines() if len(line) >= WHOLE_LINES]
-    return {value, repr(value)[1:-1], json.dumps(value)[1:-1], urllib.parse.quote(value, safe=""),
-            urllib.parse.quote(value), *lines}
+    return {
+        value,
+        repr(value)[1:-1],
+        json.dumps(value)[1:-1],
+        urllib.parse.quote(value, safe=""),
+        urllib.parse.quote(value),
+        *lines,
+    }
 
 
 def commands_among(references: Mapping[str, str]) -> dict[str, str]:
@@ -137,8 +145,10 @@ def _value(name: str, reference: str, environment: Mapping[str, str]) -> str:
         remedy = f"export {where} before you submit" if kind == "env" else "write the value there"
         raise UserMistake(f"secret {name}: {reference} is empty; {remedy}")
     if len(value) < SHORTEST:
-        raise UserMistake(f"secret {name}: what {reference} holds has {len(value)} characters; a secret has {SHORTEST} "
-                          "at the least, for its value is masked wherever it stands in a log")
+        raise UserMistake(
+            f"secret {name}: what {reference} holds has {len(value)} characters; a secret has {SHORTEST} "
+            "at the least, for its value is masked wherever it stands in a log"
+        )
     if "\0" in value:
         raise UserMistake(f"secret {name}: what {reference} holds has a NUL byte, which no variable can")
     return value
@@ -151,15 +161,17 @@ def _file(name: str, where: str) -> bytes:
         # Not blocking: a FIFO of that name must not hang the job. The mode is that of what was opened.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise UserMistake(f"secret {name}: {path} on {host}: {error.strerror}; write the value there and "
-                          f"`chmod 600 {path}`") from None
+        raise UserMistake(
+            f"secret {name}: {path} on {host}: {error.strerror}; write the value there and `chmod 600 {path}`"
+        ) from None
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise UserMistake(f"secret {name}: {path} is not a file")
         if status.st_mode & OTHERS:
-            raise UserMistake(f"secret {name}: {path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}): "
-                              f"chmod 600 {path}")
+            raise UserMistake(
+                f"secret {name}: {path} can be read by others (mode {stat.S_IMODE(status.st_mode):o}): chmod 600 {path}"
+            )
         if status.st_size > FILE_LIMIT:
             raise UserMistake(f"secret {name}: {path} has {status.st_size:,} bytes; the most is {FILE_LIMIT:,}")
         return os.read(handle, FILE_LIMIT)
@@ -169,8 +181,13 @@ def _file(name: str, where: str) -> bytes:
 
 def _command(name: str, command: str) -> bytes:
     """What the command prints. What it says on stderr is not shown: it may hold the value (`set -x`)."""
-    process = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         out, _ = process.communicate(timeout=COMMAND_LIMIT_S)
     except subprocess.TimeoutExpired:

@@ -5,9 +5,9 @@ the partner's; the whole phase then records one digest an element, taken from th
 same whoever merged them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Mapping, Optional
 
 from data_tools import durable
 from jobs.artifact import Artifact, HashCache
@@ -54,9 +54,11 @@ def whole_upstream(parts: list[Seal], paired: list[str]) -> dict[str, "str | lis
 class Survey:
     """What of a phase is sealed and stands, and what a submitter has to withdraw, so that it is sealed anew."""
 
-    whole: Optional[Seal] = None  # the phase's own seal, where that and all its elements' stand
+    whole: Seal | None = None  # the phase's own seal, where that and all its elements' stand
     parts: dict[int, Seal] = field(default_factory=dict)  # elements' seals that stand
-    fallen: list[tuple[Path, str, str]] = field(default_factory=list)  # (seal, SHA-256 of its bytes, altered or retired)
+    fallen: list[tuple[Path, str, str]] = field(
+        default_factory=list
+    )  # (seal, SHA-256 of its bytes, altered or retired)
     reasons: list[str] = field(default_factory=list)  # why those fell, an element or the phase each
 
     def missing(self, phase: FrozenPhase) -> list[int]:
@@ -77,8 +79,9 @@ class Surveyor:
     def __init__(self, verify: bool, cache: HashCache):
         self.verify, self.cache = verify, cache
 
-    def survey(self, artifact: Artifact, phase: FrozenPhase, now: Mapping[str, str],
-               partners: Mapping[str, Mapping[int, Seal]]) -> Survey:
+    def survey(
+        self, artifact: Artifact, phase: FrozenPhase, now: Mapping[str, str], partners: Mapping[str, Mapping[int, Seal]]
+    ) -> Survey:
         """Return what stands of a phase whose needs are sealed as `now` says; of aftercorr needs, as `partners` does."""
         found = Survey()
         whole, paired = read_seal(artifact.seal_path), list(partners)
@@ -98,8 +101,9 @@ class Surveyor:
             found.whole = whole
         return found
 
-    def _element(self, found: Survey, path: Path, index: int, now: Mapping[str, str], paired: list[str],
-                 was_merged: bool) -> None:
+    def _element(
+        self, found: Survey, path: Path, index: int, now: Mapping[str, str], paired: list[str], was_merged: bool
+    ) -> None:
         try:
             seal = read_seal(path)
         except DamagedSeal as damage:
@@ -121,8 +125,9 @@ class Surveyor:
             return f"{names[0]} was sealed anew since", "retired"
         return "", ""
 
-    def _why_whole(self, seal: Seal, phase: FrozenPhase, parts: Mapping[int, Seal], now: Mapping[str, str],
-                   paired: list[str]) -> str:
+    def _why_whole(
+        self, seal: Seal, phase: FrozenPhase, parts: Mapping[int, Seal], now: Mapping[str, str], paired: list[str]
+    ) -> str:
         why, _ = self._why(seal, 0, now, paired)
         if why or not phase.fans_in:
             return why

@@ -11,7 +11,6 @@ until `install` or `release`.
 
 import signal
 from types import FrameType
-from typing import Optional
 
 HELD = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -45,5 +44,5 @@ class StopSignals:
             self.listens = True
         return bool(self.received)
 
-    def _note(self, number: int, _: Optional[FrameType]) -> None:
+    def _note(self, number: int, _: FrameType | None) -> None:
         self.received.add(number)

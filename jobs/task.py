@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools.progress import Stop, Stopped, never
 
@@ -30,7 +30,7 @@ class Task:
     stop: Stop = never
     """True once the element should end early. A phase that can go on later asks it often, on every rank, makes what it
     did durable in `keep` and raises data_tools.progress.Stopped, on all ranks. Who never asks dies of SIGTERM."""
-    reached: tuple[Optional[int], Optional[int]] = (None, None)  # the last progress that was told: done, total
+    reached: tuple[int | None, int | None] = (None, None)  # the last progress that was told: done, total
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         """A plain line in the log every few seconds, and a small file that `afterok run` and `status` show."""

@@ -31,7 +31,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
@@ -39,12 +39,22 @@ from data_tools.progress import Stopped
 from data_tools.rendezvous import Meeting
 from jobs import requeue, retry, standing, stopping
 from jobs.artifact import (
-    FINISH, Artifact, HashCache, Lease, LeaseHeld, LeaseName, Owner, Seal, Sealed, content_digest, read_seal)
+    FINISH,
+    Artifact,
+    HashCache,
+    Lease,
+    LeaseHeld,
+    LeaseName,
+    Owner,
+    Seal,
+    Sealed,
+    content_digest,
+    read_seal,
+)
 from jobs.kind import PhaseKind, find_kind
 from jobs.pipeline import NEED_SEALS, substitute, typed_config
 from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
-from jobs.retry import (
-    EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause)
+from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task
@@ -67,7 +77,7 @@ class NotNeeded(Exception):
     """A phase whose failure this one was to follow is sealed, whatever became of its job."""
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.worker", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("phase")
@@ -108,7 +118,7 @@ def _submission(run: RunFolder, args: argparse.Namespace) -> int:
     os.execv(sys.executable, _command(run, args.phase, args.index, to, args.requeue))
 
 
-def _command(run: RunFolder, phase: str, index: Optional[int], number: int, requeue: bool) -> list[str]:
+def _command(run: RunFolder, phase: str, index: int | None, number: int, requeue: bool) -> list[str]:
     command = [sys.executable, "-m", "jobs.worker", str(run.path), phase, *([] if index is None else [str(index)])]
     return [*command, "--submission", str(number), *(["--requeue"] if requeue else [])]
 
@@ -140,20 +150,28 @@ def restart_count(artifact: Artifact, index: int, attempt: int, chained: bool = 
 
 
 class Worker:
-    def __init__(self, run: RunFolder, number: int, phases: dict[str, FrozenPhase], phase: FrozenPhase, index: int,
-                 rank: Rank, requeue: bool = False):
+    def __init__(
+        self,
+        run: RunFolder,
+        number: int,
+        phases: dict[str, FrozenPhase],
+        phase: FrozenPhase,
+        index: int,
+        rank: Rank,
+        requeue: bool = False,
+    ):
         self.run, self.number, self.phases, self.phase, self.index, self.rank = run, number, phases, phase, index, rank
         self.artifact: Artifact = run.artifact(phase)
         self.requeue = requeue
         restart = restart_count(self.artifact, index, number, chained=bool(phase.links))
         self.owner = Owner.me(number, restart, os.environ.get("SLURM_JOB_ID", ""))
         self.started = time.time()
-        self.lease: Optional[Lease] = None
+        self.lease: Lease | None = None
         self.upstream: dict[str, Seal] = {}
         self.paired = standing.partners(phase, phases)
         self.secrets = Secrets({})
         self.revealed = False
-        self.reached: tuple[Optional[int], Optional[int]] = (None, None)  # steps done and in all, where the phase told
+        self.reached: tuple[int | None, int | None] = (None, None)  # steps done and in all, where the phase told
 
     def work(self) -> int:
         try:
@@ -167,8 +185,13 @@ class Worker:
         except Exception as error:
             code, message = self._failure(error)
         message = self.secrets.mask(message)
-        states = {EXIT_SEALED: "sealed", EXIT_MISTAKE: "mistake", EXIT_LEASE_HELD: "skipped",
-                  EXIT_NOT_NEEDED: "skipped", EXIT_UNFINISHED: "stopped"}
+        states = {
+            EXIT_SEALED: "sealed",
+            EXIT_MISTAKE: "mistake",
+            EXIT_LEASE_HELD: "skipped",
+            EXIT_NOT_NEEDED: "skipped",
+            EXIT_UNFINISHED: "stopped",
+        }
         if code != EXIT_SEALED:
             _say(f"{self.phase.name}[{self.index}]: {message}")
         if code != EXIT_SEALED or self.rank.rank == 0:
@@ -203,12 +226,27 @@ class Worker:
             message += f" ({self.run.path} has no space left)"
         return EXIT_FAILED, message
 
-    def _record_outcome(self, state: str, code: int, message: str, done: Optional[int] = None,
-                        total: Optional[int] = None) -> None:
+    def _record_outcome(
+        self, state: str, code: int, message: str, done: int | None = None, total: int | None = None
+    ) -> None:
         try:
-            self.run.record_outcome(self.phase.name, Outcome(
-                self.index, self.owner.attempt, self.owner.restart, state, code, message,
-                socket.gethostname(), self.owner.job, self.started, done=done, total=total, key=self.phase.key))
+            self.run.record_outcome(
+                self.phase.name,
+                Outcome(
+                    self.index,
+                    self.owner.attempt,
+                    self.owner.restart,
+                    state,
+                    code,
+                    message,
+                    socket.gethostname(),
+                    self.owner.job,
+                    self.started,
+                    done=done,
+                    total=total,
+                    key=self.phase.key,
+                ),
+            )
         except OSError as error:  # the log and the exit code say it all the same
             _say(f"outcome not recorded: {disk_problem(error) or error}")
 
@@ -219,13 +257,21 @@ class Worker:
         """Return where the ranks of this start of this element meet."""
         low, high = self._profile().network.port_range
         start = [os.environ.get(name, "") for name in START_VARIABLES]
-        name = "/".join([str(self.run.path), self.phase.name, self.phase.key, str(self.index), str(self.number), *start])
+        name = "/".join(
+            [str(self.run.path), self.phase.name, self.phase.key, str(self.index), str(self.number), *start]
+        )
         promised = int(os.environ["MASTER_PORT"])  # to a phase that calls torch.distributed itself
         key = self.run.meeting_key(self.number)
-        return Meeting(os.environ["MASTER_ADDR"], range(low, high + 1), name, key, promised,
-                       str(self.run.meeting_key_path(self.number)))
+        return Meeting(
+            os.environ["MASTER_ADDR"],
+            range(low, high + 1),
+            name,
+            key,
+            promised,
+            str(self.run.meeting_key_path(self.number)),
+        )
 
-    def _reveal_secrets(self, verdicts: Optional[Verdicts] = None) -> None:
+    def _reveal_secrets(self, verdicts: Verdicts | None = None) -> None:
         """The profile's secrets into this rank's environment: after the lease, just before the phase's own code."""
         if self.revealed:  # the fan-in of a rank that ran an element: a command may print another value each time
             return
@@ -299,15 +345,21 @@ class Worker:
             return {"exit": EXIT_NOT_NEEDED, "message": str(sealed), **nothing}
         self.artifact.sweep(self.lease)
         self.run.record_environment(self.phase.name, self.index, self.owner, os.environ)
-        print(f"{self.phase.name}[{self.index}] attempt {self.owner.attempt}, key {self.phase.key}, "
-              f"{self.rank.world_size} rank(s) on {socket.gethostname()}", flush=True)
+        print(
+            f"{self.phase.name}[{self.index}] attempt {self.owner.attempt}, key {self.phase.key}, "
+            f"{self.rank.world_size} rank(s) on {socket.gethostname()}",
+            flush=True,
+        )
         return {"exit": None, "message": "", "out": str(self.lease.folder), "folders": folders, "only_fan_in": False}
 
     def _stopped(self, stopped: Stopped, words: list[str]) -> dict[str, Any]:
         """Record the stop and, on Slurm, requeue where that is ours to do. `words`: the signals each rank received."""
         received = {int(number) for word in words for number in word.split(",") if number}
-        before = [outcome for outcome in self.run.outcomes(self.phase.name, self.owner.attempt)
-                  if outcome.element == self.index and outcome.restart < self.owner.restart]
+        before = [
+            outcome
+            for outcome in self.run.outcomes(self.phase.name, self.owner.attempt)
+            if outcome.element == self.index and outcome.restart < self.owner.restart
+        ]
         stops = [outcome for outcome in before if outcome.state == "stopped"]
         ends = [retry.End(Cause.STOPPED, done, stopped.unit) for done in [*(stop.done for stop in stops), stopped.done]]
         verdict = retry.decide(ends)
@@ -337,7 +389,8 @@ class Worker:
                 continue
             if seal is None:
                 raise UpstreamNotSealed(
-                    f"needs {name}, which has no seal at {path}; see `afterok status {self.run.path}`")
+                    f"needs {name}, which has no seal at {path}; see `afterok status {self.run.path}`"
+                )
             seal.verify(cache=cache)
             self.upstream[name] = seal
         for path, digest in self.phase.inputs.items():
@@ -367,8 +420,9 @@ class Worker:
         keep = self.artifact.folder if count == 1 else self.artifact.folder / "elements" / f"{index:04d}"
         keep.mkdir(parents=True, exist_ok=True)
         value = self.phase.array[index] if isinstance(self.phase.array, list) else index
-        return Task(self.phase.name, index, count, value, out, keep, self.rank.rank, self.rank.world_size,
-                    SIGNALS.asked)
+        return Task(
+            self.phase.name, index, count, value, out, keep, self.rank.rank, self.rank.world_size, SIGNALS.asked
+        )
 
     def _seal(self, kind: PhaseKind, facts: dict[str, Any], lease: dict[str, Any]) -> dict[str, Any]:
         if not lease["only_fan_in"] and not self.artifact.seal(self.lease, self._record(facts)):
@@ -380,7 +434,8 @@ class Worker:
     def _lost_to_twin(self) -> dict[str, Any]:
         """A newer owner took over, or a twin sealed first: only the latter means that the work is done."""
         done = self.artifact.seal_path.exists() or (
-            self.artifact.fans_in and self.artifact.element_seal_path(self.index).exists())
+            self.artifact.fans_in and self.artifact.element_seal_path(self.index).exists()
+        )
         if done:
             return {"exit": EXIT_SEALED, "message": "a twin sealed first"}
         return {"exit": EXIT_LEASE_HELD, "message": TAKEN_OVER}
@@ -419,8 +474,11 @@ class Worker:
         self._reveal_secrets()
         task = Task(self.phase.name, 0, self.phase.elements, None, lease.folder, keep, 0, 1)
         facts = kind.finish([part.folder for part in parts], config, task) or {}
-        self.artifact.seal(lease, self._record(facts) | {
-            "parts": [part.digest for part in parts], "upstream": standing.whole_upstream(parts, self.paired)})
+        self.artifact.seal(
+            lease,
+            self._record(facts)
+            | {"parts": [part.digest for part in parts], "upstream": standing.whole_upstream(parts, self.paired)},
+        )
 
     def _is_current(self, index: int, part: Seal) -> bool:
         """False for an element's seal of an earlier submission over other results: its task in this one is to come."""
@@ -437,10 +495,16 @@ class Worker:
     def _record(self, facts: dict[str, Any]) -> dict[str, Any]:
         self.secrets.refuse_in(facts, f"{self.phase.name}: facts")
         return {
-            "phase": self.phase.name, "uses": self.phase.uses, "key": self.phase.key, "material": self.phase.material,
-            "submission": self.number, "restart": self.owner.restart, "job": self.owner.job,
+            "phase": self.phase.name,
+            "uses": self.phase.uses,
+            "key": self.phase.key,
+            "material": self.phase.material,
+            "submission": self.number,
+            "restart": self.owner.restart,
+            "job": self.owner.job,
             "upstream": self._upstream_digests(),
-            "ranks": self.phase.ranks, "started_at": self.started,
+            "ranks": self.phase.ranks,
+            "started_at": self.started,
             "facts": facts,
         }
 

@@ -1,7 +1,7 @@
 """The contract that local processes and Slurm share: the same jobs in, the same state words out."""
 
 from dataclasses import dataclass
-from typing import Optional, Protocol
+from typing import Protocol
 
 from data_tools.mistake import UserMistake
 from launchers.ledger import JobEntry
@@ -13,9 +13,24 @@ NEVER = "DependencyNeverSatisfied"
 # Why a job waits for a release: nobody released it yet, or a controller that crashed forgot that, or forgot that the
 # job ran: it sends the job, or a new one of that id, to a node where the old one still is.
 HELD = frozenset({"JobHeldUser", "launch failed requeued held"})
-ACTIVE_STATES = frozenset({
-    PENDING, RUNNING, "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESIZING",
-    "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD"})
+ACTIVE_STATES = frozenset(
+    {
+        PENDING,
+        RUNNING,
+        "SUSPENDED",
+        "COMPLETING",
+        "CONFIGURING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "RESIZING",
+        "SIGNALING",
+        "SPECIAL_EXIT",
+        "STAGE_OUT",
+        "STOPPED",
+        "RESV_DEL_HOLD",
+    }
+)
 
 
 class OutcomeOpen(UserMistake):
@@ -59,7 +74,7 @@ class TaskState:
     index: int
     state: str
     reason: str = ""
-    exit_code: Optional[int] = None
+    exit_code: int | None = None
     links_left: int = 0  # of a chain: its links that have not ended
 
 
@@ -81,7 +96,7 @@ class Backend(Protocol):
     def find(self, names: list[str]) -> dict[str, list[str]]:
         """Ids of the jobs that carry these names and were not cancelled."""
 
-    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> None:
+    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> None:
         """Let a waiting job (or one element of it) wait on these jobs and no others."""
 
     def release(self, number: int, jobs: list[str]) -> None:
@@ -96,5 +111,5 @@ class Backend(Protocol):
     def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
         """What `send` runs, as one would type it."""
 
-    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> str:
+    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> str:
         """What `rewire` runs, as one would type it."""

@@ -6,7 +6,7 @@ takes surplus ones out of the middle of the chain (launchers/rerun.py), and `aft
 """
 
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from jobs.run_folder import FrozenPhase, Outcome
 
@@ -30,7 +30,7 @@ def links_needed(phase: FrozenPhase, outcomes: Sequence[Outcome], link_s: float)
     return min(max(1, math.ceil(left_s / max(link_s, 1.0))) + SPARE_LINKS, MOST_LINKS)
 
 
-def seconds_a_step(outcomes: Sequence[Outcome]) -> Optional[float]:
+def seconds_a_step(outcomes: Sequence[Outcome]) -> float | None:
     """Seconds for a step that lasts, with its share of loading and saving; None where no life of an element told."""
     steps, seconds, reached = 0, 0.0, dict[str, int]()
     for outcome in outcomes:

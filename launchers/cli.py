@@ -9,8 +9,8 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Optional
 
 from data_tools.durable import TornFile
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
@@ -27,12 +27,12 @@ OVERRIDES_HELP = "dotted overrides: sft.with.lr=1e-5 params.steps=100 cluster=au
 RUN_HELP = "a run's folder, or its name below ./runs (default: the run last submitted below ./runs)"
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     with clean_streams():
         return _main(argv)
 
 
-def _main(argv: Optional[list[str]]) -> int:
+def _main(argv: list[str] | None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     late = [word for word in rest if "=" in word and not word.startswith("-")]
@@ -90,58 +90,78 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("pipeline", type=Path, help=PIPELINE_HELP, **({"nargs": "?"} if name == "plan" else {}))
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
         sub.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: ./runs/PIPELINE_NAME)")
-        sub.add_argument("--verify", action="store_true",
-                         help="hash every sealed file again instead of trusting size and mtime")
+        sub.add_argument(
+            "--verify", action="store_true", help="hash every sealed file again instead of trusting size and mtime"
+        )
 
         if name != "plan":
-            sub.add_argument("--group", metavar="NAME", default="",
-                             help="let this group of users read the run (default: nobody but you)")
+            sub.add_argument(
+                "--group",
+                metavar="NAME",
+                default="",
+                help="let this group of users read the run (default: nobody but you)",
+            )
         if name == "plan":
-            sub.add_argument("--parallel", metavar="PHASE",
-                             help="memory, rank grid and predicted step of a training phase")
-            sub.add_argument("--search", action="store_true",
-                             help="with --parallel: the legal plans that fit, best first")
-            sub.add_argument("--from-megatron", metavar="FLAGS",
-                             help="print the overrides that Megatron-LM's flags of a GRPO run stand for, and the flags "
-                             "that have none")
+            sub.add_argument(
+                "--parallel", metavar="PHASE", help="memory, rank grid and predicted step of a training phase"
+            )
+            sub.add_argument(
+                "--search", action="store_true", help="with --parallel: the legal plans that fit, best first"
+            )
+            sub.add_argument(
+                "--from-megatron",
+                metavar="FLAGS",
+                help="print the overrides that Megatron-LM's flags of a GRPO run stand for, and the flags "
+                "that have none",
+            )
         if name == "submit":
-            sub.add_argument("--dry-run", action="store_true",
-                             help="print the sbatch and scontrol calls instead of making them")
+            sub.add_argument(
+                "--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them"
+            )
 
     sub = verb("resubmit", verbs.do_resubmit, "a new attempt at one phase; what waits on it is rewired")
     sub.add_argument("run", help=RUN_HELP.partition(" (")[0])
     sub.add_argument("phase", metavar="PHASE")
-    sub.add_argument("overrides", nargs="*", metavar="key=value",
-                     help="further overrides, on top of those it was submitted with")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="further overrides, on top of those it was submitted with"
+    )
     sub.add_argument("--elements", metavar="3,7-9", help="only these elements (default: all that are not sealed)")
-    sub.add_argument("--again", action="store_true",
-                     help="run it anew though it is sealed; what it made so far, checkpoints too, is set aside in "
-                     "RUN/PHASE/retired")
-    sub.add_argument("--dry-run", action="store_true",
-                     help="print the sbatch and scontrol calls instead of making them")
+    sub.add_argument(
+        "--again",
+        action="store_true",
+        help="run it anew though it is sealed; what it made so far, checkpoints too, is set aside in RUN/PHASE/retired",
+    )
+    sub.add_argument(
+        "--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them"
+    )
 
     sub = verb("repair", verbs.do_repair, "finish a submission whose submitter was killed")
     sub.add_argument("run", nargs="?", help=RUN_HELP)
 
     sub = verb("status", verbs.do_status, "show the state of each phase of a run")
     sub.add_argument("run", nargs="?", help=RUN_HELP)
-    sub.add_argument("-w", "--watch", action="store_true",
-                     help="look again until nothing is active; Ctrl-C only stops looking")
+    sub.add_argument(
+        "-w", "--watch", action="store_true", help="look again until nothing is active; Ctrl-C only stops looking"
+    )
 
     sub = verb("why", verbs.do_why, "say why phases failed, or do not start, and what to do")
     sub.add_argument("words", nargs="*", metavar="[RUN] [PHASE]", help=f"{RUN_HELP}; and one phase (default: all)")
 
     sub = verb("ls", verbs.do_ls, "list runs")
-    sub.add_argument("folder", nargs="?", type=Path, default=Path("runs"),
-                     help="the folder they are in (default: ./runs)")
+    sub.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), help="the folder they are in (default: ./runs)"
+    )
 
     sub = verb("logs", verbs.do_logs, "print the log of a phase", reports=False)
     sub.add_argument("run", nargs="?", help=RUN_HELP)
     sub.add_argument("phase", metavar="PHASE[:INDEX]", help="which phase, and which of its elements")
     sub.add_argument("-f", "--follow", action="store_true", help="go on until the phase ends")
-    sub.add_argument("--replay", metavar="STEP/PROMPT/SAMPLE",
-                     help="of a grpo phase: draw one rollout again, alone, and say where it first differs from what "
-                     "was recorded (names: its samples/step_N.jsonl)")
+    sub.add_argument(
+        "--replay",
+        metavar="STEP/PROMPT/SAMPLE",
+        help="of a grpo phase: draw one rollout again, alone, and say where it first differs from what "
+        "was recorded (names: its samples/step_N.jsonl)",
+    )
 
     help = "show a phase's token store or packs: balance, lengths, text with its loss mask"
     sub = verb("inspect", verbs.do_inspect, help)
@@ -150,8 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--documents", type=int, default=3, metavar="N", help="how many documents to show (default: 3)")
     sub.add_argument("--pack", type=int, metavar="N", help="of this pack")
     sub.add_argument("--seed", type=int, default=0, help="draws other ones")
-    sub.add_argument("--tokens", type=int, default=400, metavar="N",
-                     help="at most so many of a document (default: 400)")
+    sub.add_argument(
+        "--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)"
+    )
 
     sub = verb("cancel", verbs.do_cancel, "cancel a run's jobs, or those of some phases")
     sub.add_argument("run", nargs="?", help=RUN_HELP)

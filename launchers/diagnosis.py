@@ -7,17 +7,29 @@ a broken collective, and srun then kills those. What a log shows stands in launc
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Optional
 
 from data_tools.mistake import EXIT_MISTAKE
 from data_tools.progress import EXIT_HUNG
 from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE, Cause
 from launchers.backend import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
 from launchers.evidence import (
-    CANCELLED_LINE, COLLECTIVE_LINE, ENVIRONMENT_LINE, GPU_MEMORY_LINE, HOST_MEMORY_LINE, HUNG_LINE, NODE_LINE,
-    PREEMPTED_LINE, TIME_LINE, Evidence, first_dead_task, guilty_node, last_line, tracebacks,
+    CANCELLED_LINE,
+    COLLECTIVE_LINE,
+    ENVIRONMENT_LINE,
+    GPU_MEMORY_LINE,
+    HOST_MEMORY_LINE,
+    HUNG_LINE,
+    NODE_LINE,
+    PREEMPTED_LINE,
+    TIME_LINE,
+    Evidence,
+    first_dead_task,
+    guilty_node,
+    last_line,
+    tracebacks,
 )  # fmt: skip
 from launchers.status import NO_SEAL, UNKNOWN, exit_code_of
 from slurm.printed import format_minutes
@@ -36,7 +48,7 @@ class Diagnosis:
     certain: bool = True  # False: the likeliest reading of evidence that has others
 
 
-Rule = Callable[[Evidence], Optional[Diagnosis]]
+Rule = Callable[[Evidence], Diagnosis | None]
 
 
 def classify(evidence: Evidence) -> Diagnosis:
@@ -95,7 +107,7 @@ def remedy_if_stuck(reason: str) -> str:
     return STUCK.get(reason, "")
 
 
-def _still_waits(e: Evidence) -> Optional[Diagnosis]:
+def _still_waits(e: Evidence) -> Diagnosis | None:
     if e.state not in ACTIVE_STATES:
         return None
     if e.reason == NEVER:
@@ -151,7 +163,7 @@ def _upstream(e: Evidence) -> Diagnosis:
 # -- what Slurm itself says ---------------------------------------------------------------------------------------
 
 
-def _ended_by_slurm(e: Evidence) -> Optional[Diagnosis]:
+def _ended_by_slurm(e: Evidence) -> Diagnosis | None:
     said = f"Slurm says {e.state}" + (f", reason {e.reason}" if e.reason else "")
     time_line, preempted_line, node_line = e.find(TIME_LINE), e.find(PREEMPTED_LINE), e.find(NODE_LINE)
     if e.state in ("TIMEOUT", "DEADLINE") or (time_line and e.state not in ("PREEMPTED", "NODE_FAIL")):
@@ -174,7 +186,9 @@ def _ended_by_slurm(e: Evidence) -> Optional[Diagnosis]:
         what = (
             f"lost node {node}"
             if node
-            else f"lost a node of {e.row.nodelist}" if e.row and e.row.nodelist else "lost a node"
+            else f"lost a node of {e.row.nodelist}"
+            if e.row and e.row.nodelist
+            else "lost a node"
         )
         tell = f", and tell the admin about {node}" if node else ""
         return Diagnosis(Cause.NODE, what, node_line or said, f"submit again (checkpoints are kept){tell}", node)
@@ -183,14 +197,14 @@ def _ended_by_slurm(e: Evidence) -> Optional[Diagnosis]:
     return None
 
 
-def _never_ran(e: Evidence) -> Optional[Diagnosis]:
+def _never_ran(e: Evidence) -> Diagnosis | None:
     """Cancelled before it started, or because what it needs failed."""
     if e.state == CANCELLED and e.reason == NEVER:
         return _upstream(e)
     return None
 
 
-def _no_log_folder(e: Evidence) -> Optional[Diagnosis]:
+def _no_log_folder(e: Evidence) -> Diagnosis | None:
     no_output = e.row is not None and e.row.exit_signal == SIGNAL_NO_OUTPUT
     if (
         e.outcome is None
@@ -208,7 +222,7 @@ def _no_log_folder(e: Evidence) -> Optional[Diagnosis]:
     return None
 
 
-def _environment(e: Evidence) -> Optional[Diagnosis]:
+def _environment(e: Evidence) -> Diagnosis | None:
     """A module or a setup line of the profile ended the job before any worker began."""
     line = e.find(ENVIRONMENT_LINE) if e.outcome is None else ""
     if not line:
@@ -226,7 +240,7 @@ def _environment(e: Evidence) -> Optional[Diagnosis]:
 # -- what the worker said -----------------------------------------------------------------------------------------
 
 
-def _said_by_worker(e: Evidence) -> Optional[Diagnosis]:
+def _said_by_worker(e: Evidence) -> Diagnosis | None:
     if e.code == EXIT_MISTAKE and e.outcome is not None:
         return Diagnosis(
             Cause.MISTAKE, "was stopped by a mistake in its input", e.message, "correct it and submit again"
@@ -246,7 +260,7 @@ def _said_by_worker(e: Evidence) -> Optional[Diagnosis]:
 KILLED_TASK = re.compile(r"Killed|Segmentation fault|Aborted|Bus error|Illegal instruction", re.IGNORECASE)
 
 
-def _gpu_memory(e: Evidence) -> Optional[Diagnosis]:
+def _gpu_memory(e: Evidence) -> Diagnosis | None:
     line = e.find(GPU_MEMORY_LINE)
     if not line:
         return None
@@ -271,12 +285,12 @@ def _host_memory(e: Evidence, line: str, certain: bool = True) -> Diagnosis:
     )
 
 
-def _host_memory_in_log(e: Evidence) -> Optional[Diagnosis]:
+def _host_memory_in_log(e: Evidence) -> Diagnosis | None:
     line = e.find(HOST_MEMORY_LINE)
     return _host_memory(e, line) if line else None
 
 
-def _exception(e: Evidence) -> Optional[Diagnosis]:
+def _exception(e: Evidence) -> Diagnosis | None:
     """An exception other than a broken collective: the worker's last word, or another rank's in the log."""
     found = [block for block in tracebacks(e.log) if not COLLECTIVE_LINE.search(block.error)]
     if e.outcome is not None and e.outcome.state == "failed" and e.message and not COLLECTIVE_LINE.search(e.message):
@@ -305,11 +319,11 @@ def _same_error(error: str, message: str) -> bool:
     )
 
 
-def _signal_of_code(code: Optional[int]) -> int:
+def _signal_of_code(code: int | None) -> int:
     return code - SIGNAL_BASE if code is not None and SIGNAL_BASE < code <= SIGNAL_BASE + 64 else 0
 
 
-def _killed(e: Evidence) -> Optional[Diagnosis]:
+def _killed(e: Evidence) -> Diagnosis | None:
     """A process that a signal ended: what srun says of the first, else the exit code."""
     if e.state in ACTIVE_STATES or e.state == CANCELLED:
         return None
@@ -341,7 +355,7 @@ def _killed(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
-def _hung(e: Evidence) -> Optional[Diagnosis]:
+def _hung(e: Evidence) -> Diagnosis | None:
     line = e.find(HUNG_LINE)
     if not line and e.code != EXIT_HUNG:
         return None
@@ -354,7 +368,7 @@ def _hung(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
-def _lease_held(e: Evidence) -> Optional[Diagnosis]:
+def _lease_held(e: Evidence) -> Diagnosis | None:
     """After what the log shows: a twin started by hand may have been the first to leave a word."""
     if e.outcome is None or e.outcome.exit_code != EXIT_LEASE_HELD:
         return None
@@ -366,7 +380,7 @@ def _lease_held(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
-def _collective(e: Evidence) -> Optional[Diagnosis]:
+def _collective(e: Evidence) -> Diagnosis | None:
     line = e.find(COLLECTIVE_LINE)
     if not line:
         return None
@@ -382,7 +396,7 @@ def _collective(e: Evidence) -> Optional[Diagnosis]:
 # -- what is left -------------------------------------------------------------------------------------------------
 
 
-def _driver_gone(e: Evidence) -> Optional[Diagnosis]:
+def _driver_gone(e: Evidence) -> Diagnosis | None:
     if "local driver is gone" not in e.reason:
         return None
     return Diagnosis(
@@ -393,7 +407,7 @@ def _driver_gone(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
-def _cancelled(e: Evidence) -> Optional[Diagnosis]:
+def _cancelled(e: Evidence) -> Diagnosis | None:
     line = e.find(CANCELLED_LINE) if e.state == UNKNOWN else ""
     if e.state != CANCELLED and not line:
         return None
@@ -402,7 +416,7 @@ def _cancelled(e: Evidence) -> Optional[Diagnosis]:
     return Diagnosis(Cause.CANCELLED, "was cancelled", who, "submit again to run it")
 
 
-def _stopped(e: Evidence) -> Optional[Diagnosis]:
+def _stopped(e: Evidence) -> Diagnosis | None:
     if e.outcome is None or e.outcome.state != "stopped":
         return None
     return Diagnosis(
@@ -410,7 +424,7 @@ def _stopped(e: Evidence) -> Optional[Diagnosis]:
     )
 
 
-def _lost(e: Evidence) -> Optional[Diagnosis]:
+def _lost(e: Evidence) -> Diagnosis | None:
     if e.reason == NO_SEAL:
         return Diagnosis(
             Cause.LOST,

@@ -6,7 +6,6 @@ has them, seen on the dev cluster or written from those programs' known wording.
 
 import re
 from dataclasses import dataclass
-from typing import Optional
 
 from data_tools.progress import HUNG
 from jobs.run_folder import Outcome
@@ -25,16 +24,16 @@ class Evidence:
     job: str = ""
     state: str = FAILED  # Slurm's word, or UNKNOWN
     reason: str = ""
-    exit_code: Optional[int] = None
-    outcome: Optional[Outcome] = None
+    exit_code: int | None = None
+    outcome: Outcome | None = None
     log: str = ""  # the end of its log, of its newest life
     log_path: str = ""
     log_folder_exists: bool = True
-    row: Optional[AccountingRow] = None  # from sacct, or scontrol where there is no slurmdbd
+    row: AccountingRow | None = None  # from sacct, or scontrol where there is no slurmdbd
     on_slurm: bool = True
     upstream: tuple[str, ...] = ()  # phases it needs that are not sealed and not under way
-    cancelled_at: Optional[float] = None  # by afterok
-    asked_minutes: Optional[int] = None
+    cancelled_at: float | None = None  # by afterok
+    asked_minutes: int | None = None
     asked_memory: str = ""
     down_nodes: tuple[str, ...] = ()  # of its nodes, those that Slurm calls down
 
@@ -43,7 +42,7 @@ class Evidence:
         return self.outcome.message if self.outcome is not None else ""
 
     @property
-    def code(self) -> Optional[int]:
+    def code(self) -> int | None:
         if self.outcome is not None:
             return self.outcome.exit_code
         return self.exit_code if self.exit_code is not None else exit_code_of(self.row) if self.row else None

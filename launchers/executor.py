@@ -7,9 +7,10 @@ pickles. The script runs by hand too: `sbatch RUN/submissions/N/scripts/PHASE.sh
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -21,8 +22,8 @@ from launchers.ledger import JobEntry
 from launchers.plan import PlannedPhase
 from launchers.shell_lines import script_setup
 from slurm.client import Slurm, SlurmError
-from slurm.printed import QueueRow, format_indices, parse_indices
 from slurm.detect import Cluster
+from slurm.printed import QueueRow, format_indices, parse_indices
 from slurm.profile import Profile, contact_note
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
@@ -74,12 +75,19 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         extra["array"] = format_indices(tasks) + (f"%{frozen.throttle}" if frozen.throttle else "")
     return {
         "job_name": spec.name,
-        "partition": resources.partition, "account": resources.account, "qos": resources.qos,
-        "constraint": resources.constraint, "time": resources.time_minutes, "nodes": resources.nodes,
-        "ntasks_per_node": resources.ranks_per_node, "cpus_per_task": resources.cpus_per_task,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "time": resources.time_minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.ranks_per_node,
+        "cpus_per_task": resources.cpus_per_task,
         "gpus_per_node": resources.gpus_per_node or None,
         "mem": f"{int(resources.mem_gib * 1024)}M" if resources.mem_gib else None,
-        "wckey": None, "stderr_to_stdout": True, "use_srun": False,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "use_srun": False,
         "setup": script_setup(profile, run.submission_folder(number) / "code", frozen.ranks),
         "additional_parameters": extra,
     }
@@ -92,8 +100,13 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     other; the task fails if one fails, and ends where one was asked to stop.
     """
     # Since 22.05 srun does not take --cpus-per-task over from sbatch.
-    srun = ["srun", "--kill-on-bad-exit=1", "--export=ALL", "--unbuffered",
-            f"--cpus-per-task={spec.planned.resources.cpus_per_task}"]
+    srun = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        "--export=ALL",
+        "--unbuffered",
+        f"--cpus-per-task={spec.planned.resources.cpus_per_task}",
+    ]
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
     srun += profile.srun.extra
@@ -126,24 +139,26 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
         return "\n".join([*lines, 'run_element "${SLURM_ARRAY_TASK_ID:-0}"'])
     last = f"(SLURM_ARRAY_TASK_ID + 1) * {frozen.batch} - 1"
     most = frozen.elements - 1
-    return "\n".join([
-        *lines,
-        "code=0",
-        f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {frozen.batch} )) "
-        f"$(( {last} < {most} ? {last} : {most} ))); do",
-        "    run_element $element || code=$?",
-        f"    [ $code != {EXIT_UNFINISHED} ] || break",
-        "done",
-        "exit $code",
-    ])
+    return "\n".join(
+        [
+            *lines,
+            "code=0",
+            f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {frozen.batch} )) "
+            f"$(( {last} < {most} ? {last} : {most} ))); do",
+            "    run_element $element || code=$?",
+            f"    [ $code != {EXIT_UNFINISHED} ] || break",
+            "done",
+            "exit $code",
+        ]
+    )
 
 
-def dependency(needs: dict[str, str], waits: dict[str, str], index: Optional[int] = None) -> str:
+def dependency(needs: dict[str, str], waits: dict[str, str], index: int | None = None) -> str:
     """Slurm's --dependency for phases and their jobs, afterok:12:15,aftercorr:13; of one array element with `index`."""
     return ",".join(_condition(type_, waits[phase], index) for phase, type_ in needs.items() if phase in waits)
 
 
-def _condition(type_: str, jobs: str, index: Optional[int]) -> str:
+def _condition(type_: str, jobs: str, index: int | None) -> str:
     """Slurm's condition on the jobs ("12", "12:15") that a phase waits on.
 
     Slurm's own singleton goes by the job's name, which here carries a token: the jobs are named instead, and the later
@@ -202,8 +217,11 @@ class SlurmBackend:
         self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool
     ) -> list[str]:
         waits_on = dependency(needs, waits)
-        return [*(["--hold"] if hold else []), *([f"--dependency={waits_on}"] if waits_on else []),
-                str(self.script(number, phase))]
+        return [
+            *(["--hold"] if hold else []),
+            *([f"--dependency={waits_on}"] if waits_on else []),
+            str(self.script(number, phase)),
+        ]
 
     def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
         try:
@@ -226,9 +244,11 @@ class SlurmBackend:
         queued = sum(row.state in ACTIVE_STATES for row in self.slurm.queue())
         limit = self.slurm.submit_limit([qos[1] if qos else ""])
         allowed = f"{limit.of} allows {limit.jobs}" if limit else "sacctmgr does not tell the limit"
-        return (f"{phase} is {asked} job(s), array elements counted, {queued} of yours are in the queue, and "
-                f"{allowed}; wait for others to end, or set the profile's max_submit_jobs so that elements share "
-                "tasks")
+        return (
+            f"{phase} is {asked} job(s), array elements counted, {queued} of yours are in the queue, and "
+            f"{allowed}; wait for others to end, or set the profile's max_submit_jobs so that elements share "
+            "tasks"
+        )
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -238,11 +258,11 @@ class SlurmBackend:
                 found.setdefault(row.name, []).append(job)
         return found
 
-    def _rewire_command(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> list[str]:
+    def _rewire_command(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> list[str]:
         element = job if only is None else f"{job}_{only}"
         return ["scontrol", "update", f"jobid={element}", f"dependency={dependency(needs, waits, only)}"]
 
-    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> None:
+    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> None:
         try:
             self._ask(lambda: self.slurm.run(self._rewire_command(job, needs, waits, only)))
         except Refused as refusal:
@@ -282,7 +302,7 @@ class SlurmBackend:
     def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
         return " ".join(["sbatch", *self._send_command(number, phase, needs, waits, hold)])
 
-    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> str:
+    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> str:
         return " ".join(self._rewire_command(job, needs, waits, only))
 
     def _ask(self, call: Callable[[], Any]) -> Any:
@@ -315,16 +335,22 @@ def script_changes(sent: str, now: str) -> str:
     if sent == now:
         return ""
     options = [dict(re.findall(r"^#SBATCH --([^=\n]+)=?(.*)$", text, re.MULTILINE)) for text in (sent, now)]
-    changed = [f"{name} {options[0].get(name, 'none')} → {options[1].get(name, 'none')}"
-               for name in sorted(options[0].keys() | options[1].keys()) if options[0].get(name) != options[1].get(name)]
+    changed = [
+        f"{name} {options[0].get(name, 'none')} → {options[1].get(name, 'none')}"
+        for name in sorted(options[0].keys() | options[1].keys())
+        if options[0].get(name) != options[1].get(name)
+    ]
     return ", ".join(changed) or "another script"
 
 
 def never_starting(rows: list[QueueRow]) -> set[str]:
     """Raw ids of waiting jobs that can never start: Slurm marks the first, their own dependents just wait for ever."""
     dead = {row.job_id for row in rows if row.state == "PENDING" and row.reason == NEVER}
-    waiting = [(row, set(re.findall(r"afterok:(\d+)|aftercorr:(\d+)", row.dependency))) for row in rows
-               if row.state == "PENDING" and row.dependency]
+    waiting = [
+        (row, set(re.findall(r"afterok:(\d+)|aftercorr:(\d+)", row.dependency)))
+        for row in rows
+        if row.state == "PENDING" and row.dependency
+    ]
     before = -1
     while len(dead) != before:
         before = len(dead)

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import Optional
 
 from data_tools.printing import set_in
 from jobs.run_folder import RunFolder
@@ -35,7 +34,7 @@ def follow(run: RunFolder, poll_s: float = LOCAL_POLL_S, quiet: bool = False) ->
 
 
 def _watch(run: RunFolder, poll_s: float, show) -> RunStatus:
-    ended_since: Optional[float] = None
+    ended_since: float | None = None
     while True:
         status = run_status(run)
         show(status)

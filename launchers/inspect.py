@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import inspection
 from data_tools.mistake import UserMistake, nearest
@@ -42,9 +42,7 @@ class Contents:
         raise UserMistake(f"{store} was not made in {self.run.path}: inspect it in the run that made it")
 
 
-def inspect(
-    run: RunFolder, name: str, count: int, pack: Optional[int], seed: int, limit: int
-) -> dict[str, Any]:
+def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, limit: int) -> dict[str, Any]:
     """Facts, balance, histogram of lengths and documents of a phase's store or plan. UserMistake when it has none.
 
     Documents: `count` drawn with `seed`, or of pack number `pack` (of a plan, without one: a pack drawn with `seed`);

@@ -1,20 +1,21 @@
 """The append-only record of what was submitted: one JSON object a line, fsynced, in RUN/ledger.jsonl.
 
-    {"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "cluster_name": "dev",
-     "profile": "dev", "profile_file": "/…/dev.yaml", "run": "/where/it/lay", "time": …}
-    {"event": "sending", "submission": 2, "name": "tiny.sft.a2.1f6e…", …}     an sbatch is about to happen
-    {"event": "job", "submission": 2, "phase": "sft", "job": "17", "name": …, "waits": {"packs": "16"}, …}
-    {"event": "rewire", "submission": 2, "phase": "trained", "job": "12", "waits": {"sft": "17"}, …}
-    {"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already
-    {"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
-    {"event": "cancel", "jobs": ["17"], …}
+{"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "cluster_name": "dev",
+ "profile": "dev", "profile_file": "/…/dev.yaml", "run": "/where/it/lay", "time": …}
+{"event": "sending", "submission": 2, "name": "tiny.sft.a2.1f6e…", …}     an sbatch is about to happen
+{"event": "job", "submission": 2, "phase": "sft", "job": "17", "name": …, "waits": {"packs": "16"}, …}
+{"event": "rewire", "submission": 2, "phase": "trained", "job": "12", "waits": {"sft": "17"}, …}
+{"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already
+{"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
+{"event": "cancel", "jobs": ["17"], …}
 """
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
@@ -43,7 +44,7 @@ class JobEntry:
         """What dependents wait on."""
         return last_link(self.job, self.links)
 
-    def elements_of(self, task: Optional[int]) -> list[int]:
+    def elements_of(self, task: int | None) -> list[int]:
         """The elements that an array task (None: a job that is no array) works on."""
         if task is None or self.links:
             return self.elements
@@ -91,26 +92,42 @@ class Ledger:
         try:
             return list(self._jobs().values())
         except KeyError as missing:
-            raise UserMistake(f"{self.path}: an event has no {missing}: another version of afterok wrote it; "
-                              "use that version, or another run folder") from None
+            raise UserMistake(
+                f"{self.path}: an event has no {missing}: another version of afterok wrote it; "
+                "use that version, or another run folder"
+            ) from None
 
     def _jobs(self) -> dict[str, JobEntry]:
         found: dict[str, JobEntry] = {}
         for e in self.events():
             if e["event"] == "job":
                 found.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
-                found[e["job"]] = JobEntry(e["submission"], e["phase"], e["key"], e["job"], e["elements"],
-                                           e["is_array"], e["name"], e["waits"], e["request"], e["submission"],
-                                           e["batch"], e["links"])
+                found[e["job"]] = JobEntry(
+                    e["submission"],
+                    e["phase"],
+                    e["key"],
+                    e["job"],
+                    e["elements"],
+                    e["is_array"],
+                    e["name"],
+                    e["waits"],
+                    e["request"],
+                    e["submission"],
+                    e["batch"],
+                    e["links"],
+                )
             elif e["event"] == "rewire" and e["only"] is None:
                 found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
         return found
 
     def copied(self) -> set[int]:
         """Submissions of another folder that still is this run: this one is its copy, and their jobs work for that one."""
-        return {event["submission"] for event in self.events()
-                if event["event"] == "submission"
-                and self._is_original(Path(event.get("run", self.path.parent)) / self.path.name)}
+        return {
+            event["submission"]
+            for event in self.events()
+            if event["event"] == "submission"
+            and self._is_original(Path(event.get("run", self.path.parent)) / self.path.name)
+        }
 
     def _is_original(self, other: Path) -> bool:
         try:
@@ -138,9 +155,11 @@ class Ledger:
             before = event["cluster"] if event["choice"] in ("auto", "slurm") and event["cluster"] != "dev" else ""
             name = event.get("cluster_name") or before
             if name and answering and name != answering:
-                return (f"{self.path.parent}: submission {event['submission']} went to the Slurm cluster {name}, and "
-                        f"the one that answers here is {answering}; nothing was done: work from {name}'s login node, "
-                        f"or set SLURM_CONF to {name}'s")
+                return (
+                    f"{self.path.parent}: submission {event['submission']} went to the Slurm cluster {name}, and "
+                    f"the one that answers here is {answering}; nothing was done: work from {name}'s login node, "
+                    f"or set SLURM_CONF to {name}'s"
+                )
         return ""
 
     def given_up(self) -> str:
@@ -161,8 +180,10 @@ class Ledger:
         where = self.path.parent
         if end:
             return f"submission {newest} was taken back, nothing of it ran: {end}"
-        return (f"submission {newest} is not released (its submitter was killed or still works, or Slurm did not "
-                f"answer): `afterok repair {where}` goes on with it, `afterok cancel {where}` takes it back")
+        return (
+            f"submission {newest} is not released (its submitter was killed or still works, or Slurm did not "
+            f"answer): `afterok repair {where}` goes on with it, `afterok cancel {where}` takes it back"
+        )
 
     def unreleased(self) -> list[int]:
         """Submissions of this folder that were begun and neither released nor abandoned."""

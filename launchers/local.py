@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import durable
 from jobs import stopping
@@ -59,9 +59,17 @@ class LocalBackend:
         for i, spec in enumerate(specs):
             (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
             frozen, resources = spec.planned.frozen, spec.planned.resources
-            jobs.append({"phase": spec.phase, "job": f"{number}.{i}", "name": spec.name, "elements": spec.elements,
-                         "needs": spec.needs, "throttle": frozen.throttle,
-                         "cores": frozen.ranks * max(1, resources.cpus_per_task or 1)})
+            jobs.append(
+                {
+                    "phase": spec.phase,
+                    "job": f"{number}.{i}",
+                    "name": spec.name,
+                    "elements": spec.elements,
+                    "needs": spec.needs,
+                    "throttle": frozen.throttle,
+                    "cores": frozen.ranks * max(1, resources.cpus_per_task or 1),
+                }
+            )
         durable.write_checked(folder / "jobs.json", {"jobs": jobs})
 
     def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
@@ -79,7 +87,7 @@ class LocalBackend:
                     found[job["name"]] = [job["job"]]
         return found
 
-    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> None:
+    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> None:
         raise Refused(f"local job {job} cannot be rewired")
 
     def release(self, number: int, jobs: list[str]) -> None:
@@ -88,19 +96,31 @@ class LocalBackend:
         if not jobs or (folder / "state.json").exists():
             return
         profile = load(str(self.run.submission_folder(number) / "profile.yaml"))
-        env = scrubbed_environment(os.environ) | dict(profile.env.set) | {
-            "PYTHONPATH": str(self.run.submission_folder(number) / "code"), "PYTHONSAFEPATH": "1",
-            "PYTHONUNBUFFERED": "1"}
+        env = (
+            scrubbed_environment(os.environ)
+            | dict(profile.env.set)
+            | {
+                "PYTHONPATH": str(self.run.submission_folder(number) / "code"),
+                "PYTHONSAFEPATH": "1",
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
         with open(folder / "driver.out", "ab") as log:
             driver = subprocess.Popen(
                 [profile.env.python or sys.executable, "-m", "launchers.local", str(self.run.path), str(number)],
-                env=env, cwd=self.run.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                env=env,
+                cwd=self.run.path,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         self._wait_for_start(folder, driver)
 
     def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
         return f"start {phase} as a local process" + (f" after {', '.join(needs)}" if needs else "")
 
-    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: Optional[int]) -> str:
+    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> str:
         return f"rewire {job}"
 
     def _wait_for_start(self, folder: Path, driver: subprocess.Popen) -> None:
@@ -123,8 +143,10 @@ class LocalBackend:
                     continue
                 word, reason = task["state"], task["reason"]
                 if gone and word in (PENDING, RUNNING):
-                    word, reason = (CANCELLED if word == PENDING else FAILED,
-                                    "the local driver is gone (killed, or a reboot)")
+                    word, reason = (
+                        CANCELLED if word == PENDING else FAILED,
+                        "the local driver is gone (killed, or a reboot)",
+                    )
                 found.append(TaskState(task["job"], task["index"], word, reason, task["exit_code"]))
         return found
 
@@ -134,7 +156,7 @@ class LocalBackend:
             if folder.is_dir():
                 (folder / job).touch()
 
-    def _state(self, number: str) -> Optional[dict[str, Any]]:
+    def _state(self, number: str) -> dict[str, Any] | None:
         try:
             return durable.read_checked(self._folder(number) / "state.json")
         except (OSError, ValueError):
@@ -162,9 +184,19 @@ class Driver:
         self.cores = max(1, len(os.sched_getaffinity(0)))
         self.jobs = read_jobs(self.folder / "jobs.json")
         self.tasks = [
-            {"phase": job["phase"], "job": job["job"], "index": index, "state": PENDING, "reason": "",
-             "exit_code": None, "started": None, "ended": None, "restart": 0}
-            for job in self.jobs for index in job["elements"]
+            {
+                "phase": job["phase"],
+                "job": job["job"],
+                "index": index,
+                "state": PENDING,
+                "reason": "",
+                "exit_code": None,
+                "started": None,
+                "ended": None,
+                "restart": 0,
+            }
+            for job in self.jobs
+            for index in job["elements"]
         ]
         self.needs = {job["phase"]: job["needs"] for job in self.jobs}
         self.cost = {job["phase"]: min(job["cores"], self.cores) for job in self.jobs}
@@ -282,12 +314,26 @@ class Driver:
             die_with_parent()
             stopping.hold()  # until the worker can take them
 
-        command = [sys.executable, "-m", "jobs.worker", str(self.run.path), task["phase"], str(task["index"]),
-                   "--submission", str(self.number)]
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.worker",
+            str(self.run.path),
+            task["phase"],
+            str(task["index"]),
+            "--submission",
+            str(self.number),
+        ]
         with open(self.run.log_path(task["phase"], self.number, task["index"]), "ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.run.path,
-                                    preexec_fn=before_exec,
-                                    env=os.environ | {"SLURM_RESTART_COUNT": str(task["restart"])})
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.run.path,
+                preexec_fn=before_exec,
+                env=os.environ | {"SLURM_RESTART_COUNT": str(task["restart"])},
+            )
 
     def _save(self) -> None:
         driver = Owner.me(self.number, 0).__dict__

@@ -4,7 +4,6 @@ import codecs
 import os
 import time
 from pathlib import Path
-from typing import Optional
 
 from data_tools.mistake import UserMistake, nearest
 from data_tools.printing import clean_log
@@ -17,7 +16,7 @@ READ_BYTES = 1 << 20
 QUEUE_EVERY = 10  # polls of the file between two questions to the back end
 
 
-def newest_log(run: RunFolder, phase: str, index: Optional[int]) -> Path:
+def newest_log(run: RunFolder, phase: str, index: int | None) -> Path:
     """The newest attempt's log of an element (the lowest that has one, when none is named)."""
     entries = Ledger(run.ledger).jobs()
     phases = sorted({entry.phase for entry in entries})
@@ -31,7 +30,7 @@ def newest_log(run: RunFolder, phase: str, index: Optional[int]) -> Path:
     raise UserMistake(f"{phase}{'' if index is None else f':{index}'} has no log yet; see `afterok status {run.path}`")
 
 
-def show_log(run: RunFolder, phase: str, index: Optional[int], follow: bool) -> None:
+def show_log(run: RunFolder, phase: str, index: int | None, follow: bool) -> None:
     path = newest_log(run, phase, index) if not follow else _wait_for_log(run, phase, index)
     with open(path, "rb") as file:
         polls = 0
@@ -44,13 +43,16 @@ def show_log(run: RunFolder, phase: str, index: Optional[int], follow: bool) -> 
             if not follow:
                 return
             polls += 1
-            if (polls % QUEUE_EVERY == 0 and not _is_active(run, phase)
-                    and os.fstat(file.fileno()).st_size == file.tell()):
+            if (
+                polls % QUEUE_EVERY == 0
+                and not _is_active(run, phase)
+                and os.fstat(file.fileno()).st_size == file.tell()
+            ):
                 return
             time.sleep(POLL_S)
 
 
-def _wait_for_log(run: RunFolder, phase: str, index: Optional[int]) -> Path:
+def _wait_for_log(run: RunFolder, phase: str, index: int | None) -> Path:
     while True:
         try:
             return newest_log(run, phase, index)

@@ -1,9 +1,9 @@
 """What would run, what is reused, and why: a pure look at pipeline, run folder and cluster; writes nothing.
 
-    reuse   the key is sealed in this run, upstream digests agree
-    run     never sealed here (or some elements are missing)
-    rerun   sealed before under other settings, inputs or upstream results; the reasons say which
-    skip    not sealed and not needed: it follows the failure of a phase that is sealed
+reuse   the key is sealed in this run, upstream digests agree
+run     never sealed here (or some elements are missing)
+rerun   sealed before under other settings, inputs or upstream results; the reasons say which
+skip    not sealed and not needed: it follows the failure of a phase that is sealed
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import os
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -23,11 +23,11 @@ from jobs.run_folder import FrozenPhase, RunFolder, path_problem
 from launchers.chain import links_needed
 from launchers.ledger import Ledger
 from launchers.snapshot import code_changes, code_digests, code_of, find_code, users_code_digest
-from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.detect import Cluster, can_requeue
 from slurm.options import own_setting_problems
-from slurm.profile import Request, Resources, check as check_request, contact_note
-from slurm.profile import forwarding_notes, forwarding_problems
+from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
+from slurm.profile import Request, Resources, contact_note, forwarding_notes, forwarding_problems
+from slurm.profile import check as check_request
 from slurm.profile import resolve as resolve_request
 
 RUNS = ("run", "rerun")
@@ -74,24 +74,34 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         return {
             "notes": self.notes,
-            "pipeline": self.pipeline.name, "run": str(self.run.path), "cluster": self.cluster.name,
+            "pipeline": self.pipeline.name,
+            "run": str(self.run.path),
+            "cluster": self.cluster.name,
             "profile": self.cluster.as_json(),
             "phases": [
-                {"phase": p.name, "uses": p.frozen.uses, "key": p.frozen.key, "action": p.action, "reasons": p.reasons,
-                 "elements": p.frozen.elements, "missing": p.missing, "links": p.frozen.links, "role": p.role,
-                 "resources": dataclasses.asdict(p.resources), "code_changed": p.code_changed}
+                {
+                    "phase": p.name,
+                    "uses": p.frozen.uses,
+                    "key": p.frozen.key,
+                    "action": p.action,
+                    "reasons": p.reasons,
+                    "elements": p.frozen.elements,
+                    "missing": p.missing,
+                    "links": p.frozen.links,
+                    "role": p.role,
+                    "resources": dataclasses.asdict(p.resources),
+                    "code_changed": p.code_changed,
+                }
                 for p in self.phases
             ],
         }
 
 
-def default_run_folder(pipeline: Pipeline, run: Optional[Path]) -> RunFolder:
+def default_run_folder(pipeline: Pipeline, run: Path | None) -> RunFolder:
     return RunFolder((run or Path("runs") / pipeline.name).absolute())
 
 
-def make_plan(
-    pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False, again: str = ""
-) -> Plan:
+def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False, again: str = "") -> Plan:
     """The plan of a pipeline on a cluster; the phase `again` runs whatever is sealed of it.
 
     Raises:
@@ -182,11 +192,14 @@ class _Planner:
             return 0
         link_s = 60 * resources.time_minutes - self.cluster.profile.signal_lead_s
         if link_s <= 0:
-            self._problem(phase, "resources.time",
-                          f"{format_minutes(resources.time_minutes)} is over before the signal to stop, "
-                          f"which comes {self.cluster.profile.signal_lead_s} s before the limit (the profile's "
-                          "signal_lead_s); ask for at least "
-                          f"{format_minutes(self.cluster.profile.signal_lead_s // 60 + 1)}")
+            self._problem(
+                phase,
+                "resources.time",
+                f"{format_minutes(resources.time_minutes)} is over before the signal to stop, "
+                f"which comes {self.cluster.profile.signal_lead_s} s before the limit (the profile's "
+                "signal_lead_s); ask for at least "
+                f"{format_minutes(self.cluster.profile.signal_lead_s // 60 + 1)}",
+            )
         if phase.array is not None or can_requeue(self.cluster, resources.partition):
             return 0
         return links_needed(frozen, self.run.outcomes(phase.name), link_s)
@@ -198,8 +211,12 @@ class _Planner:
             return
         for planned in self.planned.values():
             planned.frozen.batch = -(-planned.frozen.elements // limit)
-        pairs = [(planned.frozen, self.planned[name].frozen) for planned in self.planned.values()
-                 for name, type_ in planned.frozen.needs.items() if type_ == "aftercorr"]
+        pairs = [
+            (planned.frozen, self.planned[name].frozen)
+            for planned in self.planned.values()
+            for name, type_ in planned.frozen.needs.items()
+            if type_ == "aftercorr"
+        ]
         for _ in pairs:  # as often as the longest chain of partners could need
             for one, other in pairs:
                 one.batch = other.batch = max(one.batch, other.batch)
@@ -213,26 +230,36 @@ class _Planner:
         if limit is None:
             return
         mine = {entry.job for entry in Ledger(self.run.ledger).own_jobs()}
-        others = sum(row.state not in ENDED_STATES for row in self.cluster.slurm.queue()
-                     if (row.array_job_id or row.job_id) not in mine)
+        others = sum(
+            row.state not in ENDED_STATES
+            for row in self.cluster.slurm.queue()
+            if (row.array_job_id or row.job_id) not in mine
+        )
 
         def tasks(factor: int) -> int:
-            return sum(planned.frozen.links or len({i // max(planned.frozen.batch, factor) for i in planned.missing})
-                       for planned in runs)
+            return sum(
+                planned.frozen.links or len({i // max(planned.frozen.batch, factor) for i in planned.missing})
+                for planned in runs
+            )
 
         factors = range(1, max(planned.frozen.elements for planned in runs) + 1)
         found = bisect_left(factors, True, key=lambda factor: tasks(factor) <= limit.jobs - others)
         if found == len(factors):
-            self.problems.append(Problem("", f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, "
-                                 f"and {limit.of} allows {limit.jobs} in the queue, array elements counted, of which "
-                                 f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
-                                 f"once{contact_note(self.cluster.profile)}"))
+            self.problems.append(
+                Problem(
+                    "",
+                    f"these {len(runs)} phases are {tasks(factors[-1])} jobs at the least, "
+                    f"and {limit.of} allows {limit.jobs} in the queue, array elements counted, of which "
+                    f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
+                    f"once{contact_note(self.cluster.profile)}",
+                )
+            )
             return
         for planned in runs:
             if planned.frozen.array is not None:
                 planned.frozen.batch = max(planned.frozen.batch, factors[found])
 
-    def _submit_limit(self, qos: set[str]) -> Optional[SubmitLimit]:
+    def _submit_limit(self, qos: set[str]) -> SubmitLimit | None:
         said = self.cluster.profile.max_submit_jobs
         if said is not None:
             return SubmitLimit(said, f"profile {self.cluster.profile.meta.name} (max_submit_jobs)")
@@ -266,7 +293,10 @@ class _Planner:
         for key, values in digests.items():
             _write_dotted(settings, key, values)
         material = {
-            "format": MATERIAL_FORMAT, "uses": phase.uses, "settings": settings, "array": phase.array,
+            "format": MATERIAL_FORMAT,
+            "uses": phase.uses,
+            "settings": settings,
+            "array": phase.array,
             "upstream": {
                 need.phase: self.planned[need.phase].frozen.key for need in phase.needs if need.type != "singleton"
             },
@@ -277,10 +307,21 @@ class _Planner:
             code = {name: self.code[name] for name in code_of(phase.uses, phase.config, self.found.files)}
             material["code"] = durable.sha256_bytes(durable.canonical_json(code))
         return FrozenPhase(
-            name=phase.name, uses=phase.uses, key=key_of(material), material=material,
-            settings=_absolute_inputs(phase, phase.settings), array=phase.array, elements=phase.elements,
-            fans_in=phase.kind.can_split, needs={need.phase: need.type for need in phase.needs}, inputs=files,
-            ranks_per_node=1, nodes=1, gpus_per_node=0, throttle=phase.throttle)
+            name=phase.name,
+            uses=phase.uses,
+            key=key_of(material),
+            material=material,
+            settings=_absolute_inputs(phase, phase.settings),
+            array=phase.array,
+            elements=phase.elements,
+            fans_in=phase.kind.can_split,
+            needs={need.phase: need.type for need in phase.needs},
+            inputs=files,
+            ranks_per_node=1,
+            nodes=1,
+            gpus_per_node=0,
+            throttle=phase.throttle,
+        )
 
     def _resources(self, phase: Phase, frozen: FrozenPhase) -> Resources:
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
@@ -297,10 +338,15 @@ class _Planner:
             folders[name] = str(seal.folder if seal else self.run.artifact(up).folder)
         config = substitute(phase.config, folders)
         placement = Placement(
-            ranks=resources.ranks_per_node * resources.nodes, nodes=resources.nodes,
-            gpus_per_node=resources.gpus_per_node, gpu=resources.gpu or "", gpu_mem_gib=resources.gpu_mem_gib,
-            environment=self.cluster.profile.env.set, elements=phase.elements,
-            forecasts={folder: self.forecasts[name] for name, folder in folders.items()})
+            ranks=resources.ranks_per_node * resources.nodes,
+            nodes=resources.nodes,
+            gpus_per_node=resources.gpus_per_node,
+            gpu=resources.gpu or "",
+            gpu_mem_gib=resources.gpu_mem_gib,
+            environment=self.cluster.profile.env.set,
+            elements=phase.elements,
+            forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
+        )
         for problem in phase.kind.check(config, placement):
             self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message)
         self.checked[phase.name] = config, placement
@@ -309,8 +355,12 @@ class _Planner:
     def _check_partners(self, phase: Phase, frozen: FrozenPhase) -> None:
         for name in standing.partners(frozen, {name: before.frozen for name, before in self.planned.items()}):
             if frozen.elements > (others := self.planned[name].frozen.elements):
-                self._problem(phase, f"needs.{name}", f"aftercorr has each element follow its partner, and {phase.name} "
-                              f"has {frozen.elements} elements, {name} {others}: say afterok, or give both as many")
+                self._problem(
+                    phase,
+                    f"needs.{name}",
+                    f"aftercorr has each element follow its partner, and {phase.name} "
+                    f"has {frozen.elements} elements, {name} {others}: say afterok, or give both as many",
+                )
 
     def _decide(self, planned: PlannedPhase) -> None:
         frozen = planned.frozen
@@ -325,8 +375,10 @@ class _Planner:
         stands = survey.parts if frozen.fans_in else [0] if survey.whole else []
         planned.anew = [i for i in range(frozen.elements) if i in again or i not in stands]
         planned.missing = planned.anew or survey.missing(frozen)
-        planned.conditional = any(type_ == "afternotok" or (type_ in NEED_SEALS and self.planned[name].conditional)
-                                  for name, type_ in frozen.needs.items())
+        planned.conditional = any(
+            type_ == "afternotok" or (type_ in NEED_SEALS and self.planned[name].conditional)
+            for name, type_ in frozen.needs.items()
+        )
         if survey.whole is None and not survey.fallen and planned.conditional:
             phases = {name: before.frozen for name, before in self.planned.items()} | {frozen.name: frozen}
             if why := self.run.not_needed(phases, frozen.name):
@@ -366,8 +418,11 @@ class _Planner:
     def _what_stands(self, frozen: FrozenPhase) -> standing.Survey:
         phases = {name: before.frozen for name, before in self.planned.items()}
         paired = standing.partners(frozen, phases)
-        now = {name: self.seals[name].digest for name, type_ in frozen.needs.items()
-               if type_ in standing.COMPARED and name in self.seals and name not in paired}
+        now = {
+            name: self.seals[name].digest
+            for name, type_ in frozen.needs.items()
+            if type_ in standing.COMPARED and name in self.seals and name not in paired
+        }
         partners = {name: self.planned[name].survey.parts for name in paired}
         surveyor = standing.Surveyor(self.verify, self.cache)
         return surveyor.survey(self.run.artifact(frozen), frozen, now, partners)
@@ -394,8 +449,11 @@ class _Planner:
             if old.get("upstream", {}).get(name) != new["upstream"].get(name):
                 reasons.append(f"because of {name}")
         before, now = old.get("modules", {}), new.get("modules", {})
-        reasons += [f"code of {name} changed" if name in before else f"the code of {name} is part of the key now"
-                    for name in now if before.get(name) != now[name]]
+        reasons += [
+            f"code of {name} changed" if name in before else f"the code of {name} is part of the key now"
+            for name in now
+            if before.get(name) != now[name]
+        ]
         if old.get("code") != new.get("code"):
             files = self._code_changes(seal, frozen.name)
             reasons.append(f"code changed: {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")
@@ -413,8 +471,11 @@ class _Planner:
 def changed_settings(phase: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return one line a setting of a phase that differs between two keys' materials, in the user's own words."""
     before, now = _flatten(old), _flatten(new)
-    return [f"{phase}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}"
-            for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return [
+        f"{phase}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 def is_hub_name(text: str) -> bool:
@@ -445,7 +506,7 @@ def _write_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
     """Write a value where its dotted key says; names of entries may hold dots, too."""
     for name, below in settings.items():
         if isinstance(below, dict) and key.startswith(f"{name}."):
-            return _write_dotted(below, key[len(name) + 1:], value)
+            return _write_dotted(below, key[len(name) + 1 :], value)
     settings[key] = value
 
 

@@ -19,9 +19,9 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Mapping, Optional
 
 from data_tools import durable
 from jobs import requeue, retry
@@ -57,14 +57,17 @@ class Life:
 
     def outcomes(self) -> list[Outcome]:
         """Of this attempt at the element up to this life, oldest first; a twin that left the work to it lived no life."""
-        return [outcome for outcome in self.run.outcomes(self.phase.name, self.attempt) if outcome.state != "skipped"
-                and outcome.element == self.index and outcome.restart <= self.restart]
+        return [
+            outcome
+            for outcome in self.run.outcomes(self.phase.name, self.attempt)
+            if outcome.state != "skipped" and outcome.element == self.index and outcome.restart <= self.restart
+        ]
 
-    def outcome(self) -> Optional[Outcome]:
+    def outcome(self) -> Outcome | None:
         return next((outcome for outcome in self.outcomes() if outcome.restart == self.restart), None)
 
 
-def judge(life: Life, code: Optional[int], on_slurm: bool = True) -> Verdict:
+def judge(life: Life, code: int | None, on_slurm: bool = True) -> Verdict:
     """Whether the element runs again after this life. An end that its worker did not record is recorded here."""
     if code == retry.EXIT_LEASE_HELD:
         return Verdict(False, Cause.LEASE_HELD)  # a twin: it left the work to another, who speaks for it
@@ -77,26 +80,50 @@ def _verdict(life: Life) -> Verdict:
     return retry.decide([_end(outcome) for outcome in life.outcomes()])
 
 
-def _diagnose(life: Life, code: Optional[int], state: str, down_nodes: tuple[str, ...], on_slurm: bool) -> Diagnosis:
+def _diagnose(life: Life, code: int | None, state: str, down_nodes: tuple[str, ...], on_slurm: bool) -> Diagnosis:
     name = life.phase.name
     script = life.run.submission_folder(life.script) / "scripts" / f"{name}.sh"
-    return classify(Evidence(
-        phase=name, index=life.index, state=state, exit_code=code, log=log_tail(life.log, name, life.index),
-        log_path=str(life.log), log_folder_exists=life.log.parent.is_dir(), on_slurm=on_slurm,
-        asked_memory=requested(script).get("mem", ""), down_nodes=down_nodes))
+    return classify(
+        Evidence(
+            phase=name,
+            index=life.index,
+            state=state,
+            exit_code=code,
+            log=log_tail(life.log, name, life.index),
+            log_path=str(life.log),
+            log_folder_exists=life.log.parent.is_dir(),
+            on_slurm=on_slurm,
+            asked_memory=requested(script).get("mem", ""),
+            down_nodes=down_nodes,
+        )
+    )
 
 
-def _record(life: Life, code: Optional[int], diagnosis: Diagnosis) -> None:
+def _record(life: Life, code: int | None, diagnosis: Diagnosis) -> None:
     """The last word of a life that left none. Without `code` it ended some time ago, elsewhere: when it wrote last."""
     cause = retry.told_by(code or 0) or (diagnosis.cause if diagnosis.certain else Cause.UNKNOWN)
     leases = lease_times(life.run.artifact(life.phase).folder)
     started = leases.get((life.index, life.attempt, life.restart), time.time())
     here = os.environ.get("SLURMD_NODENAME", "") if code is not None else diagnosis.node
     ended = time.time() if code is not None or not life.log.exists() else max(started, life.log.stat().st_mtime)
-    life.run.record_outcome(life.phase.name, Outcome(
-        life.index, life.attempt, life.restart, "failed", retry.EXIT_FAILED if code is None else code,
-        f"{diagnosis.what}: {diagnosis.evidence}", here, os.environ.get("SLURM_JOB_ID", ""), started, ended,
-        key=life.phase.key, cause=cause, node=diagnosis.node))
+    life.run.record_outcome(
+        life.phase.name,
+        Outcome(
+            life.index,
+            life.attempt,
+            life.restart,
+            "failed",
+            retry.EXIT_FAILED if code is None else code,
+            f"{diagnosis.what}: {diagnosis.evidence}",
+            here,
+            os.environ.get("SLURM_JOB_ID", ""),
+            started,
+            ended,
+            key=life.phase.key,
+            cause=cause,
+            node=diagnosis.node,
+        ),
+    )
 
 
 def _end(outcome: Outcome) -> End:
@@ -205,8 +232,7 @@ def main() -> int:
     run = RunFolder(args.run)
     attempt = run.redirected(args.submission, args.phase)
     phase = run.frozen(attempt)[args.phase]
-    life = Life(run, phase, args.index, attempt, args.submission,
-                _restart(phase, os.environ))
+    life = Life(run, phase, args.index, attempt, args.submission, _restart(phase, os.environ))
     try:
         if args.code is None:
             return before(life, Slurm())

@@ -35,8 +35,11 @@ def _line(run: RunFolder) -> RunLine:
     if not numbers:
         return RunLine(run.name, str(run.path), "", 0, "nothing submitted", 0, 0, _changed(run))
     phases = run.frozen(numbers[-1])
-    phases = {name: phase for name, phase in phases.items()
-              if run.artifact(phase).seal_path.exists() or not run.not_needed(phases, name)}
+    phases = {
+        name: phase
+        for name, phase in phases.items()
+        if run.artifact(phase).seal_path.exists() or not run.not_needed(phases, name)
+    }
     sealed = sum(run.artifact(phase).seal_path.exists() for phase in phases.values())
     return RunLine(
         run.name,

@@ -23,9 +23,11 @@ MODULE_FILES = (
 def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
     """Return all lines before the command; `ranks` of the whole phase, `code` its snapshot."""
     low, high = profile.network.port_range
-    lines = [STRICT,
-             # --export=NONE leaves a job no HOME and an unexported PATH; it speaks of sbatch, not of our srun.
-             'export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"']
+    lines = [
+        STRICT,
+        # --export=NONE leaves a job no HOME and an unexported PATH; it speaks of sbatch, not of our srun.
+        'export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"',
+    ]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.env.set.items()]
     if profile.env.modules or profile.env.setup:
         lines += [DEFAULTS, *_admins_lines(profile.env, profile.meta.name), f"unset IFS; {STRICT}"]
@@ -49,20 +51,31 @@ def _admins_lines(env: Env, name: str) -> list[str]:
     with the lines unless they set one of their own.
     """
     said = shlex.quote(f"afterok: profile {name}:")
-    lines = [f'afterok_say() {{ echo {said} "$@" >&2; }}', "afterok_now=env.modules",
-             f"""trap 'afterok_code=$?; afterok_say "$afterok_now {ENDED} $afterok_code, """
-             """at or after: $BASH_COMMAND"' EXIT"""]
+    lines = [
+        f'afterok_say() {{ echo {said} "$@" >&2; }}',
+        "afterok_now=env.modules",
+        f"""trap 'afterok_code=$?; afterok_say "$afterok_now {ENDED} $afterok_code, """
+        """at or after: $BASH_COMMAND"' EXIT""",
+    ]
     if env.modules:
         files = " ".join(f'"{file}"' for file in MODULE_FILES)
-        lines.append(f"command -v module > /dev/null || for file in {files}; do "
-                     'if [ -r "$file" ]; then . "$file"; break; fi; done')
+        lines.append(
+            f"command -v module > /dev/null || for file in {files}; do "
+            'if [ -r "$file" ]; then . "$file"; break; fi; done'
+        )
     for module in env.modules:
         load = f"module load {shlex.quote(module)}"
-        lines.append(f"{load} || {{ afterok_code=$?; trap - EXIT; "
-                     f"afterok_say env.modules {ENDED} $afterok_code, at: {shlex.quote(load)}; exit $afterok_code; }}")
+        lines.append(
+            f"{load} || {{ afterok_code=$?; trap - EXIT; "
+            f"afterok_say env.modules {ENDED} $afterok_code, at: {shlex.quote(load)}; exit $afterok_code; }}"
+        )
     if env.setup:
-        lines += ["afterok_now=env.setup",
-                  "trap 'afterok_code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || "
-                  f"""afterok_say "{LINE_FAILED} $afterok_code: $BASH_COMMAND"' ERR""",
-                  ": the first line", *env.setup, "trap - ERR"]
+        lines += [
+            "afterok_now=env.setup",
+            "trap 'afterok_code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || "
+            f"""afterok_say "{LINE_FAILED} $afterok_code: $BASH_COMMAND"' ERR""",
+            ": the first line",
+            *env.setup,
+            "trap - ERR",
+        ]
     return [*lines, '[[ "$(trap -p EXIT)" != *afterok_now* ]] || trap - EXIT']

@@ -2,17 +2,27 @@
 
 import sys
 import time
-from typing import Any, Iterator, Optional
+from collections.abc import Iterator
+from typing import Any
 
 from data_tools.printing import clean, raw
 from launchers.backend import COMPLETED, FAILED, PENDING, RUNNING
 from launchers.plan import Plan
 from launchers.runs import RunLine
-from launchers.status import NO_ANSWER, PhaseStatus, RunStatus, UNKNOWN, format_seconds
+from launchers.status import NO_ANSWER, UNKNOWN, PhaseStatus, RunStatus, format_seconds
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
-COLOURS = {COMPLETED: "green", RUNNING: "cyan", PENDING: "dim", FAILED: "bold red", UNKNOWN: "bold red",
-           "reuse": "green", "run": "cyan", "rerun": "yellow", NO_ANSWER: "yellow"}
+COLOURS = {
+    COMPLETED: "green",
+    RUNNING: "cyan",
+    PENDING: "dim",
+    FAILED: "bold red",
+    UNKNOWN: "bold red",
+    "reuse": "green",
+    "run": "cyan",
+    "rerun": "yellow",
+    NO_ANSWER: "yellow",
+}
 
 
 def console():
@@ -46,8 +56,9 @@ def plan_table(plan: Plan):
     rows = []
     for phase in plan.phases:
         r = phase.resources
-        size = (f"{r.nodes} node{'s' if r.nodes > 1 else ''} × {r.ranks_per_node} "
-                f"rank{'s' if r.ranks_per_node > 1 else ''}")
+        size = (
+            f"{r.nodes} node{'s' if r.nodes > 1 else ''} × {r.ranks_per_node} rank{'s' if r.ranks_per_node > 1 else ''}"
+        )
         if r.gpus_per_node:
             size += f", {r.gpus_per_node} GPUs"
         if phase.frozen.links:
@@ -55,11 +66,15 @@ def plan_table(plan: Plan):
         missing = f"{len(phase.missing)}/{phase.frozen.elements}" if phase.missing else str(phase.frozen.elements)
         why = "; ".join(phase.reasons)
         if phase.code_changed:
-            why += (f"; code changed since: {', '.join(phase.code_changed[:3])}"
-                    + (" …" if len(phase.code_changed) > 3 else ""))
+            why += f"; code changed since: {', '.join(phase.code_changed[:3])}" + (
+                " …" if len(phase.code_changed) > 3 else ""
+            )
         rows.append([phase.name, missing, phase.role, size, phase.action, why])
-    return table(["phase", "elements", "role", "resources", "action", "why"], rows,
-                 f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}")
+    return table(
+        ["phase", "elements", "role", "resources", "action", "why"],
+        rows,
+        f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}",
+    )
 
 
 def progress_text(phase: PhaseStatus) -> str:
@@ -74,14 +89,20 @@ def print_inspection(found: dict[str, Any]) -> None:
     out = console()
     out.print(table(found["balance"]["columns"], found["balance"]["rows"], found["balance"]["title"]))
     most = max((row[2] for row in found["lengths"]), default=1)
-    rows = [[f"{a:,} to {b:,}", f"{n:,}", f"{tokens:,}", "█" * -(-40 * n // most)]
-            for a, b, n, tokens in found["lengths"]]
+    rows = [
+        [f"{a:,} to {b:,}", f"{n:,}", f"{tokens:,}", "█" * -(-40 * n // most)] for a, b, n, tokens in found["lengths"]
+    ]
     out.print(table(["tokens", "documents", "tokens of all", ""], rows, "Lengths"))
-    out.print(f"{found['phase']}: {found['title']}; in the loss: green" if out.is_terminal
-              else f"{found['phase']}: {found['title']}; in the loss: ⟦ ⟧")
+    out.print(
+        f"{found['phase']}: {found['title']}; in the loss: green"
+        if out.is_terminal
+        else f"{found['phase']}: {found['title']}; in the loss: ⟦ ⟧"
+    )
     for document in found["documents"]:
-        out.print(f"\n{document['where']}, {document['tokens']:,} tokens, {document['supervised']:,} in the loss",
-                  style="bold")
+        out.print(
+            f"\n{document['where']}, {document['tokens']:,} tokens, {document['supervised']:,} in the loss",
+            style="bold",
+        )
         text = Text()
         for span in document["spans"]:
             marked = span["text"] if out.is_terminal or not span["trained"] else f"⟦{span['text']}⟧"
@@ -96,13 +117,22 @@ def status_table(status: RunStatus):
     for phase in status.phases:
         detail = phase.message or progress_text(phase) or phase.reason or headline(phase.facts)
         hours = [_hours(phase.gpu_hours), _hours(phase.gpu_hours_lost)] if gpus else []
-        rows.append([phase.phase, phase.state, f"{phase.sealed}/{phase.elements}", phase.job,
-                     format_seconds(phase.seconds), *hours, detail])
+        rows.append(
+            [
+                phase.phase,
+                phase.state,
+                f"{phase.sealed}/{phase.elements}",
+                phase.job,
+                format_seconds(phase.seconds),
+                *hours,
+                detail,
+            ]
+        )
     columns = ["phase", "state", "sealed", "job", "took", *(["GPU-h", "lost"] if gpus else []), ""]
     return table(columns, rows, f"{status.run}, submission {status.submission}")
 
 
-def _hours(value: Optional[float]) -> str:
+def _hours(value: float | None) -> str:
     """0.0031, 0.42, 7.10, 1,234.5: few digits, but never 0.00 for what is not nothing."""
     if value is None:
         return ""
@@ -112,8 +142,16 @@ def _hours(value: Optional[float]) -> str:
 
 
 def runs_table(runs: list[RunLine]):
-    rows = [[run.name, run.pipeline, run.submissions, run.state,
-             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))] for run in runs]
+    rows = [
+        [
+            run.name,
+            run.pipeline,
+            run.submissions,
+            run.state,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed)),
+        ]
+        for run in runs
+    ]
     return table(["run", "pipeline", "submissions", "state", "last change"], rows)
 
 
@@ -133,9 +171,15 @@ def summary(status: RunStatus):
     parts = [table(["phase", "state", "took", "result"], rows, f"summary of {status.run}")]
     for phase in status.phases:
         for name, found in phase.tables.items():
-            cells = [[f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else cell or ""
-                      for cell in row] for row in found["rows"]]
+            cells = [
+                [
+                    f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else cell or ""
+                    for cell in row
+                ]
+                for row in found["rows"]
+            ]
             parts.append(table(found["columns"], cells, f"{phase.phase}: {found['title']}"))
     parts.append(
-        table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files"))
+        table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files")
+    )
     return Group(*parts)

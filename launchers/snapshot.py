@@ -10,9 +10,10 @@ import importlib.util
 import os
 import stat
 import subprocess
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
@@ -51,10 +52,15 @@ def find_code(extra: Iterable[Path] = ()) -> Code:
     sizes = {path: path.lstat().st_size for path in code.files.values()}
     if sum(sizes.values()) > MOST_BYTES:
         largest = max(sizes, key=sizes.__getitem__)
-        problems.append(Problem(str(largest), f"{sizes[largest] / 2**20:.1f} MiB, the largest of {len(sizes)} files with "
-                                f"{sum(sizes.values()) / 2**20:.1f} MiB that each submission would copy as code; the "
-                                f"most is {MOST_BYTES >> 20} MiB: keep data out of the package (give it as an input), "
-                                "or out of git"))
+        problems.append(
+            Problem(
+                str(largest),
+                f"{sizes[largest] / 2**20:.1f} MiB, the largest of {len(sizes)} files with "
+                f"{sum(sizes.values()) / 2**20:.1f} MiB that each submission would copy as code; the "
+                f"most is {MOST_BYTES >> 20} MiB: keep data out of the package (give it as an input), "
+                "or out of git",
+            )
+        )
     if problems:
         raise UserMistake(problems)
     return code
@@ -76,8 +82,13 @@ def _add(code: Code, root: Path) -> list[Problem]:
             continue
         if path.is_symlink() and not _stays_inside(path, root):
             if path.suffix == ".py":
-                problems.append(Problem(str(path), f"is a link to {os.readlink(path)}, out of the package {root}; a "
-                                        "snapshot follows no links: put the file there itself"))
+                problems.append(
+                    Problem(
+                        str(path),
+                        f"is a link to {os.readlink(path)}, out of the package {root}; a "
+                        "snapshot follows no links: put the file there itself",
+                    )
+                )
             code.left_out.append(f"{root.name}/{name}")
         elif path.is_symlink() or path.is_file():
             code.files[f"{root.name}/{name}"] = path
@@ -87,8 +98,14 @@ def _add(code: Code, root: Path) -> list[Problem]:
 def _walk(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         linked = [name for name in folders if os.path.islink(f"{folder}/{name}")]
-        folders[:] = sorted(name for name in folders if name not in linked and name not in NOT_CODE
-                            and not name.startswith(".") and not os.path.exists(f"{folder}/{name}/pyvenv.cfg"))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in linked
+            and name not in NOT_CODE
+            and not name.startswith(".")
+            and not os.path.exists(f"{folder}/{name}/pyvenv.cfg")
+        )
         yield from (Path(folder, name) for name in sorted([*names, *linked]))
 
 
@@ -151,8 +168,9 @@ def take_snapshot(folder: Path, extra: Iterable[Path] = ()) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _copy(path, target)
     digests = {name: _digest(folder / name) for name in code.files}
-    durable.write_checked(folder.with_name("code.json"), {
-        "git": git_state(), "files": digests, "left_out": sorted(code.left_out)})
+    durable.write_checked(
+        folder.with_name("code.json"), {"git": git_state(), "files": digests, "left_out": sorted(code.left_out)}
+    )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -168,14 +186,16 @@ def _copy(source: Path, target: Path) -> None:
             os.fchmod(out.fileno(), mode)
 
 
-def git_state() -> Optional[dict[str, str]]:
+def git_state() -> dict[str, str] | None:
     """Commit and whether the checkout was changed; None outside a checkout or without git."""
     root = package_root("jobs").parent
     try:
-        commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True,
-                                timeout=5)
-        dirty = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True,
-                               text=True, timeout=5)
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+        dirty = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if commit.returncode:

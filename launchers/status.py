@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools.mistake import UserMistake
 from data_tools.tables import read_tables
@@ -43,14 +43,14 @@ class PhaseStatus:
     job: str = ""
     reason: str = ""
     message: str = ""
-    exit_code: Optional[int] = None
-    seconds: Optional[float] = None
+    exit_code: int | None = None
+    seconds: float | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
-    gpu_hours: Optional[float] = None  # None: no attempt asked for GPUs
-    gpu_hours_lost: Optional[float] = None
+    gpu_hours: float | None = None  # None: no attempt asked for GPUs
+    gpu_hours_lost: float | None = None
     written_before: bool = False  # sealed before seals had a sum over themselves
 
     @property
@@ -61,8 +61,11 @@ class PhaseStatus:
     @property
     def failed(self) -> bool:
         """An element ended, or vanished, without its seal and nobody asked for that."""
-        return (not self.active and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED, NO_ANSWER)
-                and self.reason != NEVER)
+        return (
+            not self.active
+            and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED, NO_ANSWER)
+            and self.reason != NEVER
+        )
 
 
 @dataclass
@@ -112,14 +115,24 @@ class Look:
         if phase.name not in self._elements:
             self._elements[phase.name] = self._read_elements(phase)
         # accounting is asked after the elements were read, for those that need it
-        return {i: replace(element, accounting=self.accounting.get((element.entry.job, i)))
-                for i, element in self._elements[phase.name].items()} if self.accounting else self._elements[phase.name]
+        return (
+            {
+                i: replace(element, accounting=self.accounting.get((element.entry.job, i)))
+                for i, element in self._elements[phase.name].items()
+            }
+            if self.accounting
+            else self._elements[phase.name]
+        )
 
-    def seal(self, phase: FrozenPhase) -> Optional[Seal]:
+    def seal(self, phase: FrozenPhase) -> Seal | None:
         """A phase's seal, unless it is of an earlier submission than a job of the phase that goes on: that one decides."""
         seal = self.run.seal(phase.name, phase.key)
-        if seal is None or any(element.entry.submission > seal.submission and element.task is not None
-                               and element.task.state in ACTIVE_STATES for element in self.of_phase(phase).values()):
+        if seal is None or any(
+            element.entry.submission > seal.submission
+            and element.task is not None
+            and element.task.state in ACTIVE_STATES
+            for element in self.of_phase(phase).values()
+        ):
             return None
         return seal
 
@@ -134,8 +147,12 @@ class Look:
         return self._outcomes[name]
 
     def _read_elements(self, phase: FrozenPhase) -> "dict[int, Element]":
-        newest = {i: entry for entry in self.entries if (entry.phase, entry.key) == (phase.name, phase.key)
-                  for i in entry.elements}
+        newest = {
+            i: entry
+            for entry in self.entries
+            if (entry.phase, entry.key) == (phase.name, phase.key)
+            for i in entry.elements
+        }
         if not newest:
             return {}
         outcomes = {}
@@ -166,10 +183,10 @@ class Element:
 
     index: int
     entry: JobEntry
-    task: Optional[TaskState]  # None: the back end does not know it (any more)
-    outcome: Optional[Outcome]  # None: its newest life has not said how it ended
-    accounting: Optional[AccountingRow]
-    lease: Optional[LeaseFile]
+    task: TaskState | None  # None: the back end does not know it (any more)
+    outcome: Outcome | None  # None: its newest life has not said how it ended
+    accounting: AccountingRow | None
+    lease: LeaseFile | None
 
     def state(self) -> TaskState:
         """One word and reason for an element that is not sealed. Never COMPLETED: only a seal says that."""
@@ -226,8 +243,11 @@ def look_at(run: RunFolder) -> Look:
     number = run.newest_submission()
     ledger = Ledger(run.ledger)
     copied = ledger.copied()
-    entries = [entry for entry in ledger.jobs()
-               if entry.scripted not in copied or run.whole_seal(entry.phase, entry.key) is not None]
+    entries = [
+        entry
+        for entry in ledger.jobs()
+        if entry.scripted not in copied or run.whole_seal(entry.phase, entry.key) is not None
+    ]
     look = Look(run, number, run.frozen(number), entries, {})
     submissions = [event for event in ledger.events() if event["event"] == "submission"]
     on_slurm = {event["submission"] for event in submissions if event["backend"] == "slurm"}
@@ -236,7 +256,7 @@ def look_at(run: RunFolder) -> Look:
     for choice in choices_of(run):
         try:
             backend = backend_of(run, choice)
-            slurm: Optional[Slurm] = getattr(backend, "slurm", None)
+            slurm: Slurm | None = getattr(backend, "slurm", None)
             cluster = configuration_of(slurm.env) if slurm is not None else backend.name
             if cluster in asked:  # `auto` and `slurm` of two submissions may be one cluster
                 continue
@@ -297,8 +317,13 @@ def run_status(run: RunFolder) -> RunStatus:
     """The state of every phase of the newest submission."""
     look = look_at(run)
     ledger = Ledger(run.ledger)
-    status = RunStatus(str(run.path), look.number, [_phase_status(look, phase) for phase in look.phases.values()],
-                       list(look.notes), where_of(ledger.backend(look.number)))
+    status = RunStatus(
+        str(run.path),
+        look.number,
+        [_phase_status(look, phase) for phase in look.phases.values()],
+        list(look.notes),
+        where_of(ledger.backend(look.number)),
+    )
     if look.unasked:
         status.unasked = look.unasked[0].problems[0].message
         status.may_answer = not any(isinstance(one, (OtherCluster, NoDevCluster)) for one in look.unasked)
@@ -306,8 +331,9 @@ def run_status(run: RunFolder) -> RunStatus:
     if not status.finished and (given_up := ledger.given_up()):
         status.notes.append(given_up)
     if before := [phase.phase for phase in status.phases if phase.written_before]:
-        status.notes.append("no sum: written before, so that nobody can tell whether it was altered: the seal of "
-                            f"{', '.join(before)}")
+        status.notes.append(
+            f"no sum: written before, so that nobody can tell whether it was altered: the seal of {', '.join(before)}"
+        )
     return status
 
 
@@ -317,7 +343,8 @@ def where_of(submission: dict[str, Any]) -> str:
         return ""
     place = f"cluster {submission['cluster_name']}" if submission["backend"] == "slurm" else "this machine"
     return f"{place}, profile {submission['profile']}" + (
-        f" ({submission['profile_file']})" if submission["profile_file"] else ", made from its own partitions")
+        f" ({submission['profile_file']})" if submission["profile_file"] else ", made from its own partitions"
+    )
 
 
 def sealed_elements(artifact: Artifact) -> set[int]:
@@ -335,8 +362,11 @@ def open_elements(look: Look, phase: FrozenPhase) -> dict[int, Element]:
     if look.seal(phase) is not None:
         return {}
     sealed = sealed_elements(artifact) if artifact.fans_in else set()
-    return {i: element for i, element in look.of_phase(phase).items()
-            if i not in sealed or (element.task is not None and element.task.state in ACTIVE_STATES)}
+    return {
+        i: element
+        for i, element in look.of_phase(phase).items()
+        if i not in sealed or (element.task is not None and element.task.state in ACTIVE_STATES)
+    }
 
 
 def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
@@ -344,14 +374,33 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     used, lost = gpu_hours(look, phase)
     seal = look.seal(phase)
     if seal is not None:
-        began = min((o.started for o in look.outcomes(phase.name) if o.attempt == seal.content["submission"]),
-                    default=seal.content["started_at"])
-        return PhaseStatus(phase.name, COMPLETED, phase.elements, phase.elements, seal.content["job"],
-                           seconds=max(0.0, seal.content["sealed_at"] - began),  # two hosts' clocks, for eyes only
-                           facts=seal.facts, folder=str(seal.folder), tables=read_tables(artifact.folder),
-                           gpu_hours=used, gpu_hours_lost=lost, written_before=not seal.has_sum)
-    status = PhaseStatus(phase.name, NOT_SUBMITTED, len(sealed_elements(artifact)), phase.elements,
-                         folder=str(artifact.folder), gpu_hours=used, gpu_hours_lost=lost)
+        began = min(
+            (o.started for o in look.outcomes(phase.name) if o.attempt == seal.content["submission"]),
+            default=seal.content["started_at"],
+        )
+        return PhaseStatus(
+            phase.name,
+            COMPLETED,
+            phase.elements,
+            phase.elements,
+            seal.content["job"],
+            seconds=max(0.0, seal.content["sealed_at"] - began),  # two hosts' clocks, for eyes only
+            facts=seal.facts,
+            folder=str(seal.folder),
+            tables=read_tables(artifact.folder),
+            gpu_hours=used,
+            gpu_hours_lost=lost,
+            written_before=not seal.has_sum,
+        )
+    status = PhaseStatus(
+        phase.name,
+        NOT_SUBMITTED,
+        len(sealed_elements(artifact)),
+        phase.elements,
+        folder=str(artifact.folder),
+        gpu_hours=used,
+        gpu_hours_lost=lost,
+    )
     elements = look.of_phase(phase)
     if not_needed := look.not_needed(phase):
         status.state, status.reason = NOT_NEEDED, not_needed
@@ -368,8 +417,9 @@ def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
     if worst.index in open_:
         outcome = open_[worst.index].outcome
     else:  # all elements are sealed: what the fan-in said, such as which element's seal is torn
-        failed = [element.outcome for element in elements.values()
-                  if element.outcome and element.outcome.state == "mistake"]
+        failed = [
+            element.outcome for element in elements.values() if element.outcome and element.outcome.state == "mistake"
+        ]
         outcome = max(failed, key=lambda found: (found.attempt, found.restart), default=None)
     if outcome is not None and outcome.state != "sealed" and not status.active:
         status.message, status.exit_code = outcome.message, outcome.exit_code
@@ -434,7 +484,7 @@ class Span:
         return max(0.0, self.ended - kept) * self.gpus
 
 
-def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[Optional[float], Optional[float]]:
+def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[float | None, float | None]:
     """(used, lost) of all attempts at a phase in this run, also under other settings; (None, None) without GPUs.
 
     Time counts from a worker's start to its end, not the allocation's. Two estimates: a worker that was killed left no
@@ -447,7 +497,7 @@ def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[Optional[float], Optional
     return sum(span.used_s for span in all_spans) / 3600, sum(span.lost_s for span in all_spans) / 3600
 
 
-def spans(look: Look, name: str, now: Optional[float] = None) -> list[Span]:
+def spans(look: Look, name: str, now: float | None = None) -> list[Span]:
     """Every life of every element of a phase that asked for GPUs."""
     run, found = look.run, []
     frozen = {number: phases[name] for number in run.submissions() if name in (phases := run.frozen(number))}
@@ -457,8 +507,11 @@ def spans(look: Look, name: str, now: Optional[float] = None) -> list[Span]:
     outcomes = {(o.element, o.attempt, o.restart): o for o in look.outcomes(name) if o.attempt in asked}
     leases: dict[tuple[int, int, int], float] = {}
     for key in {phase.key for phase in asked.values()}:
-        leases |= {life: taken for life, taken in lease_times(run.path / name / key).items()
-                   if life[1] in asked and asked[life[1]].key == key}
+        leases |= {
+            life: taken
+            for life, taken in lease_times(run.path / name / key).items()
+            if life[1] in asked and asked[life[1]].key == key
+        }
     entries = {(i, entry.submission): entry for entry in look.entries if entry.phase == name for i in entry.elements}
     lives = sorted({*leases, *outcomes})
     for life, following in zip(lives, [*lives[1:], None]):
@@ -492,8 +545,9 @@ def checkpoint_times(keep: Path) -> tuple[float, ...]:
     return tuple(path.stat().st_mtime for path in keep.glob("checkpoints/step_*/manifest.json"))
 
 
-def _end_of_the_killed(look: Look, name: str, life: tuple[int, int, int], entry: Optional[JobEntry], started: float,
-                       requeued_at: Optional[float]) -> float:
+def _end_of_the_killed(
+    look: Look, name: str, life: tuple[int, int, int], entry: JobEntry | None, started: float, requeued_at: float | None
+) -> float:
     """An estimate of when a life ended that left no word; one log serves all lives of an attempt."""
     element, attempt, _ = life
     row = look.accounting.get((entry.job, element)) if entry else None
@@ -511,7 +565,7 @@ def script_of(entry: JobEntry) -> int:
     return entry.scripted or entry.submission
 
 
-def format_seconds(seconds: Optional[float]) -> str:
+def format_seconds(seconds: float | None) -> str:
     if seconds is None:
         return ""
     if seconds < 60:

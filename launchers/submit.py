@@ -9,8 +9,8 @@ import dataclasses
 import os
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator, Optional
 
 from data_tools import durable
 from data_tools.mistake import UserMistake, disk_problem, nearest
@@ -23,11 +23,20 @@ from launchers.ledger import JobEntry, Ledger
 from launchers.plan import Plan, PlannedPhase, changed_settings, make_plan
 from launchers.snapshot import take_snapshot
 from launchers.transaction import (
-    PLAN_TRIES, Journal, Outdated, Unfinished, abandon, carry_out, decide, describe, live_jobs, release_held)
+    PLAN_TRIES,
+    Journal,
+    Outdated,
+    Unfinished,
+    abandon,
+    carry_out,
+    decide,
+    describe,
+    live_jobs,
+    release_held,
+)
 from slurm.detect import Cluster, find_cluster
 from slurm.printed import format_indices
 from slurm.profile import to_yaml
-
 
 LEAVING_S = 10.0  # how long a job may take to leave once its work is sealed
 
@@ -67,9 +76,11 @@ def backend_of(run: RunFolder, choice: str) -> Backend:
         return LocalBackend(run)
     cluster = find_cluster(choice)
     if cluster.kind != "slurm":
-        raise OtherCluster(f"{run.path}: submission {event['submission']} went to the Slurm cluster "
-                           f"{event['cluster']}, which is not configured here; set SLURM_CONF, or use "
-                           "`afterok cluster exec` for a dev cluster")
+        raise OtherCluster(
+            f"{run.path}: submission {event['submission']} went to the Slurm cluster "
+            f"{event['cluster']}, which is not configured here; set SLURM_CONF, or use "
+            "`afterok cluster exec` for a dev cluster"
+        )
     if other := ledger.other_cluster(choice, cluster.slurm_name):
         raise OtherCluster(other)
     return backend_for(run, cluster)
@@ -93,8 +104,10 @@ def submit_lock(run: RunFolder) -> Iterator[None]:
         if holder is None:
             raise UserMistake(f"{path} is torn: nobody knows who holds it; delete it if nobody is submitting")
         if not holder.is_dead(lambda _: False):
-            raise UserMistake(f"{run.path}: process {holder.pid} on {holder.host} is submitting right now; "
-                              f"wait for it, or delete {path} if it is gone")
+            raise UserMistake(
+                f"{run.path}: process {holder.pid} on {holder.host} is submitting right now; "
+                f"wait for it, or delete {path} if it is gone"
+            )
         _remove_lock_of(holder, path)
     try:
         yield
@@ -119,7 +132,7 @@ def _remove_lock_of(dead: Owner, path: Path) -> None:
 class Submitted:
     """What a submit did: its number (None when nothing was written down) and the jobs it made or found."""
 
-    number: Optional[int]
+    number: int | None
     jobs: dict[str, str]  # phase -> job id, submitted now
     active: dict[str, str]  # phase -> job id, submitted before: queued, running, or rewired now
     rewired: list[str] = dataclasses.field(default_factory=list)
@@ -144,7 +157,7 @@ def submit(plan: Plan, dry_run: bool = False) -> Submitted:
         return _transact(plan, {})
 
 
-def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_run: bool = False) -> Submitted:
+def resubmit(plan: Plan, phase: str, elements: list[int] | None = None, dry_run: bool = False) -> Submitted:
     """A new attempt at one phase, whatever became of the last one; its dependents are rewired, revived or sent anew.
 
     Raises:
@@ -156,8 +169,10 @@ def resubmit(plan: Plan, phase: str, elements: Optional[list[int]] = None, dry_r
         raise UserMistake(f"{plan.run.path} has no phase {phase!r}{nearest(phase, list(planned))}")
     found = planned[phase]
     if found.action == "reuse":
-        raise UserMistake(f"{phase} is sealed under these settings (key {found.frozen.key}); change one, "
-                          f"or {how_to_run_anew(plan.run.artifact(found.frozen).folder)}")
+        raise UserMistake(
+            f"{phase} is sealed under these settings (key {found.frozen.key}); change one, "
+            f"or {how_to_run_anew(plan.run.artifact(found.frozen).folder)}"
+        )
     if elements:
         _refuse_other_key(plan, found, elements)
     wrong = [i for i in elements or [] if i not in range(found.frozen.elements)]
@@ -196,8 +211,10 @@ def _retired(plan: Plan) -> Iterator[None]:
     deadline = time.monotonic() + LEAVING_S
     while busy := _begun(run, list(jobs.values())):
         if time.monotonic() > deadline:
-            raise UserMistake(f"{run.path}: {jobs[busy[0]].phase} is under way as job {busy[0]} and works on what "
-                              f"{plan.again} made; wait for it, or `afterok cancel {run.path}` first")
+            raise UserMistake(
+                f"{run.path}: {jobs[busy[0]].phase} is under way as job {busy[0]} and works on what "
+                f"{plan.again} made; wait for it, or `afterok cancel {run.path}` first"
+            )
         time.sleep(0.2)
     folder = next(run.artifact(p.frozen).folder for p in plan.phases if p.name == plan.again)
     aside = retire(folder)
@@ -219,9 +236,11 @@ def _refuse_other_key(plan: Plan, found: PlannedPhase, elements: list[int]) -> N
         return
     changed = changed_settings(found.name, before.material["settings"], found.frozen.material["settings"])
     changes = "; ".join([*changed, f"key {before.key} → {found.frozen.key}"])
-    raise UserMistake(f"--elements {format_indices(elements)}: {found.name} is no more what submission {number} runs "
-                      f"({changes}), and all its elements belong under one key; leave --elements out, so that all of "
-                      "them run under the new one, or leave the change out")
+    raise UserMistake(
+        f"--elements {format_indices(elements)}: {found.name} is no more what submission {number} runs "
+        f"({changes}), and all its elements belong under one key; leave --elements out, so that all of "
+        "them run under the new one, or leave the change out"
+    )
 
 
 def repair(run: RunFolder) -> list[str]:
@@ -241,8 +260,10 @@ def _finish_or_abandon(run: RunFolder, number: int) -> str:
         Ledger(run.ledger).append("abandoned", submission=number, why="killed before its journal was written", jobs=[])
         return f"submission {number} had sent nothing; closed"
     jobs = carry_out(run, number, backend)
-    return (f"submission {number} finished: "
-            f"{', '.join(f'{phase} is job {job}' for phase, job in jobs.items()) or 'no new jobs'}")
+    return (
+        f"submission {number} finished: "
+        f"{', '.join(f'{phase} is job {job}' for phase, job in jobs.items()) or 'no new jobs'}"
+    )
 
 
 def _settle_unreleased(plan: Plan) -> None:
@@ -266,10 +287,25 @@ def _would_send_the_same(plan: Plan, number: int) -> bool:
     """Whether the jobs of an unfinished submission are those that its phases would get now: no key holds resources."""
     backend, planned = _backend_of_submission(plan.run, number), {phase.name: phase for phase in plan.phases}
     return not any(
-        backend.differs(JobEntry(number, step.phase, step.key, "", step.elements, step.is_array, step.name,
-                                 request=step.request, scripted=number, batch=step.batch, links=step.links),
-                        planned[step.phase])
-        for step in Journal.read(plan.run, number).steps if step.do == "submit")
+        backend.differs(
+            JobEntry(
+                number,
+                step.phase,
+                step.key,
+                "",
+                step.elements,
+                step.is_array,
+                step.name,
+                request=step.request,
+                scripted=number,
+                batch=step.batch,
+                links=step.links,
+            ),
+            planned[step.phase],
+        )
+        for step in Journal.read(plan.run, number).steps
+        if step.do == "submit"
+    )
 
 
 def _backend_of_submission(run: RunFolder, number: int) -> Backend:
@@ -301,8 +337,10 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
     journal = decide(plan, live, number, fresh, backend)
     if live and journal.steps and not backend.can_rewire:
         job = next(iter(live.values())).entry
-        raise UserMistake(f"{run.path}: {job.phase} is still active as local job {job.job}; wait for it, "
-                          f"or `afterok cancel {run.path}` first")
+        raise UserMistake(
+            f"{run.path}: {job.phase} is still active as local job {job.job}; wait for it, "
+            f"or `afterok cancel {run.path}` first"
+        )
     if dry_run:
         return Submitted(None, {}, journal.live, [], describe(journal, backend, number), journal.not_applied)
     for planned in plan.to_run:
@@ -312,8 +350,14 @@ def _submit_once(plan: Plan, fresh: dict[str, list[int]], dry_run: bool) -> Subm
         return Submitted(selected, {}, journal.live, not_applied=journal.not_applied)
     _freeze(plan, number)
     planned = {phase.name: phase for phase in plan.phases}
-    backend.prepare(number, [JobSpec(planned[step.phase], step.name, step.elements, step.needs, step.links)
-                             for step in journal.steps if step.do == "submit"])
+    backend.prepare(
+        number,
+        [
+            JobSpec(planned[step.phase], step.name, step.elements, step.needs, step.links)
+            for step in journal.steps
+            if step.do == "submit"
+        ],
+    )
     _open(plan, number)
     journal.write(run, number)
     jobs = carry_out(run, number, backend)
@@ -342,10 +386,17 @@ def _select(plan: Plan, number: int) -> int:
 
 def _open(plan: Plan, number: int) -> None:
     backend = "slurm" if plan.cluster.kind == "slurm" else "local"
-    Ledger(plan.run.ledger).append("submission", submission=number, backend=backend, choice=plan.pipeline.cluster,
-                                   cluster=plan.cluster.name, cluster_name=plan.cluster.slurm_name,
-                                   profile=plan.cluster.profile.meta.name, profile_file=plan.cluster.profile_file,
-                                   run=str(plan.run.path.resolve()))
+    Ledger(plan.run.ledger).append(
+        "submission",
+        submission=number,
+        backend=backend,
+        choice=plan.pipeline.cluster,
+        cluster=plan.cluster.name,
+        cluster_name=plan.cluster.slurm_name,
+        profile=plan.cluster.profile.meta.name,
+        profile_file=plan.cluster.profile_file,
+        run=str(plan.run.path.resolve()),
+    )
 
 
 def _freeze(plan: Plan, number: int) -> None:
@@ -354,9 +405,15 @@ def _freeze(plan: Plan, number: int) -> None:
     folder.mkdir(parents=True)
     roots = [root for phase in plan.pipeline.phases.values() for root in user_code(phase.uses, phase.config)]
     take_snapshot(folder / "code", roots)
-    durable.write_checked(folder / "pipeline.json", {
-        "source": plan.pipeline.source, "overrides": plan.pipeline.overrides, "params": plan.pipeline.params,
-        "cwd": os.getcwd()})
+    durable.write_checked(
+        folder / "pipeline.json",
+        {
+            "source": plan.pipeline.source,
+            "overrides": plan.pipeline.overrides,
+            "params": plan.pipeline.params,
+            "cwd": os.getcwd(),
+        },
+    )
     durable.write_file(folder / "pipeline.yaml", Path(plan.pipeline.source).read_bytes())
     durable.write_file(folder / "profile.yaml", to_yaml(plan.cluster.profile))
     run.meeting_key(number)
@@ -371,7 +428,7 @@ class Cancelled:
     notes: list[str]
 
 
-def cancel(run: RunFolder, phases: Optional[list[str]] = None) -> Cancelled:
+def cancel(run: RunFolder, phases: list[str] | None = None) -> Cancelled:
     """Cancel the active jobs of a run, or of some of its phases, and take back a submission that was never released.
 
     The jobs end first and are written down then: a file system that takes no more writes keeps nothing running.
@@ -408,7 +465,7 @@ def _abandon_begun(run: RunFolder, number: int, backends: dict[str, Backend]) ->
     return []
 
 
-def _written_down(notes: list[str], call: Callable[[], Optional[list[str]]]) -> list[str]:
+def _written_down(notes: list[str], call: Callable[[], list[str] | None]) -> list[str]:
     """What `call` gives; where the file system refuses what it writes last, a note says so."""
     try:
         return call() or []

@@ -9,11 +9,10 @@ found again by its name, which carries a token: an sbatch whose outcome is open 
 """
 
 import dataclasses
-
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import UserMistake
@@ -50,7 +49,7 @@ class Step:
     request: str = ""  # of submit: digest of what the script asks Slurm for
     batch: int = 1  # of submit: elements per array task
     links: int = 0  # of submit: of a chain
-    only: Optional[int] = None  # of rewire: just this array task, which waits on its partner alone
+    only: int | None = None  # of rewire: just this array task, which waits on its partner alone
 
 
 @dataclass
@@ -97,8 +96,11 @@ class LiveJob:
 
 def live_jobs(run: RunFolder, backends: list[Backend]) -> dict[str, LiveJob]:
     """{phase: its newest job that is listed as queued or running and whose phase is not sealed by it or since}."""
-    entries = {entry.job: entry for entry in Ledger(run.ledger).own_jobs()
-               if (seal := run.whole_seal(entry.phase, entry.key)) is None or seal.submission < entry.submission}
+    entries = {
+        entry.job: entry
+        for entry in Ledger(run.ledger).own_jobs()
+        if (seal := run.whole_seal(entry.phase, entry.key)) is None or seal.submission < entry.submission
+    }
     tasks: dict[str, dict[int, TaskState]] = {}
     for backend in backends if entries else []:
         for task in backend.states(list(entries.values())):
@@ -126,9 +128,7 @@ def release_held(run: RunFolder, backend: Backend) -> list[str]:
 # -- deciding -----------------------------------------------------------------------------------------------------
 
 
-def decide(
-    plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, list[int]], backend: Backend
-) -> Journal:
+def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, list[int]], backend: Backend) -> Journal:
     """What brings the run to its plan. `fresh` names phases (with their elements) that get a new job whatever is live.
 
     A waiting job keeps its place in the queue: where what it waits on changed, or its settings did, it is rewired. One
@@ -146,8 +146,9 @@ def decide(
     batches: dict[str, int] = {}  # of the jobs to wait on; 0 where they differ
     for planned in plan.to_run:
         frozen, found = planned.frozen, live.get(planned.name)
-        needs = {n: t for n, t in frozen.needs.items()
-                 if n in new or n in kept or any(p.name == n for p in plan.to_run)}
+        needs = {
+            n: t for n, t in frozen.needs.items() if n in new or n in kept or any(p.name == n for p in plan.to_run)
+        }
         sent = found if planned.name not in fresh else None
         differs = backend.differs(sent.entry, planned) if sent is not None else ""
         replaced = sent is not None and bool(differs) and sent.waits and can_rewire
@@ -157,9 +158,11 @@ def decide(
         links = frozen.links
         # Never at the same time, whoever was sent first:
         # a new job also waits for one that is to follow it and has begun.
-        needs |= {later.name: "singleton" for later in plan.phases
-                  if later.frozen.needs.get(planned.name) == "singleton"
-                  and later.name in live and not live[later.name].waits}
+        needs |= {
+            later.name: "singleton"
+            for later in plan.phases
+            if later.frozen.needs.get(planned.name) == "singleton" and later.name in live and not live[later.name].waits
+        }
         elements = fresh.get(planned.name) or planned.missing
         if found is not None and planned.name not in fresh:
             entry = found.entry
@@ -168,15 +171,19 @@ def decide(
             if can_rewire and not differs and _fits(found, planned) and would_do:
                 steps += _rewires(found, planned, needs, kept, new)
             elif not same_key and not fresh:
-                raise UserMistake(f"{planned.name}: job {entry.job} is still active with other settings; wait for it, "
-                                  f"or `afterok cancel {plan.run.path} {planned.name}` first")
+                raise UserMistake(
+                    f"{planned.name}: job {entry.job} is still active with other settings; wait for it, "
+                    f"or `afterok cancel {plan.run.path} {planned.name}` first"
+                )
             elif not same_key or replaced:
                 cancels.append(Step("cancel", planned.name, job=entry.job))
                 found = None
             elif differs:
-                not_applied.append(f"{planned.name}: job {entry.job} has begun and keeps what it was sent with ({differs} "
-                                   f"is not applied); `afterok resubmit {plan.run.path} {planned.name}` with the same "
-                                   "overrides replaces it")
+                not_applied.append(
+                    f"{planned.name}: job {entry.job} has begun and keeps what it was sent with ({differs} "
+                    f"is not applied); `afterok resubmit {plan.run.path} {planned.name}` with the same "
+                    "overrides replaces it"
+                )
             if found is not None:
                 kept[planned.name] = entry.awaited
                 batches[planned.name] = entry.batch
@@ -194,9 +201,20 @@ def decide(
             if not whole:
                 kept[planned.name] = found.entry.awaited
         name = f"{plan.run.name}.{planned.name}.a{number}.{secrets.token_hex(4)}"
-        steps.append(Step("submit", planned.name, frozen.key, name=name, elements=elements, needs=needs,
-                          is_array=frozen.array is not None, request=request_of(planned), batch=frozen.batch,
-                          links=links))
+        steps.append(
+            Step(
+                "submit",
+                planned.name,
+                frozen.key,
+                name=name,
+                elements=elements,
+                needs=needs,
+                is_array=frozen.array is not None,
+                request=request_of(planned),
+                batch=frozen.batch,
+                links=links,
+            )
+        )
         new.add(planned.name)
         batches[planned.name] = frozen.batch if batches.get(planned.name, frozen.batch) == frozen.batch else 0
     return Journal(steps + cancels if steps else [], kept, not_applied)
@@ -209,25 +227,47 @@ def _fits(found: LiveJob, planned: PlannedPhase) -> bool:
 
 def request_of(planned: PlannedPhase) -> str:
     """A digest of what a job asks for."""
-    return durable.sha256_bytes(durable.canonical_json(
-        [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch,
-         dataclasses.asdict(planned.resources)]))[:16]
+    return durable.sha256_bytes(
+        durable.canonical_json(
+            [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch, dataclasses.asdict(planned.resources)]
+        )
+    )[:16]
 
 
-def _rewires(found: LiveJob, planned: PlannedPhase, needs: dict[str, str], kept: dict[str, str],
-             new: set[str]) -> list[Step]:
+def _rewires(
+    found: LiveJob, planned: PlannedPhase, needs: dict[str, str], kept: dict[str, str], new: set[str]
+) -> list[Step]:
     """Steps that make a waiting job wait on the right ones; none when it does already."""
     entry = found.entry
     changed = any(phase in new for phase in needs) or {p: kept[p] for p in needs if p in kept} != entry.waits
     if found.waits:
         if changed or entry.key != planned.frozen.key or found.dead_elements:
-            return [Step("rewire", planned.name, planned.frozen.key, entry.job, elements=entry.elements,
-                         is_array=entry.is_array, needs=needs)]
+            return [
+                Step(
+                    "rewire",
+                    planned.name,
+                    planned.frozen.key,
+                    entry.job,
+                    elements=entry.elements,
+                    is_array=entry.is_array,
+                    needs=needs,
+                )
+            ]
         return []
     # Some elements ran already: only those that can never start any more are repaired, each behind its partner.
-    return [Step("rewire", planned.name, planned.frozen.key, entry.job, elements=entry.elements,
-                 is_array=entry.is_array, needs=needs, only=task)
-            for task in sorted({index // entry.batch for index in found.dead_elements})]
+    return [
+        Step(
+            "rewire",
+            planned.name,
+            planned.frozen.key,
+            entry.job,
+            elements=entry.elements,
+            is_array=entry.is_array,
+            needs=needs,
+            only=task,
+        )
+        for task in sorted({index // entry.batch for index in found.dead_elements})
+    ]
 
 
 # -- doing --------------------------------------------------------------------------------------------------------
@@ -260,9 +300,21 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
                         ledger.append("sending", submission=number, phase=step.phase, name=step.name)
                         hold = not any(phase in mine for phase in step.needs)
                         job = _send(backend, number, step, waits, hold)
-                    ledger.append("job", submission=number, phase=step.phase, key=step.key, job=job, name=step.name,
-                                  elements=step.elements, is_array=step.is_array, needs=step.needs, waits=waits,
-                                  request=step.request, batch=step.batch, links=step.links)
+                    ledger.append(
+                        "job",
+                        submission=number,
+                        phase=step.phase,
+                        key=step.key,
+                        job=job,
+                        name=step.name,
+                        elements=step.elements,
+                        is_array=step.is_array,
+                        needs=step.needs,
+                        waits=waits,
+                        request=step.request,
+                        batch=step.batch,
+                        links=step.links,
+                    )
                 mine[step.phase] = job
                 awaited = last_link(job, step.links)
                 others = step.phase in jobs and not step.links  # whose other elements are under way
@@ -271,8 +323,16 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
                 waits = {phase: jobs[phase] for phase in step.needs if phase in jobs}
                 run.redirect(_submission_of(ledger, step.job), step.phase, number)
                 _patiently(lambda: backend.rewire(step.job, step.needs, waits, step.only))
-                ledger.append("rewire", submission=number, phase=step.phase, key=step.key, job=step.job, waits=waits,
-                              needs=step.needs, only=step.only)
+                ledger.append(
+                    "rewire",
+                    submission=number,
+                    phase=step.phase,
+                    key=step.key,
+                    job=step.job,
+                    waits=waits,
+                    needs=step.needs,
+                    only=step.only,
+                )
                 jobs[step.phase] = next(entry.awaited for entry in ledger.jobs() if entry.job == step.job)
             else:
                 ledger.append("cancel", submission=number, jobs=[step.job])
@@ -281,7 +341,8 @@ def carry_out(run: RunFolder, number: int, backend: Backend) -> dict[str, str]:
         if lost:
             _take_back(run, number, backend, f"Slurm lost {', '.join(sorted(lost))}")
             raise Outdated(
-                f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)")
+                f"{run.path}: Slurm acknowledged {', '.join(sorted(lost))} and lost them (a controller crash?)"
+            )
         _patiently(lambda: backend.release(number, list(mine.values())))
     except Overtaken as late:
         _take_back(run, number, backend, str(late))
@@ -304,7 +365,7 @@ def _submission_of(ledger: Ledger, job: str) -> int:
     return next(entry.scripted for entry in ledger.jobs() if entry.job == job)
 
 
-def _find(backend: Backend, name: str) -> Optional[str]:
+def _find(backend: Backend, name: str) -> str | None:
     """The job of that name, None when the back end, once it answers, lists none."""
     found = _patiently(lambda: backend.find([name]))
     return found[name][0] if found.get(name) else None
@@ -349,8 +410,10 @@ def _take_back(run: RunFolder, number: int, backend: Backend, why: str) -> None:
     try:
         abandon(run, number, backend, why)
     except (OutcomeOpen, Refused) as failed:
-        raise Unfinished(f"{run.path}: {why}; what was sent is held and could not be cancelled ({failed}): "
-                         f"`afterok cancel {run.path}` takes it back") from None
+        raise Unfinished(
+            f"{run.path}: {why}; what was sent is held and could not be cancelled ({failed}): "
+            f"`afterok cancel {run.path}` takes it back"
+        ) from None
 
 
 def abandon(run: RunFolder, number: int, backend: Backend, why: str) -> list[str]:
@@ -372,7 +435,8 @@ def describe(journal: Journal, backend: Backend, number: int) -> list[str]:
         waits = {phase: jobs.get(phase, f"<{phase}>") for phase in step.needs}
         if step.do == "submit":
             lines.append(
-                backend.shown_send(number, step.phase, step.needs, waits, not any(p in new for p in step.needs)))
+                backend.shown_send(number, step.phase, step.needs, waits, not any(p in new for p in step.needs))
+            )
             new.append(step.phase)
             jobs[step.phase] = f"<{step.phase}>"
         elif step.do == "rewire":
@@ -380,5 +444,3 @@ def describe(journal: Journal, backend: Backend, number: int) -> list[str]:
         else:
             lines.append(f"scancel {step.job}")
     return [*lines, f"scontrol release {' '.join(f'<{phase}>' for phase in new)}"] if lines else []
-
-

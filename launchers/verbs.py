@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from data_tools.own_packages import environment
@@ -71,8 +71,15 @@ def _plan_parallel(args: argparse.Namespace) -> int:
     run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster)
     report = report_parallel(pipeline, run, cluster, args.parallel, args.search)
     if args.json:
-        _print_json({"phase": report.phase, "profile": cluster.as_json(), **report.facts, "notes": report.notes,
-                     "problems": [str(problem) for problem in report.problems]})
+        _print_json(
+            {
+                "phase": report.phase,
+                "profile": cluster.as_json(),
+                **report.facts,
+                "notes": report.notes,
+                "problems": [str(problem) for problem in report.problems],
+            }
+        )
     else:
         from launchers.show import console, table
 
@@ -109,9 +116,18 @@ def do_submit(args: argparse.Namespace) -> int:
 
 def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
     if args.json:
-        _print_json({"run": str(plan.run.path), "submission": done.number, "jobs": done.jobs,
-                     "profile": plan.cluster.as_json(), "active": done.active, "rewired": done.rewired,
-                     "calls": done.calls, "not_applied": done.not_applied})
+        _print_json(
+            {
+                "run": str(plan.run.path),
+                "submission": done.number,
+                "jobs": done.jobs,
+                "profile": plan.cluster.as_json(),
+                "active": done.active,
+                "rewired": done.rewired,
+                "calls": done.calls,
+                "not_applied": done.not_applied,
+            }
+        )
     elif args.dry_run:
         print("\n".join(done.calls) or "nothing to do")
     else:
@@ -146,7 +162,7 @@ def do_resubmit(args: argparse.Namespace) -> int:
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
 
 
-def _indices(text: Optional[str]) -> Optional[list[int]]:
+def _indices(text: str | None) -> list[int] | None:
     """3,7-9 as [3, 7, 8, 9]."""
     if text is None:
         return None
@@ -181,8 +197,10 @@ def _print_submitted(plan: Any, done: Any) -> None:
         print(f"{phase} {state} as job {job}")
     if not done.jobs and not done.active:
         or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
-        print(f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
-              + (f"; submission {done.number} has their settings" if done.number else ""))
+        print(
+            f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
+            + (f"; submission {done.number} has their settings" if done.number else "")
+        )
     elif done.number:
         print(f"submission {done.number} of {run}; look with `afterok status {_shown(run)}`")
 
@@ -204,9 +222,11 @@ def do_run(args: argparse.Namespace) -> int:
         poll = SLURM_POLL_S if plan.cluster.kind == "slurm" else LOCAL_POLL_S
         status = follow(run, poll, quiet=args.json)
     except KeyboardInterrupt:
-        print(f"\nthe jobs go on; look again with `afterok status {_shown(run.path)}`, "
-              f"`afterok logs {_shown(run.path)} PHASE -f`, or stop them with `afterok cancel {_shown(run.path)}`",
-              file=sys.stderr)
+        print(
+            f"\nthe jobs go on; look again with `afterok status {_shown(run.path)}`, "
+            f"`afterok logs {_shown(run.path)} PHASE -f`, or stop them with `afterok cancel {_shown(run.path)}`",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     if args.json:
         _print_json(status.as_json())
@@ -234,7 +254,7 @@ def _exit_code(status: Any, run: Any) -> int:
 # -- run verbs ----------------------------------------------------------------------------------------------------
 
 
-def _find_run(name: Optional[str]):
+def _find_run(name: str | None):
     """The run a user means: a folder, a name below ./runs, or by default the one submitted last."""
     from jobs.run_folder import RunFolder
 

@@ -1,9 +1,10 @@
 """`afterok why`: gathers what is known of each element that is not sealed, and has launchers/diagnosis.py read it."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 from data_tools.mistake import UserMistake, nearest
 from jobs.pipeline import NEED_SEALS
@@ -91,7 +92,7 @@ class Report:
         }
 
 
-def why(run: RunFolder, phase: Optional[str] = None) -> Report:
+def why(run: RunFolder, phase: str | None = None) -> Report:
     """What is wrong with a run, or one of its phases; failures first, then what waits.
 
     Raises:
@@ -100,8 +101,11 @@ def why(run: RunFolder, phase: Optional[str] = None) -> Report:
     look = look_at(run)
     if phase is not None and phase not in look.phases:
         raise UserMistake(f"{run.path} has no phase {phase!r}{nearest(phase, list(look.phases))}")
-    chosen = [found for name, found in look.phases.items()
-              if phase in (None, name) and (run.seal(name, found.key) is not None or not look.not_needed(found))]
+    chosen = [
+        found
+        for name, found in look.phases.items()
+        if phase in (None, name) and (run.seal(name, found.key) is not None or not look.not_needed(found))
+    ]
     cancels = {
         job.partition("_")[0]: event["time"]
         for event in Ledger(run.ledger).events()
@@ -170,14 +174,7 @@ def gather(
     outcome = element.outcome if element.outcome is None or not element.outcome.cause else None  # its own words only
     row, down = element.accounting, ()
     ended = state.state not in ACTIVE_STATES
-    if (
-        slurm is not None
-        and ask_slurm
-        and ended
-        and element.task is not None
-        and outcome is None
-        and row is None
-    ):
+    if slurm is not None and ask_slurm and ended and element.task is not None and outcome is None and row is None:
         try:
             row = slurm.job_row(f"{entry.job}_{element.index // entry.batch}" if entry.is_array else entry.job)
         except SlurmError as error:
@@ -248,6 +245,7 @@ def _shared_log(path: Path, entry: JobEntry, index: int) -> str:
         return ""
     task = path.with_name(path.name.replace(f".{index}.out", f".tasks{index // entry.batch}.out"))
     return "".join(
-        f"{line}\n" for line in log_tail(task, "", -1).splitlines()
+        f"{line}\n"
+        for line in log_tail(task, "", -1).splitlines()
         if re.search(r"slurmstepd.*\*\*\* JOB ", line) or ENVIRONMENT_LINE.search(line)
     )

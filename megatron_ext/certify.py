@@ -9,9 +9,10 @@ tests/megatron_ext/test_certify.py.
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy
 import torch

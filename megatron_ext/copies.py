@@ -3,7 +3,8 @@
 A name tells what a tensor should be, its bytes whether it is: what is left out has been compared first.
 """
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ ELEMENTS = 1 << 24  # of two tensors that are compared at a time
 
 
 def difference(copy: torch.Tensor, original: torch.Tensor) -> str:
-    """"" where both have the same bytes, else how they differ: "differs in 3 of 64 elements, by up to 0.5"."""
+    """ "" where both have the same bytes, else how they differ: "differs in 3 of 64 elements, by up to 0.5"."""
     if copy.shape != original.shape or copy.dtype != original.dtype:
         ours, theirs = (f"{_dtype(one)} {list(one.shape)}" for one in (copy, original))
         return f"is {ours}, not {theirs}"

@@ -8,7 +8,7 @@ somebody who forges weights: seals have SHA-256 for that.
 """
 
 import hashlib
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 

@@ -11,9 +11,10 @@ torch's own FileSystemWriter keeps every tensor of a file until it closes it (fi
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Iterable, Iterator
+from typing import IO
 
 import numpy
 import torch

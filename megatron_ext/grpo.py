@@ -9,9 +9,10 @@ the steps after it from the journal (rl/journal.py): every sample is trained onc
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,13 @@ from megatron_ext.rl import fruit, journal, report
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.losses import Totals
 from megatron_ext.rl.rows import (
-    Measures, RolloutRow, log_probs, policy_loss_function, rollout_rows, with_old, with_reference,
+    Measures,
+    RolloutRow,
+    log_probs,
+    policy_loss_function,
+    rollout_rows,
+    with_old,
+    with_reference,
 )  # fmt: skip
 from megatron_ext.rl.samples import Batch, Sample, batch_of, kept_items
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
@@ -66,7 +73,7 @@ class Run:
 
 
 Sinks = Callable[[int], Sequence[Sink]]
-Reference = Callable[[list[RolloutRow]], list[Optional[torch.Tensor]]]
+Reference = Callable[[list[RolloutRow]], list[torch.Tensor | None]]
 
 
 @dataclass
@@ -75,13 +82,13 @@ class Position:
 
     cursor: int = 0  # the next prompt of the order
     evaluated: int = -1  # the last step that was evaluated
-    mismatch: Optional[float] = None  # KL of rollout and training log-probs, as last measured
+    mismatch: float | None = None  # KL of rollout and training log-probs, as last measured
     updates: int = 0
     samples: int = 0
     trained_samples: int = 0
     tokens: int = 0  # of completions
-    first_reward: Optional[float] = None
-    last_reward: Optional[float] = None
+    first_reward: float | None = None
+    last_reward: float | None = None
     signal: int = 0  # trained samples whose advantage was not 0
     unscorable: int = 0  # samples that were not trained, by why
     cut_off: int = 0
@@ -141,8 +148,8 @@ def train(
     identity: dict[str, Any],
     stop: Stop,
     progress: Progress = silent,
-    reference: Optional[Reference] = None,
-    evaluate: Optional[Callable[[int], dict[str, Any]]] = None,
+    reference: Reference | None = None,
+    evaluate: Callable[[int], dict[str, Any]] | None = None,
     spell: Callable[[Sample], dict[str, Any]] = lambda sample: {},
     sinks: Sinks = lambda resumed_from: (),
 ) -> Outcome:
@@ -332,7 +339,7 @@ class Update:
     updates: int = 0
     tokens: int = 0  # trained, a pass
     row_tokens: int = 0  # computed, padding and prompts among them, over all passes
-    trusted: Optional[bool] = None  # recorded log-probs served as those of the update's beginning; None: not needed
+    trusted: bool | None = None  # recorded log-probs served as those of the update's beginning; None: not needed
     measures: dict[str, float] = field(default_factory=dict)
     differences: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
@@ -342,8 +349,8 @@ def _update(
     parts: list[tuple[Totals, list[RolloutRow]]],
     run: Run,
     rate: float,
-    mismatch: Optional[float],
-    reference: Optional[Reference],
+    mismatch: float | None,
+    reference: Reference | None,
     vote: StopVote,
 ) -> Update:
     """Make the step's passes over its minibatches. One without a trained token changes nothing.

@@ -13,8 +13,9 @@ positions, epsilons, windows, the router's scale. Each that config.json says oth
 
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 

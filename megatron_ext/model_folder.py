@@ -11,9 +11,10 @@ functions that load and write do.
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.inside import files, inside
@@ -42,7 +43,7 @@ class ModelFolder:
     step: int
     weights_digest: str
     dtype: str
-    lora: Optional[LoraConfig] = None  # of its adapter
+    lora: LoraConfig | None = None  # of its adapter
     base_digest: str = ""  # of weights/ alone
 
     @property
@@ -182,7 +183,7 @@ def load_stages(
     dtype: str = "",
     backend: str = "torch",
     options: Mapping[str, Any] = {},
-    weights: Optional[Path] = None,
+    weights: Path | None = None,
 ) -> list[Any]:
     """This rank's parts of the model (registry.stages), weights loaded and the adapter in place. `dtype` "" keeps the
     folder's.
@@ -215,7 +216,7 @@ def load_trainable(
     dtype: str = "",
     backend: str = "torch",
     options: Mapping[str, Any] = {},
-    weights: Optional[Path] = None,
+    weights: Path | None = None,
 ) -> list[Any]:
     """`load_stages` for training: with LoRA, new adapters from `seed` unless the folder has one to go on with.
 
@@ -314,7 +315,7 @@ def link_files(source: Path, target: Path) -> None:
 
 
 def describe(
-    out: Path, family: Family, step: int, weights_digest: str, dtype: str, adapter: Optional[dict[str, Any]] = None
+    out: Path, family: Family, step: int, weights_digest: str, dtype: str, adapter: dict[str, Any] | None = None
 ) -> None:
     """Write model.json, which makes `out`, that has its config.json, a model folder. `adapter`: its LoRA's settings and
     the digests of base and adapter."""

@@ -6,9 +6,9 @@ transformers is [in, out]. Both are square in the released models, so what decid
 (OCP Microscaling Formats, version 1.0; reference/megatron.md 1.3.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Sequence
 
 import torch
 

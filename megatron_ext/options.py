@@ -1,8 +1,9 @@
 """How a training uses its GPUs, and how experts are balanced: parts of a training's config, by the names that
 megatron-core 0.16.1 gives them. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, List, Mapping
+from typing import Any
 
 from data_tools.mistake import Problem, nearest
 
@@ -12,7 +13,7 @@ GRAPH_SCOPES = ("attn", "mlp", "moe", "moe_router", "moe_preprocess", "mamba")  
 BALANCINGS = ("aux_loss", "seq_aux_loss", "global_aux_loss")  # TransformerConfig.moe_router_load_balancing_type
 
 
-def keyed(config: Any) -> Dict[str, Any]:
+def keyed(config: Any) -> dict[str, Any]:
     """Return the fields of a config that change the result, as the key of its phase has them (jobs/kind.py)."""
     found = {}
     for one in fields(config):
@@ -28,7 +29,7 @@ class Engine:
 
     attention: str = "auto"  # backend te: auto | flash | fused | unfused
     cuda_graphs: str = "none"  # backend te: none | local | transformer_engine
-    graph_scope: List[str] = field(default_factory=list)  # what a graph captures; []: whole layers
+    graph_scope: list[str] = field(default_factory=list)  # what a graph captures; []: whole layers
     te_rng: bool = False  # Transformer Engine's random-number tracker, which CUDA graphs need
     overlap_grad_reduce: bool = False  # gradients are summed over data ranks while backward goes on
     overlap_param_gather: bool = False  # weights are gathered while forward goes on; needs overlap_grad_reduce
@@ -45,9 +46,7 @@ class Balance:
     bias_rate: float = 0.0  # of the router's correction bias, where the model has one
 
 
-def check(
-    engine: Engine, backend: str, where: str = "engine", environment: Mapping[str, str] = {}
-) -> list[Problem]:
+def check(engine: Engine, backend: str, where: str = "engine", environment: Mapping[str, str] = {}) -> list[Problem]:
     """`environment`: variables that the cluster's profile sets for the ranks."""
     problems = []
 
@@ -98,9 +97,9 @@ def check_balance(balance: Balance, experts: bool, where: str = "balance") -> li
     return problems
 
 
-def transformer_fields(engine: Engine, balance: Balance, experts: bool) -> Dict[str, Any]:
+def transformer_fields(engine: Engine, balance: Balance, experts: bool) -> dict[str, Any]:
     """Fields of TransformerConfig that these options change, enums by their names."""
-    fields: Dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if engine.attention != "auto":
         fields["attention_backend"] = engine.attention
     if engine.cuda_graphs != "none":

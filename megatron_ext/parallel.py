@@ -8,8 +8,9 @@ What is legal: parallel_rules.py.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, List, Mapping, Optional
+from typing import Any
 
 from data_tools.mistake import Problem
 from megatron_ext.models.shape import ModelShape
@@ -30,7 +31,7 @@ class ParallelPlan:
     sequence_parallel: bool = False  # norms and residuals sharded over the tensor axis, by tokens (SP)
     pipeline: int = 1  # layers over ranks (PP)
     virtual: int = 1  # stages a pipeline rank, interleaved (VPP)
-    pipeline_layers: List[int] = field(default_factory=list)  # layers of each stage in model order; []: even
+    pipeline_layers: list[int] = field(default_factory=list)  # layers of each stage in model order; []: even
     context: int = 1  # one sequence over ranks (CP)
     context_comm: str = "all_gather"  # how attention meets the other ranks' keys: p2p (te only) | all_gather | a2a
     expert: int = 1  # experts over ranks (EP)
@@ -82,9 +83,9 @@ class Site:
 
     ranks: int
     nodes: int = 1
-    gpus_per_node: Optional[int] = None  # None: not known
+    gpus_per_node: int | None = None  # None: not known
     gpu: str = ""  # a name of calibration.GPUS; "": not known
-    gpu_mem_gib: Optional[int] = None
+    gpu_mem_gib: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)  # that the cluster's profile sets
     forecasts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by folder
 
@@ -94,13 +95,13 @@ class Workload:
     """What a plan has to carry and on what. A rule whose numbers are None is not asked."""
 
     ranks: int
-    shape: Optional[ModelShape] = None
-    pack_length: Optional[int] = None  # tokens
-    align: Optional[int] = None  # tokens, of the pack plan: each document takes a multiple
-    longest: Optional[int] = None  # tokens of the longest document
-    global_batch: Optional[int] = None  # packs an update
+    shape: ModelShape | None = None
+    pack_length: int | None = None  # tokens
+    align: int | None = None  # tokens, of the pack plan: each document takes a multiple
+    longest: int | None = None  # tokens of the longest document
+    global_batch: int | None = None  # packs an update
     backend: str = "torch"  # layer spec: torch | te
-    gpus: Optional[bool] = None  # False: the collectives are gloo's
+    gpus: bool | None = None  # False: the collectives are gloo's
 
 
 def divisors(number: int) -> list[int]:

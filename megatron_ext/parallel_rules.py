@@ -6,8 +6,9 @@ reference/megatron.md 2.1 to 2.8, reference/megatron_cpu.md 3.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Callable, Iterable
+from typing import Any
 
 from data_tools.mistake import Problem
 from megatron_ext.models.shape import MAMBA, MLP, MOE, WINDOW

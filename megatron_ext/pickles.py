@@ -13,9 +13,10 @@ import mmap
 import pickle
 import zipfile
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Callable, Mapping, Optional
+from typing import IO, Any
 
 import torch
 
@@ -230,7 +231,7 @@ class _Archive:
         order = self.bytes("byteorder", NAME_BYTES) if "byteorder" in self._entries else b"little"
         if order != b"little":
             raise Refused(f"its bytes are in {order[:20]!r} order: save it again on a little-endian machine")
-        self._mapped: Optional[mmap.mmap] = None
+        self._mapped: mmap.mmap | None = None
 
     def place(self, name: str) -> tuple[int, int]:
         """(start in the file, bytes) of a record."""

@@ -8,9 +8,9 @@ kind of model (calibration.py). Activations are those of fused kernels (Transfor
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Iterator, Optional
 
 import numpy
 
@@ -53,8 +53,8 @@ class Training:
     supervised: float = 1.0  # share of tokens that reach the output layer
     dtype: str = "bfloat16"  # of the weights
     kv_tokens: int = 0  # rollouts: tokens that the KV cache of a model replica holds
-    gpu: Optional[Gpu] = None
-    memory_gib: Optional[float] = None  # of a GPU, where the profile says so
+    gpu: Gpu | None = None
+    memory_gib: float | None = None  # of a GPU, where the profile says so
     gpus_per_node: int = 8
     offload: float = 0.0  # share of the optimizer's state in host memory
     lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: all parameters are trained
@@ -64,7 +64,7 @@ class Training:
         return self.workload.shape
 
     @property
-    def capacity(self) -> Optional[float]:
+    def capacity(self) -> float | None:
         """Bytes of a GPU's memory."""
         gib = self.memory_gib or (self.gpu.memory_gib if self.gpu else None)
         return gib * GIB if gib else None
@@ -413,7 +413,7 @@ HEADROOM = 0.95  # share of a GPU that a plan we offer may fill: activation form
 class Candidate:
     plan: ParallelPlan
     memory: Memory
-    step: Optional[Step]  # None where the GPU is not known
+    step: Step | None  # None where the GPU is not known
 
 
 def legal_plans(t: Training, base: ParallelPlan) -> Iterator[ParallelPlan]:

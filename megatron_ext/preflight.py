@@ -4,9 +4,10 @@ Model and packs may still have to be made by phases upstream. What those will ho
 config.json of its source, by pack the length and alignment of packs. What nobody knows yet is not asked.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 from data_tools import durable
 from data_tools.inside import inside
@@ -46,7 +47,7 @@ MOST_GROWTH = 64  # times the GPUs asked for that a plan is looked for
 # ---------------------------------------------------------------- what is known
 
 
-def model_config(folder: str, site: Site) -> tuple[Optional[dict[str, Any]], str]:
+def model_config(folder: str, site: Site) -> tuple[dict[str, Any] | None, str]:
     """(config.json of a model folder, where it is), or what its phase will write; None where neither is known."""
     path = Path(folder) / "hf" / "config.json"
     try:
@@ -55,7 +56,7 @@ def model_config(folder: str, site: Site) -> tuple[Optional[dict[str, Any]], str
         return site.forecasts.get(folder, {}).get("hf_config"), str(path)
 
 
-def model_adapter(folder: str, site: Site) -> tuple[bool, Optional[LoraConfig]]:
+def model_adapter(folder: str, site: Site) -> tuple[bool, LoraConfig | None]:
     """(whether it is known, the adapter that a model folder has or will have)."""
     try:
         facts = durable.read_json(inside(Path(folder), "model.json"))
@@ -151,7 +152,7 @@ def _shortage(needs: Memory, t: Training) -> str:
     return f"needs {needs.total / GIB:.1f} GiB a GPU ({listed}), and a GPU has {t.capacity / GIB:.1f}"
 
 
-def offer(plan: ParallelPlan, t: Training) -> Optional[tuple[int, Candidate]]:
+def offer(plan: ParallelPlan, t: Training) -> tuple[int, Candidate] | None:
     """(GPUs, the best plan that fits them): as many as asked for, else the fewest times as many."""
     for times in divisors(MOST_GROWTH):
         ranks = t.workload.ranks * times

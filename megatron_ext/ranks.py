@@ -11,8 +11,8 @@ import ipaddress
 import itertools
 import os
 import random
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Iterator, Optional
 
 import numpy
 import torch
@@ -83,7 +83,7 @@ class MeetingStore(dist.Store):
         self._client.multi_set(keys, values)
 
     @_as_torch_says()
-    def wait(self, keys: list[str], timeout: Optional[timedelta] = None) -> None:
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         self._client.wait(keys, None if timeout is None else timeout.total_seconds())
 
     @_as_torch_says()
@@ -134,8 +134,13 @@ def join(patience: timedelta = PATIENCE) -> None:
         else:
             # Under a name of its own: the next group of this process must not read the addresses that this one leaves.
             named = dist.PrefixStore(f"join {next(_joins)}", MeetingStore(store))
-            dist.init_process_group(backend(), store=named, rank=rank_of_environment(),
-                                    world_size=world_size_of_environment(), timeout=patience)
+            dist.init_process_group(
+                backend(),
+                store=named,
+                rank=rank_of_environment(),
+                world_size=world_size_of_environment(),
+                timeout=patience,
+            )
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
 
@@ -190,9 +195,7 @@ def stop(process_group: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def started(
-    plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_rng: bool = False
-) -> Iterator[None]:
+def started(plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_rng: bool = False) -> Iterator[None]:
     """`start` and `stop` around a block. A process group that the caller made stays.
 
     After an exception among several ranks the groups are left as they are: destroying them would wait for peers that

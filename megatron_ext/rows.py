@@ -5,8 +5,9 @@ predicted cost (data_tools/batches.py); a rank takes `micro_batch` of them at a 
 ranks share a row and hold some of its tokens each; of a pipeline's ranks the first reads the ids, the last the labels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Sequence
+from typing import Protocol
 
 import numpy
 import torch
@@ -75,9 +76,7 @@ def micro_batch(packs: Sequence[Pack]) -> MicroBatch:
         cu_seqlens.append(pack.cu_seqlens[1:].astype(numpy.int64) + start)
         start += int(pack.cu_seqlens[-1])
     target = device()
-    context = ContextRank(
-        parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    )
+    context = ContextRank(parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank())
     documents = packed_documents(numpy.concatenate(cu_seqlens), target, context)
 
     def row(name: str) -> numpy.ndarray:

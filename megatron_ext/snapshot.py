@@ -7,8 +7,9 @@ range that its optimizer holds, cut into boxes of the tensor, and no state is se
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state

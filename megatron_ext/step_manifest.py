@@ -9,8 +9,15 @@ from data_tools.mistake import Problem, UserMistake
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-KINDS = {"step": int, "updates": int, "weights_digest": str, "files": dict, "identity": dict, "position": dict,
-         "layout": str}
+KINDS = {
+    "step": int,
+    "updates": int,
+    "weights_digest": str,
+    "files": dict,
+    "identity": dict,
+    "position": dict,
+    "layout": str,
+}
 
 
 def read(folder: Path) -> tuple[dict[str, Any], str]:

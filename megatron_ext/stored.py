@@ -2,9 +2,10 @@
 
 import contextlib
 import gc
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 from megatron_ext.pickles import DTYPES, ORDERED, SIZE, Node, Pair, Refused, Shape, count, nodes, understood
 

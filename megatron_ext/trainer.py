@@ -8,8 +8,9 @@ them). What a rank trains on: rows.py. What drives it over a run: train.py.
 
 import math
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist

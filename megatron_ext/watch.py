@@ -14,10 +14,10 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 from data_tools.mistake import Problem
 from data_tools.progress import EXIT_HUNG, HUNG

@@ -14,9 +14,28 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from data_tools.mistake import UserMistake
 from slurm.printed import (
-    ACCOUNTING_FIELDS, QUEUE_FIELDS, AccountingRow, PartitionRow, QueueRow, SubmitLimit, array_limit, controller_is_up,
-    first_line, is_away, lost_connection, parse_accounting, parse_configuration, parse_job, parse_job_row, parse_keys,
-    parse_partitions, parse_queue, parse_submit_limit, separator, submitted_id, whole_message,
+    ACCOUNTING_FIELDS,
+    QUEUE_FIELDS,
+    AccountingRow,
+    PartitionRow,
+    QueueRow,
+    SubmitLimit,
+    array_limit,
+    controller_is_up,
+    first_line,
+    is_away,
+    lost_connection,
+    parse_accounting,
+    parse_configuration,
+    parse_job,
+    parse_job_row,
+    parse_keys,
+    parse_partitions,
+    parse_queue,
+    parse_submit_limit,
+    separator,
+    submitted_id,
+    whole_message,
 )  # fmt: skip
 
 PING_LIMIT_S = 5.0

@@ -52,8 +52,13 @@ class Cluster:
 
     def as_json(self) -> dict[str, str]:
         """What `where` tells, by name."""
-        return {"kind": self.kind, "name": self.name, "cluster_name": self.slurm_name,
-                "profile": self.profile.meta.name, "profile_file": self.profile_file}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "cluster_name": self.slurm_name,
+            "profile": self.profile.meta.name,
+            "profile_file": self.profile_file,
+        }
 
     @property
     def slurm(self) -> Slurm:

@@ -10,8 +10,13 @@ from pathlib import Path
 
 from data_tools.mistake import UserMistake
 
-PACKAGES = {"slurmdbd": "slurmdbd", "sacctmgr": "slurm-client", "mariadbd": "mariadb-server-core",
-            "mariadb-install-db": "mariadb-server-core", "my_print_defaults": "mariadb-client-core"}
+PACKAGES = {
+    "slurmdbd": "slurmdbd",
+    "sacctmgr": "slurm-client",
+    "mariadbd": "mariadb-server-core",
+    "mariadb-install-db": "mariadb-server-core",
+    "my_print_defaults": "mariadb-client-core",
+}
 DAEMONS = ("mariadbd", "slurmdbd")  # in the order they start
 ACCOUNT = "main"
 SMALL_QOS, SMALL_QOS_JOBS = "small", 6  # a QOS in which a user may have so many jobs or array elements in the queue

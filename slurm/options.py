@@ -5,7 +5,7 @@ any unambiguous beginning of a long name, so that `outp` would be `output`.
 """
 
 import re
-from typing import Mapping
+from collections.abc import Mapping
 
 from data_tools.mistake import Problem
 from slurm.profile import Profile
@@ -47,8 +47,10 @@ SRUN_RESERVED: Mapping[str, str] = {
     **dict.fromkeys(("export", "unbuffered", "u", "kill-on-bad-exit", "K", "pty"), "it is how a phase's ranks are run"),
 }  # fmt: skip
 VARIABLES: Mapping[str, str] = {
-    **dict.fromkeys(("PYTHONPATH", "PYTHONSAFEPATH"), "jobs run the code that was frozen when they were submitted; "
-                                                      "install what they need into env.python"),
+    **dict.fromkeys(
+        ("PYTHONPATH", "PYTHONSAFEPATH"),
+        "jobs run the code that was frozen when they were submitted; install what they need into env.python",
+    ),
     **dict.fromkeys(("MASTER_ADDR", "MASTER_PORT"), "they are each job's own; network.port_range bounds the port"),
     **dict.fromkeys(("PYTHONUNBUFFERED", "SLURM_EXPORT_ENV", "SUBMITIT_EXECUTOR"), "it is how a phase's ranks are run"),
 }
@@ -67,8 +69,11 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
         if word.startswith("-") and instead:
             problems.append(Problem(f"{file}: srun.extra", f"afterok sets srun's {_dashed(option)} itself: {instead}"))
     for key, names in (("set", list(profile.env.set)), ("forward", profile.env.forward)):
-        problems += [Problem(f"{file}: env.{key}.{name}", f"afterok sets {name} itself: {VARIABLES[name]}")
-                     for name in names if name in VARIABLES]
+        problems += [
+            Problem(f"{file}: env.{key}.{name}", f"afterok sets {name} itself: {VARIABLES[name]}")
+            for name in names
+            if name in VARIABLES
+        ]
     return problems
 
 
@@ -80,7 +85,9 @@ def option_problems(extra: Mapping[str, str], where: str) -> list[Problem]:
         instead = RESERVED.get(name) or _begins(name, RESERVED)
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
             bare = name.strip("-").partition("=")[0]
-            what = f"afterok sets it: {RESERVED[bare]}" if bare in RESERVED else "write the bare name, such as exclusive"
+            what = (
+                f"afterok sets it: {RESERVED[bare]}" if bare in RESERVED else "write the bare name, such as exclusive"
+            )
             problems.append(Problem(at, f"{key!r} is no name of an sbatch option; {what}"))
         elif instead:
             problems.append(Problem(at, f"afterok sets sbatch's {_dashed(name)} itself: {instead}"))

@@ -18,7 +18,9 @@ LOST_CONNECTION = (
     "Slurm backup controller in standby mode", "Socket timed out on send/recv operation", "Connection refused",
     "Connection timed out", "Connection reset by peer", "Broken pipe", "No route to host", "Network is unreachable",
 )  # fmt: skip
-SBATCH_FAILED = "sbatch: error: Batch job submission failed: "  # what follows is slurm_strerror's, whatever stands above
+SBATCH_FAILED = (
+    "sbatch: error: Batch job submission failed: "  # what follows is slurm_strerror's, whatever stands above
+)
 MESSAGE_CHARACTERS = 4000  # of what a command said: a site's longest policy text, and no more of a log by mistake
 QUEUE_FIELDS = ("%A", "%F", "%K", "%T", "%r", "%E", "%N", "%j")
 ACCOUNTING_FIELDS = ("JobID", "JobIDRaw", "State", "ExitCode", "ElapsedRaw", "NodeList", "JobName")

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from data_tools.mistake import Problem, UserMistake, nearest
 from slurm.client import Slurm
@@ -43,34 +43,34 @@ class Meta:
 class Partition:
     """What a Slurm partition allows a job (None: not known, not checked) and what every job in it must say."""
 
-    max_time: Optional[str] = None
-    max_nodes: Optional[int] = None
-    cpus: Optional[int] = None  # of a node
-    mem_gib: Optional[int] = None  # of a node
-    gpus_per_node: Optional[int] = None
-    gpu: Optional[str] = None  # type: a100, h100, h200, b200; with it `plan` knows memory and speed
-    gpu_mem_gib: Optional[int] = None  # of one GPU; None: that of the type
-    account: Optional[str] = None
-    qos: Optional[str] = None
-    constraint: Optional[str] = None
+    max_time: str | None = None
+    max_nodes: int | None = None
+    cpus: int | None = None  # of a node
+    mem_gib: int | None = None  # of a node
+    gpus_per_node: int | None = None
+    gpu: str | None = None  # type: a100, h100, h200, b200; with it `plan` knows memory and speed
+    gpu_mem_gib: int | None = None  # of one GPU; None: that of the type
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
     # whether a stopped or preempted job may run again under its id; None: asked of Slurm
-    requeue: Optional[bool] = None
-    extra_sbatch: Dict[str, str] = field(default_factory=dict)
+    requeue: bool | None = None
+    extra_sbatch: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Role:
     """What a phase of this kind gets where its pipeline does not say."""
 
-    partition: Optional[str] = None  # None: the only partition, or none at all on a local profile
-    time: Optional[str] = None  # None: the partition's max_time
+    partition: str | None = None  # None: the only partition, or none at all on a local profile
+    time: str | None = None  # None: the partition's max_time
     nodes: int = 1
     gpus_per_node: int = 0
-    gpu: Optional[str] = None  # type and memory of one GPU; None: the partition's
-    gpu_mem_gib: Optional[int] = None
+    gpu: str | None = None  # type and memory of one GPU; None: the partition's
+    gpu_mem_gib: int | None = None
     cpus_per_task: int = 1
-    mem_gib: Optional[int] = None  # a node; None: the cluster's default
-    ranks_per_node: Optional[int] = None  # None: one a GPU, else one
+    mem_gib: int | None = None  # a node; None: the cluster's default
+    ranks_per_node: int | None = None  # None: one a GPU, else one
 
 
 @dataclass
@@ -90,36 +90,36 @@ class Env:
     StateSaveLocation, the node's spool, and slurmdbd where it has AccountingStoreFlags=job_env (seen with 22.05).
     """
 
-    python: Optional[str] = None  # interpreter of the jobs; None: the one that submits
-    setup: List[str] = field(default_factory=list)  # shell lines
-    modules: List[str] = field(default_factory=list)
-    set: Dict[str, str] = field(default_factory=dict)
-    forward: List[str] = field(default_factory=list)  # names of variables taken from the submitter
-    secrets: Dict[str, str] = field(default_factory=dict)  # variable -> file:PATH, cmd:COMMAND or env:NAME
+    python: str | None = None  # interpreter of the jobs; None: the one that submits
+    setup: list[str] = field(default_factory=list)  # shell lines
+    modules: list[str] = field(default_factory=list)
+    set: dict[str, str] = field(default_factory=dict)
+    forward: list[str] = field(default_factory=list)  # names of variables taken from the submitter
+    secrets: dict[str, str] = field(default_factory=dict)  # variable -> file:PATH, cmd:COMMAND or env:NAME
 
 
 @dataclass
 class Network:
-    port_range: List[int] = field(default_factory=lambda: [20000, 29999])  # first and last port for MASTER_PORT
+    port_range: list[int] = field(default_factory=lambda: [20000, 29999])  # first and last port for MASTER_PORT
 
 
 @dataclass
 class Srun:
-    mpi: Optional[str] = None
-    extra: List[str] = field(default_factory=list)
+    mpi: str | None = None
+    extra: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Profile:
     kind: str = "slurm"  # or "local": processes of this machine
     meta: Meta = field(default_factory=Meta)
-    partitions: Dict[str, Partition] = field(default_factory=dict)
-    roles: Dict[str, Role] = field(default_factory=dict)
+    partitions: dict[str, Partition] = field(default_factory=dict)
+    roles: dict[str, Role] = field(default_factory=dict)
     env: Env = field(default_factory=Env)
     network: Network = field(default_factory=Network)
     srun: Srun = field(default_factory=Srun)
-    max_array_size: Optional[int] = None  # None: no limit known
-    max_submit_jobs: Optional[int] = None  # of one user at a time, array elements counted; None: asked of sacctmgr
+    max_array_size: int | None = None  # None: no limit known
+    max_submit_jobs: int | None = None  # of one user at a time, array elements counted; None: asked of sacctmgr
     signal_lead_s: int = 90  # seconds before the time limit at which a job is asked to stop: one checkpoint must fit
 
 
@@ -128,13 +128,13 @@ class Request:
     """What a phase asks for; None takes the role's value."""
 
     role: str
-    nodes: Optional[int] = None
-    gpus_per_node: Optional[int] = None
-    cpus_per_task: Optional[int] = None
-    mem_gib: Optional[int] = None
-    time: Optional[str] = None
-    ranks_per_node: Optional[int] = None
-    partition: Optional[str] = None
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem_gib: int | None = None
+    time: str | None = None
+    ranks_per_node: int | None = None
+    partition: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,19 +142,19 @@ class Resources:
     """What one array element gets. None means that the option is not given to sbatch."""
 
     role: str
-    partition: Optional[str]
+    partition: str | None
     nodes: int
     ranks_per_node: int
     gpus_per_node: int
-    gpu: Optional[str]
-    gpu_mem_gib: Optional[int]
+    gpu: str | None
+    gpu_mem_gib: int | None
     cpus_per_task: int
-    mem_gib: Optional[int]
-    time_minutes: Optional[int]
-    account: Optional[str]
-    qos: Optional[str]
-    constraint: Optional[str]
-    extra_sbatch: Dict[str, str]
+    mem_gib: int | None
+    time_minutes: int | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    extra_sbatch: dict[str, str]
 
 
 # -- finding and reading ----------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def site_folders() -> list[Path]:
     return [*folders, Path("~/.config/afterok/profiles").expanduser(), Path("/etc/afterok/profiles.d")]
 
 
-def find_for_cluster(cluster_name: str) -> Optional[Path]:
+def find_for_cluster(cluster_name: str) -> Path | None:
     """Return the profile that a user or admin named like a cluster, in whatever case: Slurm tells its name in small
     letters. Ours are not taken: a cluster called "example" has not chosen our example.
 
@@ -184,14 +184,16 @@ def find_for_cluster(cluster_name: str) -> Optional[Path]:
         alike = [file for file in files if file.is_file() and file.stem.casefold() == cluster_name.casefold()]
         exact = [file for file in alike if file.stem == cluster_name]
         if len(alike) > 1 and not exact:
-            raise UserMistake(f"{' and '.join(map(str, alike))} are both named like the cluster {cluster_name}; "
-                              f"keep one of them, or call it {cluster_name}.yaml")
+            raise UserMistake(
+                f"{' and '.join(map(str, alike))} are both named like the cluster {cluster_name}; "
+                f"keep one of them, or call it {cluster_name}.yaml"
+            )
         if alike:
             return (exact or alike)[0]
     return None
 
 
-def find(name_or_path: str) -> Optional[Path]:
+def find(name_or_path: str) -> Path | None:
     """The file of a profile, or None: a path as it is, a name as NAME.yaml in the search folders."""
     path = Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -307,11 +309,11 @@ def _limits(profile: Profile, request: Request, where: str) -> list[Problem]:
     limit = profile.partitions[wants.partition] if wants.partition else Partition()
     at = f"partition {wants.partition}" if wants.partition else "this machine"
 
-    def too_small(key: str, value: Optional[int], least: int) -> None:
+    def too_small(key: str, value: int | None, least: int) -> None:
         if value is not None and value < least:
             problems.append(Problem(f"{where}.{key}", f"{value} is too small; the least is {least}"))
 
-    def above(key: str, value: Optional[int], most: Optional[int], unit: str) -> None:
+    def above(key: str, value: int | None, most: int | None, unit: str) -> None:
         if value is not None and most is not None and value > most:
             problems.append(Problem(f"{where}.{key}", f"{value} {unit}, but {at} has {most}; ask for at most {most}"))
 
@@ -356,7 +358,7 @@ def _naming(profile: Profile, request: Request, where: str) -> list[Problem]:
     return problems
 
 
-def _partition_name(profile: Profile, request: Request) -> Optional[str]:
+def _partition_name(profile: Profile, request: Request) -> str | None:
     if profile.kind == "local":
         return None  # a pipeline that names a partition still runs where there is none
     only = next(iter(profile.partitions)) if len(profile.partitions) == 1 else None
@@ -508,22 +510,33 @@ def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[s
     called_secret = [name for name, reference in profile.env.secrets.items() if reference.startswith("env:")]
     notes = []
     if sent:
-        notes.append(f"forwarded from your environment into the jobs': {', '.join(sent)} "
-                     f"(profile {profile.meta.name}, env.forward)")
+        notes.append(
+            f"forwarded from your environment into the jobs': {', '.join(sent)} "
+            f"(profile {profile.meta.name}, env.forward)"
+        )
     if called_secret and profile.kind == "slurm":
-        notes.append(f"warning: {', '.join(called_secret)} will not stay secret: Slurm writes a forwarded variable to "
-                     "its state directory (and to slurmdbd with job_env); name a file: or cmd: in env.secrets instead")
+        notes.append(
+            f"warning: {', '.join(called_secret)} will not stay secret: Slurm writes a forwarded variable to "
+            "its state directory (and to slurmdbd with job_env); name a file: or cmd: in env.secrets instead"
+        )
     return notes
 
 
 def forwarding_problems(profile: Profile, environment: Mapping[str, str]) -> list[Problem]:
     """Variables that the profile takes from the submitter's environment and that are not there."""
     names = {reference[4:]: name for name, reference in profile.env.secrets.items() if reference.startswith("env:")}
-    return [Problem("", f"{source} is not set, and profile {profile.meta.name} forwards it (env.secrets.{name}); "
-                    f"export {source} first") for source, name in names.items() if not environment.get(source)]
+    return [
+        Problem(
+            "",
+            f"{source} is not set, and profile {profile.meta.name} forwards it (env.secrets.{name}); "
+            f"export {source} first",
+        )
+        for source, name in names.items()
+        if not environment.get(source)
+    ]
 
 
-def _time_problem(where: str, time: Optional[str]) -> list[Problem]:
+def _time_problem(where: str, time: str | None) -> list[Problem]:
     try:
         parse_minutes(time or "0")
     except ValueError as error:

@@ -6,18 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
 
-def afterok(*args: Any, env: Optional[dict] = None, check: Optional[int] = 0,
-            timeout: float = 120) -> subprocess.CompletedProcess:
+def afterok(
+    *args: Any, env: dict | None = None, check: int | None = 0, timeout: float = 120
+) -> subprocess.CompletedProcess:
     """The finished process; asserts its exit code unless `check` is None."""
-    done = subprocess.run([sys.executable, "-m", "launchers.cli", *map(str, args)], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, **(env or {})}, timeout=timeout,
-                          stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.cli", *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, **(env or {})},
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
     if check is not None:
         assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

@@ -12,7 +12,9 @@ HERE = Path(__file__).parent
 NAMES = {"public", "SHARED", "PUBLIC_LINES"}  # of tests.inputs, that lead to the public data only
 ALLOWED = {"benchmarks/materialize.py", "data_tools/chats.py", "test_openresearcher.py", "test_inputs.py", "inputs.py"}
 OTHER = {  # a column of a table, and weights, that are called shared
-    "data_tools/tasks/test_mix.py", "megatron_ext/test_nemotron_h.py", "megatron_ext/test_strangers.py"
+    "data_tools/tasks/test_mix.py",
+    "megatron_ext/test_nemotron_h.py",
+    "megatron_ext/test_strangers.py",
 }
 
 

@@ -123,8 +123,9 @@ def test_packs_of_262144_tokens_are_trained_on_slurm_that_preempts_twice(tmp_pat
 
     wait_for("a step", lambda: list(run.glob("sft/*/checkpoints/step_1/manifest.json")), 1200)
     preempt(grace_s=0)
-    wait_for("its return", lambda: "resumed from step_1" in "".join(p.read_text() for p in run.glob("sft/logs/*")),
-             1200)
+    wait_for(
+        "its return", lambda: "resumed from step_1" in "".join(p.read_text() for p in run.glob("sft/logs/*")), 1200
+    )
     preempt(grace_s=1200)
     wait_until_sealed(run, "exported", timeout=1200, env=env)
     seal = read_seal(next(run.glob("sft/*/seal.json")))

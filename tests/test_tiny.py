@@ -13,7 +13,7 @@ import pytest
 from jobs.artifact import read_seal
 from launchers.ledger import Ledger
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
-from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, wait_for, wait_until_sealed
+from tests.command import ROOT, afterok, afterok_json, one_line, wait_for, wait_until_sealed
 from tests.megatron_ext.rounding import logits_bound
 
 TINY = "jobs/pipelines/tiny.yaml"
@@ -43,8 +43,9 @@ def test_every_phase_is_sealed_and_the_summary_says_accuracy_before_and_after(lo
     assert facts["sft"]["loss_last"] < facts["sft"]["loss_first"]
     assert facts["grpo"]["step"] == 4 and facts["grpo"]["samples"] == 4 * 16 * 8
     for phase in ("reinforced", "controlled"):  # beside SFT, on the same prompts
-        assert facts[phase]["gain"] == pytest.approx(facts[phase]["sampled_accuracy"]
-                                                     - facts["trained"]["sampled_accuracy"])
+        assert facts[phase]["gain"] == pytest.approx(
+            facts[phase]["sampled_accuracy"] - facts["trained"]["sampled_accuracy"]
+        )
         assert facts[phase]["gain_error"] >= 0
     for word in ("untrained", "trained", "accuracy", "reinforced", "gain", str(run / "exported")):
         assert word in printed
@@ -112,7 +113,8 @@ def test_the_same_run_on_slurm_seals_the_same_weights_bit_for_bit(local_run, dev
         if name.endswith(".safetensors"):
             assert sha[0][name]["sha256"] == sha[1][name]["sha256"]
     assert json.loads((seal_of(run, "trained").folder / "result.json").read_text()) == json.loads(
-        (seal_of(tmp_path / "slurm", "trained").folder / "result.json").read_text())
+        (seal_of(tmp_path / "slurm", "trained").folder / "result.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
@@ -136,7 +138,8 @@ def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_ru
     assert facts["resumed_from"] > 0
     assert facts["weights_digest"] == seal_of(finished, "sft").facts["weights_digest"]
     assert [json.loads(line)["step"] for line in next(run.glob("sft/*/metrics.jsonl")).read_text().splitlines()] == [
-        json.loads(line)["step"] for line in next(finished.glob("sft/*/metrics.jsonl")).read_text().splitlines()]
+        json.loads(line)["step"] for line in next(finished.glob("sft/*/metrics.jsonl")).read_text().splitlines()
+    ]
 
 
 LOGITS = """
@@ -165,8 +168,18 @@ def test_the_exported_model_gives_the_logits_of_the_megatron_model(local_run, tm
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     ids = torch.tensor(AutoTokenizer.from_pretrained(exported)("48/2=42")["input_ids"])
     torch.save(ids, tmp_path / "ids.pt")
-    subprocess.run([sys.executable, "-c", LOGITS, str(seal_of(run, "grpo").folder), str(tmp_path / "ids.pt"),
-                    str(tmp_path / "logits.pt")], cwd=ROOT, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            LOGITS,
+            str(seal_of(run, "grpo").folder),
+            str(tmp_path / "ids.pt"),
+            str(tmp_path / "logits.pt"),
+        ],
+        cwd=ROOT,
+        check=True,
+    )
     ours = torch.load(tmp_path / "logits.pt")
     with torch.no_grad():
         theirs = model(ids[None]).logits[0]

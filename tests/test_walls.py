@@ -71,8 +71,22 @@ def test_package_files_are_empty():
 
 
 def test_the_top_level_is_the_house():
-    allowed = {"setup.py", "jobs", "launchers", "megatron_ext", "data_tools", "slurm", "tests", "README.md",
-               "constraints.txt", "LICENSE", "runs", "venv", "build"}
-    extra = {path.name for path in ROOT.iterdir()
-             if not path.name.startswith(".") and path.suffix != ".egg-info"} - allowed
+    allowed = {
+        "setup.py",
+        "jobs",
+        "launchers",
+        "megatron_ext",
+        "data_tools",
+        "slurm",
+        "tests",
+        "README.md",
+        "constraints.txt",
+        "LICENSE",
+        "runs",
+        "venv",
+        "build",
+    }
+    extra = {
+        path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.suffix != ".egg-info"
+    } - allowed
     assert not extra

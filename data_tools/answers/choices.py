@@ -4,24 +4,29 @@ Where several choices are named, or none for certain, there is no letter: nothin
 """
 
 import re
-from typing import Optional
 
 from data_tools.answers.spelling import spelled
 
 _ALONE = re.compile(r"[(\[]? ?([A-Za-z]) ?[)\]]?[.:,)]?")
-_LABELLED = re.compile(r"[(\[] ?([A-Z]) ?[)\]][.:]?(?![A-Za-z])|([A-Z])(?:[.:)]|(?= ?[-–] ))")  # before the choice's own text
+_LABELLED = re.compile(
+    r"[(\[] ?([A-Z]) ?[)\]][.:]?(?![A-Za-z])|([A-Z])(?:[.:)]|(?= ?[-–] ))"
+)  # before the choice's own text
 _SAID = re.compile(
     r"(?:\b(?:option|choice|answer|letter|choose|chose|pick|select|think|believe|guess|is|be|go with)\b[ :]*(?:is\b|option\b|choice\b|letter\b)?[ :]*)"
     r"[(\[]? ?([A-Za-z])(?![A-Za-z'])(?: ?[)\]])?",
     re.IGNORECASE,
 )
-_FIRST = re.compile(r"[(\[]? ?([A-Z]) ?[)\]]? (?:is|would be|must be)(?: the)? (?:correct|right|best|answer)", re.IGNORECASE)
-_NOT = re.compile(r"\b(?:not|no|nor|never|neither|none|wrong|incorrect|false|except|eliminated?|isn't|aren't|either)\b", re.IGNORECASE)
+_FIRST = re.compile(
+    r"[(\[]? ?([A-Z]) ?[)\]]? (?:is|would be|must be)(?: the)? (?:correct|right|best|answer)", re.IGNORECASE
+)
+_NOT = re.compile(
+    r"\b(?:not|no|nor|never|neither|none|wrong|incorrect|false|except|eliminated?|isn't|aren't|either)\b", re.IGNORECASE
+)
 _STANDING = re.compile(r"(?<![A-Za-z'\\_^])([A-Z])(?![A-Za-z'_^])")
 _JOINED = re.compile(r"(?:,|/|&|;|\b(?:or|and)\b) ?(?:option |choice )?[(\[]? ?([A-Z])(?![A-Za-z'])", re.IGNORECASE)
 
 
-def letter_of(answer: str, letters: str) -> Optional[str]:
+def letter_of(answer: str, letters: str) -> str | None:
     """The one letter among `letters` that an answer names, None where it names none or several."""
     text = re.sub(r"[⟦⟧{}*_`\"]", "", spelled(answer)).strip().rstrip(".,; ")
     text = re.sub(r"\s+", " ", text)
@@ -51,5 +56,5 @@ def _is_letter(match: re.Match, text: str) -> bool:
     return letter not in "AI" or not rest or not rest[0].isalpha()
 
 
-def _among(letter: str, letters: str) -> Optional[str]:
+def _among(letter: str, letters: str) -> str | None:
     return letter.upper() if letter.upper() in letters else None

@@ -9,7 +9,7 @@ last decimal (0.333333 for 1/3, to 6 places at least), which are right and keep 
 """
 
 from fractions import Fraction
-from typing import Any, Optional
+from typing import Any
 
 from data_tools.answers import symbols
 from data_tools.answers.values import Formula, Group, Letter, Matrix, Measure, Named, Number, Relation, Several, Words
@@ -89,7 +89,7 @@ def _share(amount: Fraction, measure: Measure, wanted: Measure) -> Fraction:
     return amount
 
 
-def _in_unit(amount: Fraction, unit: Optional[tuple], wanted: Optional[tuple]) -> Fraction:
+def _in_unit(amount: Fraction, unit: tuple | None, wanted: tuple | None) -> Fraction:
     if unit and wanted and unit != wanted and _is_changeable(unit, wanted):
         return amount * unit[1] / wanted[1]
     return amount
@@ -99,14 +99,14 @@ def _is_changeable(unit: tuple, wanted: tuple) -> bool:
     return unit[0] == wanted[0] and isinstance(unit[1], Fraction) and isinstance(wanted[1], Fraction)
 
 
-def _left(unit: Optional[tuple], wanted: Optional[tuple], changes: bool = True) -> Optional[tuple]:
+def _left(unit: tuple | None, wanted: tuple | None, changes: bool = True) -> tuple | None:
     """The unit that is not the wanted one."""
     if unit is None or wanted is None or unit == wanted or (changes and _is_changeable(unit, wanted)):
         return None
     return unit
 
 
-def _keyed(text: str, unit: Optional[tuple]) -> str:
+def _keyed(text: str, unit: tuple | None) -> str:
     return f"{text} {unit[0]} {unit[1]}" if unit else text
 
 
@@ -132,7 +132,7 @@ def _is_near(gold: Any, answer: Any) -> bool:
     return False
 
 
-def _endless(value: Any) -> Optional[Fraction]:
+def _endless(value: Any) -> Fraction | None:
     """A real number that no decimal number is equal to, to 20 digits; None for any other value."""
     if isinstance(value, Number):
         rest = value.value.denominator
@@ -211,7 +211,7 @@ def _is_related(gold: Any, answer: Any) -> bool:
     return symbols.are_equal(*pair)
 
 
-def _expression(value: Any) -> Optional[Any]:
+def _expression(value: Any) -> Any | None:
     if isinstance(value, (Relation, Formula)):
         return value.expression
     if isinstance(value, Named) and isinstance(value.value, (Number, Formula)):

@@ -10,7 +10,7 @@ a lead such as "The answer is", commas and backslashes after it) are no part of 
 """
 
 import re
-from typing import Callable, Iterator, Optional
+from collections.abc import Callable, Iterator
 
 _BOX = re.compile(r"\\(?:boxed|fboxed|fbox)(?![a-zA-Z])\s*|(?<![\\a-zA-Z])boxed(?={)")
 _JOINT = re.compile(  # between two boxes that are one answer: \boxed{1} and $x=\boxed{2}$
@@ -38,15 +38,22 @@ _LEAD = re.compile(
 )
 _TEXT_LEAD = re.compile(r"^\\text\w*\s*{\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*[:：]?\s*}\s*", re.IGNORECASE)
 _PAIRS = (  # marks that enclose a whole answer
-    ("**", "**"), ("__", "__"), ("``", "``"), ("`", "`"), ("*", "*"), ("$$", "$$"), ("$", "$"),
-    (r"\(", r"\)"), (r"\[", r"\]"),
+    ("**", "**"),
+    ("__", "__"),
+    ("``", "``"),
+    ("`", "`"),
+    ("*", "*"),
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
 )
 _LONELY = ("**", "__")  # one of which is left where the other stands before the form's own words: **Answer: 34**
 _THINKING = re.compile(r"</think>")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end|start|return|call)\|>|\Z)", re.DOTALL)
 
 
-def final_text(completion: str) -> Optional[str]:
+def final_text(completion: str) -> str | None:
     """What a completion says to the user: its last message in the final channel, or what follows its thoughts.
 
     None where there is none yet: a harmony completion without a final channel, thoughts that are not ended.
@@ -61,7 +68,7 @@ def final_text(completion: str) -> Optional[str]:
     return None if "<think>" in rest else rest
 
 
-def find_answer(completion: str, form: str) -> Optional[str]:
+def find_answer(completion: str, form: str) -> str | None:
     """What the completion answers, as it is written; None when there is no whole answer in an accepted form."""
     found = FORMS[form](completion)
     if found is None:
@@ -69,7 +76,7 @@ def find_answer(completion: str, form: str) -> Optional[str]:
     return bare(found) if found else None
 
 
-def bare(answer: str) -> Optional[str]:
+def bare(answer: str) -> str | None:
     """The answer without its marks; None where nothing is left."""
     if re.search(r"\\(?:boxed|fbox)(?![a-zA-Z])", answer):
         answer = last_boxed(answer) or ""
@@ -77,7 +84,11 @@ def bare(answer: str) -> Optional[str]:
     while answer != before:
         before = answer
         answer = _TEXT_LEAD.sub("", _LEAD.sub("", answer.strip()))
-        answer = re.sub(r"(?:\\\\|(?<!\\)\\(?=\s*$)|[\s,;:]|(?<!\.)\.(?=\W*$)|\\[,;:!])+$", "", answer) if answer != "." else ""
+        answer = (
+            re.sub(r"(?:\\\\|(?<!\\)\\(?=\s*$)|[\s,;:]|(?<!\.)\.(?=\W*$)|\\[,;:!])+$", "", answer)
+            if answer != "."
+            else ""
+        )
         answer = _outside(answer)
     return answer or None
 
@@ -101,7 +112,7 @@ def _outside(answer: str) -> str:
 # -- the forms --------------------------------------------------------------------------------------------------------
 
 
-def last_boxed(text: str) -> Optional[str]:
+def last_boxed(text: str) -> str | None:
     """What the last box holds: several that are joined by a comma, `and` or `or` as one list.
 
     None where there is none, or where the last one is not closed.
@@ -119,7 +130,7 @@ def last_boxed(text: str) -> Optional[str]:
     return held
 
 
-def _boxes(text: str) -> Iterator[tuple[int, int, Optional[str]]]:
+def _boxes(text: str) -> Iterator[tuple[int, int, str | None]]:
     """(start, end, what it holds or None where it is not closed) of the boxes that lie in no other one."""
     place = 0
     while match := _BOX.search(text, place):
@@ -134,7 +145,7 @@ def _boxes(text: str) -> Iterator[tuple[int, int, Optional[str]]]:
             yield match.start(), place, bared[0] if bared and bared[0].strip() else None
 
 
-def closing(text: str, begin: int) -> Optional[int]:
+def closing(text: str, begin: int) -> int | None:
     """The place of the brace that closes the one at `begin`, None where none does."""
     depth, place = 0, begin
     while place < len(text):
@@ -148,7 +159,7 @@ def closing(text: str, begin: int) -> Optional[int]:
     return None
 
 
-def _tagged(text: str) -> Optional[str]:
+def _tagged(text: str) -> str | None:
     """Between the last tags; "" where the last one is not closed."""
     begins = [match.end() for match in _OPENING.finditer(text)]
     if not begins:
@@ -157,7 +168,7 @@ def _tagged(text: str) -> Optional[str]:
     return text[begins[-1] : end.start()] if end else ""
 
 
-def _hashes(text: str) -> Optional[str]:
+def _hashes(text: str) -> str | None:
     """After the last #### that is no heading of a section, or in the line after the heading `#### Answer`."""
     for match in reversed(list(_HASHES.finditer(text))):
         said, after = match[1].strip(), text[match.end() :].strip()
@@ -170,7 +181,7 @@ def _hashes(text: str) -> Optional[str]:
     return None
 
 
-def _answer_line(text: str) -> Optional[str]:
+def _answer_line(text: str) -> str | None:
     """After the last `Answer:` that begins a line; of a formula that goes over several lines the whole."""
     found = list(_LINE.finditer(text))
     return _whole(found[-1][1], text[found[-1].end() :]) if found else None
@@ -191,6 +202,9 @@ def _is_words(text: str) -> bool:
     return bool(re.fullmatch(r"[\s*_]*[A-Za-z][A-Za-z\s,'*_:-]*", text)) and len(text.strip("*_ ")) > 1
 
 
-FORMS: dict[str, Callable[[str], Optional[str]]] = {
-    "boxed": last_boxed, "tagged": _tagged, "hashes": _hashes, "answer_line": _answer_line
+FORMS: dict[str, Callable[[str], str | None]] = {
+    "boxed": last_boxed,
+    "tagged": _tagged,
+    "hashes": _hashes,
+    "answer_line": _answer_line,
 }

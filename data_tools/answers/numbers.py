@@ -5,7 +5,7 @@ A space separates thousands (`1 000`) or a fraction (`3 1/2`), or what stands th
 
 import re
 from fractions import Fraction
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from data_tools.answers.units import CURRENCIES, MULTIPLIERS, unit_of
 
@@ -36,12 +36,12 @@ class Reading(NamedTuple):
     """A number. `places`: its decimals where it is written as a decimal number, None for fractions and the like."""
 
     value: Fraction
-    places: Optional[int] = None
+    places: int | None = None
     percent: bool = False
-    unit: Optional[tuple] = None
+    unit: tuple | None = None
 
 
-def number(text: str) -> Optional[Reading]:
+def number(text: str) -> Reading | None:
     """The number that the whole text is, with what it measures; None where the text is anything else.
 
     ValueError for what looks like a number and is not one, such as 2\\frac{3}{2}, which may be 3 or 3.5.
@@ -71,7 +71,7 @@ def number(text: str) -> Optional[Reading]:
     return None
 
 
-def _measured(rest: str) -> Optional[tuple]:
+def _measured(rest: str) -> tuple | None:
     """The unit after a number: a letter only where a space or \\text{} sets it off, for 5m may be a product."""
     found = unit_of(rest)
     apart = rest[:1] in (" ", "⟦", "^", "¢", *CURRENCIES)
@@ -80,7 +80,7 @@ def _measured(rest: str) -> Optional[tuple]:
     return found if apart or (found and known and len(word) > 1) else None
 
 
-def _value(found: dict[str, Optional[str]]) -> tuple[Fraction, Optional[int]]:
+def _value(found: dict[str, str | None]) -> tuple[Fraction, int | None]:
     whole, over, under = (found[name] or found[f"{name}2"] for name in ("whole", "over", "under"))
     if whole:
         if not int(over) < int(under):

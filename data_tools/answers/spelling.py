@@ -1,7 +1,7 @@
 """One spelling of what can be written in several ways without meaning anything else: characters, LaTeX's fonts and spaces.
 
-    spelled("½")  = spelled("\\dfrac12")  = \\frac{1}{2}            spelled("\\text{ cm}") = ⟦ cm ⟧, words inside a formula
-    spelled("–5") = -5                                             spelled("\\{1\\}") = ⦃1⦄, the braces of a set
+spelled("½")  = spelled("\\dfrac12")  = \\frac{1}{2}            spelled("\\text{ cm}") = ⟦ cm ⟧, words inside a formula
+spelled("–5") = -5                                             spelled("\\{1\\}") = ⦃1⦄, the braces of a set
 """
 
 import re
@@ -51,8 +51,12 @@ _SYNONYMS = tuple((re.compile(pattern), new) for pattern, new in (
     (r"\\[$]", "＄"), (r"\\(?:euro|texteuro)(?![a-zA-Z])(?:\{\})?", "€"),
     (r"\\(?:pounds|textsterling)(?![a-zA-Z])(?:\{\})?", "£"),
 ))  # fmt: skip
-_WORDS = re.compile(r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|textup|mbox|hbox|mathrm|operatorname\*?)\s*\{")
-_FONTS = re.compile(r"\\(?:mathbf|mathit|mathsf|mathtt|boldsymbol|bold|bm|pmb|underline|emph|mathnormal|ensuremath)\s*\{")
+_WORDS = re.compile(
+    r"\\(?:text|textrm|textbf|textit|textsf|texttt|textnormal|textup|mbox|hbox|mathrm|operatorname\*?)\s*\{"
+)
+_FONTS = re.compile(
+    r"\\(?:mathbf|mathit|mathsf|mathtt|boldsymbol|bold|bm|pmb|underline|emph|mathnormal|ensuremath)\s*\{"
+)
 _COLORED = re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*\{")
 _BLANK_NEXT = re.compile(r"\s+")
 
@@ -73,9 +77,7 @@ def _characters(text: str) -> str:
     """Without characters that stand for LaTeX commands."""
     text = re.sub(f"[{''.join(_FRACTIONS)}]", lambda m: _vulgar(m[0]), text)
     for characters, mark in ((_RAISED, "^"), (_LOWERED, "_")):
-        text = re.sub(
-            f"[{''.join(characters)}]+", lambda m: f"{mark}{{{''.join(characters[c] for c in m[0])}}}", text
-        )
+        text = re.sub(f"[{''.join(characters)}]+", lambda m: f"{mark}{{{''.join(characters[c] for c in m[0])}}}", text)
     text = re.sub(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[a-zA-Z]))",
                   lambda m: f"\\sqrt{{{m[1] or m[2] or m[3]}}}", text)  # fmt: skip
     return text.translate(_TABLE)

@@ -10,22 +10,20 @@ import hashlib
 import logging
 import re
 from fractions import Fraction
-from typing import Any, Optional
+from typing import Any
 
 _DIGITS, _WORKING = 20, 45  # of a fingerprint; of the sums that lead to it
 _LONGEST = 5000  # digits before the point that are compared; larger numbers are the same where they are written alike
 _POINTS = 3
 _LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_FUNCTIONS = (
-    "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim".split()
-)
+_FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim".split()
 _PLAIN_NAMES = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty ", "theta": r"\theta ", "alpha": r"\alpha ",
                 "beta": r"\beta ", "gamma": r"\gamma ", "lambda": r"\lambda ", "phi": r"\phi ", "omega": r"\omega "}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
-def parsed(text: str) -> Optional[Any]:
+def parsed(text: str) -> Any | None:
     """The sympy expression of a formula in one spelling, None where it is none."""
     latex = _latex(text)
     if latex is None:
@@ -53,10 +51,12 @@ def _parser() -> Any:
     return lambda text: parse(text, wanted, fallback_mode="no_fallback", parsing_timeout=None)
 
 
-def _latex(text: str) -> Optional[str]:
+def _latex(text: str) -> str | None:
     """LaTeX that the parser takes as it is meant. None for what it would misread."""
     text = re.sub(r"([\^_])\s*(-?\d+(?:\.\d+)?)", r"\1{\2}", text)  # 10^23 is nobody's 10^2 · 3
-    if re.search(r"⟦[^⟧]{2,}⟧|[\d.]\s+[\d.]|\\ldots|\\approx|[＄€£¥₹¢%#&?;@\"]|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)", text):
+    if re.search(
+        r"⟦[^⟧]{2,}⟧|[\d.]\s+[\d.]|\\ldots|\\approx|[＄€£¥₹¢%#&?;@\"]|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)", text
+    ):
         return None
     text = text.replace("⟦", "").replace("⟧", "").replace("**", "^").replace("^{\\circ}", "*(\\pi/180)")
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
@@ -80,7 +80,7 @@ def _named(match: re.Match) -> str:
     return word if len(word) < 5 else "\0"
 
 
-def _cased(text: str) -> Optional[str]:
+def _cased(text: str) -> str | None:
     """With capital letters as other variables than small ones, which the parser takes for the same."""
 
     def mapped(match: re.Match) -> str:
@@ -120,9 +120,12 @@ def _is_small(expression: Any) -> bool:
     import sympy
 
     sizes = [abs(number) for number in expression.atoms(sympy.Integer)]
-    return len(str(expression)) < 200 and all(size < 10**9 for size in sizes) and not any(
-        abs(power.exp) > 1000 for power in expression.atoms(sympy.Pow) if power.exp.is_number
-    ) and not any(f.args[0].is_number and f.args[0] > 1000 for f in expression.atoms(sympy.factorial))
+    return (
+        len(str(expression)) < 200
+        and all(size < 10**9 for size in sizes)
+        and not any(abs(power.exp) > 1000 for power in expression.atoms(sympy.Pow) if power.exp.is_number)
+        and not any(f.args[0].is_number and f.args[0] > 1000 for f in expression.atoms(sympy.factorial))
+    )
 
 
 def _digits(expression: Any) -> str:
@@ -151,7 +154,11 @@ def _rounded(value: Any, size: Any, digits: int) -> str:
     """To so many digits, and nothing where the other part of the number is that much larger."""
     import sympy
 
-    if size == 0 or abs(value) < size * sympy.Float(10) ** -(digits + 5) or abs(value) < sympy.Float(10) ** -(_WORKING - 5):
+    if (
+        size == 0
+        or abs(value) < size * sympy.Float(10) ** -(digits + 5)
+        or abs(value) < sympy.Float(10) ** -(_WORKING - 5)
+    ):
         return "0"
     text = str(sympy.Float(value, digits))
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text

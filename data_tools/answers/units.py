@@ -2,7 +2,6 @@
 
 import re
 from fractions import Fraction
-from typing import Optional
 
 # kind: (spellings, size in the kind's first unit)
 _KINDS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -64,7 +63,7 @@ def _spellings() -> dict[str, tuple[str, "Fraction | str"]]:
 _FOUND = _spellings()
 
 
-def unit_of(text: str) -> Optional[tuple[str, "Fraction | str"]]:
+def unit_of(text: str) -> tuple[str, "Fraction | str"] | None:
     """(what is measured, the size: a number where it can be changed into others of its kind, else its name).
 
     The power belongs to the kind: `cm^2` measures length^2. Words that are no known unit, such as `apples`, are a kind of

@@ -1,15 +1,16 @@
 """What an answer says: a number, a measure, a formula, words, a list, a set, a tuple or interval, a matrix, an equation.
 
-    read(r"x \\in [1,2)")    →  Named("x", Group("[)", (Number(1), Number(2))))
-    read(r"5\\text{ cm}")    →  Measure(Number(5), unit=("length", 1/100))
-    read("1 2")             →  None: nothing is guessed
+read(r"x \\in [1,2)")    →  Named("x", Group("[)", (Number(1), Number(2))))
+read(r"5\\text{ cm}")    →  Measure(Number(5), unit=("length", 1/100))
+read("1 2")             →  None: nothing is guessed
 """
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Iterator, Optional
+from typing import Any
 
 from data_tools.answers import symbols
 from data_tools.answers.numbers import number
@@ -23,20 +24,20 @@ _DEEPEST = 12  # of lists in lists
 @dataclass(frozen=True)
 class Number:
     value: Fraction
-    places: Optional[int] = None  # decimals, of a decimal number
+    places: int | None = None  # decimals, of a decimal number
 
 
 @dataclass(frozen=True)
 class Formula:
     expression: Any  # of sympy
-    mark: Optional[str]  # its fingerprint, None where it has none
+    mark: str | None  # its fingerprint, None where it has none
 
 
 @dataclass(frozen=True)
 class Measure:
     value: "Number | Formula"
     percent: bool = False
-    unit: Optional[tuple] = None  # (what is measured, size or name)
+    unit: tuple | None = None  # (what is measured, size or name)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Relation:
     """An equation or inequality between formulas."""
 
     expression: Any
-    mark: Optional[str]
+    mark: str | None
 
 
 class Unclear(ValueError):
@@ -100,13 +101,19 @@ _IS_NAME = re.compile(_NAME)
 _NO_NAMES = frozenset((r"\pi", r"\infty", r"\emptyset", "e", "i"))
 _IN = re.compile(rf"({_NAME}) ?\\in (.*)")
 _ORDER = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|<|>")
-_BASED = re.compile(r"(?:⟦? ?|\( ?)?([0-9A-Fa-f]+)(?: ?\)| ?⟧)?_ ?\{? ?⟦? ?(\d+|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen) ?⟧? ?\}?")
+_BASED = re.compile(
+    r"(?:⟦? ?|\( ?)?([0-9A-Fa-f]+)(?: ?\)| ?⟧)?_ ?\{? ?⟦? ?(\d+|two|three|four|five|six|seven|eight|nine|ten|twelve|sixteen) ?⟧? ?\}?"
+)
 _BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16)
 _CLOCK = re.compile(r"(\d+) ?: ?(\d+)(?: ?: ?(\d+))?(.*)")
-_DATE = re.compile(r"[12]\d{3} ?- ?[01]\d ?- ?[0-3]\d|[0-3]?\d ?- ?[0-3]?\d ?- ?[12]\d{3}")  # no difference of three numbers
+_DATE = re.compile(
+    r"[12]\d{3} ?- ?[01]\d ?- ?[0-3]\d|[0-3]?\d ?- ?[0-3]?\d ?- ?[12]\d{3}"
+)  # no difference of three numbers
 _WORDY = re.compile(r"[^\W\d_]{2,}")
 _PLAIN_TEXT = re.compile(r"[\w\s'\".,;:!?&()/-]+")
-_MATRIX = re.compile(r"[(\[]? ?\\begin ?\{(p|b|small|)(matrix|array)\}(?:\{[clr| ]*\})?(.*?)\\end ?\{\1\2\} ?[)\]]?", re.DOTALL)
+_MATRIX = re.compile(
+    r"[(\[]? ?\\begin ?\{(p|b|small|)(matrix|array)\}(?:\{[clr| ]*\})?(.*?)\\end ?\{\1\2\} ?[)\]]?", re.DOTALL
+)
 _CONNECTIVE = re.compile(r"⟦? ?,? ?\b(?:and|or)\b ?⟧?")
 _FUNCTION_WORDS = frozenset(symbols._FUNCTIONS) | symbols._PLAIN_NAMES.keys()
 _LEADS = re.compile(r"^(?:\\approx|\\sim|\\therefore|\\implies|\\Rightarrow|=|⟦ ?(?:approximately|about|exactly) ?⟧|"
@@ -115,7 +122,7 @@ _OPEN, _CLOSE = "([{⦃⟨⟦", ")]}⦄⟩⟧"
 
 
 @functools.lru_cache(maxsize=4096)
-def read(text: str) -> Optional[Any]:
+def read(text: str) -> Any | None:
     """What an answer says, None where that is not understood or not certain."""
     if len(text) > LONGEST:
         return None
@@ -208,7 +215,9 @@ def _formula(text: str) -> Any:
         unit, value = unit_of(match[2]), match[1] + match[3]
     elif match := re.fullmatch(r"(.*\S) ?%", value):
         percent, value = True, match[1]
-    elif match := re.fullmatch(r"(.*[^\s^_({\[]) ?(⟦[^⟧]+⟧(?: ?\^ ?\{? ?\d ?\}?)?|\^\{\\circ\}(?: ?⟦? ?[CF] ?⟧?)?)", value):
+    elif match := re.fullmatch(
+        r"(.*[^\s^_({\[]) ?(⟦[^⟧]+⟧(?: ?\^ ?\{? ?\d ?\}?)?|\^\{\\circ\}(?: ?⟦? ?[CF] ?⟧?)?)", value
+    ):
         unit, value = unit_of(match[2]), match[1]
         if unit is None:
             raise Unclear("a formula with words")
@@ -244,7 +253,7 @@ def of_expression(expression: Any) -> Any:
 # -- several ----------------------------------------------------------------------------------------------------------
 
 
-def _closing(text: str) -> Optional[int]:
+def _closing(text: str) -> int | None:
     """The place of the bracket that closes the one at 0."""
     depth = 0
     for place, character in enumerate(text):
@@ -293,7 +302,12 @@ def _several(text: str, depth: int) -> Any:
         if len(marks := {_mark(one) for one in items}) == 1 and None not in marks and not _COMMA.search(text):
             return items[-1]  # 3 1/2 or 7/2
         return _together(items)
-    if text.count(r"\pm") == 1 and r"\mp" not in text and not re.match(rf"(?:{_NAME}) ?=", text) and not _grouped_whole(text):
+    if (
+        text.count(r"\pm") == 1
+        and r"\mp" not in text
+        and not re.match(rf"(?:{_NAME}) ?=", text)
+        and not _grouped_whole(text)
+    ):
         return _together([_read(text.replace(r"\pm", sign), depth + 1) for sign in "+-"])
     return None
 
@@ -425,7 +439,7 @@ def relation(text: str) -> Relation:
     return found
 
 
-def _relation_mark(expression: Any) -> Optional[str]:
+def _relation_mark(expression: Any) -> str | None:
     """The same for equations that differ by a factor. None where they are no polynomials."""
     import sympy
 

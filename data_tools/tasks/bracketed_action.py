@@ -9,7 +9,7 @@ is left out of training and not counted as zero; with `on_invalid: penalty` it i
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from data_tools.answers.forms import final_text
 from data_tools.mistake import nearest
@@ -70,12 +70,12 @@ def _rewards(record: dict[str, Any]) -> list[float]:
     return values
 
 
-def rewards(item: Item, completion: str, options: Options) -> Optional[dict[str, float]]:
+def rewards(item: Item, completion: str, options: Options) -> dict[str, float] | None:
     action = final_answer(item, completion, options)
     return cut_off(item, options) if action is None else {"action": item.columns["rewards"][int(action)]}
 
 
-def final_answer(item: Item, completion: str, options: Options) -> Optional[str]:
+def final_answer(item: Item, completion: str, options: Options) -> str | None:
     """The last action in brackets of what is said to the user, None where that is none of the row's."""
     said = final_text(completion)
     found = _ACTION.findall(said) if said is not None else []
@@ -86,6 +86,6 @@ def best(item: Item, options: Options) -> dict[str, float]:
     return {"action": max(item.columns["rewards"])}
 
 
-def cut_off(item: Item, options: Options) -> Optional[dict[str, float]]:
+def cut_off(item: Item, options: Options) -> dict[str, float] | None:
     """Also of a completion that names no action."""
     return {"action": options.penalty} if options.on_invalid == "penalty" else None

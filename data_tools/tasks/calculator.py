@@ -15,9 +15,10 @@ import re
 import struct
 from bisect import bisect
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Iterable, Iterator, Mapping, Optional
+from typing import Any
 
 from data_tools.arithmetic import format_number, parse_number, read
 from data_tools.readers import json_value
@@ -60,7 +61,7 @@ def parse_line(line: str) -> list[Row]:
     return rows
 
 
-def verify(row: Row) -> Optional[str]:
+def verify(row: Row) -> str | None:
     """None when the answer is exactly the expression's value, else `unparsable` or `wrong_answer`.
 
     The answer may itself be an expression (GSM8K's test split has `3/4=3/4`). A value without a finite decimal has
@@ -124,7 +125,7 @@ def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:
     return {"correct": float(is_correct(item.answer, completion, options))}
 
 
-def final_answer(item: Item, completion: str, options: Options) -> Optional[str]:
+def final_answer(item: Item, completion: str, options: Options) -> str | None:
     written = parse_number(decode_answer(completion, options))
     return None if written is None else str(written)
 
@@ -234,7 +235,7 @@ def _fill(shape: str, patterns: list[str], exact: bool, draws: _Draws) -> str:
     return "".join(next(operands) if part == "n" else part for part in shape)
 
 
-def _nice_answer(expression: str) -> Optional[str]:
+def _nice_answer(expression: str) -> str | None:
     """The answer where it is one GSM8K would have: not negative, at most MAX_PLACES decimals."""
     try:
         value, _ = read(expression)
@@ -259,7 +260,7 @@ def _roles(shape: str) -> list[str]:
     return ["n"] if shape == "n" else [before or "^" for before in re.findall(r"([-+*/]?)\(*n", shape)]
 
 
-def _fraction_kind(shape: str, operands: list[str]) -> Optional[str]:
+def _fraction_kind(shape: str, operands: list[str]) -> str | None:
     """Which row of FRACTIONAL_ANSWERS a mark belongs to; None where sums and whole products leave no choice."""
     if any("." in operand for operand in operands):
         return "decimal operands" if "*" in shape or "/" in shape else None
@@ -392,86 +393,288 @@ ANSWER_DECIMALS = {0: 0.9825, 1: 0.0140, 2: 0.0032}
 FRACTIONAL_ANSWERS = {"whole operands": 0.0304, "decimal operands": 0.1063}
 MARKS_PER_LINE = {1: 5, 2: 29, 3: 29, 4: 19, 5: 11, 6: 4, 7: 2, 8: 1}  # of 100 lines; lines without a mark left out
 SHAPES = {  # of an expression; 99.4% of the marks
-    "n*n": 0.3543, "n+n": 0.1852, "n-n": 0.1645, "n/n": 0.1457, "n+n+n": 0.0439, "n/n*n": 0.0245, "n*n/n": 0.0169,
-    "n": 0.0150, "n+n+n+n": 0.0118, "n*n*n": 0.0093, "n-n-n": 0.0071, "n*(n/n)": 0.0031, "n+n+n+n+n": 0.0027,
-    "(n/n)*n": 0.0016, "n*n+n": 0.0015, "n-n-n-n": 0.0011, "n+n*n": 0.0011, "n/(n/n)": 0.0010, "n*n-n": 0.0009,
-    "n*n+n*n": 0.0008, "n+n+n+n+n+n": 0.0007, "n-n+n": 0.0007, "n+n-n": 0.0007,
+    "n*n": 0.3543,
+    "n+n": 0.1852,
+    "n-n": 0.1645,
+    "n/n": 0.1457,
+    "n+n+n": 0.0439,
+    "n/n*n": 0.0245,
+    "n*n/n": 0.0169,
+    "n": 0.0150,
+    "n+n+n+n": 0.0118,
+    "n*n*n": 0.0093,
+    "n-n-n": 0.0071,
+    "n*(n/n)": 0.0031,
+    "n+n+n+n+n": 0.0027,
+    "(n/n)*n": 0.0016,
+    "n*n+n": 0.0015,
+    "n-n-n-n": 0.0011,
+    "n+n*n": 0.0011,
+    "n/(n/n)": 0.0010,
+    "n*n-n": 0.0009,
+    "n*n+n*n": 0.0008,
+    "n+n+n+n+n+n": 0.0007,
+    "n-n+n": 0.0007,
+    "n+n-n": 0.0007,
 }
 PAIRS = {  # shape → patterns of its two operands
     "n*n": {  # of 8,403
-        "d d": 0.2709, "dd d": 0.1065, "other": 0.1051, "d0 d": 0.0996, "d d0": 0.0808, "d dd": 0.0788,
-        "d0 d0": 0.0265, "d00 d": 0.0199, "dd d0": 0.0189, "d0 0.d": 0.0180, "d d00": 0.0170, "d0 dd": 0.0170,
-        "dd0 d": 0.0157, "dd dd": 0.0126, "ddd d": 0.0108, "d d.d": 0.0107, "d.d d": 0.0099, "d dd0": 0.0095,
-        "d00 0.d": 0.0092, "dd 0.d": 0.0073, "d 0.d": 0.0070, "dd0 0.d": 0.0065, "d d000": 0.0058, "d0 d.d": 0.0049,
-        "d ddd": 0.0048, "d0 0.dd": 0.0048, "d0 d00": 0.0046, "d000 d": 0.0045, "d00 0.dd": 0.0043, "dd00 d": 0.0040,
+        "d d": 0.2709,
+        "dd d": 0.1065,
+        "other": 0.1051,
+        "d0 d": 0.0996,
+        "d d0": 0.0808,
+        "d dd": 0.0788,
+        "d0 d0": 0.0265,
+        "d00 d": 0.0199,
+        "dd d0": 0.0189,
+        "d0 0.d": 0.0180,
+        "d d00": 0.0170,
+        "d0 dd": 0.0170,
+        "dd0 d": 0.0157,
+        "dd dd": 0.0126,
+        "ddd d": 0.0108,
+        "d d.d": 0.0107,
+        "d.d d": 0.0099,
+        "d dd0": 0.0095,
+        "d00 0.d": 0.0092,
+        "dd 0.d": 0.0073,
+        "d 0.d": 0.0070,
+        "dd0 0.d": 0.0065,
+        "d d000": 0.0058,
+        "d0 d.d": 0.0049,
+        "d ddd": 0.0048,
+        "d0 0.dd": 0.0048,
+        "d0 d00": 0.0046,
+        "d000 d": 0.0045,
+        "d00 0.dd": 0.0043,
+        "dd00 d": 0.0040,
         "d000 0.d": 0.0040,
     },
     "n+n": {  # of 4,392
-        "d d": 0.1833, "dd dd": 0.1163, "dd d": 0.1077, "d0 d0": 0.0913, "other": 0.0806, "d0 dd": 0.0562,
-        "d0 d": 0.0551, "dd d0": 0.0483, "d dd": 0.0314, "d00 d00": 0.0253, "dd0 dd0": 0.0237, "dd0 d0": 0.0230,
-        "d00 d0": 0.0205, "d d0": 0.0187, "dd0 dd": 0.0130, "d00 dd0": 0.0109, "ddd dd": 0.0105, "dd0 d00": 0.0096,
-        "ddd ddd": 0.0093, "d0 dd0": 0.0093, "dd00 d00": 0.0073, "dd ddd": 0.0057, "dd00 dd00": 0.0057,
-        "ddd d0": 0.0055, "d00 dd": 0.0052, "d000 d000": 0.0050, "d0 d00": 0.0048, "dd00 dd0": 0.0043,
-        "ddd dd0": 0.0043, "d000 d00": 0.0041, "dd0 ddd": 0.0041,
+        "d d": 0.1833,
+        "dd dd": 0.1163,
+        "dd d": 0.1077,
+        "d0 d0": 0.0913,
+        "other": 0.0806,
+        "d0 dd": 0.0562,
+        "d0 d": 0.0551,
+        "dd d0": 0.0483,
+        "d dd": 0.0314,
+        "d00 d00": 0.0253,
+        "dd0 dd0": 0.0237,
+        "dd0 d0": 0.0230,
+        "d00 d0": 0.0205,
+        "d d0": 0.0187,
+        "dd0 dd": 0.0130,
+        "d00 dd0": 0.0109,
+        "ddd dd": 0.0105,
+        "dd0 d00": 0.0096,
+        "ddd ddd": 0.0093,
+        "d0 dd0": 0.0093,
+        "dd00 d00": 0.0073,
+        "dd ddd": 0.0057,
+        "dd00 dd00": 0.0057,
+        "ddd d0": 0.0055,
+        "d00 dd": 0.0052,
+        "d000 d000": 0.0050,
+        "d0 d00": 0.0048,
+        "dd00 dd0": 0.0043,
+        "ddd dd0": 0.0043,
+        "d000 d00": 0.0041,
+        "dd0 ddd": 0.0041,
     },
     "n-n": {  # of 3,901
-        "dd d": 0.1497, "dd dd": 0.1110, "other": 0.0900, "d d": 0.0828, "d0 d": 0.0825, "d0 dd": 0.0807,
-        "d0 d0": 0.0564, "d00 d0": 0.0438, "dd d0": 0.0405, "dd0 d0": 0.0295, "d00 dd0": 0.0285, "dd0 dd": 0.0218,
-        "d00 dd": 0.0203, "dd0 dd0": 0.0200, "d00 d00": 0.0187, "ddd dd": 0.0185, "ddd ddd": 0.0164,
-        "dd0 ddd": 0.0159, "d000 d00": 0.0126, "dd0 d00": 0.0097, "d00 ddd": 0.0087, "dd00 dd00": 0.0077,
-        "d000 dd00": 0.0074, "ddd d0": 0.0069, "dd00 d00": 0.0059, "ddd dd0": 0.0051, "d000 d000": 0.0046,
+        "dd d": 0.1497,
+        "dd dd": 0.1110,
+        "other": 0.0900,
+        "d d": 0.0828,
+        "d0 d": 0.0825,
+        "d0 dd": 0.0807,
+        "d0 d0": 0.0564,
+        "d00 d0": 0.0438,
+        "dd d0": 0.0405,
+        "dd0 d0": 0.0295,
+        "d00 dd0": 0.0285,
+        "dd0 dd": 0.0218,
+        "d00 dd": 0.0203,
+        "dd0 dd0": 0.0200,
+        "d00 d00": 0.0187,
+        "ddd dd": 0.0185,
+        "ddd ddd": 0.0164,
+        "dd0 ddd": 0.0159,
+        "d000 d00": 0.0126,
+        "dd0 d00": 0.0097,
+        "d00 ddd": 0.0087,
+        "dd00 dd00": 0.0077,
+        "d000 dd00": 0.0074,
+        "ddd d0": 0.0069,
+        "dd00 d00": 0.0059,
+        "ddd dd0": 0.0051,
+        "d000 d000": 0.0046,
         "ddd d00": 0.0044,
     },
     "n/n": {  # of 3,456
-        "dd d": 0.2564, "d0 d": 0.1811, "other": 0.1033, "d d": 0.0680, "dd0 d": 0.0561, "dd0 d0": 0.0469,
-        "d00 d": 0.0460, "d0 d0": 0.0362, "ddd d": 0.0327, "dd dd": 0.0249, "d00 d0": 0.0237, "dd0 dd": 0.0171,
-        "ddd dd": 0.0171, "dd00 d": 0.0156, "d0 dd": 0.0110, "d000 d": 0.0101, "dd00 d0": 0.0075, "d00 d00": 0.0067,
-        "d000 d0": 0.0058, "dd d0": 0.0055, "dd00 d00": 0.0052, "dd d.d": 0.0052, "d00 dd": 0.0049,
-        "d000 d00": 0.0046, "ddd0 d": 0.0043, "d0 0.d": 0.0041,
+        "dd d": 0.2564,
+        "d0 d": 0.1811,
+        "other": 0.1033,
+        "d d": 0.0680,
+        "dd0 d": 0.0561,
+        "dd0 d0": 0.0469,
+        "d00 d": 0.0460,
+        "d0 d0": 0.0362,
+        "ddd d": 0.0327,
+        "dd dd": 0.0249,
+        "d00 d0": 0.0237,
+        "dd0 dd": 0.0171,
+        "ddd dd": 0.0171,
+        "dd00 d": 0.0156,
+        "d0 dd": 0.0110,
+        "d000 d": 0.0101,
+        "dd00 d0": 0.0075,
+        "d00 d00": 0.0067,
+        "d000 d0": 0.0058,
+        "dd d0": 0.0055,
+        "dd00 d00": 0.0052,
+        "dd d.d": 0.0052,
+        "d00 dd": 0.0049,
+        "d000 d00": 0.0046,
+        "ddd0 d": 0.0043,
+        "d0 0.d": 0.0041,
     },
 }
 OTHER = {  # both operands of the rarer pairs; 97.8% of 3,890
-    "d": 0.0972, "dd": 0.0856, "d0": 0.0763, "dd0": 0.0733, "d.d": 0.0728, "d00": 0.0704, "d000": 0.0648,
-    "0.d": 0.0527, "dd00": 0.0527, "ddd0": 0.0455, "d0000": 0.0452, "ddd": 0.0450, "0.dd": 0.0424, "dd000": 0.0391,
-    "dddd": 0.0326, "d.dd": 0.0177, "dd.d": 0.0165, "ddd00": 0.0136, "dd0000": 0.0118, "d00000": 0.0113,
-    "ddd000": 0.0064, "dddd0": 0.0051,
+    "d": 0.0972,
+    "dd": 0.0856,
+    "d0": 0.0763,
+    "dd0": 0.0733,
+    "d.d": 0.0728,
+    "d00": 0.0704,
+    "d000": 0.0648,
+    "0.d": 0.0527,
+    "dd00": 0.0527,
+    "ddd0": 0.0455,
+    "d0000": 0.0452,
+    "ddd": 0.0450,
+    "0.dd": 0.0424,
+    "dd000": 0.0391,
+    "dddd": 0.0326,
+    "d.dd": 0.0177,
+    "dd.d": 0.0165,
+    "ddd00": 0.0136,
+    "dd0000": 0.0118,
+    "d00000": 0.0113,
+    "ddd000": 0.0064,
+    "dddd0": 0.0051,
 }
 OPERANDS = {  # in all other shapes: the operator before the operand (^: first, n: alone) → pattern
     "^": {  # 98.2% of 3,200
-        "d": 0.3350, "d0": 0.2350, "dd": 0.2053, "d00": 0.0656, "dd0": 0.0638, "ddd": 0.0219, "d000": 0.0187,
-        "dd00": 0.0159, "d.d": 0.0081, "d0000": 0.0047, "ddd0": 0.0041, "dd000": 0.0041,
+        "d": 0.3350,
+        "d0": 0.2350,
+        "dd": 0.2053,
+        "d00": 0.0656,
+        "dd0": 0.0638,
+        "ddd": 0.0219,
+        "d000": 0.0187,
+        "dd00": 0.0159,
+        "d.d": 0.0081,
+        "d0000": 0.0047,
+        "ddd0": 0.0041,
+        "dd000": 0.0041,
     },
     "+": {  # 98.0% of 3,519
-        "d": 0.3407, "dd": 0.2771, "d0": 0.1895, "d00": 0.0455, "dd0": 0.0449, "ddd": 0.0281, "d.d": 0.0205,
-        "d000": 0.0111, "0.d": 0.0071, "dd00": 0.0071, "dd000": 0.0045, "ddd0": 0.0043,
+        "d": 0.3407,
+        "dd": 0.2771,
+        "d0": 0.1895,
+        "d00": 0.0455,
+        "dd0": 0.0449,
+        "ddd": 0.0281,
+        "d.d": 0.0205,
+        "d000": 0.0111,
+        "0.d": 0.0071,
+        "dd00": 0.0071,
+        "dd000": 0.0045,
+        "ddd0": 0.0043,
     },
     "-": {  # 98.0% of 563
-        "d": 0.3694, "dd": 0.2398, "d0": 0.2202, "d00": 0.0586, "dd0": 0.0337, "d000": 0.0160, "dd00": 0.0142,
-        "ddd": 0.0124, "d.d": 0.0089, "dd000": 0.0071,
+        "d": 0.3694,
+        "dd": 0.2398,
+        "d0": 0.2202,
+        "d00": 0.0586,
+        "dd0": 0.0337,
+        "d000": 0.0160,
+        "dd00": 0.0142,
+        "ddd": 0.0124,
+        "d.d": 0.0089,
+        "dd000": 0.0071,
     },
     "*": {  # 98.8% of 1,755
-        "d": 0.3288, "d0": 0.2422, "dd": 0.1151, "0.dd": 0.0986, "d00": 0.0872, "dd0": 0.0501, "d000": 0.0308,
-        "dd00": 0.0131, "ddd": 0.0120, "d0000": 0.0057, "ddd0": 0.0046,
+        "d": 0.3288,
+        "d0": 0.2422,
+        "dd": 0.1151,
+        "0.dd": 0.0986,
+        "d00": 0.0872,
+        "dd0": 0.0501,
+        "d000": 0.0308,
+        "dd00": 0.0131,
+        "ddd": 0.0120,
+        "d0000": 0.0057,
+        "ddd0": 0.0046,
     },
     "/": {  # 99.8% of 1,215
-        "d": 0.6305, "d00": 0.3012, "d0": 0.0379, "dd": 0.0280,
+        "d": 0.6305,
+        "d00": 0.3012,
+        "d0": 0.0379,
+        "dd": 0.0280,
     },
     "n": {  # 99.2% of 355
-        "dd": 0.3070, "d": 0.2620, "d0": 0.1859, "ddd": 0.0479, "d00": 0.0451, "dd0": 0.0451, "dddd": 0.0197,
-        "d.d": 0.0197, "dd00": 0.0169, "d000": 0.0141, "dd.d": 0.0085, "ddd0": 0.0085, "dd000": 0.0056,
+        "dd": 0.3070,
+        "d": 0.2620,
+        "d0": 0.1859,
+        "ddd": 0.0479,
+        "d00": 0.0451,
+        "dd0": 0.0451,
+        "dddd": 0.0197,
+        "d.d": 0.0197,
+        "dd00": 0.0169,
+        "d000": 0.0141,
+        "dd.d": 0.0085,
+        "ddd0": 0.0085,
+        "dd000": 0.0056,
         "d0000": 0.0056,
     },
 }
 SINGLE_DIGIT = {
-    "2": 0.2620, "3": 0.1718, "4": 0.1360, "5": 0.1280, "6": 0.0882, "8": 0.0737, "1": 0.0625, "7": 0.0473,
+    "2": 0.2620,
+    "3": 0.1718,
+    "4": 0.1360,
+    "5": 0.1280,
+    "6": 0.0882,
+    "8": 0.0737,
+    "1": 0.0625,
+    "7": 0.0473,
     "9": 0.0305,
 }
 LEADING_DIGIT = {
-    "1": 0.3851, "2": 0.1962, "3": 0.1167, "4": 0.0900, "6": 0.0654, "5": 0.0633, "8": 0.0323, "7": 0.0275,
+    "1": 0.3851,
+    "2": 0.1962,
+    "3": 0.1167,
+    "4": 0.0900,
+    "6": 0.0654,
+    "5": 0.0633,
+    "8": 0.0323,
+    "7": 0.0275,
     "9": 0.0235,
 }
 LAST_DECIMAL = {
-    "5": 0.6053, "1": 0.1426, "2": 0.0873, "8": 0.0477, "4": 0.0426, "6": 0.0294, "3": 0.0218, "9": 0.0132,
+    "5": 0.6053,
+    "1": 0.1426,
+    "2": 0.0873,
+    "8": 0.0477,
+    "4": 0.0426,
+    "6": 0.0294,
+    "3": 0.0218,
+    "9": 0.0132,
     "7": 0.0101,
 }
 

@@ -5,7 +5,7 @@ With `calculator`, the model may write <<48/2= and is told 24>>: a conversation 
 
 import re
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import math_answers
 from data_tools.arithmetic import evaluate, format_number
@@ -13,7 +13,16 @@ from data_tools.math_answers import REWARDS, check_options, final_answer, questi
 from data_tools.tasks.task import Item
 
 __all__ = [
-    "HUB", "REWARDS", "Options", "check_options", "final_answer", "items", "reply", "rewards", "stop_strings", "warm_up"
+    "HUB",
+    "REWARDS",
+    "Options",
+    "check_options",
+    "final_answer",
+    "items",
+    "reply",
+    "rewards",
+    "stop_strings",
+    "warm_up",
 ]
 
 HUB = "openai/gsm8k:main/train-*.parquet"
@@ -33,7 +42,7 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     return [question(text_of(record, "question"), answer.strip().replace(",", ""), options)]
 
 
-def stop_strings(options: Options) -> Optional[list[str]]:
+def stop_strings(options: Options) -> list[str] | None:
     return ["="] if options.calculator else None
 
 

@@ -13,9 +13,10 @@ import itertools
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -27,7 +28,15 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.seeded import permutation
 from data_tools.tasks.rewards import Verifier
 from data_tools.tasks.task import (
-    FunctionTask, Item, Source, check_options, check_source, check_task, code_digest, load_task, task_options,
+    FunctionTask,
+    Item,
+    Source,
+    check_options,
+    check_source,
+    check_task,
+    code_digest,
+    load_task,
+    task_options,
 )
 from data_tools.yaml_loaders import read_values
 
@@ -39,18 +48,18 @@ class Entry:
     """One task in a mix. Its name there stands for it in metrics and keeps its prompts apart from other entries'."""
 
     task: str = field(default="", metadata={"module": True})  # its name, my.module, my.module:reward; "" = the entry's
-    options: Dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)  # files: JSONL, JSON, Parquet, CSV
     hub: str = ""  # org/name[@revision][:glob] in the local cache; "" = source, or the task's own when that is empty
     limit: int = 0  # the first so many distinct prompts; 0: all
     weight: float = 1.0  # share of the run's prompts, beside the other entries
-    rewards: Dict[str, float] = field(default_factory=dict)  # weights of reward terms, over the task's own
+    rewards: dict[str, float] = field(default_factory=dict)  # weights of reward terms, over the task's own
     evaluation_only: bool = False
 
 
 @dataclass
 class MixConfig:
-    entries: Dict[str, Entry] = field(default_factory=dict)  # name → what it is
+    entries: dict[str, Entry] = field(default_factory=dict)  # name → what it is
     environments: str = field(default="", metadata={"input": True})  # or also: Megatron-LM's YAML of environments
 
 
@@ -285,8 +294,10 @@ def load(name: str, entry: Entry) -> Loaded:
         raise UserMistake(Problem(f"task {name}", "has no prompts: its files are empty, or hold none that it takes"))
     sheet.check()
     several = Counter(uid for uid, _ in found)
-    items = [replace(item, uid=f"{name}/{uid}" if several[uid] == 1 else f"{name}/{uid}/{scoring}")
-             for (uid, scoring), item in found.items()]
+    items = [
+        replace(item, uid=f"{name}/{uid}" if several[uid] == 1 else f"{name}/{uid}/{scoring}")
+        for (uid, scoring), item in found.items()
+    ]
     return Loaded(items, sheet, sum(count > 1 for count in several.values()))
 
 
@@ -366,7 +377,7 @@ def number_of(uid: str, epoch: int = 0) -> int:
 class Mix:
     """The prompts of a run in their order. `items` of entries that are only evaluated are loaded, too, and never drawn."""
 
-    def __init__(self, entries: Mapping[str, Entry], seed: int, items: Optional[Mapping[str, list[Item]]] = None):
+    def __init__(self, entries: Mapping[str, Entry], seed: int, items: Mapping[str, list[Item]] | None = None):
         self.entries, self.seed = dict(entries), seed
         self.loaded = {} if items else {name: load(name, entry) for name, entry in entries.items()}
         self.items = dict(items or {name: loaded.items for name, loaded in self.loaded.items()})

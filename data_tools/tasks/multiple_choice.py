@@ -4,7 +4,7 @@ A record has `question`, `choices` (texts, or {"text", "label"}) and `answer` or
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import math_answers
 from data_tools.answers.choices import letter_of
@@ -50,7 +50,7 @@ def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:
     return {"correct": float(letter == item.answer), "format": float(letter not in (None, item.answer))}
 
 
-def final_answer(item: Item, completion: str, options: Options) -> Optional[str]:
+def final_answer(item: Item, completion: str, options: Options) -> str | None:
     """The one letter of a choice that the answer names; also of a completion that is no more than that."""
     letters = item.columns.get("letters", _LETTERS)
     answer = find_answer(completion, options.answer_format)

@@ -1,13 +1,14 @@
 """What a reward says of a sample: whether it is right, and how far it is from the best, as its task means it.
 
-    right   with a term `correct`: 1 or more. A task that knows the best of a row (`best`): as good as that. A task that
-            names its least right reward (`RIGHT`): that or more. Else the rewards 1, 0 and -1 are right, wrong, wrong;
-            any other says nothing about right, and samples with it are graded: mean rewards stand for accuracy.
-    regret  what the best of the row is worth, less the reward; of tasks that know the best
+right   with a term `correct`: 1 or more. A task that knows the best of a row (`best`): as good as that. A task that
+        names its least right reward (`RIGHT`): that or more. Else the rewards 1, 0 and -1 are right, wrong, wrong;
+        any other says nothing about right, and samples with it are graded: mean rewards stand for accuracy.
+regret  what the best of the row is worth, less the reward; of tasks that know the best
 """
 
 from collections import Counter
-from typing import Any, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Outcomes:
         self._options = {name: task_options(task, entries[name].options) for name, task in self._tasks.items()}
         self._weights = {name: {**task.REWARDS, **entries[name].rewards} for name, task in self._tasks.items()}
 
-    def is_right(self, name: str, item: Item, reward: Optional[float], parts: Mapping[str, Any]) -> Optional[bool]:
+    def is_right(self, name: str, item: Item, reward: float | None, parts: Mapping[str, Any]) -> bool | None:
         """Whether a completion with this reward answers right; None where nobody can tell, or the task says no such thing."""
         if reward is None:
             return None
@@ -37,19 +38,19 @@ class Outcomes:
             return bool(parts.get("correct", reward) >= (_RIGHT if least is None else least))
         return True if reward == _RIGHT else False if reward in _WRONG else None
 
-    def best(self, name: str, item: Item) -> Optional[float]:
+    def best(self, name: str, item: Item) -> float | None:
         """What the best completion of a prompt is worth, None where its task does not know."""
         terms = self._best(name, item)
         return None if terms is None else score_of(terms, self._weights[name]).reward
 
-    def cut_off(self, name: str, item: Item) -> Optional[Score]:
+    def cut_off(self, name: str, item: Item) -> Score | None:
         """The score of a completion that did not end, None where such are scored as they stand."""
         task = self._tasks[name]
         if not hasattr(task, "cut_off"):
             return None
         return score_of(task.cut_off(item, self._options[name]), self._weights[name])
 
-    def _best(self, name: str, item: Item) -> Optional[Mapping[str, float]]:
+    def _best(self, name: str, item: Item) -> Mapping[str, float] | None:
         task = self._tasks[name]
         return task.best(item, self._options[name]) if hasattr(task, "best") else None
 

@@ -26,8 +26,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NoReturn, Optional
+from typing import Any, NoReturn
 
 START_LIMIT_S = 300.0  # for a process to import its tasks from a slow shared filesystem
 LONGEST_ANSWER = 4 << 20  # bytes
@@ -62,10 +63,21 @@ class Process:
     def __init__(self, begin: str, argument: Any):
         """Start it: `begin`, "module:function", makes of the `argument` the function that answers requests there."""
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-c", "from data_tools.tasks.process import serve; serve()", str(theirs.fileno()), begin]
+        command = [
+            sys.executable,
+            "-c",
+            "from data_tools.tasks.process import serve; serve()",
+            str(theirs.fileno()),
+            begin,
+        ]
         self._mark = secrets.token_hex(_TOKEN)
-        self._process = subprocess.Popen(command, env=_environment() | {_MARK: self._mark}, pass_fds=[theirs.fileno()],
-                                         stdin=subprocess.DEVNULL, process_group=0)
+        self._process = subprocess.Popen(
+            command,
+            env=_environment() | {_MARK: self._mark},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+        )
         theirs.close()
         self._killing, self._killed = threading.Lock(), False
         with contextlib.suppress(Ended):  # it ended; what is received says so
@@ -177,8 +189,9 @@ def serve() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the run's to answer
     module, _, function = sys.argv[2].partition(":")
-    begin: Callable[[Any], tuple[Any, Optional[Callable[[Any], Any]]]] = getattr(
-        __import__(module, fromlist=[function]), function)
+    begin: Callable[[Any], tuple[Any, Callable[[Any], Any] | None]] = getattr(
+        __import__(module, fromlist=[function]), function
+    )
     first, answer = begin(_read(connection))
     _write(connection, b"", first)
     if answer is None:

@@ -14,11 +14,12 @@ import contextlib
 import math
 import queue
 import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from numbers import Real
-from typing import Any, Callable, Mapping, Optional
+from typing import Any
 
 from data_tools.mistake import UserMistake
 from data_tools.tasks.process import Ended, Process
@@ -38,17 +39,17 @@ class Score:
     `answer` is what the completion answers, for majority votes, where its task can tell.
     """
 
-    reward: Optional[float]
+    reward: float | None
     parts: dict[str, float] = field(default_factory=dict)
     note: str = ""
-    answer: Optional[str] = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
     """What a task answers to a turn; `text` None: it is over. A `note` says why the sample cannot go on."""
 
-    text: Optional[str]
+    text: str | None
     note: str = ""
 
 
@@ -97,7 +98,7 @@ def score_of(terms: Any, weights: Mapping[str, float]) -> Score:
     return Score(reward, parts)
 
 
-def _number(value: Any) -> Optional[float]:
+def _number(value: Any) -> float | None:
     """Return the number that `value` is, None where it is none; inf for an integer that no float holds."""
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         value = value.item()
@@ -109,7 +110,7 @@ def _number(value: Any) -> Optional[float]:
         return math.inf
 
 
-def is_failure(reward: Optional[float], note: str) -> bool:
+def is_failure(reward: float | None, note: str) -> bool:
     """Return whether a sample has no reward because its verifier failed, not because the task cannot score it."""
     return reward is None and note not in (NOT_SCORABLE, ABORTED)
 
@@ -163,7 +164,7 @@ class Scorer:
     def submit(self, name: str, item: Item, completion: str, finish_reason: str = "stop") -> "Future[Score]":
         """`name` is a key of `verifiers`. An aborted completion is not scorable; one cut off is scored as it stands."""
         if finish_reason == "abort":
-            future: "Future[Score]" = Future()
+            future: Future[Score] = Future()
             future.set_result(Score(None, {}, ABORTED))
             return future
         return self._asked("score", name, item, completion)
@@ -200,7 +201,7 @@ class Scorer:
 
     def _serve(self) -> None:
         """One process and its successors: a job at a time."""
-        process: Optional[_Process] = None
+        process: _Process | None = None
         while (job := self._jobs.get()) is not None:
             work, future = job
             if not future.set_running_or_notify_cancel():
@@ -215,7 +216,7 @@ class Scorer:
             future.set_result(answer)
         self._end(process)
 
-    def _ask(self, process: "Optional[_Process]", work: Any) -> "tuple[Optional[_Process], Any]":
+    def _ask(self, process: "_Process | None", work: Any) -> "tuple[_Process | None, Any]":
         """(the process to go on with, its answer); a `work` of None asks for the mistake it met when it began."""
         if process is None:
             process = _Process(self.verifiers)
@@ -233,7 +234,7 @@ class Scorer:
             self._end(process)
             return None, mistake if work is None else _failed(work, str(ended))
 
-    def _end(self, process: "Optional[_Process]") -> None:
+    def _end(self, process: "_Process | None") -> None:
         if process:
             process.kill()
             self._processes.discard(process)
@@ -244,7 +245,7 @@ class _Process(Process):
 
     def __init__(self, verifiers: Mapping[str, Verifier]):
         super().__init__("data_tools.tasks.rewards:begin", dict(verifiers))
-        self._mistake: Optional[str] = None
+        self._mistake: str | None = None
 
     def mistake(self) -> str:
         """Why this process can score nothing, "" when it can; waits until it is up."""
@@ -285,7 +286,7 @@ def _read_reply(told: Any) -> Reply:
 # -- in the process of verifiers ---------------------------------------------------------------------------------------
 
 
-def begin(verifiers: Mapping[str, Verifier]) -> "tuple[str, Optional[Callable[[Any], Any]]]":
+def begin(verifiers: Mapping[str, Verifier]) -> "tuple[str, Callable[[Any], Any] | None]":
     """(the mistake met when the tasks were loaded, "" for none; what answers a request)."""
     try:
         tasks = {name: _Loaded(verifier) for name, verifier in verifiers.items()}

@@ -17,9 +17,10 @@ import json
 import pkgutil
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, List, Mapping, NamedTuple, Optional, Protocol, Union
+from typing import Any, NamedTuple, Protocol, Union
 
 from data_tools import readers
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -35,7 +36,7 @@ class Row(NamedTuple):
     answer: str
 
 
-Prompt = Union[str, List[dict]]  # text, or messages for the tokenizer's chat template
+Prompt = Union[str, list[dict]]  # text, or messages for the tokenizer's chat template
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _spelled(value: Any) -> str:
 class Source:
     """Where rows come from; files and synthetic rows add up."""
 
-    inputs: List[str] = field(default_factory=list, metadata={"input": True})  # files of any kind that readers.py reads
+    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # files of any kind that readers.py reads
     synthetic_rows: int = 0
     synthetic_seed: int = 0
     synthetic_split: str = "train"  # train | heldout
@@ -82,7 +83,7 @@ class Source:
 SPLITS = ("train", "heldout")
 
 
-Terms = Union[float, Mapping[str, Optional[float]], None]
+Terms = Union[float, Mapping[str, float | None], None]
 
 
 class Task(Protocol):
@@ -107,13 +108,15 @@ class Task(Protocol):
     def warm_up(self) -> None:
         """What takes long the first time, such as imports: outside the time limit of a sample. May be left out."""
 
-    def final_answer(self, item: Item, completion: str, options: Any) -> Optional[str]:
+    def final_answer(self, item: Item, completion: str, options: Any) -> str | None:
         """The one spelling of what the completion answers, for majority votes; None when it answers nothing.
 
         A task without the name has no majority.
         """
 
-    RIGHT: float  # the least reward that is right, where there is no term `correct`; left out, 1 is right, 0 and -1 wrong
+    RIGHT: (
+        float  # the least reward that is right, where there is no term `correct`; left out, 1 is right, 0 and -1 wrong
+    )
 
     def best(self, item: Item, options: Any) -> Mapping[str, float]:
         """The terms of the best completion there can be, which alone is right; for rewards that are no yes or no.
@@ -127,7 +130,7 @@ class Task(Protocol):
     def check_options(self, options: Any) -> list[str]:
         """What is wrong with values of the right type; a task where nothing can be leaves the name out."""
 
-    def reply(self, item: Item, transcript: str, options: Any) -> Optional[str]:
+    def reply(self, item: Item, transcript: str, options: Any) -> str | None:
         """What the environment answers to the completion so far, earlier replies included; None when it is over.
 
         Asked after each of `stop_strings(options)`, and where the model ends a completion by itself; there "" is the end,
@@ -137,7 +140,7 @@ class Task(Protocol):
         for again.
         """
 
-    def stop_strings(self, options: Any) -> Optional[list[str]]:
+    def stop_strings(self, options: Any) -> list[str] | None:
         """Texts after which the model waits for a reply; the token that completes one may go on with other characters.
 
         None where there is one turn with these options.
@@ -152,7 +155,7 @@ class RowTask(Task, Protocol):
     def parse_line(self, line: str) -> list[Row]:
         """The rows of one JSONL line, unverified. ValueError with the reason where the line is malformed."""
 
-    def verify(self, row: Row) -> Optional[str]:
+    def verify(self, row: Row) -> str | None:
         """None when the answer is right, else the drop bucket it belongs to."""
 
     def canonical(self, row: Row) -> Row:
@@ -201,7 +204,7 @@ def rows_of(task: RowTask, raw: Any) -> list[Row]:
     return task.parse_line(readers.text_of(raw))
 
 
-def check_task(name: str) -> Optional[str]:
+def check_task(name: str) -> str | None:
     """Why there is no such task, None when there is one. Runs no code of a user's module but its packages'."""
     if ":" not in name and "." not in name:
         return None if name in task_names() else f"unknown task {name!r}{nearest(name, task_names())}"

@@ -24,5 +24,7 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     for name, table in facts.pop("tables").items():
         write_table(task.keep, name, table["title"], table["columns"], table["rows"])
     short = ", ".join(f"{name} {rows:,} short" for name, rows in facts["short"].items())
-    return {"headline": f"{facts['rows']:,} of {config.target_rows:,} rows drawn{f' ({short})' if short else ''}",
-            **facts}
+    return {
+        "headline": f"{facts['rows']:,} of {config.target_rows:,} rows drawn{f' ({short})' if short else ''}",
+        **facts,
+    }

@@ -33,8 +33,9 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     if "sampled_accuracy" in facts:
         text += f"; sampled {facts['sampled_accuracy']:.3f}"
         for kind in ("pass@", "maj@"):
-            text += "".join(f", {name} {facts[name]:.3f}"
-                            for name in [name for name in facts if name.startswith(kind)][-1:])
+            text += "".join(
+                f", {name} {facts[name]:.3f}" for name in [name for name in facts if name.startswith(kind)][-1:]
+            )
     if "gain" in facts:
         text += f", gain {100 * facts['gain']:+.1f} ± {100 * facts['gain_error']:.1f} points"
     return {"headline": text, **facts}

@@ -25,5 +25,7 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     facts = export_hf.finish(config, parts, task.out)
     changes = "".join(f", {count:,} tensors {change}" for change, count in facts["dtype_changes"].items())
     size = sum(facts["bytes"].values())
-    return {"headline": f"{len(facts['bytes'])} safetensors file(s), {size:,} bytes, {facts['dtype']}{changes}",
-            **facts}
+    return {
+        "headline": f"{len(facts['bytes'])} safetensors file(s), {size:,} bytes, {facts['dtype']}{changes}",
+        **facts,
+    }

@@ -28,6 +28,8 @@ def _told(facts: dict[str, Any]) -> dict[str, Any]:
     text = f"{facts['samples']:,} samples of {facts['prompts']:,} prompts, {facts['tokens']:,} tokens"
     text += f", {facts['correct']:,} correct" if facts["accuracy"] is not None or "reward" not in facts else ""
     if "reward" in facts:
-        text += f", mean reward {facts['reward']:.3f}" + (f", regret {facts['regret']:.3f}" if "regret" in facts else "")
+        text += f", mean reward {facts['reward']:.3f}" + (
+            f", regret {facts['regret']:.3f}" if "regret" in facts else ""
+        )
     others = ", ".join(f"{facts[name]:,} {name}" for name in ("truncated", "unscored") if facts[name])
     return {"headline": f"{text}{f' ({others})' if others else ''}", **facts}

@@ -24,8 +24,10 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     rewards = "no reward"
     if facts["reward_first"] is not None:
         rewards = f"reward {facts['reward_first']:.3f} → {facts['reward_last']:.3f}"
-    text = (f"step {facts['step']:,}{resumed}, {rewards}, {facts['trained_samples']:,} of {facts['samples']:,} samples "
-            "trained")
+    text = (
+        f"step {facts['step']:,}{resumed}, {rewards}, {facts['trained_samples']:,} of {facts['samples']:,} samples "
+        "trained"
+    )
     if others := told(facts):
         text += f" ({others})"
     return {"headline": text, **facts}

@@ -31,7 +31,11 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     dropped = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(facts["buckets"].items()))
     kept = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped})' if dropped else ''}"
     tokens = f"{facts['tokens']:,} tokens, {facts['supervised']:,} in the loss"
-    return {"headline": "; ".join([f"{kept}, {tokens}", *remedies(facts["buckets"]), *_liberties(config)]), **facts, **_liberty_facts(config)}
+    return {
+        "headline": "; ".join([f"{kept}, {tokens}", *remedies(facts["buckets"]), *_liberties(config)]),
+        **facts,
+        **_liberty_facts(config),
+    }
 
 
 def _liberties(config: Config) -> list[str]:

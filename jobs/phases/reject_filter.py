@@ -18,6 +18,8 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     facts = rejection.reject_filter(config, task.out, task.progress)
     table = facts.pop("table")
     write_table(task.keep, "balance", table["title"], table["columns"], table["rows"])
-    text = (f"{facts['kept']:,} of {facts['samples']:,} samples kept, of {facts['prompts_left']:,} of "
-            f"{facts['prompts']:,} prompts")
+    text = (
+        f"{facts['kept']:,} of {facts['samples']:,} samples kept, of {facts['prompts_left']:,} of "
+        f"{facts['prompts']:,} prompts"
+    )
     return {"headline": text, **facts}

@@ -11,8 +11,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from data_tools.mistake import UserMistake
 from data_tools.yaml_loaders import read_values

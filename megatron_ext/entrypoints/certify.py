@@ -19,11 +19,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import megatron_ext
 from data_tools import durable, rendezvous
@@ -133,9 +134,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     init_device()
     from megatron_ext import certify  # megatron-core may be imported once the device is ready
 
-    rows = [
-        certify.random_pack(DOCUMENTS[i % len(DOCUMENTS)], dims.vocabulary, i) for i in range(_batch(plan, world))
-    ]
+    rows = [certify.random_pack(DOCUMENTS[i % len(DOCUMENTS)], dims.vocabulary, i) for i in range(_batch(plan, world))]
     if first:
         with _alone():
             with ranks.started(ParallelPlan()):

@@ -16,10 +16,11 @@ if __name__ == "__main__":
 import itertools
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any
 
 from data_tools import durable, readers
 from data_tools.estimators import at_k, standard_error
@@ -43,11 +44,11 @@ SAMPLES, RESULT = "samples.jsonl", "result.json"
 class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
     task: str = field(default="calculator", metadata={"module": True})
-    task_options: Dict[str, Any] = field(default_factory=dict)
+    task_options: dict[str, Any] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
     limit: int = 0  # distinct prompts; 0: all
     mix: MixConfig = field(default_factory=MixConfig)  # in place of task, source and limit: the prompts of these tasks
-    chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    chat_arguments: dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
     bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     max_new_tokens: int = 16
     max_turns: int = 0  # of the model, in tasks that reply; 0: as many as max_new_tokens leaves room for
@@ -57,8 +58,8 @@ class Config:
     seed: int = 0  # of the samples
     verify_limit_s: float = 10.0  # seconds that a verifier has for a sample, which then counts as wrong
     verifiers: int = field(default=2, metadata={"keyed": False})  # processes that score, a replica
-    compare_with: Optional[str] = field(default=None, metadata={"input": True})  # output of another evaluation
-    seen_in: Optional[str] = field(default=None, metadata={"input": True})  # training token store: split by it
+    compare_with: str | None = field(default=None, metadata={"input": True})  # output of another evaluation
+    seen_in: str | None = field(default=None, metadata={"input": True})  # training token store: split by it
     dtype: str = ""  # of the weights; "" keeps the model folder's
     engine: EngineConfig = field(default_factory=EngineConfig, metadata={"keyed": False})
     backend: str = field(default="torch", metadata={"keyed": False})  # layer spec: torch | te
@@ -158,7 +159,7 @@ def _ways(config: Config) -> list[generate.Config]:
 
 def _of_mix(
     config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int, only_ended: bool = False
-) -> tuple[List[Dict[str, Any]], Dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A line for each prompt of this element, and Mix.counts, on every rank. What KEEP has is not sampled again.
 
     `only_ended`: a completion that was cut off is never right.
@@ -173,7 +174,7 @@ def _of_mix(
         found.append(generate.sampled(way, folder, kept, index, count, progress, never, load_once))
     for sample in itertools.chain(*found) if only_ended else ():
         sample["correct"] = sample["correct"] and sample["finish"] == "stop"
-    lines: Dict[str, Dict[str, Any]] = {}
+    lines: dict[str, dict[str, Any]] = {}
     for sample in found[0]:
         told = {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
         right = None if is_unjudged(sample) else bool(sample["correct"])
@@ -192,13 +193,13 @@ def _of_mix(
     return from_rank_zero((list(lines.values()), generate.records_of(kept) if ranks.is_writer() else {}))
 
 
-def _counted(votes: Optional[list]) -> Dict[str, Any]:
+def _counted(votes: list | None) -> dict[str, Any]:
     return {} if votes is None else {"sampled_correct": sum(map(bool, (v[1] for v in votes))), "sampled": len(votes)}
 
 
 def _of_rows(
     config: Config, folder: Any, keep: Path, progress: Progress, index: int, count: int
-) -> tuple[List[Dict[str, Any]], Dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
     They are sampled and scored as the mix of this one task; an answer that does not end is wrong here.
@@ -217,7 +218,7 @@ def _of_rows(
     return samples, records
 
 
-def _seen(prompts: list[str], store_folder: Optional[str]) -> list[Optional[bool]]:
+def _seen(prompts: list[str], store_folder: str | None) -> list[bool | None]:
     """Whether each prompt occurs in the store; None each when no store is named."""
     if not store_folder:
         return [None] * len(prompts)
@@ -232,7 +233,7 @@ def _asked(line: Mapping[str, Any]) -> str:
     return line.get("prompt_id", line["prompt"])
 
 
-def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
+def _compared(config: Config) -> dict[str, dict[str, Any]]:
     """The samples to compare with, by prompt. UserMistake where there are none, or two of a prompt."""
     if not config.compare_with:
         return {}
@@ -254,7 +255,7 @@ def _compared(config: Config) -> Dict[str, Dict[str, Any]]:
     return found
 
 
-def _result(samples: List[Dict[str, Any]], before: Mapping[str, Dict[str, Any]] = {}) -> dict[str, Any]:
+def _result(samples: list[dict[str, Any]], before: Mapping[str, dict[str, Any]] = {}) -> dict[str, Any]:
     """Counts and accuracies, overall and, where known, of prompts seen and not seen in training and of each kind."""
     result: dict[str, Any] = {}
     groups = {"": samples}
@@ -306,7 +307,7 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     write_table(keep, "prompts", **counts_table(result["records"]))
 
 
-def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:
+def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
     """Join the elements' samples, in element order, and their counts. One process."""
     from megatron_ext import model_folder
 

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -46,7 +46,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     return problems
 
 
-def _check_peft(config: Config, known: bool, lora: Optional[LoraConfig]) -> list[Problem]:
+def _check_peft(config: Config, known: bool, lora: LoraConfig | None) -> list[Problem]:
     """Whether PEFT can have the adapter of the model folder, where that is known."""
     if config.adapter != "peft" or not known:
         return []

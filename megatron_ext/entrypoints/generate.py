@@ -12,9 +12,10 @@ if __name__ == "__main__":
 
 import heapq
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List
+from typing import Any
 
 from data_tools import durable, readers
 from data_tools.estimators import Vote, at_k, standard_error
@@ -38,7 +39,7 @@ FREE = {"keyed": False}  # does not change the result
 class Config:
     model: str = field(default="", metadata={"input": True})  # model folder
     mix: MixConfig = field(default_factory=MixConfig)  # whose prompts; weights do not matter, every prompt is taken
-    chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    chat_arguments: dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
     bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     samples: int = 8  # of each prompt
     sampling: Sampling = field(default_factory=Sampling)
@@ -111,7 +112,7 @@ def run(
 def sampled(
     config: Config, folder: Any, keep: Path, index: int, count: int, progress: Progress, stop: Stop,
     load: Callable[[], Any],
-) -> List[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:  # fmt: skip
     """The lines of element `index` of `count` on rank 0, none on others. The ranks are started; `load` gives the model.
 
     What KEEP holds of them is not sampled again.
@@ -141,14 +142,14 @@ def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
             yield record.value
 
 
-def records_of(keep: Path) -> Dict[str, Any]:
+def records_of(keep: Path) -> dict[str, Any]:
     """Return what became of the records of each task, as sampling left it in KEEP."""
     from megatron_ext.rl.sampling import RECORDS
 
     return durable.read_json(keep / RECORDS)
 
 
-def told_of_parts(parts: List[Path]) -> Dict[str, Any]:
+def told_of_parts(parts: list[Path]) -> dict[str, Any]:
     """Return the facts JOINED, which each element found alike; no records where they did not write them down yet."""
     file = parts[0] / RESULT
     found = durable.read_json(file) if file.is_file() else {}
@@ -198,7 +199,7 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     write_table(keep, "prompts", **counts_table(result["records"]))
 
 
-def finish(config: Config, parts: List[Path], out: Path, keep: Path) -> dict[str, Any]:
+def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
     """Join the elements' samples in the order of the prompts. One process, a line of each element in memory."""
     from megatron_ext import model_folder
 

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, Stop, never, silent
@@ -25,7 +25,14 @@ from megatron_ext.models.shape import MAMBA, MOE, count_blocks
 from megatron_ext.parallel import DEGREES, ParallelPlan, Site
 from megatron_ext.planner import Training
 from megatron_ext.rl.settings import (
-    OLD_LOGPROBS, Advantage, Evaluation, Loss, Rewarding, check_advantage, check_evaluation, check_loss,
+    OLD_LOGPROBS,
+    Advantage,
+    Evaluation,
+    Loss,
+    Rewarding,
+    check_advantage,
+    check_evaluation,
+    check_loss,
     check_rewarding,
 )  # fmt: skip
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
@@ -42,7 +49,7 @@ class Config:
     reference: str = field(default="", metadata={"input": True})  # model folder of the KL term; "": the model itself
 
     mix: MixConfig = field(default_factory=MixConfig)  # what is asked, and how it is rewarded
-    chat_arguments: Dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
+    chat_arguments: dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
     bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
     evaluation: Evaluation = field(default_factory=Evaluation)
 
@@ -154,7 +161,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     return problems + found + preflight.check(config.parallel, training, site)
 
 
-def _room(config: Config, training: Training) -> Optional[Room]:
+def _room(config: Config, training: Training) -> Room | None:
     """What the rollouts' memory holds; None while the model is not known or the plan makes no sense."""
     if training.shape is None or any(getattr(config.parallel, name) < 1 for name in DEGREES):
         return None

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -26,7 +26,7 @@ class Config:
     heads: int = 4
     kv_groups: int = 2
     ffn: int = 256
-    tied: Optional[bool] = None  # output layer shares the embedding; None: as the family has it
+    tied: bool | None = None  # output layer shares the embedding; None: as the family has it
     max_positions: int = 2048  # tokens
     rope_base: float = 10000.0
     norm_epsilon: float = 1e-6
@@ -85,9 +85,9 @@ def forecast(config: Config) -> dict[str, Any]:
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
     """Facts: parameters, vocabulary, sha256 of the weights."""
-    from data_tools.tokenizer import load_tokenizer
     from data_tools.char_tokenizer import write_char_tokenizer
     from data_tools.tasks.task import load_row_task
+    from data_tools.tokenizer import load_tokenizer
     from megatron_ext.model_folder import copy_hf_files
     from megatron_ext.models.registry import MODEL_TYPES, Family
 

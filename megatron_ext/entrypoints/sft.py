@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
@@ -37,11 +37,11 @@ class Config:
     model: str = field(default="", metadata=INPUT)  # model folder
     store: str = field(default="", metadata=INPUT)  # token store
     packs: str = field(default="", metadata=INPUT)  # pack plan of that store
-    blend_stores: List[str] = field(default_factory=list, metadata=INPUT)  # more of both, blended by weight
-    blend_packs: List[str] = field(default_factory=list, metadata=INPUT)
-    blend_weights: List[float] = field(default_factory=list)  # shares of packs: that of `packs`, then of each other
-    valid_stores: List[str] = field(default_factory=list, metadata=INPUT)  # validation sets
-    valid_packs: List[str] = field(default_factory=list, metadata=INPUT)
+    blend_stores: list[str] = field(default_factory=list, metadata=INPUT)  # more of both, blended by weight
+    blend_packs: list[str] = field(default_factory=list, metadata=INPUT)
+    blend_weights: list[float] = field(default_factory=list)  # shares of packs: that of `packs`, then of each other
+    valid_stores: list[str] = field(default_factory=list, metadata=INPUT)  # validation sets
+    valid_packs: list[str] = field(default_factory=list, metadata=INPUT)
     init_from: str = field(default="", metadata=INPUT)  # weights only: a model folder, a step, or a training's folder
     init_step: int = 0  # a training's step; 0: what it sealed, else its newest
 
@@ -84,7 +84,7 @@ class Config:
     certify: bool = field(default=False, metadata=FREE)  # first show that the layout equals one process
 
 
-def _schedule(config: Config, pack_length: Optional[int]) -> schedules.Schedule:
+def _schedule(config: Config, pack_length: int | None) -> schedules.Schedule:
     """In updates. What is given in tokens counts for nothing while the length of packs is not known."""
     batch = max(config.global_batch, 1)
     warmup = Amount(config.warmup_steps, config.warmup_samples, config.warmup_tokens).in_steps(batch, pack_length)
@@ -132,7 +132,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     return problems + found + preflight.check(config.parallel, training, site)
 
 
-def _check_length(config: Config, pack_length: Optional[int]) -> list[Problem]:
+def _check_length(config: Config, pack_length: int | None) -> list[Problem]:
     """Of how long training and warm-up are, and the rate between."""
     problems = []
     amounts = ("steps", "samples", "tokens", "minutes")
@@ -208,9 +208,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     if problems:
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
-    packs = read_packs(
-        [config.store, *config.blend_stores], [config.packs, *config.blend_packs], config.blend_weights
-    )
+    packs = read_packs([config.store, *config.blend_stores], [config.packs, *config.blend_packs], config.blend_weights)
     validation = [read_packs([store], [plan]) for store, plan in zip(config.valid_stores, config.valid_packs)]
     weights, digest = None, folder.weights_digest
     if config.init_from:

@@ -96,9 +96,7 @@ def _sdpa(
     """torch's kernel on [batch, tokens, heads, d]; causal where no mask is given: [(batch, 1,) queries, keys]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.size(1) != k.size(1)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2)
 
 

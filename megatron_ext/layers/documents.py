@@ -147,9 +147,7 @@ class PackedDocuments(PackedSeqParams):
     cache: Any = field(default=None, repr=False)  # rollout/cache.py: what earlier tokens of the documents left
     _turns: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
-    def turns(
-        self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def turns(self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine [T / c, 1, d / 2] of each token's position, times `length` (YaRN's attention factor).
 
         `angles` is mcore's table [longest, 1, 1, d].
@@ -162,9 +160,7 @@ class PackedDocuments(PackedSeqParams):
         return self._turns[:2]
 
 
-def packed_documents(
-    cu_seqlens: numpy.ndarray, target: torch.device, context: ContextRank = ALONE
-) -> PackedDocuments:
+def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device, context: ContextRank = ALONE) -> PackedDocuments:
     """THD parameters of a pack whose documents end at `cu_seqlens` (int [documents + 1], first 0, last T).
 
     `max_seqlen` is the longest document, not T: mcore's rotary embedding takes T as "positions run on over documents"

@@ -16,8 +16,9 @@ Parameters, checkpoints and order of in_proj's rows [z, x, B, C, dt] are those o
 cannot be imported without Triton; it serves the Transformer Engine backend.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -175,8 +176,14 @@ class _Segments(torch.autograd.Function):
             for total, grad in zip(sums, grads):
                 total += grad
         of_parameters = iter(sums)
-        return None, grad_rows, None, grad_inputs, None, grad_ssm, *(
-            next(of_parameters) if p.requires_grad else None for p in parameters
+        return (
+            None,
+            grad_rows,
+            None,
+            grad_inputs,
+            None,
+            grad_ssm,
+            *(next(of_parameters) if p.requires_grad else None for p in parameters),
         )
 
 

@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist

@@ -1,10 +1,11 @@
 """A model folder's adapter added to its weights, tensor by tensor, without a model or a process group."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import torch
 

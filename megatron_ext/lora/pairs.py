@@ -8,8 +8,9 @@ and sharding, joining and names on a rank are those of the weights.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 

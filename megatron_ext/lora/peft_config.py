@@ -4,9 +4,10 @@ PEFT writes all fields of its LoraConfig, and newer versions have newer ones; a 
 function of the same tensors (PiSSA and its kin change the base model, aLoRA acts on some tokens only). No torch.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 import regex
 
@@ -54,7 +55,7 @@ class PeftAdapter:
     modules: Names
     parameters: tuple[str, ...] = ()
     excluded: Names = ()
-    layers: Optional[tuple[int, ...]] = None
+    layers: tuple[int, ...] | None = None
     layers_patterns: tuple[str, ...] = ()
 
     def reaches(self, name: str, target: str) -> bool:
@@ -81,14 +82,14 @@ class PeftAdapter:
     def _matches(self, names: Names, module: str) -> bool:
         return self._found(names, module) is not None if isinstance(names, str) else _ends(module, names)
 
-    def _layer(self, module: str) -> Optional[int]:
+    def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\..*" for pattern in self.layers_patterns]
         for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\..*"]:
             if found := self._found(pattern, module):
                 return int(found["idx"])
         return None
 
-    def _found(self, pattern: str, module: str) -> Optional[regex.Match]:
+    def _found(self, pattern: str, module: str) -> regex.Match | None:
         """UserMistake for an expression that is none, or that takes too long."""
         try:
             return regex.fullmatch(pattern, module, timeout=MATCH_S) if pattern else None
@@ -101,7 +102,7 @@ def _ends(name: str, ends: Sequence[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
-def read(folder: Path) -> tuple[Optional[PeftAdapter], list[Problem]]:
+def read(folder: Path) -> tuple[PeftAdapter | None, list[Problem]]:
     """The settings of a PEFT folder, or why we have no such adapter."""
     where = str(Path(folder) / PEFT_CONFIG)
     try:

@@ -7,9 +7,10 @@ module the first one's adapter is called `base_layer` (peft/tuners/lora/layer.py
 """
 
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -124,7 +125,7 @@ class Reader:
     """The factors in a PEFT folder."""
 
     def __init__(
-        self, folder: Path, of: Sequence[Pair], config: LoraConfig, reached: Optional[frozenset[HfTensor]] = None
+        self, folder: Path, of: Sequence[Pair], config: LoraConfig, reached: frozenset[HfTensor] | None = None
     ):
         """`reached`: the tensors that the folder adapts, where it does not adapt all of `of`; others have factors of 0.
 

@@ -6,7 +6,7 @@ transformers keep as bare parameters, go by "experts" and "router".
 """
 
 from dataclasses import dataclass, field
-from typing import Any, List, Optional
+from typing import Any
 
 from data_tools.mistake import Problem, nearest
 from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, WINDOW, ModelShape, Parameters
@@ -29,7 +29,7 @@ class LoraConfig:
     rank: int = 0  # 0: no LoRA, all parameters are trained
     alpha: float = 16.0  # the adapter is scaled by alpha / rank
     dropout: float = 0.0  # of the adapters' input
-    targets: List[str] = field(default_factory=lambda: [ALL_LINEAR])  # or q_proj, …, experts, router
+    targets: list[str] = field(default_factory=lambda: [ALL_LINEAR])  # or q_proj, …, experts, router
 
     @property
     def scale(self) -> float:
@@ -100,7 +100,7 @@ def adapters(config: LoraConfig, shape: ModelShape, block: str) -> Parameters:
     return sum((matrix.adapter(config.rank) for matrix in reached), start=Parameters())
 
 
-def check(config: LoraConfig, shape: Optional[ModelShape], where: str = "lora") -> list[Problem]:
+def check(config: LoraConfig, shape: ModelShape | None, where: str = "lora") -> list[Problem]:
     """Every wrong setting; names of targets are judged once the model is known."""
     problems = []
     if config.rank < 0:
@@ -122,7 +122,7 @@ def check(config: LoraConfig, shape: Optional[ModelShape], where: str = "lora") 
     return problems + (_check_targets(config, shape, where) if shape else [])
 
 
-def check_folder(config: LoraConfig, adapter: Optional[LoraConfig], folder: str) -> list[Problem]:
+def check_folder(config: LoraConfig, adapter: LoraConfig | None, folder: str) -> list[Problem]:
     """Whether training with `config` can go on with the adapter that the model folder has."""
     if adapter is None or adapter == config:
         return []

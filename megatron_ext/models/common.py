@@ -1,7 +1,8 @@
 """What the families' layer specs share: the part of mcore's configuration that a parallel plan decides; of models of
 GPT's form, with layers of attention followed by an MLP or experts, nearly all."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from megatron.core import parallel_state

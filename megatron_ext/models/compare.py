@@ -4,7 +4,8 @@ What a family reads it can write again (`hf_config`): `lost` holds the file that
 written, `differences` two models that are understood. Every difference is named with both values.
 """
 
-from typing import Any, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from megatron_ext.models.reading import WITHOUT_EFFECT
 

@@ -5,8 +5,9 @@ that is set is refused, so that a model is never almost the right one. compare.p
 """
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any, Collection, Mapping
+from typing import Any
 
 from data_tools.mistake import Problem
 

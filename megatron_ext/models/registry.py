@@ -13,10 +13,11 @@ mapping.py  `rules(Dims, found)`: the weights, both directions; `found` are the 
 
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Mapping
+from typing import Any
 
 from data_tools.inside import inside
 from data_tools.mistake import Problem, UserMistake, nearest

@@ -12,8 +12,9 @@ them a rank holds, and what it calls them, is answered in one place, `placed`.
 """
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 

@@ -3,9 +3,9 @@
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Sequence
 
 # Blocks. A layer is one or two of them, each with its norm: ATTENTION then MLP in Qwen2, a single one in Nemotron-H.
 ATTENTION, WINDOW, MLP, MOE, MAMBA = "attention", "window", "mlp", "moe", "mamba"
@@ -29,9 +29,7 @@ class Parameters:
         return self.sharded + self.replicated + self.expert
 
     def __add__(self, other: "Parameters") -> "Parameters":
-        return Parameters(
-            self.sharded + other.sharded, self.replicated + other.replicated, self.expert + other.expert
-        )
+        return Parameters(self.sharded + other.sharded, self.replicated + other.replicated, self.expert + other.expert)
 
     def __mul__(self, number: int) -> "Parameters":
         return Parameters(self.sharded * number, self.replicated * number, self.expert * number)

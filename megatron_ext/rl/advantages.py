@@ -30,8 +30,12 @@ def advantages(rewards: np.ndarray, groups: np.ndarray, config: Advantage) -> np
         deviation = np.sqrt(squares / np.maximum(count - 1, 1))[groups]
     else:
         deviation = np.std(rewards[known], ddof=1) if known.sum() > 1 else 0.0
-    return centred / (deviation + config.epsilon) if config.epsilon else np.divide(
-        centred, deviation, out=np.zeros_like(centred), where=np.broadcast_to(deviation, centred.shape) > 0
+    return (
+        centred / (deviation + config.epsilon)
+        if config.epsilon
+        else np.divide(
+            centred, deviation, out=np.zeros_like(centred), where=np.broadcast_to(deviation, centred.shape) > 0
+        )
     )
 
 

@@ -6,8 +6,10 @@ recorded at once (journal.py); a sample's reward is asked for when the sample en
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from pathlib import Path
-from typing import Any, Callable, Optional, Protocol, Sequence as Many
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -83,7 +85,7 @@ class Collector:
         self,
         engine: Engine,
         prompts: Prompts,
-        scorer: Optional[Scorer],
+        scorer: Scorer | None,
         spell: Callable[[list[int], str], str],
         sampling: Sampling,
         group: int,
@@ -92,7 +94,7 @@ class Collector:
         flush_s: float,
         stop: Stop,
         progress: Progress = silent,
-        turns: Optional[Turns] = None,
+        turns: Turns | None = None,
         model: str = "the model",
     ):
         """`scorer` is needed where `Replica.speaks`. `spell(tokens, finish)` is the completion's text. `root` is the
@@ -105,8 +107,8 @@ class Collector:
         self.replica = Replica()
         self.left = set(from_rank_zero(journal.steps(root)))  # steps of which earlier attempts recorded something
         self.entries: dict[tuple[int, int], Entry] = {}
-        self.journal: Optional[Journal] = None
-        self.step: Optional[int] = None
+        self.journal: Journal | None = None
+        self.step: int | None = None
         self.counts: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
 
@@ -244,7 +246,7 @@ def _sample(item: int, number: int, prompt: Many[int], tokens: list[int], logpro
     return Sample(item, number, tuple(prompt), *found, finish)
 
 
-def _scored(sample: Sample, score: Optional[dict[str, Any]]) -> Sample:
+def _scored(sample: Sample, score: dict[str, Any] | None) -> Sample:
     """The sample with what a scorer said; a reward that is no finite number is none."""
     if score is not None:
         reward = score["reward"]

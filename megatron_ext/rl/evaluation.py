@@ -1,7 +1,8 @@
 """How good the weights in training are: greedy accuracy, pass@k and maj@k over prompts of an evaluation set; mean reward and
 regret of tasks whose rewards are more than right and wrong."""
 
-from typing import Any, Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,12 @@ from megatron_ext.rollout.settings import Sampling
 def evaluate(
     engine: Engine,
     prompts: Listed,
-    scorer: Optional[Scorer],
+    scorer: Scorer | None,
     spell: Callable[[list[int], str], str],
     sampling: Sampling,
     samples: int,
     together: Together,
-    turns: Optional[Turns],
+    turns: Turns | None,
     outcomes: Outcomes,
     model: str = "the model",
 ) -> dict[str, Any]:

@@ -6,7 +6,7 @@ commonest reason.
 """
 
 from collections import Counter
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from data_tools.mistake import UserMistake
 from data_tools.tasks.rewards import is_failure

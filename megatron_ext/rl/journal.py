@@ -12,9 +12,10 @@ is drawn again: the same tokens, since noise is keyed. So nothing is fsynced bef
 import base64
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import numpy
 
@@ -33,7 +34,7 @@ class Entry:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
-    score: Optional[dict[str, Any]] = None
+    score: dict[str, Any] | None = None
 
 
 class Journal:
@@ -120,7 +121,7 @@ def drop_failures(root: Path, step: int, identity: str) -> None:
         durable.write_file(folder_of(root, step) / MERGED, "".join(_whole(entries, identity)))
 
 
-def read(root: Path, step: int, identity: Optional[str] = None) -> dict[Key, Entry]:
+def read(root: Path, step: int, identity: str | None = None) -> dict[Key, Entry]:
     """What is recorded of a step under this identity (None: any)."""
     entries: dict[Key, Entry] = {}
     for path in _files(root, step):
@@ -147,7 +148,7 @@ def forget(root: Path, before: int) -> None:
             shutil.rmtree(folder_of(root, step), ignore_errors=True)
 
 
-def _lines(path: Path, identity: Optional[str]) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, identity: str | None) -> Iterator[dict[str, Any]]:
     """The whole lines of a file of this identity (None: of any), without its first."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file):

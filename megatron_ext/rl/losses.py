@@ -5,8 +5,8 @@ truncated or unscorable samples) is not among them. A rank sees its share; `Tota
 so the shares' losses and gradients add up to those of the whole, however it is cut.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Callable, Mapping
 
 import torch
 

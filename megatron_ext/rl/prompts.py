@@ -1,9 +1,10 @@
 """A mix (data_tools/tasks) as the collector, the evaluation and the engine want it: prompts, scorer, replies, texts."""
 
 import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ class Listed(Encoded):
         return self.ids[draw.item.uid]
 
 
-def all_of(mix: Mix, names: Sequence[str], most: Optional[int] = None) -> list[Draw]:
+def all_of(mix: Mix, names: Sequence[str], most: int | None = None) -> list[Draw]:
     """The first `most` prompts of each of these entries, one entry after the other, in the order of their files."""
     return [mix.held_out(name, k) for name in names for k in range(len(mix.items[name][:most]))]
 
@@ -117,7 +118,7 @@ class MixScorer:
 @contextlib.contextmanager
 def mix_scorer(
     entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool = True
-) -> Iterator[Optional[MixScorer]]:
+) -> Iterator[MixScorer | None]:
     """None on ranks that score nothing."""
     if not (wanted and Replica().speaks):
         yield None
@@ -146,7 +147,7 @@ class Texts:
         return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(found, said)]}
 
 
-def turns_of(mix: Mix, scorer: Optional[MixScorer], texts: Texts) -> Optional[Turns]:
+def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> Turns | None:
     """How the tasks of a mix reply; None where none does."""
     ends = turn_ends(mix.entries)
     return Turns(lambda draw: ends.get(draw.entry), scorer, texts.spell, texts.tokenizer.encode) if ends else None

@@ -110,7 +110,7 @@ def _weights(config: Any, keep: Path, step: int) -> Path:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """"1, 101 to 250"."""
+    """ "1, 101 to 250"."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:

@@ -1,6 +1,7 @@
 """The ranks that hold one copy of the model, among those that generate."""
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state

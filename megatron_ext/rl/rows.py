@@ -1,7 +1,8 @@
 """Samples as packed rows on the device, their log-probs, and the policy loss over them."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch

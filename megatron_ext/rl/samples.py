@@ -1,7 +1,8 @@
 """Sampled completions, what they are worth, and which of them an update trains. NumPy, no torch."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +25,10 @@ class Sample:
     tokens: np.ndarray
     logprobs: np.ndarray
     finish: str
-    reward: Optional[float] = None
+    reward: float | None = None
     parts: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-    answer: Optional[str] = None
+    answer: str | None = None
 
     @property
     def key(self) -> tuple[int, int]:

@@ -1,14 +1,15 @@
 """Samples of many prompts, chunk after chunk, by the collector of GRPO: what a kill interrupts goes on where it was.
 
-    KEEP/records.json         what became of the records of each task (Mix.counts)
-    KEEP/rollouts             tokens of the chunk under way (journal.py)
-    KEEP/samples/KEY/0003.jsonl    chunk 3 once it is whole; KEY names all that its samples depend on
+KEEP/records.json         what became of the records of each task (Mix.counts)
+KEEP/rollouts             tokens of the chunk under way (journal.py)
+KEEP/samples/KEY/0003.jsonl    chunk 3 once it is whole; KEY names all that its samples depend on
 """
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.progress import Progress, Stop, Stopped
@@ -57,7 +58,7 @@ def run(
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]
     made = from_rank_zero([path.is_file() for path in files])
     with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s, wanted=not all(made)) as scorer:
-        collector: Optional[Collector] = None
+        collector: Collector | None = None
         for number, (start, path) in enumerate(zip(starts, files)):
             stop_at = min(start + config.chunk, len(mine))
             if not made[number]:
@@ -87,7 +88,7 @@ def run(
     return files
 
 
-def _failed_entry(samples: list[Sample], draws: list[Draw]) -> Optional[tuple[str, list[Sample]]]:
+def _failed_entry(samples: list[Sample], draws: list[Draw]) -> tuple[str, list[Sample]] | None:
     """Return an entry of the mix whose every verdict in a chunk failed, and its samples there; None where none is such.
 
     Some prompts have to be there, as far as there are so many: a lone one may be odd by itself.

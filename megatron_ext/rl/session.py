@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools import durable
 from data_tools.mistake import Problem, UserMistake
@@ -146,7 +146,7 @@ def stop_ids_of(folder: ModelFolder, tokenizer: Any) -> set[int]:
     return {token for token in [*ids, tokenizer.eos_id] if token is not None}
 
 
-def reference_of(config: Any, folder: ModelFolder, trainer: train.Trainer) -> Optional[grpo.Reference]:
+def reference_of(config: Any, folder: ModelFolder, trainer: train.Trainer) -> grpo.Reference | None:
     """What the KL term is taken against: the model that training begins with, or another one; None without the term.
 
     New adapters leave that model in place below them; otherwise it is loaded a second time.

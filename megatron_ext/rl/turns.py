@@ -4,10 +4,11 @@ The verifiers' processes are asked (data_tools/tasks/rewards.py): a task that ra
 sample. One rank of a replica asks, and tells the others; samples that nobody has answered yet wait, the rest goes on.
 """
 
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Optional, Protocol
+from typing import Any, Protocol
 
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rollout.sequence import Answer, Sequence
@@ -28,8 +29,8 @@ class Turns:
     `Replica.speaks`. `spell(tokens, finish)` is the text of a completion so far, `encode` makes tokens of a reply.
     """
 
-    ends: Callable[[Any], Optional[tuple[str, ...]]]
-    task: Optional[Task]
+    ends: Callable[[Any], tuple[str, ...] | None]
+    task: Task | None
     spell: Callable[[list[int], str], str]
     encode: Callable[[str], list[int]]
 
@@ -38,7 +39,7 @@ class Turns:
         return Replies(self, items, replica)
 
 
-def ends_of(turns: Optional[Turns], item: Any) -> Optional[tuple[str, ...]]:
+def ends_of(turns: Turns | None, item: Any) -> tuple[str, ...] | None:
     return turns.ends(item) if turns else None
 
 

@@ -4,8 +4,9 @@ This is the seam between kernels: on CPU the blocks of samples of similar length
 kernels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -124,9 +125,7 @@ class Cache:
         values.flatten(0, 1).index_copy_(0, row.places, value)
         out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
         for batch in row.batches:
-            found = attend_blocks(
-                batch.pick(query), keys, values, batch.table, batch.positions, scale, window, sinks
-            )
+            found = attend_blocks(batch.pick(query), keys, values, batch.table, batch.positions, scale, window, sinks)
             out.index_copy_(0, batch.rows, found.reshape(len(batch.rows), -1))
         return out
 

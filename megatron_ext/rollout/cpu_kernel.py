@@ -1,7 +1,8 @@
 """Attention over blocks where they lie, on CPU. Compiled once a submission: numba keeps the code beside this file."""
 
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import llvmlite.ir
 import numpy

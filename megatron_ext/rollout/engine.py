@@ -9,8 +9,10 @@ ones, which have nothing to share while they generate, run engines of their own.
 """
 
 from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Sequence as Many
 from math import isnan
-from typing import Callable, Collection, Iterator, Optional, Protocol, Sequence as Many
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -68,7 +70,7 @@ class Engine:
         config: EngineConfig,
         seed: int,
         stop_ids: Collection[int],
-        detokenize: Optional[Detokenize] = None,
+        detokenize: Detokenize | None = None,
     ):
         self.model, self.config, self.seed = model, config, seed
         self.stop_ids, self.detokenize = frozenset(stop_ids), detokenize
@@ -79,7 +81,7 @@ class Engine:
         self._together = experts if experts.size() > 1 else None
 
     def generate(
-        self, requests: Many[Request], sampling: Sampling, stop: Stop = never, turns: Optional[Turns] = None
+        self, requests: Many[Request], sampling: Sampling, stop: Stop = never, turns: Turns | None = None
     ) -> Iterator[Sequence]:
         """Samples as they end. UserMistake when one could not be held in the memory given; NoDistribution where logits
         are not finite.
@@ -152,11 +154,11 @@ class Engine:
         self._is_idle = not busy
         return has_work
 
-    def _ask(self, sequence: Sequence, turns: Optional[Turns]) -> None:
+    def _ask(self, sequence: Sequence, turns: Turns | None) -> None:
         self.scheduler.park(sequence)
         turns.ask(sequence)
 
-    def _answered(self, sampling: Sampling, turns: Optional[Turns]) -> list[Sequence]:
+    def _answered(self, sampling: Sampling, turns: Turns | None) -> list[Sequence]:
         """Let the samples that were answered go on; returns those that ended with it."""
         if not self.scheduler.parked:
             return []
@@ -185,7 +187,7 @@ class Engine:
         sequence.observe(answer.tokens[: sequence.limit - len(sequence.completion)])
         return "length" if len(sequence.completion) >= sequence.limit else ""
 
-    def _step(self, sampling: Sampling, prompts: dict[Prefix, torch.Tensor], turns: Optional[Turns]) -> list[Sequence]:
+    def _step(self, sampling: Sampling, prompts: dict[Prefix, torch.Tensor], turns: Turns | None) -> list[Sequence]:
         """Compute and draw; returns the samples that ended."""
         step = self.scheduler.plan()
         self._is_idle = step.is_empty
@@ -232,7 +234,7 @@ class Engine:
         self.counts["most_blocks"] = max(self.counts["most_blocks"], self.scheduler.blocks.used)
 
     def _draw(
-        self, sequences: list[Sequence], rows: list[torch.Tensor], sampling: Sampling, turns: Optional[Turns]
+        self, sequences: list[Sequence], rows: list[torch.Tensor], sampling: Sampling, turns: Turns | None
     ) -> list[Sequence]:
         """Give each sample its next token; returns those that it ends."""
         if not sequences:

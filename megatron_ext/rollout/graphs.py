@@ -4,8 +4,8 @@ A pass over a few hundred tokens is bound by the launches of its kernels, which 
 and vLLM do the same). On CPU the pass is simply run again over the same padded inputs. Not yet run on a GPU.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Callable, Sequence
 
 import torch
 

@@ -1,13 +1,12 @@
 """Attention of a step's tokens over keys and values in blocks: the seam between machines.
 
-    CPU, a token a document     the blocks are read where they lie (numba)
-    GPU with flash-attention    the same, by its block table; blocks of a multiple of 256 tokens
-    elsewhere                   the blocks are gathered into a batch for torch's kernel (layers/attention.py)
+CPU, a token a document     the blocks are read where they lie (numba)
+GPU with flash-attention    the same, by its block table; blocks of a multiple of 256 tokens
+elsewhere                   the blocks are gathered into a batch for torch's kernel (layers/attention.py)
 """
 
 import functools
 import importlib.util
-from typing import Optional
 
 import numpy
 import torch
@@ -24,8 +23,8 @@ def attend_blocks(
     table: torch.Tensor,
     positions: torch.Tensor,
     scale: float,
-    window: Optional[int] = None,
-    sinks: Optional[torch.Tensor] = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query [n, tokens, heads, d] at `positions` int64 [n, tokens] of documents whose keys and values are blocks
     `table` int64 [n, most] of [blocks, block size, groups, d] -> [n, tokens, heads, d].
@@ -48,7 +47,7 @@ def _has_flash() -> bool:
 
 def _flash(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, positions: torch.Tensor,
-    scale: float, window: Optional[int], sinks: Optional[torch.Tensor],
+    scale: float, window: int | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """Its causal mask puts the last query at the last key, as here. It knows no sinks: they are one more term of the
     softmax's sum, whose logarithm it gives."""
@@ -66,7 +65,7 @@ def _flash(
 
 def _in_place(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, positions: torch.Tensor,
-    scale: float, window: Optional[int], sinks: Optional[torch.Tensor],
+    scale: float, window: int | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     from megatron_ext.rollout.cpu_kernel import in_place
 

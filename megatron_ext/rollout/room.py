@@ -1,7 +1,6 @@
 """How many samples the memory for keys and values holds, told before anything runs. No torch."""
 
 from dataclasses import dataclass
-from typing import Optional
 
 from data_tools.mistake import Problem
 from megatron_ext.calibration import GIB
@@ -53,7 +52,7 @@ def room(config: EngineConfig, plan: ParallelPlan, shape: ModelShape, dtype: str
     return Room(max(0, blocks_in(config.kv_gib, size)), config.block_size, tokens)
 
 
-def check_room(found: Optional[Room], config: EngineConfig) -> list[Problem]:
+def check_room(found: Room | None, config: EngineConfig) -> list[Problem]:
     """Refuses memory in which not even one sample has a place."""
     return [] if found is None or found.samples else [too_small(config, found.blocks, found.each + 1)]
 

@@ -1,6 +1,6 @@
 """One step of the engine on the model: rows in, logits out, through the stages of a pipeline."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist

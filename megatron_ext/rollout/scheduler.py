@@ -11,13 +11,12 @@ and its place goes to another one. With the reply it goes on from the tokens tha
 
 import itertools
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Iterable
 
 from megatron_ext.rollout.blocks import BlockManager
 from megatron_ext.rollout.sequence import Prefix, Recorded, Request, Sequence
 from megatron_ext.rollout.settings import EngineConfig
-
 
 LOOK_AHEAD = 2  # times the batch: how far down the queue a step looks for samples to begin
 

@@ -4,9 +4,10 @@ In tasks of several turns a completion has tokens that are not the model's: what
 log-probs beside them, here and in what is recorded and trained, such a token's log-prob is NaN.
 """
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from math import isnan
-from typing import NamedTuple, Optional, Sequence as Many
+from typing import NamedTuple
 
 import numpy
 
@@ -38,7 +39,7 @@ class Request:
     recorded: tuple[Recorded | tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
     limits: tuple[int, ...] = ()
     only: tuple[int, ...] = ()
-    turn_ends: Optional[tuple[str, ...]] = None
+    turn_ends: tuple[str, ...] | None = None
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -69,7 +70,7 @@ def spans(logprobs: Many[float]) -> list[Span]:
 class Answer(NamedTuple):
     """To a turn: the tokens of the reply; None where it is over, with a `note` where the sample cannot go on."""
 
-    tokens: Optional[tuple[int, ...]]
+    tokens: tuple[int, ...] | None
     note: str = ""
 
 
@@ -81,7 +82,7 @@ class Prefix:
     waiting: int  # samples that have not begun
     blocks: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the blocks
-    slot: Optional[int] = None  # of recurrent state
+    slot: int | None = None  # of recurrent state
 
 
 @dataclass(eq=False)
@@ -97,8 +98,8 @@ class Sequence:
     margins: list[float] = field(default_factory=list)  # how far the noise was from choosing another token
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
-    slot: Optional[int] = None
-    finish: Optional[str] = None  # stop | length | turns | abort
+    slot: int | None = None
+    finish: str | None = None  # stop | length | turns | abort
     note: str = ""  # why it was aborted, where its task knows
     arrival: int = 0
     _noise: numpy.ndarray = field(default_factory=lambda: numpy.empty(0), repr=False)

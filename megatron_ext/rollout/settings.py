@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import List
 
 from data_tools.mistake import Problem
 
@@ -16,7 +15,7 @@ class Sampling:
     top_p: float = 1.0  # the likeliest that together have this probability; 1: all
     min_p: float = 0.0  # those at least this likely, as a share of the likeliest; 0: all
     max_tokens: int = 256  # new ones, at most
-    stop_strings: List[str] = field(default_factory=list)  # a completion ends where one of them is complete
+    stop_strings: list[str] = field(default_factory=list)  # a completion ends where one of them is complete
     max_turns: int = 0  # in tasks that reply: the model's, at most; 0: as many as max_tokens leaves room for
 
     @property

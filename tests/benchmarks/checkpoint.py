@@ -63,15 +63,26 @@ def main() -> None:
                 held[name].append(blocked)
                 slowed[name].append(max(slower, 0.0))
                 print(
-                    f"{name} {number}: blocked {blocked:.2f} s, {meanwhile} steps meanwhile, slower by {slower:.2f} s")
+                    f"{name} {number}: blocked {blocked:.2f} s, {meanwhile} steps meanwhile, slower by {slower:.2f} s"
+                )
             saver.close()
         written = sum(f.stat().st_size for f in (root / "background").rglob("*") if f.is_file())
     ours, peer = (statistics.median(held[name]) for name in ("background", "at once"))
     slower = statistics.median(slowed["background"])
-    print(json.dumps({"name": "checkpoint", "ours": round(ours, 2), "peer": round(peer, 2),
-                      "ratio": round(ours / peer, 3), "unit": "s",
-                      "ratio_with_slower_steps": round((ours + slower) / peer, 3),
-                      "gb": round(written / 1e9, 2), "step_s": round(usual, 2)}))
+    print(
+        json.dumps(
+            {
+                "name": "checkpoint",
+                "ours": round(ours, 2),
+                "peer": round(peer, 2),
+                "ratio": round(ours / peer, 3),
+                "unit": "s",
+                "ratio_with_slower_steps": round((ours + slower) / peer, 3),
+                "gb": round(written / 1e9, 2),
+                "step_s": round(usual, 2),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -134,8 +134,11 @@ def main(gigabytes: float, folder: Path) -> None:
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found[name] = json.loads(said.splitlines()[-1])
         seconds, peak = found[name]["seconds"], found[name]["peak"]
-        print(f"{name:7} {seconds:6.1f} s {size / seconds / 1e9:6.2f} GB/s  peak {peak / 1e9:.2f} GB anonymous, "
-              f"{found[name]['cpu']:.1f} s of CPU", flush=True)
+        print(
+            f"{name:7} {seconds:6.1f} s {size / seconds / 1e9:6.2f} GB/s  peak {peak / 1e9:.2f} GB anonymous, "
+            f"{found[name]['cpu']:.1f} s of CPU",
+            flush=True,
+        )
         if name == "copy":
             for file in plain.iterdir():
                 file.unlink()

@@ -12,11 +12,12 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterator
+from typing import Any
 
 from megatron_ext.device import init_device
 
@@ -121,15 +122,17 @@ class Scorer:
         return Score(worth([int(token) for token in completion.split()]))
 
 
-def ours(hf: Path, keep: Path, asked: Prompts, prompts: int,
-         steps: int) -> tuple[list[tuple[float, float]], list[dict[str, Any]]]:
+def ours(
+    hf: Path, keep: Path, asked: Prompts, prompts: int, steps: int
+) -> tuple[list[tuple[float, float]], list[dict[str, Any]]]:
     """(CPU, wall) seconds and the metrics of each step."""
     family, dims, _ = read_config(hf)
     (model,) = family.build(dims, ParallelPlan(), torch.float32, "torch")
     convert.import_weights(model, hf, family, dims)
     trainer = Trainer(model, ParallelPlan(), AdamW())
-    engine = Forced(trainer.model[0], EngineConfig(kv_gib=1, block_size=32, max_batch=PLACES, token_budget=256), 0,
-                    stop_ids=())
+    engine = Forced(
+        trainer.model[0], EngineConfig(kv_gib=1, block_size=32, max_batch=PLACES, token_budget=256), 0, stop_ids=()
+    )
     engine.lengths, longest = asked.lengths, max(asked.lengths)
     collector = Collector(
         engine, asked, Scorer(), lambda ids, finish: " ".join(map(str, ids)), Sampling(max_tokens=longest), GROUP,
@@ -161,8 +164,9 @@ def trls(hf: Path, folder: Path, asked: Prompts, prompts: int, steps: int) -> li
 
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token=f"t{END}",
-                                        padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="t0", eos_token=f"t{END}", padding_side="left"
+    )
     rows = [" ".join(f"t{token}" for token in prompt) for prompt in asked.prompts]
     clock, lengths = Clock(), []
 

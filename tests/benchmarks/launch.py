@@ -38,8 +38,10 @@ def pipeline_text(phases: int, elements: int) -> str:
     lines = ["name: launch", "phases:"]
     for i in range(phases):
         needs = f", needs: [p{i - 1}]" if i else ""
-        lines.append(f"  p{i}: {{uses: tests.toy.numbers, array: {elements}{needs}, "
-                     "resources: {role: train, gpus_per_node: 8}}")
+        lines.append(
+            f"  p{i}: {{uses: tests.toy.numbers, array: {elements}{needs}, "
+            "resources: {role: train, gpus_per_node: 8}}"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -78,7 +80,8 @@ def peer_loop(folder: Path, elements: int) -> float:
     script = folder / "loop.sh"
     script.write_text("#!/bin/bash\n#SBATCH --time=10 --gpus-per-node=8 --output=/dev/null\ntrue\n")
     return timed(
-        lambda: [subprocess.run(["sbatch", script], check=True, stdout=subprocess.DEVNULL) for _ in range(elements)])[0]
+        lambda: [subprocess.run(["sbatch", script], check=True, stdout=subprocess.DEVNULL) for _ in range(elements)]
+    )[0]
 
 
 def main() -> None:
@@ -92,20 +95,33 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(cluster.env())
     try:
-        subprocess.run(["scontrol", "update", f"nodename=n[1-{args.nodes}]", "state=drain", "reason=benchmark"],
-                       check=True)
+        subprocess.run(
+            ["scontrol", "update", f"nodename=n[1-{args.nodes}]", "state=drain", "reason=benchmark"], check=True
+        )
         mine = ours(folder, args.phases, args.elements)
         submitit_s = peer_submitit(folder, args.phases, args.elements)
         loop_s = peer_loop(folder, args.elements)
     finally:
         cluster.down()
         shutil.rmtree(folder, ignore_errors=True)
-    print(f"{args.phases} phases × {args.elements} elements on {args.nodes} nodes: plan {mine['plan_s']:.2f} s, "
-          f"submit {mine['submit_s']:.2f} s in {mine['sbatch_calls']} sbatch calls, status {mine['status_s']:.2f} s; "
-          f"submitit {submitit_s:.2f} s; one sbatch an element, {args.elements} of them: {loop_s:.2f} s")
-    print(json.dumps({"name": "launch", "ours": round(mine["submit_s"], 3), "peer": round(submitit_s, 3),
-                      "ratio": round(submitit_s / mine["submit_s"], 2), "unit": "s",
-                      **{k: round(v, 3) for k, v in mine.items()}, "sbatch_loop_s": round(loop_s, 3)}))
+    print(
+        f"{args.phases} phases × {args.elements} elements on {args.nodes} nodes: plan {mine['plan_s']:.2f} s, "
+        f"submit {mine['submit_s']:.2f} s in {mine['sbatch_calls']} sbatch calls, status {mine['status_s']:.2f} s; "
+        f"submitit {submitit_s:.2f} s; one sbatch an element, {args.elements} of them: {loop_s:.2f} s"
+    )
+    print(
+        json.dumps(
+            {
+                "name": "launch",
+                "ours": round(mine["submit_s"], 3),
+                "peer": round(submitit_s, 3),
+                "ratio": round(submitit_s / mine["submit_s"], 2),
+                "unit": "s",
+                **{k: round(v, 3) for k, v in mine.items()},
+                "sbatch_loop_s": round(loop_s, 3),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def main() -> None:
             print(f"{family} {name}: {seconds:.1f} s of CPU, {gib:.2f} GiB", flush=True)
     most = max(gib for runs in found.values() for _, gib in runs.values())
     print(
-        json.dumps({"name": "long_context", "ours": most, "peer": None, "ratio": None, "unit": "GiB", "found": found}))
+        json.dumps({"name": "long_context", "ours": most, "peer": None, "ratio": None, "unit": "GiB", "found": found})
+    )
 
 
 if __name__ == "__main__":

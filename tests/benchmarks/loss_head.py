@@ -69,9 +69,19 @@ def main() -> None:
             found[kind, tokens] = seconds, mib = pool.apply(measure, (kind, tokens, args.hidden, repeats))
         print(f"{kind} {tokens:6,} tokens: {seconds:7.2f} s CPU, {mib:8,.0f} MiB", flush=True)
     (ours_s, ours), (peer_s, peer) = found["ours", BESIDE], found["peer", BESIDE]
-    print(json.dumps({"name": "loss_head", "ours": round(ours), "peer": round(peer), "ratio": round(peer / ours, 2),
-                      "unit": "MiB", "time_ratio": round(ours_s / peer_s, 2),
-                      "alone_mib": {tokens: round(found["ours", tokens][1]) for _, tokens, _ in runs[2:]}}))
+    print(
+        json.dumps(
+            {
+                "name": "loss_head",
+                "ours": round(ours),
+                "peer": round(peer),
+                "ratio": round(peer / ours, 2),
+                "unit": "MiB",
+                "time_ratio": round(ours_s / peer_s, 2),
+                "alone_mib": {tokens: round(found["ours", tokens][1]) for _, tokens, _ in runs[2:]},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -35,8 +36,11 @@ COPIES = 100  # of the trajectories, for the phase as a whole: enough for its st
 def records() -> dict[str, list[dict[str, Any]]]:
     trajectories = json.loads((SHARED / "data/tau_bench/gpt-4o-airline.json").read_text())
     solved = [json.loads(line) for line in open(SHARED / "data/gsm8k/example_model_solutions.jsonl")]
-    solutions = [{"question": row["question"], "answer": row[model]["solution"]}
-                 for row in solved for model in ("6b_finetuning", "175b_verification")]
+    solutions = [
+        {"question": row["question"], "answer": row[model]["solution"]}
+        for row in solved
+        for model in ("6b_finetuning", "175b_verification")
+    ]
     return {"trajectories": trajectories, "solutions": solutions}
 
 
@@ -63,8 +67,12 @@ def compare(name: str, rows: list[dict[str, Any]], rounds: int) -> list[dict[str
         return lambda: (row for record in rows for row in chats.rows(record))
 
     def peer() -> Iterator:
-        return (theirs.apply_chat_template(conversation.messages, chat_template=template, return_dict=True,
-                                           return_assistant_tokens_mask=True) for conversation in conversations)
+        return (
+            theirs.apply_chat_template(
+                conversation.messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+            )
+            for conversation in conversations
+        )
 
     sides = {"huggingface": ours("huggingface"), "gigatoken": ours("gigatoken"), "peer": peer}
     expected = list(peer())
@@ -72,14 +80,23 @@ def compare(name: str, rows: list[dict[str, Any]], rounds: int) -> list[dict[str
         found = list(sides[encoder]())
         assert len(found) == len(expected) and all(
             row.ids.tolist() == out["input_ids"] and row.mask.tolist() == out["assistant_masks"]
-            for row, out in zip(found, expected)), f"{name}: {encoder} differs"
+            for row, out in zip(found, expected)
+        ), f"{name}: {encoder} differs"
     seconds = medians(sides, rounds)
     tokens = sum(len(out["input_ids"]) for out in expected)
     print(f"{name}: {len(rows):,} rows, {tokens:,} tokens, ids and masks identical")
     for side, value in seconds.items():
         print(f"  {side:12} {value / len(rows) * 1e3:7.2f} ms/row  {tokens / value / 1e6:6.2f} Mtok/s")
-    return [{"name": f"materialize {name}, {encoder}", "ours": seconds[encoder], "peer": seconds["peer"],
-             "ratio": seconds["peer"] / seconds[encoder], "unit": "CPU s"} for encoder in ("huggingface", "gigatoken")]
+    return [
+        {
+            "name": f"materialize {name}, {encoder}",
+            "ours": seconds[encoder],
+            "peer": seconds["peer"],
+            "ratio": seconds["peer"] / seconds[encoder],
+            "unit": "CPU s",
+        }
+        for encoder in ("huggingface", "gigatoken")
+    ]
 
 
 def two_workers(rounds: int) -> dict[str, Any]:
@@ -93,14 +110,21 @@ def two_workers(rounds: int) -> dict[str, Any]:
             for workers in seconds:
                 out = Path(folder) / f"{number}.{workers}"
                 out.mkdir()
-                config = Config(source=Source(inputs=[str(source)]), tokenizer=str(TOKENIZER), workers=workers,
-                                chat=ChatConfig(template=str(TEMPLATE)), encoder="huggingface")
+                config = Config(
+                    source=Source(inputs=[str(source)]),
+                    tokenizer=str(TOKENIZER),
+                    workers=workers,
+                    chat=ChatConfig(template=str(TEMPLATE)),
+                    encoder="huggingface",
+                )
                 began = time.perf_counter()
                 materialize(config, out, 0, 1)
                 seconds[workers].append(time.perf_counter() - began)
     one, two = (statistics.median(seconds[workers]) for workers in (1, 2))
-    print(f"phase, {len(lines) * COPIES:,} trajectories: one worker {one:.1f} s, two {two:.1f} s "
-          f"(load {os.getloadavg()[0]:.1f})")
+    print(
+        f"phase, {len(lines) * COPIES:,} trajectories: one worker {one:.1f} s, two {two:.1f} s "
+        f"(load {os.getloadavg()[0]:.1f})"
+    )
     return {"name": "materialize, two workers", "ours": two, "peer": one, "ratio": one / two, "unit": "s"}
 
 

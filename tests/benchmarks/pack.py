@@ -29,8 +29,11 @@ def distributions(n: int) -> dict[str, np.ndarray]:
     """int32[n] lengths in tokens, five kinds: data.md D."""
     random = np.random.default_rng(0)
     short, reason, agentic = n * 7 // 10, n // 4, n - n * 7 // 10 - n // 4
-    mixed = [lognormal(random, 600, 0.9, short), lognormal(random, 6_000, 0.8, reason),
-             lognormal(random, 20_000, 1, agentic)]
+    mixed = [
+        lognormal(random, 600, 0.9, short),
+        lognormal(random, 6_000, 0.8, reason),
+        lognormal(random, 20_000, 1, agentic),
+    ]
     return {
         "agentic": lognormal(random, 20_000, 1.0, n),
         "reason": lognormal(random, 6_000, 0.8, n),
@@ -124,15 +127,30 @@ def main() -> None:
         total["ours"] += mine_s
         total["peer"] += peer_s
         bound = -(-int(lengths.sum(dtype=np.int64)) // CAPACITY)
-        print(f"{name:8} {len(lengths):,} documents: ours {mine_s:.3f} s, {mine:,} packs; TRL {peer_s:.2f} s, "
-              f"{peer:,} packs; lower bound {bound:,}; {peer_s / mine_s:.0f} times")
+        print(
+            f"{name:8} {len(lengths):,} documents: ours {mine_s:.3f} s, {mine:,} packs; TRL {peer_s:.2f} s, "
+            f"{peer:,} packs; lower bound {bound:,}; {peer_s / mine_s:.0f} times"
+        )
     large_s, _ = seconds(ours, distributions(args.large)["agentic"])
     read_ms = read_a_pack()
-    print(f"agentic {args.large:,} documents: ours {large_s:.2f} s; memory beyond the lengths, "
-          f"{args.documents:,} documents: {memory:.0f} MiB; reading one pack of {CAPACITY:,} tokens: {read_ms:.2f} ms")
-    print(json.dumps({"name": "pack", "ours": round(total["ours"] / 5, 4), "peer": round(total["peer"] / 5, 3),
-                      "ratio": round(total["peer"] / total["ours"], 1), "unit": "s",
-                      "memory_mib": round(memory, 1), "large_s": round(large_s, 3), "read_pack_ms": round(read_ms, 3)}))
+    print(
+        f"agentic {args.large:,} documents: ours {large_s:.2f} s; memory beyond the lengths, "
+        f"{args.documents:,} documents: {memory:.0f} MiB; reading one pack of {CAPACITY:,} tokens: {read_ms:.2f} ms"
+    )
+    print(
+        json.dumps(
+            {
+                "name": "pack",
+                "ours": round(total["ours"] / 5, 4),
+                "peer": round(total["peer"] / 5, 3),
+                "ratio": round(total["peer"] / total["ours"], 1),
+                "unit": "s",
+                "memory_mib": round(memory, 1),
+                "large_s": round(large_s, 3),
+                "read_pack_ms": round(read_ms, 3),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, Callable
+from typing import Any
 
 from megatron_ext.device import init_device
 
@@ -129,8 +130,11 @@ def main() -> None:
         ours(model, *work(GROUP, args.rounds))  # what is compiled at first use
         parameters = sum(p.numel() for p in model.parameters())
         mine, found = rate(ours, model, args.requests, args.rounds)
-        print(f"{parameters / 1e6:.1f}M parameters, {args.dtype}: ours {mine:.0f} tokens/s, occupancy "
-              f"{found['occupancy']:.2f}, prompt tokens computed per prompt token {found['prefill']:.2f}", flush=True)
+        print(
+            f"{parameters / 1e6:.1f}M parameters, {args.dtype}: ours {mine:.0f} tokens/s, occupancy "
+            f"{found['occupancy']:.2f}, prompt tokens computed per prompt token {found['prefill']:.2f}",
+            flush=True,
+        )
         with plain_torch():
             theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=getattr(torch, args.dtype)).eval()
             hugging, _ = rate(padded, theirs, args.requests, args.rounds)
@@ -144,10 +148,21 @@ def main() -> None:
                     f"continuous batching, page {page}, {tokens} tokens a batch: {found_rate:.0f} tokens/s", flush=True
                 )
                 tuned = max(tuned, found_rate)
-    print(json.dumps({"name": "rollout", "ours": round(mine, 1), "peer": round(hugging, 1),
-                      "ratio": round(mine / hugging, 2), "unit": "tokens/CPU s", "continuous_batching": round(tuned, 1),
-                      "ratio_continuous": round(mine / tuned, 2),
-                      **{key: round(value, 3) for key, value in found.items()}, "dtype": args.dtype}))
+    print(
+        json.dumps(
+            {
+                "name": "rollout",
+                "ours": round(mine, 1),
+                "peer": round(hugging, 1),
+                "ratio": round(mine / hugging, 2),
+                "unit": "tokens/CPU s",
+                "continuous_batching": round(tuned, 1),
+                "ratio_continuous": round(mine / tuned, 2),
+                **{key: round(value, 3) for key, value in found.items()},
+                "dtype": args.dtype,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -46,13 +46,24 @@ def main() -> None:
         for group in (1, args.ranks):
             idle = idle_shares(Stream(costs, source, group=group), args.batch, args.ranks, len(costs) // args.batch)
             found[name, group] = (1 - idle[0], 1 - idle[1], *peer)
-            print(f"{name:8} groups of {group}: a step {1 - idle[0]:.3f} (shuffled {peer[0]:.3f}), "
-                  f"a micro-batch {1 - idle[1]:.3f} (shuffled {peer[1]:.3f})")
+            print(
+                f"{name:8} groups of {group}: a step {1 - idle[0]:.3f} (shuffled {peer[0]:.3f}), "
+                f"a micro-batch {1 - idle[1]:.3f} (shuffled {peer[1]:.3f})"
+            )
     step, micro, peer_step, peer_micro = found["agentic", 1]
-    print(json.dumps({"name": "schedule", "ours": round(step, 4), "peer": round(peer_step, 4),
-                      "ratio": round(step / peer_step, 3), "unit": "step efficiency",
-                      "micro_batch_grouped": round(found["agentic", args.ranks][1], 4),
-                      "micro_batch_peer": round(peer_micro, 4)}))
+    print(
+        json.dumps(
+            {
+                "name": "schedule",
+                "ours": round(step, 4),
+                "peer": round(peer_step, 4),
+                "ratio": round(step / peer_step, 3),
+                "unit": "step efficiency",
+                "micro_batch_grouped": round(found["agentic", args.ranks][1], 4),
+                "micro_batch_peer": round(peer_micro, 4),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

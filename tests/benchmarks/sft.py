@@ -132,8 +132,17 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found[kind] = pool.apply(measure, (kind, args.packs, args.median))
         print(f"{kind}: {found[kind]:,.0f} tokens/s", flush=True)
-    print(json.dumps({"name": "sft", "ours": round(found["ours"]), "peer": round(found["peer"]),
-                      "ratio": round(found["ours"] / found["peer"], 2), "unit": "tokens/s"}))
+    print(
+        json.dumps(
+            {
+                "name": "sft",
+                "ours": round(found["ours"]),
+                "peer": round(found["peer"]),
+                "ratio": round(found["ours"] / found["peer"], 2),
+                "unit": "tokens/s",
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -44,8 +44,10 @@ def rank_main(steps: int, hf: str) -> None:
                 times[asks].append(time.perf_counter() - began)
         if dist.get_rank() == 0:
             with_, without = (statistics.median(times[asks]) * 1e3 for asks in (True, False))
-            print(f"step {without:.2f} ms, asking every rank {with_:.2f} ms: {with_ - without:+.3f} ms, "
-                  f"{with_ / without - 1:+.1%}")
+            print(
+                f"step {without:.2f} ms, asking every rank {with_:.2f} ms: {with_ - without:+.3f} ms, "
+                f"{with_ / without - 1:+.1%}"
+            )
 
 
 def main() -> None:

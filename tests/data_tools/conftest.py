@@ -1,8 +1,8 @@
 """Fixtures of the data tests: the project's tokenizer, small GSM8K-schema files, the real ones where they are."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import pytest
 from hypothesis import settings

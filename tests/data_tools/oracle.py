@@ -62,11 +62,18 @@ def _tokenizer(source, special, eos, normalizer=None):
     if normalizer:
         tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator([source], trainers.BpeTrainer(
-        vocab_size=len(special) + 400, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token="<pad>",
-                                   chat_template=source)
+    tokenizer.train_from_iterator(
+        [source],
+        trainers.BpeTrainer(
+            vocab_size=len(special) + 400,
+            special_tokens=special,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token="<pad>", chat_template=source
+    )
 
 
 class Prefixes:
@@ -83,7 +90,8 @@ class Prefixes:
 
     def render(self, count, prompt=False):
         return self.tokenizer.apply_chat_template(
-            self.messages[:count], tools=self.tools, add_generation_prompt=prompt, return_dict=False)
+            self.messages[:count], tools=self.tools, add_generation_prompt=prompt, return_dict=False
+        )
 
     def start(self, turn):
         """The first token of a turn behind what the generation prompt gives; None where prefixes do not tell it."""

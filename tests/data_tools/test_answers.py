@@ -109,8 +109,17 @@ def test_whatever_a_model_writes_is_judged_without_an_error():
     """Cut, doubled and shuffled pieces of all answers, against a plain one."""
     texts = [text for pairs in PAIRS.values() for gold, answer, _ in pairs for text in (gold, answer)]
     odd = [text[: len(text) // 2] for text in texts] + [text[len(text) // 3 :] + text[:3] for text in texts]
-    odd += ["{" * 300, "(" * 500 + ")" * 500, "9" * 5000, "^" * 50, "\\frac" * 40, "\ud800", "\0", "1e999999999",
-    "-" * 99]
+    odd += [
+        "{" * 300,
+        "(" * 500 + ")" * 500,
+        "9" * 5000,
+        "^" * 50,
+        "\\frac" * 40,
+        "\ud800",
+        "\0",
+        "1e999999999",
+        "-" * 99,
+    ]
     for text in odd:
         assert is_equal("123454321", text) is False
         assert isinstance(vote("123454321", text), str)
@@ -225,8 +234,10 @@ def test_no_answer_of_math_500_is_taken_for_another(inputs):
     assert sorted(shared) == equal and len(by_vote) > (25 if inputs.shipped else 270)
 
 
-@pytest.mark.parametrize("file, key", [("gsm8k/test.jsonl", "answer"), ("qwen_math/math_cot_100.jsonl", "gt"),
-("qwen_math/svamp.test.jsonl", "Answer")])
+@pytest.mark.parametrize(
+    "file, key",
+    [("gsm8k/test.jsonl", "answer"), ("qwen_math/math_cot_100.jsonl", "gt"), ("qwen_math/svamp.test.jsonl", "Answer")],
+)
 def test_real_answers_are_right_in_other_spellings(inputs, file, key):
     lines = [json.loads(line) for line in open(inputs.data(file))]
     golds = sorted({text_of(line, key).rpartition("####")[2].strip() for line in lines} - {"4:30p.."})  # no answer
@@ -236,7 +247,10 @@ def test_real_answers_are_right_in_other_spellings(inputs, file, key):
         ("hashes", f"#### {gold}."), ("tagged", f"<answer>${plain}$</answer>"),
                  ("boxed", f"\\fbox{{{plain.replace('-', '–')}}}")]  # fmt: skip
         if re.fullmatch(r"-?\d+(\.\d+)?", plain):
-            forms += [("boxed", f"\\boxed{{{float(plain):,.2f}}}"), ("boxed", f"\\boxed{{\\${plain}}}"),
-            ("boxed", f"\\boxed{{{plain} \\text{{ apples}}}}")]
+            forms += [
+                ("boxed", f"\\boxed{{{float(plain):,.2f}}}"),
+                ("boxed", f"\\boxed{{\\${plain}}}"),
+                ("boxed", f"\\boxed{{{plain} \\text{{ apples}}}}"),
+            ]
         missed = [(form, text) for form, text in forms if not is_right(gold, text, form)]
         assert not missed, gold

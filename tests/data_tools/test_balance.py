@@ -16,8 +16,17 @@ def sheets(draw: st.DrawFn) -> Balance:
         lines, rows, cut = Counter(draw(buckets)), Counter(draw(buckets)), Counter(draw(buckets))
         with_rows, kept, tokens = draw(counts), draw(counts), draw(counts)
         return SourceBalance(
-            name, with_rows + lines.total(), with_rows, lines, kept + rows.total(), kept, rows,
-            tokens + cut.total(), tokens, cut, tokens // 2,
+            name,
+            with_rows + lines.total(),
+            with_rows,
+            lines,
+            kept + rows.total(),
+            kept,
+            rows,
+            tokens + cut.total(),
+            tokens,
+            cut,
+            tokens // 2,
         )
 
     return Balance([source("a"), source("b")])

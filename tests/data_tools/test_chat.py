@@ -10,7 +10,19 @@ from data_tools.encoder import Encoder
 from data_tools.mistake import UserMistake
 from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.chats import (
-    ADDING, ASKED, CONVERSATIONS, FOUND, GREEDY, SOLVED, THOUGHT, TEMPLATES, TOOLS, call, message, write_tokenizer)
+    ADDING,
+    ASKED,
+    CONVERSATIONS,
+    FOUND,
+    GREEDY,
+    SOLVED,
+    TEMPLATES,
+    THOUGHT,
+    TOOLS,
+    call,
+    message,
+    write_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +88,9 @@ def test_each_gives_a_row_a_question_so_that_reasoning_stays_where_a_template_wo
     assert rows(CONVERSATIONS["ends with a question"], turns="each")[1] == Refused("nothing_trained")
 
 
-@pytest.mark.parametrize(("template", "thought"),
-                         [("qwen3", "<think>"), ("gptoss", "analysis"), ("nemotron_3_nano", "<think>")])
+@pytest.mark.parametrize(
+    ("template", "thought"), [("qwen3", "<think>"), ("gptoss", "analysis"), ("nemotron_3_nano", "<think>")]
+)
 def test_without_thinking_the_answer_alone_is_in_the_loss(rows, tokenizer, template, thought):
     (row,) = rows([ASKED, THOUGHT], template, train_thinking=False)
     text = learnt(row, tokenizer)
@@ -87,8 +100,14 @@ def test_without_thinking_the_answer_alone_is_in_the_loss(rows, tokenizer, templ
 
 THINKING = ["qwen3", "nemotron_3_nano", "glm4moe", "gptoss", "gemma4_v5"]
 # Answers and thoughts that speak of tags.
-SPOKEN = ["Use <think> to open. It ends with a slash.", "a </think> b", "<|channel|>analysis<|message|> opens, <|end|>",
-          "x <think>y</think> z", "say <tool_call>{}</tool_call>", "<channel|> closes <|channel>thought"]
+SPOKEN = [
+    "Use <think> to open. It ends with a slash.",
+    "a </think> b",
+    "<|channel|>analysis<|message|> opens, <|end|>",
+    "x <think>y</think> z",
+    "say <tool_call>{}</tool_call>",
+    "<channel|> closes <|channel>thought",
+]
 
 
 @pytest.mark.parametrize("template", THINKING)
@@ -108,7 +127,9 @@ def test_an_answer_that_speaks_of_tags_keeps_its_loss(rows, tokenizer, template,
 
 
 @pytest.mark.parametrize("template", THINKING)
-@pytest.mark.parametrize("thought", ["a <think> b", "a </think> b", "<think>a</think>", "<think>b</think></think>", "4"])
+@pytest.mark.parametrize(
+    "thought", ["a <think> b", "a </think> b", "<think>a</think>", "<think>b</think></think>", "4"]
+)
 def test_tags_within_thoughts_let_nothing_of_them_leak(rows, tokenizer, template, thought):
     messages = [ASKED, message("assistant", "It is 5.", reasoning_content=f"first {thought} last")]
     (whole,), (row,) = rows(messages, template), rows(messages, template, train_thinking=False)
@@ -126,8 +147,12 @@ def test_thoughts_in_the_content_end_with_the_tag_that_closes_the_first(rows, to
 
 def test_calls_are_told_from_an_answer_and_from_arguments_that_speak_of_them(rows, tokenizer):
     calls = {"tool_calls": [call("add", a="</tool_call> <tool_call>"), call("add", a=2)]}
-    (row,) = rows([ASKED, message("assistant", "I <tool_call> now", **calls), FOUND, SOLVED], "qwen2_5", TOOLS,
-                  train_tool_calls=False)
+    (row,) = rows(
+        [ASKED, message("assistant", "I <tool_call> now", **calls), FOUND, SOLVED],
+        "qwen2_5",
+        TOOLS,
+        train_tool_calls=False,
+    )
     text = learnt(row, tokenizer)
     assert text.split("<|im_end|>")[0].strip("\n|") == "I <tool_call> now" and "add" not in text
     unclear = message("assistant", "<tool_call>", tool_calls=[call("add", a="<tool_call>")])
@@ -151,26 +176,37 @@ def test_thinking_and_tool_calls_that_are_not_found_are_counted_not_trained(rows
 
 
 def test_messages_that_the_data_weighs_0_are_not_in_the_loss(rows, tokenizer):
-    messages = [ASKED, {**SOLVED, "loss_weight": 0.0}, message("user", "Sure?"),
-                message("assistant", "Yes.", loss_weight=1.0)]
+    messages = [
+        ASKED,
+        {**SOLVED, "loss_weight": 0.0},
+        message("user", "Sure?"),
+        message("assistant", "Yes.", loss_weight=1.0),
+    ]
     assert learnt(rows(messages)[0], tokenizer) == "Yes.<|im_end|>"
 
 
 def test_template_arguments_come_from_the_config_and_over_it_from_the_row(tokenizer):
-    config = ChatConfig(template=str(TEMPLATES / "gptoss.jinja"), arguments={"reasoning_effort": "low"},
-                        date="2025-10-26")
+    config = ChatConfig(
+        template=str(TEMPLATES / "gptoss.jinja"), arguments={"reasoning_effort": "low"}, date="2025-10-26"
+    )
     chats = ChatRows(config, tokenizer, Encoder(tokenizer))
-    plain, own = ({"messages": [ASKED, SOLVED], **more}
-                  for more in ({}, {"chat_template_kwargs": {"reasoning_effort": "high"}}))
-    assert ("Reasoning: low" in next(chats.rows(plain)).prompt
-            and "Current date: 2025-10-26" in next(chats.rows(plain)).prompt)
+    plain, own = (
+        {"messages": [ASKED, SOLVED], **more} for more in ({}, {"chat_template_kwargs": {"reasoning_effort": "high"}})
+    )
+    assert (
+        "Reasoning: low" in next(chats.rows(plain)).prompt
+        and "Current date: 2025-10-26" in next(chats.rows(plain)).prompt
+    )
     assert "Reasoning: high" in next(chats.rows(own)).prompt
 
 
 def test_rows_that_a_template_has_written_are_trained_by_their_chunks(tokenizer):
-    chunks = [("system", "<|im_start|>system\nS<|im_end|>\n"),
-              ("user", "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
-              ("assistant", "A<|im_end|>\n"), ("tool", "x")]
+    chunks = [
+        ("system", "<|im_start|>system\nS<|im_end|>\n"),
+        ("user", "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
+        ("assistant", "A<|im_end|>\n"),
+        ("tool", "x"),
+    ]
     record = {"messages": [{"role": role, "content": text} for role, text in chunks * 2]}
     found = list(ChatRows(ChatConfig(schema="rendered"), tokenizer, Encoder(tokenizer)).rows(record))
     assert [learnt(row, tokenizer) for row in found] == ["A<|im_end|>\n"] * 2
@@ -210,7 +246,8 @@ UNENDED = (  # its block holds no stop token where a text stands beside a call
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
     "{% if not (m.content and m.tool_calls) %}<|im_end|>{% endif %}{% endgeneration %}{% else %}{{ m.content }}"
-    "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def test_a_turn_whose_generation_blocks_hold_no_stop_token_is_trained_in_no_row(tmp_path, tokenizer):

@@ -158,16 +158,22 @@ def test_tools_and_template_arguments_come_along():
 
 
 def test_messages_that_the_data_keeps_out_of_the_loss_are_known_by_number():
-    messages = [{"role": "system", "content": "a"}, {"role": "system", "content": "b"},
-                {"role": "user", "content": "q"},
-                {"role": "assistant", "content": "x", "loss_weight": 0.0},
-                {"role": "assistant", "content": "y", "weight": 1}]
+    messages = [
+        {"role": "system", "content": "a"},
+        {"role": "system", "content": "b"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "x", "loss_weight": 0.0},
+        {"role": "assistant", "content": "y", "weight": 1},
+    ]
     (conversation,) = read_record({"messages": messages})
     assert conversation.messages[0]["content"] == "a\n\nb" and conversation.untrained == {2}
 
 
-CHUNKS = [("system", "<|im_start|>system\nS<|im_end|>\n"), ("user", "<|im_start|>user\nQ"),
-          ("assistant", "A<|im_end|>\n")]
+CHUNKS = [
+    ("system", "<|im_start|>system\nS<|im_end|>\n"),
+    ("user", "<|im_start|>user\nQ"),
+    ("assistant", "A<|im_end|>\n"),
+]
 LINE = [{"role": role, "content": text} for role, text in CHUNKS]
 
 
@@ -240,8 +246,11 @@ def at(record, path):
 def test_the_sweep_reaches_messages_parts_calls_and_functions_of_every_schema():
     depths = {name: {len(path) for found, path in MESSAGES if found == name} for name in RECORDS}
     assert {2} <= depths["tau-bench"] and {2, 4, 5} <= depths["openai"] and {2, 4} <= depths["typed parts"]
-    lists = [name for name, (record, _) in RECORDS.items()
-             if any(isinstance(value, list) and key != "history" for key, value in record.items())]
+    lists = [
+        name
+        for name, (record, _) in RECORDS.items()
+        if any(isinstance(value, list) and key != "history" for key, value in record.items())
+    ]
     assert all(depths[name] for name in lists)
 
 
@@ -276,8 +285,15 @@ def test_what_messages_hold_that_are_made_one_is_carried_or_refused_by_name(kind
     assert len(whole.messages) == 1 + len(CHAT)
 
 
-@pytest.mark.parametrize("name, key", [("query and response", "instruction"), ("gsm8k", "prompt"),
-                                       ("gsm8k", "messages"), ("prompt and completion", "conversations")])
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("query and response", "instruction"),
+        ("gsm8k", "prompt"),
+        ("gsm8k", "messages"),
+        ("prompt and completion", "conversations"),
+    ],
+)
 def test_another_question_beside_a_pair_of_texts_is_not_dropped(name, key):
     given = {"role": ["user"], "content": ["Q"]} if key in ("messages", "conversations") else "Into French:"
     with pytest.raises(BadRecord, match=rf"{key}.*\ba (str|dict)"):
@@ -452,7 +468,8 @@ def test_a_bad_record_is_told_with_its_bucket_and_why(record, bucket, reason):
 
 
 anything = st.sampled_from(
-    [None, True, 0, 1.5, "", "x", "[1]", "{}", [], [3], {}, {"x": [None]}, [["a", "b"]], [{}], {"function": 3}])
+    [None, True, 0, 1.5, "", "x", "[1]", "{}", [], [3], {}, {"x": [None]}, [["a", "b"]], [{}], {"function": 3}]
+)
 
 
 def places(value, path=()):
@@ -462,8 +479,28 @@ def places(value, path=()):
         yield from places(item, (*path, key))
 
 
-KEYS = [*IN_LOSS, *REFUSED, "role", "from", "content", "value", "tool_calls", "function_call", "function_calls", "tools",
-        "name", "arguments", "type", "function", "thinking", "messages", "traj", "prompt", "completion", "x"]
+KEYS = [
+    *IN_LOSS,
+    *REFUSED,
+    "role",
+    "from",
+    "content",
+    "value",
+    "tool_calls",
+    "function_call",
+    "function_calls",
+    "tools",
+    "name",
+    "arguments",
+    "type",
+    "function",
+    "thinking",
+    "messages",
+    "traj",
+    "prompt",
+    "completion",
+    "x",
+]
 
 
 @settings(max_examples=600)

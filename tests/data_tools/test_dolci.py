@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from data_tools.conversation import read_record
 from data_tools.dolci import (
-    SHARES, SOURCES, Config, category_of, draw, is_language, priority, prose, quotas, sample_shard)
+    SHARES,
+    SOURCES,
+    Config,
+    category_of,
+    draw,
+    is_language,
+    priority,
+    prose,
+    quotas,
+    sample_shard,
+)
 from data_tools.mistake import UserMistake
 from tests.inputs import Inputs
 
@@ -21,7 +31,8 @@ THOUGHT = "First this. Then that. Now the other. And one more. "
 def row(source: str, thinking: str, answer: str, question: str = "What is it?") -> dict:
     content = f"<think>{thinking}</think>{answer}" if thinking else answer
     return {
-        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": content}], "source": source
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": content}],
+        "source": source,
     }
 
 
@@ -127,7 +138,11 @@ def test_the_sample_has_its_shares_adds_up_and_is_the_same_for_any_number_of_ele
     assert len(rows) == 60 and len({json.dumps(r["messages"]) for r in rows}) == 60
     total = dict(zip(facts["tables"]["balance"]["columns"], facts["tables"]["balance"]["rows"][-1]))
     assert (total["duplicate"], total["not_en"], total["too_long"], total["kept"], total["not_drawn"]) == (
-        3, 4, 1, 60, 90,
+        3,
+        4,
+        1,
+        60,
+        90,
     )
     assert all(prepared(tmp_path, config, count)[1] == sample for count in (2, 5))
     assert prepared(tmp_path, Config(**{**vars(config), "seed": 1}), 3)[1] != sample

@@ -54,8 +54,7 @@ def test_tokens_of_a_normalised_text_are_told_by_the_normal_form_of_its_parts(tm
     tokenizer = load_tokenizer(str(folder if folder.exists() else nfc_tokenizer(folder)))
     parts = [unicodedata.normalize("NFC", part) for part in (before, inside, after)]
     assume(inside and "".join(parts) == unicodedata.normalize("NFC", before + inside + after))
-    ids, mask = Encoder(tokenizer, "huggingface").encode(
-        before + inside + after, [(len(before), len(before + inside))])
+    ids, mask = Encoder(tokenizer, "huggingface").encode(before + inside + after, [(len(before), len(before + inside))])
     start, stop = len(parts[0].encode()), len("".join(parts[:2]).encode())
     stops = np.cumsum([_bytes_of(tokenizer, token) for token in ids.tolist()], dtype=int)
     starts = np.append(0, stops[:-1])[: len(stops)]
@@ -102,8 +101,22 @@ def test_ids_and_masks_do_not_depend_on_the_encoder(tokenizer):
 plain = st.lists(
     st.sampled_from(
         [
-            "I'll", "'S", "don't", " ", "  ", "\t", "\n", "\r\n", "a", "B2", "1234", "...", " (x)\n\n", "<",
-            "<|im_end|>", "é",
+            "I'll",
+            "'S",
+            "don't",
+            " ",
+            "  ",
+            "\t",
+            "\n",
+            "\r\n",
+            "a",
+            "B2",
+            "1234",
+            "...",
+            " (x)\n\n",
+            "<",
+            "<|im_end|>",
+            "é",
         ]
     )
 )

@@ -26,11 +26,19 @@ LEAKY = """
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-FULL = [message("system", "be terse"), message("user", "what is it?"),
-        message("assistant", "let me see", reasoning_content="a sum", thinking="a sum",
-                tool_calls=[{**call("add", a=2, b="two"), "id": "c1"}]),
-        message("tool", "four", name="add", tool_call_id="c1"),
-        message("assistant", "it is 4", reasoning_content="done", thinking="done")]
+FULL = [
+    message("system", "be terse"),
+    message("user", "what is it?"),
+    message(
+        "assistant",
+        "let me see",
+        reasoning_content="a sum",
+        thinking="a sum",
+        tool_calls=[{**call("add", a=2, b="two"), "id": "c1"}],
+    ),
+    message("tool", "four", name="add", tool_call_id="c1"),
+    message("assistant", "it is 4", reasoning_content="done", thinking="done"),
+]
 WITHOUT = {  # of FULL: what is to be left out of it so that the leaky template loses nothing
     "tools": "tools", "reasoning": "reasoning", "reasoning of calls": "reasoning", "system": "content",
     "user": "content", "assistant": "turn", "tool": "content", "content of calls": "content", "calls": "tool_call",
@@ -73,13 +81,25 @@ def test_a_field_that_is_left_out_is_named(leaky, drop):
     assert row.bucket == f"{WITHOUT[drop]}_lost" and "leaves out" in row.reason, row
 
 
-@given(st.lists(st.sampled_from(["a", "word", " ", "\n", '"', "\\", "é", "<think>", "</think>", "{", "4"]), min_size=1,
-                max_size=6).map("".join).filter(str.strip), st.sampled_from(["user", "tool", "reasoning", "arguments"]))
+@given(
+    st.lists(
+        st.sampled_from(["a", "word", " ", "\n", '"', "\\", "é", "<think>", "</think>", "{", "4"]),
+        min_size=1,
+        max_size=6,
+    )
+    .map("".join)
+    .filter(str.strip),
+    st.sampled_from(["user", "tool", "reasoning", "arguments"]),
+)
 def test_short_and_odd_texts_are_found_lost_too(leaky, text, drop):
     """A text that by chance stands in what the template writes anyway is no proof that the field was written."""
     thought = {"reasoning_content": text, "thinking": text}
-    messages = [message("user", text), message("assistant", "a", tool_calls=[call("add", a=text)], **thought),
-                message("tool", text), message("assistant", "word 4")]
+    messages = [
+        message("user", text),
+        message("assistant", "a", tool_calls=[call("add", a=text)], **thought),
+        message("tool", text),
+        message("assistant", "word 4"),
+    ]
     (row,) = leaky(drop, messages)
     assert row.bucket == {"arguments": "tool_call_lost", "reasoning": "reasoning_lost"}.get(drop, "content_lost")
     (row,) = leaky("nothing", messages)
@@ -90,19 +110,22 @@ def test_a_tools_result_may_be_written_as_json(tmp_path, tokenizer):
     (tmp_path / "t.jinja").write_text(LEAKY.replace("{{ m.content }}", "{{ m.content | tojson }}"))
     config = ChatConfig(template=str(tmp_path / "t.jinja"))
     (row,) = ChatRows(config, tokenizer, Encoder(tokenizer)).rows(
-        {"messages": [message("user", 'say "é\n"'), message("assistant", '"é"')]})
+        {"messages": [message("user", 'say "é\n"'), message("assistant", '"é"')]}
+    )
     assert isinstance(row, Encoded), row
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3_instruct_2507", "llama3_1", "cohere2", "gemma3", ""])
 def test_reasoning_that_a_template_does_not_write_is_refused_put_into_the_content_or_left_out_as_asked(
-        tokenizer, template):
+    tokenizer, template
+):
     messages = [message("user", "2+2?"), message("assistant", "It is 4.", reasoning_content="Two and\ntwo.")]
     file = str(TEMPLATES / f"{template}.jinja") if template else ""
 
     def row_of(**options):
         (row,) = ChatRows(ChatConfig(template=file, **options), tokenizer, Encoder(tokenizer)).rows(
-            {"messages": messages})
+            {"messages": messages}
+        )
         return row
 
     refused = row_of()
@@ -138,8 +161,12 @@ def test_names_matter_where_people_have_them_and_where_results_are_out_of_order(
     results = [message("tool", f"result {number}", tool_call_id=f"c{number}") for number in (1, 2)]
     turns = [message("user", "?"), message("assistant", "", tool_calls=calls)]
     for messages, options, bucket in (
-            (named, {}, "name_lost"), (named, {"may_lose": ["name"]}, None), ([*turns, *results], {}, None),
-            ([*turns, *results[::-1]], {}, "name_lost"), ([*turns, *results[::-1]], {"may_lose": ["name"]}, None)):
+        (named, {}, "name_lost"),
+        (named, {"may_lose": ["name"]}, None),
+        ([*turns, *results], {}, None),
+        ([*turns, *results[::-1]], {}, "name_lost"),
+        ([*turns, *results[::-1]], {"may_lose": ["name"]}, None),
+    ):
         (row,) = leaky("name", messages, **options)
         assert getattr(row, "bucket", None) == bucket, row
     assert isinstance(leaky("nothing", named)[0], Encoded)
@@ -159,8 +186,10 @@ def test_what_becomes_of_a_row_does_not_depend_on_the_rows_before_it(tmp_path, t
     """Shapes are remembered, so rows of one shape with other texts come in both orders."""
     (tmp_path / "t.jinja").write_text(LEAKY.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"))
     config = ChatConfig(template=str(tmp_path / "t.jinja"))
-    records = [{"messages": [message("user", asked), message("assistant", said)]} for asked, said in (
-        ("2", "4"), ("a</think>2", "4"), ("2", "<think>a</think>4"), ("4", "2"), ("</think>", "4"))]
+    records = [
+        {"messages": [message("user", asked), message("assistant", said)]}
+        for asked, said in (("2", "4"), ("a</think>2", "4"), ("2", "<think>a</think>4"), ("4", "2"), ("</think>", "4"))
+    ]
     found = []
     for order in (records, records[::-1]):
         chats = ChatRows(config, tokenizer, Encoder(tokenizer))

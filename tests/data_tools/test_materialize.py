@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from data_tools.balance import Balance
-from data_tools.tokenizer import load_tokenizer
 from data_tools.durable import read_json
 from data_tools.materialize import Config, Source, check, materialize
 from data_tools.mistake import UserMistake
 from data_tools.store import Store
+from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.conftest import build, line
 from tests.inputs import Inputs
 

@@ -24,8 +24,18 @@ from data_tools.tokenizer import load_tokenizer
 from jobs.phases import materialize as materialize_phase
 from jobs.task import Task
 from tests.data_tools.chats import (
-    ASKED, CONVERSATIONS, FOUND, GREEDY, SOLVED, TEMPLATES, TOOLS, message, template_of, tokenizer_of,
-    write_tokenizer)
+    ASKED,
+    CONVERSATIONS,
+    FOUND,
+    GREEDY,
+    SOLVED,
+    TEMPLATES,
+    TOOLS,
+    message,
+    template_of,
+    tokenizer_of,
+    write_tokenizer,
+)
 from tests.data_tools.conftest import build
 from tests.data_tools.test_materialize import contents
 
@@ -49,7 +59,12 @@ a_line = st.one_of(
     st.sampled_from(list(CONVERSATIONS.values())).map(lambda messages: lines_of(messages, tools=TOOLS)),
     st.sampled_from(
         [
-            b"\n", b"{\n", b"\xff\n", b"[]\n", b'{"messages": []}\n', lines_of([ASKED]),
+            b"\n",
+            b"{\n",
+            b"\xff\n",
+            b"[]\n",
+            b'{"messages": []}\n',
+            lines_of([ASKED]),
             lines_of([ASKED, message("assistant", "")]),
         ]
     ),
@@ -112,7 +127,9 @@ def test_provenance_says_where_each_row_came_from_and_how_many_turns_it_trains(t
         )
     store = Store(build(config_of(tokenizer, tmp_path / "a.jsonl", tmp_path / "b.jsonl"), tmp_path, 3)[0])
     assert list(zip(store.sources.tolist(), store.lines.tolist(), store.turns.tolist())) == [
-        (0, 2, 2), (0, 3, 1), (1, 3, 1)
+        (0, 2, 2),
+        (0, 3, 1),
+        (1, 3, 1),
     ]
     hashes = [tuple(words) for words in store.prompt_hashes.tolist()]
     assert hashes[1] == hashes[2] != hashes[0]  # one question
@@ -145,8 +162,10 @@ def _trained(tokenizer, store, row):
 
 def test_rows_are_equal_only_if_they_train_the_same(tmp_path, tokenizer):
     """Whatever order they come in; and one that trains nothing is no copy of any: it is dropped as such."""
-    chats = [[ASKED, {**SOLVED, "weight": first}, message("user", "Sure?"), message("assistant", "Yes.", weight=second)]
-             for first, second in itertools.product((0, 1), (0, 1))]
+    chats = [
+        [ASKED, {**SOLVED, "weight": first}, message("user", "Sure?"), message("assistant", "Yes.", weight=second)]
+        for first, second in itertools.product((0, 1), (0, 1))
+    ]
     for number, order in enumerate(itertools.permutations(range(4))):
         (tmp_path / f"{number}.jsonl").write_bytes(lines_of(*(chats[place] for place in (*order, *reversed(order)))))
     config = config_of(tokenizer, *(tmp_path / f"{number}.jsonl" for number in (0, 9, 17, 23)))
@@ -190,12 +209,16 @@ BAD_LINES = {
     "deep": (b"[" * 100_000, "malformed_line", "not JSON"),
     "no known schema": (b'{"prompt": "x"}', "malformed_record", "no known schema has the keys prompt"),
     "empty assistant turn": (
-        lines_of([ASKED, message("assistant", "")]).strip(), "empty_assistant", "message 2: the assistant says nothing"
+        lines_of([ASKED, message("assistant", "")]).strip(),
+        "empty_assistant",
+        "message 2: the assistant says nothing",
     ),
     "no assistant": (lines_of([ASKED]).strip(), "no_assistant", "none of an assistant"),
     "half a surrogate pair": (lines_of([message("user", "\ud800"), SOLVED]).strip(), "not_unicode", "not Unicode"),
     "a template that raises": (
-        lines_of([ASKED, message("tool", "4"), SOLVED]).strip(), "template_error", "the chat template refuses it"
+        lines_of([ASKED, message("tool", "4"), SOLVED]).strip(),
+        "template_error",
+        "the chat template refuses it",
     ),
 }
 
@@ -261,8 +284,15 @@ def test_a_wrong_mask_fails_whatever_bad_rows_do(tmp_path, tokenizer):
 
 
 def test_settings_that_only_tasks_have_are_refused(tokenizer):
-    config = Config(tokenizer=str(tokenizer), source=Source(synthetic_rows=3), task_options={"x": 1}, format="tsv",
-                    chat=ChatConfig(turns="first"), encoder="fast", workers=0)
+    config = Config(
+        tokenizer=str(tokenizer),
+        source=Source(synthetic_rows=3),
+        task_options={"x": 1},
+        format="tsv",
+        chat=ChatConfig(turns="first"),
+        encoder="fast",
+        workers=0,
+    )
     where = [problem.where for problem in check(config)]
     assert where == ["chat.turns", "source.synthetic_rows", "task_options", "encoder", "format", "workers"]
 
@@ -308,8 +338,10 @@ FILES = ["tau_bench/gpt-4o-airline.json", "llamafactory/glaive_toolcall_en_demo.
 
 
 QUICK = [("qwen3", "qwen3_rebuilt"), ("gptoss", "gpt2_rebuilt")]
-TRIALS = [pytest.param(*trial, marks=[] if trial in QUICK else pytest.mark.soak)
-          for trial in itertools.product(FAMILIES, ["qwen3_rebuilt", "gpt2_rebuilt"])]
+TRIALS = [
+    pytest.param(*trial, marks=[] if trial in QUICK else pytest.mark.soak)
+    for trial in itertools.product(FAMILIES, ["qwen3_rebuilt", "gpt2_rebuilt"])
+]
 
 
 @pytest.mark.parametrize(("name", "tokenizer_name"), TRIALS)

@@ -54,8 +54,14 @@ def test_other_columns_keep_their_text_and_old_rewards_go_only_when_asked(tmp_pa
     assert list(out.iterdir()) == []
     q_rewards(Config(inputs=[str(tmp_path)], overwrite=True), out)
     assert read(out / "q.csv") == [
-        {"note": "007", "q_action_0": "1.0", "q_action_1": "1.0", "prompt": 'two\nlines, and a "quote"',
-         "reward_action_0": "0.5", "reward_action_1": "0.5"}
+        {
+            "note": "007",
+            "q_action_0": "1.0",
+            "q_action_1": "1.0",
+            "prompt": 'two\nlines, and a "quote"',
+            "reward_action_0": "0.5",
+            "reward_action_1": "0.5",
+        }
     ]
     assert source.read_text().startswith("note,reward_action_0")
 

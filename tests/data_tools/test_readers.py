@@ -28,8 +28,11 @@ def spell(path, rows, end=b"\n"):
     if ".parquet" in name:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=10)
         return path
-    text = (json.dumps(rows, indent=1).encode() if ".jsonl" not in name
-            else b"".join(json.dumps(row).encode() + end for row in rows))
+    text = (
+        json.dumps(rows, indent=1).encode()
+        if ".jsonl" not in name
+        else b"".join(json.dumps(row).encode() + end for row in rows)
+    )
     pack = {".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)
     half = text.find(b"\n", len(text) // 2) + 3
     path.write_bytes(pack(text[:half]) + pack(text[half:]) if pack is not bytes else text)  # two members or frames
@@ -42,8 +45,9 @@ def read(path, count, **named):
     return [json.loads(item) if isinstance(item, bytes) else item for part in records for item in part], shares, records
 
 
-@pytest.mark.parametrize("name",
-                         ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.json.zst", "a.parquet"]
+)
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 def test_shares_one_after_the_other_are_the_file(tmp_path, name, count):
     path = spell(tmp_path / name, ROWS)
@@ -58,8 +62,13 @@ def test_shares_one_after_the_other_are_the_file(tmp_path, name, count):
 
 
 @settings(max_examples=30)
-@given(st.lists(st.binary(max_size=9).map(lambda b: b.replace(b"\n", b"")), max_size=30), st.integers(1, 9),
-       st.booleans(), st.sampled_from(["gz", "zst"]), st.integers(1, 40))
+@given(
+    st.lists(st.binary(max_size=9).map(lambda b: b.replace(b"\n", b"")), max_size=30),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from(["gz", "zst"]),
+    st.integers(1, 40),
+)
 def test_packed_lines_are_shared_whatever_the_blocks(tmp_path_factory, lines, count, last_end, kind, block):
     from data_tools import readers
 
@@ -74,8 +83,11 @@ def test_packed_lines_are_shared_whatever_the_blocks(tmp_path_factory, lines, co
 
 
 def test_the_format_is_told_by_content_where_the_name_does_not_and_may_be_named(tmp_path):
-    for name, content, rows in (("a", b'\n[{"a": 1},\n {"a": 2}]', 2), ("b", b'{"a": 1}\n{"a": 2}\n', 2),
-                                ("c", b'{"a":\n 1}', 1)):
+    for name, content, rows in (
+        ("a", b'\n[{"a": 1},\n {"a": 2}]', 2),
+        ("b", b'{"a": 1}\n{"a": 2}\n', 2),
+        ("c", b'{"a":\n 1}', 1),
+    ):
         (tmp_path / name).write_bytes(content)
         assert len(read(tmp_path / name, 2)[0]) == rows
     (tmp_path / "d").write_bytes(b"[1]\n[2]\n")
@@ -83,8 +95,14 @@ def test_the_format_is_told_by_content_where_the_name_does_not_and_may_be_named(
 
 
 def test_keys_that_parquet_spells_as_null_are_absent(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": "q"},
-                          {"role": "assistant", "content": "a", "tool_calls": [{"x": 1}]}]}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a", "tool_calls": [{"x": 1}]},
+            ]
+        }
+    ]
     assert read(spell(tmp_path / "a.parquet", rows), 1)[0] == rows
 
 
@@ -94,7 +112,7 @@ def test_a_damaged_file_is_named_by_the_element_that_meets_the_damage(tmp_path, 
     path = spell(tmp_path / name, ROWS * 40)
     data = path.read_bytes()
     at = len(data) * 3 // 4
-    path.write_bytes(data[:at] if damage == "cut" else data[:at] + b"\xff" * 40 + data[at + 40:])
+    path.write_bytes(data[:at] if damage == "cut" else data[:at] + b"\xff" * 40 + data[at + 40 :])
     told = []
     for index in range(3):
         try:
@@ -128,8 +146,9 @@ def test_a_blend_given_for_records_is_spelled_as_the_settings_it_stands_for(tmp_
     (tmp_path / "blend.json").write_text('{"train": [0.3, "a.jsonl", 0.7, "b.jsonl"], "valid": [], "test": []}')
     with pytest.raises(UserMistake) as caught:
         open_share(tmp_path / "blend.json", 0, 1)
-    assert ('source.inputs: ["a.jsonl", "b.jsonl"] here, and weights: {"a.jsonl": 0.3, "b.jsonl": 0.7} in pack'
-            in str(caught.value))
+    assert 'source.inputs: ["a.jsonl", "b.jsonl"] here, and weights: {"a.jsonl": 0.3, "b.jsonl": 0.7} in pack' in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": 1, "a": 1}', '{"b": [{"c": {"a": null, "a": 1}}]}'])

@@ -10,8 +10,16 @@ from tests.inputs import Inputs
 
 
 def sample(prompt_id: object = 0, completion: str = "<think>add</think>4", **values: object) -> dict:
-    row = {"prompt_id": prompt_id, "prompt": f"Question {prompt_id}", "completion": completion,
-           "tokens": len(completion), "finish": "stop", "correct": True, "seed": 7, "weights": "abc"}
+    row = {
+        "prompt_id": prompt_id,
+        "prompt": f"Question {prompt_id}",
+        "completion": completion,
+        "tokens": len(completion),
+        "finish": "stop",
+        "correct": True,
+        "seed": 7,
+        "weights": "abc",
+    }
     return {**row, **values}
 
 
@@ -49,21 +57,38 @@ def test_each_sample_ends_in_one_bucket_and_they_add_up(tmp_path: Path) -> None:
         tmp_path, rows, min_tokens=5, max_tokens=100, evaluation_sets=[str(tmp_path / "aime.jsonl")]
     )
     assert buckets(facts) == {
-        "unscored": 1, "wrong": 1, "truncated": 1, "ill_formed": 2, "too_short": 1, "too_long": 1, "contaminated": 1,
-        "duplicate": 1, "kept": 1,
+        "unscored": 1,
+        "wrong": 1,
+        "truncated": 1,
+        "ill_formed": 2,
+        "too_short": 1,
+        "too_long": 1,
+        "contaminated": 1,
+        "duplicate": 1,
+        "kept": 1,
     }
     assert (facts["kept"], facts["prompts"], facts["prompts_left"]) == (1, 3, 1)
     assert chats == [
-        {"messages": [{"role": "user", "content": "Question 2"},
-                      {"role": "assistant", "content": "<think>add</think>4"}],
-         "prompt_id": 2, "pass_rate": 1.0, "seed": 7, "weights": "abc", "tokens": 19}
+        {
+            "messages": [
+                {"role": "user", "content": "Question 2"},
+                {"role": "assistant", "content": "<think>add</think>4"},
+            ],
+            "prompt_id": 2,
+            "pass_rate": 1.0,
+            "seed": 7,
+            "weights": "abc",
+            "tokens": 19,
+        }
     ]
     assert (facts["seed"], facts["weights"]) == (["7"], ["abc"])
 
 
 def test_rewards_without_a_verdict_are_refused_with_the_setting_to_change(tmp_path: Path) -> None:
     rows = [sample(0, correct=None, reward=0.88, task="decide")]
-    with pytest.raises(UserMistake, match="reward 0.88 and no verdict: task decide does not say .* RIGHT .* correct: false"):
+    with pytest.raises(
+        UserMistake, match="reward 0.88 and no verdict: task decide does not say .* RIGHT .* correct: false"
+    ):
         filtered(tmp_path, rows)
     (tmp_path / "out").rmdir()
     facts, _ = filtered(tmp_path, rows, correct=False)
@@ -179,11 +204,16 @@ def test_what_a_sample_was_asked_with_is_in_its_chat_and_what_it_says_beside_its
         return
     plain, asked = (read_record(chat)[0] for chat in filtered(tmp_path, rows)[1])
     assert (asked.messages, asked.tools, asked.arguments, asked.untrained) != (
-        [{**plain.messages[0], "content": "Question 1"}, plain.messages[1]], None, {}, frozenset())
+        [{**plain.messages[0], "content": "Question 1"}, plain.messages[1]],
+        None,
+        {},
+        frozenset(),
+    )
 
 
-@pytest.mark.parametrize("who, text, roles", [("role", "content", ("user", "assistant")),
-                                              ("from", "value", ("human", "gpt"))])
+@pytest.mark.parametrize(
+    "who, text, roles", [("role", "content", ("user", "assistant")), ("from", "value", ("human", "gpt"))]
+)
 def test_of_a_chat_the_sampled_answer_alone_is_in_the_loss(
     tmp_path: Path, who: str, text: str, roles: tuple[str, str]
 ) -> None:
@@ -217,7 +247,12 @@ def test_wrong_settings_are_told_at_once() -> None:
         prefer="short", answer_pattern="(", per_prompt=-1, min_pass_rate=0.9, max_pass_rate=0.1, near_duplicate=0
     )
     assert [problem.where for problem in check(config)] == [
-        "inputs", "prefer", "answer_pattern", "per_prompt", "min_pass_rate", "near_duplicate"
+        "inputs",
+        "prefer",
+        "answer_pattern",
+        "per_prompt",
+        "min_pass_rate",
+        "near_duplicate",
     ]
 
 
@@ -232,5 +267,7 @@ def test_model_solutions_of_gsm8k_are_filtered_as_they_are_marked(tmp_path: Path
             right += solution["is_correct"]
     facts, chats = filtered(tmp_path, rows, near_duplicate=1.0)
     found = buckets(facts)
-    assert len(rows) == (16 if inputs.shipped else 1200) and 0 < right < len(rows) and found["wrong"] == len(rows) - right
+    assert (
+        len(rows) == (16 if inputs.shipped else 1200) and 0 < right < len(rows) and found["wrong"] == len(rows) - right
+    )
     assert found["kept"] + found.get("duplicate", 0) == right and len(chats) == found["kept"]

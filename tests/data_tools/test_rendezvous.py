@@ -179,11 +179,13 @@ def test_another_user_of_the_machine_gets_nowhere(store):
         pytest.skip("only root can become somebody else")
     server, client = store
     client.set("afterok/secrets", b"value")
-    code = ("import os, encodings.idna; from data_tools.rendezvous import Client, Meeting, MeetingFailed\n"
-            "os.setgid(65534); os.setuid(65534)\n"
-            f"place = Meeting('127.0.0.1', range({server.port}, {server.port + 1}), {server.meeting.name!r}, b'guess')\n"
-            "try: Client(place, 0.3); print('IN')\n"
-            "except MeetingFailed: print('out')\n")
+    code = (
+        "import os, encodings.idna; from data_tools.rendezvous import Client, Meeting, MeetingFailed\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        f"place = Meeting('127.0.0.1', range({server.port}, {server.port + 1}), {server.meeting.name!r}, b'guess')\n"
+        "try: Client(place, 0.3); print('IN')\n"
+        "except MeetingFailed: print('out')\n"
+    )
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert said.stdout == "out\n", said
     assert client.get("afterok/secrets") == b"value"
@@ -249,16 +251,18 @@ def test_an_address_that_is_none_is_said_at_once(request):
 
 def test_more_ranks_than_the_soft_limit_of_open_files_are_let_in():
     """Rank 0 of a large job holds one connection for each rank, and torch's as well."""
-    code = ("import os, resource; from data_tools.rendezvous import Client, Meeting, Server\n"
-            "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
-            "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
-            "server = Server(Meeting('127.0.0.1', range(20000, 30000), f'many/{os.getpid()}', b'k' * 32))\n"
-            "held = [os.dup(0) for _ in range(20)]\n"
-            "if not os.fork():\n"
-            "    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))\n"
-            "    every = [Client(server.meeting, 20.0, server.port) for _ in range(60)]\n"
-            "    for one in every: one.add('n', 1)\n"
-            "    os._exit(every[0].get('n') != b'60')\n"
-            "os._exit(os.waitstatus_to_exitcode(os.wait()[1]))\n")
+    code = (
+        "import os, resource; from data_tools.rendezvous import Client, Meeting, Server\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
+        "server = Server(Meeting('127.0.0.1', range(20000, 30000), f'many/{os.getpid()}', b'k' * 32))\n"
+        "held = [os.dup(0) for _ in range(20)]\n"
+        "if not os.fork():\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))\n"
+        "    every = [Client(server.meeting, 20.0, server.port) for _ in range(60)]\n"
+        "    for one in every: one.add('n', 1)\n"
+        "    os._exit(every[0].get('n') != b'60')\n"
+        "os._exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done

@@ -32,8 +32,12 @@ PLACES = [f"{run}/kept/{KEY}{attempt}" for run in ("/run", "/moved/to/here") for
 @pytest.mark.parametrize("now", PLACES)
 @pytest.mark.parametrize("below", ["/chat.jsonl", "", "/*.jsonl"])
 def test_what_a_phase_made_is_meant_whichever_attempt_made_it_wherever_the_run_lies(then, now, below):
-    names = [f"{then}/chat.jsonl", "/data/chat.jsonl", f"{then.replace(KEY, KEY[::-1])}/chat.jsonl",
-             f"{then.replace('kept', 'other')}/chat.jsonl"]
+    names = [
+        f"{then}/chat.jsonl",
+        "/data/chat.jsonl",
+        f"{then.replace(KEY, KEY[::-1])}/chat.jsonl",
+        f"{then.replace('kept', 'other')}/chat.jsonl",
+    ]
     found, problems = by_source("weights", {f"{now}{below}": 2.0}, names)
     assert (found, problems) == ([2.0, None, None, None], [])
 
@@ -57,7 +61,10 @@ def test_the_most_exact_key_counts_and_every_source_needs_a_weight():
 def test_a_store_that_is_to_come_has_the_sources_of_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert forecast(Source(["a.jsonl", "/b.csv"], synthetic_rows=3)) == [
-        str(tmp_path / "a.jsonl"), "/b.csv", "synthetic train rows, seed 0"]
+        str(tmp_path / "a.jsonl"),
+        "/b.csv",
+        "synthetic train rows, seed 0",
+    ]
     (tmp_path / "d.jsonl").mkdir()
     for unsure in ("d.jsonl", "*.jsonl", "/run/kept/K"):
         assert forecast(Source([unsure])) is None

@@ -15,15 +15,32 @@ from data_tools.template import ChatTemplate, TemplateError
 from data_tools.tokenizer import load_tokenizer
 from data_tools.turns import Turns
 from tests.data_tools.chats import (
-    ADDING, ASKED, CHATML, CONVERSATIONS, FOUND, SOLVED, TOOLS, message, template_of, tokenizer_of,
-    write_tokenizer)
+    ADDING,
+    ASKED,
+    CHATML,
+    CONVERSATIONS,
+    FOUND,
+    SOLVED,
+    TOOLS,
+    message,
+    template_of,
+    tokenizer_of,
+    write_tokenizer,
+)
 
 DAY = date(2025, 10, 26)
 # What TRL's templates have in the loss and ours have not: headers, and line feeds behind stop tokens.
 LEFT = ("<|start|>assistant", "<｜Assistant｜", "<｜tool▁outputs▁end｜")
 FAMILIES = ["qwen2_5", "qwen3", "gptoss", "nemotron_3_nano", "deepseekv3", "glm4moe", "llama3"]
-MORE_FAMILIES = ["qwen3_instruct_2507", "nemotron_3_super", "cohere", "gemma3", "lfm2_v2", "qwen3_5_think",
-                 "muse_glimmer"]
+MORE_FAMILIES = [
+    "qwen3_instruct_2507",
+    "nemotron_3_super",
+    "cohere",
+    "gemma3",
+    "lfm2_v2",
+    "qwen3_5_think",
+    "muse_glimmer",
+]
 FILES = ["tau_bench/gpt-4o-airline.json", "llamafactory/glaive_toolcall_en_demo.json",
          "llamafactory/glaive_toolcall_zh_demo.json", "llamafactory/reason_tool_use_demo_50.jsonl",
          "llamafactory/v1_sft_demo.jsonl", "gsm8k/train.jsonl"]  # fmt: skip
@@ -45,8 +62,13 @@ def masked(template, encoder, conversation):
 def transformers_masks(tokenizer, source, conversation):
     """apply_chat_template(return_assistant_tokens_mask=True); None where it fails."""
     try:
-        out = tokenizer.apply_chat_template(conversation.messages, tools=conversation.tools, chat_template=source,
-                                            return_dict=True, return_assistant_tokens_mask=True)
+        out = tokenizer.apply_chat_template(
+            conversation.messages,
+            tools=conversation.tools,
+            chat_template=source,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
     except Exception:
         return None
     return np.array(out["input_ids"]), np.array(out["assistant_masks"])
@@ -94,8 +116,9 @@ def compare(name, tokenizers, conversations):
 
 @pytest.mark.parametrize("name", FAMILIES + MORE_FAMILIES)
 def test_masks_are_those_of_trl_and_of_transformers_generation_blocks(name, tokenizers):
-    conversations = [Conversation(messages, TOOLS if "tool" in kind else None)
-                     for kind, messages in CONVERSATIONS.items()]
+    conversations = [
+        Conversation(messages, TOOLS if "tool" in kind else None) for kind, messages in CONVERSATIONS.items()
+    ]
     assert compare(name, tokenizers, conversations) >= 1
 
 
@@ -126,13 +149,15 @@ def test_the_text_is_what_transformers_renders_byte_for_byte(name, kind, tokeniz
         text, spans = template.render(conversation)
     except TemplateError:
         with pytest.raises(Exception):
-            theirs.apply_chat_template(conversation.messages, tools=TOOLS, chat_template=template_of(name),
-                                       tokenize=False)
+            theirs.apply_chat_template(
+                conversation.messages, tools=TOOLS, chat_template=template_of(name), tokenize=False
+            )
         return
     messages = list(map(template.template.form.message, conversation.messages))
-    expected = theirs.apply_chat_template(messages, tools=TOOLS, chat_template=template_of(name), tokenize=False,
-                                          enable_thinking=False)
-    assert text.startswith(expected) and text[len(expected):] in ("", "<|user|>", "<|observation|>")  # GLM's closing
+    expected = theirs.apply_chat_template(
+        messages, tools=TOOLS, chat_template=template_of(name), tokenize=False, enable_thinking=False
+    )
+    assert text.startswith(expected) and text[len(expected) :] in ("", "<|user|>", "<|observation|>")  # GLM's closing
     assert [span.message for span in spans] == [number for number, m in enumerate(messages) if m["role"] == "assistant"]
 
 
@@ -145,7 +170,8 @@ def test_a_stop_token_ends_every_turn_and_no_header_begins_one(tokenizers):
             turn = text[span.start : span.stop]
             assert turn.rstrip().endswith(template.stop_texts)
             assert not turn.startswith(
-                ("<|im_start|>", "<|start|>", "<|assistant|>", "<｜Assistant｜>", "<|start_header_id|>"))
+                ("<|im_start|>", "<|start|>", "<|assistant|>", "<｜Assistant｜>", "<|start_header_id|>")
+            )
 
 
 def test_the_date_stands_still():
@@ -161,8 +187,10 @@ def test_marker_characters_in_a_conversation_do_no_harm(text):
     assert [rendered[span.start : span.stop] for span in spans] == [f"a{text}b<|im_end|>"]
 
 
-GENERATION = ("{% for m in messages %}{{ m.role }}:{% IF %}{% generation %}{{ m.content }}{% endgeneration %}"
-              "{% endif %}\n{% endfor %}")
+GENERATION = (
+    "{% for m in messages %}{{ m.role }}:{% IF %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% endif %}\n{% endfor %}"
+)
 LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 
 
@@ -189,15 +217,18 @@ def test_a_template_whose_turns_cannot_be_told_is_refused_in_one_line(source, re
 
 def test_a_header_that_is_named_is_believed():
     text, spans = turns(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "assistant: ").render(
-        Conversation([ASKED, SOLVED]))
+        Conversation([ASKED, SOLVED])
+    )
     assert [text[span.start : span.stop] for span in spans] == [SOLVED["content"] + "<end>"]
     with pytest.raises(TemplateError, match="message 2 (does not begin with chat.header|is not written behind)"):
         turns(LOOP.replace("'\n'", "'<end>\n'"), {}, {}, DAY, "asistant: ").render(Conversation([ASKED, SOLVED]))
 
 
-RESULTS_INSIDE = ("{% for m in messages %}{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}"
-                  "{{ m.tool_calls[0].function.name }}={{ (loop.nextitem or m).content }}{% endif %}<end>{% endif %}"
-                  "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+RESULTS_INSIDE = (
+    "{% for m in messages %}{% if m.role != 'tool' %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function.name }}={{ (loop.nextitem or m).content }}{% endif %}<end>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def test_a_tools_result_within_a_turn_is_not_trained():

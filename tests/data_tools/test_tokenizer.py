@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from data_tools.char_tokenizer import write_char_tokenizer
 from data_tools.chat import encode_row
-from data_tools.tokenizer import load_tokenizer
 from data_tools.durable import read_json, write_json
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
+from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.chats import tokenizer_of
 from tests.inputs import Inputs
 

@@ -26,9 +26,23 @@ from tests.data_tools.oracle import Prefixes, stops_of, tokenizer_for
 STOCK = sorted(path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training"))
 MORE = sorted(Path(os.environ.get("AFTEROK_TEMPLATES", "/nowhere")).glob("*.jinja"))  # llama.cpp's models/templates
 
-TOOLS = [{"type": "function", "function": {"name": "addnumbers", "description": "Adds two numbers.", "parameters": {
-    "type": "object", "properties": {"first": {"type": "integer", "description": "One."},
-                                     "text": {"type": "string", "description": "Other."}}, "required": ["first"]}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "addnumbers",
+            "description": "Adds two numbers.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "first": {"type": "integer", "description": "One."},
+                    "text": {"type": "string", "description": "Other."},
+                },
+                "required": ["first"],
+            },
+        },
+    }
+]
 
 
 def call(identity, **arguments):
@@ -64,9 +78,10 @@ def as_read(name, messages):
     messages = [dict(one) for one in messages]
     for one in messages:
         if name in TEXT_ARGUMENTS and one.get("tool_calls"):
-            one["tool_calls"] = [{**given, "function": {
-                **given["function"], "arguments": json.dumps(given["function"]["arguments"])}}
-                for given in one["tool_calls"]]
+            one["tool_calls"] = [
+                {**given, "function": {**given["function"], "arguments": json.dumps(given["function"]["arguments"])}}
+                for given in one["tool_calls"]
+            ]
         if name.startswith(PARTS):
             one["content"] = [{"type": "text", "text": one["content"]}]
         if name.startswith(REASONING) and "thinking" in one:
@@ -169,10 +184,12 @@ class Trial:
             if stop is None:
                 stop = mask.index(0, start)
             expected[start : len(ids) if stop > len(prefixes.ids) else stop] = [1] * (
-                (len(ids) if stop > len(prefixes.ids) else stop) - start)
+                (len(ids) if stop > len(prefixes.ids) else stop) - start
+            )
             assert ids[(stop if stop <= len(prefixes.ids) else len(ids)) - 1] in prefixes.stops
-        assert len(ids) == len(prefixes.ids) or self.theirs.decode(
-            ids[len(prefixes.ids):]).strip() in stops_of(self.name)
+        assert len(ids) == len(prefixes.ids) or self.theirs.decode(ids[len(prefixes.ids) :]).strip() in stops_of(
+            self.name
+        )
         assert told and mask == expected, self.spell(ids, mask, expected)
 
     def check_refusal(self, row, messages, tools):
@@ -187,16 +204,22 @@ class Trial:
         said = [str(value) for one in messages for key, value in one.items() if key in ("content", "reasoning_content")]
         called = [given["function"] for one in messages for given in one.get("tool_calls", ())]
         named = [given["name"] for given in called] + ["ARGUMENTONE"] * len(called)
-        fields = {"reasoning_lost": said, "content_lost": said, "tool_call_lost": named, "turn_lost": named,
-                  "tools_lost": [tool["function"]["name"] for tool in tools or ()] + named}[row.bucket]
+        fields = {
+            "reasoning_lost": said,
+            "content_lost": said,
+            "tool_call_lost": named,
+            "turn_lost": named,
+            "tools_lost": [tool["function"]["name"] for tool in tools or ()] + named,
+        }[row.bucket]
         assert any(text.count(part) < sum(one.count(part) for one in fields) for part in fields), (row.reason, text)
 
     def spell(self, ids, mask, expected):
         """The tokens around those in which the masks differ: our mask, the oracle's."""
         differ = [place for place, pair in enumerate(zip(mask, expected)) if pair[0] != pair[1]] or [0]
         window = range(max(0, differ[0] - 8), min(len(ids), differ[-1] + 8))
-        return " ".join(f"{self.theirs.convert_ids_to_tokens(ids[place])}[{mask[place]}{expected[place]}]"
-                        for place in window)
+        return " ".join(
+            f"{self.theirs.convert_ids_to_tokens(ids[place])}[{mask[place]}{expected[place]}]" for place in window
+        )
 
 
 def outcomes(path, folder):
@@ -210,8 +233,9 @@ def outcomes(path, folder):
     return found
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name in QUICK else pytest.mark.soak) for name in STOCK])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.soak) for name in STOCK]
+)
 def test_a_stock_template_gives_the_ids_of_transformers_and_the_masks_of_prefixes_or_is_refused(name, tmp_path):
     assert list(outcomes(TEMPLATES / f"{name}.jinja", tmp_path).values()) == TABLE[name].split()
 
@@ -221,8 +245,12 @@ def test_a_stock_template_gives_the_ids_of_transformers_and_the_masks_of_prefixe
 def test_templates_of_other_places_give_the_masks_of_prefixes_or_are_refused(path, tmp_path):
     found = outcomes(path, tmp_path)
     assert set(found.values()) <= {
-        "equal", "refused", "template_error", "turn_unclear", *(f"{kind}_lost" for kind in (
-            "reasoning", "content", "tool_call", "tools", "turn"))}
+        "equal",
+        "refused",
+        "template_error",
+        "turn_unclear",
+        *(f"{kind}_lost" for kind in ("reasoning", "content", "tool_call", "tools", "turn")),
+    }
 
 
 # What is said: texts that look like tags, and that a normal form changes.
@@ -264,9 +292,15 @@ def test_nothing_of_the_next_message_is_in_a_turn_that_it_ends(source, stops):
     def check(said):
         messages = []
         for asked, answer, calls in said:
-            messages += [message("user", asked), *([
-                message("assistant", "", tool_calls=[call("c1", text="x")]), message("tool", asked)] if calls else []),
-                message("assistant", answer)]
+            messages += [
+                message("user", asked),
+                *(
+                    [message("assistant", "", tool_calls=[call("c1", text="x")]), message("tool", asked)]
+                    if calls
+                    else []
+                ),
+                message("assistant", answer),
+            ]
         text, spans = turns.render(Conversation(messages))
         for span in spans:
             one, turn = messages[span.message], text[span.start : span.stop]
@@ -275,7 +309,8 @@ def test_nothing_of_the_next_message_is_in_a_turn_that_it_ends(source, stops):
             assert turn == one["content"] + stop or one.get("tool_calls")
             assert turn.count("<|") == one["content"].count("<|") + (2 if "<|tools_prefix|>" in turn else 1)
         assert [span.message for span in spans] == [
-            number for number, one in enumerate(messages) if one["role"] == "assistant"]
+            number for number, one in enumerate(messages) if one["role"] == "assistant"
+        ]
 
     check()
 
@@ -293,8 +328,10 @@ def chats(draw):
         messages.append(message("user", draw(TEXTS)))
         if tools and draw(st.booleans()):
             given = call(f"call0000{number}", first=draw(st.integers(0, 99)), text=draw(TEXTS))
-            messages += [message("assistant", "", tool_calls=[given]),
-                         message("tool", draw(TEXTS), name="addnumbers", tool_call_id=given["id"])]
+            messages += [
+                message("assistant", "", tool_calls=[given]),
+                message("tool", draw(TEXTS), name="addnumbers", tool_call_id=given["id"]),
+            ]
         reasoning = draw(THOUGHTS)
         messages.append(message("assistant", draw(SAID), **(thought(reasoning) if reasoning else {})))
     return messages, TOOLS if tools else None

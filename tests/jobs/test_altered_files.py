@@ -20,8 +20,21 @@ from megatron_ext import step_manifest
 from megatron_ext.rl import journal
 
 REFUSED = (UserMistake, TornFile)
-PHASE = FrozenPhase("p", "sft", "0123456789abcdef", {"settings": {"lr": 1e-3, "on": True}, "upstream": {"a": "77ab"}},
-                    {"lr": 1e-3, "text": "é\u2028"}, 3, 3, True, {"a": "afterok"}, {"/data/in": "ff00"}, 2, 1, 8)
+PHASE = FrozenPhase(
+    "p",
+    "sft",
+    "0123456789abcdef",
+    {"settings": {"lr": 1e-3, "on": True}, "upstream": {"a": "77ab"}},
+    {"lr": 1e-3, "text": "é\u2028"},
+    3,
+    3,
+    True,
+    {"a": "afterok"},
+    {"/data/in": "ff00"},
+    2,
+    1,
+    8,
+)
 
 
 def sealed(folder: Path, fans_in: bool) -> Path:
@@ -29,8 +42,17 @@ def sealed(folder: Path, fans_in: bool) -> Path:
     lease = artifact.acquire(0, Owner.me(1, 0, "77"), lambda job: False)
     (lease.folder / "sub").mkdir()
     (lease.folder / "sub/f.txt").write_text("hello")
-    artifact.seal(lease, {"key": "0123456789abcdef", "upstream": {"a": "77ab", "b": ["12", "34"]}, "submission": 1,
-                          "restart": 0, "job": "77", "facts": {"loss": 1.25, "steps": 30, "whole": True}})
+    artifact.seal(
+        lease,
+        {
+            "key": "0123456789abcdef",
+            "upstream": {"a": "77ab", "b": ["12", "34"]},
+            "submission": 1,
+            "restart": 0,
+            "job": "77",
+            "facts": {"loss": 1.25, "steps": 30, "whole": True},
+        },
+    )
     return artifact.element_seal_path(0) if fans_in else artifact.seal_path
 
 
@@ -40,10 +62,20 @@ def lease(folder: Path) -> Path:
 
 def manifest(folder: Path) -> Path:
     (folder / "step_12").mkdir()
-    durable.write_checked(folder / "step_12/manifest.json", {
-        "format": 2, "step": 12, "updates": 11, "weights_digest": "ab" * 32, "identity": {"seed": 1, "lr": 1e-3},
-        "files": {"state/__0_0.distcp": [1234, "cd" * 32], "rng/0.pt": [56, "ef" * 32]}, "position": {"pack": 77},
-        "layout": "world2_tp2_pp1_cp1_ep1_etp1", "vocabulary": 1000})
+    durable.write_checked(
+        folder / "step_12/manifest.json",
+        {
+            "format": 2,
+            "step": 12,
+            "updates": 11,
+            "weights_digest": "ab" * 32,
+            "identity": {"seed": 1, "lr": 1e-3},
+            "files": {"state/__0_0.distcp": [1234, "cd" * 32], "rng/0.pt": [56, "ef" * 32]},
+            "position": {"pack": 77},
+            "layout": "world2_tp2_pp1_cp1_ep1_etp1",
+            "vocabulary": 1000,
+        },
+    )
     return folder / "step_12/manifest.json"
 
 
@@ -68,8 +100,13 @@ def redirects(folder: Path) -> Path:
 
 def steps(folder: Path) -> Path:
     (folder / "submissions/1").mkdir(parents=True)
-    Journal([Step("submit", "p", "77ab", name="run.p.a1.00ff", elements=[0, 1, 2], needs={"a": "afterok"}),
-             Step("cancel", "q", job="12")], {"a": "17"}).write(RunFolder(folder), 1)
+    Journal(
+        [
+            Step("submit", "p", "77ab", name="run.p.a1.00ff", elements=[0, 1, 2], needs={"a": "afterok"}),
+            Step("cancel", "q", job="12"),
+        ],
+        {"a": "17"},
+    ).write(RunFolder(folder), 1)
     return folder / "submissions/1/journal.json"
 
 
@@ -81,7 +118,9 @@ def ledger(folder: Path) -> Path:
 
 
 def outcome(folder: Path) -> Path:
-    RunFolder(folder).record_outcome("p", Outcome(0, 1, 0, "stopped", 5, "said", "host", "77", 1.5, 2.5, 30, 40, "77ab"))
+    RunFolder(folder).record_outcome(
+        "p", Outcome(0, 1, 0, "stopped", 5, "said", "host", "77", 1.5, 2.5, 30, 40, "77ab")
+    )
     return next(folder.glob("p/attempts/*.json"))
 
 
@@ -94,7 +133,9 @@ def environment(folder: Path) -> Path:
 def driver(folder: Path) -> Path:
     (folder / "local/1").mkdir(parents=True)
     task = {"phase": "p", "job": "1.0", "index": 0, "state": "COMPLETED", "exit_code": 0, "restart": 0}
-    durable.write_checked(folder / "local/1/state.json", {"driver": dataclasses.asdict(Owner.me(1, 0)), "tasks": [task]})
+    durable.write_checked(
+        folder / "local/1/state.json", {"driver": dataclasses.asdict(Owner.me(1, 0)), "tasks": [task]}
+    )
     return folder / "local/1/state.json"
 
 
@@ -169,7 +210,9 @@ def edited(data: bytes, draw: random.Random) -> tuple[str, bytes]:
     scalars = [match.span() for match in re.finditer(rb'"[^"\\]*"|-?\d+(?:\.\d+)?|true|false|null', data)]
     if how == "word":
         start, stop = draw.choice(scalars)
-        return how, data[:start] + draw.choice([b'"x"', b"null", b"[]", b"{}", b"-1", b"1e999", b'"../x"']) + data[stop:]
+        return how, data[:start] + draw.choice([b'"x"', b"null", b"[]", b"{}", b"-1", b"1e999", b'"../x"']) + data[
+            stop:
+        ]
     (a, b), (c, d) = sorted(draw.sample(scalars, 2))
     return how, data[:a] + data[c:d] + data[b:c] + data[a:b] + data[d:]
 
@@ -203,8 +246,11 @@ def test_what_was_written_before_there_were_sums_is_read_all_the_same(kind, tmp_
     make, read = KINDS[kind]
     path = make(tmp_path)
     meaning = read(path)
-    lines = [json.loads(line) for line in path.read_text().split("\n") if line] if path.suffix == ".jsonl" else [
-        json.loads(path.read_text())]
+    lines = (
+        [json.loads(line) for line in path.read_text().split("\n") if line]
+        if path.suffix == ".jsonl"
+        else [json.loads(path.read_text())]
+    )
     for line in lines:
         assert line.pop(durable.SUM).startswith(durable.TAG)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -217,8 +263,10 @@ OUTSIDE = ["../../../etc", "/etc", "work/../../x", "..", ".", "", "work//x", "wo
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_no_seal_and_no_manifest_reaches_out_of_its_folder(name, tmp_path):
     """Whoever wrote it can write the sum as well."""
-    edits = (False, lambda content: content | {"root": name}), (
-        True, lambda content: content | {"files": {name: {"size": 1, "mtime_ns": 1, "sha256": "x"}}})
+    edits = (
+        (False, lambda content: content | {"root": name}),
+        (True, lambda content: content | {"files": {name: {"size": 1, "mtime_ns": 1, "sha256": "x"}}}),
+    )
     for fans_in, put in edits:
         path = sealed(tmp_path / str(fans_in), fans_in)
         durable.write_checked(path, put(durable.read_checked(path)))

@@ -212,8 +212,10 @@ def test_the_hash_cache_keeps_large_files_only_each_by_itself_and_forgets_old_on
         (tmp_path / name).write_text(text)
         cache.sha256(tmp_path / name)
     entries = sorted((tmp_path / "cache").rglob("*.json"))
-    assert ({json.loads(entry.read_text())["path"] for entry in entries}
-            == {str(tmp_path / "one"), str(tmp_path / "two")})
+    assert {json.loads(entry.read_text())["path"] for entry in entries} == {
+        str(tmp_path / "one"),
+        str(tmp_path / "two"),
+    }
     old = entries[0].with_name("old.json")
     old.write_text("{}")
     os.utime(old, (1, 1))

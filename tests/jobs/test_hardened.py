@@ -87,8 +87,10 @@ def without_locks():
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter knows x86-64's call numbers")
 def test_a_run_needs_no_file_lock(toy):
     pipeline, run = toy
-    check = ("import fcntl\ntry: fcntl.flock(0, 2)\nexcept OSError as error: assert error.errno == 37, error\n"
-             "else: raise SystemExit(9)")
+    check = (
+        "import fcntl\ntry: fcntl.flock(0, 2)\nexcept OSError as error: assert error.errno == 37, error\n"
+        "else: raise SystemExit(9)"
+    )
     try:
         assert subprocess.run([sys.executable, "-c", check], preexec_fn=without_locks).returncode == 0
     except subprocess.SubprocessError:
@@ -118,15 +120,21 @@ def test_attempts_order_outcomes_and_seals_whatever_the_clocks_of_their_hosts_sa
 def test_elements_worked_on_under_clocks_days_apart_fan_in_and_are_reused(toy, say):
     pipeline, run = toy
     afterok("run", pipeline, "numbers.with.fail_at=0", "--run", run, check=1)
-    clock = ("import time, sys; real = time.time; time.time = lambda: real() + {shift}\n"
-             "from jobs.worker import main\nsys.exit(main())")
+    clock = (
+        "import time, sys; real = time.time; time.time = lambda: real() + {shift}\n"
+        "from jobs.worker import main\nsys.exit(main())"
+    )
     for phase, shift in (("numbers", -3 * 86400), ("total", 5 * 86400), ("again", -9 * 86400)):
         for index in range(3 if phase == "numbers" else 1):
             plan = durable.read_checked(run / "submissions/1/plan.json")
             next(p for p in plan["phases"] if p["name"] == "numbers")["settings"]["fail_at"] = None
             durable.write_checked(run / "submissions/1/plan.json", plan)
-            subprocess.run([sys.executable, "-c", clock.format(shift=shift * (index + 1)), str(run), phase, str(index)],
-                           cwd=ROOT, check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, "-c", clock.format(shift=shift * (index + 1)), str(run), phase, str(index)],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+            )
     assert set(say.states(run).values()) == {"COMPLETED"} and say.actions(pipeline, "--run", run) == {"reuse"}
     assert all(phase["seconds"] >= 0 for phase in json.loads(say("status", run, "--json")[1])["phases"])
 
@@ -231,8 +239,10 @@ def test_a_seal_that_does_not_fit_is_no_seal_and_fits_later(disk):
 
 def test_a_phase_that_fills_the_disk_fails_in_one_line_and_a_later_submit_completes_the_run(disk, tmp_path, say):
     pipeline, run = tmp_path / "w.yaml", disk.path / "run"
-    pipeline.write_text("name: w\nphases:\n  small: {uses: tests.toy.writer}\n"
-                        "  big: {uses: tests.toy.writer, with: {mib: 30, after: '${phases.small.out}'}}\n")
+    pipeline.write_text(
+        "name: w\nphases:\n  small: {uses: tests.toy.writer}\n"
+        "  big: {uses: tests.toy.writer, with: {mib: 30, after: '${phases.small.out}'}}\n"
+    )
     done = afterok("run", pipeline, "cluster=local", "--run", run, check=2)
     failed = [line for line in done.stderr.splitlines() if "big failed" in line]
     assert len(failed) == 1 and "no space is left there; free some" in failed[0] and str(run) in failed[0]
@@ -312,8 +322,11 @@ def test_no_file_of_a_finished_run_knows_where_the_run_lies(finished):
 
 # -- torn files -------------------------------------------------------------------------------------------------------
 
-TEARS = {"empty": lambda data: b"", "half": lambda data: data[: len(data) // 2],
-         "zeros": lambda data: b"\0" * len(data)}
+TEARS = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: b"\0" * len(data),
+}
 
 
 @pytest.fixture(scope="module")
@@ -325,10 +338,21 @@ def half_done(tmp_path_factory):
     return pipeline, folder / "run"
 
 
-TORN = ["numbers/*/leases/*", "*/attempts/*.json", "submissions/1/plan.json", "submissions/1/code.json",
-        "local/1/state.json", "local/1/jobs.json", "submissions/1/pipeline.json", "submissions/1/journal.json",
-        "numbers/*/seals/0001.json", "numbers/*/seal.json", "total/*/leases/*", "numbers/*/elements/*/progress/*.json",
-        "submissions/1/profile.yaml"]
+TORN = [
+    "numbers/*/leases/*",
+    "*/attempts/*.json",
+    "submissions/1/plan.json",
+    "submissions/1/code.json",
+    "local/1/state.json",
+    "local/1/jobs.json",
+    "submissions/1/pipeline.json",
+    "submissions/1/journal.json",
+    "numbers/*/seals/0001.json",
+    "numbers/*/seal.json",
+    "total/*/leases/*",
+    "numbers/*/elements/*/progress/*.json",
+    "submissions/1/profile.yaml",
+]
 
 
 @pytest.mark.parametrize("kind", TEARS)

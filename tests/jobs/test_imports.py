@@ -39,8 +39,9 @@ def test_imports_are_followed_wherever_they_stand(tmp_path, name, expected):
 OFTEN = ("pack", "grpo")
 
 
-@pytest.mark.parametrize("kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.soak)
-                                  for kind in kind_names()])
+@pytest.mark.parametrize(
+    "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.soak) for kind in kind_names()]
+)
 def test_what_a_phase_loads_of_ours_at_plan_is_among_what_it_imports(kind):
     """Python itself as the oracle: a fresh interpreter imports the phase file."""
     code = f"import jobs.phases.{kind}, sys; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', 0)))"
@@ -50,12 +51,23 @@ def test_what_a_phase_loads_of_ours_at_plan_is_among_what_it_imports(kind):
     assert {name for name, path in files.items() if str(path) in loaded} <= found
     assert not [name for name in found if name.startswith("launchers/")]
     assert [name for name in found if name.startswith("jobs/phases/")] in (
-        [f"jobs/phases/{kind}.py", "jobs/phases/__init__.py"], ["jobs/phases/__init__.py", f"jobs/phases/{kind}.py"])
+        [f"jobs/phases/{kind}.py", "jobs/phases/__init__.py"],
+        ["jobs/phases/__init__.py", f"jobs/phases/{kind}.py"],
+    )
 
 
 def test_modules_beside_a_users_module_go_along_installed_ones_do_not(tmp_path, monkeypatch):
-    written(tmp_path, {"mine/__init__.py": "", "mine/score.py": "import helper, numpy, yaml, absent, jobs",
-                       "helper.py": "from tools.x import y", "tools/__init__.py": "", "tools/x.py": "y = 1",
-                       "unused.py": "", "yaml/notes.txt": "no package"})
+    written(
+        tmp_path,
+        {
+            "mine/__init__.py": "",
+            "mine/score.py": "import helper, numpy, yaml, absent, jobs",
+            "helper.py": "from tools.x import y",
+            "tools/__init__.py": "",
+            "tools/x.py": "y = 1",
+            "unused.py": "",
+            "yaml/notes.txt": "no package",
+        },
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert beside(tmp_path / "mine") == [tmp_path / "helper.py", tmp_path / "tools"]

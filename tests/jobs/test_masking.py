@@ -44,9 +44,12 @@ subprocess.run(["sh", "-c", 'echo "child $KEY $TOKEN"'], check=True)
 print("last", value.decode())
 {end}
 """
-ENDS = {"returns": ("", 0), "raises": ("raise SystemExit(os.environ['KEY'])", 1),
-        "leaves": ("sys.stdout.flush(); held.close_output(); os._exit(5)", 5),
-        "is killed": ("sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL)}
+ENDS = {
+    "returns": ("", 0),
+    "raises": ("raise SystemExit(os.environ['KEY'])", 1),
+    "leaves": ("sys.stdout.flush(); held.close_output(); os._exit(5)", 5),
+    "is killed": ("sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+}
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -63,9 +66,11 @@ def test_all_that_a_rank_and_its_children_print_is_masked_and_arrives(tmp_path, 
 
 
 def test_signals_of_the_rank_do_not_end_the_filter(tmp_path):
-    code = ("import os, signal, time; from jobs.secrets import reveal; reveal({}, {'KEY': 'planted-value'})\n"
-            "for number in (15, 12, 2): signal.signal(number, signal.SIG_IGN)\n"
-            "os.killpg(0, 15); os.killpg(0, 12); os.killpg(0, 2); print('alive, with', os.environ['KEY'])")
+    code = (
+        "import os, signal, time; from jobs.secrets import reveal; reveal({}, {'KEY': 'planted-value'})\n"
+        "for number in (15, 12, 2): signal.signal(number, signal.SIG_IGN)\n"
+        "os.killpg(0, 15); os.killpg(0, 12); os.killpg(0, 2); print('alive, with', os.environ['KEY'])"
+    )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
     assert (done.returncode, done.stdout) == (0, "alive, with ***KEY***\n"), done.stderr

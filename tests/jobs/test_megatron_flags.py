@@ -66,8 +66,10 @@ def test_every_override_is_a_field_of_the_phase():
     keys = [row.key for row in FLAGS if row.key] + [one.partition("=")[0] for row in FLAGS for one in row.fixed]
     for phase, where, *rest in (key.split(".") for key in keys):
         if where == "with":
-            assert (OmegaConf.select(schemas[phase], ".".join(rest), throw_on_missing=False) is not None
-                    or rest[-1] == "megatron"), rest
+            assert (
+                OmegaConf.select(schemas[phase], ".".join(rest), throw_on_missing=False) is not None
+                or rest[-1] == "megatron"
+            ), rest
 
 
 def test_each_flag_stands_in_one_row_and_says_one_thing():

@@ -62,7 +62,9 @@ def test_overrides_are_typed_and_reach_every_part(tmp_path):
 
 
 def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):
-    found = problems(tmp_path, """
+    found = problems(
+        tmp_path,
+        """
         name: Bad Name
         parms: {}
         on_code_change: rerum
@@ -72,14 +74,15 @@ def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):
           six: {uses: tests.toy.total, array: 2, with: {numbers: "${phases.oen.out}", factor: "${params.nothing}"}}
           Seven: {uses: tests.toy.total}
           eight: {with: {}}
-        """)
+        """,
+    )
     text = "\n".join(found)
     for expected in (
         "p.yaml: name: 'Bad Name'", "p.yaml: parms: unknown key (did you mean params?", "'rerum' (did you mean rerun?",
         "phases.one.array: 0 is neither", "phases.one.with.strt: unknown key (did you mean start?",
         "phases.one.with.seconds: 'soon' is not of type float",
         "phases.one.resources.nodez: unknown key (did you mean nodes?",
-        "phases.one.resources.nodes: 'two' is not of type Optional[int]",
+        "phases.one.resources.nodes: 'two' is not of type int | None",
         "phases.two.uses: unknown phase kind 'evaluat' (did you mean evaluate?",
         "phases.two.needs: no phase 'onne' (did you mean one?",
         "phases.two.needs.one: unknown dependency type 'afterko' (did you mean afterok?", "cannot be split",
@@ -90,10 +93,24 @@ def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):
     assert all("\n" not in line for line in found)
 
 
-FOREIGN = ["${oc.env:SECRET}", "${oc.decode:${oc.env:SECRET}}", "x ${ oc.env : SECRET } y", "${oc.create:{a: 1}}",
-           "${oc.select:params.start}", "${oc.dict.keys:params}", "${custom:1}", "${params.start:1}", "${.start}",
-           "\\\\${oc.env:SECRET}", "${${params.oc}:SECRET}", "${params.${oc.env:SECRET}}", "${leaf.value}",
-           "${params.dollar}{oc.env:SECRET}", "${oc.env:SECRET", "???"]
+FOREIGN = [
+    "${oc.env:SECRET}",
+    "${oc.decode:${oc.env:SECRET}}",
+    "x ${ oc.env : SECRET } y",
+    "${oc.create:{a: 1}}",
+    "${oc.select:params.start}",
+    "${oc.dict.keys:params}",
+    "${custom:1}",
+    "${params.start:1}",
+    "${.start}",
+    "\\\\${oc.env:SECRET}",
+    "${${params.oc}:SECRET}",
+    "${params.${oc.env:SECRET}}",
+    "${leaf.value}",
+    "${params.dollar}{oc.env:SECRET}",
+    "${oc.env:SECRET",
+    "???",
+]
 
 
 @pytest.mark.parametrize("text", FOREIGN)
@@ -103,8 +120,9 @@ def test_a_pipeline_refers_to_parameters_and_phases_alone(tmp_path, monkeypatch,
     pipeline = GOOD.replace("files: [a, b]", 'files: [a, b], oc: oc.env, dollar: "$"')
     for value in (f'"{text}"', f'["{text}"]', f'{{"{text}": 1}}'):
         found = problems(tmp_path, pipeline, f"{place}={value}")
-        assert any("is no reference" in line or "cannot resolve" in line or "is missing" in line
-                   for line in found), found
+        assert any("is no reference" in line or "cannot resolve" in line or "is missing" in line for line in found), (
+            found
+        )
         assert not any("hunter22" in line for line in found)
 
 
@@ -119,8 +137,10 @@ def test_references_stand_in_keys_too_and_two_that_become_one_are_refused(tmp_pa
     packs = load_pipeline(write(tmp_path, text)).phases["packs"]
     assert [need.phase for need in packs.needs] == ["first"]
     assert substitute(packs.settings, {"first": "/run"})["weights"] == {"/run/b.jsonl": 1, "a.jsonl": 2}
-    assert any("stands there already" in line for line in problems(
-        tmp_path, text.replace("${phases.first.out}/b.jsonl", "a.jsonl")))
+    assert any(
+        "stands there already" in line
+        for line in problems(tmp_path, text.replace("${phases.first.out}/b.jsonl", "a.jsonl"))
+    )
 
 
 def test_cycles_are_found_at_any_depth(tmp_path):

@@ -34,8 +34,9 @@ def key(tmp_path):
 
 def test_values_come_from_a_file_a_command_or_the_forwarded_environment(key, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    found = read_values({"A": f"file:{key}", "B": "file:~/key", "C": f"cmd:tr a-z A-Z < {key}", "D": "env:E"},
-                        {"E": "forwarded"})
+    found = read_values(
+        {"A": f"file:{key}", "B": "file:~/key", "C": f"cmd:tr a-z A-Z < {key}", "D": "env:E"}, {"E": "forwarded"}
+    )
     assert found == {"A": VALUE, "B": VALUE, "C": VALUE.upper(), "D": "forwarded"}
 
 
@@ -84,13 +85,14 @@ def test_a_command_that_hangs_is_ended_with_its_children(monkeypatch, tmp_path):
 
 
 def test_values_are_masked_in_every_spelling_and_never_shown_by_repr():
-    held = Secrets({"KEY": VALUE, "LONG": VALUE + "more", "PEM": "first line of it\nsecond\"line of it\n",
-                    "Q": "it's\t\"q\""})
+    held = Secrets(
+        {"KEY": VALUE, "LONG": VALUE + "more", "PEM": 'first line of it\nsecond"line of it\n', "Q": 'it\'s\t"q"'}
+    )
     text = f"{VALUE}more {VALUE!r} {VALUE} pl4nted%20v%40lue%2Fwith%3Dsigns first line of it; {held!r}"
     masked = held.mask(text)
     assert masked.startswith("***LONG*** '***KEY***' ***KEY*** ***KEY*** ***PEM***;") and "v@lue" not in masked
-    assert repr("it's\t\"q\"") not in held.mask(repr("x it's\t\"q\""))
-    for facts in ({"a": [VALUE, 1, None]}, {VALUE: 1}, {"a": {"b": (f"x{VALUE}",)}}, [repr("it's\t\"q\"")[1:-1]]):
+    assert repr('it\'s\t"q"') not in held.mask(repr('x it\'s\t"q"'))
+    for facts in ({"a": [VALUE, 1, None]}, {VALUE: 1}, {"a": {"b": (f"x{VALUE}",)}}, [repr('it\'s\t"q"')[1:-1]]):
         with pytest.raises(UserMistake, match="facts.* would write down the value of the secret (KEY|Q)") as caught:
             held.refuse_in(facts, "facts")
         assert VALUE not in str(caught.value)
@@ -105,20 +107,25 @@ def test_a_value_so_short_that_it_stands_in_texts_by_chance_is_refused(key):
 
 @pytest.mark.parametrize("hard", ["unlimited", "0"])
 def test_a_rank_with_secrets_that_aborts_leaves_no_core_file(key, tmp_path, hard):
-    code = (f"import os; from jobs.secrets import reveal; reveal({{'KEY': 'file:{key}'}}, {{}})\n"
-            "import resource; assert resource.getrlimit(resource.RLIMIT_CORE)[1] <= 1; os.abort()")
-    shell = f"ulimit -c {hard}; cd {tmp_path}; exec {sys.executable} -c \"$0\""
+    code = (
+        f"import os; from jobs.secrets import reveal; reveal({{'KEY': 'file:{key}'}}, {{}})\n"
+        "import resource; assert resource.getrlimit(resource.RLIMIT_CORE)[1] <= 1; os.abort()"
+    )
+    shell = f'ulimit -c {hard}; cd {tmp_path}; exec {sys.executable} -c "$0"'
     done = subprocess.run(["bash", "-c", shell, code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.returncode == -6, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"key"}
 
 
 def test_a_revealed_value_does_not_show_in_the_process_list(key):
-    code = (f"import sys; from jobs.secrets import reveal; reveal({{'KEY': 'file:{key}'}}, {{}}); import os, logging\n"
-            "assert os.environ['KEY'].startswith('pl4'); print('value', os.environ['KEY'], flush=True)\n"
-            "logging.warning(os.environ['KEY']); sys.stdin.read(); raise SystemExit(os.environ['KEY'])")
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
+    code = (
+        f"import sys; from jobs.secrets import reveal; reveal({{'KEY': 'file:{key}'}}, {{}}); import os, logging\n"
+        "assert os.environ['KEY'].startswith('pl4'); print('value', os.environ['KEY'], flush=True)\n"
+        "logging.warning(os.environ['KEY']); sys.stdin.read(); raise SystemExit(os.environ['KEY'])"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "value ***KEY***\n"
     seen = subprocess.run(["ps", "eww", "-p", str(child.pid)], capture_output=True, text=True).stdout
     assert "reveal" in seen and VALUE not in seen

@@ -21,23 +21,26 @@ def stops(*done):
     return [End(Cause.STOPPED, n) for n in done]
 
 
-@pytest.mark.parametrize("ends, again", [
-    (stops(0), True),  # asked to stop while it loaded: once
-    (stops(0, 0), False),
-    (stops(30), True),
-    (stops(30, 40, 55, 56, 57, 58, 59), True),  # as often as there is progress
-    (stops(30, 40, 40), False),
-    (stops(30, None), False),  # SIGTERM before it could ask
-    ([End(Cause.UNKNOWN), *stops(30)], True),
-    ([*stops(30), End(Cause.UNKNOWN), *stops(30)], False),
-    ([End(Cause.UNKNOWN)], True),
-    ([End(Cause.UNKNOWN), End(Cause.UNKNOWN)], False),
-    ([End(Cause.NODE)] * 3, True),
-    ([End(Cause.NODE)] * 4, False),
-    ([End(Cause.CODE)], False),
-    ([End(Cause.MISTAKE)], False),
-    ([End(Cause.NO_INPUT)], False),
-])
+@pytest.mark.parametrize(
+    "ends, again",
+    [
+        (stops(0), True),  # asked to stop while it loaded: once
+        (stops(0, 0), False),
+        (stops(30), True),
+        (stops(30, 40, 55, 56, 57, 58, 59), True),  # as often as there is progress
+        (stops(30, 40, 40), False),
+        (stops(30, None), False),  # SIGTERM before it could ask
+        ([End(Cause.UNKNOWN), *stops(30)], True),
+        ([*stops(30), End(Cause.UNKNOWN), *stops(30)], False),
+        ([End(Cause.UNKNOWN)], True),
+        ([End(Cause.UNKNOWN), End(Cause.UNKNOWN)], False),
+        ([End(Cause.NODE)] * 3, True),
+        ([End(Cause.NODE)] * 4, False),
+        ([End(Cause.CODE)], False),
+        ([End(Cause.MISTAKE)], False),
+        ([End(Cause.NO_INPUT)], False),
+    ],
+)
 def test_only_what_is_safe_and_gets_further_is_repeated(ends, again):
     assert decide(ends).again == again
 
@@ -47,9 +50,19 @@ def test_a_loop_without_progress_names_its_step_and_the_remedy():
     assert "still at step 1,200" in why and "ask for a longer time" in why
 
 
-@pytest.mark.parametrize("code, cause", [
-    (1, None), (2, Cause.MISTAKE), (3, Cause.LEASE_HELD), (4, Cause.NO_INPUT), (5, Cause.STOPPED), (137, None),
-    (139, None), (143, Cause.STOPPED)])
+@pytest.mark.parametrize(
+    "code, cause",
+    [
+        (1, None),
+        (2, Cause.MISTAKE),
+        (3, Cause.LEASE_HELD),
+        (4, Cause.NO_INPUT),
+        (5, Cause.STOPPED),
+        (137, None),
+        (139, None),
+        (143, Cause.STOPPED),
+    ],
+)
 def test_the_workers_own_exit_codes_name_their_cause(code, cause):
     assert retry.told_by(code) == cause
 
@@ -58,16 +71,19 @@ RUNNING = {"JobState": "RUNNING", "Requeue": "1", "BatchFlag": "1", "PreemptTime
 TERM, USR2 = signal.SIGTERM, signal.SIGUSR2
 
 
-@pytest.mark.parametrize("changes, received, refusal", [
-    ({}, {USR2}, ""),
-    ({"PreemptTime": "2026-11-21T01:47:31"}, {TERM}, ""),  # within a preemption's GraceTime the job still runs
-    ({}, {TERM}, "SIGTERM came from neither"),
-    ({}, {USR2, TERM}, "SIGTERM came from neither"),  # the limit was near, then somebody ended it
-    ({"JobState": "COMPLETING"}, {USR2}, "Slurm is ending the job"),  # scancel: a requeue would bring it back
-    ({"JobState": "COMPLETING"}, {TERM}, "Slurm is ending the job"),
-    ({"Requeue": "0"}, {USR2}, "may not be requeued"),
-    ({"BatchFlag": "0"}, {USR2}, "no batch job"),
-])
+@pytest.mark.parametrize(
+    "changes, received, refusal",
+    [
+        ({}, {USR2}, ""),
+        ({"PreemptTime": "2026-11-21T01:47:31"}, {TERM}, ""),  # within a preemption's GraceTime the job still runs
+        ({}, {TERM}, "SIGTERM came from neither"),
+        ({}, {USR2, TERM}, "SIGTERM came from neither"),  # the limit was near, then somebody ended it
+        ({"JobState": "COMPLETING"}, {USR2}, "Slurm is ending the job"),  # scancel: a requeue would bring it back
+        ({"JobState": "COMPLETING"}, {TERM}, "Slurm is ending the job"),
+        ({"Requeue": "0"}, {USR2}, "may not be requeued"),
+        ({"BatchFlag": "0"}, {USR2}, "no batch job"),
+    ],
+)
 def test_a_job_is_requeued_only_where_slurm_would_not_and_nobody_ended_it(changes, received, refusal):
     found = requeue.refusal({**RUNNING, **changes}, received)
     assert found.startswith(refusal) if not refusal else refusal in found
@@ -101,13 +117,20 @@ while time.monotonic() < end:
 
 
 def started(mode, seconds, **kwargs):
-    return subprocess.Popen([sys.executable, "-c", ASKING, mode, str(seconds)], cwd=ROOT, stdout=subprocess.PIPE,
-                            text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-c", ASKING, mode, str(seconds)], cwd=ROOT, stdout=subprocess.PIPE, text=True, **kwargs
+    )
 
 
-@pytest.mark.parametrize("mode, number, code", [
-    ("asks", signal.SIGTERM, 5), ("asks", signal.SIGUSR2, 5), ("silent", signal.SIGTERM, -signal.SIGTERM),
-    ("silent", signal.SIGUSR2, 0)])
+@pytest.mark.parametrize(
+    "mode, number, code",
+    [
+        ("asks", signal.SIGTERM, 5),
+        ("asks", signal.SIGUSR2, 5),
+        ("silent", signal.SIGTERM, -signal.SIGTERM),
+        ("silent", signal.SIGUSR2, 0),
+    ],
+)
 def test_who_asks_stops_and_who_does_not_dies_of_sigterm_alone(mode, number, code):
     process = started(mode, 20 if code else 1)
     assert process.stdout.readline() == "ready\n"
@@ -129,8 +152,12 @@ def test_a_signal_before_the_handlers_are_there_waits_for_them(number):
 def test_the_worker_survives_sigusr2_from_its_first_import_on(tmp_path):
     """Under the shell wrapper of the batch script, at many moments of its start."""
     for delay in (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25):
-        process = subprocess.Popen([*WITHOUT_USR2, sys.executable, "-m", "jobs.worker", str(tmp_path), "x"], cwd=ROOT,
-                                   stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*WITHOUT_USR2, sys.executable, "-m", "jobs.worker", str(tmp_path), "x"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         time.sleep(delay)
         process.send_signal(signal.SIGUSR2)
         _, err = process.communicate(timeout=30)
@@ -146,8 +173,13 @@ sys.exit(spawn_ranks([sys.executable, "-c", sys.argv[1], "asks", "20"], 2, 0))
 
 def test_every_rank_hears_a_signal_whenever_it_comes():
     for delay in (0.05, 0.1, 0.15, 0.2, 0.4):
-        parent = subprocess.Popen([sys.executable, "-c", SPAWNER, ASKING], cwd=ROOT, preexec_fn=stopping.hold,
-                                  stdout=subprocess.PIPE, text=True)
+        parent = subprocess.Popen(
+            [sys.executable, "-c", SPAWNER, ASKING],
+            cwd=ROOT,
+            preexec_fn=stopping.hold,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         time.sleep(delay)
         parent.send_signal(signal.SIGUSR2)
         out, _ = parent.communicate(timeout=30)
@@ -186,8 +218,11 @@ def test_work_that_lies_in_its_own_folder_leaves_at_any_moment_and_counts_nothin
 
 def test_materialize_stops_when_asked_to(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(materialize.materialize, "materialize",
-                        lambda config, out, index, count, progress: seen.append(progress(1, 5, "rows")))
+    monkeypatch.setattr(
+        materialize.materialize,
+        "materialize",
+        lambda config, out, index, count, progress: seen.append(progress(1, 5, "rows")),
+    )
     with pytest.raises(Stopped):
         materialize.run(materialize.Config(), task_of(tmp_path, lambda: True))
     assert not seen and not list((tmp_path / "out").iterdir())

@@ -70,8 +70,11 @@ def test_whatever_slurm_starts_again_changes_nothing_that_is_sealed(tmp_path, sm
     jobs = [entry.job for entry in Ledger(run / "ledger.jsonl").jobs() if entry.phase == "pair"]
 
     def tasks(*states):
-        return [f"{row.array_job_id}_{row.array_index}" for row in slurm.queue()
-                if row.array_job_id == jobs[-1] and row.array_index is not None and row.state in states]
+        return [
+            f"{row.array_job_id}_{row.array_index}"
+            for row in slurm.queue()
+            if row.array_job_id == jobs[-1] and row.array_index is not None and row.state in states
+        ]
 
     for trial in range(40):
         draw, fresh = random.Random(trial), trial % 2 == 1
@@ -97,7 +100,8 @@ def test_whatever_slurm_starts_again_changes_nothing_that_is_sealed(tmp_path, sm
 def test_a_throttled_array_runs_so_many_elements_at_once(tmp_path, dev_cluster):
     run, env = tmp_path / "run", dev_cluster.env()
     (tmp_path / "t.yaml").write_text(
-        "name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 6, throttle: 2, with: {seconds: 1}}\n")
+        "name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 6, throttle: 2, with: {seconds: 1}}\n"
+    )
     job = afterok_json("submit", tmp_path / "t.yaml", "--run", run, env=env)["jobs"]["a"]
     most = 0
     while set(states(run, env=env).values()) != {"COMPLETED"}:
@@ -108,8 +112,10 @@ def test_a_throttled_array_runs_so_many_elements_at_once(tmp_path, dev_cluster):
 def test_a_throttled_array_is_throttled_locally_too(tmp_path):
     run = tmp_path / "run"
     (tmp_path / "t.yaml").write_text(
-        "name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 4, throttle: 1, with: {seconds: 0.5}}\n")
+        "name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 4, throttle: 1, with: {seconds: 0.5}}\n"
+    )
     afterok("run", tmp_path / "t.yaml", "cluster=local", "--run", run)
-    spans = sorted((o["started"], o["ended"])
-                   for o in map(lambda p: json.loads(p.read_text()), run.glob("a/attempts/*.json")))
+    spans = sorted(
+        (o["started"], o["ended"]) for o in map(lambda p: json.loads(p.read_text()), run.glob("a/attempts/*.json"))
+    )
     assert all(end <= begin + 0.05 for (_, end), (begin, _) in zip(spans, spans[1:]))

@@ -50,8 +50,9 @@ def test_a_malformed_line_is_named_and_nothing_is_sealed(tmp_path, pipeline, bad
 
 def test_on_bad_row_bucket_counts_it_instead(tmp_path, pipeline):
     path = pipeline(b"\n".join([*LINES, b"{broken"]) + b"\n")
-    afterok("run", path, "data.with.on_bad_row=bucket", "data.with.dedupe=false", "--run", tmp_path / "run",
-            "cluster=local")
+    afterok(
+        "run", path, "data.with.on_bad_row=bucket", "data.with.dedupe=false", "--run", tmp_path / "run", "cluster=local"
+    )
     facts = {p["phase"]: p["facts"] for p in afterok_json("status", tmp_path / "run")["phases"]}["data"]
     assert (facts["lines"], facts["rows"], facts["kept"]) == (7, 12, 12)
     assert facts["buckets"] == {"malformed_line": 1}
@@ -68,21 +69,38 @@ def test_on_bad_row_bucket_counts_it_instead(tmp_path, pipeline):
 ])  # fmt: skip
 def test_a_wrong_setting_is_refused_before_anything_is_submitted(tmp_path, pipeline, override, expected):
     line = one_line(
-        afterok("run", pipeline(b"\n".join(LINES)), override, "--run", tmp_path / "run", "cluster=local", check=2))
+        afterok("run", pipeline(b"\n".join(LINES)), override, "--run", tmp_path / "run", "cluster=local", check=2)
+    )
     assert expected in line
     assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_folder_without_a_tokenizer_fails_the_phase_in_one_line(tmp_path, pipeline):
     (tmp_path / "empty").mkdir()
-    done = afterok("run", pipeline(b"\n".join(LINES)), f"data.with.tokenizer={tmp_path}/empty", "--run",
-                   tmp_path / "run", "cluster=local", check=2)
+    done = afterok(
+        "run",
+        pipeline(b"\n".join(LINES)),
+        f"data.with.tokenizer={tmp_path}/empty",
+        "--run",
+        tmp_path / "run",
+        "cluster=local",
+        check=2,
+    )
     assert str(tmp_path / "empty") in one_line(done)
 
 
 def test_a_training_plan_that_cannot_be_is_refused_with_numbers(tmp_path):
-    done = afterok("plan", TINY, "sft.resources.ranks_per_node=3", "sft.with.schedule=cosin",
-                   "sft.with.parallel.tensor=2", "--run", tmp_path / "run", "cluster=local", check=2)
+    done = afterok(
+        "plan",
+        TINY,
+        "sft.resources.ranks_per_node=3",
+        "sft.with.schedule=cosin",
+        "sft.with.parallel.tensor=2",
+        "--run",
+        tmp_path / "run",
+        "cluster=local",
+        check=2,
+    )
     assert "did you mean cosine" in done.stderr and "3" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -93,6 +111,10 @@ def test_an_input_that_changes_after_submission_is_noticed_by_the_job(tmp_path, 
     for seal in (tmp_path / "run").glob("data/*/seals/*.json"):
         seal.unlink()
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(LINES[:3]))
-    done = subprocess.run([sys.executable, "-m", "jobs.worker", str(tmp_path / "run"), "data", "0"], cwd=ROOT,
-                          text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.worker", str(tmp_path / "run"), "data", "0"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 2 and "changed since it was submitted" in done.stderr

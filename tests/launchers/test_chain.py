@@ -30,15 +30,18 @@ def end(done, total, seconds, key="k", state="stopped"):
 PHASE = FrozenPhase("sft", "sft", "k", {}, {}, None, 1, False, {}, {}, 1, 1, 0)
 
 
-@pytest.mark.parametrize("outcomes, links", [
-    ([], FIRST_LINKS),
-    ([end(None, None, 50)], FIRST_LINKS),  # killed before it could say
-    ([end(100, 1000, 1000)], 9 + SPARE_LINKS),  # 10 s a step, 900 steps left, 1000 s a link
-    ([end(100, 1000, 1000), end(300, 1000, 1000)], 5 + SPARE_LINKS),  # 300 steps in 2000 s, 700 left
-    ([end(1000, 1000, 4000, key="other", state="sealed")], 4 + SPARE_LINKS),  # other settings tell the step time
-    ([end(100, 1000, 1000), end(0, 1000, 600)], 9 + SPARE_LINKS),  # a stop before the first step tells nothing
-    ([end(1, 10 ** 6, 1000)], 100),
-])
+@pytest.mark.parametrize(
+    "outcomes, links",
+    [
+        ([], FIRST_LINKS),
+        ([end(None, None, 50)], FIRST_LINKS),  # killed before it could say
+        ([end(100, 1000, 1000)], 9 + SPARE_LINKS),  # 10 s a step, 900 steps left, 1000 s a link
+        ([end(100, 1000, 1000), end(300, 1000, 1000)], 5 + SPARE_LINKS),  # 300 steps in 2000 s, 700 left
+        ([end(1000, 1000, 4000, key="other", state="sealed")], 4 + SPARE_LINKS),  # other settings tell the step time
+        ([end(100, 1000, 1000), end(0, 1000, 600)], 9 + SPARE_LINKS),  # a stop before the first step tells nothing
+        ([end(1, 10**6, 1000)], 100),
+    ],
+)
 def test_the_number_of_links_follows_from_measured_steps(outcomes, links):
     assert links_needed(PHASE, outcomes, 1000.0) == links
 
@@ -162,10 +165,9 @@ def test_a_time_limit_ends_a_link_and_the_next_goes_on(chained):
     job = jobs_of(run)["counter"]
     assert "#SBATCH --signal=USR2@30\n" in (run / "submissions/1/scripts/counter.sh").read_text()
     wait_for("the end", lambda: states(run, env=env)["total"] == "COMPLETED", 300)
-    assert (
-        [o.state for o in RunFolder(run).outcomes("counter")][-1] == "sealed"
-        and len(facts(run, "counter")["starts"]) > 1
-    )
+    assert [o.state for o in RunFolder(run).outcomes("counter")][-1] == "sealed" and len(
+        facts(run, "counter")["starts"]
+    ) > 1
     assert facts(run, "total")["total"] == sum(range(600)) and jobs_of(run)["counter"] == job
 
 

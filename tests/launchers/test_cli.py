@@ -14,9 +14,11 @@ HEAVY = ("torch", "megatron", "transformers", "submitit", "tokenizers")
 
 
 def imported_by(*args):
-    code = ("import sys; sys.argv = ['afterok', *sys.argv[1:]]\nfrom launchers.cli import main\n"
-            "try:\n    main()\nexcept SystemExit:\n    pass\n"
-            "print('MODULES', *sorted(m.split('.')[0] for m in sys.modules))")
+    code = (
+        "import sys; sys.argv = ['afterok', *sys.argv[1:]]\nfrom launchers.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('MODULES', *sorted(m.split('.')[0] for m in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True, capture_output=True)
     return set(done.stdout.split("MODULES")[1].split())
 
@@ -75,10 +77,13 @@ def test_folders_of_the_user_do_not_stand_in_for_our_packages(tmp_path):
     (tmp_path / "mine" / "__init__.py").touch()
     (tmp_path / "mine" / "phase.py").write_text((ROOT / "tests/toy/numbers.py").read_text())
     (tmp_path / "p.yaml").write_text("name: p\nphases:\n  a: {uses: mine.phase}\n")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import launchers.cli; sys.path.remove({str(ROOT)!r}); " \
-           "sys.path.remove(''); sys.path.append(" + repr(str(ROOT)) + "); sys.exit(launchers.cli.main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, "plan", "p.yaml", "cluster=local"], cwd=tmp_path, text=True,
-                          capture_output=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import launchers.cli; sys.path.remove({str(ROOT)!r}); "
+        "sys.path.remove(''); sys.path.append(" + repr(str(ROOT)) + "); sys.exit(launchers.cli.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", "p.yaml", "cluster=local"], cwd=tmp_path, text=True, capture_output=True
+    )
     assert done.returncode == 0 and "mine" not in done.stderr, done.stderr
 
 

@@ -9,18 +9,39 @@ from tests.command import afterok, afterok_json, one_line, write_toy
 def test_a_dev_cluster_from_up_to_down(short_folder, tmp_path):
     require_packages()
     env = {"AFTEROK_CLUSTER": str(short_folder)}
-    assert ("afterok cluster up"
-            in one_line(afterok("run", write_toy(tmp_path), "cluster=dev", "--run", tmp_path / "r", env=env, check=2)))
+    assert "afterok cluster up" in one_line(
+        afterok("run", write_toy(tmp_path), "cluster=dev", "--run", tmp_path / "r", env=env, check=2)
+    )
     assert "2 nodes × 4 fake GPUs" in afterok("cluster", "up", "--nodes", 2, "--gpus-per-node", 4, env=env).stdout
     assert afterok("cluster", "exec", "--", "sinfo", "-h", "-o", "%D %G", env=env).stdout.split() == ["2", "gpu:4"]
-    inside = afterok("cluster", "exec", "--", sys.executable, "-m", "launchers.cli", "run", write_toy(tmp_path),
-                     "--run", tmp_path / "inside", env=env)
+    inside = afterok(
+        "cluster",
+        "exec",
+        "--",
+        sys.executable,
+        "-m",
+        "launchers.cli",
+        "run",
+        write_toy(tmp_path),
+        "--run",
+        tmp_path / "inside",
+        env=env,
+    )
     assert "total 12" in inside.stdout
-    chosen = afterok("run", write_toy(tmp_path), "cluster=dev", "numbers.resources.gpus_per_node=1", "--run",
-                     tmp_path / "r", env=env)
+    chosen = afterok(
+        "run", write_toy(tmp_path), "cluster=dev", "numbers.resources.gpus_per_node=1", "--run", tmp_path / "r", env=env
+    )
     assert "total 12" in chosen.stdout
-    refused = afterok("plan", write_toy(tmp_path), "cluster=dev", "numbers.resources.gpus_per_node=9", "--run",
-                      tmp_path / "r", env=env, check=2)
+    refused = afterok(
+        "plan",
+        write_toy(tmp_path),
+        "cluster=dev",
+        "numbers.resources.gpus_per_node=9",
+        "--run",
+        tmp_path / "r",
+        env=env,
+        check=2,
+    )
     assert "9 GPUs a node" in one_line(refused) and "at most 4" in one_line(refused)
     assert afterok_json("cluster", "status", env=env)["prefix"] == str(short_folder)
     afterok("cluster", "down", env=env)

@@ -50,15 +50,21 @@ def test_what_follows_a_failure_is_not_needed_after_a_success_and_that_is_none(p
     assert not list(run.glob("clean/*/leases/*")), "it began"
     why = afterok_json("why", run, env=env)
     assert why["healthy"] and "nothing is wrong: all 2 phases are sealed" in why["headline"]
-    plan = {phase["phase"]: (phase["action"], phase["reasons"]) for phase in
-            afterok_json("plan", path, *overrides, "--run", run, env=env)["phases"]}
+    plan = {
+        phase["phase"]: (phase["action"], phase["reasons"])
+        for phase in afterok_json("plan", path, *overrides, "--run", run, env=env)["phases"]
+    }
     assert plan["clean"] == plan["tell"] == ("skip", ["not needed: train is sealed"]) and plan["report"][0] == "reuse"
     submitted = afterok("submit", path, *overrides, "--run", run, env=env).stdout
     assert "all 4 phases" in submitted and "are sealed or not needed" in submitted
     if env:
         jobs = {entry.phase: entry.job for entry in Ledger(run / "ledger.jsonl").jobs()}
-        wait_for("the queue to be rid of them", lambda: {
-            row.state for phase in ("clean", "tell") for row in rows_of(Slurm(env), jobs[phase])} == {"CANCELLED"})
+        wait_for(
+            "the queue to be rid of them",
+            lambda: (
+                {row.state for phase in ("clean", "tell") for row in rows_of(Slurm(env), jobs[phase])} == {"CANCELLED"}
+            ),
+        )
 
 
 EXCLUSIVE = """
@@ -67,7 +73,6 @@ phases:
   first: {uses: tests.toy.numbers, array: 2, with: {seconds: 1.5}}
   second: {uses: tests.toy.secretive, needs: {first: singleton}, with: {seconds: 120}}  # or until it finds a file
 """
-
 
 
 def test_a_singleton_pair_never_runs_at_the_same_time_whichever_is_sent_first(tmp_path, dev_cluster):
@@ -82,19 +87,27 @@ def test_a_singleton_pair_never_runs_at_the_same_time_whichever_is_sent_first(tm
     afterok("resubmit", run, "first", "first.with.fail_at=null", env=env)  # sent while second runs: it waits
     (next(run.glob("second/*/leases")).parent / "enough").touch()
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
-    outcomes = [(name, json.loads(path.read_text())) for name in ("first", "second")
-                for path in run.glob(f"{name}/attempts/*.json")]
+    outcomes = [
+        (name, json.loads(path.read_text()))
+        for name in ("first", "second")
+        for path in run.glob(f"{name}/attempts/*.json")
+    ]
     (second,) = [outcome for name, outcome in outcomes if name == "second"]
-    assert all(outcome["ended"] <= second["started"] or second["ended"] <= outcome["started"]
-               for name, outcome in outcomes if name == "first")
+    assert all(
+        outcome["ended"] <= second["started"] or second["ended"] <= outcome["started"]
+        for name, outcome in outcomes
+        if name == "first"
+    )
 
 
 def test_a_singleton_is_no_input_and_enters_no_key(tmp_path):
     (tmp_path / "e.yaml").write_text(EXCLUSIVE)
     plan = afterok_json("plan", tmp_path / "e.yaml", "cluster=local", "--run", tmp_path / "run")
     (tmp_path / "e.yaml").write_text(EXCLUSIVE.replace("needs: {first: singleton}, ", ""))
-    assert (afterok_json("plan", tmp_path / "e.yaml", "cluster=local", "--run", tmp_path / "run")["phases"][1]["key"]
-            == plan["phases"][1]["key"])
+    assert (
+        afterok_json("plan", tmp_path / "e.yaml", "cluster=local", "--run", tmp_path / "run")["phases"][1]["key"]
+        == plan["phases"][1]["key"]
+    )
 
 
 def test_several_types_at_once_and_the_nearest_of_a_wrong_one(tmp_path):

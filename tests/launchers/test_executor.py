@@ -7,8 +7,8 @@ from jobs.run_folder import RunFolder
 from launchers.backend import JobSpec
 from launchers.executor import PhaseExecutor, dependency, never_starting, phase_command, phase_parameters
 from launchers.plan import make_plan
-from slurm.printed import QueueRow
 from slurm.detect import Cluster
+from slurm.printed import QueueRow
 from slurm.profile import load
 from tests.command import write_toy
 
@@ -79,8 +79,9 @@ run_element "${SLURM_ARRAY_TASK_ID:-0}"
 
 def test_the_script_of_a_gpu_phase_is_this_text(tmp_path):
     profile = load("example")
-    pipeline = load_pipeline(write_toy(tmp_path),
-                             ["numbers.resources.role=train", "numbers.resources.nodes=2", "numbers.throttle=4"])
+    pipeline = load_pipeline(
+        write_toy(tmp_path), ["numbers.resources.role=train", "numbers.resources.nodes=2", "numbers.throttle=4"]
+    )
     run = RunFolder(Path("/run/toy"))
     planned = make_plan(pipeline, run, Cluster("slurm", profile, {}, "example")).phases[0]
     spec = JobSpec(planned, "toy.numbers.a3.cafe", [0, 2], {})

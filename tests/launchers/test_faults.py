@@ -32,9 +32,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from pathlib import Path
 
 from jobs.artifact import process_start
 from jobs.run_folder import RunFolder
@@ -110,8 +110,11 @@ def test_a_dependent_sent_after_its_parent_was_purged_runs_nothing(tmp_path, sho
     require_packages()
     cluster = devcluster.up(short_folder, nodes=1, settings={"MinJobAge": "2"})
     env, slurm, run = cluster.env(), Slurm(cluster.env()), tmp_path / "run"
-    pipeline = pipeline_of(tmp_path, parent={"uses": "tests.toy.numbers", "with": {"seconds": 60}},
-                           child={"uses": "tests.toy.total", "with": {"numbers": "${phases.parent.out}"}})
+    pipeline = pipeline_of(
+        tmp_path,
+        parent={"uses": "tests.toy.numbers", "with": {"seconds": 60}},
+        child={"uses": "tests.toy.total", "with": {"numbers": "${phases.parent.out}"}},
+    )
     afterok("submit", pipeline, "--run", run, env=env)
     parent = jobs_of(run)["parent"]
     afterok("cancel", run, "child", env=env)
@@ -123,8 +126,12 @@ def test_a_dependent_sent_after_its_parent_was_purged_runs_nothing(tmp_path, sho
     shim.write_text(f'#!/bin/bash\ntouch {asked}; until [ -e {go} ]; do sleep 0.1; done; exec {real} "$@"\n')
     shim.chmod(0o755)
     slow = {**os.environ, **env, "PATH": f"{shim.parent}:{os.environ['PATH']}"}
-    submitter = subprocess.Popen([sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)],
-                                 cwd=ROOT, env=slow, stdout=subprocess.DEVNULL)
+    submitter = subprocess.Popen(
+        [sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)],
+        cwd=ROOT,
+        env=slow,
+        stdout=subprocess.DEVNULL,
+    )
     wait_for("sbatch", asked.exists)
     slurm.cancel([parent])
     wait_for("the purge", lambda: not rows_of(slurm, parent), 90)
@@ -146,7 +153,10 @@ def test_a_cluster_that_kills_invalid_dependents_loses_none(tmp_path, short_fold
     wait_for("Slurm to have decided", lambda: not afterok_json("status", run, env=env)["active"])
     found = report(run, env)
     assert [found[phase]["cause"] for phase in ("numbers", "total", "again")] == [
-        "python exception", "upstream not sealed", "upstream not sealed"]
+        "python exception",
+        "upstream not sealed",
+        "upstream not sealed",
+    ]
     afterok("resubmit", run, "numbers", "numbers.with.fail_at=null", env=env)
     finish(run, env)
     assert_sealed_once(run)
@@ -159,8 +169,11 @@ def test_a_cluster_that_kills_invalid_dependents_loses_none(tmp_path, short_fold
 def test_a_lost_node_costs_a_restart_elsewhere_and_its_late_twin_changes_nothing(tmp_path, dev_cluster, how):
     """A node that is only cut off goes on working for nobody: Slurm starts the element a second time elsewhere."""
     env, slurm, run = dev_cluster.env(), Slurm(dev_cluster.env()), tmp_path / "run"
-    pipeline = pipeline_of(tmp_path, counter={"uses": "tests.toy.counter", "with": {"steps": 4, "gate": f"{run}.gate"}},
-                           total={"uses": "tests.toy.total", "with": {"numbers": "${phases.counter.out}"}})
+    pipeline = pipeline_of(
+        tmp_path,
+        counter={"uses": "tests.toy.counter", "with": {"steps": 4, "gate": f"{run}.gate"}},
+        total={"uses": "tests.toy.total", "with": {"numbers": "${phases.counter.out}"}},
+    )
     afterok("submit", pipeline, "--run", run, env=env)
     first = wait_for("its lease", lambda: next(run.glob("counter/*/leases/*.r0.g0"), None))
     twin = json.loads(first.read_text())["pid"]
@@ -208,19 +221,32 @@ def test_drained_nodes_finish_what_runs_and_the_rest_waits_for_them(toy):
 # -- a job --------------------------------------------------------------------------------------------------------
 
 
-def test_a_held_job_is_reported_and_lets_its_dependents_go_even_if_its_phase_was_sealed_meanwhile(tmp_path, dev_cluster):
+def test_a_held_job_is_reported_and_lets_its_dependents_go_even_if_its_phase_was_sealed_meanwhile(
+    tmp_path, dev_cluster
+):
     run, env, slurm = tmp_path / "run", dev_cluster.env(), Slurm(dev_cluster.env())
     counter = {"uses": "tests.toy.counter", "with": {"steps": 2}}
     log = tmp_path / "watch.log"
     slurm.run(["scontrol", "update", "nodename=ALL", "state=drain", "reason=test"])
     try:
-        afterok("submit", pipeline_of(tmp_path, parent=counter, child={**counter, "needs": ["parent"]}), "--run", run,
-                env=env)
-        watch = subprocess.Popen([sys.executable, "-m", "launchers.cli", "status", str(run), "--watch"], cwd=ROOT,
-                                 env={**os.environ, **env}, stdout=log.open("w"))
+        afterok(
+            "submit",
+            pipeline_of(tmp_path, parent=counter, child={**counter, "needs": ["parent"]}),
+            "--run",
+            run,
+            env=env,
+        )
+        watch = subprocess.Popen(
+            [sys.executable, "-m", "launchers.cli", "status", str(run), "--watch"],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            stdout=log.open("w"),
+        )
         wait_for("its first look", lambda: "parent: PENDING" in log.read_text())
         slurm.run(["scontrol", "uhold", jobs_of(run)["parent"]])
-        said = wait_for("the line", lambda: [line for line in log.read_text().splitlines() if "JobHeldUser" in line], 30)
+        said = wait_for(
+            "the line", lambda: [line for line in log.read_text().splitlines() if "JobHeldUser" in line], 30
+        )
         assert "parent: PENDING" in said[0] and "`afterok repair` releases" in said[0]
     finally:
         slurm.run(["scontrol", "update", "nodename=ALL", "state=resume"])
@@ -264,11 +290,16 @@ def test_a_missing_log_folder_is_named_and_the_next_submit_makes_it(toy):
 def test_code_edited_after_the_submit_does_not_run(tmp_path, dev_cluster):
     run, env, module = tmp_path / "run", dev_cluster.env(), tmp_path / "my_phases/spell.py"
     module.parent.mkdir()
-    text = ("from dataclasses import dataclass\n@dataclass\nclass Config:\n    x: int = 0\n"
-            "def run(config, task):\n    (task.out / 'a').write_text('a')\n    return {'said': 'first'}\n")
+    text = (
+        "from dataclasses import dataclass\n@dataclass\nclass Config:\n    x: int = 0\n"
+        "def run(config, task):\n    (task.out / 'a').write_text('a')\n    return {'said': 'first'}\n"
+    )
     module.write_text(text)
-    pipeline = pipeline_of(tmp_path, gate={"uses": "tests.toy.numbers", "with": {"gate": f"{run}.gate"}},
-                           spell={"uses": "my_phases.spell", "needs": ["gate"]})
+    pipeline = pipeline_of(
+        tmp_path,
+        gate={"uses": "tests.toy.numbers", "with": {"gate": f"{run}.gate"}},
+        spell={"uses": "my_phases.spell", "needs": ["gate"]},
+    )
     command = [sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, check=True)
     module.write_text(text.replace("'first'", "'second'"))
@@ -280,10 +311,11 @@ def test_code_edited_after_the_submit_does_not_run(tmp_path, dev_cluster):
 
 def test_of_two_workers_for_one_element_one_works_and_the_other_leaves(tmp_path, dev_cluster):
     run, env = tmp_path / "run", dev_cluster.env()
-    pipeline = pipeline_of(tmp_path, counter={
-        "uses": "tests.toy.counter", "with": {"steps": 4, "gate": f"{run}.gate"}})
+    pipeline = pipeline_of(tmp_path, counter={"uses": "tests.toy.counter", "with": {"steps": 4, "gate": f"{run}.gate"}})
     afterok("submit", pipeline, "--run", run, env=env)
-    owner = json.loads(wait_for("its lease", lambda: next(run.glob("counter/*/leases/0000.*"), None)).read_text())["pid"]
+    owner = json.loads(wait_for("its lease", lambda: next(run.glob("counter/*/leases/0000.*"), None)).read_text())[
+        "pid"
+    ]
     os.kill(owner, signal.SIGSTOP)
     command = [sys.executable, "-m", "jobs.worker", str(run), "counter"]
     code = {**os.environ, **env, "PYTHONPATH": str(run / "submissions/1/code")}
@@ -307,8 +339,10 @@ def test_of_two_workers_for_one_element_one_works_and_the_other_leaves(tmp_path,
 def test_the_signal_before_a_real_time_limit_ends_in_a_checkpoint_and_a_restart(tmp_path, dev_cluster):
     """sbatch --signal=USR2@90 in a job of two minutes: Slurm itself sends it, a minute and a half before the end."""
     run, env = tmp_path / "run", dev_cluster.env()
-    pipeline = pipeline_of(tmp_path, counter={"uses": "tests.toy.counter", "with": {"steps": 900, "seconds": 0.1},
-                                              "resources": {"time": "2"}})
+    pipeline = pipeline_of(
+        tmp_path,
+        counter={"uses": "tests.toy.counter", "with": {"steps": 900, "seconds": 0.1}, "resources": {"time": "2"}},
+    )
     began = time.monotonic()
     afterok("submit", pipeline, "--run", run, env=env)
     finish(run, env, 400)

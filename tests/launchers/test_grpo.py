@@ -64,19 +64,25 @@ def facts(run: Path) -> dict:
 
 
 def lines(run: Path, pattern: str) -> list[dict]:
-    return [json.loads(line) for path in sorted(run.glob(f"grpo/*/{pattern}"))
-            for line in path.read_text().splitlines()]
+    return [
+        json.loads(line) for path in sorted(run.glob(f"grpo/*/{pattern}")) for line in path.read_text().splitlines()
+    ]
 
 
 def used(run: Path) -> list[tuple]:
-    return [(s["step"], s["item"], s["sample"], s["completion"], s["reward"], s["advantage"])
-            for s in lines(run, "samples/*.jsonl")]
+    return [
+        (s["step"], s["item"], s["sample"], s["completion"], s["reward"], s["advantage"])
+        for s in lines(run, "samples/*.jsonl")
+    ]
 
 
 def preempt(slurm: Slurm) -> None:
     high = slurm.sbatch(["--partition=batch", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"])
-    wait_for("the higher job",
-             lambda: not rows_of(slurm, high) or rows_of(slurm, high)[0].state in ("RUNNING", "COMPLETED"), 60)
+    wait_for(
+        "the higher job",
+        lambda: not rows_of(slurm, high) or rows_of(slurm, high)[0].state in ("RUNNING", "COMPLETED"),
+        60,
+    )
 
 
 def power_cut(cluster, slurm: Slurm, job: str) -> None:
@@ -98,8 +104,10 @@ def test_two_interruptions_of_grpo_change_nothing(whole, cluster, tmp_path, seed
     for start, how in enumerate(hows):
         wait_for("its start", lambda: list(run.glob(f"grpo/*/leases/0000.a*.r{start}.*")))
         began = time.time()
-        wait_for("samples",
-                 lambda: any(path.stat().st_mtime > began for path in run.glob("grpo/*/rollouts/step_*/rank_*.jsonl")))
+        wait_for(
+            "samples",
+            lambda: any(path.stat().st_mtime > began for path in run.glob("grpo/*/rollouts/step_*/rank_*.jsonl")),
+        )
         time.sleep(dice.uniform(0, 2))
         if how == "node":
             power_cut(cluster, slurm, job)
@@ -112,6 +120,8 @@ def test_two_interruptions_of_grpo_change_nothing(whole, cluster, tmp_path, seed
     done = [end.done for end in ends]
     assert 0 < done[0] and done == sorted(done)  # a stop within the first step keeps that step's samples
     assert facts(run)["weights_digest"] == facts(undisturbed)["weights_digest"]
-    assert (used(run) == used(undisturbed)
-            and len({one[1:3] for one in used(run)}) == len(used(run)) == facts(run)["samples"])
+    assert (
+        used(run) == used(undisturbed)
+        and len({one[1:3] for one in used(run)}) == len(used(run)) == facts(run)["samples"]
+    )
     assert [line["step"] for line in lines(run, "metrics.jsonl")] == list(range(1, 13))

@@ -83,8 +83,10 @@ class Run:
         return self.run.artifact(self.run.frozen(self.run.newest_submission())[phase])
 
     def seals(self):
-        return {path: path.read_bytes() for path in [*self.run.path.glob("*/*/seal.json"),
-                                                     *self.run.path.glob("*/*/seals/*.json")]}
+        return {
+            path: path.read_bytes()
+            for path in [*self.run.path.glob("*/*/seal.json"), *self.run.path.glob("*/*/seals/*.json")]
+        }
 
 
 def ended(process):
@@ -133,7 +135,9 @@ def preempted(run, draw):
 
 def shared_task(run, draw):
     return [run.start("pair", 0, 1), run.start("pair", 2), run.start("pair", 0, 1, 2, restart=1)], {
-        EXIT_SEALED, EXIT_LEASE_HELD}
+        EXIT_SEALED,
+        EXIT_LEASE_HELD,
+    }
 
 
 LATE = [rerun, duplicate, requeue, preempted, shared_task]
@@ -187,7 +191,8 @@ def test_other_results_upstream_have_their_own_partners_sealed_anew_and_an_older
     upstream = {path: data for path, data in run.seals().items() if path.parts[-3] == "first" or "first" in path.parts}
     run.finish("pair")  # of submission 1, late: theirs is not to judge
     assert {path: data for path, data in run.seals().items() if path not in upstream} == {
-        path: data for path, data in before.items() if path not in upstream}
+        path: data for path, data in before.items() if path not in upstream
+    }
     plan = {phase.name: phase for phase in run.plan().phases}
     assert (plan["pair"].action, plan["pair"].missing) == ("rerun", [1])
     assert plan["pair"].reasons == ["element 1: first was sealed anew since"]
@@ -221,8 +226,11 @@ def test_a_later_submission_that_finds_other_results_upstream_sets_the_seals_asi
 # -- what was lost or altered ----------------------------------------------------------------------------------------
 
 CONTENT, SEAL = "content", "seal"
-HARMS = {"deleted": Path.unlink, "altered": lambda path: path.write_bytes(path.read_bytes().replace(b"1", b"7")),
-         "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3])}
+HARMS = {
+    "deleted": Path.unlink,
+    "altered": lambda path: path.write_bytes(path.read_bytes().replace(b"1", b"7")),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+}
 
 
 @pytest.mark.parametrize("phase", ["first", "pair"])
@@ -233,8 +241,9 @@ def test_an_element_that_was_lost_or_altered_is_sealed_anew_and_no_other(run, ph
     seal = read_seal(artifact.element_seal_path(1))
     HARMS[harm](seal.folder / "numbers.txt" if what == CONTENT else seal.path)
     plan = {planned.name: planned for planned in run.plan().phases}[phase]
-    assert (plan.action, plan.missing) == ("rerun", [1]) and str(seal.folder if what == CONTENT else seal.path
-                                                                ) in plan.reasons[0]
+    assert (plan.action, plan.missing) == ("rerun", [1]) and str(
+        seal.folder if what == CONTENT else seal.path
+    ) in plan.reasons[0]
     assert len(plan.reasons) == 1 and "\n" not in plan.reasons[0]
     submitted = run.submit(2)
     for planned in submitted.to_run:

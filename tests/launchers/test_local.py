@@ -5,16 +5,25 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from pathlib import Path
 
 from data_tools import durable
 from jobs.run_folder import RunFolder
 from launchers.ledger import Ledger
 from launchers.status import run_status
 from tests.command import (
-    ROOT, afterok, afterok_json, heed_interrupts, one_line, phase_status, states, wait_for, write_toy)
+    ROOT,
+    afterok,
+    afterok_json,
+    heed_interrupts,
+    one_line,
+    phase_status,
+    states,
+    wait_for,
+    write_toy,
+)
 
 
 @pytest.fixture
@@ -102,8 +111,9 @@ def test_a_users_mistake_in_a_job_is_one_line_exit_2_and_leaves_no_seal(toy):
 
 def test_a_dead_rank_takes_the_others_with_it(toy):
     pipeline, run = toy
-    done = afterok("run", pipeline, "total.with.die_on_rank=1", "total.resources.ranks_per_node=2", "--run", run,
-                   check=1)
+    done = afterok(
+        "run", pipeline, "total.with.die_on_rank=1", "total.resources.ranks_per_node=2", "--run", run, check=1
+    )
     assert "rank 1 was told to die" in done.stderr
     assert phase_status(run, "total")["exit_code"] == 1
 
@@ -120,8 +130,12 @@ def test_killed_workers_and_drivers_lose_nothing(toy):
             worker = json.loads(leases[0].read_text())["pid"]
             os.kill(worker if victim == "worker" else state["driver"]["pid"], signal.SIGKILL)
         wait_for("the failure to be seen", lambda: states(run)["again"] == "FAILED")
-        wait_for("the worker to be gone", lambda: not os.path.exists(f"/proc/{worker}/status")
-                 or "Z (zombie)" in open(f"/proc/{worker}/status").read())
+        wait_for(
+            "the worker to be gone",
+            lambda: (
+                not os.path.exists(f"/proc/{worker}/status") or "Z (zombie)" in open(f"/proc/{worker}/status").read()
+            ),
+        )
     afterok("run", pipeline, "--run", run)
     assert states(run)["again"] == "COMPLETED"
 
@@ -150,9 +164,14 @@ def test_a_phase_that_is_sealed_while_status_looks_is_completed(toy, monkeypatch
 
 def test_interrupting_run_leaves_the_jobs_running_and_says_how_to_look(toy):
     pipeline, run = toy
-    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "run", str(pipeline), f"again.with.gate={run}.gate",
-                                "--run", str(run)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=heed_interrupts)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launchers.cli", "run", str(pipeline), f"again.with.gate={run}.gate", "--run", str(run)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,
+    )
     wait_for("jobs", lambda: (run / "ledger.jsonl").exists() and "COMPLETED" in states(run).values())
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
@@ -174,8 +193,9 @@ def test_submitting_what_runs_already_submits_nothing_and_other_settings_are_ref
 def test_two_simultaneous_submits_do_the_work_once(toy):
     pipeline, run = toy
     command = [sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)]
-    pair = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for _ in range(2)]
+    pair = [
+        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)
+    ]
     results = [(process.communicate(timeout=60), process.returncode) for process in pair]
     assert sorted(code for _, code in results) in ([0, 0], [0, 2]), results
     if any(code == 2 for _, code in results):
@@ -195,8 +215,9 @@ def test_the_worker_runs_the_same_by_hand_and_a_sealed_element_exits_0_at_once(t
     for index, word in (("2", "attempt 1"), ("2", "sealed already")):
         done = subprocess.run([*by_hand, index], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True)
         assert done.returncode == 0 and word in done.stdout, done.stderr
-    total = subprocess.run([*by_hand[:-1], "total"], env={**os.environ, "PYTHONPATH": code}, text=True,
-                           capture_output=True)
+    total = subprocess.run(
+        [*by_hand[:-1], "total"], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True
+    )
     assert total.returncode == 0, total.stderr  # two ranks, spawned by the worker itself
     again = subprocess.run([*by_hand, "7"], env={**os.environ, "PYTHONPATH": code}, text=True, capture_output=True)
     assert again.returncode == 2 and "has elements 0 to 2, not 7" in again.stderr
@@ -207,8 +228,9 @@ def test_a_phase_whose_upstream_has_no_seal_does_not_run_whatever_started_it(toy
     afterok("run", pipeline, "--run", run)
     for seal in [*run.glob("total/*/seal.json"), *run.glob("numbers/*/seal.json")]:
         seal.unlink()
-    done = subprocess.run([sys.executable, "-m", "jobs.worker", str(run), "total"], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.worker", str(run), "total"], cwd=ROOT, text=True, capture_output=True
+    )
     assert done.returncode == 4 and "needs numbers, which has no seal" in done.stderr
     assert not list(run.glob("total/*/seal.json"))
 

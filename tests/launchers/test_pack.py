@@ -26,15 +26,24 @@ phases:
 def test_weights_and_overlong_of_go_by_file_name_and_by_a_phases_output(tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", template=template_of("qwen3"))
     for name, length in (("maths.jsonl", 60), ("chat.jsonl", 1)):
-        rows = [{"messages": [{"role": "user", "content": f"{name} {row}"},
-                              {"role": "assistant", "content": f"{row} " * length}]} for row in range(12)]
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{name} {row}"},
+                    {"role": "assistant", "content": f"{row} " * length},
+                ]
+            }
+            for row in range(12)
+        ]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     path, run = tmp_path / "p.yaml", tmp_path / "run"
     text = PIPELINE.replace("TOKENIZER", str(tokenizer)).replace("FOLDER", str(tmp_path))
     path.write_text(text)
-    for wrong, told in (("packs.with.weights={mats.jsonl: 1}", "did you mean"),
-                        ("packs.with.overlong_of={mats.jsonl: split}", "no source matches"),
-                        ("packs.with.weights={maths.jsonl: 1}", "has none; give a share")):
+    for wrong, told in (
+        ("packs.with.weights={mats.jsonl: 1}", "did you mean"),
+        ("packs.with.overlong_of={mats.jsonl: split}", "no source matches"),
+        ("packs.with.weights={maths.jsonl: 1}", "has none; give a share"),
+    ):
         refused = afterok("plan", path, wrong, "cluster=local", "--run", run, check=2)
         assert told in refused.stderr and "Traceback" not in refused.stderr
     afterok("run", path, "cluster=local", "--run", run)

@@ -79,15 +79,26 @@ def test_the_grpo_seeds_length_is_refused_by_every_verb_that_plans(plan):
 
 def test_what_the_rollouts_of_grpo_hold_is_told_and_refused_where_it_is_nothing(plan, tmp_path):
     grpo = tmp_path / "h100.yaml", tmp_path / "model"
-    command = ["plan", "jobs/pipelines/megatron_grpo.yaml", f"cluster={grpo[0]}", f"params.model={grpo[1]}", "--run",
-               tmp_path / "run"]
+    command = [
+        "plan",
+        "jobs/pipelines/megatron_grpo.yaml",
+        f"cluster={grpo[0]}",
+        f"params.model={grpo[1]}",
+        "--run",
+        tmp_path / "run",
+    ]
     done = afterok(*command, "--parallel", "grpo")
-    assert ("rollouts: 20 GiB a rank hold 655,104 tokens of keys and values: 54 samples of 12,000 tokens at once"
-            in done.stdout)
-    assert ("warning: that is fewer than a group of 16"
-            in afterok(*command, "--parallel", "grpo", "grpo.with.engine.kv_gib=2").stdout)
-    assert ("and one sample needs 12,288; give more"
-            in one_line(afterok(*command, "grpo.with.engine.kv_gib=0.3", check=2)))
+    assert (
+        "rollouts: 20 GiB a rank hold 655,104 tokens of keys and values: 54 samples of 12,000 tokens at once"
+        in done.stdout
+    )
+    assert (
+        "warning: that is fewer than a group of 16"
+        in afterok(*command, "--parallel", "grpo", "grpo.with.engine.kv_gib=2").stdout
+    )
+    assert "and one sample needs 12,288; give more" in one_line(
+        afterok(*command, "grpo.with.engine.kv_gib=0.3", check=2)
+    )
     all_of_it = one_line(afterok(*command, "grpo.with.sampling.max_tokens=131072", check=2))
     assert "131,072 new ones leave no room for a prompt in the model's 131,072 positions: give fewer" in all_of_it
 

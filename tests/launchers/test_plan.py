@@ -38,10 +38,16 @@ def _filled(schema):
 
 def _config(schema, settings):
     hints = get_type_hints(schema)
-    return schema(**{name: _config(hints[name], value) if dataclasses.is_dataclass(hints[name])
-                     else {key: _config(hints[name].__args__[1], one) for key, one in value.items()}
-                     if "Dict" in str(hints[name]) and dataclasses.is_dataclass(hints[name].__args__[1]) else value
-                     for name, value in settings.items()})
+    return schema(
+        **{
+            name: _config(hints[name], value)
+            if dataclasses.is_dataclass(hints[name])
+            else {key: _config(hints[name].__args__[1], one) for key, one in value.items()}
+            if "Dict" in str(hints[name]) and dataclasses.is_dataclass(hints[name].__args__[1])
+            else value
+            for name, value in settings.items()
+        }
+    )
 
 
 def _texts(value, key=""):
@@ -67,13 +73,16 @@ def test_only_the_fields_that_are_inputs_become_absolute_whatever_their_text(tmp
 def test_a_setting_that_equals_an_inputs_path_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "qwen2").mkdir()
-    planned, = plan_of(tmp_path, """
+    (planned,) = plan_of(
+        tmp_path,
+        """
 name: p
 phases:
   init:
     uses: init_model
     with: {family: qwen2, tokenizer: qwen2, layers: 1, hidden: 32, heads: 4, kv_groups: 2, ffn: 64}
-""").phases
+""",
+    ).phases
     assert planned.frozen.settings["family"] == "qwen2"
     assert planned.frozen.settings["tokenizer"] == str(tmp_path / "qwen2")
 

@@ -17,8 +17,10 @@ from launchers.cli import main
 from tests.command import ROOT
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-EVIL = "\x1b]0;owned\x07\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202edrow\u2066\r[/bold][red]x[/nope]:smile:[link=file:///]"
-PHASE = f'''
+EVIL = (
+    "\x1b]0;owned\x07\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202edrow\u2066\r[/bold][red]x[/nope]:smile:[link=file:///]"
+)
+PHASE = f"""
 from dataclasses import dataclass, field
 from data_tools.mistake import UserMistake
 from data_tools.tables import write_table
@@ -40,7 +42,7 @@ def run(config, task):
     write_table(task.keep, "t", EVIL, [EVIL, "n"], [[EVIL, 1]])
     (task.out / "x").write_text("x")
     return {{"headline": EVIL, EVIL: EVIL}}
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,15 @@ def folder(tmp_path_factory):
     (folder / "evil" / "phase.py").write_text(PHASE)
     (folder / EVIL.replace("/", "|")).write_text("{}")
     rows = json.dumps([EVIL.replace("/", "|")])
-    phases = {"good": {"uses": "evil.phase", "with": {"rows": json.loads(rows), "note": EVIL}},
-              "bad": {"uses": "evil.phase", "with": {"fail": "mistake"}},
-              "ugly": {"uses": "evil.phase", "with": {"fail": "exception"}}}
+    phases = {
+        "good": {"uses": "evil.phase", "with": {"rows": json.loads(rows), "note": EVIL}},
+        "bad": {"uses": "evil.phase", "with": {"fail": "mistake"}},
+        "ugly": {"uses": "evil.phase", "with": {"fail": "exception"}},
+    }
     (folder / "p.yaml").write_text(json.dumps({"name": "evil", "phases": phases}))
-    (folder / "profile[x].yaml").write_text(json.dumps(
-        {"kind": "local", "meta": {"contact": EVIL, "name": EVIL}, "roles": {"cpu": {}, "train": {}}}))
+    (folder / "profile[x].yaml").write_text(
+        json.dumps({"kind": "local", "meta": {"contact": EVIL, "name": EVIL}, "roles": {"cpu": {}, "train": {}}})
+    )
     return folder
 
 
@@ -71,8 +76,12 @@ VERBS = [["plan", "p.yaml", "--run", RUN], ["plan", "p.yaml", "cluster=./profile
 
 @pytest.fixture(scope="module")
 def evil(folder):
-    done = subprocess.run([sys.executable, "-m", "launchers.cli", "run", "p.yaml", "cluster=local", "--run", "runs/r"],
-                          cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.cli", "run", "p.yaml", "cluster=local", "--run", "runs/r"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
     assert b"Traceback" not in done.stderr and done.returncode in (1, 2), done.stderr
     (folder / "runs" / "r").rename(folder / RUN)  # as anybody may who shares the folder
     return folder, done.stdout.decode() + done.stderr.decode()
@@ -92,8 +101,12 @@ def test_a_traceback_that_nobody_caught_is_cleaned_too_and_a_reader_that_left_is
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as gone:
-        done = subprocess.run([sys.executable, "-m", "launchers.cli", "ls", evil[0] / "runs"], cwd=ROOT, stdout=gone,
-                              stderr=subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, "-m", "launchers.cli", "ls", evil[0] / "runs"],
+            cwd=ROOT,
+            stdout=gone,
+            stderr=subprocess.PIPE,
+        )
     assert (done.returncode, done.stderr) == (1, b"")
 
 
@@ -114,10 +127,21 @@ def test_no_verb_prints_a_control_character_or_reads_markup(evil, monkeypatch, c
 
 
 def test_an_inspection_shows_text_of_rows_as_text(capsys):
-    document = {"where": EVIL, "tokens": 2, "supervised": 1,
-                "spans": [{"text": EVIL, "trained": True}, {"text": "a\tb\n", "trained": False}]}
-    show.print_inspection({"phase": EVIL, "title": EVIL, "balance": {"columns": [EVIL], "rows": [[EVIL]], "title": EVIL},
-                           "lengths": [(1, 2, 1, 2)], "documents": [document]})
+    document = {
+        "where": EVIL,
+        "tokens": 2,
+        "supervised": 1,
+        "spans": [{"text": EVIL, "trained": True}, {"text": "a\tb\n", "trained": False}],
+    }
+    show.print_inspection(
+        {
+            "phase": EVIL,
+            "title": EVIL,
+            "balance": {"columns": [EVIL], "rows": [[EVIL]], "title": EVIL},
+            "lengths": [(1, 2, 1, 2)],
+            "documents": [document],
+        }
+    )
     out = capsys.readouterr().out
     assert out.count("[/bold][red]x[/nope]:smile:[link=file:///]") == 7 and not CONTROL.search(out)
 

@@ -25,20 +25,25 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can become s
 
 def as_stranger(code: str, *, groups: tuple[int, ...] = (), timeout: float = 60) -> str:
     """What Python code says that runs as another user, who may be in groups."""
-    become = (f"import os, socket, encodings.idna; os.setgroups({list(groups)!r}); os.setgid({STRANGER}); os.setuid({STRANGER})"
-              "\n")
-    done = subprocess.run([sys.executable, "-c", become + code], capture_output=True, text=True, timeout=timeout,
-                          stdin=subprocess.DEVNULL)
+    become = (
+        f"import os, socket, encodings.idna; os.setgroups({list(groups)!r}); os.setgid({STRANGER}); os.setuid({STRANGER})"
+        "\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", become + code], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def readable_below(folder: Path, **kwargs) -> list[str]:
-    code = ("import os\n"
-            f"for root, folders, files in os.walk({str(folder)!r}):\n"
-            "    for name in files:\n"
-            "        try: open(os.path.join(root, name), 'rb').read(1); print(os.path.join(root, name))\n"
-            "        except OSError: pass\n")
+    code = (
+        "import os\n"
+        f"for root, folders, files in os.walk({str(folder)!r}):\n"
+        "    for name in files:\n"
+        "        try: open(os.path.join(root, name), 'rb').read(1); print(os.path.join(root, name))\n"
+        "        except OSError: pass\n"
+    )
     return as_stranger(code, **kwargs).splitlines()
 
 
@@ -86,7 +91,9 @@ def ports_of(run: Path) -> list[int]:
         except OSError:  # it ended
             continue
     lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
-    return [int(line[1].rpartition(":")[2], 16) for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets]
+    return [
+        int(line[1].rpartition(":")[2], 16) for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets
+    ]
 
 
 ATTACK = """
@@ -123,15 +130,19 @@ def test_another_user_learns_nothing_of_a_running_pair_of_ranks_and_does_not_dis
     (open_folder / "pair.yaml").write_text(PIPELINE)
     run = open_folder / "run"
     afterok("submit", open_folder / "pair.yaml", f"cluster={open_folder}/site.yaml", "--run", run)
-    meeting_key = wait_for("the ranks to have met", lambda: list(run.glob("use/*/leases/0000.*")) and (
-        run / "submissions/1/meeting_key").read_text().strip())
+    meeting_key = wait_for(
+        "the ranks to have met",
+        lambda: list(run.glob("use/*/leases/0000.*")) and (run / "submissions/1/meeting_key").read_text().strip(),
+    )
     log = run / "use/logs/a1.0.out"
     wait_for("the phase", lambda: log.exists() and "2 rank(s)" in log.read_text())
     ports = ports_of(run)
     assert len(ports) == 1
     said = as_stranger(ATTACK.replace("PORTS", str(ports)).replace("VALUE", value).replace("KEYHEX", meeting_key))
     assert {"reached"} <= set(said.splitlines()) <= {"reached", f"said {rendezvous.NONCE} "}, said
-    assert sorted(readable_below(open_folder)) == [str(open_folder / name) for name in sorted(("pair.yaml", "site.yaml"))]
+    assert sorted(readable_below(open_folder)) == [
+        str(open_folder / name) for name in sorted(("pair.yaml", "site.yaml"))
+    ]
     next(run.glob("use/*/leases")).with_name("enough").touch()
     wait_for("the seal", lambda: list(run.glob("use/*/seal.json")))
     assert value not in log.read_text() and meeting_key not in log.read_text()  # it prints its environment

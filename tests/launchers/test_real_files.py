@@ -39,8 +39,9 @@ def test_every_row_of_the_shared_files_is_in_a_pack_or_in_a_bucket(tmp_path, dev
     afterok("run", pipeline, "--run", run, env=env, timeout=1500)
     facts = {phase["phase"]: phase["facts"] for phase in afterok_json("status", run, env=env)["phases"]}
     for name in FAMILIES:
-        store_path, packs_path = (read_seal(next(run.glob(f"{phase}/*/seal.json"))).folder
-                                  for phase in (name, f"{name}_packs"))
+        store_path, packs_path = (
+            read_seal(next(run.glob(f"{phase}/*/seal.json"))).folder for phase in (name, f"{name}_packs")
+        )
         store, reader = Store(store_path), PackReader(store_path, packs_path)
         sheets = Balance.from_json(read_json(store_path / "balance.json")).sources
         assert [sheet.lines for sheet in sheets] == lines
@@ -53,5 +54,10 @@ def test_every_row_of_the_shared_files_is_in_a_pack_or_in_a_bucket(tmp_path, dev
                 assert np.array_equal(ids, store.ids(row)) and np.array_equal(mask, store.mask(row))
                 placed.append(row)
         assert sorted(placed) == list(range(len(store)))
-        print(tokenizer_name, name, json.dumps(facts[name]["buckets"]),
-              f"{len(store):,} rows, {store.tokens:,} tokens,", f"{reader.n_packs} packs")
+        print(
+            tokenizer_name,
+            name,
+            json.dumps(facts[name]["buckets"]),
+            f"{len(store):,} rows, {store.tokens:,} tokens,",
+            f"{reader.n_packs} packs",
+        )

@@ -1,6 +1,5 @@
 """What no worker can speak of (killed, a lost node) is read from other evidence and repeated within its budget."""
 
-
 import pytest
 
 from jobs.run_folder import RunFolder

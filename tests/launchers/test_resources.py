@@ -19,8 +19,9 @@ phases:
 
 def asked(run, env):
     """{phase: the time limit that Slurm has for its job that waits or runs}."""
-    printed = subprocess.run(["squeue", "-h", "-r", "-t", "PD,R", "-o", "%j %l %E"], env=env, capture_output=True,
-                             text=True).stdout
+    printed = subprocess.run(
+        ["squeue", "-h", "-r", "-t", "PD,R", "-o", "%j %l %E"], env=env, capture_output=True, text=True
+    ).stdout
     mine = [line.split() for line in printed.splitlines() if line.startswith(f"{run.name}.")]
     return {name.split(".")[1]: limit for name, limit, *_ in mine}
 

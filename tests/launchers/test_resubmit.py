@@ -9,13 +9,19 @@ from launchers.ledger import Ledger
 from slurm.client import Slurm
 from tests.command import MIDDLE, afterok, afterok_json, one_line, states, wait_for
 
+
 @pytest.fixture
 def failed(tmp_path, dev_cluster):
     """A run whose phase `mid` failed while three dependents wait."""
     run, env = tmp_path / "run", dev_cluster.env()
     afterok("run", MIDDLE, "mid.with.die_on_rank=0", "--run", run, env=env, check=1)
-    assert states(run, env=env) == {"first": "COMPLETED", "mid": "FAILED", "left": "PENDING", "right": "PENDING",
-                                    "last": "PENDING"}
+    assert states(run, env=env) == {
+        "first": "COMPLETED",
+        "mid": "FAILED",
+        "left": "PENDING",
+        "right": "PENDING",
+        "last": "PENDING",
+    }
     return run, env
 
 
@@ -34,8 +40,9 @@ def test_dependents_of_a_resubmitted_phase_run_after_it_without_being_resubmitte
     assert list(done["jobs"]) == ["mid"] and sorted(done["rewired"]) == ["last", "left", "right"]
     finish(run, env)
     after = jobs_of(run)
-    assert ({phase: job for phase, job in after.items() if phase != "mid"}
-            == {p: j for p, j in before.items() if p != "mid"})
+    assert {phase: job for phase, job in after.items() if phase != "mid"} == {
+        p: j for p, j in before.items() if p != "mid"
+    }
     facts = {p["phase"]: p["facts"] for p in afterok_json("status", run, env=env)["phases"]}
     assert facts["mid"]["total"] == 15 and facts["last"]["total"] == 21  # (0 + 1 + 2) · 5; 10 + 11
     events = [e["event"] for e in Ledger(run / "ledger.jsonl").events() if e.get("submission") == 2]
@@ -82,8 +89,9 @@ def test_only_the_named_elements_run_again(tmp_path, dev_cluster):
     run, env = tmp_path / "run", dev_cluster.env()
     afterok("run", MIDDLE, "first.with.fail_at=1", "--run", run, env=env, check=1)
     seals = {path: path.read_bytes() for path in run.glob("first/*/seals/*.json")}
-    assert ("element 0 is sealed already"
-            in one_line(afterok("resubmit", run, "first", "--elements", "0-1", env=env, check=2)))
+    assert "element 0 is sealed already" in one_line(
+        afterok("resubmit", run, "first", "--elements", "0-1", env=env, check=2)
+    )
     assert "elements 0 to 2, not 9" in one_line(afterok("resubmit", run, "first", "--elements", "9", env=env, check=2))
     afterok("resubmit", run, "first", "first.with.fail_at=null", "--elements", "1", env=env)
     finish(run, env)
@@ -135,5 +143,6 @@ def test_wrong_names_are_refused_with_the_nearest(failed):
     assert "did you mean mid?" in one_line(afterok("resubmit", run, "midd", env=env, check=2))
     assert "did you mean factor?" in one_line(afterok("resubmit", run, "mid", "mid.with.facto=2", env=env, check=2))
     for wrong in ("a-b", "9-3", "", "1%2"):  # a range of nothing must not mean everything
-        assert ("write indices and ranges"
-                in one_line(afterok("resubmit", run, "mid", f"--elements={wrong}", env=env, check=2)))
+        assert "write indices and ranges" in one_line(
+            afterok("resubmit", run, "mid", f"--elements={wrong}", env=env, check=2)
+        )

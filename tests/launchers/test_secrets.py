@@ -144,8 +144,9 @@ def test_on_slurm_a_planted_secret_is_nowhere_and_a_forwarded_variable_is_where_
     assert "--export=FORWARDED" in script and not planted.found_in(script)
     variables = wait_for("slurmdbd", lambda: (said := slurm("sacct", "--env-vars", "--jobs", job)).count("=") and said)
     assert planted.found_in(variables) == {"FORWARDED"}
-    assert not planted.found_in(slurm("sacct", "--batch-script", "--jobs", job)
-                                + slurm("sacct", "--jobs", job, "--format=ALL"))
+    assert not planted.found_in(
+        slurm("sacct", "--batch-script", "--jobs", job) + slurm("sacct", "--jobs", job, "--format=ALL")
+    )
     kept = planted.found_below(accounted_cluster.prefix)
     assert set().union(*kept.values()) <= {"FORWARDED"}, kept
     # What the profile's documentation says of forwarding, and why `env:` is not called a secret; it also shows that

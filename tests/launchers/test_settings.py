@@ -57,14 +57,14 @@ def test_good_settings_after_failed_ones_end_well(say):
 
 def test_a_sealed_phase_runs_anew_when_asked_and_what_it_made_is_set_aside(say):
     assert say("run")[0] == 0
-    seal, = say.run.path.glob("numbers/*/seal.json")
+    (seal,) = say.run.path.glob("numbers/*/seal.json")
     before = seal.read_bytes()
     code = say("resubmit", "numbers")
     assert code[0] == 2 and "--again" in code[2]
     assert say("resubmit", "numbers", "--again", "--dry-run")[0] == 0 and seal.read_bytes() == before
     assert say("resubmit", "numbers", "--again", "--elements", "0")[0] == 2
     assert say("resubmit", "numbers", "--again")[0] == 0
-    aside, = say.run.path.glob("numbers/retired/*/seal.json")
+    (aside,) = say.run.path.glob("numbers/retired/*/seal.json")
     assert aside.read_bytes() == before and list(aside.parent.glob("work/*/numbers.txt"))
     assert say("run")[0] == 0
     assert json.loads(seal.read_bytes())["submission"] == 2
@@ -77,7 +77,7 @@ def test_a_sealed_phase_runs_anew_when_asked_and_what_it_made_is_set_aside(say):
 def test_a_damaged_seal_of_other_settings_holds_up_nothing(say):
     """Neither a plan, nor a new attempt, nor a cancel: it says nothing about the settings asked for now."""
     assert say("run", "params.seed=1")[0] == 0
-    seal, = say.run.path.glob("numbers/*/seal.json")
+    (seal,) = say.run.path.glob("numbers/*/seal.json")
     assert say("run", "params.seed=2")[0] == 0
     seal.write_text(seal.read_text().replace('"numbers":1', '"numbers":3'))
     assert main(["cancel", str(say.run.path)]) == 0

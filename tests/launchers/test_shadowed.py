@@ -35,7 +35,9 @@ def finish(parts, config, task):
     return {}
 """
 ODD = """ -r' "#1 $HOME$(id)`id`é日,;[0-3]*?&|<>{b}=~!@^(+ """  # a run's name that shells, Slurm and rich could misread
-SHADOW = "import os\nopen({marker!r}, 'a').write(__file__)\nraise SystemExit('a module of the user ran in place of ours')\n"
+SHADOW = (
+    "import os\nopen({marker!r}, 'a').write(__file__)\nraise SystemExit('a module of the user ran in place of ours')\n"
+)
 
 
 @pytest.fixture
@@ -63,8 +65,14 @@ def console(folder, *words, **env):
     if not (site / "afterok").exists():
         (site / "afterok").symlink_to(ROOT / "launchers" / "console")
     script = f"import sys; sys.path.append({str(site)!r}); from afterok.start import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-P", "-c", script, *map(str, words)], cwd=folder, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": ".", **env}, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-P", "-c", script, *map(str, words)],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": ".", **env},
+        timeout=200,
+    )
 
 
 def code_of(run, phase):
@@ -81,8 +89,13 @@ def test_the_console_script_the_driver_the_worker_and_its_ranks_run_ours(project
     assert code_of(project / run, "one") == code_of(project / run, "two") == {project / run / "submissions/1/code"}
     replay = console(project, "logs", run, "one", "--replay", "0/0/0")
     assert replay.returncode == 2 and "is no grpo phase" in replay.stderr  # said by ours
-    by_hand = subprocess.run([sys.executable, "-P", "-m", "jobs.worker", run, "two"], cwd=project, text=True,
-                             capture_output=True, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}."})
+    by_hand = subprocess.run(
+        [sys.executable, "-P", "-m", "jobs.worker", run, "two"],
+        cwd=project,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}."},
+    )
     assert by_hand.returncode == 0 and "is sealed already" in by_hand.stdout, by_hand.stderr
 
 
@@ -94,14 +107,29 @@ def test_slurms_jobs_run_ours(project, dev_cluster):  # noqa: F811
     assert sorted(path.name for path in run.glob("one/logs/*")) == ["a1.0.out", "a1.1.out"]
 
 
-@pytest.mark.parametrize("program", ["jobs.worker", "jobs.replay", "launchers.local", "launchers.rerun", "launchers.cli",
-                                     "megatron_ext.entrypoints.sft", "megatron_ext.entrypoints.evaluate"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "jobs.worker",
+        "jobs.replay",
+        "launchers.local",
+        "launchers.rerun",
+        "launchers.cli",
+        "megatron_ext.entrypoints.sft",
+        "megatron_ext.entrypoints.evaluate",
+    ],
+)
 def test_a_program_of_ours_takes_its_other_packages_from_beside_it(project, program):
     """As a user and torchrun start them, where the project has no folder of the program's own package."""
     shutil.rmtree(project / program.split(".")[0])
     words = ["x", "1"] if program == "launchers.local" else ["--help"]
-    done = subprocess.run([sys.executable, "-P", "-m", program, *words], cwd=project, text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([".", str(ROOT)])})
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", program, *words],
+        cwd=project,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", str(ROOT)])},
+    )
     told = "there is no submission" if program == "launchers.local" else "usage:"
     assert told in done.stdout + done.stderr, done.stderr
 
@@ -109,8 +137,10 @@ def test_a_program_of_ours_takes_its_other_packages_from_beside_it(project, prog
 def test_a_package_that_was_imported_from_elsewhere_is_refused_by_name(tmp_path):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "__init__.py").write_text("")
-    script = (f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); import slurm; "
-              f"runpy.run_path({str(ROOT / 'data_tools' / 'own_packages.py')!r})['hold']()")
+    script = (
+        f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); import slurm; "
+        f"runpy.run_path({str(ROOT / 'data_tools' / 'own_packages.py')!r})['hold']()"
+    )
     done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"slurm was imported from {tmp_path / 'slurm'}" in done.stderr
@@ -128,7 +158,7 @@ def test_processes_that_a_program_of_ours_starts_import_ours_too(project):
     script.write_text(f"""
 import multiprocessing, runpy
 if __name__ == "__main__":
-    runpy.run_path({str(ROOT / 'data_tools' / 'own_packages.py')!r})["hold"]()
+    runpy.run_path({str(ROOT / "data_tools" / "own_packages.py")!r})["hold"]()
     import data_tools.mistake
     from data_tools.tasks.rewards import _Process, Verifier
     process = _Process({{"calculator": Verifier("calculator", {{}}, {{}})}})
@@ -137,6 +167,12 @@ if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         print("spawned", pool.apply(data_tools.mistake.nearest, ("a", ["a"])))
 """)
-    done = subprocess.run([sys.executable, "mine.py"], cwd=project, text=True, capture_output=True, timeout=100,
-                          env={**os.environ, "PYTHONPATH": "."})
+    done = subprocess.run(
+        [sys.executable, "mine.py"],
+        cwd=project,
+        text=True,
+        capture_output=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
     assert "verifiers ''" in done.stdout and "did you mean a?" in done.stdout, done.stdout + done.stderr

@@ -37,8 +37,14 @@ def run(tmp_path, after="echo $STEPS", before=(), sent=None, **env):
 def test_the_order_is_forward_set_modules_setup_ours(tmp_path):
     (tmp_path / "init").mkdir()
     (tmp_path / "init" / "bash").write_text(MODULE)  # as Environment Modules has it: found where MODULESHOME says
-    done = run(tmp_path, 'echo "$STEPS" $PYTHONPATH', sent={"STEPS": "forward"}, set={"A": "set"}, modules=["cuda", "mpi"],
-               setup=['export STEPS=$STEPS:setup.$A PYTHONPATH=theirs', f"source {tmp_path}/conda.sh"])
+    done = run(
+        tmp_path,
+        'echo "$STEPS" $PYTHONPATH',
+        sent={"STEPS": "forward"},
+        set={"A": "set"},
+        modules=["cuda", "mpi"],
+        setup=["export STEPS=$STEPS:setup.$A PYTHONPATH=theirs", f"source {tmp_path}/conda.sh"],
+    )
     assert (done.stdout, done.stderr) == (f"forward:module.cuda:module.mpi:setup.set:conda {tmp_path}/code\n", "")
     assert MODULE_FILES[0].endswith("/init/bash")
 
@@ -49,8 +55,11 @@ def test_the_order_is_forward_set_modules_setup_ours(tmp_path):
     "set -euo pipefail", "set -f", "trap 'echo mine' EXIT", "trap '' ERR",
 ])  # fmt: skip
 def test_lines_of_the_admin_run_as_in_any_shell_and_ours_run_on_strictly(tmp_path, line):
-    done = run(tmp_path, 'set -o | grep -E "errexit|nounset|pipefail" | tr -d " \\t"; echo "${IFS-unset}"',
-               setup=line.replace("CONDA", f"{tmp_path}/conda.sh").split("\n"))
+    done = run(
+        tmp_path,
+        'set -o | grep -E "errexit|nounset|pipefail" | tr -d " \\t"; echo "${IFS-unset}"',
+        setup=line.replace("CONDA", f"{tmp_path}/conda.sh").split("\n"),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.removesuffix("mine\n") == "errexiton\nnounseton\npipefailon\nunset\n"
 

@@ -27,8 +27,11 @@ end
 function slurm_job_modify(job, record, partitions, uid) return slurm.SUCCESS end
 return slurm.SUCCESS
 """
-REFUSED = {7: "Choose one of yours with --account and try again.", 8: "please say --gres=gpu:TYPE:N instead.",
-           9: "needs a timeout handler (communication of May)."}
+REFUSED = {
+    7: "Choose one of yours with --account and try again.",
+    8: "please say --gres=gpu:TYPE:N instead.",
+    9: "needs a timeout handler (communication of May).",
+}
 PROFILE = """\
 meta: {contact: help@bigsite.example}
 partitions: {batch: {max_nodes: 1}}
@@ -48,8 +51,9 @@ def big_site(scrub_slurm):
 
     written, devconfig.slurm_conf = devconfig.slurm_conf, with_lua
     try:
-        with cluster_for_a_while(nodes=1, gpus_per_node=0,
-                                 settings={"ClusterName": "BigSite", "JobSubmitPlugins": "lua"}) as cluster:
+        with cluster_for_a_while(
+            nodes=1, gpus_per_node=0, settings={"ClusterName": "BigSite", "JobSubmitPlugins": "lua"}
+        ) as cluster:
             yield cluster
     finally:
         devconfig.slurm_conf = written
@@ -87,13 +91,17 @@ def afterok(monkeypatch, capsys):
 
     afterok.json = lambda *words, **kwargs: json.loads(afterok(*words, "--json", **kwargs).stdout)
     afterok.states = lambda run, **kwargs: {
-        phase["phase"]: phase["state"] for phase in afterok.json("status", run, **kwargs)["phases"]}
+        phase["phase"]: phase["state"] for phase in afterok.json("status", run, **kwargs)["phases"]
+    }
     return afterok
 
 
 def jobs_of(run, env):
-    return {row.name for row in Slurm(env | {"PATH": os.environ["PATH"]}).queue()
-            if row.name.startswith(f"{run.name}.") and row.state in ("PENDING", "RUNNING")}
+    return {
+        row.name
+        for row in Slurm(env | {"PATH": os.environ["PATH"]}).queue()
+        if row.name.startswith(f"{run.name}.") and row.state in ("PENDING", "RUNNING")
+    }
 
 
 @pytest.mark.parametrize("minutes", REFUSED)
@@ -134,8 +142,10 @@ def wrapped(tmp_path, site):
 
 def test_a_submission_without_an_answer_is_told_of_and_cancel_takes_it_back(wrapped, afterok):
     pipeline, run, sbatch = wrapped
-    env = sbatch('if [ -e "$0.sent" ]; then echo "sbatch: error: Batch job submission failed: Message send failure" >&2; '
-                 'exit 1; fi; touch "$0.sent"; exec $REAL "$@"')
+    env = sbatch(
+        'if [ -e "$0.sent" ]; then echo "sbatch: error: Batch job submission failed: Message send failure" >&2; '
+        'exit 1; fi; touch "$0.sent"; exec $REAL "$@"'
+    )
     line = one_line(afterok("submit", pipeline, "--run", run, env=env, check=1))
     assert "Message send failure" in line and "afterok repair" in line
     for verb in ("why", "status"):
@@ -149,8 +159,10 @@ def test_a_submission_without_an_answer_is_told_of_and_cancel_takes_it_back(wrap
 
 def test_banners_around_an_id_and_an_sbatch_that_fails_after_all_change_nothing(wrapped, afterok):
     pipeline, run, sbatch = wrapped
-    env = sbatch('echo "=== BigSite ==="; $REAL "$@"; code=$?; echo "Your project has 99 hours left."; '
-                 'echo "quota: 12" >&2; exit $code')
+    env = sbatch(
+        'echo "=== BigSite ==="; $REAL "$@"; code=$?; echo "Your project has 99 hours left."; '
+        'echo "quota: 12" >&2; exit $code'
+    )
     afterok("run", pipeline, "--run", run, env=env)
     assert set(afterok.states(run, env=env).values()) == {"COMPLETED"}
     silent = run.with_name("silent")
@@ -174,12 +186,21 @@ def test_from_another_cluster_every_verb_names_both_and_does_nothing(site, other
     mine = jobs_of(run, env)
     there = env | {"SLURM_CONF": str(other_site.conf)}
     before = (run / "ledger.jsonl").read_bytes()
-    for words in (["plan", pipeline, *slow], ["submit", pipeline, *slow], ["run", pipeline, *slow], ["cancel", run],
-                  ["repair", run], ["resubmit", run, "numbers"], ["why", run], ["status", run]):
+    for words in (
+        ["plan", pipeline, *slow],
+        ["submit", pipeline, *slow],
+        ["run", pipeline, *slow],
+        ["cancel", run],
+        ["repair", run],
+        ["resubmit", run, "numbers"],
+        ["why", run],
+        ["status", run],
+    ):
         done = afterok(*words, env=there, check=2)
         assert "went to the Slurm cluster bigsite, and the one that answers here is beta" in done.stderr, words
     assert {p["state"] for p in json.loads(afterok("status", run, "--json", env=there, check=2).stdout)["phases"]} == {
-        "NO_ANSWER"}
+        "NO_ANSWER"
+    }
     assert "unknown: " in afterok.json("ls", run.parent, env=there)["runs"][0]["state"]
     assert (run / "ledger.jsonl").read_bytes() == before and jobs_of(run, env) == mine != set()
     assert jobs_of(run, there) == set() and not list((run / "submissions").glob("2"))
@@ -191,8 +212,13 @@ def test_plan_submit_and_status_say_which_profile_and_which_file(site, other_sit
     file = f"{env['AFTEROK_PROFILES']}/BigSite.yaml"
     assert f"cluster bigsite: profile BigSite ({file})" in afterok("plan", pipeline, "--run", run, env=env).stdout
     planned = afterok.json("plan", pipeline, "--run", run, env=env)["profile"]
-    assert planned == {"kind": "slurm", "name": "bigsite", "cluster_name": "bigsite", "profile": "BigSite",
-                       "profile_file": file}
+    assert planned == {
+        "kind": "slurm",
+        "name": "bigsite",
+        "cluster_name": "bigsite",
+        "profile": "BigSite",
+        "profile_file": file,
+    }
     assert afterok.json("submit", pipeline, "numbers.with.seconds=60", "--run", run, env=env)["profile"] == planned
     where = f"cluster bigsite, profile BigSite ({file})"
     assert where in afterok("status", run, env=env).stdout and afterok.json("status", run, env=env)["where"] == where
@@ -210,8 +236,9 @@ def test_what_a_partition_would_refuse_is_told_with_the_contact(site, afterok):
 
 def test_options_that_afterok_sets_are_refused_by_plan_by_name(site, afterok):
     pipeline, run, env = site
-    (Path(env["AFTEROK_PROFILES"]) / "BigSite.yaml").write_text(PROFILE.replace(
-        "max_nodes: 1", 'max_nodes: 1, extra_sbatch: {output: /x, t: "5", comment: mine}'))
+    (Path(env["AFTEROK_PROFILES"]) / "BigSite.yaml").write_text(
+        PROFILE.replace("max_nodes: 1", 'max_nodes: 1, extra_sbatch: {output: /x, t: "5", comment: mine}')
+    )
     lines = afterok("plan", pipeline, "--run", run, env=env, check=2).stderr.splitlines()
     assert len(lines) == 2 and "extra_sbatch.output: afterok sets sbatch's --output itself" in lines[0]
     assert "extra_sbatch.t: afterok sets sbatch's -t itself: say it as the role's time" in lines[1]
@@ -223,8 +250,10 @@ def test_options_that_afterok_sets_are_refused_by_plan_by_name(site, afterok):
 def test_other_jobs_of_the_user_may_have_any_name(site, afterok):
     pipeline, run, env = site
     slurm = Slurm(env | {"PATH": os.environ["PATH"]})
-    others = [slurm.sbatch(["--hold", f"--job-name={name}", "--wrap=true"])
-              for name in ("my\njob", "1\x1f2\x1f3", "a|b\tc", "\x1b[31m'\"")]
+    others = [
+        slurm.sbatch(["--hold", f"--job-name={name}", "--wrap=true"])
+        for name in ("my\njob", "1\x1f2\x1f3", "a|b\tc", "\x1b[31m'\"")
+    ]
     afterok("run", pipeline, "--run", run, env=env)
     assert set(afterok.states(run, env=env).values()) == {"COMPLETED"}
     slurm.cancel(others)
@@ -267,9 +296,14 @@ def test_a_run_on_a_read_only_filesystem_is_cancelled_all_the_same(site, afterok
     afterok("submit", pipeline, "numbers.with.seconds=60", "--run", run, env=env)
     wait_for("its start", lambda: afterok.states(run, env=env)["numbers"] == "RUNNING")
     before = (run / "ledger.jsonl").read_bytes()
-    mounted = f"mount --bind {run} {run} && mount -o remount,bind,ro {run} && exec \"$@\""
-    done = subprocess.run(["unshare", "--mount", "bash", "-c", mounted, "bash", sys.executable, "-m", "launchers.cli",
-                           "cancel", run], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+    mounted = f'mount --bind {run} {run} && mount -o remount,bind,ro {run} && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", mounted, "bash", sys.executable, "-m", "launchers.cli", "cancel", run],
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("needs the right to mount in a namespace of its own")
     assert done.returncode == 0 and done.stdout.startswith("cancelled "), done.stderr
@@ -291,5 +325,7 @@ def test_what_a_profiles_setup_lines_do_is_told_in_the_log_and_by_why(site, afte
     if state == "FAILED":
         finding = afterok.json("why", run, "numbers", env=env)["findings"][0]
         assert (finding["cause"], told in finding["evidence"]) == ("environment not set up", True)
-        assert f"{run}/numbers/logs/a1." in finding["remedy"] and "contact for profile BigSite: help@" in finding["remedy"]
+        assert (
+            f"{run}/numbers/logs/a1." in finding["remedy"] and "contact for profile BigSite: help@" in finding["remedy"]
+        )
         afterok("cancel", run, env=env)

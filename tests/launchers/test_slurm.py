@@ -2,9 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from pathlib import Path
 
 from jobs.artifact import read_seal
 from launchers.ledger import Ledger
@@ -37,9 +37,11 @@ def test_a_run_on_slurm_seals_the_same_as_a_local_run(toy, tmp_path):
 def test_phases_wait_on_each_other_as_dependent_arrays(toy):
     pipeline, run, env = toy
     jobs = afterok_json("submit", pipeline, f"numbers.with.gate={run}.gate", "--run", run, env=env)["jobs"]
-    rows = {row.array_index if row.array_index is not None else row.name.split(".")[1]: row
-            for row in Slurm(env).queue()
-            if (row.array_job_id or row.job_id) in jobs.values()}
+    rows = {
+        row.array_index if row.array_index is not None else row.name.split(".")[1]: row
+        for row in Slurm(env).queue()
+        if (row.array_job_id or row.job_id) in jobs.values()
+    }
     assert rows["total"].reason == "Dependency" and f"afterok:{jobs['numbers']}" in rows["total"].dependency
     assert rows["again"].reason == "Dependency" and f"afterok:{jobs['total']}" in rows["again"].dependency
     assert {0, 1, 2} <= rows.keys()  # one array of three elements
@@ -81,8 +83,10 @@ def test_a_phase_checks_its_inputs_itself_when_slurm_lets_it_start(toy):
 def test_submitting_from_inside_a_job_does_not_inherit_its_shape(toy, tmp_path):
     pipeline, run, env = toy
     outer = tmp_path / "outer.sh"
-    outer.write_text("#!/bin/bash\nexport SBATCH_PARTITION=nosuch SBATCH_OUTPUT=/nowhere/x SLURM_MEM_PER_NODE=2\n"
-                     f"cd {ROOT} && exec {sys.executable} -m launchers.cli submit {pipeline} --run {run}\n")
+    outer.write_text(
+        "#!/bin/bash\nexport SBATCH_PARTITION=nosuch SBATCH_OUTPUT=/nowhere/x SLURM_MEM_PER_NODE=2\n"
+        f"cd {ROOT} && exec {sys.executable} -m launchers.cli submit {pipeline} --run {run}\n"
+    )
     shape = ["--ntasks=7", "--mem-per-cpu=10", "--gpus-per-node=3", "--cpus-per-task=2"]
     Slurm(env).sbatch([*shape, f"--output={tmp_path}/outer.out", str(outer)])
     ledger = Ledger(run / "ledger.jsonl")
@@ -94,8 +98,10 @@ def test_cancel_and_logs_reach_slurms_jobs(toy):
     pipeline, run, env = toy
     afterok("submit", pipeline, "numbers.with.seconds=100", "--run", run, env=env)
     wait_for("a log", lambda: phase_status(run, "numbers", env=env)["state"] == "RUNNING")
-    wait_for("its first line",
-             lambda: "numbers[1] attempt 1" in afterok("logs", run, "numbers:1", env=env, check=None).stdout)
+    wait_for(
+        "its first line",
+        lambda: "numbers[1] attempt 1" in afterok("logs", run, "numbers:1", env=env, check=None).stdout,
+    )
     afterok("cancel", run, env=env)
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"CANCELLED"})
 
@@ -103,8 +109,9 @@ def test_cancel_and_logs_reach_slurms_jobs(toy):
 def test_nothing_of_the_submitters_environment_reaches_a_job_unless_forwarded(toy, tmp_path):
     pipeline, run, env = toy
     afterok("run", pipeline, "--run", run, env=env | {"PLANTED_SECRET": "s3cr3t-value"})
-    found = subprocess.run(["grep", "-rl", "--exclude-dir=code", "s3cr3t-value", str(run)], capture_output=True,
-                           text=True).stdout
+    found = subprocess.run(
+        ["grep", "-rl", "--exclude-dir=code", "s3cr3t-value", str(run)], capture_output=True, text=True
+    ).stdout
     assert found == ""
     job = Ledger(run / "ledger.jsonl").jobs()[0].job
     shown = subprocess.run(["scontrol", "show", "job", job], env=env, capture_output=True, text=True).stdout

@@ -17,10 +17,22 @@ def package(request, tmp_path, monkeypatch):
     """A user's package that holds what people leave in theirs; tests/__init__ of pytest's own git is none of it."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     root = tmp_path / "project" / "mine"
-    for name, mode in (("__init__.py", 0o644), ("rewards.py", 0o755), ("private.py", 0o600), ("sub/deep.py", 0o640),
-                       ("prompts.yaml", 0o600), ("notes.md", 0o644), ("credentials.json", 0o600), (".env", 0o600),
-                       (".venv/lib/x.py", 0o644), ("env/pyvenv.cfg", 0o644), ("env/lib/x.py", 0o644),
-                       ("__pycache__/x.py", 0o644), ("node_modules/x.json", 0o644), (".cache/x.json", 0o644)):
+    for name, mode in (
+        ("__init__.py", 0o644),
+        ("rewards.py", 0o755),
+        ("private.py", 0o600),
+        ("sub/deep.py", 0o640),
+        ("prompts.yaml", 0o600),
+        ("notes.md", 0o644),
+        ("credentials.json", 0o600),
+        (".env", 0o600),
+        (".venv/lib/x.py", 0o644),
+        ("env/pyvenv.cfg", 0o644),
+        ("env/lib/x.py", 0o644),
+        ("__pycache__/x.py", 0o644),
+        ("node_modules/x.json", 0o644),
+        (".cache/x.json", 0o644),
+    ):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {name}\n")
@@ -33,12 +45,20 @@ def package(request, tmp_path, monkeypatch):
     if request.param == "git":
         git = ["git", "-C", str(root.parent), "-c", "user.name=x", "-c", "user.email=x@x"]
         subprocess.run([*git, "init", "-q"], check=True)
-        subprocess.run([*git, "add", "mine/__init__.py", "mine/prompts.yaml", "mine/notes.md", "mine/outside.json"],
-                       check=True)
+        subprocess.run(
+            [*git, "add", "mine/__init__.py", "mine/prompts.yaml", "mine/notes.md", "mine/outside.json"], check=True
+        )
     return request.param, root
 
 
-CODE = {"mine/__init__.py", "mine/rewards.py", "mine/private.py", "mine/sub/deep.py", "mine/same.py", "mine/prompts.yaml"}
+CODE = {
+    "mine/__init__.py",
+    "mine/rewards.py",
+    "mine/private.py",
+    "mine/sub/deep.py",
+    "mine/same.py",
+    "mine/prompts.yaml",
+}
 
 
 def test_a_snapshot_holds_code_alone_with_its_modes_and_digests(package, tmp_path):
@@ -48,8 +68,11 @@ def test_a_snapshot_holds_code_alone_with_its_modes_and_digests(package, tmp_pat
         take_snapshot(tmp_path / "code", [root])
     finally:
         os.umask(old)
-    mine = {str(path.relative_to(tmp_path / "code")) for path in (tmp_path / "code" / "mine").rglob("*")
-            if path.is_symlink() or not path.is_dir()}
+    mine = {
+        str(path.relative_to(tmp_path / "code"))
+        for path in (tmp_path / "code" / "mine").rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
     assert mine == CODE | ({"mine/notes.md"} if way == "git" else {"mine/credentials.json"})
     said = json.loads((tmp_path / "code.json").read_text())
     for name in mine:
@@ -82,6 +105,11 @@ def test_more_than_a_bound_is_refused_and_the_largest_named(package):
 
 def test_our_own_code_and_its_data_are_whole():
     files = find_code().files
-    for name in ("jobs/worker.py", "data_tools/own_packages.py", "jobs/pipelines/tiny.yaml", "slurm/profiles/example.yaml"):
+    for name in (
+        "jobs/worker.py",
+        "data_tools/own_packages.py",
+        "jobs/pipelines/tiny.yaml",
+        "slurm/profiles/example.yaml",
+    ):
         assert name in files
     assert not [name for name in files if name.endswith(".pyc")]

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from pathlib import Path
 
 from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.backend import TaskState
@@ -16,7 +16,16 @@ from launchers.ledger import JobEntry, Ledger
 from launchers.status import Look, Span, format_seconds, gpu_hours, spans
 from slurm.client import Slurm
 from tests.command import (
-    ROOT, afterok, afterok_json, heed_interrupts, one_line, phase_status, states, wait_for, write_toy)
+    ROOT,
+    afterok,
+    afterok_json,
+    heed_interrupts,
+    one_line,
+    phase_status,
+    states,
+    wait_for,
+    write_toy,
+)
 
 KEY = "0123456789abcdef"
 HOUR = 3600.0

@@ -54,9 +54,13 @@ def shimmed(tmp_path, dev_cluster):
 
 def submitted_jobs(run, env):
     """Ids of this run's jobs that Slurm knows and that were not cancelled."""
-    return sorted({row.array_job_id or row.job_id for row in Slurm(env).queue()
-                   if row.name.startswith(f"{run.name}.") and row.state != "CANCELLED"
-                   and str(run) in _workdir(env, row)})
+    return sorted(
+        {
+            row.array_job_id or row.job_id
+            for row in Slurm(env).queue()
+            if row.name.startswith(f"{run.name}.") and row.state != "CANCELLED" and str(run) in _workdir(env, row)
+        }
+    )
 
 
 def _workdir(env, row):
@@ -69,10 +73,18 @@ def assert_sealed_once(run, env):
     assert len(list(run.glob("numbers/*/seals/*.json"))) == 3
 
 
-IN_CI = [(1, "kill-before", "submit"), (2, "kill-after", "repair"), (3, "kill-after", "submit"),
-         (4, "kill-before", "repair")]
-KILLS = [pytest.param(at, do, way, marks=[] if (at, do, way) in IN_CI else pytest.mark.soak)
-         for at in range(1, CALLS + 1) for do in ("kill-before", "kill-after") for way in ("submit", "repair")]
+IN_CI = [
+    (1, "kill-before", "submit"),
+    (2, "kill-after", "repair"),
+    (3, "kill-after", "submit"),
+    (4, "kill-before", "repair"),
+]
+KILLS = [
+    pytest.param(at, do, way, marks=[] if (at, do, way) in IN_CI else pytest.mark.soak)
+    for at in range(1, CALLS + 1)
+    for do in ("kill-before", "kill-after")
+    for way in ("submit", "repair")
+]
 
 
 @pytest.mark.parametrize("at, do, way", KILLS)
@@ -193,11 +205,17 @@ def toy_on_fragile_cluster(tmp_path, short_folder):
 @pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=pytest.mark.soak)])
 def test_a_controller_down_during_a_submit_is_waited_for(shimmed, dev_cluster, seconds):
     pipeline, run, env, shim = shimmed
-    process = subprocess.Popen([sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)],
-                               cwd=ROOT, env={**os.environ, **env}, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    wait_for("the first job",
-             lambda: (run / "ledger.jsonl").exists() and '"sending"' in (run / "ledger.jsonl").read_text())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launchers.cli", "submit", str(pipeline), "--run", str(run)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_for(
+        "the first job", lambda: (run / "ledger.jsonl").exists() and '"sending"' in (run / "ledger.jsonl").read_text()
+    )
     dev_cluster.kill_daemon("slurmctld")
     time.sleep(seconds)
     dev_cluster.start_daemon("slurmctld")

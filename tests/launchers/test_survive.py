@@ -46,6 +46,7 @@ def outcomes(run, phase="counter"):
 
 def counted(run, least=3):
     """Wait until the phase has made some steps of this start; returns its worker's pid."""
+
     def at():
         for path in run.glob("counter/*/progress/0000.json"):
             return json.loads(path.read_text())["done"] >= least
@@ -256,8 +257,13 @@ def test_by_hand_a_stopped_worker_exits_5_and_goes_on_when_run_again(pipeline):
 
 # -- training -----------------------------------------------------------------------------------------------------
 
-SFT = ["params.steps=60", "params.train_rows=2000", "params.test_rows=64", "sft.with.checkpoint_every=25",
-       "cluster=local"]
+SFT = [
+    "params.steps=60",
+    "params.train_rows=2000",
+    "params.test_rows=64",
+    "sft.with.checkpoint_every=25",
+    "cluster=local",
+]
 
 
 @pytest.fixture(scope="module")
@@ -270,8 +276,10 @@ def trained(tmp_path_factory):
     pipeline.write_text(head + "  sft:\n" + rest.partition("  sft:\n")[2].partition("  trained:\n")[0])
     afterok("run", pipeline, *SFT, "--run", folder / "run", timeout=200)
     driver = folder / "run/local/1/state.json"
-    wait_for("its driver, of which copies would have to believe that it runs", lambda: all(
-        task["state"] == "COMPLETED" for task in durable.read_json(driver)["tasks"]))
+    wait_for(
+        "its driver, of which copies would have to believe that it runs",
+        lambda: all(task["state"] == "COMPLETED" for task in durable.read_json(driver)["tasks"]),
+    )
     return pipeline, folder / "run"
 
 
@@ -287,8 +295,11 @@ def stopped_at_random(trained, run, seed, stops=1):
         wait_for("steps", lambda: newest_training(run) == stop, 90)
         progress = wait_for("a step", lambda: list(run.glob("sft/*/progress/0000.json")))[0]
         seen = progress.stat().st_mtime_ns
-        wait_for("a step of this start", lambda: progress.stat().st_mtime_ns != seen
-                 and json.loads(progress.read_text())["done"] > 0, 90)
+        wait_for(
+            "a step of this start",
+            lambda: progress.stat().st_mtime_ns != seen and json.loads(progress.read_text())["done"] > 0,
+            90,
+        )
         time.sleep(dice.uniform(0, 0.5))
         parent = spawning_parent(newest_owner(run, "sft")["pid"])
         began = time.monotonic()
@@ -313,8 +324,10 @@ def spawning_parent(pid):
 def assert_same_training(trained, found, run):
     whole = facts(trained[1], "sft")
     assert found["weights_digest"] == whole["weights_digest"] and found["tokens"] == whole["tokens"]
-    lines = [[json.loads(line)["step"] for line in next(folder.glob("sft/*/metrics.jsonl")).read_text().splitlines()]
-             for folder in (run, trained[1])]
+    lines = [
+        [json.loads(line)["step"] for line in next(folder.glob("sft/*/metrics.jsonl")).read_text().splitlines()]
+        for folder in (run, trained[1])
+    ]
     assert lines[0] == lines[1]
 
 

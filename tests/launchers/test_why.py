@@ -23,7 +23,9 @@ from tests.command import afterok, afterok_json, states, wait_for
 
 HELLO = "sft[0] attempt 1, key 0123456789abcdef, 2 rank(s) on n1\n"
 
-TORCH_OOM = HELLO + """Traceback (most recent call last):
+TORCH_OOM = (
+    HELLO
+    + """Traceback (most recent call last):
   File "/runs/a/submissions/1/code/jobs/worker.py", line 97, in work
     code, message = self._work()
   File "/runs/a/submissions/1/code/megatron_ext/train.py", line 212, in step
@@ -33,6 +35,7 @@ TORCH_OOM = HELLO + """Traceback (most recent call last):
 torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.2 GiB is free.
 afterok: sft[0]: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB
 """
+)
 NCCL = (
     HELLO
     + """[rank3]:[E1121 01:40:37.001 ProcessGroupNCCL.cpp:632] [Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=184, OpType=ALLREDUCE, NumelIn=1048576, NumelOut=1048576, Timeout(ms)=600000) ran for 600029 milliseconds before timing out.
@@ -41,15 +44,20 @@ terminate called after throwing an instance of 'c10::DistBackendError'
 srun: error: n1: task 3: Aborted (core dumped)
 """
 )
-GLOO_WAIT = HELLO + """Traceback (most recent call last):
+GLOO_WAIT = (
+    HELLO
+    + """Traceback (most recent call last):
   File "/code/megatron_ext/train.py", line 90, in reduced
     dist.all_reduce(values)
 RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete
 """
+)
 GLOO_PEER = (
     "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.2]:40122"
 )
-GLOO_AND_ROOT = HELLO + f"""Traceback (most recent call last):
+GLOO_AND_ROOT = (
+    HELLO
+    + f"""Traceback (most recent call last):
   File "/code/megatron_ext/train.py", line 90, in reduced
     dist.all_reduce(values)
 {GLOO_PEER}
@@ -58,13 +66,17 @@ Traceback (most recent call last):
     raise ValueError("pack 9 has 0 tokens")
 ValueError: pack 9 has 0 tokens
 """
-GLOO_AND_KILLED = HELLO + f"""srun: error: n2: task 1: Killed
+)
+GLOO_AND_KILLED = (
+    HELLO
+    + f"""srun: error: n2: task 1: Killed
 Traceback (most recent call last):
   File "/code/megatron_ext/train.py", line 90, in reduced
     dist.all_reduce(values)
 {GLOO_PEER}
 srun: error: n1: task 0: Exited with exit code 1
 """
+)
 STEPD = (
     "slurmstepd-n1: error: *** JOB 3 ON n1 CANCELLED AT 2026-11-21T01:41:06 {} ***\n"
     "srun: error: n1: task 0: Terminated\n"
@@ -74,8 +86,7 @@ CGROUP_OOM = (
     "srun: error: n1: task 0: Out Of Memory\n"
 )
 OVER_MEMORY = (
-    HELLO
-    + "slurmstepd: error: Exceeded job memory limit\n"
+    HELLO + "slurmstepd: error: Exceeded job memory limit\n"
     "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T01:41:06 ***\n"
 )
 
@@ -331,9 +342,7 @@ def test_each_local_failure_has_its_class_and_one_sentence(tmp_path):
     text = afterok("why", run).stdout.splitlines()
     assert len(text) == 1 + len(report["findings"]), text
     one = {line.split()[0]: line for line in text[1:]}
-    assert (
-        "tests/toy/trouble.py:" in one["exception"] and "ValueError: row 7 has 3 columns, not 4" in one["exception"]
-    )
+    assert "tests/toy/trouble.py:" in one["exception"] and "ValueError: row 7 has 3 columns, not 4" in one["exception"]
     assert "it needs exception," in one["after"] and "SIGSEGV" in one["crash"] and "exit code 137" in one["killed"]
     assert "parted[1]" in one and f"process {os.getpid()}" in one["leased"]
     assert list(causes(afterok_json("why", run, "killed"))) == ["killed"]

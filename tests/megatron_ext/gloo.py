@@ -4,7 +4,8 @@ import gc
 import multiprocessing
 import os
 import traceback
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from data_tools.ports import free_port
 from megatron_ext.device import init_device

@@ -158,7 +158,7 @@ def test_stored_pieces_are_read_by_the_plain_reader_too(alone, hf, tmp_path):
 
 @pytest.mark.parametrize(
     "of",
-    [tiny.DIMS, *(pytest.param(dims, marks=pytest.mark.soak) for dims in (tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS))]
+    [tiny.DIMS, *(pytest.param(dims, marks=pytest.mark.soak) for dims in (tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H_DIMS))],
 )
 def test_a_trained_model_exported_gives_the_same_greedy_tokens_in_transformers(tmp_path, of):
     from transformers import AutoModelForCausalLM

@@ -1,7 +1,6 @@
 """Every name that device.py patches exists, does not do its job on CPU as it is, and does it patched."""
 
 import importlib
-import os
 import subprocess
 import sys
 

@@ -97,7 +97,11 @@ def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
     assert samples[0] == samples[1] and len(samples[0]) == whole["prompts"]
     table = durable.read_json(tmp_path / "keep" / "tables" / "accuracy.json")
     assert [row[0] for row in table["rows"]] == [
-        "all", "seen in training", "not seen", "others", "single operation sums"
+        "all",
+        "seen in training",
+        "not seen",
+        "others",
+        "single operation sums",
     ]
     (prompts,) = durable.read_json(tmp_path / "keep" / "tables" / "prompts.json")["rows"]
     records = whole["records"]["calculator"]
@@ -209,9 +213,17 @@ def test_an_evaluation_without_samples_is_nothing_to_compare_with(tmp_path):
 
 def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path):
     """The task scores them differently, so one of them is no stand-in for the other."""
+
     def line(name: str, right: int) -> dict:
-        return dict(prompt="1+1=", correct=True, seen=None, sampled=4, sampled_correct=right, votes=[], **(
-            {"prompt_id": name} if name else {}))
+        return dict(
+            prompt="1+1=",
+            correct=True,
+            seen=None,
+            sampled=4,
+            sampled_correct=right,
+            votes=[],
+            **({"prompt_id": name} if name else {}),
+        )
 
     config = evaluate.Config(compare_with=str(tmp_path), samples=4)
     lines = [line("a", 0), line("b", 4)]
@@ -290,6 +302,7 @@ def test_bare_configs_take_overrides(tmp_path):
 def _hosted() -> int:
     """A rank whose store somebody already hosts, as our worker does it."""
     import os
+
     import torch
 
     from data_tools import rendezvous

@@ -30,9 +30,7 @@ SHAPES = {
     "qwen2 6 heads, 3 groups, own head size": replace(
         QWEN2, heads=6, kv_groups=3, head_dim=10, tied=False, rope_base=1e6
     ),
-    "qwen2 one layer, wide MLP, other epsilon": replace(
-        QWEN2, layers=1, ffn=130, norm_epsilon=1e-3, vocabulary=64
-    ),
+    "qwen2 one layer, wide MLP, other epsilon": replace(QWEN2, layers=1, ffn=130, norm_epsilon=1e-3, vocabulary=64),
     "qwen3": QWEN3,
     "qwen3 tied, own head size": replace(QWEN3, tied=True, head_dim=20, rope_base=1e6),
     "llama": LLAMA,

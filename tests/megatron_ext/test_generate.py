@@ -72,11 +72,14 @@ def test_samples_are_what_rejection_reads(whole):
     assert unjudged["accuracy"] is None and "pass@1" not in unjudged and unjudged["reward"] > 0
     assert facts == durable.read_json(out / "result.json")
     found = facts["records"]["sums"]
-    assert (found["prompts"], found["lines"]) == (PROMPTS - 2, found["rows"]) and facts["records"]["lengths"]["rows"] == 2
+    assert (found["prompts"], found["lines"]) == (PROMPTS - 2, found["rows"]) and facts["records"]["lengths"][
+        "rows"
+    ] == 2
 
 
 def test_several_turns_are_sampled_shown_and_gone_on_with(folders, tmp_path):
     """A tool in a process of its own says how long the transcript is."""
+
     def several(**changes):
         tool = Entry("tests.data_tools.tasks.verifiers", source=Source(inputs=[str(folders["questions"])]))
         options = {"samples": 6, "sampling": Sampling(max_tokens=12), "record_s": 1e-9, **changes}
@@ -88,8 +91,8 @@ def test_several_turns_are_sampled_shown_and_gone_on_with(folders, tmp_path):
     end = tokenizer.decode([tokenizer.eos_id])
     rows = [json.loads(line) for line in open(out / "samples.jsonl")]
     spoken = [row for row in rows if "turns" in row]
-    assert (
-        spoken and all("".join(turn["text"] for turn in row["turns"]).startswith(row["completion"]) for row in spoken)
+    assert spoken and all(
+        "".join(turn["text"] for turn in row["turns"]).startswith(row["completion"]) for row in spoken
     )
     for row in spoken:
         for place, turn in enumerate(row["turns"]):
@@ -209,6 +212,7 @@ def evaluation_of(wanted: generate.Config) -> evaluate.Config:
 
 def test_a_model_without_finite_logits_is_named_with_the_prompt(folders, tmp_path, monkeypatch):
     """Where generate samples, and where evaluate and grpo do."""
+
     def logits(*_: Any) -> torch.Tensor:
         return torch.full_like(whole(*_), float("nan"))
 
@@ -219,8 +223,13 @@ def test_a_model_without_finite_logits_is_named_with_the_prompt(folders, tmp_pat
     wanted = replace(config(folders), mix=MixConfig({"sums": config(folders).mix.entries["sums"]}))
     trained = grpo.Config(model=wanted.model, mix=wanted.mix, steps=1, prompts=2, group=2, verifiers=1,
                           sampling=wanted.sampling)  # fmt: skip
-    held_out = replace(trained, evaluation=Evaluation(every=1), mix=MixConfig({
-        **wanted.mix.entries, "held": replace(wanted.mix.entries["sums"], task="calculator", evaluation_only=True)}))
+    held_out = replace(
+        trained,
+        evaluation=Evaluation(every=1),
+        mix=MixConfig(
+            {**wanted.mix.entries, "held": replace(wanted.mix.entries["sums"], task="calculator", evaluation_only=True)}
+        ),
+    )
     for number, (entry, asked) in enumerate([
         (generate, wanted), (evaluate, evaluation_of(wanted)), (grpo, trained), (grpo, held_out)
     ]):  # fmt: skip
@@ -247,7 +256,10 @@ def test_two_ranks_make_the_samples_of_one(two_ranks, folders, whole, tmp_path):
 def test_wrong_settings_and_prompts_without_room_are_refused(folders, tmp_path):
     wrong = config(folders, samples=0, chunk=0, sampling=Sampling(max_tokens=0), verify_limit_s=0.0)
     assert [str(problem).split(":")[0] for problem in generate.check(wrong, 1)] == [
-        "samples", "chunk", "verify_limit_s", "sampling.max_tokens"
+        "samples",
+        "chunk",
+        "verify_limit_s",
+        "sampling.max_tokens",
     ]
     assert "4 samples all alike" in str(generate.check(config(folders, sampling=Sampling(temperature=0)), 1)[0])
     out, keep = made(tmp_path)
@@ -284,7 +296,8 @@ def test_generated_samples_are_filtered_materialized_packed_and_trained_on(folde
     assert facts["samples"] == PROMPTS * SAMPLES and facts["kept"] > 0 and facts["seed"] == ["3"]
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     rows = materialize.Config(
-        source=Source(inputs=[str(kept / "chat.jsonl")]), tokenizer=str(folders["hf"]),
+        source=Source(inputs=[str(kept / "chat.jsonl")]),
+        tokenizer=str(folders["hf"]),
         chat=ChatConfig(template=str(tmp_path / "chat.jinja"), header=""),
     )
     materialize.materialize(rows, part, 0, 1)

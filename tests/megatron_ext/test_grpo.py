@@ -96,7 +96,8 @@ def test_a_step_is_the_same_under_every_layout(two_ranks, folders, one_process, 
                   loss=LOSSES[loss])  # fmt: skip
     for ours, theirs in zip(metrics(tmp_path), one_process[loss]):
         assert [ours[name] for name in ("reward", "samples", "trained_tokens")] == [
-            theirs[name] for name in ("reward", "samples", "trained_tokens")]
+            theirs[name] for name in ("reward", "samples", "trained_tokens")
+        ]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         for name in ("entropy", "ratio", "clipped_low", "clipped_high"):
@@ -164,8 +165,13 @@ def test_tokens_of_replies_are_in_the_rows_and_never_trained(alone):
     nan = float("nan")
     drawn = [
         Sample(
-            0, 0, (1, 2), numpy.array([3, 13, 8, 9, 4], numpy.int32),
-            numpy.array([-1, -2, nan, nan, -3], numpy.float32), "stop", 1.0,
+            0,
+            0,
+            (1, 2),
+            numpy.array([3, 13, 8, 9, 4], numpy.int32),
+            numpy.array([-1, -2, nan, nan, -3], numpy.float32),
+            "stop",
+            1.0,
         ),
         Sample(0, 1, (1, 2), numpy.array([7, 5], numpy.int32), numpy.array([-4, -5], numpy.float32), "stop", 0.0),
     ]
@@ -269,7 +275,15 @@ def test_a_step_that_is_left_while_it_draws_again_begins_anew():
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What of the metrics does not depend on the clock, nor on which samples shared an engine step."""
     kept = (
-        "step", "lr", "reward", "reward_parts", "samples", "trained_samples", "length", "prompts_kept", "loss",
+        "step",
+        "lr",
+        "reward",
+        "reward_parts",
+        "samples",
+        "trained_samples",
+        "length",
+        "prompts_kept",
+        "loss",
         "grad_norm",
     )
     return [{name: line[name] for name in kept} for line in lines]

@@ -17,8 +17,8 @@ from megatron_ext.parallel import ParallelPlan, Site
 from megatron_ext.rollout.settings import Sampling
 from tests.megatron_ext import adapted, shapes, tiny
 from tests.megatron_ext.rollout.test_engine import SMALL, full_logprobs, requests, sampled
-from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.rounding import logits_bound
+from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.test_families import transformers_model
 from tests.megatron_ext.training import sft_config
 

@@ -76,9 +76,7 @@ def updated(hf: Path, family: str, plan: ParallelPlan, lora: LoraConfig, keep: P
         _, norm = trainer.step(rows, 1e-2)
         later = trainer.gradient(rows).reduced().mean_loss
         if keep:
-            checkpoint.save_step(
-                keep, 1, trainer.model, trainer.optimizer, plan, identity={}, position={}, keep=1
-            )
+            checkpoint.save_step(keep, 1, trainer.model, trainer.optimizer, plan, identity={}, position={}, keep=1)
         factors = adapters.gathered(trainer.model)
         return Run(loss, norm, later, gradients, factors, [base, checkpoint.weights_digest(trainer.model)])
 

@@ -87,9 +87,7 @@ def test_the_convolution_is_that_of_each_document_alone(width):
     shapes = ((1, 15, channels), (channels, width), (channels,))
     x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     documents = torch.arange(4).repeat_interleave(torch.tensor(lengths))[None]
-    nothing = State(
-        x.new_zeros(1, width - 1, channels), torch.full((1, width - 1), mamba.NO_DOCUMENT), x.new_zeros(0)
-    )
+    nothing = State(x.new_zeros(1, width - 1, channels), torch.full((1, width - 1), mamba.NO_DOCUMENT), x.new_zeros(0))
     y, inputs, origins = convolve(x, documents, nothing, weight, bias)
     expected = []
     for part in x.split(lengths, dim=1):

@@ -5,9 +5,10 @@ import math
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -82,8 +83,13 @@ def test_validation_is_the_mean_over_all_supervised_tokens(tracked, calculator):
 
 @pytest.mark.parametrize(
     "plan",
-    [PLAN,
-     *(pytest.param(plan, marks=SOAK) for plan in (ParallelPlan(micro_batch=2), ParallelPlan(pipeline=2, virtual=2)))],
+    [
+        PLAN,
+        *(
+            pytest.param(plan, marks=SOAK)
+            for plan in (ParallelPlan(micro_batch=2), ParallelPlan(pipeline=2, virtual=2))
+        ),
+    ],
 )
 def test_ranks_with_fewer_packs_validate_no_pack_twice(two_ranks, tmp_path, plan):
     hf = tiny.hf_folder(tmp_path, MODEL)

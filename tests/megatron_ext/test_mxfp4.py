@@ -12,8 +12,8 @@ from megatron_ext.models.gpt_oss.config import hf_config
 from megatron_ext.mxfp4 import dequantised
 from megatron_ext.parallel import ParallelPlan
 from tests.megatron_ext import tiny
-from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.rounding import logits_bound
+from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.test_families import converted, transformers_model
 
 # As in the released models, hidden and expert sizes are equal: down_proj is square.

@@ -53,9 +53,8 @@ def test_linear_falls_by_equal_steps_to_the_floor():
 def test_every_mistake_about_length_is_named():
     config = sft.Config("m", "s", "p", samples=-1, warmup_steps=1, warmup_tokens=5)
     found = [str(problem) for problem in sft._check_length(config, 64)]
-    assert (
-        found[0] == "samples: -1 is negative"
-        and found[1].startswith("warmup_steps: the warm-up is given more than once")
+    assert found[0] == "samples: -1 is negative" and found[1].startswith(
+        "warmup_steps: the warm-up is given more than once"
     )
     assert [str(p) for p in sft._check_length(sft.Config(), None)] == [
         "steps: how long to train is not said: give steps, samples or tokens"

@@ -221,17 +221,13 @@ EXPERT_AXES = {"expert_tensor": "tp", "expert": "ep", "expert_data": "dp", "pipe
 def test_the_grid_is_that_of_megatron_cores_rank_generator(tensor, context, data, pipeline, expert, expert_tensor):
     from megatron.core.parallel_state import RankGenerator
 
-    plan = ParallelPlan(
-        tensor=tensor, context=context, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor
-    )
+    plan = ParallelPlan(tensor=tensor, context=context, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor)
     count = tensor * context * data * pipeline
     if count % plan.expert_model:
         return
     found, order = grid(plan, count), "tp-cp-ep-dp-pp"
     dense = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order=order)
-    experts = RankGenerator(
-        tp=expert_tensor, ep=expert, dp=plan.expert_data(count), pp=pipeline, cp=1, order=order
-    )
+    experts = RankGenerator(tp=expert_tensor, ep=expert, dp=plan.expert_data(count), pp=pipeline, cp=1, order=order)
     for axis, token in AXES.items():
         assert getattr(found, axis) == dense.get_ranks(token), axis
     for axis, token in EXPERT_AXES.items():

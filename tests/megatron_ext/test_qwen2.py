@@ -18,7 +18,7 @@ from tests.megatron_ext import tiny
 
 def test_large_exports_are_numbered_files_that_load(tmp_path):
     tensors = {f"t{i}": torch.randn(10) for i in range(5)}
-    kinds = {name: ("float32", (10,)) for name in tensors}
+    kinds = dict.fromkeys(tensors, ("float32", (10,)))
     files = hf_files.write_safetensors(tmp_path, kinds, tensors.items(), shard_bytes=90)
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)] + [hf_files.INDEX]
     found = hf_files.HfTensors(tmp_path)

@@ -113,8 +113,9 @@ def test_a_checkpoint_continues_under_another_layout(two_ranks, hf, tmp_path, be
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("damage", [
-    "flipped", "no manifest", pytest.param("truncated", marks=SOAK), pytest.param("missing", marks=SOAK)])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "no manifest", pytest.param("truncated", marks=SOAK), pytest.param("missing", marks=SOAK)]
+)
 def test_a_damaged_newest_checkpoint_is_skipped_and_named(alone_tmp, hf, damage):
     whole = train_to_end(ParallelPlan(), hf, alone_tmp)
     newest = alone_tmp / "checkpoints" / "step_6"

@@ -1,8 +1,9 @@
 """Tiny models and packs that every test builds the same way, in any process and under any layout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy
 import torch

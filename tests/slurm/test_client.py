@@ -51,10 +51,14 @@ def test_cancelling_nothing_runs_nothing(tmp_path):
 
 def test_a_requeue_is_asked_for_again_while_nobody_answers_and_the_node_excluded_after_it(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "ASK_AGAIN_S", 0.05)
-    env = fake(tmp_path, "scontrol", f"""
+    env = fake(
+        tmp_path,
+        "scontrol",
+        f"""
         echo "$@" >> {tmp_path}/calls
         [ $(wc -l < {tmp_path}/calls) -gt 2 ] || {{ echo 'Unexpected message received for job 12_3' >&2; exit 1; }}
-    """)
+    """,
+    )
     Slurm(env).requeue("12_3", exclude="n4")
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == ["requeue 12_3"] * 3 + ["update jobid=12_3 excnodelist=n4"]
@@ -137,12 +141,16 @@ def test_a_killed_sbatch_may_have_been_heard(tmp_path, ending, silent):
 
 
 def test_the_whole_of_a_sites_refusal_is_kept(tmp_path):
-    site = "echo '--- welcome to BigSite ---'; for w in 'Dear user,' 'say --gres=gpu:TYPE:N' 'instead.'; do " \
-           "echo \"sbatch: error: $w\" >&2; done; echo 'sbatch: error: Batch job submission failed: no' >&2; exit 1"
+    site = (
+        "echo '--- welcome to BigSite ---'; for w in 'Dear user,' 'say --gres=gpu:TYPE:N' 'instead.'; do "
+        "echo \"sbatch: error: $w\" >&2; done; echo 'sbatch: error: Batch job submission failed: no' >&2; exit 1"
+    )
     with pytest.raises(SlurmError) as error:
         Slurm(fake(tmp_path, "sbatch", site)).sbatch(["x.sh"])
-    assert error.value.message == ("sbatch: error: Dear user, say --gres=gpu:TYPE:N instead. Batch job submission failed: "
-                                   "no --- welcome to BigSite ---")
+    assert error.value.message == (
+        "sbatch: error: Dear user, say --gres=gpu:TYPE:N instead. Batch job submission failed: "
+        "no --- welcome to BigSite ---"
+    )
 
 
 @pytest.mark.parametrize("before", [[], ["Your project has 99 hours left."], ["77 jobs are queued"], ["5"]])
@@ -170,14 +178,18 @@ NAME = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 @given(st.lists(NAME, max_size=5))
 def test_no_name_breaks_the_reading_of_queue_and_accounting(names):
     between = printed.separator()
-    queue = "".join(between.join([str(i), str(i), "N/A", "RUNNING", "None", "", "n1", name, "\n"])
-                    for i, name in enumerate(names))
+    queue = "".join(
+        between.join([str(i), str(i), "N/A", "RUNNING", "None", "", "n1", name, "\n"]) for i, name in enumerate(names)
+    )
     assert [(row.job_id, row.name, row.state) for row in printed.parse_queue(queue, between)] == [
-        (str(i), name, "RUNNING") for i, name in enumerate(names)]
-    rows = "".join(between.join([f"{i}_1", str(i), "FAILED", "1:0", "3", "n1", name, "\n"])
-                   for i, name in enumerate(names))
+        (str(i), name, "RUNNING") for i, name in enumerate(names)
+    ]
+    rows = "".join(
+        between.join([f"{i}_1", str(i), "FAILED", "1:0", "3", "n1", name, "\n"]) for i, name in enumerate(names)
+    )
     assert [(row.raw_id, row.name, row.exit_code) for row in printed.parse_accounting(rows, between)] == [
-        (str(i), name, 1) for i, name in enumerate(names)]
+        (str(i), name, 1) for i, name in enumerate(names)
+    ]
 
 
 ODD_NAMES = ["my\njob", "a|b;c", "tab\tx", "esc\x1b[31m", "us\x1f1\x1f2", "quote'\"", "9\n9 RUNNING", "back\\slash",
@@ -186,8 +198,10 @@ ODD_NAMES = ["my\njob", "a|b;c", "tab\tx", "esc\x1b[31m", "us\x1f1\x1f2", "quote
 
 def test_slurm_tells_of_jobs_whatever_their_names_hold(dev_cluster):
     slurm = Slurm(dev_cluster.env())
-    jobs = {slurm.sbatch(["--hold", f"--job-name={name}", "--comment=JobState=FAILED", "--wrap=true"]): name
-            for name in ODD_NAMES}
+    jobs = {
+        slurm.sbatch(["--hold", f"--job-name={name}", "--comment=JobState=FAILED", "--wrap=true"]): name
+        for name in ODD_NAMES
+    }
     assert {row.job_id: row.name for row in slurm.queue() if row.job_id in jobs} == jobs
     for job, name in jobs.items():
         assert slurm.job(job)["JobState"] == "PENDING"

@@ -50,8 +50,9 @@ def submit(cluster: DevCluster, script: str, *options: str) -> str:
 
 
 def test_the_configuration_listens_on_the_loopback_only_and_takes_settings():
-    text = devconfig.slurm_conf(Path("/p"), Shape(2, 4, 16, 1000), "me", [1, 9, 2, 3],
-                                {"MinJobAge": "2", "KillWait": ""})
+    text = devconfig.slurm_conf(
+        Path("/p"), Shape(2, 4, 16, 1000), "me", [1, 9, 2, 3], {"MinJobAge": "2", "KillWait": ""}
+    )
     lines = text.splitlines()
     assert "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" in lines
     assert "MinJobAge=2" in lines and not [line for line in lines if line.startswith("KillWait")]

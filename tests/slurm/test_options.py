@@ -37,11 +37,18 @@ def test_no_value_brings_a_line_of_its_own(key, value):
 
 def test_a_profile_is_asked_for_all_that_is_ours_and_the_shipped_ones_set_none_of_it():
     assert [own_setting_problems(load(name), "p") for name in ("dev", "local", "example")] == [[], [], []]
-    profile = Profile(partitions={"gpu": Partition(extra_sbatch={"t": "5"})}, srun=Srun(extra=["--mpi=pmix", "-oX"]),
-                      env=Env(set={"PYTHONPATH": "/x", "OMP_NUM_THREADS": "1"}, forward=["MASTER_PORT", "WANDB_MODE"]))
+    profile = Profile(
+        partitions={"gpu": Partition(extra_sbatch={"t": "5"})},
+        srun=Srun(extra=["--mpi=pmix", "-oX"]),
+        env=Env(set={"PYTHONPATH": "/x", "OMP_NUM_THREADS": "1"}, forward=["MASTER_PORT", "WANDB_MODE"]),
+    )
     assert [problem.where for problem in own_setting_problems(profile, "p")] == [
-        "p: partitions.gpu.extra_sbatch.t", "p: srun.extra", "p: srun.extra", "p: env.set.PYTHONPATH",
-        "p: env.forward.MASTER_PORT"]
+        "p: partitions.gpu.extra_sbatch.t",
+        "p: srun.extra",
+        "p: srun.extra",
+        "p: env.set.PYTHONPATH",
+        "p: env.forward.MASTER_PORT",
+    ]
 
 
 @pytest.mark.parametrize("option", SRUN_RESERVED)

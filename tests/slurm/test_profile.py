@@ -205,7 +205,9 @@ def test_secrets_are_references_and_freeze_as_such(tmp_path):
 
 
 def test_what_is_no_reference_is_refused_without_showing_it(tmp_path):
-    found = problems_of(tmp_path, """\
+    found = problems_of(
+        tmp_path,
+        """\
 kind: local
 roles: {cpu: {}}
 env:
@@ -213,7 +215,8 @@ env:
   forward: [OK, "A=hunter2", ALL]
   secrets: {A: hunter2, B: "hunter2:x", C: "file:key", D: "env:NOT_LISTED", E: "file:/k",
             "F=hunter2": "file:/k", G: "cmd:"}
-""")
+""",
+    )
     assert "hunter2" not in "".join(found.values())
     secrets = {f"p.yaml: env.secrets.{name}" for name in ("A", "B", "C", "D", "E", "F=hunter2", "G")}
     assert set(found) == {"p.yaml: env.forward"} | secrets

@@ -15,6 +15,9 @@ class Config:
 def run(config: Config, task: Task) -> dict[str, Any]:
     with open(task.out / "chat.jsonl", "w") as file:
         for row in range(config.rows):
-            said = [{"role": "user", "content": f"Tell me of {row}."}, {"role": "assistant", "content": f"It is {row}."}]
+            said = [
+                {"role": "user", "content": f"Tell me of {row}."},
+                {"role": "assistant", "content": f"It is {row}."},
+            ]
             file.write(json.dumps({"messages": said}) + "\n")
     return {}

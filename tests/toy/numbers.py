@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from data_tools.mistake import Problem, UserMistake
 from jobs.kind import Placement
@@ -15,7 +15,7 @@ class Config:
     start: int = 0
     seconds: float = field(default=0.0, metadata={"keyed": False})
     gate: str = field(default="", metadata={"keyed": False})  # a file that it waits for
-    fail_at: Optional[int] = field(default=None, metadata={"keyed": False})
+    fail_at: int | None = field(default=None, metadata={"keyed": False})
     mistake: str = ""
     file: str = field(default="", metadata={"input": True})
 

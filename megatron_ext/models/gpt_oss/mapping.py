@@ -1,6 +1,6 @@
 """gpt-oss weights: one rule a parameter (reference/megatron.md 1.3)."""
 
-from typing import Collection
+from collections.abc import Collection
 
 import torch
 
@@ -39,9 +39,7 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
             )
         )
         rules_ += _attention(dims, ours + "self_attention.", theirs + "self_attn.")
-        rules_.append(
-            Rule(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), norm)
-        )
+        rules_.append(Rule(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",), norm))
         rules_ += _experts(dims, ours + "mlp.", theirs + "mlp.")
     rules_.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), norm))
     if not dims.tied:
@@ -56,9 +54,7 @@ def _attention(dims: Dims, ours: str, theirs: str) -> list[Rule]:
         Rule(ours + "core_attention.softmax_offset", (theirs + "sinks",), Column((dims.heads,)), start=_normal),
         Rule(ours + "linear_qkv.weight", tuple(x + ".weight" for x in qkv), QueryKeyValue(*heads, dims.hidden)),
         Rule(ours + "linear_qkv.bias", tuple(x + ".bias" for x in qkv), QueryKeyValue(*heads, None)),
-        Rule(
-            ours + "linear_proj.weight", (theirs + "o_proj.weight",), Row((dims.hidden, dims.heads * dims.head_dim))
-        ),
+        Rule(ours + "linear_proj.weight", (theirs + "o_proj.weight",), Row((dims.hidden, dims.heads * dims.head_dim))),
         Rule(ours + "linear_proj.bias", (theirs + "o_proj.bias",), Replicated((dims.hidden,))),
     ]
 

@@ -1,6 +1,7 @@
 """gpt-oss as a megatron-core model: configuration and GPTModel."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu

@@ -4,7 +4,7 @@ NanoChat rotates queries and keys by minus the angle that mcore does. Exchanging
 head turns the one into the other: scores are dot products, and the norm of a head has no weights.
 """
 
-from typing import Collection
+from collections.abc import Collection
 
 from megatron_ext.models.nanochat.config import Dims
 from megatron_ext.models.rules import Column, QueryKeyValue, Row, Rule, Vocabulary, is_copy

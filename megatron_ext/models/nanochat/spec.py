@@ -1,6 +1,7 @@
 """NanoChat as a megatron-core model: configuration, and GPTModel with a norm after the embedding and capped logits."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from megatron.core.activations import squared_relu

@@ -5,7 +5,7 @@ or `model.` with an expert stack. A prefix and a stack are recognized each by it
 """
 
 import math
-from typing import Collection
+from collections.abc import Collection
 
 import torch
 

@@ -1,7 +1,8 @@
 """Nemotron-H as a megatron-core model: configuration, layer spec, MambaModel."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel

@@ -1,6 +1,6 @@
 """Weights of Qwen2, Qwen3 and Llama: one rule a parameter (reference/megatron.md 1.2)."""
 
-from typing import Collection
+from collections.abc import Collection
 
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.models.rules import QueryKeyValue, Replicated, Row, Rule, Vocabulary, gate_up, is_copy

@@ -1,6 +1,7 @@
 """Qwen2, Qwen3 or Llama as a megatron-core model: configuration and GPTModel."""
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig

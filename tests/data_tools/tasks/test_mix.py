@@ -17,7 +17,17 @@ from data_tools.char_tokenizer import write_char_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
 from data_tools.tasks.mix import (
-    Entry, Mix, MixConfig, check_mix, counts_table, entries_of, load, load_items, number_of, turn_ends)
+    Entry,
+    Mix,
+    MixConfig,
+    check_mix,
+    counts_table,
+    entries_of,
+    load,
+    load_items,
+    number_of,
+    turn_ends,
+)
 from data_tools.tasks.task import Item, Source
 from tests.data_tools.chats import write_tokenizer
 from tests.data_tools.conftest import build
@@ -56,9 +66,8 @@ def test_every_prompt_once_an_epoch_and_weights_exact_over_every_prefix(shares, 
             epoch = draws[start : start + count]
             assert {draw.epoch for draw in epoch} == {start // count}
             uids = [draw.item.uid for draw in epoch]
-            assert (
-                len(set(uids)) == len(uids)
-                and (len(uids) < count or set(uids) == {f"{name}/{i}" for i in range(count)})
+            assert len(set(uids)) == len(uids) and (
+                len(uids) < count or set(uids) == {f"{name}/{i}" for i in range(count)}
             )
 
 
@@ -224,8 +233,10 @@ def test_every_door_reads_every_kind_of_file(tmp_path):
         (folder / "shard").mkdir(parents=True)
         file = spelled(folder / name, rows)
         source = Source(inputs=[file])
-        prompts = [load_items("calculator", Entry("calculator", source=source)),
-                   evaluate.rows(evaluate.Config(task="calculator", source=source)).items]
+        prompts = [
+            load_items("calculator", Entry("calculator", source=source)),
+            evaluate.rows(evaluate.Config(task="calculator", source=source)).items,
+        ]
         assert [[item.prompt for item in items] for items in prompts] == [["48/2="]] * 2, name
         assert build(materialize.Config(source, marks, task="calculator"), folder / "rows")[1]["kept"] == 1, name
         assert build(materialize.Config(source, chats), folder / "chats")[1]["kept"] == 2, name

@@ -61,7 +61,10 @@ def test_a_completion_that_was_cut_off_is_masked_or_has_its_penalty():
 def test_graded_samples_have_mean_reward_regret_and_shares_of_actions():
     """Means are over prompts, not over samples: 0.5 and (0.25 + 0.75) / 2."""
     samples = [{"prompt": "a", "reward": 0.5, "best": 1.0, "answer": "0", "correct": False}]
-    samples += [{"prompt": "b", "reward": value, "best": 0.75, "answer": "1", "correct": value == 0.75} for value in (0.25, 0.75)]
+    samples += [
+        {"prompt": "b", "reward": value, "best": 0.75, "answer": "1", "correct": value == 0.75}
+        for value in (0.25, 0.75)
+    ]
     samples += [{"prompt": "b", "reward": None, "best": 0.75, "answer": None, "correct": None}]
     found = graded(samples, "greedy_")
     assert (found["greedy_reward"], found["greedy_regret"]) == (0.5, 0.375)

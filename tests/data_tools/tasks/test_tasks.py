@@ -28,7 +28,13 @@ EQUAL = [("\\frac{1}{2}", "0.5"), ("1/2", "\\dfrac{1}{2}"), ("(3,\\frac{\\pi}{2}
          ("10{,}000", "10000"),
          ("042", "42")]  # fmt: skip
 DIFFERENT = [
-    ("\\frac{1}{2}", "0.49"), ("[0,1)", "[0,1]"), ("2", "2,3"), ("5", "}{"), ("5", ""), ("5", "five"), ("x+1", "x+2")
+    ("\\frac{1}{2}", "0.49"),
+    ("[0,1)", "[0,1]"),
+    ("2", "2,3"),
+    ("5", "}{"),
+    ("5", ""),
+    ("5", "five"),
+    ("x+1", "x+2"),
 ]
 
 
@@ -142,7 +148,13 @@ def test_choices_are_lettered_and_the_letter_counts(record):
     item = item_of("multiple_choice", record)
     assert item.answer == "C" and "Which?\n\nA. one\nB. two\nC. three\n" in item.prompt[0]["content"]
     for right in (
-        "\\boxed{C}", "\\boxed{(C)}", "\\boxed{\\text{C}}", "\\boxed{C. three}", "C", "(C)", "no \\boxed{A} \\boxed{C}"
+        "\\boxed{C}",
+        "\\boxed{(C)}",
+        "\\boxed{\\text{C}}",
+        "\\boxed{C. three}",
+        "C",
+        "(C)",
+        "no \\boxed{A} \\boxed{C}",
     ):
         assert score("multiple_choice", item, right) == {"correct": 1.0, "format": 0.0}, right
     assert score("multiple_choice", item, "\\boxed{B}") == {"correct": 0.0, "format": 1.0}
@@ -232,6 +244,7 @@ def test_every_task_has_the_names():
 
 # -- real files, where they are ---------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("task, file", [
     ("gsm8k", "gsm8k/test.jsonl"), ("math500", "math500/test.jsonl"), ("aime", "qwen_math/aime24.test.jsonl"),
     ("multiple_choice", "qwen_math/mmlu_stem.test.jsonl"),
@@ -259,6 +272,9 @@ def test_all_solutions_of_math_500_and_the_graded_ones_of_qwen_are_judged_right(
         assert score("math500", Item.of("?", line["answer"]), line["solution"])["correct"], line["answer"]
     graded = [(line["gt"], code, right) for line in map(json.loads, open(inputs.data("qwen_math/math_cot_100.jsonl")))
               for code, right in zip(line["code"], line["score"])]  # fmt: skip
-    other = [gold for gold, code, right in graded
-             if (score("math500", Item.of("?", gold), code) or {"correct": False})["correct"] != right]
+    other = [
+        gold
+        for gold, code, right in graded
+        if (score("math500", Item.of("?", gold), code) or {"correct": False})["correct"] != right
+    ]
     assert other == ["10{,}000"]  # theirs takes 10000 for another number

@@ -108,8 +108,8 @@ def test_the_correction_weighs_as_its_bounds_say() -> None:
     assert weights("sequence_truncate") == pytest.approx([2.0, 2.0, 0.3, 0.3])
     assert weights("sequence_mask") == pytest.approx([0.0] * 4)
     sums = mismatch_sums(tokens)
-    assert (
-        sums["max_probability_difference"] == pytest.approx(0.4) and sums["weight"] == pytest.approx(3 + 1 + 0.2 + 1.5)
+    assert sums["max_probability_difference"] == pytest.approx(0.4) and sums["weight"] == pytest.approx(
+        3 + 1 + 0.2 + 1.5
     )
 
 
@@ -201,6 +201,11 @@ def test_wrong_settings_are_told_with_the_nearest() -> None:
     wrong = Loss("clipp", clip_low=2, dual_clip=1.1, kl_beta=-1, correction=Correction("tis", 3.0, 2.0))
     problems: list[Problem] = check_loss(wrong)
     assert [problem.where for problem in problems] == [
-        "loss.policy", "loss.correction.mode", "loss.clip_low", "loss.dual_clip", "loss.kl_beta", "loss.correction.low"
+        "loss.policy",
+        "loss.correction.mode",
+        "loss.clip_low",
+        "loss.dual_clip",
+        "loss.kl_beta",
+        "loss.correction.low",
     ]
     assert "did you mean clip?" in problems[0].message

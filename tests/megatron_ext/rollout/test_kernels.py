@@ -41,6 +41,6 @@ def test_a_token_sees_its_own_documents_blocks_and_no_others(window, with_sinks,
 def test_flash_attention_takes_what_it_is_given():
     flash = pytest.importorskip("flash_attn", reason="GPU only; like the shared data, not everywhere")
     names = inspect.signature(flash.flash_attn_with_kvcache).parameters
-    assert (
-        {"cache_seqlens", "block_table", "softmax_scale", "causal", "window_size", "return_softmax_lse"} <= set(names)
+    assert {"cache_seqlens", "block_table", "softmax_scale", "causal", "window_size", "return_softmax_lse"} <= set(
+        names
     )

@@ -50,7 +50,6 @@ def test_the_forecast_is_what_the_engine_finds(alone, tmp_path, family):
     config = EngineConfig(kv_gib=0.01, block_size=4)
     engine = Engine(model, config, 0, ())
     found, dims, _ = read_config(hf)
-    assert (
-        room(config, ParallelPlan(), found.config.shape(dims), dims.dtype, 9).blocks
-        == engine.runner.cache.blocks_in(0.01)
-    )
+    assert room(
+        config, ParallelPlan(), found.config.shape(dims), dims.dtype, 9
+    ).blocks == engine.runner.cache.blocks_in(0.01)

@@ -4,7 +4,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.rollout.sampler import NOTHING, Vocabulary, draw
-from megatron_ext.rollout.settings import Sampling, check_engine, check_sampling, EngineConfig
+from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
 
 ALONE = Vocabulary()
 

@@ -1,7 +1,7 @@
 """Several turns: what a task replies stands in the sample, the model goes on from it, and nothing else changes."""
 
 from math import isnan
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def requests(recorded: dict = {}, samples: int = 3) -> list[Request]:
 
 def sampled(
     model: Any, wanted: list[Request], config: EngineConfig = SMALL, turns: Any = None, sampling: Sampling = SAMPLING,
-    blocks: Optional[int] = None, stop_ids: Any = (STOP,),
+    blocks: int | None = None, stop_ids: Any = (STOP,),
 ) -> dict[tuple[int, int], Sequence]:  # fmt: skip
     engine = Engine(model, config, 7, stop_ids, spell)
     if blocks:
@@ -169,10 +169,10 @@ def test_how_a_sample_of_several_turns_ends(qwen2):
         (s.finish == "stop") == (spoken(s) or s.completion[-1] == STOP) and len(spans(s.logprobs)) == 1 for s in over
     )
     failed = ends(lambda text: Answer(None, "it broke"))
-    assert (
-        {s.note for s in failed if s.finish == "abort"} == {"it broke"}
-        and {s.finish for s in failed} <= {"abort", "length"}
-    )
+    assert {s.note for s in failed if s.finish == "abort"} == {"it broke"} and {s.finish for s in failed} <= {
+        "abort",
+        "length",
+    }
     silent = ends(lambda text: Answer(()))  # nothing said ends a turn that the model ended by itself, and no other
     assert all((s.finish == "stop") == (s.completion[-1] == STOP) for s in silent) and any(spoken(s) for s in over)
     talking = ends(lambda text: Answer((7, 8)), max_tokens=40)
