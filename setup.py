@@ -38,11 +38,11 @@ setup(
         "einops",  # needed by megatron-core, which does not declare it
         "psutil",  # the same: every checkpoint save imports it
         "rich",
-        "numba",  # data_tools/best_fit.py
-        "py3langid",  # data_tools/dolci.py
+        "numba",  # data_tools/packs/best_fit.py
+        "py3langid",  # data_tools/prepare/dolci.py
         "jinja2>=3.1.6",  # chat templates; older versions have known ways out of the sandbox
         "pyarrow",  # Parquet
-        "math-verify>=0.9,<0.10",  # data_tools/math_answers.py
+        "math-verify>=0.9,<0.10",  # data_tools/tasks/math_answers.py
         "zstandard",
     ],
     extras_require={

@@ -45,6 +45,6 @@ class Stopped(Exception):
         )
 
 
-# How a rank ends that no longer moves, and how the line in its log begins that says so (megatron_ext/watch.py).
+# How a rank ends that no longer moves, and how the line in its log begins that says so (megatron_ext/training/watch.py).
 EXIT_HUNG = 8
 HUNG = "afterok: no step for"

@@ -31,8 +31,8 @@ from typing import Any
 import jobs.phases
 from data_tools.mistake import Problem, UserMistake
 from data_tools.own_packages import taken
-from jobs.imports import beside
-from megatron_ext.parallel import Site
+from jobs.schema.imports import beside
+from megatron_ext.parallel.plan import Site
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The ranks of one element: found in Slurm's environment or spawned here, and one verdict for all of them.
 
 Rank 0 leases, checks and seals; the others learn its verdict before any of them exits, over a store that nobody without
-the submission's key can enter (data_tools/rendezvous.py) and that torch.distributed then uses too.
+the submission's key can enter (data_tools/base/rendezvous.py) and that torch.distributed then uses too.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools import rendezvous
-from data_tools.ports import free_port
-from data_tools.rendezvous import Meeting
+from data_tools.base import rendezvous
+from data_tools.base.ports import free_port
+from data_tools.base.rendezvous import Meeting
 from jobs import stopping
 from jobs.retry import EXIT_UNFINISHED
 

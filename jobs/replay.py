@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.printing import clean_streams, json_text
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
-from data_tools.printing import clean_streams, json_text
+from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import find_kind
-from jobs.pipeline import substitute, typed_config
-from jobs.run_folder import RunFolder
+from jobs.schema.pipeline import substitute, typed_config
 
 
 def main() -> int:

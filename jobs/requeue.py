@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterable, Mapping
 
 from jobs import stopping
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import SIGTERM
-from jobs.run_folder import FrozenPhase, Outcome, RunFolder
 from slurm.client import REQUEUE_PATIENCE_S, Slurm, SlurmError, job_element
 from slurm.profile import Partition, load
 

@@ -2,7 +2,7 @@
 
 An element is repeated only where that is safe and can help: after a stop at a durable checkpoint as often as each
 restart got further than the one before, after an error of the code never, and after any other cause as often as the
-table of budgets says. What a cause is read from stands in launchers/diagnosis.py.
+table of budgets says. What a cause is read from stands in launchers/causes/diagnosis.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Cause(StrEnum):
     HOST_MEMORY = "out of host memory"
     GPU_MEMORY = "out of GPU memory"
     COLLECTIVE = "collective time-out"
-    HANG = "no progress"  # seen by a rank itself (megatron_ext/watch.py)
+    HANG = "no progress"  # seen by a rank itself (megatron_ext/training/watch.py)
     TIME_LIMIT = "time limit"
     PREEMPTED = "preempted"
     NODE = "node failure"

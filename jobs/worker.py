@@ -33,12 +33,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from data_tools.durable import TornFile
+from data_tools.base.durable import TornFile
+from data_tools.base.rendezvous import Meeting
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.progress import Stopped
-from data_tools.rendezvous import Meeting
-from jobs import requeue, retry, standing, stopping
-from jobs.artifact import (
+from jobs import requeue, retry, stopping
+from jobs.artifacts import standing
+from jobs.artifacts.artifact import (
     FINISH,
     Artifact,
     HashCache,
@@ -51,11 +52,11 @@ from jobs.artifact import (
     content_digest,
     read_seal,
 )
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.kind import PhaseKind, find_kind
-from jobs.pipeline import NEED_SEALS, substitute, typed_config
 from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
 from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause
-from jobs.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.schema.pipeline import NEED_SEALS, substitute, typed_config
 from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task
 from slurm.client import Slurm, SlurmError

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data_tools.durable import TornFile
+from data_tools.base.durable import TornFile
+from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES
-from data_tools.printing import clean_streams
 from launchers import verbs
 from slurm.client import SlurmError
 

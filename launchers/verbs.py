@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.printing import set_in
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from data_tools.own_packages import environment
-from data_tools.printing import set_in
 
 EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
@@ -23,8 +23,8 @@ EXIT_INTERRUPTED = 130
 
 
 def _make_plan(args: argparse.Namespace):
-    from jobs.pipeline import load_pipeline
-    from launchers.plan import default_run_folder, make_plan
+    from jobs.schema.pipeline import load_pipeline
+    from launchers.planning.plan import default_run_folder, make_plan
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides)
@@ -43,7 +43,7 @@ def do_plan(args: argparse.Namespace) -> int:
     plan = _make_plan(args)
     if args.json:
         return _print_json(plan.as_json())
-    from launchers.show import console, plan_table
+    from launchers.observe.show import console, plan_table
 
     console().print(plan_table(plan))
     _announce(plan)
@@ -51,7 +51,7 @@ def do_plan(args: argparse.Namespace) -> int:
 
 
 def _from_megatron(args: argparse.Namespace) -> int:
-    from jobs.megatron_flags import translate
+    from jobs.schema.megatron_flags import translate
 
     overrides, notes = translate(args.from_megatron)
     if args.json:
@@ -63,8 +63,8 @@ def _from_megatron(args: argparse.Namespace) -> int:
 
 
 def _plan_parallel(args: argparse.Namespace) -> int:
-    from jobs.pipeline import load_pipeline
-    from launchers.plan import default_run_folder, report_parallel
+    from jobs.schema.pipeline import load_pipeline
+    from launchers.planning.plan import default_run_folder, report_parallel
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides)
@@ -81,7 +81,7 @@ def _plan_parallel(args: argparse.Namespace) -> int:
             }
         )
     else:
-        from launchers.show import console, table
+        from launchers.observe.show import console, table
 
         for one in report.tables:
             console().print(table(one["columns"], one["rows"], one["title"]))
@@ -105,7 +105,7 @@ def tell(what: Any) -> None:
 
 
 def do_submit(args: argparse.Namespace) -> int:
-    from launchers.submit import submit
+    from launchers.submission.submit import submit
 
     plan = _make_plan(args)
     _announce(plan, quiet=args.json)
@@ -142,10 +142,10 @@ def _print_not_applied(done: Any) -> None:
 
 
 def do_resubmit(args: argparse.Namespace) -> int:
-    from data_tools import durable
-    from jobs.pipeline import load_pipeline
-    from launchers.plan import make_plan
-    from launchers.submit import resubmit
+    from data_tools.base import durable
+    from jobs.schema.pipeline import load_pipeline
+    from launchers.planning.plan import make_plan
+    from launchers.submission.submit import resubmit
     from slurm.detect import find_cluster
 
     run = _find_run(args.run)
@@ -178,7 +178,7 @@ def _indices(text: str | None) -> list[int] | None:
 
 
 def do_repair(args: argparse.Namespace) -> int:
-    from launchers.submit import repair
+    from launchers.submission.submit import repair
 
     run = _find_run(args.run)
     lines = repair(run)
@@ -206,9 +206,9 @@ def _print_submitted(plan: Any, done: Any) -> None:
 
 
 def do_run(args: argparse.Namespace) -> int:
-    from jobs.run_folder import RunFolder
-    from launchers.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
-    from launchers.submit import submit
+    from jobs.artifacts.run_folder import RunFolder
+    from launchers.observe.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
+    from launchers.submission.submit import submit
 
     plan = _make_plan(args)
     run: RunFolder = plan.run
@@ -231,7 +231,7 @@ def do_run(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(status.as_json())
     else:
-        from launchers.show import console, summary
+        from launchers.observe.show import console, summary
 
         console().print(summary(status))
     return _exit_code(status, run)
@@ -256,7 +256,7 @@ def _exit_code(status: Any, run: Any) -> int:
 
 def _find_run(name: str | None):
     """The run a user means: a folder, a name below ./runs, or by default the one submitted last."""
-    from jobs.run_folder import RunFolder
+    from jobs.artifacts.run_folder import RunFolder
 
     if name is not None:
         for path in (Path(name), Path("runs") / name):
@@ -270,8 +270,8 @@ def _find_run(name: str | None):
 
 
 def do_status(args: argparse.Namespace) -> int:
-    from launchers.follow import follow, poll_interval
-    from launchers.status import run_status
+    from launchers.observe.follow import follow, poll_interval
+    from launchers.observe.status import run_status
 
     run = _find_run(args.run)
     if args.watch:
@@ -285,7 +285,7 @@ def do_status(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(status.as_json())
         return code
-    from launchers.show import console, status_table
+    from launchers.observe.show import console, status_table
 
     console().print(status_table(status))
     if status.where:
@@ -296,7 +296,7 @@ def do_status(args: argparse.Namespace) -> int:
 
 
 def do_why(args: argparse.Namespace) -> int:
-    from launchers.why import why
+    from launchers.observe.why import why
 
     run, phase = _run_and_phase(args.words)
     report = why(run, phase)
@@ -323,14 +323,14 @@ def _run_and_phase(words: list[str]):
 
 
 def do_ls(args: argparse.Namespace) -> int:
-    from launchers.runs import list_runs
+    from launchers.observe.runs import list_runs
 
     if not args.folder.is_dir():
         raise UserMistake(f"{args.folder} is no folder; name the one that your runs are in: afterok ls DIR")
     runs = list_runs(args.folder)
     if args.json:
         return _print_json({"runs": [run.as_json() for run in runs]})
-    from launchers.show import console, runs_table
+    from launchers.observe.show import console, runs_table
 
     if runs:
         console().print(runs_table(runs))
@@ -340,7 +340,7 @@ def do_ls(args: argparse.Namespace) -> int:
 
 
 def do_logs(args: argparse.Namespace) -> int:
-    from launchers.logs import show_log
+    from launchers.observe.logs import show_log
 
     phase, _, index = args.phase.partition(":")
     if index and not index.isdigit():
@@ -357,8 +357,8 @@ def do_logs(args: argparse.Namespace) -> int:
 
 
 def do_inspect(args: argparse.Namespace) -> int:
-    from launchers.inspect import inspect
-    from launchers.show import print_inspection
+    from launchers.observe.inspect import inspect
+    from launchers.observe.show import print_inspection
 
     found = inspect(_find_run(args.run), args.phase, max(args.documents, 0), args.pack, args.seed, max(args.tokens, 1))
     if args.json:
@@ -368,7 +368,7 @@ def do_inspect(args: argparse.Namespace) -> int:
 
 
 def do_cancel(args: argparse.Namespace) -> int:
-    from launchers.submit import cancel
+    from launchers.submission.submit import cancel
 
     run = _find_run(args.run)
     done = cancel(run, args.phases)
@@ -384,13 +384,13 @@ def do_cancel(args: argparse.Namespace) -> int:
 
 
 def _dev_cluster(args: argparse.Namespace):
-    from slurm import devcluster
+    from slurm.dev import devcluster
 
     return devcluster.DevCluster(args.prefix or devcluster.default_prefix())
 
 
 def do_cluster_up(args: argparse.Namespace) -> int:
-    from slurm import devcluster
+    from slurm.dev import devcluster
 
     prefix = args.prefix or devcluster.default_prefix()
     cluster = devcluster.up(prefix, args.nodes, args.gpus_per_node, accounting=args.dbd)

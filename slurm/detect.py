@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm import client, devcluster, profile
+from slurm import client, profile
 from slurm.client import Slurm, SlurmError, SlurmTimeout, SlurmUnavailable
+from slurm.dev import devcluster
 
 # Where packages and site builds put it; the last two are where a configless slurmd or sackd keeps what it was sent.
 CONFIGURATION_FILES = (

@@ -372,7 +372,7 @@ def _read_yaml(path: Path, problems: list[Problem]) -> dict[str, Any]:
     """The file's mapping, every scalar still text: YAML 1.1 would read the time 1:30:00 as the number 5400."""
     import yaml
 
-    from data_tools.yaml_loaders import TextLoader
+    from data_tools.base.yaml_loaders import TextLoader
 
     try:
         values = yaml.load(path.read_text(), TextLoader)

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from slurm import devcluster
 from slurm.client import Slurm, SlurmError, scrubbed_environment
+from slurm.dev import devcluster
 from slurm.printed import QueueRow
 
 REQUIRE_VARIABLE = "AFTEROK_REQUIRE_SLURM"

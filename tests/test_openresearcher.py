@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_tools.balance import Balance
-from jobs.artifact import read_seal
-from launchers.ledger import Ledger
+from data_tools.records.balance import Balance
+from jobs.artifacts.artifact import read_seal
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import dev_cluster, rows_of, scrub_slurm  # noqa: F401
 from tests.command import ROOT, afterok, afterok_json, wait_for, wait_until_sealed

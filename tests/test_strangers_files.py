@@ -12,14 +12,14 @@ FILES = [
 ]
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLES = (
-    "megatron_ext/pickles.py",
+    "megatron_ext/files/pickles.py",
     "data_tools/tasks/process.py",  # what the run writes into a socket of its own to the process of its verifiers
 )
 LOADS = {  # what unpickles within, and where it may be called
     "torch.load": (),
     "torch.jit.load": (),
     "torch.hub.load": (),
-    "dist_checkpointing.load": ("megatron_ext/loading.py",),
+    "dist_checkpointing.load": ("megatron_ext/weights/loading.py",),
     "FileSystemReader": (),
     "CachedMetadataFileSystemReader": (),
     "PackageImporter": (),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifact import read_seal
-from launchers.ledger import Ledger
+from jobs.artifacts.artifact import read_seal
+from launchers.planning.ledger import Ledger
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
 from tests.command import ROOT, afterok, afterok_json, one_line, wait_for, wait_until_sealed
 from tests.megatron_ext.rounding import logits_bound
@@ -145,8 +145,8 @@ def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_ru
 LOGITS = """
 import sys, torch
 from pathlib import Path
-from megatron_ext.parallel import ParallelPlan
-from megatron_ext import model_folder, ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.model_folders import model_folder, ranks
 ids = torch.load(sys.argv[2])
 with ranks.started(ParallelPlan(), 0), torch.no_grad():
     import numpy

@@ -20,7 +20,13 @@ NEVER = {
     "jobs": {"megatron", "submitit"}, "launchers": {"torch", "megatron", "transformers"},
 }  # fmt: skip
 LIGHT_TOP = ("torch", "megatron", "transformers")  # not at the top of what plan imports
-PLANNED_WITH = ("parallel.py", "parallel_rules.py", "planner.py", "calibration.py", "models/shape.py")
+PLANNED_WITH = (
+    "parallel/plan.py",
+    "parallel/rules.py",
+    "parallel/shape.py",
+    "parallel/calibration.py",
+    "preflight/planner.py",
+)
 PLANNING = [ROOT / "megatron_ext" / name for name in PLANNED_WITH]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.answers.forms import final_text
 from data_tools.mistake import nearest
-from data_tools.q_rewards import REWARD
+from data_tools.prepare.q_rewards import REWARD
 from data_tools.tasks.task import Item
 
 REWARDS = {"action": 1.0}

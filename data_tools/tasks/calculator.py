@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from data_tools.arithmetic import format_number, parse_number, read
-from data_tools.readers import json_value
+from data_tools.records.readers import json_value
+from data_tools.tasks.arithmetic import format_number, parse_number, read
 from data_tools.tasks.task import SPLITS, Item, Row
 
 ALPHABET = "0123456789.+-*/()="

@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools import math_answers
-from data_tools.arithmetic import evaluate, format_number
-from data_tools.math_answers import REWARDS, check_options, final_answer, question, rewards, text_of, warm_up
+from data_tools.tasks import math_answers
+from data_tools.tasks.arithmetic import evaluate, format_number
+from data_tools.tasks.math_answers import REWARDS, check_options, final_answer, question, rewards, text_of, warm_up
 from data_tools.tasks.task import Item
 
 __all__ = [

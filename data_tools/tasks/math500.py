@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from data_tools.math_answers import REWARDS, Options, check_options, final_answer, question, rewards, text_of, warm_up
+from data_tools.tasks.math_answers import (
+    REWARDS,
+    Options,
+    check_options,
+    final_answer,
+    question,
+    rewards,
+    text_of,
+    warm_up,
+)
 from data_tools.tasks.task import Item
 
 __all__ = ["HUB", "REWARDS", "Options", "check_options", "final_answer", "items", "rewards", "warm_up"]

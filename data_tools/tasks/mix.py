@@ -3,7 +3,7 @@
     mix = Mix(entries, seed)
     draw = mix.draw(k)          # prompt k of the run: a pure function of (entries, seed, k), so k is all a resume needs
 
-Of an entry with share w, the first p prompts of a run hold more than p·w - 1 and fewer than p·w + 1 (data_tools/blend.py).
+Of an entry with share w, the first p prompts of a run hold more than p·w - 1 and fewer than p·w + 1 (data_tools/base/blend.py).
 """
 
 import bisect
@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from data_tools import readers
-from data_tools.balance import SourceBalance
-from data_tools.hub import dataset_files, is_dataset
+from data_tools.base.seeded import permutation
+from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.seeded import permutation
+from data_tools.records import readers
+from data_tools.records.balance import SourceBalance
+from data_tools.records.hub import dataset_files, is_dataset
 from data_tools.tasks.rewards import Verifier
 from data_tools.tasks.task import (
     FunctionTask,
@@ -38,7 +39,6 @@ from data_tools.tasks.task import (
     load_task,
     task_options,
 )
-from data_tools.yaml_loaders import read_values
 
 _FIRST_PLACES = 1024  # of the blend; more are found as they are asked for
 
@@ -426,7 +426,7 @@ class Mix:
         return {name: loaded.counts() for name, loaded in self.loaded.items()}
 
     def _blend(self, length: int) -> None:
-        from data_tools.blend import sources_of  # loads a compiler
+        from data_tools.base.blend import sources_of  # loads a compiler
 
         before, self._sources = len(self._sources), sources_of(self._weights, length)
         for place in range(before, length):

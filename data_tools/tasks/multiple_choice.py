@@ -6,10 +6,10 @@ A record has `question`, `choices` (texts, or {"text", "label"}) and `answer` or
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_tools import math_answers
 from data_tools.answers.choices import letter_of
 from data_tools.answers.forms import find_answer
-from data_tools.math_answers import REWARDS, check_options, text_of
+from data_tools.tasks import math_answers
+from data_tools.tasks.math_answers import REWARDS, check_options, text_of
 from data_tools.tasks.task import Item
 
 __all__ = ["HUB", "REWARDS", "Options", "check_options", "final_answer", "items", "rewards"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.estimators import standard_error
+from data_tools.tasks.estimators import standard_error
 from data_tools.tasks.rewards import Score, score_of
 from data_tools.tasks.task import Item, load_task, task_options
 

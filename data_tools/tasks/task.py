@@ -22,9 +22,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Union
 
-from data_tools import readers
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
+from data_tools.records import readers
 
 _NO_TASKS = ("task", "mix", "rewards", "outcome", "process")  # other modules of the folder
 
@@ -91,7 +91,7 @@ class Task(Protocol):
 
     Options: type  # a dataclass of plain types
     REWARDS: Mapping[str, float]  # the weight of each reward term, where a mix does not say otherwise
-    HUB: str  # where on the hub its prompts are (data_tools/hub.py), "" for nowhere
+    HUB: str  # where on the hub its prompts are (data_tools/records/hub.py), "" for nowhere
 
     def items(self, record: dict[str, Any], options: Any) -> list[Item]:
         """The prompts of one record. ValueError with the reason where it is malformed."""
@@ -199,7 +199,7 @@ def load_row_task(name: str) -> RowTask:
 
 
 def rows_of(task: RowTask, raw: Any) -> list[Row]:
-    """Return the rows of a record as a share of its file gives it (data_tools/readers.py). Raise ValueError with the
+    """Return the rows of a record as a share of its file gives it (data_tools/records/readers.py). Raise ValueError with the
     reason."""
     return task.parse_line(readers.text_of(raw))
 

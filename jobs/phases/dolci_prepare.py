@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from data_tools import dolci
-from data_tools.dolci import Config
+from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
-from data_tools.tables import write_table
+from data_tools.prepare import dolci
+from data_tools.prepare.dolci import Config
 from jobs.kind import Placement
 from jobs.task import Task
 

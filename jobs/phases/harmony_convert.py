@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from data_tools import harmony
-from data_tools.harmony import Config
+from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
-from data_tools.tables import write_table
+from data_tools.prepare import harmony
+from data_tools.prepare.harmony import Config
 from jobs.kind import Placement
 from jobs.task import Task
 

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from data_tools import materialize, sources
-from data_tools.fields import remedies
-from data_tools.materialize import Config
+from data_tools.base.tables import write_table
+from data_tools.chats.fields import remedies
 from data_tools.mistake import Problem
-from data_tools.tables import write_table
+from data_tools.packs import materialize
+from data_tools.packs.materialize import Config
+from data_tools.records import sources
 from jobs.kind import Placement
 from jobs.task import Task
 

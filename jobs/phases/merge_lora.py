@@ -8,9 +8,9 @@ from typing import Any
 from data_tools.mistake import Problem
 from jobs.kind import Placement
 from jobs.task import Task
-from megatron_ext import preflight
 from megatron_ext.entrypoints import merge_lora
 from megatron_ext.entrypoints.merge_lora import Config
+from megatron_ext.preflight import preflight
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:

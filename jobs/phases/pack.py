@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from data_tools import pack, sources
-from data_tools.export_packs import export
+from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
-from data_tools.pack import Config
-from data_tools.tables import write_table
+from data_tools.packs import pack
+from data_tools.packs.export_packs import export
+from data_tools.packs.pack import Config
+from data_tools.records import sources
 from jobs.kind import Placement
 from jobs.task import Task
 

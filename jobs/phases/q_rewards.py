@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from data_tools import q_rewards
 from data_tools.mistake import Problem
-from data_tools.q_rewards import Config
+from data_tools.prepare import q_rewards
+from data_tools.prepare.q_rewards import Config
 from jobs.kind import Placement
 from jobs.task import Task
 

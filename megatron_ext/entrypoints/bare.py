@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import UserMistake
-from data_tools.yaml_loaders import read_values
 
 LINE_S = 5.0  # between two progress lines
 

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import megatron_ext
-from data_tools import durable, rendezvous
+from data_tools.base import durable, rendezvous
+from data_tools.base.ports import PORTS
 from data_tools.mistake import Problem, UserMistake
-from data_tools.ports import PORTS
 from data_tools.progress import Progress, silent
 from megatron_ext.models.registry import read_config
-from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel_rules import check as check_plan
+from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.rules import check as check_plan
 
 MOST_RANKS = 8
 TOLERANCE = 1e-5  # of fp32 numbers, relative
@@ -125,14 +125,14 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     Facts: holds, ranks, plan (degrees that are not 1), loss, gradient and norm (relative differences), tensor (whose
     gradient differs most), isolation (gradients and changes by document).
     """
-    from megatron_ext import ranks
+    from megatron_ext.parallel import ranks
 
     family, dims, plan, world = _problem_of(config)
     weights, first = out / "weights", ranks.rank_of_environment() == 0
     from megatron_ext.device import init_device
 
     init_device()
-    from megatron_ext import certify  # megatron-core may be imported once the device is ready
+    from megatron_ext.training import certify  # megatron-core may be imported once the device is ready
 
     rows = [certify.random_pack(DOCUMENTS[i % len(DOCUMENTS)], dims.vocabulary, i) for i in range(_batch(plan, world))]
     if first:

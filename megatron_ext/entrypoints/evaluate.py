@@ -22,19 +22,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable, readers
-from data_tools.estimators import at_k, standard_error
+from data_tools.base import durable
+from data_tools.base.tables import write_table
+from data_tools.chats.samples import problem_of_evaluated
+from data_tools.chats.tokenizer import check_bos, load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, never, silent
-from data_tools.samples import problem_of_evaluated
-from data_tools.tables import write_table
+from data_tools.records import readers
+from data_tools.tasks.estimators import at_k, standard_error
 from data_tools.tasks.mix import Entry, Loaded, MixConfig, counts_table, load
 from data_tools.tasks.outcome import graded, is_graded, is_unjudged
 from data_tools.tasks.task import Row, Source, check_rows, load_task
-from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 from megatron_ext.entrypoints import generate
-from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel_rules import check as check_plan
+from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.rules import check as check_plan
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
@@ -121,7 +122,8 @@ def run(
 ) -> dict[str, Any]:
     """Facts: as `_result`, and `records`: Mix.counts. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the
     only element, the tables."""
-    from megatron_ext import model_folder, ranks
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.parallel import ranks
 
     problems = check(config, ranks.world_size_of_environment())
     if problems:
@@ -164,8 +166,9 @@ def _of_mix(
 
     `only_ended`: a completion that was cut off is never right.
     """
-    from megatron_ext import model_folder, ranks
-    from megatron_ext.checkpoint import from_rank_zero
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.parallel import ranks
+    from megatron_ext.weights.checkpoint import from_rank_zero
 
     load_once = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
     found = []
@@ -222,7 +225,7 @@ def _seen(prompts: list[str], store_folder: str | None) -> list[bool | None]:
     """Whether each prompt occurs in the store; None each when no store is named."""
     if not store_folder:
         return [None] * len(prompts)
-    from data_tools.store import Store, text_hash
+    from data_tools.packs.store import Store, text_hash
 
     known = {tuple(pair) for pair in Store(Path(store_folder)).prompt_hashes.tolist()}
     return [tuple(text_hash(prompt)) in known for prompt in prompts]
@@ -309,7 +312,7 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
 
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
     """Join the elements' samples, in element order, and their counts. One process."""
-    from megatron_ext import model_folder
+    from megatron_ext.model_folders import model_folder
 
     samples = list(generate.lines_of([part / SAMPLES for part in parts]))
     result = {**_result(samples, _compared(config)), **generate.told_of_parts(parts)}

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
-from megatron_ext import preflight
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.parallel import Site
+from megatron_ext.parallel.plan import Site
+from megatron_ext.preflight import preflight
 
 ADAPTERS = ("merged", "peft")
 
@@ -63,7 +63,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
 
 def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
     """Write every `count`-th file, for `finish`. Returns how many."""
-    from megatron_ext import convert, model_folder
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.weights import convert
 
     problems = check(config, 1)
     if problems:
@@ -71,7 +72,7 @@ def share(config: Config, out: Path, progress: Progress = silent, index: int = 0
     folder = model_folder.open_folder(config.model)
     if config.adapter == "peft":
         return 0  # all at once, in `finish`
-    from megatron_ext.lora import merge
+    from megatron_ext.model_folders import merge
 
     base = convert.base_ledger(folder.hf)
     rules = folder.family.mapping.rules(folder.dims, base["hf"])
@@ -84,14 +85,13 @@ def share(config: Config, out: Path, progress: Progress = silent, index: int = 0
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     """All shares as one folder. Facts: weights_digest of the model, bytes of each weight file, dtype,
     dtype_changes."""
-    from megatron_ext import convert, model_folder
+    from megatron_ext.model_folders import merge, model_folder
+    from megatron_ext.weights import convert
 
     folder = model_folder.open_folder(config.model)
     dtype = config.dtype or folder.dtype
     if config.adapter == "peft":
-        from megatron_ext.lora import peft_format
-
-        peft_format.export(folder, out, dtype)
+        merge.export_adapter(folder, out, dtype)
         return {"weights_digest": folder.weights_digest, "dtype": dtype, "dtype_changes": {}, "bytes": _bytes(out)}
     model_folder.copy_hf_files(folder.hf, out)
     ledger = convert.finish_export(parts, out, {"family": folder.family.name, "source": config.model})

@@ -1,4 +1,4 @@
-"""Samples of a model folder on the prompts of tasks, with their rewards: JSONL that data_tools/rejection.py reads.
+"""Samples of a model folder on the prompts of tasks, with their rewards: JSONL that data_tools/prepare/rejection.py reads.
 
 Element i of n takes prompts i, i + n, i + 2n, … of all the entries' prompts, entry after entry, chunk after chunk;
 data-parallel ranks share a chunk. A requeued job goes on where it was (megatron_ext/rl/sampling.py). `finish` joins the
@@ -17,18 +17,19 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable, readers
-from data_tools.estimators import Vote, at_k, standard_error
+from data_tools.base import durable
+from data_tools.base.tables import write_table
+from data_tools.chats.tokenizer import check_bos, load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
-from data_tools.tables import write_table
+from data_tools.records import readers
+from data_tools.tasks.estimators import Vote, at_k, standard_error
 from data_tools.tasks.mix import MixConfig, check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
-from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
-from megatron_ext import options
-from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel_rules import check as check_plan
+from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.rules import check as check_plan
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
+from megatron_ext.training import options
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
 JOINED = ("records", "texts_begin")  # facts of all elements that are the same in each
@@ -85,14 +86,17 @@ def run(
 
     Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
     """
-    from megatron_ext import model_folder, ranks
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.parallel import ranks
 
     problems = check(config, ranks.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
     with ranks.started(config.parallel):
-        from megatron_ext.checkpoint import from_rank_zero  # megatron-core may be imported once the device is ready
+        from megatron_ext.weights.checkpoint import (
+            from_rank_zero,  # megatron-core may be imported once the device is ready
+        )
 
         load = lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend)  # noqa: E731
         mine = keep / f"element_{index:04d}"
@@ -117,7 +121,7 @@ def sampled(
 
     What KEEP holds of them is not sampled again.
     """
-    from megatron_ext import ranks
+    from megatron_ext.parallel import ranks
     from megatron_ext.rl import sampling
 
     identity = _identity(config, folder.weights_digest)
@@ -201,7 +205,7 @@ def _table(keep: Path, result: dict[str, Any], step: int) -> None:
 
 def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str, Any]:
     """Join the elements' samples in the order of the prompts. One process, a line of each element in memory."""
-    from megatron_ext import model_folder
+    from megatron_ext.model_folders import model_folder
 
     files = [lines_of([part / SAMPLES]) for part in parts]
     merged = heapq.merge(*files, key=lambda sample: (sample["place"], sample["sample"]))

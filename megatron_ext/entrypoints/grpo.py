@@ -13,17 +13,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from data_tools.chats.tokenizer import check_bos, load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of
-from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
-from megatron_ext import options, preflight, track, watch
-from megatron_ext import schedule as schedules
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.models.shape import MAMBA, MOE, count_blocks
-from megatron_ext.parallel import DEGREES, ParallelPlan, Site
-from megatron_ext.planner import Training
+from megatron_ext.parallel.plan import DEGREES, ParallelPlan, Site
+from megatron_ext.parallel.shape import MAMBA, MOE, count_blocks
+from megatron_ext.preflight import preflight
+from megatron_ext.preflight.planner import Training
 from megatron_ext.rl.settings import (
     OLD_LOGPROBS,
     Advantage,
@@ -37,8 +36,10 @@ from megatron_ext.rl.settings import (
 )  # fmt: skip
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_graphs, check_sampling
-from megatron_ext.track import Track
-from megatron_ext.watch import Hang
+from megatron_ext.training import options, track, watch
+from megatron_ext.training import schedule as schedules
+from megatron_ext.training.track import Track
+from megatron_ext.training.watch import Hang
 
 FREE = {"keyed": False}  # does not change the result
 
@@ -224,7 +225,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     were not (unscorable, cut_off, equal), tokens, resumed_from, notes. UserMistake where nothing was trained in all
     steps, or every verdict of the first one failed (rl/fruit.py).
     """
-    from megatron_ext import model_folder, ranks
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.parallel import ranks
 
     problems = check(config, ranks.world_size_of_environment())
     if problems:
@@ -256,7 +258,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
 def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
     """One rollout of a run whose folder is `keep`, drawn again in this process: see rl/replay.py."""
-    from megatron_ext import ranks
+    from megatron_ext.parallel import ranks
 
     with ranks.started(ParallelPlan(), config.seed):
         from megatron_ext.rl import replay as replays

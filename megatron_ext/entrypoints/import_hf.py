@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable
-from data_tools.inside import inside
+from data_tools.base import durable
+from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.lora import peft_config
@@ -57,7 +57,7 @@ def check(config: Config, ranks: int) -> list[Problem]:
 
 def _leading_out(folder: Path) -> list[Problem]:
     """The files of a folder that are links out of it: they would be copied."""
-    from megatron_ext.model_folder import files_beside_weights
+    from megatron_ext.model_folders.model_folder import files_beside_weights
 
     try:
         files_beside_weights(folder)
@@ -133,7 +133,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
 
 def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
     """Convert every `count`-th tensor, for `finish`. Returns how many."""
-    from megatron_ext import convert
+    from megatron_ext.weights import convert
 
     source = _source(config)
     rules = convert.checked_rules(source.tensors, source.family, source.dims, source.where)
@@ -143,7 +143,8 @@ def share(config: Config, out: Path, progress: Progress = silent, index: int = 0
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     """All shares as one model folder. Facts: weights_digest, parameters, dtype, dtype_changes, family."""
-    from megatron_ext import convert, model_folder
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.weights import convert
 
     source = _source(config)
     family, hf, dtype = source.family, out / "hf", config.dtype or source.dims.dtype
@@ -181,10 +182,10 @@ class Source:
 
 def _source(config: Config) -> Source:
     """UserMistake where the checkpoint is not understood."""
-    from megatron_ext.hf_files import HfTensors
-    from megatron_ext.legacy import LegacyTensors
     from megatron_ext.models.nanochat import checkpoint as nanochat
     from megatron_ext.models.registry import Family, read_config
+    from megatron_ext.weights.hf_files import HfTensors
+    from megatron_ext.weights.legacy import LegacyTensors
 
     problems = check(config, 1)
     if problems:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 
@@ -85,10 +85,10 @@ def forecast(config: Config) -> dict[str, Any]:
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
     """Facts: parameters, vocabulary, sha256 of the weights."""
-    from data_tools.char_tokenizer import write_char_tokenizer
+    from data_tools.chats.char_tokenizer import write_char_tokenizer
+    from data_tools.chats.tokenizer import load_tokenizer
     from data_tools.tasks.task import load_row_task
-    from data_tools.tokenizer import load_tokenizer
-    from megatron_ext.model_folder import copy_hf_files
+    from megatron_ext.model_folders.model_folder import copy_hf_files
     from megatron_ext.models.registry import MODEL_TYPES, Family
 
     problems = check(config, 1)
@@ -108,8 +108,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
 
     import torch
 
-    from megatron_ext.hf_files import write_safetensors
-    from megatron_ext.models.rules import default_start, hf_rules, hf_shapes
+    from megatron_ext.models.layouts import default_start, hf_rules, hf_shapes
+    from megatron_ext.weights.hf_files import write_safetensors
 
     generator = torch.Generator().manual_seed(config.seed)
     rules = family.mapping.rules(dims)

@@ -11,8 +11,8 @@ from typing import Any
 
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext import preflight
-from megatron_ext.parallel import Site
+from megatron_ext.parallel.plan import Site
+from megatron_ext.preflight import preflight
 
 
 @dataclass
@@ -40,8 +40,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
 
 def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
     """Merge every `count`-th tensor, for `finish`. Returns how many."""
-    from megatron_ext.lora import merge
-    from megatron_ext.model_folder import open_folder
+    from megatron_ext.model_folders import merge
+    from megatron_ext.model_folders.model_folder import open_folder
 
     problems = check(config, 1)
     if problems:
@@ -51,8 +51,8 @@ def share(config: Config, out: Path, progress: Progress = silent, index: int = 0
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     """All shares as one model folder. Facts: weights_digest, base_digest, lora (its settings)."""
-    from megatron_ext.lora import merge
-    from megatron_ext.model_folder import open_folder
+    from megatron_ext.model_folders import merge
+    from megatron_ext.model_folders.model_folder import open_folder
 
     folder = open_folder(config.model)
     digest = merge.finish(folder, parts, out)

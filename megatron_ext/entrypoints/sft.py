@@ -13,20 +13,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
-from megatron_ext import options, preflight, track, watch
-from megatron_ext import schedule as schedules
 from megatron_ext.entrypoints import certify
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.options import Balance, Engine
-from megatron_ext.parallel import ParallelPlan, Site
-from megatron_ext.planner import Training, training_flops
-from megatron_ext.schedule import Amount
-from megatron_ext.track import Track
-from megatron_ext.watch import Hang
+from megatron_ext.parallel.plan import ParallelPlan, Site
+from megatron_ext.preflight import preflight
+from megatron_ext.preflight.planner import Training, training_flops
+from megatron_ext.training import options, track, watch
+from megatron_ext.training import schedule as schedules
+from megatron_ext.training.options import Balance, Engine
+from megatron_ext.training.schedule import Amount
+from megatron_ext.training.track import Track
+from megatron_ext.training.watch import Hang
 
 FREE = {"keyed": False}  # does not change the result
 INPUT = {"input": True}
@@ -200,8 +201,9 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     with LoRA lora (lora/settings.py, reach); with `certify` also certificate (entrypoints/certify.py), which is kept in
     KEEP/certificates.
     """
-    from data_tools.blended import read_packs
-    from megatron_ext import model_folder, ranks
+    from data_tools.packs.blended import read_packs
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.parallel import ranks
 
     world = ranks.world_size_of_environment()
     problems = check(config, world)
@@ -223,15 +225,19 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     patience = timedelta(minutes=config.distributed_timeout_minutes)
 
     with ranks.started(config.parallel, config.seed, patience, config.engine.te_rng):
-        from megatron_ext import metrics, train  # megatron-core may be imported once the device is ready
+        from megatron_ext.training import (
+            loop,
+            metrics,  # megatron-core may be imported once the device is ready
+        )
+        from megatron_ext.training.trainer import AdamW, Trainer
 
         stages = model_folder.load_trainable(
             folder, config.parallel, config.lora, config.seed, config.dtype, config.backend, fields_of_model, weights
         )
-        trainer = train.Trainer(
+        trainer = Trainer(
             stages,
             config.parallel,
-            train.AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
+            AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
             config.engine,
         )
         identity = _identity(config, digest)
@@ -240,10 +246,10 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
             run_id = durable.sha256_bytes(str(keep.resolve()))[:16]  # the same for all attempts at this training
             return metrics.sinks(config.track, keep, resumed_from, run_id, identity)
 
-        outcome = train.train_on_packs(
+        outcome = loop.train_on_packs(
             trainer,
             packs,
-            train.Run(
+            loop.Run(
                 _schedule(config, packs.pack_length),
                 config.global_batch,
                 config.seed,

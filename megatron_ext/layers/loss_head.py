@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.layers.documents import PackedDocuments
-from megatron_ext.planner import CHUNK_LOGITS
+from megatron_ext.parallel.calibration import CHUNK_LOGITS
 
 EXPONENTIALS = 2**20  # that the sum of a softmax holds at a time
 

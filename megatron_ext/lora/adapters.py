@@ -34,8 +34,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron_ext.lora import peft_format
 from megatron_ext.lora.pairs import Pair, pairs, spread
 from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.models.layouts import Parts, Rule, placed, shard_on_rank
 from megatron_ext.models.registry import Family, stages
-from megatron_ext.models.rules import Parts, Rule, placed, shard_on_rank
 
 
 class Adapter(torch.nn.Module):

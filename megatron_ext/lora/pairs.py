@@ -17,8 +17,7 @@ import torch
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora.peft_config import PeftAdapter
 from megatron_ext.lora.settings import EXPERTS, ROUTER, ROUTERS, LoraConfig, chosen, targets_of
-from megatron_ext.models.registry import Family
-from megatron_ext.models.rules import (
+from megatron_ext.models.layouts import (
     HfTensor,
     Layout,
     Parts,
@@ -30,6 +29,7 @@ from megatron_ext.models.rules import (
     Transposed,
     hf_name,
 )
+from megatron_ext.models.registry import Family
 
 
 class ReplicatedStack(Stacked):

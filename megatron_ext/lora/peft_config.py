@@ -11,8 +11,8 @@ from typing import Any
 
 import regex
 
-from data_tools import durable
-from data_tools.inside import inside
+from data_tools.base import durable
+from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora.settings import ALL_LINEAR, BARE, NOT_IN_ALL, LoraConfig
 

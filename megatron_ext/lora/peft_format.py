@@ -6,28 +6,23 @@ The names are those of transformers' modules. A linear layer has `MODULE.lora_A.
 module the first one's adapter is called `base_layer` (peft/tuners/lora/layer.py, ParamWrapper, peft 0.21).
 """
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from data_tools import durable
-from data_tools.inside import files, inside
+from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake
-from megatron_ext import convert
-from megatron_ext.hf_files import HfTensors
 from megatron_ext.lora.pairs import Pair
 from megatron_ext.lora.peft_config import PEFT_CONFIG
 from megatron_ext.lora.settings import ROUTERS, LoraConfig
-from megatron_ext.model_folder import ModelFolder
-from megatron_ext.models.rules import Entry, HfTensor, Rule
+from megatron_ext.models.layouts import Entry, HfTensor, Rule
+from megatron_ext.weights.hf_files import HfTensors
 
 TENSORS = "adapter_model.safetensors"
-NOT_TOKENIZER = ("config.json", "generation_config.json")  # of a Hugging Face folder; the model's
 PREFIX = "base_model.model."  # PEFT's model around transformers'
 OUTER = "down_proj"  # the last parameter of an experts module
 
@@ -103,19 +98,6 @@ def write(folder: Path, of: Sequence[Pair], factors: Factors, config: LoraConfig
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors_of(of, factors), folder / TENSORS, metadata={"format": "pt"})
     durable.write_json(folder / PEFT_CONFIG, config_of(of, config, base=""))
-
-
-def export(folder: ModelFolder, out: Path, dtype: str) -> None:
-    """The adapter of a model folder as a PEFT folder with the tokenizer, its tensors as `dtype`. No ranks."""
-    names = {path.name for path in files(folder.hf)} - {*NOT_TOKENIZER, convert.LEDGER}
-    for name in sorted(names):
-        shutil.copyfile(inside(folder.hf, name), out / name)
-    config = durable.read_json(inside(folder.adapter, PEFT_CONFIG))
-    config["base_model_name_or_path"] = convert.base_ledger(folder.hf).get("source") or ""
-    durable.write_json(out / PEFT_CONFIG, config)
-    tensors = load_file(inside(folder.adapter, TENSORS))
-    converted = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
-    save_file(converted, out / TENSORS, metadata={"format": "pt"})
 
 
 # ---------------------------------------------------------------- in

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.mistake import Problem, nearest
-from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, WINDOW, ModelShape, Parameters
+from megatron_ext.parallel.shape import ATTENTION, MAMBA, MLP, WINDOW, ModelShape, Parameters
 
 ALL_LINEAR = "all-linear"
 EXPERTS, ROUTER = "experts", "router"

@@ -19,7 +19,7 @@ from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
-from megatron_ext.parallel import ParallelPlan, padded_rows
+from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
 RECOMPUTE: dict[str, dict[str, Any]] = {  # what ParallelPlan.recompute means to mcore
     "none": {},

@@ -19,10 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data_tools.inside import inside
+from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake, nearest
 from megatron_ext.models.compare import lost
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 
 MODEL_TYPES = {  # of config.json: the family's folder
     "qwen2": "qwen2",

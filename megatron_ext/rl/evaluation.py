@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.estimators import at_k, standard_error
 from data_tools.progress import Stopped
+from data_tools.tasks.estimators import at_k, standard_error
 from data_tools.tasks.outcome import Outcomes, graded, is_unjudged
 from megatron_ext.rl.collect import Scorer, Together, everywhere
 from megatron_ext.rl.prompts import Listed

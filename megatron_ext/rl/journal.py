@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.tasks.rewards import is_failure
 
 MERGED = "merged.jsonl"

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.chats.prompts import PromptEncoder
+from data_tools.chats.tokenizer import Tokenizer
 from data_tools.mistake import Problem, UserMistake
-from data_tools.prompts import PromptEncoder
 from data_tools.tasks.mix import Draw, Entry, Mix, turn_ends, verifiers
 from data_tools.tasks.outcome import Outcomes
 from data_tools.tasks.rewards import Scorer
-from data_tools.tokenizer import Tokenizer
 from megatron_ext.rl.replica import Replica
 from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.sequence import spans

@@ -9,12 +9,13 @@ from typing import Any
 
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import turn_ends
-from megatron_ext import checkpoint, grpo, model_folder
-from megatron_ext.parallel import ParallelPlan
-from megatron_ext.rl import journal, session
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rl import grpo, journal, session
 from megatron_ext.rl.prompts import MixPrompts
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Answer, Request, Sequence
+from megatron_ext.weights import checkpoint
 
 
 def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:

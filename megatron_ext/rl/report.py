@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from data_tools import durable
+from data_tools.base import durable
 from megatron_ext.rl.samples import Batch, Sample
 from megatron_ext.rollout.sequence import spans
 

@@ -11,15 +11,15 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.distributed.nn.functional import all_reduce
 
-from data_tools.pack import padded_to
+from data_tools.packs.pack import padded_to
 from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import Targets
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl.losses import Reduce, Tokens, Totals, alone, mismatch_sums, policy_loss
 from megatron_ext.rl.samples import Batch, deal
 from megatron_ext.rl.settings import Loss
-from megatron_ext.rows import MicroBatch, micro_batch
-from megatron_ext.train import LossFunction, losses_of
+from megatron_ext.training.rows import MicroBatch, micro_batch
+from megatron_ext.training.trainer import LossFunction, losses_of
 
 
 @dataclass(frozen=True)

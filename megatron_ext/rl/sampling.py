@@ -11,13 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.progress import Progress, Stop, Stopped
 from data_tools.tasks.mix import Draw
 from data_tools.tasks.outcome import Outcomes
-from megatron_ext.checkpoint import from_rank_zero
-from megatron_ext.model_folder import ModelFolder
-from megatron_ext.ranks import is_writer
+from megatron_ext.model_folders.model_folder import ModelFolder
+from megatron_ext.parallel.ranks import is_writer
 from megatron_ext.rl import journal
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.fruit import all_failed, failed_verdicts
@@ -25,6 +24,7 @@ from megatron_ext.rl.prompts import Listed, Texts, all_of, mix_scorer, turns_of
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.session import prompts_of, stop_ids_of
 from megatron_ext.rollout.engine import Engine
+from megatron_ext.weights.checkpoint import from_rank_zero
 
 RECORDS = "records.json"
 _PROMPTS_TO_TELL = 16  # that a task's verifier is broken

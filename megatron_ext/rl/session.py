@@ -5,23 +5,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable
+from data_tools.base import durable
+from data_tools.base.tables import write_table
+from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop
-from data_tools.tables import write_table
 from data_tools.tasks.mix import Mix, counts_table, entries_of
 from data_tools.tasks.outcome import Outcomes
-from data_tools.tokenizer import Tokenizer, load_tokenizer
-from megatron_ext import grpo, metrics, model_folder, train
-from megatron_ext import schedule as schedules
-from megatron_ext.model_folder import ModelFolder
-from megatron_ext.ranks import is_writer
+from megatron_ext.model_folders import model_folder
+from megatron_ext.model_folders.model_folder import ModelFolder
+from megatron_ext.parallel.ranks import is_writer
+from megatron_ext.rl import grpo
 from megatron_ext.rl.collect import Collector, Together
 from megatron_ext.rl.evaluation import evaluate
 from megatron_ext.rl.prompts import Listed, MixPrompts, Texts, all_of, mix_scorer, turns_of
 from megatron_ext.rl.rows import RolloutRow, log_probs
 from megatron_ext.rl.samples import Sample
 from megatron_ext.rollout.engine import Engine
+from megatron_ext.training import metrics
+from megatron_ext.training import schedule as schedules
+from megatron_ext.training.trainer import AdamW, Trainer
 
 
 def run(
@@ -36,10 +39,10 @@ def run(
     prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), *encoding)
     identity = {**identity, "prompts": mix.digest, "scoring": mix.scoring(all_of(mix, mix.trained()))}
-    trainer = train.Trainer(
+    trainer = Trainer(
         model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend),
         plan,
-        train.AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
+        AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
     )
     stop_ids = stop_ids_of(folder, tokenizer)
     texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
@@ -146,7 +149,7 @@ def stop_ids_of(folder: ModelFolder, tokenizer: Any) -> set[int]:
     return {token for token in [*ids, tokenizer.eos_id] if token is not None}
 
 
-def reference_of(config: Any, folder: ModelFolder, trainer: train.Trainer) -> grpo.Reference | None:
+def reference_of(config: Any, folder: ModelFolder, trainer: Trainer) -> grpo.Reference | None:
     """What the KL term is taken against: the model that training begins with, or another one; None without the term.
 
     New adapters leave that model in place below them; otherwise it is loaded a second time.

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from data_tools.mistake import Problem
-from megatron_ext.calibration import GIB
-from megatron_ext.models.shape import ATTENTION, WINDOW, ModelShape, count_blocks
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.calibration import GIB
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.parallel.shape import ATTENTION, WINDOW, ModelShape, count_blocks
 from megatron_ext.rollout.settings import EngineConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}  # of a key's or value's element

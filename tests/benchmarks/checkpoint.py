@@ -25,11 +25,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from megatron_ext import device, ranks
+    from megatron_ext import device
+    from megatron_ext.parallel import ranks
 
     device.init_device()
-    from megatron_ext import checkpoint, train
-    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.parallel.plan import ParallelPlan
+    from megatron_ext.training import loop
+    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.weights import checkpoint
     from tests.megatron_ext import tiny
     from tests.megatron_ext.training import run_of
 
@@ -37,8 +40,8 @@ def main() -> None:
     plan, packs = ParallelPlan(), tiny.Packs(pack_length=64)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder, ranks.started(plan):
         root = Path(folder)
-        trainer = train.Trainer(tiny.model(tiny.hf_folder(root / "hf", dims), dims, plan), plan, train.AdamW())
-        rows = train.rows_of_step(packs, 0, run_of(), plan)
+        trainer = Trainer(tiny.model(tiny.hf_folder(root / "hf", dims), dims, plan), plan, AdamW())
+        rows = loop.rows_of_step(packs, 0, run_of(), plan)
 
         def step() -> float:
             began = time.perf_counter()

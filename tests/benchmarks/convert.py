@@ -23,9 +23,9 @@ SAMPLE_S = 0.005
 
 
 def _dims(gigabytes: float):
+    from megatron_ext.models.layouts import hf_shapes
     from megatron_ext.models.qwen2.config import Dims
     from megatron_ext.models.registry import Family
-    from megatron_ext.models.rules import hf_shapes
 
     def dims(layers: int) -> Dims:
         return Dims(layers=layers, vocabulary=151936, tied=False, norm_epsilon=1e-6, rope_base=1e6,
@@ -44,11 +44,11 @@ def make(folder: Path, gigabytes: float) -> None:
     """A checkpoint in several files, of random bits that are finite numbers."""
     import torch
 
-    from data_tools import durable
-    from megatron_ext.hf_files import write_safetensors
+    from data_tools.base import durable
+    from megatron_ext.models.layouts import hf_shapes
     from megatron_ext.models.qwen2.config import hf_config
     from megatron_ext.models.registry import Family
-    from megatron_ext.models.rules import hf_shapes
+    from megatron_ext.weights.hf_files import write_safetensors
 
     dims, _ = _dims(gigabytes)
     shapes = hf_shapes(Family("qwen2").mapping.rules(dims))
@@ -111,7 +111,7 @@ def step(name: str, *arguments: str) -> None:
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
-    from megatron_ext.hf_files import HfTensors
+    from megatron_ext.weights.hf_files import HfTensors
 
     tensors = HfTensors(folder)
     import torch

@@ -25,17 +25,19 @@ init_device()
 
 import torch
 
-from megatron_ext import convert, grpo, ranks
 from megatron_ext.device import plain_torch
 from megatron_ext.models.registry import read_config
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rl import grpo
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request, Sequence
 from megatron_ext.rollout.settings import EngineConfig, Sampling
-from megatron_ext.schedule import Schedule
-from megatron_ext.train import AdamW, Trainer
+from megatron_ext.training.schedule import Schedule
+from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.weights import convert
 from tests.benchmarks.rollout import GROUP, PLACES, VOCABULARY, hf_folder, work
 
 RATE, END = 1e-5, 1

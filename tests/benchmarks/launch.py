@@ -18,14 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from jobs.pipeline import load_pipeline
-from jobs.run_folder import RunFolder
-from launchers.ledger import Ledger
-from launchers.plan import make_plan
-from launchers.status import run_status
-from launchers.submit import submit
-from slurm import devcluster
+from jobs.artifacts.run_folder import RunFolder
+from jobs.schema.pipeline import load_pipeline
+from launchers.observe.status import run_status
+from launchers.planning.ledger import Ledger
+from launchers.planning.plan import make_plan
+from launchers.submission.submit import submit
 from slurm.detect import find_cluster
+from slurm.dev import devcluster
 
 
 def timed(call):

@@ -47,11 +47,13 @@ def measure(family: str, tokens: int, single: bool) -> tuple[float, float]:
     """(CPU seconds, GiB) of one pass; `single`: one document, forward only."""
     import torch
 
-    from megatron_ext import device, ranks
+    from megatron_ext import device
+    from megatron_ext.parallel import ranks
 
     device.init_device()
-    from megatron_ext import train
-    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.parallel.plan import ParallelPlan
+    from megatron_ext.training import loop
+    from megatron_ext.training.trainer import AdamW, Trainer
     from tests.megatron_ext import tiny
 
     of, plan = model_of(family, tokens), ParallelPlan(recompute="full")
@@ -61,8 +63,8 @@ def measure(family: str, tokens: int, single: bool) -> tuple[float, float]:
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
         pack = tiny.pack([tokens] if single else documents(tokens), 0, SUPERVISED, 4096)
-        rows = [train.micro_batch([pack])]
-        trainer = train.Trainer(model, plan, train.AdamW())
+        rows = [loop.micro_batch([pack])]
+        trainer = Trainer(model, plan, AdamW())
         began = time.process_time()
         (trainer.evaluate if single else trainer.gradient)(rows)
         return time.process_time() - began, device.peak_memory() / 2**30

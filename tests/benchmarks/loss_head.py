@@ -19,12 +19,13 @@ def measure(kind: str, tokens: int, hidden_size: int, repeats: int) -> tuple[flo
     """CPU seconds, the median, and MiB."""
     import torch
 
-    from megatron_ext import device, ranks
+    from megatron_ext import device
+    from megatron_ext.parallel import ranks
 
     torch.set_num_threads(1)
     device.init_device()
     from megatron_ext.layers.loss_head import Targets, token_losses
-    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.parallel.plan import ParallelPlan
     from tests.benchmarks.pack import grown
 
     def plain() -> torch.Tensor:

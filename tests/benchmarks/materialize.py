@@ -21,11 +21,11 @@ from typing import Any
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
-from data_tools.chat import ChatConfig, ChatRows  # noqa: E402
-from data_tools.conversation import read_record  # noqa: E402
-from data_tools.encoder import Encoder  # noqa: E402
-from data_tools.materialize import Config, Source, materialize  # noqa: E402
-from data_tools.tokenizer import load_tokenizer  # noqa: E402
+from data_tools.chats.chat import ChatConfig, ChatRows  # noqa: E402
+from data_tools.chats.conversation import read_record  # noqa: E402
+from data_tools.chats.encoder import Encoder  # noqa: E402
+from data_tools.chats.tokenizer import load_tokenizer  # noqa: E402
+from data_tools.packs.materialize import Config, Source, materialize  # noqa: E402
 from tests.data_tools.chats import TEMPLATES  # noqa: E402
 from tests.inputs import SHARED  # noqa: E402
 

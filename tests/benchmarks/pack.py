@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.best_fit import best_fit, longest_first
+from data_tools.packs.best_fit import best_fit, longest_first
 
 CAPACITY = 262_144
 
@@ -93,8 +93,8 @@ def grown(call, *arguments) -> float:
 
 def read_a_pack() -> float:
     """Milliseconds to read a random full pack of a store of 64 packs, the median."""
-    from data_tools.pack import Config, PackReader, pack
-    from data_tools.store import Provenance, StoreWriter, row_text
+    from data_tools.packs.pack import Config, PackReader, pack
+    from data_tools.packs.store import Provenance, StoreWriter, row_text
 
     with tempfile.TemporaryDirectory() as folder:
         store, plan = Path(folder, "store"), Path(folder, "plan")

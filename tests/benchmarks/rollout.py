@@ -23,8 +23,8 @@ init_device()
 import numpy
 import torch
 
-from megatron_ext import ranks
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import EngineConfig, Sampling
@@ -118,9 +118,9 @@ def main() -> None:
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
 
-    from megatron_ext import convert
     from megatron_ext.device import plain_torch
     from megatron_ext.models.registry import read_config
+    from megatron_ext.weights import convert
 
     with tempfile.TemporaryDirectory() as folder, ranks.started(ParallelPlan()):
         hf = hf_folder(Path(folder))

@@ -11,8 +11,8 @@ import json
 
 import numpy as np
 
-from data_tools.batches import Stream, idle_shares
-from data_tools.best_fit import best_fit, longest_first
+from data_tools.packs.batches import Stream, idle_shares
+from data_tools.packs.best_fit import best_fit, longest_first
 from tests.benchmarks.pack import CAPACITY, distributions
 
 

@@ -46,13 +46,15 @@ def rate(tokens: list[int], ends: list[float]) -> float:
 
 
 def ours(folder: Path, packs: int, median: int) -> float:
-    from megatron_ext import device, ranks
+    from megatron_ext import device
+    from megatron_ext.parallel import ranks
 
     device.init_device()
-    from data_tools import pack, store
-    from megatron_ext import train
-    from megatron_ext.parallel import ParallelPlan
-    from megatron_ext.schedule import Schedule
+    from data_tools.packs import pack, store
+    from megatron_ext.parallel.plan import ParallelPlan
+    from megatron_ext.training import loop
+    from megatron_ext.training.schedule import Schedule
+    from megatron_ext.training.trainer import AdamW, Trainer
     from tests.megatron_ext import tiny
 
     for name in ("store", "packs"):
@@ -63,12 +65,12 @@ def ours(folder: Path, packs: int, median: int) -> float:
     writer.close()
     pack.pack(pack.Config(store=str(folder / "store"), pack_length=LENGTH), folder / "packs")
     reader, plan = pack.PackReader(folder / "store", folder / "packs"), ParallelPlan()
-    run = train.Run(Schedule("constant", reader.n_packs, 1e-5), 1)
+    run = loop.Run(Schedule("constant", reader.n_packs, 1e-5), 1)
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.model(folder / "hf", dims(), plan), plan, train.AdamW())
+        trainer = Trainer(tiny.model(folder / "hf", dims(), plan), plan, AdamW())
         ends = []
         for k in range(reader.n_packs):
-            trainer.step(train.rows_of_step(reader, k, run, plan), 1e-5)
+            trainer.step(loop.rows_of_step(reader, k, run, plan), 1e-5)
             ends.append(time.thread_time())
     return rate([LENGTH - reader.padding(i) for i in range(reader.n_packs)], ends)
 

@@ -24,19 +24,21 @@ def rank_main(steps: int, hf: str) -> None:
     import torch.distributed as dist
 
     from data_tools.progress import never
-    from megatron_ext import ranks, train
-    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.parallel import ranks
+    from megatron_ext.parallel.plan import ParallelPlan
+    from megatron_ext.training import loop
+    from megatron_ext.training.trainer import AdamW, Trainer
     from tests.megatron_ext import tiny
     from tests.megatron_ext.training import run_of
 
     plan, packs, run = ParallelPlan(), tiny.Packs(pack_length=416), run_of(steps, global_batch=2)
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.model(Path(hf), DIMS, plan), plan, train.AdamW())
-        vote = train.StopVote(never)
+        trainer = Trainer(tiny.model(Path(hf), DIMS, plan), plan, AdamW())
+        vote = loop.StopVote(never)
         times: dict[bool, list[float]] = {True: [], False: []}
         for k in range(steps):
             asks, began = k // ROUND % 2 == 0, time.perf_counter()
-            rows = train.rows_of_step(packs, k, run, plan)
+            rows = loop.rows_of_step(packs, k, run, plan)
             trainer.step(rows, 0.001, before_update=vote.send if asks else None)
             if asks:
                 vote.count()

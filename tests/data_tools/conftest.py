@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from data_tools.char_tokenizer import write_char_tokenizer
-from data_tools.materialize import Config, Source, finish, materialize
+from data_tools.chats.char_tokenizer import write_char_tokenizer
+from data_tools.packs.materialize import Config, Source, finish, materialize
 from data_tools.tasks.calculator import ALPHABET
 
 settings.register_profile("data", deadline=None, derandomize=True, max_examples=50)

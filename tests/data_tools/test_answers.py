@@ -9,7 +9,7 @@ import pytest
 from data_tools.answers.choices import letter_of
 from data_tools.answers.forms import find_answer
 from data_tools.answers.values import read
-from data_tools.math_answers import Options, final_answer, is_equal, rewards, text_of, vote
+from data_tools.tasks.math_answers import Options, final_answer, is_equal, rewards, text_of, vote
 from data_tools.tasks.task import Item
 from tests.data_tools.answer_pairs import PAIRS
 

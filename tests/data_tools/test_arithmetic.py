@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.arithmetic import MAX_CHARACTERS, evaluate, format_number, parse_number, read
+from data_tools.tasks.arithmetic import MAX_CHARACTERS, evaluate, format_number, parse_number, read
 
 numbers = st.decimals(0, 10**6, places=2).map(lambda value: format_number(Fraction(value)))
 expressions = st.recursive(
@@ -27,7 +27,7 @@ def test_value_is_that_of_exact_rational_arithmetic(expression: str) -> None:
 
 
 def _tokens(expression: str) -> list[str]:
-    from data_tools.arithmetic import tokenize
+    from data_tools.tasks.arithmetic import tokenize
 
     return tokenize(expression)
 

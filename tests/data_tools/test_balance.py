@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.balance import Balance, SourceBalance
+from data_tools.records.balance import Balance, SourceBalance
 
 counts = st.integers(0, 1000)
 buckets = st.dictionaries(st.sampled_from(["duplicate", "too_long", "wrong_answer"]), st.integers(1, 1000))

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.batches import Stream, deal, idle_shares
-from data_tools.best_fit import best_fit, longest_first
-from data_tools.blend import sources_of
+from data_tools.base.blend import sources_of
+from data_tools.packs.batches import Stream, deal, idle_shares
+from data_tools.packs.best_fit import best_fit, longest_first
 
 
 @given(st.lists(st.one_of(st.just(0.0), st.floats(0.01, 50)), min_size=1, max_size=6).filter(any))

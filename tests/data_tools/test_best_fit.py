@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.best_fit import best_fit, longest_first
+from data_tools.packs.best_fit import best_fit, longest_first
 
 
 def by_hand(sizes: list[int], capacity: int, apart: list[int]) -> list[int]:

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from data_tools.chat import ChatConfig, ChatRows, Encoded, Refused, check_chat
-from data_tools.encoder import Encoder
+from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, check_chat
+from data_tools.chats.encoder import Encoder
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.chats import (
     ADDING,
     ASKED,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.conversation import REFUSED, SCHEMAS, BadRecord, detect_schema, read_record
-from data_tools.messages import IN_LOSS, ROLES, WITHOUT_MEANING
+from data_tools.chats.conversation import REFUSED, SCHEMAS, BadRecord, detect_schema, read_record
+from data_tools.chats.messages import IN_LOSS, ROLES, WITHOUT_MEANING
 
 
 def turns(record, schema="auto"):

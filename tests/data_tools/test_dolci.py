@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.conversation import read_record
-from data_tools.dolci import (
+from data_tools.chats.conversation import read_record
+from data_tools.mistake import UserMistake
+from data_tools.prepare.dolci import (
     SHARES,
     SOURCES,
     Config,
@@ -18,7 +19,6 @@ from data_tools.dolci import (
     quotas,
     sample_shard,
 )
-from data_tools.mistake import UserMistake
 from tests.inputs import Inputs
 
 GERMAN = (

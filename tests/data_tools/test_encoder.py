@@ -9,12 +9,12 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from data_tools import encoder as encoder_module
-from data_tools.char_tokenizer import write_char_tokenizer
-from data_tools.conversation import BadRecord
-from data_tools.encoder import Encoder, check_encoder
+from data_tools.chats import encoder as encoder_module
+from data_tools.chats.char_tokenizer import write_char_tokenizer
+from data_tools.chats.conversation import BadRecord
+from data_tools.chats.encoder import Encoder, check_encoder
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.chats import nfc_tokenizer, tokenizer_of, write_tokenizer
 
 

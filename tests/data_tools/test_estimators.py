@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_tools.estimators import at_k, majority_at_k, pass_at_k, standard_error
+from data_tools.tasks.estimators import at_k, majority_at_k, pass_at_k, standard_error
 
 
 @pytest.mark.parametrize("right", [[0, 0, 0, 0, 0], [1, 0, 0, 1, 0], [1, 1, 1, 1, 0], [1] * 5])

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.export_packs import export
+from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.pack import Config, PackReader, check, pack
-from data_tools.store import Provenance, StoreWriter, row_text
-from data_tools.tokenizer import Tokenizer, load_tokenizer
+from data_tools.packs.export_packs import export
+from data_tools.packs.pack import Config, PackReader, check, pack
+from data_tools.packs.store import Provenance, StoreWriter, row_text
 
 Document = tuple[list[int], list[int]]
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.chat import ChatConfig, ChatRows, Encoded, check_chat
-from data_tools.encoder import Encoder
-from data_tools.tokenizer import load_tokenizer
+from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, check_chat
+from data_tools.chats.encoder import Encoder
+from data_tools.chats.tokenizer import load_tokenizer
 from tests.data_tools.chats import TEMPLATES, TOOLS, call, message, write_tokenizer
 
 # Writes everything, but what the argument `drop` names.

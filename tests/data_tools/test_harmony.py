@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
-from data_tools.csv_tables import read_table
-from data_tools.harmony import Config, Prompt, harmony_convert, parse_legacy, render
 from data_tools.mistake import UserMistake
+from data_tools.prepare.harmony import Config, Prompt, harmony_convert, parse_legacy, render
+from data_tools.records.csv_tables import read_table
 
 DATE = "2025-10-26"
 text = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1, max_size=40)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from data_tools.balance import Balance
-from data_tools.durable import read_json
-from data_tools.materialize import Config, Source, check, materialize
+from data_tools.base.durable import read_json
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.store import Store
-from data_tools.tokenizer import load_tokenizer
+from data_tools.packs.materialize import Config, Source, check, materialize
+from data_tools.packs.store import Store
+from data_tools.records.balance import Balance
 from tests.data_tools.conftest import build, line
 from tests.inputs import Inputs
 
@@ -94,7 +94,7 @@ def test_every_drop_has_its_bucket(tmp_path: Path, tokenizer_folder: Path) -> No
 
 
 def test_a_character_the_tokenizer_lacks_drops_the_row(tmp_path: Path) -> None:
-    from data_tools.char_tokenizer import write_char_tokenizer
+    from data_tools.chats.char_tokenizer import write_char_tokenizer
 
     write_char_tokenizer(tmp_path / "tokenizer", "0123456789+=")
     (tmp_path / "a.jsonl").write_text(line("1+1=2", "2*2=4"))
@@ -172,7 +172,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_imported_for_it(tmp_path: 
     wrong_option = Config(task="calculator", tokenizer="a/b", task_options={"x": 1}, source=Source(synthetic_rows=1))
     assert [problem.where for problem in check(wrong_option)] == ["task_options"]
     code = (
-        "import sys; from data_tools import materialize, pack; materialize.check(materialize.Config()); "
+        "import sys; from data_tools.packs import materialize, pack; materialize.check(materialize.Config()); "
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
@@ -186,7 +186,7 @@ def test_files_are_looked_for_when_the_work_starts_not_by_check(tmp_path: Path) 
 
 
 def test_the_configs_are_omegaconf_structured_configs() -> None:
-    from data_tools.pack import Config as PackConfig
+    from data_tools.packs.pack import Config as PackConfig
 
     merged = OmegaConf.merge(
         OmegaConf.structured(Config), {"source": {"inputs": ["a"]}, "task_options": {"reverse_digits": True}}

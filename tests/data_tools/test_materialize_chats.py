@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.balance import Balance
-from data_tools.chat import ChatConfig, ChatRows
-from data_tools.durable import read_json
-from data_tools.encoder import Encoder
-from data_tools.materialize import Config, Source, check, materialize
-from data_tools.messages import IN_LOSS
+from data_tools.base.durable import read_json
+from data_tools.chats.chat import ChatConfig, ChatRows
+from data_tools.chats.encoder import Encoder
+from data_tools.chats.messages import IN_LOSS
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake, disk_problem
-from data_tools.store import Store
-from data_tools.tokenizer import load_tokenizer
+from data_tools.packs.materialize import Config, Source, check, materialize
+from data_tools.packs.store import Store
+from data_tools.records.balance import Balance
 from jobs.phases import materialize as materialize_phase
 from jobs.task import Task
 from tests.data_tools.chats import (

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.balance import Balance, SourceBalance
-from data_tools.durable import write_json
+from data_tools.base.durable import write_json
 from data_tools.mistake import UserMistake
-from data_tools.pack import PADDING_SLOT, Config, PackReader, check, pack
-from data_tools.store import Provenance, Store, StoreWriter, row_text
+from data_tools.packs.pack import PADDING_SLOT, Config, PackReader, check, pack
+from data_tools.packs.store import Provenance, Store, StoreWriter, row_text
+from data_tools.records.balance import Balance, SourceBalance
 
 PAD = 999  # no document holds it
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from data_tools.char_tokenizer import write_char_tokenizer
-from data_tools.chat import encode_row
+from data_tools.chats.char_tokenizer import write_char_tokenizer
+from data_tools.chats.chat import encode_row
+from data_tools.chats.prompts import PromptEncoder
+from data_tools.chats.tokenizer import check_bos, load_tokenizer, told_opening
 from data_tools.mistake import UserMistake
-from data_tools.prompts import PromptEncoder
-from data_tools.tokenizer import check_bos, load_tokenizer, told_opening
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"

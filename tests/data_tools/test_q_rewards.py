@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from data_tools.mistake import UserMistake
-from data_tools.q_rewards import Config, boltzmann, q_rewards
+from data_tools.prepare.q_rewards import Config, boltzmann, q_rewards
 from tests.inputs import Inputs
 
 

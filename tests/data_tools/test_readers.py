@@ -11,9 +11,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import readers
 from data_tools.mistake import UserMistake
-from data_tools.readers import open_share, read_blend
+from data_tools.records import readers
+from data_tools.records.readers import open_share, read_blend
 
 ROWS = [{"question": f"{n}?", "answer": "x" * (n % 7) * 40} for n in range(57)]
 
@@ -70,7 +70,7 @@ def test_shares_one_after_the_other_are_the_file(tmp_path, name, count):
     st.integers(1, 40),
 )
 def test_packed_lines_are_shared_whatever_the_blocks(tmp_path_factory, lines, count, last_end, kind, block):
-    from data_tools import readers
+    from data_tools.records import readers
 
     path = tmp_path_factory.mktemp("p") / f"a.jsonl.{kind}"
     data = b"\n".join(lines) + (b"\n" if last_end else b"")

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.conversation import read_record
+from data_tools.chats.conversation import read_record
 from data_tools.mistake import UserMistake
-from data_tools.rejection import Config, buckets_of, check, reject_filter, split_thinking
+from data_tools.prepare.rejection import Config, buckets_of, check, reject_filter, split_thinking
 from tests.inputs import Inputs
 
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from data_tools import rendezvous
-from data_tools.ports import PORTS
-from data_tools.rendezvous import NONCE, Client, Meeting, MeetingFailed, MeetingTimeout, Server
+from data_tools.base import rendezvous
+from data_tools.base.ports import PORTS
+from data_tools.base.rendezvous import NONCE, Client, Meeting, MeetingFailed, MeetingTimeout, Server
 from tests.command import ROOT, wait_for
 
 KEY = b"k" * 32
@@ -180,7 +180,7 @@ def test_another_user_of_the_machine_gets_nowhere(store):
     server, client = store
     client.set("afterok/secrets", b"value")
     code = (
-        "import os, encodings.idna; from data_tools.rendezvous import Client, Meeting, MeetingFailed\n"
+        "import os, encodings.idna; from data_tools.base.rendezvous import Client, Meeting, MeetingFailed\n"
         "os.setgid(65534); os.setuid(65534)\n"
         f"place = Meeting('127.0.0.1', range({server.port}, {server.port + 1}), {server.meeting.name!r}, b'guess')\n"
         "try: Client(place, 0.3); print('IN')\n"
@@ -252,7 +252,7 @@ def test_an_address_that_is_none_is_said_at_once(request):
 def test_more_ranks_than_the_soft_limit_of_open_files_are_let_in():
     """Rank 0 of a large job holds one connection for each rank, and torch's as well."""
     code = (
-        "import os, resource; from data_tools.rendezvous import Client, Meeting, Server\n"
+        "import os, resource; from data_tools.base.rendezvous import Client, Meeting, Server\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
         "server = Server(Meeting('127.0.0.1', range(20000, 30000), f'many/{os.getpid()}', b'k' * 32))\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_tools.sources import by_source, check, forecast
+from data_tools.records.sources import by_source, check, forecast
 from data_tools.tasks.task import Source
 
 NAMES = ["/data/maths.jsonl", "/data/a/train.jsonl", "/data/b/train.jsonl", "/run/kept/K/work/x/chat.jsonl",

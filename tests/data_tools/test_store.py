@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from data_tools.store import Provenance, Store, StoreWriter, row_text, text_hash
+from data_tools.packs.store import Provenance, Store, StoreWriter, row_text, text_hash
 
 rows_of_tokens = st.lists(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 1)), min_size=1), max_size=20)
 
@@ -113,5 +113,5 @@ def test_a_row_of_unequal_ids_and_mask_is_refused(tmp_path: Path) -> None:
 def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [[(token, 1)] * (1 + token % 3) for token in range(50)]
     whole = Store(write(tmp_path / "a", rows))
-    monkeypatch.setattr("data_tools.store._BATCH", 7)
+    monkeypatch.setattr("data_tools.packs.store._BATCH", 7)
     assert Store(write(tmp_path / "b", rows)).digest == whole.digest

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from data_tools.conversation import Conversation, read_record
-from data_tools.encoder import Encoder
+from data_tools.chats.conversation import Conversation, read_record
+from data_tools.chats.encoder import Encoder
+from data_tools.chats.template import ChatTemplate, TemplateError
+from data_tools.chats.tokenizer import load_tokenizer
+from data_tools.chats.turns import Turns
 from data_tools.mistake import UserMistake
-from data_tools.readers import open_share
-from data_tools.template import ChatTemplate, TemplateError
-from data_tools.tokenizer import load_tokenizer
-from data_tools.turns import Turns
+from data_tools.records.readers import open_share
 from tests.data_tools.chats import (
     ADDING,
     ASKED,

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.char_tokenizer import write_char_tokenizer
-from data_tools.chat import encode_row
-from data_tools.durable import read_json, write_json
+from data_tools.base.durable import read_json, write_json
+from data_tools.chats.char_tokenizer import write_char_tokenizer
+from data_tools.chats.chat import encode_row
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
-from data_tools.tokenizer import load_tokenizer
 from tests.data_tools.chats import tokenizer_of
 from tests.inputs import Inputs
 
@@ -70,7 +70,7 @@ def test_a_real_bpe_folder_gives_the_ids_of_transformers(tmp_path: Path, inputs:
 
 def test_a_local_folder_needs_no_transformers(tokenizer_folder: Path) -> None:
     code = (
-        "import sys; from data_tools.tokenizer import load_tokenizer; "
+        "import sys; from data_tools.chats.tokenizer import load_tokenizer; "
         f"load_tokenizer({str(tokenizer_folder)!r}).encode('1'); assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

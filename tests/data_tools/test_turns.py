@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from data_tools.chat import ChatConfig, ChatRows, Encoded
-from data_tools.conversation import Conversation
-from data_tools.encoder import Encoder
+from data_tools.chats.chat import ChatConfig, ChatRows, Encoded
+from data_tools.chats.conversation import Conversation
+from data_tools.chats.encoder import Encoder
+from data_tools.chats.template import ChatTemplate
+from data_tools.chats.tokenizer import load_tokenizer
+from data_tools.chats.turns import Turns
 from data_tools.mistake import UserMistake
-from data_tools.template import ChatTemplate
-from data_tools.tokenizer import load_tokenizer
-from data_tools.turns import Turns
 from tests.data_tools.chats import TEMPLATES, message
 from tests.data_tools.oracle import Prefixes, stops_of, tokenizer_for
 

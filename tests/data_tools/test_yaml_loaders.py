@@ -5,7 +5,7 @@ import itertools
 import pytest
 import yaml
 
-from data_tools.yaml_loaders import TextLoader, read_values
+from data_tools.base.yaml_loaders import TextLoader, read_values
 
 SAME = [  # keys that are one to whoever reads the mapping
     ["a", '"a"', "'a'", "!!str a"],

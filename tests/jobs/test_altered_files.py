@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import durable
-from data_tools.durable import TornFile
+from data_tools.base import durable
+from data_tools.base.durable import TornFile
 from data_tools.mistake import UserMistake
-from jobs.artifact import Artifact, HashCache, Owner, read_seal
-from jobs.run_folder import FrozenPhase, Outcome, RunFolder
-from launchers.ledger import Ledger
-from launchers.local import LocalBackend, read_jobs
-from launchers.transaction import Journal, Step
-from megatron_ext import step_manifest
+from jobs.artifacts.artifact import Artifact, HashCache, Owner, read_seal
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from launchers.backends.local import LocalBackend, read_jobs
+from launchers.planning.ledger import Ledger
+from launchers.submission.transaction import Journal, Step
+from megatron_ext.files import step_manifest
 from megatron_ext.rl import journal
 
 REFUSED = (UserMistake, TornFile)

@@ -11,9 +11,19 @@ from dataclasses import replace
 
 import pytest
 
-import jobs.artifact
+import jobs.artifacts.artifact
 from data_tools.mistake import UserMistake
-from jobs.artifact import FINISH, Artifact, HashCache, LeaseHeld, Owner, Sealed, content_digest, key_of, read_seal
+from jobs.artifacts.artifact import (
+    FINISH,
+    Artifact,
+    HashCache,
+    LeaseHeld,
+    Owner,
+    Sealed,
+    content_digest,
+    key_of,
+    read_seal,
+)
 
 NOBODY_ENDED = lambda job: False  # noqa: E731
 
@@ -223,7 +233,7 @@ def test_the_hash_cache_keeps_large_files_only_each_by_itself_and_forgets_old_on
     for name in ("one", "two"):
         cache.sha256(tmp_path / name)
     assert sorted((tmp_path / "cache").rglob("*.json")) == entries
-    monkeypatch.setattr("data_tools.durable.sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("data_tools.base.durable.sha256_file", lambda path: pytest.fail("hashed again"))
     cache.sha256(tmp_path / "two")
 
 
@@ -232,7 +242,7 @@ def test_an_owner_that_is_replaced_while_it_hashes_can_no_longer_seal(tmp_path, 
     artifact = Artifact(tmp_path / "KEY")
     late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
     (late.folder / "f.txt").write_text("late")
-    real_manifest, taken = jobs.artifact.manifest, []
+    real_manifest, taken = jobs.artifacts.artifact.manifest, []
 
     def slow_manifest(folder):
         found = real_manifest(folder)
@@ -241,7 +251,7 @@ def test_an_owner_that_is_replaced_while_it_hashes_can_no_longer_seal(tmp_path, 
             artifact.sweep(taken[0])
         return found
 
-    monkeypatch.setattr(jobs.artifact, "manifest", slow_manifest)
+    monkeypatch.setattr(jobs.artifacts.artifact, "manifest", slow_manifest)
     assert artifact.seal(late, {"key": "k"}) is False
     assert not artifact.seal_path.exists() and not late.folder.exists()
     (taken[0].folder / "f.txt").write_text("new")
@@ -344,5 +354,5 @@ def test_files_of_a_copied_run_are_hashed_once(tmp_path, monkeypatch):
     os.utime(lease.folder / "f.txt", (1, 1))
     cache = HashCache(tmp_path / "cache")
     assert list(read_seal(artifact.seal_path).altered(cache=cache)) == []
-    monkeypatch.setattr("data_tools.durable.sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("data_tools.base.durable.sha256_file", lambda path: pytest.fail("hashed again"))
     assert list(read_seal(artifact.seal_path).altered(cache=cache)) == []

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake, disk_problem
-from jobs.artifact import Artifact, Owner, read_seal
-from jobs.run_folder import Outcome, RunFolder
+from jobs.artifacts.artifact import Artifact, Owner, read_seal
+from jobs.artifacts.run_folder import Outcome, RunFolder
 from launchers.cli import main
-from launchers.ledger import Ledger
+from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, one_line, write_toy
 
 MIB = 1 << 20
@@ -60,7 +60,7 @@ def test_no_package_of_ours_locks_a_file():
     """But for the dev cluster's own prefix, which holds sockets and so is on a local disk anyway."""
     for package in ("data_tools", "jobs", "launchers", "slurm", "megatron_ext"):
         for path in (ROOT / package).rglob("*.py"):
-            if path == ROOT / "slurm/devcluster.py":
+            if path == ROOT / "slurm/dev/devcluster.py":
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
                 name = getattr(node, "attr", None) or getattr(node, "id", None)
@@ -399,7 +399,7 @@ def test_a_torn_submit_lock_and_a_dead_submitters_are_told_apart(toy):
 
 
 def test_removing_a_dead_submitters_lock_leaves_a_living_ones(tmp_path):
-    from launchers.submit import _remove_lock_of
+    from launchers.submission.submit import _remove_lock_of
 
     lock, dead, living = tmp_path / "submit.lock", Owner(0, 0, "", "h", 1, 1), Owner.me(0, 0)
     lock.write_text(durable.canonical_json(living.__dict__))  # another one was quicker to take the lock over

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from jobs.imports import beside, closure
 from jobs.kind import kind_names
-from launchers.snapshot import find_code
+from jobs.schema.imports import beside, closure
+from launchers.planning.snapshot import find_code
 
 
 def written(folder, files):

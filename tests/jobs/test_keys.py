@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data_tools import durable
+from data_tools.base import durable
+from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import find_kind, keyed_settings, kind_names
-from jobs.pipeline import load_pipeline
-from jobs.run_folder import RunFolder
-from launchers.plan import make_plan
+from jobs.schema.pipeline import load_pipeline
+from launchers.planning.plan import make_plan
 from slurm.detect import find_cluster
 
 # Of each kind's default settings, as far as they are part of a key, the digest that the first seals were made with.

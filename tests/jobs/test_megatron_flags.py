@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_tools.mistake import UserMistake
-from jobs.megatron_flags import FLAGS, table, translate
+from jobs.schema.megatron_flags import FLAGS, table, translate
 from tests.command import ROOT, afterok, one_line
 
 EXAMPLE = """

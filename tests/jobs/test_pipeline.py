@@ -5,7 +5,7 @@ import textwrap
 import pytest
 
 from data_tools.mistake import UserMistake
-from jobs.pipeline import load_pipeline, references, substitute
+from jobs.schema.pipeline import load_pipeline, references, substitute
 
 GOOD = """
 name: good

@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from jobs.artifact import read_seal
-from launchers.backend import ACTIVE_STATES
-from launchers.ledger import Ledger
-from slurm import devcluster
+from jobs.artifacts.artifact import read_seal
+from launchers.backends.contract import ACTIVE_STATES
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
+from slurm.dev import devcluster
 from tests.cluster import require_packages
 from tests.command import afterok, afterok_json, states, wait_for
 

@@ -4,12 +4,12 @@ import contextlib
 
 import pytest
 
-from jobs.artifact import read_seal
-from jobs.run_folder import FrozenPhase, Outcome, RunFolder
-from launchers.chain import FIRST_LINKS, SPARE_LINKS, links_needed, surplus
-from launchers.ledger import Ledger
-from slurm import devcluster
+from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from launchers.planning.chain import FIRST_LINKS, SPARE_LINKS, links_needed, surplus
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm, SlurmError
+from slurm.dev import devcluster
 from tests.cluster import crash_node, require_packages, rows_of
 from tests.command import afterok, afterok_json, one_line, phase_status, states, wait_for
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from data_tools import durable
-from launchers.ledger import Ledger
+from data_tools.base import durable
+from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, afterok_json, one_line, write_toy
 
 HEAVY = ("torch", "megatron", "transformers", "submitit", "tokenizers")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jobs.pipeline import load_pipeline
-from launchers.ledger import Ledger
+from jobs.schema.pipeline import load_pipeline
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import rows_of
 from tests.command import afterok, afterok_json, phase_status, states, wait_for

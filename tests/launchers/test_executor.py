@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from jobs.pipeline import load_pipeline
-from jobs.run_folder import RunFolder
-from launchers.backend import JobSpec
-from launchers.executor import PhaseExecutor, dependency, never_starting, phase_command, phase_parameters
-from launchers.plan import make_plan
+from jobs.artifacts.run_folder import RunFolder
+from jobs.schema.pipeline import load_pipeline
+from launchers.backends.contract import JobSpec
+from launchers.backends.executor import PhaseExecutor, dependency, never_starting, phase_command, phase_parameters
+from launchers.planning.plan import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
 from slurm.profile import load
@@ -64,13 +64,13 @@ export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export SUBMITIT_EXECUTOR=slurm
 run_element() {
     if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
-        /shared/afterok/venv/bin/python -m launchers.rerun /run/toy numbers $1 --submission 3 || return $?
+        /shared/afterok/venv/bin/python -m launchers.backends.restart /run/toy numbers $1 --submission 3 || return $?
     fi
     local code=0
     srun --kill-on-bad-exit=1 --export=ALL --unbuffered --cpus-per-task=12 --mpi=none --cpu-bind=cores /bin/sh -c \
 'trap "" USR2; exec "$@"' worker /shared/afterok/venv/bin/python -m jobs.worker /run/toy numbers $1 --submission 3 \
 --requeue || code=$?
-    [ $code = 0 ] || /shared/afterok/venv/bin/python -m launchers.rerun /run/toy numbers $1 --submission 3 --code $code
+    [ $code = 0 ] || /shared/afterok/venv/bin/python -m launchers.backends.restart /run/toy numbers $1 --submission 3 --code $code
     return $code
 }
 run_element "${SLURM_ARRAY_TASK_ID:-0}"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifact import read_seal
-from jobs.run_folder import RunFolder
-from launchers.ledger import Ledger
+from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.run_folder import RunFolder
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import bring_back, cluster_for_a_while, crash_node, require_packages, rows_of
 from tests.command import afterok, wait_for, wait_until_sealed

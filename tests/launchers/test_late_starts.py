@@ -15,12 +15,12 @@ from unittest import mock
 import pytest
 
 from jobs import worker
-from jobs.artifact import FINISH, Owner, read_seal
-from jobs.pipeline import load_pipeline
+from jobs.artifacts.artifact import FINISH, Owner, read_seal
+from jobs.artifacts.run_folder import RunFolder
 from jobs.retry import EXIT_LEASE_HELD, EXIT_SEALED
-from jobs.run_folder import RunFolder
-from launchers.plan import make_plan
-from launchers.submit import _freeze
+from jobs.schema.pipeline import load_pipeline
+from launchers.planning.plan import make_plan
+from launchers.submission.submit import _freeze
 from slurm.detect import find_cluster
 from tests.command import afterok, afterok_json, one_line
 
@@ -58,7 +58,7 @@ class Run:
 
     @staticmethod
     def freeze(plan, number):
-        with mock.patch("launchers.submit.take_snapshot"):  # these workers run our own code
+        with mock.patch("launchers.submission.submit.take_snapshot"):  # these workers run our own code
             _freeze(plan, number)
 
     def start(self, phase, *elements, submission=1, restart=0):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launchers.ledger import Ledger
+from launchers.planning.ledger import Ledger
 
 
 def ledger_of(tmp_path, *events):

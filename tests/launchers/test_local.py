@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import durable
-from jobs.run_folder import RunFolder
-from launchers.ledger import Ledger
-from launchers.status import run_status
+from data_tools.base import durable
+from jobs.artifacts.run_folder import RunFolder
+from launchers.observe.status import run_status
+from launchers.planning.ledger import Ledger
 from tests.command import (
     ROOT,
     afterok,

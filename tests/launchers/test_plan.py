@@ -6,10 +6,10 @@ from typing import get_type_hints
 
 import pytest
 
+from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import find_kind, inputs, kind_names
-from jobs.pipeline import load_pipeline
-from jobs.run_folder import RunFolder
-from launchers.plan import _absolute_inputs, make_plan
+from jobs.schema.pipeline import load_pipeline
+from launchers.planning.plan import _absolute_inputs, make_plan
 from slurm.detect import find_cluster
 
 

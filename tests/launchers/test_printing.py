@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools import printing
-from launchers import show
+from data_tools.base import printing
 from launchers.cli import main
+from launchers.observe import show
 from tests.command import ROOT
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -23,7 +23,7 @@ EVIL = (
 PHASE = f"""
 from dataclasses import dataclass, field
 from data_tools.mistake import UserMistake
-from data_tools.tables import write_table
+from data_tools.base.tables import write_table
 EVIL = {EVIL!r}
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import rendezvous
+from data_tools.base import rendezvous
 from tests.command import afterok, one_line, wait_for, write_toy
 
 STRANGER = 65534

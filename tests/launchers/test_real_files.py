@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import yaml
 
-from data_tools.balance import Balance
-from data_tools.durable import read_json
-from data_tools.pack import PackReader
-from data_tools.store import Store
-from jobs.artifact import read_seal
+from data_tools.base.durable import read_json
+from data_tools.packs.pack import PackReader
+from data_tools.packs.store import Store
+from data_tools.records.balance import Balance
+from jobs.artifacts.artifact import read_seal
 from tests.command import afterok, afterok_json
 from tests.data_tools.chats import TEMPLATES, tokenizer_of
 from tests.data_tools.test_materialize_chats import FAMILIES, FILES

@@ -2,10 +2,10 @@
 
 import pytest
 
-from jobs.run_folder import RunFolder
-from launchers.ledger import Ledger
-from slurm import devcluster
+from jobs.artifacts.run_folder import RunFolder
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
+from slurm.dev import devcluster
 from tests.cluster import crash_node, require_packages, rows_of
 from tests.command import afterok, afterok_json, phase_status, states, wait_for
 

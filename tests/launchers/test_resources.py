@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from launchers.ledger import Ledger
+from launchers.planning.ledger import Ledger
 from tests.command import afterok, afterok_json, wait_for
 from tests.launchers.test_submission import shimmed, submitted_jobs  # noqa: F401
 

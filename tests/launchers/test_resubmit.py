@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from data_tools import durable
-from launchers.ledger import Ledger
+from data_tools.base import durable
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.command import MIDDLE, afterok, afterok_json, one_line, states, wait_for
 

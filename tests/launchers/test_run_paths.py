@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.run_folder import path_problem
+from jobs.artifacts.run_folder import path_problem
 from launchers.cli import main
 from tests.command import ROOT, write_toy
 

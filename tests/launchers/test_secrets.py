@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.run_folder import RunFolder
-from launchers.ledger import Ledger
+from jobs.artifacts.run_folder import RunFolder
+from launchers.planning.ledger import Ledger
 from tests.command import afterok, afterok_json, one_line, wait_for
 
 PIPELINE = """

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jobs.run_folder import RunFolder
+from jobs.artifacts.run_folder import RunFolder
 from launchers.cli import main
 from tests.command import ROOT
 

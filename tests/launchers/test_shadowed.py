@@ -76,7 +76,7 @@ def console(folder, *words, **env):
 
 
 def code_of(run, phase):
-    from jobs.artifact import read_seal
+    from jobs.artifacts.artifact import read_seal
 
     seal = next((run / phase).glob("*/seals/0000.json"), None) or next((run / phase).glob("*/seal.json"))
     return {Path(place).parent for place in read_seal(seal).facts["places"]}
@@ -112,8 +112,8 @@ def test_slurms_jobs_run_ours(project, dev_cluster):  # noqa: F811
     [
         "jobs.worker",
         "jobs.replay",
-        "launchers.local",
-        "launchers.rerun",
+        "launchers.backends.local",
+        "launchers.backends.restart",
         "launchers.cli",
         "megatron_ext.entrypoints.sft",
         "megatron_ext.entrypoints.evaluate",
@@ -122,7 +122,7 @@ def test_slurms_jobs_run_ours(project, dev_cluster):  # noqa: F811
 def test_a_program_of_ours_takes_its_other_packages_from_beside_it(project, program):
     """As a user and torchrun start them, where the project has no folder of the program's own package."""
     shutil.rmtree(project / program.split(".")[0])
-    words = ["x", "1"] if program == "launchers.local" else ["--help"]
+    words = ["x", "1"] if program == "launchers.backends.local" else ["--help"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", program, *words],
         cwd=project,
@@ -130,7 +130,7 @@ def test_a_program_of_ours_takes_its_other_packages_from_beside_it(project, prog
         capture_output=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([".", str(ROOT)])},
     )
-    told = "there is no submission" if program == "launchers.local" else "usage:"
+    told = "there is no submission" if program == "launchers.backends.local" else "usage:"
     assert told in done.stdout + done.stderr, done.stderr
 
 

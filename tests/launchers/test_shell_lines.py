@@ -5,9 +5,9 @@ import subprocess
 import pytest
 
 from jobs.retry import Cause
-from launchers.diagnosis import classify
-from launchers.evidence import Evidence
-from launchers.shell_lines import MODULE_FILES, script_setup
+from launchers.backends.shell_lines import MODULE_FILES, script_setup
+from launchers.causes.diagnosis import classify
+from launchers.causes.evidence import Evidence
 from slurm.profile import Env, Meta, Profile
 
 MODULE = "module() { [ $2 != none ] || return 1; export STEPS=$STEPS:module.$2; }\n"

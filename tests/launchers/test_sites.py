@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launchers.cli import main
-from launchers.ledger import Ledger
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import cluster_for_a_while, require_packages
 from tests.command import ROOT, one_line, wait_for, write_toy
@@ -43,7 +43,7 @@ roles: {cpu: {partition: batch, time: "10"}, train: {partition: batch, nodes: 1}
 def big_site(scrub_slurm):
     """A cluster called BigSite in its slurm.conf, which refuses jobs of 7, 8 and 9 minutes in words of its own."""
     require_packages()
-    from slurm import devconfig
+    from slurm.dev import devconfig
 
     def with_lua(prefix, *args):
         (prefix / "etc" / "job_submit.lua").write_text(SITE_LUA)

@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from launchers.snapshot import MOST_BYTES, find_code, take_snapshot
+from launchers.planning.snapshot import MOST_BYTES, find_code, take_snapshot
 
 
 @pytest.fixture(params=["git", "no git"])

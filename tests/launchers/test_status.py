@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.run_folder import FrozenPhase, Outcome, RunFolder
-from launchers.backend import TaskState
-from launchers.ledger import JobEntry, Ledger
-from launchers.status import Look, Span, format_seconds, gpu_hours, spans
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from launchers.backends.contract import TaskState
+from launchers.observe.status import Look, Span, format_seconds, gpu_hours, spans
+from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import Slurm
 from tests.command import (
     ROOT,

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from launchers.ledger import Ledger
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import controller_forgets
 from tests.command import MIDDLE, ROOT, afterok, afterok_json, one_line, states, wait_for, write_toy
@@ -194,7 +194,7 @@ def test_a_controller_killed_right_after_the_submit_loses_no_work(toy_on_fragile
 
 @pytest.fixture
 def toy_on_fragile_cluster(tmp_path, short_folder):
-    from slurm import devcluster
+    from slurm.dev import devcluster
     from tests.cluster import require_packages
 
     require_packages()

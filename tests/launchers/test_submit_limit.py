@@ -2,7 +2,7 @@
 
 import pytest
 
-from launchers.ledger import Ledger
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from slurm.printed import ENDED_STATES, SubmitLimit, parse_submit_limit
 from tests.command import afterok, afterok_json, one_line, states, wait_for

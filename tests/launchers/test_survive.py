@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import durable
-from jobs.artifact import process_start, read_seal
-from jobs.run_folder import RunFolder
-from launchers.ledger import Ledger
+from data_tools.base import durable
+from jobs.artifacts.artifact import process_start, read_seal
+from jobs.artifacts.run_folder import RunFolder
+from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import rows_of
 from tests.command import ROOT, afterok, phase_status, states, wait_for

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from jobs.artifact import Owner
+from jobs.artifacts.artifact import Owner
+from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.retry import Cause
-from jobs.run_folder import Outcome, RunFolder
-from launchers.diagnosis import classify
-from launchers.evidence import Evidence, first_dead_task, tracebacks
-from launchers.why import log_tail
+from launchers.causes.diagnosis import classify
+from launchers.causes.evidence import Evidence, first_dead_task, tracebacks
+from launchers.observe.why import log_tail
 from slurm.client import Slurm
 from slurm.printed import AccountingRow, parse_job_row, parse_seconds
 from tests.command import afterok, afterok_json, states, wait_for
@@ -28,7 +28,7 @@ TORCH_OOM = (
     + """Traceback (most recent call last):
   File "/runs/a/submissions/1/code/jobs/worker.py", line 97, in work
     code, message = self._work()
-  File "/runs/a/submissions/1/code/megatron_ext/train.py", line 212, in step
+  File "/runs/a/submissions/1/code/megatron_ext/training/loop.py", line 212, in step
     loss = self.model(batch)
   File "/venv/lib/python3.11/site-packages/torch/nn/modules/module.py", line 1773, in _wrapped_call_impl
     return self._call_impl(*args, **kwargs)
@@ -47,7 +47,7 @@ srun: error: n1: task 3: Aborted (core dumped)
 GLOO_WAIT = (
     HELLO
     + """Traceback (most recent call last):
-  File "/code/megatron_ext/train.py", line 90, in reduced
+  File "/code/megatron_ext/training/loop.py", line 90, in reduced
     dist.all_reduce(values)
 RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete
 """
@@ -58,11 +58,11 @@ GLOO_PEER = (
 GLOO_AND_ROOT = (
     HELLO
     + f"""Traceback (most recent call last):
-  File "/code/megatron_ext/train.py", line 90, in reduced
+  File "/code/megatron_ext/training/loop.py", line 90, in reduced
     dist.all_reduce(values)
 {GLOO_PEER}
 Traceback (most recent call last):
-  File "/code/data_tools/pack.py", line 41, in pack
+  File "/code/data_tools/packs/pack.py", line 41, in pack
     raise ValueError("pack 9 has 0 tokens")
 ValueError: pack 9 has 0 tokens
 """
@@ -71,7 +71,7 @@ GLOO_AND_KILLED = (
     HELLO
     + f"""srun: error: n2: task 1: Killed
 Traceback (most recent call last):
-  File "/code/megatron_ext/train.py", line 90, in reduced
+  File "/code/megatron_ext/training/loop.py", line 90, in reduced
     dist.all_reduce(values)
 {GLOO_PEER}
 srun: error: n1: task 0: Exited with exit code 1
@@ -237,7 +237,7 @@ def test_the_one_guilty_node_is_named_and_two_suspects_are_not():
 
 def test_the_exceptions_place_is_ours_not_a_librarys():
     found = tracebacks(TORCH_OOM)
-    assert [block.place for block in found] == ["megatron_ext/train.py:212"]
+    assert [block.place for block in found] == ["megatron_ext/training/loop.py:212"]
     chained = (
         TORCH_OOM
         + "\nThe above exception was the direct cause of the following exception:\n\n"

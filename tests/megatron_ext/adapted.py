@@ -7,8 +7,8 @@ import torch
 
 from megatron_ext.lora import adapters
 from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.models.layouts import shard_on_rank
 from megatron_ext.models.registry import stages
-from megatron_ext.models.rules import shard_on_rank
 from tests.megatron_ext import cells, tiny
 
 EVERYTHING = {  # the targets of each family that PEFT takes, router and experts included

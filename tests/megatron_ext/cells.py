@@ -6,7 +6,7 @@ A family joins with a line in FAMILIES; its dimensions should split over 4 ranks
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 from tests.megatron_ext import tiny
 
 FAMILIES: dict[str, Any] = {

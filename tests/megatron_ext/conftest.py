@@ -41,8 +41,8 @@ def four_ranks():
 @pytest.fixture
 def alone():
     """This process as the only rank."""
-    from megatron_ext import ranks
-    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.parallel import ranks
+    from megatron_ext.parallel.plan import ParallelPlan
 
     with ranks.started(ParallelPlan(), seed=1):
         yield
@@ -52,7 +52,7 @@ def alone():
 @pytest.fixture(scope="session")
 def calculator(tmp_path_factory) -> dict[str, Path]:
     """Model folder, token store and packs of a tiny calculator run, made by the real phases; nobody writes there."""
-    from data_tools import materialize, pack
+    from data_tools.packs import materialize, pack
     from data_tools.tasks.task import Source
     from megatron_ext.entrypoints import import_hf, init_model
 

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from data_tools.ports import free_port
+from data_tools.base.ports import free_port
 from megatron_ext.device import init_device
 
 TIMEOUT_S = 300

@@ -1,6 +1,6 @@
 """Released models as shapes, with the numbers of their config.json (reference/megatron.md 1.1)."""
 
-from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelShape
+from megatron_ext.parallel.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelShape
 
 QWEN_32B = ModelShape(
     layers=((ATTENTION, MLP),) * 64, hidden=5120, vocabulary=152064, max_positions=131072,

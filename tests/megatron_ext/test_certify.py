@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import certify, ranks
-from megatron_ext.certify import Measured, difference, random_pack
 from megatron_ext.entrypoints import certify as entrypoint
 from megatron_ext.entrypoints.certify import ALIGN, DOCUMENTS, TOLERANCE
-from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel_rules import check
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.rules import check
+from megatron_ext.training import certify
+from megatron_ext.training.certify import Measured, difference, random_pack
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import CELLS, FAMILIES, Cell
 

@@ -12,9 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from megatron_ext import checkpoint, dist_weights, model_folder, ranks, snapshot, step_manifest, train
 from megatron_ext.entrypoints import sft
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.files import step_manifest
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.training import loop
+from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.weights import checkpoint, dist_weights, staging
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import metrics, run_of, sft_config, train_to_end
 
@@ -32,24 +37,24 @@ def test_boxes_cover_a_flat_range_once_and_nothing_else(shape, data):
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(start, size))
     flat, seen = numpy.arange(size).reshape(shape), []
-    for offset, extent, first in snapshot.boxes(tuple(shape), start, stop):
+    for offset, extent, first in staging.boxes(tuple(shape), start, stop):
         box = flat[tuple(slice(o, o + n) for o, n in zip(offset, extent))]
         assert box.size and box.ravel().tolist() == list(range(first, first + box.size))
         seen += box.ravel().tolist()
     assert sorted(seen) == list(range(start, stop))
 
 
-def updated(hf: Path, steps: int = 1) -> train.Trainer:
+def updated(hf: Path, steps: int = 1) -> Trainer:
     """A trainer some updates after the weights in `hf`."""
-    trainer = train.Trainer(tiny.model(hf, tiny.DIMS, PLAN), PLAN, train.AdamW())
+    trainer = Trainer(tiny.model(hf, tiny.DIMS, PLAN), PLAN, AdamW())
     for k in range(steps):
-        trainer.step(train.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
+        trainer.step(loop.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
     return trainer
 
 
-def state_of(trainer: train.Trainer) -> list[torch.Tensor]:
-    saver = snapshot.OptimizerState(trainer.model, trainer.optimizer)
-    return [part.data.clone() for part in snapshot.Weights(trainer.model).parts() + saver.parts()]
+def state_of(trainer: Trainer) -> list[torch.Tensor]:
+    saver = staging.OptimizerState(trainer.model, trainer.optimizer)
+    return [part.data.clone() for part in staging.Weights(trainer.model).parts() + saver.parts()]
 
 
 def test_training_goes_on_while_a_step_is_saved_and_the_step_is_what_it_was(alone, hf, tmp_path, monkeypatch):
@@ -58,12 +63,12 @@ def test_training_goes_on_while_a_step_is_saved_and_the_step_is_what_it_was(alon
     saver = checkpoint.Saver(tmp_path, trainer.model, trainer.optimizer, PLAN, keep=2, background=True)
     expected = state_of(trainer)
     saver.save(1, {}, {})
-    trainer.step(train.rows_of_step(tiny.Packs(), 1, run_of(), PLAN), 0.01)  # a save that were held up would never end
+    trainer.step(loop.rows_of_step(tiny.Packs(), 1, run_of(), PLAN), 0.01)  # a save that were held up would never end
     assert not any(torch.equal(a, b) for a, b in zip(state_of(trainer), expected) if a.numel() > 1)
     assert checkpoint.steps(tmp_path) == []  # nothing is named a step before it is whole
     may_write.set()
     saver.close()
-    other = train.Trainer(tiny.model(hf, tiny.DIMS, PLAN), PLAN, train.AdamW())
+    other = Trainer(tiny.model(hf, tiny.DIMS, PLAN), PLAN, AdamW())
     assert checkpoint.load_step(tmp_path / "step_1", other.model, other.optimizer, PLAN, {})[0] == 1
     assert all(torch.equal(a, b) for a, b in zip(state_of(other), expected))
 
@@ -114,7 +119,10 @@ def digest_after_nothing(folder: dict[str, Path], out: Path, **changes) -> dict:
 
 
 def test_weights_come_from_any_folder_step_or_training(calculator, tmp_path):
-    keep, out = tmp_path / "key", tmp_path / "key" / "work" / "0000.a1"  # as a phase lays them (jobs/artifact.py)
+    keep, out = (
+        tmp_path / "key",
+        tmp_path / "key" / "work" / "0000.a1",
+    )  # as a phase lays them (jobs/artifacts/artifact.py)
     out.mkdir(parents=True)
     sft.run(replace(sft_config(calculator, 10), keep_checkpoints=9), out, keep)
     losses = {line["step"]: line["loss"] for line in metrics(keep)}
@@ -171,11 +179,11 @@ def test_a_trained_model_exported_gives_the_same_greedy_tokens_in_transformers(t
     import_hf.run(import_hf.Config(str(tiny.hf_folder(tmp_path / "hf", of))), tmp_path / "base", tmp_path)
     with ranks.started(PLAN):
         folder = model_folder.open_folder(tmp_path / "base")
-        trainer = train.Trainer(model_folder.load_stages(folder, PLAN), PLAN, train.AdamW())
+        trainer = Trainer(model_folder.load_stages(folder, PLAN), PLAN, AdamW())
         for k in range(3):
-            trainer.step(train.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
+            trainer.step(loop.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
         model_folder.write(tmp_path / "trained", trainer.model, folder, step=3)
-        found = sampled(snapshot.stages(trainer.model)[0], SMALL, requests(1), Sampling(temperature=0, max_tokens=9))
+        found = sampled(staging.stages(trainer.model)[0], SMALL, requests(1), Sampling(temperature=0, max_tokens=9))
     export_hf.run(export_hf.Config(str(tmp_path / "trained")), tmp_path / "exported", tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     for (uid, _), sequence in found.items():

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import model_folder
 from megatron_ext.entrypoints import import_hf
+from megatron_ext.model_folders import model_folder
 from megatron_ext.models import compare
 from megatron_ext.models.reading import WITHOUT_EFFECT
 from megatron_ext.models.registry import parse_config

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import checkpoint, convert, dist_weights, hf_files, model_folder, ranks
-from megatron_ext.dist_weights import regions
 from megatron_ext.entrypoints import export_hf, import_hf
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.weights import checkpoint, convert, dist_weights, hf_files
+from megatron_ext.weights.dist_weights import regions
 from tests.megatron_ext import tiny
 
 FAMILIES = {

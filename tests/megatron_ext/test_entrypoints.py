@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
-from data_tools import durable
+from data_tools.base import durable
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
-from data_tools.tokenizer import load_tokenizer
-from megatron_ext import model_folder
 from megatron_ext.entrypoints import bare, evaluate, export_hf, generate, grpo, import_hf, init_model, merge_lora, sft
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel.plan import ParallelPlan
 
 ENTRYPOINTS = (init_model, import_hf, sft, grpo, generate, evaluate, merge_lora, export_hf)
 
@@ -305,9 +305,9 @@ def _hosted() -> int:
 
     import torch
 
-    from data_tools import rendezvous
-    from data_tools.ports import PORTS
-    from megatron_ext import ranks
+    from data_tools.base import rendezvous
+    from data_tools.base.ports import PORTS
+    from megatron_ext.parallel import ranks
 
     rank, port = int(os.environ["RANK"]), os.environ["MASTER_PORT"]
     place = rendezvous.Meeting("127.0.0.1", PORTS, f"test {port}", b"the key of a test")

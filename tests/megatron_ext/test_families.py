@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ext import model_folder
 from megatron_ext.entrypoints import export_hf, import_hf
+from megatron_ext.model_folders import model_folder
 from megatron_ext.models.gpt_oss.config import Yarn
 from megatron_ext.models.registry import MODEL_TYPES, unwrap
-from megatron_ext.parallel import ParallelPlan
-from megatron_ext.train import losses_of, micro_batch
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.training.loop import micro_batch
+from megatron_ext.training.trainer import losses_of
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rounding import logits_bound
 from tests.megatron_ext.test_attention import forward
@@ -122,7 +123,7 @@ def test_import_then_export_changes_no_bit(shape, tmp_path):
 
 
 def test_an_exported_model_gives_transformers_the_megatron_logits(dims, tmp_path):
-    from megatron_ext import ranks
+    from megatron_ext.parallel import ranks
 
     converted(tiny.hf_folder(tmp_path / "hf", dims), tmp_path)
     theirs = transformers_model(tmp_path / "out")
@@ -153,7 +154,7 @@ def test_reading_back_a_config_gives_the_same_dimensions(shape):
 
 
 def test_the_planner_counts_the_parameters_that_the_file_has(shape):
-    from megatron_ext.models.rules import hf_shapes
+    from megatron_ext.models.layouts import hf_shapes
 
     family = tiny.family(shape)
     stored = hf_shapes(family.mapping.rules(shape)).items()

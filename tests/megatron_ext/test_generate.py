@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from data_tools import durable, materialize, pack, rejection
-from data_tools.chat import ChatConfig
+from data_tools.base import durable
+from data_tools.chats.chat import ChatConfig
+from data_tools.chats.samples import problem_of_sample
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
+from data_tools.packs import materialize, pack
+from data_tools.prepare import rejection
 from data_tools.progress import Stopped
-from data_tools.samples import problem_of_sample
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
-from data_tools.tokenizer import load_tokenizer
 from megatron_ext.entrypoints import evaluate, generate, grpo, sft
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl.session import stop_ids_of
 from megatron_ext.rl.settings import Evaluation
 from megatron_ext.rollout.settings import EngineConfig, Sampling
@@ -144,7 +146,7 @@ def test_what_was_stopped_goes_on_to_the_same_samples(folders, whole, tmp_path):
 def test_finished_samples_need_no_model_and_other_settings_do_not_take_them(folders, tmp_path, monkeypatch):
     out, keep = made(tmp_path)
     facts = generate.run(config(folders), out, keep)
-    from megatron_ext import model_folder
+    from megatron_ext.model_folders import model_folder
 
     monkeypatch.setattr(model_folder, "load_model", None)
     assert generate.run(config(folders), out, keep) == facts

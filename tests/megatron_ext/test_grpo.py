@@ -17,8 +17,8 @@ import pytest
 
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
-from megatron_ext import grpo
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rl import grpo
 from megatron_ext.rl.rows import rollout_rows
 from megatron_ext.rl.samples import Sample, batch_of
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding

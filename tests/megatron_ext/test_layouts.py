@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext import checkpoint, model_folder, ranks
 from megatron_ext.entrypoints import import_hf
-from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel_rules import check
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.rules import check
+from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import FAMILIES as PARALLEL
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import pickles, ranks
 from megatron_ext.entrypoints import import_hf
-from megatron_ext.legacy import unlike
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.files import pickles
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.weights.legacy import unlike
 from tests.megatron_ext import tiny
 
 DENSE = replace(tiny.DIMS, layers=4, tied=False)
@@ -35,7 +36,7 @@ def write_rank(dims, plan: ParallelPlan, hf: Path, out: Path) -> None:
     with ranks.started(plan):
         from megatron.core import parallel_state
 
-        from megatron_ext import convert
+        from megatron_ext.weights import convert
 
         model = tiny.family(dims).build(dims, plan, torch.float32)
         convert.import_weights(model, hf, tiny.family(dims), dims)

@@ -6,15 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import checkpoint, model_folder
-from megatron_ext.dist_weights import Reader
 from megatron_ext.entrypoints import evaluate, export_hf, import_hf, merge_lora, sft
 from megatron_ext.lora import adapters, pairs, settings
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.parallel import ParallelPlan, Site
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.rollout.settings import Sampling
+from megatron_ext.weights import checkpoint
+from megatron_ext.weights.dist_weights import Reader
 from tests.megatron_ext import adapted, shapes, tiny
 from tests.megatron_ext.rollout.test_engine import SMALL, full_logprobs, requests, sampled
 from tests.megatron_ext.rounding import logits_bound

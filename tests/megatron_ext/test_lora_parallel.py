@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext import checkpoint, ranks, train
 from megatron_ext.lora import adapters
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel_rules import check
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.rules import check
+from megatron_ext.training import loop
+from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.weights import checkpoint
 from tests.megatron_ext import adapted, tiny
 from tests.megatron_ext.cells import SP
 
@@ -67,10 +70,10 @@ def updated(hf: Path, family: str, plan: ParallelPlan, lora: LoraConfig, keep: P
     of, packs = FAMILIES[family], [tiny.pack([16, 8, 24, 16], seed) for seed in range(4)]
     with ranks.started(plan, seed=1):
         parts = adapted.attach(tiny.parts(hf, of, plan), of, lora)
-        trainer = train.Trainer(parts, plan, train.AdamW(weight_decay=0.1))
+        trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
         base = checkpoint.weights_digest(trainer.model)
-        data = train.parallel_state.get_data_parallel_rank(), train.parallel_state.get_data_parallel_world_size()
-        rows = [train.micro_batch([pack]) for pack in packs[data[0] :: data[1]]]
+        data = loop.parallel_state.get_data_parallel_rank(), loop.parallel_state.get_data_parallel_world_size()
+        rows = [loop.micro_batch([pack]) for pack in packs[data[0] :: data[1]]]
         loss = trainer.gradient(rows, everywhere=True).reduced().mean_loss
         gradients = adapters.gathered(trainer.model, lambda p: p.main_grad)
         _, norm = trainer.step(rows, 1e-2)
@@ -129,6 +132,6 @@ def loaded(hf: Path, family: str, step: Path, lora: LoraConfig) -> dict[str, tor
     with ranks.started(plan, seed=1):
         model = tiny.parts(hf, of, plan)
         adapters.attach(model, tiny.family(of), of, lora, seed=99)
-        trainer = train.Trainer(model, plan, train.AdamW(weight_decay=0.1))
+        trainer = Trainer(model, plan, AdamW(weight_decay=0.1))
         checkpoint.load_step(step, trainer.model, trainer.optimizer, plan, {})
         return adapters.gathered(trainer.model)

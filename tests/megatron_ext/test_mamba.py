@@ -16,11 +16,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megatron_ext import snapshot
 from megatron_ext.layers import mamba
 from megatron_ext.layers.documents import packed_documents
 from megatron_ext.layers.mamba import State, convolve, documents_of, scan
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.weights import staging
 from tests.megatron_ext import tiny
 from tests.megatron_ext.test_attention import peak_bytes, peaks
 
@@ -267,7 +267,7 @@ def test_the_mixer_is_megatron_cores(mixer, stock):
 
 def test_the_checkpoint_is_megatron_cores(mixer, stock):
     def stored(module):
-        state = module.sharded_state_dict("mixer.", metadata=snapshot.metadata())
+        state = module.sharded_state_dict("mixer.", metadata=staging.metadata())
         apply_factories(state)
         shards = [shard for shard in nested_values(state) if isinstance(shard, ShardedTensor)]
         return {shard.key: (shard.global_shape, shard.global_offset, shard.dtype) for shard in shards}

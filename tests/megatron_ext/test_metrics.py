@@ -14,10 +14,14 @@ import pytest
 import torch
 
 from data_tools.mistake import UserMistake
-from megatron_ext import checkpoint, metrics, planner, preflight, ranks, train
 from megatron_ext.entrypoints import sft
-from megatron_ext.parallel import ParallelPlan, Site
-from megatron_ext.track import Track
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan, Site
+from megatron_ext.preflight import planner, preflight
+from megatron_ext.training import loop, metrics
+from megatron_ext.training.track import Track
+from megatron_ext.training.trainer import AdamW, Trainer, losses_of
+from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import MODEL, sft_config
 
@@ -40,7 +44,7 @@ def tracked(calculator, tmp_path_factory) -> Path:
             answers = iter(stops)
             try:
                 sft.run(config, out, root / "keep", stop=lambda: next(answers, False))
-            except train.Stopped:
+            except loop.Stopped:
                 assert stops
     return root / "keep"
 
@@ -68,8 +72,8 @@ def test_a_line_says_how_the_steps_went(tracked, calculator):
 def test_validation_is_the_mean_over_all_supervised_tokens(tracked, calculator):
     found = [(line["step"], line["valid_loss"]) for line in lines_of(tracked) if "valid_loss" in line]
     assert [step for step, _ in found] == [5, 10]
-    from data_tools.pack import PackReader
-    from megatron_ext import model_folder
+    from data_tools.packs.pack import PackReader
+    from megatron_ext.model_folders import model_folder
 
     packs = PackReader(calculator["store"], calculator["packs"])
     with ranks.started(PLAN):
@@ -77,7 +81,7 @@ def test_validation_is_the_mean_over_all_supervised_tokens(tracked, calculator):
         model = model_folder.load_model(folder, PLAN)
         checkpoint.load_weights(model, tracked / "checkpoints" / "step_10" / "state")
         with torch.no_grad():
-            losses = [train.losses_of(model, train.micro_batch([packs.pack(i)])) for i in range(packs.n_packs)]
+            losses = [losses_of(model, loop.micro_batch([packs.pack(i)])) for i in range(packs.n_packs)]
     assert found[-1][1] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
@@ -99,8 +103,8 @@ def test_ranks_with_fewer_packs_validate_no_pack_twice(two_ranks, tmp_path, plan
 
 def validation(plan: ParallelPlan, hf: Path) -> float:
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.parts(hf, MODEL, plan), plan, train.AdamW())
-        return train.validation_loss(trainer, tiny.Packs(n=5))
+        trainer = Trainer(tiny.parts(hf, MODEL, plan), plan, AdamW())
+        return loop.validation_loss(trainer, tiny.Packs(n=5))
 
 
 def test_tensorboards_reader_opens_its_files(tracked):
@@ -176,9 +180,9 @@ def test_norms_and_zeros_are_those_of_one_process(two_ranks, tmp_path, layout):
 
 def measures(plan: ParallelPlan, hf: Path, of) -> tuple[float, int]:
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.parts(hf, of, plan), plan, train.AdamW())
+        trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
         norm = metrics.parameter_norm(trainer.model)
-        few_tokens = train.micro_batch([tiny.pack([4, 4], 1)])  # the rest of the embedding has no gradient
+        few_tokens = loop.micro_batch([tiny.pack([4, 4], 1)])  # the rest of the embedding has no gradient
         trainer.step([few_tokens], 0.0, count_zeros=True)
         return norm, trainer.zeros
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_tools import durable
+from data_tools.base import durable
 from megatron_ext.models.gpt_oss.config import hf_config
-from megatron_ext.mxfp4 import dequantised
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.models.gpt_oss.mxfp4 import dequantised
+from megatron_ext.parallel.plan import ParallelPlan
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rounding import logits_bound
 from tests.megatron_ext.test_attention import forward

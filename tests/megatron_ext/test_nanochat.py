@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import model_folder, ranks
 from megatron_ext.entrypoints import import_hf
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rounding import bound
 from tests.megatron_ext.test_attention import forward

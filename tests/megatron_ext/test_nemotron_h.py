@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import init_model
 from megatron_ext.models.nemotron_h.config import hf_config, read, shape
 from megatron_ext.models.nemotron_h.mapping import NORMS
 from megatron_ext.models.registry import Family, read_config
-from megatron_ext.parallel import ParallelPlan
-from megatron_ext.train import losses_of, micro_batch
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.training.loop import micro_batch
+from megatron_ext.training.trainer import losses_of
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import NANO, NANO_PATTERN
 from tests.megatron_ext.test_attention import forward

@@ -12,15 +12,17 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from data_tools import pack
-from data_tools.blended import BlendedPacks
 from data_tools.mistake import UserMistake
-from data_tools.pack import PackReader
-from megatron_ext import options, ranks, schedule, train, trainer
+from data_tools.packs import pack
+from data_tools.packs.blended import BlendedPacks
+from data_tools.packs.pack import PackReader
 from megatron_ext.entrypoints import sft
-from megatron_ext.options import Balance, Engine
-from megatron_ext.parallel import ParallelPlan
-from megatron_ext.schedule import Amount
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.training import loop, options, schedule, trainer
+from megatron_ext.training.options import Balance, Engine
+from megatron_ext.training.schedule import Amount
+from megatron_ext.training.trainer import AdamW, Trainer
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import run_of, sft_config
 
@@ -162,13 +164,13 @@ def test_the_distributed_time_out_is_the_configured_one():
 
 def losses_with(plan: ParallelPlan, hf: Path, engine: Engine) -> list[float]:
     with ranks.started(plan):
-        one = train.Trainer(tiny.parts(hf, tiny.DIMS, plan), plan, train.AdamW(), engine)
+        one = Trainer(tiny.parts(hf, tiny.DIMS, plan), plan, AdamW(), engine)
         found = []
         for k in range(3):
-            sums, norm = one.step(train.rows_of_step(tiny.Packs(), k, run_of(), plan), 0.01)
+            sums, norm = one.step(loop.rows_of_step(tiny.Packs(), k, run_of(), plan), 0.01)
             found += [sums.reduced().mean_loss, norm]
         one.settle()
-        return [*found, train.validation_loss(one, tiny.Packs(n=2))]
+        return [*found, loop.validation_loss(one, tiny.Packs(n=2))]
 
 
 def test_overlapping_communication_changes_nothing(two_ranks, tmp_path):
@@ -184,11 +186,11 @@ def routed(balance: Balance, hf: Path) -> tuple[torch.Tensor, torch.Tensor]:
         of = tiny.NEMOTRON_H_DIMS
         fields = options.transformer_fields(Engine(), balance, experts=True)
         (model,) = tiny.family(of).build(of, PLAN, torch.float32, "torch", fields)
-        from megatron_ext import convert
+        from megatron_ext.weights import convert
 
         convert.import_weights(model, hf, tiny.family(of), of)
-        one = train.Trainer(model, PLAN, train.AdamW())
-        one.step(train.rows_of_step(tiny.Packs(), 0, run_of(), PLAN), 0.0)
+        one = Trainer(model, PLAN, AdamW())
+        one.step(loop.rows_of_step(tiny.Packs(), 0, run_of(), PLAN), 0.0)
         router = next(module for name, module in model.named_modules() if name.endswith("mlp.router"))
         return router.weight.main_grad.clone(), router.expert_bias.clone()
 
@@ -214,8 +216,8 @@ def test_recomputation_runs_forward_again(alone, tmp_path, of):
             kind = {"linear_fc1": "mlp", "core_attention": "attention"}.get(name.rpartition(".")[2])
             if kind:
                 module.register_forward_hook(lambda *_, kind=kind: calls.update({kind: calls[kind] + 1}))
-        one = train.Trainer(model, plan, train.AdamW())
-        one.step(train.rows_of_step(tiny.Packs(), 0, run_of(global_batch=1), plan), 0.0)
+        one = Trainer(model, plan, AdamW())
+        one.step(loop.rows_of_step(tiny.Packs(), 0, run_of(global_batch=1), plan), 0.0)
         runs[mode] = calls
     assert runs["selective"] == {"mlp": 2 * runs["none"]["mlp"], "attention": runs["none"]["attention"]}
     assert runs["full"] == {kind: 2 * count for kind, count in runs["none"].items()}

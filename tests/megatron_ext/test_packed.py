@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext import certify, checkpoint, ranks, train
-from megatron_ext.certify import random_pack
 from megatron_ext.entrypoints.certify import DOCUMENTS
 from megatron_ext.layers.loss_head import Targets
-from megatron_ext.parallel import ParallelPlan
-from megatron_ext.parallel_rules import check
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.parallel.rules import check
+from megatron_ext.training import certify
+from megatron_ext.training.certify import random_pack
+from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import CELLS, FAMILIES, Cell
 from tests.megatron_ext.table import Table
@@ -97,7 +100,7 @@ def train_on_packs(of: Any, plan: ParallelPlan, weights: Path, whole: bool, out:
     with ranks.started(plan):
         parts = tiny.family(of).build(of, plan, torch.float32)
         checkpoint.load_weights(parts, weights)
-        trainer = train.Trainer(parts, plan, train.AdamW(weight_decay=DECAY, clip=CLIP))
+        trainer = Trainer(parts, plan, AdamW(weight_decay=DECAY, clip=CLIP))
         for step in range(STEPS):
             rows = certify.rows_of(packs_of(step, whole, of.vocabulary), plan)
             sums, norm = trainer.step(rows, RATE)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext import ranks
-from megatron_ext.parallel import CONTEXT_COMMS, ParallelPlan, Workload, environment_problems, grid, padded_rows
-from megatron_ext.parallel_rules import RULES, broken_rules, change, check, is_legal, nearest, remedy
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import CONTEXT_COMMS, ParallelPlan, Workload, environment_problems, grid, padded_rows
+from megatron_ext.parallel.rules import RULES, broken_rules, change, check, is_legal, nearest, remedy
 from tests.megatron_ext.shapes import GPT_OSS_20B, NANO, QWEN_32B
 
 

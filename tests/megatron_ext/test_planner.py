@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy
 import pytest
 
-from megatron_ext.calibration import GIB, GPUS, PUBLISHED
 from megatron_ext.lora.settings import LoraConfig, reach
-from megatron_ext.models.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape
-from megatron_ext.parallel import ParallelPlan, Workload
-from megatron_ext.parallel_rules import is_legal
-from megatron_ext.planner import (
+from megatron_ext.parallel.calibration import GIB, GPUS, PUBLISHED
+from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.rules import is_legal
+from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape
+from megatron_ext.preflight.planner import (
     Documents,
     Training,
     block_activations,

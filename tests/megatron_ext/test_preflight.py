@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy
 import pytest
 
-from data_tools import durable, pack
-from megatron_ext import preflight
-from megatron_ext.calibration import GIB, GPUS
+from data_tools.base import durable
+from data_tools.packs import pack
 from megatron_ext.entrypoints import import_hf, init_model, sft
 from megatron_ext.models.qwen2.config import hf_config
-from megatron_ext.parallel import ParallelPlan, Site, Workload
-from megatron_ext.parallel_rules import is_legal
-from megatron_ext.planner import Documents, Training
+from megatron_ext.parallel.calibration import GIB, GPUS
+from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
+from megatron_ext.parallel.rules import is_legal
+from megatron_ext.preflight import preflight
+from megatron_ext.preflight.planner import Documents, Training
 from tests.data_tools.test_pack import store_of
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import NANO

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from megatron_ext import convert, hf_files
 from megatron_ext.entrypoints import import_hf
+from megatron_ext.models.layouts import QueryKeyValue, gate_up
 from megatron_ext.models.qwen2.config import hf_config, read
 from megatron_ext.models.registry import read_config
-from megatron_ext.models.rules import QueryKeyValue, gate_up
+from megatron_ext.weights import convert, hf_files
 from tests.megatron_ext import tiny
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from data_tools.mistake import UserMistake
-from megatron_ext import checkpoint, model_folder
 from megatron_ext.entrypoints import sft
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.weights import checkpoint
 from tests.megatron_ext import gloo, tiny
 from tests.megatron_ext.training import LAYOUTS, MODEL, metrics, sft_config, steady, stop_at, train_to_end
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_ext.models import rules
-from megatron_ext.models.rules import (
+from megatron_ext.models import layouts as rules
+from megatron_ext.models.layouts import (
     Column,
     Entry,
     Interleaved,
@@ -19,7 +19,7 @@ from megatron_ext.models.rules import (
     Vocabulary,
     gate_up,
 )
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 from tests.megatron_ext import tiny
 
 LAYOUTS = {

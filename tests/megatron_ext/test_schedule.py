@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.schedule import Schedule, check
+from megatron_ext.training.schedule import Schedule, check
 
 
 def rates(**changes) -> list[float]:

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_tools import durable
+from data_tools.base import durable
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.tokenizer import load_tokenizer
-from megatron_ext import checkpoint, dist_weights, model_folder, pickles, stored
 from megatron_ext.entrypoints import export_hf, import_hf, init_model
+from megatron_ext.files import pickles, stored
+from megatron_ext.model_folders import model_folder
 from megatron_ext.models.nanochat.checkpoint import NanochatTensors
+from megatron_ext.weights import checkpoint, dist_weights
 
 SECRET = "machine x login y password PRIVATE"
 TENSOR = "decoder.final_layernorm.weight"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from data_tools.progress import EXIT_HUNG
 from jobs.retry import Cause
-from launchers.diagnosis import classify
-from launchers.evidence import Evidence
-from megatron_ext.watch import Hang, Watch, check
+from launchers.causes.diagnosis import classify
+from launchers.causes.evidence import Evidence
+from megatron_ext.training.watch import Hang, Watch, check
 from tests.megatron_ext import gloo, tiny
 
 QUICK = Hang(times=3, floor_s=1.5, grace_s=1.0)
@@ -26,8 +26,10 @@ def rank_main(hf: Path, keep: Path) -> None:
     from megatron_ext.device import init_device
 
     init_device()
-    from megatron_ext import ranks, train
-    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.parallel import ranks
+    from megatron_ext.parallel.plan import ParallelPlan
+    from megatron_ext.training import loop
+    from megatron_ext.training.trainer import AdamW, Trainer
     from tests.megatron_ext.training import run_of
 
     def told(done: int, *_: object) -> None:
@@ -36,8 +38,8 @@ def rank_main(hf: Path, keep: Path) -> None:
 
     plan = ParallelPlan()
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.model(hf, tiny.DIMS, plan), plan, train.AdamW())
-        train.train_on_packs(trainer, tiny.Packs(), run_of(9, hang=QUICK), keep, {}, told)
+        trainer = Trainer(tiny.model(hf, tiny.DIMS, plan), plan, AdamW())
+        loop.train_on_packs(trainer, tiny.Packs(), run_of(9, hang=QUICK), keep, {}, told)
 
 
 def test_the_stacks_of_all_ranks_are_dumped_when_one_stands_still(tmp_path):
@@ -62,7 +64,7 @@ def test_the_stacks_of_all_ranks_are_dumped_when_one_stands_still(tmp_path):
 def test_a_rank_that_keeps_pythons_lock_is_ended_too(tmp_path):
     code = f"""
 import ctypes, pathlib
-from megatron_ext.watch import Hang, Watch
+from megatron_ext.training.watch import Hang, Watch
 with Watch(Hang(floor_s=0.4, grace_s=0.1), pathlib.Path({str(tmp_path)!r}), 0).watching():
     import time; time.sleep(0.1)
     ctypes.PyDLL(None).sleep(60)

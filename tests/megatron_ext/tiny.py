@@ -8,13 +8,13 @@ from typing import Any
 import numpy
 import torch
 
-from data_tools import durable
+from data_tools.base import durable
 from megatron_ext.models.gpt_oss import config as gpt_oss
+from megatron_ext.models.layouts import hf_rules, hf_shapes
 from megatron_ext.models.nanochat import config as nanochat
 from megatron_ext.models.nemotron_h import config as nemotron_h
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.models.registry import Family
-from megatron_ext.models.rules import hf_rules, hf_shapes
 
 QWEN2 = Family("qwen2")
 # 19 rows: an odd vocabulary, so that tensor parallelism pads it.
@@ -131,7 +131,7 @@ def hf_folder(folder: Path, of: Any = DIMS, seed: int = 0) -> Path:
 
 def parts(hf: Path, of: Any, plan: Any) -> list[Any]:
     """This rank's parts of the model in `hf`. Groups for `plan` must exist."""
-    from megatron_ext import convert
+    from megatron_ext.weights import convert
 
     built = family(of).build(of, plan, torch.float32)
     for part in built:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_ext import checkpoint, ranks, train
 from megatron_ext.entrypoints import sft
-from megatron_ext.parallel import ParallelPlan
-from megatron_ext.schedule import Schedule
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.training import loop
+from megatron_ext.training.schedule import Schedule
+from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 
 LAYOUTS = {
@@ -25,8 +28,8 @@ LAYOUTS = {
 MODEL = tiny.dims(layers=4)
 
 
-def run_of(steps: int = 3, **changes) -> train.Run:
-    return train.Run(Schedule("constant", steps, 0.01), **{"global_batch": 4, "log_every": 1, **changes})
+def run_of(steps: int = 3, **changes) -> loop.Run:
+    return loop.Run(Schedule("constant", steps, 0.01), **{"global_batch": 4, "log_every": 1, **changes})
 
 
 def draw(done: int, total: int, unit: str, note: str = "") -> None:
@@ -42,9 +45,9 @@ def train_to_end(
 ) -> dict:
     """A whole run with a checkpoint every 2 steps. `changes` go to Run."""
     with ranks.started(plan):
-        trainer = train.Trainer(tiny.parts(hf, of, plan), plan, train.AdamW())
+        trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
         run = run_of(steps, **{"checkpoint_every": 2, "log_every": 3, **changes})
-        outcome = train.train_on_packs(trainer, tiny.Packs(name=packs, align=4), run, keep, {"model": "tiny"}, draw)
+        outcome = loop.train_on_packs(trainer, tiny.Packs(name=packs, align=4), run, keep, {"model": "tiny"}, draw)
         with tensor_parallel.get_cuda_rng_tracker().fork():
             tracked = torch.rand(1).item()
         random = [torch.rand(1).item(), tracked]

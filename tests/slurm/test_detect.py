@@ -9,8 +9,9 @@ import time
 import pytest
 
 from data_tools.mistake import UserMistake
-from slurm import client, detect, devcluster, profile
+from slurm import client, detect, profile
 from slurm.client import SlurmUnavailable
+from slurm.dev import devcluster
 from tests.cluster import require_packages
 
 

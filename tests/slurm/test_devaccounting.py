@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.mistake import UserMistake
-from slurm import devaccounting, devcluster
 from slurm.client import Slurm, SlurmError
+from slurm.dev import devaccounting, devcluster
 from tests.cluster import require_packages, wait_until
 from tests.slurm.test_devcluster import processes_mentioning
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from data_tools.mistake import UserMistake
-from slurm import devcluster, devconfig
 from slurm.client import Slurm, SlurmUnavailable
-from slurm.devcluster import DevCluster
-from slurm.devconfig import Shape
-from slurm.processes import Process
+from slurm.dev import devcluster, devconfig
+from slurm.dev.devcluster import DevCluster
+from slurm.dev.devconfig import Shape
+from slurm.dev.processes import Process
 from tests.cluster import require_packages, rows_of, wait_until
 
 SCRIPT = "#!/bin/bash\n"
@@ -334,13 +334,13 @@ def test_a_normal_user_has_a_cluster_of_his_own_that_others_cannot_enter(short_f
     nobody = 65534
     os.chown(short_folder, nobody, nobody)
     code = (
-        "import sys; from pathlib import Path; from slurm import devcluster; from slurm.client import Slurm\n"
+        "import sys; from pathlib import Path; from slurm.dev import devcluster; from slurm.client import Slurm\n"
         f"c = devcluster.up(Path({str(short_folder)!r}), nodes=2); s = Slurm(c.env())\n"
         "s.sbatch(['--export=NONE', '--output=/dev/null', '--wait', '--wrap', 'srun /bin/true'])\n"
         "print(oct(c.prefix.stat().st_mode & 0o777), [row.state for row in s.queue()])\n"
         "c.down(); print(c.is_up())"
     )
-    root = Path(devcluster.__file__).parents[1]
+    root = Path(devcluster.__file__).parents[2]
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root), "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
     ran = subprocess.run(
         [_python_for_others(), "-c", code], env=env, cwd="/", user=nobody, group=nobody, extra_groups=[],

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable
+from data_tools.base import durable
 from data_tools.progress import Stopped
 from jobs.task import Task
 

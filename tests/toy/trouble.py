@@ -9,7 +9,7 @@ from typing import Any
 
 from data_tools.mistake import UserMistake
 from jobs.task import Task
-from megatron_ext.watch import Hang, Watch
+from megatron_ext.training.watch import Hang, Watch
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_tools.mistake import Problem
 from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
-from megatron_ext.models.shape import ATTENTION, MOE, WINDOW, ModelShape
+from megatron_ext.parallel.shape import ATTENTION, MOE, WINDOW, ModelShape
 
 SWIGLU_ALPHA = 1.702  # the only one that mcore's quick_gelu has
 MXFP4_BLOCK = 32

@@ -5,7 +5,8 @@ from collections.abc import Collection
 import torch
 
 from megatron_ext.models.gpt_oss.config import Dims
-from megatron_ext.models.rules import (
+from megatron_ext.models.gpt_oss.mxfp4 import Quantised
+from megatron_ext.models.layouts import (
     INITIAL_STD,
     Column,
     Entry,
@@ -21,7 +22,6 @@ from megatron_ext.models.rules import (
     Vocabulary,
     is_copy,
 )
-from megatron_ext.mxfp4 import Quantised
 
 
 def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:

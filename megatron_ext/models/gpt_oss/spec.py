@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.models import common
 from megatron_ext.models.gpt_oss.config import Dims, Yarn
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 
 
 def transformer_config(

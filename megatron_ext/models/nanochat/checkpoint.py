@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_tools import durable
-from data_tools.inside import inside
+from data_tools.base import durable
+from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.models.nanochat.config import LOGIT_CAP, Dims, hf_config
 
@@ -89,7 +89,7 @@ class NanochatTensors:
 
     def __init__(self, path: Path, vocabulary: int):
         """UserMistake when the file is unreadable. Rows from `vocabulary` on are padding."""
-        from megatron_ext import pickles
+        from megatron_ext.files import pickles
 
         self._file, self._vocabulary = path, vocabulary
         try:

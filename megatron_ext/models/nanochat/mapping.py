@@ -6,8 +6,8 @@ head turns the one into the other: scores are dot products, and the norm of a he
 
 from collections.abc import Collection
 
+from megatron_ext.models.layouts import Column, QueryKeyValue, Row, Rule, Vocabulary, is_copy
 from megatron_ext.models.nanochat.config import Dims
-from megatron_ext.models.rules import Column, QueryKeyValue, Row, Rule, Vocabulary, is_copy
 
 
 def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:

@@ -12,7 +12,7 @@ from megatron_ext.layers.loss_head import SupervisedHead, capped
 from megatron_ext.layers.norm import BareNorm
 from megatron_ext.models import common
 from megatron_ext.models.nanochat.config import Dims
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 
 
 def transformer_config(

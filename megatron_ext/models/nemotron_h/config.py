@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.mistake import Problem
 from megatron_ext.models.reading import Reading, file_of, small_dims
-from megatron_ext.models.shape import ATTENTION, MAMBA, MLP, MOE, ModelShape
+from megatron_ext.parallel.shape import ATTENTION, MAMBA, MLP, MOE, ModelShape
 
 CONVOLUTION = 4  # tokens that Mamba's convolution sees
 SHORTEST_STEP = 1e-9  # in the files that we write: transformers' bound has no effect (and 0 breaks its random start)

@@ -9,8 +9,8 @@ from collections.abc import Collection
 
 import torch
 
+from megatron_ext.models.layouts import Column, Entry, Parts, QueryKeyValue, Replicated, Row, Rule, Shape, Vocabulary
 from megatron_ext.models.nemotron_h.config import CONVOLUTION, Dims
-from megatron_ext.models.rules import Column, Entry, Parts, QueryKeyValue, Replicated, Row, Rule, Shape, Vocabulary
 
 MODULE_NAMES = ("model.", "mixer.experts.up_proj")  # the spelling of transformers' own modules, for `rules`
 STEPS = (1e-3, 1e-1)  # Mamba's time steps at a random start, NVIDIA's time_step_min and time_step_max

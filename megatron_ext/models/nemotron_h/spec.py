@@ -32,7 +32,7 @@ from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
 from megatron_ext.models import common
 from megatron_ext.models.nemotron_h.config import Dims
-from megatron_ext.parallel import ParallelPlan, padded_rows
+from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
 STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recurrence
 

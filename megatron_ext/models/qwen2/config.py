@@ -9,7 +9,7 @@ from typing import Any
 
 from data_tools.mistake import Problem
 from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
-from megatron_ext.models.shape import ATTENTION, MLP, ModelShape
+from megatron_ext.parallel.shape import ATTENTION, MLP, ModelShape
 
 
 @dataclass(frozen=True)

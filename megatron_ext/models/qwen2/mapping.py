@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
+from megatron_ext.models.layouts import QueryKeyValue, Replicated, Row, Rule, Vocabulary, gate_up, is_copy
 from megatron_ext.models.qwen2.config import Dims
-from megatron_ext.models.rules import QueryKeyValue, Replicated, Row, Rule, Vocabulary, gate_up, is_copy
 
 
 def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.models import common
 from megatron_ext.models.qwen2.config import Dims
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 
 
 def transformer_config(

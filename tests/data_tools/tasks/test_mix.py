@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.char_tokenizer import write_char_tokenizer
+from data_tools.chats.char_tokenizer import write_char_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
 from data_tools.tasks.mix import (
@@ -222,7 +222,8 @@ NAMES = ["a.jsonl", "bom.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "bom.jso
 
 def test_every_door_reads_every_kind_of_file(tmp_path):
     """A mix, evaluate, materialize (rows of a task, and chats), dolci_prepare, and reject_filter."""
-    from data_tools import dolci, materialize, rejection
+    from data_tools.packs import materialize
+    from data_tools.prepare import dolci, rejection
     from megatron_ext.entrypoints import evaluate
 
     rows = [{"question": "q", "answer": "so <<48/2=24>>24"}, {"question": "r", "answer": "x"}]

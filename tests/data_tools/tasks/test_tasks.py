@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_tools.answers.forms import find_answer, last_boxed
-from data_tools.math_answers import Options, is_equal
+from data_tools.tasks.math_answers import Options, is_equal
 from data_tools.tasks.mix import Entry, load_items
 from data_tools.tasks.rewards import Score, Scorer, Verifier
 from data_tools.tasks.task import Item, Source, load_task, task_names, task_options
@@ -224,7 +224,7 @@ def test_a_missing_reward_column_is_named(change, message):
 
 def test_q_values_become_rewards_of_actions(tmp_path):
     """From the table of Q-values, through the phase's function, to a score."""
-    from data_tools import q_rewards
+    from data_tools.prepare import q_rewards
 
     (tmp_path / "q.csv").write_text("prompt,q_action_0,q_action_1\nWhich?,1.0,1.0\n")
     (tmp_path / "out").mkdir()

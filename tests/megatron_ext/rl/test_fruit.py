@@ -9,12 +9,12 @@ import pytest
 
 from data_tools.mistake import UserMistake
 from data_tools.tasks.rewards import NOT_SCORABLE
-from megatron_ext import grpo
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rl import grpo
 from megatron_ext.rl.fruit import told
 from megatron_ext.rl.samples import Batch, Sample, batch_of
 from megatron_ext.rl.settings import Advantage, Rewarding
-from megatron_ext.train import NonFinite
+from megatron_ext.training.trainer import NonFinite
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rl import toy
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, Mix
 from data_tools.tasks.task import Item
-from data_tools.tokenizer import load_tokenizer
 from megatron_ext.rl.prompts import MixPrompts
 
 

@@ -23,17 +23,18 @@ from megatron_ext.device import init_device
 init_device()  # before megatron-core is imported
 
 from data_tools.progress import Stopped
-from megatron_ext import checkpoint, grpo, ranks
-from megatron_ext.parallel import ParallelPlan
-from megatron_ext.rl import collect
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rl import collect, grpo
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.rows import log_probs
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.settings import EngineConfig, Sampling
-from megatron_ext.schedule import Schedule
-from megatron_ext.train import AdamW, Trainer
+from megatron_ext.training.schedule import Schedule
+from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 
 TARGET, STOP_ID, ASKS = 9, 5, 13

@@ -9,7 +9,7 @@ import torch
 
 from data_tools.mistake import UserMistake
 from megatron_ext.layers.mamba import MambaMixer
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.cache import Share
 from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.graphs import Graphs

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext import ranks
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Answer, Request, Sequence
 from megatron_ext.rollout.settings import Sampling

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ext.models.registry import parse_config, read_config
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.room import check_room, room, room_notes
 from megatron_ext.rollout.settings import EngineConfig

@@ -92,8 +92,8 @@ def unsound_here(sampling: Sampling) -> list[int]:
     """Of a vocabulary over two ranks, where one rank has a NaN or an inf among its logits."""
     import torch.distributed as dist
 
-    from megatron_ext import ranks
-    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.parallel import ranks
+    from megatron_ext.parallel.plan import ParallelPlan
 
     with ranks.started(ParallelPlan(tensor=2)):
         group = dist.group.WORLD
@@ -133,8 +133,8 @@ def shared(sampling: Sampling) -> list[list[float]]:
     """What each rank draws with its half of the vocabulary; the last half shorter than top_k, padded."""
     import torch.distributed as dist
 
-    from megatron_ext import ranks
-    from megatron_ext.parallel import ParallelPlan
+    from megatron_ext.parallel import ranks
+    from megatron_ext.parallel.plan import ParallelPlan
 
     with ranks.started(ParallelPlan(tensor=2)):
         group = dist.group.WORLD

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.parallel import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Answer, Request, Sequence, spans
 from megatron_ext.rollout.settings import EngineConfig, Sampling

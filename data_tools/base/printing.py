@@ -1,0 +1,92 @@
+"""What reaches a terminal: text without the control characters that data, names and other people's files may hold.
+
+An ESC sequence in a row's key could set the terminal's title or clipboard, and a bidirectional override could show a
+name as another one. Everything that `afterok` prints goes through `clean_streams`, or through `launchers.observe.show.console`,
+which writes the escape sequences of its own colours around cleaned text.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, TextIO
+
+# C0 but for tab and newline, DEL, C1, and the bidirectional embeddings, overrides and isolates (Unicode Annex 9).
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    """`text` without control characters; tabs and newlines stay."""
+    return CONTROL.sub("", text)
+
+
+def clean_log(text: str) -> str:
+    """`text` of a log: what a progress bar drew over itself stands line by line."""
+    return clean(re.sub(r"\r+\n?", "\n", text))
+
+
+def set_in(text: str) -> str:
+    """`text` whose further lines are set in, so that none of what it quotes looks like a line of ours."""
+    return text.replace("\n", "\n  ")
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON for people: other scripts as they are, control characters escaped as JSON escapes them."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class CleanStream(io.TextIOBase):
+    """A text stream whose writes are cleaned; all else is the stream's below."""
+
+    def __init__(self, raw: TextIO):
+        self.raw = raw
+
+    def write(self, text: str) -> int:
+        self.raw.write(clean(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.raw.flush()
+
+    def isatty(self) -> bool:
+        return self.raw.isatty()
+
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:
+        return self.raw.encoding
+
+    @property
+    def errors(self) -> str | None:
+        return self.raw.errors
+
+
+@contextlib.contextmanager
+def clean_streams() -> Iterator[None]:
+    """Clean what is written to stdout and stderr within, and the traceback of what nobody caught."""
+    before = sys.stdout, sys.stderr
+    sys.excepthook = _print_cleaned
+    sys.stdout, sys.stderr = (CleanStream(raw(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def raw(stream: TextIO) -> TextIO:
+    """The stream below a cleaned one."""
+    return stream.raw if isinstance(stream, CleanStream) else stream
+
+
+def _print_cleaned(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    print(clean("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)

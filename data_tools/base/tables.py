@@ -1,0 +1,29 @@
+"""Small tables that the report shows: KEEP/tables/NAME.json = {"title", "columns", "rows"}. Pure Python."""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.base import durable
+
+
+def write_table(keep: Path, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Every row has as many JSON values as there are columns."""
+    folder = keep / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"table {name}: a row of {len(row)} values under {len(columns)} columns")
+    durable.write_json(
+        folder / f"{name}.json", {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
+    )
+
+
+def read_tables(keep: Path) -> dict[str, dict[str, Any]]:
+    """{name: table} of a phase; a torn one is left out."""
+    found = {}
+    for path in sorted((keep / "tables").glob("*.json")):
+        with contextlib.suppress(durable.TornFile, FileNotFoundError):
+            found[path.stem] = durable.read_json(path)
+    return found

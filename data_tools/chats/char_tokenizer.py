@@ -1,0 +1,44 @@
+"""A character-level tokenizer in Hugging Face format: one id per character of an alphabet.
+
+    <pad> 0   <eos> 1   <unk> 2   then the alphabet in order
+
+Every character outside the alphabet becomes <unk>, so that a caller can tell. `transformers.AutoTokenizer` loads the
+folder; decoding joins the characters without spaces, an exact round trip.
+"""
+
+from pathlib import Path
+
+from data_tools.base.durable import write_file, write_json
+from data_tools.mistake import UserMistake
+
+PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+
+
+def write_char_tokenizer(folder: Path, alphabet: str) -> None:
+    """Write tokenizer.json and tokenizer_config.json into `folder`; the same alphabet gives the same bytes.
+
+    UserMistake when a character of the alphabet occurs twice.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    twice = sorted({character for character in alphabet if alphabet.count(character) > 1})
+    if twice:
+        raise UserMistake(f"alphabet {alphabet!r} holds {''.join(twice)!r} more than once; name each character once")
+    special = [PAD, EOS, UNK]
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "eos_token": EOS,
+        "unk_token": UNK,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 20,  # no limit of its own; transformers warns without a number
+    }
+    write_json(folder / "tokenizer_config.json", config)

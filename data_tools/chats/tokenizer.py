@@ -1,0 +1,220 @@
+"""The tokenizer of a folder or a hub repository; transformers is imported only where tokenizer.json does not say it all."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_tools.base.durable import read_json
+from data_tools.base.inside import files, inside
+from data_tools.mistake import Problem, UserMistake
+
+# Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
+# class (v5 does for Qwen2), so those go through transformers.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+NEVER = "never"  # of a setting `bos`: texts begin as they stand
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What afterok needs of a tokenizer; `backend` is a `tokenizers.Tokenizer` or a transformers one."""
+
+    name: str
+    vocab_size: int  # added tokens included
+    pad_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    backend: Any
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token, …: what templates may name
+    chat_template: str | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text alone, no special tokens around it."""
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return encoded if isinstance(encoded, list) else encoded.ids
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """Return the ids that transformers' tokenizer(text) puts before a text, such as a BOS; what it puts after is no
+        part of a text that goes on."""
+        encoded = self.backend.encode("a", add_special_tokens=True)
+        whole, plain = encoded if isinstance(encoded, list) else encoded.ids, self.encode("a")
+        starts = [n for n in range(len(whole)) if plain and whole[n : n + len(plain)] == plain]
+        return whole[: starts[0]] if starts else []
+
+    def encode_opened(self, text: str) -> list[int]:
+        """Return the ids of a text from its opening on, which a text that has it already gets no second time."""
+        ids = self.encode(text)
+        return ids if ids[: len(self.opening)] == self.opening else [*self.opening, *ids]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def fast(self) -> Any:
+        """The `tokenizers.Tokenizer` that does the work. UserMistake where the tokenizer has none."""
+        fast = getattr(self.backend, "backend_tokenizer", self.backend)
+        if not hasattr(fast, "encode_batch_fast"):
+            remedy = "which loss masks need; convert it"
+            raise UserMistake(f"tokenizer {self.name} has no fast form (tokenizer.json), {remedy}")
+        return fast
+
+    def check_end(self) -> None:
+        """UserMistake unless there is an end token that padding cannot be mistaken for."""
+        if self.eos_id is None:
+            raise UserMistake(f"tokenizer {self.name} has no eos token; name one in its tokenizer_config.json")
+        if self.eos_id == self.pad_id:
+            raise UserMistake(
+                f"tokenizer {self.name}: pad and eos are both token {self.eos_id}, so the loss would train on padding "
+                "or never on the end; name another pad_token in its tokenizer_config.json"
+            )
+
+
+def check_bos(bos: str) -> list[Problem]:
+    if bos in ("", NEVER):
+        return []
+    return [Problem("bos", f"{bos!r} is neither {NEVER} nor empty, which is as transformers' tokenizer(text) has it")]
+
+
+def told_opening(tokenizer: Tokenizer, bos: str) -> dict[str, str]:
+    """Return the fact `texts_begin`, where the tokenizer has an opening for texts: it, or that it is left out."""
+    if not tokenizer.opening:
+        return {}
+    opening = tokenizer.decode(tokenizer.opening)
+    return {"texts_begin": f"without {opening}" if bos == NEVER else f"with {opening}"}
+
+
+def is_path(name_or_path: str) -> bool:
+    """Whether this names a folder rather than a hub repository (`name` or `owner/name`)."""
+    return os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder, or of a hub repository in the local cache (compute nodes have no internet).
+
+    A folder whose tokenizer.json transformers would use as it stands is read with the `tokenizers` library alone:
+    the same ids without the seconds that importing transformers takes. UserMistake when it is not there.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        _check_inside(folder)
+        _check_no_code(folder)
+    if folder.is_dir() and (folder / "tokenizer.json").is_file():
+        config = _read_config(folder)
+        if config.get("tokenizer_class") in _PLAIN_CLASSES and "added_tokens_decoder" not in config:
+            return _load_plain(folder, config)
+    elif not folder.is_dir() and is_path(name_or_path):
+        raise UserMistake(f"tokenizer {name_or_path}: no such folder; give a folder with a tokenizer or a hub name")
+    return _load_with_transformers(str(folder) if folder.is_dir() else name_or_path, revision)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return _settings(folder, "tokenizer_config.json")
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of settings; {} where there is none."""
+    path = inside(folder, name, needed=False)
+    if path is None:
+        return {}
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise UserMistake(f"tokenizer {folder}: {name} is not JSON ({error}); write the tokenizer anew") from None
+    if not isinstance(found, dict):
+        raise UserMistake(f"tokenizer {folder}: {name} is no JSON object; write the tokenizer anew")
+    return found
+
+
+def _check_inside(folder: Path) -> None:
+    """UserMistake where a file of the folder leads out of it, or its settings name one elsewhere: transformers would
+    follow both."""
+    files(folder)
+    if (more := folder / "additional_chat_templates").is_dir():
+        for path in more.iterdir():
+            inside(folder, f"{more.name}/{path.name}")
+    for key, value in _read_config(folder).items():
+        if key.endswith("_file") and isinstance(value, str) and value:
+            path = folder / value  # that of its author's machine as a rule, which is not there
+            if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+                said = f"{key} names {value}, which is not in the folder: remove the key"
+                raise UserMistake(f"tokenizer {folder}: tokenizer_config.json: {said}")
+
+
+def _check_no_code(folder: Path) -> None:
+    """UserMistake where the tokenizer is Python code in the folder: it is not run."""
+    for name in ("tokenizer_config.json", "config.json"):
+        classes = _settings(folder, name).get("auto_map") or {}
+        named = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
+        if named:
+            first = next(filter(None, named), named) if isinstance(named, list) else named
+            remedy = "convert it to a tokenizer.json and remove the key"
+            said = f"auto_map names code of its own, {first}, which is not run"
+            raise UserMistake(f"tokenizer {folder}: {name}: {said}; {remedy}")
+
+
+def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(inside(folder, "tokenizer.json")))
+    except Exception as error:  # the library raises bare Exception
+        raise UserMistake(f"tokenizer {folder}: tokenizer.json is damaged ({error}); write it anew") from None
+    backend.no_truncation()  # as transformers does, whatever the file was saved with
+    backend.no_padding()
+
+    tokens = {
+        key: token["content"] if isinstance(token, dict) else token
+        for key, token in config.items()
+        if key in _SPECIAL_TOKENS and token
+    }
+    pad, eos, unk = (
+        backend.token_to_id(tokens[key]) if key in tokens else None for key in ("pad_token", "eos_token", "unk_token")
+    )
+    size = backend.get_vocab_size(with_added_tokens=True)
+    return Tokenizer(str(folder), size, pad, eos, unk, backend, tokens, _read_template(folder, config))
+
+
+def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or that of the config; of several the one named default, as transformers does."""
+    file = inside(folder, "chat_template.jinja", needed=False)
+    found = file.read_text() if file else config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found
+
+
+def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            remedy = "convert it to a tokenizer.json"
+            raise UserMistake(f"tokenizer {name}: is code of its own (auto_map), which is not run; {remedy}") from None
+        if Path(name).is_dir():
+            raise UserMistake(f"tokenizer {name}: no tokenizer in this folder ({_first_line(error)})") from None
+        at = f" at revision {revision}" if revision else ""
+        remedy = f"run `hf download {name}` on a machine with internet, or give a folder"
+        raise UserMistake(f"tokenizer {name}{at}: no such folder and not in the hub cache; {remedy}") from None
+    template = backend.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return Tokenizer(
+        name,
+        len(backend),
+        backend.pad_token_id,
+        backend.eos_token_id,
+        backend.unk_token_id,
+        backend,
+        backend.special_tokens_map,
+        template,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

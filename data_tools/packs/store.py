@@ -1,0 +1,309 @@
+"""The token store: tokenised rows on disk, immutable once closed, memory-mapped for reading.
+
+    tokens.bin, tokens.idx                       int32 token ids      Megatron's IndexedDataset, one row a document
+    tokens_loss_mask.bin, tokens_loss_mask.idx   uint8, 1 = in loss   the same lengths
+    rows.npz                                     where each row came from, and hashes of its text
+    store.json                                   counts, and the SHA-256 of the files above: the store's digest
+
+Layout of an .idx (megatron.core.datasets.indexed_dataset, version 1, little endian):
+
+    "MMIDIDX\\0\\0" | u64 version | u8 dtype code | u64 sequences n | u64 n + 1
+    | i32 lengths[n] (tokens) | i64 offsets[n] (bytes in .bin) | i64 documents[n + 1]
+"""
+
+import hashlib
+import struct
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_tools.base.durable import canonical_json, fsync_tree, read_json, sha256_bytes, sha256_file, write_json
+from data_tools.mistake import UserMistake
+
+TOKENS, LOSS_MASK, ROWS, FACTS = "tokens", "tokens_loss_mask", "rows.npz", "store.json"
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4}  # megatron's DType enum
+
+# One row of provenance; hashes are the first 128 bits of SHA-256, as two words.
+RECORD = np.dtype(
+    [
+        ("length", "<i4"),
+        ("source", "<i4"),
+        ("line", "<i8"),
+        ("turns", "<i4"),
+        ("prompt_hash", "<u8", 2),
+        ("row_hash", "<u8", 2),
+    ]  # fmt: skip
+)
+_COLUMNS = ("source", "line", "turns", "prompt_hash", "row_hash")
+_BATCH = 1 << 16  # rows held in memory at a time while writing
+
+
+Words = tuple[int, int]
+
+
+class RowText(NamedTuple):
+    """What is kept of a row's text: hashes of its prompt, and of prompt and answer."""
+
+    prompt_hash: Words
+    row_hash: Words
+
+
+class Provenance(NamedTuple):
+    """Where a row came from: index of its source, line in it (from 1; of JSON and Parquet the row), its text as
+    `row_text` keeps it. `turns` counts the assistant turns in the loss."""
+
+    source: int
+    line: int
+    text: RowText
+    turns: int = 1
+
+
+def text_hash(text: str) -> Words:
+    """128 bits of the SHA-256 over the length-prefixed text, as two unsigned 64-bit words."""
+    return row_text(text, "").prompt_hash
+
+
+def row_text(prompt: str, answer: str) -> RowText:
+    """The hashes of a row's text; the second is over both parts, each with its length before it."""
+    digest, words = hashlib.sha256(), []
+    for part in (prompt, answer):
+        data = part.encode("utf-8", "surrogatepass")  # JSON may spell lone surrogates
+        digest.update(struct.pack("<Q", len(data)))
+        digest.update(data)
+        words.append(struct.unpack_from("<2Q", digest.digest()))
+    return RowText(*words)
+
+
+class StoreWriter:
+    """Appends rows to a new store in an existing, empty folder. Memory is flat: rows spool to disk.
+
+    Nothing but `close` makes it a store; a folder left behind without it has no store.json.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._tokens = open(self.folder / f"{TOKENS}.bin", "wb")
+        self._mask = open(self.folder / f"{LOSS_MASK}.bin", "wb")
+        self._spool = open(self.folder / ".rows.spool", "wb+")
+        self._pending: list[tuple] = []
+        self.rows = self.tokens = self.supervised = 0
+
+    def add(self, ids: np.ndarray, mask: np.ndarray, provenance: Provenance) -> None:
+        """One row: ids int32[n] and mask uint8[n] (0 or 1), n ≥ 1."""
+        if len(ids) != len(mask) or len(ids) == 0:
+            raise ValueError(f"a row of {len(ids)} ids and {len(mask)} mask values")
+        source, line, text, turns = provenance
+        self._pending.append((len(ids), source, line, turns, *text))
+        self._write(ids, mask, 1)
+        if len(self._pending) >= _BATCH:
+            self._flush()
+
+    def add_records(self, ids: np.ndarray, mask: np.ndarray, records: np.ndarray) -> None:
+        """Many rows at once: concatenated ids and mask, and their `RECORD`s, as `Store.records` gives them."""
+        if not len(ids) == len(mask) == int(records["length"].sum(dtype=np.int64)):
+            raise ValueError(f"{len(ids)} ids, {len(mask)} mask values, {records['length'].sum()} tokens in records")
+        self._flush()
+        self._write(ids, mask, len(records))
+        self._spool.write(np.ascontiguousarray(records, dtype=RECORD).tobytes())
+
+    def _write(self, ids: np.ndarray, mask: np.ndarray, rows: int) -> None:
+        self._tokens.write(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+        self._mask.write(np.ascontiguousarray(mask, dtype=np.uint8).tobytes())
+        self.rows += rows
+        self.tokens += len(ids)
+        self.supervised += int(np.count_nonzero(mask))
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._spool.write(np.array(self._pending, dtype=RECORD).tobytes())
+            self._pending = []
+
+    def close(self) -> dict[str, Any]:
+        """Write indices, provenance and store.json, make everything durable; returns the facts of store.json."""
+        self._flush()
+        for file in (self._tokens, self._mask, self._spool):
+            file.flush()
+        spool = self.folder / ".rows.spool"
+        records = np.memmap(spool, dtype=RECORD, mode="r") if self.rows else np.empty(0, dtype=RECORD)
+        _write_index(self.folder / f"{TOKENS}.idx", records["length"], np.dtype(np.int32))
+        _write_index(self.folder / f"{LOSS_MASK}.idx", records["length"], np.dtype(np.uint8))
+        _write_npz(self.folder / ROWS, {name: records[name] for name in _COLUMNS})
+        del records
+        for file in (self._tokens, self._mask, self._spool):
+            file.close()
+        spool.unlink()
+        files = (f"{TOKENS}.bin", f"{TOKENS}.idx", f"{LOSS_MASK}.bin", f"{LOSS_MASK}.idx", ROWS)
+        facts = {"rows": self.rows, "tokens": self.tokens, "supervised": self.supervised}
+        facts["sha256"] = {name: sha256_file(self.folder / name) for name in files}
+        fsync_tree(self.folder)
+        write_json(self.folder / FACTS, facts)
+        return facts
+
+
+def _blocks(array: np.ndarray) -> Iterable[np.ndarray]:
+    return (array[start : start + _BATCH] for start in range(0, len(array), _BATCH))
+
+
+def _write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+    rows = len(lengths)
+    with open(path, "wb") as file:
+        file.write(_HEADER.pack(_MAGIC, _VERSION, _DTYPE_CODES[dtype], rows, rows + 1))
+        for block in _blocks(lengths):
+            file.write(block.astype("<i4").tobytes())
+        offset = 0
+        for block in _blocks(lengths):
+            ends = offset + np.cumsum(block, dtype=np.int64) * dtype.itemsize
+            file.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for start in range(0, rows + 1, _BATCH):
+            file.write(np.arange(start, min(start + _BATCH, rows + 1), dtype="<i8").tobytes())
+
+
+def _write_npz(path: Path, columns: dict[str, np.ndarray]) -> None:
+    """`np.savez` block by block, so that a column need not fit in memory; the same columns give the same bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, column in columns.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                header = {"descr": column.dtype.str, "fortran_order": False, "shape": column.shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for block in _blocks(column):
+                    file.write(np.ascontiguousarray(block).tobytes())
+
+
+class Store:
+    """A closed store, memory-mapped. UserMistake naming the file when one is missing, cut short or inconsistent."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        try:
+            self.facts = read_json(self.folder / FACTS)
+            rows = self.facts["rows"]
+        except FileNotFoundError:
+            remedy = "give a materialize output"
+            raise UserMistake(f"{self.folder} is no token store: it has no {FACTS}; {remedy}") from None
+        except (ValueError, KeyError, TypeError):
+            raise _damaged(self.folder / FACTS, "not the JSON of a store") from None
+        self.lengths, self.offsets, self.all_ids = _open_indexed(self.folder / TOKENS, np.dtype("<i4"), rows)
+        mask_lengths, _, self.all_masks = _open_indexed(self.folder / LOSS_MASK, np.dtype(np.uint8), rows)
+        if not np.array_equal(self.lengths, mask_lengths):
+            raise _damaged(self.folder / f"{LOSS_MASK}.idx", "its lengths are not those of tokens.idx")
+        self._columns = _open_rows(self.folder / ROWS, rows)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the facts, which hold the SHA-256 of every file: names the content."""
+        return sha256_bytes(canonical_json(self.facts))
+
+    @property
+    def tokens(self) -> int:
+        return len(self.all_ids)
+
+    def ids(self, row: int) -> np.ndarray:
+        """int32[n] token ids of a row."""
+        return self.all_ids[self._slice(row, row + 1)]
+
+    def mask(self, row: int) -> np.ndarray:
+        """uint8[n], 1 where the token is in the loss."""
+        return self.all_masks[self._slice(row, row + 1)]
+
+    def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, mask) of rows [start, stop), concatenated."""
+        tokens = self._slice(start, stop)
+        return self.all_ids[tokens], self.all_masks[tokens]
+
+    def records(self, start: int, stop: int) -> np.ndarray:
+        """`RECORD`s of rows [start, stop)."""
+        records = np.empty(stop - start, dtype=RECORD)
+        records["length"] = self.lengths[start:stop]
+        for name in _COLUMNS:
+            records[name] = self._columns[name][start:stop]
+        return records
+
+    @property
+    def sources(self) -> np.ndarray:
+        """int32[rows], index of each row's source in its balance sheet."""
+        return self._columns["source"]
+
+    @property
+    def lines(self) -> np.ndarray:
+        """int64[rows], line in the source, from 1."""
+        return self._columns["line"]
+
+    @property
+    def turns(self) -> np.ndarray:
+        """int32[rows], assistant turns in the loss."""
+        return self._columns["turns"]
+
+    @property
+    def prompt_hashes(self) -> np.ndarray:
+        """uint64[rows, 2], `text_hash` of the prompt."""
+        return self._columns["prompt_hash"]
+
+    @property
+    def row_hashes(self) -> np.ndarray:
+        """uint64[rows, 2], `text_hash` of prompt and answer."""
+        return self._columns["row_hash"]
+
+    def _slice(self, start: int, stop: int) -> slice:
+        first = int(self.offsets[start]) if start < len(self) else len(self.all_ids)
+        last = int(self.offsets[stop]) if stop < len(self) else len(self.all_ids)
+        return slice(first, last)
+
+
+def _damaged(path: Path, what: str) -> UserMistake:
+    return UserMistake(f"{path} is damaged: {what}; restore it or run materialize again")
+
+
+def _open_indexed(prefix: Path, dtype: np.dtype, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lengths int32[rows], first token of each row int64[rows], tokens) of one .idx/.bin pair, all checked."""
+    index_path, bin_path = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
+    index, data = _map(index_path), _map(bin_path)
+    if len(index) < _HEADER.size:
+        raise _damaged(index_path, f"{len(index)} bytes, less than the {_HEADER.size} of its header")
+    magic, version, code, sequences, documents = _HEADER.unpack(index[: _HEADER.size].tobytes())
+    expected = (_MAGIC, _VERSION, _DTYPE_CODES[dtype], rows, rows + 1)
+    if (magic, version, code, sequences, documents) != expected:
+        raise _damaged(index_path, f"header {(magic, version, code, sequences, documents)}, expected {expected}")
+    size = _HEADER.size + 4 * rows + 8 * rows + 8 * (rows + 1)
+    if len(index) != size:
+        raise _damaged(index_path, f"{len(index)} bytes, {size} expected for {rows} rows")
+    lengths = np.frombuffer(index, "<i4", rows, _HEADER.size)
+    offsets = np.frombuffer(index, "<i8", rows, _HEADER.size + 4 * rows)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if rows and (lengths.min() < 1 or not np.array_equal(offsets, (ends - lengths) * dtype.itemsize)):
+        raise _damaged(index_path, "its lengths and offsets disagree")
+    tokens = int(ends[-1]) if rows else 0
+    if len(data) != tokens * dtype.itemsize:
+        raise _damaged(bin_path, f"{len(data)} bytes, {tokens * dtype.itemsize} expected for {tokens} tokens")
+    return lengths, ends - lengths, data.view(dtype)
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, dtype=np.uint8)
+    except FileNotFoundError:
+        raise UserMistake(f"{path} is missing from its token store; restore it or run materialize again") from None
+
+
+def _open_rows(path: Path, rows: int) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserMistake(f"{path} is missing from its token store; restore it or run materialize again")
+    try:
+        with np.load(path) as archive:
+            columns = {name: archive[name] for name in _COLUMNS}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise _damaged(path, f"not the provenance of a store ({error})") from None
+    for name, column in columns.items():
+        if len(column) != rows:
+            raise _damaged(path, f"{len(column)} values of {name} for {rows} rows")
+    return columns

@@ -1,0 +1,356 @@
+"""Dolci-Think (or any chat data with a `source`) → a stratified sample: English, of bounded length, in five categories.
+
+One pass, as an array over the shards, in any order and number: a row's place in its category's draw is a hash of
+(seed, row), and the draw takes the smallest. So elements need not know of one another, `finish` merges what they leave,
+and the result is the same for every number of elements.
+
+    row ──> malformed │ duplicate │ not_english │ too_short, too_long │ not_drawn ──> sample of its category
+
+A category that has too few rows says by how many, and `redistribute` says who takes its share.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.base.durable import canonical_json, fsync_tree
+from data_tools.chats.conversation import BadRecord, Conversation, read_record
+from data_tools.chats.encoder import Encoder
+from data_tools.chats.tokenizer import load_tokenizer
+from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.progress import Progress, silent
+from data_tools.records import readers
+from data_tools.records.balance import Balance, SourceBalance
+
+SAMPLE = "sample.jsonl"
+ROWS, INDEX = "rows.jsonl", "index.npy"
+REDISTRIBUTE = ("proportional", "none", "fail")
+ON_BAD_ROW = ("fail", "bucket")
+
+# The R1 recipe: 40% structured reasoning, 20% code, 15% chat, 10% safety, 15% short reasoning.
+SHARES = {"reasoning": 0.40, "code": 0.20, "chat": 0.15, "safety": 0.10, "short": 0.15}
+# Parts of source names, lower case. A source of several kinds (OpenThoughts) is decided by the text.
+SOURCES = {
+    "safety": ["wildguard", "wildjailbreak", "coconot", "safety", "refus"],
+    "code": ["code", "python", "algorithm", "swe", "program"],
+    "reasoning": ["math", "science", "logic", "puzzle", "synthetic-2", "synthetic2", "reason", "numina", "stem"],
+    "chat": ["wildchat", "openassistant", "oasst", "persona", "aya", "tulu", "chat", "flan", "instruct"],
+}
+
+INDEX_RECORD = np.dtype(
+    [("priority", "<u8"), ("offset", "<i8"), ("tokens", "<i4"), ("source", "<i4"), ("category", "i1")]
+)
+
+_THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_CODE_FENCE = re.compile(r"```.*?```", re.DOTALL)
+_MATHS = re.compile(r"\\boxed|\\frac|\\\(|\\\[|\$[^$\n]+\$")
+_REFUSAL = re.compile(
+    r"\s*(?:i'?m sorry|i am sorry|sorry,|i (?:cannot|can't|can not|won't|will not)\b|i'm (?:not able|unable))", re.I
+)
+_SENTENCE = re.compile(r"[^.!?\n]*[^\W\d_][^.!?\n]*[.!?\n]?")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_LEAST_LETTERS = 60  # of prose; below it the language is not asked
+_SHORT_SENTENCES, _SHORT_ANSWER = 3, 600  # sentences of thinking; characters of the answer
+_REPORT_EVERY = 2000
+
+
+@dataclass
+class Config:
+    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # JSONL, JSON or Parquet files
+    tokenizer: str = field(default="", metadata={"input": "hub"})  # what counts tokens: folder or hub name
+    target_rows: int = 800_000
+    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))  # of the target, by category
+    redistribute: str = "proportional"  # proportional | none | fail: what becomes of a share that cannot be filled
+    min_tokens: int = 1
+    max_tokens: int = 1500  # of all messages together; 0: no limit
+    language: str = "en"  # ISO 639-1; "": any
+    sources: dict[str, list[str]] = field(default_factory=lambda: {k: list(v) for k, v in SOURCES.items()})
+    seed: int = 0
+    on_bad_row: str = "fail"  # fail | bucket
+
+
+def check(config: Config) -> list[Problem]:
+    problems = []
+    if not config.inputs:
+        problems.append(Problem("inputs", "no files; give the shards of the data set"))
+    if not config.tokenizer:
+        problems.append(Problem("tokenizer", "no tokenizer; give a folder or a hub name"))
+    if config.target_rows < 1:
+        problems.append(Problem("target_rows", f"{config.target_rows} is no number of rows"))
+    for name, share in config.shares.items():
+        if name not in SHARES:
+            problems.append(Problem(f"shares.{name}", f"unknown category{nearest(name, list(SHARES))}"))
+        elif not 0 <= share <= 1:
+            problems.append(Problem(f"shares.{name}", f"{share} is no share: 0 to 1"))
+    if not np.isclose(sum(config.shares.values()), 1):
+        problems.append(Problem("shares", f"they add up to {sum(config.shares.values()):g}, not 1"))
+    for name in config.sources:
+        if name not in SHARES:
+            problems.append(Problem(f"sources.{name}", f"unknown category{nearest(name, list(SHARES))}"))
+    for key, valid in (("redistribute", REDISTRIBUTE), ("on_bad_row", ON_BAD_ROW)):
+        if getattr(config, key) not in valid:
+            problems.append(
+                Problem(key, f"unknown value {getattr(config, key)!r}{nearest(getattr(config, key), valid)}")
+            )
+    if config.max_tokens and config.min_tokens > config.max_tokens:
+        problems.append(Problem("min_tokens", f"{config.min_tokens} is above max_tokens {config.max_tokens}"))
+    return problems
+
+
+# -- one row ----------------------------------------------------------------------------------------------------------
+
+
+def thinking_and_answer(conversation: Conversation) -> tuple[str, str]:
+    """Of the last assistant message, whether its thinking stands in a field or between <think> tags."""
+    message = next(m for m in reversed(conversation.messages) if m["role"] == "assistant")
+    content = message["content"]
+    thinking = message.get("reasoning_content") or " ".join(_THINKING.findall(content))
+    return thinking.strip(), _THINKING.sub("", content).strip()
+
+
+def category_of(conversation: Conversation, source: str, sources: dict[str, list[str]]) -> str:
+    """safety and short by source or text first, then what the source says, then what the text looks like."""
+    thinking, answer = thinking_and_answer(conversation)
+    named = next((name for name, parts in sources.items() if any(part in source.lower() for part in parts)), "")
+    if named == "safety" or _REFUSAL.match(answer):
+        return "safety"
+    sentences = [s for s in _SENTENCE.findall(thinking) if s.strip()]
+    if 1 <= len(sentences) <= _SHORT_SENTENCES and len(answer) <= _SHORT_ANSWER:
+        return "short"
+    if named:
+        return named
+    if _CODE_FENCE.search(answer):
+        return "code"
+    return "reasoning" if thinking or _MATHS.search(answer) else "chat"
+
+
+def prose(text: str) -> str:
+    """What of a text is sentences: no code, formulas, numbers or one-letter names."""
+    return " ".join(_WORD.findall(_MATHS.sub(" ", _CODE_FENCE.sub(" ", text))))
+
+
+def is_language(text: str, language: str) -> bool:
+    """Whether prose is in `language` (ISO 639-1). Abstains, saying yes, where there is too little of it: code, maths."""
+    words = prose(text)
+    return len(words) < _LEAST_LETTERS or _identifier().classify(words)[0] == language
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # its table takes a second to load
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def priority(seed: int, conversation: Conversation) -> int:
+    """64 bits, the same for equal messages with equal tools, loss and arguments: place in the draw, and what a
+    duplicate is known by."""
+    more = [conversation.tools, sorted(conversation.untrained)] if conversation.tools or conversation.untrained else []
+    more += [dict(conversation.arguments)] if conversation.arguments else []
+    data = struct.pack("<q", seed) + canonical_json(conversation.messages).encode("utf-8", "surrogatepass")
+    data += canonical_json(more).encode("utf-8", "surrogatepass") if more else b""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+# -- an element -------------------------------------------------------------------------------------------------------
+
+
+def sample_shard(config: Config, out: Path, index: int, count: int, progress: Progress = silent) -> dict[str, Any]:
+    """Write what may be drawn of element `index` of `count` into the empty folder `out`: rows, and an index of them.
+
+    UserMistake for every problem of `check`, and `FILE:LINE: reason` for a record that is none, unless those go to a
+    bucket.
+    """
+    problems = check(config)
+    problems += [
+        Problem("inputs", f"no file {name}") for name in config.inputs if not Path(name).expanduser().is_file()
+    ]
+    if problems:
+        raise UserMistake(problems)
+    encoder = Encoder(load_tokenizer(config.tokenizer))
+    names = list(SHARES)
+    sheets, entries = [], []
+    with open(out / ROWS, "wb") as rows:
+        for number, name in enumerate(config.inputs):
+            share = readers.open_share(Path(name).expanduser(), index, count)
+            sheet = SourceBalance(name)
+            sheets.append(sheet)
+            for raw in share:
+                sheet.lines += 1
+                if sheet.lines % _REPORT_EVERY == 0:
+                    progress(share.done, share.total, share.unit, name)
+                record = _record(raw, sheet, share, config)
+                if record is None:
+                    continue
+                sheet.lines_with_rows += 1
+                sheet.rows += 1
+                row, conversation = record
+                tokens = sum(len(encoder.encode(text, [])[0]) for text in _texts(conversation))
+                bucket = _bucket(conversation, tokens, config)
+                if bucket:
+                    sheet.refuse(bucket, tokens)
+                    continue
+                category = category_of(
+                    conversation, str(row.get("source", row.get("dataset_source", ""))), config.sources
+                )
+                entries.append(
+                    (priority(config.seed, conversation), rows.tell(), tokens, number, names.index(category))
+                )
+                rows.write(json.dumps({**row, "category": category}, ensure_ascii=False).encode() + b"\n")
+                sheet.keep(tokens, 0)
+            progress(share.total, share.total, share.unit, name)
+    np.save(out / INDEX, np.array(entries, dtype=INDEX_RECORD))
+    balance = Balance(sheets)
+    balance.write(out)
+    return {"rows": balance.total().rows, "kept": balance.total().kept}
+
+
+def _record(
+    raw: Any, sheet: SourceBalance, share: readers.Share, config: Config
+) -> tuple[dict[str, Any], Conversation] | None:
+    """(record, its conversation), or None for a line that went to a bucket."""
+    try:
+        if readers.is_blank(raw):
+            sheet.lines_dropped["blank_line"] += 1
+            return None
+        row = readers.value_of(raw)
+        return _row(row)
+    except BadRecord as error:
+        bucket, reason = error.bucket, str(error)
+    except ValueError as error:
+        bucket, reason = "malformed_line", str(error)
+    if config.on_bad_row == "fail":
+        place = share.place(sheet.lines)
+        raise UserMistake(Problem(place, f"{reason}; mend the record, or set on_bad_row: bucket"))
+    sheet.lines_dropped[bucket] += 1
+    return None
+
+
+def _row(value: Any) -> tuple[dict[str, Any], Conversation]:
+    (conversation, *more) = read_record(value)
+    if not isinstance(value, dict) or more or not isinstance(conversation, Conversation):
+        raise BadRecord("a list of messages alone, or text that a template has written; give chats with a source")
+    return value, conversation
+
+
+def _texts(conversation: Conversation) -> list[str]:
+    return [text for m in conversation.messages for text in (m.get("reasoning_content") or "", m["content"]) if text]
+
+
+def _bucket(conversation: Conversation, tokens: int, config: Config) -> str:
+    """Why a row cannot be drawn, "" when it can."""
+    if tokens < config.min_tokens:
+        return "too_short"
+    if config.max_tokens and tokens > config.max_tokens:
+        return "too_long"
+    if config.language and not is_language("\n".join(_texts(conversation)), config.language):
+        return f"not_{config.language}"
+    return ""
+
+
+# -- the draw ---------------------------------------------------------------------------------------------------------
+
+
+def quotas(available: dict[str, int], shares: dict[str, float], target: int, redistribute: str) -> dict[str, int]:
+    """Rows to draw of each category: its share of the target, or all it has; the rest as `redistribute` says.
+
+    proportional: again and again to the categories with rows left, by their shares, until the target or the rows are
+    reached. none: it stays undrawn. Shares are rounded so that they add up (largest remainder).
+    """
+    drawn = dict.fromkeys(shares, 0)
+    open_ = {name: share for name, share in shares.items() if share > 0}
+    while open_ and (left := target - sum(drawn.values())):
+        for name, more in _apportion(left, open_).items():
+            drawn[name] += min(more, available.get(name, 0) - drawn[name])
+        if redistribute != "proportional":
+            break
+        open_ = {name: share for name, share in open_.items() if available.get(name, 0) > drawn[name]}
+    return drawn
+
+
+def _apportion(rows: int, shares: dict[str, float]) -> dict[str, int]:
+    """`rows` by shares, whole numbers that add up: the largest remainders get what rounding down left."""
+    exact = {name: rows * share / sum(shares.values()) for name, share in shares.items()}
+    given = {name: int(value) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda name: given[name] - exact[name])[: rows - sum(given.values())]:
+        given[name] += 1
+    return given
+
+
+def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Draw the sample from the elements' folders and write it, its balance and facts into the empty folder `out`.
+
+    Rows come in the order of the draw, categories mixed. UserMistake, with the numbers, where a share cannot be filled
+    and `redistribute` is fail.
+    """
+    entries = np.concatenate([np.load(part / INDEX) for part in parts])
+    part_of = np.repeat(np.arange(len(parts)), [len(np.load(part / INDEX, mmap_mode="r")) for part in parts])
+    order = np.lexsort((part_of, entries["priority"]))  # equal rows: the first element's counts
+    entries, part_of = entries[order], part_of[order]
+    first = np.append(True, entries["priority"][1:] != entries["priority"][:-1]) if len(entries) else np.empty(0, bool)
+    names = list(SHARES)
+    available = {name: int((first & (entries["category"] == i)).sum()) for i, name in enumerate(names)}
+    wanted = _apportion(config.target_rows, config.shares)
+    short = {name: wanted[name] - available[name] for name in wanted if wanted[name] > available[name]}
+    if short and config.redistribute == "fail":
+        told = [f"{name} has {available[name]:,} of {wanted[name]:,} rows" for name in short]
+        remedy = "lower target_rows, change shares, or set redistribute: proportional"
+        raise UserMistake(Problem("target_rows", f"{'; '.join(told)}; {remedy}"))
+    drawn = quotas(available, config.shares, config.target_rows, config.redistribute)
+    chosen = np.zeros(len(entries), dtype=bool)
+    for i, name in enumerate(names):
+        chosen[np.flatnonzero(first & (entries["category"] == i))[: drawn.get(name, 0)]] = True
+    balance = _balance(parts, entries, first, chosen)
+    _write(parts, entries[chosen], part_of[chosen], out, progress)
+    balance.write(out)
+    fsync_tree(out)
+    table = [
+        [n, f"{config.shares.get(n, 0):.0%}", wanted.get(n, 0), available[n], drawn.get(n, 0), short.get(n, 0)]
+        for n in names
+    ]
+    strata = {
+        "title": "Categories",
+        "columns": ["category", "share", "wanted", "available", "drawn", "short"],
+        "rows": table,
+    }
+    return {
+        "rows": int(chosen.sum()),
+        "drawn": drawn,
+        "short": short,
+        "tables": {"balance": balance.table(), "categories": strata},
+    }
+
+
+def _balance(parts: Sequence[Path], entries: np.ndarray, first: np.ndarray, chosen: np.ndarray) -> Balance:
+    """The elements' sheets together, less what the draw left."""
+    sheets = [Balance.read(part) for part in parts]
+    balance = sum(sheets[1:], sheets[0])
+    for number, sheet in enumerate(balance.sources):
+        mine = entries["source"] == number
+        for bucket, gone in (("duplicate", mine & ~first), ("not_drawn", mine & first & ~chosen)):
+            if gone.any():
+                sheet.drop_kept(bucket, int(gone.sum()), int(entries["tokens"][gone].sum(dtype=np.int64)), 0)
+    return balance
+
+
+def _write(parts: Sequence[Path], entries: np.ndarray, part_of: np.ndarray, out: Path, progress: Progress) -> None:
+    files = [open(part / ROWS, "rb") for part in parts]
+    try:
+        with open(out / SAMPLE, "wb") as sample:
+            for done, (offset, part) in enumerate(zip(entries["offset"].tolist(), part_of.tolist())):
+                files[part].seek(offset)
+                sample.write(files[part].readline())
+                if done % _REPORT_EVERY == 0:
+                    progress(done, len(entries), "rows")
+    finally:
+        for file in files:
+            file.close()
+    progress(len(entries), len(entries), "rows")

@@ -1,0 +1,80 @@
+"""Action values to rewards: `q_action_i` → `reward_action_i`, a Boltzmann softmax over the actions of a row.
+
+    reward_i = exp(q_i / tau) / Σ_j exp(q_j / tau)
+
+The row's largest value is subtracted first, so that no exponential overflows.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.base.durable import fsync_tree
+from data_tools.mistake import Problem, UserMistake
+from data_tools.progress import Progress, silent
+from data_tools.records.csv_tables import Table, read_table, table_files, write_table
+
+Q, REWARD = "q_action_", "reward_action_"
+
+
+@dataclass
+class Config:
+    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # CSV files, or folders of them
+    tau: float = 0.05  # temperature, in units of the Q-values
+    overwrite: bool = False  # replace reward columns that are there already
+
+
+def check(config: Config) -> list[Problem]:
+    problems = []
+    if not config.inputs:
+        problems.append(Problem("inputs", "no CSV file; give files or folders with q_action_* columns"))
+    if not (config.tau > 0 and np.isfinite(config.tau)):
+        problems.append(Problem("tau", f"{config.tau} is no temperature: give a positive number, such as 0.05"))
+    return problems
+
+
+def boltzmann(q: np.ndarray, tau: float) -> np.ndarray:
+    """float64[rows, actions] action values → rewards that sum to 1 in each row."""
+    scaled = np.exp((q - q.max(axis=1, keepdims=True)) / tau)
+    return scaled / scaled.sum(axis=1, keepdims=True)
+
+
+def add_rewards(table: Table, config: Config) -> tuple[list[str], list[list[object]]]:
+    """(columns, rows) of the table with its rewards, in place of those it had or after the last column."""
+    names = table.numbered(Q)
+    rewards = [name.replace(Q, REWARD) for name in names]
+    present = [name for name in table.columns if name.startswith(REWARD)]
+    if present and not config.overwrite:
+        told = f"has {', '.join(present)} already; set overwrite: true to replace them"
+        raise UserMistake(Problem(str(table.path), told))
+    values = boltzmann(table.floats(names), config.tau)
+    kept = [place for place, name in enumerate(table.columns) if name not in present]
+    columns = [table.columns[place] for place in kept] + rewards
+    rows = [[row[place] for place in kept] + list(map(float, mine)) for row, mine in zip(table.rows, values)]
+    return columns, rows
+
+
+def q_rewards(config: Config, out: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Write every input with its rewards into `out`, under its own name. Facts: files, rows, actions.
+
+    UserMistake for all wrong files at once, before anything is written.
+    """
+    problems = check(config)
+    if problems:
+        raise UserMistake(problems)
+    done = []
+    for path in table_files(config.inputs):
+        try:
+            done.append((path.name, *add_rewards(read_table(path), config)))
+        except UserMistake as mistake:
+            problems += mistake.problems
+    if problems:
+        raise UserMistake(problems)
+    for place, (name, columns, rows) in enumerate(done):
+        write_table(out / name, columns, rows)
+        progress(place + 1, len(done), "files", name)
+    fsync_tree(out)
+    actions = sorted({sum(column.startswith(REWARD) for column in columns) for _, columns, _ in done})
+    return {"files": [name for name, *_ in done], "rows": sum(len(rows) for *_, rows in done), "actions": actions}

@@ -1,0 +1,47 @@
+"""Digests of large files, remembered: a file of the same path, size and time is not read again."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+from data_tools.base import durable
+
+
+class HashCache:
+    """SHA-256 of large files by path, size and mtime, one small file each in the user's cache folder.
+
+    Thousands of elements read and write it at the same time, so that nothing of it is shared but a folder. A cache
+    that is torn or cannot be written is no error.
+    """
+
+    SMALL = 1 << 20  # bytes up to which hashing takes no longer than looking up
+    KEPT_S = 90 * 86_400.0
+
+    def __init__(self, folder: Path | None = None):
+        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.folder = folder or cache_home / "afterok" / "sha256"
+
+    def sha256(self, path: Path) -> str:
+        path = Path(path).resolve()
+        stat = path.stat()
+        if stat.st_size <= self.SMALL:
+            return durable.sha256_file(path)
+        now = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        name = durable.sha256_bytes(str(path))
+        entry = self.folder / name[:2] / f"{name}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = durable.parse_checked(entry.read_bytes(), entry)
+            if found == durable.with_sum(now | {"sha256": found["sha256"]}):
+                return found["sha256"]
+        digest = durable.sha256_file(path)
+        with contextlib.suppress(OSError):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            durable.write_checked(entry, now | {"sha256": digest})
+            self._forget_old(entry.parent)
+        return digest
+
+    def _forget_old(self, folder: Path) -> None:
+        for entry in folder.iterdir():
+            if time.time() - entry.stat().st_mtime > self.KEPT_S:
+                entry.unlink()

@@ -1,0 +1,315 @@
+"""Where things lie in a run, and the frozen submissions that a worker reads instead of the user's files.
+
+RUN/
+  ledger.jsonl                    every submission and job, appended
+  submissions/N/plan.json         the frozen plan: what each phase is, resolved (FrozenPhase)
+  submissions/N/{pipeline,profile}.yaml, code/, scripts/
+  local/N/                        the driver's state, where there is no Slurm
+  PHASE/logs/aN.INDEX.out         one log an element and attempt
+  PHASE/attempts/                 how each attempt ended (Outcome)
+  PHASE/attempts/environment/     SLURM_* as each attempt on Slurm found it
+  PHASE/KEY/                      jobs/artifacts/artifact.py
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_tools.base import durable
+from data_tools.mistake import UserMistake
+from jobs.artifacts.artifact import Artifact, Owner, Seal, read_seal
+from jobs.artifacts.seal import DamagedSeal
+from jobs.schema.pipeline import NEED_SEALS
+
+MEETING_KEY = "meeting_key"
+
+
+# What a run's path must not hold, and why; on Slurm the latter, too (tried with 22.05).
+UNFIT = {
+    ":": "Python separates the folders of PYTHONPATH by it, so that other code than the run's would be imported",
+    "${": "a setting that names a folder of the run would be read as a reference",
+}
+UNFIT_ON_SLURM = {
+    "%": "Slurm reads it as a pattern in the names of logs",
+    "\\": "Slurm drops it from the names of logs and of jobs",
+}
+LONGEST_NAME = 255  # bytes of one folder's name, on every filesystem in use
+
+
+def path_problem(path: Path, on_slurm: bool) -> str:
+    """Return why a run cannot lie at an absolute path, "" where it can: the one place that says so."""
+    text = str(path)
+    found = UNFIT | (UNFIT_ON_SLURM if on_slurm else {})
+    wrong = [(part, why) for part, why in found.items() if part in text]
+    wrong += [
+        (char, "no line of a script or of a listing can hold it")
+        for char in text
+        if unicodedata.category(char) in ("Cc", "Zl", "Zp")
+    ]
+    wrong += [(char, "it is no Unicode") for char in text if unicodedata.category(char) == "Cs"]
+    wrong += [
+        (part, f"a name of {len(os.fsencode(part))} bytes is longer than {LONGEST_NAME}")
+        for part in path.parts
+        if len(os.fsencode(part)) > LONGEST_NAME
+    ]
+    if not wrong:
+        return ""
+    part, why = wrong[0]
+    return f"{text!r:.300} cannot be a run's folder: it has {part!r:.60}, and {why}; choose another one with --run DIR"
+
+
+@dataclass
+class FrozenPhase:
+    """One phase of a submission, complete: the worker needs no pipeline file, profile or environment."""
+
+    name: str
+    uses: str
+    key: str
+    material: dict[str, Any]
+    settings: dict[str, Any]  # resolved but for references `@{phases.NAME.out}`
+    array: Any
+    elements: int
+    fans_in: bool
+    needs: dict[str, str]  # phase -> dependency type
+    inputs: dict[str, str]  # external file or folder -> SHA-256 when planned
+    ranks_per_node: int
+    nodes: int
+    gpus_per_node: int
+    throttle: int = 0  # elements that may run at once; 0: as many as fit
+    batch: int = 1  # consecutive elements that share an array task, where the cluster's arrays are too short
+    links: int = (
+        0  # array tasks that go on one from another, where the job may not be requeued (launchers/planning/chain.py)
+    )
+
+    @property
+    def ranks(self) -> int:
+        return self.ranks_per_node * self.nodes
+
+
+@dataclass
+class Outcome:
+    """How one attempt at one element ended, for status, why and the summary."""
+
+    element: int
+    attempt: int
+    restart: int
+    state: str  # sealed, mistake, failed, skipped, stopped
+    exit_code: int
+    message: str
+    host: str
+    job: str
+    started: float
+    ended: float = field(default_factory=time.time)
+    done: float | None = None  # durable steps of one that was stopped, or all of one that was sealed
+    total: int | None = None
+    key: str = ""
+    cause: str = ""  # of one whose worker could not say: what launchers/backends/restart.py read from other evidence
+    node: str = ""  # the one guilty node, where it was a node
+
+
+class RunFolder:
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    def make(self, group: str = "") -> None:
+        """Make the folder, closed to all others, or readable for `group` too; one that was there keeps its mode.
+
+        What lies below needs no modes of its own: nobody gets past the folder. Raises UserMistake for a group that the
+        user is not in.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        if group:
+            try:
+                shutil.chown(self.path, group=group)
+                self.path.chmod(0o2750)  # what is made below belongs to the group too
+            except (LookupError, PermissionError):
+                raise UserMistake(f"--group {group}: no group of yours; `id -nG` lists them") from None
+        self.heed_group()
+
+    def heed_group(self) -> None:
+        """Have this process and its children make files that the group of a shared run can read."""
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_mode & stat.S_ISGID:
+                os.umask(os.umask(0o077) & ~0o050)
+
+    # -- submissions ---------------------------------------------------------------------------------------------
+
+    def submissions(self) -> list[int]:
+        folder = self.path / "submissions"
+        numbers = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+        return sorted(n for n in numbers if (folder / str(n) / "plan.json").exists())
+
+    def submission_folder(self, number: int) -> Path:
+        return self.path / "submissions" / str(number)
+
+    def newest_submission(self) -> int:
+        numbers = self.submissions()
+        if not numbers:
+            raise UserMistake(f"{self.path}: nothing was submitted there yet; start with `afterok submit PIPELINE`")
+        return numbers[-1]
+
+    def freeze(self, number: int, pipeline: str, phases: list[FrozenPhase]) -> None:
+        plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
+        durable.write_checked(self.submission_folder(number) / "plan.json", plan)
+
+    def frozen(self, number: int) -> dict[str, FrozenPhase]:
+        plan = self._frozen_plan(number)
+        try:
+            return {entry["name"]: FrozenPhase(**entry) for entry in plan["phases"]}
+        except (KeyError, TypeError):
+            raise self._torn_plan(number) from None
+
+    def pipeline_name(self, number: int) -> str:
+        return self._frozen_plan(number)["pipeline"]
+
+    def _frozen_plan(self, number: int) -> dict[str, Any]:
+        try:
+            return durable.read_checked(self.submission_folder(number) / "plan.json")
+        except FileNotFoundError:
+            raise UserMistake(f"{self.path}: there is no submission {number} (have {self.submissions()})") from None
+        except ValueError:
+            raise self._torn_plan(number) from None
+
+    def _torn_plan(self, number: int) -> UserMistake:
+        return UserMistake(
+            f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
+            "that file and submit again: what is sealed stays"
+        )
+
+    def meeting_key_path(self, number: int) -> Path:
+        return self.submission_folder(number) / MEETING_KEY
+
+    def meeting_key(self, number: int) -> bytes:
+        """Return what the ranks of a submission's jobs prove themselves with; nobody but the user may read its file.
+
+        Raise UserMistake where the file is torn: with less than the whole key, strangers could prove themselves too.
+        """
+        path = self.meeting_key_path(number)
+        if not path.exists():  # submit writes it; a run of before has none
+            durable.create_file(path, secrets.token_hex(32) + "\n", mode=0o600)
+        told = path.read_bytes().strip()
+        if re.fullmatch(rb"[0-9a-f]{64}", told) is None:
+            raise UserMistake(
+                f"{path} holds no key (truncated or edited); delete that file and submit again: what is sealed stays"
+            )
+        return bytes.fromhex(told.decode())
+
+    def redirect(self, number: int, phase: str, to: int) -> None:
+        """Have a job whose script belongs to submission `number` run `phase` as submission `to` froze it."""
+        path = self.submission_folder(number) / "redirects.json"
+        redirects = durable.read_checked(path) if path.exists() else {}
+        if number != to:
+            durable.write_checked(path, {**redirects, _redirect_of(phase): to})
+
+    def redirected(self, number: int, phase: str) -> int:
+        """The submission that a job of submission `number` runs for `phase`."""
+        path = self.submission_folder(number) / "redirects.json"
+        return durable.read_checked(path).get(_redirect_of(phase), number) if path.exists() else number
+
+    # -- phases --------------------------------------------------------------------------------------------------
+
+    def phase_folder(self, phase: str) -> Path:
+        return self.path / phase
+
+    def artifact(self, phase: FrozenPhase) -> Artifact:
+        return Artifact(self.path / phase.name / phase.key, phase.elements, phase.fans_in)
+
+    def seal(self, phase: str, key: str) -> Seal | None:
+        return read_seal(self.path / phase / key / "seal.json")
+
+    def whole_seal(self, phase: str, key: str) -> Seal | None:
+        """`seal`, but None for a damaged one: for those who ask about jobs, or about other keys than a plan's."""
+        with contextlib.suppress(DamagedSeal):
+            return self.seal(phase, key)
+        return None
+
+    def not_needed(self, phases: dict[str, FrozenPhase], name: str) -> str:
+        """Why a phase without a seal never has to run: one that it was to follow `afternotok` is sealed; "" if it may."""
+        for need, type_ in phases[name].needs.items():
+            sealed = self.seal(need, phases[need].key) is not None
+            if type_ == "afternotok" and sealed:
+                return f"{need} is sealed"
+            if type_ in NEED_SEALS and not sealed and (why := self.not_needed(phases, need)):
+                return why
+        return ""
+
+    def seals(self, phase: str) -> list[Seal]:
+        """All seals of a phase in this run, in the order they were submitted: hosts' clocks may differ.
+
+        A damaged one is left out: under the key of a plan it is refused where that is surveyed, and those of other keys
+        only tell what was different.
+        """
+        found = [self.whole_seal(phase, path.parent.name) for path in self.phase_folder(phase).glob("*/seal.json")]
+        return sorted(
+            (seal for seal in found if seal),
+            key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]),
+        )
+
+    def log_path(self, phase: str, attempt: int, index: int) -> Path:
+        return self.phase_folder(phase) / "logs" / f"a{attempt}.{index}.out"
+
+    def record_outcome(self, phase: str, outcome: Outcome) -> None:
+        """The first of an attempt's ranks to say how it ended is believed; a twin that left the work to it is no rank."""
+        folder = self.phase_folder(phase) / "attempts"
+        folder.mkdir(parents=True, exist_ok=True)
+        twin = ".skipped" if outcome.state == "skipped" else ""
+        name = f"{outcome.element:04d}.a{outcome.attempt}.r{outcome.restart}{twin}.json"
+        durable.create_file(folder / name, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
+
+    def outcomes(self, phase: str, attempt: int | None = None) -> list[Outcome]:
+        """Outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
+
+        Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
+        A torn or altered file is as good as none.
+        """
+        folder = self.phase_folder(phase) / "attempts"
+        names = os.listdir(folder) if folder.is_dir() else []
+        mine = "" if attempt is None else f".a{attempt}."
+        found = []
+        for name in names:  # tens of thousands: no Path an element
+            if name.endswith(".json") and mine in name and not name.startswith("."):
+                with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
+                    told = durable.parse_checked(file.read(), name)
+                    told.pop(durable.SUM, None)
+                    found.append(Outcome(**told))
+        return sorted(found, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
+
+    def record_environment(self, phase: str, element: int, owner: Owner, environment: Mapping[str, str]) -> None:
+        """What Slurm told an attempt, written when it starts; a few kilobytes, one file an attempt on Slurm."""
+        told = {name: value for name, value in environment.items() if name.startswith("SLURM")}
+        if "SLURM_JOB_ID" not in told:
+            return
+        path = self.environment_path(phase, element, owner.attempt, owner.restart)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_checked(path, told)
+
+    def environment_path(self, phase: str, element: int, attempt: int, restart: int) -> Path:
+        return self.phase_folder(phase) / "attempts" / "environment" / f"{element:04d}.a{attempt}.r{restart}.json"
+
+
+def _redirect_of(phase: str) -> str:
+    """Return where redirects.json has a phase: under its name, which must not be that of the file's sum."""
+    return phase if phase != durable.SUM else f"phase {phase}"

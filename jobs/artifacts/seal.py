@@ -1,0 +1,170 @@
+"""What a seal says, and reading it: a damaged one is refused by name, an older one without a sum is read all the same.
+
+{"format", "key", "material", "root", "files": {name: {size, mtime_ns, sha256}}, "parts", "upstream", "facts",
+ "submission", "restart", "job", "environment", "sealed_at", …, "sum"}
+"""
+
+import importlib.metadata
+import platform
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.base import durable
+from data_tools.mistake import UserMistake
+from jobs.artifacts.anew import how_to_run_anew
+from jobs.artifacts.hash_cache import HashCache
+
+FORMAT = 1
+FILE = {"size": int, "mtime_ns": int, "sha256": str}  # what a seal says of each file
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """{relative name: {size, mtime_ns, sha256}} of every file below `folder`."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        files[str(path.relative_to(folder))] = {
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": durable.sha256_file(path),
+        }
+    return files
+
+
+def environment() -> dict[str, Any]:
+    """What a seal says of the machine and the libraries it was made with."""
+    versions = {}
+    for package in ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "mamba-ssm"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"host": socket.gethostname(), "python": platform.python_version(), "packages": versions}
+
+
+@dataclass(frozen=True)
+class Seal:
+    """A seal as read from disk. `folder` is the sealed content.
+
+    `digest` is taken over key, files and parts, not over times, hosts or attempts: a phase that ran again and gave the
+    same bytes leaves what lies downstream valid.
+    """
+
+    path: Path
+    digest: str
+    content: dict[str, Any]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the phase's, not an element's."""
+        return self.path.name == "seal.json"
+
+    @property
+    def folder(self) -> Path:
+        artifact = self.path.parent if self.is_whole else self.path.parent.parent
+        return artifact / self.content["root"]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.content.get("facts", {})
+
+    @property
+    def upstream(self) -> dict[str, Any]:
+        """{need: digest of the seal that was read}; of an aftercorr need of a whole phase one digest an element."""
+        return self.content.get("upstream", {})
+
+    @property
+    def parts(self) -> list[str] | None:
+        """Digests of the elements' seals that were merged."""
+        return self.content.get("parts")
+
+    @property
+    def submission(self) -> int:
+        return self.content.get("submission", 0)
+
+    @property
+    def has_sum(self) -> bool:
+        """False of what was sealed before seals had a sum over themselves: nobody can tell whether it was altered."""
+        return durable.SUM in self.content
+
+    def altered(self, rehash: bool = False, cache: HashCache | None = None) -> Iterator[str]:
+        """One line a sealed file that is missing or not the bytes that were sealed.
+
+        Compares size and mtime; hashes where they differ (a copied run keeps bytes, not times) or when `rehash`.
+        With a `cache` the files of a copied run are hashed once, not at every look.
+        """
+        sha256 = cache.sha256 if cache and not rehash else durable.sha256_file
+        for name, entry in self.content["files"].items():
+            path = self.folder / name
+            try:
+                stat = path.stat()
+            except OSError:
+                yield f"{path} is missing"
+                continue
+            same = stat.st_size == entry["size"] and stat.st_mtime_ns == entry["mtime_ns"]
+            if same and not rehash:
+                continue
+            if stat.st_size != entry["size"] or sha256(path) != entry["sha256"]:
+                yield f"{path} was changed after it was sealed (sha256 is no longer {entry['sha256'][:12]}…)"
+
+    def verify(self, rehash: bool = False, cache: HashCache | None = None) -> None:
+        for line in self.altered(rehash, cache):
+            raise UserMistake(f"{line}; restore it, or submit again: it is then sealed anew")
+
+
+class DamagedSeal(UserMistake):
+    """A file in a seal's place that is not the seal that was written there."""
+
+
+def read_seal(path: Path) -> Seal | None:
+    """Return the seal at `path`, None when there is none. Raises DamagedSeal."""
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        content = durable.parse_checked(data, path)
+        problem = _malformed(content)
+    except durable.TornFile as torn:
+        problem = str(torn).removeprefix(f"{path} ")
+    if problem:
+        artifact = path.parent if path.name == "seal.json" else path.parent.parent
+        raise DamagedSeal(f"{path} is not a seal: it {problem}; restore it, or {how_to_run_anew(artifact)}")
+    said = {
+        "key": content["key"],
+        "parts": content.get("parts"),
+        "files": {name: [entry["size"], entry["sha256"]] for name, entry in content["files"].items()},
+    }
+    return Seal(path, durable.sha256_bytes(durable.canonical_json(said)), content)
+
+
+def _malformed(content: dict[str, Any]) -> str:
+    """Return what a seal says that no seal says; "" where it may be one."""
+    kinds = {
+        "key": str,
+        "root": str,
+        "files": dict,
+        "facts": dict,
+        "upstream": dict,
+        "material": dict,
+        "parts": list,
+        "submission": int,
+        "restart": int,
+        "job": str,
+    }
+    for name, kind in kinds.items():
+        if name not in content and name in ("key", "root", "files"):
+            return f"has no {name}"
+        if not isinstance(content.get(name, kind()), kind):
+            return f"has {content[name]!r:.40} for its {name}"
+    if not durable.is_plain_path(content["root"]):
+        return f"names {content['root']!r:.80} for its root, which is no place in its own folder"
+    for name, entry in content["files"].items():
+        if not durable.is_plain_path(name):
+            return f"names the file {name!r:.80}, which is no place in its own folder"
+        if not isinstance(entry, dict) or not [type(entry.get(field)) for field in FILE] == list(FILE.values()):
+            return f"does not say size, mtime_ns and sha256 of its file {name!r:.80}"
+    return ""

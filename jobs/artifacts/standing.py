@@ -1,0 +1,135 @@
+"""Whether a seal still speaks of what lies upstream: the one notion that plan, a worker's start and fan-in share.
+
+A seal records the digest of each result it was made from. An element that follows its partner alone (aftercorr) records
+the partner's; the whole phase then records one digest an element, taken from the elements' seals, so that it says the
+same whoever merged them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_tools.base import durable
+from jobs.artifacts.artifact import Artifact, HashCache
+from jobs.artifacts.run_folder import FrozenPhase
+from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
+from jobs.schema.pipeline import NEED_SEALS
+
+COMPARED = (*NEED_SEALS, "afterany")  # needs whose results a seal records, where they were sealed
+
+
+def partners(phase: FrozenPhase, phases: Mapping[str, FrozenPhase]) -> list[str]:
+    """Return the needs of which each element reads its partner's part alone."""
+    return [name for name, type_ in phase.needs.items() if type_ == "aftercorr" and phases[name].fans_in]
+
+
+def other_results(seal: Seal, now: Mapping[str, str], index: int, paired: list[str]) -> list[str]:
+    """Return the needs of which the seal, an element's or a whole phase's, records another result than is sealed `now`.
+
+    `now` is {need: digest} as element `index` finds them. What a whole phase records of a `paired` need is compared at
+    this element; seals of before recorded there what an element of no matter which number had read: nothing to compare.
+    """
+    found = []
+    for name, digest in now.items():
+        recorded = seal.upstream.get(name)
+        if isinstance(recorded, list):
+            recorded = recorded[index] if index < len(recorded) else None
+        elif seal.is_whole and name in paired:
+            continue
+        if recorded != digest:
+            found.append(name)
+    return found
+
+
+def whole_upstream(parts: list[Seal], paired: list[str]) -> dict[str, "str | list[str]"]:
+    """Return what the seal of a whole phase records of its needs, by what its elements' seals say of theirs."""
+    first = parts[0].upstream
+    return {name: [part.upstream.get(name, "") for part in parts] if name in paired else first[name] for name in first}
+
+
+# -- of a whole phase ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Survey:
+    """What of a phase is sealed and stands, and what a submitter has to withdraw, so that it is sealed anew."""
+
+    whole: Seal | None = None  # the phase's own seal, where that and all its elements' stand
+    parts: dict[int, Seal] = field(default_factory=dict)  # elements' seals that stand
+    fallen: list[tuple[Path, str, str]] = field(
+        default_factory=list
+    )  # (seal, SHA-256 of its bytes, altered or retired)
+    reasons: list[str] = field(default_factory=list)  # why those fell, an element or the phase each
+
+    def missing(self, phase: FrozenPhase) -> list[int]:
+        """Return the elements that need a task; element 0 stands for an unfinished fan-in."""
+        if self.whole is not None:
+            return []
+        return [i for i in range(phase.elements) if i not in self.parts] or [0] if phase.fans_in else [0]
+
+    def withdraw(self, artifact: Artifact, submission: int) -> None:
+        """Set aside what fell, but for seals that changed since the survey."""
+        for path, seen, word in self.fallen:
+            artifact.withdraw(path, seen, f"{path.name}.{word}.a{submission}")
+
+
+class Surveyor:
+    """Surveys the phases of one plan, each after those it needs. Raises DamagedSeal where the phase's own is damaged."""
+
+    def __init__(self, verify: bool, cache: HashCache):
+        self.verify, self.cache = verify, cache
+
+    def survey(
+        self, artifact: Artifact, phase: FrozenPhase, now: Mapping[str, str], partners: Mapping[str, Mapping[int, Seal]]
+    ) -> Survey:
+        """Return what stands of a phase whose needs are sealed as `now` says; of aftercorr needs, as `partners` does."""
+        found = Survey()
+        whole, paired = read_seal(artifact.seal_path), list(partners)
+        for index in range(phase.elements if phase.fans_in else 0):
+            there = {name: parts[index].digest for name, parts in partners.items() if index in parts}
+            self._element(found, artifact.element_seal_path(index), index, {**now, **there}, paired, whole is not None)
+        if whole is None:
+            return found
+        fell = bool(found.reasons)
+        if not fell and (why := self._why_whole(whole, phase, found.parts, now, paired)):
+            found.reasons.append(why)
+            fell = True
+        if fell:
+            word = "altered" if next(whole.altered(self.verify, self.cache), None) else "retired"
+            found.fallen.append((whole.path, durable.sha256_file(whole.path), word))
+        else:
+            found.whole = whole
+        return found
+
+    def _element(
+        self, found: Survey, path: Path, index: int, now: Mapping[str, str], paired: list[str], was_merged: bool
+    ) -> None:
+        try:
+            seal = read_seal(path)
+        except DamagedSeal as damage:
+            seal, why, word = None, str(damage).partition(";")[0], "altered"
+        else:
+            why, word = self._why(seal, index, now, paired) if seal else (f"{path} is gone" if was_merged else "", "")
+        if seal is not None and not why:
+            found.parts[index] = seal
+        elif why:
+            found.reasons.append(f"element {index}: {why}" if seal else why)
+            if word:
+                found.fallen.append((path, durable.sha256_file(path), word))
+
+    def _why(self, seal: Seal, index: int, now: Mapping[str, str], paired: list[str]) -> tuple[str, str]:
+        """Return why a seal does not stand, and the word for that; ("", "") where it does."""
+        if line := next(seal.altered(self.verify, self.cache), None):
+            return line, "altered"
+        if names := other_results(seal, now, index, paired):
+            return f"{names[0]} was sealed anew since", "retired"
+        return "", ""
+
+    def _why_whole(
+        self, seal: Seal, phase: FrozenPhase, parts: Mapping[int, Seal], now: Mapping[str, str], paired: list[str]
+    ) -> str:
+        why, _ = self._why(seal, 0, now, paired)
+        if why or not phase.fans_in:
+            return why
+        other = [i for i, part in sorted(parts.items()) if (seal.parts or [])[i : i + 1] != [part.digest]]
+        return f"element {other[0]} was sealed anew since" if other else ""

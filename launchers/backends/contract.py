@@ -1,0 +1,115 @@
+"""The contract that local processes and Slurm share: the same jobs in, the same state words out."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from data_tools.mistake import UserMistake
+from launchers.planning.ledger import JobEntry
+from launchers.planning.plan import PlannedPhase
+
+# Slurm's words (man squeue, JOB STATE CODES); the local driver uses the same.
+PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"
+NEVER = "DependencyNeverSatisfied"
+# Why a job waits for a release: nobody released it yet, or a controller that crashed forgot that, or forgot that the
+# job ran: it sends the job, or a new one of that id, to a node where the old one still is.
+HELD = frozenset({"JobHeldUser", "launch failed requeued held"})
+ACTIVE_STATES = frozenset(
+    {
+        PENDING,
+        RUNNING,
+        "SUSPENDED",
+        "COMPLETING",
+        "CONFIGURING",
+        "REQUEUED",
+        "REQUEUE_HOLD",
+        "REQUEUE_FED",
+        "RESIZING",
+        "SIGNALING",
+        "SPECIAL_EXIT",
+        "STAGE_OUT",
+        "STOPPED",
+        "RESV_DEL_HOLD",
+    }
+)
+
+
+class OutcomeOpen(UserMistake):
+    """A call got no answer in time: it may have happened all the same. Look before asking again."""
+
+    exit_code = 1
+
+
+class Refused(UserMistake):
+    """The cluster said no, in its own words and all of them, and whom its profile names as contact."""
+
+
+class Overtaken(Refused):
+    """A job that was to be changed while it waited has begun or ended since the queue was read."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One phase to submit: elements that go as one job (array), under a name that nothing else carries."""
+
+    planned: PlannedPhase
+    name: str
+    elements: list[int]
+    needs: dict[str, str]  # phase -> dependency type; only phases that have a job to wait for
+    links: int = 0  # of a chain
+
+    @property
+    def phase(self) -> str:
+        return self.planned.name
+
+    @property
+    def is_array(self) -> bool:
+        return self.planned.frozen.array is not None
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """One element of one job, as the back end sees it now. A PENDING one that can never start has reason NEVER."""
+
+    job: str
+    index: int
+    state: str
+    reason: str = ""
+    exit_code: int | None = None
+    links_left: int = 0  # of a chain: its links that have not ended
+
+
+class Backend(Protocol):
+    """Calls that reach the cluster raise OutcomeOpen when nobody answered and Refused when the answer was no."""
+
+    name: str
+    can_rewire: bool
+
+    def prepare(self, number: int, specs: list[JobSpec]) -> None:
+        """Write what a submission's jobs need to run, before the first of them is sent."""
+
+    def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        """Send one prepared job and return its id. `waits` gives the job ids of `needs`."""
+
+    def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:
+        """Say how what would be sent of a phase now differs from what was sent of it; "" where it does not."""
+
+    def find(self, names: list[str]) -> dict[str, list[str]]:
+        """Ids of the jobs that carry these names and were not cancelled."""
+
+    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> None:
+        """Let a waiting job (or one element of it) wait on these jobs and no others."""
+
+    def release(self, number: int, jobs: list[str]) -> None:
+        """Let held jobs go; those that are not held are no error."""
+
+    def states(self, jobs: "list[JobEntry]") -> list[TaskState]:
+        """Elements of these jobs that the back end still knows; one that it forgot is simply absent."""
+
+    def cancel(self, jobs: list[str]) -> None:
+        """Cancel jobs (12) or elements (12_3); those that ended are no error."""
+
+    def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        """What `send` runs, as one would type it."""
+
+    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> str:
+        """What `rewire` runs, as one would type it."""

@@ -1,0 +1,366 @@
+"""Local processes behind the contract of launchers/backends/contract.py: a detached driver runs the graph of one submission.
+
+    python -m launchers.backends.local RUN N      # started by LocalBackend.submit, outlives the terminal
+
+The driver starts each element's worker when its dependencies allow and cores are free, starts it again where
+jobs/retry.py says so (it stopped at a checkpoint, or was killed), and writes every change to RUN/local/N/state.json.
+Job ids read N.i: the i-th phase of submission N. Cancelling is a file in RUN/local/N/cancel/.
+"""
+
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from data_tools.base import durable
+from jobs import stopping
+from jobs.artifacts.artifact import Owner
+from jobs.artifacts.run_folder import RunFolder
+from jobs.ranks import die_with_parent, exit_code
+from jobs.schema.pipeline import NEED_SEALS
+from launchers.backends.contract import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    NEVER,
+    PENDING,
+    RUNNING,
+    JobSpec,
+    Refused,
+    TaskState,
+)
+from launchers.backends.restart import Life, judge
+from launchers.planning.ledger import JobEntry
+from launchers.planning.plan import PlannedPhase
+from launchers.submission.transaction import request_of
+from slurm.client import scrubbed_environment
+from slurm.profile import load
+
+POLL_S = 0.05
+KILL_AFTER_S = 30.0  # between TERM and KILL of a cancelled worker, for its checkpoint; Slurm's own default
+START_TIMEOUT_S = 30.0
+SAVE_TIMEOUT_S = 60.0  # how long a driver whose work is over tries to write that down on a full disk
+SAVE_POLL_S = 1.0
+REQUEUED = "Requeued"  # the reason of a task that waits for another start
+
+
+class LocalBackend:
+    name = "local"
+    can_rewire = False  # a driver runs the graph it was started with
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+
+    def _folder(self, number: int | str) -> Path:
+        return self.run.path / "local" / str(number)
+
+    def prepare(self, number: int, specs: list[JobSpec]) -> None:
+        folder = self._folder(number)
+        (folder / "cancel").mkdir(parents=True, exist_ok=True)
+        jobs = []
+        for i, spec in enumerate(specs):
+            (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
+            frozen, resources = spec.planned.frozen, spec.planned.resources
+            jobs.append(
+                {
+                    "phase": spec.phase,
+                    "job": f"{number}.{i}",
+                    "name": spec.name,
+                    "elements": spec.elements,
+                    "needs": spec.needs,
+                    "throttle": frozen.throttle,
+                    "cores": frozen.ranks * max(1, resources.cpus_per_task or 1),
+                }
+            )
+        durable.write_checked(folder / "jobs.json", {"jobs": jobs})
+
+    def send(self, number: int, phase: str, name: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        """The job exists in jobs.json already; the driver that runs it starts at the release."""
+        return self.find([name])[name][0]
+
+    def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:
+        return "" if entry.request == request_of(planned) else "another request for resources"
+
+    def find(self, names: list[str]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in (self.run.path / "local").glob("*/jobs.json"):
+            for job in read_jobs(path):
+                if job["name"] in names:
+                    found[job["name"]] = [job["job"]]
+        return found
+
+    def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> None:
+        raise Refused(f"local job {job} cannot be rewired")
+
+    def release(self, number: int, jobs: list[str]) -> None:
+        """Start the driver, once."""
+        folder = self._folder(number)
+        if not jobs or (folder / "state.json").exists():
+            return
+        profile = load(str(self.run.submission_folder(number) / "profile.yaml"))
+        env = (
+            scrubbed_environment(os.environ)
+            | dict(profile.env.set)
+            | {
+                "PYTHONPATH": str(self.run.submission_folder(number) / "code"),
+                "PYTHONSAFEPATH": "1",
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
+        with open(folder / "driver.out", "ab") as log:
+            driver = subprocess.Popen(
+                [
+                    profile.env.python or sys.executable,
+                    "-m",
+                    "launchers.backends.local",
+                    str(self.run.path),
+                    str(number),
+                ],
+                env=env,
+                cwd=self.run.path,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._wait_for_start(folder, driver)
+
+    def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
+        return f"start {phase} as a local process" + (f" after {', '.join(needs)}" if needs else "")
+
+    def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> str:
+        return f"rewire {job}"
+
+    def _wait_for_start(self, folder: Path, driver: subprocess.Popen) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (folder / "state.json").exists():
+            if driver.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the local driver did not start; see {folder / 'driver.out'}")
+            time.sleep(0.02)
+
+    def states(self, jobs: list[JobEntry]) -> list[TaskState]:
+        ids = {entry.job for entry in jobs}
+        found = []
+        for number in sorted({job.split(".")[0] for job in ids}, key=int):
+            state = self._state(number)
+            if state is None:
+                continue
+            gone = not driver_is_alive(state)
+            for task in state["tasks"]:
+                if task["job"] not in ids:
+                    continue
+                word, reason = task["state"], task["reason"]
+                if gone and word in (PENDING, RUNNING):
+                    word, reason = (
+                        CANCELLED if word == PENDING else FAILED,
+                        "the local driver is gone (killed, or a reboot)",
+                    )
+                found.append(TaskState(task["job"], task["index"], word, reason, task["exit_code"]))
+        return found
+
+    def cancel(self, jobs: list[str]) -> None:
+        for job in jobs:
+            folder = self._folder(job.split(".")[0]) / "cancel"
+            if folder.is_dir():
+                (folder / job).touch()
+
+    def _state(self, number: str) -> dict[str, Any] | None:
+        try:
+            return durable.read_checked(self._folder(number) / "state.json")
+        except (OSError, ValueError):
+            return None
+
+
+def read_jobs(path: Path) -> list[dict[str, Any]]:
+    """Return the jobs of a submission; before files had a sum over themselves they were a plain list."""
+    if isinstance(found := durable.read_json(path), list):
+        return found
+    return durable.read_checked(path)["jobs"]
+
+
+def driver_is_alive(state: dict[str, Any]) -> bool:
+    return not Owner(**state["driver"]).is_dead(lambda _: False)
+
+
+class Driver:
+    """Runs one submission's jobs to their ends. One thread, so that workers die with it (PDEATHSIG is a thread's)."""
+
+    def __init__(self, run: RunFolder, number: int):
+        self.run, self.number = run, number
+        self.folder = run.path / "local" / str(number)
+        self.phases = run.frozen(number)
+        self.cores = max(1, len(os.sched_getaffinity(0)))
+        self.jobs = read_jobs(self.folder / "jobs.json")
+        self.tasks = [
+            {
+                "phase": job["phase"],
+                "job": job["job"],
+                "index": index,
+                "state": PENDING,
+                "reason": "",
+                "exit_code": None,
+                "started": None,
+                "ended": None,
+                "restart": 0,
+            }
+            for job in self.jobs
+            for index in job["elements"]
+        ]
+        self.needs = {job["phase"]: job["needs"] for job in self.jobs}
+        self.cost = {job["phase"]: min(job["cores"], self.cores) for job in self.jobs}
+        self.throttle = {job["phase"]: job["throttle"] for job in self.jobs}
+        self.children: dict[int, subprocess.Popen] = {}  # position in tasks -> worker
+        self.kill_at: dict[int, float] = {}
+        self.cancel_all = False
+        self.unsaved = False  # the disk refused the last state.json
+
+    def drive(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        self._save()
+        while any(task["state"] in (PENDING, RUNNING) for task in self.tasks):
+            changed = self._reap()
+            changed |= self._cancel()
+            changed |= self._start()
+            if changed or self.unsaved:
+                self._save()
+            time.sleep(POLL_S)
+        deadline = time.monotonic() + SAVE_TIMEOUT_S
+        while self.unsaved and time.monotonic() < deadline:
+            time.sleep(SAVE_POLL_S)
+            self._save()
+
+    def _on_signal(self, *_: Any) -> None:
+        self.cancel_all = True
+
+    def _reap(self) -> bool:
+        changed = False
+        for position, child in list(self.children.items()):
+            if child.poll() is None:
+                if time.monotonic() > self.kill_at.get(position, float("inf")):
+                    child.kill()
+                continue
+            del self.children[position]
+            code = exit_code(child.returncode)
+            cancelled = position in self.kill_at
+            state = COMPLETED if code == 0 else CANCELLED if cancelled else FAILED
+            task = self.tasks[position]
+            task |= {"state": state, "exit_code": code, "ended": time.time(), "reason": ""}
+            if state == FAILED:
+                self._judge(position, code)
+            changed = True
+        return changed
+
+    def _judge(self, position: int, code: int) -> None:
+        """Have a failed task wait for another start where that is safe and its budget allows, else say why not."""
+        task = self.tasks[position]
+        life = Life(self.run, self.phases[task["phase"]], task["index"], self.number, self.number, task["restart"])
+        verdict = judge(life, code, on_slurm=False)
+        print(f"{task['phase']}[{task['index']}] exit code {code}: {verdict.why}", file=sys.stderr, flush=True)
+        if verdict.again:
+            task |= {"state": PENDING, "reason": REQUEUED, "restart": task["restart"] + 1}
+        else:
+            task["reason"] = verdict.why
+
+    def _cancel(self) -> bool:
+        asked = {path.name for path in (self.folder / "cancel").iterdir()}
+        changed = False
+        for position, task in enumerate(self.tasks):
+            if not (self.cancel_all or task["job"] in asked):
+                continue
+            if task["state"] == PENDING:
+                task |= {"state": CANCELLED, "ended": time.time()}
+                changed = True
+            elif position in self.children and position not in self.kill_at:
+                self.children[position].terminate()
+                self.kill_at[position] = time.monotonic() + KILL_AFTER_S
+        return changed
+
+    def _start(self) -> bool:
+        changed = False
+        free = self.cores - sum(self.cost[self.tasks[position]["phase"]] for position in self.children)
+        for position, task in enumerate(self.tasks):
+            if task["state"] != PENDING:
+                continue
+            ready, reason = self._readiness(task)
+            if reason == NEVER:
+                task |= {"state": CANCELLED, "reason": NEVER, "ended": time.time()}
+                changed = True
+                continue
+            busy = sum(self.tasks[other]["phase"] == task["phase"] for other in self.children)
+            if ready and busy >= (self.throttle[task["phase"]] or busy + 1):
+                ready, reason = False, "JobArrayTaskLimit"
+            if ready and self.cost[task["phase"]] <= free:
+                free -= self.cost[task["phase"]]
+                self.children[position] = self._spawn(task)
+                task |= {"state": RUNNING, "reason": "", "started": time.time()}
+                changed = True
+                continue
+            reason = reason or (REQUEUED if task["restart"] else "Resources")
+            changed |= task["reason"] != reason
+            task["reason"] = reason
+        return changed
+
+    def _readiness(self, task: dict[str, Any]) -> tuple[bool, str]:
+        """(may start, Slurm's reason when it may not)."""
+        for phase, type_ in self.needs[task["phase"]].items():
+            others = [other for other in self.tasks if other["phase"] == phase]
+            if type_ == "aftercorr":
+                others = [other for other in others if other["index"] == task["index"]] or others
+            ended = [other for other in others if other["state"] not in (PENDING, RUNNING)]
+            bad = [other for other in ended if other["state"] != COMPLETED]
+            if type_ in NEED_SEALS and bad:
+                return False, NEVER
+            if len(ended) < len(others):
+                return False, "Dependency"
+            if type_ == "afternotok" and (not bad or any(other["reason"] == NEVER for other in bad)):
+                return False, NEVER  # what never ran did not fail either
+        return True, ""
+
+    def _spawn(self, task: dict[str, Any]) -> subprocess.Popen:
+        def before_exec() -> None:
+            die_with_parent()
+            stopping.hold()  # until the worker can take them
+
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.worker",
+            str(self.run.path),
+            task["phase"],
+            str(task["index"]),
+            "--submission",
+            str(self.number),
+        ]
+        with open(self.run.log_path(task["phase"], self.number, task["index"]), "ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.run.path,
+                preexec_fn=before_exec,
+                env=os.environ | {"SLURM_RESTART_COUNT": str(task["restart"])},
+            )
+
+    def _save(self) -> None:
+        driver = Owner.me(self.number, 0).__dict__
+        try:
+            durable.write_checked(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})
+            self.unsaved = False
+        except OSError:  # a full disk must not end the driver, and its workers with it: tried again at the next poll
+            self.unsaved = True
+
+
+if __name__ == "__main__":
+    RUN = RunFolder(Path(sys.argv[1]))
+    RUN.heed_group()
+    Driver(RUN, int(sys.argv[2])).drive()

@@ -1,0 +1,248 @@
+"""Between two lives of an element: what ended the last one, and whether its Slurm job runs again in place.
+
+    python -m launchers.backends.restart RUN PHASE INDEX --submission N [--code C]
+
+The batch script calls it after an srun that ended with code C, and (without --code) before that of a job which Slurm
+started again. A worker that stops when asked to requeues by itself (jobs/worker.py); here are the ends that no worker
+can speak of: killed, out of memory, a lost node. Budgets are those of jobs/retry.py; the local driver uses them too.
+
+The node that failed is excluded from the next start, that one alone, and only where the partition has others.
+"""
+
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_tools.base import durable
+from jobs import requeue, retry
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.retry import Cause, End, Verdict
+from launchers.backends.contract import FAILED
+from launchers.causes.diagnosis import Diagnosis, classify
+from launchers.causes.evidence import Evidence
+from launchers.observe.status import UNKNOWN, lease_times
+from launchers.observe.why import log_tail, requested
+from launchers.planning import chain
+from slurm.client import Slurm, SlurmError
+from slurm.printed import format_indices, parse_minutes
+from slurm.profile import load
+
+EXIT_GIVEN_UP = 7  # of this program, before an srun: the element has used up its restarts
+
+
+@dataclass(frozen=True)
+class Life:
+    """One start of one element. `script` is the submission whose script runs it, `attempt` the one whose plan it runs."""
+
+    run: RunFolder
+    phase: FrozenPhase
+    index: int
+    attempt: int
+    script: int
+    restart: int
+
+    @property
+    def log(self) -> Path:
+        return self.run.log_path(self.phase.name, self.script, self.index)
+
+    def outcomes(self) -> list[Outcome]:
+        """Of this attempt at the element up to this life, oldest first; a twin that left the work to it lived no life."""
+        return [
+            outcome
+            for outcome in self.run.outcomes(self.phase.name, self.attempt)
+            if outcome.state != "skipped" and outcome.element == self.index and outcome.restart <= self.restart
+        ]
+
+    def outcome(self) -> Outcome | None:
+        return next((outcome for outcome in self.outcomes() if outcome.restart == self.restart), None)
+
+
+def judge(life: Life, code: int | None, on_slurm: bool = True) -> Verdict:
+    """Whether the element runs again after this life. An end that its worker did not record is recorded here."""
+    if code == retry.EXIT_LEASE_HELD:
+        return Verdict(False, Cause.LEASE_HELD)  # a twin: it left the work to another, who speaks for it
+    if life.outcome() is None:
+        _record(life, code, _diagnose(life, code, FAILED, (), on_slurm))
+    return _verdict(life)
+
+
+def _verdict(life: Life) -> Verdict:
+    return retry.decide([_end(outcome) for outcome in life.outcomes()])
+
+
+def _diagnose(life: Life, code: int | None, state: str, down_nodes: tuple[str, ...], on_slurm: bool) -> Diagnosis:
+    name = life.phase.name
+    script = life.run.submission_folder(life.script) / "scripts" / f"{name}.sh"
+    return classify(
+        Evidence(
+            phase=name,
+            index=life.index,
+            state=state,
+            exit_code=code,
+            log=log_tail(life.log, name, life.index),
+            log_path=str(life.log),
+            log_folder_exists=life.log.parent.is_dir(),
+            on_slurm=on_slurm,
+            asked_memory=requested(script).get("mem", ""),
+            down_nodes=down_nodes,
+        )
+    )
+
+
+def _record(life: Life, code: int | None, diagnosis: Diagnosis) -> None:
+    """The last word of a life that left none. Without `code` it ended some time ago, elsewhere: when it wrote last."""
+    cause = retry.told_by(code or 0) or (diagnosis.cause if diagnosis.certain else Cause.UNKNOWN)
+    leases = lease_times(life.run.artifact(life.phase).folder)
+    started = leases.get((life.index, life.attempt, life.restart), time.time())
+    here = os.environ.get("SLURMD_NODENAME", "") if code is not None else diagnosis.node
+    ended = time.time() if code is not None or not life.log.exists() else max(started, life.log.stat().st_mtime)
+    life.run.record_outcome(
+        life.phase.name,
+        Outcome(
+            life.index,
+            life.attempt,
+            life.restart,
+            "failed",
+            retry.EXIT_FAILED if code is None else code,
+            f"{diagnosis.what}: {diagnosis.evidence}",
+            here,
+            os.environ.get("SLURM_JOB_ID", ""),
+            started,
+            ended,
+            key=life.phase.key,
+            cause=cause,
+            node=diagnosis.node,
+        ),
+    )
+
+
+def _end(outcome: Outcome) -> End:
+    """An outcome in the policy's terms; of a worker's own last words the exit code or the exception tells."""
+    cause = Cause(outcome.cause) if outcome.cause else retry.told_by(outcome.exit_code)
+    return End(cause or classify(Evidence("", exit_code=outcome.exit_code, outcome=outcome)).cause, outcome.done)
+
+
+# -- on Slurm -----------------------------------------------------------------------------------------------------
+
+
+def after(life: Life, code: int, slurm: Slurm) -> None:
+    """A life ended with `code`: run the job again in place where that is safe and its budget allows."""
+    if life.phase.links:
+        return _after_link(life, code, slurm)
+    if retry.told_by(code) is not None:
+        return  # the worker has spoken, and acted
+    verdict = judge(life, code)
+    refusal = requeue.refusal_here(slurm, ()) if verdict.again else ""
+    _say(life, verdict.why + (f" (not requeued: {refusal})" if refusal else ""))
+    if verdict.again and not refusal:
+        requeue.requeue(slurm, life.run, life.phase, life.attempt, life.outcomes())
+
+
+def _after_link(life: Life, code: int, slurm: Slurm) -> None:
+    """A link ended: cancel the later ones that are not needed. Never the last: it tells the dependents how it went, and
+    Slurm takes the dependency on a task that was cancelled before it started for satisfied (seen with 22.05)."""
+    job, link, last = _link(os.environ)
+    needed = 1
+    if code != retry.EXIT_SEALED:
+        verdict = judge(life, code)
+        if verdict.again:
+            profile = load(str(life.run.submission_folder(life.attempt) / "profile.yaml"))
+            limit_s = 60 * parse_minutes(slurm.job(f"{job}_{link}")["TimeLimit"])
+            outcomes = life.run.outcomes(life.phase.name)
+            needed = chain.links_needed(life.phase, outcomes, limit_s - profile.signal_lead_s)
+        plan = f"{needed} more links would do, {last - link} are left" if verdict.again else "no further link"
+        _say(life, f"{verdict.why}; {plan}" + (": `afterok submit` appends" if needed > max(last - link, 1) else ""))
+    dropped = chain.surplus(link, last, needed)
+    if dropped:
+        slurm.cancel([f"{job}_[{format_indices(dropped)}]"])
+
+
+def _link(env: Mapping[str, str]) -> tuple[str, int, int]:
+    """This job as a link: the array's id, its own number and that of the last."""
+    return env["SLURM_ARRAY_JOB_ID"], int(env["SLURM_ARRAY_TASK_ID"]), int(env["SLURM_ARRAY_TASK_MAX"])
+
+
+def before(life: Life, slurm: Slurm) -> int:
+    """A later life begins: 0 when it may. What Slurm itself ended left no word, so that is looked for now."""
+    last = replace(life, restart=life.restart - 1)
+    silent = last.outcome() is None and _record_silent_end(last, slurm)
+    ends = last.outcomes()
+    if not ends or ends[-1].state in ("sealed", "stopped") or not (silent or life.phase.links):
+        # nothing is known against it: its worker, `after`, or whoever had Slurm start it again meant it to go on
+        return 0
+    verdict = _verdict(last)
+    _say(last, f"{ends[-1].message}; {verdict.why}")
+    if verdict.again and silent and life.phase.links:
+        job, link, last_link = _link(os.environ)
+        nodes = requeue.to_exclude(slurm, life.run, life.phase, life.attempt, ends)
+        if nodes and link < last_link:
+            slurm.exclude(f"{job}_[{link + 1}-{last_link}]", nodes)
+    return 0 if verdict.again else EXIT_GIVEN_UP
+
+
+def _record_silent_end(last: Life, slurm: Slurm) -> bool:
+    """Write down why Slurm ended a life, if it was Slurm."""
+    down = tuple(slurm.down_nodes(nodes)) if (nodes := _nodes_of(last)) else ()
+    state = "NODE_FAIL" if down else UNKNOWN
+    if last.phase.links:
+        row = slurm.job_row(f"{_link(os.environ)[0]}_{last.restart}")
+        state = row.state if row is not None else state
+    diagnosis = _diagnose(last, None, state, down, on_slurm=True)
+    if diagnosis.cause not in (Cause.NODE, Cause.PREEMPTED, Cause.TIME_LIMIT):
+        return False  # it never began, or somebody had Slurm start it again
+    _record(last, None, diagnosis)
+    return True
+
+
+def _nodes_of(life: Life) -> str:
+    """The nodes an earlier life ran on, as Slurm names them together ("n[1-4]")."""
+    path = life.run.environment_path(life.phase.name, life.index, life.attempt, life.restart)
+    try:
+        return durable.read_checked(path).get("SLURM_JOB_NODELIST", "")
+    except (FileNotFoundError, durable.TornFile):  # nothing is known of it
+        return ""
+
+
+def _restart(phase: FrozenPhase, env: Mapping[str, str]) -> int:
+    return int(env.get("SLURM_ARRAY_TASK_ID" if phase.links else "SLURM_RESTART_COUNT", "0"))
+
+
+def _say(life: Life, line: str) -> None:
+    print(f"afterok: {life.phase.name}[{life.index}] restart {life.restart}: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launchers.backends.restart", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("phase")
+    parser.add_argument("index", type=int)
+    parser.add_argument("--submission", type=int, required=True)
+    parser.add_argument("--code", type=int, help="how its srun ended (absent: it has not begun)")
+    args = parser.parse_args()
+    run = RunFolder(args.run)
+    attempt = run.redirected(args.submission, args.phase)
+    phase = run.frozen(attempt)[args.phase]
+    life = Life(run, phase, args.index, attempt, args.submission, _restart(phase, os.environ))
+    try:
+        if args.code is None:
+            return before(life, Slurm())
+        after(life, args.code, Slurm())
+    except SlurmError as error:
+        _say(life, str(error))
+    except Exception:  # nothing of this may keep an element from its work
+        traceback.print_exc()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

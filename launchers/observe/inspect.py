@@ -1,0 +1,80 @@
+"""`afterok inspect`: a sealed token store or pack plan of a run, for people."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_tools.base.seeded import permutation
+from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
+from data_tools.mistake import UserMistake, nearest
+from data_tools.packs import inspection
+from data_tools.packs.pack import PackReader
+from data_tools.packs.store import Store
+from jobs.artifacts.run_folder import RunFolder
+from jobs.schema.pipeline import substitute
+
+KINDS = ("materialize", "pack")
+
+
+class Contents:
+    """The sealed contents of a run's stores and plans, as its newest submission has them."""
+
+    def __init__(self, run: RunFolder):
+        self.run, self.phases = run, run.frozen(run.newest_submission())
+        self.names = [name for name, phase in self.phases.items() if phase.uses in KINDS]
+
+    def folder(self, name: str) -> Path:
+        seal = self.run.seal(name, self.phases[name].key)
+        if seal is None:
+            raise UserMistake(f"{name} is not sealed yet; see `afterok status {self.run.path}`")
+        return seal.folder
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The phase's config, with every reference a folder."""
+        phase = self.phases[name]
+        return substitute(phase.settings, {need: str(self.folder(need)) for need in phase.needs})
+
+    def tokenizer_of(self, store: Path) -> Tokenizer:
+        """What made the ids of `store`, the content of one of the run's phases or a folder from elsewhere."""
+        for name in self.names:
+            if self.phases[name].uses == "materialize" and self.folder(name) == store:
+                return load_tokenizer(self.settings(name)["tokenizer"])
+        raise UserMistake(f"{store} was not made in {self.run.path}: inspect it in the run that made it")
+
+
+def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, limit: int) -> dict[str, Any]:
+    """Facts, balance, histogram of lengths and documents of a phase's store or plan. UserMistake when it has none.
+
+    Documents: `count` drawn with `seed`, or of pack number `pack` (of a plan, without one: a pack drawn with `seed`);
+    of each at most `limit` tokens.
+    """
+    contents = Contents(run)
+    if name not in contents.names:
+        known = nearest(name, contents.names)
+        raise UserMistake(f"{name!r} is no phase of {run.path} that makes a token store or packs{known}")
+    folder = contents.folder(name)
+    if inspection.is_plan(folder):
+        store = Path(contents.settings(name)["store"])
+        reader = PackReader(store, folder)
+        chosen = int(permutation("inspect", seed, 0, reader.n_packs)[0]) if pack is None else pack
+        if not 0 <= chosen < reader.n_packs:
+            raise UserMistake(f"{name} has packs 0 to {reader.n_packs - 1}, not {chosen}")
+        documents = inspection.pack_documents(reader, chosen, contents.tokenizer_of(store), limit)[:count]
+        facts, lengths, title = reader.facts, reader.plan.pieces.length, f"pack {chosen} of {reader.n_packs:,}"
+    elif pack is not None:
+        raise UserMistake(f"{name} is a token store, not a pack plan: it has no pack {pack}")
+    else:
+        opened = Store(folder)
+        documents = inspection.store_documents(opened, contents.tokenizer_of(folder), count, seed, limit)
+        facts, lengths, title = opened.facts, opened.lengths, f"{len(documents)} of {len(opened):,} documents"
+    return {
+        "phase": name,
+        "folder": str(folder),
+        "facts": facts,
+        "balance": inspection.balance_table(folder),
+        "lengths": inspection.histogram(lengths),
+        "title": title,
+        "documents": [
+            {**asdict(document), "spans": [span._asdict() for span in document.spans]} for document in documents
+        ],
+    }

@@ -1,0 +1,185 @@
+"""Tables for people: rich on a terminal, plain text in a log or pipe. Nothing is decided here."""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from data_tools.base.printing import clean, raw
+from launchers.backends.contract import COMPLETED, FAILED, PENDING, RUNNING
+from launchers.observe.runs import RunLine
+from launchers.observe.status import NO_ANSWER, UNKNOWN, PhaseStatus, RunStatus, format_seconds
+from launchers.planning.plan import Plan
+
+PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
+COLOURS = {
+    COMPLETED: "green",
+    RUNNING: "cyan",
+    PENDING: "dim",
+    FAILED: "bold red",
+    UNKNOWN: "bold red",
+    "reuse": "green",
+    "run": "cyan",
+    "rerun": "yellow",
+    NO_ANSWER: "yellow",
+}
+
+
+def console():
+    """What prints tables: text is text, never markup, and holds no control characters but those of our own colours."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class CleanConsole(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                yield segment if segment.control else Segment(clean(segment.text), segment.style)
+
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    return CleanConsole(file=raw(sys.stdout), highlight=False, markup=False, emoji=False, width=width)
+
+
+def table(columns: list[str], rows: list[list[Any]], title: str = ""):
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for column in columns:
+        out.add_column(column, overflow="fold")
+    for row in rows:
+        out.add_row(*(Text(str(cell), style=COLOURS.get(str(cell), "")) for cell in row))
+    return out
+
+
+def plan_table(plan: Plan):
+    rows = []
+    for phase in plan.phases:
+        r = phase.resources
+        size = (
+            f"{r.nodes} node{'s' if r.nodes > 1 else ''} × {r.ranks_per_node} rank{'s' if r.ranks_per_node > 1 else ''}"
+        )
+        if r.gpus_per_node:
+            size += f", {r.gpus_per_node} GPUs"
+        if phase.frozen.links:
+            size += f", up to {phase.frozen.links} links"
+        missing = f"{len(phase.missing)}/{phase.frozen.elements}" if phase.missing else str(phase.frozen.elements)
+        why = "; ".join(phase.reasons)
+        if phase.code_changed:
+            why += f"; code changed since: {', '.join(phase.code_changed[:3])}" + (
+                " …" if len(phase.code_changed) > 3 else ""
+            )
+        rows.append([phase.name, missing, phase.role, size, phase.action, why])
+    return table(
+        ["phase", "elements", "role", "resources", "action", "why"],
+        rows,
+        f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}",
+    )
+
+
+def progress_text(phase: PhaseStatus) -> str:
+    p = phase.progress
+    return f"{p['done']:,}/{p['total']:,} {p['unit']}  {p.get('note', '')}".rstrip() if p else ""
+
+
+def print_inspection(found: dict[str, Any]) -> None:
+    """A balance sheet, a histogram, and documents with what is in the loss in green (plain: between ⟦ and ⟧)."""
+    from rich.text import Text
+
+    out = console()
+    out.print(table(found["balance"]["columns"], found["balance"]["rows"], found["balance"]["title"]))
+    most = max((row[2] for row in found["lengths"]), default=1)
+    rows = [
+        [f"{a:,} to {b:,}", f"{n:,}", f"{tokens:,}", "█" * -(-40 * n // most)] for a, b, n, tokens in found["lengths"]
+    ]
+    out.print(table(["tokens", "documents", "tokens of all", ""], rows, "Lengths"))
+    out.print(
+        f"{found['phase']}: {found['title']}; in the loss: green"
+        if out.is_terminal
+        else f"{found['phase']}: {found['title']}; in the loss: ⟦ ⟧"
+    )
+    for document in found["documents"]:
+        out.print(
+            f"\n{document['where']}, {document['tokens']:,} tokens, {document['supervised']:,} in the loss",
+            style="bold",
+        )
+        text = Text()
+        for span in document["spans"]:
+            marked = span["text"] if out.is_terminal or not span["trained"] else f"⟦{span['text']}⟧"
+            text.append(marked, style="green" if span["trained"] else "dim")
+        out.print(text, soft_wrap=True)
+
+
+def status_table(status: RunStatus):
+    """One row a phase; GPU-hours only where a phase asked for GPUs."""
+    gpus = any(phase.gpu_hours is not None for phase in status.phases)
+    rows = []
+    for phase in status.phases:
+        detail = phase.message or progress_text(phase) or phase.reason or headline(phase.facts)
+        hours = [_hours(phase.gpu_hours), _hours(phase.gpu_hours_lost)] if gpus else []
+        rows.append(
+            [
+                phase.phase,
+                phase.state,
+                f"{phase.sealed}/{phase.elements}",
+                phase.job,
+                format_seconds(phase.seconds),
+                *hours,
+                detail,
+            ]
+        )
+    columns = ["phase", "state", "sealed", "job", "took", *(["GPU-h", "lost"] if gpus else []), ""]
+    return table(columns, rows, f"{status.run}, submission {status.submission}")
+
+
+def _hours(value: float | None) -> str:
+    """0.0031, 0.42, 7.10, 1,234.5: few digits, but never 0.00 for what is not nothing."""
+    if value is None:
+        return ""
+    if value >= 10:
+        return f"{value:,.1f}"
+    return f"{value:.2f}" if value >= 0.01 or not value else f"{value:.2g}"
+
+
+def runs_table(runs: list[RunLine]):
+    rows = [
+        [
+            run.name,
+            run.pipeline,
+            run.submissions,
+            run.state,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed)),
+        ]
+        for run in runs
+    ]
+    return table(["run", "pipeline", "submissions", "state", "last change"], rows)
+
+
+def headline(facts: dict[str, Any]) -> str:
+    """The numbers of a phase worth one line: its own `headline`, else its first few scalar facts."""
+    if "headline" in facts:
+        return str(facts["headline"])
+    scalars = [(k, v) for k, v in facts.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)]
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars[:4])
+
+
+def summary(status: RunStatus):
+    """What ran, how long, what came of it, and where the files are; then the tables that the phases wrote."""
+    from rich.console import Group
+
+    rows = [[p.phase, p.state, format_seconds(p.seconds), p.message or headline(p.facts)] for p in status.phases]
+    parts = [table(["phase", "state", "took", "result"], rows, f"summary of {status.run}")]
+    for phase in status.phases:
+        for name, found in phase.tables.items():
+            cells = [
+                [
+                    f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else cell or ""
+                    for cell in row
+                ]
+                for row in found["rows"]
+            ]
+            parts.append(table(found["columns"], cells, f"{phase.phase}: {found['title']}"))
+    parts.append(
+        table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files")
+    )
+    return Group(*parts)

@@ -1,0 +1,204 @@
+"""The append-only record of what was submitted: one JSON object a line, fsynced, in RUN/ledger.jsonl.
+
+{"event": "submission", "submission": 2, "backend": "slurm", "cluster": "dev", "cluster_name": "dev",
+ "profile": "dev", "profile_file": "/…/dev.yaml", "run": "/where/it/lay", "time": …}
+{"event": "sending", "submission": 2, "name": "tiny.sft.a2.1f6e…", …}     an sbatch is about to happen
+{"event": "job", "submission": 2, "phase": "sft", "job": "17", "name": …, "waits": {"packs": "16"}, …}
+{"event": "rewire", "submission": 2, "phase": "trained", "job": "12", "waits": {"sft": "17"}, …}
+{"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already
+{"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
+{"event": "cancel", "jobs": ["17"], …}
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_tools.base import durable
+from data_tools.mistake import UserMistake
+from launchers.planning.chain import last_link
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """One job that carries a phase (or some of its elements), as the ledger recorded it."""
+
+    submission: int  # whose frozen plan it runs: that of its script, or a later one that rewired it
+    phase: str
+    key: str
+    job: str
+    elements: list[int]
+    is_array: bool
+    name: str = ""
+    waits: dict[str, str] = field(default_factory=dict)  # phase -> job it waits on
+    request: str = ""  # digest of what its script asks Slurm for
+    scripted: int = 0  # the submission whose script it is: names its log
+    batch: int = 1  # elements per array task
+    links: int = 0  # of a chain: its tasks all work on the one element
+
+    @property
+    def awaited(self) -> str:
+        """What dependents wait on."""
+        return last_link(self.job, self.links)
+
+    def elements_of(self, task: int | None) -> list[int]:
+        """The elements that an array task (None: a job that is no array) works on."""
+        if task is None or self.links:
+            return self.elements
+        if self.batch == 1:
+            return [task]
+        return [i for i in self.elements if i // self.batch == task]
+
+
+def _is_cut_off(line: bytes) -> bool:
+    """Return whether a last line without its end is the beginning of one: no whole object stands there."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+class Ledger:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, event: str, **fields: Any) -> None:
+        line = durable.with_sum({"event": event, "time": time.time(), **fields})
+        durable.append_line(self.path, durable.canonical_json(line))
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """All events, oldest first; a torn last line (power cut in an append), which has no end, is dropped."""
+        try:
+            *lines, last = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        for number, line in enumerate([*lines, last] if last else lines, start=1):
+            try:
+                event = durable.parse_checked(line, f"{self.path}:{number}")
+            except durable.TornFile as torn:
+                if number > len(lines) and _is_cut_off(line):
+                    return
+                # an append cuts off what is torn, so this was no accident
+                raise UserMistake(f"{torn}; remove that line, or restore it") from None
+            event.pop(durable.SUM, None)
+            yield event
+
+    def jobs(self) -> list[JobEntry]:
+        """Jobs in the order they were submitted, as the last rewiring left them."""
+        try:
+            return list(self._jobs().values())
+        except KeyError as missing:
+            raise UserMistake(
+                f"{self.path}: an event has no {missing}: another version of afterok wrote it; "
+                "use that version, or another run folder"
+            ) from None
+
+    def _jobs(self) -> dict[str, JobEntry]:
+        found: dict[str, JobEntry] = {}
+        for e in self.events():
+            if e["event"] == "job":
+                found.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
+                found[e["job"]] = JobEntry(
+                    e["submission"],
+                    e["phase"],
+                    e["key"],
+                    e["job"],
+                    e["elements"],
+                    e["is_array"],
+                    e["name"],
+                    e["waits"],
+                    e["request"],
+                    e["submission"],
+                    e["batch"],
+                    e["links"],
+                )
+            elif e["event"] == "rewire" and e["only"] is None:
+                found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
+        return found
+
+    def copied(self) -> set[int]:
+        """Submissions of another folder that still is this run: this one is its copy, and their jobs work for that one."""
+        return {
+            event["submission"]
+            for event in self.events()
+            if event["event"] == "submission"
+            and self._is_original(Path(event.get("run", self.path.parent)) / self.path.name)
+        }
+
+    def _is_original(self, other: Path) -> bool:
+        try:
+            if other.samefile(self.path):
+                return False
+            with open(other, "rb") as theirs, open(self.path, "rb") as ours:
+                return theirs.readline() == ours.readline()  # with the moment of its first submission
+        except OSError:  # nothing lies there: the run was moved
+            return False
+
+    def own_jobs(self) -> list[JobEntry]:
+        """`jobs`, but for those of `copied` submissions."""
+        copied = self.copied()
+        return [entry for entry in self.jobs() if entry.scripted not in copied]
+
+    def other_cluster(self, choice: str, answering: str) -> str:
+        """What is wrong where the Slurm that answers to `choice`, by its ClusterName, is not the one it was submitted
+        to; "" where it is, or where neither is known."""
+        for event in self.events():
+            if event["event"] != "submission" or event["backend"] != "slurm":
+                continue
+            if (event["choice"] == "dev") != (choice == "dev"):  # all others mean the Slurm of this machine
+                continue
+            # Ledgers of before have no cluster_name, but `auto` wrote it as the cluster, except for a dev cluster's.
+            before = event["cluster"] if event["choice"] in ("auto", "slurm") and event["cluster"] != "dev" else ""
+            name = event.get("cluster_name") or before
+            if name and answering and name != answering:
+                return (
+                    f"{self.path.parent}: submission {event['submission']} went to the Slurm cluster {name}, and "
+                    f"the one that answers here is {answering}; nothing was done: work from {name}'s login node, "
+                    f"or set SLURM_CONF to {name}'s"
+                )
+        return ""
+
+    def given_up(self) -> str:
+        """Why the newest submission was taken back or was not finished, "" where it was released.
+
+        Nothing of such a submission ran: a cluster that refused one of its jobs is told of here.
+        """
+        newest, end = 0, ""
+        for event in self.events():
+            if event["event"] == "submission":
+                newest, end = event["submission"], ""
+            elif event["event"] == "released" and event["submission"] == newest:
+                newest = 0
+            elif event["event"] == "abandoned" and event["submission"] == newest:
+                end = event["why"]
+        if not newest or newest in self.copied():
+            return ""
+        where = self.path.parent
+        if end:
+            return f"submission {newest} was taken back, nothing of it ran: {end}"
+        return (
+            f"submission {newest} is not released (its submitter was killed or still works, or Slurm did not "
+            f"answer): `afterok repair {where}` goes on with it, `afterok cancel {where}` takes it back"
+        )
+
+    def unreleased(self) -> list[int]:
+        """Submissions of this folder that were begun and neither released nor abandoned."""
+        open_: list[int] = []
+        for event in self.events():
+            if event["event"] == "submission":
+                open_.append(event["submission"])
+            elif event["event"] in ("released", "abandoned"):
+                open_ = [number for number in open_ if number != event["submission"]]
+        copied = self.copied() if open_ else set()
+        return [number for number in open_ if number not in copied]
+
+    def backend(self, submission: int) -> dict[str, Any]:
+        """The submission event: which back end and cluster it went to."""
+        for event in self.events():
+            if event["event"] == "submission" and event["submission"] == submission:
+                return event
+        return {}

@@ -1,0 +1,136 @@
+"""What a distributed checkpoint keeps where: the content of its .metadata file, a pickle of torch's classes."""
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.files.pickles import DTYPES, ORDERED, SIZE, Node, Pair, Refused, Shape, count, nodes, understood
+
+METADATA_BYTES = 4 << 30  # of a .metadata file: some 10 million pieces
+
+_CHECKPOINT = "torch.distributed.checkpoint."
+_CLASSES = {  # torch's classes of a .metadata file
+    name: (_CHECKPOINT + module, name)
+    for module, names in {
+        "metadata": (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        ),
+        "filesystem": ("_StorageInfo",),
+    }.items()
+    for name in names
+}  # fmt: skip
+KNOWN: frozenset[Pair] = frozenset(
+    {*_CLASSES.values(), *DTYPES, SIZE, ORDERED, ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"),
+     ("pathlib._local", "PosixPath")}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """A box of a tensor, and where in which file torch.save put it."""
+
+    offset: Shape
+    size: Shape
+    file: str
+    start: int  # bytes
+    length: int  # bytes
+
+
+@dataclass
+class StoredTensor:
+    dtype: str
+    shape: Shape
+    pieces: list[StoredPiece] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a distributed checkpoint keeps: tensors by key, and the keys of objects that are no tensors."""
+
+    tensors: dict[str, StoredTensor]
+    objects: tuple[str, ...]
+
+
+def read(path: Path) -> Stored:
+    """The content of a .metadata file. Refused where it is none. OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        data = file.read(METADATA_BYTES + 1)
+    if len(data) > METADATA_BYTES:
+        raise Refused(f"it has more than {METADATA_BYTES:,} bytes")
+    with _no_collector():
+        tree = nodes(data, KNOWN)
+        return understood(lambda: _stored(tree))
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's collector of circles, which would look at all that is made again and again: 3.4 s instead of
+    0.9 s for 100,000 pieces."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _state(node: Any, name: str) -> Any:
+    """What an object of torch's class `name` has."""
+    if not isinstance(node, Node) or type(node).pair != _CLASSES[name]:
+        raise Refused(f"it has {getattr(type(node), 'pair', type(node).__name__)!r} where {name} stands")
+    return node.state
+
+
+def _shape(node: Any) -> Shape:
+    if isinstance(node, Node) and type(node).pair == SIZE:
+        node = node.args[0]
+    if not isinstance(node, (tuple, list)):
+        raise Refused(f"it has {type(node).__name__} where a shape stands")
+    return tuple(map(count, node))
+
+
+def _stored(tree: Any) -> Stored:
+    whole = _state(tree, "Metadata")
+    tensors: dict[str, StoredTensor] = {}
+    boxes: dict[str, dict[Shape, Shape]] = {}
+    objects = []
+    for key, entry in whole["state_dict_metadata"].items():
+        if type(key) is not str:
+            raise Refused(f"it has {key!r} where the key of a tensor stands")
+        if isinstance(entry, Node) and type(entry).pair == _CLASSES["BytesStorageMetadata"]:
+            objects.append(key)
+            continue
+        tensor = _state(entry, "TensorStorageMetadata")
+        dtype = DTYPES[_state(tensor["properties"], "TensorProperties")[0].pair]
+        tensors[key] = StoredTensor(str(dtype).removeprefix("torch."), _shape(tensor["size"]))
+        chunks = (_state(chunk, "ChunkStorageMetadata") for chunk in tensor["chunks"])
+        boxes[key] = {_shape(chunk["offsets"]): _shape(chunk["sizes"]) for chunk in chunks}
+    for index, where in whole["storage_data"].items():
+        index, where = _state(index, "MetadataIndex"), _state(where, "_StorageInfo")
+        if index["fqn"] in objects:
+            continue
+        tensor, offset = tensors[index["fqn"]], _shape(index["offset"])
+        if where.get("transform_descriptors"):
+            raise Refused(f"the pieces of {index['fqn']} are stored as {where['transform_descriptors']!r}")
+        if type(where["relative_path"]) is not str:
+            raise Refused(f"it has {where['relative_path']!r} where the name of a file stands")
+        place = where["relative_path"], count(where["offset"]), count(where["length"])
+        tensor.pieces.append(StoredPiece(offset, boxes[index["fqn"]].pop(offset), *place))
+    _check(tensors, boxes)
+    return Stored(tensors, tuple(objects))
+
+
+def _check(tensors: Mapping[str, StoredTensor], unplaced: Mapping[str, Mapping[Shape, Shape]]) -> None:
+    """Refused for pieces that lie in no file, or outside of their tensor."""
+    for key, tensor in tensors.items():
+        if unplaced[key]:
+            raise Refused(f"the piece of {key} at {list(next(iter(unplaced[key])))} lies in no file")
+        for piece in tensor.pieces:
+            dimensions = len(piece.offset) == len(piece.size) == len(tensor.shape)
+            if not dimensions or any(a + n > all_ for a, n, all_ in zip(piece.offset, piece.size, tensor.shape)):
+                raise Refused(f"a piece of {key} {list(tensor.shape)} is {list(piece.size)} at {list(piece.offset)}")

@@ -1,0 +1,387 @@
+"""What a parallel plan may be, why not, and the nearest value that may. Pure Python.
+
+A rule is a function of plan and workload that says what is wrong. The nearest legal value comes from the rules
+themselves: of a field's candidates the one closest to what was asked that breaks none of them. Rules and their sources:
+reference/megatron.md 2.1 to 2.8, reference/megatron_cpu.md 3.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from data_tools.mistake import Problem
+from megatron_ext.parallel.plan import CONTEXT_COMMS, DEGREES, RECOMPUTES, ParallelPlan, Workload, divisors
+from megatron_ext.parallel.shape import MAMBA, MLP, MOE, WINDOW
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`broken(plan, workload)` says what is wrong, "" where nothing is. A change of any one of `fields` (of plan or
+    workload) may mend it, the best first."""
+
+    fields: tuple[str, ...]
+    broken: Callable[[ParallelPlan, Workload], str]
+
+
+RULES: list[Rule] = []
+
+
+def rule(*names: str) -> Callable:
+    def register(broken: Callable[[ParallelPlan, Workload], str]) -> Callable:
+        RULES.append(Rule(names, broken))
+        return broken
+
+    return register
+
+
+@rule("tensor", "context", "pipeline", "ranks")
+def ranks_divide_by_the_dense_grid(p: ParallelPlan, w: Workload) -> str:
+    product = f"tensor {p.tensor} x pipeline {p.pipeline} x context {p.context} = {p.model}"
+    return f"{w.ranks} ranks do not divide by {product}" if w.ranks % p.model else ""
+
+
+@rule("expert", "expert_tensor", "pipeline", "ranks")
+def ranks_divide_by_the_expert_grid(p: ParallelPlan, w: Workload) -> str:
+    product = f"expert_tensor {p.expert_tensor} x expert {p.expert} x pipeline {p.pipeline} = {p.expert_model}"
+    return f"{w.ranks} ranks do not divide by {product}" if w.ranks % p.expert_model else ""
+
+
+@rule("tensor")
+def tensor_splits_attention(p: ParallelPlan, w: Workload) -> str:
+    """Whole KV groups on a rank, or a group evenly replicated (transformer_config.py:940)."""
+    s = w.shape
+    if not s or not s.heads:
+        return ""
+    even = s.heads % p.tensor == 0 and (s.kv_groups % p.tensor == 0 or p.tensor % s.kv_groups == 0)
+    return "" if even else f"{p.tensor} does not split {s.heads} heads and {s.kv_groups} KV groups evenly"
+
+
+@rule("tensor")
+def tensor_splits_mlp_columns(p: ParallelPlan, w: Workload) -> str:
+    if not w.shape:
+        return ""
+    columns = {"MLP": w.shape.ffn if MLP in w.shape.blocks else 0, "shared-expert": w.shape.shared_ffn}
+    uneven = [f"{count} {name} columns" for name, count in columns.items() if count % p.tensor]
+    return f"{p.tensor} does not split {' and '.join(uneven)} evenly" if uneven else ""
+
+
+@rule("tensor")
+def tensor_splits_mamba(p: ParallelPlan, w: Workload) -> str:
+    s = w.shape
+    if not s or MAMBA not in s.blocks or s.mamba_heads % p.tensor == s.mamba_groups % p.tensor == 0:
+        return ""
+    return f"{p.tensor} does not split {s.mamba_heads} Mamba heads and {s.mamba_groups} Mamba groups evenly"
+
+
+@rule("context", "tensor")
+def context_splits_mamba(p: ParallelPlan, w: Workload) -> str:
+    """Mamba under CP spreads heads, not tokens (mamba_context_parallel.py:99-122)."""
+    s = w.shape
+    if not s or MAMBA not in s.blocks or tensor_splits_mamba(p, w):
+        return ""
+    heads, groups = s.mamba_heads // p.tensor, s.mamba_groups // p.tensor
+    if heads % p.context:
+        return f"{p.context} does not split the {heads} Mamba heads of a tensor rank evenly"
+    even = p.context % groups == 0 if p.context > groups else groups % p.context == 0
+    return "" if even else f"{p.context} neither divides nor is a multiple of a tensor rank's {groups} Mamba groups"
+
+
+@rule("context_comm", "context", "tensor")
+def all_to_all_splits_heads(p: ParallelPlan, w: Workload) -> str:
+    """Ulysses hands every context rank whole heads. Our own attention replicates KV heads, TE's does not."""
+    s = w.shape
+    if not s or not s.heads or p.context == 1 or p.context_comm != "a2a" or tensor_splits_attention(p, w):
+        return ""
+    heads, groups = s.heads // p.tensor, max(s.kv_groups // p.tensor, 1)
+    if heads % p.context:
+        return f"a2a over context {p.context} does not split the {heads} heads of a tensor rank evenly"
+    if w.backend == "te" and groups % p.context:
+        return f"a2a over context {p.context} does not split the {groups} KV groups of a tensor rank evenly"
+    return ""
+
+
+@rule("context_comm", "context")
+def context_communication_is_known_to_the_backend(p: ParallelPlan, w: Workload) -> str:
+    if p.context_comm not in CONTEXT_COMMS:
+        return f"{p.context_comm!r} is none of {', '.join(CONTEXT_COMMS)}"
+    ring = p.context > 1 and p.context_comm == "p2p" and w.backend == "torch"
+    return "p2p is Transformer Engine's ring; backend torch has all_gather and a2a" if ring else ""
+
+
+@rule("context_comm", "context")
+def te_needs_all_to_all_for_sinks(p: ParallelPlan, w: Workload) -> str:
+    wrong = w.shape and w.shape.sinks and w.backend == "te" and p.context > 1 and p.context_comm != "a2a"
+    return f"attention sinks under context {p.context} work in Transformer Engine with a2a only" if wrong else ""
+
+
+@rule("context_comm", "context")
+def te_has_no_ring_for_windows(p: ParallelPlan, w: Workload) -> str:
+    """attn_forward_func_with_cp of context_parallel.py."""
+    windows = w.shape and WINDOW in w.shape.blocks
+    wrong = windows and w.backend == "te" and p.context > 1 and p.context_comm == "p2p"
+    return "Transformer Engine's p2p ring has no sliding windows" if wrong else ""
+
+
+@rule("context_comm", "context")
+def te_gathers_no_packs(p: ParallelPlan, w: Workload) -> str:
+    """AttnFuncWithCPAndKVAllGather refuses THD; lifted by TransformerEngine #2829 (June 2026), after 2.11."""
+    wrong = w.backend == "te" and p.context > 1 and p.context_comm == "all_gather"
+    return "Transformer Engine 2.11 has no all_gather for packed documents" if wrong else ""
+
+
+@rule("pack_length", "context", "tensor")
+def tokens_divide(p: ParallelPlan, w: Workload) -> str:
+    if w.pack_length is None or w.pack_length * p.micro_batch % p.token_unit() == 0:
+        return ""
+    reasons = [f"2 x context {p.context} zig-zag halves"] if p.context > 1 else []
+    if p.sequence_parallel:
+        reasons.append(f"tensor {p.tensor} x context {p.context} sequence-parallel parts")
+    packs = f"{p.micro_batch} packs of " if p.micro_batch > 1 else ""
+    return f"{packs}{w.pack_length:,} tokens do not divide by {p.token_unit()} ({', '.join(reasons)})"
+
+
+@rule("align", "context")
+def documents_divide(p: ParallelPlan, w: Workload) -> str:
+    if w.align is None or w.align % p.document_unit() == 0:
+        return ""
+    pieces = f"context {p.context} cuts each into {p.document_unit()} pieces"
+    return f"packs align documents to {w.align} tokens, and {pieces}"
+
+
+@rule("longest")
+def documents_fit_the_positions(p: ParallelPlan, w: Workload) -> str:
+    if not w.shape or not w.shape.max_positions or (w.longest or 0) <= w.shape.max_positions:
+        return ""
+    return f"the longest document has {w.longest:,} tokens, the model {w.shape.max_positions:,} positions"
+
+
+@rule("sequence_parallel", "tensor")
+def sequence_parallel_needs_tensor(p: ParallelPlan, w: Workload) -> str:
+    return "needs tensor > 1 (here 1)" if p.sequence_parallel and p.tensor == 1 else ""
+
+
+@rule("sequence_parallel", "tensor")
+def experts_need_sequence_parallel(p: ParallelPlan, w: Workload) -> str:
+    """mcore raises it in the first training step (moe_layer.py)."""
+    wrong = w.shape and MOE in w.shape.blocks and p.tensor > 1 and not p.sequence_parallel
+    return f"a model with experts trains at tensor {p.tensor} only with sequence_parallel" if wrong else ""
+
+
+@rule("expert")
+def expert_splits_experts(p: ParallelPlan, w: Workload) -> str:
+    if p.expert == 1 or not w.shape:
+        return ""
+    if not w.shape.experts:
+        return "the model has no experts"
+    return f"{p.expert} does not split {w.shape.experts} experts evenly" if w.shape.experts % p.expert else ""
+
+
+@rule("expert_tensor")
+def expert_tensor_splits_expert_columns(p: ParallelPlan, w: Workload) -> str:
+    if p.expert_tensor == 1 or not w.shape:
+        return ""
+    if not w.shape.experts:
+        return "the model has no experts"
+    uneven = w.shape.expert_ffn % p.expert_tensor
+    return f"{p.expert_tensor} does not split {w.shape.expert_ffn} expert columns evenly" if uneven else ""
+
+
+@rule("expert_tensor")
+def expert_biases_stay_whole(p: ParallelPlan, w: Workload) -> str:
+    """transformer_config.py:1590."""
+    wrong = w.shape and w.shape.expert_bias and p.expert_tensor > 1
+    return f"experts with biases cannot be split over expert_tensor {p.expert_tensor}" if wrong else ""
+
+
+@rule("expert", "expert_tensor", "tensor")
+def experts_are_reduced_over_tensor_ranks(p: ParallelPlan, w: Workload) -> str:
+    """Silent in mcore: expert gradients are marked for their own groups by EP > 1 only (layers.py:829), so whole
+    experts on several tensor ranks keep a share each (measured: gradient norm x 0.707)."""
+    wrong = w.shape and MOE in w.shape.blocks and p.expert == 1 and p.expert_tensor < p.tensor
+    numbers = f"tensor {p.tensor} with expert_tensor {p.expert_tensor} and expert 1"
+    return f"{numbers} gives wrong expert gradients without an error" if wrong else ""
+
+
+@rule("expert_tensor", "expert")
+def gloo_gathers_even_parts_only(p: ParallelPlan, w: Workload) -> str:
+    wrong = w.gpus is False and p.expert > 1 and p.expert_tensor > 1
+    numbers = f"expert_tensor {p.expert_tensor} with expert {p.expert}"
+    return f"{numbers} needs an uneven all-gather, which gloo (CPU) lacks" if wrong else ""
+
+
+@rule("pipeline", "pipeline_layers", "virtual")
+def stages_are_even_or_listed(p: ParallelPlan, w: Workload) -> str:
+    if not w.shape or p.pipeline_layers or len(w.shape.layers) % p.stages == 0:
+        return ""
+    virtual = f" x virtual {p.virtual}" if p.virtual > 1 else ""
+    return f"{len(w.shape.layers)} layers do not divide by pipeline {p.pipeline}{virtual}, and pipeline_layers is empty"
+
+
+@rule("pipeline_layers")
+def listed_stages_hold_all_layers(p: ParallelPlan, w: Workload) -> str:
+    listed = p.pipeline_layers
+    if not listed:
+        return ""
+    if len(listed) != p.stages:
+        return f"{listed} are {len(listed)} stages, pipeline {p.pipeline} x virtual {p.virtual} = {p.stages}"
+    if min(listed) < 1:
+        return f"{listed} has a stage without a layer"
+    if w.shape and sum(listed) != len(w.shape.layers):
+        return f"{listed} are {sum(listed)} layers, the model has {len(w.shape.layers)}"
+    return ""
+
+
+@rule("pipeline_layers")
+def hybrid_stages_differ_at_the_ends_only(p: ParallelPlan, w: Workload) -> str:
+    """mamba_block.py:172 knows a first and a last number of layers, and equal ones between."""
+    wrong = w.shape and MAMBA in w.shape.blocks and len(set(p.pipeline_layers[1:-1])) > 1
+    return f"{p.pipeline_layers}: in a hybrid model only the first and the last stage may differ" if wrong else ""
+
+
+@rule("virtual", "pipeline")
+def virtual_needs_pipeline(p: ParallelPlan, w: Workload) -> str:
+    return f"{p.virtual} stages a rank need pipeline > 1 (here 1)" if p.virtual > 1 and p.pipeline == 1 else ""
+
+
+@rule("virtual")
+def hybrids_are_not_interleaved(p: ParallelPlan, w: Workload) -> str:
+    """mamba_block.py:173."""
+    wrong = w.shape and MAMBA in w.shape.blocks and p.virtual > 1
+    return f"{p.virtual}: a hybrid Mamba model has no interleaved pipeline" if wrong else ""
+
+
+@rule("global_batch", "micro_batch")
+def global_batch_divides(p: ParallelPlan, w: Workload) -> str:
+    unit = p.data(w.ranks) * p.micro_batch
+    if w.global_batch is None or w.ranks % p.model or w.global_batch % unit == 0:
+        return ""
+    factors = f"{p.data(w.ranks)} data-parallel ranks x micro-batch {p.micro_batch} = {unit}"
+    return f"a global batch of {w.global_batch} packs does not divide by {factors}"
+
+
+@rule("global_batch", "virtual", "micro_batch")
+def interleaving_takes_whole_rounds(p: ParallelPlan, w: Workload) -> str:
+    """schedules.py:995-1015, with its default group of `pipeline` micro-batches."""
+    if p.virtual == 1 or w.global_batch is None or w.ranks % p.model or global_batch_divides(p, w):
+        return ""
+    count = w.global_batch // (p.data(w.ranks) * p.micro_batch)
+    uneven = count % p.pipeline
+    return f"{count} micro-batches do not divide by pipeline {p.pipeline}, as interleaving needs" if uneven else ""
+
+
+@rule("recompute")
+def recompute_is_known(p: ParallelPlan, w: Workload) -> str:
+    return "" if p.recompute in RECOMPUTES else f"{p.recompute!r} is none of {', '.join(RECOMPUTES)}"
+
+
+# ---------------------------------------------------------------- the nearest legal value
+
+
+def broken_rules(plan: ParallelPlan, workload: Workload) -> list[tuple[Rule, str]]:
+    """Every rule that is broken, with its sentence. Degrees below 1 break nothing here: ask `check`."""
+    found = ((one, one.broken(plan, workload)) for one in RULES)
+    return [(one, message) for one, message in found if message]
+
+
+def is_legal(plan: ParallelPlan, workload: Workload) -> bool:
+    return not any(one.broken(plan, workload) for one in RULES)
+
+
+def nearest(value: int, legal: Iterable[int]) -> int:
+    """The legal value closest to `value`, the smaller of two equally close ones."""
+    return min(legal, key=lambda candidate: (abs(candidate - value), candidate))
+
+
+def _multiples(value: int, unit: int) -> list[int]:
+    """Those of `unit` around `value`."""
+    below = value // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple > 0]
+
+
+def _even_as_can_be(layers: int, stages: int) -> list[int]:
+    """Layers of each stage; the first, which has the embedding, is the last to take one of the surplus."""
+    base, surplus = divmod(layers, stages)
+    order = [*range(1, stages), 0]
+    return [base + (stage in order[:surplus]) for stage in range(stages)]
+
+
+def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
+    """Values of a field of plan or workload that could be legal, the nearest to the present one first."""
+    w, unit = workload, plan.data(workload.ranks) * plan.micro_batch or 1
+    layers = len(w.shape.layers) if w.shape else plan.stages
+    batch = w.global_batch or 1
+    values: dict[str, Callable[[], Iterable[int]]] = {
+        "ranks": lambda: _multiples(w.ranks, math.lcm(plan.model, plan.expert_model)),
+        "pack_length": lambda: _multiples(w.pack_length or 1, math.lcm(plan.token_unit(), w.align or 1)),
+        "align": lambda: _multiples(w.align or 1, plan.document_unit()),
+        "longest": lambda: [w.shape.max_positions] if w.shape else [],
+        "global_batch": lambda: {*_multiples(batch, unit), *_multiples(batch, unit * plan.pipeline)},
+        "virtual": lambda: range(1, layers + 1),
+        "micro_batch": lambda: divisors(batch),
+    }
+    if name == "sequence_parallel":
+        return [not plan.sequence_parallel]
+    if name == "context_comm":
+        return list(CONTEXT_COMMS)
+    if name == "recompute":
+        return list(RECOMPUTES)
+    if name == "pipeline_layers":
+        return [[], _even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
+    present = getattr(plan if hasattr(plan, name) else w, name)
+    found = values.get(name, lambda: divisors(w.ranks))()
+    return sorted(found, key=lambda value: (abs(value - present), value))
+
+
+def change(plan: ParallelPlan, workload: Workload, name: str, value: Any) -> tuple[ParallelPlan, Workload]:
+    """Plan and workload with one field of either set."""
+    if hasattr(plan, name):
+        return replace(plan, **{name: value}), workload
+    return plan, replace(workload, **{name: value})
+
+
+def remedy(broken: Rule, plan: ParallelPlan, workload: Workload) -> tuple[str, Any] | None:
+    """(field, nearest value) that mends a broken rule: one that leaves nothing else broken if there is any."""
+    partial = None
+    for name in broken.fields:
+        for value in candidates(name, plan, workload):
+            changed = change(plan, workload, name, value)
+            if broken.broken(*changed):
+                continue
+            if is_legal(*changed):
+                return name, value
+            partial = partial or (name, value)
+    return partial
+
+
+_SPELLED = {
+    "ranks": "{} ranks",
+    "pack_length": "a pack length of {:,} tokens",
+    "align": "align: {} in pack",
+    "longest": "documents of at most {:,} tokens",
+    "global_batch": "a global batch of {} packs",
+}
+
+
+def spell(name: str, value: Any) -> str:
+    """A remedy in words: "tensor 4", "a pack length of 12,000 tokens"."""
+    text = str(value).lower() if isinstance(value, bool) else value
+    return _SPELLED.get(name, f"{name} {{}}").format(text)
+
+
+def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
+    """All rules that `plan` breaks, each with the numbers and the nearest legal value."""
+    small = [
+        Problem(f"{where}.{name}", f"{getattr(plan, name)} is not a degree: the least is 1")
+        for name in DEGREES
+        if getattr(plan, name) < 1
+    ]
+    if small:
+        return small
+    own = {one.name for one in fields(plan)}
+    problems = []
+    for one, message in broken_rules(plan, workload):
+        mend = remedy(one, plan, workload)
+        place = f"{where}.{mend[0]}" if mend and mend[0] in own else where
+        problems.append(Problem(place, message + (f": use {spell(*mend)}" if mend else "")))
+    return problems

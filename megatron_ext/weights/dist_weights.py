@@ -1,0 +1,206 @@
+"""mcore's distributed checkpoint format (torch_dist), written and read tensor by tensor by plain processes.
+
+No model, no process group, no megatron-core: what is in memory is one piece at a time. The tensors are whole, so that
+any parallel layout loads them. The files are those of torch.distributed.checkpoint:
+
+    *.distcp         torch.save'd pieces one after another; each writer has its own file
+    .metadata        pickled Metadata: tensor -> shape, dtype, pieces; piece -> file, offset, length
+    metadata.json    mcore's mark of the format         common.pt    mcore's state that is not a tensor: here none
+
+torch's own FileSystemWriter keeps every tensor of a file until it closes it (filesystem.py, `tensor_dict`).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import numpy
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.utils.serialization import config as serialization
+
+from data_tools.base import durable
+from data_tools.base.inside import inside
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.files import pickles, stored
+from megatron_ext.files.stored import StoredPiece
+from megatron_ext.models.layouts import Rule
+
+Shape = tuple[int, ...]
+
+METADATA, COMMON = ".metadata", "common.pt"
+PIECE_BYTES = 64 << 20
+ALIGNMENT = 64  # bytes, of a piece in its file, as torch.save aligns the data within: so it can be mapped
+FORMAT = {  # megatron.core.dist_checkpointing.core.CheckpointingConfig
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of a checkpoint tensor: `size` elements from `offset`, of `shape` in all."""
+
+    key: str
+    shape: Shape
+    offset: Shape
+    size: Shape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A region and where its bytes are."""
+
+    region: Region
+    dtype: str
+    file: str
+    start: int  # bytes
+    length: int  # bytes
+
+
+def regions(rule: Rule) -> Iterator[tuple[Region, slice]]:
+    """What a distributed checkpoint keeps of a rule's tensor: regions, each with its rows of mcore's whole tensor.
+
+    mcore stacks experts along a first axis under one key (transformer/moe/experts.py, `sharded_state_dict`).
+    """
+    key, stack = rule.te_name or rule.name, ()
+    if rule.experts:
+        before, after = key.split(".mlp.experts.")
+        expert, rest = after.split(".", 1)
+        key, stack = f"{before}.mlp.experts.experts.{rest}", ((rule.experts, int(expert), 1),)
+    tail = tuple((size, 0, size) for size in rule.layout.shape[1:])
+    start = 0
+    for suffix, rows in rule.layout.stored():
+        shape, offset, size = zip(*stack, (rows, 0, rows), *tail)
+        yield Region(key + suffix, shape, offset, size), slice(start, start + rows)
+        start += rows
+
+
+def pieces(region: Region, item_bytes: int) -> Iterator[tuple[Region, int]]:
+    """The region in boxes of at most PIECE_BYTES (or a row), each with how many of its elements come before."""
+    axis = next((i for i, size in enumerate(region.size) if size > 1), 0)
+    row = math.prod(region.size[axis + 1 :])
+    step = max(1, PIECE_BYTES // (row * item_bytes))
+    for first in range(0, region.size[axis], step):
+        offset, size = list(region.offset), list(region.size)
+        offset[axis] += first
+        size[axis] = min(step, region.size[axis] - first)
+        yield replace(region, offset=tuple(offset), size=tuple(size)), first * row
+
+
+class Writer:
+    """One process's file of a checkpoint: `write` appends, `written` tells what is where."""
+
+    def __init__(self, folder: Path, index: int = 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.written: list[Piece] = []
+        self._file = open(folder / f"__{index}_0.distcp", "wb")
+
+    def write(self, region: Region, data: torch.Tensor) -> None:
+        data = data.contiguous()
+        # torch.save writes all of the storage below a view; this is one of the data's size, on the same memory.
+        bytes_ = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
+        start = self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
+        with serialization.patch("save.compute_crc32", False):  # seals and sums tell more, and it takes half the time
+            torch.save(bytes_.view(data.dtype).reshape(region.size), self._file)
+        dtype = str(data.dtype).removeprefix("torch.")
+        name = Path(self._file.name).name
+        self.written.append(Piece(region, dtype, name, start, self._file.tell() - start))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def finish(folder: Path, written: Iterable[Piece]) -> None:
+    """Make the folder, which holds all files, a checkpoint of these pieces."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    results = []
+    for piece in written:
+        region = piece.region
+        tensor = tensors.setdefault(
+            region.key,
+            TensorStorageMetadata(TensorProperties(getattr(torch, piece.dtype)), torch.Size(region.shape), []),
+        )
+        tensor.chunks.append(ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.size)))
+        index = MetadataIndex(region.key, region.offset, len(tensor.chunks) - 1)
+        results.append(WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length)))
+    FileSystemWriter(folder).finish(Metadata(tensors), [results])
+    torch.save({}, folder / COMMON)
+    durable.write_json(folder / "metadata.json", FORMAT)
+
+
+class Reader:
+    """The tensors of a distributed checkpoint, whatever layout wrote it, and whoever: pickles.py reads its pickles."""
+
+    def __init__(self, folder: Path):
+        """UserMistake when it is no checkpoint."""
+        self.folder = folder
+        try:
+            self.stored = stored.read(inside(folder, METADATA))
+            beside = inside(folder, COMMON, needed=False)
+            common = pickles.load(beside) if beside else {}
+        except (OSError, pickles.Refused, UserMistake) as error:
+            said = f"not a distributed checkpoint that is understood: {error}"
+            raise UserMistake(Problem(str(folder), said)) from None
+        if common != {}:
+            said = f"{COMMON} has {', '.join(map(str, common)) if isinstance(common, dict) else type(common).__name__}"
+            raise UserMistake(Problem(str(folder), f"{said}, and none of our checkpoints has anything there"))
+        self._files: dict[str, IO[bytes]] = {}
+
+    def tensors(self) -> dict[str, tuple[str, Shape]]:
+        """Key -> (dtype, shape). Vocabulary padding counts as rows."""
+        return {key: (tensor.dtype, tensor.shape) for key, tensor in self.stored.tensors.items()}
+
+    def read(self, region: Region) -> torch.Tensor:
+        """The region's elements. One stored piece that covers it is mapped from its file, not copied."""
+        found: torch.Tensor | None = None
+        for piece in self.stored.tensors[region.key].pieces:
+            low = [max(a, b) for a, b in zip(region.offset, piece.offset)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(region.offset, region.size, piece.offset, piece.size)]
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            data = self.load(region.key, piece)
+            part = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset))]
+            if part.shape == region.size:
+                return part
+            if found is None:
+                found = _room(region.size, part.dtype)
+            found[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset))] = part
+        if found is None:
+            raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
+        return found
+
+    def load(self, key: str, piece: StoredPiece) -> torch.Tensor:
+        """The elements of one stored piece of a tensor, mapped from its file."""
+        path = self.folder / piece.file
+        try:
+            if piece.file not in self._files:
+                self._files[piece.file] = open(inside(self.folder, piece.file), "rb")
+            data = pickles.load_piece(self._files[piece.file], piece.start, piece.length)
+        except (OSError, pickles.Refused) as error:
+            said = f"the piece of {key} at byte {piece.start:,} is damaged: {error}"
+            raise UserMistake(Problem(str(path), said)) from None
+        dtype = getattr(torch, self.stored.tensors[key].dtype)
+        if tuple(data.shape) != piece.size or data.dtype != dtype:
+            said = f"{data.dtype} {list(data.shape)} instead of {dtype} {list(piece.size)}"
+            raise UserMistake(Problem(str(path), f"the piece of {key} at byte {piece.start:,} is {said}"))
+        return data
+
+
+def _room(size: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor in huge pages where the system has them: numpy asks for them, torch does not. The first
+    touch of small pages takes longer than the copy into them."""
+    return torch.from_numpy(numpy.empty(math.prod(size) * dtype.itemsize, numpy.uint8)).view(dtype).reshape(size)

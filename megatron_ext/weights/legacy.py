@@ -1,0 +1,243 @@
+"""Megatron-LM's legacy `torch` checkpoints, read: one file a rank, of any tensor, pipeline and expert degree.
+
+    FOLDER/latest_checkpointed_iteration.txt     a number, or "release"
+    FOLDER/iter_0000100/mp_rank_00/model_optim_rng.pt
+                        mp_rank_TT[_PPP][_EEE]   PPP where the pipeline has stages, EEE where experts are spread
+
+(megatron/training/checkpointing.py, get_checkpoint_name.) The files are pickles with Megatron's own classes in them:
+pickles.py reads them, so that Megatron need not be installed and no code of theirs or of anybody else runs.
+
+They also have the arguments that the model was trained with, which tell what shapes of tensors do not: heads, rotary
+positions, epsilons, windows, the router's scale. Each that config.json says otherwise is refused.
+"""
+
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_tools.base.inside import inside
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.files import pickles
+from megatron_ext.models.layouts import Entry, HfTensor, Rule, Shape, hf_rules, hf_shapes
+from megatron_ext.weights.copies import difference
+
+FILE = "model_optim_rng.pt"
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+LISTED = 12  # wrong tensors that a message names
+LLAMA3_FACTOR = 8.0  # of --use-rope-scaling, before Megatron had --rope-scaling-factor
+ARGUMENTS = {  # Megatron's names by those of a family's Dims
+    "heads": "num_attention_heads",
+    "head_dim": "kv_channels",
+    "norm_epsilon": "norm_epsilon",
+    "rope_base": "rotary_base",
+    "experts": "num_experts",
+    "top_k": "moe_router_topk",
+    "swiglu_limit": "activation_func_clamp_value",
+    "mamba_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_groups": "mamba_num_groups",
+    "mamba_state": "mamba_state_dim",
+}
+_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_(\d+))?$")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.(?:weight|bias))(\d+))$")
+
+
+def _load(root: Path, rank: Path) -> dict[str, Any]:
+    """The file in a rank's folder, which is below `root`."""
+    path = rank / FILE
+    try:
+        found = pickles.load(inside(root, str(path.relative_to(root))), pickles.ARGUMENTS, unknown=True)
+    except (OSError, pickles.Refused) as error:
+        raise UserMistake(Problem(str(path), f"not a whole Megatron checkpoint ({error})")) from None
+    if not isinstance(found, dict) or not isinstance(found.get("args", Namespace()), Namespace):
+        raise UserMistake(Problem(str(path), "is no Megatron checkpoint: it is no dict of weights and arguments"))
+    return found
+
+
+def _degree(arguments: Namespace, axis: str, where: str) -> int:
+    """A parallel degree of Megatron's arguments; 1 where there is none."""
+    degree = getattr(arguments, f"{axis}_parallel_size", None) or 1
+    if type(degree) is not int or degree < 1:
+        raise UserMistake(Problem(where, f"{axis}_parallel_size is {degree!r}, no degree"))
+    return degree
+
+
+def unlike(arguments: Namespace, dims: Any) -> list[str]:
+    """What Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json has 1e6".
+
+    An argument that is not there, or None, is not compared.
+    """
+    said = {name: getattr(arguments, name, None) for name in ARGUMENTS.values()}
+    ours = {name: getattr(dims, field, 0) or None for field, name in ARGUMENTS.items()}
+    if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", 0):
+        grouped = arguments.group_query_attention
+        said["num_query_groups"] = arguments.num_query_groups if grouped else arguments.num_attention_heads
+        ours["num_query_groups"] = dims.kv_groups
+    if getattr(dims, "experts", 0) and hasattr(arguments, "moe_router_topk_scaling_factor"):
+        said["moe_router_topk_scaling_factor"] = arguments.moe_router_topk_scaling_factor or 1.0
+        ours["moe_router_topk_scaling_factor"] = getattr(dims, "routed_scale", 1.0)
+    if hasattr(arguments, "window_size") and hasattr(dims, "window"):
+        said["window_size"] = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
+        ours["window_size"] = dims.window if any(dims.sliding) else 0
+    if hasattr(arguments, "rotary_percent") and hasattr(dims, "rope_base"):
+        said["rotary_percent"], ours["rotary_percent"] = arguments.rotary_percent, 1.0
+    if hasattr(arguments, "use_rope_scaling") and hasattr(dims, "rope_factor"):
+        factor = getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
+        said["rope_scaling_factor"] = factor if arguments.use_rope_scaling else 0
+        ours["rope_scaling_factor"] = dims.rope_factor
+    if hasattr(arguments, "untie_embeddings_and_output_weights"):
+        said["untie_embeddings_and_output_weights"] = arguments.untie_embeddings_and_output_weights
+        ours["untie_embeddings_and_output_weights"] = not getattr(dims, "tied", False)
+    return [
+        f"{name} is {value}, config.json has {ours[name]}"
+        for name, value in said.items()
+        if value is not None and ours[name] is not None and value != ours[name]
+    ]
+
+
+def _iteration(folder: Path) -> Path:
+    """The folder with the mp_rank folders: FOLDER, or that of its latest iteration."""
+    latest = inside(folder, "latest_checkpointed_iteration.txt", needed=False)
+    if latest is None:
+        return folder
+    text = latest.read_bytes()[:80].decode(errors="replace").strip()
+    if text != "release" and not (text.isascii() and text.isdecimal()):
+        raise UserMistake(Problem(str(latest), f'has {text[:40]!r}, neither a number nor "release"'))
+    return folder / ("release" if text == "release" else f"iter_{int(text):07d}")
+
+
+class LegacyTensors:
+    """Such a checkpoint as the Hugging Face tensors that it would export to (convert.Tensors)."""
+
+    def __init__(self, folder: Path, rules: Sequence[Rule], dims: Any):
+        """UserMistake when files or tensors are missing, for degrees that the names of files do not tell, and where the
+        model was trained as another one than `dims`."""
+        self._root, self.folder = folder, _iteration(folder)
+        files = {
+            tuple(int(part or 0) for part in found.groups()): path
+            for path in sorted(self.folder.glob("mp_rank_*"))
+            if (found := _RANK.match(path.name))
+        }
+        if not files:
+            raise UserMistake(Problem(str(self.folder), "has no mp_rank_* folders: not a legacy Megatron checkpoint"))
+        first = files[min(files)]
+        arguments = _load(folder, first).get("args", Namespace())
+        try:
+            said = unlike(arguments, dims)
+        except (TypeError, AttributeError, IndexError) as error:
+            raise UserMistake(Problem(str(first / FILE), f"its arguments are not understood ({error})")) from None
+        if said:
+            raise UserMistake([Problem(str(first / FILE), f"was trained otherwise: {one}") for one in said])
+        self.tensor, self.pipeline, self.expert, expert_tensor = (
+            _degree(arguments, axis, str(first / FILE))
+            for axis in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
+        )
+        if any(rule.experts for rule in rules) and self.tensor > 1 and expert_tensor not in (1, self.tensor):
+            degrees = f"expert tensor degree {expert_tensor} under tensor degree {self.tensor}"
+            remedy = "is not supported: save it as a distributed checkpoint"
+            raise UserMistake(Problem(str(self.folder), f"{degrees} {remedy}"))
+        self._wholes_experts = expert_tensor < self.tensor
+        self._copies: dict[str, list[tuple[torch.Tensor, int]]] = {}  # name -> (copy, tensor rank of what it repeats)
+        self._shards = self._collect(files)
+        self._rules, self._shapes = hf_rules(rules), hf_shapes(rules)
+        missing = [rule for rule in rules if self._name(rule) not in self._shards]
+        wrong = [f"tensor {self._name(rule)} {list(rule.layout.shape)} is missing" for rule in missing]
+        known = {name for rule in rules for name in (rule.name, rule.te_name)}
+        if getattr(dims, "tied", False) and OUTPUT in self._shards:  # the last stage's copy of the embedding
+            copies = [(shard, rank) for rank, shard in enumerate(self._shards.pop(OUTPUT))]
+            self._copies.setdefault(EMBEDDING, []).extend(copies)
+        for name in sorted(self._shards.keys() - known):
+            wrong.append(f"tensor {name} {list(self._shards[name][0].shape)} is not part of the model in config.json")
+        if wrong:
+            raise UserMistake([Problem(str(self.folder), message) for message in wrong[:LISTED]])
+
+    def _collect(self, files: dict[tuple[int, ...], Path]) -> dict[str, list[torch.Tensor]]:
+        """Name in rules, or by Transformer Engine -> its shards by tensor rank."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for expert in range(self.expert):
+            for tensor in range(self.tensor):
+                stages = self._stages(files, tensor, expert)
+                before = 0
+                for state in stages:
+                    local = {int(m[1]) for name in state if (m := _LAYER.match(name))}
+                    for name, value in state.items():
+                        whole = self._whole_name(name, before, expert, state)
+                        if not isinstance(value, torch.Tensor) or name.endswith(("_extra_state", ".inv_freq")):
+                            continue
+                        if ".mlp.experts." in whole or expert == 0:
+                            found.setdefault(whole, []).append(value)
+                        else:  # which all expert ranks have
+                            self._copies.setdefault(whole, []).append((value, tensor))
+                    before += len(local)
+        return found
+
+    def _stages(self, files: dict[tuple[int, ...], Path], tensor: int, expert: int) -> list[dict[str, Any]]:
+        """The state dicts of one tensor and expert rank in model order: interleaved stages take turns."""
+        loaded = []
+        for stage in range(self.pipeline):
+            rest = [stage] * (self.pipeline > 1) + [expert] * (self.expert > 1)
+            rank = tuple([tensor, *rest, 0, 0][:3])
+            if rank not in files:
+                name = "_".join(["mp_rank", f"{tensor:02d}", *(f"{part:03d}" for part in rest)])
+                raise UserMistake(Problem(str(self.folder / name / FILE), "is missing"))
+            loaded.append(_load(self._root, files[rank]))
+        virtual = sum(re.fullmatch(r"model\d+", str(key)) is not None for key in loaded[0])
+        keys = ["model"] if "model" in loaded[0] else [f"model{i}" for i in range(virtual)]
+        states = [state.get(key) for key in keys for state in loaded]
+        named = [isinstance(state, dict) and all(type(name) is str for name in state) for state in states]
+        if not all(named) or not named:
+            raise UserMistake(Problem(str(self.folder), "has files without the weights of a model (`model`)"))
+        return states
+
+    def _whole_name(self, name: str, layers_before: int, expert_rank: int, state: dict[str, Any]) -> str:
+        layer = _LAYER.match(name)
+        if not layer:
+            return name
+        rest = name[layer.end() :]
+        if expert := _EXPERT.match(rest):
+            prefix = name[: layer.end()]
+            rests = (key[layer.end() :] for key in state if key.startswith(prefix))
+            held = {int(m[1] or m[4]) for one in rests if (m := _EXPERT.match(one))}
+            index = expert_rank * len(held) + int(expert[1] or expert[4])
+            rest = f"mlp.experts.{index}.{expert[2] or expert[3]}"
+        return f"decoder.layers.{layers_before + int(layer[1])}.{rest}"
+
+    def _name(self, rule: Rule) -> str:
+        return rule.name if rule.name in self._shards else rule.te_name or rule.name
+
+    def whole(self, rule: Rule) -> torch.Tensor:
+        """mcore's whole tensor. UserMistake when the shards do not make one, or when its copies differ."""
+        name, wholes = self._name(rule), rule.experts and self._wholes_experts
+        shards, copies = self._shards[name], list(self._copies.get(name, ()))
+        if wholes or shards[0].shape == rule.layout.shape:  # each tensor rank has all of it
+            copies += [(shard, 0) for shard in shards[1:]]
+        for copy, rank in copies:
+            if said := difference(copy, shards[rank]):
+                raise UserMistake(Problem(str(self.folder), f"tensor {name}: a rank's copy {said} (of another's)"))
+        joined = rule.layout.unshard(shards[:1] if wholes else shards)
+        if joined.shape != rule.layout.shape:
+            raise UserMistake(Problem(str(self.folder), f"tensor {name} has shape {list(joined.shape)}, "
+                                      f"config.json gives {list(rule.layout.shape)}"))  # fmt: skip
+        return joined
+
+    # As convert.Tensors
+
+    def shapes(self) -> dict[str, Shape]:
+        return self._shapes
+
+    def dtype(self, name: str) -> str:
+        rule, _ = self._rules[name][0]
+        return str(self._shards[self._name(rule)][0].dtype).removeprefix("torch.")
+
+    def file(self, name: str) -> str:
+        return self.folder.name
+
+    def read(self, tensor: HfTensor) -> torch.Tensor:
+        name, index = (tensor.name, tensor.index) if isinstance(tensor, Entry) else (tensor, 0)
+        rule, position = self._rules[name][index]
+        return rule.layout.split(self.whole(rule))[position].reshape(rule.layout.hf_shapes()[position])

@@ -1,0 +1,136 @@
+"""mcore's `dist_checkpointing.load` of a distributed checkpoint, with every byte read by dist_weights.Reader.
+
+mcore and torch would unpickle .metadata, common.pt and objects beside the tensors with everything allowed
+(torch/distributed/checkpoint/filesystem.py, `read_metadata`; default_planner.py, `load_bytes`). The plan of what goes
+where stays theirs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import checkpoint
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from data_tools.base import durable
+from data_tools.base.inside import inside
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.weights import dist_weights
+
+
+def load(wanted: ShardedStateDict, folder: Path) -> StateDict:
+    """Fill `wanted`, sharded tensors of any layout, from the distributed checkpoint `folder`. Every rank takes part.
+
+    UserMistake where the folder is none, or holds what is not understood.
+    """
+    path = inside(folder, "metadata.json")
+    found = durable.read_json(path)
+    if found != dist_weights.FORMAT:
+        raise UserMistake(Problem(str(path), f"is {found!r}, and only {dist_weights.FORMAT} is read"))
+    reader = _Reader(folder)
+    return dist_checkpointing.load(wanted, str(folder), _Sharded(reader), _Common())
+
+
+class _Common(TorchCommonLoadStrategy):
+    """Nothing: dist_weights.Reader has refused whatever else common.pt may hold."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
+        return {}
+
+
+class _Sharded(TorchDistLoadShardedStrategy):
+    """mcore's strategy for torch_dist, with our reader in place of torch's."""
+
+    def __init__(self, reader: "_Reader"):
+        super().__init__()
+        self._reader = reader
+
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
+        """What `sharded_state_dict` asks for, as mcore's own `load` gives it."""
+        sharded = [one for one in nested_values(sharded_state_dict) if isinstance(one, ShardedTensor)]
+        by_key, nesting, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        wanted = mcore_to_pyt_state_dict(by_key, True)
+        planner = MCoreLoadPlanner(
+            shapes_validation_sharded_tensors=[one for one in sharded if not one.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors={one.key: one for one in sharded if one.allow_shape_mismatch},
+        )
+        checkpoint.load_state_dict(wanted, self._reader, planner=planner)
+        loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
+        state = _replace_sharded_keys_with_state_dict_keys(loaded, nesting, renamed)
+        _restore_dict_types(state, sharded_state_dict)
+        return state
+
+
+class _Reader(StorageReader):
+    """torch's interface to the files of a checkpoint, by dist_weights.Reader."""
+
+    def __init__(self, folder: Path):
+        self._reader = dist_weights.Reader(folder)
+        self._pieces: dict[MetadataIndex, tuple[str, Any]] = {}
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """torch's form of what the checkpoint holds."""
+        keys: dict[str, Any] = {key: BytesStorageMetadata() for key in self._reader.stored.objects}
+        for key, tensor in self._reader.stored.tensors.items():
+            boxes = []
+            for piece in tensor.pieces:
+                boxes.append(ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.size)))
+                self._pieces[MetadataIndex(key, piece.offset)] = key, piece
+            dtype = TensorProperties(getattr(torch, tensor.dtype))
+            keys[key] = TensorStorageMetadata(dtype, torch.Size(tensor.shape), boxes)
+        return Metadata(keys, storage_data=self._pieces)
+
+    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy what this rank's plan names."""
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                said = f"{item.storage_index.fqn} is an object, and only tensors are read from checkpoints"
+                raise UserMistake(Problem(str(self._reader.folder), said))
+            key, piece = self._pieces[item.storage_index]
+            data = narrow_tensor_by_index(self._reader.load(key, piece), item.storage_offsets, item.lengths)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(data)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
