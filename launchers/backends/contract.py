@@ -1,36 +1,12 @@
 """The contract that local processes and Slurm share: the same jobs in, the same state words out."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
-
-# Slurm's words (man squeue, JOB STATE CODES); the local driver uses the same.
-PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = "PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED"
-NEVER = "DependencyNeverSatisfied"
-# Why a job waits for a release: nobody released it yet, or a controller that crashed forgot that, or forgot that the
-# job ran: it sends the job, or a new one of that id, to a node where the old one still is.
-HELD = frozenset({"JobHeldUser", "launch failed requeued held"})
-ACTIVE_STATES = frozenset(
-    {
-        PENDING,
-        RUNNING,
-        "SUSPENDED",
-        "COMPLETING",
-        "CONFIGURING",
-        "REQUEUED",
-        "REQUEUE_HOLD",
-        "REQUEUE_FED",
-        "RESIZING",
-        "SIGNALING",
-        "SPECIAL_EXIT",
-        "STAGE_OUT",
-        "STOPPED",
-        "RESV_DEL_HOLD",
-    }
-)
 
 
 class OutcomeOpen(UserMistake):
@@ -76,6 +52,15 @@ class TaskState:
     reason: str = ""
     exit_code: int | None = None
     links_left: int = 0  # of a chain: its links that have not ended
+
+
+def request_of(planned: PlannedPhase) -> str:
+    """Return a digest of what a phase's job asks for, as the ledger keeps it."""
+    return durable.sha256_bytes(
+        durable.canonical_json(
+            [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch, asdict(planned.resources)]
+        )
+    )[:16]
 
 
 class Backend(Protocol):

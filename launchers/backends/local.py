@@ -26,21 +26,11 @@ from jobs.artifacts.artifact import Owner
 from jobs.artifacts.run_folder import RunFolder
 from jobs.ranks import die_with_parent, exit_code
 from jobs.schema.pipeline import NEED_SEALS
-from launchers.backends.contract import (
-    CANCELLED,
-    COMPLETED,
-    FAILED,
-    NEVER,
-    PENDING,
-    RUNNING,
-    JobSpec,
-    Refused,
-    TaskState,
-)
+from launchers.backends.contract import JobSpec, Refused, TaskState, request_of
 from launchers.backends.restart import Life, judge
+from launchers.causes.states import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING
 from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
-from launchers.submission.transaction import request_of
 from slurm.client import scrubbed_environment
 from slurm.profile import load
 

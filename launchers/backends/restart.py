@@ -27,11 +27,10 @@ from data_tools.base import durable
 from jobs import requeue, retry
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import Cause, End, Verdict
-from launchers.backends.contract import FAILED
 from launchers.causes.diagnosis import Diagnosis, classify
 from launchers.causes.evidence import Evidence
-from launchers.observe.status import UNKNOWN, lease_times
-from launchers.observe.why import log_tail, requested
+from launchers.causes.states import FAILED, UNKNOWN
+from launchers.causes.traces import lease_times, log_tail, requested
 from launchers.planning import chain
 from slurm.client import Slurm, SlurmError
 from slurm.printed import format_indices, parse_minutes

@@ -8,11 +8,11 @@ variables, and a `grep` without a match is no failure of a line that goes on.
 import shlex
 from pathlib import Path
 
+from launchers.causes.evidence import ENDED
 from slurm.profile import Env, Profile
 
 STRICT, DEFAULTS = "set -euo pipefail", "set +euo pipefail"
-# How the log tells of them; launchers/causes/evidence.py reads it.
-LINE_FAILED, ENDED = "a command of env.setup ended with code", "ended the job with code"
+LINE_FAILED = "a command of env.setup ended with code"  # how the log tells of a line that did not end the job
 # Where Environment Modules and Lmod have what defines `module`, in packages and from source.
 MODULE_FILES = (
     "${MODULESHOME:-/usr/share/modules}/init/bash", "${LMOD_PKG:-/usr/share/lmod/lmod}/init/bash",

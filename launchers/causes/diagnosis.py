@@ -14,7 +14,6 @@ from pathlib import Path
 from data_tools.mistake import EXIT_MISTAKE
 from data_tools.progress import EXIT_HUNG
 from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, SIGNAL_BASE, Cause
-from launchers.backends.contract import ACTIVE_STATES, CANCELLED, FAILED, NEVER, RUNNING
 from launchers.causes.evidence import (  # fmt: skip
     CANCELLED_LINE,
     COLLECTIVE_LINE,
@@ -26,12 +25,13 @@ from launchers.causes.evidence import (  # fmt: skip
     PREEMPTED_LINE,
     TIME_LINE,
     Evidence,
+    exit_code_of,
     first_dead_task,
     guilty_node,
     last_line,
     tracebacks,
 )
-from launchers.observe.status import NO_SEAL, UNKNOWN, exit_code_of
+from launchers.causes.states import ACTIVE_STATES, CANCELLED, FAILED, LOST_NODE_STATES, NEVER, NO_SEAL, RUNNING, UNKNOWN
 from slurm.printed import format_minutes
 
 EVIDENCE_CHARACTERS = 240
@@ -181,7 +181,7 @@ def _ended_by_slurm(e: Evidence) -> Diagnosis | None:
             preempted_line or said,
             "submit again (checkpoints are kept), or choose a partition that is not preempted",
         )
-    if e.state in ("NODE_FAIL", "BOOT_FAIL") or (node_line and e.state in (CANCELLED, FAILED, UNKNOWN)):
+    if e.state in LOST_NODE_STATES or (node_line and e.state in (CANCELLED, FAILED, UNKNOWN)):
         node = guilty_node(e)
         what = (
             f"lost node {node}"

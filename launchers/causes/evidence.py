@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 from data_tools.progress import HUNG
 from jobs.artifacts.run_folder import Outcome
-from launchers.backends.contract import FAILED
-from launchers.backends.shell_lines import ENDED
-from launchers.observe.status import exit_code_of
+from launchers.causes.states import FAILED
 from slurm.printed import AccountingRow
 
 
@@ -57,6 +55,11 @@ class Evidence:
         return next((line.strip() for line in self.lines() if pattern.search(line)), "")
 
 
+def exit_code_of(row: AccountingRow) -> int:
+    """A shell's view of Slurm's "code:signal"."""
+    return 128 + row.exit_signal if row.exit_signal and not row.exit_code else row.exit_code
+
+
 # -- lines ---------------------------------------------------------------------------------------------------------
 
 PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
@@ -79,6 +82,7 @@ COLLECTIVE_LINE = re.compile(
     r"|Connection was likely closed|monitoredBarrier|MeetingFailed|MeetingTimeout"
 )
 HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
+ENDED = "ended the job with code"  # what the lines of launchers/backends/shell_lines.py say of themselves
 ENVIRONMENT_LINE = re.compile(rf"^afterok: profile .*: (env\.\w+) {re.escape(ENDED)} \d+")
 NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")
 TASK_LINE = re.compile(r"srun: error: ([\w.-]+): tasks? ([\d,-]+): (.+)")

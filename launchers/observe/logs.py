@@ -8,7 +8,8 @@ from pathlib import Path
 from data_tools.base.printing import clean_log
 from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.run_folder import RunFolder
-from launchers.observe.status import NO_ANSWER, run_status, script_of
+from launchers.causes.states import NO_ANSWER
+from launchers.observe.status import run_status
 from launchers.planning.ledger import Ledger
 
 POLL_S = 0.3
@@ -24,7 +25,7 @@ def newest_log(run: RunFolder, phase: str, index: int | None) -> Path:
         raise UserMistake(f"{run.path} never submitted a phase {phase!r}{nearest(phase, phases)}")
     for entry in reversed([entry for entry in entries if entry.phase == phase]):
         for i in [index] if index is not None else entry.elements:
-            path = run.log_path(phase, script_of(entry), i)
+            path = run.log_path(phase, entry.scripted, i)
             if path.exists():
                 return path
     raise UserMistake(f"{phase}{'' if index is None else f':{index}'} has no log yet; see `afterok status {run.path}`")

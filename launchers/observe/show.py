@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_tools.base.printing import clean, raw
-from launchers.backends.contract import COMPLETED, FAILED, PENDING, RUNNING
+from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
 from launchers.observe.runs import RunLine
-from launchers.observe.status import NO_ANSWER, UNKNOWN, PhaseStatus, RunStatus, format_seconds
+from launchers.observe.status import PhaseStatus, RunStatus, format_seconds
 from launchers.planning.plan import Plan
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe

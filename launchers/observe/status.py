@@ -7,7 +7,6 @@ unsealed element ended; without slurmdbd the files of the run have to say it.
 
 import json
 import os
-import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -19,19 +18,30 @@ from data_tools.mistake import UserMistake
 from jobs.artifacts.artifact import Artifact, Seal
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.task import progress_path
-from launchers.backends.contract import ACTIVE_STATES, CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING, TaskState
+from launchers.backends.choose import OtherCluster, backend_of, choices_of
+from launchers.backends.contract import TaskState
+from launchers.causes.evidence import exit_code_of
+from launchers.causes.states import (
+    ACTIVE_STATES,
+    BEGUN_STATES,
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    NO_ANSWER,
+    NO_SEAL,
+    NOT_NEEDED,
+    NOT_SUBMITTED,
+    PENDING,
+    RUNNING,
+    UNKNOWN,
+    is_active,
+    is_failed,
+)
+from launchers.causes.traces import LeaseFile, lease_times, newest_leases
 from launchers.planning.ledger import JobEntry, Ledger
-from launchers.submission.submit import OtherCluster, backend_of, choices_of
 from slurm.client import Slurm, SlurmError, SlurmUnavailable, configuration_of
 from slurm.detect import NoDevCluster
 from slurm.printed import AccountingRow, parse_indices
-
-UNKNOWN = "UNKNOWN"  # the back end lists no such job and no seal or outcome tells what became of it
-NOT_SUBMITTED = "NOT_SUBMITTED"
-NO_ANSWER = "NO_ANSWER"  # its cluster was not asked, or did not answer, and no seal says that it is done
-NOT_NEEDED = "NOT_NEEDED"  # follows the failure of a phase that did not fail
-NO_SEAL = "ended without a seal"
-LEASE_NAME = re.compile(r"(\d+)\.a(\d+)\.r(\d+)\.g(\d+)")
 
 
 @dataclass
@@ -56,16 +66,12 @@ class PhaseStatus:
     @property
     def active(self) -> bool:
         """Something goes on or will: a job that waits for ever on a failed one does not."""
-        return self.state in ACTIVE_STATES and self.reason != NEVER
+        return is_active(self.state, self.reason)
 
     @property
     def failed(self) -> bool:
         """An element ended, or vanished, without its seal and nobody asked for that."""
-        return (
-            not self.active
-            and self.state not in (COMPLETED, CANCELLED, NOT_SUBMITTED, NOT_NEEDED, NO_ANSWER)
-            and self.reason != NEVER
-        )
+        return is_failed(self.state, self.reason)
 
 
 @dataclass
@@ -170,14 +176,6 @@ class Look:
 
 
 @dataclass(frozen=True)
-class LeaseFile:
-    """A lease as its file's name and age tell it; what is in it is nobody's concern here."""
-
-    restart: int
-    taken_at: float
-
-
-@dataclass(frozen=True)
 class Element:
     """One element of a phase, as its newest job left it."""
 
@@ -207,34 +205,6 @@ class Element:
         return TaskState(job, self.index, UNKNOWN, "neither a seal nor the queue knows of it")
 
 
-def exit_code_of(row: AccountingRow) -> int:
-    """A shell's view of Slurm's "code:signal"."""
-    return 128 + row.exit_signal if row.exit_signal and not row.exit_code else row.exit_code
-
-
-def newest_leases(artifact_folder: Path) -> dict[tuple[int, int], LeaseFile]:
-    """{(element, attempt): its lease of the highest restart}."""
-    found: dict[tuple[int, int], LeaseFile] = {}
-    for (element, attempt, restart), taken_at in lease_times(artifact_folder).items():
-        if (element, attempt) not in found or found[element, attempt].restart < restart:
-            found[element, attempt] = LeaseFile(restart, taken_at)
-    return found
-
-
-def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
-    """{(element, attempt, restart): when it was taken}, by the filesystem's clock."""
-    found: dict[tuple[int, int, int], float] = {}
-    try:
-        with os.scandir(artifact_folder / "leases") as entries:
-            for entry in entries:
-                if match := LEASE_NAME.fullmatch(entry.name):
-                    element, attempt, restart, _ = map(int, match.groups())
-                    found[element, attempt, restart] = entry.stat().st_mtime
-    except FileNotFoundError:
-        pass
-    return found
-
-
 def look_at(run: RunFolder) -> Look:
     """Ask each cluster's queue once, and its accounting at most once, for all jobs of the run.
 
@@ -251,7 +221,7 @@ def look_at(run: RunFolder) -> Look:
     look = Look(run, number, run.frozen(number), entries, {})
     submissions = [event for event in ledger.events() if event["event"] == "submission"]
     on_slurm = {event["submission"] for event in submissions if event["backend"] == "slurm"}
-    mine = [entry for entry in entries if script_of(entry) in on_slurm]
+    mine = [entry for entry in entries if entry.scripted in on_slurm]
     asked: set[str] = set()
     for choice in choices_of(run):
         try:
@@ -263,7 +233,7 @@ def look_at(run: RunFolder) -> Look:
             tasks = backend.states(entries)
         except (OtherCluster, SlurmUnavailable, SlurmError) as error:
             gone = {event["submission"] for event in submissions if event["choice"] == choice}
-            _leave_open(look, error, [entry for entry in mine if script_of(entry) in gone])
+            _leave_open(look, error, [entry for entry in mine if entry.scripted in gone])
             continue
         asked.add(cluster)
         for task in tasks:
@@ -434,7 +404,7 @@ def _worst(open_tasks: list[TaskState]) -> TaskState:
     order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, PENDING: 4, CANCELLED: 5}
     if not open_tasks:
         return TaskState("", -1, FAILED, "all elements are sealed, their fan-in is not; submit again")
-    going_on = [task for task in open_tasks if task.state in ACTIVE_STATES and task.reason != NEVER]
+    going_on = [task for task in open_tasks if is_active(task.state, task.reason)]
     return min(going_on or open_tasks, key=lambda task: order.get(task.state, 2))
 
 
@@ -520,7 +490,7 @@ def spans(look: Look, name: str, now: float | None = None) -> list[Span]:
         requeued_at = leases.get(following) if following is not None and following[:2] == life[:2] else None
         task = look.states.get((entry.job, element)) if entry else None
         newest = outcome is None and requeued_at is None
-        running = newest and task is not None and task.state in ACTIVE_STATES - {PENDING}
+        running = newest and task is not None and task.state in BEGUN_STATES
         started = outcome.started if outcome else leases[life]
         if outcome is not None:
             ended = outcome.ended
@@ -554,15 +524,10 @@ def _end_of_the_killed(
     if row is not None and row.elapsed_s and requeued_at is None:
         return started + row.elapsed_s
     try:
-        written = look.run.log_path(name, script_of(entry) if entry else attempt, element).stat().st_mtime
+        written = look.run.log_path(name, entry.scripted if entry else attempt, element).stat().st_mtime
     except OSError:
         written = started
     return max(started, written if requeued_at is None else min(written, requeued_at))
-
-
-def script_of(entry: JobEntry) -> int:
-    """The submission whose script a job runs: its log is named after it, even when a rewiring changed what it runs."""
-    return entry.scripted or entry.submission
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -10,16 +10,16 @@ from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.retry import Cause
 from jobs.schema.pipeline import NEED_SEALS
-from launchers.backends.contract import ACTIVE_STATES
 from launchers.causes.diagnosis import Diagnosis, classify
 from launchers.causes.evidence import ENVIRONMENT_LINE, Evidence
-from launchers.observe.status import Element, Look, look_at, open_elements, script_of
+from launchers.causes.states import ACTIVE_STATES, LOST_NODE_STATES
+from launchers.causes.traces import log_tail, requested
+from launchers.observe.status import Element, Look, look_at, open_elements
 from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import SlurmError
 from slurm.printed import format_indices
 from slurm.profile import contact_note, load
 
-TAIL_BYTES = 1 << 16  # of a log; a traceback of many ranks fits
 MAX_ASKED = 8  # elements of a phase whose end is asked of scontrol one by one; the rest are judged by their logs
 SHOWN_RANGES = 6  # of elements, in a sentence
 ASK_THE_SITE = (Cause.NEVER_STARTS, Cause.NODE, Cause.ENVIRONMENT)  # what a profile's contact has to hear of
@@ -169,7 +169,7 @@ def gather(
 ) -> Evidence:
     """Collect what is known of one element: files, and scontrol where neither they nor accounting tell how it ended."""
     run, entry, state = look.run, element.entry, element.state()
-    path = run.log_path(phase.name, script_of(entry), element.index)
+    path = run.log_path(phase.name, entry.scripted, element.index)
     slurm = look.slurms.get(entry.job)
     outcome = element.outcome if element.outcome is None or not element.outcome.cause else None  # its own words only
     row, down = element.accounting, ()
@@ -179,13 +179,13 @@ def gather(
             row = slurm.job_row(f"{entry.job}_{element.index // entry.batch}" if entry.is_array else entry.job)
         except SlurmError as error:
             look.notes.append(f"scontrol was not asked about job {entry.job}: {error.message}")
-    if slurm is not None and state.state in ("NODE_FAIL", "BOOT_FAIL") and row is not None and row.nodelist:
+    if slurm is not None and state.state in LOST_NODE_STATES and row is not None and row.nodelist:
         try:
             down = tuple(slurm.down_nodes(row.nodelist))
         except SlurmError as error:
             look.notes.append(f"Slurm was not asked which node is down: {error.message}")
     asked = (
-        requested(run.submission_folder(script_of(entry)) / "scripts" / f"{phase.name}.sh") if slurm is not None else {}
+        requested(run.submission_folder(entry.scripted) / "scripts" / f"{phase.name}.sh") if slurm is not None else {}
     )
     return Evidence(
         phase=phase.name,
@@ -216,27 +216,6 @@ def _unsealed_needs(look: Look, phase: FrozenPhase) -> tuple[str, ...]:
         if type_ in NEED_SEALS and look.run.seal(name, up.key) is None:
             found |= dict.fromkeys(_unsealed_needs(look, up) or (name,))
     return tuple(found)
-
-
-def requested(script: Path) -> dict[str, str]:
-    """The #SBATCH options of a phase's script: {"time": "240", "mem": "8192M", …}."""
-    try:
-        text = script.read_text()
-    except OSError:
-        return {}
-    return dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE))
-
-
-def log_tail(path: Path, phase: str, index: int) -> str:
-    """The end of a log, of its newest life only: requeued jobs append to one file, and each worker says hello first."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    hello = f"{phase}[{index}] attempt "
-    return text[text.rindex(hello) :] if hello in text else text
 
 
 def _shared_log(path: Path, entry: JobEntry, index: int) -> str:

@@ -18,7 +18,9 @@ from jobs.artifacts.anew import how_to_run_anew, restore, retire
 from jobs.artifacts.artifact import Owner
 from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import user_code
-from launchers.backends.contract import ACTIVE_STATES, PENDING, Backend, JobSpec
+from launchers.backends.choose import backend_for, backends_of
+from launchers.backends.contract import Backend, JobSpec
+from launchers.causes.states import BEGUN_STATES
 from launchers.planning.ledger import JobEntry, Ledger
 from launchers.planning.plan import Plan, PlannedPhase, changed_settings, make_plan
 from launchers.planning.snapshot import take_snapshot
@@ -34,60 +36,10 @@ from launchers.submission.transaction import (
     live_jobs,
     release_held,
 )
-from slurm.detect import Cluster, find_cluster
 from slurm.printed import format_indices
 from slurm.profile import to_yaml
 
 LEAVING_S = 10.0  # how long a job may take to leave once its work is sealed
-
-
-def backend_for(run: RunFolder, cluster: Cluster) -> Backend:
-    if cluster.kind == "slurm":
-        from launchers.backends.executor import SlurmBackend
-
-        return SlurmBackend(run, cluster)
-    from launchers.backends.local import LocalBackend
-
-    return LocalBackend(run)
-
-
-def backends_of(run: RunFolder) -> dict[str, Backend]:
-    """The back ends this run's jobs went to, by the cluster choice recorded with each submission.
-
-    Raises:
-        OtherCluster: the Slurm that answers is not the one that a submission went to.
-        SlurmUnavailable: it does not answer.
-    """
-    return {choice: backend_of(run, choice) for choice in choices_of(run)}
-
-
-def choices_of(run: RunFolder) -> list[str]:
-    """The cluster choices of a run's submissions, the first first."""
-    return list(dict.fromkeys(e["choice"] for e in Ledger(run.ledger).events() if e["event"] == "submission"))
-
-
-def backend_of(run: RunFolder, choice: str) -> Backend:
-    """The back end that the submissions with this cluster choice went to. Raises what `backends_of` does."""
-    from launchers.backends.local import LocalBackend
-
-    ledger = Ledger(run.ledger)
-    event = next(e for e in ledger.events() if e["event"] == "submission" and e["choice"] == choice)
-    if event["backend"] == "local":
-        return LocalBackend(run)
-    cluster = find_cluster(choice)
-    if cluster.kind != "slurm":
-        raise OtherCluster(
-            f"{run.path}: submission {event['submission']} went to the Slurm cluster "
-            f"{event['cluster']}, which is not configured here; set SLURM_CONF, or use "
-            "`afterok cluster exec` for a dev cluster"
-        )
-    if other := ledger.other_cluster(choice, cluster.slurm_name):
-        raise OtherCluster(other)
-    return backend_for(run, cluster)
-
-
-class OtherCluster(UserMistake):
-    """The run's jobs are on a Slurm that is not the one of this machine."""
 
 
 @contextlib.contextmanager
@@ -192,7 +144,7 @@ def resubmit(plan: Plan, phase: str, elements: list[int] | None = None, dry_run:
 def _begun(run: RunFolder, jobs: list[JobEntry]) -> list[str]:
     """Return those of these jobs that have begun and not ended."""
     tasks = [task for backend in backends_of(run).values() for task in backend.states(jobs)] if jobs else []
-    return sorted({task.job for task in tasks if task.state in ACTIVE_STATES - {PENDING}})
+    return sorted({task.job for task in tasks if task.state in BEGUN_STATES})
 
 
 @contextlib.contextmanager

@@ -17,17 +17,8 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder
-from launchers.backends.contract import (
-    ACTIVE_STATES,
-    HELD,
-    NEVER,
-    PENDING,
-    Backend,
-    OutcomeOpen,
-    Overtaken,
-    Refused,
-    TaskState,
-)
+from launchers.backends.contract import Backend, OutcomeOpen, Overtaken, Refused, TaskState, request_of
+from launchers.causes.states import ACTIVE_STATES, HELD, NEVER, PENDING
 from launchers.planning.chain import last_link
 from launchers.planning.ledger import JobEntry, Ledger
 from launchers.planning.plan import Plan, PlannedPhase
@@ -233,15 +224,6 @@ def decide(plan: Plan, live: dict[str, LiveJob], number: int, fresh: dict[str, l
 def _fits(found: LiveJob, planned: PlannedPhase) -> bool:
     """Whether a job that waits would run the elements of this phase that are to run now."""
     return set(planned.missing) == set(found.entry.elements) or not found.waits
-
-
-def request_of(planned: PlannedPhase) -> str:
-    """A digest of what a job asks for."""
-    return durable.sha256_bytes(
-        durable.canonical_json(
-            [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch, dataclasses.asdict(planned.resources)]
-        )
-    )[:16]
 
 
 def _rewires(

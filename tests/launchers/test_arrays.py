@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from jobs.artifacts.artifact import read_seal
-from launchers.backends.contract import ACTIVE_STATES
+from launchers.causes.states import ACTIVE_STATES
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from slurm.dev import devcluster

@@ -12,7 +12,7 @@
 | partial array failure | test_resubmit: only_the_named_elements_…, aftercorr_partners_… |
 | preemption, REQUEUE | test_survive: a_preempted_job_stops_at_a_checkpoint_… |
 | time limit | test_survive: near_its_time_limit_…; here, at a real limit: the_signal_before_a_real_time_limit_… |
-| node crash; a node that is only cut off | here: a_lost_node_…; test_rerun: the_node_that_failed_and_no_other_… |
+| node crash; a node that is only cut off | here: a_lost_node_…; test_restart: the_node_that_failed_and_no_other_… |
 | drain | here: drained_nodes_… |
 | slurmdbd down, and absent | test_status: status_and_why_with_slurmdbd_…; all other tests run without one |
 | slurmctld down for 30 s during a submit | test_submission: a_controller_down_during_a_submit_… |

@@ -62,7 +62,7 @@ class Planted:
         for number in range(1, submissions + 1):
             self.run.submission_folder(number).mkdir(parents=True)
             self.run.freeze(number, "planted", [self.phase])
-        self.entries = [JobEntry(n, "sft", KEY, str(10 + n), [0], False) for n in range(1, submissions + 1)]
+        self.entries = [JobEntry(n, "sft", KEY, str(10 + n), [0], False, scripted=n) for n in range(1, submissions + 1)]
         self.states = {}
 
     def _file(self, path, hour):

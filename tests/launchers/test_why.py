@@ -14,7 +14,7 @@ from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.retry import Cause
 from launchers.causes.diagnosis import classify
 from launchers.causes.evidence import Evidence, first_dead_task, tracebacks
-from launchers.observe.why import log_tail
+from launchers.causes.traces import log_tail
 from slurm.client import Slurm
 from slurm.printed import AccountingRow, parse_job_row, parse_seconds
 from tests.command import afterok, afterok_json, states, wait_for

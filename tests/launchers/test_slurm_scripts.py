@@ -5,7 +5,7 @@ from pathlib import Path
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.pipeline import load_pipeline
 from launchers.backends.contract import JobSpec
-from launchers.backends.executor import PhaseExecutor, dependency, never_starting, phase_command, phase_parameters
+from launchers.backends.slurm import PhaseExecutor, dependency, never_starting, phase_command, phase_parameters
 from launchers.planning.plan import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow

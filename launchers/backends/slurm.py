@@ -17,18 +17,9 @@ from submitit.slurm.slurm import SlurmExecutor
 from data_tools.base import durable
 from jobs.artifacts.run_folder import RunFolder
 from jobs.retry import EXIT_UNFINISHED
-from launchers.backends.contract import (
-    ACTIVE_STATES,
-    HELD,
-    NEVER,
-    PENDING,
-    JobSpec,
-    OutcomeOpen,
-    Overtaken,
-    Refused,
-    TaskState,
-)
+from launchers.backends.contract import JobSpec, OutcomeOpen, Overtaken, Refused, TaskState
 from launchers.backends.shell_lines import script_setup
+from launchers.causes.states import ACTIVE_STATES, HELD, NEVER, PENDING
 from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
 from slurm.client import Slurm, SlurmError
