@@ -7,6 +7,7 @@ from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
+from slurm.client import Slurm
 
 
 class OutcomeOpen(UserMistake):
@@ -68,6 +69,10 @@ class Backend(Protocol):
 
     name: str
     can_rewire: bool
+
+    @property
+    def slurm(self) -> Slurm | None:
+        """What asks the cluster; None where there is none."""
 
     def prepare(self, number: int, specs: list[JobSpec]) -> None:
         """Write what a submission's jobs need to run, before the first of them is sent."""

@@ -45,6 +45,7 @@ REQUEUED = "Requeued"  # the reason of a task that waits for another start
 class LocalBackend:
     name = "local"
     can_rewire = False  # a driver runs the graph it was started with
+    slurm = None
 
     def __init__(self, run: RunFolder):
         self.run = run

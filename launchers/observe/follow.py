@@ -7,8 +7,8 @@ from data_tools.base.printing import set_in
 from jobs.artifacts.run_folder import RunFolder
 from launchers.causes.diagnosis import remedy_if_stuck
 from launchers.causes.states import COMPLETED, NO_SEAL, UNKNOWN
-from launchers.observe.show import console, progress_text, status_table
-from launchers.observe.status import PhaseStatus, RunStatus, format_seconds, run_status
+from launchers.observe.show import console, format_seconds, progress_text, status_table
+from launchers.observe.status import PhaseStatus, RunStatus, run_status
 from launchers.planning.ledger import Ledger
 
 LOCAL_POLL_S = 0.5

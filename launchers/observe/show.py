@@ -8,7 +8,7 @@ from typing import Any
 from data_tools.base.printing import clean, raw
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
 from launchers.observe.runs import RunLine
-from launchers.observe.status import PhaseStatus, RunStatus, format_seconds
+from launchers.observe.status import PhaseStatus, RunStatus
 from launchers.planning.plan import Plan
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
@@ -130,6 +130,16 @@ def status_table(status: RunStatus):
         )
     columns = ["phase", "state", "sealed", "job", "took", *(["GPU-h", "lost"] if gpus else []), ""]
     return table(columns, rows, f"{status.run}, submission {status.submission}")
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Return 4.2 s, 3m07s or 01:02:03; "" for None."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}m{rest:02d}s"
 
 
 def _hours(value: float | None) -> str:
