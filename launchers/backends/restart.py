@@ -27,8 +27,8 @@ from data_tools.base import durable
 from jobs import requeue, retry
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import Cause, End, Verdict
-from launchers.causes.diagnosis import Diagnosis, classify
-from launchers.causes.evidence import Evidence
+from launchers.causes.diagnosis import classify
+from launchers.causes.evidence import Diagnosis, Evidence
 from launchers.causes.states import FAILED, UNKNOWN
 from launchers.causes.traces import lease_times, log_tail, requested
 from launchers.planning import chain

@@ -8,7 +8,7 @@ variables, and a `grep` without a match is no failure of a line that goes on.
 import shlex
 from pathlib import Path
 
-from launchers.causes.evidence import ENDED
+from launchers.causes.log_lines import ENDED
 from slurm.profile import Env, Profile
 
 STRICT, DEFAULTS = "set -euo pipefail", "set +euo pipefail"

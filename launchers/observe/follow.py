@@ -5,7 +5,7 @@ import time
 
 from data_tools.base.printing import set_in
 from jobs.artifacts.run_folder import RunFolder
-from launchers.causes.diagnosis import remedy_if_stuck
+from launchers.causes.waiting import remedy_if_stuck
 from launchers.causes.states import COMPLETED, NO_SEAL, UNKNOWN
 from launchers.observe.show import console, format_seconds, progress_text, status_table
 from launchers.observe.status import PhaseStatus, RunStatus, run_status

@@ -10,8 +10,9 @@ from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.retry import Cause
 from jobs.schema.pipeline import NEED_SEALS
-from launchers.causes.diagnosis import Diagnosis, classify
-from launchers.causes.evidence import ENVIRONMENT_LINE, Evidence
+from launchers.causes.diagnosis import classify
+from launchers.causes.evidence import Diagnosis, Evidence
+from launchers.causes.log_lines import ENVIRONMENT_LINE
 from launchers.causes.states import ACTIVE_STATES, LOST_NODE_STATES
 from launchers.causes.traces import log_tail, requested
 from launchers.observe.look import Element, Look, look_at
