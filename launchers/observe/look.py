@@ -44,17 +44,17 @@ class Element:
         job = self.entry.job
         if self.task is not None:
             if self.task.state == COMPLETED:
-                return TaskState(job, self.index, FAILED, NO_SEAL, self.task.exit_code)
+                return TaskState(job, self.index, FAILED, NO_SEAL, exit_code=self.task.exit_code)
             if self.task.exit_code is None and self.accounting is not None:
                 return replace(self.task, exit_code=exit_code_of(self.accounting))
             return self.task
         row = self.accounting
         if row is not None and row.state not in ACTIVE_STATES:
             if row.state == COMPLETED:
-                return TaskState(job, self.index, FAILED, NO_SEAL, row.exit_code)
-            return TaskState(job, self.index, row.state, "so says accounting", exit_code_of(row))
+                return TaskState(job, self.index, FAILED, NO_SEAL, exit_code=row.exit_code)
+            return TaskState(job, self.index, row.state, "so says accounting", exit_code=exit_code_of(row))
         if self.outcome is not None and self.outcome.state != "sealed":
-            return TaskState(job, self.index, FAILED, "", self.outcome.exit_code)
+            return TaskState(job, self.index, FAILED, exit_code=self.outcome.exit_code)
         return TaskState(job, self.index, UNKNOWN, "neither a seal nor the queue knows of it")
 
 
@@ -109,7 +109,7 @@ class Look:
         return {i: element for i, element in self.elements(phase).items() if i not in sealed or element.is_active}
 
     def seal(self, phase: FrozenPhase) -> Seal | None:
-        """Return a phase's seal; None while a job of a later submission than the seal's goes on, for that one decides."""
+        """Return a phase's seal; None while a job of a later submission than the seal's goes on: that one decides."""
         seal = self.run.seal(phase.name, phase.key)
         if seal is None or any(
             element.entry.submission > seal.submission and element.is_active

@@ -11,6 +11,8 @@ from launchers.observe.status import run_status
 
 @dataclass
 class RunLine:
+    """One run, in one line."""
+
     name: str
     path: str
     pipeline: str
@@ -25,36 +27,35 @@ class RunLine:
 
 
 def list_runs(folder: Path) -> list[RunLine]:
-    """Runs directly below `folder`, the one changed last first."""
+    """Return the runs directly below `folder`, the one changed last first."""
     runs = [_line(RunFolder(path.parent.absolute())) for path in folder.glob("*/ledger.jsonl")]
     return sorted(runs, key=lambda line: -line.changed)
 
 
 def _line(run: RunFolder) -> RunLine:
     numbers = run.submissions()
-    if not numbers:
-        return RunLine(run.name, str(run.path), "", 0, "nothing submitted", 0, 0, _changed(run))
-    phases = run.frozen(numbers[-1])
-    phases = {
-        name: phase
-        for name, phase in phases.items()
-        if run.artifact(phase).seal_path.exists() or not run.not_needed(phases, name)
-    }
-    sealed = sum(run.artifact(phase).seal_path.exists() for phase in phases.values())
-    return RunLine(
-        run.name,
-        str(run.path),
-        run.pipeline_name(numbers[-1]),
-        len(numbers),
-        _state(run, sealed, len(phases)),
-        sealed,
-        len(phases),
-        _changed(run),
+    line = RunLine(
+        name=run.name,
+        path=str(run.path),
+        pipeline="",
+        submissions=len(numbers),
+        state="nothing submitted",
+        sealed=0,
+        phases=0,
+        changed=_changed(run),
     )
+    if numbers:
+        phases = run.frozen(numbers[-1])
+        sealed = {name for name, phase in phases.items() if run.artifact(phase).seal_path.exists()}
+        needed = {name for name in phases if name in sealed or not run.not_needed(phases, name)}
+        line.pipeline = run.pipeline_name(numbers[-1])
+        line.sealed, line.phases = len(sealed), len(needed)
+        line.state = _state(run, line.sealed, line.phases)
+    return line
 
 
 def _state(run: RunFolder, sealed: int, phases: int) -> str:
-    """What a sealed run is, its files say; only the others cost a question to their cluster."""
+    """Say how far a run is. The files of a sealed run say it; only the others cost a question to their cluster."""
     done = f"sealed {sealed} of {phases}"
     if sealed == phases:
         return done
@@ -71,7 +72,10 @@ def _state(run: RunFolder, sealed: int, phases: int) -> str:
 
 
 def _changed(run: RunFolder) -> float:
-    """Folders' times tell of every file made in them; logs that grow are not looked at."""
+    """Return when a run changed last, in seconds since the epoch.
+
+    Folders' times tell of every file made in them; logs that grow are not looked at.
+    """
     places = [
         run.ledger,
         *run.path.glob("*/attempts"),

@@ -1,10 +1,9 @@
 """The state of each phase of a run, and of the run: what `afterok status` shows, and `run`, `logs` and `ls` go by."""
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from data_tools.base.tables import read_tables
 from jobs.artifacts.artifact import Seal
@@ -31,8 +30,19 @@ from launchers.planning.ledger import Ledger
 from slurm.detect import NoDevCluster
 
 
+class Progress(TypedDict, total=False):
+    """How far the running elements of a phase are, added up; {} where none says so."""
+
+    unit: str
+    note: str
+    done: float
+    total: float
+
+
 @dataclass
 class PhaseStatus:
+    """The state of one phase, in one word and what belongs to it."""
+
     phase: str
     state: str
     sealed: int  # elements
@@ -42,7 +52,7 @@ class PhaseStatus:
     message: str = ""  # the last word of the worker that speaks for the phase
     exit_code: int | None = None
     seconds: float | None = None  # from the first start to the last end that is known
-    progress: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
     facts: dict[str, Any] = field(default_factory=dict)  # what the phase itself reported when it was sealed
     tables: dict[str, Any] = field(default_factory=dict)
     folder: str = ""
@@ -63,6 +73,8 @@ class PhaseStatus:
 
 @dataclass
 class RunStatus:
+    """The state of a run: of every phase of its newest submission."""
+
     run: str
     submission: int
     phases: list[PhaseStatus]
@@ -193,7 +205,7 @@ def _fan_in_outcome(outcomes: list[Outcome]) -> Outcome | None:
 
 
 def _worst(open_tasks: list[TaskState]) -> TaskState:
-    """Return the element that speaks for the phase: one that goes on, else that failed, then that waits or was cancelled."""
+    """Return the element that speaks for the phase: one that goes on, else one that failed, else a cancelled one."""
     order = {FAILED: 0, UNKNOWN: 1, RUNNING: 3, PENDING: 4, CANCELLED: 5}
     if not open_tasks:
         return TaskState("", -1, FAILED, "all elements are sealed, their fan-in is not; submit again")
@@ -201,15 +213,18 @@ def _worst(open_tasks: list[TaskState]) -> TaskState:
     return min(going_on or open_tasks, key=lambda task: order.get(task.state, 2))
 
 
-def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> dict[str, Any]:
+def _progress(folder: Path, phase: FrozenPhase, running: list[int]) -> Progress:
     """Return the progress of the running elements added up; the note is that of the first."""
-    total: Counter = Counter()
-    out: dict[str, Any] = {}
+    progress = Progress()
     for index in running:
         try:
             value = json.loads(progress_path(keep_folder(folder, phase, index), index).read_text())
         except (OSError, ValueError):
             continue
-        total.update(done=value["done"], total=value["total"])
-        out = {"unit": value["unit"], "note": out.get("note") or value["note"]}
-    return {**out, **total} if out else {}
+        progress = Progress(
+            unit=value["unit"],
+            note=progress.get("note") or value["note"],
+            done=progress.get("done", 0) + value["done"],
+            total=progress.get("total", 0) + value["total"],
+        )
+    return progress
