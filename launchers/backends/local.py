@@ -196,9 +196,10 @@ class LocalBackend:
     def _state(self, number: str) -> DriverState | None:
         """Return what the driver of a submission wrote last; None where nothing can be read."""
         try:
-            return durable.read_checked(self._folder(number) / "state.json")
+            state = durable.read_checked(self._folder(number) / "state.json")
         except (OSError, ValueError):
             return None
+        return DriverState(driver=state["driver"], tasks=state["tasks"])
 
 
 def read_jobs(path: Path) -> list[LocalJob]:

@@ -1,4 +1,4 @@
-"""The runs below a folder, one line each: what `afterok ls` shows."""
+"""Which runs there are: the one that a user means, and those below a folder, one line each (`afterok ls`)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,6 +7,44 @@ from typing import Any
 from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder
 from launchers.observe.status import run_status
+
+
+def find_run(name: str | None) -> RunFolder:
+    """Return the run a user means: a folder, a name below ./runs, or by default the one submitted last.
+
+    UserMistake where there is none.
+    """
+    if name is not None:
+        for path in (Path(name), Path("runs") / name):
+            if (path / "ledger.jsonl").exists():
+                return RunFolder(path.absolute())
+        raise UserMistake(f"{name!r} is no run: neither {name}/ledger.jsonl nor runs/{name}/ledger.jsonl exists")
+    ledgers = sorted(Path("runs").glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not ledgers:
+        raise UserMistake("no run below ./runs; name one: afterok status RUN")
+    return RunFolder(ledgers[-1].parent.absolute())
+
+
+def as_typed(path: Path) -> str:
+    """Return a path as the user would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def run_and_phase(words: list[str]) -> tuple[RunFolder, str | None]:
+    """Return what RUN, PHASE, both or neither mean; one word that is no run is a phase of the run submitted last."""
+    if len(words) > 2:
+        raise UserMistake(f"{len(words)} words: {' '.join(words)}; write afterok why [RUN] [PHASE]")
+    if len(words) == 1:
+        try:
+            return find_run(words[0]), None
+        except UserMistake:
+            if "/" in words[0] or not any(Path("runs").glob("*/ledger.jsonl")):
+                raise
+            return find_run(None), words[0]
+    return find_run(words[0] if words else None), words[1] if words else None
 
 
 @dataclass

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import clean, raw
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
-from launchers.observe.runs import RunLine
+from launchers.observe.runs import RunLine, as_typed
 from launchers.observe.status import PhaseStatus, RunStatus
-from launchers.planning.plan import Plan
 
 if TYPE_CHECKING:  # imported where they are needed, so that a --json answer does not wait for them
     from rich.console import Console, Group
     from rich.table import Table
 
     from launchers.observe.inspect import Inspection
+    from launchers.planning.plan import Plan
+    from launchers.submission.submit import Submitted
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
 COLOURS = {
@@ -62,7 +63,7 @@ def table(columns: list[str], rows: list[list[Any]], title: str = "") -> "Table"
     return out
 
 
-def plan_table(plan: Plan) -> "Table":
+def plan_table(plan: "Plan") -> "Table":
     """Return one row a phase: what `plan` would do with it, on what, and why."""
     rows = []
     for phase in plan.phases:
@@ -86,6 +87,24 @@ def plan_table(plan: Plan) -> "Table":
         rows,
         f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}",
     )
+
+
+def print_submitted(plan: "Plan", done: "Submitted") -> None:
+    """Print which jobs a submit made or found, a line each."""
+    run = plan.run.path
+    for phase, job in done.jobs.items():
+        print(f"submitted {phase} as job {job}")
+    for phase, job in done.active.items():
+        state = "now waits on the new attempt" if phase in done.rewired else "is under way already"
+        print(f"{phase} {state} as job {job}")
+    if not done.jobs and not done.active:
+        or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
+        print(
+            f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
+            + (f"; submission {done.number} has their settings" if done.number else "")
+        )
+    elif done.number:
+        print(f"submission {done.number} of {run}; look with `afterok status {as_typed(run)}`")
 
 
 def progress_text(phase: PhaseStatus) -> str:
