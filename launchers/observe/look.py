@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from data_tools.mistake import UserMistake
-from jobs.artifacts.artifact import Artifact, Seal
+from jobs.artifacts.artifact import Artifact
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.artifacts.seal import Seal
 from launchers.backends.choose import OtherCluster, backend_of, choices_of
 from launchers.backends.contract import TaskState
 from launchers.causes.evidence import exit_code_of
