@@ -123,7 +123,7 @@ for number in {*filter(str.isdigit, os.listdir("/proc"))} - {str(os.getpid())}:
 
 
 def test_another_user_learns_nothing_of_a_running_pair_of_ranks_and_does_not_disturb_it(open_folder):
-    """Ports, store, files and /proc, tried by a real second uid while two ranks work; then the job ends as it has to."""
+    """Ports, store, files and /proc, tried by a real second uid while two ranks work; then the job ends as usual."""
     key, value = open_folder / "keys" / "key", "planted-value-of-the-secret"
     key.parent.mkdir(mode=0o700)
     key.write_text(value + "\n")
