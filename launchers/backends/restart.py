@@ -1,4 +1,4 @@
-"""Between two lives of an element: what ended the last one, and whether its Slurm job runs again in place.
+"""Judges between two lives of an element: what ended the last one, and whether its Slurm job runs again in place.
 
     python -m launchers.backends.restart RUN PHASE INDEX --submission N [--code C]
 
@@ -52,7 +52,7 @@ class Life:
 
     @property
     def log(self) -> Path:
-        """The log of this life and of the others of its script."""
+        """Return the log of this life and of the others of its script."""
         return self.run.log_path(self.phase.name, self.script, self.index)
 
     def outcomes(self) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""Ends of the code itself: an exception, a signal, a rank that stood still, a collective that broke."""
+"""Recognizes ends of the code itself: an exception, a signal, a rank that stood still, a collective that broke."""
 
 import signal
 

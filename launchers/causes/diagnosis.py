@@ -1,4 +1,4 @@
-"""Why one element of a phase is not sealed: evidence in, diagnosis out, nothing read and nobody asked.
+"""Says why one element of a phase is not sealed: evidence in, diagnosis out; nothing is read and nobody is asked.
 
 The rules of `classify` are tried in order, the cause before its symptoms: a rank that was killed makes its peers report
 a broken collective, and srun then kills those.

@@ -1,4 +1,4 @@
-"""`afterok why`: gathers what is known of each element that is not sealed, and has launchers/causes diagnose it."""
+"""Answers `afterok why`: gathers what is known of each element that is not sealed, and has it diagnosed."""
 
 import re
 from collections.abc import Iterable
