@@ -60,5 +60,6 @@ def otherwise(e: Evidence) -> Diagnosis:
 
 
 def _shortened(line: str) -> str:
+    """Return a line of evidence with single spaces, cut at EVIDENCE_CHARACTERS."""
     line = " ".join(line.split())
     return line if len(line) <= EVIDENCE_CHARACTERS else line[: EVIDENCE_CHARACTERS - 1] + "…"

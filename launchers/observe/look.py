@@ -130,6 +130,7 @@ class Look:
         return self._outcomes[name]
 
     def _read_elements(self, phase: FrozenPhase) -> Iterator[Element]:
+        """Yield what `elements` returns, without what accounting says."""
         newest = {
             i: entry
             for entry in self.entries

@@ -71,6 +71,7 @@ def list_runs(folder: Path) -> list[RunLine]:
 
 
 def _line(run: RunFolder) -> RunLine:
+    """Return the line of one run."""
     numbers = run.submissions()
     line = RunLine(
         name=run.name,

@@ -135,6 +135,7 @@ def _where(submission: dict[str, Any]) -> str:
 
 
 def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
+    """Return the state of a phase: that of its seal, else of its jobs, else that it was not submitted or not needed."""
     artifact = look.run.artifact(phase)
     used, lost = gpu_hours(look, phase)
     status = PhaseStatus(
