@@ -81,11 +81,31 @@ OVER_MEMORY = (
 
 
 def failed(message, code=1, state="failed"):
-    return Outcome(0, 1, 0, state, code, message, "n1", "3", 1.0, 2.0)
+    return Outcome(
+        element=0,
+        attempt=1,
+        restart=0,
+        state=state,
+        exit_code=code,
+        message=message,
+        host="n1",
+        job="3",
+        started=1.0,
+        ended=2.0,
+    )
 
 
 def row(state="FAILED", code=1, number=0, nodes="n1"):
-    return AccountingRow("3", "3", "x", state, code, number, 60, nodes)
+    return AccountingRow(
+        job_id="3",
+        raw_id="3",
+        name="x",
+        state=state,
+        exit_code=code,
+        exit_signal=number,
+        elapsed_s=60,
+        nodelist=nodes,
+    )
 
 
 CASES = {
@@ -260,6 +280,15 @@ def test_scontrols_job_reads_like_accountings():
         "Reason=NonZeroExitCode Requeue=1 Restarts=0 ExitCode=0:53 RunTime=1-00:01:05 TimeLimit=00:10:00 "
         "ReqNodeList=(null) NodeList=n[1-2] NumNodes=2"
     )
-    assert parse_job_row(line) == AccountingRow("12_3", "15", "toy.numbers.a1.x", "FAILED", 0, 53, 86465, "n[1-2]")
+    assert parse_job_row(line) == AccountingRow(
+        job_id="12_3",
+        raw_id="15",
+        name="toy.numbers.a1.x",
+        state="FAILED",
+        exit_code=0,
+        exit_signal=53,
+        elapsed_s=86465,
+        nodelist="n[1-2]",
+    )
     assert parse_job_row("JobId=7 JobName=x JobState=PENDING ExitCode=0:0 NodeList=(null)").job_id == "7"
     assert parse_seconds("00:01:30") == 90
