@@ -38,6 +38,7 @@ from data_tools.packs.store import Provenance, RowText, Store, StoreWriter, row_
 from data_tools.progress import Progress, silent
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.shares import FORMATS, Share, open_share
 from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, rows_of, task_options
 
 ON_BAD_ROW = ("fail", "bucket")
@@ -75,7 +76,7 @@ def check(config: Config) -> list[Problem]:
     else:
         problems = _check_conversations(config)
     problems += check_encoder(config.encoder)
-    for key, known in (("on_bad_row", ON_BAD_ROW), ("format", readers.FORMATS)):
+    for key, known in (("on_bad_row", ON_BAD_ROW), ("format", FORMATS)):
         if (value := getattr(config, key)) not in known:
             problems.append(Problem(key, f"unknown value {value!r}{nearest(value, known)}"))
     if config.max_tokens < 0:
@@ -169,12 +170,11 @@ class _Rows:
         """`raw` is a line as bytes, or a value that was read from JSON or Parquet."""
         if readers.is_blank(raw):
             return Malformed("blank_line")
+        record = readers.Record(None, raw) if self.is_task else readers.record_of(raw)  # a task parses its lines itself
+        if record.problem:
+            return Malformed("malformed_line", record.problem)
         try:
-            record = raw if self.is_task else readers.value_of(raw)  # a task parses its lines itself
-        except ValueError as error:
-            return Malformed("malformed_line", str(error))
-        try:
-            return [self._kept(row) for row in self._rows_of(record)] or Malformed("no_rows")
+            return [self._kept(row) for row in self._rows_of(record.value)] or Malformed("no_rows")
         except BadRecord as error:
             return Malformed(error.bucket, str(error))
         except UserMistake as mistake:
@@ -277,7 +277,7 @@ class _Element:
 
     def add_file(self, source: int, name: str, index: int, count: int) -> SourceBalance:
         path = Path(name).expanduser()
-        share = readers.open_share(path, index, count, self.config.format)
+        share = open_share(path, index, count, self.config.format)
         sheet = SourceBalance(name)
         for line in self._lines(share):
             sheet.lines += 1
@@ -303,7 +303,7 @@ class _Element:
         chunks = iter(lambda: list(itertools.islice(records, self.config.chunk_size)), [])
         return itertools.chain.from_iterable(self.lines_of(chunks))
 
-    def _add_line(self, line: Line, source: int, sheet: SourceBalance, share: readers.Share | None = None) -> None:
+    def _add_line(self, line: Line, source: int, sheet: SourceBalance, share: Share | None = None) -> None:
         """`sheet.lines` is this line's number within the share."""
         if isinstance(line, Malformed):
             self._refuse(line.reason, line.fatal, sheet, share)
@@ -319,7 +319,7 @@ class _Element:
             self.writer.add(row.ids, row.mask, Provenance(source, sheet.lines, row.text, row.turns))
             sheet.keep(len(row.ids), int(np.count_nonzero(row.mask)))
 
-    def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: readers.Share | None) -> None:
+    def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: Share | None) -> None:
         """UserMistake with the place, where the data is at fault and may not be, or the settings are."""
         if reason and (fatal or self.config.on_bad_row == "fail"):
             place = share.place(sheet.lines) if share else f"{sheet.name}, row {sheet.lines}"

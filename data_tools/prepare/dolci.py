@@ -29,6 +29,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.shares import open_share
 
 SAMPLE = "sample.jsonl"
 ROWS, INDEX = "rows.jsonl", "index.npy"
@@ -180,19 +181,19 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
     sheets, entries = [], []
     with open(out / ROWS, "wb") as rows:
         for number, name in enumerate(config.inputs):
-            share = readers.open_share(Path(name).expanduser(), index, count)
+            share = open_share(Path(name).expanduser(), index, count)
             sheet = SourceBalance(name)
             sheets.append(sheet)
-            for raw in share:
+            for record in readers.records_of(share):
                 sheet.lines += 1
                 if sheet.lines % _REPORT_EVERY == 0:
                     progress(share.done, share.total, share.unit, name)
-                record = _record(raw, sheet, share, config)
-                if record is None:
+                chat = _chat(record, sheet, config)
+                if chat is None:
                     continue
                 sheet.lines_with_rows += 1
                 sheet.rows += 1
-                row, conversation = record
+                row, conversation = chat
                 tokens = sum(len(encoder.encode(text, [])[0]) for text in _texts(conversation))
                 bucket = _bucket(conversation, tokens, config)
                 if bucket:
@@ -213,23 +214,19 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
     return {"rows": balance.total().rows, "kept": balance.total().kept}
 
 
-def _record(
-    raw: Any, sheet: SourceBalance, share: readers.Share, config: Config
-) -> tuple[dict[str, Any], Conversation] | None:
-    """(record, its conversation), or None for a line that went to a bucket."""
-    try:
-        if readers.is_blank(raw):
-            sheet.lines_dropped["blank_line"] += 1
-            return None
-        row = readers.value_of(raw)
-        return _row(row)
-    except BadRecord as error:
-        bucket, reason = error.bucket, str(error)
-    except ValueError as error:
-        bucket, reason = "malformed_line", str(error)
+def _chat(record: readers.Record, sheet: SourceBalance, config: Config) -> tuple[dict[str, Any], Conversation] | None:
+    """Return (the record's value, its conversation), or None for a line that went to a bucket."""
+    if record.is_blank:
+        sheet.lines_dropped["blank_line"] += 1
+        return None
+    bucket, reason = "malformed_line", record.problem
+    if not reason:
+        try:
+            return _row(record.value)
+        except BadRecord as error:
+            bucket, reason = error.bucket, str(error)
     if config.on_bad_row == "fail":
-        place = share.place(sheet.lines)
-        raise UserMistake(Problem(place, f"{reason}; mend the record, or set on_bad_row: bucket"))
+        raise record.mistake(reason, "mend the record, or set on_bad_row: bucket")
     sheet.lines_dropped[bucket] += 1
     return None
 

@@ -27,6 +27,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.shares import open_share
 
 CHAT = "chat.jsonl"
 PREFER = ("shortest", "longest", "diverse", "first")
@@ -150,7 +151,7 @@ def _questions(record: readers.Record) -> list[str]:
         found += _texts(row.get("messages"), ("user", "human")) + _texts(row.get("prompt"), ("user", "human"))
     if not found:
         reason = record.problem or f"no question under {', '.join(QUESTIONS)} or in messages"
-        raise UserMistake(Problem(str(record.place), f"{reason}; mend the evaluation set, or name its questions so"))
+        raise record.mistake(reason, "mend the evaluation set, or name its questions so")
     return found
 
 
@@ -307,8 +308,8 @@ def _samples(
 ) -> Iterator[dict[str, Any]]:
     """Yield the samples of a file, each counted on its sheet. Raise UserMistake `FILE:LINE: reason` for what is none,
     unless those are dropped."""
-    for record in readers.records(file):
-        share = record.place.share
+    share = open_share(file)
+    for record in readers.records_of(share):
         sheet.lines += 1
         if sheet.lines % _REPORT_EVERY == 0:
             progress(share.done, share.total, share.unit, file.name)
@@ -325,7 +326,7 @@ def _samples(
             group.asked = asked
         if wrong:
             if config.on_bad_row == "fail":
-                raise UserMistake(Problem(str(record.place), f"{wrong}; mend it, or set on_bad_row: drop"))
+                raise record.mistake(wrong, "mend it, or set on_bad_row: drop")
             sheet.lines_dropped["malformed_line" if record.problem else "malformed_sample"] += 1
             continue
         sheet.lines_with_rows += 1

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from data_tools.records.readers import json_value
+from data_tools.records.json_text import json_value
 from data_tools.tasks.arithmetic import format_number, parse_number, read
 from data_tools.tasks.task import SPLITS, Item, Row
 
@@ -47,8 +47,12 @@ class Options:
 
 
 def parse_line(line: str) -> list[Row]:
-    """The calculator marks of one GSM8K-schema line; none is legal. ValueError with the reason if malformed."""
-    record = json_value(line)
+    """Return the calculator marks of one GSM8K-schema line; none is legal. Raise ValueError with the reason if malformed."""
+    return _marks(json_value(line))
+
+
+def _marks(record: Any) -> list[Row]:
+    """Return the calculator marks of a GSM8K record. Raise ValueError with the reason where it is none."""
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but a {type(record).__name__}")
     if not isinstance(record.get("answer"), str):
@@ -111,13 +115,13 @@ def items(record: "dict[str, Any] | Row", options: Options) -> list[Item]:
     if isinstance(record, Row):
         rows = [record]
     else:
-        rows = [canonical(row) for row in parse_line(json.dumps(record)) if verify(row) is None]
+        rows = [canonical(row) for row in _marks(record) if verify(row) is None]
     return [Item.of(row.prompt, row.answer) for row in rows]
 
 
 def left_out(record: "dict[str, Any] | Row") -> list[str]:
     """Return why marks of a record give no prompt, a bucket each."""
-    rows = [] if isinstance(record, Row) else parse_line(json.dumps(record))
+    rows = [] if isinstance(record, Row) else _marks(record)
     return [bucket for row in rows if (bucket := verify(row)) is not None]
 
 

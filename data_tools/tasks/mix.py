@@ -272,14 +272,14 @@ def load(name: str, entry: Entry) -> Loaded:
     left_out = getattr(task, "left_out", lambda record: [])
     found: dict[tuple[str, str], Item] = {}
     sheet = SourceBalance(name)
-    for place, record in _records(entry, task, sheet):
+    for record in _records(entry, task, sheet):
         if entry.limit and len(found) >= entry.limit:
             break
         sheet.lines += 1
         try:
-            items, wrong = task.items(record, options), left_out(record)
+            items, wrong = task.items(record.value, options), left_out(record.value)
         except ValueError as error:
-            raise UserMistake(Problem(str(place), f"{error}; mend the record")) from None
+            raise record.mistake(str(error)) from None
         _count(sheet, len(items), wrong)
         for item in items:
             key = (item.uid, item.scoring)
@@ -312,8 +312,11 @@ def _count(sheet: SourceBalance, items: int, wrong: Sequence[str]) -> None:
         sheet.lines_dropped["no_prompt"] += 1
 
 
-def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[tuple[object, Any]]:
-    """Yield (place, record) of the files, then of the synthetic rows, and count blank lines."""
+def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[readers.Record]:
+    """Yield the records of the files, which are mappings, then the synthetic rows, and count blank lines.
+
+    Raise UserMistake for a record of a file that is none.
+    """
     source = entry.source
     if source.inputs:
         files = [Path(name).expanduser() for name in source.inputs]
@@ -326,15 +329,12 @@ def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[tuple[ob
             sheet.lines += 1
             sheet.lines_dropped["blank_line"] += 1
             continue
-        problem = record.problem
-        if not problem and not isinstance(record.value, dict):
-            problem = f"not a JSON object but a {type(record.value).__name__}"
-        if problem:
-            raise UserMistake(Problem(str(record.place), problem))
-        yield record.place, record.value
+        if record.problem or not isinstance(record.value, dict):
+            raise record.mistake(record.problem or f"not a JSON object but a {type(record.value).__name__}")
+        yield record
     for index in range(source.synthetic_rows):
         row = task.synthetic_row(source.synthetic_seed, index, source.synthetic_split)
-        yield f"synthetic row {index}", row
+        yield readers.Record(f"synthetic row {index}", row)
 
 
 # -- their order ------------------------------------------------------------------------------------------------------

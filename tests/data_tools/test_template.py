@@ -13,7 +13,7 @@ from data_tools.chats.template import ChatTemplate, TemplateError
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.chats.turns import Turns
 from data_tools.mistake import UserMistake
-from data_tools.records.readers import open_share
+from data_tools.records.shares import open_share
 from tests.data_tools.chats import (
     ADDING,
     ASKED,
