@@ -17,8 +17,8 @@ _LONGEST = 5000  # digits before the point that are compared; larger numbers are
 _POINTS = 3
 _LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim".split()
-_PLAIN_NAMES = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty ", "theta": r"\theta ", "alpha": r"\alpha ",
+FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim".split()
+PLAIN_NAMES = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty ", "theta": r"\theta ", "alpha": r"\alpha ",
                 "beta": r"\beta ", "gamma": r"\gamma ", "lambda": r"\lambda ", "phi": r"\phi ", "omega": r"\omega "}  # fmt: skip
 
 
@@ -73,9 +73,9 @@ def _latex(text: str) -> str | None:
 def _named(match: re.Match) -> str:
     """Functions and letters that are written without a backslash; a long word is no formula."""
     word = match[1]
-    if word in _PLAIN_NAMES:
-        return _PLAIN_NAMES[word]
-    if word in _FUNCTIONS:
+    if word in PLAIN_NAMES:
+        return PLAIN_NAMES[word]
+    if word in FUNCTIONS:
         return f"\\{word}" if word == "sqrt" else f"\\{word} "
     return word if len(word) < 5 else "\0"
 

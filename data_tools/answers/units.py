@@ -31,6 +31,7 @@ _KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "half of the day": (("am a.m a.m.", "am"), ("pm p.m p.m.", "pm")),
     "square units": (("sq", "sq"),), "units": (("unit", "1"),),
 }  # fmt: skip
+Unit = tuple[str, "Fraction | str"]  # (what is measured, size in the first unit of its kind or the unit's own name)
 CURRENCIES = "＄€£¥₹"
 MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _NO_UNITS = frozenset(  # words after a number that say something else about it
@@ -63,25 +64,35 @@ def _spellings() -> dict[str, tuple[str, "Fraction | str"]]:
 _FOUND = _spellings()
 
 
-def unit_of(text: str) -> tuple[str, "Fraction | str"] | None:
-    """(what is measured, the size: a number where it can be changed into others of its kind, else its name).
+def unit_of(text: str) -> Unit | None:
+    """Return what is measured, and the size: a number where it can be changed into others of its kind, else its name.
 
-    The power belongs to the kind: `cm^2` measures length^2. Words that are no known unit, such as `apples`, are a kind of
-    their own. None for what is no unit.
+    The power belongs to the kind: `cm^2` measures length^2. Words that are no known unit, such as `apples`, are a kind
+    of their own. Return None for what is no unit.
     """
     text = text.replace("⟦", "").replace("⟧", "").strip()
     if text in _FOUND:
         return _FOUND[text]
     match = re.fullmatch(r"(.+?)\s*(?:\^\s*\{?\s*(\d)\s*\}?)", text)
     power, name = (int(match[2]), match[1].strip()) if match else (1, text)
-    for before, there in (("square ", 2), ("sq. ", 2), ("sq ", 2), ("cubic ", 3), ("cu ", 3)):
-        if name.lower().startswith(before) and power == 1:
-            power, name = there, name[len(before) :].strip()
+    if power == 1:
+        power, name = _power_in_words(name)
     if (known := _FOUND.get(name) or _FOUND.get(name.lower())) and (len(name) > 1 or name in _FOUND):
         kind, size = known
         return (kind if power == 1 else f"{kind}^{power}", size**power if isinstance(size, Fraction) else size)
-    if match or not name:
-        return None
+    return None if match or not name else _counted_things(name)
+
+
+def _power_in_words(text: str) -> tuple[int, str]:
+    """Return (2, "cm") for `square cm`."""
+    for word, power in (("square ", 2), ("sq. ", 2), ("sq ", 2), ("cubic ", 3), ("cu ", 3)):
+        if text.lower().startswith(word):
+            return power, text[len(word) :].strip()
+    return 1, text
+
+
+def _counted_things(name: str) -> Unit | None:
+    """Return words that are no known unit, such as `apples`, as a unit: each in the singular."""
     words = [word.rstrip(".").lower() for word in name.split()]
     if all(map(_WORD.fullmatch, name.split())) and not _NO_UNITS.intersection(words) and max(map(len, words)) > 2:
         return " ".join(word[:-1] if word.endswith("s") and len(word) > 3 else word for word in words), Fraction(1)
