@@ -13,20 +13,19 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from data_tools.base.seeded import permutation
-from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records import readers
 from data_tools.records.balance import SourceBalance
 from data_tools.records.hub import dataset_files, is_dataset
+from data_tools.tasks.environments import read_environments
 from data_tools.tasks.rewards import Verifier
 from data_tools.tasks.task import (
     FunctionTask,
@@ -63,71 +62,10 @@ class MixConfig:
     environments: str = field(default="", metadata={"input": True})  # or also: Megatron-LM's YAML of environments
 
 
-# -- Megatron-LM's environment files ----------------------------------------------------------------------------------
-
-_AGENTS = {"DAPOAgent": "dapo_math", "AIMEAgent": "aime", "GSM8KAgent": "gsm8k"}
-_ARGUMENTS = ("format_reward", "answer_format", "chat_mode")
-_WITHOUT_COUNTERPART = {  # argument → the one value that asks for nothing
-    "negative_reward": 0.0, "partial_end_reward": 0.0, "assistant_suffix": "Assistant: "}  # fmt: skip
-_ENVIRONMENT_KEYS = ("agent_type", "agent_args", "weight", "evaluation_only")
-
-
-def read_environments(path: Path) -> dict[str, Entry]:
-    """The entries of a file such as examples/rl/environment_configs/dapo.yaml, named by their tasks.
-
-    Their prompts come from the hub. UserMistake for everything that has no counterpart here.
-    """
-    try:
-        given = read_values(path.read_text())
-    except OSError as error:
-        raise UserMistake(Problem(str(path), error.strerror or str(error))) from None
-    except yaml.YAMLError as error:
-        raise UserMistake(Problem(str(path), f"not YAML: {' '.join(str(error).split())}")) from None
-    if not isinstance(given, list) or not given:
-        raise UserMistake(Problem(str(path), "no list of environments; each has agent_type, agent_args, weight"))
-    entries: dict[str, Entry] = {}
-    problems: list[Problem] = []
-    for number, environment in enumerate(given):
-        where = f"{path}: environment {number + 1}"
-        found = _environment(environment)
-        if isinstance(found, str):
-            problems.append(Problem(where, found))
-        elif found.task in entries:
-            problems.append(Problem(where, f"{environment['agent_type']} stands twice"))
-        else:
-            entries[found.task] = found
-    if problems:
-        raise UserMistake(problems)
-    return entries
-
-
-def _environment(given: Any) -> "Entry | str":
-    """The entry, or why there is none."""
-    if not isinstance(given, dict) or not isinstance(given.get("agent_type"), str):
-        return "has no agent_type"
-    if unknown := [key for key in given if key not in _ENVIRONMENT_KEYS]:
-        return f"unknown key {unknown[0]!r}{nearest(str(unknown[0]), _ENVIRONMENT_KEYS)}"
-    agent, arguments = given["agent_type"].rpartition(".")[2], given.get("agent_args") or {}
-    if agent not in _AGENTS:
-        return f"agent {given['agent_type']} has no task here{nearest(agent, list(_AGENTS))}"
-    for key, value in arguments.items():
-        if key in _WITHOUT_COUNTERPART and value != _WITHOUT_COUNTERPART[key]:
-            return f"agent_args.{key}: {value!r} has no counterpart; write the task as a module of your own"
-        if key not in _WITHOUT_COUNTERPART and key not in _ARGUMENTS:
-            return f"agent_args.{key} has no counterpart{nearest(key, _ARGUMENTS)}"
-    weight, only = given.get("weight", 1.0), given.get("evaluation_only", False)
-    if not isinstance(weight, (int, float)) or not isinstance(only, bool):
-        return "weight is a number and evaluation_only true or false"
-    options = {"answer_format": arguments.get("answer_format", "tagged")}
-    if "chat_mode" in arguments:
-        options["chat"] = arguments["chat_mode"]
-    rewards = {"format": float(arguments["format_reward"])} if "format_reward" in arguments else {}
-    return Entry(_AGENTS[agent], options, weight=float(weight), rewards=rewards, evaluation_only=only)
-
-
 def entries_of(config: MixConfig) -> dict[str, Entry]:
     """All entries by name, their tasks named. Over an environment of the same name go the values that are no defaults."""
-    entries = read_environments(Path(config.environments)) if config.environments else {}
+    environments = read_environments(Path(config.environments)) if config.environments else {}
+    entries = {name: Entry(**settings) for name, settings in environments.items()}
     for name, entry in config.entries.items():
         if name in entries:
             said = {
@@ -269,7 +207,7 @@ def load(name: str, entry: Entry) -> Loaded:
     if not hasattr(task, "items"):
         raise UserMistake(Problem(f"task {name}", "its module has no `items`, which gives the prompts of a record"))
     options = task_options(task, entry.options)
-    left_out = getattr(task, "left_out", lambda record: [])
+    left_out: Callable[[Any], list[str]] = getattr(task, "left_out", lambda record: [])
     found: dict[tuple[str, str], Item] = {}
     sheet = SourceBalance(name)
     for record in _records(entry, task, sheet):
