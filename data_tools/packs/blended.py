@@ -8,7 +8,7 @@ import numpy as np
 from data_tools.base.durable import canonical_json, sha256_bytes
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.batches import deal
-from data_tools.packs.pack import Pack, PackReader
+from data_tools.packs.plan import Pack, PackReader
 
 
 class BlendedPacks:

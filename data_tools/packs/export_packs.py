@@ -19,7 +19,8 @@ import numpy as np
 from data_tools.base.durable import fsync_tree
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.packs.pack import Config, PackReader
+from data_tools.packs.pack import Config
+from data_tools.packs.plan import PackReader
 from data_tools.progress import Progress, silent
 
 MEGATRON_LM, MEGATRON_BRIDGE = "packed.jsonl", "packed.idx.parquet"

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_tools.base.seeded import permutation
 from data_tools.chats.tokenizer import Tokenizer
-from data_tools.packs.pack import PLAN, PackReader
+from data_tools.packs.plan import PLAN, PackReader
 from data_tools.packs.store import Store
 from data_tools.records.balance import Balance
 

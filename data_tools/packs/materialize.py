@@ -1,7 +1,7 @@
 """Conversations, or a task's rows → a token store and its balance sheet, split over any number of array elements.
 
 Every element takes its share of every input file (data_tools/records/readers.py) and the like share of the synthetic rows, and
-writes a shard. `finish` joins the shards source by source, so the store has the same bytes for every number of
+writes a shard. `finish` (join.py) joins the shards source by source, so the store has the same bytes for every number of
 elements, workers and chunk sizes.
 
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
@@ -13,13 +13,12 @@ elements, workers and chunk sizes.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -31,10 +30,10 @@ import numpy as np
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.encoder import Encoder, check_encoder
-from data_tools.chats.fields import remedies
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.packs.store import Provenance, RowText, Store, StoreWriter, row_text
+from data_tools.packs.join import join, write_balance
+from data_tools.packs.store import Provenance, RowText, StoreWriter, row_text
 from data_tools.progress import Progress, silent
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
@@ -44,7 +43,6 @@ from data_tools.tasks.task import Row, Source, check_rows, check_source, load_ro
 ON_BAD_ROW = ("fail", "bucket")
 
 _REPORT_EVERY = 500  # lines or rows between two calls of progress
-_MERGE_ROWS = 1 << 14  # rows copied at a time by finish
 _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 
 
@@ -125,7 +123,12 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
         if config.source.synthetic_rows:
             sheets.append(element.add_synthetic(len(sheets), index, count))
     facts = writer.close()
-    return _write_balance(Balance(sheets), facts, out)
+    return write_balance(Balance(sheets), facts, out)
+
+
+def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
+    """Join the shards of all elements, in element order, into one store in the empty folder `out`; return its facts."""
+    return join(parts, out, config.dedupe)
 
 
 # -- records to rows, in this process or in workers --------------------------------------------------------------------
@@ -325,115 +328,3 @@ class _Element:
             place = share.place(sheet.lines) if share else f"{sheet.name}, row {sheet.lines}"
             remedy = "" if fatal else "; mend the record, or set on_bad_row: bucket"
             raise UserMistake(Problem(place, f"{reason}{remedy}"))
-
-
-# -- the balance and the fan-in ---------------------------------------------------------------------------------------
-
-
-def _write_balance(balance: Balance, store: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Check the sheet, against the store too, and write it; returns the facts: counts, buckets and the table."""
-    total = balance.total()
-    counted = {"rows": total.kept, "tokens": total.tokens, "supervised": total.supervised}
-    if any(store[name] != value for name, value in counted.items()):
-        raise ValueError(f"the balance counts {counted}, the store holds {[store[name] for name in counted]}")
-    balance.write(out)
-    facts = {name: getattr(total, name) for name in ("lines", "rows", "kept", "tokens_in", "tokens", "supervised")}
-    return {**facts, "buckets": dict(total.lines_dropped + total.dropped), "table": balance.table()}
-
-
-def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """Join the shards of all elements, in element order, into one store in the empty folder `out`; returns its facts.
-
-    Rows come source by source and in the order of the source; of equal rows the first is kept when `dedupe`. Rows of
-    one text that train different parts of it are not equal. One that trains nothing was dropped before, as such.
-    UserMistake when no row is left.
-    """
-    stores = [Store(part) for part in parts]
-    sheets = [Balance.read(part) for part in parts]
-    balance = sheets[0]
-    for sheet in sheets[1:]:
-        balance = balance + sheet
-    pieces = _source_major(stores, sheets)
-    keep = _first_of_equals(pieces) if config.dedupe else None
-    writer = StoreWriter(out)
-    done = 0
-    for piece in pieces:
-        for start in range(piece.start, piece.stop, _MERGE_ROWS):
-            stop = min(start + _MERGE_ROWS, piece.stop)
-            kept = keep[done : done + stop - start] if keep is not None else np.ones(stop - start, dtype=bool)
-            piece.copy(start, stop, kept, writer, balance.sources[piece.source])
-            done += stop - start
-    if writer.rows == 0:
-        buckets = balance.total().dropped + balance.total().lines_dropped
-        advice = "; ".join(remedies(buckets)) or "check inputs and tokenizer"
-        raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}; {advice}")
-    return _write_balance(balance, writer.close(), out)
-
-
-def _spell(buckets: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(buckets.items())) or "the inputs are empty"
-
-
-@dataclass
-class _Piece:
-    """The rows of one source in one element's store, and how many lines of the source precede them."""
-
-    store: Store
-    source: int
-    start: int
-    stop: int
-    lines_before: int
-
-    def row_hashes(self) -> np.ndarray:
-        return self.store.row_hashes[self.start : self.stop]
-
-    def copy(self, start: int, stop: int, kept: np.ndarray, writer: StoreWriter, sheet: SourceBalance) -> None:
-        """Append the rows of [start, stop) that `kept` bool[stop - start] names; the others are duplicates."""
-        ids, mask = self.store.span(start, stop)
-        records = self.store.records(start, stop)
-        records["line"] += self.lines_before
-        tokens = np.repeat(kept, records["length"])  # (tokens,)
-        writer.add_records(ids[tokens], mask[tokens], records[kept])
-        if not kept.all():
-            sheet.drop_kept("duplicate", int((~kept).sum()), int((~tokens).sum()), int(np.count_nonzero(mask[~tokens])))
-
-
-def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
-    """Source by source, and within a source element by element: the order of one element that does it all."""
-    pieces = []
-    for source in range(len(sheets[0].sources)):
-        lines = 0
-        for store, sheet in zip(stores, sheets):
-            start, stop = np.searchsorted(store.sources, [source, source + 1])  # an element writes sources in order
-            pieces.append(_Piece(store, source, int(start), int(stop), lines))
-            lines += sheet.sources[source].lines
-    return pieces
-
-
-def _first_of_equals(pieces: list[_Piece]) -> np.ndarray:
-    """Return bool[rows]: whether no earlier row has the same text, by its 128-bit hash, and the same loss mask.
-
-    Takes 40 bytes a row at the peak.
-    """
-    words = np.concatenate([piece.row_hashes() for piece in pieces])
-    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal rows stay in their order
-    ordered = words[order]
-    repeats = np.zeros(len(words), dtype=bool)  # of the row before, in that order
-    repeats[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
-    first = np.ones(len(words), dtype=bool)
-    ends = np.cumsum([piece.stop - piece.start for piece in pieces])
-    seen: set[bytes] = set()
-    for place in np.flatnonzero(repeats | np.append(repeats[1:], False)).tolist():
-        if not repeats[place]:
-            seen = set()
-        row = int(order[place])
-        number = int(np.searchsorted(ends, row, side="right"))
-        mask = _mask_hash(pieces[number], row - int(ends[number]))
-        first[row] = mask not in seen
-        seen.add(mask)
-    return first
-
-
-def _mask_hash(piece: _Piece, from_end: int) -> bytes:
-    """Return 16 bytes that name the loss mask of a row, counted from the piece's last one: -1."""
-    return hashlib.blake2b(piece.store.mask(piece.stop + from_end).tobytes(), digest_size=16).digest()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from data_tools.base.durable import write_json
 from data_tools.mistake import UserMistake
-from data_tools.packs.pack import PADDING_SLOT, Config, PackReader, check, pack
+from data_tools.packs.pack import Config, check, pack
+from data_tools.packs.plan import PADDING_SLOT, PackReader
 from data_tools.packs.store import Provenance, Store, StoreWriter, row_text
 from data_tools.records.balance import Balance, SourceBalance
 
