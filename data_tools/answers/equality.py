@@ -106,7 +106,7 @@ def _is_near(gold: Any, answer: Any) -> bool:
         return False
     gold, answer = (value.value if isinstance(value, Named) else value for value in (gold, answer))
     if isinstance(gold, (Group, Several)) and type(gold) is type(answer) and len(gold.items) == len(answer.items):
-        if isinstance(gold, Group) and gold.brackets == answer.brackets:
+        if isinstance(gold, Group) and isinstance(answer, Group) and gold.brackets == answer.brackets:
             return all(is_same(g, a) for g, a in zip(gold.items, answer.items))
         return False
     wanted, given = (value if isinstance(value, Measure) else Measure(value) for value in (gold, answer))
@@ -198,8 +198,8 @@ def _union_key(value: Several) -> str:
 def _may_be_interval(group: Group) -> bool:
     if len(group.items) != 2:
         return False
-    ends = [_endless(one) if not isinstance(one, Number) else one.value for one in group.items]
-    return None in ends or ends[0] < ends[1]
+    low, high = (item.value if isinstance(item, Number) else _endless(item) for item in group.items)
+    return low is None or high is None or low < high
 
 
 # -- equations --------------------------------------------------------------------------------------------------------
@@ -228,10 +228,9 @@ def _expression(value: Any) -> Any | None:
         return value.expression
     if isinstance(value, Named) and isinstance(value.value, (Number, Formula)):
         inner = value.value
-        text = str(inner.value) if isinstance(inner, Number) else None
         import sympy
 
-        right = sympy.Rational(text) if text else inner.expression
+        right = sympy.Rational(str(inner.value)) if isinstance(inner, Number) else inner.expression
         name = symbols.parsed(value.name)
         return sympy.Eq(name, right, evaluate=False) if name is not None else None
     return None

@@ -76,15 +76,19 @@ def spelled(text: str) -> str:
 def _characters(text: str) -> str:
     """Without characters that stand for LaTeX commands."""
     text = re.sub(f"[{''.join(_FRACTIONS)}]", lambda m: _vulgar(m[0]), text)
-    for characters, mark in ((_RAISED, "^"), (_LOWERED, "_")):
-        text = re.sub(f"[{''.join(characters)}]+", lambda m: f"{mark}{{{''.join(characters[c] for c in m[0])}}}", text)
+    text = _set_off(_set_off(text, _RAISED, "^"), _LOWERED, "_")
     text = re.sub(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[a-zA-Z]))",
                   lambda m: f"\\sqrt{{{m[1] or m[2] or m[3]}}}", text)  # fmt: skip
     return text.translate(_TABLE)
 
 
+def _set_off(text: str, characters: dict[str, str], mark: str) -> str:
+    """Return the text with runs of these characters, such as ¹², spelled as LaTeX: ^{12}."""
+    return re.sub(f"[{''.join(characters)}]+", lambda m: f"{mark}{{{''.join(characters[c] for c in m[0])}}}", text)
+
+
 def _vulgar(character: str) -> str:
-    numerator, denominator = _FRACTIONS[character]
+    numerator, denominator = tuple(_FRACTIONS[character])
     return f"\\frac{{{numerator}}}{{{'10' if denominator == 'X' else denominator}}}"
 
 
@@ -125,5 +129,5 @@ def _argument(text: str, place: int) -> tuple[str, int]:
     if text[place : place + 1] == "{":
         end = closing(text, place)
         return (text[place + 1 : end], end + 1) if end is not None else (text[place + 1 :], len(text))
-    match = re.compile(r"\\[a-zA-Z]+|.?", re.DOTALL).match(text, place)
-    return match[0], match.end()
+    match = re.compile(r"\\[a-zA-Z]+|.", re.DOTALL).match(text, place)
+    return (match[0], match.end()) if match else ("", place)

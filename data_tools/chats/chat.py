@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class Refused(NamedTuple):
     reason: str = ""
 
 
-Result = Union[Encoded, Refused]
+Result = Encoded | Refused
 
 
 class ChatRows:
@@ -112,6 +112,12 @@ class ChatRows:
         self.fields = self.turns and Fields(self.turns.template, config.may_lose)
         self.tags = thinking_tags(self.turns.template) if self.turns else ()
         self._seen = 0
+
+    def _template(self) -> tuple[Turns, Fields]:
+        """Return what knows the chat template. Raise ValueError where there is none, since a template has written."""
+        if self.turns is None or self.fields is None:
+            raise ValueError("a conversation that is to be rendered, with schema rendered")
+        return self.turns, self.fields
 
     def rows(self, record: Any) -> Iterator[Result]:
         """Raises BadRecord where the record is no conversation, and UserMistake where the verifier finds a fault."""
@@ -140,23 +146,21 @@ class ChatRows:
             return Refused("unknown_character", len(ids))
         self._seen += 1
         if self._seen % _VERIFY_EVERY == 1 and isinstance(item, Conversation):
-            self._verify(text, trained, ids, mask, item)
-        start = spans[0].start
-        return Encoded(ids, mask, text[:start], text[start:], len({span.message for span in trained}))
+            self._verify(text, trained, ids=ids, mask=mask, item=item)
+        start, turns_trained = spans[0].start, len({span.message for span in trained})
+        return Encoded(ids, mask, prompt=text[:start], answer=text[start:], turns=turns_trained)
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered]:
         """Return the conversation as it was rendered, and that. BadRecord where the template leaves something out."""
+        turns, fields = self._template()
         wanted = {number for number in range(len(conversation.messages)) if self._is_trained(number, conversation)}
-        rendered = self.turns.render(conversation, wanted)
+        rendered = turns.render(conversation, wanted)
         if self.config.inline_reasoning:
-            lost = [
-                field.message
-                for field in self.fields.lost(conversation, rendered)
-                if field.path[-1] == "reasoning_content"
-            ]
-            if lost:
-                conversation = inline_reasoning(conversation, lost)
-                rendered = self.turns.render(conversation, wanted)
+            lost = fields.lost(conversation, rendered)
+            to_inline = [field.message for field in lost if field.path[-1] == "reasoning_content"]
+            if to_inline:
+                conversation = inline_reasoning(conversation, to_inline)
+                rendered = turns.render(conversation, wanted)
         written = {number: "" for number in sorted(wanted) if conversation.messages[number]["role"] == "assistant"}
         for message, start, stop in rendered.spans:
             if message in written:
@@ -169,7 +173,7 @@ class ChatRows:
                 if said.count(name) < names.count(name):
                     reason = f"message {number + 1}: the chat template leaves out a call of {name}"
                     raise BadRecord(reason, "tool_call_lost")
-        self.fields.check(conversation, rendered)
+        fields.check(conversation, rendered)
         return conversation, rendered
 
     def _is_trained(self, message: int, item: "Conversation | list[RenderedChunk]") -> bool:
@@ -204,7 +208,7 @@ class ChatRows:
     def _parts(self, text: str, turn: Part, number: int, conversation: Conversation) -> list[Part]:
         """The parts of a turn that are not in the loss."""
         message = conversation.messages[number]
-        is_written = not self.fields.omits_reasoning(conversation, number)
+        is_written = not self._template()[1].omits_reasoning(conversation, number)
         reasoning = message.get("reasoning_content", "") if is_written else ""
         thinking = thinking_of(text, turn, reasoning, self.tags)
         parts = [] if self.config.train_thinking else [thinking]
@@ -227,10 +231,11 @@ class ChatRows:
         ]
         last = {piece.message: piece for piece in trained}
         if self.config.train_thinking and self.config.train_tool_calls:
+            stop_texts = self._template()[0].stop_texts
             problems += [
                 f"the stop token of message {number + 1} is not in the loss"
                 for number, piece in last.items()
-                if not text[piece.start : piece.stop].rstrip().endswith(self.turns.stop_texts)
+                if not text[piece.start : piece.stop].rstrip().endswith(stop_texts)
             ]
         said = _letters(
             "".join(

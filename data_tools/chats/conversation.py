@@ -22,6 +22,7 @@ chat_template_kwargs, history, `IN_LOSS` of messages.py, `REFUSED`). They are ca
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from data_tools.chats.messages import (
@@ -288,9 +289,9 @@ def _rendered(record: dict[str, Any]) -> list[list[RenderedChunk]]:
 
 
 _SCHEMAS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
-    **{schema: lambda record, schema=schema: _dialogue(schema, record) for schema in ("messages", "sharegpt")},
-    **{schema: lambda record, schema=schema: _pair(schema, record) for schema in _PAIRS},
-}  # type: ignore[dict-item]
+    **{schema: partial(_dialogue, schema) for schema in ("messages", "sharegpt")},
+    **{schema: partial(_pair, schema) for schema in _PAIRS},
+}
 SCHEMAS = (*_SCHEMAS, "rendered")
 
 

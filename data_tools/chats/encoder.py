@@ -78,7 +78,7 @@ class Encoder:
         except UnicodeEncodeError as error:
             raise BadRecord(f"not Unicode: {error.reason}", "not_unicode") from None
         characters = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        if self.is_byte_level:
+        if self._byte_lengths is not None:
             ids = self._ids(text)
             lengths = self._byte_lengths[ids]
             stops = np.cumsum(lengths)

@@ -47,8 +47,9 @@ class Field(NamedTuple):
 
     @property
     def message(self) -> int:
-        """The number of the field's message; -1 for a tool's."""
-        return self.path[1] if self.path[0] == "messages" else -1
+        """Return the number of the field's message; -1 for a tool's."""
+        place, number = self.path[:2]
+        return number if place == "messages" and isinstance(number, int) else -1
 
 
 class Fields:
@@ -224,7 +225,7 @@ def _holds(text: str, part: str) -> bool:
 
 def _changed(conversation: Conversation, texts: "dict[Path, str]") -> Conversation:
     """Return the conversation with other texts at these paths."""
-    whole = {"messages": conversation.messages, "tools": conversation.tools}
+    whole: dict[str, Any] = {"messages": conversation.messages, "tools": conversation.tools}
     for path, text in texts.items():
         whole = _replaced(whole, path, text)
         if path[-1] == "reasoning_content":
@@ -236,7 +237,7 @@ def _replaced(value: Any, path: Path, text: str) -> Any:
     if not path:
         return text
     key, *rest = path
-    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy: Any = dict(value) if isinstance(value, dict) else list(value)
     copy[key] = _replaced(copy[key] if rest else None, tuple(rest), text)
     return copy
 

@@ -174,8 +174,16 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
     pad, eos, unk = (
         backend.token_to_id(tokens[key]) if key in tokens else None for key in ("pad_token", "eos_token", "unk_token")
     )
-    size = backend.get_vocab_size(with_added_tokens=True)
-    return Tokenizer(str(folder), size, pad, eos, unk, backend, tokens, _read_template(folder, config))
+    return Tokenizer(
+        name=str(folder),
+        vocab_size=backend.get_vocab_size(with_added_tokens=True),
+        pad_id=pad,
+        eos_id=eos,
+        unk_id=unk,
+        backend=backend,
+        special_tokens=tokens,
+        chat_template=_read_template(folder, config),
+    )
 
 
 def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -205,14 +213,14 @@ def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
     if isinstance(template, dict):
         template = template.get("default")
     return Tokenizer(
-        name,
-        len(backend),
-        backend.pad_token_id,
-        backend.eos_token_id,
-        backend.unk_token_id,
-        backend,
-        backend.special_tokens_map,
-        template,
+        name=name,
+        vocab_size=len(backend),
+        pad_id=backend.pad_token_id,
+        eos_id=backend.eos_token_id,
+        unk_id=backend.unk_token_id,
+        backend=backend,
+        special_tokens=backend.special_tokens_map,
+        chat_template=template,
     )
 
 

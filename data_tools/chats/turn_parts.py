@@ -59,7 +59,7 @@ def thinking_of(text: str, turn: Part, reasoning: str, tags: Tags) -> Part | Non
     start = turn.start + len(text[turn.start : turn.stop]) - len(text[turn.start : turn.stop].lstrip())
     opening, closing = next((pair for pair in tags if text.startswith(pair[0], start)), ("", ""))
     if reasoning.strip():
-        return _known_thinking(text, turn, reasoning.strip(), start, opening, closing)
+        return _known_thinking(text, turn, reasoning.strip(), start=start, opening=opening, closing=closing)
     if not opening:
         return None
     depth = 0

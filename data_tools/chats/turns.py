@@ -23,8 +23,9 @@ import os
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import AbstractSet, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from data_tools.chats.conversation import Conversation
 from data_tools.chats.template import ANSWER, ASK, CALL, CLOSE, LOOP_END, OPEN, RESULT, ChatTemplate, TemplateError

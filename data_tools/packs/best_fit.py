@@ -13,8 +13,8 @@ from numba import njit
 
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _PLACE = np.empty(64, dtype=np.int64)  # of the lowest bit, by the top 6 bits of its product with the sequence
-for _bit in range(64):
-    _PLACE[((1 << _bit) * int(_DE_BRUIJN) & (2**64 - 1)) >> 58] = _bit
+for _number in range(64):
+    _PLACE[((1 << _number) * int(_DE_BRUIJN) & (2**64 - 1)) >> 58] = _number
 
 _ONE, _ALL, _TOP = np.uint64(1), np.uint64(2**64 - 1), np.uint64(58)
 

@@ -51,7 +51,9 @@ def export(config: Config, plan: Path, progress: Progress = silent) -> dict[str,
     reader = PackReader(Path(config.store).expanduser(), plan)
     if "megatron_lm" in config.export:
         tokenizer = load_tokenizer(config.tokenizer)
-        facts["megatron_lm"] = to_megatron_lm(reader, tokenizer, plan, config.on_unstable, progress)
+        facts["megatron_lm"] = to_megatron_lm(
+            reader, tokenizer, plan, on_unstable=config.on_unstable, progress=progress
+        )
     if "megatron_bridge" in config.export:
         facts["megatron_bridge"] = to_megatron_bridge(reader, plan, progress)
     fsync_tree(plan)

@@ -57,14 +57,20 @@ def spans_of(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, limit: int
 def store_documents(store: Store, tokenizer: Tokenizer, count: int, seed: int, limit: int) -> list[Document]:
     """`count` documents, drawn with `seed`."""
     rows = permutation("inspect", seed, 0, len(store))[:count].tolist()
-    return [_document(store, row, store.ids(row), store.mask(row), tokenizer, limit) for row in rows]
+    return [
+        _document(store, row, store.mask(row), spans_of(store.ids(row), store.mask(row), tokenizer, limit))
+        for row in rows
+    ]
 
 
 def pack_documents(reader: PackReader, pack: int, tokenizer: Tokenizer, limit: int) -> list[Document]:
     """The documents of one pack, in their order."""
-    return [_document(reader.store, row, ids, mask, tokenizer, limit) for row, ids, mask in reader.documents(pack)]
+    return [
+        _document(reader.store, row, mask, spans_of(ids, mask, tokenizer, limit))
+        for row, ids, mask in reader.documents(pack)
+    ]
 
 
-def _document(store: Store, row: int, ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer, limit: int) -> Document:
+def _document(store: Store, row: int, mask: np.ndarray, spans: list[Span]) -> Document:
     where = f"document {row}, source {store.sources[row]}, line {store.lines[row]}"
-    return Document(where, len(ids), int(np.count_nonzero(mask)), spans_of(ids, mask, tokenizer, limit))
+    return Document(where, len(mask), int(np.count_nonzero(mask)), spans)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -151,7 +151,7 @@ class Kept(NamedTuple):
     turns: int
 
 
-Line = Union[Malformed, list[Kept | Refused]]  # what became of one record
+Line = Malformed | list[Kept | Refused]  # what became of one record
 
 
 class _Rows:
@@ -219,7 +219,7 @@ class TaskRows:
         ids, mask = encode_row(self.tokenizer, row.prompt, self.task.encode_answer(row.answer, self.options))
         if self.tokenizer.unk_id is not None and (ids[:-1] == self.tokenizer.unk_id).any():  # GPT-2 ends with its unk
             return Refused("unknown_character", len(ids))
-        return Encoded(ids, mask, row.prompt, row.answer, 1)
+        return Encoded(ids, mask, prompt=row.prompt, answer=row.answer, turns=1)
 
 
 class SyntheticRow(NamedTuple):
@@ -254,12 +254,23 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Iterable[list[Any]], ahead: int
         yield waiting.popleft().result()
 
 
+_rows: Callable[[], _Rows]  # of a worker, made at the first chunk
+
+
 def _start_worker(config: Config) -> None:
     """In a worker: remember the config, and leave when the element's process is gone."""
     global _rows
     _rows = functools.cache(lambda: _Rows(config))
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    element = multiprocessing.parent_process()
+    if element is None:
+        raise ValueError("this is no worker: it has no parent")
+    threading.Thread(target=_leave_with, args=(element.sentinel,), daemon=True).start()
+
+
+def _leave_with(process: int) -> None:
+    """End this process when another one, named by its sentinel, is gone."""
+    multiprocessing.connection.wait([process])
+    os._exit(1)
 
 
 def _work(chunk: list[Any]) -> list[Line]:

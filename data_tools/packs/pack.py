@@ -175,7 +175,7 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
     plan = plan_of(pieces, store, config, weights)
     progress(len(pieces), len(pieces), "documents")
     plan.write(out)
-    balance = _balance(store, pieces, overlong, weights, names)
+    balance = _balance(store, pieces, overlong, weights=weights, names=names)
     balance.write(out)
     total = balance.total()
     facts = {

@@ -152,7 +152,14 @@ class PackReader:
         labels[cu_seqlens[1:] - 1] = self.pad_id
         cu_seqlens = padded_to(cu_seqlens, length, self.align)
         positions = np.arange(length, dtype=np.int64) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-        return Pack(ids, labels, mask[1:], positions, cu_seqlens.astype(np.int32), doc_ids)
+        return Pack(
+            ids=ids,
+            labels=labels,
+            loss_mask=mask[1:],
+            positions=positions,
+            cu_seqlens=cu_seqlens.astype(np.int32),
+            doc_ids=doc_ids,
+        )
 
 
 def padded_to(cu_seqlens: np.ndarray, length: int, unit: int) -> np.ndarray:

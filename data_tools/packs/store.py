@@ -140,7 +140,7 @@ class StoreWriter:
             file.close()
         spool.unlink()
         files = (f"{TOKENS}.bin", f"{TOKENS}.idx", f"{LOSS_MASK}.bin", f"{LOSS_MASK}.idx", ROWS)
-        facts = {"rows": self.rows, "tokens": self.tokens, "supervised": self.supervised}
+        facts: dict[str, Any] = {"rows": self.rows, "tokens": self.tokens, "supervised": self.supervised}
         facts["sha256"] = {name: sha256_file(self.folder / name) for name in files}
         fsync_tree(self.folder)
         write_json(self.folder / FACTS, facts)

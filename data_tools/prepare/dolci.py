@@ -154,7 +154,9 @@ def _identifier() -> Any:
 def priority(seed: int, conversation: Conversation) -> int:
     """64 bits, the same for equal messages with equal tools, loss and arguments: place in the draw, and what a
     duplicate is known by."""
-    more = [conversation.tools, sorted(conversation.untrained)] if conversation.tools or conversation.untrained else []
+    more: list[Any] = (
+        [conversation.tools, sorted(conversation.untrained)] if conversation.tools or conversation.untrained else []
+    )
     more += [dict(conversation.arguments)] if conversation.arguments else []
     data = struct.pack("<q", seed) + canonical_json(conversation.messages).encode("utf-8", "surrogatepass")
     data += canonical_json(more).encode("utf-8", "surrogatepass") if more else b""
@@ -306,7 +308,7 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     for i, name in enumerate(names):
         chosen[np.flatnonzero(first & (entries["category"] == i))[: drawn.get(name, 0)]] = True
     balance = _balance(parts, entries, first, chosen)
-    _write(parts, entries[chosen], part_of[chosen], out, progress)
+    _write(parts, entries[chosen], part_of[chosen], out=out, progress=progress)
     balance.write(out)
     fsync_tree(out)
     table = [

@@ -52,8 +52,7 @@ def add_rewards(table: Table, config: Config) -> tuple[list[str], list[list[obje
     values = boltzmann(table.floats(names), config.tau)
     kept = [place for place, name in enumerate(table.columns) if name not in present]
     columns = [table.columns[place] for place in kept] + rewards
-    rows = [[row[place] for place in kept] + list(map(float, mine)) for row, mine in zip(table.rows, values)]
-    return columns, rows
+    return columns, [[*(row[place] for place in kept), *map(float, own)] for row, own in zip(table.rows, values)]
 
 
 def q_rewards(config: Config, out: Path, progress: Progress = silent) -> dict[str, Any]:

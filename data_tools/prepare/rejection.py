@@ -276,7 +276,7 @@ def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dic
     origins: dict[str, set[str]] = {"weights": set(), "seed": set()}
     with tempfile.TemporaryFile(dir=out) as waiting:
         for number, (file, sheet) in enumerate(zip(files, sheets)):
-            for row in _samples(file, sheet, groups, config, progress):
+            for row in _samples(file, sheet, groups, config=config, progress=progress):
                 for key in origins.keys() & row.keys():
                     origins[key].add(str(row[key]))
                 group = groups[_name(row)]
@@ -287,7 +287,7 @@ def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dic
                 else:
                     group.places.append(Place(number, waiting.tell(), row["tokens"]))
                     waiting.write(json.dumps(row).encode() + b"\n")
-        left = _write(groups, waiting, sheets, config, out, progress)
+        left = _write(groups, waiting, sheets, config=config, out=out, progress=progress)
     balance = Balance(sheets)
     balance.write(out)
     fsync_tree(out)
@@ -385,6 +385,6 @@ def _chat_row(row: dict[str, Any], pass_rate: float | None) -> dict[str, Any]:
 
 def _untrained(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message of a prompt; an assistant's, which nobody judged, is kept out of the loss."""
-    said = message.get("from", message.get("role"))
+    said = message["from"] if "from" in message else message["role"]
     given = {key: value for key, value in message.items() if key not in IN_LOSS}
     return {**given, "weight": 0} if ROLES[said] == "assistant" else message

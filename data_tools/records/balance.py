@@ -139,7 +139,8 @@ class Balance:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Balance":
         counters = ("lines_dropped", "dropped", "tokens_dropped")
-        return cls(
-            SourceBalance(**{key: Counter(item) if key in counters else item for key, item in source.items()})
-            for source in value["sources"]
-        )
+
+        def sheet(counts: dict[str, Any]) -> SourceBalance:
+            return SourceBalance(**{key: Counter(item) if key in counters else item for key, item in counts.items()})
+
+        return cls(map(sheet, value["sources"]))

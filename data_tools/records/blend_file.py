@@ -21,12 +21,13 @@ def _weighted(place: str, entries: Any) -> list[tuple[str, float]]:
     weights = [_number(word) for word in words[0::2]]
     if len(words) % 2 or all(weight is None for weight in weights):
         return [(word, 1.0) for word in words]
-    if None in weights:
-        raise UserMistake(
-            f"{place}: {words[2 * weights.index(None)]!r} stands where a weight belongs; "
-            "give a weight before each file, or none at all"
-        )
-    return list(zip(words[1::2], weights))
+    weighted = []
+    for word, weight, file in zip(words[0::2], weights, words[1::2]):
+        if weight is None:
+            remedy = "give a weight before each file, or none at all"
+            raise UserMistake(f"{place}: {word!r} stands where a weight belongs; {remedy}")
+        weighted.append((file, weight))
+    return weighted
 
 
 def _number(word: str) -> float | None:

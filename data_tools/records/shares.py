@@ -13,6 +13,7 @@ Compression and format are told by the file's first bytes, CSV by the name .csv,
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from data_tools.records.json_text import json_value
 
 FORMATS = ("auto", "jsonl", "json", "parquet", "csv")
 
+_SPACES = re.compile(r"[ \t\n\r]*")
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _BLOCK = 1 << 16  # compressed bytes read at a time; a line belongs to the element that holds the block it begins in
 
@@ -219,12 +221,13 @@ class JsonShare:
         self.done, self.total = 0, len(self.records)
 
     def __iter__(self) -> Iterator[Any]:
-        for self.done, record in enumerate(self.records, 1):
+        for number, record in enumerate(self.records, 1):
+            self.done = number
             yield record
 
     def place(self, number: int) -> str:
         """The line is looked for only when an error needs it."""
-        decoder, skip = json.JSONDecoder(), json.decoder.WHITESPACE.match
+        decoder, skip = json.JSONDecoder(), _SPACES.match
         position = skip(self.text, 0).end()
         if self.text.startswith("[", position):
             position = skip(self.text, position + 1).end()
@@ -281,7 +284,8 @@ class CsvShare:
         self.done, self.total = 0, len(self.rows)
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        for self.done, row in enumerate(self.rows, 1):
+        for number, row in enumerate(self.rows, 1):
+            self.done = number
             yield dict(zip(self.columns, row))
 
     def place(self, number: int) -> str:

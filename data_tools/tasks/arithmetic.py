@@ -136,11 +136,11 @@ class _Reader:
             if self.take() != ")":
                 raise ValueError("a parenthesis is not closed")
             return value
-        value = parse_number(token)
-        if value is None:
+        number = parse_number(token)
+        if number is None:
             raise ValueError(f"a number is missing before {token!r}" if token else "it ends where a number is due")
-        self.spelled[-1] = format_number(value) or token
-        return value
+        self.spelled[-1] = format_number(number) or token
+        return number
 
 
 @lru_cache(maxsize=1 << 14)

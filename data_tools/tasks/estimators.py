@@ -35,7 +35,7 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) 
     found = Counter((len(one), sum(one) / len(one)) for _, one in sorted(verdicts.items()))
     silent = len(answers) - sum(size * times for (size, _), times in found.items())
     largest = max((size for size, _ in found), default=0)
-    total = sum(_won_by(votes, found, silent, len(answers), k) for votes in range(1, min(k, largest) + 1))
+    total = sum(_won_by(votes, found, silent, n=len(answers), k=k) for votes in range(1, min(k, largest) + 1))
     return float(min(1.0, total / _drawn(len(answers), k, len(answers), k)[k]))
 
 

@@ -17,10 +17,10 @@ import json
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Union
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
@@ -39,7 +39,7 @@ class Row(NamedTuple):
     answer: str
 
 
-Prompt = Union[str, list[dict]]  # text, or messages for the tokenizer's chat template
+Prompt = str | list[dict]  # text, or messages for the tokenizer's chat template
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Source:
 SPLITS = ("train", "heldout")
 
 
-Terms = Union[float, Mapping[str, float | None], None]
+Terms = float | Mapping[str, float | None] | None
 
 
 class Task(Protocol):
@@ -256,9 +256,10 @@ class FunctionTask:
 
     def __init__(self, path: str):
         module, _, name = path.partition(":")
-        self._function = getattr(_user_module(module), name, None)
-        if not callable(self._function):
+        function = getattr(_user_module(module), name, None)
+        if not callable(function):
             raise UserMistake(f"module {module!r} has no function {name!r}")
+        self._function: Callable[[Item, str], Any] = function
         self.REWARDS: dict[str, float] = {}
         for place in (sys.modules[module], self._function):
             if hasattr(place, "RIGHT"):
@@ -276,7 +277,8 @@ class FunctionTask:
 
 def task_options(task: Any, values: Mapping[str, Any]) -> Any:
     """The task's `Options` filled from a mapping. UserMistake naming unknown keys and wrong types."""
-    valid = {item.name: item.type for item in fields(task.Options)}
+    types = get_type_hints(task.Options)
+    valid = {item.name: types[item.name] for item in fields(task.Options)}
     given = {}
     for key, value in values.items():
         if key not in valid:
