@@ -2,10 +2,10 @@
 
     key(read("0.5"), like=gold) == key(read(r"\\frac12"), like=gold)
 
-An answer is keyed in the form of the row's own answer, `like`: in its unit (5 m are 500 cm; a number without a unit is in
-the unit that was asked for), as a share or in percent as it is, with or without the name of a variable. So equality is one
-of classes: what has the verdict "right" has one key. The one exception are decimals that stand for a number that has no
-last decimal (0.333333 for 1/3, to 6 places at least), which are right and keep their own key.
+An answer is keyed in the form of the row's own answer, `like`: in its unit (5 m are 500 cm; a number without a unit is
+in the unit that was asked for), as a share or in percent as it is, with or without the name of a variable. So equality
+is one of classes: what has the verdict "right" has one key. The one exception are decimals that stand for a number that
+has no last decimal (0.333333 for 1/3, to 6 places at least), which are right and keep their own key.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _PLACES = 6  # decimals and digits, the least for an approximation
 
 
 def is_same(gold: Any, answer: Any) -> bool:
-    """Whether an answer says what the row's own does."""
+    """Return whether an answer says what the row's own does."""
     if key(gold, gold) == key(answer, gold) or _is_near(gold, answer):
         return True
     return isinstance(gold, Formula) and _is_related(gold, answer)
@@ -70,7 +70,7 @@ def _amount(value: Any) -> "Fraction | str":
 
 
 def _share(amount: Fraction, measure: Measure, wanted: Measure) -> Fraction:
-    """Percent and shares in the form that is wanted: a number above 1 can be no share, so it is in percent."""
+    """Return percent and shares in the form that is wanted: a number above 1 can be no share, so it is in percent."""
     gold = wanted.value.value if isinstance(wanted.value, Number) else None
     if wanted.percent:
         return amount / 100 if measure.percent or abs(amount) > 1 else amount
@@ -90,7 +90,7 @@ def _is_changeable(unit: Unit, wanted: Unit) -> bool:
 
 
 def _left(unit: Unit | None, wanted: Unit | None, changes: bool = True) -> Unit | None:
-    """The unit that is not the wanted one."""
+    """Return the unit that is not the wanted one."""
     if unit is None or wanted is None or unit == wanted or (changes and _is_changeable(unit, wanted)):
         return None
     return unit
@@ -117,7 +117,8 @@ def _is_near(gold: Any, answer: Any) -> bool:
 
 
 def _rounds_to(exact: Any, decimal: Any) -> bool | None:
-    """Return whether a number without a last decimal rounds to a decimal number; None where they are no such numbers."""
+    """Return whether a number without a last decimal rounds to a decimal number; None where they are no such
+    numbers."""
     if not isinstance(decimal, Number) or decimal.places is None or decimal.places < _PLACES:
         return None
     value = _endless(exact)
@@ -127,7 +128,7 @@ def _rounds_to(exact: Any, decimal: Any) -> bool | None:
 
 
 def _endless(value: Any) -> Fraction | None:
-    """A real number that no decimal number is equal to, to 20 digits; None for any other value."""
+    """Return a real number that no decimal number is equal to, to 20 digits; None for any other value."""
     if isinstance(value, Number):
         rest = value.value.denominator
         for prime in (2, 5):
@@ -187,7 +188,7 @@ def _several_key(items: tuple, like: Any, distinct: bool) -> str:
 
 
 def _is_like(one: Any, asked: Any) -> bool:
-    """Whether the first of a list says in what form the others are wanted: their unit."""
+    """Return whether the first of a list says in what form the others are wanted: their unit."""
     return isinstance(one, Measure) and isinstance(asked, Measure) and not one.percent and not asked.percent
 
 
@@ -206,7 +207,7 @@ def _may_be_interval(group: Group) -> bool:
 
 
 def _is_related(gold: Any, answer: Any) -> bool:
-    """Whether what has no fingerprint is equal to math-verify."""
+    """Return whether what has no fingerprint is equal to math-verify."""
     pair = [_expression(one) for one in (gold, answer)]
     if None in pair or not all(isinstance(one, (Relation, Named, Formula)) for one in (gold, answer)):
         return False

@@ -34,7 +34,7 @@ class Letter:
 
 @dataclass(frozen=True)
 class Words:
-    """Words, a time of day, a number with its base: equal where they are written alike."""
+    """Represents words, a time of day or a number with its base: equal where they are written alike."""
 
     text: str
 
@@ -47,7 +47,10 @@ class Named:
 
 @dataclass(frozen=True)
 class Group:
-    """A tuple (), an open or closed interval, a row []: `brackets` tells. (1,2) is a point or an interval."""
+    """Represents a tuple (), an open or closed interval, a row []: `brackets` tells.
+
+    (1,2) is a point or an interval.
+    """
 
     brackets: str
     items: tuple
@@ -55,7 +58,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Several:
-    """Values in no order; of a set each one once. `union`: of intervals."""
+    """Represents values in no order, those of a set each once. `union` says that they are intervals."""
 
     items: tuple
     distinct: bool = False
@@ -69,11 +72,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Relation:
-    """An equation or inequality between formulas."""
+    """Represents an equation or inequality between formulas."""
 
     expression: Any
     mark: str | None
 
 
 class Unclear(ValueError):
-    """What an answer says is not certain."""
+    """Raised where it is not certain what an answer says."""

@@ -1,4 +1,5 @@
-"""Numbers as people and models write them, read exactly: 1,234.5, 1e-05, 6.02\\times10^{23}, 3 1/2, 0.1\\overline{6}, 12/5.
+"""Numbers as people and models write them, read exactly: 1,234.5, 1e-05, 6.02\\times10^{23}, 3 1/2, 0.1\\overline{6},
+12/5.
 
 A space separates thousands (`1 000`) or a fraction (`3 1/2`), or what stands there is no number: `1 2` is not 12.
 """
@@ -33,7 +34,7 @@ _PERCENT = re.compile(r"(?:⟦ ?)?(?:%|percent|percentage|pct)(?: ?⟧)?")
 
 
 class Reading(NamedTuple):
-    """A number. `places`: its decimals where it is written as a decimal number, None for fractions and the like."""
+    """Represents a number. `places` are its decimals; None where it is written otherwise, such as a fraction."""
 
     value: Fraction
     places: int | None = None
@@ -42,9 +43,9 @@ class Reading(NamedTuple):
 
 
 def number(text: str) -> Reading | None:
-    """The number that the whole text is, with what it measures; None where the text is anything else.
+    """Return the number that the whole text is, with what it measures; None where the text is anything else.
 
-    ValueError for what looks like a number and is not one, such as 2\\frac{3}{2}, which may be 3 or 3.5.
+    Raise ValueError for what looks like a number and is not one, such as 2\\frac{3}{2}, which may be 3 or 3.5.
     """
     prefix = _PREFIX.match(text)
     match = _MAGNITUDE.match(text, prefix.end()) if prefix else None
@@ -72,7 +73,7 @@ def number(text: str) -> Reading | None:
 
 
 def _measured(rest: str) -> Unit | None:
-    """The unit after a number: a letter only where a space or \\text{} sets it off, for 5m may be a product."""
+    """Return the unit after a number: a letter only where a space or \\text{} sets it off, for 5m may be a product."""
     found = unit_of(rest)
     apart = rest[:1] in (" ", "⟦", "^", "¢", *CURRENCIES)
     word = rest.strip(" ⟦⟧")

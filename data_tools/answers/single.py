@@ -1,4 +1,5 @@
-"""Answers without parts that are answers themselves: numbers, letters, times, words, formulas, equations of formulas."""
+"""Answers without parts that are answers themselves: numbers, letters, times, words, formulas, equations of
+formulas."""
 
 import re
 from fractions import Fraction
@@ -24,7 +25,8 @@ _FUNCTION_WORDS = frozenset(symbols.FUNCTIONS) | symbols.PLAIN_NAMES.keys()
 
 
 def labelled(text: str) -> Any | None:
-    """Read what its spelling alone tells: a number, a letter, a number in a base, a time of day, a date, a known set."""
+    """Read what its spelling alone tells: a number, a letter, a number in a base, a time of day, a date, a known
+    set."""
     for kind in (_measured_number, _letter, _based, _clock, _date, _known_set):
         value = kind(text)
         if value is not None:
@@ -125,7 +127,7 @@ def formula(text: str) -> Any:
 
 
 def of_expression(expression: Any) -> Any:
-    """The number that an expression is, else the formula."""
+    """Return the number that an expression is, else the formula."""
     import sympy
 
     if isinstance(expression, sympy.MatrixBase) or isinstance(expression, (sympy.Set, sympy.Tuple)):
@@ -140,7 +142,7 @@ def of_expression(expression: Any) -> Any:
 
 
 def relation(text: str) -> Relation:
-    """An equation or inequality, as math-verify reads it."""
+    """Return an equation or inequality, as math-verify reads it."""
     expression = symbols.parsed(text)
     if expression is None:
         raise Unclear("no equation")
@@ -151,14 +153,14 @@ def relation(text: str) -> Relation:
 
 
 def _relation_mark(expression: Any) -> str | None:
-    """The same for equations that differ by a factor. None where they are no polynomials."""
+    """Return the same for equations that differ by a factor. None where they are no polynomials."""
     import sympy
 
     try:
         difference = expression.lhs - expression.rhs
         polynomial = sympy.Poly(sympy.nsimplify(sympy.expand(difference), rational=True))
         names = sorted(polynomial.gens, key=str)
-        return f"{type(expression).__name__}: {sympy.Poly(polynomial.as_expr(), *names).monic().as_expr()}" if isinstance(
-            expression, sympy.Eq) else None  # fmt: skip
+        monic = sympy.Poly(polynomial.as_expr(), *names).monic().as_expr()
+        return f"{type(expression).__name__}: {monic}" if isinstance(expression, sympy.Eq) else None
     except Exception:  # sympy has no polynomial of it
         return None

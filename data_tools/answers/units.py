@@ -18,7 +18,8 @@ _KINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("s sec second", "1"), ("min mins minute", "60"), ("h hr hrs hour", "3600"), ("day", "86400"),
         ("week", "604800"), ("month", "month"), ("yr year", "year"), ("ms millisecond", "1/1000"),
     ),
-    "volume": (("L liter litre", "1"), ("mL ml milliliter millilitre", "1/1000"), ("gal gallon", "gallon"), ("cup", "cup")),
+    "volume": (("L liter litre", "1"), ("mL ml milliliter millilitre", "1/1000"),
+               ("gal gallon", "gallon"), ("cup", "cup")),
     "angle": (("deg degree ^{\\circ}", "1"), ("rad radian", "radian")),
     "dollars": (("＄ USD usd dollar buck", "1"), ("¢ cent", "1/100")),
     "euros": (("€ EUR eur euro", "1"),),
@@ -27,7 +28,8 @@ _KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "rupees": (("₹ Rs rupee", "1"),),
     "speed": (("mph mi/h", "1"), ("kmh kph km/h", "km/h"), ("m/s", "m/s")),
     "energy": (("J joule", "1"),), "power": (("W watt", "1"),), "force": (("N newton", "1"),),
-    "temperature": (("^{\\circ}C ^{\\circ} C celsius", "C"), ("^{\\circ}F ^{\\circ} F fahrenheit", "F"), ("K kelvin", "K")),
+    "temperature": (("^{\\circ}C ^{\\circ} C celsius", "C"), ("^{\\circ}F ^{\\circ} F fahrenheit", "F"),
+                    ("K kelvin", "K")),
     "half of the day": (("am a.m a.m.", "am"), ("pm p.m p.m.", "pm")),
     "square units": (("sq", "sq"),), "units": (("unit", "1"),),
 }  # fmt: skip
@@ -35,16 +37,16 @@ Unit = tuple[str, "Fraction | str"]  # (what is measured, size in the first unit
 CURRENCIES = "＄€£¥₹"
 MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _NO_UNITS = frozenset(  # words after a number that say something else about it
-    "squared cubed factorial times plus minus over more less than fewer or and to not if when where mod modulo is are percent "
-    "half quarter third base approximately about at least most up down through until but maybe possibly either neither "
-    "option choice halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
-    "greater smaller between with without by into multiplied divided choose doubled tripled halved point root sqrt remainder "
-    "negative positive below above under beneath wrong incorrect false isn't aren't unless except mille permille basis "
-    "dozens hundreds thousands millions billions lakh lakhs crore crores score gross imaginary reversed "
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion "
-    "fourth fifth sixth seventh eighth ninth tenth eleventh twelfth sixteenth twentieth hundredth thousandth millionth billionth "
-    "elevenths twelfths sixteenths twentieths thousandths millionths billionths".split()
+    "squared cubed factorial times plus minus over more less than fewer or and to not if when where mod modulo is are "
+    "percent half quarter third base approximately about at least most up down through until but maybe possibly "
+    "either neither option choice halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths "
+    "greater smaller between with without by into multiplied divided choose doubled tripled halved point root sqrt "
+    "remainder negative positive below above under beneath wrong incorrect false isn't aren't unless except mille "
+    "permille basis dozens hundreds thousands millions billions lakh lakhs crore crores score gross imaginary reversed "
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion trillion "
+    "fourth fifth sixth seventh eighth ninth tenth eleventh twelfth sixteenth twentieth hundredth thousandth "
+    "millionth billionth elevenths twelfths sixteenths twentieths thousandths millionths billionths".split()
 )
 _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*\.?")
 

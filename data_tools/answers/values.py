@@ -37,7 +37,7 @@ _OPEN, _CLOSE = "([{⦃⟨⟦", ")]}⦄⟩⟧"
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Any | None:
-    """What an answer says, None where that is not understood or not certain."""
+    """Return what an answer says, None where that is not understood or not certain."""
     if len(text) > LONGEST:
         return None
     try:
@@ -63,7 +63,7 @@ def _read(text: str, depth: int) -> Any:
 
 
 def _inside(text: str) -> str:
-    """Without braces around the whole, and a last comma or point."""
+    """Return the text without braces around the whole, and without a last comma or point."""
     text = text.strip().rstrip(",;").strip()
     if text.endswith(".") and not text.lower().endswith(".m."):
         text = text[:-1].strip()
@@ -78,7 +78,7 @@ def _inside(text: str) -> str:
 
 
 def _closing(text: str) -> int | None:
-    """The place of the bracket that closes the one at 0."""
+    """Return the place of the bracket that closes the one at 0."""
     depth = 0
     for place, character in enumerate(text):
         depth += (character in _OPEN) - (character in _CLOSE)
@@ -88,7 +88,7 @@ def _closing(text: str) -> int | None:
 
 
 def _split(text: str, separator: re.Pattern) -> list[str]:
-    """The parts between separators that stand in no brackets. Unclear where brackets do not pair."""
+    """Return the parts between separators that stand in no brackets. Raise Unclear where brackets do not pair."""
     parts, depth, begin, place = [], 0, 0, 0
     while place < len(text):
         match = separator.match(text, place) if depth == 0 else None
@@ -148,7 +148,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _together(items: list, distinct: bool = False) -> Several:
-    """A list whose names say nothing where they are all the same: x=4 or x=5."""
+    """Return a list whose names say nothing where they are all the same: x=4 or x=5."""
     flat = list(_flat(items))
     names = {one.name for one in flat if isinstance(one, Named)}
     if len(names) == 1:
@@ -174,7 +174,7 @@ def _union(items: list) -> Any:
 
 
 def _french(text: str, depth: int) -> Any:
-    """]0,1] and [1,\\infty[."""
+    """Read intervals such as ]0,1] and [1,\\infty[."""
     match = re.fullmatch(r"([\[\](])([^\[\]]+),([^\[\]]+)([\[\])])", text)
     if not match or (match[1] in "[(" and match[4] in "])"):
         return None
@@ -248,7 +248,7 @@ def _equation(sides: list[str], text: str, depth: int) -> Any:
 
 
 def _alike(values: list) -> Any:
-    """The last of values that are equal, such as of 2+2=4. Unclear where they are not: 2+2=5."""
+    """Return the last of values that are equal, such as of 2+2=4. Raise Unclear where they are not: 2+2=5."""
     if len(values) > 1 and (len(marks := {_mark(one) for one in values}) > 1 or None in marks):
         raise Unclear("an equation that does not hold")
     return values[-1]

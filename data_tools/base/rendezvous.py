@@ -44,7 +44,7 @@ class MeetingTimeout(TimeoutError):
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where ranks meet (an IPv4 or IPv6 address and ports to choose from), under which name, with which key."""
+    """Says where ranks meet (an IPv4 or IPv6 address and ports to choose from), under which name, with which key."""
 
     address: str
     ports: range
@@ -96,7 +96,7 @@ def pack_fields(fields: Sequence[bytes]) -> bytes:
 
 
 def unpack_fields(body: bytes) -> list[bytes]:
-    """Return the fields of a message. Raises ValueError."""
+    """Return the fields of a message. Raise ValueError."""
     fields, at = [], 0
     while at < len(body):
         size = int.from_bytes(body[at : at + 4], "big")
@@ -108,10 +108,10 @@ def unpack_fields(body: bytes) -> list[bytes]:
 
 
 class Client:
-    """One rank's connection; one request at a time, whatever its threads ask. `limit_s`: for what does not say."""
+    """Represents one rank's connection, which has one request at a time, whatever its threads ask."""
 
     def __init__(self, meeting: Meeting, limit_s: float, port: int | None = None):
-        """Connect, to `port` where it is known. Raises MeetingFailed after `limit_s` seconds."""
+        """Connect, to `port` where it is known. Raise MeetingFailed after `limit_s` seconds."""
         self.meeting, self.limit_s = meeting, limit_s
         self._lock = threading.Lock()
         self._socket, self.port = self._connect([port] if port else meeting.candidates())
@@ -181,11 +181,11 @@ class Client:
         return self.multi_get([key])[0]
 
     def multi_get(self, keys: Iterable[str]) -> list[bytes]:
-        """Return the values once all are there. Raises MeetingTimeout."""
+        """Return the values once all are there. Raise MeetingTimeout."""
         return self._ask(None, b"get", b"%r" % self.limit_s, *(key.encode() for key in keys))
 
     def wait(self, keys: Iterable[str], limit_s: float | None = None) -> None:
-        """Wait until all keys are set. Raises MeetingTimeout."""
+        """Wait until all keys are set. Raise MeetingTimeout."""
         limit_s = self.limit_s if limit_s is None else limit_s
         self._ask(limit_s, b"wait", b"%r" % limit_s, *(key.encode() for key in keys))
 

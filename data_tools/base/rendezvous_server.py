@@ -1,4 +1,5 @@
-"""The side of rank 0 in rendezvous.py: the store of keys and values, which serves whoever proves that he holds the key."""
+"""The side of rank 0 in rendezvous.py: the store of keys and values, which serves whoever proves that he holds the
+key."""
 
 import contextlib
 import errno
@@ -18,10 +19,10 @@ TICK_S = 0.2  # how late a time limit may be noticed
 
 
 class Server:
-    """The store itself, in a thread of rank 0 that ends with the process or with `close`."""
+    """Holds the store itself, in a thread of rank 0 that ends with the process or with `close`."""
 
     def __init__(self, meeting: Meeting):
-        """Listen at the first of the meeting's ports that is free. Raises MeetingFailed."""
+        """Listen at the first of the meeting's ports that is free. Raise MeetingFailed."""
         self.meeting = meeting
         self.values: dict[bytes, bytes] = {}
         self._socket = _listen(meeting)
@@ -207,7 +208,7 @@ class Server:
 
 @dataclass(eq=False)
 class _Peer:
-    """One connection as the server sees it."""
+    """Represents one connection as the server sees it."""
 
     socket: socket.socket
     nonce: bytes
@@ -220,7 +221,7 @@ class _Peer:
 
 @dataclass(eq=False)
 class _Wait:
-    """A request that is answered, with the values of the `wanted` keys, once its keys are set."""
+    """Represents a request that is answered, with the values of the `wanted` keys, once its keys are set."""
 
     until: float
     missing: set[bytes]

@@ -78,7 +78,7 @@ class Fields:
             raise BadRecord(_reason(lost[0]), f"{lost[0].kind}_lost")
 
     def omits_reasoning(self, conversation: Conversation, message: int) -> bool:
-        """Whether the template leaves out the reasoning of this message, since a question follows or at all."""
+        """Return whether the template leaves out the reasoning of this message, since a question follows or at all."""
         return ("messages", message, "reasoning_content") in self._unwritten_of(
             conversation, list(_fields(conversation))
         )
@@ -97,14 +97,14 @@ class Fields:
         return not self._is_marked(field, conversation)
 
     def _is_history(self, field: Field, conversation: Conversation) -> bool:
-        """Whether this is reasoning that the template leaves out only since a question follows."""
+        """Return whether this is reasoning that the template leaves out only since a question follows."""
         if field.kind != "reasoning" or field.message in conversation.after_last_user():
             return False
         alone = replace(conversation, messages=conversation.messages[: field.message + 1])
         return field.path not in self._unwritten_of(alone, list(_fields(alone)))
 
     def _is_marked(self, field: Field, conversation: Conversation) -> bool:
-        """Whether a mark within the field turns up in the text, and changes nothing else there."""
+        """Return whether a mark within the field turns up in the text, and changes nothing else there."""
         before, text, after = field.text.partition(field.text.strip())
         try:
             marked = self._template.text(
@@ -115,7 +115,7 @@ class Fields:
             return False
 
     def _is_used(self, field: Field, conversation: Conversation) -> bool:
-        """Whether the text would be another one with the other name."""
+        """Return whether the text would be another one with the other name."""
         try:
             other = self._template.text(_changed(conversation, {field.path: field.instead}))
         except TemplateError:
@@ -179,7 +179,7 @@ def _fields(conversation: Conversation) -> Iterator[Field]:
 
 
 def _texts(path: Path, value: Any) -> Iterator[Field]:
-    """The texts of a call's arguments, at any depth."""
+    """Yield the texts of a call's arguments, at any depth."""
     if isinstance(value, str):
         yield Field("tool_call", path, value)
     elif isinstance(value, (dict, list)):
@@ -188,7 +188,7 @@ def _texts(path: Path, value: Any) -> Iterator[Field]:
 
 
 def _names_of_results(messages: list[dict[str, Any]]) -> Iterator[Field]:
-    """What tells whose result a tool's message is, where its place behind the calls does not."""
+    """Yield what tells whose result a tool's message is, where its place behind the calls does not."""
     calls: list[dict[str, Any]] = []
     place = 0
     for number, message in enumerate(messages):
@@ -204,19 +204,19 @@ def _names_of_results(messages: list[dict[str, Any]]) -> Iterator[Field]:
 
 
 def _is_asked_by_shape(field: Field) -> bool:
-    """Not what templates look up, nor what is a part of a text."""
+    """Return whether this is neither what templates look up nor a part of a text."""
     is_inline = field.kind == "reasoning" and field.path[-1] == "content"
     return bool(field.text.strip()) and not field.instead and not is_inline
 
 
 def _region(field: Field, rendered: Rendered) -> str:
-    """The text in which a field has to stand: its turn, or all of it for any that is no turn."""
+    """Return the text in which a field has to stand: its turn, or all of it for any that is no turn."""
     spans = [span for span in rendered.spans if span.message == field.message and span.start < span.stop]
     return rendered.text[spans[0].start : spans[-1].stop] if spans else rendered.text
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether the part is in the text, as it is or as JSON writes it."""
+    """Return whether the part is in the text, as it is or as JSON writes it."""
     part = part.strip()
     return part in text or any(
         json.dumps(part, ensure_ascii=ensure_ascii)[1:-1] in text for ensure_ascii in (False, True)

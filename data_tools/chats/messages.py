@@ -74,7 +74,7 @@ _OPEN_THOUGHTS = re.compile(
 
 
 class BadRecord(ValueError):
-    """A record that gives no conversation: the bucket it is counted in, and why."""
+    """Raised for a record that gives no conversation, with the bucket that it is counted in, and why."""
 
     def __init__(self, reason: str, bucket: str = _MALFORMED):
         super().__init__(reason)

@@ -34,12 +34,12 @@ _SENTINELS = [chr(code) for code in range(0xE000, 0xE100)]  # private use; the f
 
 
 class TemplateError(ValueError):
-    """The template refused a conversation; str() is one line."""
+    """Raised where the template refuses a conversation; str() is one line."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How this template reads messages."""
+    """Says how this template reads messages."""
 
     text_arguments: bool = False  # a tool call's arguments are JSON text (DeepSeek)
     parts: bool = False  # a content is a list of typed parts (SmolVLM)
@@ -58,7 +58,7 @@ class Form:
 
 
 class ChatTemplate:
-    """A compiled template. UserMistake when it cannot be parsed. `day` stands for today."""
+    """Represents a compiled template. Raise UserMistake when it cannot be parsed. `day` stands for today."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], arguments: Mapping[str, Any], day: date):
         self._variables = {**special_tokens, **arguments}
@@ -80,11 +80,14 @@ class ChatTemplate:
         return self._variables.get(name) or ""
 
     def text(self, conversation: Conversation) -> str:
-        """Return the text of a conversation. TemplateError when the template refuses it."""
+        """Return the text of a conversation. Raise TemplateError when the template refuses it."""
         return self.marked(conversation)[0]
 
     def prompt(self, conversation: Conversation) -> str:
-        """Return the text up to where the assistant's next turn begins. TemplateError when the template refuses."""
+        """Return the text up to where the assistant's next turn begins.
+
+        Raise TemplateError when the template refuses.
+        """
         return self.marked(conversation, add_generation_prompt=True)[0]
 
     def marked(self, conversation: Conversation, **more: Any) -> tuple[str, list[tuple[int, str]]]:
@@ -190,7 +193,7 @@ class _MarkWriter:
         return f"{self.sentinel}{code}{self.sentinel}"
 
     def __call__(self, item: Any) -> str:
-        """The template filters with this what its loop holds, or the mark itself."""
+        """Return the template filters with this what its loop holds, or the mark itself."""
         if type(item) is str:
             return self.mark(item)
         return self.mark(self.numbers[id(item)]) if id(item) in self.numbers else ""
@@ -225,7 +228,8 @@ def _item(loop: nodes.For) -> str:
 
 
 def _outermost(tree: nodes.Template, loops: list[nodes.For]) -> list[nodes.For]:
-    """The loops that are in no other one, nor in a macro which one of them may call: those write parts of a message."""
+    """Return the loops that are in no other one, nor in a macro which one of them may call: those write parts of a
+    message."""
     inner = [node for loop in loops for node in loop.find_all(nodes.For)]
     outer = [loop for loop in loops if not any(loop is node for node in inner)]
     in_macros = [node for macro in tree.find_all(nodes.Macro) for node in macro.find_all(nodes.For)]
@@ -234,7 +238,7 @@ def _outermost(tree: nodes.Template, loops: list[nodes.For]) -> list[nodes.For]:
 
 
 def _names_of_messages(tree: nodes.Template) -> set[str]:
-    """`messages`, and what the template sets from it, or from a part of it."""
+    """Return `messages`, and what the template sets from it, or from a part of it."""
     names, before = {_MESSAGES}, 0
     while len(names) > before:
         before = len(names)
@@ -262,7 +266,7 @@ def _mark(item: nodes.Expr) -> nodes.Output:
 
 
 class _Generation(Extension):
-    """`{% generation %}` blocks, marked where they begin and end."""
+    """Reads `{% generation %}` blocks, marked where they begin and end."""
 
     tags = {"generation"}
 
@@ -275,8 +279,8 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which asks a dozen questions before it gives `message.role`; here plain data's keys and texts'
-    methods are given at once."""
+    """Asks less than Jinja's sandbox, which asks a dozen questions before it gives `message.role`; here plain data's
+    keys and texts' methods are given at once."""
 
     marks: _MarkWriter  # of the render that is going on
 
@@ -303,7 +307,7 @@ _SCOPES = ("_loop_vars", "_block_vars")  # which compiled templates give to ever
 
 
 def _environment(day: date) -> _Sandbox:
-    """What templates are written for (transformers.utils.chat_template_utils), with a day that stands still."""
+    """Return what templates are written for (transformers.utils.chat_template_utils), with a day that stands still."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.filters[_MARK] = jinja2.pass_context(lambda _, item: environment.marks(item))  # hence not folded away

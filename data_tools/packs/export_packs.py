@@ -29,7 +29,8 @@ _ROW_GROUP = 16  # packs; Bridge decodes a whole group to read one pack
 
 
 def messages_of(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """The messages of one document, `ids` int[n] and `mask` [n]; ValueError where its text gives other tokens."""
+    """Return the messages of one document, `ids` int[n] and `mask` [n]; ValueError where its text gives other
+    tokens."""
     borders = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
     runs = [(int(mask[run[0]]), ids[run]) for run in np.split(np.arange(len(ids)), borders)]
     messages = [{"role": "system", "content": ""}]
@@ -65,7 +66,7 @@ def to_megatron_lm(
 ) -> dict[str, Any]:
     """Write packed.jsonl. Facts: documents, unstable (left out), without_end (Megatron adds and trains an end there).
 
-    UserMistake naming the first document whose text is not stable, with `on_unstable` fail.
+    Raise UserMistake naming the first document whose text is not stable, with `on_unstable` fail.
     """
     documents = unstable = without_end = 0
     with open(out / MEGATRON_LM, "w", encoding="utf-8") as file:

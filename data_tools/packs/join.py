@@ -1,4 +1,5 @@
-"""The shards that materialize's elements wrote → one token store, without rows that are equal, and its balance sheet."""
+"""The shards that materialize's elements wrote → one token store, without rows that are equal, and its balance
+sheet."""
 
 import hashlib
 from collections import Counter
@@ -62,7 +63,7 @@ def _spell(buckets: Counter[str]) -> str:
 
 @dataclass
 class _Piece:
-    """The rows of one source in one element's store, and how many lines of the source precede them."""
+    """Represents the rows of one source in one element's store, and how many lines of the source precede them."""
 
     store: Store
     source: int

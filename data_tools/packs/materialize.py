@@ -1,8 +1,8 @@
 """Conversations, or a task's rows → a token store and its balance sheet, split over any number of array elements.
 
-Every element takes its share of every input file (data_tools/records/readers.py) and the like share of the synthetic rows, and
-writes a shard. `finish` (join.py) joins the shards source by source, so the store has the same bytes for every number of
-elements, workers and chunk sizes.
+Every element takes its share of every input file (data_tools/records/readers.py) and the like share of the synthetic
+rows, and writes a shard. `finish` (join.py) joins the shards source by source, so the store has the same bytes for
+every number of elements, workers and chunk sizes.
 
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
        │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
@@ -135,7 +135,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
 
 
 class Malformed(NamedTuple):
-    """A record that gives no rows; a `fatal` one is a fault of the settings, whatever on_bad_row says."""
+    """Represents a record that gives no rows; a `fatal` one is a fault of the settings, whatever on_bad_row says."""
 
     bucket: str
     reason: str = ""
@@ -143,7 +143,7 @@ class Malformed(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the store gets of a row: `Encoded` with its text as hashes, so that a worker's text does not travel."""
+    """Says what the store gets of a row: `Encoded` with its text as hashes, so that a worker's text does not travel."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -155,7 +155,7 @@ Line = Malformed | list[Kept | Refused]  # what became of one record
 
 
 class _Rows:
-    """One shard's rows of conversations or of a task; made once in every process that works on it."""
+    """Represents one shard's rows of conversations or of a task; made once in every process that works on it."""
 
     def __init__(self, config: Config):
         self.max_tokens, self.is_task = config.max_tokens, bool(config.task)
@@ -170,7 +170,7 @@ class _Rows:
         return [self._line(raw) for raw in chunk]
 
     def _line(self, raw: Any) -> Line:
-        """`raw` is a line as bytes, or a value that was read from JSON or Parquet."""
+        """Return `raw` is a line as bytes, or a value that was read from JSON or Parquet."""
         if readers.is_blank(raw):
             return Malformed("blank_line")
         record = readers.Record(None, raw) if self.is_task else readers.record_of(raw)  # a task parses its lines itself
@@ -192,7 +192,7 @@ class _Rows:
 
 
 class TaskRows:
-    """The rows of a task's records."""
+    """Represents the rows of a task's records."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.task = load_row_task(config.task)
@@ -201,7 +201,7 @@ class TaskRows:
         self.tokenizer = tokenizer
 
     def rows(self, record: Any) -> Iterator[Result]:
-        """Those of a record as a share gives it, or of a synthetic row's number. Raises BadRecord."""
+        """Yield those of a record as a share gives it, or of a synthetic row's number. Raise BadRecord."""
         if isinstance(record, SyntheticRow):
             yield self._result(self.task.synthetic_row(self.seed, record.number, self.split))
             return
@@ -258,7 +258,7 @@ _rows: Callable[[], _Rows]  # of a worker, made at the first chunk
 
 
 def _start_worker(config: Config) -> None:
-    """In a worker: remember the config, and leave when the element's process is gone."""
+    """Begin a worker: remember the config, and leave when the element's process is gone."""
     global _rows
     _rows = functools.cache(lambda: _Rows(config))
     element = multiprocessing.parent_process()
@@ -281,7 +281,7 @@ def _work(chunk: list[Any]) -> list[Line]:
 
 
 class _Element:
-    """One element at work: rows of its shares go to the writer, their counts to a sheet a source."""
+    """Represents one element at work: rows of its shares go to the writer, their counts to a sheet a source."""
 
     def __init__(self, config: Config, lines_of: LinesOf, writer: StoreWriter, progress: Progress):
         self.config = config
@@ -318,7 +318,7 @@ class _Element:
         return itertools.chain.from_iterable(self.lines_of(chunks))
 
     def _add_line(self, line: Line, source: int, sheet: SourceBalance, share: Share | None = None) -> None:
-        """`sheet.lines` is this line's number within the share."""
+        """Count a line and write its rows; `sheet.lines` is this line's number within the share."""
         if isinstance(line, Malformed):
             self._refuse(line.reason, line.fatal, sheet, share)
             sheet.lines_dropped[line.bucket] += 1
@@ -334,7 +334,7 @@ class _Element:
             sheet.keep(len(row.ids), int(np.count_nonzero(row.mask)))
 
     def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: Share | None) -> None:
-        """UserMistake with the place, where the data is at fault and may not be, or the settings are."""
+        """Raise UserMistake with the place, where the data is at fault and may not be, or the settings are."""
         if reason and (fatal or self.config.on_bad_row == "fail"):
             place = share.place(sheet.lines) if share else f"{sheet.name}, row {sheet.lines}"
             remedy = "" if fatal else "; mend the record, or set on_bad_row: bucket"

@@ -90,7 +90,8 @@ def check(config: Config) -> list[Problem]:
 
 
 def pieces_of(store: Store, config: Config, policies: Sequence[str]) -> tuple[Pieces, np.ndarray]:
-    """The documents that fit, and of the longer ones what their source's policy leaves; also which documents those are.
+    """Return the documents that fit, and of the longer ones what their source's policy leaves; also which documents
+    those are.
 
     A piece of a cut document stays only if it holds a target; a cut loses the target that crosses it.
     """
@@ -142,7 +143,8 @@ def plan_of(pieces: Pieces, store: Store, config: Config, weights: Sequence[floa
 
 
 def _prompt_groups(store: Store, pieces: Pieces) -> np.ndarray:
-    """int64[pieces], a number for each prompt that several share; -1 for the others and where there is no prompt."""
+    """Return int64[pieces], a number for each prompt that several share; -1 for the others and where there is no
+    prompt."""
     words = store.prompt_hashes[pieces.doc, 0]  # 64 bits: equal by chance is rare, and only keeps two apart
     _, group, count = np.unique(words, return_inverse=True, return_counts=True)
     return np.where((count[group] > 1) & (words != text_hash("")[0]), group, -1)
@@ -151,8 +153,8 @@ def _prompt_groups(store: Store, pieces: Pieces) -> np.ndarray:
 def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Plan the packs of `config.store` and write the plan and its balance into the empty folder `out`.
 
-    Returns its facts. UserMistake for every problem of `check`, for a source the store does not have, for an overlong
-    document where that fails, and when no document is left.
+    Returns its facts. Raise UserMistake for every problem of `check`, for a source the store does not have, for an
+    overlong document where that fails, and when no document is left.
     """
     problems = check(config)
     if problems:
@@ -203,13 +205,15 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
 
 
 def source_names(store: Store) -> list[str]:
-    """Names of the store's sources in the order of their numbers, from the balance sheet beside it; else the numbers."""
+    """Names of the store's sources in the order of their numbers, from the balance sheet beside it; else the
+    numbers."""
     found = sources.of_folder(store.folder)
     return found or [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
 
 
 def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
-    """int64[pieces], the labels in the loss: supervised tokens but the first of a piece, which nothing predicts."""
+    """Return int64[pieces], the labels in the loss: supervised tokens but the first of a piece, which nothing
+    predicts."""
     firsts = store.offsets[pieces.doc] + pieces.start
     counts = np.empty(len(pieces), dtype=np.int64)
     for block in range(0, len(pieces), _BLOCK):
@@ -221,7 +225,7 @@ def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
 
 
 def _idle_table(stream: batches.Stream) -> dict[str, Any]:
-    """Predicted idle share of the ranks for the usual sizes of data parallelism, 8 packs a rank and step."""
+    """Return the predicted idle share of the ranks for the usual sizes of data parallelism, 8 packs a rank and step."""
     rows = []
     for ranks in (2, 4, 8, 16, 32, 64):
         batch = 8 * ranks
@@ -246,10 +250,10 @@ def _name_overlong(store: Store, overlong: np.ndarray, config: Config) -> str:
 def _balance(
     store: Store, pieces: Pieces, overlong: np.ndarray, weights: Sequence[float], names: Sequence[str]
 ) -> Balance:
-    """Documents in = packed + overlong + weight_0, a source a line.
+    """Return documents in = packed + overlong + weight_0, a source a line.
 
-    `tokens` are those in packs; of a cut document the rest is in no pack, and counted as cut. `supervised` counts targets,
-    so a mask on a piece's first token is none.
+    `tokens` are those in packs; of a cut document the rest is in no pack, and counted as cut. `supervised` counts
+    targets, so a mask on a piece's first token is none.
     """
     sheets = []
     packed = np.zeros(len(store), dtype=bool)

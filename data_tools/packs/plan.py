@@ -26,7 +26,7 @@ PADDING_SLOT = 1024  # tokens at most: attention over a slot costs the square of
 
 @dataclass(frozen=True)
 class Pieces:
-    """What there is to pack: `length` tokens of document `doc` from token `start` on. Arrays of one length."""
+    """Says what there is to pack: `length` tokens of document `doc` from token `start` on. Arrays of one length."""
 
     doc: np.ndarray  # int64
     start: np.ndarray  # int64
@@ -48,12 +48,12 @@ class Plan:
     source: np.ndarray
 
     def digest(self) -> str:
-        """SHA-256 over the arrays."""
+        """Return the SHA-256 over the arrays."""
         arrays = (self.pack_ptr, self.pieces.doc, self.pieces.start, self.pieces.length, self.source)
         return sha256_bytes(b"".join(a.astype("<i8").tobytes() for a in arrays))
 
     def costs(self, linear: float, quadratic: float) -> np.ndarray:
-        """float64[packs], the predicted cost of each."""
+        """Return float64[packs], the predicted cost of each."""
         length = self.pieces.length.astype(np.float64)
         return np.add.reduceat(linear * length + quadratic * length * length, self.pack_ptr[:-1])
 
@@ -77,7 +77,8 @@ def stream_of(facts: dict[str, Any], plan: Plan, seed: int) -> batches.Stream:
 
 @dataclass(frozen=True)
 class Pack:
-    """One training sequence of L tokens. A document fills a slot of a multiple of `align`; a slot sees only itself."""
+    """Represents one training sequence of L tokens. A document fills a slot of a multiple of `align`; a slot sees only
+    itself."""
 
     ids: np.ndarray  # int64[L]; padding holds the pad id
     labels: np.ndarray  # int64[L], the next token of the same document; the pad id where there is none
@@ -88,7 +89,8 @@ class Pack:
 
 
 class PackReader:
-    """The packs of a plan over its store. UserMistake when either is damaged or the plan is another store's.
+    """Represents the packs of a plan over its store. Raise UserMistake when either is damaged or the plan is another
+    store's.
 
     `pad_id` fills ids and labels where there is no token; its value is never in the loss nor seen by a document.
     """
@@ -109,27 +111,28 @@ class PackReader:
         return len(self.plan.source)
 
     def stream(self, seed: int) -> batches.Stream:
-        """The endless order of the packs; the stream of a seed is made once."""
+        """Return the endless order of the packs; the stream of a seed is made once."""
         if seed not in self._streams:
             self._streams[seed] = stream_of(self.facts, self.plan, seed)
         return self._streams[seed]
 
     def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
-        """The packs of global batch k (from 0), whatever the number of ranks."""
+        """Return the packs of global batch k (from 0), whatever the number of ranks."""
         return self.stream(seed).batch(k, global_batch).tolist()
 
     def share(self, k: int, global_batch: int, seed: int, rank: int, ranks: int) -> list[int]:
-        """Those of them that data-parallel rank `rank` of `ranks` trains, in order, dealt by predicted cost."""
+        """Return those of them that data-parallel rank `rank` of `ranks` trains, in order, dealt by predicted cost."""
         packs, stream = self.stream(seed).batch(k, global_batch), self.stream(seed)
         return packs[batches.deal(stream.costs[packs], ranks)[:, rank]].tolist()
 
     def padding(self, i: int) -> int:
-        """Tokens of pack i that are no document's."""
+        """Return tokens of pack i that are no document's."""
         mine = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
         return self.pack_length - int(self.plan.pieces.length[mine].sum(dtype=np.int64))
 
     def documents(self, i: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(row of the store, ids int32[n], mask uint8[n]) of each document of pack i, as far as it lies in the pack."""
+        """Yield (row of the store, ids int32[n], mask uint8[n]) of each document of pack i, as far as it lies in the
+        pack."""
         pieces, store = self.plan.pieces, self.store
         for place in range(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1])):
             row, start, length = int(pieces.doc[place]), int(pieces.start[place]), int(pieces.length[place])
@@ -163,15 +166,15 @@ class PackReader:
 
 
 def padded_to(cu_seqlens: np.ndarray, length: int, unit: int) -> np.ndarray:
-    """Ends of documents (from 0 on), and after them of the slots that fill a row of `length` tokens up; multiples of
-    `unit` as they are."""
+    """Return the ends of documents (from 0 on), and after them of the slots that fill a row of `length` tokens up;
+    multiples of `unit` as they are."""
     slot = -(-PADDING_SLOT // unit) * unit
     ends = np.concatenate([cu_seqlens, np.arange(cu_seqlens[-1] + slot, length, slot)])
     return np.append(ends, length) if ends[-1] < length else ends
 
 
 def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
-    """(facts, plan) of a pack output. UserMistake when it is none or damaged."""
+    """Return (facts, plan) of a pack output. Raise UserMistake when it is none or damaged."""
     remedy = "restore it or run pack again"
     for name in (FACTS, PLAN):
         if not (folder / name).is_file():

@@ -110,7 +110,7 @@ def check(config: Config) -> list[Problem]:
 
 
 def thinking_and_answer(conversation: Conversation) -> tuple[str, str]:
-    """Of the last assistant message, whether its thinking stands in a field or between <think> tags."""
+    """Return of the last assistant message, whether its thinking stands in a field or between <think> tags."""
     message = next(m for m in reversed(conversation.messages) if m["role"] == "assistant")
     content = message["content"]
     thinking = message.get("reasoning_content") or " ".join(_THINKING.findall(content))
@@ -118,7 +118,8 @@ def thinking_and_answer(conversation: Conversation) -> tuple[str, str]:
 
 
 def category_of(conversation: Conversation, source: str, sources: dict[str, list[str]]) -> str:
-    """safety and short by source or text first, then what the source says, then what the text looks like."""
+    """Return the category: safety and short by source or text first, then what the source says, then what the text
+    looks like."""
     thinking, answer = thinking_and_answer(conversation)
     named = next((name for name, parts in sources.items() if any(part in source.lower() for part in parts)), "")
     if named == "safety" or _REFUSAL.match(answer):
@@ -134,12 +135,13 @@ def category_of(conversation: Conversation, source: str, sources: dict[str, list
 
 
 def prose(text: str) -> str:
-    """What of a text is sentences: no code, formulas, numbers or one-letter names."""
+    """Return what of a text is sentences: no code, formulas, numbers or one-letter names."""
     return " ".join(_WORD.findall(_MATHS.sub(" ", _CODE_FENCE.sub(" ", text))))
 
 
 def is_language(text: str, language: str) -> bool:
-    """Whether prose is in `language` (ISO 639-1). Abstains, saying yes, where there is too little of it: code, maths."""
+    """Return whether prose is in `language` (ISO 639-1). Abstains, saying yes, where there is too little of it: code,
+    maths."""
     words = prose(text)
     return len(words) < _LEAST_LETTERS or _identifier().classify(words)[0] == language
 
@@ -152,7 +154,7 @@ def _identifier() -> Any:
 
 
 def priority(seed: int, conversation: Conversation) -> int:
-    """64 bits, the same for equal messages with equal tools, loss and arguments: place in the draw, and what a
+    """Return 64 bits, the same for equal messages with equal tools, loss and arguments: place in the draw, and what a
     duplicate is known by."""
     more: list[Any] = (
         [conversation.tools, sorted(conversation.untrained)] if conversation.tools or conversation.untrained else []
@@ -169,8 +171,8 @@ def priority(seed: int, conversation: Conversation) -> int:
 def sample_shard(config: Config, out: Path, index: int, count: int, progress: Progress = silent) -> dict[str, Any]:
     """Write what may be drawn of element `index` of `count` into the empty folder `out`: rows, and an index of them.
 
-    UserMistake for every problem of `check`, and `FILE:LINE: reason` for a record that is none, unless those go to a
-    bucket.
+    Raise UserMistake for every problem of `check`, and `FILE:LINE: reason` for a record that is none, unless those go
+    to a bucket.
     """
     problems = check(config)
     problems += [
@@ -245,7 +247,7 @@ def _texts(conversation: Conversation) -> list[str]:
 
 
 def _bucket(conversation: Conversation, tokens: int, config: Config) -> str:
-    """Why a row cannot be drawn, "" when it can."""
+    """Return why a row cannot be drawn, "" when it can."""
     if tokens < config.min_tokens:
         return "too_short"
     if config.max_tokens and tokens > config.max_tokens:
@@ -259,7 +261,7 @@ def _bucket(conversation: Conversation, tokens: int, config: Config) -> str:
 
 
 def quotas(available: dict[str, int], shares: dict[str, float], target: int, redistribute: str) -> dict[str, int]:
-    """Rows to draw of each category: its share of the target, or all it has; the rest as `redistribute` says.
+    """Return rows to draw of each category: its share of the target, or all it has; the rest as `redistribute` says.
 
     proportional: again and again to the categories with rows left, by their shares, until the target or the rows are
     reached. none: it stays undrawn. Shares are rounded so that they add up (largest remainder).
@@ -276,7 +278,7 @@ def quotas(available: dict[str, int], shares: dict[str, float], target: int, red
 
 
 def _apportion(rows: int, shares: dict[str, float]) -> dict[str, int]:
-    """`rows` by shares, whole numbers that add up: the largest remainders get what rounding down left."""
+    """Return `rows` by shares, whole numbers that add up: the largest remainders get what rounding down left."""
     exact = {name: rows * share / sum(shares.values()) for name, share in shares.items()}
     given = {name: int(value) for name, value in exact.items()}
     for name in sorted(exact, key=lambda name: given[name] - exact[name])[: rows - sum(given.values())]:
@@ -329,7 +331,7 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
 
 
 def _balance(parts: Sequence[Path], entries: np.ndarray, first: np.ndarray, chosen: np.ndarray) -> Balance:
-    """The elements' sheets together, less what the draw left."""
+    """Return the elements' sheets together, less what the draw left."""
     sheets = [Balance.read(part) for part in parts]
     balance = sum(sheets[1:], sheets[0])
     for number, sheet in enumerate(balance.sources):

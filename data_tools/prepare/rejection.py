@@ -92,7 +92,8 @@ def check(config: Config) -> list[Problem]:
 
 
 class Place(NamedTuple):
-    """Where a sample that passed its own rules waits: the number of its file, its first byte among those that wait."""
+    """Says where a sample that passed its own rules waits: the number of its file, its first byte among those that
+    wait."""
 
     file: int
     offset: int
@@ -101,7 +102,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Group:
-    """The samples of one prompt."""
+    """Represents the samples of one prompt."""
 
     asked: Any = None  # a hash of its prompt or messages
     scored: int = 0
@@ -120,7 +121,7 @@ def shingles(text: str, size: int = _SHINGLE) -> frozenset[tuple[str, ...]]:
 
 
 def similarity(a: frozenset, b: frozenset) -> float:
-    """Jaccard: what both have, of all that either has."""
+    """Return the Jaccard similarity: what both have, of all that either has."""
     return len(a & b) / len(a | b)
 
 
@@ -168,7 +169,8 @@ def _texts(messages: Any, roles: Sequence[str] = ()) -> list[str]:
 
 
 def split_thinking(completion: str) -> tuple[str, str] | None:
-    """(thinking, answer) of a completion, the thinking empty where there is none; None where it is not closed once.
+    """Return (thinking, answer) of a completion, the thinking empty where there is none; None where it is not closed
+    once.
 
     Templates that write `<think>` into the prompt leave only its end in the completion.
     """
@@ -182,7 +184,7 @@ def split_thinking(completion: str) -> tuple[str, str] | None:
 
 
 def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination) -> str:
-    """The bucket of the first rule that turns a sample away without looking at others, "" when none does."""
+    """Return the bucket of the first rule that turns a sample away without looking at others, "" when none does."""
     if config.correct and row.get("correct") is None:
         if row.get("reward") is not None:
             raise UserMistake(_unjudged(row))
@@ -211,7 +213,7 @@ def _unjudged(row: dict[str, Any]) -> Problem:
 
 
 def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config) -> list[str]:
-    """For each sample of one prompt the bucket that it goes to beside the others, "" for those to keep."""
+    """Return for each sample of one prompt the bucket that it goes to beside the others, "" for those to keep."""
     order = list(range(len(completions)))
     if config.prefer != "first":
         order.sort(key=lambda place: tokens[place], reverse=config.prefer == "longest")
@@ -235,7 +237,7 @@ def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config
 
 
 def _spread(places: list[int], runs: Sequence[frozenset], limit: int) -> list[int]:
-    """The first, then again and again the one least like any chosen before."""
+    """Return the first, then again and again the one least like any chosen before."""
     chosen, left = places[:1], places[1:]
     while left and len(chosen) < limit:
         least = min(left, key=lambda place: max(similarity(runs[place], runs[other]) for other in chosen))
@@ -245,7 +247,8 @@ def _spread(places: list[int], runs: Sequence[frozenset], limit: int) -> list[in
 
 
 def sample_files(inputs: Sequence[str], key: str = "inputs") -> list[Path]:
-    """The files that `inputs` names: of any kind, and the JSONL files of folders. UserMistake for what is neither."""
+    """Return the files that `inputs` names: of any kind, and the JSONL files of folders. Raise UserMistake for what is
+    neither."""
     files: list[Path] = []
     problems = []
     for name in inputs:
@@ -377,7 +380,7 @@ def _read(file: BinaryIO, offset: int) -> dict[str, Any]:
 
 
 def _chat_row(row: dict[str, Any], pass_rate: float | None) -> dict[str, Any]:
-    """A chat row, with what tells where it came from. Of its messages the completion alone is in the loss."""
+    """Return a chat row, with what tells where it came from. Of its messages the completion alone is in the loss."""
     carried = {key: row[key] for key in _CARRIED if key in row}
     messages = [*map(_untrained, prompt_messages(row)), {"role": "assistant", "content": row["completion"]}]
     return {"messages": messages, "prompt_id": row["prompt_id"], "pass_rate": pass_rate, **carried}

@@ -8,7 +8,7 @@ from data_tools.mistake import UserMistake
 
 
 def read_blend(path: Path, value: Any) -> dict[str, list[tuple[str, float]]]:
-    """{split: [(file, weight)]} of a Megatron blend file's value, {"train": …, "valid": …, "test": …}.
+    """Return {split: [(file, weight)]} of a Megatron blend file's value, {"train": …, "valid": …, "test": …}.
 
     A split is a list or a text with spaces, of files or of weights and files in turn (megatron.core's
     get_blend_from_list, which takes a list for unweighted where a weight is no number; here that is a mistake).
@@ -38,7 +38,8 @@ def _number(word: str) -> float | None:
 
 
 def refuse_blend(path: Path, value: Any) -> None:
-    """UserMistake that spells a blend as the settings it stands for: its files enter keys by content only as inputs."""
+    """Raise UserMistake that spells a blend as the settings it stands for: its files enter keys by content only as
+    inputs."""
     if not (isinstance(value, dict) and value and value.keys() <= {"train", "valid", "test"}):
         return
     train = read_blend(path, value).get("train", [])

@@ -33,17 +33,20 @@ _BLOCK = 1 << 16  # compressed bytes read at a time; a line belongs to the eleme
 
 
 class Share(Protocol):
-    """What one element reads of one file. `done` and `total` count `unit`s, for progress."""
+    """Says what one element reads of one file. `done` and `total` count `unit`s, for progress."""
 
     done: int
     total: int
     unit: str
 
     def __iter__(self) -> Iterator[Any]:
-        """Lines as bytes with their line end, or records. UserMistake naming the file when it is damaged."""
+        """Return lines as bytes with their line end, or records.
+
+        Raise UserMistake naming the file when it is damaged.
+        """
 
     def place(self, number: int) -> str:
-        """Where record `number` of the share (from 1) stands: `FILE:LINE`."""
+        """Return where record `number` of the share (from 1) stands: `FILE:LINE`."""
 
 
 def open_share(path: Path, index: int = 0, count: int = 1, format: str = "auto") -> Share:
@@ -71,7 +74,8 @@ def open_share(path: Path, index: int = 0, count: int = 1, format: str = "auto")
 
 
 def _format_by_name(path: Path, compression: str) -> str:
-    """Return csv or jsonl by the suffix; else JSON where the first line begins a list, is no whole record, or is all."""
+    """Return csv or jsonl by the suffix; else JSON where the first line begins a list, is no whole record, or is
+    all."""
     for format in ("csv", "jsonl"):
         if f".{format}" in path.suffixes:
             return format
@@ -89,7 +93,7 @@ def _format_by_name(path: Path, compression: str) -> str:
 
 
 class Lines:
-    """Lines of a plain file."""
+    """Reads the lines of a plain file."""
 
     unit = "bytes"
 
@@ -115,7 +119,7 @@ class Lines:
 
 
 def _first_line(file: BinaryIO, start: int) -> int:
-    """Where the first line begins that begins at byte `start` or after it."""
+    """Return where the first line begins that begins at byte `start` or after it."""
     if start == 0:
         return 0
     file.seek(start - 1)
@@ -123,7 +127,7 @@ def _first_line(file: BinaryIO, start: int) -> int:
 
 
 def _count_lines(path: Path, stop: int) -> int:
-    """Line feeds in the first `stop` bytes; read only when an error needs a line number of the whole file."""
+    """Return line feeds in the first `stop` bytes; read only when an error needs a line number of the whole file."""
     lines = 0
     with open(path, "rb") as file:
         while stop > 0 and (block := file.read(min(CHUNK, stop))):
@@ -133,7 +137,7 @@ def _count_lines(path: Path, stop: int) -> int:
 
 
 class PackedLines:
-    """Lines of a file under gzip or zstd."""
+    """Reads the lines of a file under gzip or zstd."""
 
     unit = "bytes"
 
@@ -169,7 +173,7 @@ class PackedLines:
 
 
 def _unpack(path: Path, compression: str) -> Iterator[bytes]:
-    """What each block of the file holds, unpacked. UserMistake when it is cut off or damaged."""
+    """Yield what each block of the file holds, unpacked. Raise UserMistake when it is cut off or damaged."""
     with open(path, "rb") as file:
         blocks = iter(lambda: file.read(_BLOCK), b"")
         if not compression:
@@ -201,7 +205,7 @@ def _unpacker(compression: str) -> Any:
 
 
 class JsonShare:
-    """Records of one JSON list."""
+    """Reads the records of one JSON list."""
 
     unit = "rows"
 
@@ -226,7 +230,7 @@ class JsonShare:
             yield record
 
     def place(self, number: int) -> str:
-        """The line is looked for only when an error needs it."""
+        """Return the line is looked for only when an error needs it."""
         decoder, skip = json.JSONDecoder(), _SPACES.match
         position = skip(self.text, 0).end()
         if self.text.startswith("[", position):
@@ -238,7 +242,7 @@ class JsonShare:
 
 
 class ParquetShare:
-    """Rows of a Parquet file. Absent keys, which its structs spell as null, are left out."""
+    """Represents rows of a Parquet file. Absent keys, which its structs spell as null, are left out."""
 
     unit = "rows"
 

@@ -62,7 +62,7 @@ def _marks(record: Any) -> list[Row]:
 
 
 def verify(row: Row) -> str | None:
-    """None when the answer is exactly the expression's value, else `unparsable` or `wrong_answer`.
+    """Return none when the answer is exactly the expression's value, else `unparsable` or `wrong_answer`.
 
     The answer may itself be an expression (GSM8K's test split has `3/4=3/4`). A value without a finite decimal has
     no right answer here: all 27,998 marks of GSM8K are exact.
@@ -76,7 +76,7 @@ def verify(row: Row) -> str | None:
 
 
 def canonical(row: Row) -> Row:
-    """Numbers in their shortest spelling (75.00 → 75, .5 → 0.5) and nothing around them; for verified rows."""
+    """Return numbers in their shortest spelling (75.00 → 75, .5 → 0.5) and nothing around them; for verified rows."""
     value, expression = read(row.prompt.removesuffix("="))
     return Row(expression + "=", format_number(value) or row.answer)
 
@@ -90,7 +90,7 @@ def decode_answer(text: str, options: Options) -> str:
 
 
 def is_correct(answer: str, completion: str, options: Options) -> bool:
-    """Whether the completion is one number, numerically equal to the answer (exact rationals, no tolerance).
+    """Return whether the completion is one number, numerically equal to the answer (exact rationals, no tolerance).
 
     An expression is no answer: a model that repeats `48/2` has not calculated.
     """
@@ -99,7 +99,7 @@ def is_correct(answer: str, completion: str, options: Options) -> bool:
 
 
 def kind(row: Row) -> str:
-    """What evaluations tell apart: a sum or difference of two numbers, or anything else."""
+    """Return what evaluations tell apart: a sum or difference of two numbers, or anything else."""
     return "single_operation_sums" if _SUM.fullmatch(row.prompt) else "others"
 
 
@@ -107,7 +107,7 @@ def kind(row: Row) -> str:
 
 
 def items(record: "dict[str, Any] | Row", options: Options) -> list[Item]:
-    """The marks of a GSM8K record that are right, or a row of the generator's."""
+    """Return the marks of a GSM8K record that are right, or a row of the generator's."""
     if isinstance(record, Row):
         rows = [record]
     else:
@@ -134,7 +134,7 @@ def final_answer(item: Item, completion: str, options: Options) -> str | None:
 
 
 def is_heldout(expression: str) -> bool:
-    """Whether the generator keeps this expression out of its `train` split: by hash of the canonical spelling.
+    """Return whether the generator keeps this expression out of its `train` split: by hash of the canonical spelling.
 
     `3*4` and `4*3` are two expressions.
     """
@@ -146,7 +146,7 @@ def _is_heldout(spelled: str) -> bool:
 
 
 def synthetic_row(seed: int, index: int, split: str) -> Row:
-    """Row `index` (from 0) of a split's endless stream: canonical, right, and on its side of `is_heldout`."""
+    """Return row `index` (from 0) of a split's endless stream: canonical, right, and on its side of `is_heldout`."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}; valid: {', '.join(SPLITS)}")
     draws = Draws("calculator", seed, split, index)
@@ -157,7 +157,7 @@ def synthetic_row(seed: int, index: int, split: str) -> Row:
 
 
 def synthetic_line(seed: int, index: int, split: str) -> str:
-    """Line `index` of the same stream in GSM8K's schema: line 0 holds rows 0.., line 1 the next ones, and so on.
+    """Return line `index` of the same stream in GSM8K's schema: line 0 holds rows 0.., line 1 the next ones, and so on.
 
     The number of marks runs through a fixed cycle of 100 lines (MARKS_PER_LINE), so that a line finds its rows
     without its predecessors.
@@ -172,7 +172,7 @@ def synthetic_line(seed: int, index: int, split: str) -> str:
 
 
 def _line_starts() -> list[int]:
-    """First row of each line of a cycle, then the rows of a whole cycle; short and long lines well mixed."""
+    """Return first row of each line of a cycle, then the rows of a whole cycle; short and long lines well mixed."""
     counts = [count for count, lines in MARKS_PER_LINE.items() for _ in range(lines)]
     mixed = [counts[place * 37 % len(counts)] for place in range(len(counts))]  # 37 is coprime to 100
     return list(accumulate(mixed, initial=0))

@@ -23,7 +23,7 @@ MAX_PLACES = 2  # decimals of a synthetic answer; 6 of GSM8K's 23,716 have 3
 
 
 class Draws:
-    """An endless stream of uniform numbers that is a pure function of its key (blake2b in counter mode)."""
+    """Represents an endless stream of uniform numbers that is a pure function of its key (blake2b in counter mode)."""
 
     def __init__(self, *key: object):
         self.key = ":".join(map(str, key))
@@ -31,7 +31,7 @@ class Draws:
         self.words: list[int] = []
 
     def unit(self) -> float:
-        """Uniform in [0, 1), 32 bits."""
+        """Return a number that is uniform in [0, 1), of 32 bits."""
         if not self.words:
             digest = hashlib.blake2b(f"{self.key}:{self.block}".encode(), digest_size=64).digest()
             self.words = list(struct.unpack("<16I", digest))
@@ -39,12 +39,12 @@ class Draws:
         return self.words.pop() / 2**32
 
     def integer(self, low: int, high: int) -> int:
-        """Uniform in [low, high], both included."""
+        """Return an integer that is uniform in [low, high], both included."""
         return low + int(self.unit() * (high - low + 1))
 
 
 class _Table:
-    """A measured table, ready to draw from."""
+    """Represents a measured table, ready to draw from."""
 
     def __init__(self, weights: Mapping[str, float]):
         self.names = list(weights)
@@ -55,7 +55,8 @@ class _Table:
 
 
 def draw_expression(draws: Draws) -> str:
-    """One canonical expression by the tables. The shape is drawn once, its operands until the answer is a nice one."""
+    """Return one canonical expression by the tables. The shape is drawn once, its operands until the answer is a nice
+    one."""
     shape = _SHAPES.draw(draws)
     while True:
         patterns = _patterns(shape, draws)
@@ -78,7 +79,7 @@ _NUMBER_TRIES, _PATTERN_TRIES = 32, 8
 
 
 def _fill(shape: str, patterns: list[str], exact: bool, draws: Draws) -> str:
-    """The shape with a number of each pattern; `exact` makes the dividend of `n/n` a multiple of its divisor."""
+    """Return the shape with a number of each pattern; `exact` makes the dividend of `n/n` a multiple of its divisor."""
     numbers = [_number(form, draws) for form in patterns]
     if exact and shape == "n/n":
         numbers[0] = _multiple(patterns[0], int(numbers[1]), draws)
@@ -87,7 +88,7 @@ def _fill(shape: str, patterns: list[str], exact: bool, draws: Draws) -> str:
 
 
 def _nice_answer(expression: str) -> str | None:
-    """The answer where it is one GSM8K would have: not negative, at most MAX_PLACES decimals."""
+    """Return the answer where it is one GSM8K would have: not negative, at most MAX_PLACES decimals."""
     try:
         value, _ = read(expression)
     except ValueError:  # division by zero
@@ -99,7 +100,7 @@ def _nice_answer(expression: str) -> str | None:
 
 
 def _patterns(shape: str, draws: Draws) -> list[str]:
-    """The patterns of a shape's operands: jointly for one operation, else each by the operator before it."""
+    """Return the patterns of a shape's operands: jointly for one operation, else each by the operator before it."""
     if shape in _PAIRS:
         pair = _PAIRS[shape].draw(draws)
         return [_OTHER.draw(draws) for _ in range(2)] if pair == "other" else pair.split()
@@ -107,19 +108,19 @@ def _patterns(shape: str, draws: Draws) -> list[str]:
 
 
 def roles(shape: str) -> list[str]:
-    """For each operand the operator before it, `^` for the first one, `n` for a lone one."""
+    """Return for each operand the operator before it, `^` for the first one, `n` for a lone one."""
     return ["n"] if shape == "n" else [before or "^" for before in re.findall(r"([-+*/]?)\(*n", shape)]
 
 
 def fraction_kind(shape: str, operands: list[str]) -> str | None:
-    """Which row of FRACTIONAL_ANSWERS a mark belongs to; None where sums and whole products leave no choice."""
+    """Return which row of FRACTIONAL_ANSWERS a mark belongs to; None where sums and whole products leave no choice."""
     if any("." in operand for operand in operands):
         return "decimal operands" if "*" in shape or "/" in shape else None
     return "whole operands" if "/" in shape else None
 
 
 def pattern(number: str) -> str:
-    """The form of a canonical number: d for a digit, trailing zeros kept: 12 → dd, 1200 → dd00, 0.25 → 0.dd."""
+    """Return the form of a canonical number: d for a digit, trailing zeros kept: 12 → dd, 1200 → dd00, 0.25 → 0.dd."""
     whole, point, decimals = number.partition(".")
     if point:
         return ("0" if whole == "0" else "d" * len(whole)) + "." + "d" * len(decimals)
@@ -128,7 +129,7 @@ def pattern(number: str) -> str:
 
 
 def _number(form: str, draws: Draws) -> str:
-    """A number of the given pattern, digits by the measured tables."""
+    """Return a number of the given pattern, digits by the measured tables."""
     whole, point, decimals = form.partition(".")
     if point:
         digits = _digits(len(whole), draws, last_nonzero=False) if whole != "0" else "0"
@@ -148,7 +149,7 @@ def _digits(count: int, draws: Draws, last_nonzero: bool) -> str:
 
 
 def _multiple(form: str, divisor: int, draws: Draws) -> str:
-    """A multiple of the divisor with the given pattern where a few draws find one, else the last one tried."""
+    """Return a multiple of the divisor with the given pattern where a few draws find one, else the last one tried."""
     number = "0"
     for _ in range(_NUMBER_TRIES):
         target = int(_number(form, draws))

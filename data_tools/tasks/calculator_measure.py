@@ -1,4 +1,5 @@
-"""Counts of what the calculator marks in GSM8K-schema lines are like: from GSM8K's own, calculator_tables.py was made."""
+"""Counts of what the calculator marks in GSM8K-schema lines are like: from GSM8K's own, calculator_tables.py was
+made."""
 
 import re
 from collections import Counter

@@ -3,7 +3,8 @@
     mix = Mix(entries, seed)
     draw = mix.draw(k)          # prompt k of the run: a pure function of (entries, seed, k), so k is all a resume needs
 
-Of an entry with share w, the first p prompts of a run hold more than p·w - 1 and fewer than p·w + 1 (data_tools/base/blend.py).
+Of an entry with share w, the first p prompts of a run hold more than p·w - 1 and fewer than p·w + 1
+(data_tools/base/blend.py).
 """
 
 import bisect
@@ -63,7 +64,8 @@ class MixConfig:
 
 
 def entries_of(config: MixConfig) -> dict[str, Entry]:
-    """All entries by name, their tasks named. Over an environment of the same name go the values that are no defaults."""
+    """Return all entries by name, their tasks named. Over an environment of the same name go the values that are no
+    defaults."""
     environments = read_environments(Path(config.environments)) if config.environments else {}
     entries = {name: Entry(**settings) for name, settings in environments.items()}
     for name, entry in config.entries.items():
@@ -81,12 +83,12 @@ def _default(key: Any) -> Any:
 
 
 def verifiers(entries: Mapping[str, Entry]) -> dict[str, Verifier]:
-    """What the Scorer needs to know of them."""
+    """Return what the Scorer needs to know of them."""
     return {name: Verifier(entry.task, dict(entry.options), dict(entry.rewards)) for name, entry in entries.items()}
 
 
 def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
-    """Of the entries whose task has several turns, the texts after which the model waits for a reply."""
+    """Return of the entries whose task has several turns, the texts after which the model waits for a reply."""
     found = {}
     for name, entry in entries.items():
         task = load_task(entry.task or name)
@@ -112,7 +114,10 @@ def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
 
 
 def check_mix(config: MixConfig, training: bool = True, where: str = "mix") -> list[Problem]:
-    """Wrong values, all at once; opens the environment file alone. `training` needs an entry that is not evaluated only."""
+    """Return wrong values, all at once; opens the environment file alone.
+
+    `training` needs an entry that is not evaluated only.
+    """
     try:
         entries = entries_of(config)
     except UserMistake as mistake:
@@ -283,7 +288,7 @@ _permutation = functools.lru_cache(maxsize=64)(permutation)
 
 @dataclass(frozen=True)
 class Draw:
-    """Prompt `place` of the run."""
+    """Represents prompt `place` of the run."""
 
     place: int
     entry: str
@@ -292,7 +297,7 @@ class Draw:
 
     @property
     def number(self) -> int:
-        """64 bits that name this prompt in this epoch: what the noise of its samples is keyed by."""
+        """Return 64 bits that name this prompt in this epoch: what the noise of its samples is keyed by."""
         return number_of(self.item.uid, self.epoch)
 
 
@@ -313,7 +318,8 @@ def number_of(uid: str, epoch: int = 0) -> int:
 
 
 class Mix:
-    """The prompts of a run in their order. `items` of entries that are only evaluated are loaded, too, and never drawn."""
+    """Represents the prompts of a run in their order. `items` of entries that are only evaluated are loaded, too, and
+    never drawn."""
 
     def __init__(self, entries: Mapping[str, Entry], seed: int, items: Mapping[str, list[Item]] | None = None):
         self.entries, self.seed = dict(entries), seed
@@ -325,7 +331,8 @@ class Mix:
         self._sources = np.empty(0, dtype=np.int64)
 
     def draw(self, k: int) -> Draw:
-        """Prompt k of the run, from 0. Its samples' rewards: scorer.submit(draw.entry, draw.item, completion, finish)."""
+        """Return prompt k of the run, from 0. Its samples' rewards: scorer.submit(draw.entry, draw.item, completion,
+        finish)."""
         if k >= len(self._sources):
             self._blend(max(_FIRST_PLACES, 2 * (k + 1)))
         source = self._sources[k]
@@ -335,20 +342,20 @@ class Mix:
         return Draw(k, name, epoch, self.items[name][order[place]])
 
     def held_out(self, name: str, k: int) -> Draw:
-        """Prompt k of an entry in the order of its files: what evaluations take."""
+        """Return prompt k of an entry in the order of its files: what evaluations take."""
         return Draw(k, name, 0, self.items[name][k])
 
     def trained(self) -> list[str]:
-        """The entries that are drawn from."""
+        """Return the entries that are drawn from."""
         return list(self._names)
 
     def evaluated(self) -> list[str]:
-        """The entries that are only evaluated."""
+        """Return the entries that are only evaluated."""
         return [name for name, entry in self.entries.items() if entry.evaluation_only]
 
     @property
     def digest(self) -> str:
-        """Of everything that `draw` depends on: a resume with other prompts is another run."""
+        """Return of everything that `draw` depends on: a resume with other prompts is another run."""
         shares = [(name, self.entries[name].weight, [item.uid for item in self.items[name]]) for name in self._names]
         return hashlib.sha256(json.dumps([self.seed, shares]).encode()).hexdigest()
 
