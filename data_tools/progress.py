@@ -21,7 +21,7 @@ def silent(done: int, total: int, unit: str, note: str = "") -> None:
 
 
 def never() -> bool:
-    """Return the default: nobody asks for a stop."""
+    """Return False: the default, where nobody asks for a stop."""
     return False
 
 

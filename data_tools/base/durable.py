@@ -71,7 +71,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def _write_temporary(path: Path, data: bytes, folder: Path, mode: int = 0o666) -> Path:
-    """Return the fsynced bytes for `path`, in `folder` under a name no other process of any host uses."""
+    """Write the fsynced bytes for `path`, in `folder` under a name no other process of any host uses."""
     temporary = folder / f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
@@ -148,7 +148,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _end_of_last_line(handle: int) -> int:
-    """Return bytes up to and including the last newline of an open file."""
+    """Return how many bytes there are up to and including the last newline of an open file."""
     end = os.fstat(handle).st_size
     while end:
         start = max(0, end - TAIL)

@@ -193,7 +193,7 @@ class _MarkWriter:
         return f"{self.sentinel}{code}{self.sentinel}"
 
     def __call__(self, item: Any) -> str:
-        """Return the template filters with this what its loop holds, or the mark itself."""
+        """Return the mark of a message that the loop holds, or the mark of this name; "" for anything else."""
         if type(item) is str:
             return self.mark(item)
         return self.mark(self.numbers[id(item)]) if id(item) in self.numbers else ""
@@ -259,7 +259,7 @@ def _base(node: nodes.Node | None) -> str:
 
 def _mark(item: nodes.Expr) -> nodes.Output:
     """Return what writes a mark: a filter, since a call goes through the sandbox's questions."""
-    return nodes.Output([nodes.Filter(node=item, name=_MARK, args=[], kwargs=[], dyn_args=None, dyn_kwargs=None)])
+    return nodes.Output([nodes.Filter(item, _MARK, [], [], None, None)])  # its fields have no keywords
 
 
 # -- the environment of transformers' apply_chat_template --------------------------------------------------------------

@@ -170,7 +170,7 @@ class _Rows:
         return [self._line(raw) for raw in chunk]
 
     def _line(self, raw: Any) -> Line:
-        """Return `raw` is a line as bytes, or a value that was read from JSON or Parquet."""
+        """Return what became of a record; `raw` is a line as bytes, or a value that was read from JSON or Parquet."""
         if readers.is_blank(raw):
             return Malformed("blank_line")
         record = readers.Record(None, raw) if self.is_task else readers.record_of(raw)  # a task parses its lines itself

@@ -250,7 +250,7 @@ def _name_overlong(store: Store, overlong: np.ndarray, config: Config) -> str:
 def _balance(
     store: Store, pieces: Pieces, overlong: np.ndarray, weights: Sequence[float], names: Sequence[str]
 ) -> Balance:
-    """Return documents in = packed + overlong + weight_0, a source a line.
+    """Return the balance: documents in = packed + overlong + weight_0, a source a line.
 
     `tokens` are those in packs; of a cut document the rest is in no pack, and counted as cut. `supervised` counts
     targets, so a mask on a piece's first token is none.

@@ -110,7 +110,7 @@ def check(config: Config) -> list[Problem]:
 
 
 def thinking_and_answer(conversation: Conversation) -> tuple[str, str]:
-    """Return of the last assistant message, whether its thinking stands in a field or between <think> tags."""
+    """Return (thinking, answer) of the last assistant message, its thinking from a field or between <think> tags."""
     message = next(m for m in reversed(conversation.messages) if m["role"] == "assistant")
     content = message["content"]
     thinking = message.get("reasoning_content") or " ".join(_THINKING.findall(content))

@@ -127,7 +127,7 @@ def _first_line(file: BinaryIO, start: int) -> int:
 
 
 def _count_lines(path: Path, stop: int) -> int:
-    """Return line feeds in the first `stop` bytes; read only when an error needs a line number of the whole file."""
+    """Return the number of line feeds in the first `stop` bytes; asked only when an error needs a line number."""
     lines = 0
     with open(path, "rb") as file:
         while stop > 0 and (block := file.read(min(CHUNK, stop))):
@@ -230,7 +230,7 @@ class JsonShare:
             yield record
 
     def place(self, number: int) -> str:
-        """Return the line is looked for only when an error needs it."""
+        """Return FILE:LINE of a record; the line is looked for only when an error needs it."""
         decoder, skip = json.JSONDecoder(), _SPACES.match
         position = skip(self.text, 0).end()
         if self.text.startswith("[", position):

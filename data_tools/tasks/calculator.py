@@ -62,7 +62,7 @@ def _marks(record: Any) -> list[Row]:
 
 
 def verify(row: Row) -> str | None:
-    """Return none when the answer is exactly the expression's value, else `unparsable` or `wrong_answer`.
+    """Return None when the answer is exactly the expression's value, else `unparsable` or `wrong_answer`.
 
     The answer may itself be an expression (GSM8K's test split has `3/4=3/4`). A value without a finite decimal has
     no right answer here: all 27,998 marks of GSM8K are exact.

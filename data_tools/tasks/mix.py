@@ -88,7 +88,7 @@ def verifiers(entries: Mapping[str, Entry]) -> dict[str, Verifier]:
 
 
 def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
-    """Return of the entries whose task has several turns, the texts after which the model waits for a reply."""
+    """Return, of the entries whose task has several turns, the texts after which the model waits for a reply."""
     found = {}
     for name, entry in entries.items():
         task = load_task(entry.task or name)
@@ -355,7 +355,7 @@ class Mix:
 
     @property
     def digest(self) -> str:
-        """Return of everything that `draw` depends on: a resume with other prompts is another run."""
+        """Return the digest of everything that `draw` depends on: a resume with other prompts is another run."""
         shares = [(name, self.entries[name].weight, [item.uid for item in self.items[name]]) for name in self._names]
         return hashlib.sha256(json.dumps([self.seed, shares]).encode()).hexdigest()
 

@@ -166,7 +166,7 @@ class Scorer:
         self.close()
 
     def submit(self, name: str, item: Item, completion: str, finish_reason: str = "stop") -> "Future[Score]":
-        """Return `name` is a key of `verifiers`. An aborted completion is not scorable; one cut off is scored as it
+        """Ask for the score of a completion. An aborted completion is not scorable; one cut off is scored as it
         stands."""
         if finish_reason == "abort":
             future: Future[Score] = Future()
@@ -272,7 +272,7 @@ class _Process(Process):
 
 
 def _read_score(told: Any) -> Score:
-    """Return the score that a process of verifiers told. ValueError, TypeError or KeyError for what is none."""
+    """Return the score that a process of verifiers told. Raise ValueError, TypeError or KeyError for what is none."""
     reward = None if told["reward"] is None else float(told["reward"])
     parts = {str(name): float(value) for name, value in told["parts"].items()}
     answer = told["answer"]

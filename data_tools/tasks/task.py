@@ -167,7 +167,7 @@ class RowTask(Task, Protocol):
         """
 
     def verify(self, row: Row) -> str | None:
-        """Return none when the answer is right, else the drop bucket it belongs to."""
+        """Return None when the answer is right, else the drop bucket it belongs to."""
 
     def canonical(self, row: Row) -> Row:
         """Return the one spelling of a verified row."""
