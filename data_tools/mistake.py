@@ -14,7 +14,8 @@ EXIT_MISTAKE = 2
 
 @dataclass(frozen=True)
 class Problem:
-    """One violated rule. `where` is the place the user can edit: a file and a dotted key, or a file and line."""
+    """Represents one violated rule. `where` is the place the user can edit: a file and a dotted key, or a file and
+    line."""
 
     where: str
     message: str
@@ -24,7 +25,7 @@ class Problem:
 
 
 class UserMistake(Exception):
-    """Wrong input. Carries all problems found at once; `str()` gives one line a problem."""
+    """Raised for wrong input. Carries all problems found at once; `str()` gives one line a problem."""
 
     exit_code = EXIT_MISTAKE
 
@@ -38,7 +39,7 @@ class UserMistake(Exception):
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """' (did you mean X? known: ...)' for an error about an unknown word."""
+    """Return ' (did you mean X? known: ...)' for an error about an unknown word."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
     return f" ({hint}known: {', '.join(known)})"
@@ -57,7 +58,7 @@ _DISK = {
 
 
 def disk_problem(error: BaseException, folder: object = "") -> str | None:
-    """One line for a full, read-only, forbidden or failing filesystem; None for any other error.
+    """Return one line for a full, read-only, forbidden or failing filesystem; None for any other error.
 
     `folder` is named where the error itself names no file.
     """

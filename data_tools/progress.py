@@ -17,16 +17,16 @@ class Progress(Protocol):
 
 
 def silent(done: int, total: int, unit: str, note: str = "") -> None:
-    """The default: nobody watches."""
+    """Tell nobody: the default."""
 
 
 def never() -> bool:
-    """The default: nobody asks for a stop."""
+    """Return False: the default, where nobody asks for a stop."""
     return False
 
 
 def counted(done: float) -> str:
-    """For a message: 1,234 or 12.25."""
+    """Return a number as messages have it: 1,234 or 12.25."""
     return f"{done:,.2f}".removesuffix(".00")
 
 
@@ -45,6 +45,6 @@ class Stopped(Exception):
         )
 
 
-# How a rank ends that no longer moves, and how the line in its log begins that says so (megatron_ext/training/watch.py).
+# How a rank ends that no longer moves, and how the line in its log begins that says so: megatron_ext/training/watch.py.
 EXIT_HUNG = 8
 HUNG = "afterok: no step for"

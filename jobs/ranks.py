@@ -20,6 +20,7 @@ from typing import Any
 from data_tools.base import rendezvous
 from data_tools.base.ports import free_port
 from data_tools.base.rendezvous import Meeting
+from data_tools.base.rendezvous_server import Server
 from jobs import stopping
 from jobs.retry import EXIT_UNFINISHED
 
@@ -139,7 +140,7 @@ class Verdicts:
         self.store: rendezvous.Client | None = None
         if rank.world_size > 1:
             place = meeting()
-            server = rendezvous.Server(place) if rank.rank == 0 else None
+            server = Server(place) if rank.rank == 0 else None
             self.store = rendezvous.Client(place, VERDICT_LIMIT_S, server and server.port)
             os.environ.update(rendezvous.to_environment(place, self.store.port))
 

@@ -12,7 +12,8 @@ _LABELLED = re.compile(
     r"[(\[] ?([A-Z]) ?[)\]][.:]?(?![A-Za-z])|([A-Z])(?:[.:)]|(?= ?[-–] ))"
 )  # before the choice's own text
 _SAID = re.compile(
-    r"(?:\b(?:option|choice|answer|letter|choose|chose|pick|select|think|believe|guess|is|be|go with)\b[ :]*(?:is\b|option\b|choice\b|letter\b)?[ :]*)"
+    r"(?:\b(?:option|choice|answer|letter|choose|chose|pick|select|think|believe|guess|is|be|go with)\b[ :]*"
+    r"(?:is\b|option\b|choice\b|letter\b)?[ :]*)"
     r"[(\[]? ?([A-Za-z])(?![A-Za-z'])(?: ?[)\]])?",
     re.IGNORECASE,
 )
@@ -27,7 +28,7 @@ _JOINED = re.compile(r"(?:,|/|&|;|\b(?:or|and)\b) ?(?:option |choice )?[(\[]? ?(
 
 
 def letter_of(answer: str, letters: str) -> str | None:
-    """The one letter among `letters` that an answer names, None where it names none or several."""
+    """Return the one letter among `letters` that an answer names, None where it names none or several."""
     text = re.sub(r"[⟦⟧{}*_`\"]", "", spelled(answer)).strip().rstrip(".,; ")
     text = re.sub(r"\s+", " ", text)
     if match := _ALONE.fullmatch(text):
@@ -49,7 +50,7 @@ def letter_of(answer: str, letters: str) -> str | None:
 
 
 def _is_letter(match: re.Match, text: str) -> bool:
-    """Whether what follows `is` is a choice and no word: not the article in `is a dog`."""
+    """Return whether what follows `is` is a choice and no word: not the article in `is a dog`."""
     letter, rest = match[1], text[match.end() :].strip()
     if letter.islower():
         return not rest and letter not in "ai"

@@ -4,9 +4,9 @@
     boxed         \\boxed{42}                                  hashes        a last line #### 42
     tagged        <answer> 42 </answer>                       answer_line   a last line Answer: 42
 
-The last one of the asked form counts; where there is none, the last box. An answer that was begun and not ended, such as
-\\boxed{4 without its brace, is no answer, and neither is what stood before it. Marks around an answer (bold type, dollars,
-a lead such as "The answer is", commas and backslashes after it) are no part of it.
+The last one of the asked form counts; where there is none, the last box. An answer that was begun and not ended, such
+as \\boxed{4 without its brace, is no answer, and neither is what stood before it. Marks around an answer (bold type,
+dollars, a lead such as "The answer is", commas and backslashes after it) are no part of it.
 """
 
 import re
@@ -54,7 +54,7 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end
 
 
 def final_text(completion: str) -> str | None:
-    """What a completion says to the user: its last message in the final channel, or what follows its thoughts.
+    """Return what a completion says to the user: its last message in the final channel, or what follows its thoughts.
 
     None where there is none yet: a harmony completion without a final channel, thoughts that are not ended.
     """
@@ -69,7 +69,7 @@ def final_text(completion: str) -> str | None:
 
 
 def find_answer(completion: str, form: str) -> str | None:
-    """What the completion answers, as it is written; None when there is no whole answer in an accepted form."""
+    """Return what the completion answers, as it is written; None when there is no whole answer in an accepted form."""
     found = FORMS[form](completion)
     if found is None:
         found = last_boxed(completion)
@@ -77,7 +77,7 @@ def find_answer(completion: str, form: str) -> str | None:
 
 
 def bare(answer: str) -> str | None:
-    """The answer without its marks; None where nothing is left."""
+    """Return the answer without its marks; None where nothing is left."""
     if re.search(r"\\(?:boxed|fbox)(?![a-zA-Z])", answer):
         answer = last_boxed(answer) or ""
     before = None
@@ -94,7 +94,7 @@ def bare(answer: str) -> str | None:
 
 
 def _outside(answer: str) -> str:
-    """Without one pair of marks around the whole."""
+    """Return the answer without one pair of marks around the whole."""
     for begin, end in _PAIRS:
         inner = answer[len(begin) : len(answer) - len(end)]
         if len(answer) > len(begin) + len(end) and answer.startswith(begin) and answer.endswith(end):
@@ -113,7 +113,7 @@ def _outside(answer: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last box holds: several that are joined by a comma, `and` or `or` as one list.
+    """Return what the last box holds: several that are joined by a comma, `and` or `or` as one list.
 
     None where there is none, or where the last one is not closed.
     """
@@ -131,7 +131,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxes(text: str) -> Iterator[tuple[int, int, str | None]]:
-    """(start, end, what it holds or None where it is not closed) of the boxes that lie in no other one."""
+    """Yield (start, end, what it holds or None where it is not closed) of the boxes that lie in no other one."""
     place = 0
     while match := _BOX.search(text, place):
         begin = match.end()
@@ -146,7 +146,7 @@ def _boxes(text: str) -> Iterator[tuple[int, int, str | None]]:
 
 
 def closing(text: str, begin: int) -> int | None:
-    """The place of the brace that closes the one at `begin`, None where none does."""
+    """Return the place of the brace that closes the one at `begin`, None where none does."""
     depth, place = 0, begin
     while place < len(text):
         if text[place] == "\\":
@@ -160,7 +160,7 @@ def closing(text: str, begin: int) -> int | None:
 
 
 def _tagged(text: str) -> str | None:
-    """Between the last tags; "" where the last one is not closed."""
+    """Return what stands between the last tags; "" where the last one is not closed."""
     begins = [match.end() for match in _OPENING.finditer(text)]
     if not begins:
         return None
@@ -169,7 +169,7 @@ def _tagged(text: str) -> str | None:
 
 
 def _hashes(text: str) -> str | None:
-    """After the last #### that is no heading of a section, or in the line after the heading `#### Answer`."""
+    """Return what follows the last #### that is no heading of a section, or the heading `#### Answer`."""
     for match in reversed(list(_HASHES.finditer(text))):
         said, after = match[1].strip(), text[match.end() :].strip()
         if not said or _ANSWER_HEADING.fullmatch(said):
@@ -182,13 +182,13 @@ def _hashes(text: str) -> str | None:
 
 
 def _answer_line(text: str) -> str | None:
-    """After the last `Answer:` that begins a line; of a formula that goes over several lines the whole."""
+    """Return what follows the last `Answer:` that begins a line; a formula over several lines as a whole."""
     found = list(_LINE.finditer(text))
     return _whole(found[-1][1], text[found[-1].end() :]) if found else None
 
 
 def _whole(said: str, after: str) -> str:
-    """What is said in a line, or in the next one that is not empty; a displayed formula up to its end."""
+    """Return what is said in a line, or in the next one that is not empty; a displayed formula up to its end."""
     if not said.strip(" \t*_"):
         said, _, after = after.strip().partition("\n")
     for begin, end in ((r"\[", r"\]"), ("$$", "$$")):

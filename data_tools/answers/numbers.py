@@ -1,4 +1,5 @@
-"""Numbers as people and models write them, read exactly: 1,234.5, 1e-05, 6.02\\times10^{23}, 3 1/2, 0.1\\overline{6}, 12/5.
+"""Numbers as people and models write them, read exactly: 1,234.5, 1e-05, 6.02\\times10^{23}, 3 1/2, 0.1\\overline{6},
+12/5.
 
 A space separates thousands (`1 000`) or a fraction (`3 1/2`), or what stands there is no number: `1 2` is not 12.
 """
@@ -7,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from data_tools.answers.units import CURRENCIES, MULTIPLIERS, unit_of
+from data_tools.answers.units import CURRENCIES, MULTIPLIERS, Unit, unit_of
 
 LARGEST_EXPONENT = 1000  # of ten; a number beyond it is not written out
 
@@ -33,24 +34,24 @@ _PERCENT = re.compile(r"(?:⟦ ?)?(?:%|percent|percentage|pct)(?: ?⟧)?")
 
 
 class Reading(NamedTuple):
-    """A number. `places`: its decimals where it is written as a decimal number, None for fractions and the like."""
+    """Represents a number. `places` are its decimals; None where it is written otherwise, such as a fraction."""
 
     value: Fraction
     places: int | None = None
     percent: bool = False
-    unit: tuple | None = None
+    unit: Unit | None = None
 
 
 def number(text: str) -> Reading | None:
-    """The number that the whole text is, with what it measures; None where the text is anything else.
+    """Return the number that the whole text is, with what it measures; None where the text is anything else.
 
-    ValueError for what looks like a number and is not one, such as 2\\frac{3}{2}, which may be 3 or 3.5.
+    Raise ValueError for what looks like a number and is not one, such as 2\\frac{3}{2}, which may be 3 or 3.5.
     """
     prefix = _PREFIX.match(text)
-    match = _MAGNITUDE.match(text, prefix.end())
-    if match is None:
+    match = _MAGNITUDE.match(text, prefix.end()) if prefix else None
+    if prefix is None or match is None:
         return None
-    value, places = _value(match.groupdict())
+    value, places = _value({name: part for name, part in match.groupdict().items() if part})
     if "-" in (prefix["sign"], prefix["sign2"]):
         value = -value
     rest = text[match.end() :]
@@ -71,8 +72,8 @@ def number(text: str) -> Reading | None:
     return None
 
 
-def _measured(rest: str) -> tuple | None:
-    """The unit after a number: a letter only where a space or \\text{} sets it off, for 5m may be a product."""
+def _measured(rest: str) -> Unit | None:
+    """Return the unit after a number: a letter only where a space or \\text{} sets it off, for 5m may be a product."""
     found = unit_of(rest)
     apart = rest[:1] in (" ", "⟦", "^", "¢", *CURRENCIES)
     word = rest.strip(" ⟦⟧")
@@ -80,29 +81,36 @@ def _measured(rest: str) -> tuple | None:
     return found if apart or (found and known and len(word) > 1) else None
 
 
-def _value(found: dict[str, str | None]) -> tuple[Fraction, int | None]:
-    whole, over, under = (found[name] or found[f"{name}2"] for name in ("whole", "over", "under"))
-    if whole:
+def _value(parts: dict[str, str]) -> tuple[Fraction, int | None]:
+    """Return (value, decimals) of the parts of _MAGNITUDE that are there, by name; decimals as in Reading.
+
+    Raise ValueError for what looks like a number and is none.
+    """
+
+    def first(*names: str) -> str:
+        return next((parts[name] for name in names if name in parts), "")
+
+    if whole := first("whole", "whole2"):
+        over, under = first("over", "over2"), first("under", "under2")
         if not int(over) < int(under):
             raise ValueError(f"{whole} and {over}/{under} is no mixed number")
         return int(whole) + Fraction(int(over), int(under)), None
-    top, bottom = found["top"] or found["top2"], found["bottom"] or found["bottom2"]
-    if top:
+    if top := first("top", "top2"):
+        bottom = first("bottom", "bottom2")
         if _decimal(bottom) == 0:
             raise ValueError("a fraction of zero")
-        sign = -1 if (found["sign"] == "-") != (found["sign2"] == "-") else 1
+        sign = -1 if (first("sign") == "-") != (first("sign2") == "-") else 1
         return sign * _decimal(top) / _decimal(bottom), None
-    again = found["again"] or found["again2"] or found["again3"] or found["again4"]
-    if again:
-        once = found["once"]
+    if again := first("again", "again2", "again3", "again4"):
+        once = first("once")
         period = Fraction(int(again), 10 ** len(once) * (10 ** len(again) - 1))
-        return Fraction(int((found["before"] or "0") + once), 10 ** len(once)) + period, None
-    exponent = next((found[name] for name in ("e", "e2", "e3", "e4", "e5") if found[name]), None)
-    if exponent:
+        return Fraction(int((first("before") or "0") + once), 10 ** len(once)) + period, None
+    if exponent := first("e", "e2", "e3", "e4", "e5"):
         if abs(int(exponent[:6])) > LARGEST_EXPONENT:
             raise ValueError(f"10^{exponent} is not written out")
-        return _decimal(found["mantissa"] or "1") * Fraction(10) ** int(exponent), None
-    return _decimal(found["decimal"]), len(found["decimal"].partition(".")[2])
+        return _decimal(first("mantissa") or "1") * Fraction(10) ** int(exponent), None
+    decimal = first("decimal")
+    return _decimal(decimal), len(decimal.partition(".")[2])
 
 
 def _decimal(text: str) -> Fraction:

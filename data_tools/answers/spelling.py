@@ -1,4 +1,5 @@
-"""One spelling of what can be written in several ways without meaning anything else: characters, LaTeX's fonts and spaces.
+"""One spelling of what can be written in several ways without meaning anything else: characters, LaTeX's fonts and
+spaces.
 
 spelled("½")  = spelled("\\dfrac12")  = \\frac{1}{2}            spelled("\\text{ cm}") = ⟦ cm ⟧, words inside a formula
 spelled("–5") = -5                                             spelled("\\{1\\}") = ⦃1⦄, the braces of a set
@@ -20,11 +21,13 @@ _CHARACTERS = {
     **dict.fromkeys("−–—‒‐‑﹣", "-"),
     **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006", " "),
     **dict.fromkeys("\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
-    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""), "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""), "×": r"\times ",
+    "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
     "÷": "/", "∕": "/", "⁄": "/", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∞": r"\infty ",
-    "°": r"^{\circ}", "º": r"^{\circ}", "±": r"\pm ", "∓": r"\mp ", "π": r"\pi ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "’": "'", "‘": "'", "′": "'", "“": '"', "”": '"',
+    "°": r"^{\circ}", "º": r"^{\circ}", "±": r"\pm ", "∓": r"\mp ", "π": r"\pi ", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}",
+    "’": "'", "‘": "'", "′": "'", "“": '"', "”": '"',
     "…": r"\ldots ", "％": r"\%", "，": ",", "：": ":", "；": ";", "（": "(", "）": ")",
     **{chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower()} " for code in range(0x3B1, 0x3CA)
        if code not in (0x3C0, 0x3BF, 0x3C2)},
@@ -33,7 +36,8 @@ _TABLE = str.maketrans({**{chr(code): chr(code - 0xFEE0) for code in range(0xFF0
 
 _SYNONYMS = tuple((re.compile(pattern), new) for pattern, new in (
     (r"\\(?:d|t|c|nice|s)frac(?![a-zA-Z])|\\sfrac", r"\\frac"),
-    (r"\\{2}(?:\[[\d.]+\s*[a-z]+\])?", ROW), (r",\s*\\!\s*", ","), (r"\{\s*,\s*\}", ","), (r"\{\s*:\s*\}", ":"), (r"\\!", ""),
+    (r"\\{2}(?:\[[\d.]+\s*[a-z]+\])?", ROW),
+    (r",\s*\\!\s*", ","), (r"\{\s*,\s*\}", ","), (r"\{\s*:\s*\}", ":"), (r"\\!", ""),
     (r"\\(?:left|right|middle)\s*\.", ""),
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|sf|tt|"
      r"large|Large|LARGE|huge|small|normalsize|boldmath|null)(?![a-zA-Z])", ""),
@@ -62,7 +66,7 @@ _BLANK_NEXT = re.compile(r"\s+")
 
 
 def spelled(text: str) -> str:
-    """The text in one spelling; what means something stays as it is."""
+    """Return the text in one spelling; what means something stays as it is."""
     text = _characters(text)
     if "\\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text)  # \\\\frac, where a backslash was escaped once too often
@@ -74,22 +78,26 @@ def spelled(text: str) -> str:
 
 
 def _characters(text: str) -> str:
-    """Without characters that stand for LaTeX commands."""
+    """Return the text without characters that stand for LaTeX commands."""
     text = re.sub(f"[{''.join(_FRACTIONS)}]", lambda m: _vulgar(m[0]), text)
-    for characters, mark in ((_RAISED, "^"), (_LOWERED, "_")):
-        text = re.sub(f"[{''.join(characters)}]+", lambda m: f"{mark}{{{''.join(characters[c] for c in m[0])}}}", text)
+    text = _set_off(_set_off(text, _RAISED, "^"), _LOWERED, "_")
     text = re.sub(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[a-zA-Z]))",
                   lambda m: f"\\sqrt{{{m[1] or m[2] or m[3]}}}", text)  # fmt: skip
     return text.translate(_TABLE)
 
 
+def _set_off(text: str, characters: dict[str, str], mark: str) -> str:
+    """Return the text with runs of these characters, such as ¹², spelled as LaTeX: ^{12}."""
+    return re.sub(f"[{''.join(characters)}]+", lambda m: f"{mark}{{{''.join(characters[c] for c in m[0])}}}", text)
+
+
 def _vulgar(character: str) -> str:
-    numerator, denominator = _FRACTIONS[character]
+    numerator, denominator = tuple(_FRACTIONS[character])
     return f"\\frac{{{numerator}}}{{{'10' if denominator == 'X' else denominator}}}"
 
 
 def _unwrapped(text: str, command: re.Pattern, before: str, after: str) -> str:
-    """What a command encloses, between `before` and `after`, in place of the command."""
+    """Return what a command encloses, between `before` and `after`, in place of the command."""
     while match := command.search(text):
         end = closing(text, match.end() - 1)
         if end is None:
@@ -99,7 +107,8 @@ def _unwrapped(text: str, command: re.Pattern, before: str, after: str) -> str:
 
 
 def _fractions(text: str) -> str:
-    """\\frac with braces around what it divides: \\frac12, \\frac 59, \\frac{270}7; a whole `1 \\over 2` too."""
+    """Return the text with braces around what \\frac divides: \\frac12, \\frac 59, \\frac{270}7; a whole `1 \\over 2`
+    too."""
     if match := re.fullmatch(r"\{?\s*([^{}\\]+?)\s*\\over(?![a-zA-Z])\s*([^{}\\]+?)\s*\}?", text):
         text = f"\\frac{{{match[1]}}}{{{match[2]}}}"
     parts, place = [], 0
@@ -119,11 +128,11 @@ def _fractions(text: str) -> str:
 
 
 def _argument(text: str, place: int) -> tuple[str, int]:
-    """A LaTeX argument that begins at `place` or after spaces there, and the place behind it."""
+    """Return a LaTeX argument that begins at `place` or after spaces there, and the place behind it."""
     while text[place : place + 1] == " ":
         place += 1
     if text[place : place + 1] == "{":
         end = closing(text, place)
         return (text[place + 1 : end], end + 1) if end is not None else (text[place + 1 :], len(text))
-    match = re.compile(r"\\[a-zA-Z]+|.?", re.DOTALL).match(text, place)
-    return match[0], match.end()
+    match = re.compile(r"\\[a-zA-Z]+|.", re.DOTALL).match(text, place)
+    return (match[0], match.end()) if match else ("", place)

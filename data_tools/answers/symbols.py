@@ -1,8 +1,8 @@
 """Formulas, as math-verify's parser reads them, told apart by their values: equal formulas have equal fingerprints.
 
 A formula without variables has its value, to 20 digits; one with variables has its values at fixed points, two at least
-(a formula of degree d that differs agrees there with chance 0, for the points are random). What cannot be evaluated, such
-as an unknown function, goes by its structure.
+(a formula of degree d that differs agrees there with chance 0, for the points are random). What cannot be evaluated,
+such as an unknown function, goes by its structure.
 """
 
 import functools
@@ -17,14 +17,17 @@ _LONGEST = 5000  # digits before the point that are compared; larger numbers are
 _POINTS = 3
 _LETTER = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z]+)")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
-_FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim".split()
-_PLAIN_NAMES = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty ", "theta": r"\theta ", "alpha": r"\alpha ",
-                "beta": r"\beta ", "gamma": r"\gamma ", "lambda": r"\lambda ", "phi": r"\phi ", "omega": r"\omega "}  # fmt: skip
+FUNCTIONS = (
+    "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det lim arg deg dim"
+).split()
+PLAIN_NAMES = {"pi": r"\pi ", "infinity": r"\infty ", "inf": r"\infty ", "theta": r"\theta ", "alpha": r"\alpha ",
+                "beta": r"\beta ",
+                "gamma": r"\gamma ", "lambda": r"\lambda ", "phi": r"\phi ", "omega": r"\omega "}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def parsed(text: str) -> Any | None:
-    """The sympy expression of a formula in one spelling, None where it is none."""
+    """Return the sympy expression of a formula in one spelling, None where it is none."""
     latex = _latex(text)
     if latex is None:
         return None
@@ -39,7 +42,7 @@ def parsed(text: str) -> Any | None:
 
 @functools.lru_cache(maxsize=1)
 def _parser() -> Any:
-    """math-verify's parser of LaTeX, without what it does to units: to it, `4t` is 4."""
+    """Return math-verify's parser of LaTeX, without what it does to units: to it, `4t` is 4."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
@@ -52,7 +55,7 @@ def _parser() -> Any:
 
 
 def _latex(text: str) -> str | None:
-    """LaTeX that the parser takes as it is meant. None for what it would misread."""
+    """Return LaTeX that the parser takes as it is meant; None for what it would misread."""
     text = re.sub(r"([\^_])\s*(-?\d+(?:\.\d+)?)", r"\1{\2}", text)  # 10^23 is nobody's 10^2 · 3
     if re.search(
         r"⟦[^⟧]{2,}⟧|[\d.]\s+[\d.]|\\ldots|\\approx|[＄€£¥₹¢%#&?;@\"]|\\q?quad|⦃|⦄|⟨|⟩|\\\\|:|(?<!\d)\.(?!\d)", text
@@ -71,17 +74,17 @@ def _latex(text: str) -> str | None:
 
 
 def _named(match: re.Match) -> str:
-    """Functions and letters that are written without a backslash; a long word is no formula."""
+    """Return a word that is written without a backslash as a function or letters; a long word is no formula."""
     word = match[1]
-    if word in _PLAIN_NAMES:
-        return _PLAIN_NAMES[word]
-    if word in _FUNCTIONS:
+    if word in PLAIN_NAMES:
+        return PLAIN_NAMES[word]
+    if word in FUNCTIONS:
         return f"\\{word}" if word == "sqrt" else f"\\{word} "
     return word if len(word) < 5 else "\0"
 
 
 def _cased(text: str) -> str | None:
-    """With capital letters as other variables than small ones, which the parser takes for the same."""
+    """Return the formula with capital letters as variables of their own, which to the parser are the small ones."""
 
     def mapped(match: re.Match) -> str:
         return match[0] if match[1] is None else f"{match[1].lower()}_{{9}}"
@@ -92,7 +95,7 @@ def _cased(text: str) -> str | None:
 
 
 def fingerprint(expression: Any) -> "Fraction | str":
-    """The same for equal expressions: the value of a rational number, else digits."""
+    """Return the same for equal expressions: the value of a rational number, else digits."""
     import sympy
 
     if isinstance(expression, sympy.Rational):
@@ -116,7 +119,7 @@ def fingerprint(expression: Any) -> "Fraction | str":
 
 
 def _is_small(expression: Any) -> bool:
-    """Whether to evaluate it exactly takes no long number."""
+    """Return whether an expression can be evaluated exactly without long numbers."""
     import sympy
 
     sizes = [abs(number) for number in expression.atoms(sympy.Integer)]
@@ -129,7 +132,7 @@ def _is_small(expression: Any) -> bool:
 
 
 def _digits(expression: Any) -> str:
-    """The value of an expression without variables. ValueError where it has none."""
+    """Return the value of an expression without variables. Raise ValueError where it has none."""
     import sympy
 
     value = sympy.N(expression, _WORKING, maxn=200, chop=False)
@@ -151,7 +154,7 @@ def _digits(expression: Any) -> str:
 
 
 def _rounded(value: Any, size: Any, digits: int) -> str:
-    """To so many digits, and nothing where the other part of the number is that much larger."""
+    """Return the number to so many digits, 0 where the other part of the number is that much larger."""
     import sympy
 
     if (
@@ -165,7 +168,8 @@ def _rounded(value: Any, size: Any, digits: int) -> str:
 
 
 def _coordinate(name: str, point: int) -> Any:
-    """Where a variable is, at most 3 from 0: above it at point 0, below it at point 1, on either side at the others."""
+    """Return where a variable is, at most 3 from 0: above it at point 0, below it at point 1, on either side at the
+    others."""
     import sympy
 
     noise = int.from_bytes(hashlib.blake2b(f"{name}:{point}".encode(), digest_size=6).digest(), "big")
@@ -174,7 +178,7 @@ def _coordinate(name: str, point: int) -> Any:
 
 
 def are_equal(gold: Any, answer: Any) -> bool:
-    """Whether math-verify calls two expressions equal: for those without fingerprints, such as equations."""
+    """Return whether math-verify calls two expressions equal: for those without fingerprints, such as equations."""
     from math_verify import verify
 
     return bool(verify([gold], [answer], float_rounding=12, timeout_seconds=None))

@@ -5,7 +5,7 @@ from numba import njit
 
 
 def sources_of(weights: np.ndarray, length: int) -> np.ndarray:
-    """int64[length], the source of each of the first places; those of a shorter length are its beginning.
+    """Return int64[length], the source of each of the first places; those of a shorter length are its beginning.
 
     Weights are positive, or 0 for none. Of a source with share w, every prefix of p places holds more than p·w - 1 and
     fewer than p·w + 1: of the sources not ahead of their share, the one goes first whose next place is due first.

@@ -28,7 +28,7 @@ LINK_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # link(2) on FAT,
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An OSError from within names `path`."""
+    """Let an OSError from within name `path`."""
     try:
         yield
     except OSError as error:
@@ -61,7 +61,7 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """fsync every file and folder below `folder`, deepest first."""
+    """Sync every file and folder below `folder`, deepest first."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
             path = os.path.join(root, name)
@@ -71,7 +71,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def _write_temporary(path: Path, data: bytes, folder: Path, mode: int = 0o666) -> Path:
-    """The fsynced bytes for `path`, in `folder` under a name no other process of any host uses."""
+    """Write the fsynced bytes for `path`, in `folder` under a name no other process of any host uses."""
     temporary = folder / f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
@@ -148,7 +148,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _end_of_last_line(handle: int) -> int:
-    """Bytes up to and including the last newline of an open file."""
+    """Return how many bytes there are up to and including the last newline of an open file."""
     end = os.fstat(handle).st_size
     while end:
         start = max(0, end - TAIL)
@@ -160,7 +160,7 @@ def _end_of_last_line(handle: int) -> int:
 
 
 def canonical_json(value: Any) -> str:
-    """The one spelling of a JSON value that digests are taken over: sorted keys, no spaces."""
+    """Return the one spelling of a JSON value that digests are taken over: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -169,11 +169,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class TornFile(ValueError):
-    """A file that should hold JSON and does not, or not what was written: cut off by a lost disk, or edited."""
+    """Raised for a file that should hold JSON and does not, or not what was written: cut off, or edited."""
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file. Raises TornFile, FileNotFoundError."""
+    """Return the value in a file. Raise TornFile, FileNotFoundError."""
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, RecursionError):
@@ -228,14 +228,15 @@ def parse_checked(text: "str | bytes", name: object) -> dict[str, Any]:
 
 
 def read_checked(path: Path) -> dict[str, Any]:
-    """Return the object in a file, checked against its sum, and without it. Raises TornFile, FileNotFoundError."""
+    """Return the object in a file, checked against its sum, and without it. Raise TornFile, FileNotFoundError."""
     value = parse_checked(Path(path).read_bytes(), path)
     value.pop(SUM, None)
     return value
 
 
 def is_plain_path(name: Any) -> bool:
-    """Return whether a name out of a file stays below the folder it is joined to: relative, and without `.` and `..`."""
+    """Return whether a name out of a file stays below the folder it is joined to: relative, and without `.` and
+    `..`."""
     return isinstance(name, str) and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 

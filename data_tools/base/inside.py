@@ -17,9 +17,10 @@ SNAPSHOTS, BLOBS = "snapshots", "blobs"  # of a repository in the hub's cache
 
 
 def inside(folder: Path, name: str, needed: bool = True) -> Path | None:
-    """The file `name` of `folder`, every link followed; None where there is none and it is not `needed`.
+    """Return the file `name` of `folder`, every link followed; None where there is none and it is not `needed`.
 
-    UserMistake where the name or a link leads out of the folder, where it is no regular file, or where it is missing.
+    Raise UserMistake where the name or a link leads out of the folder, where it is no regular file, or where it is
+    missing.
     """
     path = Path(folder) / name
     parts = Path(name).parts
@@ -46,7 +47,7 @@ def inside(folder: Path, name: str, needed: bool = True) -> Path | None:
 
 
 def _places(folder: Path) -> Iterator[Path]:
-    """The folder, and where else the hub's client keeps the files of such a folder."""
+    """Yield the folder, and where else the hub's client keeps the files of such a folder."""
     yield folder
     for cache in (folder, *folder.parents):
         if cache.parent.name == SNAPSHOTS:
@@ -58,17 +59,17 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def _real(folder: Path) -> Iterator[Path]:
-    """The folder, unless it is itself a link to elsewhere."""
+    """Yield the folder, unless it is itself a link to elsewhere."""
     if os.path.realpath(folder) == str(Path(os.path.realpath(folder.parent)) / folder.name):
         yield Path(os.path.realpath(folder))
 
 
 def _hub_cache() -> Path:
-    """Where huggingface_hub keeps repositories (its HF_HUB_CACHE), without importing it."""
+    """Return where huggingface_hub keeps repositories (its HF_HUB_CACHE), without importing it."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
 
 
 def files(folder: Path) -> list[Path]:
-    """The paths of a folder's files by name, hidden ones too, each checked as `inside` does. No sub-folders."""
+    """Return the paths of a folder's files by name, hidden ones too, each checked as `inside` does. No sub-folders."""
     return [path for path in sorted(Path(folder).iterdir()) if not path.is_dir() and inside(folder, path.name)]

@@ -12,7 +12,7 @@ PORTS = range(10000, 30000)
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of 127.0.0.1 that are free now."""
+    """Return different ports of 127.0.0.1 that are free now."""
     with contextlib.ExitStack() as held:
         ports: list[int] = []
         while len(ports) < count:

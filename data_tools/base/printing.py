@@ -1,8 +1,8 @@
 """What reaches a terminal: text without the control characters that data, names and other people's files may hold.
 
 An ESC sequence in a row's key could set the terminal's title or clipboard, and a bidirectional override could show a
-name as another one. Everything that `afterok` prints goes through `clean_streams`, or through `launchers.observe.show.console`,
-which writes the escape sequences of its own colours around cleaned text.
+name as another one. Everything that `afterok` prints goes through `clean_streams`, or through
+`launchers.observe.show.console`, which writes the escape sequences of its own colours around cleaned text.
 """
 
 import contextlib
@@ -20,28 +20,28 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:
-    """`text` without control characters; tabs and newlines stay."""
+    """Return `text` without control characters; tabs and newlines stay."""
     return CONTROL.sub("", text)
 
 
 def clean_log(text: str) -> str:
-    """`text` of a log: what a progress bar drew over itself stands line by line."""
+    """Return `text` of a log: what a progress bar drew over itself stands line by line."""
     return clean(re.sub(r"\r+\n?", "\n", text))
 
 
 def set_in(text: str) -> str:
-    """`text` whose further lines are set in, so that none of what it quotes looks like a line of ours."""
+    """Return `text` whose further lines are set in, so that none of what it quotes looks like a line of ours."""
     return text.replace("\n", "\n  ")
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON for people: other scripts as they are, control characters escaped as JSON escapes them."""
+    """Return `value` as JSON for people: other scripts as they are, control characters escaped as JSON escapes them."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class CleanStream(io.TextIOBase):
-    """A text stream whose writes are cleaned; all else is the stream's below."""
+    """Represents a text stream whose writes are cleaned; all else is the stream's below."""
 
     def __init__(self, raw: TextIO):
         self.raw = raw
@@ -63,11 +63,11 @@ class CleanStream(io.TextIOBase):
         return True
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]  (read-only in Python, an attribute in typeshed)
         return self.raw.encoding
 
     @property
-    def errors(self) -> str | None:
+    def errors(self) -> str | None:  # type: ignore[override]  (as encoding)
         return self.raw.errors
 
 
@@ -84,7 +84,7 @@ def clean_streams() -> Iterator[None]:
 
 
 def raw(stream: TextIO) -> TextIO:
-    """The stream below a cleaned one."""
+    """Return the stream below a cleaned one."""
     return stream.raw if isinstance(stream, CleanStream) else stream
 
 

@@ -9,7 +9,7 @@ from data_tools.base import durable
 
 
 def write_table(keep: Path, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Every row has as many JSON values as there are columns."""
+    """Write a table for people; every row has as many JSON values as there are columns."""
     folder = keep / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
@@ -21,7 +21,7 @@ def write_table(keep: Path, name: str, title: str, columns: Sequence[str], rows:
 
 
 def read_tables(keep: Path) -> dict[str, dict[str, Any]]:
-    """{name: table} of a phase; a torn one is left out."""
+    """Return {name: table} of a phase; a torn one is left out."""
     found = {}
     for path in sorted((keep / "tables").glob("*.json")):
         with contextlib.suppress(durable.TornFile, FileNotFoundError):

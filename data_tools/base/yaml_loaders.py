@@ -23,7 +23,7 @@ class _UniqueKeys:
         return yaml.constructor.BaseConstructor.construct_mapping(self, merged, deep)
 
     def _pairs(self, node: yaml.Node, inside: tuple[yaml.Node, ...]) -> list[tuple[yaml.Node, yaml.Node]]:
-        """The (key, value) nodes of a mapping, what it merges first."""
+        """Return the (key, value) nodes of a mapping, what it merges first."""
         if not isinstance(node, yaml.MappingNode) or node in inside:
             raise yaml.constructor.ConstructorError(None, None, "<< wants other mappings to merge", node.start_mark)
         own, merged = _Keys(self), _Keys(self)
@@ -41,7 +41,7 @@ class _UniqueKeys:
 
 
 class _Keys:
-    """The keys of one mapping, each once."""
+    """Represents the keys of one mapping, each once."""
 
     def __init__(self, loader: Any):
         self.loader = loader
@@ -75,11 +75,11 @@ def _stands_twice(key: Any, first: yaml.Node, second: yaml.Node) -> None:
 
 
 class TextLoader(_UniqueKeys, yaml.BaseLoader):
-    """Every scalar stays text."""
+    """Loads every scalar as text."""
 
 
 class ValueLoader(_UniqueKeys, yaml.SafeLoader):
-    """Scalars are null, booleans, integers and floats as in YAML 1.2, or text."""
+    """Loads scalars as null, booleans, integers and floats as in YAML 1.2, or text."""
 
     yaml_implicit_resolvers = {
         first: [pair for pair in pairs if pair[0] not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
@@ -101,5 +101,5 @@ ValueLoader.add_implicit_resolver(
 
 
 def read_values(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError."""
+    """Return the value of a YAML text. Raise yaml.YAMLError."""
     return yaml.load(text, ValueLoader)

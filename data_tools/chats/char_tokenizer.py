@@ -17,7 +17,7 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 def write_char_tokenizer(folder: Path, alphabet: str) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`; the same alphabet gives the same bytes.
 
-    UserMistake when a character of the alphabet occurs twice.
+    Raise UserMistake when a character of the alphabet occurs twice.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 

@@ -1,10 +1,10 @@
 """Conversation → token ids and loss mask.
 
-A conversation is rendered once (data_tools/chats/template.py) and tokenised once (data_tools/chats/encoder.py); the mask is 1 on
-what its assistants wrote (data_tools/chats/turns.py), through their stop tokens, as far as the options train it. A row of
-which the template leaves something out (data_tools/chats/fields.py) is refused. A task's row is `prompt` + `answer` +
-the end token, with mask 0 on the prompt; the two are tokenised apart, so that the model sees at inference the very
-prompt ids it was trained on.
+A conversation is rendered once (data_tools/chats/template.py) and tokenised once (data_tools/chats/encoder.py); the
+mask is 1 on what its assistants wrote (data_tools/chats/turns.py), through their stop tokens, as far as the options
+train it. A row of which the template leaves something out (data_tools/chats/fields.py) is refused. A task's row is
+`prompt` + `answer` + the end token, with mask 0 on the prompt; the two are tokenised apart, so that the model sees at
+inference the very prompt ids it was trained on.
 """
 
 import datetime
@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def check_chat(config: ChatConfig) -> list[Problem]:
 
 
 class Encoded(NamedTuple):
-    """A row of the store. `prompt` and `answer` are its text, before and from the first assistant's turn."""
+    """Represents a row of the store. `prompt` and `answer` are its text, before and from the first assistant's turn."""
 
     ids: np.ndarray  # int32[n]
     mask: np.ndarray  # uint8[n]
@@ -91,18 +91,19 @@ class Encoded(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A row that is not kept: its bucket, its tokens if it got any, and the reason where the data is at fault."""
+    """Represents a row that is not kept: its bucket, its tokens if it got any, and the reason where the data is at
+    fault."""
 
     bucket: str
     tokens: int = 0
     reason: str = ""
 
 
-Result = Union[Encoded, Refused]
+Result = Encoded | Refused
 
 
 class ChatRows:
-    """The rows of records. UserMistake when there is no template, or none whose turns can be told."""
+    """Represents the rows of records. Raise UserMistake when there is no template, or none whose turns can be told."""
 
     def __init__(self, config: ChatConfig, tokenizer: Tokenizer, encoder: Encoder):
         self.config = config
@@ -113,8 +114,14 @@ class ChatRows:
         self.tags = thinking_tags(self.turns.template) if self.turns else ()
         self._seen = 0
 
+    def _template(self) -> tuple[Turns, Fields]:
+        """Return what knows the chat template. Raise ValueError where there is none, since a template has written."""
+        if self.turns is None or self.fields is None:
+            raise ValueError("a conversation that is to be rendered, with schema rendered")
+        return self.turns, self.fields
+
     def rows(self, record: Any) -> Iterator[Result]:
-        """Raises BadRecord where the record is no conversation, and UserMistake where the verifier finds a fault."""
+        """Raise BadRecord where the record is no conversation, and UserMistake where the verifier finds a fault."""
         for found in read_record(record, self.config.schema, self.config.ignored):
             if self.config.turns == "each" and isinstance(found, Conversation):
                 yield from map(self._result, found.turns())
@@ -140,23 +147,22 @@ class ChatRows:
             return Refused("unknown_character", len(ids))
         self._seen += 1
         if self._seen % _VERIFY_EVERY == 1 and isinstance(item, Conversation):
-            self._verify(text, trained, ids, mask, item)
-        start = spans[0].start
-        return Encoded(ids, mask, text[:start], text[start:], len({span.message for span in trained}))
+            self._verify(text, trained, ids=ids, mask=mask, item=item)
+        start, turns_trained = spans[0].start, len({span.message for span in trained})
+        return Encoded(ids, mask, prompt=text[:start], answer=text[start:], turns=turns_trained)
 
     def _render(self, conversation: Conversation) -> tuple[Conversation, Rendered]:
-        """Return the conversation as it was rendered, and that. BadRecord where the template leaves something out."""
+        """Return the conversation as it was rendered, and that. Raise BadRecord where the template leaves something
+        out."""
+        turns, fields = self._template()
         wanted = {number for number in range(len(conversation.messages)) if self._is_trained(number, conversation)}
-        rendered = self.turns.render(conversation, wanted)
+        rendered = turns.render(conversation, wanted)
         if self.config.inline_reasoning:
-            lost = [
-                field.message
-                for field in self.fields.lost(conversation, rendered)
-                if field.path[-1] == "reasoning_content"
-            ]
-            if lost:
-                conversation = inline_reasoning(conversation, lost)
-                rendered = self.turns.render(conversation, wanted)
+            lost = fields.lost(conversation, rendered)
+            to_inline = [field.message for field in lost if field.path[-1] == "reasoning_content"]
+            if to_inline:
+                conversation = inline_reasoning(conversation, to_inline)
+                rendered = turns.render(conversation, wanted)
         written = {number: "" for number in sorted(wanted) if conversation.messages[number]["role"] == "assistant"}
         for message, start, stop in rendered.spans:
             if message in written:
@@ -169,7 +175,7 @@ class ChatRows:
                 if said.count(name) < names.count(name):
                     reason = f"message {number + 1}: the chat template leaves out a call of {name}"
                     raise BadRecord(reason, "tool_call_lost")
-        self.fields.check(conversation, rendered)
+        fields.check(conversation, rendered)
         return conversation, rendered
 
     def _is_trained(self, message: int, item: "Conversation | list[RenderedChunk]") -> bool:
@@ -180,9 +186,9 @@ class ChatRows:
         return self.config.turns == "all" or message in item.after_last_user()
 
     def _pieces(self, text: str, turns: list[Span], item: "Conversation | list[RenderedChunk]") -> list[Span]:
-        """What of the turns is in the loss: all of it, or without reasoning, or without tool calls.
+        """Return what of the turns is in the loss: all of it, or without reasoning, or without tool calls.
 
-        BadRecord where there is some that was not found, since its template writes it in another way.
+        Raise BadRecord where there is some that was not found, since its template writes it in another way.
         """
         if self.config.train_thinking and self.config.train_tool_calls:
             return turns
@@ -202,9 +208,9 @@ class ChatRows:
         return pieces
 
     def _parts(self, text: str, turn: Part, number: int, conversation: Conversation) -> list[Part]:
-        """The parts of a turn that are not in the loss."""
+        """Return the parts of a turn that are not in the loss."""
         message = conversation.messages[number]
-        is_written = not self.fields.omits_reasoning(conversation, number)
+        is_written = not self._template()[1].omits_reasoning(conversation, number)
         reasoning = message.get("reasoning_content", "") if is_written else ""
         thinking = thinking_of(text, turn, reasoning, self.tags)
         parts = [] if self.config.train_thinking else [thinking]
@@ -217,7 +223,7 @@ class ChatRows:
         return thinking + ([] if self.config.train_tool_calls else written_calls(text, turn))
 
     def _verify(self, text: str, trained: list[Span], ids: np.ndarray, mask: np.ndarray, item: Conversation) -> None:
-        """UserMistake unless what is in the loss reads as the assistants' turns, each with its stop token."""
+        """Raise UserMistake unless what is in the loss reads as the assistants' turns, each with its stop token."""
         edges = np.flatnonzero(np.diff(mask, prepend=0, append=0)).reshape(-1, 2)
         learnt = _letters("".join(self.tokenizer.decode(ids[start:stop].tolist()) for start, stop in edges))
         problems = [
@@ -227,10 +233,11 @@ class ChatRows:
         ]
         last = {piece.message: piece for piece in trained}
         if self.config.train_thinking and self.config.train_tool_calls:
+            stop_texts = self._template()[0].stop_texts
             problems += [
                 f"the stop token of message {number + 1} is not in the loss"
                 for number, piece in last.items()
-                if not text[piece.start : piece.stop].rstrip().endswith(self.turns.stop_texts)
+                if not text[piece.start : piece.stop].rstrip().endswith(stop_texts)
             ]
         said = _letters(
             "".join(
@@ -253,7 +260,7 @@ class ChatRows:
 
 
 def _letters(text: str) -> str:
-    """The text as far as every tokenizer keeps it: composed, without spaces, quotes and escapes."""
+    """Return the text as far as every tokenizer keeps it: composed, without spaces, quotes and escapes."""
     return re.sub(r"[\s\\'\"]+", "", unicodedata.normalize("NFKC", text))
 
 
@@ -266,7 +273,7 @@ def _load_turns(config: ChatConfig, tokenizer: Tokenizer) -> Turns:
 
 
 def _join(chunks: list[RenderedChunk]) -> Rendered:
-    """Chunks that a template has written, as one text; a chunk of the assistant is a turn."""
+    """Return chunks that a template has written as one text; a chunk of the assistant is a turn."""
     text, spans = "", []
     for number, (role, piece) in enumerate(chunks):
         if role == "assistant" and piece:
@@ -276,9 +283,9 @@ def _join(chunks: list[RenderedChunk]) -> Rendered:
 
 
 def encode_row(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
-    """(ids int32[n], mask uint8[n]) of prompt + answer + end token; the prompt's mask is 0, the rest is 1.
+    """Return (ids int32[n], mask uint8[n]) of prompt + answer + end token; the prompt's mask is 0, the rest is 1.
 
-    UserMistake when the tokenizer has no end token or pads with it.
+    Raise UserMistake when the tokenizer has no end token or pads with it.
     """
     tokenizer.check_end()
     prompt_ids, answer_ids = tokenizer.encode_opened(prompt), tokenizer.encode(answer)

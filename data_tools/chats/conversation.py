@@ -22,6 +22,7 @@ chat_template_kwargs, history, `IN_LOSS` of messages.py, `REFUSED`). They are ca
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from data_tools.chats.messages import (
@@ -97,7 +98,7 @@ _PAIRS = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation in the form that chat templates read.
+    """Represents one conversation in the form that chat templates read.
 
     A message has `role` and `content` (text), where given `reasoning_content` and its synonym `thinking`, `tool_calls`
     ({"type", "function": {"name", "arguments": mapping}}), `tool_call_id` and `name`.
@@ -109,20 +110,22 @@ class Conversation:
     untrained: frozenset[int] = frozenset()  # messages that the data itself keeps out of the loss
 
     def turns(self) -> "Iterator[Conversation]":
-        """One conversation a user's turn, each up to the next one."""
+        """Yield one conversation a user's turn, each up to the next one."""
         users = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         for stop in [*users[1:], len(self.messages)]:
             yield replace(self, messages=self.messages[:stop])
 
     def after_last_user(self) -> frozenset[int]:
-        """The messages after the last question."""
+        """Return the messages after the last question."""
         users = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         return frozenset(range(users[-1] + 1 if users else 0, len(self.messages)))
 
 
 class RenderedChunk(NamedTuple):
-    """A piece of text that a template has already written; the loss is on those of role assistant. One of an assistant
-    that the data keeps out of the loss has the role context."""
+    """Represents a piece of text that a template has already written; the loss is on those of role assistant.
+
+    One of an assistant that the data keeps out of the loss has the role context.
+    """
 
     role: str
     text: str
@@ -131,7 +134,7 @@ class RenderedChunk(NamedTuple):
 def read_record(
     record: Any, schema: str = "auto", ignored: Sequence[str] = ()
 ) -> "list[Conversation] | list[list[RenderedChunk]]":
-    """The conversations of one record: one, but for a packed line, which may hold several. Raises BadRecord.
+    """Return the conversations of one record: one, but for a packed line, which may hold several. Raise BadRecord.
 
     Keys in `ignored`, of the record and of its messages, are read as if they were not there.
     """
@@ -163,12 +166,12 @@ def own_variables(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def read_prompt(messages: list[dict[str, Any]], **more: Any) -> Conversation:
-    """Messages that an assistant is to answer, with `more` keys of their record. Raises BadRecord."""
+    """Return messages that an assistant is to answer, with `more` keys of their record. Raise BadRecord."""
     return _dialogue("messages", {"messages": messages, **more})
 
 
 def detect_schema(record: dict[str, Any]) -> str:
-    """The schema whose keys the record has. Raises BadRecord where there is none, or more than one."""
+    """Return the schema whose keys the record has. Raise BadRecord where there is none, or more than one."""
     present = [key for key in _LISTS if isinstance(record.get(key), (list, str, dict))]
     lists = [key for key in present if record[key]] or present[:1]
     if len(lists) > 1:
@@ -208,7 +211,7 @@ def _tag(message: Any) -> str:
 
 
 def _check(conversation: Conversation) -> None:
-    """BadRecord for what is no conversation, or has a turn that would teach to say nothing."""
+    """Raise BadRecord for what is no conversation, or has a turn that would teach to say nothing."""
     messages = conversation.messages
     turns = [message for message in messages if message["role"] == "assistant"]
     if not turns:
@@ -267,7 +270,7 @@ def _said(place: str, role: str, text: str, **more: Any) -> Turn:
 
 
 def _rendered(record: dict[str, Any]) -> list[list[RenderedChunk]]:
-    """A materialized line, or a packed one: a system chunk begins the next conversation."""
+    """Read a materialized line, or a packed one: a system chunk begins the next conversation."""
     conversations: list[list[RenderedChunk]] = []
     line = Keys("record", record)
     given, in_loss = line.take("messages"), take_trained(line)
@@ -288,9 +291,9 @@ def _rendered(record: dict[str, Any]) -> list[list[RenderedChunk]]:
 
 
 _SCHEMAS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
-    **{schema: lambda record, schema=schema: _dialogue(schema, record) for schema in ("messages", "sharegpt")},
-    **{schema: lambda record, schema=schema: _pair(schema, record) for schema in _PAIRS},
-}  # type: ignore[dict-item]
+    **{schema: partial(_dialogue, schema) for schema in ("messages", "sharegpt")},
+    **{schema: partial(_pair, schema) for schema in _PAIRS},
+}
 SCHEMAS = (*_SCHEMAS, "rendered")
 
 

@@ -65,20 +65,20 @@ class Encoder:
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether every text has ids of its own, none of them the unknown token's."""
+        """Return whether every text has ids of its own, none of them the unknown token's."""
         return self._byte_lengths is not None
 
     def encode(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32[n], mask uint8[n]) of the text; the mask is 1 where a token holds a character of a span.
+        """Return (ids int32[n], mask uint8[n]) of the text; the mask is 1 where a token holds a character of a span.
 
-        BadRecord where the text is no Unicode (JSON may spell half a surrogate pair).
+        Raise BadRecord where the text is no Unicode (JSON may spell half a surrogate pair).
         """
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
             raise BadRecord(f"not Unicode: {error.reason}", "not_unicode") from None
         characters = np.array(spans, dtype=np.int64).reshape(-1, 2)
-        if self.is_byte_level:
+        if self._byte_lengths is not None:
             ids = self._ids(text)
             lengths = self._byte_lengths[ids]
             stops = np.cumsum(lengths)
@@ -120,14 +120,14 @@ def _mask(starts: np.ndarray, stops: np.ndarray, bounds: np.ndarray) -> np.ndarr
 
 
 def _byte_bounds(text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The spans, ordered and apart, in bytes of UTF-8."""
+    """Return the spans, ordered and apart, in bytes of UTF-8."""
     places = [place for span in spans for place in span]
     sizes = [len(text[start:stop].encode()) for start, stop in zip([0, *places], places)]
     return np.cumsum(np.array(sizes, dtype=np.int64)).reshape(-1, 2)
 
 
 def _byte_lengths(fast: Any) -> np.ndarray | None:
-    """int64[vocabulary], the bytes each token stands for; None for a tokenizer that is not byte-level BPE.
+    """Return int64[vocabulary], the bytes each token stands for; None for a tokenizer that is not byte-level BPE.
 
     Byte-level tokens are spelled with one character a byte.
     """
@@ -151,7 +151,8 @@ _UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # which leave ASCII, and any pa
 
 
 def _keeps_bytes(fast: Any) -> Callable[[str], bool]:
-    """How to tell that no step before the tokens changes or adds a byte; it may then lose some, which the sum shows."""
+    """Return how to tell that no step before the tokens changes or adds a byte; it may then lose some, which the sum
+    shows."""
     spec = json.loads(fast.to_str())
     normalizer, words = (
         _steps(spec[key], parts) for key, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"))
@@ -166,14 +167,14 @@ def _keeps_bytes(fast: Any) -> Callable[[str], bool]:
 
 
 def _steps(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or a pre-tokenizer that may be a sequence, or none."""
+    """Return the steps of a normalizer or a pre-tokenizer that may be a sequence, or none."""
     if step is None:
         return []
     return [inner for part in step[parts] for inner in _steps(part, parts)] if parts in step else [step]
 
 
 def _gigatoken(fast: Any) -> Callable[[str], np.ndarray] | None:
-    """gigatoken's encode for this tokenizer; None where it does not know its kind."""
+    """Return gigatoken's encode for this tokenizer; None where it does not know its kind."""
     import gigatoken
 
     try:
@@ -184,7 +185,7 @@ def _gigatoken(fast: Any) -> Callable[[str], np.ndarray] | None:
 
 
 def _remembering(fast: Any, encode: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
-    """`encode`, asked once for what comes again: the words of plain text, whole stretches of any other.
+    """Return `encode`, asked once for what comes again: the words of plain text, whole stretches of any other.
 
     Special tokens are cut out of a text before anything else is done with it, so what lies between two of them is
     encoded by itself. Not so with tokens that look at what stands beside them.
@@ -212,8 +213,8 @@ def _remembering(fast: Any, encode: Callable[[str], np.ndarray]) -> Callable[[st
 
 
 def _words(fast: Any) -> Callable[[str], list[str]] | None:
-    """How a byte-level tokenizer cuts plain text into words, each of which it encodes by itself; None where it does
-    anything else before.
+    """Return how a byte-level tokenizer cuts plain text into words, each of which it encodes by itself; None where it
+    does anything else before.
 
     Of ASCII only: there no normal form and no edition of Unicode can make the expression mean something else here.
     """

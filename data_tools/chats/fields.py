@@ -47,8 +47,9 @@ class Field(NamedTuple):
 
     @property
     def message(self) -> int:
-        """The number of the field's message; -1 for a tool's."""
-        return self.path[1] if self.path[0] == "messages" else -1
+        """Return the number of the field's message; -1 for a tool's."""
+        place, number = self.path[:2]
+        return number if place == "messages" and isinstance(number, int) else -1
 
 
 class Fields:
@@ -77,7 +78,7 @@ class Fields:
             raise BadRecord(_reason(lost[0]), f"{lost[0].kind}_lost")
 
     def omits_reasoning(self, conversation: Conversation, message: int) -> bool:
-        """Whether the template leaves out the reasoning of this message, since a question follows or at all."""
+        """Return whether the template leaves out the reasoning of this message, since a question follows or at all."""
         return ("messages", message, "reasoning_content") in self._unwritten_of(
             conversation, list(_fields(conversation))
         )
@@ -96,14 +97,14 @@ class Fields:
         return not self._is_marked(field, conversation)
 
     def _is_history(self, field: Field, conversation: Conversation) -> bool:
-        """Whether this is reasoning that the template leaves out only since a question follows."""
+        """Return whether this is reasoning that the template leaves out only since a question follows."""
         if field.kind != "reasoning" or field.message in conversation.after_last_user():
             return False
         alone = replace(conversation, messages=conversation.messages[: field.message + 1])
         return field.path not in self._unwritten_of(alone, list(_fields(alone)))
 
     def _is_marked(self, field: Field, conversation: Conversation) -> bool:
-        """Whether a mark within the field turns up in the text, and changes nothing else there."""
+        """Return whether a mark within the field turns up in the text, and changes nothing else there."""
         before, text, after = field.text.partition(field.text.strip())
         try:
             marked = self._template.text(
@@ -114,7 +115,7 @@ class Fields:
             return False
 
     def _is_used(self, field: Field, conversation: Conversation) -> bool:
-        """Whether the text would be another one with the other name."""
+        """Return whether the text would be another one with the other name."""
         try:
             other = self._template.text(_changed(conversation, {field.path: field.instead}))
         except TemplateError:
@@ -178,7 +179,7 @@ def _fields(conversation: Conversation) -> Iterator[Field]:
 
 
 def _texts(path: Path, value: Any) -> Iterator[Field]:
-    """The texts of a call's arguments, at any depth."""
+    """Yield the texts of a call's arguments, at any depth."""
     if isinstance(value, str):
         yield Field("tool_call", path, value)
     elif isinstance(value, (dict, list)):
@@ -187,7 +188,7 @@ def _texts(path: Path, value: Any) -> Iterator[Field]:
 
 
 def _names_of_results(messages: list[dict[str, Any]]) -> Iterator[Field]:
-    """What tells whose result a tool's message is, where its place behind the calls does not."""
+    """Yield what tells whose result a tool's message is, where its place behind the calls does not."""
     calls: list[dict[str, Any]] = []
     place = 0
     for number, message in enumerate(messages):
@@ -203,19 +204,19 @@ def _names_of_results(messages: list[dict[str, Any]]) -> Iterator[Field]:
 
 
 def _is_asked_by_shape(field: Field) -> bool:
-    """Not what templates look up, nor what is a part of a text."""
+    """Return whether this is neither what templates look up nor a part of a text."""
     is_inline = field.kind == "reasoning" and field.path[-1] == "content"
     return bool(field.text.strip()) and not field.instead and not is_inline
 
 
 def _region(field: Field, rendered: Rendered) -> str:
-    """The text in which a field has to stand: its turn, or all of it for any that is no turn."""
+    """Return the text in which a field has to stand: its turn, or all of it for any that is no turn."""
     spans = [span for span in rendered.spans if span.message == field.message and span.start < span.stop]
     return rendered.text[spans[0].start : spans[-1].stop] if spans else rendered.text
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether the part is in the text, as it is or as JSON writes it."""
+    """Return whether the part is in the text, as it is or as JSON writes it."""
     part = part.strip()
     return part in text or any(
         json.dumps(part, ensure_ascii=ensure_ascii)[1:-1] in text for ensure_ascii in (False, True)
@@ -224,7 +225,7 @@ def _holds(text: str, part: str) -> bool:
 
 def _changed(conversation: Conversation, texts: "dict[Path, str]") -> Conversation:
     """Return the conversation with other texts at these paths."""
-    whole = {"messages": conversation.messages, "tools": conversation.tools}
+    whole: dict[str, Any] = {"messages": conversation.messages, "tools": conversation.tools}
     for path, text in texts.items():
         whole = _replaced(whole, path, text)
         if path[-1] == "reasoning_content":
@@ -236,7 +237,7 @@ def _replaced(value: Any, path: Path, text: str) -> Any:
     if not path:
         return text
     key, *rest = path
-    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy: Any = dict(value) if isinstance(value, dict) else list(value)
     copy[key] = _replaced(copy[key] if rest else None, tuple(rest), text)
     return copy
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from data_tools.mistake import nearest
-from data_tools.records.readers import RepeatedKey, json_value
+from data_tools.records.json_text import RepeatedKey, json_value
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -74,7 +74,7 @@ _OPEN_THOUGHTS = re.compile(
 
 
 class BadRecord(ValueError):
-    """A record that gives no conversation: the bucket it is counted in, and why."""
+    """Raised for a record that gives no conversation, with the bucket that it is counted in, and why."""
 
     def __init__(self, reason: str, bucket: str = _MALFORMED):
         super().__init__(reason)
@@ -142,13 +142,7 @@ def read_message(place: str, given: Any) -> Turn:
     trained = take_trained(keys, role)
     given_tools = [read_tools(keys.take(name)) for name in ("tools", "functions") if name in keys.left]
     tools = _the_one(place, given_tools, "tools")
-    found = _Said() if content is None else _calling(place, content) if is_call else _content(place, role, content)
-    found.reasoning += [keys.text(name) for name in _REASONING if name in keys.left]
-    calling = [name for name in ("tool_calls", "function_call") if name in keys.left]
-    found.calls += [_calls(place, name, keys.take(name)) for name in calling]
-    found.calls += [_function_calls(place, keys.take("function_calls"))]
-    reasoning = _the_one(place, [text for text in found.reasoning if text], "its reasoning") or ""
-    calls = _the_one(place, [calls for calls in found.calls if calls], "its tool calls") or []
+    text, reasoning, calls = _said_in(keys, role, content, is_call)
     name, call_id = keys.text("name"), keys.text("tool_call_id")
     if content is None and not (reasoning or calls):
         raise BadRecord(f"{place} has no {key!r}, the text that goes with {who!r}; its keys are {keys.names}")
@@ -158,11 +152,26 @@ def read_message(place: str, given: Any) -> Turn:
         raise BadRecord(f"{place}: {what} of {said!r}: only an assistant has any")
     if role != "tool" and call_id:
         raise BadRecord(f"{place}: key 'tool_call_id' of {said!r}: only a tool's result has one; {REMEDY}", REFUSED_KEY)
-    message = {"role": role, "content": found.text}
-    message |= {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}
-    message |= {"tool_calls": calls} if calls else {}
-    message |= {key: value for key, value in (("tool_call_id", call_id), ("name", name)) if value}
+    more = {"reasoning_content": reasoning, "thinking": reasoning, "tool_calls": calls}
+    more |= {"tool_call_id": call_id, "name": name}
+    message = {"role": role, "content": text, **{key: value for key, value in more.items() if value}}
     return Turn(message, trained, tools, is_call and bool(calls))
+
+
+def _said_in(keys: Keys, role: str, content: Any, is_call: bool) -> tuple[str, str, list[dict[str, Any]]]:
+    """Return (text, reasoning, tool calls) of a message, from its content and from the keys for them, which are taken.
+
+    Raise BadRecord where two places say different things.
+    """
+    place = keys.place
+    said = _Said() if content is None else _calling(place, content) if is_call else _content(place, role, content)
+    said.reasoning += [keys.text(name) for name in _REASONING if name in keys.left]
+    calling = [name for name in ("tool_calls", "function_call") if name in keys.left]
+    said.calls += [_calls(place, name, keys.take(name)) for name in calling]
+    said.calls += [_function_calls(place, keys.take("function_calls"))]
+    reasoning = _the_one(place, [text for text in said.reasoning if text], "its reasoning") or ""
+    calls = _the_one(place, [calls for calls in said.calls if calls], "its tool calls") or []
+    return said.text, reasoning, calls
 
 
 def role_of(place: str, given: Any) -> str:

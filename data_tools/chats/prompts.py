@@ -15,14 +15,15 @@ _DAY = datetime.date(2026, 1, 1)  # what templates are told today is, as in data
 
 
 class PromptEncoder:
-    """`arguments` are for the template: enable_thinking, reasoning_effort, … `bos` says how a text begins: "" as
-    transformers begins it (with a BOS, where the tokenizer adds one), NEVER as it stands. A template writes its own."""
+    """Encodes prompts. `arguments` are for the template: enable_thinking, reasoning_effort, … `bos` says how a text
+    begins: "" as transformers begins it (with a BOS, where the tokenizer adds one), NEVER as it stands. A template
+    writes its own."""
 
     def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any] = {}, bos: str = ""):
         self.tokenizer, self.arguments, self.bos = tokenizer, arguments, bos
 
     def encode(self, prompt: str | list[dict]) -> list[int]:
-        """UserMistake for messages where there is no template, or it refuses them."""
+        """Raise UserMistake for messages where there is no template, or it refuses them."""
         opened = isinstance(prompt, str) and self.bos != NEVER
         return (self.tokenizer.encode_opened if opened else self.tokenizer.encode)(self.text(prompt))
 

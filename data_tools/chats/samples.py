@@ -60,7 +60,7 @@ def problem_of_evaluated(row: Any) -> str:
     return ""
 
 
-def _wrong(row: dict[str, Any], needed: tuple[str, ...], kinds: dict[str, tuple[str, Callable[[Any], bool]]]) -> str:
+def _wrong(row: dict[str, Any], needed: tuple[str, ...], kinds: dict[str, "Kind"]) -> str:
     for key in needed:
         if row.get(key) is None:
             return f"no {kinds[key][0]} under {key!r}"
@@ -93,13 +93,20 @@ def _is_number(value: Any) -> bool:
     return _is_whole(value) or isinstance(value, float) and math.isfinite(value)
 
 
+Kind = tuple[str, Callable[[Any], bool]]  # what a value is called, and whether it is one
 _TEXT, _WHOLE = ("text", _is_text), ("whole number", _is_whole)
-_COUNT = ("whole number from 0", lambda value: _is_whole(value) and value >= 0)
-_TRUTH = ("true or false", lambda value: isinstance(value, bool))
-_SAMPLE = {
+_COUNT: Kind = ("whole number from 0", lambda value: _is_whole(value) and value >= 0)
+_TRUTH: Kind = ("true or false", lambda value: isinstance(value, bool))
+_SAMPLE: dict[str, Kind] = {
     "prompt": _TEXT, "messages": ("list", lambda value: isinstance(value, list)), "completion": _TEXT,
     "prompt_id": ("text or whole number", lambda value: _is_text(value) or _is_whole(value)), "tokens": _COUNT,
     "finish": (f"one of {', '.join((*WHOLE, *CUT_OFF))}", lambda value: value in (*WHOLE, *CUT_OFF)), "correct": _TRUTH,
     "reward": ("finite number", _is_number), "sample": _WHOLE, "seed": _WHOLE, "weights": _TEXT,
 }  # fmt: skip
-_EVALUATED = {"prompt": _TEXT, "prompt_id": _TEXT, "correct": _TRUTH, "sampled": _COUNT, "sampled_correct": _COUNT}
+_EVALUATED: dict[str, Kind] = {
+    "prompt": _TEXT,
+    "prompt_id": _TEXT,
+    "correct": _TRUTH,
+    "sampled": _COUNT,
+    "sampled_correct": _COUNT,
+}

@@ -34,12 +34,12 @@ _SENTINELS = [chr(code) for code in range(0xE000, 0xE100)]  # private use; the f
 
 
 class TemplateError(ValueError):
-    """The template refused a conversation; str() is one line."""
+    """Raised where the template refuses a conversation; str() is one line."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How this template reads messages."""
+    """Says how this template reads messages."""
 
     text_arguments: bool = False  # a tool call's arguments are JSON text (DeepSeek)
     parts: bool = False  # a content is a list of typed parts (SmolVLM)
@@ -58,7 +58,7 @@ class Form:
 
 
 class ChatTemplate:
-    """A compiled template. UserMistake when it cannot be parsed. `day` stands for today."""
+    """Represents a compiled template. Raise UserMistake when it cannot be parsed. `day` stands for today."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], arguments: Mapping[str, Any], day: date):
         self._variables = {**special_tokens, **arguments}
@@ -68,7 +68,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserMistake(f"chat template, line {error.lineno}: {error.message}; mend the template") from None
         self.has_blocks = any(node.name == _MARK for node in tree.find_all(nodes.Filter))
-        self.has_loop = bool(_instrument(tree))
+        self.has_loop = bool(_instrument(tree, self._environment))
         code = self._environment.compile(tree)
         self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
         self.form = Form()
@@ -80,11 +80,14 @@ class ChatTemplate:
         return self._variables.get(name) or ""
 
     def text(self, conversation: Conversation) -> str:
-        """Return the text of a conversation. TemplateError when the template refuses it."""
+        """Return the text of a conversation. Raise TemplateError when the template refuses it."""
         return self.marked(conversation)[0]
 
     def prompt(self, conversation: Conversation) -> str:
-        """Return the text up to where the assistant's next turn begins. TemplateError when the template refuses."""
+        """Return the text up to where the assistant's next turn begins.
+
+        Raise TemplateError when the template refuses.
+        """
         return self.marked(conversation, add_generation_prompt=True)[0]
 
     def marked(self, conversation: Conversation, **more: Any) -> tuple[str, list[tuple[int, str]]]:
@@ -145,16 +148,16 @@ class ChatTemplate:
 
 
 # What templates are tried with.
-ASK = {"role": "user", "content": "2+2?"}
-ANSWER = {"role": "assistant", "content": "ANSWER4"}
-CALL = {
+ASK: dict[str, Any] = {"role": "user", "content": "2+2?"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "ANSWER4"}
+CALL: dict[str, Any] = {
     "role": "assistant",
     "content": "",
     "tool_calls": [{"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2}}}],
 }
-RESULT = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "RESULT4"}
-THOUGHT = {"reasoning_content": "THOUGHT4", "thinking": "THOUGHT4"}
-TOOL = {
+RESULT: dict[str, Any] = {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "RESULT4"}
+THOUGHT: dict[str, Any] = {"reasoning_content": "THOUGHT4", "thinking": "THOUGHT4"}
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "add",
@@ -190,7 +193,7 @@ class _MarkWriter:
         return f"{self.sentinel}{code}{self.sentinel}"
 
     def __call__(self, item: Any) -> str:
-        """The template filters with this what its loop holds, or the mark itself."""
+        """Return the mark of a message that the loop holds, or the mark of this name; "" for anything else."""
         if type(item) is str:
             return self.mark(item)
         return self.mark(self.numbers[id(item)]) if id(item) in self.numbers else ""
@@ -199,28 +202,34 @@ class _MarkWriter:
 # -- the syntax tree --------------------------------------------------------------------------------------------------
 
 
-def _instrument(tree: nodes.Template) -> int:
-    """Put marks into every loop over messages that writes something; returns how many there are."""
+def _instrument(tree: nodes.Template, environment: jinja2.Environment) -> int:
+    """Put marks into every loop over messages that writes something; return how many loops there are."""
     names = _names_of_messages(tree)
     loops = [
         loop
         for loop in tree.find_all(nodes.For)
-        if isinstance(loop.target, nodes.Name) and _base(loop.iter) in names and next(loop.find_all(nodes.Output), None)
+        if _item(loop) and _base(loop.iter) in names and next(loop.find_all(nodes.Output), None)
     ]
     loops = _outermost(tree, loops)
     for loop in loops:
-        loop.body.insert(0, _mark(nodes.Name(loop.target.name, "load")))
+        loop.body.insert(0, _mark(nodes.Name(_item(loop), "load")))
     for parent in [tree, *tree.find_all(nodes.Node)]:
         for _, body in parent.iter_fields():
             if isinstance(body, list):
                 for loop in [item for item in body if any(item is one for one in loops)]:
                     body.insert(body.index(loop) + 1, _mark(nodes.Const(LOOP_END)))
-    tree.set_environment(tree.environment)
+    tree.set_environment(environment)
     return len(loops)
 
 
+def _item(loop: nodes.For) -> str:
+    """Return the name that a loop gives its items; "" where it takes them apart."""
+    return loop.target.name if isinstance(loop.target, nodes.Name) else ""
+
+
 def _outermost(tree: nodes.Template, loops: list[nodes.For]) -> list[nodes.For]:
-    """The loops that are in no other one, nor in a macro which one of them may call: those write parts of a message."""
+    """Return the loops that are in no other one, nor in a macro which one of them may call: those write parts of a
+    message."""
     inner = [node for loop in loops for node in loop.find_all(nodes.For)]
     outer = [loop for loop in loops if not any(loop is node for node in inner)]
     in_macros = [node for macro in tree.find_all(nodes.Macro) for node in macro.find_all(nodes.For)]
@@ -229,7 +238,7 @@ def _outermost(tree: nodes.Template, loops: list[nodes.For]) -> list[nodes.For]:
 
 
 def _names_of_messages(tree: nodes.Template) -> set[str]:
-    """`messages`, and what the template sets from it, or from a part of it."""
+    """Return `messages`, and what the template sets from it, or from a part of it."""
     names, before = {_MESSAGES}, 0
     while len(names) > before:
         before = len(names)
@@ -241,37 +250,39 @@ def _names_of_messages(tree: nodes.Template) -> set[str]:
     return names
 
 
-def _base(expression: nodes.Expr) -> str | None:
-    """The name a list of messages comes from, through slices and filters."""
-    while isinstance(expression, nodes.Filter) or (
-        isinstance(expression, nodes.Getitem) and isinstance(expression.arg, nodes.Slice)
-    ):
-        expression = expression.node
-    return expression.name if isinstance(expression, nodes.Name) else None
+def _base(node: nodes.Node | None) -> str:
+    """Return the name that a list of messages comes from, through slices and filters; "" where it comes from none."""
+    while isinstance(node, nodes.Filter) or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)):
+        node = node.node
+    return node.name if isinstance(node, nodes.Name) else ""
 
 
 def _mark(item: nodes.Expr) -> nodes.Output:
-    """A filter, since a call goes through the sandbox's questions."""
-    return nodes.Output([nodes.Filter(item, _MARK, [], [], None, None)])
+    """Return what writes a mark: a filter, since a call goes through the sandbox's questions."""
+    return nodes.Output([nodes.Filter(item, _MARK, [], [], None, None)])  # its fields have no keywords
 
 
 # -- the environment of transformers' apply_chat_template --------------------------------------------------------------
 
 
 class _Generation(Extension):
-    """`{% generation %}` blocks, marked where they begin and end."""
+    """Reads `{% generation %}` blocks, marked where they begin and end."""
 
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> nodes.Scope:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope([_mark(nodes.Const(OPEN)), *body, _mark(nodes.Const(CLOSE))]).set_lineno(line)
+        scope = nodes.Scope([_mark(nodes.Const(OPEN)), *body, _mark(nodes.Const(CLOSE))])
+        scope.set_lineno(line)
+        return scope
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's, which asks a dozen questions before it gives `message.role`; plain data's keys and texts' methods are
-    given at once."""
+    """Asks less than Jinja's sandbox, which asks a dozen questions before it gives `message.role`; here plain data's
+    keys and texts' methods are given at once."""
+
+    marks: _MarkWriter  # of the render that is going on
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -295,8 +306,8 @@ _LOOP_NAMES = frozenset(name for name in dir(LoopContext) if not name.startswith
 _SCOPES = ("_loop_vars", "_block_vars")  # which compiled templates give to every call
 
 
-def _environment(day: date) -> ImmutableSandboxedEnvironment:
-    """What templates are written for (transformers.utils.chat_template_utils), with a day that stands still."""
+def _environment(day: date) -> _Sandbox:
+    """Return what templates are written for (transformers.utils.chat_template_utils), with a day that stands still."""
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.filters[_MARK] = jinja2.pass_context(lambda _, item: environment.marks(item))  # hence not folded away

@@ -1,4 +1,5 @@
-"""The tokenizer of a folder or a hub repository; transformers is imported only where tokenizer.json does not say it all."""
+"""The tokenizer of a folder or a hub repository; transformers is imported only where tokenizer.json does not say it
+all."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What afterok needs of a tokenizer; `backend` is a `tokenizers.Tokenizer` or a transformers one."""
+    """Says what afterok needs of a tokenizer; `backend` is a `tokenizers.Tokenizer` or a transformers one."""
 
     name: str
     vocab_size: int  # added tokens included
@@ -32,7 +33,7 @@ class Tokenizer:
     chat_template: str | None = None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text alone, no special tokens around it."""
+        """Return the token ids of the text alone, no special tokens around it."""
         encoded = self.backend.encode(text, add_special_tokens=False)
         return encoded if isinstance(encoded, list) else encoded.ids
 
@@ -55,7 +56,7 @@ class Tokenizer:
 
     @property
     def fast(self) -> Any:
-        """The `tokenizers.Tokenizer` that does the work. UserMistake where the tokenizer has none."""
+        """Return the `tokenizers.Tokenizer` that does the work. Raise UserMistake where the tokenizer has none."""
         fast = getattr(self.backend, "backend_tokenizer", self.backend)
         if not hasattr(fast, "encode_batch_fast"):
             remedy = "which loss masks need; convert it"
@@ -63,7 +64,7 @@ class Tokenizer:
         return fast
 
     def check_end(self) -> None:
-        """UserMistake unless there is an end token that padding cannot be mistaken for."""
+        """Raise UserMistake unless there is an end token that padding cannot be mistaken for."""
         if self.eos_id is None:
             raise UserMistake(f"tokenizer {self.name} has no eos token; name one in its tokenizer_config.json")
         if self.eos_id == self.pad_id:
@@ -88,15 +89,15 @@ def told_opening(tokenizer: Tokenizer, bos: str) -> dict[str, str]:
 
 
 def is_path(name_or_path: str) -> bool:
-    """Whether this names a folder rather than a hub repository (`name` or `owner/name`)."""
+    """Return whether this names a folder rather than a hub repository (`name` or `owner/name`)."""
     return os.path.isabs(name_or_path) or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a folder, or of a hub repository in the local cache (compute nodes have no internet).
+    """Return the tokenizer of a folder, or of a hub repository in the local cache (compute nodes have no internet).
 
     A folder whose tokenizer.json transformers would use as it stands is read with the `tokenizers` library alone:
-    the same ids without the seconds that importing transformers takes. UserMistake when it is not there.
+    the same ids without the seconds that importing transformers takes. Raise UserMistake when it is not there.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -116,7 +117,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of settings; {} where there is none."""
+    """Return a JSON file of settings; {} where there is none."""
     path = inside(folder, name, needed=False)
     if path is None:
         return {}
@@ -130,8 +131,8 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _check_inside(folder: Path) -> None:
-    """UserMistake where a file of the folder leads out of it, or its settings name one elsewhere: transformers would
-    follow both."""
+    """Raise UserMistake where a file of the folder leads out of it, or its settings name one elsewhere: transformers
+    would follow both."""
     files(folder)
     if (more := folder / "additional_chat_templates").is_dir():
         for path in more.iterdir():
@@ -145,7 +146,7 @@ def _check_inside(folder: Path) -> None:
 
 
 def _check_no_code(folder: Path) -> None:
-    """UserMistake where the tokenizer is Python code in the folder: it is not run."""
+    """Raise UserMistake where the tokenizer is Python code in the folder: it is not run."""
     for name in ("tokenizer_config.json", "config.json"):
         classes = _settings(folder, name).get("auto_map") or {}
         named = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
@@ -174,12 +175,21 @@ def _load_plain(folder: Path, config: dict[str, Any]) -> Tokenizer:
     pad, eos, unk = (
         backend.token_to_id(tokens[key]) if key in tokens else None for key in ("pad_token", "eos_token", "unk_token")
     )
-    size = backend.get_vocab_size(with_added_tokens=True)
-    return Tokenizer(str(folder), size, pad, eos, unk, backend, tokens, _read_template(folder, config))
+    return Tokenizer(
+        name=str(folder),
+        vocab_size=backend.get_vocab_size(with_added_tokens=True),
+        pad_id=pad,
+        eos_id=eos,
+        unk_id=unk,
+        backend=backend,
+        special_tokens=tokens,
+        chat_template=_read_template(folder, config),
+    )
 
 
 def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, or that of the config; of several the one named default, as transformers does."""
+    """Return chat_template.jinja, or the template of the config; of several the one named default, as transformers
+    does."""
     file = inside(folder, "chat_template.jinja", needed=False)
     found = file.read_text() if file else config.get("chat_template")
     if isinstance(found, list):
@@ -205,14 +215,14 @@ def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
     if isinstance(template, dict):
         template = template.get("default")
     return Tokenizer(
-        name,
-        len(backend),
-        backend.pad_token_id,
-        backend.eos_token_id,
-        backend.unk_token_id,
-        backend,
-        backend.special_tokens_map,
-        template,
+        name=name,
+        vocab_size=len(backend),
+        pad_id=backend.pad_token_id,
+        eos_id=backend.eos_token_id,
+        unk_id=backend.unk_token_id,
+        backend=backend,
+        special_tokens=backend.special_tokens_map,
+        chat_template=template,
     )
 
 

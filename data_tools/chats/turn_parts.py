@@ -28,7 +28,7 @@ Tags = tuple[tuple[str, str], ...]
 
 
 class Part(NamedTuple):
-    """text[start:stop]."""
+    """Stands for text[start:stop]."""
 
     start: int
     stop: int
@@ -59,7 +59,7 @@ def thinking_of(text: str, turn: Part, reasoning: str, tags: Tags) -> Part | Non
     start = turn.start + len(text[turn.start : turn.stop]) - len(text[turn.start : turn.stop].lstrip())
     opening, closing = next((pair for pair in tags if text.startswith(pair[0], start)), ("", ""))
     if reasoning.strip():
-        return _known_thinking(text, turn, reasoning.strip(), start, opening, closing)
+        return _known_thinking(text, turn, reasoning.strip(), start=start, opening=opening, closing=closing)
     if not opening:
         return None
     depth = 0
@@ -106,7 +106,7 @@ def calls_of(text: str, turn: Part, thinking: Part | None, message: Mapping[str,
 
 
 def _said(text: str, turn: Part, content: str) -> Part | None:
-    """Where the content lies; None where it holds no tag, which then does not matter."""
+    """Return where the content lies; None where it holds no tag, which then does not matter."""
     tags = [tag for pair in _TOOL_CALLS for tag in pair if tag in content]
     if not tags:
         return None
@@ -117,7 +117,7 @@ def _said(text: str, turn: Part, content: str) -> Part | None:
 
 
 def _outside(text: str, tag: str, turn: Part, said: Part | None) -> list[int]:
-    """The places of a tag in the turn, but for those in what is said."""
+    """Return the places of a tag in the turn, but for those in what is said."""
     places = [turn.start + found.start() for found in re.finditer(re.escape(tag), text[turn.start : turn.stop])]
     return [place for place in places if not (said and said.start <= place < said.stop)]
 

@@ -23,8 +23,9 @@ import os
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from typing import AbstractSet, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from data_tools.chats.conversation import Conversation
 from data_tools.chats.template import ANSWER, ASK, CALL, CLOSE, LOOP_END, OPEN, RESULT, ChatTemplate, TemplateError
@@ -37,7 +38,7 @@ _SYSTEM = {"role": "system", "content": "Go on."}
 
 
 class Span(NamedTuple):
-    """text[start:stop] is what the assistant wrote in message `message`, its stop token included."""
+    """Says that text[start:stop] is what the assistant wrote in message `message`, its stop token included."""
 
     message: int
     start: int
@@ -50,18 +51,18 @@ class Rendered(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """What ends a turn, and what the template writes behind it up to the last character that is no space."""
+    """Says what ends a turn, and what the template writes behind it up to the last character that is no space."""
 
     text: str
     rest: str
 
 
 class Unclear(TemplateError):
-    """Where a turn begins or ends cannot be told in this way; str() is one line."""
+    """Raised where a turn's beginning or end cannot be told in this way; str() is one line."""
 
 
 class Turns:
-    """The assistant's turns under a template. UserMistake where they cannot be told.
+    """Represents the assistant's turns under a template. Raise UserMistake where they cannot be told.
 
     `header`: text at the start of a turn that is not trained; None finds it.
     """
@@ -79,8 +80,8 @@ class Turns:
     def render(self, conversation: Conversation, wanted: AbstractSet[int] | None = None) -> Rendered:
         """Return the text and the spans of the assistant's turns, in order.
 
-        Of messages that are not `wanted` (None: all are) a span may be empty. TemplateError when the template refuses
-        the conversation, or a wanted turn cannot be told.
+        Of messages that are not `wanted` (None: all are) a span may be empty. Raise TemplateError when the template
+        refuses the conversation, or a wanted turn cannot be told.
         """
         wanted = frozenset(range(len(conversation.messages))) if wanted is None else wanted
         try:
@@ -187,7 +188,7 @@ class Turns:
         return text, [piece for piece in _pieces(marks, len(text), roles) if roles[piece.message] == "assistant"]
 
     def _by_prefixes(self, conversation: Conversation, wanted: AbstractSet[int]) -> tuple[str, list[Span]]:
-        """The pieces of wanted turns; of any other the place where it begins, where that can be told."""
+        """Return the pieces of wanted turns; of any other the place where it begins, where that can be told."""
         text = self.template.text(conversation)
         pieces = []
         for number, message in enumerate(conversation.messages):
@@ -240,7 +241,7 @@ class Turns:
             raise by_loop from None
 
     def _learn(self, cut: "Cut") -> None:
-        """Find headers, stops and closings by probes. UserMistake where there are none."""
+        """Find headers, stops and closings by probes. Raise UserMistake where there are none."""
         self._cut = cut
         self.headers = {"user": self._header or "", "tool": self._header or ""}
         self.stops: list[Stop] = []
@@ -297,7 +298,7 @@ class Turns:
         return header if is_bare or header and self._is_aside(aside) else None
 
     def _is_aside(self, text: str) -> bool:
-        """Whether this, behind a header that the turn has too, is what a generation prompt says of thinking."""
+        """Return whether this, behind a header that the turn has too, is what a generation prompt says of thinking."""
         return text in self._asides or _TAGS.fullmatch(text) is not None
 
     def _find_stops(self) -> None:
@@ -405,7 +406,8 @@ def _common(one: str, other: str) -> int:
 
 
 def _pieces(marks: list[tuple[int, str]], end: int, roles: list[str]) -> Iterator[Span]:
-    """What each message's pass through the loop wrote; several loops may pass over a message, most write nothing."""
+    """Yield what each message's pass through the loop wrote; several loops may pass over a message, most write
+    nothing."""
     bounds = [(place, mark) for place, mark in marks if mark not in (OPEN, CLOSE)]
     written: dict[int, Span] = {}
     for (start, mark), (stop, _) in zip(bounds, [*bounds[1:], (end, LOOP_END)]):
@@ -419,7 +421,8 @@ def _pieces(marks: list[tuple[int, str]], end: int, roles: list[str]) -> Iterato
 
 
 def _block_spans(marks: list[tuple[int, str]], pieces: list[Span], roles: list[str]) -> list[Span]:
-    """The generation blocks, each with the last turn that began before it; without a loop the turns in their order."""
+    """Return the generation blocks, each with the last turn that began before it; without a loop the turns in their
+    order."""
     opens = [place for place, mark in marks if mark == OPEN]
     closes = [place for place, mark in marks if mark == CLOSE]
     turns = [number for number, role in enumerate(roles) if role == "assistant"]

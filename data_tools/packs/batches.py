@@ -20,7 +20,7 @@ from data_tools.base.seeded import permutation
 
 @dataclass
 class Stream:
-    """The endless order of a plan's packs.
+    """Represents the endless order of a plan's packs.
 
     costs float64[packs] in any unit; source int64[packs] with the index of each pack's source in `weights`, which
     holds the shares of packs wanted (empty: one source, all packs).
@@ -41,7 +41,7 @@ class Stream:
         self._blend = np.empty(0, dtype=np.int64)
 
     def batch(self, k: int, size: int) -> np.ndarray:
-        """int64[size], the packs of global batch `k`, which counts from 0."""
+        """Return int64[size], the packs of global batch `k`, which counts from 0."""
         first, last = k * size, (k + 1) * size
         if not self.weights:
             return np.array([self._pack(0, place) for place in range(first, last)], dtype=np.int64)
@@ -61,7 +61,8 @@ class Stream:
         return int(self._epoch(source, epoch)[place])
 
     def _epoch(self, source: int, epoch: int) -> np.ndarray:
-        """The packs of a source in the order of an epoch; the last one is kept, which changes time and no answer."""
+        """Return the packs of a source in the order of an epoch; the last one is kept, which changes time and no
+        answer."""
         if self._epochs.get(source, (-1,))[0] != epoch:
             members = self._members[source]
             whole = len(members) // self.group * self.group  # what is left over by the groups comes last
@@ -73,7 +74,8 @@ class Stream:
 
 
 def deal(costs: np.ndarray, ranks: int) -> np.ndarray:
-    """int64[micro-batches, ranks], the places of a batch's `costs`: column r is what rank r trains, in that order.
+    """Return int64[micro-batches, ranks], the places of a batch's `costs`: column r is what rank r trains, in that
+    order.
 
     Rows hold packs of similar cost, the dearest first; in each the dearest goes to the rank with the least so far.
     """
@@ -88,7 +90,8 @@ def deal(costs: np.ndarray, ranks: int) -> np.ndarray:
 
 
 def idle_shares(stream: Stream, batch: int, ranks: int, steps: int) -> tuple[float, float]:
-    """Predicted shares of the ranks' time spent waiting over the first `steps`: once a step, once a micro-batch."""
+    """Return the predicted shares of the ranks' time spent waiting over the first `steps`: once a step, once a
+    micro-batch."""
     work = waited_step = waited_micro = 0.0
     for k in range(steps):
         costs = stream.costs[stream.batch(k, batch)]

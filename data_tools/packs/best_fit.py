@@ -13,19 +13,20 @@ from numba import njit
 
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _PLACE = np.empty(64, dtype=np.int64)  # of the lowest bit, by the top 6 bits of its product with the sequence
-for _bit in range(64):
-    _PLACE[((1 << _bit) * int(_DE_BRUIJN) & (2**64 - 1)) >> 58] = _bit
+for _number in range(64):
+    _PLACE[((1 << _number) * int(_DE_BRUIJN) & (2**64 - 1)) >> 58] = _number
 
 _ONE, _ALL, _TOP = np.uint64(1), np.uint64(2**64 - 1), np.uint64(58)
 
 
 def longest_first(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """int64[n], the places of `sizes` (each in 1..capacity) from the longest to the shortest, equal ones in order."""
+    """Return int64[n], the places of `sizes` (each in 1..capacity) from the longest to the shortest, equal ones in
+    order."""
     return _longest_first(np.ascontiguousarray(sizes, dtype=np.int32), capacity)
 
 
 def best_fit(sizes: np.ndarray, capacity: int, apart: np.ndarray | None = None) -> tuple[np.ndarray, int]:
-    """(pack int32[n] of each size, in the order given, number of packs). Sizes in 1..capacity.
+    """Return (pack int32[n] of each size, in the order given, number of packs). Sizes in 1..capacity.
 
     A size goes into the pack with the least free space that holds it, of equal ones the latest. `apart` int64[n] names
     a group for each size (from 0, or -1 for none): two of one group never share a pack, the later takes the next best.
@@ -51,7 +52,7 @@ def _longest_first(sizes, capacity):
 
 @njit(cache=True, inline="always")
 def _lowest(word):
-    """Place of the lowest bit of a word that is not 0."""
+    """Return the place of the lowest bit of a word that is not 0."""
     return _PLACE[((word & (~word + _ONE)) * _DE_BRUIJN) >> _TOP]
 
 
@@ -62,7 +63,7 @@ def _bit(number):
 
 @njit(cache=True)
 def _successor(words, filled, blocks, least):
-    """The smallest member of at least `least`, or -1."""
+    """Return the smallest member of at least `least`, or -1."""
     word = least >> 6
     found = words[word] & (_ALL << np.uint64(least & 63))
     if found:
@@ -107,7 +108,7 @@ def _remove(words, filled, blocks, space):
 
 @njit(cache=True)
 def _holds(packs, earlier, place, pack):
-    """Whether `pack` holds one of the places of the chain that starts at `place`."""
+    """Return whether `pack` holds one of the places of the chain that starts at `place`."""
     while place >= 0:
         if packs[place] == pack:
             return True

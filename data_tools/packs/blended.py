@@ -8,14 +8,15 @@ import numpy as np
 from data_tools.base.durable import canonical_json, sha256_bytes
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.batches import deal
-from data_tools.packs.pack import Pack, PackReader
+from data_tools.packs.plan import Pack, PackReader
 
 
 class BlendedPacks:
-    """What PackReader offers, over several of them. Pack i is the first reader's i-th, then the second's, and so on.
+    """Says what PackReader offers, over several of them. Pack i is the first reader's i-th, then the second's, and so
+    on.
 
     Of `p` places of the stream a reader with share w of the weights has between p·w - 1 and p·w + 1 (blend.py), each
-    reader's packs in the order that it has alone. UserMistake where their packs differ in length.
+    reader's packs in the order that it has alone. Raise UserMistake where their packs differ in length.
     """
 
     def __init__(self, readers: Sequence[PackReader], weights: Sequence[float]):
@@ -33,7 +34,7 @@ class BlendedPacks:
         self._costs = np.concatenate([reader.plan.costs(*cost) for reader in self.readers])
 
     def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
-        """The packs of global batch k (from 0), whatever the number of ranks."""
+        """Return the packs of global batch k (from 0), whatever the number of ranks."""
         first, last = k * global_batch, (k + 1) * global_batch
         if last > len(self._sources):
             from data_tools.base.blend import sources_of  # loads a compiler
@@ -48,7 +49,7 @@ class BlendedPacks:
         return packs
 
     def share(self, k: int, global_batch: int, seed: int, rank: int, ranks: int) -> list[int]:
-        """Those of them that data-parallel rank `rank` of `ranks` trains, in order, dealt by predicted cost."""
+        """Return those of them that data-parallel rank `rank` of `ranks` trains, in order, dealt by predicted cost."""
         packs = np.array(self.batch(k, global_batch, seed))
         return packs[deal(self._costs[packs], ranks)[:, rank]].tolist()
 
@@ -66,6 +67,6 @@ class BlendedPacks:
 
 
 def read_packs(stores: Sequence[str], packs: Sequence[str], weights: Sequence[float] = ()) -> PackReader | BlendedPacks:
-    """The packs of one plan over its store, or of several with `weights`."""
+    """Return the packs of one plan over its store, or of several with `weights`."""
     readers = [PackReader(Path(store), Path(plan)) for store, plan in zip(stores, packs)]
     return BlendedPacks(readers, weights) if len(readers) > 1 else readers[0]

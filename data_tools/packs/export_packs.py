@@ -19,7 +19,8 @@ import numpy as np
 from data_tools.base.durable import fsync_tree
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.packs.pack import Config, PackReader
+from data_tools.packs.pack import Config
+from data_tools.packs.plan import PackReader
 from data_tools.progress import Progress, silent
 
 MEGATRON_LM, MEGATRON_BRIDGE = "packed.jsonl", "packed.idx.parquet"
@@ -28,7 +29,8 @@ _ROW_GROUP = 16  # packs; Bridge decodes a whole group to read one pack
 
 
 def messages_of(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """The messages of one document, `ids` int[n] and `mask` [n]; ValueError where its text gives other tokens."""
+    """Return the messages of one document, `ids` int[n] and `mask` [n]; ValueError where its text gives other
+    tokens."""
     borders = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
     runs = [(int(mask[run[0]]), ids[run]) for run in np.split(np.arange(len(ids)), borders)]
     messages = [{"role": "system", "content": ""}]
@@ -50,7 +52,9 @@ def export(config: Config, plan: Path, progress: Progress = silent) -> dict[str,
     reader = PackReader(Path(config.store).expanduser(), plan)
     if "megatron_lm" in config.export:
         tokenizer = load_tokenizer(config.tokenizer)
-        facts["megatron_lm"] = to_megatron_lm(reader, tokenizer, plan, config.on_unstable, progress)
+        facts["megatron_lm"] = to_megatron_lm(
+            reader, tokenizer, plan, on_unstable=config.on_unstable, progress=progress
+        )
     if "megatron_bridge" in config.export:
         facts["megatron_bridge"] = to_megatron_bridge(reader, plan, progress)
     fsync_tree(plan)
@@ -62,7 +66,7 @@ def to_megatron_lm(
 ) -> dict[str, Any]:
     """Write packed.jsonl. Facts: documents, unstable (left out), without_end (Megatron adds and trains an end there).
 
-    UserMistake naming the first document whose text is not stable, with `on_unstable` fail.
+    Raise UserMistake naming the first document whose text is not stable, with `on_unstable` fail.
     """
     documents = unstable = without_end = 0
     with open(out / MEGATRON_LM, "w", encoding="utf-8") as file:

@@ -1,8 +1,8 @@
 """Conversations, or a task's rows → a token store and its balance sheet, split over any number of array elements.
 
-Every element takes its share of every input file (data_tools/records/readers.py) and the like share of the synthetic rows, and
-writes a shard. `finish` joins the shards source by source, so the store has the same bytes for every number of
-elements, workers and chunk sizes.
+Every element takes its share of every input file (data_tools/records/readers.py) and the like share of the synthetic
+rows, and writes a shard. `finish` (join.py) joins the shards source by source, so the store has the same bytes for
+every number of elements, workers and chunk sizes.
 
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
        │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
@@ -13,37 +13,36 @@ elements, workers and chunk sizes.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.encoder import Encoder, check_encoder
-from data_tools.chats.fields import remedies
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.packs.store import Provenance, RowText, Store, StoreWriter, row_text
+from data_tools.packs.join import join, write_balance
+from data_tools.packs.store import Provenance, RowText, StoreWriter, row_text
 from data_tools.progress import Progress, silent
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.shares import FORMATS, Share, open_share
 from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, rows_of, task_options
 
 ON_BAD_ROW = ("fail", "bucket")
 
 _REPORT_EVERY = 500  # lines or rows between two calls of progress
-_MERGE_ROWS = 1 << 14  # rows copied at a time by finish
 _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 
 
@@ -75,7 +74,7 @@ def check(config: Config) -> list[Problem]:
     else:
         problems = _check_conversations(config)
     problems += check_encoder(config.encoder)
-    for key, known in (("on_bad_row", ON_BAD_ROW), ("format", readers.FORMATS)):
+    for key, known in (("on_bad_row", ON_BAD_ROW), ("format", FORMATS)):
         if (value := getattr(config, key)) not in known:
             problems.append(Problem(key, f"unknown value {value!r}{nearest(value, known)}"))
     if config.max_tokens < 0:
@@ -124,14 +123,19 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
         if config.source.synthetic_rows:
             sheets.append(element.add_synthetic(len(sheets), index, count))
     facts = writer.close()
-    return _write_balance(Balance(sheets), facts, out)
+    return write_balance(Balance(sheets), facts, out)
+
+
+def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
+    """Join the shards of all elements, in element order, into one store in the empty folder `out`; return its facts."""
+    return join(parts, out, config.dedupe)
 
 
 # -- records to rows, in this process or in workers --------------------------------------------------------------------
 
 
 class Malformed(NamedTuple):
-    """A record that gives no rows; a `fatal` one is a fault of the settings, whatever on_bad_row says."""
+    """Represents a record that gives no rows; a `fatal` one is a fault of the settings, whatever on_bad_row says."""
 
     bucket: str
     reason: str = ""
@@ -139,7 +143,7 @@ class Malformed(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the store gets of a row: `Encoded` with its text as hashes, so that a worker's text does not travel."""
+    """Says what the store gets of a row: `Encoded` with its text as hashes, so that a worker's text does not travel."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -147,11 +151,11 @@ class Kept(NamedTuple):
     turns: int
 
 
-Line = Union[Malformed, list[Kept | Refused]]  # what became of one record
+Line = Malformed | list[Kept | Refused]  # what became of one record
 
 
 class _Rows:
-    """One shard's rows of conversations or of a task; made once in every process that works on it."""
+    """Represents one shard's rows of conversations or of a task; made once in every process that works on it."""
 
     def __init__(self, config: Config):
         self.max_tokens, self.is_task = config.max_tokens, bool(config.task)
@@ -166,15 +170,14 @@ class _Rows:
         return [self._line(raw) for raw in chunk]
 
     def _line(self, raw: Any) -> Line:
-        """`raw` is a line as bytes, or a value that was read from JSON or Parquet."""
+        """Return what became of a record; `raw` is a line as bytes, or a value that was read from JSON or Parquet."""
         if readers.is_blank(raw):
             return Malformed("blank_line")
+        record = readers.Record(None, raw) if self.is_task else readers.record_of(raw)  # a task parses its lines itself
+        if record.problem:
+            return Malformed("malformed_line", record.problem)
         try:
-            record = raw if self.is_task else readers.value_of(raw)  # a task parses its lines itself
-        except ValueError as error:
-            return Malformed("malformed_line", str(error))
-        try:
-            return [self._kept(row) for row in self._rows_of(record)] or Malformed("no_rows")
+            return [self._kept(row) for row in self._rows_of(record.value)] or Malformed("no_rows")
         except BadRecord as error:
             return Malformed(error.bucket, str(error))
         except UserMistake as mistake:
@@ -189,7 +192,7 @@ class _Rows:
 
 
 class TaskRows:
-    """The rows of a task's records."""
+    """Represents the rows of a task's records."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.task = load_row_task(config.task)
@@ -198,7 +201,7 @@ class TaskRows:
         self.tokenizer = tokenizer
 
     def rows(self, record: Any) -> Iterator[Result]:
-        """Those of a record as a share gives it, or of a synthetic row's number. Raises BadRecord."""
+        """Yield those of a record as a share gives it, or of a synthetic row's number. Raise BadRecord."""
         if isinstance(record, SyntheticRow):
             yield self._result(self.task.synthetic_row(self.seed, record.number, self.split))
             return
@@ -216,7 +219,7 @@ class TaskRows:
         ids, mask = encode_row(self.tokenizer, row.prompt, self.task.encode_answer(row.answer, self.options))
         if self.tokenizer.unk_id is not None and (ids[:-1] == self.tokenizer.unk_id).any():  # GPT-2 ends with its unk
             return Refused("unknown_character", len(ids))
-        return Encoded(ids, mask, row.prompt, row.answer, 1)
+        return Encoded(ids, mask, prompt=row.prompt, answer=row.answer, turns=1)
 
 
 class SyntheticRow(NamedTuple):
@@ -251,12 +254,23 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Iterable[list[Any]], ahead: int
         yield waiting.popleft().result()
 
 
+_rows: Callable[[], _Rows]  # of a worker, made at the first chunk
+
+
 def _start_worker(config: Config) -> None:
-    """In a worker: remember the config, and leave when the element's process is gone."""
+    """Begin a worker: remember the config, and leave when the element's process is gone."""
     global _rows
     _rows = functools.cache(lambda: _Rows(config))
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    element = multiprocessing.parent_process()
+    if element is None:
+        raise ValueError("this is no worker: it has no parent")
+    threading.Thread(target=_leave_with, args=(element.sentinel,), daemon=True).start()
+
+
+def _leave_with(process: int) -> None:
+    """End this process when another one, named by its sentinel, is gone."""
+    multiprocessing.connection.wait([process])
+    os._exit(1)
 
 
 def _work(chunk: list[Any]) -> list[Line]:
@@ -267,7 +281,7 @@ def _work(chunk: list[Any]) -> list[Line]:
 
 
 class _Element:
-    """One element at work: rows of its shares go to the writer, their counts to a sheet a source."""
+    """Represents one element at work: rows of its shares go to the writer, their counts to a sheet a source."""
 
     def __init__(self, config: Config, lines_of: LinesOf, writer: StoreWriter, progress: Progress):
         self.config = config
@@ -277,7 +291,7 @@ class _Element:
 
     def add_file(self, source: int, name: str, index: int, count: int) -> SourceBalance:
         path = Path(name).expanduser()
-        share = readers.open_share(path, index, count, self.config.format)
+        share = open_share(path, index, count, self.config.format)
         sheet = SourceBalance(name)
         for line in self._lines(share):
             sheet.lines += 1
@@ -303,8 +317,8 @@ class _Element:
         chunks = iter(lambda: list(itertools.islice(records, self.config.chunk_size)), [])
         return itertools.chain.from_iterable(self.lines_of(chunks))
 
-    def _add_line(self, line: Line, source: int, sheet: SourceBalance, share: readers.Share | None = None) -> None:
-        """`sheet.lines` is this line's number within the share."""
+    def _add_line(self, line: Line, source: int, sheet: SourceBalance, share: Share | None = None) -> None:
+        """Count a line and write its rows; `sheet.lines` is this line's number within the share."""
         if isinstance(line, Malformed):
             self._refuse(line.reason, line.fatal, sheet, share)
             sheet.lines_dropped[line.bucket] += 1
@@ -319,121 +333,9 @@ class _Element:
             self.writer.add(row.ids, row.mask, Provenance(source, sheet.lines, row.text, row.turns))
             sheet.keep(len(row.ids), int(np.count_nonzero(row.mask)))
 
-    def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: readers.Share | None) -> None:
-        """UserMistake with the place, where the data is at fault and may not be, or the settings are."""
+    def _refuse(self, reason: str, fatal: bool, sheet: SourceBalance, share: Share | None) -> None:
+        """Raise UserMistake with the place, where the data is at fault and may not be, or the settings are."""
         if reason and (fatal or self.config.on_bad_row == "fail"):
             place = share.place(sheet.lines) if share else f"{sheet.name}, row {sheet.lines}"
             remedy = "" if fatal else "; mend the record, or set on_bad_row: bucket"
             raise UserMistake(Problem(place, f"{reason}{remedy}"))
-
-
-# -- the balance and the fan-in ---------------------------------------------------------------------------------------
-
-
-def _write_balance(balance: Balance, store: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Check the sheet, against the store too, and write it; returns the facts: counts, buckets and the table."""
-    total = balance.total()
-    counted = {"rows": total.kept, "tokens": total.tokens, "supervised": total.supervised}
-    if any(store[name] != value for name, value in counted.items()):
-        raise ValueError(f"the balance counts {counted}, the store holds {[store[name] for name in counted]}")
-    balance.write(out)
-    facts = {name: getattr(total, name) for name in ("lines", "rows", "kept", "tokens_in", "tokens", "supervised")}
-    return {**facts, "buckets": dict(total.lines_dropped + total.dropped), "table": balance.table()}
-
-
-def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """Join the shards of all elements, in element order, into one store in the empty folder `out`; returns its facts.
-
-    Rows come source by source and in the order of the source; of equal rows the first is kept when `dedupe`. Rows of
-    one text that train different parts of it are not equal. One that trains nothing was dropped before, as such.
-    UserMistake when no row is left.
-    """
-    stores = [Store(part) for part in parts]
-    sheets = [Balance.read(part) for part in parts]
-    balance = sheets[0]
-    for sheet in sheets[1:]:
-        balance = balance + sheet
-    pieces = _source_major(stores, sheets)
-    keep = _first_of_equals(pieces) if config.dedupe else None
-    writer = StoreWriter(out)
-    done = 0
-    for piece in pieces:
-        for start in range(piece.start, piece.stop, _MERGE_ROWS):
-            stop = min(start + _MERGE_ROWS, piece.stop)
-            kept = keep[done : done + stop - start] if keep is not None else np.ones(stop - start, dtype=bool)
-            piece.copy(start, stop, kept, writer, balance.sources[piece.source])
-            done += stop - start
-    if writer.rows == 0:
-        buckets = balance.total().dropped + balance.total().lines_dropped
-        advice = "; ".join(remedies(buckets)) or "check inputs and tokenizer"
-        raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}; {advice}")
-    return _write_balance(balance, writer.close(), out)
-
-
-def _spell(buckets: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(buckets.items())) or "the inputs are empty"
-
-
-@dataclass
-class _Piece:
-    """The rows of one source in one element's store, and how many lines of the source precede them."""
-
-    store: Store
-    source: int
-    start: int
-    stop: int
-    lines_before: int
-
-    def row_hashes(self) -> np.ndarray:
-        return self.store.row_hashes[self.start : self.stop]
-
-    def copy(self, start: int, stop: int, kept: np.ndarray, writer: StoreWriter, sheet: SourceBalance) -> None:
-        """Append the rows of [start, stop) that `kept` bool[stop - start] names; the others are duplicates."""
-        ids, mask = self.store.span(start, stop)
-        records = self.store.records(start, stop)
-        records["line"] += self.lines_before
-        tokens = np.repeat(kept, records["length"])  # (tokens,)
-        writer.add_records(ids[tokens], mask[tokens], records[kept])
-        if not kept.all():
-            sheet.drop_kept("duplicate", int((~kept).sum()), int((~tokens).sum()), int(np.count_nonzero(mask[~tokens])))
-
-
-def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
-    """Source by source, and within a source element by element: the order of one element that does it all."""
-    pieces = []
-    for source in range(len(sheets[0].sources)):
-        lines = 0
-        for store, sheet in zip(stores, sheets):
-            start, stop = np.searchsorted(store.sources, [source, source + 1])  # an element writes sources in order
-            pieces.append(_Piece(store, source, int(start), int(stop), lines))
-            lines += sheet.sources[source].lines
-    return pieces
-
-
-def _first_of_equals(pieces: list[_Piece]) -> np.ndarray:
-    """Return bool[rows]: whether no earlier row has the same text, by its 128-bit hash, and the same loss mask.
-
-    Takes 40 bytes a row at the peak.
-    """
-    words = np.concatenate([piece.row_hashes() for piece in pieces])
-    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal rows stay in their order
-    ordered = words[order]
-    repeats = np.zeros(len(words), dtype=bool)  # of the row before, in that order
-    repeats[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
-    first = np.ones(len(words), dtype=bool)
-    ends = np.cumsum([piece.stop - piece.start for piece in pieces])
-    seen: set[bytes] = set()
-    for place in np.flatnonzero(repeats | np.append(repeats[1:], False)).tolist():
-        if not repeats[place]:
-            seen = set()
-        row = int(order[place])
-        number = int(np.searchsorted(ends, row, side="right"))
-        mask = _mask_hash(pieces[number], row - int(ends[number]))
-        first[row] = mask not in seen
-        seen.add(mask)
-    return first
-
-
-def _mask_hash(piece: _Piece, from_end: int) -> bytes:
-    """Return 16 bytes that name the loss mask of a row, counted from the piece's last one: -1."""
-    return hashlib.blake2b(piece.store.mask(piece.stop + from_end).tobytes(), digest_size=16).digest()

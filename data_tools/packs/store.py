@@ -49,14 +49,14 @@ Words = tuple[int, int]
 
 
 class RowText(NamedTuple):
-    """What is kept of a row's text: hashes of its prompt, and of prompt and answer."""
+    """Says what is kept of a row's text: hashes of its prompt, and of prompt and answer."""
 
     prompt_hash: Words
     row_hash: Words
 
 
 class Provenance(NamedTuple):
-    """Where a row came from: index of its source, line in it (from 1; of JSON and Parquet the row), its text as
+    """Says where a row came from: index of its source, line in it (from 1; of JSON and Parquet the row), its text as
     `row_text` keeps it. `turns` counts the assistant turns in the loss."""
 
     source: int
@@ -66,12 +66,12 @@ class Provenance(NamedTuple):
 
 
 def text_hash(text: str) -> Words:
-    """128 bits of the SHA-256 over the length-prefixed text, as two unsigned 64-bit words."""
+    """Return 128 bits of the SHA-256 over the length-prefixed text, as two unsigned 64-bit words."""
     return row_text(text, "").prompt_hash
 
 
 def row_text(prompt: str, answer: str) -> RowText:
-    """The hashes of a row's text; the second is over both parts, each with its length before it."""
+    """Return the hashes of a row's text; the second is over both parts, each with its length before it."""
     digest, words = hashlib.sha256(), []
     for part in (prompt, answer):
         data = part.encode("utf-8", "surrogatepass")  # JSON may spell lone surrogates
@@ -96,7 +96,7 @@ class StoreWriter:
         self.rows = self.tokens = self.supervised = 0
 
     def add(self, ids: np.ndarray, mask: np.ndarray, provenance: Provenance) -> None:
-        """One row: ids int32[n] and mask uint8[n] (0 or 1), n ≥ 1."""
+        """Append one row: ids int32[n] and mask uint8[n] (0 or 1), n ≥ 1."""
         if len(ids) != len(mask) or len(ids) == 0:
             raise ValueError(f"a row of {len(ids)} ids and {len(mask)} mask values")
         source, line, text, turns = provenance
@@ -106,7 +106,7 @@ class StoreWriter:
             self._flush()
 
     def add_records(self, ids: np.ndarray, mask: np.ndarray, records: np.ndarray) -> None:
-        """Many rows at once: concatenated ids and mask, and their `RECORD`s, as `Store.records` gives them."""
+        """Append many rows at once: concatenated ids and mask, and their `RECORD`s, as `Store.records` gives them."""
         if not len(ids) == len(mask) == int(records["length"].sum(dtype=np.int64)):
             raise ValueError(f"{len(ids)} ids, {len(mask)} mask values, {records['length'].sum()} tokens in records")
         self._flush()
@@ -140,7 +140,7 @@ class StoreWriter:
             file.close()
         spool.unlink()
         files = (f"{TOKENS}.bin", f"{TOKENS}.idx", f"{LOSS_MASK}.bin", f"{LOSS_MASK}.idx", ROWS)
-        facts = {"rows": self.rows, "tokens": self.tokens, "supervised": self.supervised}
+        facts: dict[str, Any] = {"rows": self.rows, "tokens": self.tokens, "supervised": self.supervised}
         facts["sha256"] = {name: sha256_file(self.folder / name) for name in files}
         fsync_tree(self.folder)
         write_json(self.folder / FACTS, facts)
@@ -167,7 +167,8 @@ def _write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
 
 
 def _write_npz(path: Path, columns: dict[str, np.ndarray]) -> None:
-    """`np.savez` block by block, so that a column need not fit in memory; the same columns give the same bytes."""
+    """Write what `np.savez` would, block by block, so that a column need not fit in memory; the same columns give the
+    same bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, column in columns.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
@@ -178,7 +179,8 @@ def _write_npz(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 
 class Store:
-    """A closed store, memory-mapped. UserMistake naming the file when one is missing, cut short or inconsistent."""
+    """Represents a closed store, memory-mapped. Raise UserMistake naming the file when one is missing, cut short or
+    inconsistent."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -201,7 +203,7 @@ class Store:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the facts, which hold the SHA-256 of every file: names the content."""
+        """Return the SHA-256 over the facts, which hold the SHA-256 of every file: names the content."""
         return sha256_bytes(canonical_json(self.facts))
 
     @property
@@ -209,20 +211,20 @@ class Store:
         return len(self.all_ids)
 
     def ids(self, row: int) -> np.ndarray:
-        """int32[n] token ids of a row."""
+        """Return int32[n] token ids of a row."""
         return self.all_ids[self._slice(row, row + 1)]
 
     def mask(self, row: int) -> np.ndarray:
-        """uint8[n], 1 where the token is in the loss."""
+        """Return uint8[n], 1 where the token is in the loss."""
         return self.all_masks[self._slice(row, row + 1)]
 
     def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, mask) of rows [start, stop), concatenated."""
+        """Return (ids, mask) of rows [start, stop), concatenated."""
         tokens = self._slice(start, stop)
         return self.all_ids[tokens], self.all_masks[tokens]
 
     def records(self, start: int, stop: int) -> np.ndarray:
-        """`RECORD`s of rows [start, stop)."""
+        """Return `RECORD`s of rows [start, stop)."""
         records = np.empty(stop - start, dtype=RECORD)
         records["length"] = self.lengths[start:stop]
         for name in _COLUMNS:
@@ -231,27 +233,27 @@ class Store:
 
     @property
     def sources(self) -> np.ndarray:
-        """int32[rows], index of each row's source in its balance sheet."""
+        """Return int32[rows], index of each row's source in its balance sheet."""
         return self._columns["source"]
 
     @property
     def lines(self) -> np.ndarray:
-        """int64[rows], line in the source, from 1."""
+        """Return int64[rows], line in the source, from 1."""
         return self._columns["line"]
 
     @property
     def turns(self) -> np.ndarray:
-        """int32[rows], assistant turns in the loss."""
+        """Return int32[rows], assistant turns in the loss."""
         return self._columns["turns"]
 
     @property
     def prompt_hashes(self) -> np.ndarray:
-        """uint64[rows, 2], `text_hash` of the prompt."""
+        """Return uint64[rows, 2], `text_hash` of the prompt."""
         return self._columns["prompt_hash"]
 
     @property
     def row_hashes(self) -> np.ndarray:
-        """uint64[rows, 2], `text_hash` of prompt and answer."""
+        """Return uint64[rows, 2], `text_hash` of prompt and answer."""
         return self._columns["row_hash"]
 
     def _slice(self, start: int, stop: int) -> slice:
@@ -265,7 +267,7 @@ def _damaged(path: Path, what: str) -> UserMistake:
 
 
 def _open_indexed(prefix: Path, dtype: np.dtype, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(lengths int32[rows], first token of each row int64[rows], tokens) of one .idx/.bin pair, all checked."""
+    """Return (lengths int32[rows], first token of each row int64[rows], tokens) of one .idx/.bin pair, all checked."""
     index_path, bin_path = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
     index, data = _map(index_path), _map(bin_path)
     if len(index) < _HEADER.size:

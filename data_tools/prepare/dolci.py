@@ -29,6 +29,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.shares import open_share
 
 SAMPLE = "sample.jsonl"
 ROWS, INDEX = "rows.jsonl", "index.npy"
@@ -109,7 +110,7 @@ def check(config: Config) -> list[Problem]:
 
 
 def thinking_and_answer(conversation: Conversation) -> tuple[str, str]:
-    """Of the last assistant message, whether its thinking stands in a field or between <think> tags."""
+    """Return (thinking, answer) of the last assistant message, its thinking from a field or between <think> tags."""
     message = next(m for m in reversed(conversation.messages) if m["role"] == "assistant")
     content = message["content"]
     thinking = message.get("reasoning_content") or " ".join(_THINKING.findall(content))
@@ -117,7 +118,8 @@ def thinking_and_answer(conversation: Conversation) -> tuple[str, str]:
 
 
 def category_of(conversation: Conversation, source: str, sources: dict[str, list[str]]) -> str:
-    """safety and short by source or text first, then what the source says, then what the text looks like."""
+    """Return the category: safety and short by source or text first, then what the source says, then what the text
+    looks like."""
     thinking, answer = thinking_and_answer(conversation)
     named = next((name for name, parts in sources.items() if any(part in source.lower() for part in parts)), "")
     if named == "safety" or _REFUSAL.match(answer):
@@ -133,12 +135,13 @@ def category_of(conversation: Conversation, source: str, sources: dict[str, list
 
 
 def prose(text: str) -> str:
-    """What of a text is sentences: no code, formulas, numbers or one-letter names."""
+    """Return what of a text is sentences: no code, formulas, numbers or one-letter names."""
     return " ".join(_WORD.findall(_MATHS.sub(" ", _CODE_FENCE.sub(" ", text))))
 
 
 def is_language(text: str, language: str) -> bool:
-    """Whether prose is in `language` (ISO 639-1). Abstains, saying yes, where there is too little of it: code, maths."""
+    """Return whether prose is in `language` (ISO 639-1). Abstains, saying yes, where there is too little of it: code,
+    maths."""
     words = prose(text)
     return len(words) < _LEAST_LETTERS or _identifier().classify(words)[0] == language
 
@@ -151,9 +154,11 @@ def _identifier() -> Any:
 
 
 def priority(seed: int, conversation: Conversation) -> int:
-    """64 bits, the same for equal messages with equal tools, loss and arguments: place in the draw, and what a
+    """Return 64 bits, the same for equal messages with equal tools, loss and arguments: place in the draw, and what a
     duplicate is known by."""
-    more = [conversation.tools, sorted(conversation.untrained)] if conversation.tools or conversation.untrained else []
+    more: list[Any] = (
+        [conversation.tools, sorted(conversation.untrained)] if conversation.tools or conversation.untrained else []
+    )
     more += [dict(conversation.arguments)] if conversation.arguments else []
     data = struct.pack("<q", seed) + canonical_json(conversation.messages).encode("utf-8", "surrogatepass")
     data += canonical_json(more).encode("utf-8", "surrogatepass") if more else b""
@@ -166,8 +171,8 @@ def priority(seed: int, conversation: Conversation) -> int:
 def sample_shard(config: Config, out: Path, index: int, count: int, progress: Progress = silent) -> dict[str, Any]:
     """Write what may be drawn of element `index` of `count` into the empty folder `out`: rows, and an index of them.
 
-    UserMistake for every problem of `check`, and `FILE:LINE: reason` for a record that is none, unless those go to a
-    bucket.
+    Raise UserMistake for every problem of `check`, and `FILE:LINE: reason` for a record that is none, unless those go
+    to a bucket.
     """
     problems = check(config)
     problems += [
@@ -180,19 +185,19 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
     sheets, entries = [], []
     with open(out / ROWS, "wb") as rows:
         for number, name in enumerate(config.inputs):
-            share = readers.open_share(Path(name).expanduser(), index, count)
+            share = open_share(Path(name).expanduser(), index, count)
             sheet = SourceBalance(name)
             sheets.append(sheet)
-            for raw in share:
+            for record in readers.records_of(share):
                 sheet.lines += 1
                 if sheet.lines % _REPORT_EVERY == 0:
                     progress(share.done, share.total, share.unit, name)
-                record = _record(raw, sheet, share, config)
-                if record is None:
+                chat = _chat(record, sheet, config)
+                if chat is None:
                     continue
                 sheet.lines_with_rows += 1
                 sheet.rows += 1
-                row, conversation = record
+                row, conversation = chat
                 tokens = sum(len(encoder.encode(text, [])[0]) for text in _texts(conversation))
                 bucket = _bucket(conversation, tokens, config)
                 if bucket:
@@ -213,23 +218,19 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
     return {"rows": balance.total().rows, "kept": balance.total().kept}
 
 
-def _record(
-    raw: Any, sheet: SourceBalance, share: readers.Share, config: Config
-) -> tuple[dict[str, Any], Conversation] | None:
-    """(record, its conversation), or None for a line that went to a bucket."""
-    try:
-        if readers.is_blank(raw):
-            sheet.lines_dropped["blank_line"] += 1
-            return None
-        row = readers.value_of(raw)
-        return _row(row)
-    except BadRecord as error:
-        bucket, reason = error.bucket, str(error)
-    except ValueError as error:
-        bucket, reason = "malformed_line", str(error)
+def _chat(record: readers.Record, sheet: SourceBalance, config: Config) -> tuple[dict[str, Any], Conversation] | None:
+    """Return (the record's value, its conversation), or None for a line that went to a bucket."""
+    if record.is_blank:
+        sheet.lines_dropped["blank_line"] += 1
+        return None
+    bucket, reason = "malformed_line", record.problem
+    if not reason:
+        try:
+            return _row(record.value)
+        except BadRecord as error:
+            bucket, reason = error.bucket, str(error)
     if config.on_bad_row == "fail":
-        place = share.place(sheet.lines)
-        raise UserMistake(Problem(place, f"{reason}; mend the record, or set on_bad_row: bucket"))
+        raise record.mistake(reason, "mend the record, or set on_bad_row: bucket")
     sheet.lines_dropped[bucket] += 1
     return None
 
@@ -246,7 +247,7 @@ def _texts(conversation: Conversation) -> list[str]:
 
 
 def _bucket(conversation: Conversation, tokens: int, config: Config) -> str:
-    """Why a row cannot be drawn, "" when it can."""
+    """Return why a row cannot be drawn, "" when it can."""
     if tokens < config.min_tokens:
         return "too_short"
     if config.max_tokens and tokens > config.max_tokens:
@@ -260,7 +261,7 @@ def _bucket(conversation: Conversation, tokens: int, config: Config) -> str:
 
 
 def quotas(available: dict[str, int], shares: dict[str, float], target: int, redistribute: str) -> dict[str, int]:
-    """Rows to draw of each category: its share of the target, or all it has; the rest as `redistribute` says.
+    """Return rows to draw of each category: its share of the target, or all it has; the rest as `redistribute` says.
 
     proportional: again and again to the categories with rows left, by their shares, until the target or the rows are
     reached. none: it stays undrawn. Shares are rounded so that they add up (largest remainder).
@@ -277,7 +278,7 @@ def quotas(available: dict[str, int], shares: dict[str, float], target: int, red
 
 
 def _apportion(rows: int, shares: dict[str, float]) -> dict[str, int]:
-    """`rows` by shares, whole numbers that add up: the largest remainders get what rounding down left."""
+    """Return `rows` by shares, whole numbers that add up: the largest remainders get what rounding down left."""
     exact = {name: rows * share / sum(shares.values()) for name, share in shares.items()}
     given = {name: int(value) for name, value in exact.items()}
     for name in sorted(exact, key=lambda name: given[name] - exact[name])[: rows - sum(given.values())]:
@@ -309,7 +310,7 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
     for i, name in enumerate(names):
         chosen[np.flatnonzero(first & (entries["category"] == i))[: drawn.get(name, 0)]] = True
     balance = _balance(parts, entries, first, chosen)
-    _write(parts, entries[chosen], part_of[chosen], out, progress)
+    _write(parts, entries[chosen], part_of[chosen], out=out, progress=progress)
     balance.write(out)
     fsync_tree(out)
     table = [
@@ -330,7 +331,7 @@ def draw(config: Config, parts: Sequence[Path], out: Path, progress: Progress = 
 
 
 def _balance(parts: Sequence[Path], entries: np.ndarray, first: np.ndarray, chosen: np.ndarray) -> Balance:
-    """The elements' sheets together, less what the draw left."""
+    """Return the elements' sheets together, less what the draw left."""
     sheets = [Balance.read(part) for part in parts]
     balance = sum(sheets[1:], sheets[0])
     for number, sheet in enumerate(balance.sources):

@@ -31,7 +31,7 @@ _MOST_PROBLEMS = 20
 
 
 class Prompt(NamedTuple):
-    """`instructions` is empty where there are none."""
+    """Represents a prompt; `instructions` is empty where there are none."""
 
     instructions: str
     user: str
@@ -62,7 +62,7 @@ def check(config: Config) -> list[Problem]:
 
 
 def parse_legacy(text: str) -> Prompt:
-    """The roles of a legacy prompt. ValueError with the reason when no user text is in it."""
+    """Return the roles of a legacy prompt. Raise ValueError with the reason when no user text is in it."""
     system: list[str] = []
     user: list[str] = []
     now = user
@@ -79,9 +79,9 @@ def parse_legacy(text: str) -> Prompt:
 
 
 def render(prompt: Prompt, date: str, reasoning: str = "medium", identity: str = IDENTITY) -> str:
-    """The text that gpt-oss continues; ends in `<|start|>assistant`. As its chat template renders on that date.
+    """Return the text that gpt-oss continues; ends in `<|start|>assistant`. As its chat template renders on that date.
 
-    ValueError when the prompt holds one of Harmony's own tokens: it would end a message or begin another role.
+    Raise ValueError when the prompt holds one of Harmony's own tokens: it would end a message or begin another role.
     """
     for part in prompt:
         if found := _SPECIAL.search(part):
@@ -95,7 +95,8 @@ def render(prompt: Prompt, date: str, reasoning: str = "medium", identity: str =
 
 
 def _convert(table: Table, config: Config, problems: list[Problem]) -> tuple[list[list[str]], SourceBalance]:
-    """The table's rows with their prompts rendered, without the bad ones; those are counted or, failing, named."""
+    """Return the table's rows with their prompts rendered, without the bad ones; those are counted or, failing,
+    named."""
     place = table.columns.index(PROMPT)
     sheet = SourceBalance.of_rows(table.path.name, len(table.rows))
     rows = []
@@ -115,7 +116,7 @@ def _convert(table: Table, config: Config, problems: list[Problem]) -> tuple[lis
 def harmony_convert(config: Config, out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Write every input NAME.csv as NAME_harmony.csv into `out`. Facts: files, rows, table.
 
-    UserMistake for all wrong files and rows at once, before anything is written.
+    Raise UserMistake for all wrong files and rows at once, before anything is written.
     """
     problems = check(config)
     if problems:

@@ -36,13 +36,13 @@ def check(config: Config) -> list[Problem]:
 
 
 def boltzmann(q: np.ndarray, tau: float) -> np.ndarray:
-    """float64[rows, actions] action values → rewards that sum to 1 in each row."""
+    """Return float64[rows, actions] action values → rewards that sum to 1 in each row."""
     scaled = np.exp((q - q.max(axis=1, keepdims=True)) / tau)
     return scaled / scaled.sum(axis=1, keepdims=True)
 
 
 def add_rewards(table: Table, config: Config) -> tuple[list[str], list[list[object]]]:
-    """(columns, rows) of the table with its rewards, in place of those it had or after the last column."""
+    """Return (columns, rows) of the table with its rewards, in place of those it had or after the last column."""
     names = table.numbered(Q)
     rewards = [name.replace(Q, REWARD) for name in names]
     present = [name for name in table.columns if name.startswith(REWARD)]
@@ -52,14 +52,13 @@ def add_rewards(table: Table, config: Config) -> tuple[list[str], list[list[obje
     values = boltzmann(table.floats(names), config.tau)
     kept = [place for place, name in enumerate(table.columns) if name not in present]
     columns = [table.columns[place] for place in kept] + rewards
-    rows = [[row[place] for place in kept] + list(map(float, mine)) for row, mine in zip(table.rows, values)]
-    return columns, rows
+    return columns, [[*(row[place] for place in kept), *map(float, own)] for row, own in zip(table.rows, values)]
 
 
 def q_rewards(config: Config, out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Write every input with its rewards into `out`, under its own name. Facts: files, rows, actions.
 
-    UserMistake for all wrong files at once, before anything is written.
+    Raise UserMistake for all wrong files at once, before anything is written.
     """
     problems = check(config)
     if problems:

@@ -27,6 +27,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.shares import open_share
 
 CHAT = "chat.jsonl"
 PREFER = ("shortest", "longest", "diverse", "first")
@@ -91,7 +92,8 @@ def check(config: Config) -> list[Problem]:
 
 
 class Place(NamedTuple):
-    """Where a sample that passed its own rules waits: the number of its file, its first byte among those that wait."""
+    """Says where a sample that passed its own rules waits: the number of its file, its first byte among those that
+    wait."""
 
     file: int
     offset: int
@@ -100,7 +102,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Group:
-    """The samples of one prompt."""
+    """Represents the samples of one prompt."""
 
     asked: Any = None  # a hash of its prompt or messages
     scored: int = 0
@@ -119,7 +121,7 @@ def shingles(text: str, size: int = _SHINGLE) -> frozenset[tuple[str, ...]]:
 
 
 def similarity(a: frozenset, b: frozenset) -> float:
-    """Jaccard: what both have, of all that either has."""
+    """Return the Jaccard similarity: what both have, of all that either has."""
     return len(a & b) / len(a | b)
 
 
@@ -150,7 +152,7 @@ def _questions(record: readers.Record) -> list[str]:
         found += _texts(row.get("messages"), ("user", "human")) + _texts(row.get("prompt"), ("user", "human"))
     if not found:
         reason = record.problem or f"no question under {', '.join(QUESTIONS)} or in messages"
-        raise UserMistake(Problem(str(record.place), f"{reason}; mend the evaluation set, or name its questions so"))
+        raise record.mistake(reason, "mend the evaluation set, or name its questions so")
     return found
 
 
@@ -167,7 +169,8 @@ def _texts(messages: Any, roles: Sequence[str] = ()) -> list[str]:
 
 
 def split_thinking(completion: str) -> tuple[str, str] | None:
-    """(thinking, answer) of a completion, the thinking empty where there is none; None where it is not closed once.
+    """Return (thinking, answer) of a completion, the thinking empty where there is none; None where it is not closed
+    once.
 
     Templates that write `<think>` into the prompt leave only its end in the completion.
     """
@@ -181,7 +184,7 @@ def split_thinking(completion: str) -> tuple[str, str] | None:
 
 
 def own_bucket(row: dict[str, Any], config: Config, contamination: Contamination) -> str:
-    """The bucket of the first rule that turns a sample away without looking at others, "" when none does."""
+    """Return the bucket of the first rule that turns a sample away without looking at others, "" when none does."""
     if config.correct and row.get("correct") is None:
         if row.get("reward") is not None:
             raise UserMistake(_unjudged(row))
@@ -210,7 +213,7 @@ def _unjudged(row: dict[str, Any]) -> Problem:
 
 
 def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config) -> list[str]:
-    """For each sample of one prompt the bucket that it goes to beside the others, "" for those to keep."""
+    """Return for each sample of one prompt the bucket that it goes to beside the others, "" for those to keep."""
     order = list(range(len(completions)))
     if config.prefer != "first":
         order.sort(key=lambda place: tokens[place], reverse=config.prefer == "longest")
@@ -234,7 +237,7 @@ def buckets_of(completions: Sequence[str], tokens: Sequence[int], config: Config
 
 
 def _spread(places: list[int], runs: Sequence[frozenset], limit: int) -> list[int]:
-    """The first, then again and again the one least like any chosen before."""
+    """Return the first, then again and again the one least like any chosen before."""
     chosen, left = places[:1], places[1:]
     while left and len(chosen) < limit:
         least = min(left, key=lambda place: max(similarity(runs[place], runs[other]) for other in chosen))
@@ -244,7 +247,8 @@ def _spread(places: list[int], runs: Sequence[frozenset], limit: int) -> list[in
 
 
 def sample_files(inputs: Sequence[str], key: str = "inputs") -> list[Path]:
-    """The files that `inputs` names: of any kind, and the JSONL files of folders. UserMistake for what is neither."""
+    """Return the files that `inputs` names: of any kind, and the JSONL files of folders. Raise UserMistake for what is
+    neither."""
     files: list[Path] = []
     problems = []
     for name in inputs:
@@ -275,7 +279,7 @@ def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dic
     origins: dict[str, set[str]] = {"weights": set(), "seed": set()}
     with tempfile.TemporaryFile(dir=out) as waiting:
         for number, (file, sheet) in enumerate(zip(files, sheets)):
-            for row in _samples(file, sheet, groups, config, progress):
+            for row in _samples(file, sheet, groups, config=config, progress=progress):
                 for key in origins.keys() & row.keys():
                     origins[key].add(str(row[key]))
                 group = groups[_name(row)]
@@ -286,7 +290,7 @@ def reject_filter(config: Config, out: Path, progress: Progress = silent) -> dic
                 else:
                     group.places.append(Place(number, waiting.tell(), row["tokens"]))
                     waiting.write(json.dumps(row).encode() + b"\n")
-        left = _write(groups, waiting, sheets, config, out, progress)
+        left = _write(groups, waiting, sheets, config=config, out=out, progress=progress)
     balance = Balance(sheets)
     balance.write(out)
     fsync_tree(out)
@@ -307,8 +311,8 @@ def _samples(
 ) -> Iterator[dict[str, Any]]:
     """Yield the samples of a file, each counted on its sheet. Raise UserMistake `FILE:LINE: reason` for what is none,
     unless those are dropped."""
-    for record in readers.records(file):
-        share = record.place.share
+    share = open_share(file)
+    for record in readers.records_of(share):
         sheet.lines += 1
         if sheet.lines % _REPORT_EVERY == 0:
             progress(share.done, share.total, share.unit, file.name)
@@ -325,7 +329,7 @@ def _samples(
             group.asked = asked
         if wrong:
             if config.on_bad_row == "fail":
-                raise UserMistake(Problem(str(record.place), f"{wrong}; mend it, or set on_bad_row: drop"))
+                raise record.mistake(wrong, "mend it, or set on_bad_row: drop")
             sheet.lines_dropped["malformed_line" if record.problem else "malformed_sample"] += 1
             continue
         sheet.lines_with_rows += 1
@@ -376,7 +380,7 @@ def _read(file: BinaryIO, offset: int) -> dict[str, Any]:
 
 
 def _chat_row(row: dict[str, Any], pass_rate: float | None) -> dict[str, Any]:
-    """A chat row, with what tells where it came from. Of its messages the completion alone is in the loss."""
+    """Return a chat row, with what tells where it came from. Of its messages the completion alone is in the loss."""
     carried = {key: row[key] for key in _CARRIED if key in row}
     messages = [*map(_untrained, prompt_messages(row)), {"role": "assistant", "content": row["completion"]}]
     return {"messages": messages, "prompt_id": row["prompt_id"], "pass_rate": pass_rate, **carried}
@@ -384,6 +388,6 @@ def _chat_row(row: dict[str, Any], pass_rate: float | None) -> dict[str, Any]:
 
 def _untrained(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message of a prompt; an assistant's, which nobody judged, is kept out of the loss."""
-    said = message.get("from", message.get("role"))
+    said = message["from"] if "from" in message else message["role"]
     given = {key: value for key, value in message.items() if key not in IN_LOSS}
     return {**given, "weight": 0} if ROLES[said] == "assistant" else message

@@ -20,7 +20,7 @@ FILE = "balance.json"
 
 @dataclass
 class SourceBalance:
-    """The counts of one source; `tokens` and `supervised` are those of kept rows."""
+    """Represents the counts of one source; `tokens` and `supervised` are those of kept rows."""
 
     name: str
     lines: int = 0
@@ -36,25 +36,25 @@ class SourceBalance:
 
     @classmethod
     def of_rows(cls, name: str, rows: int) -> "SourceBalance":
-        """A source whose lines hold one row each."""
+        """Return a source whose lines hold one row each."""
         return cls(name, lines=rows, lines_with_rows=rows, rows=rows)
 
     def keep(self, tokens: int, supervised: int) -> None:
-        """A row of so many tokens, some of them in the loss; `rows` is counted where the row is met."""
+        """Count a kept row of so many tokens, some of them in the loss; `rows` is counted where the row is met."""
         self.kept += 1
         self.tokens_in += tokens
         self.tokens += tokens
         self.supervised += supervised
 
     def refuse(self, bucket: str, tokens: int) -> None:
-        """A row that is not kept, of so many tokens."""
+        """Count a row that is not kept, of so many tokens."""
         self.dropped[bucket] += 1
         if tokens:
             self.tokens_in += tokens
             self.tokens_dropped[bucket] += tokens
 
     def drop_kept(self, bucket: str, rows: int, tokens: int, supervised: int) -> None:
-        """Rows that were kept before, and are not."""
+        """Count rows as dropped that were counted as kept before."""
         self.kept -= rows
         self.dropped[bucket] += rows
         self.tokens -= tokens
@@ -62,7 +62,7 @@ class SourceBalance:
         self.supervised -= supervised
 
     def __add__(self, other: "SourceBalance") -> "SourceBalance":
-        """The sheet of two shares of the same source."""
+        """Return the sheet of two shares of the same source."""
         if self.name != other.name:
             raise ValueError(f"shares of two sources: {self.name!r} and {other.name!r}")
         theirs = vars(other)
@@ -70,7 +70,7 @@ class SourceBalance:
         return SourceBalance(self.name, **sums)
 
     def check(self) -> None:
-        """ValueError naming the numbers when they do not add up."""
+        """Raise ValueError naming the numbers when they do not add up."""
         sums = (
             ("lines", self.lines, "with rows", self.lines_with_rows, self.lines_dropped),
             ("rows", self.rows, "kept", self.kept, self.dropped),
@@ -85,13 +85,13 @@ class SourceBalance:
 
 
 class Balance:
-    """The sheets of all sources, in their order."""
+    """Represents the sheets of all sources, in their order."""
 
     def __init__(self, sources: Iterable[SourceBalance]):
         self.sources = list(sources)
 
     def __add__(self, other: "Balance") -> "Balance":
-        """The sheet of two elements of the same phase."""
+        """Return the sheet of two elements of the same phase."""
         return Balance(mine + theirs for mine, theirs in zip(self.sources, other.sources, strict=True))
 
     def check(self) -> None:
@@ -100,13 +100,13 @@ class Balance:
             source.check()
 
     def write(self, folder: Path) -> None:
-        """FOLDER/balance.json. ValueError when it does not add up."""
+        """Write FOLDER/balance.json. Raise ValueError when it does not add up."""
         self.check()
         write_json(folder / FILE, self.to_json())
 
     @classmethod
     def read(cls, folder: Path) -> "Balance":
-        """What `write` left. FileNotFoundError when nothing is there."""
+        """Return what `write` left. Raise FileNotFoundError when nothing is there."""
         return cls.from_json(read_json(folder / FILE))
 
     def total(self) -> SourceBalance:
@@ -116,7 +116,7 @@ class Balance:
         return total
 
     def table(self) -> dict[str, Any]:
-        """{"title", "columns", "rows"}: one row a source and, of several, their total; a column each bucket."""
+        """Return {"title", "columns", "rows"}: one row a source and, of several, their total; a column each bucket."""
         total = self.total()
         line_buckets, buckets = sorted(total.lines_dropped), sorted(total.dropped)
         tokens = ["tokens in", "tokens", "supervised", "masked"]
@@ -139,7 +139,8 @@ class Balance:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Balance":
         counters = ("lines_dropped", "dropped", "tokens_dropped")
-        return cls(
-            SourceBalance(**{key: Counter(item) if key in counters else item for key, item in source.items()})
-            for source in value["sources"]
-        )
+
+        def sheet(counts: dict[str, Any]) -> SourceBalance:
+            return SourceBalance(**{key: Counter(item) if key in counters else item for key, item in counts.items()})
+
+        return cls(map(sheet, value["sources"]))

@@ -19,7 +19,7 @@ _MOST_PROBLEMS = 20  # told of one file
 
 @dataclass(frozen=True)
 class Table:
-    """One CSV file. `lines` are the numbers of the lines that the rows begin on, from 1."""
+    """Represents one CSV file. `lines` are the numbers of the lines that the rows begin on, from 1."""
 
     path: Path
     columns: list[str]
@@ -27,14 +27,15 @@ class Table:
     lines: list[int]
 
     def column(self, name: str) -> list[str]:
-        """UserMistake with the nearest name when there is none."""
+        """Raise UserMistake with the nearest name when there is none."""
         if name not in self.columns:
             raise UserMistake(Problem(str(self.path), f"has no column {name!r}{nearest(name, self.columns)}"))
         place = self.columns.index(name)
         return [row[place] for row in self.rows]
 
     def numbered(self, prefix: str) -> list[str]:
-        """Columns PREFIX0, PREFIX1, … in that order. UserMistake when there are fewer than two or one is left out."""
+        """Return the columns PREFIX0, PREFIX1, … in that order. Raise UserMistake when there are fewer than two or one
+        is left out."""
         found = {int(m[1]) for name in self.columns if (m := re.fullmatch(re.escape(prefix) + r"(\d+)", name))}
         if len(found) < 2:
             columns = ", ".join(self.columns)
@@ -45,7 +46,8 @@ class Table:
         return [f"{prefix}{number}" for number in sorted(found)]
 
     def floats(self, names: Sequence[str]) -> np.ndarray:
-        """float64[rows, names]. UserMistake naming every line (of the first 20) with something else than a number."""
+        """Return float64[rows, names]. Raise UserMistake naming every line (of the first 20) with something else than a
+        number."""
         values = np.full((len(self.rows), len(names)), np.nan)
         problems = []
         for place, name in enumerate(names):
@@ -68,7 +70,7 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """UserMistake for a file that is absent, empty, not UTF-8 or has a row of another width than its header."""
+    """Raise UserMistake for a file that is absent, empty, not UTF-8 or has a row of another width than its header."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
@@ -101,7 +103,7 @@ def read_table(path: Path) -> Table:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """floats as their shortest text that reads back equal (`repr`)."""
+    """Write a CSV file, floats as their shortest text that reads back equal (`repr`)."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -109,7 +111,8 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def table_files(inputs: Sequence[str]) -> list[Path]:
-    """The CSV files that `inputs` names: files, and folders of them. UserMistake when two share a name or none is there."""
+    """Return the CSV files that `inputs` names: files, and folders of them. Raise UserMistake when two share a name or
+    none is there."""
     files: list[Path] = []
     problems = []
     for name in inputs:

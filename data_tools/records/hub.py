@@ -16,12 +16,13 @@ _NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 
 def is_dataset(spec: str) -> bool:
-    """Whether the spec is well formed."""
+    """Return whether the spec is well formed."""
     return _SPEC.fullmatch(spec) is not None
 
 
 def dataset_files(spec: str) -> list[Path]:
-    """The data files of a dataset that match, by name. UserMistake when it is not in the cache or none matches."""
+    """Return the data files of a dataset that match, by name. Raise UserMistake when it is not in the cache or none
+    matches."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -1,70 +1,22 @@
-"""Files of records, the one reader of them all: JSONL, JSON, Parquet and CSV, the first two also under gzip or zstd.
+"""THE way to read records: of whole files, of an element's share of one, or one that a share gave.
 
-A file is cut into the shares of array elements; `records` reads all of it, with the place of each.
+    for record in records(path):      # every record of a file of any format that shares.py knows
+        if record.is_blank: …
+        if record.problem: raise record.mistake()
+        use(record.value)
 
-Element i of n takes the records whose first byte lies in [i·size/n, (i+1)·size/n) of the file, so the shares of any n
-elements, one after the other, are the file.
-
-    JSONL           seek to the share
-    JSONL.gz, .zst  bytes of the compressed file; an element unpacks what lies before its share, and skips it
-    JSON            one list of records (or one record): an element parses the file and takes its share of the list
-    Parquet         rows; an element reads the row groups that its share touches
-    CSV             rows under a header, of texts; an element reads the file and takes its share of the rows
-
-Compression and format are told by the file's first bytes, CSV by the name .csv, unless the format is named.
+One set of errors: a file that is not there or damaged is a UserMistake that names it; a line that holds no record has a
+`problem`, and `mistake` says it with FILE:LINE.
 """
 
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from data_tools.base.durable import CHUNK
-from data_tools.mistake import UserMistake
-from data_tools.records.csv_tables import read_table
-
-FORMATS = ("auto", "jsonl", "json", "parquet", "csv")
-
-_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-_BLOCK = 1 << 16  # compressed bytes read at a time; a line belongs to the element that holds the block it begins in
-
-
-class Share(Protocol):
-    """What one element reads of one file. `done` and `total` count `unit`s, for progress."""
-
-    done: int
-    total: int
-    unit: str
-
-    def __iter__(self) -> Iterator[Any]:
-        """Lines as bytes with their line end, or records. UserMistake naming the file when it is damaged."""
-
-    def place(self, number: int) -> str:
-        """Where record `number` of the share (from 1) stands: `FILE:LINE`."""
-
-
-def open_share(path: Path, index: int, count: int, format: str = "auto") -> Share:
-    """The share of element `index` of `count`. UserMistake when the file is of no known format."""
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    compression = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else ""
-    if format == "auto":
-        format = (
-            "parquet" if magic == _PARQUET else "csv" if ".csv" in path.suffixes else _json_or_jsonl(path, compression)
-        )
-    if format == "parquet":
-        return ParquetShare(path, index, count)
-    if format == "csv":
-        if compression:
-            raise UserMistake(f"{path} is CSV under {compression}, which is not read; unpack it")
-        return CsvShare(path, index, count)
-    if format == "json":
-        return JsonShare(path, index, count, compression)
-    return PackedLines(path, index, count, compression) if compression else Lines(path, index, count)
-
-
-# -- all records of a file --------------------------------------------------------------------------------------------
+from data_tools.mistake import Problem, UserMistake
+from data_tools.records.json_text import json_value
+from data_tools.records.shares import Share, open_share
 
 
 class Place:
@@ -85,27 +37,32 @@ class Record(NamedTuple):
     problem: str = ""
     is_blank: bool = False
 
+    def mistake(self, problem: str = "", remedy: str = "mend the record") -> UserMistake:
+        """Return the error that tells what is wrong with the record (its own problem, or the given one), and where."""
+        return UserMistake(Problem(str(self.place), f"{problem or self.problem}; {remedy}"))
+
 
 def records(path: Path, format: str = "auto") -> Iterator[Record]:
     """Yield every record of a file in its order, blank lines too. Raise UserMistake where it cannot be read at all."""
-    for place, raw in lines(path, format):
-        if is_blank(raw):
-            yield Record(place, None, is_blank=True)
-            continue
-        try:
-            yield Record(place, value_of(raw))
-        except ValueError as error:
-            yield Record(place, None, str(error))
+    return records_of(open_share(path, format=format))
 
 
-def lines(path: Path, format: str = "auto") -> Iterator[tuple[Place, Any]]:
-    """Yield (place, record as a share gives it) of a whole file. Raise UserMistake for a file that is not there."""
-    try:
-        share = open_share(path, 0, 1, format)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserMistake(f"no file {path}; give files that exist") from None
+def records_of(share: Share) -> Iterator[Record]:
+    """Yield every record of a share in its order, blank lines too. Raise UserMistake where the file is damaged."""
     for number, raw in enumerate(share, 1):
-        yield Place(share, number), raw
+        yield record_of(raw, Place(share, number))
+
+
+def record_of(raw: Any, place: object = None) -> Record:
+    """Return the record that a share gave: a line as bytes, or a value that was read from JSON, Parquet or CSV."""
+    if not isinstance(raw, bytes):
+        return Record(place, raw)
+    if is_blank(raw):
+        return Record(place, None, is_blank=True)
+    try:
+        return Record(place, json_value(text_of(raw)))
+    except ValueError as error:
+        return Record(place, None, str(error))
 
 
 def is_blank(raw: Any) -> bool:
@@ -121,308 +78,3 @@ def text_of(raw: Any) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason}") from None
-
-
-def value_of(raw: Any) -> Any:
-    """Return the value of a record as a share gives it. Raise ValueError with the reason where there is none."""
-    if not isinstance(raw, bytes):
-        return raw
-    return json_value(text_of(raw))
-
-
-class RepeatedKey(ValueError):
-    """A JSON object that has a key twice, which leaves open what it says."""
-
-
-def json_value(text: str) -> Any:
-    """Return the value of a JSON text. Raise ValueError with the reason where there is none, or a key stands twice."""
-    try:
-        return _DECODER.decode(text)
-    except RepeatedKey:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-
-
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise RepeatedKey(f"the key {twice!r} stands twice in one object")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
-
-
-# -- shares -----------------------------------------------------------------------------------------------------------
-
-
-def _json_or_jsonl(path: Path, compression: str) -> str:
-    """By the suffix .jsonl, or by the first line: JSON where it begins a list, is no whole record, or is all of it."""
-    if ".jsonl" in path.suffixes:
-        return "jsonl"
-    first = b""
-    for block in _unpack(path, compression):
-        first = (first + block).lstrip()
-        if first.startswith(b"[") or b"\n" in first:
-            break
-    line, _, more = first.partition(b"\n")
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return "json" if first.startswith((b"[", b"{")) else "jsonl"
-    return "json" if first.startswith(b"[") or not more.strip() else "jsonl"
-
-
-class Lines:
-    """Lines of a plain file."""
-
-    unit = "bytes"
-
-    def __init__(self, path: Path, index: int, count: int):
-        self.path = path
-        size = path.stat().st_size
-        start, self.stop = index * size // count, (index + 1) * size // count
-        self.done, self.total = 0, self.stop - start
-        with open(path, "rb") as file:
-            self.first = _first_line(file, start)
-
-    def __iter__(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            file.seek(self.first)
-            position = self.first
-            while position < self.stop and (line := file.readline()):
-                position += len(line)
-                self.done = min(position - self.first, self.total)
-                yield line
-
-    def place(self, number: int) -> str:
-        return f"{self.path}:{_count_lines(self.path, self.first) + number}"
-
-
-def _first_line(file: BinaryIO, start: int) -> int:
-    """Where the first line begins that begins at byte `start` or after it."""
-    if start == 0:
-        return 0
-    file.seek(start - 1)
-    return start - 1 + len(file.readline())
-
-
-def _count_lines(path: Path, stop: int) -> int:
-    """Line feeds in the first `stop` bytes; read only when an error needs a line number of the whole file."""
-    lines = 0
-    with open(path, "rb") as file:
-        while stop > 0 and (block := file.read(min(CHUNK, stop))):
-            lines += block.count(b"\n")
-            stop -= len(block)
-    return lines
-
-
-class PackedLines:
-    """Lines of a file under gzip or zstd."""
-
-    unit = "bytes"
-
-    def __init__(self, path: Path, index: int, count: int, compression: str):
-        self.path, self.compression = path, compression
-        blocks = -(-path.stat().st_size // _BLOCK)
-        self.start, self.stop = index * blocks // count, (index + 1) * blocks // count
-        self.done, self.total = 0, (self.stop - self.start) * _BLOCK
-        self.skipped = 0  # lines before the share
-
-    def __iter__(self) -> Iterator[bytes]:
-        rest, begun = b"", 0  # a line without its end, and the block it begins in
-        for block, data in enumerate(_unpack(self.path, self.compression)):
-            self.done = max(0, block - self.start) * _BLOCK
-            *lines, last = (rest + data).split(b"\n")
-            for number, line in enumerate(lines):
-                first = begun if number == 0 and rest else block
-                if first >= self.stop:
-                    return
-                if first >= self.start:
-                    yield line + b"\n"
-                else:
-                    self.skipped += 1
-            begun = block if lines or not rest else begun
-            rest = last
-            if begun >= self.stop:
-                return
-        if rest and self.start <= begun < self.stop:
-            yield rest
-
-    def place(self, number: int) -> str:
-        return f"{self.path}:{self.skipped + number}"
-
-
-def _unpack(path: Path, compression: str) -> Iterator[bytes]:
-    """What each block of the file holds, unpacked. UserMistake when it is cut off or damaged."""
-    with open(path, "rb") as file:
-        blocks = iter(lambda: file.read(_BLOCK), b"")
-        if not compression:
-            yield from blocks
-            return
-        unpacker, ended = _unpacker(compression), True
-        for block in blocks:
-            out = []
-            while block:
-                try:
-                    out.append(unpacker.decompress(block))
-                except Exception as error:  # zlib.error, zstandard.ZstdError
-                    raise UserMistake(f"{path} is damaged ({compression}: {error}); restore it") from None
-                ended = unpacker.eof
-                block = unpacker.unused_data if ended else b""
-                if ended:  # another member or frame may follow
-                    unpacker = _unpacker(compression)
-            yield b"".join(out)
-        if not ended:
-            raise UserMistake(f"{path} is cut off: its {compression} stream does not end; restore it")
-
-
-def _unpacker(compression: str) -> Any:
-    if compression == "gzip":
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    import zstandard
-
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
-class JsonShare:
-    """Records of one JSON list."""
-
-    unit = "rows"
-
-    def __init__(self, path: Path, index: int, count: int, compression: str):
-        self.path = path
-        try:
-            self.text = b"".join(_unpack(path, compression)).decode("utf-8-sig")
-            value = json_value(self.text)
-        except UnicodeDecodeError as error:
-            raise UserMistake(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); mend the file") from None
-        except ValueError as error:
-            raise UserMistake(f"{path}: {error}; mend the file") from None
-        _refuse_blend(path, value)
-        records = value if isinstance(value, list) else [value]
-        self.first = index * len(records) // count
-        self.records = records[self.first : (index + 1) * len(records) // count]
-        self.done, self.total = 0, len(self.records)
-
-    def __iter__(self) -> Iterator[Any]:
-        for self.done, record in enumerate(self.records, 1):
-            yield record
-
-    def place(self, number: int) -> str:
-        """The line is looked for only when an error needs it."""
-        decoder, skip = json.JSONDecoder(), json.decoder.WHITESPACE.match
-        position = skip(self.text, 0).end()
-        if self.text.startswith("[", position):
-            position = skip(self.text, position + 1).end()
-            for _ in range(self.first + number - 1):
-                position = skip(self.text, decoder.raw_decode(self.text, position)[1]).end()
-                position = skip(self.text, position + 1).end()  # the comma
-        return f"{self.path}:{self.text.count(chr(10), 0, position) + 1}"
-
-
-class ParquetShare:
-    """Rows of a Parquet file. Absent keys, which its structs spell as null, are left out."""
-
-    unit = "rows"
-
-    def __init__(self, path: Path, index: int, count: int):
-        import pyarrow
-        import pyarrow.parquet
-
-        self.path = path
-        try:
-            self.file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserMistake(f"{path} is no whole Parquet file ({str(error).splitlines()[0]}); restore it") from None
-        rows = self.file.metadata.num_rows
-        self.start, self.stop = index * rows // count, (index + 1) * rows // count
-        self.done, self.total = 0, self.stop - self.start
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        position = 0
-        for group in range(self.file.num_row_groups):
-            rows = self.file.metadata.row_group(group).num_rows
-            first, last = max(self.start - position, 0), min(self.stop - position, rows)
-            if first < last:
-                for batch in self.file.read_row_group(group).slice(first, last - first).to_batches(max_chunksize=1024):
-                    for row in batch.to_pylist():
-                        self.done += 1
-                        yield _without_nulls(row)
-            position += rows
-
-    def place(self, number: int) -> str:
-        return f"{self.path}: row {self.start + number}"
-
-
-class CsvShare:
-    """Reads the rows of a CSV file, each a mapping of its columns."""
-
-    unit = "rows"
-
-    def __init__(self, path: Path, index: int, count: int):
-        table = read_table(path)
-        self.path, self.columns, rows = path, table.columns, len(table.rows)
-        share = slice(index * rows // count, (index + 1) * rows // count)
-        self.rows, self.lines = table.rows[share], table.lines[share]
-        self.done, self.total = 0, len(self.rows)
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        for self.done, row in enumerate(self.rows, 1):
-            yield dict(zip(self.columns, row))
-
-    def place(self, number: int) -> str:
-        return f"{self.path}:{self.lines[number - 1]}"
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def read_blend(path: Path, value: Any) -> dict[str, list[tuple[str, float]]]:
-    """{split: [(file, weight)]} of a Megatron blend file's value, {"train": …, "valid": …, "test": …}.
-
-    A split is a list or a text with spaces, of files or of weights and files in turn (megatron.core's
-    get_blend_from_list, which takes a list for unweighted where a weight is no number; here that is a mistake).
-    """
-    return {split: _weighted(f"{path}: {split}", entries) for split, entries in value.items()}
-
-
-def _weighted(place: str, entries: Any) -> list[tuple[str, float]]:
-    words = entries.split() if isinstance(entries, str) else [str(entry) for entry in entries or []]
-    weights = [_number(word) for word in words[0::2]]
-    if len(words) % 2 or all(weight is None for weight in weights):
-        return [(word, 1.0) for word in words]
-    if None in weights:
-        raise UserMistake(
-            f"{place}: {words[2 * weights.index(None)]!r} stands where a weight belongs; "
-            "give a weight before each file, or none at all"
-        )
-    return list(zip(words[1::2], weights))
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
-def _refuse_blend(path: Path, value: Any) -> None:
-    """UserMistake that spells a blend as the settings it stands for: its files enter keys by content only as inputs."""
-    if not (isinstance(value, dict) and value and value.keys() <= {"train", "valid", "test"}):
-        return
-    train = read_blend(path, value).get("train", [])
-    files = json.dumps([file for file, _ in train])
-    weights = json.dumps(dict(train)) if len({weight for _, weight in train}) > 1 else "{}"
-    raise UserMistake(
-        f"{path} is a blend of files, no file of records; of its train split write "
-        f"source.inputs: {files} here, and weights: {weights} in pack"
-    )

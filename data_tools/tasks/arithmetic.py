@@ -22,7 +22,8 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def clean(text: str) -> str:
-    """Without what people write around numbers: white space, currency signs, thousands separators.
+    """Return a number's text without what people write around numbers: white space, currency signs, thousands
+    separators.
 
     White space between two digits is kept: `1 2` is no number.
     """
@@ -33,7 +34,7 @@ def clean(text: str) -> str:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The value of one decimal number (`-75.00`, `.5`, `$1,200`), None when the text is anything else."""
+    """Return the value of one decimal number (`-75.00`, `.5`, `$1,200`), None when the text is anything else."""
     text = clean(text)
     if text.isascii() and text.isdigit() and len(text) <= MAX_CHARACTERS:
         return Fraction(int(text))
@@ -45,7 +46,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def format_number(value: Fraction) -> str | None:
-    """The shortest decimal spelling: 75.00 → `75`, .5 → `0.5`; None where it has no finite one (1/3)."""
+    """Return the shortest decimal spelling: 75.00 → `75`, .5 → `0.5`; None where it has no finite one (1/3)."""
     if value.denominator == 1:
         return str(value.numerator)
     places, rest = 0, value.denominator
@@ -62,7 +63,7 @@ def format_number(value: Fraction) -> str | None:
 
 
 def tokenize(expression: str) -> list[str]:
-    """Numbers, operators and parentheses in order. ValueError naming what is neither."""
+    """Return numbers, operators and parentheses in order. Raise ValueError naming what is neither."""
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"an expression of {len(expression)} characters; at most {MAX_CHARACTERS}")
     tokens, position = [], 0
@@ -76,7 +77,8 @@ def tokenize(expression: str) -> list[str]:
 
 
 class _Reader:
-    """Recursive descent over the tokens of one expression; `spelled` collects its canonical text on the way."""
+    """Reads by recursive descent over the tokens of one expression; `spelled` collects its canonical text on the
+    way."""
 
     def __init__(self, expression: str):
         self.tokens = tokenize(expression)
@@ -136,18 +138,18 @@ class _Reader:
             if self.take() != ")":
                 raise ValueError("a parenthesis is not closed")
             return value
-        value = parse_number(token)
-        if value is None:
+        number = parse_number(token)
+        if number is None:
             raise ValueError(f"a number is missing before {token!r}" if token else "it ends where a number is due")
-        self.spelled[-1] = format_number(value) or token
-        return value
+        self.spelled[-1] = format_number(number) or token
+        return number
 
 
 @lru_cache(maxsize=1 << 14)
 def read(expression: str) -> tuple[Fraction, str]:
-    """(value, canonical spelling): numbers in shortest form, no unary plus, nothing around them.
+    """Return (value, canonical spelling): numbers in shortest form, no unary plus, nothing around them.
 
-    Raises ValueError with the reason where it is no arithmetic.
+    Raise ValueError with the reason where it is no arithmetic.
     """
     reader = _Reader(clean(expression))
     value = reader.expression()
@@ -157,5 +159,5 @@ def read(expression: str) -> tuple[Fraction, str]:
 
 
 def evaluate(expression: str) -> Fraction:
-    """The exact value; ValueError with the reason where it is no arithmetic."""
+    """Return the exact value; ValueError with the reason where it is no arithmetic."""
     return read(expression)[0]

@@ -1,9 +1,9 @@
 """Decisions: the model ends with an action in brackets, `[2]`, which is worth what its row says of it.
 
-A record has `prompt` (text or messages) and reward_action_0, reward_action_1, …, as the phase q_rewards writes them. What
-the model says to the user counts alone: the last action in the final channel, or after the thoughts. Right is the best
-action of the row. A completion that was cut off, or whose last brackets name no action of the row's, is not scorable: it
-is left out of training and not counted as zero; with `on_invalid: penalty` it is worth `penalty`.
+A record has `prompt` (text or messages) and reward_action_0, reward_action_1, …, as the phase q_rewards writes them.
+What the model says to the user counts alone: the last action in the final channel, or after the thoughts. Right is the
+best action of the row. A completion that was cut off, or whose last brackets name no action of the row's, is not
+scorable: it is left out of training and not counted as zero; with `on_invalid: penalty` it is worth `penalty`.
 """
 
 import math
@@ -49,7 +49,7 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
 
 
 def _rewards(record: dict[str, Any]) -> list[float]:
-    """Those of actions 0, 1, …"""
+    """Return those of actions 0, 1, …"""
     found = {name: value for name, value in record.items() if str(name).startswith(REWARD)}
     if len(found) < 2:
         columns = ", ".join(map(str, record))
@@ -76,7 +76,7 @@ def rewards(item: Item, completion: str, options: Options) -> dict[str, float] |
 
 
 def final_answer(item: Item, completion: str, options: Options) -> str | None:
-    """The last action in brackets of what is said to the user, None where that is none of the row's."""
+    """Return the last action in brackets of what is said to the user, None where that is none of the row's."""
     said = final_text(completion)
     found = _ACTION.findall(said) if said is not None else []
     return str(int(found[-1])) if found and int(found[-1]) < len(item.columns["rewards"]) else None
@@ -87,5 +87,5 @@ def best(item: Item, options: Options) -> dict[str, float]:
 
 
 def cut_off(item: Item, options: Options) -> dict[str, float] | None:
-    """Also of a completion that names no action."""
+    """Return the terms also of a completion that names no action."""
     return {"action": options.penalty} if options.on_invalid == "penalty" else None

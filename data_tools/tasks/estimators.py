@@ -12,7 +12,7 @@ Vote = tuple[str | None, bool]  # what a sample answers, None where it answers n
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that one of k samples is right, unbiased: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374)."""
+    """Return the chance that one of k samples is right, unbiased: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374)."""
     if not 1 <= k <= samples:
         raise ValueError(f"pass@{k} of {samples} samples")
     if samples - correct < k:
@@ -21,10 +21,10 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) -> float:
-    """The chance that the most frequent of k answers is right; of equally frequent ones each is as likely.
+    """Return the chance that the most frequent of k answers is right; of equally frequent ones each is as likely.
 
-    The mean over all subsets of k, exactly and without listing them. An answer that is None does not vote. Where samples
-    of one answer have several verdicts, the answer is right with their mean.
+    The mean over all subsets of k, exactly and without listing them. An answer that is None does not vote. Where
+    samples of one answer have several verdicts, the answer is right with their mean.
     """
     if not 1 <= k <= len(answers):
         raise ValueError(f"maj@{k} of {len(answers)} samples")
@@ -35,17 +35,17 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) 
     found = Counter((len(one), sum(one) / len(one)) for _, one in sorted(verdicts.items()))
     silent = len(answers) - sum(size * times for (size, _), times in found.items())
     largest = max((size for size, _ in found), default=0)
-    total = sum(_won_by(votes, found, silent, len(answers), k) for votes in range(1, min(k, largest) + 1))
+    total = sum(_won_by(votes, found, silent, n=len(answers), k=k) for votes in range(1, min(k, largest) + 1))
     return float(min(1.0, total / _drawn(len(answers), k, len(answers), k)[k]))
 
 
 def _won_by(votes: int, classes: Mapping[tuple[int, float], int], silent: int, n: int, k: int) -> float:
-    """The part of the subsets in which `votes` votes win, each weighted by how right its winners are.
+    """Return the part of the subsets in which `votes` votes win, each weighted by how right its winners are.
 
-    `classes` counts the answers of each (samples, verdict). The subsets are built answer by answer: `weights` [t, j] is of
-    those with j samples so far and t answers that have `votes` votes, `rights` the same times the sum of their verdicts.
-    Weights are those of a binomial draw of each sample with chance k/n, which are in the same proportion and not large;
-    those below _NOTHING are left out.
+    `classes` counts the answers of each (samples, verdict). The subsets are built answer by answer: `weights` [t, j] is
+    of those with j samples so far and t answers that have `votes` votes, `rights` the same times the sum of their
+    verdicts. Weights are those of a binomial draw of each sample with chance k/n, which are in the same proportion and
+    not large; those below _NOTHING are left out.
     """
     weights, rights = _drawn(silent, k, n, k)[None], np.zeros((1, k + 1))
     for (size, verdict), times in sorted(classes.items()):
@@ -64,7 +64,7 @@ def _won_by(votes: int, classes: Mapping[tuple[int, float], int], silent: int, n
 
 
 def _added(table: np.ndarray, chances: np.ndarray, more: int) -> np.ndarray:
-    """[t + more, j] after a class gave some of its samples: each number of them with its chance."""
+    """Return [t + more, j] after a class gave some of its samples: each number of them with its chance."""
     rows, columns = table.shape
     found = np.zeros((rows + more, columns))
     for given in np.flatnonzero(chances > _NOTHING):
@@ -74,7 +74,7 @@ def _added(table: np.ndarray, chances: np.ndarray, more: int) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _drawn(size: int, most: int, n: int, k: int) -> np.ndarray:
-    """float64 [most + 1]: the chance that 0, 1, … of `size` samples are drawn, each with chance k/n."""
+    """Return float64 [most + 1]: the chance that 0, 1, … of `size` samples are drawn, each with chance k/n."""
     found = np.zeros(most + 1)
     for given in range(min(size, most) + 1):
         if k == n:
@@ -86,8 +86,8 @@ def _drawn(size: int, most: int, n: int, k: int) -> np.ndarray:
 
 
 def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
-    """pass@k and, where anything was answered, maj@k, means over prompts, each with the votes of its samples: for k = 1,
-    2, 4, … up to the fewest samples of a prompt. The order of a prompt's votes does not matter."""
+    """Return pass@k and, where anything was answered, maj@k, means over prompts, each with the votes of its samples:
+    for k = 1, 2, 4, … up to the fewest samples of a prompt. The order of a prompt's votes does not matter."""
     ordered = [sorted(votes, key=lambda vote: (str(vote[0]), vote[1])) for votes in prompts]
     answered = any(answer is not None for votes in ordered for answer, _ in votes)
     found: dict[str, float] = {}
@@ -104,5 +104,5 @@ def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; 0 for fewer than two."""
+    """Return the standard error of the mean of independent values; 0 for fewer than two."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

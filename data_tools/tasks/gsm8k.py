@@ -47,7 +47,7 @@ def stop_strings(options: Options) -> list[str] | None:
 
 
 def reply(item: Item, transcript: str, options: Options) -> str:
-    """The value of an expression that was begun; nothing said ("") after anything else."""
+    """Return the value of an expression that was begun; nothing said ("") after anything else."""
     asked = _ASKED.search(transcript)
     if not asked:
         return ""

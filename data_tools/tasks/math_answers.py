@@ -3,8 +3,9 @@
 Where an answer stands is said in answers/forms.py, what it says in answers/values.py, and when two are equal in
 answers/equality.py. What a completion is worth:
 
-    correct  1 when its answer equals the row's, as numbers, expressions, sets, intervals, …; 0 when it differs, cannot be
-             read, or there is none: that is the model's fault. A row whose own answer cannot be read is not scorable.
+    correct  1 when its answer equals the row's, as numbers, expressions, sets, intervals, …; 0 when it differs, cannot
+             be read, or there is none: that is the model's fault. A row whose own answer cannot be read is not
+             scorable.
     format   1 when there is an answer in an accepted form that is not correct (Megatron-LM's format_reward)
 
 The process of verifiers has the time limit, so math-verify's own, which need signals, are off.
@@ -46,13 +47,14 @@ def check_options(options: Options) -> list[str]:
 
 
 def question(text: str, answer: str, options: Options) -> Item:
-    """The item that asks a question in the form that the options want."""
+    """Return the item that asks a question in the form that the options want."""
     asked = f"{text.strip()}\n\n{options.instruction or INSTRUCTIONS[options.answer_format]}"
     return Item.of([{"role": "user", "content": asked}] if options.chat else f"{asked}\n", answer)
 
 
 def text_of(record: dict[str, Any], *keys: str) -> str:
-    """The text, or the number as text, under the first of the keys that there is. ValueError when there is none."""
+    """Return the text, or the number as text, under the first of the keys that there is. Raise ValueError when there is
+    none."""
     for name in keys:
         value = record.get(name)
         if isinstance(value, str) and value.strip():
@@ -73,7 +75,7 @@ def rewards(item: Item, completion: str, options: Options) -> dict[str, float] |
 
 
 def final_answer(item: Item, completion: str, options: Options) -> str | None:
-    """The key of the answer: one for all that are equal as answers to this question."""
+    """Return the key of the answer: one for all that are equal as answers to this question."""
     answer = find_answer(completion, options.answer_format)
     return None if answer is None else vote(item.answer, answer)
 
@@ -84,7 +86,7 @@ def warm_up() -> None:
 
 
 def is_equal(gold: str, answer: str) -> bool:
-    """Whether an answer says what the row's own does."""
+    """Return whether an answer says what the row's own does."""
     if _plain(gold) == _plain(answer):
         return True
     mine, theirs = read(gold), read(answer)
@@ -92,11 +94,11 @@ def is_equal(gold: str, answer: str) -> bool:
 
 
 def vote(gold: str, answer: str) -> str:
-    """The one spelling of an answer among all that are equal to it; of one that cannot be read, its text."""
+    """Return the one spelling of an answer among all that are equal to it; of one that cannot be read, its text."""
     mine, theirs = read(gold), read(answer)
     return _plain(answer) if theirs is None else key(theirs, theirs if mine is None else mine)
 
 
 def _plain(text: str) -> str:
-    """The text in one spelling, with spaces only where they part letters or digits."""
+    """Return the text in one spelling, with spaces only where they part letters or digits."""
     return re.sub(r"(?<![\w.]) | (?![\w.])", "", spelled(text).replace("⟦", "").replace("⟧", "")).strip(".")

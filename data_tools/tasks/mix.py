@@ -3,7 +3,8 @@
     mix = Mix(entries, seed)
     draw = mix.draw(k)          # prompt k of the run: a pure function of (entries, seed, k), so k is all a resume needs
 
-Of an entry with share w, the first p prompts of a run hold more than p·w - 1 and fewer than p·w + 1 (data_tools/base/blend.py).
+Of an entry with share w, the first p prompts of a run hold more than p·w - 1 and fewer than p·w + 1
+(data_tools/base/blend.py).
 """
 
 import bisect
@@ -13,20 +14,19 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from data_tools.base.seeded import permutation
-from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records import readers
 from data_tools.records.balance import SourceBalance
 from data_tools.records.hub import dataset_files, is_dataset
+from data_tools.tasks.environments import read_environments
 from data_tools.tasks.rewards import Verifier
 from data_tools.tasks.task import (
     FunctionTask,
@@ -63,71 +63,11 @@ class MixConfig:
     environments: str = field(default="", metadata={"input": True})  # or also: Megatron-LM's YAML of environments
 
 
-# -- Megatron-LM's environment files ----------------------------------------------------------------------------------
-
-_AGENTS = {"DAPOAgent": "dapo_math", "AIMEAgent": "aime", "GSM8KAgent": "gsm8k"}
-_ARGUMENTS = ("format_reward", "answer_format", "chat_mode")
-_WITHOUT_COUNTERPART = {  # argument → the one value that asks for nothing
-    "negative_reward": 0.0, "partial_end_reward": 0.0, "assistant_suffix": "Assistant: "}  # fmt: skip
-_ENVIRONMENT_KEYS = ("agent_type", "agent_args", "weight", "evaluation_only")
-
-
-def read_environments(path: Path) -> dict[str, Entry]:
-    """The entries of a file such as examples/rl/environment_configs/dapo.yaml, named by their tasks.
-
-    Their prompts come from the hub. UserMistake for everything that has no counterpart here.
-    """
-    try:
-        given = read_values(path.read_text())
-    except OSError as error:
-        raise UserMistake(Problem(str(path), error.strerror or str(error))) from None
-    except yaml.YAMLError as error:
-        raise UserMistake(Problem(str(path), f"not YAML: {' '.join(str(error).split())}")) from None
-    if not isinstance(given, list) or not given:
-        raise UserMistake(Problem(str(path), "no list of environments; each has agent_type, agent_args, weight"))
-    entries: dict[str, Entry] = {}
-    problems: list[Problem] = []
-    for number, environment in enumerate(given):
-        where = f"{path}: environment {number + 1}"
-        found = _environment(environment)
-        if isinstance(found, str):
-            problems.append(Problem(where, found))
-        elif found.task in entries:
-            problems.append(Problem(where, f"{environment['agent_type']} stands twice"))
-        else:
-            entries[found.task] = found
-    if problems:
-        raise UserMistake(problems)
-    return entries
-
-
-def _environment(given: Any) -> "Entry | str":
-    """The entry, or why there is none."""
-    if not isinstance(given, dict) or not isinstance(given.get("agent_type"), str):
-        return "has no agent_type"
-    if unknown := [key for key in given if key not in _ENVIRONMENT_KEYS]:
-        return f"unknown key {unknown[0]!r}{nearest(str(unknown[0]), _ENVIRONMENT_KEYS)}"
-    agent, arguments = given["agent_type"].rpartition(".")[2], given.get("agent_args") or {}
-    if agent not in _AGENTS:
-        return f"agent {given['agent_type']} has no task here{nearest(agent, list(_AGENTS))}"
-    for key, value in arguments.items():
-        if key in _WITHOUT_COUNTERPART and value != _WITHOUT_COUNTERPART[key]:
-            return f"agent_args.{key}: {value!r} has no counterpart; write the task as a module of your own"
-        if key not in _WITHOUT_COUNTERPART and key not in _ARGUMENTS:
-            return f"agent_args.{key} has no counterpart{nearest(key, _ARGUMENTS)}"
-    weight, only = given.get("weight", 1.0), given.get("evaluation_only", False)
-    if not isinstance(weight, (int, float)) or not isinstance(only, bool):
-        return "weight is a number and evaluation_only true or false"
-    options = {"answer_format": arguments.get("answer_format", "tagged")}
-    if "chat_mode" in arguments:
-        options["chat"] = arguments["chat_mode"]
-    rewards = {"format": float(arguments["format_reward"])} if "format_reward" in arguments else {}
-    return Entry(_AGENTS[agent], options, weight=float(weight), rewards=rewards, evaluation_only=only)
-
-
 def entries_of(config: MixConfig) -> dict[str, Entry]:
-    """All entries by name, their tasks named. Over an environment of the same name go the values that are no defaults."""
-    entries = read_environments(Path(config.environments)) if config.environments else {}
+    """Return all entries by name, their tasks named. Over an environment of the same name go the values that are no
+    defaults."""
+    environments = read_environments(Path(config.environments)) if config.environments else {}
+    entries = {name: Entry(**settings) for name, settings in environments.items()}
     for name, entry in config.entries.items():
         if name in entries:
             said = {
@@ -143,12 +83,12 @@ def _default(key: Any) -> Any:
 
 
 def verifiers(entries: Mapping[str, Entry]) -> dict[str, Verifier]:
-    """What the Scorer needs to know of them."""
+    """Return what the Scorer needs to know of them."""
     return {name: Verifier(entry.task, dict(entry.options), dict(entry.rewards)) for name, entry in entries.items()}
 
 
 def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
-    """Of the entries whose task has several turns, the texts after which the model waits for a reply."""
+    """Return, of the entries whose task has several turns, the texts after which the model waits for a reply."""
     found = {}
     for name, entry in entries.items():
         task = load_task(entry.task or name)
@@ -174,7 +114,10 @@ def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
 
 
 def check_mix(config: MixConfig, training: bool = True, where: str = "mix") -> list[Problem]:
-    """Wrong values, all at once; opens the environment file alone. `training` needs an entry that is not evaluated only."""
+    """Return wrong values, all at once; opens the environment file alone.
+
+    `training` needs an entry that is not evaluated only.
+    """
     try:
         entries = entries_of(config)
     except UserMistake as mistake:
@@ -269,17 +212,17 @@ def load(name: str, entry: Entry) -> Loaded:
     if not hasattr(task, "items"):
         raise UserMistake(Problem(f"task {name}", "its module has no `items`, which gives the prompts of a record"))
     options = task_options(task, entry.options)
-    left_out = getattr(task, "left_out", lambda record: [])
+    left_out: Callable[[Any], list[str]] = getattr(task, "left_out", lambda record: [])
     found: dict[tuple[str, str], Item] = {}
     sheet = SourceBalance(name)
-    for place, record in _records(entry, task, sheet):
+    for record in _records(entry, task, sheet):
         if entry.limit and len(found) >= entry.limit:
             break
         sheet.lines += 1
         try:
-            items, wrong = task.items(record, options), left_out(record)
+            items, wrong = task.items(record.value, options), left_out(record.value)
         except ValueError as error:
-            raise UserMistake(Problem(str(place), f"{error}; mend the record")) from None
+            raise record.mistake(str(error)) from None
         _count(sheet, len(items), wrong)
         for item in items:
             key = (item.uid, item.scoring)
@@ -312,8 +255,11 @@ def _count(sheet: SourceBalance, items: int, wrong: Sequence[str]) -> None:
         sheet.lines_dropped["no_prompt"] += 1
 
 
-def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[tuple[object, Any]]:
-    """Yield (place, record) of the files, then of the synthetic rows, and count blank lines."""
+def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[readers.Record]:
+    """Yield the records of the files, which are mappings, then the synthetic rows, and count blank lines.
+
+    Raise UserMistake for a record of a file that is none.
+    """
     source = entry.source
     if source.inputs:
         files = [Path(name).expanduser() for name in source.inputs]
@@ -326,15 +272,12 @@ def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[tuple[ob
             sheet.lines += 1
             sheet.lines_dropped["blank_line"] += 1
             continue
-        problem = record.problem
-        if not problem and not isinstance(record.value, dict):
-            problem = f"not a JSON object but a {type(record.value).__name__}"
-        if problem:
-            raise UserMistake(Problem(str(record.place), problem))
-        yield record.place, record.value
+        if record.problem or not isinstance(record.value, dict):
+            raise record.mistake(record.problem or f"not a JSON object but a {type(record.value).__name__}")
+        yield record
     for index in range(source.synthetic_rows):
         row = task.synthetic_row(source.synthetic_seed, index, source.synthetic_split)
-        yield f"synthetic row {index}", row
+        yield readers.Record(f"synthetic row {index}", row)
 
 
 # -- their order ------------------------------------------------------------------------------------------------------
@@ -345,7 +288,7 @@ _permutation = functools.lru_cache(maxsize=64)(permutation)
 
 @dataclass(frozen=True)
 class Draw:
-    """Prompt `place` of the run."""
+    """Represents prompt `place` of the run."""
 
     place: int
     entry: str
@@ -354,7 +297,7 @@ class Draw:
 
     @property
     def number(self) -> int:
-        """64 bits that name this prompt in this epoch: what the noise of its samples is keyed by."""
+        """Return 64 bits that name this prompt in this epoch: what the noise of its samples is keyed by."""
         return number_of(self.item.uid, self.epoch)
 
 
@@ -375,7 +318,8 @@ def number_of(uid: str, epoch: int = 0) -> int:
 
 
 class Mix:
-    """The prompts of a run in their order. `items` of entries that are only evaluated are loaded, too, and never drawn."""
+    """Represents the prompts of a run in their order. `items` of entries that are only evaluated are loaded, too, and
+    never drawn."""
 
     def __init__(self, entries: Mapping[str, Entry], seed: int, items: Mapping[str, list[Item]] | None = None):
         self.entries, self.seed = dict(entries), seed
@@ -387,7 +331,8 @@ class Mix:
         self._sources = np.empty(0, dtype=np.int64)
 
     def draw(self, k: int) -> Draw:
-        """Prompt k of the run, from 0. Its samples' rewards: scorer.submit(draw.entry, draw.item, completion, finish)."""
+        """Return prompt k of the run, from 0. Its samples' rewards: scorer.submit(draw.entry, draw.item, completion,
+        finish)."""
         if k >= len(self._sources):
             self._blend(max(_FIRST_PLACES, 2 * (k + 1)))
         source = self._sources[k]
@@ -397,20 +342,20 @@ class Mix:
         return Draw(k, name, epoch, self.items[name][order[place]])
 
     def held_out(self, name: str, k: int) -> Draw:
-        """Prompt k of an entry in the order of its files: what evaluations take."""
+        """Return prompt k of an entry in the order of its files: what evaluations take."""
         return Draw(k, name, 0, self.items[name][k])
 
     def trained(self) -> list[str]:
-        """The entries that are drawn from."""
+        """Return the entries that are drawn from."""
         return list(self._names)
 
     def evaluated(self) -> list[str]:
-        """The entries that are only evaluated."""
+        """Return the entries that are only evaluated."""
         return [name for name, entry in self.entries.items() if entry.evaluation_only]
 
     @property
     def digest(self) -> str:
-        """Of everything that `draw` depends on: a resume with other prompts is another run."""
+        """Return the digest of everything that `draw` depends on: a resume with other prompts is another run."""
         shares = [(name, self.entries[name].weight, [item.uid for item in self.items[name]]) for name in self._names]
         return hashlib.sha256(json.dumps([self.seed, shares]).encode()).hexdigest()
 

@@ -1,6 +1,7 @@
 """Questions with lettered choices, as MMLU and ARC have them.
 
-A record has `question`, `choices` (texts, or {"text", "label"}) and `answer` or `answerKey`: a label, or a place from 0.
+A record has `question`, `choices` (texts, or {"text", "label"}) and `answer` or `answerKey`: a label, or a place from
+0.
 """
 
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:
 
 
 def final_answer(item: Item, completion: str, options: Options) -> str | None:
-    """The one letter of a choice that the answer names; also of a completion that is no more than that."""
+    """Return the one letter of a choice that the answer names; also of a completion that is no more than that."""
     letters = item.columns.get("letters", _LETTERS)
     answer = find_answer(completion, options.answer_format)
     if answer is None and len(completion.strip()) <= _SHORTEST and "boxed" not in completion and "<" not in completion:

@@ -20,7 +20,8 @@ _RIGHT, _WRONG = 1.0, (0.0, -1.0)
 
 
 class Outcomes:
-    """How the entries of a mix judge: `entries` are its tasks by name, with options and weights of reward terms."""
+    """Says how the entries of a mix judge: `entries` are its tasks by name, with options and weights of reward
+    terms."""
 
     def __init__(self, entries: Mapping[str, Any]):
         self._tasks = {name: load_task(entry.task or name) for name, entry in entries.items()}
@@ -28,7 +29,8 @@ class Outcomes:
         self._weights = {name: {**task.REWARDS, **entries[name].rewards} for name, task in self._tasks.items()}
 
     def is_right(self, name: str, item: Item, reward: float | None, parts: Mapping[str, Any]) -> bool | None:
-        """Whether a completion with this reward answers right; None where nobody can tell, or the task says no such thing."""
+        """Return whether a completion with this reward answers right; None where nobody can tell, or the task says no
+        such thing."""
         if reward is None:
             return None
         if (best := self._best(name, item)) is not None:
@@ -39,12 +41,12 @@ class Outcomes:
         return True if reward == _RIGHT else False if reward in _WRONG else None
 
     def best(self, name: str, item: Item) -> float | None:
-        """What the best completion of a prompt is worth, None where its task does not know."""
+        """Return what the best completion of a prompt is worth, None where its task does not know."""
         terms = self._best(name, item)
         return None if terms is None else score_of(terms, self._weights[name]).reward
 
     def cut_off(self, name: str, item: Item) -> Score | None:
-        """The score of a completion that did not end, None where such are scored as they stand."""
+        """Return the score of a completion that did not end, None where such are scored as they stand."""
         task = self._tasks[name]
         if not hasattr(task, "cut_off"):
             return None
@@ -56,19 +58,21 @@ class Outcomes:
 
 
 def is_graded(sample: Mapping[str, Any]) -> bool:
-    """Whether a sample (of generate's keys) has a reward that is neither right nor wrong, or one beside a known best."""
+    """Return whether a sample (of generate's keys) has a reward that is neither right nor wrong, or one beside a known
+    best."""
     return sample.get("reward") is not None and (sample.get("correct") is None or sample.get("best") is not None)
 
 
 def is_unjudged(sample: Mapping[str, Any]) -> bool:
-    """Whether a sample has a reward of which its task does not say whether that is right."""
+    """Return whether a sample has a reward of which its task does not say whether that is right."""
     return sample.get("reward") is not None and sample.get("correct") is None
 
 
 def graded(samples: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, Any]:
-    """Mean reward, regret and shares of the answers, over prompts; nothing where no sample is graded.
+    """Return mean reward, regret and shares of the answers, over prompts; nothing where no sample is graded.
 
-    A sample has `prompt`, `reward`, and where there are `correct`, `best`, `answer`. Those without a reward are left out.
+    A sample has `prompt`, `reward`, and where there are `correct`, `best`, `answer`. Those without a reward are left
+    out.
     """
     if not any(map(is_graded, samples)):
         return {}

@@ -38,7 +38,8 @@ MEMORY_GIB, MEMORY_VARIABLE, ENVIRONMENT_VARIABLE = 4.0, "AFTEROK_VERIFIER_GIB",
 MORE_PROCESSES = 512  # of the user's, over those there are when verifiers begin; root has no such limit
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "XDG_CACHE_HOME",
         "LD_LIBRARY_PATH", "SSL_CERT_FILE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE",
-        "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHASHSEED", "PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
+        "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHASHSEED", "PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE",
+        "PYTHONPYCACHEPREFIX",
          "OPENBLAS_CORETYPE",
         MEMORY_VARIABLE, ENVIRONMENT_VARIABLE)  # fmt: skip
 _END = signal.SIGRTMIN + 3  # asks a supervisor to end; no signal that Slurm sends to all of a step
@@ -58,7 +59,7 @@ def _environment() -> dict[str, str]:
 
 
 class Process:
-    """A process of verifiers, seen from the run's side. Its first answer says what it met when it began."""
+    """Represents a process of verifiers, seen from the run's side. Its first answer says what it met when it began."""
 
     def __init__(self, begin: str, argument: Any):
         """Start it: `begin`, "module:function", makes of the `argument` the function that answers requests there."""
@@ -84,11 +85,11 @@ class Process:
             self._send(argument, START_LIMIT_S)
 
     def begun(self) -> Any:
-        """Return its first answer. Raises Ended."""
+        """Return its first answer. Raise Ended."""
         return self._receive(b"", time.monotonic() + START_LIMIT_S, START_LIMIT_S)
 
     def answer(self, request: Any, limit_s: float) -> Any:
-        """Return its answer to a request, plain data as JSON has it. Raises Ended."""
+        """Return its answer to a request, plain data as JSON has it. Raise Ended."""
         token = secrets.token_bytes(_TOKEN)
         until = time.monotonic() + limit_s
         with contextlib.suppress(Ended):

@@ -34,7 +34,8 @@ _LONGEST_REPLY = 1 << 20  # characters; the run has to encode them
 
 @dataclass(frozen=True)
 class Score:
-    """`reward` is the weighted sum of `parts`, None where the completion could not be scored; `note` says why.
+    """Represents what a completion is worth: `reward` is the weighted sum of `parts`, None where the completion could
+    not be scored; `note` says why.
 
     `answer` is what the completion answers, for majority votes, where its task can tell.
     """
@@ -47,7 +48,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a task answers to a turn; `text` None: it is over. A `note` says why the sample cannot go on."""
+    """Says what a task answers to a turn; `text` None: it is over. A `note` says why the sample cannot go on."""
 
     text: str | None
     note: str = ""
@@ -55,7 +56,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class Verifier:
-    """Which task scores, with which options. `weights` of reward terms go over the task's own; others count once."""
+    """Says which task scores, with which options.
+
+    `weights` of reward terms go over the task's own; others count once.
+    """
 
     task: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -116,7 +120,7 @@ def is_failure(reward: float | None, note: str) -> bool:
 
 
 def reply_of(text: Any) -> Reply:
-    """The reply that a task's answer to a turn stands for, whatever it is."""
+    """Return the reply that a task's answer to a turn stands for, whatever it is."""
     if text is None:
         return Reply(None)
     if not isinstance(text, str):
@@ -128,7 +132,7 @@ def reply_of(text: Any) -> Reply:
 
 
 def _failed(work: Any, note: str) -> "Score | Reply":
-    """Why a job has no answer, in the form that its kind of answer has."""
+    """Return why a job has no answer, in the form that its kind of answer has."""
     return Reply(None, note[:_NOTE]) if work is not None and work[0] == "reply" else Score(None, {}, note[:_NOTE])
 
 
@@ -136,7 +140,7 @@ _CLOSED = "the scorer was closed"
 
 
 class Scorer:
-    """`workers` processes that score. UserMistake on entry when a task cannot be loaded in one of them."""
+    """Runs `workers` processes that score. Raise UserMistake on entry when a task cannot be loaded in one of them."""
 
     def __init__(self, verifiers: Mapping[str, Verifier], workers: int = 2, time_limit_s: float = 10.0):
         self.verifiers, self.time_limit_s = dict(verifiers), time_limit_s
@@ -162,7 +166,8 @@ class Scorer:
         self.close()
 
     def submit(self, name: str, item: Item, completion: str, finish_reason: str = "stop") -> "Future[Score]":
-        """`name` is a key of `verifiers`. An aborted completion is not scorable; one cut off is scored as it stands."""
+        """Ask for the score of a completion. An aborted completion is not scorable; one cut off is scored as it
+        stands."""
         if finish_reason == "abort":
             future: Future[Score] = Future()
             future.set_result(Score(None, {}, ABORTED))
@@ -170,7 +175,7 @@ class Scorer:
         return self._asked("score", name, item, completion)
 
     def reply(self, name: str, item: Item, transcript: str) -> "Future[Reply]":
-        """What the task `name` answers to the completion so far."""
+        """Return what the task `name` answers to the completion so far."""
         return self._asked("reply", name, item, transcript)
 
     def _asked(self, kind: str, name: str, item: Item, text: str) -> Future:
@@ -200,7 +205,7 @@ class Scorer:
                     job[1].set_result(_failed(job[0], _CLOSED))
 
     def _serve(self) -> None:
-        """One process and its successors: a job at a time."""
+        """Serve one process and its successors, a job at a time."""
         process: _Process | None = None
         while (job := self._jobs.get()) is not None:
             work, future = job
@@ -217,7 +222,8 @@ class Scorer:
         self._end(process)
 
     def _ask(self, process: "_Process | None", work: Any) -> "tuple[_Process | None, Any]":
-        """(the process to go on with, its answer); a `work` of None asks for the mistake it met when it began."""
+        """Return (the process to go on with, its answer); a `work` of None asks for the mistake it met when it
+        began."""
         if process is None:
             process = _Process(self.verifiers)
             self._processes.add(process)
@@ -241,14 +247,14 @@ class Scorer:
 
 
 class _Process(Process):
-    """A process that has loaded the tasks of some verifiers."""
+    """Represents a process that has loaded the tasks of some verifiers."""
 
     def __init__(self, verifiers: Mapping[str, Verifier]):
         super().__init__("data_tools.tasks.rewards:begin", dict(verifiers))
         self._mistake: str | None = None
 
     def mistake(self) -> str:
-        """Why this process can score nothing, "" when it can; waits until it is up."""
+        """Return why this process can score nothing, "" when it can; waits until it is up."""
         if self._mistake is None:
             try:
                 self._mistake = str(self.begun())
@@ -257,7 +263,7 @@ class _Process(Process):
         return self._mistake
 
     def ask(self, work: Any, limit_s: float) -> "Score | Reply":
-        """The answer. Raises Ended."""
+        """Return the answer. Raise Ended."""
         answer = self.answer(work, limit_s)
         try:
             return (_read_reply if work[0] == "reply" else _read_score)(answer)
@@ -266,7 +272,7 @@ class _Process(Process):
 
 
 def _read_score(told: Any) -> Score:
-    """The score that a process of verifiers told. ValueError, TypeError or KeyError for what is none."""
+    """Return the score that a process of verifiers told. Raise ValueError, TypeError or KeyError for what is none."""
     reward = None if told["reward"] is None else float(told["reward"])
     parts = {str(name): float(value) for name, value in told["parts"].items()}
     answer = told["answer"]
@@ -287,7 +293,7 @@ def _read_reply(told: Any) -> Reply:
 
 
 def begin(verifiers: Mapping[str, Verifier]) -> "tuple[str, Callable[[Any], Any] | None]":
-    """(the mistake met when the tasks were loaded, "" for none; what answers a request)."""
+    """Return (the mistake met when the tasks were loaded, "" for none; what answers a request)."""
     try:
         tasks = {name: _Loaded(verifier) for name, verifier in verifiers.items()}
     except UserMistake as mistake:

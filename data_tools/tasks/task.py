@@ -17,31 +17,35 @@ import json
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Union
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
 from data_tools.records import readers
 
-_NO_TASKS = ("task", "mix", "rewards", "outcome", "process")  # other modules of the folder
+_NO_TASKS = (  # other modules of the folder
+    "arithmetic", "calculator_expressions", "calculator_measure", "calculator_tables", "environments", "estimators",
+    "math_answers", "mix", "outcome", "process", "rewards", "task",
+)  # fmt: skip
 
 
 class Row(NamedTuple):
-    """One training or test example: the model reads `prompt` and must continue with `answer`."""
+    """Represents one training or test example: the model reads `prompt` and must continue with `answer`."""
 
     prompt: str
     answer: str
 
 
-Prompt = Union[str, list[dict]]  # text, or messages for the tokenizer's chat template
+Prompt = str | list[dict]  # text, or messages for the tokenizer's chat template
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt, and what its task needs to score completions of it. `uid` names the prompt among all of a run's."""
+    """Represents one prompt, and what its task needs to score completions of it. `uid` names the prompt among all of a
+    run's."""
 
     uid: str
     prompt: Prompt
@@ -50,7 +54,8 @@ class Item:
 
     @classmethod
     def of(cls, prompt: Prompt, answer: Any = None, columns: Mapping[str, Any] = {}) -> "Item":
-        """Named by its prompt, so that the order of files and rows does not matter and equal prompts are one."""
+        """Return an item that is named by its prompt, so that the order of files and rows does not matter and equal
+        prompts are one."""
         return cls(_name_of(prompt), prompt, answer, columns)
 
     @property
@@ -83,33 +88,33 @@ class Source:
 SPLITS = ("train", "heldout")
 
 
-Terms = Union[float, Mapping[str, float | None], None]
+Terms = float | Mapping[str, float | None] | None
 
 
 class Task(Protocol):
-    """The names a task module exports."""
+    """Represents the names a task module exports."""
 
     Options: type  # a dataclass of plain types
     REWARDS: Mapping[str, float]  # the weight of each reward term, where a mix does not say otherwise
     HUB: str  # where on the hub its prompts are (data_tools/records/hub.py), "" for nowhere
 
     def items(self, record: dict[str, Any], options: Any) -> list[Item]:
-        """The prompts of one record. ValueError with the reason where it is malformed."""
+        """Return the prompts of one record. Raise ValueError with the reason where it is malformed."""
 
     def left_out(self, record: dict[str, Any]) -> list[str]:
         """Return the bucket of each row of a record that gives no prompt since it is wrong. May be left out."""
 
     def rewards(self, item: Item, completion: str, options: Any) -> Terms:
-        """The reward terms of a completion, without its end token; a lone number is the term `reward`.
+        """Return the reward terms of a completion, without its end token; a lone number is the term `reward`.
 
         None for what cannot be scored, a whole completion or one of its terms. Runs in a process of its own.
         """
 
     def warm_up(self) -> None:
-        """What takes long the first time, such as imports: outside the time limit of a sample. May be left out."""
+        """Do what takes long the first time, such as imports: outside the time limit of a sample. May be left out."""
 
     def final_answer(self, item: Item, completion: str, options: Any) -> str | None:
-        """The one spelling of what the completion answers, for majority votes; None when it answers nothing.
+        """Return the one spelling of what the completion answers, for majority votes; None when it answers nothing.
 
         A task without the name has no majority.
         """
@@ -119,59 +124,65 @@ class Task(Protocol):
     )
 
     def best(self, item: Item, options: Any) -> Mapping[str, float]:
-        """The terms of the best completion there can be, which alone is right; for rewards that are no yes or no.
+        """Return the terms of the best completion there can be, which alone is right; for rewards that are no yes or
+        no.
 
         A task that cannot tell leaves the name out. A pure function, called in the run's own process.
         """
 
     def cut_off(self, item: Item, options: Any) -> Terms:
-        """The terms of a completion that did not end; a task that scores such as they stand leaves the name out."""
+        """Return the terms of a completion that did not end; a task that scores such as they stand leaves the name
+        out."""
 
     def check_options(self, options: Any) -> list[str]:
         """What is wrong with values of the right type; a task where nothing can be leaves the name out."""
 
     def reply(self, item: Item, transcript: str, options: Any) -> str | None:
-        """What the environment answers to the completion so far, earlier replies included; None when it is over.
+        """Return what the environment answers to the completion so far, earlier replies included; None when it is over.
 
-        Asked after each of `stop_strings(options)`, and where the model ends a completion by itself; there "" is the end,
-        elsewhere it lets the model go on. For tasks of several turns; the others leave both names out. The tokens of a
-        reply count toward max_tokens and are not the model's: they are not trained. Runs in a process of its own, under
-        the same time limit as `rewards`. The same transcript should have the same reply: one that a kill lost is asked
-        for again.
+        Asked after each of `stop_strings(options)`, and where the model ends a completion by itself; there "" is the
+        end, elsewhere it lets the model go on. For tasks of several turns; the others leave both names out. The tokens
+        of a reply count toward max_tokens and are not the model's: they are not trained. Runs in a process of its own,
+        under the same time limit as `rewards`. The same transcript should have the same reply: one that a kill lost is
+        asked for again.
         """
 
     def stop_strings(self, options: Any) -> list[str] | None:
-        """Texts after which the model waits for a reply; the token that completes one may go on with other characters.
+        """Return texts after which the model waits for a reply; the token that completes one may go on with other
+        characters.
 
         None where there is one turn with these options.
         """
 
 
 class RowTask(Task, Protocol):
-    """A task whose answers can be learned, too."""
+    """Represents a task whose answers can be learned, too."""
 
     ALPHABET: str  # every character a canonical row may hold: the char tokenizer's vocabulary
 
     def parse_line(self, line: str) -> list[Row]:
-        """The rows of one JSONL line, unverified. ValueError with the reason where the line is malformed."""
+        """Return the rows of one JSONL line, unverified.
+
+        Raise ValueError with the reason where the line is malformed.
+        """
 
     def verify(self, row: Row) -> str | None:
-        """None when the answer is right, else the drop bucket it belongs to."""
+        """Return None when the answer is right, else the drop bucket it belongs to."""
 
     def canonical(self, row: Row) -> Row:
-        """The one spelling of a verified row."""
+        """Return the one spelling of a verified row."""
 
     def encode_answer(self, answer: str, options: Any) -> str:
-        """The text the model learns to write."""
+        """Return the text the model learns to write."""
 
     def decode_answer(self, text: str, options: Any) -> str:
-        """The answer in what the model wrote."""
+        """Return the answer in what the model wrote."""
 
     def is_correct(self, answer: str, completion: str, options: Any) -> bool:
-        """Whether `completion`, as the model wrote it and without its end token, gives `answer`."""
+        """Return whether `completion`, as the model wrote it and without its end token, gives `answer`."""
 
     def synthetic_row(self, seed: int, index: int, split: str) -> Row:
-        """Row `index` of the seeded stream of a split: a pure function, random access, canonical and right."""
+        """Return row `index` of the seeded stream of a split: a pure function, random access, canonical and right."""
 
 
 def task_names() -> list[str]:
@@ -180,7 +191,10 @@ def task_names() -> list[str]:
 
 
 def load_task(name: str) -> Task:
-    """The module of task `name`, or a user's. UserMistake with the nearest valid name when there is none."""
+    """Return the module of task `name`, or a user's.
+
+    Raise UserMistake with the nearest valid name when there is none.
+    """
     if ":" in name:
         return FunctionTask(name)  # type: ignore[return-value]
     if "." in name:
@@ -191,7 +205,7 @@ def load_task(name: str) -> Task:
 
 
 def load_row_task(name: str) -> RowTask:
-    """A task with rows. UserMistake for one that has prompts only."""
+    """Return a task with rows. Raise UserMistake for one that has prompts only."""
     task = load_task(name)
     if not hasattr(task, "parse_line"):
         raise UserMistake(f"task {name!r} has prompts to score, no rows to learn; calculator has both")
@@ -199,13 +213,13 @@ def load_row_task(name: str) -> RowTask:
 
 
 def rows_of(task: RowTask, raw: Any) -> list[Row]:
-    """Return the rows of a record as a share of its file gives it (data_tools/records/readers.py). Raise ValueError with the
-    reason."""
+    """Return the rows of a record as a share of its file gives it (data_tools/records/readers.py). Raise ValueError
+    with the reason."""
     return task.parse_line(readers.text_of(raw))
 
 
 def check_task(name: str) -> str | None:
-    """Why there is no such task, None when there is one. Runs no code of a user's module but its packages'."""
+    """Return why there is no such task, None when there is one. Runs no code of a user's module but its packages'."""
     if ":" not in name and "." not in name:
         return None if name in task_names() else f"unknown task {name!r}{nearest(name, task_names())}"
     module, _, function = name.partition(":")
@@ -238,7 +252,8 @@ def _user_module(name: str) -> Any:
 
 
 class FunctionTask:
-    """A user's function as a task: `my.module:reward` is called with (item, completion) and gives reward terms.
+    """Represents a user's function as a task: `my.module:reward` is called with (item, completion) and gives reward
+    terms.
 
     A record has `prompt` (text or messages) or `messages`, and whatever else the function reads from item.columns.
     RIGHT of the module, or of the function, is the least reward that is right.
@@ -253,9 +268,10 @@ class FunctionTask:
 
     def __init__(self, path: str):
         module, _, name = path.partition(":")
-        self._function = getattr(_user_module(module), name, None)
-        if not callable(self._function):
+        function = getattr(_user_module(module), name, None)
+        if not callable(function):
             raise UserMistake(f"module {module!r} has no function {name!r}")
+        self._function: Callable[[Item, str], Any] = function
         self.REWARDS: dict[str, float] = {}
         for place in (sys.modules[module], self._function):
             if hasattr(place, "RIGHT"):
@@ -272,8 +288,9 @@ class FunctionTask:
 
 
 def task_options(task: Any, values: Mapping[str, Any]) -> Any:
-    """The task's `Options` filled from a mapping. UserMistake naming unknown keys and wrong types."""
-    valid = {item.name: item.type for item in fields(task.Options)}
+    """Return the task's `Options` filled from a mapping. Raise UserMistake naming unknown keys and wrong types."""
+    types = get_type_hints(task.Options)
+    valid = {item.name: types[item.name] for item in fields(task.Options)}
     given = {}
     for key, value in values.items():
         if key not in valid:
@@ -299,7 +316,7 @@ def check_rows(name: str, options: dict[str, Any], source: Source) -> list[Probl
 
 
 def check_options(task: Any, values: Mapping[str, Any], where: str = "task_options") -> list[Problem]:
-    """Wrong names and types of options, and whatever else the task's own `check_options` refuses."""
+    """Return wrong names and types of options, and whatever else the task's own `check_options` refuses."""
     try:
         options = task_options(task, values)
     except UserMistake as mistake:

@@ -8,7 +8,7 @@ from data_tools.base.seeded import permutation
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake, nearest
 from data_tools.packs import inspection
-from data_tools.packs.pack import PackReader
+from data_tools.packs.plan import PackReader
 from data_tools.packs.store import Store
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.pipeline import substitute

@@ -142,7 +142,7 @@ def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for file in files:
         for record in readers.records(file, "jsonl"):
             if record.problem:
-                raise UserMistake(Problem(str(record.place), f"{record.problem}; restore the file, or sample again"))
+                raise record.mistake(remedy="restore the file, or sample again")
             yield record.value
 
 

@@ -82,7 +82,7 @@ def pack_facts(folder: str, site: Site) -> dict[str, Any]:
 
 def _lengths(folder: str) -> Any:
     """Tokens of each packed document, int array; None where the plan is not there yet."""
-    from data_tools.packs.pack import read_plan
+    from data_tools.packs.plan import read_plan
 
     try:
         return read_plan(Path(folder))[1].pieces.length

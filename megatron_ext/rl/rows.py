@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.distributed.nn.functional import all_reduce
 
-from data_tools.packs.pack import padded_to
+from data_tools.packs.plan import padded_to
 from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import Targets
 from megatron_ext.parallel.plan import ParallelPlan

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from safetensors.torch import save_file
 
-from data_tools.packs.pack import Pack
+from data_tools.packs.plan import Pack
 from megatron_ext.models.layouts import default_start, hf_rules, hf_shapes
 from megatron_ext.models.registry import Family, stages
 from megatron_ext.parallel import ranks

@@ -30,7 +30,7 @@ class Pack(Protocol):
 
 
 class Packs(Protocol):
-    """What data_tools.packs.pack.PackReader offers."""
+    """What data_tools.packs.plan.PackReader offers."""
 
     n_packs: int
     pack_length: int

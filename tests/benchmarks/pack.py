@@ -93,7 +93,8 @@ def grown(call, *arguments) -> float:
 
 def read_a_pack() -> float:
     """Milliseconds to read a random full pack of a store of 64 packs, the median."""
-    from data_tools.packs.pack import Config, PackReader, pack
+    from data_tools.packs.pack import Config, pack
+    from data_tools.packs.plan import PackReader
     from data_tools.packs.store import Provenance, StoreWriter, row_text
 
     with tempfile.TemporaryDirectory() as folder:

@@ -51,6 +51,7 @@ def ours(folder: Path, packs: int, median: int) -> float:
 
     device.init_device()
     from data_tools.packs import pack, store
+    from data_tools.packs.plan import PackReader
     from megatron_ext.parallel.plan import ParallelPlan
     from megatron_ext.training import loop
     from megatron_ext.training.schedule import Schedule
@@ -64,7 +65,7 @@ def ours(folder: Path, packs: int, median: int) -> float:
         writer.add(ids, np.ones(len(ids), np.uint8), store.Provenance(0, line, store.row_text(str(line), "")))
     writer.close()
     pack.pack(pack.Config(store=str(folder / "store"), pack_length=LENGTH), folder / "packs")
-    reader, plan = pack.PackReader(folder / "store", folder / "packs"), ParallelPlan()
+    reader, plan = PackReader(folder / "store", folder / "packs"), ParallelPlan()
     run = loop.Run(Schedule("constant", reader.n_packs, 1e-5), 1)
     with ranks.started(plan):
         trainer = Trainer(tiny.model(folder / "hf", dims(), plan), plan, AdamW())

@@ -78,7 +78,8 @@ def numbers():
     for top, bottom in ((1, 2), (3, 4), (-5, 8), (7, 3), (11, 40)):
         sign, size = "-" if top < 0 else "", abs(top)
         yield (top, bottom), {f"{top}/{bottom}", f"\\frac{{{top}}}{{{bottom}}}", f"{sign}\\dfrac{{{size}}}{{{bottom}}}",
-                              f"{sign}\\frac{{{2 * size}}}{{{2 * bottom}}}", f"{sign}\\frac {{{size}}} {{{bottom}}}"}  # fmt: skip
+                              f"{sign}\\frac{{{2 * size}}}{{{2 * bottom}}}",
+                              f"{sign}\\frac {{{size}}} {{{bottom}}}"}  # fmt: skip
     for power in (-7, -5, 4, 16, 20):
         plain = f"{10**power:d}" if power > 0 else f"0.{'0' * (-power - 1)}1"
         yield f"1e{power}", {f"1e{power}", f"10^{{{power}}}", f"1 \\times 10^{{{power}}}", plain, f"1E{power:+03d}"}
@@ -200,7 +201,8 @@ def test_a_choice_is_the_one_letter_that_is_named(letter):
 # -- real answers -----------------------------------------------------------------------------------------------------
 
 SPELLINGS = [  # of LaTeX, that mean the same
-    lambda s: f"${s}$", lambda s: f" {s} ", lambda s: f"{s}.", lambda s: f"\\displaystyle {s}", lambda s: f"{{{s}}}", lambda s: f"\\({s}\\)",
+    lambda s: f"${s}$", lambda s: f" {s} ", lambda s: f"{s}.", lambda s: f"\\displaystyle {s}", lambda s: f"{{{s}}}",
+    lambda s: f"\\({s}\\)",
     lambda s: s.replace("\\frac", "\\dfrac"), lambda s: s.replace("\\frac", "\\tfrac"), lambda s: s.replace("-",
     "−"), lambda s: s.replace("\\pi", "π"),
     lambda s: re.sub(r"\\sqrt\{(\d+)\}", r"√\1", s), lambda s: re.sub(r"\\(?:left|right)",

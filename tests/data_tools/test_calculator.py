@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from data_tools.tasks import calculator
-from data_tools.tasks.calculator import Options, Row, canonical, measure, share, synthetic_line, synthetic_row, verify
+from data_tools.tasks import calculator, calculator_tables
+from data_tools.tasks.calculator import Options, Row, canonical, synthetic_line, synthetic_row, verify
+from data_tools.tasks.calculator_measure import Proportions, measure, share
 from data_tools.tasks.task import load_task, task_names, task_options
 from tests.data_tools.conftest import line
 from tests.inputs import Inputs
@@ -114,7 +115,7 @@ def test_lines_are_the_row_stream_cut_at_line_ends(split: str) -> None:
 
 def test_a_cycle_of_lines_holds_the_measured_number_of_marks() -> None:
     counts = Counter(len(calculator.parse_line(synthetic_line(0, index, "train"))) for index in range(100))
-    assert counts == calculator.MARKS_PER_LINE
+    assert counts == calculator_tables.MARKS_PER_LINE
 
 
 # Largest distance of two proportions; the generator's includes the sampling error of 9,800 marks (about 0.01 for a
@@ -125,22 +126,22 @@ STATED = ["operations", "operators", "digits", "decimals", "answer_decimals", "s
 
 
 @pytest.fixture(scope="module")
-def generated() -> calculator.Proportions:
+def generated() -> Proportions:
     return measure(synthetic_line(1, index, "train") for index in range(3000))
 
 
 @pytest.mark.parametrize("table", STATED)
-def test_the_generator_keeps_the_stated_proportions(generated: calculator.Proportions, table: str) -> None:
-    found, stated = share(getattr(generated, table)), getattr(calculator, table.upper())
+def test_the_generator_keeps_the_stated_proportions(generated: Proportions, table: str) -> None:
+    found, stated = share(getattr(generated, table)), getattr(calculator_tables, table.upper())
     assert {name: found.get(name, 0) for name in stated} == pytest.approx(stated, abs=TOLERANCE)
 
 
-def test_the_generator_keeps_pairs_and_fractions(generated: calculator.Proportions) -> None:
-    for shape, stated in calculator.PAIRS.items():
+def test_the_generator_keeps_pairs_and_fractions(generated: Proportions) -> None:
+    for shape, stated in calculator_tables.PAIRS.items():
         found = share(generated.pairs[shape])
         listed = {name: value for name, value in stated.items() if name != "other"}
         assert {name: found.get(name, 0) for name in listed} == pytest.approx(listed, abs=0.035)  # 1,400 marks a shape
-    for kind, stated in calculator.FRACTIONAL_ANSWERS.items():
+    for kind, stated in calculator_tables.FRACTIONAL_ANSWERS.items():
         assert share(generated.fractional_answers[kind])[True] == pytest.approx(stated, abs=0.05)
 
 
@@ -166,21 +167,21 @@ def test_the_stated_proportions_are_those_of_gsm8k(inputs: Inputs) -> None:
         return
     assert real.marks == 23_716
     for table in [*STATED, "last_decimal"]:
-        stated = getattr(calculator, table.upper())
+        stated = getattr(calculator_tables, table.upper())
         found = share(getattr(real, table))
         assert {name: found[name] for name in stated} == pytest.approx(stated, abs=0.0001), table
-    for shape, stated in calculator.PAIRS.items():
+    for shape, stated in calculator_tables.PAIRS.items():
         found = share(real.pairs[shape])
         found["other"] = sum(value for name, value in found.items() if name not in stated)
         assert {name: found[name] for name in stated} == pytest.approx(stated, abs=0.0001)
-    for role, stated in calculator.OPERANDS.items():
+    for role, stated in calculator_tables.OPERANDS.items():
         found = share(real.operands[role])
         assert {name: found[name] for name in stated} == pytest.approx(stated, abs=0.0001)
-    for kind, stated in calculator.FRACTIONAL_ANSWERS.items():
+    for kind, stated in calculator_tables.FRACTIONAL_ANSWERS.items():
         assert share(real.fractional_answers[kind])[True] == pytest.approx(stated, abs=0.0001)
     with_marks = sum(count for marks, count in real.marks_per_line.items() if marks)
-    found = {marks: 100 * real.marks_per_line[marks] / with_marks for marks in calculator.MARKS_PER_LINE}
-    assert found == pytest.approx(calculator.MARKS_PER_LINE, abs=0.6)
+    found = {marks: 100 * real.marks_per_line[marks] / with_marks for marks in calculator_tables.MARKS_PER_LINE}
+    assert found == pytest.approx(calculator_tables.MARKS_PER_LINE, abs=0.6)
 
 
 @pytest.mark.parametrize(("name", "marks"), [("train.jsonl", (14, 23_716)), ("test.jsonl", (5, 4_282))])

@@ -37,7 +37,7 @@ texts = st.text(st.sampled_from("abc 世☕é\u0301e\n\u095c\u212a\u1100\u1161")
 @given(texts, st.lists(st.integers(0, 40), max_size=6))
 def test_the_mask_is_on_the_tokens_that_hold_characters_of_a_span(tokenizer, text, places):
     places = sorted({min(place, len(text)) for place in places})
-    spans = [span for span in zip(places[0::2], places[1::2])]
+    spans = list(zip(places[0::2], places[1::2]))
     ids, mask = Encoder(tokenizer, "huggingface").encode(text, spans)
     encoded = tokenizer.fast.encode(text, add_special_tokens=False)
     assert ids.tolist() == encoded.ids and (ids.dtype, mask.dtype) == (np.int32, np.uint8)

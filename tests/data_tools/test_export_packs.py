@@ -10,7 +10,8 @@ import pytest
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.packs.export_packs import export
-from data_tools.packs.pack import Config, PackReader, check, pack
+from data_tools.packs.pack import Config, check, pack
+from data_tools.packs.plan import PackReader
 from data_tools.packs.store import Provenance, StoreWriter, row_text
 
 Document = tuple[list[int], list[int]]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from data_tools.base.durable import write_json
 from data_tools.mistake import UserMistake
-from data_tools.packs.pack import PADDING_SLOT, Config, PackReader, check, pack
+from data_tools.packs.pack import Config, check, pack
+from data_tools.packs.plan import PADDING_SLOT, Pack, PackReader
 from data_tools.packs.store import Provenance, Store, StoreWriter, row_text
 from data_tools.records.balance import Balance, SourceBalance
 
@@ -70,37 +71,43 @@ def test_every_token_is_in_one_pack_once_and_a_document_sees_only_itself(
         assert min(-(-(sum(pair)) // settings["align"]) * settings["align"] for pair in lengths) > pack_length
         return
     reader = PackReader(store.folder, plan, pad_id=PAD)
-    seen: Counter[int] = Counter()
-    placed: list[int] = []
-    targets = 0.0
-    for index in range(reader.n_packs):
-        got = reader.pack(index)
-        assert {len(a) for a in (got.ids, got.labels, got.loss_mask, got.positions)} == {pack_length}
-        assert [got.ids.dtype, got.labels.dtype, got.loss_mask.dtype] == [np.int64, np.int64, np.float32]
-        assert got.positions.dtype == np.int64 and got.cu_seqlens.dtype == np.int32
-        assert got.cu_seqlens[0] == 0 and got.cu_seqlens[-1] == pack_length and (np.diff(got.cu_seqlens) > 0).all()
-        assert all(boundary % settings["align"] == 0 for boundary in got.cu_seqlens.tolist())
-        assert len(got.cu_seqlens) - 1 - len(got.doc_ids) in (0, 1)
-        for slot, (start, stop) in enumerate(zip(got.cu_seqlens[:-1], got.cu_seqlens[1:])):
-            assert got.positions[start:stop].tolist() == list(range(stop - start))
-            row = int(got.doc_ids[slot]) if slot < len(got.doc_ids) else None
-            tokens = store.ids(row).tolist() if row is not None else []
-            mask = store.mask(row).tolist() if row is not None else []
-            padding = int(stop - start) - len(tokens)
-            assert got.ids[start:stop].tolist() == tokens + [PAD] * padding
-            assert got.labels[start:stop].tolist() == tokens[1:] + [PAD] * (padding + bool(tokens))
-            assert got.loss_mask[start:stop].tolist() == mask[1:] + [0.0] * (padding + bool(tokens))
-            if row is not None:
-                assert padding < settings["align"]
-        seen.update(token for token in got.ids.tolist() if token != PAD)
-        placed += got.doc_ids.tolist()
-        targets += float(got.loss_mask.sum())
     align = settings["align"]
+    packs = [reader.pack(index) for index in range(reader.n_packs)]
+    for got in packs:
+        check_shape(got, pack_length, align)
+        check_slots(got, store, align)
     fitting = [row for row in range(len(store)) if -(-len(store.ids(row)) // align) * align <= pack_length]
-    assert sorted(placed) == fitting
+    assert sorted(row for got in packs for row in got.doc_ids.tolist()) == fitting
+    seen = Counter(token for got in packs for token in got.ids.tolist() if token != PAD)
     assert seen == Counter(token for row in fitting for token in store.ids(row).tolist())
+    targets = sum(float(got.loss_mask.sum()) for got in packs)
     assert targets == reader.facts["targets"] == sum(int(store.mask(row)[1:].sum()) for row in fitting)
     assert reader.facts["documents"] + reader.facts["overlong"] == len(store)
+
+
+def check_shape(got: Pack, pack_length: int, align: int) -> None:
+    """The arrays have the length of the pack, and the slots fill it up."""
+    assert {len(a) for a in (got.ids, got.labels, got.loss_mask, got.positions)} == {pack_length}
+    assert [got.ids.dtype, got.labels.dtype, got.loss_mask.dtype] == [np.int64, np.int64, np.float32]
+    assert got.positions.dtype == np.int64 and got.cu_seqlens.dtype == np.int32
+    assert got.cu_seqlens[0] == 0 and got.cu_seqlens[-1] == pack_length and (np.diff(got.cu_seqlens) > 0).all()
+    assert all(boundary % align == 0 for boundary in got.cu_seqlens.tolist())
+    assert len(got.cu_seqlens) - 1 - len(got.doc_ids) in (0, 1)
+
+
+def check_slots(got: Pack, store: Store, align: int) -> None:
+    """Each slot holds one document of the store and padding, or padding alone."""
+    for slot, (start, stop) in enumerate(zip(got.cu_seqlens[:-1], got.cu_seqlens[1:])):
+        assert got.positions[start:stop].tolist() == list(range(stop - start))
+        row = int(got.doc_ids[slot]) if slot < len(got.doc_ids) else None
+        tokens = store.ids(row).tolist() if row is not None else []
+        mask = store.mask(row).tolist() if row is not None else []
+        padding = int(stop - start) - len(tokens)
+        assert got.ids[start:stop].tolist() == tokens + [PAD] * padding
+        assert got.labels[start:stop].tolist() == tokens[1:] + [PAD] * (padding + bool(tokens))
+        assert got.loss_mask[start:stop].tolist() == mask[1:] + [0.0] * (padding + bool(tokens))
+        if row is not None:
+            assert padding < align
 
 
 def test_shuffled_packs_of_tiny_documents_mix_lengths_and_are_nearly_full(

@@ -36,7 +36,7 @@ def test_messages_are_written_by_the_template_up_to_the_assistants_turn(folder):
 
 @pytest.mark.parametrize("form", [None, "<pad> $A", "$A <end>", "<pad> $A <end>", "<pad> <end> $A"])
 def test_texts_begin_as_transformers_begins_them_once_and_messages_as_the_template_does(folder, form):
-    """What follows a text is the model's to write: of the special tokens of tokenizer(text) the first ones alone count."""
+    """What follows a text is the model's to write: of tokenizer(text)'s special tokens only the first ones count."""
     from tokenizers import Tokenizer, processors
     from transformers import AutoTokenizer
 

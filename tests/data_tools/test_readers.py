@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.mistake import UserMistake
-from data_tools.records import readers
-from data_tools.records.readers import open_share, read_blend
+from data_tools.records import readers, shares
+from data_tools.records.blend_file import read_blend
+from data_tools.records.shares import open_share
 
 ROWS = [{"question": f"{n}?", "answer": "x" * (n % 7) * 40} for n in range(57)]
 
@@ -70,14 +71,12 @@ def test_shares_one_after_the_other_are_the_file(tmp_path, name, count):
     st.integers(1, 40),
 )
 def test_packed_lines_are_shared_whatever_the_blocks(tmp_path_factory, lines, count, last_end, kind, block):
-    from data_tools.records import readers
-
     path = tmp_path_factory.mktemp("p") / f"a.jsonl.{kind}"
     data = b"\n".join(lines) + (b"\n" if last_end else b"")
     pack = gzip.compress if kind == "gz" else zstd
     path.write_bytes(b"".join(pack(data[start : start + 20]) for start in range(0, len(data), 20)) or pack(b""))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_BLOCK", block)
+        patch.setattr(shares, "_BLOCK", block)
         parts = [list(open_share(path, index, count)) for index in range(count)]
     assert b"".join(line for part in parts for line in part) == data
 

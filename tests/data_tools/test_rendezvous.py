@@ -12,7 +12,8 @@ import pytest
 
 from data_tools.base import rendezvous
 from data_tools.base.ports import PORTS
-from data_tools.base.rendezvous import NONCE, Client, Meeting, MeetingFailed, MeetingTimeout, Server
+from data_tools.base.rendezvous import NONCE, Client, Meeting, MeetingFailed, MeetingTimeout
+from data_tools.base.rendezvous_server import UNPROVEN, Server
 from tests.command import ROOT, wait_for
 
 KEY = b"k" * 32
@@ -89,7 +90,7 @@ def attack(server: Server, sent: bytes, after_nonce: bool = True) -> bytes:
 
 
 STRANGERS = {
-    "zeros": b"\0" * 64, "a request": b"\0" * 64 + rendezvous._pack([b"get", b"1", b"secret"]),
+    "zeros": b"\0" * 64, "a request": b"\0" * 64 + rendezvous.pack_fields([b"get", b"1", b"secret"]),
     "torch's TCPStore": b"\x00\xce\xc0\x85\x3c" + b"\0" * 100, "http": b"GET / HTTP/1.1\r\n\r\n" * 10,
     "a megabyte": b"A" * (1 << 20), "the server's own proof": b"S",
 }  # fmt: skip
@@ -108,10 +109,10 @@ def test_a_stranger_learns_nothing_changes_nothing_and_hangs_nobody(store, stran
 
 def test_strangers_that_say_nothing_do_not_keep_others_out(store):
     server, client = store
-    silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(rendezvous.UNPROVEN + 30)]
+    silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(UNPROVEN + 30)]
     late = Client(server.meeting, 20.0)
     client.set("a", b"1")
-    assert late.get("a") == b"1" and len(server._unproven) <= rendezvous.UNPROVEN
+    assert late.get("a") == b"1" and len(server._unproven) <= UNPROVEN
     for one in silent:
         one.close()
 
@@ -252,7 +253,8 @@ def test_an_address_that_is_none_is_said_at_once(request):
 def test_more_ranks_than_the_soft_limit_of_open_files_are_let_in():
     """Rank 0 of a large job holds one connection for each rank, and torch's as well."""
     code = (
-        "import os, resource; from data_tools.base.rendezvous import Client, Meeting, Server\n"
+        "import os, resource; from data_tools.base.rendezvous import Client, Meeting\n"
+        "from data_tools.base.rendezvous_server import Server\n"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))\n"
         "server = Server(Meeting('127.0.0.1', range(20000, 30000), f'many/{os.getpid()}', b'k' * 32))\n"

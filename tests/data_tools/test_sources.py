@@ -1,4 +1,4 @@
-"""Keys of `weights` and `overlong_of` name a store's sources by name, path or pattern, and never two at once in silence."""
+"""Keys of `weights` and `overlong_of` name a store's sources by name, path or pattern, and never two in silence."""
 
 import pytest
 
@@ -11,7 +11,8 @@ MEANS = [  # key, the sources it means
     ("/data/maths.jsonl", [0]), ("maths.jsonl", [0]), ("data/maths.jsonl", [0]), ("./maths.jsonl", [0]),
     ("../data/maths.jsonl", [0]), ("a/train.jsonl", [1]), ("*/train.jsonl", [1, 2]), ("train.*", [1, 2]),
     ("/data/*.jsonl", [0]), ("*", [0, 1, 2, 3, 4]), ("*.jsonl", [0, 1, 2, 3]), ("/run/kept/K/work/x", [3]),
-    ("/run/kept/K/work/x/chat.jsonl", [3]), ("/data", [0, 1, 2]), ("synthetic*", [4]), ("synthetic train rows, seed 1", [4]),
+    ("/run/kept/K/work/x/chat.jsonl", [3]), ("/data", [0, 1, 2]), ("synthetic*", [4]),
+    ("synthetic train rows, seed 1", [4]),
     ("chat.jsonl", [3]), ("[am]*.jsonl", [0]),
 ]  # fmt: skip
 

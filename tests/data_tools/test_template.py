@@ -13,7 +13,7 @@ from data_tools.chats.template import ChatTemplate, TemplateError
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.chats.turns import Turns
 from data_tools.mistake import UserMistake
-from data_tools.records.readers import open_share
+from data_tools.records.shares import open_share
 from tests.data_tools.chats import (
     ADDING,
     ASKED,
@@ -148,7 +148,7 @@ def test_the_text_is_what_transformers_renders_byte_for_byte(name, kind, tokeniz
     try:
         text, spans = template.render(conversation)
     except TemplateError:
-        with pytest.raises(Exception):
+        with pytest.raises(Exception):  # noqa: B017  (which one is transformers' affair)
             theirs.apply_chat_template(
                 conversation.messages, tools=TOOLS, chat_template=template_of(name), tokenize=False
             )

@@ -256,7 +256,8 @@ def test_templates_of_other_places_give_the_masks_of_prefixes_or_are_refused(pat
 # What is said: texts that look like tags, and that a normal form changes.
 PIECES = st.sampled_from([
     "a", "word ", "B2", ".", " ", "\n", "\n\n", "<think>", "</think>", "<|im_end|>", "<|im_start|>user\n",
-    "<tool_call>", "</tool_call>", "<|user|>", "<|end|>", "{", '"', "\\", "é", "e\u0301", "\u095c\u095c", "\u212a\u212a\u212a", "世☕",
+    "<tool_call>", "</tool_call>", "<|user|>", "<|end|>", "{", '"', "\\", "é", "e\u0301", "\u095c\u095c",
+    "\u212a\u212a\u212a", "世☕",
 ])  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=6).map("".join)
 SAID = TEXTS.map(lambda text: f"so{text}it")
@@ -264,7 +265,8 @@ THOUGHTS = st.none() | SAID
 # -- templates that end a turn within the next message -----------------------------------------------------------------
 
 APERTUS = """
-{%- for m in messages %}{% if m.role == 'user' %}{{ '<|assistant_end|>' if not loop.first }}<|user_start|>{{ m.content }}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ '<|assistant_end|>' if not loop.first }}<|user_start|>{{ m.content }}
 {%- elif m.role == 'assistant' %}{{ ']' if loop.previtem.role == 'tool' else '<|assistant_start|>' }}{{ m.content }}
 {%- for c in m.tool_calls or [] %}<|tools_prefix|>{{ c.function | tojson }}<|tools_suffix|>{% endfor %}
 {%- else %}{{ '[' if loop.previtem.role != 'tool' else ', ' }}{{ m.content }}{% endif %}{% endfor %}

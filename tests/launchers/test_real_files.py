@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from data_tools.base.durable import read_json
-from data_tools.packs.pack import PackReader
+from data_tools.packs.plan import PackReader
 from data_tools.packs.store import Store
 from data_tools.records.balance import Balance
 from jobs.artifacts.artifact import read_seal

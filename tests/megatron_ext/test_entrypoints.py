@@ -306,12 +306,13 @@ def _hosted() -> int:
     import torch
 
     from data_tools.base import rendezvous
+    from data_tools.base.rendezvous_server import Server
     from data_tools.base.ports import PORTS
     from megatron_ext.parallel import ranks
 
     rank, port = int(os.environ["RANK"]), os.environ["MASTER_PORT"]
     place = rendezvous.Meeting("127.0.0.1", PORTS, f"test {port}", b"the key of a test")
-    server = rendezvous.Server(place) if rank == 0 else None
+    server = Server(place) if rank == 0 else None
     store = rendezvous.Client(place, 30.0)
     told = rendezvous.to_environment(place, store.port)
     os.environ.update(told)

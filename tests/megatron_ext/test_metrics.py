@@ -72,7 +72,7 @@ def test_a_line_says_how_the_steps_went(tracked, calculator):
 def test_validation_is_the_mean_over_all_supervised_tokens(tracked, calculator):
     found = [(line["step"], line["valid_loss"]) for line in lines_of(tracked) if "valid_loss" in line]
     assert [step for step, _ in found] == [5, 10]
-    from data_tools.packs.pack import PackReader
+    from data_tools.packs.plan import PackReader
     from megatron_ext.model_folders import model_folder
 
     packs = PackReader(calculator["store"], calculator["packs"])

@@ -15,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from data_tools.mistake import UserMistake
 from data_tools.packs import pack
 from data_tools.packs.blended import BlendedPacks
-from data_tools.packs.pack import PackReader
+from data_tools.packs.plan import PackReader
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan

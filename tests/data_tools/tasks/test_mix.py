@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import zstandard
@@ -111,7 +112,7 @@ def test_the_digest_of_scoring_tells_other_answers_columns_and_code_and_is_no_ch
     class Value:  # which calls itself by its place in memory
         pass
 
-    def scoring(answer=1, columns={}, uid="a/0", task="calculator"):
+    def scoring(answer=1, columns=MappingProxyType({}), uid="a/0", task="calculator"):
         mix = Mix({"a": Entry(task)}, 0, {"a": [Item(uid, "?", answer, columns)]})
         return mix.scoring([mix.held_out("a", 0)])
 
@@ -293,8 +294,9 @@ CONFIG = MixConfig({
     "d": Entry("calculator", {"reverse_digits": 1}, hub="gsm8k", weight=float("nan")),
     "e": Entry("nowhere.at:all", source=Source(inputs=["x"])),
 })  # fmt: skip
-TOLD = """
-mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: aime, bracketed_action, calculator, dapo_math, gsm8k, math500, multiple_choice)
+TASKS = "aime, bracketed_action, calculator, dapo_math, gsm8k, math500, multiple_choice"
+TOLD = f"""
+mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: {TASKS})
 mix.entries.b.rewards: task calculator has no reward term 'corect' (did you mean correct? known: correct)
 mix.entries.b.limit: -1 is negative; 0 takes all prompts
 mix.entries.b.hub: is given beside source; give one of them

@@ -38,8 +38,8 @@ def test_the_best_action_of_a_row_is_right_whatever_it_is_worth():
 
 def test_a_term_correct_decides_beside_any_others():
     entry = Entry("gsm8k", rewards={"format": 0.1})
-    assert [right(entry, reward, {"correct": correct, "format": 1 - correct}) for reward, correct in ((1.0, 1.0), (0.1, 0.0))] == [
-        True, False]  # fmt: skip
+    for reward, correct in ((1.0, 1.0), (0.1, 0.0)):
+        assert right(entry, reward, {"correct": correct, "format": 1 - correct}) is bool(correct)
 
 
 def test_rewards_that_are_neither_right_nor_wrong_have_no_verdict_until_their_task_says_which(mine):

@@ -212,7 +212,7 @@ def test_a_process_is_ended_once_whoever_comes_first():
     for _ in range(40):
         process, start = _Process({}), threading.Barrier(8)
         with ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda _: (start.wait(), process.kill()), range(8)))
+            list(threads.map(lambda _, start=start, process=process: (start.wait(), process.kill()), range(8)))
         with pytest.raises(ProcessLookupError):
             os.kill(process._process.pid, 0)
 

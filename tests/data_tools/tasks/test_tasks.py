@@ -182,7 +182,8 @@ def test_the_final_channel_of_a_decision_counts_alone():
     item = item_of("bracketed_action", ACTIONS)
     analysis = "<|channel|>analysis<|message|>I take [1]<|end|><|start|>assistant"
     for completion, reward in (
-        (f"{analysis}<|channel|>final<|message|>[0]", 0.25), (f"{analysis}<|channel|>final<|message|>[0]<|return|>", 0.25),
+        (f"{analysis}<|channel|>final<|message|>[0]", 0.25),
+        (f"{analysis}<|channel|>final<|message|>[0]<|return|>", 0.25),
         ("<think>maybe [1]</think> so [0]", 0.25), ("maybe [1]</think> so [0]", 0.25),
     ):  # fmt: skip
         assert score("bracketed_action", item, completion) == {"action": reward}, completion

@@ -47,33 +47,42 @@ class Evil:
         return os.system, (f"touch {os.environ['TMPDIR']}/unpickled",)
 
 
+def forge(completion):
+    """Write something of its own to every descriptor, as the verifiers' answer."""
+    forged = json.dumps({"reward": 1.0, "parts": {}, "note": "", "answer": None}).encode()
+    sent = {"half an answer": b"\0\0\x10\0abc", "a pickle": pickle.dumps(Evil()),
+            "an answer of before": len(forged).to_bytes(4, "big") + forged}[completion]  # fmt: skip
+    for handle in [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]:
+        try:
+            os.write(handle, sent)
+        except OSError:
+            continue
+    if completion == "half an answer":
+        time.sleep(3600)
+
+
+def leave_a_child(completion):
+    """Start a process that outlives its parent, and then do as the completion says."""
+    child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
+    with open(f"{os.environ['TMPDIR']}/left", "a") as file:
+        print(child.pid, file=file)
+    if completion.endswith("its supervisor"):
+        os.kill(os.getppid(), signal.SIGSTOP if "stops" in completion else signal.SIGKILL)
+    if completion in ("leaves and hangs", "leaves and stops its supervisor", "leaves and kills its supervisor"):
+        time.sleep(3600)
+    if completion == "leaves and dies":
+        os._exit(1)
+
+
 def hostile(item, completion):
     """As the completion says."""
-    mine = [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
     if completion == "closes":
         os.closerange(3, 1024)
         time.sleep(3600)
     if completion in ("half an answer", "a pickle", "an answer of before"):
-        forged = json.dumps({"reward": 1.0, "parts": {}, "note": "", "answer": None}).encode()
-        sent = {"half an answer": b"\0\0\x10\0abc", "a pickle": pickle.dumps(Evil()),
-                "an answer of before": len(forged).to_bytes(4, "big") + forged}[completion]  # fmt: skip
-        for handle in mine:
-            try:
-                os.write(handle, sent)
-            except OSError:
-                continue
-        if completion == "half an answer":
-            time.sleep(3600)
+        forge(completion)
     if completion.startswith("leaves"):
-        child = subprocess.Popen(["sleep", "3600"], start_new_session=True)
-        with open(f"{os.environ['TMPDIR']}/left", "a") as file:
-            print(child.pid, file=file)
-        if completion.endswith("its supervisor"):
-            os.kill(os.getppid(), signal.SIGSTOP if "stops" in completion else signal.SIGKILL)
-        if completion in ("leaves and hangs", "leaves and stops its supervisor", "leaves and kills its supervisor"):
-            time.sleep(3600)
-        if completion == "leaves and dies":
-            os._exit(1)
+        leave_a_child(completion)
     if completion == "a huge number":
         frame = sys._getframe()
         while "connection" not in frame.f_locals:

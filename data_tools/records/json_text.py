@@ -1,0 +1,30 @@
+"""JSON text read strictly: an object that has a key twice is refused, since it leaves open what it says."""
+
+import json
+from typing import Any
+
+
+class RepeatedKey(ValueError):
+    """Raised for a JSON object that has a key twice, which leaves open what it says."""
+
+
+def json_value(text: str) -> Any:
+    """Return the value of a JSON text. Raise ValueError with the reason where there is none, or a key stands twice."""
+    try:
+        return _DECODER.decode(text)
+    except RepeatedKey:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise RepeatedKey(f"the key {twice!r} stands twice in one object")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_of)

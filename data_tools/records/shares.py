@@ -1,0 +1,304 @@
+"""A file of records, cut into the shares of array elements: JSONL, JSON, Parquet and CSV.
+
+Element i of n takes the records whose first byte lies in [i·size/n, (i+1)·size/n) of the file, so the shares of any n
+elements, one after the other, are the file.
+
+    JSONL           seek to the share
+    JSONL.gz, .zst  bytes of the compressed file; an element unpacks what lies before its share, and skips it
+    JSON            one list of records (or one record): an element parses the file and takes its share of the list
+    Parquet         rows; an element reads the row groups that its share touches
+    CSV             rows under a header, of texts; an element reads the file and takes its share of the rows
+
+Compression and format are told by the file's first bytes, CSV by the name .csv, unless the format is named.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from data_tools.base.durable import CHUNK
+from data_tools.mistake import UserMistake
+from data_tools.records.blend_file import refuse_blend
+from data_tools.records.csv_tables import read_table
+from data_tools.records.json_text import json_value
+
+FORMATS = ("auto", "jsonl", "json", "parquet", "csv")
+
+_SPACES = re.compile(r"[ \t\n\r]*")
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_BLOCK = 1 << 16  # compressed bytes read at a time; a line belongs to the element that holds the block it begins in
+
+
+class Share(Protocol):
+    """Says what one element reads of one file. `done` and `total` count `unit`s, for progress."""
+
+    done: int
+    total: int
+    unit: str
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return lines as bytes with their line end, or records.
+
+        Raise UserMistake naming the file when it is damaged.
+        """
+
+    def place(self, number: int) -> str:
+        """Return where record `number` of the share (from 1) stands: `FILE:LINE`."""
+
+
+def open_share(path: Path, index: int = 0, count: int = 1, format: str = "auto") -> Share:
+    """Return the share that element `index` of `count` takes of a file; with the defaults all of it.
+
+    Raise UserMistake for a file that is not there, or is damaged or of no known format.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserMistake(f"no file {path}; give files that exist") from None
+    compression = "gzip" if magic.startswith(_GZIP) else "zstd" if magic == _ZSTD else ""
+    if format == "auto":
+        format = "parquet" if magic == _PARQUET else _format_by_name(path, compression)
+    if format == "parquet":
+        return ParquetShare(path, index, count)
+    if format == "csv":
+        if compression:
+            raise UserMistake(f"{path} is CSV under {compression}, which is not read; unpack it")
+        return CsvShare(path, index, count)
+    if format == "json":
+        return JsonShare(path, index, count, compression)
+    return PackedLines(path, index, count, compression) if compression else Lines(path, index, count)
+
+
+def _format_by_name(path: Path, compression: str) -> str:
+    """Return csv or jsonl by the suffix; else JSON where the first line begins a list, is no whole record, or is
+    all."""
+    for format in ("csv", "jsonl"):
+        if f".{format}" in path.suffixes:
+            return format
+    first = b""
+    for block in _unpack(path, compression):
+        first = (first + block).lstrip()
+        if first.startswith(b"[") or b"\n" in first:
+            break
+    line, _, more = first.partition(b"\n")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return "json" if first.startswith((b"[", b"{")) else "jsonl"
+    return "json" if first.startswith(b"[") or not more.strip() else "jsonl"
+
+
+class Lines:
+    """Reads the lines of a plain file."""
+
+    unit = "bytes"
+
+    def __init__(self, path: Path, index: int, count: int):
+        self.path = path
+        size = path.stat().st_size
+        start, self.stop = index * size // count, (index + 1) * size // count
+        self.done, self.total = 0, self.stop - start
+        with open(path, "rb") as file:
+            self.first = _first_line(file, start)
+
+    def __iter__(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as file:
+            file.seek(self.first)
+            position = self.first
+            while position < self.stop and (line := file.readline()):
+                position += len(line)
+                self.done = min(position - self.first, self.total)
+                yield line
+
+    def place(self, number: int) -> str:
+        return f"{self.path}:{_count_lines(self.path, self.first) + number}"
+
+
+def _first_line(file: BinaryIO, start: int) -> int:
+    """Return where the first line begins that begins at byte `start` or after it."""
+    if start == 0:
+        return 0
+    file.seek(start - 1)
+    return start - 1 + len(file.readline())
+
+
+def _count_lines(path: Path, stop: int) -> int:
+    """Return the number of line feeds in the first `stop` bytes; asked only when an error needs a line number."""
+    lines = 0
+    with open(path, "rb") as file:
+        while stop > 0 and (block := file.read(min(CHUNK, stop))):
+            lines += block.count(b"\n")
+            stop -= len(block)
+    return lines
+
+
+class PackedLines:
+    """Reads the lines of a file under gzip or zstd."""
+
+    unit = "bytes"
+
+    def __init__(self, path: Path, index: int, count: int, compression: str):
+        self.path, self.compression = path, compression
+        blocks = -(-path.stat().st_size // _BLOCK)
+        self.start, self.stop = index * blocks // count, (index + 1) * blocks // count
+        self.done, self.total = 0, (self.stop - self.start) * _BLOCK
+        self.skipped = 0  # lines before the share
+
+    def __iter__(self) -> Iterator[bytes]:
+        rest, begun = b"", 0  # a line without its end, and the block it begins in
+        for block, data in enumerate(_unpack(self.path, self.compression)):
+            self.done = max(0, block - self.start) * _BLOCK
+            *lines, last = (rest + data).split(b"\n")
+            for number, line in enumerate(lines):
+                first = begun if number == 0 and rest else block
+                if first >= self.stop:
+                    return
+                if first >= self.start:
+                    yield line + b"\n"
+                else:
+                    self.skipped += 1
+            begun = block if lines or not rest else begun
+            rest = last
+            if begun >= self.stop:
+                return
+        if rest and self.start <= begun < self.stop:
+            yield rest
+
+    def place(self, number: int) -> str:
+        return f"{self.path}:{self.skipped + number}"
+
+
+def _unpack(path: Path, compression: str) -> Iterator[bytes]:
+    """Yield what each block of the file holds, unpacked. Raise UserMistake when it is cut off or damaged."""
+    with open(path, "rb") as file:
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        if not compression:
+            yield from blocks
+            return
+        unpacker, ended = _unpacker(compression), True
+        for block in blocks:
+            out = []
+            while block:
+                try:
+                    out.append(unpacker.decompress(block))
+                except Exception as error:  # zlib.error, zstandard.ZstdError
+                    raise UserMistake(f"{path} is damaged ({compression}: {error}); restore it") from None
+                ended = unpacker.eof
+                block = unpacker.unused_data if ended else b""
+                if ended:  # another member or frame may follow
+                    unpacker = _unpacker(compression)
+            yield b"".join(out)
+        if not ended:
+            raise UserMistake(f"{path} is cut off: its {compression} stream does not end; restore it")
+
+
+def _unpacker(compression: str) -> Any:
+    if compression == "gzip":
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    import zstandard
+
+    return zstandard.ZstdDecompressor().decompressobj()
+
+
+class JsonShare:
+    """Reads the records of one JSON list."""
+
+    unit = "rows"
+
+    def __init__(self, path: Path, index: int, count: int, compression: str):
+        self.path = path
+        try:
+            self.text = b"".join(_unpack(path, compression)).decode("utf-8-sig")
+            value = json_value(self.text)
+        except UnicodeDecodeError as error:
+            raise UserMistake(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); mend the file") from None
+        except ValueError as error:
+            raise UserMistake(f"{path}: {error}; mend the file") from None
+        refuse_blend(path, value)
+        records = value if isinstance(value, list) else [value]
+        self.first = index * len(records) // count
+        self.records = records[self.first : (index + 1) * len(records) // count]
+        self.done, self.total = 0, len(self.records)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, record in enumerate(self.records, 1):
+            self.done = number
+            yield record
+
+    def place(self, number: int) -> str:
+        """Return FILE:LINE of a record; the line is looked for only when an error needs it."""
+        decoder, skip = json.JSONDecoder(), _SPACES.match
+        position = skip(self.text, 0).end()
+        if self.text.startswith("[", position):
+            position = skip(self.text, position + 1).end()
+            for _ in range(self.first + number - 1):
+                position = skip(self.text, decoder.raw_decode(self.text, position)[1]).end()
+                position = skip(self.text, position + 1).end()  # the comma
+        return f"{self.path}:{self.text.count(chr(10), 0, position) + 1}"
+
+
+class ParquetShare:
+    """Represents rows of a Parquet file. Absent keys, which its structs spell as null, are left out."""
+
+    unit = "rows"
+
+    def __init__(self, path: Path, index: int, count: int):
+        import pyarrow
+        import pyarrow.parquet
+
+        self.path = path
+        try:
+            self.file = pyarrow.parquet.ParquetFile(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserMistake(f"{path} is no whole Parquet file ({str(error).splitlines()[0]}); restore it") from None
+        rows = self.file.metadata.num_rows
+        self.start, self.stop = index * rows // count, (index + 1) * rows // count
+        self.done, self.total = 0, self.stop - self.start
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        position = 0
+        for group in range(self.file.num_row_groups):
+            rows = self.file.metadata.row_group(group).num_rows
+            first, last = max(self.start - position, 0), min(self.stop - position, rows)
+            if first < last:
+                for batch in self.file.read_row_group(group).slice(first, last - first).to_batches(max_chunksize=1024):
+                    for row in batch.to_pylist():
+                        self.done += 1
+                        yield _without_nulls(row)
+            position += rows
+
+    def place(self, number: int) -> str:
+        return f"{self.path}: row {self.start + number}"
+
+
+class CsvShare:
+    """Reads the rows of a CSV file, each a mapping of its columns."""
+
+    unit = "rows"
+
+    def __init__(self, path: Path, index: int, count: int):
+        table = read_table(path)
+        self.path, self.columns, rows = path, table.columns, len(table.rows)
+        share = slice(index * rows // count, (index + 1) * rows // count)
+        self.rows, self.lines = table.rows[share], table.lines[share]
+        self.done, self.total = 0, len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for number, row in enumerate(self.rows, 1):
+            self.done = number
+            yield dict(zip(self.columns, row))
+
+    def place(self, number: int) -> str:
+        return f"{self.path}:{self.lines[number - 1]}"
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
