@@ -95,4 +95,4 @@ def test_afterok_plan_prints_overrides_and_says_what_has_none():
 
 
 def test_the_readme_shows_the_table():
-    assert table() in (Path(ROOT) / "README.md").read_text()
+    assert table() in (Path(ROOT) / "jobs/pipelines/README.md").read_text()
