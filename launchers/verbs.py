@@ -178,7 +178,7 @@ def _indices(text: str | None) -> list[int] | None:
 
 
 def do_repair(args: argparse.Namespace) -> int:
-    from launchers.submission.submit import repair
+    from launchers.submission.repair import repair
 
     run = _find_run(args.run)
     lines = repair(run)
@@ -368,7 +368,7 @@ def do_inspect(args: argparse.Namespace) -> int:
 
 
 def do_cancel(args: argparse.Namespace) -> int:
-    from launchers.submission.submit import cancel
+    from launchers.submission.cancel import cancel
 
     run = _find_run(args.run)
     done = cancel(run, args.phases)

@@ -15,7 +15,8 @@ from jobs.artifacts.artifact import Artifact, HashCache, Owner, read_seal
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.backends.local import LocalBackend, read_jobs
 from launchers.planning.ledger import Ledger
-from launchers.submission.transaction import Journal, Step
+from launchers.submission.journal import Journal
+from launchers.submission.steps import Cancel, Submit
 from megatron_ext.files import step_manifest
 from megatron_ext.rl import journal
 
@@ -102,8 +103,8 @@ def steps(folder: Path) -> Path:
     (folder / "submissions/1").mkdir(parents=True)
     Journal(
         [
-            Step("submit", "p", "77ab", name="run.p.a1.00ff", elements=[0, 1, 2], needs={"a": "afterok"}),
-            Step("cancel", "q", job="12"),
+            Submit("p", "77ab", "run.p.a1.00ff", elements=[0, 1, 2], needs={"a": "afterok"}),
+            Cancel("q", job="12"),
         ],
         {"a": "17"},
     ).write(RunFolder(folder), 1)

@@ -399,13 +399,13 @@ def test_a_torn_submit_lock_and_a_dead_submitters_are_told_apart(toy):
 
 
 def test_removing_a_dead_submitters_lock_leaves_a_living_ones(tmp_path):
-    from launchers.submission.submit import _remove_lock_of
+    from launchers.submission.lock import remove_lock_of
 
     lock, dead, living = tmp_path / "submit.lock", Owner(0, 0, "", "h", 1, 1), Owner.me(0, 0)
     lock.write_text(durable.canonical_json(living.__dict__))  # another one was quicker to take the lock over
-    _remove_lock_of(dead, lock)
+    remove_lock_of(dead, lock)
     assert Owner.read(lock) == living
-    _remove_lock_of(living, lock)
+    remove_lock_of(living, lock)
     assert list(tmp_path.iterdir()) == []
 
 
