@@ -24,7 +24,7 @@ EXIT_INTERRUPTED = 130
 
 def _make_plan(args: argparse.Namespace):
     from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.plan import default_run_folder, make_plan
+    from launchers.planning.planner import default_run_folder, make_plan
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides)
@@ -64,7 +64,7 @@ def _from_megatron(args: argparse.Namespace) -> int:
 
 def _plan_parallel(args: argparse.Namespace) -> int:
     from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.plan import default_run_folder, report_parallel
+    from launchers.planning.planner import default_run_folder, report_parallel
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides)
@@ -144,7 +144,7 @@ def _print_not_applied(done: Any) -> None:
 def do_resubmit(args: argparse.Namespace) -> int:
     from data_tools.base import durable
     from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.plan import make_plan
+    from launchers.planning.planner import make_plan
     from launchers.submission.submit import resubmit
     from slurm.detect import find_cluster
 

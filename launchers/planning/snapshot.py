@@ -35,6 +35,7 @@ class Code:
 
 
 def package_root(name: str) -> Path:
+    """Return the folder of one of our packages."""
     spec = importlib.util.find_spec(name)
     assert spec and spec.submodule_search_locations, f"package {name} is not importable"
     return Path(list(spec.submodule_search_locations)[0])
@@ -96,6 +97,7 @@ def _add(code: Code, root: Path) -> list[Problem]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files and links below a package, but for what is no code of it (see NOT_CODE)."""
     for folder, folders, names in os.walk(root):
         linked = [name for name in folders if os.path.islink(f"{folder}/{name}")]
         folders[:] = sorted(
@@ -110,6 +112,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _stays_inside(link: Path, root: Path) -> bool:
+    """Return whether a link is relative and leads to a place in its package."""
     inside = os.path.realpath(root) + os.sep
     return not os.path.isabs(os.readlink(link)) and os.path.realpath(link).startswith(inside)
 
@@ -124,11 +127,12 @@ def _tracked(root: Path) -> set[str]:
 
 
 def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of where a link leads."""
     return durable.sha256_bytes(f"link {os.readlink(path)}") if path.is_symlink() else durable.sha256_file(path)
 
 
 def code_digests(code: Code) -> dict[str, str]:
-    """{file: SHA-256} of the code that would be snapshot now."""
+    """Return {file: SHA-256} of the code that a snapshot would hold now."""
     return {name: _digest(path) for name, path in code.files.items()}
 
 
@@ -141,8 +145,8 @@ def code_of(uses: str, config: Any, files: Mapping[str, Path]) -> set[str]:
 def users_code_digest(module: str, code: Code, digests: Mapping[str, str]) -> str:
     """Return a digest of a user's module and of what it imports of the user's files; ours are no part of it."""
     users = {name: path for name, path in code.files.items() if name.split("/")[0] not in PACKAGES}
-    mine = {name: digests[name] for name in closure([module.partition(":")[0]], users)}
-    return durable.sha256_bytes(durable.canonical_json(mine))
+    imported = {name: digests[name] for name in closure([module.partition(":")[0]], users)}
+    return durable.sha256_bytes(durable.canonical_json(imported))
 
 
 def code_changes(sealed_by: Path, uses: str, config: Any, code: Code, digests: Mapping[str, str]) -> list[str]:
@@ -187,7 +191,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def git_state() -> dict[str, str] | None:
-    """Commit and whether the checkout was changed; None outside a checkout or without git."""
+    """Return the commit and whether the checkout was changed; None outside a checkout or without git."""
     root = package_root("jobs").parent
     try:
         commit = subprocess.run(

@@ -17,7 +17,9 @@ from launchers.backends.choose import backend_for, backends_of
 from launchers.backends.contract import Backend, JobSpec
 from launchers.causes.states import BEGUN_STATES
 from launchers.planning.ledger import JobEntry, Ledger
-from launchers.planning.plan import Plan, PlannedPhase, changed_settings, make_plan
+from launchers.planning.plan import Plan, PlannedPhase
+from launchers.planning.planner import make_plan
+from launchers.planning.reasons import changed_settings
 from launchers.submission.carry_out import Outdated, carry_out
 from launchers.submission.decide import Queue, decide
 from launchers.submission.freeze import freeze, is_newest, next_number, open_submission, select

@@ -19,7 +19,7 @@ from jobs.artifacts.artifact import FINISH, Owner, read_seal
 from jobs.artifacts.run_folder import RunFolder
 from jobs.retry import EXIT_LEASE_HELD, EXIT_SEALED
 from jobs.schema.pipeline import load_pipeline
-from launchers.planning.plan import make_plan
+from launchers.planning.planner import make_plan
 from launchers.submission.freeze import freeze
 from slurm.detect import find_cluster
 from tests.command import afterok, afterok_json, one_line
