@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
@@ -24,10 +25,21 @@ Without Slurm the same pipeline runs as local processes."""
 
 PIPELINE_HELP = "a pipeline file, for example jobs/pipelines/tiny.yaml"
 OVERRIDES_HELP = "dotted overrides: sft.with.lr=1e-5 params.steps=100 cluster=auto|local|dev|PROFILE"
+JSON_HELP = "print one JSON object instead of text"
+DRY_RUN_HELP = "print the sbatch and scontrol calls instead of making them"
 RUN_HELP = "a run's folder, or its name below ./runs (default: the run last submitted below ./runs)"
+
+Verb = Callable[[argparse.Namespace], int]  # does what a verb says and returns the exit code
+
+
+class AddVerb(Protocol):
+    """Adds one verb to the command line and returns the parser of its words."""
+
+    def __call__(self, name: str, function: Verb, help: str, reports: bool = True) -> argparse.ArgumentParser: ...
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
     with clean_streams():
         return _main(argv)
 
@@ -74,111 +86,122 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="afterok", description=DESCRIPTION)
     words = parser.add_subparsers(dest="name", metavar="VERB", required=True)
 
-    def verb(name: str, function: Callable, help: str, reports: bool = True) -> argparse.ArgumentParser:
+    def verb(name: str, function: Verb, help: str, reports: bool = True) -> argparse.ArgumentParser:
         sub = words.add_parser(name, help=help, description=help)
         sub.set_defaults(verb=function)
         if reports:
-            sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+            sub.add_argument("--json", action="store_true", help=JSON_HELP)
         return sub
 
-    for name, function, help in (
-        ("plan", verbs.do_plan, "show what would run, what is reused, and why; submits nothing"),
-        ("submit", verbs.do_submit, "submit what is missing and return at once"),
-        ("run", verbs.do_run, "submit what is missing, follow it to the end, and print a summary"),
-    ):
-        sub = verb(name, function, help)
-        sub.add_argument("pipeline", type=Path, help=PIPELINE_HELP, **({"nargs": "?"} if name == "plan" else {}))
+    _add_pipeline_verbs(verb)
+    _add_submission_verbs(verb)
+    _add_looking_verbs(verb)
+    _add_cancel(verb)
+    _add_cluster_verbs(
+        words.add_parser("cluster", help="a private real Slurm on this machine, for rehearsal and tests")
+    )
+    return parser
+
+
+def _add_pipeline_verbs(verb: AddVerb) -> None:
+    """Add the verbs that take a pipeline file: plan, submit and run."""
+    plan = verb("plan", verbs.do_plan, "show what would run, what is reused, and why; submits nothing")
+    submit = verb("submit", verbs.do_submit, "submit what is missing and return at once")
+    run = verb("run", verbs.do_run, "submit what is missing, follow it to the end, and print a summary")
+    plan.add_argument("pipeline", type=Path, nargs="?", help=PIPELINE_HELP)
+    for sub in (submit, run):
+        sub.add_argument("pipeline", type=Path, help=PIPELINE_HELP)
+    for sub in (plan, submit, run):
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
         sub.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: ./runs/PIPELINE_NAME)")
         sub.add_argument(
             "--verify", action="store_true", help="hash every sealed file again instead of trusting size and mtime"
         )
+    for sub in (submit, run):
+        sub.add_argument(
+            "--group", metavar="NAME", default="", help="let this group of users read the run (default: nobody but you)"
+        )
+    plan.add_argument("--parallel", metavar="PHASE", help="memory, rank grid and predicted step of a training phase")
+    plan.add_argument("--search", action="store_true", help="with --parallel: the legal plans that fit, best first")
+    plan.add_argument(
+        "--from-megatron",
+        metavar="FLAGS",
+        help="print the overrides that Megatron-LM's flags of a GRPO run stand for, and the flags that have none",
+    )
+    submit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
-        if name != "plan":
-            sub.add_argument(
-                "--group",
-                metavar="NAME",
-                default="",
-                help="let this group of users read the run (default: nobody but you)",
-            )
-        if name == "plan":
-            sub.add_argument(
-                "--parallel", metavar="PHASE", help="memory, rank grid and predicted step of a training phase"
-            )
-            sub.add_argument(
-                "--search", action="store_true", help="with --parallel: the legal plans that fit, best first"
-            )
-            sub.add_argument(
-                "--from-megatron",
-                metavar="FLAGS",
-                help="print the overrides that Megatron-LM's flags of a GRPO run stand for, and the flags "
-                "that have none",
-            )
-        if name == "submit":
-            sub.add_argument(
-                "--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them"
-            )
 
-    sub = verb("resubmit", verbs.do_resubmit, "a new attempt at one phase; what waits on it is rewired")
-    sub.add_argument("run", help=RUN_HELP.partition(" (")[0])
-    sub.add_argument("phase", metavar="PHASE")
-    sub.add_argument(
+def _add_submission_verbs(verb: AddVerb) -> None:
+    """Add the verbs that change a run: resubmit and repair."""
+    resubmit = verb("resubmit", verbs.do_resubmit, "a new attempt at one phase; what waits on it is rewired")
+    resubmit.add_argument("run", help=RUN_HELP.partition(" (")[0])
+    resubmit.add_argument("phase", metavar="PHASE")
+    resubmit.add_argument(
         "overrides", nargs="*", metavar="key=value", help="further overrides, on top of those it was submitted with"
     )
-    sub.add_argument("--elements", metavar="3,7-9", help="only these elements (default: all that are not sealed)")
-    sub.add_argument(
+    resubmit.add_argument("--elements", metavar="3,7-9", help="only these elements (default: all that are not sealed)")
+    resubmit.add_argument(
         "--again",
         action="store_true",
         help="run it anew though it is sealed; what it made so far, checkpoints too, is set aside in RUN/PHASE/retired",
     )
-    sub.add_argument(
-        "--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them"
-    )
+    resubmit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
-    sub = verb("repair", verbs.do_repair, "finish a submission whose submitter was killed")
-    sub.add_argument("run", nargs="?", help=RUN_HELP)
+    repair = verb("repair", verbs.do_repair, "finish a submission whose submitter was killed")
+    repair.add_argument("run", nargs="?", help=RUN_HELP)
 
-    sub = verb("status", verbs.do_status, "show the state of each phase of a run")
-    sub.add_argument("run", nargs="?", help=RUN_HELP)
-    sub.add_argument(
+
+def _add_looking_verbs(verb: AddVerb) -> None:
+    """Add the verbs that look at runs and change nothing: status, why, ls, logs and inspect."""
+    status = verb("status", verbs.do_status, "show the state of each phase of a run")
+    status.add_argument("run", nargs="?", help=RUN_HELP)
+    status.add_argument(
         "-w", "--watch", action="store_true", help="look again until nothing is active; Ctrl-C only stops looking"
     )
 
-    sub = verb("why", verbs.do_why, "say why phases failed, or do not start, and what to do")
-    sub.add_argument("words", nargs="*", metavar="[RUN] [PHASE]", help=f"{RUN_HELP}; and one phase (default: all)")
+    why = verb("why", verbs.do_why, "say why phases failed, or do not start, and what to do")
+    why.add_argument("words", nargs="*", metavar="[RUN] [PHASE]", help=f"{RUN_HELP}; and one phase (default: all)")
 
-    sub = verb("ls", verbs.do_ls, "list runs")
-    sub.add_argument(
+    runs = verb("ls", verbs.do_ls, "list runs")
+    runs.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), help="the folder they are in (default: ./runs)"
     )
 
-    sub = verb("logs", verbs.do_logs, "print the log of a phase", reports=False)
-    sub.add_argument("run", nargs="?", help=RUN_HELP)
-    sub.add_argument("phase", metavar="PHASE[:INDEX]", help="which phase, and which of its elements")
-    sub.add_argument("-f", "--follow", action="store_true", help="go on until the phase ends")
-    sub.add_argument(
+    logs = verb("logs", verbs.do_logs, "print the log of a phase", reports=False)
+    logs.add_argument("run", nargs="?", help=RUN_HELP)
+    logs.add_argument("phase", metavar="PHASE[:INDEX]", help="which phase, and which of its elements")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the phase ends")
+    logs.add_argument(
         "--replay",
         metavar="STEP/PROMPT/SAMPLE",
         help="of a grpo phase: draw one rollout again, alone, and say where it first differs from what "
         "was recorded (names: its samples/step_N.jsonl)",
     )
 
-    help = "show a phase's token store or packs: balance, lengths, text with its loss mask"
-    sub = verb("inspect", verbs.do_inspect, help)
-    sub.add_argument("run", nargs="?", help=RUN_HELP)
-    sub.add_argument("phase", metavar="PHASE", help="a materialize or pack phase")
-    sub.add_argument("--documents", type=int, default=3, metavar="N", help="how many documents to show (default: 3)")
-    sub.add_argument("--pack", type=int, metavar="N", help="of this pack")
-    sub.add_argument("--seed", type=int, default=0, help="draws other ones")
-    sub.add_argument(
+    inspect = verb(
+        "inspect", verbs.do_inspect, "show a phase's token store or packs: balance, lengths, text with its loss mask"
+    )
+    inspect.add_argument("run", nargs="?", help=RUN_HELP)
+    inspect.add_argument("phase", metavar="PHASE", help="a materialize or pack phase")
+    inspect.add_argument(
+        "--documents", type=int, default=3, metavar="N", help="how many documents to show (default: 3)"
+    )
+    inspect.add_argument("--pack", type=int, metavar="N", help="of this pack")
+    inspect.add_argument("--seed", type=int, default=0, help="draws other ones")
+    inspect.add_argument(
         "--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)"
     )
 
-    sub = verb("cancel", verbs.do_cancel, "cancel a run's jobs, or those of some phases")
-    sub.add_argument("run", nargs="?", help=RUN_HELP)
-    sub.add_argument("phases", nargs="*", metavar="PHASE", help="only these phases")
 
-    cluster = words.add_parser("cluster", help="a private real Slurm on this machine, for rehearsal and tests")
+def _add_cancel(verb: AddVerb) -> None:
+    """Add the verb that ends jobs."""
+    cancel = verb("cancel", verbs.do_cancel, "cancel a run's jobs, or those of some phases")
+    cancel.add_argument("run", nargs="?", help=RUN_HELP)
+    cancel.add_argument("phases", nargs="*", metavar="PHASE", help="only these phases")
+
+
+def _add_cluster_verbs(cluster: argparse.ArgumentParser) -> None:
+    """Add what can be done with the dev cluster: up, down, status and exec."""
     actions = cluster.add_subparsers(dest="action", metavar="ACTION", required=True)
     up = actions.add_parser("up", help="start it")
     up.add_argument("--nodes", type=int, default=4)
@@ -197,8 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         action.set_defaults(verb=function)
         action.add_argument("--prefix", type=Path, help="its folder (default: ~/.cache/afterok/cluster)")
         if action is not run_in:
-            action.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    return parser
+            action.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 if __name__ == "__main__":

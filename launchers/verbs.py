@@ -9,11 +9,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import set_in
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from data_tools.own_packages import environment
+
+if TYPE_CHECKING:
+    from jobs.artifacts.run_folder import RunFolder
+    from launchers.observe.status import RunStatus
+    from launchers.planning.plan import Plan
+    from launchers.submission.submit import Submitted
+    from slurm.dev.devcluster import DevCluster
 
 EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
@@ -22,7 +29,7 @@ EXIT_INTERRUPTED = 130
 # -- pipeline verbs -----------------------------------------------------------------------------------------------
 
 
-def _make_plan(args: argparse.Namespace):
+def _make_plan(args: argparse.Namespace) -> "Plan":
     from jobs.schema.pipeline import load_pipeline
     from launchers.planning.planner import default_run_folder, make_plan
     from slurm.detect import find_cluster
@@ -69,7 +76,7 @@ def _plan_parallel(args: argparse.Namespace) -> int:
 
     pipeline = load_pipeline(args.pipeline, args.overrides)
     run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster)
-    report = report_parallel(pipeline, run, cluster, args.parallel, args.search)
+    report = report_parallel(pipeline, run, cluster, name=args.parallel, searching=args.search)
     if args.json:
         _print_json(
             {
@@ -83,15 +90,15 @@ def _plan_parallel(args: argparse.Namespace) -> int:
     else:
         from launchers.observe.show import console, table
 
-        for one in report.tables:
-            console().print(table(one["columns"], one["rows"], one["title"]))
+        for printed in report.tables:
+            console().print(table(printed["columns"], printed["rows"], printed["title"]))
         print("\n".join([*report.notes, cluster.where]))
     for problem in report.problems:
         tell(problem)
     return EXIT_MISTAKE if report.problems else 0
 
 
-def _announce(plan: Any, quiet: bool = False) -> None:
+def _announce(plan: "Plan", quiet: bool = False) -> None:
     """Say which cluster and profile a plan is for, and what leaves the submitter's environment."""
     if not quiet:
         print(plan.cluster.where, flush=True)
@@ -99,7 +106,7 @@ def _announce(plan: Any, quiet: bool = False) -> None:
         tell(note)
 
 
-def tell(what: Any) -> None:
+def tell(what: object) -> None:
     """Print a message of ours; lines that came with what it quotes are set in, so that none looks like one of ours."""
     print(set_in(f"afterok: {what}"), file=sys.stderr)
 
@@ -114,7 +121,10 @@ def do_submit(args: argparse.Namespace) -> int:
     return _report_submitted(args, plan, submit(plan, args.dry_run))
 
 
-def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
+def _report_submitted(args: argparse.Namespace, plan: "Plan", done: "Submitted") -> int:
+    """Print what a submit did, or what a dry run would do."""
+    from launchers.observe.show import print_submitted
+
     if args.json:
         _print_json(
             {
@@ -131,24 +141,21 @@ def _report_submitted(args: argparse.Namespace, plan: Any, done: Any) -> int:
     elif args.dry_run:
         print("\n".join(done.calls) or "nothing to do")
     else:
-        _print_submitted(plan, done)
-    _print_not_applied(done)
-    return EXIT_UNFINISHED if done.not_applied else 0
-
-
-def _print_not_applied(done: Any) -> None:
+        print_submitted(plan, done)
     for line in done.not_applied:
         tell(line)
+    return EXIT_UNFINISHED if done.not_applied else 0
 
 
 def do_resubmit(args: argparse.Namespace) -> int:
     from data_tools.base import durable
     from jobs.schema.pipeline import load_pipeline
+    from launchers.observe.runs import find_run
     from launchers.planning.planner import make_plan
     from launchers.submission.submit import resubmit
     from slurm.detect import find_cluster
 
-    run = _find_run(args.run)
+    run = find_run(args.run)
     folder = run.submission_folder(run.newest_submission())
     frozen = durable.read_checked(folder / "pipeline.json")
     if Path(frozen["cwd"]).is_dir():
@@ -163,117 +170,90 @@ def do_resubmit(args: argparse.Namespace) -> int:
 
 
 def _indices(text: str | None) -> list[int] | None:
-    """3,7-9 as [3, 7, 8, 9]."""
+    """Return "3,7-9" as [3, 7, 8, 9], and None for None. UserMistake where it is no list of indices."""
     if text is None:
         return None
     from slurm.printed import parse_indices
 
     try:
-        found = sorted(set(parse_indices(text)))
+        indices = sorted(set(parse_indices(text)))
     except ValueError:
-        found = []
-    if not found or "%" in text:
+        indices = []
+    if not indices or "%" in text:
         raise UserMistake(f"--elements {text!r}: write indices and ranges, like 3,7-9")
-    return found
+    return indices
 
 
 def do_repair(args: argparse.Namespace) -> int:
+    from launchers.observe.runs import as_typed, find_run
     from launchers.submission.repair import repair
 
-    run = _find_run(args.run)
+    run = find_run(args.run)
     lines = repair(run)
     if args.json:
         return _print_json({"run": str(run.path), "repaired": lines})
-    print("\n".join(lines) or f"{_shown(run.path)}: nothing to repair")
+    print("\n".join(lines) or f"{as_typed(run.path)}: nothing to repair")
     return 0
 
 
-def _print_submitted(plan: Any, done: Any) -> None:
-    run = plan.run.path
-    for phase, job in done.jobs.items():
-        print(f"submitted {phase} as job {job}")
-    for phase, job in done.active.items():
-        state = "now waits on the new attempt" if phase in done.rewired else "is under way already"
-        print(f"{phase} {state} as job {job}")
-    if not done.jobs and not done.active:
-        or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
-        print(
-            f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
-            + (f"; submission {done.number} has their settings" if done.number else "")
-        )
-    elif done.number:
-        print(f"submission {done.number} of {run}; look with `afterok status {_shown(run)}`")
-
-
 def do_run(args: argparse.Namespace) -> int:
-    from jobs.artifacts.run_folder import RunFolder
     from launchers.observe.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
+    from launchers.observe.runs import as_typed
+    from launchers.observe.show import console, print_submitted, summary
     from launchers.submission.submit import submit
 
     plan = _make_plan(args)
-    run: RunFolder = plan.run
+    run = plan.run
     _announce(plan, quiet=args.json)
     run.make(args.group)
     done = submit(plan)
     if not args.json:
-        _print_submitted(plan, done)
-    _print_not_applied(done)
+        print_submitted(plan, done)
+    for line in done.not_applied:
+        tell(line)
     try:
         poll = SLURM_POLL_S if plan.cluster.kind == "slurm" else LOCAL_POLL_S
         status = follow(run, poll, quiet=args.json)
     except KeyboardInterrupt:
         print(
-            f"\nthe jobs go on; look again with `afterok status {_shown(run.path)}`, "
-            f"`afterok logs {_shown(run.path)} PHASE -f`, or stop them with `afterok cancel {_shown(run.path)}`",
+            f"\nthe jobs go on; look again with `afterok status {as_typed(run.path)}`, "
+            f"`afterok logs {as_typed(run.path)} PHASE -f`, or stop them with `afterok cancel {as_typed(run.path)}`",
             file=sys.stderr,
         )
         return EXIT_INTERRUPTED
     if args.json:
         _print_json(status.as_json())
     else:
-        from launchers.observe.show import console, summary
-
         console().print(summary(status))
     return _exit_code(status, run)
 
 
-def _exit_code(status: Any, run: Any) -> int:
+def _exit_code(status: "RunStatus", run: "RunFolder") -> int:
+    """Tell what is missing of a run that was followed to its end, and return what `run` exits with."""
+    from launchers.observe.runs import as_typed
+
     if status.finished:
         return 0
     failed = next((p for p in status.phases if p.failed), None)
     if failed is not None:
-        said, where = failed.message or failed.reason or f"exit code {failed.exit_code}", _shown(run.path)
+        said, where = failed.message or failed.reason or f"exit code {failed.exit_code}", as_typed(run.path)
         tell(f"{failed.phase} failed: {said} (log: afterok logs {where} {failed.phase}; more: afterok why {where})")
         return EXIT_MISTAKE if failed.exit_code == EXIT_MISTAKE else EXIT_UNFINISHED
     for note in status.notes:
         tell(note)
-    tell(f"{_shown(run.path)} is not finished; `afterok submit` goes on with what is missing")
+    tell(f"{as_typed(run.path)} is not finished; `afterok submit` goes on with what is missing")
     return EXIT_UNFINISHED
 
 
 # -- run verbs ----------------------------------------------------------------------------------------------------
 
 
-def _find_run(name: str | None):
-    """The run a user means: a folder, a name below ./runs, or by default the one submitted last."""
-    from jobs.artifacts.run_folder import RunFolder
-
-    if name is not None:
-        for path in (Path(name), Path("runs") / name):
-            if (path / "ledger.jsonl").exists():
-                return RunFolder(path.absolute())
-        raise UserMistake(f"{name!r} is no run: neither {name}/ledger.jsonl nor runs/{name}/ledger.jsonl exists")
-    ledgers = sorted(Path("runs").glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not ledgers:
-        raise UserMistake("no run below ./runs; name one: afterok status RUN")
-    return RunFolder(ledgers[-1].parent.absolute())
-
-
 def do_status(args: argparse.Namespace) -> int:
     from launchers.observe.follow import follow, poll_interval
+    from launchers.observe.runs import find_run
     from launchers.observe.status import run_status
 
-    run = _find_run(args.run)
+    run = find_run(args.run)
     if args.watch:
         try:
             status = follow(run, poll_interval(run), quiet=args.json)
@@ -296,9 +276,10 @@ def do_status(args: argparse.Namespace) -> int:
 
 
 def do_why(args: argparse.Namespace) -> int:
+    from launchers.observe.runs import run_and_phase
     from launchers.observe.why import why
 
-    run, phase = _run_and_phase(args.words)
+    run, phase = run_and_phase(args.words)
     report = why(run, phase)
     if args.json:
         return _print_json(report.as_json())
@@ -306,20 +287,6 @@ def do_why(args: argparse.Namespace) -> int:
         if line:
             print(set_in(line))
     return 0
-
-
-def _run_and_phase(words: list[str]):
-    """RUN, PHASE, both or neither; a single word that is no run is a phase of the run submitted last."""
-    if len(words) > 2:
-        raise UserMistake(f"{len(words)} words: {' '.join(words)}; write afterok why [RUN] [PHASE]")
-    if len(words) == 1:
-        try:
-            return _find_run(words[0]), None
-        except UserMistake:
-            if "/" in words[0] or not any(Path("runs").glob("*/ledger.jsonl")):
-                raise
-            return _find_run(None), words[0]
-    return _find_run(words[0] if words else None), words[1] if words else None
 
 
 def do_ls(args: argparse.Namespace) -> int:
@@ -341,16 +308,17 @@ def do_ls(args: argparse.Namespace) -> int:
 
 def do_logs(args: argparse.Namespace) -> int:
     from launchers.observe.logs import show_log
+    from launchers.observe.runs import find_run
 
     phase, _, index = args.phase.partition(":")
     if index and not index.isdigit():
         raise UserMistake(f"{args.phase!r}: write PHASE or PHASE:INDEX with a number")
     if args.replay:
-        command = [sys.executable, "-m", "jobs.replay", str(_find_run(args.run).path), phase, args.replay]
+        command = [sys.executable, "-m", "jobs.replay", str(find_run(args.run).path), phase, args.replay]
         env = {**os.environ, **environment(os.environ)}
         return subprocess.run(command, env=env).returncode  # a process of its own: it imports torch
     try:
-        show_log(_find_run(args.run), phase, int(index) if index else None, args.follow)
+        show_log(find_run(args.run), phase, int(index) if index else None, args.follow)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0
@@ -358,23 +326,32 @@ def do_logs(args: argparse.Namespace) -> int:
 
 def do_inspect(args: argparse.Namespace) -> int:
     from launchers.observe.inspect import inspect
+    from launchers.observe.runs import find_run
     from launchers.observe.show import print_inspection
 
-    found = inspect(_find_run(args.run), args.phase, max(args.documents, 0), args.pack, args.seed, max(args.tokens, 1))
+    inspection = inspect(
+        find_run(args.run),
+        args.phase,
+        count=max(args.documents, 0),
+        pack=args.pack,
+        seed=args.seed,
+        limit=max(args.tokens, 1),
+    )
     if args.json:
-        return _print_json(found)
-    print_inspection(found)
+        return _print_json(inspection)
+    print_inspection(inspection)
     return 0
 
 
 def do_cancel(args: argparse.Namespace) -> int:
+    from launchers.observe.runs import as_typed, find_run
     from launchers.submission.cancel import cancel
 
-    run = _find_run(args.run)
+    run = find_run(args.run)
     done = cancel(run, args.phases)
     if args.json:
         return _print_json({"run": str(run.path), "cancelled": done.jobs, "notes": done.notes})
-    print(f"cancelled {', '.join(done.jobs)}" if done.jobs else f"{_shown(run.path)}: nothing is active")
+    print(f"cancelled {', '.join(done.jobs)}" if done.jobs else f"{as_typed(run.path)}: nothing is active")
     for note in done.notes:
         tell(note)
     return 0
@@ -383,7 +360,7 @@ def do_cancel(args: argparse.Namespace) -> int:
 # -- the dev cluster ----------------------------------------------------------------------------------------------
 
 
-def _dev_cluster(args: argparse.Namespace):
+def _dev_cluster(args: argparse.Namespace) -> "DevCluster":
     from slurm.dev import devcluster
 
     return devcluster.DevCluster(args.prefix or devcluster.default_prefix())
@@ -437,13 +414,6 @@ def do_cluster_exec(args: argparse.Namespace) -> int:
 
 
 def _print_json(value: Any) -> int:
+    """Print the one JSON object of a verb, and return the exit code of success."""
     print(json.dumps(value, indent=1, default=str))
     return 0
-
-
-def _shown(path: Path) -> str:
-    """A path as the user would type it from here."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

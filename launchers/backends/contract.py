@@ -7,6 +7,7 @@ from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
+from slurm.client import Slurm
 
 
 class OutcomeOpen(UserMistake):
@@ -69,6 +70,10 @@ class Backend(Protocol):
     name: str
     can_rewire: bool
 
+    @property
+    def slurm(self) -> Slurm | None:
+        """What asks the cluster; None where there is none."""
+
     def prepare(self, number: int, specs: list[JobSpec]) -> None:
         """Write what a submission's jobs need to run, before the first of them is sent."""
 
@@ -79,7 +84,7 @@ class Backend(Protocol):
         """Say how what would be sent of a phase now differs from what was sent of it; "" where it does not."""
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
-        """Ids of the jobs that carry these names and were not cancelled."""
+        """Return {name: ids of the jobs that carry it and were not cancelled}."""
 
     def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> None:
         """Let a waiting job (or one element of it) wait on these jobs and no others."""
@@ -87,14 +92,14 @@ class Backend(Protocol):
     def release(self, number: int, jobs: list[str]) -> None:
         """Let held jobs go; those that are not held are no error."""
 
-    def states(self, jobs: "list[JobEntry]") -> list[TaskState]:
-        """Elements of these jobs that the back end still knows; one that it forgot is simply absent."""
+    def states(self, jobs: list[JobEntry]) -> list[TaskState]:
+        """Return the elements of these jobs that the back end still knows; one that it forgot is simply absent."""
 
     def cancel(self, jobs: list[str]) -> None:
         """Cancel jobs (12) or elements (12_3); those that ended are no error."""
 
     def shown_send(self, number: int, phase: str, needs: dict[str, str], waits: dict[str, str], hold: bool) -> str:
-        """What `send` runs, as one would type it."""
+        """Return what `send` runs, as one would type it."""
 
     def shown_rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> str:
-        """What `rewire` runs, as one would type it."""
+        """Return what `rewire` runs, as one would type it."""

@@ -1,6 +1,6 @@
-"""Local processes behind the contract of launchers/backends/contract.py: a detached driver runs the graph of one submission.
+"""Local processes behind the contract of launchers/backends/contract.py: a driver runs the graph of one submission.
 
-    python -m launchers.backends.local RUN N      # started by LocalBackend.submit, outlives the terminal
+    python -m launchers.backends.local RUN N      # started by LocalBackend.release, outlives the terminal
 
 The driver starts each element's worker when its dependencies allow and cores are free, starts it again where
 jobs/retry.py says so (it stopped at a checkpoint, or was killed), and writes every change to RUN/local/N/state.json.
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from data_tools.base import durable
 from jobs import stopping
@@ -42,9 +42,45 @@ SAVE_POLL_S = 1.0
 REQUEUED = "Requeued"  # the reason of a task that waits for another start
 
 
+class LocalJob(TypedDict):
+    """One job of jobs.json: what the driver has to know of a phase."""
+
+    phase: str
+    job: str
+    name: str
+    elements: list[int]
+    needs: dict[str, str]  # phase -> dependency type
+    throttle: int  # elements that may run at once; 0: as many as fit
+    cores: int
+
+
+class LocalTask(TypedDict):
+    """One element of a job in state.json, as its driver left it."""
+
+    phase: str
+    job: str
+    index: int
+    state: str
+    reason: str
+    exit_code: int | None
+    started: float | None
+    ended: float | None
+    restart: int
+
+
+class DriverState(TypedDict):
+    """What state.json holds."""
+
+    driver: dict[str, Any]  # an Owner
+    tasks: list[LocalTask]
+
+
 class LocalBackend:
+    """Jobs as processes of this machine."""
+
     name = "local"
     can_rewire = False  # a driver runs the graph it was started with
+    slurm = None
 
     def __init__(self, run: RunFolder):
         self.run = run
@@ -55,7 +91,7 @@ class LocalBackend:
     def prepare(self, number: int, specs: list[JobSpec]) -> None:
         folder = self._folder(number)
         (folder / "cancel").mkdir(parents=True, exist_ok=True)
-        jobs = []
+        jobs: list[LocalJob] = []
         for i, spec in enumerate(specs):
             (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
             frozen, resources = spec.planned.frozen, spec.planned.resources
@@ -80,12 +116,8 @@ class LocalBackend:
         return "" if entry.request == request_of(planned) else "another request for resources"
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for path in (self.run.path / "local").glob("*/jobs.json"):
-            for job in read_jobs(path):
-                if job["name"] in names:
-                    found[job["name"]] = [job["job"]]
-        return found
+        jobs = [job for path in (self.run.path / "local").glob("*/jobs.json") for job in read_jobs(path)]
+        return {job["name"]: [job["job"]] for job in jobs if job["name"] in names}
 
     def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> None:
         raise Refused(f"local job {job} cannot be rewired")
@@ -130,6 +162,7 @@ class LocalBackend:
         return f"rewire {job}"
 
     def _wait_for_start(self, folder: Path, driver: subprocess.Popen) -> None:
+        """Wait until the driver has written its first state. RuntimeError where it does not come to that."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (folder / "state.json").exists():
             if driver.poll() is not None or time.monotonic() > deadline:
@@ -138,7 +171,7 @@ class LocalBackend:
 
     def states(self, jobs: list[JobEntry]) -> list[TaskState]:
         ids = {entry.job for entry in jobs}
-        found = []
+        states: list[TaskState] = []
         for number in sorted({job.split(".")[0] for job in ids}, key=int):
             state = self._state(number)
             if state is None:
@@ -149,12 +182,10 @@ class LocalBackend:
                     continue
                 word, reason = task["state"], task["reason"]
                 if gone and word in (PENDING, RUNNING):
-                    word, reason = (
-                        CANCELLED if word == PENDING else FAILED,
-                        "the local driver is gone (killed, or a reboot)",
-                    )
-                found.append(TaskState(task["job"], task["index"], word, reason, task["exit_code"]))
-        return found
+                    word = CANCELLED if word == PENDING else FAILED
+                    reason = "the local driver is gone (killed, or a reboot)"
+                states.append(TaskState(task["job"], task["index"], word, reason, exit_code=task["exit_code"]))
+        return states
 
     def cancel(self, jobs: list[str]) -> None:
         for job in jobs:
@@ -162,21 +193,24 @@ class LocalBackend:
             if folder.is_dir():
                 (folder / job).touch()
 
-    def _state(self, number: str) -> dict[str, Any] | None:
+    def _state(self, number: str) -> DriverState | None:
+        """Return what the driver of a submission wrote last; None where nothing can be read."""
         try:
-            return durable.read_checked(self._folder(number) / "state.json")
+            state = durable.read_checked(self._folder(number) / "state.json")
         except (OSError, ValueError):
             return None
+        return DriverState(driver=state["driver"], tasks=state["tasks"])
 
 
-def read_jobs(path: Path) -> list[dict[str, Any]]:
+def read_jobs(path: Path) -> list[LocalJob]:
     """Return the jobs of a submission; before files had a sum over themselves they were a plain list."""
-    if isinstance(found := durable.read_json(path), list):
-        return found
+    if isinstance(jobs := durable.read_json(path), list):
+        return jobs
     return durable.read_checked(path)["jobs"]
 
 
-def driver_is_alive(state: dict[str, Any]) -> bool:
+def driver_is_alive(state: DriverState) -> bool:
+    """Return whether the driver that wrote this may still run: it is not known to be dead."""
     return not Owner(**state["driver"]).is_dead(lambda _: False)
 
 
@@ -189,7 +223,7 @@ class Driver:
         self.phases = run.frozen(number)
         self.cores = max(1, len(os.sched_getaffinity(0)))
         self.jobs = read_jobs(self.folder / "jobs.json")
-        self.tasks = [
+        self.tasks: list[LocalTask] = [
             {
                 "phase": job["phase"],
                 "job": job["job"],
@@ -213,6 +247,7 @@ class Driver:
         self.unsaved = False  # the disk refused the last state.json
 
     def drive(self) -> None:
+        """Start, watch and repeat the tasks until all of them have ended."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         self._save()
@@ -232,6 +267,7 @@ class Driver:
         self.cancel_all = True
 
     def _reap(self) -> bool:
+        """Take note of the workers that have ended, and kill those that outlast their time; True where any ended."""
         changed = False
         for position, child in list(self.children.items()):
             if child.poll() is None:
@@ -252,7 +288,14 @@ class Driver:
     def _judge(self, position: int, code: int) -> None:
         """Have a failed task wait for another start where that is safe and its budget allows, else say why not."""
         task = self.tasks[position]
-        life = Life(self.run, self.phases[task["phase"]], task["index"], self.number, self.number, task["restart"])
+        life = Life(
+            run=self.run,
+            phase=self.phases[task["phase"]],
+            index=task["index"],
+            attempt=self.number,
+            script=self.number,
+            restart=task["restart"],
+        )
         verdict = judge(life, code, on_slurm=False)
         print(f"{task['phase']}[{task['index']}] exit code {code}: {verdict.why}", file=sys.stderr, flush=True)
         if verdict.again:
@@ -261,6 +304,7 @@ class Driver:
             task["reason"] = verdict.why
 
     def _cancel(self) -> bool:
+        """Do what cancel/ asks for; True where a task that waited is cancelled."""
         asked = {path.name for path in (self.folder / "cancel").iterdir()}
         changed = False
         for position, task in enumerate(self.tasks):
@@ -275,6 +319,7 @@ class Driver:
         return changed
 
     def _start(self) -> bool:
+        """Start the tasks that may start and have cores; True where a state or a reason changed."""
         changed = False
         free = self.cores - sum(self.cost[self.tasks[position]["phase"]] for position in self.children)
         for position, task in enumerate(self.tasks):
@@ -299,8 +344,8 @@ class Driver:
             task["reason"] = reason
         return changed
 
-    def _readiness(self, task: dict[str, Any]) -> tuple[bool, str]:
-        """(may start, Slurm's reason when it may not)."""
+    def _readiness(self, task: LocalTask) -> tuple[bool, str]:
+        """Return (whether a task may start, Slurm's reason where it may not)."""
         for phase, type_ in self.needs[task["phase"]].items():
             others = [other for other in self.tasks if other["phase"] == phase]
             if type_ == "aftercorr":
@@ -315,7 +360,9 @@ class Driver:
                 return False, NEVER  # what never ran did not fail either
         return True, ""
 
-    def _spawn(self, task: dict[str, Any]) -> subprocess.Popen:
+    def _spawn(self, task: LocalTask) -> subprocess.Popen:
+        """Start the worker of a task."""
+
         def before_exec() -> None:
             die_with_parent()
             stopping.hold()  # until the worker can take them
@@ -342,6 +389,7 @@ class Driver:
             )
 
     def _save(self) -> None:
+        """Write state.json."""
         driver = Owner.me(self.number, 0).__dict__
         try:
             durable.write_checked(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})

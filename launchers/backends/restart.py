@@ -27,8 +27,8 @@ from data_tools.base import durable
 from jobs import requeue, retry
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import Cause, End, Verdict
-from launchers.causes.diagnosis import Diagnosis, classify
-from launchers.causes.evidence import Evidence
+from launchers.causes.diagnosis import classify
+from launchers.causes.evidence import Diagnosis, Evidence
 from launchers.causes.states import FAILED, UNKNOWN
 from launchers.causes.traces import lease_times, log_tail, requested
 from launchers.planning import chain
@@ -41,21 +41,25 @@ EXIT_GIVEN_UP = 7  # of this program, before an srun: the element has used up it
 
 @dataclass(frozen=True)
 class Life:
-    """One start of one element. `script` is the submission whose script runs it, `attempt` the one whose plan it runs."""
+    """One start of one element."""
 
     run: RunFolder
     phase: FrozenPhase
     index: int
-    attempt: int
-    script: int
+    attempt: int  # the submission whose plan it runs
+    script: int  # the submission whose script runs it
     restart: int
 
     @property
     def log(self) -> Path:
+        """The log of this life and of the others of its script."""
         return self.run.log_path(self.phase.name, self.script, self.index)
 
     def outcomes(self) -> list[Outcome]:
-        """Of this attempt at the element up to this life, oldest first; a twin that left the work to it lived no life."""
+        """Return how the lives of this attempt at the element ended, up to this one, oldest first.
+
+        A twin that left the work to another lived no life.
+        """
         return [
             outcome
             for outcome in self.run.outcomes(self.phase.name, self.attempt)
@@ -63,15 +67,16 @@ class Life:
         ]
 
     def outcome(self) -> Outcome | None:
+        """Return how this life ended, None where nobody said so."""
         return next((outcome for outcome in self.outcomes() if outcome.restart == self.restart), None)
 
 
 def judge(life: Life, code: int | None, on_slurm: bool = True) -> Verdict:
-    """Whether the element runs again after this life. An end that its worker did not record is recorded here."""
+    """Say whether the element runs again after this life; an end that its worker did not record is recorded first."""
     if code == retry.EXIT_LEASE_HELD:
         return Verdict(False, Cause.LEASE_HELD)  # a twin: it left the work to another, who speaks for it
     if life.outcome() is None:
-        _record(life, code, _diagnose(life, code, FAILED, (), on_slurm))
+        _record(life, code, _diagnose(life, code, FAILED, on_slurm=on_slurm))
     return _verdict(life)
 
 
@@ -79,7 +84,10 @@ def _verdict(life: Life) -> Verdict:
     return retry.decide([_end(outcome) for outcome in life.outcomes()])
 
 
-def _diagnose(life: Life, code: int | None, state: str, down_nodes: tuple[str, ...], on_slurm: bool) -> Diagnosis:
+def _diagnose(
+    life: Life, code: int | None, state: str, down_nodes: tuple[str, ...] = (), on_slurm: bool = True
+) -> Diagnosis:
+    """Read from what a life left why it ended."""
     name = life.phase.name
     script = life.run.submission_folder(life.script) / "scripts" / f"{name}.sh"
     return classify(
@@ -99,7 +107,10 @@ def _diagnose(life: Life, code: int | None, state: str, down_nodes: tuple[str, .
 
 
 def _record(life: Life, code: int | None, diagnosis: Diagnosis) -> None:
-    """The last word of a life that left none. Without `code` it ended some time ago, elsewhere: when it wrote last."""
+    """Record the last word of a life that left none.
+
+    Without `code` it ended some time ago and elsewhere: when it wrote last.
+    """
     cause = retry.told_by(code or 0) or (diagnosis.cause if diagnosis.certain else Cause.UNKNOWN)
     leases = lease_times(life.run.artifact(life.phase).folder)
     started = leases.get((life.index, life.attempt, life.restart), time.time())
@@ -108,16 +119,16 @@ def _record(life: Life, code: int | None, diagnosis: Diagnosis) -> None:
     life.run.record_outcome(
         life.phase.name,
         Outcome(
-            life.index,
-            life.attempt,
-            life.restart,
-            "failed",
-            retry.EXIT_FAILED if code is None else code,
-            f"{diagnosis.what}: {diagnosis.evidence}",
-            here,
-            os.environ.get("SLURM_JOB_ID", ""),
-            started,
-            ended,
+            element=life.index,
+            attempt=life.attempt,
+            restart=life.restart,
+            state="failed",
+            exit_code=retry.EXIT_FAILED if code is None else code,
+            message=f"{diagnosis.what}: {diagnosis.evidence}",
+            host=here,
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            started=started,
+            ended=ended,
             key=life.phase.key,
             cause=cause,
             node=diagnosis.node,
@@ -126,7 +137,7 @@ def _record(life: Life, code: int | None, diagnosis: Diagnosis) -> None:
 
 
 def _end(outcome: Outcome) -> End:
-    """An outcome in the policy's terms; of a worker's own last words the exit code or the exception tells."""
+    """Return an outcome in the policy's terms; of a worker's own last words the exit code or the exception tells."""
     cause = Cause(outcome.cause) if outcome.cause else retry.told_by(outcome.exit_code)
     return End(cause or classify(Evidence("", exit_code=outcome.exit_code, outcome=outcome)).cause, outcome.done)
 
@@ -135,7 +146,7 @@ def _end(outcome: Outcome) -> End:
 
 
 def after(life: Life, code: int, slurm: Slurm) -> None:
-    """A life ended with `code`: run the job again in place where that is safe and its budget allows."""
+    """Run the job of a life that ended with `code` again in place, where that is safe and its budget allows."""
     if life.phase.links:
         return _after_link(life, code, slurm)
     if retry.told_by(code) is not None:
@@ -144,12 +155,15 @@ def after(life: Life, code: int, slurm: Slurm) -> None:
     refusal = requeue.refusal_here(slurm, ()) if verdict.again else ""
     _say(life, verdict.why + (f" (not requeued: {refusal})" if refusal else ""))
     if verdict.again and not refusal:
-        requeue.requeue(slurm, life.run, life.phase, life.attempt, life.outcomes())
+        requeue.requeue(slurm, life.run, life.phase, attempt=life.attempt, ends=life.outcomes())
 
 
 def _after_link(life: Life, code: int, slurm: Slurm) -> None:
-    """A link ended: cancel the later ones that are not needed. Never the last: it tells the dependents how it went, and
-    Slurm takes the dependency on a task that was cancelled before it started for satisfied (seen with 22.05)."""
+    """Cancel the later links of a chain that are not needed, after one that ended with `code`.
+
+    The last link stays: it tells the dependents how it went, and Slurm takes the dependency on a task that was
+    cancelled before it started for satisfied (seen with 22.05).
+    """
     job, link, last = _link(os.environ)
     needed = 1
     if code != retry.EXIT_SEALED:
@@ -167,12 +181,15 @@ def _after_link(life: Life, code: int, slurm: Slurm) -> None:
 
 
 def _link(env: Mapping[str, str]) -> tuple[str, int, int]:
-    """This job as a link: the array's id, its own number and that of the last."""
+    """Return this job as a link: (the array's id, its own number, the number of the last)."""
     return env["SLURM_ARRAY_JOB_ID"], int(env["SLURM_ARRAY_TASK_ID"]), int(env["SLURM_ARRAY_TASK_MAX"])
 
 
 def before(life: Life, slurm: Slurm) -> int:
-    """A later life begins: 0 when it may. What Slurm itself ended left no word, so that is looked for now."""
+    """Return 0 where a later life may begin, else EXIT_GIVEN_UP.
+
+    A life that Slurm itself ended left no word, so that is looked for now.
+    """
     last = replace(life, restart=life.restart - 1)
     silent = last.outcome() is None and _record_silent_end(last, slurm)
     ends = last.outcomes()
@@ -183,20 +200,20 @@ def before(life: Life, slurm: Slurm) -> int:
     _say(last, f"{ends[-1].message}; {verdict.why}")
     if verdict.again and silent and life.phase.links:
         job, link, last_link = _link(os.environ)
-        nodes = requeue.to_exclude(slurm, life.run, life.phase, life.attempt, ends)
+        nodes = requeue.to_exclude(slurm, life.run, life.phase, attempt=life.attempt, ends=ends)
         if nodes and link < last_link:
             slurm.exclude(f"{job}_[{link + 1}-{last_link}]", nodes)
     return 0 if verdict.again else EXIT_GIVEN_UP
 
 
 def _record_silent_end(last: Life, slurm: Slurm) -> bool:
-    """Write down why Slurm ended a life, if it was Slurm."""
+    """Write down why Slurm ended a life; return False where it was not Slurm."""
     down = tuple(slurm.down_nodes(nodes)) if (nodes := _nodes_of(last)) else ()
     state = "NODE_FAIL" if down else UNKNOWN
     if last.phase.links:
         row = slurm.job_row(f"{_link(os.environ)[0]}_{last.restart}")
         state = row.state if row is not None else state
-    diagnosis = _diagnose(last, None, state, down, on_slurm=True)
+    diagnosis = _diagnose(last, None, state, down)
     if diagnosis.cause not in (Cause.NODE, Cause.PREEMPTED, Cause.TIME_LIMIT):
         return False  # it never began, or somebody had Slurm start it again
     _record(last, None, diagnosis)
@@ -204,7 +221,7 @@ def _record_silent_end(last: Life, slurm: Slurm) -> bool:
 
 
 def _nodes_of(life: Life) -> str:
-    """The nodes an earlier life ran on, as Slurm names them together ("n[1-4]")."""
+    """Return the nodes an earlier life ran on, as Slurm names them together ("n[1-4]"); "" where nothing is known."""
     path = life.run.environment_path(life.phase.name, life.index, life.attempt, life.restart)
     try:
         return durable.read_checked(path).get("SLURM_JOB_NODELIST", "")
@@ -213,6 +230,7 @@ def _nodes_of(life: Life) -> str:
 
 
 def _restart(phase: FrozenPhase, env: Mapping[str, str]) -> int:
+    """Return how often this element was started before in this attempt."""
     return int(env.get("SLURM_ARRAY_TASK_ID" if phase.links else "SLURM_RESTART_COUNT", "0"))
 
 
@@ -231,7 +249,14 @@ def main() -> int:
     run = RunFolder(args.run)
     attempt = run.redirected(args.submission, args.phase)
     phase = run.frozen(attempt)[args.phase]
-    life = Life(run, phase, args.index, attempt, args.submission, _restart(phase, os.environ))
+    life = Life(
+        run=run,
+        phase=phase,
+        index=args.index,
+        attempt=attempt,
+        script=args.submission,
+        restart=_restart(phase, os.environ),
+    )
     try:
         if args.code is None:
             return before(life, Slurm())

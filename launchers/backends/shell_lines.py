@@ -8,7 +8,7 @@ variables, and a `grep` without a match is no failure of a line that goes on.
 import shlex
 from pathlib import Path
 
-from launchers.causes.evidence import ENDED
+from launchers.causes.log_lines import ENDED
 from slurm.profile import Env, Profile
 
 STRICT, DEFAULTS = "set -euo pipefail", "set +euo pipefail"
@@ -45,7 +45,7 @@ def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
 
 
 def _admins_lines(env: Env, name: str) -> list[str]:
-    """Modules and setup, and what tells the log which command of theirs failed or ended the job.
+    """Return modules and setup, and what tells the log which command of theirs failed or ended the job.
 
     The two traps take no part in what the lines do: functions and sourced files do not see the one, and the other goes
     with the lines unless they set one of their own.

@@ -1,21 +1,21 @@
-"""What is known of one element of a phase that is not sealed, and what the lines of its log show.
-
-The words looked for are those of Slurm 22.05's srun and slurmstepd, PyTorch 2 and NCCL 2; tests/launchers/test_why.py
-has them, seen on the dev cluster or written from those programs' known wording.
-"""
+"""What goes into a rule and what comes out: the evidence about one element that is not sealed, and a diagnosis."""
 
 import re
 from dataclasses import dataclass
 
-from data_tools.progress import HUNG
 from jobs.artifacts.run_folder import Outcome
+from jobs.retry import SIGNAL_BASE, Cause
+from launchers.causes.log_lines import NODE_NAMES
 from launchers.causes.states import FAILED
 from slurm.printed import AccountingRow
+
+SIGNAL_NO_OUTPUT = 53  # Slurm's "signal" of a batch script whose output file it could not open
+LAUNCHER_NOISE = re.compile(r"srun: (Job step aborted|got SIG|forcing|Force Terminated|Terminating)")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of one element that is not sealed."""
+    """All that is known of one element that is not sealed; a rule reads nothing else."""
 
     phase: str
     index: int = 0
@@ -36,122 +36,67 @@ class Evidence:
     down_nodes: tuple[str, ...] = ()  # of its nodes, those that Slurm calls down
 
     @property
+    def said(self) -> str:
+        """Its state and reason as a sentence of who told them."""
+        if not self.on_slurm:
+            return f"{self.state} {self.reason}".strip()
+        return f"Slurm says {self.state}" + (f", reason {self.reason}" if self.reason else "")
+
+    @property
     def message(self) -> str:
+        """The worker's last word; "" where it left none."""
         return self.outcome.message if self.outcome is not None else ""
 
     @property
     def code(self) -> int | None:
+        """How its worker ended, else its job."""
         if self.outcome is not None:
             return self.outcome.exit_code
         return self.exit_code if self.exit_code is not None else exit_code_of(self.row) if self.row else None
 
+    @property
+    def log_name(self) -> str:
+        """Where a person finds its log."""
+        return self.log_path or "its log"
+
     def lines(self) -> list[str]:
+        """Return the lines of the end of its log."""
         return self.log.splitlines()
 
-    def find(self, pattern: "re.Pattern[str]") -> str:
-        """The line that shows it: in the worker's last words, else the first in the log."""
+    def find(self, pattern: re.Pattern[str]) -> str:
+        """Return the worker's last words where they match, else the first line of the log that does, else ""."""
         if pattern.search(self.message):
             return self.message
         return next((line.strip() for line in self.lines() if pattern.search(line)), "")
 
 
 def exit_code_of(row: AccountingRow) -> int:
-    """A shell's view of Slurm's "code:signal"."""
-    return 128 + row.exit_signal if row.exit_signal and not row.exit_code else row.exit_code
-
-
-# -- lines ---------------------------------------------------------------------------------------------------------
-
-PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
-TIME_LINE = re.compile(r"DUE TO TIME LIMIT")
-NODE_LINE = re.compile(r"DUE TO NODE FAILURE|Node failure on \S+|launch failed on node|\bNODE_FAIL\b", re.IGNORECASE)
-CANCELLED_LINE = re.compile(r"slurmstepd.*: error: \*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT (?!.* DUE TO )")
-GPU_MEMORY_LINE = re.compile(
-    r"torch(\.cuda)?\.OutOfMemoryError|\bOutOfMemoryError: |(CUDA|HIP) out of memory|CUDA error: out of memory"
-    r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED"
-)
-HOST_MEMORY_LINE = re.compile(
-    r"oom[-_]kill|\bOOM Killed\b|Out Of Memory|[Ee]xceeded (job |step )?memory limit|being killed.*memory"
-    r"|\bMemoryError\b|can't allocate memory|std::bad_alloc|Cannot allocate memory"
-)
-COLLECTIVE_LINE = re.compile(
-    r"Watchdog caught collective operation timeout|ProcessGroupNCCL.*[Tt]imeout|NCCL (error|timeout)|ncclRemoteError"
-    r"|DistBackendError|DistStoreError|DistNetworkError|Socket Timeout|Broken pipe.*(?:gloo|TCPStore)"
-    r"|Timed out (waiting|after) .*ms|Timed out initializing process group|wait timeout after \d+ms"
-    r"|Connection closed by peer|Connection reset by peer|failed to recv, got 0 bytes"
-    r"|Connection was likely closed|monitoredBarrier|MeetingFailed|MeetingTimeout"
-)
-HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
-ENDED = "ended the job with code"  # what the lines of launchers/backends/shell_lines.py say of themselves
-ENVIRONMENT_LINE = re.compile(rf"^afterok: profile .*: (env\.\w+) {re.escape(ENDED)} \d+")
-NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")
-TASK_LINE = re.compile(r"srun: error: ([\w.-]+): tasks? ([\d,-]+): (.+)")
+    """Return a shell's view of Slurm's "code:signal": 128 and the signal where only that is known."""
+    return SIGNAL_BASE + row.exit_signal if row.exit_signal and not row.exit_code else row.exit_code
 
 
 def guilty_node(e: Evidence) -> str:
-    """The node that srun names, else the only one of the job's nodes that Slurm calls down, else "" ."""
+    """Return the node that srun names, else the only one of the job's nodes that Slurm calls down, else ""."""
     for line in e.lines():
-        found = NODE_NAMES.search(line)
-        if found and "," not in (name := (found[1] or found[2])):
+        match = NODE_NAMES.search(line)
+        if match and "," not in (name := (match[1] or match[2])):
             return name.rstrip(":.")
     return e.down_nodes[0] if len(e.down_nodes) == 1 else ""
 
 
-def first_dead_task(log: str) -> tuple[str, str, str]:
-    """(line, node, how) of the rank that srun saw end first: those after it were ended because of it."""
-    for line in log.splitlines():
-        if found := TASK_LINE.search(line):
-            return line.strip(), found[1], found[3]
-    return "", "", ""
-
-
 def last_line(e: Evidence) -> str:
-    noise = re.compile(r"srun: (Job step aborted|got SIG|forcing|Force Terminated|Terminating)")
-    return next((line.strip() for line in reversed(e.lines()) if line.strip() and not noise.search(line)), "")
-
-
-# -- tracebacks ----------------------------------------------------------------------------------------------------
+    """Return the last line of its log that is not srun's own about the end; "" where there is none."""
+    lines = (line.strip() for line in reversed(e.lines()))
+    return next((line for line in lines if line and not LAUNCHER_NOISE.search(line)), "")
 
 
 @dataclass(frozen=True)
-class Traceback:
-    error: str  # its last line: "module.Error: text"
-    place: str  # file:line of the innermost frame outside installed packages
+class Diagnosis:
+    """Why an element is not sealed, what shows it, and what to do."""
 
-
-FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+)')
-ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*(:.*)?$")
-RANK_PREFIX = re.compile(r"^(?:\[rank\d+\]:\s?|\s*\d+: )")  # torch's, and srun --label's
-CHAINED = "The above exception was the direct cause", "During handling of the above exception"
-
-
-def tracebacks(log: str) -> list[Traceback]:
-    """Python's tracebacks in a log, in order; of a chain of exceptions only the last."""
-    found: list[Traceback] = []
-    lines = [RANK_PREFIX.sub("", line) for line in log.splitlines()]
-    i, chained = 0, False
-    while i < len(lines):
-        if any(mark in lines[i] for mark in CHAINED):
-            chained = True
-        if not lines[i].startswith("Traceback (most recent call last)"):
-            i += 1
-            continue
-        place, ours = "", ""
-        i += 1
-        while i < len(lines) and (lines[i].startswith((" ", "\t")) or not lines[i].strip()):
-            if frame := FRAME.match(lines[i]):
-                place = f"{_short_path(frame[1])}:{frame[2]}"
-                if not re.search(r"/(site|dist)-packages/|/lib/python3|^<", frame[1]):
-                    ours = place
-            i += 1
-        if i < len(lines) and ERROR_LINE.match(lines[i]):
-            if chained and found:
-                found.pop()
-            found.append(Traceback(lines[i].strip(), ours or place))
-        chained = False
-    return found
-
-
-def _short_path(path: str) -> str:
-    """A path inside a code snapshot without the snapshot's folder."""
-    return re.sub(r"^.*/submissions/\d+/code/", "", path)
+    cause: Cause
+    what: str  # continues "sft[3] …"
+    evidence: str
+    remedy: str
+    node: str = ""  # the one guilty node, where Slurm or the log names it
+    certain: bool = True  # False: the likeliest reading of evidence that has others

@@ -5,23 +5,16 @@ A life is one start of one element: (element, attempt, restart). An attempt is t
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+from jobs.artifacts.run_folder import FrozenPhase
 
 TAIL_BYTES = 1 << 16  # of a log; a traceback of many ranks fits
 LEASE_NAME = re.compile(r"(\d+)\.a(\d+)\.r(\d+)\.g(\d+)")
 
 
-@dataclass(frozen=True)
-class LeaseFile:
-    """A lease as its file's name and age tell it; what is in it is nobody's concern here."""
-
-    restart: int
-    taken_at: float  # seconds since the epoch, by the filesystem's clock
-
-
 def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
-    """Return {(element, attempt, restart): when its lease was taken}, by the filesystem's clock."""
+    """Return {(element, attempt, restart): when its lease was taken}, by the filesystem's clock (s since the epoch)."""
     times: dict[tuple[int, int, int], float] = {}
     try:
         with os.scandir(artifact_folder / "leases") as entries:
@@ -34,13 +27,9 @@ def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
     return times
 
 
-def newest_leases(artifact_folder: Path) -> dict[tuple[int, int], LeaseFile]:
-    """Return {(element, attempt): its lease of the highest restart}."""
-    newest: dict[tuple[int, int], LeaseFile] = {}
-    for (element, attempt, restart), taken_at in lease_times(artifact_folder).items():
-        if (element, attempt) not in newest or newest[element, attempt].restart < restart:
-            newest[element, attempt] = LeaseFile(restart, taken_at)
-    return newest
+def keep_folder(folder: Path, phase: FrozenPhase, index: int) -> Path:
+    """Return where an element keeps what survives attempts."""
+    return folder if phase.elements == 1 else folder / "elements" / f"{index:04d}"
 
 
 def log_tail(path: Path, phase: str, index: int) -> str:

@@ -1,4 +1,4 @@
-"""The console script `afterok`. Installed as the package `afterok`, a name that no folder of a user's is likely to have."""
+"""The console script `afterok`, installed as the package `afterok`: no user's folder is likely to have that name."""
 
 import runpy
 from pathlib import Path

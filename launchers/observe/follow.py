@@ -1,14 +1,15 @@
-"""Watching a run until it ends: a live table on a terminal, plain lines of change in a log."""
+"""Watches a run until it ends: a live table on a terminal, plain lines of change in a log."""
 
 import sys
 import time
+from collections.abc import Callable
 
 from data_tools.base.printing import set_in
 from jobs.artifacts.run_folder import RunFolder
-from launchers.causes.diagnosis import remedy_if_stuck
 from launchers.causes.states import COMPLETED, NO_SEAL, UNKNOWN
-from launchers.observe.show import console, progress_text, status_table
-from launchers.observe.status import PhaseStatus, RunStatus, format_seconds, run_status
+from launchers.causes.waiting import remedy_if_stuck
+from launchers.observe.show import console, format_seconds, progress_text, status_table
+from launchers.observe.status import PhaseStatus, RunStatus, run_status
 from launchers.planning.ledger import Ledger
 
 LOCAL_POLL_S = 0.5
@@ -18,7 +19,7 @@ SETTLE_S = 10.0  # how long a job may be gone before its seal must be visible: s
 
 
 def poll_interval(run: RunFolder) -> float:
-    """Seconds between two looks at a run: a queue is asked less often than a file."""
+    """Return the seconds between two looks at a run: a queue is asked less often than a file."""
     slurm = any(event["event"] == "submission" and event["backend"] == "slurm" for event in Ledger(run.ledger).events())
     return SLURM_POLL_S if slurm else LOCAL_POLL_S
 
@@ -34,7 +35,8 @@ def follow(run: RunFolder, poll_s: float = LOCAL_POLL_S, quiet: bool = False) ->
     return _watch(run, poll_s, lines.show)
 
 
-def _watch(run: RunFolder, poll_s: float, show) -> RunStatus:
+def _watch(run: RunFolder, poll_s: float, show: Callable[[RunStatus], None]) -> RunStatus:
+    """Look at a run every `poll_s` seconds and show it, until it has ended and its seals had time to appear."""
     ended_since: float | None = None
     while True:
         status = run_status(run)
@@ -52,7 +54,7 @@ def _watch(run: RunFolder, poll_s: float, show) -> RunStatus:
 
 
 class _Lines:
-    """One plain line a change of state, one of what will not start by itself, and now and then one of progress."""
+    """Prints a plain line at each change of state or of what keeps a job from starting, and some of progress."""
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
@@ -60,6 +62,7 @@ class _Lines:
         self.progress_at: dict[str, float] = {}
 
     def show(self, status: RunStatus) -> None:
+        """Print what has changed since the last status."""
         for phase in status.phases:
             if self.quiet:
                 continue

@@ -1,8 +1,8 @@
-"""`afterok inspect`: a sealed token store or pack plan of a run, for people."""
+"""`afterok inspect`: what a sealed token store or pack plan of a run holds, for people."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from data_tools.base.seeded import permutation
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
@@ -24,29 +24,45 @@ class Contents:
         self.names = [name for name, phase in self.phases.items() if phase.uses in KINDS]
 
     def folder(self, name: str) -> Path:
+        """Return the sealed folder of a phase. UserMistake where it is not sealed."""
         seal = self.run.seal(name, self.phases[name].key)
         if seal is None:
             raise UserMistake(f"{name} is not sealed yet; see `afterok status {self.run.path}`")
         return seal.folder
 
     def settings(self, name: str) -> dict[str, Any]:
-        """The phase's config, with every reference a folder."""
+        """Return a phase's config, with every reference replaced by the folder it stands for."""
         phase = self.phases[name]
         return substitute(phase.settings, {need: str(self.folder(need)) for need in phase.needs})
 
     def tokenizer_of(self, store: Path) -> Tokenizer:
-        """What made the ids of `store`, the content of one of the run's phases or a folder from elsewhere."""
+        """Return what made the ids of `store`. UserMistake where no materialize phase of the run made it."""
         for name in self.names:
             if self.phases[name].uses == "materialize" and self.folder(name) == store:
                 return load_tokenizer(self.settings(name)["tokenizer"])
         raise UserMistake(f"{store} was not made in {self.run.path}: inspect it in the run that made it")
 
 
-def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, limit: int) -> dict[str, Any]:
-    """Facts, balance, histogram of lengths and documents of a phase's store or plan. UserMistake when it has none.
+class Inspection(TypedDict):
+    """What `inspect` shows of a phase."""
+
+    phase: str
+    folder: str
+    facts: dict[str, Any]
+    balance: dict[str, Any]  # a table: title, columns, rows
+    lengths: list[Any]  # rows of a histogram: (shortest, longest, documents, tokens)
+    title: str
+    documents: list[dict[str, Any]]
+
+
+def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, limit: int) -> Inspection:
+    """Return facts, balance, histogram of lengths and documents of a phase's store or plan.
 
     Documents: `count` drawn with `seed`, or of pack number `pack` (of a plan, without one: a pack drawn with `seed`);
     of each at most `limit` tokens.
+
+    Raises:
+        UserMistake: the phase makes neither, is not sealed, or has no such pack.
     """
     contents = Contents(run)
     if name not in contents.names:
@@ -65,7 +81,9 @@ def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, 
         raise UserMistake(f"{name} is a token store, not a pack plan: it has no pack {pack}")
     else:
         opened = Store(folder)
-        documents = inspection.store_documents(opened, contents.tokenizer_of(folder), count, seed, limit)
+        documents = inspection.store_documents(
+            opened, contents.tokenizer_of(folder), count=count, seed=seed, limit=limit
+        )
         facts, lengths, title = opened.facts, opened.lengths, f"{len(documents)} of {len(opened):,} documents"
     return {
         "phase": name,

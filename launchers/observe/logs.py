@@ -1,4 +1,4 @@
-"""The log of a phase's element: printed, or followed until the element ends."""
+"""Prints the log of a phase's element, or follows it until the element ends."""
 
 import codecs
 import os
@@ -18,7 +18,10 @@ QUEUE_EVERY = 10  # polls of the file between two questions to the back end
 
 
 def newest_log(run: RunFolder, phase: str, index: int | None) -> Path:
-    """The newest attempt's log of an element (the lowest that has one, when none is named)."""
+    """Return the newest attempt's log of an element (of the lowest that has one, where none is named).
+
+    UserMistake where there is no such phase or no log.
+    """
     entries = Ledger(run.ledger).jobs()
     phases = sorted({entry.phase for entry in entries})
     if phase not in phases:
@@ -32,6 +35,7 @@ def newest_log(run: RunFolder, phase: str, index: int | None) -> Path:
 
 
 def show_log(run: RunFolder, phase: str, index: int | None, follow: bool) -> None:
+    """Print the log that `newest_log` finds; with `follow` wait for it, and go on until the phase ends."""
     path = newest_log(run, phase, index) if not follow else _wait_for_log(run, phase, index)
     with open(path, "rb") as file:
         polls = 0

@@ -1,4 +1,4 @@
-"""The runs below a folder, one line each: what `afterok ls` shows."""
+"""Which runs there are: the one that a user means, and those below a folder, one line each (`afterok ls`)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,8 +9,48 @@ from jobs.artifacts.run_folder import RunFolder
 from launchers.observe.status import run_status
 
 
+def find_run(name: str | None) -> RunFolder:
+    """Return the run a user means: a folder, a name below ./runs, or by default the one submitted last.
+
+    UserMistake where there is none.
+    """
+    if name is not None:
+        for path in (Path(name), Path("runs") / name):
+            if (path / "ledger.jsonl").exists():
+                return RunFolder(path.absolute())
+        raise UserMistake(f"{name!r} is no run: neither {name}/ledger.jsonl nor runs/{name}/ledger.jsonl exists")
+    ledgers = sorted(Path("runs").glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not ledgers:
+        raise UserMistake("no run below ./runs; name one: afterok status RUN")
+    return RunFolder(ledgers[-1].parent.absolute())
+
+
+def as_typed(path: Path) -> str:
+    """Return a path as the user would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def run_and_phase(words: list[str]) -> tuple[RunFolder, str | None]:
+    """Return what RUN, PHASE, both or neither mean; one word that is no run is a phase of the run submitted last."""
+    if len(words) > 2:
+        raise UserMistake(f"{len(words)} words: {' '.join(words)}; write afterok why [RUN] [PHASE]")
+    if len(words) == 1:
+        try:
+            return find_run(words[0]), None
+        except UserMistake:
+            if "/" in words[0] or not any(Path("runs").glob("*/ledger.jsonl")):
+                raise
+            return find_run(None), words[0]
+    return find_run(words[0] if words else None), words[1] if words else None
+
+
 @dataclass
 class RunLine:
+    """One run, in one line."""
+
     name: str
     path: str
     pipeline: str
@@ -25,36 +65,35 @@ class RunLine:
 
 
 def list_runs(folder: Path) -> list[RunLine]:
-    """Runs directly below `folder`, the one changed last first."""
+    """Return the runs directly below `folder`, the one changed last first."""
     runs = [_line(RunFolder(path.parent.absolute())) for path in folder.glob("*/ledger.jsonl")]
     return sorted(runs, key=lambda line: -line.changed)
 
 
 def _line(run: RunFolder) -> RunLine:
     numbers = run.submissions()
-    if not numbers:
-        return RunLine(run.name, str(run.path), "", 0, "nothing submitted", 0, 0, _changed(run))
-    phases = run.frozen(numbers[-1])
-    phases = {
-        name: phase
-        for name, phase in phases.items()
-        if run.artifact(phase).seal_path.exists() or not run.not_needed(phases, name)
-    }
-    sealed = sum(run.artifact(phase).seal_path.exists() for phase in phases.values())
-    return RunLine(
-        run.name,
-        str(run.path),
-        run.pipeline_name(numbers[-1]),
-        len(numbers),
-        _state(run, sealed, len(phases)),
-        sealed,
-        len(phases),
-        _changed(run),
+    line = RunLine(
+        name=run.name,
+        path=str(run.path),
+        pipeline="",
+        submissions=len(numbers),
+        state="nothing submitted",
+        sealed=0,
+        phases=0,
+        changed=_changed(run),
     )
+    if numbers:
+        phases = run.frozen(numbers[-1])
+        sealed = {name for name, phase in phases.items() if run.artifact(phase).seal_path.exists()}
+        needed = {name for name in phases if name in sealed or not run.not_needed(phases, name)}
+        line.pipeline = run.pipeline_name(numbers[-1])
+        line.sealed, line.phases = len(sealed), len(needed)
+        line.state = _state(run, line.sealed, line.phases)
+    return line
 
 
 def _state(run: RunFolder, sealed: int, phases: int) -> str:
-    """What a sealed run is, its files say; only the others cost a question to their cluster."""
+    """Say how far a run is. The files of a sealed run say it; only the others cost a question to their cluster."""
     done = f"sealed {sealed} of {phases}"
     if sealed == phases:
         return done
@@ -71,7 +110,10 @@ def _state(run: RunFolder, sealed: int, phases: int) -> str:
 
 
 def _changed(run: RunFolder) -> float:
-    """Folders' times tell of every file made in them; logs that grow are not looked at."""
+    """Return when a run changed last, in seconds since the epoch.
+
+    Folders' times tell of every file made in them; logs that grow are not looked at.
+    """
     places = [
         run.ledger,
         *run.path.glob("*/attempts"),

@@ -1,15 +1,22 @@
-"""Tables for people: rich on a terminal, plain text in a log or pipe. Nothing is decided here."""
+"""Prints for people: tables, rich on a terminal and plain text in a log or pipe. Nothing is decided here."""
 
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import clean, raw
 from launchers.causes.states import COMPLETED, FAILED, NO_ANSWER, PENDING, RUNNING, UNKNOWN
-from launchers.observe.runs import RunLine
-from launchers.observe.status import PhaseStatus, RunStatus, format_seconds
-from launchers.planning.plan import Plan
+from launchers.observe.runs import RunLine, as_typed
+from launchers.observe.status import PhaseStatus, RunStatus
+
+if TYPE_CHECKING:  # imported where they are needed, so that a --json answer does not wait for them
+    from rich.console import Console, Group
+    from rich.table import Table
+
+    from launchers.observe.inspect import Inspection
+    from launchers.planning.plan import Plan
+    from launchers.submission.submit import Submitted
 
 PLAIN_WIDTH = 160  # columns of a table that goes to a log or a pipe
 COLOURS = {
@@ -25,8 +32,11 @@ COLOURS = {
 }
 
 
-def console():
-    """What prints tables: text is text, never markup, and holds no control characters but those of our own colours."""
+def console() -> "Console":
+    """Return what prints tables.
+
+    Text is text, never markup, and holds no control characters but those of our own colours.
+    """
     from rich.console import Console
     from rich.segment import Segment
 
@@ -39,7 +49,8 @@ def console():
     return CleanConsole(file=raw(sys.stdout), highlight=False, markup=False, emoji=False, width=width)
 
 
-def table(columns: list[str], rows: list[list[Any]], title: str = ""):
+def table(columns: list[str], rows: list[list[Any]], title: str = "") -> "Table":
+    """Return a table whose cells are printed as they are, states and actions in their colours."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -52,7 +63,8 @@ def table(columns: list[str], rows: list[list[Any]], title: str = ""):
     return out
 
 
-def plan_table(plan: Plan):
+def plan_table(plan: "Plan") -> "Table":
+    """Return one row a phase: what `plan` would do with it, on what, and why."""
     rows = []
     for phase in plan.phases:
         r = phase.resources
@@ -77,28 +89,48 @@ def plan_table(plan: Plan):
     )
 
 
+def print_submitted(plan: "Plan", done: "Submitted") -> None:
+    """Print which jobs a submit made or found, a line each."""
+    run = plan.run.path
+    for phase, job in done.jobs.items():
+        print(f"submitted {phase} as job {job}")
+    for phase, job in done.active.items():
+        state = "now waits on the new attempt" if phase in done.rewired else "is under way already"
+        print(f"{phase} {state} as job {job}")
+    if not done.jobs and not done.active:
+        or_not_needed = " or not needed" if any(phase.action == "skip" for phase in plan.phases) else ""
+        print(
+            f"nothing to submit: all {len(plan.phases)} phases of {run} are sealed{or_not_needed}"
+            + (f"; submission {done.number} has their settings" if done.number else "")
+        )
+    elif done.number:
+        print(f"submission {done.number} of {run}; look with `afterok status {as_typed(run)}`")
+
+
 def progress_text(phase: PhaseStatus) -> str:
+    """Return "120/400 steps  loss 2.1"; "" of a phase that tells of no progress."""
     p = phase.progress
     return f"{p['done']:,}/{p['total']:,} {p['unit']}  {p.get('note', '')}".rstrip() if p else ""
 
 
-def print_inspection(found: dict[str, Any]) -> None:
-    """A balance sheet, a histogram, and documents with what is in the loss in green (plain: between ⟦ and ⟧)."""
+def print_inspection(inspection: "Inspection") -> None:
+    """Print a balance sheet, a histogram, and documents with what is in the loss in green (plain: between ⟦ and ⟧)."""
     from rich.text import Text
 
-    out = console()
-    out.print(table(found["balance"]["columns"], found["balance"]["rows"], found["balance"]["title"]))
-    most = max((row[2] for row in found["lengths"]), default=1)
+    out, balance = console(), inspection["balance"]
+    out.print(table(balance["columns"], balance["rows"], balance["title"]))
+    most = max((row[2] for row in inspection["lengths"]), default=1)
     rows = [
-        [f"{a:,} to {b:,}", f"{n:,}", f"{tokens:,}", "█" * -(-40 * n // most)] for a, b, n, tokens in found["lengths"]
+        [f"{a:,} to {b:,}", f"{n:,}", f"{tokens:,}", "█" * -(-40 * n // most)]
+        for a, b, n, tokens in inspection["lengths"]
     ]
     out.print(table(["tokens", "documents", "tokens of all", ""], rows, "Lengths"))
     out.print(
-        f"{found['phase']}: {found['title']}; in the loss: green"
+        f"{inspection['phase']}: {inspection['title']}; in the loss: green"
         if out.is_terminal
-        else f"{found['phase']}: {found['title']}; in the loss: ⟦ ⟧"
+        else f"{inspection['phase']}: {inspection['title']}; in the loss: ⟦ ⟧"
     )
-    for document in found["documents"]:
+    for document in inspection["documents"]:
         out.print(
             f"\n{document['where']}, {document['tokens']:,} tokens, {document['supervised']:,} in the loss",
             style="bold",
@@ -110,8 +142,8 @@ def print_inspection(found: dict[str, Any]) -> None:
         out.print(text, soft_wrap=True)
 
 
-def status_table(status: RunStatus):
-    """One row a phase; GPU-hours only where a phase asked for GPUs."""
+def status_table(status: RunStatus) -> "Table":
+    """Return one row a phase; GPU-hours only where a phase asked for GPUs."""
     gpus = any(phase.gpu_hours is not None for phase in status.phases)
     rows = []
     for phase in status.phases:
@@ -132,8 +164,18 @@ def status_table(status: RunStatus):
     return table(columns, rows, f"{status.run}, submission {status.submission}")
 
 
+def format_seconds(seconds: float | None) -> str:
+    """Return 4.2 s, 3m07s or 01:02:03; "" for None."""
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}m{rest:02d}s"
+
+
 def _hours(value: float | None) -> str:
-    """0.0031, 0.42, 7.10, 1,234.5: few digits, but never 0.00 for what is not nothing."""
+    """Return 0.0031, 0.42, 7.10 or 1,234.5: few digits, but never 0.00 for what is not nothing."""
     if value is None:
         return ""
     if value >= 10:
@@ -141,7 +183,8 @@ def _hours(value: float | None) -> str:
     return f"{value:.2f}" if value >= 0.01 or not value else f"{value:.2g}"
 
 
-def runs_table(runs: list[RunLine]):
+def runs_table(runs: list[RunLine]) -> "Table":
+    """Return one row a run."""
     rows = [
         [
             run.name,
@@ -156,29 +199,29 @@ def runs_table(runs: list[RunLine]):
 
 
 def headline(facts: dict[str, Any]) -> str:
-    """The numbers of a phase worth one line: its own `headline`, else its first few scalar facts."""
+    """Return the numbers of a phase worth one line: its own `headline`, else its first few scalar facts."""
     if "headline" in facts:
         return str(facts["headline"])
     scalars = [(k, v) for k, v in facts.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)]
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scalars[:4])
 
 
-def summary(status: RunStatus):
-    """What ran, how long, what came of it, and where the files are; then the tables that the phases wrote."""
+def summary(status: RunStatus) -> "Group":
+    """Return what ran, how long, what came of it, and the tables that the phases wrote; then where the files are."""
     from rich.console import Group
 
     rows = [[p.phase, p.state, format_seconds(p.seconds), p.message or headline(p.facts)] for p in status.phases]
     parts = [table(["phase", "state", "took", "result"], rows, f"summary of {status.run}")]
     for phase in status.phases:
-        for name, found in phase.tables.items():
+        for written in phase.tables.values():
             cells = [
                 [
                     f"{cell:,}" if isinstance(cell, int) else f"{cell:.4g}" if isinstance(cell, float) else cell or ""
                     for cell in row
                 ]
-                for row in found["rows"]
+                for row in written["rows"]
             ]
-            parts.append(table(found["columns"], cells, f"{phase.phase}: {found['title']}"))
+            parts.append(table(written["columns"], cells, f"{phase.phase}: {written['title']}"))
     parts.append(
         table(["phase", "files"], [[p.phase, p.folder] for p in status.phases if p.state == COMPLETED], "files")
     )

@@ -1,7 +1,7 @@
-"""`afterok why`: gathers what is known of each element that is not sealed, and has launchers/causes/diagnosis.py read it."""
+"""`afterok why`: gathers what is known of each element that is not sealed, and has launchers/causes diagnose it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,15 @@ from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.retry import Cause
 from jobs.schema.pipeline import NEED_SEALS
-from launchers.causes.diagnosis import Diagnosis, classify
-from launchers.causes.evidence import ENVIRONMENT_LINE, Evidence
+from launchers.causes.diagnosis import classify
+from launchers.causes.evidence import Diagnosis, Evidence
+from launchers.causes.log_lines import ENVIRONMENT_LINE
 from launchers.causes.states import ACTIVE_STATES, LOST_NODE_STATES
 from launchers.causes.traces import log_tail, requested
-from launchers.observe.status import Element, Look, look_at, open_elements
+from launchers.observe.look import Element, Look, look_at
 from launchers.planning.ledger import JobEntry, Ledger
-from slurm.client import SlurmError
-from slurm.printed import format_indices
+from slurm.client import Slurm, SlurmError
+from slurm.printed import AccountingRow, format_indices
 from slurm.profile import contact_note, load
 
 MAX_ASKED = 8  # elements of a phase whose end is asked of scontrol one by one; the rest are judged by their logs
@@ -93,7 +94,7 @@ class Report:
 
 
 def why(run: RunFolder, phase: str | None = None) -> Report:
-    """What is wrong with a run, or one of its phases; failures first, then what waits.
+    """Say what is wrong with a run, or one of its phases; failures first, then what waits.
 
     Raises:
         UserMistake: no such phase, or its cluster cannot be asked.
@@ -101,45 +102,53 @@ def why(run: RunFolder, phase: str | None = None) -> Report:
     look = look_at(run)
     if phase is not None and phase not in look.phases:
         raise UserMistake(f"{run.path} has no phase {phase!r}{nearest(phase, list(look.phases))}")
-    chosen = [
-        found
-        for name, found in look.phases.items()
-        if phase in (None, name) and (run.seal(name, found.key) is not None or not look.not_needed(found))
-    ]
-    cancels = {
+    named = [frozen for name, frozen in look.phases.items() if phase in (None, name)]
+    chosen = [frozen for frozen in named if run.seal(frozen.name, frozen.key) or not look.not_needed(frozen)]
+    unsealed = [frozen for frozen in chosen if run.seal(frozen.name, frozen.key) is None]
+    if look.unasked and unsealed:
+        raise look.unasked[0]
+    cancels = _cancel_times(run)
+    findings = [finding for frozen in chosen for finding in _findings(look, frozen, cancels)]
+    findings.sort(key=lambda f: (f.diagnosis.cause is Cause.WAITING, f.diagnosis.cause is Cause.UPSTREAM))
+    _name_contact(findings, run, look.number)
+    return Report(
+        run=str(run.path),
+        submission=look.number,
+        findings=findings,
+        sealed=len(chosen) - len(unsealed),
+        phases=len(chosen),
+        not_submitted=[frozen.name for frozen in unsealed if not look.elements(frozen)],
+        notes=look.notes,
+        given_up=Ledger(run.ledger).given_up() if unsealed else "",
+    )
+
+
+def _cancel_times(run: RunFolder) -> dict[str, float]:
+    """Return {job: when afterok cancelled it, or an element of it}."""
+    return {
         job.partition("_")[0]: event["time"]
         for event in Ledger(run.ledger).events()
         if event["event"] == "cancel"
         for job in event["jobs"]
     }
-    sealed = sum(run.seal(p.name, p.key) is not None for p in chosen)
-    if look.unasked and sealed < len(chosen):
-        raise look.unasked[0]
-    findings: list[Finding] = []
-    for found in chosen:
-        findings += _findings(look, found, cancels)
-    idle = [p.name for p in chosen if run.seal(p.name, p.key) is None and not look.of_phase(p)]
-    findings.sort(key=lambda f: (f.diagnosis.cause is Cause.WAITING, f.diagnosis.cause is Cause.UPSTREAM))
-    given_up = Ledger(run.ledger).given_up() if sealed < len(chosen) else ""
-    if contact := _contact(run, look.number):
-        for finding in findings:
-            if finding.diagnosis.cause in ASK_THE_SITE:
-                finding.diagnosis = replace(finding.diagnosis, remedy=finding.diagnosis.remedy + contact)
-    return Report(str(run.path), look.number, findings, sealed, len(chosen), idle, look.notes, given_up)
 
 
-def _contact(run: RunFolder, number: int) -> str:
-    """What names the contact of the profile that a submission was made with; "" where nobody can be named."""
+def _name_contact(findings: list[Finding], run: RunFolder, number: int) -> None:
+    """Name the contact of the profile that submission `number` was made with where the site has to act."""
     try:
-        return contact_note(load(str(run.submission_folder(number) / "profile.yaml")))
-    except (UserMistake, OSError):
-        return ""
+        contact = contact_note(load(str(run.submission_folder(number) / "profile.yaml")))
+    except (UserMistake, OSError):  # nobody can be named
+        return
+    for finding in findings:
+        if finding.diagnosis.cause in ASK_THE_SITE:
+            finding.diagnosis = replace(finding.diagnosis, remedy=finding.diagnosis.remedy + contact)
 
 
-def _findings(look: Look, phase: FrozenPhase, cancels: dict[str, float]) -> Iterator[Finding]:
+def _findings(look: Look, phase: FrozenPhase, cancels: dict[str, float]) -> list[Finding]:
+    """Return what is wrong with a phase's elements that are not sealed; elements alike share a finding."""
     groups: dict[tuple, Finding] = {}
     asked = 0
-    for i, element in open_elements(look, phase).items():
+    for i, element in look.open_elements(phase).items():
         evidence = gather(look, phase, element, cancels, ask_slurm=asked < MAX_ASKED)
         asked += evidence.row is not None and element.accounting is None
         diagnosis = classify(evidence)
@@ -149,19 +158,31 @@ def _findings(look: Look, phase: FrozenPhase, cancels: dict[str, float]) -> Iter
             groups[key].elements.append(i)
         else:
             groups[key] = Finding(
-                phase.name, [i], element.entry.job, diagnosis, evidence.log_path, phase.array is not None
+                phase=phase.name,
+                elements=[i],
+                job=element.entry.job,
+                diagnosis=diagnosis,
+                log=evidence.log_path,
+                is_array=phase.array is not None,
             )
-    if not groups and look.run.seal(phase.name, phase.key) is None and look.of_phase(phase):
-        # The fan-in ran in one of the elements' tasks; its complaint stands in that one's name.
-        ends = [element.outcome for element in look.of_phase(phase).values() if element.outcome is not None]
-        said = max((end for end in ends if end.state != "sealed"), key=lambda e: (e.attempt, e.restart), default=None)
-        if said is not None:
-            diagnosis = classify(Evidence(phase.name, exit_code=said.exit_code, outcome=said))
-        else:
-            what = "has all its elements sealed, but their fan-in is not"
-            diagnosis = Diagnosis(Cause.LOST, what, "no seal.json", "submit again")
-        groups[()] = Finding(phase.name, [], "", diagnosis, "")
-    yield from groups.values()
+    if not groups and look.run.seal(phase.name, phase.key) is None and look.elements(phase):
+        diagnosis = _diagnose_fan_in(phase, look.elements(phase).values())
+        return [Finding(phase.name, [], job="", diagnosis=diagnosis, log="")]
+    return list(groups.values())
+
+
+def _diagnose_fan_in(phase: FrozenPhase, elements: Iterable[Element]) -> Diagnosis:
+    """Say why a phase is not sealed whose elements all are.
+
+    The fan-in ran in one of the elements' tasks; its complaint stands in that one's name.
+    """
+    outcomes = [element.outcome for element in elements if element.outcome is not None]
+    complaints = [outcome for outcome in outcomes if outcome.state != "sealed"]
+    if not complaints:
+        what = "has all its elements sealed, but their fan-in is not"
+        return Diagnosis(Cause.LOST, what, "no seal.json", "submit again")
+    last = max(complaints, key=lambda outcome: (outcome.attempt, outcome.restart))
+    return classify(Evidence(phase.name, exit_code=last.exit_code, outcome=last))
 
 
 def gather(
@@ -172,21 +193,15 @@ def gather(
     path = run.log_path(phase.name, entry.scripted, element.index)
     slurm = look.slurms.get(entry.job)
     outcome = element.outcome if element.outcome is None or not element.outcome.cause else None  # its own words only
-    row, down = element.accounting, ()
-    ended = state.state not in ACTIVE_STATES
-    if slurm is not None and ask_slurm and ended and element.task is not None and outcome is None and row is None:
-        try:
-            row = slurm.job_row(f"{entry.job}_{element.index // entry.batch}" if entry.is_array else entry.job)
-        except SlurmError as error:
-            look.notes.append(f"scontrol was not asked about job {entry.job}: {error.message}")
-    if slurm is not None and state.state in LOST_NODE_STATES and row is not None and row.nodelist:
-        try:
-            down = tuple(slurm.down_nodes(row.nodelist))
-        except SlurmError as error:
-            look.notes.append(f"Slurm was not asked which node is down: {error.message}")
-    asked = (
-        requested(run.submission_folder(entry.scripted) / "scripts" / f"{phase.name}.sh") if slurm is not None else {}
-    )
+    row, down_nodes = element.accounting, tuple[str, ...]()
+    asked: dict[str, str] = {}
+    if slurm is not None:
+        asked = requested(run.submission_folder(entry.scripted) / "scripts" / f"{phase.name}.sh")
+        ended = state.state not in ACTIVE_STATES
+        if ask_slurm and ended and element.task is not None and outcome is None and row is None:
+            row = _job_row(look, slurm, element)
+        if state.state in LOST_NODE_STATES and row is not None and row.nodelist:
+            down_nodes = _down_nodes(look, slurm, row.nodelist)
     return Evidence(
         phase=phase.name,
         index=element.index,
@@ -204,22 +219,44 @@ def gather(
         cancelled_at=cancels.get(entry.job),
         asked_minutes=int(asked["time"]) if asked.get("time", "").isdigit() else None,
         asked_memory=asked.get("mem", ""),
-        down_nodes=down,
+        down_nodes=down_nodes,
     )
 
 
+def _job_row(look: Look, slurm: Slurm, element: Element) -> AccountingRow | None:
+    """Ask scontrol how an element's job ended; the look notes where nobody answers."""
+    entry = element.entry
+    try:
+        return slurm.job_row(f"{entry.job}_{element.index // entry.batch}" if entry.is_array else entry.job)
+    except SlurmError as error:
+        look.notes.append(f"scontrol was not asked about job {entry.job}: {error.message}")
+        return None
+
+
+def _down_nodes(look: Look, slurm: Slurm, nodelist: str) -> tuple[str, ...]:
+    """Ask Slurm which of these nodes are down; the look notes where nobody answers."""
+    try:
+        return tuple(slurm.down_nodes(nodelist))
+    except SlurmError as error:
+        look.notes.append(f"Slurm was not asked which node is down: {error.message}")
+        return ()
+
+
 def _unsealed_needs(look: Look, phase: FrozenPhase) -> tuple[str, ...]:
-    """The phases at the root of a chain of unsealed needs: what has to be cured first."""
-    found: dict[str, None] = {}
+    """Return the phases at the root of a chain of unsealed needs: what has to be cured first."""
+    roots: dict[str, None] = {}
     for name, type_ in phase.needs.items():
         up = look.phases[name]
         if type_ in NEED_SEALS and look.run.seal(name, up.key) is None:
-            found |= dict.fromkeys(_unsealed_needs(look, up) or (name,))
-    return tuple(found)
+            roots |= dict.fromkeys(_unsealed_needs(look, up) or (name,))
+    return tuple(roots)
 
 
 def _shared_log(path: Path, entry: JobEntry, index: int) -> str:
-    """What Slurm wrote of the whole task where elements share one; what their sruns say there is each other's."""
+    """Return what Slurm wrote of the whole task where elements share one.
+
+    What their sruns say there is left out: it may be of another element.
+    """
     if entry.batch == 1:
         return ""
     task = path.with_name(path.name.replace(f".{index}.out", f".tasks{index // entry.batch}.out"))

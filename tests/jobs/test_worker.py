@@ -13,7 +13,7 @@ from jobs import requeue, retry, stopping
 from jobs.phases import materialize
 from jobs.retry import Cause, End, decide
 from jobs.task import Task
-from launchers.backends.slurm import WITHOUT_USR2
+from launchers.backends.slurm_script import WITHOUT_USR2
 from tests.command import ROOT
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.pipeline import load_pipeline
 from launchers.backends.contract import JobSpec
-from launchers.backends.slurm import PhaseExecutor, dependency, never_starting, phase_command, phase_parameters
+from launchers.backends.slurm import dependency, never_starting
+from launchers.backends.slurm_script import PhaseExecutor, phase_command, phase_parameters
 from launchers.planning.planner import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
@@ -85,9 +86,8 @@ def test_the_script_of_a_gpu_phase_is_this_text(tmp_path):
     run = RunFolder(Path("/run/toy"))
     planned = make_plan(pipeline, run, Cluster("slurm", profile, {}, "example")).phases[0]
     spec = JobSpec(planned, "toy.numbers.a3.cafe", [0, 2], {})
-    script = tmp_path / "x.sh"
-    PhaseExecutor(script).write(phase_parameters(profile, run, 3, spec), phase_command(profile, run, 3, spec))
-    assert script.read_text() == GOLDEN
+    parameters, command = phase_parameters(profile, run, 3, spec), phase_command(profile, run, 3, spec)
+    assert PhaseExecutor(tmp_path).text(parameters, command) == GOLDEN
 
 
 def test_a_dependency_names_every_job_and_an_elements_its_partner():

@@ -12,7 +12,9 @@ import pytest
 
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.backends.contract import TaskState
-from launchers.observe.status import Look, Span, format_seconds, gpu_hours, spans
+from launchers.observe.gpu_hours import Span, gpu_hours, spans
+from launchers.observe.look import Look
+from launchers.observe.show import format_seconds
 from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import Slurm
 from tests.command import (
@@ -89,7 +91,7 @@ class Planted:
         self._file(self.run.log_path("sft", attempt, 0), hour)
 
     def look(self):
-        return Look(self.run, 2, {"sft": self.phase}, self.entries, self.states)
+        return Look(self.run, 2, phases={"sft": self.phase}, entries=self.entries, states=self.states)
 
     def hours(self):
         return gpu_hours(self.look(), self.phase)

@@ -13,7 +13,8 @@ from jobs.artifacts.artifact import Owner
 from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.retry import Cause
 from launchers.causes.diagnosis import classify
-from launchers.causes.evidence import Evidence, first_dead_task, tracebacks
+from launchers.causes.evidence import Evidence
+from launchers.causes.log_lines import first_dead_task, tracebacks
 from launchers.causes.traces import log_tail
 from slurm.client import Slurm
 from slurm.printed import AccountingRow, parse_job_row, parse_seconds

@@ -1,0 +1,162 @@
+"""The batch script of one phase: its #SBATCH lines and its commands, built by submitit from pure functions.
+
+`PhaseExecutor` is submitit's SlurmExecutor with another command (our worker under srun), chosen array indices and no
+pickles. The script runs by hand too: `sbatch RUN/submissions/N/scripts/PHASE.sh`.
+"""
+
+import re
+import shlex
+import sys
+from typing import Any
+
+from submitit.slurm.slurm import SlurmExecutor
+
+from jobs.artifacts.run_folder import RunFolder
+from jobs.retry import EXIT_UNFINISHED
+from launchers.backends.contract import JobSpec
+from launchers.backends.shell_lines import script_setup
+from slurm.printed import format_indices
+from slurm.profile import Profile
+
+# Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
+WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
+
+
+class PhaseExecutor(SlurmExecutor):
+    """Builds a phase's script from submitit's parameters; slurm.client sends it, within our time limits."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # a script can be written where there is no srun
+
+    def text(self, parameters: dict[str, Any], command: str) -> str:
+        """Return the script that asks Slurm for `parameters`, a value of None meaning that it says nothing of it."""
+        self.parameters = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+        return self._make_submission_file_text(command, "")
+
+
+def phase_script(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> str:
+    """Return the whole batch script of one phase of submission `number`."""
+    executor = PhaseExecutor(run.submission_folder(number) / "scripts")
+    return executor.text(
+        phase_parameters(profile, run, number, spec),
+        phase_command(profile, run, number, spec),
+    )
+
+
+def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> dict[str, Any]:
+    """Return all that submitit turns into #SBATCH lines for one phase: a pure function, tested by a golden file.
+
+    Hold and dependency are not in the script but on sbatch's command line: they are this submission's business.
+    """
+    resources, frozen = spec.planned.resources, spec.planned.frozen
+    log = run.log_path(spec.phase, number, 0)
+    # "" is a bare flag
+    extra: dict[str, str | bool] = {key: value or True for key, value in resources.extra_sbatch.items()}
+    extra |= {
+        "output": str(
+            log.with_name(f"a{number}.{'tasks' if frozen.batch > 1 else ''}%a.out") if spec.is_array else log
+        ),
+        "export": ",".join(profile.env.forward) or "NONE",
+        # A dependent of a failed phase waits, so that it can be rewired to the next attempt; what only a failure calls
+        # for must not wait for ever behind a success.
+        "kill-on-invalid-dep": "yes" if spec.planned.conditional else "no",
+        "signal": f"USR2@{profile.signal_lead_s}",
+        "chdir": str(run.path),
+    }
+    if spec.links:
+        extra |= {"array": f"0-{spec.links - 1}%1", "no-requeue": True}
+    elif spec.is_array:
+        tasks = {element // frozen.batch for element in spec.elements}
+        extra["array"] = format_indices(tasks) + (f"%{frozen.throttle}" if frozen.throttle else "")
+    return {
+        "job_name": spec.name,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "time": resources.time_minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.ranks_per_node,
+        "cpus_per_task": resources.cpus_per_task,
+        "gpus_per_node": resources.gpus_per_node or None,
+        "mem": f"{int(resources.mem_gib * 1024)}M" if resources.mem_gib else None,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "use_srun": False,
+        "setup": script_setup(profile, run.submission_folder(number) / "code", frozen.ranks),
+        "additional_parameters": extra,
+    }
+
+
+def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) -> str:
+    """Return the last lines of the script: srun of our worker on all ranks of each element, and what ended it.
+
+    In a chain the array's index is a link, and all links work on the one element. Elements that share a task run one
+    after the other; the task fails if one fails, and ends where one was asked to stop.
+    """
+    # Since 22.05 srun does not take --cpus-per-task over from sbatch.
+    srun = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        "--export=ALL",
+        "--unbuffered",
+        f"--cpus-per-task={spec.planned.resources.cpus_per_task}",
+    ]
+    if profile.srun.mpi:
+        srun.append(f"--mpi={profile.srun.mpi}")
+    srun += profile.srun.extra
+    python, frozen = profile.env.python or sys.executable, spec.planned.frozen
+    where = [str(run.path), spec.phase]
+    worker = shlex.join([*WITHOUT_USR2, python, "-m", "jobs.worker", *where])
+    restart = shlex.join([python, "-m", "launchers.backends.restart", *where])
+    log = ""
+    if frozen.batch > 1:
+        log = (
+            " --open-mode=append "
+            f"--output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$1.out"
+        )
+    later_life = "$SLURM_ARRAY_TASK_ID" if spec.links else "${SLURM_RESTART_COUNT:-0}"
+    ended = "" if spec.links else "[ $code = 0 ] || "
+    lines = [
+        "run_element() {",
+        f'    if [ "{later_life}" != 0 ]; then',
+        f"        {restart} $1 --submission {number} || return $?",
+        "    fi",
+        "    local code=0",
+        f"    {shlex.join(srun)}{log} {worker} $1 --submission {number} --requeue || code=$?",
+        f"    {ended}{restart} $1 --submission {number} --code $code",
+        "    return $code",
+        "}",
+    ]
+    if spec.links:
+        return "\n".join([*lines, "run_element 0"])
+    if frozen.batch == 1:
+        return "\n".join([*lines, 'run_element "${SLURM_ARRAY_TASK_ID:-0}"'])
+    last = f"(SLURM_ARRAY_TASK_ID + 1) * {frozen.batch} - 1"
+    most = frozen.elements - 1
+    return "\n".join(
+        [
+            *lines,
+            "code=0",
+            f"for element in $(seq $(( SLURM_ARRAY_TASK_ID * {frozen.batch} )) "
+            f"$(( {last} < {most} ? {last} : {most} ))); do",
+            "    run_element $element || code=$?",
+            f"    [ $code != {EXIT_UNFINISHED} ] || break",
+            "done",
+            "exit $code",
+        ]
+    )
+
+
+def script_changes(sent: str, now: str) -> str:
+    """Say in which options two scripts differ, "time 5 → 33", or that they do so elsewhere; "" where they do not."""
+    if sent == now:
+        return ""
+    options = [dict(re.findall(r"^#SBATCH --([^=\n]+)=?(.*)$", text, re.MULTILINE)) for text in (sent, now)]
+    changed = [
+        f"{name} {options[0].get(name, 'none')} → {options[1].get(name, 'none')}"
+        for name in sorted(options[0].keys() | options[1].keys())
+        if options[0].get(name) != options[1].get(name)
+    ]
+    return ", ".join(changed) or "another script"

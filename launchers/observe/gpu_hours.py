@@ -1,0 +1,152 @@
+"""GPU-hours of a phase: every life of its elements that held GPUs, what they used, and what of it was lost.
+
+Time counts from a worker's start to its end, not the allocation's. Two estimates: a worker that was killed left no
+outcome, so its life is taken from its lease's time to what accounting says, else to the last write to its log; and of
+one that did not stop by itself, checkpoints that a later attempt has pruned save nothing here: an upper bound.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from launchers.causes.states import BEGUN_STATES
+from launchers.causes.traces import keep_folder, lease_times
+from launchers.observe.look import Look
+from launchers.planning.ledger import JobEntry
+
+
+@dataclass(frozen=True)
+class Span:
+    """One life of an element on its GPUs, in seconds since the epoch."""
+
+    started: float
+    ended: float
+    gpus: int
+    sealed: bool
+    running: bool
+    saved_at: tuple[float, ...]  # times of the durable checkpoints that are still there
+
+    @property
+    def used_s(self) -> float:
+        """GPU-seconds of the whole life."""
+        return max(0.0, self.ended - self.started) * self.gpus
+
+    @property
+    def lost_s(self) -> float:
+        """GPU-seconds after the last durable checkpoint of this life; nothing of one that sealed or still runs."""
+        if self.sealed or self.running:
+            return 0.0
+        kept = max((t for t in self.saved_at if self.started <= t <= self.ended), default=self.started)
+        return max(0.0, self.ended - kept) * self.gpus
+
+
+def gpu_hours(look: Look, phase: FrozenPhase) -> tuple[float | None, float | None]:
+    """Return (used, lost) of all attempts at a phase in this run, also under other settings.
+
+    (None, None) of a phase that never asked for GPUs.
+    """
+    all_spans = spans(look, phase.name)
+    if not any(span.gpus for span in all_spans) and not phase.gpus_per_node:
+        return None, None
+    return sum(span.used_s for span in all_spans) / 3600, sum(span.lost_s for span in all_spans) / 3600
+
+
+def spans(look: Look, name: str, now: float | None = None) -> list[Span]:
+    """Return every life of every element of a phase that asked for GPUs; what still runs ends `now`."""
+    asked = {
+        number: phase
+        for number in look.run.submissions()
+        if (phase := look.run.frozen(number).get(name)) is not None and phase.gpus_per_node
+    }
+    return [_span(look, life, time.time() if now is None else now) for life in _lives(look, name, asked)]
+
+
+@dataclass(frozen=True)
+class _Life:
+    """One start of one element on GPUs, as its lease and its worker's last word tell it."""
+
+    phase: FrozenPhase  # as its attempt had it
+    element: int
+    attempt: int
+    started: float
+    outcome: Outcome | None  # its worker's last word
+    requeued_at: float | None  # when the next life of this attempt began, if there was one
+    entry: JobEntry | None  # the job of this attempt at this element
+
+
+def _lives(look: Look, name: str, asked: dict[int, FrozenPhase]) -> Iterator[_Life]:
+    """Yield the lives of a phase's elements in all attempts that asked for GPUs; `asked` is {attempt: its phase}."""
+    if not asked:
+        return
+    outcomes = {(o.element, o.attempt, o.restart): o for o in look.outcomes(name) if o.attempt in asked}
+    leases = _lease_times(look.run, name, asked)
+    entries = {(i, entry.submission): entry for entry in look.entries if entry.phase == name for i in entry.elements}
+    lives = sorted({*leases, *outcomes})
+    for life, following in zip(lives, [*lives[1:], None]):
+        element, attempt, _ = life
+        outcome = outcomes.get(life)
+        yield _Life(
+            phase=asked[attempt],
+            element=element,
+            attempt=attempt,
+            started=outcome.started if outcome is not None else leases[life],
+            outcome=outcome,
+            requeued_at=leases.get(following) if following is not None and following[:2] == life[:2] else None,
+            entry=entries.get((element, attempt)),
+        )
+
+
+def _lease_times(run: RunFolder, name: str, asked: dict[int, FrozenPhase]) -> dict[tuple[int, int, int], float]:
+    """Return {(element, attempt, restart): when its lease was taken} under the keys that the attempts had."""
+    return {
+        life: taken_at
+        for key in {phase.key for phase in asked.values()}
+        for life, taken_at in lease_times(run.path / name / key).items()
+        if life[1] in asked and asked[life[1]].key == key
+    }
+
+
+def _span(look: Look, life: _Life, now: float) -> Span:
+    phase, outcome, entry = life.phase, life.outcome, life.entry
+    task = look.states.get((entry.job, life.element)) if entry is not None else None
+    is_newest = outcome is None and life.requeued_at is None
+    running = is_newest and task is not None and task.state in BEGUN_STATES
+    ended = outcome.ended if outcome is not None else now if running else _end_of_the_killed(look, life)
+    sealed = outcome is not None and outcome.state == "sealed"
+    saved: tuple[float, ...] = ()
+    if not sealed and not running:
+        saved = checkpoint_times(keep_folder(look.run.artifact(phase).folder, phase, life.element))
+        if outcome is not None and outcome.state == "stopped" and outcome.done:
+            saved = (*saved, ended)  # at a durable checkpoint, whatever a later attempt has pruned
+    return Span(
+        started=life.started,
+        ended=ended,
+        gpus=phase.nodes * phase.gpus_per_node,
+        sealed=sealed,
+        running=running,
+        saved_at=saved,
+    )
+
+
+def checkpoint_times(keep: Path) -> tuple[float, ...]:
+    """Return when each checkpoint that is still there was made durable."""
+    if not os.path.isdir(f"{keep}/checkpoints"):
+        return ()
+    return tuple(path.stat().st_mtime for path in keep.glob("checkpoints/step_*/manifest.json"))
+
+
+def _end_of_the_killed(look: Look, life: _Life) -> float:
+    """Return an estimate of when a life ended that left no word; one log serves all lives of an attempt."""
+    entry = life.entry
+    row = look.accounting.get((entry.job, life.element)) if entry is not None else None
+    if row is not None and row.elapsed_s and life.requeued_at is None:
+        return life.started + row.elapsed_s
+    script = entry.scripted if entry is not None else life.attempt
+    try:
+        written = look.run.log_path(life.phase.name, script, life.element).stat().st_mtime
+    except OSError:
+        written = life.started
+    return max(life.started, written if life.requeued_at is None else min(written, life.requeued_at))
