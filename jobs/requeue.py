@@ -51,6 +51,6 @@ def to_exclude(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, e
     partition = slurm.job(job_element(os.environ)).get("Partition", "") if guilty else ""
     if not guilty or len(slurm.usable_nodes(partition) - {guilty}) < phase.nodes:
         return ""
-    profile = load(str(run.submission_folder(attempt) / "profile.yaml"))
+    profile = load(str(run.profile_path(attempt)))
     site = profile.partitions.get(partition, Partition()).extra_sbatch.get("exclude")
     return ",".join(filter(None, (site, guilty)))

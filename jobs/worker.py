@@ -39,20 +39,13 @@ from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.progress import Stopped
 from jobs import requeue, retry, stopping
 from jobs.artifacts import standing
-from jobs.artifacts.artifact import (
-    FINISH,
-    Artifact,
-    HashCache,
-    Lease,
-    LeaseHeld,
-    LeaseName,
-    Owner,
-    Seal,
-    Sealed,
-    content_digest,
-    read_seal,
-)
+from jobs.artifacts.artifact import Artifact, Lease, LeaseHeld, Sealed
+from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.keys import content_digest
+from jobs.artifacts.layout import FINISH
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.artifacts.seal import Seal, read_seal
 from jobs.kind import PhaseKind, find_kind
 from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
 from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause
@@ -114,7 +107,7 @@ def _submission(run: RunFolder, args: argparse.Namespace) -> int:
     to = run.redirected(number, args.phase)
     if to == number:
         return number
-    os.environ["PYTHONPATH"] = str(run.submission_folder(to) / "code")
+    os.environ["PYTHONPATH"] = str(run.code_folder(to))
     stopping.hold()  # a handler does not outlive exec, a held signal does
     os.execv(sys.executable, _command(run, args.phase, args.index, to, args.requeue))
 
@@ -146,8 +139,7 @@ def restart_count(artifact: Artifact, index: int, attempt: int, chained: bool = 
         return int(os.environ["SLURM_ARRAY_TASK_ID"])
     if "SLURM_RESTART_COUNT" in os.environ:
         return int(os.environ["SLURM_RESTART_COUNT"])
-    names = [LeaseName.of(path) for path in (artifact.folder / "leases").glob(f"{index:04d}.a{attempt}.*")]
-    return max((name.restart for name in names if name is not None), default=0)
+    return max((owner.restart for owner in artifact.leases(index, attempt)), default=0)
 
 
 class Worker:
@@ -252,7 +244,7 @@ class Worker:
             _say(f"outcome not recorded: {disk_problem(error) or error}")
 
     def _profile(self) -> Profile:
-        return load(str(self.run.submission_folder(self.number) / "profile.yaml"))
+        return load(str(self.run.profile_path(self.number)))
 
     def _meeting(self) -> Meeting:
         """Return where the ranks of this start of this element meet."""
@@ -418,7 +410,7 @@ class Worker:
 
     def _task(self, index: int, out: Path) -> Task:
         count = self.phase.elements
-        keep = self.artifact.folder if count == 1 else self.artifact.folder / "elements" / f"{index:04d}"
+        keep = self.artifact.keep_folder(index, count)
         keep.mkdir(parents=True, exist_ok=True)
         value = self.phase.array[index] if isinstance(self.phase.array, list) else index
         return Task(

@@ -156,12 +156,12 @@ def do_resubmit(args: argparse.Namespace) -> int:
     from slurm.detect import find_cluster
 
     run = find_run(args.run)
-    folder = run.submission_folder(run.newest_submission())
-    frozen = durable.read_checked(folder / "pipeline.json")
+    number = run.newest_submission()
+    frozen = durable.read_checked(run.pipeline_origin_path(number))
     if Path(frozen["cwd"]).is_dir():
         os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
         sys.path.append(frozen["cwd"])
-    pipeline = load_pipeline(folder / "pipeline.yaml", frozen["overrides"] + args.overrides)
+    pipeline = load_pipeline(run.pipeline_path(number), frozen["overrides"] + args.overrides)
     if args.again and args.elements:
         raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
     plan = make_plan(pipeline, run, find_cluster(pipeline.cluster), again=args.phase if args.again else "")

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.base import durable
-from jobs.artifacts.artifact import Artifact, HashCache
+from jobs.artifacts.artifact import Artifact
+from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.layout import set_aside_name
 from jobs.artifacts.run_folder import FrozenPhase
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
@@ -56,9 +58,7 @@ class Survey:
 
     whole: Seal | None = None  # the phase's own seal, where that and all its elements' stand
     parts: dict[int, Seal] = field(default_factory=dict)  # elements' seals that stand
-    fallen: list[tuple[Path, str, str]] = field(
-        default_factory=list
-    )  # (seal, SHA-256 of its bytes, altered or retired)
+    fallen: list[tuple[Path, str, str]] = field(default_factory=list)  # (seal, its SHA-256, altered or retired)
     reasons: list[str] = field(default_factory=list)  # why those fell, an element or the phase each
 
     def missing(self, phase: FrozenPhase) -> list[int]:
@@ -70,11 +70,11 @@ class Survey:
     def withdraw(self, artifact: Artifact, submission: int) -> None:
         """Set aside what fell, but for seals that changed since the survey."""
         for path, seen, word in self.fallen:
-            artifact.withdraw(path, seen, f"{path.name}.{word}.a{submission}")
+            artifact.withdraw(path, seen, set_aside_name(path, word, submission))
 
 
 class Surveyor:
-    """Surveys the phases of one plan, each after those it needs. Raises DamagedSeal where the phase's own is damaged."""
+    """Surveys the phases of one plan, each after those it needs."""
 
     def __init__(self, verify: bool, cache: HashCache):
         self.verify, self.cache = verify, cache
@@ -82,7 +82,11 @@ class Surveyor:
     def survey(
         self, artifact: Artifact, phase: FrozenPhase, now: Mapping[str, str], partners: Mapping[str, Mapping[int, Seal]]
     ) -> Survey:
-        """Return what stands of a phase whose needs are sealed as `now` says; of aftercorr needs, as `partners` does."""
+        """Return what stands of a phase whose needs are sealed as `now` says; of aftercorr needs, as `partners` does.
+
+        Raises:
+            DamagedSeal: the phase's own seal is damaged.
+        """
         found = Survey()
         whole, paired = read_seal(artifact.seal_path), list(partners)
         for index in range(phase.elements if phase.fans_in else 0):

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from data_tools.mistake import UserMistake
-from jobs.artifacts.artifact import Artifact, Seal
+from jobs.artifacts.artifact import Artifact
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.artifacts.seal import Seal
 from launchers.backends.choose import OtherCluster, backend_of, choices_of
 from launchers.backends.contract import TaskState
 from launchers.causes.evidence import exit_code_of
@@ -61,7 +62,7 @@ class Element:
 def sealed_elements(artifact: Artifact) -> set[int]:
     """Return the elements that have a seal of their own, by one listing of the folder."""
     try:
-        names = os.listdir(artifact.folder / "seals")
+        names = os.listdir(artifact.seals_folder)
     except FileNotFoundError:
         return set()
     return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}

@@ -12,8 +12,8 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake, nearest
 from jobs.artifacts import standing
-from jobs.artifacts.artifact import content_digest, key_of
 from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.keys import content_digest, key_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder, path_problem
 from jobs.artifacts.seal import Seal
 from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.artifacts import standing
+from jobs.artifacts.layout import checkpoints_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.artifacts.seal import Seal
 from jobs.schema.pipeline import NEED_SEALS, Pipeline
@@ -93,7 +94,7 @@ class Reasoner:
             planned.action, planned.reasons = "rerun", self._differences(before[-1], frozen)
         elif survey.parts:
             planned.reasons = [f"{len(survey.parts)} of {frozen.elements} elements are sealed"]
-        elif any((self.run.artifact(frozen).folder / "checkpoints").glob("step_*")):
+        elif any(checkpoints_of(self.run.artifact(frozen).folder)):
             planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
         else:
             planned.reasons = ["never ran in this run"]
@@ -151,9 +152,9 @@ class Reasoner:
     def _code_changes(self, seal: Seal, name: str) -> list[str]:
         """Return the files of a phase's code that changed since the submission that sealed it."""
         phase = self.pipeline.phases[name]
-        sealed_by = self.run.submission_folder(seal.content["submission"])
+        sealed_code = self.run.code_folder(seal.content["submission"])
         return code_changes(
-            sealed_by=sealed_by, uses=phase.uses, config=phase.config, code=self.code, digests=self.digests
+            sealed_code=sealed_code, uses=phase.uses, config=phase.config, code=self.code, digests=self.digests
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.own_packages import PACKAGES
+from jobs.artifacts.layout import code_digests_beside
 from jobs.kind import user_modules
 from jobs.schema.imports import closure
 
@@ -149,10 +150,13 @@ def users_code_digest(module: str, code: Code, digests: Mapping[str, str]) -> st
     return durable.sha256_bytes(durable.canonical_json(imported))
 
 
-def code_changes(sealed_by: Path, uses: str, config: Any, code: Code, digests: Mapping[str, str]) -> list[str]:
-    """Return the files that a phase imports, or imported in the submission that sealed it, and that are others now."""
+def code_changes(sealed_code: Path, uses: str, config: Any, code: Code, digests: Mapping[str, str]) -> list[str]:
+    """Return the files that a phase imports, or imported when it was sealed, and that are others now.
+
+    `sealed_code` is the code folder of the submission that sealed it.
+    """
     try:
-        before = durable.read_checked(sealed_by / "code.json")["files"]
+        before = durable.read_checked(code_digests_beside(sealed_code))["files"]
     except durable.TornFile as torn:
         return [f"nobody can tell what, {torn}"]
     except (OSError, KeyError):
@@ -160,7 +164,7 @@ def code_changes(sealed_by: Path, uses: str, config: Any, code: Code, digests: M
     changed = {name for name in before.keys() | digests.keys() if before.get(name) != digests.get(name)}
     if not changed:
         return []
-    then = {name: path for name in before if (path := sealed_by / "code" / name).is_file()}
+    then = {name: path for name in before if (path := sealed_code / name).is_file()}
     return sorted(changed & (code_of(uses, config, code.files) | code_of(uses, config, then)))
 
 
@@ -173,7 +177,7 @@ def take_snapshot(folder: Path, extra: Iterable[Path] = ()) -> None:
         _copy(path, target)
     digests = {name: _digest(folder / name) for name in code.files}
     durable.write_checked(
-        folder.with_name("code.json"), {"git": git_state(), "files": digests, "left_out": sorted(code.left_out)}
+        code_digests_beside(folder), {"git": git_state(), "files": digests, "left_out": sorted(code.left_out)}
     )
 
 

@@ -10,7 +10,6 @@ from launchers.backends.choose import backends_of
 from launchers.backends.contract import Backend
 from launchers.planning.ledger import Ledger
 from launchers.submission.carry_out import abandon
-from launchers.submission.journal import journal_path
 from launchers.submission.live import live_jobs
 from launchers.submission.lock import submit_lock_if_writable
 from launchers.submission.repair import close_unwritten
@@ -69,7 +68,7 @@ def _take_back_unreleased(run: RunFolder, asked: set[str], backends: dict[str, B
 
 def _abandon_begun(run: RunFolder, number: int, backends: dict[str, Backend], done: Cancelled) -> None:
     """Abandon a submission that was begun; the jobs cancelled are added to `done`."""
-    if journal_path(run, number).exists():
+    if run.journal_path(number).exists():
         done.jobs += abandon(run, number, backends[Ledger(run.ledger).backend(number)["choice"]], "cancelled")
     else:
         close_unwritten(run, number)

@@ -17,7 +17,7 @@ from slurm.profile import to_yaml
 
 def next_number(run: RunFolder) -> int:
     """Return the number of a new submission: one more than the highest, though that was killed before it had a plan."""
-    return max([0, *(int(path.name) for path in (run.path / "submissions").glob("*") if path.name.isdigit())]) + 1
+    return max(run.submission_numbers(), default=0) + 1
 
 
 def is_newest(plan: Plan) -> bool:
@@ -29,12 +29,12 @@ def is_newest(plan: Plan) -> bool:
 
 def freeze(plan: Plan, number: int) -> None:
     """Write everything that a submission's jobs will read."""
-    run, folder = plan.run, plan.run.submission_folder(number)
-    folder.mkdir(parents=True)
+    run = plan.run
+    run.submission_folder(number).mkdir(parents=True)
     roots = [root for phase in plan.pipeline.phases.values() for root in user_code(phase.uses, phase.config)]
-    take_snapshot(folder / "code", roots)
+    take_snapshot(run.code_folder(number), roots)
     durable.write_checked(
-        folder / "pipeline.json",
+        run.pipeline_origin_path(number),
         {
             "source": plan.pipeline.source,
             "overrides": plan.pipeline.overrides,
@@ -42,8 +42,8 @@ def freeze(plan: Plan, number: int) -> None:
             "cwd": os.getcwd(),
         },
     )
-    durable.write_file(folder / "pipeline.yaml", Path(plan.pipeline.source).read_bytes())
-    durable.write_file(folder / "profile.yaml", to_yaml(plan.cluster.profile))
+    durable.write_file(run.pipeline_path(number), Path(plan.pipeline.source).read_bytes())
+    durable.write_file(run.profile_path(number), to_yaml(plan.cluster.profile))
     run.meeting_key(number)
     run.freeze(number, plan.pipeline.name, [phase.frozen for phase in plan.phases])
 

@@ -5,18 +5,12 @@ says, or takes it back. What was done of it stands in the ledger, a line a step.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
 from jobs.artifacts.run_folder import RunFolder
 from launchers.backends.contract import Backend
 from launchers.submission.steps import Rewire, Step, Submit, step_of
-
-
-def journal_path(run: RunFolder, number: int) -> Path:
-    """Return where the journal of a submission lies; a submitter killed before it was written has sent nothing."""
-    return run.submission_folder(number) / "journal.json"
 
 
 @dataclass
@@ -41,7 +35,7 @@ class Journal:
         """Write the journal of submission `number` durably."""
         steps = [step.record() for step in self.steps]
         told: dict[str, Any] = {"steps": steps, "live": self.live, "not_applied": self.not_applied}
-        durable.write_checked(journal_path(run, number), told)
+        durable.write_checked(run.journal_path(number), told)
 
     @staticmethod
     def read(run: RunFolder, number: int) -> "Journal":
@@ -50,7 +44,7 @@ class Journal:
         Raises:
             TornFile: the file is torn or altered, or no journal of this version of afterok.
         """
-        path = journal_path(run, number)
+        path = run.journal_path(number)
         told = durable.read_checked(path)
         try:
             return Journal([step_of(record) for record in told["steps"]], told["live"])

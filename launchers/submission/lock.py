@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake, disk_problem
-from jobs.artifacts.artifact import Owner
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import RunFolder
 
 
@@ -20,7 +20,7 @@ def submit_lock(run: RunFolder) -> Iterator[None]:
         UserMistake: a living process holds it, or nobody can tell who does.
     """
     run.make()
-    path = run.path / "submit.lock"
+    path = run.submit_lock
     me = Owner.me(0, 0)
     while not durable.create_file(path, me.record()):
         try:

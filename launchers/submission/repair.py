@@ -8,7 +8,7 @@ from launchers.causes.states import HELD
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import Plan
 from launchers.submission.carry_out import abandon, carry_out
-from launchers.submission.journal import Journal, journal_path
+from launchers.submission.journal import Journal
 from launchers.submission.lock import submit_lock
 from launchers.submission.patience import patiently
 
@@ -33,7 +33,7 @@ def settle_unreleased(plan: Plan) -> None:
             frozen = {name: phase.key for name, phase in run.frozen(number).items()}
         except UserMistake:
             frozen = {}
-        if not journal_path(run, number).exists() or (frozen == keys and _would_send_the_same(plan, number)):
+        if not run.journal_path(number).exists() or (frozen == keys and _would_send_the_same(plan, number)):
             _finish(run, number)
         else:
             abandon(run, number, _backend_of_submission(run, number), "other settings were submitted since")
@@ -63,7 +63,7 @@ def close_unwritten(run: RunFolder, number: int) -> None:
 def _finish(run: RunFolder, number: int) -> str:
     """Carry out what is left of a submission, or close one without a journal; return a line about it."""
     backend = _backend_of_submission(run, number)
-    if not journal_path(run, number).exists():
+    if not run.journal_path(number).exists():
         close_unwritten(run, number)
         return f"submission {number} had sent nothing; closed"
     jobs = carry_out(run, number, backend)

@@ -15,8 +15,10 @@ import pytest
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake, disk_problem
-from jobs.artifacts.artifact import Artifact, Owner, read_seal
+from jobs.artifacts.artifact import Artifact
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import Outcome, RunFolder
+from jobs.artifacts.seal import read_seal
 from launchers.cli import main
 from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, one_line, write_toy

@@ -15,8 +15,10 @@ from unittest import mock
 import pytest
 
 from jobs import worker
-from jobs.artifacts.artifact import FINISH, Owner, read_seal
+from jobs.artifacts.layout import FINISH
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import RunFolder
+from jobs.artifacts.seal import read_seal
 from jobs.retry import EXIT_LEASE_HELD, EXIT_SEALED
 from jobs.schema.pipeline import load_pipeline
 from launchers.planning.planner import make_plan

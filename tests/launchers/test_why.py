@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jobs.artifacts.artifact import Owner
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.retry import Cause
 from launchers.causes.diagnosis import classify
