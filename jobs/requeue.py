@@ -11,7 +11,7 @@ from slurm.profile import Partition, load
 
 
 def refusal_here(slurm: Slurm, received: Iterable[int]) -> str:
-    """`refusal` for the job that this process is part of."""
+    """Return `refusal` for the job that this process is part of."""
     try:
         return refusal(slurm.job(job_element(os.environ), REQUEUE_PATIENCE_S), received)
     except SlurmError as error:
@@ -19,7 +19,7 @@ def refusal_here(slurm: Slurm, received: Iterable[int]) -> str:
 
 
 def refusal(job: Mapping[str, str], received: Iterable[int]) -> str:
-    """Why a worker that stopped after the signals `received` must not requeue its own Slurm job; "" when it should.
+    """Return why a worker that stopped after the signals `received` must not requeue its own Slurm job; "" when it should.
 
     `job` is what `scontrol show job` says. Seen on Slurm 22.05: a requeue brings a job back that scancel had just
     ended; a preemption with GraceTime leaves the job RUNNING, and one that ends by itself meanwhile is FAILED.
@@ -39,13 +39,15 @@ def refusal(job: Mapping[str, str], received: Iterable[int]) -> str:
 def requeue(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends: list[Outcome]) -> None:
     """Have Slurm run this job again, not on the node that failed this element last (`ends`, oldest first)."""
     stopping.hold()  # a requeue begins with SIGTERM, for scontrol's own process too, and there is more to ask of Slurm
-    slurm.requeue(job_element(os.environ), exclude=to_exclude(slurm, run, phase, attempt, ends))
+    slurm.requeue(
+        job_element(os.environ), exclude=to_exclude(slurm=slurm, run=run, phase=phase, attempt=attempt, ends=ends)
+    )
 
 
 def to_exclude(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends: list[Outcome]) -> str:
-    """The nodes that this element must not get next, "" for none: what the site excludes, and the one that failed last.
+    """Return the nodes that this element must not get next, "" for none.
 
-    That one alone, and only where its partition has others enough.
+    They are those that the site excludes, and the one that failed last where its partition has others enough.
     """
     guilty = next((end.node for end in reversed(ends) if end.node), "")
     partition = slurm.job(job_element(os.environ)).get("Partition", "") if guilty else ""

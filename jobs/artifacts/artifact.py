@@ -137,7 +137,7 @@ class Artifact(ArtifactLayout):
         return paths
 
     def _set_aside(self, path: Path, lease: Lease, owner: Owner) -> None:
-        """Take a seal away through the lease's sealing folder: a newer owner, who may have sealed since, removes that."""
+        """Take a seal away through the lease's sealing folder, which a newer owner, who may have sealed, removes."""
         kept = path.with_name(set_aside_name(path, "retired", owner.attempt))
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             os.link(path, kept)

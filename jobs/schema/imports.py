@@ -51,7 +51,7 @@ def imported(file: Path, name: PurePath) -> set[str]:
 
 @functools.cache
 def _imports(file: Path, changed: int) -> frozenset[tuple[int, str]]:
-    """(level of a relative import, dotted name) of each import; a file that is no Python has none."""
+    """Return (level of a relative import, dotted name) of each import; a file that is no Python has none."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError):
@@ -60,6 +60,7 @@ def _imports(file: Path, changed: int) -> frozenset[tuple[int, str]]:
 
 
 def _walk(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (level of a relative import, dotted name) of each import, and of import_module with a written name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
@@ -92,8 +93,8 @@ def beside(root: Path) -> list[Path]:
     found: dict[str, Path] = {}
     waiting = [root]
     while waiting:
-        one = waiting.pop()
-        for file in [one] if one.is_file() else sorted(one.rglob("*.py")):
+        code = waiting.pop()
+        for file in [code] if code.is_file() else sorted(code.rglob("*.py")):
             for first in {module.split(".")[0] for module in imported(file, PurePath(file.name))}:
                 place = _place_beside(root, first)
                 if place and place != root and first not in found:
@@ -103,6 +104,7 @@ def beside(root: Path) -> list[Path]:
 
 
 def _place_beside(root: Path, name: str) -> Path | None:
+    """Return the module or package `name` beside a user's, where Python itself would import it from there."""
     places = [place for place in (root.parent / name, root.parent / f"{name}.py") if place.exists()]
     if not places or name in PACKAGES or root.parent.name in ("site-packages", "dist-packages"):
         return None
@@ -110,5 +112,7 @@ def _place_beside(root: Path, name: str) -> Path | None:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    where = spec and (spec.submodule_search_locations or [spec.origin])
-    return next((place for place in places if where and place.samefile(list(where)[0] or "/")), None)
+    if spec is None:
+        return None
+    where = list(spec.submodule_search_locations or []) or [spec.origin or "/"]
+    return next((place for place in places if place.samefile(where[0])), None)
