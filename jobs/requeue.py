@@ -1,4 +1,4 @@
-"""This process's Slurm job, run again under its id: why it must not be, and how it is, away from the node that failed."""
+"""This process's Slurm job, run again under its id: whether it may be, and how, away from the node that failed."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ def refusal_here(slurm: Slurm, received: Iterable[int]) -> str:
 
 
 def refusal(job: Mapping[str, str], received: Iterable[int]) -> str:
-    """Return why a worker that stopped after the signals `received` must not requeue its own Slurm job; "" when it should.
+    """Return why a worker that stopped after the signals `received` must not requeue its job; "" when it should.
 
     `job` is what `scontrol show job` says. Seen on Slurm 22.05: a requeue brings a job back that scancel had just
     ended; a preemption with GraceTime leaves the job RUNNING, and one that ends by itself meanwhile is FAILED.
@@ -39,9 +39,8 @@ def refusal(job: Mapping[str, str], received: Iterable[int]) -> str:
 def requeue(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends: list[Outcome]) -> None:
     """Have Slurm run this job again, not on the node that failed this element last (`ends`, oldest first)."""
     stopping.hold()  # a requeue begins with SIGTERM, for scontrol's own process too, and there is more to ask of Slurm
-    slurm.requeue(
-        job_element(os.environ), exclude=to_exclude(slurm=slurm, run=run, phase=phase, attempt=attempt, ends=ends)
-    )
+    exclude = to_exclude(slurm=slurm, run=run, phase=phase, attempt=attempt, ends=ends)
+    slurm.requeue(job_element(os.environ), exclude=exclude)
 
 
 def to_exclude(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends: list[Outcome]) -> str:

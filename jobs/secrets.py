@@ -6,9 +6,9 @@
 
 Values go into the environment of the rank that reads them, by setenv(3), which does not show in /proc/PID/environ or
 `ps e`; a child process that the phase starts inherits them, and there they do show (to the same user). What the rank
-and its children print (jobs/masking.py), and messages about it, have the values masked; facts that hold one are refused,
-and no core file is written. A command runs once an element: rank 0 hands what it printed to the others over their store,
-which nobody else can enter, and which forgets it then.
+and its children print (jobs/masking.py), and messages about it, have the values masked; facts that hold one are
+refused, and no core file is written. A command runs once an element: rank 0 hands what it printed to the others over
+their store, which nobody else can enter, and which forgets it then.
 """
 
 import json
@@ -91,7 +91,7 @@ def _shown(name: str) -> str:
 
 
 def _spellings(value: str) -> set[str]:
-    """Return how a value may stand in a text: as it is, escaped by repr, JSON or a URL, and each long line of several."""
+    """Return how a value may stand in a text: as it is, escaped by repr, JSON or a URL, or one long line of it."""
     lines = [line for line in value.splitlines() if len(line) >= WHOLE_LINES]
     return {
         value,

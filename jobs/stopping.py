@@ -26,7 +26,7 @@ def release() -> None:
 
 
 class StopSignals:
-    """The stop signals that a process was sent. Python runs the handler in the main thread, between two instructions."""
+    """The stop signals that a process was sent. Python runs the handler in the main thread."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()

@@ -16,7 +16,7 @@ _DISPATCHERS = ("jobs.phases.",)  # imported by name for every phase alike: no p
 
 
 def closure(names: Iterable[str], files: Mapping[str, Path]) -> set[str]:
-    """Return those of `files` ({name below the code's root: file}) that the modules `names` import, themselves included."""
+    """Return those of `files` ({name below the code's root: file}) that the modules `names` import, and their own."""
     found: set[str] = set()
     waiting = [file for name in names for file in _files_of(name, files)]
     while waiting:

@@ -27,10 +27,12 @@ class Flag:
 
 
 def _switch(*names: str, sets: tuple[str, ...] = (), why: str = "") -> Flag:
+    """Return a flag without a value."""
     return Flag(names, fixed=sets, why=why, values=0)
 
 
 def _none(*names: str, why: str, values: int = 1) -> Flag:
+    """Return a flag that has no override."""
     return Flag(names, why=why, values=values)
 
 
@@ -198,7 +200,7 @@ def translate(text: str) -> tuple[list[str], list[str]]:
 def _words(text: str) -> list[str]:
     """Return the words of a command line that may span several."""
     try:
-        return [word for word in shlex.split(text.replace("\\\n", " "))]
+        return shlex.split(text.replace("\\\n", " "))
     except ValueError as error:
         raise UserMistake(Problem("--from-megatron", f"cannot be read as a command line: {error}")) from None
 
