@@ -44,27 +44,34 @@ class Placement(Site):
 
 @dataclass(frozen=True)
 class PhaseKind:
+    """One kind of phase: what its module exports, with what is left out."""
+
     name: str
     module: ModuleType
 
     @property
     def config(self) -> type:
+        """The dataclass of its settings."""
         return self.module.Config
 
     @property
     def can_split(self) -> bool:
+        """Whether it may have an `array`: its elements can be merged."""
         return hasattr(self.module, "finish")
 
     @property
     def can_stop(self) -> bool:
+        """Whether it stops when it is asked to, and goes on later."""
         return getattr(self.module, "STOPS", False)
 
     @property
-    def run(self) -> Callable:
+    def run(self) -> Callable[..., dict[str, Any] | None]:
+        """The work of one element on one rank."""
         return self.module.run
 
     @property
-    def finish(self) -> Callable:
+    def finish(self) -> Callable[..., dict[str, Any] | None]:
+        """The merging of all elements."""
         return self.module.finish
 
     def check(self, config: Any, placement: Placement) -> list[Problem]:
@@ -72,21 +79,27 @@ class PhaseKind:
         return check(config, placement) if check else []
 
     def forecast(self, config: Any, placement: Placement) -> dict[str, Any]:
+        """Return what the phase's folder will hold, for the checks of the phases that read it."""
         forecast = getattr(self.module, "forecast", None)
         return forecast(config, placement) if forecast else {}
 
     def parallel_report(self, config: Any, placement: Placement, searching: bool) -> dict[str, Any] | None:
-        """None where the phase has no parallel plan."""
+        """Return facts, tables and notes of the phase's parallel plan, None where it has none."""
         report = getattr(self.module, "parallel_report", None)
         return report(config, placement, searching) if report else None
 
 
 def kind_names() -> list[str]:
+    """Return the names of our own phase kinds."""
     return sorted(module.name for module in pkgutil.iter_modules(jobs.phases.__path__))
 
 
 def find_kind(uses: str) -> PhaseKind | None:
-    """The kind of that name, None when there is none. A dotted name is a module of the user's."""
+    """Return the kind of that name, None when there is none. A dotted name is a module of the user's.
+
+    Raises:
+        UserMistake: the user's module cannot be imported, or is no phase kind.
+    """
     if uses in kind_names():
         return PhaseKind(uses, importlib.import_module(f"jobs.phases.{uses}"))
     if "." not in uses:
@@ -101,7 +114,7 @@ def find_kind(uses: str) -> PhaseKind | None:
 
 
 def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
-    """The part of a config that changes the result, as plain data, recursing into nested dataclasses."""
+    """Return the part of a config that changes the result, as plain data, recursing into nested dataclasses."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         value = getattr(config, field.name)
@@ -115,47 +128,48 @@ def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
 def _keyed(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return keyed_settings(type(value), value)
-    return {name: _keyed(one) for name, one in value.items()} if isinstance(value, dict) else value
+    return {name: _keyed(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted config key, path or name, metadata value) of every input a config names."""
+    """Yield (dotted config key, path or name, metadata value) of every input that a config names."""
     for field in dataclasses.fields(schema):
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             yield from inputs(type(value), value, f"{key}.")
         elif isinstance(value, dict):
-            for name, one in value.items():
-                if dataclasses.is_dataclass(one):
-                    yield from inputs(type(one), one, f"{key}.{name}.")
+            for name, item in value.items():
+                if dataclasses.is_dataclass(item):
+                    yield from inputs(type(item), item, f"{key}.{name}.")
         elif field.metadata.get("input") and value:
             for entry in value if isinstance(value, list) else [value]:
                 yield key, entry, field.metadata["input"]
 
 
 def user_code(uses: str, config: Any) -> list[Path]:
-    """What the snapshot must carry of a user's: the phase kind, tasks that the config names, and what these import."""
+    """Return what the snapshot must carry of a user's: the phase kind, tasks that the config names, and what these import."""
     roots = [root for name in (uses, *_modules(config)) if (root := user_module_root(name))]
     return [*roots, *(place for root in roots for place in beside(root))]
 
 
 def user_modules(config: Any) -> list[str]:
-    """The modules of the user's that a config names, in fields with "module": tasks and rewards."""
+    """Return the modules of the user's that a config names, in fields with "module": tasks and rewards."""
     return [name for name in _modules(config) if user_module_root(name)]
 
 
 def _modules(config: Any) -> Iterator[str]:
+    """Yield what the "module" fields of a config name, ours and the user's."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.metadata.get("module"):
             yield value
-        for one in value.values() if isinstance(value, dict) else [value]:
-            if dataclasses.is_dataclass(one):
-                yield from _modules(one)
+        for item in value.values() if isinstance(value, dict) else [value]:
+            if dataclasses.is_dataclass(item):
+                yield from _modules(item)
 
 
 def user_module_root(uses: str) -> Path | None:
-    """The file or top package folder of a user's `my.module` or `my.module:function`; None for a name of ours."""
+    """Return the file or top package folder of a user's `my.module` or `my.module:function`; None for a name of ours."""
     if "." not in uses and ":" not in uses:
         return None
     spec = importlib.util.find_spec(re.split("[.:]", uses)[0])

@@ -17,7 +17,8 @@ from data_tools.base.printing import clean_streams, json_text
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import find_kind
-from jobs.schema.pipeline import substitute, typed_config
+from jobs.schema.references import substitute
+from jobs.schema.typed import typed_config
 
 
 def main() -> int:

@@ -11,7 +11,8 @@ from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase
 from jobs.artifacts.seal import Seal, read_seal
 from jobs.kind import PhaseKind
-from jobs.schema.pipeline import substitute, typed_config
+from jobs.schema.references import substitute
+from jobs.schema.typed import typed_config
 from jobs.secrets import Secrets
 from jobs.task import Task
 from jobs.upstream import Upstream

@@ -55,7 +55,7 @@ class Task:
             print(f"{self.phase}: {done:,}/{total:,} {unit}{speed}  {note}".rstrip(), flush=True)
 
     def progress_or_stop(self, done: int, total: int, unit: str, note: str = "") -> None:
-        """Tell `progress` of work that lies in `out` alone: one rank may leave it at any of these calls, and begins anew.
+        """Tell `progress` of work that lies in `out` alone: one rank may leave it at any of these calls, to begin anew.
 
         Raises Stopped when asked to stop. Several ranks would have to agree first, so they go on.
         """

@@ -43,7 +43,8 @@ from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.kind import PhaseKind, find_kind
 from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
 from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause
-from jobs.schema.pipeline import substitute, typed_config
+from jobs.schema.references import substitute
+from jobs.schema.typed import typed_config
 from jobs.sealing import Sealer, TakenOver
 from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task

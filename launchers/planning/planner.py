@@ -17,7 +17,8 @@ from jobs.artifacts.keys import content_digest, key_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder, path_problem
 from jobs.artifacts.seal import Seal
 from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
-from jobs.schema.pipeline import Phase, Pipeline, references, substitute
+from jobs.schema.pipeline import Phase, Pipeline
+from jobs.schema.references import references, substitute
 from launchers.planning import limits
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import Plan, PlannedPhase
