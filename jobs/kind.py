@@ -1,6 +1,8 @@
 """A phase kind: what one file of jobs/phases (or a user's module) exports, found by name.
 
-Config                         dataclass, typed by OmegaConf; field metadata says what keys and plan need:
+Config                         dataclass, typed by OmegaConf. A field made by data_tools.base.declared.setting has help,
+                               unit and range: a value out of it is refused for every kind, and `afterok explain`
+                               prints them. Metadata say what keys and plan need:
                                {"input": True}   a file or folder that must exist; enters the key by content
                                {"input": "hub"}  a folder, or a hub name org/name, which enters as text
                                {"module": True}  may name a module of the user's: it goes into the snapshot, and
@@ -12,7 +14,8 @@ Config                         dataclass, typed by OmegaConf; field metadata say
 run(config, task) -> facts     the work of one element on one rank; fills task.out
 finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
 STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
-check(config, placement) -> [Problem]   what can be refused before anything queues; `where` is a config key
+check(config, placement) -> [Problem]   what else can be refused before anything queues, of several settings or of
+                               files: each value is within its declared range here; `where` is a config key
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
@@ -29,6 +32,7 @@ from types import ModuleType
 from typing import Any
 
 import jobs.phases
+from data_tools.base import declared
 from data_tools.mistake import Problem, UserMistake
 from data_tools.own_packages import taken
 from jobs.schema.imports import beside
@@ -68,8 +72,9 @@ class PhaseKind:
         return self.module.finish
 
     def check(self, config: Any, placement: Placement) -> list[Problem]:
-        check = getattr(self.module, "check", None)
-        return check(config, placement) if check else []
+        """Return what is wrong with a config: settings out of their range; where there are none, what `check` finds."""
+        own = getattr(self.module, "check", None)
+        return declared.check(config) or (own(config, placement) if own else [])
 
     def forecast(self, config: Any, placement: Placement) -> dict[str, Any]:
         forecast = getattr(self.module, "forecast", None)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_tools.base import declared
 from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import UserMistake
 
@@ -44,7 +45,7 @@ def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable
     first = int(os.environ.get("RANK", "0")) == 0
     try:
         config = read_config(config_class, arguments.config, arguments.overrides)
-        problems = check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        problems = declared.check(config) or check(config, int(os.environ.get("WORLD_SIZE", "1")))
         if problems:
             raise UserMistake(problems)
         out = arguments.out

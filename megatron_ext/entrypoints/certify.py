@@ -21,13 +21,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import megatron_ext
 from data_tools.base import durable, rendezvous
+from data_tools.base.declared import setting
 from data_tools.base.ports import PORTS
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
@@ -53,9 +54,11 @@ SMALL = {
 
 @dataclass
 class Config:
-    model: str = field(default="", metadata={"input": True})  # model folder
-    ranks: int = 1  # of the training
-    parallel: ParallelPlan = field(default_factory=ParallelPlan)
+    """A training whose parallel layout is certified."""
+
+    model: str = setting("", "model folder", needed=True, input=True)
+    ranks: int = setting(1, "ranks of the training", least=1)
+    parallel: ParallelPlan = setting(ParallelPlan, "how ranks share the model and the work")
 
 
 def reduced(plan: ParallelPlan, ranks: int) -> tuple[ParallelPlan, int]:

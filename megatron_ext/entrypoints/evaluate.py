@@ -17,95 +17,75 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.declared import setting, with_default
 from data_tools.base.tables import write_table
 from data_tools.chats.samples import problem_of_evaluated
-from data_tools.chats.tokenizer import check_bos, load_tokenizer, told_opening
+from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, never, silent
 from data_tools.records import readers
 from data_tools.tasks.estimators import at_k, standard_error
-from data_tools.tasks.mix import Entry, Loaded, MixConfig, counts_table, load
+from data_tools.tasks.mix import Entry, Loaded, MixConfig, check_mix, counts_table, load
 from data_tools.tasks.outcome import graded, is_graded, is_unjudged
 from data_tools.tasks.task import Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
-from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.plan import Workload
 from megatron_ext.parallel.rules import check as check_plan
-from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
+from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_rollouts
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
 
 
 @dataclass
-class Config:
-    model: str = field(default="", metadata={"input": True})  # model folder
-    task: str = field(default="calculator", metadata={"module": True})
-    task_options: dict[str, Any] = field(default_factory=dict)
-    source: Source = field(default_factory=Source)
-    limit: int = 0  # distinct prompts; 0: all
-    mix: MixConfig = field(default_factory=MixConfig)  # in place of task, source and limit: the prompts of these tasks
-    chat_arguments: dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
-    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
-    max_new_tokens: int = 16
-    max_turns: int = 0  # of the model, in tasks that reply; 0: as many as max_new_tokens leaves room for
-    samples: int = 0  # of each prompt, at `temperature`, besides the greedy one
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0  # of the samples
-    verify_limit_s: float = 10.0  # seconds that a verifier has for a sample, which then counts as wrong
-    verifiers: int = field(default=2, metadata={"keyed": False})  # processes that score, a replica
-    compare_with: str | None = field(default=None, metadata={"input": True})  # output of another evaluation
-    seen_in: str | None = field(default=None, metadata={"input": True})  # training token store: split by it
-    dtype: str = ""  # of the weights; "" keeps the model folder's
-    engine: EngineConfig = field(default_factory=EngineConfig, metadata={"keyed": False})
-    backend: str = field(default="torch", metadata={"keyed": False})  # layer spec: torch | te
-    parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata={"keyed": False})
+class Config(RolloutSettings):
+    """Accuracy of a model folder: the config of the phase evaluate."""
+
+    task: str = setting("calculator", "the task whose rows are asked", module=True)
+    task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
+    source: Source = setting(Source, "where the rows of the task come from")
+    limit: int = setting(0, "distinct prompts, at most; 0: all", unit="prompts", least=0)
+    mix: MixConfig = setting(MixConfig, "in place of task, source and limit: the prompts of these tasks")
+    max_new_tokens: int = setting(16, "new tokens of a completion, at most", unit="tokens", least=1)
+    max_turns: int = setting(
+        0, "turns of the model, at most, in tasks that reply; 0: as many as max_new_tokens leaves room for",
+        unit="turns", least=0,
+    )  # fmt: skip
+    samples: int = setting(
+        0, "samples of each prompt, at `temperature`, besides the greedy one", unit="samples", least=0
+    )
+    temperature: float = setting(1.0, "temperature of the samples; greedy accuracy is always there", above=0)
+    top_p: float = with_default(Sampling, "top_p", 1.0)
+    seed: int = setting(0, "noise of the samples", free=True)
+    compare_with: str | None = setting(None, "output of another evaluation, for the gain over it", input=True)
+    seen_in: str | None = setting(None, "training token store: prompts seen in training count apart", input=True)
 
 
 def check(config: Config, ranks: int) -> list[Problem]:
+    """Return what can be refused before anything runs on `ranks` ranks."""
     problems = []
-    if not config.model:
-        problems.append(Problem("model", "is missing: a model folder"))
-    if of_mix(config):
-        problems += [p for p in generate.check(_ways(config)[-1], ranks) if p.where.startswith(("mix", "verif"))]
+    if not of_mix(config):
+        problems += check_rows(config.task, config.task_options, config.source)
+    else:
+        problems += check_mix(config.mix, training=False)
         own = ("task", "task_options", "source", "limit", "seen_in")
         if beside := [name for name in own if getattr(config, name) != getattr(Config(), name)]:
             message = f"is given beside {', '.join(beside)}: for the rows of one task; say it in mix.entries"
             problems.append(Problem("mix", message))
-        return problems + _check_ways(config, ranks)
-    problems += check_rows(config.task, config.task_options, config.source)
-    return problems + _check_ways(config, ranks)
+    if config.compare_with and not config.samples:
+        problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
+    problems += check_rollouts(config, Sampling())
+    return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
 
 
 def of_mix(config: Config) -> bool:
+    """Return whether the prompts are those of a mix, not the rows of one task."""
     return bool(config.mix.entries or config.mix.environments)
-
-
-def _check_ways(config: Config, ranks: int) -> list[Problem]:
-    problems = []
-    if config.max_new_tokens < 1:
-        problems.append(Problem("max_new_tokens", f"{config.max_new_tokens} is too few: the least is 1"))
-    if config.samples < 0:
-        problems.append(Problem("samples", f"{config.samples} is negative; 0 is greedy alone"))
-    if config.compare_with and not config.samples:
-        problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
-    if not config.temperature > 0:
-        problems.append(Problem("temperature", f"{config.temperature} is not above 0; greedy accuracy is always there"))
-    own = ("sampling.top_p", "sampling.max_turns")
-    problems += [
-        Problem(problem.where.removeprefix("sampling."), problem.message)
-        for problem in check_sampling(_ways(config)[-1].sampling)
-        if problem.where in own
-    ]
-    problems += check_engine(config.engine) + check_bos(config.bos)
-    if config.parallel.virtual > 1:
-        problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
-    return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
 
 
 def rows(config: Config) -> Loaded:

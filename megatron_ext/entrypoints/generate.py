@@ -13,62 +13,35 @@ if __name__ == "__main__":
 import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
 from data_tools.base.tables import write_table
-from data_tools.chats.tokenizer import check_bos, load_tokenizer, told_opening
+from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.records import readers
 from data_tools.tasks.estimators import Vote, at_k, standard_error
-from data_tools.tasks.mix import MixConfig, check_mix, counts_table, entries_of
+from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
-from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.plan import Workload
 from megatron_ext.parallel.rules import check as check_plan
-from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
+from megatron_ext.rl.settings import GenerateSettings as Config
+from megatron_ext.rollout.settings import check_rollouts
 from megatron_ext.training import options
 
 SAMPLES, RESULT = "samples.jsonl", "result.json"
 JOINED = ("records", "texts_begin")  # facts of all elements that are the same in each
-FREE = {"keyed": False}  # does not change the result
-
-
-@dataclass
-class Config:
-    model: str = field(default="", metadata={"input": True})  # model folder
-    mix: MixConfig = field(default_factory=MixConfig)  # whose prompts; weights do not matter, every prompt is taken
-    chat_arguments: dict[str, Any] = field(default_factory=dict)  # for the chat template, where prompts are messages
-    bos: str = field(default="", metadata={"keyed": "if_set"})  # of text prompts: "" as the tokenizer adds it; never
-    samples: int = 8  # of each prompt
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0  # noise of the samples
-    dtype: str = ""  # of the weights; "" keeps the model folder's
-    verify_limit_s: float = 10.0  # seconds that a verifier has for a sample, which is then not scorable
-    verifiers: int = field(default=2, metadata=FREE)  # processes that score, a replica
-    chunk: int = field(default=1024, metadata=FREE)  # prompts whose samples become a file at a time
-    record_s: float = field(default=5.0, metadata=FREE)  # seconds of sampling that a kill may cost
-    engine: EngineConfig = field(default_factory=EngineConfig, metadata=FREE)
-    backend: str = field(default="torch", metadata=FREE)  # layer spec: torch | te
-    parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
 
 
 def check(config: Config, ranks: int) -> list[Problem]:
-    problems = [] if config.model else [Problem("model", "is missing: a model folder")]
-    problems += check_mix(config.mix, training=False)
-    for name in ("samples", "verifiers", "chunk"):
-        if getattr(config, name) < 1:
-            problems.append(Problem(name, f"{getattr(config, name)} is too few: the least is 1"))
+    """Return what can be refused before anything runs on `ranks` ranks."""
+    problems = check_mix(config.mix, training=False)
     if config.samples > 1 and config.sampling.is_greedy:
         problems.append(Problem("sampling.temperature", f"0 gives {config.samples} samples all alike; use samples: 1"))
-    for name in ("verify_limit_s", "record_s"):
-        if not getattr(config, name) > 0:
-            problems.append(Problem(name, f"{getattr(config, name)} s is no time: give more than 0"))
-    problems += check_sampling(config.sampling) + check_engine(config.engine) + check_bos(config.bos)
-    if config.parallel.virtual > 1:
-        problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
+    problems += check_rollouts(config, config.sampling)
     return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
 
 

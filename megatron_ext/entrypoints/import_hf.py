@@ -12,39 +12,37 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
+from data_tools.base.declared import setting
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.lora import peft_config
+from megatron_ext.parallel.settings import DTYPES
 
 
 @dataclass
 class Config:
-    source: str = field(default="", metadata={"input": "hub"})  # folder, or hub name org/model
-    revision: str = ""  # of a hub name: a commit, so that the key names the content
-    dtype: str = ""  # of the weights; "" keeps each tensor's
-    megatron: str = field(default="", metadata={"input": True})  # legacy Megatron checkpoint that has the weights
-    model_tag: str = ""  # of nanochat's own checkpoints: the folder below `source`, such as d32 …
-    step: int = -1  # … and the step, -1 for the last
-    adapter: str = field(default="", metadata={"input": True})  # PEFT folder of a LoRA for this model
-    tokenizer: str = field(default="", metadata={"input": True})  # its files go along, where `source` has none
+    """The config of the phase import_hf."""
 
-
-DTYPES = ("float32", "bfloat16", "float16")
+    source: str = setting("", "a Hugging Face folder or a hub name such as Qwen/Qwen2.5-0.5B", needed=True, input="hub")
+    revision: str = setting("", "revision of a hub name: a commit, so that the key names the content", free=True)
+    dtype: str = setting("", 'type of the weights; "" keeps that of each tensor', choices=("", *DTYPES))
+    megatron: str = setting("", "legacy Megatron checkpoint that has the weights", input=True)
+    model_tag: str = setting("", "folder of nanochat's own checkpoint below `source`, such as d32", free=True)
+    step: int = setting(-1, "step of nanochat's own checkpoint; -1: the last", unit="steps", least=-1)
+    adapter: str = setting("", "PEFT folder of a LoRA for this model", input=True)
+    tokenizer: str = setting("", "folder whose tokenizer files go along, where `source` has none", input=True)
 
 
 def check(config: Config, ranks: int) -> list[Problem]:
+    """Return what can be refused before anything runs."""
     from megatron_ext.models.registry import read_config
 
     problems = []
-    if not config.source:
-        problems.append(Problem("source", "is missing: a Hugging Face folder or a hub name such as Qwen/Qwen2.5-0.5B"))
-    elif (Path(config.source) / "config.json").is_file():
+    if (Path(config.source) / "config.json").is_file():
         problems += read_config(Path(config.source))[2]
     for folder in (config.source, config.tokenizer):
         problems += _leading_out(Path(folder)) if folder and Path(folder).is_dir() else []
-    if config.dtype and config.dtype not in DTYPES:
-        problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
     if config.adapter:
         problems += peft_config.read(Path(config.adapter))[1]
     if (beside := Path(config.source) / peft_config.PEFT_CONFIG).is_file() and not _same(config):

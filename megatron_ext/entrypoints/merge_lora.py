@@ -5,10 +5,11 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.declared import setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.parallel.plan import Site
@@ -17,15 +18,16 @@ from megatron_ext.preflight import preflight
 
 @dataclass
 class Config:
-    model: str = field(default="", metadata={"input": True})  # model folder with an adapter
+    """The config of the phase merge_lora."""
+
+    model: str = setting("", "a model folder that sft or grpo made with lora", needed=True, input=True)
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
+    """Return what can be refused before anything runs; `site` says what is known of folders that are yet to come."""
     problems = []
     known, adapter = preflight.model_adapter(config.model, site or Site(ranks))
-    if not config.model:
-        problems.append(Problem("model", "is missing: a model folder that sft or grpo made with lora"))
-    elif known and adapter is None:
+    if known and adapter is None:
         problems.append(Problem("model", f"{config.model} has no adapter: it can be used as it is"))
     if ranks != 1:
         problems.append(Problem("", f"merge_lora runs on 1 rank, not {ranks}: as an array it shares the tensors"))

@@ -5,9 +5,10 @@ W x + (alpha / rank) B A x. Targets are the module names of PEFT and Hugging Fac
 transformers keep as bare parameters, go by "experts" and "router".
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from data_tools.base.declared import setting
 from data_tools.mistake import Problem, nearest
 from megatron_ext.parallel.shape import ATTENTION, MAMBA, MLP, WINDOW, ModelShape, Parameters
 
@@ -26,10 +27,14 @@ NO_TARGETS = {
 
 @dataclass
 class LoraConfig:
-    rank: int = 0  # 0: no LoRA, all parameters are trained
-    alpha: float = 16.0  # the adapter is scaled by alpha / rank
-    dropout: float = 0.0  # of the adapters' input
-    targets: list[str] = field(default_factory=lambda: [ALL_LINEAR])  # or q_proj, …, experts, router
+    """The adapters of a model."""
+
+    rank: int = setting(0, "columns of A and rows of B; 0: no LoRA, all parameters are trained", least=0)
+    alpha: float = setting(16.0, "the adapter is scaled by alpha / rank", above=0)
+    dropout: float = setting(0.0, "dropout of the adapters' input", least=0, below=1)
+    targets: list[str] = setting(
+        lambda: [ALL_LINEAR], "modules that get an adapter: all-linear, or q_proj, …, experts, router", free=True
+    )
 
     @property
     def scale(self) -> float:
@@ -103,16 +108,10 @@ def adapters(config: LoraConfig, shape: ModelShape, block: str) -> Parameters:
 def check(config: LoraConfig, shape: ModelShape | None, where: str = "lora") -> list[Problem]:
     """Every wrong setting; names of targets are judged once the model is known."""
     problems = []
-    if config.rank < 0:
-        problems.append(Problem(f"{where}.rank", f"{config.rank} is too few: the least is 1, and 0 turns LoRA off"))
     if config.rank == 0:
         if config != LoraConfig():
             problems.append(Problem(f"{where}.rank", "is 0, which turns LoRA off, but other settings of it are given"))
         return problems
-    if not config.alpha > 0:
-        problems.append(Problem(f"{where}.alpha", f"{config.alpha:g} is not above 0: use {2 * max(config.rank, 1)}"))
-    if not 0 <= config.dropout < 1:
-        problems.append(Problem(f"{where}.dropout", f"{config.dropout:g} is no share: use 0 up to, but not with, 1"))
     if config.dropout and (bare := [name for name in config.targets if name in BARE]):
         those = "it" if len(bare) == 1 else "them"
         message = f"PEFT knows no dropout for {' and '.join(bare)}: use 0, or leave {those} out"
