@@ -15,7 +15,7 @@ run(config, task) -> facts     the work of one element on one rank; fills task.o
 finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
 STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
 check(config, placement) -> [Problem]   what else can be refused before anything queues, of several settings or of
-                               files: each value is within its declared range here; `where` is a config key
+                               files: a value out of its range was refused, and is the default here
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
@@ -72,18 +72,18 @@ class PhaseKind:
         return self.module.finish
 
     def check(self, config: Any, placement: Placement) -> list[Problem]:
-        """Return what is wrong with a config: settings out of their range; where there are none, what `check` finds."""
+        """Return what is wrong with a config: settings out of their declared range, and what the module's check finds."""
         own = getattr(self.module, "check", None)
-        return declared.check(config) or (own(config, placement) if own else [])
+        return declared.check_with(config, lambda legal: own(legal, placement) if own else [])
 
     def forecast(self, config: Any, placement: Placement) -> dict[str, Any]:
         forecast = getattr(self.module, "forecast", None)
-        return forecast(config, placement) if forecast else {}
+        return forecast(declared.legal(config), placement) if forecast else {}
 
     def parallel_report(self, config: Any, placement: Placement, searching: bool) -> dict[str, Any] | None:
         """None where the phase has no parallel plan."""
         report = getattr(self.module, "parallel_report", None)
-        return report(config, placement, searching) if report else None
+        return report(declared.legal(config), placement, searching) if report else None
 
 
 def kind_names() -> list[str]:

@@ -45,7 +45,8 @@ def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable
     first = int(os.environ.get("RANK", "0")) == 0
     try:
         config = read_config(config_class, arguments.config, arguments.overrides)
-        problems = declared.check(config) or check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        problems = declared.check_with(config, lambda legal: check(legal, world))
         if problems:
             raise UserMistake(problems)
         out = arguments.out

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
-from data_tools.base import durable
+from data_tools.base import declared, durable
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
@@ -51,8 +51,8 @@ def test_sft_names_every_mistake(calculator):
         global_batch=3,
         parallel=ParallelPlan(tensor=3),
     )
-    found = [str(problem) for problem in sft.check(config, 3)]
-    assert found[0].startswith("schedule: 'cosin' is no schedule (did you mean cosine?")
+    found = [str(problem) for problem in declared.check_with(config, lambda config: sft.check(config, 3))]
+    assert found[0].startswith("schedule: unknown value 'cosin' (did you mean cosine?")
     assert found[1].startswith("parallel.tensor: 3 does not split 4 heads and 2 KV groups evenly: use tensor 1")
     config.parallel = ParallelPlan()
     assert "global batch of 3 packs does not divide by 2" in str(sft.check(config, 2)[-1])
@@ -152,9 +152,9 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
     again = evaluate.run(replace(config, compare_with=str(outs[0]), verifiers=2), outs[1], tmp_path / "keep")
     assert again["gain"] == 0
     wrong = replace(config, source=Source(synthetic_rows=1), task_options={"reverse_digits": True}, top_p=0.0)
-    problems = evaluate.check(wrong, 1)
-    assert [problem.where for problem in problems] == ["mix", "top_p"]
-    assert "beside task_options, source" in problems[0].message
+    problems = declared.check_with(wrong, lambda config: evaluate.check(config, 1))
+    assert [problem.where for problem in problems] == ["top_p", "mix"]
+    assert "beside task_options, source" in problems[1].message
 
 
 def test_a_task_is_sampled_and_scored_as_its_mix_is(calculator, tmp_path):
