@@ -72,7 +72,7 @@ class PhaseKind:
         return self.module.finish
 
     def check(self, config: Any, placement: Placement) -> list[Problem]:
-        """Return what is wrong with a config: settings out of their declared range, and what the module's check finds."""
+        """Return what is wrong with a config: settings out of their range, and what the module's check finds."""
         own = getattr(self.module, "check", None)
         return declared.check_with(config, lambda legal: own(legal, placement) if own else [])
 

@@ -8,7 +8,7 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,23 @@ from megatron_ext.training import schedule as schedules
 
 def _schedule(config: Config) -> schedules.Schedule:
     return schedules.Schedule(
-        config.schedule, config.steps, config.lr, config.min_lr, config.warmup_steps, config.decay_share
+        shape=config.schedule,
+        steps=config.steps,
+        peak=config.lr,
+        floor=config.min_lr,
+        warmup=config.warmup_steps,
+        decay_share=config.decay_share,
     )
 
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
-    """A row of `row_tokens` in place of a pack; documents are aligned as the plan needs it."""
-    training, problems = preflight.prepare(config.model, "", 1, config.dtype, config.backend, site)
+    """Return what a training carries, and what is wrong with its model.
+
+    A row of `row_tokens` stands in place of a pack, and documents are aligned as the plan needs it.
+    """
+    training, problems = preflight.prepare(
+        config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site
+    )
     workload = replace(training.workload, pack_length=None, global_batch=None)
     return replace(training, workload=workload, lora=config.lora), problems
 
@@ -71,7 +81,8 @@ def _room(config: Config, training: Training) -> Room | None:
     """Return what the memory of the rollouts holds; None while the model is not known."""
     if training.shape is None:
         return None
-    return room(config.engine, config.parallel, training.shape, training.dtype, 1 + config.sampling.max_tokens)
+    tokens = 1 + config.sampling.max_tokens
+    return room(config.engine, config.parallel, training.shape, dtype=training.dtype, tokens=tokens)
 
 
 def _recorded_notes(config: Config) -> list[str]:
@@ -84,29 +95,30 @@ def _recorded_notes(config: Config) -> list[str]:
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """What the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory holds."""
+    """Return what the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory
+    holds."""
     training = _training(config, site)[0]
     report = preflight.report(config.parallel, training, site, searching)
-    found = _room(config, training)
-    if found is not None:
-        report["facts"]["rollout"] = asdict(found) | {"samples": found.samples}
-        report["notes"] = [*room_notes(found, config.engine, config.group), *report["notes"]]
+    memory = _room(config, training)
+    if memory is not None:
+        report["facts"]["rollout"] = asdict(memory) | {"samples": memory.samples}
+        report["notes"] = [*room_notes(memory, config.engine, config.group), *report["notes"]]
     report["notes"] = [*report["notes"], *_recorded_notes(config)]
     return report
 
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
-    """What the model folder of a run will hold, known before it ran."""
+    """Return what the model folder of a run will hold, known before it ran."""
     return preflight.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
     """Train to the last step, resuming from KEEP/checkpoints and KEEP/rollouts; then make `out` a model folder.
 
-    Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
-    Facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by why they
-    were not (unscorable, cut_off, equal), tokens, resumed_from, notes. UserMistake where nothing was trained in all
-    steps, or every verdict of the first one failed (rl/fruit.py).
+    Raise Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
+    Return the facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by
+    why they were not (unscorable, cut_off, equal), tokens, resumed_from, notes. Raise UserMistake where nothing was
+    trained in all steps, or every verdict of the first one failed (rl/fruit.py).
     """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.parallel import ranks
@@ -119,7 +131,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         from megatron_ext.rl import session  # megatron-core may be imported once the device is ready
 
         identity = _identity(config, folder.weights_digest)
-        outcome, digest = session.run(config, folder, identity, out, keep, progress, stop)
+        outcome, digest = session.run(config, folder, identity, out, keep=keep, progress=progress, stop=stop)
     position = outcome.position
     return {
         "step": outcome.step,
@@ -140,22 +152,25 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
 
 def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
-    """One rollout of a run whose folder is `keep`, drawn again in this process: see rl/replay.py."""
+    """Draw one rollout of a run whose folder is `keep` again, in this process: see rl/replay.py."""
     from megatron_ext.parallel import ranks
 
     with ranks.started(ParallelPlan(), config.seed):
         from megatron_ext.rl import replay as replays
 
-        return replays.replay(config, keep, step, item, number)
+        return replays.replay(config, keep, step, item, number=number)
 
 
 def _identity(config: Config, model_digest: str) -> dict[str, Any]:
-    """What a checkpoint must share with a run that resumes it: all that changes the result. The model by digest, the
-    prompts by theirs (session.py); where they lie does not matter."""
-    kept = options.keyed(config)
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
-    rewards = {name: [e.task, e.options, e.rewards, e.evaluation_only] for name, e in entries_of(config.mix).items()}
-    return {**plain, "mix": rewards, "model": model_digest, "reference": bool(config.reference)}
+    """Return what a checkpoint must share with a run that resumes it: all that changes the result.
+
+    The model goes by its digest, the prompts by theirs (session.py); where they lie does not matter.
+    """
+    rewards = {
+        name: [entry.task, entry.options, entry.rewards, entry.evaluation_only]
+        for name, entry in entries_of(config.mix).items()
+    }
+    return {**options.keyed(config), "mix": rewards, "model": model_digest, "reference": bool(config.reference)}
 
 
 if __name__ == "__main__":
