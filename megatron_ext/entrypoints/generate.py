@@ -27,13 +27,14 @@ from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.parallel.plan import Workload
 from megatron_ext.parallel.rules import check as check_plan
-from megatron_ext.rl.settings import GenerateSettings as Config
+from megatron_ext.rl.settings import GenerateSettings
 from megatron_ext.rollout.settings import check_rollouts
 from megatron_ext.training import options
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
 
+Config = GenerateSettings
 SAMPLES, RESULT = "samples.jsonl", "result.json"
 JOINED = ("records", "texts_begin")  # facts of all elements that are the same in each
 

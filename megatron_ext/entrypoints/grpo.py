@@ -22,12 +22,13 @@ from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.parallel.shape import MAMBA, MOE, count_blocks
 from megatron_ext.preflight import preflight
 from megatron_ext.preflight.planner import Training
-from megatron_ext.rl.settings import GrpoSettings as Config
-from megatron_ext.rl.settings import check_comparable, check_loss, check_rewarding
+from megatron_ext.rl.settings import GrpoSettings, check_comparable, check_loss, check_rewarding
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_graphs, check_rollouts
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
+
+Config = GrpoSettings
 
 
 def _schedule(config: Config) -> schedules.Schedule:

@@ -130,7 +130,7 @@ class Reader:
         return self._reached is None or tensor in self._reached
 
     def _name(self, tensor: HfTensor, letter: str) -> str:
-        """Return `file_name`; of an experts module whose outer parameter is not adapted, the name of the inner alone."""
+        """Return `file_name`; where an experts module has no adapter of its outer parameter, that of the inner."""
         name = file_name(tensor, letter)
         if isinstance(tensor, Entry):
             outer = replace(tensor, name=f"{tensor.name.rpartition('.')[0]}.{OUTER}")
