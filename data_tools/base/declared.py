@@ -195,7 +195,7 @@ def describe(schema: type, where: str = "", keyed: Keyed = True) -> list[Describ
                 unit=declared.unit,
                 legal=declared.legal,
                 keyed=own,
-                needed=declared.needed,
+                needed=declared.needed or _has_none(field),
                 help=declared.help,
             )
         )
@@ -230,6 +230,11 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return None if field.default is MISSING else field.default
+
+
+def _has_none(field: "dataclasses.Field[Any]") -> bool:
+    """Return whether a field has no default: a user's own may have none, or OmegaConf's mark for that."""
+    return field.default == "???" or field.default is MISSING and field.default_factory is MISSING
 
 
 def _field(schema: type, name: str) -> "dataclasses.Field[Any]":

@@ -3,13 +3,14 @@
 import dataclasses
 import typing
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from data_tools.base import declared
 from data_tools.base.declared import NAME, Declaration
-from jobs.kind import Placement, find_kind, kind_names
+from jobs.kind import PhaseKind, Placement, find_kind, kind_names
 from megatron_ext.entrypoints import certify
 
 ANY_LEAF = {int, float, str, Any}  # kinds of values of which not all may be legal
@@ -73,6 +74,19 @@ def config_with(schema: type, key: str, value: Any, name: str) -> tuple[Any, str
     kind = typing.get_origin(typing.get_type_hints(type(owner))[last])
     setattr(owner, last, {list: [value], dict: {name: value}}.get(kind, value))
     return config, ".".join([*path, last]) + {list: "[0]", dict: f".{name}"}.get(kind, "")
+
+
+def test_a_users_own_kind_is_held_to_what_it_declares_though_it_has_no_check():
+    @dataclasses.dataclass
+    class Config:
+        rows: int = declared.setting(1, "rows to write", least=1)
+        plain: int = -1  # of which nothing is declared
+
+    kind = PhaseKind("my.phase", SimpleNamespace(Config=Config))
+    assert not kind.check(Config(), Placement(1))
+    assert [str(problem) for problem in kind.check(Config(rows=0), Placement(1))] == [
+        "rows: 0 is out of range: at least 1"
+    ]
 
 
 @pytest.mark.parametrize("name", kind_names())
