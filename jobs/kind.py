@@ -55,22 +55,27 @@ class PhaseKind:
 
     @property
     def config(self) -> type:
+        """The dataclass of its settings."""
         return self.module.Config
 
     @property
     def can_split(self) -> bool:
+        """Whether it may have an `array`: its elements can be merged."""
         return hasattr(self.module, "finish")
 
     @property
     def can_stop(self) -> bool:
+        """Whether it stops when it is asked to, and goes on later."""
         return getattr(self.module, "STOPS", False)
 
     @property
-    def run(self) -> Callable:
+    def run(self) -> Callable[..., dict[str, Any] | None]:
+        """The work of one element on one rank."""
         return self.module.run
 
     @property
-    def finish(self) -> Callable:
+    def finish(self) -> Callable[..., dict[str, Any] | None]:
+        """The merging of all elements."""
         return self.module.finish
 
     def check(self, config: Any, placement: Placement) -> list[Problem]:
@@ -90,6 +95,7 @@ class PhaseKind:
 
 
 def kind_names() -> list[str]:
+    """Return the names of our own phase kinds."""
     return sorted(module.name for module in pkgutil.iter_modules(jobs.phases.__path__))
 
 

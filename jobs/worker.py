@@ -211,8 +211,8 @@ class Worker:
         if code != EXIT_SEALED:
             _say(f"{self.phase.name}[{self.index}]: {message}")
         if code != EXIT_SEALED or self.rank.rank == 0:
-            done, total = self.reached if code == EXIT_SEALED else (None, None)
-            self._record_outcome(states.get(code, "failed"), code, message, done, total)
+            reached = self.reached if code == EXIT_SEALED else (None, None)
+            self._record_outcome(states.get(code, "failed"), code, message, reached)
         if code not in (EXIT_SEALED, EXIT_LEASE_HELD, EXIT_NOT_NEEDED):
             # Other ranks may sit in a collective with this one: leave without waiting for them.
             self.secrets.close_output()
@@ -242,10 +242,8 @@ class Worker:
             message += f" ({self.run.path} has no space left)"
         return EXIT_FAILED, message
 
-    def _record_outcome(
-        self, state: str, code: int, message: str, done: float | None = None, total: int | None = None
-    ) -> None:
-        """Write down how this life of the element ended; steps `done` of `total`, where the phase told."""
+    def _record_outcome(self, state: str, code: int, message: str, reached: tuple[float | None, int | None]) -> None:
+        """Write down how this life of the element ended; `reached` are steps done and in all, where the phase told."""
         outcome = Outcome(
             element=self.index,
             attempt=self.owner.attempt,
@@ -256,8 +254,8 @@ class Worker:
             host=socket.gethostname(),
             job=self.owner.job,
             started=self.started,
-            done=done,
-            total=total,
+            done=reached[0],
+            total=reached[1],
             key=self.phase.key,
         )
         try:
@@ -389,7 +387,7 @@ class Worker:
         if refusal and refusal != "not asked for":
             message += f" (not requeued: {refusal})"
         # Before the requeue, which has Slurm end this very process.
-        self._record_outcome("stopped", EXIT_UNFINISHED, message, stopped.done, stopped.total)
+        self._record_outcome("stopped", EXIT_UNFINISHED, message, (stopped.done, stopped.total))
         if not refusal:
             try:
                 requeue.requeue(slurm=slurm, run=self.run, phase=self.phase, attempt=self.number, ends=before)

@@ -28,7 +28,15 @@ class Owner:
     def me(attempt: int, restart: int, job: str = "") -> "Owner":
         """Return this process as an owner."""
         pid = os.getpid()
-        return Owner(attempt, restart, job, socket.gethostname(), pid, process_start(pid) or 0, pid_namespace())
+        return Owner(
+            attempt=attempt,
+            restart=restart,
+            job=job,
+            host=socket.gethostname(),
+            pid=pid,
+            started=process_start(pid) or 0,
+            namespace=pid_namespace(),
+        )
 
     @staticmethod
     def read(path: Path) -> "Owner | None":

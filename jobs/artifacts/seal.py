@@ -70,6 +70,7 @@ class Seal:
 
     @property
     def facts(self) -> dict[str, Any]:
+        """What the phase returned."""
         return self.content.get("facts", {})
 
     @property
@@ -84,6 +85,7 @@ class Seal:
 
     @property
     def submission(self) -> int:
+        """The submission whose plan was run."""
         return self.content.get("submission", 0)
 
     @property

@@ -17,16 +17,16 @@ _DISPATCHERS = ("jobs.phases.",)  # imported by name for every phase alike: no p
 
 def closure(names: Iterable[str], files: Mapping[str, Path]) -> set[str]:
     """Return those of `files` ({name below the code's root: file}) that the modules `names` import, and their own."""
-    found: set[str] = set()
+    reached: set[str] = set()
     waiting = [file for name in names for file in _files_of(name, files)]
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in reached:
             continue
-        found.add(name)
+        reached.add(name)
         if name.endswith(".py"):
             waiting += [file for module in imported(files[name], PurePath(name)) for file in _files_of(module, files)]
-    return found
+    return reached
 
 
 def _files_of(module: str, files: Mapping[str, Path]) -> list[str]:
@@ -90,17 +90,17 @@ def beside(root: Path) -> list[Path]:
 
     Only what Python itself would import from there: installed packages are installed where the job runs, too.
     """
-    found: dict[str, Path] = {}
+    places: dict[str, Path] = {}
     waiting = [root]
     while waiting:
         code = waiting.pop()
         for file in [code] if code.is_file() else sorted(code.rglob("*.py")):
             for first in {module.split(".")[0] for module in imported(file, PurePath(file.name))}:
                 place = _place_beside(root, first)
-                if place and place != root and first not in found:
-                    found[first] = place
+                if place and place != root and first not in places:
+                    places[first] = place
                     waiting.append(place)
-    return sorted(found.values())
+    return sorted(places.values())
 
 
 def _place_beside(root: Path, name: str) -> Path | None:

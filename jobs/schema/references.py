@@ -116,8 +116,8 @@ class Resolver:
             self.problems.note(key, f"cannot resolve {value!r}{why}")
             return None
         assert isinstance(leaf, dict)
-        found = leaf["value"]
-        return self._refuse(key, found, known) if isinstance(found, str) and "${" in found else found
+        resolved = leaf["value"]
+        return self._refuse(key, resolved, known) if isinstance(resolved, str) and "${" in resolved else resolved
 
     def _refuse(self, key: str, reference: str, known: list[str]) -> None:
         """Refuse OmegaConf's resolvers, such as oc.env: what they give would stand in the run's files."""

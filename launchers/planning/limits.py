@@ -100,6 +100,7 @@ def fit_submit_limit(cluster: Cluster, run: RunFolder, phases: Collection[Planne
     )
 
     def tasks(factor: int) -> int:
+        """Return the tasks of all phases with at least `factor` elements a task."""
         return sum(
             planned.frozen.links or len({i // max(planned.frozen.batch, factor) for i in planned.missing})
             for planned in runs

@@ -37,6 +37,7 @@ class PlannedPhase:
 
     @property
     def name(self) -> str:
+        """The phase's name."""
         return self.frozen.name
 
 

@@ -56,13 +56,14 @@ def _take_back_unreleased(run: RunFolder, asked: set[str], backends: dict[str, B
     """Take back the submissions that were never released and have one of the phases `asked`; all where it is empty."""
 
     def unreleased() -> list[int]:
+        """Return the submissions meant; the lock is taken only where there is one."""
         return [n for n in Ledger(run.ledger).unreleased() if not asked or asked & set(_phases(run, n))]
 
     if not unreleased():
         return
     with submit_lock_if_writable(run):
         for number in unreleased():
-            _write_down(done, functools.partial(_abandon_begun, run, number, backends, done))
+            _write_down(done, functools.partial(_abandon_begun, run, number, backends=backends, done=done))
             done.notes.append(f"submission {number} was never released: taken back")
 
 

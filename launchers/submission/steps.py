@@ -34,6 +34,7 @@ class Execution:
 
     @property
     def ledger(self) -> Ledger:
+        """The run's ledger, which is told of each step once it was done."""
         return Ledger(self.run.ledger)
 
     def waits(self, needs: Mapping[str, str]) -> dict[str, str]:
