@@ -25,26 +25,26 @@ class Masker:
     """Replaces texts by their names in a stream that comes in pieces; what may begin a text waits for the rest."""
 
     def __init__(self, names: dict[bytes, bytes]):
-        """`names`: what stands for each text."""
+        """Mask each text of `names` by what it names."""
         self.names, self.held = names, b""
         longest_first = sorted(names, key=len, reverse=True)
         self.whole = re.compile(b"|".join(map(re.escape, longest_first)))
         self.longest, self.firsts = len(longest_first[0]), {text[0] for text in names}
 
     def feed(self, data: bytes, last: bool = False) -> bytes:
-        """What can be written now; everything once this piece is the `last`."""
+        """Return what can be written now: everything once this piece is the `last`."""
         data, out, at = self.held + data, b"", 0
         while True:
-            found = self.whole.search(data, at)
+            match = self.whole.search(data, at)
             begun = len(data) if last else self._begun(data, at)
-            if found is None or begun <= found.start():
+            if match is None or begun <= match.start():
                 self.held = data[begun:]
                 return out + data[at:begun]
-            out += data[at : found.start()] + self.names[found[0]]
-            at = found.end()
+            out += data[at : match.start()] + self.names[match[0]]
+            at = match.end()
 
     def _begun(self, data: bytes, at: int) -> int:
-        """Where the end of `data` may be the beginning of a text."""
+        """Return where the end of `data` may be the beginning of a text."""
         for i in range(max(at, len(data) - self.longest + 1), len(data)):
             rest = data[i:]
             if data[i] in self.firsts and any(text.startswith(rest) and text != rest for text in self.names):
@@ -56,7 +56,7 @@ class MaskedOutput:
     """This process's stdout and stderr, through the filter from now on."""
 
     def __init__(self, names: Iterable[tuple[str, str]]):
-        """`names`: (text, what stands for it)."""
+        """Send stdout and stderr through the filter; `names` are pairs (text, what stands for it)."""
         self.before = {stream: os.dup(stream) for stream in STREAMS}
         pipes = {stream: os.pipe() for stream in STREAMS}
         _flush()
@@ -70,8 +70,9 @@ class MaskedOutput:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self.filter.stdin.write(json.dumps(list(names)).encode())
-        self.filter.stdin.close()
+        assert self.filter.stdin is not None  # a pipe, as asked for
+        with self.filter.stdin as told:
+            told.write(json.dumps(list(names)).encode())
         for stream, (read, write) in pipes.items():
             os.dup2(write, stream)
             os.close(read)
@@ -98,6 +99,7 @@ def _flush() -> None:
 
 
 def main(pipes: list[int]) -> None:
+    """Copy each pipe to its stream, masked, until the last writer has closed it."""
     names = {text.encode(): name.encode() for text, name in json.load(sys.stdin)}
     streams = selectors.DefaultSelector()
     for pipe, stream in zip(pipes, STREAMS):

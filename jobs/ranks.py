@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from data_tools.base import rendezvous
 from data_tools.base.ports import free_port
@@ -33,13 +33,15 @@ SPAWN_VARIABLE = "AFTEROK_SPAWN"  # tells the ranks of one spawn_ranks from thos
 
 @dataclass(frozen=True)
 class Rank:
+    """Which of an element's ranks a process is: in all, and on its node."""
+
     rank: int
     local_rank: int
     world_size: int
 
 
 def rank_from_environment(environ: Mapping[str, str], expected: int) -> Rank | None:
-    """This process's rank, None when it is no rank of a set of `expected` and has to spawn them.
+    """Return this process's rank, None when it is no rank of a set of `expected` and has to spawn them.
 
     A batch script and a login shell inside an allocation carry SLURM_PROCID=0 too; only a step of the right size
     is our srun.
@@ -53,7 +55,7 @@ def rank_from_environment(environ: Mapping[str, str], expected: int) -> Rank | N
 
 
 def torch_environment(rank: Rank, gpus: int) -> dict[str, str]:
-    """What torch.distributed's env:// reads; MASTER_ADDR and MASTER_PORT come from the batch script or the parent.
+    """Return what torch.distributed's env:// reads, but for MASTER_ADDR and MASTER_PORT, which the parent has set.
 
     Our own training meets at `Verdicts`' store instead; the port is for phases that call torch.distributed themselves.
     """
@@ -62,12 +64,12 @@ def torch_environment(rank: Rank, gpus: int) -> dict[str, str]:
 
 
 def thread_environment(gpus: int) -> dict[str, str]:
-    """CPU ranks sum in one order: one thread each, wherever they run."""
+    """Return variables that have CPU ranks sum in one order, wherever they run: one thread each."""
     return {} if gpus else {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def die_with_parent() -> None:
-    """For `preexec_fn`: a rank or worker whose parent is killed must not train on as an orphan."""
+    """Have this process killed with its parent, for `preexec_fn`: no rank or worker must train on as an orphan."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -106,6 +108,7 @@ def spawn_ranks(command: list[str], world_size: int, gpus: int) -> int:
 
 
 def _wait_for_all(children: list[subprocess.Popen]) -> int:
+    """Wait for all ranks, ending the others soon after one failed; return the exit code of that one."""
     worst = 0
     deadline: float | None = None
     while None in [child.poll() for child in children]:  # a list: every child is polled, not only the first alive
@@ -127,8 +130,11 @@ def _wait_for_all(children: list[subprocess.Popen]) -> int:
 
 
 def exit_code(returncode: int) -> int:
-    """A shell's view of a Popen returncode: 128 + signal for a killed process."""
+    """Return a Popen's returncode as a shell sees it: 128 + signal for a killed process."""
     return 128 - returncode if returncode < 0 else returncode
+
+
+Result = TypeVar("Result")
 
 
 class Verdicts:
@@ -141,20 +147,21 @@ class Verdicts:
         if rank.world_size > 1:
             place = meeting()
             server = Server(place) if rank.rank == 0 else None
-            self.store = rendezvous.Client(place, VERDICT_LIMIT_S, server and server.port)
+            self.store = rendezvous.Client(place, VERDICT_LIMIT_S, server.port if server else None)
             os.environ.update(rendezvous.to_environment(place, self.store.port))
 
-    def decide(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Rank 0 calls `function`; every rank gets its JSON-able result."""
+    def decide(self, name: str, function: Callable[[], Result]) -> Result:
+        """Call `function` on rank 0 and return its result, which JSON can hold, on every rank."""
+        if self.store is None:
+            return function()
         if self.rank.rank == 0:
             result = function()
-            if self.store is not None:
-                self.store.set(f"afterok/{name}", json.dumps(result).encode())
+            self.store.set(f"afterok/{name}", json.dumps(result).encode())
             return result
         return json.loads(self.store.get(f"afterok/{name}"))
 
-    def hand_over(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Like `decide`; the store forgets it once every rank has it."""
+    def hand_over(self, name: str, function: Callable[[], Result]) -> Result:
+        """Do as `decide` does, and have the store forget the result once every rank has it."""
         result = self.decide(name, function)
         self.gather(f"{name}/heard")
         if self.store is not None and self.rank.rank == 0:
@@ -162,15 +169,17 @@ class Verdicts:
         return result
 
     def gather(self, name: str, word: str = "") -> list[str]:
-        """Rank 0 waits for every rank and gets all words, its own first; the others return at once."""
+        """Wait on rank 0 for every rank and return all words, its own first; the others return [] at once."""
+        if self.store is None:
+            return [word]
         if self.rank.rank:
             self.store.set(f"afterok/{name}/{self.rank.rank}", word.encode())
             return []
         others = [f"afterok/{name}/{r}" for r in range(1, self.rank.world_size)]
-        return [word] + [said.decode() for said in (self.store.multi_get(others) if others else [])]
+        return [word, *(said.decode() for said in self.store.multi_get(others))]
 
     def goodbye(self) -> None:
-        """Rank 0 hosts the store, so it leaves last."""
+        """Leave, rank 0 last: it hosts the store."""
         if self.store is None:
             return
         if self.rank.rank:

@@ -17,31 +17,38 @@ from data_tools.base.printing import clean_streams, json_text
 from data_tools.mistake import EXIT_MISTAKE, UserMistake
 from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import find_kind
-from jobs.schema.pipeline import substitute, typed_config
+from jobs.schema.references import substitute
+from jobs.schema.typed import typed_config
 
 
 def main() -> int:
+    """Print the rollout drawn again; return the exit code."""
     with clean_streams():
         return _main()
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m jobs.replay", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m jobs.replay", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("phase")
     parser.add_argument("rollout", metavar="STEP/PROMPT/SAMPLE")
     args = parser.parse_args()
     try:
-        found = replay(RunFolder(args.run.absolute()), args.phase, args.rollout)
+        drawn = replay(RunFolder(args.run.absolute()), args.phase, args.rollout)
     except UserMistake as mistake:
         print(f"afterok: {mistake}", file=sys.stderr)
         return EXIT_MISTAKE
-    print(json_text(found))
-    print(verdict(found), file=sys.stderr)
+    print(json_text(drawn))
+    print(verdict(drawn), file=sys.stderr)
     return 0
 
 
 def replay(run: RunFolder, name: str, rollout: str) -> dict[str, Any]:
+    """Draw the rollout STEP/PROMPT/SAMPLE of the grpo phase `name` again, and compare it with what was recorded.
+
+    Raises:
+        UserMistake: no such phase or rollout, or what the phase began from is not sealed.
+    """
     numbers = rollout.split("/")
     if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
         raise UserMistake(f"--replay {rollout}: write STEP/PROMPT/SAMPLE, three numbers as in samples/step_N.jsonl")
@@ -64,14 +71,15 @@ def replay(run: RunFolder, name: str, rollout: str) -> dict[str, Any]:
     return grpo.replay(config, run.artifact(phase).folder, *map(int, numbers))
 
 
-def verdict(found: dict[str, Any]) -> str:
-    if not found["differs"]:
-        return f"afterok: the same {found['tokens']} tokens; log-probs within {found['logprob_difference']:.1e}"
-    where = f"token {found['same_tokens'] + 1} of {found['tokens']} differs"
+def verdict(drawn: dict[str, Any]) -> str:
+    """Say in one line whether the tokens are the same."""
+    if not drawn["differs"]:
+        return f"afterok: the same {drawn['tokens']} tokens; log-probs within {drawn['logprob_difference']:.1e}"
+    where = f"token {drawn['same_tokens'] + 1} of {drawn['tokens']} differs"
     margin = (
-        "the draw's margin is unknown" if found["margin"] is None else f"the draw's margin was {found['margin']:.1e}"
+        "the draw's margin is unknown" if drawn["margin"] is None else f"the draw's margin was {drawn['margin']:.1e}"
     )
-    return f"afterok: {where}: recorded {found['recorded_token']}, drawn again {found['replayed_token']}; {margin}"
+    return f"afterok: {where}: recorded {drawn['recorded_token']}, drawn again {drawn['replayed_token']}; {margin}"
 
 
 if __name__ == "__main__":

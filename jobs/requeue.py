@@ -1,4 +1,4 @@
-"""This process's Slurm job, run again under its id: why it must not be, and how it is, away from the node that failed."""
+"""This process's Slurm job, run again under its id: whether it may be, and how, away from the node that failed."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from slurm.profile import Partition, load
 
 
 def refusal_here(slurm: Slurm, received: Iterable[int]) -> str:
-    """`refusal` for the job that this process is part of."""
+    """Return `refusal` for the job that this process is part of."""
     try:
         return refusal(slurm.job(job_element(os.environ), REQUEUE_PATIENCE_S), received)
     except SlurmError as error:
@@ -19,7 +19,7 @@ def refusal_here(slurm: Slurm, received: Iterable[int]) -> str:
 
 
 def refusal(job: Mapping[str, str], received: Iterable[int]) -> str:
-    """Why a worker that stopped after the signals `received` must not requeue its own Slurm job; "" when it should.
+    """Return why a worker that stopped after the signals `received` must not requeue its job; "" when it should.
 
     `job` is what `scontrol show job` says. Seen on Slurm 22.05: a requeue brings a job back that scancel had just
     ended; a preemption with GraceTime leaves the job RUNNING, and one that ends by itself meanwhile is FAILED.
@@ -39,18 +39,19 @@ def refusal(job: Mapping[str, str], received: Iterable[int]) -> str:
 def requeue(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends: list[Outcome]) -> None:
     """Have Slurm run this job again, not on the node that failed this element last (`ends`, oldest first)."""
     stopping.hold()  # a requeue begins with SIGTERM, for scontrol's own process too, and there is more to ask of Slurm
-    slurm.requeue(job_element(os.environ), exclude=to_exclude(slurm, run, phase, attempt, ends))
+    exclude = to_exclude(slurm=slurm, run=run, phase=phase, attempt=attempt, ends=ends)
+    slurm.requeue(job_element(os.environ), exclude=exclude)
 
 
 def to_exclude(slurm: Slurm, run: RunFolder, phase: FrozenPhase, attempt: int, ends: list[Outcome]) -> str:
-    """The nodes that this element must not get next, "" for none: what the site excludes, and the one that failed last.
+    """Return the nodes that this element must not get next, "" for none.
 
-    That one alone, and only where its partition has others enough.
+    They are those that the site excludes, and the one that failed last where its partition has others enough.
     """
     guilty = next((end.node for end in reversed(ends) if end.node), "")
     partition = slurm.job(job_element(os.environ)).get("Partition", "") if guilty else ""
     if not guilty or len(slurm.usable_nodes(partition) - {guilty}) < phase.nodes:
         return ""
-    profile = load(str(run.submission_folder(attempt) / "profile.yaml"))
+    profile = load(str(run.profile_path(attempt)))
     site = profile.partitions.get(partition, Partition()).extra_sbatch.get("exclude")
     return ",".join(filter(None, (site, guilty)))

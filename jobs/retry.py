@@ -51,6 +51,7 @@ class Cause(StrEnum):
 
     @property
     def is_trouble(self) -> bool:
+        """Whether something is wrong."""
         return self is not Cause.WAITING
 
 
@@ -79,12 +80,14 @@ class End:
 
 @dataclass(frozen=True)
 class Verdict:
+    """Whether an element is run again after an end."""
+
     again: bool
     why: str  # for a user: what happens, or why nothing does
 
 
 def told_by(exit_code: int) -> Cause | None:
-    """The cause that a worker's own exit code names; None where other evidence has to tell.
+    """Return the cause that a worker's own exit code names; None where other evidence has to tell.
 
     One that SIGTERM ended had not begun to ask for stops, so it is a stop too: somebody wanted it to end, and it left
     nothing half done.
@@ -100,7 +103,7 @@ def told_by(exit_code: int) -> Cause | None:
 
 
 def decide(ends: Sequence[End]) -> Verdict:
-    """Whether an element runs again after the last of these ends (all of one attempt, oldest first)."""
+    """Return whether an element runs again after the last of these ends (all of one attempt, oldest first)."""
     last, before = ends[-1], ends[:-1]
     restarts = RESTARTS.get(last.cause, 0)
     if restarts is not None:

@@ -6,9 +6,9 @@
 
 Values go into the environment of the rank that reads them, by setenv(3), which does not show in /proc/PID/environ or
 `ps e`; a child process that the phase starts inherits them, and there they do show (to the same user). What the rank
-and its children print (jobs/masking.py), and messages about it, have the values masked; facts that hold one are refused,
-and no core file is written. A command runs once an element: rank 0 hands what it printed to the others over their store,
-which nobody else can enter, and which forgets it then.
+and its children print (jobs/masking.py), and messages about it, have the values masked; facts that hold one are
+refused, and no core file is written. A command runs once an element: rank 0 hands what it printed to the others over
+their store, which nobody else can enter, and which forgets it then.
 """
 
 import json
@@ -46,16 +46,20 @@ class Secrets:
         return f"Secrets({', '.join(self._values)})"  # never a value, in no traceback
 
     def put_into(self, environment: MutableMapping[str, str]) -> None:
+        """Write the values into an environment."""
         environment.update(self._values)
 
     def mask(self, text: str) -> str:
+        """Return a text with each value replaced by ***NAME***."""
         for value, name in self._spelled:
             text = text.replace(value, _shown(name))
         return text
 
     def refuse_in(self, value: Any, where: str) -> None:
-        """Raise UserMistake where plain data, as JSON has it, holds a secret in a text: it is read by machines, so that
-        a mask would be a wrong value, and it is written down."""
+        """Raise UserMistake where plain data, as JSON has it, holds a secret in a text.
+
+        Such data are written down and read by machines: a mask would be a wrong value.
+        """
         if isinstance(value, str):
             for text, name in self._spelled:
                 if text in value:
@@ -87,7 +91,7 @@ def _shown(name: str) -> str:
 
 
 def _spellings(value: str) -> set[str]:
-    """How a value may stand in a text: as it is, escaped by repr, JSON or a URL, and each long line of several."""
+    """Return how a value may stand in a text: as it is, escaped by repr, JSON or a URL, or one long line of it."""
     lines = [line for line in value.splitlines() if len(line) >= WHOLE_LINES]
     return {
         value,
@@ -100,11 +104,12 @@ def _spellings(value: str) -> set[str]:
 
 
 def commands_among(references: Mapping[str, str]) -> dict[str, str]:
+    """Return the references that are commands, {variable: cmd:COMMAND}."""
     return {name: reference for name, reference in references.items() if reference.startswith("cmd:")}
 
 
 def read_values(references: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The values of {variable: reference}. Raises UserMistake, which never holds a value."""
+    """Return the values of {variable: reference}. Raises UserMistake, which never holds a value."""
     return {name: _value(name, reference, environment) for name, reference in references.items()}
 
 
@@ -134,6 +139,7 @@ def forbid_core_files() -> None:
 
 
 def _value(name: str, reference: str, environment: Mapping[str, str]) -> str:
+    """Return the value of one reference. Raises UserMistake where it cannot be read or is no secret."""
     kind, _, where = reference.partition(":")
     read = {"file": _file, "cmd": _command}.get(kind)
     data = read(name, where) if read else environment.get(where, "").encode()
@@ -155,6 +161,7 @@ def _value(name: str, reference: str, environment: Mapping[str, str]) -> str:
 
 
 def _file(name: str, where: str) -> bytes:
+    """Return what a file of the user's, which nobody else can read, holds."""
     path = Path(where).expanduser()
     host = os.uname().nodename
     try:
@@ -180,7 +187,7 @@ def _file(name: str, where: str) -> bytes:
 
 
 def _command(name: str, command: str) -> bytes:
-    """What the command prints. What it says on stderr is not shown: it may hold the value (`set -x`)."""
+    """Return what a command prints. What it says on stderr is not shown: it may hold the value (`set -x`)."""
     process = subprocess.Popen(
         ["/bin/sh", "-c", command],
         stdin=subprocess.DEVNULL,

@@ -26,7 +26,7 @@ def release() -> None:
 
 
 class StopSignals:
-    """What this process was sent. Python runs the handler in the main thread, between two of its instructions."""
+    """The stop signals that a process was sent. Python runs the handler in the main thread."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()
@@ -38,7 +38,7 @@ class StopSignals:
         release()
 
     def asked(self) -> bool:
-        """Whether to stop. Who asks takes over from SIGTERM, and so has to ask again soon. Main thread only."""
+        """Return whether to stop. Who asks takes over from SIGTERM, and so has to ask again soon. Main thread only."""
         if not self.listens:
             signal.signal(signal.SIGTERM, self._note)
             self.listens = True
@@ -46,3 +46,6 @@ class StopSignals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received.add(number)
+
+
+SIGNALS = StopSignals()  # this process's

@@ -16,8 +16,11 @@ PROGRESS_FILE_S = 0.5
 
 @dataclass
 class Task:
-    """`out` is this attempt's own empty folder (the artifact); `keep` survives attempts (checkpoints/, metrics.jsonl,
-    tables/). Only rank 0 writes into either, unless ranks write a sharded checkpoint together."""
+    """One element of a phase on one rank.
+
+    `out` is this attempt's own empty folder (the artifact); `keep` survives attempts (checkpoints/, metrics.jsonl,
+    tables/). Only rank 0 writes into either, unless ranks write a sharded checkpoint together.
+    """
 
     phase: str
     index: int
@@ -33,7 +36,7 @@ class Task:
     reached: tuple[int | None, int | None] = (None, None)  # the last progress that was told: done, total
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
-        """A plain line in the log every few seconds, and a small file that `afterok run` and `status` show."""
+        """Tell progress: a plain line in the log every few seconds, and a small file that `run` and `status` show."""
         self.reached = (done, total)
         if self.rank != 0:
             return
@@ -52,7 +55,7 @@ class Task:
             print(f"{self.phase}: {done:,}/{total:,} {unit}{speed}  {note}".rstrip(), flush=True)
 
     def progress_or_stop(self, done: int, total: int, unit: str, note: str = "") -> None:
-        """`progress` for work that lies in `out` alone: one rank may leave it at any of these calls, and begins anew.
+        """Tell `progress` of work that lies in `out` alone: one rank may leave it at any of these calls, to begin anew.
 
         Raises Stopped when asked to stop. Several ranks would have to agree first, so they go on.
         """
@@ -72,4 +75,5 @@ class Task:
 
 
 def progress_path(keep: Path, index: int) -> Path:
+    """Return where an element's progress stands, in what it keeps."""
     return keep / "progress" / f"{index:04d}.json"

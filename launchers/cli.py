@@ -130,6 +130,14 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
     )
     submit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
+    explain = verb("explain", verbs.do_explain, "say what a phase kind does, and what each of its settings means")
+    explain.add_argument(
+        "phase", nargs="?", default="", metavar="PHASE", help="such as sft, or my.module (default: list them)"
+    )
+    explain.add_argument(
+        "setting", nargs="?", default="", metavar="SETTING", help="only this one, such as lora.rank or lora"
+    )
+
 
 def _add_submission_verbs(verb: AddVerb) -> None:
     """Add the verbs that change a run: resubmit and repair."""

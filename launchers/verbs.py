@@ -31,7 +31,7 @@ EXIT_INTERRUPTED = 130
 
 def _make_plan(args: argparse.Namespace) -> "Plan":
     from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.plan import default_run_folder, make_plan
+    from launchers.planning.planner import default_run_folder, make_plan
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides)
@@ -57,6 +57,23 @@ def do_plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def do_explain(args: argparse.Namespace) -> int:
+    from launchers.observe.explain import explain, kinds
+    from launchers.observe.show import console, settings_table, table
+
+    if not args.phase:
+        listed = kinds()
+        if args.json:
+            return _print_json({"phases": [{"phase": name, "about": about} for name, about in listed]})
+        console().print(table(["phase", "what it does"], [list(row) for row in listed]))
+        return 0
+    explained = explain(args.phase, args.setting)
+    if args.json:
+        return _print_json(explained.as_json())
+    console().print(settings_table(explained))
+    return 0
+
+
 def _from_megatron(args: argparse.Namespace) -> int:
     from jobs.schema.megatron_flags import translate
 
@@ -71,7 +88,7 @@ def _from_megatron(args: argparse.Namespace) -> int:
 
 def _plan_parallel(args: argparse.Namespace) -> int:
     from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.plan import default_run_folder, report_parallel
+    from launchers.planning.planner import default_run_folder, report_parallel
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides)
@@ -151,17 +168,17 @@ def do_resubmit(args: argparse.Namespace) -> int:
     from data_tools.base import durable
     from jobs.schema.pipeline import load_pipeline
     from launchers.observe.runs import find_run
-    from launchers.planning.plan import make_plan
+    from launchers.planning.planner import make_plan
     from launchers.submission.submit import resubmit
     from slurm.detect import find_cluster
 
     run = find_run(args.run)
-    folder = run.submission_folder(run.newest_submission())
-    frozen = durable.read_checked(folder / "pipeline.json")
+    number = run.newest_submission()
+    frozen = durable.read_checked(run.pipeline_origin_path(number))
     if Path(frozen["cwd"]).is_dir():
         os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
         sys.path.append(frozen["cwd"])
-    pipeline = load_pipeline(folder / "pipeline.yaml", frozen["overrides"] + args.overrides)
+    pipeline = load_pipeline(run.pipeline_path(number), frozen["overrides"] + args.overrides)
     if args.again and args.elements:
         raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
     plan = make_plan(pipeline, run, find_cluster(pipeline.cluster), again=args.phase if args.again else "")
@@ -186,7 +203,7 @@ def _indices(text: str | None) -> list[int] | None:
 
 def do_repair(args: argparse.Namespace) -> int:
     from launchers.observe.runs import as_typed, find_run
-    from launchers.submission.submit import repair
+    from launchers.submission.repair import repair
 
     run = find_run(args.run)
     lines = repair(run)
@@ -345,7 +362,7 @@ def do_inspect(args: argparse.Namespace) -> int:
 
 def do_cancel(args: argparse.Namespace) -> int:
     from launchers.observe.runs import as_typed, find_run
-    from launchers.submission.submit import cancel
+    from launchers.submission.cancel import cancel
 
     run = find_run(args.run)
     done = cancel(run, args.phases)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from data_tools.records.balance import Balance
-from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.seal import read_seal
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import dev_cluster, rows_of, scrub_slurm  # noqa: F401

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.seal import read_seal
 from launchers.planning.ledger import Ledger
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
 from tests.command import ROOT, afterok, afterok_json, one_line, wait_for, wait_until_sealed

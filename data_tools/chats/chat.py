@@ -11,12 +11,13 @@ import datetime
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_tools.base.declared import setting
 from data_tools.chats.conversation import SCHEMAS, BadRecord, Conversation, RenderedChunk, own_variables, read_record
 from data_tools.chats.encoder import Encoder
 from data_tools.chats.fields import LOSABLE, Fields, inline_reasoning
@@ -32,7 +33,7 @@ from data_tools.chats.turn_parts import (
     written_thinking,
 )
 from data_tools.chats.turns import Rendered, Span, Turns, Unclear
-from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.mistake import Problem, UserMistake
 
 TURNS = ("all", "last", "each")
 
@@ -44,32 +45,35 @@ _QUOTE = 40  # characters that an assistant does not repeat by chance
 class ChatConfig:
     """How conversations become tokens."""
 
-    schema: str = "auto"  # of the records: auto, or one of data_tools.chats.conversation.SCHEMAS
-    template: str = field(default="", metadata={"input": True})  # a Jinja file; "" = the tokenizer's own
-    arguments: dict[str, Any] = field(default_factory=dict)  # for the template: enable_thinking, reasoning_effort, …
-    date: str = "2026-01-01"  # what templates are told today is
-    header: str | None = None  # start of a turn that is not trained; null = found from the generation prompt
-    turns: str = "all"  # all | last (after the last question) | each (a row a question, up to and with its answer)
-    train_thinking: bool = True
-    train_tool_calls: bool = True
-    ignored: list[str] = field(default_factory=list, metadata={"keyed": "if_set"})  # keys of records and messages
-    # What the template leaves out: put into the content, between <think> tags; or lost: reasoning | tools | name.
-    inline_reasoning: bool = field(default=False, metadata={"keyed": "if_set"})
-    may_lose: list[str] = field(default_factory=list, metadata={"keyed": "if_set"})
+    schema: str = setting("auto", "schema of the records", choices=("auto", *SCHEMAS))
+    template: str = setting("", 'chat template, a Jinja file; "": the tokenizer\'s own', input=True)
+    arguments: dict[str, Any] = setting(
+        dict, "variables of the template, such as enable_thinking or reasoning_effort", free=True
+    )
+    date: str = setting("2026-01-01", "what templates are told today is, YYYY-MM-DD", free=True)
+    header: str | None = setting(
+        None, "start of a turn that is not trained; null: found from the generation prompt", free=True
+    )
+    turns: str = setting(
+        "all", "which turns are trained: all, those after the last question, or each question's in a row of its own",
+        choices=TURNS,
+    )  # fmt: skip
+    train_thinking: bool = setting(True, "the reasoning of trained turns is trained")
+    train_tool_calls: bool = setting(True, "the tool calls of trained turns are trained")
+    ignored: list[str] = setting(
+        list, "keys of records and messages that are left out on purpose", free=True, keyed="if_set"
+    )
+    inline_reasoning: bool = setting(
+        False, "reasoning that the template leaves out is put into the content, between <think> tags", keyed="if_set"
+    )
+    may_lose: list[str] = setting(
+        list, "what the template may leave out of a row that is kept", choices=LOSABLE, keyed="if_set"
+    )
 
 
 def check_chat(config: ChatConfig) -> list[Problem]:
-    values = [
-        ("schema", config.schema, ("auto", *SCHEMAS)),
-        ("turns", config.turns, TURNS),
-        *(("may_lose", value, LOSABLE) for value in config.may_lose),
-    ]
+    """Refuse template arguments that are set for every row, and a date that is none."""
     problems = [
-        Problem(key, f"unknown value {value!r}{nearest(value, known)}")
-        for key, value, known in values
-        if value not in known
-    ]
-    problems += [
         Problem(f"arguments.{name}", "is no argument: it is set for every row; leave it out")
         for name in own_variables(config.arguments)
     ]

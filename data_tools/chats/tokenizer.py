@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.base.durable import read_json
 from data_tools.base.inside import files, inside
-from data_tools.mistake import Problem, UserMistake
+from data_tools.mistake import UserMistake
 
 # Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
 # class (v5 does for Qwen2), so those go through transformers.
@@ -72,12 +72,6 @@ class Tokenizer:
                 f"tokenizer {self.name}: pad and eos are both token {self.eos_id}, so the loss would train on padding "
                 "or never on the end; name another pad_token in its tokenizer_config.json"
             )
-
-
-def check_bos(bos: str) -> list[Problem]:
-    if bos in ("", NEVER):
-        return []
-    return [Problem("bos", f"{bos!r} is neither {NEVER} nor empty, which is as transformers' tokenizer(text) has it")]
 
 
 def told_opening(tokenizer: Tokenizer, bos: str) -> dict[str, str]:

@@ -21,23 +21,24 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_tools.base.declared import setting
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.chats.conversation import BadRecord
-from data_tools.chats.encoder import Encoder, check_encoder
+from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
-from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
 from data_tools.packs.store import Provenance, RowText, StoreWriter, row_text
 from data_tools.progress import Progress, silent
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
-from data_tools.records.shares import FORMATS, Share, open_share
+from data_tools.records.shares import Share, open_share
 from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, rows_of, task_options
 
 ON_BAD_ROW = ("fail", "bucket")
@@ -48,18 +49,20 @@ _CHUNKS_AHEAD = 4  # a worker; what is read ahead of the oldest unfinished chunk
 
 @dataclass
 class Config:
-    source: Source = field(default_factory=Source)
-    tokenizer: str = field(default="", metadata={"input": "hub"})  # folder or hub name
-    task: str = field(default="", metadata={"module": True})  # a task's rows; "" = conversations
-    task_options: dict[str, Any] = field(default_factory=dict)
-    chat: ChatConfig = field(default_factory=ChatConfig)  # of conversations
-    format: str = "auto"  # of the files: auto | jsonl | json | parquet | csv, plain or under gzip or zstd
-    max_tokens: int = 0  # of a row, end token included; 0 = no limit
-    dedupe: bool = True  # keep the first of equal rows: the same text with the same loss mask
-    on_bad_row: str = "fail"  # fail | bucket: what a malformed record does
-    encoder: str = field(default="auto", metadata={"keyed": False})  # auto | huggingface | gigatoken: the same ids
-    workers: int = field(default=1, metadata={"keyed": False})  # processes of an element
-    chunk_size: int = field(default=16, metadata={"keyed": False})  # records handed to a worker at a time
+    """The config of the phase materialize."""
+
+    source: Source = setting(Source, "where the rows come from")
+    tokenizer: str = setting("", "a folder or a hub name", needed=True, input="hub")
+    task: str = setting("", 'the task whose rows these are; "": they are conversations', module=True)
+    task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
+    chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
+    format: str = setting("auto", "format of the files, plain or under gzip or zstd", choices=readers.FORMATS)
+    max_tokens: int = setting(0, "tokens of a row, end token included; 0: no limit", unit="tokens", least=0)
+    dedupe: bool = setting(True, "of equal rows, the same text with the same loss mask, the first is kept")
+    on_bad_row: str = setting("fail", "what a malformed record does: bucket counts it", choices=ON_BAD_ROW)
+    encoder: str = setting("auto", "what encodes; all give the same ids", choices=ENCODERS, keyed=False)
+    workers: int = setting(1, "processes of an element", unit="processes", least=1, keyed=False)
+    chunk_size: int = setting(16, "records handed to a worker at a time", unit="records", least=1, keyed=False)
 
     @staticmethod
     def meaning(config: "Config") -> dict[str, Any]:
@@ -74,16 +77,6 @@ def check(config: Config) -> list[Problem]:
     else:
         problems = _check_conversations(config)
     problems += check_encoder(config.encoder)
-    for key, known in (("on_bad_row", ON_BAD_ROW), ("format", FORMATS)):
-        if (value := getattr(config, key)) not in known:
-            problems.append(Problem(key, f"unknown value {value!r}{nearest(value, known)}"))
-    if config.max_tokens < 0:
-        problems.append(Problem("max_tokens", f"{config.max_tokens} is negative; give a limit, or 0 for none"))
-    for key in ("workers", "chunk_size"):
-        if getattr(config, key) < 1:
-            problems.append(Problem(key, f"{getattr(config, key)} is less than 1"))
-    if not config.tokenizer:
-        problems.append(Problem("tokenizer", "no tokenizer; give a folder or a hub name"))
     return problems
 
 

@@ -8,17 +8,17 @@ can cut them; that is a property of the plan and never of the tokens.
 What is written, and how packs are read from it: plan.py.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree, write_json
 from data_tools.base.seeded import permutation
-from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.mistake import Problem, UserMistake
 from data_tools.packs import batches
 from data_tools.packs.plan import FACTS, Pieces, Plan, stream_of
 from data_tools.packs.store import Store, text_hash
@@ -37,55 +37,56 @@ _PREDICTED_STEPS = 64  # steps of 8 packs a rank over which idle time is predict
 
 @dataclass
 class Config:
-    store: str = field(default="", metadata={"input": True})  # a materialize output
-    pack_length: int = 2048  # tokens
-    align: int = 1  # tokens; documents are padded to a multiple: 2 * context, times tensor with sequence parallelism
-    overlong: str = "drop"  # drop | truncate | split | fail: what a document longer than a pack does
-    overlong_of: dict[str, str] = field(default_factory=dict)  # the same for one source: name, path or pattern
-    order: str = "decreasing"  # decreasing | shuffled
-    apart: bool = False  # two documents of one prompt never share a pack
-    weights: dict[str, float] = field(default_factory=dict)  # share of packs a source gets; none: all, once an epoch
-    group: int = 1  # packs of nearly equal cost that stay side by side: data-parallel ranks that wait for one another
-    cost_linear: float = 24576.0  # predicted cost of a document of L tokens: linear * L + quadratic * L^2, in any unit
-    cost_quadratic: float = 1.0  # (the defaults: verl's for a 7B model)
-    seed: int = 0  # of the shuffle
-    export: list[str] = field(default_factory=list)  # megatron_lm, megatron_bridge: the packs in these formats too
-    tokenizer: str = field(default="", metadata={"input": "hub"})  # the store's; megatron_lm wants text
-    on_unstable: str = "fail"  # fail | drop: what a document does whose text gives other tokens
+    """The config of the phase pack. The default costs are verl's for a 7B model."""
+
+    store: str = setting("", "token store, such as a materialize output", needed=True, input=True)
+    pack_length: int = setting(2048, "length of a pack", unit="tokens", least=2)
+    align: int = setting(
+        1, "documents are padded to a multiple of it: 2 * context, times tensor with sequence parallelism",
+        unit="tokens", least=1,
+    )  # fmt: skip
+    overlong: str = setting("drop", "what becomes of a document longer than a pack", choices=OVERLONG)
+    overlong_of: dict[str, str] = setting(
+        dict, "the same for one source, by its name, path or a pattern", choices=OVERLONG
+    )
+    order: str = setting("decreasing", "how documents are taken: longest first, or shuffled", choices=ORDERS)
+    apart: bool = setting(False, "two documents of one prompt never share a pack")
+    weights: dict[str, float] = setting(
+        dict, "share of packs that a source gets, by its name, path or a pattern; {}: all, once an epoch", least=0
+    )
+    group: int = setting(
+        1, "packs of nearly equal cost that stay side by side, for data-parallel ranks that wait for one another",
+        unit="packs", least=1,
+    )  # fmt: skip
+    cost_linear: float = setting(
+        24576.0, "predicted cost of a document of L tokens is cost_linear * L + cost_quadratic * L^2, in any unit",
+        least=0,
+    )  # fmt: skip
+    cost_quadratic: float = setting(1.0, "see cost_linear", least=0)
+    seed: int = setting(0, "draw of the shuffle", free=True)
+    export: list[str] = setting(list, "the packs are also written in these formats", choices=EXPORTS)
+    tokenizer: str = setting("", "tokenizer of the store, for export megatron_lm, which wants text", input="hub")
+    on_unstable: str = setting(
+        "fail", "what becomes, in an export, of a document whose text gives other tokens", choices=ON_UNSTABLE
+    )
 
 
 def check(config: Config) -> list[Problem]:
-    """What can be known wrong before the store exists, all at once."""
+    """Return what of the settings does not go together, before the store exists."""
     problems = []
-    if config.pack_length < 2:
-        problems.append(Problem("pack_length", f"{config.pack_length} tokens hold no label; give at least 2"))
-    if config.align < 1 or config.pack_length % max(config.align, 1):
-        legal = max(config.align, 1) * max(1, round(config.pack_length / max(config.align, 1)))
+    if config.pack_length % config.align:
+        legal = config.align * max(1, round(config.pack_length / config.align))
         values = f"pack_length {config.pack_length} is not a multiple of align {config.align}"
-        problems.append(Problem("align", f"{values}; nearest pack_length {legal} with align {max(config.align, 1)}"))
-    choices = [("overlong", config.overlong, OVERLONG), ("order", config.order, ORDERS)]
-    choices += [("on_unstable", config.on_unstable, ON_UNSTABLE)]
-    choices += [(f"export[{place}]", name, EXPORTS) for place, name in enumerate(config.export)]
-    choices += [(f"overlong_of.{source}", policy, OVERLONG) for source, policy in config.overlong_of.items()]
-    for key, value, valid in choices:
-        if value not in valid:
-            problems.append(Problem(key, f"unknown value {value!r}{nearest(value, valid)}"))
-    if config.group < 1:
-        problems.append(Problem("group", f"{config.group} is no number of packs; 1 groups none"))
-    for source, weight in config.weights.items():
-        if not (weight >= 0 and math.isfinite(weight)):
-            problems.append(Problem(f"weights.{source}", f"{weight} is no share; give a number from 0"))
+        problems.append(Problem("align", f"{values}; nearest pack_length {legal} with align {config.align}"))
     if config.weights and not any(weight > 0 for weight in config.weights.values()):
         problems.append(Problem("weights", "every source has weight 0; give one at least a positive share"))
-    if min(config.cost_linear, config.cost_quadratic) < 0 or config.cost_linear + config.cost_quadratic <= 0:
+    if config.cost_linear + config.cost_quadratic <= 0:
         values = f"{config.cost_linear} and {config.cost_quadratic}"
         problems.append(
             Problem("cost_linear", f"costs {values} are not positive; `afterok plan --parallel` prints them")
         )
     if "megatron_lm" in config.export and not config.tokenizer:
         problems.append(Problem("tokenizer", "no tokenizer; export megatron_lm writes text, give that of the store"))
-    if not config.store:
-        problems.append(Problem("store", "no token store; give a materialize output"))
     return problems
 
 

@@ -14,18 +14,19 @@ import json
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.base.declared import setting
 from data_tools.base.durable import canonical_json, fsync_tree
 from data_tools.chats.conversation import BadRecord, Conversation, read_record
 from data_tools.chats.encoder import Encoder
 from data_tools.chats.tokenizer import load_tokenizer
-from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
@@ -65,42 +66,33 @@ _REPORT_EVERY = 2000
 
 @dataclass
 class Config:
-    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # JSONL, JSON or Parquet files
-    tokenizer: str = field(default="", metadata={"input": "hub"})  # what counts tokens: folder or hub name
-    target_rows: int = 800_000
-    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))  # of the target, by category
-    redistribute: str = "proportional"  # proportional | none | fail: what becomes of a share that cannot be filled
-    min_tokens: int = 1
-    max_tokens: int = 1500  # of all messages together; 0: no limit
-    language: str = "en"  # ISO 639-1; "": any
-    sources: dict[str, list[str]] = field(default_factory=lambda: {k: list(v) for k, v in SOURCES.items()})
-    seed: int = 0
-    on_bad_row: str = "fail"  # fail | bucket
+    """The config of the phase dolci_prepare."""
+
+    inputs: list[str] = setting(list, "shards of the data set: JSONL, JSON or Parquet files", needed=True, input=True)
+    tokenizer: str = setting("", "what counts tokens: a folder or a hub name", needed=True, input="hub")
+    target_rows: int = setting(800_000, "rows of the sample", unit="rows", least=1)
+    shares: dict[str, float] = setting(
+        lambda: dict(SHARES), "share of the sample that each category gets; together 1", least=0, most=1, names=SHARES
+    )
+    redistribute: str = setting(
+        "proportional", "who takes the rows of a share that cannot be filled", choices=REDISTRIBUTE
+    )
+    min_tokens: int = setting(1, "tokens of all messages of a row, at least", unit="tokens", least=0)
+    max_tokens: int = setting(1500, "tokens of all messages of a row, at most; 0: no limit", unit="tokens", least=0)
+    language: str = setting("en", 'language of the rows, ISO 639-1; "": any', free=True)
+    sources: dict[str, list[str]] = setting(
+        lambda: {name: list(parts) for name, parts in SOURCES.items()},
+        "parts of source names, in lower case, by the category that they mean", free=True, names=SHARES,
+    )  # fmt: skip
+    seed: int = setting(0, "draw of the sample", free=True)
+    on_bad_row: str = setting("fail", "what a malformed row does: bucket counts it", choices=ON_BAD_ROW)
 
 
 def check(config: Config) -> list[Problem]:
+    """Refuse shares that do not add up to 1, and no room between the limits of tokens."""
     problems = []
-    if not config.inputs:
-        problems.append(Problem("inputs", "no files; give the shards of the data set"))
-    if not config.tokenizer:
-        problems.append(Problem("tokenizer", "no tokenizer; give a folder or a hub name"))
-    if config.target_rows < 1:
-        problems.append(Problem("target_rows", f"{config.target_rows} is no number of rows"))
-    for name, share in config.shares.items():
-        if name not in SHARES:
-            problems.append(Problem(f"shares.{name}", f"unknown category{nearest(name, list(SHARES))}"))
-        elif not 0 <= share <= 1:
-            problems.append(Problem(f"shares.{name}", f"{share} is no share: 0 to 1"))
     if not np.isclose(sum(config.shares.values()), 1):
         problems.append(Problem("shares", f"they add up to {sum(config.shares.values()):g}, not 1"))
-    for name in config.sources:
-        if name not in SHARES:
-            problems.append(Problem(f"sources.{name}", f"unknown category{nearest(name, list(SHARES))}"))
-    for key, valid in (("redistribute", REDISTRIBUTE), ("on_bad_row", ON_BAD_ROW)):
-        if getattr(config, key) not in valid:
-            problems.append(
-                Problem(key, f"unknown value {getattr(config, key)!r}{nearest(getattr(config, key), valid)}")
-            )
     if config.max_tokens and config.min_tokens > config.max_tokens:
         problems.append(Problem("min_tokens", f"{config.min_tokens} is above max_tokens {config.max_tokens}"))
     return problems

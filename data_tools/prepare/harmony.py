@@ -10,12 +10,13 @@ first `user:` everything is the user's text, also a line that looks like a role;
 
 import datetime
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree
-from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from data_tools.records.balance import Balance, SourceBalance
 from data_tools.records.csv_tables import PROMPT, Table, read_table, table_files, write_table
@@ -39,26 +40,25 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Config:
-    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # CSV files, or folders of them
-    date: str = ""  # YYYY-MM-DD, what the prompts say today is; pinned, so that they are the same on every day
-    reasoning: str = "medium"  # low | medium | high
-    identity: str = IDENTITY
-    on_bad_row: str = "fail"  # fail | drop: an empty prompt, one with Harmony's own tokens in it
+    """The config of the phase harmony_convert."""
+
+    inputs: list[str] = setting(list, "CSV files with a prompt column, or folders of them", needed=True, input=True)
+    date: str = setting("", "what the prompts say today is, YYYY-MM-DD: pinned, so that they stay the same", free=True)
+    reasoning: str = setting("medium", "effort that the prompts ask for", choices=EFFORTS)
+    identity: str = setting(IDENTITY, "first line of the system message", free=True)
+    on_bad_row: str = setting(
+        "fail", "what an empty prompt does, or one with Harmony's own tokens in it", choices=ON_BAD_ROW
+    )
 
 
 def check(config: Config) -> list[Problem]:
-    problems = []
-    if not config.inputs:
-        problems.append(Problem("inputs", "no CSV file; give files or folders with a prompt column"))
+    """Refuse a date that is none."""
     try:
         datetime.date.fromisoformat(config.date)
     except ValueError:
         remedy = "give the day the prompts shall name, such as 2025-10-26"
-        problems.append(Problem("date", f"{config.date!r} is no date YYYY-MM-DD; {remedy}"))
-    for key, value, valid in (("reasoning", config.reasoning, EFFORTS), ("on_bad_row", config.on_bad_row, ON_BAD_ROW)):
-        if value not in valid:
-            problems.append(Problem(key, f"unknown value {value!r}{nearest(value, valid)}"))
-    return problems
+        return [Problem("date", f"{config.date!r} is no date YYYY-MM-DD; {remedy}")]
+    return []
 
 
 def parse_legacy(text: str) -> Prompt:

@@ -5,12 +5,13 @@
 The row's largest value is subtracted first, so that no exponential overflows.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
@@ -21,18 +22,11 @@ Q, REWARD = "q_action_", "reward_action_"
 
 @dataclass
 class Config:
-    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # CSV files, or folders of them
-    tau: float = 0.05  # temperature, in units of the Q-values
-    overwrite: bool = False  # replace reward columns that are there already
+    """The config of the phase q_rewards."""
 
-
-def check(config: Config) -> list[Problem]:
-    problems = []
-    if not config.inputs:
-        problems.append(Problem("inputs", "no CSV file; give files or folders with q_action_* columns"))
-    if not (config.tau > 0 and np.isfinite(config.tau)):
-        problems.append(Problem("tau", f"{config.tau} is no temperature: give a positive number, such as 0.05"))
-    return problems
+    inputs: list[str] = setting(list, "CSV files with q_action_* columns, or folders of them", needed=True, input=True)
+    tau: float = setting(0.05, "temperature of the softmax", unit="units of the Q-values", above=0)
+    overwrite: bool = setting(False, "reward columns that are there already are replaced")
 
 
 def boltzmann(q: np.ndarray, tau: float) -> np.ndarray:
@@ -60,10 +54,7 @@ def q_rewards(config: Config, out: Path, progress: Progress = silent) -> dict[st
 
     Raise UserMistake for all wrong files at once, before anything is written.
     """
-    problems = check(config)
-    if problems:
-        raise UserMistake(problems)
-    done = []
+    done, problems = [], []
     for path in table_files(config.inputs):
         try:
             done.append((path.name, *add_rewards(read_table(path), config)))

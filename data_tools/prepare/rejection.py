@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree
 from data_tools.chats.conversation import SYSTEM
 from data_tools.chats.messages import IN_LOSS, ROLES
 from data_tools.chats.samples import ASKED_WITH, CUT_OFF, problem_of_sample, prompt_messages
-from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
@@ -45,49 +46,48 @@ _REPORT_EVERY = 5000
 
 @dataclass
 class Config:
-    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # files, or folders of JSONL
-    correct: bool = True  # only samples whose verifier said so; with false, also unscored and wrong ones
-    truncated: bool = False  # keep samples that reached their length limit
-    thinking: str = "any"  # any | required | forbidden: <think> … </think> before the answer; never half of it
-    answer_pattern: str = ""  # regular expression that the answer, after the thinking, has to contain
-    min_tokens: int = 0
-    max_tokens: int = 0  # 0: no limit
-    min_pass_rate: float = 0.0  # of a prompt's scored samples, the share that is correct: easier and
-    max_pass_rate: float = 1.0  # harder prompts go
-    evaluation_sets: list[str] = field(default_factory=list, metadata={"input": True})  # none of their questions
-    ngram: int = 13  # words in a row that a text shares with an evaluation question to count as contaminated
-    near_duplicate: float = 0.8  # Jaccard similarity of 5-word runs at which the second of a prompt goes; 1.0: never
-    per_prompt: int = 0  # at most so many samples a prompt; 0: all
-    prefer: str = "shortest"  # shortest | longest | diverse | first: which ones
-    on_bad_row: str = "fail"  # fail | drop: a line that is no sample
+    """The config of the phase reject_filter."""
+
+    inputs: list[str] = setting(list, "JSONL files of samples, or folders of them", needed=True, input=True)
+    correct: bool = setting(True, "only samples whose verifier said so; false: also unscored and wrong ones")
+    truncated: bool = setting(False, "samples that reached their length limit are kept")
+    thinking: str = setting("any", "<think> … </think> before the answer; half of it is never kept", choices=THINKING)
+    answer_pattern: str = setting("", "regular expression that the answer, after the thinking, contains", free=True)
+    min_tokens: int = setting(0, "tokens of a sample, at least", unit="tokens", least=0)
+    max_tokens: int = setting(0, "tokens of a sample, at most; 0: no limit", unit="tokens", least=0)
+    min_pass_rate: float = setting(
+        0.0, "prompts go of whose scored samples a smaller share is correct: too hard", least=0, most=1
+    )
+    max_pass_rate: float = setting(
+        1.0, "prompts go of whose scored samples a larger share is correct: too easy", least=0, most=1
+    )
+    evaluation_sets: list[str] = setting(
+        list, "files of evaluation sets; samples that hold one of their questions go", input=True
+    )
+    ngram: int = setting(
+        13, "words in a row that a text shares with an evaluation question when it holds it",
+        unit="words", least=_SHORTEST_QUESTION,
+    )  # fmt: skip
+    near_duplicate: float = setting(
+        0.8, "Jaccard similarity of 5-word runs at which the second sample of a prompt goes; 1: never", above=0, most=1
+    )
+    per_prompt: int = setting(0, "samples of a prompt that are kept, at most; 0: all", unit="samples", least=0)
+    prefer: str = setting("shortest", "which samples of a prompt are kept first", choices=PREFER)
+    on_bad_row: str = setting("fail", "what a line that is no sample does", choices=ON_BAD_ROW)
 
 
 def check(config: Config) -> list[Problem]:
+    """Refuse a pattern that is none, and limits with nothing between them."""
     problems = []
-    if not config.inputs:
-        problems.append(Problem("inputs", "no samples; give JSONL files, or folders such as a generate output"))
-    choices = (("prefer", PREFER), ("thinking", THINKING), ("on_bad_row", ON_BAD_ROW))
-    for key, valid in choices:
-        if getattr(config, key) not in valid:
-            problems.append(
-                Problem(key, f"unknown value {getattr(config, key)!r}{nearest(getattr(config, key), valid)}")
-            )
     try:
         re.compile(config.answer_pattern)
     except re.error as error:
         problems.append(Problem("answer_pattern", f"{config.answer_pattern!r} is no regular expression: {error}"))
-    for key, least in (("min_tokens", 0), ("max_tokens", 0), ("per_prompt", 0), ("ngram", _SHORTEST_QUESTION)):
-        if getattr(config, key) < least:
-            problems.append(Problem(key, f"{getattr(config, key)} is too few: the least is {least}"))
     if config.max_tokens and config.min_tokens > config.max_tokens:
         problems.append(Problem("min_tokens", f"{config.min_tokens} is above max_tokens {config.max_tokens}"))
-    if not 0 <= config.min_pass_rate <= config.max_pass_rate <= 1:
+    if config.min_pass_rate > config.max_pass_rate:
         values = f"{config.min_pass_rate} to {config.max_pass_rate}"
         problems.append(Problem("min_pass_rate", f"{values} is no range of shares: 0 <= min <= max <= 1"))
-    if not 0 < config.near_duplicate <= 1:
-        problems.append(
-            Problem("near_duplicate", f"{config.near_duplicate} is no similarity: above 0, at most 1 (never)")
-        )
     return problems
 
 

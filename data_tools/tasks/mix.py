@@ -12,15 +12,16 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_tools.base import declared
+from data_tools.base.declared import setting
 from data_tools.base.seeded import permutation
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records import readers
@@ -47,20 +48,26 @@ _FIRST_PLACES = 1024  # of the blend; more are found as they are asked for
 class Entry:
     """One task in a mix. Its name there stands for it in metrics and keeps its prompts apart from other entries'."""
 
-    task: str = field(default="", metadata={"module": True})  # its name, my.module, my.module:reward; "" = the entry's
-    options: dict[str, Any] = field(default_factory=dict)
-    source: Source = field(default_factory=Source)  # files: JSONL, JSON, Parquet, CSV
-    hub: str = ""  # org/name[@revision][:glob] in the local cache; "" = source, or the task's own when that is empty
-    limit: int = 0  # the first so many distinct prompts; 0: all
-    weight: float = 1.0  # share of the run's prompts, beside the other entries
-    rewards: dict[str, float] = field(default_factory=dict)  # weights of reward terms, over the task's own
-    evaluation_only: bool = False
+    task: str = setting("", 'a task, my.module or my.module:reward; "": the name of the entry', module=True)
+    options: dict[str, Any] = setting(dict, "options of the task", free=True)
+    source: Source = setting(Source, "where its rows come from")
+    hub: str = setting(
+        "",
+        'org/name[@revision][:glob] in the local cache; "": source, or the task\'s own when that is empty',
+        free=True,
+    )
+    limit: int = setting(0, "distinct prompts, the first ones; 0: all", unit="prompts", least=0)
+    weight: float = setting(1.0, "share of the run's prompts, beside the other entries", least=0)
+    rewards: dict[str, float] = setting(dict, "weights of reward terms, over the task's own", free=True)
+    evaluation_only: bool = setting(False, "its prompts are never trained on")
 
 
 @dataclass
 class MixConfig:
-    entries: dict[str, Entry] = field(default_factory=dict)  # name → what it is
-    environments: str = field(default="", metadata={"input": True})  # or also: Megatron-LM's YAML of environments
+    """The tasks of a run."""
+
+    entries: dict[str, Entry] = setting(dict, "tasks by names that stand for them in metrics")
+    environments: str = setting("", "or also: Megatron-LM's YAML file of environments", input=True)
 
 
 def entries_of(config: MixConfig) -> dict[str, Entry]:
@@ -135,26 +142,20 @@ def check_mix(config: MixConfig, training: bool = True, where: str = "mix") -> l
 
 
 def check_entry(entry: Entry, where: str) -> list[Problem]:
-    problems = []
+    problems = declared.check(entry, where)  # those of an environment file were not read by a phase's config
     if wrong := check_task(entry.task):
-        return [Problem(f"{where}.task", wrong)]
+        return [*problems, Problem(f"{where}.task", wrong)]
     task: Any = FunctionTask if ":" in entry.task else None if "." in entry.task else load_task(entry.task)
     if task:  # a user's module is first run where it is used
         problems += check_options(task, entry.options, f"{where}.options")
     terms = getattr(task, "REWARDS", {})
-    for name, value in entry.rewards.items():
+    for name in entry.rewards:
         if terms and name not in terms:
             problems.append(
                 Problem(
                     f"{where}.rewards", f"task {entry.task} has no reward term {name!r}{nearest(name, list(terms))}"
                 )
             )
-        elif not math.isfinite(value):
-            problems.append(Problem(f"{where}.rewards.{name}", f"{value} is no weight of a reward term"))
-    if not (entry.weight >= 0 and math.isfinite(entry.weight)):
-        problems.append(Problem(f"{where}.weight", f"{entry.weight} is no share: give 0 or more"))
-    if entry.limit < 0:
-        problems.append(Problem(f"{where}.limit", f"{entry.limit} is negative; 0 takes all prompts"))
     return problems + _check_prompts(entry, task, where)
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
+from data_tools.base.declared import setting
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
 from data_tools.records import readers
@@ -75,17 +76,17 @@ def _spelled(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
+SPLITS = ("train", "heldout")
+
+
 @dataclass
 class Source:
     """Where rows come from; files and synthetic rows add up."""
 
-    inputs: list[str] = field(default_factory=list, metadata={"input": True})  # files of any kind that readers.py reads
-    synthetic_rows: int = 0
-    synthetic_seed: int = 0
-    synthetic_split: str = "train"  # train | heldout
-
-
-SPLITS = ("train", "heldout")
+    inputs: list[str] = setting(list, "files: JSONL, JSON, Parquet or CSV", input=True)
+    synthetic_rows: int = setting(0, "rows that the task makes up, besides those of the files", unit="rows", least=0)
+    synthetic_seed: int = setting(0, "draw of the synthetic rows", free=True)
+    synthetic_split: str = setting("train", "whether synthetic rows are of training or held out", choices=SPLITS)
 
 
 Terms = float | Mapping[str, float | None] | None
@@ -330,12 +331,6 @@ def check_source(source: Source) -> list[Problem]:
     problems: list[Problem] = []
     if not source.inputs and source.synthetic_rows == 0:
         problems.append(Problem("source", "no rows: neither inputs nor synthetic_rows; give one of them"))
-    if source.synthetic_rows < 0:
-        message = f"{source.synthetic_rows} is negative; give a number of rows, or 0"
-        problems.append(Problem("source.synthetic_rows", message))
-    if source.synthetic_split not in SPLITS:
-        message = f"unknown split {source.synthetic_split!r}{nearest(source.synthetic_split, SPLITS)}"
-        problems.append(Problem("source.synthetic_split", message))
     for place, file in enumerate(source.inputs):
         if file in source.inputs[:place]:
             problems.append(Problem(f"source.inputs[{place}]", f"{file} is given twice; name each file once"))

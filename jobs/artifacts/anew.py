@@ -1,19 +1,17 @@
-"""A sealed phase that runs anew: all that it made under its key is set aside whole, checkpoints and metrics too.
-
-RUN/PHASE/retired/KEY.1     what PHASE/KEY was
-"""
+"""A sealed phase that runs anew: all that it made under its key is set aside whole, checkpoints and metrics too."""
 
 import itertools
 from pathlib import Path
 
 from data_tools.base import durable
+from jobs.artifacts.layout import ArtifactLayout
 
 
 def retire(artifact: Path) -> Path | None:
     """Set a phase's KEY folder aside and return where it lies now; None where there was none."""
     if not artifact.exists():
         return None
-    aside = artifact.parent / "retired"
+    aside = ArtifactLayout(artifact).retired_folder
     aside.mkdir(parents=True, exist_ok=True)
     place = next(path for n in itertools.count(1) if not (path := aside / f"{artifact.name}.{n}").exists())
     artifact.rename(place)

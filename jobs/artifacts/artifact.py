@@ -1,17 +1,8 @@
-"""Keys, leases, element seals, fan-in and seals: how a phase's work becomes an artifact, exactly once.
+"""Leases, element seals, fan-in and seals: how a phase's work becomes an artifact, exactly once.
 
-    RUN/PHASE/KEY/
-      seal.json              the phase's manifest, linked last; its presence is the only sign of success
-      seals/0003.json        one an array element
-      leases/0003.a2.r0.g0   who works on an element: attempt, Slurm restart count, generation
-      sealing/0003.a2.r0.g0.UNIQUE/   where that owner writes its seal before linking it; whoever takes over removes it
-      work/0003.a2.r0.g0/    what that owner writes; a seal names the folder that counts
-      checkpoints/ metrics.jsonl tables/    survive attempts; not sealed content
-
-A folder belongs to one owner only, so a late twin can never touch what another one sealed; seals and leases are
-created by link(2), so one of many wins. Nothing here knows Slurm: who is provably dead is asked of the caller. No
-decision compares clocks: attempts and restart counts order owners, and they are read from the lease's name, so that
-its content may be torn.
+Where the files lie says jobs/artifacts/layout.py. A folder belongs to one owner only, so a late twin can never touch
+what another one sealed; seals and leases are created by link(2), so one of many wins. Attempts and restart counts order
+owners, and they are read from the lease's name, so that its content may be torn; no decision compares clocks.
 
 A seal is set aside (seal.json.retired.a3: it speaks of other upstream results; .altered.a3: what it names is not what
 was sealed) by the submitter whose plan said so, or by the owner of a later submission who makes a new one. A late
@@ -21,97 +12,17 @@ start of the submission that sealed, or of an older one, never does.
 import contextlib
 import errno
 import os
-import re
 import shutil
-import socket
 import time
-import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_tools.base import durable
-from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.layout import FINISH, ArtifactLayout, LeaseName, altered_seals, element_name, set_aside_name
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.seal import FORMAT, Seal, environment, manifest, read_seal
-
-KEY_LENGTH = 16  # hexadecimal digits of a key: 64 bits, enough to tell the keys of one run apart
-FINISH = "finish"  # stands where an element's index would, for the lease and folder of the fan-in
-
-
-# -- keys ---------------------------------------------------------------------------------------------------------
-
-
-def key_of(material: dict[str, Any]) -> str:
-    """The key of a phase: a digest of everything that decides its result (config, array, upstream keys, inputs)."""
-    return durable.sha256_bytes(durable.canonical_json(material))[:KEY_LENGTH]
-
-
-def content_digest(path: Path, cache: HashCache) -> str:
-    """SHA-256 of a file's bytes, or of a folder's sorted (name, digest) pairs."""
-    path = Path(path)
-    if path.is_file():
-        return cache.sha256(path)
-    names = sorted(p for p in path.rglob("*") if p.is_file())
-    return durable.sha256_bytes("\n".join(f"{p.relative_to(path)} {cache.sha256(p)}" for p in names))
-
-
-# -- owners and leases --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a lease. (attempt, restart) orders owners; host, namespace, pid and start tell whether one is alive."""
-
-    attempt: int
-    restart: int
-    job: str
-    host: str
-    pid: int
-    started: int  # kernel start time of the pid in clock ticks since boot: a recycled pid differs
-    namespace: str = ""  # where pid counts: a container on the same host may have pids of its own
-
-    @staticmethod
-    def me(attempt: int, restart: int, job: str = "") -> "Owner":
-        pid = os.getpid()
-        return Owner(attempt, restart, job, socket.gethostname(), pid, process_start(pid) or 0, pid_namespace())
-
-    @staticmethod
-    def read(path: Path) -> "Owner | None":
-        """The owner a file names; None when the file is torn or altered. FileNotFoundError when there is none."""
-        try:
-            found = durable.read_checked(path)
-            return Owner(**{field.name: found[field.name] for field in fields(Owner) if field.name in found})
-        except (ValueError, TypeError):
-            return None
-
-    def record(self) -> str:
-        """Return the text of a lease's file."""
-        return durable.canonical_json(durable.with_sum(asdict(self)))
-
-    def is_dead(self, slurm_says_ended: Callable[[str], bool]) -> bool:
-        """True only when provable: the pid is gone from this host, or Slurm says the job ended."""
-        here = self.host == socket.gethostname() and self.namespace in ("", pid_namespace())
-        if here and process_start(self.pid) != self.started:
-            return True
-        return bool(self.job) and slurm_says_ended(self.job)
-
-
-def pid_namespace() -> str:
-    """Tells the pids of a container from those of its host; "" where the kernel does not say."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def process_start(pid: int) -> int | None:
-    """Start time of a live process in clock ticks since boot; None when there is none (a zombie counts as none)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
 
 
 class LeaseHeld(Exception):
@@ -124,50 +35,28 @@ class Sealed(Exception):
 
 @dataclass(frozen=True)
 class Lease:
+    """The right to work on an element: that of the newest owner, until a newer one takes it over."""
+
     path: Path
+    owner: LeaseName
     folder: Path  # this owner's own folder, empty
     element: str
     sealing: Path  # its seal is written here first; removed by the owner that takes over
 
 
-class LeaseName(NamedTuple):
-    """A lease as its name says it; compares like the owners it stands for."""
-
-    attempt: int
-    restart: int
-    generation: int
-
-    @staticmethod
-    def of(path: Path) -> "LeaseName | None":
-        """None for what is no lease (an editor's copy, .nfs0000)."""
-        found = re.fullmatch(r"[^.]+\.a(\d+)\.r(\d+)\.g(\d+)", path.name)
-        return LeaseName(*map(int, found.groups())) if found else None
-
-    def __str__(self) -> str:
-        return f"a{self.attempt}.r{self.restart}.g{self.generation}"
-
-
-# -- the artifact -------------------------------------------------------------------------------------------------
-
-
-class Artifact:
+class Artifact(ArtifactLayout):
     """One PHASE/KEY folder of a run, with `elements` parts (1 for a phase that is not split)."""
 
     def __init__(self, folder: Path, elements: int = 1, fans_in: bool = False):
-        self.folder, self.elements, self.fans_in = Path(folder), elements, fans_in
-
-    @property
-    def seal_path(self) -> Path:
-        return self.folder / "seal.json"
-
-    def element_seal_path(self, index: int) -> Path:
-        return self.folder / "seals" / f"{index:04d}.json"
+        super().__init__(folder)
+        self.elements, self.fans_in = elements, fans_in
 
     def sealed_elements(self) -> list[int]:
+        """Return the elements that have a seal of their own."""
         return [i for i in range(self.elements) if self.element_seal_path(i).exists()]
 
     def missing_elements(self) -> list[int]:
-        """Elements that still need a task: none once sealed; element 0 stands for an unfinished fan-in."""
+        """Return the elements that still need a task: none once sealed; element 0 stands for an unfinished fan-in."""
         if self.seal_path.exists():
             return []
         if not self.fans_in:
@@ -176,10 +65,10 @@ class Artifact:
 
     def acquire(
         self,
-        index: "int | str",
+        index: int | str,
         owner: Owner,
         slurm_says_ended: Callable[[str], bool],
-        outdated: "Callable[[Seal], bool]" = lambda seal: False,
+        outdated: Callable[[Seal], bool] = lambda seal: False,
     ) -> Lease:
         """Take the lease of an element (or FINISH) and give its owner an empty folder.
 
@@ -189,30 +78,34 @@ class Artifact:
             Sealed: the seal is there.
             LeaseHeld: a newer owner, or a live twin of the same attempt and restart, holds it.
         """
-        element = index if isinstance(index, str) else f"{index:04d}"
+        element = element_name(index)
         self._refuse_if_sealed(index, owner, outdated)
-        leases = self.folder / "leases"
-        leases.mkdir(parents=True, exist_ok=True)
+        self.leases_folder.mkdir(parents=True, exist_ok=True)
         generation = 0
-        for other, path in sorted(self._leases(element).items()):
+        for other, path in sorted(self.leases(element).items()):
             if other[:2] > (owner.attempt, owner.restart):
                 raise LeaseHeld(f"element {element} belongs to attempt {other.attempt} restart {other.restart}")
             if other[:2] == (owner.attempt, owner.restart):
                 self._refuse_unless_dead(element, path, slurm_says_ended)
                 generation = other.generation + 1
-        mine = LeaseName(owner.attempt, owner.restart, generation)
+        own = LeaseName(owner.attempt, owner.restart, generation)
         # The order matters. Our sealing folder is there before our lease: an owner that sees no newer lease after
         # making its own will be seen, and its sealing folder found, by every newer one.
-        sealing = self.folder / "sealing" / f"{element}.{mine}.{uuid.uuid4().hex[:8]}"
-        sealing.mkdir(parents=True)
-        lease = Lease(leases / f"{element}.{mine}", self.folder / "work" / f"{element}.{mine}", element, sealing)
+        lease = Lease(
+            path=self.leases_folder / f"{element}.{own}",
+            owner=own,
+            folder=self.work_folder(element, own),
+            element=element,
+            sealing=self.new_sealing_folder(element, own),
+        )
+        lease.sealing.mkdir(parents=True)
         if not durable.create_file(lease.path, owner.record()):
-            shutil.rmtree(sealing, ignore_errors=True)  # a newer owner may have removed it: it bears the twin's name
+            shutil.rmtree(lease.sealing, ignore_errors=True)  # a newer owner may have: it bears the twin's name
             raise LeaseHeld(f"element {element}: a twin took lease {lease.path.name} a moment ago")
         if not self.still_mine(lease):
             raise LeaseHeld(f"element {element}: a newer attempt took it a moment ago")
-        for other in self._leases(element):
-            if other < mine:
+        for other in self.leases(element):
+            if other < own:
                 self._revoke(element, other)
         # From here on no older owner can seal.
         for path in self._outdated(index, owner, outdated):
@@ -221,12 +114,12 @@ class Artifact:
         lease.folder.mkdir(parents=True)
         return lease
 
-    def _refuse_if_sealed(self, index: "int | str", owner: Owner, outdated: "Callable[[Seal], bool]") -> None:
+    def _refuse_if_sealed(self, index: int | str, owner: Owner, outdated: Callable[[Seal], bool]) -> None:
         there = [path for path in self._seals_over(index) if path.exists()]
         if there and there != self._outdated(index, owner, outdated):
             raise Sealed(f"{self.folder.name} element {index}")
 
-    def _seals_over(self, index: "int | str") -> list[Path]:
+    def _seals_over(self, index: int | str) -> list[Path]:
         """Return the places of the seals that leave the owner of `index` nothing to do.
 
         An element's own comes first, to be set aside first: without it nobody fans in.
@@ -234,18 +127,18 @@ class Artifact:
         own = [self.element_seal_path(index)] if isinstance(index, int) and self.fans_in else []
         return [*own, self.seal_path]
 
-    def _outdated(self, index: "int | str", owner: Owner, outdated: "Callable[[Seal], bool]") -> list[Path]:
+    def _outdated(self, index: int | str, owner: Owner, outdated: Callable[[Seal], bool]) -> list[Path]:
         """Return those of `_seals_over` that this owner may set aside and has to."""
-        found: list[Path] = []
+        paths: list[Path] = []
         for path in self._seals_over(index):
             seal = read_seal(path)
-            if seal is not None and seal.submission < owner.attempt and (found or outdated(seal)):
-                found.append(path)
-        return found
+            if seal is not None and seal.submission < owner.attempt and (paths or outdated(seal)):
+                paths.append(path)
+        return paths
 
     def _set_aside(self, path: Path, lease: Lease, owner: Owner) -> None:
-        """Take a seal away by way of the lease's sealing folder: a newer owner, who may have sealed since, removes it."""
-        kept = path.with_name(f"{path.name}.retired.a{owner.attempt}")
+        """Take a seal away through the lease's sealing folder, which a newer owner, who may have sealed, removes."""
+        kept = path.with_name(set_aside_name(path, "retired", owner.attempt))
         with contextlib.suppress(FileExistsError, FileNotFoundError):
             os.link(path, kept)
         try:
@@ -271,14 +164,12 @@ class Artifact:
                 + (f", job {holder.job}" if holder.job else "")
             )
 
-    def _leases(self, element: str) -> dict[LeaseName, Path]:
-        found = {LeaseName.of(path): path for path in (self.folder / "leases").glob(f"{element}.a*")}
-        return {name: path for name, path in found.items() if name is not None}
-
     def _revoke(self, element: str, name: LeaseName) -> None:
-        """Take from an older owner the folder its seal has to pass through. Removing, not renaming: an NFS client that
-        has it open could still link out of a renamed one."""
-        for folder in (self.folder / "sealing").glob(f"{element}.{name}.*"):
+        """Take from an older owner the folder its seal has to pass through.
+
+        It is removed, not renamed: an NFS client that has it open could still link out of a renamed one.
+        """
+        for folder in self.sealing_folders(element, name):
             while folder.exists():
                 try:
                     shutil.rmtree(folder)
@@ -288,11 +179,11 @@ class Artifact:
                         raise
 
     def still_mine(self, lease: Lease) -> bool:
-        """False once a newer owner took the element over."""
-        return max(self._leases(lease.element), default=None) == LeaseName.of(lease.path)
+        """Return False once a newer owner took the element over."""
+        return max(self.leases(lease.element), default=None) == lease.owner
 
     def seal(self, lease: Lease, record: dict[str, Any], files: dict[str, Any] | None = None) -> bool:
-        """Make the lease's folder durable and link its seal; False when a twin's seal was there first.
+        """Make the lease's folder durable and link its seal; return False when a twin's seal was there first.
 
         `record` is what the caller knows (key, config, facts, upstream …); files are hashed here unless the caller
         hands in what it read of them.
@@ -341,15 +232,16 @@ class Artifact:
         """
         own = self.seal_path if lease.element == FINISH else self.element_seal_path(int(lease.element))
         seals = {self.seal_path, own}
-        altered = {path for seal in seals for path in seal.parent.glob(f"{seal.name}.altered.*")}
+        altered = {path for seal in seals for path in altered_seals(seal)}
         keep = {sealed_root(path) for path in seals | altered}
-        for folder in (self.folder / "work").glob(f"{lease.element}.a*"):
+        for folder in self.work_folders(lease.element):
             name = LeaseName.of(folder)
-            if name is not None and name < LeaseName.of(lease.path) and folder.name not in keep:
+            if name is not None and name < lease.owner and folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def sealed_root(seal_path: Path) -> str | None:
+    """Return the name of the work folder that a seal names; None where nothing can be read there."""
     try:
         return Path(durable.read_json(seal_path)["root"]).name
     except (OSError, ValueError, KeyError):

@@ -23,6 +23,7 @@ class HashCache:
         self.folder = folder or cache_home / "afterok" / "sha256"
 
     def sha256(self, path: Path) -> str:
+        """Return the SHA-256 of a file, read only where the cache does not know it."""
         path = Path(path).resolve()
         stat = path.stat()
         if stat.st_size <= self.SMALL:
@@ -31,9 +32,9 @@ class HashCache:
         name = durable.sha256_bytes(str(path))
         entry = self.folder / name[:2] / f"{name}.json"
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            found = durable.parse_checked(entry.read_bytes(), entry)
-            if found == durable.with_sum(now | {"sha256": found["sha256"]}):
-                return found["sha256"]
+            known = durable.parse_checked(entry.read_bytes(), entry)
+            if known == durable.with_sum(now | {"sha256": known["sha256"]}):
+                return known["sha256"]
         digest = durable.sha256_file(path)
         with contextlib.suppress(OSError):
             entry.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,6 @@
-"""Where things lie in a run, and the frozen submissions that a worker reads instead of the user's files.
+"""A run's folder: the frozen submissions that a worker reads instead of the user's files, outcomes, and seals.
 
-RUN/
-  ledger.jsonl                    every submission and job, appended
-  submissions/N/plan.json         the frozen plan: what each phase is, resolved (FrozenPhase)
-  submissions/N/{pipeline,profile}.yaml, code/, scripts/
-  local/N/                        the driver's state, where there is no Slurm
-  PHASE/logs/aN.INDEX.out         one log an element and attempt
-  PHASE/attempts/                 how each attempt ended (Outcome)
-  PHASE/attempts/environment/     SLURM_* as each attempt on Slurm found it
-  PHASE/KEY/                      jobs/artifacts/artifact.py
+Where the files lie says jobs/artifacts/layout.py.
 """
 
 import contextlib
@@ -28,12 +20,11 @@ from typing import Any
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from jobs.artifacts.artifact import Artifact, Owner, Seal, read_seal
-from jobs.artifacts.seal import DamagedSeal
+from jobs.artifacts.artifact import Artifact
+from jobs.artifacts.layout import ArtifactLayout, RunLayout
+from jobs.artifacts.owner import Owner
+from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
-
-MEETING_KEY = "meeting_key"
-
 
 # What a run's path must not hold, and why; on Slurm the latter, too (tried with 22.05).
 UNFIT = {
@@ -50,8 +41,8 @@ LONGEST_NAME = 255  # bytes of one folder's name, on every filesystem in use
 def path_problem(path: Path, on_slurm: bool) -> str:
     """Return why a run cannot lie at an absolute path, "" where it can: the one place that says so."""
     text = str(path)
-    found = UNFIT | (UNFIT_ON_SLURM if on_slurm else {})
-    wrong = [(part, why) for part, why in found.items() if part in text]
+    unfit = UNFIT | (UNFIT_ON_SLURM if on_slurm else {})
+    wrong = [(part, why) for part, why in unfit.items() if part in text]
     wrong += [
         (char, "no line of a script or of a listing can hold it")
         for char in text
@@ -88,12 +79,11 @@ class FrozenPhase:
     gpus_per_node: int
     throttle: int = 0  # elements that may run at once; 0: as many as fit
     batch: int = 1  # consecutive elements that share an array task, where the cluster's arrays are too short
-    links: int = (
-        0  # array tasks that go on one from another, where the job may not be requeued (launchers/planning/chain.py)
-    )
+    links: int = 0  # array tasks that go on one from another, where the job may not be requeued; 0: no such chain
 
     @property
     def ranks(self) -> int:
+        """The processes of one element."""
         return self.ranks_per_node * self.nodes
 
 
@@ -118,17 +108,8 @@ class Outcome:
     node: str = ""  # the one guilty node, where it was a node
 
 
-class RunFolder:
-    def __init__(self, path: Path):
-        self.path = Path(path)
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
+class RunFolder(RunLayout):
+    """A run: what was frozen, how attempts ended, and what is sealed."""
 
     def make(self, group: str = "") -> None:
         """Make the folder, closed to all others, or readable for `group` too; one that was there keeps its mode.
@@ -158,24 +139,23 @@ class RunFolder:
     # -- submissions ---------------------------------------------------------------------------------------------
 
     def submissions(self) -> list[int]:
-        folder = self.path / "submissions"
-        numbers = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-        return sorted(n for n in numbers if (folder / str(n) / "plan.json").exists())
-
-    def submission_folder(self, number: int) -> Path:
-        return self.path / "submissions" / str(number)
+        """Return the numbers of the submissions that have a plan, in order."""
+        return [number for number in self.submission_numbers() if self.plan_path(number).exists()]
 
     def newest_submission(self) -> int:
+        """Return the number of the newest submission. Raises UserMistake where there is none."""
         numbers = self.submissions()
         if not numbers:
             raise UserMistake(f"{self.path}: nothing was submitted there yet; start with `afterok submit PIPELINE`")
         return numbers[-1]
 
     def freeze(self, number: int, pipeline: str, phases: list[FrozenPhase]) -> None:
+        """Write the plan of a submission."""
         plan = {"pipeline": pipeline, "phases": [dataclasses.asdict(phase) for phase in phases]}
-        durable.write_checked(self.submission_folder(number) / "plan.json", plan)
+        durable.write_checked(self.plan_path(number), plan)
 
     def frozen(self, number: int) -> dict[str, FrozenPhase]:
+        """Return {name: phase} as a submission froze them. Raises UserMistake where its plan is torn or not there."""
         plan = self._frozen_plan(number)
         try:
             return {entry["name"]: FrozenPhase(**entry) for entry in plan["phases"]}
@@ -183,11 +163,12 @@ class RunFolder:
             raise self._torn_plan(number) from None
 
     def pipeline_name(self, number: int) -> str:
+        """Return the name of the pipeline that a submission is of."""
         return self._frozen_plan(number)["pipeline"]
 
     def _frozen_plan(self, number: int) -> dict[str, Any]:
         try:
-            return durable.read_checked(self.submission_folder(number) / "plan.json")
+            return durable.read_checked(self.plan_path(number))
         except FileNotFoundError:
             raise UserMistake(f"{self.path}: there is no submission {number} (have {self.submissions()})") from None
         except ValueError:
@@ -195,12 +176,9 @@ class RunFolder:
 
     def _torn_plan(self, number: int) -> UserMistake:
         return UserMistake(
-            f"{self.submission_folder(number) / 'plan.json'} is no plan (truncated or edited); delete "
+            f"{self.plan_path(number)} is no plan (truncated or edited); delete "
             "that file and submit again: what is sealed stays"
         )
-
-    def meeting_key_path(self, number: int) -> Path:
-        return self.submission_folder(number) / MEETING_KEY
 
     def meeting_key(self, number: int) -> bytes:
         """Return what the ranks of a submission's jobs prove themselves with; nobody but the user may read its file.
@@ -219,35 +197,37 @@ class RunFolder:
 
     def redirect(self, number: int, phase: str, to: int) -> None:
         """Have a job whose script belongs to submission `number` run `phase` as submission `to` froze it."""
-        path = self.submission_folder(number) / "redirects.json"
+        path = self.redirects_path(number)
         redirects = durable.read_checked(path) if path.exists() else {}
         if number != to:
             durable.write_checked(path, {**redirects, _redirect_of(phase): to})
 
     def redirected(self, number: int, phase: str) -> int:
-        """The submission that a job of submission `number` runs for `phase`."""
-        path = self.submission_folder(number) / "redirects.json"
+        """Return the submission that a job of submission `number` runs for `phase`."""
+        path = self.redirects_path(number)
         return durable.read_checked(path).get(_redirect_of(phase), number) if path.exists() else number
 
     # -- phases --------------------------------------------------------------------------------------------------
 
-    def phase_folder(self, phase: str) -> Path:
-        return self.path / phase
-
     def artifact(self, phase: FrozenPhase) -> Artifact:
-        return Artifact(self.path / phase.name / phase.key, phase.elements, phase.fans_in)
+        """Return the artifact of a phase under its key."""
+        return Artifact(self.artifact_folder(phase.name, phase.key), phase.elements, phase.fans_in)
 
     def seal(self, phase: str, key: str) -> Seal | None:
-        return read_seal(self.path / phase / key / "seal.json")
+        """Return the seal of a phase under a key, None where there is none. Raises DamagedSeal."""
+        return read_seal(ArtifactLayout(self.artifact_folder(phase, key)).seal_path)
 
     def whole_seal(self, phase: str, key: str) -> Seal | None:
-        """`seal`, but None for a damaged one: for those who ask about jobs, or about other keys than a plan's."""
+        """Return what `seal` does, but None for a damaged one.
+
+        It is for those who ask about jobs, or about other keys than a plan's.
+        """
         with contextlib.suppress(DamagedSeal):
             return self.seal(phase, key)
         return None
 
     def not_needed(self, phases: dict[str, FrozenPhase], name: str) -> str:
-        """Why a phase without a seal never has to run: one that it was to follow `afternotok` is sealed; "" if it may."""
+        """Return why a phase without a seal never has to run (what it was to follow `afternotok` is sealed), or ""."""
         for need, type_ in phases[name].needs.items():
             sealed = self.seal(need, phases[need].key) is not None
             if type_ == "afternotok" and sealed:
@@ -257,57 +237,53 @@ class RunFolder:
         return ""
 
     def seals(self, phase: str) -> list[Seal]:
-        """All seals of a phase in this run, in the order they were submitted: hosts' clocks may differ.
+        """Return all seals of a phase in this run, in the order they were submitted: hosts' clocks may differ.
 
         A damaged one is left out: under the key of a plan it is refused where that is surveyed, and those of other keys
         only tell what was different.
         """
-        found = [self.whole_seal(phase, path.parent.name) for path in self.phase_folder(phase).glob("*/seal.json")]
+        seals = [self.whole_seal(phase, path.parent.name) for path in self.seal_paths(phase)]
         return sorted(
-            (seal for seal in found if seal),
+            (seal for seal in seals if seal),
             key=lambda seal: (seal.content["submission"], seal.content["restart"], seal.content["sealed_at"]),
         )
 
-    def log_path(self, phase: str, attempt: int, index: int) -> Path:
-        return self.phase_folder(phase) / "logs" / f"a{attempt}.{index}.out"
-
     def record_outcome(self, phase: str, outcome: Outcome) -> None:
-        """The first of an attempt's ranks to say how it ended is believed; a twin that left the work to it is no rank."""
-        folder = self.phase_folder(phase) / "attempts"
-        folder.mkdir(parents=True, exist_ok=True)
-        twin = ".skipped" if outcome.state == "skipped" else ""
-        name = f"{outcome.element:04d}.a{outcome.attempt}.r{outcome.restart}{twin}.json"
-        durable.create_file(folder / name, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
+        """Write how a life of an element ended.
+
+        The first of an attempt's ranks to say so is believed; a twin that left the work to it is no rank.
+        """
+        life = (outcome.element, outcome.attempt, outcome.restart)
+        path = self.outcome_path(phase, life, is_twin=outcome.state == "skipped")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.create_file(path, json.dumps(durable.with_sum(dataclasses.asdict(outcome)), indent=1) + "\n")
 
     def outcomes(self, phase: str, attempt: int | None = None) -> list[Outcome]:
-        """Outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
+        """Return the outcomes of a phase, of one attempt or all; an element's later ones after its earlier ones.
 
         Order is that of attempts and restarts, not of the hosts' clocks; who worked comes after the twin who did not.
         A torn or altered file is as good as none.
         """
-        folder = self.phase_folder(phase) / "attempts"
+        folder = self.outcomes_folder(phase)
         names = os.listdir(folder) if folder.is_dir() else []
-        mine = "" if attempt is None else f".a{attempt}."
-        found = []
+        asked = "" if attempt is None else f".a{attempt}."
+        outcomes = []
         for name in names:  # tens of thousands: no Path an element
-            if name.endswith(".json") and mine in name and not name.startswith("."):
+            if name.endswith(".json") and asked in name and not name.startswith("."):
                 with open(f"{folder}/{name}", "rb") as file, contextlib.suppress(ValueError, TypeError):
                     told = durable.parse_checked(file.read(), name)
                     told.pop(durable.SUM, None)
-                    found.append(Outcome(**told))
-        return sorted(found, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
+                    outcomes.append(Outcome(**told))
+        return sorted(outcomes, key=lambda o: (o.attempt, o.restart, o.state != "skipped", o.ended))
 
     def record_environment(self, phase: str, element: int, owner: Owner, environment: Mapping[str, str]) -> None:
-        """What Slurm told an attempt, written when it starts; a few kilobytes, one file an attempt on Slurm."""
+        """Write what Slurm told an attempt when it starts; a few kilobytes, one file an attempt on Slurm."""
         told = {name: value for name, value in environment.items() if name.startswith("SLURM")}
         if "SLURM_JOB_ID" not in told:
             return
-        path = self.environment_path(phase, element, owner.attempt, owner.restart)
+        path = self.environment_path(phase, (element, owner.attempt, owner.restart))
         path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_checked(path, told)
-
-    def environment_path(self, phase: str, element: int, attempt: int, restart: int) -> Path:
-        return self.phase_folder(phase) / "attempts" / "environment" / f"{element:04d}.a{attempt}.r{restart}.json"
 
 
 def _redirect_of(phase: str) -> str:

@@ -16,13 +16,14 @@ from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.anew import how_to_run_anew
 from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.layout import SEAL, artifact_of
 
 FORMAT = 1
 FILE = {"size": int, "mtime_ns": int, "sha256": str}  # what a seal says of each file
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """{relative name: {size, mtime_ns, sha256}} of every file below `folder`."""
+    """Return {relative name: {size, mtime_ns, sha256}} of every file below `folder`."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         stat = path.stat()
@@ -35,7 +36,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What a seal says of the machine and the libraries it was made with."""
+    """Return what a seal says of the machine and the libraries that it was made with."""
     versions = {}
     for package in ("torch", "megatron-core", "transformers", "numpy", "transformer-engine", "mamba-ssm"):
         try:
@@ -60,15 +61,16 @@ class Seal:
     @property
     def is_whole(self) -> bool:
         """Whether it is the phase's, not an element's."""
-        return self.path.name == "seal.json"
+        return self.path.name == SEAL
 
     @property
     def folder(self) -> Path:
-        artifact = self.path.parent if self.is_whole else self.path.parent.parent
-        return artifact / self.content["root"]
+        """The folder of the sealed content."""
+        return artifact_of(self.path) / self.content["root"]
 
     @property
     def facts(self) -> dict[str, Any]:
+        """What the phase returned."""
         return self.content.get("facts", {})
 
     @property
@@ -83,6 +85,7 @@ class Seal:
 
     @property
     def submission(self) -> int:
+        """The submission whose plan was run."""
         return self.content.get("submission", 0)
 
     @property
@@ -91,7 +94,7 @@ class Seal:
         return durable.SUM in self.content
 
     def altered(self, rehash: bool = False, cache: HashCache | None = None) -> Iterator[str]:
-        """One line a sealed file that is missing or not the bytes that were sealed.
+        """Yield one line a sealed file that is missing or not the bytes that were sealed.
 
         Compares size and mtime; hashes where they differ (a copied run keeps bytes, not times) or when `rehash`.
         With a `cache` the files of a copied run are hashed once, not at every look.
@@ -111,6 +114,7 @@ class Seal:
                 yield f"{path} was changed after it was sealed (sha256 is no longer {entry['sha256'][:12]}…)"
 
     def verify(self, rehash: bool = False, cache: HashCache | None = None) -> None:
+        """Raise UserMistake where a sealed file was altered."""
         for line in self.altered(rehash, cache):
             raise UserMistake(f"{line}; restore it, or submit again: it is then sealed anew")
 
@@ -131,8 +135,8 @@ def read_seal(path: Path) -> Seal | None:
     except durable.TornFile as torn:
         problem = str(torn).removeprefix(f"{path} ")
     if problem:
-        artifact = path.parent if path.name == "seal.json" else path.parent.parent
-        raise DamagedSeal(f"{path} is not a seal: it {problem}; restore it, or {how_to_run_anew(artifact)}")
+        how = how_to_run_anew(artifact_of(path))
+        raise DamagedSeal(f"{path} is not a seal: it {problem}; restore it, or {how}")
     said = {
         "key": content["key"],
         "parts": content.get("parts"),

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.base import durable
-from jobs.artifacts.artifact import Artifact, HashCache
+from jobs.artifacts.artifact import Artifact
+from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.layout import set_aside_name
 from jobs.artifacts.run_folder import FrozenPhase
 from jobs.artifacts.seal import DamagedSeal, Seal, read_seal
 from jobs.schema.pipeline import NEED_SEALS
@@ -29,7 +31,7 @@ def other_results(seal: Seal, now: Mapping[str, str], index: int, paired: list[s
     `now` is {need: digest} as element `index` finds them. What a whole phase records of a `paired` need is compared at
     this element; seals of before recorded there what an element of no matter which number had read: nothing to compare.
     """
-    found = []
+    names = []
     for name, digest in now.items():
         recorded = seal.upstream.get(name)
         if isinstance(recorded, list):
@@ -37,8 +39,8 @@ def other_results(seal: Seal, now: Mapping[str, str], index: int, paired: list[s
         elif seal.is_whole and name in paired:
             continue
         if recorded != digest:
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def whole_upstream(parts: list[Seal], paired: list[str]) -> dict[str, "str | list[str]"]:
@@ -56,9 +58,7 @@ class Survey:
 
     whole: Seal | None = None  # the phase's own seal, where that and all its elements' stand
     parts: dict[int, Seal] = field(default_factory=dict)  # elements' seals that stand
-    fallen: list[tuple[Path, str, str]] = field(
-        default_factory=list
-    )  # (seal, SHA-256 of its bytes, altered or retired)
+    fallen: list[tuple[Path, str, str]] = field(default_factory=list)  # (seal, its SHA-256, altered or retired)
     reasons: list[str] = field(default_factory=list)  # why those fell, an element or the phase each
 
     def missing(self, phase: FrozenPhase) -> list[int]:
@@ -70,11 +70,11 @@ class Survey:
     def withdraw(self, artifact: Artifact, submission: int) -> None:
         """Set aside what fell, but for seals that changed since the survey."""
         for path, seen, word in self.fallen:
-            artifact.withdraw(path, seen, f"{path.name}.{word}.a{submission}")
+            artifact.withdraw(path, seen, set_aside_name(path, word, submission))
 
 
 class Surveyor:
-    """Surveys the phases of one plan, each after those it needs. Raises DamagedSeal where the phase's own is damaged."""
+    """Surveys the phases of one plan, each after those it needs."""
 
     def __init__(self, verify: bool, cache: HashCache):
         self.verify, self.cache = verify, cache
@@ -82,40 +82,46 @@ class Surveyor:
     def survey(
         self, artifact: Artifact, phase: FrozenPhase, now: Mapping[str, str], partners: Mapping[str, Mapping[int, Seal]]
     ) -> Survey:
-        """Return what stands of a phase whose needs are sealed as `now` says; of aftercorr needs, as `partners` does."""
-        found = Survey()
+        """Return what stands of a phase whose needs are sealed as `now` says; of aftercorr needs, as `partners` does.
+
+        Raises:
+            DamagedSeal: the phase's own seal is damaged.
+        """
+        survey = Survey()
         whole, paired = read_seal(artifact.seal_path), list(partners)
         for index in range(phase.elements if phase.fans_in else 0):
             there = {name: parts[index].digest for name, parts in partners.items() if index in parts}
-            self._element(found, artifact.element_seal_path(index), index, {**now, **there}, paired, whole is not None)
+            place = artifact.element_seal_path(index)
+            seal, why, word = self._element(place, index, {**now, **there}, paired)
+            if seal is not None and not why:
+                survey.parts[index] = seal
+            elif why:
+                survey.reasons.append(f"element {index}: {why}" if seal else why)
+                survey.fallen.append((place, durable.sha256_file(place), word))
+            elif whole is not None:
+                survey.reasons.append(f"{place} is gone")
         if whole is None:
-            return found
-        fell = bool(found.reasons)
-        if not fell and (why := self._why_whole(whole, phase, found.parts, now, paired)):
-            found.reasons.append(why)
-            fell = True
-        if fell:
+            return survey
+        if not survey.reasons:
+            why, _ = self._why(whole, 0, now, paired)
+            why = why or (_why_parts_differ(whole, survey.parts) if phase.fans_in else "")
+            survey.reasons += [why] if why else []
+        if survey.reasons:
             word = "altered" if next(whole.altered(self.verify, self.cache), None) else "retired"
-            found.fallen.append((whole.path, durable.sha256_file(whole.path), word))
+            survey.fallen.append((whole.path, durable.sha256_file(whole.path), word))
         else:
-            found.whole = whole
-        return found
+            survey.whole = whole
+        return survey
 
     def _element(
-        self, found: Survey, path: Path, index: int, now: Mapping[str, str], paired: list[str], was_merged: bool
-    ) -> None:
+        self, path: Path, index: int, now: Mapping[str, str], paired: list[str]
+    ) -> tuple[Seal | None, str, str]:
+        """Return an element's seal, why it does not stand, and the word for that; (None, "", "") where there is none."""
         try:
             seal = read_seal(path)
         except DamagedSeal as damage:
-            seal, why, word = None, str(damage).partition(";")[0], "altered"
-        else:
-            why, word = self._why(seal, index, now, paired) if seal else (f"{path} is gone" if was_merged else "", "")
-        if seal is not None and not why:
-            found.parts[index] = seal
-        elif why:
-            found.reasons.append(f"element {index}: {why}" if seal else why)
-            if word:
-                found.fallen.append((path, durable.sha256_file(path), word))
+            return None, str(damage).partition(";")[0], "altered"
+        return (seal, *self._why(seal, index, now, paired)) if seal else (None, "", "")
 
     def _why(self, seal: Seal, index: int, now: Mapping[str, str], paired: list[str]) -> tuple[str, str]:
         """Return why a seal does not stand, and the word for that; ("", "") where it does."""
@@ -125,11 +131,8 @@ class Surveyor:
             return f"{names[0]} was sealed anew since", "retired"
         return "", ""
 
-    def _why_whole(
-        self, seal: Seal, phase: FrozenPhase, parts: Mapping[int, Seal], now: Mapping[str, str], paired: list[str]
-    ) -> str:
-        why, _ = self._why(seal, 0, now, paired)
-        if why or not phase.fans_in:
-            return why
-        other = [i for i, part in sorted(parts.items()) if (seal.parts or [])[i : i + 1] != [part.digest]]
-        return f"element {other[0]} was sealed anew since" if other else ""
+
+def _why_parts_differ(whole: Seal, parts: Mapping[int, Seal]) -> str:
+    """Return which element was sealed anew after all were merged; "" where none was."""
+    other = [i for i, part in sorted(parts.items()) if (whole.parts or [])[i : i + 1] != [part.digest]]
+    return f"element {other[0]} was sealed anew since" if other else ""

@@ -2,15 +2,9 @@
 
 from typing import Any
 
-from data_tools.mistake import Problem
 from data_tools.prepare import q_rewards
 from data_tools.prepare.q_rewards import Config
-from jobs.kind import Placement
 from jobs.task import Task
-
-
-def check(config: Config, placement: Placement) -> list[Problem]:
-    return q_rewards.check(config)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -16,17 +16,17 @@ _DISPATCHERS = ("jobs.phases.",)  # imported by name for every phase alike: no p
 
 
 def closure(names: Iterable[str], files: Mapping[str, Path]) -> set[str]:
-    """Return those of `files` ({name below the code's root: file}) that the modules `names` import, themselves included."""
-    found: set[str] = set()
+    """Return those of `files` ({name below the code's root: file}) that the modules `names` import, and their own."""
+    reached: set[str] = set()
     waiting = [file for name in names for file in _files_of(name, files)]
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in reached:
             continue
-        found.add(name)
+        reached.add(name)
         if name.endswith(".py"):
             waiting += [file for module in imported(files[name], PurePath(name)) for file in _files_of(module, files)]
-    return found
+    return reached
 
 
 def _files_of(module: str, files: Mapping[str, Path]) -> list[str]:
@@ -51,7 +51,7 @@ def imported(file: Path, name: PurePath) -> set[str]:
 
 @functools.cache
 def _imports(file: Path, changed: int) -> frozenset[tuple[int, str]]:
-    """(level of a relative import, dotted name) of each import; a file that is no Python has none."""
+    """Return (level of a relative import, dotted name) of each import; a file that is no Python has none."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError, OSError):
@@ -60,6 +60,7 @@ def _imports(file: Path, changed: int) -> frozenset[tuple[int, str]]:
 
 
 def _walk(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (level of a relative import, dotted name) of each import, and of import_module with a written name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
@@ -89,20 +90,21 @@ def beside(root: Path) -> list[Path]:
 
     Only what Python itself would import from there: installed packages are installed where the job runs, too.
     """
-    found: dict[str, Path] = {}
+    places: dict[str, Path] = {}
     waiting = [root]
     while waiting:
-        one = waiting.pop()
-        for file in [one] if one.is_file() else sorted(one.rglob("*.py")):
+        code = waiting.pop()
+        for file in [code] if code.is_file() else sorted(code.rglob("*.py")):
             for first in {module.split(".")[0] for module in imported(file, PurePath(file.name))}:
                 place = _place_beside(root, first)
-                if place and place != root and first not in found:
-                    found[first] = place
+                if place and place != root and first not in places:
+                    places[first] = place
                     waiting.append(place)
-    return sorted(found.values())
+    return sorted(places.values())
 
 
 def _place_beside(root: Path, name: str) -> Path | None:
+    """Return the module or package `name` beside a user's, where Python itself would import it from there."""
     places = [place for place in (root.parent / name, root.parent / f"{name}.py") if place.exists()]
     if not places or name in PACKAGES or root.parent.name in ("site-packages", "dist-packages"):
         return None
@@ -110,5 +112,7 @@ def _place_beside(root: Path, name: str) -> Path | None:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    where = spec and (spec.submodule_search_locations or [spec.origin])
-    return next((place for place in places if where and place.samefile(list(where)[0] or "/")), None)
+    if spec is None:
+        return None
+    where = list(spec.submodule_search_locations or []) or [spec.origin or "/"]
+    return next((place for place in places if place.samefile(where[0])), None)

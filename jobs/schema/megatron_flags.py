@@ -3,8 +3,8 @@
     overrides, notes = translate("--grpo-group-size 16 --lr 1e-6 …")
 
 FLAGS is the one table of it: `afterok plan PIPELINE --from-megatron "FLAGS"` reads it, and the README shows it (a test
-holds the two together). Old and new names of a flag stand in one row: Megatron-LM renamed several in February 2026
-(reference/rl.md 1.2).
+holds the two together). Old and new names of a flag stand in one row: Megatron-LM renamed several of examples/rl in
+February 2026 (megatron/training/arguments.py).
 """
 
 import shlex
@@ -16,22 +16,23 @@ from data_tools.mistake import Problem, UserMistake, nearest
 
 @dataclass(frozen=True)
 class Flag:
-    """`names`: old and new. `key`: the override that takes its value, `fixed`: overrides of a flag without value (or of
-    one whose value is looked up), `why`: why there is none. `values` is how many words follow."""
+    """One flag of Megatron-LM, and the override that takes its place."""
 
-    names: tuple[str, ...]
-    key: str = ""
-    fixed: tuple[str, ...] = ()
-    why: str = ""
-    values: int = 1
-    convert: Callable[[str], str] = str
+    names: tuple[str, ...]  # old and new
+    key: str = ""  # the override that takes its value
+    fixed: tuple[str, ...] = ()  # overrides of a flag without value, or of one whose value is looked up
+    why: str = ""  # why there is no override
+    values: int = 1  # how many words follow
+    convert: Callable[[str], str] = str  # from its value to ours
 
 
 def _switch(*names: str, sets: tuple[str, ...] = (), why: str = "") -> Flag:
+    """Return a flag without a value."""
     return Flag(names, fixed=sets, why=why, values=0)
 
 
 def _none(*names: str, why: str, values: int = 1) -> Flag:
+    """Return a flag that has no override."""
     return Flag(names, why=why, values=values)
 
 
@@ -159,7 +160,7 @@ FLAGS: tuple[Flag, ...] = (
 
 
 def translate(text: str) -> tuple[list[str], list[str]]:
-    """(our overrides, a line for each flag that has none). UserMistake naming every flag nobody knows."""
+    """Return (our overrides, a line for each flag that has none). Raises UserMistake naming every flag nobody knows."""
     rows = {name: row for row in FLAGS for name in row.names}
     words = _words(text)
     overrides: dict[str, str] = {}
@@ -183,8 +184,8 @@ def translate(text: str) -> tuple[list[str], list[str]]:
             value = words.pop(0)
         if row.why:
             notes.append(f"{name}: {row.why}")
-        for one in row.fixed:
-            key, _, fixed = one.partition("=")
+        for override in row.fixed:
+            key, _, fixed = override.partition("=")
             overrides[key] = fixed
         if row.key:
             try:
@@ -197,17 +198,18 @@ def translate(text: str) -> tuple[list[str], list[str]]:
 
 
 def _words(text: str) -> list[str]:
+    """Return the words of a command line that may span several."""
     try:
-        return [word for word in shlex.split(text.replace("\\\n", " "))]
+        return shlex.split(text.replace("\\\n", " "))
     except ValueError as error:
         raise UserMistake(Problem("--from-megatron", f"cannot be read as a command line: {error}")) from None
 
 
 def table() -> str:
-    """FLAGS as the README shows it: Markdown."""
+    """Return FLAGS as the README shows it: Markdown."""
     lines = ["| Megatron-LM | afterok |", "|---|---|"]
     for row in FLAGS:
         names = ", ".join(f"`{name}`" for name in row.names)
-        ours = f"`{row.key}`" if row.key else ", ".join(f"`{one}`" for one in row.fixed) or row.why
+        ours = f"`{row.key}`" if row.key else ", ".join(f"`{override}`" for override in row.fixed) or row.why
         lines.append(f"| {names} | {ours} |")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 
 from data_tools.base import durable
 from jobs import stopping
-from jobs.artifacts.artifact import Owner
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import RunFolder
 from jobs.ranks import die_with_parent, exit_code
 from jobs.schema.pipeline import NEED_SEALS
@@ -86,14 +86,14 @@ class LocalBackend:
         self.run = run
 
     def _folder(self, number: int | str) -> Path:
-        return self.run.path / "local" / str(number)
+        return self.run.local_folder(number)
 
     def prepare(self, number: int, specs: list[JobSpec]) -> None:
         folder = self._folder(number)
         (folder / "cancel").mkdir(parents=True, exist_ok=True)
         jobs: list[LocalJob] = []
         for i, spec in enumerate(specs):
-            (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
+            self.run.logs_folder(spec.phase).mkdir(parents=True, exist_ok=True)
             frozen, resources = spec.planned.frozen, spec.planned.resources
             jobs.append(
                 {
@@ -116,7 +116,7 @@ class LocalBackend:
         return "" if entry.request == request_of(planned) else "another request for resources"
 
     def find(self, names: list[str]) -> dict[str, list[str]]:
-        jobs = [job for path in (self.run.path / "local").glob("*/jobs.json") for job in read_jobs(path)]
+        jobs = [job for path in self.run.local_files("jobs.json") for job in read_jobs(path)]
         return {job["name"]: [job["job"]] for job in jobs if job["name"] in names}
 
     def rewire(self, job: str, needs: dict[str, str], waits: dict[str, str], only: int | None) -> None:
@@ -127,12 +127,12 @@ class LocalBackend:
         folder = self._folder(number)
         if not jobs or (folder / "state.json").exists():
             return
-        profile = load(str(self.run.submission_folder(number) / "profile.yaml"))
+        profile = load(str(self.run.profile_path(number)))
         env = (
             scrubbed_environment(os.environ)
             | dict(profile.env.set)
             | {
-                "PYTHONPATH": str(self.run.submission_folder(number) / "code"),
+                "PYTHONPATH": str(self.run.code_folder(number)),
                 "PYTHONSAFEPATH": "1",
                 "PYTHONUNBUFFERED": "1",
             }
@@ -219,7 +219,7 @@ class Driver:
 
     def __init__(self, run: RunFolder, number: int):
         self.run, self.number = run, number
-        self.folder = run.path / "local" / str(number)
+        self.folder = run.local_folder(number)
         self.phases = run.frozen(number)
         self.cores = max(1, len(os.sched_getaffinity(0)))
         self.jobs = read_jobs(self.folder / "jobs.json")

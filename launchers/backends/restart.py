@@ -90,7 +90,7 @@ def _diagnose(
 ) -> Diagnosis:
     """Read from what a life left why it ended."""
     name = life.phase.name
-    script = life.run.submission_folder(life.script) / "scripts" / f"{name}.sh"
+    script = life.run.script_path(life.script, name)
     return classify(
         Evidence(
             phase=name,
@@ -170,7 +170,7 @@ def _after_link(life: Life, code: int, slurm: Slurm) -> None:
     if code != retry.EXIT_SEALED:
         verdict = judge(life, code)
         if verdict.again:
-            profile = load(str(life.run.submission_folder(life.attempt) / "profile.yaml"))
+            profile = load(str(life.run.profile_path(life.attempt)))
             limit_s = 60 * parse_minutes(slurm.job(f"{job}_{link}")["TimeLimit"])
             outcomes = life.run.outcomes(life.phase.name)
             needed = chain.links_needed(life.phase, outcomes, limit_s - profile.signal_lead_s)
@@ -223,7 +223,7 @@ def _record_silent_end(last: Life, slurm: Slurm) -> bool:
 
 def _nodes_of(life: Life) -> str:
     """Return the nodes an earlier life ran on, as Slurm names them together ("n[1-4]"); "" where nothing is known."""
-    path = life.run.environment_path(life.phase.name, life.index, life.attempt, life.restart)
+    path = life.run.environment_path(life.phase.name, (life.index, life.attempt, life.restart))
     try:
         return durable.read_checked(path).get("SLURM_JOB_NODELIST", "")
     except (FileNotFoundError, durable.TornFile):  # nothing is known of it

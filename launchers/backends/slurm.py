@@ -63,13 +63,13 @@ class SlurmBackend:
 
     def script(self, number: int, phase: str) -> Path:
         """Return where a submission's script of a phase lies."""
-        return self.run.submission_folder(number) / "scripts" / f"{phase}.sh"
+        return self.run.script_path(number, phase)
 
     def prepare(self, number: int, specs: list[JobSpec]) -> None:
         for spec in specs:
             script = self.script(number, spec.phase)
             script.parent.mkdir(parents=True, exist_ok=True)
-            (self.run.phase_folder(spec.phase) / "logs").mkdir(parents=True, exist_ok=True)
+            self.run.logs_folder(spec.phase).mkdir(parents=True, exist_ok=True)
             durable.write_file(script, phase_script(self.cluster.profile, self.run, number, spec))
 
     def differs(self, entry: JobEntry, planned: PlannedPhase) -> str:

@@ -50,13 +50,11 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     Hold and dependency are not in the script but on sbatch's command line: they are this submission's business.
     """
     resources, frozen = spec.planned.resources, spec.planned.frozen
-    log = run.log_path(spec.phase, number, 0)
+    log = run.log_path(spec.phase, number, f"{'tasks' if frozen.batch > 1 else ''}%a" if spec.is_array else 0)
     # "" is a bare flag
     extra: dict[str, str | bool] = {key: value or True for key, value in resources.extra_sbatch.items()}
     extra |= {
-        "output": str(
-            log.with_name(f"a{number}.{'tasks' if frozen.batch > 1 else ''}%a.out") if spec.is_array else log
-        ),
+        "output": str(log),
         "export": ",".join(profile.env.forward) or "NONE",
         # A dependent of a failed phase waits, so that it can be rewired to the next attempt; what only a failure calls
         # for must not wait for ever behind a success.
@@ -84,7 +82,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "wckey": None,
         "stderr_to_stdout": True,
         "use_srun": False,
-        "setup": script_setup(profile, run.submission_folder(number) / "code", frozen.ranks),
+        "setup": script_setup(profile, run.code_folder(number), frozen.ranks),
         "additional_parameters": extra,
     }
 
@@ -114,7 +112,7 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     if frozen.batch > 1:
         log = (
             " --open-mode=append "
-            f"--output={shlex.quote(str(run.log_path(spec.phase, number, 0).parent))}/a{number}.$1.out"
+            f"--output={shlex.quote(str(run.logs_folder(spec.phase)))}/{run.log_path(spec.phase, number, '$1').name}"
         )
     later_life = "$SLURM_ARRAY_TASK_ID" if spec.links else "${SLURM_RESTART_COUNT:-0}"
     ended = "" if spec.links else "[ $code = 0 ] || "

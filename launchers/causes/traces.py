@@ -7,21 +7,21 @@ import os
 import re
 from pathlib import Path
 
+from jobs.artifacts.layout import ArtifactLayout, read_lease_name
 from jobs.artifacts.run_folder import FrozenPhase
 
 TAIL_BYTES = 1 << 16  # of a log; a traceback of many ranks fits
-LEASE_NAME = re.compile(r"(\d+)\.a(\d+)\.r(\d+)\.g(\d+)")
 
 
 def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
     """Return {(element, attempt, restart): when its lease was taken}, by the filesystem's clock (s since the epoch)."""
     times: dict[tuple[int, int, int], float] = {}
     try:
-        with os.scandir(artifact_folder / "leases") as entries:
+        with os.scandir(ArtifactLayout(artifact_folder).leases_folder) as entries:
             for entry in entries:
-                if match := LEASE_NAME.fullmatch(entry.name):
-                    element, attempt, restart, _ = map(int, match.groups())
-                    times[element, attempt, restart] = entry.stat().st_mtime
+                lease = read_lease_name(entry.name)
+                if lease is not None and lease[0].isdigit():  # `finish` is no element
+                    times[int(lease[0]), lease[1].attempt, lease[1].restart] = entry.stat().st_mtime
     except FileNotFoundError:
         pass
     return times
@@ -29,7 +29,7 @@ def lease_times(artifact_folder: Path) -> dict[tuple[int, int, int], float]:
 
 def keep_folder(folder: Path, phase: FrozenPhase, index: int) -> Path:
     """Return where an element keeps what survives attempts."""
-    return folder if phase.elements == 1 else folder / "elements" / f"{index:04d}"
+    return ArtifactLayout(folder).keep_folder(index, phase.elements)
 
 
 def log_tail(path: Path, phase: str, index: int) -> str:

@@ -5,12 +5,12 @@ outcome, so its life is taken from its lease's time to what accounting says, els
 one that did not stop by itself, checkpoints that a later attempt has pruned save nothing here: an upper bound.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.artifacts.layout import durable_checkpoints_of
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from launchers.causes.states import BEGUN_STATES
 from launchers.causes.traces import keep_folder, lease_times
@@ -134,9 +134,7 @@ def _span(look: Look, life: _Life, now: float) -> Span:
 
 def checkpoint_times(keep: Path) -> tuple[float, ...]:
     """Return when each checkpoint that is still there was made durable."""
-    if not os.path.isdir(f"{keep}/checkpoints"):
-        return ()
-    return tuple(path.stat().st_mtime for path in keep.glob("checkpoints/step_*/manifest.json"))
+    return tuple(path.stat().st_mtime for path in durable_checkpoints_of(keep))
 
 
 def _end_of_the_killed(look: Look, life: _Life) -> float:

@@ -11,7 +11,7 @@ from data_tools.packs import inspection
 from data_tools.packs.plan import PackReader
 from data_tools.packs.store import Store
 from jobs.artifacts.run_folder import RunFolder
-from jobs.schema.pipeline import substitute
+from jobs.schema.references import substitute
 
 KINDS = ("materialize", "pack")
 

@@ -62,7 +62,7 @@ class Element:
 def sealed_elements(artifact: Artifact) -> set[int]:
     """Return the elements that have a seal of their own, by one listing of the folder."""
     try:
-        names = os.listdir(artifact.folder / "seals")
+        names = os.listdir(artifact.seals_folder)
     except FileNotFoundError:
         return set()
     return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}

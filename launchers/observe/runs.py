@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import UserMistake
+from jobs.artifacts.layout import CHANGING, is_run, runs_below
 from jobs.artifacts.run_folder import RunFolder
 from launchers.observe.status import run_status
 
@@ -16,13 +17,13 @@ def find_run(name: str | None) -> RunFolder:
     """
     if name is not None:
         for path in (Path(name), Path("runs") / name):
-            if (path / "ledger.jsonl").exists():
+            if is_run(path):
                 return RunFolder(path.absolute())
         raise UserMistake(f"{name!r} is no run: neither {name}/ledger.jsonl nor runs/{name}/ledger.jsonl exists")
-    ledgers = sorted(Path("runs").glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not ledgers:
+    runs = [RunFolder(path.absolute()) for path in runs_below(Path("runs"))]
+    if not runs:
         raise UserMistake("no run below ./runs; name one: afterok status RUN")
-    return RunFolder(ledgers[-1].parent.absolute())
+    return max(runs, key=lambda run: run.ledger.stat().st_mtime)
 
 
 def as_typed(path: Path) -> str:
@@ -41,7 +42,7 @@ def run_and_phase(words: list[str]) -> tuple[RunFolder, str | None]:
         try:
             return find_run(words[0]), None
         except UserMistake:
-            if "/" in words[0] or not any(Path("runs").glob("*/ledger.jsonl")):
+            if "/" in words[0] or not runs_below(Path("runs")):
                 raise
             return find_run(None), words[0]
     return find_run(words[0] if words else None), words[1] if words else None
@@ -66,7 +67,7 @@ class RunLine:
 
 def list_runs(folder: Path) -> list[RunLine]:
     """Return the runs directly below `folder`, the one changed last first."""
-    runs = [_line(RunFolder(path.parent.absolute())) for path in folder.glob("*/ledger.jsonl")]
+    runs = [_line(RunFolder(path.absolute())) for path in runs_below(folder)]
     return sorted(runs, key=lambda line: -line.changed)
 
 
@@ -115,11 +116,5 @@ def _changed(run: RunFolder) -> float:
 
     Folders' times tell of every file made in them; logs that grow are not looked at.
     """
-    places = [
-        run.ledger,
-        *run.path.glob("*/attempts"),
-        *run.path.glob("*/*/leases"),
-        *run.path.glob("*/*/seals"),
-        *run.path.glob("*/*/seal.json"),
-    ]
+    places = [run.ledger, *(place for pattern in CHANGING for place in run.path.glob(pattern))]
     return max(place.stat().st_mtime for place in places if place.exists())

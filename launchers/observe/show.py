@@ -1,5 +1,6 @@
 """Prints for people: tables, rich on a terminal and plain text in a log or pipe. Nothing is decided here."""
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from rich.console import Console, Group
     from rich.table import Table
 
+    from launchers.observe.explain import Explained
     from launchers.observe.inspect import Inspection
     from launchers.planning.plan import Plan
     from launchers.submission.submit import Submitted
@@ -105,6 +107,27 @@ def print_submitted(plan: "Plan", done: "Submitted") -> None:
         )
     elif done.number:
         print(f"submission {done.number} of {run}; look with `afterok status {as_typed(run)}`")
+
+
+def settings_table(explained: "Explained") -> "Table":
+    """Return the settings of a phase kind as a table."""
+    keyed = {True: "yes", False: "no", "if_set": "if set"}
+    rows = [
+        [
+            each.key,
+            each.type,
+            "(required)" if each.needed else "" if each.type == "mapping" else json.dumps(each.default),
+            each.unit,
+            each.legal,
+            keyed[each.keyed],
+            each.help,
+        ]
+        for each in explained.settings
+    ]
+    columns = ["setting", "type", "default", "unit", "legal", "keyed", "what it means"]
+    shown = table(columns, rows, f"{explained.phase}: {explained.about}" if explained.about else explained.phase)
+    shown.columns[0].no_wrap = True
+    return shown
 
 
 def progress_text(phase: PhaseStatus) -> str:

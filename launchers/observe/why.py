@@ -141,7 +141,7 @@ def _cancel_times(run: RunFolder) -> dict[str, float]:
 def _name_contact(findings: list[Finding], run: RunFolder, number: int) -> None:
     """Name the contact of the profile that submission `number` was made with where the site has to act."""
     try:
-        contact = contact_note(load(str(run.submission_folder(number) / "profile.yaml")))
+        contact = contact_note(load(str(run.profile_path(number))))
     except (UserMistake, OSError):  # nobody can be named
         return
     for finding in findings:
@@ -201,7 +201,7 @@ def gather(
     row, down_nodes = element.accounting, tuple[str, ...]()
     asked: dict[str, str] = {}
     if slurm is not None:
-        asked = requested(run.submission_folder(entry.scripted) / "scripts" / f"{phase.name}.sh")
+        asked = requested(run.script_path(entry.scripted, phase.name))
         ended = state.state not in ACTIVE_STATES
         if ask_slurm and ended and element.task is not None and outcome is None and row is None:
             row = _job_row(look, slurm, element)

@@ -13,7 +13,7 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,19 @@ class JobEntry:
 
     @property
     def awaited(self) -> str:
-        """What dependents wait on."""
+        """The job, or the last link of a chain, that dependents wait on."""
         return last_link(self.job, self.links)
 
     def elements_of(self, task: int | None) -> list[int]:
-        """The elements that an array task (None: a job that is no array) works on."""
+        """Return the elements that an array task (None: a job that is no array) works on."""
         if task is None or self.links:
             return self.elements
         if self.batch == 1:
             return [task]
         return [i for i in self.elements if i // self.batch == task]
+
+
+OF_A_JOB = tuple(entry.name for entry in fields(JobEntry) if entry.name != "scripted")  # what a "job" event says
 
 
 def _is_cut_off(line: bytes) -> bool:
@@ -63,15 +66,22 @@ def _is_cut_off(line: bytes) -> bool:
 
 
 class Ledger:
+    """The ledger of one run, read anew at each question."""
+
     def __init__(self, path: Path):
         self.path = path
 
-    def append(self, event: str, **fields: Any) -> None:
-        line = durable.with_sum({"event": event, "time": time.time(), **fields})
+    def append(self, event: str, **told: Any) -> None:
+        """Append one event, with the time of this host, durably."""
+        line = durable.with_sum({"event": event, "time": time.time(), **told})
         durable.append_line(self.path, durable.canonical_json(line))
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All events, oldest first; a torn last line (power cut in an append), which has no end, is dropped."""
+        """Yield all events, oldest first; a torn last line (power cut in an append), which has no end, is dropped.
+
+        Raises:
+            UserMistake: another line is torn or altered.
+        """
         try:
             *lines, last = self.path.read_bytes().split(b"\n")
         except FileNotFoundError:
@@ -88,7 +98,11 @@ class Ledger:
             yield event
 
     def jobs(self) -> list[JobEntry]:
-        """Jobs in the order they were submitted, as the last rewiring left them."""
+        """Return the jobs in the order in which they were submitted, as the last rewiring left them.
+
+        Raises:
+            UserMistake: an event lacks a field.
+        """
         try:
             return list(self._jobs().values())
         except KeyError as missing:
@@ -98,30 +112,20 @@ class Ledger:
             ) from None
 
     def _jobs(self) -> dict[str, JobEntry]:
-        found: dict[str, JobEntry] = {}
+        jobs: dict[str, JobEntry] = {}
         for e in self.events():
             if e["event"] == "job":
-                found.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
-                found[e["job"]] = JobEntry(
-                    e["submission"],
-                    e["phase"],
-                    e["key"],
-                    e["job"],
-                    e["elements"],
-                    e["is_array"],
-                    e["name"],
-                    e["waits"],
-                    e["request"],
-                    e["submission"],
-                    e["batch"],
-                    e["links"],
-                )
+                jobs.pop(e["job"], None)  # a controller that lost its last seconds gives out the same id again
+                jobs[e["job"]] = JobEntry(scripted=e["submission"], **{name: e[name] for name in OF_A_JOB})
             elif e["event"] == "rewire" and e["only"] is None:
-                found[e["job"]] = replace(found[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
-        return found
+                jobs[e["job"]] = replace(jobs[e["job"]], submission=e["submission"], key=e["key"], waits=e["waits"])
+        return jobs
 
     def copied(self) -> set[int]:
-        """Submissions of another folder that still is this run: this one is its copy, and their jobs work for that one."""
+        """Return the submissions of another folder that still is this run.
+
+        This one is then its copy, and their jobs work for that one.
+        """
         return {
             event["submission"]
             for event in self.events()
@@ -130,6 +134,7 @@ class Ledger:
         }
 
     def _is_original(self, other: Path) -> bool:
+        """Return whether another ledger has the beginning of this one, and is not this very file."""
         try:
             if other.samefile(self.path):
                 return False
@@ -139,13 +144,15 @@ class Ledger:
             return False
 
     def own_jobs(self) -> list[JobEntry]:
-        """`jobs`, but for those of `copied` submissions."""
+        """Return the `jobs` but for those of `copied` submissions."""
         copied = self.copied()
         return [entry for entry in self.jobs() if entry.scripted not in copied]
 
     def other_cluster(self, choice: str, answering: str) -> str:
-        """What is wrong where the Slurm that answers to `choice`, by its ClusterName, is not the one it was submitted
-        to; "" where it is, or where neither is known."""
+        """Return what is wrong where the Slurm that answers to `choice` is not the one that the run was submitted to.
+
+        `answering` is its ClusterName. Returns "" where it is the one, or where one of the names is not known.
+        """
         for event in self.events():
             if event["event"] != "submission" or event["backend"] != "slurm":
                 continue
@@ -163,7 +170,7 @@ class Ledger:
         return ""
 
     def given_up(self) -> str:
-        """Why the newest submission was taken back or was not finished, "" where it was released.
+        """Return why the newest submission was taken back or was not finished; "" where it was released.
 
         Nothing of such a submission ran: a cluster that refused one of its jobs is told of here.
         """
@@ -186,18 +193,18 @@ class Ledger:
         )
 
     def unreleased(self) -> list[int]:
-        """Submissions of this folder that were begun and neither released nor abandoned."""
-        open_: list[int] = []
+        """Return the submissions of this folder that were begun and neither released nor abandoned."""
+        begun: list[int] = []
         for event in self.events():
             if event["event"] == "submission":
-                open_.append(event["submission"])
+                begun.append(event["submission"])
             elif event["event"] in ("released", "abandoned"):
-                open_ = [number for number in open_ if number != event["submission"]]
-        copied = self.copied() if open_ else set()
-        return [number for number in open_ if number not in copied]
+                begun = [number for number in begun if number != event["submission"]]
+        copied = self.copied() if begun else set()
+        return [number for number in begun if number not in copied]
 
     def backend(self, submission: int) -> dict[str, Any]:
-        """The submission event: which back end and cluster it went to."""
+        """Return the event of a submission, which tells back end and cluster; {} where there is none."""
         for event in self.events():
             if event["event"] == "submission" and event["submission"] == submission:
                 return event

@@ -18,6 +18,7 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.own_packages import PACKAGES
+from jobs.artifacts.layout import code_digests_beside
 from jobs.kind import user_modules
 from jobs.schema.imports import closure
 
@@ -35,6 +36,7 @@ class Code:
 
 
 def package_root(name: str) -> Path:
+    """Return the folder of one of our packages."""
     spec = importlib.util.find_spec(name)
     assert spec and spec.submodule_search_locations, f"package {name} is not importable"
     return Path(list(spec.submodule_search_locations)[0])
@@ -96,6 +98,7 @@ def _add(code: Code, root: Path) -> list[Problem]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files and links below a package, but for what is no code of it (see NOT_CODE)."""
     for folder, folders, names in os.walk(root):
         linked = [name for name in folders if os.path.islink(f"{folder}/{name}")]
         folders[:] = sorted(
@@ -110,6 +113,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _stays_inside(link: Path, root: Path) -> bool:
+    """Return whether a link is relative and leads to a place in its package."""
     inside = os.path.realpath(root) + os.sep
     return not os.path.isabs(os.readlink(link)) and os.path.realpath(link).startswith(inside)
 
@@ -124,11 +128,12 @@ def _tracked(root: Path) -> set[str]:
 
 
 def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file, or of where a link leads."""
     return durable.sha256_bytes(f"link {os.readlink(path)}") if path.is_symlink() else durable.sha256_file(path)
 
 
 def code_digests(code: Code) -> dict[str, str]:
-    """{file: SHA-256} of the code that would be snapshot now."""
+    """Return {file: SHA-256} of the code that a snapshot would hold now."""
     return {name: _digest(path) for name, path in code.files.items()}
 
 
@@ -141,14 +146,17 @@ def code_of(uses: str, config: Any, files: Mapping[str, Path]) -> set[str]:
 def users_code_digest(module: str, code: Code, digests: Mapping[str, str]) -> str:
     """Return a digest of a user's module and of what it imports of the user's files; ours are no part of it."""
     users = {name: path for name, path in code.files.items() if name.split("/")[0] not in PACKAGES}
-    mine = {name: digests[name] for name in closure([module.partition(":")[0]], users)}
-    return durable.sha256_bytes(durable.canonical_json(mine))
+    imported = {name: digests[name] for name in closure([module.partition(":")[0]], users)}
+    return durable.sha256_bytes(durable.canonical_json(imported))
 
 
-def code_changes(sealed_by: Path, uses: str, config: Any, code: Code, digests: Mapping[str, str]) -> list[str]:
-    """Return the files that a phase imports, or imported in the submission that sealed it, and that are others now."""
+def code_changes(sealed_code: Path, uses: str, config: Any, code: Code, digests: Mapping[str, str]) -> list[str]:
+    """Return the files that a phase imports, or imported when it was sealed, and that are others now.
+
+    `sealed_code` is the code folder of the submission that sealed it.
+    """
     try:
-        before = durable.read_checked(sealed_by / "code.json")["files"]
+        before = durable.read_checked(code_digests_beside(sealed_code))["files"]
     except durable.TornFile as torn:
         return [f"nobody can tell what, {torn}"]
     except (OSError, KeyError):
@@ -156,7 +164,7 @@ def code_changes(sealed_by: Path, uses: str, config: Any, code: Code, digests: M
     changed = {name for name in before.keys() | digests.keys() if before.get(name) != digests.get(name)}
     if not changed:
         return []
-    then = {name: path for name in before if (path := sealed_by / "code" / name).is_file()}
+    then = {name: path for name in before if (path := sealed_code / name).is_file()}
     return sorted(changed & (code_of(uses, config, code.files) | code_of(uses, config, then)))
 
 
@@ -169,7 +177,7 @@ def take_snapshot(folder: Path, extra: Iterable[Path] = ()) -> None:
         _copy(path, target)
     digests = {name: _digest(folder / name) for name in code.files}
     durable.write_checked(
-        folder.with_name("code.json"), {"git": git_state(), "files": digests, "left_out": sorted(code.left_out)}
+        code_digests_beside(folder), {"git": git_state(), "files": digests, "left_out": sorted(code.left_out)}
     )
 
 
@@ -187,7 +195,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def git_state() -> dict[str, str] | None:
-    """Commit and whether the checkout was changed; None outside a checkout or without git."""
+    """Return the commit and whether the checkout was changed; None outside a checkout or without git."""
     root = package_root("jobs").parent
     try:
         commit = subprocess.run(

@@ -8,16 +8,18 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
-from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.base.declared import setting
+from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.plan import Site
+from megatron_ext.parallel.settings import DTYPES
 from megatron_ext.preflight import preflight
 
 ADAPTERS = ("merged", "peft")
@@ -25,29 +27,25 @@ ADAPTERS = ("merged", "peft")
 
 @dataclass
 class Config:
-    model: str = field(default="", metadata={"input": True})  # model folder
-    dtype: str = ""  # of the files; "" keeps the folder's
-    adapter: str = "merged"  # of a model that has one: merged | peft
+    """The config of the phase export_hf."""
+
+    model: str = setting("", "model folder", needed=True, input=True)
+    dtype: str = setting("", 'type of the weights in the files; "" keeps that of the folder', choices=("", *DTYPES))
+    adapter: str = setting(
+        "merged", "how a model's adapter is written: into the weights, or alone in PEFT's format", choices=ADAPTERS
+    )
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
-    from megatron_ext.entrypoints.import_hf import DTYPES
-
-    problems = []
-    if not config.model:
-        problems.append(Problem("model", "is missing: a model folder"))
-    if config.dtype and config.dtype not in DTYPES:
-        problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
-    if config.adapter not in ADAPTERS:
-        problems.append(Problem("adapter", f"unknown value {config.adapter!r}{nearest(config.adapter, ADAPTERS)}"))
-    problems += _check_peft(config, *preflight.model_adapter(config.model, site or Site(ranks)))
+    """Return what can be refused before anything runs; `site` says what is known of folders that are yet to come."""
+    problems = _check_peft(config, *preflight.model_adapter(config.model, site or Site(ranks)))
     if ranks != 1:
         problems.append(Problem("", f"export_hf runs on 1 rank, not {ranks}"))
     return problems
 
 
 def _check_peft(config: Config, known: bool, lora: LoraConfig | None) -> list[Problem]:
-    """Whether PEFT can have the adapter of the model folder, where that is known."""
+    """Refuse an adapter that PEFT cannot have, where it is known."""
     if config.adapter != "peft" or not known:
         return []
     if lora is None:
@@ -56,13 +54,13 @@ def _check_peft(config: Config, known: bool, lora: LoraConfig | None) -> list[Pr
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: as `finish`."""
+    """Export the model in this process, and return the facts of `finish`."""
     share(config, out, progress)
     return finish(config, [out], out)
 
 
 def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
-    """Write every `count`-th file, for `finish`. Returns how many."""
+    """Write every `count`-th file, for `finish`. Return how many these are."""
     from megatron_ext.model_folders import model_folder
     from megatron_ext.weights import convert
 
@@ -77,13 +75,21 @@ def share(config: Config, out: Path, progress: Progress = silent, index: int = 0
     base = convert.base_ledger(folder.hf)
     rules = folder.family.mapping.rules(folder.dims, base["hf"])
     convert.export_share(
-        folder.weights, rules, base, out, config.dtype, index, count, progress, changes=merge.changes(folder)
+        folder.weights,
+        rules,
+        base,
+        out,
+        dtype=config.dtype,
+        index=index,
+        count=count,
+        progress=progress,
+        changes=merge.changes(folder),
     )
     return len(list(out.glob("*.safetensors")))
 
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """All shares as one folder. Facts: weights_digest of the model, bytes of each weight file, dtype,
+    """Join all shares to one folder. Return the facts: weights_digest of the model, bytes of each weight file, dtype,
     dtype_changes."""
     from megatron_ext.model_folders import merge, model_folder
     from megatron_ext.weights import convert

@@ -9,43 +9,44 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools.base import durable
-from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.base.declared import setting
+from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
+from megatron_ext.models.registry import MODEL_TYPES, Family, parse_config
+from megatron_ext.parallel.settings import DTYPES
 
 
 @dataclass
 class Config:
-    family: str = "qwen2"  # a model type of config.json: qwen2, qwen3, llama, gpt_oss, nemotron_h, nanochat
-    layers: int = 3
-    hidden: int = 96
-    heads: int = 4
-    kv_groups: int = 2
-    ffn: int = 256
-    tied: bool | None = None  # output layer shares the embedding; None: as the family has it
-    max_positions: int = 2048  # tokens
-    rope_base: float = 10000.0
-    norm_epsilon: float = 1e-6
-    dtype: str = "float32"
-    config: dict[str, Any] = field(default_factory=dict)  # further keys of config.json, or other values of them
-    seed: int = 0
-    alphabet_task: str = ""  # character tokenizer with the alphabet of this task …
-    tokenizer: str = field(default="", metadata={"input": True})  # … or the tokenizer files of this folder
+    """The config of the phase init_model."""
+
+    family: str = setting("qwen2", "model type of config.json", choices=tuple(MODEL_TYPES))
+    layers: int = setting(3, "layers", least=1)
+    hidden: int = setting(96, "width of a token between layers, a multiple of heads", least=1)
+    heads: int = setting(4, "heads of attention", least=1)
+    kv_groups: int = setting(2, "heads of keys and values, which the others share", least=1)
+    ffn: int = setting(256, "width within an MLP", least=1)
+    tied: bool | None = setting(None, "whether the output layer shares the embedding; null: as the family has it")
+    max_positions: int = setting(2048, "longest sequence", unit="tokens", least=1)
+    rope_base: float = setting(10000.0, "base of the rotary embedding", above=0)
+    norm_epsilon: float = setting(1e-6, "epsilon of the norms", least=0)
+    dtype: str = setting("float32", "type of the weights", choices=DTYPES)
+    config: dict[str, Any] = setting(dict, "further keys of config.json, or other values of them", free=True)
+    seed: int = setting(0, "draw of the weights", free=True)
+    alphabet_task: str = setting("", "task whose alphabet a character tokenizer gets", free=True)
+    tokenizer: str = setting("", "or a folder whose tokenizer files are taken", input=True)
 
 
 def check(config: Config, ranks: int) -> list[Problem]:
+    """Return what can be refused before anything runs."""
     from data_tools.tasks.task import load_row_task
-    from megatron_ext.models.registry import MODEL_TYPES
 
-    problems = []
-    if config.family not in MODEL_TYPES:
-        problems.append(Problem("family", f"{config.family!r} is not known" + nearest(config.family, MODEL_TYPES)))
-    else:
-        problems += _dims(config, vocabulary=1)[1]
+    problems = _dims(config, vocabulary=1)[1]
     if bool(config.alphabet_task) == bool(config.tokenizer):
         problems.append(Problem("tokenizer", "name exactly one of alphabet_task and tokenizer"))
     elif config.alphabet_task:
@@ -61,17 +62,9 @@ def check(config: Config, ranks: int) -> list[Problem]:
 def _dims(
     config: Config, vocabulary: int, eos: int | None = None, pad: int | None = None
 ) -> tuple[Any, list[Problem], Any]:
-    """(dimensions, problems, config.json) of the model; problems name fields of Config."""
-    from megatron_ext.models.registry import MODEL_TYPES, Family, parse_config
-
-    problems = []
-    for name in ("layers", "hidden", "heads", "kv_groups", "ffn", "max_positions"):
-        if getattr(config, name) < 1:
-            problems.append(Problem(name, f"{getattr(config, name)} is too few: the least is 1"))
-    if not problems and config.hidden % config.heads:
-        problems.append(Problem("heads", f"hidden {config.hidden} does not divide by {config.heads} heads"))
-    if problems:
-        return None, problems, None
+    """Return (dimensions, problems, config.json) of the model; problems name fields of Config."""
+    if config.hidden % config.heads:
+        return None, [Problem("heads", f"hidden {config.hidden} does not divide by {config.heads} heads")], None
     family = Family(MODEL_TYPES[config.family])
     file = family.config.small(config, vocabulary, eos, pad) | config.config
     _, dims, problems = parse_config(file, "config")
@@ -79,17 +72,16 @@ def _dims(
 
 
 def forecast(config: Config) -> dict[str, Any]:
-    """config.json of the checkpoint, known before it is made; the vocabulary is the tokenizer's and not yet known."""
+    """Return config.json of the checkpoint before it is made; the vocabulary is the tokenizer's and not yet known."""
     return {"hf_config": _dims(config, vocabulary=1)[2]}
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: parameters, vocabulary, sha256 of the weights."""
+    """Write the checkpoint into OUT. Return the facts: parameters, vocabulary, sha256 of the weights."""
     from data_tools.chats.char_tokenizer import write_char_tokenizer
     from data_tools.chats.tokenizer import load_tokenizer
     from data_tools.tasks.task import load_row_task
     from megatron_ext.model_folders.model_folder import copy_hf_files
-    from megatron_ext.models.registry import MODEL_TYPES, Family
 
     problems = check(config, 1)
     if problems:

@@ -5,10 +5,11 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.base.declared import setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.parallel.plan import Site
@@ -17,15 +18,16 @@ from megatron_ext.preflight import preflight
 
 @dataclass
 class Config:
-    model: str = field(default="", metadata={"input": True})  # model folder with an adapter
+    """The config of the phase merge_lora."""
+
+    model: str = setting("", "a model folder that sft or grpo made with lora", needed=True, input=True)
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
+    """Return what can be refused before anything runs; `site` says what is known of folders that are yet to come."""
     problems = []
     known, adapter = preflight.model_adapter(config.model, site or Site(ranks))
-    if not config.model:
-        problems.append(Problem("model", "is missing: a model folder that sft or grpo made with lora"))
-    elif known and adapter is None:
+    if known and adapter is None:
         problems.append(Problem("model", f"{config.model} has no adapter: it can be used as it is"))
     if ranks != 1:
         problems.append(Problem("", f"merge_lora runs on 1 rank, not {ranks}: as an array it shares the tensors"))
@@ -33,30 +35,31 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: as `finish`."""
+    """Merge the model in this process, and return the facts of `finish`."""
     share(config, out, progress)
     return finish(config, [out], out)
 
 
 def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
-    """Merge every `count`-th tensor, for `finish`. Returns how many."""
+    """Merge every `count`-th tensor, for `finish`. Return how many these are."""
     from megatron_ext.model_folders import merge
     from megatron_ext.model_folders.model_folder import open_folder
 
     problems = check(config, 1)
     if problems:
         raise UserMistake(problems)
-    return merge.share(open_folder(config.model), out, index, count, progress)
+    return merge.share(open_folder(config.model), out, index, count, progress=progress)
 
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """All shares as one model folder. Facts: weights_digest, base_digest, lora (its settings)."""
+    """Join all shares to one model folder. Return the facts: weights_digest, base_digest, lora (its settings)."""
     from megatron_ext.model_folders import merge
     from megatron_ext.model_folders.model_folder import open_folder
 
     folder = open_folder(config.model)
     digest = merge.finish(folder, parts, out)
-    return {"weights_digest": digest, "base_digest": folder.base_digest, "lora": asdict(folder.lora)}
+    lora = asdict(folder.lora) if folder.lora else {}
+    return {"weights_digest": digest, "base_digest": folder.base_digest, "lora": lora}
 
 
 if __name__ == "__main__":

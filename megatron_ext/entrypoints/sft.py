@@ -8,139 +8,117 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.base import durable
+from data_tools.base.declared import setting, with_default
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext.entrypoints import certify
 from megatron_ext.lora import settings as loras
-from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.parallel.plan import ParallelPlan, Site
+from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import preflight
 from megatron_ext.preflight.planner import Training, training_flops
-from megatron_ext.training import options, track, watch
+from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
 from megatron_ext.training.options import Balance, Engine
 from megatron_ext.training.schedule import Amount
-from megatron_ext.training.track import Track
-from megatron_ext.training.watch import Hang
+from megatron_ext.training.settings import TrainingSettings
 
-FREE = {"keyed": False}  # does not change the result
-INPUT = {"input": True}
+if TYPE_CHECKING:
+    from megatron_ext.model_folders.model_folder import ModelFolder
+    from megatron_ext.training import loop
+    from megatron_ext.training.trainer import Trainer
 
 
 @dataclass
-class Config:
-    model: str = field(default="", metadata=INPUT)  # model folder
-    store: str = field(default="", metadata=INPUT)  # token store
-    packs: str = field(default="", metadata=INPUT)  # pack plan of that store
-    blend_stores: list[str] = field(default_factory=list, metadata=INPUT)  # more of both, blended by weight
-    blend_packs: list[str] = field(default_factory=list, metadata=INPUT)
-    blend_weights: list[float] = field(default_factory=list)  # shares of packs: that of `packs`, then of each other
-    valid_stores: list[str] = field(default_factory=list, metadata=INPUT)  # validation sets
-    valid_packs: list[str] = field(default_factory=list, metadata=INPUT)
-    init_from: str = field(default="", metadata=INPUT)  # weights only: a model folder, a step, or a training's folder
-    init_step: int = 0  # a training's step; 0: what it sealed, else its newest
+class Config(TrainingSettings):
+    """Supervised fine-tuning on packs: the config of the phase sft."""
 
-    steps: int = 0  # updates; the first of the given limits ends it
-    samples: int = 0  # packs; what is less than an update is left out
-    tokens: int = 0  # padding counts
-    minutes: float = 0.0  # of training, all attempts together; it then ends early, and the schedule with it
-    global_batch: int = 2  # packs an update
-    seed: int = 0  # order of the packs, dropout
+    store: str = setting("", "token store", needed=True, input=True)
+    packs: str = setting("", "pack plan of that store", needed=True, input=True)
+    blend_stores: list[str] = setting(list, "further token stores, blended by weight", free=True, input=True)
+    blend_packs: list[str] = setting(list, "pack plans of the further stores", free=True, input=True)
+    blend_weights: list[float] = setting(
+        list, "shares of packs: that of `packs`, then that of each further plan", above=0
+    )
+    valid_stores: list[str] = setting(list, "token stores of the validation sets", free=True, input=True)
+    valid_packs: list[str] = setting(list, "pack plans of the validation sets", free=True, input=True)
+    init_from: str = setting(
+        "", "weights to begin with: a model folder, a step, or the folder of a training", free=True, input=True
+    )
+    init_step: int = setting(0, "step of the training in init_from; 0: what it sealed, else its newest", least=0)
 
-    schedule: str = "wsd"  # constant | linear | cosine | wsd
-    lr: float = 1e-3  # the highest rate
-    min_lr: float = 0.0  # the last rate of all but constant
-    warmup_steps: int = 0  # or samples, or tokens
-    warmup_samples: int = 0
-    warmup_tokens: int = 0
-    decay_share: float = 0.2  # of all steps, wsd only
+    steps: int = setting(0, "updates; the first limit that is reached ends the training; 0: no limit", least=0)
+    samples: int = setting(0, "packs; what is less than an update is left out; 0: no limit", unit="packs", least=0)
+    tokens: int = setting(0, "tokens, padding counts; 0: no limit", unit="tokens", least=0)
+    minutes: float = setting(
+        0.0, "time of training, all attempts together; it then ends early, and the schedule with it; 0: no limit",
+        unit="minutes", least=0,
+    )  # fmt: skip
+    global_batch: int = setting(2, "packs of an update", unit="packs", least=1)
+    seed: int = setting(0, "order of the packs, dropout", free=True)
 
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    clip_grad: float = 1.0  # gradient norm; 0 turns clipping off
-    dtype: str = ""  # float32 | bfloat16; "" keeps the model folder's
-    balance: Balance = field(default_factory=Balance)  # of experts
-    lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: off
+    schedule: str = with_default(TrainingSettings, "schedule", "wsd")
+    lr: float = with_default(TrainingSettings, "lr", 1e-3)
+    warmup_samples: int = setting(0, "the warm-up in packs, in place of warmup_steps", unit="packs", least=0)
+    warmup_tokens: int = setting(0, "the warm-up in tokens, in place of warmup_steps", unit="tokens", least=0)
+    balance: Balance = setting(Balance, "how the work of experts is balanced")
 
-    backend: str = field(default="torch", metadata=FREE)  # layer spec: torch | te
-    engine: Engine = field(default_factory=Engine, metadata=FREE)
-    log_every: int = field(default=10, metadata=FREE)  # steps
-    track: Track = field(default_factory=Track, metadata=FREE)
-    validate_every: int = field(default=0, metadata=FREE)  # steps; 0: only at the end
-    checkpoint_every: int = field(default=0, metadata=FREE)  # steps; 0: only at the end
-    keep_checkpoints: int = field(default=2, metadata=FREE)  # the newest
-    keep_every: int = field(default=0, metadata=FREE)  # steps; checkpoints of its multiples stay for good
-    save_in_background: bool = field(default=True, metadata=FREE)  # training goes on while a checkpoint is written
-    hang: Hang = field(default_factory=Hang, metadata=FREE)
-    distributed_timeout_minutes: int = field(default=30, metadata=FREE)  # one that waits longer for a peer is dead
-    parallel: ParallelPlan = field(default_factory=ParallelPlan, metadata=FREE)
-    certify: bool = field(default=False, metadata=FREE)  # first show that the layout equals one process
+    engine: Engine = setting(Engine, "how the training uses its GPUs", keyed=False)
+    log_every: int = setting(10, "steps between two lines of metrics", unit="steps", least=1, keyed=False)
+    validate_every: int = setting(
+        0, "steps between two validations; 0: only at the end", unit="steps", least=0, keyed=False
+    )
+    certify: bool = setting(False, "first show that the parallel layout computes what one process does", keyed=False)
 
 
 def _schedule(config: Config, pack_length: int | None) -> schedules.Schedule:
-    """In updates. What is given in tokens counts for nothing while the length of packs is not known."""
-    batch = max(config.global_batch, 1)
+    """Return the schedule in updates. What is given in tokens does not count while the length of packs is not known."""
+    batch = config.global_batch
     warmup = Amount(config.warmup_steps, config.warmup_samples, config.warmup_tokens).in_steps(batch, pack_length)
     return schedules.Schedule(
-        config.schedule,
-        schedules.updates(Amount(config.steps, config.samples, config.tokens), batch, pack_length),
-        config.lr,
-        config.min_lr,
-        warmup[0] if warmup else 0,
-        config.decay_share,
+        shape=config.schedule,
+        steps=schedules.updates(Amount(config.steps, config.samples, config.tokens), batch, pack_length),
+        peak=config.lr,
+        floor=config.min_lr,
+        warmup=warmup[0] if warmup else 0,
+        decay_share=config.decay_share,
     )
 
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
+    """Return what the training would carry, as far as it is known, and what is wrong with its model."""
     training, problems = preflight.prepare(
-        config.model, config.packs, max(config.global_batch, 1), config.dtype, config.backend, site
+        config.model,
+        config.packs,
+        global_batch=config.global_batch,
+        dtype=config.dtype,
+        backend=config.backend,
+        site=site,
     )
     return replace(training, offload=config.engine.offload_optimizer, lora=config.lora), problems
 
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
-    """What can be refused before anything runs; `site` says what is known of `ranks` ranks that are yet to come."""
+    """Return what can be refused before anything runs; `site` says what is known of `ranks` ranks yet to come."""
     site = site or Site(ranks)
-    training, found = _training(config, site)
-    problems = [Problem(name, "is missing") for name in ("model", "store", "packs") if not getattr(config, name)]
+    training, problems = _training(config, site)
     problems += _check_length(config, training.workload.pack_length)
-    for name in ("global_batch", "log_every", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            problems.append(Problem(name, f"{getattr(config, name)} is too few: the least is 1"))
-    for name in ("checkpoint_every", "validate_every"):
-        if getattr(config, name) < 0:
-            problems.append(Problem(name, f"{getattr(config, name)} is negative: 0 does it only at the end"))
-    if config.keep_every < 0:
-        problems.append(Problem("keep_every", f"{config.keep_every} is negative: 0 keeps none for good"))
-    if config.dtype not in ("", "float32", "bfloat16"):
-        problems.append(Problem("dtype", f"{config.dtype!r} is neither float32 nor bfloat16"))
-    if config.backend not in ("torch", "te"):
-        problems.append(Problem("backend", f"{config.backend!r} is neither torch nor te"))
     if training.shape is not None:
         problems += options.check_balance(config.balance, training.shape.experts > 0)
     problems += _check_data(config, site) + options.check(config.engine, config.backend, environment=site.environment)
-    problems += track.check(config.track) + watch.check(config.hang)
-    problems += options.check_timeout(config.distributed_timeout_minutes)
     problems += loras.check(config.lora, training.shape) + _check_base(config, site)
-    return problems + found + preflight.check(config.parallel, training, site)
+    return problems + preflight.check(config.parallel, training, site)
 
 
 def _check_length(config: Config, pack_length: int | None) -> list[Problem]:
-    """Of how long training and warm-up are, and the rate between."""
+    """Refuse lengths of training and warm-up that are not given, given twice, or do not go together."""
     problems = []
-    amounts = ("steps", "samples", "tokens", "minutes")
     warmups = ("warmup_steps", "warmup_samples", "warmup_tokens")
-    for name in (*amounts, *warmups, "init_step"):
-        if getattr(config, name) < 0:
-            problems.append(Problem(name, f"{getattr(config, name)} is negative"))
     if len([name for name in warmups if getattr(config, name)]) > 1:
         problems.append(Problem("warmup_steps", f"the warm-up is given more than once: one of {', '.join(warmups)}"))
     if not (config.steps or config.samples or config.tokens):
@@ -151,7 +129,7 @@ def _check_length(config: Config, pack_length: int | None) -> list[Problem]:
 
 
 def _check_data(config: Config, site: Site) -> list[Problem]:
-    """Of blends and validation sets: as many stores as plans, packs of one length."""
+    """Refuse blends and validation sets that have not as many stores as plans, or packs of different lengths."""
     problems = []
     for stores, packs in (("blend_stores", "blend_packs"), ("valid_stores", "valid_packs")):
         counts = len(getattr(config, stores)), len(getattr(config, packs))
@@ -160,13 +138,10 @@ def _check_data(config: Config, site: Site) -> list[Problem]:
     wanted = len(config.blend_packs) + 1 if config.blend_packs else 0
     if len(config.blend_weights) != wanted:
         problems.append(Problem("blend_weights", f"{len(config.blend_weights)} weights for {wanted} blended plans"))
-    if any(weight <= 0 for weight in config.blend_weights):
-        message = f"{config.blend_weights} are not all positive: leave out what has none"
-        problems.append(Problem("blend_weights", message))
     lengths = {
         name: length
         for name in (config.packs, *config.blend_packs)
-        if name and (length := preflight.pack_facts(name, site).get("pack_length"))
+        if (length := preflight.pack_facts(name, site).get("pack_length"))
     }
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
@@ -175,7 +150,7 @@ def _check_data(config: Config, site: Site) -> list[Problem]:
 
 
 def _check_base(config: Config, site: Site) -> list[Problem]:
-    """Of the model that adapters are for: with its own weights, and no adapter of another kind."""
+    """Refuse other weights for a model that gets adapters, and a folder whose adapter is of another kind."""
     problems = []
     if config.lora.rank and config.init_from:
         problems.append(Problem("init_from", "with LoRA the weights stay those of `model`: name that folder there"))
@@ -184,22 +159,22 @@ def _check_base(config: Config, site: Site) -> list[Problem]:
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """What the parallel plan costs, its rank grid, and others: see preflight.report."""
+    """Return what the parallel plan costs, its rank grid, and others: see preflight.report."""
     return preflight.report(config.parallel, _training(config, site)[0], site, searching)
 
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
-    """What the model folder of a run will hold, known before it ran."""
+    """Return what the model folder of a run will hold, known before it ran."""
     return preflight.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
     """Train to the last step, resuming from KEEP/checkpoints; then make `out` a model folder.
 
-    Raises Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
-    Facts: step, loss_first, loss_last, valid_losses, weights_digest, tokens, supervised_tokens, resumed_from, notes;
-    with LoRA lora (lora/settings.py, reach); with `certify` also certificate (entrypoints/certify.py), which is kept in
-    KEEP/certificates.
+    Raise Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
+    Return the facts: step, loss_first, loss_last, valid_losses, weights_digest, tokens, supervised_tokens,
+    resumed_from, notes; with LoRA lora (lora/settings.py, reach); with `certify` also certificate
+    (entrypoints/certify.py), which is kept in KEEP/certificates.
     """
     from data_tools.packs.blended import read_packs
     from megatron_ext.model_folders import model_folder
@@ -215,60 +190,33 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     weights, digest = None, folder.weights_digest
     if config.init_from:
         weights, digest = model_folder.weights_at(config.init_from, config.init_step)
+    identity = _identity(config, digest)
     certified = {}
     if config.certify and ranks.rank_of_environment() == 0:  # the others wait for it where they join
-        asked = certify.Config(config.model, world, config.parallel)
+        asked = certify.Config(model=config.model, ranks=world, parallel=config.parallel)
         certified = {"certificate": certify.certificate(asked, keep / "certificates")}
-    training = _training(config, Site(world))[0]
-    experts = training.shape is not None and training.shape.experts > 0
-    fields_of_model = options.transformer_fields(config.engine, config.balance, experts)
+
     patience = timedelta(minutes=config.distributed_timeout_minutes)
-
     with ranks.started(config.parallel, config.seed, patience, config.engine.te_rng):
-        from megatron_ext.training import (
-            loop,
-            metrics,  # megatron-core may be imported once the device is ready
-        )
-        from megatron_ext.training.trainer import AdamW, Trainer
-
-        stages = model_folder.load_trainable(
-            folder, config.parallel, config.lora, config.seed, config.dtype, config.backend, fields_of_model, weights
-        )
-        trainer = Trainer(
-            stages,
-            config.parallel,
-            AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
-            config.engine,
-        )
-        identity = _identity(config, digest)
+        # megatron-core may be imported once the device is ready
+        from megatron_ext.training import loop, metrics
 
         def sinks(resumed_from: int) -> list[Any]:
             run_id = durable.sha256_bytes(str(keep.resolve()))[:16]  # the same for all attempts at this training
-            return metrics.sinks(config.track, keep, resumed_from, run_id, identity)
+            return metrics.sinks(config.track, keep, resumed_from, run_id=run_id, config=identity)
 
+        training = _training(config, Site(world))[0]
+        trainer = _trainer(config, folder, training, weights)
         outcome = loop.train_on_packs(
             trainer,
             packs,
-            loop.Run(
-                _schedule(config, packs.pack_length),
-                config.global_batch,
-                config.seed,
-                config.log_every,
-                config.checkpoint_every,
-                config.keep_checkpoints,
-                config.keep_every,
-                config.save_in_background,
-                config.validate_every,
-                config.minutes,
-                training_flops(training) if training.shape is not None else 0.0,
-                config.hang,
-            ),
-            keep,
-            identity,
-            progress,
-            stop,
-            validation,
-            sinks,
+            _loop_run(config, training, packs.pack_length),
+            keep=keep,
+            identity=identity,
+            progress=progress,
+            stop=stop,
+            validation=validation,
+            sinks=sinks,
         )
         digest = model_folder.write(out, trainer.model, folder, step=folder.step + outcome.step)
     return {
@@ -287,16 +235,63 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     }
 
 
+def _trainer(config: Config, folder: "ModelFolder", training: Training, weights: Path | None) -> "Trainer":
+    """Return the model of the folder with its optimizer. `weights`: those to begin with, None for the folder's own."""
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.training.trainer import AdamW, Trainer
+
+    experts = training.shape is not None and training.shape.experts > 0
+    stages = model_folder.load_trainable(
+        folder,
+        config.parallel,
+        config.lora,
+        config.seed,
+        dtype=config.dtype,
+        backend=config.backend,
+        options=options.transformer_fields(config.engine, config.balance, experts),
+        weights=weights,
+    )
+    settings = AdamW(
+        beta1=config.beta1,
+        beta2=config.beta2,
+        epsilon=config.epsilon,
+        weight_decay=config.weight_decay,
+        clip=config.clip_grad,
+    )
+    return Trainer(stages, config.parallel, settings, config.engine)
+
+
+def _loop_run(config: Config, training: Training, pack_length: int) -> "loop.Run":
+    from megatron_ext.training import loop
+
+    return loop.Run(
+        schedule=_schedule(config, pack_length),
+        global_batch=config.global_batch,
+        seed=config.seed,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        keep_every=config.keep_every,
+        save_in_background=config.save_in_background,
+        validate_every=config.validate_every,
+        minutes=config.minutes,
+        pack_flops=training_flops(training) if training.shape is not None else 0.0,
+        hang=config.hang,
+    )
+
+
 NOT_IDENTITY = ("model", "init_from", "init_step", "minutes", "store", "packs", "blend_stores", "blend_packs",
                 "valid_stores", "valid_packs")  # fmt: skip
 
 
 def _identity(config: Config, weights_digest: str) -> dict[str, Any]:
-    """What a checkpoint must share with a run that resumes it: all that changes the result. The weights it begins with
-    and its packs by digest; where they lie does not matter, nor what it is measured by or when it has to end."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("keyed", True)}
-    plain = {name: value for name, value in kept.items() if name not in NOT_IDENTITY}
-    return {**plain, "balance": asdict(config.balance), "lora": asdict(config.lora), "model": weights_digest}
+    """Return what a checkpoint must share with a run that resumes it: all that changes the result.
+
+    The weights it begins with and its packs go by digest; where they lie does not matter, nor what it is measured by or
+    when it has to end.
+    """
+    plain = {name: value for name, value in options.keyed(config).items() if name not in NOT_IDENTITY}
+    return {**plain, "model": weights_digest}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_tools.base.declared import setting
 from data_tools.mistake import Problem
 from megatron_ext.parallel.shape import ModelShape
 
@@ -27,17 +28,23 @@ class ParallelPlan:
     Data parallelism is what is left: ranks / (tensor * pipeline * context).
     """
 
-    tensor: int = 1  # attention heads and MLP columns over ranks (TP)
-    sequence_parallel: bool = False  # norms and residuals sharded over the tensor axis, by tokens (SP)
-    pipeline: int = 1  # layers over ranks (PP)
-    virtual: int = 1  # stages a pipeline rank, interleaved (VPP)
-    pipeline_layers: list[int] = field(default_factory=list)  # layers of each stage in model order; []: even
-    context: int = 1  # one sequence over ranks (CP)
-    context_comm: str = "all_gather"  # how attention meets the other ranks' keys: p2p (te only) | all_gather | a2a
-    expert: int = 1  # experts over ranks (EP)
-    expert_tensor: int = 1  # an expert's columns over ranks (ETP)
-    micro_batch: int = 1  # packs joined into one forward pass
-    recompute: str = "none"  # activations made again in backward: none | selective (MLP and MoE blocks) | full
+    tensor: int = setting(1, "attention heads and MLP columns over so many ranks (TP)", unit="ranks", least=1)
+    sequence_parallel: bool = setting(False, "norms and residuals sharded over the tensor axis, by tokens (SP)")
+    pipeline: int = setting(1, "layers over so many ranks (PP)", unit="ranks", least=1)
+    virtual: int = setting(1, "interleaved stages of a pipeline rank (VPP)", unit="stages", least=1)
+    pipeline_layers: list[int] = setting(
+        list, "layers of each stage in model order; []: equally many", unit="layers", least=1
+    )
+    context: int = setting(1, "one sequence over so many ranks (CP)", unit="ranks", least=1)
+    context_comm: str = setting(
+        "all_gather", "how attention meets the other ranks' keys; p2p with backend te only", choices=CONTEXT_COMMS
+    )
+    expert: int = setting(1, "experts over so many ranks (EP)", unit="ranks", least=1)
+    expert_tensor: int = setting(1, "an expert's columns over so many ranks (ETP)", unit="ranks", least=1)
+    micro_batch: int = setting(1, "packs joined into one forward pass", unit="packs", least=1)
+    recompute: str = setting(
+        "none", "activations made again in backward; selective: of MLP and MoE blocks", choices=RECOMPUTES
+    )
 
     @property
     def model(self) -> int:

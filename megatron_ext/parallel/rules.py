@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from data_tools.base import declared
 from data_tools.mistake import Problem
-from megatron_ext.parallel.plan import CONTEXT_COMMS, DEGREES, RECOMPUTES, ParallelPlan, Workload, divisors
+from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
 from megatron_ext.parallel.shape import MAMBA, MLP, MOE, WINDOW
 
 
@@ -103,8 +104,6 @@ def all_to_all_splits_heads(p: ParallelPlan, w: Workload) -> str:
 
 @rule("context_comm", "context")
 def context_communication_is_known_to_the_backend(p: ParallelPlan, w: Workload) -> str:
-    if p.context_comm not in CONTEXT_COMMS:
-        return f"{p.context_comm!r} is none of {', '.join(CONTEXT_COMMS)}"
     ring = p.context > 1 and p.context_comm == "p2p" and w.backend == "torch"
     return "p2p is Transformer Engine's ring; backend torch has all_gather and a2a" if ring else ""
 
@@ -225,8 +224,6 @@ def listed_stages_hold_all_layers(p: ParallelPlan, w: Workload) -> str:
         return ""
     if len(listed) != p.stages:
         return f"{listed} are {len(listed)} stages, pipeline {p.pipeline} x virtual {p.virtual} = {p.stages}"
-    if min(listed) < 1:
-        return f"{listed} has a stage without a layer"
     if w.shape and sum(listed) != len(w.shape.layers):
         return f"{listed} are {sum(listed)} layers, the model has {len(w.shape.layers)}"
     return ""
@@ -268,11 +265,6 @@ def interleaving_takes_whole_rounds(p: ParallelPlan, w: Workload) -> str:
     count = w.global_batch // (p.data(w.ranks) * p.micro_batch)
     uneven = count % p.pipeline
     return f"{count} micro-batches do not divide by pipeline {p.pipeline}, as interleaving needs" if uneven else ""
-
-
-@rule("recompute")
-def recompute_is_known(p: ParallelPlan, w: Workload) -> str:
-    return "" if p.recompute in RECOMPUTES else f"{p.recompute!r} is none of {', '.join(RECOMPUTES)}"
 
 
 # ---------------------------------------------------------------- the nearest legal value
@@ -371,13 +363,8 @@ def spell(name: str, value: Any) -> str:
 
 def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
     """All rules that `plan` breaks, each with the numbers and the nearest legal value."""
-    small = [
-        Problem(f"{where}.{name}", f"{getattr(plan, name)} is not a degree: the least is 1")
-        for name in DEGREES
-        if getattr(plan, name) < 1
-    ]
-    if small:
-        return small
+    if problems := declared.check(plan, where):
+        return problems
     own = {one.name for one in fields(plan)}
     problems = []
     for one, message in broken_rules(plan, workload):

@@ -1,11 +1,14 @@
-"""What the policy loss and the advantages are made of. No torch: plans and checks read it too.
+"""What a GRPO and a generation are told, and what policy loss and advantages are made of.
 
-Formulas and who else has them: reference/rl.md 2, tests/megatron_ext/rl.
+No torch: plans and checks read it too. The formulas stand in rl/losses.py and rl/advantages.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from data_tools.mistake import Problem, nearest
+from data_tools.base.declared import setting
+from data_tools.mistake import Problem
+from megatron_ext.rollout.settings import RolloutSettings, Sampling
+from megatron_ext.training.settings import TrainingSettings
 
 POLICIES = ("clip", "cispo")
 LEVELS = ("token", "sequence")
@@ -28,9 +31,9 @@ class Correction:
     other settings of the engine, or a restart, change the result within that rounding.
     """
 
-    mode: str = "off"
-    low: float = 0.0
-    high: float = 2.0
+    mode: str = setting("off", "whether ratios are truncated or masked, by token or by sequence", choices=CORRECTIONS)
+    low: float = setting(0.0, "a mask's ratios are 0 below this", least=0)
+    high: float = setting(2.0, "ratios count up to this", above=0)
 
 
 @dataclass
@@ -38,37 +41,55 @@ class Loss:
     """The seeds' names: dapo is token, grpo is sequence, dr_grpo is constant; GSPO is level sequence with aggregation
     sequence; CISPO is policy cispo with aggregation token."""
 
-    policy: str = "clip"  # clip | cispo
-    level: str = "token"  # token | sequence: whose probability ratio
-    aggregation: str = "token"  # token | sequence | constant: the mean is over
-    clip_low: float = 0.2  # the ratio counts from 1 - clip_low
-    clip_high: float = 0.28  # to 1 + clip_high; cispo: up to 1 + clip_high, from below freely
-    dual_clip: float = 0.0  # for a negative advantage the ratio counts up to this at most; 0: no limit
-    kl: str = "k3"  # k2 | k3: against the reference; k3 is weighted with the ratio, which makes its gradient exact
-    kl_beta: float = 0.0  # 0: off, and no reference is needed
-    entropy: float = 0.0  # the mean entropy of the policy, times this, is subtracted
-    correction: Correction = field(default_factory=Correction)
+    policy: str = setting("clip", "what the clipped ratio does: clip (PPO) or cispo", choices=POLICIES)
+    level: str = setting("token", "whose probability ratio is taken", choices=LEVELS)
+    aggregation: str = setting("token", "what the mean of the loss is over", choices=AGGREGATIONS)
+    clip_low: float = setting(0.2, "the ratio counts from 1 - clip_low; cispo: from 0", least=0, most=1)
+    clip_high: float = setting(0.28, "the ratio counts up to 1 + clip_high", least=0)
+    dual_clip: float = setting(
+        0.0, "for a negative advantage the ratio counts up to this, above 1 + clip_high; 0: no limit", least=0
+    )
+    kl: str = setting(
+        "k3", "estimator of the KL from the reference; k3 is weighted with the ratio, for an exact gradient", choices=KL
+    )
+    kl_beta: float = setting(0.0, "weight of the KL term; 0: off, and no reference is needed", least=0)
+    entropy: float = setting(0.0, "the mean entropy of the policy, times this, is subtracted; 0: off", least=0)
+    correction: Correction = setting(
+        Correction, "weight of a token by how much likelier it became since it was sampled"
+    )
 
 
 @dataclass
 class Advantage:
-    baseline: str = "mean"  # mean | leave_one_out, of the other samples of the prompt
-    scale: str = "group"  # none | group | batch: whose standard deviation the advantage is divided by
-    epsilon: float = 1e-4  # added to it
-    drop_equal_groups: bool = True  # a prompt whose samples all got the same reward teaches nothing
+    """How a sample's reward is compared with those of other samples."""
+
+    baseline: str = setting(
+        "mean",
+        "what is subtracted from a reward: the mean of its prompt's samples, or of the others",
+        choices=BASELINES,
+    )
+    scale: str = setting("group", "whose standard deviation the advantage is divided by", choices=SCALES)
+    epsilon: float = setting(1e-4, "added to that standard deviation", least=0)
+    drop_equal_groups: bool = setting(
+        True, "prompts whose samples all got the same reward are left out: they teach nothing"
+    )
 
 
 @dataclass
 class Rewarding:
     """Which samples count, and what their length adds. A masked sample is not trained and counts in no mean."""
 
-    mask_truncated: bool = True  # one that ended because it was too long
-    overlong_tokens: int = 0  # the last so many that are allowed cost up to 1 (DAPO's overlong shaping); 0: off
+    mask_truncated: bool = setting(True, "samples that ended because they were too long are masked")
+    overlong_tokens: int = setting(
+        0, "the last so many tokens that are allowed cost up to 1 (DAPO's overlong shaping); 0: off",
+        unit="tokens", least=0,
+    )  # fmt: skip
 
 
 def check_rewarding(rewarding: Rewarding, max_tokens: int, where: str = "rewarding") -> list[Problem]:
+    """Refuse overlong shaping over more tokens than a sample may have."""
     tokens = rewarding.overlong_tokens
-    if 0 <= tokens <= max_tokens:
+    if tokens <= max_tokens:
         return []
     return [Problem(f"{where}.overlong_tokens", f"{tokens} is not between 0 and sampling.max_tokens = {max_tokens}")]
 
@@ -77,62 +98,87 @@ def check_rewarding(rewarding: Rewarding, max_tokens: int, where: str = "rewardi
 class Evaluation:
     """In the loop, of the weights in training, on prompts that are not trained."""
 
-    every: int = 0  # steps, and after the last; 0: never
-    prompts: int = 32  # the first so many
-    samples: int = 0  # of each, at `temperature`, for the mean accuracy, pass@k and maj@k; 0: greedy alone
-    temperature: float = 1.0
-
-
-def check_evaluation(evaluation: Evaluation, where: str = "evaluation") -> list[Problem]:
-    problems = []
-    for name in ("every", "samples"):
-        if getattr(evaluation, name) < 0:
-            problems.append(Problem(f"{where}.{name}", f"{getattr(evaluation, name)} is negative; 0 turns it off"))
-    if evaluation.prompts < 1:
-        problems.append(Problem(f"{where}.prompts", f"{evaluation.prompts} is too few: the least is 1"))
-    if not evaluation.temperature > 0:
-        problems.append(Problem(f"{where}.temperature", f"{evaluation.temperature} is not above 0: 1 is usual"))
-    return problems
+    every: int = setting(0, "steps between two evaluations, and one after the last; 0: never", unit="steps", least=0)
+    prompts: int = setting(32, "how many prompts, the first ones", least=1)
+    samples: int = setting(
+        0, "samples of each prompt, for the mean accuracy, pass@k and maj@k; 0: greedy alone", least=0
+    )
+    temperature: float = setting(1.0, "temperature of these samples", above=0)
 
 
 def check_loss(loss: Loss, where: str = "loss") -> list[Problem]:
-    problems = _check_choices(
-        where,
-        ("policy", loss.policy, POLICIES),
-        ("level", loss.level, LEVELS),
-        ("aggregation", loss.aggregation, AGGREGATIONS),
-        ("kl", loss.kl, KL),
-        ("correction.mode", loss.correction.mode, CORRECTIONS),
-    )
-    if not 0 <= loss.clip_low <= 1:
-        problems.append(Problem(f"{where}.clip_low", f"{loss.clip_low} is not between 0 and 1: 0.2 is usual"))
-    if loss.clip_high < 0:
-        problems.append(Problem(f"{where}.clip_high", f"{loss.clip_high} is negative: 0.2 to 0.28 is usual"))
+    """Refuse limits of the ratio that leave nothing between them."""
+    problems = []
     if loss.dual_clip and loss.dual_clip <= 1 + loss.clip_high:
         message = f"{loss.dual_clip} is not above 1 + clip_high = {1 + loss.clip_high:g}: 3 is usual"
         problems.append(Problem(f"{where}.dual_clip", message))
-    for name in ("kl_beta", "entropy"):
-        if getattr(loss, name) < 0:
-            problems.append(Problem(f"{where}.{name}", f"{getattr(loss, name)} is negative; 0 turns it off"))
-    if not 0 <= loss.correction.low < loss.correction.high:
+    if not loss.correction.low < loss.correction.high:
         range_ = f"{loss.correction.low} to {loss.correction.high}"
         problems.append(Problem(f"{where}.correction.low", f"{range_} is no range of ratios: 0 <= low < high"))
     return problems
 
 
-def check_advantage(advantage: Advantage, group: int, where: str = "advantage") -> list[Problem]:
-    """`group` is the number of samples a prompt."""
-    problems = _check_choices(where, ("baseline", advantage.baseline, BASELINES), ("scale", advantage.scale, SCALES))
-    if not advantage.epsilon >= 0:
-        problems.append(Problem(f"{where}.epsilon", f"{advantage.epsilon} is negative: 1e-4 is usual"))
-    if group < 2:
-        problems.append(Problem("group", f"{group} samples a prompt have nothing to be compared with: the least is 2"))
+@dataclass
+class GenerateSettings(RolloutSettings):
+    """Sampling on the prompts of tasks: the config of the phase generate."""
+
+    samples: int = setting(8, "samples of each prompt", least=1)
+    sampling: Sampling = setting(Sampling, "how tokens are chosen")
+    seed: int = setting(0, "noise of the samples", free=True)
+    chunk: int = setting(1024, "prompts whose samples become a file at a time", unit="prompts", least=1, keyed=False)
+    record_s: float = setting(5.0, "sampling that a kill may cost", unit="s", above=0, keyed=False)
+
+
+@dataclass
+class GrpoSettings(TrainingSettings, RolloutSettings):
+    """In-place GRPO on tasks: the config of the phase grpo."""
+
+    reference: str = setting("", 'model folder of the KL term; "": the model itself', free=True, input=True)
+    evaluation: Evaluation = setting(Evaluation, "evaluation in the loop, of the weights in training")
+
+    steps: int = setting(100, "how often prompts are drawn, sampled and trained on", unit="steps", least=1)
+    prompts: int = setting(64, "prompts of a step", unit="prompts", least=1)
+    group: int = setting(8, "samples of a prompt, which are compared with one another", unit="samples", least=2)
+    passes: int = setting(1, "passes over the rollouts of a step", least=1)
+    minibatches: int = setting(1, "updates of a pass", least=1)
+    refill_tries: int = setting(0, "times a step, at most, that prompts are drawn in place of those dropped", least=0)
+    seed: int = setting(0, "order of the prompts, noise of the samples", free=True)
+    sampling: Sampling = setting(Sampling, "how tokens are chosen")
+    rewarding: Rewarding = setting(Rewarding, "which samples count, and what their length costs")
+    advantage: Advantage = setting(Advantage, "how rewards become advantages")
+    loss: Loss = setting(Loss, "the policy loss")
+    # Only several updates of a step need log-probs of its beginning. The result of `rollout` depends on the rounding of
+    # the engine.
+    old_logprobs: str = setting(
+        "auto", "log-probs at the beginning of a step: of one more forward pass (auto, recompute), or those recorded "
+        "while sampling (rollout) as long as their KL from training's is within mismatch_limit",
+        choices=OLD_LOGPROBS,
+    )  # fmt: skip
+    mismatch_limit: float = setting(
+        1e-3, "largest KL of recorded log-probs, measured in the step before, for old_logprobs: rollout",
+        unit="nats a token", least=0,
+    )  # fmt: skip
+
+    row_tokens: int = setting(
+        16384, "length of a packed row that is trained; a longer sample is one", unit="tokens", least=1, keyed=False
+    )
+    offload: bool = setting(False, "optimizer and gradients leave the GPU during rollouts", keyed=False)
+    record_s: float = setting(5.0, "sampling that a kill may cost", unit="s", least=0, keyed=False)
+    log_samples: bool = setting(True, "every sample is logged with its text, in KEEP/samples", keyed=False)
+
+
+def check_comparable(config: GrpoSettings) -> list[Problem]:
+    """Refuse a sampling whose samples are all alike, or whose log-probs are not known where the loss needs them."""
+    sampling, correction = config.sampling, config.loss.correction.mode
+    if sampling.is_greedy:
+        return [Problem("sampling.temperature", "0 gives a prompt's samples all alike: 1 is usual")]
+    if sampling.is_comparable:
+        return []
+    remedy = "use temperature 1, or turn top_k, top_p and min_p off"
+    what = f"log-probs of filtered samples at temperature {sampling.temperature:g} are not recorded, and"
+    problems = []
+    if correction != "off":
+        problems.append(Problem("loss.correction.mode", f"{what} {correction} needs them: {remedy}"))
+    if config.old_logprobs == "rollout":
+        problems.append(Problem("old_logprobs", f"{what} rollout takes them: {remedy}"))
     return problems
-
-
-def _check_choices(where: str, *choices: tuple[str, str, tuple[str, ...]]) -> list[Problem]:
-    return [
-        Problem(f"{where}.{key}", f"unknown value {value!r}{nearest(value, valid)}")
-        for key, value, valid in choices
-        if value not in valid
-    ]

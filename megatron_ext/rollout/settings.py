@@ -1,22 +1,33 @@
 """What a rollout is asked for, and what the engine may use. No torch: plans and checks read it too."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+from data_tools.base.declared import setting
+from data_tools.chats.tokenizer import NEVER
 from data_tools.mistake import Problem
+from data_tools.tasks.mix import MixConfig
+from megatron_ext.parallel.settings import ModelSettings
 
 
 @dataclass
 class Sampling:
     """How the next token is chosen. Filters come after the temperature: top_k, top_p of what is left, then min_p."""
 
-    temperature: float = 1.0  # 0: the likeliest token
-    top_k: int = 0  # the likeliest so many; 0: all
-    top_p: float = 1.0  # the likeliest that together have this probability; 1: all
-    min_p: float = 0.0  # those at least this likely, as a share of the likeliest; 0: all
-    max_tokens: int = 256  # new ones, at most
-    stop_strings: list[str] = field(default_factory=list)  # a completion ends where one of them is complete
-    max_turns: int = 0  # in tasks that reply: the model's, at most; 0: as many as max_tokens leaves room for
+    temperature: float = setting(1.0, "logits are divided by it; 0 takes the likeliest token", least=0)
+    top_k: int = setting(0, "only the likeliest so many tokens are drawn; 0: all", unit="tokens", least=0)
+    top_p: float = setting(
+        1.0, "only the likeliest tokens are drawn that together have this probability; 1: all", above=0, most=1
+    )
+    min_p: float = setting(
+        0.0, "only tokens at least this likely are drawn, as a share of the likeliest; 0: all", least=0, below=1
+    )
+    max_tokens: int = setting(256, "new tokens of a completion, at most", unit="tokens", least=1)
+    stop_strings: list[str] = setting(list, "a completion ends where one of these texts is complete", free=True)
+    max_turns: int = setting(
+        0, "turns of the model, at most, in tasks that reply; 0: as many as max_tokens leaves room for",
+        unit="turns", least=0,
+    )  # fmt: skip
 
     @property
     def is_greedy(self) -> bool:
@@ -26,49 +37,58 @@ class Sampling:
     def is_filtered(self) -> bool:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether log-probs are known without the filters: they are recorded at temperature 1."""
+        return not self.is_filtered or self.temperature == 1
+
 
 @dataclass
 class EngineConfig:
-    kv_gib: float = 1.0  # GiB of keys and values a rank holds while it generates
-    block_size: int = 32  # tokens of a block; GPU kernels with block tables want 256
-    max_batch: int = 32  # samples that are decoded together
-    token_budget: int = 2048  # tokens of one forward pass: one a sample in decoding, the rest for prompts
-    cuda_graphs: bool = False  # decoding by recorded passes: models of attention without experts, no pipeline
+    """What the rollout engine of a rank may use."""
+
+    kv_gib: float = setting(1.0, "keys and values that a rank holds while it generates", unit="GiB", above=0)
+    block_size: int = setting(
+        32, "size of a block of keys and values; GPU kernels with block tables want 256", unit="tokens", least=1
+    )
+    max_batch: int = setting(32, "samples that are decoded together", unit="samples", least=1)
+    token_budget: int = setting(
+        2048, "tokens of one forward pass: one a sample in decoding, the rest for prompts", unit="tokens", least=1
+    )
+    cuda_graphs: bool = setting(False, "decoding by recorded passes: models of attention without experts, no pipeline")
 
 
-def check_sampling(sampling: Sampling, where: str = "sampling") -> list[Problem]:
+@dataclass
+class RolloutSettings(ModelSettings):
+    """What a phase that samples from a model is told: prompts and how they are spelled, the engine, the verifiers."""
+
+    mix: MixConfig = setting(MixConfig, "the tasks whose prompts are asked, and how they are rewarded")
+    chat_arguments: dict[str, Any] = setting(
+        dict, "variables of the chat template, where prompts are messages", free=True
+    )
+    bos: str = setting(
+        "", 'the token that opens a text prompt: "" as the tokenizer adds it, or never', choices=("", NEVER),
+        keyed="if_set",
+    )  # fmt: skip
+    verify_limit_s: float = setting(
+        10.0, "time that a verifier has for a sample, which then counts as not scorable", unit="s", above=0
+    )
+    verifiers: int = setting(2, "processes of a replica that score", unit="processes", least=1, keyed=False)
+    engine: EngineConfig = setting(EngineConfig, "what the rollout engine of a rank may use", keyed=False)
+
+
+def check_rollouts(config: RolloutSettings, sampling: Sampling) -> list[Problem]:
+    """Refuse settings of the rollouts that do not go together."""
     problems = []
-
-    def refuse(field_: str, message: str) -> None:
-        problems.append(Problem(f"{where}.{field_}", message))
-
-    if not sampling.temperature >= 0:
-        refuse("temperature", f"{sampling.temperature} is negative; 0 takes the likeliest token, 1 samples the model")
-    if sampling.top_k < 0:
-        refuse("top_k", f"{sampling.top_k} is negative; 0 turns it off")
-    if not 0 < sampling.top_p <= 1:
-        refuse("top_p", f"{sampling.top_p} is no probability above 0; 1 turns it off")
-    if not 0 <= sampling.min_p < 1:
-        refuse("min_p", f"{sampling.min_p} is not in [0, 1); 0 turns it off")
-    if sampling.max_tokens < 1:
-        refuse("max_tokens", f"{sampling.max_tokens} is too few: the least is 1")
-    if sampling.max_turns < 0:
-        refuse("max_turns", f"{sampling.max_turns} is negative; 0 sets no limit but max_tokens")
-    if any(not text for text in sampling.stop_strings):
-        refuse("stop_strings", "one of them is empty: every completion would end at once")
-    return problems
-
-
-def check_engine(config: EngineConfig, where: str = "engine") -> list[Problem]:
-    problems = []
-    for name in ("block_size", "max_batch", "token_budget"):
-        if getattr(config, name) < 1:
-            problems.append(Problem(f"{where}.{name}", f"{getattr(config, name)} is too few: the least is 1"))
-    if config.token_budget < config.max_batch:
-        message = f"{config.token_budget} tokens a pass do not hold one of each of {config.max_batch} samples"
-        problems.append(Problem(f"{where}.token_budget", f"{message}; give at least max_batch"))
-    if not 0 < config.kv_gib < math.inf:
-        problems.append(Problem(f"{where}.kv_gib", f"{config.kv_gib} GiB hold no keys and values: give more than 0"))
+    if "" in sampling.stop_strings:
+        message = "one of them is empty: every completion would end at once"
+        problems.append(Problem("sampling.stop_strings", message))
+    if config.engine.token_budget < config.engine.max_batch:
+        batch = config.engine.max_batch
+        message = f"{config.engine.token_budget} tokens a pass do not hold one of each of {batch} samples"
+        problems.append(Problem("engine.token_budget", f"{message}; give at least max_batch"))
+    if config.parallel.virtual > 1:
+        problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     return problems
 
 

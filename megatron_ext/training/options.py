@@ -2,10 +2,11 @@
 megatron-core 0.16.1 gives them. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
-from data_tools.mistake import Problem, nearest
+from data_tools.base.declared import setting
+from data_tools.mistake import Problem
 
 ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused")  # enums.AttnBackend; its `local` is backend torch
 CUDA_GRAPHS = ("none", "local", "transformer_engine")  # TransformerConfig.cuda_graph_impl
@@ -14,54 +15,61 @@ BALANCINGS = ("aux_loss", "seq_aux_loss", "global_aux_loss")  # TransformerConfi
 
 
 def keyed(config: Any) -> dict[str, Any]:
-    """Return the fields of a config that change the result, as the key of its phase has them (jobs/kind.py)."""
-    found = {}
-    for one in fields(config):
-        counts, value = one.metadata.get("keyed", True), getattr(config, one.name)
+    """Return the fields of a config that change the result (jobs/kind.py), as plain data, for a training's identity."""
+    plain = {}
+    for field in fields(config):
+        counts, value = field.metadata.get("keyed", True), getattr(config, field.name)
         if counts is True or counts == "if_set" and value:
-            found[one.name] = value
-    return found
+            plain[field.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return plain
 
 
 @dataclass
 class Engine:
     """None of it changes what is computed, but for the order of sums. What needs a GPU was never run on one."""
 
-    attention: str = "auto"  # backend te: auto | flash | fused | unfused
-    cuda_graphs: str = "none"  # backend te: none | local | transformer_engine
-    graph_scope: list[str] = field(default_factory=list)  # what a graph captures; []: whole layers
-    te_rng: bool = False  # Transformer Engine's random-number tracker, which CUDA graphs need
-    overlap_grad_reduce: bool = False  # gradients are summed over data ranks while backward goes on
-    overlap_param_gather: bool = False  # weights are gathered while forward goes on; needs overlap_grad_reduce
-    offload_optimizer: float = 0.0  # share of the optimizer's state and update that lives in host memory
-    overlap_offload: bool = False  # its copies to and fro while others compute
+    attention: str = setting("auto", "kernels of attention; all but auto with backend te", choices=ATTENTION_BACKENDS)
+    cuda_graphs: str = setting(
+        "none", "recorded passes in place of launched kernels; all but none with backend te", choices=CUDA_GRAPHS
+    )
+    graph_scope: list[str] = setting(list, "what a CUDA graph captures; []: whole layers", choices=GRAPH_SCOPES)
+    te_rng: bool = setting(False, "Transformer Engine's random-number tracker, which CUDA graphs need")
+    overlap_grad_reduce: bool = setting(False, "gradients are summed over data ranks while backward goes on")
+    overlap_param_gather: bool = setting(False, "weights are gathered while forward goes on; needs overlap_grad_reduce")
+    offload_optimizer: float = setting(
+        0.0, "share of the optimizer's state and update that lives in host memory; above 0 with backend te",
+        least=0, most=1,
+    )  # fmt: skip
+    overlap_offload: bool = setting(False, "the offloaded state is copied while the GPU computes")
 
 
 @dataclass
 class Balance:
     """Of experts. Fine-tuning wants none: the router stays what pretraining made it, but for its gradient."""
 
-    aux_loss: float = 0.0  # coefficient; a token weighs the same whether supervised or not
-    aux_kind: str = "aux_loss"  # aux_loss | seq_aux_loss | global_aux_loss
-    bias_rate: float = 0.0  # of the router's correction bias, where the model has one
+    aux_loss: float = setting(
+        0.0, "coefficient of the balancing loss, in which a token weighs the same whether supervised or not; 0: off",
+        least=0,
+    )  # fmt: skip
+    aux_kind: str = setting("aux_loss", "what the balancing loss balances over", choices=BALANCINGS)
+    bias_rate: float = setting(
+        0.0, "rate of the router's correction bias, where the model has one; 0: the bias stays", least=0
+    )
 
 
 def check(engine: Engine, backend: str, where: str = "engine", environment: Mapping[str, str] = {}) -> list[Problem]:
-    """`environment`: variables that the cluster's profile sets for the ranks."""
+    """Refuse what needs Transformer Engine or another setting.
+
+    `environment` holds the variables that the cluster's profile sets for the ranks.
+    """
     problems = []
 
     def refuse(name: str, message: str) -> None:
         problems.append(Problem(f"{where}.{name}", message))
 
-    for name, known in (("attention", ATTENTION_BACKENDS), ("cuda_graphs", CUDA_GRAPHS)):
-        value = getattr(engine, name)
-        if value not in known:
-            refuse(name, f"unknown value {value!r}{nearest(value, known)}")
-        elif value != known[0] and backend != "te":
-            refuse(name, f"{value} is Transformer Engine's: use backend te, or {known[0]}")
-    for scope in engine.graph_scope:
-        if scope not in GRAPH_SCOPES:
-            refuse("graph_scope", f"unknown value {scope!r}{nearest(scope, GRAPH_SCOPES)}")
+    for name, plain in (("attention", ATTENTION_BACKENDS[0]), ("cuda_graphs", CUDA_GRAPHS[0])):
+        if (value := getattr(engine, name)) != plain and backend != "te":
+            refuse(name, f"{value} is Transformer Engine's: use backend te, or {plain}")
     if engine.cuda_graphs != "none" and not engine.te_rng:
         refuse("te_rng", f"cuda_graphs {engine.cuda_graphs} needs a tracker that graphs can capture: set it true")
     segments = "expandable_segments:True" in environment.get("PYTORCH_CUDA_ALLOC_CONF", "")  # cuda_graphs.py:1415
@@ -71,30 +79,18 @@ def check(engine: Engine, backend: str, where: str = "engine", environment: Mapp
         refuse("te_rng", "is Transformer Engine's: use backend te, or false")
     if engine.overlap_param_gather and not engine.overlap_grad_reduce:
         refuse("overlap_param_gather", "needs overlap_grad_reduce: true")
-    if not 0 <= engine.offload_optimizer <= 1:
-        refuse("offload_optimizer", f"{engine.offload_optimizer} is no share: give a number from 0 to 1")
-    elif engine.offload_optimizer and backend != "te":
+    if engine.offload_optimizer and backend != "te":
         refuse("offload_optimizer", "needs Transformer Engine's optimizer: use backend te, or 0")
     return problems
 
 
-def check_timeout(minutes: int, where: str = "distributed_timeout_minutes") -> list[Problem]:
-    return [] if minutes >= 1 else [Problem(where, f"{minutes} is too few: the least is 1")]
-
-
 def check_balance(balance: Balance, experts: bool, where: str = "balance") -> list[Problem]:
-    """`experts`: whether the model has any."""
-    problems = []
-    for name in ("aux_loss", "bias_rate"):
-        value = getattr(balance, name)
-        if value < 0:
-            problems.append(Problem(f"{where}.{name}", f"{value} is negative: 0 turns it off"))
-        elif value and not experts:
-            problems.append(Problem(f"{where}.{name}", f"{value}, and the model has no experts: use 0"))
-    if balance.aux_kind not in BALANCINGS:
-        unknown = f"unknown value {balance.aux_kind!r}{nearest(balance.aux_kind, BALANCINGS)}"
-        problems.append(Problem(f"{where}.aux_kind", unknown))
-    return problems
+    """Refuse balancing where the model has no experts (`experts`)."""
+    return [
+        Problem(f"{where}.{name}", f"{value}, and the model has no experts: use 0")
+        for name in ("aux_loss", "bias_rate")
+        if (value := getattr(balance, name)) and not experts
+    ]
 
 
 def transformer_fields(engine: Engine, balance: Balance, experts: bool) -> dict[str, Any]:

@@ -2,21 +2,19 @@
 
 from dataclasses import dataclass
 
-from data_tools.mistake import Problem, nearest
+from data_tools.base.declared import setting
 
 WANDB = ("off", "offline", "online")
 
 
 @dataclass
 class Track:
-    wandb: str = "off"  # off | offline (no internet there; later `wandb sync KEEP/wandb/offline-run-*`) | online
-    project: str = "afterok"
-    entity: str = ""
-    name: str = ""  # of the W&B run; "": W&B chooses
-    tensorboard: bool = False  # event files in KEEP/tensorboard
+    """Trackers that a training reports to."""
 
-
-def check(track: Track, where: str = "track") -> list[Problem]:
-    if track.wandb not in WANDB:
-        return [Problem(f"{where}.wandb", f"unknown value {track.wandb!r}{nearest(track.wandb, WANDB)}")]
-    return []
+    wandb: str = setting(
+        "off", "Weights & Biases; offline needs no internet, later `wandb sync KEEP/wandb/offline-run-*`", choices=WANDB
+    )
+    project: str = setting("afterok", "project of the W&B run", free=True)
+    entity: str = setting("", 'user or team of the W&B run; "": that of the W&B key', free=True)
+    name: str = setting("", 'name of the W&B run; "": W&B chooses', free=True)
+    tensorboard: bool = setting(False, "event files in KEEP/tensorboard")

@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from data_tools.mistake import Problem
+from data_tools.base.declared import setting
 from data_tools.progress import EXIT_HUNG, HUNG
 
 REMEMBERED = 101  # steps, for the median
@@ -28,19 +29,15 @@ LOOKS = 20  # within the shortest time that counts as a hang
 
 @dataclass
 class Hang:
-    times: float = 20.0  # no step for so many times the median of the last: a hang; 0 never calls it one
-    floor_s: float = 600.0  # but never earlier, nor before the first step
-    grace_s: float = 10.0  # from a rank's stacks to its exit: the others write theirs, and srun ends all with the first
+    """When training counts as hung."""
 
-
-def check(hang: Hang, where: str = "hang") -> list[Problem]:
-    problems = []
-    if hang.times and hang.times < 2:
-        problems.append(Problem(f"{where}.times", f"{hang.times} is nearly a step: give at least 2, or 0 for never"))
-    for name in ("floor_s", "grace_s"):
-        if getattr(hang, name) <= 0:
-            problems.append(Problem(f"{where}.{name}", f"{getattr(hang, name)} is no time: give seconds above 0"))
-    return problems
+    times: float = setting(
+        20.0, "no step for so many times the median of the last ones is a hang; 0: never", least=2, also=[0]
+    )
+    floor_s: float = setting(600.0, "it is called a hang no earlier than this, the first step too", unit="s", above=0)
+    grace_s: float = setting(
+        10.0, "time from a rank's stacks to its exit, in which the others write theirs", unit="s", above=0
+    )
 
 
 class Watch:
@@ -105,7 +102,7 @@ class Watch:
         os._exit(EXIT_HUNG)
 
 
-def _has_descriptor(stream: object) -> bool:
+def _has_descriptor(stream: TextIO) -> bool:
     try:
         return stream.fileno() >= 0
     except (AttributeError, OSError, ValueError):

@@ -22,7 +22,7 @@ from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.pipeline import load_pipeline
 from launchers.observe.status import run_status
 from launchers.planning.ledger import Ledger
-from launchers.planning.plan import make_plan
+from launchers.planning.planner import make_plan
 from launchers.submission.submit import submit
 from slurm.detect import find_cluster
 from slurm.dev import devcluster

@@ -11,11 +11,15 @@ import pytest
 from data_tools.base import durable
 from data_tools.base.durable import TornFile
 from data_tools.mistake import UserMistake
-from jobs.artifacts.artifact import Artifact, HashCache, Owner, read_seal
+from jobs.artifacts.artifact import Artifact
+from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.artifacts.seal import read_seal
 from launchers.backends.local import LocalBackend, read_jobs
 from launchers.planning.ledger import Ledger
-from launchers.submission.transaction import Journal, Step
+from launchers.submission.journal import Journal
+from launchers.submission.steps import Cancel, Submit
 from megatron_ext.files import step_manifest
 from megatron_ext.rl import journal
 
@@ -102,8 +106,8 @@ def steps(folder: Path) -> Path:
     (folder / "submissions/1").mkdir(parents=True)
     Journal(
         [
-            Step("submit", "p", "77ab", name="run.p.a1.00ff", elements=[0, 1, 2], needs={"a": "afterok"}),
-            Step("cancel", "q", job="12"),
+            Submit("p", "77ab", "run.p.a1.00ff", elements=[0, 1, 2], needs={"a": "afterok"}),
+            Cancel("q", job="12"),
         ],
         {"a": "17"},
     ).write(RunFolder(folder), 1)
@@ -127,7 +131,7 @@ def outcome(folder: Path) -> Path:
 def environment(folder: Path) -> Path:
     owner = Owner.me(1, 0, "77")
     RunFolder(folder).record_environment("p", 0, owner, {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-4]"})
-    return RunFolder(folder).environment_path("p", 0, 1, 0)
+    return RunFolder(folder).environment_path("p", (0, 1, 0))
 
 
 def driver(folder: Path) -> Path:

@@ -13,17 +13,12 @@ import pytest
 
 import jobs.artifacts.artifact
 from data_tools.mistake import UserMistake
-from jobs.artifacts.artifact import (
-    FINISH,
-    Artifact,
-    HashCache,
-    LeaseHeld,
-    Owner,
-    Sealed,
-    content_digest,
-    key_of,
-    read_seal,
-)
+from jobs.artifacts.artifact import Artifact, LeaseHeld, Sealed
+from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.keys import content_digest, key_of
+from jobs.artifacts.layout import FINISH
+from jobs.artifacts.owner import Owner
+from jobs.artifacts.seal import read_seal
 
 NOBODY_ENDED = lambda job: False  # noqa: E731
 

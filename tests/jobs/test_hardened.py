@@ -15,8 +15,10 @@ import pytest
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake, disk_problem
-from jobs.artifacts.artifact import Artifact, Owner, read_seal
+from jobs.artifacts.artifact import Artifact
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import Outcome, RunFolder
+from jobs.artifacts.seal import read_seal
 from launchers.cli import main
 from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, one_line, write_toy
@@ -399,13 +401,13 @@ def test_a_torn_submit_lock_and_a_dead_submitters_are_told_apart(toy):
 
 
 def test_removing_a_dead_submitters_lock_leaves_a_living_ones(tmp_path):
-    from launchers.submission.submit import _remove_lock_of
+    from launchers.submission.lock import remove_lock_of
 
     lock, dead, living = tmp_path / "submit.lock", Owner(0, 0, "", "h", 1, 1), Owner.me(0, 0)
     lock.write_text(durable.canonical_json(living.__dict__))  # another one was quicker to take the lock over
-    _remove_lock_of(dead, lock)
+    remove_lock_of(dead, lock)
     assert Owner.read(lock) == living
-    _remove_lock_of(living, lock)
+    remove_lock_of(living, lock)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from data_tools.base import durable
 from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import find_kind, keyed_settings, kind_names
 from jobs.schema.pipeline import load_pipeline
-from launchers.planning.plan import make_plan
+from launchers.planning.planner import make_plan
 from slurm.detect import find_cluster
 
 # Of each kind's default settings, as far as they are part of a key, the digest that the first seals were made with.

@@ -5,7 +5,8 @@ import textwrap
 import pytest
 
 from data_tools.mistake import UserMistake
-from jobs.schema.pipeline import load_pipeline, references, substitute
+from jobs.schema.pipeline import load_pipeline
+from jobs.schema.references import references, substitute
 
 GOOD = """
 name: good

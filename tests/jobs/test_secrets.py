@@ -9,7 +9,7 @@ import pytest
 
 from data_tools.mistake import UserMistake
 from jobs import secrets
-from jobs.artifacts.artifact import process_start
+from jobs.artifacts.owner import process_start
 from jobs.secrets import Secrets, read_values
 from tests.command import ROOT, wait_for
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.seal import read_seal
 from launchers.causes.states import ACTIVE_STATES
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm

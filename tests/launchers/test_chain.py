@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 
-from jobs.artifacts.artifact import read_seal
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
+from jobs.artifacts.seal import read_seal
 from launchers.planning.chain import FIRST_LINKS, SPARE_LINKS, links_needed, surplus
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm, SlurmError

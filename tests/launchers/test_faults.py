@@ -36,7 +36,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifacts.artifact import process_start
+from jobs.artifacts.owner import process_start
 from jobs.artifacts.run_folder import RunFolder
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifacts.artifact import read_seal
 from jobs.artifacts.run_folder import RunFolder
+from jobs.artifacts.seal import read_seal
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import bring_back, cluster_for_a_while, crash_node, require_packages, rows_of

@@ -15,12 +15,14 @@ from unittest import mock
 import pytest
 
 from jobs import worker
-from jobs.artifacts.artifact import FINISH, Owner, read_seal
+from jobs.artifacts.layout import FINISH
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import RunFolder
+from jobs.artifacts.seal import read_seal
 from jobs.retry import EXIT_LEASE_HELD, EXIT_SEALED
 from jobs.schema.pipeline import load_pipeline
-from launchers.planning.plan import make_plan
-from launchers.submission.submit import _freeze
+from launchers.planning.planner import make_plan
+from launchers.submission.freeze import freeze
 from slurm.detect import find_cluster
 from tests.command import afterok, afterok_json, one_line
 
@@ -58,8 +60,8 @@ class Run:
 
     @staticmethod
     def freeze(plan, number):
-        with mock.patch("launchers.submission.submit.take_snapshot"):  # these workers run our own code
-            _freeze(plan, number)
+        with mock.patch("launchers.submission.freeze.take_snapshot"):  # these workers run our own code
+            freeze(plan, number)
 
     def start(self, phase, *elements, submission=1, restart=0):
         """A process that works on these elements one after the other, as a task that they share does."""

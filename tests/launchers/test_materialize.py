@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.seal import read_seal
 from tests.command import afterok, states, wait_for
 from tests.data_tools.chats import CONVERSATIONS, TOOLS, template_of, write_tokenizer
 from tests.data_tools.test_materialize_chats import lines_of

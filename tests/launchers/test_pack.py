@@ -2,7 +2,7 @@
 
 import json
 
-from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.seal import read_seal
 from tests.command import afterok
 from tests.data_tools.chats import template_of, write_tokenizer
 

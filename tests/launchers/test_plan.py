@@ -9,7 +9,7 @@ import pytest
 from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import find_kind, inputs, kind_names
 from jobs.schema.pipeline import load_pipeline
-from launchers.planning.plan import _absolute_inputs, make_plan
+from launchers.planning.planner import _absolute_inputs, make_plan
 from slurm.detect import find_cluster
 
 

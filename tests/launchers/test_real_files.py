@@ -10,7 +10,7 @@ from data_tools.base.durable import read_json
 from data_tools.packs.plan import PackReader
 from data_tools.packs.store import Store
 from data_tools.records.balance import Balance
-from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.seal import read_seal
 from tests.command import afterok, afterok_json
 from tests.data_tools.chats import TEMPLATES, tokenizer_of
 from tests.data_tools.test_materialize_chats import FAMILIES, FILES

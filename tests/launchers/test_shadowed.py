@@ -76,7 +76,7 @@ def console(folder, *words, **env):
 
 
 def code_of(run, phase):
-    from jobs.artifacts.artifact import read_seal
+    from jobs.artifacts.seal import read_seal
 
     seal = next((run / phase).glob("*/seals/0000.json"), None) or next((run / phase).glob("*/seal.json"))
     return {Path(place).parent for place in read_seal(seal).facts["places"]}

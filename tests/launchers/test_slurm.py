@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.artifacts.artifact import read_seal
+from jobs.artifacts.seal import read_seal
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.command import ROOT, afterok, afterok_json, one_line, phase_status, states, wait_for, write_toy

@@ -7,7 +7,7 @@ from jobs.schema.pipeline import load_pipeline
 from launchers.backends.contract import JobSpec
 from launchers.backends.slurm import dependency, never_starting
 from launchers.backends.slurm_script import PhaseExecutor, phase_command, phase_parameters
-from launchers.planning.plan import make_plan
+from launchers.planning.planner import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
 from slurm.profile import load

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.base import durable
-from jobs.artifacts.artifact import process_start, read_seal
+from jobs.artifacts.owner import process_start
 from jobs.artifacts.run_folder import RunFolder
+from jobs.artifacts.seal import read_seal
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
 from tests.cluster import rows_of

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jobs.artifacts.artifact import Owner
+from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import RunFolder
 from slurm.client import Slurm
 from tests.command import afterok, afterok_json, states, wait_for

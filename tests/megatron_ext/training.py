@@ -72,7 +72,9 @@ def steady(line: dict) -> dict:
 
 def sft_config(folder: dict[str, Path], steps: int) -> sft.Config:
     return sft.Config(
-        *(str(folder[name]) for name in ("base", "store", "packs")),
+        model=str(folder["base"]),
+        store=str(folder["store"]),
+        packs=str(folder["packs"]),
         steps=steps,
         checkpoint_every=5,
         log_every=5,

@@ -15,7 +15,7 @@ import pytest
 from data_tools.mistake import UserMistake
 from data_tools.tasks.rewards import Reply, Score, Scorer, Verifier, _Process, is_failure, score_of
 from data_tools.tasks.task import Item
-from jobs.artifacts.artifact import process_start
+from jobs.artifacts.owner import process_start
 
 HERE = "tests.data_tools.tasks.verifiers"
 ITEM = Item.of("?", "4")

@@ -1,0 +1,261 @@
+"""A setting's declaration: beside its type and default stand its help, unit and range, and whether it is keyed.
+
+    rank: int = setting(0, "rank of the adapters; 0 trains the model itself", least=0)
+
+`check` refuses every value out of its range, in a whole config and by dotted key, so that no phase forgets one; what
+remains for a phase's own `check` is about several settings, or about files and models. `describe` lists the same for
+`afterok explain`. jobs/kind.py says what `keyed`, `input` and `module` mean. Fields without a declaration are left
+alone.
+"""
+
+import copy
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal, TypeVar, Union, overload
+
+from data_tools.mistake import Problem, nearest
+
+Keyed = Literal[True, False, "if_set"]
+T = TypeVar("T")
+Config = TypeVar("Config")
+_DECLARATION = "declaration"  # key of a field's metadata
+NAME = "NAME"  # stands in a dotted key for the names that a user gives to the entries of a mapping
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a setting besides its type and default. Of a list or a mapping it is about each element."""
+
+    help: str
+    unit: str = ""
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    also: tuple[float, ...] = ()  # legal values out of the range: 0 that turns something off
+    choices: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of a mapping, the legal keys
+    needed: bool = False  # an empty value is refused
+    free: bool = False  # every value of its type is legal
+
+    @property
+    def legal(self) -> str:
+        """Return the range or the choices in words; "" where every value is legal."""
+        if self.choices:
+            return " | ".join(_spelled(self.choices))
+        if None not in (self.least, self.most):
+            text = f"{self.least:g} to {self.most:g}"
+        else:
+            bounds = (
+                ("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below),
+            )  # fmt: skip
+            text = ", ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return " or ".join([text, *(f"{value:g}" for value in self.also)]) if text else ""
+
+    def refusal(self, value: Any) -> str:
+        """Return why a value is not legal, "" where it is."""
+        if self.choices and value not in self.choices:
+            return f"unknown value {value!r}{nearest(str(value).lower(), _spelled(self.choices))}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value in self.also:
+            return ""
+        inside = (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+        unit = f" ({self.unit})" if self.unit else ""
+        return "" if inside else f"{value} is out of range: {self.legal or 'a finite number'}{unit}"
+
+
+@overload
+def setting(default: type[T], help: str, **declared: Any) -> T: ...
+@overload
+def setting(default: Callable[[], T], help: str, **declared: Any) -> T: ...
+@overload
+def setting(default: T, help: str, **declared: Any) -> T: ...
+def setting(
+    default: Any, help: str, *, keyed: Keyed = True, input: bool | str = False, module: bool = False, **declared: Any
+) -> Any:
+    """Return a dataclass field with its declaration: see Declaration for the further keywords.
+
+    A default that is a class or a function is called for each config.
+    """
+    for name in ("choices", "names", "also"):
+        declared[name] = tuple(declared.get(name, ()))
+    metadata: dict[str, Any] = {_DECLARATION: Declaration(help, **declared)}
+    metadata |= {name: value for name, value in (("input", input), ("module", module)) if value}
+    metadata |= {} if keyed is True else {"keyed": keyed}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def with_default(schema: type, name: str, default: Any) -> Any:
+    """Return the field `name` of the dataclass `schema` with another default, for a class derived from it."""
+    return dataclasses.field(default=default, metadata=_field(schema, name).metadata)
+
+
+def declaration_of(field: "dataclasses.Field[Any]") -> Declaration | None:
+    """Return what is declared of a field; None where nothing is, as in a user's own phase."""
+    return field.metadata.get(_DECLARATION)
+
+
+def check(config: Any, where: str = "") -> list[Problem]:
+    """Return a problem for every setting of a config, its nested dataclasses, lists and mappings, that is not legal.
+
+    `where` is the dotted key of the config itself.
+    """
+    return [problem for _, _, problem in _refused(config, where)]
+
+
+def check_with(config: Config, own: Callable[[Config], list[Problem]]) -> list[Problem]:
+    """Return what `check` finds, and what a phase's own check finds beside: it meets legal values alone."""
+    refused = check(config)
+    known = {problem.where for problem in refused}
+    return refused + [problem for problem in own(legal(config)) if problem.where not in known]
+
+
+def legal(config: Config) -> Config:
+    """Return the config, or where settings of it are not legal a copy in which these have their defaults; of lists and
+    mappings only what is not legal is left out."""
+    if not check(config):
+        return config
+    copied = copy.deepcopy(config)
+    for owner, field, _ in list(_refused(copied, "")):
+        setattr(owner, field.name, _legal_value(field, getattr(owner, field.name)))
+    return copied
+
+
+def _legal_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """Return what stands for a value that is not legal."""
+    declared = declaration_of(field)
+    if declared is None or not value or not isinstance(value, (dict, list)):
+        return _default(field)
+
+    def is_legal(element: Any) -> bool:
+        return not any(declared.refusal(leaf) for _, leaf in _elements("", element))
+
+    if isinstance(value, list):
+        return [element for element in value if is_legal(element)]
+    named = [name for name in value if not declared.names or name in declared.names]
+    return {name: value[name] for name in named if is_legal(value[name])}
+
+
+def _refused(config: Any, where: str) -> Iterator[tuple[Any, "dataclasses.Field[Any]", Problem]]:
+    """Yield (dataclass, its field, problem) of every setting that is not legal."""
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{where}.{field.name}" if where else field.name
+        declared = declaration_of(field)
+        if declared and declared.needed and not value:
+            yield config, field, Problem(key, f"is missing: {declared.help}")
+        if declared and declared.names:
+            for name in value:
+                if name not in declared.names:
+                    yield config, field, Problem(f"{key}.{name}", f"unknown name{nearest(name, declared.names)}")
+        for place, element in _elements(key, value):
+            if dataclasses.is_dataclass(element):
+                yield from _refused(element, place)
+            elif declared and element is not None and (refusal := declared.refusal(element)):
+                yield config, field, Problem(place, refusal)
+
+
+def _elements(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, element) of all that a value holds, itself where it is no list and no mapping."""
+    if isinstance(value, dict):
+        for name, element in value.items():
+            yield from _elements(f"{key}.{name}", element)
+    elif isinstance(value, (list, tuple)):
+        for place, element in enumerate(value):
+            yield from _elements(f"{key}[{place}]", element)
+    else:
+        yield key, value
+
+
+@dataclass(frozen=True)
+class Described:
+    """One setting of a schema, as `afterok explain` shows it."""
+
+    key: str
+    type: str
+    default: Any
+    unit: str
+    legal: str  # the range or the choices in words
+    keyed: Keyed  # whether it changes the key of its phase; "if_set": once it is not empty
+    needed: bool
+    help: str
+
+
+def describe(schema: type, where: str = "", keyed: Keyed = True) -> list[Described]:
+    """Return every setting of a dataclass in its order, those of nested dataclasses after the one that holds them.
+
+    `where` is the dotted key of the dataclass itself, `keyed` whether it is part of the key.
+    """
+    kinds = typing.get_type_hints(schema)
+    described = []
+    for field in dataclasses.fields(schema):
+        kind, declared = kinds[field.name], declaration_of(field) or Declaration("")
+        key = f"{where}.{field.name}" if where else field.name
+        own: Keyed = keyed and field.metadata.get("keyed", True)
+        nested, name = _nested(kind)
+        described.append(
+            Described(
+                key=key,
+                type="mapping" if nested else _type_name(kind),
+                default=None if nested else _default(field),
+                unit=declared.unit,
+                legal=declared.legal,
+                keyed=own,
+                needed=declared.needed or _has_none(field),
+                help=declared.help,
+            )
+        )
+        described += describe(nested, key + name, own) if nested else []
+    return described
+
+
+def _nested(kind: Any) -> tuple[type | None, str]:
+    """Return (the dataclass that a setting holds, what stands after its key for a mapping's or a list's element)."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return kind, ""
+    for argument in typing.get_args(kind):
+        if dataclasses.is_dataclass(argument) and isinstance(argument, type):
+            suffixes = {dict: f".{NAME}", list: "[N]"}
+            return argument, suffixes.get(typing.get_origin(kind) or kind, "")
+    return None, ""
+
+
+def _type_name(kind: Any) -> str:
+    """Return a type as a user reads it: `int`, `list[str]`, `str | null`."""
+    if kind is type(None):
+        return "null"
+    if kind is Any:
+        return "any"
+    origin, arguments = typing.get_origin(kind), [_type_name(argument) for argument in typing.get_args(kind)]
+    if origin in (Union, types.UnionType):
+        return " | ".join(arguments)
+    return f"{origin.__name__}[{', '.join(arguments)}]" if origin else getattr(kind, "__name__", str(kind))
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
+def _has_none(field: "dataclasses.Field[Any]") -> bool:
+    """Return whether a field has no default: a user's own may have none, or OmegaConf's mark for that."""
+    return field.default == "???" or field.default is MISSING and field.default_factory is MISSING
+
+
+def _field(schema: type, name: str) -> "dataclasses.Field[Any]":
+    return next(field for field in dataclasses.fields(schema) if field.name == name)
+
+
+def _spelled(choices: Sequence[str]) -> list[str]:
+    return [choice or '""' for choice in choices]

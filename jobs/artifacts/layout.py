@@ -1,0 +1,257 @@
+"""The layout of a run on disk: the one owner of its folders' names, its globs and its regular expressions.
+
+    RUN/
+      ledger.jsonl                     every submission and job, appended (launchers/planning/ledger.py)
+      submit.lock                      who submits right now
+      submissions/N/plan.json          the frozen plan: what each phase is, resolved
+      submissions/N/journal.json       the steps of the submission (launchers/submission/journal.py)
+      submissions/N/redirects.json     phases that its jobs run as a later submission froze them
+      submissions/N/meeting_key        what the ranks of its jobs prove themselves with
+      submissions/N/pipeline.yaml, pipeline.json, profile.yaml     what it was made of
+      submissions/N/code/, code.json   the code that its jobs run, and its digests
+      submissions/N/scripts/PHASE.sh   the batch scripts
+      local/N/                         the driver's state, where there is no Slurm (launchers/backends/local.py)
+      PHASE/logs/aN.INDEX.out          one log an element and attempt
+      PHASE/attempts/0003.a2.r0.json   how that life of element 3 ended; 0003.a2.r0.skipped.json of a twin that left
+      PHASE/attempts/environment/      SLURM_* as each attempt on Slurm found it
+      PHASE/retired/KEY.1              what PHASE/KEY was before it was run anew
+      PHASE/KEY/
+        seal.json                      the phase's seal, linked last; its presence is the only sign of success
+        seals/0003.json                one an array element
+        leases/0003.a2.r0.g0           who works on an element: attempt, restart count, generation
+        sealing/0003.a2.r0.g0.UNIQUE/  where that owner writes its seal before it is linked
+        work/0003.a2.r0.g0/            what that owner writes; a seal names the folder that counts
+        checkpoints/step_N/, metrics.jsonl, tables/, progress/     survive attempts; not sealed content
+        elements/0003/                 the same of one element, where a phase has several
+
+An element is named by its index, and `finish` stands for the merging of all. An attempt is the number of a submission.
+"""
+
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+FINISH = "finish"  # stands where an element's index would, for the lease and folder of the fan-in
+
+SEAL = "seal.json"
+LEDGER = "ledger.jsonl"
+LEASE = re.compile(r"([^.]+)\.a(\d+)\.r(\d+)\.g(\d+)")
+# What changes in a run while it goes on, below its folder: folders' times tell of every file made in them.
+CHANGING = ("*/attempts", "*/*/leases", "*/*/seals", f"*/*/{SEAL}")
+
+
+def element_name(element: int | str) -> str:
+    """Return how files name an element: 0003, or `finish`."""
+    return element if isinstance(element, str) else f"{element:04d}"
+
+
+class LeaseName(NamedTuple):
+    """An owner of an element as the names of its lease and folders say it; names compare like the owners."""
+
+    attempt: int
+    restart: int
+    generation: int
+
+    @staticmethod
+    def of(path: Path) -> "LeaseName | None":
+        """Return the owner that a lease, or a work folder, is named after; None for what is neither (.nfs0000)."""
+        lease = read_lease_name(path.name)
+        return lease[1] if lease else None
+
+    def __str__(self) -> str:
+        return f"a{self.attempt}.r{self.restart}.g{self.generation}"
+
+
+def read_lease_name(name: str) -> tuple[str, LeaseName] | None:
+    """Return the (element, owner) that 0003.a2.r0.g0 names; None where a name is no lease's (an editor's copy)."""
+    match = LEASE.fullmatch(name)
+    return (match[1], LeaseName(*map(int, match.groups()[1:]))) if match else None
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a run: something was submitted there."""
+    return (folder / LEDGER).exists()
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Return the runs directly below a folder."""
+    return [path.parent for path in folder.glob(f"*/{LEDGER}")]
+
+
+def artifact_of(seal: Path) -> Path:
+    """Return the PHASE/KEY folder that a seal, the phase's or an element's, lies in."""
+    return seal.parent if seal.name == SEAL else seal.parent.parent
+
+
+def code_digests_beside(code_folder: Path) -> Path:
+    """Return where the digests of a submission's code stand."""
+    return code_folder.with_name("code.json")
+
+
+def set_aside_name(seal: Path, word: str, submission: int) -> str:
+    """Return the name of a seal set aside by a submission: `retired` or `altered`."""
+    return f"{seal.name}.{word}.a{submission}"
+
+
+def altered_seals(seal: Path) -> Iterator[Path]:
+    """Yield the seals that were set aside from this place because what they name was altered."""
+    return seal.parent.glob(f"{seal.name}.altered.*")
+
+
+class RunLayout:
+    """Where things lie in a run."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / LEDGER
+
+    @property
+    def submit_lock(self) -> Path:
+        return self.path / "submit.lock"
+
+    def submission_numbers(self) -> list[int]:
+        """Return the numbers of all submissions, of those too that were killed before they had a plan."""
+        folder = self.path / "submissions"
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+    def submission_folder(self, number: int) -> Path:
+        return self.path / "submissions" / str(number)
+
+    def plan_path(self, number: int) -> Path:
+        return self.submission_folder(number) / "plan.json"
+
+    def journal_path(self, number: int) -> Path:
+        return self.submission_folder(number) / "journal.json"
+
+    def redirects_path(self, number: int) -> Path:
+        return self.submission_folder(number) / "redirects.json"
+
+    def meeting_key_path(self, number: int) -> Path:
+        return self.submission_folder(number) / "meeting_key"
+
+    def pipeline_path(self, number: int) -> Path:
+        return self.submission_folder(number) / "pipeline.yaml"
+
+    def pipeline_origin_path(self, number: int) -> Path:
+        """Return where it stands which file the pipeline was read from, with which overrides, and in which folder."""
+        return self.submission_folder(number) / "pipeline.json"
+
+    def profile_path(self, number: int) -> Path:
+        return self.submission_folder(number) / "profile.yaml"
+
+    def code_folder(self, number: int) -> Path:
+        return self.submission_folder(number) / "code"
+
+    def script_path(self, number: int, phase: str) -> Path:
+        return self.submission_folder(number) / "scripts" / f"{phase}.sh"
+
+    def local_folder(self, number: int | str) -> Path:
+        return self.path / "local" / str(number)
+
+    def local_files(self, name: str) -> Iterator[Path]:
+        """Yield the file of that name of each submission that ran without Slurm."""
+        return (self.path / "local").glob(f"*/{name}")
+
+    def phase_folder(self, phase: str) -> Path:
+        return self.path / phase
+
+    def artifact_folder(self, phase: str, key: str) -> Path:
+        return self.path / phase / key
+
+    def seal_paths(self, phase: str) -> Iterator[Path]:
+        """Yield the seals of a phase under all its keys."""
+        return self.phase_folder(phase).glob(f"*/{SEAL}")
+
+    def logs_folder(self, phase: str) -> Path:
+        return self.phase_folder(phase) / "logs"
+
+    def log_path(self, phase: str, attempt: int, index: int | str) -> Path:
+        """Return the log of an element; `index` may be a pattern that Slurm or a shell fills in."""
+        return self.logs_folder(phase) / f"a{attempt}.{index}.out"
+
+    def outcomes_folder(self, phase: str) -> Path:
+        return self.phase_folder(phase) / "attempts"
+
+    def outcome_path(self, phase: str, life: tuple[int, int, int], is_twin: bool) -> Path:
+        """Return where it stands how a life (element, attempt, restart) ended; a twin left the work to another one."""
+        return self.outcomes_folder(phase) / f"{_life_name(life)}{'.skipped' if is_twin else ''}.json"
+
+    def environment_path(self, phase: str, life: tuple[int, int, int]) -> Path:
+        """Return where the SLURM_* variables of a life (element, attempt, restart) stand."""
+        return self.outcomes_folder(phase) / "environment" / f"{_life_name(life)}.json"
+
+
+def _life_name(life: tuple[int, int, int]) -> str:
+    element, attempt, restart = life
+    return f"{element_name(element)}.a{attempt}.r{restart}"
+
+
+class ArtifactLayout:
+    """Where things lie in one PHASE/KEY folder of a run."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    @property
+    def seal_path(self) -> Path:
+        return self.folder / SEAL
+
+    @property
+    def seals_folder(self) -> Path:
+        return self.folder / "seals"
+
+    def element_seal_path(self, index: int) -> Path:
+        return self.seals_folder / f"{element_name(index)}.json"
+
+    @property
+    def leases_folder(self) -> Path:
+        return self.folder / "leases"
+
+    def leases(self, element: int | str, attempt: int | None = None) -> dict[LeaseName, Path]:
+        """Return {owner: lease} of all that ever worked on an element, or did in one attempt."""
+        owners = f"{element_name(element)}.a{'' if attempt is None else f'{attempt}.'}*"
+        named = {LeaseName.of(path): path for path in self.leases_folder.glob(owners)}
+        return {name: path for name, path in named.items() if name is not None}
+
+    def work_folder(self, element: int | str, owner: LeaseName) -> Path:
+        return self.folder / "work" / f"{element_name(element)}.{owner}"
+
+    def work_folders(self, element: int | str) -> Iterator[Path]:
+        """Yield the folders that owners of an element wrote into."""
+        return (self.folder / "work").glob(f"{element_name(element)}.a*")
+
+    def new_sealing_folder(self, element: int | str, owner: LeaseName) -> Path:
+        """Return a name that no other process uses for the folder through which an owner's seal passes."""
+        return self.folder / "sealing" / f"{element_name(element)}.{owner}.{uuid.uuid4().hex[:8]}"
+
+    def sealing_folders(self, element: int | str, owner: LeaseName) -> Iterator[Path]:
+        """Yield the folders through which the seals of an owner, and of its twins, pass."""
+        return (self.folder / "sealing").glob(f"{element_name(element)}.{owner}.*")
+
+    @property
+    def retired_folder(self) -> Path:
+        """The folder beside this one to which it is moved when the phase is run anew."""
+        return self.folder.parent / "retired"
+
+    def keep_folder(self, index: int, elements: int) -> Path:
+        """Return where an element of a phase of `elements` keeps what survives attempts."""
+        return self.folder if elements == 1 else self.folder / "elements" / element_name(index)
+
+
+def checkpoints_of(keep: Path) -> Iterator[Path]:
+    """Yield the checkpoints, durable or not, in what an element keeps."""
+    return (keep / "checkpoints").glob("step_*")
+
+
+def durable_checkpoints_of(keep: Path) -> Iterator[Path]:
+    """Yield the manifests of the durable checkpoints in what an element keeps: each was written last."""
+    return (keep / "checkpoints").glob("step_*/manifest.json")

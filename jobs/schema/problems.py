@@ -1,0 +1,30 @@
+"""What is wrong with a pipeline file, collected: each with file (or override), key and value, raised all together."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_tools.mistake import Problem, nearest
+
+
+class Problems:
+    """The problems of one pipeline file; a key that an override wrote is told as the override's."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.overridden: set[str] = set()  # keys that overrides wrote
+        self.noted: list[Problem] = []
+
+    def note(self, key: str, message: str) -> None:
+        """Note what is wrong with the value of a dotted key."""
+        where = f"override {key.removeprefix('phases.')}" if key in self.overridden else f"{self.path}: {key}"
+        self.noted.append(Problem(where, message))
+
+    def note_override(self, override: str, message: str) -> None:
+        """Note what is wrong with an override as it was typed."""
+        self.noted.append(Problem(f"override {override!r}", message))
+
+    def note_unknown_keys(self, written: Iterable[object], known: tuple[str, ...], prefix: str) -> None:
+        """Note each of the keys `written` below `prefix` that is not `known`."""
+        for key in written:
+            if key not in known:
+                self.note(f"{prefix}{key}", f"unknown key{nearest(str(key), known)}")

@@ -1,0 +1,69 @@
+"""Settings as a dataclass types them: every unknown key, wrong type and missing value is a problem of its own."""
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from jobs.kind import PhaseKind
+from jobs.schema.problems import Problems
+from jobs.schema.references import first_line
+
+
+def typed_config(kind: PhaseKind, settings: dict[str, Any]) -> Any:
+    """Return an instance of the phase's own Config dataclass, from settings that were checked before."""
+    return OmegaConf.to_object(OmegaConf.merge(_defaults(kind.config), settings))
+
+
+def structured(problems: Problems, key: str, schema: type, settings: Any, skipped: Collection[str] = ()) -> Any:
+    """Return `settings`, the value of a dotted key, as the dataclass `schema`; None, which is noted, where one lacks.
+
+    What is wrong is noted key by key, so that one mistake does not hide the others; not of `skipped` keys.
+    """
+    if not isinstance(settings, dict):
+        problems.note(key, f"{settings!r} is not a mapping")
+        return None
+    try:
+        config = OmegaConf.merge(_defaults(schema), settings)
+    except OmegaConfBaseException:
+        good = _good_keys(problems=problems, key=key, schema=schema, settings=settings, skipped=skipped)
+        config = OmegaConf.merge(_defaults(schema), good)
+    missing = sorted(OmegaConf.missing_keys(config))
+    for name in missing:
+        if name not in settings:
+            problems.note(f"{key}.{name}", "missing: this value has no default")
+    return None if missing else OmegaConf.to_object(config)
+
+
+def _good_keys(
+    problems: Problems, key: str, schema: type, settings: dict[str, Any], skipped: Collection[str]
+) -> dict[str, Any]:
+    """Return the settings that the dataclass `schema` takes; the others are noted."""
+    fields = {entry.name: entry for entry in dataclasses.fields(schema)}
+    problems.note_unknown_keys(settings, tuple(fields), f"{key}.")
+    good = {}
+    for name, value in settings.items():
+        if name not in fields or f"{key}.{name}" in skipped:
+            continue
+        type_ = fields[name].type
+        if isinstance(type_, type) and dataclasses.is_dataclass(type_) and isinstance(value, dict):
+            good[name] = _good_keys(
+                problems=problems, key=f"{key}.{name}", schema=type_, settings=value, skipped=skipped
+            )
+            continue
+        try:
+            OmegaConf.merge(_defaults(schema), {name: value})
+            good[name] = value
+        except OmegaConfBaseException as error:
+            expected = type_.__name__ if isinstance(type_, type) else str(type_).replace("typing.", "")
+            problems.note(f"{key}.{name}", f"{value!r} is not of type {expected} ({first_line(error)})")
+    return good
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """Return a dataclass's defaults, to be merged with other settings, which leaves them as they are."""
+    return OmegaConf.structured(schema)

@@ -1,0 +1,117 @@
+"""An element's seal, and the merging of all elements into the phase's: what rank 0 does once the work is done."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.artifacts import standing
+from jobs.artifacts.artifact import Artifact, Lease, LeaseHeld, Sealed
+from jobs.artifacts.layout import FINISH
+from jobs.artifacts.owner import Owner
+from jobs.artifacts.run_folder import FrozenPhase
+from jobs.artifacts.seal import Seal, read_seal
+from jobs.kind import PhaseKind
+from jobs.schema.references import substitute
+from jobs.schema.typed import typed_config
+from jobs.secrets import Secrets
+from jobs.task import Task
+from jobs.upstream import Upstream
+
+
+class TakenOver(Exception):
+    """A newer owner took the element over and has not sealed it yet."""
+
+
+@dataclass
+class Sealer:
+    """Seals what one owner made of one element, and merges the elements where it is the last."""
+
+    artifact: Artifact
+    phase: FrozenPhase
+    kind: PhaseKind
+    upstream: Upstream
+    owner: Owner
+    started: float  # when the work began, seconds since the epoch
+    says_ended: Callable[[str], bool]  # whether the job of that id has ended, for certain
+    reveal: Callable[[], Secrets]  # puts the secrets into this process's environment, where they are not yet
+
+    def seal(self, lease: Lease | None, facts: dict[str, Any]) -> str:
+        """Seal the element under a lease, merge where all are sealed, and return what became of it.
+
+        Without a lease the element is sealed already, and only the merging is left.
+
+        Raises:
+            TakenOver: a newer owner works on the element.
+        """
+        if lease is not None and not self.artifact.seal(lease, self._record(facts)):
+            return self._lost_to_twin()
+        if self.artifact.fans_in and len(self.artifact.sealed_elements()) == self.phase.elements:
+            self._fan_in()
+        return "sealed"
+
+    def _lost_to_twin(self) -> str:
+        """Say that a twin sealed first; where there is no seal, a newer owner took over and the work is not done."""
+        own = self.artifact.element_seal_path(self.upstream.index)
+        if self.artifact.seal_path.exists() or (self.artifact.fans_in and own.exists()):
+            return "a twin sealed first"
+        raise TakenOver
+
+    def _fan_in(self) -> None:
+        """Merge the elements into the phase's seal: what it says is the same whichever of them comes last."""
+        parts: list[Seal] = []
+        for index in range(self.phase.elements):
+            part = read_seal(self.artifact.element_seal_path(index))
+            # A seal of an earlier submission over other results: the element's task in this one is to come.
+            if part is None or not (part.submission >= self.owner.attempt or self.upstream.is_current(index, part)):
+                print(f"{self.phase.name}[{index}] is to be sealed anew, then all are merged")
+                return
+            parts.append(part)
+        digests = [part.digest for part in parts]
+        try:
+            lease = self.artifact.acquire(FINISH, self.owner, self.says_ended, lambda seal: seal.parts != digests)
+        except (Sealed, LeaseHeld):
+            return  # another element's task finishes, or has finished
+        try:
+            self._merge(lease, parts)
+        except Exception:
+            if self.artifact.still_mine(lease):
+                raise
+            print(f"{self.phase.name}: a newer attempt merges the elements")  # and has swept our folder
+
+    def _merge(self, lease: Lease, parts: list[Seal]) -> None:
+        self.artifact.sweep(lease)
+        for part in parts:
+            part.verify()
+        config = typed_config(self.kind, substitute(self.phase.settings, self.upstream.folders_of_all()))
+        self.reveal()
+        task = Task(
+            phase=self.phase.name,
+            index=0,
+            count=self.phase.elements,
+            value=None,
+            out=lease.folder,
+            keep=self.artifact.folder,
+            rank=0,
+            world_size=1,
+        )
+        facts = self.kind.finish([part.folder for part in parts], config, task) or {}
+        upstream = standing.whole_upstream(parts, self.upstream.paired)
+        record = {**self._record(facts), "parts": [part.digest for part in parts], "upstream": upstream}
+        self.artifact.seal(lease, record)
+
+    def _record(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return what a seal says of this owner's work. Raises UserMistake where the facts hold a secret."""
+        self.reveal().refuse_in(facts, f"{self.phase.name}: facts")
+        return {
+            "phase": self.phase.name,
+            "uses": self.phase.uses,
+            "key": self.phase.key,
+            "material": self.phase.material,
+            "submission": self.owner.attempt,
+            "restart": self.owner.restart,
+            "job": self.owner.job,
+            "upstream": self.upstream.digests,
+            "ranks": self.phase.ranks,
+            "started_at": self.started,
+            "facts": facts,
+        }

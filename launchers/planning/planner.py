@@ -1,0 +1,276 @@
+"""Makes a plan: a pure look at pipeline, run folder and cluster, which writes nothing.
+
+Of each phase its inputs are read, its key made and its own rules checked; reasons.py then says whether it runs, and
+limits.py what the cluster would refuse. All problems are collected and raised together.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.base import durable
+from data_tools.mistake import Problem, UserMistake, nearest
+from jobs.artifacts import standing
+from jobs.artifacts.hash_cache import HashCache
+from jobs.artifacts.keys import content_digest, key_of
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder, path_problem
+from jobs.artifacts.seal import Seal
+from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
+from jobs.schema.pipeline import Phase, Pipeline
+from jobs.schema.references import references, substitute
+from launchers.planning import limits
+from launchers.planning.ledger import Ledger
+from launchers.planning.plan import Plan, PlannedPhase
+from launchers.planning.reasons import Reasoner
+from launchers.planning.snapshot import code_digests, code_of, find_code, users_code_digest
+from slurm.detect import Cluster
+from slurm.options import own_setting_problems
+from slurm.profile import Resources, forwarding_problems
+
+MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
+
+
+def default_run_folder(pipeline: Pipeline, run: Path | None) -> RunFolder:
+    """Return the folder `run`, or runs/NAME of the pipeline where none is given."""
+    return RunFolder((run or Path("runs") / pipeline.name).absolute())
+
+
+def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False, again: str = "") -> Plan:
+    """Return the plan of a pipeline on a cluster; the phase `again` runs whatever is sealed of it.
+
+    With `verify` every sealed file is hashed, not only compared by size and time.
+
+    Raises:
+        UserMistake: every violated rule of phases, profile and inputs at once, and sealed files that were altered.
+    """
+    if problem := path_problem(run.path, cluster.kind == "slurm"):
+        raise UserMistake(problem)
+    return _Planner(pipeline=pipeline, run=run, cluster=cluster, verify=verify, again=again).plan()
+
+
+@dataclass
+class ParallelReport:
+    """What one phase's parallel plan costs, and what of the phase `plan` refuses."""
+
+    phase: str
+    facts: dict[str, Any]
+    tables: list[dict[str, Any]]
+    notes: list[str]
+    problems: list[Problem]
+
+
+def report_parallel(pipeline: Pipeline, run: RunFolder, cluster: Cluster, name: str, searching: bool) -> ParallelReport:
+    """Return memory, rank grid, predicted step and other plans of the phase `name`, whether it is refused or not.
+
+    Raises:
+        UserMistake: no such phase, or one that has no parallel plan.
+    """
+    phase = pipeline.phases.get(name)
+    if phase is None:
+        raise UserMistake(f"{pipeline.source} has no phase {name!r}{nearest(name, list(pipeline.phases))}")
+    planner = _Planner(pipeline, run, cluster, verify=False)
+    planner.survey()
+    report = phase.kind.parallel_report(*planner.checked[name], searching)
+    if report is None:
+        raise UserMistake(f"phase {name} uses {phase.uses}, which has no parallel plan; training phases have")
+    place = f"{pipeline.source}: phases.{name}."
+    return ParallelReport(name, **report, problems=[p for p in planner.problems if p.where.startswith(place)])
+
+
+class _Planner:
+    """Plans the phases of a pipeline, each after those it needs, and collects the problems."""
+
+    def __init__(self, pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool, again: str = ""):
+        self.pipeline, self.run, self.cluster, self.verify, self.again = pipeline, run, cluster, verify, again
+        self.cache = HashCache()
+        self.problems: list[Problem] = []
+        self.code = find_code(root for p in pipeline.phases.values() for root in user_code(p.uses, p.config))
+        self.digests = code_digests(self.code)
+        self.planned: dict[str, PlannedPhase] = {}
+        self.seals: dict[str, Seal] = {}  # of the phases that are reused
+        self.checked: dict[str, tuple[Any, Placement]] = {}  # phase -> (its Config, where it runs), as it was checked
+        self.forecasts: dict[str, dict[str, Any]] = {}  # phase -> what its folder will hold
+        self.reasoner = Reasoner(
+            pipeline=pipeline,
+            run=run,
+            code=self.code,
+            digests=self.digests,
+            planned=self.planned,
+            seals=self.seals,
+            surveyor=standing.Surveyor(verify, self.cache),
+            again=again,
+        )
+
+    def survey(self) -> None:
+        """Plan each phase for itself."""
+        for phase in self.pipeline.phases.values():
+            self.planned[phase.name] = self._phase(phase)
+
+    def plan(self) -> Plan:
+        """Return the plan. Raises UserMistake with all problems."""
+        if other := Ledger(self.run.ledger).other_cluster(self.pipeline.cluster, self.cluster.slurm_name):
+            raise UserMistake(other)
+        profile = self.cluster.profile
+        self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
+        self.survey()
+        limits.share_array_tasks(self.cluster, self.planned)
+        self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
+        self.problems += forwarding_problems(profile, os.environ)
+        if self.problems:
+            raise UserMistake(self.problems)
+        return Plan(
+            pipeline=self.pipeline,
+            run=self.run,
+            cluster=self.cluster,
+            phases=list(self.planned.values()),
+            verified=self.verify,
+            again=self.again,
+        )
+
+    def _phase(self, phase: Phase) -> PlannedPhase:
+        frozen = self._frozen(phase)
+        where = f"{self.pipeline.source}: phases.{phase.name}.resources"
+        resources, problems = limits.resources_of(self.cluster.profile, phase.resources, where)
+        self.problems += problems
+        self._check(phase, frozen, resources)
+        self._check_partners(phase, frozen)
+        if why := limits.why_time_is_too_short(self.cluster, phase, resources):
+            self._problem(phase, "resources.time", why)
+        frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
+        frozen.gpus_per_node = resources.gpus_per_node
+        frozen.links = limits.links_of(
+            cluster=self.cluster, run=self.run, phase=phase, frozen=frozen, resources=resources
+        )
+        planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
+        self.reasoner.decide(planned)
+        return planned
+
+    def _inputs(self, phase: Phase) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """Return the inputs that no phase makes: ({config key: digests in order}, {absolute path: digest}).
+
+        Those that do not exist are problems.
+        """
+        digests: dict[str, list[str]] = {}
+        files: dict[str, str] = {}
+        for key, entry, kind in inputs(phase.kind.config, phase.config):
+            if references(entry):
+                digests.setdefault(key, []).append(str(entry))  # the upstream's key stands for it
+                continue
+            path = Path(entry).expanduser().absolute()
+            if path.exists():
+                files[str(path)] = content_digest(path, self.cache)
+                digests.setdefault(key, []).append(files[str(path)])
+            elif kind == "hub" and is_hub_name(str(entry)):
+                digests.setdefault(key, []).append(f"hub:{entry}")
+            else:
+                or_name = ", and not a hub name (org/name)" if kind == "hub" else ""
+                self._problem(phase, f"with.{key}", f"{entry!r}: no such file or folder{or_name} (looked for {path})")
+        return digests, files
+
+    def _frozen(self, phase: Phase) -> FrozenPhase:
+        """Return the phase with its key, as a submission would freeze it; its place on the cluster is not known yet."""
+        digests, files = self._inputs(phase)
+        settings = keyed_settings(phase.kind.config, phase.config)
+        for key, values in digests.items():
+            _write_dotted(settings, key, values)
+        material: dict[str, Any] = {
+            "format": MATERIAL_FORMAT,
+            "uses": phase.uses,
+            "settings": settings,
+            "array": phase.array,
+            "upstream": {
+                need.phase: self.planned[need.phase].frozen.key for need in phase.needs if need.type != "singleton"
+            },
+        }
+        if modules := user_modules(phase.config):  # what scores is part of the result; keys without it are as ever
+            material["modules"] = {module: users_code_digest(module, self.code, self.digests) for module in modules}
+        if self.pipeline.on_code_change == "rerun":
+            code = {name: self.digests[name] for name in code_of(phase.uses, phase.config, self.code.files)}
+            material["code"] = durable.sha256_bytes(durable.canonical_json(code))
+        return FrozenPhase(
+            name=phase.name,
+            uses=phase.uses,
+            key=key_of(material),
+            material=material,
+            settings=_absolute_inputs(phase, phase.settings),
+            array=phase.array,
+            elements=phase.elements,
+            fans_in=phase.kind.can_split,
+            needs={need.phase: need.type for need in phase.needs},
+            inputs=files,
+            ranks_per_node=1,
+            nodes=1,
+            gpus_per_node=0,
+            throttle=phase.throttle,
+        )
+
+    def _check(self, phase: Phase, frozen: FrozenPhase, resources: Resources) -> None:
+        """Check the phase's own rules, on a config whose references read as the upstream's folder, sealed or not."""
+        folders = {}
+        for name in frozen.needs:
+            seal = self.seals.get(name)
+            up = self.planned[name].frozen
+            folders[name] = str(seal.folder if seal else self.run.artifact(up).folder)
+        config = substitute(phase.config, folders)
+        placement = Placement(
+            ranks=resources.ranks_per_node * resources.nodes,
+            nodes=resources.nodes,
+            gpus_per_node=resources.gpus_per_node,
+            gpu=resources.gpu or "",
+            gpu_mem_gib=resources.gpu_mem_gib,
+            environment=self.cluster.profile.env.set,
+            elements=phase.elements,
+            forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
+        )
+        for problem in phase.kind.check(config, placement):
+            self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message)
+        self.checked[phase.name] = config, placement
+        self.forecasts[phase.name] = phase.kind.forecast(config, placement)
+
+    def _check_partners(self, phase: Phase, frozen: FrozenPhase) -> None:
+        """Refuse a phase with more elements than a partner that they are to follow one by one."""
+        for name in standing.partners(frozen, {name: before.frozen for name, before in self.planned.items()}):
+            if frozen.elements > (others := self.planned[name].frozen.elements):
+                self._problem(
+                    phase,
+                    f"needs.{name}",
+                    f"aftercorr has each element follow its partner, and {phase.name} "
+                    f"has {frozen.elements} elements, {name} {others}: say afterok, or give both as many",
+                )
+
+    def _problem(self, phase: Phase, key: str, message: str) -> None:
+        """Note a problem of one of a phase's keys in the pipeline file."""
+        self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+
+
+def is_hub_name(text: str) -> bool:
+    """Return whether a text reads org/name and does not look like a path."""
+    parts = text.split("/")
+    return len(parts) == 2 and all(parts) and not text.startswith((".", "~", "/"))
+
+
+def _absolute_inputs(phase: Phase, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the existing paths of input fields absolute: the worker runs in another folder."""
+    fields = {key for key, _, _ in inputs(phase.kind.config, phase.config)}
+
+    def absolute(entry: Any) -> Any:
+        path = Path(str(entry)).expanduser()
+        return str(path.absolute()) if not references(entry) and path.exists() else entry
+
+    def walk(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {name: walk(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        if key not in fields or not value:
+            return value
+        return [absolute(entry) for entry in value] if isinstance(value, list) else absolute(value)
+
+    return walk(settings, "")
+
+
+def _write_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Write a value where its dotted key says; names of entries may hold dots, too."""
+    for name, below in settings.items():
+        if isinstance(below, dict) and key.startswith(f"{name}."):
+            return _write_dotted(below, key[len(name) + 1 :], value)
+    settings[key] = value

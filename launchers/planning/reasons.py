@@ -1,0 +1,184 @@
+"""Why a phase is reused or runs again: what makes a phase rerun is answered here.
+
+A phase is reused where its key is sealed in this run, what was sealed is unaltered, and the results it was made from
+are those sealed now. It runs, or runs again, where
+
+* nothing is sealed under its key: it never ran, or the key is another one since a setting, an input, an upstream key,
+  a user's task, or (with `on_code_change: rerun`) the code changed;
+* a sealed file, or the seal itself, is altered or gone;
+* a phase that it needs was sealed anew with other results, or runs again in this very plan;
+* somebody asked for it (`afterok resubmit RUN PHASE --again`).
+
+It is skipped where it follows the failure of a phase that is sealed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.artifacts import standing
+from jobs.artifacts.layout import checkpoints_of
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder
+from jobs.artifacts.seal import Seal
+from jobs.schema.pipeline import NEED_SEALS, Pipeline
+from launchers.planning.plan import RUNS, PlannedPhase
+from launchers.planning.snapshot import Code, code_changes
+
+SHOWN = 3  # seals of one phase that do not stand, or files that changed: so many are named
+
+
+@dataclass
+class Reasoner:
+    """Decides of each phase of a plan, after those it needs, whether it is reused or runs, and says why."""
+
+    pipeline: Pipeline
+    run: RunFolder
+    code: Code
+    digests: Mapping[str, str]  # of the files of `code`
+    planned: dict[str, PlannedPhase]  # the phases decided so far
+    seals: dict[str, Seal]  # of those that are reused
+    surveyor: standing.Surveyor
+    again: str = ""  # a phase that runs anew though it is sealed
+
+    def decide(self, planned: PlannedPhase) -> None:
+        """Write into a phase what becomes of it, why, and which of its elements run."""
+        frozen = planned.frozen
+        if frozen.name == self.again:
+            planned.action, planned.reasons = "rerun", ["asked for anew"]
+            planned.missing = planned.anew = list(range(frozen.elements))
+            return
+        survey = planned.survey = self._what_stands(frozen)
+        affected = self._affected(frozen)
+        stands = survey.parts if frozen.fans_in else [0] if survey.whole else []
+        # A result that is to be sealed anew may turn out the same: its element then finds its seal good, and ends.
+        again = {i for elements in affected.values() for i in elements}
+        planned.anew = [i for i in range(frozen.elements) if i in again or i not in stands]
+        planned.missing = planned.anew or survey.missing(frozen)
+        planned.conditional = any(
+            type_ == "afternotok" or (type_ in NEED_SEALS and self.planned[name].conditional)
+            for name, type_ in frozen.needs.items()
+        )
+        if why := self._why_not_needed(planned):
+            planned.action, planned.reasons = "skip", [f"not needed: {why}"]
+        elif survey.whole is not None and not planned.missing:
+            self._reuse(planned, survey.whole)
+        elif survey.whole is not None:
+            planned.action, planned.reasons = "rerun", [f"because of {name}, which runs again" for name in affected]
+        elif survey.reasons:
+            more = len(survey.reasons) - SHOWN
+            planned.action = "rerun"
+            planned.reasons = survey.reasons[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        else:
+            self._run_unsealed(planned)
+
+    def _why_not_needed(self, planned: PlannedPhase) -> str:
+        """Return why a phase without a seal never has to run; "" where it may have to."""
+        survey = planned.survey
+        if survey.whole is not None or survey.fallen or not planned.conditional:
+            return ""
+        phases = {name: before.frozen for name, before in self.planned.items()} | {planned.name: planned.frozen}
+        return self.run.not_needed(phases, planned.name)
+
+    def _reuse(self, planned: PlannedPhase, seal: Seal) -> None:
+        planned.action, planned.reasons = "reuse", ["sealed, same key and upstream"]
+        if not all(some.has_sum for some in (seal, *planned.survey.parts.values())):
+            planned.reasons.append("no sum: written before")
+        planned.code_changed = self._code_changes(seal, planned.name)
+        self.seals[planned.name] = seal
+
+    def _run_unsealed(self, planned: PlannedPhase) -> None:
+        """Say why a phase runs whose key has no seal, or not those of all elements."""
+        frozen, survey = planned.frozen, planned.survey
+        before = self.run.seals(frozen.name)
+        if before:
+            planned.action, planned.reasons = "rerun", self._differences(before[-1], frozen)
+        elif survey.parts:
+            planned.reasons = [f"{len(survey.parts)} of {frozen.elements} elements are sealed"]
+        elif any(checkpoints_of(self.run.artifact(frozen).folder)):
+            planned.reasons = ["not sealed yet; goes on from its newest checkpoint"]
+        else:
+            planned.reasons = ["never ran in this run"]
+
+    def _what_stands(self, frozen: FrozenPhase) -> standing.Survey:
+        """Return what is sealed of a phase under its key and speaks of the results that are sealed upstream now."""
+        phases = {name: before.frozen for name, before in self.planned.items()}
+        paired = standing.partners(frozen, phases)
+        now = {
+            name: self.seals[name].digest
+            for name, type_ in frozen.needs.items()
+            if type_ in standing.COMPARED and name in self.seals and name not in paired
+        }
+        partners = {name: self.planned[name].survey.parts for name in paired}
+        return self.surveyor.survey(self.run.artifact(frozen), frozen, now, partners)
+
+    def _affected(self, frozen: FrozenPhase) -> dict[str, list[int]]:
+        """Return {need: elements that may find other results in it than before, once this plan has run}."""
+        affected = {}
+        for name, type_ in frozen.needs.items():
+            upstream = self.planned[name]
+            if type_ not in standing.COMPARED or upstream.action not in RUNS:
+                continue
+            if type_ == "aftercorr" and upstream.frozen.fans_in:
+                elements = [i for i in upstream.anew if i < frozen.elements]
+            else:
+                elements = list(range(frozen.elements))
+            if elements:
+                affected[name] = elements
+        return affected
+
+    def _differences(self, seal: Seal, frozen: FrozenPhase) -> list[str]:
+        """Return why the key differs from that of the last sealed one, in the user's own words."""
+        old, new = seal.content["material"], frozen.material
+        reasons = []
+        if old.get("uses") != new["uses"]:
+            reasons.append(f"uses {old.get('uses')} → {new['uses']}")
+        reasons += changed_settings(frozen.name, old.get("settings", {}), new["settings"])
+        if old.get("array") != new["array"]:
+            reasons.append(f"{frozen.name}.array {old.get('array')} → {new['array']}")
+        for name in sorted(old.get("upstream", {}).keys() | new["upstream"].keys()):
+            if old.get("upstream", {}).get(name) != new["upstream"].get(name):
+                reasons.append(f"because of {name}")
+        before, now = old.get("modules", {}), new.get("modules", {})
+        reasons += [
+            f"code of {name} changed" if name in before else f"the code of {name} is part of the key now"
+            for name in now
+            if before.get(name) != now[name]
+        ]
+        if old.get("code") != new.get("code"):
+            files = self._code_changes(seal, frozen.name)
+            reasons.append(f"code changed: {', '.join(files[:SHOWN])}{' …' if len(files) > SHOWN else ''}")
+        return reasons or ["its key differs from the last sealed one"]
+
+    def _code_changes(self, seal: Seal, name: str) -> list[str]:
+        """Return the files of a phase's code that changed since the submission that sealed it."""
+        phase = self.pipeline.phases[name]
+        sealed_code = self.run.code_folder(seal.content["submission"])
+        return code_changes(
+            sealed_code=sealed_code, uses=phase.uses, config=phase.config, code=self.code, digests=self.digests
+        )
+
+
+def changed_settings(phase: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return one line a setting of a phase that differs between two keys' materials, in the user's own words."""
+    before, now = _flatten(old), _flatten(new)
+    return [
+        f"{phase}.with.{key} {_show(before.get(key))} → {_show(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested settings."""
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= _flatten(item, f"{prefix}{key}.")
+    return out
+
+
+def _show(value: Any) -> str:
+    """Return a value as text of at most 40 characters."""
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "…"

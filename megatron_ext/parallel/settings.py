@@ -1,0 +1,22 @@
+"""Which model a phase loads, in what precision and layers, and over which ranks: settings that all such phases share.
+
+No torch: plans and checks read them too.
+"""
+
+from dataclasses import dataclass
+
+from data_tools.base.declared import setting
+from megatron_ext.parallel.plan import ParallelPlan
+
+BACKENDS = ("torch", "te")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelSettings:
+    """A model folder and how its ranks hold it."""
+
+    model: str = setting("", "model folder", needed=True, input=True)
+    dtype: str = setting("", 'type of the weights; "" keeps that of the model folder', choices=("", *DTYPES))
+    backend: str = setting("torch", "whose layers compute: torch or Transformer Engine", choices=BACKENDS, keyed=False)
+    parallel: ParallelPlan = setting(ParallelPlan, "how ranks share the model and the work", keyed=False)
