@@ -98,7 +98,17 @@ def sampled(
     from megatron_ext.rl import sampling
 
     identity = _identity(config, folder.weights_digest)
-    files = sampling.run(config, folder, identity, keep, index, count, progress, stop, load)
+    files = sampling.run(
+        config,
+        folder,
+        keep,
+        load,
+        identity=identity,
+        index=index,
+        count=count,
+        progress=progress,
+        stop=stop,
+    )
     return list(lines_of(files)) if ranks.is_writer() else []
 
 

@@ -30,12 +30,6 @@ from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
 
 
-def _schedule(config: Config) -> schedules.Schedule:
-    return schedules.Schedule(
-        config.schedule, config.steps, config.lr, config.min_lr, config.warmup_steps, config.decay_share
-    )
-
-
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """A row of `row_tokens` in place of a pack; documents are aligned as the plan needs it."""
     training, problems = preflight.prepare(config.model, "", 1, config.dtype, config.backend, site)
@@ -50,7 +44,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     if config.minibatches > config.prompts * config.group:
         samples = f"{config.prompts} prompts x {config.group} samples"
         problems.append(Problem("minibatches", f"{config.minibatches} are more than {samples}"))
-    problems += schedules.check(_schedule(config))
+    problems += schedules.check(config.rate_schedule())
     problems += check_rollouts(config, config.sampling) + check_comparable(config)
     problems += check_loss(config.loss) + check_rewarding(config.rewarding, config.sampling.max_tokens)
     problems += check_mix(config.mix)
@@ -106,7 +100,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
     Facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by why they
     were not (unscorable, cut_off, equal), tokens, resumed_from, notes. UserMistake where nothing was trained in all
-    steps, or every verdict of the first one failed (rl/fruit.py).
+    steps, or every verdict of the first one failed (rl/untrained.py).
     """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.parallel import ranks
@@ -119,7 +113,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         from megatron_ext.rl import session  # megatron-core may be imported once the device is ready
 
         identity = _identity(config, folder.weights_digest)
-        outcome, digest = session.run(config, folder, identity, out, keep, progress, stop)
+        outcome, digest = session.run(config, folder, out, keep, identity=identity, progress=progress, stop=stop)
     position = outcome.position
     return {
         "step": outcome.step,

@@ -8,13 +8,11 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from data_tools.base import durable
-from data_tools.base.declared import setting, with_default
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext.entrypoints import certify
@@ -24,65 +22,7 @@ from megatron_ext.preflight import preflight
 from megatron_ext.preflight.planner import Training, training_flops
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
-from megatron_ext.training.options import Balance, Engine
-from megatron_ext.training.schedule import Amount
-from megatron_ext.training.settings import TrainingSettings
-
-
-@dataclass
-class Config(TrainingSettings):
-    """Supervised fine-tuning on packs: the config of the phase sft."""
-
-    store: str = setting("", "token store", needed=True, input=True)
-    packs: str = setting("", "pack plan of that store", needed=True, input=True)
-    blend_stores: list[str] = setting(list, "further token stores, blended by weight", free=True, input=True)
-    blend_packs: list[str] = setting(list, "pack plans of the further stores", free=True, input=True)
-    blend_weights: list[float] = setting(
-        list, "shares of packs: that of `packs`, then that of each further plan", above=0
-    )
-    valid_stores: list[str] = setting(list, "token stores of the validation sets", free=True, input=True)
-    valid_packs: list[str] = setting(list, "pack plans of the validation sets", free=True, input=True)
-    init_from: str = setting(
-        "", "weights to begin with: a model folder, a step, or the folder of a training", free=True, input=True
-    )
-    init_step: int = setting(0, "step of the training in init_from; 0: what it sealed, else its newest", least=0)
-
-    steps: int = setting(0, "updates; the first limit that is reached ends the training; 0: no limit", least=0)
-    samples: int = setting(0, "packs; what is less than an update is left out; 0: no limit", unit="packs", least=0)
-    tokens: int = setting(0, "tokens, padding counts; 0: no limit", unit="tokens", least=0)
-    minutes: float = setting(
-        0.0, "time of training, all attempts together; it then ends early, and the schedule with it; 0: no limit",
-        unit="minutes", least=0,
-    )  # fmt: skip
-    global_batch: int = setting(2, "packs of an update", unit="packs", least=1)
-    seed: int = setting(0, "order of the packs, dropout", free=True)
-
-    schedule: str = with_default(TrainingSettings, "schedule", "wsd")
-    lr: float = with_default(TrainingSettings, "lr", 1e-3)
-    warmup_samples: int = setting(0, "the warm-up in packs, in place of warmup_steps", unit="packs", least=0)
-    warmup_tokens: int = setting(0, "the warm-up in tokens, in place of warmup_steps", unit="tokens", least=0)
-    balance: Balance = setting(Balance, "how the work of experts is balanced")
-
-    engine: Engine = setting(Engine, "how the training uses its GPUs", keyed=False)
-    log_every: int = setting(10, "steps between two lines of metrics", unit="steps", least=1, keyed=False)
-    validate_every: int = setting(
-        0, "steps between two validations; 0: only at the end", unit="steps", least=0, keyed=False
-    )
-    certify: bool = setting(False, "first show that the parallel layout computes what one process does", keyed=False)
-
-
-def _schedule(config: Config, pack_length: int | None) -> schedules.Schedule:
-    """In updates. What is given in tokens counts for nothing while the length of packs is not known."""
-    batch = config.global_batch
-    warmup = Amount(config.warmup_steps, config.warmup_samples, config.warmup_tokens).in_steps(batch, pack_length)
-    return schedules.Schedule(
-        config.schedule,
-        schedules.updates(Amount(config.steps, config.samples, config.tokens), batch, pack_length),
-        config.lr,
-        config.min_lr,
-        warmup[0] if warmup else 0,
-        config.decay_share,
-    )
+from megatron_ext.training.settings import SftSettings as Config
 
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
@@ -113,7 +53,7 @@ def _check_length(config: Config, pack_length: int | None) -> list[Problem]:
     if not (config.steps or config.samples or config.tokens):
         problems.append(Problem("steps", "how long to train is not said: give steps, samples or tokens"))
     elif not problems and (pack_length or not (config.tokens or config.warmup_tokens)):
-        problems += schedules.check(_schedule(config, pack_length))
+        problems += schedules.check(config.rate_schedule(pack_length))
     return problems
 
 
@@ -189,50 +129,23 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     patience = timedelta(minutes=config.distributed_timeout_minutes)
 
     with ranks.started(config.parallel, config.seed, patience, config.engine.te_rng):
-        from megatron_ext.training import (
-            loop,
-            metrics,  # megatron-core may be imported once the device is ready
-        )
+        from megatron_ext.training import supervised  # megatron-core may be imported once the device is ready
         from megatron_ext.training.trainer import AdamW, Trainer
 
         stages = model_folder.load_trainable(
             folder, config.parallel, config.lora, config.seed, config.dtype, config.backend, fields_of_model, weights
         )
-        trainer = Trainer(
-            stages,
-            config.parallel,
-            AdamW(config.beta1, config.beta2, config.epsilon, config.weight_decay, config.clip_grad),
-            config.engine,
-        )
-        identity = _identity(config, digest)
-
-        def sinks(resumed_from: int) -> list[Any]:
-            run_id = durable.sha256_bytes(str(keep.resolve()))[:16]  # the same for all attempts at this training
-            return metrics.sinks(config.track, keep, resumed_from, run_id, identity)
-
-        outcome = loop.train_on_packs(
+        trainer = Trainer(stages, config.parallel, AdamW.of(config), config.engine)
+        outcome = supervised.train_on_packs(
             trainer,
             packs,
-            loop.Run(
-                _schedule(config, packs.pack_length),
-                config.global_batch,
-                config.seed,
-                config.log_every,
-                config.checkpoint_every,
-                config.keep_checkpoints,
-                config.keep_every,
-                config.save_in_background,
-                config.validate_every,
-                config.minutes,
-                training_flops(training) if training.shape is not None else 0.0,
-                config.hang,
-            ),
+            config,
             keep,
-            identity,
-            progress,
-            stop,
-            validation,
-            sinks,
+            identity=_identity(config, digest),
+            progress=progress,
+            stop=stop,
+            validation=validation,
+            pack_flops=training_flops(training) if training.shape is not None else 0.0,
         )
         digest = model_folder.write(out, trainer.model, folder, step=folder.step + outcome.step)
     return {

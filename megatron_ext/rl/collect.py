@@ -87,6 +87,7 @@ class Collector:
         prompts: Prompts,
         scorer: Scorer | None,
         spell: Callable[[list[int], str], str],
+        *,
         sampling: Sampling,
         group: int,
         root: Path,

@@ -23,6 +23,7 @@ def evaluate(
     prompts: Listed,
     scorer: Scorer | None,
     spell: Callable[[list[int], str], str],
+    *,
     sampling: Sampling,
     samples: int,
     together: Together,

@@ -4,28 +4,38 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_tools.base import durable
 from data_tools.chats.prompts import PromptEncoder
-from data_tools.chats.tokenizer import Tokenizer
+from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import Problem, UserMistake
-from data_tools.tasks.mix import Draw, Entry, Mix, turn_ends, verifiers
+from data_tools.tasks.mix import Draw, Entry, Mix, entries_of, turn_ends, verifiers
 from data_tools.tasks.outcome import Outcomes
 from data_tools.tasks.rewards import Scorer
+from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.rl.replica import Replica
+from megatron_ext.rl.settings import GenerateSettings, GrpoSettings
 from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.sequence import spans
 
 _TOLD = 20  # prompts that are too long, of one run
 
 
-class Encoded:
-    """Prompts that leave room for a completion. UserMistake for one that does not."""
+class Encoding(NamedTuple):
+    """How prompts become tokens, and the most that one may have."""
 
-    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any], longest: int, bos: str = ""):
-        self.encoder, self.longest = PromptEncoder(tokenizer, arguments, bos), longest
+    encoder: PromptEncoder
+    longest: int
+
+
+class Encoded:
+    """Prompts as tokens, which leave room for a completion. UserMistake for one that does not."""
+
+    def __init__(self, encoding: Encoding):
+        self.encoder, self.longest = encoding
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
         found = tuple(self.encoder.encode(draw.item.prompt))
@@ -58,9 +68,10 @@ class Encoded:
 class MixPrompts(Encoded):
     """The endless order of a mix."""
 
-    def __init__(self, mix: Mix, *encoding: Any):
-        super().__init__(*encoding)
+    def __init__(self, mix: Mix, encoding: Encoding):
+        super().__init__(encoding)
         self.mix = mix
+        self._draw = lru_cache(maxsize=4096)(mix.draw)
 
     def check(self) -> None:
         """UserMistake for prompts that leave no room, before the first step and not when they are drawn.
@@ -71,16 +82,15 @@ class MixPrompts(Encoded):
         drawn = all_of(self.mix, self.mix.trained())
         self.all_tokens([draw for draw in drawn if not 0 < 2 * len(str(draw.item.prompt).encode()) < self.longest])
 
-    @lru_cache(maxsize=4096)
     def item(self, k: int) -> Draw:
-        return self.mix.draw(k)
+        return self._draw(k)
 
 
 class Listed(Encoded):
     """Given prompts. UserMistake at once for those that leave no room."""
 
-    def __init__(self, draws: Sequence[Draw], *encoding: Any):
-        super().__init__(*encoding)
+    def __init__(self, draws: Sequence[Draw], encoding: Encoding):
+        super().__init__(encoding)
         self.draws, self.ids = list(draws), self.all_tokens(draws)
 
     def __len__(self) -> int:
@@ -151,3 +161,27 @@ def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> Turns | None:
     """How the tasks of a mix reply; None where none does."""
     ends = turn_ends(mix.entries)
     return Turns(lambda draw: ends.get(draw.entry), scorer, texts.spell, texts.tokenizer.encode) if ends else None
+
+
+def prompts_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> tuple[Tokenizer, Mix, Encoding]:
+    """Return the tokenizer of a model folder, the run's prompts, and how they become its tokens."""
+    tokenizer = load_tokenizer(str(folder.hf))
+    positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
+    encoder = PromptEncoder(tokenizer, config.chat_arguments, config.bos)
+    encoding = Encoding(encoder, positions - config.sampling.max_tokens)
+    return tokenizer, Mix(entries_of(config.mix), config.seed), encoding
+
+
+def stop_ids_of(folder: ModelFolder, tokenizer: Tokenizer) -> set[int]:
+    """Return the end tokens of generation_config.json, where there is one, and the tokenizer's.
+
+    Raises UserMistake for a torn file.
+    """
+    file = folder.hf / "generation_config.json"
+    try:
+        found = durable.read_json(file).get("eos_token_id") if file.exists() else None
+    except (durable.TornFile, AttributeError) as error:
+        message = f"is no generation config ({error}): make the model folder again"
+        raise UserMistake(Problem(str(file), message)) from None
+    ids = found if isinstance(found, list) else [found]
+    return {token for token in [*ids, tokenizer.eos_id] if token is not None}

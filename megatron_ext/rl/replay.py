@@ -11,23 +11,25 @@ from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import turn_ends
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.rl import grpo, journal, session
-from megatron_ext.rl.prompts import MixPrompts
+from megatron_ext.rl import journal
+from megatron_ext.rl.prompts import MixPrompts, prompts_of, stop_ids_of
+from megatron_ext.rl.settings import GrpoSettings
+from megatron_ext.rl.step import ROLLOUTS
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Answer, Request, Sequence
 from megatron_ext.weights import checkpoint
 
 
-def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
+def replay(config: GrpoSettings, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
     """Of sample `number` of prompt `item`, which was drawn for the update that made `step`; one process, started.
 
     Facts: prompt, completion and finish as recorded, tokens, and what was found: same_tokens (those before the first
     difference), differs, recorded_token and replayed_token there, the margin of that draw (how far its noise was from
     another token, as a probability), and the largest difference of log-probs before it.
     """
-    entry = journal.read(keep / grpo.ROLLOUTS, step - 1).get((item, number))
+    entry = journal.read(keep / ROLLOUTS, step - 1).get((item, number))
     if entry is None:
-        held = [k + 1 for k in journal.steps(keep / grpo.ROLLOUTS)]
+        held = [k + 1 for k in journal.steps(keep / ROLLOUTS)]
         raise UserMistake(
             f"no tokens are recorded of {step}/{item}/{number}: recorded are those of steps {_ranges(held)}; "
             f"samples/step_{step:06d}.jsonl has the numbers of its prompts and samples"
@@ -39,10 +41,11 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
     else:
         weights = _weights(config, keep, step)
         parts = model_folder.load_stages(folder, plan, config.dtype, config.backend, weights=weights)
-    tokenizer, mix, encoding = session.prompts_of(config, folder)
-    prompts = MixPrompts(mix, *encoding)
+    tokenizer, mix, encoding = prompts_of(config, folder)
+    prompts = MixPrompts(mix, encoding)
     draw = prompts.item(item)
-    engine = Engine(parts[0], config.engine, config.seed, session.stop_ids_of(folder, tokenizer), tokenizer.decode)
+    stop_ids = stop_ids_of(folder, tokenizer)
+    engine = Engine(parts[0], config.engine, config.seed, stop_ids, detokenize=tokenizer.decode)
     ends = turn_ends(mix.entries).get(draw.entry)
     request = Request(prompts.uid(draw), prompts.tokens(draw), number + 1, only=(number,), turn_ends=ends)
     (found,) = engine.generate([request], config.sampling, turns=AsRecorded(entry))
@@ -96,7 +99,7 @@ class AsRecorded:
         return Answer(tuple(recorded[start:stop]))
 
 
-def _weights(config: Any, keep: Path, step: int) -> Path:
+def _weights(config: GrpoSettings, keep: Path, step: int) -> Path:
     """The weights that drew the samples of `step`: those of the checkpoint before."""
     if config.lora.rank:
         raise UserMistake("rollouts of adapters cannot be drawn again after the first step: only whole models can")

@@ -11,13 +11,15 @@ import numpy as np
 import torch.distributed as dist
 
 from data_tools.base import durable
+from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.samples import Batch, Sample
+from megatron_ext.rl.updates import Update
 from megatron_ext.rollout.sequence import spans
 
 OUTSIDE = ("rollout", "reward", "train")  # what a step is for; the rest is its overhead
 
 
-class Clock:
+class StepTimes:
     """Seconds of a step by what they went into."""
 
     def __init__(self) -> None:
@@ -25,13 +27,14 @@ class Clock:
         self.began = time.perf_counter()
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def of(self, name: str) -> Iterator[None]:
+        """Count the seconds inside as those of `name`."""
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Any) -> dict[str, Any]:
+def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Update) -> dict[str, Any]:
     """The same on every rank. Shares are of samples, or of trained tokens where they speak of the loss."""
     rewards = [s.reward for s in drawn if s.reward is not None]
     lengths = [len(s.tokens) for s in drawn]
@@ -82,25 +85,25 @@ def _means(parts: Any) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
 
-def speeds(drawn: Sequence[Sample], update: Any, collector: Any, clock: Clock) -> dict[str, Any]:
+def speeds(drawn: Sequence[Sample], update: Update, collector: Collector, times: StepTimes) -> dict[str, Any]:
     """Times of this rank, counts of all replicas. Every rank takes part."""
     parts: list[Any] = [None] * dist.get_world_size()
     mine = dict(collector.counts) if collector.replica.speaks else {}
     dist.all_gather_object(parts, (mine, collector.seconds["rollout"]))
     counts = [part for part, _ in parts if part]
-    step_s = time.perf_counter() - clock.began
+    step_s = time.perf_counter() - times.began
     rollout_s = max(seconds for _, seconds in parts)
     steps = sum(part.get("steps", 0) for part in counts)
-    seconds = {name: round(value, 6) for name, value in sorted(clock.seconds.items())}
-    seconds["other"] = step_s - sum(clock.seconds.values())
+    seconds = {name: round(value, 6) for name, value in sorted(times.seconds.items())}
+    seconds["other"] = step_s - sum(times.seconds.values())
     new = sum(part.get("decoded", 0) for part in counts)
     running = sum(part.get("running", 0) for part in counts)
     return {
         "step_s": step_s,
         "seconds": seconds,
-        "share_outside": 1 - sum(clock.seconds.get(name, 0.0) for name in OUTSIDE) / step_s,
+        "share_outside": 1 - sum(times.seconds.get(name, 0.0) for name in OUTSIDE) / step_s,
         "rollout_tokens_per_s": sum(len(s.tokens) for s in drawn) / rollout_s if new and rollout_s else None,
-        "train_tokens_per_s": update.row_tokens / clock.seconds["train"],
+        "train_tokens_per_s": update.row_tokens / times.seconds["train"],
         "occupancy": running / (steps * collector.engine.config.max_batch) if steps else None,
         "kv_use": max((part.get("kv_use", 0.0) for part in counts), default=0.0),
         "evictions": sum(part.get("preemptions", 0) for part in counts),

@@ -32,7 +32,7 @@ from megatron_ext.models.layouts import default_start, hf_rules, hf_shapes
 from megatron_ext.models.registry import Family, stages
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import loop
+from megatron_ext.training.rows import MicroBatch, micro_batch
 from megatron_ext.training.trainer import AdamW, Trainer
 from megatron_ext.weights import checkpoint, convert
 
@@ -93,11 +93,11 @@ def trainer_of(family: Family, dims: Any, plan: ParallelPlan, weights: Path) -> 
     return Trainer(parts, plan, AdamW(weight_decay=0.1))
 
 
-def rows_of(packs: Sequence[Pack], plan: ParallelPlan) -> list[loop.MicroBatch]:
+def rows_of(packs: Sequence[Pack], plan: ParallelPlan) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch of `packs`."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = packs[rank::size]
-    return [loop.micro_batch(mine[i : i + plan.micro_batch]) for i in range(0, len(mine), plan.micro_batch)]
+    return [micro_batch(mine[i : i + plan.micro_batch]) for i in range(0, len(mine), plan.micro_batch)]
 
 
 def measure(family: Family, dims: Any, plan: ParallelPlan, weights: Path, packs: Sequence[Pack]) -> Measured:
@@ -229,11 +229,11 @@ def _observe(trainer: Trainer, pack: Pack, document: int, disturb: float) -> tup
 
     Noise of size `disturb` is added to the inputs of `document`.
     """
-    row = loop.micro_batch([pack])
+    row = micro_batch([pack])
     losses: list[tuple[numpy.ndarray, torch.Tensor]] = []  # (tokens of the row, a number of each)
     inputs: list[tuple[numpy.ndarray, torch.Tensor]] = []
 
-    def read(found: torch.Tensor, _: loop.MicroBatch) -> torch.Tensor:
+    def read(found: torch.Tensor, _: MicroBatch) -> torch.Tensor:
         losses.append((row.documents.held[row.supervised.cpu().numpy()], found.detach()))
         return found.sum()
 

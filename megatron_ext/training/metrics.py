@@ -126,14 +126,15 @@ class Wandb:
         self._run.finish()
 
 
-def sinks(track: Track, keep: Path, resumed_from: int, run_id: str, config: Mapping[str, Any]) -> list[Sink]:
-    """What `track` asks for besides metrics.jsonl. UserMistake where its library is missing."""
-    found: list[Sink] = []
+def sinks(track: Track, keep: Path, resumed_from: int, identity: Mapping[str, Any]) -> list[Sink]:
+    """Return what `track` asks for besides metrics.jsonl, for one rank. UserMistake where its library is missing."""
+    asked: list[Sink] = []
     if track.tensorboard:
-        found.append(TensorBoard(keep / "tensorboard", resumed_from))
+        asked.append(TensorBoard(keep / "tensorboard", resumed_from))
     if track.wandb != "off":
-        found.append(Wandb(keep, track, run_id, config))
-    return found
+        run_id = durable.sha256_bytes(str(keep.resolve()))[:16]  # the same for all attempts at this training
+        asked.append(Wandb(keep, track, run_id, identity))
+    return asked
 
 
 # ---------------------------------------------------------------- what

@@ -1,8 +1,11 @@
 """What a rank trains on: packs of the plan, joined into THD rows on the device.
 
-A rank's packs of step k: the plan gives the global batch, whatever the number of ranks, and deals it to them by
-predicted cost (data_tools/packs/batches.py); a rank takes `micro_batch` of them at a time, joined into one THD row. Context
-ranks share a row and hold some of its tokens each; of a pipeline's ranks the first reads the ids, the last the labels.
+The packs of a rank in step k: the plan gives the global batch, whatever the number of ranks, and deals it to them by
+predicted cost (data_tools/packs/batches.py). A rank takes `micro_batch` of them at a time, joined into one row of THD
+(tokens, heads, head dimension: no batch dimension). Context ranks share a row and hold some of its tokens each; of a
+pipeline's ranks the first reads the ids, the last the labels.
+
+Shapes below: L tokens of a pack, T of a row, c context ranks, n supervised tokens that this rank holds.
 """
 
 from collections.abc import Sequence

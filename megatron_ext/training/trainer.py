@@ -28,6 +28,10 @@ from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 from megatron_ext.training.metrics import Clock
 from megatron_ext.training.options import Engine
 from megatron_ext.training.rows import MicroBatch
+from megatron_ext.training.settings import TrainingSettings
+
+
+PLAIN = Engine()
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,17 @@ class AdamW:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    @classmethod
+    def of(cls, settings: TrainingSettings) -> "AdamW":
+        """Return the optimizer settings of a training's config."""
+        return cls(
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            epsilon=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip_grad,
+        )
 
 
 @dataclass
@@ -99,7 +114,7 @@ class Trainer:
         model: torch.nn.Module | list[torch.nn.Module],
         plan: ParallelPlan,
         settings: AdamW,
-        engine: Engine = Engine(),
+        engine: Engine = PLAIN,
     ):
         parts = model if isinstance(model, list) else [model]
         config = parts[0].config

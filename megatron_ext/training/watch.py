@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from data_tools.base.declared import setting
 from data_tools.progress import EXIT_HUNG, HUNG
@@ -101,7 +102,8 @@ class Watch:
         os._exit(EXIT_HUNG)
 
 
-def _has_descriptor(stream: object) -> bool:
+def _has_descriptor(stream: TextIO) -> bool:
+    """Return whether a stream is a file, and not a test's capture or closed."""
     try:
         return stream.fileno() >= 0
     except (AttributeError, OSError, ValueError):

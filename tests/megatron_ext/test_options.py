@@ -19,7 +19,7 @@ from data_tools.packs.pack import PackReader
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import loop, options, schedule, trainer
+from megatron_ext.training import options, schedule, supervised, trainer
 from megatron_ext.training.options import Balance, Engine
 from megatron_ext.training.schedule import Amount
 from megatron_ext.training.trainer import AdamW, Trainer
@@ -167,10 +167,10 @@ def losses_with(plan: ParallelPlan, hf: Path, engine: Engine) -> list[float]:
         one = Trainer(tiny.parts(hf, tiny.DIMS, plan), plan, AdamW(), engine)
         found = []
         for k in range(3):
-            sums, norm = one.step(loop.rows_of_step(tiny.Packs(), k, run_of(), plan), 0.01)
+            sums, norm = one.step(supervised.rows_of_step(tiny.Packs(), k, run_of(), plan), 0.01)
             found += [sums.reduced().mean_loss, norm]
         one.settle()
-        return [*found, loop.validation_loss(one, tiny.Packs(n=2))]
+        return [*found, supervised.validation_loss(one, tiny.Packs(n=2))]
 
 
 def test_overlapping_communication_changes_nothing(two_ranks, tmp_path):
@@ -190,7 +190,7 @@ def routed(balance: Balance, hf: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
         convert.import_weights(model, hf, tiny.family(of), of)
         one = Trainer(model, PLAN, AdamW())
-        one.step(loop.rows_of_step(tiny.Packs(), 0, run_of(), PLAN), 0.0)
+        one.step(supervised.rows_of_step(tiny.Packs(), 0, run_of(), PLAN), 0.0)
         router = next(module for name, module in model.named_modules() if name.endswith("mlp.router"))
         return router.weight.main_grad.clone(), router.expert_bias.clone()
 
@@ -217,7 +217,7 @@ def test_recomputation_runs_forward_again(alone, tmp_path, of):
             if kind:
                 module.register_forward_hook(lambda *_, kind=kind: calls.update({kind: calls[kind] + 1}))
         one = Trainer(model, plan, AdamW())
-        one.step(loop.rows_of_step(tiny.Packs(), 0, run_of(global_batch=1), plan), 0.0)
+        one.step(supervised.rows_of_step(tiny.Packs(), 0, run_of(global_batch=1), plan), 0.0)
         runs[mode] = calls
     assert runs["selective"] == {"mlp": 2 * runs["none"]["mlp"], "attention": runs["none"]["attention"]}
     assert runs["full"] == {kind: 2 * count for kind, count in runs["none"].items()}

@@ -28,7 +28,7 @@ def rank_main(hf: Path, keep: Path) -> None:
     init_device()
     from megatron_ext.parallel import ranks
     from megatron_ext.parallel.plan import ParallelPlan
-    from megatron_ext.training import loop
+    from megatron_ext.training import supervised
     from megatron_ext.training.trainer import AdamW, Trainer
     from tests.megatron_ext.training import run_of
 
@@ -39,7 +39,7 @@ def rank_main(hf: Path, keep: Path) -> None:
     plan = ParallelPlan()
     with ranks.started(plan):
         trainer = Trainer(tiny.model(hf, tiny.DIMS, plan), plan, AdamW())
-        loop.train_on_packs(trainer, tiny.Packs(), run_of(9, hang=QUICK), keep, {}, told)
+        supervised.train_on_packs(trainer, tiny.Packs(), run_of(9, hang=QUICK), keep, identity={}, progress=told)
 
 
 def test_the_stacks_of_all_ranks_are_dumped_when_one_stands_still(tmp_path):
