@@ -130,7 +130,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
     with ranks.started(config.parallel, config.seed, patience, config.engine.te_rng):
         from megatron_ext.training import supervised  # megatron-core may be imported once the device is ready
-        from megatron_ext.training.trainer import AdamW, Trainer
+        from megatron_ext.training.update import AdamW, Trainer
 
         stages = model_folder.load_trainable(
             folder, config.parallel, config.lora, config.seed, config.dtype, config.backend, fields_of_model, weights

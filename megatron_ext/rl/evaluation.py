@@ -1,5 +1,7 @@
-"""How good the weights in training are: greedy accuracy, pass@k and maj@k over prompts of an evaluation set; mean reward and
-regret of tasks whose rewards are more than right and wrong."""
+"""Measure how good the weights in training are, on prompts of an evaluation set.
+
+Greedy accuracy, pass@k and maj@k; mean reward and regret of tasks whose rewards are more than right and wrong.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,11 +33,12 @@ def evaluate(
     outcomes: Outcomes,
     model: str = "the model",
 ) -> dict[str, Any]:
-    """By entry, over the prompts, `samples` each (greedy: 1). Every rank takes part and returns the same.
+    """Return what `summary` says of each entry, from `samples` completions of each prompt (greedy: 1).
 
-    Raises Stopped on every rank once any was asked to stop.
+    Every rank takes part and returns the same. Raises Stopped on every rank once any was asked to stop.
     """
     replica = Replica()
+    asked = scorer if replica.speaks else None
     wanted = {k: prompts.item(k) for k in replica.share(range(len(prompts)))}
     numbers = {prompts.uid(item): k for k, item in wanted.items()}
     items = {uid: wanted[k] for uid, k in numbers.items()}
@@ -47,10 +50,10 @@ def evaluate(
     stopped = False
     try:
         for sequence in engine.generate(requests, sampling, together, replies):
-            if replica.speaks:
+            if asked is not None:
                 k = numbers[sequence.prefix.request.uid]
                 text = spell(sequence.completion, sequence.finish)
-                pending.append((k, sequence.finish, scorer.submit(wanted[k], text, sequence.finish)))
+                pending.append((k, sequence.finish, asked.submit(wanted[k], text, sequence.finish)))
     except Stopped:
         stopped = True
     except NoDistribution as mistake:
@@ -71,7 +74,10 @@ def evaluate(
 
 
 def summary(found: Sequence[dict[str, Any]], samples: int, greedy: bool) -> dict[str, Any]:
-    """Of prompt, answer or None, correct, reward and best of each sample; no accuracy where the task knows of none."""
+    """Return the measures of samples of one entry, which have prompt, answer or None, correct, reward and best.
+
+    There is no accuracy where the task knows of none.
+    """
     by_prompt: dict[int, list[dict[str, Any]]] = {}
     for one in sorted(found, key=lambda one: one["prompt"]):
         by_prompt.setdefault(one["prompt"], []).append(one)

@@ -38,6 +38,7 @@ class Encoded:
         self.encoder, self.longest = encoding
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
+        """Return a prompt's tokens."""
         found = tuple(self.encoder.encode(draw.item.prompt))
         if not 0 < len(found) <= self.longest:
             what = f"prompt {draw.item.uid} has {len(found):,} tokens"
@@ -47,7 +48,7 @@ class Encoded:
         return found
 
     def all_tokens(self, draws: Sequence[Draw]) -> dict[str, tuple[int, ...]]:
-        """By the prompts' uids. UserMistake that names those that leave no room."""
+        """Return the tokens of prompts by uid. UserMistake that names those that leave no room."""
         found, problems = {}, []
         for draw in draws:
             try:
@@ -59,9 +60,11 @@ class Encoded:
         return found
 
     def uid(self, draw: Draw) -> int:
+        """Return the number of the prompt in the run."""
         return draw.number
 
     def name(self, draw: Draw) -> str:
+        """Return what a message calls the prompt."""
         return draw.item.uid
 
 
@@ -74,7 +77,7 @@ class MixPrompts(Encoded):
         self._draw = lru_cache(maxsize=4096)(mix.draw)
 
     def check(self) -> None:
-        """UserMistake for prompts that leave no room, before the first step and not when they are drawn.
+        """Refuse prompts that leave no room, before the first step and not when they are drawn.
 
         Only those are encoded that could be too long: a token is a byte at least, and a template as long as half of
         the room is none that we know. `tokens` looks at each one again.
@@ -83,6 +86,7 @@ class MixPrompts(Encoded):
         self.all_tokens([draw for draw in drawn if not 0 < 2 * len(str(draw.item.prompt).encode()) < self.longest])
 
     def item(self, k: int) -> Draw:
+        """Return prompt number `k` of the order."""
         return self._draw(k)
 
 
@@ -97,14 +101,16 @@ class Listed(Encoded):
         return len(self.draws)
 
     def item(self, k: int) -> Draw:
+        """Return prompt number `k` of the list."""
         return self.draws[k]
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
+        """Return a prompt's tokens."""
         return self.ids[draw.item.uid]
 
 
 def all_of(mix: Mix, names: Sequence[str], most: int | None = None) -> list[Draw]:
-    """The first `most` prompts of each of these entries, one entry after the other, in the order of their files."""
+    """Return the first `most` prompts of each of these entries, entry after entry, in the order of their files."""
     return [mix.held_out(name, k) for name in names for k in range(len(mix.items[name][:most]))]
 
 
@@ -115,6 +121,7 @@ class MixScorer:
         self.scorer, self.outcomes = scorer, outcomes
 
     def submit(self, draw: Draw, completion: str, finish: str) -> Any:
+        """Return a future of the verdict; of what was cut off, where its task knows the reward, at once."""
         if finish not in ("stop", "abort") and (score := self.outcomes.cut_off(draw.entry, draw.item)) is not None:
             future: Future = Future()
             future.set_result(score)
@@ -122,6 +129,7 @@ class MixScorer:
         return self.scorer.submit(draw.entry, draw.item, completion, finish)
 
     def reply(self, draw: Draw, transcript: str) -> Any:
+        """Return a future of what the prompt's task replies to a transcript."""
         return self.scorer.reply(draw.entry, draw.item, transcript)
 
 
@@ -129,7 +137,7 @@ class MixScorer:
 def mix_scorer(
     entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool = True
 ) -> Iterator[MixScorer | None]:
-    """None on ranks that score nothing."""
+    """Run the verifiers of a mix meanwhile. Gives None on ranks that score nothing."""
     if not (wanted and Replica().speaks):
         yield None
         return
@@ -138,18 +146,18 @@ def mix_scorer(
 
 
 class Texts:
-    """Between a model's tokens and what tasks read and say."""
+    """Turns a model's tokens into what tasks read and say."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: set[int]):
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
 
     def spell(self, tokens: Sequence[int], finish: str) -> str:
-        """A completion without the token that ended it."""
+        """Return a completion's text without the token that ended it."""
         ended = finish == "stop" and len(tokens) and tokens[-1] in self.stop_ids
         return self.tokenizer.decode(tokens[:-1] if ended else tokens)
 
     def spell_turns(self, tokens: Sequence[int], logprobs: np.ndarray) -> dict[str, Any]:
-        """`turns` of a completion for a log: who said what; nothing where the model alone spoke."""
+        """Return `turns` of a completion for a log: who said what; nothing where the model alone spoke."""
         if not np.isnan(logprobs).any():
             return {}
         found = spans(logprobs)
@@ -158,7 +166,7 @@ class Texts:
 
 
 def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> Turns | None:
-    """How the tasks of a mix reply; None where none does."""
+    """Return how the tasks of a mix reply; None where none does."""
     ends = turn_ends(mix.entries)
     return Turns(lambda draw: ends.get(draw.entry), scorer, texts.spell, texts.tokenizer.encode) if ends else None
 

@@ -21,11 +21,12 @@ from megatron_ext.weights import checkpoint
 
 
 def replay(config: GrpoSettings, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
-    """Of sample `number` of prompt `item`, which was drawn for the update that made `step`; one process, started.
+    """Draw sample `number` of prompt `item` again, which was drawn for the update that made `step`; in one process,
+    started.
 
     Facts: prompt, completion and finish as recorded, tokens, and what was found: same_tokens (those before the first
-    difference), differs, recorded_token and replayed_token there, the margin of that draw (how far its noise was from
-    another token, as a probability), and the largest difference of log-probs before it.
+    difference), differs, recorded_token and replayed_token there, the margin of that draw (how far its noise was
+    from another token, as a probability), and the largest difference of log-probs before it.
     """
     entry = journal.read(keep / ROLLOUTS, step - 1).get((item, number))
     if entry is None:
@@ -77,12 +78,15 @@ class AsRecorded:
     """Replies as the record has them, as long as the sample is as recorded."""
 
     def __init__(self, entry: journal.Entry):
-        self.entry, self.asked = entry, []
+        self.entry = entry
+        self.asked: list[Sequence] = []
 
     def ask(self, sequence: Sequence) -> None:
+        """Hear that a sample's turn has ended."""
         self.asked.append(sequence)
 
     def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
+        """Return the recorded replies to what was asked."""
         asked, self.asked = self.asked, []
         return [(sequence, self._answer(sequence.completion)) for sequence in asked]
 
@@ -100,7 +104,7 @@ class AsRecorded:
 
 
 def _weights(config: GrpoSettings, keep: Path, step: int) -> Path:
-    """The weights that drew the samples of `step`: those of the checkpoint before."""
+    """Return the weights that drew the samples of `step`: those of the checkpoint before."""
     if config.lora.rank:
         raise UserMistake("rollouts of adapters cannot be drawn again after the first step: only whole models can")
     folder = keep / "checkpoints" / f"step_{step - 1}"
@@ -114,7 +118,7 @@ def _weights(config: GrpoSettings, keep: Path, step: int) -> Path:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """ "1, 101 to 250"."""
+    """Return numbers in words, as "1, 101 to 250"."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:

@@ -35,7 +35,10 @@ class StepTimes:
 
 
 def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Update) -> dict[str, Any]:
-    """The same on every rank. Shares are of samples, or of trained tokens where they speak of the loss."""
+    """Return what the metrics say of a step, the same on every rank.
+
+    Shares are of samples, or of trained tokens where they speak of the loss.
+    """
     rewards = [s.reward for s in drawn if s.reward is not None]
     lengths = [len(s.tokens) for s in drawn]
     line: dict[str, Any] = {
@@ -76,7 +79,7 @@ def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Upda
 
 
 def _means(parts: Any) -> dict[str, float]:
-    """The mean of each numeric part of the rewards, over the samples that have it."""
+    """Return the mean of each numeric part of the rewards, over the samples that have it."""
     found: dict[str, list[float]] = {}
     for one in parts:
         for name, value in one.items():
@@ -86,9 +89,9 @@ def _means(parts: Any) -> dict[str, float]:
 
 
 def speeds(drawn: Sequence[Sample], update: Update, collector: Collector, times: StepTimes) -> dict[str, Any]:
-    """Times of this rank, counts of all replicas. Every rank takes part."""
+    """Return times of this rank and counts of all replicas. Every rank takes part."""
     parts: list[Any] = [None] * dist.get_world_size()
-    mine = dict(collector.counts) if collector.replica.speaks else {}
+    mine = {**collector.counts, "kv_use": collector.kv_use} if collector.replica.speaks else {}
     dist.all_gather_object(parts, (mine, collector.seconds["rollout"]))
     counts = [part for part, _ in parts if part]
     step_s = time.perf_counter() - times.began
@@ -120,8 +123,10 @@ def write_samples(
     differences: Mapping[tuple[int, int], tuple[float, float]],
     spell: Callable[[Sample], dict[str, Any]],
 ) -> None:
-    """FOLDER/step_N.jsonl, a line for each sample drawn for the update that made step N: a step done again after a kill
-    writes it again. One rank."""
+    """Write FOLDER/step_N.jsonl, a line for each sample drawn for the update that made step N. One rank calls it.
+
+    A step done again after a kill writes it again.
+    """
     worth = {s.key: (float(a), bool(t)) for s, a, t in zip(batch.samples, batch.advantages, batch.trained)}
     lines = []
     for sample in sorted(drawn, key=lambda s: s.key):

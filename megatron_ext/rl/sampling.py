@@ -127,7 +127,7 @@ def _failed_entry(samples: list[Sample], draws: list[Draw]) -> tuple[str, list[S
 def _row(
     sample: Sample, draws: list[Draw], place: int, texts: Texts, seed: int, folder: ModelFolder, outcomes: Outcomes
 ) -> dict[str, Any]:
-    """One line of what rejection reads; `place` is the prompt's among all elements'."""
+    """Return one line of what rejection reads; `place` is the prompt's among all elements'."""
     draw, tokens = draws[sample.item], sample.tokens.tolist()
     prompt, best = draw.item.prompt, outcomes.best(draw.entry, draw.item)
     return {

@@ -31,7 +31,7 @@ from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.rl.step import ROLLOUTS, GrpoTrained, train
 from megatron_ext.rl.updates import Reference
 from megatron_ext.rollout.engine import Engine
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 
 
 def run(
@@ -129,9 +129,10 @@ def run(
 
 
 def reference_of(config: GrpoSettings, folder: ModelFolder, trainer: Trainer) -> Reference | None:
-    """Return what the KL term is taken against: the model that training begins with, or another one; None without the term.
+    """Return what gives the log-probs that the KL term is taken against; None without the term.
 
-    New adapters leave that model in place below them; otherwise it is loaded a second time.
+    They are of the model that training begins with, or of another one. New adapters leave that model in place below
+    them; otherwise it is loaded a second time.
     """
     if not config.loss.kl_beta:
         return None

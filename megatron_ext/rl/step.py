@@ -21,9 +21,9 @@ from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.position import Position
 from megatron_ext.rl.samples import Sample, batch_of, kept_items
 from megatron_ext.rl.settings import GrpoSettings
-from megatron_ext.rl.updates import Reference, check_advantages, offloaded, packed_minibatches, remedy, update
+from megatron_ext.rl.updates import Reference, check_advantages, packed_minibatches, remedy, update
 from megatron_ext.training.loop import Loop, Trained
-from megatron_ext.training.trainer import Trainer
+from megatron_ext.training.update import Trainer
 from megatron_ext.weights import checkpoint
 
 ROLLOUTS, SAMPLES = "rollouts", "samples"
@@ -133,7 +133,7 @@ class GrpoStep:
         """Return the samples of step `k` and the prompts that are kept. Stopped tells which share of it is recorded."""
         self.collector.begin(k)
         try:
-            with offloaded(self.trainer, self.settings.offload):
+            with self.trainer.offloaded(self.settings.offload):
                 self.drawn, kept = draw(self.collector, self.settings, self.reached)
         except Stopped as stopped:
             samples = (1 + self.settings.refill_tries) * self.settings.prompts * self.collector.group

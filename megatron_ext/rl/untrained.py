@@ -83,6 +83,6 @@ def nothing_trained(counts: Mapping[str, int], reasons: Mapping[str, int], sampl
         parts = [f"{counts[name]:,} {what}" for name, what in CATEGORIES.items() if counts.get(name)]
     why = f", commonest reason: {commonest(reasons)}" if reasons and counts.get("unscorable") else ""
     return NothingTrained(
-        f"nothing was trained in {steps:,} steps: of {samples:,} samples {', '.join(parts)}{why}. The weights are those "
-        f"that it began with; {_REMEDIES[most]}"
+        f"nothing was trained in {steps:,} steps: of {samples:,} samples {', '.join(parts)}{why}. The weights are "
+        f"those that it began with; {_REMEDIES[most]}"
     )

@@ -1,8 +1,7 @@
 """The updates of one GRPO step: its samples in minibatches, passes over them, and what to say of an overflow."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from megatron_ext.rl.rows import (
 from megatron_ext.rl.samples import Batch
 from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.training.loop import SLOWER
-from megatron_ext.training.trainer import NonFinite, Sums, Trainer
+from megatron_ext.training.update import NonFinite, Sums, Trainer
 
 _LARGE_ADVANTAGE = 1e6  # beyond what any scale of rewards gives on purpose
 _LARGE_LOG_RATIO = 20.0  # e^20 = 5e8
@@ -132,7 +131,7 @@ def update(
     if not count:
         send_vote()
     total = total.reduced()
-    done.loss = total.loss / max(count, 1)
+    done.loss = float(total.loss) / max(count, 1)
     done.tokens, done.row_tokens = total.supervised // settings.passes, total.tokens
     done.measures, done.differences = measures.reduced()
     return done
@@ -162,24 +161,3 @@ def remedy(measures: Mapping[str, float], batch: Batch) -> str:
         probability = f"e^{below:.0f} times the policy's probability"
         return f"The reference gives a trained token {probability}: lower lr, or use loss.kl: k2"
     return SLOWER
-
-
-@contextlib.contextmanager
-def offloaded(trainer: Trainer, wanted: bool) -> Iterator[None]:
-    """Keep optimizer state and gradients off the device, where `wanted`: the room is for keys and values of rollouts.
-
-    mcore's own functions (optimizer/optimizer.py:344, distributed/distributed_data_parallel.py:575); gradients are not
-    copied, since each update begins with zeros.
-    """
-    if not wanted:
-        yield
-        return
-    for part in trainer.model:
-        part.offload_grad_buffers()
-    trainer.optimizer.offload_to_cpu()
-    try:
-        yield
-    finally:
-        trainer.optimizer.restore_from_cpu()
-        for part in trainer.model:
-            part.restore_grad_buffers()

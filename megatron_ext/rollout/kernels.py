@@ -26,10 +26,11 @@ def attend_blocks(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query [n, tokens, heads, d] at `positions` int64 [n, tokens] of documents whose keys and values are blocks
-    `table` int64 [n, most] of [blocks, block size, groups, d] -> [n, tokens, heads, d].
+    """Return the attention [n, tokens, heads, d] of n documents' new tokens over what their blocks hold.
 
-    A token sees its document up to itself, or the last `window` tokens of that; `sinks` [heads] as in `attend`.
+    query [n, tokens, heads, d]; keys and values [blocks, block size, groups, d]; `table` int64 [n, most], the blocks of
+    each document; `positions` int64 [n, tokens], of the tokens in their documents; `sinks` [heads] as in `attend`.
+    A token sees its document up to itself, or the last `window` tokens of that.
     """
     if query.is_cuda and _has_flash() and keys.size(1) % _FLASH_BLOCK == 0:
         return _flash(query, keys, values, table, positions, scale, window, sinks)
@@ -49,8 +50,11 @@ def _flash(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, positions: torch.Tensor,
     scale: float, window: int | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Its causal mask puts the last query at the last key, as here. It knows no sinks: they are one more term of the
-    softmax's sum, whose logarithm it gives."""
+    """Return what `attend_blocks` does, by flash-attention.
+
+    Its causal mask puts the last query at the last key, as here. It knows no sinks: they are one more term of the
+    softmax's sum, whose logarithm it gives.
+    """
     from flash_attn import flash_attn_with_kvcache
 
     out, log_sum = flash_attn_with_kvcache(
@@ -67,6 +71,7 @@ def _in_place(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, positions: torch.Tensor,
     scale: float, window: int | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
+    """Return what `attend_blocks` does for one token a document on CPU, without a copy of the blocks."""
     from megatron_ext.rollout.cpu_kernel import in_place
 
     found = torch.empty(query.shape[0], *query.shape[2:], dtype=torch.float32)
@@ -80,5 +85,5 @@ def _in_place(
 
 
 def _plain(held: torch.Tensor) -> numpy.ndarray:
-    """NumPy knows no bfloat16: its bits."""
+    """Return a tensor of the cache as an array: of bfloat16, which NumPy does not know, its bits."""
     return held.view(torch.uint16).numpy() if held.dtype == torch.bfloat16 else held.numpy()

@@ -18,9 +18,12 @@ _DIGITS = ((20, 11), (10, 10), (0, 10))  # shift and width of the parts into whi
 
 
 class Drawn(NamedTuple):
-    """Of n samples: tokens int64, NOTHING where the logits are no distribution (NaN or infinite ones among them);
-    log-probs fp32 under the distribution drawn from, and of the model itself (temperature 1, no filter); margins fp32,
-    infinite where nothing was drawn."""
+    """What was drawn for n samples.
+
+    tokens int64 [n], NOTHING where the logits are no distribution (NaN or infinite ones among them); log-probs fp32 [n]
+    under the distribution drawn from, and of the model itself (temperature 1, no filter); margins fp32 [n], infinite
+    where nothing was drawn.
+    """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -29,7 +32,7 @@ class Drawn(NamedTuple):
 
 
 class Vocabulary:
-    """Sums over the vocabulary, of which this tensor rank holds a part."""
+    """Adds up over the vocabulary, of whose V tokens this tensor rank holds a part [n, V / t]."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
@@ -42,18 +45,19 @@ class Vocabulary:
         return x
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, V / t] -> [n, 1], over the whole vocabulary."""
+        """Return the sum [n, 1] of `x` [n, V / t] over the whole vocabulary."""
         return self._reduced(x.sum(-1, keepdim=True), dist.ReduceOp.SUM)
 
     def max(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the maximum [n, 1] of `x` [n, V / t] over the whole vocabulary."""
         return self._reduced(x.max(-1, keepdim=True).values, dist.ReduceOp.MAX)
 
     def agree(self, x: torch.Tensor) -> torch.Tensor:
-        """The same shape, added over ranks."""
+        """Return `x`, of any shape, added over ranks."""
         return self._reduced(x, dist.ReduceOp.SUM)
 
     def before(self, total: torch.Tensor) -> torch.Tensor:
-        """[n, 1], the totals of the ranks before this one."""
+        """Return the sum [n, 1] of the totals of the ranks before this one."""
         if self.size == 1:
             return torch.zeros_like(total)
         totals = [torch.empty_like(total) for _ in range(self.size)]
@@ -61,11 +65,11 @@ class Vocabulary:
         return torch.stack(totals[: self.rank]).sum(0) if self.rank else torch.zeros_like(total)
 
     def kth(self, x: torch.Tensor, k: int) -> torch.Tensor:
-        """[n, 1], the k-th largest of a row: of each rank's k largest."""
+        """Return the k-th largest [n, 1] of each row, from the k largest of each rank."""
         best = x.topk(min(k, x.size(-1)), dim=-1).values
         if self.size > 1:
-            width = torch.tensor(best.size(-1), device=x.device)
-            width = int(self._reduced(width, dist.ReduceOp.MAX))  # the last rank's part may be shorter than k
+            own = torch.tensor(best.size(-1), device=x.device)
+            width = int(self._reduced(own, dist.ReduceOp.MAX))  # the last rank's part may be shorter than k
             best = torch.nn.functional.pad(best, (0, width - best.size(-1)), value=-torch.inf)
             parts = [torch.empty_like(best) for _ in range(self.size)]
             dist.all_gather(parts, best.contiguous(), group=self.group)
@@ -77,7 +81,10 @@ class Vocabulary:
 def draw(
     logits: torch.Tensor, noise: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary, first: int = 0
 ) -> Drawn:
-    """Logits [n, V / t], of which the first column is token `first`; noise fp64 [n] in [0, 1)."""
+    """Return the next token of each of n samples.
+
+    Logits [n, V / t], of which the first column is token `first`; noise fp64 [n] in [0, 1).
+    """
     logits = logits.float()
     top = vocabulary.max(logits)
     weights = (logits - top).exp_()  # of the model itself, the likeliest 1
@@ -110,7 +117,7 @@ def draw(
 
 
 def _likeliest(logits: torch.Tensor, top: torch.Tensor, vocabulary: Vocabulary, first: int) -> torch.Tensor:
-    """int64 [n], the lowest token with the largest logit."""
+    """Return int64 [n], the lowest token with the largest logit."""
     best = logits.max(-1, keepdim=True)
     token = (best.indices + first).where(best.values == top, torch.iinfo(torch.int64).max)
     if vocabulary.size > 1:
@@ -119,7 +126,7 @@ def _likeliest(logits: torch.Tensor, top: torch.Tensor, vocabulary: Vocabulary, 
 
 
 def _threshold(weights: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary) -> torch.Tensor:
-    """[n, 1], the least weight that passes the filters; tokens that tie with it pass too.
+    """Return [n, 1], the least weight that passes the filters; tokens that tie with it pass too.
 
     top_k, then top_p of what it leaves, then min_p, as transformers does. Neither takes the likeliest away, whose
     weight is 1, so what min_p asks for is the same wherever it stands: only top_p must not see its cut.
@@ -132,10 +139,10 @@ def _threshold(weights: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary
 
 
 def _nucleus(weights: torch.Tensor, share: float, vocabulary: Vocabulary) -> torch.Tensor:
-    """[n, 1], the largest threshold such that the weights at or above it make up `share` of all.
+    """Return [n, 1], the largest threshold such that the weights at or above it make up `share` of all.
 
-    No sort, which would have to be gathered: floats from 0 up are ordered as their bits, and the threshold's are found
-    from the highest on, a table of weights by the next digit at a time.
+    There is no sort, which would have to be gathered: floats from 0 up are ordered as their bits, and the threshold's
+    are found from the highest on, a table of weights by the next digit at a time.
     """
     bits, exact = weights.view(torch.int32), weights.double()
     wanted = vocabulary.sum(exact) * share

@@ -2,7 +2,7 @@
 
 What differs between the two is a TrainingStep: supervised.py has SFT's, rl/step.py GRPO's. Beside the loop:
 
-    trainer.py     one update: model, optimizer, gradient    rows.py     what a rank trains on in a step of SFT
+    update.py      one update: model, optimizer, gradient    rows.py     what a rank trains on in a step of SFT
     metrics.py     what is reported, and where to            watch.py    what happens when nothing happens
     schedule.py    the learning rate, how long               weights/checkpoint.py    what is saved
 """
@@ -20,7 +20,7 @@ from data_tools.progress import Progress, Stop, Stopped, never, silent
 from megatron_ext.device import device
 from megatron_ext.training.metrics import Metrics, sinks
 from megatron_ext.training.settings import TrainingSettings
-from megatron_ext.training.trainer import NonFinite, Trainer
+from megatron_ext.training.update import NonFinite, Trainer
 from megatron_ext.training.watch import Watch
 from megatron_ext.weights import checkpoint
 
@@ -60,8 +60,10 @@ class TrainingStep(Protocol):
         """Do what follows step `loop.done` before it is published: validate, evaluate. May raise Stopped as `make`."""
 
     def position(self) -> dict[str, Any]:
-        """Return what the next step continues from besides weights, optimizer and RNG: JSON values, of which those of
-        rank 0 are kept."""
+        """Return what the next step continues from besides weights, optimizer and RNG, as JSON values.
+
+        Those of rank 0 are kept.
+        """
 
     def published(self, loop: "Loop", seconds: float) -> None:
         """Hear that step `loop.done` is saved, or being saved, for which the loop was held up that long."""
@@ -203,7 +205,7 @@ class Loop:
 
 
 class StopVote:
-    """Whether any rank is to stop, with one answer for all: a signal reaches them at different moments.
+    """Asks whether any rank is to stop, with one answer for all: a signal reaches them at different moments.
 
     Sent between gradient and update, counted before the next step: two numbers, reduced while the update's own
     collectives run, so that no rank waits for them (tests/benchmarks/stop_check.py).

@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,20 @@ from megatron_ext.parallel.calibration import GPUS
 from megatron_ext.training.track import Track
 
 MARKS_KEPT = 4096  # of a clock that nobody reads
+MODES: dict[str, Literal["online", "offline"]] = {"online": "online", "offline": "offline"}  # of W&B, by track.wandb
 
 
 # ---------------------------------------------------------------- where to
 
 
 class Sink(Protocol):
-    def write(self, step: int, values: Mapping[str, Any]) -> None: ...
+    """Where metrics go."""
 
-    def close(self) -> None: ...
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write what is known of a step."""
+
+    def close(self) -> None:
+        """Write all that is not written yet."""
 
 
 class Metrics:
@@ -48,6 +53,7 @@ class Metrics:
             durable.write_file(path, "".join(line + "\n" for line in kept))
 
     def append(self, values: dict[str, Any]) -> None:
+        """Add a line, which has its `step`."""
         if self.writer:
             with open(self.path, "a") as file:  # not fsynced: a line lost in a power cut is written again
                 file.write(json.dumps(values) + "\n")
@@ -55,12 +61,13 @@ class Metrics:
             sink.write(values["step"], values)
 
     def close(self) -> None:
+        """Close the sinks."""
         for sink in self.sinks:
             sink.close()
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; inf for a torn one, so that it is dropped."""
+    """Return the step of a metrics line; inf for a torn one, so that it is dropped."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -68,7 +75,7 @@ def _step_of(line: str) -> float:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers by name, those of nested mappings as "outer/inner"."""
+    """Return the numbers by name, those of nested mappings as "outer/inner"."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -107,7 +114,7 @@ class Wandb:
             raise UserMistake("track.wandb: wandb is not installed: pip install 'afterok[wandb]'") from None
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
-            mode=track.wandb,
+            mode=MODES[track.wandb],
             dir=str(folder),
             project=track.project,
             entity=track.entity or None,
@@ -141,21 +148,21 @@ def sinks(track: Track, keep: Path, resumed_from: int, identity: Mapping[str, An
 
 
 class Clock:
-    """Seconds by part of a step, on the device's clock."""
+    """Measures seconds by part of a step, on the device's clock."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[str, Any]] = deque(maxlen=MARKS_KEPT)
 
     def start(self) -> None:
-        """What comes until the next `mark` counts from here."""
+        """Begin: what comes until the next `mark` counts from here."""
         self._marks.append(("", device.mark()))
 
     def mark(self, part: str) -> None:
-        """The time since the last mark or start was `part`'s."""
+        """Count the time since the last mark or start as `part`'s."""
         self._marks.append((part, device.mark()))
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part in the mean of its occurrences since the last read."""
+        """Return the seconds of each part, in the mean of its occurrences since the last read."""
         found: dict[str, list[float]] = defaultdict(list)
         marks = list(self._marks)
         self._marks.clear()
@@ -167,7 +174,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Slowest:
-    """Of all ranks: which works longest before it waits for the others, and how much longer than the median one."""
+    """Which of all ranks works longest before it waits for the others, and how much longer than the median one."""
 
     rank: int
     ratio: float
@@ -175,7 +182,7 @@ class Slowest:
 
 
 def compare_ranks(seconds: float) -> Slowest:
-    """Every rank says how long its own work takes; all get the answer."""
+    """Return which rank is slowest, from how long each rank says that its own work takes."""
     mine = torch.tensor([seconds, device.peak_memory()], dtype=torch.float64, device=device.device())
     box = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(box, mine)
@@ -186,7 +193,7 @@ def compare_ranks(seconds: float) -> Slowest:
 
 
 def parameter_norm(model: Sequence[torch.nn.Module]) -> float:
-    """L2 norm of all parameters of the whole model; each counts once. Every rank takes part."""
+    """Return the L2 norm of all parameters of the whole model; each counts once. Every rank takes part."""
     dense = parallel_state.get_model_parallel_group(), parallel_state.get_tensor_model_parallel_group()
     expert = (
         parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
@@ -206,6 +213,6 @@ def parameter_norm(model: Sequence[torch.nn.Module]) -> float:
 
 
 def peak_flops() -> float | None:
-    """The device's dense bf16 FLOPs a second by its data sheet; None where it has none."""
+    """Return the device's dense bf16 FLOPs a second by its data sheet; None where it has none."""
     name = device.gpu_name().lower()
     return next((gpu.bf16_tflops * 1e12 for known, gpu in GPUS.items() if known in name), None)

@@ -1,4 +1,4 @@
-"""What a training is told: every training, whether it learns from packs or from rewards, and one from packs. No torch."""
+"""What a training is told: one of any kind, and one on packs. No torch: plans and checks read it too."""
 
 from dataclasses import dataclass
 

@@ -17,7 +17,7 @@ from megatron_ext.training import metrics
 from megatron_ext.training.loop import SLOWER, Loop, Trained
 from megatron_ext.training.rows import MicroBatch, Packs, micro_batch
 from megatron_ext.training.settings import SftSettings
-from megatron_ext.training.trainer import NonFinite, Sums, Trainer
+from megatron_ext.training.update import NonFinite, Sums, Trainer
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def main() -> None:
     device.init_device()
     from megatron_ext.parallel.plan import ParallelPlan
     from megatron_ext.training import supervised
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training.update import AdamW, Trainer
     from megatron_ext.weights import checkpoint
     from tests.megatron_ext import tiny
     from tests.megatron_ext.training import run_of

@@ -36,7 +36,7 @@ from megatron_ext.rl.step import ROLLOUTS, train
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request, Sequence
 from megatron_ext.rollout.settings import EngineConfig, Sampling
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import convert
 from tests.benchmarks.rollout import GROUP, PLACES, VOCABULARY, hf_folder, work
 

@@ -53,7 +53,7 @@ def measure(family: str, tokens: int, single: bool) -> tuple[float, float]:
     device.init_device()
     from megatron_ext.parallel.plan import ParallelPlan
     from megatron_ext.training.rows import micro_batch
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training.update import AdamW, Trainer
     from tests.megatron_ext import tiny
 
     of, plan = model_of(family, tokens), ParallelPlan(recompute="full")

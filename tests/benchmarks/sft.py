@@ -54,7 +54,7 @@ def ours(folder: Path, packs: int, median: int) -> float:
     from megatron_ext.parallel.plan import ParallelPlan
     from megatron_ext.training import supervised
     from megatron_ext.training.settings import SftSettings
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training.update import AdamW, Trainer
     from tests.megatron_ext import tiny
 
     for name in ("store", "packs"):

@@ -27,7 +27,7 @@ def rank_main(steps: int, hf: str) -> None:
     from megatron_ext.parallel import ranks
     from megatron_ext.parallel.plan import ParallelPlan
     from megatron_ext.training import loop, supervised
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training.update import AdamW, Trainer
     from tests.megatron_ext import tiny
     from tests.megatron_ext.training import run_of
 

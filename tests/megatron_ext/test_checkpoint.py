@@ -18,7 +18,7 @@ from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import supervised
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, dist_weights, staging
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import metrics, run_of, sft_config, train_to_end

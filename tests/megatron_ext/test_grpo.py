@@ -239,7 +239,7 @@ def test_settings_of_the_engine_change_no_bit_under_any_layout(two_ranks, folder
 @pytest.mark.soak
 @pytest.mark.parametrize("cell", ["DP2", "TP2", "PP2", "CP2", "TP2xDP2"])
 def test_later_updates_of_a_step_are_those_of_one_process_under_every_layout(request, folders, tmp_path, cell):
-    """Within fp32's tolerance: each layout adds up sums in an order of its own, and none has the bits of one process."""
+    """Within fp32's tolerance: each layout adds up sums in an order of its own; none has the bits of one process."""
     pool = request.getfixturevalue("four_ranks" if cell == "TP2xDP2" else "two_ranks")
     plain = dict(hf=folders["qwen2"], of=tiny.DIMS, steps=2, **UPDATES)
     toy.trained(plan=ParallelPlan(), keep=tmp_path / "one", **plain)

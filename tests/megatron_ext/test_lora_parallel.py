@@ -14,7 +14,7 @@ from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import check
 from megatron_ext.training.rows import micro_batch
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import adapted, tiny
 from tests.megatron_ext.cells import SP

@@ -22,7 +22,7 @@ from megatron_ext.preflight import planner, preflight
 from megatron_ext.training import metrics, supervised
 from megatron_ext.training.rows import micro_batch
 from megatron_ext.training.track import Track
-from megatron_ext.training.trainer import AdamW, Trainer, losses_of
+from megatron_ext.training.update import AdamW, Trainer, losses_of
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import MODEL, sft_config

@@ -19,10 +19,10 @@ from data_tools.packs.pack import PackReader
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import options, schedule, supervised, trainer
+from megatron_ext.training import options, schedule, supervised, update
 from megatron_ext.training.options import Balance, Engine
 from megatron_ext.training.schedule import Amount
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import run_of, sft_config
 
@@ -131,7 +131,7 @@ def test_options_are_fields_of_megatron_core():
     """Those of the GPU path, which cannot run here, by their names in the pinned version."""
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert set(options.transformer_fields(GPU, Balance(0.1, "seq_aux_loss", 1e-3), experts=True)) <= names
-    assert set(trainer._offloading(GPU)) <= {field.name for field in dataclasses.fields(OptimizerConfig)}
+    assert set(update._offloading(GPU)) <= {field.name for field in dataclasses.fields(OptimizerConfig)}
     with ranks.started(PLAN):
         fields = options.transformer_fields(replace(GPU, te_rng=False), Balance(), experts=False)
         config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, PLAN, torch.float32, "torch", fields)
@@ -215,7 +215,7 @@ def test_recomputation_runs_forward_again(alone, tmp_path, of):
         for name, module in model.named_modules():
             kind = {"linear_fc1": "mlp", "core_attention": "attention"}.get(name.rpartition(".")[2])
             if kind:
-                module.register_forward_hook(lambda *_, kind=kind: calls.update({kind: calls[kind] + 1}))
+                module.register_forward_hook(lambda *_, kind=kind, calls=calls: calls.update({kind: calls[kind] + 1}))
         one = Trainer(model, plan, AdamW())
         one.step(supervised.rows_of_step(tiny.Packs(), 0, run_of(global_batch=1), plan), 0.0)
         runs[mode] = calls

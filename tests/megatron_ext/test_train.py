@@ -10,7 +10,7 @@ from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import supervised
 from megatron_ext.training.rows import micro_batch
-from megatron_ext.training.trainer import AdamW, Trainer, losses_of
+from megatron_ext.training.update import AdamW, Trainer, losses_of
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import LAYOUTS, MODEL, run_of

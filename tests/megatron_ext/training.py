@@ -13,7 +13,7 @@ from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import supervised
 from megatron_ext.training.settings import SftSettings
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 

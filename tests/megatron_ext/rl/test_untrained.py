@@ -1,4 +1,4 @@
-"""A run that trains nothing is no success: it says so, with counts and the commonest reason, as early as that is sure."""
+"""A run that trains nothing is no success: it says so, with counts and the commonest reason, as early as it is sure."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron_ext.rl.samples import Batch, Sample, batch_of
 from megatron_ext.rl.settings import Advantage, Rewarding
 from megatron_ext.rl.untrained import told
 from megatron_ext.rl.updates import check_advantages, remedy
-from megatron_ext.training.trainer import NonFinite
+from megatron_ext.training.update import NonFinite
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rl import toy
 

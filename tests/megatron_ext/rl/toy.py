@@ -3,6 +3,7 @@
 With `turns`, token ASKS is answered: by up to three tokens, which all that was said before decides.
 """
 
+# ruff: noqa: E402  (megatron-core may be imported once the device is ready)
 import itertools
 import json
 import os
@@ -32,7 +33,7 @@ from megatron_ext.rl.settings import GrpoSettings, Rewarding
 from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.settings import EngineConfig, Sampling
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 
@@ -108,7 +109,7 @@ def run_of(steps: int, lr: float, max_tokens: int = 8, **changes: Any) -> GrpoSe
 def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
     judge: Callable[[int, str], Any] | None = None, reference: bool = False, turns: bool = False,
-    engine_of: dict[str, int] | None = None, identity: dict[str, Any] = {"toy": True}, **changes: Any,
+    engine_of: dict[str, int] | None = None, identity: dict[str, Any] | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop; `engine_of` are settings
     of the engine."""
@@ -143,7 +144,9 @@ def trained(
         model = tiny.parts(hf, of, plan) if reference else None
         against = (lambda rows: log_probs(model, rows)) if reference else None
         try:
-            trained = step.train(trainer, collector, run, keep, identity=identity, stop=stop, reference=against)
+            trained = step.train(
+                trainer, collector, run, keep, identity=identity or {"toy": True}, stop=stop, reference=against
+            )
         except Stopped as stopped:
             return dict(stopped=stopped.done)
         return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=trained.resumed_from,
