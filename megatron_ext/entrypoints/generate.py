@@ -1,7 +1,7 @@
 """Samples of a model folder on the prompts of tasks, with their rewards: JSONL that data_tools/prepare/rejection.py reads.
 
 Element i of n takes prompts i, i + n, i + 2n, … of all the entries' prompts, entry after entry, chunk after chunk;
-data-parallel ranks share a chunk. A requeued job goes on where it was (megatron_ext/rl/sampling.py). `finish` joins the
+data-parallel ranks share a chunk. A requeued job goes on where it was (megatron_ext/rl/generation.py). `finish` joins the
 elements' samples in the order of the prompts: the same bytes for any number of elements.
 """
 
@@ -95,10 +95,10 @@ def sampled(
     What KEEP holds of them is not sampled again.
     """
     from megatron_ext.parallel import ranks
-    from megatron_ext.rl import sampling
+    from megatron_ext.rl import generation
 
     identity = _identity(config, folder.weights_digest)
-    files = sampling.run(
+    files = generation.run(
         config,
         folder,
         keep,
@@ -131,7 +131,7 @@ def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 def records_of(keep: Path) -> dict[str, Any]:
     """Return what became of the records of each task, as sampling left it in KEEP."""
-    from megatron_ext.rl.sampling import RECORDS
+    from megatron_ext.rl.generation import RECORDS
 
     return durable.read_json(keep / RECORDS)
 

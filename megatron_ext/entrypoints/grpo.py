@@ -32,7 +32,9 @@ from megatron_ext.training import schedule as schedules
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """A row of `row_tokens` in place of a pack; documents are aligned as the plan needs it."""
-    training, problems = preflight.prepare(config.model, "", 1, config.dtype, config.backend, site)
+    training, problems = preflight.prepare(
+        config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site
+    )
     workload = replace(training.workload, pack_length=None, global_batch=None)
     return replace(training, workload=workload, lora=config.lora), problems
 

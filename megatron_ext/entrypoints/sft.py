@@ -133,7 +133,14 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         from megatron_ext.training.update import AdamW, Trainer
 
         stages = model_folder.load_trainable(
-            folder, config.parallel, config.lora, config.seed, config.dtype, config.backend, fields_of_model, weights
+            folder,
+            config.parallel,
+            config.lora,
+            config.seed,
+            dtype=config.dtype,
+            backend=config.backend,
+            options=fields_of_model,
+            weights=weights,
         )
         trainer = Trainer(stages, config.parallel, AdamW.of(config), config.engine)
         outcome = supervised.train_on_packs(

@@ -166,7 +166,7 @@ class Collector:
             entries = [self.entries.get((k, number), Entry()) for number in range(self.group)]
             for number, entry in enumerate(entries):
                 if entry.finish:
-                    ended(_scored(_sample(k, number, prompt, entry.tokens, entry.logprobs, entry.finish), entry.score))
+                    ended(_scored(_sample(k, number, prompt, entry), entry.score))
             only = tuple(number for number, entry in enumerate(entries) if not entry.finish)
             if only:
                 recorded = tuple(Recorded(tuple(e.tokens), tuple(e.logprobs), tuple(e.logprobs)) for e in entries)
@@ -196,7 +196,8 @@ class Collector:
         """Return the sample that a sequence became, and record its end."""
         request, logprobs = sequence.prefix.request, self._comparable(sequence)
         k = self.numbers[request.uid]
-        sample = _sample(k, sequence.sample, request.prompt, sequence.completion, logprobs, sequence.finish)
+        entry = Entry(sequence.completion, logprobs, sequence.finish)
+        sample = _sample(k, sequence.sample, request.prompt, entry)
         unscorable: dict[str, Any] | None = None
         if sequence.note:
             unscorable = {"reward": None, "parts": {}, "note": sequence.note}
@@ -272,9 +273,16 @@ class Collector:
             self.journal.close()
 
 
-def _sample(item: int, number: int, prompt: Many[int], tokens: list[int], logprobs: list[float], finish: str) -> Sample:
-    found = np.array(tokens, dtype=np.int32), np.array(logprobs, dtype=np.float32)
-    return Sample(item, number, tuple(prompt), *found, finish)
+def _sample(item: int, number: int, prompt: Many[int], entry: Entry) -> Sample:
+    """Return the sample that is recorded as `entry`, not judged yet."""
+    return Sample(
+        item,
+        number,
+        tuple(prompt),
+        tokens=np.array(entry.tokens, dtype=np.int32),
+        logprobs=np.array(entry.logprobs, dtype=np.float32),
+        finish=entry.finish,
+    )
 
 
 def _scored(sample: Sample, score: dict[str, Any] | None) -> Sample:

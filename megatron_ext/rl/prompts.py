@@ -17,6 +17,7 @@ from data_tools.tasks.outcome import Outcomes
 from data_tools.tasks.rewards import Scorer
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.rl.replica import Replica
+from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GenerateSettings, GrpoSettings
 from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.sequence import spans
@@ -155,6 +156,17 @@ class Texts:
         """Return a completion's text without the token that ended it."""
         ended = finish == "stop" and len(tokens) and tokens[-1] in self.stop_ids
         return self.tokenizer.decode(tokens[:-1] if ended else tokens)
+
+    def log(self, draw: Draw, sample: Sample) -> dict[str, Any]:
+        """Return what a log says of a sample in words."""
+        tokens = sample.tokens.tolist()
+        return {
+            "entry": draw.entry,
+            "uid": draw.item.uid,
+            "prompt": self.tokenizer.decode(sample.prompt),
+            "completion": self.spell(tokens, sample.finish),
+            **self.spell_turns(tokens, sample.logprobs),
+        }
 
     def spell_turns(self, tokens: Sequence[int], logprobs: np.ndarray) -> dict[str, Any]:
         """Return `turns` of a completion for a log: who said what; nothing where the model alone spoke."""

@@ -38,7 +38,9 @@ def replay(config: GrpoSettings, keep: Path, step: int, item: int, number: int) 
     folder = model_folder.open_folder(config.model)
     plan = ParallelPlan()
     if step == 1:
-        parts = model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend)
+        parts = model_folder.load_trainable(
+            folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend
+        )
     else:
         weights = _weights(config, keep, step)
         parts = model_folder.load_stages(folder, plan, config.dtype, config.backend, weights=weights)

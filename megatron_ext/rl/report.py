@@ -58,9 +58,7 @@ def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Upda
         "updates": update.updates,
         "trained_tokens": update.tokens,
     }
-    if any(not s.own.all() for s in drawn):  # tasks of several turns
-        line["turns"] = float(np.mean([sum(span.own for span in spans(s.logprobs)) for s in drawn]))
-        line["reply_tokens"] = float(np.mean([np.sum(~s.own) for s in drawn]))
+    line |= _turns(drawn)
     if update.trusted is not None:
         line["old_logprobs"] = "rollout" if update.trusted else "recomputed"
     sums = update.measures
@@ -68,14 +66,27 @@ def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Upda
         means = ("ratio", "clipped_low", "clipped_high", "masked", "entropy", "kl")
         line |= {name: sums[name] / count for name in means if name in sums}
     if count := sums.get("compared"):
-        line["mismatch"] = {
-            "probability": sums["probability_difference"] / count,
-            "max_probability": sums["max_probability_difference"],
-            "max_log": sums["max_log_difference"],
-            "kl": sums["behaviour_kl"] / count,
-            "ess": sums["weight"] ** 2 / (count * sums["weight_squared"]),
-        }
+        line["mismatch"] = _mismatch(sums, count)
     return line
+
+
+def _mismatch(sums: Mapping[str, float], count: float) -> dict[str, float]:
+    """Return how far the rollout's log-probs are from the training's, from sums over `count` tokens."""
+    return {
+        "probability": sums["probability_difference"] / count,
+        "max_probability": sums["max_probability_difference"],
+        "max_log": sums["max_log_difference"],
+        "kl": sums["behaviour_kl"] / count,
+        "ess": sums["weight"] ** 2 / (count * sums["weight_squared"]),
+    }
+
+
+def _turns(drawn: Sequence[Sample]) -> dict[str, float]:
+    """Return the means of a sample's turns and of the tokens of replies, where tasks reply at all."""
+    if all(sample.own.all() for sample in drawn):
+        return {}
+    turns = [sum(span.own for span in spans(sample.logprobs)) for sample in drawn]
+    return {"turns": float(np.mean(turns)), "reply_tokens": float(np.mean([np.sum(~s.own) for s in drawn]))}
 
 
 def _means(parts: Any) -> dict[str, float]:

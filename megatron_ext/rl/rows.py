@@ -107,7 +107,16 @@ def _pack(batch: Batch, places: np.ndarray, unit: int, width: int) -> _Packed:
         labels[mine], mask[mine], sequence[mine] = sample.tokens, sample.own, number
         advantage[mine], behaviour[mine] = batch.advantages[place], sample.logprobs
     positions = np.arange(width) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-    return _Packed(ids, labels, mask, positions, cu_seqlens, sequence, advantage, behaviour)
+    return _Packed(
+        ids=ids,
+        labels=labels,
+        loss_mask=mask,
+        positions=positions,
+        cu_seqlens=cu_seqlens,
+        sequence=sequence,
+        advantage=advantage,
+        behaviour=behaviour,
+    )
 
 
 def _on_device(packed: _Packed, keys: tuple, temperature: float, comparable: bool) -> RolloutRow:
@@ -231,7 +240,16 @@ def policy_loss_function(config: Loss, totals: Totals, measures: Measures, is_fi
         logp, entropy = -out[0], out[1]
         now = logp.detach()
         old = now if row.old is None else row.old
-        tokens = Tokens(logp, old, row.advantage, row.sequence, row.lengths, row.behaviour, row.reference, entropy)
+        tokens = Tokens(
+            logp,
+            old,
+            advantage=row.advantage,
+            sequence=row.sequence,
+            lengths=row.lengths,
+            behaviour=row.behaviour,
+            reference=row.reference,
+            entropy=entropy,
+        )
         loss, sums = policy_loss(tokens, config, totals, reduce)
         if counts:
             measures.add({**sums, "entropy": entropy.sum(), "counted": torch.tensor(float(len(logp)))})

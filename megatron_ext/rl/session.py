@@ -26,11 +26,11 @@ from megatron_ext.rl.prompts import (
     turns_of,
 )
 from megatron_ext.rl.rows import RolloutRow, log_probs
-from megatron_ext.rl.samples import Sample
 from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.rl.step import ROLLOUTS, GrpoTrained, train
 from megatron_ext.rl.updates import Reference
 from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.settings import Sampling
 from megatron_ext.training.update import AdamW, Trainer
 
 
@@ -53,12 +53,7 @@ def run(
     prompts.check()
     held_out = Listed(all_of(mix, mix.evaluated(), config.evaluation.prompts), encoding)
     identity = {**identity, "prompts": mix.digest, "scoring": mix.scoring(all_of(mix, mix.trained()))}
-    plan = config.parallel
-    trainer = Trainer(
-        model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend),
-        plan,
-        AdamW.of(config),
-    )
+    trainer = _trainer(config, folder)
     stop_ids = stop_ids_of(folder, tokenizer)
     texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
 
@@ -66,11 +61,6 @@ def run(
 
     def engine(seed: int) -> Engine:
         return Engine(trainer.model[0], config.engine, seed, stop_ids, detokenize=tokenizer.decode)
-
-    def log_of(sample: Sample) -> dict[str, Any]:
-        draw, tokens = prompts.item(sample.item), sample.tokens.tolist()
-        line = {"entry": draw.entry, "uid": draw.item.uid, "prompt": tokenizer.decode(sample.prompt)}
-        return {**line, "completion": texts.spell(tokens, sample.finish), **texts.spell_turns(tokens, sample.logprobs)}
 
     with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s) as scorer:
         turns = turns_of(mix, scorer, texts)
@@ -90,14 +80,10 @@ def run(
         )
 
         def evaluated(step: int) -> dict[str, Any]:
-            seed = int.from_bytes(hashlib.sha256(f"evaluation:{config.seed}:{step}".encode()).digest()[:8], "little")
-            ways = [(replace(sampling, temperature=0.0), 1)]
-            if config.evaluation.samples:
-                ways.append((replace(sampling, temperature=config.evaluation.temperature), config.evaluation.samples))
             by_entry: dict[str, Any] = {}
-            for way, samples in ways:
+            for way, samples in _ways(config):
                 part = evaluate(
-                    engine(seed),
+                    engine(_evaluation_seed(config.seed, step)),
                     held_out,
                     scorer,
                     texts.spell,
@@ -122,10 +108,33 @@ def run(
             progress=progress,
             reference=reference_of(config, folder, trainer),
             evaluate=evaluated if len(held_out) else None,
-            spell=log_of,
+            spell=lambda sample: texts.log(prompts.item(sample.item), sample),
         )
     digest = model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
     return trained, digest
+
+
+def _trainer(config: GrpoSettings, folder: ModelFolder) -> Trainer:
+    """Return the trainer of the model in `folder`, or of adapters for it."""
+    plan = config.parallel
+    model = model_folder.load_trainable(
+        folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend
+    )
+    return Trainer(model, plan, AdamW.of(config))
+
+
+def _ways(config: GrpoSettings) -> list[tuple[Sampling, int]]:
+    """Return how an evaluation samples: greedily, and as asked for, each with the samples of a prompt."""
+    evaluation = config.evaluation
+    ways = [(replace(config.sampling, temperature=0.0), 1)]
+    if evaluation.samples:
+        ways.append((replace(config.sampling, temperature=evaluation.temperature), evaluation.samples))
+    return ways
+
+
+def _evaluation_seed(seed: int, step: int) -> int:
+    """Return the seed of the noise of the evaluation after `step`."""
+    return int.from_bytes(hashlib.sha256(f"evaluation:{seed}:{step}".encode()).digest()[:8], "little")
 
 
 def reference_of(config: GrpoSettings, folder: ModelFolder, trainer: Trainer) -> Reference | None:

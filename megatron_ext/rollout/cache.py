@@ -131,7 +131,16 @@ class Cache:
         values.flatten(0, 1).index_copy_(0, row.places, value)
         out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
         for batch in row.batches:
-            found = attend_blocks(batch.pick(query), keys, values, batch.table, batch.positions, scale, window, sinks)
+            found = attend_blocks(
+                batch.pick(query),
+                keys,
+                values,
+                batch.table,
+                positions=batch.positions,
+                scale=scale,
+                window=window,
+                sinks=sinks,
+            )
             out.index_copy_(0, batch.rows, found.reshape(len(batch.rows), -1))
         return out
 

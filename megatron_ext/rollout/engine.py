@@ -52,7 +52,7 @@ class NoDistribution(UserMistake):
 
     def named(self, prompt: str, model: str) -> "NoDistribution":
         """Return the same mistake in words of the run: which prompt of its tasks, and whose weights."""
-        return NoDistribution(self.uid, self.sample, self.position, prompt, model)
+        return NoDistribution(self.uid, self.sample, self.position, prompt=prompt, model=model)
 
 
 class Turns(Protocol):

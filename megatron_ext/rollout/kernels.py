@@ -33,12 +33,12 @@ def attend_blocks(
     A token sees its document up to itself, or the last `window` tokens of that.
     """
     if query.is_cuda and _has_flash() and keys.size(1) % _FLASH_BLOCK == 0:
-        return _flash(query, keys, values, table, positions, scale, window, sinks)
+        return _flash(query, keys, values, table, positions=positions, scale=scale, window=window, sinks=sinks)
     if query.device.type == "cpu" and query.size(1) == 1:
-        return _in_place(query, keys, values, table, positions, scale, window, sinks)
+        return _in_place(query, keys, values, table, positions=positions, scale=scale, window=window, sinks=sinks)
     size, blocks = keys.shape[2:], table.flatten()
     k, v = (held.index_select(0, blocks).view(len(table), -1, *size) for held in (keys, values))
-    return attend(query, k, v, scale, window, sinks, positions)
+    return attend(query, k, v, scale, window=window, sinks=sinks, positions=positions)
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def _has_flash() -> bool:
 
 
 def _flash(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, positions: torch.Tensor,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, *, positions: torch.Tensor,
     scale: float, window: int | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """Return what `attend_blocks` does, by flash-attention.
@@ -68,7 +68,7 @@ def _flash(
 
 
 def _in_place(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, positions: torch.Tensor,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, *, positions: torch.Tensor,
     scale: float, window: int | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """Return what `attend_blocks` does for one token a document on CPU, without a copy of the blocks."""
@@ -76,7 +76,7 @@ def _in_place(
 
     found = torch.empty(query.shape[0], *query.shape[2:], dtype=torch.float32)
     kernel = in_place(query.size(2) // keys.size(2), query.size(3), keys.size(1))
-    kernel(
+    kernel(  # by position, as numba's code takes arguments
         query.squeeze(1).float().contiguous().numpy(), _plain(keys), _plain(values), table.numpy(),
         positions.squeeze(1).numpy(), scale, 0 if window is None else window,
         numpy.empty(0, numpy.float32) if sinks is None else sinks.detach().float().numpy(), found.numpy(),

@@ -46,7 +46,7 @@ def room(config: EngineConfig, plan: ParallelPlan, shape: ModelShape, dtype: str
     counts = (count_blocks(shape.layers[stage.start : stage.stop]) for stage in stages)
     most = max(count[ATTENTION] + count[WINDOW] for count in counts)
     groups, element = max(1, shape.kv_groups // plan.tensor), BYTES.get(dtype, BYTES["bfloat16"])
-    size = block_bytes(most, config.block_size, groups, max(1, shape.head_dim), element)
+    size = block_bytes(most, config.block_size, groups, head_dim=max(1, shape.head_dim), element=element)
     return Room(max(0, blocks_in(config.kv_gib, size)), config.block_size, tokens)
 
 

@@ -53,12 +53,12 @@ class Runner:
         tokens = torch.tensor([ids + [0] * filler], device=self.cache.target)
         with plain_torch():
             self._receive(tokens.size(1) // self.unit)
-            out = position_logits(self.model, tokens, row.positions[None], row, rows)
+            out = position_logits(self.model, tokens, row.positions[None], documents=row, wanted=rows)
             return out if self.is_last else self._send(out).new_empty(len(wanted), 0)
 
     def _decode(self, tokens: torch.Tensor, row: CachedRow) -> torch.Tensor:
         with plain_torch():
-            return position_logits(self.model, tokens, row.positions[None], row, row.batches[0].rows)
+            return position_logits(self.model, tokens, row.positions[None], documents=row, wanted=row.batches[0].rows)
 
     def idle(self) -> None:
         """Make a pass over nothing, where other ranks wait for this one's experts."""
@@ -88,7 +88,7 @@ class Runner:
             uniforms = torch.tensor(noise, dtype=torch.float64, device=self.cache.target)
             with plain_torch():
                 first = self.vocabulary.rank * logits.size(-1)
-                drawn = draw(logits, uniforms, sampling, self.vocabulary, first)
+                drawn = draw(logits, uniforms, sampling, self.vocabulary, first=first)
                 found = torch.stack([part.double() for part in drawn], 1)
         if self.stages.size() > 1:
             found = found.contiguous()

@@ -128,7 +128,7 @@ class Sequence:
         position = len(self.tokens) - self.prompt_length
         if not self._noise_from <= position < self._noise_from + len(self._noise):
             self._noise_from = position // _DRAWN * _DRAWN
-            self._noise = uniforms(seed, self.prefix.request.uid, self.sample, self._noise_from, _DRAWN)
+            self._noise = uniforms(seed, self.prefix.request.uid, self.sample, first=self._noise_from, count=_DRAWN)
         return float(self._noise[position - self._noise_from])
 
 

@@ -58,7 +58,14 @@ def random_pack(lengths: Sequence[int], vocabulary: int, seed: int, supervised: 
         positions[start:end] = numpy.arange(end - start)
         if supervised is None or supervised[document]:
             mask[start : end - 1] = random.random(end - start - 1) < random.uniform(0.2, 0.9)
-    return Pack(ids, labels, mask, positions, cu_seqlens.astype(numpy.int32), numpy.arange(len(lengths)))
+    return Pack(
+        ids=ids,
+        labels=labels,
+        loss_mask=mask,
+        positions=positions,
+        cu_seqlens=cu_seqlens.astype(numpy.int32),
+        doc_ids=numpy.arange(len(lengths)),
+    )
 
 
 def write_random_weights(family: Family, dims: Any, folder: Path, seed: int = 0) -> None:

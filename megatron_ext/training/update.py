@@ -108,7 +108,14 @@ def losses_of(model: torch.nn.Module, rows: MicroBatch) -> torch.Tensor:
 
     On a pipeline's stages before the last: what goes to the next rank.
     """
-    return supervised_losses(model, rows.ids, rows.positions, rows.documents, rows.targets, rows.supervised)
+    return supervised_losses(
+        model,
+        rows.ids,
+        rows.positions,
+        documents=rows.documents,
+        targets=rows.targets,
+        supervised=rows.supervised,
+    )
 
 
 class Trainer:

@@ -63,7 +63,9 @@ def run(
 
     def line(sample: Sample) -> str:
         place = index + sample.item * count
-        return json.dumps(_row(sample, mine, place, texts, config.seed, folder, outcomes), ensure_ascii=False)
+        return json.dumps(
+            _row(sample, mine, place, texts, seed=config.seed, folder=folder, outcomes=outcomes), ensure_ascii=False
+        )
 
     starts = range(0, len(mine), config.chunk)
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]
@@ -125,7 +127,7 @@ def _failed_entry(samples: list[Sample], draws: list[Draw]) -> tuple[str, list[S
 
 
 def _row(
-    sample: Sample, draws: list[Draw], place: int, texts: Texts, seed: int, folder: ModelFolder, outcomes: Outcomes
+    sample: Sample, draws: list[Draw], place: int, texts: Texts, *, seed: int, folder: ModelFolder, outcomes: Outcomes
 ) -> dict[str, Any]:
     """Return one line of what rejection reads; `place` is the prompt's among all elements'."""
     draw, tokens = draws[sample.item], sample.tokens.tolist()
