@@ -142,7 +142,7 @@ def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dic
     with ranks.started(ParallelPlan(), config.seed):
         from megatron_ext.rl import replay as replays
 
-        return replays.replay(config, keep, step, item, number)
+        return replays.replay(config, keep, step=step, item=item, number=number)
 
 
 def _identity(config: Config, model_digest: str) -> dict[str, Any]:

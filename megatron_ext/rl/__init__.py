@@ -1,7 +1,7 @@
 """Learning from rewards, and sampling on the prompts of tasks.
 
 session.py      put a GRPO run together                   step.py         GRPO's step in the training loop
-collect.py      rollouts of a step, with rewards          journal.py      what was drawn, so that a kill costs little
+collect.py      rollouts of a step, with rewards          journal.py      what was drawn, for after a kill
 samples.py      samples, what they are worth              advantages.py   rewards to advantages
 rows.py         samples as packed rows on the device      losses.py       the policy loss
 updates.py      the updates of a step                     position.py     how far a run has come

@@ -134,8 +134,8 @@ class Collector:
         self.step = step
         self.entries = {}
         if step in self.left:
-            found = journal.gather(self.root, step, self.identity) if dist.get_rank() == 0 else None
-            self.entries = from_rank_zero(found)
+            recorded = journal.gather(self.root, step, self.identity) if dist.get_rank() == 0 else None
+            self.entries = from_rank_zero(recorded)
         self.journal = None
         if self.replica.speaks:
             self.journal = Journal(self.root, step, self.identity, f"rank_{dist.get_rank()}")
@@ -239,12 +239,12 @@ class Collector:
 
     def _count(self, reused: int) -> None:
         """Add the engine's counts of one call, of which `reused` samples came from the journal."""
-        found, blocks = self.engine.counts, len(self.engine.scheduler.blocks.references)
-        used = found.pop("most_blocks", 0) / max(blocks, 1)  # each draw has another number of blocks
+        counts, blocks = self.engine.counts, len(self.engine.scheduler.blocks.references)
+        used = counts.pop("most_blocks", 0) / max(blocks, 1)  # each draw has another number of blocks
         self.kv_use = max(self.kv_use, used)
-        self.counts.update(found)
+        self.counts.update(counts)
         self.counts["reused"] += reused
-        found.clear()
+        counts.clear()
 
     def _judged(self, samples: list[Sample], pending: list[tuple[Sample, Any]]) -> list[Sample]:
         """Return all replicas' samples, with their rewards."""

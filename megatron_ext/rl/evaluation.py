@@ -61,32 +61,33 @@ def evaluate(
     engine.counts.clear()
     if everywhere(stopped):
         raise Stopped(0, 0)
-    found = []
+    verdicts = []
     for k, finish, future in pending:
         score = future.result()
         entry, item = wanted[k].entry, wanted[k].item
         told = {"prompt": k, "answer": score.answer if finish == "stop" else None, "reward": score.reward}
         told["correct"] = outcomes.is_right(entry, item, score.reward, score.parts)
-        found.append((entry, {**told, "best": outcomes.best(entry, item)}))
-    every = replica.gathered(replica.from_speaker(found))
-    names = sorted({name for name, _ in every})
-    return {name: summary([one for of, one in every if of == name], samples, sampling.is_greedy) for name in names}
+        verdicts.append((entry, {**told, "best": outcomes.best(entry, item)}))
+    by_entry: dict[str, list[dict[str, Any]]] = {}
+    for entry, told in replica.gathered(replica.from_speaker(verdicts)):
+        by_entry.setdefault(entry, []).append(told)
+    return {name: summary(by_entry[name], samples, sampling.is_greedy) for name in sorted(by_entry)}
 
 
-def summary(found: Sequence[dict[str, Any]], samples: int, greedy: bool) -> dict[str, Any]:
+def summary(verdicts: Sequence[dict[str, Any]], samples: int, greedy: bool) -> dict[str, Any]:
     """Return the measures of samples of one entry, which have prompt, answer or None, correct, reward and best.
 
     There is no accuracy where the task knows of none.
     """
     by_prompt: dict[int, list[dict[str, Any]]] = {}
-    for one in sorted(found, key=lambda one: one["prompt"]):
-        by_prompt.setdefault(one["prompt"], []).append(one)
+    for verdict in sorted(verdicts, key=lambda verdict: verdict["prompt"]):
+        by_prompt.setdefault(verdict["prompt"], []).append(verdict)
     result: dict[str, Any] = {"prompts": len(by_prompt)} if greedy else {"prompts": len(by_prompt), "samples": samples}
-    result |= graded(found, "greedy_" if greedy else "")
-    if any(map(is_unjudged, found)):
+    result |= graded(verdicts, "greedy_" if greedy else "")
+    if any(map(is_unjudged, verdicts)):
         return result
-    votes = [[(one["answer"], bool(one["correct"])) for one in ones] for ones in by_prompt.values()]
-    means = [float(np.mean([right for _, right in one])) for one in votes]
+    votes = [[(verdict["answer"], bool(verdict["correct"])) for verdict in group] for group in by_prompt.values()]
+    means = [float(np.mean([right for _, right in group])) for group in votes]
     name = "greedy" if greedy else "accuracy"
     result |= {name: float(np.mean(means)), f"{name}_error": standard_error(means)}
     return result if greedy else result | at_k(votes)

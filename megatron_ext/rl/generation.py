@@ -53,10 +53,10 @@ def run(
     if is_writer():
         keep.mkdir(parents=True, exist_ok=True)
         durable.write_json(keep / RECORDS, mix.counts())
-    mine = all_of(mix, list(mix.items))[index::count]
-    prompts = Listed(mine, encoding)
-    names = [draw.item.uid for draw in mine]
-    named = {**identity, "prompts": names, "scoring": mix.scoring(mine), "chunk": config.chunk}
+    draws = all_of(mix, list(mix.items))[index::count]
+    prompts = Listed(draws, encoding)
+    names = [draw.item.uid for draw in draws]
+    named = {**identity, "prompts": names, "scoring": mix.scoring(draws), "chunk": config.chunk}
     key = durable.sha256_bytes(durable.canonical_json(named))
     stop_ids = stop_ids_of(folder, tokenizer)
     texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
@@ -64,16 +64,16 @@ def run(
     def line(sample: Sample) -> str:
         place = index + sample.item * count
         return json.dumps(
-            _row(sample, mine, place, texts, seed=config.seed, folder=folder, outcomes=outcomes), ensure_ascii=False
+            _row(sample, draws, place, texts, seed=config.seed, folder=folder, outcomes=outcomes), ensure_ascii=False
         )
 
-    starts = range(0, len(mine), config.chunk)
+    starts = range(0, len(draws), config.chunk)
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]
     made = from_rank_zero([path.is_file() for path in files])
     with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s, wanted=not all(made)) as scorer:
         collector: Collector | None = None
         for number, (start, path) in enumerate(zip(starts, files)):
-            stop_at = min(start + config.chunk, len(mine))
+            stop_at = min(start + config.chunk, len(draws))
             if not made[number]:
                 if collector is None:
                     collector = Collector(
@@ -95,9 +95,9 @@ def run(
                     samples = collector.collect(range(start, stop_at))
                 except Stopped as stopped:
                     done = start + (stop_at - start) * stopped.done / (stopped.total + 1)
-                    raise Stopped(done, len(mine), "prompt") from None
+                    raise Stopped(done, len(draws), "prompt") from None
                 collector.close()
-                if failed := _failed_entry(samples, mine):
+                if failed := _failed_entry(samples, draws):
                     name, theirs = failed
                     if is_writer():
                         journal.drop_failures(keep / "rollouts", number, key)
@@ -106,7 +106,7 @@ def run(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     durable.write_file(path, "".join(f"{line(sample)}\n" for sample in samples))
                     journal.forget(keep / "rollouts", number + 1)
-            progress(stop_at, len(mine), "prompts")
+            progress(stop_at, len(draws), "prompts")
     return files
 
 

@@ -94,8 +94,8 @@ def folder_of(root: Path, step: int) -> Path:
 
 def steps(root: Path) -> list[int]:
     """Return the steps of which anything is recorded, in order."""
-    found = (path.name.removeprefix("step_") for path in root.glob("step_*"))
-    return sorted(int(number) for number in found if number.isdigit())
+    numbers = (path.name.removeprefix("step_") for path in root.glob("step_*"))
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def gather(root: Path, step: int, identity: str) -> dict[Key, Entry]:

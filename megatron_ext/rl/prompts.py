@@ -40,25 +40,25 @@ class Encoded:
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
         """Return a prompt's tokens."""
-        found = tuple(self.encoder.encode(draw.item.prompt))
-        if not 0 < len(found) <= self.longest:
-            what = f"prompt {draw.item.uid} has {len(found):,} tokens"
+        tokens = tuple(self.encoder.encode(draw.item.prompt))
+        if not 0 < len(tokens) <= self.longest:
+            what = f"prompt {draw.item.uid} has {len(tokens):,} tokens"
             limit = f"the model's positions and sampling.max_tokens leave {self.longest:,} for it"
             message = f"{what}; {limit}: leave it out, or lower max_tokens"
             raise UserMistake(Problem(f"mix.entries.{draw.entry}", message))
-        return found
+        return tokens
 
     def all_tokens(self, draws: Sequence[Draw]) -> dict[str, tuple[int, ...]]:
         """Return the tokens of prompts by uid. UserMistake that names those that leave no room."""
-        found, problems = {}, []
+        by_uid, problems = {}, []
         for draw in draws:
             try:
-                found[draw.item.uid] = Encoded.tokens(self, draw)
+                by_uid[draw.item.uid] = Encoded.tokens(self, draw)
             except UserMistake as mistake:
                 problems += mistake.problems
         if problems:
             raise UserMistake(problems[:_TOLD])
-        return found
+        return by_uid
 
     def uid(self, draw: Draw) -> int:
         """Return the number of the prompt in the run."""
@@ -172,9 +172,9 @@ class Texts:
         """Return `turns` of a completion for a log: who said what; nothing where the model alone spoke."""
         if not np.isnan(logprobs).any():
             return {}
-        found = spans(logprobs)
-        said = [self.tokenizer.decode(tokens[span.start : span.stop]) for span in found]
-        return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(found, said)]}
+        turns = spans(logprobs)
+        said = [self.tokenizer.decode(tokens[span.start : span.stop]) for span in turns]
+        return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(turns, said)]}
 
 
 def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> Turns | None:
@@ -199,9 +199,9 @@ def stop_ids_of(folder: ModelFolder, tokenizer: Tokenizer) -> set[int]:
     """
     file = folder.hf / "generation_config.json"
     try:
-        found = durable.read_json(file).get("eos_token_id") if file.exists() else None
+        named = durable.read_json(file).get("eos_token_id") if file.exists() else None
     except (durable.TornFile, AttributeError) as error:
         message = f"is no generation config ({error}): make the model folder again"
         raise UserMistake(Problem(str(file), message)) from None
-    ids = found if isinstance(found, list) else [found]
+    ids = named if isinstance(named, list) else [named]
     return {token for token in [*ids, tokenizer.eos_id] if token is not None}

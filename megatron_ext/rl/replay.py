@@ -51,11 +51,11 @@ def replay(config: GrpoSettings, keep: Path, step: int, item: int, number: int) 
     engine = Engine(parts[0], config.engine, config.seed, stop_ids, detokenize=tokenizer.decode)
     ends = turn_ends(mix.entries).get(draw.entry)
     request = Request(prompts.uid(draw), prompts.tokens(draw), number + 1, only=(number,), turn_ends=ends)
-    (found,) = engine.generate([request], config.sampling, turns=AsRecorded(entry))
+    (drawn,) = engine.generate([request], config.sampling, turns=AsRecorded(entry))
     same = 0
-    while same < min(len(entry.tokens), len(found.completion)) and entry.tokens[same] == found.completion[same]:
+    while same < min(len(entry.tokens), len(drawn.completion)) and entry.tokens[same] == drawn.completion[same]:
         same += 1
-    logprobs = found.model_logprobs if config.sampling.is_filtered else found.logprobs
+    logprobs = drawn.model_logprobs if config.sampling.is_filtered else drawn.logprobs
     differences = (abs(a - b) for a, b in zip(entry.logprobs[:same], logprobs) if not isnan(a))
     facts = {
         "prompt": tokenizer.decode(request.prompt),
@@ -63,15 +63,15 @@ def replay(config: GrpoSettings, keep: Path, step: int, item: int, number: int) 
         "finish": entry.finish,
         "tokens": len(entry.tokens),
         "same_tokens": same,
-        "differs": same < len(entry.tokens) or (bool(entry.finish) and len(found.completion) > same),
-        "smallest_margin": min(found.margins[: same + 1], default=None),
+        "differs": same < len(entry.tokens) or (bool(entry.finish) and len(drawn.completion) > same),
+        "smallest_margin": min(drawn.margins[: same + 1], default=None),
         "logprob_difference": max(differences, default=0.0),
     }
     if facts["differs"]:
         facts |= {
             "recorded_token": entry.tokens[same] if same < len(entry.tokens) else None,
-            "replayed_token": found.completion[same] if same < len(found.completion) else None,
-            "margin": found.margins[same] if same < len(found.margins) else None,
+            "replayed_token": drawn.completion[same] if same < len(drawn.completion) else None,
+            "margin": drawn.margins[same] if same < len(drawn.margins) else None,
         }
     return facts
 

@@ -19,11 +19,11 @@ class Replica:
         """Return this replica's part of the items."""
         return list(items)[self.group.rank() :: self.group.size()]
 
-    def gathered(self, mine: list[Any]) -> list[Any]:
+    def gathered(self, own: list[Any]) -> list[Any]:
         """Return the lists of all replicas, joined."""
         parts: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(parts, mine, group=self.group)
-        return [one for part in parts for one in part]
+        dist.all_gather_object(parts, own, group=self.group)
+        return [item for part in parts for item in part]
 
     def from_speaker(self, value: Any) -> Any:
         """Return the value of this replica's rank that speaks."""

@@ -91,19 +91,19 @@ def _turns(drawn: Sequence[Sample]) -> dict[str, float]:
 
 def _means(parts: Any) -> dict[str, float]:
     """Return the mean of each numeric part of the rewards, over the samples that have it."""
-    found: dict[str, list[float]] = {}
-    for one in parts:
-        for name, value in one.items():
+    by_name: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.items():
             if isinstance(value, (int, float)):
-                found.setdefault(name, []).append(float(value))
-    return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+                by_name.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in sorted(by_name.items())}
 
 
 def speeds(drawn: Sequence[Sample], update: Update, collector: Collector, times: StepTimes) -> dict[str, Any]:
     """Return times of this rank and counts of all replicas. Every rank takes part."""
     parts: list[Any] = [None] * dist.get_world_size()
-    mine = {**collector.counts, "kv_use": collector.kv_use} if collector.replica.speaks else {}
-    dist.all_gather_object(parts, (mine, collector.seconds["rollout"]))
+    own = {**collector.counts, "kv_use": collector.kv_use} if collector.replica.speaks else {}
+    dist.all_gather_object(parts, (own, collector.seconds["rollout"]))
     counts = [part for part, _ in parts if part]
     step_s = time.perf_counter() - times.began
     rollout_s = max(seconds for _, seconds in parts)

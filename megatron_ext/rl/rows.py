@@ -103,9 +103,9 @@ def _pack(batch: Batch, places: np.ndarray, unit: int, width: int) -> _Packed:
         sample, start = batch.samples[place], end - length
         whole = np.concatenate([np.asarray(sample.prompt, dtype=np.int64), sample.tokens])
         ids[start : start + len(whole) - 1] = whole[:-1]
-        mine = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)
-        labels[mine], mask[mine], sequence[mine] = sample.tokens, sample.own, number
-        advantage[mine], behaviour[mine] = batch.advantages[place], sample.logprobs
+        own = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)
+        labels[own], mask[own], sequence[own] = sample.tokens, sample.own, number
+        advantage[own], behaviour[own] = batch.advantages[place], sample.logprobs
     positions = np.arange(width) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
     return _Packed(
         ids=ids,
@@ -123,7 +123,7 @@ def _on_device(packed: _Packed, keys: tuple, temperature: float, comparable: boo
     """Return a row as this context rank holds it."""
     base = micro_batch([packed])
     held, target = base.held, device()
-    mine = held[packed.loss_mask[held] > 0]
+    trained = held[packed.loss_mask[held] > 0]
     counts = np.bincount(packed.sequence[packed.loss_mask > 0], minlength=len(keys)).astype(np.float32)
 
     def column(values: np.ndarray) -> torch.Tensor:
@@ -133,10 +133,10 @@ def _on_device(packed: _Packed, keys: tuple, temperature: float, comparable: boo
         **vars(base),
         temperature=temperature,
         keys=keys,
-        sequence=column(packed.sequence[mine]),
+        sequence=column(packed.sequence[trained]),
         lengths=column(counts),
-        advantage=column(packed.advantage[mine]),
-        behaviour=column(packed.behaviour[mine]) if comparable else None,
+        advantage=column(packed.advantage[trained]),
+        behaviour=column(packed.behaviour[trained]) if comparable else None,
     )
 
 
@@ -146,13 +146,13 @@ def log_probs(parts: Sequence[torch.nn.Module], rows: Sequence[RolloutRow]) -> l
 
     They are None on a pipeline's stages before the last.
     """
-    found: list[torch.Tensor | None] = []
+    by_row: list[torch.Tensor | None] = []
 
     def forward(iterator: Iterator[RolloutRow], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         row = next(iterator)
 
         def keep(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            found.append(-out[0])
+            by_row.append(-out[0])
             return out.sum(), torch.tensor(1, dtype=torch.int, device=out.device), {}
 
         with plain_torch():
@@ -167,17 +167,17 @@ def log_probs(parts: Sequence[torch.nn.Module], rows: Sequence[RolloutRow]) -> l
         micro_batch_size=1,
         forward_only=True,
     )
-    return found or [None] * len(rows)
+    return by_row or [None] * len(rows)
 
 
-def with_old(rows: Sequence[RolloutRow], found: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
+def with_old(rows: Sequence[RolloutRow], columns: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
     """Return the rows with the log-probs of the weights at the beginning of the update."""
-    return [replace(row, old=one) for row, one in zip(rows, found)]
+    return [replace(row, old=column) for row, column in zip(rows, columns)]
 
 
-def with_reference(rows: Sequence[RolloutRow], found: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
+def with_reference(rows: Sequence[RolloutRow], columns: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
     """Return the rows with the log-probs of the reference model."""
-    return [replace(row, reference=one) for row, one in zip(rows, found)]
+    return [replace(row, reference=column) for row, column in zip(rows, columns)]
 
 
 class Measures:
@@ -190,9 +190,9 @@ class Measures:
         self.values: dict[str, torch.Tensor] = {}
         self.differences: list[tuple[tuple, torch.Tensor]] = []
 
-    def add(self, found: dict[str, torch.Tensor]) -> None:
+    def add(self, measured: dict[str, torch.Tensor]) -> None:
         """Add what a row's loss measured."""
-        for name, value in found.items():
+        for name, value in measured.items():
             held, value = self.values.get(name), value.detach().double()
             self.values[name] = value if held is None else _joined(name, held, value, torch.maximum)
 
@@ -208,10 +208,10 @@ class Measures:
 
         They are the same on each rank.
         """
-        mine = {name: float(value) for name, value in self.values.items()}
+        own = {name: float(value) for name, value in self.values.items()}
         compared = [(key, *pair) for keys, sums in self.differences for key, *pair in zip(keys, *sums.tolist())]
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (mine, compared))
+        dist.all_gather_object(parts, (own, compared))
         total: dict[str, float] = {}
         differences: dict[tuple[int, int], tuple[float, float]] = {}
         for values, compared in parts:

@@ -51,13 +51,13 @@ def rewards_of(samples: Sequence[Sample], config: Rewarding, limit: int) -> np.n
 
     `limit` is the most tokens a completion may have.
     """
-    found = np.array([np.nan if s.reward is None else s.reward for s in samples], dtype=np.float64)
-    found[~np.isfinite(found)] = np.nan
+    rewards = np.array([np.nan if s.reward is None else s.reward for s in samples], dtype=np.float64)
+    rewards[~np.isfinite(rewards)] = np.nan
     if config.overlong_tokens:
-        found += overlong_penalty(np.array([len(s.tokens) for s in samples]), limit, config.overlong_tokens)
+        rewards += overlong_penalty(np.array([len(s.tokens) for s in samples]), limit, config.overlong_tokens)
     if config.mask_truncated:
-        found[[s.is_truncated for s in samples]] = np.nan
-    return found
+        rewards[[s.is_truncated for s in samples]] = np.nan
+    return rewards
 
 
 def groups_of(samples: Sequence[Sample]) -> np.ndarray:

@@ -67,8 +67,9 @@ class Replies:
         """Return the replies that came, on every rank of the replica; wait a moment where asked to."""
         if wait:
             wait_for(self.futures.values(), MOMENT_S, FIRST_COMPLETED)
-        found = [(key, self._answer(self.futures.pop(key))) for key, one in list(self.futures.items()) if one.done()]
-        return [(self.asked.pop(key), Answer(*answer)) for key, answer in self.replica.from_speaker(found)]
+        done = [key for key, future in self.futures.items() if future.done()]
+        came = [(key, self._answer(self.futures.pop(key))) for key in done]
+        return [(self.asked.pop(key), Answer(*answer)) for key, answer in self.replica.from_speaker(came)]
 
     def _answer(self, future: Future) -> Answer:
         reply = future.result()

@@ -131,7 +131,7 @@ class Cache:
         values.flatten(0, 1).index_copy_(0, row.places, value)
         out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
         for batch in row.batches:
-            found = attend_blocks(
+            attended = attend_blocks(
                 batch.pick(query),
                 keys,
                 values,
@@ -141,7 +141,7 @@ class Cache:
                 window=window,
                 sinks=sinks,
             )
-            out.index_copy_(0, batch.rows, found.reshape(len(batch.rows), -1))
+            out.index_copy_(0, batch.rows, attended.reshape(len(batch.rows), -1))
         return out
 
     def recur(self, row: "CachedRow", mixer: MambaMixer, projected: torch.Tensor) -> torch.Tensor:

@@ -174,9 +174,9 @@ class Engine:
         parts = parallel_state.get_model_parallel_group()
         if parts.size() == 1:
             return blocks
-        found = torch.tensor(blocks, device=self.runner.cache.target)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=parts)
-        return int(found)
+        least = torch.tensor(blocks, device=self.runner.cache.target)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=parts)
+        return int(least)
 
     def _any_has_work(self) -> bool:
         """Return whether a rank has work, of those that meet in each pass.
@@ -233,17 +233,17 @@ class Engine:
         self.runner.cache.copy_states(step.states)
         begun = [sequence for sequence in step.begun if len(sequence.tokens) == sequence.prompt_length]
         rows = [prompts[sequence.prefix] for sequence in begun]
-        found = iter(self._compute(step))
+        logits = iter(self._compute(step))
         self._count(step)
         finished = self.scheduler.computed(step)
-        rows += [next(found) for _ in step.decodes]
+        rows += [next(logits) for _ in step.decodes]
         resumed = []
         for piece in step.pieces:
             if piece.owner in finished:
-                prompts[piece.owner] = next(found)
+                prompts[piece.owner] = next(logits)
             elif isinstance(piece.owner, Sequence) and piece.stop == len(piece.owner.tokens):
                 resumed.append(piece.owner)
-                rows.append(next(found))
+                rows.append(next(logits))
         for prefix in [prefix for prefix in prompts if prefix not in self.scheduler.prefixes]:
             del prompts[prefix]
         return self._draw([*begun, *step.decodes, *resumed], rows, sampling, turns)
@@ -281,8 +281,8 @@ class Engine:
         if not sequences:
             return []
         noise = [0.0 if sampling.is_greedy else sequence.noise(self.seed) for sequence in sequences]
-        found = self.runner.draw(torch.stack(rows), noise, sampling)
-        columns = zip(sequences, *(part.tolist() for part in found))
+        drawn = self.runner.draw(torch.stack(rows), noise, sampling)
+        columns = zip(sequences, *(part.tolist() for part in drawn))
         ended = []
         for sequence, token, logprob, model_logprob, margin in columns:
             if token == NOTHING:
@@ -328,6 +328,6 @@ class Engine:
         most = max(_STOP_STRING_TOKENS, *(len(text.encode()) + 2 for text in texts))
         tail = sequence.tokens[max(sequence.prompt_length, len(sequence.tokens) - most) :]
         now = self.detokenize(tail)
-        found = [text for text in texts if text in now]
-        before = self.detokenize(tail[:-1]) if found else ""
-        return any(now.count(text) > before.count(text) for text in found)
+        complete = [text for text in texts if text in now]
+        before = self.detokenize(tail[:-1]) if complete else ""
+        return any(now.count(text) > before.count(text) for text in complete)

@@ -74,14 +74,14 @@ def _in_place(
     """Return what `attend_blocks` does for one token a document on CPU, without a copy of the blocks."""
     from megatron_ext.rollout.cpu_kernel import in_place
 
-    found = torch.empty(query.shape[0], *query.shape[2:], dtype=torch.float32)
+    out = torch.empty(query.shape[0], *query.shape[2:], dtype=torch.float32)
     kernel = in_place(query.size(2) // keys.size(2), query.size(3), keys.size(1))
     kernel(  # by position, as numba's code takes arguments
         query.squeeze(1).float().contiguous().numpy(), _plain(keys), _plain(values), table.numpy(),
         positions.squeeze(1).numpy(), scale, 0 if window is None else window,
-        numpy.empty(0, numpy.float32) if sinks is None else sinks.detach().float().numpy(), found.numpy(),
+        numpy.empty(0, numpy.float32) if sinks is None else sinks.detach().float().numpy(), out.numpy(),
     )  # fmt: skip
-    return found.unsqueeze(1).to(query.dtype)
+    return out.unsqueeze(1).to(query.dtype)
 
 
 def _plain(held: torch.Tensor) -> numpy.ndarray:

@@ -83,14 +83,14 @@ class Runner:
 
     def draw(self, logits: torch.Tensor, noise: Sequence[float], sampling: Sampling) -> Drawn:
         """Return a token for each row of `logits`, the same on all tensor ranks and stages."""
-        found = torch.empty(len(noise), 4, dtype=torch.float64, device=self.cache.target)
+        columns = torch.empty(len(noise), 4, dtype=torch.float64, device=self.cache.target)
         if self.is_last:
             uniforms = torch.tensor(noise, dtype=torch.float64, device=self.cache.target)
             with plain_torch():
                 first = self.vocabulary.rank * logits.size(-1)
                 drawn = draw(logits, uniforms, sampling, self.vocabulary, first=first)
-                found = torch.stack([part.double() for part in drawn], 1)
+                columns = torch.stack([part.double() for part in drawn], 1)
         if self.stages.size() > 1:
-            found = found.contiguous()
-            dist.broadcast(found, group=self.stages, group_src=self.stages.size() - 1)
-        return Drawn(found[:, 0].long(), *(found[:, i].float() for i in (1, 2, 3)))
+            columns = columns.contiguous()
+            dist.broadcast(columns, group=self.stages, group_src=self.stages.size() - 1)
+        return Drawn(columns[:, 0].long(), *(columns[:, i].float() for i in (1, 2, 3)))

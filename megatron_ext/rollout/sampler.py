@@ -104,16 +104,16 @@ def draw(
     before = vocabulary.before(sums[:, -1:])
     wanted = noise[:, None] * total - before  # in this rank's part of the running sum
     place = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.size(-1) - 1)
-    mine = (wanted >= 0) & (wanted < sums[:, -1:])
+    is_here = (wanted >= 0) & (wanted < sums[:, -1:])
     upper = sums.gather(1, place)
     lower = upper - weights.gather(1, place).double()
     margin = torch.minimum(wanted - lower, upper - wanted) / total
     log_weight = ((logits.gather(1, place) - top) / sampling.temperature).double() - total.log()
     model = (logits.gather(1, place) - top - model_total).double()
-    found = torch.cat([place.double() + first, log_weight, model, margin], dim=1)
-    found = vocabulary.agree(found.where(mine, 0))
-    tokens = found[:, 0].long().where(is_sound, NOTHING)
-    return Drawn(tokens, found[:, 1].float(), found[:, 2].float(), found[:, 3].float())
+    columns = torch.cat([place.double() + first, log_weight, model, margin], dim=1)
+    columns = vocabulary.agree(columns.where(is_here, 0))
+    tokens = columns[:, 0].long().where(is_sound, NOTHING)
+    return Drawn(tokens, columns[:, 1].float(), columns[:, 2].float(), columns[:, 3].float())
 
 
 def _likeliest(logits: torch.Tensor, top: torch.Tensor, vocabulary: Vocabulary, first: int) -> torch.Tensor:
@@ -147,13 +147,13 @@ def _nucleus(weights: torch.Tensor, share: float, vocabulary: Vocabulary) -> tor
     bits, exact = weights.view(torch.int32), weights.double()
     wanted = vocabulary.sum(exact) * share
     above = torch.zeros_like(wanted)  # what lies above the digits found so far
-    found = torch.zeros_like(bits[:, :1])
+    threshold = torch.zeros_like(bits[:, :1])
     for shift, width in _DIGITS:
         digit = (bits >> shift) & ((1 << width) - 1)
-        inside = bits >> (shift + width) == found
+        inside = bits >> (shift + width) == threshold
         table = exact.new_zeros(len(bits), 1 << width).scatter_add_(1, digit.long(), exact.where(inside, 0))
         sums = above + vocabulary.agree(table).flip(1).cumsum(1)  # from the largest digit down
         place = (sums < wanted).sum(1, keepdim=True).clamp(max=sums.size(1) - 1)
         above = sums.gather(1, (place - 1).clamp(min=0)).where(place > 0, above)
-        found = (found << width) | ((1 << width) - 1 - place).int()
-    return found.view(torch.float32)
+        threshold = (threshold << width) | ((1 << width) - 1 - place).int()
+    return threshold.view(torch.float32)

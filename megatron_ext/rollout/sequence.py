@@ -58,14 +58,14 @@ class Span(NamedTuple):
 
 def spans(logprobs: Iterable[float]) -> list[Span]:
     """Return a completion's turns and the replies between them, from its tokens' log-probs."""
-    found: list[Span] = []
+    turns: list[Span] = []
     for place, logprob in enumerate(logprobs):
         own = not isnan(logprob)
-        if found and found[-1].own == own:
-            found[-1] = found[-1]._replace(stop=place + 1)
+        if turns and turns[-1].own == own:
+            turns[-1] = turns[-1]._replace(stop=place + 1)
         else:
-            found.append(Span(own, place, place + 1))
-    return found
+            turns.append(Span(own, place, place + 1))
+    return turns
 
 
 class Answer(NamedTuple):

@@ -110,8 +110,8 @@ def trainer_of(family: Family, dims: Any, plan: ParallelPlan, weights: Path) -> 
 def rows_of(packs: Sequence[Pack], plan: ParallelPlan) -> list[MicroBatch]:
     """Return this rank's micro-batches of a global batch of `packs`."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = packs[rank::size]
-    return [micro_batch(mine[i : i + plan.micro_batch]) for i in range(0, len(mine), plan.micro_batch)]
+    share = packs[rank::size]
+    return [micro_batch(share[i : i + plan.micro_batch]) for i in range(0, len(share), plan.micro_batch)]
 
 
 def measure(family: Family, dims: Any, plan: ParallelPlan, weights: Path, packs: Sequence[Pack]) -> Measured:
@@ -138,13 +138,13 @@ def whole_gradients(model: checkpoint.Model) -> dict[str, torch.Tensor]:
     state = checkpoint.model_state(model)
     dict_list_map_inplace(as_gradient, state)
     apply_factories(state)
-    mine = [
+    shards = [
         (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu())
         for shard in nested_values(state)
         if isinstance(shard, ShardedTensor) and shard.data is not None and is_main_replica(shard.replica_id)
     ]
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
+    dist.all_gather_object(everywhere, shards)
     whole: dict[str, torch.Tensor] = {}
     for key, shape, place, part in (entry for rank in everywhere for entry in rank):
         if dist.get_rank() == 0:
@@ -256,9 +256,9 @@ def _observe(trainer: Trainer, pack: Pack, document: int, disturb: float) -> tup
         tokens = row.held
         if trainer.plan.sequence_parallel:
             tokens = numpy.split(tokens, trainer.plan.tensor)[parallel_state.get_tensor_model_parallel_rank()]
-        mine = (pack.cu_seqlens[document] <= tokens) & (tokens < pack.cu_seqlens[document + 1])
+        is_own = (pack.cu_seqlens[document] <= tokens) & (tokens < pack.cu_seqlens[document + 1])
         noise = torch.randn(len(tokens), 1, output.size(-1), generator=torch.Generator().manual_seed(0))
-        output = output + (disturb * noise * torch.from_numpy(mine)[:, None, None]).to(output)
+        output = output + (disturb * noise * torch.from_numpy(is_own)[:, None, None]).to(output)
         output.retain_grad()
         inputs.append((tokens, output))
         return output
@@ -276,11 +276,11 @@ def _observe(trainer: Trainer, pack: Pack, document: int, disturb: float) -> tup
     return _by_token(gradients, total), _by_token(losses, total)
 
 
-def _by_token(found: list[tuple[numpy.ndarray, torch.Tensor]], total: int) -> numpy.ndarray:
+def _by_token(numbers: list[tuple[numpy.ndarray, torch.Tensor]], total: int) -> numpy.ndarray:
     """Return float32 [total], the numbers that all ranks found for tokens of a row, 0 where there are none."""
-    mine = [(tokens, values.float().cpu().numpy()) for tokens, values in found]
+    arrays = [(tokens, values.float().cpu().numpy()) for tokens, values in numbers]
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
+    dist.all_gather_object(everywhere, arrays)
     whole = numpy.zeros(total, numpy.float32)
     for tokens, values in (entry for rank in everywhere for entry in rank):
         whole[tokens] = values

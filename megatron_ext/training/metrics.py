@@ -76,13 +76,13 @@ def _step_of(line: str) -> float:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Return the numbers by name, those of nested mappings as "outer/inner"."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}/")
+            numbers |= _flat(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name != "step":
-            found[prefix + name] = value
-    return found
+            numbers[prefix + name] = value
+    return numbers
 
 
 class TensorBoard:
@@ -163,13 +163,13 @@ class Clock:
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each part, in the mean of its occurrences since the last read."""
-        found: dict[str, list[float]] = defaultdict(list)
+        by_part: dict[str, list[float]] = defaultdict(list)
         marks = list(self._marks)
         self._marks.clear()
         for (_, before), (part, after) in zip(marks, marks[1:]):
             if part:
-                found[part].append(device.seconds_between(before, after))
-        return {part: statistics.fmean(seconds) for part, seconds in found.items()}
+                by_part[part].append(device.seconds_between(before, after))
+        return {part: statistics.fmean(seconds) for part, seconds in by_part.items()}
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ class Slowest:
 
 def compare_ranks(seconds: float) -> Slowest:
     """Return which rank is slowest, from how long each rank says that its own work takes."""
-    mine = torch.tensor([seconds, device.peak_memory()], dtype=torch.float64, device=device.device())
-    box = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(box, mine)
+    own = torch.tensor([seconds, device.peak_memory()], dtype=torch.float64, device=device.device())
+    box = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(box, own)
     times, memory = zip(*(each.tolist() for each in box))
     slowest = max(range(len(times)), key=times.__getitem__)
     median = statistics.median(times)
@@ -204,8 +204,8 @@ def parameter_norm(model: Sequence[torch.nn.Module]) -> float:
         squares = torch.zeros((), dtype=torch.float64, device=device.device())
         for part in model:
             for p in part.parameters():
-                mine = param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, tensor_group)
-                if mine and getattr(p, "allreduce", True) == is_dense:
+                counts = param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, tensor_group)
+                if counts and getattr(p, "allreduce", True) == is_dense:
                     squares += p.detach().float().square().sum().double()
         dist.all_reduce(squares, group=group)
         total += squares.item()

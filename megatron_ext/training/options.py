@@ -16,12 +16,12 @@ BALANCINGS = ("aux_loss", "seq_aux_loss", "global_aux_loss")  # TransformerConfi
 
 def keyed(config: Any) -> dict[str, Any]:
     """Return the fields of a config that change the result, as the key of its phase has them (jobs/kind.py)."""
-    found = {}
-    for one in fields(config):
-        counts, value = one.metadata.get("keyed", True), getattr(config, one.name)
+    kept = {}
+    for option in fields(config):
+        counts, value = option.metadata.get("keyed", True), getattr(config, option.name)
         if counts is True or counts == "if_set" and value:
-            found[one.name] = value
-    return found
+            kept[option.name] = value
+    return kept
 
 
 @dataclass

@@ -52,9 +52,9 @@ class Amount:
 
     def in_steps(self, global_batch: int, pack_length: int | None) -> list[float]:
         """Return each amount that is given, in steps; tokens only where the length of a pack is known."""
-        found = [self.steps] if self.steps else []
-        found += [self.samples / global_batch] if self.samples else []
-        return found + ([self.tokens / (global_batch * pack_length)] if self.tokens and pack_length else [])
+        given = [self.steps] if self.steps else []
+        given += [self.samples / global_batch] if self.samples else []
+        return given + ([self.tokens / (global_batch * pack_length)] if self.tokens and pack_length else [])
 
 
 def updates(amount: Amount, global_batch: int, pack_length: int | None) -> int:
