@@ -3,6 +3,8 @@
 Tensors hold trained tokens only, of whole rollouts one after the other: what is masked (prompts, tool results,
 truncated or unscorable samples) is not among them. A rank sees its share; `Totals` count all ranks and micro-batches,
 so the shares' losses and gradients add up to those of the whole, however it is cut.
+
+Shapes below: n trained tokens of this rank; rollouts that these belong to.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,7 @@
-"""Samples as packed rows on the device, their log-probs, and the policy loss over them."""
+"""Samples as packed rows on the device, their log-probs, and the policy loss over them.
+
+Shapes below: T tokens of a row, n trained ones among those that this context rank holds.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

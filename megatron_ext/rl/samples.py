@@ -1,4 +1,7 @@
-"""Sampled completions, what they are worth, and which of them an update trains. NumPy, no torch."""
+"""Sampled completions, what they are worth, and which of them an update trains. NumPy, no torch.
+
+Shapes below: n samples, or of one sample the n tokens of its completion.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

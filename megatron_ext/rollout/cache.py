@@ -2,6 +2,9 @@
 
 This is the seam between kernels: on CPU the blocks of samples of similar length are gathered into a batch for torch's
 kernels.
+
+Shapes below: T tokens of a step's row, n documents computed together, heads of size d (p in Mamba), in groups that
+share keys and values.
 """
 
 from collections.abc import Sequence

@@ -3,6 +3,8 @@
 CPU, a token a document     the blocks are read where they lie (numba)
 GPU with flash-attention    the same, by its block table; blocks of a multiple of 256 tokens
 elsewhere                   the blocks are gathered into a batch for torch's kernel (layers/attention.py)
+
+Shapes below: n documents with as many new tokens each; heads of size d, in groups that share keys and values.
 """
 
 import functools

@@ -1,4 +1,7 @@
-"""One step of the engine on the model: rows in, logits out, through the stages of a pipeline."""
+"""One step of the engine on the model: rows in, logits out, through the stages of a pipeline.
+
+Shapes below: n documents whose next token is asked for, V tokens of the vocabulary, t tensor ranks.
+"""
 
 from collections.abc import Sequence
 

@@ -4,6 +4,8 @@ A token is where the sample's noise u falls in the running sum of probabilities,
 (inverse transform). So it depends on the logits and on u alone, and on logits only as far as u is near a border: how
 near is the `margin`, as a probability. Ranks add up their parts of the running sum; the one that holds the token says
 so.
+
+Shapes below: n samples, V tokens of the vocabulary, t tensor ranks.
 """
 
 from typing import NamedTuple

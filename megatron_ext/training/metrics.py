@@ -1,4 +1,4 @@
-"""What a training tells of itself, and where to: metrics.jsonl always, W&B and TensorBoard when asked.
+"""What a training reports, and where to: metrics.jsonl always, W&B and TensorBoard when asked.
 
 Rank 0 writes. A step is in metrics.jsonl once, resumed or not. W&B and TensorBoard get what metrics.jsonl gets.
 """
