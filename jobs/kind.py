@@ -15,7 +15,7 @@ run(config, task) -> facts     the work of one element on one rank; fills task.o
 finish(parts, config, task)    merges the element folders `parts` into task.out; its presence allows `array`
 STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
 check(config, placement) -> [Problem]   what else can be refused before anything queues, of several settings or of
-                               files: each value is within its declared range here; `where` is a config key
+                               files: a value out of its range was refused, and is the default here
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
@@ -48,6 +48,8 @@ class Placement(Site):
 
 @dataclass(frozen=True)
 class PhaseKind:
+    """A phase kind by its name and module; what the module leaves out has a default here."""
+
     name: str
     module: ModuleType
 
@@ -72,18 +74,19 @@ class PhaseKind:
         return self.module.finish
 
     def check(self, config: Any, placement: Placement) -> list[Problem]:
-        """Return what is wrong with a config: settings out of their range; where there are none, what `check` finds."""
+        """Return what is wrong with a config: settings out of their range, and what the module's check finds."""
         own = getattr(self.module, "check", None)
-        return declared.check(config) or (own(config, placement) if own else [])
+        return declared.check_with(config, lambda legal: own(legal, placement) if own else [])
 
     def forecast(self, config: Any, placement: Placement) -> dict[str, Any]:
+        """Return what the phase's folder will hold, as far as it is known before it runs."""
         forecast = getattr(self.module, "forecast", None)
-        return forecast(config, placement) if forecast else {}
+        return forecast(declared.legal(config), placement) if forecast else {}
 
     def parallel_report(self, config: Any, placement: Placement, searching: bool) -> dict[str, Any] | None:
-        """None where the phase has no parallel plan."""
+        """Return what the parallel plan costs; None where the phase has none."""
         report = getattr(self.module, "parallel_report", None)
-        return report(config, placement, searching) if report else None
+        return report(declared.legal(config), placement, searching) if report else None
 
 
 def kind_names() -> list[str]:
@@ -91,7 +94,10 @@ def kind_names() -> list[str]:
 
 
 def find_kind(uses: str) -> PhaseKind | None:
-    """The kind of that name, None when there is none. A dotted name is a module of the user's."""
+    """Return the kind of that name, None when there is none. A dotted name is a module of the user's.
+
+    Raise UserMistake where that module cannot be imported, or is no phase.
+    """
     if uses in kind_names():
         return PhaseKind(uses, importlib.import_module(f"jobs.phases.{uses}"))
     if "." not in uses:
@@ -106,7 +112,7 @@ def find_kind(uses: str) -> PhaseKind | None:
 
 
 def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
-    """The part of a config that changes the result, as plain data, recursing into nested dataclasses."""
+    """Return the part of a config that changes the result, as plain data, nested dataclasses too."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(schema):
         value = getattr(config, field.name)
@@ -120,32 +126,32 @@ def keyed_settings(schema: type, config: Any) -> dict[str, Any]:
 def _keyed(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return keyed_settings(type(value), value)
-    return {name: _keyed(one) for name, one in value.items()} if isinstance(value, dict) else value
+    return {name: _keyed(entry) for name, entry in value.items()} if isinstance(value, dict) else value
 
 
 def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted config key, path or name, metadata value) of every input a config names."""
+    """Yield (dotted config key, path or name, metadata value) of every input that a config names."""
     for field in dataclasses.fields(schema):
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             yield from inputs(type(value), value, f"{key}.")
         elif isinstance(value, dict):
-            for name, one in value.items():
-                if dataclasses.is_dataclass(one):
-                    yield from inputs(type(one), one, f"{key}.{name}.")
+            for name, entry in value.items():
+                if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
+                    yield from inputs(type(entry), entry, f"{key}.{name}.")
         elif field.metadata.get("input") and value:
             for entry in value if isinstance(value, list) else [value]:
                 yield key, entry, field.metadata["input"]
 
 
 def user_code(uses: str, config: Any) -> list[Path]:
-    """What the snapshot must carry of a user's: the phase kind, tasks that the config names, and what these import."""
+    """Return what the snapshot carries of a user's: the phase kind, tasks that the config names, what these import."""
     roots = [root for name in (uses, *_modules(config)) if (root := user_module_root(name))]
     return [*roots, *(place for root in roots for place in beside(root))]
 
 
 def user_modules(config: Any) -> list[str]:
-    """The modules of the user's that a config names, in fields with "module": tasks and rewards."""
+    """Return the modules of the user's that a config names, in fields with "module": tasks and rewards."""
     return [name for name in _modules(config) if user_module_root(name)]
 
 
@@ -154,13 +160,13 @@ def _modules(config: Any) -> Iterator[str]:
         value = getattr(config, field.name)
         if field.metadata.get("module"):
             yield value
-        for one in value.values() if isinstance(value, dict) else [value]:
-            if dataclasses.is_dataclass(one):
-                yield from _modules(one)
+        for nested in value.values() if isinstance(value, dict) else [value]:
+            if dataclasses.is_dataclass(nested):
+                yield from _modules(nested)
 
 
 def user_module_root(uses: str) -> Path | None:
-    """The file or top package folder of a user's `my.module` or `my.module:function`; None for a name of ours."""
+    """Return the file or top package folder of a user's `my.module` or `my.module:function`; None for ours."""
     if "." not in uses and ":" not in uses:
         return None
     spec = importlib.util.find_spec(re.split("[.:]", uses)[0])

@@ -119,6 +119,14 @@ def _parser() -> argparse.ArgumentParser:
                 "--dry-run", action="store_true", help="print the sbatch and scontrol calls instead of making them"
             )
 
+    sub = verb("explain", verbs.do_explain, "say what a phase kind does, and what each of its settings means")
+    sub.add_argument(
+        "phase", nargs="?", default="", metavar="PHASE", help="such as sft, or my.module (default: list them)"
+    )
+    sub.add_argument(
+        "setting", nargs="?", default="", metavar="SETTING", help="only this one, such as lora.rank or lora"
+    )
+
     sub = verb("resubmit", verbs.do_resubmit, "a new attempt at one phase; what waits on it is rewired")
     sub.add_argument("run", help=RUN_HELP.partition(" (")[0])
     sub.add_argument("phase", metavar="PHASE")

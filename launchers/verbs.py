@@ -50,6 +50,23 @@ def do_plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def do_explain(args: argparse.Namespace) -> int:
+    from launchers.observe.explain import explain, kinds
+    from launchers.observe.show import console, settings_table, table
+
+    if not args.phase:
+        listed = kinds()
+        if args.json:
+            return _print_json({"phases": [{"phase": name, "about": about} for name, about in listed]})
+        console().print(table(["phase", "what it does"], [list(row) for row in listed]))
+        return 0
+    explained = explain(args.phase, args.setting)
+    if args.json:
+        return _print_json(explained.as_json())
+    console().print(settings_table(explained))
+    return 0
+
+
 def _from_megatron(args: argparse.Namespace) -> int:
     from jobs.schema.megatron_flags import translate
 

@@ -8,6 +8,7 @@ remains for a phase's own `check` is about several settings, or about files and 
 alone.
 """
 
+import copy
 import dataclasses
 import math
 import types
@@ -20,8 +21,9 @@ from data_tools.mistake import Problem, nearest
 
 Keyed = Literal[True, False, "if_set"]
 T = TypeVar("T")
+Config = TypeVar("Config")
 _DECLARATION = "declaration"  # key of a field's metadata
-_NAME = "NAME"  # stands in a dotted key for the names that a user gives to the entries of a mapping
+NAME = "NAME"  # stands in a dotted key for the names that a user gives to the entries of a mapping
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Declaration:
     def refusal(self, value: Any) -> str:
         """Return why a value is not legal, "" where it is."""
         if self.choices and value not in self.choices:
-            return f"unknown value {value!r}{nearest(str(value), _spelled(self.choices))}"
+            return f"unknown value {value!r}{nearest(str(value).lower(), _spelled(self.choices))}"
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value in self.also:
             return ""
         inside = (
@@ -68,7 +70,7 @@ class Declaration:
             and (self.below is None or value < self.below)
         )
         unit = f" ({self.unit})" if self.unit else ""
-        return "" if inside else f"{value} is out of range: give {self.legal or 'a finite number'}{unit}"
+        return "" if inside else f"{value} is out of range: {self.legal or 'a finite number'}{unit}"
 
 
 @overload
@@ -109,21 +111,42 @@ def check(config: Any, where: str = "") -> list[Problem]:
 
     `where` is the dotted key of the config itself.
     """
-    problems = []
+    return [problem for _, _, problem in _refused(config, where)]
+
+
+def check_with(config: Config, own: Callable[[Config], list[Problem]]) -> list[Problem]:
+    """Return what `check` finds, and what a phase's own check finds beside: it meets legal values alone."""
+    refused = check(config)
+    known = {problem.where for problem in refused}
+    return refused + [problem for problem in own(legal(config)) if problem.where not in known]
+
+
+def legal(config: Config) -> Config:
+    """Return the config, or where settings of it are not legal a copy in which these have their defaults."""
+    if not check(config):
+        return config
+    copied = copy.deepcopy(config)
+    for owner, field, _ in list(_refused(copied, "")):
+        setattr(owner, field.name, _default(field))
+    return copied
+
+
+def _refused(config: Any, where: str) -> Iterator[tuple[Any, "dataclasses.Field[Any]", Problem]]:
+    """Yield (dataclass, its field, problem) of every setting that is not legal."""
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), f"{where}.{field.name}" if where else field.name
         declared = declaration_of(field)
         if declared and declared.needed and not value:
-            problems.append(Problem(key, f"is missing: {declared.help}"))
+            yield config, field, Problem(key, f"is missing: {declared.help}")
         if declared and declared.names:
-            unknown = [name for name in value if name not in declared.names]
-            problems += [Problem(f"{key}.{name}", f"unknown name{nearest(name, declared.names)}") for name in unknown]
+            for name in value:
+                if name not in declared.names:
+                    yield config, field, Problem(f"{key}.{name}", f"unknown name{nearest(name, declared.names)}")
         for place, element in _elements(key, value):
             if dataclasses.is_dataclass(element):
-                problems += check(element, place)
+                yield from _refused(element, place)
             elif declared and element is not None and (refusal := declared.refusal(element)):
-                problems.append(Problem(place, refusal))
-    return problems
+                yield config, field, Problem(place, refusal)
 
 
 def _elements(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -162,7 +185,7 @@ def describe(schema: type, where: str = "", keyed: Keyed = True) -> list[Describ
     for field in dataclasses.fields(schema):
         kind, declared = kinds[field.name], declaration_of(field) or Declaration("")
         key = f"{where}.{field.name}" if where else field.name
-        own: Keyed = field.metadata.get("keyed", True) and keyed
+        own: Keyed = keyed and field.metadata.get("keyed", True)
         nested, name = _nested(kind)
         described.append(
             Described(
@@ -172,7 +195,7 @@ def describe(schema: type, where: str = "", keyed: Keyed = True) -> list[Describ
                 unit=declared.unit,
                 legal=declared.legal,
                 keyed=own,
-                needed=declared.needed,
+                needed=declared.needed or _has_none(field),
                 help=declared.help,
             )
         )
@@ -186,7 +209,7 @@ def _nested(kind: Any) -> tuple[type | None, str]:
         return kind, ""
     for argument in typing.get_args(kind):
         if dataclasses.is_dataclass(argument) and isinstance(argument, type):
-            suffixes = {dict: f".{_NAME}", list: "[N]"}
+            suffixes = {dict: f".{NAME}", list: "[N]"}
             return argument, suffixes.get(typing.get_origin(kind) or kind, "")
     return None, ""
 
@@ -207,6 +230,11 @@ def _default(field: "dataclasses.Field[Any]") -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return None if field.default is MISSING else field.default
+
+
+def _has_none(field: "dataclasses.Field[Any]") -> bool:
+    """Return whether a field has no default: a user's own may have none, or OmegaConf's mark for that."""
+    return field.default == "???" or field.default is MISSING and field.default_factory is MISSING
 
 
 def _field(schema: type, name: str) -> "dataclasses.Field[Any]":

@@ -201,7 +201,7 @@ def check_mix(config: MixConfig, training: bool = True, where: str = "mix") -> l
 def check_entry(entry: Entry, where: str) -> list[Problem]:
     problems = declared.check(entry, where)  # those of an environment file were not read by a phase's config
     if wrong := check_task(entry.task):
-        return [Problem(f"{where}.task", wrong)]
+        return [*problems, Problem(f"{where}.task", wrong)]
     task: Any = FunctionTask if ":" in entry.task else None if "." in entry.task else load_task(entry.task)
     if task:  # a user's module is first run where it is used
         problems += check_options(task, entry.options, f"{where}.options")

@@ -16,13 +16,13 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return dolci.sample_shard(config, task.out, task.index, task.count, task.progress)
+    return dolci.sample_shard(config, task.out, task.index, task.count, progress=task.progress)
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     facts = dolci.draw(config, parts, task.out, task.progress)
     for name, table in facts.pop("tables").items():
-        write_table(task.keep, name, table["title"], table["columns"], table["rows"])
+        write_table(task.keep, name, **table)
     short = ", ".join(f"{name} {rows:,} short" for name, rows in facts["short"].items())
     return {
         "headline": f"{facts['rows']:,} of {config.target_rows:,} rows drawn{f' ({short})' if short else ''}",

@@ -15,7 +15,7 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return evaluate.run(config, task.out, task.keep, task.progress_or_stop, task.index, task.count)
+    return evaluate.run(config, task.out, task.keep, progress=task.progress_or_stop, index=task.index, count=task.count)
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    files = export_hf.share(config, task.out, task.progress, task.index, task.count)
+    files = export_hf.share(config, task.out, task.progress, index=task.index, count=task.count)
     return {"headline": f"{files:,} files", "files": files}
 
 

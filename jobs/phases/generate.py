@@ -17,7 +17,10 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return _told(generate.run(config, task.out, task.keep, task.progress, task.stop, task.index, task.count))
+    facts = generate.run(
+        config, task.out, task.keep, progress=task.progress, stop=task.stop, index=task.index, count=task.count
+    )
+    return _told(facts)
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:

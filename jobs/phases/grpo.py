@@ -19,7 +19,7 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    facts = grpo.run(config, task.out, task.keep, task.progress, task.stop)
+    facts = grpo.run(config, task.out, task.keep, progress=task.progress, stop=task.stop)
     resumed = f", resumed at {facts['resumed_from']:,}" if facts["resumed_from"] else ""
     rewards = "no reward"
     if facts["reward_first"] is not None:

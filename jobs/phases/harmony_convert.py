@@ -16,6 +16,5 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = harmony.harmony_convert(config, task.out, task.progress)
-    table = facts.pop("table")
-    write_table(task.keep, "balance", table["title"], table["columns"], table["rows"])
+    write_table(task.keep, "balance", **facts.pop("table"))
     return {"headline": f"{facts['rows']:,} prompts in {len(facts['files'])} files, dated {config.date}", **facts}

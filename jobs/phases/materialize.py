@@ -22,13 +22,12 @@ def forecast(config: Config, placement: Placement) -> dict[str, Any]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    return materialize.materialize(config, task.out, task.index, task.count, task.progress_or_stop)
+    return materialize.materialize(config, task.out, task.index, task.count, progress=task.progress_or_stop)
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     facts = materialize.finish(config, parts, task.out)
-    balance = facts.pop("table")
-    write_table(task.keep, "balance", balance["title"], balance["columns"], balance["rows"])
+    write_table(task.keep, "balance", **facts.pop("table"))
     dropped = ", ".join(f"{count:,} {bucket}" for bucket, count in sorted(facts["buckets"].items()))
     kept = f"{facts['kept']:,} of {facts['rows']:,} rows kept{f' ({dropped})' if dropped else ''}"
     tokens = f"{facts['tokens']:,} tokens, {facts['supervised']:,} in the loss"
@@ -40,7 +39,7 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
 
 
 def _liberties(config: Config) -> list[str]:
-    """What was allowed where a chat template leaves something out of a row."""
+    """Return what the config allows where a chat template leaves something out of a row, in words."""
     said = []
     if config.chat.inline_reasoning:
         said.append("reasoning that the template does not write is in the contents, between <think> tags")

@@ -22,7 +22,7 @@ def forecast(config: Config, placement: Placement) -> dict[str, Any]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    tensors = merge_lora.share(config, task.out, task.progress, task.index, task.count)
+    tensors = merge_lora.share(config, task.out, task.progress, index=task.index, count=task.count)
     return {"headline": f"{tensors:,} tensors", "tensors": tensors}
 
 

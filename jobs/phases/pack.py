@@ -27,5 +27,5 @@ def run(config: Config, task: Task) -> dict[str, Any]:
     facts = pack.pack(config, task.out, task.progress)
     facts["exports"] = export(config, task.out, task.progress)
     for name, table in facts.pop("tables").items():
-        write_table(task.keep, name, table["title"], table["columns"], table["rows"])
+        write_table(task.keep, name, **table)
     return {"headline": f"{facts['packs']:,} packs of {config.pack_length:,} tokens, {facts['fill']:.1%} full", **facts}

@@ -1,4 +1,4 @@
-"""Sampled completions to JSONL chat: correct, well-formed, not too alike, at most k a prompt, none of an evaluation set."""
+"""Sampled completions to JSONL chat: right, well-formed, not too alike, some a prompt, none of an evaluation set."""
 
 from typing import Any
 
@@ -16,8 +16,7 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 def run(config: Config, task: Task) -> dict[str, Any]:
     facts = rejection.reject_filter(config, task.out, task.progress)
-    table = facts.pop("table")
-    write_table(task.keep, "balance", table["title"], table["columns"], table["rows"])
+    write_table(task.keep, "balance", **facts.pop("table"))
     text = (
         f"{facts['kept']:,} of {facts['samples']:,} samples kept, of {facts['prompts_left']:,} of "
         f"{facts['prompts']:,} prompts"

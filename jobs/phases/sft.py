@@ -19,7 +19,7 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:
-    facts = sft.run(config, task.out, task.keep, task.progress, task.stop)
+    facts = sft.run(config, task.out, task.keep, progress=task.progress, stop=task.stop)
     resumed = f", resumed at {facts['resumed_from']:,}" if facts["resumed_from"] else ""
     text = f"step {facts['step']:,}{resumed}, loss {facts['loss_first']:.3f} → {facts['loss_last']:.3f}"
     if lora := facts.get("lora"):

@@ -16,6 +16,7 @@ Loading collects all violations, each with file, key and value, and raises them 
 
 import dataclasses
 import functools
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_tools.base import declared
 from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import Problem, UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
@@ -279,10 +279,7 @@ class _Loader:
             throttle = 0
         if kind is None:
             return None
-        known = len(self.problems)
         config = self._structured(f"{key}.with", kind.config, settings)
-        if config is not None and len(self.problems) == known:  # or else defaults stand for what was refused
-            self._check_declared(f"{key}.with", config)
         return Phase(name, str(body.get("uses")), needs, settings, config, array, throttle, resources, kind)
 
     def _resources(self, key: str, resources: Any) -> Request:
@@ -353,6 +350,8 @@ class _Loader:
         if value == "???":
             self._problem(key, "'???' stands for a value that is missing; give one")
             return None
+        if isinstance(value, float) and not math.isfinite(value):  # no key can be made of it
+            self._problem(key, f"{value} is not a finite number; give one")
         if not isinstance(value, str) or "${" not in value:
             return value
         known = [f"params.{name}" for name in scope["params"]] + [f"phases.{name}.out" for name in scope["phases"]]
@@ -420,13 +419,6 @@ class _Loader:
             if name not in settings:
                 self._problem(f"{key}.{name}", "missing: this value has no default")
         return None if missing else OmegaConf.to_object(config)
-
-    def _check_declared(self, key: str, config: Any) -> None:
-        """Refuse each value out of its declared range (jobs/kind.py), before a key is made of it."""
-        for problem in declared.check(config):
-            place = f"{key}.{problem.where}"
-            if place not in self.unresolved:
-                self._problem(place, problem.message)
 
     def _typed_keys(self, key: str, schema: type, settings: dict) -> dict:
         fields = {f.name: f for f in dataclasses.fields(schema)}

@@ -1,5 +1,6 @@
 """Tables for people: rich on a terminal, plain text in a log or pipe. Nothing is decided here."""
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from typing import Any
 
 from data_tools.base.printing import clean, raw
 from launchers.backends.contract import COMPLETED, FAILED, PENDING, RUNNING
+from launchers.observe.explain import Explained
 from launchers.observe.runs import RunLine
 from launchers.observe.status import NO_ANSWER, UNKNOWN, PhaseStatus, RunStatus, format_seconds
 from launchers.planning.plan import Plan
@@ -75,6 +77,27 @@ def plan_table(plan: Plan):
         rows,
         f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}",
     )
+
+
+def settings_table(explained: Explained):
+    """Return the settings of a phase kind as a table."""
+    keyed = {True: "yes", False: "no", "if_set": "if set"}
+    rows = [
+        [
+            each.key,
+            each.type,
+            "(required)" if each.needed else "" if each.type == "mapping" else json.dumps(each.default),
+            each.unit,
+            each.legal,
+            keyed[each.keyed],
+            each.help,
+        ]
+        for each in explained.settings
+    ]
+    columns = ["setting", "type", "default", "unit", "legal", "keyed", "what it means"]
+    shown = table(columns, rows, f"{explained.phase}: {explained.about}" if explained.about else explained.phase)
+    shown.columns[0].no_wrap = True
+    return shown
 
 
 def progress_text(phase: PhaseStatus) -> str:

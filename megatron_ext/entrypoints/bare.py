@@ -23,7 +23,7 @@ LINE_S = 5.0  # between two progress lines
 
 
 class Lines:
-    """Progress as plain lines, one every few seconds."""
+    """Prints progress as plain lines, one every few seconds."""
 
     def __init__(self) -> None:
         self.last = 0.0
@@ -36,6 +36,7 @@ class Lines:
 
 
 def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable[..., list]) -> int:
+    """Read the command line, check the config, and run the entrypoint on this rank. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the fields of Config")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not hold anything yet")
@@ -45,7 +46,8 @@ def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable
     first = int(os.environ.get("RANK", "0")) == 0
     try:
         config = read_config(config_class, arguments.config, arguments.overrides)
-        problems = declared.check(config) or check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        problems = declared.check_with(config, lambda legal: check(legal, world))
         if problems:
             raise UserMistake(problems)
         out = arguments.out
@@ -66,7 +68,7 @@ def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable
 
 
 def read_config(config_class: type, path: Path, overrides: list[str]) -> Any:
-    """The typed config of a YAML file. UserMistake for unknown keys and wrong types."""
+    """Return the typed config of a YAML file. Raise UserMistake for unknown keys and wrong types."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

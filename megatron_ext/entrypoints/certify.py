@@ -32,7 +32,7 @@ from data_tools.base.declared import setting
 from data_tools.base.ports import PORTS
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
-from megatron_ext.models.registry import read_config
+from megatron_ext.models.registry import Family, read_config
 from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import check as check_plan
 
@@ -62,7 +62,7 @@ class Config:
 
 
 def reduced(plan: ParallelPlan, ranks: int) -> tuple[ParallelPlan, int]:
-    """The small layout and its ranks: every axis above 1 becomes 2, data parallelism where there is room for it.
+    """Return the small layout and its ranks: every axis above 1 becomes 2, data parallelism where there is room for it.
 
     Transformer Engine's ring over context ranks has no like among the torch kernels: it becomes all_gather.
     """
@@ -79,9 +79,9 @@ def reduced(plan: ParallelPlan, ranks: int) -> tuple[ParallelPlan, int]:
 
 
 def shrunk(dims: Any, layers: int) -> Any:
-    """The dimensions of a small model of the same family, with `layers` layers of all kinds that the model has."""
-    own = {one.name for one in fields(dims)}
-    small = {name: size for name, size in SMALL.items() if name in own and getattr(dims, name)}
+    """Return the dimensions of a small model of the same family, with `layers` layers of all kinds that it has."""
+    own = {field.name for field in fields(dims)}
+    small: dict[str, Any] = {name: size for name, size in SMALL.items() if name in own and getattr(dims, name)}
     if dims.kv_groups:
         small["kv_groups"] = 4 if dims.kv_groups == dims.heads else min(dims.kv_groups, 2)
     kinds = {name: dict.fromkeys(getattr(dims, name)) for name in ("sliding", "pattern") if name in own}
@@ -95,21 +95,22 @@ def shrunk(dims: Any, layers: int) -> Any:
     return replace(dims, dtype="float32", **small)
 
 
-def _problem_of(config: Config) -> tuple[Any, Any, ParallelPlan, int]:
-    """(family, small dimensions, small layout, its ranks). UserMistake where the model is not understood."""
+def _problem_of(config: Config) -> tuple[Family, Any, ParallelPlan, int]:
+    """Return (family, small dimensions, small layout, its ranks). Raise UserMistake where the model is not known."""
     family, dims, problems = read_config(Path(config.model) / "hf")
-    if problems:
+    if problems or family is None:
         raise UserMistake(problems)
     plan, world = reduced(config.parallel, config.ranks)
     return family, shrunk(dims, sum(plan.pipeline_layers) or 4), plan, world
 
 
 def _batch(plan: ParallelPlan, world: int) -> int:
-    """Packs an update: two rounds of the pipeline."""
+    """Return the packs of an update: two rounds of the pipeline."""
     return 2 * plan.pipeline * plan.data(world) * plan.micro_batch
 
 
 def check(config: Config, ranks: int) -> list[Problem]:
+    """Return what can be refused before anything runs on `ranks` ranks."""
     if not (Path(config.model) / "hf" / "config.json").is_file():
         return [Problem("model", f"{config.model!r} is no model folder")]
     family, dims, plan, world = _problem_of(config)
@@ -125,8 +126,8 @@ def check(config: Config, ranks: int) -> list[Problem]:
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
     """Measure on these ranks and, on rank 0, alone before. Rank 0 writes OUT/certificate.json.
 
-    Facts: holds, ranks, plan (degrees that are not 1), loss, gradient and norm (relative differences), tensor (whose
-    gradient differs most), isolation (gradients and changes by document).
+    Return the facts: holds, ranks, plan (degrees that are not 1), loss, gradient and norm (relative differences),
+    tensor (whose gradient differs most), isolation (gradients and changes by document).
     """
     from megatron_ext.parallel import ranks
 
@@ -142,28 +143,27 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
         with _alone():
             with ranks.started(ParallelPlan()):
                 certify.write_random_weights(family, dims, weights)
-            serial = certify.measure(family, dims, ParallelPlan(), weights, rows)
+            serial = certify.measure(family, dims, ParallelPlan(), weights, packs=rows)
     with ranks.joined():  # where the others wait for rank 0
-        together = certify.measure(family, dims, plan, weights, rows)
-        alone = certify.isolation(family, dims, plan, weights, DOCUMENTS[1], document=1)
+        together = certify.measure(family, dims, plan, weights, packs=rows)
+        alone = certify.isolation(family, dims, plan, weights, lengths=DOCUMENTS[1], document=1)
     if not first:
         return {}
-    found = certify.difference(together, serial)
+    difference, plain = certify.difference(together, serial), asdict(ParallelPlan())
     facts = {
-        "holds": found.largest <= TOLERANCE and alone.holds,
+        "holds": difference.largest <= TOLERANCE and alone.holds,
         "ranks": world,
-        "plan": {one.name: getattr(plan, one.name) for one in fields(plan)
-                 if getattr(plan, one.name) != getattr(ParallelPlan(), one.name)},
-        **asdict(found),
+        "plan": {name: value for name, value in asdict(plan).items() if value != plain[name]},
+        **asdict(difference),
         "isolation": asdict(alone),
-    }  # fmt: skip
+    }
     durable.write_json(out / CERTIFICATE, facts)
     return facts
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """This process is no rank of a set meanwhile."""
+    """Make this process no rank of a set inside the block."""
     before = os.environ.pop("WORLD_SIZE", None)
     try:
         yield
@@ -176,7 +176,7 @@ def _alone() -> Iterator[None]:
 
 
 def key_of(config: Config) -> str:
-    """Of all that a certificate speaks of."""
+    """Return 16 hex digits that name all that a certificate is about: the small model and layout, and the code."""
     family, dims, plan, world = _problem_of(config)
     package = Path(megatron_ext.__file__).parent
     code = {str(path.relative_to(package)): durable.sha256_file(path) for path in sorted(package.rglob("*.py"))}
@@ -188,9 +188,9 @@ def key_of(config: Config) -> str:
 
 
 def certificate(config: Config, folder: Path) -> dict[str, Any]:
-    """Facts of the certificate in `folder`, made now on CPU ranks of this machine where it does not exist. One process.
+    """Return the facts of the certificate in `folder`, made now on CPU ranks of this machine where it does not exist.
 
-    UserMistake where the layout does not hold, or could not be run.
+    For one process. Raise UserMistake where the layout does not hold, or could not be run.
     """
     path = folder / f"{key_of(config)}.json"
     try:
@@ -208,7 +208,7 @@ def certificate(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _spawn(config: Config, work: Path, world: int) -> dict[str, Any]:
-    """Run `run` on `world` ranks here."""
+    """Run `run` on `world` ranks of this machine, and return its facts."""
     file = work / "certify.yaml"
     file.write_text(json.dumps(asdict(config)))  # JSON is YAML
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}

@@ -45,7 +45,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
 
 
 def _check_peft(config: Config, known: bool, lora: LoraConfig | None) -> list[Problem]:
-    """Whether PEFT can have the adapter of the model folder, where that is known."""
+    """Refuse an adapter that PEFT cannot have, where it is known."""
     if config.adapter != "peft" or not known:
         return []
     if lora is None:
@@ -54,13 +54,13 @@ def _check_peft(config: Config, known: bool, lora: LoraConfig | None) -> list[Pr
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: as `finish`."""
+    """Export the model in this process, and return the facts of `finish`."""
     share(config, out, progress)
     return finish(config, [out], out)
 
 
 def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
-    """Write every `count`-th file, for `finish`. Returns how many."""
+    """Write every `count`-th file, for `finish`. Return how many these are."""
     from megatron_ext.model_folders import model_folder
     from megatron_ext.weights import convert
 
@@ -75,13 +75,21 @@ def share(config: Config, out: Path, progress: Progress = silent, index: int = 0
     base = convert.base_ledger(folder.hf)
     rules = folder.family.mapping.rules(folder.dims, base["hf"])
     convert.export_share(
-        folder.weights, rules, base, out, config.dtype, index, count, progress, changes=merge.changes(folder)
+        folder.weights,
+        rules,
+        base,
+        out,
+        dtype=config.dtype,
+        index=index,
+        count=count,
+        progress=progress,
+        changes=merge.changes(folder),
     )
     return len(list(out.glob("*.safetensors")))
 
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """All shares as one folder. Facts: weights_digest of the model, bytes of each weight file, dtype,
+    """Join all shares to one folder. Return the facts: weights_digest of the model, bytes of each weight file, dtype,
     dtype_changes."""
     from megatron_ext.model_folders import merge, model_folder
     from megatron_ext.weights import convert

@@ -1,8 +1,8 @@
-"""Samples of a model folder on the prompts of tasks, with their rewards: JSONL that data_tools/prepare/rejection.py reads.
+"""Samples of a model folder on the prompts of tasks, with their rewards: JSONL for data_tools/prepare/rejection.py.
 
 Element i of n takes prompts i, i + n, i + 2n, … of all the entries' prompts, entry after entry, chunk after chunk;
-data-parallel ranks share a chunk. A requeued job goes on where it was (megatron_ext/rl/generation.py). `finish` joins the
-elements' samples in the order of the prompts: the same bytes for any number of elements.
+data-parallel ranks share a chunk. A requeued job goes on where it was (rl/generation.py). `finish` joins the elements'
+samples in the order of the prompts: the same bytes for any number of elements.
 """
 
 import runpy
@@ -12,10 +12,9 @@ if __name__ == "__main__":
 
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.base import durable
 from data_tools.base.tables import write_table
@@ -28,10 +27,14 @@ from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.parallel.plan import Workload
 from megatron_ext.parallel.rules import check as check_plan
-from megatron_ext.rl.settings import GenerateSettings as Config
+from megatron_ext.rl.settings import GenerateSettings
 from megatron_ext.rollout.settings import check_rollouts
 from megatron_ext.training import options
 
+if TYPE_CHECKING:
+    from megatron_ext.model_folders.model_folder import ModelFolder
+
+Config = GenerateSettings
 SAMPLES, RESULT = "samples.jsonl", "result.json"
 JOINED = ("records", "texts_begin")  # facts of all elements that are the same in each
 
@@ -54,10 +57,11 @@ def run(
     index: int = 0,
     count: int = 1,
 ) -> dict[str, Any]:
-    """Facts: as `_result`, and `records`: Mix.counts. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the
-    only element, the tables.
+    """Sample element `index` of `count`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element,
+    the tables.
 
-    Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
+    Return the facts of `_result`, and `records`: Mix.counts. Raise Stopped on every rank, with all that was sampled
+    recorded, once `stop` says so on any of them.
     """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.parallel import ranks
@@ -67,17 +71,17 @@ def run(
         raise UserMistake(problems)
     folder = model_folder.open_folder(config.model)
     with ranks.started(config.parallel):
-        from megatron_ext.weights.checkpoint import (
-            from_rank_zero,  # megatron-core may be imported once the device is ready
-        )
+        # megatron-core may be imported once the device is ready
+        from megatron_ext.weights.checkpoint import from_rank_zero
 
-        load = lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend)  # noqa: E731
-        mine = keep / f"element_{index:04d}"
-        samples = sampled(config, folder, mine, index, count, progress, stop, load)
+        def load() -> Any:
+            return model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
+
+        kept = keep / f"element_{index:04d}"
+        samples = sampled(config, folder, kept, index=index, count=count, progress=progress, stop=stop, load=load)
         writer = ranks.is_writer()
         opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
-        result = {**_result(samples), "records": records_of(mine), **opening} if writer else None
-        result = from_rank_zero(result)
+        result = from_rank_zero({**_result(samples), "records": records_of(kept), **opening} if writer else None)
     if writer:
         durable.write_file(out / SAMPLES, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
         durable.write_json(out / RESULT, result)
@@ -87,12 +91,19 @@ def run(
 
 
 def sampled(
-    config: Config, folder: Any, keep: Path, index: int, count: int, progress: Progress, stop: Stop,
+    config: Config,
+    folder: "ModelFolder",
+    keep: Path,
+    *,
+    index: int,
+    count: int,
+    progress: Progress,
+    stop: Stop,
     load: Callable[[], Any],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The lines of element `index` of `count` on rank 0, none on others. The ranks are started; `load` gives the model.
+) -> list[dict[str, Any]]:
+    """Return the lines of element `index` of `count` on rank 0, none on others.
 
-    What KEEP holds of them is not sampled again.
+    The ranks are started; `load` gives the model. What KEEP holds of the samples is not sampled again.
     """
     from megatron_ext.parallel import ranks
     from megatron_ext.rl import generation
@@ -113,9 +124,8 @@ def sampled(
 
 
 def _identity(config: Config, digest: str) -> dict[str, Any]:
-    """What samples that are gone on with must share: all that changes them. Prompts go by their names."""
-    kept = options.keyed(config)
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items() if name != "mix"}
+    """Return what samples must share to be gone on with: all that changes them. Prompts go by their names."""
+    plain = {name: value for name, value in options.keyed(config).items() if name != "mix"}
     entries = {name: [entry.task, entry.options, entry.rewards] for name, entry in entries_of(config.mix).items()}
     return {**plain, "model": digest, "entries": entries}
 
@@ -144,7 +154,7 @@ def told_of_parts(parts: list[Path]) -> dict[str, Any]:
 
 
 def _result(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, and over prompts the mean share of right samples with its error, pass@k and maj@k.
+    """Return counts, and over prompts the mean share of right samples with its error, pass@k and maj@k.
 
     Where rewards are more than right and wrong, their mean and the regret; where a task does not say which rewards are
     right, the accuracy is None.
@@ -169,20 +179,20 @@ def _result(samples: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return result | at_k(list(by_prompt.values())) | graded(outcomes)
 
 
-def outcome(sample: dict[str, Any]) -> dict[str, Any]:
-    """What outcome.graded reads of one line of samples."""
+def outcome(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what outcome.graded reads of one line of samples."""
     told = {name: sample.get(name) for name in ("reward", "correct", "best")}
     return {"prompt": sample["prompt_id"], "answer": vote(sample)[0], **told}
 
 
-def vote(sample: dict[str, Any]) -> Vote:
-    """Of one line of samples: what was cut off answers nothing."""
+def vote(sample: Mapping[str, Any]) -> Vote:
+    """Return what one line of samples answers, and whether it is right; what was cut off answers nothing."""
     return sample["answer"] if sample["finish"] == "stop" else None, bool(sample["correct"])
 
 
 def _table(keep: Path, result: dict[str, Any], step: int) -> None:
     told = [list(pair) for pair in result.items() if pair[0] not in JOINED]
-    write_table(keep, "samples", f"Samples at step {step}", ["what", "value"], told)
+    write_table(keep, "samples", title=f"Samples at step {step}", columns=["what", "value"], rows=told)
     write_table(keep, "prompts", **counts_table(result["records"]))
 
 

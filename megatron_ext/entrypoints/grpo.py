@@ -8,7 +8,7 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,20 @@ from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.parallel.shape import MAMBA, MOE, count_blocks
 from megatron_ext.preflight import preflight
 from megatron_ext.preflight.planner import Training
-from megatron_ext.rl.settings import GrpoSettings as Config
-from megatron_ext.rl.settings import check_comparable, check_loss, check_rewarding
+from megatron_ext.rl.settings import GrpoSettings, check_comparable, check_loss, check_rewarding
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_graphs, check_rollouts
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
 
+Config = GrpoSettings
+
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
-    """A row of `row_tokens` in place of a pack; documents are aligned as the plan needs it."""
+    """Return what a training carries, and what is wrong with its model.
+
+    A row of `row_tokens` stands in place of a pack, and documents are aligned as the plan needs it.
+    """
     training, problems = preflight.prepare(
         config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site
     )
@@ -67,7 +71,8 @@ def _room(config: Config, training: Training) -> Room | None:
     """Return what the memory of the rollouts holds; None while the model is not known."""
     if training.shape is None:
         return None
-    return room(config.engine, config.parallel, training.shape, training.dtype, 1 + config.sampling.max_tokens)
+    tokens = 1 + config.sampling.max_tokens
+    return room(config.engine, config.parallel, training.shape, dtype=training.dtype, tokens=tokens)
 
 
 def _recorded_notes(config: Config) -> list[str]:
@@ -80,29 +85,30 @@ def _recorded_notes(config: Config) -> list[str]:
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """What the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory holds."""
+    """Return what the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory
+    holds."""
     training = _training(config, site)[0]
     report = preflight.report(config.parallel, training, site, searching)
-    found = _room(config, training)
-    if found is not None:
-        report["facts"]["rollout"] = asdict(found) | {"samples": found.samples}
-        report["notes"] = [*room_notes(found, config.engine, config.group), *report["notes"]]
+    memory = _room(config, training)
+    if memory is not None:
+        report["facts"]["rollout"] = asdict(memory) | {"samples": memory.samples}
+        report["notes"] = [*room_notes(memory, config.engine, config.group), *report["notes"]]
     report["notes"] = [*report["notes"], *_recorded_notes(config)]
     return report
 
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
-    """What the model folder of a run will hold, known before it ran."""
+    """Return what the model folder of a run will hold, known before it ran."""
     return preflight.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
     """Train to the last step, resuming from KEEP/checkpoints and KEEP/rollouts; then make `out` a model folder.
 
-    Raises Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
-    Facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by why they
-    were not (unscorable, cut_off, equal), tokens, resumed_from, notes. UserMistake where nothing was trained in all
-    steps, or every verdict of the first one failed (rl/untrained.py).
+    Raise Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
+    Return the facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by
+    why they were not (unscorable, cut_off, equal), tokens, resumed_from, notes. Raise UserMistake where nothing was
+    trained in all steps, or every verdict of the first one failed (rl/untrained.py).
     """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.parallel import ranks
@@ -136,7 +142,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
 
 def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
-    """One rollout of a run whose folder is `keep`, drawn again in this process: see rl/replay.py."""
+    """Draw one rollout of a run whose folder is `keep` again, in this process: see rl/replay.py."""
     from megatron_ext.parallel import ranks
 
     with ranks.started(ParallelPlan(), config.seed):
@@ -146,12 +152,15 @@ def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dic
 
 
 def _identity(config: Config, model_digest: str) -> dict[str, Any]:
-    """What a checkpoint must share with a run that resumes it: all that changes the result. The model by digest, the
-    prompts by theirs (session.py); where they lie does not matter."""
-    kept = options.keyed(config)
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in kept.items()}
-    rewards = {name: [e.task, e.options, e.rewards, e.evaluation_only] for name, e in entries_of(config.mix).items()}
-    return {**plain, "mix": rewards, "model": model_digest, "reference": bool(config.reference)}
+    """Return what a checkpoint must share with a run that resumes it: all that changes the result.
+
+    The model goes by its digest, the prompts by theirs (session.py); where they lie does not matter.
+    """
+    rewards = {
+        name: [entry.task, entry.options, entry.rewards, entry.evaluation_only]
+        for name, entry in entries_of(config.mix).items()
+    }
+    return {**options.keyed(config), "mix": rewards, "model": model_digest, "reference": bool(config.reference)}
 
 
 if __name__ == "__main__":

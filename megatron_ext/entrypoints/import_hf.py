@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.base import durable
 from data_tools.base.declared import setting
@@ -18,6 +18,10 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.lora import peft_config
 from megatron_ext.parallel.settings import DTYPES
+
+if TYPE_CHECKING:
+    from megatron_ext.models.registry import Family
+    from megatron_ext.weights.convert import Tensors
 
 
 @dataclass
@@ -54,7 +58,7 @@ def check(config: Config, ranks: int) -> list[Problem]:
 
 
 def _leading_out(folder: Path) -> list[Problem]:
-    """The files of a folder that are links out of it: they would be copied."""
+    """Refuse files of a folder that are links out of it: they would be copied."""
     from megatron_ext.model_folders.model_folder import files_beside_weights
 
     try:
@@ -65,25 +69,25 @@ def _leading_out(folder: Path) -> list[Problem]:
 
 
 def _same(config: Config) -> bool:
-    """Whether the adapter lies beside the model."""
+    """Return whether the adapter lies beside the model."""
     return bool(config.adapter) and Path(config.adapter).resolve() == Path(config.source).resolve()
 
 
 def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What of the model folder is known before it is made: config.json of the source, also of a hub name that is in
-    the cache of this machine. `forecasts` are those of the folders upstream."""
+    """Return what of the model folder is known before it is made: config.json of the source, also of a hub name that is
+    in the cache of this machine. `forecasts` are those of the folders upstream."""
     if config.source in forecasts:
         return dict(forecasts[config.source])
-    path = Path(config.source) / "config.json"
+    file = Path(config.source) / "config.json"
     try:
-        path = inside(path.parent, path.name) if path.is_file() else _cached(config.source, config.revision)
+        path = inside(file.parent, file.name) if file.is_file() else _cached(config.source, config.revision)
         return {"hf_config": durable.read_json(path)} if path else {}
     except (OSError, ValueError, UserMistake):  # what is wrong with it, `check` says
         return {}
 
 
 def _cached(source: str, revision: str) -> Path | None:
-    """config.json of a hub name, where an earlier download left it."""
+    """Return config.json of a hub name, where an earlier download left it."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -95,7 +99,10 @@ def _cached(source: str, revision: str) -> Path | None:
 
 
 def fetch(source: str, revision: str) -> Path:
-    """The folder of `source`; a hub name is downloaded, or found in the cache. UserMistake when there is neither."""
+    """Return the folder of `source`; a hub name is downloaded, or found in the cache.
+
+    Raise UserMistake where it is neither.
+    """
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_absolute() or source.startswith(".") or source.count("/") != 1:
@@ -124,36 +131,40 @@ def fetch(source: str, revision: str) -> Path:
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: as `finish`."""
+    """Import the checkpoint in this process, and return the facts of `finish`."""
     share(config, out, progress)
     return finish(config, [out], out)
 
 
 def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
-    """Convert every `count`-th tensor, for `finish`. Returns how many."""
+    """Convert every `count`-th tensor, for `finish`. Return how many these are."""
     from megatron_ext.weights import convert
 
     source = _source(config)
     rules = convert.checked_rules(source.tensors, source.family, source.dims, source.where)
-    convert.import_share(source.tensors, rules, out, config.dtype, index, count, progress)
+    convert.import_share(source.tensors, rules, out, dtype=config.dtype, index=index, count=count, progress=progress)
     return len(rules[index::count])
 
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """All shares as one model folder. Facts: weights_digest, parameters, dtype, dtype_changes, family."""
+    """Join all shares to one model folder.
+
+    Return the facts: weights_digest, parameters, dtype, dtype_changes, family.
+    """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.weights import convert
 
     source = _source(config)
     family, hf, dtype = source.family, out / "hf", config.dtype or source.dims.dtype
     hf.mkdir(exist_ok=True)
-    for folder in filter(None, [config.tokenizer, source.files]):
-        model_folder.copy_hf_files(Path(folder), hf)
+    for folder in (config.tokenizer, source.files):
+        if folder:
+            model_folder.copy_hf_files(Path(folder), hf)
     if source.config:
         durable.write_json(hf / "config.json", source.config)
     ledger = convert.finish_import(parts, out, hf, {"family": family.name, "source": config.source})
     digest = ledger["weights_digest"]
-    model_folder.describe(out, family, 0, digest, dtype)
+    model_folder.describe(out, family, step=0, weights_digest=digest, dtype=dtype)
     if config.adapter:
         digest = model_folder.adopt(out, Path(config.adapter))
     shapes = {key: of["shape"] for entry in ledger["tensors"].values() for key, of in entry["keys"].items()}
@@ -170,16 +181,16 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
 class Source:
     """A checkpoint that is understood."""
 
-    family: Any
-    dims: Any
-    tensors: Any  # convert.Tensors
+    family: "Family"
+    dims: Any  # of the family
+    tensors: "Tensors"
     where: str
     files: Path | None = None  # folder of config.json and the tokenizer
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where there is no file
 
 
 def _source(config: Config) -> Source:
-    """UserMistake where the checkpoint is not understood."""
+    """Open the checkpoint that is imported. Raise UserMistake where it is not understood."""
     from megatron_ext.models.nanochat import checkpoint as nanochat
     from megatron_ext.models.registry import Family, read_config
     from megatron_ext.weights.hf_files import HfTensors
@@ -195,13 +206,13 @@ def _source(config: Config) -> Source:
         tensors = nanochat.NanochatTensors(model, file["vocab_size"])
         file["dtype"] = tensors.dtype("lm_head.weight")
         return Source(family, family.config.read(file, str(meta))[0], tensors, str(model), config=file)
-    family, dims, problems = read_config(folder)
-    if problems:
+    understood, dims, problems = read_config(folder)
+    if problems or understood is None:
         raise UserMistake(problems)
     if config.megatron:
-        tensors = LegacyTensors(Path(config.megatron), family.mapping.rules(dims), dims)
-        return Source(family, dims, tensors, config.megatron, files=folder)
-    return Source(family, dims, HfTensors(folder), str(folder), files=folder)
+        legacy = LegacyTensors(Path(config.megatron), understood.mapping.rules(dims), dims)
+        return Source(understood, dims, legacy, config.megatron, files=folder)
+    return Source(understood, dims, HfTensors(folder), str(folder), files=folder)
 
 
 if __name__ == "__main__":

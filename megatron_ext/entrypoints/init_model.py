@@ -72,12 +72,12 @@ def _dims(
 
 
 def forecast(config: Config) -> dict[str, Any]:
-    """config.json of the checkpoint, known before it is made; the vocabulary is the tokenizer's and not yet known."""
+    """Return config.json of the checkpoint before it is made; the vocabulary is the tokenizer's and not yet known."""
     return {"hf_config": _dims(config, vocabulary=1)[2]}
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: parameters, vocabulary, sha256 of the weights."""
+    """Write the checkpoint into OUT. Return the facts: parameters, vocabulary, sha256 of the weights."""
     from data_tools.chats.char_tokenizer import write_char_tokenizer
     from data_tools.chats.tokenizer import load_tokenizer
     from data_tools.tasks.task import load_row_task

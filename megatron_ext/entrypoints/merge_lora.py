@@ -35,30 +35,31 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Facts: as `finish`."""
+    """Merge the model in this process, and return the facts of `finish`."""
     share(config, out, progress)
     return finish(config, [out], out)
 
 
 def share(config: Config, out: Path, progress: Progress = silent, index: int = 0, count: int = 1) -> int:
-    """Merge every `count`-th tensor, for `finish`. Returns how many."""
+    """Merge every `count`-th tensor, for `finish`. Return how many these are."""
     from megatron_ext.model_folders import merge
     from megatron_ext.model_folders.model_folder import open_folder
 
     problems = check(config, 1)
     if problems:
         raise UserMistake(problems)
-    return merge.share(open_folder(config.model), out, index, count, progress)
+    return merge.share(open_folder(config.model), out, index, count, progress=progress)
 
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """All shares as one model folder. Facts: weights_digest, base_digest, lora (its settings)."""
+    """Join all shares to one model folder. Return the facts: weights_digest, base_digest, lora (its settings)."""
     from megatron_ext.model_folders import merge
     from megatron_ext.model_folders.model_folder import open_folder
 
     folder = open_folder(config.model)
     digest = merge.finish(folder, parts, out)
-    return {"weights_digest": digest, "base_digest": folder.base_digest, "lora": asdict(folder.lora)}
+    lora = asdict(folder.lora) if folder.lora else {}
+    return {"weights_digest": digest, "base_digest": folder.base_digest, "lora": lora}
 
 
 if __name__ == "__main__":

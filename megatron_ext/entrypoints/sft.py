@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
@@ -22,12 +22,24 @@ from megatron_ext.preflight import preflight
 from megatron_ext.preflight.planner import Training, training_flops
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
-from megatron_ext.training.settings import SftSettings as Config
+from megatron_ext.training.settings import SftSettings
+
+if TYPE_CHECKING:
+    from megatron_ext.model_folders.model_folder import ModelFolder
+    from megatron_ext.training.update import Trainer
+
+Config = SftSettings
 
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
+    """Return what the training would carry, as far as it is known, and what is wrong with its model."""
     training, problems = preflight.prepare(
-        config.model, config.packs, config.global_batch, config.dtype, config.backend, site
+        config.model,
+        config.packs,
+        global_batch=config.global_batch,
+        dtype=config.dtype,
+        backend=config.backend,
+        site=site,
     )
     return replace(training, offload=config.engine.offload_optimizer, lora=config.lora), problems
 
@@ -79,7 +91,7 @@ def _check_data(config: Config, site: Site) -> list[Problem]:
 
 
 def _check_base(config: Config, site: Site) -> list[Problem]:
-    """Of the model that adapters are for: with its own weights, and no adapter of another kind."""
+    """Refuse other weights for a model that gets adapters, and a folder whose adapter is of another kind."""
     problems = []
     if config.lora.rank and config.init_from:
         problems.append(Problem("init_from", "with LoRA the weights stay those of `model`: name that folder there"))
@@ -88,22 +100,22 @@ def _check_base(config: Config, site: Site) -> list[Problem]:
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """What the parallel plan costs, its rank grid, and others: see preflight.report."""
+    """Return what the parallel plan costs, its rank grid, and others: see preflight.report."""
     return preflight.report(config.parallel, _training(config, site)[0], site, searching)
 
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
-    """What the model folder of a run will hold, known before it ran."""
+    """Return what the model folder of a run will hold, known before it ran."""
     return preflight.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:
     """Train to the last step, resuming from KEEP/checkpoints; then make `out` a model folder.
 
-    Raises Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
-    Facts: step, loss_first, loss_last, valid_losses, weights_digest, tokens, supervised_tokens, resumed_from, notes;
-    with LoRA lora (lora/settings.py, reach); with `certify` also certificate (entrypoints/certify.py), which is kept in
-    KEEP/certificates.
+    Raise Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
+    Return the facts: step, loss_first, loss_last, valid_losses, weights_digest, tokens, supervised_tokens,
+    resumed_from, notes; with LoRA lora (lora/settings.py, reach); with `certify` also certificate
+    (entrypoints/certify.py), which is kept in KEEP/certificates.
     """
     from data_tools.packs.blended import read_packs
     from megatron_ext.model_folders import model_folder
@@ -119,36 +131,24 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     weights, digest = None, folder.weights_digest
     if config.init_from:
         weights, digest = model_folder.weights_at(config.init_from, config.init_step)
+    identity = _identity(config, digest)
     certified = {}
     if config.certify and ranks.rank_of_environment() == 0:  # the others wait for it where they join
-        asked = certify.Config(config.model, world, config.parallel)
+        asked = certify.Config(model=config.model, ranks=world, parallel=config.parallel)
         certified = {"certificate": certify.certificate(asked, keep / "certificates")}
-    training = _training(config, Site(world))[0]
-    experts = training.shape is not None and training.shape.experts > 0
-    fields_of_model = options.transformer_fields(config.engine, config.balance, experts)
-    patience = timedelta(minutes=config.distributed_timeout_minutes)
 
+    patience = timedelta(minutes=config.distributed_timeout_minutes)
     with ranks.started(config.parallel, config.seed, patience, config.engine.te_rng):
         from megatron_ext.training import supervised  # megatron-core may be imported once the device is ready
-        from megatron_ext.training.update import AdamW, Trainer
 
-        stages = model_folder.load_trainable(
-            folder,
-            config.parallel,
-            config.lora,
-            config.seed,
-            dtype=config.dtype,
-            backend=config.backend,
-            options=fields_of_model,
-            weights=weights,
-        )
-        trainer = Trainer(stages, config.parallel, AdamW.of(config), config.engine)
+        training = _training(config, Site(world))[0]
+        trainer = _trainer(config, folder, training, weights)
         outcome = supervised.train_on_packs(
             trainer,
             packs,
             config,
             keep,
-            identity=_identity(config, digest),
+            identity=identity,
             progress=progress,
             stop=stop,
             validation=validation,
@@ -171,15 +171,37 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     }
 
 
+def _trainer(config: Config, folder: "ModelFolder", training: Training, weights: Path | None) -> "Trainer":
+    """Return the model of the folder with its optimizer. `weights`: those to begin with, None for the folder's own."""
+    from megatron_ext.model_folders import model_folder
+    from megatron_ext.training.update import AdamW, Trainer
+
+    experts = training.shape is not None and training.shape.experts > 0
+    stages = model_folder.load_trainable(
+        folder,
+        config.parallel,
+        config.lora,
+        config.seed,
+        dtype=config.dtype,
+        backend=config.backend,
+        options=options.transformer_fields(config.engine, config.balance, experts),
+        weights=weights,
+    )
+    return Trainer(stages, config.parallel, AdamW.of(config), config.engine)
+
+
 NOT_IDENTITY = ("model", "init_from", "init_step", "minutes", "store", "packs", "blend_stores", "blend_packs",
                 "valid_stores", "valid_packs")  # fmt: skip
 
 
 def _identity(config: Config, weights_digest: str) -> dict[str, Any]:
-    """What a checkpoint must share with a run that resumes it: all that changes the result. The weights it begins with
-    and its packs by digest; where they lie does not matter, nor what it is measured by or when it has to end."""
+    """Return what a checkpoint must share with a run that resumes it: all that changes the result.
+
+    The weights it begins with and its packs go by digest; where they lie does not matter, nor what it is measured by or
+    when it has to end.
+    """
     plain = {name: value for name, value in options.keyed(config).items() if name not in NOT_IDENTITY}
-    return {**plain, "balance": asdict(config.balance), "lora": asdict(config.lora), "model": weights_digest}
+    return {**plain, "model": weights_digest}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,12 @@ from megatron_ext.models.registry import Family, stages
 class Adapter(torch.nn.Module):
     """A and B of one matrix on this rank."""
 
-    def __init__(self, pair: Pair, weight: torch.nn.Parameter, part: torch.nn.Module, config: LoraConfig):
+    A: torch.nn.Parameter
+    B: torch.nn.Parameter
+    owners: torch.Tensor | None  # Pair.owners, of the rows that this rank holds
+
+    def __init__(self, pair: Pair, weight: torch.Tensor, part: Any, config: LoraConfig):
+        """Make the factors beside `weight`, 0 both, as `part`, mcore's model chunk, shares them over ranks."""
         super().__init__()
         self.pair, self.scale, self.dropout = pair, config.scale, config.dropout
         groups, self.is_expert = part.pg_collection, bool(pair.matrix.experts)
@@ -54,9 +59,13 @@ class Adapter(torch.nn.Module):
             self.register_parameter(name, parameter)
             # mcore's marks: which gradients tensor ranks add up, count once in the norm, or share with other groups.
             cut = local.shape != rule.layout.shape
-            parameter.tensor_model_parallel = cut or (self.is_expert and self.group.size() == 1)
-            parameter.sequence_parallel = self.sequence_parallel and (pair.shared == "" or not _is_cut(pair, name))
-            parameter.allreduce = getattr(weight, "allreduce", True)
+            marks = {
+                "tensor_model_parallel": cut or (self.is_expert and self.group.size() == 1),
+                "sequence_parallel": self.sequence_parallel and (pair.shared == "" or not _is_cut(pair, name)),
+                "allreduce": getattr(weight, "allreduce", True),
+            }
+            for mark, value in marks.items():
+                setattr(parameter, mark, value)
         owners = pair.owners()
         if owners is not None:
             owners = pair.b.layout.shard(owners, self.group.size(), self.group.rank()).to(weight.device)
@@ -66,9 +75,13 @@ class Adapter(torch.nn.Module):
         return (self.A, self.pair.a), (self.B, self.pair.b)
 
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """What is added to the layer's output: x [..., in] -> [..., out], both as the layer has them on this rank.
-        `dtype` is another one to compute in."""
-        a, b, shared = self.A, self.B, self.pair.shared
+        """Return what is added to the layer's output: x [..., in] -> [..., out], both as this rank's layer has them.
+
+        `dtype` is another one to compute in.
+        """
+        a: torch.Tensor = self.A
+        b: torch.Tensor = self.B
+        shared = self.pair.shared
         if dtype is not None:
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
         if self.is_expert:
@@ -99,10 +112,11 @@ class Adapter(torch.nn.Module):
             return F.dropout(x, self.dropout)
 
     def sharded(self, prefix: str, replicas: Any) -> ShardedStateDict:
-        """mcore's sharded tensors, under keys of the whole model: any layout reads them."""
+        """Return mcore's sharded tensors, under keys of the whole model: any layout reads them."""
         state: ShardedStateDict = {}
         for name, (parameter, rule) in zip("AB", self.factors()):
-            key, offsets = rule.name, ()
+            key = rule.name
+            offsets: tuple[tuple[int, int, int], ...] = ()
             if rule.experts:
                 before, after = key.split(".mlp.experts.")
                 expert, rest = after.split(".", 1)
@@ -120,8 +134,13 @@ class Adapter(torch.nn.Module):
 
 
 def _is_cut(pair: Pair, name: str) -> bool:
-    """Whether tensor ranks hold parts of the factor."""
+    """Return whether tensor ranks hold parts of the factor."""
     return pair.shared == {"A": "columns", "B": "rows"}[name]
+
+
+def _module_name(adapter: Adapter) -> str:
+    """Return the name of the adapter's matrix in the whole model; torch allows no dots in it."""
+    return adapter.pair.matrix.name.replace(".", "/")
 
 
 class Adapters(torch.nn.Module):
@@ -131,15 +150,20 @@ class Adapters(torch.nn.Module):
         super().__init__()
         self.config, self.enabled = config, True
 
+    @property
+    def each(self) -> list[Adapter]:
+        """Return the adapters in the order of the model."""
+        return [adapter for adapter in self.children() if isinstance(adapter, Adapter)]
+
     def add(self, adapter: Adapter) -> None:
-        self.add_module(adapter.pair.matrix.name.replace(".", "/"), adapter)  # of the whole model; no dots allowed
+        self.add_module(_module_name(adapter), adapter)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         state: ShardedStateDict = {}
-        for name, adapter in self.named_children():
-            state |= adapter.sharded(f"{prefix}{name}.", adapter.replicas)
+        for adapter in self.each:
+            state |= adapter.sharded(f"{prefix}{_module_name(adapter)}.", adapter.replicas)
         return state
 
 
@@ -156,7 +180,8 @@ def attach(model: Any, family: Family, dims: Any, config: LoraConfig, seed: int 
     for part in stages(model):
         part.requires_grad_(False)
         owner = {id(p): module for module in part.modules() for p in module._parameters.values() if p is not None}
-        adapters, on_layer = Adapters(config), {}
+        adapters = Adapters(config)
+        on_layer: dict[torch.nn.Module, list[Adapter]] = {}
         for rule, parameter in placed(part, list(family.mapping.rules(dims))):
             pair = by_name.get(rule.name)
             if pair is None or id(parameter) not in owner:
@@ -164,8 +189,8 @@ def attach(model: Any, family: Family, dims: Any, config: LoraConfig, seed: int 
             adapter = Adapter(pair, parameter, part, config)
             adapters.add(adapter)
             on_layer.setdefault(owner[id(parameter)], []).append(adapter)
-        for layer, found in on_layer.items():
-            _hook(layer, found, adapters)
+        for layer, own in on_layer.items():
+            _hook(layer, own, adapters)
         part.adapters = adapters
         if part.pre_process:
             part.embedding.register_forward_hook(_needs_gradient)
@@ -173,37 +198,40 @@ def attach(model: Any, family: Family, dims: Any, config: LoraConfig, seed: int 
 
 
 def _needs_gradient(_module: torch.nn.Module, _inputs: tuple, out: torch.Tensor) -> torch.Tensor:
-    """Recomputed layers and pipeline stages pass gradients on only where their input wants one."""
+    """Make an output want a gradient: recomputed layers and pipeline stages pass gradients on only to such inputs."""
     return out.requires_grad_() if torch.is_grad_enabled() and not out.requires_grad else out
 
 
-def _hook(layer: torch.nn.Module, found: list[Adapter], adapters: Adapters) -> None:
+def _hook(layer: torch.nn.Module, own: list[Adapter], adapters: Adapters) -> None:
+    """Have a layer add what its own adapters compute, while `adapters` are enabled."""
     if isinstance(layer, Router):
-        layer.gating = _with_adapter(layer, found[0], adapters)
+        layer.gating = _with_adapter(layer, own[0], adapters)
         return
 
     def add(_module: torch.nn.Module, inputs: tuple, output: tuple) -> tuple:
         if not adapters.enabled:
             return output
         out, *rest = output
-        return (out + _change(layer, found, *inputs), *rest)
+        return (out + _change(layer, own, *inputs), *rest)
 
     layer.register_forward_hook(add)
 
 
-def _change(layer: torch.nn.Module, found: list[Adapter], x: torch.Tensor, splits: Any = None) -> torch.Tensor:
-    """What the adapters of a layer add. `splits` are the rows of each expert, where one layer holds several (Transformer
-    Engine's grouped linear)."""
+def _change(layer: Any, own: list[Adapter], x: torch.Tensor, splits: Any = None) -> torch.Tensor:
+    """Return what the adapters of a layer add to its output.
+
+    `splits` are the rows of each expert, where one layer holds several (Transformer Engine's grouped linear).
+    """
     if getattr(layer, "layer_norm_weight", None) is not None:  # Transformer Engine's norm within the layer
         x = F.rms_norm(x, x.shape[-1:], layer.layer_norm_weight, layer.eps)
     if splits is None:
-        return found[0](x)
+        return own[0](x)
     rows = x.split([int(count) for count in splits])
-    return torch.cat([adapter(part) for adapter, part in zip(found, rows)])
+    return torch.cat([adapter(part) for adapter, part in zip(own, rows)])
 
 
 def _with_adapter(router: Router, adapter: Adapter, adapters: Adapters) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The router's own `gating`, with the adapter: it is no linear layer but a function of its weight."""
+    """Return the router's own `gating`, with the adapter: it is no linear layer but a function of its weight."""
     gating = router.gating
 
     def adapted(x: torch.Tensor) -> torch.Tensor:
@@ -215,8 +243,9 @@ def _with_adapter(router: Router, adapter: Adapter, adapters: Adapters) -> Calla
 
 @torch.no_grad()
 def _start(model: Any, seed: int) -> None:
+    """Draw A of every adapter; B stays 0."""
     for part in stages(model):
-        for adapter in part.adapters.children():
+        for adapter in part.adapters.each:
             rule = adapter.pair.a
             key = hashlib.sha256(f"{seed} {rule.name}".encode()).digest()[:8]
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
@@ -226,13 +255,13 @@ def _start(model: Any, seed: int) -> None:
 
 
 def adapters_of(model: Any) -> list[Adapter]:
-    """This rank's adapters, in the order of the model; none where it has none."""
-    return [adapter for part in stages(model) if hasattr(part, "adapters") for adapter in part.adapters.children()]
+    """Return this rank's adapters, in the order of the model; none where it has none."""
+    return [adapter for part in stages(model) if hasattr(part, "adapters") for adapter in part.adapters.each]
 
 
 @contextlib.contextmanager
 def without(model: Any) -> Iterator[None]:
-    """The base model, inside the block."""
+    """Make `model` the base model, without its adapters, inside the block."""
     parts = [part for part in stages(model) if hasattr(part, "adapters")]
     for part in parts:
         part.adapters.enabled = False
@@ -247,26 +276,29 @@ def without(model: Any) -> Iterator[None]:
 
 
 def gathered(model: Any, value: Callable[[torch.nn.Parameter], torch.Tensor] = lambda p: p) -> dict[str, torch.Tensor]:
-    """The whole factors, or what `value` makes of them, by the name of their rule on rank 0, on the CPU; {} on others.
-    Every rank takes part."""
-    mine = []
+    """Return the whole factors, or what `value` makes of them, by the name of their rule on rank 0, on the CPU; {} on
+    others. Every rank takes part."""
+    held = []
     for adapter in adapters_of(model):
         if adapter.replicas.rank() == 0:
             for parameter, rule in adapter.factors():
-                mine.append((rule, adapter.group.rank(), value(parameter).detach().to("cpu", copy=True)))
+                held.append((rule, adapter.group.rank(), value(parameter).detach().to("cpu", copy=True)))
     everywhere: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everywhere)
+    dist.gather_object(held, everywhere)
     shards: dict[str, tuple[Rule, dict[int, torch.Tensor]]] = {}
     for rule, rank, shard in itertools.chain.from_iterable(everywhere or []):
         shards.setdefault(rule.name, (rule, {}))[1][rank] = shard
     return {
-        name: rule.layout.unshard([found[rank] for rank in sorted(found)]) for name, (rule, found) in shards.items()
+        name: rule.layout.unshard([by_rank[rank] for rank in sorted(by_rank)])
+        for name, (rule, by_rank) in shards.items()
     }
 
 
 def write(folder: Path, model: Any, family: Family, dims: Any) -> LoraConfig:
-    """The adapters on `model` as a PEFT folder, whose bytes no layout changes. Returns their settings. Every rank takes
-    part."""
+    """Write the adapters on `model` as a PEFT folder, whose bytes no layout changes, and return their settings.
+
+    Every rank takes part.
+    """
     config = stages(model)[0].adapters.config
     factors = gathered(model)
     if dist.get_rank() == 0:
@@ -278,6 +310,6 @@ def write(folder: Path, model: Any, family: Family, dims: Any) -> LoraConfig:
 def load(model: Any, reader: peft_format.Reader) -> None:
     """Fill the adapters on `model` from a folder."""
     for part in stages(model):
-        for adapter in part.adapters.children():
+        for adapter in part.adapters.each:
             for (parameter, rule), whole in zip(adapter.factors(), reader.factors(adapter.pair)):
                 parameter.copy_(shard_on_rank(rule, whole, part))

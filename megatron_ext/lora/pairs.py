@@ -1,4 +1,4 @@
-"""The two small matrices beside each adapted one, as rules (models/rules.py).
+"""The two small matrices beside each adapted one, as rules (models/layouts.py).
 
 mcore fuses what Hugging Face keeps apart: q, k and v projections, gate and up. An adapter follows the fused matrix:
 A stacks the A of each part, [parts * rank, in]; B [out, rank] has the fused matrix's own order of rows, so that each
@@ -54,13 +54,13 @@ class Pair:
 
     @property
     def shared(self) -> str:
-        """How tensor ranks share the matrix: by "rows", by "columns", or not at all ("")."""
+        """Return how tensor ranks share the matrix: by "rows", by "columns", or not at all ("")."""
         layout = _plain(self.matrix.layout)
         return "columns" if isinstance(layout, Row) else "" if type(layout) is Replicated else "rows"
 
     def owners(self) -> torch.Tensor | None:
-        """bool [out, parts]: whether a row of the whole matrix belongs to an adapted part; None where there is one part
-        and it has all rows."""
+        """Return bool [out, parts]: whether a row of the whole matrix belongs to an adapted part; None where there is
+        one part and it has all rows."""
         if self.parts == (True,):
             return None
         rows, numbers = _rows_only(self.matrix.layout), itertools.count()
@@ -68,22 +68,22 @@ class Pair:
         return rows.join(values)[:, None] == torch.arange(sum(self.parts))
 
     def change(self, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-        """What the whole factors add to the whole matrix, fp32 [out, in]."""
+        """Return what the whole factors add to the whole matrix, fp32 [out, in]."""
         return spread(b.float(), self.owners()) @ (a.float() * scale)
 
 
 def spread(b: torch.Tensor, owners: torch.Tensor | None) -> torch.Tensor:
-    """[out, rank] -> [out, parts * rank]: each row at the columns of its part, zero elsewhere."""
+    """Return B [out, rank] as [out, parts * rank]: each row at the columns of its part, zero elsewhere."""
     return b if owners is None else (b[:, None, :] * owners[..., None]).flatten(1)
 
 
 def _plain(layout: Layout) -> Layout:
-    """The layout in mcore's orientation."""
+    """Return the layout in mcore's orientation."""
     return layout.of if isinstance(layout, Transposed) else layout
 
 
 def _rows_only(layout: Layout) -> Layout:
-    """The layout of one number a row."""
+    """Return the layout of a vector that has one number for each row."""
     layout = _plain(layout)
     if isinstance(layout, QueryKeyValue):
         return replace(layout, columns=None)
@@ -91,15 +91,19 @@ def _rows_only(layout: Layout) -> Layout:
 
 
 def _b_layout(layout: Layout, rank: int) -> Layout:
+    """Return the layout of B [out, rank] beside a matrix of this layout, in mcore's orientation."""
     if isinstance(layout, QueryKeyValue):
         return replace(layout, columns=rank)
     if isinstance(layout, Parts):
         return replace(layout, tail=(rank,))
     shape = (layout.shape[0], rank)
+    if not isinstance(layout, Replicated):
+        raise TypeError(f"no layout of an adapter follows from {layout}")
     return Replicated(shape) if isinstance(layout, Row) else replace(layout, shape=shape)
 
 
 def _a_layout(layout: Layout, rank: int, parts: int) -> Layout:
+    """Return the layout of A [parts * rank, in] beside a matrix of this layout."""
     shape = (rank, layout.shape[1])
     if isinstance(layout, Row):
         return Row(shape)
@@ -107,7 +111,7 @@ def _a_layout(layout: Layout, rank: int, parts: int) -> Layout:
 
 
 def target_of(tensor: HfTensor, rule: Rule) -> str:
-    """The target name of a Hugging Face tensor; "" where it is no matrix that can be adapted."""
+    """Return the target name of a Hugging Face tensor; "" where it is no matrix that can be adapted."""
     if rule.experts:
         return EXPERTS if rule.name.endswith(".weight") else ""
     module, _, kind = hf_name(tensor).rpartition(".")
@@ -118,19 +122,19 @@ def target_of(tensor: HfTensor, rule: Rule) -> str:
 
 
 def pairs(family: Family, dims: Any, config: LoraConfig) -> list[Pair]:
-    """Every adapted matrix of the model, in the order of its rules. Hugging Face names are those of transformers'
-    modules, whatever a checkpoint calls its tensors."""
+    """Return every adapted matrix of the model, in the order of its rules. Hugging Face names are those of
+    transformers' modules, whatever a checkpoint calls its tensors."""
     targets = chosen(config, family.config.shape(dims))
-    found = []
+    adapted = []
     for rule in family.mapping.rules(dims, getattr(family.mapping, "MODULE_NAMES", ())):
         parts = tuple(target_of(tensor, rule) in targets for tensor in rule.hf)
         if any(parts):
-            found.append(_pair(rule, parts, config.rank))
-    return found
+            adapted.append(_pair(rule, parts, config.rank))
+    return adapted
 
 
 def reached(family: Family, dims: Any, adapter: PeftAdapter) -> tuple[LoraConfig, frozenset[HfTensor]]:
-    """Which matrices of the model a PEFT folder adapts: as our settings, and as Hugging Face's tensors, one by one.
+    """Return which matrices of the model a PEFT folder adapts: as our settings, and as Hugging Face's tensors.
 
     Ours reach a target in every layer. Where the folder has it in some, the others have factors that are 0, and stay 0
     when they are trained: the gradient of each is a product with the other. Targets that are not of the model are
@@ -141,15 +145,15 @@ def reached(family: Family, dims: Any, adapter: PeftAdapter) -> tuple[LoraConfig
     matrices = [
         (tensor, target_of(tensor, pair.matrix)) for pair in pairs(family, dims, everything) for tensor in pair.a.hf
     ]
-    found = {tensor: target for tensor, target in matrices if adapter.reaches(hf_name(tensor), target)}
-    names = set(found.values())
+    adapted = {tensor: target for tensor, target in matrices if adapter.reaches(hf_name(tensor), target)}
+    names = set(adapted.values())
     if not isinstance(adapter.modules, str):
         names |= {name.rpartition(".")[2] for name in adapter.modules}
     for name in adapter.parameters:
-        if not any(hf_name(tensor) == name or hf_name(tensor).endswith(f".{name}") for tensor in found):
+        if not any(hf_name(tensor) == name or hf_name(tensor).endswith(f".{name}") for tensor in adapted):
             said = f"target_parameters has {name!r}, which is no matrix of this model"
             raise UserMistake(Problem(adapter.where, said))
-    return replace(adapter.config, targets=sorted(names)), frozenset(found)
+    return replace(adapter.config, targets=sorted(names)), frozenset(adapted)
 
 
 def _pair(rule: Rule, parts: tuple[bool, ...], rank: int) -> Pair:

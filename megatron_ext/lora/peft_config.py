@@ -4,7 +4,7 @@ PEFT writes all fields of its LoraConfig, and newer versions have newer ones; a 
 function of the same tensors (PiSSA and its kin change the base model, aLoRA acts on some tokens only). No torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class PeftAdapter:
     layers_patterns: tuple[str, ...] = ()
 
     def reaches(self, name: str, target: str) -> bool:
-        """Whether PEFT adapts the parameter `name` of the model, which `target` is the name of.
+        """Return whether PEFT adapts the parameter `name` of the model, whose target is called `target`.
 
         (peft/tuners/tuners_utils.py, `check_target_module_exists` and `_inject_parameters`, peft 0.21.)
         """
@@ -80,17 +80,17 @@ class PeftAdapter:
         return number is not None and number in self.layers
 
     def _matches(self, names: Names, module: str) -> bool:
-        return self._found(names, module) is not None if isinstance(names, str) else _ends(module, names)
+        return self._match(names, module) is not None if isinstance(names, str) else _ends(module, names)
 
     def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\..*" for pattern in self.layers_patterns]
         for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\..*"]:
-            if found := self._found(pattern, module):
-                return int(found["idx"])
+            if match := self._match(pattern, module):
+                return int(match["idx"])
         return None
 
-    def _found(self, pattern: str, module: str) -> regex.Match | None:
-        """UserMistake for an expression that is none, or that takes too long."""
+    def _match(self, pattern: str, module: str) -> regex.Match | None:
+        """Match a whole name. Raise UserMistake for an expression that is none, or that takes too long."""
         try:
             return regex.fullmatch(pattern, module, timeout=MATCH_S) if pattern else None
         except (regex.error, TimeoutError, RecursionError, MemoryError) as error:
@@ -103,26 +103,29 @@ def _ends(name: str, ends: Sequence[str]) -> bool:
 
 
 def read(folder: Path) -> tuple[PeftAdapter | None, list[Problem]]:
-    """The settings of a PEFT folder, or why we have no such adapter."""
+    """Return the settings of a PEFT folder, or why we have no such adapter."""
     where = str(Path(folder) / PEFT_CONFIG)
     try:
-        found = durable.read_json(inside(folder, PEFT_CONFIG))
+        path = inside(folder, PEFT_CONFIG)
+        if path is None:
+            raise FileNotFoundError("there is no such file")
+        settings = durable.read_json(path)
     except UserMistake as mistake:
-        return None, [Problem(str(folder), f"no PEFT folder ({one})") for one in mistake.problems]
+        return None, [Problem(str(folder), f"no PEFT folder ({problem})") for problem in mistake.problems]
     except (OSError, ValueError, RecursionError) as error:
         return None, [Problem(str(folder), f"no PEFT folder ({PEFT_CONFIG}: {error})")]
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         return None, [Problem(where, "is no JSON object")]
-    if found.get("peft_type") != "LORA":
-        return None, [Problem(where, f"peft_type {found.get('peft_type')!r} is none that we have: only LORA")]
-    problems = [Problem(where, message) for message in (*_unknown(found), *_mistyped(found))]
-    return (None, problems) if problems else (_adapter(found, where), [])
+    if settings.get("peft_type") != "LORA":
+        return None, [Problem(where, f"peft_type {settings.get('peft_type')!r} is none that we have: only LORA")]
+    problems = [Problem(where, message) for message in (*_unknown(settings), *_mistyped(settings))]
+    return (None, problems) if problems else (_adapter(settings, where), [])
 
 
-def _unknown(found: Mapping[str, Any]) -> list[str]:
-    """Why keys are not understood."""
+def _unknown(settings: Mapping[str, Any]) -> list[str]:
+    """Return why keys are not understood."""
     messages = []
-    for key, value in found.items():
+    for key, value in settings.items():
         if value is None or key in CARRIED or key in WITHOUT_EFFECT:
             continue
         if key not in ONLY:
@@ -133,39 +136,59 @@ def _unknown(found: Mapping[str, Any]) -> list[str]:
     return messages
 
 
-def _mistyped(found: Mapping[str, Any]) -> list[str]:
-    """Which carried keys have values of another type."""
-    texts = lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)  # noqa: E731
-    number = lambda value: type(value) in (int, float) and value == value and abs(value) < 1e6  # noqa: E731
-    layer = lambda value: type(value) is int and value >= 0  # noqa: E731
-    right = {
-        "r": lambda value: type(value) is int and 0 < value < 1 << 20,
-        "lora_alpha": number,
-        "lora_dropout": lambda value: value is None or number(value),
-        "target_modules": lambda value: value is None or isinstance(value, str) or texts(value),
-        "exclude_modules": lambda value: value is None or isinstance(value, str) or texts(value),
-        "target_parameters": lambda value: value is None or texts(value),
-        "layers_pattern": lambda value: value is None or isinstance(value, str) or texts(value),
-        "layers_to_transform": lambda value: value is None or layer(value) or all(map(layer, _listed(value))),
-    }
-    wrong = {key: found.get(key) for key, ok in right.items() if not ok(found.get(key))}
+def _mistyped(settings: Mapping[str, Any]) -> list[str]:
+    """Return which carried keys have values of another type."""
+    wrong = {key: settings.get(key) for key, is_right in _RIGHT.items() if not is_right(settings.get(key))}
     return [f"{key} is {value!r}, no value that PEFT has" for key, value in wrong.items()]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value == value and abs(value) < 1e6
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or isinstance(value, str) or _are_texts(value)
+
+
+def _are_layers(value: Any) -> bool:
+    return value is None or all(type(layer) is int and layer >= 0 for layer in _listed(value))
+
+
+_RIGHT: Mapping[str, Callable[[Any], bool]] = {  # of carried keys: whether a value is one that PEFT has
+    "r": lambda value: type(value) is int and 0 < value < 1 << 20,
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: value is None or _is_number(value),
+    "target_modules": _are_names,
+    "exclude_modules": _are_names,
+    "target_parameters": lambda value: value is None or _are_texts(value),
+    "layers_pattern": _are_names,
+    "layers_to_transform": _are_layers,
+}
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _adapter(found: Mapping[str, Any], where: str) -> PeftAdapter:
-    modules, layers = found.get("target_modules") or [], found.get("layers_to_transform")
+def _adapter(settings: Mapping[str, Any], where: str) -> PeftAdapter:
+    modules, layers = settings.get("target_modules") or [], settings.get("layers_to_transform")
     if isinstance(modules, str) and modules.lower() == ALL_LINEAR:
         modules = ALL_LINEAR
     return PeftAdapter(
-        where,
-        LoraConfig(found["r"], float(found["lora_alpha"]), float(found.get("lora_dropout") or 0), []),
-        modules if isinstance(modules, str) else tuple(modules),
-        tuple(found.get("target_parameters") or ()),
-        found.get("exclude_modules") or (),
-        None if layers in (None, []) else tuple(_listed(layers)),
-        tuple(_listed(found["layers_pattern"])) if found.get("layers_pattern") else (),
+        where=where,
+        config=LoraConfig(
+            rank=settings["r"],
+            alpha=float(settings["lora_alpha"]),
+            dropout=float(settings.get("lora_dropout") or 0),
+            targets=[],
+        ),
+        modules=modules if isinstance(modules, str) else tuple(modules),
+        parameters=tuple(settings.get("target_parameters") or ()),
+        excluded=settings.get("exclude_modules") or (),
+        layers=None if layers in (None, []) else tuple(_listed(layers)),
+        layers_patterns=tuple(_listed(settings["layers_pattern"])) if settings.get("layers_pattern") else (),
     )

@@ -30,16 +30,16 @@ Factors = Mapping[str, torch.Tensor]  # whole factors by the name of their rule
 
 
 def file_name(tensor: HfTensor, letter: str) -> str:
-    """What PEFT calls factor `letter` of a matrix."""
+    """Return what PEFT calls factor `letter` of a matrix."""
     if isinstance(tensor, Entry):
         module, _, parameter = tensor.name.rpartition(".")
         return f"{PREFIX}{module}{'' if parameter == OUTER else '.base_layer'}.lora_{letter}.weight"
     return f"{PREFIX}{tensor.removesuffix('.weight')}.lora_{letter}.weight"
 
 
-def _each(found: Sequence[Pair]) -> Iterator[tuple[Rule, str, list[tuple[HfTensor, int]]]]:
-    """(rule, "A" or "B", its adapted Hugging Face tensors, each with its place in the rule) of every factor."""
-    for pair in found:
+def _each(pairs: Sequence[Pair]) -> Iterator[tuple[Rule, str, list[tuple[HfTensor, int]]]]:
+    """Yield (rule, "A" or "B", its adapted Hugging Face tensors, each with its place in the rule) of every factor."""
+    for pair in pairs:
         yield pair.a, "A", [(tensor, i) for i, tensor in enumerate(pair.a.hf)]
         yield pair.b, "B", [(tensor, i) for i, tensor in enumerate(pair.b.hf) if pair.parts[i]]
 
@@ -47,28 +47,28 @@ def _each(found: Sequence[Pair]) -> Iterator[tuple[Rule, str, list[tuple[HfTenso
 # ---------------------------------------------------------------- out
 
 
-def tensors_of(of: Sequence[Pair], factors: Factors) -> dict[str, torch.Tensor]:
-    """PEFT's tensors by name."""
-    found: dict[str, torch.Tensor] = {}
+def tensors_of(pairs: Sequence[Pair], factors: Factors) -> dict[str, torch.Tensor]:
+    """Return PEFT's tensors by name."""
+    tensors: dict[str, torch.Tensor] = {}
     stacks: dict[str, list[torch.Tensor]] = {}
-    for rule, letter, adapted in _each(of):
+    for rule, letter, adapted in _each(pairs):
         split = rule.layout.split(factors[rule.name])
         for tensor, place in adapted:
             name = file_name(tensor, letter)
             if isinstance(tensor, Entry):
                 stacks.setdefault(name, []).append(split[place])
             else:
-                found[name] = split[place].contiguous()
+                tensors[name] = split[place].contiguous()
     for name, experts in stacks.items():
         along = 0 if ".lora_A." in name else 2  # [experts, rank, in], or [out, rank, experts]
-        found[name] = torch.stack(experts, along).flatten(*((0, 1) if along == 0 else (1, 2))).contiguous()
-    return found
+        tensors[name] = torch.stack(experts, along).flatten(*((0, 1) if along == 0 else (1, 2))).contiguous()
+    return tensors
 
 
-def config_of(of: Sequence[Pair], config: LoraConfig, base: str) -> dict[str, Any]:
-    """adapter_config.json. `base` names the Hugging Face model."""
+def config_of(pairs: Sequence[Pair], config: LoraConfig, base: str) -> dict[str, Any]:
+    """Return adapter_config.json. `base` names the Hugging Face model."""
     modules, parameters = set(), set()
-    for pair in of:
+    for pair in pairs:
         for tensor in pair.a.hf:
             if isinstance(tensor, Entry):
                 parameters.add(".".join(tensor.name.split(".")[-3:]))  # mlp.experts.down_proj
@@ -93,11 +93,11 @@ def config_of(of: Sequence[Pair], config: LoraConfig, base: str) -> dict[str, An
     }
 
 
-def write(folder: Path, of: Sequence[Pair], factors: Factors, config: LoraConfig) -> None:
-    """PEFT's two files. One rank."""
+def write(folder: Path, pairs: Sequence[Pair], factors: Factors, config: LoraConfig) -> None:
+    """Write PEFT's two files. For one rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors_of(of, factors), folder / TENSORS, metadata={"format": "pt"})
-    durable.write_json(folder / PEFT_CONFIG, config_of(of, config, base=""))
+    save_file(tensors_of(pairs, factors), folder / TENSORS, metadata={"format": "pt"})
+    durable.write_json(folder / PEFT_CONFIG, config_of(pairs, config, base=""))
 
 
 # ---------------------------------------------------------------- in
@@ -107,20 +107,21 @@ class Reader:
     """The factors in a PEFT folder."""
 
     def __init__(
-        self, folder: Path, of: Sequence[Pair], config: LoraConfig, reached: frozenset[HfTensor] | None = None
+        self, folder: Path, pairs: Sequence[Pair], config: LoraConfig, reached: frozenset[HfTensor] | None = None
     ):
-        """`reached`: the tensors that the folder adapts, where it does not adapt all of `of`; others have factors of 0.
+        """Open the folder. `reached` are the tensors that it adapts, where it does not adapt all of `pairs`; others
+        have factors of 0.
 
-        UserMistake naming all tensors that are missing, too many, or of another shape.
+        Raise UserMistake naming all tensors that are missing, too many, or of another shape.
         """
         self.config, self._reached, self.tensors = config, reached, HfTensors(folder, TENSORS)
-        found, wanted = self.tensors.shapes(), self._shapes(of)
+        stored, wanted = self.tensors.shapes(), self._shapes(pairs)
         problems = [
             Problem(str(folder), f"tensor {name} {list(shape)} is missing, or has another shape")
             for name, shape in wanted.items()
-            if found.get(name) != shape
+            if stored.get(name) != shape
         ]
-        more = [name for name in found if name not in wanted]
+        more = [name for name in stored if name not in wanted]
         problems += [Problem(str(folder), f"tensor {name} is none of this adapter") for name in more]
         if problems:
             raise UserMistake(problems[:8])
@@ -129,17 +130,17 @@ class Reader:
         return self._reached is None or tensor in self._reached
 
     def _name(self, tensor: HfTensor, letter: str) -> str:
-        """`file_name`, of an experts module whose outer parameter may not be adapted: the inner one is alone then."""
+        """Return `file_name`; where an experts module has no adapter of its outer parameter, that of the inner."""
         name = file_name(tensor, letter)
         if isinstance(tensor, Entry):
             outer = replace(tensor, name=f"{tensor.name.rpartition('.')[0]}.{OUTER}")
             return name if self._has(outer) else name.replace(".base_layer.", ".")
         return name
 
-    def _shapes(self, of: Sequence[Pair]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor in the file."""
+    def _shapes(self, pairs: Sequence[Pair]) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor in the file, by its name."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for rule, letter, adapted in _each(of):
+        for rule, letter, adapted in _each(pairs):
             for tensor, place in adapted:
                 rows, columns = rule.layout.hf_shapes()[place]
                 if isinstance(tensor, Entry):
@@ -149,7 +150,7 @@ class Reader:
         return shapes
 
     def factors(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of a matrix, whole."""
+        """Return A and B of a matrix, whole."""
         (a, _, from_a), (b, _, from_b) = _each([pair])
         parts_a, parts_b = ([torch.zeros(shape) for shape in rule.layout.hf_shapes()] for rule in (a, b))
         for parts, letter, adapted in ((parts_a, "A", from_a), (parts_b, "B", from_b)):
@@ -166,5 +167,5 @@ class Reader:
         return found.unflatten(0 if letter == "A" else 1, by_expert).select(0 if letter == "A" else 2, tensor.index)
 
     def change(self, pair: Pair) -> torch.Tensor:
-        """What the adapter adds to the whole matrix, fp32 [out, in]."""
+        """Return what the adapter adds to the whole matrix, fp32 [out, in]."""
         return pair.change(*self.factors(pair), self.config.scale)

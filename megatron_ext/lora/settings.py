@@ -5,6 +5,7 @@ W x + (alpha / rank) B A x. Targets are the module names of PEFT and Hugging Fac
 transformers keep as bare parameters, go by "experts" and "router".
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class Matrix:
         return self.rows * self.columns * self.count
 
     def adapter(self, rank: int) -> Parameters:
-        """Parameters of A and B by how they spread."""
+        """Return the parameters of A and B by how they spread."""
         a, b = rank * self.columns * self.count, rank * self.rows * self.count
         if self.target == EXPERTS:
             return Parameters(expert=a + b)
@@ -66,7 +67,7 @@ class Matrix:
 
 
 def matrices(shape: ModelShape, block: str) -> list[Matrix]:
-    """The matrices that adapters can reach in a block of that kind."""
+    """Return the matrices that adapters can reach in a block of that kind."""
     s, h = shape, shape.hidden
     if block in (ATTENTION, WINDOW):
         queries, keys = s.heads * s.head_dim, s.kv_groups * s.head_dim
@@ -77,7 +78,10 @@ def matrices(shape: ModelShape, block: str) -> list[Matrix]:
     if block == MAMBA:
         return [Matrix("in_proj", s.mamba_projection, h), Matrix("out_proj", h, s.mamba_inner, "columns")]
     first = 2 * s.expert_ffn if s.gated else s.expert_ffn  # gate and up share an adapter, being one parameter
-    experts = [Matrix(EXPERTS, first, h, "rows", s.experts), Matrix(EXPERTS, h, s.expert_ffn, "columns", s.experts)]
+    experts = [
+        Matrix(EXPERTS, first, h, "rows", count=s.experts),
+        Matrix(EXPERTS, h, s.expert_ffn, "columns", count=s.experts),
+    ]
     return [Matrix(ROUTER, s.experts, h, ""), *experts, *(_mlp(s, s.shared_ffn) if s.shared_ffn else [])]
 
 
@@ -87,26 +91,26 @@ def _mlp(s: ModelShape, width: int) -> list[Matrix]:
 
 
 def targets_of(shape: ModelShape) -> list[str]:
-    """Every name that a target may have in this model."""
+    """Return every name that a target may have in this model."""
     return list(dict.fromkeys(matrix.target for block in shape.blocks for matrix in matrices(shape, block)))
 
 
 def chosen(config: LoraConfig, shape: ModelShape) -> list[str]:
-    """The targets with "all-linear" spelled out, in the order of `targets_of`."""
+    """Return the targets with "all-linear" spelled out, in the order of `targets_of`."""
     known = targets_of(shape)
     everything = [name for name in known if name not in NOT_IN_ALL] if ALL_LINEAR in config.targets else []
     return [name for name in known if name in config.targets or name in everything]
 
 
 def adapters(config: LoraConfig, shape: ModelShape, block: str) -> Parameters:
-    """Parameters of the adapters of one block of that kind."""
+    """Return the parameters of the adapters of one block of that kind."""
     names = chosen(config, shape)
     reached = [matrix for matrix in matrices(shape, block) if matrix.target in names]
     return sum((matrix.adapter(config.rank) for matrix in reached), start=Parameters())
 
 
 def check(config: LoraConfig, shape: ModelShape | None, where: str = "lora") -> list[Problem]:
-    """Every wrong setting; names of targets are judged once the model is known."""
+    """Refuse settings that do not go together, and targets that the model does not have, once it is known."""
     problems = []
     if config.rank == 0:
         if config != LoraConfig():
@@ -122,10 +126,10 @@ def check(config: LoraConfig, shape: ModelShape | None, where: str = "lora") -> 
 
 
 def check_folder(config: LoraConfig, adapter: LoraConfig | None, folder: str) -> list[Problem]:
-    """Whether training with `config` can go on with the adapter that the model folder has."""
+    """Refuse to train with `config` on a model folder that has an adapter of another kind."""
     if adapter is None or adapter == config:
         return []
-    has, wanted = (f"rank {one.rank}, alpha {one.alpha:g}, targets {one.targets}" for one in (adapter, config))
+    has, wanted = (f"rank {each.rank}, alpha {each.alpha:g}, targets {each.targets}" for each in (adapter, config))
     message = f"{folder} has an adapter of {has}, not {'of ' + wanted if config.rank else 'none'}"
     return [Problem("lora", f"{message}: train it on with its own settings, or merge it first (merge_lora)")]
 
@@ -142,15 +146,15 @@ def _check_targets(config: LoraConfig, shape: ModelShape, where: str) -> list[Pr
 
 
 def not_for_peft(config: LoraConfig) -> list[str]:
-    """Why PEFT would not load such an adapter."""
+    """Return why PEFT would not load such an adapter; nothing where it would."""
     if MAMBA_OUT not in config.targets:
         return []
     return [f"PEFT adapts no {MAMBA_OUT}, a Mamba layer's, whose kernel in transformers reads the weight itself"]
 
 
 def reach(config: LoraConfig, shape: ModelShape) -> dict[str, Any]:
-    """What the targets reach: `targets`, `trainable` parameters of the adapters, `reached` parameters of the matrices
-    beside them, all `parameters`, and `left`, those of each kind of matrix that is not reached."""
+    """Return what the targets reach: `targets`, `trainable` parameters of the adapters, `reached` parameters of the
+    matrices beside them, all `parameters`, and `left`, those of each kind of matrix that is not reached."""
     names, sizes, trainable = chosen(config, shape), dict.fromkeys(targets_of(shape), 0), 0
     for block, count in shape.blocks.items():
         trainable += adapters(config, shape, block).total * count
@@ -165,9 +169,9 @@ def reach(config: LoraConfig, shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def reach_text(found: dict[str, Any], rank: int) -> str:
-    """One line about what `reach` found: a list of targets that misses most of a model should not go unnoticed."""
-    shares = {name: size / found["parameters"] for name, size in found["left"].items()}
+def reach_text(reach: Mapping[str, Any], rank: int) -> str:
+    """Return one line about what `reach` says: a list of targets that misses most of a model should be noticed."""
+    shares = {name: size / reach["parameters"] for name, size in reach["left"].items()}
     missed = f", not {', '.join(f'{name} {share:.1%}' for name, share in shares.items())}" if shares else ""
-    reached = found["reached"] / found["parameters"]
-    return f"LoRA of rank {rank}: {found['trainable']:,} parameters trained beside {reached:.1%} of the model{missed}"
+    reached = reach["reached"] / reach["parameters"]
+    return f"LoRA of rank {rank}: {reach['trainable']:,} parameters trained beside {reached:.1%} of the model{missed}"

@@ -26,7 +26,9 @@ Start = Callable[[Shape, torch.Generator], torch.Tensor]
 
 
 class Layout(Protocol):
-    shape: Shape  # of mcore's whole tensor
+    @property
+    def shape(self) -> Shape:
+        """The shape of mcore's whole tensor."""
 
     def hf_shapes(self) -> list[Shape]:
         """Shapes of the Hugging Face tensors, in the rule's order."""

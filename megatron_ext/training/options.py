@@ -2,7 +2,7 @@
 megatron-core 0.16.1 gives them. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from data_tools.base.declared import setting
@@ -15,13 +15,13 @@ BALANCINGS = ("aux_loss", "seq_aux_loss", "global_aux_loss")  # TransformerConfi
 
 
 def keyed(config: Any) -> dict[str, Any]:
-    """Return the fields of a config that change the result, as the key of its phase has them (jobs/kind.py)."""
-    kept = {}
-    for option in fields(config):
-        counts, value = option.metadata.get("keyed", True), getattr(config, option.name)
+    """Return the fields of a config that change the result (jobs/kind.py), as plain data, for a training's identity."""
+    plain = {}
+    for field in fields(config):
+        counts, value = field.metadata.get("keyed", True), getattr(config, field.name)
         if counts is True or counts == "if_set" and value:
-            kept[option.name] = value
-    return kept
+            plain[field.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return plain
 
 
 @dataclass

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from data_tools.base import declared
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, check_chat
 from data_tools.chats.encoder import Encoder
 from data_tools.chats.tokenizer import load_tokenizer
@@ -270,7 +271,7 @@ def test_a_tokenizer_without_a_template_is_told_what_to_name(tmp_path):
 
 
 def test_wrong_values_are_told_at_once():
-    problems = check_chat(ChatConfig(schema="openai", turns="lsat", date="today"))
+    problems = declared.check_with(ChatConfig(schema="openai", turns="lsat", date="today"), check_chat)
     assert [problem.where for problem in problems] == ["schema", "turns", "date"]
     assert "did you mean last?" in problems[1].message
     problems = check_chat(ChatConfig(arguments={"add_generation_prompt": True, "enable_thinking": False, "tools": []}))

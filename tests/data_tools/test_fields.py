@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, check_chat
+from data_tools.base import declared
+from data_tools.chats.chat import ChatConfig, ChatRows, Encoded
 from data_tools.chats.encoder import Encoder
 from data_tools.chats.tokenizer import load_tokenizer
 from tests.data_tools.chats import TEMPLATES, TOOLS, call, message, write_tokenizer
@@ -199,5 +200,5 @@ def test_what_becomes_of_a_row_does_not_depend_on_the_rows_before_it(tmp_path, t
 
 
 def test_an_unknown_field_is_named():
-    (problem,) = check_chat(ChatConfig(may_lose=["resoning"]))
-    assert problem.where == "may_lose" and "did you mean reasoning?" in problem.message
+    (problem,) = declared.check(ChatConfig(may_lose=["resoning"]))
+    assert problem.where == "may_lose[0]" and "did you mean reasoning?" in problem.message

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from data_tools.base import declared
 from data_tools.base.durable import read_json
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
@@ -163,7 +164,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_imported_for_it(tmp_path: 
         max_tokens=-1,
         on_bad_row="bukcet",
     )
-    problems = {problem.where: problem.message for problem in check(config)}
+    problems = {problem.where: problem.message for problem in declared.check_with(config, check)}
     assert problems.keys() == {
         "task", "on_bad_row", "max_tokens", "source.synthetic_rows", "source.synthetic_split",
     }  # fmt: skip

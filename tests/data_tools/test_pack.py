@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_tools.base import declared
 from data_tools.base.durable import write_json
 from data_tools.mistake import UserMistake
 from data_tools.packs.pack import PADDING_SLOT, Config, PackReader, check, pack
@@ -177,11 +178,12 @@ def test_an_overlong_document_fails_by_source_and_line_or_is_counted(tmp_path: P
 
 
 def test_wrong_values_are_told_at_once_with_the_nearest_legal_one() -> None:
-    problems = {problem.where: problem.message for problem in check(Config(pack_length=100, align=16, order="random"))}
+    wrong = Config(pack_length=100, align=16, order="random")
+    problems = {problem.where: problem.message for problem in declared.check_with(wrong, check)}
     assert problems.keys() == {"align", "order", "store"}
     assert "pack_length 100 is not a multiple of align 16; nearest pack_length 96" in problems["align"]
     assert check(Config(store="s", pack_length=96, align=16)) == []
-    assert [problem.where for problem in check(Config(store="s", align=0))] == ["align"]
+    assert [problem.where for problem in declared.check_with(Config(store="s", align=0), check)] == ["align"]
 
 
 def test_a_damaged_plan_or_another_store_is_a_mistake_that_names_it(tmp_path: Path) -> None:

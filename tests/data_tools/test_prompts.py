@@ -7,7 +7,7 @@ import pytest
 from data_tools.chats.char_tokenizer import write_char_tokenizer
 from data_tools.chats.chat import encode_row
 from data_tools.chats.prompts import PromptEncoder
-from data_tools.chats.tokenizer import check_bos, load_tokenizer, told_opening
+from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.mistake import UserMistake
 
 TEMPLATE = (
@@ -63,7 +63,6 @@ def test_texts_begin_as_transformers_begins_them_once_and_messages_as_the_templa
     opening = ours.decode(ours.opening)
     assert told_opening(ours, "") == ({"texts_begin": f"with {opening}"} if opening else {})
     assert told_opening(ours, "never") == ({"texts_begin": f"without {opening}"} if opening else {})
-    assert check_bos("") == check_bos("never") == [] and "neither never nor empty" in str(check_bos("always")[0])
 
 
 def test_messages_without_a_template_are_a_mistake(folder):

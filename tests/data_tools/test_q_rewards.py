@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from data_tools.base import declared
 from data_tools.mistake import UserMistake
 from data_tools.prepare.q_rewards import Config, boltzmann, q_rewards
 from tests.inputs import Inputs
@@ -91,7 +92,6 @@ def test_a_wrong_table_is_named_with_its_line_and_nothing_is_written(
 
 
 def test_wrong_settings_are_told_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserMistake, match="(?s)inputs: no CSV.*tau: 0.0 is no temperature"):
-        q_rewards(Config(tau=0.0), tmp_path)
+    assert [problem.where for problem in declared.check(Config(tau=0.0))] == ["inputs", "tau"]
     with pytest.raises(UserMistake, match="absent.csv is neither a CSV file nor a folder"):
         q_rewards(Config(inputs=[str(tmp_path / "absent.csv")]), tmp_path)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.base import declared
 from data_tools.chats.conversation import read_record
 from data_tools.mistake import UserMistake
 from data_tools.prepare.rejection import Config, buckets_of, check, reject_filter, split_thinking
@@ -246,13 +247,13 @@ def test_wrong_settings_are_told_at_once() -> None:
     config = Config(
         prefer="short", answer_pattern="(", per_prompt=-1, min_pass_rate=0.9, max_pass_rate=0.1, near_duplicate=0
     )
-    assert [problem.where for problem in check(config)] == [
+    assert [problem.where for problem in declared.check_with(config, check)] == [
         "inputs",
+        "near_duplicate",
+        "per_prompt",
         "prefer",
         "answer_pattern",
-        "per_prompt",
         "min_pass_rate",
-        "near_duplicate",
     ]
 
 

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
-from data_tools.base import durable
+from data_tools.base import declared, durable
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from megatron_ext.entrypoints import bare, evaluate, export_hf, generate, grpo, import_hf, init_model, merge_lora, sft
+from megatron_ext.entrypoints.accuracy import accuracy
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel.plan import ParallelPlan
 
@@ -51,8 +52,8 @@ def test_sft_names_every_mistake(calculator):
         global_batch=3,
         parallel=ParallelPlan(tensor=3),
     )
-    found = [str(problem) for problem in sft.check(config, 3)]
-    assert found[0].startswith("schedule: 'cosin' is no schedule (did you mean cosine?")
+    found = [str(problem) for problem in declared.check_with(config, lambda config: sft.check(config, 3))]
+    assert found[0].startswith("schedule: unknown value 'cosin' (did you mean cosine?")
     assert found[1].startswith("parallel.tensor: 3 does not split 4 heads and 2 KV groups evenly: use tensor 1")
     config.parallel = ParallelPlan()
     assert "global batch of 3 packs does not divide by 2" in str(sft.check(config, 2)[-1])
@@ -117,10 +118,10 @@ def test_what_was_gained_is_told_with_its_error_prompt_by_prompt():
         return [dict(prompt=str(i), sampled_correct=count, **told) for i, count in enumerate(counts)]
 
     before = {sample["prompt"]: sample for sample in lines(0, 2, 2)}
-    result = evaluate._result(lines(1, 3, 4), before)
+    result = accuracy(lines(1, 3, 4), before)
     assert result["sampled_accuracy"] == pytest.approx(8 / 12) and result["gain"] == pytest.approx(4 / 12)
     assert result["gain_error"] == pytest.approx(numpy.std([0.25, 0.25, 0.5], ddof=1) / 3**0.5)
-    assert "gain" not in evaluate._result(lines(1), {})
+    assert "gain" not in accuracy(lines(1), {})
 
 
 def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp_path):
@@ -152,9 +153,9 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
     again = evaluate.run(replace(config, compare_with=str(outs[0]), verifiers=2), outs[1], tmp_path / "keep")
     assert again["gain"] == 0
     wrong = replace(config, source=Source(synthetic_rows=1), task_options={"reverse_digits": True}, top_p=0.0)
-    problems = evaluate.check(wrong, 1)
-    assert [problem.where for problem in problems] == ["mix", "top_p"]
-    assert "beside task_options, source" in problems[0].message
+    problems = declared.check_with(wrong, lambda config: evaluate.check(config, 1))
+    assert [problem.where for problem in problems] == ["top_p", "mix"]
+    assert "beside task_options, source" in problems[1].message
 
 
 def test_a_task_is_sampled_and_scored_as_its_mix_is(calculator, tmp_path):
@@ -228,8 +229,8 @@ def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path
     config = evaluate.Config(compare_with=str(tmp_path), samples=4)
     lines = [line("a", 0), line("b", 4)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    assert evaluate._result(lines, evaluate._compared(config))["gain"] == 0
-    assert evaluate._result([line("b", 2)], evaluate._compared(config))["gain"] == -0.5
+    assert accuracy(lines, evaluate._compared(config))["gain"] == 0
+    assert accuracy([line("b", 2)], evaluate._compared(config))["gain"] == -0.5
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line("", right)) + "\n" for right in (0, 4)))
     with pytest.raises(UserMistake, match="two lines of prompt '1.1=', the second at .*samples.jsonl:2"):
         evaluate._compared(config)
@@ -248,9 +249,9 @@ def test_right_answers_count_by_number_and_only_when_they_end():
         dict(correct=False, seen=True),
         dict(correct=True, seen=False),
     ]
-    result = evaluate._result(samples)
+    result = accuracy(samples)
     assert (result["accuracy"], result["seen_accuracy"], result["unseen_accuracy"]) == (2 / 3, 0.5, 1.0)
-    assert "seen_prompts" not in evaluate._result([dict(correct=True, seen=None)])
+    assert "seen_prompts" not in accuracy([dict(correct=True, seen=None)])
 
 
 def test_a_malformed_line_is_named_by_file_and_line(calculator, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_tools.base import durable
+from data_tools.base import declared, durable
 from data_tools.chats.chat import ChatConfig
 from data_tools.chats.samples import problem_of_sample
 from data_tools.chats.tokenizer import load_tokenizer
@@ -257,11 +257,11 @@ def test_two_ranks_make_the_samples_of_one(two_ranks, folders, whole, tmp_path):
 
 def test_wrong_settings_and_prompts_without_room_are_refused(folders, tmp_path):
     wrong = config(folders, samples=0, chunk=0, sampling=Sampling(max_tokens=0), verify_limit_s=0.0)
-    assert [str(problem).split(":")[0] for problem in generate.check(wrong, 1)] == [
-        "samples",
-        "chunk",
+    assert [problem.where for problem in declared.check(wrong)] == [
         "verify_limit_s",
+        "samples",
         "sampling.max_tokens",
+        "chunk",
     ]
     assert "4 samples all alike" in str(generate.check(config(folders, sampling=Sampling(temperature=0)), 1)[0])
     out, keep = made(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_tools.base import durable
+from data_tools.base import declared, durable
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import evaluate, export_hf, import_hf, merge_lora, sft
 from megatron_ext.lora import adapters, pairs, settings
@@ -218,10 +218,10 @@ def test_all_linear_of_gpt_oss_says_what_it_misses():
 
 SHAPE = tiny.family(tiny.GPT_OSS_DIMS).config.shape(tiny.GPT_OSS_DIMS)
 WRONG = {
-    "rank below 0": (dict(rank=-1), "lora.rank: -1 is too few: the least is 1, and 0 turns LoRA off"),
+    "rank below 0": (dict(rank=-1), "lora.rank: -1 is out of range: at least 0"),
     "off, but meant": (dict(alpha=8.0), "lora.rank: is 0, which turns LoRA off, but other settings of it are given"),
-    "alpha 0": (dict(rank=4, alpha=0.0), "lora.alpha: 0 is not above 0: use 8"),
-    "dropout 1": (dict(rank=4, dropout=1.0), "lora.dropout: 1 is no share: use 0 up to, but not with, 1"),
+    "alpha 0": (dict(rank=4, alpha=0.0), "lora.alpha: 0.0 is out of range: above 0"),
+    "dropout 1": (dict(rank=4, dropout=1.0), "lora.dropout: 1.0 is out of range: at least 0, below 1"),
     "nothing": (dict(rank=4, targets=[]), "lora.targets: names nothing: use [all-linear]"),
     "misspelt": (
         dict(rank=4, targets=["q_prj"]),
@@ -242,7 +242,8 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_settings_are_named_with_the_remedy(case):
     changes, message = WRONG[case]
-    assert [str(problem) for problem in settings.check(LoraConfig(**changes), SHAPE)] == [message]
+    problems = declared.check_with(LoraConfig(**changes), lambda config: settings.check(config, SHAPE))
+    assert [f"lora.{str(problem).removeprefix('lora.')}" for problem in problems] == [message]
 
 
 def test_adapters_that_are_not_understood_are_refused(alone, tmp_path):
@@ -278,7 +279,7 @@ def test_exports_that_peft_would_not_load_are_refused(tmp_path):
     assert "PEFT adapts no out_proj" in problem.message and problem.message.endswith("use merged")
     (problem,) = export_hf.check(export_hf.Config("p", adapter="peft"), 1, site)
     assert "has none for peft" in problem.message
-    (problem,) = export_hf.check(export_hf.Config("m", adapter="pfet"), 1, site)
+    (problem,) = declared.check(export_hf.Config("m", adapter="pfet"))
     assert "did you mean peft?" in problem.message
     (problem,) = merge_lora.check(merge_lora.Config("p"), 1, site)
     assert "has no adapter" in problem.message

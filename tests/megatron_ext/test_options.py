@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
+from data_tools.base import declared
 from data_tools.mistake import UserMistake
 from data_tools.packs import pack
 from data_tools.packs.blended import BlendedPacks
@@ -22,6 +23,7 @@ from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import options, schedule, supervised, update
 from megatron_ext.training.options import Balance, Engine
 from megatron_ext.training.schedule import Amount
+from megatron_ext.training.settings import TrainingSettings
 from megatron_ext.training.update import AdamW, Trainer
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import run_of, sft_config
@@ -39,7 +41,7 @@ def test_samples_and_tokens_are_updates_of_equal_size():
 
 def test_the_seeds_schedule():
     config = sft.Config(samples=20872, global_batch=60, schedule="cosine", lr=5e-5, min_lr=5e-6, warmup_samples=2000)
-    found = sft._schedule(config, 262144)
+    found = config.rate_schedule(262144)
     rates = [found.rate(step) for step in range(found.steps)]
     assert rates[0] == pytest.approx(5e-5 * 60 / 2000) and rates[32] == pytest.approx(5e-5 * 1980 / 2000)
     assert max(rates) == rates[33] == pytest.approx(5e-5, rel=1e-4)
@@ -53,9 +55,9 @@ def test_linear_falls_by_equal_steps_to_the_floor():
 
 
 def test_every_mistake_about_length_is_named():
-    config = sft.Config("m", "s", "p", samples=-1, warmup_steps=1, warmup_tokens=5)
-    found = [str(problem) for problem in sft._check_length(config, 64)]
-    assert found[0] == "samples: -1 is negative" and found[1].startswith(
+    config = sft.Config(model="m", store="s", packs="p", samples=-1, tokens=9, warmup_steps=1, warmup_tokens=5)
+    found = [str(p) for p in declared.check_with(config, lambda config: sft._check_length(config, 64))]
+    assert found[0] == "samples: -1 is out of range: at least 0 (packs)" and found[1].startswith(
         "warmup_steps: the warm-up is given more than once"
     )
     assert [str(p) for p in sft._check_length(sft.Config(), None)] == [
@@ -148,14 +150,15 @@ def test_what_the_backend_cannot_do_is_refused():
     segments = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert "need NCCL_GRAPH_REGISTER=0" in str(options.check(GPU, "te", environment=segments)[0])
     assert options.check(GPU, "te", environment=segments | {"NCCL_GRAPH_REGISTER": "0"}) == []
-    assert "did you mean flash?" in str(options.check(Engine(attention="flahs"), "te")[0])
+    assert "did you mean flash?" in str(declared.check(Engine(attention="flahs"))[0])
     assert str(options.check_balance(Balance(aux_loss=0.1), experts=False)[0]).startswith(
         "balance.aux_loss: 0.1, and the"
     )
 
 
 def test_the_distributed_time_out_is_the_configured_one():
-    assert "distributed_timeout_minutes: 0 is too few" in str(options.check_timeout(0)[0])
+    (problem,) = declared.check(TrainingSettings(model="m", distributed_timeout_minutes=0))
+    assert str(problem) == "distributed_timeout_minutes: 0 is out of range: at least 1 (minutes)"
     with ranks.started(PLAN, patience=timedelta(minutes=7)):
         assert (
             parallel_state.get_data_parallel_group()._get_backend(torch.device("cpu")).options._timeout.seconds == 420

@@ -280,7 +280,8 @@ def test_a_training_that_asks_for_it_is_certified_first(calculator, tmp_path):
 
 def test_bfloat16_trains_from_float32_weights(calculator, tmp_path):
     (tmp_path / "out").mkdir()
-    config = sft.Config(*(str(calculator[name]) for name in ("base", "store", "packs")), steps=4, dtype="bfloat16")
+    model, store, packs = (str(calculator[name]) for name in ("base", "store", "packs"))
+    config = sft.Config(model=model, store=store, packs=packs, steps=4, dtype="bfloat16")
     facts = sft.run(config, tmp_path / "out", tmp_path / "keep")
     assert 1 < facts["loss_last"] < 4
     assert model_folder.open_folder(tmp_path / "out").dtype == "bfloat16"

@@ -2,7 +2,9 @@
 
 import pytest
 
+from data_tools.base import declared
 from megatron_ext.training.schedule import Schedule, check
+from megatron_ext.training.settings import TrainingSettings
 
 
 def rates(**changes) -> list[float]:
@@ -29,12 +31,9 @@ def test_constant_stays():
 
 
 def test_all_mistakes_are_named_with_the_nearest_schedule():
-    found = [str(p) for p in check(Schedule("cosin", 10, -1.0, 0.0, 11, 0.0), "with")]
-    assert found[0].startswith("with.schedule: 'cosin' is no schedule (did you mean cosine?")
-    assert [line.split(":")[0] for line in found] == [
-        "with.schedule",
-        "with.warmup_steps",
-        "with.lr",
-        "with.min_lr",
-        "with.decay_share",
-    ]
+    wrong = TrainingSettings(model="m", schedule="cosin", lr=-1.0, decay_share=0.0)
+    found = [str(problem) for problem in declared.check(wrong, "with")]
+    assert found[0].startswith("with.schedule: unknown value 'cosin' (did you mean cosine?")
+    assert [line.split(":")[0] for line in found] == ["with.schedule", "with.lr", "with.decay_share"]
+    found = [str(p) for p in check(Schedule("cosine", 10, 0.1, 0.2, 11, 0.2), "with")]
+    assert [line.split(":")[0] for line in found] == ["with.warmup_steps", "with.min_lr"]

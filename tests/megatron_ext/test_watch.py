@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+from data_tools.base import declared
 from data_tools.progress import EXIT_HUNG
 from jobs.retry import Cause
 from launchers.causes.diagnosis import classify
 from launchers.causes.evidence import Evidence
-from megatron_ext.training.watch import Hang, Watch, check
+from megatron_ext.training.watch import Hang, Watch
 from tests.megatron_ext import gloo, tiny
 
 QUICK = Hang(times=3, floor_s=1.5, grace_s=1.0)
@@ -89,7 +90,8 @@ def test_what_is_slow_is_no_hang(tmp_path):
 
 
 def test_settings_are_checked():
-    assert [problem.where for problem in check(Hang(times=1.5, floor_s=0))] == ["hang.times", "hang.floor_s"]
+    assert [problem.where for problem in declared.check(Hang(times=1.5, floor_s=0))] == ["times", "floor_s"]
+    assert not declared.check(Hang(times=0))  # which never calls it a hang
 
 
 if __name__ == "__main__":

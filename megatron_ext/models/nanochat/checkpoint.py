@@ -6,12 +6,17 @@ scales and sharper attention: what NanoChatForCausalLM does not have is refused 
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.base import durable
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.models.nanochat.config import LOGIT_CAP, Dims, hf_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_ext.models.layouts import HfTensor
 
 NAMES = {  # of a block's tensors
     "attn.c_q": "self_attn.q_proj",
@@ -112,7 +117,8 @@ class NanochatTensors:
     def file(self, name: str) -> str:
         return self._file.name
 
-    def read(self, tensor: str) -> Any:
-        data = self._tensors[tensor]
-        padded = tensor in ("model.embed_tokens.weight", "lm_head.weight") and data.dim()
+    def read(self, tensor: "HfTensor") -> "torch.Tensor":
+        name = tensor if isinstance(tensor, str) else tensor.name
+        data = self._tensors[name]
+        padded = name in ("model.embed_tokens.weight", "lm_head.weight") and data.dim()
         return data[: self._vocabulary] if padded else data

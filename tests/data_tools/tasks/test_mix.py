@@ -294,14 +294,15 @@ CONFIG = MixConfig({
     "e": Entry("nowhere.at:all", source=Source(inputs=["x"])),
 })  # fmt: skip
 TOLD = """
+mix.entries.calculater.weight: -1 is out of range: at least 0
 mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: aime, bracketed_action, calculator, dapo_math, gsm8k, math500, multiple_choice)
+mix.entries.b.limit: -1 is out of range: at least 0 (prompts)
 mix.entries.b.rewards: task calculator has no reward term 'corect' (did you mean correct? known: correct)
-mix.entries.b.limit: -1 is negative; 0 takes all prompts
 mix.entries.b.hub: is given beside source; give one of them
 mix.entries.c.options: unknown task option 'prompt' (did you mean prompt_key? known: answer_key, prompt_key)
 mix.entries.c.source: no prompts; give files in source.inputs, or a dataset in hub
+mix.entries.d.weight: nan is out of range: at least 0
 mix.entries.d.options: task option reverse_digits=1 is a int, not bool
-mix.entries.d.weight: nan is no share: give 0 or more
 mix.entries.d.hub: 'gsm8k' is no dataset: write org/name, org/name@revision or org/name:glob
 mix.entries.e.task: there is no module 'nowhere.at'; it has to be importable where the run is submitted
 """.strip().splitlines()

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from data_tools.base import declared
 from data_tools.mistake import Problem
 from megatron_ext.rl.losses import Tokens, Totals, correction_weights, mismatch_sums, policy_loss
 from megatron_ext.rl.settings import Correction, Loss, check_loss
@@ -199,13 +200,12 @@ def test_what_a_mask_leaves_out_has_no_part_in_loss_or_gradient() -> None:
 
 def test_wrong_settings_are_told_with_the_nearest() -> None:
     wrong = Loss("clipp", clip_low=2, dual_clip=1.1, kl_beta=-1, correction=Correction("tis", 3.0, 2.0))
-    problems: list[Problem] = check_loss(wrong)
+    problems: list[Problem] = declared.check(wrong, "loss")
     assert [problem.where for problem in problems] == [
         "loss.policy",
-        "loss.correction.mode",
         "loss.clip_low",
-        "loss.dual_clip",
         "loss.kl_beta",
-        "loss.correction.low",
+        "loss.correction.mode",
     ]
     assert "did you mean clip?" in problems[0].message
+    assert [problem.where for problem in check_loss(wrong)] == ["loss.dual_clip", "loss.correction.low"]

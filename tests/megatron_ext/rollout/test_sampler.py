@@ -3,8 +3,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from data_tools.base import declared
 from megatron_ext.rollout.sampler import NOTHING, Vocabulary, draw
-from megatron_ext.rollout.settings import EngineConfig, Sampling, check_engine, check_sampling
+from megatron_ext.rollout.settings import EngineConfig, RolloutSettings, Sampling, check_rollouts
 
 ALONE = Vocabulary()
 
@@ -156,11 +157,13 @@ def test_a_vocabulary_split_over_ranks_draws_the_same(two_ranks, sampling):
 
 def test_wrong_settings_are_told_at_once():
     wrong = Sampling(-1, -2, 0, 1, 0, [""])
-    assert [problem.where.partition(".")[2] for problem in check_sampling(wrong)] == [
-        "temperature", "top_k", "top_p", "min_p", "max_tokens", "stop_strings"
+    assert [problem.where for problem in declared.check(wrong)] == [
+        "temperature", "top_k", "top_p", "min_p", "max_tokens"
     ]  # fmt: skip
-    assert [problem.where for problem in check_engine(EngineConfig(0, 0, 8, 4))] == [
-        "engine.block_size", "engine.token_budget", "engine.kv_gib"
+    assert [problem.where for problem in declared.check(EngineConfig(0, 0, 8, 4))] == ["kv_gib", "block_size"]
+    together = RolloutSettings(engine=EngineConfig(max_batch=8, token_budget=4))
+    assert [problem.where for problem in check_rollouts(together, wrong)] == [
+        "sampling.stop_strings", "engine.token_budget"
     ]  # fmt: skip
     for size in (float("inf"), float("nan")):
-        assert [problem.where for problem in check_engine(EngineConfig(size))] == ["engine.kv_gib"]
+        assert [problem.where for problem in declared.check(EngineConfig(size))] == ["kv_gib"]

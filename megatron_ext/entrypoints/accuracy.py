@@ -1,0 +1,88 @@
+"""What an evaluation says of its samples: counts, accuracies with their errors, gains over an earlier one, and a table.
+
+A line of samples is a prompt with its greedy completion. Where it was sampled at a temperature too, it has the counts
+`sampled` and `sampled_correct`, the `votes` of its samples, and the `graded` ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.base.tables import write_table
+from data_tools.tasks.estimators import at_k, standard_error
+from data_tools.tasks.mix import counts_table
+from data_tools.tasks.outcome import graded, is_unjudged
+
+Line = dict[str, Any]  # of samples.jsonl: which keys it has depends on its task and on what was asked
+_LABELS = {"": "all", "seen_": "seen in training", "unseen_": "not seen"}
+
+
+def asked(line: Mapping[str, Any]) -> str:
+    """Return what names the prompt of a line."""
+    return line.get("prompt_id", line["prompt"])
+
+
+def accuracy(lines: Sequence[Line], before: Mapping[str, Line] = {}) -> dict[str, Any]:
+    """Return counts and accuracies of all prompts and, where known, of those seen and not seen in training and of each
+    kind, by names with the prefixes "", seen_, unseen_ and KIND_. `before` has the lines of an earlier evaluation by
+    prompt, for the gain over it.
+    """
+    groups = {"": list(lines)}
+    if any(line["seen"] is not None for line in lines):
+        groups["seen_"] = [line for line in lines if line["seen"] is True]
+        groups["unseen_"] = [line for line in lines if line["seen"] is False]
+    for kind in sorted({line["kind"] for line in lines if line.get("kind")}):
+        groups[f"{kind}_"] = [line for line in lines if line.get("kind") == kind]
+    found: dict[str, Any] = {}
+    for prefix, group in groups.items():
+        found |= {prefix + name: value for name, value in _of_group(group, before).items()}
+    return found
+
+
+def _of_group(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, Any]:
+    correct, unjudged = sum(bool(line["correct"]) for line in lines), any(map(is_unjudged, lines))
+    found: dict[str, Any] = {"prompts": len(lines), "correct": correct}
+    found["accuracy"] = correct / len(lines) if lines and not unjudged else None
+    if unscored := sum("reward" in line and line["reward"] is None for line in lines):
+        found["unscored"] = unscored  # which count as wrong
+    sampled = [sample for line in lines for sample in line.get("graded", ())]
+    found |= graded(lines) | graded(sampled, "sampled_")
+    if lines and "sampled" in lines[0] and not (unjudged or any(map(is_unjudged, sampled))):
+        found |= _of_samples(lines, before)
+    return found
+
+
+def _of_samples(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, float]:
+    """Return the accuracy of the samples at a temperature, pass@k and maj@k, and the gain over `before`."""
+    shares = [_share(line) for line in lines]
+    found = {"sampled_accuracy": sum(shares) / len(shares), "sampled_error": standard_error(shares)}
+    found |= at_k([line["votes"] for line in lines])
+    gains = [
+        share - _share(before[asked(line)])
+        for line, share in zip(lines, shares)
+        if "sampled" in before.get(asked(line), {})
+    ]
+    return found | ({"gain": sum(gains) / len(gains), "gain_error": standard_error(gains)} if gains else {})
+
+
+def _share(line: Line) -> float:
+    return line["sampled_correct"] / line["sampled"]
+
+
+def write_tables(keep: Path, result: Mapping[str, Any], step: int) -> None:
+    """Write KEEP/tables of a result: its accuracies, a row for each group of prompts, and the fates of the records."""
+    largest = [name for kind in ("pass@", "maj@") for name in [name for name in result if name.startswith(kind)][-1:]]
+    columns = [("distinct", "prompts"), ("correct", "correct"), ("greedy accuracy", "accuracy")]
+    further = [("sampled", "sampled_accuracy"), ("± error", "sampled_error"), *zip(largest, largest)]
+    further += [("mean reward", "reward"), ("regret", "regret")]
+    further += [("sampled reward", "sampled_reward"), ("sampled regret", "sampled_regret")]
+    further += [("gain", "gain"), ("± error", "gain_error")]
+    columns += [(title, name) for title, name in further if name in result]
+    prefixes = [name.removesuffix("prompts") for name in result if name.endswith("prompts")]
+    rows = [
+        [_LABELS.get(prefix, prefix.rstrip("_").replace("_", " ")), *(result.get(prefix + name) for _, name in columns)]
+        for prefix in prefixes
+    ]
+    titles = ["prompts", *(title for title, _ in columns)]
+    write_table(keep, "accuracy", title=f"Accuracy at step {step}", columns=titles, rows=rows)
+    write_table(keep, "prompts", **counts_table(result["records"]))

@@ -1,0 +1,93 @@
+"""Declared settings: what is legal, what is refused and how, what is left alone, and what is described."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from data_tools.base import declared
+from data_tools.base.declared import setting, with_default
+from data_tools.mistake import Problem
+
+
+@dataclass
+class Inner:
+    share: float = setting(0.5, "a share", least=0, most=1)
+    kind: str = setting("plain", "a kind", choices=("", "plain", "fancy"))
+
+
+@dataclass
+class Outer:
+    name: str = setting("", "a name", needed=True, free=True)
+    count: int = setting(2, "a count", unit="rows", least=1)
+    rate: float = setting(1.0, "a rate", above=0, below=2, keyed=False)
+    rest: float = setting(0.0, "a pause, or none", least=5, also=[0])
+    inner: Inner = setting(Inner, "another config", keyed=False)
+    by_name: dict[str, Inner] = setting(dict, "configs by name")
+    shares: dict[str, float] = setting(lambda: {"a": 1.0}, "shares", least=0, names=["a", "b"])
+    kinds: list[str] = setting(list, "kinds", choices=["plain", "fancy"], keyed="if_set")
+    maybe: int | None = setting(None, "a number, or none", most=3)
+    options: dict[str, Any] = setting(dict, "anything", free=True)
+    own: float = field(default=-1.0, metadata={"keyed": False})  # nothing is declared of it
+
+
+@dataclass
+class Derived(Outer):
+    count: int = with_default(Outer, "count", 7)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"name": ""}, "name: is missing: a name"),
+        ({"count": 0}, "count: 0 is out of range: at least 1 (rows)"),
+        ({"rate": 2.0}, "rate: 2.0 is out of range: above 0, below 2"),
+        ({"rate": float("nan")}, "rate: nan is out of range: above 0, below 2"),
+        ({"rest": 4.0}, "rest: 4.0 is out of range: at least 5 or 0"),
+        ({"rest": float("inf")}, "rest: inf is out of range: at least 5 or 0"),
+        ({"inner": Inner(share=1.5)}, "inner.share: 1.5 is out of range: 0 to 1"),
+        ({"by_name": {"x": Inner(kind="FANCY")}}, "by_name.x.kind: unknown value 'FANCY' (did you mean fancy? known: "),
+        ({"shares": {"c": 1.0}}, "shares.c: unknown name (known: a, b)"),
+        ({"shares": {"b": -1.0}}, "shares.b: -1.0 is out of range: at least 0"),
+        ({"kinds": ["plain", "plane"]}, "kinds[1]: unknown value 'plane' (did you mean plain?"),
+        ({"maybe": 4}, "maybe: 4 is out of range: at most 3"),
+        ({"options": {"deep": [1.0, {"x": float("nan")}]}}, "options.deep[1].x: nan is out of range: a finite number"),
+    ],
+)
+def test_a_value_that_is_not_legal_is_told_by_its_key(changes, told):
+    (problem,) = declared.check(Outer(**{"name": "n", **changes}))
+    assert str(problem).startswith(told)
+
+
+def test_legal_values_and_what_nothing_is_declared_of_pass():
+    config = Outer("n", rest=0, by_name={"x": Inner(0.0, "")}, kinds=["fancy"], own=float("nan"), options={"a": True})
+    assert declared.check(config) == [] and declared.legal(config) is config
+
+
+def test_a_phases_own_check_meets_legal_values_and_all_problems_are_told_at_once():
+    given = Outer(count=-3, by_name={"x": Inner(share=-1)}, rate=1.5)
+    met = []
+
+    def own(config):
+        met.append(config)
+        return [Problem("count", "seen already"), Problem("rate", "does not go with that")]
+
+    found = declared.check_with(given, own)
+    assert [problem.where for problem in found] == ["name", "count", "by_name.x.share", "rate"]
+    assert (met[0].count, met[0].rate, met[0].by_name["x"].share) == (2, 1.5, 0.5)
+    assert given.count == -3 and given.by_name["x"].share == -1
+
+
+def test_a_setting_is_described_with_those_below_it():
+    found = {each.key: each for each in declared.describe(Derived)}
+    assert list(found)[:6] == ["name", "count", "rate", "rest", "inner", "inner.share"]
+    assert (found["count"].type, found["count"].default, found["count"].unit) == ("int", 7, "rows")
+    assert (found["count"].legal, found["count"].help) == ("at least 1", "a count")
+    assert found["inner.kind"].legal == '"" | plain | fancy' and found["by_name.NAME.share"].legal == "0 to 1"
+    assert [found[key].keyed for key in ("count", "rate", "inner", "inner.share", "kinds")] == [
+        True, False, False, False, "if_set"
+    ]  # fmt: skip
+    assert [found[key].type for key in ("inner", "by_name", "shares", "maybe", "options")] == [
+        "mapping", "mapping", "dict[str, float]", "int | null", "dict[str, any]"
+    ]  # fmt: skip
+    assert found["own"].help == "" and found["own"].default == -1.0 and found["name"].needed
