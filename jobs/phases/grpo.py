@@ -7,7 +7,7 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import grpo
 from megatron_ext.entrypoints.grpo import Config, forecast, parallel_report
-from megatron_ext.rl.fruit import told
+from megatron_ext.rl.untrained import told
 
 __all__ = ["STOPS", "Config", "check", "forecast", "parallel_report", "run"]
 

@@ -1,8 +1,8 @@
 """Samples of a model folder on the prompts of tasks, with their rewards: JSONL for data_tools/prepare/rejection.py.
 
 Element i of n takes prompts i, i + n, i + 2n, … of all the entries' prompts, entry after entry, chunk after chunk;
-data-parallel ranks share a chunk. A requeued job goes on where it was (megatron_ext/rl/sampling.py). `finish` joins the
-elements' samples in the order of the prompts: the same bytes for any number of elements.
+data-parallel ranks share a chunk. A requeued job goes on where it was (rl/generation.py). `finish` joins the elements'
+samples in the order of the prompts: the same bytes for any number of elements.
 """
 
 import runpy
@@ -106,11 +106,19 @@ def sampled(
     The ranks are started; `load` gives the model. What KEEP holds of the samples is not sampled again.
     """
     from megatron_ext.parallel import ranks
-    from megatron_ext.rl import sampling
+    from megatron_ext.rl import generation
 
     identity = _identity(config, folder.weights_digest)
-    files = sampling.run(
-        config, folder, identity, keep, index=index, count=count, progress=progress, stop=stop, load=load
+    files = generation.run(
+        config,
+        folder,
+        keep,
+        load,
+        identity=identity,
+        index=index,
+        count=count,
+        progress=progress,
+        stop=stop,
     )
     return list(lines_of(files)) if ranks.is_writer() else []
 
@@ -133,7 +141,7 @@ def lines_of(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 def records_of(keep: Path) -> dict[str, Any]:
     """Return what became of the records of each task, as sampling left it in KEEP."""
-    from megatron_ext.rl.sampling import RECORDS
+    from megatron_ext.rl.generation import RECORDS
 
     return durable.read_json(keep / RECORDS)
 

@@ -31,17 +31,6 @@ from megatron_ext.training import schedule as schedules
 Config = GrpoSettings
 
 
-def _schedule(config: Config) -> schedules.Schedule:
-    return schedules.Schedule(
-        shape=config.schedule,
-        steps=config.steps,
-        peak=config.lr,
-        floor=config.min_lr,
-        warmup=config.warmup_steps,
-        decay_share=config.decay_share,
-    )
-
-
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """Return what a training carries, and what is wrong with its model.
 
@@ -61,7 +50,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     if config.minibatches > config.prompts * config.group:
         samples = f"{config.prompts} prompts x {config.group} samples"
         problems.append(Problem("minibatches", f"{config.minibatches} are more than {samples}"))
-    problems += schedules.check(_schedule(config))
+    problems += schedules.check(config.rate_schedule())
     problems += check_rollouts(config, config.sampling) + check_comparable(config)
     problems += check_loss(config.loss) + check_rewarding(config.rewarding, config.sampling.max_tokens)
     problems += check_mix(config.mix)
@@ -119,7 +108,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     Raise Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
     Return the facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by
     why they were not (unscorable, cut_off, equal), tokens, resumed_from, notes. Raise UserMistake where nothing was
-    trained in all steps, or every verdict of the first one failed (rl/fruit.py).
+    trained in all steps, or every verdict of the first one failed (rl/untrained.py).
     """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.parallel import ranks
@@ -132,7 +121,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         from megatron_ext.rl import session  # megatron-core may be imported once the device is ready
 
         identity = _identity(config, folder.weights_digest)
-        outcome, digest = session.run(config, folder, identity, out, keep=keep, progress=progress, stop=stop)
+        outcome, digest = session.run(config, folder, out, keep, identity=identity, progress=progress, stop=stop)
     position = outcome.position
     return {
         "step": outcome.step,
@@ -159,7 +148,7 @@ def replay(config: Config, keep: Path, step: int, item: int, number: int) -> dic
     with ranks.started(ParallelPlan(), config.seed):
         from megatron_ext.rl import replay as replays
 
-        return replays.replay(config, keep, step, item, number=number)
+        return replays.replay(config, keep, step=step, item=item, number=number)
 
 
 def _identity(config: Config, model_digest: str) -> dict[str, Any]:

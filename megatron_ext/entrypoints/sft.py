@@ -8,13 +8,11 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.base import durable
-from data_tools.base.declared import setting, with_default
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext.entrypoints import certify
@@ -24,70 +22,13 @@ from megatron_ext.preflight import preflight
 from megatron_ext.preflight.planner import Training, training_flops
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
-from megatron_ext.training.options import Balance, Engine
-from megatron_ext.training.schedule import Amount
-from megatron_ext.training.settings import TrainingSettings
+from megatron_ext.training.settings import SftSettings
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
-    from megatron_ext.training import loop
-    from megatron_ext.training.trainer import Trainer
+    from megatron_ext.training.update import Trainer
 
-
-@dataclass
-class Config(TrainingSettings):
-    """Supervised fine-tuning on packs: the config of the phase sft."""
-
-    store: str = setting("", "token store", needed=True, input=True)
-    packs: str = setting("", "pack plan of that store", needed=True, input=True)
-    blend_stores: list[str] = setting(list, "further token stores, blended by weight", free=True, input=True)
-    blend_packs: list[str] = setting(list, "pack plans of the further stores", free=True, input=True)
-    blend_weights: list[float] = setting(
-        list, "shares of packs: that of `packs`, then that of each further plan", above=0
-    )
-    valid_stores: list[str] = setting(list, "token stores of the validation sets", free=True, input=True)
-    valid_packs: list[str] = setting(list, "pack plans of the validation sets", free=True, input=True)
-    init_from: str = setting(
-        "", "weights to begin with: a model folder, a step, or the folder of a training", free=True, input=True
-    )
-    init_step: int = setting(0, "step of the training in init_from; 0: what it sealed, else its newest", least=0)
-
-    steps: int = setting(0, "updates; the first limit that is reached ends the training; 0: no limit", least=0)
-    samples: int = setting(0, "packs; what is less than an update is left out; 0: no limit", unit="packs", least=0)
-    tokens: int = setting(0, "tokens, padding counts; 0: no limit", unit="tokens", least=0)
-    minutes: float = setting(
-        0.0, "time of training, all attempts together; it then ends early, and the schedule with it; 0: no limit",
-        unit="minutes", least=0,
-    )  # fmt: skip
-    global_batch: int = setting(2, "packs of an update", unit="packs", least=1)
-    seed: int = setting(0, "order of the packs, dropout", free=True)
-
-    schedule: str = with_default(TrainingSettings, "schedule", "wsd")
-    lr: float = with_default(TrainingSettings, "lr", 1e-3)
-    warmup_samples: int = setting(0, "the warm-up in packs, in place of warmup_steps", unit="packs", least=0)
-    warmup_tokens: int = setting(0, "the warm-up in tokens, in place of warmup_steps", unit="tokens", least=0)
-    balance: Balance = setting(Balance, "how the work of experts is balanced")
-
-    engine: Engine = setting(Engine, "how the training uses its GPUs", keyed=False)
-    log_every: int = setting(10, "steps between two lines of metrics", unit="steps", least=1, keyed=False)
-    validate_every: int = setting(
-        0, "steps between two validations; 0: only at the end", unit="steps", least=0, keyed=False
-    )
-    certify: bool = setting(False, "first show that the parallel layout computes what one process does", keyed=False)
-
-
-def _schedule(config: Config, pack_length: int | None) -> schedules.Schedule:
-    """Return the schedule in updates. What is given in tokens does not count while the length of packs is not known."""
-    batch = config.global_batch
-    warmup = Amount(config.warmup_steps, config.warmup_samples, config.warmup_tokens).in_steps(batch, pack_length)
-    return schedules.Schedule(
-        shape=config.schedule,
-        steps=schedules.updates(Amount(config.steps, config.samples, config.tokens), batch, pack_length),
-        peak=config.lr,
-        floor=config.min_lr,
-        warmup=warmup[0] if warmup else 0,
-        decay_share=config.decay_share,
-    )
+Config = SftSettings
 
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
@@ -124,7 +65,7 @@ def _check_length(config: Config, pack_length: int | None) -> list[Problem]:
     if not (config.steps or config.samples or config.tokens):
         problems.append(Problem("steps", "how long to train is not said: give steps, samples or tokens"))
     elif not problems and (pack_length or not (config.tokens or config.warmup_tokens)):
-        problems += schedules.check(_schedule(config, pack_length))
+        problems += schedules.check(config.rate_schedule(pack_length))
     return problems
 
 
@@ -198,25 +139,20 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
     patience = timedelta(minutes=config.distributed_timeout_minutes)
     with ranks.started(config.parallel, config.seed, patience, config.engine.te_rng):
-        # megatron-core may be imported once the device is ready
-        from megatron_ext.training import loop, metrics
-
-        def sinks(resumed_from: int) -> list[Any]:
-            run_id = durable.sha256_bytes(str(keep.resolve()))[:16]  # the same for all attempts at this training
-            return metrics.sinks(config.track, keep, resumed_from, run_id=run_id, config=identity)
+        from megatron_ext.training import supervised  # megatron-core may be imported once the device is ready
 
         training = _training(config, Site(world))[0]
         trainer = _trainer(config, folder, training, weights)
-        outcome = loop.train_on_packs(
+        outcome = supervised.train_on_packs(
             trainer,
             packs,
-            _loop_run(config, training, packs.pack_length),
-            keep=keep,
+            config,
+            keep,
             identity=identity,
             progress=progress,
             stop=stop,
             validation=validation,
-            sinks=sinks,
+            pack_flops=training_flops(training) if training.shape is not None else 0.0,
         )
         digest = model_folder.write(out, trainer.model, folder, step=folder.step + outcome.step)
     return {
@@ -238,7 +174,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 def _trainer(config: Config, folder: "ModelFolder", training: Training, weights: Path | None) -> "Trainer":
     """Return the model of the folder with its optimizer. `weights`: those to begin with, None for the folder's own."""
     from megatron_ext.model_folders import model_folder
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training.update import AdamW, Trainer
 
     experts = training.shape is not None and training.shape.experts > 0
     stages = model_folder.load_trainable(
@@ -251,33 +187,7 @@ def _trainer(config: Config, folder: "ModelFolder", training: Training, weights:
         options=options.transformer_fields(config.engine, config.balance, experts),
         weights=weights,
     )
-    settings = AdamW(
-        beta1=config.beta1,
-        beta2=config.beta2,
-        epsilon=config.epsilon,
-        weight_decay=config.weight_decay,
-        clip=config.clip_grad,
-    )
-    return Trainer(stages, config.parallel, settings, config.engine)
-
-
-def _loop_run(config: Config, training: Training, pack_length: int) -> "loop.Run":
-    from megatron_ext.training import loop
-
-    return loop.Run(
-        schedule=_schedule(config, pack_length),
-        global_batch=config.global_batch,
-        seed=config.seed,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
-        keep_every=config.keep_every,
-        save_in_background=config.save_in_background,
-        validate_every=config.validate_every,
-        minutes=config.minutes,
-        pack_flops=training_flops(training) if training.shape is not None else 0.0,
-        hang=config.hang,
-    )
+    return Trainer(stages, config.parallel, AdamW.of(config), config.engine)
 
 
 NOT_IDENTITY = ("model", "init_from", "init_step", "minutes", "store", "packs", "blend_stores", "blend_packs",

@@ -10,10 +10,11 @@ from megatron_ext.rl.settings import Advantage
 
 
 def advantages(rewards: np.ndarray, groups: np.ndarray, config: Advantage) -> np.ndarray:
-    """float64[n] of the samples' rewards [n], whose prompts have the numbers `groups` int64[n] (from 0, in any order).
+    """Return float64 [n], the advantages of samples with rewards [n].
 
-    mean: R - mean of the group. leave_one_out: R - mean of its others, which is n / (n - 1) as much. The deviation is
-    that of the sample (n - 1), as in TRL and verl; where it cannot be (one sample, or `none`) nothing is divided.
+    `groups` int64 [n] are the numbers of their prompts, from 0, in any order. mean: R - mean of the group.
+    leave_one_out: R - mean of its others, which is n / (n - 1) as much. The deviation is that of the sample (n - 1),
+    as in TRL and verl; where it cannot be (one sample, or `none`) nothing is divided.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     known = np.isfinite(rewards)
@@ -40,11 +41,12 @@ def advantages(rewards: np.ndarray, groups: np.ndarray, config: Advantage) -> np
 
 
 def _mean(rewards: np.ndarray, groups: np.ndarray, known: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return float64 [groups], the mean of each group's known rewards, 0 where there are none."""
     return np.bincount(groups, np.where(known, rewards, 0.0)) / np.maximum(count, 1)
 
 
 def equal_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """bool[groups]: all known rewards of the group are the same, or there are none."""
+    """Return bool [groups]: all known rewards of the group are the same, or there are none."""
     rewards = np.asarray(rewards, dtype=np.float64)
     known = np.isfinite(rewards)
     highest = np.full(int(groups.max(initial=-1)) + 1, -np.inf)
@@ -55,8 +57,9 @@ def equal_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def overlong_penalty(lengths: np.ndarray, limit: int, cache: int) -> np.ndarray:
-    """float64[n] to add to the rewards of completions of `lengths` tokens (DAPO, arXiv 2503.14476, eq. 13).
+    """Return float64 [n] to add to the rewards of completions of `lengths` [n] tokens.
 
-    0 up to limit - cache, then falling to -1 at `limit`, and -1 beyond.
+    It is 0 up to limit - cache tokens, then falls to -1 at `limit`, and stays -1 beyond (DAPO, arXiv 2503.14476, eq.
+    13).
     """
     return -np.clip((np.asarray(lengths, dtype=np.float64) - (limit - cache)) / cache, 0.0, 1.0)

@@ -35,25 +35,31 @@ class Prompts(Protocol):
     """The run's endless order of prompts."""
 
     def item(self, k: int) -> Any:
-        """Prompt number `k`, as the scorer wants it."""
+        """Return prompt number `k`, as the scorer wants it."""
 
-    def tokens(self, item: Any) -> tuple[int, ...]: ...
+    def tokens(self, item: Any) -> tuple[int, ...]:
+        """Return the prompt as the model reads it."""
 
     def uid(self, item: Any) -> int:
-        """What the noise of its samples is keyed by: another one each time the prompt comes."""
+        """Return what the noise of the prompt's samples is keyed by: another number each time the prompt comes."""
 
     def name(self, item: Any) -> str:
         """Return what a message calls it."""
 
 
 class Scorer(Protocol):
+    """Who judges completions, in processes of its own."""
+
     def submit(self, item: Any, completion: str, finish: str) -> Any:
-        """A future whose result() has reward (float, or None where nobody can tell), parts and note; and `answer`, for
-        majority votes, where its task can tell."""
+        """Return a future of the verdict on a completion.
+
+        Its result() has reward (float, or None where nobody can tell), parts and note; and `answer`, for majority
+        votes, where its task can tell.
+        """
 
 
 class Together:
-    """Whether to stop, with one answer for the ranks that plan the same engine steps."""
+    """Whether to stop, with one answer for the ranks that plan the same steps of the engine."""
 
     def __init__(self, stop: Stop):
         self.stop, self.calls, self.told = stop, 0, False
@@ -64,22 +70,24 @@ class Together:
         self.calls += 1
         if self.groups and self.calls % VOTE_EVERY:
             return False
-        flag = torch.tensor([float(self.stop())], device=device()) if self.groups else None
-        for group in self.groups:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        self.told = bool(flag.item()) if self.groups else self.stop()
+        self.told = self.stop()
+        if self.groups:
+            flag = torch.tensor([float(self.told)], device=device())
+            for group in self.groups:
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+            self.told = bool(flag.item())
         return self.told
 
 
 def everywhere(flag: bool) -> bool:
-    """Whether any rank says so."""
+    """Return whether any rank says so."""
     box = torch.tensor([float(flag)], device=device())
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return bool(box.item())
 
 
 class Collector:
-    """Makes the samples of one step after the other. `seconds` and `counts` are of the last call of `collect`."""
+    """Makes the samples of one step after the other. `seconds` and `counts` are of the step begun last."""
 
     def __init__(
         self,
@@ -87,6 +95,7 @@ class Collector:
         prompts: Prompts,
         scorer: Scorer | None,
         spell: Callable[[list[int], str], str],
+        *,
         sampling: Sampling,
         group: int,
         root: Path,
@@ -97,43 +106,54 @@ class Collector:
         turns: Turns | None = None,
         model: str = "the model",
     ):
-        """`scorer` is needed where `Replica.speaks`. `spell(tokens, finish)` is the completion's text. `root` is the
-        journal's folder; tokens under way are written every `flush_s` seconds. `turns`: for tasks that reply. `model`
-        is what a message calls the model."""
-        self.engine, self.prompts, self.scorer, self.spell = engine, prompts, scorer, spell
+        """Prepare to sample from `engine`.
+
+        `scorer` is needed where `Replica.speaks`. `spell(tokens, finish)` is the completion's text. `group` is how
+        many samples a prompt has. `root` is the journal's folder, and tokens under way are written there every
+        `flush_s` seconds. `identity` names what samples depend on besides the step. `turns` is for tasks that reply.
+        `model` is what a message calls the model.
+        """
+        self.engine, self.prompts, self.spell = engine, prompts, spell
         self.sampling, self.group, self.root, self.identity, self.flush_s = sampling, group, root, identity, flush_s
         self.progress, self.turns, self.model = progress, turns, model
         self._together, self._flushed = Together(stop), time.monotonic()
         self.replica = Replica()
+        self.scorer = scorer if self.replica.speaks else None
+        if self.replica.speaks and scorer is None:
+            raise ValueError("the rank that scores a replica's samples needs a scorer")
         self.left = set(from_rank_zero(journal.steps(root)))  # steps of which earlier attempts recorded something
         self.entries: dict[tuple[int, int], Entry] = {}
         self.journal: Journal | None = None
         self.step: int | None = None
         self.counts: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.kv_use = 0.0  # largest share of the blocks of keys and values that was in use
+        self.seconds: dict[str, float] = {}
 
     def begin(self, step: int) -> None:
-        """Samples are for the update of `step` from now on."""
+        """Make samples for the update of `step` from now on, with what earlier attempts recorded of it."""
         self.step = step
         self.entries = {}
         if step in self.left:
-            found = journal.gather(self.root, step, self.identity) if dist.get_rank() == 0 else None
-            self.entries = from_rank_zero(found)
+            recorded = journal.gather(self.root, step, self.identity) if dist.get_rank() == 0 else None
+            self.entries = from_rank_zero(recorded)
         self.journal = None
         if self.replica.speaks:
             self.journal = Journal(self.root, step, self.identity, f"rank_{dist.get_rank()}")
             self.journal.resume(self.entries)
-        self.counts, self.seconds = Counter(), Counter()
+        self.counts, self.kv_use, self.seconds = Counter(), 0.0, {}
 
     def collect(self, items: Many[int]) -> list[Sample]:
-        """The samples of these prompts, by prompt and number. Stopped, on every rank, once any was asked to stop: what
-        was drawn until then is recorded, and it says how many tokens of the step are."""
+        """Return the samples of these prompts, by prompt and number, the same on every rank.
+
+        Raises Stopped, on every rank, once any was asked to stop: what was drawn until then is recorded, and it says
+        how many tokens of the step are.
+        """
         started = time.perf_counter()
         samples, pending = [], []
 
         def ended(sample: Sample) -> None:
             samples.append(sample)
-            if self.replica.speaks and sample.reward is None and not sample.note:
+            if self.scorer is not None and sample.reward is None and not sample.note:
                 text = self.spell(sample.tokens.tolist(), sample.finish)
                 pending.append((sample, self.scorer.submit(wanted[sample.item], text, sample.finish)))
 
@@ -146,7 +166,7 @@ class Collector:
             entries = [self.entries.get((k, number), Entry()) for number in range(self.group)]
             for number, entry in enumerate(entries):
                 if entry.finish:
-                    ended(_scored(_sample(k, number, prompt, entry.tokens, entry.logprobs, entry.finish), entry.score))
+                    ended(_scored(_sample(k, number, prompt, entry), entry.score))
             only = tuple(number for number, entry in enumerate(entries) if not entry.finish)
             if only:
                 recorded = tuple(Recorded(tuple(e.tokens), tuple(e.logprobs), tuple(e.logprobs)) for e in entries)
@@ -165,18 +185,22 @@ class Collector:
         except NoDistribution as mistake:
             raise mistake.named(f"prompt {self.prompts.name(by_uid[mistake.uid])}", self.model) from None
         self._count(reused)
-        self.seconds["rollout"] += time.perf_counter() - started
+        self._spent("rollout", started)
         if everywhere(stopped):
-            recorded = self._recorded()
+            drawn = self._recorded()
             self.close()
-            raise Stopped(recorded, len(items) * self.group * self.sampling.max_tokens, "token")
+            raise Stopped(drawn, len(items) * self.group * self.sampling.max_tokens, "token")
         return self._judged(samples, pending)
 
     def _finished(self, sequence: Sequence) -> Sample:
+        """Return the sample that a sequence became, and record its end."""
         request, logprobs = sequence.prefix.request, self._comparable(sequence)
         k = self.numbers[request.uid]
-        sample = _sample(k, sequence.sample, request.prompt, sequence.completion, logprobs, sequence.finish)
-        unscorable = {"reward": None, "parts": {}, "note": sequence.note} if sequence.note else None
+        entry = Entry(sequence.completion, logprobs, sequence.finish)
+        sample = _sample(k, sequence.sample, request.prompt, entry)
+        unscorable: dict[str, Any] | None = None
+        if sequence.note:
+            unscorable = {"reward": None, "parts": {}, "note": sequence.note}
         if self.journal is not None:
             self.journal.record(sample.key, sequence.completion, logprobs, sequence.finish)
             if unscorable:
@@ -184,16 +208,18 @@ class Collector:
         return _scored(sample, unscorable)
 
     def _comparable(self, sequence: Sequence) -> list[float]:
-        """Log-probs that training can be compared with: without the filters."""
+        """Return the log-probs that training can be compared with: those without the filters."""
         return sequence.model_logprobs if self.sampling.is_filtered else sequence.logprobs
 
     def _between_steps(self) -> bool:
+        """Record what is under way when it is time to, and return whether to stop."""
         now = time.monotonic()
         if self.journal is not None and now - self._flushed >= self.flush_s:
             self._record_unfinished()
         return self._together()
 
     def _record_unfinished(self) -> None:
+        """Record the tokens of samples that are under way."""
         if self.journal is not None:
             for sequence in self.engine.unfinished:
                 key = (self.numbers[sequence.prefix.request.uid], sequence.sample)
@@ -202,52 +228,65 @@ class Collector:
         self._flushed = time.monotonic()
 
     def _recorded(self) -> int:
-        """Tokens of this step, by all ranks, earlier attempts included."""
+        """Return how many tokens of this step are recorded, by all ranks, earlier attempts included."""
         new = torch.tensor([self.journal.recorded if self.journal else 0], device=device())
         dist.all_reduce(new)
         return sum(len(entry.tokens) for entry in self.entries.values()) + int(new)
 
+    def _spent(self, name: str, started: float) -> None:
+        """Count the seconds since `started` as those of `name`."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
     def _count(self, reused: int) -> None:
-        found, blocks = self.engine.counts, len(self.engine.scheduler.blocks.references)
-        used = found.pop("most_blocks", 0) / max(blocks, 1)  # each draw has another number of blocks
-        self.counts["kv_use"] = max(self.counts["kv_use"], used)
-        self.counts.update(found)
+        """Add the engine's counts of one call, of which `reused` samples came from the journal."""
+        counts, blocks = self.engine.counts, len(self.engine.scheduler.blocks.references)
+        used = counts.pop("most_blocks", 0) / max(blocks, 1)  # each draw has another number of blocks
+        self.kv_use = max(self.kv_use, used)
+        self.counts.update(counts)
         self.counts["reused"] += reused
-        found.clear()
+        counts.clear()
 
     def _judged(self, samples: list[Sample], pending: list[tuple[Sample, Any]]) -> list[Sample]:
-        """All replicas' samples, with their rewards."""
+        """Return all replicas' samples, with their rewards."""
         started = time.perf_counter()
-        for sample, future in pending:
-            score = future.result()
-            found = {"reward": score.reward, "parts": dict(score.parts), "note": score.note}
-            found["answer"] = getattr(score, "answer", None)
-            _scored(sample, found)
-            self.journal.judge(sample.key, found)
         if self.journal is not None:
+            for sample, future in pending:
+                score = future.result()
+                verdict = {"reward": score.reward, "parts": dict(score.parts), "note": score.note}
+                verdict["answer"] = getattr(score, "answer", None)
+                _scored(sample, verdict)
+                self.journal.judge(sample.key, verdict)
             self.journal.flush()
-        self.seconds["reward"] += time.perf_counter() - started
+        self._spent("reward", started)
         started = time.perf_counter()
         rewards = {s.key: (s.reward, s.parts, s.note, s.answer) for s in samples} if self.replica.speaks else None
         rewards = self.replica.from_speaker(rewards)
         for sample in samples:
             sample.reward, sample.parts, sample.note, sample.answer = rewards[sample.key]
         everyone = sorted(self.replica.gathered(samples), key=lambda s: s.key)
-        self.seconds["exchange"] += time.perf_counter() - started
+        self._spent("exchange", started)
         return everyone
 
     def close(self) -> None:
+        """Close the journal's file."""
         if self.journal is not None:
             self.journal.close()
 
 
-def _sample(item: int, number: int, prompt: Many[int], tokens: list[int], logprobs: list[float], finish: str) -> Sample:
-    found = np.array(tokens, dtype=np.int32), np.array(logprobs, dtype=np.float32)
-    return Sample(item, number, tuple(prompt), *found, finish)
+def _sample(item: int, number: int, prompt: Many[int], entry: Entry) -> Sample:
+    """Return the sample that is recorded as `entry`, not judged yet."""
+    return Sample(
+        item,
+        number,
+        tuple(prompt),
+        tokens=np.array(entry.tokens, dtype=np.int32),
+        logprobs=np.array(entry.logprobs, dtype=np.float32),
+        finish=entry.finish,
+    )
 
 
 def _scored(sample: Sample, score: dict[str, Any] | None) -> Sample:
-    """The sample with what a scorer said; a reward that is no finite number is none."""
+    """Return the sample with what a scorer said; a reward that is no finite number is none."""
     if score is not None:
         reward = score["reward"]
         usable = isinstance(reward, (int, float)) and np.isfinite(reward)

@@ -1,5 +1,7 @@
-"""How good the weights in training are: greedy accuracy, pass@k and maj@k over prompts of an evaluation set; mean reward and
-regret of tasks whose rewards are more than right and wrong."""
+"""Measure how good the weights in training are, on prompts of an evaluation set.
+
+Greedy accuracy, pass@k and maj@k; mean reward and regret of tasks whose rewards are more than right and wrong.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +25,7 @@ def evaluate(
     prompts: Listed,
     scorer: Scorer | None,
     spell: Callable[[list[int], str], str],
+    *,
     sampling: Sampling,
     samples: int,
     together: Together,
@@ -30,11 +33,12 @@ def evaluate(
     outcomes: Outcomes,
     model: str = "the model",
 ) -> dict[str, Any]:
-    """By entry, over the prompts, `samples` each (greedy: 1). Every rank takes part and returns the same.
+    """Return what `summary` says of each entry, from `samples` completions of each prompt (greedy: 1).
 
-    Raises Stopped on every rank once any was asked to stop.
+    Every rank takes part and returns the same. Raises Stopped on every rank once any was asked to stop.
     """
     replica = Replica()
+    asked = scorer if replica.speaks else None
     wanted = {k: prompts.item(k) for k in replica.share(range(len(prompts)))}
     numbers = {prompts.uid(item): k for k, item in wanted.items()}
     items = {uid: wanted[k] for uid, k in numbers.items()}
@@ -46,10 +50,10 @@ def evaluate(
     stopped = False
     try:
         for sequence in engine.generate(requests, sampling, together, replies):
-            if replica.speaks:
+            if asked is not None:
                 k = numbers[sequence.prefix.request.uid]
                 text = spell(sequence.completion, sequence.finish)
-                pending.append((k, sequence.finish, scorer.submit(wanted[k], text, sequence.finish)))
+                pending.append((k, sequence.finish, asked.submit(wanted[k], text, sequence.finish)))
     except Stopped:
         stopped = True
     except NoDistribution as mistake:
@@ -57,29 +61,33 @@ def evaluate(
     engine.counts.clear()
     if everywhere(stopped):
         raise Stopped(0, 0)
-    found = []
+    verdicts = []
     for k, finish, future in pending:
         score = future.result()
         entry, item = wanted[k].entry, wanted[k].item
         told = {"prompt": k, "answer": score.answer if finish == "stop" else None, "reward": score.reward}
         told["correct"] = outcomes.is_right(entry, item, score.reward, score.parts)
-        found.append((entry, {**told, "best": outcomes.best(entry, item)}))
-    every = replica.gathered(replica.from_speaker(found))
-    names = sorted({name for name, _ in every})
-    return {name: summary([one for of, one in every if of == name], samples, sampling.is_greedy) for name in names}
+        verdicts.append((entry, {**told, "best": outcomes.best(entry, item)}))
+    by_entry: dict[str, list[dict[str, Any]]] = {}
+    for entry, told in replica.gathered(replica.from_speaker(verdicts)):
+        by_entry.setdefault(entry, []).append(told)
+    return {name: summary(by_entry[name], samples, sampling.is_greedy) for name in sorted(by_entry)}
 
 
-def summary(found: Sequence[dict[str, Any]], samples: int, greedy: bool) -> dict[str, Any]:
-    """Of prompt, answer or None, correct, reward and best of each sample; no accuracy where the task knows of none."""
+def summary(verdicts: Sequence[dict[str, Any]], samples: int, greedy: bool) -> dict[str, Any]:
+    """Return the measures of samples of one entry, which have prompt, answer or None, correct, reward and best.
+
+    There is no accuracy where the task knows of none.
+    """
     by_prompt: dict[int, list[dict[str, Any]]] = {}
-    for one in sorted(found, key=lambda one: one["prompt"]):
-        by_prompt.setdefault(one["prompt"], []).append(one)
+    for verdict in sorted(verdicts, key=lambda verdict: verdict["prompt"]):
+        by_prompt.setdefault(verdict["prompt"], []).append(verdict)
     result: dict[str, Any] = {"prompts": len(by_prompt)} if greedy else {"prompts": len(by_prompt), "samples": samples}
-    result |= graded(found, "greedy_" if greedy else "")
-    if any(map(is_unjudged, found)):
+    result |= graded(verdicts, "greedy_" if greedy else "")
+    if any(map(is_unjudged, verdicts)):
         return result
-    votes = [[(one["answer"], bool(one["correct"])) for one in ones] for ones in by_prompt.values()]
-    means = [float(np.mean([right for _, right in one])) for one in votes]
+    votes = [[(verdict["answer"], bool(verdict["correct"])) for verdict in group] for group in by_prompt.values()]
+    means = [float(np.mean([right for _, right in group])) for group in votes]
     name = "greedy" if greedy else "accuracy"
     result |= {name: float(np.mean(means)), f"{name}_error": standard_error(means)}
     return result if greedy else result | at_k(votes)

@@ -28,8 +28,10 @@ Key = tuple[int, int]  # number of the prompt in the run, number of the sample
 
 @dataclass
 class Entry:
-    """What is recorded of one sample. `finish` is empty while it is under way, `score` None until it was judged. The
-    tokens of replies are recorded as the model's are, each reply in one line; their log-prob is NaN."""
+    """What is recorded of one sample. `finish` is empty while it is under way, `score` None until it was judged.
+
+    The tokens of replies are recorded as the model's are, each reply in one line; their log-prob is NaN.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -48,7 +50,7 @@ class Journal:
         self._written: dict[Key, int] = {}
 
     def resume(self, entries: dict[Key, Entry]) -> None:
-        """These are recorded already."""
+        """Hear what is recorded already."""
         self._written = {key: len(entry.tokens) for key, entry in entries.items()}
 
     def record(self, key: Key, tokens: list[int], logprobs: list[float], finish: str = "") -> None:
@@ -63,6 +65,7 @@ class Journal:
         self.recorded += len(tokens) - at
 
     def judge(self, key: Key, score: dict[str, Any]) -> None:
+        """Record the verdict on a sample."""
         self._append({"item": key[0], "sample": key[1], "score": score})
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -73,29 +76,33 @@ class Journal:
         self._file.write(_spelled(line))
 
     def flush(self) -> None:
-        """A kill of this process loses nothing that was recorded before."""
+        """Hand all that was recorded to the system: a kill of this process loses nothing of it."""
         if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:
+        """Close the file, if it was opened."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def folder_of(root: Path, step: int) -> Path:
+    """Return the folder of a step's records."""
     return root / f"step_{step}"
 
 
 def steps(root: Path) -> list[int]:
-    """Steps of which anything is recorded, in order."""
-    found = (path.name.removeprefix("step_") for path in root.glob("step_*"))
-    return sorted(int(number) for number in found if number.isdigit())
+    """Return the steps of which anything is recorded, in order."""
+    numbers = (path.name.removeprefix("step_") for path in root.glob("step_*"))
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def gather(root: Path, step: int, identity: str) -> dict[Key, Entry]:
-    """All that earlier attempts recorded of a step, made one file; records of another identity are dropped. One rank,
-    before any other writes."""
+    """Return all that earlier attempts recorded of a step, and make it one file.
+
+    Records of another identity are dropped. One rank calls it, before any other writes.
+    """
     files, entries = _files(root, step), read(root, step, identity)
     if files:
         durable.write_file(folder_of(root, step) / MERGED, "".join(_whole(entries, identity)))
@@ -106,9 +113,9 @@ def gather(root: Path, step: int, identity: str) -> dict[Key, Entry]:
 
 
 def drop_failures(root: Path, step: int, identity: str) -> None:
-    """Forget the verdicts of a step that failed, so that its samples are scored anew. One rank, while none writes.
+    """Forget the verdicts of a step that failed, so that its samples are scored anew.
 
-    A sample that a failed reply ended is drawn again.
+    A sample that a failed reply ended is drawn again. One rank calls it, while none writes.
     """
     entries = gather(root, step, identity)
     failed = {key for key, e in entries.items() if e.score and is_failure(e.score["reward"], e.score["note"])}
@@ -122,7 +129,7 @@ def drop_failures(root: Path, step: int, identity: str) -> None:
 
 
 def read(root: Path, step: int, identity: str | None = None) -> dict[Key, Entry]:
-    """What is recorded of a step under this identity (None: any)."""
+    """Return what is recorded of a step under this identity (None: any)."""
     entries: dict[Key, Entry] = {}
     for path in _files(root, step):
         for line in _lines(path, identity):
@@ -137,19 +144,19 @@ def read(root: Path, step: int, identity: str | None = None) -> dict[Key, Entry]
 
 
 def _files(root: Path, step: int) -> list[Path]:
-    """What attempts left of a step, the merged one first."""
+    """Return the files that attempts left of a step, the merged one first."""
     return sorted(folder_of(root, step).glob("*.jsonl"), key=lambda path: (path.name != MERGED, path.name))
 
 
 def forget(root: Path, before: int) -> None:
-    """Delete the records of steps below `before`. One rank."""
+    """Delete the records of steps below `before`. One rank calls it."""
     for step in steps(root):
         if step < before:
             shutil.rmtree(folder_of(root, step), ignore_errors=True)
 
 
 def _lines(path: Path, identity: str | None) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of this identity (None: of any), without its first."""
+    """Yield the whole lines of a file of this identity (None: of any), without its first."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file):
             try:
@@ -163,6 +170,7 @@ def _lines(path: Path, identity: str | None) -> Iterator[dict[str, Any]]:
 
 
 def _whole(entries: dict[Key, Entry], identity: str) -> Iterator[str]:
+    """Yield the lines of a merged file."""
     yield _spelled({"identity": identity})
     for (item, sample), entry in sorted(entries.items()):
         line: dict[str, Any] = {"item": item, "sample": sample, "at": 0}
@@ -177,7 +185,7 @@ def _spelled(line: dict[str, Any]) -> str:
 
 
 def _packed(values: list[Any], kind: Any) -> str:
-    """Base64 of the numbers: a quarter of their JSON, and exact."""
+    """Return the numbers as base64: a quarter of their JSON, and exact."""
     return base64.b64encode(numpy.array(values, dtype=kind).tobytes()).decode()
 
 

@@ -3,6 +3,8 @@
 Tensors hold trained tokens only, of whole rollouts one after the other: what is masked (prompts, tool results,
 truncated or unscorable samples) is not among them. A rank sees its share; `Totals` count all ranks and micro-batches,
 so the shares' losses and gradients add up to those of the whole, however it is cut.
+
+Shapes below: n trained tokens of this rank; rollouts that these belong to.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +19,7 @@ _LARGEST = 40.0  # of a log ratio that is raised: e^40 = 2e17, of which float32 
 
 
 def alone(sums: torch.Tensor) -> torch.Tensor:
-    """Every sequence lies whole on this rank."""
+    """Return the sums as they are: every sequence lies whole on this rank."""
     return sums
 
 
@@ -51,8 +53,11 @@ class Tokens:
 
 
 def token_weights(tokens: Tokens, aggregation: str, totals: Totals) -> torch.Tensor:
-    """[n], what each token's loss counts. token: 1 / all tokens (DAPO). sequence: 1 / (all rollouts · its length), the
-    mean of means (GRPO). constant: 1 / (all rollouts · longest) (Dr. GRPO)."""
+    """Return [n], what each token's loss counts.
+
+    token: 1 / all tokens (DAPO). sequence: 1 / (all rollouts · its length), the mean of means (GRPO). constant: 1 /
+    (all rollouts · longest) (Dr. GRPO).
+    """
     if aggregation == "sequence":
         return 1 / (totals.sequences * tokens.lengths.to(tokens.logp.dtype)[tokens.sequence])
     count = totals.tokens if aggregation == "token" else totals.sequences * totals.longest
@@ -60,7 +65,10 @@ def token_weights(tokens: Tokens, aggregation: str, totals: Totals) -> torch.Ten
 
 
 def sequence_sums(values: torch.Tensor, tokens: Tokens, reduce: Reduce) -> torch.Tensor:
-    """[rollouts], sums over each one's tokens. `reduce` adds those of ranks that share a rollout, and its gradient."""
+    """Return [rollouts], the sums of `values` [n] over each rollout's tokens.
+
+    `reduce` adds those of ranks that share a rollout, and its gradient.
+    """
     sums = values.new_zeros(tokens.lengths.numel()).index_add(0, tokens.sequence, values)
     return reduce(sums)
 
@@ -68,15 +76,16 @@ def sequence_sums(values: torch.Tensor, tokens: Tokens, reduce: Reduce) -> torch
 def policy_loss(
     tokens: Tokens, config: Loss, totals: Totals, reduce: Reduce = alone
 ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-    """(this rank's part of the loss, sums over its tokens for the metrics).
+    """Return this rank's part of the loss, and sums over its tokens for the metrics.
 
-    clip        -min(r·A, clip(r, 1 - low, 1 + high)·A); with a dual clip, r at most that (PPO; arXiv 1912.09729)
-    cispo       -sg(min(r, 1 + high))·A·log π (arXiv 2506.13585)
-    r           exp(log π - log π_old), or exp of its mean over the rollout (GSPO, arXiv 2507.18071)
-    KL          k2: d²/2; k3: r·(exp(-d) - 1 + d), d = log π - log π_ref
+        clip        -min(r·A, clip(r, 1 - low, 1 + high)·A); with a dual clip, r at most that (PPO; arXiv 1912.09729)
+        cispo       -sg(min(r, 1 + high))·A·log π (arXiv 2506.13585)
+        r           exp(log π - log π_old), or exp of its mean over the rollout (GSPO, arXiv 2507.18071)
+        KL          k2: d²/2; k3: r·(exp(-d) - 1 + d), d = log π - log π_ref
 
-    A ratio is bounded at e^40 before it is raised, so that what a clip, a cap or a mask leaves out is no inf, of which
-    0 times is NaN, in the gradient too. Where such a ratio would count, the loss is infinite: `beyond` counts them.
+    A ratio is bounded at e^40 before it is raised, so that what a clip, a cap or a mask leaves out is no inf, of
+    which 0 times is NaN, in the gradient too. Where such a ratio would count, the loss is infinite: `beyond` counts
+    them.
     """
     log_ratio = tokens.logp - tokens.old
     if config.level == "sequence":
@@ -101,7 +110,7 @@ def policy_loss(
         counts = counts & (weights > 0)
         sums["masked"] = (weights == 0).sum()
     if config.kl_beta:
-        difference = tokens.logp - tokens.reference
+        difference = tokens.logp - _needed(tokens.reference, "reference")
         kl = _kl(difference, ratio, config.kl)
         each = each + config.kl_beta * kl
         sums["kl"] = kl.detach().sum()
@@ -111,8 +120,15 @@ def policy_loss(
     sums["max_log_ratio"], sums["beyond"] = largest(log_ratio.detach()), (beyond & counts).sum()
     loss = (each * token_weights(tokens, config.aggregation, totals)).sum()
     if config.entropy:
-        loss = loss - config.entropy * tokens.entropy.sum() / max(totals.tokens, 1)
+        loss = loss - config.entropy * _needed(tokens.entropy, "entropy").sum() / max(totals.tokens, 1)
     return loss, sums
+
+
+def _needed(column: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Return a column [n] of the tokens that the loss asks for."""
+    if column is None:
+        raise ValueError(f"this loss needs `{name}` of its tokens")
+    return column
 
 
 def largest(values: torch.Tensor) -> torch.Tensor:
@@ -121,7 +137,10 @@ def largest(values: torch.Tensor) -> torch.Tensor:
 
 
 def _kl(difference: torch.Tensor, ratio: torch.Tensor, kind: str) -> torch.Tensor:
-    """Whose gradient is that of the exact KL in expectation: k3 alone is not (reference/rl.md 2.1)."""
+    """Return an estimate [n] of the KL whose gradient is, in expectation, that of the exact KL.
+
+    k3 alone has another gradient: it is taken under the weights that sampled. The ratio mends that.
+    """
     if kind == "k2":
         return 0.5 * difference.square()
     return ratio * (torch.exp((-difference).clamp(max=_LARGEST)) - 1 + difference)
@@ -129,8 +148,11 @@ def _kl(difference: torch.Tensor, ratio: torch.Tensor, kind: str) -> torch.Tenso
 
 @torch.no_grad()
 def correction_weights(tokens: Tokens, config: Correction, reduce: Reduce = alone) -> torch.Tensor:
-    """[n], each token's weight for having been sampled by other numbers than `old` (truncated importance sampling)."""
-    log_ratio = tokens.old - tokens.behaviour
+    """Return [n], each token's weight for having been sampled under other numbers than `old`.
+
+    This is truncated importance sampling.
+    """
+    log_ratio = tokens.old - _needed(tokens.behaviour, "behaviour")
     if config.mode.startswith("sequence"):
         log_ratio = sequence_sums(log_ratio, tokens, reduce)[tokens.sequence]
     ratio = log_ratio.exp()
@@ -141,13 +163,14 @@ def correction_weights(tokens: Tokens, config: Correction, reduce: Reduce = alon
 
 @torch.no_grad()
 def mismatch_sums(tokens: Tokens) -> dict[str, torch.Tensor]:
-    """What tells the rollout's log-probs from the training's, to be added over ranks (`max_` ones: the largest taken).
+    """Return what tells the rollout's log-probs from the training's: sums over ranks, of `max_` ones the largest.
 
     Divided by the tokens: mean |Δp|, KL(behaviour ‖ old) by k3. Effective sample size: (Σw)² / (n·Σw²).
     """
-    difference = tokens.old - tokens.behaviour
+    behaviour = _needed(tokens.behaviour, "behaviour")
+    difference = tokens.old - behaviour
     weight = difference.clamp(max=_LARGEST).double().exp()  # whose squares float64 still adds up
-    change = (tokens.old.exp() - tokens.behaviour.exp()).abs()
+    change = (tokens.old.exp() - behaviour.exp()).abs()
     return {
         "probability_difference": change.sum(),
         "max_probability_difference": largest(change),

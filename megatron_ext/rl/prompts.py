@@ -4,66 +4,81 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_tools.base import durable
 from data_tools.chats.prompts import PromptEncoder
-from data_tools.chats.tokenizer import Tokenizer
+from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import Problem, UserMistake
-from data_tools.tasks.mix import Draw, Entry, Mix, turn_ends, verifiers
+from data_tools.tasks.mix import Draw, Entry, Mix, entries_of, turn_ends, verifiers
 from data_tools.tasks.outcome import Outcomes
 from data_tools.tasks.rewards import Scorer
+from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.rl.replica import Replica
+from megatron_ext.rl.samples import Sample
+from megatron_ext.rl.settings import GenerateSettings, GrpoSettings
 from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.sequence import spans
 
 _TOLD = 20  # prompts that are too long, of one run
 
 
-class Encoded:
-    """Prompts that leave room for a completion. UserMistake for one that does not."""
+class Encoding(NamedTuple):
+    """How prompts become tokens, and the most that one may have."""
 
-    def __init__(self, tokenizer: Tokenizer, arguments: Mapping[str, Any], longest: int, bos: str = ""):
-        self.encoder, self.longest = PromptEncoder(tokenizer, arguments, bos), longest
+    encoder: PromptEncoder
+    longest: int
+
+
+class Encoded:
+    """Prompts as tokens, which leave room for a completion. UserMistake for one that does not."""
+
+    def __init__(self, encoding: Encoding):
+        self.encoder, self.longest = encoding
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
-        found = tuple(self.encoder.encode(draw.item.prompt))
-        if not 0 < len(found) <= self.longest:
-            what = f"prompt {draw.item.uid} has {len(found):,} tokens"
+        """Return a prompt's tokens."""
+        tokens = tuple(self.encoder.encode(draw.item.prompt))
+        if not 0 < len(tokens) <= self.longest:
+            what = f"prompt {draw.item.uid} has {len(tokens):,} tokens"
             limit = f"the model's positions and sampling.max_tokens leave {self.longest:,} for it"
             message = f"{what}; {limit}: leave it out, or lower max_tokens"
             raise UserMistake(Problem(f"mix.entries.{draw.entry}", message))
-        return found
+        return tokens
 
     def all_tokens(self, draws: Sequence[Draw]) -> dict[str, tuple[int, ...]]:
-        """By the prompts' uids. UserMistake that names those that leave no room."""
-        found, problems = {}, []
+        """Return the tokens of prompts by uid. UserMistake that names those that leave no room."""
+        by_uid, problems = {}, []
         for draw in draws:
             try:
-                found[draw.item.uid] = Encoded.tokens(self, draw)
+                by_uid[draw.item.uid] = Encoded.tokens(self, draw)
             except UserMistake as mistake:
                 problems += mistake.problems
         if problems:
             raise UserMistake(problems[:_TOLD])
-        return found
+        return by_uid
 
     def uid(self, draw: Draw) -> int:
+        """Return the number of the prompt in the run."""
         return draw.number
 
     def name(self, draw: Draw) -> str:
+        """Return what a message calls the prompt."""
         return draw.item.uid
 
 
 class MixPrompts(Encoded):
     """The endless order of a mix."""
 
-    def __init__(self, mix: Mix, *encoding: Any):
-        super().__init__(*encoding)
+    def __init__(self, mix: Mix, encoding: Encoding):
+        super().__init__(encoding)
         self.mix = mix
+        self._draw = lru_cache(maxsize=4096)(mix.draw)
 
     def check(self) -> None:
-        """UserMistake for prompts that leave no room, before the first step and not when they are drawn.
+        """Refuse prompts that leave no room, before the first step and not when they are drawn.
 
         Only those are encoded that could be too long: a token is a byte at least, and a template as long as half of
         the room is none that we know. `tokens` looks at each one again.
@@ -71,30 +86,32 @@ class MixPrompts(Encoded):
         drawn = all_of(self.mix, self.mix.trained())
         self.all_tokens([draw for draw in drawn if not 0 < 2 * len(str(draw.item.prompt).encode()) < self.longest])
 
-    @lru_cache(maxsize=4096)
     def item(self, k: int) -> Draw:
-        return self.mix.draw(k)
+        """Return prompt number `k` of the order."""
+        return self._draw(k)
 
 
 class Listed(Encoded):
     """Given prompts. UserMistake at once for those that leave no room."""
 
-    def __init__(self, draws: Sequence[Draw], *encoding: Any):
-        super().__init__(*encoding)
+    def __init__(self, draws: Sequence[Draw], encoding: Encoding):
+        super().__init__(encoding)
         self.draws, self.ids = list(draws), self.all_tokens(draws)
 
     def __len__(self) -> int:
         return len(self.draws)
 
     def item(self, k: int) -> Draw:
+        """Return prompt number `k` of the list."""
         return self.draws[k]
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
+        """Return a prompt's tokens."""
         return self.ids[draw.item.uid]
 
 
 def all_of(mix: Mix, names: Sequence[str], most: int | None = None) -> list[Draw]:
-    """The first `most` prompts of each of these entries, one entry after the other, in the order of their files."""
+    """Return the first `most` prompts of each of these entries, entry after entry, in the order of their files."""
     return [mix.held_out(name, k) for name in names for k in range(len(mix.items[name][:most]))]
 
 
@@ -105,6 +122,7 @@ class MixScorer:
         self.scorer, self.outcomes = scorer, outcomes
 
     def submit(self, draw: Draw, completion: str, finish: str) -> Any:
+        """Return a future of the verdict; of what was cut off, where its task knows the reward, at once."""
         if finish not in ("stop", "abort") and (score := self.outcomes.cut_off(draw.entry, draw.item)) is not None:
             future: Future = Future()
             future.set_result(score)
@@ -112,6 +130,7 @@ class MixScorer:
         return self.scorer.submit(draw.entry, draw.item, completion, finish)
 
     def reply(self, draw: Draw, transcript: str) -> Any:
+        """Return a future of what the prompt's task replies to a transcript."""
         return self.scorer.reply(draw.entry, draw.item, transcript)
 
 
@@ -119,7 +138,7 @@ class MixScorer:
 def mix_scorer(
     entries: Mapping[str, Entry], workers: int, limit_s: float, wanted: bool = True
 ) -> Iterator[MixScorer | None]:
-    """None on ranks that score nothing."""
+    """Run the verifiers of a mix meanwhile. Gives None on ranks that score nothing."""
     if not (wanted and Replica().speaks):
         yield None
         return
@@ -128,26 +147,61 @@ def mix_scorer(
 
 
 class Texts:
-    """Between a model's tokens and what tasks read and say."""
+    """Turns a model's tokens into what tasks read and say."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: set[int]):
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
 
     def spell(self, tokens: Sequence[int], finish: str) -> str:
-        """A completion without the token that ended it."""
+        """Return a completion's text without the token that ended it."""
         ended = finish == "stop" and len(tokens) and tokens[-1] in self.stop_ids
         return self.tokenizer.decode(tokens[:-1] if ended else tokens)
 
+    def log(self, draw: Draw, sample: Sample) -> dict[str, Any]:
+        """Return what a log says of a sample in words."""
+        tokens = sample.tokens.tolist()
+        return {
+            "entry": draw.entry,
+            "uid": draw.item.uid,
+            "prompt": self.tokenizer.decode(sample.prompt),
+            "completion": self.spell(tokens, sample.finish),
+            **self.spell_turns(tokens, sample.logprobs),
+        }
+
     def spell_turns(self, tokens: Sequence[int], logprobs: np.ndarray) -> dict[str, Any]:
-        """`turns` of a completion for a log: who said what; nothing where the model alone spoke."""
+        """Return `turns` of a completion for a log: who said what; nothing where the model alone spoke."""
         if not np.isnan(logprobs).any():
             return {}
-        found = spans(logprobs)
-        said = [self.tokenizer.decode(tokens[span.start : span.stop]) for span in found]
-        return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(found, said)]}
+        turns = spans(logprobs)
+        said = [self.tokenizer.decode(tokens[span.start : span.stop]) for span in turns]
+        return {"turns": [{"from": "model" if span.own else "task", "text": text} for span, text in zip(turns, said)]}
 
 
 def turns_of(mix: Mix, scorer: MixScorer | None, texts: Texts) -> Turns | None:
-    """How the tasks of a mix reply; None where none does."""
+    """Return how the tasks of a mix reply; None where none does."""
     ends = turn_ends(mix.entries)
     return Turns(lambda draw: ends.get(draw.entry), scorer, texts.spell, texts.tokenizer.encode) if ends else None
+
+
+def prompts_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> tuple[Tokenizer, Mix, Encoding]:
+    """Return the tokenizer of a model folder, the run's prompts, and how they become its tokens."""
+    tokenizer = load_tokenizer(str(folder.hf))
+    positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
+    encoder = PromptEncoder(tokenizer, config.chat_arguments, config.bos)
+    encoding = Encoding(encoder, positions - config.sampling.max_tokens)
+    return tokenizer, Mix(entries_of(config.mix), config.seed), encoding
+
+
+def stop_ids_of(folder: ModelFolder, tokenizer: Tokenizer) -> set[int]:
+    """Return the end tokens of generation_config.json, where there is one, and the tokenizer's.
+
+    Raises UserMistake for a torn file.
+    """
+    file = folder.hf / "generation_config.json"
+    try:
+        named = durable.read_json(file).get("eos_token_id") if file.exists() else None
+    except (durable.TornFile, AttributeError) as error:
+        message = f"is no generation config ({error}): make the model folder again"
+        raise UserMistake(Problem(str(file), message)) from None
+    ids = named if isinstance(named, list) else [named]
+    return {token for token in [*ids, tokenizer.eos_id] if token is not None}

@@ -11,23 +11,26 @@ from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import turn_ends
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.rl import grpo, journal, session
-from megatron_ext.rl.prompts import MixPrompts
+from megatron_ext.rl import journal
+from megatron_ext.rl.prompts import MixPrompts, prompts_of, stop_ids_of
+from megatron_ext.rl.settings import GrpoSettings
+from megatron_ext.rl.step import ROLLOUTS
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Answer, Request, Sequence
 from megatron_ext.weights import checkpoint
 
 
-def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
-    """Of sample `number` of prompt `item`, which was drawn for the update that made `step`; one process, started.
+def replay(config: GrpoSettings, keep: Path, step: int, item: int, number: int) -> dict[str, Any]:
+    """Draw sample `number` of prompt `item` again, which was drawn for the update that made `step`; in one process,
+    started.
 
     Facts: prompt, completion and finish as recorded, tokens, and what was found: same_tokens (those before the first
-    difference), differs, recorded_token and replayed_token there, the margin of that draw (how far its noise was from
-    another token, as a probability), and the largest difference of log-probs before it.
+    difference), differs, recorded_token and replayed_token there, the margin of that draw (how far its noise was
+    from another token, as a probability), and the largest difference of log-probs before it.
     """
-    entry = journal.read(keep / grpo.ROLLOUTS, step - 1).get((item, number))
+    entry = journal.read(keep / ROLLOUTS, step - 1).get((item, number))
     if entry is None:
-        held = [k + 1 for k in journal.steps(keep / grpo.ROLLOUTS)]
+        held = [k + 1 for k in journal.steps(keep / ROLLOUTS)]
         raise UserMistake(
             f"no tokens are recorded of {step}/{item}/{number}: recorded are those of steps {_ranges(held)}; "
             f"samples/step_{step:06d}.jsonl has the numbers of its prompts and samples"
@@ -35,21 +38,24 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
     folder = model_folder.open_folder(config.model)
     plan = ParallelPlan()
     if step == 1:
-        parts = model_folder.load_trainable(folder, plan, config.lora, config.seed, config.dtype, config.backend)
+        parts = model_folder.load_trainable(
+            folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend
+        )
     else:
         weights = _weights(config, keep, step)
         parts = model_folder.load_stages(folder, plan, config.dtype, config.backend, weights=weights)
-    tokenizer, mix, encoding = session.prompts_of(config, folder)
-    prompts = MixPrompts(mix, *encoding)
+    tokenizer, mix, encoding = prompts_of(config, folder)
+    prompts = MixPrompts(mix, encoding)
     draw = prompts.item(item)
-    engine = Engine(parts[0], config.engine, config.seed, session.stop_ids_of(folder, tokenizer), tokenizer.decode)
+    stop_ids = stop_ids_of(folder, tokenizer)
+    engine = Engine(parts[0], config.engine, config.seed, stop_ids, detokenize=tokenizer.decode)
     ends = turn_ends(mix.entries).get(draw.entry)
     request = Request(prompts.uid(draw), prompts.tokens(draw), number + 1, only=(number,), turn_ends=ends)
-    (found,) = engine.generate([request], config.sampling, turns=AsRecorded(entry))
+    (drawn,) = engine.generate([request], config.sampling, turns=AsRecorded(entry))
     same = 0
-    while same < min(len(entry.tokens), len(found.completion)) and entry.tokens[same] == found.completion[same]:
+    while same < min(len(entry.tokens), len(drawn.completion)) and entry.tokens[same] == drawn.completion[same]:
         same += 1
-    logprobs = found.model_logprobs if config.sampling.is_filtered else found.logprobs
+    logprobs = drawn.model_logprobs if config.sampling.is_filtered else drawn.logprobs
     differences = (abs(a - b) for a, b in zip(entry.logprobs[:same], logprobs) if not isnan(a))
     facts = {
         "prompt": tokenizer.decode(request.prompt),
@@ -57,15 +63,15 @@ def replay(config: Any, keep: Path, step: int, item: int, number: int) -> dict[s
         "finish": entry.finish,
         "tokens": len(entry.tokens),
         "same_tokens": same,
-        "differs": same < len(entry.tokens) or (bool(entry.finish) and len(found.completion) > same),
-        "smallest_margin": min(found.margins[: same + 1], default=None),
+        "differs": same < len(entry.tokens) or (bool(entry.finish) and len(drawn.completion) > same),
+        "smallest_margin": min(drawn.margins[: same + 1], default=None),
         "logprob_difference": max(differences, default=0.0),
     }
     if facts["differs"]:
         facts |= {
             "recorded_token": entry.tokens[same] if same < len(entry.tokens) else None,
-            "replayed_token": found.completion[same] if same < len(found.completion) else None,
-            "margin": found.margins[same] if same < len(found.margins) else None,
+            "replayed_token": drawn.completion[same] if same < len(drawn.completion) else None,
+            "margin": drawn.margins[same] if same < len(drawn.margins) else None,
         }
     return facts
 
@@ -74,12 +80,15 @@ class AsRecorded:
     """Replies as the record has them, as long as the sample is as recorded."""
 
     def __init__(self, entry: journal.Entry):
-        self.entry, self.asked = entry, []
+        self.entry = entry
+        self.asked: list[Sequence] = []
 
     def ask(self, sequence: Sequence) -> None:
+        """Hear that a sample's turn has ended."""
         self.asked.append(sequence)
 
     def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
+        """Return the recorded replies to what was asked."""
         asked, self.asked = self.asked, []
         return [(sequence, self._answer(sequence.completion)) for sequence in asked]
 
@@ -96,8 +105,8 @@ class AsRecorded:
         return Answer(tuple(recorded[start:stop]))
 
 
-def _weights(config: Any, keep: Path, step: int) -> Path:
-    """The weights that drew the samples of `step`: those of the checkpoint before."""
+def _weights(config: GrpoSettings, keep: Path, step: int) -> Path:
+    """Return the weights that drew the samples of `step`: those of the checkpoint before."""
     if config.lora.rank:
         raise UserMistake("rollouts of adapters cannot be drawn again after the first step: only whole models can")
     folder = keep / "checkpoints" / f"step_{step - 1}"
@@ -111,7 +120,7 @@ def _weights(config: Any, keep: Path, step: int) -> Path:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """ "1, 101 to 250"."""
+    """Return numbers in words, as "1, 101 to 250"."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:

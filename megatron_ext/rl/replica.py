@@ -16,15 +16,17 @@ class Replica:
         self.speaks = self.parts.rank() == 0  # of ranks that make the same samples one writes, scores and replies
 
     def share(self, items: Sequence[int]) -> list[int]:
+        """Return this replica's part of the items."""
         return list(items)[self.group.rank() :: self.group.size()]
 
-    def gathered(self, mine: list[Any]) -> list[Any]:
-        """The lists of all replicas, joined."""
+    def gathered(self, own: list[Any]) -> list[Any]:
+        """Return the lists of all replicas, joined."""
         parts: list[Any] = [None] * self.group.size()
-        dist.all_gather_object(parts, mine, group=self.group)
-        return [one for part in parts for one in part]
+        dist.all_gather_object(parts, own, group=self.group)
+        return [item for part in parts for item in part]
 
     def from_speaker(self, value: Any) -> Any:
+        """Return the value of this replica's rank that speaks."""
         box = [value]
         if self.parts.size() > 1:
             dist.broadcast_object_list(box, group=self.parts, group_src=0)

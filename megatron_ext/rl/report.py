@@ -11,13 +11,15 @@ import numpy as np
 import torch.distributed as dist
 
 from data_tools.base import durable
+from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.samples import Batch, Sample
+from megatron_ext.rl.updates import Update
 from megatron_ext.rollout.sequence import spans
 
 OUTSIDE = ("rollout", "reward", "train")  # what a step is for; the rest is its overhead
 
 
-class Clock:
+class StepTimes:
     """Seconds of a step by what they went into."""
 
     def __init__(self) -> None:
@@ -25,14 +27,18 @@ class Clock:
         self.began = time.perf_counter()
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def of(self, name: str) -> Iterator[None]:
+        """Count the seconds inside as those of `name`."""
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Any) -> dict[str, Any]:
-    """The same on every rank. Shares are of samples, or of trained tokens where they speak of the loss."""
+def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Update) -> dict[str, Any]:
+    """Return what the metrics say of a step, the same on every rank.
+
+    Shares are of samples, or of trained tokens where they speak of the loss.
+    """
     rewards = [s.reward for s in drawn if s.reward is not None]
     lengths = [len(s.tokens) for s in drawn]
     line: dict[str, Any] = {
@@ -52,9 +58,7 @@ def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Any)
         "updates": update.updates,
         "trained_tokens": update.tokens,
     }
-    if any(not s.own.all() for s in drawn):  # tasks of several turns
-        line["turns"] = float(np.mean([sum(span.own for span in spans(s.logprobs)) for s in drawn]))
-        line["reply_tokens"] = float(np.mean([np.sum(~s.own) for s in drawn]))
+    line |= _turns(drawn)
     if update.trusted is not None:
         line["old_logprobs"] = "rollout" if update.trusted else "recomputed"
     sums = update.measures
@@ -62,45 +66,58 @@ def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Any)
         means = ("ratio", "clipped_low", "clipped_high", "masked", "entropy", "kl")
         line |= {name: sums[name] / count for name in means if name in sums}
     if count := sums.get("compared"):
-        line["mismatch"] = {
-            "probability": sums["probability_difference"] / count,
-            "max_probability": sums["max_probability_difference"],
-            "max_log": sums["max_log_difference"],
-            "kl": sums["behaviour_kl"] / count,
-            "ess": sums["weight"] ** 2 / (count * sums["weight_squared"]),
-        }
+        line["mismatch"] = _mismatch(sums, count)
     return line
 
 
+def _mismatch(sums: Mapping[str, float], count: float) -> dict[str, float]:
+    """Return how far the rollout's log-probs are from the training's, from sums over `count` tokens."""
+    return {
+        "probability": sums["probability_difference"] / count,
+        "max_probability": sums["max_probability_difference"],
+        "max_log": sums["max_log_difference"],
+        "kl": sums["behaviour_kl"] / count,
+        "ess": sums["weight"] ** 2 / (count * sums["weight_squared"]),
+    }
+
+
+def _turns(drawn: Sequence[Sample]) -> dict[str, float]:
+    """Return the means of a sample's turns and of the tokens of replies, where tasks reply at all."""
+    if all(sample.own.all() for sample in drawn):
+        return {}
+    turns = [sum(span.own for span in spans(sample.logprobs)) for sample in drawn]
+    return {"turns": float(np.mean(turns)), "reply_tokens": float(np.mean([np.sum(~s.own) for s in drawn]))}
+
+
 def _means(parts: Any) -> dict[str, float]:
-    """The mean of each numeric part of the rewards, over the samples that have it."""
-    found: dict[str, list[float]] = {}
-    for one in parts:
-        for name, value in one.items():
+    """Return the mean of each numeric part of the rewards, over the samples that have it."""
+    by_name: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.items():
             if isinstance(value, (int, float)):
-                found.setdefault(name, []).append(float(value))
-    return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+                by_name.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in sorted(by_name.items())}
 
 
-def speeds(drawn: Sequence[Sample], update: Any, collector: Any, clock: Clock) -> dict[str, Any]:
-    """Times of this rank, counts of all replicas. Every rank takes part."""
+def speeds(drawn: Sequence[Sample], update: Update, collector: Collector, times: StepTimes) -> dict[str, Any]:
+    """Return times of this rank and counts of all replicas. Every rank takes part."""
     parts: list[Any] = [None] * dist.get_world_size()
-    mine = dict(collector.counts) if collector.replica.speaks else {}
-    dist.all_gather_object(parts, (mine, collector.seconds["rollout"]))
+    own = {**collector.counts, "kv_use": collector.kv_use} if collector.replica.speaks else {}
+    dist.all_gather_object(parts, (own, collector.seconds["rollout"]))
     counts = [part for part, _ in parts if part]
-    step_s = time.perf_counter() - clock.began
+    step_s = time.perf_counter() - times.began
     rollout_s = max(seconds for _, seconds in parts)
     steps = sum(part.get("steps", 0) for part in counts)
-    seconds = {name: round(value, 6) for name, value in sorted(clock.seconds.items())}
-    seconds["other"] = step_s - sum(clock.seconds.values())
+    seconds = {name: round(value, 6) for name, value in sorted(times.seconds.items())}
+    seconds["other"] = step_s - sum(times.seconds.values())
     new = sum(part.get("decoded", 0) for part in counts)
     running = sum(part.get("running", 0) for part in counts)
     return {
         "step_s": step_s,
         "seconds": seconds,
-        "share_outside": 1 - sum(clock.seconds.get(name, 0.0) for name in OUTSIDE) / step_s,
+        "share_outside": 1 - sum(times.seconds.get(name, 0.0) for name in OUTSIDE) / step_s,
         "rollout_tokens_per_s": sum(len(s.tokens) for s in drawn) / rollout_s if new and rollout_s else None,
-        "train_tokens_per_s": update.row_tokens / clock.seconds["train"],
+        "train_tokens_per_s": update.row_tokens / times.seconds["train"],
         "occupancy": running / (steps * collector.engine.config.max_batch) if steps else None,
         "kv_use": max((part.get("kv_use", 0.0) for part in counts), default=0.0),
         "evictions": sum(part.get("preemptions", 0) for part in counts),
@@ -117,8 +134,10 @@ def write_samples(
     differences: Mapping[tuple[int, int], tuple[float, float]],
     spell: Callable[[Sample], dict[str, Any]],
 ) -> None:
-    """FOLDER/step_N.jsonl, a line for each sample drawn for the update that made step N: a step done again after a kill
-    writes it again. One rank."""
+    """Write FOLDER/step_N.jsonl, a line for each sample drawn for the update that made step N. One rank calls it.
+
+    A step done again after a kill writes it again.
+    """
     worth = {s.key: (float(a), bool(t)) for s, a, t in zip(batch.samples, batch.advantages, batch.trained)}
     lines = []
     for sample in sorted(drawn, key=lambda s: s.key):

@@ -1,4 +1,7 @@
-"""Samples as packed rows on the device, their log-probs, and the policy loss over them."""
+"""Samples as packed rows on the device, their log-probs, and the policy loss over them.
+
+Shapes below: T tokens of a row, n trained ones among those that this context rank holds.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,16 +22,16 @@ from megatron_ext.rl.losses import Reduce, Tokens, Totals, alone, mismatch_sums,
 from megatron_ext.rl.samples import Batch, deal
 from megatron_ext.rl.settings import Loss
 from megatron_ext.training.rows import MicroBatch, micro_batch
-from megatron_ext.training.trainer import LossFunction, losses_of
+from megatron_ext.training.update import LossFunction, losses_of
 
 
 @dataclass(frozen=True)
 class RolloutRow(MicroBatch):
-    """A row of whole documents, prompt and completion each; supervised are the trained tokens, n of them here.
+    """A row of whole documents, prompt and completion each; supervised are the trained tokens, n of them on this rank.
 
-    keys: the rollouts' prompts and numbers.
-    sequence int64 [n]: the token's rollout in this row. lengths [rollouts]: trained tokens of each, over all context
-    ranks. advantage, behaviour, old, reference fp32 [n]: see losses.Tokens. `old` None: of the weights as they are.
+    keys: the rollouts' prompts and numbers. sequence int64 [n]: the token's rollout in this row. lengths [rollouts]:
+    trained tokens of each, over all context ranks. advantage, behaviour, old, reference fp32 [n]: see losses.Tokens.
+    `old` None: those of the weights as they are.
     """
 
     temperature: float
@@ -42,12 +45,13 @@ class RolloutRow(MicroBatch):
 
     @property
     def targets(self) -> Targets:
+        """What the loss head is asked about the trained tokens."""
         return Targets(self.labels, self.temperature, entropy=True)
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """A row of T tokens as train.Pack has it, and what else belongs to each token."""
+    """A row of T tokens as `micro_batch` reads it, and what else belongs to each token, [T] each."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -60,7 +64,7 @@ class _Packed:
 
 
 def document_tokens(batch: Batch, places: np.ndarray, unit: int) -> np.ndarray:
-    """int64: tokens that each of these samples takes in a row. The last token is only a label."""
+    """Return int64, the tokens that each of these samples takes in a row. The last token is only a label."""
     samples = (batch.samples[place] for place in places)
     lengths = np.array([len(sample.prompt) + len(sample.tokens) - 1 for sample in samples], dtype=np.int64)
     return -(-lengths // unit) * unit
@@ -69,7 +73,7 @@ def document_tokens(batch: Batch, places: np.ndarray, unit: int) -> np.ndarray:
 def rollout_rows(
     batch: Batch, plan: ParallelPlan, row_tokens: int, temperature: float, comparable: bool
 ) -> list[RolloutRow]:
-    """This rank's rows of `batch`, as many as every other rank has.
+    """Return this rank's rows of `batch`, as many as every other rank has.
 
     `comparable`: whether the recorded log-probs are of the distribution that is trained.
     """
@@ -91,8 +95,9 @@ def rollout_rows(
     return rows
 
 
-def _pack(batch: Batch, places: Sequence[int], unit: int, width: int) -> _Packed:
-    lengths = document_tokens(batch, np.asarray(places, dtype=np.int64), unit)
+def _pack(batch: Batch, places: np.ndarray, unit: int, width: int) -> _Packed:
+    """Return a row of `width` tokens with the samples at these places of the batch, each from a multiple of `unit`."""
+    lengths = document_tokens(batch, places, unit)
     ends = np.cumsum(lengths)
     cu_seqlens = padded_to(np.concatenate([[0], ends]).astype(np.int64), width, unit)
     ids, labels, sequence = (np.zeros(width, dtype=np.int64) for _ in range(3))
@@ -101,17 +106,27 @@ def _pack(batch: Batch, places: Sequence[int], unit: int, width: int) -> _Packed
         sample, start = batch.samples[place], end - length
         whole = np.concatenate([np.asarray(sample.prompt, dtype=np.int64), sample.tokens])
         ids[start : start + len(whole) - 1] = whole[:-1]
-        mine = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)
-        labels[mine], mask[mine], sequence[mine] = sample.tokens, sample.own, number
-        advantage[mine], behaviour[mine] = batch.advantages[place], sample.logprobs
+        own = slice(start + len(sample.prompt) - 1, start + len(whole) - 1)
+        labels[own], mask[own], sequence[own] = sample.tokens, sample.own, number
+        advantage[own], behaviour[own] = batch.advantages[place], sample.logprobs
     positions = np.arange(width) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-    return _Packed(ids, labels, mask, positions, cu_seqlens, sequence, advantage, behaviour)
+    return _Packed(
+        ids=ids,
+        labels=labels,
+        loss_mask=mask,
+        positions=positions,
+        cu_seqlens=cu_seqlens,
+        sequence=sequence,
+        advantage=advantage,
+        behaviour=behaviour,
+    )
 
 
 def _on_device(packed: _Packed, keys: tuple, temperature: float, comparable: bool) -> RolloutRow:
+    """Return a row as this context rank holds it."""
     base = micro_batch([packed])
-    held, target = base.documents.held, device()
-    mine = held[packed.loss_mask[held] > 0]
+    held, target = base.held, device()
+    trained = held[packed.loss_mask[held] > 0]
     counts = np.bincount(packed.sequence[packed.loss_mask > 0], minlength=len(keys)).astype(np.float32)
 
     def column(values: np.ndarray) -> torch.Tensor:
@@ -121,26 +136,26 @@ def _on_device(packed: _Packed, keys: tuple, temperature: float, comparable: boo
         **vars(base),
         temperature=temperature,
         keys=keys,
-        sequence=column(packed.sequence[mine]),
+        sequence=column(packed.sequence[trained]),
         lengths=column(counts),
-        advantage=column(packed.advantage[mine]),
-        behaviour=column(packed.behaviour[mine]) if comparable else None,
+        advantage=column(packed.advantage[trained]),
+        behaviour=column(packed.behaviour[trained]) if comparable else None,
     )
 
 
 @torch.no_grad()
-def log_probs(parts: list[torch.nn.Module], rows: Sequence[RolloutRow]) -> list[torch.Tensor | None]:
-    """fp32 [n] of each row's trained tokens under the model `parts`; None each on a pipeline's stages before the last.
+def log_probs(parts: Sequence[torch.nn.Module], rows: Sequence[RolloutRow]) -> list[torch.Tensor | None]:
+    """Return fp32 [n] of each row's trained tokens under the model `parts`. Every rank takes part.
 
-    Every rank takes part.
+    They are None on a pipeline's stages before the last.
     """
-    found: list[torch.Tensor | None] = []
+    by_row: list[torch.Tensor | None] = []
 
     def forward(iterator: Iterator[RolloutRow], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         row = next(iterator)
 
         def keep(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            found.append(-out[0])
+            by_row.append(-out[0])
             return out.sum(), torch.tensor(1, dtype=torch.int, device=out.device), {}
 
         with plain_torch():
@@ -149,49 +164,57 @@ def log_probs(parts: list[torch.nn.Module], rows: Sequence[RolloutRow]) -> list[
     get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(rows) for _ in parts],
-        model=parts,
+        model=list(parts),
         num_microbatches=len(rows),
         seq_length=rows[0].documents.total_tokens,
         micro_batch_size=1,
         forward_only=True,
     )
-    return found or [None] * len(rows)
+    return by_row or [None] * len(rows)
 
 
-def with_old(rows: Sequence[RolloutRow], found: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
-    return [replace(row, old=one) for row, one in zip(rows, found)]
+def with_old(rows: Sequence[RolloutRow], columns: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
+    """Return the rows with the log-probs of the weights at the beginning of the update."""
+    return [replace(row, old=column) for row, column in zip(rows, columns)]
 
 
-def with_reference(rows: Sequence[RolloutRow], found: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
-    return [replace(row, reference=one) for row, one in zip(rows, found)]
+def with_reference(rows: Sequence[RolloutRow], columns: Sequence[torch.Tensor | None]) -> list[RolloutRow]:
+    """Return the rows with the log-probs of the reference model."""
+    return [replace(row, reference=column) for row, column in zip(rows, columns)]
 
 
 class Measures:
-    """Sums, and maxima where the name begins with max_, over rows and ranks; and by sample, how far the recorded
-    log-probs are from the trained ones. On the device until `reduced`."""
+    """Sums, and maxima where the name begins with max_, over rows and ranks.
+
+    By sample, also how far the recorded log-probs are from the trained ones. All on the device until `reduced`.
+    """
 
     def __init__(self) -> None:
         self.values: dict[str, torch.Tensor] = {}
         self.differences: list[tuple[tuple, torch.Tensor]] = []
 
-    def add(self, found: dict[str, torch.Tensor]) -> None:
-        for name, value in found.items():
+    def add(self, measured: dict[str, torch.Tensor]) -> None:
+        """Add what a row's loss measured."""
+        for name, value in measured.items():
             held, value = self.values.get(name), value.detach().double()
             self.values[name] = value if held is None else _joined(name, held, value, torch.maximum)
 
     def compare(self, row: RolloutRow, difference: torch.Tensor) -> None:
-        """|Δ log p| [n] of the row's trained tokens."""
+        """Add |Δ log p| [n] of the row's trained tokens."""
         sums = difference.new_zeros(2, len(row.keys))
         sums[0].index_add_(0, row.sequence, difference)
         sums[1].scatter_reduce_(0, row.sequence, difference, "amax")
         self.differences.append((row.keys, sums))
 
     def reduced(self) -> tuple[dict[str, float], dict[tuple[int, int], tuple[float, float]]]:
-        """Over all ranks, the same on each: the values; and by sample the sum and the largest of |Δ log p|."""
-        mine = {name: float(value) for name, value in self.values.items()}
+        """Return the values over all ranks, and by sample the sum and the largest of |Δ log p|.
+
+        They are the same on each rank.
+        """
+        own = {name: float(value) for name, value in self.values.items()}
         compared = [(key, *pair) for keys, sums in self.differences for key, *pair in zip(keys, *sums.tolist())]
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (mine, compared))
+        dist.all_gather_object(parts, (own, compared))
         total: dict[str, float] = {}
         differences: dict[tuple[int, int], tuple[float, float]] = {}
         for values, compared in parts:
@@ -207,8 +230,8 @@ def _joined(name: str, a: Any, b: Any, largest: Callable[[Any, Any], Any]) -> An
     return largest(a, b) if name.startswith("max_") else a + b
 
 
-def policy_loss_function(config: Loss, totals: Totals, measures: Measures, is_first: bool) -> LossFunction:
-    """For Trainer.step: the loss of a row times the trained tokens of the whole batch, by which the step divides.
+def policy_loss_function(config: Loss, totals: Totals, measures: Measures, is_first: bool) -> LossFunction[RolloutRow]:
+    """Return, for Trainer.step, a row's loss times the trained tokens of the whole batch, by which the step divides.
 
     In the first update after a rollout the weights are still those that sampled: there the recorded log-probs are
     compared with training's.
@@ -220,7 +243,16 @@ def policy_loss_function(config: Loss, totals: Totals, measures: Measures, is_fi
         logp, entropy = -out[0], out[1]
         now = logp.detach()
         old = now if row.old is None else row.old
-        tokens = Tokens(logp, old, row.advantage, row.sequence, row.lengths, row.behaviour, row.reference, entropy)
+        tokens = Tokens(
+            logp,
+            old,
+            advantage=row.advantage,
+            sequence=row.sequence,
+            lengths=row.lengths,
+            behaviour=row.behaviour,
+            reference=row.reference,
+            entropy=entropy,
+        )
         loss, sums = policy_loss(tokens, config, totals, reduce)
         if counts:
             measures.add({**sums, "entropy": entropy.sum(), "counted": torch.tensor(float(len(logp)))})

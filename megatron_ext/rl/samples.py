@@ -1,4 +1,7 @@
-"""Sampled completions, what they are worth, and which of them an update trains. NumPy, no torch."""
+"""Sampled completions, what they are worth, and which of them an update trains. NumPy, no torch.
+
+Shapes below: n samples, or of one sample the n tokens of its completion.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ class Sample:
 
     @property
     def key(self) -> tuple[int, int]:
+        """What the journal and the metrics know the sample by."""
         return self.item, self.number
 
     @property
@@ -41,25 +45,26 @@ class Sample:
 
     @property
     def is_truncated(self) -> bool:
+        """Whether the model did not end it by itself."""
         return self.finish != "stop"
 
 
 def rewards_of(samples: Sequence[Sample], config: Rewarding, limit: int) -> np.ndarray:
-    """float64 [n], NaN where the sample is not to be trained: unscorable, or truncated where those are masked.
+    """Return float64 [n], NaN where the sample is not to be trained: unscorable, or truncated where those are masked.
 
     `limit` is the most tokens a completion may have.
     """
-    found = np.array([np.nan if s.reward is None else s.reward for s in samples], dtype=np.float64)
-    found[~np.isfinite(found)] = np.nan
+    rewards = np.array([np.nan if s.reward is None else s.reward for s in samples], dtype=np.float64)
+    rewards[~np.isfinite(rewards)] = np.nan
     if config.overlong_tokens:
-        found += overlong_penalty(np.array([len(s.tokens) for s in samples]), limit, config.overlong_tokens)
+        rewards += overlong_penalty(np.array([len(s.tokens) for s in samples]), limit, config.overlong_tokens)
     if config.mask_truncated:
-        found[[s.is_truncated for s in samples]] = np.nan
-    return found
+        rewards[[s.is_truncated for s in samples]] = np.nan
+    return rewards
 
 
 def groups_of(samples: Sequence[Sample]) -> np.ndarray:
-    """int64 [n], the samples' prompts counted from 0."""
+    """Return int64 [n], the samples' prompts counted from 0."""
     return np.unique([s.item for s in samples], return_inverse=True)[1].astype(np.int64)
 
 
@@ -67,7 +72,8 @@ def groups_of(samples: Sequence[Sample]) -> np.ndarray:
 class Batch:
     """What one update trains on: the samples of the prompts that are kept, in order, with one advantage each.
 
-    `trained` bool [n]: the others, whose reward nobody knows or wants, count as samples and have no tokens in the loss.
+    `trained` bool [n]: the others, whose reward nobody knows or wants, count as samples and have no tokens in the
+    loss.
     """
 
     samples: list[Sample]
@@ -76,7 +82,7 @@ class Batch:
 
 
 def kept_items(samples: Sequence[Sample], config: Advantage, rewarding: Rewarding, limit: int) -> set[int]:
-    """The prompts that teach something; all of them where none is dropped."""
+    """Return the prompts that teach something; all of them where none is dropped."""
     if not samples:
         return set()
     groups = groups_of(samples)
@@ -88,6 +94,7 @@ def kept_items(samples: Sequence[Sample], config: Advantage, rewarding: Rewardin
 
 
 def batch_of(samples: Sequence[Sample], kept: set[int], config: Advantage, rewarding: Rewarding, limit: int) -> Batch:
+    """Return the batch of the samples whose prompts are kept."""
     chosen = sorted((s for s in samples if s.item in kept), key=lambda s: s.key)
     if not chosen:
         return Batch([], np.zeros(0), np.zeros(0, dtype=bool))
@@ -96,10 +103,11 @@ def batch_of(samples: Sequence[Sample], kept: set[int], config: Advantage, rewar
 
 
 def deal(lengths: np.ndarray, ranks: int, row_tokens: int, unit: int = 1) -> list[list[list[int]]]:
-    """For each rank its rows, each a list of places in `lengths` (tokens): as even as the longest first makes them.
+    """Return for each rank its rows, each a list of places in `lengths` (tokens), as even as the longest first makes
+    them.
 
-    All ranks get as many rows, the fewest that hold at most `row_tokens` each (a longer document has a row of its own)
-    and divide by `unit`. A row may be empty.
+    All ranks get as many rows, the fewest that hold at most `row_tokens` each (a longer document has a row of its
+    own) and divide by `unit`. A row may be empty.
     """
     order = np.argsort(-lengths, kind="stable").tolist()
     most = max(row_tokens, int(lengths.max(initial=0)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from data_tools.base.declared import setting
 from data_tools.mistake import Problem
 from megatron_ext.rollout.settings import RolloutSettings, Sampling
+from megatron_ext.training.schedule import Schedule
 from megatron_ext.training.settings import TrainingSettings
 
 POLICIES = ("clip", "cispo")
@@ -165,6 +166,10 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
     offload: bool = setting(False, "optimizer and gradients leave the GPU during rollouts", keyed=False)
     record_s: float = setting(5.0, "sampling that a kill may cost", unit="s", least=0, keyed=False)
     log_samples: bool = setting(True, "every sample is logged with its text, in KEEP/samples", keyed=False)
+
+    def rate_schedule(self) -> Schedule:
+        """Return the learning rate of each step; all updates of a step have the same."""
+        return self.schedule_of(self.steps, self.warmup_steps)
 
 
 def check_comparable(config: GrpoSettings) -> list[Problem]:

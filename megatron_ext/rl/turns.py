@@ -17,8 +17,10 @@ MOMENT_S = 0.02  # waited for a reply where nothing else is to be done
 
 
 class Task(Protocol):
+    """Who replies to a turn of the model."""
+
     def reply(self, item: Any, transcript: str) -> Future:
-        """Its result() has text (None: it is over) and note (why the sample cannot go on)."""
+        """Return a future whose result() has text (None: it is over) and note (why the sample cannot go on)."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,17 @@ class Turns:
     encode: Callable[[str], list[int]]
 
     def of(self, items: Mapping[int, Any], replica: Replica) -> "Replies":
-        """For the prompts of one call of the engine, by uid."""
+        """Return the replies to the prompts of one call of the engine, by uid."""
         return Replies(self, items, replica)
 
 
 def ends_of(turns: Turns | None, item: Any) -> tuple[str, ...] | None:
+    """Return the texts after which a prompt's task is asked, None where it never is."""
     return turns.ends(item) if turns else None
 
 
 class Replies:
-    """What the engine asks and is told: see rollout/engine.py."""
+    """What the engine asks and is told, of one call (rollout/engine.py)."""
 
     def __init__(self, turns: Turns, items: Mapping[int, Any], replica: Replica):
         self.turns, self.items, self.replica = turns, items, replica
@@ -52,17 +55,21 @@ class Replies:
         self.futures: dict[tuple[int, int], Future] = {}
 
     def ask(self, sequence: Sequence) -> None:
+        """Ask a sample's task, on the rank that speaks."""
         uid = sequence.prefix.request.uid
         self.asked[uid, sequence.sample] = sequence
         if self.replica.speaks:
+            assert self.turns.task is not None  # as Turns says
             transcript = self.turns.spell(sequence.completion, "stop")
             self.futures[uid, sequence.sample] = self.turns.task.reply(self.items[uid], transcript)
 
     def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
+        """Return the replies that came, on every rank of the replica; wait a moment where asked to."""
         if wait:
             wait_for(self.futures.values(), MOMENT_S, FIRST_COMPLETED)
-        found = [(key, self._answer(self.futures.pop(key))) for key, one in list(self.futures.items()) if one.done()]
-        return [(self.asked.pop(key), Answer(*answer)) for key, answer in self.replica.from_speaker(found)]
+        done = [key for key, future in self.futures.items() if future.done()]
+        came = [(key, self._answer(self.futures.pop(key))) for key in done]
+        return [(self.asked.pop(key), Answer(*answer)) for key, answer in self.replica.from_speaker(came)]
 
     def _answer(self, future: Future) -> Answer:
         reply = future.result()

@@ -2,7 +2,7 @@
 
 
 class BlockManager:
-    """`count` blocks of `size` tokens. A block is shared by as many holders as its references say."""
+    """Count who holds which of `count` blocks of `size` tokens: a block has as many holders as its references say."""
 
     def __init__(self, count: int, size: int):
         self.size = size
@@ -11,30 +11,32 @@ class BlockManager:
 
     @property
     def free(self) -> int:
+        """The number of blocks that nobody holds."""
         return len(self._free)
 
     @property
     def used(self) -> int:
+        """The number of blocks that somebody holds."""
         return len(self.references) - len(self._free)
 
     def needed(self, tokens: int) -> int:
-        """Blocks that hold so many tokens."""
+        """Return how many blocks hold so many tokens."""
         return -(-tokens // self.size)
 
     def take(self) -> int:
-        """A block of one's own. IndexError when none is free."""
+        """Return a block of one's own. IndexError when none is free."""
         block = self._free.pop()
         self.references[block] = 1
         return block
 
     def share(self, blocks: list[int]) -> list[int]:
-        """The same blocks, for one holder more."""
+        """Return the same blocks, for one holder more."""
         for block in blocks:
             self.references[block] += 1
         return list(blocks)
 
     def give_back(self, blocks: list[int]) -> None:
-        """One holder less; empties the list."""
+        """Count one holder less of each block, and empty the list."""
         for block in blocks:
             self.references[block] -= 1
             if self.references[block] == 0:
@@ -42,12 +44,15 @@ class BlockManager:
         blocks.clear()
 
     def cost_of_write(self, blocks: list[int], position: int) -> int:
-        """Free blocks that writing the token at `position` takes: 1 for a new one or a copy of a shared one, else 0."""
+        """Return how many free blocks it takes to write the token at `position`.
+
+        It is 1 for a new block or the copy of a shared one, else 0.
+        """
         place = position // self.size
         return int(place == len(blocks) or self.references[blocks[place]] > 1)
 
     def make_writable(self, blocks: list[int], position: int) -> tuple[int, int] | None:
-        """Have `blocks` own the one of `position`. (from, to) where its content has to be copied first."""
+        """Have `blocks` own the block of `position`. Return (from, to) where its content has to be copied first."""
         place = position // self.size
         if place == len(blocks):
             blocks.append(self.take())

@@ -2,6 +2,9 @@
 
 This is the seam between kernels: on CPU the blocks of samples of similar length are gathered into a batch for torch's
 kernels.
+
+Shapes below: T tokens of a step's row, n documents computed together, heads of size d (p in Mamba), in groups that
+share keys and values.
 """
 
 from collections.abc import Sequence
@@ -20,8 +23,8 @@ from megatron_ext.rollout.room import block_bytes, blocks_in
 _ANGLES = 1024  # positions; rotary tables are made for multiples, so that they are made seldom
 
 
-class Share(NamedTuple):
-    """Tokens from `start` on of a document whose blocks and slot these are, as one step computes them."""
+class NewTokens(NamedTuple):
+    """Tokens from `start` on of a document, as one step computes them, and the blocks and the slot of that document."""
 
     tokens: tuple[int, ...]
     start: int
@@ -30,12 +33,13 @@ class Share(NamedTuple):
 
     @property
     def stop(self) -> int:
+        """The position after the last of these tokens."""
         return self.start + len(self.tokens)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents computed together: `tokens` of each, wherever they are in the step's row.
+    """Documents that are computed together: `tokens` of each of n, wherever they are in the step's row.
 
     `rows` int64 [n * tokens], their places in the row; `positions` int64 [n, tokens] in their documents; `table` int64
     [n, blocks], their blocks, filled up with any; `slots` int64 [n]; `fresh` bool [n], those at their first token.
@@ -48,12 +52,12 @@ class Batch:
     fresh: torch.Tensor
 
     def pick(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, ...] -> [n, tokens, ...]."""
+        """Return the batch's part [n, tokens, ...] of a column [T, ...] of the row."""
         return x.index_select(0, self.rows).unflatten(0, self.positions.shape)
 
 
 class Cache:
-    """Of each of this rank's layers that looks back, what it needs of earlier tokens.
+    """What each of this rank's layers that looks back needs of earlier tokens.
 
     Attention: keys and values [blocks, block size, groups, d]. Mamba: the state after the last token, [slots, ...].
     The memory is there from `allocate` to `free`: between rollouts training has it. The last block is nobody's: tokens
@@ -70,12 +74,15 @@ class Cache:
         self.states: dict[int, State] = {}
 
     def blocks_in(self, gib: float) -> int:
-        """How many blocks so much memory holds, besides the one that is nobody's."""
+        """Return how many blocks so much memory holds, besides the one that is nobody's."""
         size = torch.empty(0, dtype=self.dtype).element_size()
         return blocks_in(gib, block_bytes(len(self.attention), self.block_size, *self.shape, size))
 
     def allocate(self, blocks: int, slots: int) -> None:
-        """Zeros, not whatever lies there: a block's unused places are multiplied by 0, and NaN times 0 is NaN."""
+        """Take the memory of so many blocks and slots.
+
+        It holds zeros, not whatever lies there: a block's unused places are multiplied by 0, and NaN times 0 is NaN.
+        """
         shape = (blocks + 1, self.block_size, *self.shape)
         for layer in self.attention:
             self.keys[layer] = torch.zeros(shape, dtype=self.dtype, device=self.target)
@@ -85,6 +92,7 @@ class Cache:
             self.states[layer] = empty
 
     def free(self) -> None:
+        """Give the memory back."""
         for held in (self.keys, self.values, self.states):
             held.clear()
 
@@ -94,12 +102,13 @@ class Cache:
         return next(iter(self.keys.values())).size(0) * self.block_size - 1 if self.keys else 0
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """(from, to), in order: a block may be written to after it was read from."""
+        """Copy blocks (from, to), in order: a block may be written to after it was read from."""
         for source, target in pairs:
             for held in (*self.keys.values(), *self.values.values()):
                 held[target] = held[source]
 
     def copy_states(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy recurrent states (from, to), in order."""
         for source, target in pairs:
             for state in self.states.values():
                 for held in state:
@@ -116,7 +125,7 @@ class Cache:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """query [T, heads, d], key and value [T, groups, d] of a step's tokens -> [T, heads * d].
+        """Return the attention [T, heads * d] of a step's tokens: query [T, heads, d], key and value [T, groups, d].
 
         The new keys and values are written to their places; each token sees its document up to itself.
         """
@@ -125,14 +134,26 @@ class Cache:
         values.flatten(0, 1).index_copy_(0, row.places, value)
         out = query.new_zeros(query.size(0), query.size(1) * query.size(2))
         for batch in row.batches:
-            found = attend_blocks(batch.pick(query), keys, values, batch.table, batch.positions, scale, window, sinks)
-            out.index_copy_(0, batch.rows, found.reshape(len(batch.rows), -1))
+            attended = attend_blocks(
+                batch.pick(query),
+                keys,
+                values,
+                batch.table,
+                positions=batch.positions,
+                scale=scale,
+                window=window,
+                sinks=sinks,
+            )
+            out.index_copy_(0, batch.rows, attended.reshape(len(batch.rows), -1))
         return out
 
     def recur(self, row: "CachedRow", mixer: MambaMixer, projected: torch.Tensor) -> torch.Tensor:
-        """projected [T, 1, width] of a step's tokens -> y [T, 1, heads * p]; their documents' states go on."""
-        held = self.states[mixer.layer_number]
-        out = None
+        """Return y [T, 1, heads * p] for `projected` [T, 1, width] of a step's tokens.
+
+        The states of their documents go on.
+        """
+        held = self.states[_number(mixer)]
+        outs = []
         for batch in row.batches:
             state = State(*(part.index_select(0, batch.slots) for part in held))
             state.documents[batch.fresh] = -1
@@ -140,39 +161,48 @@ class Cache:
             y, state = mixer.advance(batch.pick(projected.squeeze(1)), torch.zeros_like(batch.positions), state)
             for part, new in zip(held, state):
                 part.index_copy_(0, batch.slots, new.to(part.dtype))
-            out = y.new_zeros(projected.size(0), y.size(-1)) if out is None else out
+            outs.append(y)
+        out = outs[0].new_zeros(projected.size(0), outs[0].size(-1))
+        for batch, y in zip(row.batches, outs):
             out.index_copy_(0, batch.rows, y.flatten(0, 1))
         return out.unsqueeze(1)
 
 
 def _looking_back(model: torch.nn.Module) -> tuple[list[int], dict[int, MambaMixer]]:
-    """Numbers of the attention layers, and the Mamba mixers by number."""
+    """Return the numbers of the attention layers, and the Mamba mixers by number."""
     from megatron.core.transformer.attention import SelfAttention
 
     attention = [module.layer_number for module in model.modules() if isinstance(module, SelfAttention)]
-    return attention, {module.layer_number: module for module in model.modules() if isinstance(module, MambaMixer)}
+    return attention, {_number(module): module for module in model.modules() if isinstance(module, MambaMixer)}
+
+
+def _number(mixer: MambaMixer) -> int:
+    """Return the number of a layer in its model, from 1."""
+    assert mixer.layer_number is not None  # a decoder numbers its layers
+    return mixer.layer_number
 
 
 @dataclass
 class CachedRow(PackedDocuments):
-    """The tokens of one step as a packed row: documents that go on from what the cache holds of them.
+    """The tokens of one step as a packed row of T tokens: documents that go on from what the cache holds of them.
 
     `places` int64 [T], where each token's keys and values go: block * block size + offset.
     """
 
-    places: torch.Tensor | None = field(default=None, repr=False)
+    positions: torch.Tensor = field(kw_only=True, repr=False)
+    places: torch.Tensor = field(kw_only=True, repr=False)
     batches: tuple[Batch, ...] = ()
 
 
-def cached_row(shares: Sequence[Share], cache: Cache, filler: int = 0, width: int = 0) -> CachedRow:
-    """The row of `shares`, one after the other, and after them `filler` tokens of no document.
+def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, width: int = 0) -> CachedRow:
+    """Return the row of `documents`, one after the other, and after them `filler` tokens of no document.
 
-    Shares of one token are batched with those whose blocks the same power of two holds, or with `width` all of them, of
-    so many blocks each, whose row differs from another's in numbers only; a longer one is alone.
+    Documents of one new token are batched with those whose blocks the same power of two holds, or with `width` all of
+    them, of so many blocks each, whose row differs from another's in numbers only; a longer one is alone.
     """
     size = cache.block_size
-    spans = [numpy.arange(share.start, share.stop) for share in shares]
-    tables = [numpy.array(share.blocks[: -(-share.stop // size)], numpy.int64) for share in shares]
+    spans = [numpy.arange(document.start, document.stop) for document in documents]
+    tables = [numpy.array(document.blocks[: -(-document.stop // size)], numpy.int64) for document in documents]
     places = [table[span // size] * size + span % size for span, table in zip(spans, tables)]
     starts = numpy.cumsum([0] + [len(span) for span in spans])
     kinds: dict[tuple[int, int], list[int]] = {}
@@ -186,8 +216,8 @@ def cached_row(shares: Sequence[Share], cache: Cache, filler: int = 0, width: in
             numpy.concatenate([numpy.arange(starts[i], starts[i + 1]) for i in numbers]),
             numpy.stack([spans[i] for i in numbers]),
             numpy.stack([numpy.pad(tables[i], (0, most - len(tables[i]))) for i in numbers]),
-            numpy.array([shares[i].slot or 0 for i in numbers]),
-            numpy.array([shares[i].start == 0 for i in numbers]),
+            numpy.array([documents[i].slot or 0 for i in numbers]),
+            numpy.array([documents[i].start == 0 for i in numbers]),
         )
         return Batch(*(torch.from_numpy(array).to(cache.target) for array in arrays))
 

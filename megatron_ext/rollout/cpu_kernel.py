@@ -17,7 +17,10 @@ def _of_bits(typing, bits):  # type: ignore[no-untyped-def]
 
 
 def _read(held: Any) -> float:
-    """A number of the cache as float32. NumPy knows no bfloat16, which comes as its bits, the upper half of a float32."""
+    """Return a number of the cache as float32.
+
+    NumPy knows no bfloat16, which comes as its bits: the upper half of a float32.
+    """
     raise NotImplementedError
 
 
@@ -30,9 +33,12 @@ def _compiled_read(held):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def in_place(share: int, d: int, size: int) -> Callable[..., None]:
-    """kernel(query float32 [n, heads, d], keys, values [blocks, size, groups, d], table int64 [n, most], positions int64
-    [n], scale, window (0: none), sinks float32 [heads] or [0], out float32 [n, heads, d]), compiled for `share` heads a
-    group, of `d`, and blocks of `size` tokens. A document's numbers depend on no other's."""
+    """Return a kernel that is compiled for `share` query heads a group, heads of size `d`, and blocks of `size` tokens.
+
+    kernel(query, keys, values, table, positions, scale, window, sinks, out): query and out float32 [n, heads, d], keys
+    and values [blocks, size, groups, d], table int64 [n, most], positions int64 [n], window 0 for none, sinks float32
+    [heads] or [0]. A document's numbers depend on no other's.
+    """
 
     @njit(cache=True, fastmath={"reassoc", "nsz", "contract"}, nogil=True, error_model="numpy")
     def kernel(query, keys, values, table, positions, scale, window, sinks, out):  # type: ignore[no-untyped-def]

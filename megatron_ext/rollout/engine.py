@@ -21,11 +21,11 @@ from megatron.core import parallel_state
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stop, Stopped, never
 from megatron_ext.rollout.blocks import BlockManager
-from megatron_ext.rollout.cache import Share
+from megatron_ext.rollout.cache import NewTokens
 from megatron_ext.rollout.room import too_small
 from megatron_ext.rollout.runner import Runner
 from megatron_ext.rollout.sampler import NOTHING
-from megatron_ext.rollout.scheduler import Scheduler, Step
+from megatron_ext.rollout.scheduler import EngineStep, Scheduler
 from megatron_ext.rollout.sequence import Answer, Prefix, Request, Sequence, spans
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 
@@ -34,7 +34,10 @@ _STOP_STRING_TOKENS = 64  # new tokens looked at for a stop string, at least
 
 
 class NoDistribution(UserMistake):
-    """The model's logits are NaN or infinite, so there is no next token. One replica's ranks raise it, not all."""
+    """The model's logits are NaN or infinite, so there is no next token.
+
+    The ranks of one replica raise it, not all.
+    """
 
     of_some_ranks = True  # rank 0 may not know of it
 
@@ -49,20 +52,41 @@ class NoDistribution(UserMistake):
 
     def named(self, prompt: str, model: str) -> "NoDistribution":
         """Return the same mistake in words of the run: which prompt of its tasks, and whose weights."""
-        return NoDistribution(self.uid, self.sample, self.position, prompt, model)
+        return NoDistribution(self.uid, self.sample, self.position, prompt=prompt, model=model)
 
 
 class Turns(Protocol):
-    """Who answers the model where a turn of it ends. Ranks that plan the same steps are told the same, in one order."""
+    """Who answers the model where a turn of it ends.
 
-    def ask(self, sequence: Sequence) -> None: ...
+    Ranks that plan the same steps are told the same, in one order.
+    """
+
+    def ask(self, sequence: Sequence) -> None:
+        """Ask what is replied to a sample whose turn has ended."""
 
     def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
-        """What came since the last call. `wait` a moment for it: there is nothing else to do."""
+        """Return what came since the last call. Wait a moment for it where nothing else is to be done (`wait`)."""
+
+
+class _Nobody:
+    """The turns of requests that never ask."""
+
+    def ask(self, sequence: Sequence) -> None:
+        raise ValueError("a request has turn ends, and `turns` is missing to answer it")
+
+    def answers(self, wait: bool) -> list[tuple[Sequence, Answer]]:
+        return []
+
+
+def _no_text(tokens: list[int]) -> str:
+    raise ValueError("stop strings and turn ends are texts, and `detokenize` is missing")
 
 
 class Engine:
-    """`stop_ids` end a sample, or a turn of it, and belong to it. `detokenize` is needed for stop strings."""
+    """Decodes with a model's own parameters. `stop_ids` end a sample, or a turn of it, and belong to it.
+
+    `detokenize` is needed for stop strings and turn ends.
+    """
 
     def __init__(
         self,
@@ -73,7 +97,7 @@ class Engine:
         detokenize: Detokenize | None = None,
     ):
         self.model, self.config, self.seed = model, config, seed
-        self.stop_ids, self.detokenize = frozenset(stop_ids), detokenize
+        self.stop_ids, self.detokenize = frozenset(stop_ids), detokenize or _no_text
         self.runner = Runner(model, config)
         self.counts: Counter[str] = Counter()
         self._is_idle = False  # the last step had nothing to compute
@@ -83,12 +107,14 @@ class Engine:
     def generate(
         self, requests: Many[Request], sampling: Sampling, stop: Stop = never, turns: Turns | None = None
     ) -> Iterator[Sequence]:
-        """Samples as they end. UserMistake when one could not be held in the memory given; NoDistribution where logits
-        are not finite.
+        """Yield the samples as they end.
 
         `stop` is asked between steps; when it says so on this rank, `Stopped` is raised with the number of samples that
         ended. Counts of the work are added to `counts`. `turns` is needed where requests have turn ends.
+        Raises UserMistake when one sample could not be held in the memory given, NoDistribution where logits are not
+        finite.
         """
+        turns = turns or _Nobody()
         blocks = self._blocks(requests, sampling)
         slots = 2 * self.config.max_batch if self.runner.cache.mixers else 0
         self.scheduler = Scheduler(self.config, blocks, slots)
@@ -117,14 +143,22 @@ class Engine:
     def unfinished(self) -> list[Sequence]:
         """Samples under way: running, or waiting with tokens that they already have."""
         s = self.scheduler
-        return [*s.running, *s.parked, *s.answered, *(one for one in s.waiting if len(one.tokens) > one.prompt_length)]
+        return [
+            *s.running,
+            *s.parked,
+            *s.answered,
+            *(waiting for waiting in s.waiting if len(waiting.tokens) > waiting.prompt_length),
+        ]
 
     def abort(self, sequence: Sequence) -> None:
         """End a sample as it is; it is not among those that `generate` still gives."""
         self.scheduler.finish(sequence, "abort")
 
     def _blocks(self, requests: Many[Request], sampling: Sampling) -> BlockManager:
-        """As many as the memory holds, or as all samples can need; on every rank that plans the same steps as many."""
+        """Return as many blocks as the memory holds, or as all samples can need.
+
+        Every rank that plans the same steps has as many.
+        """
         size, held = self.config.block_size, self._least(self.runner.cache.blocks_in(self.config.kv_gib))
         longest = max((len(request.prompt) for request in requests), default=0) + sampling.max_tokens
         needed = -(-longest // size) + 1
@@ -136,16 +170,19 @@ class Engine:
         return BlockManager(min(held, sum((len(request.numbers) + 1) * blocks for request, blocks in each)), size)
 
     def _least(self, blocks: int) -> int:
-        """Of the ranks that hold this model: stages may have more or fewer attention layers."""
+        """Return the smallest number of the ranks that hold this model: stages have more or fewer attention layers."""
         parts = parallel_state.get_model_parallel_group()
         if parts.size() == 1:
             return blocks
-        found = torch.tensor(blocks, device=self.runner.cache.target)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=parts)
-        return int(found)
+        least = torch.tensor(blocks, device=self.runner.cache.target)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=parts)
+        return int(least)
 
     def _any_has_work(self) -> bool:
-        """Of the ranks that meet in each pass; with them this one is idle when all of them are, or they would wait."""
+        """Return whether a rank has work, of those that meet in each pass.
+
+        With them this one is idle when all of them are: before, they would wait for it.
+        """
         if self._together is None:
             return self.scheduler.has_work
         flags = torch.tensor([self.scheduler.has_work, not self._is_idle], device=self.runner.cache.target).int()
@@ -154,12 +191,13 @@ class Engine:
         self._is_idle = not busy
         return has_work
 
-    def _ask(self, sequence: Sequence, turns: Turns | None) -> None:
+    def _ask(self, sequence: Sequence, turns: Turns) -> None:
+        """Let a sample wait for a reply to its turn."""
         self.scheduler.park(sequence)
         turns.ask(sequence)
 
-    def _answered(self, sampling: Sampling, turns: Turns | None) -> list[Sequence]:
-        """Let the samples that were answered go on; returns those that ended with it."""
+    def _answered(self, sampling: Sampling, turns: Turns) -> list[Sequence]:
+        """Let the samples that were answered go on. Return those that ended with it."""
         if not self.scheduler.parked:
             return []
         ended = []
@@ -175,7 +213,7 @@ class Engine:
         return ended
 
     def _hear(self, sequence: Sequence, answer: Answer, sampling: Sampling) -> str:
-        """Append a reply to the sample; why it ends, "" when it goes on."""
+        """Append a reply to the sample. Return why it ends, "" when it goes on."""
         if answer.note:
             sequence.note = answer.note
             return "abort"
@@ -187,46 +225,49 @@ class Engine:
         sequence.observe(answer.tokens[: sequence.limit - len(sequence.completion)])
         return "length" if len(sequence.completion) >= sequence.limit else ""
 
-    def _step(self, sampling: Sampling, prompts: dict[Prefix, torch.Tensor], turns: Turns | None) -> list[Sequence]:
-        """Compute and draw; returns the samples that ended."""
+    def _step(self, sampling: Sampling, prompts: dict[Prefix, torch.Tensor], turns: Turns) -> list[Sequence]:
+        """Compute and draw. Return the samples that ended."""
         step = self.scheduler.plan()
         self._is_idle = step.is_empty
         self.runner.cache.copy_blocks(step.copies)
         self.runner.cache.copy_states(step.states)
         begun = [sequence for sequence in step.begun if len(sequence.tokens) == sequence.prompt_length]
         rows = [prompts[sequence.prefix] for sequence in begun]
-        found = iter(self._compute(step))
+        logits = iter(self._compute(step))
         self._count(step)
         finished = self.scheduler.computed(step)
-        rows += [next(found) for _ in step.decodes]
+        rows += [next(logits) for _ in step.decodes]
         resumed = []
         for piece in step.pieces:
             if piece.owner in finished:
-                prompts[piece.owner] = next(found)
+                prompts[piece.owner] = next(logits)
             elif isinstance(piece.owner, Sequence) and piece.stop == len(piece.owner.tokens):
                 resumed.append(piece.owner)
-                rows.append(next(found))
+                rows.append(next(logits))
         for prefix in [prefix for prefix in prompts if prefix not in self.scheduler.prefixes]:
             del prompts[prefix]
         return self._draw([*begun, *step.decodes, *resumed], rows, sampling, turns)
 
-    def _compute(self, step: Step) -> list[torch.Tensor]:
-        """Logits [V / t] after each decoded sample and each piece that is its owner's last; empty ones on all but the
-        last stage of a pipeline."""
-        shares = [Share((s.tokens[-1],), s.cached, s.blocks, s.slot) for s in step.decodes]
-        wanted = list(range(len(shares)))
+    def _compute(self, step: EngineStep) -> list[torch.Tensor]:
+        """Return logits [V / t] after each decoded sample and each piece that is its owner's last.
+
+        They are empty on all but the last stage of a pipeline.
+        """
+        documents = [NewTokens((s.tokens[-1],), s.cached, s.blocks, s.slot) for s in step.decodes]
+        wanted = list(range(len(documents)))
         for piece in step.pieces:
             owner = piece.owner
             if piece.stop == len(owner.request.prompt if isinstance(owner, Prefix) else owner.tokens):
-                wanted.append(len(shares))
-            shares.append(Share(piece.tokens, piece.start, owner.blocks, owner.slot))
-        if shares:
-            return list(self.runner.logits(shares, wanted))
+                wanted.append(len(documents))
+            documents.append(NewTokens(piece.tokens, piece.start, owner.blocks, owner.slot))
+        if documents:
+            return list(self.runner.logits(documents, wanted))
         if self._together is not None:
             self.runner.idle()
         return []
 
-    def _count(self, step: Step) -> None:
+    def _count(self, step: EngineStep) -> None:
+        """Count a step."""
         self.counts["steps"] += bool(step.tokens)
         self.counts["decoded"] += len(step.decodes)
         self.counts["prefilled"] += sum(len(piece.tokens) for piece in step.pieces)
@@ -234,14 +275,14 @@ class Engine:
         self.counts["most_blocks"] = max(self.counts["most_blocks"], self.scheduler.blocks.used)
 
     def _draw(
-        self, sequences: list[Sequence], rows: list[torch.Tensor], sampling: Sampling, turns: Turns | None
+        self, sequences: list[Sequence], rows: list[torch.Tensor], sampling: Sampling, turns: Turns
     ) -> list[Sequence]:
-        """Give each sample its next token; returns those that it ends."""
+        """Give each sample its next token. Return those that it ends."""
         if not sequences:
             return []
         noise = [0.0 if sampling.is_greedy else sequence.noise(self.seed) for sequence in sequences]
-        found = self.runner.draw(torch.stack(rows), noise, sampling)
-        columns = zip(sequences, *(part.tolist() for part in found))
+        drawn = self.runner.draw(torch.stack(rows), noise, sampling)
+        columns = zip(sequences, *(part.tolist() for part in drawn))
         ended = []
         for sequence, token, logprob, model_logprob, margin in columns:
             if token == NOTHING:
@@ -260,30 +301,33 @@ class Engine:
         return ended
 
     def _why_ended(self, sequence: Sequence, sampling: Sampling) -> str:
+        """Return why a sample ends with its last token, "" when it goes on."""
         if self._ends(sequence, sampling):
             return "stop"
         return "length" if len(sequence.tokens) - sequence.prompt_length >= sequence.limit else ""
 
     def _ends(self, sequence: Sequence, sampling: Sampling) -> bool:
-        """Whether the model ended the sample, or one of its turns, with its last token."""
+        """Return whether the model ended the sample, or one of its turns, with its last token."""
         return sequence.tokens[-1] in self.stop_ids or self._completes(sequence, sampling.stop_strings)
 
     def _ends_turn(self, sequence: Sequence, sampling: Sampling) -> bool:
-        """Whether the last token is one after which somebody may answer. A function of the tokens: a sample that was
-        recorded goes on with the same question."""
+        """Return whether the last token is one after which somebody may answer.
+
+        It depends on the tokens alone: a sample that was recorded goes on with the same question.
+        """
         ends = sequence.prefix.request.turn_ends
         if ends is None or isnan(sequence.logprobs[-1]):
             return False
         return self._ends(sequence, sampling) or self._completes(sequence, ends)
 
     def _completes(self, sequence: Sequence, texts: Many[str]) -> bool:
-        """Whether the last token completes one of the texts."""
+        """Return whether the last token completes one of the texts."""
         if not texts:
             return False
         # A token is a byte of a text at least; some more, for the text may begin within its first one.
         most = max(_STOP_STRING_TOKENS, *(len(text.encode()) + 2 for text in texts))
         tail = sequence.tokens[max(sequence.prompt_length, len(sequence.tokens) - most) :]
         now = self.detokenize(tail)
-        found = [text for text in texts if text in now]
-        before = self.detokenize(tail[:-1]) if found else ""
-        return any(now.count(text) > before.count(text) for text in found)
+        complete = [text for text in texts if text in now]
+        before = self.detokenize(tail[:-1]) if complete else ""
+        return any(now.count(text) > before.count(text) for text in complete)

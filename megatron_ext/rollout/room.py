@@ -13,10 +13,7 @@ BYTES = {"float32": 4, "bfloat16": 2}  # of a key's or value's element
 
 @dataclass(frozen=True)
 class Room:
-    """Of the rank that holds the fewest blocks; the engine of every rank uses as many.
-
-    `blocks` of `block_size` tokens, of which a sample of `tokens` tokens, its prompt among them, takes `each`.
-    """
+    """What the memory of rollouts holds, on the rank that holds the fewest blocks; every rank uses as many."""
 
     blocks: int
     block_size: int
@@ -24,48 +21,49 @@ class Room:
 
     @property
     def each(self) -> int:
+        """Blocks of one sample of the greatest length."""
         return -(-self.tokens // self.block_size)
 
     @property
     def samples(self) -> int:
-        """So many of the greatest length at once; one is not run without a spare block."""
+        """How many samples of the greatest length are there at once; one is not run without a spare block."""
         return self.blocks // self.each if self.blocks > self.each else 0
 
 
 def block_bytes(attentions: int, block_size: int, groups: int, head_dim: int, element: int) -> int:
-    """Of one block of keys and values in `attentions` layers, with `groups` heads of them on a rank."""
+    """Return the bytes of a block of keys and values in `attentions` layers, with `groups` heads of them on a rank."""
     return 2 * max(1, attentions) * block_size * groups * head_dim * element
 
 
 def blocks_in(gib: float, size: int) -> int:
-    """How many blocks of `size` bytes so much memory holds, besides the one that is nobody's."""
+    """Return how many blocks of `size` bytes so much memory holds, besides the one that is nobody's."""
     return int(gib * GIB) // size - 1
 
 
 def room(config: EngineConfig, plan: ParallelPlan, shape: ModelShape, dtype: str, tokens: int) -> Room:
-    """For samples of `tokens` tokens at most, on the stage with the most attention layers."""
+    """Return the room for samples of `tokens` tokens at most, on the stage with the most attention layers."""
     stages = plan.stage_layers(len(shape.layers))
     counts = (count_blocks(shape.layers[stage.start : stage.stop]) for stage in stages)
     most = max(count[ATTENTION] + count[WINDOW] for count in counts)
     groups, element = max(1, shape.kv_groups // plan.tensor), BYTES.get(dtype, BYTES["bfloat16"])
-    size = block_bytes(most, config.block_size, groups, max(1, shape.head_dim), element)
+    size = block_bytes(most, config.block_size, groups, head_dim=max(1, shape.head_dim), element=element)
     return Room(max(0, blocks_in(config.kv_gib, size)), config.block_size, tokens)
 
 
 def check_room(found: Room | None, config: EngineConfig) -> list[Problem]:
-    """Refuses memory in which not even one sample has a place."""
+    """Refuse memory in which not even one sample has a place."""
     return [] if found is None or found.samples else [too_small(config, found.blocks, found.each + 1)]
 
 
 def too_small(config: EngineConfig, blocks: int, needed: int) -> Problem:
-    """Its memory holds so many blocks, and one sample needs more."""
+    """Return the problem of memory that holds so many blocks where one sample needs more."""
     held, wanted = (number * config.block_size for number in (blocks, needed))
     message = f"{config.kv_gib:g} GiB hold {held:,} tokens of keys and values, and one sample needs {wanted:,}"
     return Problem("engine.kv_gib", f"{message}; give more, or lower max_tokens")
 
 
 def room_notes(found: Room, config: EngineConfig, group: int) -> list[str]:
-    """What `plan --parallel` says of it."""
+    """Return what `plan --parallel` says of the room."""
     held = f"{config.kv_gib:g} GiB a rank hold {found.blocks * found.block_size:,} tokens of keys and values"
     notes = [f"rollouts: {held}: {found.samples} samples of {found.tokens:,} tokens at once"]
     if found.samples < min(group, config.max_batch):

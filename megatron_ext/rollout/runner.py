@@ -1,4 +1,7 @@
-"""One step of the engine on the model: rows in, logits out, through the stages of a pipeline."""
+"""One step of the engine on the model: rows in, logits out, through the stages of a pipeline.
+
+Shapes below: n documents whose next token is asked for, V tokens of the vocabulary, t tensor ranks.
+"""
 
 from collections.abc import Sequence
 
@@ -10,14 +13,14 @@ from data_tools.mistake import UserMistake
 from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import position_logits
 from megatron_ext.models.registry import unwrap
-from megatron_ext.rollout.cache import Cache, CachedRow, Share, cached_row
+from megatron_ext.rollout.cache import Cache, CachedRow, NewTokens, cached_row
 from megatron_ext.rollout.graphs import Graphs
 from megatron_ext.rollout.sampler import Drawn, Vocabulary, draw
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_graphs
 
 
 class Runner:
-    """The training model itself, in the shape it has: its parameters are never copied."""
+    """Runs the training model itself, in the shape it has: its parameters are never copied."""
 
     def __init__(self, model: torch.nn.Module, settings: EngineConfig):
         self.model = unwrap(model)
@@ -34,34 +37,38 @@ class Runner:
 
     @property
     def is_last(self) -> bool:
+        """Whether this rank has the last stage, which gives the logits."""
         return self.stages.rank() == self.stages.size() - 1
 
     @torch.no_grad()
-    def logits(self, shares: Sequence[Share], wanted: Sequence[int]) -> torch.Tensor:
-        """This tensor rank's logits [n, V / t] after each of the shares `wanted`; [n, 0] on all but the last stage."""
-        if self.graphs and all(len(share.tokens) == 1 for share in shares):
-            return self.graphs.logits(shares)[list(wanted)]
-        ids = [token for share in shares for token in share.tokens]
+    def logits(self, documents: Sequence[NewTokens], wanted: Sequence[int]) -> torch.Tensor:
+        """Return this tensor rank's logits [n, V / t] after the n documents `wanted`.
+
+        They are [n, 0] on all but the last stage.
+        """
+        if self.graphs and all(len(document.tokens) == 1 for document in documents):
+            return self.graphs.logits(documents)[list(wanted)]
+        ids = [token for document in documents for token in document.tokens]
         filler = -len(ids) % self.unit
-        row = cached_row(shares, self.cache, filler)
-        ends = torch.tensor([len(share.tokens) for share in shares]).cumsum(0) - 1
+        row = cached_row(documents, self.cache, filler)
+        ends = torch.tensor([len(document.tokens) for document in documents]).cumsum(0) - 1
         rows = ends[list(wanted)].to(self.cache.target)
         tokens = torch.tensor([ids + [0] * filler], device=self.cache.target)
         with plain_torch():
             self._receive(tokens.size(1) // self.unit)
-            out = position_logits(self.model, tokens, row.positions[None], row, rows)
+            out = position_logits(self.model, tokens, row.positions[None], documents=row, wanted=rows)
             return out if self.is_last else self._send(out).new_empty(len(wanted), 0)
 
     def _decode(self, tokens: torch.Tensor, row: CachedRow) -> torch.Tensor:
         with plain_torch():
-            return position_logits(self.model, tokens, row.positions[None], row, row.batches[0].rows)
+            return position_logits(self.model, tokens, row.positions[None], documents=row, wanted=row.batches[0].rows)
 
     def idle(self) -> None:
-        """A pass over nothing, where other ranks wait for this one's experts."""
-        self.logits([Share((0,), 0, [self.cache.spare // self.cache.block_size])], [])
+        """Make a pass over nothing, where other ranks wait for this one's experts."""
+        self.logits([NewTokens((0,), 0, [self.cache.spare // self.cache.block_size])], [])
 
     def free(self) -> None:
-        """The memory of keys, values and states, and the passes recorded over it."""
+        """Give back the memory of keys, values and states, and the passes recorded over it."""
         if self.graphs:
             self.graphs.forget()
         self.cache.free()
@@ -78,15 +85,15 @@ class Runner:
         return hidden
 
     def draw(self, logits: torch.Tensor, noise: Sequence[float], sampling: Sampling) -> Drawn:
-        """A token for each row of `logits`, the same on all tensor ranks and stages."""
-        found = torch.empty(len(noise), 4, dtype=torch.float64, device=self.cache.target)
+        """Return a token for each row of `logits`, the same on all tensor ranks and stages."""
+        columns = torch.empty(len(noise), 4, dtype=torch.float64, device=self.cache.target)
         if self.is_last:
             uniforms = torch.tensor(noise, dtype=torch.float64, device=self.cache.target)
             with plain_torch():
                 first = self.vocabulary.rank * logits.size(-1)
-                drawn = draw(logits, uniforms, sampling, self.vocabulary, first)
-                found = torch.stack([part.double() for part in drawn], 1)
+                drawn = draw(logits, uniforms, sampling, self.vocabulary, first=first)
+                columns = torch.stack([part.double() for part in drawn], 1)
         if self.stages.size() > 1:
-            found = found.contiguous()
-            dist.broadcast(found, group=self.stages, group_src=self.stages.size() - 1)
-        return Drawn(found[:, 0].long(), *(found[:, i].float() for i in (1, 2, 3)))
+            columns = columns.contiguous()
+            dist.broadcast(columns, group=self.stages, group_src=self.stages.size() - 1)
+        return Drawn(columns[:, 0].long(), *(columns[:, i].float() for i in (1, 2, 3)))

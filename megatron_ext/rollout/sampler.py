@@ -4,6 +4,8 @@ A token is where the sample's noise u falls in the running sum of probabilities,
 (inverse transform). So it depends on the logits and on u alone, and on logits only as far as u is near a border: how
 near is the `margin`, as a probability. Ranks add up their parts of the running sum; the one that holds the token says
 so.
+
+Shapes below: n samples, V tokens of the vocabulary, t tensor ranks.
 """
 
 from typing import NamedTuple
@@ -18,9 +20,12 @@ _DIGITS = ((20, 11), (10, 10), (0, 10))  # shift and width of the parts into whi
 
 
 class Drawn(NamedTuple):
-    """Of n samples: tokens int64, NOTHING where the logits are no distribution (NaN or infinite ones among them);
-    log-probs fp32 under the distribution drawn from, and of the model itself (temperature 1, no filter); margins fp32,
-    infinite where nothing was drawn."""
+    """What was drawn for n samples.
+
+    tokens int64 [n], NOTHING where the logits are no distribution (NaN or infinite ones among them); log-probs fp32 [n]
+    under the distribution drawn from, and of the model itself (temperature 1, no filter); margins fp32 [n], infinite
+    where nothing was drawn.
+    """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -29,7 +34,7 @@ class Drawn(NamedTuple):
 
 
 class Vocabulary:
-    """Sums over the vocabulary, of which this tensor rank holds a part."""
+    """Adds up over the vocabulary, of whose V tokens this tensor rank holds a part [n, V / t]."""
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group = group
@@ -42,18 +47,19 @@ class Vocabulary:
         return x
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, V / t] -> [n, 1], over the whole vocabulary."""
+        """Return the sum [n, 1] of `x` [n, V / t] over the whole vocabulary."""
         return self._reduced(x.sum(-1, keepdim=True), dist.ReduceOp.SUM)
 
     def max(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the maximum [n, 1] of `x` [n, V / t] over the whole vocabulary."""
         return self._reduced(x.max(-1, keepdim=True).values, dist.ReduceOp.MAX)
 
     def agree(self, x: torch.Tensor) -> torch.Tensor:
-        """The same shape, added over ranks."""
+        """Return `x`, of any shape, added over ranks."""
         return self._reduced(x, dist.ReduceOp.SUM)
 
     def before(self, total: torch.Tensor) -> torch.Tensor:
-        """[n, 1], the totals of the ranks before this one."""
+        """Return the sum [n, 1] of the totals of the ranks before this one."""
         if self.size == 1:
             return torch.zeros_like(total)
         totals = [torch.empty_like(total) for _ in range(self.size)]
@@ -61,11 +67,11 @@ class Vocabulary:
         return torch.stack(totals[: self.rank]).sum(0) if self.rank else torch.zeros_like(total)
 
     def kth(self, x: torch.Tensor, k: int) -> torch.Tensor:
-        """[n, 1], the k-th largest of a row: of each rank's k largest."""
+        """Return the k-th largest [n, 1] of each row, from the k largest of each rank."""
         best = x.topk(min(k, x.size(-1)), dim=-1).values
         if self.size > 1:
-            width = torch.tensor(best.size(-1), device=x.device)
-            width = int(self._reduced(width, dist.ReduceOp.MAX))  # the last rank's part may be shorter than k
+            own = torch.tensor(best.size(-1), device=x.device)
+            width = int(self._reduced(own, dist.ReduceOp.MAX))  # the last rank's part may be shorter than k
             best = torch.nn.functional.pad(best, (0, width - best.size(-1)), value=-torch.inf)
             parts = [torch.empty_like(best) for _ in range(self.size)]
             dist.all_gather(parts, best.contiguous(), group=self.group)
@@ -77,7 +83,10 @@ class Vocabulary:
 def draw(
     logits: torch.Tensor, noise: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary, first: int = 0
 ) -> Drawn:
-    """Logits [n, V / t], of which the first column is token `first`; noise fp64 [n] in [0, 1)."""
+    """Return the next token of each of n samples.
+
+    Logits [n, V / t], of which the first column is token `first`; noise fp64 [n] in [0, 1).
+    """
     logits = logits.float()
     top = vocabulary.max(logits)
     weights = (logits - top).exp_()  # of the model itself, the likeliest 1
@@ -97,20 +106,20 @@ def draw(
     before = vocabulary.before(sums[:, -1:])
     wanted = noise[:, None] * total - before  # in this rank's part of the running sum
     place = torch.searchsorted(sums, wanted, right=True).clamp(max=sums.size(-1) - 1)
-    mine = (wanted >= 0) & (wanted < sums[:, -1:])
+    is_here = (wanted >= 0) & (wanted < sums[:, -1:])
     upper = sums.gather(1, place)
     lower = upper - weights.gather(1, place).double()
     margin = torch.minimum(wanted - lower, upper - wanted) / total
     log_weight = ((logits.gather(1, place) - top) / sampling.temperature).double() - total.log()
     model = (logits.gather(1, place) - top - model_total).double()
-    found = torch.cat([place.double() + first, log_weight, model, margin], dim=1)
-    found = vocabulary.agree(found.where(mine, 0))
-    tokens = found[:, 0].long().where(is_sound, NOTHING)
-    return Drawn(tokens, found[:, 1].float(), found[:, 2].float(), found[:, 3].float())
+    columns = torch.cat([place.double() + first, log_weight, model, margin], dim=1)
+    columns = vocabulary.agree(columns.where(is_here, 0))
+    tokens = columns[:, 0].long().where(is_sound, NOTHING)
+    return Drawn(tokens, columns[:, 1].float(), columns[:, 2].float(), columns[:, 3].float())
 
 
 def _likeliest(logits: torch.Tensor, top: torch.Tensor, vocabulary: Vocabulary, first: int) -> torch.Tensor:
-    """int64 [n], the lowest token with the largest logit."""
+    """Return int64 [n], the lowest token with the largest logit."""
     best = logits.max(-1, keepdim=True)
     token = (best.indices + first).where(best.values == top, torch.iinfo(torch.int64).max)
     if vocabulary.size > 1:
@@ -119,7 +128,7 @@ def _likeliest(logits: torch.Tensor, top: torch.Tensor, vocabulary: Vocabulary, 
 
 
 def _threshold(weights: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary) -> torch.Tensor:
-    """[n, 1], the least weight that passes the filters; tokens that tie with it pass too.
+    """Return [n, 1], the least weight that passes the filters; tokens that tie with it pass too.
 
     top_k, then top_p of what it leaves, then min_p, as transformers does. Neither takes the likeliest away, whose
     weight is 1, so what min_p asks for is the same wherever it stands: only top_p must not see its cut.
@@ -132,21 +141,21 @@ def _threshold(weights: torch.Tensor, sampling: Sampling, vocabulary: Vocabulary
 
 
 def _nucleus(weights: torch.Tensor, share: float, vocabulary: Vocabulary) -> torch.Tensor:
-    """[n, 1], the largest threshold such that the weights at or above it make up `share` of all.
+    """Return [n, 1], the largest threshold such that the weights at or above it make up `share` of all.
 
-    No sort, which would have to be gathered: floats from 0 up are ordered as their bits, and the threshold's are found
-    from the highest on, a table of weights by the next digit at a time.
+    There is no sort, which would have to be gathered: floats from 0 up are ordered as their bits, and the threshold's
+    are found from the highest on, a table of weights by the next digit at a time.
     """
     bits, exact = weights.view(torch.int32), weights.double()
     wanted = vocabulary.sum(exact) * share
     above = torch.zeros_like(wanted)  # what lies above the digits found so far
-    found = torch.zeros_like(bits[:, :1])
+    threshold = torch.zeros_like(bits[:, :1])
     for shift, width in _DIGITS:
         digit = (bits >> shift) & ((1 << width) - 1)
-        inside = bits >> (shift + width) == found
+        inside = bits >> (shift + width) == threshold
         table = exact.new_zeros(len(bits), 1 << width).scatter_add_(1, digit.long(), exact.where(inside, 0))
         sums = above + vocabulary.agree(table).flip(1).cumsum(1)  # from the largest digit down
         place = (sums < wanted).sum(1, keepdim=True).clamp(max=sums.size(1) - 1)
         above = sums.gather(1, (place - 1).clamp(min=0)).where(place > 0, above)
-        found = (found << width) | ((1 << width) - 1 - place).int()
-    return found.view(torch.float32)
+        threshold = (threshold << width) | ((1 << width) - 1 - place).int()
+    return threshold.view(torch.float32)

@@ -4,6 +4,7 @@ In tasks of several turns a completion has tokens that are not the model's: what
 log-probs beside them, here and in what is recorded and trained, such a token's log-prob is NaN.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from math import isnan
@@ -43,7 +44,7 @@ class Request:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The wanted samples."""
+        """The numbers of the wanted samples."""
         return self.only or tuple(range(self.samples))
 
 
@@ -55,20 +56,20 @@ class Span(NamedTuple):
     stop: int
 
 
-def spans(logprobs: Many[float]) -> list[Span]:
-    """A completion's turns and the replies between them, from its tokens' log-probs."""
-    found: list[Span] = []
+def spans(logprobs: Iterable[float]) -> list[Span]:
+    """Return a completion's turns and the replies between them, from its tokens' log-probs."""
+    turns: list[Span] = []
     for place, logprob in enumerate(logprobs):
         own = not isnan(logprob)
-        if found and found[-1].own == own:
-            found[-1] = found[-1]._replace(stop=place + 1)
+        if turns and turns[-1].own == own:
+            turns[-1] = turns[-1]._replace(stop=place + 1)
         else:
-            found.append(Span(own, place, place + 1))
-    return found
+            turns.append(Span(own, place, place + 1))
+    return turns
 
 
 class Answer(NamedTuple):
-    """To a turn: the tokens of the reply; None where it is over, with a `note` where the sample cannot go on."""
+    """A reply to a turn: its tokens; None where the sample is over, with a `note` where it cannot go on."""
 
     tokens: tuple[int, ...] | None
     note: str = ""
@@ -99,7 +100,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
     slot: int | None = None
-    finish: str | None = None  # stop | length | turns | abort
+    finish: str = ""  # stop | length | turns | abort; "" while it is under way
     note: str = ""  # why it was aborted, where its task knows
     arrival: int = 0
     _noise: numpy.ndarray = field(default_factory=lambda: numpy.empty(0), repr=False)
@@ -107,10 +108,12 @@ class Sequence:
 
     @property
     def prompt_length(self) -> int:
+        """The number of tokens of the prompt."""
         return len(self.prefix.request.prompt)
 
     @property
     def completion(self) -> list[int]:
+        """The new tokens so far."""
         return self.tokens[self.prompt_length :]
 
     def observe(self, tokens: Many[int]) -> None:
@@ -121,16 +124,16 @@ class Sequence:
         self.margins += [float("inf")] * len(tokens)
 
     def noise(self, seed: int) -> float:
-        """Uniform in [0, 1) for the next new token, the same in any batch, order or process."""
+        """Return a number in [0, 1) for the next new token: the same in any batch, order or process."""
         position = len(self.tokens) - self.prompt_length
         if not self._noise_from <= position < self._noise_from + len(self._noise):
             self._noise_from = position // _DRAWN * _DRAWN
-            self._noise = uniforms(seed, self.prefix.request.uid, self.sample, self._noise_from, _DRAWN)
+            self._noise = uniforms(seed, self.prefix.request.uid, self.sample, first=self._noise_from, count=_DRAWN)
         return float(self._noise[position - self._noise_from])
 
 
 def uniforms(seed: int, uid: int, sample: int, first: int, count: int) -> numpy.ndarray:
-    """float64[count] in [0, 1) for positions first, first + 1, …; `first` a multiple of 4.
+    """Return float64 [count] in [0, 1) for positions first, first + 1, …; `first` is a multiple of 4.
 
     Philox-4x64 in counter mode: key (seed, uid), counter (position / 4, sample), a position a word.
     """

@@ -12,7 +12,10 @@ from megatron_ext.parallel.settings import ModelSettings
 
 @dataclass
 class Sampling:
-    """How the next token is chosen. Filters come after the temperature: top_k, top_p of what is left, then min_p."""
+    """How the next token is chosen.
+
+    Filters come after the temperature: top_k, top_p of what is left, then min_p.
+    """
 
     temperature: float = setting(1.0, "logits are divided by it; 0 takes the likeliest token", least=0)
     top_k: int = setting(0, "only the likeliest so many tokens are drawn; 0: all", unit="tokens", least=0)
@@ -31,10 +34,12 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
         return self.temperature == 0
 
     @property
     def is_filtered(self) -> bool:
+        """Whether some tokens are never drawn."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
@@ -95,7 +100,7 @@ def check_rollouts(config: RolloutSettings, sampling: Sampling) -> list[Problem]
 def check_graphs(
     config: EngineConfig, experts: bool, states: bool, stages: int, where: str = "engine"
 ) -> list[Problem]:
-    """Whether a model's decoding can be recorded: its passes ask nothing of the host and wait for nobody."""
+    """Refuse to record a model's decoding where its passes ask something of the host or wait for somebody."""
     reasons = {
         "its experts, whose numbers of tokens the host reads": experts,
         "its recurrent states": states,

@@ -32,8 +32,8 @@ from megatron_ext.models.layouts import default_start, hf_rules, hf_shapes
 from megatron_ext.models.registry import Family, stages
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import loop
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.rows import MicroBatch, micro_batch
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, convert
 
 RATE = 1e-3  # of the one update
@@ -44,8 +44,11 @@ DISTURBANCE = 1e-4  # of an embedded token
 
 
 def random_pack(lengths: Sequence[int], vocabulary: int, seed: int, supervised: Sequence[bool] | None = None) -> Pack:
-    """Documents of these lengths with random tokens. Of each document that is `supervised` (None: of all) the labels
-    of a random part count, in some more than in others."""
+    """Return documents of these lengths with random tokens.
+
+    Of each document that is `supervised` (None: of all) the labels of a random part count, in some more than in
+    others.
+    """
     random = numpy.random.default_rng(seed)
     total, cu_seqlens = sum(lengths), numpy.concatenate([[0], numpy.cumsum(lengths)])
     ids = random.integers(0, vocabulary, total)
@@ -55,11 +58,21 @@ def random_pack(lengths: Sequence[int], vocabulary: int, seed: int, supervised: 
         positions[start:end] = numpy.arange(end - start)
         if supervised is None or supervised[document]:
             mask[start : end - 1] = random.random(end - start - 1) < random.uniform(0.2, 0.9)
-    return Pack(ids, labels, mask, positions, cu_seqlens.astype(numpy.int32), numpy.arange(len(lengths)))
+    return Pack(
+        ids=ids,
+        labels=labels,
+        loss_mask=mask,
+        positions=positions,
+        cu_seqlens=cu_seqlens.astype(numpy.int32),
+        doc_ids=numpy.arange(len(lengths)),
+    )
 
 
 def write_random_weights(family: Family, dims: Any, folder: Path, seed: int = 0) -> None:
-    """Weights that any layout can load: those of a random model, with noise that no part of it is deaf to. One rank."""
+    """Write weights that any layout can load: those of a random model, with noise that no part of it is deaf to.
+
+    One rank calls it.
+    """
     rules = family.mapping.rules(dims)
     shapes, generator = hf_shapes(rules), torch.Generator().manual_seed(seed)
 
@@ -88,20 +101,21 @@ class Measured:
 
 
 def trainer_of(family: Family, dims: Any, plan: ParallelPlan, weights: Path) -> Trainer:
+    """Return a trainer of these weights under a layout."""
     parts = family.build(dims, plan, torch.float32)
     checkpoint.load_weights(parts, weights)
     return Trainer(parts, plan, AdamW(weight_decay=0.1))
 
 
-def rows_of(packs: Sequence[Pack], plan: ParallelPlan) -> list[loop.MicroBatch]:
-    """This rank's micro-batches of a global batch of `packs`."""
+def rows_of(packs: Sequence[Pack], plan: ParallelPlan) -> list[MicroBatch]:
+    """Return this rank's micro-batches of a global batch of `packs`."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = packs[rank::size]
-    return [loop.micro_batch(mine[i : i + plan.micro_batch]) for i in range(0, len(mine), plan.micro_batch)]
+    share = packs[rank::size]
+    return [micro_batch(share[i : i + plan.micro_batch]) for i in range(0, len(share), plan.micro_batch)]
 
 
 def measure(family: Family, dims: Any, plan: ParallelPlan, weights: Path, packs: Sequence[Pack]) -> Measured:
-    """One update on `packs` from `weights`. All ranks of the process group take part; started here."""
+    """Make one update on `packs` from `weights`. All ranks of the process group take part; started here."""
     with ranks.started(plan):
         trainer = trainer_of(family, dims, plan, weights)
         rows = rows_of(packs, plan)
@@ -113,7 +127,7 @@ def measure(family: Family, dims: Any, plan: ParallelPlan, weights: Path, packs:
 
 
 def whole_gradients(model: checkpoint.Model) -> dict[str, torch.Tensor]:
-    """The gradient of every parameter by checkpoint key, put together on rank 0 from all ranks; {} elsewhere."""
+    """Return the gradient of every parameter by checkpoint key, whole, on rank 0; {} on the others."""
     gradients = {id(p): p.main_grad for part in stages(model) for p in part.parameters()}
 
     def as_gradient(leaf: Any) -> Any:
@@ -124,13 +138,13 @@ def whole_gradients(model: checkpoint.Model) -> dict[str, torch.Tensor]:
     state = checkpoint.model_state(model)
     dict_list_map_inplace(as_gradient, state)
     apply_factories(state)
-    mine = [
+    shards = [
         (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu())
         for shard in nested_values(state)
         if isinstance(shard, ShardedTensor) and shard.data is not None and is_main_replica(shard.replica_id)
     ]
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
+    dist.all_gather_object(everywhere, shards)
     whole: dict[str, torch.Tensor] = {}
     for key, shape, place, part in (entry for rank in everywhere for entry in rank):
         if dist.get_rank() == 0:
@@ -142,7 +156,7 @@ def whole_gradients(model: checkpoint.Model) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a layout from one process, relative: losses to the loss, a gradient to its tensor's largest element."""
+    """How far a layout is from one process, relative: losses to the loss, a gradient to its largest element."""
 
     loss: float
     gradient: float
@@ -152,11 +166,12 @@ class Difference:
 
     @property
     def largest(self) -> float:
+        """The largest of the differences."""
         return max(self.loss, self.gradient, self.norm, self.later_loss)
 
 
 def difference(ours: Measured, theirs: Measured) -> Difference:
-    """Raises ValueError where the two do not have the same tensors."""
+    """Return how far one measurement is from another. ValueError where they do not have the same tensors."""
     if ours.gradients.keys() != theirs.gradients.keys():
         raise ValueError(f"other tensors: {sorted(ours.gradients.keys() ^ theirs.gradients.keys())}")
 
@@ -194,7 +209,7 @@ class Isolation:
 
     @property
     def holds(self) -> bool:
-        """Exactly nothing to others, and something to itself, lest the test be empty."""
+        """Whether it does exactly nothing to others, and something to itself, lest the test be empty."""
         return all(
             (value != 0.0) == (number == self.document)
             for values in (self.gradients, self.changes)
@@ -205,7 +220,7 @@ class Isolation:
 def isolation(
     family: Family, dims: Any, plan: ParallelPlan, weights: Path, lengths: Sequence[int], document: int
 ) -> Isolation:
-    """Gradients and disturbances of one document of a pack with these `lengths`; the same on every rank.
+    """Return gradients and disturbances of one document of a pack with these `lengths`; the same on every rank.
 
     Inputs are the embedded tokens. The disturbance is small, so that no expert is chosen anew: with other tokens for
     an expert the others' sums would be taken in another order.
@@ -225,25 +240,25 @@ def isolation(
 
 
 def _observe(trainer: Trainer, pack: Pack, document: int, disturb: float) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Of each token of a pack, [T] each: the largest gradient by a number of its input, and its loss.
+    """Return of each token of a pack, [T] each: the largest gradient by a number of its input, and its loss.
 
     Noise of size `disturb` is added to the inputs of `document`.
     """
-    row = loop.micro_batch([pack])
+    row = micro_batch([pack])
     losses: list[tuple[numpy.ndarray, torch.Tensor]] = []  # (tokens of the row, a number of each)
     inputs: list[tuple[numpy.ndarray, torch.Tensor]] = []
 
-    def read(found: torch.Tensor, _: loop.MicroBatch) -> torch.Tensor:
-        losses.append((row.documents.held[row.supervised.cpu().numpy()], found.detach()))
+    def read(found: torch.Tensor, _: MicroBatch) -> torch.Tensor:
+        losses.append((row.held[row.supervised.cpu().numpy()], found.detach()))
         return found.sum()
 
     def at_embedding(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-        tokens = row.documents.held
+        tokens = row.held
         if trainer.plan.sequence_parallel:
             tokens = numpy.split(tokens, trainer.plan.tensor)[parallel_state.get_tensor_model_parallel_rank()]
-        mine = (pack.cu_seqlens[document] <= tokens) & (tokens < pack.cu_seqlens[document + 1])
+        is_own = (pack.cu_seqlens[document] <= tokens) & (tokens < pack.cu_seqlens[document + 1])
         noise = torch.randn(len(tokens), 1, output.size(-1), generator=torch.Generator().manual_seed(0))
-        output = output + (disturb * noise * torch.from_numpy(mine)[:, None, None]).to(output)
+        output = output + (disturb * noise * torch.from_numpy(is_own)[:, None, None]).to(output)
         output.retain_grad()
         inputs.append((tokens, output))
         return output
@@ -253,16 +268,19 @@ def _observe(trainer: Trainer, pack: Pack, document: int, disturb: float) -> tup
     trainer.gradient([row] * trainer.plan.pipeline, read)
     for hook in hooks:
         hook.remove()
-    gradients = [(tokens, output.grad.abs().amax(dim=(1, 2))) for tokens, output in inputs]
+    gradients = []
+    for tokens, output in inputs:
+        assert output.grad is not None  # which was retained
+        gradients.append((tokens, output.grad.abs().amax(dim=(1, 2))))
     total = row.documents.total_tokens
     return _by_token(gradients, total), _by_token(losses, total)
 
 
-def _by_token(found: list[tuple[numpy.ndarray, torch.Tensor]], total: int) -> numpy.ndarray:
-    """float32 [total]: the numbers that all ranks found for tokens of a row, 0 where there are none."""
-    mine = [(tokens, values.float().cpu().numpy()) for tokens, values in found]
+def _by_token(numbers: list[tuple[numpy.ndarray, torch.Tensor]], total: int) -> numpy.ndarray:
+    """Return float32 [total], the numbers that all ranks found for tokens of a row, 0 where there are none."""
+    arrays = [(tokens, values.float().cpu().numpy()) for tokens, values in numbers]
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
+    dist.all_gather_object(everywhere, arrays)
     whole = numpy.zeros(total, numpy.float32)
     for tokens, values in (entry for rank in everywhere for entry in rank):
         whole[tokens] = values

@@ -1,335 +1,211 @@
-"""The training loop: `train_on_packs` drives a Trainer over a pack plan, with schedule, metrics, validation,
-checkpoints and resume.
+"""The training loop that supervised fine-tuning and GRPO share: resume, make one step after the other, stop, publish.
 
-    trainer.py      one update: model, optimizer, gradient     rows.py         what a rank trains on in a step
-    metrics.py      what is told, and where to                 checkpoint.py   what is saved
-    schedule.py     the learning rate, how long                watch.py        what happens if nothing happens
+What differs between the two is a TrainingStep: supervised.py has SFT's, rl/step.py GRPO's. Beside the loop:
+
+    update.py      one update: model, optimizer, gradient    rows.py     what a rank trains on in a step of SFT
+    metrics.py     what is reported, and where to            watch.py    what happens when nothing happens
+    schedule.py    the learning rate, how long               weights/checkpoint.py    what is saved
 """
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
-import numpy
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
+from data_tools.mistake import UserMistake
 from data_tools.progress import Progress, Stop, Stopped, never, silent
 from megatron_ext.device import device
-from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import metrics
-from megatron_ext.training.metrics import Metrics, Sink
-from megatron_ext.training.rows import MicroBatch, Packs, micro_batch
-from megatron_ext.training.schedule import Schedule
-from megatron_ext.training.trainer import NonFinite, Sums, Trainer
-from megatron_ext.training.watch import Hang, Watch
+from megatron_ext.training.metrics import Metrics, sinks
+from megatron_ext.training.settings import TrainingSettings
+from megatron_ext.training.update import NonFinite, Trainer
+from megatron_ext.training.watch import Watch
 from megatron_ext.weights import checkpoint
 
-
-@dataclass(frozen=True)
-class Run:
-    """What `train_on_packs` needs besides model and data."""
-
-    schedule: Schedule
-    global_batch: int  # packs a step
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 0  # 0: only at the end
-    keep_checkpoints: int = 2
-    keep_every: int = 0  # checkpoints of its multiples stay for good
-    save_in_background: bool = True
-    validate_every: int = 0  # 0: only at the end
-    minutes: float = 0.0  # of training, all attempts together, after which it ends early; 0: as many as it takes
-    pack_flops: float = 0.0  # of the model for an average pack, forward and backward; 0: not known
-    hang: Hang = field(default_factory=Hang)
+SLOWER = "Lower lr or raise warmup_steps"  # the remedy for a gradient that overflows without another known cause
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Trained:
     """Facts about a finished training, the same on every rank."""
 
     step: int
-    first_loss: float
-    last_loss: float
-    tokens: int
-    supervised_tokens: int
     resumed_from: int
     notes: list[str]
-    valid_losses: list[float] = field(default_factory=list)  # of each validation set, after the last step
 
 
-def rows_of_step(packs: Packs, k: int, run: Run, plan: ParallelPlan) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of step `k`."""
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = packs.share(k, run.global_batch, run.seed, rank, size)
-    return [
-        micro_batch([packs.pack(i) for i in mine[start : start + plan.micro_batch]])
-        for start in range(0, len(mine), plan.micro_batch)
-    ]
+class TrainingStep(Protocol):
+    """What one kind of training does in a step, and what it remembers from step to step.
 
-
-def validation_loss(trainer: Trainer, packs: Packs) -> float:
-    """Mean loss over all supervised tokens of all packs. Every rank takes part and gets it.
-
-    Ranks must run equally many micro-batches: packs that some lack are made of one whose tokens do not count.
+    Every rank calls each method at the same place of the loop. `loop` offers what the step needs: `done` (steps that
+    are made), `metrics`, `vote`, `watch`, `notes`, `non_finite`.
     """
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    at_once = trainer.plan.micro_batch * trainer.plan.pipeline  # a rank's packs of one pass: whole pipeline rounds
-    sums = Sums()
-    for first in range(0, packs.n_packs, size * at_once):
-        mine = []
-        for i in range(first + rank, first + size * at_once, size):
-            pack = packs.pack(min(i, packs.n_packs - 1))
-            if i >= packs.n_packs:
-                pack = replace(pack, loss_mask=numpy.zeros_like(pack.loss_mask))
-            mine.append(pack)
-        parts = [mine[j : j + trainer.plan.micro_batch] for j in range(0, at_once, trainer.plan.micro_batch)]
-        sums.add(trainer.evaluate([micro_batch(part) for part in parts]))
-    return sums.reduced().mean_loss
+
+    def begin(self, loop: "Loop", position: dict[str, Any] | None) -> None:
+        """Get ready for the first step of this attempt. `position` is that of the checkpoint it resumes from."""
+
+    def is_over(self) -> bool:
+        """Return whether this rank wants the training to end before its last step. One rank is enough."""
+
+    def make(self, loop: "Loop") -> str:
+        """Make the step after `loop.done` and write its metrics. Return a note for who watches the progress.
+
+        `loop.vote.send` has to be called once, best between the gradient and the update. Raises Stopped, on every rank,
+        where the step is left before its end: its `done` is the share of the step that is durable.
+        """
+
+    def after(self, loop: "Loop") -> None:
+        """Do what follows step `loop.done` before it is published: validate, evaluate. May raise Stopped as `make`."""
+
+    def position(self) -> dict[str, Any]:
+        """Return what the next step continues from besides weights, optimizer and RNG, as JSON values.
+
+        Those of rank 0 are kept.
+        """
+
+    def published(self, loop: "Loop", seconds: float) -> None:
+        """Hear that step `loop.done` is saved, or being saved, for which the loop was held up that long."""
+
+    def finish(self, loop: "Loop") -> None:
+        """Do what is left once the last checkpoint is durable."""
 
 
-def train_on_packs(
-    trainer: Trainer,
-    packs: Packs,
-    run: Run,
-    keep: Path,
-    identity: dict[str, Any],
-    progress: Progress = silent,
-    stop: Stop = never,
-    validation: Sequence[Packs] = (),
-    sinks: Callable[[int], Sequence[Sink]] = lambda resumed_from: (),
-) -> Outcome:
-    """Train to the end of the schedule, from the newest valid checkpoint in KEEP/checkpoints if there is one.
-
-    `identity` names what makes two runs the same (JSON values); the plan's digest is added. `sinks` makes, on rank 0,
-    what metrics go to besides KEEP/metrics.jsonl. Raises UserMistake when a checkpoint of another identity lies
-    there, NonFinite naming the step when loss or gradient is inf or NaN, Stopped on every rank once any rank's `stop`
-    is true: before the next step, with the last one in a checkpoint.
-    Afterwards KEEP/checkpoints has the last step. Every rank takes part and returns the same.
-    """
-    identity = {**identity, "packs": packs.digest, "global_batch": run.global_batch, "seed": run.seed}
-    loop = _Loop(trainer, packs, run, keep, identity, progress, stop, validation)
-    watch = Watch(run.hang, keep / "stacks", dist.get_rank())
-    with watch.watching():
-        loop.resume(sinks)
-        try:
-            return loop.run(watch)
-        finally:
-            loop.metrics.close()
-
-
-class _Loop:
-    """The state of `train_on_packs`. `window` sums since the last metrics line, `whole` since the first step."""
+class Loop:
+    """One attempt at a training."""
 
     def __init__(
         self,
+        step: TrainingStep,
         trainer: Trainer,
-        packs: Packs,
-        run: Run,
+        settings: TrainingSettings,
         keep: Path,
+        *,
+        steps: int,
         identity: dict[str, Any],
-        progress: Progress,
-        stop: Stop,
-        validation: Sequence[Packs],
+        progress: Progress = silent,
+        stop: Stop = never,
     ):
-        self.trainer, self.packs, self.settings, self.keep, self.identity = trainer, packs, run, keep, identity
-        self.progress, self.validation = progress, validation
-        self.root = keep / "checkpoints"
-        self.window, self.whole, self.first_loss, self.last_loss = Sums(), Sums(), 0.0, 0.0
-        self.done = self.saved = self.logged = 0
-        self.seconds, self.began = 0.0, time.monotonic()  # of training before this attempt; when this one began
+        """Prepare an attempt at `steps` steps. KEEP gets checkpoints/, metrics.jsonl and, of a hang, stacks/.
+
+        `identity` names what makes two runs the same (JSON values).
+        """
+        self.step, self.trainer, self.settings, self.identity = step, trainer, settings, identity
+        self.steps, self.progress, self._stop = steps, progress, stop
+        self.keep, self.checkpoints = keep, keep / "checkpoints"
+        self.done = self.saved = self.resumed_from = 0
         self.notes: list[str] = []
-        self.valid: list[float] = []
-        self.held_up = 0.0  # seconds that saving kept the loop from training since the last line
-        self.vote = StopVote(stop, self._time_is_over)
+        self.watch = Watch(settings.hang, keep / "stacks", dist.get_rank())
+
+    def run(self) -> Trained:
+        """Train to the last step, from the newest valid checkpoint if there is one.
+
+        Every rank takes part and returns the same; KEEP/checkpoints then has the last step.
+        Raises UserMistake when a checkpoint of another identity lies there, NonFinite naming the step when loss or
+        gradient is inf or NaN, Stopped on every rank once any rank's `stop` is true: before the next step, or where
+        the step itself can be left, with all that was done in a checkpoint.
+        """
+        with self.watch.watching():
+            position = self._resume()
+            try:
+                self.vote = StopVote(self._stop, self.step.is_over)
+                self.step.begin(self, position)
+                self.vote.send()
+                return self._to_the_end()
+            finally:
+                self.metrics.close()
+
+    def non_finite(self, what: str, rate: float, remedy: str = SLOWER) -> NonFinite:
+        """Return the mistake of the step being made, whose gradient is not finite."""
+        said = f"{what} at learning rate {rate:g}; the last checkpoint is step {self.saved}"
+        return NonFinite(f"step {self.done + 1}: {said}. {remedy}")
 
     # -- beginning ----------------------------------------------------------------------------------------------
 
-    def resume(self, sinks: Callable[[int], Sequence[Sink]]) -> None:
-        """Load the newest valid checkpoint, if any, and open what the run writes."""
-        trainer, run = self.trainer, self.settings
+    def _resume(self) -> dict[str, Any] | None:
+        """Load the newest valid checkpoint, open what the run writes, and return the position, None without one."""
+        trainer, settings = self.trainer, self.settings
         if dist.get_rank() == 0:
-            self.root.mkdir(parents=True, exist_ok=True)
-            checkpoint.sweep(self.root)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.sweep(self.checkpoints)
         dist.barrier()
-        folder, self.notes = checkpoint.newest_valid(self.root)
+        folder, self.notes = checkpoint.newest_valid(self.checkpoints)
+        position = None
         if folder is not None:
             self.done, position = checkpoint.load_step(
-                folder, trainer.model, trainer.optimizer, trainer.plan, self.identity
+                folder, trainer.model, trainer.optimizer, plan=trainer.plan, identity=self.identity
             )
-            self.first_loss, self.last_loss = position["first_loss"], position["last_loss"]
-            self.logged, self.seconds = position["logged"], position["seconds"]
-            if dist.get_rank() == 0:  # sums of all ranks: one rank carries them on
-                self.window, self.whole = Sums(**position["window"]), Sums(**position["whole"])
         self.resumed_from = self.saved = self.done
         self.saver = checkpoint.Saver(
-            self.root,
+            self.checkpoints,
             trainer.model,
             trainer.optimizer,
             trainer.plan,
-            run.keep_checkpoints,
-            run.keep_every,
-            run.save_in_background,
+            keep=settings.keep_checkpoints,
+            milestone=settings.keep_every,
+            background=settings.save_in_background,
         )
-        self.metrics = Metrics(self.keep / "metrics.jsonl", self.done, lambda: sinks(self.done))
-        name = f"resumed from {folder.name}" if folder else ""
-        self.progress(self.done, run.schedule.steps, "steps", name)
+        self.metrics = Metrics(
+            self.keep / "metrics.jsonl", self.done, lambda: sinks(settings.track, self.keep, self.done, self.identity)
+        )
+        self.progress(self.done, self.steps, "steps", f"resumed from {folder.name}" if folder else "")
+        return position
 
     # -- steps --------------------------------------------------------------------------------------------------
 
-    def run(self, watch: Watch) -> Outcome:
-        run, steps = self.settings, self.settings.schedule.steps
-        self.vote.send()
-        self._start_timing()
-        while self.done < steps:
+    def _to_the_end(self) -> Trained:
+        every = self.settings.checkpoint_every
+        while self.done < self.steps:
             if self.vote.count():
-                self._publish()
-                self.saver.close()
-                raise Stopped(self.done, steps)
+                self._leave()
             if self.vote.over:
-                self.notes.append(f"ended after {run.minutes:g} minutes at step {self.done:,} of {steps:,}")
                 break
-            self._step()
-            watch.step()
-            last = self.done == steps
-            if last or (run.validate_every and self.done % run.validate_every == 0):
-                self._validate()
-                watch.move()
-            if last or (run.checkpoint_every and self.done % run.checkpoint_every == 0):
+            self._make_one()
+            if self.done == self.steps or (every > 0 and self.done % every == 0):
                 self._publish()
-                watch.move()
             self.saver.check()
         self.vote.count()  # done anyway, but nothing may be under way when the groups end
         self._publish()
         self.saver.close()
         self.trainer.settle()
-        if self.validation and not self.valid:
-            self._validate()
-        total = self.whole.reduced()
-        return Outcome(
-            self.done,
-            self.first_loss,
-            self.last_loss,
-            total.tokens,
-            total.supervised,
-            self.resumed_from,
-            self.notes,
-            self.valid,
-        )
+        self.step.finish(self)
+        return Trained(self.done, self.resumed_from, self.notes)
 
-    def _step(self) -> None:
-        run, trainer, step = self.settings, self.trainer, self.done + 1
-        rate = run.schedule.rate(self.done)
-        log = step % run.log_every == 0 or step == run.schedule.steps
-        trainer.clock.start()
-        rows = rows_of_step(self.packs, self.done, run, trainer.plan)
-        trainer.clock.mark("data")
-        sums, norm = trainer.step(rows, rate, before_update=self.vote.send, count_zeros=log)
-        if not math.isfinite(norm):
-            total = sums.reduced()
-            self.saver.wait()
-            raise NonFinite(
-                f"step {step}: the gradient norm is {norm} and the loss {total.mean_loss} at learning rate {rate:g}; "
-                f"the last checkpoint is step {_newest(self.root)}. Lower lr or raise warmup_steps"
-            )
-        self.done = step
-        self.window.add(sums)
-        self.whole.add(sums)
-        if log or step == 1:
-            total = self.window.reduced()
-            self.last_loss = total.mean_loss
-            if step == 1:
-                self.first_loss = self.last_loss
-            if not math.isfinite(self.last_loss):
-                raise NonFinite(f"the loss up to step {step} is {self.last_loss}. Lower lr or raise warmup_steps")
-        if log:
-            self._log(total, rate, norm)
-        self.progress(step, run.schedule.steps, "steps", f"loss {self.last_loss:.4f}, lr {rate:.2e}")
+    def _make_one(self) -> None:
+        try:
+            note = self.step.make(self)
+            self.done += 1
+            self.progress(self.done, self.steps, "steps", note)
+            self.watch.step()
+            self.step.after(self)
+        except Stopped as stopped:
+            self._leave(stopped.done)
+        except UserMistake:
+            self.saver.wait()  # what is being published still counts
+            raise
 
-    # -- what comes between -------------------------------------------------------------------------------------
-
-    def _log(self, total: Sums, rate: float, norm: float) -> None:
-        """One line about the steps since the last one."""
-        run, packs = self.settings, self.packs
-        parts = self.trainer.clock.read()
-        ranks = metrics.compare_ranks(parts["forward_backward"])
-        weights = metrics.parameter_norm(self.trainer.model)
-        per_step = (time.perf_counter() - self.timed_from - self.paused) / (self.done - self.timed_since)
-        peak = metrics.peak_flops()
-        trained = (packs.batch(k, run.global_batch, run.seed) for k in range(self.logged, self.done))
-        values = {
-            "step": self.done,
-            "samples": self.done * run.global_batch,  # packs
-            "loss": self.last_loss,
-            "lr": rate,
-            "grad_norm": norm,
-            "grad_zeros": self.trainer.zeros,
-            "param_norm": weights,
-            "tokens": total.tokens,
-            "supervised_tokens": total.supervised,
-            "padded_tokens": sum(packs.padding(i) for batch in trained for i in batch),
-            "step_s": per_step,
-            "tokens_per_s": run.global_batch * packs.pack_length / per_step,
-            "parts_s": {**parts, "saving": self.held_up},
-            "memory_gib": ranks.peak_memory / 2**30,
-            "slowest_rank": ranks.rank,
-            "slowest_ratio": ranks.ratio,
-        }
-        if peak and run.pack_flops:
-            values["mfu"] = run.pack_flops * run.global_batch / per_step / (peak * dist.get_world_size())
-        self.metrics.append(values)
-        self.window, self.logged = Sums(), self.done
-        self._start_timing()
-
-    def _start_timing(self) -> None:
-        """The next line's step_s is training from here on, without what `_aside` takes."""
-        self.timed_from, self.timed_since, self.paused, self.held_up = time.perf_counter(), self.done, 0.0, 0.0
-
-    def _aside(self, began: float) -> float:
-        """Seconds since `began`, which are not to count as training."""
-        seconds = time.perf_counter() - began
-        self.paused += seconds
-        return seconds
-
-    def _validate(self) -> None:
-        began = time.perf_counter()
-        self.valid = [validation_loss(self.trainer, packs) for packs in self.validation]
-        if self.valid:
-            names = [f"valid_loss_{i}" if i else "valid_loss" for i in range(len(self.valid))]
-            self.metrics.append({"step": self.done, **dict(zip(names, self.valid))})
-        self._aside(began)
+    def _leave(self, share: float = 0) -> NoReturn:
+        """Make what was done durable and stop, with that share of the next step."""
+        self._publish()
+        self.saver.close()
+        raise Stopped(self.done + share, self.steps)
 
     def _publish(self) -> None:
-        """Make the last step durable, with what the next one continues from; in the background if asked."""
+        """Save the last step with what the next one continues from, if it is not saved; in the background if asked."""
         if self.done == self.saved:
             return
         began = time.perf_counter()
-        window, whole = self.window.reduced(), self.whole.reduced()
-        self.window, self.whole = (window, whole) if dist.get_rank() == 0 else (Sums(), Sums())
+        position = self.step.position()
         self.trainer.settle()
-        position = {
-            "window": asdict(window),
-            "whole": asdict(whole),
-            "first_loss": self.first_loss,
-            "last_loss": self.last_loss,
-            "logged": self.logged,
-            "seconds": self.seconds + time.monotonic() - self.began,
-        }
         self.saver.save(self.done, self.identity, position)
         self.saved = self.done
-        self.held_up += self._aside(began)
-
-    def _time_is_over(self) -> bool:
-        minutes = (self.seconds + time.monotonic() - self.began) / 60
-        return 0 < self.settings.minutes <= minutes
+        self.watch.move()
+        self.step.published(self, time.perf_counter() - began)
 
 
 class StopVote:
-    """Whether any rank is to stop, with one answer for all: a signal reaches them at different moments.
+    """Asks whether any rank is to stop, with one answer for all: a signal reaches them at different moments.
 
     Sent between gradient and update, counted before the next step: two numbers, reduced while the update's own
     collectives run, so that no rank waits for them (tests/benchmarks/stop_check.py).
@@ -342,16 +218,13 @@ class StopVote:
         self.work: Any = None
 
     def send(self) -> None:
+        """Begin to ask all ranks, with this rank's answers of now."""
         self.box.copy_(torch.tensor([float(self.stop()), float(self.ended())]))
         self.work = dist.all_reduce(self.box, op=dist.ReduceOp.MAX, async_op=True)
 
     def count(self) -> bool:
+        """Return whether any rank is to stop, as of the last `send`."""
         self.work.wait()
         stop, over = self.box.tolist()
         self.over = over > 0
         return stop > 0
-
-
-def _newest(root: Path) -> int:
-    found = checkpoint.steps(root)
-    return found[0] if found else 0

@@ -1,4 +1,4 @@
-"""What a training tells of itself, and where to: metrics.jsonl always, W&B and TensorBoard when asked.
+"""What a training reports, and where to: metrics.jsonl always, W&B and TensorBoard when asked.
 
 Rank 0 writes. A step is in metrics.jsonl once, resumed or not. W&B and TensorBoard get what metrics.jsonl gets.
 """
@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,20 @@ from megatron_ext.parallel.calibration import GPUS
 from megatron_ext.training.track import Track
 
 MARKS_KEPT = 4096  # of a clock that nobody reads
+MODES: dict[str, Literal["online", "offline"]] = {"online": "online", "offline": "offline"}  # of W&B, by track.wandb
 
 
 # ---------------------------------------------------------------- where to
 
 
 class Sink(Protocol):
-    def write(self, step: int, values: Mapping[str, Any]) -> None: ...
+    """Where metrics go."""
 
-    def close(self) -> None: ...
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write what is known of a step."""
+
+    def close(self) -> None:
+        """Write all that is not written yet."""
 
 
 class Metrics:
@@ -48,6 +53,7 @@ class Metrics:
             durable.write_file(path, "".join(line + "\n" for line in kept))
 
     def append(self, values: dict[str, Any]) -> None:
+        """Add a line, which has its `step`."""
         if self.writer:
             with open(self.path, "a") as file:  # not fsynced: a line lost in a power cut is written again
                 file.write(json.dumps(values) + "\n")
@@ -55,12 +61,13 @@ class Metrics:
             sink.write(values["step"], values)
 
     def close(self) -> None:
+        """Close the sinks."""
         for sink in self.sinks:
             sink.close()
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; inf for a torn one, so that it is dropped."""
+    """Return the step of a metrics line; inf for a torn one, so that it is dropped."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -68,14 +75,14 @@ def _step_of(line: str) -> float:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers by name, those of nested mappings as "outer/inner"."""
-    found: dict[str, float] = {}
+    """Return the numbers by name, those of nested mappings as "outer/inner"."""
+    numbers: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}/")
+            numbers |= _flat(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name != "step":
-            found[prefix + name] = value
-    return found
+            numbers[prefix + name] = value
+    return numbers
 
 
 class TensorBoard:
@@ -107,7 +114,7 @@ class Wandb:
             raise UserMistake("track.wandb: wandb is not installed: pip install 'afterok[wandb]'") from None
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
-            mode=track.wandb,
+            mode=MODES[track.wandb],
             dir=str(folder),
             project=track.project,
             entity=track.entity or None,
@@ -126,47 +133,48 @@ class Wandb:
         self._run.finish()
 
 
-def sinks(track: Track, keep: Path, resumed_from: int, run_id: str, config: Mapping[str, Any]) -> list[Sink]:
-    """What `track` asks for besides metrics.jsonl. UserMistake where its library is missing."""
-    found: list[Sink] = []
+def sinks(track: Track, keep: Path, resumed_from: int, identity: Mapping[str, Any]) -> list[Sink]:
+    """Return what `track` asks for besides metrics.jsonl, for one rank. UserMistake where its library is missing."""
+    asked: list[Sink] = []
     if track.tensorboard:
-        found.append(TensorBoard(keep / "tensorboard", resumed_from))
+        asked.append(TensorBoard(keep / "tensorboard", resumed_from))
     if track.wandb != "off":
-        found.append(Wandb(keep, track, run_id, config))
-    return found
+        run_id = durable.sha256_bytes(str(keep.resolve()))[:16]  # the same for all attempts at this training
+        asked.append(Wandb(keep, track, run_id, identity))
+    return asked
 
 
 # ---------------------------------------------------------------- what
 
 
 class Clock:
-    """Seconds by part of a step, on the device's clock."""
+    """Measures seconds by part of a step, on the device's clock."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[str, Any]] = deque(maxlen=MARKS_KEPT)
 
     def start(self) -> None:
-        """What comes until the next `mark` counts from here."""
+        """Begin: what comes until the next `mark` counts from here."""
         self._marks.append(("", device.mark()))
 
     def mark(self, part: str) -> None:
-        """The time since the last mark or start was `part`'s."""
+        """Count the time since the last mark or start as `part`'s."""
         self._marks.append((part, device.mark()))
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part in the mean of its occurrences since the last read."""
-        found: dict[str, list[float]] = defaultdict(list)
+        """Return the seconds of each part, in the mean of its occurrences since the last read."""
+        by_part: dict[str, list[float]] = defaultdict(list)
         marks = list(self._marks)
         self._marks.clear()
         for (_, before), (part, after) in zip(marks, marks[1:]):
             if part:
-                found[part].append(device.seconds_between(before, after))
-        return {part: statistics.fmean(seconds) for part, seconds in found.items()}
+                by_part[part].append(device.seconds_between(before, after))
+        return {part: statistics.fmean(seconds) for part, seconds in by_part.items()}
 
 
 @dataclass(frozen=True)
 class Slowest:
-    """Of all ranks: which works longest before it waits for the others, and how much longer than the median one."""
+    """Which of all ranks works longest before it waits for the others, and how much longer than the median one."""
 
     rank: int
     ratio: float
@@ -174,10 +182,10 @@ class Slowest:
 
 
 def compare_ranks(seconds: float) -> Slowest:
-    """Every rank says how long its own work takes; all get the answer."""
-    mine = torch.tensor([seconds, device.peak_memory()], dtype=torch.float64, device=device.device())
-    box = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(box, mine)
+    """Return which rank is slowest, from how long each rank says that its own work takes."""
+    own = torch.tensor([seconds, device.peak_memory()], dtype=torch.float64, device=device.device())
+    box = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(box, own)
     times, memory = zip(*(each.tolist() for each in box))
     slowest = max(range(len(times)), key=times.__getitem__)
     median = statistics.median(times)
@@ -185,7 +193,7 @@ def compare_ranks(seconds: float) -> Slowest:
 
 
 def parameter_norm(model: Sequence[torch.nn.Module]) -> float:
-    """L2 norm of all parameters of the whole model; each counts once. Every rank takes part."""
+    """Return the L2 norm of all parameters of the whole model; each counts once. Every rank takes part."""
     dense = parallel_state.get_model_parallel_group(), parallel_state.get_tensor_model_parallel_group()
     expert = (
         parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
@@ -196,8 +204,8 @@ def parameter_norm(model: Sequence[torch.nn.Module]) -> float:
         squares = torch.zeros((), dtype=torch.float64, device=device.device())
         for part in model:
             for p in part.parameters():
-                mine = param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, tensor_group)
-                if mine and getattr(p, "allreduce", True) == is_dense:
+                counts = param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, tensor_group)
+                if counts and getattr(p, "allreduce", True) == is_dense:
                     squares += p.detach().float().square().sum().double()
         dist.all_reduce(squares, group=group)
         total += squares.item()
@@ -205,6 +213,6 @@ def parameter_norm(model: Sequence[torch.nn.Module]) -> float:
 
 
 def peak_flops() -> float | None:
-    """The device's dense bf16 FLOPs a second by its data sheet; None where it has none."""
+    """Return the device's dense bf16 FLOPs a second by its data sheet; None where it has none."""
     name = device.gpu_name().lower()
     return next((gpu.bf16_tflops * 1e12 for known, gpu in GPUS.items() if known in name), None)

@@ -94,7 +94,7 @@ def check_balance(balance: Balance, experts: bool, where: str = "balance") -> li
 
 
 def transformer_fields(engine: Engine, balance: Balance, experts: bool) -> dict[str, Any]:
-    """Fields of TransformerConfig that these options change, enums by their names."""
+    """Return the fields of TransformerConfig that these options change, enums by their names."""
     fields: dict[str, Any] = {}
     if engine.attention != "auto":
         fields["attention_backend"] = engine.attention

@@ -25,7 +25,7 @@ class Schedule:
     decay_share: float = 0.2
 
     def rate(self, step: int) -> float:
-        """The rate of update `step`, counted from 0."""
+        """Return the rate of update `step`, counted from 0."""
         if step + 1 <= self.warmup:
             return self.peak * (step + 1) / self.warmup
         if self.shape == "constant":
@@ -41,22 +41,24 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is trained, or warmed up, in any of three units; 0: not given in that one. A sample is a pack; tokens
-    count padding, as every update then has equally many."""
+    """How much is trained, or warmed up, in any of three units; 0: not given in that one.
+
+    A sample is a pack; tokens count padding, as every update then has equally many.
+    """
 
     steps: float = 0
     samples: float = 0
     tokens: float = 0
 
     def in_steps(self, global_batch: int, pack_length: int | None) -> list[float]:
-        """Each amount that is given, in steps; tokens only where the length of a pack is known."""
-        found = [self.steps] if self.steps else []
-        found += [self.samples / global_batch] if self.samples else []
-        return found + ([self.tokens / (global_batch * pack_length)] if self.tokens and pack_length else [])
+        """Return each amount that is given, in steps; tokens only where the length of a pack is known."""
+        given = [self.steps] if self.steps else []
+        given += [self.samples / global_batch] if self.samples else []
+        return given + ([self.tokens / (global_batch * pack_length)] if self.tokens and pack_length else [])
 
 
 def updates(amount: Amount, global_batch: int, pack_length: int | None) -> int:
-    """Whole updates that the smallest of the given amounts allows."""
+    """Return the whole updates that the smallest of the given amounts allows."""
     return int(min(amount.in_steps(global_batch, pack_length), default=0))
 
 

@@ -1,11 +1,12 @@
-"""What every training is told, whether it learns from packs (sft) or from rewards (grpo). No torch."""
+"""What a training is told: one of any kind, and one on packs. No torch: plans and checks read it too."""
 
 from dataclasses import dataclass
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import setting, with_default
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.settings import ModelSettings
-from megatron_ext.training import schedule as schedules
+from megatron_ext.training.options import Balance, Engine
+from megatron_ext.training.schedule import SHAPES, Amount, Schedule, updates
 from megatron_ext.training.track import Track
 from megatron_ext.training.watch import Hang
 
@@ -18,7 +19,7 @@ class TrainingSettings(ModelSettings):
         "", 'type of the weights in training; "" keeps that of the model folder', choices=("", "float32", "bfloat16")
     )
 
-    schedule: str = setting("constant", "course of the learning rate after the warm-up", choices=schedules.SHAPES)
+    schedule: str = setting("constant", "course of the learning rate after the warm-up", choices=SHAPES)
     lr: float = setting(1e-6, "highest learning rate", above=0)
     min_lr: float = setting(0.0, "last learning rate of every schedule but constant", least=0)
     warmup_steps: int = setting(0, "updates until the learning rate is at its highest", unit="steps", least=0)
@@ -44,3 +45,66 @@ class TrainingSettings(ModelSettings):
     distributed_timeout_minutes: int = setting(
         30, "a rank that waits longer than this for another takes it for dead", unit="minutes", least=1, keyed=False
     )
+
+    def schedule_of(self, steps: int, warmup: float) -> Schedule:
+        """Return the learning rate over so many updates, of which `warmup` (not always whole) warm up."""
+        return Schedule(
+            shape=self.schedule,
+            steps=steps,
+            peak=self.lr,
+            floor=self.min_lr,
+            warmup=warmup,
+            decay_share=self.decay_share,
+        )
+
+
+@dataclass
+class SftSettings(TrainingSettings):
+    """Supervised fine-tuning on packs: the config of the phase sft."""
+
+    store: str = setting("", "token store", needed=True, input=True)
+    packs: str = setting("", "pack plan of that store", needed=True, input=True)
+    blend_stores: list[str] = setting(list, "further token stores, blended by weight", free=True, input=True)
+    blend_packs: list[str] = setting(list, "pack plans of the further stores", free=True, input=True)
+    blend_weights: list[float] = setting(
+        list, "shares of packs: that of `packs`, then that of each further plan", above=0
+    )
+    valid_stores: list[str] = setting(list, "token stores of the validation sets", free=True, input=True)
+    valid_packs: list[str] = setting(list, "pack plans of the validation sets", free=True, input=True)
+    init_from: str = setting(
+        "", "weights to begin with: a model folder, a step, or the folder of a training", free=True, input=True
+    )
+    init_step: int = setting(0, "step of the training in init_from; 0: what it sealed, else its newest", least=0)
+
+    steps: int = setting(0, "updates; the first limit that is reached ends the training; 0: no limit", least=0)
+    samples: int = setting(0, "packs; what is less than an update is left out; 0: no limit", unit="packs", least=0)
+    tokens: int = setting(0, "tokens, padding counts; 0: no limit", unit="tokens", least=0)
+    minutes: float = setting(
+        0.0, "time of training, all attempts together; it then ends early, and the schedule with it; 0: no limit",
+        unit="minutes", least=0,
+    )  # fmt: skip
+    global_batch: int = setting(2, "packs of an update", unit="packs", least=1)
+    seed: int = setting(0, "order of the packs, dropout", free=True)
+
+    schedule: str = with_default(TrainingSettings, "schedule", "wsd")
+    lr: float = with_default(TrainingSettings, "lr", 1e-3)
+    warmup_samples: int = setting(0, "the warm-up in packs, in place of warmup_steps", unit="packs", least=0)
+    warmup_tokens: int = setting(0, "the warm-up in tokens, in place of warmup_steps", unit="tokens", least=0)
+    balance: Balance = setting(Balance, "how the work of experts is balanced")
+
+    engine: Engine = setting(Engine, "how the training uses its GPUs", keyed=False)
+    log_every: int = setting(10, "steps between two lines of metrics", unit="steps", least=1, keyed=False)
+    validate_every: int = setting(
+        0, "steps between two validations; 0: only at the end", unit="steps", least=0, keyed=False
+    )
+    certify: bool = setting(False, "first show that the parallel layout computes what one process does", keyed=False)
+
+    def rate_schedule(self, pack_length: int | None) -> Schedule:
+        """Return how many updates there are and their learning rates.
+
+        What is given in tokens counts for nothing while the length of packs is not known.
+        """
+        warmup = Amount(self.warmup_steps, self.warmup_samples, self.warmup_tokens)
+        length = Amount(self.steps, self.samples, self.tokens)
+        given = warmup.in_steps(self.global_batch, pack_length)
+        return self.schedule_of(updates(length, self.global_batch, pack_length), given[0] if given else 0)

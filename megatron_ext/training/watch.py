@@ -41,7 +41,7 @@ class Hang:
 
 
 class Watch:
-    """Watches one rank between `start` and `stop`; `step` says that it moves."""
+    """Watches one rank inside `watching`; `step` says that it moves."""
 
     def __init__(self, hang: Hang, folder: Path, rank: int):
         self.hang, self.folder, self.rank = hang, folder, rank
@@ -53,6 +53,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator["Watch"]:
+        """Watch this rank meanwhile."""
         if self.hang.times:
             self._since = time.monotonic()
             self._thread = threading.Thread(target=self._look, name="hang watch", daemon=True)
@@ -66,17 +67,17 @@ class Watch:
                 faulthandler.cancel_dump_traceback_later()
 
     def step(self) -> None:
-        """A step is done."""
+        """Hear that a step is done."""
         now = time.monotonic()
         self._steps.append(now - self._since)
         self._since = now
 
     def move(self) -> None:
-        """Something else is done, which takes longer than a step: a checkpoint, a validation."""
+        """Hear that something else is done which takes longer than a step: a checkpoint, a validation."""
         self._since = time.monotonic()
 
     def limit(self) -> float:
-        """Seconds without a step that count as a hang."""
+        """Return the seconds without a step that count as a hang."""
         usual = statistics.median(self._steps) if self._steps else 0.0
         return max(self.hang.floor_s, self.hang.times * usual)
 
@@ -103,6 +104,7 @@ class Watch:
 
 
 def _has_descriptor(stream: TextIO) -> bool:
+    """Return whether a stream is a file, and not a test's capture or closed."""
     try:
         return stream.fileno() >= 0
     except (AttributeError, OSError, ValueError):

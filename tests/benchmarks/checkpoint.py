@@ -30,8 +30,8 @@ def main() -> None:
 
     device.init_device()
     from megatron_ext.parallel.plan import ParallelPlan
-    from megatron_ext.training import loop
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training import supervised
+    from megatron_ext.training.update import AdamW, Trainer
     from megatron_ext.weights import checkpoint
     from tests.megatron_ext import tiny
     from tests.megatron_ext.training import run_of
@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder, ranks.started(plan):
         root = Path(folder)
         trainer = Trainer(tiny.model(tiny.hf_folder(root / "hf", dims), dims, plan), plan, AdamW())
-        rows = loop.rows_of_step(packs, 0, run_of(), plan)
+        rows = supervised.rows_of_step(packs, 0, run_of(), plan)
 
         def step() -> float:
             began = time.perf_counter()

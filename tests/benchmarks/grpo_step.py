@@ -25,18 +25,18 @@ init_device()
 
 import torch
 
+from data_tools.progress import never
 from megatron_ext.device import plain_torch
 from megatron_ext.models.registry import read_config
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.rl import grpo
 from megatron_ext.rl.collect import Collector
-from megatron_ext.rl.settings import Advantage, Loss, Rewarding
+from megatron_ext.rl.settings import Advantage, GrpoSettings, Rewarding
+from megatron_ext.rl.step import ROLLOUTS, train
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request, Sequence
 from megatron_ext.rollout.settings import EngineConfig, Sampling
-from megatron_ext.training.schedule import Schedule
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import convert
 from tests.benchmarks.rollout import GROUP, PLACES, VOCABULARY, hf_folder, work
 
@@ -137,19 +137,32 @@ def ours(
     )
     engine.lengths, longest = asked.lengths, max(asked.lengths)
     collector = Collector(
-        engine, asked, Scorer(), lambda ids, finish: " ".join(map(str, ids)), Sampling(max_tokens=longest), GROUP,
-        keep / grpo.ROLLOUTS, "benchmark", 5.0, lambda: False,
-    )  # fmt: skip
-    run = grpo.Run(
-        Schedule("constant", steps, RATE), prompts, Loss(), Advantage(drop_equal_groups=False),
-        Rewarding(mask_truncated=False), 1.0, longest, True, 16384,
-    )  # fmt: skip
+        engine,
+        asked,
+        Scorer(),
+        lambda ids, finish: " ".join(map(str, ids)),
+        sampling=Sampling(max_tokens=longest),
+        group=GROUP,
+        root=keep / ROLLOUTS,
+        identity="benchmark",
+        flush_s=5.0,
+        stop=never,
+    )
+    settings = GrpoSettings(
+        steps=steps,
+        lr=RATE,
+        prompts=prompts,
+        group=GROUP,
+        sampling=Sampling(max_tokens=longest),
+        advantage=Advantage(drop_equal_groups=False),
+        rewarding=Rewarding(mask_truncated=False),
+    )
     clock = Clock()
 
     def progress(done: int, *_: Any) -> None:
         clock.end() if done else clock.begin()
 
-    grpo.train(trainer, collector, run, keep, {}, lambda: False, progress)
+    train(trainer, collector, settings, keep, identity={}, stop=never, progress=progress)
     found = [json.loads(line) for line in (keep / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["trained_tokens"] for line in found) == sum(asked.lengths)
     return clock.seconds, found

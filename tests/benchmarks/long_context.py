@@ -52,8 +52,8 @@ def measure(family: str, tokens: int, single: bool) -> tuple[float, float]:
 
     device.init_device()
     from megatron_ext.parallel.plan import ParallelPlan
-    from megatron_ext.training import loop
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training.rows import micro_batch
+    from megatron_ext.training.update import AdamW, Trainer
     from tests.megatron_ext import tiny
 
     of, plan = model_of(family, tokens), ParallelPlan(recompute="full")
@@ -63,7 +63,7 @@ def measure(family: str, tokens: int, single: bool) -> tuple[float, float]:
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
         pack = tiny.pack([tokens] if single else documents(tokens), 0, SUPERVISED, 4096)
-        rows = [loop.micro_batch([pack])]
+        rows = [micro_batch([pack])]
         trainer = Trainer(model, plan, AdamW())
         began = time.process_time()
         (trainer.evaluate if single else trainer.gradient)(rows)

@@ -53,9 +53,9 @@ def ours(folder: Path, packs: int, median: int) -> float:
     from data_tools.packs import pack, store
     from data_tools.packs.plan import PackReader
     from megatron_ext.parallel.plan import ParallelPlan
-    from megatron_ext.training import loop
-    from megatron_ext.training.schedule import Schedule
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training import supervised
+    from megatron_ext.training.settings import SftSettings
+    from megatron_ext.training.update import AdamW, Trainer
     from tests.megatron_ext import tiny
 
     for name in ("store", "packs"):
@@ -66,12 +66,12 @@ def ours(folder: Path, packs: int, median: int) -> float:
     writer.close()
     pack.pack(pack.Config(store=str(folder / "store"), pack_length=LENGTH), folder / "packs")
     reader, plan = PackReader(folder / "store", folder / "packs"), ParallelPlan()
-    run = loop.Run(Schedule("constant", reader.n_packs, 1e-5), 1)
+    run = SftSettings(steps=reader.n_packs, lr=1e-5, global_batch=1)
     with ranks.started(plan):
         trainer = Trainer(tiny.model(folder / "hf", dims(), plan), plan, AdamW())
         ends = []
         for k in range(reader.n_packs):
-            trainer.step(loop.rows_of_step(reader, k, run, plan), 1e-5)
+            trainer.step(supervised.rows_of_step(reader, k, run, plan), 1e-5)
             ends.append(time.thread_time())
     return rate([LENGTH - reader.padding(i) for i in range(reader.n_packs)], ends)
 

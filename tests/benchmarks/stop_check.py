@@ -26,8 +26,8 @@ def rank_main(steps: int, hf: str) -> None:
     from data_tools.progress import never
     from megatron_ext.parallel import ranks
     from megatron_ext.parallel.plan import ParallelPlan
-    from megatron_ext.training import loop
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training import loop, supervised
+    from megatron_ext.training.update import AdamW, Trainer
     from tests.megatron_ext import tiny
     from tests.megatron_ext.training import run_of
 
@@ -38,7 +38,7 @@ def rank_main(steps: int, hf: str) -> None:
         times: dict[bool, list[float]] = {True: [], False: []}
         for k in range(steps):
             asks, began = k // ROUND % 2 == 0, time.perf_counter()
-            rows = loop.rows_of_step(packs, k, run, plan)
+            rows = supervised.rows_of_step(packs, k, run, plan)
             trainer.step(rows, 0.001, before_update=vote.send if asks else None)
             if asks:
                 vote.count()

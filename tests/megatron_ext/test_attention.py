@@ -11,8 +11,8 @@ from megatron_ext.layers.attention import PackedSelfAttention, packed_attention
 from megatron_ext.layers.documents import SHORTEST_BUCKET, ContextRank, Layout, packed_documents, zigzag
 from megatron_ext.models.registry import unwrap
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training.loop import MicroBatch, micro_batch
-from megatron_ext.training.trainer import losses_of
+from megatron_ext.training.rows import MicroBatch, micro_batch
+from megatron_ext.training.update import losses_of
 from tests.megatron_ext import tiny
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from megatron_ext.files import step_manifest
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import loop
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training import supervised
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, dist_weights, staging
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import metrics, run_of, sft_config, train_to_end
@@ -48,7 +48,7 @@ def updated(hf: Path, steps: int = 1) -> Trainer:
     """A trainer some updates after the weights in `hf`."""
     trainer = Trainer(tiny.model(hf, tiny.DIMS, PLAN), PLAN, AdamW())
     for k in range(steps):
-        trainer.step(loop.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
+        trainer.step(supervised.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
     return trainer
 
 
@@ -63,7 +63,9 @@ def test_training_goes_on_while_a_step_is_saved_and_the_step_is_what_it_was(alon
     saver = checkpoint.Saver(tmp_path, trainer.model, trainer.optimizer, PLAN, keep=2, background=True)
     expected = state_of(trainer)
     saver.save(1, {}, {})
-    trainer.step(loop.rows_of_step(tiny.Packs(), 1, run_of(), PLAN), 0.01)  # a save that were held up would never end
+    trainer.step(
+        supervised.rows_of_step(tiny.Packs(), 1, run_of(), PLAN), 0.01
+    )  # a save that were held up would never end
     assert not any(torch.equal(a, b) for a, b in zip(state_of(trainer), expected) if a.numel() > 1)
     assert checkpoint.steps(tmp_path) == []  # nothing is named a step before it is whole
     may_write.set()
@@ -181,7 +183,7 @@ def test_a_trained_model_exported_gives_the_same_greedy_tokens_in_transformers(t
         folder = model_folder.open_folder(tmp_path / "base")
         trainer = Trainer(model_folder.load_stages(folder, PLAN), PLAN, AdamW())
         for k in range(3):
-            trainer.step(loop.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
+            trainer.step(supervised.rows_of_step(tiny.Packs(), k, run_of(), PLAN), 0.01)
         model_folder.write(tmp_path / "trained", trainer.model, folder, step=3)
         found = sampled(staging.stages(trainer.model)[0], SMALL, requests(1), Sampling(temperature=0, max_tokens=9))
     export_hf.run(export_hf.Config(str(tmp_path / "trained")), tmp_path / "exported", tmp_path)

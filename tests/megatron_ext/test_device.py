@@ -127,7 +127,7 @@ def test_mcore_rng_tracker_forks_and_returns(alone):
 
 def test_mcore_builds_the_fused_adam_and_the_distributed_optimizer_accepts_it(alone, tmp_path):
     from megatron_ext.parallel.plan import ParallelPlan
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training.update import AdamW, Trainer
     from tests.megatron_ext import tiny
 
     trainer = Trainer(tiny.model(tiny.hf_folder(tmp_path), tiny.DIMS, ParallelPlan()), ParallelPlan(), AdamW())
@@ -188,7 +188,7 @@ import sys
 import torch
 from megatron_ext.device import FusedAdam, init_device
 init_device()
-import megatron_ext.training.trainer
+import megatron_ext.training.update
 optimizer = FusedAdam([torch.nn.Parameter(torch.zeros(2))])
 optimizer.load_state_dict(optimizer.state_dict())
 optimizer.zero_grad()

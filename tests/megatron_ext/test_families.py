@@ -14,8 +14,8 @@ from megatron_ext.model_folders import model_folder
 from megatron_ext.models.gpt_oss.config import Yarn
 from megatron_ext.models.registry import MODEL_TYPES, unwrap
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training.loop import micro_batch
-from megatron_ext.training.trainer import losses_of
+from megatron_ext.training.rows import micro_batch
+from megatron_ext.training.update import losses_of
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rounding import logits_bound
 from tests.megatron_ext.test_attention import forward

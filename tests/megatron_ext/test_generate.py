@@ -22,7 +22,7 @@ from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from megatron_ext.entrypoints import evaluate, generate, grpo, sft
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.rl.session import stop_ids_of
+from megatron_ext.rl.prompts import stop_ids_of
 from megatron_ext.rl.settings import Evaluation
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 

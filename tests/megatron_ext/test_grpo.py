@@ -18,10 +18,12 @@ import pytest
 from data_tools.mistake import UserMistake
 from data_tools.progress import Stopped
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.rl import grpo
+from megatron_ext.rl.position import Position
 from megatron_ext.rl.rows import rollout_rows
 from megatron_ext.rl.samples import Sample, batch_of
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
+from megatron_ext.rl.step import draw
+from megatron_ext.rl.updates import totals_of
 from tests.command import ROOT
 from tests.megatron_ext import gloo, tiny
 from tests.megatron_ext.rl import toy
@@ -181,7 +183,7 @@ def test_tokens_of_replies_are_in_the_rows_and_never_trained(alone):
     assert row.supervised.tolist() == [1, 2, 5, 7, 8] and row.labels.tolist() == [3, 13, 4, 7, 5]
     assert row.behaviour.tolist() == [-1, -2, -3, -4, -5] and row.lengths.tolist() == [3, 2]
     assert row.advantage.tolist() == [0.5, 0.5, 0.5, -0.5, -0.5] and row.sequence.tolist() == [0, 0, 0, 1, 1]
-    assert grpo.totals_of(batch, toy.run_of(1, 0.1)).tokens == 5
+    assert totals_of(batch, toy.run_of(1, 0.1)).tokens == 5
 
 
 @pytest.mark.parametrize("cell", ["DP2", pytest.param("TP2", marks=pytest.mark.soak)])
@@ -237,7 +239,7 @@ def test_settings_of_the_engine_change_no_bit_under_any_layout(two_ranks, folder
 @pytest.mark.soak
 @pytest.mark.parametrize("cell", ["DP2", "TP2", "PP2", "CP2", "TP2xDP2"])
 def test_later_updates_of_a_step_are_those_of_one_process_under_every_layout(request, folders, tmp_path, cell):
-    """Within fp32's tolerance: each layout adds up sums in an order of its own, and none has the bits of one process."""
+    """Within fp32's tolerance: each layout adds up sums in an order of its own; none has the bits of one process."""
     pool = request.getfixturevalue("four_ranks" if cell == "TP2xDP2" else "two_ranks")
     plain = dict(hf=folders["qwen2"], of=tiny.DIMS, steps=2, **UPDATES)
     toy.trained(plan=ParallelPlan(), keep=tmp_path / "one", **plain)
@@ -266,9 +268,9 @@ def test_a_step_that_is_left_while_it_draws_again_begins_anew():
             return [Sample(k, n, (1,), numpy.zeros(1, numpy.int32), numpy.zeros(1, numpy.float32), "stop", 1.0)
                     for k in items for n in range(2)]  # fmt: skip
 
-    position = grpo.Position(cursor=7)
+    position = Position(cursor=7)
     with pytest.raises(Stopped):
-        grpo._draw(Collector(), toy.run_of(1, 0.1, refill_tries=1), position)
+        draw(Collector(), toy.run_of(1, 0.1, refill_tries=1), position)
     assert position.cursor == 7
 
 

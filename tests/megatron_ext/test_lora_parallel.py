@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron_ext.lora import adapters
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import check
-from megatron_ext.training import loop
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.rows import micro_batch
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import adapted, tiny
 from tests.megatron_ext.cells import SP
@@ -72,8 +73,8 @@ def updated(hf: Path, family: str, plan: ParallelPlan, lora: LoraConfig, keep: P
         parts = adapted.attach(tiny.parts(hf, of, plan), of, lora)
         trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
         base = checkpoint.weights_digest(trainer.model)
-        data = loop.parallel_state.get_data_parallel_rank(), loop.parallel_state.get_data_parallel_world_size()
-        rows = [loop.micro_batch([pack]) for pack in packs[data[0] :: data[1]]]
+        data = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        rows = [micro_batch([pack]) for pack in packs[data[0] :: data[1]]]
         loss = trainer.gradient(rows, everywhere=True).reduced().mean_loss
         gradients = adapters.gathered(trainer.model, lambda p: p.main_grad)
         _, norm = trainer.step(rows, 1e-2)

@@ -12,8 +12,8 @@ from megatron_ext.layers import loss_head
 from megatron_ext.layers.loss_head import Targets, capped, token_losses
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
-from megatron_ext.training.loop import micro_batch
-from megatron_ext.training.trainer import losses_of
+from megatron_ext.training.rows import micro_batch
+from megatron_ext.training.update import losses_of
 from tests.megatron_ext import tiny
 from tests.megatron_ext.test_attention import peak_bytes
 

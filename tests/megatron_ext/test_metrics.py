@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from data_tools.mistake import UserMistake
+from data_tools.progress import Stopped
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.preflight import planner, preflight
-from megatron_ext.training import loop, metrics
+from megatron_ext.training import metrics, supervised
+from megatron_ext.training.rows import micro_batch
 from megatron_ext.training.track import Track
-from megatron_ext.training.trainer import AdamW, Trainer, losses_of
+from megatron_ext.training.update import AdamW, Trainer, losses_of
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import MODEL, sft_config
@@ -43,8 +45,8 @@ def tracked(calculator, tmp_path_factory) -> Path:
             out.mkdir()
             answers = iter(stops)
             try:
-                sft.run(config, out, root / "keep", stop=lambda: next(answers, False))
-            except loop.Stopped:
+                sft.run(config, out, root / "keep", stop=lambda answers=answers: next(answers, False))
+            except Stopped:
                 assert stops
     return root / "keep"
 
@@ -81,7 +83,7 @@ def test_validation_is_the_mean_over_all_supervised_tokens(tracked, calculator):
         model = model_folder.load_model(folder, PLAN)
         checkpoint.load_weights(model, tracked / "checkpoints" / "step_10" / "state")
         with torch.no_grad():
-            losses = [losses_of(model, loop.micro_batch([packs.pack(i)])) for i in range(packs.n_packs)]
+            losses = [losses_of(model, micro_batch([packs.pack(i)])) for i in range(packs.n_packs)]
     assert found[-1][1] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
@@ -104,7 +106,7 @@ def test_ranks_with_fewer_packs_validate_no_pack_twice(two_ranks, tmp_path, plan
 def validation(plan: ParallelPlan, hf: Path) -> float:
     with ranks.started(plan):
         trainer = Trainer(tiny.parts(hf, MODEL, plan), plan, AdamW())
-        return loop.validation_loss(trainer, tiny.Packs(n=5))
+        return supervised.validation_loss(trainer, tiny.Packs(n=5))
 
 
 def test_tensorboards_reader_opens_its_files(tracked):
@@ -182,7 +184,7 @@ def measures(plan: ParallelPlan, hf: Path, of) -> tuple[float, int]:
     with ranks.started(plan):
         trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
         norm = metrics.parameter_norm(trainer.model)
-        few_tokens = loop.micro_batch([tiny.pack([4, 4], 1)])  # the rest of the embedding has no gradient
+        few_tokens = micro_batch([tiny.pack([4, 4], 1)])  # the rest of the embedding has no gradient
         trainer.step([few_tokens], 0.0, count_zeros=True)
         return norm, trainer.zeros
 
@@ -208,4 +210,4 @@ def test_mfu_is_the_planners_flops_over_the_data_sheets(calculator, tmp_path, mo
 def test_a_missing_tracker_is_named_with_its_remedy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserMistake, match=r"track.wandb: wandb is not installed: pip install 'afterok\[wandb\]'"):
-        metrics.sinks(Track(wandb="offline"), tmp_path, 0, "id", {})
+        metrics.sinks(Track(wandb="offline"), tmp_path, 0, {})

@@ -16,8 +16,8 @@ from megatron_ext.models.nemotron_h.config import hf_config, read, shape
 from megatron_ext.models.nemotron_h.mapping import NORMS
 from megatron_ext.models.registry import Family, read_config
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training.loop import micro_batch
-from megatron_ext.training.trainer import losses_of
+from megatron_ext.training.rows import micro_batch
+from megatron_ext.training.update import losses_of
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import NANO, NANO_PATTERN
 from tests.megatron_ext.test_attention import forward

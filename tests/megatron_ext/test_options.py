@@ -20,11 +20,11 @@ from data_tools.packs.plan import PackReader
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import loop, options, schedule, trainer
+from megatron_ext.training import options, schedule, supervised, update
 from megatron_ext.training.options import Balance, Engine
 from megatron_ext.training.schedule import Amount
 from megatron_ext.training.settings import TrainingSettings
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import run_of, sft_config
 
@@ -41,7 +41,7 @@ def test_samples_and_tokens_are_updates_of_equal_size():
 
 def test_the_seeds_schedule():
     config = sft.Config(samples=20872, global_batch=60, schedule="cosine", lr=5e-5, min_lr=5e-6, warmup_samples=2000)
-    found = sft._schedule(config, 262144)
+    found = config.rate_schedule(262144)
     rates = [found.rate(step) for step in range(found.steps)]
     assert rates[0] == pytest.approx(5e-5 * 60 / 2000) and rates[32] == pytest.approx(5e-5 * 1980 / 2000)
     assert max(rates) == rates[33] == pytest.approx(5e-5, rel=1e-4)
@@ -133,7 +133,7 @@ def test_options_are_fields_of_megatron_core():
     """Those of the GPU path, which cannot run here, by their names in the pinned version."""
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert set(options.transformer_fields(GPU, Balance(0.1, "seq_aux_loss", 1e-3), experts=True)) <= names
-    assert set(trainer._offloading(GPU)) <= {field.name for field in dataclasses.fields(OptimizerConfig)}
+    assert set(update._offloading(GPU)) <= {field.name for field in dataclasses.fields(OptimizerConfig)}
     with ranks.started(PLAN):
         fields = options.transformer_fields(replace(GPU, te_rng=False), Balance(), experts=False)
         config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, PLAN, torch.float32, "torch", fields)
@@ -170,10 +170,10 @@ def losses_with(plan: ParallelPlan, hf: Path, engine: Engine) -> list[float]:
         one = Trainer(tiny.parts(hf, tiny.DIMS, plan), plan, AdamW(), engine)
         found = []
         for k in range(3):
-            sums, norm = one.step(loop.rows_of_step(tiny.Packs(), k, run_of(), plan), 0.01)
+            sums, norm = one.step(supervised.rows_of_step(tiny.Packs(), k, run_of(), plan), 0.01)
             found += [sums.reduced().mean_loss, norm]
         one.settle()
-        return [*found, loop.validation_loss(one, tiny.Packs(n=2))]
+        return [*found, supervised.validation_loss(one, tiny.Packs(n=2))]
 
 
 def test_overlapping_communication_changes_nothing(two_ranks, tmp_path):
@@ -193,7 +193,7 @@ def routed(balance: Balance, hf: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
         convert.import_weights(model, hf, tiny.family(of), of)
         one = Trainer(model, PLAN, AdamW())
-        one.step(loop.rows_of_step(tiny.Packs(), 0, run_of(), PLAN), 0.0)
+        one.step(supervised.rows_of_step(tiny.Packs(), 0, run_of(), PLAN), 0.0)
         router = next(module for name, module in model.named_modules() if name.endswith("mlp.router"))
         return router.weight.main_grad.clone(), router.expert_bias.clone()
 
@@ -218,9 +218,9 @@ def test_recomputation_runs_forward_again(alone, tmp_path, of):
         for name, module in model.named_modules():
             kind = {"linear_fc1": "mlp", "core_attention": "attention"}.get(name.rpartition(".")[2])
             if kind:
-                module.register_forward_hook(lambda *_, kind=kind: calls.update({kind: calls[kind] + 1}))
+                module.register_forward_hook(lambda *_, kind=kind, calls=calls: calls.update({kind: calls[kind] + 1}))
         one = Trainer(model, plan, AdamW())
-        one.step(loop.rows_of_step(tiny.Packs(), 0, run_of(global_batch=1), plan), 0.0)
+        one.step(supervised.rows_of_step(tiny.Packs(), 0, run_of(global_batch=1), plan), 0.0)
         runs[mode] = calls
     assert runs["selective"] == {"mlp": 2 * runs["none"]["mlp"], "attention": runs["none"]["attention"]}
     assert runs["full"] == {kind: 2 * count for kind, count in runs["none"].items()}

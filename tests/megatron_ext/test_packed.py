@@ -15,7 +15,7 @@ from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.rules import check
 from megatron_ext.training import certify
 from megatron_ext.training.certify import random_pack
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.cells import CELLS, FAMILIES, Cell

@@ -8,8 +8,9 @@ import torch
 
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import loop
-from megatron_ext.training.trainer import AdamW, Trainer, losses_of
+from megatron_ext.training import supervised
+from megatron_ext.training.rows import micro_batch
+from megatron_ext.training.update import AdamW, Trainer, losses_of
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 from tests.megatron_ext.training import LAYOUTS, MODEL, run_of
@@ -25,7 +26,7 @@ def steps_of(plan: ParallelPlan, hf: Path, weights: Path | None, steps: int = ST
         packs, run = tiny.Packs(align=4), run_of(steps, seed=seed)
         losses, norms = [], []
         for k in range(steps):
-            sums, norm = trainer.step(loop.rows_of_step(packs, k, run, plan), 0.01)
+            sums, norm = trainer.step(supervised.rows_of_step(packs, k, run, plan), 0.01)
             total = sums.reduced()
             losses.append((total.loss, total.supervised, total.tokens))
             norms.append(norm)
@@ -87,11 +88,11 @@ def test_the_gradient_is_that_of_the_mean_over_all_supervised_tokens(alone, hf):
     counts = [int(packs.pack(i).loss_mask.sum()) for i in packs.batch(0, 4, 0)]
     assert len(set(counts)) > 1
     model = tiny.model(hf, MODEL, plan)
-    total = sum(losses_of(model, row).sum() for row in loop.rows_of_step(packs, 0, run, plan))
+    total = sum(losses_of(model, row).sum() for row in supervised.rows_of_step(packs, 0, run, plan))
     (total / sum(counts)).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     trainer = Trainer(tiny.model(hf, MODEL, plan), plan, AdamW(clip=0))
-    assert trainer.step(loop.rows_of_step(packs, 0, run, plan), 0.0)[1] == pytest.approx(norm, rel=1e-5)
+    assert trainer.step(supervised.rows_of_step(packs, 0, run, plan), 0.0)[1] == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["serial", "DP2", "TP2"])
@@ -106,7 +107,7 @@ def test_a_pack_without_supervised_tokens_counts_for_nothing(two_ranks, hf, layo
 def _norm(plan: ParallelPlan, hf: Path, packs: list) -> float:
     with ranks.started(plan):
         trainer = Trainer(tiny.model(hf, MODEL, plan), plan, AdamW())
-        return trainer.step([loop.micro_batch([pack]) for pack in packs], 0.01)[1]
+        return trainer.step([micro_batch([pack]) for pack in packs], 0.01)[1]
 
 
 def _with_an_empty_pack(plan: ParallelPlan, hf: Path) -> float:
@@ -124,7 +125,7 @@ def test_joining_packs_into_larger_micro_batches_changes_nothing(alone, hf):
     norms = []
     for plan in (ParallelPlan(), ParallelPlan(micro_batch=2), ParallelPlan(micro_batch=4)):
         trainer = Trainer(tiny.model(hf, MODEL, plan), plan, AdamW())
-        rows = loop.rows_of_step(tiny.Packs(), 0, run_of(), plan)
+        rows = supervised.rows_of_step(tiny.Packs(), 0, run_of(), plan)
         assert len(rows) == 4 // plan.micro_batch
         norms.append(trainer.step(rows, 0.01)[1])
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
@@ -135,7 +136,7 @@ def test_weight_decay_spares_norms_and_biases(alone, hf):
     model = tiny.model(hf, MODEL, plan)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = Trainer(model, plan, AdamW(beta1=0.0, beta2=0.0, epsilon=1e30, weight_decay=0.5))
-    trainer.step(loop.rows_of_step(tiny.Packs(), 0, run_of(), plan), 0.1)  # an epsilon so large: decay is all
+    trainer.step(supervised.rows_of_step(tiny.Packs(), 0, run_of(), plan), 0.1)  # an epsilon so large: decay is all
     for name, p in model.named_parameters():
         assert torch.allclose(p, before[name] * (0.95 if p.dim() > 1 else 1.0), rtol=1e-6), name
 
@@ -149,7 +150,7 @@ def _padding(hf: Path) -> tuple[int, float]:
     with ranks.started(plan):
         model = tiny.model(hf, MODEL, plan)
         trainer = Trainer(model, plan, AdamW(weight_decay=0.1))
-        trainer.step(loop.rows_of_step(tiny.Packs(), 0, run_of(), plan), 0.01)
+        trainer.step(supervised.rows_of_step(tiny.Packs(), 0, run_of(), plan), 0.01)
         weight = model.embedding.word_embeddings.weight
         first = torch.distributed.get_rank() * 16
         return len(weight), weight[max(0, 19 - first) :].abs().sum().item()

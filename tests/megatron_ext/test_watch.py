@@ -29,8 +29,8 @@ def rank_main(hf: Path, keep: Path) -> None:
     init_device()
     from megatron_ext.parallel import ranks
     from megatron_ext.parallel.plan import ParallelPlan
-    from megatron_ext.training import loop
-    from megatron_ext.training.trainer import AdamW, Trainer
+    from megatron_ext.training import supervised
+    from megatron_ext.training.update import AdamW, Trainer
     from tests.megatron_ext.training import run_of
 
     def told(done: int, *_: object) -> None:
@@ -40,7 +40,7 @@ def rank_main(hf: Path, keep: Path) -> None:
     plan = ParallelPlan()
     with ranks.started(plan):
         trainer = Trainer(tiny.model(hf, tiny.DIMS, plan), plan, AdamW())
-        loop.train_on_packs(trainer, tiny.Packs(), run_of(9, hang=QUICK), keep, {}, told)
+        supervised.train_on_packs(trainer, tiny.Packs(), run_of(9, hang=QUICK), keep, identity={}, progress=told)
 
 
 def test_the_stacks_of_all_ranks_are_dumped_when_one_stands_still(tmp_path):
@@ -56,7 +56,7 @@ def test_the_stacks_of_all_ranks_are_dumped_when_one_stands_still(tmp_path):
     assert [process.returncode for process in found] == [EXIT_HUNG, EXIT_HUNG], logs
     stacks = [(tmp_path / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
     assert "stands_still" in stacks[1] and "stands_still" not in stacks[0]
-    assert re.search(r"trainer.py\", line \d+ in (gradient|step)|in count", stacks[0])  # it waits for the other's part
+    assert re.search(r"update.py\", line \d+ in (gradient|step)|in count", stacks[0])  # it waits for the other's part
     for log, stack in zip(logs, stacks):
         assert stack in log and "s are usual; its stacks are in" in log
         assert classify(Evidence("sft", log=log, exit_code=1)).cause is Cause.HANG

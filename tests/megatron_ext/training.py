@@ -11,9 +11,9 @@ from megatron.core import tensor_parallel
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.training import loop
-from megatron_ext.training.schedule import Schedule
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training import supervised
+from megatron_ext.training.settings import SftSettings
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 
@@ -28,8 +28,9 @@ LAYOUTS = {
 MODEL = tiny.dims(layers=4)
 
 
-def run_of(steps: int = 3, **changes) -> loop.Run:
-    return loop.Run(Schedule("constant", steps, 0.01), **{"global_batch": 4, "log_every": 1, **changes})
+def run_of(steps: int = 3, **changes) -> SftSettings:
+    plain = dict(steps=steps, schedule="constant", lr=0.01, global_batch=4, log_every=1)
+    return SftSettings(**{**plain, **changes})
 
 
 def draw(done: int, total: int, unit: str, note: str = "") -> None:
@@ -47,11 +48,13 @@ def train_to_end(
     with ranks.started(plan):
         trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
         run = run_of(steps, **{"checkpoint_every": 2, "log_every": 3, **changes})
-        outcome = loop.train_on_packs(trainer, tiny.Packs(name=packs, align=4), run, keep, {"model": "tiny"}, draw)
+        trained = supervised.train_on_packs(
+            trainer, tiny.Packs(name=packs, align=4), run, keep, identity={"model": "tiny"}, progress=draw
+        )
         with tensor_parallel.get_cuda_rng_tracker().fork():
             tracked = torch.rand(1).item()
         random = [torch.rand(1).item(), tracked]
-        return {**asdict(outcome), "digest": checkpoint.weights_digest(trainer.model), "random": random}
+        return {**asdict(trained), "digest": checkpoint.weights_digest(trainer.model), "random": random}
 
 
 def stop_at(keep: Path, step: int) -> None:

@@ -14,7 +14,7 @@ def of(rewards: list[float], **settings: object) -> list[float]:
 
 
 def test_a_reward_nobody_could_give_counts_nowhere() -> None:
-    """TRL's numbers since 1.6; before, NaN became 0 and took part in the mean (reference/rl.md 0.3)."""
+    """TRL's numbers since 1.6; before, NaN became 0 and took part in the mean."""
     assert of([1, NAN, 0, -0.5], scale="none") == pytest.approx([5 / 6, 0, -1 / 6, -2 / 3])
     assert of([NAN, NAN]) == [0, 0] and of([3, NAN], scale="none") == [0, 0]
 

@@ -3,6 +3,7 @@
 With `turns`, token ASKS is answered: by up to three tokens, which all that was said before decides.
 """
 
+# ruff: noqa: E402  (megatron-core may be imported once the device is ready)
 import itertools
 import json
 import os
@@ -25,15 +26,14 @@ init_device()  # before megatron-core is imported
 from data_tools.progress import Stopped
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.rl import collect, grpo
+from megatron_ext.rl import collect, step
 from megatron_ext.rl.collect import Collector
 from megatron_ext.rl.rows import log_probs
-from megatron_ext.rl.settings import Advantage, Loss, Rewarding
+from megatron_ext.rl.settings import GrpoSettings, Rewarding
 from megatron_ext.rl.turns import Turns
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.settings import EngineConfig, Sampling
-from megatron_ext.training.schedule import Schedule
-from megatron_ext.training.trainer import AdamW, Trainer
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint
 from tests.megatron_ext import tiny
 
@@ -101,18 +101,15 @@ def share_below(item: int, completion: str) -> float:
     return sum(token < TARGET for token in tokens) / len(tokens)
 
 
-def run_of(steps: int, lr: float, **changes: Any) -> grpo.Run:
-    plain = dict(
-        prompts=4, loss=Loss(), advantage=Advantage(), rewarding=Rewarding(mask_truncated=False), temperature=1.0,
-        max_tokens=8, comparable=True, row_tokens=64, schedule=Schedule("constant", steps, lr),
-    )  # fmt: skip
-    return grpo.Run(**{**plain, **changes})
+def run_of(steps: int, lr: float, max_tokens: int = 8, **changes: Any) -> GrpoSettings:
+    plain = dict(steps=steps, lr=lr, prompts=4, group=4, rewarding=Rewarding(mask_truncated=False), row_tokens=64)
+    return GrpoSettings(**{**plain, "sampling": Sampling(max_tokens=max_tokens), **changes})
 
 
 def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
-    judge: Callable[[int, str], Any] | None = None, reference: bool = False, group: int = 4, turns: bool = False,
-    engine_of: dict[str, int] | None = None, identity: dict[str, Any] = {"toy": True}, **changes: Any,
+    judge: Callable[[int, str], Any] | None = None, reference: bool = False, turns: bool = False,
+    engine_of: dict[str, int] | None = None, identity: dict[str, Any] | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop; `engine_of` are settings
     of the engine."""
@@ -130,20 +127,30 @@ def trained(
 
         scorer = Scorer(judge)
         run = run_of(steps, lr, **changes)
+        asking = Turns(lambda item: (str(ASKS),), scorer, spell, lambda text: [int(t) for t in text.split()])
         collector = Collector(
-            engine, Prompts(), scorer, spell, Sampling(max_tokens=run.max_tokens), group, keep / grpo.ROLLOUTS, "toy",
-            0.0, stop,
-            turns=Turns(lambda item: (str(ASKS),), scorer, spell, lambda text: [int(t) for t in text.split()])
-            if turns else None,
-        )  # fmt: skip
+            engine,
+            Prompts(),
+            scorer,
+            spell,
+            sampling=run.sampling,
+            group=run.group,
+            root=keep / step.ROLLOUTS,
+            identity="toy",
+            flush_s=0.0,
+            stop=stop,
+            turns=asking if turns else None,
+        )
         model = tiny.parts(hf, of, plan) if reference else None
         against = (lambda rows: log_probs(model, rows)) if reference else None
         try:
-            outcome = grpo.train(trainer, collector, run, keep, identity, stop, reference=against)
+            trained = step.train(
+                trainer, collector, run, keep, identity=identity or {"toy": True}, stop=stop, reference=against
+            )
         except Stopped as stopped:
             return dict(stopped=stopped.done)
-        return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=outcome.resumed_from,
-                    position=vars(outcome.position), asked=scorer.asked)  # fmt: skip
+        return dict(digest=checkpoint.weights_digest(trainer.model), resumed_from=trained.resumed_from,
+                    position=vars(trained.position), asked=scorer.asked)  # fmt: skip
 
 
 STAGES = {

@@ -10,7 +10,7 @@ import torch
 from data_tools.mistake import UserMistake
 from megatron_ext.layers.mamba import MambaMixer
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.rollout.cache import Share
+from megatron_ext.rollout.cache import NewTokens
 from megatron_ext.rollout.engine import Engine, NoDistribution
 from megatron_ext.rollout.graphs import Graphs
 from megatron_ext.rollout.sequence import Prefix, Request, Sequence
@@ -173,7 +173,7 @@ def test_the_rows_of_a_recorded_pass_divide_over_the_tensor_ranks(unit):
     cache = SimpleNamespace(block_size=4, spare=43, target=torch.device("cpu"))
     graphs = Graphs(lambda tokens, row: made.append(tokens.size(1)) or torch.zeros(tokens.size(1), 2), cache, unit)
     for count in range(1, 14):
-        assert len(graphs.logits([Share((1,), 0, [i]) for i in range(count)])) == count
+        assert len(graphs.logits([NewTokens((1,), 0, [i]) for i in range(count)])) == count
     assert all(rows % unit == 0 for rows in made) and made[0] == unit and max(made) < 26
 
 

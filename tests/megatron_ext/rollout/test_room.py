@@ -21,7 +21,7 @@ def shape(config: dict):
 
 
 def test_the_seed_of_grpo_holds_54_samples_a_replica():
-    """20 GiB at 32 KiB a token and GPU (reference/rl.md 1.1)."""
+    """20 GiB at 32 KiB a token and GPU."""
     found = room(SEED, ParallelPlan(tensor=8), shape(QWEN_32B), "bfloat16", 12000)
     assert found.samples == 54 and (found.blocks + 1) * found.block_size == 655_360
     assert room_notes(found, SEED, 16) == [

@@ -1,6 +1,8 @@
 """The scheduler without a model: nothing leaks, nobody starves, a prompt is computed once."""
 
 import heapq
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import numpy
 import pytest
@@ -8,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.rollout.blocks import BlockManager
-from megatron_ext.rollout.scheduler import Scheduler, Step
+from megatron_ext.rollout.scheduler import EngineStep, Scheduler
 from megatron_ext.rollout.sequence import Prefix, Request, uniforms
 from megatron_ext.rollout.settings import EngineConfig
 
+NO_REPLIES: Mapping[int, list[int]] = MappingProxyType({})
 
-def check(scheduler: Scheduler, step: Step, config: EngineConfig) -> None:
+
+def check(scheduler: Scheduler, step: EngineStep, config: EngineConfig) -> None:
     """Every token of a step has a place of its own; shared blocks are only read."""
     blocks = scheduler.blocks
     assert step.tokens <= config.token_budget and len(scheduler.running) <= config.max_batch
@@ -29,12 +33,13 @@ def check(scheduler: Scheduler, step: Step, config: EngineConfig) -> None:
 
 
 def play(
-    config: EngineConfig, blocks: int, requests: list[Request], lengths: list[int], aborted: set[int] = frozenset(),
-    slots: int = 0, replies: dict[int, list[int]] = {},
+    config: EngineConfig, blocks: int, requests: list[Request], lengths: list[int], aborted: Collection[int] = (),
+    slots: int = 0, replies: Mapping[int, list[int]] = NO_REPLIES,
 ) -> tuple[Scheduler, int]:  # fmt: skip
     """Run to the end: sample i ends after lengths[i] new tokens, or is aborted after half of them. (scheduler, steps).
 
-    With replies[i] = [n, tokens, steps] sample i waits after n new tokens, so many steps, for a reply of so many tokens.
+    With replies[i] = [n, tokens, steps] sample i waits after n new tokens, so many steps, for a reply of so many
+    tokens.
     """
     scheduler = Scheduler(config, BlockManager(blocks, config.block_size), slots)
     added = scheduler.add(requests, max(lengths))
@@ -103,7 +108,7 @@ def test_replies_that_have_no_room_take_it_from_the_sample_that_came_last():
 
 @pytest.mark.parametrize("slots", [0, 4])
 def test_samples_that_wait_for_replies_keep_nobody_from_beginning(slots):
-    """12 samples, 2 at a time, each waiting 200 steps for a reply: they wait side by side, whatever states they have."""
+    """12 samples, 2 at a time, each waiting 200 steps for a reply: they wait side by side, with states or without."""
     config = EngineConfig(block_size=4, max_batch=2, token_budget=16)
     requests = [Request(i, (1,) * 5) for i in range(12)]
     _, steps = play(config, 200, requests, [8] * 12, slots=slots, replies={i: [3, 2, 200] for i in range(12)})

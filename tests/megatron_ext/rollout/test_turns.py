@@ -43,7 +43,8 @@ class Delayed:
         return [(sequence, self.answer(spell(sequence.completion))) for _, sequence in due]
 
 
-def requests(recorded: dict = {}, samples: int = 3) -> list[Request]:
+def requests(recorded: dict | None = None, samples: int = 3) -> list[Request]:
+    recorded = recorded or {}
     return [
         Request(100 + i, prompt, samples, tuple(recorded.get((100 + i, n), ()) for n in range(samples)), turn_ends=ENDS)
         for i, prompt in enumerate(PROMPTS[:5])

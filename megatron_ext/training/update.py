@@ -2,15 +2,18 @@
 
 `Trainer` holds the model in mcore's DistributedDataParallel with the distributed optimizer. Loss and gradient of a
 step are sums over supervised tokens, divided once by the number of supervised tokens in the whole global batch, over
-all micro-batches and ranks (reference/megatron.md 3.4: any mean of means is biased when packs hold unequal numbers of
-them). What a rank trains on: rows.py. What drives it over a run: train.py.
+all micro-batches and ranks: a mean of the packs' means would weigh a token of a pack with few of them more. What a rank
+trains on: rows.py. What drives it over a run: loop.py.
+
+Shapes below: n supervised tokens of a micro-batch that this rank holds.
 """
 
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from data_tools.mistake import UserMistake
@@ -28,6 +32,9 @@ from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 from megatron_ext.training.metrics import Clock
 from megatron_ext.training.options import Engine
 from megatron_ext.training.rows import MicroBatch
+from megatron_ext.training.settings import TrainingSettings
+
+PLAIN = Engine()
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,17 @@ class AdamW:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    @classmethod
+    def of(cls, settings: TrainingSettings) -> "AdamW":
+        """Return the optimizer settings of a training's config."""
+        return cls(
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            epsilon=settings.epsilon,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip_grad,
+        )
 
 
 @dataclass
@@ -53,12 +71,13 @@ class Sums:
     tokens: int = 0
 
     def add(self, other: "Sums") -> None:
+        """Add other sums to these."""
         self.loss += other.loss
         self.supervised += other.supervised
         self.tokens += other.tokens
 
     def reduced(self) -> "Sums":
-        """The sums over all ranks, the same on every rank."""
+        """Return the sums over all ranks, the same on every rank."""
         box = torch.tensor([float(self.loss), self.supervised, self.tokens], dtype=torch.float64, device=device())
         dist.all_reduce(box)
         loss, supervised, tokens = box.tolist()
@@ -66,24 +85,37 @@ class Sums:
 
     @property
     def mean_loss(self) -> float:
-        return self.loss / self.supervised if self.supervised else 0.0
+        """The mean over the supervised tokens, 0 where there are none."""
+        return float(self.loss) / self.supervised if self.supervised else 0.0
 
 
 class NonFinite(UserMistake):
     """Loss or gradient became inf or NaN."""
 
 
+Row = TypeVar("Row", bound=MicroBatch)
 # From the losses [n] of a micro-batch's supervised tokens, -log p of each, to the sum that is minimised.
-LossFunction = Callable[[torch.Tensor, MicroBatch], torch.Tensor]
+LossFunction = Callable[[torch.Tensor, Row], torch.Tensor]
 
 
 def sum_of_losses(losses: torch.Tensor, rows: MicroBatch) -> torch.Tensor:
+    """Return the sum of the losses [n], which is what SFT minimises."""
     return losses.sum()
 
 
 def losses_of(model: torch.nn.Module, rows: MicroBatch) -> torch.Tensor:
-    """Losses fp32 [n] of the supervised tokens; what goes to the next rank on a pipeline's stages before the last."""
-    return supervised_losses(model, rows.ids, rows.positions, rows.documents, rows.targets, rows.supervised)
+    """Return the losses fp32 [n] of the supervised tokens.
+
+    On a pipeline's stages before the last: what goes to the next rank.
+    """
+    return supervised_losses(
+        model,
+        rows.ids,
+        rows.positions,
+        documents=rows.documents,
+        targets=rows.targets,
+        supervised=rows.supervised,
+    )
 
 
 class Trainer:
@@ -99,14 +131,15 @@ class Trainer:
         model: torch.nn.Module | list[torch.nn.Module],
         plan: ParallelPlan,
         settings: AdamW,
-        engine: Engine = Engine(),
+        engine: Engine = PLAIN,
     ):
         parts = model if isinstance(model, list) else [model]
         config = parts[0].config
+        assert isinstance(config, TransformerConfig)  # which mcore gives each of its modules
         self.plan = plan
         self.clock = Clock()
         self.zeros: int | None = None  # of the last step's gradient, where it was to count them
-        self.model = [
+        self._parts = [
             _Parallel(
                 config,
                 DistributedDataParallelConfig(
@@ -119,8 +152,9 @@ class Trainer:
             )
             for part in parts
         ]
-        for part in self.model:
-            _count_padding(part)
+        for wrapped in self._parts:
+            _count_padding(wrapped)
+        self.model: list[torch.nn.Module] = [*self._parts]
         self.weight_decay = settings.weight_decay
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -141,10 +175,10 @@ class Trainer:
             use_gloo_process_groups=False,
         )
         # Where LoRA adapts experts alone and these are over ranks, mcore's optimizer of the others is an empty shell.
-        self.optimizer = ChainedOptimizer([one for one in optimizer.chained_optimizers if not one.is_stub_optimizer])
+        self.optimizer = ChainedOptimizer([part for part in optimizer.chained_optimizers if not part.is_stub_optimizer])
         config.finalize_model_grads_func = self._finalize
         if engine.overlap_grad_reduce:  # only the last micro-batch's gradients start a reduction
-            syncs = [part.no_sync for part in self.model]
+            syncs = [wrapped.no_sync for wrapped in self._parts]
             config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         whole = stages(parts)[0]
         added = padded_rows(whole.vocabulary_rows, plan.tensor) - whole.vocabulary_rows
@@ -154,7 +188,7 @@ class Trainer:
         self._forward_backward = get_forward_backward_func()
 
     def gradient(
-        self, rows: Sequence[MicroBatch], loss_function: LossFunction = sum_of_losses, everywhere: bool = False
+        self, rows: Sequence[Row], loss_function: LossFunction[Row] = sum_of_losses, everywhere: bool = False
     ) -> Sums:
         """Leave the gradient of the mean loss, over all micro-batches of all ranks, in the parameters' `main_grad`.
 
@@ -162,7 +196,7 @@ class Trainer:
         sums.
         """
         sums = Sums()
-        for part in self.model:
+        for part in self._parts:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.clock.start()
@@ -174,7 +208,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, rows: Sequence[MicroBatch]) -> Sums:
-        """This rank's sums over micro-batches, as many on every rank, without dropout or gradients."""
+        """Return this rank's sums over micro-batches, as many on every rank, without dropout or gradients."""
         sums = Sums()
         for part in self.model:
             part.eval()
@@ -183,15 +217,15 @@ class Trainer:
             part.train()
         return sums
 
-    def _over(self, rows: Sequence[MicroBatch], sums: Sums, loss_function: LossFunction) -> dict[str, Any]:
-        """Arguments of mcore's schedule for a pass over `rows` that adds to `sums`."""
+    def _over(self, rows: Sequence[Row], sums: Sums, loss_function: LossFunction[Row]) -> dict[str, Any]:
+        """Return arguments of mcore's schedule for a pass over `rows` that adds to `sums`."""
         counts = parallel_state.get_tensor_model_parallel_rank() == 0  # the others have the same numbers
 
-        def forward(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        def forward(iterator: Iterator[Row], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
             batch = next(iterator)
 
-            def with_count(found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-                loss, count = loss_function(found, batch), batch.supervised.numel()
+            def with_count(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+                loss, count = loss_function(losses, batch), batch.supervised.numel()
                 if counts:
                     sums.add(Sums(loss.detach().double(), count, batch.ids.numel()))
                 return loss, torch.tensor(count, dtype=torch.int, device=loss.device), {}
@@ -201,8 +235,8 @@ class Trainer:
 
         return dict(
             forward_step_func=forward,
-            data_iterator=[iter(rows) for _ in self.model],
-            model=self.model,
+            data_iterator=[iter(rows) for _ in self._parts],
+            model=self._parts,
             num_microbatches=len(rows),
             seq_length=rows[0].documents.total_tokens,
             micro_batch_size=1,
@@ -216,19 +250,39 @@ class Trainer:
     def settle(self) -> None:
         """Make the weights whole on every rank, where they would be gathered by the next forward pass only."""
         if self._gathers_late:
-            for part in self.model:
+            for part in self._parts:
                 part.disable_forward_pre_hook(param_sync=True)
                 part.enable_forward_pre_hook()
 
+    @contextmanager
+    def offloaded(self, wanted: bool) -> Iterator[None]:
+        """Keep optimizer state and gradients off the device inside, where `wanted`: a rollout has the room.
+
+        mcore's own functions (optimizer/optimizer.py:344, distributed/distributed_data_parallel.py:575); gradients are
+        not copied, since each update begins with zeros.
+        """
+        if not wanted:
+            yield
+            return
+        for part in self._parts:
+            part.offload_grad_buffers()
+        self.optimizer.offload_to_cpu()
+        try:
+            yield
+        finally:
+            self.optimizer.restore_from_cpu()
+            for part in self._parts:
+                part.restore_grad_buffers()
+
     def step(
         self,
-        rows: Sequence[MicroBatch],
+        rows: Sequence[Row],
         rate: float,
-        loss_function: LossFunction = sum_of_losses,
+        loss_function: LossFunction[Row] = sum_of_losses,
         before_update: Callable[[], None] | None = None,
         count_zeros: bool = False,
     ) -> tuple[Sums, float]:
-        """One update from this rank's micro-batches. Returns this rank's sums and the global gradient norm.
+        """Make one update from this rank's micro-batches. Return this rank's sums and the global gradient norm.
 
         `before_update` is called once the gradient is there. `count_zeros` has `zeros` tell how many of the whole
         gradient's elements are 0, padding of the vocabulary aside.
@@ -241,8 +295,8 @@ class Trainer:
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
         if before_update is not None:
             before_update()
-        for one in (self.optimizer, *self.optimizer.chained_optimizers):
-            one.config.log_num_zeros_in_grad = count_zeros
+        for optimizer in (self.optimizer, *self.optimizer.chained_optimizers):
+            optimizer.config.log_num_zeros_in_grad = count_zeros
         _, norm, zeros = self.optimizer.step()
         self.zeros = int(zeros) - self._padding if count_zeros else None
         self.clock.mark("update")
@@ -250,7 +304,7 @@ class Trainer:
 
 
 def _offloading(engine: Engine) -> dict[str, Any]:
-    """Fields of OptimizerConfig for state in host memory. Without: mcore's defaults."""
+    """Return the fields of OptimizerConfig that put state in host memory; none where mcore's defaults do."""
     if not engine.offload_optimizer:
         return {}
     return dict(
@@ -262,17 +316,22 @@ def _offloading(engine: Engine) -> dict[str, Any]:
 
 
 class _Parallel(DistributedDataParallel):
-    """mcore's, but what it hooks onto gradients does not keep it: such a cycle, half of it in C++, is never collected,
-    and each of its process groups has threads that poll."""
+    """mcore's wrapper, but for what it hooks onto gradients, which here does not keep the wrapper alive.
+
+    Such a cycle, half of it in C++, is never collected, and each of its process groups has threads that poll.
+    """
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable:
         return DistributedDataParallel._make_backward_post_hook(weakref.proxy(self), param)
 
 
 def _count_padding(model: DistributedDataParallel) -> None:
-    """Without it the optimizer's state is loaded shifted where a buffer has several buckets, as with tied
-    embeddings in a pipeline: mcore concatenates the buckets without their padding, then cuts parameters out at places
-    that count it (distrib_optimizer.py:1118,1498)."""
+    """Have mcore count the padding of buckets where it loads the optimizer's state.
+
+    Without, the state is loaded shifted where a buffer has several buckets, as with tied embeddings in a pipeline:
+    mcore concatenates the buckets without their padding, then cuts parameters out at places that count it
+    (distrib_optimizer.py:1118,1498).
+    """
     for buffer in [*model.buffers, *model.expert_parallel_buffers]:
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_tools.base import durable
 from data_tools.progress import Progress, Stop, Stopped
 from data_tools.tasks.mix import Draw
@@ -19,10 +21,10 @@ from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.parallel.ranks import is_writer
 from megatron_ext.rl import journal
 from megatron_ext.rl.collect import Collector
-from megatron_ext.rl.fruit import all_failed, failed_verdicts
-from megatron_ext.rl.prompts import Listed, Texts, all_of, mix_scorer, turns_of
+from megatron_ext.rl.prompts import Listed, Texts, all_of, mix_scorer, prompts_of, stop_ids_of, turns_of
 from megatron_ext.rl.samples import Sample
-from megatron_ext.rl.session import prompts_of, stop_ids_of
+from megatron_ext.rl.settings import GenerateSettings
+from megatron_ext.rl.untrained import all_failed, failed_verdicts
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.weights.checkpoint import from_rank_zero
 
@@ -31,51 +33,71 @@ _PROMPTS_TO_TELL = 16  # that a task's verifier is broken
 
 
 def run(
-    config: Any, folder: ModelFolder, identity: dict[str, Any], keep: Path, index: int, count: int, progress: Progress,
-    stop: Stop, load: Callable[[], Any],
-) -> list[Path]:  # fmt: skip
-    """The files of samples of element `index` of `count`, in the order of its prompts; for rank 0 to read.
+    config: GenerateSettings,
+    folder: ModelFolder,
+    keep: Path,
+    load: Callable[[], torch.nn.Module],
+    *,
+    identity: dict[str, Any],
+    index: int,
+    count: int,
+    progress: Progress,
+    stop: Stop,
+) -> list[Path]:
+    """Return the files of samples of element `index` of `count`, in the order of its prompts; for rank 0 to read.
 
-    `config` is entrypoints.generate.Config; the ranks are started. `load` gives the model, once it is needed.
+    The ranks are started. `load` gives the model, once it is needed. Raises Stopped, on every rank, once any was asked
+    to stop: what was drawn is recorded, and it says which part of the prompts that is.
     """
     tokenizer, mix, encoding = prompts_of(config, folder)
     if is_writer():
         keep.mkdir(parents=True, exist_ok=True)
         durable.write_json(keep / RECORDS, mix.counts())
-    mine = all_of(mix, list(mix.items))[index::count]
-    prompts = Listed(mine, *encoding)
-    names = [draw.item.uid for draw in mine]
-    named = {**identity, "prompts": names, "scoring": mix.scoring(mine), "chunk": config.chunk}
+    draws = all_of(mix, list(mix.items))[index::count]
+    prompts = Listed(draws, encoding)
+    names = [draw.item.uid for draw in draws]
+    named = {**identity, "prompts": names, "scoring": mix.scoring(draws), "chunk": config.chunk}
     key = durable.sha256_bytes(durable.canonical_json(named))
     stop_ids = stop_ids_of(folder, tokenizer)
     texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
 
     def line(sample: Sample) -> str:
         place = index + sample.item * count
-        return json.dumps(_row(sample, mine, place, texts, config.seed, folder, outcomes), ensure_ascii=False)
+        return json.dumps(
+            _row(sample, draws, place, texts, seed=config.seed, folder=folder, outcomes=outcomes), ensure_ascii=False
+        )
 
-    starts = range(0, len(mine), config.chunk)
+    starts = range(0, len(draws), config.chunk)
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]
     made = from_rank_zero([path.is_file() for path in files])
     with mix_scorer(mix.entries, config.verifiers, config.verify_limit_s, wanted=not all(made)) as scorer:
         collector: Collector | None = None
         for number, (start, path) in enumerate(zip(starts, files)):
-            stop_at = min(start + config.chunk, len(mine))
+            stop_at = min(start + config.chunk, len(draws))
             if not made[number]:
                 if collector is None:
-                    engine = Engine(load(), config.engine, config.seed, stop_ids, tokenizer.decode)
                     collector = Collector(
-                        engine, prompts, scorer, texts.spell, config.sampling, config.samples, keep / "rollouts", key,
-                        config.record_s, stop, turns=turns_of(mix, scorer, texts), model=config.model,
-                    )  # fmt: skip
+                        Engine(load(), config.engine, config.seed, stop_ids, detokenize=tokenizer.decode),
+                        prompts,
+                        scorer,
+                        texts.spell,
+                        sampling=config.sampling,
+                        group=config.samples,
+                        root=keep / "rollouts",
+                        identity=key,
+                        flush_s=config.record_s,
+                        stop=stop,
+                        turns=turns_of(mix, scorer, texts),
+                        model=config.model,
+                    )
                 collector.begin(number)
                 try:
                     samples = collector.collect(range(start, stop_at))
                 except Stopped as stopped:
                     done = start + (stop_at - start) * stopped.done / (stopped.total + 1)
-                    raise Stopped(done, len(mine), "prompt") from None
+                    raise Stopped(done, len(draws), "prompt") from None
                 collector.close()
-                if failed := _failed_entry(samples, mine):
+                if failed := _failed_entry(samples, draws):
                     name, theirs = failed
                     if is_writer():
                         journal.drop_failures(keep / "rollouts", number, key)
@@ -84,7 +106,7 @@ def run(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     durable.write_file(path, "".join(f"{line(sample)}\n" for sample in samples))
                     journal.forget(keep / "rollouts", number + 1)
-            progress(stop_at, len(mine), "prompts")
+            progress(stop_at, len(draws), "prompts")
     return files
 
 
@@ -105,9 +127,9 @@ def _failed_entry(samples: list[Sample], draws: list[Draw]) -> tuple[str, list[S
 
 
 def _row(
-    sample: Sample, draws: list[Draw], place: int, texts: Texts, seed: int, folder: ModelFolder, outcomes: Outcomes
+    sample: Sample, draws: list[Draw], place: int, texts: Texts, *, seed: int, folder: ModelFolder, outcomes: Outcomes
 ) -> dict[str, Any]:
-    """One line of what rejection reads; `place` is the prompt's among all elements'."""
+    """Return one line of what rejection reads; `place` is the prompt's among all elements'."""
     draw, tokens = draws[sample.item], sample.tokens.tolist()
     prompt, best = draw.item.prompt, outcomes.best(draw.entry, draw.item)
     return {

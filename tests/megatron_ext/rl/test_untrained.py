@@ -1,4 +1,4 @@
-"""A run that trains nothing is no success: it says so, with counts and the commonest reason, as early as that is sure."""
+"""A run that trains nothing is no success: it says so, with counts and the commonest reason, as early as it is sure."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,12 @@ import pytest
 from data_tools.mistake import UserMistake
 from data_tools.tasks.rewards import NOT_SCORABLE
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.rl import grpo
-from megatron_ext.rl.fruit import told
+from megatron_ext.rl.position import Position
 from megatron_ext.rl.samples import Batch, Sample, batch_of
 from megatron_ext.rl.settings import Advantage, Rewarding
-from megatron_ext.training.trainer import NonFinite
+from megatron_ext.rl.untrained import told
+from megatron_ext.rl.updates import check_advantages, remedy
+from megatron_ext.training.update import NonFinite
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rl import toy
 
@@ -82,19 +83,19 @@ def test_what_was_sampled_for_failed_verdicts_is_scored_anew_and_the_run_ends_as
 
 
 def test_ten_steps_of_failed_verdicts_end_a_run_and_fewer_do_not():
-    def after(*broken: bool) -> grpo.Position:
-        position = grpo.Position()
+    def after(*broken: bool) -> Position:
+        position = Position()
         for failed in broken:
             drawn = [Sample(0, 0, (1,), numpy.zeros(1, numpy.int32), numpy.zeros(1, numpy.float32), "stop",
                             None if failed else 1.0, note="KeyError: 1" if failed else "")]  # fmt: skip
             batch = batch_of(drawn, set(), Advantage(), Rewarding(), 8)
-            position.after(drawn, batch, Rewarding(), grpo.Update(), {"reward": None})
+            position.count(drawn, batch, Rewarding(), updates=0, line={"reward": None})
         return position
 
     assert after(True).is_broken and not after(False).is_broken and not after(False, True).is_broken
     assert not after(False, *[True] * 9).is_broken and after(False, *[True] * 10).is_broken
     assert not after(*[False, *[True] * 9] * 2).is_broken
-    resumed = grpo.Position.read({"cursor": 4, "trained_samples": 7, "samples": 9})  # of before these were counted
+    resumed = Position.read({"cursor": 4, "trained_samples": 7, "samples": 9})  # of before these were counted
     assert resumed.signal == 7 and not resumed.is_broken
 
 
@@ -108,8 +109,8 @@ def batch_of_rewards(*rewards: float) -> Batch:
 def test_what_overflows_is_named_with_its_own_remedy():
     for rewards in ((1e308, -1e308), (3.4e38, -3.4e38, -3.4e38)):  # as sums of terms and penalties may come to
         with pytest.raises(NonFinite, match="step 2: of prompt 3's rewards from -.*e.* to .*e.* float32 holds no adv"):
-            grpo._check_advantages(batch_of_rewards(*rewards), 2)
-    grpo._check_advantages(batch_of_rewards(1e30, -1e30), 2)
+            check_advantages(batch_of_rewards(*rewards), 2)
+    check_advantages(batch_of_rewards(1e30, -1e30), 2)
     plain = batch_of_rewards(1.0, 0.0)
     said = {
         "Advantages are up to 1e+30: scale the rewards": ({"max_log_ratio": 50.0}, batch_of_rewards(1e30, -1e30)),
@@ -118,7 +119,7 @@ def test_what_overflows_is_named_with_its_own_remedy():
         "Lower lr or raise warmup_steps": ({"max_log_ratio": 1.0}, plain),
     }
     for words, (measures, batch) in said.items():
-        assert grpo._remedy(measures, batch).startswith(words)
+        assert remedy(measures, batch).startswith(words)
 
 
 def test_a_headline_counts_what_was_not_trained():

@@ -28,15 +28,15 @@ class NothingTrained(UserMistake):
     """A run whose samples taught nothing."""
 
 
-def untrained(drawn: Sequence[Sample], batch: Batch, rewarding: Rewarding) -> Counter[str]:
+def count(drawn: Sequence[Sample], batch: Batch, rewarding: Rewarding) -> Counter[str]:
     """Return how many of a step's samples were not trained, by category: a sample is in one."""
     trained = {sample.key for sample, good in zip(batch.samples, batch.trained) if good}
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for sample in drawn:
         if sample.key not in trained:
             cut = rewarding.mask_truncated and sample.is_truncated
-            found["unscorable" if sample.reward is None else "cut_off" if cut else "equal"] += 1
-    return found
+            counts["unscorable" if sample.reward is None else "cut_off" if cut else "equal"] += 1
+    return counts
 
 
 def all_failed(drawn: Sequence[Sample]) -> bool:
@@ -83,6 +83,6 @@ def nothing_trained(counts: Mapping[str, int], reasons: Mapping[str, int], sampl
         parts = [f"{counts[name]:,} {what}" for name, what in CATEGORIES.items() if counts.get(name)]
     why = f", commonest reason: {commonest(reasons)}" if reasons and counts.get("unscorable") else ""
     return NothingTrained(
-        f"nothing was trained in {steps:,} steps: of {samples:,} samples {', '.join(parts)}{why}. The weights are those "
-        f"that it began with; {_REMEDIES[most]}"
+        f"nothing was trained in {steps:,} steps: of {samples:,} samples {', '.join(parts)}{why}. The weights are "
+        f"those that it began with; {_REMEDIES[most]}"
     )

@@ -1,0 +1,192 @@
+"""In-place GRPO: its step in the training loop (training/loop.py).
+
+A step takes the next prompts of a seeded order, samples a group of completions of each with the weights in training,
+asks for their rewards while others still run, turns them into advantages, packs what is to be trained into rows, and
+makes one or several updates. A step's rollouts are used by that step alone. Denominators count the whole global batch.
+
+What resumes: weights, optimizer and RNG from a checkpoint, the order of prompts from its position, and the rollouts of
+the steps after it from the journal (rl/journal.py): every sample is trained once.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from data_tools.progress import Progress, Stop, Stopped, silent
+from megatron_ext.rl import journal, report, untrained
+from megatron_ext.rl.collect import Collector
+from megatron_ext.rl.position import Position
+from megatron_ext.rl.samples import Sample, batch_of, kept_items
+from megatron_ext.rl.settings import GrpoSettings
+from megatron_ext.rl.updates import Reference, check_advantages, packed_minibatches, remedy, update
+from megatron_ext.training.loop import Loop, Trained
+from megatron_ext.training.update import Trainer
+from megatron_ext.weights import checkpoint
+
+ROLLOUTS, SAMPLES = "rollouts", "samples"
+
+Evaluate = Callable[[int], dict[str, Any]]  # from the step whose weights are evaluated, to what metrics say of them
+Spell = Callable[[Sample], dict[str, Any]]  # from a sample, to its texts for the log
+
+
+def no_texts(sample: Sample) -> dict[str, Any]:
+    """Log token counts alone."""
+    return {}
+
+
+@dataclass(frozen=True)
+class GrpoTrained(Trained):
+    """Facts about a finished training, the same on every rank."""
+
+    position: Position
+
+
+def train(
+    trainer: Trainer,
+    collector: Collector,
+    settings: GrpoSettings,
+    keep: Path,
+    *,
+    identity: dict[str, Any],
+    stop: Stop,
+    progress: Progress = silent,
+    reference: Reference | None = None,
+    evaluate: Evaluate | None = None,
+    spell: Spell = no_texts,
+) -> GrpoTrained:
+    """Train to the end of the schedule, as Loop.run does.
+
+    `reference` gives the log-probs of rows for the KL term, on every rank. `evaluate(step)` is called on every rank;
+    it may raise Stopped on all of them. `spell` gives the texts of a sample for the log.
+    """
+    step = GrpoStep(trainer, collector, settings, keep, reference=reference, evaluate=evaluate, spell=spell)
+    loop = Loop(step, trainer, settings, keep, steps=settings.steps, identity=identity, progress=progress, stop=stop)
+    return GrpoTrained(**vars(loop.run()), position=step.reached)
+
+
+class GrpoStep:
+    """Rollouts of some prompts and the updates that they are for: a TrainingStep."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        collector: Collector,
+        settings: GrpoSettings,
+        keep: Path,
+        *,
+        reference: Reference | None,
+        evaluate: Evaluate | None,
+        spell: Spell,
+    ):
+        self.trainer, self.collector, self.settings, self.keep = trainer, collector, settings, keep
+        self.reference, self.evaluate, self.spell = reference, evaluate, spell
+        self.schedule = settings.rate_schedule()
+        self.reached = Position()
+        self.drawn: list[Sample] = []  # of the last step
+
+    def begin(self, loop: Loop, position: dict[str, Any] | None) -> None:
+        if position is not None:
+            self.reached = Position.read(position)
+
+    def is_over(self) -> bool:
+        return False
+
+    def make(self, loop: Loop) -> str:
+        settings, k, step = self.settings, loop.done, loop.done + 1
+        self._evaluate_if_due(loop)
+        times = report.StepTimes()
+        drawn, kept = self._draw(k)
+        batch = batch_of(
+            drawn, kept, settings.advantage, rewarding=settings.rewarding, limit=settings.sampling.max_tokens
+        )
+        check_advantages(batch, step)
+        parts = packed_minibatches(batch, settings, k, self.trainer.plan)
+        rate = self.schedule.rate(k)
+        with times.of("train"):
+            made = update(
+                self.trainer,
+                parts,
+                settings,
+                rate=rate,
+                mismatch=self.reached.mismatch,
+                reference=self.reference,
+                send_vote=loop.vote.send,
+            )
+        if not made.is_finite:
+            raise loop.non_finite(f"the gradient norm is {made.norm:g}", rate, remedy(made.measures, batch))
+        line = report.measured(drawn, batch, kept, made)
+        self.reached.count(drawn, batch, settings.rewarding, updates=made.updates, line=line)
+        if settings.log_samples and dist.get_rank() == 0:
+            report.write_samples(
+                self.keep / SAMPLES, step, drawn, batch, differences=made.differences, spell=self.spell
+            )
+        times.seconds.update(self.collector.seconds)
+        speeds = report.speeds(drawn, made, self.collector, times)
+        loop.metrics.append({"step": step, "lr": rate, **line, **speeds})
+        reward = "no reward" if line["reward"] is None else f"reward {line['reward']:.3f}, lr {rate:.2e}"
+        return reward if batch.trained.any() else f"{reward}, no sample trained"
+
+    def _draw(self, k: int) -> tuple[list[Sample], set[int]]:
+        """Return the samples of step `k` and the prompts that are kept. Stopped tells which share of it is recorded."""
+        self.collector.begin(k)
+        try:
+            with self.trainer.offloaded(self.settings.offload):
+                self.drawn, kept = draw(self.collector, self.settings, self.reached)
+        except Stopped as stopped:
+            samples = (1 + self.settings.refill_tries) * self.settings.prompts * self.collector.group
+            raise Stopped(stopped.done / (samples * self.settings.sampling.max_tokens + 1), 1) from None
+        self.collector.close()
+        return self.drawn, kept
+
+    def after(self, loop: Loop) -> None:
+        if self.reached.is_broken:
+            rollouts = self.keep / ROLLOUTS
+            if dist.get_rank() == 0:
+                for step in journal.steps(rollouts):
+                    journal.drop_failures(rollouts, step, self.collector.identity)
+            raise untrained.failed_verdicts(self.drawn, f"step {loop.done}")
+        if loop.done == loop.steps:
+            self._evaluate_if_due(loop)
+
+    def _evaluate_if_due(self, loop: Loop) -> None:
+        """Evaluate the weights of step `loop.done`, as settings.evaluation wants it."""
+        every, step = self.settings.evaluation.every, loop.done
+        due = every > 0 and (step % every == 0 or step == loop.steps)
+        if self.evaluate is not None and due and self.reached.evaluated < step:
+            loop.metrics.append({"step": step, "evaluation": self.evaluate(step)})
+            self.reached.evaluated = step
+            loop.watch.move()
+
+    def position(self) -> dict[str, Any]:
+        return asdict(self.reached)
+
+    def published(self, loop: Loop, seconds: float) -> None:
+        if dist.get_rank() == 0:  # what a retained checkpoint may be gone on with from; one under way comes on top
+            oldest = min(checkpoint.steps(loop.checkpoints), default=0)
+            journal.forget(self.keep / ROLLOUTS, oldest)
+
+    def finish(self, loop: Loop) -> None:
+        reached, loss = self.reached, self.settings.loss
+        if not reached.signal and not (reached.trained_samples and (loss.kl_beta or loss.entropy)):
+            raise untrained.nothing_trained(
+                reached.untrained, reached.reasons, samples=reached.samples, steps=loop.steps
+            )
+
+
+def draw(collector: Collector, settings: GrpoSettings, position: Position) -> tuple[list[Sample], set[int]]:
+    """Return all samples of a step, and the prompts that are kept; move the cursor on."""
+    drawn: list[Sample] = []
+    kept: set[int] = set()
+    cursor = position.cursor
+    for _ in range(1 + settings.refill_tries):
+        missing = settings.prompts - len(kept)
+        if not missing:
+            break
+        drawn += collector.collect(range(cursor, cursor + missing))
+        cursor += missing
+        kept = kept_items(drawn, settings.advantage, settings.rewarding, settings.sampling.max_tokens)
+    position.cursor = cursor  # only now: who stops in between begins the step anew
+    return drawn, kept
