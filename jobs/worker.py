@@ -61,7 +61,8 @@ from jobs.secrets import Secrets, commands_among, read_values, reveal
 from jobs.task import Task
 from slurm.client import Slurm, SlurmError
 from slurm.printed import ENDED_STATES
-from slurm.profile import Profile, load
+from slurm.profile.files import load
+from slurm.profile.schema import Profile
 
 ASK_LIMIT_S = 10.0  # for one question to Slurm by a worker that has to leave soon
 TAKEN_OVER = "a newer attempt took this element over"

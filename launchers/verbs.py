@@ -384,13 +384,13 @@ def do_cancel(args: argparse.Namespace) -> int:
 
 
 def _dev_cluster(args: argparse.Namespace):
-    from slurm.dev import devcluster
+    from slurm.dev import cluster as devcluster
 
     return devcluster.DevCluster(args.prefix or devcluster.default_prefix())
 
 
 def do_cluster_up(args: argparse.Namespace) -> int:
-    from slurm.dev import devcluster
+    from slurm.dev import cluster as devcluster
 
     prefix = args.prefix or devcluster.default_prefix()
     cluster = devcluster.up(prefix, args.nodes, args.gpus_per_node, accounting=args.dbd)

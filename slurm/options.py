@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from data_tools.mistake import Problem
-from slurm.profile import Profile
+from slurm.profile.schema import Profile
 
 _OWN_LOG = "each element's log has its place in the run, where `afterok logs` and `why` read it"
 _SAYS_ROLE = "say it in the role, or in a phase's resources"

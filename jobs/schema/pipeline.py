@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import Problem, UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
-from slurm.profile import Request
+from slurm.profile.schema import Request
 
 NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}\Z")  # not $, which a newline may follow
 PARAM = re.compile(r"^\$\{params\.([A-Za-z0-9_]+)\}$")

@@ -34,7 +34,8 @@ from launchers.planning.plan import PlannedPhase
 from slurm.client import Slurm, SlurmError
 from slurm.detect import Cluster
 from slurm.printed import QueueRow, format_indices, parse_indices
-from slurm.profile import Profile, contact_note
+from slurm.profile.check import contact_note
+from slurm.profile.schema import Profile
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]

@@ -42,7 +42,7 @@ from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
 from launchers.submission.transaction import request_of
 from slurm.client import scrubbed_environment
-from slurm.profile import load
+from slurm.profile.files import load
 
 POLL_S = 0.05
 KILL_AFTER_S = 30.0  # between TERM and KILL of a cancelled worker, for its checkpoint; Slurm's own default

@@ -1,6 +1,6 @@
 """The shell lines before a phase's command, run by the batch script outside any container.
 
-The order is that of slurm.profile.Env: set, modules, setup, ours (`forward` came with the job, secrets are read by the
+The order is that of slurm.profile.schema.Env: set, modules, setup, ours (`forward` came with the job, secrets are read by the
 worker). The admin's lines run under bash's default options and ours under strict ones: conda's activation reads unset
 variables, and a `grep` without a match is no failure of a line that goes on.
 """
@@ -8,7 +8,7 @@ variables, and a `grep` without a match is no failure of a line that goes on.
 import shlex
 from pathlib import Path
 
-from slurm.profile import Env, Profile
+from slurm.profile.schema import Env, Profile
 
 STRICT, DEFAULTS = "set -euo pipefail", "set +euo pipefail"
 # How the log tells of them; launchers/causes/evidence.py reads it.

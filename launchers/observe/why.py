@@ -17,7 +17,8 @@ from launchers.observe.status import Element, Look, look_at, open_elements, scri
 from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import SlurmError
 from slurm.printed import format_indices
-from slurm.profile import contact_note, load
+from slurm.profile.check import contact_note
+from slurm.profile.files import load
 
 TAIL_BYTES = 1 << 16  # of a log; a traceback of many ranks fits
 MAX_ASKED = 8  # elements of a phase whose end is asked of scontrol one by one; the rest are judged by their logs

@@ -26,9 +26,10 @@ from launchers.planning.snapshot import code_changes, code_digests, code_of, fin
 from slurm.detect import Cluster, can_requeue
 from slurm.options import own_setting_problems
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
-from slurm.profile import Request, Resources, contact_note, forwarding_notes, forwarding_problems
-from slurm.profile import check as check_request
-from slurm.profile import resolve as resolve_request
+from slurm.profile.check import check as check_request
+from slurm.profile.check import contact_note, forwarding_notes, forwarding_problems
+from slurm.profile.resolve import resolve as resolve_request
+from slurm.profile.schema import Request, Resources
 
 RUNS = ("run", "rerun")
 REASONS = 3  # seals of one phase that do not stand: so many are named

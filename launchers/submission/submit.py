@@ -36,7 +36,7 @@ from launchers.submission.transaction import (
 )
 from slurm.detect import Cluster, find_cluster
 from slurm.printed import format_indices
-from slurm.profile import to_yaml
+from slurm.profile.files import to_yaml
 
 LEAVING_S = 10.0  # how long a job may take to leave once its work is sealed
 

@@ -9,7 +9,7 @@ from launchers.backends.executor import PhaseExecutor, dependency, never_startin
 from launchers.planning.plan import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
-from slurm.profile import load
+from slurm.profile.files import load
 from tests.command import write_toy
 
 GOLDEN = """#!/bin/bash
