@@ -1,7 +1,7 @@
 """What the toolkit sets itself: options of sbatch and srun, and variables, that a profile must not set a second time.
 
-Names: `man sbatch` and `man srun` of Slurm 22.05, short forms and synonyms included. Slurm takes the last of several, and
-any unambiguous beginning of a long name, so that `outp` would be `output`.
+Names: `man sbatch` and `man srun` of Slurm 22.05, short forms and synonyms included. Slurm takes the last of several,
+and any unambiguous beginning of a long name, so that `outp` would be `output`.
 """
 
 import re

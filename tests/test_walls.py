@@ -49,7 +49,10 @@ PLANNED_WITH = (
     "parallel/rules.py",
     "parallel/shape.py",
     "parallel/calibration.py",
-    "preflight/planner.py",
+    "preflight/facts.py",
+    "preflight/memory.py",
+    "preflight/flops.py",
+    "preflight/search.py",
 )
 PLANNING = [ROOT / "megatron_ext" / name for name in PLANNED_WITH]
 

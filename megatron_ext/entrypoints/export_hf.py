@@ -18,7 +18,7 @@ from data_tools.progress import Progress, silent
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.plan import Site
-from megatron_ext.preflight import preflight
+from megatron_ext.preflight import facts
 
 ADAPTERS = ("merged", "peft")
 
@@ -40,7 +40,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("dtype", f"{config.dtype!r} is none of {', '.join(DTYPES)}"))
     if config.adapter not in ADAPTERS:
         problems.append(Problem("adapter", f"unknown value {config.adapter!r}{nearest(config.adapter, ADAPTERS)}"))
-    problems += _check_peft(config, *preflight.model_adapter(config.model, site or Site(ranks)))
+    problems += _check_peft(config, *facts.model_adapter(config.model, site or Site(ranks)))
     if ranks != 1:
         problems.append(Problem("", f"export_hf runs on 1 rank, not {ranks}"))
     return problems

@@ -21,8 +21,8 @@ from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.plan import DEGREES, ParallelPlan, Site
 from megatron_ext.parallel.shape import MAMBA, MOE, count_blocks
-from megatron_ext.preflight import preflight
-from megatron_ext.preflight.planner import Training
+from megatron_ext.preflight import facts, refusals, tables
+from megatron_ext.preflight.facts import Training
 from megatron_ext.rl.settings import (
     OLD_LOGPROBS,
     Advantage,
@@ -112,7 +112,7 @@ def _schedule(config: Config) -> schedules.Schedule:
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """A row of `row_tokens` in place of a pack; documents are aligned as the plan needs it."""
-    training, problems = preflight.prepare(config.model, "", 1, config.dtype, config.backend, site)
+    training, problems = facts.prepare(config.model, "", 1, config.dtype, config.backend, site)
     workload = replace(training.workload, pack_length=None, global_batch=None)
     return replace(training, workload=workload, lora=config.lora), problems
 
@@ -149,7 +149,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     site = site or Site(ranks)
     training, found = _training(config, site)
-    adapter = preflight.model_adapter(config.model, site)[1] if config.model else None
+    adapter = facts.model_adapter(config.model, site)[1] if config.model else None
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
     problems += check_room(_room(config, training), config.engine)
     if training.shape is not None:
@@ -159,7 +159,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
             problems.append(Problem("sampling.max_tokens", message))
         blocks = count_blocks(training.shape.layers)
         problems += check_graphs(config.engine, bool(blocks[MOE]), bool(blocks[MAMBA]), config.parallel.pipeline)
-    return problems + found + preflight.check(config.parallel, training, site)
+    return problems + found + refusals.check(config.parallel, training, site)
 
 
 def _room(config: Config, training: Training) -> Room | None:
@@ -201,9 +201,9 @@ def _recorded_notes(config: Config) -> list[str]:
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """What the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory holds."""
+    """What the parallel plan costs, its rank grid, others (tables.report), and what the rollouts' memory holds."""
     training = _training(config, site)[0]
-    report = preflight.report(config.parallel, training, site, searching)
+    report = tables.report(config.parallel, training, site, searching)
     found = _room(config, training)
     if found is not None:
         report["facts"]["rollout"] = asdict(found) | {"samples": found.samples}
@@ -214,7 +214,7 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """What the model folder of a run will hold, known before it ran."""
-    return preflight.forecast(config.model, config.lora, site)
+    return facts.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:

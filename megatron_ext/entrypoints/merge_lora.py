@@ -12,7 +12,7 @@ from typing import Any
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.parallel.plan import Site
-from megatron_ext.preflight import preflight
+from megatron_ext.preflight import facts
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Config:
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
     problems = []
-    known, adapter = preflight.model_adapter(config.model, site or Site(ranks))
+    known, adapter = facts.model_adapter(config.model, site or Site(ranks))
     if not config.model:
         problems.append(Problem("model", "is missing: a model folder that sft or grpo made with lora"))
     elif known and adapter is None:

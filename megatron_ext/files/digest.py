@@ -1,8 +1,8 @@
 """A digest that names a set of weights, whatever the layout of the ranks that hold them.
 
-A tensor's sum is Σ bits · A(row) · B(column) mod 2^64: `bits` are an element's raw bits read as a signed integer,
-the row counts all dimensions but the last of the whole tensor, and A and B are odd pseudo-random numbers. It adds up
-over shards, any changed, swapped or moved element changes it (a multilinear hash: Carter & Wegman 1979), and it costs one
+A tensor's sum is Σ bits · A(row) · B(column) mod 2^64: `bits` are an element's raw bits read as a signed integer, the
+row counts all dimensions but the last of the whole tensor, and A and B are odd pseudo-random numbers. It adds up over
+shards, any changed, swapped or moved element changes it (a multilinear hash: Carter & Wegman 1979), and it costs one
 multiplication an element, so that conversion and checkpoints can afford it for every tensor. It does not withstand
 somebody who forges weights: seals have SHA-256 for that.
 """

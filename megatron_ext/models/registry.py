@@ -96,7 +96,7 @@ def parse_config(config: Any, where: str) -> tuple[Family | None, Any, list[Prob
     """The same of a parsed config.json that lies, or will lie, at `where`."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in MODEL_TYPES:
-        return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), MODEL_TYPES))]
+        return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), list(MODEL_TYPES)))]
     family = Family(MODEL_TYPES[kind])
     dims, problems = family.config.read(config, where)
     if dims is not None and (problems := [Problem(where, message) for message in lost(config, family, dims)]):

@@ -147,7 +147,9 @@ class DevCluster:
         return bool(self._record()) and all(self.alive(name) for name in self.daemons)
 
     def status(self) -> dict[str, Any]:
-        """Return, ready for JSON: prefix, conf, up, shape, settings, daemons (pid, alive), nodes (name: Slurm's state word)."""
+        """Return, ready for JSON: prefix, conf, up, shape, settings, daemons (pid, alive), nodes (name: Slurm's state
+        word).
+        """
         known = self._record()
         states: dict[str, str] = {}
         if self.is_up():
@@ -285,7 +287,9 @@ class DevCluster:
         return Process(*daemon) if daemon else None
 
     def _daemon_env(self, name: str) -> dict[str, str]:
-        """Return a daemon's environment: nothing of the user's shell, so no secret of it and nothing that differs next time."""
+        """Return a daemon's environment: nothing of the user's shell, so no secret of it and nothing that differs next
+        time.
+        """
         env = {"PATH": _search_path(), "SLURM_CONF": str(self.conf), "LC_ALL": "C.UTF-8"}
         # slurmdbd has no setting for the database's socket
         return env | {"MYSQL_UNIX_PORT": f"{self.prefix}/run/mysql.sock"} if name == "slurmdbd" else env

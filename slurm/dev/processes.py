@@ -22,7 +22,9 @@ class Process:
 
     @classmethod
     def of(cls, pid: int) -> "Process | None":
-        """Return the process now under `pid`; None when there is none or only a zombie (pid 1 of a container may not reap)."""
+        """Return the process now under `pid`; None when there is none or only a zombie (pid 1 of a container may not
+        reap).
+        """
         try:
             # the name in parentheses may hold anything; fields after it: state is 0, starttime 19 (proc(5))
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,7 +1,7 @@
 """Which file a cluster profile is, and how it is read; and the profile made from the live cluster where there is none.
 
-Files are not read by OmegaConf: its reader takes the time 1:30:00 for the number 5400 and stops at the first error. yaml
-is imported where it is used: `afterok --help` must not pay for it.
+Files are not read by OmegaConf: its reader takes the time 1:30:00 for the number 5400 and stops at the first error.
+yaml is imported where it is used: `afterok --help` must not pay for it.
 """
 
 import dataclasses

@@ -63,8 +63,8 @@ class Role:
 class Env:
     """What a job's environment is made of, in this order: `forward`, `set`, `modules`, `setup`, our own, `secrets`.
 
-    Each sees what those before it made, and may change it. `modules` are loaded with `module load`, one after the other;
-    a batch shell that has no `module` gets it from where Environment Modules and Lmod are installed (launchers/
+    Each sees what those before it made, and may change it. `modules` are loaded with `module load`, one after the
+    other; a batch shell that has no `module` gets it from where Environment Modules and Lmod are installed (launchers/
     shell_lines.py), and one that is not loaded ends the job. `setup` are lines of one shell script, run under bash's
     default options, so without -e, -u and pipefail: a command of theirs that fails is told in the job's log and does
     not end it, `exit` does. Our own are PYTHONPATH, PYTHONSAFEPATH, PYTHONUNBUFFERED, MASTER_ADDR and MASTER_PORT.
