@@ -6,7 +6,7 @@
 * one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu".
 
 On a machine with CUDA nothing is patched. Everything else in the package asks `device()` and `backend()`, or is a
-layer spec or a kernel. Measured list of what megatron-core needs: reference/megatron_cpu.md, section 2.
+layer spec or a kernel.
 """
 
 import contextlib
@@ -389,7 +389,10 @@ def backend() -> str:
 
 
 def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`run` as one CUDA graph: reads the memory that `run` reads, gives the same tensor each time. On CPU `run` itself."""
+    """Record `run` as one CUDA graph, which reads the memory that `run` reads and gives the same tensor each time.
+
+    On CPU it is `run` itself.
+    """
     if is_cpu():
         return run
     aside = torch.cuda.Stream()

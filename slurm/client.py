@@ -295,7 +295,7 @@ class Slurm:
         self.run(["scontrol", "update", f"jobid={element}", f"excnodelist={nodes}"])
 
     def sbatch(self, arguments: Sequence[str]) -> str:
-        """Submit; gives the new job's id. An error that `is_silence` leaves open whether it exists: look for its name."""
+        """Submit a job; return its id. An error that `is_silence` leaves open whether it exists: look for its name."""
         command = ["sbatch", "--parsable", *arguments]
         printed = self.run(command)
         job = submitted_id(printed)

@@ -89,7 +89,10 @@ def find_cluster(choice: str = "auto") -> Cluster:
 
 
 def can_requeue(cluster: Cluster, partition: str | None) -> bool:
-    """Whether a job there that was stopped or preempted may run again under its id: the profile's word, else Slurm's."""
+    """Return whether a job there that was stopped or preempted may run again under its id.
+
+    The profile's word counts, and Slurm's where it has none.
+    """
     said = cluster.profile.partitions.get(partition or "", Partition()).requeue
     if said is not None or partition is None:
         return said is not False

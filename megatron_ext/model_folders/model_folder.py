@@ -1,6 +1,6 @@
 """A model folder: the unit that phases pass to each other.
 
-    model.json    family, format, step, weights digest, dtype, what config.json means (models/compare.py)
+    model.json    family, format, step, weights digest, dtype, what config.json means (models/config_meaning.py)
     hf/           config.json, generation_config.json, tokenizer files: all but the weights of a Hugging Face folder
     weights/      distributed checkpoint, weights only; any parallel layout loads it
     adapter/      of a model trained with LoRA, in PEFT's format; weights/ are those of its base then
@@ -22,7 +22,7 @@ from data_tools.mistake import Problem, UserMistake
 from megatron_ext.files import step_manifest
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.models.compare import differences, meaning
+from megatron_ext.models.config_meaning import differences, meaning
 from megatron_ext.models.registry import Family, read_config
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.shape import ModelShape

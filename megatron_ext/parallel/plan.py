@@ -4,7 +4,7 @@ Rank order is mcore's "tp-cp-ep-dp-pp" (parallel_state.py): tensor fastest, then
 ranks are counted twice: the dense grid is tensor x context x data x pipeline, the expert grid expert_tensor x expert x
 expert data x pipeline. Expert parallelism is no further factor of the number of ranks.
 
-What is legal: parallel_rules.py.
+What is legal: rules.py.
 """
 
 import math
@@ -166,7 +166,7 @@ def padded_rows(rows: int, tensor: int) -> int:
     """Rows of the vocabulary matrices for `rows` tokens split over `tensor` ranks.
 
     `rows` is the checkpoint's number of rows. No padding where they split evenly, else up to a multiple of
-    8 * tensor, so that a rank's part suits tensor cores (reference/megatron.md 1.6).
+    8 * tensor, so that a rank's part suits tensor cores.
     """
     if rows % tensor == 0:
         return rows
@@ -175,7 +175,7 @@ def padded_rows(rows: int, tensor: int) -> int:
 
 
 def environment(plan: ParallelPlan) -> dict[str, str]:
-    """Variables that every rank must have before CUDA starts (reference/megatron.md 2.8).
+    """Return the variables that every rank must have before CUDA starts.
 
     One hardware queue, so that a collective launched before a kernel also starts before it (Hopper and older).
     """

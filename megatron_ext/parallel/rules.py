@@ -1,8 +1,8 @@
 """What a parallel plan may be, why not, and the nearest value that may. Pure Python.
 
 A rule is a function of plan and workload that says what is wrong. The nearest legal value comes from the rules
-themselves: of a field's candidates the one closest to what was asked that breaks none of them. Rules and their sources:
-reference/megatron.md 2.1 to 2.8, reference/megatron_cpu.md 3.
+themselves: of a field's candidates the one closest to what was asked that breaks none of them. The rules are those that
+megatron-core 0.16.1 asserts (or breaks without an assertion) and those of our own layers.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What `afterok plan --parallel` shows of a parallel plan, as tables: rank grid, memory, predicted step, other plans."""
+"""What `afterok plan --parallel` shows of a parallel plan: rank grid, memory, predicted step and other plans."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace

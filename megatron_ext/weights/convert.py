@@ -44,6 +44,7 @@ from megatron_ext.weights.hf_files import SHARD_BYTES, HfTensors, SafetensorsFil
 
 Shape = tuple[int, ...]
 Changes = Mapping[str, Callable[[], torch.Tensor]]  # what is added to the whole tensors of some rules, by their names
+NO_CHANGES: Changes = {}
 
 LEDGER = "conversion.json"
 SHARE = "share.json"  # what one process tells the one that finishes
@@ -252,7 +253,7 @@ def _export_dtypes(
 
 def export_share(
     weights: Path, rules: Sequence[Rule], base: dict[str, Any], out: Path, dtype: str, index: int, count: int,
-    progress: Progress = silent, shard_bytes: int = SHARD_BYTES, changes: Changes = {},
+    progress: Progress = silent, shard_bytes: int = SHARD_BYTES, changes: Changes = NO_CHANGES,
 ) -> None:  # fmt: skip
     """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives what `_export_dtypes` says.
 

@@ -130,7 +130,7 @@ class DevCluster:
         return ["munged", *(ACCOUNTING_DAEMONS if self.shape.accounting else ()), "slurmctld", *self.nodes]
 
     def env(self) -> dict[str, str]:
-        """Return this process's environment, with Slurm's commands pointed at this cluster and nothing of another one."""
+        """Return this process's environment, in which Slurm's commands mean this cluster, without traces of another."""
         env = scrubbed_environment(os.environ)
         env.pop("SLURM_CONF_SERVER", None)
         return {**env, "SLURM_CONF": str(self.conf), MARK_VARIABLE: str(self.prefix)}

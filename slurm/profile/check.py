@@ -69,7 +69,7 @@ def _limits(profile: Profile, request: Request, where: str) -> list[Problem]:
 
 
 def meaning_problems(profile: Profile, file: str) -> list[Problem]:
-    """Return what types cannot say: names that do not exist, unreadable times, roles beyond their partition's limits."""
+    """Return what types cannot say: unknown names, unreadable times, roles beyond their partition's limits."""
     problems = []
     if profile.kind not in KINDS:
         problems.append(Problem(f"{file}: kind", f"{profile.kind!r} is neither slurm nor local"))
@@ -147,7 +147,7 @@ def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[s
 
 
 def forwarding_problems(profile: Profile, environment: Mapping[str, str]) -> list[Problem]:
-    """Return a problem for each variable that the profile takes from the submitter's environment and that is not set."""
+    """Return a problem for each variable that the profile forwards and the submitter's environment has not."""
     names = {reference[4:]: name for name, reference in profile.env.secrets.items() if reference.startswith("env:")}
     return [
         Problem(

@@ -56,7 +56,7 @@ def find_for_cluster(cluster_name: str) -> Path | None:
 
 
 def find(name_or_path: str) -> Path | None:
-    """Return the file of a profile: a path as it is, a name as NAME.yaml in the search folders; None if there is none."""
+    """Return the file of a profile, None if there is none: a path as it is, a name as NAME.yaml in the folders."""
     path = Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path if path.is_file() else None

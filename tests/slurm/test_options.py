@@ -6,8 +6,8 @@ from slurm.options import RESERVED, SRUN_RESERVED, VARIABLES, option_problems, o
 from slurm.profile.files import load
 from slurm.profile.schema import Env, Partition, Profile, Srun
 
-ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses", "wckey",
-           "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network", "wait-all-nodes")  # fmt: skip
+ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses",
+           "wckey", "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network", "wait-all-nodes")  # fmt: skip
 
 
 def problem_of(key, value="x"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
+from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.parallel.shape import ATTENTION, MLP, ModelShape
 
 

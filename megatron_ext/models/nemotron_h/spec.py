@@ -30,7 +30,7 @@ from megatron_ext.layers.loss_head import SupervisedHybrid
 from megatron_ext.layers.mamba import MambaMixer, MambaMixerSubmodules
 from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
-from megatron_ext.models import common
+from megatron_ext.models import decoder_spec
 from megatron_ext.models.nemotron_h.config import Dims
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
@@ -40,7 +40,7 @@ STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recu
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    return common.configured(
+    return decoder_spec.configured(
         options,
         num_layers=dims.layers,
         hidden_size=dims.hidden,
@@ -59,7 +59,7 @@ def transformer_config(
         mamba_num_groups=dims.mamba_groups or 1,
         mamba_state_dim=dims.mamba_state or 1,
         **(_experts(dims, backend) if "E" in dims.pattern else {}),
-        **common.settings(plan, dtype, backend) | _cuts(plan),
+        **decoder_spec.settings(plan, dtype, backend) | _cuts(plan),
     )
 
 
@@ -198,7 +198,7 @@ def build(
             )
         )
     config = transformer_config(dims, plan, dtype, backend, options)
-    ends = common.ends(virtual_stage)
+    ends = decoder_spec.ends(virtual_stage)
     del ends["vp_stage"]  # hybrid models have no interleaved pipeline
     model = SupervisedHybrid(
         config,

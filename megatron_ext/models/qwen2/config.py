@@ -1,14 +1,14 @@
 """Qwen2 and Qwen2.5, Qwen3 and Llama, dense: what of a Hugging Face config.json we understand. No torch here: checks
 read it too.
 
-Mapping to mcore: reference/megatron.md 1.2. Anything that would change the function and is not understood is refused.
+Its weights: weight_layout.py. Anything that would change the function and is not understood is refused.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
+from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.parallel.shape import ATTENTION, MLP, ModelShape
 
 
@@ -104,8 +104,10 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     elif not kind.head_dim and hidden % heads:
         reading.wrong(f"hidden_size {hidden} does not divide by {heads} attention heads")
     head_dim = head_dim if type(head_dim) is int else kind.head_dim or hidden // heads
-    llama3 = {"llama3": ("factor", *LLAMA3)} if config["model_type"] == "llama" else {}
-    rope = reading.rope({}, 10000.0, head_dim, {"default": ()} | llama3)
+    kinds: dict[str, tuple[str, ...]] = {"default": ()}
+    if config["model_type"] == "llama":
+        kinds["llama3"] = ("factor", *LLAMA3)
+    rope = reading.rope({}, 10000.0, head_dim, kinds)
     factor = 0.0
     if rope["rope_type"] == "llama3":
         factor = float(reading.number("factor", 0.0, rope))
