@@ -12,6 +12,7 @@ layer spec or a kernel.
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import os
 import resource
@@ -74,10 +75,10 @@ class FusedAdam(torch.optim.Optimizer):
     """
 
     # As torch wraps them, they would import torch._dynamo: half a second of each rank's start.
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
-    state_dict = torch.optim.Optimizer.state_dict.__wrapped__
-    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:  # None; torch's own gives what a closure returns
         with plain_torch():
             self._step()
 
@@ -126,7 +127,7 @@ class FusedAdam(torch.optim.Optimizer):
                 if self.adam_w_mode:
                     torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 else:
-                    grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                    grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
             torch._foreach_lerp_(first, grads, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, grads, grads, 1 - beta2)

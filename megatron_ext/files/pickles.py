@@ -74,6 +74,9 @@ class Node:
     """What a pickle calls or makes an object of: its pair, arguments, state and items. It runs nothing."""
 
     pair: Pair = ("", "")
+    args: tuple[Any, ...]
+    state: Any
+    items: list[tuple[Any, Any]]
 
     def __new__(cls, *args: Any) -> "Node":
         node = object.__new__(cls)

@@ -76,7 +76,7 @@ def open_folder(path: str | Path) -> ModelFolder:
             Problem(str(path / "model.json"), f"format {facts.get('format')!r} is unknown, this version reads {FORMAT}")
         )
     family, dims, problems = read_config(path / "hf")
-    if problems:
+    if problems or family is None:
         raise UserMistake(problems)
     now = meaning(family, dims)
     if changed := differences(now, facts.get("config", now)):
@@ -289,7 +289,7 @@ def adopt(out: Path, peft: Path) -> str:
     from megatron_ext.lora import pairs, peft_config, peft_format
 
     base, (adapter, problems) = open_folder(out), peft_config.read(peft)
-    if problems:
+    if problems or adapter is None:
         raise UserMistake(problems)
     lora, reached = pairs.reached(base.family, base.dims, adapter)
     if problems := loras.check(lora, base.shape, str(peft)):

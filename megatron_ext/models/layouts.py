@@ -240,7 +240,7 @@ def gate_up(ffn: int, hidden: int) -> Stacked:
 
 @dataclass(frozen=True)
 class Stored:
-    """Is `inner` for mcore and its checkpoints; subclasses say how Hugging Face stores it otherwise."""
+    """Keeps `inner` for mcore and its checkpoints; subclasses say how Hugging Face stores it otherwise."""
 
     inner: Layout
 
@@ -260,7 +260,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Transposed(Stored):
-    """Is `inner`, from Hugging Face tensors that are stored [in, out]."""
+    """Makes `inner` from Hugging Face tensors that are stored [in, out]."""
 
     def hf_shapes(self) -> list[Shape]:
         return [(*shape[:-2], shape[-1], shape[-2]) for shape in self.inner.hf_shapes()]

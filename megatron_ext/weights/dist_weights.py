@@ -76,7 +76,8 @@ def regions(rule: Rule) -> Iterator[tuple[Region, slice]]:
 
     mcore stacks experts along a first axis under one key (transformer/moe/experts.py, `sharded_state_dict`).
     """
-    key, stack = rule.te_name or rule.name, ()
+    key = rule.te_name or rule.name
+    stack: tuple[tuple[int, int, int], ...] = ()
     if rule.experts:
         before, after = key.split(".mlp.experts.")
         expert, rest = after.split(".", 1)
@@ -114,7 +115,8 @@ class Writer:
         # torch.save writes all of the storage below a view; this is one of the data's size, on the same memory.
         bytes_ = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
         start = self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
-        with serialization.patch("save.compute_crc32", False):  # seals and sums tell more, and it takes half the time
+        # Without checksums, which take half the time: seals and sums tell more. torch makes `patch` at run time.
+        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             torch.save(bytes_.view(data.dtype).reshape(region.size), self._file)
         dtype = str(data.dtype).removeprefix("torch.")
         name = Path(self._file.name).name
@@ -137,7 +139,7 @@ def finish(folder: Path, written: Iterable[Piece]) -> None:
         tensor.chunks.append(ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.size)))
         index = MetadataIndex(region.key, region.offset, len(tensor.chunks) - 1)
         results.append(WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length)))
-    FileSystemWriter(folder).finish(Metadata(tensors), [results])
+    FileSystemWriter(folder).finish(Metadata({**tensors}), [results])
     torch.save({}, folder / COMMON)
     durable.write_json(folder / "metadata.json", FORMAT)
 

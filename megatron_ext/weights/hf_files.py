@@ -197,7 +197,7 @@ class SafetensorsFiles:
             self._open[file] = os.open(self.folder / file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
             os.pwrite(self._open[file], self._headers[file], 0)
         data = data.to(getattr(torch, self.tensors[name][0])).contiguous()
-        view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+        view = data.reshape(-1).view(torch.uint8).numpy().data
         at = start + first * data.element_size()
         while len(view):  # one call writes 2 GiB at most
             done = os.pwrite(self._open[file], view, at)

@@ -228,16 +228,18 @@ def _held(optimizer: Any, holders: dict[torch.Tensor, ShardedBase]) -> Iterator[
                     yield optimizer, parameter, pieces
 
 
-def fill_optimizer(optimizer: Any, loaded: dict[str, Any], updates: int) -> None:
-    """Give the optimizer the tensors `loaded` under mcore's names. All but tensors and the count of updates is a
-    matter of settings, which a resuming run shares."""
+def fill_optimizer(optimizer: Any, loaded: dict[Any, Any], updates: int) -> None:
+    """Give the optimizer the tensors `loaded` under mcore's names; of several chained ones, each those of its number.
+
+    All but tensors and the count of updates is a matter of settings, which a resuming run shares.
+    """
     chained = optimizer.chained_optimizers
     states = [loaded] if len(chained) == 1 else [loaded[i] for i in range(len(chained))]
-    for one, tensors in zip(chained, states):
-        state = one.state_dict()
+    for part, tensors in zip(chained, states):
+        state = part.state_dict()
         for group in state["optimizer"]["param_groups"]:
             group["step"] = updates
-        one.load_state_dict({**state, **tensors, "param_state_sharding_type": "fully_reshardable"})
+        part.load_state_dict({**state, **tensors, "param_state_sharding_type": "fully_reshardable"})
 
 
 # ---------------------------------------------------------------- copies and sums

@@ -19,7 +19,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 from megatron_ext.layers import mamba
 from megatron_ext.layers.documents import packed_documents
-from megatron_ext.layers.mamba import State, convolve, documents_of, scan
+from megatron_ext.layers.mamba import documents_of
+from megatron_ext.layers.mamba_scan import State, convolve, scan
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.weights import staging
 from tests.megatron_ext import tiny

@@ -7,7 +7,8 @@ from slurm.profile.files import load
 from slurm.profile.schema import Env, Partition, Profile, Srun
 
 ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses",
-           "wckey", "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network", "wait-all-nodes")  # fmt: skip
+           "wckey", "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network",
+           "wait-all-nodes")  # fmt: skip
 
 
 def problem_of(key, value="x"):
