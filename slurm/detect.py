@@ -54,7 +54,7 @@ class Cluster:
         return f"{place}: {self.made or f'profile {self.profile.meta.name} ({self.profile_file})'}"
 
     def as_json(self) -> dict[str, str]:
-        """What `where` tells, by name."""
+        """Return what `where` tells, by name."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -70,7 +70,7 @@ class Cluster:
 
 
 def find_cluster(choice: str = "auto") -> Cluster:
-    """The cluster that `choice` names: auto, local, slurm, dev, or a profile's name or path.
+    """Return the cluster that `choice` names: auto, local, slurm, dev, or a profile's name or path.
 
     Raises UserMistake (SlurmUnavailable) when Slurm is meant and does not answer, or there is no such profile.
     """
@@ -104,7 +104,7 @@ def can_requeue(cluster: Cluster, partition: str | None) -> bool:
 
 
 def _local(name: str) -> Cluster:
-    """Processes of this machine; a role that the built-in profile leaves open takes all its GPUs."""
+    """Return the processes of this machine; a role that the built-in profile leaves open takes all its GPUs."""
     chosen = files.load(name)
     if name == "local":
         for role in chosen.roles:
@@ -115,7 +115,7 @@ def _local(name: str) -> Cluster:
 
 
 def _slurm(name: str | None) -> Cluster:
-    """A Slurm that answers, with the profile `name`, else the one named like the cluster, else one made from it."""
+    """Return a Slurm that answers, with the profile `name`, that named like the cluster, or one made from it."""
     env = client.scrubbed_environment(os.environ)
     slurm = Slurm(env)
     slurm.ping(client.PING_LIMIT_S)
@@ -132,7 +132,7 @@ def _slurm(name: str | None) -> Cluster:
 
 
 def cluster_name(slurm: Slurm) -> str:
-    """ClusterName of the Slurm that answers, which spells it in small letters whatever slurm.conf has."""
+    """Return ClusterName of the Slurm that answers, which spells it in small letters whatever slurm.conf has."""
     try:
         return slurm.configuration().get("ClusterName", "slurm")
     except SlurmError as error:
@@ -140,7 +140,7 @@ def cluster_name(slurm: Slurm) -> str:
 
 
 def _dev(cluster: devcluster.DevCluster) -> Cluster:
-    """The dev cluster, with its profile's limits set to the shape it was started with."""
+    """Return the dev cluster, with its profile's limits set to the shape it was started with."""
     if not cluster.is_up():
         raise NoDevCluster(f"no dev cluster is up at {cluster.prefix}; start one with `afterok cluster up`")
     env = cluster.env()
@@ -159,7 +159,7 @@ def _dev(cluster: devcluster.DevCluster) -> Cluster:
 
 
 def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:
-    """The dev cluster whose `cluster exec` this process runs in: its mark and its configuration, both."""
+    """Return the dev cluster whose `cluster exec` this process runs in: its mark and its configuration, both."""
     mark = env.get(devcluster.MARK_VARIABLE)
     if not mark:
         return None
@@ -168,7 +168,7 @@ def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:
 
 
 def _slurm_is_configured(env: Mapping[str, str]) -> bool:
-    """Whether this machine belongs to a Slurm, answering or not."""
+    """Return whether this machine belongs to a Slurm, answering or not."""
     if env.get("SLURM_CONF") or env.get("SLURM_CONF_SERVER"):
         return True
     if any(file.exists() for file in CONFIGURATION_FILES):
@@ -187,7 +187,7 @@ def _slurm_is_configured(env: Mapping[str, str]) -> bool:
 
 
 def _gpus_here(env: Mapping[str, str]) -> int:
-    """GPUs that a process of this machine would see, without asking a driver."""
+    """Return the GPUs that a process of this machine would see, without asking a driver."""
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])

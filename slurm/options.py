@@ -57,8 +57,9 @@ VARIABLES: Mapping[str, str] = {
 
 
 def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
-    """What of a profile `file` sets something that the toolkit sets itself; `plan` asks, so that a frozen profile of
-    before still loads."""
+    """Return what of a profile `file` sets something that the toolkit sets itself.
+
+    `plan` asks, so that a frozen profile of before still loads."""
     problems = []
     for name, partition in profile.partitions.items():
         problems += option_problems(partition.extra_sbatch, f"{file}: partitions.{name}.extra_sbatch")
@@ -78,7 +79,7 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
 
 
 def option_problems(extra: Mapping[str, str], where: str) -> list[Problem]:
-    """What is wrong with a partition's `extra_sbatch`; `where` is its place in the profile."""
+    """Return what is wrong with a partition's `extra_sbatch`; `where` is its place in the profile."""
     problems = []
     for key, value in extra.items():
         at, name = f"{where}.{key}", key.replace("_", "-")
@@ -99,7 +100,7 @@ def option_problems(extra: Mapping[str, str], where: str) -> list[Problem]:
 
 
 def _begins(name: str, reserved: Mapping[str, str]) -> str:
-    """Where the option is said that a shortened name begins, "" for one that begins none."""
+    """Return where the option is said that a shortened name begins, "" for one that begins none."""
     if len(name) < 2:
         return ""
     return next((instead for option, instead in reserved.items() if option.startswith(name)), "")

@@ -27,7 +27,9 @@ _GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x
 
 
 def _odd(index: torch.Tensor, sequence: int) -> torch.Tensor:
-    """splitmix64 (Steele, Lea, Flood 2014) of `index`, made odd. int64 wraps; torch shifts arithmetically: masks."""
+    """Return splitmix64 (Steele, Lea, Flood 2014) of `index`, made odd. int64 wraps; torch shifts arithmetically:
+    masks.
+    """
     x = (index ^ sequence) + _GOLDEN
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
@@ -35,7 +37,9 @@ def _odd(index: torch.Tensor, sequence: int) -> torch.Tensor:
 
 
 def tensor_sum(data: torch.Tensor, offset: Shape, shape: Shape) -> torch.Tensor:
-    """int64 []: the sum of `data`, which begins at `offset` of a whole tensor of `shape`. All have the same length."""
+    """Return the sum, int64 [], of `data`, which begins at `offset` of a whole tensor of `shape`, all of the same
+    length.
+    """
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     if data.numel() == 0:
         return total
@@ -57,7 +61,7 @@ def tensor_sum(data: torch.Tensor, offset: Shape, shape: Shape) -> torch.Tensor:
 
 
 def combined(tensors: Mapping[str, tuple[str, Shape, int]]) -> str:
-    """SHA-256 over the sorted lines "key dtype shape sum" of {key: (dtype, shape, sum)}."""
+    """Return SHA-256 over the sorted lines "key dtype shape sum" of {key: (dtype, shape, sum)}."""
     found = hashlib.sha256()
     for key in sorted(tensors):
         dtype, shape, total = tensors[key]

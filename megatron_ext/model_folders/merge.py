@@ -31,7 +31,7 @@ NOT_TOKENIZER = ("config.json", "generation_config.json")  # of a Hugging Face f
 
 
 def changes(folder: ModelFolder) -> convert.Changes:
-    """What the adapter adds to each matrix it is for; {} where the folder has none."""
+    """Return what the adapter adds to each matrix it is for; {} where the folder has none."""
     if folder.lora is None:
         return {}
     found = pairs(folder.family, folder.dims, folder.lora)
@@ -93,7 +93,7 @@ def _digest(
     stored: Mapping[str, tuple[str, tuple[int, ...]]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> str:
-    """As checkpoint.weights_digest. `shapes` are without vocabulary padding."""
+    """Return the digest as checkpoint.weights_digest does. `shapes` are without vocabulary padding."""
     total: Counter[str] = Counter()
     for share in shares:
         total.update({key: int(value) for key, value in share["sums"][when].items()})

@@ -64,8 +64,9 @@ class ModelFolder:
 
 
 def open_folder(path: str | Path) -> ModelFolder:
-    """The model folder at `path`. UserMistake when it is none, or of another format, or not understood, or when its
-    config.json has come to mean something else. No torch."""
+    """Open the model folder at `path`. Raises UserMistake when it is none, or of another format, or not understood, or
+    when its config.json has come to mean something else. No torch.
+    """
     path = Path(path)
     try:
         facts = durable.read_json(inside(path, "model.json"))
@@ -96,8 +97,10 @@ def open_folder(path: str | Path) -> ModelFolder:
 
 
 def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
-    """(distributed checkpoint, weights digest) of a model folder, of one published step, or of a training's folder: its
-    checkpoint `step`, or with 0 what it sealed, else the newest. UserMistake where there is none such. No torch."""
+    """Return (distributed checkpoint, weights digest) of a model folder, of one published step, or of a training's
+    folder: its checkpoint `step`, or with 0 what it sealed, else the newest. Raises UserMistake where there is none
+    such. No torch.
+    """
     path = Path(path).expanduser()
     if step == 0:
         for name, weights in (("model.json", "weights"), (step_manifest.MANIFEST, "state")):
@@ -141,7 +144,10 @@ def files_beside_weights(source: Path) -> dict[str, Path]:
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face folder but weights and sub-folders. Weights go on unquantised: config.json too."""
+    """Copy everything of a Hugging Face folder but weights and sub-folders.
+
+    Weights go on unquantised, and config.json says so.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name, path in files_beside_weights(source).items():
         shutil.copyfile(path, target / name)
@@ -152,9 +158,10 @@ def copy_hf_files(source: Path, target: Path) -> None:
 
 
 def check_same_model(folder: ModelFolder, weights: Path) -> None:
-    """UserMistake where the distributed checkpoint `weights` does not hold the tensors of the folder's model, or is of
-    a model folder that means another function by them (other rotary positions, epsilons, windows). mcore would cut
-    another vocabulary to size without a word: it takes the rows for padding."""
+    """Raise UserMistake where the distributed checkpoint `weights` does not hold the tensors of the folder's model, or
+    is of a model folder that means another function by them (other rotary positions, epsilons, windows). mcore would
+    cut another vocabulary to size without a word: it takes the rows for padding.
+    """
     from megatron_ext.weights.dist_weights import Reader
 
     def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -169,7 +176,7 @@ def check_same_model(folder: ModelFolder, weights: Path) -> None:
 
 
 def _otherwise(folder: ModelFolder, other: Path) -> list[str]:
-    """What a model folder or a published step says of its model that is not so of `folder`'s."""
+    """Return what a model folder or a published step says of its model that is not so of `folder`'s."""
     if (other / "model.json").is_file():
         theirs = open_folder(other)
         return differences(meaning(theirs.family, theirs.dims), meaning(folder.family, folder.dims))
@@ -185,8 +192,8 @@ def load_stages(
     options: Mapping[str, Any] = {},
     weights: Path | None = None,
 ) -> list[Any]:
-    """This rank's parts of the model (registry.stages), weights loaded and the adapter in place. `dtype` "" keeps the
-    folder's.
+    """Load this rank's parts of the model (registry.stages), weights loaded and the adapter in place. `dtype` "" keeps
+    the folder's.
 
     `options`: further fields of TransformerConfig. `weights`: a distributed checkpoint in place of the folder's own.
     Every rank takes part.
@@ -218,7 +225,8 @@ def load_trainable(
     options: Mapping[str, Any] = {},
     weights: Path | None = None,
 ) -> list[Any]:
-    """`load_stages` for training: with LoRA, new adapters from `seed` unless the folder has one to go on with.
+    """Load as `load_stages` does, for training: with LoRA, new adapters from `seed` unless the folder has one to go on
+    with.
 
     UserMistake where the folder's adapter is of another kind than `lora`, which may be off.
     """
@@ -234,7 +242,7 @@ def load_trainable(
 
 
 def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> Any:
-    """`load_stages` where the pipeline is not interleaved: the rank's one part."""
+    """Load as `load_stages` does, where the pipeline is not interleaved, and return the rank's one part."""
     (model,) = load_stages(folder, plan, dtype, backend)
     return model
 
@@ -304,7 +312,7 @@ def adopt(out: Path, peft: Path) -> str:
 
 
 def link_files(source: Path, target: Path) -> None:
-    """The files of a flat folder in a new one: hard links, or copies where the filesystem has none."""
+    """Put the files of a flat folder into a new one: hard links, or copies where the filesystem has none."""
     target.mkdir()
     for path in files(source):
         found = inside(source, path.name)

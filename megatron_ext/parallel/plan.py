@@ -54,26 +54,32 @@ class ParallelPlan:
         return self.pipeline * self.virtual
 
     def data(self, ranks: int) -> int:
-        """Data-parallel size; `check` has verified that it divides."""
+        """Return the data-parallel size; `check` has verified that it divides."""
         return ranks // self.model
 
     def expert_data(self, ranks: int) -> int:
-        """Ranks that hold the same experts (EDP)."""
+        """Return how many ranks hold the same experts (EDP)."""
         return ranks // self.expert_model
 
     def stage_layers(self, layers: int) -> list[range]:
-        """Layers (from 0) of each stage in model order. Stage s is rank s % pipeline's, its number s // pipeline."""
+        """Return the layers (from 0) of each stage in model order. Stage s is rank s % pipeline's, its number s //
+        pipeline.
+        """
         counts = self.pipeline_layers or [layers // self.stages] * self.stages
         starts = [sum(counts[:stage]) for stage in range(len(counts))]
         return [range(start, start + count) for start, count in zip(starts, counts)]
 
     def token_unit(self) -> int:
-        """Tokens of a micro-batch are a multiple of this: zig-zag halves under CP, equal parts under SP."""
+        """Return the number of which a micro-batch's tokens are a multiple: zig-zag halves under CP, equal parts under
+        SP.
+        """
         halves = 2 * self.context if self.context > 1 else 1
         return math.lcm(halves, self.tensor * self.context if self.sequence_parallel else 1)
 
     def document_unit(self) -> int:
-        """Each document in a pack takes a multiple of this (`align` of pack): every rank holds two pieces of it."""
+        """Return the number of which each document takes a multiple (`align` of pack): every rank holds two pieces of
+        it.
+        """
         return 2 * self.context if self.context > 1 else 1
 
 
@@ -126,12 +132,12 @@ class Grid:
     expert_data: list[list[int]]  # who shares the state of experts
 
     def place(self, axis: str, rank: int) -> int:
-        """The rank's number within its group along `axis`."""
+        """Return the rank's number within its group along `axis`."""
         return next(group.index(rank) for group in getattr(self, axis) if rank in group)
 
 
 def _groups(sizes: Mapping[str, int], *axes: str) -> list[list[int]]:
-    """Ranks that differ in `axes` only. `sizes` counts ranks, its first axis fastest."""
+    """Return the groups of ranks that differ in `axes` only. `sizes` counts ranks, its first axis fastest."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(math.prod(sizes.values())):
         rest, fixed = rank, []
@@ -144,7 +150,7 @@ def _groups(sizes: Mapping[str, int], *axes: str) -> list[list[int]]:
 
 
 def grid(plan: ParallelPlan, ranks: int) -> Grid:
-    """The groups of `ranks` ranks under a legal plan."""
+    """Return the groups of `ranks` ranks under a legal plan."""
     dense = {"tensor": plan.tensor, "context": plan.context, "data": plan.data(ranks), "pipeline": plan.pipeline}
     experts = {
         "expert_tensor": plan.expert_tensor,
@@ -163,7 +169,7 @@ def grid(plan: ParallelPlan, ranks: int) -> Grid:
 
 
 def padded_rows(rows: int, tensor: int) -> int:
-    """Rows of the vocabulary matrices for `rows` tokens split over `tensor` ranks.
+    """Return the rows of the vocabulary matrices for `rows` tokens split over `tensor` ranks.
 
     `rows` is the checkpoint's number of rows. No padding where they split evenly, else up to a multiple of
     8 * tensor, so that a rank's part suits tensor cores.
@@ -183,7 +189,7 @@ def environment(plan: ParallelPlan) -> dict[str, str]:
 
 
 def environment_problems(plan: ParallelPlan, given: Mapping[str, str], where: str = "parallel") -> list[Problem]:
-    """Variables that the environment `given` to the ranks sets to something else."""
+    """Return a problem for each variable that the environment `given` to the ranks sets to something else."""
     degrees = f"tensor {plan.tensor} and context {plan.context} need"
     return [
         Problem(where, f"{degrees} {name}={value}, and the environment says {given[name]}: unset it (profile: env.set)")

@@ -67,7 +67,7 @@ class Tensors(Protocol):
 
 
 def check_tensors(found: Mapping[str, Shape], family: Family, dims: Any, where: str) -> list[Problem]:
-    """Every tensor that is missing, unknown or of another shape than config.json says."""
+    """Return every tensor that is missing, unknown or of another shape than config.json says."""
     expected = hf_shapes(family.mapping.rules(dims, found))
     if not expected.keys() & found.keys():
         name, shape = next(iter(found.items()), ("nothing", ()))
@@ -92,7 +92,7 @@ def check_tensors(found: Mapping[str, Shape], family: Family, dims: Any, where: 
 
 
 def checked_rules(tensors: Tensors, family: Family, dims: Any, where: str) -> list[Rule]:
-    """The rules of `tensors`. UserMistake naming all wrong tensors at once."""
+    """Return the rules of `tensors`. Raises UserMistake naming all wrong tensors at once."""
     shapes = tensors.shapes()
     problems = check_tensors(shapes, family, dims, where)
     rules = [] if problems else family.mapping.rules(dims, shapes)
@@ -114,7 +114,7 @@ def import_weights(model: torch.nn.Module, folder: Path, family: Family, dims: A
 
 
 def summing() -> ThreadPoolExecutor:
-    """Where `Sums` adds up."""
+    """Return the threads in which `Sums` adds up."""
     return ThreadPoolExecutor(SUMMING, "sums")
 
 
@@ -162,7 +162,9 @@ def import_share(
 
 
 def _blocks(rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """mcore's whole tensor in blocks of rows: where it is a mere stack of Hugging Face's tensors those, not copied."""
+    """Yield mcore's whole tensor in blocks of rows: where it is a mere stack of Hugging Face's tensors those, not
+    copied.
+    """
     if isinstance(rule.layout, Stacked) and len({tensor.dtype for tensor in tensors}) == 1:
         return tensors
     return [rule.layout.join(tensors)]
@@ -182,7 +184,7 @@ def write_whole(
 
 
 def _regions_of_blocks(rule: Rule, heights: Sequence[int]) -> Iterator[tuple[int, Region, slice]]:
-    """The regions of a rule, cut where a block of so many rows ends: the block's number, its region, its rows."""
+    """Yield the regions of a rule, cut where a block of so many rows ends: the block's number, its region, its rows."""
     for region, rows in regions(rule):
         axis = len(region.size) - len(rule.layout.shape)  # experts are stacked before it
         first = 0
@@ -197,7 +199,7 @@ def _regions_of_blocks(rule: Rule, heights: Sequence[int]) -> Iterator[tuple[int
 
 
 def _boxes(region: Region, data: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
-    """The region, whose elements are `data`, piece by piece."""
+    """Yield the region, whose elements are `data`, piece by piece."""
     flat = data.reshape(-1)
     for box, first in pieces(region, flat.element_size()):
         yield box, flat[first : first + torch.Size(box.size).numel()].reshape(box.size)
@@ -216,13 +218,15 @@ def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, A
 
 
 def base_ledger(hf: Path) -> dict[str, Any]:
-    """The ledger of the import that a model folder comes from; empty where it was made otherwise."""
+    """Return the ledger of the import that a model folder comes from; empty where it was made otherwise."""
     path = inside(hf, LEDGER, needed=False)
     return durable.read_json(path) if path else {"hf": {}, "tensors": {}}
 
 
 def main_dtype(dtypes: Mapping[str, str], rules: Sequence[Rule]) -> str:
-    """The dtype of most elements of a Hugging Face checkpoint, by its tensors' dtypes; "" where it has none of them."""
+    """Return the dtype of most elements of a Hugging Face checkpoint, by its tensors' dtypes; "" where it has none of
+    them.
+    """
     elements: Counter[str] = Counter()
     for name, shape in hf_shapes(rules).items():
         if name in dtypes:
@@ -231,14 +235,14 @@ def main_dtype(dtypes: Mapping[str, str], rules: Sequence[Rule]) -> str:
 
 
 def dtypes_of(ledger: Mapping[str, Any]) -> dict[str, str]:
-    """Hugging Face tensor -> its dtype in the files."""
+    """Return {Hugging Face tensor: its dtype in the files}."""
     return {name: tensor["dtype"] for name, tensor in ledger["hf"].items()}
 
 
 def _export_dtypes(
     rules: Sequence[Rule], stored: Mapping[str, str], base: Mapping[str, Any], dtype: str
 ) -> dict[str, str]:
-    """Hugging Face tensor -> the dtype it is written in: `dtype`, or with "" as it is `stored`.
+    """Return {Hugging Face tensor: the dtype it is written in}: `dtype`, or with "" as it is `stored`.
 
     A tensor that the base checkpoint kept in another dtype than its others (norms, decays) has that one again.
     """
@@ -307,7 +311,7 @@ def _export_one(
 
 
 def read_whole(reader: dist_weights.Reader, rule: Rule, pool: Executor) -> tuple[torch.Tensor, Sums]:
-    """A rule's whole tensor, and its sums by key."""
+    """Read a rule's whole tensor; return it and its sums by key."""
     sums, parts = Sums(pool), []
     for region, _ in regions(rule):
         data = reader.read(region)
@@ -318,7 +322,7 @@ def read_whole(reader: dist_weights.Reader, rule: Rule, pool: Executor) -> tuple
 
 
 def changed(rule: Rule, whole: torch.Tensor, changes: Changes) -> torch.Tensor:
-    """`whole` with its change added in fp32, in its own dtype."""
+    """Return `whole` with its change added in fp32, in its own dtype."""
     return (whole.float() + changes[rule.name]()).to(whole.dtype) if rule.name in changes else whole
 
 
@@ -334,7 +338,7 @@ def _write_entry(
 
 
 def finish_export(parts: Sequence[Path], out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Gather the files of all shares in OUT and write the ledger, with `facts`. Returns the ledger."""
+    """Gather the files of all shares in OUT and write the ledger, with `facts`. Return the ledger."""
     shares = [durable.read_json(part / SHARE) for part in parts]
     gather(parts, out, "*.safetensors*")
     (out / SHARE).unlink(missing_ok=True)
@@ -342,7 +346,7 @@ def finish_export(parts: Sequence[Path], out: Path, facts: dict[str, Any]) -> di
 
 
 def _stored_dtypes(reader: dist_weights.Reader, rules: Sequence[Rule]) -> dict[str, str]:
-    """Rule name -> dtype in the checkpoint. UserMistake naming what it lacks."""
+    """Return {rule name: dtype in the checkpoint}. Raises UserMistake naming what it lacks."""
     stored, dtypes, problems = reader.tensors(), {}, []
     for rule in rules:
         for region, _ in regions(rule):
@@ -363,7 +367,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _entry(rule: Rule, dtype: str, sums: Mapping[str, int]) -> dict[str, Any]:
-    """One mcore tensor in the ledger."""
+    """Return the entry of one mcore tensor in the ledger."""
     return {
         "hf": [tensor if isinstance(tensor, str) else [tensor.name, tensor.index] for tensor in rule.hf],
         "layout": repr(rule.layout),

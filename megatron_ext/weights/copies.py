@@ -15,7 +15,7 @@ ELEMENTS = 1 << 24  # of two tensors that are compared at a time
 
 
 def difference(copy: torch.Tensor, original: torch.Tensor) -> str:
-    """ "" where both have the same bytes, else how they differ: "differs in 3 of 64 elements, by up to 0.5"."""
+    """Return "" where both have the same bytes, else how they differ: "differs in 3 of 64 elements, by up to 0.5"."""
     if copy.shape != original.shape or copy.dtype != original.dtype:
         ours, theirs = (f"{_dtype(one)} {list(one.shape)}" for one in (copy, original))
         return f"is {ours}, not {theirs}"
@@ -34,7 +34,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def check(tensors: Any, rules: Sequence[Rule], dims: Any, where: str) -> list[Problem]:
-    """Every tensor of a Hugging Face checkpoint that is no part of the model and no copy of one that is.
+    """Check every tensor of a Hugging Face checkpoint that is no part of the model and no copy of one that is.
 
     `tensors` are convert.Tensors whose names have passed convert.check_tensors.
     """
@@ -56,7 +56,8 @@ def check(tensors: Any, rules: Sequence[Rule], dims: Any, where: str) -> list[Pr
 
 
 def _other_frequencies(found: torch.Tensor, dims: Any) -> str:
-    """How rotary frequencies differ from those of `dims`, beyond the rounding of their dtype; "" where they do not.
+    """Return how rotary frequencies differ from those of `dims`, beyond the rounding of their dtype; "" where they do
+    not.
 
     Files that have them are from before transformers scaled frequencies, so that they are base^(-2i / head_dim).
     """

@@ -72,7 +72,8 @@ class Piece:
 
 
 def regions(rule: Rule) -> Iterator[tuple[Region, slice]]:
-    """What a distributed checkpoint keeps of a rule's tensor: regions, each with its rows of mcore's whole tensor.
+    """Yield what a distributed checkpoint keeps of a rule's tensor: regions, each with its rows of mcore's whole
+    tensor.
 
     mcore stacks experts along a first axis under one key (transformer/moe/experts.py, `sharded_state_dict`).
     """
@@ -91,7 +92,7 @@ def regions(rule: Rule) -> Iterator[tuple[Region, slice]]:
 
 
 def pieces(region: Region, item_bytes: int) -> Iterator[tuple[Region, int]]:
-    """The region in boxes of at most PIECE_BYTES (or a row), each with how many of its elements come before."""
+    """Yield the region in boxes of at most PIECE_BYTES (or a row), each with how many of its elements come before."""
     axis = next((i for i, size in enumerate(region.size) if size > 1), 0)
     row = math.prod(region.size[axis + 1 :])
     step = max(1, PIECE_BYTES // (row * item_bytes))
@@ -148,7 +149,7 @@ class Reader:
     """The tensors of a distributed checkpoint, whatever layout wrote it, and whoever: pickles.py reads its pickles."""
 
     def __init__(self, folder: Path):
-        """UserMistake when it is no checkpoint."""
+        """Open a checkpoint; raises UserMistake when it is none."""
         self.folder = folder
         try:
             self.stored = stored.read(inside(folder, METADATA))
@@ -163,11 +164,11 @@ class Reader:
         self._files: dict[str, IO[bytes]] = {}
 
     def tensors(self) -> dict[str, tuple[str, Shape]]:
-        """Key -> (dtype, shape). Vocabulary padding counts as rows."""
+        """Return {key: (dtype, shape)}. Vocabulary padding counts as rows."""
         return {key: (tensor.dtype, tensor.shape) for key, tensor in self.stored.tensors.items()}
 
     def read(self, region: Region) -> torch.Tensor:
-        """The region's elements. One stored piece that covers it is mapped from its file, not copied."""
+        """Return the region's elements. One stored piece that covers it is mapped from its file, not copied."""
         found: torch.Tensor | None = None
         for piece in self.stored.tensors[region.key].pieces:
             low = [max(a, b) for a, b in zip(region.offset, piece.offset)]
@@ -186,7 +187,7 @@ class Reader:
         return found
 
     def load(self, key: str, piece: StoredPiece) -> torch.Tensor:
-        """The elements of one stored piece of a tensor, mapped from its file."""
+        """Return the elements of one stored piece of a tensor, mapped from its file."""
         path = self.folder / piece.file
         try:
             if piece.file not in self._files:
@@ -203,6 +204,7 @@ class Reader:
 
 
 def _room(size: Shape, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor in huge pages where the system has them: numpy asks for them, torch does not. The first
-    touch of small pages takes longer than the copy into them."""
+    """Return an uninitialised tensor in huge pages where the system has them: numpy asks for them, torch does not. The
+    first touch of small pages takes longer than the copy into them.
+    """
     return torch.from_numpy(numpy.empty(math.prod(size) * dtype.itemsize, numpy.uint8)).view(dtype).reshape(size)

@@ -70,7 +70,7 @@ class _Sharded(TorchDistLoadShardedStrategy):
         self._reader = reader
 
     def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
-        """What `sharded_state_dict` asks for, as mcore's own `load` gives it."""
+        """Load what `sharded_state_dict` asks for, as mcore's own `load` gives it."""
         sharded = [one for one in nested_values(sharded_state_dict) if isinstance(one, ShardedTensor)]
         by_key, nesting, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         wanted = mcore_to_pyt_state_dict(by_key, True)
@@ -96,7 +96,7 @@ class _Reader(StorageReader):
         pass
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """torch's form of what the checkpoint holds."""
+        """Return torch's form of what the checkpoint holds."""
         keys: dict[str, Any] = {key: BytesStorageMetadata() for key in self._reader.stored.objects}
         for key, tensor in self._reader.stored.tensors.items():
             boxes = []

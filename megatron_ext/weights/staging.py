@@ -47,7 +47,7 @@ class Part:
 
 
 def metadata() -> dict[str, Any]:
-    """For every sharded_state_dict of mcore."""
+    """Return the metadata for every sharded_state_dict of mcore."""
     # The default sharding type is broken in 0.16.1 (mapping.py:104), and dp_reshardable cannot change
     # the tensor degree.
     return {
@@ -59,24 +59,25 @@ def metadata() -> dict[str, Any]:
 
 
 def model_state(model: Model) -> dict[str, Any]:
-    """What of the whole model this rank holds, as mcore's sharded tensors; LoRA's adapters are none of it. Without the
-    extra states of linear layers: they are empty but under FP8, and differ between layer specs, which are to read each
-    other's weights."""
+    """Return what of the whole model this rank holds, as mcore's sharded tensors; LoRA's adapters are none of it.
+    Without the extra states of linear layers: they are empty but under FP8, and differ between layer specs, which are
+    to read each other's weights.
+    """
     return _state(model, lambda name: not name.startswith(ADAPTERS) and not name.endswith(EXTRA_STATE))
 
 
 def adapter_state(model: Model) -> dict[str, Any]:
-    """The same of LoRA's adapters alone."""
+    """Return LoRA's adapters alone, as `model_state` returns the model."""
     return _state(model, lambda name: name.startswith(ADAPTERS))
 
 
 def trained_state(model: Model) -> dict[str, Any]:
-    """What training changes: the adapters where there are any, else the model."""
+    """Return what training changes: the adapters where there are any, else the model."""
     return adapter_state(model) if is_adapted(model) else model_state(model)
 
 
 def is_adapted(model: Model) -> bool:
-    """Whether LoRA's adapters are on it; the same on every rank."""
+    """Return whether LoRA's adapters are on it; the same on every rank."""
     return hasattr(stages(model)[0], ADAPTERS.removesuffix("."))
 
 
@@ -89,7 +90,7 @@ def _state(model: Model, wanted: Callable[[str], bool]) -> dict[str, Any]:
 
 
 def _region(shard: ShardedTensor, offset: Shape, size: Shape) -> Region:
-    """The box of `size` at `offset` of a shard's local tensor, as a region of the whole."""
+    """Return the box of `size` at `offset` of a shard's local tensor, as a region of the whole."""
     ahead = shard.prepend_axis_num
     start = [o + b for o, b in zip(shard.global_offset, (*[0] * ahead, *offset))]
     return Region(shard.key, tuple(shard.global_shape), tuple(start), (*[1] * ahead, *size))
@@ -104,7 +105,7 @@ class Weights:
         self._distribution: Any = None  # of replicas over data and context ranks; found at the first save
 
     def parts(self) -> list[Part]:
-        """Every data and context rank takes part in the first call."""
+        """Return the parts that this rank writes. Every data and context rank takes part in the first call."""
         state, group = self._state(self._model), parallel_state.get_data_parallel_group(with_context_parallel=True)
         apply_factories(state)
         if group.size() > 1:
@@ -128,8 +129,9 @@ class Weights:
 
 
 def boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape, int]]:
-    """(offset, size, its first element) of boxes that make up elements `start` to `stop` of a row-major tensor: whole
-    rows, and what is cut of the first and last one."""
+    """Return (offset, size, its first element) of boxes that make up elements `start` to `stop` of a row-major tensor:
+    whole rows, and what is cut of the first and last one.
+    """
     if start >= stop:
         return
     if len(shape) <= 1:
@@ -150,7 +152,8 @@ def boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape, i
 
 
 def _shards_of(holder: ShardedBase, shape: Shape) -> Iterator[tuple[ShardedTensor, int]]:
-    """(shard, place in the flat parameter of its first element) of all that a parameter is cut into for checkpoints.
+    """Yield (shard, place in the flat parameter of its first element) of all that a parameter is cut into for
+    checkpoints.
 
     A factory cuts numbered elements, which tell where each shard came from.
     """
@@ -200,7 +203,7 @@ class OptimizerState:
         return found
 
     def updates(self) -> int:
-        """How often the optimizer has stepped; 0 on a rank that holds nothing of it."""
+        """Return how often the optimizer has stepped; 0 on a rank that holds nothing of it."""
         groups = [group for one in self._optimizers for group in one.state_dict()["optimizer"]["param_groups"]]
         return max((int(group.get("step") or 0) for group in groups), default=0)
 
@@ -252,7 +255,7 @@ class Staging:
         self._kept: dict[Region, torch.Tensor] = {}
 
     def copy(self, parts: Sequence[Part]) -> list[Part]:
-        """The parts with copies of their elements, complete when it returns."""
+        """Return the parts with copies of their elements, complete when it returns."""
         copies = []
         for part in parts:
             box = self._kept.get(part.region)
@@ -265,7 +268,9 @@ class Staging:
 
 
 def sums(parts: Sequence[Part]) -> dict[str, tuple[str, Shape, int]]:
-    """{key: (dtype, shape, sum)} of what these parts contribute to a digest of weights; padding rows do not count."""
+    """Return {key: (dtype, shape, sum)} of what these parts contribute to a digest of weights; padding rows do not
+    count.
+    """
     found: dict[str, tuple[str, Shape, int]] = {}
     for part in parts:
         region, data = part.region, part.data.reshape(part.region.size)

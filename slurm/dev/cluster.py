@@ -51,12 +51,12 @@ LONGEST_SOCKET = "/spool/n9999/n9999_67043327.4294967291"
 
 
 def default_prefix() -> Path:
-    """Where this user's dev cluster lives: $AFTEROK_CLUSTER, else ~/.cache/afterok/cluster."""
+    """Return where this user's dev cluster lives: $AFTEROK_CLUSTER, else ~/.cache/afterok/cluster."""
     return Path(os.environ.get(PREFIX_VARIABLE) or "~/.cache/afterok/cluster").expanduser().absolute()
 
 
 def missing_packages(accounting: bool = False) -> list[str]:
-    """Debian packages that `up` needs and this machine lacks."""
+    """Return the Debian packages that `up` needs and this machine lacks."""
     wanted = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
     return list(dict.fromkeys(package for program, package in wanted.items() if _program(program) is None))
 

@@ -87,7 +87,7 @@ DEFAULT_ROPE = {  # transformers' own, where a file names none
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
-    """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
+    """Read the dimensions out of a parsed config.json, or every reason why this model is not understood."""
     config = {"num_local_experts": config.get("num_experts"), **config}  # transformers answers to both names
     reading = Reading(config, where, "gpt_oss")
     sizes = reading.sizes(SIZES | LAYERS)
@@ -170,7 +170,7 @@ def _rope_of(reading: Reading, head_dim: int) -> tuple[float, Yarn | None]:
 
 
 def shape(dims: Dims) -> ModelShape:
-    """What parallel rules and the planner need to know."""
+    """Return what parallel rules and predictions need to know of a model."""
     return ModelShape(
         layers=tuple((WINDOW if sliding else ATTENTION, MOE) for sliding in dims.sliding),
         hidden=dims.hidden,
@@ -206,7 +206,7 @@ def _rope(dims: Dims) -> dict[str, Any]:
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json of a GptOssForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
+    """Return config.json of a GptOssForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
     rope = _rope(dims)
     quantised = {"quantization_config": {"quant_method": "mxfp4"}} if dims.mxfp4 else {}
     return {
@@ -228,7 +228,9 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """config.json of the model that init_model's `sizes` ask for: 4 experts, 2 for each token, sliding layers first."""
+    """Return config.json of the model that init_model's `sizes` ask for: 4 experts, 2 for each token, sliding layers
+    first.
+    """
     dims = small_dims(
         Dims,
         sizes,

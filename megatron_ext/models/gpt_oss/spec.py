@@ -48,7 +48,7 @@ def transformer_config(
 
 
 def _set_yarn(config: TransformerConfig, yarn: Yarn) -> None:
-    """mcore reads these off the configuration, which has no such fields (gpt_model.py:172-190)."""
+    """Set what mcore reads off the configuration, which has no such fields (gpt_model.py:172-190)."""
     config.yarn_rotary_scaling_factor = yarn.factor
     config.yarn_original_max_position_embeddings = yarn.original_positions
     config.yarn_beta_fast = yarn.beta_fast

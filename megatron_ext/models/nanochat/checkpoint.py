@@ -27,7 +27,8 @@ _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.weight$")
 
 
 def find(folder: Path, tag: str, step: int) -> tuple[Path, Path] | None:
-    """(model file, meta file) of the step (-1: the last) in FOLDER/TAG; None where FOLDER holds no such checkpoints.
+    """Return (model file, meta file) of the step (-1: the last) in FOLDER/TAG; None where FOLDER holds no such
+    checkpoints.
 
     UserMistake where it does, but not the tag or the step.
     """
@@ -47,7 +48,9 @@ def find(folder: Path, tag: str, step: int) -> tuple[Path, Path] | None:
 
 
 def config_of(meta: Path, dtype: str) -> dict[str, Any]:
-    """config.json of the NanoChatForCausalLM that meta_STEP.json describes. UserMistake for what it cannot express."""
+    """Return config.json of the NanoChatForCausalLM that meta_STEP.json describes. Raises UserMistake for what it
+    cannot express.
+    """
     try:
         model = dict(durable.read_json(inside(meta.parent, meta.name))["model_config"])
         sizes = [int(model.pop(key)) for key in SIZES]
@@ -77,7 +80,7 @@ def config_of(meta: Path, dtype: str) -> dict[str, Any]:
 
 
 def hf_name(name: str) -> str:
-    """NanoChatForCausalLM's name of nanochat's tensor; unknown ones keep theirs."""
+    """Return NanoChatForCausalLM's name of nanochat's tensor; unknown ones keep theirs."""
     name = name.removeprefix("_orig_mod.")  # torch.compile's
     if block := _BLOCK.match(name):
         return f"model.layers.{block[1]}.{NAMES.get(block[2], block[2])}.weight"
@@ -88,7 +91,7 @@ class NanochatTensors:
     """The tensors of a model_STEP.pt under transformers' names; what hf_files.HfTensors is to safetensors."""
 
     def __init__(self, path: Path, vocabulary: int):
-        """UserMistake when the file is unreadable. Rows from `vocabulary` on are padding."""
+        """Read the file; raises UserMistake when it is unreadable. Rows from `vocabulary` on are padding."""
         from megatron_ext.files import pickles
 
         self._file, self._vocabulary = path, vocabulary

@@ -114,7 +114,7 @@ KNOWN = READ | WITHOUT_EFFECT | set(ONLY) | {name for sizes in SIZES.values() fo
 
 
 def _pattern(config: dict[str, Any]) -> tuple[str, str]:
-    """(pattern, "") or ("", what is wrong)."""
+    """Return (pattern, "") or ("", what is wrong)."""
     spelled = config.get("hybrid_override_pattern")
     if spelled is not None and (not isinstance(spelled, str) or not spelled or set(spelled) - set("M*E-")):
         return "", f"hybrid_override_pattern = {spelled!r} is no string of M, *, E and -"
@@ -138,12 +138,12 @@ def _pattern(config: dict[str, Any]) -> tuple[str, str]:
 
 
 def _number(value: Any) -> Any:
-    """transformers 5 writes infinity as {"__float__": "Infinity"}."""
+    """Return a number as it is meant: transformers 5 writes infinity as {"__float__": "Infinity"}."""
     return float(value["__float__"]) if isinstance(value, dict) and "__float__" in value else value
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
-    """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
+    """Read the dimensions out of a parsed config.json, or every reason why this model is not understood."""
     pattern, wrong = _pattern(config)
     if wrong:
         return None, [Problem(where, wrong)]
@@ -227,7 +227,7 @@ def _routing(reading: Reading, experts: int, top_k: int) -> Routing:
 
 
 def shape(dims: Dims) -> ModelShape:
-    """What parallel rules and the planner need to know."""
+    """Return what parallel rules and predictions need to know of a model."""
     blocks = {"M": MAMBA, "*": ATTENTION, "E": MOE, "-": MLP}
     return ModelShape(
         layers=tuple((blocks[block],) for block in dims.pattern),
@@ -252,7 +252,9 @@ def shape(dims: Dims) -> ModelShape:
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json of a NemotronHForCausalLM with these dimensions, as transformers 5 and NVIDIA's own code read it."""
+    """Return config.json of a NemotronHForCausalLM with these dimensions, as transformers 5 and NVIDIA's own code read
+    it.
+    """
     present = [sizes for block, sizes in SIZES.items() if block in dims.pattern]
     sizes = {name: getattr(dims, field) for sizes in present for field, name in sizes.items()}
     routing = {
@@ -275,7 +277,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """config.json of the model that init_model's `sizes` ask for."""
+    """Return config.json of the model that init_model's `sizes` ask for."""
     dims = small_dims(
         Dims,
         sizes,

@@ -64,7 +64,9 @@ def transformer_config(
 
 
 def _cuts(plan: ParallelPlan) -> dict[str, Any]:
-    """MambaStack reads no layout but the numbers of layers at the ends; those between are equal (parallel_rules.py)."""
+    """Return the fields that cut the pattern: MambaStack reads the numbers of layers at the ends, between they are
+    equal.
+    """
     if not plan.pipeline_layers:
         return {}
     return dict(
@@ -188,7 +190,7 @@ def build(
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> SupervisedHybrid:
-    """This rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
+    """Build this rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
     if backend == "te" and dims.norm_epsilon != STOCK_EPSILON:
         raise UserMistake(
             Problem(

@@ -85,7 +85,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
-    """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
+    """Read the dimensions out of a parsed config.json, or every reason why this model is not understood."""
     kind = KINDS[config["model_type"]]
     reading = Reading(config, where, config["model_type"])
     sizes = reading.sizes(SIZES)
@@ -129,7 +129,7 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
 
 
 def shape(dims: Dims) -> ModelShape:
-    """What parallel rules and the planner need to know."""
+    """Return what parallel rules and predictions need to know of a model."""
     return ModelShape(
         layers=((ATTENTION, MLP),) * dims.layers,
         hidden=dims.hidden,
@@ -146,7 +146,7 @@ def shape(dims: Dims) -> ModelShape:
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json of a model with these dimensions, as transformers 4 and 5 both read it."""
+    """Return config.json of a model with these dimensions, as transformers 4 and 5 both read it."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": dims.rope_base}
     own: dict[str, Any] = {}
     if dims.rope_factor:
@@ -174,7 +174,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """config.json of the model that init_model's `sizes` ask for."""
+    """Return config.json of the model that init_model's `sizes` ask for."""
     head_dim, tied = sizes.hidden // sizes.heads, sizes.tied is not False
     dims = small_dims(Dims, sizes, vocabulary, head_dim=head_dim, tied=tied, kind=sizes.family)
     return hf_config(dims, eos, pad)
