@@ -132,7 +132,7 @@ class Slurm:
         if code != 0:
             message = whole_message(command[0], err, out) or "it said nothing"
             silent = _ended_by_signal(code) or lost_connection(command[0], err)
-            raise SlurmError(command, code, message, err, silent)
+            raise SlurmError(command, code, message=message, stderr=err, is_silence=silent)
         return out
 
     def patiently(self, command: Sequence[str], patience_s: float) -> str:

@@ -122,13 +122,15 @@ def _slurm(name: str | None) -> Cluster:
     own = cluster_name(slurm)
     if name is not None:
         chosen = files.load(name)
-        return Cluster("slurm", chosen, env, chosen.meta.name, own, str(files.find(name)))
+        return Cluster(
+            "slurm", chosen, env=env, name=chosen.meta.name, slurm_name=own, profile_file=str(files.find(name))
+        )
     file = files.find_for_cluster(own)
     if file is not None:
-        return Cluster("slurm", files.load(str(file)), env, own, own, str(file))
+        return Cluster("slurm", files.load(str(file)), env=env, name=own, slurm_name=own, profile_file=str(file))
     looked = ", ".join(map(str, files.site_folders()))
     made = f"no profile is named like it ({own}.yaml in {looked}); used is one made from its own partitions"
-    return Cluster("slurm", files.from_live(slurm), env, own, own, made=made)
+    return Cluster("slurm", files.from_live(slurm), env=env, name=own, slurm_name=own, made=made)
 
 
 def cluster_name(slurm: Slurm) -> str:
@@ -155,7 +157,9 @@ def _dev(cluster: devcluster.DevCluster) -> Cluster:
     for role in chosen.roles.values():  # a small cluster must still start what asks for nothing special
         if role.mem_gib is not None:
             role.mem_gib = max(min(role.mem_gib, shape.memory_mib // 1024), 1)
-    return Cluster("slurm", chosen, env, "dev", cluster_name(Slurm(env)), str(files.find("dev")))
+    return Cluster(
+        "slurm", chosen, env=env, name="dev", slurm_name=cluster_name(Slurm(env)), profile_file=str(files.find("dev"))
+    )
 
 
 def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:

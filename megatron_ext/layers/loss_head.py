@@ -229,8 +229,10 @@ def supervised_output(
     else:
         weight = model.output_layer.weight
     if targets is None:
-        return vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group, model.logit_cap)
-    return token_losses(hidden, weight, targets, model.vocabulary_rows, group, model.logit_cap)
+        return vocabulary_logits(
+            hidden, weight, config=model.config, rows=model.vocabulary_rows, group=group, cap=model.logit_cap
+        )
+    return token_losses(hidden, weight, targets=targets, rows=model.vocabulary_rows, group=group, cap=model.logit_cap)
 
 
 class SupervisedHead(GPTModel):

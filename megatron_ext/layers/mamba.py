@@ -210,7 +210,7 @@ class MambaMixer(MegatronModule):
         self.D = torch.nn.Parameter(torch.ones(self.heads, dtype=exact, device=here))
         for parameter in (*self.conv1d.parameters(), self.dt_bias, self.A_log, self.D):
             marks(parameter).tensor_model_parallel = True
-        self.norm = GatedNorm(inner, self.groups, norm_epsilon, config.params_dtype, self.tp_group)
+        self.norm = GatedNorm(inner, self.groups, eps=norm_epsilon, dtype=config.params_dtype, tp_group=self.tp_group)
         self.out_proj = build_module(
             submodules.out_proj,
             inner * ranks,
@@ -299,7 +299,17 @@ class MambaMixer(MegatronModule):
         b, c = (t.unflatten(-1, (-1, self.state_dim)) for t in (b, c))
         dt = F.softplus(dt + dt_bias)
         decay = -torch.exp(log_decay)
-        y, ssm = scan(x, dt, decay, b, c, documents, state.ssm, state.documents[:, -1], self.chunk_size)
+        y, ssm = scan(
+            x,
+            dt,
+            decay=decay,
+            b=b,
+            c=c,
+            documents=documents,
+            state=state.ssm,
+            before=state.documents[:, -1],
+            chunk_size=self.chunk_size,
+        )
         y = (y + x * skip[:, None]).flatten(-2) * F.silu(z)
         return y.to(rows.dtype), State(inputs.to(rows.dtype), origins, ssm)
 

@@ -51,7 +51,9 @@ def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Prog
         for done, rule in enumerate(rules):
             whole, before = convert.read_whole(reader, rule, pool)
             dtype = dtypes[next(regions(rule))[0].key]
-            sums["after"].update(convert.write_whole(writer, rule, [convert.changed(rule, whole, added)], dtype, pool))
+            sums["after"].update(
+                convert.write_whole(writer, rule, blocks=[convert.changed(rule, whole, added)], dtype=dtype, pool=pool)
+            )
             sums["before"].update(before.total())
             progress(done + 1, len(rules), "tensors")
     writer.close()
@@ -83,7 +85,7 @@ def finish(folder: ModelFolder, parts: Sequence[Path], out: Path) -> str:
     (out / convert.SHARE).unlink(missing_ok=True)
     model_folder.copy_hf_files(folder.hf, out / "hf")
     digest = _digest(shares, "after", stored, shapes)
-    model_folder.describe(out, folder.family, folder.step, digest, folder.dtype)
+    model_folder.describe(out, folder.family, step=folder.step, weights_digest=digest, dtype=folder.dtype)
     return digest
 
 

@@ -87,12 +87,12 @@ def open_folder(path: str | Path) -> ModelFolder:
     return ModelFolder(
         path,
         family,
-        dims,
-        facts["step"],
-        facts["weights_digest"],
-        facts["dtype"],
-        LoraConfig(**adapted["lora"]) if adapted else None,
-        adapted["base_digest"] if adapted else facts["weights_digest"],
+        dims=dims,
+        step=facts["step"],
+        weights_digest=facts["weights_digest"],
+        dtype=facts["dtype"],
+        lora=LoraConfig(**adapted["lora"]) if adapted else None,
+        base_digest=adapted["base_digest"] if adapted else facts["weights_digest"],
     )
 
 
@@ -202,7 +202,9 @@ def load_stages(
 
     from megatron_ext.weights import checkpoint
 
-    parts = folder.family.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend, options)
+    parts = folder.family.build(
+        folder.dims, plan, dtype=getattr(torch, dtype or folder.dtype), backend=backend, options=options
+    )
     if weights is not None:
         check_same_model(folder, weights)
     checkpoint.load_weights(parts, weights or folder.weights)
@@ -233,11 +235,11 @@ def load_trainable(
     problems = loras.check_folder(lora, folder.lora, str(folder.path))
     if problems:
         raise UserMistake(problems)
-    parts = load_stages(folder, plan, dtype, backend, options, weights)
+    parts = load_stages(folder, plan, dtype=dtype, backend=backend, options=options, weights=weights)
     if lora.rank and not folder.lora:
         from megatron_ext.lora import adapters
 
-        adapters.attach(parts, folder.family, folder.dims, lora, seed)
+        adapters.attach(parts, folder.family, dims=folder.dims, config=lora, seed=seed)
     return parts
 
 
@@ -270,7 +272,7 @@ def write(out: Path, model: Any, source: ModelFolder, step: int) -> str:
         if dist.get_rank() == 0:
             copy_hf_files(source.hf, out / "hf")
             dtype = str(next(stages(model)[0].parameters()).dtype).removeprefix("torch.")
-            describe(out, source.family, step, digest, dtype)
+            describe(out, source.family, step=step, weights_digest=digest, dtype=dtype)
     dist.barrier()
     return durable.read_json(out / "model.json")["weights_digest"]
 
@@ -288,7 +290,7 @@ def describe_adapted(out: Path, base: ModelFolder, lora: LoraConfig, step: int) 
         "adapter_digest": durable.sha256_file(out / "adapter" / TENSORS),
     }
     digest = durable.sha256_bytes(f"{base.base_digest} {adapter['adapter_digest']}".encode())
-    describe(out, base.family, step, digest, base.dtype, adapter)
+    describe(out, base.family, step=step, weights_digest=digest, dtype=base.dtype, adapter=adapter)
     return digest
 
 

@@ -57,7 +57,10 @@ class Family:
     ) -> list[Any]:
         """Build this rank's parts of the model in model order, one or `plan.virtual`; their weights are not set."""
         virtual = range(plan.virtual) if plan.virtual > 1 else [None]
-        return [self.spec.build(dims, plan, dtype, backend, stage, options) for stage in virtual]
+        return [
+            self.spec.build(dims, plan, dtype=dtype, backend=backend, virtual_stage=stage, options=options)
+            for stage in virtual
+        ]
 
     @property
     def mapping(self) -> ModuleType:

@@ -127,7 +127,7 @@ def te_has_no_ring_for_windows(p: ParallelPlan, w: Workload) -> str:
 
 @rule("context_comm", "context")
 def te_gathers_no_packs(p: ParallelPlan, w: Workload) -> str:
-    """Refuse what AttnFuncWithCPAndKVAllGather refuses: THD; lifted by TransformerEngine #2829 (June 2026), after 2.11."""
+    """Refuse THD, as AttnFuncWithCPAndKVAllGather does; lifted by TransformerEngine #2829 (June 2026), after 2.11."""
     wrong = w.backend == "te" and p.context > 1 and p.context_comm == "all_gather"
     return "Transformer Engine 2.11 has no all_gather for packed documents" if wrong else ""
 

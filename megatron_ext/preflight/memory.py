@@ -54,7 +54,7 @@ class Stage:
 def stages(plan: ParallelPlan, shape: ModelShape) -> tuple[Stage, ...]:
     """Return what each pipeline rank holds, the first rank first."""
     parts = tuple(plan.stage_layers(len(shape.layers)))
-    return _stages(shape, parts, plan.pipeline, plan.tensor, plan.expert * plan.expert_tensor)
+    return _stages(shape, parts, pipeline=plan.pipeline, tensor=plan.tensor, expert=plan.expert * plan.expert_tensor)
 
 
 @lru_cache(maxsize=1024)  # a search asks for the same stages under many context degrees
@@ -72,7 +72,7 @@ def _stages(shape: ModelShape, parts: tuple[range, ...], pipeline: int, tensor: 
             whole.replicated + last * shape.hidden,
             whole.expert // expert,
         )
-        held.append(Stage(number, last, len(layers), blocks, parameters))
+        held.append(Stage(number, last, layers=len(layers), blocks=blocks, parameters=parameters))
     return tuple(held)
 
 

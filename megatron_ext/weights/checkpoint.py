@@ -253,10 +253,10 @@ class Saver:
         job = _Step(
             step,
             self._staging.copy(self._weights.parts()),
-            self._staging.copy(self._optimizer.parts()),
-            _rng_state(),
-            self._optimizer.updates(),
-            {
+            optimizer=self._staging.copy(self._optimizer.parts()),
+            rng=_rng_state(),
+            updates=self._optimizer.updates(),
+            facts={
                 "identity": identity,
                 "position": position,
                 "layout": layout_name(self.plan),
@@ -349,7 +349,7 @@ def save_step(
     keep: int,
 ) -> Path:
     """Publish ROOT/step_N (`Saver.save`) and drop all but the newest `keep` steps. Return once it is there."""
-    Saver(root, model, optimizer, plan, keep).save(step, identity, position)
+    Saver(root, model, optimizer=optimizer, plan=plan, keep=keep).save(step, identity, position)
     return root / f"step_{step}"
 
 

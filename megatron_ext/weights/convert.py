@@ -153,7 +153,9 @@ def import_share(
         for done, rule in enumerate(mine):
             blocks = _blocks(rule, [tensors.read(tensor) for tensor in rule.hf])
             target = rule.dtype or dtype or _name(blocks[0].dtype)
-            ledger["tensors"][rule.name] = _entry(rule, target, write_whole(writer, rule, blocks, target, pool))
+            ledger["tensors"][rule.name] = _entry(
+                rule, target, write_whole(writer, rule, blocks=blocks, dtype=target, pool=pool)
+            )
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
             progress(done + 1, len(mine), "tensors")
@@ -275,7 +277,7 @@ def export_share(
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     with summing() as pool:
         for done, rule in enumerate(mine):
-            sums = _export_one(reader, rule, files, my_files, changes, pool)
+            sums = _export_one(reader, rule, files=files, my_files=my_files, changes=changes, pool=pool)
             if files.file(hf_name(rule.hf[0])) in my_files:  # of several shares that need a tensor, one counts it
                 ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums)
             for name in map(hf_name, rule.hf):
@@ -296,7 +298,7 @@ def _export_one(
     if not isinstance(layout, (Replicated, Stacked)) or rule.name in changes:
         whole, sums = read_whole(reader, rule, pool)
         for position, data in enumerate(layout.split(changed(rule, whole, changes))):
-            _write_entry(files, my_files, rule, position, data)
+            _write_entry(files, my_files, rule=rule, position=position, data=data)
         return sums.total()
     sums = Sums(pool)
     # As they are, so that they may pass in pieces of any size.
@@ -306,7 +308,7 @@ def _export_one(
         for box, first in pieces(region, 4):
             data = reader.read(box)
             sums.add(box, data)
-            _write_entry(files, my_files, rule, position, data, before + first)
+            _write_entry(files, my_files, rule=rule, position=position, data=data, first=before + first)
     return sums.total()
 
 

@@ -121,7 +121,7 @@ class Writer:
             torch.save(bytes_.view(data.dtype).reshape(region.size), self._file)
         dtype = str(data.dtype).removeprefix("torch.")
         name = Path(self._file.name).name
-        self.written.append(Piece(region, dtype, name, start, self._file.tell() - start))
+        self.written.append(Piece(region, dtype, file=name, start=start, length=self._file.tell() - start))
 
     def close(self) -> None:
         self._file.close()

@@ -80,7 +80,7 @@ def up(
     value removes ours. Raises UserMistake: packages missing, prefix unusable, another shape already up, a daemon that
     died at once (usually a wrong setting).
     """
-    shape = Shape(nodes, gpus_per_node, cpus, memory_mib, accounting)
+    shape = Shape(nodes, gpus_per_node, cpus=cpus, memory_mib=memory_mib, accounting=accounting)
     cluster = DevCluster(prefix)
     _check(cluster.prefix, shape)
     cluster.prefix.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,9 @@ def configure(prefix: Path, shape: Shape, user: str, settings: dict[str, str]) -
     ports = free_ports(2 + shape.nodes)
     for name in nodes:
         (prefix / "spool" / name).mkdir()
-    durable.write_file(prefix / "etc" / "slurm.conf", slurm_conf(prefix, shape, user, ports, settings))
+    durable.write_file(
+        prefix / "etc" / "slurm.conf", slurm_conf(prefix, shape, user=user, ports=ports, settings=settings)
+    )
     durable.write_file(prefix / "etc" / "gres.conf", gres_conf(prefix, shape))
     if shape.accounting:
         path = prefix / "etc" / "slurmdbd.conf"

@@ -82,7 +82,7 @@ def load(name_or_path: str) -> Profile:
         raise UserMistake(f"no cluster profile {name_or_path!r}{hint}; profiles are files NAME.yaml in {folders}")
     problems: list[Problem] = []
     values = _read_yaml(path, problems)
-    profile = _typed(Profile, values, str(path), "", problems)
+    profile = _typed(Profile, values, file=str(path), at="", problems=problems)
     if not problems:
         profile.meta.name = profile.meta.name or path.stem
         problems = meaning_problems(profile, str(path))
@@ -164,12 +164,12 @@ def _typed(schema: type, values: dict[str, Any], file: str, at: str, problems: l
         inner = get_args(hint)[1] if get_origin(hint) is dict else None
         try:
             if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-                typed = _typed(hint, _mapping(value), file, f"{at}{key}.", problems)
+                typed = _typed(hint, _mapping(value), file=file, at=f"{at}{key}.", problems=problems)
             elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
                 typed = {}
                 for name, entry in _mapping(value).items():
                     place = f"{file}: {at}{key}.{name}"
-                    typed[name] = _typed(inner, _mapping(entry), file, f"{at}{key}.{name}.", problems)
+                    typed[name] = _typed(inner, _mapping(entry), file=file, at=f"{at}{key}.{name}.", problems=problems)
             else:
                 typed = _leaf(hint, value)
             setattr(result, key, typed)

@@ -210,7 +210,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
     rope = _rope(dims)
     quantised = {"quantization_config": {"quant_method": "mxfp4"}} if dims.mxfp4 else {}
     return {
-        **file_of(dims, "GptOssForCausalLM", "gpt_oss", eos, pad),
+        **file_of(dims, "GptOssForCausalLM", model_type="gpt_oss", eos=eos, pad=pad),
         **quantised,
         **{name: getattr(dims, field) for field, name in SIZES.items()},
         **ONLY,

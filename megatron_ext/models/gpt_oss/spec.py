@@ -66,7 +66,7 @@ def build(
     options: Mapping[str, Any] = {},
 ) -> SupervisedHead:
     """Build this rank's part of the model, as decoder_spec.decoder does."""
-    config = transformer_config(dims, plan, dtype, backend, options)
+    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
     positions = "yarn" if dims.yarn else "rope"
     model = decoder_spec.decoder(
         SupervisedHead,

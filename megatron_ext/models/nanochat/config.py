@@ -96,7 +96,7 @@ def shape(dims: Dims) -> ModelShape:
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
     """Return config.json of a NanoChatForCausalLM with these dimensions."""
     return {
-        **file_of(dims, "NanoChatForCausalLM", "nanochat", eos, pad),
+        **file_of(dims, "NanoChatForCausalLM", model_type="nanochat", eos=eos, pad=pad),
         **{name: value for name, value in ONLY.items() if value is not None},
         "intermediate_size": dims.ffn,
         "num_attention_heads": dims.heads,

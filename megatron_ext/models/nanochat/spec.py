@@ -55,7 +55,7 @@ def build(
     """
     if backend == "te":
         raise UserMistake(Problem("backend", "'te' has no norms without weights, as nanochat's are: use torch"))
-    config = transformer_config(dims, plan, dtype, backend, options)
+    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
     return decoder_spec.decoder(
         NanoChat,
         config,

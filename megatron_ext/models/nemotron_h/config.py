@@ -265,7 +265,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
         "routed_scaling_factor": dims.routed_scale,
     }
     return {
-        **file_of(dims, "NemotronHForCausalLM", "nemotron_h", eos, pad),
+        **file_of(dims, "NemotronHForCausalLM", model_type="nemotron_h", eos=eos, pad=pad),
         **{name: value for name, value in ONLY.items() if value is not None},
         **sizes,
         **(routing if dims.experts else {}),

@@ -199,7 +199,7 @@ def build(
                 "use backend torch",
             )
         )
-    config = transformer_config(dims, plan, dtype, backend, options)
+    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
     ends = decoder_spec.ends(virtual_stage)
     del ends["vp_stage"]  # hybrid models have no interleaved pipeline
     model = SupervisedHybrid(

@@ -158,7 +158,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
     if dims.kind != "qwen2":
         own["attention_bias"] = False
     return {
-        **file_of(dims, KINDS[dims.kind].architecture, dims.kind, eos, pad),
+        **file_of(dims, KINDS[dims.kind].architecture, model_type=dims.kind, eos=eos, pad=pad),
         **own,
         "intermediate_size": dims.ffn,
         "num_attention_heads": dims.heads,

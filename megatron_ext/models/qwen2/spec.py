@@ -35,7 +35,7 @@ def build(
     options: Mapping[str, Any] = {},
 ) -> SupervisedHead:
     """Build this rank's part of the model, as decoder_spec.decoder does."""
-    config = transformer_config(dims, plan, dtype, backend, options)
+    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
     return decoder_spec.decoder(
         SupervisedHead,
         config,
