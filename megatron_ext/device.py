@@ -304,12 +304,12 @@ NOISE = (
 def check_version() -> None:
     """Raise RuntimeError unless the one megatron-core that was measured is installed."""
     try:
-        found = version("megatron-core")
+        installed = version("megatron-core")
     except PackageNotFoundError:
-        found = "none"
-    if found != MEGATRON_CORE:
+        installed = "none"
+    if installed != MEGATRON_CORE:
         raise RuntimeError(
-            f"megatron-core {found} is installed, but megatron_ext/device.py is written for {MEGATRON_CORE}: "
+            f"megatron-core {installed} is installed, but megatron_ext/device.py is written for {MEGATRON_CORE}: "
             f"pip install megatron-core=={MEGATRON_CORE}"
         )
 
@@ -404,11 +404,11 @@ def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = run()
+        kept = run()
 
     def replay() -> torch.Tensor:
         graph.replay()
-        return found
+        return kept
 
     return replay
 

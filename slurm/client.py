@@ -331,5 +331,5 @@ def _shown(command: Sequence[str], longest: int = 120) -> str:
 
 
 def _chunks(ids: Iterable[str | int]) -> list[list[str]]:
-    every = [str(one) for one in ids]
+    every = [str(number) for number in ids]
     return [every[start : start + IDS_PER_COMMAND] for start in range(0, len(every), IDS_PER_COMMAND)]

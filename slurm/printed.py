@@ -190,10 +190,10 @@ def parse_job(printed: str) -> dict[str, str]:
 
     The other texts that a user chooses (comment, paths) come last, and of a key the first value counts.
     """
-    found = re.search(r"JobName=(.*?)\s+(?=UserId=\S+\(\d+\) GroupId=\S+\(\d+\) )", printed, re.DOTALL)
-    if found is None:
+    named = re.search(r"JobName=(.*?)\s+(?=UserId=\S+\(\d+\) GroupId=\S+\(\d+\) )", printed, re.DOTALL)
+    if named is None:
         return parse_keys(printed)
-    return parse_keys(printed[found.end() :]) | parse_keys(printed[: found.start()]) | {"JobName": found[1]}
+    return parse_keys(printed[named.end() :]) | parse_keys(printed[: named.start()]) | {"JobName": named[1]}
 
 
 def parse_job_row(printed: str) -> AccountingRow:
@@ -217,18 +217,18 @@ def parse_submit_limit(accounts: str, quality: str, qos: set[str]) -> SubmitLimi
     """Read the least limit out of `sacctmgr show assoc` (Account, DefaultQOS, MaxSubmit) and `show qos` (Name,
     MaxSubmitPU).
     """
-    found, default = [], "normal"
+    limits, default = [], "normal"
     for line in accounts.splitlines():
         account, named, most = line.split("|")
         default = named or default
         if most:
-            found.append(SubmitLimit(int(most), f"account {account} (MaxSubmitJobs)"))
+            limits.append(SubmitLimit(int(most), f"account {account} (MaxSubmitJobs)"))
     wanted = {name or default for name in qos}
     for line in quality.splitlines():
         name, most = line.split("|")
         if name in wanted and most:
-            found.append(SubmitLimit(int(most), f"QOS {name} (MaxSubmitJobsPerUser)"))
-    return min(found, key=lambda limit: limit.jobs, default=None)
+            limits.append(SubmitLimit(int(most), f"QOS {name} (MaxSubmitJobsPerUser)"))
+    return min(limits, key=lambda limit: limit.jobs, default=None)
 
 
 def parse_seconds(text: str) -> int:
@@ -244,7 +244,7 @@ def parse_partitions(printed: str) -> list[PartitionRow]:
     """Return the rows of `sinfo --exact` with the fields %P %a %l %s %D %c %m %G; unlike nodes of a partition share its
     row.
     """
-    found: dict[str, PartitionRow] = {}
+    rows: dict[str, PartitionRow] = {}
     for line in printed.splitlines():
         name, state, limit, sizes, nodes, cpus, memory, gres = line.split("|", 7)
         row = PartitionRow(
@@ -258,7 +258,7 @@ def parse_partitions(printed: str) -> list[PartitionRow]:
             mem_mib_per_node=int(memory.rstrip("+")),
             state=state,
         )
-        before = found.get(row.name)
+        before = rows.get(row.name)
         if before:
             row = PartitionRow(
                 name=row.name,
@@ -271,8 +271,8 @@ def parse_partitions(printed: str) -> list[PartitionRow]:
                 mem_mib_per_node=max(before.mem_mib_per_node, row.mem_mib_per_node),
                 state=row.state,
             )
-        found[row.name] = row
-    return list(found.values())
+        rows[row.name] = row
+    return list(rows.values())
 
 
 def gpus_in_gres(gres: str) -> int:
@@ -350,7 +350,7 @@ def submitted_id(printed: str) -> str | None:
 
     Wrappers of a site's add lines of their own, before and after.
     """
-    ids = [found[1] for line in printed.splitlines() if (found := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))]
+    ids = [number[1] for line in printed.splitlines() if (number := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))]
     return ids[-1] if ids else None
 
 

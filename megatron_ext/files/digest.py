@@ -62,8 +62,8 @@ def tensor_sum(data: torch.Tensor, offset: Shape, shape: Shape) -> torch.Tensor:
 
 def combined(tensors: Mapping[str, tuple[str, Shape, int]]) -> str:
     """Return SHA-256 over the sorted lines "key dtype shape sum" of {key: (dtype, shape, sum)}."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for key in sorted(tensors):
         dtype, shape, total = tensors[key]
-        found.update(f"{key} {dtype} {list(shape)} {total % (1 << 64):016x}\n".encode())
-    return found.hexdigest()
+        hashed.update(f"{key} {dtype} {list(shape)} {total % (1 << 64):016x}\n".encode())
+    return hashed.hexdigest()

@@ -172,10 +172,10 @@ def load(path: Path, known: frozenset[Pair] = TENSORS, unknown: bool = False) ->
 
 def load_piece(file: IO[bytes], start: int, length: int) -> torch.Tensor:
     """Load the one tensor that torch.save wrote into `length` bytes of an open file from `start` on, as `load` does."""
-    found = _load(file, start, length, TENSORS)
-    if not isinstance(found, torch.Tensor):
-        raise Refused(f"there is a {type(found).__name__} at byte {start}, not a tensor")
-    return found
+    tensor = _load(file, start, length, TENSORS)
+    if not isinstance(tensor, torch.Tensor):
+        raise Refused(f"there is a {type(tensor).__name__} at byte {start}, not a tensor")
+    return tensor
 
 
 class _Slice(io.RawIOBase):
@@ -264,9 +264,9 @@ class _Archive:
 
     def memory(self, name: str, size: int) -> torch.Tensor:
         """Return the first `size` bytes of a record, uint8, mapped from the file: copied where they are changed."""
-        first, found = self.place(name)
-        if size > found:
-            raise Refused(f"its record {name!r} has {found:,} bytes, {size:,} are needed")
+        first, length = self.place(name)
+        if size > length:
+            raise Refused(f"its record {name!r} has {length:,} bytes, {size:,} are needed")
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)
         base = self._start - self._start % mmap.ALLOCATIONGRANULARITY

@@ -80,10 +80,10 @@ def scan(
     # Logarithms of decays, summed token by token within a document: from after token j to token i, and from the chunk's
     # start, for tokens of the document that was under way there.
     steps = (dt * decay).transpose(2, 3)  # [B, k, heads, size]
-    one = documents[..., :, None] == documents[..., None, :]  # [B, k, size, size]
+    same = documents[..., :, None] == documents[..., None, :]  # [B, k, size, size]
     after = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1)
-    spans = steps[..., :, None].masked_fill(~(one & after)[:, :, None], 0).cumsum(dim=-2)
-    within = spans.masked_fill(~(one & ~after.T)[:, :, None], -torch.inf).exp()  # [B, k, heads, i, j]
+    spans = steps[..., :, None].masked_fill(~(same & after)[:, :, None], 0).cumsum(dim=-2)
+    within = spans.masked_fill(~(same & ~after.T)[:, :, None], -torch.inf).exp()  # [B, k, heads, i, j]
     before = torch.cat([before[:, None], documents[:, :-1, -1]], dim=1)
     inherits = (documents == before[..., None])[:, :, None]  # [B, k, 1, size]
     since = steps.masked_fill(~inherits, 0).cumsum(dim=-1).exp() * inherits

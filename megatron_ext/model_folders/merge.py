@@ -34,9 +34,9 @@ def changes(folder: ModelFolder) -> convert.Changes:
     """Return what the adapter adds to each matrix it is for; {} where the folder has none."""
     if folder.lora is None:
         return {}
-    found = pairs(folder.family, folder.dims, folder.lora)
-    reader = peft_format.Reader(folder.adapter, found, folder.lora)
-    return {pair.matrix.name: partial(reader.change, pair) for pair in found}
+    adapted = pairs(folder.family, folder.dims, folder.lora)
+    reader = peft_format.Reader(folder.adapter, adapted, folder.lora)
+    return {pair.matrix.name: partial(reader.change, pair) for pair in adapted}
 
 
 def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Progress = silent) -> int:

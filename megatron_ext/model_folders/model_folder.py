@@ -116,10 +116,10 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifacts/artifact.py).
     roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
     steps = sorted(
-        int(found.name.removeprefix("step_"))
+        int(published.name.removeprefix("step_"))
         for root in roots[:1]
-        for found in root.glob("step_*")
-        if (found / "manifest.json").is_file()
+        for published in root.glob("step_*")
+        if (published / "manifest.json").is_file()
     )
     if not steps:
         raise UserMistake(Problem("init_from", f"{path} is no model folder, and has no checkpoints either"))
@@ -131,16 +131,16 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
 def files_beside_weights(source: Path) -> dict[str, Path]:
     """Name -> path of every file of a Hugging Face folder but weights. UserMistake naming all that lead out of it."""
     weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
-    found, problems = {}, []
+    files, problems = {}, []
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in weights and not path.name.startswith("."):
             try:
-                found[path.name] = inside(source, path.name)
+                files[path.name] = inside(source, path.name)
             except UserMistake as mistake:
                 problems += mistake.problems
     if problems:
         raise UserMistake(problems)
-    return found
+    return files
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
@@ -165,8 +165,8 @@ def check_same_model(folder: ModelFolder, weights: Path) -> None:
     from megatron_ext.weights.dist_weights import Reader
 
     def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-        found = {key: shape for key, (_, shape) in Reader(path).tensors().items() if not key.startswith("optimizer.")}
-        return {key: shape[1:] if key in PADDED else shape for key, shape in found.items()}
+        stored = {key: shape for key, (_, shape) in Reader(path).tensors().items() if not key.startswith("optimizer.")}
+        return {key: shape[1:] if key in PADDED else shape for key, shape in stored.items()}
 
     own, other = shapes(folder.weights), shapes(weights)
     keys = [key for key in {**own, **other} if own.get(key) != other.get(key)]
@@ -212,8 +212,8 @@ def load_stages(
         from megatron_ext.lora import adapters, pairs, peft_format
 
         adapters.attach(parts, folder.family, folder.dims, folder.lora)
-        found = pairs.pairs(folder.family, folder.dims, folder.lora)
-        adapters.load(parts, peft_format.Reader(folder.adapter, found, folder.lora))
+        adapted = pairs.pairs(folder.family, folder.dims, folder.lora)
+        adapters.load(parts, peft_format.Reader(folder.adapter, adapted, folder.lora))
     return parts
 
 
@@ -304,12 +304,12 @@ def adopt(out: Path, peft: Path) -> str:
     lora, reached = pairs.reached(base.family, base.dims, adapter)
     if problems := loras.check(lora, base.shape, str(peft)):
         raise UserMistake(problems)
-    found = pairs.pairs(base.family, base.dims, lora)
-    reader = peft_format.Reader(peft, found, lora, reached)
+    adapted = pairs.pairs(base.family, base.dims, lora)
+    reader = peft_format.Reader(peft, adapted, lora, reached)
     factors = {}
-    for pair in found:
+    for pair in adapted:
         factors[pair.a.name], factors[pair.b.name] = reader.factors(pair)
-    peft_format.write(out / "adapter", found, factors, lora)
+    peft_format.write(out / "adapter", adapted, factors, lora)
     return describe_adapted(out, base, lora, base.step)
 
 
@@ -317,11 +317,11 @@ def link_files(source: Path, target: Path) -> None:
     """Put the files of a flat folder into a new one: hard links, or copies where the filesystem has none."""
     target.mkdir()
     for path in files(source):
-        found = inside(source, path.name)
+        file = inside(source, path.name)
         try:
-            os.link(found, target / path.name)
+            os.link(file, target / path.name)
         except OSError:
-            shutil.copyfile(found, target / path.name)
+            shutil.copyfile(file, target / path.name)
 
 
 def describe(

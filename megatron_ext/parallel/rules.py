@@ -283,12 +283,12 @@ def recompute_is_known(p: ParallelPlan, w: Workload) -> str:
 
 def broken_rules(plan: ParallelPlan, workload: Workload) -> list[tuple[Rule, str]]:
     """Return every rule that is broken, with its sentence. Degrees below 1 break nothing here: ask `check`."""
-    found = ((one, one.broken(plan, workload)) for one in RULES)
-    return [(one, message) for one, message in found if message]
+    said = ((rule, rule.broken(plan, workload)) for rule in RULES)
+    return [(rule, message) for rule, message in said if message]
 
 
 def is_legal(plan: ParallelPlan, workload: Workload) -> bool:
-    return not any(one.broken(plan, workload) for one in RULES)
+    return not any(rule.broken(plan, workload) for rule in RULES)
 
 
 def nearest(value: int, legal: Iterable[int]) -> int:
@@ -332,8 +332,8 @@ def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
     if name == "pipeline_layers":
         return [[], _even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
     present = getattr(plan if hasattr(plan, name) else w, name)
-    found = values.get(name, lambda: divisors(w.ranks))()
-    return sorted(found, key=lambda value: (abs(value - present), value))
+    possible = values.get(name, lambda: divisors(w.ranks))()
+    return sorted(possible, key=lambda value: (abs(value - present), value))
 
 
 def change(plan: ParallelPlan, workload: Workload, name: str, value: Any) -> tuple[ParallelPlan, Workload]:
@@ -381,10 +381,10 @@ def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> li
     ]
     if small:
         return small
-    own = {one.name for one in fields(plan)}
+    own = {field.name for field in fields(plan)}
     problems = []
-    for one, message in broken_rules(plan, workload):
-        mend = remedy(one, plan, workload)
+    for broken, message in broken_rules(plan, workload):
+        mend = remedy(broken, plan, workload)
         place = f"{where}.{mend[0]}" if mend and mend[0] in own else where
         problems.append(Problem(place, message + (f": use {spell(*mend)}" if mend else "")))
     return problems

@@ -155,6 +155,6 @@ class ModelShape:
     @property
     def active(self) -> int:
         """Parameters that one token meets: the top k experts, and not the embedding table (unless it is the output)."""
-        found = self.parameters
-        experts = found.expert * self.top_k // self.experts if self.experts else 0
-        return found.sharded + found.replicated + experts - (0 if self.tied else self.embedding)
+        all_ = self.parameters
+        experts = all_.expert * self.top_k // self.experts if self.experts else 0
+        return all_.sharded + all_.replicated + experts - (0 if self.tied else self.embedding)

@@ -121,8 +121,8 @@ def weights_digest(model: Model) -> str:
 def _digest(of_ranks: Sequence[dict[str, tuple[str, tuple[int, ...], int]]]) -> str:
     """Return the digest of the sums that each rank found (staging.sums)."""
     total: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    for found in of_ranks:
-        for key, (dtype, shape, value) in found.items():
+    for sums_ in of_ranks:
+        for key, (dtype, shape, value) in sums_.items():
             total[key] = dtype, shape, value + (total[key][2] if key in total else 0)
     return combined(total)
 
@@ -139,13 +139,13 @@ def _gathered(value: Any, group: Group) -> list[Any]:
 
 def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
     """Return {name: [bytes, sha256]}. A file that cannot be read is missing from it. One rank."""
-    found: dict[str, list[Any]] = {}
+    hashes: dict[str, list[Any]] = {}
     for name in names:
         try:
-            found[name] = [(folder / name).stat().st_size, durable.sha256_file(folder / name)]
+            hashes[name] = [(folder / name).stat().st_size, durable.sha256_file(folder / name)]
         except OSError:
             continue
-    return found
+    return hashes
 
 
 def from_rank_zero(value: Any, group: Group = None) -> Any:
@@ -168,7 +168,7 @@ def _rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "device": mcore_random._get_cuda_rng_state(),
-        "tracker": {name: _plain(of) for name, of in mcore_random.get_cuda_rng_tracker().get_states().items()},
+        "tracker": {name: _plain(stream) for name, stream in mcore_random.get_cuda_rng_tracker().get_states().items()},
     }
 
 
@@ -189,12 +189,12 @@ def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     mcore_random._set_cuda_rng_state(state["device"])
     tracker = mcore_random.get_cuda_rng_tracker()
-    own, found = tracker.get_states(), dict(state["tracker"])
-    for name in found:
+    own, saved = tracker.get_states(), dict(state["tracker"])
+    for name in saved:
         if isinstance(own.get(name), torch.Generator):  # which graphs hold on to: it stays the same object
-            own[name].set_state(found[name])
-            found[name] = own[name]
-    tracker.set_states(found)
+            own[name].set_state(saved[name])
+            saved[name] = own[name]
+    tracker.set_states(saved)
 
 
 def surplus(steps: Sequence[int], keep: int, milestone: int = 0) -> list[int]:
@@ -301,12 +301,12 @@ class Saver:
         dist.barrier(group=self._group)
         written = _write(temporary / STATE, job.weights + job.optimizer)
         torch.save(job.rng, temporary / RNG / f"{rank}.pt")
-        mine = [f"{STATE}/__{rank}_0.distcp", f"{RNG}/{rank}.pt"]
-        for name in mine:
+        names = [f"{STATE}/__{rank}_0.distcp", f"{RNG}/{rank}.pt"]
+        for name in names:
             durable.fsync_file(temporary / name)  # by the host that wrote it
-        found = _gathered((written, sums(job.weights), job.updates, _hash_files(temporary, mine)), self._group)
+        gathered = _gathered((written, sums(job.weights), job.updates, _hash_files(temporary, names)), self._group)
         if first:
-            self._finish(job, temporary, *zip(*found))
+            self._finish(job, temporary, *zip(*gathered))
         dist.barrier(group=self._group)
 
     def _finish(self, job: _Step, temporary: Path, written: Any, digests: Any, updates: Any, hashes: Any) -> None:
@@ -368,8 +368,8 @@ def sweep(root: Path) -> None:
 
 def steps(root: Path) -> list[int]:
     """Return the published steps, newest first. No torch.distributed."""
-    found = (p.name.removeprefix("step_") for p in root.glob("step_*"))
-    return sorted((int(n) for n in found if n.isdigit()), reverse=True)
+    numbers = (p.name.removeprefix("step_") for p in root.glob("step_*"))
+    return sorted((int(n) for n in numbers if n.isdigit()), reverse=True)
 
 
 def _defects(folder: Path) -> Iterator[str]:
@@ -380,13 +380,13 @@ def _defects(folder: Path) -> Iterator[str]:
         return
     names = sorted(manifest["files"])
     shares = _gathered(_hash_files(folder, names[dist.get_rank() :: dist.get_world_size()]), None)
-    found = {name: entry for part in shares for name, entry in part.items()}
+    entries = {name: entry for part in shares for name, entry in part.items()}
     for name, (size, digest) in sorted(manifest["files"].items()):
-        if name not in found:
+        if name not in entries:
             yield f"{name} is missing"
-        elif found[name][0] != size:
-            yield f"{name} has {found[name][0]} bytes instead of {size}"
-        elif found[name][1] != digest:
+        elif entries[name][0] != size:
+            yield f"{name} has {entries[name][0]} bytes instead of {size}"
+        elif entries[name][1] != digest:
             yield f"{name} has other bytes than were written"
 
 

@@ -66,19 +66,19 @@ class Tensors(Protocol):
     def read(self, tensor: HfTensor) -> torch.Tensor: ...
 
 
-def check_tensors(found: Mapping[str, Shape], family: Family, dims: Any, where: str) -> list[Problem]:
+def check_tensors(shapes: Mapping[str, Shape], family: Family, dims: Any, where: str) -> list[Problem]:
     """Return every tensor that is missing, unknown or of another shape than config.json says."""
-    expected = hf_shapes(family.mapping.rules(dims, found))
-    if not expected.keys() & found.keys():
-        name, shape = next(iter(found.items()), ("nothing", ()))
+    expected = hf_shapes(family.mapping.rules(dims, shapes))
+    if not expected.keys() & shapes.keys():
+        name, shape = next(iter(shapes.items()), ("nothing", ()))
         return [Problem(where, f"has none of the {len(expected)} tensors of the {family.name} model in config.json "
                                f"but {name} {list(shape)}: these are the weights of another model")]  # fmt: skip
     problems = [
         Problem(where, f"tensor {name} {list(shape)} is missing")
         for name, shape in expected.items()
-        if name not in found
+        if name not in shapes
     ]
-    for name, shape in found.items():
+    for name, shape in shapes.items():
         if name in expected:
             if shape != expected[name]:
                 problems.append(
@@ -146,11 +146,11 @@ def import_share(
 ) -> None:
     """Write every `count`-th tensor into OUT/weights, and OUT/SHARE. `dtype` "" keeps each tensor's own."""
     torch.set_num_threads(1)  # bytes are moved, not computed
-    mine = rules[index::count]
+    own = rules[index::count]
     writer = dist_weights.Writer(out / WEIGHTS, index)
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     with summing() as pool:
-        for done, rule in enumerate(mine):
+        for done, rule in enumerate(own):
             blocks = _blocks(rule, [tensors.read(tensor) for tensor in rule.hf])
             target = rule.dtype or dtype or _name(blocks[0].dtype)
             ledger["tensors"][rule.name] = _entry(
@@ -158,7 +158,7 @@ def import_share(
             )
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
-            progress(done + 1, len(mine), "tensors")
+            progress(done + 1, len(own), "tensors")
     writer.close()
     durable.write_json(out / SHARE, {**ledger, "pieces": [astuple(piece) for piece in writer.written]})
 
@@ -195,8 +195,8 @@ def _regions_of_blocks(rule: Rule, heights: Sequence[int]) -> Iterator[tuple[int
             if low < high:
                 offset, size = list(region.offset), list(region.size)
                 offset[axis], size[axis] = offset[axis] + low - rows.start, high - low
-                mine = replace(region, offset=tuple(offset), size=tuple(size))
-                yield number, mine, slice(low - first, high - first)
+                part = replace(region, offset=tuple(offset), size=tuple(size))
+                yield number, part, slice(low - first, high - first)
             first += height
 
 
@@ -249,12 +249,12 @@ def _export_dtypes(
     A tensor that the base checkpoint kept in another dtype than its others (norms, decays) has that one again.
     """
     theirs = dtypes_of(base)
-    main, found = main_dtype(theirs, rules), {}
+    main, targets = main_dtype(theirs, rules), {}
     for rule in rules:
         for name in map(hf_name, rule.hf):
             kept = theirs.get(name, main)
-            found[name] = rule.dtype or dtype or (stored[rule.name] if kept == main else kept)
-    return found
+            targets[name] = rule.dtype or dtype or (stored[rule.name] if kept == main else kept)
+    return targets
 
 
 def export_share(
@@ -273,16 +273,16 @@ def export_share(
         out, {name: (dtypes[name], shape) for name, shape in hf_shapes(rules).items()}, shard_bytes
     )
     my_files = set(list(files.files)[index::count])
-    mine = [rule for rule in rules if any(files.file(hf_name(tensor)) in my_files for tensor in rule.hf)]
+    own = [rule for rule in rules if any(files.file(hf_name(tensor)) in my_files for tensor in rule.hf)]
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     with summing() as pool:
-        for done, rule in enumerate(mine):
+        for done, rule in enumerate(own):
             sums = _export_one(reader, rule, files=files, my_files=my_files, changes=changes, pool=pool)
             if files.file(hf_name(rule.hf[0])) in my_files:  # of several shares that need a tensor, one counts it
                 ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums)
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": files.file(name), "dtype": dtypes[name]}
-            progress(done + 1, len(mine), "tensors")
+            progress(done + 1, len(own), "tensors")
     files.close()
     durable.write_json(out / SHARE, ledger)
     if index == 0:
@@ -415,10 +415,10 @@ def _write_ledger(folder: Path, shares: Sequence[dict[str, Any]], facts: dict[st
 
 def _dtype_changes(ledger: dict[str, Any], direction: str) -> dict[str, int]:
     """ "float32 to bfloat16": number of Hugging Face tensors, or entries of stacks, that the conversion changed."""
-    found: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     for entry in ledger["tensors"].values():
         for tensor in entry["hf"]:
             theirs, ours = ledger["hf"][tensor if isinstance(tensor, str) else tensor[0]]["dtype"], entry["dtype"]
             if theirs != ours:
-                found[f"{theirs} to {ours}" if direction == "import" else f"{ours} to {theirs}"] += 1
-    return dict(found)
+                changes[f"{theirs} to {ours}" if direction == "import" else f"{ours} to {theirs}"] += 1
+    return dict(changes)

@@ -169,7 +169,7 @@ class Reader:
 
     def read(self, region: Region) -> torch.Tensor:
         """Return the region's elements. One stored piece that covers it is mapped from its file, not copied."""
-        found: torch.Tensor | None = None
+        whole: torch.Tensor | None = None
         for piece in self.stored.tensors[region.key].pieces:
             low = [max(a, b) for a, b in zip(region.offset, piece.offset)]
             high = [min(a + n, b + m) for a, n, b, m in zip(region.offset, region.size, piece.offset, piece.size)]
@@ -179,12 +179,12 @@ class Reader:
             part = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset))]
             if part.shape == region.size:
                 return part
-            if found is None:
-                found = _room(region.size, part.dtype)
-            found[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset))] = part
-        if found is None:
+            if whole is None:
+                whole = _room(region.size, part.dtype)
+            whole[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset))] = part
+        if whole is None:
             raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
-        return found
+        return whole
 
     def load(self, key: str, piece: StoredPiece) -> torch.Tensor:
         """Return the elements of one stored piece of a tensor, mapped from its file."""

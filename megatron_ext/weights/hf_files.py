@@ -125,8 +125,8 @@ def _places(index: Path) -> dict[str, str]:
 
 def _numbered(folder: Path) -> list[str]:
     """Return model-00001-of-00003.safetensors and so on, where all are there: their index was not copied along."""
-    found = {path.name: _SHARD.fullmatch(path.name) for path in folder.iterdir()}
-    shards = {name: (int(shard[1]), int(shard[2])) for name, shard in found.items() if shard}
+    numbers = {path.name: _SHARD.fullmatch(path.name) for path in folder.iterdir()}
+    shards = {name: (int(shard[1]), int(shard[2])) for name, shard in numbers.items() if shard}
     counts = {count for _, count in shards.values()}
     if len(counts) > 1:
         raise UserMistake(Problem(str(folder), f"has the shards of {len(counts)} checkpoints, and no {INDEX}"))

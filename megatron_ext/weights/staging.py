@@ -163,9 +163,9 @@ def _shards_of(holder: ShardedBase, shape: Shape) -> Iterator[tuple[ShardedTenso
     assert isinstance(holder, ShardedTensorFactory)
     numbers = torch.arange(math.prod(shape)).reshape(shape)
     for shard in nested_values(replace(holder, data=numbers).build()):
-        found = shard.data.reshape(-1)
-        first = int(found[0])
-        if int(found[-1]) - first + 1 != found.numel():
+        flat = shard.data.reshape(-1)
+        first = int(flat[0])
+        if int(flat[-1]) - first + 1 != flat.numel():
             raise RuntimeError(f"{shard.key} is no run of the elements of its parameter: its state cannot be saved")
         yield shard, first
 
@@ -187,8 +187,8 @@ class OptimizerState:
         self._pieces: list[tuple[Any, torch.Tensor, list[_Piece]]] = []
         for part in trained_state(model).values():
             holders = {holder.data: holder for holder in nested_values(part) if isinstance(holder, ShardedBase)}
-            for one in self._optimizers:
-                self._pieces += _held(one, holders)
+            for chained in self._optimizers:
+                self._pieces += _held(chained, holders)
 
     def parts(self) -> list[Part]:
         found = []
@@ -204,7 +204,7 @@ class OptimizerState:
 
     def updates(self) -> int:
         """Return how often the optimizer has stepped; 0 on a rank that holds nothing of it."""
-        groups = [group for one in self._optimizers for group in one.state_dict()["optimizer"]["param_groups"]]
+        groups = [group for chained in self._optimizers for group in chained.state_dict()["optimizer"]["param_groups"]]
         return max((int(group.get("step") or 0) for group in groups), default=0)
 
 
@@ -271,7 +271,7 @@ def sums(parts: Sequence[Part]) -> dict[str, tuple[str, Shape, int]]:
     """Return {key: (dtype, shape, sum)} of what these parts contribute to a digest of weights; padding rows do not
     count.
     """
-    found: dict[str, tuple[str, Shape, int]] = {}
+    totals: dict[str, tuple[str, Shape, int]] = {}
     for part in parts:
         region, data = part.region, part.data.reshape(part.region.size)
         shape = region.shape
@@ -279,6 +279,6 @@ def sums(parts: Sequence[Part]) -> dict[str, tuple[str, Shape, int]]:
             shape = (part.rows, *shape[1:])
             data = data[: max(0, part.rows - region.offset[0])]
         dtype = str(data.dtype).removeprefix("torch.")
-        before = found[region.key][2] if region.key in found else 0
-        found[region.key] = dtype, shape, before + int(tensor_sum(data, region.offset, shape))
-    return found
+        before = totals[region.key][2] if region.key in totals else 0
+        totals[region.key] = dtype, shape, before + int(tensor_sum(data, region.offset, shape))
+    return totals

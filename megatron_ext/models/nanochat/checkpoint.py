@@ -96,15 +96,15 @@ class NanochatTensors:
 
         self._file, self._vocabulary = path, vocabulary
         try:
-            found = pickles.load(inside(path.parent, path.name))
+            loaded = pickles.load(inside(path.parent, path.name))
         except (OSError, pickles.Refused) as error:
             raise UserMistake(Problem(str(path), f"not a whole PyTorch checkpoint ({error})")) from None
-        if not isinstance(found, dict) or not all(type(name) is str for name in found):
+        if not isinstance(loaded, dict) or not all(type(name) is str for name in loaded):
             raise UserMistake(Problem(str(path), "is no checkpoint of nanochat: it is no dict of tensors by name"))
-        odd = [name for name, value in found.items() if not hasattr(value, "untyped_storage")]
+        odd = [name for name, value in loaded.items() if not hasattr(value, "untyped_storage")]
         if odd:
             raise UserMistake([Problem(str(path), f"{name} is no tensor") for name in odd[:LISTED]])
-        self._tensors = {hf_name(name): tensor for name, tensor in found.items()}
+        self._tensors = {hf_name(name): tensor for name, tensor in loaded.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(self.read(name).shape) for name in self._tensors}
