@@ -64,6 +64,10 @@ setup(
             "tensorboard>=2.20",
             "peft==0.21.2",
             "trl==1.16.0",
+            # what holds the style: .ci/run calls all three, tests/test_walls.py counts with radon
+            "ruff",
+            "mypy",
+            "radon",
         ],  # peers of benchmarks, oracles of adapters, masks and losses
     },
     entry_points={"console_scripts": ["afterok=afterok.start:main"]},

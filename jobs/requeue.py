@@ -7,7 +7,8 @@ from jobs import stopping
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.retry import SIGTERM
 from slurm.client import REQUEUE_PATIENCE_S, Slurm, SlurmError, job_element
-from slurm.profile import Partition, load
+from slurm.profile.files import load
+from slurm.profile.schema import Partition
 
 
 def refusal_here(slurm: Slurm, received: Iterable[int]) -> str:

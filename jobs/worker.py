@@ -51,7 +51,8 @@ from jobs.task import Task
 from jobs.upstream import NotNeeded, Upstream, UpstreamNotSealed
 from slurm.client import Slurm, SlurmError
 from slurm.printed import ENDED_STATES
-from slurm.profile import Profile, load
+from slurm.profile.files import load
+from slurm.profile.schema import Profile
 
 ASK_LIMIT_S = 10.0  # for one question to Slurm by a worker that has to leave soon
 TAKEN_OVER = "a newer attempt took this element over"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from launchers.observe.status import RunStatus
     from launchers.planning.plan import Plan
     from launchers.submission.submit import Submitted
-    from slurm.dev.devcluster import DevCluster
+    from slurm.dev.cluster import DevCluster
 
 EXIT_UNFINISHED = 1
 EXIT_INTERRUPTED = 130
@@ -378,13 +378,13 @@ def do_cancel(args: argparse.Namespace) -> int:
 
 
 def _dev_cluster(args: argparse.Namespace) -> "DevCluster":
-    from slurm.dev import devcluster
+    from slurm.dev import cluster as devcluster
 
     return devcluster.DevCluster(args.prefix or devcluster.default_prefix())
 
 
 def do_cluster_up(args: argparse.Namespace) -> int:
-    from slurm.dev import devcluster
+    from slurm.dev import cluster as devcluster
 
     prefix = args.prefix or devcluster.default_prefix()
     cluster = devcluster.up(prefix, args.nodes, args.gpus_per_node, accounting=args.dbd)

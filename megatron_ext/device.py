@@ -6,12 +6,13 @@
 * one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu".
 
 On a machine with CUDA nothing is patched. Everything else in the package asks `device()` and `backend()`, or is a
-layer spec or a kernel. Measured list of what megatron-core needs: reference/megatron_cpu.md, section 2.
+layer spec or a kernel.
 """
 
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import os
 import resource
@@ -74,10 +75,10 @@ class FusedAdam(torch.optim.Optimizer):
     """
 
     # As torch wraps them, they would import torch._dynamo: half a second of each rank's start.
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
-    state_dict = torch.optim.Optimizer.state_dict.__wrapped__
-    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:  # None; torch's own gives what a closure returns
         with plain_torch():
             self._step()
 
@@ -126,7 +127,7 @@ class FusedAdam(torch.optim.Optimizer):
                 if self.adam_w_mode:
                     torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 else:
-                    grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                    grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
             torch._foreach_lerp_(first, grads, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
@@ -157,7 +158,7 @@ def _router_gating_linear(
 
 
 def _widened(path: str) -> Callable[..., torch.Tensor]:
-    """mcore's linear layer `path`, which takes bfloat16 as fp32 where the CPU has no instructions for it."""
+    """Return mcore's linear layer `path`, made to take bfloat16 as fp32 where the CPU has no instructions for it."""
     linear = original(path)
 
     @functools.wraps(linear)  # with its attributes, which it looks for under its name
@@ -236,13 +237,13 @@ PATCHES: dict[str, Patch] = {
 
 
 def _resolve(path: str) -> tuple[Any, str]:
-    """The module that holds the dotted name, and the name in it."""
+    """Return the module that holds the dotted name, and the name in it."""
     module, name = path.rsplit(".", 1)
     return importlib.import_module(module), name
 
 
 def original(path: str) -> Any:
-    """What the patched name was before `init_device` (the name itself where nothing was patched)."""
+    """Return what the patched name was before `init_device` (the name itself where nothing was patched)."""
     if path in _originals:
         return _originals[path]
     return getattr(*_resolve(path))
@@ -301,14 +302,14 @@ NOISE = (
 
 
 def check_version() -> None:
-    """Raises RuntimeError unless the one megatron-core that was measured is installed."""
+    """Raise RuntimeError unless the one megatron-core that was measured is installed."""
     try:
-        found = version("megatron-core")
+        installed = version("megatron-core")
     except PackageNotFoundError:
-        found = "none"
-    if found != MEGATRON_CORE:
+        installed = "none"
+    if installed != MEGATRON_CORE:
         raise RuntimeError(
-            f"megatron-core {found} is installed, but megatron_ext/device.py is written for {MEGATRON_CORE}: "
+            f"megatron-core {installed} is installed, but megatron_ext/device.py is written for {MEGATRON_CORE}: "
             f"pip install megatron-core=={MEGATRON_CORE}"
         )
 
@@ -324,7 +325,7 @@ def _patch() -> None:
 
 @contextlib.contextmanager
 def _without_wandb() -> Iterator[None]:
-    """Spares each rank a second: mcore's own inference engine, which nothing here uses, would import wandb."""
+    """Spare each rank a second: mcore's own inference engine, which nothing here uses, would import wandb."""
     if "wandb" in sys.modules:
         yield
         return
@@ -369,27 +370,30 @@ def init_device() -> None:
 
 
 def plain_torch() -> contextlib.AbstractContextManager:
-    """Around calls of our own layers, which name no literal "cuda": spares each torch function a visit to the mode."""
+    """Return a block for calls of our own layers, which name no literal "cuda": torch functions skip the mode in it."""
     return torch.overrides._pop_mode_temporarily() if _mode is not None else contextlib.nullcontext()
 
 
 def is_cpu() -> bool:
-    """For layer specs and kernels only; everybody else asks `device()`."""
+    """Return whether this rank computes on a CPU: for layer specs and kernels only; everybody else asks `device()`."""
     return not torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live."""
+    """Return the device on which this rank's tensors live."""
     return CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
 def backend() -> str:
-    """The torch.distributed back end of that device."""
+    """Return the torch.distributed back end of that device."""
     return "gloo" if is_cpu() else "nccl"
 
 
 def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`run` as one CUDA graph: reads the memory that `run` reads, gives the same tensor each time. On CPU `run` itself."""
+    """Record `run` as one CUDA graph, which reads the memory that `run` reads and gives the same tensor each time.
+
+    On CPU it is `run` itself.
+    """
     if is_cpu():
         return run
     aside = torch.cuda.Stream()
@@ -400,11 +404,11 @@ def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = run()
+        kept = run()
 
     def replay() -> torch.Tensor:
         graph.replay()
-        return found
+        return kept
 
     return replay
 
@@ -413,7 +417,7 @@ def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 
 def mark() -> Any:
-    """Now, on the clock of the device's work: read with `seconds_between`."""
+    """Return a mark of now on the clock of the device's work, for `seconds_between`."""
     if is_cpu():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -422,7 +426,7 @@ def mark() -> Any:
 
 
 def seconds_between(first: Any, last: Any) -> float:
-    """Seconds from one mark to a later one. Waits until the device has come there."""
+    """Return the seconds from one mark to a later one. Waits until the device has come there."""
     if is_cpu():
         return last - first
     last.synchronize()
@@ -430,12 +434,12 @@ def seconds_between(first: Any, last: Any) -> float:
 
 
 def peak_memory() -> int:
-    """Bytes this rank has held at most: allocated on its GPU, or resident on a machine without."""
+    """Return the bytes that this rank has held at most: allocated on its GPU, or resident on a machine without."""
     if is_cpu():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     return torch.cuda.max_memory_allocated()
 
 
 def gpu_name() -> str:
-    """As its driver calls it ("NVIDIA H100 80GB HBM3"); "" without one."""
+    """Return the name of the GPU as its driver calls it ("NVIDIA H100 80GB HBM3"); "" without one."""
     return "" if is_cpu() else torch.cuda.get_device_name()

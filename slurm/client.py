@@ -83,12 +83,12 @@ class SlurmUnavailable(UserMistake):
 
 
 def scrubbed_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """`env` without what an outer job or a dotfile would tell Slurm's commands; where the cluster is stays."""
+    """Return `env` without what an outer job or a dotfile would tell Slurm's commands; where the cluster is stays."""
     return {key: value for key, value in env.items() if key in _KEPT or not key.startswith(_SCRUBBED)}
 
 
 def configuration_of(env: Mapping[str, str]) -> str:
-    """How Slurm's commands find their cluster under `env`, for messages."""
+    """Return how Slurm's commands find their cluster under `env`, for messages."""
     for key in _KEPT:
         if env.get(key):
             return f"{key}={env[key]}"
@@ -106,7 +106,9 @@ class Slurm:
         self.timeout_s = timeout_s
 
     def run(self, command: Sequence[str], timeout_s: float | None = None) -> str:
-        """Standard output of one of Slurm's commands that succeeded in time. Raises SlurmError, SlurmTimeout."""
+        """Run one of Slurm's commands; return its standard output. Raises SlurmError or SlurmTimeout where it fails or
+        is late.
+        """
         limit = self.timeout_s if timeout_s is None else timeout_s
         env = dict(self.env)
         if command[0] == "squeue":
@@ -130,11 +132,11 @@ class Slurm:
         if code != 0:
             message = whole_message(command[0], err, out) or "it said nothing"
             silent = _ended_by_signal(code) or lost_connection(command[0], err)
-            raise SlurmError(command, code, message, err, silent)
+            raise SlurmError(command, code, message=message, stderr=err, is_silence=silent)
         return out
 
     def patiently(self, command: Sequence[str], patience_s: float) -> str:
-        """`run`, again and again for a while where nobody answers: for commands that may be given twice."""
+        """Run a command again and again for a while where nobody answers: for commands that may be given twice."""
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -171,7 +173,7 @@ class Slurm:
         )
 
     def queue(self) -> list[QueueRow]:
-        """Every job of this user that the controller remembers, in all states, one row an array element.
+        """Return every job of this user that the controller remembers, in all states, one row an array element.
 
         Not by `squeue --array`, which loses the last element of an array it prints with a step ("0-396:4", 22.05.8).
         """
@@ -191,12 +193,12 @@ class Slurm:
             self.run(["scancel", "--quiet", f"--state={state}"])
 
     def active_job_ids(self) -> list[str]:
-        """Raw ids of the jobs of all users that hold nodes, those still being cleaned up included."""
+        """Return the raw ids of the jobs of all users that hold nodes, those still being cleaned up included."""
         states = "RUNNING,COMPLETING,CONFIGURING,SUSPENDED"
         return self.run(["squeue", "--noheader", "--all", f"--states={states}", "--format=%A"]).split()
 
     def accounting(self, ids: Iterable[str | int]) -> list[AccountingRow] | None:
-        """What slurmdbd recorded of these jobs, steps left out; None when the cluster keeps no accounting."""
+        """Return what slurmdbd recorded of these jobs, steps left out; None when the cluster keeps no accounting."""
         rows: list[AccountingRow] = []
         between, fields = separator(), ",".join(ACCOUNTING_FIELDS)
         for some in _chunks(ids):
@@ -211,8 +213,9 @@ class Slurm:
         return rows
 
     def job_row(self, job_id: str) -> AccountingRow | None:
-        """What the controller still remembers of one job or array element ("12_3"), in accounting's terms; None when
-        it has forgotten it."""
+        """Return what the controller still remembers of one job or array element ("12_3"), in accounting's terms; None
+        when it has forgotten it.
+        """
         try:
             return parse_job_row(self.run(["scontrol", "show", "job", job_id, "--oneliner"]))
         except SlurmError as error:
@@ -221,21 +224,21 @@ class Slurm:
             raise
 
     def down_nodes(self, nodelist: str) -> list[str]:
-        """Those of these nodes ("n[1-4]") that are down, drained, failed or do not answer."""
+        """Return those of these nodes ("n[1-4]") that are down, drained, failed or do not answer."""
         states = self.node_states(f"--nodes={nodelist}")
         return [name for name, state in states.items() if is_away(state)]
 
     def usable_nodes(self, partition: str) -> set[str]:
-        """The nodes of a partition that are not away."""
+        """Return the nodes of a partition that are not away."""
         states = self.node_states(f"--partition={partition}")
         return {name for name, state in states.items() if not is_away(state)}
 
     def partitions(self) -> list[PartitionRow]:
-        """The partitions this user may see."""
+        """Return the partitions this user may see."""
         return parse_partitions(self.run(["sinfo", "--noheader", "--exact", "--format=%P|%a|%l|%s|%D|%c|%m|%G"]))
 
     def node_states(self, *which: str) -> dict[str, str]:
-        """Each node's state as sinfo prints it: "idle", "mixed", "down*" (the star: it does not answer).
+        """Return each node's state as sinfo prints it: "idle", "mixed", "down*" (the star: it does not answer).
 
         `which` are options of sinfo's that choose nodes. One of several partitions is printed once for each.
         """
@@ -243,7 +246,8 @@ class Slurm:
         return dict(line.split() for line in printed.splitlines())
 
     def submit_limit(self, qos: Iterable[str]) -> SubmitLimit | None:
-        """The least limit on this user's jobs in the queue, of the account or of these QOS ("" is the default one).
+        """Return the least limit on this user's jobs in the queue, of the account or of these QOS ("" is the default
+        one).
 
         None where there is none, or where the cluster keeps no accounting or it does not answer.
         """
@@ -258,19 +262,19 @@ class Slurm:
         return parse_submit_limit(accounts, quality, set(qos))
 
     def preempt_mode(self, partition: str) -> str:
-        """What becomes of a partition's jobs when they are preempted: "REQUEUE", "CANCEL", "SUSPEND", "OFF"."""
+        """Return what becomes of a partition's jobs when they are preempted: "REQUEUE", "CANCEL", "SUSPEND", "OFF"."""
         return parse_keys(self.run(["scontrol", "show", "partition", partition, "--oneliner"])).get("PreemptMode", "")
 
     def configuration(self) -> dict[str, str]:
-        """The controller's running slurm.conf, keys as `scontrol show config` spells them."""
+        """Return the controller's running slurm.conf, keys as `scontrol show config` spells them."""
         return parse_configuration(self.run(["scontrol", "show", "config"]))
 
     def max_array_size(self) -> int:
-        """How many elements an array may have, indices from 0 (its highest index is one less)."""
+        """Return how many elements an array may have, indices from 0 (its highest index is one less)."""
         return array_limit(self.configuration())
 
     def node_address(self, node: str) -> str:
-        """The address of a node, which need not be its name (and whose name need not resolve)."""
+        """Return the address of a node, which need not be its name (and whose name need not resolve)."""
         command = ["scontrol", "show", "node", node, "--oneliner"]
         printed = self.run(command)
         if address := parse_keys(printed).get("NodeAddr"):
@@ -278,7 +282,9 @@ class Slurm:
         raise SlurmError(command, 0, f"no NodeAddr in {first_line(printed)!r}")
 
     def job(self, element: str, patience_s: float = 0.0) -> dict[str, str]:
-        """What the controller says of one job ("12") or array element ("12_3"), keys as `scontrol show job` spells."""
+        """Return what the controller says of one job ("12") or array element ("12_3"), keys as `scontrol show job`
+        spells.
+        """
         return parse_job(self.patiently(["scontrol", "show", "job", element, "--oneliner"], patience_s))
 
     def requeue(self, element: str, exclude: str = "", patience_s: float = REQUEUE_PATIENCE_S) -> None:
@@ -295,7 +301,7 @@ class Slurm:
         self.run(["scontrol", "update", f"jobid={element}", f"excnodelist={nodes}"])
 
     def sbatch(self, arguments: Sequence[str]) -> str:
-        """Submit; gives the new job's id. An error that `is_silence` leaves open whether it exists: look for its name."""
+        """Submit a job; return its id. An error that `is_silence` leaves open whether it exists: look for its name."""
         command = ["sbatch", "--parsable", *arguments]
         printed = self.run(command)
         job = submitted_id(printed)
@@ -306,14 +312,16 @@ class Slurm:
 
 
 def job_element(env: Mapping[str, str]) -> str:
-    """This job as scontrol and scancel name it: "12", or "12_3", for an array's last element has the array's own id."""
+    """Return this job's name for scontrol and scancel: "12", or "12_3", for an array's last element has the array's own
+    id.
+    """
     if "SLURM_ARRAY_TASK_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return env.get("SLURM_JOB_ID", "")
 
 
 def _ended_by_signal(code: int) -> bool:
-    """Whether a command was killed, by what itself or a shell around it tells (128 and the signal)."""
+    """Return whether a command was killed, by what itself or a shell around it tells (128 and the signal)."""
     return code < 0 or 128 < code <= 192
 
 
@@ -323,5 +331,5 @@ def _shown(command: Sequence[str], longest: int = 120) -> str:
 
 
 def _chunks(ids: Iterable[str | int]) -> list[list[str]]:
-    every = [str(one) for one in ids]
+    every = [str(number) for number in ids]
     return [every[start : start + IDS_PER_COMMAND] for start in range(0, len(every), IDS_PER_COMMAND)]

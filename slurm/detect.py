@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm import client, profile
+from slurm import client
 from slurm.client import Slurm, SlurmError, SlurmTimeout, SlurmUnavailable
-from slurm.dev import devcluster
+from slurm.dev import cluster as devcluster
+from slurm.profile import files
+from slurm.profile.schema import Partition, Profile
 
 # Where packages and site builds put it; the last two are where a configless slurmd or sackd keeps what it was sent.
 CONFIGURATION_FILES = (
@@ -38,7 +40,7 @@ class Cluster:
     """Where phases run. `env` is for Slurm's commands and for local processes: nothing of an outer job's SLURM_*."""
 
     kind: str  # "slurm" or "local"
-    profile: profile.Profile
+    profile: Profile
     env: dict[str, str]
     name: str
     slurm_name: str = ""  # ClusterName, as the Slurm that answers spells it
@@ -52,7 +54,7 @@ class Cluster:
         return f"{place}: {self.made or f'profile {self.profile.meta.name} ({self.profile_file})'}"
 
     def as_json(self) -> dict[str, str]:
-        """What `where` tells, by name."""
+        """Return what `where` tells, by name."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -68,7 +70,7 @@ class Cluster:
 
 
 def find_cluster(choice: str = "auto") -> Cluster:
-    """The cluster that `choice` names: auto, local, slurm, dev, or a profile's name or path.
+    """Return the cluster that `choice` names: auto, local, slurm, dev, or a profile's name or path.
 
     Raises UserMistake (SlurmUnavailable) when Slurm is meant and does not answer, or there is no such profile.
     """
@@ -83,12 +85,15 @@ def find_cluster(choice: str = "auto") -> Cluster:
         if choice == "slurm" or _slurm_is_configured(os.environ):
             return _slurm(None)
         return _local("local")
-    return _local(choice) if profile.load(choice).kind == "local" else _slurm(choice)
+    return _local(choice) if files.load(choice).kind == "local" else _slurm(choice)
 
 
 def can_requeue(cluster: Cluster, partition: str | None) -> bool:
-    """Whether a job there that was stopped or preempted may run again under its id: the profile's word, else Slurm's."""
-    said = cluster.profile.partitions.get(partition or "", profile.Partition()).requeue
+    """Return whether a job there that was stopped or preempted may run again under its id.
+
+    The profile's word counts, and Slurm's where it has none.
+    """
+    said = cluster.profile.partitions.get(partition or "", Partition()).requeue
     if said is not None or partition is None:
         return said is not False
     try:
@@ -99,35 +104,37 @@ def can_requeue(cluster: Cluster, partition: str | None) -> bool:
 
 
 def _local(name: str) -> Cluster:
-    """Processes of this machine; a role that the built-in profile leaves open takes all its GPUs."""
-    chosen = profile.load(name)
+    """Return the processes of this machine; a role that the built-in profile leaves open takes all its GPUs."""
+    chosen = files.load(name)
     if name == "local":
         for role in chosen.roles:
             if role != "cpu":
                 chosen.roles[role].gpus_per_node = _gpus_here(os.environ)
     env = {key: value for key, value in client.scrubbed_environment(os.environ).items() if not key.startswith("SLURM_")}
-    return Cluster("local", chosen, env, chosen.meta.name, profile_file=str(profile.find(name)))
+    return Cluster("local", chosen, env, chosen.meta.name, profile_file=str(files.find(name)))
 
 
 def _slurm(name: str | None) -> Cluster:
-    """A Slurm that answers, with the profile `name`, else the one named like the cluster, else one made from it."""
+    """Return a Slurm that answers, with the profile `name`, that named like the cluster, or one made from it."""
     env = client.scrubbed_environment(os.environ)
     slurm = Slurm(env)
     slurm.ping(client.PING_LIMIT_S)
     own = cluster_name(slurm)
     if name is not None:
-        chosen = profile.load(name)
-        return Cluster("slurm", chosen, env, chosen.meta.name, own, str(profile.find(name)))
-    file = profile.find_for_cluster(own)
+        chosen = files.load(name)
+        return Cluster(
+            "slurm", chosen, env=env, name=chosen.meta.name, slurm_name=own, profile_file=str(files.find(name))
+        )
+    file = files.find_for_cluster(own)
     if file is not None:
-        return Cluster("slurm", profile.load(str(file)), env, own, own, str(file))
-    looked = ", ".join(map(str, profile.site_folders()))
+        return Cluster("slurm", files.load(str(file)), env=env, name=own, slurm_name=own, profile_file=str(file))
+    looked = ", ".join(map(str, files.site_folders()))
     made = f"no profile is named like it ({own}.yaml in {looked}); used is one made from its own partitions"
-    return Cluster("slurm", profile.from_live(slurm), env, own, own, made=made)
+    return Cluster("slurm", files.from_live(slurm), env=env, name=own, slurm_name=own, made=made)
 
 
 def cluster_name(slurm: Slurm) -> str:
-    """ClusterName of the Slurm that answers, which spells it in small letters whatever slurm.conf has."""
+    """Return ClusterName of the Slurm that answers, which spells it in small letters whatever slurm.conf has."""
     try:
         return slurm.configuration().get("ClusterName", "slurm")
     except SlurmError as error:
@@ -135,12 +142,12 @@ def cluster_name(slurm: Slurm) -> str:
 
 
 def _dev(cluster: devcluster.DevCluster) -> Cluster:
-    """The dev cluster, with its profile's limits set to the shape it was started with."""
+    """Return the dev cluster, with its profile's limits set to the shape it was started with."""
     if not cluster.is_up():
         raise NoDevCluster(f"no dev cluster is up at {cluster.prefix}; start one with `afterok cluster up`")
     env = cluster.env()
     Slurm(env).ping(client.PING_LIMIT_S)
-    chosen, shape = profile.load("dev"), cluster.shape
+    chosen, shape = files.load("dev"), cluster.shape
     for partition in chosen.partitions.values():
         partition.max_nodes = shape.nodes
         partition.cpus = shape.cpus
@@ -150,11 +157,13 @@ def _dev(cluster: devcluster.DevCluster) -> Cluster:
     for role in chosen.roles.values():  # a small cluster must still start what asks for nothing special
         if role.mem_gib is not None:
             role.mem_gib = max(min(role.mem_gib, shape.memory_mib // 1024), 1)
-    return Cluster("slurm", chosen, env, "dev", cluster_name(Slurm(env)), str(profile.find("dev")))
+    return Cluster(
+        "slurm", chosen, env=env, name="dev", slurm_name=cluster_name(Slurm(env)), profile_file=str(files.find("dev"))
+    )
 
 
 def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:
-    """The dev cluster whose `cluster exec` this process runs in: its mark and its configuration, both."""
+    """Return the dev cluster whose `cluster exec` this process runs in: its mark and its configuration, both."""
     mark = env.get(devcluster.MARK_VARIABLE)
     if not mark:
         return None
@@ -163,7 +172,7 @@ def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:
 
 
 def _slurm_is_configured(env: Mapping[str, str]) -> bool:
-    """Whether this machine belongs to a Slurm, answering or not."""
+    """Return whether this machine belongs to a Slurm, answering or not."""
     if env.get("SLURM_CONF") or env.get("SLURM_CONF_SERVER"):
         return True
     if any(file.exists() for file in CONFIGURATION_FILES):
@@ -182,7 +191,7 @@ def _slurm_is_configured(env: Mapping[str, str]) -> bool:
 
 
 def _gpus_here(env: Mapping[str, str]) -> int:
-    """GPUs that a process of this machine would see, without asking a driver."""
+    """Return the GPUs that a process of this machine would see, without asking a driver."""
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])

@@ -1,14 +1,14 @@
 """What the toolkit sets itself: options of sbatch and srun, and variables, that a profile must not set a second time.
 
-Names: `man sbatch` and `man srun` of Slurm 22.05, short forms and synonyms included. Slurm takes the last of several, and
-any unambiguous beginning of a long name, so that `outp` would be `output`.
+Names: `man sbatch` and `man srun` of Slurm 22.05, short forms and synonyms included. Slurm takes the last of several,
+and any unambiguous beginning of a long name, so that `outp` would be `output`.
 """
 
 import re
 from collections.abc import Mapping
 
 from data_tools.mistake import Problem
-from slurm.profile import Profile
+from slurm.profile.schema import Profile
 
 _OWN_LOG = "each element's log has its place in the run, where `afterok logs` and `why` read it"
 _SAYS_ROLE = "say it in the role, or in a phase's resources"
@@ -57,8 +57,9 @@ VARIABLES: Mapping[str, str] = {
 
 
 def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
-    """What of a profile `file` sets something that the toolkit sets itself; `plan` asks, so that a frozen profile of
-    before still loads."""
+    """Return what of a profile `file` sets something that the toolkit sets itself.
+
+    `plan` asks, so that a frozen profile of before still loads."""
     problems = []
     for name, partition in profile.partitions.items():
         problems += option_problems(partition.extra_sbatch, f"{file}: partitions.{name}.extra_sbatch")
@@ -78,7 +79,7 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
 
 
 def option_problems(extra: Mapping[str, str], where: str) -> list[Problem]:
-    """What is wrong with a partition's `extra_sbatch`; `where` is its place in the profile."""
+    """Return what is wrong with a partition's `extra_sbatch`; `where` is its place in the profile."""
     problems = []
     for key, value in extra.items():
         at, name = f"{where}.{key}", key.replace("_", "-")
@@ -99,7 +100,7 @@ def option_problems(extra: Mapping[str, str], where: str) -> list[Problem]:
 
 
 def _begins(name: str, reserved: Mapping[str, str]) -> str:
-    """Where the option is said that a shortened name begins, "" for one that begins none."""
+    """Return where the option is said that a shortened name begins, "" for one that begins none."""
     if len(name) < 2:
         return ""
     return next((instead for option, instead in reserved.items() if option.startswith(name)), "")

@@ -90,12 +90,12 @@ class SubmitLimit:
 
 
 def is_away(node_state: str) -> bool:
-    """Whether a node in that state, as sinfo prints it, is down, drained, failed or does not answer."""
+    """Return whether a node in that state, as sinfo prints it, is down, drained, failed or does not answer."""
     return node_state.endswith("*") or node_state.startswith(("down", "drain", "fail"))
 
 
 def controller_is_up(printed: str) -> bool:
-    """Whether any controller, primary or backup, answered `scontrol ping`."""
+    """Return whether any controller, primary or backup, answered `scontrol ping`."""
     return any(line.rstrip().endswith(" UP") for line in printed.splitlines())
 
 
@@ -116,7 +116,9 @@ def _records(printed: str, between: str, fields: int) -> Iterator[list[str]]:
 
 
 def parse_queue(printed: str, between: str) -> list[QueueRow]:
-    """Rows of `squeue` with QUEUE_FIELDS, each followed by `between`; waiting elements come in one and become many."""
+    """Return the rows of `squeue` with QUEUE_FIELDS, each followed by `between`; waiting elements come in one and
+    become many.
+    """
     rows = []
     for record in _records(printed, between, len(QUEUE_FIELDS)):
         job_id, array_id, index, state, reason, dependency, nodelist, name = record
@@ -138,7 +140,7 @@ def parse_queue(printed: str, between: str) -> list[QueueRow]:
 
 
 def parse_indices(text: str) -> list[int]:
-    """The indices of an array: "0-2,7%4" (the last part is its throttle) is [0, 1, 2, 7], "0-8:4" is [0, 4, 8].
+    """Return the indices of an array: "0-2,7%4" (the last part is its throttle) is [0, 1, 2, 7], "0-8:4" is [0, 4, 8].
 
     Raises ValueError for a list that Slurm cut short with "...".
     """
@@ -151,7 +153,7 @@ def parse_indices(text: str) -> list[int]:
 
 
 def format_indices(indices: Iterable[int], most: int | None = None) -> str:
-    """Array indices as Slurm spells them, "3,7-9"; for people at most `most` ranges, then "…"."""
+    """Return the array indices as Slurm spells them, "3,7-9"; for people at most `most` ranges, then "…"."""
     ranges: list[list[int]] = []
     for index in sorted(indices):
         if ranges and index == ranges[-1][1] + 1:
@@ -163,7 +165,7 @@ def format_indices(indices: Iterable[int], most: int | None = None) -> str:
 
 
 def parse_accounting(printed: str, between: str) -> list[AccountingRow]:
-    """Rows of `sacct -X --parsable` with ACCOUNTING_FIELDS and the delimiter `between`."""
+    """Return the rows of `sacct -X --parsable` with ACCOUNTING_FIELDS and the delimiter `between`."""
     rows = []
     for record in _records(printed, between, len(ACCOUNTING_FIELDS)):
         job_id, raw_id, state, exit_code, elapsed, nodelist, name = record
@@ -184,18 +186,18 @@ def parse_accounting(printed: str, between: str) -> list[AccountingRow]:
 
 
 def parse_job(printed: str) -> dict[str, str]:
-    """Keys and values of one job of `scontrol show job --oneliner`; JobName is whole, whatever it holds.
+    """Return the keys and values of one job of `scontrol show job --oneliner`; JobName is whole, whatever it holds.
 
     The other texts that a user chooses (comment, paths) come last, and of a key the first value counts.
     """
-    found = re.search(r"JobName=(.*?)\s+(?=UserId=\S+\(\d+\) GroupId=\S+\(\d+\) )", printed, re.DOTALL)
-    if found is None:
+    named = re.search(r"JobName=(.*?)\s+(?=UserId=\S+\(\d+\) GroupId=\S+\(\d+\) )", printed, re.DOTALL)
+    if named is None:
         return parse_keys(printed)
-    return parse_keys(printed[found.end() :]) | parse_keys(printed[: found.start()]) | {"JobName": found[1]}
+    return parse_keys(printed[named.end() :]) | parse_keys(printed[: named.start()]) | {"JobName": named[1]}
 
 
 def parse_job_row(printed: str) -> AccountingRow:
-    """One job of `scontrol show job --oneliner`."""
+    """Return one job of `scontrol show job --oneliner`."""
     keys = parse_job(printed)
     code, _, number = keys.get("ExitCode", "0:0").partition(":")
     array = "ArrayTaskId" in keys
@@ -212,23 +214,25 @@ def parse_job_row(printed: str) -> AccountingRow:
 
 
 def parse_submit_limit(accounts: str, quality: str, qos: set[str]) -> SubmitLimit | None:
-    """From `sacctmgr show assoc` (Account, DefaultQOS, MaxSubmit) and `show qos` (Name, MaxSubmitPU), both parsable."""
-    found, default = [], "normal"
+    """Read the least limit out of `sacctmgr show assoc` (Account, DefaultQOS, MaxSubmit) and `show qos` (Name,
+    MaxSubmitPU).
+    """
+    limits, default = [], "normal"
     for line in accounts.splitlines():
         account, named, most = line.split("|")
         default = named or default
         if most:
-            found.append(SubmitLimit(int(most), f"account {account} (MaxSubmitJobs)"))
+            limits.append(SubmitLimit(int(most), f"account {account} (MaxSubmitJobs)"))
     wanted = {name or default for name in qos}
     for line in quality.splitlines():
         name, most = line.split("|")
         if name in wanted and most:
-            found.append(SubmitLimit(int(most), f"QOS {name} (MaxSubmitJobsPerUser)"))
-    return min(found, key=lambda limit: limit.jobs, default=None)
+            limits.append(SubmitLimit(int(most), f"QOS {name} (MaxSubmitJobsPerUser)"))
+    return min(limits, key=lambda limit: limit.jobs, default=None)
 
 
 def parse_seconds(text: str) -> int:
-    """Seconds of an elapsed time as Slurm prints it: "00:01:30", "2-00:00:00"."""
+    """Return the seconds of an elapsed time as Slurm prints it: "00:01:30", "2-00:00:00"."""
     days, _, rest = text.rpartition("-")
     seconds = 0
     for part in rest.split(":"):
@@ -237,8 +241,10 @@ def parse_seconds(text: str) -> int:
 
 
 def parse_partitions(printed: str) -> list[PartitionRow]:
-    """Rows of `sinfo --exact` with the fields %P %a %l %s %D %c %m %G; unlike nodes of a partition share its row."""
-    found: dict[str, PartitionRow] = {}
+    """Return the rows of `sinfo --exact` with the fields %P %a %l %s %D %c %m %G; unlike nodes of a partition share its
+    row.
+    """
+    rows: dict[str, PartitionRow] = {}
     for line in printed.splitlines():
         name, state, limit, sizes, nodes, cpus, memory, gres = line.split("|", 7)
         row = PartitionRow(
@@ -252,7 +258,7 @@ def parse_partitions(printed: str) -> list[PartitionRow]:
             mem_mib_per_node=int(memory.rstrip("+")),
             state=state,
         )
-        before = found.get(row.name)
+        before = rows.get(row.name)
         if before:
             row = PartitionRow(
                 name=row.name,
@@ -265,38 +271,43 @@ def parse_partitions(printed: str) -> list[PartitionRow]:
                 mem_mib_per_node=max(before.mem_mib_per_node, row.mem_mib_per_node),
                 state=row.state,
             )
-        found[row.name] = row
-    return list(found.values())
+        rows[row.name] = row
+    return list(rows.values())
 
 
 def gpus_in_gres(gres: str) -> int:
-    """GPUs of a node: "gpu:8", "gpu:h100:8(S:0-1),nvme:2" and "gpu:a100:4,gpu:v100:4" have 8, "(null)" has none."""
+    """Return the GPUs of a node: "gpu:8", "gpu:h100:8(S:0-1),nvme:2" and "gpu:a100:4,gpu:v100:4" have 8, "(null)" has
+    none.
+    """
     # sockets in parentheses hold commas too, so they go before the split
     items = re.sub(r"\([^)]*\)", "", gres).split(",")
     return sum(int(item.split(":")[-1]) if item[-1:].isdigit() else 1 for item in items if item.split(":")[0] == "gpu")
 
 
 def parse_configuration(printed: str) -> dict[str, str]:
-    """Keys and values of `scontrol show config`."""
+    """Return the keys and values of `scontrol show config`."""
     pairs = (line.partition(" = ") for line in printed.splitlines() if " = " in line)
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def array_limit(configuration: Mapping[str, str]) -> int:
-    """Elements an array may have: MaxArraySize, or the scheduler's max_array_tasks where an admin set it lower."""
+    """Return the elements an array may have: MaxArraySize, or the scheduler's max_array_tasks where an admin set it
+    lower.
+    """
     limit = int(configuration.get("MaxArraySize", 1001))  # Slurm's default
     tasks = re.search(r"\bmax_array_tasks=(\d+)", configuration.get("SchedulerParameters", ""))
     return min(limit, int(tasks[1])) if tasks else limit
 
 
 def parse_keys(printed: str) -> dict[str, str]:
-    """Keys and values of one line of `scontrol show` of a job, node or partition; of a value with blanks (names,
-    paths) the first word, and of a key that comes twice the first value."""
+    """Return the keys and values of one line of `scontrol show` of a job, node or partition; of a value with blanks
+    (names, paths) the first word, and of a key that comes twice the first value.
+    """
     return dict(reversed(re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", printed)))
 
 
 def parse_minutes(text: str) -> int:
-    """Minutes of a Slurm time limit, rounded up: "30", "30:15", "1:30:00", "2-12", "2-12:30", "2-12:30:00".
+    """Return the minutes of a Slurm time limit, rounded up: "30", "30:15", "1:30:00", "2-12", "2-12:30", "2-12:30:00".
 
     Raises ValueError with the value.
     """
@@ -315,13 +326,13 @@ def parse_minutes(text: str) -> int:
 
 
 def format_minutes(minutes: int) -> str:
-    """Minutes in the form Slurm prints: 90 is "1:30:00", 2880 is "2-00:00:00"."""
+    """Return the minutes in the form Slurm prints: 90 is "1:30:00", 2880 is "2-00:00:00"."""
     days, rest = divmod(minutes, 1440)
     return f"{days}-{rest // 60:02d}:{rest % 60:02d}:00" if days else f"{rest // 60}:{rest % 60:02d}:00"
 
 
 def _absent(text: str) -> str:
-    """Slurm's ways to print nothing."""
+    """Return "" for Slurm's ways to print nothing."""
     return "" if text in ("(null)", "N/A", "None", "n/a") else text
 
 
@@ -334,16 +345,18 @@ def first_line(text: str) -> str:
 
 
 def submitted_id(printed: str) -> str | None:
-    """The job's id in what `sbatch --parsable` printed: the last line that is one ("12", or "12;cluster"), else None.
+    """Return the job's id in what `sbatch --parsable` printed: the last line that is one ("12", or "12;cluster"), else
+    None.
 
     Wrappers of a site's add lines of their own, before and after.
     """
-    ids = [found[1] for line in printed.splitlines() if (found := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))]
+    ids = [number[1] for line in printed.splitlines() if (number := re.fullmatch(r"(\d+)(;\S+)?", line.strip()))]
     return ids[-1] if ids else None
 
 
 def lost_connection(command: str, stderr: str) -> bool:
-    """Whether a command that failed says, in Slurm's own fixed words, that the connection to the controller was lost.
+    """Return whether a command that failed says, in Slurm's own fixed words, that the connection to the controller was
+    lost.
 
     Words alone are not enough: what a site writes into a refusal may speak of time-outs and communication too. Of
     sbatch the text after SBATCH_FAILED decides, of the others how their last line ends (scontrol adds "for job 12").
@@ -357,7 +370,7 @@ def lost_connection(command: str, stderr: str) -> bool:
 
 
 def whole_message(command: str, stderr: str, stdout: str) -> str:
-    """Everything that a failed command said, in one line; the words "COMMAND: error:" stand once at most."""
+    """Return everything that a failed command said, in one line; the words "COMMAND: error:" stand once at most."""
     lines = [line.strip() for text in (stderr, stdout) for line in text.splitlines() if line.strip()]
     prefix = f"{command}: error: "
     text = " ".join([*lines[:1], *(line.removeprefix(prefix) for line in lines[1:])])

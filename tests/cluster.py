@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from slurm.client import Slurm, SlurmError, scrubbed_environment
-from slurm.dev import devcluster
+from slurm.dev import cluster as devcluster
 from slurm.printed import QueueRow
 
 REQUIRE_VARIABLE = "AFTEROK_REQUIRE_SLURM"

@@ -9,11 +9,20 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import overload
 
 from data_tools.mistake import Problem, UserMistake
 
 _REMEDY = "remove the link, or put the file itself there"
 SNAPSHOTS, BLOBS = "snapshots", "blobs"  # of a repository in the hub's cache
+
+
+@overload
+def inside(folder: Path, name: str) -> Path: ...
+
+
+@overload
+def inside(folder: Path, name: str, needed: bool) -> Path | None: ...
 
 
 def inside(folder: Path, name: str, needed: bool = True) -> Path | None:

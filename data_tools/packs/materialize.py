@@ -38,7 +38,7 @@ from data_tools.packs.store import Provenance, RowText, StoreWriter, row_text
 from data_tools.progress import Progress, silent
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
-from data_tools.records.shares import Share, open_share
+from data_tools.records.shares import FORMATS, Share, open_share
 from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, rows_of, task_options
 
 ON_BAD_ROW = ("fail", "bucket")
@@ -56,7 +56,7 @@ class Config:
     task: str = setting("", 'the task whose rows these are; "": they are conversations', module=True)
     task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
     chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
-    format: str = setting("auto", "format of the files, plain or under gzip or zstd", choices=readers.FORMATS)
+    format: str = setting("auto", "format of the files, plain or under gzip or zstd", choices=FORMATS)
     max_tokens: int = setting(0, "tokens of a row, end token included; 0: no limit", unit="tokens", least=0)
     dedupe: bool = setting(True, "of equal rows, the same text with the same loss mask, the first is kept")
     on_bad_row: str = setting("fail", "what a malformed record does: bucket counts it", choices=ON_BAD_ROW)

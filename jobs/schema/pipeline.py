@@ -27,7 +27,7 @@ from jobs.kind import PhaseKind, find_kind, kind_names
 from jobs.schema.problems import Problems
 from jobs.schema.references import Resolver, references
 from jobs.schema.typed import structured
-from slurm.profile import Request
+from slurm.profile.schema import Request
 
 NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}\Z")  # not $, which a newline may follow
 DEFAULT_ROLE = "cpu"

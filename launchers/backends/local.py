@@ -32,7 +32,7 @@ from launchers.causes.states import CANCELLED, COMPLETED, DRIVER_GONE, FAILED, N
 from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
 from slurm.client import scrubbed_environment
-from slurm.profile import load
+from slurm.profile.files import load
 
 POLL_S = 0.05
 KILL_AFTER_S = 30.0  # between TERM and KILL of a cancelled worker, for its checkpoint; Slurm's own default

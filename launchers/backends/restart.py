@@ -34,7 +34,7 @@ from launchers.causes.traces import lease_times, log_tail, requested
 from launchers.planning import chain
 from slurm.client import Slurm, SlurmError
 from slurm.printed import format_indices, parse_minutes
-from slurm.profile import load
+from slurm.profile.files import load
 
 EXIT_GIVEN_UP = 7  # of this program, before an srun: the element has used up its restarts
 

@@ -1,6 +1,6 @@
 """Builds the shell lines before a phase's command, which the batch script runs outside any container.
 
-The order is that of slurm.profile.Env: set, modules, setup, ours (`forward` came with the job, secrets are read by the
+The order is that of slurm.profile.schema.Env: set, modules, setup, ours (`forward` came with the job, secrets are read by the
 worker). The admin's lines run under bash's default options and ours under strict ones: conda's activation reads unset
 variables, and a `grep` without a match is no failure of a line that goes on.
 """
@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from launchers.causes.log_lines import ENDED
-from slurm.profile import Env, Profile
+from slurm.profile.schema import Env, Profile
 
 STRICT, DEFAULTS = "set -euo pipefail", "set +euo pipefail"
 LINE_FAILED = "a command of env.setup ended with code"  # how the log tells of a line that did not end the job

@@ -16,7 +16,7 @@ from launchers.planning.plan import PlannedPhase
 from slurm.client import Slurm, SlurmError
 from slurm.detect import Cluster
 from slurm.printed import QueueRow, parse_indices
-from slurm.profile import contact_note
+from slurm.profile.check import contact_note
 
 
 def dependency(needs: dict[str, str], waits: dict[str, str], index: int | None = None) -> str:

@@ -16,7 +16,7 @@ from jobs.retry import EXIT_UNFINISHED
 from launchers.backends.contract import JobSpec
 from launchers.backends.shell_lines import script_setup
 from slurm.printed import format_indices
-from slurm.profile import Profile
+from slurm.profile.schema import Profile
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]

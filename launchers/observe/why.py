@@ -19,7 +19,8 @@ from launchers.observe.look import Element, Look, look_at
 from launchers.planning.ledger import JobEntry, Ledger
 from slurm.client import Slurm, SlurmError
 from slurm.printed import AccountingRow, format_indices
-from slurm.profile import contact_note, load
+from slurm.profile.check import contact_note
+from slurm.profile.files import load
 
 MAX_ASKED = 8  # elements of a phase whose end is asked of scontrol one by one; the rest are judged by their logs
 SHOWN_RANGES = 6  # of elements, in a sentence

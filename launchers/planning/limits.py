@@ -15,9 +15,10 @@ from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, PlannedPhase
 from slurm.detect import Cluster, can_requeue
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
-from slurm.profile import Profile, Request, Resources, contact_note
-from slurm.profile import check as check_request
-from slurm.profile import resolve as resolve_request
+from slurm.profile.check import check as check_request
+from slurm.profile.check import contact_note
+from slurm.profile.resolve import resolve as resolve_request
+from slurm.profile.schema import Profile, Request, Resources
 
 
 def resources_of(profile: Profile, request: Request, where: str) -> tuple[Resources, list[Problem]]:

@@ -15,7 +15,8 @@ from jobs.artifacts import standing
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.schema.pipeline import Pipeline
 from slurm.detect import Cluster
-from slurm.profile import Resources, forwarding_notes
+from slurm.profile.check import forwarding_notes
+from slurm.profile.schema import Resources
 
 RUNS = ("run", "rerun")  # actions of a phase that gets a job
 

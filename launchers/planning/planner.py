@@ -26,7 +26,8 @@ from launchers.planning.reasons import Reasoner
 from launchers.planning.snapshot import code_digests, code_of, find_code, users_code_digest
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
-from slurm.profile import Resources, forwarding_problems
+from slurm.profile.check import forwarding_problems
+from slurm.profile.schema import Resources
 
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 

@@ -12,7 +12,7 @@ from jobs.kind import user_code
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import Plan
 from launchers.planning.snapshot import take_snapshot
-from slurm.profile import to_yaml
+from slurm.profile.files import to_yaml
 
 
 def next_number(run: RunFolder) -> int:

@@ -20,7 +20,7 @@ from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.plan import Site
 from megatron_ext.parallel.settings import DTYPES
-from megatron_ext.preflight import preflight
+from megatron_ext.preflight import facts
 
 ADAPTERS = ("merged", "peft")
 
@@ -38,7 +38,7 @@ class Config:
 
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
     """Return what can be refused before anything runs; `site` says what is known of folders that are yet to come."""
-    problems = _check_peft(config, *preflight.model_adapter(config.model, site or Site(ranks)))
+    problems = _check_peft(config, *facts.model_adapter(config.model, site or Site(ranks)))
     if ranks != 1:
         problems.append(Problem("", f"export_hf runs on 1 rank, not {ranks}"))
     return problems

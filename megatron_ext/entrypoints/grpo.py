@@ -20,8 +20,8 @@ from data_tools.tasks.mix import check_mix, entries_of
 from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.parallel.shape import MAMBA, MOE, count_blocks
-from megatron_ext.preflight import preflight
-from megatron_ext.preflight.planner import Training
+from megatron_ext.preflight import facts, refusals, tables
+from megatron_ext.preflight.facts import Training
 from megatron_ext.rl.settings import GrpoSettings, check_comparable, check_loss, check_rewarding
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_graphs, check_rollouts
@@ -36,7 +36,7 @@ def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
 
     A row of `row_tokens` stands in place of a pack, and documents are aligned as the plan needs it.
     """
-    training, problems = preflight.prepare(
+    training, problems = facts.prepare(
         config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site
     )
     workload = replace(training.workload, pack_length=None, global_batch=None)
@@ -54,7 +54,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_rollouts(config, config.sampling) + check_comparable(config)
     problems += check_loss(config.loss) + check_rewarding(config.rewarding, config.sampling.max_tokens)
     problems += check_mix(config.mix)
-    adapter = preflight.model_adapter(config.model, site)[1]
+    adapter = facts.model_adapter(config.model, site)[1]
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
     problems += check_room(_room(config, training), config.engine)
     if training.shape is not None:
@@ -64,7 +64,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
             problems.append(Problem("sampling.max_tokens", message))
         blocks = count_blocks(training.shape.layers)
         problems += check_graphs(config.engine, bool(blocks[MOE]), bool(blocks[MAMBA]), config.parallel.pipeline)
-    return problems + preflight.check(config.parallel, training, site)
+    return problems + refusals.check(config.parallel, training, site)
 
 
 def _room(config: Config, training: Training) -> Room | None:
@@ -85,10 +85,10 @@ def _recorded_notes(config: Config) -> list[str]:
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """Return what the parallel plan costs, its rank grid, others (preflight.report), and what the rollouts' memory
+    """Return what the parallel plan costs, its rank grid, others (tables.report), and what the rollouts' memory
     holds."""
     training = _training(config, site)[0]
-    report = preflight.report(config.parallel, training, site, searching)
+    report = tables.report(config.parallel, training, site, searching)
     memory = _room(config, training)
     if memory is not None:
         report["facts"]["rollout"] = asdict(memory) | {"samples": memory.samples}
@@ -99,7 +99,7 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """Return what the model folder of a run will hold, known before it ran."""
-    return preflight.forecast(config.model, config.lora, site)
+    return facts.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from data_tools.base.declared import setting
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.parallel.plan import Site
-from megatron_ext.preflight import preflight
+from megatron_ext.preflight import facts
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Config:
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
     """Return what can be refused before anything runs; `site` says what is known of folders that are yet to come."""
     problems = []
-    known, adapter = preflight.model_adapter(config.model, site or Site(ranks))
+    known, adapter = facts.model_adapter(config.model, site or Site(ranks))
     if known and adapter is None:
         problems.append(Problem("model", f"{config.model} has no adapter: it can be used as it is"))
     if ranks != 1:

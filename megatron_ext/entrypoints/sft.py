@@ -18,8 +18,9 @@ from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext.entrypoints import certify
 from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.plan import Site
-from megatron_ext.preflight import preflight
-from megatron_ext.preflight.planner import Training, training_flops
+from megatron_ext.preflight import facts, refusals, tables
+from megatron_ext.preflight.facts import Training
+from megatron_ext.preflight.flops import training_flops
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
 from megatron_ext.training.settings import SftSettings
@@ -33,7 +34,7 @@ Config = SftSettings
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """Return what the training would carry, as far as it is known, and what is wrong with its model."""
-    training, problems = preflight.prepare(
+    training, problems = facts.prepare(
         config.model,
         config.packs,
         global_batch=config.global_batch,
@@ -53,7 +54,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems += options.check_balance(config.balance, training.shape.experts > 0)
     problems += _check_data(config, site) + options.check(config.engine, config.backend, environment=site.environment)
     problems += loras.check(config.lora, training.shape) + _check_base(config, site)
-    return problems + preflight.check(config.parallel, training, site)
+    return problems + refusals.check(config.parallel, training, site)
 
 
 def _check_length(config: Config, pack_length: int | None) -> list[Problem]:
@@ -82,7 +83,7 @@ def _check_data(config: Config, site: Site) -> list[Problem]:
     lengths = {
         name: length
         for name in (config.packs, *config.blend_packs)
-        if (length := preflight.pack_facts(name, site).get("pack_length"))
+        if (length := facts.pack_facts(name, site).get("pack_length"))
     }
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{name} {length:,}" for name, length in lengths.items())
@@ -95,18 +96,18 @@ def _check_base(config: Config, site: Site) -> list[Problem]:
     problems = []
     if config.lora.rank and config.init_from:
         problems.append(Problem("init_from", "with LoRA the weights stay those of `model`: name that folder there"))
-    adapter = preflight.model_adapter(config.model, site)[1]
+    adapter = facts.model_adapter(config.model, site)[1]
     return problems + loras.check_folder(config.lora, adapter, config.model)
 
 
 def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, Any]:
-    """Return what the parallel plan costs, its rank grid, and others: see preflight.report."""
-    return preflight.report(config.parallel, _training(config, site)[0], site, searching)
+    """Return what the parallel plan costs, its rank grid, and others: see tables.report."""
+    return tables.report(config.parallel, _training(config, site)[0], site, searching)
 
 
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """Return what the model folder of a run will hold, known before it ran."""
-    return preflight.forecast(config.model, config.lora, site)
+    return facts.forecast(config.model, config.lora, site)
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:

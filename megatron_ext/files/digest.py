@@ -1,8 +1,8 @@
 """A digest that names a set of weights, whatever the layout of the ranks that hold them.
 
-A tensor's sum is Σ bits · A(row) · B(column) mod 2^64: `bits` are an element's raw bits read as a signed integer,
-the row counts all dimensions but the last of the whole tensor, and A and B are odd pseudo-random numbers. It adds up
-over shards, any changed, swapped or moved element changes it (a multilinear hash: Carter & Wegman 1979), and it costs one
+A tensor's sum is Σ bits · A(row) · B(column) mod 2^64: `bits` are an element's raw bits read as a signed integer, the
+row counts all dimensions but the last of the whole tensor, and A and B are odd pseudo-random numbers. It adds up over
+shards, any changed, swapped or moved element changes it (a multilinear hash: Carter & Wegman 1979), and it costs one
 multiplication an element, so that conversion and checkpoints can afford it for every tensor. It does not withstand
 somebody who forges weights: seals have SHA-256 for that.
 """
@@ -27,7 +27,9 @@ _GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x
 
 
 def _odd(index: torch.Tensor, sequence: int) -> torch.Tensor:
-    """splitmix64 (Steele, Lea, Flood 2014) of `index`, made odd. int64 wraps; torch shifts arithmetically: masks."""
+    """Return splitmix64 (Steele, Lea, Flood 2014) of `index`, made odd. int64 wraps; torch shifts arithmetically:
+    masks.
+    """
     x = (index ^ sequence) + _GOLDEN
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
@@ -35,7 +37,9 @@ def _odd(index: torch.Tensor, sequence: int) -> torch.Tensor:
 
 
 def tensor_sum(data: torch.Tensor, offset: Shape, shape: Shape) -> torch.Tensor:
-    """int64 []: the sum of `data`, which begins at `offset` of a whole tensor of `shape`. All have the same length."""
+    """Return the sum, int64 [], of `data`, which begins at `offset` of a whole tensor of `shape`, all of the same
+    length.
+    """
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     if data.numel() == 0:
         return total
@@ -57,9 +61,9 @@ def tensor_sum(data: torch.Tensor, offset: Shape, shape: Shape) -> torch.Tensor:
 
 
 def combined(tensors: Mapping[str, tuple[str, Shape, int]]) -> str:
-    """SHA-256 over the sorted lines "key dtype shape sum" of {key: (dtype, shape, sum)}."""
-    found = hashlib.sha256()
+    """Return SHA-256 over the sorted lines "key dtype shape sum" of {key: (dtype, shape, sum)}."""
+    hashed = hashlib.sha256()
     for key in sorted(tensors):
         dtype, shape, total = tensors[key]
-        found.update(f"{key} {dtype} {list(shape)} {total % (1 << 64):016x}\n".encode())
-    return found.hexdigest()
+        hashed.update(f"{key} {dtype} {list(shape)} {total % (1 << 64):016x}\n".encode())
+    return hashed.hexdigest()

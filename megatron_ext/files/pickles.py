@@ -74,6 +74,9 @@ class Node:
     """What a pickle calls or makes an object of: its pair, arguments, state and items. It runs nothing."""
 
     pair: Pair = ("", "")
+    args: tuple[Any, ...]
+    state: Any
+    items: list[tuple[Any, Any]]
 
     def __new__(cls, *args: Any) -> "Node":
         node = object.__new__(cls)
@@ -109,7 +112,7 @@ class _Unpickler(pickle.Unpickler):
     """Makes nodes, lists, dicts, tuples, sets, text and numbers, and nothing else."""
 
     def __init__(self, file: IO[bytes], known: frozenset[Pair] | None, storages: bool):
-        """`known`: the pairs that may be named; None lets any be named, none of which is looked up."""
+        """Take `known`, the pairs that may be named; None lets any be named, none of which is looked up."""
         super().__init__(file)
         self._known, self._storages = known, storages
         self._kinds: dict[Pair, type] = {}  # made anew for every file: what one does to them, no other sees
@@ -129,7 +132,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def nodes(data: bytes, known: frozenset[Pair] | None, storages: bool = False) -> Any:
-    """The nodes of a pickle. Refused for any that is not whole, or names what is not `known`."""
+    """Return the nodes of a pickle. Raises Refused for any that is not whole, or names what is not `known`."""
     try:
         return _Unpickler(io.BytesIO(data), known, storages).load()
     except Refused:
@@ -143,7 +146,7 @@ def _line(error: BaseException) -> str:
 
 
 def understood(what: Callable[[], Any]) -> Any:
-    """What `what` returns; Refused in place of whatever else it raises over odd content."""
+    """Return what `what` returns, and raise Refused in place of whatever else it raises over odd content."""
     try:
         return what()
     except Refused:
@@ -156,9 +159,9 @@ def understood(what: Callable[[], Any]) -> Any:
 
 
 def load(path: Path, known: frozenset[Pair] = TENSORS, unknown: bool = False) -> Any:
-    """What torch.save wrote: dicts, lists, tuples, text, numbers, and tensors, whose memory is the file's until they
-    are changed. Refused where it is not whole. With `unknown`, objects of other classes stay `Node`s, which run
-    nothing; otherwise they are refused by name. OSError where the file cannot be read.
+    """Load what torch.save wrote: dicts, lists, tuples, text, numbers, and tensors, whose memory is the file's until
+    they are changed. Raises Refused where it is not whole. With `unknown`, objects of other classes stay `Node`s, which
+    run nothing; otherwise they are refused by name. Raises OSError where the file cannot be read.
     """
     with open(path, "rb") as file:
         file.seek(0, io.SEEK_END)
@@ -168,11 +171,11 @@ def load(path: Path, known: frozenset[Pair] = TENSORS, unknown: bool = False) ->
 
 
 def load_piece(file: IO[bytes], start: int, length: int) -> torch.Tensor:
-    """The one tensor that torch.save wrote into `length` bytes of an open file from `start` on. As `load`."""
-    found = _load(file, start, length, TENSORS)
-    if not isinstance(found, torch.Tensor):
-        raise Refused(f"there is a {type(found).__name__} at byte {start}, not a tensor")
-    return found
+    """Load the one tensor that torch.save wrote into `length` bytes of an open file from `start` on, as `load` does."""
+    tensor = _load(file, start, length, TENSORS)
+    if not isinstance(tensor, torch.Tensor):
+        raise Refused(f"there is a {type(tensor).__name__} at byte {start}, not a tensor")
+    return tensor
 
 
 class _Slice(io.RawIOBase):
@@ -234,7 +237,7 @@ class _Archive:
         self._mapped: mmap.mmap | None = None
 
     def place(self, name: str) -> tuple[int, int]:
-        """(start in the file, bytes) of a record."""
+        """Return (start in the file, bytes) of a record."""
         entry = self._entries.get(name)
         if entry is None:
             raise Refused(f"its record {name!r} is missing")
@@ -260,10 +263,10 @@ class _Archive:
         return self._file.read(size)
 
     def memory(self, name: str, size: int) -> torch.Tensor:
-        """The first `size` bytes of a record, uint8, mapped from the file: copied where they are changed."""
-        first, found = self.place(name)
-        if size > found:
-            raise Refused(f"its record {name!r} has {found:,} bytes, {size:,} are needed")
+        """Return the first `size` bytes of a record, uint8, mapped from the file: copied where they are changed."""
+        first, length = self.place(name)
+        if size > length:
+            raise Refused(f"its record {name!r} has {length:,} bytes, {size:,} are needed")
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)
         base = self._start - self._start % mmap.ALLOCATIONGRANULARITY
@@ -327,7 +330,7 @@ class _Tensors:
         return memory.as_strided(shape, steps, count(offset))
 
     def _storage(self, id_: Any, own: torch.dtype | None) -> torch.Tensor:
-        """The elements of a storage, flat; `own` is the dtype of a tensor that says it itself."""
+        """Return the elements of a storage, flat; `own` is the dtype of a tensor that says it itself."""
         kind, type_, key, _, elements = id_
         if kind != "storage" or type_.pair not in STORAGES:
             raise Refused(f"one of its storages is {getattr(type_, 'pair', type_)!r}")

@@ -23,10 +23,10 @@ KINDS = {
 def read(folder: Path) -> tuple[dict[str, Any], str]:
     """Return a step's manifest and "", or {} and what is wrong with it."""
     try:
-        found = inside(folder, MANIFEST, needed=False)
-        if found is None:
+        file = inside(folder, MANIFEST, needed=False)
+        if file is None:
             return {}, f"{MANIFEST} is missing"
-        manifest = durable.read_checked(found)
+        manifest = durable.read_checked(file)
     except UserMistake as mistake:
         return {}, str(mistake).removeprefix(f"{folder}/")
     except durable.TornFile as torn:

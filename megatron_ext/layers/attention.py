@@ -14,6 +14,9 @@ causal order hides. Other documents can neither reach its output nor its gradien
 Context parallelism: a rank holds some tokens of each document (`documents.zigzag`). "all_gather" brings the keys and
 values of all ranks to each, which then asks for its own queries only; "a2a" (Ulysses, arXiv 2309.14509) exchanges
 tokens for heads, so that a rank sees whole documents for its share of the heads.
+
+Letters of shapes: T tokens of a row, c context ranks, h hidden size, d size of a head, s and b tokens and rows of a
+batch. "heads" are those of this tensor rank, "kv_heads" its key-value heads.
 """
 
 import math
@@ -35,14 +38,14 @@ from megatron.core.transformer.utils import (
 )
 
 from megatron_ext.device import device
-from megatron_ext.layers.documents import ContextRank, Layout, PackedDocuments, Share, packed_documents
+from megatron_ext.layers.documents import ContextRank, Layout, PackedDocuments, PackedRow, Share, packed_documents
 
 SINK_COLUMNS = 8  # added to the head size; 1 would do, but GPU kernels want head sizes in eights
 QUERY_BLOCK = 512  # queries at once against a longer cache of keys: bounds the mask
 
 
 class _Spread(torch.autograd.Function):
-    """[T, ...] -> [rows, ...]: token t to row slots[t], zeros elsewhere. Backward reads the rows back."""
+    """Puts x [T, ...] into [rows, ...]: token t in row slots[t], zeros elsewhere. Backward reads the rows back."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, slots: torch.Tensor, rows: int) -> torch.Tensor:
@@ -55,7 +58,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """[rows, ...] -> [T, ...]: the inverse of `_Spread`. Backward gives zeros to the rows of no token."""
+    """Undoes `_Spread`: [rows, ...] -> [T, ...]. Backward gives zeros to the rows of no token."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,9 @@ class _Collect(torch.autograd.Function):
 
 
 class _Turn(torch.autograd.Function):
-    """Rotary positions: x [T, heads, d] with halves (a, b) -> (a cos - b sin, b cos + a sin). Backward turns back."""
+    """Turns by rotary positions: x [T, heads, d] with halves (a, b) -> (a cos - b sin, b cos + a sin). Backward turns
+    back.
+    """
 
     @staticmethod
     def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
@@ -87,13 +92,14 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _Turn.turn(grad, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _Turn.turn(grad, cos, sin, -1), None, None
 
 
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """torch's kernel on [batch, tokens, heads, d]; causal where no mask is given: [(batch, 1,) queries, keys]."""
+    """Run torch's kernel on [batch, tokens, heads, d]; causal where no mask is given: [(batch, 1,) queries, keys]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.size(1) != k.size(1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
@@ -103,7 +109,7 @@ def _sdpa(
 def _with_sinks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sinks [heads] as a token before the first: every query scores it sinks[head], and its value is zero.
+    """Add sinks [heads] as a token before the first: every query scores it sinks[head], and its value is zero.
 
     That is the learnable logit in the softmax's denominator, for any kernel and with its gradient. Needs one column
     more in the head size; gets SINK_COLUMNS.
@@ -118,7 +124,9 @@ def _with_sinks(
 def _seen(
     rows: torch.Tensor, columns: torch.Tensor, window: int | None, sink: bool, like: torch.Tensor
 ) -> torch.Tensor:
-    """Additive mask [..., queries, keys (+ 1)]: 0 where a query at rows [..., queries] sees a key at columns [keys]."""
+    """Return the additive mask [..., queries, keys (+ 1)]: 0 where a query at rows [..., queries] sees a key at columns
+    [keys].
+    """
     rows = rows[..., None]
     hidden = columns > rows
     if window is not None:
@@ -130,39 +138,39 @@ def _seen(
 def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """As many keys as queries, no window."""
+    """Attend with as many keys as queries and no window."""
     if sinks is None:
         return _sdpa(q, k, v, scale)
-    q_, k_, v_ = _with_sinks(q, k, v, sinks, scale)
+    q_, k_, v_ = _with_sinks(q, k, v, sinks=sinks, scale=scale)
     return _sdpa(F.pad(q_, (0, 0, 0, 0, 1, 0)), k_, v_, scale)[:, 1:, :, : v.size(-1)]
 
 
 def _masked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """With the mask of `_seen`."""
+    """Attend with the mask of `_seen`."""
     size = v.size(-1)
     if sinks is not None:
-        q, k, v = _with_sinks(q, k, v, sinks, scale)
-    return _sdpa(q, k, v, scale, mask)[..., :size]
+        q, k, v = _with_sinks(q, k, v, sinks=sinks, scale=scale)
+    return _sdpa(q, k, v, scale=scale, mask=mask)[..., :size]
 
 
 def _windowed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """As many keys as queries. In blocks of `window` tokens: a block sees itself and the one before."""
+    """Attend with as many keys as queries, in blocks of `window` tokens: a block sees itself and the one before."""
     batch, length = q.shape[:2]
-    first = _causal(*(x[:, :window] for x in (q, k, v)), scale, sinks)
+    first = _causal(q[:, :window], k[:, :window], v[:, :window], scale=scale, sinks=sinks)
     blocks = -(-length // window) - 1  # after the first
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, (blocks + 1) * window - length)) for x in (q, k, v))
     own = q[:, window:].reshape(batch * blocks, window, *q.shape[2:])
-    pairs = []
-    for x in (k, v):
-        x = x.view(batch, blocks + 1, window, *x.shape[2:])
-        pairs.append(torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1))  # [batch * blocks, 2 * window, ...]
+    by_block = (x.view(batch, blocks + 1, window, *x.shape[2:]) for x in (k, v))
+    keys, values = (torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1) for x in by_block)  # [.., 2 * window, ...]
     places = torch.arange(2 * window, device=q.device)
-    mask = _seen(places[window:], places, window, sinks is not None, q)
-    rest = _masked(own, *pairs, scale, mask, sinks).reshape(batch, blocks * window, *first.shape[2:])
+    mask = _seen(places[window:], places, window=window, sink=sinks is not None, like=q)
+    rest = _masked(own, keys, values, scale=scale, mask=mask, sinks=sinks).reshape(
+        batch, blocks * window, *first.shape[2:]
+    )
     return torch.cat([first, rest[:, : length - window]], dim=1)
 
 
@@ -175,7 +183,8 @@ def attend(
     sinks: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of a batch of whole sequences, in memory linear in their length; with a window, time too.
+    """Compute causal attention of a batch of whole sequences, in memory linear in their length; with a window, time
+    too.
 
     q [batch, length, heads, d], k and v [batch, keys, kv_heads, d] -> [batch, length, heads, d]. The queries stand at
     `positions` int64 [batch, length], or are the last `length` of the keys' (fewer than keys when decoding from a
@@ -185,8 +194,8 @@ def attend(
     length, keys = q.size(1), k.size(1)
     if length == keys and positions is None:
         if window is None or window >= length:
-            return _causal(q, k, v, scale, sinks)
-        return _windowed(q, k, v, scale, window, sinks)
+            return _causal(q, k, v, scale=scale, sinks=sinks)
+        return _windowed(q, k, v, scale=scale, window=window, sinks=sinks)
     places = torch.arange(keys, device=q.device)
     rows = places[keys - length :] if positions is None else positions[:, None]
     outs, end = [], keys - length
@@ -195,8 +204,8 @@ def attend(
         seen = slice(0, keys)
         if positions is None:
             seen = slice(0 if window is None else max(0, end - part.size(1) - window + 1), end)
-        mask = _seen(at, places[seen], window, sinks is not None, q)
-        outs.append(_masked(part, k[:, seen], v[:, seen], scale, mask, sinks))
+        mask = _seen(at, places[seen], window=window, sink=sinks is not None, like=q)
+        outs.append(_masked(part, k[:, seen], v[:, seen], scale=scale, mask=mask, sinks=sinks))
     return torch.cat(outs, dim=1)
 
 
@@ -210,7 +219,7 @@ def packed_attention(
     sinks: torch.Tensor | None = None,
     share: Share | None = None,
 ) -> torch.Tensor:
-    """q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d], each document attending to itself (`attend`).
+    """Let each document of a row attend to itself: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d].
 
     With `share`, q holds the tokens of one context rank, [T / c, heads, d] -> [T / c, heads * d].
     """
@@ -220,14 +229,16 @@ def packed_attention(
     outs = []
     for queries, keys in zip(asking.buckets, layout.buckets):
         positions = None if share is None else queries.of(share.positions)
-        out = attend(queries.of(q), keys.of(k), keys.of(v), scale, window, sinks, positions)
+        out = attend(
+            queries.of(q), keys.of(k), keys.of(v), scale=scale, window=window, sinks=sinks, positions=positions
+        )
         outs.append(out.reshape(queries.documents * queries.length, -1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return _Collect.apply(out, asking.slots)
 
 
 def tokens_for_heads(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """[T / c, heads, d] -> [T, heads / c, d]: this rank's share of the heads, tokens rank after rank.
+    """Exchange tokens for heads: [T / c, heads, d] -> [T, heads / c, d], this rank's heads, tokens rank after rank.
 
     Fewer KV heads than ranks, or a number that does not divide, are repeated until they do.
     """
@@ -238,15 +249,16 @@ def tokens_for_heads(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> 
 
 
 def heads_for_tokens(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """[T, width / c] -> [T / c, width]: the inverse, with the heads side by side."""
+    """Undo `tokens_for_heads`, with the heads side by side: [T, width / c] -> [T / c, width]."""
     by_rank = all_to_all(group, x).view(group.size(), -1, x.size(1))
     return by_rank.transpose(0, 1).reshape(by_rank.size(1), -1)
 
 
 class PackedAttention(MegatronModule):
-    """`core_attention` of a SelfAttention spec: packed rows (THD), or a batch of full sequences (SBHD), causal.
+    """Serves as `core_attention` of a SelfAttention spec: packed rows (THD), or a batch of full sequences (SBHD),
+    causal.
 
-    Where mcore's DotProductAttention refuses packed sequences (dot_product_attention.py:153).
+    mcore's own DotProductAttention refuses packed sequences (dot_product_attention.py:153).
     """
 
     def __init__(
@@ -296,37 +308,51 @@ class PackedAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Packed: query [T / c, heads, d] -> [T / c, heads * d]. Otherwise: [s, b, heads, d] -> [s, b, heads * d]."""
+        """Attend: packed, [T / c, heads, d] -> [T / c, heads * d]; otherwise [s, b, heads, d] -> [s, b, heads * d]."""
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("PackedAttention knows only the causal mask of each document")
         group, sinks = self.context_group, self.softmax_offset
         if packed_seq_params is None:
             if group.size() > 1:
                 raise NotImplementedError("PackedAttention splits only packed rows over context ranks")
-            batch = (x.transpose(0, 1) for x in (query, key, value))
-            return attend(*batch, self.scale, self.window, sinks).flatten(2).transpose(0, 1)
-        documents = packed_seq_params
-        if getattr(documents, "cache", None) is not None:
-            return documents.cache.attend(
-                documents, self.layer_number, query, key, value, self.scale, self.window, sinks
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+            out = attend(query, key, value, scale=self.scale, window=self.window, sinks=sinks)
+            return out.flatten(2).transpose(0, 1)
+        cache = getattr(packed_seq_params, "cache", None)
+        if cache is not None:
+            return cache.attend(
+                packed_seq_params,
+                self.layer_number,
+                query=query,
+                key=key,
+                value=value,
+                scale=self.scale,
+                window=self.window,
+                sinks=sinks,
             )
-        if not isinstance(documents, PackedDocuments):
+        if isinstance(packed_seq_params, PackedDocuments):
+            documents = packed_seq_params
+        else:
             context = ContextRank(group.size(), group.rank())
             documents = packed_documents(packed_seq_params.cu_seqlens_q.cpu().numpy(), query.device, context)
-        layout = documents.layout
-        if group.size() == 1:
-            return packed_attention(query, key, value, layout, self.scale, self.window, sinks)
-        if self.exchanges_heads:
-            mine = (tokens_for_heads(x, group) for x in (query, key, value))
+        share = None
+        if self.exchanges_heads and group.size() > 1:
+            query, key, value = (tokens_for_heads(x, group) for x in (query, key, value))
             sinks = None if sinks is None else sinks.chunk(group.size())[group.rank()]
-            return heads_for_tokens(packed_attention(*mine, layout, self.scale, self.window, sinks), group)
-        key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
-        return packed_attention(query, key, value, layout, self.scale, self.window, sinks, documents.share)
+        elif group.size() > 1:
+            key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
+            share = documents.share
+        out = packed_attention(
+            query, key, value, documents.layout, scale=self.scale, window=self.window, sinks=sinks, share=share
+        )
+        return heads_for_tokens(out, group) if self.exchanges_heads and group.size() > 1 else out
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """The sinks, split over tensor ranks, by the key that mcore's and Transformer Engine's attention give them."""
+        """Return the sinks, cut over tensor ranks, by the key that mcore's and Transformer Engine's attention give
+        them.
+        """
         if self.softmax_offset is None:
             return {}
         return make_sharded_tensors_for_checkpoint(
@@ -340,7 +366,7 @@ class PackedAttention(MegatronModule):
 
 
 class PackedSelfAttention(SelfAttention):
-    """mcore's SelfAttention, with a shorter way through a packed row.
+    """Gives mcore's SelfAttention a shorter way through a packed row.
 
     mcore turns the queries and keys of every layer document by document (rope_utils.py:178). Here the cosines and
     sines of a row are computed once and serve all layers. Same parameters, same function; whatever is not a plain
@@ -348,12 +374,12 @@ class PackedSelfAttention(SelfAttention):
     """
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **others: Any) -> Any:
-        """hidden_states [T / c, 1, h] -> (output [T / c, 1, h], bias)."""
+        """Return (output [T / c, 1, h], bias) of hidden_states [T / c, 1, h]."""
         documents, angles = others.get("packed_seq_params"), others.get("rotary_pos_emb")
+        if not isinstance(documents, PackedRow) or not isinstance(angles, torch.Tensor):
+            return super().forward(hidden_states, attention_mask, **others)
         plain = (
-            isinstance(documents, PackedDocuments)
-            and isinstance(angles, torch.Tensor)
-            and angles.size(-1) == self.hidden_size_per_attention_head
+            angles.size(-1) == self.hidden_size_per_attention_head
             and others.get("inference_context") is None
             and not self.checkpoint_core_attention
             and not self.config.rotary_interleaved

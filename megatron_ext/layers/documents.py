@@ -4,6 +4,8 @@ sorted into buckets for a kernel that takes batches.
 A pack is one row of T tokens that holds many documents; a document sees only itself. `Layout` sorts the documents
 of a pack by length into buckets, once for all layers, without a loop over documents. `zigzag` says which tokens of a
 row a context rank holds.
+
+Letters of shapes: T tokens of a row, c context ranks (each holds T / c tokens), h hidden size, d size of a head.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ LONG = 128  # tokens; above it padding costs more than launches, and buckets are
 
 
 class ContextRank(NamedTuple):
-    """One of `size` ranks that share a row of tokens."""
+    """Number of one of `size` ranks that share a row of tokens."""
 
     size: int = 1
     rank: int = 0
@@ -28,11 +30,13 @@ ALONE = ContextRank()
 
 
 def zigzag(cu_seqlens: numpy.ndarray, context: ContextRank) -> numpy.ndarray:
-    """int64 [T / size]: the tokens of a pack that a context rank holds, in the order in which it holds them.
+    """Return the tokens of a pack that a context rank holds, int64 [T / size], in the order in which it holds them.
 
     Each document is cut into 2 * size equal chunks, and rank r holds chunks r and 2 * size - 1 - r of it, so that all
-    ranks have the same causal work (Transformer Engine's thd_get_partitioned_indices). Raises ValueError where a
-    document does not divide: packs are made with `align` a multiple of 2 * size.
+    ranks have the same causal work (Transformer Engine's thd_get_partitioned_indices).
+
+    Raises:
+        ValueError: a document does not divide; packs are made with `align` a multiple of 2 * size.
     """
     size, rank = context
     if size == 1:
@@ -47,12 +51,12 @@ def zigzag(cu_seqlens: numpy.ndarray, context: ContextRank) -> numpy.ndarray:
 
 
 def rank_after_rank(cu_seqlens: numpy.ndarray, context_size: int) -> numpy.ndarray:
-    """int64 [T]: the tokens of a pack in the order in which they come from the context ranks."""
+    """Return the tokens of a pack in the order in which they come from the context ranks, int64 [T]."""
     return numpy.concatenate([zigzag(cu_seqlens, ContextRank(context_size, rank)) for rank in range(context_size)])
 
 
 def ranges(starts: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
-    """The numbers starts[i], starts[i] + 1, ... of each range of lengths[i], one range after the other."""
+    """Return the numbers starts[i], starts[i] + 1, ... of each range of lengths[i], one range after the other."""
     return numpy.arange(lengths.sum()) - numpy.repeat(numpy.cumsum(lengths) - lengths - starts, lengths)
 
 
@@ -64,7 +68,7 @@ class Bucket(NamedTuple):
     length: int
 
     def of(self, buffer: torch.Tensor) -> torch.Tensor:
-        """[rows, ...] -> [documents, length, ...]."""
+        """Return the bucket's part of a buffer [rows, ...] as [documents, length, ...]."""
         return buffer.narrow(0, self.start, self.documents * self.length).unflatten(0, (self.documents, self.length))
 
 
@@ -82,7 +86,7 @@ class Layout:
 
     @staticmethod
     def of(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int = 1) -> "Layout":
-        """Layout of documents that end at `cu_seqlens` (int [documents + 1], first 0). Empty documents are fine."""
+        """Lay out documents that end at `cu_seqlens` (int [documents + 1], first 0). Empty documents are fine."""
         lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
         padded = _padded(lengths)
         buckets, starts, rows = _fill(lengths, padded)
@@ -91,14 +95,14 @@ class Layout:
 
     @staticmethod
     def of_share(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int) -> "Layout":
-        """Layout of one context rank's tokens [T / size]: bucket for bucket that of `of`, 1 / size as long."""
+        """Lay out one context rank's tokens [T / size]: bucket for bucket that of `of`, 1 / size as long."""
         lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
         buckets, starts, rows = _fill(lengths, _padded(lengths), context_size)
         return Layout(buckets, torch.from_numpy(ranges(starts, lengths // context_size)).to(target), rows)
 
 
 def _padded(lengths: numpy.ndarray) -> numpy.ndarray:
-    """The bucket length of each document: the next power of two, or of its sixteenths for long ones."""
+    """Return the bucket length of each document: the next power of two, or of its sixteenths for long ones."""
     power = 1 << numpy.ceil(numpy.log2(numpy.maximum(lengths, SHORTEST_BUCKET))).astype(numpy.int64)  # exact below 2^48
     unit = numpy.where(lengths > LONG, power // 16, power)
     return -(-numpy.maximum(lengths, 1) // unit) * unit
@@ -107,7 +111,9 @@ def _padded(lengths: numpy.ndarray) -> numpy.ndarray:
 def _fill(
     lengths: numpy.ndarray, padded: numpy.ndarray, context_size: int = 1
 ) -> tuple[tuple[Bucket, ...], numpy.ndarray, int]:
-    """Buckets, the first row of each document and the number of rows, where 1 / context_size of each is laid out."""
+    """Return the buckets, the first row of each document and the number of rows, where 1 / context_size of each is laid
+    out.
+    """
     order = numpy.argsort(padded, kind="stable")
     order = order[lengths[order] > 0]
     share = padded[order] // context_size
@@ -130,38 +136,47 @@ class Share:
     positions: torch.Tensor
 
 
-@dataclass
-class PackedDocuments(PackedSeqParams):
-    """mcore's THD parameters, with what the torch layers need once for all layers.
+@dataclass(kw_only=True)
+class PackedRow(PackedSeqParams):
+    """mcore's THD parameters, and where the row's tokens stand in their documents.
 
-    A rank holds T / c of the row's T tokens, `held` int64 [T / c] (numpy, indices into the row), at `positions`
-    int64 [T / c] of their documents. All ranks' tokens, rank after rank, are the row's tokens `order` int64 [T].
+    A rank holds T / c of the row's T tokens, at `positions` int64 [T / c] of their documents.
     """
 
-    total_tokens: int = 0  # T
-    held: numpy.ndarray | None = field(default=None, repr=False)
-    positions: torch.Tensor | None = field(default=None, repr=False)
-    order: torch.Tensor | None = field(default=None, repr=False)
-    layout: Layout | None = field(default=None, repr=False)
-    share: Share | None = field(default=None, repr=False)  # with context parallelism only
+    total_tokens: int  # T
+    positions: torch.Tensor = field(repr=False)
     cache: Any = field(default=None, repr=False)  # rollout/cache.py: what earlier tokens of the documents left
     _turns: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
 
     def turns(self, angles: torch.Tensor, dtype: torch.dtype, length: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [T / c, 1, d / 2] of each token's position, times `length` (YaRN's attention factor).
+        """Return cosine and sine [T / c, 1, d / 2] of each token's position, times `length` (YaRN's attention factor).
 
         `angles` is mcore's table [longest, 1, 1, d].
         """
         if self._turns is None:
             half = angles.size(-1) // 2  # the table repeats its first half
-            mine = angles[:, 0, :, :half].index_select(0, self.positions)  # [T / c, 1, d / 2]
+            own = angles[:, 0, :, :half].index_select(0, self.positions)  # [T / c, 1, d / 2]
             # With the table, which a recorded pass (rollout/graphs.py) reads again.
-            self._turns = (mine.cos() * length).to(dtype), (mine.sin() * length).to(dtype), angles
+            self._turns = (own.cos() * length).to(dtype), (own.sin() * length).to(dtype), angles
         return self._turns[:2]
 
 
+@dataclass(kw_only=True)
+class PackedDocuments(PackedRow):
+    """The row of a training step: what the torch layers need of its documents, made once for all layers.
+
+    The tokens that a rank holds are `held` int64 [T / c] (numpy, indices into the row). All ranks' tokens, rank after
+    rank, are the row's tokens `order` int64 [T].
+    """
+
+    held: numpy.ndarray = field(repr=False)
+    order: torch.Tensor = field(repr=False)
+    layout: Layout = field(repr=False)
+    share: Share | None = field(default=None, repr=False)  # with context parallelism only
+
+
 def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device, context: ContextRank = ALONE) -> PackedDocuments:
-    """THD parameters of a pack whose documents end at `cu_seqlens` (int [documents + 1], first 0, last T).
+    """Return the THD parameters of a pack whose documents end at `cu_seqlens` (int [documents + 1], first 0, last T).
 
     `max_seqlen` is the longest document, not T: mcore's rotary embedding takes T as "positions run on over documents"
     (rope_utils.py:211). Where one document is the whole pack the two agree. A document's padding belongs to it, so

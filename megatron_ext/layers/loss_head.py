@@ -4,6 +4,9 @@ Only supervised positions reach the output layer: in agent trajectories and shor
 prompt, and their logits would be thrown away. Of those that do, the logits of one chunk exist at a time, and backward
 computes them again: a matrix product more (4 for 3) for a memory that does not grow with the number of tokens. Where
 one chunk is all, backward finds it as forward left it.
+
+Letters of shapes: T tokens of a row, n supervised tokens among them, h hidden size, V rows of the vocabulary with its
+padding, t tensor ranks (each holds V / t rows).
 """
 
 from dataclasses import dataclass
@@ -12,13 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mamba import MambaModel
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer import TransformerConfig
 
-from megatron_ext.layers.documents import PackedDocuments
+from megatron_ext.layers.documents import PackedDocuments, PackedRow
 from megatron_ext.parallel.calibration import CHUNK_LOGITS
 
 EXPONENTIALS = 2**20  # that the sum of a softmax holds at a time
@@ -26,8 +28,11 @@ EXPONENTIALS = 2**20  # that the sum of a softmax holds at a time
 
 @dataclass(frozen=True)
 class Targets:
-    """What to say of the supervised positions: losses of `labels` (int64 [n], in the whole vocabulary) under
-    softmax(logits / temperature), and with `entropy` the entropy of that distribution too."""
+    """Says what is wanted of the supervised positions.
+
+    Wanted are the losses of `labels` (int64 [n], in the whole vocabulary) under softmax(logits / temperature), and with
+    `entropy` the entropy of that distribution too.
+    """
 
     labels: torch.Tensor
     temperature: float = 1.0
@@ -42,7 +47,8 @@ def vocabulary_logits(
     group: torch.distributed.ProcessGroup,
     cap: float = 0.0,
 ) -> torch.Tensor:
-    """hidden [n, h], the same on all tensor ranks, times this rank's weight [V / t, h] -> logits [n, V / t], `capped`.
+    """Multiply hidden [n, h], the same on all tensor ranks, by this rank's weight [V / t, h]: logits [n, V / t],
+    `capped`.
 
     Rows from `rows` on are padding and get -inf, so that the softmax is over the real vocabulary.
     """
@@ -64,12 +70,12 @@ def vocabulary_logits(
 
 
 def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """cap · tanh(logits / cap); unchanged where `cap` is 0."""
+    """Return cap · tanh(logits / cap); unchanged where `cap` is 0."""
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _real_rows(weight: torch.Tensor, rows: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """The rows of this tensor rank's `weight` that are no padding of a vocabulary of `rows`; perhaps none."""
+    """Return the rows of this tensor rank's `weight` that are no padding of a vocabulary of `rows`; perhaps none."""
     return weight[: max(0, rows - group.rank() * weight.size(0))]
 
 
@@ -79,12 +85,12 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
 
 
 def _rows_at_once(logits: torch.Tensor) -> int:
-    """Rows whose exponentials exist at a time: less memory, and on a CPU pages that are warm."""
+    """Return the number of rows whose exponentials exist at a time: less memory, and on a CPU pages that are warm."""
     return max(1, EXPONENTIALS // max(1, logits.size(1)))
 
 
 def _scaled_logits(hidden: torch.Tensor, real: torch.Tensor, cap: float, temperature: float) -> torch.Tensor:
-    """fp32 [chunk, real rows]."""
+    """Return logits / temperature in fp32, [chunk, real rows]."""
     logits = (hidden @ real.t()).float()
     if cap:
         logits.div_(cap).tanh_().mul_(cap)
@@ -92,15 +98,26 @@ def _scaled_logits(hidden: torch.Tensor, real: torch.Tensor, cap: float, tempera
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """`token_losses`, stacked [1 or 2, n]. Ranks speak once a pass, not once a chunk: forward adds up their softmax
-    statistics, backward their gradients of hidden."""
+    """Computes `token_losses`, stacked [1 or 2, n].
+
+    Ranks speak once a pass, not once a chunk: forward adds up their softmax statistics, backward their gradients of
+    hidden.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets: Targets, rows: int, group: dist.ProcessGroup, cap: float):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: Targets,
+        rows: int,
+        group: dist.ProcessGroup,
+        cap: float,
+    ) -> torch.Tensor:
         real = _real_rows(weight, rows, group)
         column = targets.labels - group.rank() * weight.size(0)
-        mine = (0 <= column) & (column < len(real))
-        column = column.where(mine, 0)[:, None]
+        held = (0 <= column) & (column < len(real))  # whose label this rank has
+        column = column.where(held, 0)[:, None]
         log_sum = hidden.new_zeros(len(hidden), dtype=torch.float32)  # over this rank's logits
         picked, spread = torch.zeros_like(log_sum), torch.zeros_like(log_sum)  # the label's logit; the entropy
         chunks = _chunks(len(hidden), len(real))
@@ -108,7 +125,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = _scaled_logits(hidden[part], real, cap, targets.temperature)
             log_sum[part] = torch.cat([block.logsumexp(1) for block in logits.split(_rows_at_once(logits))])
             if len(real):
-                picked[part] = logits.gather(1, column[part]).squeeze(1) * mine[part]
+                picked[part] = logits.gather(1, column[part]).squeeze(1) * held[part]
             if targets.entropy:
                 spread[part] = torch.special.entr(logits.softmax(1)).sum(1)
 
@@ -120,17 +137,17 @@ class _ChunkedLoss(torch.autograd.Function):
         share, picked, spread = sums
         log_sum = highest + share.log()
         out = torch.stack([log_sum - picked, share.log() + spread / share][: 1 + targets.entropy])
-        ctx.save_for_backward(hidden, weight, column, mine, log_sum, out)
+        ctx.save_for_backward(hidden, weight, column, held, log_sum, out)
         ctx.constants = targets, rows, group, cap
         ctx.only_chunk = logits if len(chunks) == 1 and any(ctx.needs_input_grad) else None
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):
-        hidden, weight, column, mine, log_sum, out = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, column, held, log_sum, out = ctx.saved_tensors
         targets, rows, group, cap = ctx.constants
         real = _real_rows(weight, rows, group)
-        label_share = -(grad_out[0] * mine)[:, None]
+        label_share = -(grad_out[0] * held)[:, None]
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
@@ -138,24 +155,24 @@ class _ChunkedLoss(torch.autograd.Function):
             logits, ctx.only_chunk = ctx.only_chunk, None  # overwritten below: a second backward computes it again
             if logits is None:
                 logits = _scaled_logits(hidden[part], real, cap, targets.temperature)
-            slope = 1 - (logits * (targets.temperature / cap)).square_() if cap else None
+            slope = 1 - (logits * (targets.temperature / cap)).square_() if cap else None  # of the cap
             grad = _through_softmax(logits.sub_(log_sum[part, None]), out[:, part, None], grad_out[:, part, None])
             if len(real):
                 grad.scatter_add_(1, column[part], label_share[part])
             if targets.temperature != 1:
                 grad.div_(targets.temperature)
-            grad = (grad.mul_(slope) if cap else grad).to(hidden.dtype)
-            if wants_hidden:
+            grad = (grad if slope is None else grad.mul_(slope)).to(hidden.dtype)
+            if grad_hidden is not None:
                 grad_hidden[part] = grad @ real
-            if wants_weight:
+            if grad_weight is not None:
                 _add_product(grad_weight[: len(real)], grad.t(), hidden[part])
-        if wants_hidden:
+        if grad_hidden is not None:
             dist.all_reduce(grad_hidden, group=group)
-        return grad_hidden, grad_weight.to(weight.dtype) if wants_weight else None, None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _through_softmax(log_p: torch.Tensor, out: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
-    """Gradient of the scaled logits, in the place of log_p, without what a label's own logit gets.
+    """Return the gradient of the scaled logits, in the place of log_p, without what a label's own logit gets.
 
     ∂loss/∂z = p - onehot(label) and ∂entropy/∂z = -p (log p + entropy).
     """
@@ -166,7 +183,7 @@ def _through_softmax(log_p: torch.Tensor, out: torch.Tensor, grad_out: torch.Ten
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b; a total in fp32 of products in bf16 too."""
+    """Add a @ b to `total`, which may be fp32 where the product is bf16."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -181,7 +198,7 @@ def token_losses(
     group: dist.ProcessGroup,
     cap: float = 0.0,
 ) -> torch.Tensor:
-    """-log p(label), fp32 [n]; with `targets.entropy` [2, n], the losses and the entropies, in nats.
+    """Return -log p(label), fp32 [n]; with `targets.entropy` [2, n], the losses and the entropies, in nats.
 
     hidden [n, h], the same on all tensor ranks; weight [V / t, h] of this one; logits `capped`; the vocabulary's real
     rows are the first `rows`. Gradients are those of the logits written out, for any gradient of the output.
@@ -191,9 +208,12 @@ def token_losses(
 
 
 def supervised_output(
-    model: LanguageModule, hidden_states: torch.Tensor, targets: Targets | None, positions: torch.Tensor
+    model: "SupervisedHead | SupervisedHybrid",
+    hidden_states: torch.Tensor,
+    targets: Targets | None,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
-    """What `model`'s output layer makes of the rows `positions` (int64 [n] into T) of hidden_states [T, 1, h].
+    """Return what `model`'s output layer makes of the rows `positions` (int64 [n] into T) of hidden_states [T, 1, h].
 
     With targets: `token_losses`. Without: this tensor rank's logits [n, V / t].
     """
@@ -209,12 +229,15 @@ def supervised_output(
     else:
         weight = model.output_layer.weight
     if targets is None:
-        return vocabulary_logits(hidden, weight, model.config, model.vocabulary_rows, group, model.logit_cap)
-    return token_losses(hidden, weight, targets, model.vocabulary_rows, group, model.logit_cap)
+        return vocabulary_logits(
+            hidden, weight, config=model.config, rows=model.vocabulary_rows, group=group, cap=model.logit_cap
+        )
+    return token_losses(hidden, weight, targets=targets, rows=model.vocabulary_rows, group=group, cap=model.logit_cap)
 
 
 class SupervisedHead(GPTModel):
-    """GPTModel whose forward takes as `labels` the `Targets` of the supervised positions, and returns their losses.
+    """Extends GPTModel: its forward takes as `labels` the `Targets` of the supervised positions, and returns their
+    losses.
 
     The module tree, parameters and checkpoints are GPTModel's. Build it with `vocabulary_rows`, the number of real
     rows of a padded vocabulary.
@@ -223,15 +246,22 @@ class SupervisedHead(GPTModel):
     vocabulary_rows: int
     logit_cap: float = 0.0
 
-    def _postprocess(self, hidden_states: torch.Tensor, *args, labels=None, loss_mask=None, **kwargs) -> torch.Tensor:
-        """`supervised_output` at the positions `loss_mask` where they are given, otherwise GPTModel's own."""
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        labels: Targets | None = None,
+        loss_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return `supervised_output` at the positions `loss_mask` where they are given, otherwise GPTModel's own."""
         if loss_mask is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
         return supervised_output(self, hidden_states, labels, loss_mask)
 
 
 class SupervisedHybrid(MambaModel):
-    """The same of MambaModel, for models without position embeddings."""
+    """Gives MambaModel the forward of SupervisedHead, for models without position embeddings."""
 
     vocabulary_rows: int
     logit_cap: float = 0.0
@@ -241,11 +271,11 @@ class SupervisedHybrid(MambaModel):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: None,
-        labels: Targets | torch.Tensor | None = None,
+        labels: Targets | None = None,
         loss_mask: torch.Tensor | None = None,
         **others: Any,
     ) -> torch.Tensor:
-        """As SupervisedHead's: `loss_mask` selects positions, whose targets are `labels`."""
+        """Compute as SupervisedHead does: `loss_mask` selects positions, whose targets are `labels`."""
         if loss_mask is None or not self.post_process:
             return super().forward(input_ids, position_ids, attention_mask, labels=labels, **others)
         hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
@@ -261,7 +291,8 @@ def supervised_losses(
     targets: Targets,
     supervised: torch.Tensor,
 ) -> torch.Tensor:
-    """`token_losses` of one packed row: ids and positions int64 [1, T], `targets` of the positions `supervised` [n].
+    """Return `token_losses` of one packed row: ids and positions int64 [1, T], `targets` of the positions `supervised`
+    [n].
 
     A pipeline's stages before the last return what goes to the next.
     """
@@ -272,8 +303,10 @@ def position_logits(
     model: torch.nn.Module,
     ids: torch.Tensor,
     positions: torch.Tensor,
-    documents: PackedDocuments,
+    documents: PackedRow,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits [n, V / t] of this tensor rank at the positions `wanted` int64 [n] of a packed row; padding has -inf."""
+    """Return the logits [n, V / t] of this tensor rank at the positions `wanted` int64 [n] of a packed row; padding has
+    -inf.
+    """
     return model(ids, positions, None, loss_mask=wanted, packed_seq_params=documents)

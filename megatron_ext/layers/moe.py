@@ -10,9 +10,11 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_ext.layers.marks import marks
+
 
 class ExpertRowParallelLinear(RowParallelLinear):
-    """The second matrix of an expert, whose bias mcore mishandles in two places.
+    """Applies the second matrix of an expert, whose bias mcore mishandles in two places.
 
     Its MLP adds the bias in place (mlp.py:247), which autograd forbids on what `forward` returns. And under sequence
     parallelism it adds the bias's gradients over tensor ranks, though these hold different experts.
@@ -21,16 +23,19 @@ class ExpertRowParallelLinear(RowParallelLinear):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.bias is not None:
-            self.bias.sequence_parallel = False
+            marks(self.bias).sequence_parallel = False
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """input_ [tokens, f / t] -> (output [tokens, h], bias [h] that the caller adds, or None)."""
+        """Return (output [tokens, h], bias [h] that the caller adds, or None) of input_ [tokens, f / t].
+
+        f is the width of an expert, t the number of expert-tensor ranks, h the hidden size.
+        """
         output, bias = super().forward(input_)
         return (output if bias is None else output.clone()), bias
 
 
 def moe_spec(experts: int) -> ModuleSpec:
-    """`mlp` of a transformer layer with `experts` experts, and shared ones where the configuration has them."""
+    """Return `mlp` of a transformer layer with `experts` experts, and shared ones where the configuration has them."""
     spec = get_moe_module_spec(use_te=False, num_experts=experts)
     spec.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
     return spec

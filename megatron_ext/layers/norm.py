@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_ext.layers.marks import marks
+
 
 class Norm(torch.nn.Module):
     """Normalises the last dimension as `config.normalization` says: "RMSNorm" or "LayerNorm".
@@ -26,11 +28,11 @@ class Norm(torch.nn.Module):
         self.zero_centered = config.layernorm_zero_centered_gamma
         start = torch.zeros if self.zero_centered else torch.ones
         self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.bias = None
+        marks(self.weight).sequence_parallel = config.sequence_parallel
+        self.bias: torch.nn.Parameter | None = None
         if config.normalization == "LayerNorm":
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-            self.bias.sequence_parallel = config.sequence_parallel
+            marks(self.bias).sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight + 1 if self.zero_centered else self.weight
@@ -40,7 +42,7 @@ class Norm(torch.nn.Module):
 
 
 class BareNorm(torch.nn.Module):
-    """RMSNorm without weights (NanoChat)."""
+    """Normalises by RMSNorm without weights (NanoChat)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()

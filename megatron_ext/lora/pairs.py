@@ -79,7 +79,7 @@ def spread(b: torch.Tensor, owners: torch.Tensor | None) -> torch.Tensor:
 
 def _plain(layout: Layout) -> Layout:
     """Return the layout in mcore's orientation."""
-    return layout.of if isinstance(layout, Transposed) else layout
+    return layout.inner if isinstance(layout, Transposed) else layout
 
 
 def _rows_only(layout: Layout) -> Layout:

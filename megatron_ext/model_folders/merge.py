@@ -31,12 +31,12 @@ NOT_TOKENIZER = ("config.json", "generation_config.json")  # of a Hugging Face f
 
 
 def changes(folder: ModelFolder) -> convert.Changes:
-    """What the adapter adds to each matrix it is for; {} where the folder has none."""
+    """Return what the adapter adds to each matrix it is for; {} where the folder has none."""
     if folder.lora is None:
         return {}
-    found = pairs(folder.family, folder.dims, folder.lora)
-    reader = peft_format.Reader(folder.adapter, found, folder.lora)
-    return {pair.matrix.name: partial(reader.change, pair) for pair in found}
+    adapted = pairs(folder.family, folder.dims, folder.lora)
+    reader = peft_format.Reader(folder.adapter, adapted, folder.lora)
+    return {pair.matrix.name: partial(reader.change, pair) for pair in adapted}
 
 
 def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Progress = silent) -> int:
@@ -51,7 +51,9 @@ def share(folder: ModelFolder, out: Path, index: int, count: int, progress: Prog
         for done, rule in enumerate(rules):
             whole, before = convert.read_whole(reader, rule, pool)
             dtype = dtypes[next(regions(rule))[0].key]
-            sums["after"].update(convert.write_whole(writer, rule, [convert.changed(rule, whole, added)], dtype, pool))
+            sums["after"].update(
+                convert.write_whole(writer, rule, blocks=[convert.changed(rule, whole, added)], dtype=dtype, pool=pool)
+            )
             sums["before"].update(before.total())
             progress(done + 1, len(rules), "tensors")
     writer.close()
@@ -83,7 +85,7 @@ def finish(folder: ModelFolder, parts: Sequence[Path], out: Path) -> str:
     (out / convert.SHARE).unlink(missing_ok=True)
     model_folder.copy_hf_files(folder.hf, out / "hf")
     digest = _digest(shares, "after", stored, shapes)
-    model_folder.describe(out, folder.family, folder.step, digest, folder.dtype)
+    model_folder.describe(out, folder.family, step=folder.step, weights_digest=digest, dtype=folder.dtype)
     return digest
 
 
@@ -93,7 +95,7 @@ def _digest(
     stored: Mapping[str, tuple[str, tuple[int, ...]]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> str:
-    """As checkpoint.weights_digest. `shapes` are without vocabulary padding."""
+    """Return the digest as checkpoint.weights_digest does. `shapes` are without vocabulary padding."""
     total: Counter[str] = Counter()
     for share in shares:
         total.update({key: int(value) for key, value in share["sums"][when].items()})

@@ -1,6 +1,6 @@
 """A model folder: the unit that phases pass to each other.
 
-    model.json    family, format, step, weights digest, dtype, what config.json means (models/compare.py)
+    model.json    family, format, step, weights digest, dtype, what config.json means (models/config_meaning.py)
     hf/           config.json, generation_config.json, tokenizer files: all but the weights of a Hugging Face folder
     weights/      distributed checkpoint, weights only; any parallel layout loads it
     adapter/      of a model trained with LoRA, in PEFT's format; weights/ are those of its base then
@@ -22,7 +22,7 @@ from data_tools.mistake import Problem, UserMistake
 from megatron_ext.files import step_manifest
 from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
-from megatron_ext.models.compare import differences, meaning
+from megatron_ext.models.config_meaning import differences, meaning
 from megatron_ext.models.registry import Family, read_config
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.shape import ModelShape
@@ -64,8 +64,9 @@ class ModelFolder:
 
 
 def open_folder(path: str | Path) -> ModelFolder:
-    """The model folder at `path`. UserMistake when it is none, or of another format, or not understood, or when its
-    config.json has come to mean something else. No torch."""
+    """Open the model folder at `path`. Raises UserMistake when it is none, or of another format, or not understood, or
+    when its config.json has come to mean something else. No torch.
+    """
     path = Path(path)
     try:
         facts = durable.read_json(inside(path, "model.json"))
@@ -76,7 +77,7 @@ def open_folder(path: str | Path) -> ModelFolder:
             Problem(str(path / "model.json"), f"format {facts.get('format')!r} is unknown, this version reads {FORMAT}")
         )
     family, dims, problems = read_config(path / "hf")
-    if problems:
+    if problems or family is None:
         raise UserMistake(problems)
     now = meaning(family, dims)
     if changed := differences(now, facts.get("config", now)):
@@ -86,18 +87,20 @@ def open_folder(path: str | Path) -> ModelFolder:
     return ModelFolder(
         path,
         family,
-        dims,
-        facts["step"],
-        facts["weights_digest"],
-        facts["dtype"],
-        LoraConfig(**adapted["lora"]) if adapted else None,
-        adapted["base_digest"] if adapted else facts["weights_digest"],
+        dims=dims,
+        step=facts["step"],
+        weights_digest=facts["weights_digest"],
+        dtype=facts["dtype"],
+        lora=LoraConfig(**adapted["lora"]) if adapted else None,
+        base_digest=adapted["base_digest"] if adapted else facts["weights_digest"],
     )
 
 
 def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
-    """(distributed checkpoint, weights digest) of a model folder, of one published step, or of a training's folder: its
-    checkpoint `step`, or with 0 what it sealed, else the newest. UserMistake where there is none such. No torch."""
+    """Return (distributed checkpoint, weights digest) of a model folder, of one published step, or of a training's
+    folder: its checkpoint `step`, or with 0 what it sealed, else the newest. Raises UserMistake where there is none
+    such. No torch.
+    """
     path = Path(path).expanduser()
     if step == 0:
         for name, weights in (("model.json", "weights"), (step_manifest.MANIFEST, "state")):
@@ -113,10 +116,10 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
     # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifacts/artifact.py).
     roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
     steps = sorted(
-        int(found.name.removeprefix("step_"))
+        int(published.name.removeprefix("step_"))
         for root in roots[:1]
-        for found in root.glob("step_*")
-        if (found / "manifest.json").is_file()
+        for published in root.glob("step_*")
+        if (published / "manifest.json").is_file()
     )
     if not steps:
         raise UserMistake(Problem("init_from", f"{path} is no model folder, and has no checkpoints either"))
@@ -128,20 +131,23 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
 def files_beside_weights(source: Path) -> dict[str, Path]:
     """Name -> path of every file of a Hugging Face folder but weights. UserMistake naming all that lead out of it."""
     weights = {path.name for pattern in WEIGHT_FILES for path in source.glob(pattern)}
-    found, problems = {}, []
+    files, problems = {}, []
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in weights and not path.name.startswith("."):
             try:
-                found[path.name] = inside(source, path.name)
+                files[path.name] = inside(source, path.name)
             except UserMistake as mistake:
                 problems += mistake.problems
     if problems:
         raise UserMistake(problems)
-    return found
+    return files
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
-    """Everything of a Hugging Face folder but weights and sub-folders. Weights go on unquantised: config.json too."""
+    """Copy everything of a Hugging Face folder but weights and sub-folders.
+
+    Weights go on unquantised, and config.json says so.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name, path in files_beside_weights(source).items():
         shutil.copyfile(path, target / name)
@@ -152,14 +158,15 @@ def copy_hf_files(source: Path, target: Path) -> None:
 
 
 def check_same_model(folder: ModelFolder, weights: Path) -> None:
-    """UserMistake where the distributed checkpoint `weights` does not hold the tensors of the folder's model, or is of
-    a model folder that means another function by them (other rotary positions, epsilons, windows). mcore would cut
-    another vocabulary to size without a word: it takes the rows for padding."""
+    """Raise UserMistake where the distributed checkpoint `weights` does not hold the tensors of the folder's model, or
+    is of a model folder that means another function by them (other rotary positions, epsilons, windows). mcore would
+    cut another vocabulary to size without a word: it takes the rows for padding.
+    """
     from megatron_ext.weights.dist_weights import Reader
 
     def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-        found = {key: shape for key, (_, shape) in Reader(path).tensors().items() if not key.startswith("optimizer.")}
-        return {key: shape[1:] if key in PADDED else shape for key, shape in found.items()}
+        stored = {key: shape for key, (_, shape) in Reader(path).tensors().items() if not key.startswith("optimizer.")}
+        return {key: shape[1:] if key in PADDED else shape for key, shape in stored.items()}
 
     own, other = shapes(folder.weights), shapes(weights)
     keys = [key for key in {**own, **other} if own.get(key) != other.get(key)]
@@ -169,7 +176,7 @@ def check_same_model(folder: ModelFolder, weights: Path) -> None:
 
 
 def _otherwise(folder: ModelFolder, other: Path) -> list[str]:
-    """What a model folder or a published step says of its model that is not so of `folder`'s."""
+    """Return what a model folder or a published step says of its model that is not so of `folder`'s."""
     if (other / "model.json").is_file():
         theirs = open_folder(other)
         return differences(meaning(theirs.family, theirs.dims), meaning(folder.family, folder.dims))
@@ -185,8 +192,8 @@ def load_stages(
     options: Mapping[str, Any] = {},
     weights: Path | None = None,
 ) -> list[Any]:
-    """This rank's parts of the model (registry.stages), weights loaded and the adapter in place. `dtype` "" keeps the
-    folder's.
+    """Load this rank's parts of the model (registry.stages), weights loaded and the adapter in place. `dtype` "" keeps
+    the folder's.
 
     `options`: further fields of TransformerConfig. `weights`: a distributed checkpoint in place of the folder's own.
     Every rank takes part.
@@ -195,7 +202,9 @@ def load_stages(
 
     from megatron_ext.weights import checkpoint
 
-    parts = folder.family.build(folder.dims, plan, getattr(torch, dtype or folder.dtype), backend, options)
+    parts = folder.family.build(
+        folder.dims, plan, dtype=getattr(torch, dtype or folder.dtype), backend=backend, options=options
+    )
     if weights is not None:
         check_same_model(folder, weights)
     checkpoint.load_weights(parts, weights or folder.weights)
@@ -203,8 +212,8 @@ def load_stages(
         from megatron_ext.lora import adapters, pairs, peft_format
 
         adapters.attach(parts, folder.family, folder.dims, folder.lora)
-        found = pairs.pairs(folder.family, folder.dims, folder.lora)
-        adapters.load(parts, peft_format.Reader(folder.adapter, found, folder.lora))
+        adapted = pairs.pairs(folder.family, folder.dims, folder.lora)
+        adapters.load(parts, peft_format.Reader(folder.adapter, adapted, folder.lora))
     return parts
 
 
@@ -218,23 +227,24 @@ def load_trainable(
     options: Mapping[str, Any] = {},
     weights: Path | None = None,
 ) -> list[Any]:
-    """`load_stages` for training: with LoRA, new adapters from `seed` unless the folder has one to go on with.
+    """Load as `load_stages` does, for training: with LoRA, new adapters from `seed` unless the folder has one to go on
+    with.
 
     UserMistake where the folder's adapter is of another kind than `lora`, which may be off.
     """
     problems = loras.check_folder(lora, folder.lora, str(folder.path))
     if problems:
         raise UserMistake(problems)
-    parts = load_stages(folder, plan, dtype, backend, options, weights)
+    parts = load_stages(folder, plan, dtype=dtype, backend=backend, options=options, weights=weights)
     if lora.rank and not folder.lora:
         from megatron_ext.lora import adapters
 
-        adapters.attach(parts, folder.family, folder.dims, lora, seed)
+        adapters.attach(parts, folder.family, dims=folder.dims, config=lora, seed=seed)
     return parts
 
 
 def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> Any:
-    """`load_stages` where the pipeline is not interleaved: the rank's one part."""
+    """Load as `load_stages` does, where the pipeline is not interleaved, and return the rank's one part."""
     (model,) = load_stages(folder, plan, dtype, backend)
     return model
 
@@ -262,7 +272,7 @@ def write(out: Path, model: Any, source: ModelFolder, step: int) -> str:
         if dist.get_rank() == 0:
             copy_hf_files(source.hf, out / "hf")
             dtype = str(next(stages(model)[0].parameters()).dtype).removeprefix("torch.")
-            describe(out, source.family, step, digest, dtype)
+            describe(out, source.family, step=step, weights_digest=digest, dtype=dtype)
     dist.barrier()
     return durable.read_json(out / "model.json")["weights_digest"]
 
@@ -280,7 +290,7 @@ def describe_adapted(out: Path, base: ModelFolder, lora: LoraConfig, step: int) 
         "adapter_digest": durable.sha256_file(out / "adapter" / TENSORS),
     }
     digest = durable.sha256_bytes(f"{base.base_digest} {adapter['adapter_digest']}".encode())
-    describe(out, base.family, step, digest, base.dtype, adapter)
+    describe(out, base.family, step=step, weights_digest=digest, dtype=base.dtype, adapter=adapter)
     return digest
 
 
@@ -289,29 +299,29 @@ def adopt(out: Path, peft: Path) -> str:
     from megatron_ext.lora import pairs, peft_config, peft_format
 
     base, (adapter, problems) = open_folder(out), peft_config.read(peft)
-    if problems:
+    if problems or adapter is None:
         raise UserMistake(problems)
     lora, reached = pairs.reached(base.family, base.dims, adapter)
     if problems := loras.check(lora, base.shape, str(peft)):
         raise UserMistake(problems)
-    found = pairs.pairs(base.family, base.dims, lora)
-    reader = peft_format.Reader(peft, found, lora, reached)
+    adapted = pairs.pairs(base.family, base.dims, lora)
+    reader = peft_format.Reader(peft, adapted, lora, reached)
     factors = {}
-    for pair in found:
+    for pair in adapted:
         factors[pair.a.name], factors[pair.b.name] = reader.factors(pair)
-    peft_format.write(out / "adapter", found, factors, lora)
+    peft_format.write(out / "adapter", adapted, factors, lora)
     return describe_adapted(out, base, lora, base.step)
 
 
 def link_files(source: Path, target: Path) -> None:
-    """The files of a flat folder in a new one: hard links, or copies where the filesystem has none."""
+    """Put the files of a flat folder into a new one: hard links, or copies where the filesystem has none."""
     target.mkdir()
     for path in files(source):
-        found = inside(source, path.name)
+        file = inside(source, path.name)
         try:
-            os.link(found, target / path.name)
+            os.link(file, target / path.name)
         except OSError:
-            shutil.copyfile(found, target / path.name)
+            shutil.copyfile(file, target / path.name)
 
 
 def describe(

@@ -1,20 +1,26 @@
-"""How weights move between a Hugging Face checkpoint and megatron-core, as data.
+"""How weights are laid out in megatron-core and in a Hugging Face checkpoint, and how they move between the two, as
+data.
+
+Here are the layouts that families share: `QueryKeyValue` (qkv, grouped by key-value head), `Stacked` (gate and up),
+`Interleaved` (gpt-oss's gate and up), `Parts` (Mamba's projections), `Vocabulary`, `Column`, `Row`, `Replicated`. Which
+parameter of a family has which layout and which names is in models/FAMILY/weight_layout.py.
 
 A family lists `Rule`s, one for each mcore parameter and persistent buffer. Import, export, expected names, expected
 shapes, distributed-checkpoint keys and the random start all read that one list, so the directions cannot drift apart.
 
 A layout knows one tensor: the shapes of its Hugging Face tensors, how they join into mcore's whole tensor (as at
-tensor degree 1, without vocabulary padding), how they come apart again, and which part a tensor rank holds. Sources:
-reference/megatron.md 1.2 to 1.5. Layouts copy values and never compute, so a round trip is exact.
+tensor degree 1, without vocabulary padding), how they come apart again, and which part a tensor rank holds. Layouts
+copy values and never compute, so a round trip is exact.
 
-Names count layers and experts over the whole model: `decoder.layers.7.mlp.experts.12.linear_fc1.weight`. Which of
-them a rank holds, and what it calls them, is answered in one place, `placed`.
+In the comments: h hidden size, d size of a head, g key-value groups, r query heads of a group. Names count layers and
+experts over the whole model: `decoder.layers.7.mlp.experts.12.linear_fc1.weight`. Which of them a rank holds, and what
+it calls them, is answered in one place, `placed`.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -31,27 +37,27 @@ class Layout(Protocol):
         """The shape of mcore's whole tensor."""
 
     def hf_shapes(self) -> list[Shape]:
-        """Shapes of the Hugging Face tensors, in the rule's order."""
+        """Return the shapes of the Hugging Face tensors, in the rule's order."""
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Hugging Face tensors -> mcore's whole tensor."""
+        """Make mcore's whole tensor of the Hugging Face tensors."""
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        """The inverse of `join`."""
+        """Undo `join`."""
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
-        """What tensor rank `rank` of `tensor` holds."""
+        """Return the part that tensor rank `rank` of `tensor` holds."""
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The inverse of `shard`, from all tensor ranks."""
+        """Undo `shard`: make the whole of the parts of all tensor ranks."""
 
     def stored(self) -> list[tuple[str, int]]:
-        """(suffix, rows) of each tensor that a distributed checkpoint keeps of it; [("", rows)] where it keeps one."""
+        """Return (suffix, rows) of each tensor that a distributed checkpoint keeps of it; [("", rows)] for one."""
 
 
 @dataclass(frozen=True)
 class Replicated:
-    """Norms, routers, biases of row-parallel matrices: every tensor rank holds all of it."""
+    """Laid out whole on every tensor rank: norms, routers, biases of row-parallel matrices."""
 
     shape: Shape
 
@@ -76,7 +82,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Column(Replicated):
-    """Column-parallel matrices and their biases, one value a head: dimension 0 over tensor ranks."""
+    """Cut along dimension 0 over tensor ranks: column-parallel matrices and their biases, one value a head."""
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
         return whole.chunk(tensor)[rank]
@@ -87,7 +93,7 @@ class Column(Replicated):
 
 @dataclass(frozen=True)
 class Row(Replicated):
-    """Row-parallel matrices (attention output, MLP down): dimension 1 over tensor ranks."""
+    """Cut along dimension 1 over tensor ranks: row-parallel matrices (attention output, MLP down)."""
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
         return whole.chunk(tensor, dim=1)[rank]
@@ -98,7 +104,7 @@ class Row(Replicated):
 
 @dataclass(frozen=True)
 class Vocabulary(Column):
-    """Embedding and output matrices [rows, h]: rows over tensor ranks, zeros after the last real row."""
+    """Cut by rows over tensor ranks, zeros after the last real row: embedding and output matrices [rows, h]."""
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
         padding = padded_rows(whole.size(0), tensor) - whole.size(0)
@@ -112,9 +118,10 @@ class Vocabulary(Column):
 
 @dataclass(frozen=True)
 class QueryKeyValue:
-    """q, k, v projections, weights [rows, h] or biases [rows].
+    """Joins the q, k and v projections: weights [rows, h] or biases [rows].
 
-    mcore's rows go by KV group: the group's query heads, its key head, its value head. Groups over tensor ranks.
+    mcore's rows go by key-value group: the group's query heads, its key head, its value head, d rows each. Groups are
+    cut over tensor ranks.
     """
 
     heads: int
@@ -143,7 +150,7 @@ class QueryKeyValue:
         return [part.reshape(-1, *self._tail()) for part in self._turned(by_group.split([each, 1, 1], dim=1))]
 
     def _turned(self, by_group: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """q, k, v with the halves of each q and k head exchanged, where the rotation is backwards. Its own inverse."""
+        """Exchange the halves of each q and k head where the rotation is backwards; twice is nothing."""
         query, key, value = by_group
         if not self.turns_backwards:
             return [query, key, value]
@@ -161,7 +168,7 @@ class QueryKeyValue:
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts stacked along dimension 0, each sharded by itself: a tensor rank has [its rows of part 0; of part 1; ...].
+    """Stacks parts along dimension 0, each cut by itself: a tensor rank has [its rows of part 0; of part 1; ...].
 
     Mamba's in_proj (z, x, B, C, dt) and conv1d (x, B, C): one Hugging Face tensor, and `keys` names the tensors that
     a distributed checkpoint keeps of it. Subclasses take their parts from elsewhere.
@@ -198,7 +205,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Stacked(Parts):
-    """Each part is a Hugging Face tensor: gate and up projections."""
+    """Takes each part from a Hugging Face tensor of its own: gate and up projections."""
 
     def hf_shapes(self) -> list[Shape]:
         return [(rows, *self.tail) for rows in self.rows]
@@ -212,7 +219,10 @@ class Stacked(Parts):
 
 @dataclass(frozen=True)
 class Interleaved(Parts):
-    """One Hugging Face tensor whose rows take turns: gate, up, gate, up, ... (gpt-oss). `rows` are equal."""
+    """Takes all parts from one Hugging Face tensor whose rows take turns: gate, up, gate, up, ... (gpt-oss).
+
+    `rows` are equal.
+    """
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat([tensors[0][i :: len(self.rows)] for i in range(len(self.rows))])
@@ -222,47 +232,47 @@ class Interleaved(Parts):
 
 
 def gate_up(ffn: int, hidden: int) -> Stacked:
-    """Gate and up projections [ffn, h]. A tensor rank holds [its gate rows; its up rows]."""
+    """Return the layout of gate and up projections [ffn, h]. A tensor rank holds [its gate rows; its up rows]."""
     return Stacked((ffn, ffn), (hidden,))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """`of`, for mcore and its checkpoints; subclasses say how Hugging Face stores it otherwise."""
+    """Keeps `inner` for mcore and its checkpoints; subclasses say how Hugging Face stores it otherwise."""
 
-    of: Layout
+    inner: Layout
 
     @property
     def shape(self) -> Shape:
-        return self.of.shape
+        return self.inner.shape
 
     def shard(self, whole: torch.Tensor, tensor: int, rank: int) -> torch.Tensor:
-        return self.of.shard(whole, tensor, rank)
+        return self.inner.shard(whole, tensor, rank)
 
     def unshard(self, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.of.unshard(shards)
+        return self.inner.unshard(shards)
 
     def stored(self) -> list[tuple[str, int]]:
-        return self.of.stored()
+        return self.inner.stored()
 
 
 @dataclass(frozen=True)
 class Transposed(Stored):
-    """`of`, from Hugging Face tensors that are stored [in, out]."""
+    """Makes `inner` from Hugging Face tensors that are stored [in, out]."""
 
     def hf_shapes(self) -> list[Shape]:
-        return [(*shape[:-2], shape[-1], shape[-2]) for shape in self.of.hf_shapes()]
+        return [(*shape[:-2], shape[-1], shape[-2]) for shape in self.inner.hf_shapes()]
 
     def join(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.of.join([tensor.mT for tensor in tensors])
+        return self.inner.join([tensor.mT for tensor in tensors])
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor.mT for tensor in self.of.split(whole)]
+        return [tensor.mT for tensor in self.inner.split(whole)]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Entry `index` of a Hugging Face tensor [count, ...] that stacks experts."""
+    """Names entry `index` of a Hugging Face tensor [count, ...] that stacks experts."""
 
     name: str
     index: int
@@ -274,7 +284,7 @@ HfTensor = str | Entry
 
 @dataclass(frozen=True)
 class Rule:
-    """One mcore parameter or persistent buffer.
+    """Says where one mcore parameter or persistent buffer comes from.
 
     `te_name` is its name where Transformer Engine fuses the norm into the next layer; distributed checkpoints use
     that one. `experts` is the number of experts in the model, of which the name gives one. `dtype` is set where mcore
@@ -296,16 +306,16 @@ def hf_name(tensor: HfTensor) -> str:
 
 
 def hf_rules(rules: Sequence[Rule]) -> dict[str, list[tuple[Rule, int]]]:
-    """Hugging Face name -> (rule, position in rule.hf) of its only tensor, or of each entry of a stack in order."""
-    found: dict[str, list[tuple[Rule, int]]] = {}
+    """Return, for each Hugging Face name, (rule, position in rule.hf) of its tensor or of each entry of its stack."""
+    users: dict[str, list[tuple[Rule, int]]] = {}
     for rule in rules:
         for position, tensor in enumerate(rule.hf):
-            found.setdefault(hf_name(tensor), []).append((rule, position))
-    return found
+            users.setdefault(hf_name(tensor), []).append((rule, position))
+    return users
 
 
 def hf_shapes(rules: Sequence[Rule]) -> dict[str, Shape]:
-    """Name -> shape of every tensor of the Hugging Face checkpoint."""
+    """Return {name: shape} of every tensor of the Hugging Face checkpoint."""
     shapes: dict[str, Shape] = {}
     for rule in rules:
         for tensor, shape in zip(rule.hf, rule.layout.hf_shapes()):
@@ -313,8 +323,15 @@ def hf_shapes(rules: Sequence[Rule]) -> dict[str, Shape]:
     return shapes
 
 
-def is_copy(name: str, dims: Any) -> bool:
-    """Tensors that some files carry though the model does not need them: a copy of the tied output, rotary buffers."""
+class Tied(Protocol):
+    """Dimensions of a model that may use one matrix for embedding and output."""
+
+    @property
+    def tied(self) -> bool: ...
+
+
+def is_copy(name: str, dims: Tied) -> bool:
+    """Return whether some files carry a tensor that no model needs: a copy of the tied output, rotary buffers."""
     return (dims.tied and name == "lm_head.weight") or name.endswith("rotary_emb.inv_freq")
 
 
@@ -322,7 +339,7 @@ INITIAL_STD = 0.02  # transformers' initializer_range
 
 
 def default_start(name: str) -> Start:
-    """How a Hugging Face tensor of a random model starts where its rule does not say."""
+    """Return how a Hugging Face tensor of a random model starts where its rule does not say."""
 
     def start(shape: Shape, generator: torch.Generator) -> torch.Tensor:
         if name.endswith("bias"):
@@ -338,28 +355,52 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.(?:weight|bias))(\d+))$")
 
 
-def _whole_model_name(name: str, chunk: torch.nn.Module) -> str:
-    """The name in rules of what this rank calls `name`: pipeline stages renumber layers, expert ranks experts."""
+class _Experts(Protocol):
+    local_expert_indices: Sequence[int]  # of the whole model's experts
+
+
+class _Layer(Protocol):
+    layer_number: int  # from 1, over all stages
+    mlp: _Experts
+
+
+class _Decoder(Protocol):
+    layers: Sequence[_Layer]
+
+
+class _Chunk(Protocol):
+    """What we read of mcore's model, or of one virtual stage of it."""
+
+    share_embeddings_and_output_weights: bool
+    decoder: _Decoder
+
+
+def _whole_model_name(name: str, chunk: _Chunk) -> str:
+    """Return the rules' name of what this rank calls `name`: stages renumber layers, expert ranks experts."""
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
-    found = _LAYER.match(name)
-    if not found:
+    numbered = _LAYER.match(name)
+    if not numbered:
         return name
-    layer = chunk.decoder.layers[int(found[1])]
-    rest = name[found.end() :]
+    layer = chunk.decoder.layers[int(numbered[1])]
+    rest = name[numbered.end() :]
     if expert := _EXPERT.match(rest):
         index = layer.mlp.local_expert_indices[int(expert[1] or expert[4])]
         rest = f"mlp.experts.{index}.{expert[2] or expert[3]}"
-    return f"decoder.layers.{layer.layer_number - 1}.{rest}"  # mcore counts layers from 1, over all stages
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
 
 
 def placed(model: torch.nn.Module | list[torch.nn.Module], rules: Sequence[Rule]) -> list[tuple[Rule, torch.Tensor]]:
-    """This rank's parameters and persistent buffers, each with its rule.
+    """Return this rank's parameters and persistent buffers, each with its rule.
 
-    `model` is one model chunk or, with virtual pipeline stages, several. RuntimeError names what no rule covers.
+    `model` is one model chunk or, with virtual pipeline stages, several.
+
+    Raises:
+        RuntimeError: no rule covers some; all are named.
     """
     by_name = {rule.name: rule for rule in rules} | {rule.te_name: rule for rule in rules if rule.te_name}
-    found, unknown = [], []
+    here: list[tuple[Rule, torch.Tensor]] = []
+    unknown = []
     for chunk in stages(model):
         for name, value in chunk.state_dict(keep_vars=True).items():
             if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
@@ -368,14 +409,14 @@ def placed(model: torch.nn.Module | list[torch.nn.Module], rules: Sequence[Rule]
             if rule is None:
                 unknown.append(name)
             else:
-                found.append((rule, value))
+                here.append((rule, value))
     if unknown:
         raise RuntimeError(f"no rule for {', '.join(unknown)}")
-    return found
+    return here
 
 
 def shard_on_rank(rule: Rule, whole: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
-    """This rank's part of `whole`: over the tensor axis, or over the expert-tensor axis for experts."""
+    """Return this rank's part of `whole`: over the tensor axis, or over the expert-tensor axis for experts."""
     groups = stages(model)[0].pg_collection
     group = groups.expt_tp if rule.experts else groups.tp
     return rule.layout.shard(whole, group.size(), group.rank())

@@ -1,14 +1,15 @@
-"""Model families by the model types that config.json names. One folder each, with the same files:
+"""Which model families there are, by the model types that config.json names. One folder each, with the same files:
 
-config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(Dims) -> ModelShape`,
-            `small(...)`: config.json of a random model; WITHOUT_EFFECT: keys that its function does not depend on;
-            no torch
-spec.py     `transformer_config(...)`, `build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model`:
-            `dtype` is that of the parameters, `backend` "torch" or "te", `options` are fields of TransformerConfig
-            (options.py)
-mapping.py  `rules(Dims, found)`: the weights, both directions; `found` are the names in the checkpoint at hand, for
-            families that are stored in several spellings, of which MODULE_NAMES picks the one of transformers' modules.
-            `is_redundant(name, Dims)`: what a file may carry besides
+config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(Dims) -> ModelShape`, `small(...)`:
+config.json of a random model; WITHOUT_EFFECT: keys that its function does not depend on; no torch spec.py
+`transformer_config(...)`, `build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model`: `dtype` is that
+of the parameters, `backend` "torch" or "te", `options` are fields of TransformerConfig (options.py) weight_layout.py
+`rules(Dims, names)`: name and layout of each weight, both directions; `names` are those in the checkpoint at hand, for
+families that are stored in several spellings, of which MODULE_NAMES picks the one of transformers' modules.
+`is_redundant(name, Dims)`: what a file may carry besides
+
+What they share: config_reading.py (read a config.json), config_meaning.py (compare two), decoder_spec.py (mcore's
+layers), layouts.py (how weights are laid out).
 """
 
 import importlib
@@ -21,7 +22,7 @@ from typing import Any
 
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake, nearest
-from megatron_ext.models.compare import lost
+from megatron_ext.models.config_meaning import lost
 from megatron_ext.parallel.plan import ParallelPlan
 
 MODEL_TYPES = {  # of config.json: the family's folder
@@ -36,7 +37,7 @@ MODEL_TYPES = {  # of config.json: the family's folder
 
 @dataclass(frozen=True)
 class Family:
-    """The three files of one family; spec and mapping import torch and are loaded at first use."""
+    """The three files of one family; spec and weight_layout import torch and are loaded at first use."""
 
     name: str
 
@@ -54,35 +55,39 @@ class Family:
     def build(
         self, dims: Any, plan: ParallelPlan, dtype: Any, backend: str = "torch", options: Mapping[str, Any] = {}
     ) -> list[Any]:
-        """This rank's parts of the model in model order, their weights not set: one, or `plan.virtual` of them."""
+        """Build this rank's parts of the model in model order, one or `plan.virtual`; their weights are not set."""
         virtual = range(plan.virtual) if plan.virtual > 1 else [None]
-        return [self.spec.build(dims, plan, dtype, backend, stage, options) for stage in virtual]
+        return [
+            self.spec.build(dims, plan, dtype=dtype, backend=backend, virtual_stage=stage, options=options)
+            for stage in virtual
+        ]
 
     @property
     def mapping(self) -> ModuleType:
-        return self._part("mapping")
+        """The module weight_layout.py: which Hugging Face tensors each weight is made of, and how."""
+        return self._part("weight_layout")
 
 
 def unwrap(model: Any) -> Any:
-    """The family's model below DistributedDataParallel and Float16Module."""
+    """Return the family's model below DistributedDataParallel and Float16Module."""
     while hasattr(model, "module"):
         model = model.module
     return model
 
 
 def stages(model: Any) -> list[Any]:
-    """This rank's parts of the model in model order, unwrapped: one, or those of an interleaved pipeline."""
+    """Return this rank's parts of the model in model order, unwrapped: one, or those of an interleaved pipeline."""
     return [unwrap(part) for part in (model if isinstance(model, list) else [model])]
 
 
 def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
-    """Family and dimensions of the Hugging Face config.json in `folder`, or the problems with it. No torch."""
+    """Read family and dimensions of the Hugging Face config.json in `folder`, or the problems with it. No torch."""
     path = Path(folder) / "config.json"
     try:
-        found = inside(folder, path.name, needed=False)
-        if found is None:
+        file = inside(folder, path.name, needed=False)
+        if file is None:
             return None, None, [Problem(str(path), "no such file: a Hugging Face model folder has one")]
-        config = json.loads(found.read_text())
+        config = json.loads(file.read_text())
     except UserMistake as mistake:
         return None, None, mistake.problems
     except OSError as error:
@@ -93,10 +98,10 @@ def read_config(folder: Path) -> tuple[Family | None, Any, list[Problem]]:
 
 
 def parse_config(config: Any, where: str) -> tuple[Family | None, Any, list[Problem]]:
-    """The same of a parsed config.json that lies, or will lie, at `where`."""
+    """Read family and dimensions of a parsed config.json that will lie at `where`, or the problems with it."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in MODEL_TYPES:
-        return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), MODEL_TYPES))]
+        return None, None, [Problem(where, f"model_type {kind!r} is not known" + nearest(str(kind), list(MODEL_TYPES)))]
     family = Family(MODEL_TYPES[kind])
     dims, problems = family.config.read(config, where)
     if dims is not None and (problems := [Problem(where, message) for message in lost(config, family, dims)]):

@@ -1,8 +1,9 @@
-"""Numbers that the planner takes from elsewhere: GPUs by data sheet, throughput as others published it.
+"""Numbers that predictions (megatron_ext/preflight) take from elsewhere: GPUs by data sheet, throughput as others
+published it.
 
-None of them was measured by us. The rows of `PUBLISHED` fix what share of the peak kernels reach
-(`planner.kernel_shares`); the rest of a prediction is derived. To calibrate on a machine of your own, put its row in
-place of ours.
+None of them was measured by us. The rows of `PUBLISHED` fix what share of the peak kernels reach (`preflight/flops.py`,
+kernel_shares); the rest of a prediction is derived. To calibrate on a machine of your own, put its row in place of
+ours.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ CHUNK_LOGITS = 2**25  # that the loss head holds at a time on a rank (layers/los
 
 @dataclass(frozen=True)
 class Published:
-    """Training throughput on one node of H100 in bf16 (reference/megatron.md 2.14), with FLOPs by our own count."""
+    """Training throughput on one node of H100 in bf16, with FLOPs by our own count; `source` says where."""
 
     tokens_per_s: float  # a GPU
     linear: float  # FLOPs a token that do not grow with the document, as executed

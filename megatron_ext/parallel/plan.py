@@ -4,7 +4,7 @@ Rank order is mcore's "tp-cp-ep-dp-pp" (parallel_state.py): tensor fastest, then
 ranks are counted twice: the dense grid is tensor x context x data x pipeline, the expert grid expert_tensor x expert x
 expert data x pipeline. Expert parallelism is no further factor of the number of ranks.
 
-What is legal: parallel_rules.py.
+What is legal: rules.py.
 """
 
 import math
@@ -61,26 +61,32 @@ class ParallelPlan:
         return self.pipeline * self.virtual
 
     def data(self, ranks: int) -> int:
-        """Data-parallel size; `check` has verified that it divides."""
+        """Return the data-parallel size; `check` has verified that it divides."""
         return ranks // self.model
 
     def expert_data(self, ranks: int) -> int:
-        """Ranks that hold the same experts (EDP)."""
+        """Return how many ranks hold the same experts (EDP)."""
         return ranks // self.expert_model
 
     def stage_layers(self, layers: int) -> list[range]:
-        """Layers (from 0) of each stage in model order. Stage s is rank s % pipeline's, its number s // pipeline."""
+        """Return the layers (from 0) of each stage in model order. Stage s is rank s % pipeline's, its number s //
+        pipeline.
+        """
         counts = self.pipeline_layers or [layers // self.stages] * self.stages
         starts = [sum(counts[:stage]) for stage in range(len(counts))]
         return [range(start, start + count) for start, count in zip(starts, counts)]
 
     def token_unit(self) -> int:
-        """Tokens of a micro-batch are a multiple of this: zig-zag halves under CP, equal parts under SP."""
+        """Return the number of which a micro-batch's tokens are a multiple: zig-zag halves under CP, equal parts under
+        SP.
+        """
         halves = 2 * self.context if self.context > 1 else 1
         return math.lcm(halves, self.tensor * self.context if self.sequence_parallel else 1)
 
     def document_unit(self) -> int:
-        """Each document in a pack takes a multiple of this (`align` of pack): every rank holds two pieces of it."""
+        """Return the number of which each document takes a multiple (`align` of pack): every rank holds two pieces of
+        it.
+        """
         return 2 * self.context if self.context > 1 else 1
 
 
@@ -133,12 +139,12 @@ class Grid:
     expert_data: list[list[int]]  # who shares the state of experts
 
     def place(self, axis: str, rank: int) -> int:
-        """The rank's number within its group along `axis`."""
+        """Return the rank's number within its group along `axis`."""
         return next(group.index(rank) for group in getattr(self, axis) if rank in group)
 
 
 def _groups(sizes: Mapping[str, int], *axes: str) -> list[list[int]]:
-    """Ranks that differ in `axes` only. `sizes` counts ranks, its first axis fastest."""
+    """Return the groups of ranks that differ in `axes` only. `sizes` counts ranks, its first axis fastest."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(math.prod(sizes.values())):
         rest, fixed = rank, []
@@ -151,7 +157,7 @@ def _groups(sizes: Mapping[str, int], *axes: str) -> list[list[int]]:
 
 
 def grid(plan: ParallelPlan, ranks: int) -> Grid:
-    """The groups of `ranks` ranks under a legal plan."""
+    """Return the groups of `ranks` ranks under a legal plan."""
     dense = {"tensor": plan.tensor, "context": plan.context, "data": plan.data(ranks), "pipeline": plan.pipeline}
     experts = {
         "expert_tensor": plan.expert_tensor,
@@ -170,10 +176,10 @@ def grid(plan: ParallelPlan, ranks: int) -> Grid:
 
 
 def padded_rows(rows: int, tensor: int) -> int:
-    """Rows of the vocabulary matrices for `rows` tokens split over `tensor` ranks.
+    """Return the rows of the vocabulary matrices for `rows` tokens split over `tensor` ranks.
 
     `rows` is the checkpoint's number of rows. No padding where they split evenly, else up to a multiple of
-    8 * tensor, so that a rank's part suits tensor cores (reference/megatron.md 1.6).
+    8 * tensor, so that a rank's part suits tensor cores.
     """
     if rows % tensor == 0:
         return rows
@@ -182,7 +188,7 @@ def padded_rows(rows: int, tensor: int) -> int:
 
 
 def environment(plan: ParallelPlan) -> dict[str, str]:
-    """Variables that every rank must have before CUDA starts (reference/megatron.md 2.8).
+    """Return the variables that every rank must have before CUDA starts.
 
     One hardware queue, so that a collective launched before a kernel also starts before it (Hopper and older).
     """
@@ -190,7 +196,7 @@ def environment(plan: ParallelPlan) -> dict[str, str]:
 
 
 def environment_problems(plan: ParallelPlan, given: Mapping[str, str], where: str = "parallel") -> list[Problem]:
-    """Variables that the environment `given` to the ranks sets to something else."""
+    """Return a problem for each variable that the environment `given` to the ranks sets to something else."""
     degrees = f"tensor {plan.tensor} and context {plan.context} need"
     return [
         Problem(where, f"{degrees} {name}={value}, and the environment says {given[name]}: unset it (profile: env.set)")

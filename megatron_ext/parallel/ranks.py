@@ -44,7 +44,7 @@ def _is_loopback(address: str) -> bool:
 
 @contextlib.contextmanager
 def _as_torch_says() -> Iterator[None]:
-    """A time limit that passed, or a store that is gone, as the errors that torch's own stores raise."""
+    """Raise a time limit that passed, or a store that is gone, as the errors that torch's own stores raise."""
     try:
         yield
     except rendezvous.MeetingTimeout as error:
@@ -146,7 +146,7 @@ def join(patience: timedelta = PATIENCE) -> None:
 
 
 def start(plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_rng: bool = False) -> None:
-    """`join` unless the caller already did, build mcore's groups for `plan`, seed every generator.
+    """Join the ranks unless the caller already did, build mcore's groups for `plan`, and seed every generator.
 
     `te_rng`: with Transformer Engine's random-number tracker.
 
@@ -176,7 +176,7 @@ def start(plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_
 
 
 def set_seed(seed: int, te_rng: bool = False) -> None:
-    """Python, NumPy, torch, and mcore's tracker (which adds the tensor rank for tensor-parallel regions)."""
+    """Seed Python, NumPy, torch, and mcore's tracker (which adds the tensor rank for tensor-parallel regions)."""
     from megatron.core import tensor_parallel
 
     random.seed(seed)
@@ -196,7 +196,7 @@ def stop(process_group: bool = True) -> None:
 
 @contextlib.contextmanager
 def started(plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_rng: bool = False) -> Iterator[None]:
-    """`start` and `stop` around a block. A process group that the caller made stays.
+    """Call `start` and `stop` around a block. A process group that the caller made stays.
 
     After an exception among several ranks the groups are left as they are: destroying them would wait for peers that
     do not know. The process is expected to end.
@@ -214,12 +214,12 @@ def started(plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, t
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """The process group around several `started`, each of which builds its own groups."""
+    """Keep the process group around several `started`, each of which builds its own groups."""
     join()
     yield
     dist.destroy_process_group()
 
 
 def is_writer() -> bool:
-    """True on the one rank that writes plain files."""
+    """Return True on the one rank that writes plain files."""
     return dist.get_rank() == 0

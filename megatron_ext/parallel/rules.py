@@ -1,8 +1,8 @@
 """What a parallel plan may be, why not, and the nearest value that may. Pure Python.
 
 A rule is a function of plan and workload that says what is wrong. The nearest legal value comes from the rules
-themselves: of a field's candidates the one closest to what was asked that breaks none of them. Rules and their sources:
-reference/megatron.md 2.1 to 2.8, reference/megatron_cpu.md 3.
+themselves: of a field's candidates the one closest to what was asked that breaks none of them. The rules are those that
+megatron-core 0.16.1 asserts (or breaks without an assertion) and those of our own layers.
 """
 
 import math
@@ -50,7 +50,7 @@ def ranks_divide_by_the_expert_grid(p: ParallelPlan, w: Workload) -> str:
 
 @rule("tensor")
 def tensor_splits_attention(p: ParallelPlan, w: Workload) -> str:
-    """Whole KV groups on a rank, or a group evenly replicated (transformer_config.py:940)."""
+    """Want whole KV groups on a rank, or a group evenly replicated (transformer_config.py:940)."""
     s = w.shape
     if not s or not s.heads:
         return ""
@@ -77,7 +77,7 @@ def tensor_splits_mamba(p: ParallelPlan, w: Workload) -> str:
 
 @rule("context", "tensor")
 def context_splits_mamba(p: ParallelPlan, w: Workload) -> str:
-    """Mamba under CP spreads heads, not tokens (mamba_context_parallel.py:99-122)."""
+    """Want Mamba's heads to split: under CP it spreads heads, not tokens (mamba_context_parallel.py:99-122)."""
     s = w.shape
     if not s or MAMBA not in s.blocks or tensor_splits_mamba(p, w):
         return ""
@@ -90,7 +90,9 @@ def context_splits_mamba(p: ParallelPlan, w: Workload) -> str:
 
 @rule("context_comm", "context", "tensor")
 def all_to_all_splits_heads(p: ParallelPlan, w: Workload) -> str:
-    """Ulysses hands every context rank whole heads. Our own attention replicates KV heads, TE's does not."""
+    """Want heads to split: Ulysses hands every context rank whole heads. Our own attention replicates KV heads, TE's
+    does not.
+    """
     s = w.shape
     if not s or not s.heads or p.context == 1 or p.context_comm != "a2a" or tensor_splits_attention(p, w):
         return ""
@@ -116,7 +118,7 @@ def te_needs_all_to_all_for_sinks(p: ParallelPlan, w: Workload) -> str:
 
 @rule("context_comm", "context")
 def te_has_no_ring_for_windows(p: ParallelPlan, w: Workload) -> str:
-    """attn_forward_func_with_cp of context_parallel.py."""
+    """Refuse what attn_forward_func_with_cp of context_parallel.py refuses."""
     windows = w.shape and WINDOW in w.shape.blocks
     wrong = windows and w.backend == "te" and p.context > 1 and p.context_comm == "p2p"
     return "Transformer Engine's p2p ring has no sliding windows" if wrong else ""
@@ -124,7 +126,7 @@ def te_has_no_ring_for_windows(p: ParallelPlan, w: Workload) -> str:
 
 @rule("context_comm", "context")
 def te_gathers_no_packs(p: ParallelPlan, w: Workload) -> str:
-    """AttnFuncWithCPAndKVAllGather refuses THD; lifted by TransformerEngine #2829 (June 2026), after 2.11."""
+    """Refuse THD, as AttnFuncWithCPAndKVAllGather does; lifted by TransformerEngine #2829 (June 2026), after 2.11."""
     wrong = w.backend == "te" and p.context > 1 and p.context_comm == "all_gather"
     return "Transformer Engine 2.11 has no all_gather for packed documents" if wrong else ""
 
@@ -162,7 +164,7 @@ def sequence_parallel_needs_tensor(p: ParallelPlan, w: Workload) -> str:
 
 @rule("sequence_parallel", "tensor")
 def experts_need_sequence_parallel(p: ParallelPlan, w: Workload) -> str:
-    """mcore raises it in the first training step (moe_layer.py)."""
+    """Refuse what mcore refuses in the first training step only (moe_layer.py)."""
     wrong = w.shape and MOE in w.shape.blocks and p.tensor > 1 and not p.sequence_parallel
     return f"a model with experts trains at tensor {p.tensor} only with sequence_parallel" if wrong else ""
 
@@ -188,15 +190,16 @@ def expert_tensor_splits_expert_columns(p: ParallelPlan, w: Workload) -> str:
 
 @rule("expert_tensor")
 def expert_biases_stay_whole(p: ParallelPlan, w: Workload) -> str:
-    """transformer_config.py:1590."""
+    """Refuse what transformer_config.py:1590 refuses."""
     wrong = w.shape and w.shape.expert_bias and p.expert_tensor > 1
     return f"experts with biases cannot be split over expert_tensor {p.expert_tensor}" if wrong else ""
 
 
 @rule("expert", "expert_tensor", "tensor")
 def experts_are_reduced_over_tensor_ranks(p: ParallelPlan, w: Workload) -> str:
-    """Silent in mcore: expert gradients are marked for their own groups by EP > 1 only (layers.py:829), so whole
-    experts on several tensor ranks keep a share each (measured: gradient norm x 0.707)."""
+    """Refuse what mcore gets wrong without a word: expert gradients are marked for their own groups by EP > 1 only
+    (layers.py:829), so whole experts on several tensor ranks keep a share each (measured: gradient norm x 0.707).
+    """
     wrong = w.shape and MOE in w.shape.blocks and p.expert == 1 and p.expert_tensor < p.tensor
     numbers = f"tensor {p.tensor} with expert_tensor {p.expert_tensor} and expert 1"
     return f"{numbers} gives wrong expert gradients without an error" if wrong else ""
@@ -231,7 +234,7 @@ def listed_stages_hold_all_layers(p: ParallelPlan, w: Workload) -> str:
 
 @rule("pipeline_layers")
 def hybrid_stages_differ_at_the_ends_only(p: ParallelPlan, w: Workload) -> str:
-    """mamba_block.py:172 knows a first and a last number of layers, and equal ones between."""
+    """Want equal stages in between: mamba_block.py:172 knows a first and a last number of layers only."""
     wrong = w.shape and MAMBA in w.shape.blocks and len(set(p.pipeline_layers[1:-1])) > 1
     return f"{p.pipeline_layers}: in a hybrid model only the first and the last stage may differ" if wrong else ""
 
@@ -243,7 +246,7 @@ def virtual_needs_pipeline(p: ParallelPlan, w: Workload) -> str:
 
 @rule("virtual")
 def hybrids_are_not_interleaved(p: ParallelPlan, w: Workload) -> str:
-    """mamba_block.py:173."""
+    """Refuse what mamba_block.py:173 refuses."""
     wrong = w.shape and MAMBA in w.shape.blocks and p.virtual > 1
     return f"{p.virtual}: a hybrid Mamba model has no interleaved pipeline" if wrong else ""
 
@@ -259,7 +262,7 @@ def global_batch_divides(p: ParallelPlan, w: Workload) -> str:
 
 @rule("global_batch", "virtual", "micro_batch")
 def interleaving_takes_whole_rounds(p: ParallelPlan, w: Workload) -> str:
-    """schedules.py:995-1015, with its default group of `pipeline` micro-batches."""
+    """Want what schedules.py:995-1015 wants, with its default group of `pipeline` micro-batches."""
     if p.virtual == 1 or w.global_batch is None or w.ranks % p.model or global_batch_divides(p, w):
         return ""
     count = w.global_batch // (p.data(w.ranks) * p.micro_batch)
@@ -271,35 +274,35 @@ def interleaving_takes_whole_rounds(p: ParallelPlan, w: Workload) -> str:
 
 
 def broken_rules(plan: ParallelPlan, workload: Workload) -> list[tuple[Rule, str]]:
-    """Every rule that is broken, with its sentence. Degrees below 1 break nothing here: ask `check`."""
-    found = ((one, one.broken(plan, workload)) for one in RULES)
-    return [(one, message) for one, message in found if message]
+    """Return every rule that is broken, with its sentence. Degrees below 1 break nothing here: ask `check`."""
+    said = ((rule, rule.broken(plan, workload)) for rule in RULES)
+    return [(rule, message) for rule, message in said if message]
 
 
 def is_legal(plan: ParallelPlan, workload: Workload) -> bool:
-    return not any(one.broken(plan, workload) for one in RULES)
+    return not any(rule.broken(plan, workload) for rule in RULES)
 
 
 def nearest(value: int, legal: Iterable[int]) -> int:
-    """The legal value closest to `value`, the smaller of two equally close ones."""
+    """Return the legal value closest to `value`, the smaller of two equally close ones."""
     return min(legal, key=lambda candidate: (abs(candidate - value), candidate))
 
 
 def _multiples(value: int, unit: int) -> list[int]:
-    """Those of `unit` around `value`."""
+    """Return the multiples of `unit` around `value`."""
     below = value // unit * unit
     return [multiple for multiple in (below, below + unit) if multiple > 0]
 
 
 def _even_as_can_be(layers: int, stages: int) -> list[int]:
-    """Layers of each stage; the first, which has the embedding, is the last to take one of the surplus."""
+    """Return the layers of each stage; the first, which has the embedding, is the last to take one of the surplus."""
     base, surplus = divmod(layers, stages)
     order = [*range(1, stages), 0]
     return [base + (stage in order[:surplus]) for stage in range(stages)]
 
 
 def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
-    """Values of a field of plan or workload that could be legal, the nearest to the present one first."""
+    """Return the values of a field of plan or workload that could be legal, the nearest to the present one first."""
     w, unit = workload, plan.data(workload.ranks) * plan.micro_batch or 1
     layers = len(w.shape.layers) if w.shape else plan.stages
     batch = w.global_batch or 1
@@ -321,19 +324,19 @@ def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
     if name == "pipeline_layers":
         return [[], _even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
     present = getattr(plan if hasattr(plan, name) else w, name)
-    found = values.get(name, lambda: divisors(w.ranks))()
-    return sorted(found, key=lambda value: (abs(value - present), value))
+    possible = values.get(name, lambda: divisors(w.ranks))()
+    return sorted(possible, key=lambda value: (abs(value - present), value))
 
 
 def change(plan: ParallelPlan, workload: Workload, name: str, value: Any) -> tuple[ParallelPlan, Workload]:
-    """Plan and workload with one field of either set."""
+    """Return plan and workload with one field of either set."""
     if hasattr(plan, name):
         return replace(plan, **{name: value}), workload
     return plan, replace(workload, **{name: value})
 
 
 def remedy(broken: Rule, plan: ParallelPlan, workload: Workload) -> tuple[str, Any] | None:
-    """(field, nearest value) that mends a broken rule: one that leaves nothing else broken if there is any."""
+    """Return (field, nearest value) that mends a broken rule: one that leaves nothing else broken if there is any."""
     partial = None
     for name in broken.fields:
         for value in candidates(name, plan, workload):
@@ -356,7 +359,7 @@ _SPELLED = {
 
 
 def spell(name: str, value: Any) -> str:
-    """A remedy in words: "tensor 4", "a pack length of 12,000 tokens"."""
+    """Return a remedy in words: "tensor 4", "a pack length of 12,000 tokens"."""
     text = str(value).lower() if isinstance(value, bool) else value
     return _SPELLED.get(name, f"{name} {{}}").format(text)
 
@@ -367,8 +370,8 @@ def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> li
         return problems
     own = {one.name for one in fields(plan)}
     problems = []
-    for one, message in broken_rules(plan, workload):
-        mend = remedy(one, plan, workload)
+    for broken, message in broken_rules(plan, workload):
+        mend = remedy(broken, plan, workload)
         place = f"{where}.{mend[0]}" if mend and mend[0] in own else where
         problems.append(Problem(place, message + (f": use {spell(*mend)}" if mend else "")))
     return problems

@@ -1,5 +1,5 @@
-"""What rules and the planner know of a model: kinds of blocks and sizes, no torch. A family's config.py makes one with
-`shape(dims)`. Symbols in comments are those of reference/megatron.md 0.
+"""What rules and predictions know of a model: kinds of blocks and sizes, no torch. A family's config.py makes one with
+`shape(dims)`. Comments give the usual symbol of each size.
 """
 
 from collections import Counter
@@ -78,7 +78,7 @@ class ModelShape:
 
     @property
     def mamba_inner(self) -> int:
-        """d_in: width of x and z, H_m P whatever `expand` says (reference/megatron.md 1.4)."""
+        """d_in: width of x and z, H_m P whatever `expand` says."""
         return self.mamba_heads * self.mamba_head_dim
 
     @property
@@ -155,6 +155,6 @@ class ModelShape:
     @property
     def active(self) -> int:
         """Parameters that one token meets: the top k experts, and not the embedding table (unless it is the output)."""
-        found = self.parameters
-        experts = found.expert * self.top_k // self.experts if self.experts else 0
-        return found.sharded + found.replicated + experts - (0 if self.tied else self.embedding)
+        all_ = self.parameters
+        experts = all_.expert * self.top_k // self.experts if self.experts else 0
+        return all_.sharded + all_.replicated + experts - (0 if self.tied else self.embedding)

@@ -15,8 +15,9 @@ import numpy
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_ext.layers.documents import PackedDocuments
-from megatron_ext.layers.mamba import MambaMixer, State
+from megatron_ext.layers.documents import PackedRow
+from megatron_ext.layers.mamba import MambaMixer
+from megatron_ext.layers.mamba_scan import State
 from megatron_ext.rollout.kernels import attend_blocks
 from megatron_ext.rollout.room import block_bytes, blocks_in
 
@@ -183,7 +184,7 @@ def _number(mixer: MambaMixer) -> int:
 
 
 @dataclass
-class CachedRow(PackedDocuments):
+class CachedRow(PackedRow):
     """The tokens of one step as a packed row of T tokens: documents that go on from what the cache holds of them.
 
     `places` int64 [T], where each token's keys and values go: block * block size + offset.

@@ -16,7 +16,7 @@ import numpy
 import torch
 from megatron.core import parallel_state
 
-from data_tools.packs.pack import Pack
+from data_tools.packs.plan import Pack
 from megatron_ext.device import device
 from megatron_ext.layers.documents import ContextRank, PackedDocuments, packed_documents
 from megatron_ext.layers.loss_head import Targets

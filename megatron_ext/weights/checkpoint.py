@@ -6,7 +6,7 @@
     ROOT/latest                    the newest step's name, a hint only
 
 A step is written into a hidden sibling, fsynced, and renamed: a folder named step_N is complete. Every rank takes
-part in each function unless it says otherwise. What a rank writes: snapshot.py; the file format: dist_weights.py.
+part in each function unless it says otherwise. What a rank writes: staging.py; the file format: dist_weights.py.
 """
 
 import logging
@@ -59,7 +59,7 @@ Group = dist.ProcessGroup | None  # None: all ranks, on the device's back end
 
 
 def _write(folder: Path, parts: Sequence[Part]) -> list[dist_weights.Piece]:
-    """This rank's file of a checkpoint."""
+    """Write this rank's file of a checkpoint."""
     writer = dist_weights.Writer(folder, dist.get_rank())
     for part in parts:
         flat = part.data.reshape(-1)
@@ -70,7 +70,7 @@ def _write(folder: Path, parts: Sequence[Part]) -> list[dist_weights.Piece]:
 
 
 def _check_whole(written: Iterable[dist_weights.Piece]) -> None:
-    """RuntimeError where ranks wrote more or less than each tensor has: never published."""
+    """Raise RuntimeError where ranks wrote more or less than each tensor has: never published."""
     shapes: dict[str, tuple[int, ...]] = {}
     elements: Counter[str] = Counter()
     for piece in written:
@@ -82,7 +82,7 @@ def _check_whole(written: Iterable[dist_weights.Piece]) -> None:
 
 
 def save_weights(model: Model, folder: Path) -> None:
-    """Weights only, into the empty folder `folder` (made here)."""
+    """Write the weights only, into the empty folder `folder` (made here)."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
@@ -95,13 +95,13 @@ def save_weights(model: Model, folder: Path) -> None:
 
 
 def load_weights(model: Model, folder: Path) -> None:
-    """Weights of `save_weights`, or of a step's `state`, written under any layout, into `model`."""
+    """Load the weights of `save_weights`, or of a step's `state`, written under any layout, into `model`."""
     state = loading.load({"model": model_state(model)}, folder)
     _load_model(model, state["model"])
 
 
 def _load_model(model: Model, state: dict[str, Any], adapters: bool = False) -> None:
-    """`state` as of `model_state`, or with `adapters` as of `adapter_state`."""
+    """Load `state` as of `model_state`, or with `adapters` as of `adapter_state`."""
     for i, part in enumerate(stages(model)):
         missing, unexpected = part.load_state_dict(state[f"stage{i}"], strict=False)
         missing = [name for name in missing if not name.endswith(EXTRA_STATE) and name.startswith(ADAPTERS) == adapters]
@@ -110,7 +110,8 @@ def _load_model(model: Model, state: dict[str, Any], adapters: bool = False) -> 
 
 
 def weights_digest(model: Model) -> str:
-    """SHA-256 that names the weights, whatever the layout. Any changed bit changes it; padding rows do not count.
+    """Return SHA-256 that names the weights, whatever the layout. Any changed bit changes it; padding rows do not
+    count.
 
     Per distributed-checkpoint key the sum over ranks of digest.tensor_sum, each region once (DESIGN.md, Checkpoints).
     """
@@ -118,10 +119,10 @@ def weights_digest(model: Model) -> str:
 
 
 def _digest(of_ranks: Sequence[dict[str, tuple[str, tuple[int, ...], int]]]) -> str:
-    """The digest of the sums that each rank found (snapshot.sums)."""
+    """Return the digest of the sums that each rank found (staging.sums)."""
     total: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    for found in of_ranks:
-        for key, (dtype, shape, value) in found.items():
+    for sums_ in of_ranks:
+        for key, (dtype, shape, value) in sums_.items():
             total[key] = dtype, shape, value + (total[key][2] if key in total else 0)
     return combined(total)
 
@@ -130,25 +131,25 @@ def _digest(of_ranks: Sequence[dict[str, tuple[str, tuple[int, ...], int]]]) -> 
 
 
 def _gathered(value: Any, group: Group) -> list[Any]:
-    """`value` of every rank, on every rank."""
+    """Return `value` of every rank, on every rank."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, value, group=group)
     return parts
 
 
 def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, list[Any]]:
-    """{name: [bytes, sha256]}. A file that cannot be read is missing from it. One rank."""
-    found: dict[str, list[Any]] = {}
+    """Return {name: [bytes, sha256]}. A file that cannot be read is missing from it. One rank."""
+    hashes: dict[str, list[Any]] = {}
     for name in names:
         try:
-            found[name] = [(folder / name).stat().st_size, durable.sha256_file(folder / name)]
+            hashes[name] = [(folder / name).stat().st_size, durable.sha256_file(folder / name)]
         except OSError:
             continue
-    return found
+    return hashes
 
 
 def from_rank_zero(value: Any, group: Group = None) -> Any:
-    """`value` of rank 0, on every rank."""
+    """Return `value` of rank 0, on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
@@ -158,7 +159,7 @@ def from_rank_zero(value: Any, group: Group = None) -> Any:
 
 
 def layout_name(plan: ParallelPlan) -> str:
-    """Names the assignment of RNG streams to ranks: only the same one can restore them."""
+    """Name the assignment of RNG streams to ranks: only the same one can restore them."""
     degrees = f"tp{plan.tensor}_pp{plan.pipeline}_cp{plan.context}_ep{plan.expert}_etp{plan.expert_tensor}"
     return f"world{dist.get_world_size()}_{degrees}"
 
@@ -167,17 +168,17 @@ def _rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "device": mcore_random._get_cuda_rng_state(),
-        "tracker": {name: _plain(of) for name, of in mcore_random.get_cuda_rng_tracker().get_states().items()},
+        "tracker": {name: _plain(stream) for name, stream in mcore_random.get_cuda_rng_tracker().get_states().items()},
     }
 
 
 def _plain(state: torch.Tensor | torch.Generator) -> torch.Tensor:
-    """A random state as a tensor; trackers that CUDA graphs may use keep generators."""
+    """Return a random state as a tensor; trackers that CUDA graphs may use keep generators."""
     return state.get_state() if isinstance(state, torch.Generator) else state
 
 
 def _read_rng(folder: Path, name: str) -> dict[str, Any]:
-    """What `_rng_state` gave, from a step's file. UserMistake where the file is not of that kind."""
+    """Read what `_rng_state` gave from a step's file. Raises UserMistake where the file is not of that kind."""
     try:
         return pickles.load(inside(folder, name))
     except pickles.Refused as error:
@@ -188,16 +189,16 @@ def _restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     mcore_random._set_cuda_rng_state(state["device"])
     tracker = mcore_random.get_cuda_rng_tracker()
-    own, found = tracker.get_states(), dict(state["tracker"])
-    for name in found:
+    own, saved = tracker.get_states(), dict(state["tracker"])
+    for name in saved:
         if isinstance(own.get(name), torch.Generator):  # which graphs hold on to: it stays the same object
-            own[name].set_state(found[name])
-            found[name] = own[name]
-    tracker.set_states(found)
+            own[name].set_state(saved[name])
+            saved[name] = own[name]
+    tracker.set_states(saved)
 
 
 def surplus(steps: Sequence[int], keep: int, milestone: int = 0) -> list[int]:
-    """Of published `steps`, those to drop: all but the newest `keep` and, with `milestone`, its multiples."""
+    """Return those of the published `steps` to drop: all but the newest `keep` and, with `milestone`, its multiples."""
     old = sorted(steps, reverse=True)[keep:]
     return [step for step in old if not milestone or step % milestone]
 
@@ -252,10 +253,10 @@ class Saver:
         job = _Step(
             step,
             self._staging.copy(self._weights.parts()),
-            self._staging.copy(self._optimizer.parts()),
-            _rng_state(),
-            self._optimizer.updates(),
-            {
+            optimizer=self._staging.copy(self._optimizer.parts()),
+            rng=_rng_state(),
+            updates=self._optimizer.updates(),
+            facts={
                 "identity": identity,
                 "position": position,
                 "layout": layout_name(self.plan),
@@ -269,14 +270,14 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is under way. Raises what went wrong."""
+        """Wait until nothing is under way. Raise what went wrong."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raises what went wrong in the background, at once."""
+        """Raise what went wrong in the background, at once."""
         if self._error is not None:
             raise self._error
 
@@ -300,16 +301,16 @@ class Saver:
         dist.barrier(group=self._group)
         written = _write(temporary / STATE, job.weights + job.optimizer)
         torch.save(job.rng, temporary / RNG / f"{rank}.pt")
-        mine = [f"{STATE}/__{rank}_0.distcp", f"{RNG}/{rank}.pt"]
-        for name in mine:
+        names = [f"{STATE}/__{rank}_0.distcp", f"{RNG}/{rank}.pt"]
+        for name in names:
             durable.fsync_file(temporary / name)  # by the host that wrote it
-        found = _gathered((written, sums(job.weights), job.updates, _hash_files(temporary, mine)), self._group)
+        gathered = _gathered((written, sums(job.weights), job.updates, _hash_files(temporary, names)), self._group)
         if first:
-            self._finish(job, temporary, *zip(*found))
+            self._finish(job, temporary, *zip(*gathered))
         dist.barrier(group=self._group)
 
     def _finish(self, job: _Step, temporary: Path, written: Any, digests: Any, updates: Any, hashes: Any) -> None:
-        """Rank 0: make the folder that all ranks have filled the step's."""
+        """Make the folder that all ranks have filled the step's; rank 0 calls it."""
         pieces = [piece for part in written for piece in part]
         _check_whole(pieces)
         dist_weights.finish(temporary / STATE, pieces)
@@ -347,8 +348,8 @@ def save_step(
     position: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Publish ROOT/step_N (`Saver.save`) and drop all but the newest `keep` steps. Returns once it is there."""
-    Saver(root, model, optimizer, plan, keep).save(step, identity, position)
+    """Publish ROOT/step_N (`Saver.save`) and drop all but the newest `keep` steps. Return once it is there."""
+    Saver(root, model, optimizer=optimizer, plan=plan, keep=keep).save(step, identity, position)
     return root / f"step_{step}"
 
 
@@ -366,31 +367,32 @@ def sweep(root: Path) -> None:
 
 
 def steps(root: Path) -> list[int]:
-    """Published steps, newest first. No torch.distributed."""
-    found = (p.name.removeprefix("step_") for p in root.glob("step_*"))
-    return sorted((int(n) for n in found if n.isdigit()), reverse=True)
+    """Return the published steps, newest first. No torch.distributed."""
+    numbers = (p.name.removeprefix("step_") for p in root.glob("step_*"))
+    return sorted((int(n) for n in numbers if n.isdigit()), reverse=True)
 
 
 def _defects(folder: Path) -> Iterator[str]:
-    """What of a step does not agree with its manifest."""
+    """Return what of a step does not agree with its manifest."""
     manifest, problem = from_rank_zero(step_manifest.read(folder) if dist.get_rank() == 0 else None)
     if problem:
         yield problem
         return
     names = sorted(manifest["files"])
     shares = _gathered(_hash_files(folder, names[dist.get_rank() :: dist.get_world_size()]), None)
-    found = {name: entry for part in shares for name, entry in part.items()}
+    entries = {name: entry for part in shares for name, entry in part.items()}
     for name, (size, digest) in sorted(manifest["files"].items()):
-        if name not in found:
+        if name not in entries:
             yield f"{name} is missing"
-        elif found[name][0] != size:
-            yield f"{name} has {found[name][0]} bytes instead of {size}"
-        elif found[name][1] != digest:
+        elif entries[name][0] != size:
+            yield f"{name} has {entries[name][0]} bytes instead of {size}"
+        elif entries[name][1] != digest:
             yield f"{name} has other bytes than were written"
 
 
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest step whose files all have the bytes that were written, and one line about each newer, damaged one.
+    """Return the newest step whose files all have the bytes that were written, and a line about each newer, damaged
+    one.
 
     A last line where nobody can tell whether that step's manifest was altered: before, it had no sum over itself.
     """
@@ -411,7 +413,7 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
 def load_step(
     folder: Path, model: Model, optimizer: Any, plan: ParallelPlan, identity: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
-    """Restore weights, optimizer and, under the same layout, RNG. Returns the step and the saved position.
+    """Restore weights, optimizer and, under the same layout, RNG. Return the step and the saved position.
 
     Raises UserMistake where the checkpoint belongs to another `identity`, naming what differs, or is damaged. What it
     does not say, since it was not written down yet when it was made, is no difference.

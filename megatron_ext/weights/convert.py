@@ -44,6 +44,7 @@ from megatron_ext.weights.hf_files import SHARD_BYTES, HfTensors, SafetensorsFil
 
 Shape = tuple[int, ...]
 Changes = Mapping[str, Callable[[], torch.Tensor]]  # what is added to the whole tensors of some rules, by their names
+NO_CHANGES: Changes = {}
 
 LEDGER = "conversion.json"
 SHARE = "share.json"  # what one process tells the one that finishes
@@ -65,19 +66,19 @@ class Tensors(Protocol):
     def read(self, tensor: HfTensor) -> torch.Tensor: ...
 
 
-def check_tensors(found: Mapping[str, Shape], family: Family, dims: Any, where: str) -> list[Problem]:
-    """Every tensor that is missing, unknown or of another shape than config.json says."""
-    expected = hf_shapes(family.mapping.rules(dims, found))
-    if not expected.keys() & found.keys():
-        name, shape = next(iter(found.items()), ("nothing", ()))
+def check_tensors(shapes: Mapping[str, Shape], family: Family, dims: Any, where: str) -> list[Problem]:
+    """Return every tensor that is missing, unknown or of another shape than config.json says."""
+    expected = hf_shapes(family.mapping.rules(dims, shapes))
+    if not expected.keys() & shapes.keys():
+        name, shape = next(iter(shapes.items()), ("nothing", ()))
         return [Problem(where, f"has none of the {len(expected)} tensors of the {family.name} model in config.json "
                                f"but {name} {list(shape)}: these are the weights of another model")]  # fmt: skip
     problems = [
         Problem(where, f"tensor {name} {list(shape)} is missing")
         for name, shape in expected.items()
-        if name not in found
+        if name not in shapes
     ]
-    for name, shape in found.items():
+    for name, shape in shapes.items():
         if name in expected:
             if shape != expected[name]:
                 problems.append(
@@ -91,7 +92,7 @@ def check_tensors(found: Mapping[str, Shape], family: Family, dims: Any, where: 
 
 
 def checked_rules(tensors: Tensors, family: Family, dims: Any, where: str) -> list[Rule]:
-    """The rules of `tensors`. UserMistake naming all wrong tensors at once."""
+    """Return the rules of `tensors`. Raises UserMistake naming all wrong tensors at once."""
     shapes = tensors.shapes()
     problems = check_tensors(shapes, family, dims, where)
     rules = [] if problems else family.mapping.rules(dims, shapes)
@@ -113,7 +114,7 @@ def import_weights(model: torch.nn.Module, folder: Path, family: Family, dims: A
 
 
 def summing() -> ThreadPoolExecutor:
-    """Where `Sums` adds up."""
+    """Return the threads in which `Sums` adds up."""
     return ThreadPoolExecutor(SUMMING, "sums")
 
 
@@ -145,23 +146,27 @@ def import_share(
 ) -> None:
     """Write every `count`-th tensor into OUT/weights, and OUT/SHARE. `dtype` "" keeps each tensor's own."""
     torch.set_num_threads(1)  # bytes are moved, not computed
-    mine = rules[index::count]
+    own = rules[index::count]
     writer = dist_weights.Writer(out / WEIGHTS, index)
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     with summing() as pool:
-        for done, rule in enumerate(mine):
+        for done, rule in enumerate(own):
             blocks = _blocks(rule, [tensors.read(tensor) for tensor in rule.hf])
             target = rule.dtype or dtype or _name(blocks[0].dtype)
-            ledger["tensors"][rule.name] = _entry(rule, target, write_whole(writer, rule, blocks, target, pool))
+            ledger["tensors"][rule.name] = _entry(
+                rule, target, write_whole(writer, rule, blocks=blocks, dtype=target, pool=pool)
+            )
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": tensors.file(name), "dtype": tensors.dtype(name)}
-            progress(done + 1, len(mine), "tensors")
+            progress(done + 1, len(own), "tensors")
     writer.close()
     durable.write_json(out / SHARE, {**ledger, "pieces": [astuple(piece) for piece in writer.written]})
 
 
 def _blocks(rule: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """mcore's whole tensor in blocks of rows: where it is a mere stack of Hugging Face's tensors those, not copied."""
+    """Yield mcore's whole tensor in blocks of rows: where it is a mere stack of Hugging Face's tensors those, not
+    copied.
+    """
     if isinstance(rule.layout, Stacked) and len({tensor.dtype for tensor in tensors}) == 1:
         return tensors
     return [rule.layout.join(tensors)]
@@ -181,7 +186,7 @@ def write_whole(
 
 
 def _regions_of_blocks(rule: Rule, heights: Sequence[int]) -> Iterator[tuple[int, Region, slice]]:
-    """The regions of a rule, cut where a block of so many rows ends: the block's number, its region, its rows."""
+    """Yield the regions of a rule, cut where a block of so many rows ends: the block's number, its region, its rows."""
     for region, rows in regions(rule):
         axis = len(region.size) - len(rule.layout.shape)  # experts are stacked before it
         first = 0
@@ -190,13 +195,13 @@ def _regions_of_blocks(rule: Rule, heights: Sequence[int]) -> Iterator[tuple[int
             if low < high:
                 offset, size = list(region.offset), list(region.size)
                 offset[axis], size[axis] = offset[axis] + low - rows.start, high - low
-                mine = replace(region, offset=tuple(offset), size=tuple(size))
-                yield number, mine, slice(low - first, high - first)
+                part = replace(region, offset=tuple(offset), size=tuple(size))
+                yield number, part, slice(low - first, high - first)
             first += height
 
 
 def _boxes(region: Region, data: torch.Tensor) -> Iterator[tuple[Region, torch.Tensor]]:
-    """The region, whose elements are `data`, piece by piece."""
+    """Yield the region, whose elements are `data`, piece by piece."""
     flat = data.reshape(-1)
     for box, first in pieces(region, flat.element_size()):
         yield box, flat[first : first + torch.Size(box.size).numel()].reshape(box.size)
@@ -215,13 +220,15 @@ def finish_import(parts: Sequence[Path], out: Path, hf: Path, facts: dict[str, A
 
 
 def base_ledger(hf: Path) -> dict[str, Any]:
-    """The ledger of the import that a model folder comes from; empty where it was made otherwise."""
+    """Return the ledger of the import that a model folder comes from; empty where it was made otherwise."""
     path = inside(hf, LEDGER, needed=False)
     return durable.read_json(path) if path else {"hf": {}, "tensors": {}}
 
 
 def main_dtype(dtypes: Mapping[str, str], rules: Sequence[Rule]) -> str:
-    """The dtype of most elements of a Hugging Face checkpoint, by its tensors' dtypes; "" where it has none of them."""
+    """Return the dtype of most elements of a Hugging Face checkpoint, by its tensors' dtypes; "" where it has none of
+    them.
+    """
     elements: Counter[str] = Counter()
     for name, shape in hf_shapes(rules).items():
         if name in dtypes:
@@ -230,29 +237,29 @@ def main_dtype(dtypes: Mapping[str, str], rules: Sequence[Rule]) -> str:
 
 
 def dtypes_of(ledger: Mapping[str, Any]) -> dict[str, str]:
-    """Hugging Face tensor -> its dtype in the files."""
+    """Return {Hugging Face tensor: its dtype in the files}."""
     return {name: tensor["dtype"] for name, tensor in ledger["hf"].items()}
 
 
 def _export_dtypes(
     rules: Sequence[Rule], stored: Mapping[str, str], base: Mapping[str, Any], dtype: str
 ) -> dict[str, str]:
-    """Hugging Face tensor -> the dtype it is written in: `dtype`, or with "" as it is `stored`.
+    """Return {Hugging Face tensor: the dtype it is written in}: `dtype`, or with "" as it is `stored`.
 
     A tensor that the base checkpoint kept in another dtype than its others (norms, decays) has that one again.
     """
     theirs = dtypes_of(base)
-    main, found = main_dtype(theirs, rules), {}
+    main, targets = main_dtype(theirs, rules), {}
     for rule in rules:
         for name in map(hf_name, rule.hf):
             kept = theirs.get(name, main)
-            found[name] = rule.dtype or dtype or (stored[rule.name] if kept == main else kept)
-    return found
+            targets[name] = rule.dtype or dtype or (stored[rule.name] if kept == main else kept)
+    return targets
 
 
 def export_share(
     weights: Path, rules: Sequence[Rule], base: dict[str, Any], out: Path, dtype: str, index: int, count: int,
-    progress: Progress = silent, shard_bytes: int = SHARD_BYTES, changes: Changes = {},
+    progress: Progress = silent, shard_bytes: int = SHARD_BYTES, changes: Changes = NO_CHANGES,
 ) -> None:  # fmt: skip
     """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives what `_export_dtypes` says.
 
@@ -266,16 +273,16 @@ def export_share(
         out, {name: (dtypes[name], shape) for name, shape in hf_shapes(rules).items()}, shard_bytes
     )
     my_files = set(list(files.files)[index::count])
-    mine = [rule for rule in rules if any(files.file(hf_name(tensor)) in my_files for tensor in rule.hf)]
+    own = [rule for rule in rules if any(files.file(hf_name(tensor)) in my_files for tensor in rule.hf)]
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     with summing() as pool:
-        for done, rule in enumerate(mine):
-            sums = _export_one(reader, rule, files, my_files, changes, pool)
+        for done, rule in enumerate(own):
+            sums = _export_one(reader, rule, files=files, my_files=my_files, changes=changes, pool=pool)
             if files.file(hf_name(rule.hf[0])) in my_files:  # of several shares that need a tensor, one counts it
                 ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums)
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": files.file(name), "dtype": dtypes[name]}
-            progress(done + 1, len(mine), "tensors")
+            progress(done + 1, len(own), "tensors")
     files.close()
     durable.write_json(out / SHARE, ledger)
     if index == 0:
@@ -291,7 +298,7 @@ def _export_one(
     if not isinstance(layout, (Replicated, Stacked)) or rule.name in changes:
         whole, sums = read_whole(reader, rule, pool)
         for position, data in enumerate(layout.split(changed(rule, whole, changes))):
-            _write_entry(files, my_files, rule, position, data)
+            _write_entry(files, my_files, rule=rule, position=position, data=data)
         return sums.total()
     sums = Sums(pool)
     # As they are, so that they may pass in pieces of any size.
@@ -301,12 +308,12 @@ def _export_one(
         for box, first in pieces(region, 4):
             data = reader.read(box)
             sums.add(box, data)
-            _write_entry(files, my_files, rule, position, data, before + first)
+            _write_entry(files, my_files, rule=rule, position=position, data=data, first=before + first)
     return sums.total()
 
 
 def read_whole(reader: dist_weights.Reader, rule: Rule, pool: Executor) -> tuple[torch.Tensor, Sums]:
-    """A rule's whole tensor, and its sums by key."""
+    """Read a rule's whole tensor; return it and its sums by key."""
     sums, parts = Sums(pool), []
     for region, _ in regions(rule):
         data = reader.read(region)
@@ -317,7 +324,7 @@ def read_whole(reader: dist_weights.Reader, rule: Rule, pool: Executor) -> tuple
 
 
 def changed(rule: Rule, whole: torch.Tensor, changes: Changes) -> torch.Tensor:
-    """`whole` with its change added in fp32, in its own dtype."""
+    """Return `whole` with its change added in fp32, in its own dtype."""
     return (whole.float() + changes[rule.name]()).to(whole.dtype) if rule.name in changes else whole
 
 
@@ -333,7 +340,7 @@ def _write_entry(
 
 
 def finish_export(parts: Sequence[Path], out: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Gather the files of all shares in OUT and write the ledger, with `facts`. Returns the ledger."""
+    """Gather the files of all shares in OUT and write the ledger, with `facts`. Return the ledger."""
     shares = [durable.read_json(part / SHARE) for part in parts]
     gather(parts, out, "*.safetensors*")
     (out / SHARE).unlink(missing_ok=True)
@@ -341,7 +348,7 @@ def finish_export(parts: Sequence[Path], out: Path, facts: dict[str, Any]) -> di
 
 
 def _stored_dtypes(reader: dist_weights.Reader, rules: Sequence[Rule]) -> dict[str, str]:
-    """Rule name -> dtype in the checkpoint. UserMistake naming what it lacks."""
+    """Return {rule name: dtype in the checkpoint}. Raises UserMistake naming what it lacks."""
     stored, dtypes, problems = reader.tensors(), {}, []
     for rule in rules:
         for region, _ in regions(rule):
@@ -362,7 +369,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _entry(rule: Rule, dtype: str, sums: Mapping[str, int]) -> dict[str, Any]:
-    """One mcore tensor in the ledger."""
+    """Return the entry of one mcore tensor in the ledger."""
     return {
         "hf": [tensor if isinstance(tensor, str) else [tensor.name, tensor.index] for tensor in rule.hf],
         "layout": repr(rule.layout),
@@ -408,10 +415,10 @@ def _write_ledger(folder: Path, shares: Sequence[dict[str, Any]], facts: dict[st
 
 def _dtype_changes(ledger: dict[str, Any], direction: str) -> dict[str, int]:
     """ "float32 to bfloat16": number of Hugging Face tensors, or entries of stacks, that the conversion changed."""
-    found: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     for entry in ledger["tensors"].values():
         for tensor in entry["hf"]:
             theirs, ours = ledger["hf"][tensor if isinstance(tensor, str) else tensor[0]]["dtype"], entry["dtype"]
             if theirs != ours:
-                found[f"{theirs} to {ours}" if direction == "import" else f"{ours} to {theirs}"] += 1
-    return dict(found)
+                changes[f"{theirs} to {ours}" if direction == "import" else f"{ours} to {theirs}"] += 1
+    return dict(changes)

@@ -15,9 +15,9 @@ ELEMENTS = 1 << 24  # of two tensors that are compared at a time
 
 
 def difference(copy: torch.Tensor, original: torch.Tensor) -> str:
-    """ "" where both have the same bytes, else how they differ: "differs in 3 of 64 elements, by up to 0.5"."""
+    """Return "" where both have the same bytes, else how they differ: "differs in 3 of 64 elements, by up to 0.5"."""
     if copy.shape != original.shape or copy.dtype != original.dtype:
-        ours, theirs = (f"{_dtype(one)} {list(one.shape)}" for one in (copy, original))
+        ours, theirs = (f"{_dtype(tensor)} {list(tensor.shape)}" for tensor in (copy, original))
         return f"is {ours}, not {theirs}"
     count, most = 0, 0.0
     for a, b in zip(copy.reshape(-1).split(ELEMENTS), original.reshape(-1).split(ELEMENTS)):
@@ -34,7 +34,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def check(tensors: Any, rules: Sequence[Rule], dims: Any, where: str) -> list[Problem]:
-    """Every tensor of a Hugging Face checkpoint that is no part of the model and no copy of one that is.
+    """Check every tensor of a Hugging Face checkpoint that is no part of the model and no copy of one that is.
 
     `tensors` are convert.Tensors whose names have passed convert.check_tensors.
     """
@@ -55,20 +55,21 @@ def check(tensors: Any, rules: Sequence[Rule], dims: Any, where: str) -> list[Pr
     return problems
 
 
-def _other_frequencies(found: torch.Tensor, dims: Any) -> str:
-    """How rotary frequencies differ from those of `dims`, beyond the rounding of their dtype; "" where they do not.
+def _other_frequencies(stored: torch.Tensor, dims: Any) -> str:
+    """Return how rotary frequencies differ from those of `dims`, beyond the rounding of their dtype; "" where they do
+    not.
 
     Files that have them are from before transformers scaled frequencies, so that they are base^(-2i / head_dim).
     """
     exponents = torch.arange(0, dims.head_dim, 2, dtype=torch.float64) / dims.head_dim
     expected = dims.rope_base**-exponents
-    if found.shape != expected.shape:
-        return f"has shape {list(found.shape)}, and config.json gives {list(expected.shape)}"
-    info = torch.finfo(found.dtype)
+    if stored.shape != expected.shape:
+        return f"has shape {list(stored.shape)}, and config.json gives {list(expected.shape)}"
+    info = torch.finfo(stored.dtype)
     # Half a unit of the dtype, and what float32 adds: a power and a quotient, each of a few units in the last place.
     allowed = expected * (info.eps + 16 * torch.finfo(torch.float32).eps) + info.smallest_normal * info.eps
-    wrong = (found.double() - expected).abs() > allowed
+    wrong = (stored.double() - expected).abs() > allowed
     if not wrong.any():
         return ""
     i = int(wrong.int().argmax())
-    return f"has {float(found[i]):.6g} at {i}, and config.json gives {float(expected[i]):.6g}"
+    return f"has {float(stored[i]):.6g} at {i}, and config.json gives {float(expected[i]):.6g}"

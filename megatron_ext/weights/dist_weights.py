@@ -72,11 +72,13 @@ class Piece:
 
 
 def regions(rule: Rule) -> Iterator[tuple[Region, slice]]:
-    """What a distributed checkpoint keeps of a rule's tensor: regions, each with its rows of mcore's whole tensor.
+    """Yield what a distributed checkpoint keeps of a rule's tensor: regions, each with its rows of mcore's whole
+    tensor.
 
     mcore stacks experts along a first axis under one key (transformer/moe/experts.py, `sharded_state_dict`).
     """
-    key, stack = rule.te_name or rule.name, ()
+    key = rule.te_name or rule.name
+    stack: tuple[tuple[int, int, int], ...] = ()
     if rule.experts:
         before, after = key.split(".mlp.experts.")
         expert, rest = after.split(".", 1)
@@ -90,7 +92,7 @@ def regions(rule: Rule) -> Iterator[tuple[Region, slice]]:
 
 
 def pieces(region: Region, item_bytes: int) -> Iterator[tuple[Region, int]]:
-    """The region in boxes of at most PIECE_BYTES (or a row), each with how many of its elements come before."""
+    """Yield the region in boxes of at most PIECE_BYTES (or a row), each with how many of its elements come before."""
     axis = next((i for i, size in enumerate(region.size) if size > 1), 0)
     row = math.prod(region.size[axis + 1 :])
     step = max(1, PIECE_BYTES // (row * item_bytes))
@@ -114,11 +116,12 @@ class Writer:
         # torch.save writes all of the storage below a view; this is one of the data's size, on the same memory.
         bytes_ = torch.from_numpy(data.reshape(-1).view(torch.uint8).numpy())
         start = self._file.seek(-(-self._file.tell() // ALIGNMENT) * ALIGNMENT)
-        with serialization.patch("save.compute_crc32", False):  # seals and sums tell more, and it takes half the time
+        # Without checksums, which take half the time: seals and sums tell more. torch makes `patch` at run time.
+        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             torch.save(bytes_.view(data.dtype).reshape(region.size), self._file)
         dtype = str(data.dtype).removeprefix("torch.")
         name = Path(self._file.name).name
-        self.written.append(Piece(region, dtype, name, start, self._file.tell() - start))
+        self.written.append(Piece(region, dtype, file=name, start=start, length=self._file.tell() - start))
 
     def close(self) -> None:
         self._file.close()
@@ -137,7 +140,7 @@ def finish(folder: Path, written: Iterable[Piece]) -> None:
         tensor.chunks.append(ChunkStorageMetadata(torch.Size(region.offset), torch.Size(region.size)))
         index = MetadataIndex(region.key, region.offset, len(tensor.chunks) - 1)
         results.append(WriteResult(index, piece.length, _StorageInfo(piece.file, piece.start, piece.length)))
-    FileSystemWriter(folder).finish(Metadata(tensors), [results])
+    FileSystemWriter(folder).finish(Metadata({**tensors}), [results])
     torch.save({}, folder / COMMON)
     durable.write_json(folder / "metadata.json", FORMAT)
 
@@ -146,7 +149,7 @@ class Reader:
     """The tensors of a distributed checkpoint, whatever layout wrote it, and whoever: pickles.py reads its pickles."""
 
     def __init__(self, folder: Path):
-        """UserMistake when it is no checkpoint."""
+        """Open a checkpoint; raises UserMistake when it is none."""
         self.folder = folder
         try:
             self.stored = stored.read(inside(folder, METADATA))
@@ -161,12 +164,12 @@ class Reader:
         self._files: dict[str, IO[bytes]] = {}
 
     def tensors(self) -> dict[str, tuple[str, Shape]]:
-        """Key -> (dtype, shape). Vocabulary padding counts as rows."""
+        """Return {key: (dtype, shape)}. Vocabulary padding counts as rows."""
         return {key: (tensor.dtype, tensor.shape) for key, tensor in self.stored.tensors.items()}
 
     def read(self, region: Region) -> torch.Tensor:
-        """The region's elements. One stored piece that covers it is mapped from its file, not copied."""
-        found: torch.Tensor | None = None
+        """Return the region's elements. One stored piece that covers it is mapped from its file, not copied."""
+        whole: torch.Tensor | None = None
         for piece in self.stored.tensors[region.key].pieces:
             low = [max(a, b) for a, b in zip(region.offset, piece.offset)]
             high = [min(a + n, b + m) for a, n, b, m in zip(region.offset, region.size, piece.offset, piece.size)]
@@ -176,15 +179,15 @@ class Reader:
             part = data[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset))]
             if part.shape == region.size:
                 return part
-            if found is None:
-                found = _room(region.size, part.dtype)
-            found[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset))] = part
-        if found is None:
+            if whole is None:
+                whole = _room(region.size, part.dtype)
+            whole[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, region.offset))] = part
+        if whole is None:
             raise UserMistake(Problem(str(self.folder), f"has nothing of {region.key} at {list(region.offset)}"))
-        return found
+        return whole
 
     def load(self, key: str, piece: StoredPiece) -> torch.Tensor:
-        """The elements of one stored piece of a tensor, mapped from its file."""
+        """Return the elements of one stored piece of a tensor, mapped from its file."""
         path = self.folder / piece.file
         try:
             if piece.file not in self._files:
@@ -201,6 +204,7 @@ class Reader:
 
 
 def _room(size: Shape, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor in huge pages where the system has them: numpy asks for them, torch does not. The first
-    touch of small pages takes longer than the copy into them."""
+    """Return an uninitialised tensor in huge pages where the system has them: numpy asks for them, torch does not. The
+    first touch of small pages takes longer than the copy into them.
+    """
     return torch.from_numpy(numpy.empty(math.prod(size) * dtype.itemsize, numpy.uint8)).view(dtype).reshape(size)

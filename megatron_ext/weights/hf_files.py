@@ -39,7 +39,8 @@ class HfTensors:
     """The tensors of a Hugging Face folder by name, wherever its files put them."""
 
     def __init__(self, folder: Path, single: str = SINGLE):
-        """UserMistake when there are no safetensors, when a file of the index is missing, or one is unreadable.
+        """Open a folder; raises UserMistake when there are no safetensors, when a file of the index is missing, or one
+        is unreadable.
 
         `single`: the file's name where there is one for all. transformers and PEFT make the same choice.
         """
@@ -78,7 +79,7 @@ class HfTensors:
         return self._file_of[name]
 
     def read(self, tensor: HfTensor) -> torch.Tensor:
-        """The tensor, backed by the file until it is changed."""
+        """Return the tensor, backed by the file until it is changed."""
         if isinstance(tensor, Entry):
             return self._slice(tensor.name)[tensor.index]
         return self._handles[self._file_of[tensor]].get_tensor(tensor)
@@ -88,7 +89,7 @@ class HfTensors:
 
 
 def _weight_files(folder: Path, single: str) -> list[str]:
-    """Names of the safetensors files: the single one, or else those of the index, whatever others lie there.
+    """Return the names of the safetensors files: the single one, or those of the index, whatever others lie there.
 
     (transformers/modeling_utils.py, `_get_resolved_checkpoint_files`; peft/utils/save_and_load.py,
     `load_peft_weights`, which knows no index.)
@@ -112,7 +113,7 @@ def _weight_files(folder: Path, single: str) -> list[str]:
 
 
 def _places(index: Path) -> dict[str, str]:
-    """Tensor -> file, as an index has it."""
+    """Return {tensor: file}, as an index has it."""
     try:
         places = durable.read_json(index)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -123,9 +124,9 @@ def _places(index: Path) -> dict[str, str]:
 
 
 def _numbered(folder: Path) -> list[str]:
-    """model-00001-of-00003.safetensors and so on, where all are there: their index was not copied along."""
-    found = {path.name: _SHARD.fullmatch(path.name) for path in folder.iterdir()}
-    shards = {name: (int(shard[1]), int(shard[2])) for name, shard in found.items() if shard}
+    """Return model-00001-of-00003.safetensors and so on, where all are there: their index was not copied along."""
+    numbers = {path.name: _SHARD.fullmatch(path.name) for path in folder.iterdir()}
+    shards = {name: (int(shard[1]), int(shard[2])) for name, shard in numbers.items() if shard}
     counts = {count for _, count in shards.values()}
     if len(counts) > 1:
         raise UserMistake(Problem(str(folder), f"has the shards of {len(counts)} checkpoints, and no {INDEX}"))
@@ -137,7 +138,7 @@ def _numbered(folder: Path) -> list[str]:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder has in place of the weights that are looked for, for a message."""
+    """Return what a folder has in place of the weights that are looked for, for a message."""
     others = sorted(path.name for pattern in OTHERS for path in folder.glob(pattern))
     has = f", but {', '.join(others[:3])}{', …' if len(others) > 3 else ''}" if others else ""
     return f"{has}; write it with save_pretrained of transformers or PEFT"
@@ -152,7 +153,7 @@ class SafetensorsFiles:
     """model.safetensors, or numbered files with an index when the tensors exceed `shard_bytes`."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, tuple[str, Shape]], shard_bytes: int = SHARD_BYTES):
-        """`tensors`: name -> (dtype, shape), in the order of the files. Nothing is written yet."""
+        """Lay out the files of `tensors`: name -> (dtype, shape), in the order of the files. Nothing is written yet."""
         self.folder, self.tensors = folder, tensors
         self._bytes = {
             name: getattr(torch, dtype).itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()
@@ -197,7 +198,7 @@ class SafetensorsFiles:
             self._open[file] = os.open(self.folder / file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
             os.pwrite(self._open[file], self._headers[file], 0)
         data = data.to(getattr(torch, self.tensors[name][0])).contiguous()
-        view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+        view = data.reshape(-1).view(torch.uint8).numpy().data
         at = start + first * data.element_size()
         while len(view):  # one call writes 2 GiB at most
             done = os.pwrite(self._open[file], view, at)
@@ -208,7 +209,7 @@ class SafetensorsFiles:
             os.close(handle)
 
     def write_index(self) -> list[str]:
-        """The index, where there are several files. Returns the names of all files."""
+        """Write the index, where there are several files. Return the names of all files."""
         if len(self.files) == 1:
             return list(self.files)
         index = {

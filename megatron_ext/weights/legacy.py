@@ -13,7 +13,7 @@ positions, epsilons, windows, the router's scale. Each that config.json says oth
 
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,19 @@ _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.(?:weigh
 
 
 def _load(root: Path, rank: Path) -> dict[str, Any]:
-    """The file in a rank's folder, which is below `root`."""
+    """Load the file in a rank's folder, which is below `root`."""
     path = rank / FILE
     try:
-        found = pickles.load(inside(root, str(path.relative_to(root))), pickles.ARGUMENTS, unknown=True)
+        loaded = pickles.load(inside(root, str(path.relative_to(root))), pickles.ARGUMENTS, unknown=True)
     except (OSError, pickles.Refused) as error:
         raise UserMistake(Problem(str(path), f"not a whole Megatron checkpoint ({error})")) from None
-    if not isinstance(found, dict) or not isinstance(found.get("args", Namespace()), Namespace):
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("args", Namespace()), Namespace):
         raise UserMistake(Problem(str(path), "is no Megatron checkpoint: it is no dict of weights and arguments"))
-    return found
+    return loaded
 
 
 def _degree(arguments: Namespace, axis: str, where: str) -> int:
-    """A parallel degree of Megatron's arguments; 1 where there is none."""
+    """Return a parallel degree of Megatron's arguments; 1 where there is none."""
     degree = getattr(arguments, f"{axis}_parallel_size", None) or 1
     if type(degree) is not int or degree < 1:
         raise UserMistake(Problem(where, f"{axis}_parallel_size is {degree!r}, no degree"))
@@ -68,31 +68,19 @@ def _degree(arguments: Namespace, axis: str, where: str) -> int:
 
 
 def unlike(arguments: Namespace, dims: Any) -> list[str]:
-    """What Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json has 1e6".
+    """Return what Megatron's `arguments` and the family's `dims` say differently: "rotary_base is 10000, config.json
+    has 1e6".
 
     An argument that is not there, or None, is not compared.
     """
     said = {name: getattr(arguments, name, None) for name in ARGUMENTS.values()}
-    ours = {name: getattr(dims, field, 0) or None for field, name in ARGUMENTS.items()}
-    if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", 0):
-        grouped = arguments.group_query_attention
-        said["num_query_groups"] = arguments.num_query_groups if grouped else arguments.num_attention_heads
-        ours["num_query_groups"] = dims.kv_groups
-    if getattr(dims, "experts", 0) and hasattr(arguments, "moe_router_topk_scaling_factor"):
-        said["moe_router_topk_scaling_factor"] = arguments.moe_router_topk_scaling_factor or 1.0
-        ours["moe_router_topk_scaling_factor"] = getattr(dims, "routed_scale", 1.0)
-    if hasattr(arguments, "window_size") and hasattr(dims, "window"):
-        said["window_size"] = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
-        ours["window_size"] = dims.window if any(dims.sliding) else 0
-    if hasattr(arguments, "rotary_percent") and hasattr(dims, "rope_base"):
-        said["rotary_percent"], ours["rotary_percent"] = arguments.rotary_percent, 1.0
-    if hasattr(arguments, "use_rope_scaling") and hasattr(dims, "rope_factor"):
-        factor = getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
-        said["rope_scaling_factor"] = factor if arguments.use_rope_scaling else 0
-        ours["rope_scaling_factor"] = dims.rope_factor
-    if hasattr(arguments, "untie_embeddings_and_output_weights"):
-        said["untie_embeddings_and_output_weights"] = arguments.untie_embeddings_and_output_weights
-        ours["untie_embeddings_and_output_weights"] = not getattr(dims, "tied", False)
+    ours: dict[str, Any] = {name: getattr(dims, field, None) or None for field, name in ARGUMENTS.items()}
+    for name, theirs, own in (
+        *_attention_of(arguments, dims),
+        *_positions_of(arguments, dims),
+        *_ends_of(arguments, dims),
+    ):
+        said[name], ours[name] = theirs, own
     return [
         f"{name} is {value}, config.json has {ours[name]}"
         for name, value in said.items()
@@ -100,8 +88,41 @@ def unlike(arguments: Namespace, dims: Any) -> list[str]:
     ]
 
 
+Compared = Iterator[tuple[str, Any, Any]]  # (argument, what Megatron's arguments say, what `dims` say)
+
+
+def _attention_of(arguments: Namespace, dims: Any) -> Compared:
+    """Yield what is compared of attention and of the router, where the arguments have it under another form."""
+    if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", 0):
+        grouped = arguments.group_query_attention
+        groups = arguments.num_query_groups if grouped else arguments.num_attention_heads
+        yield "num_query_groups", groups, dims.kv_groups
+    if getattr(dims, "experts", 0) and hasattr(arguments, "moe_router_topk_scaling_factor"):
+        scale = arguments.moe_router_topk_scaling_factor or 1.0
+        yield "moe_router_topk_scaling_factor", scale, getattr(dims, "routed_scale", 1.0)
+    if hasattr(arguments, "window_size") and hasattr(dims, "window"):
+        window = arguments.window_size[0] + 1 if arguments.window_size else 0  # it counts tokens before
+        yield "window_size", window, dims.window if any(dims.sliding) else 0
+
+
+def _positions_of(arguments: Namespace, dims: Any) -> Compared:
+    """Yield what is compared of rotary positions."""
+    if hasattr(arguments, "rotary_percent") and hasattr(dims, "rope_base"):
+        yield "rotary_percent", arguments.rotary_percent, 1.0
+    if hasattr(arguments, "use_rope_scaling") and hasattr(dims, "rope_factor"):
+        factor = getattr(arguments, "rope_scaling_factor", LLAMA3_FACTOR)
+        yield "rope_scaling_factor", factor if arguments.use_rope_scaling else 0, dims.rope_factor
+
+
+def _ends_of(arguments: Namespace, dims: Any) -> Compared:
+    """Yield what is compared of embedding and output."""
+    if hasattr(arguments, "untie_embeddings_and_output_weights"):
+        untied = arguments.untie_embeddings_and_output_weights
+        yield "untie_embeddings_and_output_weights", untied, not getattr(dims, "tied", False)
+
+
 def _iteration(folder: Path) -> Path:
-    """The folder with the mp_rank folders: FOLDER, or that of its latest iteration."""
+    """Return the folder with the mp_rank folders: FOLDER, or that of its latest iteration."""
     latest = inside(folder, "latest_checkpointed_iteration.txt", needed=False)
     if latest is None:
         return folder
@@ -112,27 +133,19 @@ def _iteration(folder: Path) -> Path:
 
 
 class LegacyTensors:
-    """Such a checkpoint as the Hugging Face tensors that it would export to (convert.Tensors)."""
+    """Reads such a checkpoint as the Hugging Face tensors that it would export to (convert.Tensors)."""
 
     def __init__(self, folder: Path, rules: Sequence[Rule], dims: Any):
-        """UserMistake when files or tensors are missing, for degrees that the names of files do not tell, and where the
-        model was trained as another one than `dims`."""
+        """Read the files of a checkpoint.
+
+        Raises:
+            UserMistake: files or tensors are missing, the names of files do not tell a degree, or the model was trained
+                as another one than `dims`.
+        """
         self._root, self.folder = folder, _iteration(folder)
-        files = {
-            tuple(int(part or 0) for part in found.groups()): path
-            for path in sorted(self.folder.glob("mp_rank_*"))
-            if (found := _RANK.match(path.name))
-        }
-        if not files:
-            raise UserMistake(Problem(str(self.folder), "has no mp_rank_* folders: not a legacy Megatron checkpoint"))
+        files = self._files()
         first = files[min(files)]
-        arguments = _load(folder, first).get("args", Namespace())
-        try:
-            said = unlike(arguments, dims)
-        except (TypeError, AttributeError, IndexError) as error:
-            raise UserMistake(Problem(str(first / FILE), f"its arguments are not understood ({error})")) from None
-        if said:
-            raise UserMistake([Problem(str(first / FILE), f"was trained otherwise: {one}") for one in said])
+        arguments = self._arguments(first, dims)
         self.tensor, self.pipeline, self.expert, expert_tensor = (
             _degree(arguments, axis, str(first / FILE))
             for axis in ("tensor_model", "pipeline_model", "expert_model", "expert_tensor")
@@ -145,6 +158,32 @@ class LegacyTensors:
         self._copies: dict[str, list[tuple[torch.Tensor, int]]] = {}  # name -> (copy, tensor rank of what it repeats)
         self._shards = self._collect(files)
         self._rules, self._shapes = hf_rules(rules), hf_shapes(rules)
+        self._check_names(rules, dims)
+
+    def _files(self) -> dict[tuple[int, ...], Path]:
+        """Return the folder of each rank, by the numbers in its name."""
+        files = {
+            tuple(int(part or 0) for part in numbers.groups()): path
+            for path in sorted(self.folder.glob("mp_rank_*"))
+            if (numbers := _RANK.match(path.name))
+        }
+        if not files:
+            raise UserMistake(Problem(str(self.folder), "has no mp_rank_* folders: not a legacy Megatron checkpoint"))
+        return files
+
+    def _arguments(self, rank: Path, dims: Any) -> Namespace:
+        """Return Megatron's arguments as a rank's file has them, which must say the same as `dims`."""
+        arguments = _load(self._root, rank).get("args", Namespace())
+        try:
+            said = unlike(arguments, dims)
+        except (TypeError, AttributeError, IndexError) as error:
+            raise UserMistake(Problem(str(rank / FILE), f"its arguments are not understood ({error})")) from None
+        if said:
+            raise UserMistake([Problem(str(rank / FILE), f"was trained otherwise: {other}") for other in said])
+        return arguments
+
+    def _check_names(self, rules: Sequence[Rule], dims: Any) -> None:
+        """Refuse a checkpoint that lacks tensors of the model or has others; a copy of the embedding is put aside."""
         missing = [rule for rule in rules if self._name(rule) not in self._shards]
         wrong = [f"tensor {self._name(rule)} {list(rule.layout.shape)} is missing" for rule in missing]
         known = {name for rule in rules for name in (rule.name, rule.te_name)}
@@ -157,8 +196,8 @@ class LegacyTensors:
             raise UserMistake([Problem(str(self.folder), message) for message in wrong[:LISTED]])
 
     def _collect(self, files: dict[tuple[int, ...], Path]) -> dict[str, list[torch.Tensor]]:
-        """Name in rules, or by Transformer Engine -> its shards by tensor rank."""
-        found: dict[str, list[torch.Tensor]] = {}
+        """Return {name in rules, or by Transformer Engine: its shards by tensor rank}."""
+        shards: dict[str, list[torch.Tensor]] = {}
         for expert in range(self.expert):
             for tensor in range(self.tensor):
                 stages = self._stages(files, tensor, expert)
@@ -170,14 +209,14 @@ class LegacyTensors:
                         if not isinstance(value, torch.Tensor) or name.endswith(("_extra_state", ".inv_freq")):
                             continue
                         if ".mlp.experts." in whole or expert == 0:
-                            found.setdefault(whole, []).append(value)
+                            shards.setdefault(whole, []).append(value)
                         else:  # which all expert ranks have
                             self._copies.setdefault(whole, []).append((value, tensor))
                     before += len(local)
-        return found
+        return shards
 
     def _stages(self, files: dict[tuple[int, ...], Path], tensor: int, expert: int) -> list[dict[str, Any]]:
-        """The state dicts of one tensor and expert rank in model order: interleaved stages take turns."""
+        """Return the state dicts of one tensor and expert rank in model order: interleaved stages take turns."""
         loaded = []
         for stage in range(self.pipeline):
             rest = [stage] * (self.pipeline > 1) + [expert] * (self.expert > 1)
@@ -189,10 +228,10 @@ class LegacyTensors:
         virtual = sum(re.fullmatch(r"model\d+", str(key)) is not None for key in loaded[0])
         keys = ["model"] if "model" in loaded[0] else [f"model{i}" for i in range(virtual)]
         states = [state.get(key) for key in keys for state in loaded]
-        named = [isinstance(state, dict) and all(type(name) is str for name in state) for state in states]
-        if not all(named) or not named:
+        weights = [state for state in states if isinstance(state, dict) and all(type(name) is str for name in state)]
+        if len(weights) < len(states) or not states:
             raise UserMistake(Problem(str(self.folder), "has files without the weights of a model (`model`)"))
-        return states
+        return weights
 
     def _whole_name(self, name: str, layers_before: int, expert_rank: int, state: dict[str, Any]) -> str:
         layer = _LAYER.match(name)
@@ -202,7 +241,7 @@ class LegacyTensors:
         if expert := _EXPERT.match(rest):
             prefix = name[: layer.end()]
             rests = (key[layer.end() :] for key in state if key.startswith(prefix))
-            held = {int(m[1] or m[4]) for one in rests if (m := _EXPERT.match(one))}
+            held = {int(m[1] or m[4]) for name_ in rests if (m := _EXPERT.match(name_))}
             index = expert_rank * len(held) + int(expert[1] or expert[4])
             rest = f"mlp.experts.{index}.{expert[2] or expert[3]}"
         return f"decoder.layers.{layers_before + int(layer[1])}.{rest}"
@@ -211,7 +250,11 @@ class LegacyTensors:
         return rule.name if rule.name in self._shards else rule.te_name or rule.name
 
     def whole(self, rule: Rule) -> torch.Tensor:
-        """mcore's whole tensor. UserMistake when the shards do not make one, or when its copies differ."""
+        """Return mcore's whole tensor.
+
+        Raises:
+            UserMistake: the shards do not make one, or its copies differ.
+        """
         name, wholes = self._name(rule), rule.experts and self._wholes_experts
         shards, copies = self._shards[name], list(self._copies.get(name, ()))
         if wholes or shards[0].shape == rule.layout.shape:  # each tensor rank has all of it

@@ -48,9 +48,9 @@ def load(wanted: ShardedStateDict, folder: Path) -> StateDict:
     UserMistake where the folder is none, or holds what is not understood.
     """
     path = inside(folder, "metadata.json")
-    found = durable.read_json(path)
-    if found != dist_weights.FORMAT:
-        raise UserMistake(Problem(str(path), f"is {found!r}, and only {dist_weights.FORMAT} is read"))
+    facts = durable.read_json(path)
+    if facts != dist_weights.FORMAT:
+        raise UserMistake(Problem(str(path), f"is {facts!r}, and only {dist_weights.FORMAT} is read"))
     reader = _Reader(folder)
     return dist_checkpointing.load(wanted, str(folder), _Sharded(reader), _Common())
 
@@ -70,13 +70,15 @@ class _Sharded(TorchDistLoadShardedStrategy):
         self._reader = reader
 
     def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
-        """What `sharded_state_dict` asks for, as mcore's own `load` gives it."""
-        sharded = [one for one in nested_values(sharded_state_dict) if isinstance(one, ShardedTensor)]
+        """Load what `sharded_state_dict` asks for, as mcore's own `load` gives it."""
+        sharded = [tensor for tensor in nested_values(sharded_state_dict) if isinstance(tensor, ShardedTensor)]
         by_key, nesting, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         wanted = mcore_to_pyt_state_dict(by_key, True)
         planner = MCoreLoadPlanner(
-            shapes_validation_sharded_tensors=[one for one in sharded if not one.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={one.key: one for one in sharded if one.allow_shape_mismatch},
+            shapes_validation_sharded_tensors=[tensor for tensor in sharded if not tensor.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors={
+                tensor.key: tensor for tensor in sharded if tensor.allow_shape_mismatch
+            },
         )
         checkpoint.load_state_dict(wanted, self._reader, planner=planner)
         loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
@@ -96,7 +98,7 @@ class _Reader(StorageReader):
         pass
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """torch's form of what the checkpoint holds."""
+        """Return torch's form of what the checkpoint holds."""
         keys: dict[str, Any] = {key: BytesStorageMetadata() for key in self._reader.stored.objects}
         for key, tensor in self._reader.stored.tensors.items():
             boxes = []

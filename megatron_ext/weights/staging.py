@@ -47,7 +47,7 @@ class Part:
 
 
 def metadata() -> dict[str, Any]:
-    """For every sharded_state_dict of mcore."""
+    """Return the metadata for every sharded_state_dict of mcore."""
     # The default sharding type is broken in 0.16.1 (mapping.py:104), and dp_reshardable cannot change
     # the tensor degree.
     return {
@@ -59,24 +59,25 @@ def metadata() -> dict[str, Any]:
 
 
 def model_state(model: Model) -> dict[str, Any]:
-    """What of the whole model this rank holds, as mcore's sharded tensors; LoRA's adapters are none of it. Without the
-    extra states of linear layers: they are empty but under FP8, and differ between layer specs, which are to read each
-    other's weights."""
+    """Return what of the whole model this rank holds, as mcore's sharded tensors; LoRA's adapters are none of it.
+    Without the extra states of linear layers: they are empty but under FP8, and differ between layer specs, which are
+    to read each other's weights.
+    """
     return _state(model, lambda name: not name.startswith(ADAPTERS) and not name.endswith(EXTRA_STATE))
 
 
 def adapter_state(model: Model) -> dict[str, Any]:
-    """The same of LoRA's adapters alone."""
+    """Return LoRA's adapters alone, as `model_state` returns the model."""
     return _state(model, lambda name: name.startswith(ADAPTERS))
 
 
 def trained_state(model: Model) -> dict[str, Any]:
-    """What training changes: the adapters where there are any, else the model."""
+    """Return what training changes: the adapters where there are any, else the model."""
     return adapter_state(model) if is_adapted(model) else model_state(model)
 
 
 def is_adapted(model: Model) -> bool:
-    """Whether LoRA's adapters are on it; the same on every rank."""
+    """Return whether LoRA's adapters are on it; the same on every rank."""
     return hasattr(stages(model)[0], ADAPTERS.removesuffix("."))
 
 
@@ -89,7 +90,7 @@ def _state(model: Model, wanted: Callable[[str], bool]) -> dict[str, Any]:
 
 
 def _region(shard: ShardedTensor, offset: Shape, size: Shape) -> Region:
-    """The box of `size` at `offset` of a shard's local tensor, as a region of the whole."""
+    """Return the box of `size` at `offset` of a shard's local tensor, as a region of the whole."""
     ahead = shard.prepend_axis_num
     start = [o + b for o, b in zip(shard.global_offset, (*[0] * ahead, *offset))]
     return Region(shard.key, tuple(shard.global_shape), tuple(start), (*[1] * ahead, *size))
@@ -104,7 +105,7 @@ class Weights:
         self._distribution: Any = None  # of replicas over data and context ranks; found at the first save
 
     def parts(self) -> list[Part]:
-        """Every data and context rank takes part in the first call."""
+        """Return the parts that this rank writes. Every data and context rank takes part in the first call."""
         state, group = self._state(self._model), parallel_state.get_data_parallel_group(with_context_parallel=True)
         apply_factories(state)
         if group.size() > 1:
@@ -128,8 +129,9 @@ class Weights:
 
 
 def boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape, int]]:
-    """(offset, size, its first element) of boxes that make up elements `start` to `stop` of a row-major tensor: whole
-    rows, and what is cut of the first and last one."""
+    """Return (offset, size, its first element) of boxes that make up elements `start` to `stop` of a row-major tensor:
+    whole rows, and what is cut of the first and last one.
+    """
     if start >= stop:
         return
     if len(shape) <= 1:
@@ -150,7 +152,8 @@ def boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape, i
 
 
 def _shards_of(holder: ShardedBase, shape: Shape) -> Iterator[tuple[ShardedTensor, int]]:
-    """(shard, place in the flat parameter of its first element) of all that a parameter is cut into for checkpoints.
+    """Yield (shard, place in the flat parameter of its first element) of all that a parameter is cut into for
+    checkpoints.
 
     A factory cuts numbered elements, which tell where each shard came from.
     """
@@ -160,9 +163,9 @@ def _shards_of(holder: ShardedBase, shape: Shape) -> Iterator[tuple[ShardedTenso
     assert isinstance(holder, ShardedTensorFactory)
     numbers = torch.arange(math.prod(shape)).reshape(shape)
     for shard in nested_values(replace(holder, data=numbers).build()):
-        found = shard.data.reshape(-1)
-        first = int(found[0])
-        if int(found[-1]) - first + 1 != found.numel():
+        flat = shard.data.reshape(-1)
+        first = int(flat[0])
+        if int(flat[-1]) - first + 1 != flat.numel():
             raise RuntimeError(f"{shard.key} is no run of the elements of its parameter: its state cannot be saved")
         yield shard, first
 
@@ -184,8 +187,8 @@ class OptimizerState:
         self._pieces: list[tuple[Any, torch.Tensor, list[_Piece]]] = []
         for part in trained_state(model).values():
             holders = {holder.data: holder for holder in nested_values(part) if isinstance(holder, ShardedBase)}
-            for one in self._optimizers:
-                self._pieces += _held(one, holders)
+            for chained in self._optimizers:
+                self._pieces += _held(chained, holders)
 
     def parts(self) -> list[Part]:
         found = []
@@ -200,8 +203,8 @@ class OptimizerState:
         return found
 
     def updates(self) -> int:
-        """How often the optimizer has stepped; 0 on a rank that holds nothing of it."""
-        groups = [group for one in self._optimizers for group in one.state_dict()["optimizer"]["param_groups"]]
+        """Return how often the optimizer has stepped; 0 on a rank that holds nothing of it."""
+        groups = [group for chained in self._optimizers for group in chained.state_dict()["optimizer"]["param_groups"]]
         return max((int(group.get("step") or 0) for group in groups), default=0)
 
 
@@ -228,16 +231,18 @@ def _held(optimizer: Any, holders: dict[torch.Tensor, ShardedBase]) -> Iterator[
                     yield optimizer, parameter, pieces
 
 
-def fill_optimizer(optimizer: Any, loaded: dict[str, Any], updates: int) -> None:
-    """Give the optimizer the tensors `loaded` under mcore's names. All but tensors and the count of updates is a
-    matter of settings, which a resuming run shares."""
+def fill_optimizer(optimizer: Any, loaded: dict[Any, Any], updates: int) -> None:
+    """Give the optimizer the tensors `loaded` under mcore's names; of several chained ones, each those of its number.
+
+    All but tensors and the count of updates is a matter of settings, which a resuming run shares.
+    """
     chained = optimizer.chained_optimizers
     states = [loaded] if len(chained) == 1 else [loaded[i] for i in range(len(chained))]
-    for one, tensors in zip(chained, states):
-        state = one.state_dict()
+    for part, tensors in zip(chained, states):
+        state = part.state_dict()
         for group in state["optimizer"]["param_groups"]:
             group["step"] = updates
-        one.load_state_dict({**state, **tensors, "param_state_sharding_type": "fully_reshardable"})
+        part.load_state_dict({**state, **tensors, "param_state_sharding_type": "fully_reshardable"})
 
 
 # ---------------------------------------------------------------- copies and sums
@@ -250,7 +255,7 @@ class Staging:
         self._kept: dict[Region, torch.Tensor] = {}
 
     def copy(self, parts: Sequence[Part]) -> list[Part]:
-        """The parts with copies of their elements, complete when it returns."""
+        """Return the parts with copies of their elements, complete when it returns."""
         copies = []
         for part in parts:
             box = self._kept.get(part.region)
@@ -263,8 +268,10 @@ class Staging:
 
 
 def sums(parts: Sequence[Part]) -> dict[str, tuple[str, Shape, int]]:
-    """{key: (dtype, shape, sum)} of what these parts contribute to a digest of weights; padding rows do not count."""
-    found: dict[str, tuple[str, Shape, int]] = {}
+    """Return {key: (dtype, shape, sum)} of what these parts contribute to a digest of weights; padding rows do not
+    count.
+    """
+    totals: dict[str, tuple[str, Shape, int]] = {}
     for part in parts:
         region, data = part.region, part.data.reshape(part.region.size)
         shape = region.shape
@@ -272,6 +279,6 @@ def sums(parts: Sequence[Part]) -> dict[str, tuple[str, Shape, int]]:
             shape = (part.rows, *shape[1:])
             data = data[: max(0, part.rows - region.offset[0])]
         dtype = str(data.dtype).removeprefix("torch.")
-        before = found[region.key][2] if region.key in found else 0
-        found[region.key] = dtype, shape, before + int(tensor_sum(data, region.offset, shape))
-    return found
+        before = totals[region.key][2] if region.key in totals else 0
+        totals[region.key] = dtype, shape, before + int(tensor_sum(data, region.offset, shape))
+    return totals

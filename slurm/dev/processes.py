@@ -1,4 +1,4 @@
-"""Processes that are known for sure, signalled and waited for, whoever started them."""
+"""Know, signal and await a process for sure, whoever started it."""
 
 import contextlib
 import os
@@ -15,14 +15,16 @@ KILL_LIMIT_S = 10.0
 
 @dataclass(frozen=True)
 class Process:
-    """One process for ever: a pid may be reused, a pid with its start time may not."""
+    """Names one process for ever: a pid may be reused, a pid with its start time may not."""
 
     pid: int
     started: int  # clock ticks since boot
 
     @classmethod
     def of(cls, pid: int) -> "Process | None":
-        """The process now under `pid`; None when there is none or only a zombie (pid 1 of a container may not reap)."""
+        """Return the process now under `pid`; None when there is none or only a zombie (pid 1 of a container may not
+        reap).
+        """
         try:
             # the name in parentheses may hold anything; fields after it: state is 0, starttime 19 (proc(5))
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -48,7 +50,7 @@ _children: list[subprocess.Popen] = []  # started by this process, to be reaped 
 
 
 def spawn(command: Sequence[str], **options: Any) -> Process:
-    """Popen(command, **options), to be reaped here once it has ended."""
+    """Start a command (`options` are those of Popen); it is reaped here once it has ended."""
     child = subprocess.Popen(command, **options)
     _children.append(child)
     return Process.of(child.pid) or Process(child.pid, 0)  # 0: died before it could be looked at
@@ -59,7 +61,7 @@ def parent(pid: int) -> int:
 
 
 def ancestors() -> set[int]:
-    """This process and those above it."""
+    """Return the pids of this process and of those above it."""
     pids, pid = {os.getpid()}, os.getpid()
     while pid > 1:
         pid = parent(pid)
@@ -68,7 +70,7 @@ def ancestors() -> set[int]:
 
 
 def gone(processes: list[Process], limit_s: float) -> bool:
-    """Whether all ended within the limit."""
+    """Wait until all have ended; return whether they did within the limit."""
     _children[:] = [child for child in _children if child.poll() is None]
     deadline = time.monotonic() + limit_s
     while any(process.alive() for process in processes):

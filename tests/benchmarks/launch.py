@@ -25,7 +25,7 @@ from launchers.planning.ledger import Ledger
 from launchers.planning.planner import make_plan
 from launchers.submission.submit import submit
 from slurm.detect import find_cluster
-from slurm.dev import devcluster
+from slurm.dev import cluster as devcluster
 
 
 def timed(call):

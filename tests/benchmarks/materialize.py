@@ -25,7 +25,8 @@ from data_tools.chats.chat import ChatConfig, ChatRows  # noqa: E402
 from data_tools.chats.conversation import read_record  # noqa: E402
 from data_tools.chats.encoder import Encoder  # noqa: E402
 from data_tools.chats.tokenizer import load_tokenizer  # noqa: E402
-from data_tools.packs.materialize import Config, Source, materialize  # noqa: E402
+from data_tools.packs.materialize import Config, materialize
+from data_tools.tasks.task import Source
 from tests.data_tools.chats import TEMPLATES  # noqa: E402
 from tests.inputs import SHARED  # noqa: E402
 

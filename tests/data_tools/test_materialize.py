@@ -12,9 +12,10 @@ from data_tools.base import declared
 from data_tools.base.durable import read_json
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
-from data_tools.packs.materialize import Config, Source, check, materialize
+from data_tools.packs.materialize import Config, check, materialize
 from data_tools.packs.store import Store
 from data_tools.records.balance import Balance
+from data_tools.tasks.task import Source
 from tests.data_tools.conftest import build, line
 from tests.inputs import Inputs
 

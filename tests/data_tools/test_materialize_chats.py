@@ -19,9 +19,10 @@ from data_tools.chats.encoder import Encoder
 from data_tools.chats.messages import IN_LOSS
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake, disk_problem
-from data_tools.packs.materialize import Config, Source, check, materialize
+from data_tools.packs.materialize import Config, check, materialize
 from data_tools.packs.store import Store
 from data_tools.records.balance import Balance
+from data_tools.tasks.task import Source
 from jobs.phases import materialize as materialize_phase
 from jobs.task import Task
 from tests.data_tools.chats import (

@@ -10,7 +10,7 @@ from jobs.artifacts.seal import read_seal
 from launchers.causes.states import ACTIVE_STATES
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
-from slurm.dev import devcluster
+from slurm.dev import cluster as devcluster
 from tests.cluster import require_packages
 from tests.command import afterok, afterok_json, states, wait_for
 

@@ -9,7 +9,7 @@ from jobs.artifacts.seal import read_seal
 from launchers.planning.chain import FIRST_LINKS, SPARE_LINKS, links_needed, surplus
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm, SlurmError
-from slurm.dev import devcluster
+from slurm.dev import cluster as devcluster
 from tests.cluster import crash_node, require_packages, rows_of
 from tests.command import afterok, afterok_json, one_line, phase_status, states, wait_for
 

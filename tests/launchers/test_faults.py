@@ -40,7 +40,7 @@ from jobs.artifacts.owner import process_start
 from jobs.artifacts.run_folder import RunFolder
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
-from slurm.dev import devcluster
+from slurm.dev import cluster as devcluster
 from tests.cluster import bring_back, controller_forgets, crash_node, require_packages, rows_of
 from tests.command import ROOT, afterok, afterok_json, phase_status, states, wait_for, write_toy
 

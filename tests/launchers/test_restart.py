@@ -5,7 +5,7 @@ import pytest
 from jobs.artifacts.run_folder import RunFolder
 from launchers.planning.ledger import Ledger
 from slurm.client import Slurm
-from slurm.dev import devcluster
+from slurm.dev import cluster as devcluster
 from tests.cluster import crash_node, require_packages, rows_of
 from tests.command import afterok, afterok_json, phase_status, states, wait_for
 

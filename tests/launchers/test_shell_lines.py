@@ -8,7 +8,7 @@ from jobs.retry import Cause
 from launchers.backends.shell_lines import MODULE_FILES, script_setup
 from launchers.causes.diagnosis import classify
 from launchers.causes.evidence import Evidence
-from slurm.profile import Env, Meta, Profile
+from slurm.profile.schema import Env, Meta, Profile
 
 MODULE = "module() { [ $2 != none ] || return 1; export STEPS=$STEPS:module.$2; }\n"
 CONDA = """\

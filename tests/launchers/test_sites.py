@@ -44,7 +44,7 @@ roles: {cpu: {partition: batch, time: "10"}, train: {partition: batch, nodes: 1}
 def big_site(scrub_slurm):
     """A cluster called BigSite in its slurm.conf, which refuses jobs of 7, 8 and 9 minutes in words of its own."""
     require_packages()
-    from slurm.dev import devconfig
+    from slurm.dev import config as devconfig
 
     def with_lua(prefix, *args):
         (prefix / "etc" / "job_submit.lua").write_text(SITE_LUA)

@@ -10,7 +10,7 @@ from launchers.backends.slurm_script import PhaseExecutor, phase_command, phase_
 from launchers.planning.planner import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
-from slurm.profile import load
+from slurm.profile.files import load
 from tests.command import write_toy
 
 GOLDEN = """#!/bin/bash

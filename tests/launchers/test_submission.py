@@ -194,7 +194,7 @@ def test_a_controller_killed_right_after_the_submit_loses_no_work(toy_on_fragile
 
 @pytest.fixture
 def toy_on_fragile_cluster(tmp_path, short_folder):
-    from slurm.dev import devcluster
+    from slurm.dev import cluster as devcluster
     from tests.cluster import require_packages
 
     require_packages()

@@ -1,4 +1,4 @@
-"""Released models as shapes, with the numbers of their config.json (reference/megatron.md 1.1)."""
+"""Released models as shapes, with the numbers of their config.json."""
 
 from megatron_ext.parallel.shape import ATTENTION, MAMBA, MLP, MOE, WINDOW, ModelShape
 

@@ -201,14 +201,14 @@ def attempt(**arguments: Any) -> Measured | str:
 
 def attempt_with_batched_sends(**arguments: Any) -> Measured | str:
     """With mcore's default way of sending between stages."""
-    from megatron_ext.models import common
+    from megatron_ext.models import decoder_spec
 
-    ours = common._pipeline
-    common._pipeline = lambda *a: ours(*a) | dict(overlap_p2p_comm=False, batch_p2p_comm=True)
+    ours = decoder_spec._pipeline
+    decoder_spec._pipeline = lambda *a: ours(*a) | dict(overlap_p2p_comm=False, batch_p2p_comm=True)
     try:
         return attempt(**arguments)
     finally:
-        common._pipeline = ours
+        decoder_spec._pipeline = ours
 
 
 def arguments_of(case: Refused, tmp_path: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import import_hf
 from megatron_ext.model_folders import model_folder
-from megatron_ext.models import compare
-from megatron_ext.models.reading import WITHOUT_EFFECT
+from megatron_ext.models import config_meaning
+from megatron_ext.models.config_reading import WITHOUT_EFFECT
 from megatron_ext.models.registry import parse_config
 from tests.megatron_ext import tiny
 
@@ -177,7 +177,7 @@ def test_a_value_that_reading_drops_is_found_when_it_is_written_again():
     """The guard behind the families' own reading."""
     dims = FAMILIES["gpt_oss"]
     file = file_of(dims) | dict(swiglu_limit=3.0, sliding_window=4, initializer_range=9.9)
-    assert sorted(compare.lost(file, tiny.family(dims), dims)) == [
+    assert sorted(config_meaning.lost(file, tiny.family(dims), dims)) == [
         "sliding_window = 4 was understood as 8", "swiglu_limit = 3.0 was understood as 0.5",
     ]  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_models_of_another_function_differ_by_name_and_both_values():
     ours = tiny.NEMOTRON_H_DIMS
     theirs = replace(ours, routed_scale=1.0, norm_epsilon=1e-6, max_positions=9999)
     family = tiny.family(ours)
-    assert sorted(compare.differences(compare.meaning(family, ours), compare.meaning(family, theirs))) == [
+    assert sorted(config_meaning.differences(config_meaning.meaning(family, ours), config_meaning.meaning(family, theirs))) == [
         "layer_norm_epsilon is 1e-05, not 1e-06", "routed_scaling_factor is 2.5, not 1.0",
     ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -81,17 +82,21 @@ def test_the_router_computes_in_the_dtype_it_is_asked_for(bias):
         device.original(path)(*arguments)
 
 
+def _noting(dtypes, matmul, a, b):
+    dtypes.append(a.dtype)
+    return matmul(a, b)
+
+
 @pytest.mark.parametrize("name", ["frozen_weight", "grad_accumulation_and_async_allreduce"])
 def test_a_cpu_without_bf16_multiplies_in_fp32(alone, monkeypatch, name):
     linear = patched(f"megatron.core.tensor_parallel.layers.linear_with_{name}")
     operands = [torch.randn(shape).bfloat16().requires_grad_() for shape in ((40, 300), (50, 300), (50,))]
     exact = torch.nn.functional.linear(*(x.double() for x in operands))
     for supported in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
         multiplied = []
         with monkeypatch.context() as spy:
-            matmul = torch.matmul
-            spy.setattr(torch, "matmul", lambda a, b: multiplied.append(a.dtype) or matmul(a, b))
+            spy.setattr(torch, "matmul", partial(_noting, multiplied, torch.matmul))
             out = linear(*operands, False, False, False, tp_group=None)
         assert multiplied == [torch.bfloat16 if supported else torch.float32]
         assert out.dtype == torch.bfloat16 and torch.allclose(out.double(), exact, rtol=2**-7, atol=2**-5)

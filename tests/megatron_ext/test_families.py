@@ -257,15 +257,15 @@ def test_the_te_names_are_those_that_megatron_cores_spec_fuses(alone, shape):
 
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from megatron_ext.models import common
+    from megatron_ext.models import decoder_spec
 
-    stock = common.get_gpt_layer_with_transformer_engine_spec
+    stock = decoder_spec.get_gpt_layer_with_transformer_engine_spec
     assert stock is gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec
     source = inspect.getsource(stock)
     assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source
     assert "pre_mlp_layernorm=backend.layer_norm() if num_experts else IdentityOp" in source
     config = tiny.family(shape).spec.transformer_config(shape, ParallelPlan(), torch.float32, "torch")
-    (layer, *_) = common.decoder_spec(config, "torch").layer_specs
+    (layer, *_) = decoder_spec.decoder_spec(config, "torch").layer_specs
     fused = layer.submodules.sharded_state_dict_keys_map
     for rule in tiny.family(shape).mapping.rules(shape):
         found = next((key for key in fused if f".{key}" in rule.name), None)
@@ -273,7 +273,7 @@ def test_the_te_names_are_those_that_megatron_cores_spec_fuses(alone, shape):
 
 
 def test_an_unknown_backend_is_an_error():
-    from megatron_ext.models import common
+    from megatron_ext.models import decoder_spec
 
     with pytest.raises(ValueError, match="neither"):
-        common.decoder_spec(None, "apex")
+        decoder_spec.decoder_spec(None, "apex")

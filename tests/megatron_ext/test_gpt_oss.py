@@ -56,7 +56,7 @@ def test_the_released_config_is_understood():
 
     dims, problems = read(RELEASED)
     assert problems == [] and shape(dims) == GPT_OSS_20B
-    assert shape(dims).parameters.total == 20_914_757_184  # reference/megatron.md 1.1
+    assert shape(dims).parameters.total == 20_914_757_184  # of the released model
     assert dims.dtype == "bfloat16" and dims.yarn.factor == 32 and not dims.yarn.truncate
     assert dims.sliding[:2] == (True, False) and dims.window == 128
 

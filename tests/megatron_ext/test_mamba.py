@@ -7,6 +7,7 @@ import copy
 import importlib
 import sys
 import types
+from functools import partial
 
 import numpy
 import pytest
@@ -18,7 +19,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 from megatron_ext.layers import mamba
 from megatron_ext.layers.documents import packed_documents
-from megatron_ext.layers.mamba import State, convolve, documents_of, scan
+from megatron_ext.layers.mamba import documents_of
+from megatron_ext.layers.mamba_scan import State, convolve, scan
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.weights import staging
 from tests.megatron_ext import tiny
@@ -157,7 +159,7 @@ def test_memory_is_linear_and_that_of_a_segment_besides_its_inputs(mixer):
         mixer.advance(rows, documents)[0].sum().backward()
 
     segment = mamba.SEGMENT
-    one, four, eight = (peak_bytes(lambda: step(n * segment)) for n in (1, 4, 8))
+    one, four, eight = (peak_bytes(partial(step, n * segment)) for n in (1, 4, 8))
     width, inner = sum(mixer._sizes()), mixer.heads * mixer.head_dim
     per_token = (eight - four) / (4 * segment)
     assert per_token <= 4 * (2 * width + 3 * inner)  # inputs and outputs with their gradients
@@ -165,7 +167,7 @@ def test_memory_is_linear_and_that_of_a_segment_besides_its_inputs(mixer):
 
 
 def test_a_segment_leaves_no_block_behind(mixer, monkeypatch):
-    """Blocks kept between the temporaries of segments broke up malloc's heap: 2.4 times the memory at 262,144 tokens."""
+    """Blocks kept between segments' temporaries broke up malloc's heap: 2.4 times the memory at 262,144 tokens."""
     monkeypatch.setattr(mamba, "SEGMENT", 32)
 
     def blocks(segments):

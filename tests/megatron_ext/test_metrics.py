@@ -18,7 +18,7 @@ from data_tools.progress import Stopped
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan, Site
-from megatron_ext.preflight import planner, preflight
+from megatron_ext.preflight import facts, flops
 from megatron_ext.training import metrics, supervised
 from megatron_ext.training.rows import micro_batch
 from megatron_ext.training.track import Track
@@ -202,9 +202,9 @@ def test_mfu_is_the_planners_flops_over_the_data_sheets(calculator, tmp_path, mo
     config = replace(sft_config(calculator, 2), log_every=2)
     sft.run(config, tmp_path / "out", tmp_path / "keep")
     (line,) = lines_of(tmp_path / "keep")
-    training, _ = preflight.prepare(config.model, config.packs, 4, "", "torch", Site(1))
+    training, _ = facts.prepare(config.model, config.packs, 4, "", "torch", Site(1))
     assert training.documents.known
-    assert line["mfu"] == pytest.approx(planner.training_flops(training) * 4 / line["step_s"] / 989e12)
+    assert line["mfu"] == pytest.approx(flops.training_flops(training) * 4 / line["step_s"] / 989e12)
 
 
 def test_a_missing_tracker_is_named_with_its_remedy(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import init_model
 from megatron_ext.models.nemotron_h.config import hf_config, read, shape
-from megatron_ext.models.nemotron_h.mapping import NORMS
+from megatron_ext.models.nemotron_h.weight_layout import NORMS
 from megatron_ext.models.registry import Family, read_config
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training.rows import micro_batch
@@ -146,7 +146,7 @@ NANO_CONFIG = {
 def test_nemotron_3_nano_is_understood():
     dims, problems = read(NANO_CONFIG)
     assert problems == [] and shape(dims) == NANO
-    assert shape(dims).parameters.total == 31_577_937_344  # reference/megatron.md 1.1
+    assert shape(dims).parameters.total == 31_577_937_344  # of the released model
     in_transformers = {**NANO_CONFIG, "time_step_limit": [0.0, {"__float__": "Infinity"}]}
     assert read(in_transformers) == (dims, [])
     assert read({**NANO_CONFIG, "head_dim": None, "attention_head_dim": 128})[0] == dims

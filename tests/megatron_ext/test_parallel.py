@@ -56,7 +56,7 @@ def test_the_global_batch_of_the_sft_seed_fits_64_gpus_and_not_128(data, legal):
         assert found[0].endswith("8 data-parallel ranks x micro-batch 1 = 8: use a global batch of 56 packs")
 
 
-# The valid sets of reference/megatron.md 2.2, on 64 ranks.
+# The legal degrees of released models on 64 ranks.
 @pytest.mark.parametrize(
     "shape, field, backend, legal",
     [

@@ -1,4 +1,4 @@
-"""The planner against the reference's worked examples (reference/megatron.md 2.10 to 2.14), in its units."""
+"""Predicted memory, FLOPs and step times against examples that were worked out by hand, in their units."""
 
 from dataclasses import replace
 
@@ -10,21 +10,10 @@ from megatron_ext.parallel.calibration import GIB, GPUS, PUBLISHED
 from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import is_legal
 from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape
-from megatron_ext.preflight.planner import (
-    Documents,
-    Training,
-    block_activations,
-    cost_coefficients,
-    in_flight,
-    kernel_shares,
-    kind_of,
-    memory,
-    micro_batches,
-    search,
-    stages,
-    step,
-    training_flops,
-)
+from megatron_ext.preflight.facts import Documents, Training
+from megatron_ext.preflight.flops import cost_coefficients, kernel_shares, kind_of, step, training_flops
+from megatron_ext.preflight.memory import block_activations, in_flight, memory, micro_batches, stages
+from megatron_ext.preflight.search import search
 from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_120B, NANO, QWEN_32B
 
 QWEN3_32B = ModelShape(

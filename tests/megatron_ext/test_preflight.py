@@ -12,8 +12,8 @@ from megatron_ext.models.qwen2.config import hf_config
 from megatron_ext.parallel.calibration import GIB, GPUS
 from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
 from megatron_ext.parallel.rules import is_legal
-from megatron_ext.preflight import preflight
-from megatron_ext.preflight.planner import Documents, Training
+from megatron_ext.preflight import facts, refusals, search, tables
+from megatron_ext.preflight.facts import Documents, Training
 from tests.data_tools.test_pack import store_of
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import NANO
@@ -41,7 +41,7 @@ def test_the_documents_of_a_pack_plan_are_counted(tmp_path):
     store = store_of(tmp_path / "store", [(20, 10), (10, 10), (30, 30), (4, 3)])
     out.mkdir()
     pack.pack(pack.Config(str(store), pack_length=64), out)
-    training, problems = preflight.prepare(str(model), str(out), 2, "", "torch", Site(1))
+    training, problems = facts.prepare(str(model), str(out), 2, "", "torch", Site(1))
     assert problems == [] and training.dtype == "float32"
     assert training.workload.longest == 60 and training.workload.pack_length == 64
     lengths = numpy.array([30, 20, 60, 7])
@@ -56,13 +56,13 @@ def nano(ranks: int, length: int = 262_144) -> Training:
 def test_openresearchers_plan_is_refused_with_its_memory_and_a_legal_one_offered():
     """TP 2, CP 2, EP 1, ETP 1 on 4 GPUs at 262,144 tokens: no room, and wrong expert gradients besides."""
     seed, site = ParallelPlan(tensor=2, context=2, sequence_parallel=True), Site(4, gpus_per_node=8, gpu="h100")
-    found = [problem.message for problem in preflight.check(seed, nano(4), site)]
+    found = [problem.message for problem in refusals.check(seed, nano(4), site)]
     assert any("gives wrong expert gradients without an error: use expert" in message for message in found)
     assert found[-1].startswith("needs 499.9 GiB a GPU (state 258.6, activations 234.1, logits 3.3, other 4.0)")
     assert "and a GPU has 79.6: use " in found[-1] and "GPUs (" in found[-1]
-    state = preflight.report(seed, nano(4), site, searching=False)["facts"]["memory"]
+    state = tables.report(seed, nano(4), site, searching=False)["facts"]["memory"]
     assert sum(state[name] for name in ("weights", "gradients", "optimizer")) == pytest.approx(258.5, abs=0.15)
-    ranks, best = preflight.offer(seed, nano(4))
+    ranks, best = search.offer(seed, nano(4))
     assert is_legal(best.plan, Workload(ranks, NANO, 262_144, align=best.plan.document_unit(), global_batch=60))
     assert best.memory.total < GPUS["h100"].memory_gib * GIB
 
@@ -70,7 +70,7 @@ def test_openresearchers_plan_is_refused_with_its_memory_and_a_legal_one_offered
 def test_a_running_rank_does_not_take_itself_for_a_cpu():
     """Experts split both ways need NCCL: refused where the profile has no GPUs, and not asked on the rank itself."""
     for gpus_per_node, gpus in ((None, None), (0, False), (8, True)):
-        training, _ = preflight.prepare("", "", 1, "", "torch", Site(4, gpus_per_node=gpus_per_node))
+        training, _ = facts.prepare("", "", 1, "", "torch", Site(4, gpus_per_node=gpus_per_node))
         assert training.workload.gpus is gpus
 
 
@@ -78,7 +78,7 @@ def test_a_plan_that_fits_has_no_problem_and_an_unknown_gpu_refuses_nothing():
     fits = ParallelPlan(tensor=2, sequence_parallel=True, expert=8)
     work = replace(nano(8, 4096), workload=Workload(8, NANO, 4096, global_batch=64), gpu=GPUS["h200"])
     site = Site(8, gpus_per_node=8)
-    refused_for_memory = [p for p in preflight.check(fits, work, site) if p.message.startswith("needs")]
+    refused_for_memory = [p for p in refusals.check(fits, work, site) if p.message.startswith("needs")]
     assert refused_for_memory == []
     huge = replace(work, gpu=None, workload=Workload(8, NANO, 2**20, global_batch=64))
-    assert not [p for p in preflight.check(fits, huge, site) if p.message.startswith("needs")]
+    assert not [p for p in refusals.check(fits, huge, site) if p.message.startswith("needs")]

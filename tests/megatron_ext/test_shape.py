@@ -8,7 +8,7 @@ from megatron_ext.models.layouts import hf_shapes
 from megatron_ext.models.registry import stages as parts_of
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.preflight.planner import stages
+from megatron_ext.preflight.memory import stages
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_120B, NANO, QWEN_32B
 
@@ -17,7 +17,7 @@ FAMILIES = [tiny.DIMS, tiny.dims(tied=False), tiny.GPT_OSS_DIMS, tiny.NEMOTRON_H
 
 @pytest.mark.parametrize(
     "shape, parameters, expert, active",
-    [  # reference/megatron.md 1.1; the 120B is that of its model card
+    [  # those of the released models; the 120B is that of its model card
         (QWEN_32B, 32_763_876_352, 0, 32_763_876_352 - 152064 * 5120),
         (GPT_OSS_20B, 20_914_757_184, 19_116_933_120, 3_608_307_264),
         (GPT_OSS_120B, 116_829_156_672, 114_701_598_720, 5_132_849_472),

@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def _saved(data: bytes) -> bytes:
     return data
 
 
-def archive(path: Path, data: bytes, more: dict[str, bytes] = {}) -> Path:
+def archive(path: Path, data: bytes, more: Mapping[str, bytes] = {}) -> Path:
     """A .pt file with that pickle."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:

@@ -114,13 +114,15 @@ def test_sbatch_gives_the_id_without_the_cluster(tmp_path):
 
 FAILED = "sbatch: error: Batch job submission failed: "
 REFUSALS = [  # what sites write, and how Slurm closes it
-    ["sbatch: error: No account given. Choose one of yours with --account and try again.", FAILED + "Unspecified error"],
+    ["sbatch: error: No account given. Choose one of yours with --account and try again.",
+     FAILED + "Unspecified error"],
     ["sbatch: error: Jobs need a timeout handler: see the communication of May.", FAILED + "Unspecified error"],
     ["sbatch: error: no socket", "sbatch: error: Unable to contact slurm controller (connect failure)?",
      FAILED + "Requested node configuration is not available"],
     ["try again"], ["timeout"], ["communication"], ["Socket timed out on send/recv operation"], [],
     [FAILED + "Resource temporarily unavailable, try again"],
-    [FAILED + "Socket timed out on send/recv operation", "sbatch: error: (wrapper)", FAILED + "Job violates QOS policy"],
+    [FAILED + "Socket timed out on send/recv operation", "sbatch: error: (wrapper)",
+     FAILED + "Job violates QOS policy"],
 ]  # fmt: skip
 LOST = [[FAILED + text] for text in printed.LOST_CONNECTION]
 LOST.append(["*** maintenance on Monday ***", FAILED + "Socket timed out on send/recv operation", "see the wiki"])

@@ -11,7 +11,7 @@ import pytest
 from data_tools.mistake import UserMistake
 from slurm import client, detect, profile
 from slurm.client import SlurmUnavailable
-from slurm.dev import devcluster
+from slurm.dev import cluster as devcluster
 from tests.cluster import require_packages
 
 

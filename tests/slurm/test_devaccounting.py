@@ -8,7 +8,8 @@ import pytest
 
 from data_tools.mistake import UserMistake
 from slurm.client import Slurm, SlurmError
-from slurm.dev import devaccounting, devcluster
+from slurm.dev import accounting as devaccounting
+from slurm.dev import cluster as devcluster
 from tests.cluster import require_packages, wait_until
 from tests.slurm.test_devcluster import processes_mentioning
 

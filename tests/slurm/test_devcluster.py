@@ -15,9 +15,10 @@ import pytest
 
 from data_tools.mistake import UserMistake
 from slurm.client import Slurm, SlurmUnavailable
-from slurm.dev import devcluster, devconfig
-from slurm.dev.devcluster import DevCluster
-from slurm.dev.devconfig import Shape
+from slurm.dev import cluster as devcluster
+from slurm.dev import config as devconfig
+from slurm.dev.cluster import DevCluster
+from slurm.dev.config import Shape
 from slurm.dev.processes import Process
 from tests.cluster import require_packages, rows_of, wait_until
 
@@ -334,7 +335,8 @@ def test_a_normal_user_has_a_cluster_of_his_own_that_others_cannot_enter(short_f
     nobody = 65534
     os.chown(short_folder, nobody, nobody)
     code = (
-        "import sys; from pathlib import Path; from slurm.dev import devcluster; from slurm.client import Slurm\n"
+        "import sys; from pathlib import Path\n"
+        "from slurm.dev import cluster as devcluster; from slurm.client import Slurm\n"
         f"c = devcluster.up(Path({str(short_folder)!r}), nodes=2); s = Slurm(c.env())\n"
         "s.sbatch(['--export=NONE', '--output=/dev/null', '--wait', '--wrap', 'srun /bin/true'])\n"
         "print(oct(c.prefix.stat().st_mode & 0o777), [row.state for row in s.queue()])\n"

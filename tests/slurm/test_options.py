@@ -3,10 +3,12 @@
 import pytest
 
 from slurm.options import RESERVED, SRUN_RESERVED, VARIABLES, option_problems, own_setting_problems
-from slurm.profile import Env, Partition, Profile, Srun, load
+from slurm.profile.files import load
+from slurm.profile.schema import Env, Partition, Profile, Srun
 
-ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses", "wckey",
-           "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network", "wait-all-nodes")  # fmt: skip
+ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses",
+           "wckey", "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network",
+           "wait-all-nodes")  # fmt: skip
 
 
 def problem_of(key, value="x"):

@@ -8,9 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_tools.mistake import UserMistake
-from slurm import profile
 from slurm.printed import PartitionRow
-from slurm.profile import Partition, Profile, Request, Role
+from slurm.profile import files
+from slurm.profile.check import check, forwarding_notes, forwarding_problems
+from slurm.profile.resolve import resolve
+from slurm.profile.schema import STANDARD_ROLES, Env, Partition, Profile, Request, Role
 
 GOOD = """\
 partitions:
@@ -27,24 +29,24 @@ max_array_size: 100
 @pytest.fixture
 def good(tmp_path):
     (tmp_path / "good.yaml").write_text(GOOD)
-    return profile.load(str(tmp_path / "good.yaml"))
+    return files.load(str(tmp_path / "good.yaml"))
 
 
 def problems_of(tmp_path, text):
     path = tmp_path / "p.yaml"
     path.write_text(text)
     with pytest.raises(UserMistake) as error:
-        profile.load(str(path))
+        files.load(str(path))
     return {problem.where.replace(f"{path}", "p.yaml"): problem.message for problem in error.value.problems}
 
 
 @pytest.mark.parametrize("name", ["dev", "local", "example"])
 def test_shipped_profiles_load_have_every_standard_role_and_freeze_without_loss(name, tmp_path):
-    loaded = profile.load(name)
-    assert set(loaded.roles) == set(profile.STANDARD_ROLES)
-    assert profile.resolve(loaded, Request("cpu")).gpus_per_node == 0
-    (tmp_path / "frozen.yaml").write_text(profile.to_yaml(loaded))
-    assert profile.load(str(tmp_path / "frozen.yaml")) == loaded
+    loaded = files.load(name)
+    assert set(loaded.roles) == set(STANDARD_ROLES)
+    assert resolve(loaded, Request("cpu")).gpus_per_node == 0
+    (tmp_path / "frozen.yaml").write_text(files.to_yaml(loaded))
+    assert files.load(str(tmp_path / "frozen.yaml")) == loaded
     assert OmegaConf.to_object(OmegaConf.structured(loaded)) == loaded
 
 
@@ -108,33 +110,33 @@ def test_a_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text):
 
 def test_an_unknown_profile_names_the_nearest_and_the_folders():
     with pytest.raises(UserMistake, match=re.escape("did you mean example?")) as error:
-        profile.load("exmple")
-    assert str(profile.BUILT_IN) in str(error.value)
+        files.load("exmple")
+    assert str(files.BUILT_IN) in str(error.value)
 
 
 def test_the_users_own_folder_comes_first(tmp_path, monkeypatch):
     (tmp_path / "dev.yaml").write_text("kind: local\nroles: {cpu: {}}\n")
     monkeypatch.setenv("AFTEROK_PROFILES", os.pathsep.join(["/nowhere", str(tmp_path)]))
-    assert profile.load("dev").kind == "local"
-    assert "dev" in profile.names()
+    assert files.load("dev").kind == "local"
+    assert "dev" in files.names()
 
 
 def test_a_request_takes_what_it_does_not_say_from_its_role(good):
-    got = profile.resolve(good, Request("train"))
+    got = resolve(good, Request("train"))
     assert (got.partition, got.nodes, got.gpus_per_node, got.ranks_per_node, got.cpus_per_task) == ("gpu", 1, 8, 8, 12)
     assert (got.time_minutes, got.mem_gib, got.account, got.qos) == (1440, None, "llm", "high")
-    assert profile.resolve(good, Request("cpu")).ranks_per_node == 1
-    assert profile.resolve(good, Request("cpu")).time_minutes == 90  # the partition's
-    got = profile.resolve(good, Request("train", nodes=2, gpus_per_node=4, time="30", mem_gib=7, partition="cpu"))
+    assert resolve(good, Request("cpu")).ranks_per_node == 1
+    assert resolve(good, Request("cpu")).time_minutes == 90  # the partition's
+    got = resolve(good, Request("train", nodes=2, gpus_per_node=4, time="30", mem_gib=7, partition="cpu"))
     assert (got.partition, got.nodes, got.ranks_per_node, got.time_minutes, got.mem_gib) == ("cpu", 2, 4, 30, 7)
     good.roles["train"].ranks_per_node = 16
-    assert profile.resolve(good, Request("train")).ranks_per_node == 16
-    assert profile.resolve(good, Request("train", gpus_per_node=4)).ranks_per_node == 4  # one a GPU again
+    assert resolve(good, Request("train")).ranks_per_node == 16
+    assert resolve(good, Request("train", gpus_per_node=4)).ranks_per_node == 4  # one a GPU again
 
 
 def test_what_the_cluster_would_refuse_is_said_with_numbers_and_the_nearest_legal_value(good):
     request = Request("train", nodes=9, gpus_per_node=16, mem_gib=2000, time="3-0")
-    found = {problem.where: problem.message for problem in profile.check(good, request, "t.yaml: sft.resources")}
+    found = {problem.where: problem.message for problem in check(good, request, "t.yaml: sft.resources")}
     assert found == {
         "t.yaml: sft.resources.nodes": "9 nodes, but partition gpu has 4; ask for at most 4",
         "t.yaml: sft.resources.gpus_per_node": "16 GPUs a node, but partition gpu has 8; ask for at most 8",
@@ -143,32 +145,32 @@ def test_what_the_cluster_would_refuse_is_said_with_numbers_and_the_nearest_lega
             "16 ranks of 12 CPUs are 192 a node, but partition gpu has 96; at most 6 cpus_per_task",
         "t.yaml: sft.resources.time": "3-00:00:00 is longer than partition gpu allows; ask for at most 2-00:00:00",
     }  # fmt: skip
-    assert profile.check(good, Request("train", nodes=4, time="2-0"), "w") == []
+    assert check(good, Request("train", nodes=4, time="2-0"), "w") == []
 
 
 def test_values_below_the_least_are_refused(good):
     request = Request("cpu", nodes=0, gpus_per_node=-1, cpus_per_task=0, ranks_per_node=0, time="0", mem_gib=0)
-    wheres = [problem.where for problem in profile.check(good, request, "w")]
+    wheres = [problem.where for problem in check(good, request, "w")]
     assert sorted(wheres) == [
         "w.cpus_per_task", "w.gpus_per_node", "w.mem_gib", "w.nodes", "w.ranks_per_node", "w.time",
     ]  # fmt: skip
 
 
 def test_unknown_role_partition_and_time_name_the_nearest(good):
-    (found,) = profile.check(good, Request("trian"), "w")
+    (found,) = check(good, Request("trian"), "w")
     assert found.where == "w.role" and "mean train?" in found.message and "cpu, train" in found.message
-    (found,) = profile.check(good, Request("train", partition="gpus"), "w")
+    (found,) = check(good, Request("train", partition="gpus"), "w")
     assert found.where == "w.partition" and "mean gpu?" in found.message
-    (found,) = profile.check(good, Request("train", time="1h"), "w")
+    (found,) = check(good, Request("train", time="1h"), "w")
     assert found.where == "w.time" and "'1h'" in found.message
     with pytest.raises(UserMistake):
-        profile.resolve(good, Request("trian"))
+        resolve(good, Request("trian"))
 
 
 def test_a_local_machine_limits_nothing_and_ignores_partitions():
-    local = profile.load("local")
-    assert profile.check(local, Request("train", gpus_per_node=64, nodes=9, partition="gpu"), "w") == []
-    assert profile.resolve(local, Request("train", partition="gpu")).partition is None
+    local = files.load("local")
+    assert check(local, Request("train", gpus_per_node=64, nodes=9, partition="gpu"), "w") == []
+    assert resolve(local, Request("train", partition="gpu")).partition is None
 
 
 def test_a_profile_from_the_live_cluster_puts_every_role_on_the_default_partition():
@@ -181,13 +183,13 @@ def test_a_profile_from_the_live_cluster_puts_every_role_on_the_default_partitio
         def max_array_size(self):
             return 1001
 
-    made = profile.from_live(Stub())
-    assert set(made.roles) == set(profile.STANDARD_ROLES) and set(made.partitions) == {"debug", "gpu"}
+    made = files.from_live(Stub())
+    assert set(made.roles) == set(STANDARD_ROLES) and set(made.partitions) == {"debug", "gpu"}
     assert made.partitions["gpu"] == Partition(max_nodes=2, cpus=96, mem_gib=1000, gpus_per_node=8)
     assert made.roles["train"] == Role(partition="gpu", time="1-00:00:00", gpus_per_node=8, cpus_per_task=12)
     assert made.roles["cpu"].gpus_per_node == 0
     for role in made.roles:
-        assert profile.check(made, Request(role), "w") == []
+        assert check(made, Request(role), "w") == []
 
 
 def test_the_schema_is_an_omegaconf_structured_config():
@@ -198,10 +200,10 @@ def test_the_schema_is_an_omegaconf_structured_config():
 def test_secrets_are_references_and_freeze_as_such(tmp_path):
     text = GOOD.replace("env: {", 'env: {secrets: {A: "file:~/.key", B: "cmd:pass show b", C: "env:X"}, forward: [X], ')
     (tmp_path / "p.yaml").write_text(text)
-    loaded = profile.load(str(tmp_path / "p.yaml"))
+    loaded = files.load(str(tmp_path / "p.yaml"))
     assert loaded.env.secrets == {"A": "file:~/.key", "B": "cmd:pass show b", "C": "env:X"}
-    (tmp_path / "frozen.yaml").write_text(profile.to_yaml(loaded))
-    assert profile.load(str(tmp_path / "frozen.yaml")) == dataclasses.replace(loaded)
+    (tmp_path / "frozen.yaml").write_text(files.to_yaml(loaded))
+    assert files.load(str(tmp_path / "frozen.yaml")) == dataclasses.replace(loaded)
 
 
 def test_what_is_no_reference_is_refused_without_showing_it(tmp_path):
@@ -224,15 +226,15 @@ env:
 
 
 def test_forwarding_is_said_by_name_and_a_forwarded_secret_is_warned_of():
-    asked = Profile(env=profile.Env(forward=["MODE", "KEY", "UNSET"], secrets={"TOKEN": "env:KEY", "F": "file:/f"}))
+    asked = Profile(env=Env(forward=["MODE", "KEY", "UNSET"], secrets={"TOKEN": "env:KEY", "F": "file:/f"}))
     asked.meta.name = "site"
-    sent, warning = profile.forwarding_notes(asked, {"MODE": "offline", "KEY": "hunter2"})
+    sent, warning = forwarding_notes(asked, {"MODE": "offline", "KEY": "hunter2"})
     assert "MODE, KEY (profile site, env.forward)" in sent and "UNSET" not in sent and "hunter2" not in sent + warning
     assert "TOKEN will not stay secret" in warning and "F" not in warning.split(" will ")[0]
-    assert profile.forwarding_problems(asked, {"KEY": "x"}) == []
-    (problem,) = profile.forwarding_problems(asked, {})
+    assert forwarding_problems(asked, {"KEY": "x"}) == []
+    (problem,) = forwarding_problems(asked, {})
     assert "export KEY first" in problem.message and "env.secrets.TOKEN" in problem.message
-    assert profile.forwarding_notes(Profile(), {"MODE": "x"}) == []
+    assert forwarding_notes(Profile(), {"MODE": "x"}) == []
 
 
 def test_local_processes_run_no_shell_lines_and_say_so(tmp_path):
@@ -243,8 +245,8 @@ def test_local_processes_run_no_shell_lines_and_say_so(tmp_path):
 
 def test_what_a_cluster_would_refuse_ends_with_its_contact(good):
     request = Request("train", nodes=99, gpus_per_node=99)
-    assert not any("contact" in str(problem) for problem in profile.check(good, request, "p"))
+    assert not any("contact" in str(problem) for problem in check(good, request, "p"))
     good.meta.contact = "help@x.org"
-    *others, last = profile.check(good, request, "p")
+    *others, last = check(good, request, "p")
     assert last.message.endswith("; contact for profile good: help@x.org")
     assert others and not any("contact" in str(problem) for problem in others)

@@ -1,13 +1,13 @@
 """gpt-oss: what of a Hugging Face config.json we understand. No torch here: checks read it too.
 
-Mapping to mcore: reference/megatron.md 1.3. Anything that would change the function and is not understood is refused.
+Its weights: weight_layout.py. Anything that would change the function and is not understood is refused.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
+from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.parallel.shape import ATTENTION, MOE, WINDOW, ModelShape
 
 SWIGLU_ALPHA = 1.702  # the only one that mcore's quick_gelu has
@@ -87,37 +87,26 @@ DEFAULT_ROPE = {  # transformers' own, where a file names none
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
-    """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
+    """Read the dimensions out of a parsed config.json, or every reason why this model is not understood."""
     config = {"num_local_experts": config.get("num_experts"), **config}  # transformers answers to both names
     reading = Reading(config, where, "gpt_oss")
-    sizes, layers = reading.sizes(SIZES), reading.sizes(LAYERS)["layers"]
+    sizes = reading.sizes(SIZES | LAYERS)
     if reading.problems:
         return None, reading.problems
+    layers = sizes.pop("layers")
     reading.only(ONLY)
     reading.known(READ | WITHOUT_EFFECT)
     hidden, ffn, experts, top_k = (sizes[name] for name in ("hidden", "ffn", "experts", "top_k"))
     for key, other in {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}.items():
         reading.agree(key, config.get(key), other, config[other])
     reading.groups(sizes["heads"])
-
-    kinds = reading.words("layer_types") or [(FULL, SLIDING)[(i + 1) % 2] for i in range(layers)]
-    window = config.get("sliding_window", 128) or 0
-    if unknown := sorted(set(kinds) - {FULL, SLIDING}):
-        reading.refuse("layer_types", unknown, f"{SLIDING} and {FULL} are")
-    if len(kinds) != layers:
-        reading.wrong(f"layer_types has {len(kinds)} entries for {layers} layers")
-    if type(window) is not int or window < (SLIDING in kinds):
-        reading.refuse("sliding_window", config.get("sliding_window"), "sliding layers need at least 1 token")
+    kinds, window = _windows(reading, layers)
     if config.get("swiglu_limit", 7.0) is None:
         reading.refuse("swiglu_limit", None, "experts clamp at a positive value")
     if not 2 <= top_k <= experts:
         reading.refuse("num_experts_per_tok", top_k, f"a softmax over the chosen takes 2 to {experts} experts here")
-    quantised = config.get("quantization_config")
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-    if method not in (None, "mxfp4"):
-        reading.refuse("quantization_config", method, "import the unquantized or the MXFP4 model")
-    elif method and (hidden % MXFP4_BLOCK or ffn % MXFP4_BLOCK):
-        reading.wrong(f"MXFP4 needs whole blocks of {MXFP4_BLOCK}: hidden_size is {hidden}, intermediate_size {ffn}")
+    method = _quantisation(reading, hidden, ffn)
+    rope_base, yarn = _rope_of(reading, sizes["head_dim"])
     dims = Dims(
         **sizes,
         window=window,
@@ -125,7 +114,8 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
         swiglu_limit=float(reading.number("swiglu_limit", 7.0)),
         tied=reading.flag("tie_word_embeddings", False),
         norm_epsilon=float(reading.number("rms_norm_eps", 1e-5)),
-        **_rope_of(reading, sizes["head_dim"]),
+        rope_base=rope_base,
+        yarn=yarn,
         # Files with MXFP4 experts need not name the dtype of the rest; transformers takes bfloat16 then.
         dtype=reading.dtype("bfloat16" if method else "float32"),
         mxfp4=method == "mxfp4",
@@ -133,11 +123,35 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     return (None, reading.problems) if reading.problems else (dims, [])
 
 
-def _rope_of(reading: Reading, head_dim: int) -> dict[str, Any]:
-    """rope_base and yarn, with transformers' defaults."""
+def _windows(reading: Reading, layers: int) -> tuple[list[str], int]:
+    """Return (the kind of each layer, tokens of the window)."""
+    kinds = reading.words("layer_types") or [(FULL, SLIDING)[(i + 1) % 2] for i in range(layers)]
+    window = reading.config.get("sliding_window", 128) or 0
+    if unknown := sorted(set(kinds) - {FULL, SLIDING}):
+        reading.refuse("layer_types", unknown, f"{SLIDING} and {FULL} are")
+    if len(kinds) != layers:
+        reading.wrong(f"layer_types has {len(kinds)} entries for {layers} layers")
+    if type(window) is not int or window < (SLIDING in kinds):
+        reading.refuse("sliding_window", reading.config.get("sliding_window"), "sliding layers need at least 1 token")
+    return kinds, window
+
+
+def _quantisation(reading: Reading, hidden: int, ffn: int) -> str | None:
+    """Return "mxfp4" where the file's experts are quantised, None where they are not."""
+    quantised = reading.config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if method not in (None, "mxfp4"):
+        reading.refuse("quantization_config", method, "import the unquantized or the MXFP4 model")
+    elif method and (hidden % MXFP4_BLOCK or ffn % MXFP4_BLOCK):
+        reading.wrong(f"MXFP4 needs whole blocks of {MXFP4_BLOCK}: hidden_size is {hidden}, intermediate_size {ffn}")
+    return method
+
+
+def _rope_of(reading: Reading, head_dim: int) -> tuple[float, Yarn | None]:
+    """Return (the base of rotary positions, how they are stretched), with transformers' defaults."""
     rope = reading.rope(DEFAULT_ROPE, 150000.0, head_dim, {"yarn": YARN, "default": ()})
     if rope["rope_type"] != "yarn":
-        return dict(rope_base=rope["rope_theta"], yarn=None)
+        return rope["rope_theta"], None
     original = rope.get("original_max_position_embeddings")
     if "factor" not in rope or original is None:
         reading.refuse("rope_parameters", rope, "yarn needs factor and original_max_position_embeddings")
@@ -152,11 +166,11 @@ def _rope_of(reading: Reading, head_dim: int) -> dict[str, Any]:
         beta_slow=float(reading.number("beta_slow", 1, rope)),
         truncate=bool(rope.get("truncate", True)),
     )
-    return dict(rope_base=rope["rope_theta"], yarn=yarn)
+    return rope["rope_theta"], yarn
 
 
 def shape(dims: Dims) -> ModelShape:
-    """What parallel rules and the planner need to know."""
+    """Return what parallel rules and predictions need to know of a model."""
     return ModelShape(
         layers=tuple((WINDOW if sliding else ATTENTION, MOE) for sliding in dims.sliding),
         hidden=dims.hidden,
@@ -192,11 +206,11 @@ def _rope(dims: Dims) -> dict[str, Any]:
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json of a GptOssForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
+    """Return config.json of a GptOssForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
     rope = _rope(dims)
     quantised = {"quantization_config": {"quant_method": "mxfp4"}} if dims.mxfp4 else {}
     return {
-        **file_of(dims, "GptOssForCausalLM", "gpt_oss", eos, pad),
+        **file_of(dims, "GptOssForCausalLM", model_type="gpt_oss", eos=eos, pad=pad),
         **quantised,
         **{name: getattr(dims, field) for field, name in SIZES.items()},
         **ONLY,
@@ -214,7 +228,9 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """config.json of the model that init_model's `sizes` ask for: 4 experts, 2 for each token, sliding layers first."""
+    """Return config.json of the model that init_model's `sizes` ask for: 4 experts, 2 for each token, sliding layers
+    first.
+    """
     dims = small_dims(
         Dims,
         sizes,

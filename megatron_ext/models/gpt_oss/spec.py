@@ -8,7 +8,8 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.layers.loss_head import SupervisedHead
-from megatron_ext.models import common
+from megatron_ext.layers.marks import marks
+from megatron_ext.models import decoder_spec
 from megatron_ext.models.gpt_oss.config import Dims, Yarn
 from megatron_ext.parallel.plan import ParallelPlan
 
@@ -16,11 +17,11 @@ from megatron_ext.parallel.plan import ParallelPlan
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    shared = common.decoder_fields(dims, plan, dtype, backend) | dict(
+    shared = decoder_spec.decoder_fields(dims, plan, dtype, backend) | dict(
         apply_rope_fusion=False,  # the fused kernel for packed rows drops YaRN's factor (rope_utils.py:289)
         bias_dropout_fusion=False,
     )
-    config = common.configured(
+    config = decoder_spec.configured(
         options,
         add_bias_linear=True,  # of router and experts too
         softmax_type="learnable",
@@ -47,7 +48,7 @@ def transformer_config(
 
 
 def _set_yarn(config: TransformerConfig, yarn: Yarn) -> None:
-    """mcore reads these off the configuration, which has no such fields (gpt_model.py:172-190)."""
+    """Set what mcore reads off the configuration, which has no such fields (gpt_model.py:172-190)."""
     config.yarn_rotary_scaling_factor = yarn.factor
     config.yarn_original_max_position_embeddings = yarn.original_positions
     config.yarn_beta_fast = yarn.beta_fast
@@ -64,21 +65,27 @@ def build(
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> SupervisedHead:
-    """As common.decoder."""
-    config = transformer_config(dims, plan, dtype, backend, options)
+    """Build this rank's part of the model, as decoder_spec.decoder does."""
+    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
     positions = "yarn" if dims.yarn else "rope"
-    model = common.decoder(
-        SupervisedHead, config, dims, plan, backend, virtual_stage, position_embedding_type=positions
+    model = decoder_spec.decoder(
+        SupervisedHead,
+        config,
+        dims,
+        plan=plan,
+        backend=backend,
+        virtual_stage=virtual_stage,
+        position_embedding_type=positions,
     )
     _mark_distinct(model)
     return model
 
 
 def _mark_distinct(model: torch.nn.Module) -> None:
-    """Says of sinks and expert biases that tensor ranks hold different ones (biases need expert_tensor 1).
+    """Mark sinks and expert biases as different on each tensor rank (biases need expert_tensor 1).
 
     Neither mcore nor Transformer Engine does, and the gradient norm would count those of one rank only.
     """
     for name, parameter in model.named_parameters():
         if name.endswith("softmax_offset") or (".experts." in name and "bias" in name):
-            parameter.tensor_model_parallel = True
+            marks(parameter).tensor_model_parallel = True

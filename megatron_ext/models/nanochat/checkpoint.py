@@ -32,7 +32,8 @@ _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.weight$")
 
 
 def find(folder: Path, tag: str, step: int) -> tuple[Path, Path] | None:
-    """(model file, meta file) of the step (-1: the last) in FOLDER/TAG; None where FOLDER holds no such checkpoints.
+    """Return (model file, meta file) of the step (-1: the last) in FOLDER/TAG; None where FOLDER holds no such
+    checkpoints.
 
     UserMistake where it does, but not the tag or the step.
     """
@@ -52,7 +53,9 @@ def find(folder: Path, tag: str, step: int) -> tuple[Path, Path] | None:
 
 
 def config_of(meta: Path, dtype: str) -> dict[str, Any]:
-    """config.json of the NanoChatForCausalLM that meta_STEP.json describes. UserMistake for what it cannot express."""
+    """Return config.json of the NanoChatForCausalLM that meta_STEP.json describes. Raises UserMistake for what it
+    cannot express.
+    """
     try:
         model = dict(durable.read_json(inside(meta.parent, meta.name))["model_config"])
         sizes = [int(model.pop(key)) for key in SIZES]
@@ -82,7 +85,7 @@ def config_of(meta: Path, dtype: str) -> dict[str, Any]:
 
 
 def hf_name(name: str) -> str:
-    """NanoChatForCausalLM's name of nanochat's tensor; unknown ones keep theirs."""
+    """Return NanoChatForCausalLM's name of nanochat's tensor; unknown ones keep theirs."""
     name = name.removeprefix("_orig_mod.")  # torch.compile's
     if block := _BLOCK.match(name):
         return f"model.layers.{block[1]}.{NAMES.get(block[2], block[2])}.weight"
@@ -93,20 +96,20 @@ class NanochatTensors:
     """The tensors of a model_STEP.pt under transformers' names; what hf_files.HfTensors is to safetensors."""
 
     def __init__(self, path: Path, vocabulary: int):
-        """UserMistake when the file is unreadable. Rows from `vocabulary` on are padding."""
+        """Read the file; raises UserMistake when it is unreadable. Rows from `vocabulary` on are padding."""
         from megatron_ext.files import pickles
 
         self._file, self._vocabulary = path, vocabulary
         try:
-            found = pickles.load(inside(path.parent, path.name))
+            loaded = pickles.load(inside(path.parent, path.name))
         except (OSError, pickles.Refused) as error:
             raise UserMistake(Problem(str(path), f"not a whole PyTorch checkpoint ({error})")) from None
-        if not isinstance(found, dict) or not all(type(name) is str for name in found):
+        if not isinstance(loaded, dict) or not all(type(name) is str for name in loaded):
             raise UserMistake(Problem(str(path), "is no checkpoint of nanochat: it is no dict of tensors by name"))
-        odd = [name for name, value in found.items() if not hasattr(value, "untyped_storage")]
+        odd = [name for name, value in loaded.items() if not hasattr(value, "untyped_storage")]
         if odd:
             raise UserMistake([Problem(str(path), f"{name} is no tensor") for name in odd[:LISTED]])
-        self._tensors = {hf_name(name): tensor for name, tensor in found.items()}
+        self._tensors = {hf_name(name): tensor for name, tensor in loaded.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(self.read(name).shape) for name in self._tensors}

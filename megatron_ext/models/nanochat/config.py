@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
+from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.parallel.shape import ATTENTION, MLP, ModelShape
 
 
@@ -51,7 +51,7 @@ WITHOUT_EFFECT: set[str] = set()
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
-    """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
+    """Read the dimensions out of a parsed config.json, or every reason why this model is not understood."""
     reading = Reading(config, where, "nanochat")
     sizes = reading.sizes(SIZES)
     if reading.problems:
@@ -76,7 +76,7 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
 
 
 def shape(dims: Dims) -> ModelShape:
-    """What parallel rules and the planner need to know."""
+    """Return what parallel rules and predictions need to know of a model."""
     return ModelShape(
         layers=((ATTENTION, MLP),) * dims.layers,
         hidden=dims.hidden,
@@ -94,9 +94,9 @@ def shape(dims: Dims) -> ModelShape:
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json of a NanoChatForCausalLM with these dimensions."""
+    """Return config.json of a NanoChatForCausalLM with these dimensions."""
     return {
-        **file_of(dims, "NanoChatForCausalLM", "nanochat", eos, pad),
+        **file_of(dims, "NanoChatForCausalLM", model_type="nanochat", eos=eos, pad=pad),
         **{name: value for name, value in ONLY.items() if value is not None},
         "intermediate_size": dims.ffn,
         "num_attention_heads": dims.heads,
@@ -109,6 +109,6 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """config.json of the model that init_model's `sizes` ask for."""
+    """Return config.json of the model that init_model's `sizes` ask for."""
     dims = small_dims(Dims, sizes, vocabulary, tied=bool(sizes.tied), logit_cap=LOGIT_CAP)
     return hf_config(dims, eos, pad)

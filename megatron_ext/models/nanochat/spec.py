@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.layers.loss_head import SupervisedHead, capped
 from megatron_ext.layers.norm import BareNorm
-from megatron_ext.models import common
+from megatron_ext.models import decoder_spec
 from megatron_ext.models.nanochat.config import Dims
 from megatron_ext.parallel.plan import ParallelPlan
 
@@ -18,12 +18,12 @@ from megatron_ext.parallel.plan import ParallelPlan
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    return common.configured(
+    return decoder_spec.configured(
         options,
         activation_func=squared_relu,
         add_bias_linear=False,
         qk_layernorm=True,  # before the rotation, where NanoChat has it after: a rotation changes no norm
-        **common.decoder_fields(dims, plan, dtype, backend),
+        **decoder_spec.decoder_fields(dims, plan, dtype, backend),
     )
 
 
@@ -48,8 +48,21 @@ def build(
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> NanoChat:
-    """As common.decoder. UserMistake for "te", whose norms all have weights."""
+    """Build this rank's part of the model, as decoder_spec.decoder does.
+
+    Raises:
+        UserMistake: the backend is "te", whose norms all have weights.
+    """
     if backend == "te":
         raise UserMistake(Problem("backend", "'te' has no norms without weights, as nanochat's are: use torch"))
-    config = transformer_config(dims, plan, dtype, backend, options)
-    return common.decoder(NanoChat, config, dims, plan, backend, virtual_stage, BareNorm, logit_cap=dims.logit_cap)
+    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
+    return decoder_spec.decoder(
+        NanoChat,
+        config,
+        dims,
+        plan=plan,
+        backend=backend,
+        virtual_stage=virtual_stage,
+        norm=BareNorm,
+        logit_cap=dims.logit_cap,
+    )

@@ -1,6 +1,6 @@
 """Nemotron-H and Nemotron-3-Nano: what of a Hugging Face config.json we understand. No torch here: checks read it too.
 
-Mapping to mcore: reference/megatron.md 1.4. A layer is one block: Mamba-2 (M), attention (*), mixture of experts (E) or
+Its weights: weight_layout.py. A layer is one block: Mamba-2 (M), attention (*), mixture of experts (E) or
 MLP (-). Both spellings are read: the pattern string of NVIDIA's own code and the list of transformers 5.
 
 transformers 5.23 bounds Mamba's steps below by `time_step_min` (modeling_nemotron_h.py:421), which NVIDIA's code,
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import Reading, file_of, small_dims
+from megatron_ext.models.config_reading import Reading, file_of, small_dims
 from megatron_ext.parallel.shape import ATTENTION, MAMBA, MLP, MOE, ModelShape
 
 CONVOLUTION = 4  # tokens that Mamba's convolution sees
@@ -56,7 +56,7 @@ class Dims:
 
     @property
     def mamba_inner(self) -> int:
-        """Width of x and z. `expand` has no say where heads are given (reference/megatron.md 1.4)."""
+        """Width of x and z. `expand` has no say where heads are given, as in NVIDIA's own modeling_nemotron_h.py."""
         return self.mamba_heads * self.mamba_head_dim
 
 
@@ -114,7 +114,7 @@ KNOWN = READ | WITHOUT_EFFECT | set(ONLY) | {name for sizes in SIZES.values() fo
 
 
 def _pattern(config: dict[str, Any]) -> tuple[str, str]:
-    """(pattern, "") or ("", what is wrong)."""
+    """Return (pattern, "") or ("", what is wrong)."""
     spelled = config.get("hybrid_override_pattern")
     if spelled is not None and (not isinstance(spelled, str) or not spelled or set(spelled) - set("M*E-")):
         return "", f"hybrid_override_pattern = {spelled!r} is no string of M, *, E and -"
@@ -138,22 +138,22 @@ def _pattern(config: dict[str, Any]) -> tuple[str, str]:
 
 
 def _number(value: Any) -> Any:
-    """transformers 5 writes infinity as {"__float__": "Infinity"}."""
+    """Return a number as it is meant: transformers 5 writes infinity as {"__float__": "Infinity"}."""
     return float(value["__float__"]) if isinstance(value, dict) and "__float__" in value else value
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
-    """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
+    """Read the dimensions out of a parsed config.json, or every reason why this model is not understood."""
     pattern, wrong = _pattern(config)
     if wrong:
         return None, [Problem(where, wrong)]
     if config.get("head_dim") is None:
         config = {**config, "head_dim": config.get("attention_head_dim")}
     reading = Reading(config, where, "nemotron_h")
-    sizes = {"hidden": "hidden_size", "vocabulary": "vocab_size"}
+    names = {"hidden": "hidden_size", "vocabulary": "vocab_size"}
     for block in sorted(set(pattern)):
-        sizes |= SIZES[block]
-    found = reading.sizes(sizes)
+        names |= SIZES[block]
+    sizes = reading.sizes(names)
     if reading.problems:
         return None, reading.problems
     reading.only(ONLY)
@@ -167,26 +167,39 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     for other in ("norm_eps", "rms_norm_eps"):
         reading.agree(other, config.get(other), "layer_norm_epsilon", epsilon)
     if "*" in pattern:
-        reading.groups(found["heads"])
-    if "M" in pattern and found["mamba_heads"] % found["mamba_groups"]:
-        reading.wrong(f"{found['mamba_heads']} Mamba heads do not divide by {found['mamba_groups']} groups")
+        reading.groups(sizes["heads"])
+    if "M" in pattern and sizes["mamba_heads"] % sizes["mamba_groups"]:
+        reading.wrong(f"{sizes['mamba_heads']} Mamba heads do not divide by {sizes['mamba_groups']} groups")
+    routing = Routing()
     if "E" in pattern:
-        found |= _routing(reading, found["experts"], found["top_k"])
+        routing = _routing(reading, sizes["experts"], sizes["top_k"])
     dims = Dims(
         pattern=pattern,
         norm_epsilon=epsilon,
         max_positions=int(reading.number("max_position_embeddings", 4096)),
         dtype=reading.dtype(),
-        **found,
+        expert_groups=routing.groups,
+        top_groups=routing.top_groups,
+        routed_scale=routing.scale,
+        **sizes,
     )
     return (None, reading.problems) if reading.problems else (dims, [])
 
 
-def _routing(reading: Reading, experts: int, top_k: int) -> dict[str, int | float]:
-    """How a token finds its experts; what mcore's router would do otherwise is refused."""
+@dataclass(frozen=True)
+class Routing:
+    """How a token finds its experts."""
+
+    groups: int = 1
+    top_groups: int = 1  # groups among whose experts it chooses
+    scale: float = 1.0  # of the routed experts' weights
+
+
+def _routing(reading: Reading, experts: int, top_k: int) -> Routing:
+    """Read how a token finds its experts; what mcore's router would do otherwise is refused."""
     config = reading.config
     groups, top_groups = (
-        reading.sizes({key: key})[key] if config.get(key) is not None else 1 for key in ("n_group", "topk_group")
+        reading.sizes({key: key}).get(key, 1) if config.get(key) is not None else 1 for key in ("n_group", "topk_group")
     )
     if config.get("routed_scaling_factor") is None:
         reading.wrong("routed_scaling_factor is missing: write the model's own (Nemotron-3-Nano has 2.5)")
@@ -195,7 +208,7 @@ def _routing(reading: Reading, experts: int, top_k: int) -> dict[str, int | floa
         reading.sizes({"n_shared_experts": "n_shared_experts"})  # at least one
     normalized = reading.flag("norm_topk_prob", True)
     if reading.problems:
-        return {}
+        return Routing()
     if normalized != (top_k > 1):
         reading.wrong(
             f"norm_topk_prob = {normalized} with num_experts_per_tok = {top_k} is not supported: "
@@ -210,11 +223,11 @@ def _routing(reading: Reading, experts: int, top_k: int) -> dict[str, int | floa
             f"n_group = {groups}, topk_group = {top_groups} with num_experts_per_tok = {top_k} is not supported: "
             "megatron-core ranks groups by their best num_experts_per_tok / topk_group experts, the model by two"
         )
-    return dict(expert_groups=groups, top_groups=top_groups, routed_scale=float(scale))
+    return Routing(groups, top_groups, float(scale))
 
 
 def shape(dims: Dims) -> ModelShape:
-    """What parallel rules and the planner need to know."""
+    """Return what parallel rules and predictions need to know of a model."""
     blocks = {"M": MAMBA, "*": ATTENTION, "E": MOE, "-": MLP}
     return ModelShape(
         layers=tuple((blocks[block],) for block in dims.pattern),
@@ -239,7 +252,9 @@ def shape(dims: Dims) -> ModelShape:
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json of a NemotronHForCausalLM with these dimensions, as transformers 5 and NVIDIA's own code read it."""
+    """Return config.json of a NemotronHForCausalLM with these dimensions, as transformers 5 and NVIDIA's own code read
+    it.
+    """
     present = [sizes for block, sizes in SIZES.items() if block in dims.pattern]
     sizes = {name: getattr(dims, field) for sizes in present for field, name in sizes.items()}
     routing = {
@@ -250,7 +265,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
         "routed_scaling_factor": dims.routed_scale,
     }
     return {
-        **file_of(dims, "NemotronHForCausalLM", "nemotron_h", eos, pad),
+        **file_of(dims, "NemotronHForCausalLM", model_type="nemotron_h", eos=eos, pad=pad),
         **{name: value for name, value in ONLY.items() if value is not None},
         **sizes,
         **(routing if dims.experts else {}),
@@ -262,7 +277,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """config.json of the model that init_model's `sizes` ask for."""
+    """Return config.json of the model that init_model's `sizes` ask for."""
     dims = small_dims(
         Dims,
         sizes,

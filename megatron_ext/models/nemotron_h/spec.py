@@ -30,7 +30,7 @@ from megatron_ext.layers.loss_head import SupervisedHybrid
 from megatron_ext.layers.mamba import MambaMixer, MambaMixerSubmodules
 from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
-from megatron_ext.models import common
+from megatron_ext.models import decoder_spec
 from megatron_ext.models.nemotron_h.config import Dims
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
@@ -40,7 +40,7 @@ STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recu
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    return common.configured(
+    return decoder_spec.configured(
         options,
         num_layers=dims.layers,
         hidden_size=dims.hidden,
@@ -59,12 +59,14 @@ def transformer_config(
         mamba_num_groups=dims.mamba_groups or 1,
         mamba_state_dim=dims.mamba_state or 1,
         **(_experts(dims, backend) if "E" in dims.pattern else {}),
-        **common.settings(plan, dtype, backend) | _cuts(plan),
+        **decoder_spec.settings(plan, dtype, backend) | _cuts(plan),
     )
 
 
 def _cuts(plan: ParallelPlan) -> dict[str, Any]:
-    """MambaStack reads no layout but the numbers of layers at the ends; those between are equal (parallel_rules.py)."""
+    """Return the fields that cut the pattern: MambaStack reads the numbers of layers at the ends, between they are
+    equal.
+    """
     if not plan.pipeline_layers:
         return {}
     return dict(
@@ -188,7 +190,7 @@ def build(
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> SupervisedHybrid:
-    """This rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
+    """Build this rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
     if backend == "te" and dims.norm_epsilon != STOCK_EPSILON:
         raise UserMistake(
             Problem(
@@ -197,8 +199,8 @@ def build(
                 "use backend torch",
             )
         )
-    config = transformer_config(dims, plan, dtype, backend, options)
-    ends = common.ends(virtual_stage)
+    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
+    ends = decoder_spec.ends(virtual_stage)
     del ends["vp_stage"]  # hybrid models have no interleaved pipeline
     model = SupervisedHybrid(
         config,

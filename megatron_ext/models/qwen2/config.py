@@ -1,14 +1,14 @@
 """Qwen2 and Qwen2.5, Qwen3 and Llama, dense: what of a Hugging Face config.json we understand. No torch here: checks
 read it too.
 
-Mapping to mcore: reference/megatron.md 1.2. Anything that would change the function and is not understood is refused.
+Its weights: weight_layout.py. Anything that would change the function and is not understood is refused.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from data_tools.mistake import Problem
-from megatron_ext.models.reading import ROPE_KEYS, Reading, file_of, small_dims
+from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
 from megatron_ext.parallel.shape import ATTENTION, MLP, ModelShape
 
 
@@ -85,7 +85,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 
 
 def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | None, list[Problem]]:
-    """Dimensions out of a parsed config.json, or every reason why this model is not understood."""
+    """Read the dimensions out of a parsed config.json, or every reason why this model is not understood."""
     kind = KINDS[config["model_type"]]
     reading = Reading(config, where, config["model_type"])
     sizes = reading.sizes(SIZES)
@@ -104,8 +104,10 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
     elif not kind.head_dim and hidden % heads:
         reading.wrong(f"hidden_size {hidden} does not divide by {heads} attention heads")
     head_dim = head_dim if type(head_dim) is int else kind.head_dim or hidden // heads
-    llama3 = {"llama3": ("factor", *LLAMA3)} if config["model_type"] == "llama" else {}
-    rope = reading.rope({}, 10000.0, head_dim, {"default": ()} | llama3)
+    kinds: dict[str, tuple[str, ...]] = {"default": ()}
+    if config["model_type"] == "llama":
+        kinds["llama3"] = ("factor", *LLAMA3)
+    rope = reading.rope({}, 10000.0, head_dim, kinds)
     factor = 0.0
     if rope["rope_type"] == "llama3":
         factor = float(reading.number("factor", 0.0, rope))
@@ -127,7 +129,7 @@ def read(config: dict[str, Any], where: str = "config.json") -> tuple[Dims | Non
 
 
 def shape(dims: Dims) -> ModelShape:
-    """What parallel rules and the planner need to know."""
+    """Return what parallel rules and predictions need to know of a model."""
     return ModelShape(
         layers=((ATTENTION, MLP),) * dims.layers,
         hidden=dims.hidden,
@@ -144,7 +146,7 @@ def shape(dims: Dims) -> ModelShape:
 
 
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
-    """config.json of a model with these dimensions, as transformers 4 and 5 both read it."""
+    """Return config.json of a model with these dimensions, as transformers 4 and 5 both read it."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": dims.rope_base}
     own: dict[str, Any] = {}
     if dims.rope_factor:
@@ -156,7 +158,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
     if dims.kind != "qwen2":
         own["attention_bias"] = False
     return {
-        **file_of(dims, KINDS[dims.kind].architecture, dims.kind, eos, pad),
+        **file_of(dims, KINDS[dims.kind].architecture, model_type=dims.kind, eos=eos, pad=pad),
         **own,
         "intermediate_size": dims.ffn,
         "num_attention_heads": dims.heads,
@@ -172,7 +174,7 @@ def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dic
 
 
 def small(sizes: Any, vocabulary: int, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """config.json of the model that init_model's `sizes` ask for."""
+    """Return config.json of the model that init_model's `sizes` ask for."""
     head_dim, tied = sizes.hidden // sizes.heads, sizes.tied is not False
     dims = small_dims(Dims, sizes, vocabulary, head_dim=head_dim, tied=tied, kind=sizes.family)
     return hf_config(dims, eos, pad)

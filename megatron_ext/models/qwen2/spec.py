@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.layers.loss_head import SupervisedHead
-from megatron_ext.models import common
+from megatron_ext.models import decoder_spec
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.parallel.plan import ParallelPlan
 
@@ -15,14 +15,14 @@ from megatron_ext.parallel.plan import ParallelPlan
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    return common.configured(
+    return decoder_spec.configured(
         options,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
-        **common.decoder_fields(dims, plan, dtype, backend),
+        **decoder_spec.decoder_fields(dims, plan, dtype, backend),
     )
 
 
@@ -34,7 +34,15 @@ def build(
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> SupervisedHead:
-    """As common.decoder."""
-    config = transformer_config(dims, plan, dtype, backend, options)
-    stretch = dict(rope_scaling=dims.rope_factor > 0, rope_scaling_factor=dims.rope_factor)
-    return common.decoder(SupervisedHead, config, dims, plan, backend, virtual_stage, **stretch)
+    """Build this rank's part of the model, as decoder_spec.decoder does."""
+    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
+    return decoder_spec.decoder(
+        SupervisedHead,
+        config,
+        dims,
+        plan=plan,
+        backend=backend,
+        virtual_stage=virtual_stage,
+        rope_scaling=dims.rope_factor > 0,
+        rope_scaling_factor=dims.rope_factor,
+    )

@@ -1,8 +1,9 @@
-"""What the families' layer specs share: the part of mcore's configuration that a parallel plan decides; of models of
-GPT's form, with layers of attention followed by an MLP or experts, nearly all."""
+"""What the families' specs of mcore's layers share: the part of mcore's configuration that a parallel plan decides; of
+models of GPT's form, with layers of attention followed by an MLP or experts, nearly all.
+"""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -28,8 +29,37 @@ RECOMPUTE: dict[str, dict[str, Any]] = {  # what ParallelPlan.recompute means to
 }
 
 
+class DecoderDims(Protocol):
+    """What the Dims of all families of GPT's form have; sizes in elements."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def ffn(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_groups(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def norm_epsilon(self) -> float: ...
+    @property
+    def rope_base(self) -> float: ...
+    @property
+    def max_positions(self) -> int: ...
+
+
 def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
-    """Fields of TransformerConfig. `dtype` is that of the parameters, `backend` "torch" or "te"."""
+    """Return the fields of TransformerConfig that a plan decides. `dtype` is that of the parameters, `backend` "torch"
+    or "te".
+    """
     fused = backend == "te"
     return dict(
         hidden_dropout=0.0,
@@ -62,15 +92,17 @@ def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, 
 
 
 def configured(options: Mapping[str, Any], **fields: Any) -> TransformerConfig:
-    """mcore's configuration of `fields`, with those of `options` instead where both say something."""
+    """Make mcore's configuration of `fields`, with those of `options` instead where both say something."""
     if "attention_backend" in options:
         options = {**options, "attention_backend": AttnBackend[options["attention_backend"]]}
     return TransformerConfig(**{**fields, **options})
 
 
-def decoder_fields(dims: Any, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
-    """Fields of TransformerConfig of a model of GPT's form with RMSNorm, by the names that all its families' Dims have.
-    `dtype` is that of the parameters, `backend` "torch" or "te"."""
+def decoder_fields(dims: DecoderDims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """Return the fields of TransformerConfig of a model of GPT's form with RMSNorm.
+
+    `dtype` is that of the parameters, `backend` "torch" or "te".
+    """
     return dict(
         num_layers=dims.layers,
         hidden_size=dims.hidden,
@@ -87,15 +119,19 @@ def decoder_fields(dims: Any, plan: ParallelPlan, dtype: torch.dtype, backend: s
 def decoder(
     kind: type[SupervisedHead],
     config: TransformerConfig,
-    dims: Any,
+    dims: DecoderDims,
+    *,
     plan: ParallelPlan,
     backend: str,
     virtual_stage: int | None,
     norm: type[torch.nn.Module] = Norm,
     **own: Any,
 ) -> Any:
-    """This rank's part of a model of GPT's form, its weights not set; of an interleaved pipeline, one of its stages.
-    mcore's groups for `plan` must exist. `own`: further arguments of `kind`."""
+    """Build this rank's part of a model of GPT's form, its weights not set; of an interleaved pipeline, one of its
+    stages.
+
+    mcore's groups for `plan` must exist. `own` are further arguments of `kind`.
+    """
     arguments = dict(
         vocab_size=padded_rows(dims.vocabulary, plan.tensor),
         max_sequence_length=dims.max_positions,
@@ -123,20 +159,23 @@ def _pipeline(plan: ParallelPlan, dtype: torch.dtype) -> dict[str, Any]:
         pipeline_model_parallel_layout=_layout(plan.pipeline_layers) if plan.pipeline_layers else None,
         pipeline_dtype=dtype,
         # Two stages of a rank pair send at once. Batched sends between the same pair mix them up without an error:
-        # wrong gradients at pipeline 2 (reference/megatron_cpu.md 3, trap 3).
+        # wrong gradients at pipeline 2 (seen with megatron-core 0.16.1).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
     )
 
 
 def _layout(layers: list[int]) -> list[list[str]]:
-    """mcore's names of what each stage holds, in model order."""
+    """Return mcore's names of what each stage holds, in model order."""
     stages = [["decoder"] * count for count in layers]
     return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def ends(virtual_stage: int | None) -> dict[str, Any]:
-    """Arguments of mcore's models: which end of the pipeline this stage is. `virtual_stage` is None without them."""
+    """Return the arguments of mcore's models that say which end of the pipeline this stage is.
+
+    `virtual_stage` is None without virtual stages.
+    """
     return dict(
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
@@ -147,7 +186,7 @@ def ends(virtual_stage: int | None) -> dict[str, Any]:
 def decoder_spec(
     config: TransformerConfig, backend: str, virtual_stage: int | None = None, norm: type[torch.nn.Module] = Norm
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Layers of attention and MLP, or experts where `config` has them.
+    """Return the layers of attention and MLP, or experts where `config` has them.
 
     "torch": mcore's local spec with our norms, packed attention and experts. "te": mcore's stock spec, unchanged.
     """

@@ -1,4 +1,4 @@
-"""Do two descriptions of a model mean the same function? Configurations compared key by key. No torch.
+"""Tell whether two config.json mean the same function, key by key. No torch.
 
 What a family reads it can write again (`hf_config`): `lost` holds the file that was read against the one that would be
 written, `differences` two models that are understood. Every difference is named with both values.
@@ -7,21 +7,23 @@ written, `differences` two models that are understood. Every difference is named
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_ext.models.reading import WITHOUT_EFFECT
+from megatron_ext.models.config_reading import WITHOUT_EFFECT
 
 # A limit, a way to store weights, and older spellings of what rope_parameters says.
 NO_FUNCTION = {"max_position_embeddings", "quantization_config", "rope_scaling", "rope_theta"}
 
 
 def meaning(family: Any, dims: Any) -> dict[str, Any]:
-    """Key -> value of what decides the function of a model, by the names of config.json; "rope_parameters.factor"
-    where settings are nested. JSON."""
+    """Return what decides the function of a model, by the names of config.json, ready for JSON.
+
+    Nested settings have names such as "rope_parameters.factor".
+    """
     ignored = WITHOUT_EFFECT | family.config.WITHOUT_EFFECT | NO_FUNCTION
     return dict(_flat({key: value for key, value in family.config.hf_config(dims).items() if key not in ignored}))
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Of two meanings: "rope_parameters.rope_theta is 10000.0, not 1000000.0"."""
+    """Return how two meanings differ: "rope_parameters.rope_theta is 10000.0, not 1000000.0"."""
     return [
         f"{key} is {ours.get(key)!r}, not {theirs.get(key)!r}"
         for key in {**ours, **theirs}
@@ -30,7 +32,7 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
 
 
 def lost(file: Mapping[str, Any], family: Any, dims: Any) -> list[str]:
-    """What a config.json says and `dims`, which were read from it, do not."""
+    """Return what a config.json says and `dims`, which were read from it, do not."""
     written = dict(_flat(family.config.hf_config(dims)))
     ignored = WITHOUT_EFFECT | family.config.WITHOUT_EFFECT
     return [

@@ -1,5 +1,5 @@
 """A private, real Slurm on this machine, for tests and rehearsals: munged, slurmctld and one slurmd a pretended node;
-where asked for, slurmdbd with its database too (slurm/dev/devaccounting.py).
+where asked for, slurmdbd with its database too (slurm/dev/accounting.py).
 
 Everything lives under one folder (the prefix) and listens on 127.0.0.1 only; nodes, CPUs, memory and GPUs are made up
 (the GPUs are links to /dev/null). It works as root and as a normal user, whose cluster runs only that user's jobs.
@@ -29,15 +29,17 @@ from typing import Any
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from slurm.client import Slurm, SlurmError, SlurmUnavailable, scrubbed_environment
-from slurm.dev import devaccounting
-from slurm.dev.devconfig import Shape, configure
+from slurm.dev.accounting import DAEMONS as ACCOUNTING_DAEMONS
+from slurm.dev.accounting import PACKAGES as ACCOUNTING_PACKAGES
+from slurm.dev.accounting import install_database, mariadbd_options, set_up_accounts
+from slurm.dev.config import Shape, configure
 from slurm.dev.processes import Process, ancestors, end, gone, parent, spawn
 
 PREFIX_VARIABLE = "AFTEROK_CLUSTER"
 MARK_VARIABLE = "AFTEROK_DEV_CLUSTER"  # set, to the prefix, for what runs inside `afterok cluster exec`
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # daemons live here, and a normal user's PATH lacks it
-DAEMON_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", *devaccounting.DAEMONS)
+DAEMON_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", *ACCOUNTING_DAEMONS)
 
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 10.0
@@ -49,13 +51,13 @@ LONGEST_SOCKET = "/spool/n9999/n9999_67043327.4294967291"
 
 
 def default_prefix() -> Path:
-    """Where this user's dev cluster lives: $AFTEROK_CLUSTER, else ~/.cache/afterok/cluster."""
+    """Return where this user's dev cluster lives: $AFTEROK_CLUSTER, else ~/.cache/afterok/cluster."""
     return Path(os.environ.get(PREFIX_VARIABLE) or "~/.cache/afterok/cluster").expanduser().absolute()
 
 
 def missing_packages(accounting: bool = False) -> list[str]:
-    """Debian packages that `up` needs and this machine lacks."""
-    wanted = PACKAGES | (devaccounting.PACKAGES if accounting else {})
+    """Return the Debian packages that `up` needs and this machine lacks."""
+    wanted = PACKAGES | (ACCOUNTING_PACKAGES if accounting else {})
     return list(dict.fromkeys(package for program, package in wanted.items() if _program(program) is None))
 
 
@@ -78,7 +80,7 @@ def up(
     value removes ours. Raises UserMistake: packages missing, prefix unusable, another shape already up, a daemon that
     died at once (usually a wrong setting).
     """
-    shape = Shape(nodes, gpus_per_node, cpus, memory_mib, accounting)
+    shape = Shape(nodes, gpus_per_node, cpus=cpus, memory_mib=memory_mib, accounting=accounting)
     cluster = DevCluster(prefix)
     _check(cluster.prefix, shape)
     cluster.prefix.mkdir(parents=True, exist_ok=True)
@@ -124,11 +126,11 @@ class DevCluster:
 
     @property
     def daemons(self) -> list[str]:
-        """All daemons, in the order they start."""
-        return ["munged", *(devaccounting.DAEMONS if self.shape.accounting else ()), "slurmctld", *self.nodes]
+        """Return the names of all daemons, in the order they start."""
+        return ["munged", *(ACCOUNTING_DAEMONS if self.shape.accounting else ()), "slurmctld", *self.nodes]
 
     def env(self) -> dict[str, str]:
-        """This process's environment, with Slurm's commands pointed at this cluster and nothing of another one."""
+        """Return this process's environment, in which Slurm's commands mean this cluster, without traces of another."""
         env = scrubbed_environment(os.environ)
         env.pop("SLURM_CONF_SERVER", None)
         return {**env, "SLURM_CONF": str(self.conf), MARK_VARIABLE: str(self.prefix)}
@@ -138,14 +140,16 @@ class DevCluster:
         return process is not None and process.alive()
 
     def is_up(self) -> bool:
-        """Whether it can answer: its controller and its authentication run."""
+        """Return whether it can answer: its controller and its authentication run."""
         return self.alive("munged") and self.alive("slurmctld")
 
     def is_whole(self) -> bool:
         return bool(self._record()) and all(self.alive(name) for name in self.daemons)
 
     def status(self) -> dict[str, Any]:
-        """JSON-able: prefix, conf, up, shape, settings, daemons (pid, alive), nodes (name: Slurm's state word)."""
+        """Return, ready for JSON: prefix, conf, up, shape, settings, daemons (pid, alive), nodes (name: Slurm's state
+        word).
+        """
         known = self._record()
         states: dict[str, str] = {}
         if self.is_up():
@@ -166,14 +170,14 @@ class DevCluster:
     # -- up and down -------------------------------------------------------------------------------------------------
 
     def down(self) -> None:
-        """Cancel all jobs, stop all daemons, end every process of theirs. Down already: nothing to do."""
+        """Cancel all jobs, stop all daemons, end every process of theirs. Do nothing where it is down already."""
         if self.prefix.is_dir():
             with self.locked():
                 self.stop()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One up or down at a time; the second waits."""
+        """Hold the cluster's lock: one `up` or `down` works at a time, the second waits."""
         with open(self.prefix / "lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -197,12 +201,12 @@ class DevCluster:
         self._wait("the nodes", lambda: list(self._node_states().values()) == ["idle"] * shape.nodes)
 
     def _start_accounting(self) -> None:
-        devaccounting.install_database(self.prefix, _user(), _program("mariadb-install-db") or "mariadb-install-db")
+        install_database(self.prefix, _user(), _program("mariadb-install-db") or "mariadb-install-db")
         self.start_daemon("mariadbd")
         self._wait("mariadbd", lambda: _answers(self.prefix / "run" / "mysql.sock"))
         self.start_daemon("slurmdbd")
         self._wait("slurmdbd", lambda: _listens(self._port("AccountingStoragePort")))
-        devaccounting.set_up_accounts(_user(), self.env())
+        set_up_accounts(_user(), self.env())
 
     def stop(self) -> None:
         """End everything, holding the lock: jobs by scancel, daemons by SIGTERM, what is left by SIGKILL."""
@@ -216,19 +220,19 @@ class DevCluster:
                     time.sleep(0.05)
         remains = self._leftovers()  # before the daemons end: later a job's child may have no parent to tell of it
         record = self._record().get("daemons", {})
-        serving = [Process(*found) for name, found in record.items() if name not in ("munged", *devaccounting.DAEMONS)]
+        serving = [Process(*daemon) for name, daemon in record.items() if name not in ("munged", *ACCOUNTING_DAEMONS)]
         for process in serving:
             process.send(signal.SIGTERM)
             process.send(signal.SIGCONT)  # one that a test has stopped must hear it
         gone(serving, STOP_LIMIT_S)
-        for name in (*reversed(devaccounting.DAEMONS), "munged"):  # the controller's last records reach the database
+        for name in (*reversed(ACCOUNTING_DAEMONS), "munged"):  # the controller's last records reach the database
             self.kill_daemon(name)
         end(remains)  # their jobs were told before
         clean, deadline = 0, time.monotonic() + STOP_LIMIT_S
         while clean < 2 and time.monotonic() < deadline:  # one look can miss what forks or execs meanwhile
-            found = self._leftovers()
-            end(found)
-            clean = 0 if found else clean + 1
+            remains = self._leftovers()
+            end(remains)
+            clean = 0 if remains else clean + 1
             time.sleep(0.05)
 
     def start_daemon(self, name: str, extra: list[str] | None = None) -> Process:
@@ -279,11 +283,13 @@ class DevCluster:
             return {}
 
     def _process(self, name: str) -> Process | None:
-        found = self._record().get("daemons", {}).get(name)
-        return Process(*found) if found else None
+        daemon = self._record().get("daemons", {}).get(name)
+        return Process(*daemon) if daemon else None
 
     def _daemon_env(self, name: str) -> dict[str, str]:
-        """What a daemon sees: nothing of the user's shell, so no secret of it and nothing that differs next time."""
+        """Return a daemon's environment: nothing of the user's shell, so no secret of it and nothing that differs next
+        time.
+        """
         env = {"PATH": _search_path(), "SLURM_CONF": str(self.conf), "LC_ALL": "C.UTF-8"}
         # slurmdbd has no setting for the database's socket
         return env | {"MYSQL_UNIX_PORT": f"{self.prefix}/run/mysql.sock"} if name == "slurmdbd" else env
@@ -299,7 +305,7 @@ class DevCluster:
                 f"--seed-file={self.prefix}/munge/munged.seed",
             ]  # fmt: skip
         if name == "mariadbd":
-            return [_program("mariadbd") or "mariadbd", *devaccounting.mariadbd_options(self.prefix)]
+            return [_program("mariadbd") or "mariadbd", *mariadbd_options(self.prefix)]
         if name == "slurmdbd":
             return [_program("slurmdbd") or "slurmdbd", "-D"]
         if name == "slurmctld":
@@ -308,7 +314,10 @@ class DevCluster:
         return [_program("slurmd") or "slurmd", "-D", "-N", name, *(["-d", stepd] if stepd else [])]
 
     def _port(self, key: str) -> int:
-        return int(re.search(rf"^{key}=(\d+)$", self.conf.read_text(), re.MULTILINE)[1])
+        line = re.search(rf"^{key}=(\d+)$", self.conf.read_text(), re.MULTILINE)
+        if line is None:
+            raise UserMistake(f"{self.conf} has no {key}; bring the dev cluster down and up again")
+        return int(line[1])
 
     def _slurm(self) -> Slurm:
         return Slurm(self.env(), timeout_s=5)
@@ -317,7 +326,11 @@ class DevCluster:
         return self._slurm().node_states()
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
-        """Until `ready`; UserMistake with the daemon's last words when one dies meanwhile or nothing comes."""
+        """Wait until `ready` returns True.
+
+        Raises:
+            UserMistake: a daemon died meanwhile (with its last words), or nothing came within the limit.
+        """
         deadline = time.monotonic() + START_LIMIT_S
         problem = f"not ready within {START_LIMIT_S:g} s"
         while time.monotonic() < deadline:
@@ -338,14 +351,14 @@ class DevCluster:
         return f"{'; '.join(lines[-3:]) or 'it said nothing'}; log: {log}"
 
     def _leftovers(self) -> list[Process]:
-        """Processes of the cluster, recorded or not: daemons, job steps, jobs and all their descendants.
+        """Return the cluster's processes, recorded or not: daemons, job steps, jobs and all their descendants.
 
         slurmd's children inherit the cluster's SLURM_CONF. So does a shell of `cluster exec`, which is neither a
         daemon nor has a job's id.
         """
         conf, socket_option = f"SLURM_CONF={self.conf}", f"--socket={self.prefix}/run/munge.sock"
         children: dict[int, list[int]] = {}
-        found: list[int] = []
+        pids: list[int] = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
@@ -360,11 +373,11 @@ class DevCluster:
             daemon = program.removesuffix("-wlm") in DAEMON_PROGRAMS
             in_job = any(variable.startswith("SLURM_JOB_ID=") for variable in variables)
             if (conf in variables and (daemon or in_job)) or (daemon and socket_option in arguments):
-                found.append(pid)
-        for pid in found:  # grows while it is read
-            found += [child for child in children.get(pid, []) if child not in found]
+                pids.append(pid)
+        for pid in pids:  # grows while it is read
+            pids += [child for child in children.get(pid, []) if child not in pids]
         spared = ancestors()  # `down` may be typed in a job's shell
-        processes = (Process.of(pid) for pid in found if pid not in spared)
+        processes = (Process.of(pid) for pid in pids if pid not in spared)
         return [process for process in processes if process]
 
 

@@ -1,4 +1,4 @@
-"""Nemotron-H weights: one rule a parameter, and one for each router's correction buffer (reference/megatron.md 1.4).
+"""How Nemotron-H weights are named and laid out: one rule for each parameter and for each router's correction buffer.
 
 Checkpoints spell the names in two ways: `backbone.` with a tensor an expert (NVIDIA's, and what transformers 5 saves),
 or `model.` with an expert stack. A prefix and a stack are recognized each by itself, so mixtures are read too.
@@ -9,32 +9,43 @@ from collections.abc import Collection
 
 import torch
 
-from megatron_ext.models.layouts import Column, Entry, Parts, QueryKeyValue, Replicated, Row, Rule, Shape, Vocabulary
+from megatron_ext.models.layouts import (
+    Column,
+    Entry,
+    Layout,
+    Parts,
+    QueryKeyValue,
+    Replicated,
+    Row,
+    Rule,
+    Shape,
+    Vocabulary,
+)
 from megatron_ext.models.nemotron_h.config import CONVOLUTION, Dims
 
 MODULE_NAMES = ("model.", "mixer.experts.up_proj")  # the spelling of transformers' own modules, for `rules`
 STEPS = (1e-3, 1e-1)  # Mamba's time steps at a random start, NVIDIA's time_step_min and time_step_max
 
 
-def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
-    """Every parameter and buffer of the model, in the order of its layers."""
-    prefix = "model." if any(name.startswith("model.") for name in found) else "backbone."
-    stacked = any(name.endswith("mixer.experts.up_proj") for name in found)
+def rules(dims: Dims, names: Collection[str] = ()) -> list[Rule]:
+    """Return a rule for every parameter and buffer of the model, in the order of its layers."""
+    prefix = "model." if any(name.startswith("model.") for name in names) else "backbone."
+    stacked = any(name.endswith("mixer.experts.up_proj") for name in names)
     vocabulary = Vocabulary((dims.vocabulary, dims.hidden))
     norm = Replicated((dims.hidden,))
-    rules = [Rule("embedding.word_embeddings.weight", (f"{prefix}embeddings.weight",), vocabulary)]
+    rules_ = [Rule("embedding.word_embeddings.weight", (f"{prefix}embeddings.weight",), vocabulary)]
     for i, block in enumerate(dims.pattern):
         ours, theirs = f"decoder.layers.{i}.", f"{prefix}layers.{i}."
-        name, te_name = NORMS[block]
+        norm_name, te_name = NORMS[block]
         te_name = ours + te_name if te_name else ""
-        rules.append(Rule(ours + name, (theirs + "norm.weight",), norm, te_name=te_name))
+        rules_.append(Rule(ours + norm_name, (theirs + "norm.weight",), norm, te_name=te_name))
         if block == "E":
-            rules += _experts(dims, ours + "mlp.", theirs + "mixer.", stacked)
+            rules_ += _experts(dims, ours + "mlp.", theirs + "mixer.", stacked)
         else:
-            rules += {"M": _mamba, "*": _attention, "-": _mlp}[block](dims, ours, theirs + "mixer.")
-    rules.append(Rule("decoder.final_norm.weight", (f"{prefix}norm_f.weight",), norm))
-    rules.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
-    return rules
+            rules_ += {"M": _mamba, "*": _attention, "-": _mlp}[block](dims, ours, theirs + "mixer.")
+    rules_.append(Rule("decoder.final_norm.weight", (f"{prefix}norm_f.weight",), norm))
+    rules_.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
+    return rules_
 
 
 # mcore's name of a block's norm, and where Transformer Engine fuses it into the next layer.
@@ -49,7 +60,7 @@ NORMS = {
 def _mamba(dims: Dims, ours: str, theirs: str) -> list[Rule]:
     inner, states, heads = dims.mamba_inner, dims.mamba_groups * dims.mamba_state, dims.mamba_heads
     projected, convolved = (inner, inner, states, states, heads), (inner, states, states)
-    layouts = {
+    layouts: dict[str, Layout] = {
         "in_proj.weight": Parts(projected, (dims.hidden,), ("z", "x", "B", "C", "dt")),
         "conv1d.weight": Parts(convolved, (1, CONVOLUTION), ("x", "B", "C")),
         "conv1d.bias": Parts(convolved, (), ("x", "B", "C")),
@@ -101,7 +112,7 @@ def _mlp(dims: Dims, ours: str, theirs: str) -> list[Rule]:
 
 def _experts(dims: Dims, ours: str, theirs: str, stacked: bool) -> list[Rule]:
     count, ffn, hidden = dims.experts, dims.expert_ffn, dims.hidden
-    rules = [
+    rules_ = [
         Rule(ours + "router.weight", (theirs + "gate.weight",), Replicated((count, hidden))),
         Rule(
             ours + "router.expert_bias",
@@ -116,8 +127,8 @@ def _experts(dims: Dims, ours: str, theirs: str, stacked: bool) -> list[Rule]:
     ):
         for e in range(count):
             source = Entry(f"{theirs}experts.{name}", e, count) if stacked else f"{theirs}experts.{e}.{name}.weight"
-            rules.append(Rule(f"{ours}experts.{e}.{part}.weight", (source,), layout, experts=count))
-    return rules + _up_down(ours + "shared_experts.", theirs + "shared_experts.", dims.shared_ffn, hidden)
+            rules_.append(Rule(f"{ours}experts.{e}.{part}.weight", (source,), layout, experts=count))
+    return rules_ + _up_down(ours + "shared_experts.", theirs + "shared_experts.", dims.shared_ffn, hidden)
 
 
 def _convolution_start(shape: Shape, generator: torch.Generator) -> torch.Tensor:
@@ -126,7 +137,7 @@ def _convolution_start(shape: Shape, generator: torch.Generator) -> torch.Tensor
 
 
 def _step_start(shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    """dt_bias such that softplus of it is log-uniform in STEPS."""
+    """Return dt_bias such that softplus of it is log-uniform in STEPS."""
     low, high = map(math.log, STEPS)
     steps = torch.empty(shape).uniform_(low, high, generator=generator).exp()
     return steps + torch.log(-torch.expm1(-steps))

@@ -1,4 +1,4 @@
-"""What a dev cluster is configured to be: its folders, its munge key, slurm.conf and gres.conf.
+"""Configure a dev cluster: its folders, its munge key, slurm.conf and gres.conf.
 
 Settings and their reasons: measured on Debian 12, Slurm 22.05.8.
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from data_tools.base import durable
 from data_tools.base.ports import free_ports
-from slurm.dev import devaccounting
+from slurm.dev import accounting
 
 PARTITIONS = ("batch", "long", "preempt")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the cluster pretends to be."""
+    """How large the cluster pretends to be."""
 
     nodes: int = 4
     gpus_per_node: int = 8
@@ -47,16 +47,18 @@ def configure(prefix: Path, shape: Shape, user: str, settings: dict[str, str]) -
     ports = free_ports(2 + shape.nodes)
     for name in nodes:
         (prefix / "spool" / name).mkdir()
-    durable.write_file(prefix / "etc" / "slurm.conf", slurm_conf(prefix, shape, user, ports, settings))
+    durable.write_file(
+        prefix / "etc" / "slurm.conf", slurm_conf(prefix, shape, user=user, ports=ports, settings=settings)
+    )
     durable.write_file(prefix / "etc" / "gres.conf", gres_conf(prefix, shape))
     if shape.accounting:
         path = prefix / "etc" / "slurmdbd.conf"
-        durable.write_file(path, devaccounting.slurmdbd_conf(prefix, user, ports[1]))
+        durable.write_file(path, accounting.slurmdbd_conf(prefix, user, ports[1]))
         path.chmod(0o600)  # or slurmdbd refuses it
 
 
 def slurm_conf(prefix: Path, shape: Shape, user: str, ports: list[int], settings: dict[str, str]) -> str:
-    """The text of slurm.conf; `ports` are the controller's, slurmdbd's and one a node."""
+    """Return the text of slurm.conf; `ports` are the controller's, slurmdbd's and one for each node."""
     keys = {
         "ClusterName": "dev",
         "SlurmctldHost": "localhost(127.0.0.1)",  # independent of the host's name
@@ -105,7 +107,7 @@ def slurm_conf(prefix: Path, shape: Shape, user: str, ports: list[int], settings
         "SlurmdDebug": "info",
     }
     if shape.accounting:
-        keys.update(devaccounting.slurm_keys(prefix, ports[1]))
+        keys.update(accounting.slurm_keys(prefix, ports[1]))
     keys.update(settings)
     lines = [f"{key}={value}" for key, value in keys.items() if value != ""]
     gres = f" Gres=gpu:{shape.gpus_per_node}" if shape.gpus_per_node else ""
@@ -124,7 +126,7 @@ def slurm_conf(prefix: Path, shape: Shape, user: str, ports: list[int], settings
 
 
 def gres_conf(prefix: Path, shape: Shape) -> str:
-    """The text of gres.conf. Without File= slurmd counts no GPU and drains its node."""
+    """Return the text of gres.conf. Without File= slurmd counts no GPU and drains its node."""
     text = "AutoDetect=off\n"
     if shape.gpus_per_node:
         devices = f"[0-{shape.gpus_per_node - 1}]" if shape.gpus_per_node > 1 else "0"

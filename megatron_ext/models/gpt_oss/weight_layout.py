@@ -1,4 +1,4 @@
-"""gpt-oss weights: one rule a parameter (reference/megatron.md 1.3)."""
+"""How gpt-oss weights are named and laid out: one rule for each parameter (qkv with bias, sinks, router, experts)."""
 
 from collections.abc import Collection
 
@@ -24,8 +24,8 @@ from megatron_ext.models.layouts import (
 )
 
 
-def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
-    """Every parameter of the model, in the order of the Hugging Face file."""
+def rules(dims: Dims, names: Collection[str] = ()) -> list[Rule]:
+    """Return a rule for every parameter of the model, in the order of the Hugging Face file."""
     vocabulary, norm = Vocabulary((dims.vocabulary, dims.hidden)), Replicated((dims.hidden,))
     rules_ = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
     for i in range(dims.layers):
@@ -80,7 +80,7 @@ def _experts(dims: Dims, ours: str, theirs: str) -> list[Rule]:
 
 
 def _matrix(dims: Dims, source: str, expert: int, layout: Layout) -> tuple[tuple[HfTensor, ...], Layout]:
-    """Hugging Face tensors and layout of an expert's matrix, whose `layout` is [out, in].
+    """Return the Hugging Face tensors and layout of an expert's matrix, whose `layout` is [out, in].
 
     MXFP4 files have it so, transformers' parameter is [in, out]. Shapes would not tell: released ones are square.
     """

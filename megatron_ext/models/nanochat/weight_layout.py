@@ -1,4 +1,4 @@
-"""NanoChat weights: one rule a parameter. Norms have none.
+"""How NanoChat weights are named and laid out: one rule for each parameter. Norms have none.
 
 NanoChat rotates queries and keys by minus the angle that mcore does. Exchanging the halves of every query and key
 head turns the one into the other: scores are dot products, and the norm of a head has no weights.
@@ -10,8 +10,8 @@ from megatron_ext.models.layouts import Column, QueryKeyValue, Row, Rule, Vocabu
 from megatron_ext.models.nanochat.config import Dims
 
 
-def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
-    """Every parameter of the model, in the order of the Hugging Face file."""
+def rules(dims: Dims, names: Collection[str] = ()) -> list[Rule]:
+    """Return a rule for every parameter of the model, in the order of the Hugging Face file."""
     vocabulary = Vocabulary((dims.vocabulary, dims.hidden))
     qkv = QueryKeyValue(dims.heads, dims.kv_groups, dims.head_dim, dims.hidden, turns_backwards=True)
     rules_ = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]

@@ -1,7 +1,8 @@
-"""Reading and writing a config.json, as every family does it. No torch.
+"""Read and write a config.json, as every family does it. No torch.
 
 A key is either read, or has the one value that we have code for, or has no effect on the model's function; any other
-that is set is refused, so that a model is never almost the right one. compare.py holds what was read against the file.
+that is set is refused, so that a model is never almost the right one. config_meaning.py holds what was read against the
+file.
 """
 
 import math
@@ -24,7 +25,7 @@ ROPE_KEYS = ("rope_parameters", "rope_scaling", *sorted(BESIDE_ROPE))
 
 
 class Reading:
-    """A parsed config.json of `family`, and in `problems` every reason why it is not understood."""
+    """Reads a parsed config.json of `family`, and in `problems` every reason why it is not understood."""
 
     def __init__(self, config: Mapping[str, Any], where: str, family: str):
         self.config, self.where, self.family = config, where, family
@@ -37,17 +38,23 @@ class Reading:
         self.wrong(f"{key} = {value!r} is not supported for {self.family}: {remedy}")
 
     def sizes(self, names: Mapping[str, str]) -> dict[str, int]:
-        """{field: value} of {field: key}, each a positive number that the file must have."""
-        found = {field: self.config.get(key) for field, key in names.items()}
-        for field, value in found.items():
+        """Return {field: value} of {field: key}, each a positive number that the file must have.
+
+        A field whose key is missing or no size is left out, and is a problem.
+        """
+        sizes = {}
+        for field, key in names.items():
+            value = self.config.get(key)
             if value is None:
-                self.wrong(f"{names[field]} is missing")
+                self.wrong(f"{key} is missing")
             elif type(value) is not int or value < 1:
-                self.wrong(f"{names[field]} is {value!r}, not a size")
-        return found
+                self.wrong(f"{key} is {value!r}, not a size")
+            else:
+                sizes[field] = value
+        return sizes
 
     def number(self, key: str, default: float, of: Mapping[str, Any] | None = None) -> float:
-        """A positive number of the file, or of the mapping `of` in it; `default` where there is none."""
+        """Return a positive number of the file, or of the mapping `of` in it; `default` where there is none."""
         value = (self.config if of is None else of).get(key)
         if value is None:
             return default
@@ -63,7 +70,7 @@ class Reading:
         return default if value is None else bool(value)
 
     def words(self, key: str) -> list[str]:
-        """A list of words; [] where there is none."""
+        """Return a list of words; [] where there is none."""
         value = self.config.get(key)
         if value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value)):
             return value or []
@@ -71,25 +78,25 @@ class Reading:
         return []
 
     def only(self, values: Mapping[str, Any]) -> None:
-        """Keys that may have one value; one that is missing or null has it too."""
+        """Refuse other values of keys that may have one value; a key that is missing or null has it too."""
         for key, value in values.items():
             if self.config.get(key) not in (None, value):
                 self.refuse(key, self.config[key], f"only {value!r} is")
 
     def known(self, keys: Collection[str]) -> None:
-        """Refuses what is set, be it to false, and neither in `keys` nor without effect."""
+        """Refuse what is set, be it to false, and neither in `keys` nor without effect."""
         self.only(OFF)
         for key in sorted(self.config.keys() - WITHOUT_EFFECT - OFF.keys() - set(keys)):
             if self.config[key] is not None and not key.startswith("_"):
                 self.refuse(key, self.config[key], "it is not known; remove it if the model does not depend on it")
 
     def agree(self, key: str, value: Any, other: str, theirs: Any) -> None:
-        """Two spellings of one thing, where both are there."""
+        """Refuse two spellings of one thing that say different things; one that is None says nothing."""
         if value is not None and theirs is not None and value != theirs:
             self.wrong(f"{key} is {value!r} and {other} is {theirs!r}: keep the right one")
 
     def dtype(self, default: str = "float32") -> str:
-        """Of the weights."""
+        """Return the dtype of the weights, "float32" or another of DTYPES."""
         named = self.config.get("dtype") or self.config.get("torch_dtype") or default
         dtype = str(named).removeprefix("torch.")
         if dtype not in DTYPES:
@@ -97,8 +104,10 @@ class Reading:
         return dtype
 
     def groups(self, heads: int, default: int | None = None) -> int:
-        """Key-value heads, which must share the `heads` query heads evenly; null means as many, a missing key
-        `default`."""
+        """Return the number of key-value heads, which must share the `heads` query heads evenly.
+
+        null means as many, a missing key `default`.
+        """
         groups = self.config.get("num_key_value_heads", default)
         groups = heads if groups is None else groups
         if type(groups) is not int or groups < 1:
@@ -110,45 +119,50 @@ class Reading:
     def rope(
         self, default: Mapping[str, Any], base: float, head_dim: int, kinds: Mapping[str, Collection[str]]
     ) -> dict[str, Any]:
-        """Rotary settings with rope_type and rope_theta. `kinds` has the keys that each known type may have besides,
-        `default` is what transformers takes where a file has none.
+        """Return the rotary settings, with rope_type and rope_theta.
+
+        `kinds` has the keys that each known type may have besides, `default` is what transformers takes where a file
+        has none.
 
         transformers 5 nests them, older files have rope_theta and rope_scaling beside the others; a file may have both.
         """
         if head_dim % 2:
             self.wrong(f"head size {head_dim} is odd: rotary positions need an even one")
-        spelled = {}
-        for key in ("rope_parameters", "rope_scaling"):
-            if not isinstance(self.config.get(key) or {}, dict):
-                self.refuse(key, self.config[key], "it has settings by name")
-            elif found := {name: value for name, value in (self.config.get(key) or {}).items() if value is not None}:
-                spelled[key] = {"rope_type": found.pop("type", "default"), **found}
-        new, old = spelled.get("rope_parameters", {}), spelled.get("rope_scaling", {})
+        new, old = self._rope_settings("rope_parameters"), self._rope_settings("rope_scaling")
         if new and old:
             for name in sorted((new.keys() | old.keys()) - BESIDE_ROPE):
                 ours, theirs = (settings.get(name, "absent") for settings in (new, old))
                 self.agree(f"rope_parameters.{name}", ours, "rope_scaling's", theirs)
-        found = {**(new or old or default)}
+        rope = {**(new or old or default)}
         for name in sorted(BESIDE_ROPE):
             places = {"the file's": self.config, "rope_parameters'": new, "rope_scaling's": old}
             said = {whose: place[name] for whose, place in places.items() if place.get(name) is not None}
             for whose, value in said.items():
                 self.agree(name, next(iter(said.values())), whose, value)
-                found[name] = value
-        found["rope_type"] = found.get("rope_type", "default")
-        found["rope_theta"] = float(self.number("rope_theta", base, found))
-        if (partial := found.pop("partial_rotary_factor", 1)) != 1:
+                rope[name] = value
+        rope["rope_type"] = rope.get("rope_type", "default")
+        rope["rope_theta"] = float(self.number("rope_theta", base, rope))
+        if (partial := rope.pop("partial_rotary_factor", 1)) != 1:
             self.refuse("partial_rotary_factor", partial, "use 1.0")
-        if found["rope_type"] not in kinds:
-            self.refuse("rope_type", found["rope_type"], f"{' and '.join(kinds)} are")
-            return found
-        for key in sorted(found.keys() - {"rope_type", "rope_theta"} - set(kinds[found["rope_type"]])):
-            self.refuse(f"rope_parameters.{key}", found[key], "remove it if the model does not need it")
-        return found
+        if rope["rope_type"] not in kinds:
+            self.refuse("rope_type", rope["rope_type"], f"{' and '.join(kinds)} are")
+            return rope
+        for key in sorted(rope.keys() - {"rope_type", "rope_theta"} - set(kinds[rope["rope_type"]])):
+            self.refuse(f"rope_parameters.{key}", rope[key], "remove it if the model does not need it")
+        return rope
+
+    def _rope_settings(self, key: str) -> dict[str, Any]:
+        """Return the rotary settings that the file nests below `key`, rope_type among them; {} where there are none."""
+        nested = self.config.get(key) or {}
+        if not isinstance(nested, dict):
+            self.refuse(key, nested, "it has settings by name")
+            return {}
+        settings = {name: value for name, value in nested.items() if value is not None}
+        return {"rope_type": settings.pop("type", "default"), **settings} if settings else {}
 
 
 def file_of(dims: Any, architecture: str, model_type: str, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """What every family's config.json has, as transformers 4 and 5 both read it."""
+    """Return what every family's config.json has, as transformers 4 and 5 both read it."""
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -166,6 +180,6 @@ def file_of(dims: Any, architecture: str, model_type: str, eos: int | None, pad:
 
 
 def small_dims(dims: type, sizes: Any, vocabulary: int, **own: Any) -> Any:
-    """A family's `dims` of the model that init_model's `sizes` ask for: what both name alike, and its `own`."""
-    alike = {one.name: getattr(sizes, one.name) for one in fields(dims) if hasattr(sizes, one.name)}
+    """Return a family's `dims` of the model that init_model's `sizes` ask for: what both name alike, and its `own`."""
+    alike = {field.name: getattr(sizes, field.name) for field in fields(dims) if hasattr(sizes, field.name)}
     return dims(**{**alike, "vocabulary": vocabulary, **own})

@@ -24,7 +24,7 @@ SET_UP_LIMIT_S = 60.0
 
 
 def slurm_keys(prefix: Path, port: int) -> dict[str, str]:
-    """What slurm.conf says more with accounting."""
+    """Return the keys that slurm.conf has only with accounting."""
     return {
         "AccountingStorageType": "accounting_storage/slurmdbd",
         "AccountingStorageHost": "127.0.0.1",
@@ -37,7 +37,7 @@ def slurm_keys(prefix: Path, port: int) -> dict[str, str]:
 
 
 def slurmdbd_conf(prefix: Path, user: str, port: int) -> str:
-    """The text of slurmdbd.conf. MariaDB knows the user by the socket's peer, so there is no password."""
+    """Return the text of slurmdbd.conf. MariaDB knows the user by the socket's peer, so there is no password."""
     keys = {
         "DbdHost": "localhost",
         "DbdAddr": "127.0.0.1",
@@ -58,7 +58,11 @@ def slurmdbd_conf(prefix: Path, user: str, port: int) -> str:
 
 
 def install_database(prefix: Path, user: str, program: str) -> None:
-    """An empty MariaDB at PREFIX/mysql. Raises UserMistake with its log."""
+    """Make an empty MariaDB at PREFIX/mysql.
+
+    Raises:
+        UserMistake: it was not made; the message names the log.
+    """
     log = prefix / "log" / "mariadb-install-db.out"
     command = [program, "--no-defaults", f"--datadir={prefix}/mysql", "--skip-test-db", "--skip-name-resolve",
                "--auth-root-authentication-method=socket", f"--auth-root-socket-user={user}", *_as_root()]  # fmt: skip
@@ -69,7 +73,11 @@ def install_database(prefix: Path, user: str, program: str) -> None:
 
 
 def set_up_accounts(user: str, env: dict[str, str]) -> None:
-    """The user's account and QOS, before slurmctld, which wants to find its cluster there. Raises UserMistake."""
+    """Make the user's account and QOS, before slurmctld starts, which wants to find its cluster there.
+
+    Raises:
+        UserMistake: sacctmgr refused; the message tells what it said.
+    """
     commands = (
         "add cluster dev",
         f"add account {ACCOUNT} Description={ACCOUNT} Organization={ACCOUNT}",
@@ -85,7 +93,7 @@ def set_up_accounts(user: str, env: dict[str, str]) -> None:
 
 
 def mariadbd_options(prefix: Path) -> list[str]:
-    """Options of a MariaDB that serves one socket and keeps little in memory."""
+    """Return the options of a MariaDB that serves one socket and keeps little in memory."""
     return ["--no-defaults", f"--datadir={prefix}/mysql", f"--socket={prefix}/run/mysql.sock", "--skip-networking",
             f"--pid-file={prefix}/run/mariadbd.pid", "--skip-name-resolve", "--innodb-buffer-pool-size=32M",
             "--innodb-log-file-size=16M", "--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=2",
@@ -93,5 +101,5 @@ def mariadbd_options(prefix: Path) -> list[str]:
 
 
 def _as_root() -> list[str]:
-    """MariaDB refuses root unless told."""
+    """Return the option that root must give; MariaDB refuses to run as root without it."""
     return ["--user=root"] if os.geteuid() == 0 else []

@@ -1,4 +1,4 @@
-"""Weights of Qwen2, Qwen3 and Llama: one rule a parameter (reference/megatron.md 1.2)."""
+"""How the weights of Qwen2, Qwen3 and Llama are named and laid out: one rule for each parameter."""
 
 from collections.abc import Collection
 
@@ -6,15 +6,15 @@ from megatron_ext.models.layouts import QueryKeyValue, Replicated, Row, Rule, Vo
 from megatron_ext.models.qwen2.config import Dims
 
 
-def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
-    """Every parameter of the model, in the order of the Hugging Face file."""
+def rules(dims: Dims, names: Collection[str] = ()) -> list[Rule]:
+    """Return a rule for every parameter of the model, in the order of the Hugging Face file."""
     vocabulary = Vocabulary((dims.vocabulary, dims.hidden))
     norm = Replicated((dims.hidden,))
-    found = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
+    rules_ = [Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
     for i in range(dims.layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
         attention = theirs + "self_attn."
-        found += [
+        rules_ += [
             Rule(
                 ours + "input_layernorm.weight",
                 (theirs + "input_layernorm.weight",),
@@ -45,7 +45,7 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
             Rule(ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), Row((dims.hidden, dims.ffn))),
         ]
         if dims.qkv_bias:
-            found.append(
+            rules_.append(
                 Rule(
                     ours + "self_attention.linear_qkv.bias",
                     tuple(f"{attention}{x}_proj.bias" for x in "qkv"),
@@ -54,13 +54,13 @@ def rules(dims: Dims, found: Collection[str] = ()) -> list[Rule]:
             )
         if dims.qk_norm:
             head = Replicated((dims.head_dim,))
-            found += [
+            rules_ += [
                 Rule(f"{ours}self_attention.{x}_layernorm.weight", (f"{attention}{x}_norm.weight",), head) for x in "qk"
             ]
-    found.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), norm))
+    rules_.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), norm))
     if not dims.tied:
-        found.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
-    return found
+        rules_.append(Rule("output_layer.weight", ("lm_head.weight",), vocabulary))
+    return rules_
 
 
 is_redundant = is_copy

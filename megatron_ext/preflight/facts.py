@@ -1,0 +1,183 @@
+"""What is known of a training before it queues: its model, its packs, its GPUs.
+
+Model and packs may still have to be made by phases upstream. What those will hold is forecast: by import_hf the
+config.json of its source, by pack the length and alignment of packs. What nobody knows yet is not asked.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from data_tools.base import durable
+from data_tools.base.inside import inside
+from data_tools.mistake import Problem, UserMistake
+from megatron_ext.lora.settings import LoraConfig
+from megatron_ext.models.registry import parse_config
+from megatron_ext.parallel.calibration import GIB, GPUS, Gpu
+from megatron_ext.parallel.plan import Site, Workload
+from megatron_ext.parallel.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of an average pack: sums of tokens, squared tokens, and pairs (query, key) within the window."""
+
+    tokens: float
+    squares: float
+    window_pairs: float
+    known: bool = True  # False: assumed to be one document as long as the pack
+
+    @classmethod
+    def of(cls, lengths: numpy.ndarray, packs: int, window: int) -> "Documents":
+        """Sum up the documents of all packs; `lengths` int[documents] in tokens."""
+        lengths = lengths.astype(numpy.float64)
+        inside = numpy.minimum(lengths, window) if window else lengths
+        pairs = inside * lengths - inside * inside / 2
+        tokens, squares, window_pairs = (float(total.sum()) / packs for total in (lengths, lengths**2, pairs))
+        return cls(tokens, squares, window_pairs)
+
+    @classmethod
+    def one(cls, pack_length: int, window: int) -> "Documents":
+        """Assume one document as long as the pack."""
+        return replace(cls.of(numpy.array([pack_length]), 1, window), known=False)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A workload, and what its costs (but not its legality) depend on."""
+
+    workload: Workload  # with shape, pack_length and global_batch
+    documents: Documents
+    supervised: float = 1.0  # share of tokens that reach the output layer
+    dtype: str = "bfloat16"  # of the weights
+    kv_tokens: int = 0  # rollouts: tokens that the KV cache of a model replica holds
+    gpu: Gpu | None = None
+    memory_gib: float | None = None  # of a GPU, where the profile says so
+    gpus_per_node: int = 8
+    offload: float = 0.0  # share of the optimizer's state in host memory
+    lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: all parameters are trained
+
+    @property
+    def shape(self) -> ModelShape | None:
+        """The model's shape, None while its config.json is not known."""
+        return self.workload.shape
+
+    @property
+    def known_shape(self) -> ModelShape:
+        """The model's shape; raises ValueError while its config.json is not known."""
+        if self.workload.shape is None:
+            raise ValueError("the model's config.json is not known yet")
+        return self.workload.shape
+
+    @property
+    def pack_length(self) -> int:
+        """Tokens of a pack; raises ValueError while it is not known."""
+        if self.workload.pack_length is None:
+            raise ValueError("the pack length is not known yet")
+        return self.workload.pack_length
+
+    @property
+    def speed(self) -> Gpu:
+        """The GPU's data sheet; raises ValueError where the type of GPU is not known."""
+        if self.gpu is None:
+            raise ValueError("the type of GPU is not known")
+        return self.gpu
+
+    @property
+    def capacity(self) -> float | None:
+        """Bytes of a GPU's memory; None where neither profile nor type tell them."""
+        gib = self.memory_gib or (self.gpu.memory_gib if self.gpu else None)
+        return gib * GIB if gib else None
+
+
+def model_config(folder: str, site: Site) -> tuple[dict[str, Any] | None, str]:
+    """Return (config.json of a model folder, where it is).
+
+    It is the file, or what its phase will write; None where neither is known.
+    """
+    path = Path(folder) / "hf" / "config.json"
+    try:
+        return durable.read_json(inside(Path(folder), "hf/config.json")), str(path)
+    except (OSError, ValueError, UserMistake):
+        return site.forecasts.get(folder, {}).get("hf_config"), str(path)
+
+
+def model_adapter(folder: str, site: Site) -> tuple[bool, LoraConfig | None]:
+    """Return (whether anything is known of a model folder, the adapter that it has or will have)."""
+    try:
+        facts = durable.read_json(inside(Path(folder), "model.json"))
+    except (OSError, ValueError, UserMistake):
+        facts = site.forecasts.get(folder, {})
+    adapter = facts.get("adapter")
+    return bool(facts), LoraConfig(**adapter["lora"]) if adapter else None
+
+
+def forecast(model: str, lora: LoraConfig, site: Site) -> dict[str, Any]:
+    """Return what the model folder of a training on the model folder `model` will hold."""
+    adapter = {"adapter": {"lora": asdict(lora)}} if lora.rank else {}
+    return {"hf_config": model_config(model, site)[0], **adapter}
+
+
+def pack_facts(folder: str, site: Site) -> dict[str, Any]:
+    """Return plan.json of a pack output, or what pack will write of it."""
+    try:
+        return durable.read_json(Path(folder) / "plan.json")
+    except (OSError, ValueError):
+        return dict(site.forecasts.get(folder, {}))
+
+
+def _lengths(folder: str) -> Any:
+    """Return the tokens of each packed document, int array; None where the plan is not there yet."""
+    from data_tools.packs.plan import read_plan
+
+    try:
+        return read_plan(Path(folder))[1].pieces.length
+    except UserMistake:
+        return None
+
+
+def prepare(
+    model: str, packs: str, global_batch: int, dtype: str, backend: str, site: Site
+) -> tuple[Training, list[Problem]]:
+    """Return what a training on the model folder `model` and the pack plan `packs` would carry, as far as it is known.
+
+    The problems are those of the model's config.json.
+    """
+    shape: ModelShape | None = None
+    problems: list[Problem] = []
+    config, where = model_config(model, site) if model else (None, "")
+    if config is not None:
+        family, dims, problems = parse_config(config, where)
+        if family is not None and dims is not None:
+            shape, dtype = family.config.shape(dims), dtype or dims.dtype
+    facts = pack_facts(packs, site) if packs else {}
+    length = facts.get("pack_length")
+    workload = Workload(
+        site.ranks,
+        shape,
+        pack_length=length,
+        align=facts.get("align"),
+        global_batch=global_batch,
+        backend=backend,
+        gpus=None if site.gpus_per_node is None else site.gpus_per_node > 0,
+    )
+    lengths = _lengths(packs) if shape and length else None
+    window = shape.window if shape else 0
+    if lengths is None or length is None:
+        documents, supervised = Documents.one(length or 1, window), 1.0
+    else:
+        documents = Documents.of(lengths, facts["packs"], window)
+        workload = replace(workload, longest=int(lengths.max()))
+        supervised = facts["targets"] / (facts["packs"] * length)
+    training = Training(
+        workload,
+        documents,
+        supervised,
+        dtype or "bfloat16",
+        gpu=GPUS.get(site.gpu),
+        memory_gib=site.gpu_mem_gib,
+        gpus_per_node=max(site.ranks // site.nodes, 1),
+    )
+    return training, problems

@@ -1,0 +1,187 @@
+"""How much memory a parallel plan needs on the fullest rank, before anything runs: weights, gradients, optimizer state,
+activations, logits.
+
+Pure arithmetic on a `ModelShape`, milliseconds on a login node; nothing was measured. Activations are those of fused
+kernels (Transformer Engine, flash attention). `afterok plan PIPELINE --parallel PHASE` prints the result.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_ext.lora import settings as loras
+from megatron_ext.parallel.calibration import CHUNK_LOGITS, RESERVE
+from megatron_ext.parallel.plan import DEGREES, ParallelPlan, Workload, padded_rows
+from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape, Parameters, count_blocks
+from megatron_ext.preflight.facts import Training
+
+LOGIT_BYTES = 10  # a logit: 2 in bf16, 4 in fp32, 4 for its softmax and gradient
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank, by component."""
+
+    weights: float
+    gradients: float  # fp32 sums
+    optimizer: float  # Adam moments and, for 16-bit weights, the fp32 master, sharded (distributed optimizer)
+    activations: float
+    logits: float  # of one micro-batch, with their loss
+    exchange: float  # tokens on their way to experts and back
+    kv_cache: float
+    reserve: float = RESERVE
+
+    @property
+    def state(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pipeline rank holds, over all its virtual stages."""
+
+    number: int
+    last: bool
+    layers: int
+    blocks: Counter[str]
+    parameters: Parameters  # on one of its ranks, padding of the vocabulary included
+
+
+def stages(plan: ParallelPlan, shape: ModelShape) -> tuple[Stage, ...]:
+    """Return what each pipeline rank holds, the first rank first."""
+    parts = tuple(plan.stage_layers(len(shape.layers)))
+    return _stages(shape, parts, pipeline=plan.pipeline, tensor=plan.tensor, expert=plan.expert * plan.expert_tensor)
+
+
+@lru_cache(maxsize=1024)  # a search asks for the same stages under many context degrees
+def _stages(shape: ModelShape, parts: tuple[range, ...], pipeline: int, tensor: int, expert: int) -> tuple[Stage, ...]:
+    vocabulary = padded_rows(shape.vocabulary, tensor) * shape.hidden
+    held = []
+    for number in range(pipeline):
+        layers = [shape.layers[layer] for part in parts[number::pipeline] for layer in part]
+        blocks = count_blocks(layers)
+        whole = sum((shape.block_parameters[kind] * count for kind, count in blocks.items()), start=Parameters())
+        first, last = number == 0, number == pipeline - 1
+        matrices = int(first or last) if shape.tied else first + last
+        parameters = Parameters(
+            (whole.sharded + matrices * vocabulary) // tensor,
+            whole.replicated + last * shape.hidden,
+            whole.expert // expert,
+        )
+        held.append(Stage(number, last, layers=len(layers), blocks=blocks, parameters=parameters))
+    return tuple(held)
+
+
+def block_activations(shape: ModelShape, kind: str, plan: ParallelPlan) -> float:
+    """Return the bytes for each token of one context rank that a block keeps for backward on a tensor rank (bf16)."""
+    s, h = shape, shape.hidden
+    outer = 4 * h / (plan.tensor if plan.sequence_parallel else 1)  # input of the norm, input of the first matrix
+    projected = 2 * (s.mlp_matrices - 1) + 2  # bytes a column: gate and up, or up alone; the activation
+    if kind in (ATTENTION, WINDOW):
+        inner = 2 * s.qkv_rows + 2 * s.heads * s.head_dim + 4 * s.heads
+    elif kind == MLP:
+        inner = projected * s.ffn
+    elif kind == MOE:
+        routed = s.top_k * (2 * h * plan.expert_tensor + projected * s.expert_ffn)
+        inner = routed + projected * s.shared_ffn + 8 * s.experts
+    else:
+        inner = 2 * s.mamba_projection + 6 * s.mamba_inner
+    return outer + inner / plan.tensor
+
+
+def layer_activations(plan: ParallelPlan, shape: ModelShape, stage: Stage) -> tuple[float, float]:
+    """Return (bytes a token kept from forward to backward, bytes a token at most needed on top in backward)."""
+    bytes_of = {kind: block_activations(shape, kind, plan) for kind in stage.blocks}
+    kept = 2 * shape.hidden / (plan.tensor if plan.sequence_parallel else 1)  # the input alone
+    if plan.recompute == "full":
+        here = [layer for layer in set(shape.layers) if set(layer) <= set(bytes_of)]
+        return kept * stage.layers, max(sum(bytes_of[kind] for kind in layer) for layer in here)
+    again = {MLP, MOE} & set(bytes_of) if plan.recompute == "selective" else set()
+    stored = sum((kept if kind in again else bytes_of[kind]) * count for kind, count in stage.blocks.items())
+    return stored, max((bytes_of[kind] for kind in again), default=0.0)
+
+
+def in_flight(plan: ParallelPlan, stage: Stage, micro_batches: int) -> float:
+    """Return how many micro-batches' activations a rank holds at once, in units of all its layers.
+
+    That of the schedule "one forward, one backward" (megatron/core/pipeline_parallel/schedules.py:739).
+    """
+    if plan.virtual == 1:
+        return min(plan.pipeline - stage.number, micro_batches)
+    chunks = (plan.pipeline - stage.number - 1) * 2 + (plan.virtual - 1) * plan.pipeline + 1
+    return min(chunks, micro_batches * plan.virtual) / plan.virtual
+
+
+def micro_batches(plan: ParallelPlan, w: Workload) -> int:
+    """Return how many micro-batches an update has on each data-parallel rank."""
+    return max((w.global_batch or 1) // (plan.data(w.ranks) * plan.micro_batch), 1)
+
+
+def kv_bytes(plan: ParallelPlan, shape: ModelShape, stage: Stage) -> float:
+    """Return the bytes of KV cache for each token on one rank; Mamba states do not grow with tokens."""
+    groups = max(shape.kv_groups / plan.tensor, 1)
+    return (stage.blocks[ATTENTION] + stage.blocks[WINDOW]) * 2 * groups * shape.head_dim * 2
+
+
+def loss_head_bytes(plan: ParallelPlan, shape: ModelShape, tokens: float, frozen: bool = False) -> float:
+    """Return the bytes of the output layer and loss at their peak, with `tokens` supervised tokens on the rank.
+
+    They are a chunk of logits, the tokens' hidden states and their gradient in bf16, and unless the weight is `frozen`
+    its gradient in fp32 and a chunk's part of it.
+    """
+    rows = padded_rows(shape.vocabulary, plan.tensor) / plan.tensor
+    weight = 0 if frozen else 6 * rows * shape.hidden
+    return LOGIT_BYTES * min(tokens * rows, CHUNK_LOGITS) + 4 * tokens * shape.hidden + weight
+
+
+def trained(plan: ParallelPlan, t: Training, stage: Stage) -> Parameters:
+    """Return the parameters with a gradient on one rank of a stage: all, or LoRA's."""
+    if not t.lora.rank:
+        return stage.parameters
+    adapters = (loras.adapters(t.lora, t.known_shape, kind) * count for kind, count in stage.blocks.items())
+    whole = sum(adapters, start=Parameters())
+    expert = whole.expert // (plan.expert * plan.expert_tensor)
+    return Parameters(whole.sharded // plan.tensor, whole.replicated, expert)
+
+
+def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
+    """Return the memory of one rank of a stage."""
+    w, shape = t.workload, t.known_shape
+    learned = trained(plan, t, stage)
+    dense, expert = learned.sharded + learned.replicated, learned.expert
+    weight, moments = (4, 8) if t.dtype == "float32" else (2, 12)
+    tokens = t.pack_length * plan.micro_batch / plan.context
+    held, on_top = layer_activations(plan, shape, stage)
+    logits = 0.0
+    if stage.last:
+        logits = loss_head_bytes(plan, shape, tokens * t.supervised, frozen=t.lora.rank > 0)
+        logits += 2 * tokens * shape.hidden * plan.sequence_parallel  # the head gathers all tokens
+    sharing = plan.data(w.ranks) * plan.context  # ranks that share the optimizer's state of dense weights
+    sent = 2 * 2 * shape.top_k * shape.hidden / plan.tensor if plan.expert > 1 else 0
+    return Memory(
+        weights=weight * (stage.parameters.total + (learned.total if t.lora.rank else 0)),
+        gradients=4 * (dense + expert),
+        optimizer=moments * (1 - t.offload) * (dense / sharing + expert / plan.expert_data(w.ranks)),
+        activations=tokens * (held * in_flight(plan, stage, micro_batches(plan, w)) + on_top),
+        logits=logits,
+        exchange=tokens * sent,
+        kv_cache=t.kv_tokens * kv_bytes(plan, shape, stage),
+    )
+
+
+def memory(plan: ParallelPlan, t: Training) -> Memory:
+    """Return the memory of the fullest rank."""
+    return max((stage_memory(plan, t, stage) for stage in stages(plan, t.known_shape)), key=lambda needs: needs.total)
+
+
+def divides(plan: ParallelPlan, w: Workload) -> bool:
+    """Return whether memory can be reckoned at all; a plan may be illegal for other reasons."""
+    if any(getattr(plan, name) < 1 for name in DEGREES) or w.ranks % plan.model or w.ranks % plan.expert_model:
+        return False
+    if w.shape is None:
+        return False
+    return sum(plan.pipeline_layers) == len(w.shape.layers) or len(w.shape.layers) % plan.stages == 0

@@ -1,0 +1,143 @@
+"""What a cluster profile may say: what an admin writes once, so that no pipeline names a partition, account or module.
+
+A profile is a YAML file of the dataclasses below (`slurm/profiles/example.yaml` is the one to copy); files.py finds and
+reads it. A pipeline asks for a role and perhaps some numbers (`Request`); resolve.py fills in the rest (`Resources`),
+check.py says what the cluster would refuse. Times are Slurm's: "30" (minutes), "1:30:00", "2-00:00:00".
+
+The dataclasses are OmegaConf structured configs too.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+STANDARD_ROLES = ("cpu", "train", "generate", "eval")
+KINDS = ("slurm", "local")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+REFERENCES = ("file", "cmd", "env")  # where env.secrets may point
+
+
+@dataclass
+class Meta:
+    """Who to ask. `name` is the file's name where it is not given."""
+
+    name: str = ""
+    contact: str = ""
+    description: str = ""
+
+
+@dataclass
+class Partition:
+    """What a Slurm partition allows a job (None: not known, not checked) and what every job in it must say."""
+
+    max_time: str | None = None
+    max_nodes: int | None = None
+    cpus: int | None = None  # of a node
+    mem_gib: int | None = None  # of a node
+    gpus_per_node: int | None = None
+    gpu: str | None = None  # type: a100, h100, h200, b200; with it `plan` knows memory and speed
+    gpu_mem_gib: int | None = None  # of one GPU; None: that of the type
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    # whether a stopped or preempted job may run again under its id; None: asked of Slurm
+    requeue: bool | None = None
+    extra_sbatch: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Role:
+    """What a phase of this kind gets where its pipeline does not say."""
+
+    partition: str | None = None  # None: the only partition, or none at all on a local profile
+    time: str | None = None  # None: the partition's max_time
+    nodes: int = 1
+    gpus_per_node: int = 0
+    gpu: str | None = None  # type and memory of one GPU; None: the partition's
+    gpu_mem_gib: int | None = None
+    cpus_per_task: int = 1
+    mem_gib: int | None = None  # a node; None: the cluster's default
+    ranks_per_node: int | None = None  # None: one a GPU, else one
+
+
+@dataclass
+class Env:
+    """What a job's environment is made of, in this order: `forward`, `set`, `modules`, `setup`, our own, `secrets`.
+
+    Each sees what those before it made, and may change it. `modules` are loaded with `module load`, one after the
+    other; a batch shell that has no `module` gets it from where Environment Modules and Lmod are installed (launchers/
+    shell_lines.py), and one that is not loaded ends the job. `setup` are lines of one shell script, run under bash's
+    default options, so without -e, -u and pipefail: a command of theirs that fails is told in the job's log and does
+    not end it, `exit` does. Our own are PYTHONPATH, PYTHONSAFEPATH, PYTHONUNBUFFERED, MASTER_ADDR and MASTER_PORT.
+    Local processes get `set` and `secrets`.
+
+    `secrets` maps a variable to where its value lies: "file:~/.wandb_key" and "cmd:pass show hf" are read by the worker
+    on its node (jobs/secrets.py) and are written nowhere. "env:NAME" means NAME of the submitter's environment, which
+    `forward` must list too. It is no secret: Slurm writes the environment that sbatch sends into the controller's
+    StateSaveLocation, the node's spool, and slurmdbd where it has AccountingStoreFlags=job_env (seen with 22.05).
+    """
+
+    python: str | None = None  # interpreter of the jobs; None: the one that submits
+    setup: list[str] = field(default_factory=list)  # shell lines
+    modules: list[str] = field(default_factory=list)
+    set: dict[str, str] = field(default_factory=dict)
+    forward: list[str] = field(default_factory=list)  # names of variables taken from the submitter
+    secrets: dict[str, str] = field(default_factory=dict)  # variable -> file:PATH, cmd:COMMAND or env:NAME
+
+
+@dataclass
+class Network:
+    port_range: list[int] = field(default_factory=lambda: [20000, 29999])  # first and last port for MASTER_PORT
+
+
+@dataclass
+class Srun:
+    mpi: str | None = None
+    extra: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Profile:
+    kind: str = "slurm"  # or "local": processes of this machine
+    meta: Meta = field(default_factory=Meta)
+    partitions: dict[str, Partition] = field(default_factory=dict)
+    roles: dict[str, Role] = field(default_factory=dict)
+    env: Env = field(default_factory=Env)
+    network: Network = field(default_factory=Network)
+    srun: Srun = field(default_factory=Srun)
+    max_array_size: int | None = None  # None: no limit known
+    max_submit_jobs: int | None = None  # of one user at a time, array elements counted; None: asked of sacctmgr
+    signal_lead_s: int = 90  # seconds before the time limit at which a job is asked to stop: one checkpoint must fit
+
+
+@dataclass
+class Request:
+    """What a phase asks for; None takes the role's value."""
+
+    role: str
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem_gib: int | None = None
+    time: str | None = None
+    ranks_per_node: int | None = None
+    partition: str | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one array element gets. None means that the option is not given to sbatch."""
+
+    role: str
+    partition: str | None
+    nodes: int
+    ranks_per_node: int
+    gpus_per_node: int
+    gpu: str | None
+    gpu_mem_gib: int | None
+    cpus_per_task: int
+    mem_gib: int | None
+    time_minutes: int | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    extra_sbatch: dict[str, str]
