@@ -14,7 +14,7 @@ import pytest
 from data_tools.base.yaml_loaders import read_values
 from data_tools.own_packages import PACKAGES
 from jobs.kind import kind_names
-from jobs.schema.pipeline import WRITTEN, load_pipeline
+from jobs.schema.pipeline import load_pipeline
 from jobs.task import Task
 from launchers import cli
 from tests.command import ROOT, afterok
@@ -281,7 +281,7 @@ def pipeline_of(text: str) -> str:
     if "phases" in block:
         return text
     assert all("uses" in phase for phase in block.values()), "a YAML block is a pipeline, or phases of one"
-    missing = {name for name in WRITTEN.findall(text) if name not in block}
+    missing = {name for name in re.findall(r"\$\{phases\.(\w+)\.out\}", text) if name not in block}
     stand_ins = "".join(f"  {name}: {{uses: q_rewards, with: {{inputs: [x.csv]}}}}\n" for name in sorted(missing))
     return "name: block\nphases:\n" + stand_ins + "".join(f"  {line}\n" for line in text.splitlines())
 
