@@ -18,9 +18,10 @@ import numpy as np
 
 from data_tools.base.durable import fsync_tree, write_json
 from data_tools.base.seeded import permutation
+from data_tools.base.tables import ShownTable
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.packs import batches
-from data_tools.packs.plan import FACTS, Pieces, Plan, stream_of
+from data_tools.packs.plan import FACTS, Pieces, Plan, PlanFacts, stream_of
 from data_tools.packs.store import Store, text_hash
 from data_tools.progress import Progress, silent
 from data_tools.records import sources
@@ -180,7 +181,7 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
     balance = _balance(store, pieces, overlong, weights=weights, names=names)
     balance.write(out)
     total = balance.total()
-    facts = {
+    facts: PlanFacts = {
         "pack_length": config.pack_length,
         "align": config.align,
         "order": config.order,
@@ -224,7 +225,7 @@ def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
     return counts
 
 
-def _idle_table(stream: batches.Stream) -> dict[str, Any]:
+def _idle_table(stream: batches.Stream) -> ShownTable:
     """Return the predicted idle share of the ranks for the usual sizes of data parallelism, 8 packs a rank and step."""
     rows = []
     for ranks in (2, 4, 8, 16, 32, 64):

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -22,6 +22,26 @@ from data_tools.packs.store import Store
 
 PLAN, FACTS = "plan.npz", "plan.json"
 PADDING_SLOT = 1024  # tokens at most: attention over a slot costs the square of its length, and padding is for nothing
+
+
+class PlanFacts(TypedDict):
+    """Holds what plan.json says; counts are of documents, tokens or packs."""
+
+    pack_length: int
+    align: int
+    order: str
+    seed: int
+    weights: list[float]
+    group: int
+    cost: list[float]  # linear, quadratic
+    packs: int
+    documents: int
+    overlong: int
+    tokens: int
+    padded: int
+    targets: int
+    store: str  # digest of the store
+    plan: str  # digest of the plan
 
 
 @dataclass(frozen=True)
@@ -69,9 +89,10 @@ class Plan:
         )
 
 
-def stream_of(facts: dict[str, Any], plan: Plan, seed: int) -> batches.Stream:
+def stream_of(facts: PlanFacts, plan: Plan, seed: int) -> batches.Stream:
     """Return the endless order of a plan's packs."""
-    costs = plan.costs(*facts["cost"])
+    linear, quadratic = facts["cost"]
+    costs = plan.costs(linear, quadratic)
     return batches.Stream(costs, plan.source, tuple(facts["weights"]), group=facts["group"], seed=seed)
 
 
@@ -101,8 +122,7 @@ class PackReader:
         self.facts, self.plan = read_plan(Path(plan))
         if self.facts["store"] != self.store.digest:
             raise UserMistake(f"plan {plan} was made for another store than {store}; run pack on that store")
-        self.pack_length: int = self.facts["pack_length"]
-        self.align: int = self.facts["align"]
+        self.pack_length, self.align = self.facts["pack_length"], self.facts["align"]
         self.digest = sha256_bytes(canonical_json(self.facts))
         self._streams: dict[int, batches.Stream] = {}
 
@@ -173,7 +193,7 @@ def padded_to(cu_seqlens: np.ndarray, length: int, unit: int) -> np.ndarray:
     return np.append(ends, length) if ends[-1] < length else ends
 
 
-def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
+def read_plan(folder: Path) -> tuple[PlanFacts, Plan]:
     """Return (facts, plan) of a pack output. Raise UserMistake when it is none or damaged."""
     remedy = "restore it or run pack again"
     for name in (FACTS, PLAN):

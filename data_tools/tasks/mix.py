@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_tools.base.seeded import permutation
+from data_tools.base.tables import ShownTable
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records import readers
 from data_tools.records.balance import SourceBalance
@@ -301,8 +302,8 @@ class Draw:
         return number_of(self.item.uid, self.epoch)
 
 
-def counts_table(counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """Return `Mix.counts` as {"title", "columns", "rows"}."""
+def counts_table(counts: Mapping[str, Mapping[str, int]]) -> ShownTable:
+    """Return `Mix.counts` for people."""
     own = ("lines", "rows", "prompts", "shared")
     rows = []
     for name, found in counts.items():

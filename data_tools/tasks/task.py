@@ -196,12 +196,12 @@ def load_task(name: str) -> Task:
     Raise UserMistake with the nearest valid name when there is none.
     """
     if ":" in name:
-        return FunctionTask(name)  # type: ignore[return-value]
+        return FunctionTask(name)  # type: ignore[return-value]  # it has those names that it needs
     if "." in name:
         return _user_module(name)
     if name not in task_names():
         raise UserMistake(f"unknown task {name!r}{nearest(name, task_names())}")
-    return importlib.import_module(f"data_tools.tasks.{name}")  # type: ignore[return-value]
+    return importlib.import_module(f"data_tools.tasks.{name}")  # type: ignore[return-value]  # a module of these names
 
 
 def load_row_task(name: str) -> RowTask:
@@ -209,7 +209,7 @@ def load_row_task(name: str) -> RowTask:
     task = load_task(name)
     if not hasattr(task, "parse_line"):
         raise UserMistake(f"task {name!r} has prompts to score, no rows to learn; calculator has both")
-    return task  # type: ignore[return-value]
+    return task  # type: ignore[return-value]  # which has parse_line, and so the other names
 
 
 def rows_of(task: RowTask, raw: Any) -> list[Row]:
