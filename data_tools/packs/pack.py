@@ -129,12 +129,12 @@ def plan_of(pieces: Pieces, store: Store, config: Config, weights: Sequence[floa
         sizes = -(-pieces.length[places] // config.align)  # in units of align
         capacity = config.pack_length // config.align
         if config.order == "decreasing":
-            mine = longest_first(sizes, capacity)
+            sequence = longest_first(sizes, capacity)
         else:
-            mine = permutation("pack order", config.seed, number, len(places))
-        found, count = best_fit(sizes[mine], capacity, None if apart is None else apart[places[mine]])
-        order.append(places[mine])
-        packs.append(found.astype(np.int64) + opened)
+            sequence = permutation("pack order", config.seed, number, len(places))
+        pack_numbers, count = best_fit(sizes[sequence], capacity, None if apart is None else apart[places[sequence]])
+        order.append(places[sequence])
+        packs.append(pack_numbers.astype(np.int64) + opened)
         source.append(np.full(count, number, dtype=np.int16))
         opened += count
     pack_of = np.concatenate(packs)
@@ -208,8 +208,8 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
 def source_names(store: Store) -> list[str]:
     """Names of the store's sources in the order of their numbers, from the balance sheet beside it; else the
     numbers."""
-    found = sources.of_folder(store.folder)
-    return found or [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
+    names = sources.of_folder(store.folder)
+    return names or [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
 
 
 def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
@@ -261,12 +261,12 @@ def _balance(
     packed[pieces.doc] = True
     targets = targets_of(store, pieces)
     for number, name in enumerate(names):
-        mine = store.sources == number
-        sheet = SourceBalance.of_rows(name, int(mine.sum()))
-        sheet.kept = int((mine & packed).sum())
-        left = mine & ~packed
-        chosen = mine[pieces.doc]
-        sheet.tokens_in = int(store.lengths[mine].sum(dtype=np.int64))
+        is_own = store.sources == number
+        sheet = SourceBalance.of_rows(name, int(is_own.sum()))
+        sheet.kept = int((is_own & packed).sum())
+        left = is_own & ~packed
+        chosen = is_own[pieces.doc]
+        sheet.tokens_in = int(store.lengths[is_own].sum(dtype=np.int64))
         sheet.tokens = int(pieces.length[chosen].sum(dtype=np.int64))
         lost = int(store.lengths[left].sum(dtype=np.int64))
         if left.any():

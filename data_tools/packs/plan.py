@@ -147,8 +147,8 @@ class PackReader:
 
     def padding(self, i: int) -> int:
         """Return tokens of pack i that are no document's."""
-        mine = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
-        return self.pack_length - int(self.plan.pieces.length[mine].sum(dtype=np.int64))
+        own = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
+        return self.pack_length - int(self.plan.pieces.length[own].sum(dtype=np.int64))
 
     def documents(self, i: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield (row of the store, ids int32[n], mask uint8[n]) of each document of pack i, as far as it lies in the
@@ -161,13 +161,13 @@ class PackReader:
     def pack(self, i: int) -> Pack:
         """Pack i, from 0."""
         length, pieces = self.pack_length, self.plan.pieces
-        mine = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
-        doc_ids, lengths = pieces.doc[mine], pieces.length[mine].astype(np.int64)
+        own = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
+        doc_ids, lengths = pieces.doc[own], pieces.length[own].astype(np.int64)
         slots = -(-lengths // self.align) * self.align
         cu_seqlens = np.concatenate([[0], np.cumsum(slots)])
         ids = np.full(length, self.pad_id, dtype=np.int64)
         mask = np.zeros(length + 1, dtype=np.float32)
-        firsts = self.store.offsets[doc_ids] + pieces.start[mine]
+        firsts = self.store.offsets[doc_ids] + pieces.start[own]
         for start, first, n in zip(cu_seqlens.tolist(), firsts.tolist(), lengths.tolist()):
             ids[start : start + n] = self.store.all_ids[first : first + n]
             mask[start + 1 : start + n] = self.store.all_masks[first + 1 : first + n]

@@ -93,7 +93,7 @@ class Balance:
 
     def __add__(self, other: "Balance") -> "Balance":
         """Return the sheet of two elements of the same phase."""
-        return Balance(mine + theirs for mine, theirs in zip(self.sources, other.sources, strict=True))
+        return Balance(own + theirs for own, theirs in zip(self.sources, other.sources, strict=True))
 
     def check(self) -> None:
         """ValueError when any source does not add up."""

@@ -224,10 +224,10 @@ def check_task(name: str) -> str | None:
         return None if name in task_names() else f"unknown task {name!r}{nearest(name, task_names())}"
     module, _, function = name.partition(":")
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
-        found = None
-    if found is None:
+        spec = None
+    if spec is None:
         return f"there is no module {module!r}{taken(module)}; it has to be importable where the run is submitted"
     return f"{function!r} is no name of a function" if ":" in name and not function.isidentifier() else None
 
