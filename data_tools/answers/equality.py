@@ -172,7 +172,7 @@ def _list_key(value: Several, like: Any) -> str:
     if value.union:
         return _union_key(value)
     if isinstance(like, Group) and like.brackets == "()" and len(like.items) == len(value.items) and not value.distinct:
-        names = [one.name for one in value.items if isinstance(one, Named)]
+        names = [item.name for item in value.items if isinstance(item, Named)]
         if not _may_be_interval(like) and names == sorted(names):  # a point without its brackets
             return _bracketed_key(Group("()", value.items), like)
     return _several_key(value.items, like, value.distinct)
@@ -181,8 +181,8 @@ def _list_key(value: Several, like: Any) -> str:
 def _several_key(items: tuple, like: Any, distinct: bool) -> str:
     asked = like.items[0] if isinstance(like, Several) and like.items else None
     keys = [
-        f"{one.name} = {key(one.value, one.value)}" if isinstance(one, Named) else
-        key(one, asked if _is_like(one, asked) else one) for one in items
+        f"{item.name} = {key(item.value, item.value)}" if isinstance(item, Named) else
+        key(item, asked if _is_like(item, asked) else item) for item in items
     ]  # fmt: skip
     return f"{{{'; '.join(sorted(set(keys) if distinct or (isinstance(like, Several) and like.distinct) else keys))}}}"
 
@@ -193,7 +193,7 @@ def _is_like(one: Any, asked: Any) -> bool:
 
 
 def _union_key(value: Several) -> str:
-    return f"{' ∪ '.join(sorted(key(one, one) for one in value.items))}"
+    return f"{' ∪ '.join(sorted(key(item, item) for item in value.items))}"
 
 
 def _may_be_interval(group: Group) -> bool:
@@ -208,18 +208,18 @@ def _may_be_interval(group: Group) -> bool:
 
 def _is_related(gold: Any, answer: Any) -> bool:
     """Return whether what has no fingerprint is equal to math-verify."""
-    pair = [_expression(one) for one in (gold, answer)]
-    if None in pair or not all(isinstance(one, (Relation, Named, Formula)) for one in (gold, answer)):
+    pair = [_expression(value) for value in (gold, answer)]
+    if None in pair or not all(isinstance(value, (Relation, Named, Formula)) for value in (gold, answer)):
         return False
     if isinstance(gold, Relation) != isinstance(answer, Relation) and not all(
-        isinstance(one, (Relation, Named)) for one in (gold, answer)
+        isinstance(value, (Relation, Named)) for value in (gold, answer)
     ):
         return False
-    if all(isinstance(one, Formula) and one.mark is not None for one in (gold, answer)):
+    if all(isinstance(value, Formula) and value.mark is not None for value in (gold, answer)):
         return False
-    if all(isinstance(one, Named) for one in (gold, answer)):
+    if all(isinstance(value, Named) for value in (gold, answer)):
         return False
-    if all(isinstance(one, Relation) and one.mark is not None for one in (gold, answer)):
+    if all(isinstance(value, Relation) and value.mark is not None for value in (gold, answer)):
         return False
     return symbols.are_equal(*pair)
 

@@ -70,10 +70,10 @@ def final_text(completion: str) -> str | None:
 
 def find_answer(completion: str, form: str) -> str | None:
     """Return what the completion answers, as it is written; None when there is no whole answer in an accepted form."""
-    found = FORMS[form](completion)
-    if found is None:
-        found = last_boxed(completion)
-    return bare(found) if found else None
+    answer = FORMS[form](completion)
+    if answer is None:
+        answer = last_boxed(completion)
+    return bare(answer) if answer else None
 
 
 def bare(answer: str) -> str | None:
@@ -183,8 +183,8 @@ def _hashes(text: str) -> str | None:
 
 def _answer_line(text: str) -> str | None:
     """Return what follows the last `Answer:` that begins a line; a formula over several lines as a whole."""
-    found = list(_LINE.finditer(text))
-    return _whole(found[-1][1], text[found[-1].end() :]) if found else None
+    lines = list(_LINE.finditer(text))
+    return _whole(lines[-1][1], text[lines[-1].end() :]) if lines else None
 
 
 def _whole(said: str, after: str) -> str:

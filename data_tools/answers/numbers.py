@@ -74,11 +74,11 @@ def number(text: str) -> Reading | None:
 
 def _measured(rest: str) -> Unit | None:
     """Return the unit after a number: a letter only where a space or \\text{} sets it off, for 5m may be a product."""
-    found = unit_of(rest)
+    unit = unit_of(rest)
     apart = rest[:1] in (" ", "⟦", "^", "¢", *CURRENCIES)
     word = rest.strip(" ⟦⟧")
-    known = found is not None and not (found[0].isalpha() and found[0].startswith(word[:3].lower()))
-    return found if apart or (found and known and len(word) > 1) else None
+    known = unit is not None and not (unit[0].isalpha() and unit[0].startswith(word[:3].lower()))
+    return unit if apart or (unit and known and len(word) > 1) else None
 
 
 def _value(parts: dict[str, str]) -> tuple[Fraction, int | None]:

@@ -89,13 +89,13 @@ def _known_set(text: str) -> Group | Several | None:
 def words(text: str) -> Words | None:
     """Read words: letters in a row are a word and no product, for BDAC is not ABCD."""
     plain = re.sub(r"\s+", " ", re.sub("[⟦⟧\"']", "", text)).strip(" .,;:")
-    found = _WORDY.findall(plain)
-    if not found or not _PLAIN_TEXT.fullmatch(plain) or found[0] in _FUNCTION_WORDS:
+    parts = _WORDY.findall(plain)
+    if not parts or not _PLAIN_TEXT.fullmatch(plain) or parts[0] in _FUNCTION_WORDS:
         return None
     first = re.match(r"[^\W\d_]+", plain)
     if not first and "⟦" not in text:
         return None
-    if first and len(first[0]) == 1 and not any(len(word) > 1 for word in found[:1]):
+    if first and len(first[0]) == 1 and not any(len(word) > 1 for word in parts[:1]):
         return None
     return Words(plain.casefold())
 
@@ -118,12 +118,12 @@ def formula(text: str) -> Any:
     expression = symbols.parsed(value)
     if expression is None:
         raise Unclear("no formula")
-    found = of_expression(expression)
+    number_or_formula = of_expression(expression)
     if unit or percent:
-        if not isinstance(found, (Number, Formula)):
+        if not isinstance(number_or_formula, (Number, Formula)):
             raise Unclear("the unit of what is no number")
-        return Measure(found, percent, unit)
-    return found
+        return Measure(number_or_formula, percent, unit)
+    return number_or_formula
 
 
 def of_expression(expression: Any) -> Any:
@@ -146,10 +146,10 @@ def relation(text: str) -> Relation:
     expression = symbols.parsed(text)
     if expression is None:
         raise Unclear("no equation")
-    found = of_expression(expression)
-    if not isinstance(found, Relation):
+    value = of_expression(expression)
+    if not isinstance(value, Relation):
         raise Unclear("no equation")
-    return found
+    return value
 
 
 def _relation_mark(expression: Any) -> str | None:

@@ -123,7 +123,7 @@ def _fractions(text: str) -> str:
         if arguments[0] == "[":  # \sqrt[3]{…}
             parts.append(text[match.start() : place])
         else:
-            parts.append(f"\\{match[1]}" + "".join(f"{{{_fractions(one)}}}" for one in arguments))
+            parts.append(f"\\{match[1]}" + "".join(f"{{{_fractions(inner)}}}" for inner in arguments))
     return "".join([*parts, text[place:]])
 
 

@@ -34,10 +34,10 @@ def parsed(text: str) -> Any | None:
     import sympy
 
     try:
-        found = _parser()(f"\\boxed{{{latex}}}")
+        expressions = _parser()(f"\\boxed{{{latex}}}")
     except Exception:  # a RecursionError, whatever sympy makes of odd input: the text is no formula
         return None
-    return found[0] if found and isinstance(found[0], (sympy.Basic, sympy.MatrixBase)) else None
+    return expressions[0] if expressions and isinstance(expressions[0], (sympy.Basic, sympy.MatrixBase)) else None
 
 
 @functools.lru_cache(maxsize=1)

@@ -53,15 +53,15 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z'-]*\.?")
 
 
 def _spellings() -> dict[str, tuple[str, "Fraction | str"]]:
-    found: dict[str, tuple[str, Fraction | str]] = {}
+    units: dict[str, tuple[str, Fraction | str]] = {}
     for kind, rows in _KINDS.items():
         for names, size in rows:
             value: Fraction | str = Fraction(size) if re.fullmatch(r"[\d./]+", size) else size
             for name in names.split() if "circ} " not in names else re.split(r" (?=\^)| (?=[a-z])", names):
-                found[name] = (kind, value)
+                units[name] = (kind, value)
                 if len(name) > 2 and name.isalpha():
-                    found[f"{name}s"] = (kind, value)
-    return found
+                    units[f"{name}s"] = (kind, value)
+    return units
 
 
 _FOUND = _spellings()

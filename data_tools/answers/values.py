@@ -150,25 +150,25 @@ def _is_sentence(text: str) -> bool:
 def _together(items: list, distinct: bool = False) -> Several:
     """Return a list whose names say nothing where they are all the same: x=4 or x=5."""
     flat = list(_flat(items))
-    names = {one.name for one in flat if isinstance(one, Named)}
+    names = {item.name for item in flat if isinstance(item, Named)}
     if len(names) == 1:
-        flat = [one.value if isinstance(one, Named) else one for one in flat]
+        flat = [item.value if isinstance(item, Named) else item for item in flat]
     return Several(tuple(flat), distinct)
 
 
 def _flat(items: list) -> Iterator[Any]:
-    for one in items:
-        if isinstance(one, Several) and not one.distinct and not one.union:
-            yield from one.items
-        elif isinstance(one, Named) and isinstance(one.value, Several):
-            yield from (Named(one.name, value) for value in one.value.items)
+    for item in items:
+        if isinstance(item, Several) and not item.distinct and not item.union:
+            yield from item.items
+        elif isinstance(item, Named) and isinstance(item.value, Several):
+            yield from (Named(item.name, value) for value in item.value.items)
         else:
-            yield one
+            yield item
 
 
 def _union(items: list) -> Any:
-    values = [one.value if isinstance(one, Named) else one for one in items]
-    if not all(isinstance(one, Group) and len(one.items) == 2 or isinstance(one, Several) for one in values):
+    values = [item.value if isinstance(item, Named) else item for item in items]
+    if not all(isinstance(item, Group) and len(item.items) == 2 or isinstance(item, Several) for item in values):
         raise Unclear("a union of what is no interval")
     return Several(tuple(values), union=True)
 
@@ -249,7 +249,7 @@ def _equation(sides: list[str], text: str, depth: int) -> Any:
 
 def _alike(values: list) -> Any:
     """Return the last of values that are equal, such as of 2+2=4. Raise Unclear where they are not: 2+2=5."""
-    if len(values) > 1 and (len(marks := {_mark(one) for one in values}) > 1 or None in marks):
+    if len(values) > 1 and (len(marks := {_mark(value) for value in values}) > 1 or None in marks):
         raise Unclear("an equation that does not hold")
     return values[-1]
 

@@ -152,9 +152,9 @@ def _end_of_last_line(handle: int) -> int:
     end = os.fstat(handle).st_size
     while end:
         start = max(0, end - TAIL)
-        found = os.pread(handle, end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        newline = os.pread(handle, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
         end = start
     return 0
 

@@ -63,11 +63,11 @@ class CleanStream(io.TextIOBase):
         return True
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  (read-only in Python, an attribute in typeshed)
+    def encoding(self) -> str:  # type: ignore[override]  # read-only in Python, an attribute in typeshed
         return self.raw.encoding
 
     @property
-    def errors(self) -> str | None:  # type: ignore[override]  (as encoding)
+    def errors(self) -> str | None:  # type: ignore[override]  # as encoding
         return self.raw.errors
 
 

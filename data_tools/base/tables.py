@@ -3,9 +3,17 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from data_tools.base import durable
+
+
+class ShownTable(TypedDict):
+    """Holds a table for people; a row has as many JSON values as there are columns."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
 
 
 def write_table(keep: Path, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -15,12 +23,11 @@ def write_table(keep: Path, name: str, title: str, columns: Sequence[str], rows:
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"table {name}: a row of {len(row)} values under {len(columns)} columns")
-    durable.write_json(
-        folder / f"{name}.json", {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
-    )
+    table: ShownTable = {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
+    durable.write_json(folder / f"{name}.json", table)
 
 
-def read_tables(keep: Path) -> dict[str, dict[str, Any]]:
+def read_tables(keep: Path) -> dict[str, ShownTable]:
     """Return {name: table} of a phase; a torn one is left out."""
     found = {}
     for path in sorted((keep / "tables").glob("*.json")):

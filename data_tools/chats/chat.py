@@ -126,11 +126,11 @@ class ChatRows:
 
     def rows(self, record: Any) -> Iterator[Result]:
         """Raise BadRecord where the record is no conversation, and UserMistake where the verifier finds a fault."""
-        for found in read_record(record, self.config.schema, self.config.ignored):
-            if self.config.turns == "each" and isinstance(found, Conversation):
-                yield from map(self._result, found.turns())
+        for item in read_record(record, self.config.schema, self.config.ignored):
+            if self.config.turns == "each" and isinstance(item, Conversation):
+                yield from map(self._result, item.turns())
             else:
-                yield self._result(found)
+                yield self._result(item)
 
     def _result(self, item: "Conversation | list[RenderedChunk]") -> Result:
         try:

@@ -305,14 +305,14 @@ def _conversation(keys: Keys, turns: list[Turn], refused: Mapping[str, str]) -> 
     change what is trained."""
     system = [keys.text(name) for name in SYSTEM]
     tools = [*(read_tools(keys.take(name)) for name in ("tools", "functions")), *(turn.tools for turn in turns)]
-    given = [found for found in tools if found]
-    if any(found != given[0] for found in given):
+    given = [listed for listed in tools if listed]
+    if any(listed != given[0] for listed in given):
         raise BadRecord("record: tools stand there twice, and differ")
     arguments = value_of(keys.take(KWARGS) or {}, KWARGS)
     if not isinstance(arguments, dict):
         raise BadRecord(f"{KWARGS} is no mapping but {kind(arguments)}")
-    if found := own_variables(arguments):
-        raise BadRecord(f"{KWARGS}: {found[0]!r} is no argument: it is set for every row; {REMEDY}", REFUSED_KEY)
+    if set_by_us := own_variables(arguments):
+        raise BadRecord(f"{KWARGS}: {set_by_us[0]!r} is no argument: it is set for every row; {REMEDY}", REFUSED_KEY)
     if not take_trained(keys):
         turns = [turn._replace(trained=False) for turn in turns]
     _refuse(keys, refused)

@@ -200,12 +200,12 @@ def take_trained(keys: Keys, role: str = "assistant") -> bool:
     return all(said.values())
 
 
-def _the_one(place: str, found: list[Any], what: str) -> Any:
+def _the_one(place: str, given: list[Any], what: str) -> Any:
     """Return what was found, if anything was. Raise BadRecord where several things were that are not the same."""
-    found = [item for item in found if item is not None]
-    if any(item != found[0] for item in found):
+    given = [item for item in given if item is not None]
+    if any(item != given[0] for item in given):
         raise BadRecord(f"{place}: {what} stand there twice, and differ")
-    return found[0] if found else None
+    return given[0] if given else None
 
 
 # -- content ----------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def _content(place: str, role: str, content: Any) -> _Said:
         return _Said(_json_of(place, content))
     if not isinstance(content, list) or not content:
         raise BadRecord(f"{place}: its content is {kind(content)}, neither a text nor parts")
-    found: dict[str, list[Any]] = {name: [] for name in _PART_ORDER}
+    said: dict[str, list[Any]] = {name: [] for name in _PART_ORDER}
     last = 0
     for number, given in enumerate(content, 1):
         part = Keys(f"{place}: part {number}", given if isinstance(given, dict) else {"type": "text", "text": given})
@@ -242,8 +242,8 @@ def _content(place: str, role: str, content: Any) -> _Said:
         if _PART_ORDER.index(name) < last:
             raise BadRecord(f"{part.place}: {name} after {_PART_ORDER[last]}; templates write {', '.join(_PART_ORDER)}")
         last = _PART_ORDER.index(name)
-        found[name].append(value)
-    return _Said("".join(found["text"]), "".join(found["reasoning"]), found["tool_call"])
+        said[name].append(value)
+    return _Said("".join(said["text"]), "".join(said["reasoning"]), said["tool_call"])
 
 
 def _json_of(place: str, value: Any) -> str:
@@ -275,8 +275,8 @@ def _part(part: Keys) -> tuple[str, Any]:
 
 def _thoughts(place: str, text: str) -> _Said:
     """Read a turn of OpenThoughts: a thought between markers or none, then a solution between markers or plain text."""
-    found = _OPEN_THOUGHTS.fullmatch(text)
-    parts = [(part or "").strip() for part in found.groups()] if found else []
+    match = _OPEN_THOUGHTS.fullmatch(text)
+    parts = [(part or "").strip() for part in match.groups()] if match else []
     answer = parts[1] or parts[2] if parts else ""
     if not answer or any(_MARKERS.search(part) for part in parts):
         reason = "its <|begin_of_thought|> … <|end_of_solution|> markers are not one thought and one solution"

@@ -91,15 +91,15 @@ def calls_of(text: str, turn: Part, thinking: Part | None, message: Mapping[str,
         return None
     start = thinking.stop if thinking else turn.start
     said = _said(text, Part(start, turn.stop), message["content"].strip())
-    found = []
+    tagged = []
     for opening, closing in _TOOL_CALLS:
         begins = _outside(text, opening, Part(start, turn.stop), said)
         ends = _outside(text, closing, Part(start, turn.stop), said)
         if begins and ends and ends[-1] > begins[0]:
-            found.append(Part(begins[0], ends[-1] + len(closing)))
-    if not found:
+            tagged.append(Part(begins[0], ends[-1] + len(closing)))
+    if not tagged:
         raise BadRecord("its tool calls are between no known tags", "unknown_tool_call")
-    calls = Part(min(part.start for part in found), max(part.stop for part in found))
+    calls = Part(min(part.start for part in tagged), max(part.stop for part in tagged))
     if said and calls.start < said.stop and said.start < calls.stop:
         raise BadRecord("what it says lies among its tool calls", "unknown_tool_call")
     return calls
@@ -118,7 +118,7 @@ def _said(text: str, turn: Part, content: str) -> Part | None:
 
 def _outside(text: str, tag: str, turn: Part, said: Part | None) -> list[int]:
     """Return the places of a tag in the turn, but for those in what is said."""
-    places = [turn.start + found.start() for found in re.finditer(re.escape(tag), text[turn.start : turn.stop])]
+    places = [turn.start + match.start() for match in re.finditer(re.escape(tag), text[turn.start : turn.stop])]
     return [place for place in places if not (said and said.start <= place < said.stop)]
 
 

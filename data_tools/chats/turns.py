@@ -254,7 +254,7 @@ class Turns:
 
     def _find_headers(self) -> dict[str, str]:
         """Return what the generation prompt already holds of a turn after a question, and after a tool's result."""
-        found = {}
+        headers = {}
         for role, context in (("user", [ASK]), ("tool", [ASK, CALL, RESULT])):
             try:
                 header = self._find_header(context)
@@ -266,15 +266,15 @@ class Turns:
                     ) from None
                 continue  # it knows no tools
             if header is not None:
-                found[role] = header
+                headers[role] = header
             elif self.template.has_blocks:
-                found[role] = ""  # its blocks tell
-        if "user" not in found:
+                headers[role] = ""  # its blocks tell
+        if "user" not in headers:
             raise UserMistake(
                 "chat template: its generation prompt does not begin an assistant's turn, so the header "
                 'cannot be told from the answer; name the header in chat.header ("" for none)'
             )
-        return {"tool": found["user"], **found}
+        return {"tool": headers["user"], **headers}
 
     def _find_header(self, context: list[dict[str, Any]]) -> str | None:
         """Return the header of an answer; None where the generation prompt gives none of what is before its text."""

@@ -30,8 +30,8 @@ class BlendedPacks:
         self._first = np.cumsum([0, *(reader.n_packs for reader in self.readers)])
         self._sources = np.empty(0, dtype=np.int64)
         # One measure for all, the first one's: ranks are to be loaded evenly.
-        cost = self.readers[0].facts["cost"]
-        self._costs = np.concatenate([reader.plan.costs(*cost) for reader in self.readers])
+        linear, quadratic = self.readers[0].facts["cost"]
+        self._costs = np.concatenate([reader.plan.costs(linear, quadratic) for reader in self.readers])
 
     def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
         """Return the packs of global batch k (from 0), whatever the number of ranks."""

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from data_tools.base.seeded import permutation
+from data_tools.base.tables import ShownTable
 from data_tools.chats.tokenizer import Tokenizer
 from data_tools.packs.plan import PLAN, PackReader
 from data_tools.packs.store import Store
@@ -35,7 +36,7 @@ def is_plan(folder: Path) -> bool:
     return (folder / PLAN).is_file()
 
 
-def balance_table(folder: Path) -> dict[str, Any]:
+def balance_table(folder: Path) -> ShownTable:
     """Return the balance sheet beside a store or a plan, as a table."""
     return Balance.read(folder).table()
 

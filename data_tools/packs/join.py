@@ -11,18 +11,19 @@ import numpy as np
 
 from data_tools.chats.fields import remedies
 from data_tools.mistake import UserMistake
-from data_tools.packs.store import Store, StoreWriter
+from data_tools.packs.store import Store, StoreFacts, StoreWriter
 from data_tools.records.balance import Balance, SourceBalance
 
 _MERGE_ROWS = 1 << 14  # rows copied at a time
 
 
-def write_balance(balance: Balance, store: dict[str, Any], out: Path) -> dict[str, Any]:
+def write_balance(balance: Balance, store: StoreFacts, out: Path) -> dict[str, Any]:
     """Check the sheet, against the store too, and write it; return the facts: counts, buckets and the table."""
     total = balance.total()
-    counted = {"rows": total.kept, "tokens": total.tokens, "supervised": total.supervised}
-    if any(store[name] != value for name, value in counted.items()):
-        raise ValueError(f"the balance counts {counted}, the store holds {[store[name] for name in counted]}")
+    counted = [total.kept, total.tokens, total.supervised]
+    held = [store["rows"], store["tokens"], store["supervised"]]
+    if counted != held:
+        raise ValueError(f"the balance counts {counted} rows, tokens and supervised ones, the store holds {held}")
     balance.write(out)
     facts = {name: getattr(total, name) for name in ("lines", "rows", "kept", "tokens_in", "tokens", "supervised")}
     return {**facts, "buckets": dict(total.lines_dropped + total.dropped), "table": balance.table()}

@@ -18,9 +18,10 @@ import numpy as np
 from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree, write_json
 from data_tools.base.seeded import permutation
+from data_tools.base.tables import ShownTable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs import batches
-from data_tools.packs.plan import FACTS, Pieces, Plan, stream_of
+from data_tools.packs.plan import FACTS, Pieces, Plan, PlanFacts, stream_of
 from data_tools.packs.store import Store, text_hash
 from data_tools.progress import Progress, silent
 from data_tools.records import sources
@@ -129,12 +130,12 @@ def plan_of(pieces: Pieces, store: Store, config: Config, weights: Sequence[floa
         sizes = -(-pieces.length[places] // config.align)  # in units of align
         capacity = config.pack_length // config.align
         if config.order == "decreasing":
-            mine = longest_first(sizes, capacity)
+            sequence = longest_first(sizes, capacity)
         else:
-            mine = permutation("pack order", config.seed, number, len(places))
-        found, count = best_fit(sizes[mine], capacity, None if apart is None else apart[places[mine]])
-        order.append(places[mine])
-        packs.append(found.astype(np.int64) + opened)
+            sequence = permutation("pack order", config.seed, number, len(places))
+        pack_numbers, count = best_fit(sizes[sequence], capacity, None if apart is None else apart[places[sequence]])
+        order.append(places[sequence])
+        packs.append(pack_numbers.astype(np.int64) + opened)
         source.append(np.full(count, number, dtype=np.int16))
         opened += count
     pack_of = np.concatenate(packs)
@@ -181,7 +182,7 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
     balance = _balance(store, pieces, overlong, weights=weights, names=names)
     balance.write(out)
     total = balance.total()
-    facts = {
+    facts: PlanFacts = {
         "pack_length": config.pack_length,
         "align": config.align,
         "order": config.order,
@@ -208,8 +209,8 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
 def source_names(store: Store) -> list[str]:
     """Names of the store's sources in the order of their numbers, from the balance sheet beside it; else the
     numbers."""
-    found = sources.of_folder(store.folder)
-    return found or [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
+    names = sources.of_folder(store.folder)
+    return names or [str(number) for number in range(int(store.sources.max(initial=0)) + 1)]
 
 
 def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
@@ -225,7 +226,7 @@ def targets_of(store: Store, pieces: Pieces) -> np.ndarray:
     return counts
 
 
-def _idle_table(stream: batches.Stream) -> dict[str, Any]:
+def _idle_table(stream: batches.Stream) -> ShownTable:
     """Return the predicted idle share of the ranks for the usual sizes of data parallelism, 8 packs a rank and step."""
     rows = []
     for ranks in (2, 4, 8, 16, 32, 64):
@@ -261,12 +262,12 @@ def _balance(
     packed[pieces.doc] = True
     targets = targets_of(store, pieces)
     for number, name in enumerate(names):
-        mine = store.sources == number
-        sheet = SourceBalance.of_rows(name, int(mine.sum()))
-        sheet.kept = int((mine & packed).sum())
-        left = mine & ~packed
-        chosen = mine[pieces.doc]
-        sheet.tokens_in = int(store.lengths[mine].sum(dtype=np.int64))
+        is_own = store.sources == number
+        sheet = SourceBalance.of_rows(name, int(is_own.sum()))
+        sheet.kept = int((is_own & packed).sum())
+        left = is_own & ~packed
+        chosen = is_own[pieces.doc]
+        sheet.tokens_in = int(store.lengths[is_own].sum(dtype=np.int64))
         sheet.tokens = int(pieces.length[chosen].sum(dtype=np.int64))
         lost = int(store.lengths[left].sum(dtype=np.int64))
         if left.any():

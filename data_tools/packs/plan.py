@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -22,6 +22,26 @@ from data_tools.packs.store import Store
 
 PLAN, FACTS = "plan.npz", "plan.json"
 PADDING_SLOT = 1024  # tokens at most: attention over a slot costs the square of its length, and padding is for nothing
+
+
+class PlanFacts(TypedDict):
+    """Holds what plan.json says; counts are of documents, tokens or packs."""
+
+    pack_length: int
+    align: int
+    order: str
+    seed: int
+    weights: list[float]
+    group: int
+    cost: list[float]  # linear, quadratic
+    packs: int
+    documents: int
+    overlong: int
+    tokens: int
+    padded: int
+    targets: int
+    store: str  # digest of the store
+    plan: str  # digest of the plan
 
 
 @dataclass(frozen=True)
@@ -69,9 +89,10 @@ class Plan:
         )
 
 
-def stream_of(facts: dict[str, Any], plan: Plan, seed: int) -> batches.Stream:
+def stream_of(facts: PlanFacts, plan: Plan, seed: int) -> batches.Stream:
     """Return the endless order of a plan's packs."""
-    costs = plan.costs(*facts["cost"])
+    linear, quadratic = facts["cost"]
+    costs = plan.costs(linear, quadratic)
     return batches.Stream(costs, plan.source, tuple(facts["weights"]), group=facts["group"], seed=seed)
 
 
@@ -101,8 +122,7 @@ class PackReader:
         self.facts, self.plan = read_plan(Path(plan))
         if self.facts["store"] != self.store.digest:
             raise UserMistake(f"plan {plan} was made for another store than {store}; run pack on that store")
-        self.pack_length: int = self.facts["pack_length"]
-        self.align: int = self.facts["align"]
+        self.pack_length, self.align = self.facts["pack_length"], self.facts["align"]
         self.digest = sha256_bytes(canonical_json(self.facts))
         self._streams: dict[int, batches.Stream] = {}
 
@@ -127,8 +147,8 @@ class PackReader:
 
     def padding(self, i: int) -> int:
         """Return tokens of pack i that are no document's."""
-        mine = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
-        return self.pack_length - int(self.plan.pieces.length[mine].sum(dtype=np.int64))
+        own = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
+        return self.pack_length - int(self.plan.pieces.length[own].sum(dtype=np.int64))
 
     def documents(self, i: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield (row of the store, ids int32[n], mask uint8[n]) of each document of pack i, as far as it lies in the
@@ -141,13 +161,13 @@ class PackReader:
     def pack(self, i: int) -> Pack:
         """Pack i, from 0."""
         length, pieces = self.pack_length, self.plan.pieces
-        mine = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
-        doc_ids, lengths = pieces.doc[mine], pieces.length[mine].astype(np.int64)
+        own = slice(int(self.plan.pack_ptr[i]), int(self.plan.pack_ptr[i + 1]))
+        doc_ids, lengths = pieces.doc[own], pieces.length[own].astype(np.int64)
         slots = -(-lengths // self.align) * self.align
         cu_seqlens = np.concatenate([[0], np.cumsum(slots)])
         ids = np.full(length, self.pad_id, dtype=np.int64)
         mask = np.zeros(length + 1, dtype=np.float32)
-        firsts = self.store.offsets[doc_ids] + pieces.start[mine]
+        firsts = self.store.offsets[doc_ids] + pieces.start[own]
         for start, first, n in zip(cu_seqlens.tolist(), firsts.tolist(), lengths.tolist()):
             ids[start : start + n] = self.store.all_ids[first : first + n]
             mask[start + 1 : start + n] = self.store.all_masks[first + 1 : first + n]
@@ -173,7 +193,7 @@ def padded_to(cu_seqlens: np.ndarray, length: int, unit: int) -> np.ndarray:
     return np.append(ends, length) if ends[-1] < length else ends
 
 
-def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
+def read_plan(folder: Path) -> tuple[PlanFacts, Plan]:
     """Return (facts, plan) of a pack output. Raise UserMistake when it is none or damaged."""
     remedy = "restore it or run pack again"
     for name in (FACTS, PLAN):

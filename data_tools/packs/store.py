@@ -16,7 +16,7 @@ import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
@@ -81,6 +81,15 @@ def row_text(prompt: str, answer: str) -> RowText:
     return RowText(*words)
 
 
+class StoreFacts(TypedDict):
+    """Holds what store.json says; `sha256` by the name of the file."""
+
+    rows: int
+    tokens: int
+    supervised: int
+    sha256: dict[str, str]
+
+
 class StoreWriter:
     """Appends rows to a new store in an existing, empty folder. Memory is flat: rows spool to disk.
 
@@ -125,8 +134,8 @@ class StoreWriter:
             self._spool.write(np.array(self._pending, dtype=RECORD).tobytes())
             self._pending = []
 
-    def close(self) -> dict[str, Any]:
-        """Write indices, provenance and store.json, make everything durable; returns the facts of store.json."""
+    def close(self) -> StoreFacts:
+        """Write indices, provenance and store.json, make everything durable; return the facts of store.json."""
         self._flush()
         for file in (self._tokens, self._mask, self._spool):
             file.flush()
@@ -140,8 +149,12 @@ class StoreWriter:
             file.close()
         spool.unlink()
         files = (f"{TOKENS}.bin", f"{TOKENS}.idx", f"{LOSS_MASK}.bin", f"{LOSS_MASK}.idx", ROWS)
-        facts: dict[str, Any] = {"rows": self.rows, "tokens": self.tokens, "supervised": self.supervised}
-        facts["sha256"] = {name: sha256_file(self.folder / name) for name in files}
+        facts: StoreFacts = {
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "sha256": {name: sha256_file(self.folder / name) for name in files},
+        }
         fsync_tree(self.folder)
         write_json(self.folder / FACTS, facts)
         return facts
@@ -185,7 +198,7 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         try:
-            self.facts = read_json(self.folder / FACTS)
+            self.facts: StoreFacts = read_json(self.folder / FACTS)
             rows = self.facts["rows"]
         except FileNotFoundError:
             remedy = "give a materialize output"

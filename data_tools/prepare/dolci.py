@@ -327,8 +327,8 @@ def _balance(parts: Sequence[Path], entries: np.ndarray, first: np.ndarray, chos
     sheets = [Balance.read(part) for part in parts]
     balance = sum(sheets[1:], sheets[0])
     for number, sheet in enumerate(balance.sources):
-        mine = entries["source"] == number
-        for bucket, gone in (("duplicate", mine & ~first), ("not_drawn", mine & first & ~chosen)):
+        is_own = entries["source"] == number
+        for bucket, gone in (("duplicate", is_own & ~first), ("not_drawn", is_own & first & ~chosen)):
             if gone.any():
                 sheet.drop_kept(bucket, int(gone.sum()), int(entries["tokens"][gone].sum(dtype=np.int64)), 0)
     return balance

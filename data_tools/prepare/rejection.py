@@ -116,8 +116,8 @@ def words(text: str) -> list[str]:
 
 def shingles(text: str, size: int = _SHINGLE) -> frozenset[tuple[str, ...]]:
     """Runs of `size` words; of a shorter text its one run."""
-    found = words(text)
-    return frozenset(tuple(found[i : i + size]) for i in range(max(1, len(found) - size + 1)))
+    in_order = words(text)
+    return frozenset(tuple(in_order[i : i + size]) for i in range(max(1, len(in_order) - size + 1)))
 
 
 def similarity(a: frozenset, b: frozenset) -> float:
@@ -158,14 +158,14 @@ def _questions(record: readers.Record) -> list[str]:
 
 def _texts(messages: Any, roles: Sequence[str] = ()) -> list[str]:
     """Return the texts of messages of these roles, or of all; of contents in parts, those of the parts."""
-    found = []
+    said = []
     for message in messages if isinstance(messages, list) else []:
         if isinstance(message, dict) and (not roles or message.get("role") in roles):
             content = message.get("content")
             parts = content if isinstance(content, list) else [content]
             texts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in parts]
-            found += [text for text in texts if isinstance(text, str)]
-    return found
+            said += [text for text in texts if isinstance(text, str)]
+    return said
 
 
 def split_thinking(completion: str) -> tuple[str, str] | None:
@@ -254,10 +254,10 @@ def sample_files(inputs: Sequence[str], key: str = "inputs") -> list[Path]:
     for name in inputs:
         path = Path(name).expanduser()
         inside = sorted(file for end in _JSONL for file in path.glob(f"*{end}"))
-        found = [path] if path.is_file() else inside
-        if not found:
+        named = [path] if path.is_file() else inside
+        if not named:
             problems.append(Problem(key, f"{name} is neither a JSONL file nor a folder of some"))
-        files += found
+        files += named
     if problems:
         raise UserMistake(problems)
     return files

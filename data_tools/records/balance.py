@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base.durable import read_json, write_json
+from data_tools.base.tables import ShownTable
 
 FILE = "balance.json"
 
@@ -92,7 +93,7 @@ class Balance:
 
     def __add__(self, other: "Balance") -> "Balance":
         """Return the sheet of two elements of the same phase."""
-        return Balance(mine + theirs for mine, theirs in zip(self.sources, other.sources, strict=True))
+        return Balance(own + theirs for own, theirs in zip(self.sources, other.sources, strict=True))
 
     def check(self) -> None:
         """ValueError when any source does not add up."""
@@ -115,8 +116,8 @@ class Balance:
             total = total + SourceBalance(**{**vars(source), "name": "total"})
         return total
 
-    def table(self) -> dict[str, Any]:
-        """Return {"title", "columns", "rows"}: one row a source and, of several, their total; a column each bucket."""
+    def table(self) -> ShownTable:
+        """Return the balance for people: one row a source and, of several, their total; a column each bucket."""
         total = self.total()
         line_buckets, buckets = sorted(total.lines_dropped), sorted(total.dropped)
         tokens = ["tokens in", "tokens", "supervised", "masked"]

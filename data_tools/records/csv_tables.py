@@ -36,14 +36,14 @@ class Table:
     def numbered(self, prefix: str) -> list[str]:
         """Return the columns PREFIX0, PREFIX1, … in that order. Raise UserMistake when there are fewer than two or one
         is left out."""
-        found = {int(m[1]) for name in self.columns if (m := re.fullmatch(re.escape(prefix) + r"(\d+)", name))}
-        if len(found) < 2:
+        numbers = {int(m[1]) for name in self.columns if (m := re.fullmatch(re.escape(prefix) + r"(\d+)", name))}
+        if len(numbers) < 2:
             columns = ", ".join(self.columns)
             raise UserMistake(Problem(str(self.path), f"needs columns {prefix}0, {prefix}1, …; it has {columns}"))
-        missing = sorted(set(range(max(found) + 1)) - found)
+        missing = sorted(set(range(max(numbers) + 1)) - numbers)
         if missing:
-            raise UserMistake(Problem(str(self.path), f"has {prefix}{max(found)} but no {prefix}{missing[0]}"))
-        return [f"{prefix}{number}" for number in sorted(found)]
+            raise UserMistake(Problem(str(self.path), f"has {prefix}{max(numbers)} but no {prefix}{missing[0]}"))
+        return [f"{prefix}{number}" for number in sorted(numbers)]
 
     def floats(self, names: Sequence[str]) -> np.ndarray:
         """Return float64[rows, names]. Raise UserMistake naming every line (of the first 20) with something else than a
@@ -117,10 +117,10 @@ def table_files(inputs: Sequence[str]) -> list[Path]:
     problems = []
     for name in inputs:
         path = Path(name).expanduser()
-        found = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
-        if not found:
+        tables = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
+        if not tables:
             problems.append(Problem("inputs", f"{name} is neither a CSV file nor a folder of some"))
-        files += found
+        files += tables
     names = [file.name for file in files]
     problems += [
         Problem("inputs", f"two files are called {name}") for name in sorted({n for n in names if names.count(n) > 1})

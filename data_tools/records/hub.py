@@ -26,10 +26,10 @@ def dataset_files(spec: str) -> list[Path]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    found = _SPEC.fullmatch(spec)
-    if found is None:
+    match = _SPEC.fullmatch(spec)
+    if match is None:
         raise UserMistake(f"{spec!r} names no dataset of the hub: write org/name, org/name@revision or org/name:glob")
-    name, revision, glob = found.groups()
+    name, revision, glob = match.groups()
     try:
         folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:

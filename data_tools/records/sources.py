@@ -68,14 +68,14 @@ def by_source(setting: str, values: Mapping[str, Any], names: Sequence[str]) -> 
     """
     problems = []
     for key in values:
-        found = [name for name in names if match(key, name)[0]]
-        if not found:
+        matching = [name for name in names if match(key, name)[0]]
+        if not matching:
             problems.append(Problem(f"{setting}.{key}", f"no source matches{nearest(key, _short(names))}"))
-        elif len([name for name in found if match(key, name)[0] == PATH]) > 1:
+        elif len([name for name in matching if match(key, name)[0] == PATH]) > 1:
             problems.append(
                 Problem(
                     f"{setting}.{key}",
-                    f"stands for {len(found)} sources, {', '.join(found)}; "
+                    f"stands for {len(matching)} sources, {', '.join(matching)}; "
                     "give more of the path, or a pattern that means all",
                 )
             )

@@ -32,10 +32,10 @@ def majority_at_k(answers: Sequence[str | None], right: Sequence[bool], k: int) 
     for answer, good in zip(answers, right):
         if answer is not None:
             verdicts.setdefault(answer, []).append(bool(good))
-    found = Counter((len(one), sum(one) / len(one)) for _, one in sorted(verdicts.items()))
-    silent = len(answers) - sum(size * times for (size, _), times in found.items())
-    largest = max((size for size, _ in found), default=0)
-    total = sum(_won_by(votes, found, silent, n=len(answers), k=k) for votes in range(1, min(k, largest) + 1))
+    classes = Counter((len(rights), sum(rights) / len(rights)) for _, rights in sorted(verdicts.items()))
+    silent = len(answers) - sum(size * times for (size, _), times in classes.items())
+    largest = max((size for size, _ in classes), default=0)
+    total = sum(_won_by(votes, classes, silent, n=len(answers), k=k) for votes in range(1, min(k, largest) + 1))
     return float(min(1.0, total / _drawn(len(answers), k, len(answers), k)[k]))
 
 
@@ -66,23 +66,23 @@ def _won_by(votes: int, classes: Mapping[tuple[int, float], int], silent: int, n
 def _added(table: np.ndarray, chances: np.ndarray, more: int) -> np.ndarray:
     """Return [t + more, j] after a class gave some of its samples: each number of them with its chance."""
     rows, columns = table.shape
-    found = np.zeros((rows + more, columns))
+    table_after = np.zeros((rows + more, columns))
     for given in np.flatnonzero(chances > _NOTHING):
-        found[:rows, given:] += chances[given] * table[:, : columns - given]
-    return found
+        table_after[:rows, given:] += chances[given] * table[:, : columns - given]
+    return table_after
 
 
 @lru_cache(maxsize=4096)
 def _drawn(size: int, most: int, n: int, k: int) -> np.ndarray:
     """Return float64 [most + 1]: the chance that 0, 1, … of `size` samples are drawn, each with chance k/n."""
-    found = np.zeros(most + 1)
+    chances = np.zeros(most + 1)
     for given in range(min(size, most) + 1):
         if k == n:
-            found[given] = float(given == size)
+            chances[given] = float(given == size)
         else:
             log = lgamma(size + 1) - lgamma(given + 1) - lgamma(size - given + 1)
-            found[given] = exp(log + given * np.log(k / n) + (size - given) * np.log1p(-k / n))
-    return found
+            chances[given] = exp(log + given * np.log(k / n) + (size - given) * np.log1p(-k / n))
+    return chances
 
 
 def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
@@ -90,17 +90,17 @@ def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
     for k = 1, 2, 4, … up to the fewest samples of a prompt. The order of a prompt's votes does not matter."""
     ordered = [sorted(votes, key=lambda vote: (str(vote[0]), vote[1])) for votes in prompts]
     answered = any(answer is not None for votes in ordered for answer, _ in votes)
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for k in (2**i for i in range(min(map(len, ordered), default=0).bit_length())):
-        found[f"pass@{k}"] = float(
+        results[f"pass@{k}"] = float(
             np.mean([pass_at_k(len(votes), sum(right for _, right in votes), k) for votes in ordered])
         )
         if answered:
             means = [
                 majority_at_k([answer for answer, _ in votes], [right for _, right in votes], k) for votes in ordered
             ]
-            found[f"maj@{k}"] = float(np.mean(means))
-    return found
+            results[f"maj@{k}"] = float(np.mean(means))
+    return results
 
 
 def standard_error(values: Sequence[float]) -> float:

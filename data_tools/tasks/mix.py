@@ -23,6 +23,7 @@ import numpy as np
 from data_tools.base import declared
 from data_tools.base.declared import setting
 from data_tools.base.seeded import permutation
+from data_tools.base.tables import ShownTable
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.records import readers
 from data_tools.records.balance import SourceBalance
@@ -96,7 +97,7 @@ def verifiers(entries: Mapping[str, Entry]) -> dict[str, Verifier]:
 
 def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
     """Return, of the entries whose task has several turns, the texts after which the model waits for a reply."""
-    found = {}
+    ends = {}
     for name, entry in entries.items():
         task = load_task(entry.task or name)
         if not hasattr(task, "reply"):
@@ -113,8 +114,8 @@ def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
             raise UserMistake(
                 Problem(f"mix.entries.{name}.task", f"stop_strings are {texts!r}: give a list of texts, or None")
             )
-        found[name] = tuple(texts)
-    return found
+        ends[name] = tuple(texts)
+    return ends
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -214,10 +215,10 @@ def load(name: str, entry: Entry) -> Loaded:
         raise UserMistake(Problem(f"task {name}", "its module has no `items`, which gives the prompts of a record"))
     options = task_options(task, entry.options)
     left_out: Callable[[Any], list[str]] = getattr(task, "left_out", lambda record: [])
-    found: dict[tuple[str, str], Item] = {}
+    items_by_key: dict[tuple[str, str], Item] = {}
     sheet = SourceBalance(name)
     for record in _records(entry, task, sheet):
-        if entry.limit and len(found) >= entry.limit:
+        if entry.limit and len(items_by_key) >= entry.limit:
             break
         sheet.lines += 1
         try:
@@ -227,20 +228,20 @@ def load(name: str, entry: Entry) -> Loaded:
         _count(sheet, len(items), wrong)
         for item in items:
             key = (item.uid, item.scoring)
-            if key in found:
+            if key in items_by_key:
                 sheet.refuse("duplicate", 0)
-            elif entry.limit and len(found) >= entry.limit:
+            elif entry.limit and len(items_by_key) >= entry.limit:
                 sheet.refuse("over_limit", 0)
             else:
-                found[key] = item
+                items_by_key[key] = item
                 sheet.keep(0, 0)
-    if not found:
+    if not items_by_key:
         raise UserMistake(Problem(f"task {name}", "has no prompts: its files are empty, or hold none that it takes"))
     sheet.check()
-    several = Counter(uid for uid, _ in found)
+    several = Counter(uid for uid, _ in items_by_key)
     items = [
         replace(item, uid=f"{name}/{uid}" if several[uid] == 1 else f"{name}/{uid}/{scoring}")
-        for (uid, scoring), item in found.items()
+        for (uid, scoring), item in items_by_key.items()
     ]
     return Loaded(items, sheet, sum(count > 1 for count in several.values()))
 
@@ -302,8 +303,8 @@ class Draw:
         return number_of(self.item.uid, self.epoch)
 
 
-def counts_table(counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """Return `Mix.counts` as {"title", "columns", "rows"}."""
+def counts_table(counts: Mapping[str, Mapping[str, int]]) -> ShownTable:
+    """Return `Mix.counts` for people."""
     own = ("lines", "rows", "prompts", "shared")
     rows = []
     for name, found in counts.items():

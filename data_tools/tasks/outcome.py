@@ -77,13 +77,13 @@ def graded(samples: Sequence[Mapping[str, Any]], prefix: str = "") -> dict[str, 
     if not any(map(is_graded, samples)):
         return {}
     scored = [sample for sample in samples if sample.get("reward") is not None]
-    found: dict[str, Any] = _mean(scored, f"{prefix}reward", lambda sample: sample["reward"])
+    means: dict[str, Any] = _mean(scored, f"{prefix}reward", lambda sample: sample["reward"])
     if known := [sample for sample in scored if sample.get("best") is not None]:
-        found |= _mean(known, f"{prefix}regret", lambda sample: sample["best"] - sample["reward"])
+        means |= _mean(known, f"{prefix}regret", lambda sample: sample["best"] - sample["reward"])
         answers = Counter(str(sample["answer"]) for sample in known if sample.get("answer") is not None)
         total = sum(answers.values())
-        found |= {f"{prefix}share_{answer}": count / total for answer, count in sorted(answers.items())}
-    return found
+        means |= {f"{prefix}share_{answer}": count / total for answer, count in sorted(answers.items())}
+    return means
 
 
 def _mean(samples: Sequence[Mapping[str, Any]], name: str, value_of: Any) -> dict[str, float]:

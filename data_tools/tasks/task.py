@@ -197,12 +197,12 @@ def load_task(name: str) -> Task:
     Raise UserMistake with the nearest valid name when there is none.
     """
     if ":" in name:
-        return FunctionTask(name)  # type: ignore[return-value]
+        return FunctionTask(name)  # type: ignore[return-value]  # it has those names that it needs
     if "." in name:
         return _user_module(name)
     if name not in task_names():
         raise UserMistake(f"unknown task {name!r}{nearest(name, task_names())}")
-    return importlib.import_module(f"data_tools.tasks.{name}")  # type: ignore[return-value]
+    return importlib.import_module(f"data_tools.tasks.{name}")  # type: ignore[return-value]  # a module of these names
 
 
 def load_row_task(name: str) -> RowTask:
@@ -210,7 +210,7 @@ def load_row_task(name: str) -> RowTask:
     task = load_task(name)
     if not hasattr(task, "parse_line"):
         raise UserMistake(f"task {name!r} has prompts to score, no rows to learn; calculator has both")
-    return task  # type: ignore[return-value]
+    return task  # type: ignore[return-value]  # which has parse_line, and so the other names
 
 
 def rows_of(task: RowTask, raw: Any) -> list[Row]:
@@ -225,10 +225,10 @@ def check_task(name: str) -> str | None:
         return None if name in task_names() else f"unknown task {name!r}{nearest(name, task_names())}"
     module, _, function = name.partition(":")
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
-        found = None
-    if found is None:
+        spec = None
+    if spec is None:
         return f"there is no module {module!r}{taken(module)}; it has to be importable where the run is submitted"
     return f"{function!r} is no name of a function" if ":" in name and not function.isidentifier() else None
 
