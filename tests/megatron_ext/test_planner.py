@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import numpy
 import pytest
-from megatron_ext.preflight.memory import block_activations, in_flight, memory, micro_batches, stages
-from megatron_ext.preflight.search import search
 
 from megatron_ext.lora.settings import LoraConfig, reach
 from megatron_ext.parallel.calibration import GIB, GPUS, PUBLISHED
@@ -14,6 +12,8 @@ from megatron_ext.parallel.rules import is_legal
 from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape
 from megatron_ext.preflight.facts import Documents, Training
 from megatron_ext.preflight.flops import cost_coefficients, kernel_shares, kind_of, step, training_flops
+from megatron_ext.preflight.memory import block_activations, in_flight, memory, micro_batches, stages
+from megatron_ext.preflight.search import search
 from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_120B, NANO, QWEN_32B
 
 QWEN3_32B = ModelShape(

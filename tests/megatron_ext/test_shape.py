@@ -3,12 +3,12 @@
 import math
 
 import pytest
-from megatron_ext.preflight.memory import stages
 
 from megatron_ext.models.layouts import hf_shapes
 from megatron_ext.models.registry import stages as parts_of
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.preflight.memory import stages
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import GPT_OSS_20B, GPT_OSS_120B, NANO, QWEN_32B
 
