@@ -93,11 +93,11 @@ Compared = Iterator[tuple[str, Any, Any]]  # (argument, what Megatron's argument
 
 def _attention_of(arguments: Namespace, dims: Any) -> Compared:
     """Yield what is compared of attention and of the router, where the arguments have it under another form."""
-    if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", 0):
+    if hasattr(arguments, "group_query_attention") and getattr(dims, "heads", None):
         grouped = arguments.group_query_attention
         groups = arguments.num_query_groups if grouped else arguments.num_attention_heads
         yield "num_query_groups", groups, dims.kv_groups
-    if getattr(dims, "experts", 0) and hasattr(arguments, "moe_router_topk_scaling_factor"):
+    if getattr(dims, "experts", None) and hasattr(arguments, "moe_router_topk_scaling_factor"):
         scale = arguments.moe_router_topk_scaling_factor or 1.0
         yield "moe_router_topk_scaling_factor", scale, getattr(dims, "routed_scale", 1.0)
     if hasattr(arguments, "window_size") and hasattr(dims, "window"):

@@ -186,7 +186,8 @@ def test_models_of_another_function_differ_by_name_and_both_values():
     ours = tiny.NEMOTRON_H_DIMS
     theirs = replace(ours, routed_scale=1.0, norm_epsilon=1e-6, max_positions=9999)
     family = tiny.family(ours)
-    assert sorted(config_meaning.differences(config_meaning.meaning(family, ours), config_meaning.meaning(family, theirs))) == [
+    meanings = (config_meaning.meaning(family, dims) for dims in (ours, theirs))
+    assert sorted(config_meaning.differences(*meanings)) == [
         "layer_norm_epsilon is 1e-05, not 1e-06", "routed_scaling_factor is 2.5, not 1.0",
     ]  # fmt: skip
 
