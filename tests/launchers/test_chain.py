@@ -1,4 +1,4 @@
-"""A phase whose job may not be requeued is a chain of links: each goes on from the last; dependents wait for the end."""
+"""A phase whose job may not be requeued is a chain of links: each goes on from the last, dependents on the end."""
 
 import contextlib
 
