@@ -116,7 +116,7 @@ class Surveyor:
     def _element(
         self, path: Path, index: int, now: Mapping[str, str], paired: list[str]
     ) -> tuple[Seal | None, str, str]:
-        """Return an element's seal, why it does not stand, and the word for that; (None, "", "") where there is none."""
+        """Return an element's seal, why it does not stand, and the word for that; (None, "", "") if none is."""
         try:
             seal = read_seal(path)
         except DamagedSeal as damage:

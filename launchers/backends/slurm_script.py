@@ -20,6 +20,8 @@ from slurm.profile.schema import Profile
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
+RESTART = "launchers.backends.restart"  # what decides whether an element that ended is run again
+RESTART_BEFORE = "launchers.rerun"  # its name in scripts that wait since before: no other script for that
 
 
 class PhaseExecutor(SlurmExecutor):
@@ -107,7 +109,7 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     python, frozen = profile.env.python or sys.executable, spec.planned.frozen
     where = [str(run.path), spec.phase]
     worker = shlex.join([*WITHOUT_USR2, python, "-m", "jobs.worker", *where])
-    restart = shlex.join([python, "-m", "launchers.backends.restart", *where])
+    restart = shlex.join([python, "-m", RESTART, *where])
     log = ""
     if frozen.batch > 1:
         log = (
@@ -149,6 +151,7 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
 
 def script_changes(sent: str, now: str) -> str:
     """Say in which options two scripts differ, "time 5 → 33", or that they do so elsewhere; "" where they do not."""
+    sent = sent.replace(f" -m {RESTART_BEFORE} ", f" -m {RESTART} ")
     if sent == now:
         return ""
     options = [dict(re.findall(r"^#SBATCH --([^=\n]+)=?(.*)$", text, re.MULTILINE)) for text in (sent, now)]

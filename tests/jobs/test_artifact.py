@@ -20,11 +20,13 @@ from jobs.artifacts.layout import FINISH
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.seal import read_seal
 
-NOBODY_ENDED = lambda job: False  # noqa: E731
+
+def nobody_ended(job):
+    return False
 
 
 def fill_and_seal(artifact, index, owner, text="x", **record):
-    lease = artifact.acquire(index, owner, NOBODY_ENDED)
+    lease = artifact.acquire(index, owner, nobody_ended)
     (lease.folder / "f.txt").write_text(text)
     return lease, artifact.seal(lease, {"key": "k", "upstream": {}, **record})
 
@@ -82,24 +84,24 @@ def test_a_truncated_seal_is_no_seal_but_a_named_mistake(tmp_path):
 
 def test_a_live_owner_keeps_its_lease_and_a_dead_one_loses_it(tmp_path):
     artifact = Artifact(tmp_path / "KEY")
-    artifact.acquire(0, dead_owner(1), NOBODY_ENDED)
-    second = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    artifact.acquire(0, dead_owner(1), nobody_ended)
+    second = artifact.acquire(0, Owner.me(1, 0), nobody_ended)
     assert second.path.name.endswith("g1")
     with pytest.raises(LeaseHeld, match=str(os.getpid())):
-        artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+        artifact.acquire(0, Owner.me(1, 0), nobody_ended)
 
 
 def test_an_owner_on_another_host_is_dead_only_when_slurm_says_so(tmp_path):
     artifact = Artifact(tmp_path / "KEY")
-    artifact.acquire(0, replace(Owner.me(1, 0, "77"), host="elsewhere", pid=1), NOBODY_ENDED)
+    artifact.acquire(0, replace(Owner.me(1, 0, "77"), host="elsewhere", pid=1), nobody_ended)
     with pytest.raises(LeaseHeld, match="elsewhere"):
-        artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+        artifact.acquire(0, Owner.me(1, 0), nobody_ended)
     artifact.acquire(0, Owner.me(1, 0), lambda job: job == "77")
 
 
 def test_a_higher_attempt_takes_over_and_the_late_twin_cannot_seal(tmp_path):
     artifact = Artifact(tmp_path / "KEY")
-    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    late = artifact.acquire(0, Owner.me(1, 0), nobody_ended)
     (late.folder / "f.txt").write_text("late")
     new, won = fill_and_seal(artifact, 0, Owner.me(2, 0), "new")
     assert won and new.folder != late.folder
@@ -108,21 +110,21 @@ def test_a_higher_attempt_takes_over_and_the_late_twin_cannot_seal(tmp_path):
     assert artifact.seal_path.read_bytes() == before
     assert (read_seal(artifact.seal_path).folder / "f.txt").read_text() == "new"
     with pytest.raises(Sealed):
-        artifact.acquire(0, Owner.me(3, 0), NOBODY_ENDED)
+        artifact.acquire(0, Owner.me(3, 0), nobody_ended)
 
 
 def test_an_older_attempt_never_takes_over_a_newer_one(tmp_path):
     artifact = Artifact(tmp_path / "KEY")
-    artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+    artifact.acquire(0, Owner.me(2, 0), nobody_ended)
     with pytest.raises(LeaseHeld, match="attempt 2"):
-        artifact.acquire(0, Owner.me(1, 3), NOBODY_ENDED)
+        artifact.acquire(0, Owner.me(1, 3), nobody_ended)
 
 
 def _race(folder, barrier, wins):
     artifact = Artifact(folder)
     barrier.wait()
     try:
-        lease = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+        lease = artifact.acquire(0, Owner.me(1, 0), nobody_ended)
     except (LeaseHeld, Sealed):
         wins.put("lost lease")
         return
@@ -158,9 +160,9 @@ def test_a_seal_over_other_results_is_set_aside_by_an_owner_of_a_later_submissio
     before = artifact.seal_path.read_bytes()
     for attempt, restart, outdated in ((1, 0, True), (2, 0, True), (2, 7, True), (3, 0, False)):
         with pytest.raises(Sealed):
-            artifact.acquire(0, Owner.me(attempt, restart), NOBODY_ENDED, lambda seal: outdated)
+            artifact.acquire(0, Owner.me(attempt, restart), nobody_ended, lambda seal, told=outdated: told)
     assert artifact.seal_path.read_bytes() == before
-    artifact.acquire(0, Owner.me(3, 0), NOBODY_ENDED, lambda seal: seal.upstream != {"a": "new"})
+    artifact.acquire(0, Owner.me(3, 0), nobody_ended, lambda seal: seal.upstream != {"a": "new"})
     assert not artifact.seal_path.exists() and artifact.missing_elements() == [0]
     assert artifact.seal_path.with_name("seal.json.retired.a3").read_bytes() == before
 
@@ -173,13 +175,13 @@ def test_an_owner_that_was_replaced_sets_no_newer_seal_aside(tmp_path, monkeypat
 
     def late(path, lease, owner):
         monkeypatch.setattr(artifact, "_set_aside", aside)
-        newest = artifact.acquire(0, Owner.me(3, 0), NOBODY_ENDED, outdated)
+        newest = artifact.acquire(0, Owner.me(3, 0), nobody_ended, outdated)
         assert artifact.seal(newest, {"key": "k", "upstream": {"a": "new"}, "submission": 3})
         aside(path, lease, owner)
 
     monkeypatch.setattr(artifact, "_set_aside", late)
     with pytest.raises(LeaseHeld, match="a newer attempt took it"):
-        artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED, outdated)
+        artifact.acquire(0, Owner.me(2, 0), nobody_ended, outdated)
     assert read_seal(artifact.seal_path).submission == 3
 
 
@@ -235,14 +237,14 @@ def test_the_hash_cache_keeps_large_files_only_each_by_itself_and_forgets_old_on
 def test_an_owner_that_is_replaced_while_it_hashes_can_no_longer_seal(tmp_path, monkeypatch):
     """The takeover sweeps its folder: a seal linked after that would name nothing."""
     artifact = Artifact(tmp_path / "KEY")
-    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    late = artifact.acquire(0, Owner.me(1, 0), nobody_ended)
     (late.folder / "f.txt").write_text("late")
     real_manifest, taken = jobs.artifacts.artifact.manifest, []
 
     def slow_manifest(folder):
         found = real_manifest(folder)
         if not taken:
-            taken.append(artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED))
+            taken.append(artifact.acquire(0, Owner.me(2, 0), nobody_ended))
             artifact.sweep(taken[0])
         return found
 
@@ -256,7 +258,7 @@ def test_an_owner_that_is_replaced_while_it_hashes_can_no_longer_seal(tmp_path, 
 
 def test_an_owner_that_seals_while_it_is_replaced_stays_sealed(tmp_path, monkeypatch):
     artifact = Artifact(tmp_path / "KEY")
-    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    late = artifact.acquire(0, Owner.me(1, 0), nobody_ended)
     (late.folder / "f.txt").write_text("late")
     monkeypatch.setattr(artifact, "still_mine", lambda lease: True)  # it looked before the newer lease was there
     real_revoke = artifact._revoke
@@ -267,14 +269,14 @@ def test_an_owner_that_seals_while_it_is_replaced_stays_sealed(tmp_path, monkeyp
 
     monkeypatch.setattr(artifact, "_revoke", revoke)
     with pytest.raises(Sealed):
-        artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+        artifact.acquire(0, Owner.me(2, 0), nobody_ended)
     assert list(read_seal(artifact.seal_path).altered(rehash=True)) == []
 
 
 def test_an_owner_that_was_replaced_sweeps_nothing_of_the_newer_one(tmp_path):
     artifact = Artifact(tmp_path / "KEY")
-    late = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
-    newer = artifact.acquire(0, Owner.me(1, 1), NOBODY_ENDED)
+    late = artifact.acquire(0, Owner.me(1, 0), nobody_ended)
+    newer = artifact.acquire(0, Owner.me(1, 1), nobody_ended)
     artifact.sweep(late)
     assert newer.folder.exists()
     artifact.sweep(newer)
@@ -283,7 +285,7 @@ def test_an_owner_that_was_replaced_sweeps_nothing_of_the_newer_one(tmp_path):
 
 def _seal_while_taken_over(folder, start):
     artifact = Artifact(folder)
-    lease = artifact.acquire(0, Owner.me(1, 0), NOBODY_ENDED)
+    lease = artifact.acquire(0, Owner.me(1, 0), nobody_ended)
     (lease.folder / "f.txt").write_text("first")
     start.wait()
     artifact.seal(lease, {"key": "k"})
@@ -300,7 +302,7 @@ def test_a_takeover_at_any_moment_of_a_seal_leaves_one_whole_seal(tmp_path):
         start.set()
         time.sleep(0.0003 * (round_ % 20))
         try:
-            lease = artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+            lease = artifact.acquire(0, Owner.me(2, 0), nobody_ended)
             artifact.sweep(lease)
             (lease.folder / "f.txt").write_text("second")
             artifact.seal(lease, {"key": "k"})
@@ -313,19 +315,19 @@ def test_a_takeover_at_any_moment_of_a_seal_leaves_one_whole_seal(tmp_path):
 def test_a_pid_means_nothing_in_another_pid_namespace(tmp_path):
     """Containers may share the host's name and have pids of their own."""
     owner = replace(Owner.me(1, 0), pid=2**22 + 1, namespace="pid:[1]")
-    assert not owner.is_dead(NOBODY_ENDED)
-    assert replace(owner, namespace=Owner.me(1, 0).namespace).is_dead(NOBODY_ENDED)
+    assert not owner.is_dead(nobody_ended)
+    assert replace(owner, namespace=Owner.me(1, 0).namespace).is_dead(nobody_ended)
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"attempt":1,"rest', b"\0" * 80, b"[]", b'{"attempt":1}', b"\xff\xfe"])
 def test_a_torn_lease_still_orders_owners_by_its_name(tmp_path, torn):
     artifact = Artifact(tmp_path / "KEY")
-    lease = artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+    lease = artifact.acquire(0, Owner.me(2, 0), nobody_ended)
     lease.path.write_bytes(torn)
     with pytest.raises(LeaseHeld, match="attempt 2"):
-        artifact.acquire(0, Owner.me(1, 7), NOBODY_ENDED)
+        artifact.acquire(0, Owner.me(1, 7), nobody_ended)
     with pytest.raises(LeaseHeld, match=f"{lease.path} is torn"):
-        artifact.acquire(0, Owner.me(2, 0), NOBODY_ENDED)
+        artifact.acquire(0, Owner.me(2, 0), nobody_ended)
     _, won = fill_and_seal(artifact, 0, Owner.me(3, 0))
     assert won
 

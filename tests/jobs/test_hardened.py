@@ -152,7 +152,7 @@ class Disk:
         self.balloon = path / "balloon"
 
     def mount(self, options: str) -> bool:
-        command = ["mount", "-o", options, "-t", "tmpfs", "tmpfs", self.path]
+        command = ["mount", "-o", options, "-t", "tmpfs", "tmpfs", str(self.path)]
         return subprocess.run(command, capture_output=True).returncode == 0
 
     def fill(self) -> None:

@@ -21,7 +21,8 @@ def written(folder, files):
 FILES = {
     "a/__init__.py": "", "a/b/__init__.py": "from . import c", "a/b/c.py": "import os", "a/b/d.py": "from ..e import f",
     "a/e.py": "def f():\n    import g.h", "g/__init__.py": "", "g/h.py": "", "g/i.py": "",
-    "dyn.py": "import importlib\nimportlib.import_module(f'fam.{x}.y')", "fam/one/y.py": "", "fam/two/y.py": "", "z.py": "",
+    "dyn.py": "import importlib\nimportlib.import_module(f'fam.{x}.y')", "fam/one/y.py": "", "fam/two/y.py": "",
+    "z.py": "",
     "loop1.py": "import loop2", "loop2.py": "import loop1", "broken.py": "import (",
 }  # fmt: skip
 
@@ -44,7 +45,8 @@ OFTEN = ("pack", "grpo")
 )
 def test_what_a_phase_loads_of_ours_at_plan_is_among_what_it_imports(kind):
     """Python itself as the oracle: a fresh interpreter imports the phase file."""
-    code = f"import jobs.phases.{kind}, sys; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', 0)))"
+    loaded = "(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', 0))"
+    code = f"import jobs.phases.{kind}, sys; print(*{loaded})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     files = find_code().files
     found = closure([f"jobs.phases.{kind}"], files)

@@ -30,7 +30,7 @@ FIRST = {
     "reject_filter": "46ace1733edb",
     "sft": "d4a8ac2e802f",
 }
-# On purpose, since the same settings give another result: stores of conversations are made anew, those of tasks are not.
+# On purpose, since the same settings give another result: stores of conversations are made anew, of tasks they are not.
 CAME_TO_MEAN = {"materialize": {"loss": "through the stop token"}}
 TINY = {"packs": "7a266f2a0b1cb2be", "controlled": "f6294f712afa5482", "exported": "81b0aaebee4274e0"}
 

@@ -10,28 +10,30 @@ from jobs.schema.megatron_flags import FLAGS, table, translate
 from tests.command import ROOT, afterok, one_line
 
 EXAMPLE = """
-    --tensor-model-parallel-size 8 --pipeline-model-parallel-size 1 --use-mcore-models --transformer-impl transformer_engine
-    --bf16 --te-rng-tracker --enable-cuda-graph --inference-dynamic-batching-num-cuda-graphs 1
-    --inference-dynamic-batching-buffer-size-gb 20 --data-parallel-random-init --attention-backend flash --timing-log-level 1
-    --log-timers-to-tensorboard --initialize-socket-comms --ckpt-format torch --seq-length 11999 --inference-max-seq-length 11999
-    --inference-max-batch-size 32 --pretrained-checkpoint /checkpoint --untie-embeddings-and-output-weights --disable-bias-linear
-    --add-qkv-bias --normalization RMSNorm --norm-epsilon 1e-5 --group-query-attention --num-query-groups 8
-    --no-masked-softmax-fusion --attention-softmax-in-fp32 --attention-dropout 0.0 --hidden-dropout 0.0 --weight-decay 0.0
-    --position-embedding-type rope --rotary-percent 1.0 --rotary-base 1000000 --use-rotary-position-embeddings --swiglu
-    --num-layers 64 --hidden-size 5120 --ffn-hidden-size 27648 --num-attention-heads 40 --max-position-embeddings 131072
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model unsloth/Qwen2.5-32B --lr 1e-6 --lr-warmup-samples 0
-    --make-vocab-size-divisible-by 128 --clip-grad 1.0 --recompute-granularity selective --recompute-activations
-    --langrl-env-config "examples/rl/environment_configs/dapo.yaml" --micro-batch-size 1 --global-batch-size 1024
-    --grpo-group-size 16 --grpo-prompts-per-step 64 --grpo-iterations 1 --grpo-clamp-eps-lower 0.2 --grpo-clamp-eps-upper 0.28
-    --grpo-kl-beta 0.0 --env-config dapo.yaml --nproc-per-node=8 --nnodes=8 train_rl.py --mock-data
-    --distributed-timeout-minutes 60 --train-samples 48828125 --log-interval 10 --log-progress --timing-log-option minmax
-    --log-params-norm --log-num-zeros-in-grad --log-throughput --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
-    --no-create-attention-mask-in-dataloader --accumulate-allreduce-grads-in-fp32 --calculate-per-token-loss --log-straggler
-    --disable-straggler-on-startup --perform-rl-step --use-distributed-optimizer --straggler-minmax-count 16 --eval-interval 20
-    --rl-prompts-per-eval 32 --tensorboard-log-interval 1 --empty-unused-memory-level 2 --data-cache-path /cache --save /c --load /c
-    --tensorboard-dir /t --langrl-inference-server-type inplace_megatron --seed 1 --sequence-parallel --finetune
-    --save-interval 20 --wandb-project p --wandb-exp-name e --rl-offload-optimizer-during-inference
-    --grpo-filter-groups-with-same-reward
+    --tensor-model-parallel-size 8 --pipeline-model-parallel-size 1 --use-mcore-models --transformer-impl
+    transformer_engine --bf16 --te-rng-tracker --enable-cuda-graph --inference-dynamic-batching-num-cuda-graphs 1
+    --inference-dynamic-batching-buffer-size-gb 20 --data-parallel-random-init --attention-backend flash
+    --timing-log-level 1 --log-timers-to-tensorboard --initialize-socket-comms --ckpt-format torch --seq-length
+    11999 --inference-max-seq-length 11999 --inference-max-batch-size 32 --pretrained-checkpoint /checkpoint
+    --untie-embeddings-and-output-weights --disable-bias-linear --add-qkv-bias --normalization RMSNorm
+    --norm-epsilon 1e-5 --group-query-attention --num-query-groups 8 --no-masked-softmax-fusion
+    --attention-softmax-in-fp32 --attention-dropout 0.0 --hidden-dropout 0.0 --weight-decay 0.0
+    --position-embedding-type rope --rotary-percent 1.0 --rotary-base 1000000 --use-rotary-position-embeddings
+    --swiglu --num-layers 64 --hidden-size 5120 --ffn-hidden-size 27648 --num-attention-heads 40
+    --max-position-embeddings 131072 --tokenizer-type HuggingFaceTokenizer --tokenizer-model unsloth/Qwen2.5-32B
+    --lr 1e-6 --lr-warmup-samples 0 --make-vocab-size-divisible-by 128 --clip-grad 1.0 --recompute-granularity
+    selective --recompute-activations --langrl-env-config "examples/rl/environment_configs/dapo.yaml"
+    --micro-batch-size 1 --global-batch-size 1024 --grpo-group-size 16 --grpo-prompts-per-step 64 --grpo-iterations
+    1 --grpo-clamp-eps-lower 0.2 --grpo-clamp-eps-upper 0.28 --grpo-kl-beta 0.0 --env-config dapo.yaml
+    --nproc-per-node=8 --nnodes=8 train_rl.py --mock-data --distributed-timeout-minutes 60 --train-samples 48828125
+    --log-interval 10 --log-progress --timing-log-option minmax --log-params-norm --log-num-zeros-in-grad
+    --log-throughput --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --no-create-attention-mask-in-dataloader
+    --accumulate-allreduce-grads-in-fp32 --calculate-per-token-loss --log-straggler --disable-straggler-on-startup
+    --perform-rl-step --use-distributed-optimizer --straggler-minmax-count 16 --eval-interval 20
+    --rl-prompts-per-eval 32 --tensorboard-log-interval 1 --empty-unused-memory-level 2 --data-cache-path /cache
+    --save /c --load /c --tensorboard-dir /t --langrl-inference-server-type inplace_megatron --seed 1
+    --sequence-parallel --finetune --save-interval 20 --wandb-project p --wandb-exp-name e
+    --rl-offload-optimizer-during-inference --grpo-filter-groups-with-same-reward
 """
 # paths of the example's author
 OURS_ALONE = {"grpo.with.mix.environments", "imported.with.megatron", "imported.with.source"}

@@ -16,9 +16,9 @@ from tests.command import ROOT, wait_for
 VALUE = "pl4nted v@lue/with=signs"
 
 
-def refused(reference, environment={}):
+def refused(reference, environment=None):
     with pytest.raises(UserMistake) as caught:
-        read_values({"KEY": reference}, environment)
+        read_values({"KEY": reference}, environment or {})
     line = str(caught.value)
     assert "\n" not in line and "KEY" in line and VALUE not in line
     return line

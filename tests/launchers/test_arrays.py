@@ -115,7 +115,6 @@ def test_a_throttled_array_is_throttled_locally_too(tmp_path):
         "name: t\nphases:\n  a: {uses: tests.toy.numbers, array: 4, throttle: 1, with: {seconds: 0.5}}\n"
     )
     afterok("run", tmp_path / "t.yaml", "cluster=local", "--run", run)
-    spans = sorted(
-        (o["started"], o["ended"]) for o in map(lambda p: json.loads(p.read_text()), run.glob("a/attempts/*.json"))
-    )
+    outcomes = [json.loads(path.read_text()) for path in run.glob("a/attempts/*.json")]
+    spans = sorted((outcome["started"], outcome["ended"]) for outcome in outcomes)
     assert all(end <= begin + 0.05 for (_, end), (begin, _) in zip(spans, spans[1:]))

@@ -1,4 +1,4 @@
-"""A phase whose job may not be requeued is a chain of links: each goes on from the last, dependents wait on the final one."""
+"""A phase whose job may not be requeued is a chain of links: each goes on from the last, dependents on the end."""
 
 import contextlib
 

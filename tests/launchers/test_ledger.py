@@ -25,7 +25,8 @@ def sent(choice, cluster, backend="slurm", **more):
     (sent("auto", "alpha"), "auto", "beta", True),  # of before: `auto` wrote the cluster's own name
     (sent("BigSite", "BigSite"), "BigSite", "alpha", False),  # of before: a profile's name tells nothing
     (sent("auto", "dev"), "auto", "devel", False),  # of before, within `cluster exec`
-    (sent("dev", "dev", cluster_name="dev"), "auto", "alpha", False), (sent("dev", "dev", cluster_name="a"), "dev", "b", True),
+    (sent("dev", "dev", cluster_name="dev"), "auto", "alpha", False),
+    (sent("dev", "dev", cluster_name="a"), "dev", "b", True),
     (sent("auto", "alpha", cluster_name="alpha"), "dev", "dev", False),
     (sent("local", "local", backend="local", cluster_name=""), "auto", "alpha", False),
     (sent("auto", "alpha", cluster_name="alpha"), "local", "", False),
@@ -38,7 +39,8 @@ def test_a_run_belongs_to_the_cluster_whose_name_was_written_down(tmp_path, even
 
 @pytest.mark.parametrize("events, told", [
     ([], "submission 1 is not released"), ([{"event": "released", "submission": 1}], ""),
-    ([{"event": "abandoned", "submission": 1, "why": "sbatch: no account; contact: us", "jobs": []}], "no account; contact"),
+    ([{"event": "abandoned", "submission": 1, "why": "sbatch: no account; contact: us", "jobs": []}],
+     "no account; contact"),
     ([{"event": "abandoned", "submission": 1, "why": "no", "jobs": []}, sent("auto", "a") | {"submission": 2},
       {"event": "released", "submission": 2}], ""),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a job asks Slurm for is in no key: a submit with other resources replaces what waits, and says what it cannot."""
+"""What a job asks Slurm for is in no key: other resources replace what waits, and what they cannot is said."""
 
 import subprocess
 
@@ -6,7 +6,7 @@ import pytest
 
 from launchers.planning.ledger import Ledger
 from tests.command import afterok, afterok_json, wait_for
-from tests.launchers.test_submission import shimmed, submitted_jobs  # noqa: F401
+from tests.launchers.shims import submitted_jobs
 
 THREE = """
 name: three
@@ -27,7 +27,7 @@ def asked(run, env):
 
 
 @pytest.fixture
-def three(shimmed):  # noqa: F811
+def three(shimmed):
     pipeline, run, env, shim = shimmed
     pipeline.write_text(THREE)
     yield pipeline, run, env, shim

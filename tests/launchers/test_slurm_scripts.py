@@ -6,7 +6,7 @@ from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.pipeline import load_pipeline
 from launchers.backends.contract import JobSpec
 from launchers.backends.slurm import dependency, never_starting
-from launchers.backends.slurm_script import PhaseExecutor, phase_command, phase_parameters
+from launchers.backends.slurm_script import PhaseExecutor, phase_command, phase_parameters, script_changes
 from launchers.planning.planner import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
@@ -88,6 +88,13 @@ def test_the_script_of_a_gpu_phase_is_this_text(tmp_path):
     spec = JobSpec(planned, "toy.numbers.a3.cafe", [0, 2], {})
     parameters, command = phase_parameters(profile, run, 3, spec), phase_command(profile, run, 3, spec)
     assert PhaseExecutor(tmp_path).text(parameters, command) == GOLDEN
+
+
+def test_a_job_that_waits_since_before_the_moves_has_no_other_script():
+    sent = GOLDEN.replace("launchers.backends.restart", "launchers.rerun")
+    assert sent != GOLDEN and script_changes(sent, GOLDEN) == ""
+    assert script_changes(sent, GOLDEN.replace("--nodes=2", "--nodes=3")) == "nodes 2 → 3"
+    assert script_changes(sent, GOLDEN + "true\n") == "another script"
 
 
 def test_a_dependency_names_every_job_and_an_elements_its_partner():

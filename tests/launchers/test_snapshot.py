@@ -1,4 +1,4 @@
-"""The code a submission copies: what Python runs and git tracks, never more open than its source, never without bound."""
+"""The code that a submission copies: what Python runs and git tracks, no more open than its source, and bounded."""
 
 import json
 import os

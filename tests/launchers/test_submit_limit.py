@@ -1,4 +1,4 @@
-"""The pipeline fits into what its user may have in the queue, or is refused with the numbers, on a cluster with accounting."""
+"""On a cluster with accounting the pipeline fits into what its user may queue, or is refused with the numbers."""
 
 import pytest
 
