@@ -1,4 +1,4 @@
-"""The command line: its words, and how mistakes are told. What each verb does stands in launchers/verbs.py."""
+"""Reads the command line, and tells of mistakes. What each verb does stands in launchers/verbs.py."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""What each verb of the command line does: a function of its parsed arguments that gives the exit code.
+"""Does what the verbs of the command line say: a function a verb, from its parsed arguments to the exit code.
 
 Imports stay inside the verbs, so that --help and plan are quick.
 """

@@ -1,4 +1,4 @@
-"""Which back end a run's jobs go to, and which one each of its submissions went to."""
+"""Chooses the back end that a run's jobs go to, and finds the one that each of its submissions went to."""
 
 from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder

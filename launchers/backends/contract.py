@@ -1,4 +1,4 @@
-"""The contract that local processes and Slurm share: the same jobs in, the same state words out."""
+"""Defines what local processes and Slurm share: the same jobs go in, the same state words come out."""
 
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -72,7 +72,7 @@ class Backend(Protocol):
 
     @property
     def slurm(self) -> Slurm | None:
-        """What asks the cluster; None where there is none."""
+        """Return what asks the cluster; None where there is none."""
 
     def prepare(self, number: int, specs: list[JobSpec]) -> None:
         """Write what a submission's jobs need to run, before the first of them is sent."""

@@ -1,4 +1,4 @@
-"""Local processes behind the contract of launchers/backends/contract.py: a driver runs the graph of one submission.
+"""Runs jobs as local processes, behind the contract of launchers/backends/contract.py: one driver a submission.
 
     python -m launchers.backends.local RUN N      # started by LocalBackend.release, outlives the terminal
 
@@ -28,7 +28,7 @@ from jobs.ranks import die_with_parent, exit_code
 from jobs.schema.pipeline import NEED_SEALS
 from launchers.backends.contract import JobSpec, Refused, TaskState, request_of
 from launchers.backends.restart import Life, judge
-from launchers.causes.states import CANCELLED, COMPLETED, FAILED, NEVER, PENDING, RUNNING
+from launchers.causes.states import CANCELLED, COMPLETED, DRIVER_GONE, FAILED, NEVER, PENDING, RUNNING
 from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
 from slurm.client import scrubbed_environment
@@ -188,7 +188,7 @@ class LocalBackend:
                 word, reason = task["state"], task["reason"]
                 if gone and word in (PENDING, RUNNING):
                     word = CANCELLED if word == PENDING else FAILED
-                    reason = "the local driver is gone (killed, or a reboot)"
+                    reason = DRIVER_GONE
                 states.append(TaskState(task["job"], task["index"], word, reason, exit_code=task["exit_code"]))
         return states
 

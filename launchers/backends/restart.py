@@ -1,4 +1,4 @@
-"""Between two lives of an element: what ended the last one, and whether its Slurm job runs again in place.
+"""Judges between two lives of an element: what ended the last one, and whether its Slurm job runs again in place.
 
     python -m launchers.backends.restart RUN PHASE INDEX --submission N [--code C]
 
@@ -52,7 +52,7 @@ class Life:
 
     @property
     def log(self) -> Path:
-        """The log of this life and of the others of its script."""
+        """Return the log of this life and of the others of its script."""
         return self.run.log_path(self.phase.name, self.script, self.index)
 
     def outcomes(self) -> list[Outcome]:
@@ -81,6 +81,7 @@ def judge(life: Life, code: int | None, on_slurm: bool = True) -> Verdict:
 
 
 def _verdict(life: Life) -> Verdict:
+    """Ask the policy whether the element runs again after this life and those before it."""
     return retry.decide([_end(outcome) for outcome in life.outcomes()])
 
 
@@ -239,6 +240,7 @@ def _say(life: Life, line: str) -> None:
 
 
 def main() -> int:
+    """Do what the batch script asks for; only a budget that is used up keeps an element from its work."""
     parser = argparse.ArgumentParser(prog="python -m launchers.backends.restart", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("phase")

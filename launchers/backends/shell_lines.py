@@ -1,4 +1,4 @@
-"""The shell lines before a phase's command, run by the batch script outside any container.
+"""Builds the shell lines before a phase's command, which the batch script runs outside any container.
 
 The order is that of slurm.profile.Env: set, modules, setup, ours (`forward` came with the job, secrets are read by the
 worker). The admin's lines run under bash's default options and ours under strict ones: conda's activation reads unset

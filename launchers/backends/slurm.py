@@ -1,4 +1,4 @@
-"""Slurm behind the contract of launchers/backends/contract.py: one sbatch a phase, sent by slurm.client."""
+"""Runs jobs on Slurm, behind the contract of launchers/backends/contract.py: one sbatch a phase."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The batch script of one phase: its #SBATCH lines and its commands, built by submitit from pure functions.
+"""Builds the batch script of one phase, its #SBATCH lines and its commands, with submitit and from pure functions.
 
 `PhaseExecutor` is submitit's SlurmExecutor with another command (our worker under srun), chosen array indices and no
 pickles. The script runs by hand too: `sbatch RUN/submissions/N/scripts/PHASE.sh`.

@@ -1,4 +1,4 @@
-"""Ends of the code itself: an exception, a signal, a rank that stood still, a collective that broke."""
+"""Recognizes ends of the code itself: an exception, a signal, a rank that stood still, a collective that broke."""
 
 import signal
 
@@ -25,6 +25,7 @@ def exception(e: Evidence) -> Diagnosis | None:
 
 
 def _raised(e: Evidence, error: str, place: str) -> Diagnosis:
+    """Return the diagnosis of an exception; `place` is the file and line that raised it, "" where unknown."""
     return Diagnosis(
         Cause.CODE,
         "raised an exception" + (f" at {place}" if place else ""),

@@ -1,4 +1,4 @@
-"""Why one element of a phase is not sealed: evidence in, diagnosis out, nothing read and nobody asked.
+"""Says why one element of a phase is not sealed: evidence in, diagnosis out; nothing is read and nobody is asked.
 
 The rules of `classify` are tried in order, the cause before its symptoms: a rank that was killed makes its peers report
 a broken collective, and srun then kills those.
@@ -60,5 +60,6 @@ def otherwise(e: Evidence) -> Diagnosis:
 
 
 def _shortened(line: str) -> str:
+    """Return a line of evidence with single spaces, cut at EVIDENCE_CHARACTERS."""
     line = " ".join(line.split())
     return line if len(line) <= EVIDENCE_CHARACTERS else line[: EVIDENCE_CHARACTERS - 1] + "…"

@@ -1,4 +1,4 @@
-"""What goes into a rule and what comes out: the evidence about one element that is not sealed, and a diagnosis."""
+"""Defines what goes into a rule and what comes out: evidence about an element that is not sealed, and a diagnosis."""
 
 import re
 from dataclasses import dataclass
@@ -37,26 +37,26 @@ class Evidence:
 
     @property
     def said(self) -> str:
-        """Its state and reason as a sentence of who told them."""
+        """Return its state and reason as a sentence of who told them."""
         if not self.on_slurm:
             return f"{self.state} {self.reason}".strip()
         return f"Slurm says {self.state}" + (f", reason {self.reason}" if self.reason else "")
 
     @property
     def message(self) -> str:
-        """The worker's last word; "" where it left none."""
+        """Return the worker's last word; "" where it left none."""
         return self.outcome.message if self.outcome is not None else ""
 
     @property
     def code(self) -> int | None:
-        """How its worker ended, else its job."""
+        """Return the exit code of its worker, else of its job; None where neither is known."""
         if self.outcome is not None:
             return self.outcome.exit_code
         return self.exit_code if self.exit_code is not None else exit_code_of(self.row) if self.row else None
 
     @property
     def log_name(self) -> str:
-        """Where a person finds its log."""
+        """Return where a person finds its log."""
         return self.log_path or "its log"
 
     def lines(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Ends that the worker itself told of: a mistake of the user, no input, a stop when asked, work left to another."""
+"""Recognizes ends that the worker itself told of: a user's mistake, no input, a stop when asked, a twin at work."""
 
 from data_tools.mistake import EXIT_MISTAKE
 from jobs.retry import EXIT_LEASE_HELD, EXIT_NO_INPUT, Cause

@@ -1,7 +1,7 @@
-"""What the lines of a log show: the words of Slurm and PyTorch for an end, the rank that died first, and tracebacks.
+"""Reads the lines of a log: the words of Slurm and PyTorch for an end, the rank that died first, and tracebacks.
 
-The words looked for are those of Slurm 22.05's srun and slurmstepd, PyTorch 2 and NCCL 2; tests/launchers/test_why.py
-has them, seen on the dev cluster or written from those programs' known wording.
+The words looked for are those of Slurm 22.05's srun and slurmstepd, PyTorch 2 and NCCL 2. They stand in
+tests/launchers/test_diagnosis.py, seen on the dev cluster or written from those programs' known wording.
 """
 
 import re

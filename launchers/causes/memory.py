@@ -1,4 +1,4 @@
-"""Ends for want of memory, of a GPU or of the host."""
+"""Recognizes ends for want of memory, of a GPU or of the host."""
 
 from jobs.retry import Cause
 from launchers.causes.evidence import Diagnosis, Evidence

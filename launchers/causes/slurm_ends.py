@@ -1,4 +1,4 @@
-"""Ends that Slurm tells of, or whatever drove the job, and no worker: limits, nodes, cancels, jobs that vanished."""
+"""Recognizes ends that Slurm, or whatever drove the job, tells of: limits, nodes, cancels, jobs that vanished."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ from launchers.causes.log_lines import (
     TIME_LINE,
 )
 from launchers.causes.memory import host_memory
-from launchers.causes.states import CANCELLED, FAILED, LOST_NODE_STATES, NO_SEAL, UNKNOWN
+from launchers.causes.states import CANCELLED, DRIVER_GONE, FAILED, LOST_NODE_STATES, NO_SEAL, UNKNOWN
 from slurm.printed import format_minutes
 
 UNTOLD_STATES = (CANCELLED, FAILED, UNKNOWN)  # which do not say that Slurm ended the job; its log may
@@ -100,7 +100,7 @@ def environment(e: Evidence) -> Diagnosis | None:
 
 def driver_gone(e: Evidence) -> Diagnosis | None:
     """Tell of a local run whose driver was killed."""
-    if "local driver is gone" not in e.reason:
+    if e.reason != DRIVER_GONE:
         return None
     return Diagnosis(
         Cause.DRIVER_GONE,

@@ -1,4 +1,4 @@
-"""What the words for the state of an element or a phase mean, and which of them count as active or as failed.
+"""Says what the words for the state of an element or a phase mean, and which count as active or as failed.
 
 A state is one word, and most states come with a reason. Both back ends use Slurm's words; `status` has four of its own
 for what no back end can say.
@@ -19,6 +19,7 @@ UNKNOWN = "UNKNOWN"  # the back end lists no such job, and no seal or outcome te
 
 # Reasons.
 NEVER = "DependencyNeverSatisfied"  # a job that waits and can never start, since what it needs did not end as it had to
+DRIVER_GONE = "the local driver is gone (killed, or a reboot)"
 NO_SEAL = "ended without a seal"  # a job that ended as COMPLETED, which is a failure where there is no seal
 # Why a job waits for a release: nobody released it yet, or a controller that crashed forgot that, or forgot that the
 # job ran: it sends the job, or a new one of that id, to a node where the old one still is.

@@ -1,4 +1,4 @@
-"""What the lives of an element leave in the files of its run: leases, the end of its log, the options of its script.
+"""Reads what the lives of an element leave in its run: leases, the end of its log, the options of its script.
 
 A life is one start of one element: (element, attempt, restart). An attempt is the number of a submission.
 """

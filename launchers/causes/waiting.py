@@ -1,4 +1,4 @@
-"""Why an element has not started: it waits, it will not start by itself, or what it needs can never be sealed."""
+"""Says why an element has not started: it waits, it cannot start by itself, or what it needs cannot be sealed."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""GPU-hours of a phase: every life of its elements that held GPUs, what they used, and what of it was lost.
+"""Counts the GPU-hours of a phase: all lives of its elements that held GPUs, what they used, and what was lost.
 
 Time counts from a worker's start to its end, not the allocation's. Two estimates: a worker that was killed left no
 outcome, so its life is taken from its lease's time to what accounting says, else to the last write to its log; and of
@@ -31,12 +31,12 @@ class Span:
 
     @property
     def used_s(self) -> float:
-        """GPU-seconds of the whole life."""
+        """Return the GPU-seconds of the whole life."""
         return max(0.0, self.ended - self.started) * self.gpus
 
     @property
     def lost_s(self) -> float:
-        """GPU-seconds after the last durable checkpoint of this life; nothing of one that sealed or still runs."""
+        """Return the GPU-seconds after the last durable checkpoint of this life; 0 of one that sealed or still runs."""
         if self.sealed or self.running:
             return 0.0
         kept = max((t for t in self.saved_at if self.started <= t <= self.ended), default=self.started)
@@ -110,6 +110,7 @@ def _lease_times(run: RunFolder, name: str, asked: dict[int, FrozenPhase]) -> di
 
 
 def _span(look: Look, life: _Life, now: float) -> Span:
+    """Return from when to when a life held its GPUs, and what of it was saved."""
     phase, outcome, entry = life.phase, life.outcome, life.entry
     task = look.states.get((entry.job, life.element)) if entry is not None else None
     is_newest = outcome is None and life.requeued_at is None

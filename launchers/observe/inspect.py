@@ -1,4 +1,4 @@
-"""`afterok inspect`: what a sealed token store or pack plan of a run holds, for people."""
+"""Answers `afterok inspect`: reads what a sealed token store or pack plan of a run holds, for people."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -58,6 +58,7 @@ def show_log(run: RunFolder, phase: str, index: int | None, follow: bool) -> Non
 
 
 def _wait_for_log(run: RunFolder, phase: str, index: int | None) -> Path:
+    """Return what `newest_log` finds, as soon as it finds it. UserMistake where the phase ends without a log."""
     while True:
         try:
             return newest_log(run, phase, index)
@@ -68,5 +69,6 @@ def _wait_for_log(run: RunFolder, phase: str, index: int | None) -> Path:
 
 
 def _is_active(run: RunFolder, phase: str) -> bool:
+    """Return whether a phase may still write to its log."""
     status = run_status(run)
     return any(p.phase == phase and (p.active or (p.state == NO_ANSWER and status.may_answer)) for p in status.phases)

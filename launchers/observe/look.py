@@ -1,4 +1,4 @@
-"""One look at a run: its seals, what the clusters of its jobs say, and how attempts ended; for status and why.
+"""Looks once at a run: at its seals, at what its clusters say, and at how attempts ended; for status and why.
 
 A seal is the only success. A job that a back end no longer lists, or lists as COMPLETED, without a seal is a failure
 with a name, never a success. One look costs one squeue, and one sacct only when the queue no longer tells how an
@@ -37,7 +37,7 @@ class Element:
 
     @property
     def is_active(self) -> bool:
-        """Whether the back end lists it as waiting, running or leaving."""
+        """Return whether the back end lists it as waiting, running or leaving."""
         return self.task is not None and self.task.state in ACTIVE_STATES
 
     def state(self) -> TaskState:
@@ -130,6 +130,7 @@ class Look:
         return self._outcomes[name]
 
     def _read_elements(self, phase: FrozenPhase) -> Iterator[Element]:
+        """Yield what `elements` returns, without what accounting says."""
         newest = {
             i: entry
             for entry in self.entries

@@ -1,4 +1,4 @@
-"""Which runs there are: the one that a user means, and those below a folder, one line each (`afterok ls`)."""
+"""Finds runs: the one that a user means, and those below a folder with a line about each (`afterok ls`)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,6 +72,7 @@ def list_runs(folder: Path) -> list[RunLine]:
 
 
 def _line(run: RunFolder) -> RunLine:
+    """Return the line of one run."""
     numbers = run.submissions()
     line = RunLine(
         name=run.name,

@@ -1,4 +1,4 @@
-"""The state of each phase of a run, and of the run: what `afterok status` shows, and `run`, `logs` and `ls` go by."""
+"""Says in which state a run and each of its phases are: for `afterok status`, and for `run`, `logs` and `ls`."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -62,12 +62,12 @@ class PhaseStatus:
 
     @property
     def active(self) -> bool:
-        """Whether something goes on or will: a job that waits for ever on a failed one does not."""
+        """Return whether something goes on or will; a job that waits for ever on a failed one does not."""
         return is_active(self.state, self.reason)
 
     @property
     def failed(self) -> bool:
-        """Whether an element ended, or vanished, without its seal and nobody asked for that."""
+        """Return whether an element ended, or vanished, without its seal and nobody asked for that."""
         return is_failed(self.state, self.reason)
 
 
@@ -85,12 +85,12 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether all that is needed is sealed."""
+        """Return whether all that is needed is sealed."""
         return all(phase.state in (COMPLETED, NOT_NEEDED) for phase in self.phases)
 
     @property
     def active(self) -> bool:
-        """Whether something of any phase goes on or will."""
+        """Return whether something of any phase goes on or will."""
         return any(phase.active for phase in self.phases)
 
     def as_json(self) -> dict[str, Any]:
@@ -135,6 +135,7 @@ def _where(submission: dict[str, Any]) -> str:
 
 
 def _phase_status(look: Look, phase: FrozenPhase) -> PhaseStatus:
+    """Return the state of a phase: that of its seal, else of its jobs, else that it was not submitted or not needed."""
     artifact = look.run.artifact(phase)
     used, lost = gpu_hours(look, phase)
     status = PhaseStatus(

@@ -1,4 +1,4 @@
-"""`afterok why`: gathers what is known of each element that is not sealed, and has launchers/causes diagnose it."""
+"""Answers `afterok why`: gathers what is known of each element that is not sealed, and has it diagnosed."""
 
 import re
 from collections.abc import Iterable
@@ -39,6 +39,7 @@ class Finding:
 
     @property
     def sentence(self) -> str:
+        """Return the finding as one sentence: what, why, what shows it, and what to do."""
         d = self.diagnosis
         place = f"{self.phase}[{format_indices(self.elements, SHOWN_RANGES)}]" if self.is_array else self.phase
         return f"{place} {d.what} ({d.cause}): {d.evidence.rstrip('.')}. → {d.remedy}"
@@ -57,6 +58,8 @@ class Finding:
 
 @dataclass
 class Report:
+    """What is wrong with a run, or with one of its phases."""
+
     run: str
     submission: int
     findings: list[Finding]
@@ -68,10 +71,12 @@ class Report:
 
     @property
     def healthy(self) -> bool:
+        """Return whether nothing is wrong: all is sealed, or waits and runs as it should."""
         return not self.given_up and not any(finding.diagnosis.cause.is_trouble for finding in self.findings)
 
     @property
     def headline(self) -> str:
+        """Return one line about the whole: how much is sealed, and whether anything is wrong."""
         done = f"{self.sealed} of {self.phases} phases are sealed"
         if self.not_submitted:
             done += f", {', '.join(self.not_submitted)} not submitted"

@@ -126,13 +126,18 @@ def test_killed_workers_and_drivers_lose_nothing(toy):
         number = RunFolder(run).newest_submission()
         state = json.loads((run / f"local/{number}/state.json").read_text())
         for restart in range(2 if victim == "worker" else 1):  # a killed worker gets one more try
-            leases = wait_for("a lease", lambda: list((run / "again").glob(f"*/leases/0000.a{number}.r{restart}.*")))
+            leases = wait_for(
+                "a lease",
+                lambda number=number, restart=restart: list(
+                    (run / "again").glob(f"*/leases/0000.a{number}.r{restart}.*")
+                ),
+            )
             worker = json.loads(leases[0].read_text())["pid"]
             os.kill(worker if victim == "worker" else state["driver"]["pid"], signal.SIGKILL)
         wait_for("the failure to be seen", lambda: states(run)["again"] == "FAILED")
         wait_for(
             "the worker to be gone",
-            lambda: (
+            lambda worker=worker: (
                 not os.path.exists(f"/proc/{worker}/status") or "Z (zombie)" in open(f"/proc/{worker}/status").read()
             ),
         )

@@ -69,9 +69,9 @@ RUN = "runs/" + EVIL.replace("/", "|")
 VERBS = [["plan", "p.yaml", "--run", RUN], ["plan", "p.yaml", "cluster=./profile[x].yaml", "--run", RUN],
          ["plan", "p.yaml", f"good.with.note={EVIL}\x1b", "--run", RUN], ["plan", "p.yaml", f"{EVIL}=1"],
          ["plan", f"{EVIL}.yaml"], ["submit", "p.yaml", "--dry-run", "--run", RUN], ["status", RUN], ["why", RUN],
-         ["why", RUN, EVIL], ["why", RUN, "bad"], ["ls", "runs"], ["ls", EVIL], ["logs", RUN, "good"], ["logs", RUN, EVIL],
-         ["logs", RUN, "ugly"], ["inspect", RUN, EVIL], ["cancel", RUN], ["cancel", RUN, EVIL], ["repair", RUN],
-         ["resubmit", RUN, EVIL], ["status", EVIL], [EVIL], ["plan", f"--{EVIL}"]]  # fmt: skip
+         ["why", RUN, EVIL], ["why", RUN, "bad"], ["ls", "runs"], ["ls", EVIL], ["logs", RUN, "good"],
+         ["logs", RUN, EVIL], ["logs", RUN, "ugly"], ["inspect", RUN, EVIL], ["cancel", RUN], ["cancel", RUN, EVIL],
+         ["repair", RUN], ["resubmit", RUN, EVIL], ["status", EVIL], [EVIL], ["plan", f"--{EVIL}"]]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,10 @@ def test_a_run_prints_no_control_character(evil):
 
 
 def test_a_traceback_that_nobody_caught_is_cleaned_too_and_a_reader_that_left_is_no_error(evil):
-    code = f"from launchers import cli, verbs\ndef bad(args): raise RuntimeError({EVIL!r})\nverbs.do_ls = bad\ncli.main(['ls'])"
+    code = (
+        f"from launchers import cli, verbs\ndef bad(args): raise RuntimeError({EVIL!r})\n"
+        "verbs.do_ls = bad\ncli.main(['ls'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "RuntimeError: ]0;owned" in done.stderr and not CONTROL.search(done.stderr) and done.returncode == 1
     reader, writer = os.pipe()

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can become s
 def as_stranger(code: str, *, groups: tuple[int, ...] = (), timeout: float = 60) -> str:
     """What Python code says that runs as another user, who may be in groups."""
     become = (
-        f"import os, socket, encodings.idna; os.setgroups({list(groups)!r}); os.setgid({STRANGER}); os.setuid({STRANGER})"
-        "\n"
+        f"import os, socket, encodings.idna; os.setgroups({list(groups)!r}); "
+        f"os.setgid({STRANGER}); os.setuid({STRANGER})\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", become + code], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
@@ -99,7 +99,8 @@ def ports_of(run: Path) -> list[int]:
 ATTACK = """
 held = []
 for port in PORTS:
-    for sent in (b"\\0" * 64, b"\\x00\\xce\\xc0\\x85\\x3c" + b"\\x09" + b"\\0" * 64, b"GET / HTTP/1.1\\r\\n\\r\\n" * 20):
+    junk = b"\\x00\\xce\\xc0\\x85\\x3c" + b"\\x09" + b"\\0" * 64
+    for sent in (b"\\0" * 64, junk, b"GET / HTTP/1.1\\r\\n\\r\\n" * 20):
         try:
             s = socket.create_connection(("127.0.0.1", port), timeout=5); held.append(s); print("reached")
             s.sendall(sent)
@@ -122,7 +123,7 @@ for number in {*filter(str.isdigit, os.listdir("/proc"))} - {str(os.getpid())}:
 
 
 def test_another_user_learns_nothing_of_a_running_pair_of_ranks_and_does_not_disturb_it(open_folder):
-    """Ports, store, files and /proc, tried by a real second uid while two ranks work; then the job ends as it should."""
+    """Ports, store, files and /proc, tried by a real second uid while two ranks work; then the job ends as usual."""
     key, value = open_folder / "keys" / "key", "planted-value-of-the-secret"
     key.parent.mkdir(mode=0o700)
     key.write_text(value + "\n")

@@ -8,8 +8,8 @@ from jobs.artifacts.run_folder import path_problem
 from launchers.cli import main
 from tests.command import ROOT, write_toy
 
-EVERYWHERE = ["a:b", "2026-11-29T14:37", "${x}", "nl\nx", "cr\rx", "tab\tx", "\x01", "\x1b[31m", "\x7f", "\x85", "\u2028",
-              "\udc80", "n" * 256, "é" * 128]  # fmt: skip
+EVERYWHERE = ["a:b", "2026-11-29T14:37", "${x}", "nl\nx", "cr\rx", "tab\tx", "\x01", "\x1b[31m", "\x7f", "\x85",
+              "\u2028", "\udc80", "n" * 256, "é" * 128]  # fmt: skip
 ON_SLURM = ["%", "50%job", "%%", "back\\slash"]
 
 

@@ -65,7 +65,8 @@ def test_lines_of_the_admin_run_as_in_any_shell_and_ours_run_on_strictly(tmp_pat
 
 
 @pytest.mark.parametrize("setup, told", [
-    (["false"], "false"), (["source /nowhere"], "source /nowhere"), (["true", "grep -q @ /dev/null"], "grep -q @ /dev/null"),
+    (["false"], "false"), (["source /nowhere"], "source /nowhere"),
+    (["true", "grep -q @ /dev/null"], "grep -q @ /dev/null"),
 ])  # fmt: skip
 def test_a_command_that_fails_is_told_in_the_log_and_the_job_goes_on(tmp_path, setup, told):
     done = run(tmp_path, "echo on", setup=setup)
@@ -75,8 +76,10 @@ def test_a_command_that_fails_is_told_in_the_log_and_the_job_goes_on(tmp_path, s
 
 
 @pytest.mark.parametrize("env, code, where, told", [
-    ({"setup": ["exit 3"]}, 3, "env.setup", "exit 3"), ({"setup": ["set -eu", "echo $NOPE"]}, 1, "env.setup", "echo $NOPE"),
-    ({"setup": ["if then"]}, 2, "env.setup", "the first line"), ({"setup": ["set -e", "false"]}, 1, "env.setup", "false"),
+    ({"setup": ["exit 3"]}, 3, "env.setup", "exit 3"),
+    ({"setup": ["set -eu", "echo $NOPE"]}, 1, "env.setup", "echo $NOPE"),
+    ({"setup": ["if then"]}, 2, "env.setup", "the first line"),
+    ({"setup": ["set -e", "false"]}, 1, "env.setup", "false"),
     ({"modules": ["none"]}, 1, "env.modules", "module load none"), ({"setup": ["echo 'open"]}, 2, "env.setup", "first"),
 ])  # fmt: skip
 def test_a_job_that_ends_there_says_where_and_why_reads_it(tmp_path, env, code, where, told):

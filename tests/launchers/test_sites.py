@@ -1,5 +1,5 @@
-"""What sites do differently: refusals in words of their own, two clusters on one filesystem, profiles by their cluster's
-name, other people's job names, controllers that hang."""
+"""What sites do differently: refusals in words of their own, two clusters on one filesystem, profiles by their
+cluster's name, other people's job names, controllers that hang."""
 
 import json
 import os
@@ -20,7 +20,8 @@ SITE_LUA = """
 function slurm_job_submit(job, partitions, uid)
   local said = {[7] = "No account given. Choose one of yours with --account and try again.",
                 [8] = "Dear user,\\nplease say --gres=gpu:TYPE:N\\ninstead.",
-                [9] = "Socket timed out on send/recv operation: your job needs a timeout handler (communication of May)."}
+                [9] = "Socket timed out on send/recv operation: your job needs a timeout handler "
+                      .. "(communication of May)."}
   if said[job.time_limit] then slurm.log_user(said[job.time_limit]) return slurm.ERROR end
   return slurm.SUCCESS
 end
@@ -176,7 +177,7 @@ def test_banners_around_an_id_and_an_sbatch_that_fails_after_all_change_nothing(
     assert jobs_of(again, env) == set()
 
 
-# -- whose cluster, whose profile ----------------------------------------------------------------------------------------
+# -- whose cluster, whose profile -------------------------------------------------------------------------------------
 
 
 def test_from_another_cluster_every_verb_names_both_and_does_nothing(site, other_site, afterok):
@@ -244,7 +245,7 @@ def test_options_that_afterok_sets_are_refused_by_plan_by_name(site, afterok):
     assert "extra_sbatch.t: afterok sets sbatch's -t itself: say it as the role's time" in lines[1]
 
 
-# -- jobs of others, controllers that hang, filesystems that take no writes ----------------------------------------------
+# -- jobs of others, controllers that hang, filesystems that take no writes -------------------------------------------
 
 
 def test_other_jobs_of_the_user_may_have_any_name(site, afterok):
@@ -313,7 +314,8 @@ def test_a_run_on_a_read_only_filesystem_is_cancelled_all_the_same(site, afterok
 
 
 @pytest.mark.parametrize("setup, state, told", [
-    (["grep -q nothing /dev/null", "export PATHS=/opt/lib:$NOT_SET_ANYWHERE"], "COMPLETED", "1: grep -q nothing /dev/null"),
+    (["grep -q nothing /dev/null", "export PATHS=/opt/lib:$NOT_SET_ANYWHERE"], "COMPLETED",
+     "1: grep -q nothing /dev/null"),
     (["true", "exit 3"], "FAILED", "env.setup ended the job with code 3, at or after: exit 3"),
 ])  # fmt: skip
 def test_what_a_profiles_setup_lines_do_is_told_in_the_log_and_by_why(site, afterok, setup, state, told):

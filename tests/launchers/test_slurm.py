@@ -66,7 +66,7 @@ def test_a_failed_element_leaves_its_dependents_waiting_and_submit_sends_only_wh
 
 
 def test_a_phase_checks_its_inputs_itself_when_slurm_lets_it_start(toy):
-    """An unknown or purged parent id counts as satisfied: the script sent by hand, without dependency, must not pass."""
+    """An unknown or purged parent id counts as satisfied: a script sent by hand, without dependency, must not pass."""
     pipeline, run, env = toy
     afterok("run", pipeline, "--run", run, env=env)
     for phase in ("numbers", "total"):

@@ -75,7 +75,7 @@ run_element() {
     return $code
 }
 run_element "${SLURM_ARRAY_TASK_ID:-0}"
-"""
+"""  # noqa: E501  (word for word)
 
 
 def test_the_script_of_a_gpu_phase_is_this_text(tmp_path):
@@ -114,7 +114,16 @@ def test_dependents_of_a_chain_name_its_last_link():
 
 def test_what_waits_behind_a_job_that_can_never_start_never_starts_either():
     def row(job, reason, waits, array=None):
-        return QueueRow(job, array, None, "n", "PENDING", reason, waits, "")
+        return QueueRow(
+            job_id=job,
+            array_job_id=array,
+            array_index=None,
+            name="n",
+            state="PENDING",
+            reason=reason,
+            dependency=waits,
+            nodelist="",
+        )
 
     rows = [row("2", "DependencyNeverSatisfied", "afterok:1(failed)"), row("3", "Dependency", "afterok:2(unfulfilled)"),
             row("9", "DependencyNeverSatisfied", "aftercorr:5_*(failed)", "7"),

@@ -64,7 +64,10 @@ class Planted:
         for number in range(1, submissions + 1):
             self.run.submission_folder(number).mkdir(parents=True)
             self.run.freeze(number, "planted", [self.phase])
-        self.entries = [JobEntry(n, "sft", KEY, str(10 + n), [0], False, scripted=n) for n in range(1, submissions + 1)]
+        self.entries = [
+            JobEntry(n, "sft", KEY, job=str(10 + n), elements=[0], is_array=False, scripted=n)
+            for n in range(1, submissions + 1)
+        ]
         self.states = {}
 
     def _file(self, path, hour):
@@ -80,7 +83,17 @@ class Planted:
         self.run.record_outcome(
             "sft",
             Outcome(
-                0, attempt, restart, state, int(state != "sealed"), "", "n1", "11", first * HOUR, last * HOUR, done
+                element=0,
+                attempt=attempt,
+                restart=restart,
+                state=state,
+                exit_code=int(state != "sealed"),
+                message="",
+                host="n1",
+                job="11",
+                started=first * HOUR,
+                ended=last * HOUR,
+                done=done,
             ),
         )
 
@@ -148,7 +161,10 @@ def test_a_phase_without_gpus_has_no_gpu_hours(tmp_path):
 
 
 def test_a_clock_that_runs_backwards_costs_nothing():
-    assert Span(10.0, 5.0, 8, False, False, ()).used_s == 0 and Span(10.0, 5.0, 8, False, False, ()).lost_s == 0
+    assert (
+        Span(10.0, 5.0, 8, sealed=False, running=False, saved_at=()).used_s == 0
+        and Span(10.0, 5.0, 8, sealed=False, running=False, saved_at=()).lost_s == 0
+    )
 
 
 def test_times_of_a_day_and_more_keep_their_hours():

@@ -168,7 +168,7 @@ def test_a_loop_without_progress_is_cut_on_slurm(on_slurm):
     afterok("submit", path, "counter.with.stuck=true", "--run", run, env=env)
     job = jobs_of(run)["counter"]
     for restart in range(2):
-        wait_for("its start", lambda: list(run.glob(f"counter/*/leases/0000.a1.r{restart}.*")))
+        wait_for("its start", lambda restart=restart: list(run.glob(f"counter/*/leases/0000.a1.r{restart}.*")))
         time.sleep(1)
         slurm.run(["scancel", "--signal=USR2", job])
     wait_for("the end", lambda: rows_of(slurm, job)[0].state == "FAILED")
@@ -183,9 +183,9 @@ def test_the_local_driver_restarts_what_stopped_at_a_checkpoint(pipeline):
     path, run = pipeline
     afterok("submit", path, gate(run), "cluster=local", "--run", run)
     for restart, (least, number) in enumerate([(3, signal.SIGTERM), (15, signal.SIGUSR2)]):
-        wait_for("its start", lambda: newest_name(run) == f"0000.a1.r{restart}.g0")
+        wait_for("its start", lambda restart=restart: newest_name(run) == f"0000.a1.r{restart}.g0")
         os.kill(counted(run, least), number)
-        wait_for("the stop", lambda: outcomes(run)[restart:] == [(restart, "stopped", 5)])
+        wait_for("the stop", lambda restart=restart: outcomes(run)[restart:] == [(restart, "stopped", 5)])
     opened(run)
     wait_for("the end", lambda: states(run)["total"] == "COMPLETED")
     assert_sealed_once_after_restarts(run, 3)
@@ -196,7 +196,7 @@ def test_a_killed_worker_gets_one_more_try_and_a_code_error_none(pipeline):
     path, run = pipeline
     afterok("submit", path, "counter.with.every=1", "cluster=local", "--run", run)
     for restart in range(2):
-        wait_for("its start", lambda: newest_name(run).startswith(f"0000.a1.r{restart}"))
+        wait_for("its start", lambda restart=restart: newest_name(run).startswith(f"0000.a1.r{restart}"))
         os.kill(newest_owner(run)["pid"], signal.SIGKILL)
     wait_for("the failure", lambda: states(run)["counter"] == "FAILED")
     assert phase_status(run, "counter")["reason"] == "unknown, after 1 of 1 restarts"
@@ -212,7 +212,7 @@ def test_a_loop_without_progress_is_cut(pipeline):
     path, run = pipeline
     afterok("submit", path, "counter.with.stuck=true", "cluster=local", "--run", run)
     for restart in range(2):
-        wait_for("its start", lambda: newest_name(run).startswith(f"0000.a1.r{restart}"))
+        wait_for("its start", lambda restart=restart: newest_name(run).startswith(f"0000.a1.r{restart}"))
         wait_for("its work", lambda: list(run.glob("counter/*/progress/0000.json")))
         time.sleep(0.3)
         os.kill(newest_owner(run)["pid"], signal.SIGUSR2)
@@ -293,12 +293,14 @@ def stopped_at_random(trained, run, seed, stops=1):
     afterok("submit", pipeline, *SFT, "--run", run)
     delays = []
     for stop in range(stops):
-        wait_for("steps", lambda: newest_training(run) == stop, 90)
+        wait_for("steps", lambda stop=stop: newest_training(run) == stop, 90)
         progress = wait_for("a step", lambda: list(run.glob("sft/*/progress/0000.json")))[0]
         seen = progress.stat().st_mtime_ns
         wait_for(
             "a step of this start",
-            lambda: progress.stat().st_mtime_ns != seen and json.loads(progress.read_text())["done"] > 0,
+            lambda progress=progress, seen=seen: (
+                progress.stat().st_mtime_ns != seen and json.loads(progress.read_text())["done"] > 0
+            ),
             90,
         )
         time.sleep(dice.uniform(0, 0.5))
@@ -306,7 +308,7 @@ def stopped_at_random(trained, run, seed, stops=1):
         began = time.monotonic()
         os.kill(parent, dice.choice([signal.SIGTERM, signal.SIGUSR2]))
         start = process_start(parent)
-        wait_for("its exit", lambda: process_start(parent) != start or start is None, 60)
+        wait_for("its exit", lambda parent=parent, start=start: process_start(parent) != start or start is None, 60)
         delays.append(time.monotonic() - began)
     wait_for("the end", lambda: states(run)["sft"] in ("COMPLETED", "FAILED"), 120)
     print(f"seed {seed}: {len(outcomes(run, 'sft')) - 1} stop(s), seconds from signal to exit: {delays}")
