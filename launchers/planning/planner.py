@@ -7,7 +7,7 @@ limits.py what the cluster would refuse. All problems are collected and raised t
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -50,13 +50,21 @@ def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool
     return _Planner(pipeline=pipeline, run=run, cluster=cluster, verify=verify, again=again).plan()
 
 
+class ParallelTable(TypedDict):
+    """A table of a parallel plan, to be printed."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
 @dataclass
 class ParallelReport:
     """What one phase's parallel plan costs, and what of the phase `plan` refuses."""
 
     phase: str
-    facts: dict[str, Any]
-    tables: list[dict[str, Any]]
+    facts: dict[str, Any]  # for --json; which they are, the phase's kind says
+    tables: list[ParallelTable]
     notes: list[str]
     problems: list[Problem]
 
