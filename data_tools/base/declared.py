@@ -122,13 +122,29 @@ def check_with(config: Config, own: Callable[[Config], list[Problem]]) -> list[P
 
 
 def legal(config: Config) -> Config:
-    """Return the config, or where settings of it are not legal a copy in which these have their defaults."""
+    """Return the config, or where settings of it are not legal a copy in which these have their defaults; of lists and
+    mappings only what is not legal is left out."""
     if not check(config):
         return config
     copied = copy.deepcopy(config)
     for owner, field, _ in list(_refused(copied, "")):
-        setattr(owner, field.name, _default(field))
+        setattr(owner, field.name, _legal_value(field, getattr(owner, field.name)))
     return copied
+
+
+def _legal_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """Return what stands for a value that is not legal."""
+    declared = declaration_of(field)
+    if declared is None or not value or not isinstance(value, (dict, list)):
+        return _default(field)
+
+    def is_legal(element: Any) -> bool:
+        return not any(declared.refusal(leaf) for _, leaf in _elements("", element))
+
+    if isinstance(value, list):
+        return [element for element in value if is_legal(element)]
+    named = [name for name in value if not declared.names or name in declared.names]
+    return {name: value[name] for name in named if is_legal(value[name])}
 
 
 def _refused(config: Any, where: str) -> Iterator[tuple[Any, "dataclasses.Field[Any]", Problem]]:

@@ -65,7 +65,7 @@ def test_legal_values_and_what_nothing_is_declared_of_pass():
 
 
 def test_a_phases_own_check_meets_legal_values_and_all_problems_are_told_at_once():
-    given = Outer(count=-3, by_name={"x": Inner(share=-1)}, rate=1.5)
+    given = Outer(count=-3, by_name={"x": Inner(share=-1)}, rate=1.5, kinds=["plain", "plane"])
     met = []
 
     def own(config):
@@ -73,8 +73,9 @@ def test_a_phases_own_check_meets_legal_values_and_all_problems_are_told_at_once
         return [Problem("count", "seen already"), Problem("rate", "does not go with that")]
 
     found = declared.check_with(given, own)
-    assert [problem.where for problem in found] == ["name", "count", "by_name.x.share", "rate"]
+    assert [problem.where for problem in found] == ["name", "count", "by_name.x.share", "kinds[1]", "rate"]
     assert (met[0].count, met[0].rate, met[0].by_name["x"].share) == (2, 1.5, 0.5)
+    assert met[0].kinds == ["plain"]  # of a list what is legal stays
     assert given.count == -3 and given.by_name["x"].share == -1
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data_tools.base import declared
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.packs.export_packs import export
@@ -105,6 +106,6 @@ def test_text_that_gives_other_tokens_is_named_or_left_out(tmp_path: Path, confi
 
 
 def test_an_export_as_text_needs_the_tokenizer() -> None:
-    problems = check(Config("s", export=["megatron_lm", "megatron"]))
+    problems = declared.check_with(Config("s", export=["megatron_lm", "megatron"]), check)
     assert [problem.where for problem in problems] == ["export[1]", "tokenizer"]
     assert "did you mean megatron_lm?" in problems[0].message

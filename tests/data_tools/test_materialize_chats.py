@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.base import declared
 from data_tools.base.durable import read_json
 from data_tools.chats.chat import ChatConfig, ChatRows
 from data_tools.chats.encoder import Encoder
@@ -293,8 +294,8 @@ def test_settings_that_only_tasks_have_are_refused(tokenizer):
         encoder="fast",
         workers=0,
     )
-    where = [problem.where for problem in check(config)]
-    assert where == ["chat.turns", "source.synthetic_rows", "task_options", "encoder", "format", "workers"]
+    where = [problem.where for problem in declared.check_with(config, check)]
+    assert where == ["chat.turns", "format", "encoder", "workers", "source.synthetic_rows", "task_options"]
 
 
 def test_a_full_disk_leaves_no_store_and_is_named(tmp_path, tokenizer):

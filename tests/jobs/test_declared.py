@@ -59,21 +59,22 @@ def type_of(kinds: set[Any]) -> type:
 
 
 def config_with(schema: type, key: str, value: Any, name: str) -> tuple[Any, str]:
-    """(a config whose setting `key` is `value`, in a list or a mapping's `name` where it is one; the key to be told)."""
+    """(a config whose setting `key` is `value`, or has it in a list or as `name` in a mapping; the key to be told)."""
     config = owner = schema()
-    *above, last = key.split(".")
+    kind: Any = schema
     path: list[str] = []
+    *above, last = key.split(".")
     for part in above:
-        if part == NAME:
-            entry = typing.get_args(typing.get_type_hints(type(before))[path[-1]])[1]()
-            owner["x"] = entry
-            owner, part = entry, "x"
+        if part == NAME:  # an entry of the mapping that the last part named
+            kind, part = typing.get_args(kind)[1], "x"
+            owner[part] = kind()
+            owner = owner[part]
         else:
-            before, owner = owner, getattr(owner, part)
+            kind, owner = typing.get_type_hints(type(owner))[part], getattr(owner, part)
         path.append(part)
-    kind = typing.get_origin(typing.get_type_hints(type(owner))[last])
-    setattr(owner, last, {list: [value], dict: {name: value}}.get(kind, value))
-    return config, ".".join([*path, last]) + {list: "[0]", dict: f".{name}"}.get(kind, "")
+    holder = typing.get_origin(typing.get_type_hints(type(owner))[last])
+    setattr(owner, last, {list: [value], dict: {name: value}}.get(holder, value))
+    return config, ".".join([*path, last]) + {list: "[0]", dict: f".{name}"}.get(holder, "")
 
 
 def test_a_users_own_kind_is_held_to_what_it_declares_though_it_has_no_check():

@@ -307,6 +307,8 @@ def test_generated_samples_are_filtered_materialized_packed_and_trained_on(folde
     assert made_["kept"] > 0 and made_["rows"] == facts["kept"]
     pack.pack(pack.Config(store=str(store), pack_length=64), packs)
     trained = sft.run(
-        sft.Config(str(folders["base"]), str(store), str(packs), steps=2, global_batch=1, lr=1e-3), out, keep
+        sft.Config(model=str(folders["base"]), store=str(store), packs=str(packs), steps=2, global_batch=1, lr=1e-3),
+        out,
+        keep,
     )
     assert trained["step"] == 2
