@@ -18,7 +18,7 @@ def gathered(query, keys, values, table, positions, scale, window, sinks):
 
 @pytest.mark.parametrize("window", [None, 1, 11])
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_a_token_sees_its_own_documents_blocks_and_no_others(window, with_sinks, dtype, tolerance):
     documents, heads, most = 5, 6, 4
     generator = torch.Generator().manual_seed(0)
