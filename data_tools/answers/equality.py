@@ -80,18 +80,21 @@ def _share(amount: Fraction, measure: Measure, wanted: Measure) -> Fraction:
 
 
 def _in_unit(amount: Fraction, unit: Unit | None, wanted: Unit | None) -> Fraction:
-    if unit and wanted and unit != wanted and _is_changeable(unit, wanted):
-        return amount * unit[1] / wanted[1]
-    return amount
+    ratio = _ratio(unit, wanted) if unit and wanted and unit != wanted else None
+    return amount if ratio is None else amount * ratio
 
 
-def _is_changeable(unit: Unit, wanted: Unit) -> bool:
-    return unit[0] == wanted[0] and isinstance(unit[1], Fraction) and isinstance(wanted[1], Fraction)
+def _ratio(unit: Unit, wanted: Unit) -> Fraction | None:
+    """Return how many of the wanted unit a unit is; None where it cannot be changed into that."""
+    (kind, size), (wanted_kind, wanted_size) = unit, wanted
+    if kind == wanted_kind and isinstance(size, Fraction) and isinstance(wanted_size, Fraction):
+        return size / wanted_size
+    return None
 
 
 def _left(unit: Unit | None, wanted: Unit | None, changes: bool = True) -> Unit | None:
     """Return the unit that is not the wanted one."""
-    if unit is None or wanted is None or unit == wanted or (changes and _is_changeable(unit, wanted)):
+    if unit is None or wanted is None or unit == wanted or (changes and _ratio(unit, wanted) is not None):
         return None
     return unit
 

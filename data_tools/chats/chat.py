@@ -114,7 +114,7 @@ class ChatRows:
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.turns = None if config.schema == "rendered" else _load_turns(config, tokenizer)
-        self.fields = self.turns and Fields(self.turns.template, config.may_lose)
+        self.fields = Fields(self.turns.template, config.may_lose) if self.turns else None
         self.tags = thinking_tags(self.turns.template) if self.turns else ()
         self._seen = 0
 

@@ -142,6 +142,7 @@ class Balance:
         counters = ("lines_dropped", "dropped", "tokens_dropped")
 
         def sheet(counts: dict[str, Any]) -> SourceBalance:
-            return SourceBalance(**{key: Counter(item) if key in counters else item for key, item in counts.items()})
+            values: dict[str, Any] = {k: Counter(item) if k in counters else item for k, item in counts.items()}
+            return SourceBalance(**values)
 
         return cls(map(sheet, value["sources"]))

@@ -231,14 +231,18 @@ class JsonShare:
 
     def place(self, number: int) -> str:
         """Return FILE:LINE of a record; the line is looked for only when an error needs it."""
-        decoder, skip = json.JSONDecoder(), _SPACES.match
-        position = skip(self.text, 0).end()
+        decoder = json.JSONDecoder()
+        position = self._after_spaces(0)
         if self.text.startswith("[", position):
-            position = skip(self.text, position + 1).end()
+            position = self._after_spaces(position + 1)
             for _ in range(self.first + number - 1):
-                position = skip(self.text, decoder.raw_decode(self.text, position)[1]).end()
-                position = skip(self.text, position + 1).end()  # the comma
+                position = self._after_spaces(decoder.raw_decode(self.text, position)[1])
+                position = self._after_spaces(position + 1)  # behind the comma
         return f"{self.path}:{self.text.count(chr(10), 0, position) + 1}"
+
+    def _after_spaces(self, position: int) -> int:
+        spaces = _SPACES.match(self.text, position)
+        return spaces.end() if spaces else position
 
 
 class ParquetShare:
