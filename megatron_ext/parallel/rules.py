@@ -14,7 +14,6 @@ from data_tools.mistake import Problem
 from megatron_ext.parallel.plan import CONTEXT_COMMS, DEGREES, RECOMPUTES, ParallelPlan, Workload, divisors
 from megatron_ext.parallel.shape import MAMBA, MLP, MOE, WINDOW
 
-
 Broken = Callable[[ParallelPlan, Workload], str]  # what is wrong with a plan, "" where nothing is
 
 
