@@ -263,7 +263,9 @@ class LiteralCudaIsCpu(TorchFunctionMode):
     recomputation would fail.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if kwargs:
             if _is_cuda(kwargs.get("device")):
                 kwargs = {**kwargs, "device": CPU}
@@ -369,7 +371,7 @@ def init_device() -> None:
     _ready = True
 
 
-def plain_torch() -> contextlib.AbstractContextManager:
+def plain_torch() -> contextlib.AbstractContextManager[Any]:
     """Return a block for calls of our own layers, which name no literal "cuda": torch functions skip the mode in it."""
     return torch.overrides._pop_mode_temporarily() if _mode is not None else contextlib.nullcontext()
 

@@ -348,7 +348,7 @@ class PackedAttention(MegatronModule):
         return heads_for_tokens(out, group) if self.exchanges_heads and group.size() > 1 else out
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return the sinks, cut over tensor ranks, by the key that mcore's and Transformer Engine's attention give
         them.

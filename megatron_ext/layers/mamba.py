@@ -129,7 +129,7 @@ class GatedNorm(torch.nn.Module):
         return (normed * self.weight).to(x.dtype)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
@@ -366,7 +366,7 @@ class MambaMixer(MegatronModule):
         return tokens_for_heads(by_rank, self.cp_group).index_select(0, packed.order.argsort())
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """Return mcore's keys: in_proj and conv1d in parts, so that another tensor degree can read them."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)

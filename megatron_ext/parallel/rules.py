@@ -15,21 +15,26 @@ from data_tools.mistake import Problem
 from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
 from megatron_ext.parallel.shape import MAMBA, MLP, MOE, WINDOW
 
+Broken = Callable[[ParallelPlan, Workload], str]  # what is wrong with a plan, "" where nothing is
+
 
 @dataclass(frozen=True)
 class Rule:
-    """`broken(plan, workload)` says what is wrong, "" where nothing is. A change of any one of `fields` (of plan or
-    workload) may mend it, the best first."""
+    """A rule, whose `broken(plan, workload)` says what is wrong, "" where nothing is. A change of any one of `fields`
+    (of plan or workload) may mend it, the best first.
+    """
 
     fields: tuple[str, ...]
-    broken: Callable[[ParallelPlan, Workload], str]
+    broken: Broken
 
 
 RULES: list[Rule] = []
 
 
-def rule(*names: str) -> Callable:
-    def register(broken: Callable[[ParallelPlan, Workload], str]) -> Callable:
+def rule(*names: str) -> Callable[[Broken], Broken]:
+    """Register a function as a rule about the fields `names`."""
+
+    def register(broken: Broken) -> Broken:
         RULES.append(Rule(names, broken))
         return broken
 

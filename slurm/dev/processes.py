@@ -46,7 +46,7 @@ class Process:
                 os.close(handle)
 
 
-_children: list[subprocess.Popen] = []  # started by this process, to be reaped when they end
+_children: list[subprocess.Popen[Any]] = []  # started by this process, to be reaped when they end
 
 
 def spawn(command: Sequence[str], **options: Any) -> Process:
