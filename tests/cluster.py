@@ -111,7 +111,7 @@ def bring_back(cluster: devcluster.DevCluster, node: str) -> None:
 
 @contextlib.contextmanager
 def controller_forgets(cluster: devcluster.DevCluster) -> Iterator[None]:
-    """What is submitted within is forgotten: slurmctld dies at the end and comes back with the state of the beginning."""
+    """Have what is submitted within forgotten: slurmctld dies at the end and comes back with its state of before."""
     state, saved = cluster.prefix / "state", cluster.prefix / "state.saved"
     cluster.kill_daemon("slurmctld", signal.SIGSTOP)  # it renames files there
     shutil.copytree(state, saved)

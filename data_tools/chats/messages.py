@@ -1,9 +1,9 @@
 """One message of a conversation, in any form that data sets have → the one form that chat templates read.
 
-The rule is that of config.json (megatron_ext/models/config_meaning.py). Each key of a message, of a part of its content, of a
-tool call and of what wraps a tool is carried over, or means nothing for training (`WITHOUT_MEANING`), or makes a
-`BadRecord` that names the key, its place and the remedy. A key whose value is null is absent: Parquet spells so what
-is not there. A text that is absent is refused; only a turn of tool calls or reasoning may do without.
+The rule is that of config.json (megatron_ext/models/config_meaning.py). Each key of a message, of a part of its
+content, of a tool call and of what wraps a tool is carried over, or means nothing for training (`WITHOUT_MEANING`), or
+makes a `BadRecord` that names the key, its place and the remedy. A key whose value is null is absent: Parquet spells so
+what is not there. A text that is absent is refused; only a turn of tool calls or reasoning may do without.
 
     who, text      role, content │ from, value                       a tool's content may be an object: its JSON
     reasoning      reasoning_content, thinking, reasoning, and parts of these types

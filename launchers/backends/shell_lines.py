@@ -1,8 +1,8 @@
 """Builds the shell lines before a phase's command, which the batch script runs outside any container.
 
-The order is that of slurm.profile.schema.Env: set, modules, setup, ours (`forward` came with the job, secrets are read by the
-worker). The admin's lines run under bash's default options and ours under strict ones: conda's activation reads unset
-variables, and a `grep` without a match is no failure of a line that goes on.
+The order is that of slurm.profile.schema.Env: set, modules, setup, ours (`forward` came with the job, secrets are read
+by the worker). The admin's lines run under bash's default options and ours under strict ones: conda's activation reads
+unset variables, and a `grep` without a match is no failure of a line that goes on.
 """
 
 import shlex

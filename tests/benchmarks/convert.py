@@ -4,8 +4,8 @@
 
 Each step is a process of its own, so that its peak anonymous memory (RssAnon of /proc/PID/status, sampled; what
 memory-mapped files occupy is not in it) is its own. Every step ends with sync(2): all that it wrote is on the disk. The
-copy reads each file with `load_file` and writes it with `save_file`. FOLDER (default: a temporary one) needs three times
-the size.
+copy reads each file with `load_file` and writes it with `save_file`. FOLDER (default: a temporary one) needs three
+times the size.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How long it takes to plan, submit and look at a large pipeline on a real Slurm, beside submitit and a bare sbatch loop.
+"""How long planning, submitting and looking at a large pipeline take on a real Slurm, beside submitit and bare sbatch.
 
     python -m tests.benchmarks.launch [--phases 10] [--elements 2000] [--nodes 128]
 

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.materialize [ROUNDS]
 
-tau-bench's tool trajectories and GSM8K's model solutions (shared/data), with the Qwen tokenizer and TRL's Qwen3 template,
-which has generation blocks; ids and masks are compared, row by row. Both sides take turns on one thread, and the median
-of a side's CPU seconds counts, since other work runs on this machine. Ours reads raw records; theirs gets the messages
-ready. Then the whole phase, from file to store, with one worker and with two, by the clock.
+tau-bench's tool trajectories and GSM8K's model solutions (shared/data), with the Qwen tokenizer and TRL's Qwen3
+template, which has generation blocks; ids and masks are compared, row by row. Both sides take turns on one thread, and
+the median of a side's CPU seconds counts, since other work runs on this machine. Ours reads raw records; theirs gets
+the messages ready. Then the whole phase, from file to store, with one worker and with two, by the clock.
 """
 
 import json

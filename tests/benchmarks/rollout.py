@@ -12,6 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,8 +98,8 @@ def continuous(model: Any, prompts: list[tuple[int, ...]], lengths: list[int], p
 
 
 def rate(call: Callable[..., Any], model: Any, requests: int, rounds: int) -> tuple[float, Any]:
-    """Tokens a second of CPU time, since other work runs on this machine: the median over rounds with other seeds; and what
-    the last round gave."""
+    """Return tokens a second of CPU time (other work runs on this machine), the median over rounds with other seeds;
+    and what the last round gave."""
     rates = []
     for seed in range(rounds):
         prompts, lengths = work(requests, seed)
@@ -141,9 +142,7 @@ def main() -> None:
             print(f"generate, padded batches: {hugging:.0f} tokens/s", flush=True)
             tuned = 0.0
             for page, tokens in ((32, 128), (32, 256)):
-                found_rate, _ = rate(
-                    lambda m, p, n: continuous(m, p, n, page, tokens), theirs, args.requests, args.rounds
-                )
+                found_rate, _ = rate(partial(continuous, page=page, tokens=tokens), theirs, args.requests, args.rounds)
                 print(
                     f"continuous batching, page {page}, {tokens} tokens a batch: {found_rate:.0f} tokens/s", flush=True
                 )

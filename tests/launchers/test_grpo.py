@@ -102,11 +102,13 @@ def test_two_interruptions_of_grpo_change_nothing(whole, cluster, tmp_path, seed
     job = {entry.phase: entry.job for entry in Ledger(run / "ledger.jsonl").jobs()}["grpo"]
     hows = dice.sample(["preempted", dice.choice(["preempted", "node"])], 2)
     for start, how in enumerate(hows):
-        wait_for("its start", lambda: list(run.glob(f"grpo/*/leases/0000.a*.r{start}.*")))
+        wait_for("its start", lambda start=start: list(run.glob(f"grpo/*/leases/0000.a*.r{start}.*")))
         began = time.time()
         wait_for(
             "samples",
-            lambda: any(path.stat().st_mtime > began for path in run.glob("grpo/*/rollouts/step_*/rank_*.jsonl")),
+            lambda began=began: any(
+                path.stat().st_mtime > began for path in run.glob("grpo/*/rollouts/step_*/rank_*.jsonl")
+            ),
         )
         time.sleep(dice.uniform(0, 2))
         if how == "node":

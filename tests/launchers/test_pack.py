@@ -1,4 +1,4 @@
-"""The README's weights and overlong_of, by file name, in a pipeline whose inputs are paths and other phases' outputs."""
+"""Weights and overlong_of by file name, in a pipeline whose inputs are paths and other phases' outputs."""
 
 import json
 
@@ -12,7 +12,9 @@ phases:
   kept: {uses: tests.toy.chats}
   data:
     uses: materialize
-    with: {tokenizer: TOKENIZER, source: {inputs: [FOLDER/maths.jsonl, FOLDER/chat.jsonl, "${phases.kept.out}/chat.jsonl"]}}
+    with:
+      tokenizer: TOKENIZER
+      source: {inputs: [FOLDER/maths.jsonl, FOLDER/chat.jsonl, "${phases.kept.out}/chat.jsonl"]}
   packs:
     uses: pack
     with:

@@ -1,4 +1,4 @@
-"""Real conversations, real tokenizers and stock chat templates, as arrays of a real Slurm, to packs of 262,144 tokens."""
+"""Real conversations, real tokenizers and stock chat templates, as arrays of a real Slurm, to 262,144-token packs."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Sampling for rejection: the same samples however they are cut, stopped and gone on with, and training reads the best."""
+"""Sampling for rejection: the same samples however they are cut, stopped and gone on with; training reads the best."""
 
 import json
 import sys
@@ -105,7 +105,7 @@ def test_several_turns_are_sampled_shown_and_gone_on_with(folders, tmp_path):
     for allowed in (4, 3, 6):
         asked = iter(range(allowed))
         with pytest.raises(Stopped):
-            generate.run(several(), out, keep, stop=lambda: next(asked, None) is None)
+            generate.run(several(), out, keep, stop=lambda asked=asked: next(asked, None) is None)
     generate.run(several(engine=EngineConfig(0.1, 4, 3, 8)), out, keep)
     assert (out / "samples.jsonl").read_bytes() == (tmp_path / "whole/out/samples.jsonl").read_bytes()
     out, keep = made(tmp_path / "one turn")
@@ -133,7 +133,7 @@ def test_what_was_stopped_goes_on_to_the_same_samples(folders, whole, tmp_path):
     for allowed, chunks in ((3, 0), (8, 1), (4, 1)):
         asked = iter(range(allowed))
         with pytest.raises(Stopped) as stopped:
-            generate.run(config(folders), out, keep, stop=lambda: next(asked, None) is None)
+            generate.run(config(folders), out, keep, stop=lambda asked=asked: next(asked, None) is None)
         assert reached < stopped.value.done < stopped.value.total and stopped.value.unit == "prompt"
         reached = stopped.value.done  # one that gets no further is not started again
         assert len(list(keep.glob("element_0000/samples/*/*"))) == chunks and not (out / "samples.jsonl").exists()
