@@ -36,7 +36,7 @@ from slurm.printed import (
     separator,
     submitted_id,
     whole_message,
-)  # fmt: skip
+)
 
 PING_LIMIT_S = 5.0
 PING_RETRY_S = 0.25
@@ -115,9 +115,15 @@ class Slurm:
             env["SLURM_BITSTR_LEN"] = "0"  # print lists of array indices in full, not cut with "..."
         try:
             process = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                errors="replace", start_new_session=True,
-            )  # fmt: skip
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
         except OSError as error:
             raise SlurmError(command, None, f"{command[0]}: {error.strerror} (are Slurm's commands in PATH?)") from None
         try:

@@ -51,9 +51,12 @@ class _Segments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, segment: Callable[..., tuple[torch.Tensor, State]], rows: torch.Tensor, documents: torch.Tensor,
+        ctx: Any,
+        segment: Callable[..., tuple[torch.Tensor, State]],
+        rows: torch.Tensor,
+        documents: torch.Tensor,
         *others: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    ) -> tuple[torch.Tensor, ...]:
         state, parameters = State(*others[:3]), others[3:]
         tokens = rows.size(1)
         starts = [t.new_empty(-(-tokens // SEGMENT), *t.shape) for t in state]

@@ -71,8 +71,13 @@ def check_tensors(shapes: Mapping[str, Shape], family: Family, dims: Any, where:
     expected = hf_shapes(family.mapping.rules(dims, shapes))
     if not expected.keys() & shapes.keys():
         name, shape = next(iter(shapes.items()), ("nothing", ()))
-        return [Problem(where, f"has none of the {len(expected)} tensors of the {family.name} model in config.json "
-                               f"but {name} {list(shape)}: these are the weights of another model")]  # fmt: skip
+        return [
+            Problem(
+                where,
+                f"has none of the {len(expected)} tensors of the {family.name} model in config.json "
+                f"but {name} {list(shape)}: these are the weights of another model",
+            )
+        ]
     problems = [
         Problem(where, f"tensor {name} {list(shape)} is missing")
         for name, shape in expected.items()
@@ -258,9 +263,17 @@ def _export_dtypes(
 
 
 def export_share(
-    weights: Path, rules: Sequence[Rule], base: dict[str, Any], out: Path, dtype: str, index: int, count: int,
-    progress: Progress = silent, shard_bytes: int = SHARD_BYTES, changes: Changes = NO_CHANGES,
-) -> None:  # fmt: skip
+    weights: Path,
+    rules: Sequence[Rule],
+    base: dict[str, Any],
+    out: Path,
+    dtype: str,
+    index: int,
+    count: int,
+    progress: Progress = silent,
+    shard_bytes: int = SHARD_BYTES,
+    changes: Changes = NO_CHANGES,
+) -> None:
     """Write every `count`-th safetensors file into OUT, and OUT/SHARE. `dtype` "" gives what `_export_dtypes` says.
 
     The sums in the ledger are those of `weights`, before any of `changes`.
@@ -290,9 +303,13 @@ def export_share(
 
 
 def _export_one(
-    reader: dist_weights.Reader, rule: Rule, files: SafetensorsFiles, my_files: set[str], changes: Changes,
+    reader: dist_weights.Reader,
+    rule: Rule,
+    files: SafetensorsFiles,
+    my_files: set[str],
+    changes: Changes,
     pool: Executor,
-) -> Counter[str]:  # fmt: skip
+) -> Counter[str]:
     """Write the Hugging Face tensors of one rule that are in `my_files`. Returns the sums by key."""
     layout = rule.layout
     if not isinstance(layout, (Replicated, Stacked)) or rule.name in changes:

@@ -264,8 +264,12 @@ class LegacyTensors:
                 raise UserMistake(Problem(str(self.folder), f"tensor {name}: a rank's copy {said} (of another's)"))
         joined = rule.layout.unshard(shards[:1] if wholes else shards)
         if joined.shape != rule.layout.shape:
-            raise UserMistake(Problem(str(self.folder), f"tensor {name} has shape {list(joined.shape)}, "
-                                      f"config.json gives {list(rule.layout.shape)}"))  # fmt: skip
+            raise UserMistake(
+                Problem(
+                    str(self.folder),
+                    f"tensor {name} has shape {list(joined.shape)}, config.json gives {list(rule.layout.shape)}",
+                )
+            )
         return joined
 
     # As convert.Tensors

@@ -219,15 +219,18 @@ def _held(optimizer: Any, holders: dict[torch.Tensor, ShardedBase]) -> Iterator[
                         continue
                     mine = range_map["param"]
                     pieces = [
-                        _Piece(_region(shard, offset, size), first + place - mine.start,
-                               first + place - mine.start + math.prod(size))
+                        _Piece(
+                            _region(shard, offset, size),
+                            first + place - mine.start,
+                            first + place - mine.start + math.prod(size),
+                        )
                         for shard, first in _shards_of(holder, tuple(parameter.shape))
                         for offset, size, place in boxes(
                             tuple(shard.local_shape),
                             max(mine.start - first, 0),
                             min(mine.end - first, math.prod(shard.local_shape)),
                         )
-                    ]  # fmt: skip
+                    ]
                     yield optimizer, parameter, pieces
 
 

@@ -85,8 +85,14 @@ def set_up_accounts(user: str, env: dict[str, str]) -> None:
         f"add qos {SMALL_QOS} MaxSubmitJobsPerUser={SMALL_QOS_JOBS}",
         f"modify user where name={user} set QOS=normal,{SMALL_QOS} DefaultQOS=normal DefaultAccount={ACCOUNT}",
     )
-    done = subprocess.run(["sacctmgr", "--immediate"], input="\n".join(commands), env=env, text=True,
-                          capture_output=True, timeout=SET_UP_LIMIT_S)  # fmt: skip
+    done = subprocess.run(
+        ["sacctmgr", "--immediate"],
+        input="\n".join(commands),
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=SET_UP_LIMIT_S,
+    )
     if done.returncode:
         said = " ".join(f"{done.stdout} {done.stderr}".split())
         raise UserMistake(f"the dev cluster's accounts were not set up; sacctmgr said: {said[-300:]}")

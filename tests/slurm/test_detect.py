@@ -9,9 +9,10 @@ import time
 import pytest
 
 from data_tools.mistake import UserMistake
-from slurm import client, detect, profile
+from slurm import client, detect
 from slurm.client import SlurmUnavailable
 from slurm.dev import cluster as devcluster
+from slurm.profile import files
 from tests.cluster import require_packages
 
 
@@ -163,7 +164,7 @@ def test_two_spellings_of_a_clusters_name_are_not_guessed_between(monkeypatch, t
     for name in ("BigSite", "BIGSITE"):
         (tmp_path / f"{name}.yaml").touch()
     with pytest.raises(UserMistake, match="keep one of them, or call it bigsite.yaml"):
-        profile.find_for_cluster("bigsite")
+        files.find_for_cluster("bigsite")
 
 
 def test_a_configured_slurm_that_died_is_an_error_within_our_limit(short_folder, monkeypatch):
