@@ -15,7 +15,7 @@ def sources_of(weights: np.ndarray, length: int) -> np.ndarray:
 
 
 @njit(cache=True)
-def _sources_of(shares, length):
+def _sources_of(shares: np.ndarray, length: int) -> np.ndarray:
     given = np.zeros(len(shares), dtype=np.int64)
     out = np.empty(length, dtype=np.int64)
     for place in range(length):

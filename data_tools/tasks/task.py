@@ -202,7 +202,7 @@ def load_task(name: str) -> Task:
         return _user_module(name)
     if name not in task_names():
         raise UserMistake(f"unknown task {name!r}{nearest(name, task_names())}")
-    return importlib.import_module(f"data_tools.tasks.{name}")  # type: ignore[return-value]  # a module of these names
+    return importlib.import_module(f"data_tools.tasks.{name}")
 
 
 def load_row_task(name: str) -> RowTask:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from data_tools.base.seeded import permutation
+from data_tools.base.tables import ShownTable
 from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
 from data_tools.mistake import UserMistake, nearest
 from data_tools.packs import inspection
-from data_tools.packs.plan import PackReader
-from data_tools.packs.store import Store
+from data_tools.packs.plan import PackReader, PlanFacts
+from data_tools.packs.store import Store, StoreFacts
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.references import substitute
 
@@ -48,8 +49,8 @@ class Inspection(TypedDict):
 
     phase: str
     folder: str
-    facts: dict[str, Any]
-    balance: dict[str, Any]  # a table: title, columns, rows
+    facts: StoreFacts | PlanFacts
+    balance: ShownTable
     lengths: list[Any]  # rows of a histogram: (shortest, longest, documents, tokens)
     title: str
     documents: list[dict[str, Any]]
@@ -76,7 +77,8 @@ def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, 
         if not 0 <= chosen < reader.n_packs:
             raise UserMistake(f"{name} has packs 0 to {reader.n_packs - 1}, not {chosen}")
         documents = inspection.pack_documents(reader, chosen, contents.tokenizer_of(store), limit)[:count]
-        facts, lengths, title = reader.facts, reader.plan.pieces.length, f"pack {chosen} of {reader.n_packs:,}"
+        facts: StoreFacts | PlanFacts = reader.facts
+        lengths, title = reader.plan.pieces.length, f"pack {chosen} of {reader.n_packs:,}"
     elif pack is not None:
         raise UserMistake(f"{name} is a token store, not a pack plan: it has no pack {pack}")
     else:
@@ -84,7 +86,8 @@ def inspect(run: RunFolder, name: str, count: int, pack: int | None, seed: int, 
         documents = inspection.store_documents(
             opened, contents.tokenizer_of(folder), count=count, seed=seed, limit=limit
         )
-        facts, lengths, title = opened.facts, opened.lengths, f"{len(documents)} of {len(opened):,} documents"
+        facts = opened.facts
+        lengths, title = opened.lengths, f"{len(documents)} of {len(opened):,} documents"
     return {
         "phase": name,
         "folder": str(folder),

@@ -30,6 +30,7 @@ import megatron_ext
 from data_tools.base import durable, rendezvous
 from data_tools.base.declared import setting
 from data_tools.base.ports import PORTS
+from data_tools.base.rendezvous_server import Server
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.models.registry import Family, read_config
@@ -212,7 +213,7 @@ def _spawn(config: Config, work: Path, world: int) -> dict[str, Any]:
     file = work / "certify.yaml"
     file.write_text(json.dumps(asdict(config)))  # JSON is YAML
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
-    server = rendezvous.Server(rendezvous.Meeting("127.0.0.1", PORTS, str(work), os.urandom(32)))
+    server = Server(rendezvous.Meeting("127.0.0.1", PORTS, str(work), os.urandom(32)))
     ours = {
         **rendezvous.to_environment(server.meeting, server.port), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",

@@ -27,7 +27,8 @@ def _read(held: Any) -> float:
 @overload(_read, inline="always")
 def _compiled_read(held):  # type: ignore[no-untyped-def]
     if held == types.uint16:
-        return lambda held: _of_bits(numpy.uint32(held) << numpy.uint32(16))
+        bits = numpy.uint32
+        return lambda held: _of_bits(bits(held) << bits(16))  # type: ignore[call-arg]  # numba gives `typing` itself
     return lambda held: held
 
 

@@ -49,9 +49,17 @@ class TokenRow(Protocol):
 class Packs(Protocol):
     """What data_tools.packs.plan.PackReader offers."""
 
-    n_packs: int
-    pack_length: int  # L
-    digest: str
+    @property
+    def n_packs(self) -> int:
+        """The number of packs."""
+
+    @property
+    def pack_length(self) -> int:
+        """Tokens of a pack (L)."""
+
+    @property
+    def digest(self) -> str:
+        """What names the packs and their tokens."""
 
     def batch(self, k: int, global_batch: int, seed: int) -> list[int]:
         """Return the packs of global batch `k`, whatever the number of ranks."""
