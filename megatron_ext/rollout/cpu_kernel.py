@@ -11,7 +11,8 @@ from numba.extending import intrinsic, overload
 
 
 @intrinsic
-def _of_bits(typing, bits):  # type: ignore[no-untyped-def]
+def _of_bits(typing: Any, bits: Any) -> Any:
+    """Return the float32 of these 32 bits. numba gives the first argument."""
     wanted = llvmlite.ir.FloatType()
     return types.float32(types.uint32), lambda _, builder, __, args: builder.bitcast(args[0], wanted)
 
@@ -25,10 +26,11 @@ def _read(held: Any) -> float:
 
 
 @overload(_read, inline="always")
-def _compiled_read(held):  # type: ignore[no-untyped-def]
+def _compiled_read(held):  # type: ignore[no-untyped-def, unused-ignore]  # numba compares it with the lambdas
+    """Return what numba compiles for `_read` of this type."""
     if held == types.uint16:
-        bits = numpy.uint32
-        return lambda held: _of_bits(bits(held) << bits(16))  # type: ignore[call-arg]  # numba gives `typing` itself
+        # numba gives the first argument of an intrinsic itself.
+        return lambda held: _of_bits(numpy.uint32(held) << numpy.uint32(16))  # type: ignore[call-arg]
     return lambda held: held
 
 
@@ -42,7 +44,9 @@ def in_place(share: int, d: int, size: int) -> Callable[..., None]:
     """
 
     @njit(cache=True, fastmath={"reassoc", "nsz", "contract"}, nogil=True, error_model="numpy")
-    def kernel(query, keys, values, table, positions, scale, window, sinks, out):  # type: ignore[no-untyped-def]
+    def kernel(
+        query: Any, keys: Any, values: Any, table: Any, positions: Any, scale: Any, window: Any, sinks: Any, out: Any
+    ) -> None:
         heads, groups = query.shape[1], keys.shape[2]
         weights = numpy.empty((positions.max() + 1, heads), numpy.float32)
         for i in range(len(query)):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.base import durable
-from data_tools.mistake import UserMistake, disk_problem
+from data_tools.mistake import disk_problem
 from jobs.artifacts.artifact import Artifact
 from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import Outcome, RunFolder
@@ -409,58 +409,3 @@ def test_removing_a_dead_submitters_lock_leaves_a_living_ones(tmp_path):
     assert Owner.read(lock) == living
     remove_lock_of(living, lock)
     assert list(tmp_path.iterdir()) == []
-
-
-# -- odd filesystems --------------------------------------------------------------------------------------------------
-
-
-def test_a_filesystem_whose_folders_have_no_fsync_is_no_error(tmp_path, monkeypatch):
-    with pytest.raises(OSError, match="Invalid argument"):
-        os.fsync(os.open("/proc", os.O_RDONLY))  # a real one
-    durable.fsync_folder(Path("/proc"))
-    real = os.fsync
-
-    def refuses_folders(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
-            raise OSError(errno.ENOTSUP, "not supported")
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", refuses_folders)
-    assert durable.create_file(tmp_path / "a", "a")
-    durable.write_json(tmp_path / "b", 1)
-    durable.fsync_tree(tmp_path)
-
-
-def test_an_fsync_that_fails_for_a_reason_is_an_error(tmp_path, monkeypatch):
-    def broken(handle):
-        raise OSError(errno.EIO, "input/output error")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError) as caught:
-        durable.create_file(tmp_path / "a", "a")
-    assert f"{tmp_path}/a" in disk_problem(caught.value) and list(tmp_path.iterdir()) == []
-
-
-def test_a_filesystem_without_hard_links_is_refused_by_name(tmp_path, monkeypatch):
-    def no_links(source, target):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    with pytest.raises(UserMistake, match="without hard links"):
-        durable.create_file(tmp_path / "a", "a")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_link_whose_answer_was_lost_and_that_was_asked_again_is_ours(tmp_path, monkeypatch):
-    """NFS repeats a request; the repetition finds the name there."""
-    real = os.link
-
-    def twice(source, target):
-        real(source, target)
-        real(source, target)
-
-    monkeypatch.setattr(os, "link", twice)
-    assert durable.create_file(tmp_path / "a", "a") is True
-    monkeypatch.setattr(os, "link", real)
-    assert durable.create_file(tmp_path / "a", "b") is False and (tmp_path / "a").read_text() == "a"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]

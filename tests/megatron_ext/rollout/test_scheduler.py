@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.rollout.blocks import BlockManager
 from megatron_ext.rollout.scheduler import EngineStep, Scheduler
-from megatron_ext.rollout.sequence import Prefix, Request, uniforms
+from megatron_ext.rollout.sequence import Prefix, Request, Sequence, uniforms
 from megatron_ext.rollout.settings import EngineConfig
 
 NO_REPLIES: Mapping[int, list[int]] = MappingProxyType({})
@@ -32,6 +32,15 @@ def check(scheduler: Scheduler, step: EngineStep, config: EngineConfig) -> None:
     assert all(blocks.references[block] == 1 for block, _ in written)
 
 
+def drawing(scheduler: Scheduler, step: EngineStep, known: set[Prefix]) -> list[Sequence]:
+    """The samples that draw a token in a step; `known` gets the prefixes that it computes."""
+    begun = [s for s in step.begun if len(s.tokens) == s.prompt_length]
+    assert all(s.prefix in known for s in begun)
+    known |= set(scheduler.computed(step))
+    whole = [p.owner for p in step.pieces if not isinstance(p.owner, Prefix) and p.stop == len(p.owner.tokens)]
+    return begun + step.decodes + whole
+
+
 def play(
     config: EngineConfig, blocks: int, requests: list[Request], lengths: list[int], aborted: Collection[int] = (),
     slots: int = 0, replies: Mapping[int, list[int]] = NO_REPLIES,
@@ -48,22 +57,15 @@ def play(
     steps = 0
     asked: dict[int, int] = {}
     while scheduler.has_work:
-        for i, since in list(asked.items()):
-            if since + replies[i][2] <= steps:
-                added[i].tokens += [2] * min(replies[i][1], lengths[i] - len(added[i].completion) - 1)
-                scheduler.answer(added[i])
-                del asked[i]
+        for i in [i for i, since in asked.items() if since + replies[i][2] <= steps]:
+            added[i].tokens += [2] * min(replies[i][1], lengths[i] - len(added[i].completion) - 1)
+            scheduler.answer(added[i])
+            del asked[i]
         step = scheduler.plan()
         assert not step.is_empty or scheduler.parked
         check(scheduler, step, config)
         steps += 1
-        drawn = [s for s in step.begun if len(s.tokens) == s.prompt_length]
-        assert all(s.prefix in known for s in drawn)
-        known |= set(scheduler.computed(step))
-        drawn += step.decodes + [
-            p.owner for p in step.pieces if not isinstance(p.owner, Prefix) and p.stop == len(p.owner.tokens)
-        ]
-        for sequence in drawn:
+        for sequence in drawing(scheduler, step, known):
             assert sequence.cached == len(sequence.tokens)
             sequence.tokens.append(1)
             i = number[id(sequence)]
