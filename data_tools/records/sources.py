@@ -22,7 +22,7 @@ from data_tools.mistake import Problem, nearest
 
 EXACT, PATH, FOLDER, PATTERN = 4, 3, 2, 1
 _WILD = "*?["
-# RUN/PHASE/KEY, or in it the folder of the attempt that was sealed: jobs/artifacts/artifact.py.
+# RUN/PHASE/KEY, or in it the folder of the attempt that was sealed: jobs/artifacts/layout.py.
 _MADE = re.compile(r"^.*(/[a-z][a-z0-9_]*/[0-9a-f]{16})(?:/work/[^./]+\.a\d+\.r\d+\.g\d+)?(?=/|$)")
 
 

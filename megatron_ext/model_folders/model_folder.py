@@ -113,7 +113,7 @@ def weights_at(path: str | Path, step: int = 0) -> tuple[Path, str]:
                     said = f"{path} is a model with an adapter: merge it first (merge_lora)"
                     raise UserMistake(Problem("init_from", said))
                 return path / weights, facts["weights_digest"]
-    # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifacts/artifact.py).
+    # A sealed folder is RUN/PHASE/KEY/work/NAME, and checkpoints lie in KEY (jobs/artifacts/layout.py).
     roots = [root / "checkpoints" for root in (path, path.parent.parent) if (root / "checkpoints").is_dir()]
     steps = sorted(
         int(published.name.removeprefix("step_"))

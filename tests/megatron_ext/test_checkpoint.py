@@ -124,7 +124,7 @@ def test_weights_come_from_any_folder_step_or_training(calculator, tmp_path):
     keep, out = (
         tmp_path / "key",
         tmp_path / "key" / "work" / "0000.a1",
-    )  # as a phase lays them (jobs/artifacts/artifact.py)
+    )  # as a phase lays them (jobs/artifacts/layout.py)
     out.mkdir(parents=True)
     sft.run(replace(sft_config(calculator, 10), keep_checkpoints=9), out, keep)
     losses = {line["step"]: line["loss"] for line in metrics(keep)}
