@@ -21,7 +21,7 @@ from data_tools.base.seeded import permutation
 from data_tools.base.tables import ShownTable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs import batches
-from data_tools.packs.plan import FACTS, Pieces, Plan, PlanFacts, stream_of
+from data_tools.packs.plan import FACTS, PackPlan, Pieces, PlanFacts, stream_of
 from data_tools.packs.store import Store, text_hash
 from data_tools.progress import Progress, silent
 from data_tools.records import sources
@@ -119,7 +119,7 @@ def pieces_of(store: Store, config: Config, policies: Sequence[str]) -> tuple[Pi
     return pieces[np.lexsort((pieces.start, pieces.doc))], overlong
 
 
-def plan_of(pieces: Pieces, store: Store, config: Config, weights: Sequence[float]) -> Plan:
+def plan_of(pieces: Pieces, store: Store, config: Config, weights: Sequence[float]) -> PackPlan:
     """Pack the pieces, with weights each source's by themselves."""
     from data_tools.packs.best_fit import best_fit, longest_first  # loads a compiler: not for `check`
 
@@ -141,7 +141,7 @@ def plan_of(pieces: Pieces, store: Store, config: Config, weights: Sequence[floa
     pack_of = np.concatenate(packs)
     by_pack = np.argsort(pack_of, kind="stable")  # within a pack in order of arrival
     pack_ptr = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=opened))]).astype(np.int64)
-    return Plan(pack_ptr, pieces[np.concatenate(order)[by_pack]], np.concatenate(source))
+    return PackPlan(pack_ptr, pieces[np.concatenate(order)[by_pack]], np.concatenate(source))
 
 
 def _prompt_groups(store: Store, pieces: Pieces) -> np.ndarray:

@@ -60,7 +60,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackPlan:
     """Pack i holds pieces[pack_ptr[i]:pack_ptr[i + 1]]; `source` int16[packs] says whose it is, 0 without weights."""
 
     pack_ptr: np.ndarray
@@ -89,7 +89,7 @@ class Plan:
         )
 
 
-def stream_of(facts: PlanFacts, plan: Plan, seed: int) -> batches.Stream:
+def stream_of(facts: PlanFacts, plan: PackPlan, seed: int) -> batches.Stream:
     """Return the endless order of a plan's packs."""
     linear, quadratic = facts["cost"]
     costs = plan.costs(linear, quadratic)
@@ -193,7 +193,7 @@ def padded_to(cu_seqlens: np.ndarray, length: int, unit: int) -> np.ndarray:
     return np.append(ends, length) if ends[-1] < length else ends
 
 
-def read_plan(folder: Path) -> tuple[PlanFacts, Plan]:
+def read_plan(folder: Path) -> tuple[PlanFacts, PackPlan]:
     """Return (facts, plan) of a pack output. Raise UserMistake when it is none or damaged."""
     remedy = "restore it or run pack again"
     for name in (FACTS, PLAN):
@@ -207,7 +207,7 @@ def read_plan(folder: Path) -> tuple[PlanFacts, Plan]:
     try:
         with np.load(folder / PLAN) as archive:
             pieces = Pieces(archive["doc_ids"], archive["starts"], archive["lengths"])
-            plan = Plan(archive["pack_ptr"], pieces, archive["source"])
+            plan = PackPlan(archive["pack_ptr"], pieces, archive["source"])
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise UserMistake(f"{folder / PLAN} is damaged ({error}); {remedy}") from None
     if plan.digest() != digest:

@@ -38,7 +38,14 @@ from megatron.core.transformer.utils import (
 )
 
 from megatron_ext.device import device
-from megatron_ext.layers.documents import ContextRank, Layout, PackedDocuments, PackedRow, Share, packed_documents
+from megatron_ext.layers.documents import (
+    ContextRank,
+    ContextShare,
+    DocumentLayout,
+    PackedDocuments,
+    PackedRow,
+    packed_documents,
+)
 
 SINK_COLUMNS = 8  # added to the head size; 1 would do, but GPU kernels want head sizes in eights
 QUERY_BLOCK = 512  # queries at once against a longer cache of keys: bounds the mask
@@ -213,11 +220,11 @@ def packed_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: Layout,
+    layout: DocumentLayout,
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
-    share: Share | None = None,
+    share: ContextShare | None = None,
 ) -> torch.Tensor:
     """Let each document of a row attend to itself: q [T, heads, d], k and v [T, kv_heads, d] -> [T, heads * d].
 

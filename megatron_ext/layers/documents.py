@@ -1,9 +1,9 @@
 """The documents of a packed row (THD): where each begins, which of its tokens a context rank holds, and how they are
 sorted into buckets for a kernel that takes batches.
 
-A pack is one row of T tokens that holds many documents; a document sees only itself. `Layout` sorts the documents
-of a pack by length into buckets, once for all layers, without a loop over documents. `zigzag` says which tokens of a
-row a context rank holds.
+A pack is one row of T tokens that holds many documents; a document sees only itself. `DocumentLayout` sorts the
+documents of a pack by length into buckets, once for all layers, without a loop over documents. `zigzag` says which
+tokens of a row a context rank holds.
 
 Letters of shapes: T tokens of a row, c context ranks (each holds T / c tokens), h hidden size, d size of a head.
 """
@@ -73,7 +73,7 @@ class Bucket(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class DocumentLayout:
     """Where each token of a pack lies in the padded buffer that the buckets share.
 
     `slots` is int64 [T]: token t goes to row slots[t] of a buffer with `rows` rows. Tokens are counted in the order
@@ -85,20 +85,20 @@ class Layout:
     rows: int
 
     @staticmethod
-    def of(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int = 1) -> "Layout":
+    def of(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int = 1) -> "DocumentLayout":
         """Lay out documents that end at `cu_seqlens` (int [documents + 1], first 0). Empty documents are fine."""
         lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
         padded = _padded(lengths)
         buckets, starts, rows = _fill(lengths, padded)
         slots = ranges(starts, lengths)[rank_after_rank(cu_seqlens, context_size)]
-        return Layout(buckets, torch.from_numpy(slots).to(target), rows)
+        return DocumentLayout(buckets, torch.from_numpy(slots).to(target), rows)
 
     @staticmethod
-    def of_share(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int) -> "Layout":
+    def of_share(cu_seqlens: numpy.ndarray, target: torch.device, context_size: int) -> "DocumentLayout":
         """Lay out one context rank's tokens [T / size]: bucket for bucket that of `of`, 1 / size as long."""
         lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
         buckets, starts, rows = _fill(lengths, _padded(lengths), context_size)
-        return Layout(buckets, torch.from_numpy(ranges(starts, lengths // context_size)).to(target), rows)
+        return DocumentLayout(buckets, torch.from_numpy(ranges(starts, lengths // context_size)).to(target), rows)
 
 
 def _padded(lengths: numpy.ndarray) -> numpy.ndarray:
@@ -128,11 +128,11 @@ def _fill(
 
 
 @dataclass(frozen=True)
-class Share:
+class ContextShare:
     """The queries of one context rank, where it has the keys of all: their layout, and each row's position in its
     document, int64 [rows] (0 in rows of no token)."""
 
-    layout: Layout
+    layout: DocumentLayout
     positions: torch.Tensor
 
 
@@ -171,8 +171,8 @@ class PackedDocuments(PackedRow):
 
     held: numpy.ndarray = field(repr=False)
     order: torch.Tensor = field(repr=False)
-    layout: Layout = field(repr=False)
-    share: Share | None = field(default=None, repr=False)  # with context parallelism only
+    layout: DocumentLayout = field(repr=False)
+    share: ContextShare | None = field(default=None, repr=False)  # with context parallelism only
 
 
 def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device, context: ContextRank = ALONE) -> PackedDocuments:
@@ -189,8 +189,8 @@ def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device, context: C
     positions = torch.from_numpy((held - starts[held]).astype(numpy.int64)).to(target)
     share = None
     if context.size > 1:
-        layout = Layout.of_share(cu_seqlens, target, context.size)
-        share = Share(layout, positions.new_zeros(layout.rows).index_copy_(0, layout.slots, positions))
+        layout = DocumentLayout.of_share(cu_seqlens, target, context.size)
+        share = ContextShare(layout, positions.new_zeros(layout.rows).index_copy_(0, layout.slots, positions))
     return PackedDocuments(
         qkv_format="thd",
         cu_seqlens_q=cu,
@@ -203,6 +203,6 @@ def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device, context: C
         held=held,
         positions=positions,
         order=torch.from_numpy(rank_after_rank(cu_seqlens, context.size)).to(target),
-        layout=Layout.of(cu_seqlens, target, context.size),
+        layout=DocumentLayout.of(cu_seqlens, target, context.size),
         share=share,
     )

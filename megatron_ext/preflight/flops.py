@@ -71,7 +71,7 @@ def cost_coefficients(shape: ModelShape) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Step:
+class PredictedStep:
     """A predicted update: times in seconds, utilisation as shares of the bf16 peak."""
 
     seconds: float
@@ -173,7 +173,7 @@ def gradient_seconds(plan: ParallelPlan, t: Training, stage: Stage) -> float:
     return dense + transfer(t, learned.expert * each, plan.expert_data(ranks), extent)
 
 
-def step(plan: ParallelPlan, t: Training) -> Step:
+def step(plan: ParallelPlan, t: Training) -> PredictedStep:
     """Predict an update of a legal plan; `t.gpu` must be known."""
     number, parts = micro_batches(plan, t.workload), stages(plan, t.known_shape)
     work = [stage_work(plan, t, stage) for stage in parts]
@@ -183,7 +183,7 @@ def step(plan: ParallelPlan, t: Training) -> Step:
     seconds = number * (slowest.compute + slowest.communication) + bubble + reduce
     tokens = t.pack_length * plan.micro_batch * number * plan.data(t.workload.ranks)
     peak = seconds * t.speed.bf16_tflops * 1e12 * plan.pipeline
-    return Step(
+    return PredictedStep(
         seconds=seconds,
         compute=number * slowest.compute,
         communication=number * slowest.communication + reduce,

@@ -11,7 +11,7 @@ from megatron_ext.parallel.plan import RECOMPUTES, ParallelPlan, Workload, divis
 from megatron_ext.parallel.rules import is_legal
 from megatron_ext.parallel.shape import MAMBA
 from megatron_ext.preflight.facts import Training
-from megatron_ext.preflight.flops import Step, step
+from megatron_ext.preflight.flops import PredictedStep, step
 from megatron_ext.preflight.memory import Memory, memory
 
 HEADROOM = 0.95  # share of a GPU that a plan we offer may fill: activation formulas are not calibrated yet
@@ -24,7 +24,7 @@ class Candidate:
 
     plan: ParallelPlan
     memory: Memory
-    step: Step | None  # None where the GPU is not known
+    step: PredictedStep | None  # None where the GPU is not known
 
 
 def legal_plans(t: Training, base: ParallelPlan) -> Iterator[ParallelPlan]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.rl import untrained
-from megatron_ext.rl.samples import Batch, Sample
+from megatron_ext.rl.samples import Sample, SampleBatch
 from megatron_ext.rl.settings import Rewarding
 
 
@@ -36,7 +36,13 @@ class Position:
         return cls(**{"signal": saved.get("trained_samples", 0), "steps": 1, **saved})
 
     def count(
-        self, drawn: Sequence[Sample], batch: Batch, rewarding: Rewarding, *, updates: int, line: Mapping[str, Any]
+        self,
+        drawn: Sequence[Sample],
+        batch: SampleBatch,
+        rewarding: Rewarding,
+        *,
+        updates: int,
+        line: Mapping[str, Any],
     ) -> None:
         """Add a step that drew these samples, trained those of `batch`, and has `line` in the metrics."""
         self.steps += 1

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from data_tools.base import durable
 from megatron_ext.rl.collect import Collector
-from megatron_ext.rl.samples import Batch, Sample
+from megatron_ext.rl.samples import Sample, SampleBatch
 from megatron_ext.rl.updates import Update
 from megatron_ext.rollout.sequence import spans
 
@@ -34,7 +34,7 @@ class StepTimes:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def measured(drawn: Sequence[Sample], batch: Batch, kept: set[int], update: Update) -> dict[str, Any]:
+def measured(drawn: Sequence[Sample], batch: SampleBatch, kept: set[int], update: Update) -> dict[str, Any]:
     """Return what the metrics say of a step, the same on every rank.
 
     Shares are of samples, or of trained tokens where they speak of the loss.
@@ -130,7 +130,7 @@ def write_samples(
     folder: Path,
     step: int,
     drawn: Sequence[Sample],
-    batch: Batch,
+    batch: SampleBatch,
     differences: Mapping[tuple[int, int], tuple[float, float]],
     spell: Callable[[Sample], dict[str, Any]],
 ) -> None:

@@ -19,7 +19,7 @@ from megatron_ext.device import device, plain_torch
 from megatron_ext.layers.loss_head import Targets
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl.losses import Reduce, Tokens, Totals, alone, mismatch_sums, policy_loss
-from megatron_ext.rl.samples import Batch, deal
+from megatron_ext.rl.samples import SampleBatch, deal
 from megatron_ext.rl.settings import Loss
 from megatron_ext.training.rows import MicroBatch, micro_batch
 from megatron_ext.training.update import LossFunction, losses_of
@@ -63,7 +63,7 @@ class _Packed:
     behaviour: np.ndarray
 
 
-def document_tokens(batch: Batch, places: np.ndarray, unit: int) -> np.ndarray:
+def document_tokens(batch: SampleBatch, places: np.ndarray, unit: int) -> np.ndarray:
     """Return int64, the tokens that each of these samples takes in a row. The last token is only a label."""
     samples = (batch.samples[place] for place in places)
     lengths = np.array([len(sample.prompt) + len(sample.tokens) - 1 for sample in samples], dtype=np.int64)
@@ -71,7 +71,7 @@ def document_tokens(batch: Batch, places: np.ndarray, unit: int) -> np.ndarray:
 
 
 def rollout_rows(
-    batch: Batch, plan: ParallelPlan, row_tokens: int, temperature: float, comparable: bool
+    batch: SampleBatch, plan: ParallelPlan, row_tokens: int, temperature: float, comparable: bool
 ) -> list[RolloutRow]:
     """Return this rank's rows of `batch`, as many as every other rank has.
 
@@ -95,7 +95,7 @@ def rollout_rows(
     return rows
 
 
-def _pack(batch: Batch, places: np.ndarray, unit: int, width: int) -> _Packed:
+def _pack(batch: SampleBatch, places: np.ndarray, unit: int, width: int) -> _Packed:
     """Return a row of `width` tokens with the samples at these places of the batch, each from a multiple of `unit`."""
     lengths = document_tokens(batch, places, unit)
     ends = np.cumsum(lengths)

@@ -69,7 +69,7 @@ def groups_of(samples: Sequence[Sample]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SampleBatch:
     """What one update trains on: the samples of the prompts that are kept, in order, with one advantage each.
 
     `trained` bool [n]: the others, whose reward nobody knows or wants, count as samples and have no tokens in the
@@ -93,13 +93,15 @@ def kept_items(samples: Sequence[Sample], config: Advantage, rewarding: Rewardin
     return set(items[~dropped].tolist())
 
 
-def batch_of(samples: Sequence[Sample], kept: set[int], config: Advantage, rewarding: Rewarding, limit: int) -> Batch:
+def batch_of(
+    samples: Sequence[Sample], kept: set[int], config: Advantage, rewarding: Rewarding, limit: int
+) -> SampleBatch:
     """Return the batch of the samples whose prompts are kept."""
     chosen = sorted((s for s in samples if s.item in kept), key=lambda s: s.key)
     if not chosen:
-        return Batch([], np.zeros(0), np.zeros(0, dtype=bool))
+        return SampleBatch([], np.zeros(0), np.zeros(0, dtype=bool))
     rewards = rewards_of(chosen, rewarding, limit)
-    return Batch(chosen, advantages(rewards, groups_of(chosen), config), np.isfinite(rewards))
+    return SampleBatch(chosen, advantages(rewards, groups_of(chosen), config), np.isfinite(rewards))
 
 
 def deal(lengths: np.ndarray, ranks: int, row_tokens: int, unit: int = 1) -> list[list[list[int]]]:

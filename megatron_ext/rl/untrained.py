@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from data_tools.mistake import UserMistake
 from data_tools.tasks.rewards import is_failure
-from megatron_ext.rl.samples import Batch, Sample
+from megatron_ext.rl.samples import Sample, SampleBatch
 from megatron_ext.rl.settings import Rewarding
 
 BROKEN_STEPS = 10  # in a row in which every verdict failed, after which the verifiers will not mend themselves
@@ -28,7 +28,7 @@ class NothingTrained(UserMistake):
     """A run whose samples taught nothing."""
 
 
-def count(drawn: Sequence[Sample], batch: Batch, rewarding: Rewarding) -> Counter[str]:
+def count(drawn: Sequence[Sample], batch: SampleBatch, rewarding: Rewarding) -> Counter[str]:
     """Return how many of a step's samples were not trained, by category: a sample is in one."""
     trained = {sample.key for sample, good in zip(batch.samples, batch.trained) if good}
     counts: Counter[str] = Counter()

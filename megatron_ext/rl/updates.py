@@ -20,7 +20,7 @@ from megatron_ext.rl.rows import (
     with_old,
     with_reference,
 )  # fmt: skip
-from megatron_ext.rl.samples import Batch
+from megatron_ext.rl.samples import SampleBatch
 from megatron_ext.rl.settings import GrpoSettings
 from megatron_ext.training.loop import SLOWER
 from megatron_ext.training.update import NonFinite, Sums, Trainer
@@ -40,22 +40,24 @@ class Minibatch(NamedTuple):
     rows: list[RolloutRow]
 
 
-def minibatches(batch: Batch, settings: GrpoSettings, k: int) -> list[Batch]:
+def minibatches(batch: SampleBatch, settings: GrpoSettings, k: int) -> list[SampleBatch]:
     """Return the batch of step `k` in parts of about as many samples, drawn from (seed, step)."""
     if settings.minibatches == 1:
         return [batch]
     order = permutation("rollout minibatches", settings.seed, k, len(batch.samples))
     places = [np.sort(part) for part in np.array_split(order, settings.minibatches)]
-    return [Batch([batch.samples[i] for i in part], batch.advantages[part], batch.trained[part]) for part in places]
+    return [
+        SampleBatch([batch.samples[i] for i in part], batch.advantages[part], batch.trained[part]) for part in places
+    ]
 
 
-def totals_of(batch: Batch, settings: GrpoSettings) -> Totals:
+def totals_of(batch: SampleBatch, settings: GrpoSettings) -> Totals:
     """Return what the denominators of the loss count: the whole batch, whatever this rank has of it."""
     tokens = sum(int(sample.own.sum()) for sample, good in zip(batch.samples, batch.trained) if good)
     return Totals(tokens, len(batch.samples), settings.sampling.max_tokens)
 
 
-def packed_minibatches(batch: Batch, settings: GrpoSettings, k: int, plan: ParallelPlan) -> list[Minibatch]:
+def packed_minibatches(batch: SampleBatch, settings: GrpoSettings, k: int, plan: ParallelPlan) -> list[Minibatch]:
     """Return the minibatches of step `k`, with this rank's rows on the device."""
     return [
         Minibatch(
@@ -137,7 +139,7 @@ def update(
     return done
 
 
-def check_advantages(batch: Batch, step: int) -> None:
+def check_advantages(batch: SampleBatch, step: int) -> None:
     """Raise NonFinite for advantages that float32 does not hold."""
     with np.errstate(over="ignore"):
         wrong = ~np.isfinite(batch.advantages.astype(np.float32))
@@ -148,7 +150,7 @@ def check_advantages(batch: Batch, step: int) -> None:
         raise NonFinite(f"step {step}: {which} float32 holds no advantages: scale the rewards down")
 
 
-def remedy(measures: Mapping[str, float], batch: Batch) -> str:
+def remedy(measures: Mapping[str, float], batch: SampleBatch) -> str:
     """Say what made a step's gradient overflow, as far as its measures tell, and what to do."""
     ratio, below = (measures.get(name, 0.0) for name in ("max_log_ratio", "max_below_reference"))
     largest = float(np.abs(batch.advantages).max(initial=0.0))

@@ -39,7 +39,7 @@ class NewTokens(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class CachedBatch:
     """Documents that are computed together: `tokens` of each of n, wherever they are in the step's row.
 
     `rows` int64 [n * tokens], their places in the row; `positions` int64 [n, tokens] in their documents; `table` int64
@@ -192,7 +192,7 @@ class CachedRow(PackedRow):
 
     positions: torch.Tensor = field(kw_only=True, repr=False)
     places: torch.Tensor = field(kw_only=True, repr=False)
-    batches: tuple[Batch, ...] = ()
+    batches: tuple[CachedBatch, ...] = ()
 
 
 def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, width: int = 0) -> CachedRow:
@@ -211,7 +211,7 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
         kind = (0, width or (len(table) - 1).bit_length()) if len(span) == 1 else (1, number)
         kinds.setdefault(kind, []).append(number)
 
-    def batch(numbers: list[int]) -> Batch:
+    def batch(numbers: list[int]) -> CachedBatch:
         most = width or max(len(tables[i]) for i in numbers)
         arrays = (
             numpy.concatenate([numpy.arange(starts[i], starts[i + 1]) for i in numbers]),
@@ -220,7 +220,7 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
             numpy.array([documents[i].slot or 0 for i in numbers]),
             numpy.array([documents[i].start == 0 for i in numbers]),
         )
-        return Batch(*(torch.from_numpy(array).to(cache.target) for array in arrays))
+        return CachedBatch(*(torch.from_numpy(array).to(cache.target) for array in arrays))
 
     empty = numpy.zeros(filler, numpy.int64)
     positions = numpy.concatenate([*spans, empty])

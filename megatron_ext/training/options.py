@@ -44,7 +44,7 @@ class Engine:
 
 
 @dataclass
-class Balance:
+class ExpertBalance:
     """Of experts. Fine-tuning wants none: the router stays what pretraining made it, but for its gradient."""
 
     aux_loss: float = setting(
@@ -84,7 +84,7 @@ def check(engine: Engine, backend: str, where: str = "engine", environment: Mapp
     return problems
 
 
-def check_balance(balance: Balance, experts: bool, where: str = "balance") -> list[Problem]:
+def check_balance(balance: ExpertBalance, experts: bool, where: str = "balance") -> list[Problem]:
     """Refuse balancing where the model has no experts (`experts`)."""
     return [
         Problem(f"{where}.{name}", f"{value}, and the model has no experts: use 0")
@@ -93,7 +93,7 @@ def check_balance(balance: Balance, experts: bool, where: str = "balance") -> li
     ]
 
 
-def transformer_fields(engine: Engine, balance: Balance, experts: bool) -> dict[str, Any]:
+def transformer_fields(engine: Engine, balance: ExpertBalance, experts: bool) -> dict[str, Any]:
     """Return the fields of TransformerConfig that these options change, enums by their names."""
     fields: dict[str, Any] = {}
     if engine.attention != "auto":

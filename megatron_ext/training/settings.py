@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from data_tools.base.declared import setting, with_default
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.parallel.settings import ModelSettings
-from megatron_ext.training.options import Balance, Engine
+from megatron_ext.training.options import Engine, ExpertBalance
 from megatron_ext.training.schedule import SHAPES, Amount, Schedule, updates
 from megatron_ext.training.track import Track
 from megatron_ext.training.watch import Hang
@@ -90,7 +90,7 @@ class SftSettings(TrainingSettings):
     lr: float = with_default(TrainingSettings, "lr", 1e-3)
     warmup_samples: int = setting(0, "the warm-up in packs, in place of warmup_steps", unit="packs", least=0)
     warmup_tokens: int = setting(0, "the warm-up in tokens, in place of warmup_steps", unit="tokens", least=0)
-    balance: Balance = setting(Balance, "how the work of experts is balanced")
+    balance: ExpertBalance = setting(ExpertBalance, "how the work of experts is balanced")
 
     engine: Engine = setting(Engine, "how the training uses its GPUs", keyed=False)
     log_every: int = setting(10, "steps between two lines of metrics", unit="steps", least=1, keyed=False)

@@ -8,7 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ext.layers import attention, loss_head
 from megatron_ext.layers.attention import PackedSelfAttention, packed_attention
-from megatron_ext.layers.documents import SHORTEST_BUCKET, ContextRank, Layout, packed_documents, zigzag
+from megatron_ext.layers.documents import SHORTEST_BUCKET, ContextRank, DocumentLayout, packed_documents, zigzag
 from megatron_ext.models.registry import unwrap
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training.rows import MicroBatch, micro_batch
@@ -28,7 +28,7 @@ def test_a_layout_gives_every_token_its_own_row_in_its_documents_slot(seed):
     random = numpy.random.default_rng(seed)
     lengths = random.integers(0, 70, random.integers(1, 30)) * (60 if seed % 4 == 0 else 1)  # long ones too
     lengths[random.integers(len(lengths))] = 5  # not all empty
-    layout = Layout.of(cu(lengths), CPU)
+    layout = DocumentLayout.of(cu(lengths), CPU)
     slots, seen = layout.slots.numpy(), set()
     assert len(set(slots.tolist())) == lengths.sum()
     assert sum(b.documents * b.length for b in layout.buckets) == layout.rows
@@ -81,7 +81,7 @@ def kind(request):
 
 
 def test_packed_attention_and_its_gradients_are_those_of_the_documents_alone(kind):
-    layout = Layout.of(cu(LENGTHS), CPU)
+    layout = DocumentLayout.of(cu(LENGTHS), CPU)
     tensors = qkv(sum(LENGTHS))
     weight = torch.randn(sum(LENGTHS), 32)
     wanted = [*tensors, *(kind[name] for name in ("sinks",) if name in kind)]
@@ -105,7 +105,7 @@ def test_the_last_queries_of_a_longer_cache_get_what_the_whole_sequence_gives_th
 
 @pytest.mark.parametrize("victim", [2, 8])
 def test_other_documents_cannot_reach_the_kernel_by_a_single_bit(kind, victim):
-    layout, tensors = Layout.of(cu(LENGTHS), CPU), qkv(sum(LENGTHS))
+    layout, tensors = DocumentLayout.of(cu(LENGTHS), CPU), qkv(sum(LENGTHS))
     a, b = cu(LENGTHS)[victim : victim + 2]
     out = packed_attention(*tensors, layout, 0.3, **kind)
     for grad in torch.autograd.grad(out[a:b].sum(), tensors):
@@ -131,7 +131,7 @@ def test_a_context_rank_gets_its_part_of_the_attention_of_the_whole_row(kind, si
     monkeypatch.setattr(attention, "QUERY_BLOCK", 40)
     ends = cu([2 * size * pieces for pieces in (1, 3, 2, 1, 20)])
     tensors, weight = qkv(ends[-1]), torch.randn(ends[-1], 32)
-    whole = packed_attention(*tensors, Layout.of(ends, CPU), 0.3, **kind)
+    whole = packed_attention(*tensors, DocumentLayout.of(ends, CPU), 0.3, **kind)
     expected = torch.autograd.grad((whole * weight).sum(), tensors)
     gathered = numpy.concatenate([zigzag(ends, ContextRank(size, rank)) for rank in range(size)])
     total = 0.0
@@ -166,7 +166,7 @@ def peak_bytes(function) -> int:
 def test_memory_is_linear_in_the_length_of_a_document(chosen):
     def step(length):
         q, k, v = qkv(length, d=8)
-        packed_attention(q, k, v, Layout.of(cu([length]), CPU), 0.3, **chosen).sum().backward()
+        packed_attention(q, k, v, DocumentLayout.of(cu([length]), CPU), 0.3, **chosen).sum().backward()
 
     short, long = peak_bytes(lambda: step(1024)), peak_bytes(lambda: step(4096))
     assert 0 < long < 4.2 * short
@@ -177,7 +177,7 @@ def test_memory_is_linear_in_the_length_of_a_document(chosen):
 def test_one_document_of_262144_tokens_passes_in_a_few_copies_of_itself(chosen):
     length = 262144
     q, k, v = (x.detach() for x in qkv(length, heads=1, groups=1))
-    layout = Layout.of(cu([length]), CPU)
+    layout = DocumentLayout.of(cu([length]), CPU)
     assert peak_bytes(lambda: packed_attention(q, k, v, layout, 0.3, **chosen)) < 40 * q.nbytes
 
 
@@ -212,7 +212,7 @@ def test_a_row_without_a_layout_and_a_plain_batch_work_too(model):
     documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.from_numpy(pack.cu_seqlens))
     q, k, v = qkv(20)
     core = unwrap(model).decoder.layers[0].self_attention.core_attention
-    expected = packed_attention(q, k, v, Layout.of(pack.cu_seqlens, CPU), core.scale)
+    expected = packed_attention(q, k, v, DocumentLayout.of(pack.cu_seqlens, CPU), core.scale)
     assert torch.equal(core(q, k, v, packed_seq_params=documents), expected)
 
 

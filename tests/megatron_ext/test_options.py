@@ -21,7 +21,7 @@ from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import options, schedule, supervised, update
-from megatron_ext.training.options import Balance, Engine
+from megatron_ext.training.options import Engine, ExpertBalance
 from megatron_ext.training.schedule import Amount
 from megatron_ext.training.settings import TrainingSettings
 from megatron_ext.training.update import AdamW, Trainer
@@ -132,10 +132,10 @@ GPU = Engine("fused", "transformer_engine", ["attn"], True, True, True, 0.5, Tru
 def test_options_are_fields_of_megatron_core():
     """Those of the GPU path, which cannot run here, by their names in the pinned version."""
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert set(options.transformer_fields(GPU, Balance(0.1, "seq_aux_loss", 1e-3), experts=True)) <= names
+    assert set(options.transformer_fields(GPU, ExpertBalance(0.1, "seq_aux_loss", 1e-3), experts=True)) <= names
     assert set(update._offloading(GPU)) <= {field.name for field in dataclasses.fields(OptimizerConfig)}
     with ranks.started(PLAN):
-        fields = options.transformer_fields(replace(GPU, te_rng=False), Balance(), experts=False)
+        fields = options.transformer_fields(replace(GPU, te_rng=False), ExpertBalance(), experts=False)
         config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, PLAN, torch.float32, "torch", fields)
     assert config.attention_backend.name == "fused" and config.cuda_graph_impl == "transformer_engine"
     assert [scope.name for scope in config.cuda_graph_scope] == ["attn"]
@@ -151,7 +151,7 @@ def test_what_the_backend_cannot_do_is_refused():
     assert "need NCCL_GRAPH_REGISTER=0" in str(options.check(GPU, "te", environment=segments)[0])
     assert options.check(GPU, "te", environment=segments | {"NCCL_GRAPH_REGISTER": "0"}) == []
     assert "did you mean flash?" in str(declared.check(Engine(attention="flahs"))[0])
-    assert str(options.check_balance(Balance(aux_loss=0.1), experts=False)[0]).startswith(
+    assert str(options.check_balance(ExpertBalance(aux_loss=0.1), experts=False)[0]).startswith(
         "balance.aux_loss: 0.1, and the"
     )
 
@@ -183,7 +183,7 @@ def test_overlapping_communication_changes_nothing(two_ranks, tmp_path):
     assert two_ranks.run(losses_with, plan=PLAN, hf=hf, engine=overlapped)[0] == pytest.approx(plain, rel=1e-5)
 
 
-def routed(balance: Balance, hf: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def routed(balance: ExpertBalance, hf: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(the router's gradient of one step, its correction bias after it) in the first layer with experts."""
     with ranks.started(PLAN):
         of = tiny.NEMOTRON_H_DIMS
@@ -200,9 +200,9 @@ def routed(balance: Balance, hf: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_experts_are_balanced_only_when_asked(tmp_path):
     hf = tiny.hf_folder(tmp_path, tiny.NEMOTRON_H_DIMS)
-    plain, bias = routed(Balance(), hf)
-    with_loss, same_bias = routed(Balance(aux_loss=1.0), hf)
-    same, moved = routed(Balance(bias_rate=0.5), hf)
+    plain, bias = routed(ExpertBalance(), hf)
+    with_loss, same_bias = routed(ExpertBalance(aux_loss=1.0), hf)
+    same, moved = routed(ExpertBalance(bias_rate=0.5), hf)
     assert not torch.allclose(plain, with_loss) and torch.equal(bias, same_bias)
     assert torch.equal(plain, same) and set((moved - bias).abs().unique().tolist()) <= {0.0, 0.5}
     assert not torch.equal(moved, bias)

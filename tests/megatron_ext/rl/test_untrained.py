@@ -11,7 +11,7 @@ from data_tools.mistake import UserMistake
 from data_tools.tasks.rewards import NOT_SCORABLE
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl.position import Position
-from megatron_ext.rl.samples import Batch, Sample, batch_of
+from megatron_ext.rl.samples import Sample, SampleBatch, batch_of
 from megatron_ext.rl.settings import Advantage, Rewarding
 from megatron_ext.rl.untrained import told
 from megatron_ext.rl.updates import check_advantages, remedy
@@ -99,7 +99,7 @@ def test_ten_steps_of_failed_verdicts_end_a_run_and_fewer_do_not():
     assert resumed.signal == 7 and not resumed.is_broken
 
 
-def batch_of_rewards(*rewards: float) -> Batch:
+def batch_of_rewards(*rewards: float) -> SampleBatch:
     drawn = [Sample(3, n, (1,), numpy.zeros(1, numpy.int32), numpy.zeros(1, numpy.float32), "stop", reward)
              for n, reward in enumerate(rewards)]  # fmt: skip
     return batch_of(drawn, {3}, Advantage(scale="none"), Rewarding(), 8)
