@@ -36,6 +36,8 @@ from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
 STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recurrence
 
+NO_FUSION = dict(bias_activation_fusion=False)  # mcore refuses it for a squared ReLU (transformer_config.py:1487)
+
 
 def transformer_config(
     dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
@@ -59,7 +61,7 @@ def transformer_config(
         mamba_num_groups=dims.mamba_groups or 1,
         mamba_state_dim=dims.mamba_state or 1,
         **(_experts(dims, backend) if "E" in dims.pattern else {}),
-        **decoder_spec.settings(plan, dtype, backend) | _cuts(plan),
+        **decoder_spec.settings(plan, dtype, backend) | _cuts(plan) | NO_FUSION,
     )
 
 
