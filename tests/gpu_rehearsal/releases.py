@@ -1,6 +1,7 @@
 """Sources of pinned releases, unpacked below the temporary folder and kept there. Nothing of them is imported."""
 
 import ast
+import copy
 import os
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def classes(path: Path) -> dict[str, ast.ClassDef]:
 
 def parameters(function: ast.FunctionDef) -> str:
     """Return a function's parameters with their defaults, without types."""
-    return ast.unparse(_Untyped().visit(ast.parse(ast.unparse(function.args).join(("def f(", "): pass")))).body[0].args)
+    return ast.unparse(_Untyped().visit(copy.deepcopy(function.args)))
 
 
 class _Untyped(ast.NodeTransformer):
