@@ -74,8 +74,8 @@ def losses(
     plan: ParallelPlan = ALONE,
     lora: bool = False,
     kernel_for_sinks: bool = False,
-) -> list[float]:
-    """Return loss and gradient norm of each of a few updates from `weights`.
+) -> tuple[list[float], list[float]]:
+    """Return the losses of a few updates from `weights`, and their gradient norms.
 
     `kernel_for_sinks`: as if Transformer Engine had one for packed documents, as later releases have.
     """
@@ -84,12 +84,13 @@ def losses(
         if lora:
             adapters.attach(parts, tiny.family(of), of, adapted.lora(of), 3)
         trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
-        found = []
+        found, norms = [], []
         for _ in range(UPDATES):
             sums, norm = trainer.step(certify.rows_of(PACKS, plan), LEARNING_RATE)
-            found += [sums.reduced().mean_loss, norm]
-        assert all(map(math.isfinite, found))
-        return found
+            found.append(sums.reduced().mean_loss)
+            norms.append(norm)
+        assert all(map(math.isfinite, found + norms))
+        return found, norms
 
 
 def build(of: Any) -> None:

@@ -1,4 +1,4 @@
-"""The stand-ins are the releases': names, parameters, assertions, choice of kernels, as the releases' sources have them.
+"""The stand-ins are the releases': names, parameters, assertions, choice of kernels, as the releases' sources say.
 
 The sources are parsed, never imported. Where no package index answers, these tests are skipped.
 """

@@ -9,7 +9,8 @@ from megatron_ext.parallel.rules import check
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import GPT_OSS_20B, QWEN_32B
 
-CLOSE = 1e-5
+CLOSE = 1e-5  # of losses, relative
+CLOSE_NORMS = 1e-4  # of gradients, whose sums are added up in another order
 FAMILIES = {
     "qwen2": tiny.DIMS,
     "qwen3": tiny.dims(kind="qwen3", tied=False),
@@ -50,7 +51,8 @@ def assert_same(pool, weights: dict[str, Path], family: str, **setting) -> None:
     ours = pool.te("losses", backend="torch", **same)
     theirs = pool.te("losses", backend="te", kernel_for_sinks=sinks, **same)
     for rank, (a, b) in enumerate(zip(ours, theirs)):
-        assert b == pytest.approx(a, rel=CLOSE, abs=0), f"rank {rank}"
+        assert b[0] == pytest.approx(a[0], rel=CLOSE, abs=0), f"losses of rank {rank}"
+        assert b[1] == pytest.approx(a[1], rel=CLOSE_NORMS, abs=0), f"gradient norms of rank {rank}"
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
