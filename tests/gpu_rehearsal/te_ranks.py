@@ -13,6 +13,7 @@ import torch
 import transformer_engine
 from megatron.core import tensor_parallel
 from transformer_engine.pytorch.attention.dot_product_attention import utils as dpa_utils
+from transformer_engine.pytorch.distributed import CudaRNGStatesTracker
 
 from megatron_ext.lora import adapters
 from megatron_ext.models.registry import stages
@@ -114,6 +115,7 @@ def digests(of: Any, weights: Path, folder: Path) -> list[str]:
 def resumed(of: Any, weights: Path, folder: Path, te_rng: bool) -> tuple[list[float], list[float]]:
     """Return what a training did after a step that it saved, and what another did that went on from that step."""
     with ranks.started(ALONE, te_rng=te_rng):
+        assert isinstance(tensor_parallel.get_cuda_rng_tracker(), CudaRNGStatesTracker) == te_rng
         trainer = Trainer(_loaded(of, "te", weights), ALONE, AdamW())
         _update(trainer)
         checkpoint.save_step(
@@ -131,7 +133,7 @@ def _update(trainer: Trainer) -> list[float]:
     sums, norm = trainer.step(certify.rows_of(PACKS, ALONE), LEARNING_RATE)
     with tensor_parallel.get_cuda_rng_tracker().fork():
         tracked = torch.rand(1).item()
-    return [sums.mean_loss, norm, tracked, torch.rand(1).item()]
+    return [float(sums.mean_loss), norm, tracked, torch.rand(1).item()]
 
 
 def exact_in_bf16(of: Any, weights: Path, folder: Path) -> dict[str, str]:
