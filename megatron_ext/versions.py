@@ -14,8 +14,11 @@ class Partners:
     transformer_engine: str
     mamba_ssm: str
     causal_conv1d: str
+    flash_attn: str  # not in the extra: rollouts use it where it is installed
 
 
 PARTNERS = {  # by release of megatron-core
-    "0.16.1": Partners(transformer_engine="2.11.0", mamba_ssm="2.2.6.post3", causal_conv1d="1.5.3.post1"),
+    "0.16.1": Partners(
+        transformer_engine="2.11.0", mamba_ssm="2.2.6.post3", causal_conv1d="1.5.3.post1", flash_attn="2.8.3"
+    ),
 }

@@ -16,7 +16,7 @@ import pytest
 
 KEPT = Path(tempfile.gettempdir()) / "afterok-gpu-sources"
 # A sdist's setup.py runs when pip asks it for its name; these keep it from looking for a CUDA compiler.
-NO_COMPILER = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "CAUSAL_CONV1D_SKIP_CUDA_BUILD": "TRUE"}
+NO_COMPILER = {f"{name}_SKIP_CUDA_BUILD": "TRUE" for name in ("MAMBA", "CAUSAL_CONV1D", "FLASH_ATTENTION")}
 
 
 def _pip(*arguments: str, path: str = "") -> None:

@@ -215,6 +215,21 @@ def test_megatron_core_has_no_gemm_of_this_release(releases):
     assert module_file(releases["transformer_engine"], "transformer_engine.pytorch.cpp_extensions.gemm")
 
 
+def test_flash_attention_takes_what_rollouts_give_it(releases):
+    name = "flash_attn_with_kvcache"
+    root = unpacked("flash_attn", PINNED.flash_attn, wheel=False)
+    kernel = functions(root / "flash_attn/flash_attn_interface.py")[name]
+    known = {argument.arg for argument in (*kernel.args.args, *kernel.args.kwonlyargs)}
+    calls = [
+        node
+        for path in (Path(__file__).parents[2] / "megatron_ext/rollout").glob("*.py")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == name
+    ]
+    assert calls and all(keyword.arg in known for call in calls for keyword in call.keywords)
+    assert has_name(root, "flash_attn", name)
+
+
 # ---------------------------------------------------------------- assertions
 
 
