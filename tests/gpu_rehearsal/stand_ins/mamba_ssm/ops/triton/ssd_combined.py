@@ -22,22 +22,11 @@ def _mamba_chunk_scan_combined_fwd(
     dt_limit=(0.0, float("inf")),
 ):
     """Return y [batch, T, heads, headdim]. A new number in seq_idx [batch, T] begins with an empty state."""
-    batch, seqlen, nheads, headdim = x.shape
-    _, _, ngroups, dstate = B.shape
-    assert nheads % ngroups == 0
-    assert B.shape == (batch, seqlen, ngroups, dstate)
-    assert x.shape == (batch, seqlen, nheads, headdim)
-    assert dt.shape == (batch, seqlen, nheads)
-    assert A.shape == (nheads,)
-    assert C.shape == B.shape
-    if z is not None:
-        assert z.shape == x.shape
-    if D is not None:
-        assert D.shape == (nheads, headdim) or D.shape == (nheads,)
-    if seq_idx is not None:
-        assert seq_idx.shape == (batch, seqlen)
+    _check_shapes(x, dt, A, B, C, D, z, seq_idx)
     if initial_states is not None or cu_seqlens is not None or dt_limit != (0.0, float("inf")):
         raise NotImplementedError("the stand-in for mamba-ssm keeps no states")
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
     step = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     step = F.softplus(step) if dt_softplus else step
     into, out_of = (y.float().repeat_interleave(nheads // ngroups, 2) for y in (B, C))
@@ -52,6 +41,23 @@ def _mamba_chunk_scan_combined_fwd(
     if D is not None:
         y = y + wide * (D.float() if D.dim() == 2 else D.float()[:, None])
     return (y if z is None else y * F.silu(z.float())).to(x.dtype)
+
+
+def _check_shapes(x, dt, A, B, C, D, z, seq_idx):
+    batch, seqlen, nheads, headdim = x.shape
+    _, _, ngroups, dstate = B.shape
+    assert nheads % ngroups == 0
+    assert B.shape == (batch, seqlen, ngroups, dstate)
+    assert x.shape == (batch, seqlen, nheads, headdim)
+    assert dt.shape == (batch, seqlen, nheads)
+    assert A.shape == (nheads,)
+    assert C.shape == B.shape
+    if z is not None:
+        assert z.shape == x.shape
+    if D is not None:
+        assert D.shape == (nheads, headdim) or D.shape == (nheads,)
+    if seq_idx is not None:
+        assert seq_idx.shape == (batch, seqlen)
 
 
 def mamba_chunk_scan_combined(
