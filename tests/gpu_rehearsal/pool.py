@@ -22,8 +22,8 @@ class RehearsalRanks(Ranks):
 
     def te(self, function: str, **arguments: Any) -> list[Any]:
         """Call a function of te_ranks.py, which this process cannot import, and return the results by rank."""
-        return self.run(call, function=function, arguments=arguments)
+        return self.run(call, name=function, given=arguments)
 
 
-def call(function: str, arguments: dict[str, Any]) -> Any:
-    return getattr(importlib.import_module("tests.gpu_rehearsal.te_ranks"), function)(**arguments)
+def call(name: str, given: dict[str, Any]) -> Any:
+    return getattr(importlib.import_module("tests.gpu_rehearsal.te_ranks"), name)(**given)
