@@ -5,13 +5,14 @@
 * the functions of PATCHES, each with the reason, before megatron-core is imported (some it takes at import);
 * one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu".
 
-On a machine with CUDA nothing is patched. Everything else in the package asks `device()` and `backend()`, or is a
-layer spec or a kernel.
+On a machine with CUDA nothing is patched but, where Transformer Engine is not installed, the router that needs it.
+Everything else in the package asks `device()` and `backend()`, or is a layer spec or a kernel.
 """
 
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -19,7 +20,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -181,6 +182,7 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
     return _uncompiled if function is None else function
 
 
+_ROUTER = "megatron.core.transformer.moe.router.router_gating_linear"
 _LINEAR = "megatron.core.tensor_parallel.layers.linear_with_"
 _SLOW_BF16 = "without AVX-512 torch multiplies bfloat16 row by row: from 16 rows on 2 to 8 times as slow as widened"
 
@@ -202,7 +204,7 @@ PATCHES: dict[str, Patch] = {
     "torch.cuda.Stream": Patch("the alltoall dispatcher copies its counts on a side stream", lambda: CpuStream),
     "torch.cuda.current_stream": Patch("the same", lambda: _current_stream),
     "torch.cuda.stream": Patch("the same", lambda: contextlib.nullcontext),
-    "megatron.core.transformer.moe.router.router_gating_linear": Patch(
+    _ROUTER: Patch(  # on a GPU without Transformer Engine too
         "the original asks for te_general_gemm, a name that only exists with Transformer Engine (moe_utils.py:1192)",
         lambda: _router_gating_linear,
     ),
@@ -316,8 +318,8 @@ def check_version() -> None:
         )
 
 
-def _patch() -> None:
-    for path, patch in PATCHES.items():
+def _patch(patches: Mapping[str, Patch]) -> None:
+    for path, patch in patches.items():
         module, name = _resolve(path)
         if not hasattr(module, name):
             raise RuntimeError(f"{path} does not exist in megatron-core {MEGATRON_CORE} with torch {torch.__version__}")
@@ -354,6 +356,8 @@ def init_device() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         with _without_wandb():
             importlib.import_module("megatron.core")
+            if importlib.util.find_spec("transformer_engine") is None:
+                _patch({_ROUTER: PATCHES[_ROUTER]})
         _ready = True
         return
     if "megatron.core.jit" in sys.modules:
@@ -364,7 +368,7 @@ def init_device() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_without_rng_noise)
     with _without_wandb():
-        _patch()
+        _patch(PATCHES)
     _mode = LiteralCudaIsCpu()
     _mode.__enter__()
     torch.set_num_threads(1)  # so that sums agree whatever the machine

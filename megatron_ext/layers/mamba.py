@@ -32,6 +32,7 @@ from megatron.core.transformer.utils import (
 
 from megatron_ext.device import device
 from megatron_ext.layers.attention import heads_for_tokens, tokens_for_heads
+from megatron_ext.layers.decays import ExactDecays
 from megatron_ext.layers.documents import PackedDocuments
 from megatron_ext.layers.mamba_scan import State, convolve, scan, working
 from megatron_ext.layers.marks import marks
@@ -152,17 +153,13 @@ class MambaMixerSubmodules:
     out_proj: ModuleSpec | type
 
 
-class MambaMixer(MegatronModule):
+class MambaMixer(ExactDecays, MegatronModule):
     """Takes the place of mcore's MambaMixer in training and evaluation, without its inference contexts.
 
     Tensor parallelism splits heads and groups. Context parallelism splits a tensor rank's heads further: one
     all-to-all brings each rank the whole row for its heads, another brings back its tokens for all heads, as
     mcore's MambaContextParallel does with six.
-
-    A_log, D and dt_bias stay fp32 where the model is cast to bf16: a checkpoint that has them in fp32 keeps them.
     """
-
-    EXACT = ("A_log", "D", "dt_bias")
 
     def __init__(
         self,
@@ -227,14 +224,6 @@ class MambaMixer(MegatronModule):
             tp_comm_buffer_name="fc2",
             tp_group=self.tp_group,
         )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "MambaMixer":
-        exact = {name: getattr(self, name).data for name in self.EXACT}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            parameter = getattr(self, name)
-            parameter.data = value.to(parameter.device)
-        return self
 
     def _sizes(self) -> list[int]:
         """Return the columns of z, x, B, C and dt in in_proj's output on this tensor rank."""

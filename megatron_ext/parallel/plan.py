@@ -17,6 +17,7 @@ from data_tools.mistake import Problem
 from megatron_ext.parallel.shape import ModelShape
 
 CONTEXT_COMMS = ("p2p", "all_gather", "a2a")
+BACKENDS = ("torch", "te")  # layer specs: our own, Transformer Engine's
 RECOMPUTES = ("none", "selective", "full")
 DEGREES = ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor", "micro_batch")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_tools.base import declared
 from data_tools.mistake import Problem
-from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
+from megatron_ext.parallel.plan import BACKENDS, CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
 from megatron_ext.parallel.shape import MAMBA, MLP, MOE, WINDOW
 
 Broken = Callable[[ParallelPlan, Workload], str]  # what is wrong with a plan, "" where nothing is
@@ -115,10 +115,11 @@ def context_communication_is_known_to_the_backend(p: ParallelPlan, w: Workload) 
     return "p2p is Transformer Engine's ring; backend torch has all_gather and a2a" if ring else ""
 
 
-@rule("context_comm", "context")
-def te_needs_all_to_all_for_sinks(p: ParallelPlan, w: Workload) -> str:
-    wrong = w.shape and w.shape.sinks and w.backend == "te" and p.context > 1 and p.context_comm != "a2a"
-    return f"attention sinks under context {p.context} work in Transformer Engine with a2a only" if wrong else ""
+@rule("backend")
+def te_has_no_kernel_for_packed_sinks(p: ParallelPlan, w: Workload) -> str:
+    """get_attention_backend of 2.11 turns all three kernels off for a learnable softmax over packed documents."""
+    wrong = w.shape and w.shape.sinks and w.backend == "te"
+    return "Transformer Engine 2.11 has no kernel for attention sinks over packed documents" if wrong else ""
 
 
 @rule("context_comm", "context")
@@ -326,6 +327,8 @@ def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
         return list(CONTEXT_COMMS)
     if name == "recompute":
         return list(RECOMPUTES)
+    if name == "backend":
+        return list(BACKENDS)
     if name == "pipeline_layers":
         return [[], _even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
     present = getattr(plan if hasattr(plan, name) else w, name)

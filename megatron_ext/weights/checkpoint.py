@@ -35,7 +35,6 @@ from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.weights import dist_weights, loading
 from megatron_ext.weights.staging import (
     ADAPTERS,
-    EXTRA_STATE,
     Model,
     OptimizerState,
     Part,
@@ -43,6 +42,7 @@ from megatron_ext.weights.staging import (
     Weights,
     fill_optimizer,
     is_adapted,
+    is_extra_state,
     metadata,
     model_state,
     sums,
@@ -104,7 +104,7 @@ def _load_model(model: Model, state: dict[str, Any], adapters: bool = False) -> 
     """Load `state` as of `model_state`, or with `adapters` as of `adapter_state`."""
     for i, part in enumerate(stages(model)):
         missing, unexpected = part.load_state_dict(state[f"stage{i}"], strict=False)
-        missing = [name for name in missing if not name.endswith(EXTRA_STATE) and name.startswith(ADAPTERS) == adapters]
+        missing = [name for name in missing if not is_extra_state(name) and name.startswith(ADAPTERS) == adapters]
         if missing or unexpected:
             raise RuntimeError(f"the checkpoint lacks {missing} and has {unexpected} besides")
 

@@ -60,10 +60,19 @@ def metadata() -> dict[str, Any]:
 
 def model_state(model: Model) -> dict[str, Any]:
     """Return what of the whole model this rank holds, as mcore's sharded tensors; LoRA's adapters are none of it.
+
     Without the extra states of linear layers: they are empty but under FP8, and differ between layer specs, which are
     to read each other's weights.
     """
-    return _state(model, lambda name: not name.startswith(ADAPTERS) and not name.endswith(EXTRA_STATE))
+    return _state(model, lambda name: not name.startswith(ADAPTERS) and not is_extra_state(name))
+
+
+def is_extra_state(name: str) -> bool:
+    """Return whether a name of a state is that of a linear layer's extra state.
+
+    Transformer Engine's grouped experts have one each: `_extra_state`, `_extra_state1`, `_extra_state2`, ...
+    """
+    return name.rpartition(".")[2].startswith(EXTRA_STATE)
 
 
 def adapter_state(model: Model) -> dict[str, Any]:

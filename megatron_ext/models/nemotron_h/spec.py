@@ -1,5 +1,6 @@
 """Nemotron-H as a megatron-core model: configuration, layer spec, MambaModel."""
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
+from megatron_ext.layers.decays import ExactDecays
 from megatron_ext.layers.loss_head import SupervisedHybrid
 from megatron_ext.layers.mamba import MambaMixer, MambaMixerSubmodules
 from megatron_ext.layers.moe import moe_spec
@@ -35,6 +37,8 @@ from megatron_ext.models.nemotron_h.config import Dims
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
 STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recurrence
+
+NO_FUSION = dict(bias_activation_fusion=False)  # mcore refuses it for a squared ReLU (transformer_config.py:1487)
 
 
 def transformer_config(
@@ -59,7 +63,7 @@ def transformer_config(
         mamba_num_groups=dims.mamba_groups or 1,
         mamba_state_dim=dims.mamba_state or 1,
         **(_experts(dims, backend) if "E" in dims.pattern else {}),
-        **decoder_spec.settings(plan, dtype, backend) | _cuts(plan),
+        **decoder_spec.settings(plan, dtype, backend) | _cuts(plan) | NO_FUSION,
     )
 
 
@@ -130,12 +134,25 @@ class TorchHybridStack(HybridStack):
             self.final_norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
 
+def _stock_layers() -> MambaStackSubmodules:
+    """Return the layers of mcore's stock spec, the decays of its mixer kept exact."""
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+    from megatron.core.ssm.mamba_mixer import MambaMixer as StockMixer
+
+    class TEMixer(ExactDecays, StockMixer):
+        def __init__(self, *args: Any, **named: Any):
+            super().__init__(*args, **named)
+            self.widen_decays()
+
+    layers = copy.deepcopy(mamba_stack_spec.submodules)
+    layers.mamba_layer.submodules.mixer.module = TEMixer
+    return layers
+
+
 def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
     """ "torch": our norms, attention and Mamba mixer. "te": the layers of mcore's stock spec."""
     if backend == "te":
-        from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-
-        return ModuleSpec(module=HybridStack, submodules=mamba_stack_spec.submodules)
+        return ModuleSpec(module=HybridStack, submodules=_stock_layers())
     if backend != "torch":
         raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)

@@ -1,0 +1,21 @@
+import pytest
+
+from tests.gpu_rehearsal.pool import RehearsalRanks
+
+
+def _pool(world_size: int):
+    ranks = RehearsalRanks(world_size)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def solo():
+    """One rank with the stand-ins."""
+    yield from _pool(1)
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Two ranks with the stand-ins."""
+    yield from _pool(2)

@@ -1,0 +1,1 @@
+"""Operations that the release has in Triton."""

@@ -1,0 +1,5 @@
+"""What of Transformer Engine knows no framework."""
+
+from . import recipe
+
+__all__ = ["recipe"]

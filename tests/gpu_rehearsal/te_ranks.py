@@ -1,0 +1,154 @@
+"""What ranks do under the stand-ins. Import it in a process that has stand_ins/ on its path, and nowhere else."""
+
+import contextlib
+import math
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformer_engine
+from megatron.core import tensor_parallel
+from megatron_ext.training.update import AdamW, Trainer
+from transformer_engine.pytorch.attention.dot_product_attention import utils as dpa_utils
+from transformer_engine.pytorch.distributed import CudaRNGStatesTracker
+
+from megatron_ext.lora import adapters
+from megatron_ext.models.registry import stages
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.training import certify
+from megatron_ext.weights import checkpoint, dist_weights
+from tests.megatron_ext import adapted, tiny
+
+PACKS = [tiny.pack([20, 9, 3, 32], seed, vocabulary=19) for seed in range(2)]
+ALONE = ParallelPlan()
+UPDATES, LEARNING_RATE = 3, 1e-2
+IN_TRITON = "megatron.core.inference.contexts.attention_context.triton"  # imported by mcore's mixer, for decoding only
+
+
+def _without_triton() -> None:
+    """Let megatron-core's Mamba mixer be imported where Triton is not installed."""
+    names = ("tensor_get_slice_after", "tensor_masked_update", "tensor_merge")
+    for module in (IN_TRITON, f"{IN_TRITON}.tensor_ops"):
+        found = types.ModuleType(module)
+        found.__path__ = []
+        found.__dict__.update(dict.fromkeys(names))
+        sys.modules[module] = found
+
+
+assert transformer_engine.__file__ and "stand_ins" in transformer_engine.__file__
+_without_triton()
+
+
+@contextlib.contextmanager
+def _later_kernels() -> Iterator[None]:
+    chosen = dpa_utils.get_attention_backend
+    dpa_utils.get_attention_backend = lambda asked: chosen(replace(asked, softmax_type="vanilla"))
+    try:
+        yield
+    finally:
+        dpa_utils.get_attention_backend = chosen
+
+
+def _loaded(
+    of: Any, backend: str, weights: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32
+) -> list[Any]:
+    parts = tiny.family(of).build(of, plan, dtype, backend)
+    checkpoint.load_weights(parts, weights)
+    return parts
+
+
+def write_weights(of: Any, folder: Path) -> None:
+    """Write weights that either backend can load."""
+    with ranks.started(ALONE):
+        certify.write_random_weights(tiny.family(of), of, folder)
+
+
+def losses(
+    of: Any,
+    backend: str,
+    weights: Path,
+    plan: ParallelPlan = ALONE,
+    lora: bool = False,
+    kernel_for_sinks: bool = False,
+) -> tuple[list[float], list[float]]:
+    """Return the losses of a few updates from `weights`, and their gradient norms.
+
+    `kernel_for_sinks`: as if Transformer Engine had one for packed documents, as later releases have.
+    """
+    with ranks.started(plan), _later_kernels() if kernel_for_sinks else contextlib.nullcontext():
+        parts = _loaded(of, backend, weights, plan)
+        if lora:
+            adapters.attach(parts, tiny.family(of), of, adapted.lora(of), 3)
+        trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
+        found, norms = [], []
+        for _ in range(UPDATES):
+            sums, norm = trainer.step(certify.rows_of(PACKS, plan), LEARNING_RATE)
+            found.append(sums.reduced().mean_loss)
+            norms.append(norm)
+        assert all(map(math.isfinite, found + norms))
+        return found, norms
+
+
+def build(of: Any) -> None:
+    """Build a model of the backend, on one rank."""
+    with ranks.started(ALONE):
+        tiny.family(of).build(of, ALONE, torch.float32, "te")
+
+
+def digests(of: Any, weights: Path, folder: Path) -> list[str]:
+    """Return the digests of the weights after each backend has saved what the other one saved."""
+    found, last = [], weights
+    with ranks.started(ALONE):
+        for number, backend in enumerate(("torch", "te", "torch", "te", "te")):
+            parts = _loaded(of, backend, last)
+            found.append(checkpoint.weights_digest(parts))
+            last = folder / str(number)
+            checkpoint.save_weights(parts, last)
+    return found
+
+
+def resumed(of: Any, weights: Path, folder: Path, te_rng: bool) -> tuple[list[float], list[float]]:
+    """Return what a training did after a step that it saved, and what another did that went on from that step."""
+    with ranks.started(ALONE, te_rng=te_rng):
+        assert isinstance(tensor_parallel.get_cuda_rng_tracker(), CudaRNGStatesTracker) == te_rng
+        trainer = Trainer(_loaded(of, "te", weights), ALONE, AdamW())
+        _update(trainer)
+        checkpoint.save_step(
+            folder, 1, trainer.model, trainer.optimizer, ALONE, identity={}, position={"step": 1}, keep=2
+        )
+        first = _update(trainer)
+    with ranks.started(ALONE, seed=5, te_rng=te_rng):
+        trainer = Trainer(_loaded(of, "te", weights), ALONE, AdamW())
+        checkpoint.load_step(folder / "step_1", trainer.model, trainer.optimizer, ALONE, {})
+        return first, _update(trainer)
+
+
+def _update(trainer: Trainer) -> list[float]:
+    """Make an update, use up random numbers, and return what came out of both."""
+    sums, norm = trainer.step(certify.rows_of(PACKS, ALONE), LEARNING_RATE)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1).item()
+    return [float(sums.mean_loss), norm, tracked, torch.rand(1).item()]
+
+
+def exact_in_bf16(of: Any, weights: Path, folder: Path) -> dict[str, str]:
+    """Return {name: type} of Mamba's decays in a bf16 model, trained and saved; another type than fp32 comes first."""
+    names = ("A_log", "mixer.D", "dt_bias")
+    with ranks.started(ALONE):
+        trainer = Trainer(_loaded(of, "te", weights, dtype=torch.bfloat16), ALONE, AdamW())
+        _update(trainer)
+        checkpoint.save_weights(trainer.model, folder / "saved")
+        kinds = {name: str(p.dtype) for name, p in stages(trainer.model)[0].named_parameters() if name.endswith(names)}
+    saved = {key: kind for key, (kind, *_) in dist_weights.Reader(folder / "saved").tensors().items()}
+    saved = {key: str(kind) for key, kind in saved.items() if key.endswith(names)}
+    assert kinds and saved
+    worst = {}
+    for name in names:
+        every = {kind.removeprefix("torch.") for key, kind in (kinds | saved).items() if key.endswith(name)}
+        worst[name] = min(every, key=lambda kind: kind == "float32")
+    return worst
