@@ -396,10 +396,7 @@ def backend() -> str:
 
 
 def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record `run` as one CUDA graph, which reads the memory that `run` reads and gives the same tensor each time.
-
-    On CPU it is `run` itself.
-    """
+    """Record `run` as one CUDA graph: it reads what `run` reads and gives the same tensor. On CPU it is `run` itself."""
     if is_cpu():
         return run
     aside = torch.cuda.Stream()

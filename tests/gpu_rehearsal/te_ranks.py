@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformer_engine
 from megatron.core import tensor_parallel
-from megatron_ext.training.update import AdamW, Trainer
 from transformer_engine.pytorch.attention.dot_product_attention import utils as dpa_utils
 from transformer_engine.pytorch.distributed import CudaRNGStatesTracker
 
@@ -21,6 +20,7 @@ from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import certify
+from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, dist_weights
 from tests.megatron_ext import adapted, tiny
 
