@@ -396,7 +396,7 @@ def backend() -> str:
 
 
 def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record `run` as one CUDA graph: it reads what `run` reads and gives the same tensor. On CPU it is `run` itself."""
+    """Return `run` as one CUDA graph, which reads what it reads and gives the same tensor; on CPU `run` itself."""
     if is_cpu():
         return run
     aside = torch.cuda.Stream()
