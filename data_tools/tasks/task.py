@@ -157,9 +157,9 @@ class Task(Protocol):
 
 
 class RowTask(Task, Protocol):
-    """Represents a task whose answers can be learned, too."""
+    """Represents a task whose answers can be learned, too: what materialize reads, and evaluate with `task`."""
 
-    ALPHABET: str  # every character a canonical row may hold: the char tokenizer's vocabulary
+    ALPHABET: str  # every character of its rows, for init_model's char tokenizer; may be left out
 
     def parse_line(self, line: str) -> list[Row]:
         """Return the rows of one JSONL line, unverified.
@@ -183,7 +183,10 @@ class RowTask(Task, Protocol):
         """Return whether `completion`, as the model wrote it and without its end token, gives `answer`."""
 
     def synthetic_row(self, seed: int, index: int, split: str) -> Row:
-        """Return row `index` of the seeded stream of a split: a pure function, random access, canonical and right."""
+        """Return row `index` of the seeded stream of a split: a pure function, random access, canonical and right.
+
+        May be left out; then `source.synthetic_rows` is refused.
+        """
 
 
 def task_names() -> list[str]:
@@ -209,7 +212,11 @@ def load_row_task(name: str) -> RowTask:
     """Return a task with rows. Raise UserMistake for one that has prompts only."""
     task = load_task(name)
     if not hasattr(task, "parse_line"):
-        raise UserMistake(f"task {name!r} has prompts to score, no rows to learn; calculator has both")
+        rows = ", ".join(known for known in task_names() if hasattr(load_task(known), "parse_line"))
+        raise UserMistake(
+            f"task {name!r} has prompts to score, no rows to learn: evaluate, generate and grpo take it in mix.entries"
+            f" (tasks with rows: {rows})"
+        )
     return task  # type: ignore[return-value]  # which has parse_line, and so the other names
 
 
@@ -313,6 +320,9 @@ def check_rows(name: str, options: dict[str, Any], source: Source) -> list[Probl
         problems.append(Problem("task", str(mistake)))
     else:
         problems += check_options(task, options)
+        if source.synthetic_rows and not hasattr(task, "synthetic_row"):
+            message = f"task {name} makes no rows; give files in source.inputs"
+            problems.append(Problem("source.synthetic_rows", message))
     return problems + check_source(source)
 
 

@@ -78,7 +78,10 @@ class Reading:
         return []
 
     def only(self, values: Mapping[str, Any]) -> None:
-        """Refuse other values of keys that may have one value; a key that is missing or null has it too."""
+        """Refuse other values of keys that may have one value; a key that is missing or null has it too.
+
+        Where missing means something else than null (Mistral's sliding_window), a family reads the key itself.
+        """
         for key, value in values.items():
             if self.config.get(key) not in (None, value):
                 self.refuse(key, self.config[key], f"only {value!r} is")

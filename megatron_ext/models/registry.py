@@ -1,12 +1,19 @@
 """Which model families there are, by the model types that config.json names. One folder each, with the same files:
 
-config.py   `read(config.json) -> Dims or problems`, `hf_config(Dims)`, `shape(Dims) -> ModelShape`, `small(...)`:
-config.json of a random model; WITHOUT_EFFECT: keys that its function does not depend on; no torch spec.py
-`transformer_config(...)`, `build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model`: `dtype` is that
-of the parameters, `backend` "torch" or "te", `options` are fields of TransformerConfig (options.py) weight_layout.py
-`rules(Dims, names)`: name and layout of each weight, both directions; `names` are those in the checkpoint at hand, for
-families that are stored in several spellings, of which MODULE_NAMES picks the one of transformers' modules.
-`is_redundant(name, Dims)`: what a file may carry besides
+    config.py           no torch in it
+        read(config.json) -> Dims or problems       hf_config(Dims) -> config.json      shape(Dims) -> ModelShape
+        small(...) -> config.json of a random model      WITHOUT_EFFECT: keys that its function does not depend on
+    spec.py
+        transformer_config(...)
+        build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model: `dtype` is that of the parameters,
+        `backend` "torch" or "te", `options` are fields of TransformerConfig (training/options.py)
+    weight_layout.py
+        rules(Dims, names) -> name and layout of each weight, for both directions; `names` are those of the checkpoint
+        at hand, for families that are stored in several spellings (MODULE_NAMES picks that of transformers' modules)
+        is_redundant(name, Dims) -> whether a file may carry that tensor besides
+    __init__.py         empty
+
+A variant of Qwen2 or Llama is no family of its own but a line in KINDS of qwen2/config.py.
 
 What they share: config_reading.py (read a config.json), config_meaning.py (compare two), decoder_spec.py (mcore's
 layers), layouts.py (how weights are laid out).

