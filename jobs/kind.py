@@ -106,7 +106,7 @@ def find_kind(uses: str) -> PhaseKind | None:
     """
     if uses in kind_names():
         return PhaseKind(uses, importlib.import_module(f"jobs.phases.{uses}"))
-    if "." not in uses:
+    if "." not in uses or not all(uses.split(".")):
         return None
     try:
         module = importlib.import_module(uses)

@@ -146,7 +146,8 @@ LOGITS = """
 import sys, torch
 from pathlib import Path
 from megatron_ext.parallel.plan import ParallelPlan
-from megatron_ext.model_folders import model_folder, ranks
+from megatron_ext.model_folders import model_folder
+from megatron_ext.parallel import ranks
 ids = torch.load(sys.argv[2])
 with ranks.started(ParallelPlan(), 0), torch.no_grad():
     import numpy

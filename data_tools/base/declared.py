@@ -115,36 +115,64 @@ def check(config: Any, where: str = "") -> list[Problem]:
 
 
 def check_with(config: Config, own: Callable[[Config], list[Problem]]) -> list[Problem]:
-    """Return what `check` finds, and what a phase's own check finds beside: it meets legal values alone."""
+    """Return what `check` finds, and what a phase's own check finds beside, which meets legal values alone.
+
+    Where settings are not legal, it is asked twice, with two legal values in their place, and what it says both times
+    holds whatever they will be. Where nothing legal stands in (a file that is missing), it may fail, and says nothing.
+    """
     refused = check(config)
+    if not refused:
+        return own(config)
+    try:
+        otherwise = own(legal(config, other=True))
+        told = [problem for problem in own(legal(config)) if problem in otherwise]
+    except Exception:  # of a setting that is missing, which is told
+        told = []
     known = {problem.where for problem in refused}
-    return refused + [problem for problem in own(legal(config)) if problem.where not in known]
+    return refused + [problem for problem in told if problem.where not in known]
 
 
-def legal(config: Config) -> Config:
-    """Return the config, or where settings of it are not legal a copy in which these have their defaults; of lists and
-    mappings only what is not legal is left out."""
+def legal(config: Config, other: bool = False) -> Config:
+    """Return the config, or where settings of it are not legal a copy in which these have their defaults, or with
+    `other` another legal value; of lists and mappings the elements that are not legal are left out, or replaced."""
     if not check(config):
         return config
     copied = copy.deepcopy(config)
     for owner, field, _ in list(_refused(copied, "")):
-        setattr(owner, field.name, _legal_value(field, getattr(owner, field.name)))
+        value = _legal_value(field, getattr(owner, field.name), other)
+        object.__setattr__(owner, field.name, value)  # a user's dataclass may be frozen
     return copied
 
 
-def _legal_value(field: "dataclasses.Field[Any]", value: Any) -> Any:
+def _legal_value(field: "dataclasses.Field[Any]", value: Any, other: bool) -> Any:
     """Return what stands for a value that is not legal."""
     declared = declaration_of(field)
     if declared is None or not value or not isinstance(value, (dict, list)):
-        return _default(field)
+        default = _default(field)
+        return _other_value(declared, default) if declared and other else default
 
     def is_legal(element: Any) -> bool:
         return not any(declared.refusal(leaf) for _, leaf in _elements("", element))
 
     if isinstance(value, list):
-        return [element for element in value if is_legal(element)]
+        kept = [element if is_legal(element) else _other_value(declared, element) for element in value]
+        return kept if other else [element for element in value if is_legal(element)]
     named = [name for name in value if not declared.names or name in declared.names]
+    if other:
+        return {name: value[name] if is_legal(value[name]) else _other_value(declared, value[name]) for name in named}
     return {name: value[name] for name in named if is_legal(value[name])}
+
+
+def _other_value(declared: Declaration, than: Any) -> Any:
+    """Return a legal value of the same type that is not `than`; `than` where there is no other."""
+    if declared.choices:
+        return next((choice for choice in declared.choices if choice != than), than)
+    if isinstance(than, bool) or not isinstance(than, (int, float)):
+        return than
+    bounds = [bound for bound in (declared.least, declared.above, declared.most, declared.below) if bound is not None]
+    steps = (0, 1, -1, 0.5, -0.5) if isinstance(than, float) else (0, 1, -1)
+    numbers = [type(than)(bound + step) for bound in [*bounds, *declared.also] for step in steps]
+    return next((number for number in numbers if number != than and not declared.refusal(number)), than)
 
 
 def _refused(config: Any, where: str) -> Iterator[tuple[Any, "dataclasses.Field[Any]", Problem]]:
@@ -257,5 +285,5 @@ def _field(schema: type, name: str) -> "dataclasses.Field[Any]":
     return next(field for field in dataclasses.fields(schema) if field.name == name)
 
 
-def _spelled(choices: Sequence[str]) -> list[str]:
-    return [choice or '""' for choice in choices]
+def _spelled(choices: Sequence[Any]) -> list[str]:
+    return ['""' if choice == "" else str(choice) for choice in choices]

@@ -43,7 +43,9 @@ class Config:
     """The config of the phase harmony_convert."""
 
     inputs: list[str] = setting(list, "CSV files with a prompt column, or folders of them", needed=True, input=True)
-    date: str = setting("", "what the prompts say today is, YYYY-MM-DD: pinned, so that they stay the same", free=True)
+    date: str = setting(
+        "", "what the prompts say today is, YYYY-MM-DD: pinned, so that they stay the same", needed=True, free=True
+    )
     reasoning: str = setting("medium", "effort that the prompts ask for", choices=EFFORTS)
     identity: str = setting(IDENTITY, "first line of the system message", free=True)
     on_bad_row: str = setting(

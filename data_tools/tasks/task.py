@@ -18,10 +18,11 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
+from data_tools.base import declared
 from data_tools.base.declared import setting
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
@@ -333,7 +334,8 @@ def check_options(task: Any, values: Mapping[str, Any], where: str = "task_optio
     except UserMistake as mistake:
         return [Problem(where, str(mistake))]
     own = getattr(task, "check_options", None)
-    return [Problem(where, message) for message in own(options)] if own else []
+    refused = declared.check(options, where) if is_dataclass(options) else []
+    return refused + [Problem(where, message) for message in own(options)] if own and not refused else refused
 
 
 def check_source(source: Source) -> list[Problem]:

@@ -116,7 +116,7 @@ def settings_table(explained: "Explained") -> "Table":
         [
             each.key,
             each.type,
-            "(required)" if each.needed else "" if each.type == "mapping" else json.dumps(each.default),
+            "(required)" if each.needed else "" if each.type == "mapping" else json.dumps(each.default, default=str),
             each.unit,
             each.legal,
             keyed[each.keyed],

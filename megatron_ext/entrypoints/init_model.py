@@ -34,10 +34,10 @@ class Config:
     tied: bool | None = setting(None, "whether the output layer shares the embedding; null: as the family has it")
     max_positions: int = setting(2048, "longest sequence", unit="tokens", least=1)
     rope_base: float = setting(10000.0, "base of the rotary embedding", above=0)
-    norm_epsilon: float = setting(1e-6, "epsilon of the norms", least=0)
+    norm_epsilon: float = setting(1e-6, "epsilon of the norms", above=0)
     dtype: str = setting("float32", "type of the weights", choices=DTYPES)
     config: dict[str, Any] = setting(dict, "further keys of config.json, or other values of them", free=True)
-    seed: int = setting(0, "draw of the weights", free=True)
+    seed: int = setting(0, "draw of the weights", least=-(2**63), most=2**63 - 1)
     alphabet_task: str = setting("", "task whose alphabet a character tokenizer gets", free=True)
     tokenizer: str = setting("", "or a folder whose tokenizer files are taken", input=True)
 

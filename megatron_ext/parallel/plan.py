@@ -32,7 +32,7 @@ class ParallelPlan:
     tensor: int = setting(1, "attention heads and MLP columns over so many ranks (TP)", unit="ranks", least=1)
     sequence_parallel: bool = setting(False, "norms and residuals sharded over the tensor axis, by tokens (SP)")
     pipeline: int = setting(1, "layers over so many ranks (PP)", unit="ranks", least=1)
-    virtual: int = setting(1, "interleaved stages of a pipeline rank (VPP)", unit="stages", least=1)
+    virtual: int = setting(1, "interleaved stages of a pipeline rank (VPP)", unit="stages", least=1, most=1024)
     pipeline_layers: list[int] = setting(
         list, "layers of each stage in model order; []: equally many", unit="layers", least=1
     )

@@ -29,7 +29,7 @@ class TrainingSettings(ModelSettings):
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", least=0, below=1)
     beta2: float = setting(0.95, "AdamW's decay of the mean squared gradient", least=0, below=1)
     epsilon: float = setting(1e-8, "AdamW's epsilon", least=0)
-    clip_grad: float = setting(1.0, "norm that gradients are clipped to; 0 turns clipping off", least=0)
+    clip_grad: float = setting(1.0, "norm that gradients are clipped to; 0 or less turns clipping off", free=True)
     lora: LoraConfig = setting(LoraConfig, "adapters that are trained in place of the model")
 
     checkpoint_every: int = setting(

@@ -74,9 +74,39 @@ def test_a_phases_own_check_meets_legal_values_and_all_problems_are_told_at_once
 
     found = declared.check_with(given, own)
     assert [problem.where for problem in found] == ["name", "count", "by_name.x.share", "kinds[1]", "rate"]
-    assert (met[0].count, met[0].rate, met[0].by_name["x"].share) == (2, 1.5, 0.5)
-    assert met[0].kinds == ["plain"]  # of a list what is legal stays
+    other, default = met
+    assert (default.count, default.rate, default.by_name["x"].share) == (2, 1.5, 0.5)
+    assert default.kinds == ["plain"]  # of a list what is legal stays
+    assert (other.count, other.by_name["x"].share) == (1, 0.0) and len(other.kinds) == 2
     assert given.count == -3 and given.by_name["x"].share == -1
+
+
+def test_what_only_follows_from_a_value_that_stands_in_is_not_told():
+    def own(config):
+        wrong = [Problem("rate", f"is above {config.count}")] if config.rate > config.count - 2 else []
+        return wrong + ([Problem("kinds", "two are too many")] if len(config.kinds) == 2 else [])
+
+    found = declared.check_with(Outer("n", count=-3, kinds=["plain", "plane"]), own)
+    assert [problem.where for problem in found] == ["count", "kinds[1]"]
+
+
+def test_a_phases_own_check_may_fail_where_a_setting_is_missing_and_nowhere_else():
+    def own(config):
+        return [Problem("name", f"begins with {config.name[0]}")]
+
+    assert [problem.where for problem in declared.check_with(Outer(), own)] == ["name"]
+    with pytest.raises(ZeroDivisionError):
+        declared.check_with(Outer("n"), lambda config: 1 // 0)
+
+
+def test_a_users_frozen_config_is_checked_too():
+    @dataclass(frozen=True)
+    class Frozen:
+        rows: int = declared.setting(1, "rows", least=1)
+
+    assert [str(problem) for problem in declared.check_with(Frozen(0), lambda config: [])] == [
+        "rows: 0 is out of range: at least 1"
+    ]
 
 
 def test_a_setting_is_described_with_those_below_it():
