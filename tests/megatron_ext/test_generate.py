@@ -215,8 +215,8 @@ def evaluation_of(wanted: generate.Config) -> evaluate.Config:
 def test_a_model_without_finite_logits_is_named_with_the_prompt(folders, tmp_path, monkeypatch):
     """Where generate samples, and where evaluate and grpo do."""
 
-    def logits(*_: Any) -> torch.Tensor:
-        return torch.full_like(whole(*_), float("nan"))
+    def logits(*given: Any, **named: Any) -> torch.Tensor:
+        return torch.full_like(whole(*given, **named), float("nan"))
 
     from megatron_ext.rollout import runner
 
