@@ -46,9 +46,9 @@ def big_site(scrub_slurm):
     require_packages()
     from slurm.dev import config as devconfig
 
-    def with_lua(prefix, *args):
+    def with_lua(prefix, *args, **named):
         (prefix / "etc" / "job_submit.lua").write_text(SITE_LUA)
-        return written(prefix, *args)
+        return written(prefix, *args, **named)
 
     written, devconfig.slurm_conf = devconfig.slurm_conf, with_lua
     try:

@@ -34,7 +34,7 @@ def test_all_problems_come_at_once_with_the_nearest_legal_value():
 
 def test_degrees_below_one_are_refused():
     assert [str(problem) for problem in check(ParallelPlan(tensor=0), Workload(2))] == [
-        "parallel.tensor: 0 is not a degree: the least is 1"
+        "parallel.tensor: 0 is out of range: at least 1 (ranks)"
     ]
 
 
@@ -176,7 +176,6 @@ EXAMPLES = {  # rule: a plan that breaks it and, of its workload, shape, ranks a
     "hybrids_are_not_interleaved": (dict(pipeline=2, virtual=2), NANO, 2, {}),
     "global_batch_divides": ({}, QWEN_32B, 4, dict(global_batch=6)),
     "interleaving_takes_whole_rounds": (dict(pipeline=2, virtual=2), QWEN_32B, 2, dict(global_batch=3)),
-    "recompute_is_known": (dict(recompute="most"), QWEN_32B, 1, {}),
 }  # fmt: skip
 
 

@@ -153,7 +153,6 @@ def test_a_copy_of_the_tied_output_is_no_mistake(tmp_path, alone):
     "source, words",
     [
         ("/nowhere/model", "is no folder, and no hub name"),
-        ("", "is missing"),
         ("no/such-model-here", "cannot be fetched"),
     ],
 )
