@@ -123,10 +123,13 @@ def check_with(config: Config, own: Callable[[Config], list[Problem]]) -> list[P
     refused = check(config)
     if not refused:
         return own(config)
+    stand_in, other = legal(config), legal(config, other=True)
     try:
-        otherwise = own(legal(config, other=True))
-        told = [problem for problem in own(legal(config)) if problem in otherwise]
-    except Exception:  # of a setting that is missing, which is told
+        said = own(other)
+        told = [problem for problem in own(stand_in) if problem in said]
+    except Exception:
+        if not check(stand_in):  # all that it met was legal: the fault is its own
+            raise
         told = []
     known = {problem.where for problem in refused}
     return refused + [problem for problem in told if problem.where not in known]

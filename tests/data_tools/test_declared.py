@@ -95,8 +95,9 @@ def test_a_phases_own_check_may_fail_where_a_setting_is_missing_and_nowhere_else
         return [Problem("name", f"begins with {config.name[0]}")]
 
     assert [problem.where for problem in declared.check_with(Outer(), own)] == ["name"]
-    with pytest.raises(ZeroDivisionError):
-        declared.check_with(Outer("n"), lambda config: 1 // 0)
+    for legal_or_not in (Outer("n"), Outer("n", count=-3)):
+        with pytest.raises(ZeroDivisionError):
+            declared.check_with(legal_or_not, lambda config: 1 // 0)
 
 
 def test_a_users_frozen_config_is_checked_too():
