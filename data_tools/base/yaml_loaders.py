@@ -11,20 +11,25 @@ import yaml
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-class _UniqueKeys:
-    """Refuse a key that stands twice in a mapping, however each is spelled, naming both lines.
+class _Strict:
+    """Refuse a key that stands twice in a mapping, however each is spelled, naming both lines, and a value that holds
+    itself (`&a [*a]`), which has no end.
 
     Keys are the same where their values are, or their text is: 1 and 0x1, 1 and "1", a and "a". A merge (`<<: *base`)
     gives what the mapping does not write itself; two merges that give the same key are refused too.
     """
 
+    def construct_document(self, node: yaml.Node) -> Any:
+        _check_ends(node, around=(), checked=set())
+        return yaml.constructor.BaseConstructor.construct_document(self, node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        merged = yaml.MappingNode(node.tag, self._pairs(node, ()), node.start_mark, node.end_mark)
+        merged = yaml.MappingNode(node.tag, self._pairs(node), node.start_mark, node.end_mark)
         return yaml.constructor.BaseConstructor.construct_mapping(self, merged, deep)
 
-    def _pairs(self, node: yaml.Node, inside: tuple[yaml.Node, ...]) -> list[tuple[yaml.Node, yaml.Node]]:
+    def _pairs(self, node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
         """Return the (key, value) nodes of a mapping, what it merges first."""
-        if not isinstance(node, yaml.MappingNode) or node in inside:
+        if not isinstance(node, yaml.MappingNode):
             raise yaml.constructor.ConstructorError(None, None, "<< wants other mappings to merge", node.start_mark)
         own, merged = _Keys(self), _Keys(self)
         for key, value in node.value:
@@ -35,9 +40,21 @@ class _UniqueKeys:
             _stands_twice("<<", merges[0], value)
         for value in merges:
             for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                for pair in self._pairs(one, (*inside, node)):
+                for pair in self._pairs(one):
                     merged.add(*pair)
         return [pair for pair in merged.pairs if not own.has(pair[0])] + own.pairs
+
+
+def _check_ends(node: yaml.Node, around: tuple[yaml.Node, ...], checked: set[yaml.Node]) -> None:
+    """Refuse a node that holds itself; `around` are the nodes that hold it."""
+    if node in around:
+        raise yaml.constructor.ConstructorError(None, None, "this value holds itself, by an alias", node.start_mark)
+    if node in checked or isinstance(node, yaml.ScalarNode):
+        return
+    for part in node.value:
+        for held in part if isinstance(part, tuple) else (part,):
+            _check_ends(held, (*around, node), checked)
+    checked.add(node)
 
 
 class _Keys:
@@ -74,11 +91,11 @@ def _stands_twice(key: Any, first: yaml.Node, second: yaml.Node) -> None:
     raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice, {lines}", second.start_mark)
 
 
-class TextLoader(_UniqueKeys, yaml.BaseLoader):
+class TextLoader(_Strict, yaml.BaseLoader):
     """Loads every scalar as text."""
 
 
-class ValueLoader(_UniqueKeys, yaml.SafeLoader):
+class ValueLoader(_Strict, yaml.SafeLoader):
     """Loads scalars as null, booleans, integers and floats as in YAML 1.2, or text."""
 
     yaml_implicit_resolvers = {

@@ -223,6 +223,9 @@ class _Loader:
             return None
         self.problems.note_unknown_keys(body, PHASE_KEYS, f"{key}.")
         body = resolver.resolve(key, body)
+        for part in body:  # elsewhere nobody puts the folder in the reference's place
+            for phase in sorted(references(body[part])) if part != "with" else ():
+                self.problems.note(f"{key}.{part}", f"refers to the output of {phase}, which only `with` can")
         kind = self._kind(key, body.get("uses"))
         settings = body.get("with") or {}
         if not isinstance(settings, dict):

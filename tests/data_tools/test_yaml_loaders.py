@@ -5,7 +5,7 @@ import itertools
 import pytest
 import yaml
 
-from data_tools.base.yaml_loaders import TextLoader, read_values
+from data_tools.base.yaml_loaders import TextLoader, ValueLoader, read_values
 
 SAME = [  # keys that are one to whoever reads the mapping
     ["a", '"a"', "'a'", "!!str a"],
@@ -45,9 +45,20 @@ def test_a_merge_gives_what_the_mapping_does_not_write(text, expected):
     ("base: &b {x: 1}\nmore: &m {x: 2}\nhere: {<<: [*b, *m]}", "'x' stands twice, on line 1 and on line 2"),
     ("base: &b {x: 1}\nhere:\n  <<: *b\n  <<: *b", "'<<' stands twice"),
     ("base: &b {x: 1}\nhere: {<<: *b, y: 1, 'y': 2}", "'y' stands twice"),
-    ("here: &h {<<: *h}", "wants other mappings"), ("here: {<<: 3}", "wants other mappings"),
+    ("here: &h {<<: *h}", "holds itself"), ("here: {<<: 3}", "wants other mappings"),
     ("? [a]\n: 1", "is no key"), ("{a: 1}: 2", "is no key"),
 ])  # fmt: skip
 def test_merges_that_contradict_each_other_and_keys_that_are_none_are_refused(text, expected):
     with pytest.raises(yaml.YAMLError, match=expected.replace("[", r"\[")):
         read_values(text)
+
+
+@pytest.mark.parametrize("text", ["a: &x {b: *x}", "a: &x [1, [*x]]", "a: &x {<<: *x, c: 1}", "&a {? *a : 1}"])
+@pytest.mark.parametrize("loader", [ValueLoader, TextLoader])
+def test_a_value_that_holds_itself_is_refused(text, loader):
+    with pytest.raises(yaml.YAMLError, match="holds itself"):
+        yaml.load(text, loader)
+
+
+def test_a_value_may_stand_in_two_places():
+    assert read_values("a: &x [1]\nb: [*x, *x]") == {"a": [1], "b": [[1], [1]]}

@@ -94,6 +94,27 @@ def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):
     assert all("\n" not in line for line in found)
 
 
+@pytest.mark.parametrize("body", [
+    "array: ['${phases.first.out}', 2]", "resources: {partition: '${phases.first.out}'}",
+    "throttle: ${phases.first.out}",
+    "needs: [{'${phases.first.out}': afterok}]",
+])  # fmt: skip
+def test_a_reference_to_a_phase_stands_in_with_alone(tmp_path, body):
+    text = "\n".join(
+        problems(
+            tmp_path,
+            f"""
+            phases:
+              first: {{uses: tests.toy.numbers}}
+              second:
+                uses: tests.toy.numbers
+                {body}
+            """,
+        )
+    )
+    assert f"phases.second.{body.split(':')[0]}: refers to the output of first, which only `with` can" in text
+
+
 FOREIGN = [
     "${oc.env:SECRET}",
     "${oc.decode:${oc.env:SECRET}}",
