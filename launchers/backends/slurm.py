@@ -132,14 +132,23 @@ class SlurmBackend:
             raise (Overtaken if BEGUN.search(str(refusal)) else Refused)(str(refusal)) from None
 
     def release(self, number: int, jobs: list[str]) -> None:
-        rows = self._ask(self.slurm.queue)
+        to_release = self._held(jobs)
+        if not to_release:
+            return
+        try:
+            self._ask(lambda: self.slurm.run(["scontrol", "release", *to_release]))
+        except Refused as refusal:  # some elements began or ended since the queue was read; the others are released
+            if not BEGUN.search(str(refusal)) or self._held(to_release):
+                raise
+
+    def _held(self, jobs: list[str]) -> list[str]:
+        """Return those of `jobs` that wait because they are held, or an element of them is."""
         held = {
             row.array_job_id or row.job_id
-            for row in rows
+            for row in self._ask(self.slurm.queue)
             if row.state == PENDING and (row.reason.startswith("JobHeld") or row.reason in HELD)
         }
-        if to_release := [job for job in jobs if job in held]:
-            self._ask(lambda: self.slurm.run(["scontrol", "release", *to_release]))
+        return [job for job in jobs if job in held]
 
     def states(self, jobs: list[JobEntry]) -> list[TaskState]:
         known = {entry.job: entry for entry in jobs}

@@ -12,6 +12,8 @@ SHIM = """#!/bin/bash
 # Counts the calls of all shims that change something; at call number $SHIM_AT it does $SHIM_DO.
 if [ {name} = scontrol ] && [ "$1" != release ] && [ "$1" != update ]; then exec {real} "$@"; fi
 failed="{name}: error: Batch job submission failed"
+begun="$2_0,2: No error
+$2_1: Job has already finished"
 n=$(( $(cat {count} 2>/dev/null || echo 0) + 1 )); echo $n > {count}
 if [ "$n" = "$SHIM_AT" ]; then
     case "$SHIM_DO" in
@@ -23,6 +25,8 @@ if [ "$n" = "$SHIM_AT" ]; then
         open-before) echo "$failed: Unable to contact slurm controller (connect failure)" >&2; exit 1;;
         begin-before) {real} "$1" "$2" dependency=
             while squeue -h -j "${{2#jobid=}}" -t PENDING | grep -q .; do sleep 0.2; done;;
+        begun-after) {real} "$@" > /dev/null; echo "$begun" >&2; exit 1;;
+        begun-before) echo "$begun" >&2; exit 1;;
         refuse) echo "$failed: Job violates accounting/QOS policy" >&2; exit 1;;
     esac
 fi

@@ -114,16 +114,27 @@ def test_a_killed_submission_with_other_settings_is_cancelled_not_finished(shimm
     assert "total 48" in afterok("run", pipeline, "params.start=7", "--run", run, env=env).stdout  # (7 + 8 + 9) · 2
 
 
-def test_a_controller_that_gives_out_the_ids_of_running_jobs_again_loses_no_work(toy_on_fragile_cluster):
+def test_an_element_that_ended_before_the_release_of_its_array_is_no_refusal(shimmed):
+    """Slurm releases the others and fails all the same; where it released nothing, nothing runs."""
+    pipeline, run, env, shim = shimmed
+    refused = afterok("submit", pipeline, "--run", run, env=shim(CALLS, "begun-before"), check=2)
+    assert "already finished" in refused.stderr and submitted_jobs(run, env) == []
+    afterok("submit", pipeline, "--run", run, env=shim(CALLS, "begun-after"))
+    assert_sealed_once(run, env)
+
+
+def test_a_controller_that_gives_out_the_ids_of_running_jobs_again_loses_no_work(tmp_path, toy_on_fragile_cluster):
     pipeline, run, env, cluster = toy_on_fragile_cluster
-    settings = ["numbers.with.seconds=20", "--run", run]
+    gate = tmp_path / "gate"  # the forgotten go on until the node has refused their ids
+    settings = [f"numbers.with.gate={gate}", "--run", run]
     with controller_forgets(cluster):
         afterok("submit", pipeline, *settings, env=env)
         wait_for("workers", lambda: len(list(run.glob("numbers/*/leases/*"))) == 3)
     afterok("submit", pipeline, *settings, env=env)
     held = "launch failed requeued held"  # the node has a job of that id
-    wait_for("the failed launch", lambda: held in {row.reason for row in Slurm(env).queue()}, 60)
-    end = time.monotonic() + 120
+    wait_for("the failed launch", lambda: held in {row.reason for row in Slurm(env).queue()})
+    gate.touch()
+    end = time.monotonic() + 240
     while set(states(run, env=env).values()) != {"COMPLETED"} and time.monotonic() < end:
         afterok("submit", pipeline, *settings, env=env)
         time.sleep(1)
