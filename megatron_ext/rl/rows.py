@@ -156,7 +156,7 @@ def log_probs(parts: Sequence[torch.nn.Module], rows: Sequence[RolloutRow]) -> l
 
         def keep(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
             by_row.append(-out[0])
-            return out.sum(), torch.tensor(1, dtype=torch.int, device=out.device), {}
+            return out.sum(), out.new_full((), 1, dtype=torch.int), {}
 
         with plain_torch():
             return losses_of(model, row), keep
