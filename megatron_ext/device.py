@@ -38,6 +38,12 @@ _mode: "LiteralCudaIsCpu | None" = None
 _originals: dict[str, Any] = {}
 
 
+class NoOwnGpu(UserMistake):
+    """A rank has no GPU of its own."""
+
+    of_some_ranks = True  # rank 0 has one
+
+
 class Patch(NamedTuple):
     """One name of torch or megatron-core that gets another meaning on CPU."""
 
@@ -287,11 +293,11 @@ def own_gpu(local_rank: int, visible: int) -> int:
     """Return which of the `visible` GPUs belongs to the rank of this number on its node.
 
     Where a single one is visible the launcher shows each rank its own, or a node has no other: `ranks.join` tells.
-    Raises UserMistake where several are visible and yet ranks would have to share.
+    Raises NoOwnGpu where several are visible and yet ranks would have to share.
     """
     if visible > 1 and local_rank >= visible:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        raise UserMistake(
+        raise NoOwnGpu(
             f"rank {local_rank} of this node, counted from 0, has no GPU: it sees {visible} (CUDA_VISIBLE_DEVICES is "
             f"{shown}), and each rank needs its own; set resources.gpus_per_node to the number of ranks of a node"
         )
@@ -312,8 +318,8 @@ def init_device() -> None:
         warnings.filterwarnings("ignore", message=noise)
     if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
-        # NCCL's monitor would ask the store every second whether a rank wants its trace; ours is written in Python, which
-        # a thread of C++ must not enter while the process ends. Nobody reads such traces: watch.py tells of a hang.
+        # NCCL's monitor asks the store every second whether a rank wants a trace. Ours is written in Python, which a
+        # thread of C++ must not enter while the process ends; and watch.py tells of a hang.
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         with _without_wandb():
             importlib.import_module("megatron.core")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from data_tools.base import rendezvous
 from data_tools.mistake import UserMistake
-from megatron_ext.device import backend, gpu_identity, init_device
+from megatron_ext.device import NoOwnGpu, backend, gpu_identity, init_device
 from megatron_ext.parallel.plan import ParallelPlan, environment, environment_problems
 
 # A collective that waits longer than this on a peer is dead; checkpoints of large models take minutes.
@@ -123,7 +123,7 @@ _joins = itertools.count()  # every rank joins as often as the others
 
 
 def join(patience: timedelta = PATIENCE) -> None:
-    """Join the process group. Raises RuntimeError from torch when the address does not answer, UserMistake where ranks
+    """Join the process group. Raises RuntimeError from torch when the address does not answer, NoOwnGpu where ranks
     share a GPU.
     """
     number = next(_joins)
@@ -153,9 +153,9 @@ def _check_own_gpu(store: dist.Store, gpu: str, number: int) -> None:
     """Refuse a GPU that another rank has too: NCCL would, without saying what to do. `number` is that of the join."""
     node = os.uname().nodename
     if gpu and store.add(f"ranks of {number} with {node} {gpu}", 1) > 1:
-        raise UserMistake(
+        raise NoOwnGpu(
             f"rank {rank_of_environment()} shares GPU {gpu} of {node} with another rank, and each needs its own: set "
-            "resources.gpus_per_node to the number of ranks of a node, or have Slurm bind one to each (profile: srun.extra)"
+            "resources.gpus_per_node to the number of ranks of a node (and let srun.extra bind none to several)"
         )
 
 

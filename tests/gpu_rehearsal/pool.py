@@ -1,10 +1,12 @@
-"""gloo ranks that find the stand-ins for Transformer Engine and mamba-ssm; nobody else does."""
+"""gloo ranks that find the stand-ins for Transformer Engine and mamba-ssm, or that pretend to have a GPU; nobody else
+does."""
 
 import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests.megatron_ext import gloo
 from tests.megatron_ext.gloo import Ranks
 
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -23,6 +25,17 @@ class RehearsalRanks(Ranks):
     def te(self, function: str, **arguments: Any) -> list[Any]:
         """Call a function of te_ranks.py, which this process cannot import, and return the results by rank."""
         return self.run(call, name=function, given=arguments)
+
+
+class PretendedRanks(Ranks):
+    """Ranks on pretended GPUs (pretended_gpu.py), one each."""
+
+    @staticmethod
+    def serve(connection: Any, rank: int, world_size: int) -> None:
+        from tests.gpu_rehearsal import pretended_gpu
+
+        pretended_gpu.begin()
+        gloo._serve(connection, rank, world_size)
 
 
 def call(name: str, given: dict[str, Any]) -> Any:

@@ -1,0 +1,181 @@
+"""What ranks do on pretended GPUs, and the same on the CPU."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+
+from megatron_ext.device import backend, device
+from megatron_ext.lora import adapters, pairs, peft_format
+from megatron_ext.lora.settings import BARE
+from megatron_ext.models.registry import stages
+from megatron_ext.parallel import ranks
+from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rollout.engine import Engine
+from megatron_ext.rollout.sequence import Request
+from megatron_ext.rollout.settings import EngineConfig, Sampling
+from megatron_ext.training import certify
+from megatron_ext.training.update import AdamW, Trainer
+from megatron_ext.weights import checkpoint, convert
+from tests.gpu_rehearsal import pretended_gpu
+from tests.megatron_ext import adapted, tiny
+
+ALONE = ParallelPlan()
+PACKS = [tiny.pack([20, 8, 4, 32], seed, vocabulary=19) for seed in range(2)]  # shorter and longer than the windows
+RATE = 1e-2
+PROMPTS = [tuple(1 + (3 * i + j * j) % 18 for j in range(1 + 5 * i % 23)) for i in range(5)]
+ENGINE = EngineConfig(kv_gib=0.01, block_size=4, max_batch=6, token_budget=16)
+SAMPLINGS = {
+    "greedy": Sampling(max_tokens=6, temperature=0.0),
+    "filtered": Sampling(max_tokens=6, temperature=0.8, top_k=9, top_p=0.9, min_p=0.01),
+}
+
+
+def left_behind(parts: list[Any]) -> list[str]:
+    """Return the names of parameters and buffers that are not on the rank's device."""
+    held = [named for part in parts for named in (*part.named_parameters(), *part.named_buffers())]
+    return sorted({name for name, tensor in held if tensor.device != device()})
+
+
+def built(of: Any, hf: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32) -> list[Any]:
+    parts = tiny.family(of).build(of, plan, dtype)
+    for part in parts:
+        convert.import_weights(part, hf, tiny.family(of), of)
+    assert left_behind(parts) == []
+    return parts
+
+
+def update(trainer: Trainer, plan: ParallelPlan) -> list[float]:
+    """Make an update, use up random numbers, and return what came out of both."""
+    sums, norm = trainer.step(certify.rows_of(PACKS, plan), RATE)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(1, device=device()).item()
+    found = [sums.reduced().mean_loss, norm, tracked, torch.rand(1).item(), torch.rand(1, device=device()).item()]
+    assert all(map(math.isfinite, found))
+    return found
+
+
+def rollouts(model: Any, samples: int = 2, **settings: Any) -> dict[str, list]:
+    """Return tokens and log-probs of each kind of sampling."""
+    found = {}
+    for name, sampling in SAMPLINGS.items():
+        engine = Engine(model, replace(ENGINE, **settings), seed=7, stop_ids={5})
+        wanted = [Request(100 + i, prompt, samples) for i, prompt in enumerate(PROMPTS)]
+        ended = sorted(engine.generate(wanted, sampling), key=lambda s: (s.prefix.request.uid, s.sample))
+        found[name] = [(s.completion, s.logprobs, s.model_logprobs) for s in ended]
+    return found
+
+
+def walk(
+    of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32, graphs: bool = False
+) -> dict[str, Any]:
+    """Import, roll out, train, save, evaluate, resume, and adapt."""
+    found: dict[str, Any] = {}
+    own = folder / backend()
+    with ranks.started(plan):
+        if ranks.is_writer():
+            tiny.hf_folder(folder / "hf", of)
+        torch.distributed.barrier()
+        hf = folder / "hf"
+        parts = built(of, hf, plan, dtype)
+        if plan.virtual == 1:
+            found["frozen"] = rollouts(parts[0], cuda_graphs=graphs)
+        trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
+        found["updates"] = [update(trainer, plan)]
+        saver = checkpoint.Saver(own / "steps", trainer.model, trainer.optimizer, plan, keep=2, background=True)
+        saver.save(1, identity={}, position={"step": 1})
+        found["updates"].append(update(trainer, plan))
+        saver.close()
+        found["evaluated"] = trainer.evaluate(certify.rows_of(PACKS, plan)).reduced().mean_loss
+        if plan.virtual == 1:
+            with trainer.offloaded(True):
+                found["trained"] = rollouts(trainer.model[0], cuda_graphs=graphs)
+        assert left_behind(trainer.model) == []
+    with ranks.started(plan, seed=5):
+        trainer = Trainer(built(of, hf, plan, dtype), plan, AdamW(weight_decay=0.1))
+        checkpoint.load_step(own / "steps" / "step_1", trainer.model, trainer.optimizer, plan, {})
+        found["resumed"] = update(trainer, plan)
+        checkpoint.save_weights(trainer.model, own / "weights")
+        found["digest"] = checkpoint.weights_digest(trainer.model)
+    with ranks.started(plan):
+        found["lora"] = _adapted(of, hf, plan, dtype, own)
+    return found
+
+
+def _adapted(of: Any, hf: Path, plan: ParallelPlan, dtype: torch.dtype, own: Path) -> list[Any]:
+    """Train adapters, write and read them, and roll out with and without them."""
+    family, config = tiny.family(of), adapted.lora(of)
+    config = replace(config, dropout=0.0 if set(BARE) & set(config.targets) else 0.1)
+    parts = built(of, hf, plan, dtype)
+    adapters.attach(parts, family, of, config, seed=3)
+    assert left_behind(parts) == []
+    trainer = Trainer(parts, plan, AdamW())
+    found: list[Any] = [update(trainer, plan), update(trainer, plan)]
+    adapters.write(own / "adapter", trainer.model, family, of)
+    torch.distributed.barrier()
+    parts = built(of, hf, plan, dtype)
+    adapters.attach(parts, family, of, config)
+    adapters.load(parts, peft_format.Reader(own / "adapter", pairs.pairs(family, of, config), config))
+    if plan.virtual == 1:
+        found.append(rollouts(parts[0]))
+        with adapters.without(parts):
+            found.append(rollouts(parts[0]))
+    return found
+
+
+# ---------------------------------------------------------------- how often the host waits
+
+
+def waits_of_a_training_step(of: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[dict, dict, dict]:
+    """Return the events of an update over two micro-batches, their places, and operators without a fixed order."""
+    with ranks.started(ALONE):
+        trainer = Trainer(built(of, tiny.hf_folder(folder, of), ALONE, dtype), ALONE, AdamW())
+        rows = certify.rows_of(PACKS, ALONE)
+        trainer.step(rows, RATE)
+        before = pretended_gpu.unordered()
+        with pretended_gpu.counted() as found:
+            trainer.step(rows, RATE)
+        return pretended_gpu.kinds(found), dict(found), dict(pretended_gpu.unordered() - before)
+
+
+def waits_of_a_decode_step(of: Any, folder: Path, graphs: bool = False, kind: str = "greedy") -> tuple[dict, dict]:
+    """Return the events of one step of the engine that decodes, and their places."""
+    with ranks.started(ALONE):
+        (model,) = built(of, tiny.hf_folder(folder, of), ALONE, torch.bfloat16)
+        engine = Engine(model, replace(ENGINE, cuda_graphs=graphs), seed=7, stop_ids=set())
+        steps: list[tuple[bool, dict]] = []
+        step = engine._step
+
+        def watched(*arguments: Any) -> Any:
+            with pretended_gpu.counted() as found:
+                ended = step(*arguments)
+            steps.append((engine.counts["decoded"] > 0, found))
+            return ended
+
+        engine._step = watched
+        sampling = replace(SAMPLINGS[kind], max_tokens=8)
+        list(engine.generate([Request(100 + i, PROMPTS[1], 1) for i in range(4)], sampling))
+        _, last = steps[-1]
+        return pretended_gpu.kinds(last), dict(last)
+
+
+# ---------------------------------------------------------------- things left behind
+
+
+def _norm(parts: list[Any], trainer: Trainer) -> None:
+    norm = next(module for module in parts[0].modules() if type(module).__name__ == "Norm")
+    norm.weight.data = norm.weight.data.cpu()
+
+
+FORGOTTEN = {"norm": _norm}
+
+
+def forget(of: Any, folder: Path, what: str) -> None:
+    """Leave something on the CPU, and make the step that meets it."""
+    with ranks.started(ALONE):
+        parts = built(of, tiny.hf_folder(folder, of))
+        FORGOTTEN[what](parts, None)  # type: ignore[arg-type]
+        rollouts(parts[0])
