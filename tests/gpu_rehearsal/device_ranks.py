@@ -1,6 +1,7 @@
 """What ranks do on pretended GPUs, and the same on the CPU."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from megatron.core import tensor_parallel
 from megatron_ext.device import backend, device
 from megatron_ext.lora import adapters, pairs, peft_format
 from megatron_ext.lora.settings import BARE
-from megatron_ext.models.registry import stages
+from megatron_ext.models.registry import Family, unwrap
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.rollout import cache
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import EngineConfig, Sampling
@@ -22,6 +24,8 @@ from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, convert
 from tests.gpu_rehearsal import pretended_gpu
 from tests.megatron_ext import adapted, tiny
+
+Forget = Callable[[Trainer, list[Any]], Callable[[], Any]]  # leaves something behind, and returns what meets it
 
 ALONE = ParallelPlan()
 PACKS = [tiny.pack([20, 8, 4, 32], seed, vocabulary=19) for seed in range(2)]  # shorter and longer than the windows
@@ -93,6 +97,7 @@ def walk(
         if plan.virtual == 1:
             with trainer.offloaded(True):
                 found["trained"] = rollouts(trainer.model[0], cuda_graphs=graphs)
+            found["updates"].append(update(trainer, plan))  # from a state that was off the device meanwhile
         assert left_behind(trainer.model) == []
     with ranks.started(plan, seed=5):
         trainer = Trainer(built(of, hf, plan, dtype), plan, AdamW(weight_decay=0.1))
@@ -165,17 +170,71 @@ def waits_of_a_decode_step(of: Any, folder: Path, graphs: bool = False, kind: st
 # ---------------------------------------------------------------- things left behind
 
 
-def _norm(parts: list[Any], trainer: Trainer) -> None:
-    norm = next(module for module in parts[0].modules() if type(module).__name__ == "Norm")
+def _norm(trainer: Trainer, rows: list[Any]) -> Callable[[], Any]:
+    norm = next(module for module in trainer.model[0].modules() if type(module).__name__ == "Norm")
     norm.weight.data = norm.weight.data.cpu()
+    return lambda: rollouts(trainer.model[0])
 
 
-FORGOTTEN = {"norm": _norm}
+def _router_s_adapter(trainer: Trainer, rows: list[Any]) -> Callable[[], Any]:
+    parts = [unwrap(part) for part in trainer.model]
+    adapters.attach(parts, Family("gpt_oss"), tiny.GPT_OSS_DIMS, adapted.lora(tiny.GPT_OSS_DIMS))
+    name = next(name for name in parts[0].adapters._modules if "router" in name)
+    parts[0].adapters._modules[name].cpu()
+    return lambda: rollouts(parts[0])
 
 
-def forget(of: Any, folder: Path, what: str) -> None:
-    """Leave something on the CPU, and make the step that meets it."""
+def _of_row(field: str) -> Forget:
+    def forget(trainer: Trainer, rows: list[Any]) -> Callable[[], Any]:
+        own = [replace(row, **{field: getattr(row, field).cpu()}) for row in rows]
+        return lambda: trainer.step(own, RATE)
+
+    return forget
+
+
+def _of_documents(field: str) -> Forget:
+    def forget(trainer: Trainer, rows: list[Any]) -> Callable[[], Any]:
+        def moved(held: Any) -> Any:
+            return replace(held, slots=held.slots.cpu()) if field == "layout" else held.cpu()
+
+        own = [replace(row.documents, **{field: moved(getattr(row.documents, field))}) for row in rows]
+        return lambda: trainer.step([replace(row, documents=each) for row, each in zip(rows, own)], RATE)
+
+    return forget
+
+
+def _arrays_of_a_step(trainer: Trainer, rows: list[Any]) -> Callable[[], Any]:
+    def pass_of_the_engine() -> None:
+        kept = cache.on_device
+        cache.on_device = lambda arrays, target: kept(arrays, torch.device("cpu"))
+        try:
+            rollouts(trainer.model[0])
+        finally:
+            cache.on_device = kept
+
+    return pass_of_the_engine
+
+
+FORGOTTEN: dict[str, Forget] = {
+    "norm": _norm,
+    "adapter of a router": _router_s_adapter,
+    "tokens": _of_row("ids"),
+    "places of supervised tokens": _of_row("supervised"),
+    "labels": _of_row("labels"),
+    "positions in documents": _of_documents("positions"),
+    "places in buckets": _of_documents("layout"),
+    "arrays of a step of the engine": _arrays_of_a_step,
+}
+
+
+def forgotten(what: str, folder: Path) -> str:
+    """Leave something on the CPU, make what meets it, and return what was raised."""
+    of = tiny.GPT_OSS_DIMS
     with ranks.started(ALONE):
-        parts = built(of, tiny.hf_folder(folder, of))
-        FORGOTTEN[what](parts, None)  # type: ignore[arg-type]
-        rollouts(parts[0])
+        trainer = Trainer(built(of, tiny.hf_folder(folder, of)), ALONE, AdamW())
+        meet = FORGOTTEN[what](trainer, certify.rows_of(PACKS, ALONE))
+        try:
+            meet()
+        except pretended_gpu.Stray as stray:
+            return str(stray)
+    return "nothing"

@@ -1,12 +1,18 @@
 """A step on pretended GPUs: nothing is left on the CPU, and the host waits no oftener than is said here."""
 
-import pytest
-import torch
+import os
+import subprocess
+import sys
 
-from megatron_ext.parallel.plan import ParallelPlan
+import pytest
+import torch.distributed as dist
+
+from megatron_ext.device import NoOwnGpu, own_gpu
+from megatron_ext.parallel.ranks import _check_own_gpu
 from tests.gpu_rehearsal import device_ranks
 from tests.gpu_rehearsal.pool import PretendedRanks
 from tests.megatron_ext import tiny
+from tests.megatron_ext.gloo import Ranks
 
 pytestmark = pytest.mark.rehearsal
 
@@ -27,7 +33,77 @@ def pretended():
     ranks.close()
 
 
+@pytest.fixture(scope="session")
+def plain():
+    """One rank on the CPU."""
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, family, tmp_path):
-    (found,) = pretended.run(device_ranks.walk, of=FAMILIES[family], folder=tmp_path)
-    print(found)
+def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, plain, family, tmp_path):
+    """From the import to adapters, rollouts among it: as on the CPU, but for what kernels round otherwise."""
+    (there,) = pretended.run(device_ranks.walk, of=FAMILIES[family], folder=tmp_path)
+    (here,) = plain.run(device_ranks.walk, of=FAMILIES[family], folder=tmp_path)
+    assert there["resumed"] == there["updates"][1], "random states and weights go on"
+    for name in ("updates", "resumed", "evaluated"):
+        assert numbers(there[name]) == pytest.approx(numbers(here[name]), rel=1e-5), name
+    for name in ("frozen", "trained"):
+        for kind, samples in there[name].items():
+            assert [tokens for tokens, *_ in samples] == [tokens for tokens, *_ in here[name][kind]], (name, kind)
+
+
+def numbers(value) -> list[float]:
+    return [number for part in value for number in numbers(part)] if isinstance(value, list | tuple) else [value]
+
+
+@pytest.mark.parametrize("what", device_ranks.FORGOTTEN)
+def test_what_is_left_on_the_cpu_is_found(pretended, what, tmp_path):
+    assert "CPU tensors" in pretended.run(device_ranks.forgotten, what=what, folder=tmp_path)[0]
+
+
+# ---------------------------------------------------------------- a GPU of one's own
+
+
+@pytest.mark.parametrize("local_rank, visible, index", [(0, 1, 0), (3, 1, 0), (0, 8, 0), (7, 8, 7)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(local_rank, visible, index):
+    assert own_gpu(local_rank, visible) == index
+
+
+def test_ranks_that_would_share_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(
+        NoOwnGpu, match=r"rank 2 of this node, counted from 0, .* sees 2 \(CUDA_VISIBLE_DEVICES is 4,5\)"
+    ):
+        own_gpu(2, 2)
+
+
+def test_two_ranks_on_the_same_gpu_are_refused_whatever_number_it_has_for_them():
+    store = dist.HashStore()
+    for number in (0, 1):  # joins of one process
+        for gpu in ("GPU-a", "GPU-b"):
+            _check_own_gpu(store, gpu, number)
+    with pytest.raises(NoOwnGpu, match="shares GPU GPU-a of .* set resources.gpus_per_node"):
+        _check_own_gpu(store, "GPU-a", 1)
+    for _ in range(2):
+        _check_own_gpu(store, "", 1)
+
+
+BOUND = """
+import os
+import torch
+chosen = []
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, chosen.append
+from megatron_ext.device import init_device
+init_device()
+print(chosen, os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"])
+"""
+
+
+def test_a_rank_that_slurm_shows_one_gpu_takes_it():
+    environment = {**os.environ, "LOCAL_RANK": "3"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BOUND], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "[0] 0\n", done.stderr
