@@ -357,6 +357,11 @@ def device() -> torch.device:
     return CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def send(numbers: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of host memory on the device. A GPU copies it while the host goes on; torch keeps the source."""
+    return numbers if is_cpu() else numbers.pin_memory().to(device(), non_blocking=True)
+
+
 def backend() -> str:
     """Return the torch.distributed back end of that device."""
     return "gloo" if is_cpu() else "nccl"

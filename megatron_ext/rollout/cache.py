@@ -15,6 +15,7 @@ import numpy
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_ext.device import send
 from megatron_ext.layers.documents import PackedRow
 from megatron_ext.layers.mamba import MambaMixer
 from megatron_ext.layers.mamba_scan import State
@@ -195,10 +196,10 @@ class CachedRow(PackedRow):
     batches: tuple[CachedBatch, ...] = ()
 
 
-def on_device(arrays: Sequence[numpy.ndarray], target: torch.device) -> list[torch.Tensor]:
-    """Return arrays of integers on `target` as int64, by one copy: on a GPU the host waits for each."""
+def on_device(arrays: Sequence[numpy.ndarray]) -> list[torch.Tensor]:
+    """Return arrays of integers on the device as int64, by one copy."""
     flat = numpy.concatenate([array.ravel() for array in arrays]).astype(numpy.int64, copy=False)
-    parts = torch.from_numpy(flat).to(target).split([array.size for array in arrays])
+    parts = send(torch.from_numpy(flat)).split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays)]
 
 
@@ -232,7 +233,7 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
     empty = numpy.zeros(filler, numpy.int64)
     positions = numpy.concatenate([*spans, empty])
     arrays = [[positions, numpy.concatenate([*places, empty + cache.spare])], *map(batch, kinds.values())]
-    sent = iter(on_device([array for each in arrays for array in each], cache.target))
+    sent = iter(on_device([array for each in arrays for array in each]))
     (held, kept), *batches = ([next(sent) for _ in each] for each in arrays)
     longest = -(-(width * size or int(positions.max()) + 1) // _ANGLES) * _ANGLES
     return CachedRow(

@@ -30,7 +30,7 @@ class Graphs:
         filler = NewTokens((0,), 0, [self.cache.spare // self.cache.block_size])
         row = cached_row([*documents, *[filler] * (shape[0] - len(documents))], self.cache, width=shape[1])
         ids = [document.tokens[0] for document in documents] + [0] * (shape[0] - len(documents))
-        (tokens,) = on_device([numpy.array([ids])], self.cache.target)
+        (tokens,) = on_device([numpy.array([ids])])
         if shape not in self._recorded:
             self._recorded[shape] = _Recorded(self.forward, tokens, row)
         return self._recorded[shape].run(tokens, row)[: len(documents)]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from data_tools.mistake import UserMistake
-from megatron_ext.device import device, plain_torch
+from megatron_ext.device import device, plain_torch, send
 from megatron_ext.layers.loss_head import position_logits
 from megatron_ext.models.registry import unwrap
 from megatron_ext.rollout.cache import Cache, CachedRow, NewTokens, cached_row, on_device
@@ -54,7 +54,7 @@ class Runner:
         filler = -len(ids) % self.unit
         row = cached_row(documents, self.cache, filler)
         ends = numpy.cumsum([len(document.tokens) for document in documents]) - 1
-        tokens, rows = on_device([numpy.array([ids + [0] * filler]), ends[list(wanted)]], self.cache.target)
+        tokens, rows = on_device([numpy.array([ids + [0] * filler]), ends[list(wanted)]])
         with plain_torch():
             self._receive(tokens.size(1) // self.unit)
             out = position_logits(self.model, tokens, row.positions[None], documents=row, wanted=rows)
@@ -92,7 +92,7 @@ class Runner:
         """
         columns = torch.empty(len(noise), 4, dtype=torch.float64, device=self.cache.target)
         if self.is_last:
-            uniforms = torch.tensor(noise, dtype=torch.float64, device=self.cache.target)
+            uniforms = send(torch.tensor(noise, dtype=torch.float64))
             with plain_torch():
                 first = self.vocabulary.rank * logits.size(-1)
                 drawn = draw(logits, uniforms, sampling, self.vocabulary, first=first)

@@ -205,12 +205,12 @@ def _of_documents(field: str) -> Forget:
 
 def _arrays_of_a_step(trainer: Trainer, rows: list[Any]) -> Callable[[], Any]:
     def pass_of_the_engine() -> None:
-        kept = cache.on_device
-        cache.on_device = lambda arrays, target: kept(arrays, torch.device("cpu"))
+        kept = cache.send
+        cache.send = lambda numbers: numbers
         try:
             rollouts(trainer.model[0])
         finally:
-            cache.on_device = kept
+            cache.send = kept
 
     return pass_of_the_engine
 

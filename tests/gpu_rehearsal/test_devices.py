@@ -9,8 +9,7 @@ import torch.distributed as dist
 
 from megatron_ext.device import NoOwnGpu, own_gpu
 from megatron_ext.parallel.ranks import _check_own_gpu
-from tests.gpu_rehearsal import device_ranks
-from tests.gpu_rehearsal.pool import PretendedRanks
+from tests.gpu_rehearsal.pool import PretendedRanks, on_device
 from tests.megatron_ext import tiny
 from tests.megatron_ext.gloo import Ranks
 
@@ -23,6 +22,10 @@ FAMILIES = {
     "nemotron_h": tiny.NEMOTRON_H_DIMS,
     "nanochat": tiny.NANOCHAT_DIMS,
 }
+FORGOTTEN = (  # device_ranks.FORGOTTEN
+    "norm", "adapter of a router", "tokens", "places of supervised tokens", "labels", "positions in documents",
+    "places in buckets", "arrays of a step of the engine",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +47,8 @@ def plain():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, plain, family, tmp_path):
     """From the import to adapters, rollouts among it: as on the CPU, but for what kernels round otherwise."""
-    (there,) = pretended.run(device_ranks.walk, of=FAMILIES[family], folder=tmp_path)
-    (here,) = plain.run(device_ranks.walk, of=FAMILIES[family], folder=tmp_path)
+    (there,) = on_device(pretended, "walk", of=FAMILIES[family], folder=tmp_path)
+    (here,) = on_device(plain, "walk", of=FAMILIES[family], folder=tmp_path)
     assert there["resumed"] == there["updates"][1], "random states and weights go on"
     for name in ("updates", "resumed", "evaluated"):
         assert numbers(there[name]) == pytest.approx(numbers(here[name]), rel=1e-5), name
@@ -58,9 +61,9 @@ def numbers(value) -> list[float]:
     return [number for part in value for number in numbers(part)] if isinstance(value, list | tuple) else [value]
 
 
-@pytest.mark.parametrize("what", device_ranks.FORGOTTEN)
+@pytest.mark.parametrize("what", FORGOTTEN)
 def test_what_is_left_on_the_cpu_is_found(pretended, what, tmp_path):
-    assert "CPU tensors" in pretended.run(device_ranks.forgotten, what=what, folder=tmp_path)[0]
+    assert "CPU tensors" in on_device(pretended, "forgotten", what=what, folder=tmp_path)[0]
 
 
 # ---------------------------------------------------------------- a GPU of one's own
