@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_ext.device import backend, device
+from megatron_ext.device import backend, device, record
 from megatron_ext.lora import adapters, pairs, peft_format
 from megatron_ext.lora.settings import BARE
 from megatron_ext.models.registry import Family, unwrap
@@ -73,9 +73,14 @@ def rollouts(model: Any, samples: int = 2, **settings: Any) -> dict[str, list]:
     return found
 
 
-def walk(
-    of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32, graphs: bool = False
-) -> dict[str, Any]:
+def decoded(of: Any, folder: Path, **settings: Any) -> dict[str, list]:
+    """Return `rollouts` of a model as it was imported."""
+    with ranks.started(ALONE):
+        (model,) = built(of, tiny.hf_folder(folder, of))
+        return rollouts(model, **settings)
+
+
+def walk(of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Import, roll out, train, save, evaluate, resume, and adapt."""
     found: dict[str, Any] = {}
     own = folder / backend()
@@ -86,7 +91,7 @@ def walk(
         hf = folder / "hf"
         parts = built(of, hf, plan, dtype)
         if plan.virtual == 1:
-            found["frozen"] = rollouts(parts[0], cuda_graphs=graphs)
+            found["frozen"] = rollouts(parts[0])
         trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
         found["updates"] = [update(trainer, plan)]
         saver = checkpoint.Saver(own / "steps", trainer.model, trainer.optimizer, plan, keep=2, background=True)
@@ -96,7 +101,7 @@ def walk(
         found["evaluated"] = trainer.evaluate(certify.rows_of(PACKS, plan)).reduced().mean_loss
         if plan.virtual == 1:
             with trainer.offloaded(True):
-                found["trained"] = rollouts(trainer.model[0], cuda_graphs=graphs)
+                found["trained"] = rollouts(trainer.model[0])
             found["updates"].append(update(trainer, plan))  # from a state that was off the device meanwhile
         assert left_behind(trainer.model) == []
     with ranks.started(plan, seed=5):
@@ -238,3 +243,45 @@ def forgotten(what: str, folder: Path) -> str:
         except pretended_gpu.Stray as stray:
             return str(stray)
     return "nothing"
+
+
+# ---------------------------------------------------------------- recorded passes
+
+
+def refused_in_a_recording(what: str) -> str:
+    """Record what a CUDA graph cannot hold, or lose what it reads, and return what was raised."""
+    x = torch.ones(3, device=device())
+    lost = [torch.ones(3, device=device())]
+    passes: dict[str, Callable[[], torch.Tensor]] = {
+        "a number read": lambda: x * x.sum().item(),
+        "a choice by value": lambda: x if x.sum() > 0 else -x,
+        "a mask": lambda: x[x > 0],
+        "numbers of the host": lambda: x + torch.tensor([1.0, 2.0, 3.0], device=device()),
+        "memory that goes": lambda: x + lost[0],
+        "nothing": lambda: x + 1,
+    }
+    try:
+        replay = record(passes[what])
+        lost.clear()
+        assert replay().tolist() == [2.0] * 3
+    except pretended_gpu.Stray as stray:
+        return str(stray)
+    return "nothing"
+
+
+def replayed() -> list[list[float]]:
+    """Return what a recorded pass gives for inputs that change in place, and for a number that was baked in."""
+    x, factor = torch.ones(2, device=device()), [2.0]
+    total = torch.zeros(2, device=device())
+
+    def run() -> torch.Tensor:
+        total.add_(x)
+        return x.mul(factor[0]).exp().log()
+
+    replay = record(run)
+    before, found = total.clone(), []
+    for value in (3.0, 5.0):
+        x.fill_(value)
+        factor[0] = value  # too late: the kernel has its own
+        found.append([round(number, 4) for number in replay().tolist()])
+    return [*found, (total - before).tolist()]

@@ -66,6 +66,36 @@ def test_what_is_left_on_the_cpu_is_found(pretended, what, tmp_path):
     assert "CPU tensors" in on_device(pretended, "forgotten", what=what, folder=tmp_path)[0]
 
 
+# ---------------------------------------------------------------- recorded passes
+
+
+@pytest.mark.parametrize("family", ("qwen2", "qwen3", "nanochat"))
+def test_recorded_passes_draw_what_others_draw(pretended, family, tmp_path):
+    """No pass reads a number of the host, waits for it, or needs memory that is given back."""
+    for name, given in {"recorded": dict(cuda_graphs=True), "launched": {}}.items():
+        found = on_device(pretended, "decoded", of=FAMILIES[family], folder=tmp_path / name, **given)[0]
+        tokens = {kind: [sample[0] for sample in samples] for kind, samples in found.items()}
+        assert name == "recorded" or tokens == before
+        before = tokens
+
+
+REFUSED = ("a number read", "a choice by value", "a mask", "numbers of the host")
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_recording_that_waits_for_the_host_is_refused(pretended, what):
+    assert "not permitted when stream is capturing" in on_device(pretended, "refused_in_a_recording", what=what)[0]
+
+
+def test_a_recording_whose_memory_goes_is_refused(pretended):
+    assert "was given back" in on_device(pretended, "refused_in_a_recording", what="memory that goes")[0]
+    assert on_device(pretended, "refused_in_a_recording", what="nothing") == ["nothing"]
+
+
+def test_a_recording_is_replayed_on_the_memory_that_it_was_recorded_on(pretended):
+    assert on_device(pretended, "replayed") == [[[6.0, 6.0], [10.0, 10.0], [8.0, 8.0]]]
+
+
 # ---------------------------------------------------------------- a GPU of one's own
 
 
