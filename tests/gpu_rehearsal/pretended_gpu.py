@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -121,6 +121,16 @@ def _event(kind: str) -> None:
 
 
 @contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """Let operators through, of this thread."""
+    before, _local.unseen = getattr(_local, "unseen", False), True
+    try:
+        yield
+    finally:
+        _local.unseen = before
+
+
+@contextlib.contextmanager
 def counted() -> Iterator[Counter]:
     """Give the events of the block, by kind and place, when it ends."""
     before, found = Counter(_state.events), Counter()
@@ -174,8 +184,14 @@ def _check_collective(func: Any, args: tuple, tensors: list[torch.Tensor]) -> No
 class _Discipline(TorchDispatchMode):
     """Sees every operator of a thread, those of backward included."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import torch._dynamo
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(_local, "unseen", False):
+            return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         tensors = [tensor for tensor in tensors if _plain["device"].__get__(tensor) == CPU]  # meta is nobody's matter
         on_gpu = [is_on_gpu(tensor) for tensor in tensors]
@@ -244,7 +260,7 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gpu: bool, non_blocking: bool) -> torch.Tensor:
-        with _disable_current_modes():
+        with _unseen():
             out = _plain["clone"](x.detach())
         if gpu:
             _add(_state.on_gpu, out)
@@ -306,7 +322,7 @@ def _without_device(plain: Callable) -> Callable:
         before, _local.target = getattr(_local, "target", False), gpu
         try:
             if is_copy or (like is not None and given != gpu):
-                with _disable_current_modes():
+                with _unseen():
                     out = plain(*args, **kwargs)
             else:
                 out = plain(*args, **kwargs)
@@ -459,7 +475,7 @@ class CUDAGraph:
         return _Held(None, (StorageWeakRef(tensor.untyped_storage()), *shape))
 
     def replay(self) -> None:
-        with _disable_current_modes(), torch.no_grad():
+        with _unseen(), torch.no_grad():
             for func, args, kwargs, made in self.steps:
                 args, kwargs = tree_map_only(_Held, _Held.tensor, (args, kwargs))
                 outs = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -573,7 +589,7 @@ def _pretend_nccl() -> None:
         group = kwargs.get("group", args[0] if args else None) or c10d._get_default_group()
         if _state.groups.get(group.group_name) == "nccl":
             _event("wait")
-        with _disable_current_modes():
+        with _unseen():
             return plain_barrier(*args, **kwargs)
 
     plain_barrier = c10d.barrier
