@@ -22,7 +22,7 @@ from megatron_ext.rollout.settings import EngineConfig, Sampling
 from megatron_ext.training import certify
 from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, convert
-from tests.gpu_rehearsal import pretended_gpu
+from tests.gpu_rehearsal.pretended import memory
 from tests.megatron_ext import adapted, tiny
 
 Forget = Callable[[Trainer, list[Any]], Callable[[], Any]]  # leaves something behind, and returns what meets it
@@ -145,10 +145,10 @@ def waits_of_a_training_step(of: Any, folder: Path, dtype: torch.dtype = torch.b
         trainer = Trainer(built(of, tiny.hf_folder(folder, of), ALONE, dtype), ALONE, AdamW())
         rows = certify.rows_of(PACKS, ALONE)
         trainer.step(rows, RATE)
-        before = pretended_gpu.unordered()
-        with pretended_gpu.counted() as found:
+        before = memory.unordered()
+        with memory.counted() as found:
             trainer.step(rows, RATE)
-        return pretended_gpu.kinds(found), dict(found), dict(pretended_gpu.unordered() - before)
+        return memory.kinds(found), dict(found), dict(memory.unordered() - before)
 
 
 def waits_of_a_decode_step(of: Any, folder: Path, graphs: bool = False, kind: str = "greedy") -> tuple[dict, dict]:
@@ -160,7 +160,7 @@ def waits_of_a_decode_step(of: Any, folder: Path, graphs: bool = False, kind: st
         step = engine._step
 
         def watched(*arguments: Any) -> Any:
-            with pretended_gpu.counted() as found:
+            with memory.counted() as found:
                 ended = step(*arguments)
             steps.append((engine.counts["decoded"] > 0, found))
             return ended
@@ -169,7 +169,7 @@ def waits_of_a_decode_step(of: Any, folder: Path, graphs: bool = False, kind: st
         sampling = replace(SAMPLINGS[kind], max_tokens=8)
         list(engine.generate([Request(100 + i, PROMPTS[1], 1) for i in range(4)], sampling))
         _, last = steps[-1]
-        return pretended_gpu.kinds(last), dict(last)
+        return memory.kinds(last), dict(last)
 
 
 # ---------------------------------------------------------------- things left behind
@@ -240,7 +240,7 @@ def forgotten(what: str, folder: Path) -> str:
         meet = FORGOTTEN[what](trainer, certify.rows_of(PACKS, ALONE))
         try:
             meet()
-        except pretended_gpu.Stray as stray:
+        except memory.Stray as stray:
             return str(stray)
     return "nothing"
 
@@ -264,7 +264,7 @@ def refused_in_a_recording(what: str) -> str:
         replay = record(passes[what])
         lost.clear()
         assert replay().tolist() == [2.0] * 3
-    except pretended_gpu.Stray as stray:
+    except memory.Stray as stray:
         return str(stray)
     return "nothing"
 

@@ -28,13 +28,13 @@ class RehearsalRanks(Ranks):
 
 
 class PretendedRanks(Ranks):
-    """Ranks on pretended GPUs (pretended_gpu.py), one each."""
+    """Ranks on pretended GPUs (pretended/), one each."""
 
     @staticmethod
     def serve(connection: Any, rank: int, world_size: int) -> None:
-        from tests.gpu_rehearsal import pretended_gpu
+        from tests.gpu_rehearsal.pretended import gpu
 
-        pretended_gpu.begin()
+        gpu.begin()
         gloo._serve(connection, rank, world_size)
 
 
