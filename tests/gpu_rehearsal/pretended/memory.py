@@ -35,7 +35,7 @@ class State:
 
 state = State()
 local = threading.local()
-plain_torch: dict[str, Any] = {}  # torch's own functions
+original: dict[str, Any] = {}  # torch's own functions
 
 
 # ---------------------------------------------------------------- which memory is where

@@ -19,7 +19,7 @@ from tests.gpu_rehearsal.pretended.memory import (
     is_in,
     is_on_gpu,
     local,
-    plain_torch,
+    original,
     state,
     unseen,
     where,
@@ -80,9 +80,7 @@ class Discipline(TorchDispatchMode):
         if getattr(local, "unseen", False):
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        tensors = [
-            tensor for tensor in tensors if plain_torch["device"].__get__(tensor) == CPU
-        ]  # meta is nobody's matter
+        tensors = [tensor for tensor in tensors if original["device"].__get__(tensor) == CPU]  # meta is nobody's matter
         on_gpu = [is_on_gpu(tensor) for tensor in tensors]
         gpu = any(on_gpu) or (not tensors and getattr(local, "target", False))
         if state.copying and func.namespace != "c10d":
@@ -150,7 +148,7 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gpu: bool, non_blocking: bool) -> torch.Tensor:
         with unseen():
-            out = plain_torch["clone"](x.detach())
+            out = original["clone"](x.detach())
         if gpu:
             add(state.on_gpu, out)
             _copied(out, x, non_blocking)
@@ -188,11 +186,11 @@ def _to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             kwargs["device"] = GPU
         device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
     if device is not None and device.type not in ("cuda", "cpu"):
-        return plain_torch["to"](self, device)
+        return original["to"](self, device)
     named = {} if layout is None else {"memory_format": layout}
     if device is None or (device.type == "cuda") == is_on_gpu(self):
-        return plain_torch["to"](self, dtype or self.dtype, copy=copy, **named)
-    return plain_torch["to"](_Move.apply(self, device.type == "cuda", non_blocking), dtype or self.dtype, **named)
+        return original["to"](self, dtype or self.dtype, copy=copy, **named)
+    return original["to"](_Move.apply(self, device.type == "cuda", non_blocking), dtype or self.dtype, **named)
 
 
 def _without_device(plain: Callable) -> Callable:
@@ -205,21 +203,12 @@ def _without_device(plain: Callable) -> Callable:
         if isinstance(named, torch.device | str) and torch.device(named).type == "meta":
             return plain(*args, **kwargs, device=named)
         pinned = kwargs.pop("pin_memory", False)
-        is_copy = plain in (
-            plain_torch["tensor"],
-            plain_torch["as_tensor"],
-            plain_torch["asarray"],
-            plain_torch["new_tensor"],
-        )
-        given = is_on_gpu(like) if like is not None and plain is not plain_torch["new_tensor"] else False
-        gpu = (
-            _names_gpu(named)
-            if named is not None
-            else (given or (plain is plain_torch["new_tensor"] and is_on_gpu(like)))
-        )
+        copies = plain.__name__ in ("tensor", "as_tensor", "asarray", "new_tensor")
+        given = like is not None and is_on_gpu(like)
+        gpu = _names_gpu(named) if named is not None else given
         before, local.target = getattr(local, "target", False), gpu
         try:
-            if is_copy or (like is not None and given != gpu):
+            if copies or (like is not None and given != gpu):
                 with unseen():
                     out = plain(*args, **kwargs)
             else:
@@ -228,7 +217,7 @@ def _without_device(plain: Callable) -> Callable:
             local.target = before
         if gpu:
             add(state.on_gpu, out)
-            if is_copy and not given:
+            if copies and (not given or plain.__name__ == "new_tensor"):
                 event("send")
         if pinned:
             add(state.pinned, out)
@@ -252,13 +241,13 @@ def _on_host_only(name: str) -> Callable:
 def _tolist(self: torch.Tensor) -> Any:
     if is_on_gpu(self):
         event("read")
-    return plain_torch["tolist"](self)
+    return original["tolist"](self)
 
 
 def _type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs or not is_on_gpu(self):
-        return plain_torch["type"](self, *args, **kwargs)
-    return plain_torch["type"](self).replace("torch.", "torch.cuda.")
+        return original["type"](self, *args, **kwargs)
+    return original["type"](self).replace("torch.", "torch.cuda.")
 
 
 def _pin_memory(self: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -270,7 +259,7 @@ def _pin_memory(self: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _deepcopy(self: torch.Tensor, memo: Any) -> torch.Tensor:
-    out = plain_torch["__deepcopy__"](self, memo)
+    out = original["__deepcopy__"](self, memo)
     if is_on_gpu(self):
         add(state.on_gpu, out)
     return out
@@ -278,11 +267,9 @@ def _deepcopy(self: torch.Tensor, memo: Any) -> torch.Tensor:
 
 def pretend_tensors() -> None:
     tensor = torch.Tensor
-    for name in ("to", "clone", "tolist", "type", "__deepcopy__", "new_tensor"):
-        plain_torch[name] = getattr(tensor, name)
-    plain_torch["device"] = torch._C.TensorBase.device
-    for name in ("tensor", "as_tensor", "asarray"):
-        plain_torch[name] = getattr(torch, name)
+    for name in ("to", "clone", "tolist", "type", "__deepcopy__"):
+        original[name] = getattr(tensor, name)
+    original["device"] = torch._C.TensorBase.device
     for plain in _device_constructors():
         if getattr(torch, plain.__name__, None) is plain:
             setattr(torch, plain.__name__, _without_device(plain))
@@ -294,7 +281,7 @@ def pretend_tensors() -> None:
         setattr(tensor, name, _on_host_only(name))
 
     def device_of(self: torch.Tensor) -> torch.device:
-        own = plain_torch["device"].__get__(self)
+        own = original["device"].__get__(self)
         return GPU if own == CPU and is_on_gpu(self) else own
 
     changed: dict[str, Any] = {
