@@ -156,7 +156,10 @@ def pretend_cuda(devices: int, name: str, capability: tuple[int, int]) -> None:
     for key, value in changed.items():
         assert hasattr(cuda, key), key
         setattr(cuda, key, value)
+        if hasattr(cuda.random, key):  # which has names of its own
+            setattr(cuda.random, key, value)
     cuda.default_generators[0].manual_seed(1234)
+    cuda.nccl.version = lambda: (2, 27, 3)  # torch's own log asks for it
 
     def uncompiled(function: Any = None, **_: Any) -> Any:
         return uncompiled if function is None else function
