@@ -119,6 +119,11 @@ def _widened(path: str) -> Callable[..., torch.Tensor]:
     return widened
 
 
+def _l2_norm(_size: int, _flag: Any, tensor_lists: Any, *_: Any) -> tuple[torch.Tensor, None]:
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return torch.stack(norms).norm().reshape(1), None
+
+
 def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
@@ -169,6 +174,9 @@ PATCHES: dict[str, Patch] = {
     ),
     "megatron.core.optimizer.Adam": Patch(
         "torch.optim.AdamW, the fall-back, has a state that the distributed optimizer cannot load", lambda: FusedAdam
+    ),
+    "megatron.core.optimizer.clip_grads.l2_norm_impl": Patch(
+        "the original brings each parameter's norm to the host by itself (utils.py:1206)", lambda: _l2_norm
     ),
     "megatron.core.optimizer.distrib_optimizer.Adam": Patch(
         "the distributed optimizer accepts this class only (distrib_optimizer.py:514)", lambda: FusedAdam

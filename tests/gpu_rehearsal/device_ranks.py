@@ -103,6 +103,7 @@ def walk(of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype =
             with trainer.offloaded(True):
                 found["trained"] = rollouts(trainer.model[0])
             found["updates"].append(update(trainer, plan))  # from a state that was off the device meanwhile
+            found["after"] = trainer.evaluate(certify.rows_of(PACKS, plan)).reduced().mean_loss
         assert left_behind(trainer.model) == []
     with ranks.started(plan, seed=5):
         trainer = Trainer(built(of, hf, plan, dtype), plan, AdamW(weight_decay=0.1))

@@ -50,7 +50,7 @@ def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, plain, family, tmp_pa
     (there,) = on_device(pretended, "walk", of=FAMILIES[family], folder=tmp_path)
     (here,) = on_device(plain, "walk", of=FAMILIES[family], folder=tmp_path)
     assert there["resumed"] == there["updates"][1], "random states and weights go on"
-    for name in ("updates", "resumed", "evaluated"):
+    for name in ("updates", "resumed", "evaluated", "after"):
         assert numbers(there[name]) == pytest.approx(numbers(here[name]), rel=1e-5), name
     for name in ("frozen", "trained"):
         for kind, samples in there[name].items():
@@ -64,6 +64,30 @@ def numbers(value) -> list[float]:
 @pytest.mark.parametrize("what", FORGOTTEN)
 def test_what_is_left_on_the_cpu_is_found(pretended, what, tmp_path):
     assert "CPU tensors" in on_device(pretended, "forgotten", what=what, folder=tmp_path)[0]
+
+
+# ---------------------------------------------------------------- how often the host waits
+
+EXPERT_LAYERS = {"gpt_oss": 2, "nemotron_h": 2}
+MICRO_BATCHES = 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_an_update_the_host_reads_two_numbers(pretended, family, tmp_path):
+    """Those are mcore's: whether any token counts, and the norm. Of experts it reads how many tokens each has."""
+    ((counts, places, _),) = on_device(pretended, "waits_of_a_training_step", of=FAMILIES[family], folder=tmp_path)
+    passes = MICRO_BATCHES * EXPERT_LAYERS.get(family, 0)
+    assert counts == {"read": 2 + 2 * passes, **({"wait": passes} if passes else {})}, places
+
+
+@pytest.mark.parametrize("kind", ("greedy", "filtered"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decode_step_brings_numbers_to_the_host_once(pretended, family, kind, tmp_path):
+    ((counts, places),) = on_device(
+        pretended, "waits_of_a_decode_step", of=FAMILIES[family], folder=tmp_path, kind=kind
+    )
+    layers = EXPERT_LAYERS.get(family, 0)
+    assert counts == {"read": 1 + 2 * layers, **({"wait": layers} if layers else {})}, places
 
 
 # ---------------------------------------------------------------- recorded passes

@@ -26,11 +26,13 @@ from tests.gpu_rehearsal.pretended.memory import (
 )
 
 aten = torch.ops.aten
+_device = torch.device
 READS = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
     aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default,
     aten.repeat_interleave.Tensor, aten.is_pinned.default,
 }  # fmt: skip
+FILLING = {aten.fill_.Tensor, aten.fill.Tensor, aten.masked_fill_.Tensor, aten.masked_fill.Tensor}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 # Of what torch.use_deterministic_algorithms names, that which may be met here.
 UNORDERED = {"index_add_", "index_add", "scatter_add_", "scatter_add", "put_", "cumsum", "bincount", "index_reduce"}
@@ -41,7 +43,7 @@ UNORDERED = {"index_add_", "index_add", "scatter_add_", "scatter_add", "put_", "
 
 def _strays(func: Any, tensors: list[torch.Tensor], on_gpu: list[bool]) -> list[torch.Tensor]:
     """Return the CPU tensors that may not meet those on the GPU."""
-    scalars = torch.Tag.pointwise in func.tags or "_foreach" in func.name() or func in INDEXING
+    scalars = torch.Tag.pointwise in func.tags or "_foreach" in func.name() or func in INDEXING | FILLING
     return [tensor for tensor, gpu in zip(tensors, on_gpu) if not gpu and not (scalars and tensor.dim() == 0)]
 
 
@@ -83,6 +85,8 @@ class Discipline(TorchDispatchMode):
         tensors = [tensor for tensor in tensors if original["device"].__get__(tensor) == CPU]  # meta is nobody's matter
         on_gpu = [is_on_gpu(tensor) for tensor in tensors]
         gpu = any(on_gpu) or (not tensors and getattr(local, "target", False))
+        if isinstance(named := kwargs.get("device"), _device) and named.type == "cuda":  # from `with torch.device(...)`
+            kwargs, gpu = {**kwargs, "device": CPU}, True
         if state.copying and func.namespace != "c10d":
             for tensor in tensors:
                 if is_in(state.copying, tensor):
@@ -201,7 +205,7 @@ def _without_device(plain: Callable) -> Callable:
         like = args[0] if args and isinstance(args[0], torch.Tensor) else None
         named = kwargs.pop("device", None)
         if isinstance(named, torch.device | str) and torch.device(named).type == "meta":
-            return plain(*args, **kwargs, device=named)
+            return plain(*args, **{**kwargs, "device": named})
         pinned = kwargs.pop("pin_memory", False)
         copies = plain.__name__ in ("tensor", "as_tensor", "asarray", "new_tensor")
         given = like is not None and is_on_gpu(like)
@@ -215,6 +219,10 @@ def _without_device(plain: Callable) -> Callable:
                 out = plain(*args, **kwargs)
         finally:
             local.target = before
+        if copies:
+            for leaf in tree_leaves(args[like is not None :]):  # numbers are taken out of each by itself
+                if isinstance(leaf, torch.Tensor) and is_on_gpu(leaf):
+                    event("read")
         if gpu:
             add(state.on_gpu, out)
             if copies and (not given or plain.__name__ == "new_tensor"):
@@ -265,6 +273,18 @@ def _deepcopy(self: torch.Tensor, memo: Any) -> torch.Tensor:
     return out
 
 
+class _KindOfDevice(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _device("cuda", args[0]) if args and type(args[0]) is int else _device(*args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _device)
+
+
+class _Device(metaclass=_KindOfDevice):
+    """torch.device, of which a number alone is a GPU's."""
+
+
 def pretend_tensors() -> None:
     tensor = torch.Tensor
     for name in ("to", "clone", "tolist", "type", "__deepcopy__"):
@@ -282,8 +302,10 @@ def pretend_tensors() -> None:
 
     def device_of(self: torch.Tensor) -> torch.device:
         own = original["device"].__get__(self)
-        return GPU if own == CPU and is_on_gpu(self) else own
+        is_plain = type(self) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        return GPU if is_plain and own == CPU and is_on_gpu(self) else own
 
+    torch.device = _Device  # type: ignore[assignment, misc]
     changed: dict[str, Any] = {
         "device": property(device_of),
         "is_cuda": property(lambda self: self.device.type == "cuda"),
