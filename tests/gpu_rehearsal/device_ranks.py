@@ -1,5 +1,6 @@
 """What ranks do on pretended GPUs, and the same on the CPU."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 
+from data_tools.progress import never
 from megatron_ext.device import backend, device, record
 from megatron_ext.lora import adapters, pairs, peft_format
 from megatron_ext.lora.settings import BARE
@@ -20,10 +22,12 @@ from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import EngineConfig, Sampling
 from megatron_ext.training import certify
+from megatron_ext.training.loop import StopVote
 from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, convert
 from tests.gpu_rehearsal.pretended import memory
 from tests.megatron_ext import adapted, tiny
+from tests.megatron_ext.rl import toy
 
 Forget = Callable[[Trainer, list[Any]], Callable[[], Any]]  # leaves something behind, and returns what meets it
 
@@ -137,6 +141,17 @@ def _adapted(of: Any, hf: Path, plan: ParallelPlan, dtype: torch.dtype, own: Pat
     return found
 
 
+def policy(of: Any, folder: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Return the metrics of a run of GRPO that has all there is: several updates, a reference, offloading, a resume."""
+    keep, hf = folder / backend(), folder / "hf"
+    if not hf.exists():
+        tiny.hf_folder(hf, of, seed=4)
+    asked = dict(minibatches=2, passes=2, offload=True, old_logprobs="rollout", reference=True, **settings)
+    for steps in (1, 3):
+        toy.trained(hf, of, ALONE, keep, steps, **asked)
+    return [json.loads(line) for line in (keep / "metrics.jsonl").read_text().splitlines()]
+
+
 # ---------------------------------------------------------------- how often the host waits
 
 
@@ -145,10 +160,12 @@ def waits_of_a_training_step(of: Any, folder: Path, dtype: torch.dtype = torch.b
     with ranks.started(ALONE):
         trainer = Trainer(built(of, tiny.hf_folder(folder, of), ALONE, dtype), ALONE, AdamW())
         rows = certify.rows_of(PACKS, ALONE)
+        vote = StopVote(never)
         trainer.step(rows, RATE)
         before = memory.unordered()
         with memory.counted() as found:
-            trainer.step(rows, RATE)
+            trainer.step(rows, RATE, before_update=vote.send)
+            assert not vote.count()
         return memory.kinds(found), dict(found), dict(memory.unordered() - before)
 
 

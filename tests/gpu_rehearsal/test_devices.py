@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_ext.device import NoOwnGpu, own_gpu
 from megatron_ext.parallel.ranks import _check_own_gpu
+from megatron_ext.rl.settings import Loss
 from tests.gpu_rehearsal.pool import PretendedRanks, on_device
 from tests.megatron_ext import tiny
 from tests.megatron_ext.gloo import Ranks
@@ -50,15 +51,23 @@ def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, plain, family, tmp_pa
     (there,) = on_device(pretended, "walk", of=FAMILIES[family], folder=tmp_path)
     (here,) = on_device(plain, "walk", of=FAMILIES[family], folder=tmp_path)
     assert there["resumed"] == there["updates"][1], "random states and weights go on"
-    for name in ("updates", "resumed", "evaluated", "after"):
-        assert numbers(there[name]) == pytest.approx(numbers(here[name]), rel=1e-5), name
+    for name in ("evaluated", "after"):
+        assert there[name] == pytest.approx(here[name], rel=1e-5), name
+    for name in ("updates", "lora"):  # loss and norm, without random numbers: a GPU has a generator of its own
+        pairs = zip(there[name][:2], here[name][:2], strict=True)
+        assert all(a[:2] == pytest.approx(b[:2], rel=1e-5) for a, b in pairs), name
     for name in ("frozen", "trained"):
         for kind, samples in there[name].items():
             assert [tokens for tokens, *_ in samples] == [tokens for tokens, *_ in here[name][kind]], (name, kind)
 
 
-def numbers(value) -> list[float]:
-    return [number for part in value for number in numbers(part)] if isinstance(value, list | tuple) else [value]
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_grpo_leaves_nothing_on_the_cpu(pretended, plain, level, tmp_path):
+    settings = dict(of=tiny.DIMS, folder=tmp_path, loss=Loss(level=level, kl_beta=0.1, entropy=0.01))
+    (there,), (here,) = (on_device(ranks, "policy", **settings) for ranks in (pretended, plain))
+    for a, b in zip(there, here, strict=True):
+        for name in ("reward", "grad_norm", "loss", "kl", "entropy"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (a["step"], name)
 
 
 @pytest.mark.parametrize("what", FORGOTTEN)
@@ -73,11 +82,11 @@ MICRO_BATCHES = 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_an_update_the_host_reads_two_numbers(pretended, family, tmp_path):
-    """Those are mcore's: whether any token counts, and the norm. Of experts it reads how many tokens each has."""
+def test_in_a_training_step_the_host_waits_three_times(pretended, family, tmp_path):
+    """For whether any token counts and the norm, both mcore's, and the vote. Of experts it reads their tokens."""
     ((counts, places, _),) = on_device(pretended, "waits_of_a_training_step", of=FAMILIES[family], folder=tmp_path)
     passes = MICRO_BATCHES * EXPERT_LAYERS.get(family, 0)
-    assert counts == {"read": 2 + 2 * passes, **({"wait": passes} if passes else {})}, places
+    assert counts == {"read": 3 + 2 * passes, **({"wait": passes} if passes else {})}, places
 
 
 @pytest.mark.parametrize("kind", ("greedy", "filtered"))
