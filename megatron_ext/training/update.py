@@ -259,15 +259,11 @@ class Trainer:
         """Keep optimizer state and gradients off the device inside, where `wanted`: a rollout has the room.
 
         mcore's own functions (optimizer/optimizer.py:344, distributed/distributed_data_parallel.py:575); gradients are
-        not copied, since each update begins with zeros. What the optimizer updates in place in the model's memory,
-        fp32 parameters, mcore would bring back as copies that no model reads: these stay where they are.
+        not copied, since each update begins with zeros.
         """
         if not wanted:
             yield
             return
-        places = {p.untyped_storage().data_ptr() for part in self._parts for p in part.parameters()}
-        updated = [p for group in self.optimizer.param_groups for p in group["params"]]
-        in_model = [(p, p.data) for p in updated if p.untyped_storage().data_ptr() in places]
         for part in self._parts:
             part.offload_grad_buffers()
         self.optimizer.offload_to_cpu()
@@ -275,8 +271,6 @@ class Trainer:
             yield
         finally:
             self.optimizer.restore_from_cpu()
-            for parameter, data in in_model:
-                parameter.data = data
             for part in self._parts:
                 part.restore_grad_buffers()
 
