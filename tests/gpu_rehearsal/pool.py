@@ -24,7 +24,7 @@ class RehearsalRanks(Ranks):
 
     def te(self, function: str, **arguments: Any) -> list[Any]:
         """Call a function of te_ranks.py, which this process cannot import, and return the results by rank."""
-        return self.run(call, module="te_ranks", name=function, given=arguments)
+        return self.run(call, name=function, given=arguments)
 
 
 class PretendedRanks(Ranks):
@@ -38,11 +38,11 @@ class PretendedRanks(Ranks):
         gloo._serve(connection, rank, world_size)
 
 
-def call(module: str, name: str, given: dict[str, Any]) -> Any:
+def call(name: str, given: dict[str, Any], module: str = "te_ranks") -> Any:
     """Call a function of a module beside this file, which imports megatron-core."""
     return getattr(importlib.import_module(f"tests.gpu_rehearsal.{module}"), name)(**given)
 
 
 def on_device(ranks: Ranks, function: str, **arguments: Any) -> list[Any]:
     """Call a function of device_ranks.py and return the results by rank."""
-    return ranks.run(call, module="device_ranks", name=function, given=arguments)
+    return ranks.run(call, name=function, given=arguments, module="device_ranks")
