@@ -326,8 +326,8 @@ def init_device() -> None:
         warnings.filterwarnings("ignore", message=noise)
     if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
-        # NCCL's monitor asks the store every second whether a rank wants a trace. Ours is written in Python, which a
-        # thread of C++ must not enter while the process ends; and watch.py tells of a hang.
+        # NCCL's monitor asks the store every second for a trace (ProcessGroupNCCL.cpp, HeartbeatMonitor::runLoop). Ours
+        # is Python, which a thread of C++ must not enter while the process ends; and watch.py tells of a hang.
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         with _without_wandb():
             importlib.import_module("megatron.core")
