@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ Forget = Callable[[Trainer, list[Any]], Callable[[], Any]]  # leaves something b
 ALONE = ParallelPlan()
 PACKS = [tiny.pack([20, 8, 4, 32], seed, vocabulary=19) for seed in range(2)]  # shorter and longer than the windows
 RATE = 1e-2
-PROMPTS = [tuple(1 + (3 * i + j * j) % 18 for j in range(1 + 5 * i % 23)) for i in range(5)]
+PROMPTS = [tuple(1 + (3 * i + j * j) % 18 for j in range(1 + 5 * i % 23)) for i in range(4)]
 ENGINE = EngineConfig(kv_gib=0.01, block_size=4, max_batch=6, token_budget=16)
 SAMPLINGS = {
-    "greedy": Sampling(max_tokens=6, temperature=0.0),
-    "filtered": Sampling(max_tokens=6, temperature=0.8, top_k=9, top_p=0.9, min_p=0.01),
+    "greedy": Sampling(max_tokens=4, temperature=0.0),
+    "filtered": Sampling(max_tokens=4, temperature=0.8, top_k=9, top_p=0.9, min_p=0.01),
 }
 
 
@@ -66,13 +66,13 @@ def update(trainer: Trainer, plan: ParallelPlan) -> list[float]:
     return found
 
 
-def rollouts(model: Any, samples: int = 2, **settings: Any) -> dict[str, list]:
-    """Return tokens and log-probs of each kind of sampling."""
+def rollouts(model: Any, kinds: Sequence[str] = tuple(SAMPLINGS), **settings: Any) -> dict[str, list]:
+    """Return tokens and log-probs of two samples of each prompt, by kind of sampling."""
     found = {}
-    for name, sampling in SAMPLINGS.items():
+    for name in kinds:
         engine = Engine(model, replace(ENGINE, **settings), seed=7, stop_ids={5})
-        wanted = [Request(100 + i, prompt, samples) for i, prompt in enumerate(PROMPTS)]
-        ended = sorted(engine.generate(wanted, sampling), key=lambda s: (s.prefix.request.uid, s.sample))
+        wanted = [Request(100 + i, prompt, 2) for i, prompt in enumerate(PROMPTS)]
+        ended = sorted(engine.generate(wanted, SAMPLINGS[name]), key=lambda s: (s.prefix.request.uid, s.sample))
         found[name] = [(s.completion, s.logprobs, s.model_logprobs) for s in ended]
     return found
 
@@ -135,9 +135,9 @@ def _adapted(of: Any, hf: Path, plan: ParallelPlan, dtype: torch.dtype, own: Pat
     adapters.attach(parts, family, of, config)
     adapters.load(parts, peft_format.Reader(own / "adapter", pairs.pairs(family, of, config), config))
     if plan.virtual == 1:
-        found.append(rollouts(parts[0]))
+        found.append(rollouts(parts[0], ["greedy"]))
         with adapters.without(parts):
-            found.append(rollouts(parts[0]))
+            found.append(rollouts(parts[0], ["greedy"]))
     return found
 
 

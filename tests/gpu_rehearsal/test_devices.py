@@ -67,9 +67,9 @@ def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, plain, family, tmp_pa
     assert there["resumed"] == there["updates"][1], "random states and weights go on"
     for name in ("evaluated", "after"):
         assert there[name] == pytest.approx(here[name], rel=1e-5), name
-    for name in ("updates", "lora"):  # loss and norm, without random numbers: a GPU has a generator of its own
-        pairs = zip(there[name][:2], here[name][:2], strict=True)
-        assert all(a[:2] == pytest.approx(b[:2], rel=1e-5) for a, b in pairs), name
+    for ours, theirs in zip(there["updates"], here["updates"], strict=True):
+        assert ours[:2] == pytest.approx(theirs[:2], rel=1e-5)  # loss and norm; a GPU has random numbers of its own
+    assert there["lora"][0][0] == pytest.approx(here["lora"][0][0], rel=1e-5)
     for name in ("frozen", "trained"):
         for kind, samples in there[name].items():
             assert [tokens for tokens, *_ in samples] == [tokens for tokens, *_ in here[name][kind]], (name, kind)
