@@ -234,15 +234,15 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
     positions = numpy.concatenate([*spans, empty])
     arrays = [[positions, numpy.concatenate([*places, empty + cache.spare])], *map(batch, kinds.values())]
     sent = iter(on_device([array for each in arrays for array in each]))
-    (held, kept), *batches = ([next(sent) for _ in each] for each in arrays)
+    (row_positions, row_places), *batches = ([next(sent) for _ in each] for each in arrays)
     longest = -(-(width * size or int(positions.max()) + 1) // _ANGLES) * _ANGLES
     return CachedRow(
         qkv_format="thd",
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         total_tokens=len(positions),
-        positions=held,
+        positions=row_positions,
         cache=cache,
-        places=kept,
+        places=row_places,
         batches=tuple(CachedBatch(*fields, fresh.bool()) for *fields, fresh in batches),
     )

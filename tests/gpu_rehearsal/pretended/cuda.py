@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -123,7 +124,12 @@ def pretend_cuda(devices: int, name: str, capability: tuple[int, int]) -> None:
     cuda: Any = torch.cuda
     stream = Stream()
     properties = types.SimpleNamespace(
-        name=name, major=capability[0], minor=capability[1], total_memory=80 << 30, multi_processor_count=132
+        name=name,
+        uuid=f"GPU-{os.getpid()}",  # one each
+        major=capability[0],
+        minor=capability[1],
+        total_memory=80 << 30,
+        multi_processor_count=132,
     )
     changed: dict[str, Any] = {
         "is_available": lambda: True,

@@ -30,7 +30,7 @@ _device = torch.device
 READS = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
     aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default,
-    aten.repeat_interleave.Tensor, aten.is_pinned.default,
+    aten.repeat_interleave.Tensor,
 }  # fmt: skip
 FILLING = {aten.fill_.Tensor, aten.fill.Tensor, aten.masked_fill_.Tensor, aten.masked_fill.Tensor}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
