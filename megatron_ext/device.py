@@ -5,7 +5,8 @@
 * the functions of PATCHES, each with the reason, before megatron-core is imported (some it takes at import);
 * one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu".
 
-On a machine with CUDA nothing is patched but, where Transformer Engine is not installed, the router that needs it.
+On a machine with CUDA nothing is patched but, where Transformer Engine and Apex are not installed, what needs them
+(`WITHOUT_FUSED`): the router, and the optimizer whose checkpoints can be loaded.
 Everything else in the package asks `device()` and `backend()`, or is a layer spec or a kernel.
 """
 
@@ -13,7 +14,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import inspect
 import logging
 import os
 import resource
@@ -27,12 +27,21 @@ from typing import Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
+from data_tools.mistake import UserMistake
+from megatron_ext import adam
+
 MEGATRON_CORE = "0.16.1"
 CPU = torch.device("cpu")
 
 _ready = False
 _mode: "LiteralCudaIsCpu | None" = None
 _originals: dict[str, Any] = {}
+
+
+class NoOwnGpu(UserMistake):
+    """A rank has no GPU of its own."""
+
+    of_some_ranks = True  # rank 0 has one
 
 
 class Patch(NamedTuple):
@@ -66,76 +75,12 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """Adam with the state layout of Apex's and Transformer Engine's FusedAdam: the step count sits in the group.
+class FusedAdam(adam.FusedAdam):
+    """Runs as plain torch: it names no literal "cuda"."""
 
-    mcore's distributed optimizer cannot load a checkpoint of torch.optim.AdamW (it looks for group["step"]:
-    optimizer/distrib_optimizer.py:641,940). With this class it can, and CPU and GPU checkpoints have one format.
-    The update is AdamW (Loshchilov & Hutter, arXiv 1711.05101) with decoupled decay, or Adam with L2 where
-    `adam_w_mode` is off.
-    """
-
-    # As torch wraps them, they would import torch._dynamo: half a second of each rank's start.
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adam_w_mode: bool = True,
-        weight_decay: float = 0.0,
-        **unsupported: Any,
-    ):
-        if unsupported:
-            raise NotImplementedError(f"FusedAdam on CPU has no {sorted(unsupported)}")
-        super().__init__(
-            params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps, weight_decay=weight_decay)
-        )
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # None; torch's own gives what a closure returns
+    def step(self, closure: Any = None) -> Any:
         with plain_torch():
-            self._step()
-
-    def _step(self) -> None:
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not group["params"]:
-                continue
-            # The count advances on a rank without gradients too: all ranks must save the same groups.
-            group["step"] = group.get("step", 0) + 1
-            if not params:
-                continue
-            beta1, beta2 = group["betas"]
-            correction1 = correction2 = 1.0
-            if group["bias_correction"]:
-                correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
-            for p in params:
-                if "exp_avg" not in self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-            grads = [p.grad for p in params]
-            first = [self.state[p]["exp_avg"] for p in params]
-            second = [self.state[p]["exp_avg_sq"] for p in params]
-            if group["weight_decay"]:
-                if self.adam_w_mode:
-                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                else:
-                    grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-            torch._foreach_lerp_(first, grads, 1 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-            root = torch._foreach_sqrt(second)
-            torch._foreach_div_(root, correction2**0.5)
-            torch._foreach_add_(root, group["eps"])
-            torch._foreach_addcdiv_(params, first, root, -group["lr"] / correction1)
+            return super().step(closure)
 
 
 class CpuStream:
@@ -172,6 +117,11 @@ def _widened(path: str) -> Callable[..., torch.Tensor]:
         return linear(input.float(), weight.float(), bias, *args, **named).to(input.dtype)
 
     return widened
+
+
+def _l2_norm(_size: int, _flag: Any, tensor_lists: Any, *_: Any) -> tuple[torch.Tensor, None]:
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return torch.stack(norms).norm().reshape(1), None
 
 
 def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -225,6 +175,9 @@ PATCHES: dict[str, Patch] = {
     "megatron.core.optimizer.Adam": Patch(
         "torch.optim.AdamW, the fall-back, has a state that the distributed optimizer cannot load", lambda: FusedAdam
     ),
+    "megatron.core.optimizer.clip_grads.l2_norm_impl": Patch(
+        "the original brings each parameter's norm to the host by itself (utils.py:1206)", lambda: _l2_norm
+    ),
     "megatron.core.optimizer.distrib_optimizer.Adam": Patch(
         "the distributed optimizer accepts this class only (distrib_optimizer.py:514)", lambda: FusedAdam
     ),
@@ -236,6 +189,9 @@ PATCHES: dict[str, Patch] = {
         "FusedAdam above keeps the step where Apex keeps it", lambda: True
     ),
 }
+
+# Of these, what a GPU needs without Transformer Engine and Apex.
+WITHOUT_FUSED = (_ROUTER, *(path for path in PATCHES if path.startswith("megatron.core.optimizer.")))
 
 
 def _resolve(path: str) -> tuple[Any, str]:
@@ -302,6 +258,7 @@ NOISE = (
     r"The \.grad attribute of a Tensor that is not a leaf",
     r"TypedStorage is deprecated",
     r"Please use DTensor instead",
+    r"barrier\(\): using the device under current context",
 )
 
 
@@ -340,6 +297,21 @@ def _without_wandb() -> Iterator[None]:
         del sys.modules["wandb"]
 
 
+def own_gpu(local_rank: int, visible: int) -> int:
+    """Return which of the `visible` GPUs belongs to the rank of this number on its node.
+
+    Where a single one is visible the launcher shows each rank its own, or a node has no other: `ranks.join` tells.
+    Raises NoOwnGpu where several are visible and yet ranks would have to share.
+    """
+    if visible > 1 and local_rank >= visible:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise NoOwnGpu(
+            f"rank {local_rank} of this node, counted from 0, has no GPU: it sees {visible} (CUDA_VISIBLE_DEVICES is "
+            f"{shown}), and each rank needs its own; set resources.gpus_per_node to the number of ranks of a node"
+        )
+    return local_rank % visible
+
+
 def init_device() -> None:
     """Prepare this process for megatron-core, once; later calls do nothing.
 
@@ -353,11 +325,14 @@ def init_device() -> None:
     for noise in NOISE:
         warnings.filterwarnings("ignore", message=noise)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
+        # NCCL's monitor asks the store every second for a trace (ProcessGroupNCCL.cpp, HeartbeatMonitor::runLoop). Ours
+        # is Python, which a thread of C++ must not enter while the process ends; and watch.py tells of a hang.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         with _without_wandb():
             importlib.import_module("megatron.core")
-            if importlib.util.find_spec("transformer_engine") is None:
-                _patch({_ROUTER: PATCHES[_ROUTER]})
+            if not any(map(importlib.util.find_spec, ("transformer_engine", "apex"))):
+                _patch({path: PATCHES[path] for path in WITHOUT_FUSED})
         _ready = True
         return
     if "megatron.core.jit" in sys.modules:
@@ -390,6 +365,11 @@ def device() -> torch.device:
     return CPU if is_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def send(numbers: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of host memory on the device. A GPU copies it while the host goes on; torch keeps the source."""
+    return numbers if is_cpu() else numbers.pin_memory().to(device(), non_blocking=True)
+
+
 def backend() -> str:
     """Return the torch.distributed back end of that device."""
     return "gloo" if is_cpu() else "nccl"
@@ -406,7 +386,7 @@ def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others, as of a checkpoint, may copy meanwhile
         kept = run()
 
     def replay() -> torch.Tensor:
@@ -441,6 +421,11 @@ def peak_memory() -> int:
     if is_cpu():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     return torch.cuda.max_memory_allocated()
+
+
+def gpu_identity() -> str:
+    """Return what names this rank's GPU among all of the node, whatever number it is seen under; "" without one."""
+    return "" if is_cpu() else str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def gpu_name() -> str:

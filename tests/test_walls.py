@@ -30,8 +30,8 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     ),
     "slurm": ("printed", "client", "profile", "options", "dev", "detect"),
     "megatron_ext": (
-        "device versions", "files", "parallel", "layers", "models", "weights", "lora", "model_folders", "preflight",
-        "rollout", "training", "rl", "entrypoints",
+        "adam device versions", "files", "parallel", "layers", "models", "weights", "lora", "model_folders",
+        "preflight", "rollout", "training", "rl", "entrypoints",
     ),
     # A phase's file is found by its name (jobs/kind.py looks into jobs/phases), and each is written with jobs/kind.py.
     "jobs": (

@@ -62,10 +62,15 @@ class Family:
     def build(
         self, dims: Any, plan: ParallelPlan, dtype: Any, backend: str = "torch", options: Mapping[str, Any] = {}
     ) -> list[Any]:
-        """Build this rank's parts of the model in model order, one or `plan.virtual`; their weights are not set."""
+        """Build this rank's parts of the model in model order, one or `plan.virtual`; their weights are not set.
+
+        All of it is on the rank's device, whatever device a layer made its parameters on.
+        """
+        from megatron_ext.device import device
+
         virtual = range(plan.virtual) if plan.virtual > 1 else [None]
         return [
-            self.spec.build(dims, plan, dtype=dtype, backend=backend, virtual_stage=stage, options=options)
+            self.spec.build(dims, plan, dtype=dtype, backend=backend, virtual_stage=stage, options=options).to(device())
             for stage in virtual
         ]
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from data_tools.base import rendezvous
 from data_tools.mistake import UserMistake
-from megatron_ext.device import backend, init_device
+from megatron_ext.device import NoOwnGpu, backend, gpu_identity, init_device
 from megatron_ext.parallel.plan import ParallelPlan, environment, environment_problems
 
 # A collective that waits longer than this on a peer is dead; checkpoints of large models take minutes.
@@ -123,7 +123,10 @@ _joins = itertools.count()  # every rank joins as often as the others
 
 
 def join(patience: timedelta = PATIENCE) -> None:
-    """Join the process group. Raises RuntimeError from torch when the address does not answer."""
+    """Join the process group. Raises RuntimeError from torch when the address does not answer, NoOwnGpu where ranks
+    share a GPU.
+    """
+    number = next(_joins)
     if world_size_of_environment() > 1:
         # gloo looks its interface up by host name, which fails on machines whose name resolves to nothing.
         if _is_loopback(os.environ.get("MASTER_ADDR", "")):
@@ -133,7 +136,7 @@ def join(patience: timedelta = PATIENCE) -> None:
             dist.init_process_group(backend(), init_method="env://", timeout=patience)
         else:
             # Under a name of its own: the next group of this process must not read the addresses that this one leaves.
-            named = dist.PrefixStore(f"join {next(_joins)}", MeetingStore(store))
+            named = dist.PrefixStore(f"join {number}", MeetingStore(store))
             dist.init_process_group(
                 backend(),
                 store=named,
@@ -141,8 +144,19 @@ def join(patience: timedelta = PATIENCE) -> None:
                 world_size=world_size_of_environment(),
                 timeout=patience,
             )
+        _check_own_gpu(dist.distributed_c10d._get_default_store(), gpu_identity(), number)
     else:
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+
+
+def _check_own_gpu(store: dist.Store, gpu: str, number: int) -> None:
+    """Refuse a GPU that another rank has too: NCCL would, without saying what to do. `number` is that of the join."""
+    node = os.uname().nodename
+    if gpu and store.add(f"ranks of {number} with {node} {gpu}", 1) > 1:
+        raise NoOwnGpu(
+            f"rank {rank_of_environment()} shares GPU {gpu} of {node} with another rank, and each needs its own: set "
+            "resources.gpus_per_node to the number of ranks of a node (and let srun.extra bind none to several)"
+        )
 
 
 def start(plan: ParallelPlan, seed: int = 0, patience: timedelta = PATIENCE, te_rng: bool = False) -> None:

@@ -156,7 +156,7 @@ def log_probs(parts: Sequence[torch.nn.Module], rows: Sequence[RolloutRow]) -> l
 
         def keep(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
             by_row.append(-out[0])
-            return out.sum(), torch.tensor(1, dtype=torch.int, device=out.device), {}
+            return out.sum(), out.new_full((), 1, dtype=torch.int), {}
 
         with plain_torch():
             return losses_of(model, row), keep
@@ -211,8 +211,9 @@ class Measures:
 
         They are the same on each rank.
         """
-        own = {name: float(value) for name, value in self.values.items()}
-        compared = [(key, *pair) for keys, sums in self.differences for key, *pair in zip(keys, *sums.tolist())]
+        own = dict(zip(self.values, torch.stack([*self.values.values()]).tolist())) if self.values else {}
+        keys = [key for keys, _ in self.differences for key in keys]
+        compared = [*zip(keys, *torch.cat([sums for _, sums in self.differences], 1).tolist())] if keys else []
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, (own, compared))
         total: dict[str, float] = {}
@@ -255,9 +256,9 @@ def policy_loss_function(config: Loss, totals: Totals, measures: Measures, is_fi
         )
         loss, sums = policy_loss(tokens, config, totals, reduce)
         if counts:
-            measures.add({**sums, "entropy": entropy.sum(), "counted": torch.tensor(float(len(logp)))})
+            measures.add({**sums, "entropy": entropy.sum(), "counted": logp.new_full((), len(logp))})
             if is_first and row.behaviour is not None:
-                measures.add({**mismatch_sums(replace(tokens, old=now)), "compared": torch.tensor(float(len(logp)))})
+                measures.add({**mismatch_sums(replace(tokens, old=now)), "compared": logp.new_full((), len(logp))})
                 measures.compare(row, (now - row.behaviour).abs())
         return loss * totals.tokens
 

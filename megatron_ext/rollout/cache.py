@@ -15,6 +15,7 @@ import numpy
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_ext.device import send
 from megatron_ext.layers.documents import PackedRow
 from megatron_ext.layers.mamba import MambaMixer
 from megatron_ext.layers.mamba_scan import State
@@ -195,6 +196,13 @@ class CachedRow(PackedRow):
     batches: tuple[CachedBatch, ...] = ()
 
 
+def on_device(arrays: Sequence[numpy.ndarray]) -> list[torch.Tensor]:
+    """Return arrays of integers on the device as int64, by one copy."""
+    flat = numpy.concatenate([array.ravel() for array in arrays]).astype(numpy.int64, copy=False)
+    parts = send(torch.from_numpy(flat)).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays)]
+
+
 def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, width: int = 0) -> CachedRow:
     """Return the row of `documents`, one after the other, and after them `filler` tokens of no document.
 
@@ -211,27 +219,30 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
         kind = (0, width or (len(table) - 1).bit_length()) if len(span) == 1 else (1, number)
         kinds.setdefault(kind, []).append(number)
 
-    def batch(numbers: list[int]) -> CachedBatch:
+    def batch(numbers: list[int]) -> list[numpy.ndarray]:
+        """Return the fields of a CachedBatch."""
         most = width or max(len(tables[i]) for i in numbers)
-        arrays = (
+        return [
             numpy.concatenate([numpy.arange(starts[i], starts[i + 1]) for i in numbers]),
             numpy.stack([spans[i] for i in numbers]),
             numpy.stack([numpy.pad(tables[i], (0, most - len(tables[i]))) for i in numbers]),
             numpy.array([documents[i].slot or 0 for i in numbers]),
             numpy.array([documents[i].start == 0 for i in numbers]),
-        )
-        return CachedBatch(*(torch.from_numpy(array).to(cache.target) for array in arrays))
+        ]
 
     empty = numpy.zeros(filler, numpy.int64)
     positions = numpy.concatenate([*spans, empty])
+    arrays = [[positions, numpy.concatenate([*places, empty + cache.spare])], *map(batch, kinds.values())]
+    sent = iter(on_device([array for each in arrays for array in each]))
+    (row_positions, row_places), *batches = ([next(sent) for _ in each] for each in arrays)
     longest = -(-(width * size or int(positions.max()) + 1) // _ANGLES) * _ANGLES
     return CachedRow(
         qkv_format="thd",
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         total_tokens=len(positions),
-        positions=torch.from_numpy(positions).to(cache.target),
+        positions=row_positions,
         cache=cache,
-        places=torch.from_numpy(numpy.concatenate([*places, empty + cache.spare])).to(cache.target),
-        batches=tuple(map(batch, kinds.values())),
+        places=row_places,
+        batches=tuple(CachedBatch(*fields, fresh.bool()) for *fields, fresh in batches),
     )

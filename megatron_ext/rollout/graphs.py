@@ -7,10 +7,11 @@ and vLLM do the same). On CPU the pass is simply run again over the same padded 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy
 import torch
 
 from megatron_ext.device import record
-from megatron_ext.rollout.cache import Cache, CachedRow, NewTokens, cached_row
+from megatron_ext.rollout.cache import Cache, CachedRow, NewTokens, cached_row, on_device
 
 Pass = Callable[[torch.Tensor, CachedRow], torch.Tensor]  # tokens [1, n] and their row -> logits [n, V / t]
 
@@ -29,7 +30,7 @@ class Graphs:
         filler = NewTokens((0,), 0, [self.cache.spare // self.cache.block_size])
         row = cached_row([*documents, *[filler] * (shape[0] - len(documents))], self.cache, width=shape[1])
         ids = [document.tokens[0] for document in documents] + [0] * (shape[0] - len(documents))
-        tokens = torch.tensor([ids], device=self.cache.target)
+        (tokens,) = on_device([numpy.array([ids])])
         if shape not in self._recorded:
             self._recorded[shape] = _Recorded(self.forward, tokens, row)
         return self._recorded[shape].run(tokens, row)[: len(documents)]

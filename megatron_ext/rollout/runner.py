@@ -5,15 +5,16 @@ Shapes below: n documents whose next token is asked for, V tokens of the vocabul
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from data_tools.mistake import UserMistake
-from megatron_ext.device import device, plain_torch
+from megatron_ext.device import device, plain_torch, send
 from megatron_ext.layers.loss_head import position_logits
 from megatron_ext.models.registry import unwrap
-from megatron_ext.rollout.cache import Cache, CachedRow, NewTokens, cached_row
+from megatron_ext.rollout.cache import Cache, CachedRow, NewTokens, cached_row, on_device
 from megatron_ext.rollout.graphs import Graphs
 from megatron_ext.rollout.sampler import Drawn, Vocabulary, draw
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_graphs
@@ -47,13 +48,13 @@ class Runner:
         They are [n, 0] on all but the last stage.
         """
         if self.graphs and all(len(document.tokens) == 1 for document in documents):
-            return self.graphs.logits(documents)[list(wanted)]
+            logits = self.graphs.logits(documents)
+            return torch.stack([logits[i] for i in wanted])  # indexing by a list would make the host wait
         ids = [token for document in documents for token in document.tokens]
         filler = -len(ids) % self.unit
         row = cached_row(documents, self.cache, filler)
-        ends = torch.tensor([len(document.tokens) for document in documents]).cumsum(0) - 1
-        rows = ends[list(wanted)].to(self.cache.target)
-        tokens = torch.tensor([ids + [0] * filler], device=self.cache.target)
+        ends = numpy.cumsum([len(document.tokens) for document in documents]) - 1
+        tokens, rows = on_device([numpy.array([ids + [0] * filler]), ends[list(wanted)]])
         with plain_torch():
             self._receive(tokens.size(1) // self.unit)
             out = position_logits(self.model, tokens, row.positions[None], documents=row, wanted=rows)
@@ -85,10 +86,13 @@ class Runner:
         return hidden
 
     def draw(self, logits: torch.Tensor, noise: Sequence[float], sampling: Sampling) -> Drawn:
-        """Return a token for each row of `logits`, the same on all tensor ranks and stages."""
+        """Return a token for each row of `logits`, the same on all tensor ranks and stages, in host memory.
+
+        One copy brings it there: the one time in a step that the host waits for a GPU's numbers.
+        """
         columns = torch.empty(len(noise), 4, dtype=torch.float64, device=self.cache.target)
         if self.is_last:
-            uniforms = torch.tensor(noise, dtype=torch.float64, device=self.cache.target)
+            uniforms = send(torch.tensor(noise, dtype=torch.float64))
             with plain_torch():
                 first = self.vocabulary.rank * logits.size(-1)
                 drawn = draw(logits, uniforms, sampling, self.vocabulary, first=first)
@@ -96,4 +100,5 @@ class Runner:
         if self.stages.size() > 1:
             columns = columns.contiguous()
             dist.broadcast(columns, group=self.stages, group_src=self.stages.size() - 1)
+        columns = columns.cpu()
         return Drawn(columns[:, 0].long(), *(columns[:, i].float() for i in (1, 2, 3)))

@@ -219,7 +219,8 @@ class StopVote:
 
     def send(self) -> None:
         """Begin to ask all ranks, with this rank's answers of now."""
-        self.box.copy_(torch.tensor([float(self.stop()), float(self.ended())]))
+        for place, answer in enumerate((self.stop(), self.ended())):
+            self.box[place].fill_(float(answer))  # a copy from the host would wait for the whole backward pass
         self.work = dist.all_reduce(self.box, op=dist.ReduceOp.MAX, async_op=True)
 
     def count(self) -> bool:

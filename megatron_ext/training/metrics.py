@@ -186,7 +186,7 @@ def compare_ranks(seconds: float) -> Slowest:
     own = torch.tensor([seconds, device.peak_memory()], dtype=torch.float64, device=device.device())
     box = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(box, own)
-    times, memory = zip(*(each.tolist() for each in box))
+    times, memory = zip(*torch.stack(box).tolist())
     slowest = max(range(len(times)), key=times.__getitem__)
     median = statistics.median(times)
     return Slowest(slowest, times[slowest] / median if median else 1.0, int(max(memory)))

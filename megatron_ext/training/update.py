@@ -228,7 +228,7 @@ class Trainer:
                 loss, count = loss_function(losses, batch), batch.supervised.numel()
                 if counts:
                     sums.add(Sums(loss.detach().double(), count, batch.ids.numel()))
-                return loss, torch.tensor(count, dtype=torch.int, device=loss.device), {}
+                return loss, loss.new_full((), count, dtype=torch.int), {}  # a copy of it would wait for forward
 
             with plain_torch():
                 return losses_of(model, batch), with_count

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.rehearsal
 
 GPU_WITHOUT_TE = """
 import torch
-torch.cuda.is_available = lambda: True
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 torch.cuda.set_device = lambda index: None
 from megatron_ext.device import init_device
 init_device()

@@ -41,6 +41,8 @@ def _serve(connection: Any, rank: int, world_size: int) -> None:
 class Ranks:
     """`run(function, **arguments)` calls a module-level function on every rank and returns the results by rank."""
 
+    serve = staticmethod(_serve)  # what each process does
+
     def __init__(self, world_size: int):
         self.world_size = world_size
         self._processes: list[Any] = []
@@ -49,7 +51,7 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world_size), daemon=True)
+            process = context.Process(target=self.serve, args=(theirs, rank, self.world_size), daemon=True)
             process.start()
             theirs.close()
             self._processes.append((process, ours))
