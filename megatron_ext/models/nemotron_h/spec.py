@@ -135,7 +135,7 @@ class TorchHybridStack(HybridStack):
 
 
 def _stock_layers() -> MambaStackSubmodules:
-    """Return the layers of mcore's stock spec, the decays of its mixer kept exact, with attention that knows a cache."""
+    """Return the layers of mcore's stock spec, its mixer's decays kept exact, its attention knowing a cache."""
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
     from megatron.core.ssm.mamba_mixer import MambaMixer as StockMixer
 
