@@ -140,6 +140,7 @@ class PackedAttention(MegatronModule):
         }.items():
             if unsupported:
                 raise NotImplementedError(f"PackedAttention has no {name} = {getattr(config, name)} yet")
+        self.kernel = attention_kernel(config.params_dtype, config.kv_channels, device())  # in words
         self.layer_number = layer_number
         self.scale = scale_of(config, softmax_scale)
         self.exchanges_heads = cp_comm_type == "a2a"

@@ -1,6 +1,7 @@
-"""What ranks do in the rehearsal of attention and rollouts; te_ranks.py, which needs the stand-ins, comes in late."""
+"""What ranks do in the rehearsal of attention and rollouts. What imports megatron-core comes in late: in the ranks."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,38 @@ def differences(of: Any, plan: ParallelPlan) -> dict[str, float]:
 
 def trained(of: Any, weights: Path, plan: ParallelPlan, by_flash: bool) -> tuple[list[float], list[float], int]:
     """Return losses and gradient norms of a few updates with the torch backend, and the calls of the played kernel."""
+    from megatron_ext.training import certify
+    from megatron_ext.training.update import AdamW, Trainer
+    from megatron_ext.weights import checkpoint
     from tests.gpu_rehearsal.flash_kernel import played
-    from tests.gpu_rehearsal.te_ranks import losses
 
-    with played() if by_flash else contextlib.nullcontext() as kernel:
-        found, norms = losses(of, "torch", weights, plan)
+    packs = [tiny.pack([20, 8, 4, 32], seed) for seed in range(2)]
+    found, norms = [], []
+    with ranks.started(plan), played() if by_flash else contextlib.nullcontext() as kernel:
+        parts = tiny.family(of).build(of, plan, torch.float32, "torch")
+        checkpoint.load_weights(parts, weights)
+        trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
+        for _ in range(3):
+            sums, norm = trainer.step(certify.rows_of(packs, plan), 1e-2)
+            found.append(float(sums.reduced().mean_loss))
+            norms.append(norm)
     return found, norms, kernel.forwards if kernel else 0
+
+
+@contextlib.contextmanager
+def no_boundaries() -> Iterator[None]:
+    """Fail where a layer asks a rollout's row for the boundaries of documents, which it has not."""
+    from megatron_ext.rollout.cache import CachedRow
+
+    def get(row: CachedRow, name: str) -> Any:
+        assert not name.startswith("cu_seqlens"), f"a layer reads {name} of a rollout's row"
+        return object.__getattribute__(row, name)
+
+    CachedRow.__getattribute__ = get
+    try:
+        yield
+    finally:
+        del CachedRow.__getattribute__
 
 
 def sampled(of: Any, backend: str, weights: Path, plan: ParallelPlan, flash: bool = False, block: int = 4) -> Found:
@@ -85,7 +112,7 @@ def sampled(of: Any, backend: str, weights: Path, plan: ParallelPlan, flash: boo
     from tests.gpu_rehearsal.flash_kernel import played
 
     settings = EngineConfig(kv_gib=0.05, block_size=block, max_batch=6, token_budget=16)
-    with ranks.started(plan), played() if flash else contextlib.nullcontext() as kernel:
+    with no_boundaries(), ranks.started(plan), played() if flash else contextlib.nullcontext() as kernel:
         parts = tiny.family(of).build(of, plan, torch.float32, backend)
         checkpoint.load_weights(parts, weights)
         engine = Engine(parts[0], settings, seed=7, stop_ids={5})

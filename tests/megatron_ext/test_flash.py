@@ -263,7 +263,7 @@ def flash_attn_with_kvcache(
     q, k_cache, v_cache, cache_seqlens=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1),
     return_softmax_lse=False,
 ):  # fmt: skip
-    """Compute what the package of this name does; test_sources.py compares the parameters."""
+    """Compute what the package's function does; test_sources.py compares the rollouts' call with the release."""
     assert causal and return_softmax_lse and k_cache.size(1) % 256 == 0
     assert cache_seqlens.dtype == block_table.dtype == torch.int32
     count = torch.arange(len(q) + 1, dtype=torch.int32)
