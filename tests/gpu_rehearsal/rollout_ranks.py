@@ -1,6 +1,7 @@
 """What ranks do in the rehearsal of attention and rollouts. What imports megatron-core comes in late: in the ranks."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ def sampled(of: Any, backend: str, weights: Path, plan: ParallelPlan, flash: boo
     from megatron_ext.rollout.kernels import GATHERED_FLASH, PAGED_TORCH
     from megatron_ext.weights import checkpoint
     from tests.gpu_rehearsal.flash_kernel import played
+
+    if backend == "te":
+        importlib.import_module("tests.gpu_rehearsal.te_ranks")  # checks that these are the stand-ins
 
     settings = EngineConfig(kv_gib=0.05, block_size=block, max_batch=6, token_budget=16)
     with no_boundaries(), ranks.started(plan), played() if flash else contextlib.nullcontext() as kernel:
