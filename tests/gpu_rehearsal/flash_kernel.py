@@ -2,7 +2,8 @@
 
 The operations' schemas are torch's own: a call that does not fit them fails. The checks are those of
 mha_varlen_fwd and mha_varlen_bwd in torch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, each under
-its own words. What they compute is written anew, slowly, sequence by sequence, in the precision of the query.
+its own words, as commit 03b7c19dbe22 of pytorch's main branch has them; the tag of 2.13 itself was not at hand. What
+they compute is written anew, slowly, sequence by sequence, in the precision of the query.
 
 Like the kernel, it makes the weights of the backward pass from the log-sums that it is given, and leaves what it does
 not compute unset: keys of no sequence get gradients that are no numbers.
