@@ -1,5 +1,5 @@
 """The documents of a packed row (THD): where each begins, which of its tokens a context rank holds, and how they are
-sorted into buckets for a kernel that takes batches.
+sorted into buckets for a kernel that takes batches; or which keys the queries of each see, for one that does not.
 
 A pack is one row of T tokens that holds many documents; a document sees only itself. `DocumentLayout` sorts the
 documents of a pack by length into buckets, once for all layers, without a loop over documents. `zigzag` says which
@@ -38,16 +38,27 @@ def zigzag(cu_seqlens: numpy.ndarray, context: ContextRank) -> numpy.ndarray:
     Raises:
         ValueError: a document does not divide; packs are made with `align` a multiple of 2 * size.
     """
-    size, rank = context
-    if size == 1:
+    if context.size == 1:
         return numpy.arange(int(cu_seqlens[-1]))
+    return ranges(*chunks(cu_seqlens, context))
+
+
+def chunks(cu_seqlens: numpy.ndarray, context: ContextRank) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return where the two chunks of each document begin that a context rank holds (`zigzag`), and their lengths.
+
+    Both are int64 [2 * documents].
+
+    Raises:
+        ValueError: a document does not divide.
+    """
+    size, rank = context
     lengths = numpy.diff(cu_seqlens).astype(numpy.int64)
     if (lengths % (2 * size)).any():
         odd = int(lengths[lengths % (2 * size) > 0][0])
         raise ValueError(f"a document of {odd} tokens does not divide into the {2 * size} chunks of {size} ranks")
     chunk = lengths // (2 * size)
     first, second = cu_seqlens[:-1] + rank * chunk, cu_seqlens[:-1] + (2 * size - 1 - rank) * chunk
-    return ranges(numpy.stack([first, second], axis=1).ravel(), numpy.repeat(chunk, 2))
+    return numpy.stack([first, second], axis=1).ravel(), numpy.repeat(chunk, 2)
 
 
 def rank_after_rank(cu_seqlens: numpy.ndarray, context_size: int) -> numpy.ndarray:
@@ -136,6 +147,47 @@ class ContextShare:
     positions: torch.Tensor
 
 
+class Spans(NamedTuple):
+    """Which queries of a row see which keys of another, as a kernel for sequences of many lengths takes it.
+
+    Sequence i has the queries [queries[i], queries[i + 1]) and the keys [keys[i], keys[i + 1]), both int32 [n + 1] on
+    the device; its last query stands at its last key. The longest of either, or more, are numbers of the host.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_queries: int
+    longest_keys: int
+
+
+class ChunkSpans(NamedTuple):
+    """The spans of one context rank's chunks, each with the part of its document that it sees as its keys.
+
+    `picked` int64 [keys], which of the gathered keys (tokens rank after rank) these are, in order.
+    """
+
+    spans: Spans
+    picked: torch.Tensor
+
+    @staticmethod
+    def of(
+        cu_seqlens: numpy.ndarray, target: torch.device, context: ContextRank, window: int | None = None
+    ) -> "ChunkSpans":
+        """Cut documents that end at `cu_seqlens`; with a window, keys that no query of a chunk sees are left out."""
+        starts, lengths = chunks(cu_seqlens, context)
+        seen_from = numpy.repeat(cu_seqlens[:-1], 2).astype(numpy.int64)
+        if window is not None:
+            seen_from = numpy.maximum(seen_from, starts - window + 1)
+        seen = numpy.where(lengths > 0, starts + lengths - seen_from, 0)
+        place = numpy.argsort(rank_after_rank(cu_seqlens, context.size))  # of the row's tokens among the gathered
+        queries, keys = (
+            torch.from_numpy(numpy.concatenate([[0], numpy.cumsum(part)]).astype(numpy.int32)).to(target)
+            for part in (lengths, seen)
+        )
+        spans = Spans(queries, keys, int(lengths.max()), int(seen.max()))
+        return ChunkSpans(spans, torch.from_numpy(place[ranges(seen_from, seen)]).to(target))
+
+
 @dataclass(kw_only=True)
 class PackedRow(PackedSeqParams):
     """mcore's THD parameters, and where the row's tokens stand in their documents.
@@ -173,6 +225,21 @@ class PackedDocuments(PackedRow):
     order: torch.Tensor = field(repr=False)
     layout: DocumentLayout = field(repr=False)
     share: ContextShare | None = field(default=None, repr=False)  # with context parallelism only
+    cu_seqlens: numpy.ndarray = field(repr=False)  # int [documents + 1]
+    context: ContextRank = ALONE
+    _chunk_spans: dict[int | None, ChunkSpans] = field(default_factory=dict, repr=False)
+
+    @property
+    def spans(self) -> Spans:
+        """The row's documents, each of which sees itself."""
+        return Spans(self.cu_seqlens_q, self.cu_seqlens_q, self.max_seqlen_q, self.max_seqlen_q)
+
+    def chunk_spans(self, window: int | None) -> ChunkSpans:
+        """Return the spans of this context rank's chunks, made once for all layers with this window."""
+        if window not in self._chunk_spans:
+            made = ChunkSpans.of(self.cu_seqlens, self.positions.device, self.context, window)
+            self._chunk_spans[window] = made
+        return self._chunk_spans[window]
 
 
 def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device, context: ContextRank = ALONE) -> PackedDocuments:
@@ -205,4 +272,6 @@ def packed_documents(cu_seqlens: numpy.ndarray, target: torch.device, context: C
         order=torch.from_numpy(rank_after_rank(cu_seqlens, context.size)).to(target),
         layout=DocumentLayout.of(cu_seqlens, target, context.size),
         share=share,
+        cu_seqlens=cu_seqlens,
+        context=context,
     )

@@ -188,14 +188,20 @@ def decoder_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return the layers of attention and MLP, or experts where `config` has them.
 
-    "torch": mcore's local spec with our norms, packed attention and experts. "te": mcore's stock spec, unchanged.
+    "torch": mcore's local spec with our norms, packed attention and experts. "te": mcore's stock spec with attention
+    that knows a rollout's cache.
     """
     if backend == "te":
-        return get_gpt_layer_with_transformer_engine_spec(
+        from megatron_ext.layers.te_attention import TEPackedAttention  # only where Transformer Engine is installed
+
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        attention = layer.submodules.self_attention
+        attention.module, attention.submodules.core_attention = PackedSelfAttention, TEPackedAttention
+        return layer
     if backend != "torch":
         raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)

@@ -1,21 +1,59 @@
 """Attention of a step's tokens over keys and values in blocks: the seam between machines.
 
-CPU, a token a document     the blocks are read where they lie (numba)
-GPU with flash-attention    the same, by its block table; blocks of a multiple of 256 tokens
-elsewhere                   the blocks are gathered into a batch for torch's kernel (layers/attention.py)
+name                     where                                        how
+torch flash, paged       GPU, blocks of a multiple of 256 tokens      torch's FlashAttention, by the block table
+flash-attn, paged        the same, where torch has no block tables    flash-attention's, if it is installed
+torch flash, gathered    GPU, other blocks                            the blocks side by side; only what is used is read
+numba, in place          CPU, a token a document                      the blocks where they lie
+sdpa, gathered           elsewhere                                    the blocks in a batch (layers/sdpa.py)
+
+FlashAttention takes bfloat16 and float16 on GPUs since the A100 (layers/flash.py). Its causal mask puts the last query
+at the last key, as here. Not yet run on a GPU.
 
 Shapes below: n documents with as many new tokens each; heads of size d, in groups that share keys and values.
 """
 
 import functools
 import importlib.util
+from typing import NamedTuple
 
 import numpy
 import torch
 
-from megatron_ext.layers.attention import attend
+from megatron_ext.layers import flash
+from megatron_ext.layers.documents import Spans
+from megatron_ext.layers.sdpa import attend
 
-_FLASH_BLOCK = 256  # flash_attn_with_kvcache (2.8): "page_block_size must be a multiple of 256"
+PAGED_TORCH, PAGED_FLASH, GATHERED_FLASH = "torch flash, paged", "flash-attn, paged", "torch flash, gathered"
+IN_PLACE, GATHERED = "numba, in place", "sdpa, gathered"
+_FLASH_BLOCK = 256  # both paged kernels: "Paged KV cache block size must be divisible by 256" (flash_api.cpp)
+
+
+class Step(NamedTuple):
+    """What the choice of a kernel depends on, of a step's tokens and the cache they look into."""
+
+    dtype: torch.dtype
+    head_size: int
+    block_size: int
+    tokens: int  # new ones of each document
+    target: torch.device
+
+
+def kernel_name(step: Step) -> str:
+    """Return which of the kernels in this file's table computes such a step."""
+    if flash.refusal(step.dtype, step.head_size, sequences=1, gpu=flash.capability(step.target)):
+        return IN_PLACE if step.target.type == "cpu" and step.tokens == 1 else GATHERED
+    if step.block_size % _FLASH_BLOCK:
+        return GATHERED_FLASH
+    if flash.has_block_tables():
+        return PAGED_TORCH
+    return PAGED_FLASH if _has_flash_attn() else GATHERED_FLASH
+
+
+def kernel_names(step: Step) -> str:
+    """Return in words what computes such steps: those that decode a token a document, and those over prompts."""
+    decoding, prompts = kernel_name(step._replace(tokens=1)), kernel_name(step._replace(tokens=2))
+    return decoding if decoding == prompts else f"{decoding} for decoding; {prompts} for prompts"
 
 
 def attend_blocks(
@@ -31,32 +69,53 @@ def attend_blocks(
     """Return the attention [n, tokens, heads, d] of n documents' new tokens over what their blocks hold.
 
     query [n, tokens, heads, d]; keys and values [blocks, block size, groups, d]; `table` int64 [n, most], the blocks of
-    each document; `positions` int64 [n, tokens], of the tokens in their documents; `sinks` [heads] as in `attend`.
-    A token sees its document up to itself, or the last `window` tokens of that.
+    each document; `positions` int64 [n, tokens], of the tokens in their documents, one after the other; `sinks` [heads]
+    as in `attend`. A token sees its document up to itself, or the last `window` tokens of that.
     """
-    if query.is_cuda and _has_flash() and keys.size(1) % _FLASH_BLOCK == 0:
-        return _flash(query, keys, values, table, positions=positions, scale=scale, window=window, sinks=sinks)
-    if query.device.type == "cpu" and query.size(1) == 1:
-        return _in_place(query, keys, values, table, positions=positions, scale=scale, window=window, sinks=sinks)
-    size, blocks = keys.shape[2:], table.flatten()
-    k, v = (held.index_select(0, blocks).view(len(table), -1, *size) for held in (keys, values))
-    return attend(query, k, v, scale, window=window, sinks=sinks, positions=positions)
+    kernel = kernel_name(Step(query.dtype, query.size(3), keys.size(1), query.size(1), query.device))
+    if kernel == GATHERED:
+        k, v = (_gathered(held, table).unflatten(0, (len(table), -1)) for held in (keys, values))
+        return attend(query, k, v, scale, window=window, sinks=sinks, positions=positions)
+    run = {IN_PLACE: _in_place, PAGED_FLASH: _flash_attn}.get(kernel, _torch_flash)
+    return run(query, keys, values, table, positions=positions, scale=scale, window=window, sinks=sinks)
+
+
+def _gathered(held: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return the blocks of each document side by side, [n * most * block size, groups, d]."""
+    return held.index_select(0, table.flatten()).flatten(0, 1)
 
 
 @functools.cache
-def _has_flash() -> bool:
+def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _flash(
+def _torch_flash(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, *, positions: torch.Tensor,
     scale: float, window: int | None, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Return what `attend_blocks` does, by flash-attention.
+    """Return what `attend_blocks` does, by torch's kernel. Nothing here waits for the GPU."""
+    documents, tokens = query.shape[:2]
+    most = table.size(1) * keys.size(1)  # keys of a document, at most
+    used = (positions[:, -1] + 1).int()
+    count = torch.arange(documents + 1, device=query.device, dtype=torch.int32)
+    over_blocks = {"seqused_k": used}
+    if not keys.size(1) % _FLASH_BLOCK and flash.has_block_tables():
+        ends = torch.cat([count[:1], used.cumsum(0, dtype=torch.int32)])
+        over_blocks["block_table"] = table.int()
+    else:
+        ends = count * most
+        keys, values = (_gathered(held, table) for held in (keys, values))
+    asked = flash.Asked(Spans(count * tokens, ends, longest_queries=tokens, longest_keys=most), scale, window)
+    out, _ = flash.forward(query.flatten(0, 1), keys, values, asked, sinks, **over_blocks)
+    return out.unflatten(0, (documents, tokens))
 
-    Its causal mask puts the last query at the last key, as here. It knows no sinks: they are one more term of the
-    softmax's sum, whose logarithm it gives.
-    """
+
+def _flash_attn(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, *, positions: torch.Tensor,
+    scale: float, window: int | None, sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Return what `attend_blocks` does, by the package flash-attn, which gives log-sums [n, heads, tokens]."""
     from flash_attn import flash_attn_with_kvcache
 
     out, log_sum = flash_attn_with_kvcache(
@@ -65,8 +124,8 @@ def _flash(
     )  # fmt: skip
     if sinks is None:
         return out
-    share = torch.sigmoid(log_sum - sinks.float()[:, None])  # [n, heads, tokens]
-    return out * share.transpose(1, 2)[..., None].to(out.dtype)
+    flat, _ = flash.with_sinks(out.flatten(0, 1), log_sum.transpose(0, 1).flatten(1), sinks)
+    return flat.unflatten(0, out.shape[:2])
 
 
 def _in_place(

@@ -3,6 +3,8 @@
 Shapes below: n documents whose next token is asked for, V tokens of the vocabulary, t tensor ranks.
 """
 
+import functools
+import sys
 from collections.abc import Sequence
 
 import numpy
@@ -16,6 +18,7 @@ from megatron_ext.layers.loss_head import position_logits
 from megatron_ext.models.registry import unwrap
 from megatron_ext.rollout.cache import Cache, CachedRow, NewTokens, cached_row, on_device
 from megatron_ext.rollout.graphs import Graphs
+from megatron_ext.rollout.kernels import Step, kernel_names
 from megatron_ext.rollout.sampler import Drawn, Vocabulary, draw
 from megatron_ext.rollout.settings import EngineConfig, Sampling, check_graphs
 
@@ -35,6 +38,14 @@ class Runner:
         experts, states = bool(self.config.num_moe_experts), bool(self.cache.mixers)
         if problems := check_graphs(settings, experts, states, self.stages.size()):
             raise UserMistake(problems)
+        if self.cache.attention and dist.get_rank() == 0:
+            _say(f"rollouts: attention over blocks of {settings.block_size} tokens by {self.attention}")
+
+    @property
+    def attention(self) -> str:
+        """Which kernels compute the attention of a pass over the cache."""
+        cache = self.cache
+        return kernel_names(Step(cache.dtype, cache.shape[1], cache.block_size, tokens=1, target=cache.target))
 
     @property
     def is_last(self) -> bool:
@@ -102,3 +113,9 @@ class Runner:
             dist.broadcast(columns, group=self.stages, group_src=self.stages.size() - 1)
         columns = columns.cpu()
         return Drawn(columns[:, 0].long(), *(columns[:, i].float() for i in (1, 2, 3)))
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Write a line to the job's log, once."""
+    print(line, file=sys.stderr, flush=True)

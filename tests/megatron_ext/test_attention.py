@@ -6,8 +6,9 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_ext.layers import attention, loss_head
-from megatron_ext.layers.attention import PackedSelfAttention, packed_attention
+from megatron_ext.layers import attention, loss_head, sdpa
+from megatron_ext.layers.attention import PackedSelfAttention
+from megatron_ext.layers.buckets import packed_attention
 from megatron_ext.layers.documents import SHORTEST_BUCKET, ContextRank, DocumentLayout, packed_documents, zigzag
 from megatron_ext.models.registry import unwrap
 from megatron_ext.parallel.plan import ParallelPlan
@@ -97,9 +98,9 @@ def test_packed_attention_and_its_gradients_are_those_of_the_documents_alone(kin
 
 @pytest.mark.parametrize("queries", [1, 7, 90])
 def test_the_last_queries_of_a_longer_cache_get_what_the_whole_sequence_gives_them(kind, queries, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 40)
+    monkeypatch.setattr(sdpa, "QUERY_BLOCK", 40)
     q, k, v = (x.detach() for x in qkv(90))
-    out = attention.attend(q[None, -queries:], k[None], v[None], 0.3, **kind)
+    out = sdpa.attend(q[None, -queries:], k[None], v[None], 0.3, **kind)
     assert torch.allclose(out[0].flatten(1).double(), naive(q[-queries:], k, v, 0.3, **kind), atol=1e-5)
 
 
@@ -128,7 +129,7 @@ def test_context_ranks_share_every_document_and_its_causal_work(size):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_context_rank_gets_its_part_of_the_attention_of_the_whole_row(kind, size, monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 40)
+    monkeypatch.setattr(sdpa, "QUERY_BLOCK", 40)
     ends = cu([2 * size * pieces for pieces in (1, 3, 2, 1, 20)])
     tensors, weight = qkv(ends[-1]), torch.randn(ends[-1], 32)
     whole = packed_attention(*tensors, DocumentLayout.of(ends, CPU), 0.3, **kind)

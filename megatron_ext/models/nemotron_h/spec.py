@@ -135,9 +135,11 @@ class TorchHybridStack(HybridStack):
 
 
 def _stock_layers() -> MambaStackSubmodules:
-    """Return the layers of mcore's stock spec, the decays of its mixer kept exact."""
+    """Return the layers of mcore's stock spec, its mixer's decays kept exact, its attention knowing a cache."""
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
     from megatron.core.ssm.mamba_mixer import MambaMixer as StockMixer
+
+    from megatron_ext.layers.te_attention import TEPackedAttention
 
     class TEMixer(ExactDecays, StockMixer):
         def __init__(self, *args: Any, **named: Any):
@@ -146,6 +148,8 @@ def _stock_layers() -> MambaStackSubmodules:
 
     layers = copy.deepcopy(mamba_stack_spec.submodules)
     layers.mamba_layer.submodules.mixer.module = TEMixer
+    attention = layers.attention_layer.submodules.self_attention
+    attention.module, attention.submodules.core_attention = PackedSelfAttention, TEPackedAttention
     return layers
 
 

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from megatron_ext.layers.attention import attend
+from megatron_ext.layers.sdpa import attend
 from megatron_ext.rollout import kernels
 from tests.megatron_ext.rounding import bound
 
