@@ -443,6 +443,9 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def gpu_name() -> str:
-    """Return the name of the GPU as its driver calls it ("NVIDIA H100 80GB HBM3"); "" without one."""
-    return "" if is_cpu() else torch.cuda.get_device_name()
+def machine() -> dict[str, Any]:
+    """Return name, compute capability and cuDNN (91002 is 9.10.2) of this rank's GPU; {} without one."""
+    if is_cpu():
+        return {}
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    return {"gpu": name, "capability": capability, "cudnn": torch.backends.cudnn.version()}

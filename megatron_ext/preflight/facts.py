@@ -16,6 +16,8 @@ from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.registry import parse_config
 from megatron_ext.parallel.calibration import GIB, GPUS, Gpu
+from megatron_ext.parallel.machine import PINNED, Machine, installed
+from megatron_ext.parallel.parts import TE
 from megatron_ext.parallel.plan import Site, Workload
 from megatron_ext.parallel.shape import ModelShape
 
@@ -58,6 +60,7 @@ class Training:
     gpus_per_node: int = 8
     offload: float = 0.0  # share of the optimizer's state in host memory
     lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: all parameters are trained
+    assumed: tuple[str, ...] = ()  # of the machines, in sentences
 
     @property
     def shape(self) -> ModelShape | None:
@@ -138,6 +141,26 @@ def _lengths(folder: str) -> Any:
         return None
 
 
+def planned_machine(backend: str, site: Site) -> tuple[Machine | None, list[str]]:
+    """Return the machine that plan takes a phase to run on, and what is assumed of it; None where nothing is known.
+
+    The GPUs are the profile's; the packages those that are installed where plan runs. `backend: te` says that
+    Transformer Engine is there.
+    """
+    if site.gpus_per_node is None:
+        return None, []
+    if not site.gpus_per_node:
+        return Machine(**installed()), []
+    gpu, packages = GPUS.get(site.gpu), installed()
+    assumed = [] if gpu else ["the type of GPU is not known: taken for an H100"]
+    if backend == TE and not packages["transformer_engine"]:
+        packages = packages | {"transformer_engine": PINNED.transformer_engine}
+        assumed.append(f"transformer_engine {PINNED.transformer_engine} is not installed here, and taken to be there")
+    has = [f"{name} {release}" for name, release in packages.items() if release and installed()[name]]
+    assumed.append(f"nodes have the packages that are installed here: {', '.join(has) or 'none of these'}")
+    return Machine(site.gpu or "a GPU", gpu.capability if gpu else None, **packages), assumed
+
+
 def prepare(
     model: str, packs: str, global_batch: int, dtype: str, backend: str, site: Site
 ) -> tuple[Training, list[Problem]]:
@@ -154,6 +177,7 @@ def prepare(
             shape, dtype = family.config.shape(dims), dtype or dims.dtype
     facts = pack_facts(packs, site) if packs else {}
     length = facts.get("pack_length")
+    machine, assumed = planned_machine(backend, site)
     workload = Workload(
         site.ranks,
         shape,
@@ -161,6 +185,8 @@ def prepare(
         align=facts.get("align"),
         global_batch=global_batch,
         backend=backend,
+        machine=machine,
+        dtype=dtype,
         gpus=None if site.gpus_per_node is None else site.gpus_per_node > 0,
     )
     lengths = _lengths(packs) if shape and length else None
@@ -179,5 +205,6 @@ def prepare(
         gpu=GPUS.get(site.gpu),
         memory_gib=site.gpu_mem_gib,
         gpus_per_node=max(site.ranks // site.nodes, 1),
+        assumed=tuple(assumed),
     )
     return training, problems
