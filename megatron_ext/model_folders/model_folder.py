@@ -11,6 +11,7 @@ functions that load and write do.
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from megatron_ext.parallel import rules
 from megatron_ext.parallel.machine import here
 from megatron_ext.parallel.parts import AUTO, Choice, choose
 from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.parallel.shape import ModelShape
 
 FORMAT = 1
@@ -197,7 +199,17 @@ def choose_parts(folder: ModelFolder, plan: ParallelPlan, dtype: str, backend: s
     asked = Workload(dist.get_world_size(), folder.shape, backend=backend, machine=machine, dtype=dtype)
     if problems := rules.check_parts(plan, asked):
         raise UserMistake(problems)
-    return choose(backend, rules.needs(plan, asked))
+    return choose(backend, rules.needs_of(plan, asked))
+
+
+def told_parts(folder: ModelFolder, config: ModelSettings) -> Choice:
+    """Return `choose_parts` of a phase, and have rank 0 write a line for each part to the phase's log."""
+    import torch.distributed as dist
+
+    choice = choose_parts(folder, config.parallel, config.dtype, config.backend)
+    if dist.get_rank() == 0:
+        print(*choice.lines(), sep="\n", file=sys.stderr, flush=True)
+    return choice
 
 
 def load_stages(

@@ -106,7 +106,7 @@ def all_to_all_splits_heads(p: ParallelPlan, w: Workload) -> str:
     return uneven if heads % p.context else ""
 
 
-def needs(p: ParallelPlan, w: Workload) -> parts.Needs:
+def needs_of(p: ParallelPlan, w: Workload) -> parts.Needs:
     """Return what the choice of a layer's parts depends on."""
     return parts.Needs(w.machine, w.shape, p, w.dtype)
 
@@ -117,7 +117,7 @@ def context_communication_is_known_to_attention(p: ParallelPlan, w: Workload) ->
         return ""
     if w.backend == parts.AUTO and w.machine is None:
         return ""
-    choice = parts.choose(w.backend, needs(p, w))
+    choice = parts.choose(w.backend, needs_of(p, w))
     if choice.parts.attention == parts.TE:
         return ""
     why = choice.reasons.get("attention", "the model has none")
@@ -129,7 +129,7 @@ def _of_te(limit: parts.Limit, *names: str) -> None:
 
     @functools.wraps(limit)
     def broken(p: ParallelPlan, w: Workload) -> str:
-        return limit(needs(p, w)) if w.backend == parts.TE else ""
+        return limit(needs_of(p, w)) if w.backend == parts.TE else ""
 
     RULES.append(Rule(names, broken))
 

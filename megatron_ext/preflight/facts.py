@@ -15,10 +15,12 @@ from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.registry import parse_config
+from megatron_ext.parallel import rules
 from megatron_ext.parallel.calibration import GIB, GPUS, Gpu
 from megatron_ext.parallel.machine import PINNED, Machine, installed
-from megatron_ext.parallel.parts import TE
-from megatron_ext.parallel.plan import Site, Workload
+from megatron_ext.parallel.parts import OURS, TE, TORCH, Parts, choose
+from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
+from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.parallel.shape import ModelShape
 
 
@@ -123,6 +125,12 @@ def forecast(model: str, lora: LoraConfig, site: Site) -> dict[str, Any]:
     return {"hf_config": model_config(model, site)[0], **adapter}
 
 
+def check_forward(config: ModelSettings, site: Site) -> list[Problem]:
+    """Return what can be refused of the parallel plan and the layers of a phase that trains nothing."""
+    training, _ = prepare(config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site)
+    return rules.check_forward(config.parallel, replace(training.workload, pack_length=None, global_batch=None))
+
+
 def pack_facts(folder: str, site: Site) -> dict[str, Any]:
     """Return plan.json of a pack output, or what pack will write of it."""
     try:
@@ -159,6 +167,13 @@ def planned_machine(backend: str, site: Site) -> tuple[Machine | None, list[str]
     has = [f"{name} {release}" for name, release in packages.items() if release and installed()[name]]
     assumed.append(f"nodes have the packages that are installed here: {', '.join(has) or 'none of these'}")
     return Machine(site.gpu or "a GPU", gpu.capability if gpu else None, **packages), assumed
+
+
+def parts_of(plan: ParallelPlan, w: Workload) -> Parts | None:
+    """Return whose layers a phase will be made of; None while that is not known."""
+    if w.machine is None:
+        return None if w.backend != TORCH and installed()["transformer_engine"] else OURS
+    return choose(w.backend, rules.needs_of(plan, w)).parts
 
 
 def prepare(

@@ -2,7 +2,8 @@
 activations, logits.
 
 Pure arithmetic on a `ModelShape`, milliseconds on a login node; nothing was measured. Activations are those of flash
-attention, and of fused gates where linear layers are Transformer Engine's. `afterok plan PIPELINE --parallel PHASE` prints the result.
+attention, and of fused gates where linear layers are Transformer Engine's. `afterok plan PIPELINE --parallel PHASE`
+prints the result.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.calibration import CHUNK_LOGITS, RESERVE
 from megatron_ext.parallel.parts import TE, choose
 from megatron_ext.parallel.plan import DEGREES, ParallelPlan, Workload, padded_rows
-from megatron_ext.parallel.rules import needs
+from megatron_ext.parallel.rules import needs_of
 from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape, Parameters, count_blocks
 from megatron_ext.preflight.facts import Training
 
@@ -103,7 +104,7 @@ def fuses_gates(plan: ParallelPlan, w: Workload) -> bool:
     """Return whether MLPs and experts keep as little as fused functions do: as linear layers that are Transformer
     Engine's (decoder_spec.settings); so it is assumed where nothing is known of the machine.
     """
-    return w.machine is None or choose(w.backend, needs(plan, w)).parts.linear == TE
+    return w.machine is None or choose(w.backend, needs_of(plan, w)).parts.linear == TE
 
 
 def layer_activations(plan: ParallelPlan, shape: ModelShape, stage: Stage, fused: bool = True) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from megatron_ext.lora.settings import reach, reach_text
 from megatron_ext.parallel.calibration import CALIBRATION_GPU, GIB, LONG, PUBLISHED
 from megatron_ext.parallel.parts import Choice, choose
 from megatron_ext.parallel.plan import DEGREES, RECOMPUTES, ParallelPlan, Site, Workload, grid
-from megatron_ext.parallel.rules import is_legal, needs
+from megatron_ext.parallel.rules import is_legal, needs_of
 from megatron_ext.preflight.facts import Training
 from megatron_ext.preflight.flops import cost_coefficients, kind_of, step
 from megatron_ext.preflight.memory import Memory, divides, memory
@@ -39,7 +39,7 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
         facts["plan"]["data"] = plan.data(w.ranks)
         facts["grid"] = vars(grid(plan, w.ranks))
         tables += [_groups_table(facts["grid"], w.ranks, site), _nodes_table(facts["grid"], w.ranks, site)]
-    choice = choose(w.backend, needs(plan, w))
+    choice = choose(w.backend, needs_of(plan, w))
     facts["backend"], facts["parts"], facts["assumed"] = w.backend, choice.facts(), list(t.assumed)
     tables.append(_parts_table(w.backend, choice))
     notes += [f"assumed: {sentence}" for sentence in t.assumed]
