@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.parallel.machine import HOPPER, PINNED, Machine, numbers, spelled
+from megatron_ext.parallel.mamba_kernels import PACKAGES, mamba_kernels
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.shape import MAMBA, MOE, WINDOW, ModelShape
 
-AUTO, TORCH, TE, MAMBA_SSM = "auto", "torch", "te", "mamba_ssm"
+AUTO, TORCH, TE = "auto", "torch", "te"
 BACKENDS = (AUTO, TORCH, TE)
 
 # The first Transformer Engine, and cuDNN, with a kernel for attention sinks over packed documents.
 SINKS_SINCE = (2, 15), 91800
 FUSED_CUDNN = 90600  # the first with packed documents for fewer KV heads than heads (fused_attn.cpp)
 CONSUMER_BLACKWELL, AMPERE = (12, 0), (8, 0)  # compute capabilities
-MAMBA_HEADS = 8  # a multiple of which mamba-ssm and causal-conv1d want on a rank where rows hold several documents
 
 
 @dataclass(frozen=True)
@@ -216,17 +216,18 @@ def _mamba(backend: str, n: Needs) -> tuple[str, str]:
     """Return whose kernels Mamba's convolution and recurrence are, and why."""
     if backend == TORCH:
         return TORCH, "backend torch"
-    if n.gpu is None:
-        return TORCH, "no GPU"
-    missing = [name for name in ("mamba_ssm", "causal_conv1d") if not getattr(n.gpu, name)]
-    if missing:
-        return TORCH, f"{' and '.join(missing)} not installed"
-    heads = n.shape.mamba_heads if n.shape else 0
-    if n.plan:
-        heads //= n.plan.tensor * n.plan.context
-    if heads % MAMBA_HEADS:
-        return TORCH, f"mamba_ssm takes packs where a rank has a multiple of {MAMBA_HEADS} heads, here {heads}"
-    return MAMBA_SSM, f"mamba_ssm {n.gpu.mamba_ssm}, causal_conv1d {n.gpu.causal_conv1d}"
+    if n.shape is None:
+        return TORCH, "nothing is known of the model"
+    plan, gpu = n.plan or ParallelPlan(), n.gpu
+    kernels = mamba_kernels(
+        n.shape,
+        tensor=plan.tensor,
+        context=plan.context,
+        dtype=n.dtype,
+        installed=[name for name in PACKAGES if gpu and getattr(gpu, name)],
+        capability=gpu.arch if gpu else None,
+    )
+    return kernels.scan, kernels.reason
 
 
 def _absent(shape: ModelShape | None) -> set[str]:
