@@ -1,15 +1,21 @@
 """Backend auto, te and torch: whose each part of a layer is, on which machine, for which model, and why."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from megatron_ext.entrypoints import evaluate, generate, grpo, sft
 from megatron_ext.parallel import parts
 from megatron_ext.parallel.calibration import GPUS
-from megatron_ext.parallel.machine import Machine, numbers
+from megatron_ext.parallel.machine import PINNED, Machine, numbers
 from megatron_ext.parallel.parts import LIMITS, OURS, Needs, Parts, choose
-from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
 from megatron_ext.parallel.rules import OF_PARTS, check, check_forward
+from megatron_ext.parallel.shape import ModelShape
+from megatron_ext.preflight import facts, memory
+from megatron_ext.preflight.facts import Documents, Training
+from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import GPT_OSS_20B, NANO, QWEN_32B
 
 INSTALLED = dict(transformer_engine="2.11.0", mamba_ssm="2.2.6.post3", causal_conv1d="1.5.3.post1")
@@ -170,3 +176,66 @@ def test_types_of_gpus_have_their_compute_capability():
 @pytest.mark.parametrize("release, found", [("2.11.0", (2, 11)), ("2.15.0.dev0+abc", (2, 15)), ("2.9", (2, 9))])
 def test_releases_are_compared_by_number(release, found):
     assert numbers(release) == found
+
+
+# ---------------------------------------------------------------- phases, before and when they start
+
+H100_SITE = Site(2, gpus_per_node=2, gpu="h100")
+PHASES = {
+    "sft": (sft, dict(store="s", packs="p", steps=1)),
+    "grpo": (grpo, dict(steps=1)),
+    "evaluate": (evaluate, {}),
+    "generate": (generate, {}),
+}
+
+
+def site_with(of: Any, site: Site = H100_SITE) -> Site:
+    """A site whose folder "model" will be a model of these dimensions."""
+    return replace(site, forecasts={"model": {"hf_config": tiny.family(of).config.hf_config(of)}})
+
+
+REFUSED_MODELS = {"no kernel for attention sinks": tiny.GPT_OSS_DIMS, "norms without weights": tiny.NANOCHAT_DIMS}
+
+
+@pytest.mark.parametrize("said", REFUSED_MODELS)
+@pytest.mark.parametrize("name", PHASES)
+def test_every_kind_of_phase_refuses_te_where_a_part_cannot_be(name, said):
+    entrypoint, settings = PHASES[name]
+    site = site_with(replace(REFUSED_MODELS[said], dtype="bfloat16"))
+
+    def found(backend: str) -> list[str]:
+        config = entrypoint.Config(model="model", backend=backend, parallel=ParallelPlan(expert=2), **settings)
+        return [str(problem) for problem in entrypoint.check(config, 2, site) if problem.where == "backend"]
+
+    assert len(found("te")) == 1 and said in found("te")[0] and found("te")[0].endswith("use backend auto")
+    assert found("auto") == [] == found("torch")
+
+
+def test_plan_takes_the_gpu_from_the_profile_and_says_what_it_assumes(monkeypatch):
+    here = dict.fromkeys(("transformer_engine", "mamba_ssm", "causal_conv1d", "flash_attn"), "")
+    monkeypatch.setattr(facts, "installed", lambda: here)
+    machine, assumed = facts.planned_machine("auto", H100_SITE)
+    assert machine == Machine("h100", (9, 0)) and "none of these" in assumed[-1]
+    machine, assumed = facts.planned_machine("te", Site(2, gpus_per_node=2))
+    assert machine == Machine("a GPU", transformer_engine=PINNED.transformer_engine)
+    assert len(assumed) == 3 and "taken for an H100" in assumed[0] and "taken to be there" in assumed[1]
+    here["transformer_engine"] = "2.11.0"
+    assert facts.planned_machine("te", H100_SITE)[1] == [
+        "nodes have the packages that are installed here: transformer_engine 2.11.0"
+    ]
+    assert facts.planned_machine("te", Site(2, gpus_per_node=0)) == (Machine(transformer_engine="2.11.0"), [])
+    assert facts.planned_machine("te", Site(2)) == (None, [])
+
+
+def test_memory_follows_the_linear_layers():
+    """Ours keep the activated gate, 2 bytes a column; models without a gate keep the same."""
+
+    def activations(shape: ModelShape, machine: Machine | None) -> float:
+        workload = Workload(8, shape, pack_length=4096, global_batch=8, backend="auto", machine=machine)
+        training = Training(workload, Documents.one(4096, 0))
+        return memory.memory(ParallelPlan(tensor=8, sequence_parallel=True), training).activations
+
+    more = activations(QWEN_32B, H100_ALONE) - activations(QWEN_32B, H100)
+    assert more == 4096 * 64 * 2 * QWEN_32B.ffn / 8
+    assert activations(QWEN_32B, None) == activations(QWEN_32B, H100)
+    assert activations(NANO, H100_ALONE) == activations(NANO, H100)
