@@ -25,7 +25,8 @@ BACKENDS = (AUTO, TORCH, TE)
 
 # The first Transformer Engine, and cuDNN, with a kernel for attention sinks over packed documents.
 SINKS_SINCE = (2, 15), 91800
-FUSED_CUDNN = 90600  # the first with packed documents for fewer KV heads than heads (fused_attn.cpp)
+FUSED_CUDNN, FUSED_CUDNN_OF_BLACKWELL = 90600, 90700  # the first with packed documents, few KV heads (fused_attn.cpp)
+FAULTY_CUDNN = 91000, 91001  # for which fused_attn.cpp has no kernel
 CONSUMER_BLACKWELL, AMPERE = (12, 0), (8, 0)  # compute capabilities
 
 
@@ -141,16 +142,19 @@ def te_has_an_attention_kernel_here(n: Needs) -> str:
         return ""
     if n.dtype == "float32":
         return f"{n.te} has no fused attention in float32, only one whose memory grows with the square of a pack"
-    head = n.shape.head_dim if n.shape else 0
+    head, sinks = (n.shape.head_dim, n.shape.sinks) if n.shape else (0, False)
     if head % 8 or head > 256:
         return f"{n.te} has no fused attention for heads of {head}, only for multiples of 8 up to 256"
-    if machine.flash_attn and machine.arch >= AMPERE:
+    if machine.flash_attn and machine.arch >= AMPERE and not sinks:  # which flash-attn does not know
         return ""
     arch = f"compute capability {spelled(machine.arch)}"
     if machine.arch < HOPPER or machine.arch == CONSUMER_BLACKWELL:
         return f"{n.te} has fused attention over packed documents on Hopper and B200, not on {arch} without flash-attn"
-    if machine.cudnn and machine.cudnn < FUSED_CUDNN:
-        return "fused attention over packed documents needs cuDNN 9.6 or flash-attn"
+    least = FUSED_CUDNN if machine.arch == HOPPER else FUSED_CUDNN_OF_BLACKWELL
+    if machine.cudnn and (machine.cudnn < least or machine.cudnn in FAULTY_CUDNN):
+        return (
+            f"fused attention over packed documents on {arch} needs flash-attn or another cuDNN than {machine.cudnn}"
+        )
     if head > 128 and machine.arch != HOPPER:
         return f"{n.te} has no fused attention for heads of {head} on {arch} without flash-attn"
     return ""
