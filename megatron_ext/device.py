@@ -445,7 +445,5 @@ def peak_memory() -> int:
 
 def machine() -> dict[str, Any]:
     """Return name, compute capability and cuDNN (91002 is 9.10.2) of this rank's GPU; {} without one."""
-    if is_cpu():
-        return {}
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    return {"gpu": name, "capability": capability, "cudnn": torch.backends.cudnn.version()}
+    gpu, cudnn = torch.cuda, torch.backends.cudnn.version
+    return {} if is_cpu() else dict(gpu=gpu.get_device_name(), capability=gpu.get_device_capability(), cudnn=cudnn())

@@ -152,9 +152,7 @@ def te_has_an_attention_kernel_here(n: Needs) -> str:
         return f"{n.te} has fused attention over packed documents on Hopper and B200, not on {arch} without flash-attn"
     least = FUSED_CUDNN if machine.arch == HOPPER else FUSED_CUDNN_OF_BLACKWELL
     if machine.cudnn and (machine.cudnn < least or machine.cudnn in FAULTY_CUDNN):
-        return (
-            f"fused attention over packed documents on {arch} needs flash-attn or another cuDNN than {machine.cudnn}"
-        )
+        return f"fused attention over packed documents on {arch} needs flash-attn or another cuDNN than {machine.cudnn}"
     if head > 128 and machine.arch != HOPPER:
         return f"{n.te} has no fused attention for heads of {head} on {arch} without flash-attn"
     return ""

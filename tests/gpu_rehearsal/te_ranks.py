@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformer_engine
@@ -101,11 +101,18 @@ def _updates(of: Any, parts: list[Any], plan: ParallelPlan, lora: bool) -> tuple
     return found, norms
 
 
-Swept = dict[Parts, tuple[str, tuple[list[float], list[float]]]]
+class Swept(NamedTuple):
+    """What a mixture of parts gave."""
+
+    digest: str  # of the weights that it loaded
+    updates: tuple[list[float], list[float]]  # losses, gradient norms
+    classes: set[str]  # of its modules
 
 
-def sweep(of: Any, mixtures: list[Parts], weights: Path, folder: Path, plan: ParallelPlan, lora: bool) -> Swept:
-    """Return {parts: (digest of the weights, (losses, gradient norms))}. Each mixture loads what the one before saved.
+def sweep(
+    of: Any, mixtures: list[Parts], weights: Path, folder: Path, plan: ParallelPlan, lora: bool
+) -> dict[Parts, Swept]:
+    """Return what each mixture gives. Each loads what the one before saved.
 
     Transformer Engine has kernels for sinks over packed documents, as later releases have.
     """
@@ -115,15 +122,10 @@ def sweep(of: Any, mixtures: list[Parts], weights: Path, folder: Path, plan: Par
             parts = _loaded(of, made_of, last, plan)
             last = folder / str(number)
             checkpoint.save_weights(parts, last)
-            found[made_of] = checkpoint.weights_digest(parts), _updates(of, parts, plan, lora)
+            digest = checkpoint.weights_digest(parts)
+            classes = {type(module).__name__ for part in parts for module in part.decoder.modules()}
+            found[made_of] = Swept(digest, _updates(of, parts, plan, lora), classes)
     return found
-
-
-def module_names(of: Any, made_of: Parts) -> list[str]:
-    """Return the names of the classes that a model is made of."""
-    with ranks.started(ALONE):
-        (model,) = tiny.family(of).build(of, ALONE, torch.float32, made_of)
-        return sorted({type(module).__name__ for module in model.decoder.modules()})
 
 
 def chosen(of: Any, backend: str) -> Parts | str:

@@ -29,13 +29,8 @@ TE = Parts("te", "te", "te", "te")
 MOST = {  # the parts that can be Transformer Engine's; of sinks with the kernel of a later release
     family: replace(TE, norm="torch") if family == "nanochat" else TE for family in FAMILIES
 }
-BY_AUTO = {**MOST, "gpt_oss": replace(TE, attention="torch")}  # on an H100 with release 2.11
-SETTINGS = {
-    "all weights": dict(),
-    "recompute full": dict(plan=ParallelPlan(recompute="full")),
-    "recompute selective": dict(plan=ParallelPlan(recompute="selective")),
-    "LoRA": dict(lora=True),
-}
+BY_AUTO_WITH_SINKS = replace(TE, attention="torch")  # release 2.11
+RECOMPUTED = ("full", "selective")
 TP2_SP = dict(tensor=2, sequence_parallel=True)
 PAIRS = {
     "qwen2": ParallelPlan(**TP2_SP),
@@ -78,22 +73,40 @@ def assert_same(pool, weights: dict[str, Path], family: str, made_of: Parts, **s
         assert_close(a, b, f"rank {rank}")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("recompute", RECOMPUTED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_te_computes_what_torch_computes(solo, weights, family, setting):
-    assert_same(solo, weights, family, MOST[family], **SETTINGS[setting])
+def test_recomputation_computes_what_torch_computes(solo, weights, family, recompute):
+    assert_same(solo, weights, family, MOST[family], plan=ParallelPlan(recompute=recompute))
 
 
-@pytest.mark.parametrize("made_of", [MOST, BY_AUTO], ids=["te", "auto"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, made_of", [*MOST.items(), ("gpt_oss", BY_AUTO_WITH_SINKS)])
 def test_two_ranks_compute_what_torch_computes(pair, weights, family, made_of):
-    if made_of is BY_AUTO and BY_AUTO[family] == MOST[family]:
-        pytest.skip("auto chooses what te is")
-    assert_same(pair, weights, family, made_of[family], plan=PAIRS[family])
+    assert_same(pair, weights, family, made_of, plan=PAIRS[family])
 
 
 def test_two_ranks_with_lora_compute_what_torch_computes(pair, weights):
     assert_same(pair, weights, "qwen2", TE, plan=PAIRS["qwen2"], lora=True)
+
+
+IN_A_LAYER = {  # a class of a part that is Transformer Engine's, and one of a part that is ours
+    "attention": ("TEPackedAttention", "PackedAttention"),
+    "linear": ("TERowParallelLinear", "RowParallelLinear"),
+    "norm": ("RMSNorm", "Norm"),
+    "experts": ("TEGroupedMLP", "SequentialMLP"),
+}
+
+
+def assert_assembled(family: str, made_of: Parts, names: set[str]) -> None:
+    """A model whose modules have these class names has the parts that were chosen."""
+    for part, (theirs, ours) in IN_A_LAYER.items():
+        if part == "experts" and family not in WITH_EXPERTS or part == "norm" and family == "nanochat":
+            continue
+        wanted, other = (theirs, ours) if getattr(made_of, part) == "te" else (ours, theirs)
+        assert wanted in names, (made_of, part)
+        # Experts of ours keep mcore's linear layers.
+        assert other not in names or part == "linear" and family in WITH_EXPERTS, (made_of, part)
+    assert ("TELayerNormColumnParallelLinear" in names) == (made_of.linear == made_of.norm == "te")
+    assert "PackedSelfAttention" in names and "SelfAttention" not in names
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA, recompute full"])
@@ -111,33 +124,11 @@ def test_every_mixture_computes_what_our_parts_compute_and_loads_what_another_sa
         plan=plan,
         lora=lora,
     )
-    digest, ours = found[OURS]
-    for made_of, (own_digest, theirs) in found.items():
-        assert own_digest == digest, made_of
-        assert_close(ours, theirs, made_of)
-
-
-IN_A_LAYER = {  # classes of a part that is Transformer Engine's, and of one that is ours
-    "attention": ({"TEPackedAttention"}, {"PackedAttention"}),
-    "linear": ({"TERowParallelLinear"}, {"RowParallelLinear"}),
-    "norm": ({"RMSNorm"}, {"Norm"}),
-    "experts": ({"TEGroupedMLP"}, {"SequentialMLP"}),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_is_assembled_of_the_parts_that_were_chosen(solo, family):
-    for made_of in mixtures(family):
-        (names,) = solo.te("module_names", of=FAMILIES[family], made_of=made_of)
-        for part, (theirs, ours) in IN_A_LAYER.items():
-            if part == "experts" and family not in WITH_EXPERTS or part == "norm" and family == "nanochat":
-                continue
-            wanted, other = (theirs, ours) if getattr(made_of, part) == "te" else (ours, theirs)
-            assert wanted <= set(names), (made_of, part)
-            # Experts of ours keep mcore's linear layers, and a fused norm leaves the final one alone.
-            assert part == "linear" and family in WITH_EXPERTS or not other & set(names), (made_of, part)
-        assert ("TELayerNormColumnParallelLinear" in names) == (made_of.linear == made_of.norm == "te")
-        assert "PackedSelfAttention" in names and "SelfAttention" not in names
+    ours = found[OURS]
+    for made_of, theirs in found.items():
+        assert theirs.digest == ours.digest, made_of
+        assert_close(ours.updates, theirs.updates, made_of)
+        assert_assembled(family, made_of, theirs.classes)
 
 
 def test_a_folder_s_parts_are_chosen_where_it_is_loaded(solo):
@@ -181,6 +172,6 @@ def test_plan_refuses_what_has_no_kernel():
     assert check(ParallelPlan(), Workload(2, QWEN_32B, backend="te")) == []
 
 
-def test_nanochat_s_norms_are_never_transformer_engine_s(solo):
+def test_nanochat_s_norms_are_never_transformer_engine_s(solo, weights):
     with pytest.raises(AssertionError, match="no norms without weights"):
-        solo.te("module_names", of=tiny.NANOCHAT_DIMS, made_of=TE)
+        solo.te("losses", of=tiny.NANOCHAT_DIMS, made_of=TE, weights=weights["nanochat"])
