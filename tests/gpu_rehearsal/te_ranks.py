@@ -7,7 +7,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformer_engine
@@ -101,18 +101,14 @@ def _updates(of: Any, parts: list[Any], plan: ParallelPlan, lora: bool) -> tuple
     return found, norms
 
 
-class Swept(NamedTuple):
-    """What a mixture of parts gave."""
-
-    digest: str  # of the weights that it loaded
-    updates: tuple[list[float], list[float]]  # losses, gradient norms
-    classes: set[str]  # of its modules
+Updates = tuple[list[float], list[float]]  # losses, gradient norms
 
 
 def sweep(
     of: Any, mixtures: list[Parts], weights: Path, folder: Path, plan: ParallelPlan, lora: bool
-) -> dict[Parts, Swept]:
-    """Return what each mixture gives. Each loads what the one before saved.
+) -> dict[Parts, tuple[str, Updates, set[str]]]:
+    """Return, by mixture, the digest of the weights that it loaded, its updates, and the classes of its modules. Each
+    loads what the one before saved.
 
     Transformer Engine has kernels for sinks over packed documents, as later releases have.
     """
@@ -124,7 +120,7 @@ def sweep(
             checkpoint.save_weights(parts, last)
             digest = checkpoint.weights_digest(parts)
             classes = {type(module).__name__ for part in parts for module in part.decoder.modules()}
-            found[made_of] = Swept(digest, _updates(of, parts, plan, lora), classes)
+            found[made_of] = digest, _updates(of, parts, plan, lora), classes
     return found
 
 
