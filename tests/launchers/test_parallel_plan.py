@@ -78,8 +78,9 @@ def test_whose_layers_a_phase_will_have_is_shown_with_reasons_and_assumptions(pl
     found = json.loads(plan("--parallel", "sft", "--json", "sft.with.backend=te").stdout)
     assert found["backend"] == "te" and found["parts"]["attention"] == {"is": "te", "why": "backend te"}
     assert list(found["parts"]) == ["attention", "linear", "norm"] and "packages" in found["assumed"][-1]
-    line = one_line(plan("sft.with.backend=te", "sft.with.dtype=float32", "packs.with.pack_length=64", check=2))
-    assert "phases.sft.with.backend: Transformer Engine 2.11 has no fused attention in float32" in line
+    refused = plan("sft.with.backend=te", "sft.with.dtype=float32", "packs.with.pack_length=64", check=2).stderr
+    assert "phases.sft.with.backend: Transformer Engine 2.11 has no fused attention in float32" in refused
+    assert [line.endswith("use backend auto") for line in refused.splitlines()] == [True, True]
 
 
 def test_the_grpo_seeds_length_is_refused_by_every_verb_that_plans(plan):
