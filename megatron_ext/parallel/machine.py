@@ -4,7 +4,7 @@ At run time it is this machine, at plan time what the profile says of the GPUs a
 """
 
 import importlib.util
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -30,6 +30,12 @@ class Machine:
     def arch(self) -> tuple[int, int]:
         return self.capability or HOPPER
 
+    @property
+    def packages(self) -> list[str]:
+        """The packages that are installed, with their releases."""
+        names = ("transformer_engine", "mamba_ssm", "causal_conv1d", "flash_attn")
+        return [f"{name} {release}" for name in names if (release := getattr(self, name))]
+
 
 def numbers(release: str) -> tuple[int, int]:
     """Return major and minor number of a release: "2.11.0+cu13" -> (2, 11)."""
@@ -42,9 +48,14 @@ def spelled(release: tuple[int, int]) -> str:
 
 
 @cache
-def installed() -> dict[str, str]:
-    """Return the releases of the packages that parts may be made of, "" for those that this Python does not find."""
-    return {one.name: _release(one.name) for one in fields(PINNED)}
+def installed() -> Machine:
+    """Return a machine without a GPU that has the packages which this Python finds."""
+    return Machine(
+        transformer_engine=_release("transformer_engine"),
+        mamba_ssm=_release("mamba_ssm"),
+        causal_conv1d=_release("causal_conv1d"),
+        flash_attn=_release("flash_attn"),
+    )
 
 
 def _release(package: str) -> str:
@@ -62,4 +73,4 @@ def here() -> Machine:
     """Return this machine, for a rank whose device is ready (device.init_device). Imports torch."""
     from megatron_ext import device
 
-    return Machine(**device.machine(), **installed())
+    return replace(installed(), **device.machine())

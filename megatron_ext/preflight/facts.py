@@ -157,22 +157,22 @@ def planned_machine(backend: str, site: Site) -> tuple[Machine | None, list[str]
     """
     if site.gpus_per_node is None:
         return None, []
+    found, gpu = installed(), GPUS.get(site.gpu)
     if not site.gpus_per_node:
-        return Machine(**installed()), []
-    gpu, packages = GPUS.get(site.gpu), installed()
+        return found, []
+    machine = replace(found, gpu=site.gpu or "a GPU", capability=gpu.capability if gpu else None)
     assumed = [] if gpu else ["the type of GPU is not known: taken for an H100"]
-    if backend == TE and not packages["transformer_engine"]:
-        packages = packages | {"transformer_engine": PINNED.transformer_engine}
-        assumed.append(f"transformer_engine {PINNED.transformer_engine} is not installed here, and taken to be there")
-    has = [f"{name} {release}" for name, release in packages.items() if release and installed()[name]]
-    assumed.append(f"nodes have the packages that are installed here: {', '.join(has) or 'none of these'}")
-    return Machine(site.gpu or "a GPU", gpu.capability if gpu else None, **packages), assumed
+    if backend == TE and not machine.transformer_engine:
+        machine = replace(machine, transformer_engine=PINNED.transformer_engine)
+        assumed.append(f"{machine.packages[0]} is not installed here, and taken to be there")
+    assumed.append(f"nodes have the packages that are installed here: {', '.join(found.packages) or 'none of these'}")
+    return machine, assumed
 
 
 def parts_of(plan: ParallelPlan, w: Workload) -> Parts | None:
     """Return whose layers a phase will be made of; None while that is not known."""
     if w.machine is None:
-        return None if w.backend != TORCH and installed()["transformer_engine"] else OURS
+        return None if w.backend != TORCH and installed().transformer_engine else OURS
     return choose(w.backend, rules.needs_of(plan, w)).parts
 
 

@@ -217,14 +217,13 @@ def test_every_kind_of_phase_refuses_te_where_a_part_cannot_be(name, said):
 
 
 def test_plan_takes_the_gpu_from_the_profile_and_says_what_it_assumes(monkeypatch):
-    here = dict.fromkeys(("transformer_engine", "mamba_ssm", "causal_conv1d", "flash_attn"), "")
-    monkeypatch.setattr(facts, "installed", lambda: here)
+    monkeypatch.setattr(facts, "installed", Machine)
     machine, assumed = facts.planned_machine("auto", H100_SITE)
     assert machine == Machine("h100", (9, 0)) and "none of these" in assumed[-1]
     machine, assumed = facts.planned_machine("te", Site(2, gpus_per_node=2))
     assert machine == Machine("a GPU", transformer_engine=PINNED.transformer_engine)
     assert len(assumed) == 3 and "taken for an H100" in assumed[0] and "taken to be there" in assumed[1]
-    here["transformer_engine"] = "2.11.0"
+    monkeypatch.setattr(facts, "installed", lambda: Machine(transformer_engine="2.11.0"))
     assert facts.planned_machine("te", H100_SITE)[1] == [
         "nodes have the packages that are installed here: transformer_engine 2.11.0"
     ]
