@@ -428,6 +428,7 @@ def gpu_identity() -> str:
     return "" if is_cpu() else str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-def gpu_name() -> str:
-    """Return the name of the GPU as its driver calls it ("NVIDIA H100 80GB HBM3"); "" without one."""
-    return "" if is_cpu() else torch.cuda.get_device_name()
+def machine() -> dict[str, Any]:
+    """Return name, compute capability and cuDNN (91002 is 9.10.2) of this rank's GPU; {} without one."""
+    gpu, cudnn = torch.cuda, torch.backends.cudnn.version
+    return {} if is_cpu() else dict(gpu=gpu.get_device_name(), capability=gpu.get_device_capability(), cudnn=cudnn())

@@ -45,8 +45,12 @@ MOST_LINES_OF_A_FUNCTION = 80
 MOST_COMPLEX = 20  # cyclomatic complexity of a function, as radon counts
 LIGHT_TOP = ("torch", "megatron", "transformers")  # not at the top of what plan imports
 PLANNED_WITH = (
+    "parallel/machine.py",
+    "parallel/mamba_kernels.py",
+    "parallel/parts.py",
     "parallel/plan.py",
     "parallel/rules.py",
+    "parallel/settings.py",
     "parallel/shape.py",
     "parallel/calibration.py",
     "preflight/facts.py",

@@ -11,7 +11,7 @@ from megatron_ext.entrypoints.evaluate import Config
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return evaluate.check(config, placement.ranks)
+    return evaluate.check(config, placement.ranks, placement)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -13,7 +13,7 @@ STOPS = True
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return generate.check(config, placement.ranks)
+    return generate.check(config, placement.ranks, placement)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -151,7 +151,7 @@ FLAGS: tuple[Flag, ...] = (
           "--make-vocab-size-divisible-by", why=_CONFIG),
     _switch("--untie-embeddings-and-output-weights", "--disable-bias-linear", "--add-qkv-bias",
             "--group-query-attention", "--use-rotary-position-embeddings", "--swiglu", why=_CONFIG),
-    _none("--attention-backend", why="packed rows run flash attention where the backend is te"),
+    _none("--attention-backend", why="each part of a layer has its kernels: backend"),
     _switch("--attention-softmax-in-fp32", "--no-masked-softmax-fusion", "--te-rng-tracker",
             "--data-parallel-random-init", "--initialize-socket-comms", "--no-create-attention-mask-in-dataloader",
             why="nothing to choose here"),

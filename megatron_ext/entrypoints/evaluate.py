@@ -36,8 +36,8 @@ from data_tools.tasks.outcome import is_graded, is_unjudged
 from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
 from megatron_ext.entrypoints.accuracy import Line, accuracy, asked, write_tables
-from megatron_ext.parallel.plan import Workload
-from megatron_ext.parallel.rules import check as check_plan
+from megatron_ext.parallel.plan import Site
+from megatron_ext.preflight.facts import check_forward
 from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_rollouts
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class Config(RolloutSettings):
     seen_in: str | None = setting(None, "training token store: prompts seen in training count apart", input=True)
 
 
-def check(config: Config, ranks: int) -> list[Problem]:
-    """Return what can be refused before anything runs on `ranks` ranks."""
+def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
+    """Return what can be refused before anything runs; `site` says what is known of `ranks` ranks yet to come."""
     problems = []
     if not of_mix(config):
         problems += check_rows(config.task, config.task_options, config.source)
@@ -84,7 +84,7 @@ def check(config: Config, ranks: int) -> list[Problem]:
     if config.compare_with and not config.samples:
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     problems += check_rollouts(config, Sampling())
-    return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
+    return problems + check_forward(config, site or Site(ranks))
 
 
 def of_mix(config: Config) -> bool:
@@ -118,6 +118,7 @@ def run(
     folder, before = model_folder.open_folder(config.model), _compared(config)
     lines_of = _lines_of_mix if of_mix(config) else _lines_of_rows
     with ranks.started(config.parallel):
+        choice = model_folder.told_parts(folder, config)
         lines, records = lines_of(config, folder, keep, progress=progress, index=index, count=count)
         writer = ranks.is_writer()
     opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
@@ -126,7 +127,7 @@ def run(
         _write(out, lines, result)
         if count == 1:
             write_tables(keep, result, folder.step)
-    return result
+    return {**result, "parts": choice.facts()}
 
 
 def _write(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:

@@ -25,8 +25,8 @@ from data_tools.records import readers
 from data_tools.tasks.estimators import Vote, at_k, standard_error
 from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
-from megatron_ext.parallel.plan import Workload
-from megatron_ext.parallel.rules import check as check_plan
+from megatron_ext.parallel.plan import Site
+from megatron_ext.preflight.facts import check_forward
 from megatron_ext.rl.settings import GenerateSettings
 from megatron_ext.rollout.settings import check_rollouts
 from megatron_ext.training import options
@@ -39,13 +39,13 @@ SAMPLES, RESULT = "samples.jsonl", "result.json"
 JOINED = ("records", "texts_begin")  # facts of all elements that are the same in each
 
 
-def check(config: Config, ranks: int) -> list[Problem]:
-    """Return what can be refused before anything runs on `ranks` ranks."""
+def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
+    """Return what can be refused before anything runs; `site` says what is known of `ranks` ranks yet to come."""
     problems = check_mix(config.mix, training=False)
     if config.samples > 1 and config.sampling.is_greedy:
         problems.append(Problem("sampling.temperature", f"0 gives {config.samples} samples all alike; use samples: 1"))
     problems += check_rollouts(config, config.sampling)
-    return problems + check_plan(config.parallel, Workload(ranks, backend=config.backend))
+    return problems + check_forward(config, site or Site(ranks))
 
 
 def run(
@@ -74,6 +74,8 @@ def run(
         # megatron-core may be imported once the device is ready
         from megatron_ext.weights.checkpoint import from_rank_zero
 
+        choice = model_folder.told_parts(folder, config)
+
         def load() -> Any:
             return model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
 
@@ -87,7 +89,7 @@ def run(
         durable.write_json(out / RESULT, result)
         if count == 1:
             _table(keep, result, folder.step)
-    return result
+    return {**result, "parts": choice.facts()}
 
 
 def sampled(

@@ -107,8 +107,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
     Raise Stopped on every rank, with all that was sampled recorded, once `stop` says so on any of them.
     Return the facts: step, reward_first, reward_last, weights_digest, updates, samples, trained_samples, the others by
-    why they were not (unscorable, cut_off, equal), tokens, resumed_from, notes. Raise UserMistake where nothing was
-    trained in all steps, or every verdict of the first one failed (rl/untrained.py).
+    why they were not (unscorable, cut_off, equal), tokens, resumed_from, notes, parts (whose layers). Raise UserMistake
+    where nothing was trained in all steps, or every verdict of the first one failed (rl/untrained.py).
     """
     from megatron_ext.model_folders import model_folder
     from megatron_ext.parallel import ranks
@@ -120,6 +120,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
     with ranks.started(config.parallel, config.seed, timedelta(minutes=config.distributed_timeout_minutes)):
         from megatron_ext.rl import session  # megatron-core may be imported once the device is ready
 
+        choice = model_folder.told_parts(folder, config)
         identity = _identity(config, folder.weights_digest)
         outcome, digest = session.run(config, folder, out, keep, identity=identity, progress=progress, stop=stop)
     position = outcome.position
@@ -137,6 +138,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "resumed_from": outcome.resumed_from,
         "notes": [*outcome.notes, *_recorded_notes(config)],
         "parallel": asdict(config.parallel),
+        "parts": choice.facts(),
         **({"lora": loras.reach(config.lora, folder.shape)} if config.lora.rank else {}),
     }
 

@@ -52,7 +52,8 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += _check_length(config, training.workload.pack_length)
     if training.shape is not None:
         problems += options.check_balance(config.balance, training.shape.experts > 0)
-    problems += _check_data(config, site) + options.check(config.engine, config.backend, environment=site.environment)
+    problems += _check_data(config, site)
+    problems += options.check(config.engine, facts.parts_of(config.parallel, training.workload))
     problems += loras.check(config.lora, training.shape) + _check_base(config, site)
     return problems + refusals.check(config.parallel, training, site)
 
@@ -115,7 +116,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
     Raise Stopped on every rank, after a checkpoint, once `stop` says so on any of them.
     Return the facts: step, loss_first, loss_last, valid_losses, weights_digest, tokens, supervised_tokens,
-    resumed_from, notes; with LoRA lora (lora/settings.py, reach); with `certify` also certificate
+    resumed_from, notes, parts (whose layers); with LoRA lora (lora/settings.py, reach); with `certify` also certificate
     (entrypoints/certify.py), which is kept in KEEP/certificates.
     """
     from data_tools.packs.blended import read_packs
@@ -143,6 +144,9 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         from megatron_ext.training import supervised  # megatron-core may be imported once the device is ready
 
         training = _training(config, Site(world))[0]
+        choice = model_folder.told_parts(folder, config)
+        if problems := options.check(config.engine, choice.parts):
+            raise UserMistake(problems)
         trainer = _trainer(config, folder, training, weights)
         outcome = supervised.train_on_packs(
             trainer,
@@ -167,6 +171,7 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
         "resumed_from": outcome.resumed_from,
         "notes": outcome.notes,
         "parallel": asdict(config.parallel),
+        "parts": choice.facts(),
         **({"lora": loras.reach(config.lora, folder.shape)} if config.lora.rank else {}),
         **certified,
     }

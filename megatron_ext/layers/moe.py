@@ -1,4 +1,4 @@
-"""Mixture of experts for layer specs without Transformer Engine: mcore's MoELayer, one MLP an expert (SequentialMLP).
+"""Mixture of experts for layer specs: mcore's MoELayer with one MLP an expert (SequentialMLP), or Transformer Engine's.
 
 Distributed checkpoints are interchangeable with Transformer Engine's grouped experts.
 """
@@ -6,11 +6,14 @@ Distributed checkpoints are interchangeable with Transformer Engine's grouped ex
 from typing import Any
 
 import torch
+from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_ext.layers.marks import marks
+from megatron_ext.parallel.parts import TE, Parts
 
 
 class ExpertRowParallelLinear(RowParallelLinear):
@@ -34,8 +37,15 @@ class ExpertRowParallelLinear(RowParallelLinear):
         return (output if bias is None else output.clone()), bias
 
 
-def moe_spec(experts: int) -> ModuleSpec:
+def moe_spec(experts: int, parts: Parts) -> ModuleSpec:
     """Return `mlp` of a transformer layer with `experts` experts, and shared ones where the configuration has them."""
-    spec = get_moe_module_spec(use_te=False, num_experts=experts)
-    spec.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
+    grouped = parts.experts == TE
+    spec = get_moe_module_spec(use_te=grouped, num_experts=experts, moe_grouped_gemm=grouped)
+    if not grouped:
+        spec.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
+    spec.submodules.shared_experts.submodules = (
+        MLPSubmodules(linear_fc1=te.TEColumnParallelLinear, linear_fc2=te.TERowParallelLinear)
+        if parts.linear == TE
+        else MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
     return spec

@@ -11,6 +11,7 @@ functions that load and write do.
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,11 @@ from megatron_ext.lora import settings as loras
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.config_meaning import differences, meaning
 from megatron_ext.models.registry import Family, read_config
-from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.parallel import rules
+from megatron_ext.parallel.machine import here
+from megatron_ext.parallel.parts import AUTO, Choice, choose
+from megatron_ext.parallel.plan import ParallelPlan, Workload
+from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.parallel.shape import ModelShape
 
 FORMAT = 1
@@ -184,16 +189,39 @@ def _otherwise(folder: ModelFolder, other: Path) -> list[str]:
     return [f"its vocabulary has {rows:,} rows, not {ours:,}"] if rows not in (None, ours) else []
 
 
+def choose_parts(folder: ModelFolder, plan: ParallelPlan, dtype: str, backend: str) -> Choice:
+    """Return whose layers the model is made of on this machine, whose ranks are started. Raise UserMistake where
+    `backend` has not what the model, the plan or the machine need.
+    """
+    import torch.distributed as dist
+
+    machine, dtype = here(), dtype or folder.dtype
+    asked = Workload(dist.get_world_size(), folder.shape, backend=backend, machine=machine, dtype=dtype)
+    if problems := rules.check_parts(plan, asked):
+        raise UserMistake(problems)
+    return choose(backend, rules.needs_of(plan, asked))
+
+
+def told_parts(folder: ModelFolder, config: ModelSettings) -> Choice:
+    """Return `choose_parts` of a phase, and have rank 0 write a line for each part to the phase's log."""
+    import torch.distributed as dist
+
+    choice = choose_parts(folder, config.parallel, config.dtype, config.backend)
+    if dist.get_rank() == 0:
+        print(*choice.lines(), sep="\n", file=sys.stderr, flush=True)
+    return choice
+
+
 def load_stages(
     folder: ModelFolder,
     plan: ParallelPlan,
     dtype: str = "",
-    backend: str = "torch",
+    backend: str = AUTO,
     options: Mapping[str, Any] = {},
     weights: Path | None = None,
 ) -> list[Any]:
     """Load this rank's parts of the model (registry.stages), weights loaded and the adapter in place. `dtype` "" keeps
-    the folder's.
+    the folder's, `backend` is chosen by part (parallel/parts.py).
 
     `options`: further fields of TransformerConfig. `weights`: a distributed checkpoint in place of the folder's own.
     Every rank takes part.
@@ -203,7 +231,11 @@ def load_stages(
     from megatron_ext.weights import checkpoint
 
     parts = folder.family.build(
-        folder.dims, plan, dtype=getattr(torch, dtype or folder.dtype), backend=backend, options=options
+        folder.dims,
+        plan,
+        dtype=getattr(torch, dtype or folder.dtype),
+        parts=choose_parts(folder, plan, dtype, backend).parts,
+        options=options,
     )
     if weights is not None:
         check_same_model(folder, weights)
@@ -223,7 +255,7 @@ def load_trainable(
     lora: LoraConfig,
     seed: int,
     dtype: str = "",
-    backend: str = "torch",
+    backend: str = AUTO,
     options: Mapping[str, Any] = {},
     weights: Path | None = None,
 ) -> list[Any]:
@@ -243,7 +275,7 @@ def load_trainable(
     return parts
 
 
-def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = "torch") -> Any:
+def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = AUTO) -> Any:
     """Load as `load_stages` does, where the pipeline is not interleaved, and return the rank's one part."""
     (model,) = load_stages(folder, plan, dtype, backend)
     return model

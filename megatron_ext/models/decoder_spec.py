@@ -3,23 +3,28 @@ models of GPT's form, with layers of attention followed by an MLP or experts, ne
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
 from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
+from megatron_ext.parallel.parts import TE, Parts
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
 RECOMPUTE: dict[str, dict[str, Any]] = {  # what ParallelPlan.recompute means to mcore
@@ -27,6 +32,8 @@ RECOMPUTE: dict[str, dict[str, Any]] = {  # what ParallelPlan.recompute means to
     "selective": dict(recompute_granularity="selective", recompute_modules=["mlp", "moe"]),
     "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
 }
+
+NO_ACTIVATION_FUSION = dict(bias_activation_fusion=False)  # mcore refuses it for a squared ReLU (its config, line 1487)
 
 
 class DecoderDims(Protocol):
@@ -56,11 +63,8 @@ class DecoderDims(Protocol):
     def max_positions(self) -> int: ...
 
 
-def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
-    """Return the fields of TransformerConfig that a plan decides. `dtype` is that of the parameters, `backend` "torch"
-    or "te".
-    """
-    fused = backend == "te"
+def settings(plan: ParallelPlan, dtype: torch.dtype, parts: Parts) -> dict[str, Any]:
+    """Return the fields of TransformerConfig that plan and parts decide. `dtype` is that of the parameters."""
     return dict(
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -81,13 +85,12 @@ def settings(plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, 
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        # Compiled extras of Apex and Transformer Engine.
+        # Compiled extras of Apex, of Transformer Engine, and of mcore for linear layers that leave out their bias.
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        persist_layer_norm=fused,
-        apply_rope_fusion=fused,
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
+        apply_rope_fusion=parts.attention == TE,
+        bias_activation_fusion=parts.linear == TE,
+        bias_dropout_fusion=parts.linear == TE,
     )
 
 
@@ -98,11 +101,8 @@ def configured(options: Mapping[str, Any], **fields: Any) -> TransformerConfig:
     return TransformerConfig(**{**fields, **options})
 
 
-def decoder_fields(dims: DecoderDims, plan: ParallelPlan, dtype: torch.dtype, backend: str) -> dict[str, Any]:
-    """Return the fields of TransformerConfig of a model of GPT's form with RMSNorm.
-
-    `dtype` is that of the parameters, `backend` "torch" or "te".
-    """
+def decoder_fields(dims: DecoderDims, plan: ParallelPlan, dtype: torch.dtype, parts: Parts) -> dict[str, Any]:
+    """Return the fields of TransformerConfig of a model of GPT's form with RMSNorm. `dtype` is the parameters'."""
     return dict(
         num_layers=dims.layers,
         hidden_size=dims.hidden,
@@ -112,7 +112,7 @@ def decoder_fields(dims: DecoderDims, plan: ParallelPlan, dtype: torch.dtype, ba
         kv_channels=dims.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=dims.norm_epsilon,
-        **settings(plan, dtype, backend),
+        **settings(plan, dtype, parts),
     )
 
 
@@ -122,7 +122,7 @@ def decoder(
     dims: DecoderDims,
     *,
     plan: ParallelPlan,
-    backend: str,
+    parts: Parts,
     virtual_stage: int | None,
     norm: type[torch.nn.Module] = Norm,
     **own: Any,
@@ -139,7 +139,7 @@ def decoder(
         position_embedding_type="rope",
         rotary_base=dims.rope_base,
     )
-    layers = decoder_spec(config, backend, virtual_stage, norm)
+    layers = decoder_spec(config, parts, virtual_stage, norm)
     model = kind(config, layers, **{**arguments, **own}, **ends(virtual_stage))
     model.vocabulary_rows = dims.vocabulary
     return model
@@ -183,36 +183,86 @@ def ends(virtual_stage: int | None) -> dict[str, Any]:
     )
 
 
+@dataclass(frozen=True)
+class Modules:
+    """The classes that a layer is assembled from."""
+
+    attention: type  # the core
+    column: type
+    row: type
+    norm: type
+    fused: type | None  # a norm and the column-parallel layer after it in one; None where they are two
+
+    @property
+    def normed_column(self) -> type:
+        """The layer after a norm."""
+        return self.fused or self.column
+
+    @property
+    def norm_before(self) -> type:
+        """The norm before `normed_column`."""
+        return IdentityOp if self.fused else self.norm
+
+
+def modules(parts: Parts, norm: type[torch.nn.Module] = Norm) -> Modules:
+    """Return the classes of a layer's parts. `norm` is ours, with the model's weights or without."""
+    attention: type = PackedAttention
+    if parts.attention == TE:
+        from megatron_ext.layers.te_attention import TEPackedAttention
+
+        attention = TEPackedAttention
+    linear = parts.linear == TE
+    return Modules(
+        attention,
+        column=te.TEColumnParallelLinear if linear else ColumnParallelLinear,
+        row=te.TERowParallelLinear if linear else RowParallelLinear,
+        norm=te.TENorm if parts.norm == TE else norm,
+        fused=te.TELayerNormColumnParallelLinear if linear and parts.norm == TE else None,
+    )
+
+
+# Checkpoints name a norm as Transformer Engine does, which fuses it into the next layer: the same for all parts.
+BEFORE_ATTENTION = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+BEFORE_MLP = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def attention_spec(made_of: Modules, qk_norm: bool = False) -> ModuleSpec:
+    """Return `self_attention` of a layer, with norms of queries and keys where the model has some."""
+    of_heads = made_of.norm if qk_norm else IdentityOp
+    return ModuleSpec(
+        module=PackedSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=made_of.normed_column,
+            core_attention=made_of.attention,
+            linear_proj=made_of.row,
+            q_layernorm=of_heads,
+            k_layernorm=of_heads,
+        ),
+    )
+
+
+def mlp_spec(made_of: Modules) -> ModuleSpec:
+    """Return `mlp` of a layer without experts."""
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=made_of.normed_column, linear_fc2=made_of.row))
+
+
 def decoder_spec(
-    config: TransformerConfig, backend: str, virtual_stage: int | None = None, norm: type[torch.nn.Module] = Norm
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return the layers of attention and MLP, or experts where `config` has them.
-
-    "torch": mcore's local spec with our norms, packed attention and experts. "te": mcore's stock spec with attention
-    that knows a rollout's cache.
-    """
-    if backend == "te":
-        from megatron_ext.layers.te_attention import TEPackedAttention  # only where Transformer Engine is installed
-
-        layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
-        attention = layer.submodules.self_attention
-        attention.module, attention.submodules.core_attention = PackedSelfAttention, TEPackedAttention
-        return layer
-    if backend != "torch":
-        raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
-    layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
-    parts, attention = layer.submodules, layer.submodules.self_attention
-    parts.input_layernorm = parts.pre_mlp_layernorm = norm
-    attention.module, attention.submodules.core_attention = PackedSelfAttention, PackedAttention
-    if config.qk_layernorm:
-        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
-    if config.num_moe_experts:
-        parts.mlp = moe_spec(config.num_moe_experts)
-        # No spec fuses this norm into experts: checkpoints keep its name (mcore's map says otherwise).
-        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-    layers = [layer] * get_num_layers_to_build(config, virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+    config: TransformerConfig,
+    parts: Parts,
+    virtual_stage: int | None = None,
+    norm: type[torch.nn.Module] = Norm,
+) -> TransformerBlockSubmodules:
+    """Return the layers of attention and MLP, or experts where `config` has them. `norm` is ours (`modules`)."""
+    made_of, experts = modules(parts, norm), config.num_moe_experts
+    layer = TransformerLayerSubmodules(
+        input_layernorm=made_of.norm_before,
+        self_attention=attention_spec(made_of, config.qk_layernorm),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=made_of.norm if experts else made_of.norm_before,  # no part fuses a norm into experts
+        mlp=moe_spec(experts, parts) if experts else mlp_spec(made_of),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=BEFORE_ATTENTION if experts else BEFORE_ATTENTION | BEFORE_MLP,
+    )
+    layers = [ModuleSpec(module=TransformerLayer, submodules=layer)] * get_num_layers_to_build(config, virtual_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=made_of.norm)

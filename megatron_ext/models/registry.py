@@ -5,8 +5,9 @@
         small(...) -> config.json of a random model      WITHOUT_EFFECT: keys that its function does not depend on
     spec.py
         transformer_config(...)
-        build(Dims, plan, dtype, backend, virtual_stage, options) -> mcore model: `dtype` is that of the parameters,
-        `backend` "torch" or "te", `options` are fields of TransformerConfig (training/options.py)
+        build(Dims, plan, dtype, parts, virtual_stage, options) -> mcore model: `dtype` is that of the parameters,
+        `parts` say whose layers they are (parallel/parts.py), `options` are fields of TransformerConfig
+        (training/options.py)
     weight_layout.py
         rules(Dims, names) -> name and layout of each weight, for both directions; `names` are those of the checkpoint
         at hand, for families that are stored in several spellings (MODULE_NAMES picks that of transformers' modules)
@@ -30,6 +31,7 @@ from typing import Any
 from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake, nearest
 from megatron_ext.models.config_meaning import lost
+from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 
 MODEL_TYPES = {  # of config.json: the family's folder
@@ -60,7 +62,7 @@ class Family:
         return self._part("spec")
 
     def build(
-        self, dims: Any, plan: ParallelPlan, dtype: Any, backend: str = "torch", options: Mapping[str, Any] = {}
+        self, dims: Any, plan: ParallelPlan, dtype: Any, parts: Parts = OURS, options: Mapping[str, Any] = {}
     ) -> list[Any]:
         """Build this rank's parts of the model in model order, one or `plan.virtual`; their weights are not set.
 
@@ -70,7 +72,7 @@ class Family:
 
         virtual = range(plan.virtual) if plan.virtual > 1 else [None]
         return [
-            self.spec.build(dims, plan, dtype=dtype, backend=backend, virtual_stage=stage, options=options).to(device())
+            self.spec.build(dims, plan, dtype=dtype, parts=parts, virtual_stage=stage, options=options).to(device())
             for stage in virtual
         ]
 

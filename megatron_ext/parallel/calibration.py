@@ -18,14 +18,15 @@ class Gpu:
     memory_gib: float  # all that nvidia-smi shows
     bf16_tflops: float  # dense
     link: float  # NVLink, bytes/s a GPU in one direction
+    capability: tuple[int, int]  # compute capability
     source: str
 
 
 GPUS = {
-    "a100": Gpu(80.0, 312.0, 300e9, "NVIDIA A100 80GB SXM data sheet"),
-    "h100": Gpu(79.6, 989.0, 450e9, "NVIDIA H100 SXM data sheet"),
-    "h200": Gpu(140.4, 989.0, 450e9, "NVIDIA H200 SXM data sheet"),
-    "b200": Gpu(179.0, 2250.0, 900e9, "NVIDIA HGX B200 data sheet"),
+    "a100": Gpu(80.0, 312.0, 300e9, (8, 0), "NVIDIA A100 80GB SXM data sheet"),
+    "h100": Gpu(79.6, 989.0, 450e9, (9, 0), "NVIDIA H100 SXM data sheet"),
+    "h200": Gpu(140.4, 989.0, 450e9, (9, 0), "NVIDIA H200 SXM data sheet"),
+    "b200": Gpu(179.0, 2250.0, 900e9, (10, 0), "NVIDIA HGX B200 data sheet"),
 }
 NETWORK = 50e9  # bytes/s a GPU between nodes, one direction: one 400 Gb/s adapter a GPU
 RESERVE = 4 * GIB  # CUDA context, NCCL buffers, workspaces: 3 to 6 GiB

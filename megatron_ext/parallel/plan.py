@@ -14,10 +14,10 @@ from typing import Any
 
 from data_tools.base.declared import setting
 from data_tools.mistake import Problem
+from megatron_ext.parallel.machine import Machine
 from megatron_ext.parallel.shape import ModelShape
 
 CONTEXT_COMMS = ("p2p", "all_gather", "a2a")
-BACKENDS = ("torch", "te")  # layer specs: our own, Transformer Engine's
 RECOMPUTES = ("none", "selective", "full")
 DEGREES = ("tensor", "pipeline", "virtual", "context", "expert", "expert_tensor", "micro_batch")
 
@@ -38,7 +38,7 @@ class ParallelPlan:
     )
     context: int = setting(1, "one sequence over so many ranks (CP)", unit="ranks", least=1)
     context_comm: str = setting(
-        "all_gather", "how attention meets the other ranks' keys; p2p with backend te only", choices=CONTEXT_COMMS
+        "all_gather", "how attention meets the other ranks' keys; p2p is Transformer Engine's", choices=CONTEXT_COMMS
     )
     expert: int = setting(1, "experts over so many ranks (EP)", unit="ranks", least=1)
     expert_tensor: int = setting(1, "an expert's columns over so many ranks (ETP)", unit="ranks", least=1)
@@ -114,7 +114,9 @@ class Workload:
     align: int | None = None  # tokens, of the pack plan: each document takes a multiple
     longest: int | None = None  # tokens of the longest document
     global_batch: int | None = None  # packs an update
-    backend: str = "torch"  # layer spec: torch | te
+    backend: str = "torch"  # auto | torch | te (parts.py)
+    machine: Machine | None = None  # None: nothing is known of it
+    dtype: str = ""  # of the weights
     gpus: bool | None = None  # False: the collectives are gloo's
 
 

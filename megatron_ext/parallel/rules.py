@@ -5,6 +5,7 @@ themselves: of a field's candidates the one closest to what was asked that break
 megatron-core 0.16.1 asserts (or breaks without an assertion) and those of our own layers.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
@@ -12,8 +13,9 @@ from typing import Any
 
 from data_tools.base import declared
 from data_tools.mistake import Problem
-from megatron_ext.parallel.plan import BACKENDS, CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
-from megatron_ext.parallel.shape import MAMBA, MLP, MOE, WINDOW
+from megatron_ext.parallel import parts
+from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
+from megatron_ext.parallel.shape import MAMBA, MLP, MOE
 
 Broken = Callable[[ParallelPlan, Workload], str]  # what is wrong with a plan, "" where nothing is
 
@@ -95,46 +97,52 @@ def context_splits_mamba(p: ParallelPlan, w: Workload) -> str:
 
 @rule("context_comm", "context", "tensor")
 def all_to_all_splits_heads(p: ParallelPlan, w: Workload) -> str:
-    """Want heads to split: Ulysses hands every context rank whole heads. Our own attention replicates KV heads, TE's
-    does not.
-    """
+    """Want heads to split: Ulysses hands every context rank whole heads."""
     s = w.shape
     if not s or not s.heads or p.context == 1 or p.context_comm != "a2a" or tensor_splits_attention(p, w):
         return ""
-    heads, groups = s.heads // p.tensor, max(s.kv_groups // p.tensor, 1)
-    if heads % p.context:
-        return f"a2a over context {p.context} does not split the {heads} heads of a tensor rank evenly"
-    if w.backend == "te" and groups % p.context:
-        return f"a2a over context {p.context} does not split the {groups} KV groups of a tensor rank evenly"
-    return ""
+    heads = s.heads // p.tensor
+    uneven = f"a2a over context {p.context} does not split the {heads} heads of a tensor rank evenly"
+    return uneven if heads % p.context else ""
+
+
+def needs_of(p: ParallelPlan, w: Workload) -> parts.Needs:
+    """Return what the choice of a layer's parts depends on."""
+    return parts.Needs(w.machine, w.shape, p, w.dtype)
 
 
 @rule("context_comm", "context")
-def context_communication_is_known_to_the_backend(p: ParallelPlan, w: Workload) -> str:
-    ring = p.context > 1 and p.context_comm == "p2p" and w.backend == "torch"
-    return "p2p is Transformer Engine's ring; backend torch has all_gather and a2a" if ring else ""
+def context_communication_is_known_to_attention(p: ParallelPlan, w: Workload) -> str:
+    if p.context == 1 or p.context_comm != "p2p" or w.backend == parts.TE:
+        return ""
+    if w.backend == parts.AUTO and w.machine is None:
+        return ""
+    choice = parts.choose(w.backend, needs_of(p, w))
+    if choice.parts.attention == parts.TE:
+        return ""
+    why = choice.reasons.get("attention", "the model has none")
+    return f"p2p is Transformer Engine's ring, and attention is ours here ({why}), which has all_gather and a2a"
 
 
-@rule("backend")
-def te_has_no_kernel_for_packed_sinks(p: ParallelPlan, w: Workload) -> str:
-    """get_attention_backend of 2.11 turns all three kernels off for a learnable softmax over packed documents."""
-    wrong = w.shape and w.shape.sinks and w.backend == "te"
-    return "Transformer Engine 2.11 has no kernel for attention sinks over packed documents" if wrong else ""
+def _of_te(limit: parts.Limit, *names: str) -> None:
+    """Register that backend te is refused where Transformer Engine has not what the model needs."""
+
+    @functools.wraps(limit)
+    def broken(p: ParallelPlan, w: Workload) -> str:
+        return limit(needs_of(p, w)) if w.backend == parts.TE else ""
+
+    RULES.append(Rule(names, broken))
 
 
-@rule("context_comm", "context")
-def te_has_no_ring_for_windows(p: ParallelPlan, w: Workload) -> str:
-    """Refuse what attn_forward_func_with_cp of context_parallel.py refuses."""
-    windows = w.shape and WINDOW in w.shape.blocks
-    wrong = windows and w.backend == "te" and p.context > 1 and p.context_comm == "p2p"
-    return "Transformer Engine's p2p ring has no sliding windows" if wrong else ""
-
-
-@rule("context_comm", "context")
-def te_gathers_no_packs(p: ParallelPlan, w: Workload) -> str:
-    """Refuse THD, as AttnFuncWithCPAndKVAllGather does; lifted by TransformerEngine #2829 (June 2026), after 2.11."""
-    wrong = w.backend == "te" and p.context > 1 and p.context_comm == "all_gather"
-    return "Transformer Engine 2.11 has no all_gather for packed documents" if wrong else ""
+_of_te(parts.te_is_installed, "backend")
+_of_te(parts.te_has_no_kernel_for_packed_sinks, "backend")
+_of_te(parts.te_has_no_ring_for_windows, "context_comm", "context")
+_of_te(parts.te_gathers_no_packs, "context_comm", "context")
+_of_te(parts.te_exchanges_whole_kv_groups, "context_comm", "context", "tensor")
+_of_te(parts.te_has_an_attention_kernel_here, "backend")
+_of_te(parts.te_norms_have_weights, "backend")
+_of_te(parts.te_multiplies_float32_exactly, "backend")
+OF_PARTS = tuple(one for one in RULES if one.broken.__name__.startswith(("te_", "context_communication")))
 
 
 @rule("pack_length", "context", "tensor")
@@ -328,7 +336,7 @@ def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
     if name == "recompute":
         return list(RECOMPUTES)
     if name == "backend":
-        return list(BACKENDS)
+        return list(parts.BACKENDS)
     if name == "pipeline_layers":
         return [[], _even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
     present = getattr(plan if hasattr(plan, name) else w, name)
@@ -374,12 +382,31 @@ def spell(name: str, value: Any) -> str:
 
 def check(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
     """All rules that `plan` breaks, each with the numbers and the nearest legal value."""
+    return declared.check(plan, where) or _problems(broken_rules(plan, workload), plan, workload, where)
+
+
+def check_forward(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
+    """Check a phase that trains nothing: of the rules about the model's shape it asks those of its layers' parts."""
     if problems := declared.check(plan, where):
         return problems
+    whole = replace(workload, shape=None)
+    others = [found for found in broken_rules(plan, whole) if found[0] not in OF_PARTS]
+    return _problems(others, plan, whole, where) + check_parts(plan, workload, where)
+
+
+def check_parts(plan: ParallelPlan, workload: Workload, where: str = "parallel") -> list[Problem]:
+    """Return what the model, the machine or the plan need of a part of the layers that the backend does not have."""
+    of_parts = [found for found in broken_rules(plan, workload) if found[0] in OF_PARTS]
+    return _problems(of_parts, plan, workload, where)
+
+
+def _problems(broken: list[tuple[Rule, str]], plan: ParallelPlan, workload: Workload, where: str) -> list[Problem]:
     own = {one.name for one in fields(plan)}
     problems = []
-    for broken, message in broken_rules(plan, workload):
-        mend = remedy(broken, plan, workload)
+    for one, message in broken:
+        mend = remedy(one, plan, workload)
         place = f"{where}.{mend[0]}" if mend and mend[0] in own else where
+        if mend and mend[0] == "backend":  # a setting beside the plan
+            place = "backend"
         problems.append(Problem(place, message + (f": use {spell(*mend)}" if mend else "")))
     return problems

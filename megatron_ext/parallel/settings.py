@@ -6,9 +6,9 @@ No torch: plans and checks read them too.
 from dataclasses import dataclass
 
 from data_tools.base.declared import setting
+from megatron_ext.parallel.parts import BACKENDS
 from megatron_ext.parallel.plan import ParallelPlan
 
-BACKENDS = ("torch", "te")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -18,5 +18,10 @@ class ModelSettings:
 
     model: str = setting("", "model folder", needed=True, input=True)
     dtype: str = setting("", 'type of the weights; "" keeps that of the model folder', choices=("", *DTYPES))
-    backend: str = setting("torch", "whose layers compute: torch or Transformer Engine", choices=BACKENDS, keyed=False)
+    backend: str = setting(
+        "auto",
+        "whose layers compute; auto: each part Transformer Engine's where it has what the model needs, else ours",
+        choices=BACKENDS,
+        keyed=False,
+    )
     parallel: ParallelPlan = setting(ParallelPlan, "how ranks share the model and the work", keyed=False)

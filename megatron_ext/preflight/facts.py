@@ -15,8 +15,12 @@ from data_tools.base.inside import inside
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.registry import parse_config
+from megatron_ext.parallel import rules
 from megatron_ext.parallel.calibration import GIB, GPUS, Gpu
-from megatron_ext.parallel.plan import Site, Workload
+from megatron_ext.parallel.machine import PINNED, Machine, installed
+from megatron_ext.parallel.parts import OURS, TE, TORCH, Parts, choose
+from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
+from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.parallel.shape import ModelShape
 
 
@@ -58,6 +62,7 @@ class Training:
     gpus_per_node: int = 8
     offload: float = 0.0  # share of the optimizer's state in host memory
     lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: all parameters are trained
+    assumed: tuple[str, ...] = ()  # of the machines, in sentences
 
     @property
     def shape(self) -> ModelShape | None:
@@ -120,6 +125,12 @@ def forecast(model: str, lora: LoraConfig, site: Site) -> dict[str, Any]:
     return {"hf_config": model_config(model, site)[0], **adapter}
 
 
+def check_forward(config: ModelSettings, site: Site) -> list[Problem]:
+    """Return what can be refused of the parallel plan and the layers of a phase that trains nothing."""
+    training, _ = prepare(config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site)
+    return rules.check_forward(config.parallel, replace(training.workload, pack_length=None, global_batch=None))
+
+
 def pack_facts(folder: str, site: Site) -> dict[str, Any]:
     """Return plan.json of a pack output, or what pack will write of it."""
     try:
@@ -138,6 +149,33 @@ def _lengths(folder: str) -> Any:
         return None
 
 
+def planned_machine(backend: str, site: Site) -> tuple[Machine | None, list[str]]:
+    """Return the machine that plan takes a phase to run on, and what is assumed of it; None where nothing is known.
+
+    The GPUs are the profile's; the packages those that are installed where plan runs. `backend: te` says that
+    Transformer Engine is there.
+    """
+    if site.gpus_per_node is None:
+        return None, []
+    found, gpu = installed(), GPUS.get(site.gpu)
+    if not site.gpus_per_node:
+        return found, []
+    machine = replace(found, gpu=site.gpu or "a GPU", capability=gpu.capability if gpu else None)
+    assumed = [] if gpu else ["the type of GPU is not known: taken for an H100"]
+    if backend == TE and not machine.transformer_engine:
+        machine = replace(machine, transformer_engine=PINNED.transformer_engine)
+        assumed.append(f"{machine.packages[0]} is not installed here, and taken to be there")
+    assumed.append(f"nodes have the packages that are installed here: {', '.join(found.packages) or 'none of these'}")
+    return machine, assumed
+
+
+def parts_of(plan: ParallelPlan, w: Workload) -> Parts | None:
+    """Return whose layers a phase will be made of; None while that is not known."""
+    if w.machine is None:
+        return None if w.backend != TORCH and installed().transformer_engine else OURS
+    return choose(w.backend, rules.needs_of(plan, w)).parts
+
+
 def prepare(
     model: str, packs: str, global_batch: int, dtype: str, backend: str, site: Site
 ) -> tuple[Training, list[Problem]]:
@@ -154,6 +192,7 @@ def prepare(
             shape, dtype = family.config.shape(dims), dtype or dims.dtype
     facts = pack_facts(packs, site) if packs else {}
     length = facts.get("pack_length")
+    machine, assumed = planned_machine(backend, site)
     workload = Workload(
         site.ranks,
         shape,
@@ -161,6 +200,8 @@ def prepare(
         align=facts.get("align"),
         global_batch=global_batch,
         backend=backend,
+        machine=machine,
+        dtype=dtype,
         gpus=None if site.gpus_per_node is None else site.gpus_per_node > 0,
     )
     lengths = _lengths(packs) if shape and length else None
@@ -179,5 +220,6 @@ def prepare(
         gpu=GPUS.get(site.gpu),
         memory_gib=site.gpu_mem_gib,
         gpus_per_node=max(site.ranks // site.nodes, 1),
+        assumed=tuple(assumed),
     )
     return training, problems

@@ -1,8 +1,9 @@
 """How much memory a parallel plan needs on the fullest rank, before anything runs: weights, gradients, optimizer state,
 activations, logits.
 
-Pure arithmetic on a `ModelShape`, milliseconds on a login node; nothing was measured. Activations are those of fused
-kernels (Transformer Engine, flash attention). `afterok plan PIPELINE --parallel PHASE` prints the result.
+Pure arithmetic on a `ModelShape`, milliseconds on a login node; nothing was measured. Activations are those of flash
+attention, and of fused gates where linear layers are Transformer Engine's. `afterok plan PIPELINE --parallel PHASE`
+prints the result.
 """
 
 from collections import Counter
@@ -11,7 +12,9 @@ from functools import lru_cache
 
 from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.calibration import CHUNK_LOGITS, RESERVE
+from megatron_ext.parallel.parts import TE, choose
 from megatron_ext.parallel.plan import DEGREES, ParallelPlan, Workload, padded_rows
+from megatron_ext.parallel.rules import needs_of
 from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape, Parameters, count_blocks
 from megatron_ext.preflight.facts import Training
 
@@ -76,11 +79,15 @@ def _stages(shape: ModelShape, parts: tuple[range, ...], pipeline: int, tensor: 
     return tuple(held)
 
 
-def block_activations(shape: ModelShape, kind: str, plan: ParallelPlan) -> float:
-    """Return the bytes for each token of one context rank that a block keeps for backward on a tensor rank (bf16)."""
+def block_activations(shape: ModelShape, kind: str, plan: ParallelPlan, fused: bool = True) -> float:
+    """Return the bytes for each token of one context rank that a block keeps for backward on a tensor rank (bf16).
+
+    `fused`: gate and activation are one function, which keeps one tensor less.
+    """
     s, h = shape, shape.hidden
     outer = 4 * h / (plan.tensor if plan.sequence_parallel else 1)  # input of the norm, input of the first matrix
     projected = 2 * (s.mlp_matrices - 1) + 2  # bytes a column: gate and up, or up alone; the activation
+    projected += 0 if fused or not s.gated else 2  # the activated gate, before it meets up
     if kind in (ATTENTION, WINDOW):
         inner = 2 * s.qkv_rows + 2 * s.heads * s.head_dim + 4 * s.heads
     elif kind == MLP:
@@ -93,9 +100,16 @@ def block_activations(shape: ModelShape, kind: str, plan: ParallelPlan) -> float
     return outer + inner / plan.tensor
 
 
-def layer_activations(plan: ParallelPlan, shape: ModelShape, stage: Stage) -> tuple[float, float]:
+def fuses_gates(plan: ParallelPlan, w: Workload) -> bool:
+    """Return whether MLPs and experts keep as little as fused functions do: as linear layers that are Transformer
+    Engine's (decoder_spec.settings); so it is assumed where nothing is known of the machine.
+    """
+    return w.machine is None or choose(w.backend, needs_of(plan, w)).parts.linear == TE
+
+
+def layer_activations(plan: ParallelPlan, shape: ModelShape, stage: Stage, fused: bool = True) -> tuple[float, float]:
     """Return (bytes a token kept from forward to backward, bytes a token at most needed on top in backward)."""
-    bytes_of = {kind: block_activations(shape, kind, plan) for kind in stage.blocks}
+    bytes_of = {kind: block_activations(shape, kind, plan, fused) for kind in stage.blocks}
     kept = 2 * shape.hidden / (plan.tensor if plan.sequence_parallel else 1)  # the input alone
     if plan.recompute == "full":
         here = [layer for layer in set(shape.layers) if set(layer) <= set(bytes_of)]
@@ -155,7 +169,7 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     dense, expert = learned.sharded + learned.replicated, learned.expert
     weight, moments = (4, 8) if t.dtype == "float32" else (2, 12)
     tokens = t.pack_length * plan.micro_batch / plan.context
-    held, on_top = layer_activations(plan, shape, stage)
+    held, on_top = layer_activations(plan, shape, stage, fuses_gates(plan, w))
     logits = 0.0
     if stage.last:
         logits = loss_head_bytes(plan, shape, tokens * t.supervised, frozen=t.lora.rank > 0)

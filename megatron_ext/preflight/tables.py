@@ -6,8 +6,9 @@ from typing import Any
 
 from megatron_ext.lora.settings import reach, reach_text
 from megatron_ext.parallel.calibration import CALIBRATION_GPU, GIB, LONG, PUBLISHED
+from megatron_ext.parallel.parts import Choice, choose
 from megatron_ext.parallel.plan import DEGREES, RECOMPUTES, ParallelPlan, Site, Workload, grid
-from megatron_ext.parallel.rules import is_legal
+from megatron_ext.parallel.rules import is_legal, needs_of
 from megatron_ext.preflight.facts import Training
 from megatron_ext.preflight.flops import cost_coefficients, kind_of, step
 from megatron_ext.preflight.memory import Memory, divides, memory
@@ -38,9 +39,17 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
         facts["plan"]["data"] = plan.data(w.ranks)
         facts["grid"] = vars(grid(plan, w.ranks))
         tables += [_groups_table(facts["grid"], w.ranks, site), _nodes_table(facts["grid"], w.ranks, site)]
+    choice = choose(w.backend, needs_of(plan, w))
+    facts["backend"], facts["parts"], facts["assumed"] = w.backend, choice.facts(), list(t.assumed)
+    tables.append(_parts_table(w.backend, choice))
+    notes += [f"assumed: {sentence}" for sentence in t.assumed]
     if not w.shape or not w.pack_length:
         what = "the model's config.json" if not w.shape else "the pack length"
-        return {"facts": facts, "tables": tables, "notes": [f"{what} is not known yet: no memory, time or search"]}
+        return {
+            "facts": facts,
+            "tables": tables,
+            "notes": [*notes, f"{what} is not known yet: no memory, time or search"],
+        }
     facts["parameters"], facts["active"] = t.known_shape.parameters.total, t.known_shape.active
     facts["costs"] = dict(zip(("cost_linear", "cost_quadratic"), cost_coefficients(t.known_shape)))
     notes.append(
@@ -71,6 +80,11 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
         facts["neighbours"] = [_candidate_facts(candidate) for candidate in near]
         tables.append(_candidates_table("legal neighbours: one field changed", near, w))
     return {"facts": facts, "tables": tables, "notes": notes + _sources(t)}
+
+
+def _parts_table(backend: str, choice: Choice) -> dict[str, Any]:
+    rows = [[name, part["is"], part["why"]] for name, part in choice.facts().items()]
+    return {"title": f"whose layers, backend {backend}", "columns": ["part", "whose", "why"], "rows": rows}
 
 
 def _candidate_facts(candidate: Candidate) -> dict[str, Any]:

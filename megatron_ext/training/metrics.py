@@ -214,5 +214,5 @@ def parameter_norm(model: Sequence[torch.nn.Module]) -> float:
 
 def peak_flops() -> float | None:
     """Return the device's dense bf16 FLOPs a second by its data sheet; None where it has none."""
-    name = device.gpu_name().lower()
+    name = device.machine().get("gpu", "").lower()
     return next((gpu.bf16_tflops * 1e12 for known, gpu in GPUS.items() if known in name), None)

@@ -1,12 +1,12 @@
 """How a training uses its GPUs, and how experts are balanced: parts of a training's config, by the names that
 megatron-core 0.16.1 gives them. No torch."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from data_tools.base.declared import setting
 from data_tools.mistake import Problem
+from megatron_ext.parallel.parts import TE, Parts
 
 ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused")  # enums.AttnBackend; its `local` is backend torch
 CUDA_GRAPHS = ("none", "local", "transformer_engine")  # TransformerConfig.cuda_graph_impl
@@ -28,16 +28,16 @@ def keyed(config: Any) -> dict[str, Any]:
 class Engine:
     """None of it changes what is computed, but for the order of sums. What needs a GPU was never run on one."""
 
-    attention: str = setting("auto", "kernels of attention; all but auto with backend te", choices=ATTENTION_BACKENDS)
-    cuda_graphs: str = setting(
-        "none", "recorded passes in place of launched kernels; all but none with backend te", choices=CUDA_GRAPHS
+    attention: str = setting(
+        "auto", "kernels of Transformer Engine's attention; auto where attention is ours", choices=ATTENTION_BACKENDS
     )
-    graph_scope: list[str] = setting(list, "what a CUDA graph captures; []: whole layers", choices=GRAPH_SCOPES)
-    te_rng: bool = setting(False, "Transformer Engine's random-number tracker, which CUDA graphs need")
+    cuda_graphs: str = setting("none", "refused but for none: a graph fits one pack only", choices=CUDA_GRAPHS)
+    graph_scope: list[str] = setting(list, "what a CUDA graph would capture", choices=GRAPH_SCOPES)
+    te_rng: bool = setting(False, "Transformer Engine's random-number tracker, where parts are Transformer Engine's")
     overlap_grad_reduce: bool = setting(False, "gradients are summed over data ranks while backward goes on")
     overlap_param_gather: bool = setting(False, "weights are gathered while forward goes on; needs overlap_grad_reduce")
     offload_optimizer: float = setting(
-        0.0, "share of the optimizer's state and update that lives in host memory; above 0 with backend te",
+        0.0, "share of the optimizer's state and update that lives in host memory; above 0 with Transformer Engine",
         least=0, most=1,
     )  # fmt: skip
     overlap_offload: bool = setting(False, "the offloaded state is copied while the GPU computes")
@@ -57,30 +57,30 @@ class ExpertBalance:
     )
 
 
-def check(engine: Engine, backend: str, where: str = "engine", environment: Mapping[str, str] = {}) -> list[Problem]:
-    """Refuse what needs Transformer Engine or another setting.
+ONE_PACK = (
+    "a recorded pass holds the document boundaries of the pack that it was recorded with, and is wrong for any other "
+    "(megatron-core records per layer, attention included; of Transformer Engine's graphs it has none without a helper "
+    "that nothing here calls): use none"
+)
 
-    `environment` holds the variables that the cluster's profile sets for the ranks.
-    """
+
+def check(engine: Engine, parts: Parts | None, where: str = "engine") -> list[Problem]:
+    """Refuse what needs a part that is Transformer Engine's, or another setting. `parts`: None while not known."""
     problems = []
 
     def refuse(name: str, message: str) -> None:
         problems.append(Problem(f"{where}.{name}", message))
 
-    for name, plain in (("attention", ATTENTION_BACKENDS[0]), ("cuda_graphs", CUDA_GRAPHS[0])):
-        if (value := getattr(engine, name)) != plain and backend != "te":
-            refuse(name, f"{value} is Transformer Engine's: use backend te, or {plain}")
-    if engine.cuda_graphs != "none" and not engine.te_rng:
-        refuse("te_rng", f"cuda_graphs {engine.cuda_graphs} needs a tracker that graphs can capture: set it true")
-    segments = "expandable_segments:True" in environment.get("PYTORCH_CUDA_ALLOC_CONF", "")  # cuda_graphs.py:1415
-    if engine.cuda_graphs != "none" and segments and environment.get("NCCL_GRAPH_REGISTER") != "0":
-        refuse("cuda_graphs", "expandable_segments need NCCL_GRAPH_REGISTER=0: set it (profile: env.set), or use none")
-    if engine.te_rng and backend != "te":
-        refuse("te_rng", "is Transformer Engine's: use backend te, or false")
+    if engine.attention != "auto" and parts and parts.attention != TE:
+        refuse("attention", f"{engine.attention} is Transformer Engine's, and attention is ours here: use auto")
+    if engine.cuda_graphs != "none":
+        refuse("cuda_graphs", f"{engine.cuda_graphs}: {ONE_PACK}")
+    if engine.te_rng and parts and not parts.uses_te:
+        refuse("te_rng", "is Transformer Engine's, of which no part is here: use false")
     if engine.overlap_param_gather and not engine.overlap_grad_reduce:
         refuse("overlap_param_gather", "needs overlap_grad_reduce: true")
-    if engine.offload_optimizer and backend != "te":
-        refuse("offload_optimizer", "needs Transformer Engine's optimizer: use backend te, or 0")
+    if engine.offload_optimizer and parts and not parts.uses_te:
+        refuse("offload_optimizer", "needs Transformer Engine's optimizer, and no part is Transformer Engine's: use 0")
     return problems
 
 
@@ -98,8 +98,6 @@ def transformer_fields(engine: Engine, balance: ExpertBalance, experts: bool) ->
     fields: dict[str, Any] = {}
     if engine.attention != "auto":
         fields["attention_backend"] = engine.attention
-    if engine.cuda_graphs != "none":
-        fields |= dict(cuda_graph_impl=engine.cuda_graphs, cuda_graph_scope=list(engine.graph_scope))
     if engine.te_rng:
         fields["use_te_rng_tracker"] = True
     if experts and balance.aux_loss:

@@ -129,7 +129,7 @@ def ours(
 ) -> tuple[list[tuple[float, float]], list[dict[str, Any]]]:
     """(CPU, wall) seconds and the metrics of each step."""
     family, dims, _ = read_config(hf)
-    (model,) = family.build(dims, ParallelPlan(), torch.float32, "torch")
+    (model,) = family.build(dims, ParallelPlan(), torch.float32)
     convert.import_weights(model, hf, family, dims)
     trainer = Trainer(model, ParallelPlan(), AdamW())
     engine = Forced(

@@ -126,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ranks.started(ParallelPlan()):
         hf = hf_folder(Path(folder))
         family, dims, _ = read_config(hf)
-        (model,) = family.build(dims, ParallelPlan(), getattr(torch, args.dtype), "torch")
+        (model,) = family.build(dims, ParallelPlan(), getattr(torch, args.dtype))
         convert.import_weights(model, hf, family, dims)
         ours(model, *work(GROUP, args.rounds))  # what is compiled at first use
         parameters = sum(p.numel() for p in model.parameters())

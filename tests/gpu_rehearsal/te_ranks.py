@@ -15,9 +15,12 @@ from megatron.core import tensor_parallel
 from transformer_engine.pytorch.attention.dot_product_attention import utils as dpa_utils
 from transformer_engine.pytorch.distributed import CudaRNGStatesTracker
 
+from data_tools.mistake import UserMistake
 from megatron_ext.lora import adapters
+from megatron_ext.model_folders import model_folder
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ranks
+from megatron_ext.parallel.parts import Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import certify
 from megatron_ext.training.update import AdamW, Trainer
@@ -26,6 +29,7 @@ from tests.megatron_ext import adapted, tiny
 
 PACKS = [tiny.pack([20, 9, 3, 32], seed, vocabulary=19) for seed in range(2)]
 ALONE = ParallelPlan()
+TE = Parts("te", "te", "te", "te")
 UPDATES, LEARNING_RATE = 3, 1e-2
 IN_TRITON = "megatron.core.inference.contexts.attention_context.triton"  # imported by mcore's mixer, for decoding only
 
@@ -55,22 +59,22 @@ def _later_kernels() -> Iterator[None]:
 
 
 def _loaded(
-    of: Any, backend: str, weights: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32
+    of: Any, made_of: Parts, weights: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32
 ) -> list[Any]:
-    parts = tiny.family(of).build(of, plan, dtype, backend)
+    parts = tiny.family(of).build(of, plan, dtype, made_of)
     checkpoint.load_weights(parts, weights)
     return parts
 
 
 def write_weights(of: Any, folder: Path) -> None:
-    """Write weights that either backend can load."""
+    """Write weights that any mixture of parts can load."""
     with ranks.started(ALONE):
         certify.write_random_weights(tiny.family(of), of, folder)
 
 
 def losses(
     of: Any,
-    backend: str,
+    made_of: Parts,
     weights: Path,
     plan: ParallelPlan = ALONE,
     lora: bool = False,
@@ -81,49 +85,67 @@ def losses(
     `kernel_for_sinks`: as if Transformer Engine had one for packed documents, as later releases have.
     """
     with ranks.started(plan), _later_kernels() if kernel_for_sinks else contextlib.nullcontext():
-        parts = _loaded(of, backend, weights, plan)
-        if lora:
-            adapters.attach(parts, tiny.family(of), of, adapted.lora(of), 3)
-        trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
-        found, norms = [], []
-        for _ in range(UPDATES):
-            sums, norm = trainer.step(certify.rows_of(PACKS, plan), LEARNING_RATE)
-            found.append(sums.reduced().mean_loss)
-            norms.append(norm)
-        assert all(map(math.isfinite, found + norms))
-        return found, norms
+        return _updates(of, _loaded(of, made_of, weights, plan), plan, lora)
 
 
-def build(of: Any) -> None:
-    """Build a model of the backend, on one rank."""
-    with ranks.started(ALONE):
-        tiny.family(of).build(of, ALONE, torch.float32, "te")
+def _updates(of: Any, parts: list[Any], plan: ParallelPlan, lora: bool) -> tuple[list[float], list[float]]:
+    if lora:
+        adapters.attach(parts, tiny.family(of), of, adapted.lora(of), 3)
+    trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
+    found, norms = [], []
+    for _ in range(UPDATES):
+        sums, norm = trainer.step(certify.rows_of(PACKS, plan), LEARNING_RATE)
+        found.append(sums.reduced().mean_loss)
+        norms.append(norm)
+    assert all(map(math.isfinite, found + norms))
+    return found, norms
 
 
-def digests(of: Any, weights: Path, folder: Path) -> list[str]:
-    """Return the digests of the weights after each backend has saved what the other one saved."""
-    found, last = [], weights
-    with ranks.started(ALONE):
-        for number, backend in enumerate(("torch", "te", "torch", "te", "te")):
-            parts = _loaded(of, backend, last)
-            found.append(checkpoint.weights_digest(parts))
+Updates = tuple[list[float], list[float]]  # losses, gradient norms
+
+
+def sweep(
+    of: Any, mixtures: list[Parts], weights: Path, folder: Path, plan: ParallelPlan, lora: bool
+) -> dict[Parts, tuple[str, Updates, set[str]]]:
+    """Return, by mixture, the digest of the weights that it loaded, its updates, and the classes of its modules. Each
+    loads what the one before saved.
+
+    Transformer Engine has kernels for sinks over packed documents, as later releases have.
+    """
+    found, last = {}, weights
+    with ranks.started(plan), _later_kernels():
+        for number, made_of in enumerate(mixtures):
+            parts = _loaded(of, made_of, last, plan)
             last = folder / str(number)
             checkpoint.save_weights(parts, last)
+            digest = checkpoint.weights_digest(parts)
+            classes = {type(module).__name__ for part in parts for module in part.decoder.modules()}
+            found[made_of] = digest, _updates(of, parts, plan, lora), classes
     return found
+
+
+def chosen(of: Any, backend: str) -> Parts | str:
+    """Return whose layers a model folder is made of in this process, which has a CPU, or why it is refused."""
+    folder: Any = types.SimpleNamespace(shape=tiny.family(of).config.shape(of), dtype="float32")
+    with ranks.started(ALONE):
+        try:
+            return model_folder.choose_parts(folder, ALONE, "", backend).parts
+        except UserMistake as mistake:
+            return str(mistake)
 
 
 def resumed(of: Any, weights: Path, folder: Path, te_rng: bool) -> tuple[list[float], list[float]]:
     """Return what a training did after a step that it saved, and what another did that went on from that step."""
     with ranks.started(ALONE, te_rng=te_rng):
         assert isinstance(tensor_parallel.get_cuda_rng_tracker(), CudaRNGStatesTracker) == te_rng
-        trainer = Trainer(_loaded(of, "te", weights), ALONE, AdamW())
+        trainer = Trainer(_loaded(of, TE, weights), ALONE, AdamW())
         _update(trainer)
         checkpoint.save_step(
             folder, 1, trainer.model, trainer.optimizer, ALONE, identity={}, position={"step": 1}, keep=2
         )
         first = _update(trainer)
     with ranks.started(ALONE, seed=5, te_rng=te_rng):
-        trainer = Trainer(_loaded(of, "te", weights), ALONE, AdamW())
+        trainer = Trainer(_loaded(of, TE, weights), ALONE, AdamW())
         checkpoint.load_step(folder / "step_1", trainer.model, trainer.optimizer, ALONE, {})
         return first, _update(trainer)
 
@@ -140,7 +162,7 @@ def exact_in_bf16(of: Any, weights: Path, folder: Path) -> dict[str, str]:
     """Return {name: type} of Mamba's decays in a bf16 model, trained and saved; another type than fp32 comes first."""
     names = ("A_log", "mixer.D", "dt_bias")
     with ranks.started(ALONE):
-        trainer = Trainer(_loaded(of, "te", weights, dtype=torch.bfloat16), ALONE, AdamW())
+        trainer = Trainer(_loaded(of, TE, weights, dtype=torch.bfloat16), ALONE, AdamW())
         _update(trainer)
         checkpoint.save_weights(trainer.model, folder / "saved")
         kinds = {name: str(p.dtype) for name, p in stages(trainer.model)[0].named_parameters() if name.endswith(names)}

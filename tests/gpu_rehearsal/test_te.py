@@ -1,9 +1,12 @@
-"""Backend te under stand-ins for Transformer Engine and mamba-ssm: it computes what backend torch computes."""
+"""Parts that are Transformer Engine's, under stand-ins: every mixture computes what our own parts compute."""
 
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import check
 from tests.megatron_ext import tiny
@@ -19,14 +22,15 @@ FAMILIES = {
     "nemotron_h": tiny.NEMOTRON_H_DIMS,
     "nemotron_h dense": tiny.hybrid("M*-M"),
     "gpt_oss": tiny.GPT_OSS_DIMS,
+    "nanochat": tiny.NANOCHAT_DIMS,
 }
-SINKS = {"gpt_oss": True}  # what has no kernel in 2.11 is compared with the kernel of a later release
-SETTINGS = {
-    "all weights": dict(),
-    "recompute full": dict(plan=ParallelPlan(recompute="full")),
-    "recompute selective": dict(plan=ParallelPlan(recompute="selective")),
-    "LoRA": dict(lora=True),
+WITH_EXPERTS = ("nemotron_h", "gpt_oss")
+TE = Parts("te", "te", "te", "te")
+MOST = {  # the parts that can be Transformer Engine's; of sinks with the kernel of a later release
+    family: replace(TE, norm="torch") if family == "nanochat" else TE for family in FAMILIES
 }
+BY_AUTO_WITH_SINKS = replace(TE, attention="torch")  # release 2.11
+RECOMPUTED = ("full", "selective")
 TP2_SP = dict(tensor=2, sequence_parallel=True)
 PAIRS = {
     "qwen2": ParallelPlan(**TP2_SP),
@@ -34,12 +38,21 @@ PAIRS = {
     "nemotron_h": ParallelPlan(**TP2_SP, expert=2),
     "nemotron_h dense": ParallelPlan(**TP2_SP),
     "gpt_oss": ParallelPlan(**TP2_SP, expert=2),
+    "nanochat": ParallelPlan(**TP2_SP),
 }
+
+
+def mixtures(family: str) -> list[Parts]:
+    """Return every mixture that the family's specs can be built of, our own parts alone first."""
+    owners, ours = ("torch", "te"), ("torch",)
+    norms = ours if family == "nanochat" else owners
+    experts = owners if family in WITH_EXPERTS else ours
+    return [Parts(*each) for each in product(owners, owners, norms, experts)]
 
 
 @pytest.fixture(scope="session")
 def weights(solo, tmp_path_factory):
-    """Folders with weights of each family, written under the torch backend."""
+    """Folders with weights of each family, written by our own parts."""
     root = tmp_path_factory.mktemp("weights")
     folders = {name: root / name.replace(" ", "_") for name in FAMILIES}
     for name, of in FAMILIES.items():
@@ -47,35 +60,85 @@ def weights(solo, tmp_path_factory):
     return folders
 
 
-def assert_same(pool, weights: dict[str, Path], family: str, **setting) -> None:
-    of, sinks = FAMILIES[family], SINKS.get(family, False)
-    same = dict(of=of, weights=weights[family], **setting)
-    ours = pool.te("losses", backend="torch", **same)
-    theirs = pool.te("losses", backend="te", kernel_for_sinks=sinks, **same)
+def assert_close(ours: tuple[list[float], list[float]], theirs: tuple[list[float], list[float]], what: object) -> None:
+    assert theirs[0] == pytest.approx(ours[0], rel=CLOSE, abs=0), f"losses of {what}"
+    assert theirs[1] == pytest.approx(ours[1], rel=CLOSE_NORMS, abs=0), f"gradient norms of {what}"
+
+
+def assert_same(pool, weights: dict[str, Path], family: str, made_of: Parts, **setting) -> None:
+    same = dict(of=FAMILIES[family], weights=weights[family], **setting)
+    ours = pool.te("losses", made_of=OURS, **same)
+    theirs = pool.te("losses", made_of=made_of, kernel_for_sinks=family == "gpt_oss", **same)
     for rank, (a, b) in enumerate(zip(ours, theirs)):
-        assert b[0] == pytest.approx(a[0], rel=CLOSE, abs=0), f"losses of rank {rank}"
-        assert b[1] == pytest.approx(a[1], rel=CLOSE_NORMS, abs=0), f"gradient norms of rank {rank}"
+        assert_close(a, b, f"rank {rank}")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("recompute", RECOMPUTED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_te_computes_what_torch_computes(solo, weights, family, setting):
-    assert_same(solo, weights, family, **SETTINGS[setting])
+def test_recomputation_computes_what_torch_computes(solo, weights, family, recompute):
+    assert_same(solo, weights, family, MOST[family], plan=ParallelPlan(recompute=recompute))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_compute_what_torch_computes(pair, weights, family):
-    assert_same(pair, weights, family, plan=PAIRS[family])
+@pytest.mark.parametrize("family, made_of", [*MOST.items(), ("gpt_oss", BY_AUTO_WITH_SINKS)])
+def test_two_ranks_compute_what_torch_computes(pair, weights, family, made_of):
+    assert_same(pair, weights, family, made_of, plan=PAIRS[family])
 
 
 def test_two_ranks_with_lora_compute_what_torch_computes(pair, weights):
-    assert_same(pair, weights, "qwen2", plan=PAIRS["qwen2"], lora=True)
+    assert_same(pair, weights, "qwen2", TE, plan=PAIRS["qwen2"], lora=True)
 
 
+IN_A_LAYER = {  # a class of a part that is Transformer Engine's, and one of a part that is ours
+    "attention": ("TEPackedAttention", "PackedAttention"),
+    "linear": ("TERowParallelLinear", "RowParallelLinear"),
+    "norm": ("RMSNorm", "Norm"),
+    "experts": ("TEGroupedMLP", "SequentialMLP"),
+}
+
+
+def assert_assembled(family: str, made_of: Parts, names: set[str]) -> None:
+    """A model whose modules have these class names has the parts that were chosen."""
+    for part, (theirs, ours) in IN_A_LAYER.items():
+        if part == "experts" and family not in WITH_EXPERTS or part == "norm" and family == "nanochat":
+            continue
+        wanted, other = (theirs, ours) if getattr(made_of, part) == "te" else (ours, theirs)
+        assert wanted in names, (made_of, part)
+        # Experts of ours keep mcore's linear layers.
+        assert other not in names or part == "linear" and family in WITH_EXPERTS, (made_of, part)
+    assert ("TELayerNormColumnParallelLinear" in names) == (made_of.linear == made_of.norm == "te")
+    assert "PackedSelfAttention" in names and "SelfAttention" not in names
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA, recompute full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_of_either_backend_is_loaded_by_both(solo, weights, family, tmp_path):
-    digests = solo.te("digests", of=FAMILIES[family], weights=weights[family], folder=tmp_path)
-    assert len(set(digests[0])) == 1
+def test_every_mixture_computes_what_our_parts_compute_and_loads_what_another_saved(
+    solo, weights, family, lora, tmp_path
+):
+    plan = ParallelPlan(recompute="full" if lora else "none")
+    (found,) = solo.te(
+        "sweep",
+        of=FAMILIES[family],
+        mixtures=mixtures(family),
+        weights=weights[family],
+        folder=tmp_path,
+        plan=plan,
+        lora=lora,
+    )
+    own_digest, ours, _ = found[OURS]
+    for made_of, (digest, theirs, classes) in found.items():
+        assert digest == own_digest, made_of
+        assert_close(ours, theirs, made_of)
+        assert_assembled(family, made_of, classes)
+
+
+def test_a_folder_s_parts_are_chosen_where_it_is_loaded(solo):
+    """On a CPU auto is ours even beside Transformer Engine; te is refused where it would be mixed."""
+    for of in FAMILIES.values():
+        assert solo.te("chosen", of=of, backend="auto") == [OURS] == solo.te("chosen", of=of, backend="torch")
+    assert solo.te("chosen", of=FAMILIES["qwen2"], backend="te") == [TE]
+    for family, said in (("gpt_oss", "no kernel"), ("nanochat", "norms without weights")):
+        (refused,) = solo.te("chosen", of=FAMILIES[family], backend="te")
+        assert said in refused and refused.endswith("use backend auto")
 
 
 @pytest.mark.parametrize("te_rng", [False, True])
@@ -98,17 +161,17 @@ def test_mamba_s_decays_stay_exact_in_bf16(solo, weights, tmp_path):
 
 def test_sinks_have_no_kernel_for_packs(solo, weights):
     with pytest.raises(AssertionError, match="No dot product attention backend is available"):
-        solo.te("losses", of=FAMILIES["gpt_oss"], backend="te", weights=weights["gpt_oss"])
+        solo.te("losses", of=FAMILIES["gpt_oss"], made_of=TE, weights=weights["gpt_oss"])
 
 
 def test_plan_refuses_what_has_no_kernel():
     plan = ParallelPlan(expert=2)
     (problem,) = check(plan, Workload(2, GPT_OSS_20B, backend="te"))
-    assert "no kernel" in str(problem) and str(problem).endswith("use backend torch")
+    assert "no kernel" in str(problem) and str(problem).endswith("use backend auto")
     assert check(plan, Workload(2, GPT_OSS_20B)) == []
     assert check(ParallelPlan(), Workload(2, QWEN_32B, backend="te")) == []
 
 
-def test_nanochat_refuses_te(solo):
+def test_nanochat_s_norms_are_never_transformer_engine_s(solo, weights):
     with pytest.raises(AssertionError, match="no norms without weights"):
-        solo.te("build", of=tiny.NANOCHAT_DIMS)
+        solo.te("losses", of=tiny.NANOCHAT_DIMS, made_of=TE, weights=weights["nanochat"])

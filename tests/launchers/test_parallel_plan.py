@@ -72,6 +72,17 @@ def test_the_same_as_json(plan):
     assert all(one["total_gib"] <= 79.6 for one in found["search"])
 
 
+def test_whose_layers_a_phase_will_have_is_shown_with_reasons_and_assumptions(plan):
+    done = plan("--parallel", "sft")
+    assert "whose layers, backend auto" in done.stdout and "assumed: nodes have the packages" in done.stdout
+    found = json.loads(plan("--parallel", "sft", "--json", "sft.with.backend=te").stdout)
+    assert found["backend"] == "te" and found["parts"]["attention"] == {"is": "te", "why": "backend te"}
+    assert list(found["parts"]) == ["attention", "linear", "norm"] and "packages" in found["assumed"][-1]
+    refused = plan("sft.with.backend=te", "sft.with.dtype=float32", "packs.with.pack_length=64", check=2).stderr
+    assert "phases.sft.with.backend: Transformer Engine 2.11 has no fused attention in float32" in refused
+    assert [line.endswith("use backend auto") for line in refused.splitlines()] == [True, True]
+
+
 def test_the_grpo_seeds_length_is_refused_by_every_verb_that_plans(plan):
     done = plan("packs.with.pack_length=11999", check=2)
     assert "11,999 tokens do not divide by 8" in done.stderr and "use a pack length of 12,000 tokens" in done.stderr

@@ -13,6 +13,7 @@ from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.model_folders import model_folder
 from megatron_ext.models.gpt_oss.config import Yarn
 from megatron_ext.models.registry import MODEL_TYPES, unwrap
+from megatron_ext.parallel.parts import OURS
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training.rows import micro_batch
 from megatron_ext.training.update import losses_of
@@ -259,21 +260,12 @@ def test_the_te_names_are_those_that_megatron_cores_spec_fuses(alone, shape):
 
     from megatron_ext.models import decoder_spec
 
-    stock = decoder_spec.get_gpt_layer_with_transformer_engine_spec
-    assert stock is gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec
-    source = inspect.getsource(stock)
+    source = inspect.getsource(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec)
     assert "linear_qkv=backend.column_parallel_layer_norm_linear()" in source
     assert "pre_mlp_layernorm=backend.layer_norm() if num_experts else IdentityOp" in source
-    config = tiny.family(shape).spec.transformer_config(shape, ParallelPlan(), torch.float32, "torch")
-    (layer, *_) = decoder_spec.decoder_spec(config, "torch").layer_specs
+    config = tiny.family(shape).spec.transformer_config(shape, ParallelPlan(), torch.float32)
+    (layer, *_) = decoder_spec.decoder_spec(config, OURS).layer_specs
     fused = layer.submodules.sharded_state_dict_keys_map
     for rule in tiny.family(shape).mapping.rules(shape):
         found = next((key for key in fused if f".{key}" in rule.name), None)
         assert rule.te_name == (rule.name.replace(found, fused[found]) if found else "")
-
-
-def test_an_unknown_backend_is_an_error():
-    from megatron_ext.models import decoder_spec
-
-    with pytest.raises(ValueError, match="neither"):
-        decoder_spec.decoder_spec(None, "apex")

@@ -197,7 +197,7 @@ def test_the_norm_is_over_each_parameter_once(alone, tmp_path):
 
 def test_mfu_is_the_planners_flops_over_the_data_sheets(calculator, tmp_path, monkeypatch):
     """On a GPU whose driver gives that name, which a CPU is made to give here."""
-    monkeypatch.setattr(metrics.device, "gpu_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(metrics.device, "machine", lambda: {"gpu": "NVIDIA H100 80GB HBM3"})
     (tmp_path / "out").mkdir()
     config = replace(sft_config(calculator, 2), log_every=2)
     sft.run(config, tmp_path / "out", tmp_path / "keep")

@@ -19,6 +19,7 @@ from data_tools.packs.blended import BlendedPacks
 from data_tools.packs.plan import PackReader
 from megatron_ext.entrypoints import sft
 from megatron_ext.parallel import ranks
+from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import options, schedule, supervised, update
 from megatron_ext.training.options import Engine, ExpertBalance
@@ -65,10 +66,12 @@ def test_every_mistake_about_length_is_named():
     ]
 
 
-def test_training_ends_after_its_time_with_a_model_and_says_so(calculator, tmp_path):
+def test_training_ends_after_its_time_with_a_model_and_says_so(calculator, tmp_path, capfd):
     (tmp_path / "out").mkdir()
     config = replace(sft_config(calculator, 100_000), minutes=1 / 60)
     facts = sft.run(config, tmp_path / "out", tmp_path / "keep")
+    assert facts["parts"]["attention"] == {"is": "torch", "why": "no GPU"}  # whose layers: the log begins with it
+    assert "attention: torch (no GPU)\nlinear: torch (no GPU)\n" in capfd.readouterr().err
     assert 0 < facts["step"] < 100_000 and (tmp_path / "out" / "model.json").exists()
     assert facts["notes"][-1].startswith("ended after 0.0166667 minutes at step")
     # Time is that of all attempts together.
@@ -126,7 +129,8 @@ def test_plans_of_different_lengths_are_not_blended(calculator, tmp_path):
 
 # ---------------------------------------------------------------- options of megatron-core
 
-GPU = Engine("fused", "transformer_engine", ["attn"], True, True, True, 0.5, True)
+GPU = Engine("fused", "none", [], True, True, True, 0.5, True)
+TE = Parts("te", "te", "te", "te")
 
 
 def test_options_are_fields_of_megatron_core():
@@ -136,24 +140,31 @@ def test_options_are_fields_of_megatron_core():
     assert set(update._offloading(GPU)) <= {field.name for field in dataclasses.fields(OptimizerConfig)}
     with ranks.started(PLAN):
         fields = options.transformer_fields(replace(GPU, te_rng=False), ExpertBalance(), experts=False)
-        config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, PLAN, torch.float32, "torch", fields)
-    assert config.attention_backend.name == "fused" and config.cuda_graph_impl == "transformer_engine"
-    assert [scope.name for scope in config.cuda_graph_scope] == ["attn"]
+        config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, PLAN, torch.float32, OURS, fields)
+    assert config.attention_backend.name == "fused" and config.cuda_graph_impl == "none"
 
 
-def test_what_the_backend_cannot_do_is_refused():
-    found = [str(problem) for problem in options.check(replace(GPU, overlap_grad_reduce=False), "torch")]
+def test_what_the_parts_cannot_do_is_refused():
+    found = [str(problem) for problem in options.check(replace(GPU, overlap_grad_reduce=False), OURS)]
     assert [line.split(":")[0] for line in found] == [
-        f"engine.{name}" for name in ("attention", "cuda_graphs", "te_rng", "overlap_param_gather", "offload_optimizer")
+        f"engine.{name}" for name in ("attention", "te_rng", "overlap_param_gather", "offload_optimizer")
     ]
-    assert options.check(GPU, "te") == []
-    segments = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    assert "need NCCL_GRAPH_REGISTER=0" in str(options.check(GPU, "te", environment=segments)[0])
-    assert options.check(GPU, "te", environment=segments | {"NCCL_GRAPH_REGISTER": "0"}) == []
+    assert options.check(GPU, TE) == [] == options.check(GPU, None)
+    own_attention = [problem.where for problem in options.check(GPU, replace(TE, attention="torch"))]
+    assert own_attention == ["engine.attention"]
     assert "did you mean flash?" in str(declared.check(Engine(attention="flahs"))[0])
     assert str(options.check_balance(ExpertBalance(aux_loss=0.1), experts=False)[0]).startswith(
         "balance.aux_loss: 0.1, and the"
     )
+
+
+@pytest.mark.parametrize("parts", [OURS, TE, None])
+@pytest.mark.parametrize("graphs", [value for value in options.CUDA_GRAPHS if value != "none"])
+def test_graphs_of_a_training_are_refused_because_they_hold_one_pack(graphs, parts):
+    (problem,) = options.check(Engine(cuda_graphs=graphs), parts)
+    assert problem.where == "engine.cuda_graphs" and "boundaries of the pack that it was recorded with" in str(problem)
+    assert str(problem).endswith("use none")
+    assert not any("graph" in name for name in options.transformer_fields(Engine(), ExpertBalance(), experts=True))
 
 
 def test_the_distributed_time_out_is_the_configured_one():
@@ -188,7 +199,7 @@ def routed(balance: ExpertBalance, hf: Path) -> tuple[torch.Tensor, torch.Tensor
     with ranks.started(PLAN):
         of = tiny.NEMOTRON_H_DIMS
         fields = options.transformer_fields(Engine(), balance, experts=True)
-        (model,) = tiny.family(of).build(of, PLAN, torch.float32, "torch", fields)
+        (model,) = tiny.family(of).build(of, PLAN, torch.float32, OURS, fields)
         from megatron_ext.weights import convert
 
         convert.import_weights(model, hf, tiny.family(of), of)

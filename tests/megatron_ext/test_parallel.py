@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.parallel import ranks
+from megatron_ext.parallel.machine import Machine
 from megatron_ext.parallel.plan import CONTEXT_COMMS, ParallelPlan, Workload, environment_problems, grid, padded_rows
 from megatron_ext.parallel.rules import RULES, broken_rules, change, check, is_legal, nearest, remedy
 from tests.megatron_ext.shapes import GPT_OSS_20B, NANO, QWEN_32B
@@ -119,7 +120,9 @@ WORKLOADS = st.builds(
     align=st.sampled_from([None, 1, 2, 12]),
     longest=st.one_of(st.none(), st.integers(1, 400_000)),
     global_batch=st.one_of(st.none(), st.integers(1, 600)),
-    backend=st.sampled_from(["torch", "te"]),
+    backend=st.sampled_from(["auto", "torch", "te"]),
+    machine=st.sampled_from([None, Machine(), Machine("A100", (8, 0), transformer_engine="2.11.0")]),
+    dtype=st.sampled_from(["", "bfloat16", "float32"]),
     gpus=st.sampled_from([None, True, False]),
 )
 
@@ -147,6 +150,7 @@ def test_one_wrong_degree_is_mended_to_a_plan_that_is_legal_altogether(shape, fi
 
 SP = dict(sequence_parallel=True)
 TE = dict(backend="te")
+A100 = Machine("A100", (8, 0), transformer_engine="2.11.0")
 EXAMPLES = {  # rule: a plan that breaks it and, of its workload, shape, ranks and what else
     "ranks_divide_by_the_dense_grid": (dict(tensor=4), None, 6, {}),
     "ranks_divide_by_the_expert_grid": (dict(expert=4), GPT_OSS_20B, 6, {}),
@@ -155,10 +159,15 @@ EXAMPLES = {  # rule: a plan that breaks it and, of its workload, shape, ranks a
     "tensor_splits_mamba": (dict(tensor=16, expert=16, **SP), NANO, 16, {}),
     "context_splits_mamba": (dict(context=6), replace(NANO, mamba_heads=66, mamba_groups=4), 6, {}),
     "all_to_all_splits_heads": (dict(context=16, context_comm="a2a"), QWEN_32B, 16, {}),
-    "context_communication_is_known_to_the_backend": (dict(context=2, context_comm="p2p"), QWEN_32B, 2, {}),
+    "context_communication_is_known_to_attention": (dict(context=2, context_comm="p2p"), QWEN_32B, 2, {}),
     "te_has_no_kernel_for_packed_sinks": ({}, GPT_OSS_20B, 1, TE),
     "te_has_no_ring_for_windows": (dict(context=2, context_comm="p2p"), GPT_OSS_20B, 2, TE),
     "te_gathers_no_packs": (dict(context=2), QWEN_32B, 2, TE),
+    "te_exchanges_whole_kv_groups": (dict(context=4, context_comm="a2a"), NANO, 4, TE),
+    "te_is_installed": ({}, QWEN_32B, 1, TE | dict(machine=Machine())),
+    "te_has_an_attention_kernel_here": ({}, QWEN_32B, 1, TE | dict(machine=A100)),
+    "te_norms_have_weights": ({}, replace(QWEN_32B, learned_norms=False), 1, TE),
+    "te_multiplies_float32_exactly": ({}, QWEN_32B, 1, TE | dict(machine=A100, dtype="float32")),
     "tokens_divide": (dict(tensor=8, **SP), QWEN_32B, 8, dict(pack_length=11_999)),
     "documents_divide": (dict(context=2), QWEN_32B, 2, dict(align=2)),
     "documents_fit_the_positions": ({}, QWEN_32B, 1, dict(longest=131_073)),
@@ -181,7 +190,7 @@ EXAMPLES = {  # rule: a plan that breaks it and, of its workload, shape, ranks a
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_rule_refuses_what_no_other_does(name):
-    """All but the TE rules, which overlap for sinks with windows."""
+    """All but the TE rules, which overlap: for sinks with windows, for float32."""
     degrees, shape, ranks_, known = EXAMPLES[name]
     workload = Workload(ranks_, shape, **known)
     broken = {rule.broken.__name__ for rule, _ in broken_rules(ParallelPlan(**degrees), workload)}

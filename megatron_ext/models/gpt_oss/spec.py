@@ -11,13 +11,14 @@ from megatron_ext.layers.loss_head import SupervisedHead
 from megatron_ext.layers.marks import marks
 from megatron_ext.models import decoder_spec
 from megatron_ext.models.gpt_oss.config import Dims, Yarn
+from megatron_ext.parallel.parts import OURS, TE, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 
 
 def transformer_config(
-    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, parts: Parts = OURS, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
-    shared = decoder_spec.decoder_fields(dims, plan, dtype, backend) | dict(
+    shared = decoder_spec.decoder_fields(dims, plan, dtype, parts) | dict(
         apply_rope_fusion=False,  # the fused kernel for packed rows drops YaRN's factor (rope_utils.py:289)
         bias_dropout_fusion=False,
     )
@@ -39,7 +40,7 @@ def transformer_config(
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=backend == "te",
+        moe_grouped_gemm=parts.experts == TE,
         **shared,
     )
     if dims.yarn is not None:
@@ -61,19 +62,19 @@ def build(
     dims: Dims,
     plan: ParallelPlan,
     dtype: torch.dtype,
-    backend: str = "torch",
+    parts: Parts = OURS,
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> SupervisedHead:
     """Build this rank's part of the model, as decoder_spec.decoder does."""
-    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
+    config = transformer_config(dims, plan, dtype=dtype, parts=parts, options=options)
     positions = "yarn" if dims.yarn else "rope"
     model = decoder_spec.decoder(
         SupervisedHead,
         config,
         dims,
         plan=plan,
-        backend=backend,
+        parts=parts,
         virtual_stage=virtual_stage,
         position_embedding_type=positions,
     )

@@ -12,18 +12,19 @@ from megatron_ext.layers.loss_head import SupervisedHead, capped
 from megatron_ext.layers.norm import BareNorm
 from megatron_ext.models import decoder_spec
 from megatron_ext.models.nanochat.config import Dims
+from megatron_ext.parallel.parts import OURS, TE, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 
 
 def transformer_config(
-    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, parts: Parts = OURS, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
     return decoder_spec.configured(
         options,
         activation_func=squared_relu,
         add_bias_linear=False,
         qk_layernorm=True,  # before the rotation, where NanoChat has it after: a rotation changes no norm
-        **decoder_spec.decoder_fields(dims, plan, dtype, backend),
+        **decoder_spec.decoder_fields(dims, plan, dtype, parts) | decoder_spec.NO_ACTIVATION_FUSION,
     )
 
 
@@ -44,24 +45,25 @@ def build(
     dims: Dims,
     plan: ParallelPlan,
     dtype: torch.dtype,
-    backend: str = "torch",
+    parts: Parts = OURS,
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> NanoChat:
     """Build this rank's part of the model, as decoder_spec.decoder does.
 
     Raises:
-        UserMistake: the backend is "te", whose norms all have weights.
+        UserMistake: the norms are to be Transformer Engine's, which all have weights.
     """
-    if backend == "te":
-        raise UserMistake(Problem("backend", "'te' has no norms without weights, as nanochat's are: use torch"))
-    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
+    if parts.norm == TE:
+        message = "Transformer Engine has no norms without weights, as nanochat's are: use backend auto"
+        raise UserMistake(Problem("backend", message))
+    config = transformer_config(dims, plan, dtype=dtype, parts=parts, options=options)
     return decoder_spec.decoder(
         NanoChat,
         config,
         dims,
         plan=plan,
-        backend=backend,
+        parts=parts,
         virtual_stage=virtual_stage,
         norm=BareNorm,
         logit_cap=dims.logit_cap,

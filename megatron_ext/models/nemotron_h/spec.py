@@ -1,6 +1,5 @@
 """Nemotron-H as a megatron-core model: configuration, layer spec, MambaModel."""
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,11 +12,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
@@ -25,24 +21,18 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from data_tools.mistake import Problem, UserMistake
-from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
-from megatron_ext.layers.decays import ExactDecays
 from megatron_ext.layers.loss_head import SupervisedHybrid
 from megatron_ext.layers.mamba import MambaMixer, MambaMixerSubmodules
 from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
 from megatron_ext.models import decoder_spec
 from megatron_ext.models.nemotron_h.config import Dims
+from megatron_ext.parallel.parts import OURS, TE, TORCH, Parts
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
-
-STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recurrence
-
-NO_FUSION = dict(bias_activation_fusion=False)  # mcore refuses it for a squared ReLU (transformer_config.py:1487)
 
 
 def transformer_config(
-    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, backend: str, options: Mapping[str, Any] = {}
+    dims: Dims, plan: ParallelPlan, dtype: torch.dtype, parts: Parts = OURS, options: Mapping[str, Any] = {}
 ) -> TransformerConfig:
     return decoder_spec.configured(
         options,
@@ -62,8 +52,8 @@ def transformer_config(
         mamba_head_dim=dims.mamba_head_dim or 1,
         mamba_num_groups=dims.mamba_groups or 1,
         mamba_state_dim=dims.mamba_state or 1,
-        **(_experts(dims, backend) if "E" in dims.pattern else {}),
-        **decoder_spec.settings(plan, dtype, backend) | _cuts(plan) | NO_FUSION,
+        **(_experts(dims, parts) if "E" in dims.pattern else {}),
+        **decoder_spec.settings(plan, dtype, parts) | _cuts(plan) | decoder_spec.NO_ACTIVATION_FUSION,
     )
 
 
@@ -80,7 +70,7 @@ def _cuts(plan: ParallelPlan) -> dict[str, Any]:
     )
 
 
-def _experts(dims: Dims, backend: str) -> dict[str, Any]:
+def _experts(dims: Dims, parts: Parts) -> dict[str, Any]:
     return dict(
         num_moe_experts=dims.experts,
         moe_router_topk=dims.top_k,
@@ -96,7 +86,7 @@ def _experts(dims: Dims, backend: str) -> dict[str, Any]:
         moe_router_load_balancing_type="none",
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=backend == "te",
+        moe_grouped_gemm=parts.experts == TE,
     )
 
 
@@ -134,59 +124,33 @@ class TorchHybridStack(HybridStack):
             self.final_norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
 
-def _stock_layers() -> MambaStackSubmodules:
-    """Return the layers of mcore's stock spec, its mixer's decays kept exact, its attention knowing a cache."""
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-    from megatron.core.ssm.mamba_mixer import MambaMixer as StockMixer
-
-    from megatron_ext.layers.te_attention import TEPackedAttention
-
-    class TEMixer(ExactDecays, StockMixer):
-        def __init__(self, *args: Any, **named: Any):
-            super().__init__(*args, **named)
-            self.widen_decays()
-
-    layers = copy.deepcopy(mamba_stack_spec.submodules)
-    layers.mamba_layer.submodules.mixer.module = TEMixer
-    attention = layers.attention_layer.submodules.self_attention
-    attention.module, attention.submodules.core_attention = PackedSelfAttention, TEPackedAttention
-    return layers
-
-
-def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
-    """ "torch": our norms, attention and Mamba mixer. "te": the layers of mcore's stock spec."""
-    if backend == "te":
-        return ModuleSpec(module=HybridStack, submodules=_stock_layers())
-    if backend != "torch":
-        raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def stack_spec(config: TransformerConfig, parts: Parts) -> ModuleSpec:
+    """Return the layers of each kind of block."""
+    made_of = decoder_spec.modules(parts)
+    # MambaLayer does not pass its norm the epsilon.
+    norm = IdentityOp if made_of.fused else ModuleSpec(module=made_of.norm, params={"eps": config.layernorm_epsilon})
+    kernels = {"kernels": parts.mamba} if parts.mamba != TORCH else {}
     mamba = MambaLayerSubmodules(
-        norm=ModuleSpec(module=Norm, params={"eps": config.layernorm_epsilon}),  # MambaLayer does not pass it
+        norm=norm,
         mixer=ModuleSpec(
             module=MambaMixer,
-            params={"norm_epsilon": config.layernorm_epsilon},
-            submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+            params={"norm_epsilon": config.layernorm_epsilon} | kernels,
+            submodules=MambaMixerSubmodules(in_proj=made_of.normed_column, out_proj=made_of.row),
         ),
         mamba_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
     )
     attention = TransformerLayerSubmodules(
-        input_layernorm=Norm,
-        self_attention=ModuleSpec(
-            module=PackedSelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
-            submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear, core_attention=PackedAttention, linear_proj=RowParallelLinear
-            ),
-        ),
+        input_layernorm=made_of.norm_before,
+        self_attention=decoder_spec.attention_spec(made_of),
         self_attn_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+        sharded_state_dict_keys_map=decoder_spec.BEFORE_ATTENTION,
     )
     dense = TransformerLayerSubmodules(
-        pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(module=MLP, submodules=mlp),
+        pre_mlp_layernorm=made_of.norm_before,
+        mlp=decoder_spec.mlp_spec(made_of),
         mlp_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        sharded_state_dict_keys_map=decoder_spec.BEFORE_MLP,
     )
     blocks = MambaStackSubmodules(
         mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
@@ -195,37 +159,29 @@ def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
     )
     if config.num_moe_experts:
         experts = TransformerLayerSubmodules(
-            pre_mlp_layernorm=Norm,
-            mlp=moe_spec(config.num_moe_experts),
+            pre_mlp_layernorm=made_of.norm,
+            mlp=moe_spec(config.num_moe_experts, parts),
             mlp_bda=get_bias_dropout_add,
         )
         blocks.moe_layer = ModuleSpec(module=MoETransformerLayer, submodules=experts)
-    return ModuleSpec(module=TorchHybridStack, submodules=blocks)
+    return ModuleSpec(module=HybridStack if parts.norm == TE else TorchHybridStack, submodules=blocks)
 
 
 def build(
     dims: Dims,
     plan: ParallelPlan,
     dtype: torch.dtype,
-    backend: str = "torch",
+    parts: Parts = OURS,
     virtual_stage: int | None = None,
     options: Mapping[str, Any] = {},
 ) -> SupervisedHybrid:
     """Build this rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
-    if backend == "te" and dims.norm_epsilon != STOCK_EPSILON:
-        raise UserMistake(
-            Problem(
-                "backend",
-                f"te has a norm epsilon of {STOCK_EPSILON:g} in Mamba layers, this model {dims.norm_epsilon:g}: "
-                "use backend torch",
-            )
-        )
-    config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
+    config = transformer_config(dims, plan, dtype=dtype, parts=parts, options=options)
     ends = decoder_spec.ends(virtual_stage)
     del ends["vp_stage"]  # hybrid models have no interleaved pipeline
     model = SupervisedHybrid(
         config,
-        stack_spec(config, backend),
+        stack_spec(config, parts),
         vocab_size=padded_rows(dims.vocabulary, plan.tensor),
         max_sequence_length=dims.max_positions,
         hybrid_override_pattern=dims.pattern,
