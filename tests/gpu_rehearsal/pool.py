@@ -25,5 +25,5 @@ class RehearsalRanks(Ranks):
         return self.run(call, name=function, given=arguments)
 
 
-def call(name: str, given: dict[str, Any]) -> Any:
-    return getattr(importlib.import_module("tests.gpu_rehearsal.te_ranks"), name)(**given)
+def call(name: str, given: dict[str, Any], module: str = "te_ranks") -> Any:
+    return getattr(importlib.import_module(f"tests.gpu_rehearsal.{module}"), name)(**given)

@@ -83,14 +83,18 @@ COMPARED = {  # functions whose every refusal the stand-in has, but for those wh
     },
     "transformer_engine/pytorch/utils.py": {"ensure_divisibility": {}, "divide": {}},
     "mamba_ssm/ops/triton/ssd_combined.py": {
-        "_mamba_chunk_scan_combined_fwd": {"initial_states": NOT_REACHED, "batch == 1": NOT_REACHED},
+        "_mamba_chunk_scan_combined_fwd": {"batch == 1": NOT_REACHED},
         "MambaChunkScanCombinedFn.forward": {},
-        "MambaSplitConv1dScanCombinedFn.forward": {},
     },
-    "causal_conv1d/causal_conv1d_interface.py": {"causal_conv1d_fn": {}},
+    "mamba_ssm/ops/triton/selective_state_update.py": {
+        "selective_state_update": {"state_batch_indices": NOT_REACHED},
+    },
+    "causal_conv1d/causal_conv1d_interface.py": {
+        "CausalConv1dFn.forward": {"x.stride(1) == 1": NOT_REACHED, "final_states_out.stride": NOT_REACHED},
+        "causal_conv1d_update": {},
+    },
 }  # fmt: skip
 SHAPES_IN_OTHER_WORDS = {  # files of stand-ins that refuse wrong shapes with sentences of their own
-    "mamba_ssm/ops/triton/layernorm_gated.py",
     "transformer_engine/pytorch/ops/basic/layer_norm.py",
     "transformer_engine/pytorch/ops/basic/rmsnorm.py",
     "transformer_engine/pytorch/module/grouped_linear.py",

@@ -124,12 +124,6 @@ def test_the_checkpoint_keys_are_those_of_the_te_names(alone, tmp_path):
     assert "decoder.layers.1.pre_mlp_layernorm.weight" in keys and "decoder.final_norm.weight" in keys
 
 
-def test_te_refuses_an_epsilon_that_megatron_cores_mixer_does_not_have(alone):
-    dims = replace(tiny.NEMOTRON_H_DIMS, norm_epsilon=1e-6)
-    with pytest.raises(UserMistake, match="te has a norm epsilon of 1e-05 in Mamba layers, this model 1e-06"):
-        Family("nemotron_h").spec.build(dims, ParallelPlan(), torch.float32, "te")
-
-
 # ---------------------------------------------------------------- config.json
 
 NANO_CONFIG = {

@@ -25,9 +25,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from data_tools.mistake import Problem, UserMistake
 from megatron_ext.layers.attention import PackedAttention, PackedSelfAttention
-from megatron_ext.layers.decays import ExactDecays
 from megatron_ext.layers.loss_head import SupervisedHybrid
 from megatron_ext.layers.mamba import MambaMixer, MambaMixerSubmodules
 from megatron_ext.layers.moe import moe_spec
@@ -35,8 +33,6 @@ from megatron_ext.layers.norm import Norm
 from megatron_ext.models import decoder_spec
 from megatron_ext.models.nemotron_h.config import Dims
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
-
-STOCK_EPSILON = 1e-5  # hard-wired in mcore's mixer, for the norm after the recurrence
 
 NO_FUSION = dict(bias_activation_fusion=False)  # mcore refuses it for a squared ReLU (transformer_config.py:1487)
 
@@ -134,38 +130,38 @@ class TorchHybridStack(HybridStack):
             self.final_norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
 
-def _stock_layers() -> MambaStackSubmodules:
-    """Return the layers of mcore's stock spec, the decays of its mixer kept exact."""
+def _mamba_layer(config: TransformerConfig, backend: str) -> ModuleSpec:
+    """Return a Mamba layer; Transformer Engine's in_proj holds the layer's norm."""
+    own = {"norm_epsilon": config.layernorm_epsilon, "kernels": "mamba_ssm" if backend == "te" else "torch"}
+    layer = MambaLayerSubmodules(mamba_bda=get_bias_dropout_add)
+    projections = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+        projections = MambaMixerSubmodules(in_proj=TELayerNormColumnParallelLinear, out_proj=TERowParallelLinear)
+    else:
+        layer.norm = ModuleSpec(module=Norm, params={"eps": config.layernorm_epsilon})  # MambaLayer does not pass it
+        layer.sharded_state_dict_keys_map = {"norm.": "mixer.in_proj.layer_norm_"}
+    layer.mixer = ModuleSpec(module=MambaMixer, params=own, submodules=projections)
+    return ModuleSpec(module=MambaLayer, submodules=layer)
+
+
+def _te_layers(config: TransformerConfig) -> MambaStackSubmodules:
+    """Return the layers of mcore's stock spec, with our Mamba layer."""
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-    from megatron.core.ssm.mamba_mixer import MambaMixer as StockMixer
 
-    class TEMixer(ExactDecays, StockMixer):
-        def __init__(self, *args: Any, **named: Any):
-            super().__init__(*args, **named)
-            self.widen_decays()
-
-    layers = copy.deepcopy(mamba_stack_spec.submodules)
-    layers.mamba_layer.submodules.mixer.module = TEMixer
+    layers = copy.copy(mamba_stack_spec.submodules)
+    layers.mamba_layer = _mamba_layer(config, "te")
     return layers
 
 
 def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
-    """ "torch": our norms, attention and Mamba mixer. "te": the layers of mcore's stock spec."""
+    """ "torch": our norms, attention and Mamba mixer. "te": the layers of mcore's stock spec, and our Mamba mixer."""
     if backend == "te":
-        return ModuleSpec(module=HybridStack, submodules=_stock_layers())
+        return ModuleSpec(module=HybridStack, submodules=_te_layers(config))
     if backend != "torch":
         raise ValueError(f'backend {backend!r} is neither "torch" nor "te"')
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    mamba = MambaLayerSubmodules(
-        norm=ModuleSpec(module=Norm, params={"eps": config.layernorm_epsilon}),  # MambaLayer does not pass it
-        mixer=ModuleSpec(
-            module=MambaMixer,
-            params={"norm_epsilon": config.layernorm_epsilon},
-            submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
-        ),
-        mamba_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
-    )
     attention = TransformerLayerSubmodules(
         input_layernorm=Norm,
         self_attention=ModuleSpec(
@@ -185,7 +181,7 @@ def stack_spec(config: TransformerConfig, backend: str) -> ModuleSpec:
         sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
     )
     blocks = MambaStackSubmodules(
-        mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
+        mamba_layer=_mamba_layer(config, backend),
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=dense),
     )
@@ -208,14 +204,6 @@ def build(
     options: Mapping[str, Any] = {},
 ) -> SupervisedHybrid:
     """Build this rank's part of the model, its weights not set. mcore's groups for `plan` must exist."""
-    if backend == "te" and dims.norm_epsilon != STOCK_EPSILON:
-        raise UserMistake(
-            Problem(
-                "backend",
-                f"te has a norm epsilon of {STOCK_EPSILON:g} in Mamba layers, this model {dims.norm_epsilon:g}: "
-                "use backend torch",
-            )
-        )
     config = transformer_config(dims, plan, dtype=dtype, backend=backend, options=options)
     ends = decoder_spec.ends(virtual_stage)
     del ends["vp_stage"]  # hybrid models have no interleaved pipeline
