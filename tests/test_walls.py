@@ -45,6 +45,7 @@ MOST_LINES_OF_A_FUNCTION = 80
 MOST_COMPLEX = 20  # cyclomatic complexity of a function, as radon counts
 LIGHT_TOP = ("torch", "megatron", "transformers")  # not at the top of what plan imports
 PLANNED_WITH = (
+    "parallel/mamba_kernels.py",
     "parallel/plan.py",
     "parallel/rules.py",
     "parallel/shape.py",
