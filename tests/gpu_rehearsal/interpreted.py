@@ -102,9 +102,8 @@ def of_row(advance: Any, dtype: torch.dtype, before: int = 0) -> Values:
 def differences(found: Values, expected: Values, before: int = 0) -> dict[str, float]:
     """Return by name how far `found` is from `expected` in units of what rounding explains."""
     single, double = (of_row(by_row_sums, dtype, before) for dtype in (torch.float32, torch.float64))
-    return {
-        name: (found[name] - expected[name]).abs().max().item() / bound(single[name], double[name]) for name in found
-    }
+    far = {name: (found[name] - expected[name]).abs().max().item() for name in found}
+    return {name: far[name] and far[name] / bound(single[name], double[name]) for name in found}
 
 
 def reached(advance: Any) -> list[list[bool]]:
