@@ -8,6 +8,7 @@ the trial of block sizes. causal-conv1d, which is C++, is the stand-in. Without 
 import contextlib
 import importlib
 import json
+import math
 import os
 import sys
 import types
@@ -102,8 +103,12 @@ def of_row(advance: Any, dtype: torch.dtype, before: int = 0) -> Values:
 def differences(found: Values, expected: Values, before: int = 0) -> dict[str, float]:
     """Return by name how far `found` is from `expected` in units of what rounding explains."""
     single, double = (of_row(by_row_sums, dtype, before) for dtype in (torch.float32, torch.float64))
-    far = {name: (found[name] - expected[name]).abs().max().item() for name in found}
-    return {name: far[name] and far[name] / bound(single[name], double[name]) for name in found}
+    result = {}
+    for name, value in found.items():
+        explained = bound(single[name], double[name])  # 0 where the exact value is
+        far = (value - expected[name]).abs().max().item()
+        result[name] = far / explained if explained else math.inf if far else 0.0
+    return result
 
 
 def reached(advance: Any) -> list[list[bool]]:

@@ -5,6 +5,7 @@ import pytest
 from megatron_ext.layers.mamba import SEGMENTS
 from megatron_ext.models.registry import Family
 from megatron_ext.parallel.mamba_kernels import channels_of, mamba_kernels
+from megatron_ext.parallel.plan import ParallelPlan
 from tests.gpu_rehearsal.pool import call
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import NANO
@@ -96,6 +97,22 @@ def test_kernels_never_see_more_elements_than_they_count(solo):
     assert sum(calls) == 20_000 and max(calls) == SEGMENTS["mamba_ssm"]
     assert 262_144 * NANO.mamba_projection >= 2**31
     assert max(calls) * 8 * NANO.mamba_projection < 2**31  # room for models eight times as wide
+
+
+CONTEXT = {  # a context rank's channels: a multiple of 8, and not
+    "64 channels": tiny.hybrid("M-M", mamba_head_dim=8, mamba_state=8),
+    "52 channels": tiny.hybrid("M-M"),
+}
+
+
+@pytest.mark.parametrize("shape", CONTEXT)
+def test_context_ranks_compute_what_torch_computes(solo, pair, shape, tmp_path):
+    of = CONTEXT[shape]
+    solo.te("write_weights", of=of, folder=tmp_path / "weights")
+    same = dict(of=of, weights=tmp_path / "weights", plan=ParallelPlan(context=2, context_comm="a2a"))
+    (ours, norms), (theirs, their_norms) = (mamba(pair, "losses", backend=name, **same) for name in ("torch", "te"))
+    assert theirs == pytest.approx(ours, rel=1e-5, abs=0)
+    assert their_norms == pytest.approx(norms, rel=1e-4, abs=0)
 
 
 # ---------------------------------------------------------------- rollouts
