@@ -2,8 +2,9 @@
 
 `MambaMixer.advance` runs convolution and recurrence over segments of a row, by torch (mamba_scan.py) or by the kernels
 of mamba-ssm and causal-conv1d (mamba_fused.py). Each segment is recomputed in backward, so that memory grows with the
-row's length by its inputs and a state a segment, whichever kernels compute. It takes and returns the state of a row, so
-that decoding goes on from where a prompt ended.
+row's length by its inputs and a state a segment, whichever kernels compute. (mamba-ssm's would keep x, B, C and y too,
+10,240 columns beside the 10,304 of in_proj in Nemotron-3-Nano.) It takes and returns the state of a row, so that
+decoding goes on from where a prompt ended.
 
 Parameters, checkpoints and order of in_proj's rows [z, x, B, C, dt] are those of megatron.core.ssm.mamba_mixer, whose
 place it takes in every layer spec. in_proj may hold the layer's norm (Transformer Engine's).

@@ -5,7 +5,7 @@
 have not run on a GPU yet.
 
 * `mamba_chunk_scan_combined` takes documents and a state to start from together: the state is that of document 0. So
-  documents are counted from the one that was under way.
+  documents are counted from the one that was under way, and no document may come back after another.
 * `causal_conv1d_fn` takes documents or a state, not both, and documents only where channels lie next to each other and
   they and the strides are multiples of 8. So the inputs that a state holds stand before the row, as tokens of their own
   documents, in a copy that has no other columns. That makes heads a rank of any number right. (in_proj's columns end
@@ -13,7 +13,7 @@ have not run on a GPU yet.
   copy the kernel refuses others.) Negative documents are padding to it, whose outputs are 0: those of a state only.
 * Both hold what they multiply in the dtype of the model, where mamba_scan.py has fp32. Nothing of another document
   enters a sum. But decays are differences of sums over a chunk, which other documents of the chunk round; and the
-  gradients of A_log, dt_bias, conv1d are added up in any order (atomics), not the same to the bit in two runs.
+  gradients of A_log, dt_bias and conv1d are added up in any order (atomics): two runs may differ in their last bits.
 * The decoding kernels, `selective_state_update` and `causal_conv1d_update`, have no gradient and change the state that
   they are given: they serve a single token where none is asked for, on a copy.
 
@@ -42,9 +42,9 @@ def advance(
     y, ssm = mamba_chunk_scan_combined(
         x,
         dt,
-        -torch.exp(own.log_decay),
-        b,
-        c,
+        A=-torch.exp(own.log_decay),
+        B=b,
+        C=c,
         chunk_size=sizes.chunk_size,
         D=own.skip,
         z=z.unflatten(-1, (-1, sizes.head_dim)),
@@ -88,9 +88,9 @@ def _decode(
         ssm,
         x,
         dt[..., None].expand(of_head),
-        -torch.exp(own.log_decay)[:, None, None].expand(-1, *ssm.shape[2:]),
-        b,
-        c,
+        A=-torch.exp(own.log_decay)[:, None, None].expand(-1, *ssm.shape[2:]),
+        B=b,
+        C=c,
         D=own.skip[:, None].expand(of_head[1:]),
         z=z.unflatten(-1, (-1, sizes.head_dim)),
         dt_bias=own.dt_bias[:, None].expand(of_head[1:]),
