@@ -138,6 +138,32 @@ def decoding(fused: Any) -> float:
     return (theirs - ours).abs().max().item() / bound(ours, exact)
 
 
+def in_half(fused: Any) -> dict[str, float]:
+    """Return how far the kernels are from torch's in fp16, in units of its rounding of the largest value.
+
+    Rows, convolved inputs and outputs are fp16, states and parameters fp32, as in training; the interpreter cannot
+    multiply bfloat16.
+    """
+    results = []
+    for advance in (fused, mamba_scan.advance):
+        rows, documents, state, own = given(torch.float32)
+        state = State(state.inputs.half(), state.documents, state.ssm)
+        leaves = {"rows": rows.half(), "state": state.ssm, "inputs": state.inputs, **own._asdict()}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        y, last = advance(leaves["rows"], documents, state, own, sizes=SIZES)
+        loss = y.float().square().mean() + last.ssm.square().mean()
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        results.append({"y": y, "last state": last.ssm, **dict(zip(leaves, grads))})
+    theirs, ours = results
+    assert all(theirs[name].dtype == ours[name].dtype for name in ours)
+    unit = torch.finfo(torch.float16).eps
+    return {
+        name: ((theirs[name].float() - ours[name].float()).abs().max() / ours[name].float().abs().max() / unit).item()
+        for name in ours
+    }
+
+
 def main(sources: Path) -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
     prepare(sources)
@@ -150,6 +176,7 @@ def main(sources: Path) -> None:
         "documents after a state of none": differences(fresh[1], fresh[0], before=-1),
         "state of none": [bool(fresh[1][name].any()) for name in ("d state", "d inputs")],
         "reached": reached(mamba_fused.advance),
+        "in half": in_half(mamba_fused.advance),
         "decoding": decoding(mamba_fused.advance),
     }
     print(json.dumps(found))

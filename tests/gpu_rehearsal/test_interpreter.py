@@ -15,6 +15,7 @@ from megatron_ext.device import MEGATRON_CORE
 from megatron_ext.versions import PARTNERS
 from tests.gpu_rehearsal.interpreted import LENGTHS
 from tests.gpu_rehearsal.releases import installed, unpacked
+from tests.megatron_ext.rounding import MARGIN
 
 pytestmark = pytest.mark.rehearsal
 
@@ -37,6 +38,13 @@ def found() -> dict:
 @pytest.mark.parametrize("case", ["documents after a state", "documents after a state of none"])
 def test_the_kernels_compute_what_torch_computes_with_documents_and_a_state_together(found, case):
     assert len(found[case]) == 10 and {name: far for name, far in found[case].items() if not far <= 1} == {}
+
+
+def test_in_half_precision_they_differ_by_their_roundings(found):
+    """What is rounded on the way: the convolved inputs, states of chunks, products of B and C, outputs, gradients."""
+    assert (
+        len(found["in half"]) == 10 and {name: far for name, far in found["in half"].items() if not far <= MARGIN} == {}
+    )
 
 
 def test_a_state_of_no_document_of_the_row_is_not_used(found):
