@@ -42,9 +42,8 @@ def test_the_kernels_compute_what_torch_computes_with_documents_and_a_state_toge
 
 def test_in_half_precision_they_differ_by_their_roundings(found):
     """What is rounded on the way: the convolved inputs, states of chunks, products of B and C, outputs, gradients."""
-    assert (
-        len(found["in half"]) == 10 and {name: far for name, far in found["in half"].items() if not far <= MARGIN} == {}
-    )
+    assert len(found["in half"]) == 10
+    assert {name: far for name, far in found["in half"].items() if not far <= MARGIN} == {}
 
 
 def test_a_state_of_no_document_of_the_row_is_not_used(found):
