@@ -1,11 +1,13 @@
-"""Mamba-2 (Dao and Gu, arXiv 2405.21060) over packed documents, in torch, for mcore's MambaLayer.
+"""Mamba-2 (Dao and Gu, arXiv 2405.21060) over packed documents, for mcore's MambaLayer.
 
-`MambaMixer.advance` runs convolution and recurrence (mamba_scan.py) over segments of a row, each recomputed in
-backward, so that memory grows with the row's length by its inputs and a state a segment; it takes and returns the state
-of a row, so that decoding goes on from where a prompt ended.
+`MambaMixer.advance` runs convolution and recurrence over segments of a row, by torch (mamba_scan.py) or by the kernels
+of mamba-ssm and causal-conv1d (mamba_fused.py). Each segment is recomputed in backward, so that memory grows with the
+row's length by its inputs and a state a segment, whichever kernels compute. (mamba-ssm's would keep x, B, C and y too,
+10,240 columns beside the 10,304 of in_proj in Nemotron-3-Nano.) It takes and returns the state of a row, so that
+decoding goes on from where a prompt ended.
 
-Parameters, checkpoints and order of in_proj's rows [z, x, B, C, dt] are those of megatron.core.ssm.mamba_mixer, which
-cannot be imported without Triton; it serves the Transformer Engine backend.
+Parameters, checkpoints and order of in_proj's rows [z, x, B, C, dt] are those of megatron.core.ssm.mamba_mixer, whose
+place it takes in every layer spec. in_proj may hold the layer's norm (Transformer Engine's).
 
 Letters of shapes: T tokens of a row, b rows, h hidden size, CP and TP context and tensor ranks, p size of a head, n
 size of its state; "width" is that of in_proj's output on this rank.
@@ -13,6 +15,7 @@ size of its state; "width" is that of in_proj's output on this rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,20 +34,23 @@ from megatron.core.transformer.utils import (
 )
 
 from megatron_ext.device import device
+from megatron_ext.layers import mamba_scan
 from megatron_ext.layers.attention import heads_for_tokens, tokens_for_heads
-from megatron_ext.layers.decays import ExactDecays
 from megatron_ext.layers.documents import PackedDocuments
-from megatron_ext.layers.mamba_scan import State, convolve, scan, working
+from megatron_ext.layers.mamba_scan import Parameters, Sizes, State, working
 from megatron_ext.layers.marks import marks
 
-SEGMENT = 2048  # tokens that are recomputed together
+# Tokens that are recomputed together, by kernels. Those of mamba-ssm want more for their many launches, and no more
+# than this many: they count what lies between tokens in 32 bits, and a row of 262,144 tokens with the 10,304 columns of
+# Nemotron-3-Nano is past 2^31, where they read elsewhere without a word (state-spaces/mamba, issue 1015).
+SEGMENTS = {"torch": 2048, "mamba_ssm": 8192}
 NO_DOCUMENT = -1
 
 
 class _Segments(torch.autograd.Function):
-    """Runs a function such as `MambaMixer._segment` over segments of a row, each recomputed in backward.
+    """Runs a function such as `mamba_scan.advance` over segments of a row, each recomputed in backward.
 
-    The function takes rows [b, T, width], documents [b, T], a State and parameters.
+    The function takes rows [b, T, width], documents [b, T], a State and Parameters.
 
     What outlives a segment lies in buffers made before the first: small blocks kept between the temporaries of
     segments would leave holes that no later one fits into.
@@ -54,25 +60,26 @@ class _Segments(torch.autograd.Function):
     def forward(
         ctx: Any,
         segment: Callable[..., tuple[torch.Tensor, State]],
+        size: int,
         rows: torch.Tensor,
         documents: torch.Tensor,
         *others: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        state, parameters = State(*others[:3]), others[3:]
+        state, parameters = State(*others[:3]), Parameters(*others[3:])
         tokens = rows.size(1)
-        starts = [t.new_empty(-(-tokens // SEGMENT), *t.shape) for t in state]
+        starts = [t.new_empty(-(-tokens // size), *t.shape) for t in state]
         y: torch.Tensor | None = None
-        for k, first in enumerate(range(0, tokens, SEGMENT)):
+        for k, first in enumerate(range(0, tokens, size)):
             for kept, now in zip(starts, state):
                 kept[k] = now
-            span = slice(first, first + SEGMENT)
-            out, state = segment(rows[:, span], documents[:, span], state, *parameters)
+            span = slice(first, first + size)
+            out, state = segment(rows[:, span], documents[:, span], state, parameters)
             if y is None:
                 y = out.new_empty(rows.size(0), tokens, out.size(-1))
             y[:, span] = out
         if y is None:
             raise ValueError("a row without tokens")
-        ctx.segment, ctx.size = segment, SEGMENT
+        ctx.segment, ctx.size = segment, size
         ctx.save_for_backward(rows, documents, *starts, *parameters)
         ctx.mark_non_differentiable(state.documents)
         return y, *state
@@ -81,7 +88,7 @@ class _Segments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor, *grad_state: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, documents, inputs, origins, ssm, *parameters = ctx.saved_tensors
-        parameters = [p.detach().requires_grad_(needed) for p, needed in zip(parameters, ctx.needs_input_grad[6:])]
+        parameters = [p.detach().requires_grad_(needed) for p, needed in zip(parameters, ctx.needs_input_grad[7:])]
         trained = [p for p in parameters if p.requires_grad]
         sums = [torch.zeros_like(p) for p in trained]
         grad_rows, (grad_inputs, _, grad_ssm) = torch.empty_like(rows), grad_state
@@ -90,7 +97,7 @@ class _Segments(torch.autograd.Function):
             leaves = [t.detach().requires_grad_() for t in (rows[:, span], inputs[k], ssm[k])]
             with torch.enable_grad():
                 state = State(leaves[1], origins[k], leaves[2])
-                y, last = ctx.segment(leaves[0], documents[:, span], state, *parameters)
+                y, last = ctx.segment(leaves[0], documents[:, span], state, Parameters(*parameters))
             grad_rows[:, span], grad_inputs, grad_ssm, *grads = torch.autograd.grad(
                 (y, last.inputs, last.ssm), (*leaves, *trained), (grad_y[:, span], grad_inputs, grad_ssm)
             )
@@ -98,6 +105,7 @@ class _Segments(torch.autograd.Function):
                 total += grad
         of_parameters = iter(sums)
         return (
+            None,
             None,
             grad_rows,
             None,
@@ -153,13 +161,29 @@ class MambaMixerSubmodules:
     out_proj: ModuleSpec | type
 
 
-class MambaMixer(ExactDecays, MegatronModule):
-    """Takes the place of mcore's MambaMixer in training and evaluation, without its inference contexts.
+def _kernels(name: str) -> Callable[..., tuple[torch.Tensor, State]]:
+    """Return the `advance` of the kernels "torch" or "mamba_ssm"."""
+    if name == "torch":
+        return mamba_scan.advance
+    if name != "mamba_ssm":
+        raise ValueError(f'kernels {name!r} are neither "torch" nor "mamba_ssm"')
+    from megatron_ext.layers import mamba_fused  # imports the packages
+
+    return mamba_fused.advance
+
+
+class MambaMixer(MegatronModule):
+    """Takes the place of mcore's MambaMixer, without its inference contexts.
+
+    A_log, D and dt_bias are fp32 and stay so where the model is cast to bf16. `kernels` is "torch" or "mamba_ssm"
+    (parallel/mamba_kernels.py says which fit).
 
     Tensor parallelism splits heads and groups. Context parallelism splits a tensor rank's heads further: one
     all-to-all brings each rank the whole row for its heads, another brings back its tokens for all heads, as
     mcore's MambaContextParallel does with six.
     """
+
+    EXACT = ("A_log", "D", "dt_bias")
 
     def __init__(
         self,
@@ -173,9 +197,10 @@ class MambaMixer(ExactDecays, MegatronModule):
         *,
         pg_collection: ProcessGroupCollection,
         pp_layer_offset: int = 0,
+        kernels: str = "torch",
     ):
         super().__init__(config)
-        self.chunk_size, self.layer_number = chunk_size, layer_number
+        self.kernels, self.layer_number = kernels, layer_number
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         ranks, context = self.tp_group.size(), self.cp_group.size()
         heads, groups = config.mamba_num_heads, config.mamba_num_groups
@@ -186,6 +211,8 @@ class MambaMixer(ExactDecays, MegatronModule):
         if self.groups % context and context % self.groups:
             raise ValueError(f"{self.groups} Mamba groups a tensor rank and CP {context}: neither divides the other")
         inner, states = self.heads * self.head_dim, self.groups * self.state_dim
+        sizes = Sizes(self.head_dim, self.state_dim, chunk_size)
+        self.segment = partial(_kernels(kernels), sizes=sizes)
 
         self.in_proj = build_module(
             submodules.in_proj,
@@ -225,6 +252,14 @@ class MambaMixer(ExactDecays, MegatronModule):
             tp_group=self.tp_group,
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "MambaMixer":
+        exact = {name: getattr(self, name).data for name in self.EXACT}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            parameter = getattr(self, name)
+            parameter.data = value.to(parameter.device)
+        return self
+
     def _sizes(self) -> list[int]:
         """Return the columns of z, x, B, C and dt in in_proj's output on this tensor rank."""
         inner, states = self.heads * self.head_dim, self.groups * self.state_dim
@@ -260,63 +295,30 @@ class MambaMixer(ExactDecays, MegatronModule):
         """Run convolution, recurrence and gate over the next tokens of some rows.
 
         projected [b, T, width]: columns z, x, B, C, dt of this context rank's heads; documents int64 [b, T], the
-        document of each token; `state` after the tokens before, or None at the start -> y [b, T, heads * p], state.
+        document of each token, which never comes back after another; `state` after the tokens before, or None at the
+        start -> y [b, T, heads * p], state.
         """
         state = state or self.empty_state(projected)
-        parameters = self._parameters_of_context_rank(working(projected.dtype))
-        if projected.size(1) <= SEGMENT:
-            return self._segment(projected, documents, state, *parameters)
-        y, *last = _Segments.apply(self._segment, projected, documents, *state, *parameters)
+        own = self._parameters_of_context_rank(working(projected.dtype))
+        size = SEGMENTS[self.kernels]
+        if projected.size(1) <= size:
+            y, state = self.segment(projected, documents, state, own)
+            return y, state
+        y, *last = _Segments.apply(self.segment, size, projected, documents, *state, *own)
         return y, State(*last)
 
-    def _segment(
-        self,
-        rows: torch.Tensor,
-        documents: torch.Tensor,
-        state: State,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        dt_bias: torch.Tensor,
-        log_decay: torch.Tensor,
-        skip: torch.Tensor,
-    ) -> tuple[torch.Tensor, State]:
-        """Do `advance` at once, with the parameters of `_parameters_of_context_rank`."""
-        work = weight.dtype
-        heads, states = dt_bias.numel(), (weight.size(0) - dt_bias.numel() * self.head_dim) // 2
-        inner = heads * self.head_dim
-        z, xbc, dt = rows.to(work).split([inner, inner + 2 * states, heads], dim=-1)
-        xbc, inputs, origins = convolve(xbc, documents, state, weight.squeeze(1), bias)
-        x, b, c = F.silu(xbc).split([inner, states, states], dim=-1)
-        x = x.unflatten(-1, (heads, -1))
-        b, c = (t.unflatten(-1, (-1, self.state_dim)) for t in (b, c))
-        dt = F.softplus(dt + dt_bias)
-        decay = -torch.exp(log_decay)
-        y, ssm = scan(
-            x,
-            dt,
-            decay=decay,
-            b=b,
-            c=c,
-            documents=documents,
-            state=state.ssm,
-            before=state.documents[:, -1],
-            chunk_size=self.chunk_size,
-        )
-        y = (y + x * skip[:, None]).flatten(-2) * F.silu(z)
-        return y.to(rows.dtype), State(inputs.to(rows.dtype), origins, ssm)
-
-    def _parameters_of_context_rank(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Return conv1d's weight and bias, dt_bias, A_log and D of this context rank's heads, as `dtype`."""
+    def _parameters_of_context_rank(self, dtype: torch.dtype) -> Parameters:
+        """Return what convolution and recurrence have for this context rank's heads, as `dtype`."""
         convolution, by_head = (
             [p.to(dtype) for p in those]
             for those in ((self.conv1d.weight, self.conv1d.get_parameter("bias")), (self.dt_bias, self.A_log, self.D))
         )
         if self.cp_group.size() == 1:
-            return *convolution, *by_head
+            return Parameters(*convolution, *by_head)
         _, *channels, dt = self._columns(self.cp_group.rank())
         sizes = self._sizes()
         channel, head = torch.cat(channels) - sizes[0], dt - sum(sizes[:4])
-        return *(p[channel] for p in convolution), *(p[head] for p in by_head)
+        return Parameters(*(p[channel] for p in convolution), *(p[head] for p in by_head))
 
     def forward(
         self,

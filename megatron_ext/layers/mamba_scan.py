@@ -5,7 +5,8 @@ Per head, with input x [p], step dt > 0, decay A < 0 and vectors B, C [n], a doc
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        y_t = S_t C_t + D x_t
 
 `scan` computes it in chunks of tokens: inside a chunk as a masked matrix product, between chunks by passing the state
-on. Before it, `convolve` makes x, B and C of the last few tokens.
+on. Before it, `convolve` makes x, B and C of the last few tokens. `advance` is both, with the gate; mamba_fused.py has
+it by the kernels of mamba-ssm and causal-conv1d.
 
 Isolation is exact. Where a document starts, decays are summed anew: nothing of another document enters even by
 rounding, and what is masked is multiplied by zero in both directions.
@@ -33,6 +34,72 @@ class State(NamedTuple):
     ssm: torch.Tensor  # [b, heads, p, n]
 
 
+class Parameters(NamedTuple):
+    """Holds the parameters of convolution and recurrence for the heads of one rank, of the dtype of `working`."""
+
+    weight: torch.Tensor  # [channels, 1, width]
+    bias: torch.Tensor  # [channels]
+    dt_bias: torch.Tensor  # [heads]
+    log_decay: torch.Tensor  # [heads], A_log
+    skip: torch.Tensor  # [heads], D
+
+
+class Sizes(NamedTuple):
+    """Says how columns split into heads and groups, and how many tokens `scan` takes at once."""
+
+    head_dim: int  # p
+    state_dim: int  # n
+    chunk_size: int
+
+    def columns(self, rows: torch.Tensor, own: Parameters) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split in_proj's columns [b, T, width] into z, what is convolved (x, B and C), and dt."""
+        heads = own.dt_bias.numel()
+        z, xbc, dt = rows.split([heads * self.head_dim, own.bias.numel(), heads], dim=-1)
+        return z, xbc, dt
+
+    def convolved(self, xbc: torch.Tensor, own: Parameters) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Split what was convolved [b, T, channels] into x [b, T, heads, p], B and C [b, T, groups, n]."""
+        inner = own.dt_bias.numel() * self.head_dim
+        states = (own.bias.numel() - inner) // 2
+        x, b, c = xbc.split([inner, states, states], dim=-1)
+        return (
+            x.unflatten(-1, (-1, self.head_dim)),
+            b.unflatten(-1, (-1, self.state_dim)),
+            c.unflatten(-1, (-1, self.state_dim)),
+        )
+
+
+def advance(
+    rows: torch.Tensor, documents: torch.Tensor, state: State, own: Parameters, *, sizes: Sizes
+) -> tuple[torch.Tensor, State]:
+    """Run convolution, recurrence and gate over the next tokens of some rows.
+
+    rows [b, T, width] of in_proj, columns z, x, B, C, dt; documents int64 [b, T], the document of each token; `state`
+    after the tokens before -> y [b, T, heads * p], state.
+    """
+    z, xbc, dt = sizes.columns(rows.to(own.weight.dtype), own)
+    xbc, inputs, origins = convolve(xbc, documents, state, own.weight.squeeze(1), own.bias)
+    x, b, c = sizes.convolved(F.silu(xbc), own)
+    y, ssm = scan(
+        x,
+        F.softplus(dt + own.dt_bias),
+        decay=-torch.exp(own.log_decay),
+        b=b,
+        c=c,
+        documents=documents,
+        state=state.ssm,
+        before=state.documents[:, -1],
+        chunk_size=sizes.chunk_size,
+    )
+    y = (y + x * own.skip[:, None]).flatten(-2) * F.silu(z)
+    return y.to(rows.dtype), State(inputs.to(rows.dtype), origins, ssm)
+
+
+def window(x: torch.Tensor, documents: torch.Tensor, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x [b, T, channels] with the inputs before it [b, width - 1 + T, channels], and the documents of both."""
+    return torch.cat([state.inputs.to(x.dtype), x], dim=1), torch.cat([state.documents, documents], dim=1)
+
+
 def convolve(
     x: torch.Tensor, documents: torch.Tensor, state: State, weight: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,8 +109,7 @@ def convolve(
     state's next `inputs` and `documents`.
     """
     tokens, last = x.size(1), weight.size(1) - 1
-    inputs = torch.cat([state.inputs.to(x.dtype), x], dim=1)
-    origins = torch.cat([state.documents, documents], dim=1)
+    inputs, origins = window(x, documents, state)
     y = x * weight[:, last] + bias
     for tap in range(last):
         same = origins[:, tap : tap + tokens] == documents

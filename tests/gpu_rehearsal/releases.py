@@ -1,4 +1,7 @@
-"""Sources of pinned releases, unpacked below the temporary folder and kept there. Nothing of them is imported."""
+"""Sources of pinned releases, unpacked below the temporary folder and kept there.
+
+Of these only interpreted.py imports anything, in a process of its own.
+"""
 
 import ast
 import copy
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-KEPT = Path(tempfile.gettempdir()) / "afterok-gpu-sources"
+KEPT = Path(tempfile.gettempdir()) / "afterok-gpu-releases"
 # A sdist's setup.py runs when pip asks it for its name; these keep it from looking for a CUDA compiler.
 NO_COMPILER = {f"{name}_SKIP_CUDA_BUILD": "TRUE" for name in ("MAMBA", "CAUSAL_CONV1D", "FLASH_ATTENTION")}
 
@@ -59,6 +62,23 @@ def unpacked(name: str, version: str, wheel: bool) -> Path:
     return target
 
 
+def installed(name: str, version: str) -> Path:
+    """Return a folder, for a process's path, with nothing but this package in it, which may be imported.
+
+    Skips the test where no package index answers.
+    """
+    target = KEPT / f"{name}-{version}-installed"
+    if not target.is_dir():
+        KEPT.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=KEPT) as work:
+            _pip("install", "-q", "--no-deps", "--only-binary=:all:", "--target", f"{work}/all", f"{name}=={version}")
+            try:
+                Path(work, "all").rename(target)
+            except OSError:  # another test process was first
+                pass
+    return target
+
+
 def _unpack(folder: Path, target: Path) -> None:
     (archive,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
     target.mkdir()
@@ -69,7 +89,7 @@ def _unpack(folder: Path, target: Path) -> None:
     with tarfile.open(archive) as sdist:
         for member in sdist.getmembers():
             member.name = "/".join(Path(member.name).parts[1:])
-            if member.name.endswith(".py"):
+            if member.name.endswith((".py", ".cpp")):
                 sdist.extract(member, target, filter="data")
 
 

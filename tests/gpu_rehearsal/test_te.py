@@ -20,7 +20,7 @@ FAMILIES = {
     "qwen2": tiny.DIMS,
     "qwen3": tiny.dims(kind="qwen3", tied=False),
     "nemotron_h": tiny.NEMOTRON_H_DIMS,
-    "nemotron_h dense": tiny.hybrid("M*-M"),
+    "nemotron_h dense": tiny.hybrid("M*-M", norm_epsilon=1e-2),
     "gpt_oss": tiny.GPT_OSS_DIMS,
     "nanochat": tiny.NANOCHAT_DIMS,
 }

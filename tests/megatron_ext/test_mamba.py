@@ -146,7 +146,7 @@ def test_segments_recomputed_in_backward_give_the_same_gradients(mixer, monkeypa
     leaves = [rows, mixer.A_log, mixer.D, mixer.dt_bias, *mixer.conv1d.parameters()]
     found = []
     for segment in (100, 24):
-        monkeypatch.setattr(mamba, "SEGMENT", segment)
+        monkeypatch.setitem(mamba.SEGMENTS, "torch", segment)
         y, _ = mixer.advance(rows, documents)
         found.append((y, *torch.autograd.grad((y * y).sum(), leaves)))
     for whole, cut in zip(*found):
@@ -158,7 +158,7 @@ def test_memory_is_linear_and_that_of_a_segment_besides_its_inputs(mixer):
         rows, documents = rows_of(mixer, tokens)
         mixer.advance(rows, documents)[0].sum().backward()
 
-    segment = mamba.SEGMENT
+    segment = mamba.SEGMENTS["torch"]
     one, four, eight = (peak_bytes(partial(step, n * segment)) for n in (1, 4, 8))
     width, inner = sum(mixer._sizes()), mixer.heads * mixer.head_dim
     per_token = (eight - four) / (4 * segment)
@@ -168,7 +168,7 @@ def test_memory_is_linear_and_that_of_a_segment_besides_its_inputs(mixer):
 
 def test_a_segment_leaves_no_block_behind(mixer, monkeypatch):
     """Blocks kept between segments' temporaries broke up malloc's heap: 2.4 times the memory at 262,144 tokens."""
-    monkeypatch.setattr(mamba, "SEGMENT", 32)
+    monkeypatch.setitem(mamba.SEGMENTS, "torch", 32)
 
     def blocks(segments):
         rows, documents = rows_of(mixer, 32 * segments)
