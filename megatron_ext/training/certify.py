@@ -31,6 +31,7 @@ from data_tools.packs.plan import Pack
 from megatron_ext.models.layouts import default_start, hf_rules, hf_shapes
 from megatron_ext.models.registry import Family, stages
 from megatron_ext.parallel import ranks
+from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training.rows import MicroBatch, micro_batch
 from megatron_ext.training.update import AdamW, Trainer
@@ -100,9 +101,9 @@ class Measured:
     gradients: dict[str, torch.Tensor]
 
 
-def trainer_of(family: Family, dims: Any, plan: ParallelPlan, weights: Path) -> Trainer:
+def trainer_of(family: Family, dims: Any, plan: ParallelPlan, weights: Path, made_of: Parts = OURS) -> Trainer:
     """Return a trainer of these weights under a layout."""
-    parts = family.build(dims, plan, torch.float32)
+    parts = family.build(dims, plan, torch.float32, made_of)
     checkpoint.load_weights(parts, weights)
     return Trainer(parts, plan, AdamW(weight_decay=0.1))
 
@@ -114,10 +115,12 @@ def rows_of(packs: Sequence[Pack], plan: ParallelPlan) -> list[MicroBatch]:
     return [micro_batch(share[i : i + plan.micro_batch]) for i in range(0, len(share), plan.micro_batch)]
 
 
-def measure(family: Family, dims: Any, plan: ParallelPlan, weights: Path, packs: Sequence[Pack]) -> Measured:
+def measure(
+    family: Family, dims: Any, plan: ParallelPlan, weights: Path, packs: Sequence[Pack], made_of: Parts = OURS
+) -> Measured:
     """Make one update on `packs` from `weights`. All ranks of the process group take part; started here."""
     with ranks.started(plan):
-        trainer = trainer_of(family, dims, plan, weights)
+        trainer = trainer_of(family, dims, plan, weights, made_of)
         rows = rows_of(packs, plan)
         before = trainer.gradient(rows, everywhere=True).reduced()
         gradients = whole_gradients(trainer.model)

@@ -19,3 +19,9 @@ def solo():
 def pair():
     """Two ranks with the stand-ins."""
     yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def four():
+    """Four ranks with the stand-ins."""
+    yield from _pool(4)

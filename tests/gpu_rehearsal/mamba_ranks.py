@@ -11,6 +11,7 @@ from megatron_ext.layers import mamba
 from megatron_ext.layers.mamba import MambaMixer
 from megatron_ext.layers.mamba_scan import Sizes, State
 from megatron_ext.parallel import ranks
+from megatron_ext.parallel.parts import Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.sequence import Request
@@ -144,10 +145,10 @@ def losses(**given: Any) -> tuple[list[float], list[float]]:
         te_ranks.PACKS = kept
 
 
-def samples(of: Any, backend: str, weights: Any, prompts: list[tuple[int, ...]]) -> dict[Any, Any]:
+def samples(of: Any, made_of: Parts, weights: Any, prompts: list[tuple[int, ...]]) -> dict[Any, Any]:
     """Return {(prompt, sample): (tokens, log-probs, margins)} of a rollout."""
     with ranks.started(ParallelPlan()):
-        (model,) = te_ranks._loaded(of, backend, weights)
+        (model,) = te_ranks._loaded(of, made_of, weights)
         engine = Engine(model, EngineConfig(0.01, block_size=4, max_batch=6, token_budget=16), seed=7, stop_ids={5})
         wanted = [Request(i, prompt, 3) for i, prompt in enumerate(prompts)]
         return {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_ext.parallel import ranks
+from megatron_ext.parallel.parts import Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rollout.sequence import Request
 from megatron_ext.rollout.settings import EngineConfig, Sampling
@@ -34,7 +35,7 @@ def differences(of: Any, plan: ParallelPlan) -> dict[str, float]:
 
     found = {"calls": 0.0}
     with ranks.started(plan):
-        config = tiny.family(of).spec.transformer_config(of, plan, torch.float64, "torch")
+        config = tiny.family(of).spec.transformer_config(of, plan, torch.float64)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         context = ContextRank(groups.cp.size(), groups.cp.rank())
         heads, shared = (n // plan.tensor for n in (config.num_attention_heads, config.num_query_groups))
@@ -76,7 +77,7 @@ def trained(of: Any, weights: Path, plan: ParallelPlan, by_flash: bool) -> tuple
     packs = [tiny.pack([20, 8, 4, 32], seed) for seed in range(2)]
     found, norms = [], []
     with ranks.started(plan), played() if by_flash else contextlib.nullcontext() as kernel:
-        parts = tiny.family(of).build(of, plan, torch.float32, "torch")
+        parts = tiny.family(of).build(of, plan, torch.float32)
         checkpoint.load_weights(parts, weights)
         trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
         for _ in range(3):
@@ -102,8 +103,8 @@ def no_boundaries() -> Iterator[None]:
         del CachedRow.__getattribute__
 
 
-def sampled(of: Any, backend: str, weights: Path, plan: ParallelPlan, flash: bool = False, block: int = 4) -> Found:
-    """Return the tokens of each sample, and their log-probs, as a rollout engine draws them over `backend`'s layers.
+def sampled(of: Any, made_of: Parts, weights: Path, plan: ParallelPlan, flash: bool = False, block: int = 4) -> Found:
+    """Return the tokens of each sample, and their log-probs, as a rollout engine draws them over these layers.
 
     `flash`: with torch's FlashAttention, played.
     """
@@ -112,12 +113,12 @@ def sampled(of: Any, backend: str, weights: Path, plan: ParallelPlan, flash: boo
     from megatron_ext.weights import checkpoint
     from tests.gpu_rehearsal.flash_kernel import played
 
-    if backend == "te":
+    if made_of.uses_te:
         importlib.import_module("tests.gpu_rehearsal.te_ranks")  # checks that these are the stand-ins
 
     settings = EngineConfig(kv_gib=0.05, block_size=block, max_batch=6, token_budget=16)
     with no_boundaries(), ranks.started(plan), played() if flash else contextlib.nullcontext() as kernel:
-        parts = tiny.family(of).build(of, plan, torch.float32, backend)
+        parts = tiny.family(of).build(of, plan, torch.float32, made_of)
         checkpoint.load_weights(parts, weights)
         engine = Engine(parts[0], settings, seed=7, stop_ids={5})
         if kernel:

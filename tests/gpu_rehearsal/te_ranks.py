@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,26 +25,13 @@ from megatron_ext.training import certify
 from megatron_ext.training.update import AdamW, Trainer
 from megatron_ext.weights import checkpoint, dist_weights
 from tests.megatron_ext import adapted, tiny
+from tests.megatron_ext.rl import toy
 
 PACKS = [tiny.pack([20, 9, 3, 32], seed, vocabulary=19) for seed in range(2)]
 ALONE = ParallelPlan()
 TE = Parts("te", "te", "te", "te")
 UPDATES, LEARNING_RATE = 3, 1e-2
-IN_TRITON = "megatron.core.inference.contexts.attention_context.triton"  # imported by mcore's mixer, for decoding only
-
-
-def _without_triton() -> None:
-    """Let megatron-core's Mamba mixer be imported where Triton is not installed."""
-    names = ("tensor_get_slice_after", "tensor_masked_update", "tensor_merge")
-    for module in (IN_TRITON, f"{IN_TRITON}.tensor_ops"):
-        found = types.ModuleType(module)
-        found.__path__ = []
-        found.__dict__.update(dict.fromkeys(names))
-        sys.modules[module] = found
-
-
 assert transformer_engine.__file__ and "stand_ins" in transformer_engine.__file__
-_without_triton()
 
 
 @contextlib.contextmanager
@@ -56,6 +42,29 @@ def _later_kernels() -> Iterator[None]:
         yield
     finally:
         dpa_utils.get_attention_backend = chosen
+
+
+@contextlib.contextmanager
+def _kernels_of_bf16() -> Iterator[None]:
+    """Let kernels be chosen as for bf16: in fp32, whose sums are compared, context ranks have none."""
+    chosen = dpa_utils.get_attention_backend
+    dpa_utils.get_attention_backend = lambda asked: chosen(replace(asked, qkv_dtype=torch.bfloat16))
+    try:
+        yield
+    finally:
+        dpa_utils.get_attention_backend = chosen
+
+
+def measured(**given: Any) -> certify.Measured:
+    """Do certify.measure."""
+    with _kernels_of_bf16():
+        return certify.measure(**given)
+
+
+def trained_by_grpo(**given: Any) -> dict[str, Any]:
+    """Do toy.trained."""
+    with _kernels_of_bf16():
+        return toy.trained(**given)
 
 
 def _loaded(

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.parallel.parts import OURS
 from megatron_ext.parallel.plan import ParallelPlan
+from tests.gpu_rehearsal.mixtures import by_auto
 from tests.gpu_rehearsal.rollout_ranks import Found, differences, sampled, trained, written
 from tests.megatron_ext import tiny
 
@@ -20,7 +22,7 @@ FAMILIES = {
     "nemotron_h attention": tiny.hybrid("*-*-", head_dim=16),
     "nanochat": tiny.NANOCHAT_DIMS,
 }
-WITH_TE = [name for name in FAMILIES if name != "nanochat"]  # whose norms have no like in Transformer Engine
+WITH_TE = {name: by_auto(of) for name, of in FAMILIES.items()}
 PLANS = {
     "all_gather": ParallelPlan(context=2, context_comm="all_gather"),
     "a2a": ParallelPlan(context=2, context_comm="a2a"),
@@ -76,7 +78,7 @@ def test_training_by_flash_attention_has_the_losses_of_the_buckets(pair, folders
 def expected(solo, folders) -> dict[str, Found]:
     """Samples of each family by the torch layers on a CPU."""
     return {
-        name: solo.run(sampled, of=of, backend="torch", weights=folders[name], plan=ParallelPlan())[0]
+        name: solo.run(sampled, of=of, made_of=OURS, weights=folders[name], plan=ParallelPlan())[0]
         for name, of in FAMILIES.items()
     }
 
@@ -90,14 +92,15 @@ def assert_same_samples(found: Found, expected: Found) -> None:
 
 @pytest.mark.parametrize("family", WITH_TE)
 def test_rollouts_over_transformer_engines_layers_draw_the_samples_of_torchs(solo, folders, expected, family):
-    same = dict(of=FAMILIES[family], backend="te", weights=folders[family], plan=ParallelPlan())
+    same = dict(of=FAMILIES[family], made_of=WITH_TE[family], weights=folders[family], plan=ParallelPlan())
     assert_same_samples(solo.run(sampled, **same)[0], expected[family])
     assert_same_samples(solo.run(sampled, **same, flash=True)[0], expected[family])
 
 
 @pytest.mark.parametrize("family", WITH_TE)
 def test_two_ranks_with_transformer_engine_draw_the_same_samples(pair, folders, expected, family):
-    same = dict(of=FAMILIES[family], backend="te", weights=folders[family], plan=PLANS["tensor"])
+    plan = PLANS["tensor"]
+    same = dict(of=FAMILIES[family], made_of=by_auto(FAMILIES[family], plan), weights=folders[family], plan=plan)
     for found in pair.run(sampled, **same):
         assert_same_samples(found, expected[family])
 
@@ -105,7 +108,7 @@ def test_two_ranks_with_transformer_engine_draw_the_same_samples(pair, folders, 
 @pytest.mark.parametrize("block", [8, 256])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollouts_by_flash_attention_draw_the_same_samples(solo, folders, expected, family, block):
-    same = dict(of=FAMILIES[family], backend="torch", weights=folders[family], plan=ParallelPlan())
+    same = dict(of=FAMILIES[family], made_of=OURS, weights=folders[family], plan=ParallelPlan())
     assert_same_samples(solo.run(sampled, **same, flash=True, block=block)[0], expected[family])
 
 

@@ -5,7 +5,9 @@ import pytest
 from megatron_ext.layers.mamba import SEGMENTS
 from megatron_ext.models.registry import Family
 from megatron_ext.parallel.mamba_kernels import channels_of, mamba_kernels
+from megatron_ext.parallel.parts import OURS
 from megatron_ext.parallel.plan import ParallelPlan
+from tests.gpu_rehearsal.mixtures import by_auto
 from tests.gpu_rehearsal.pool import call
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import NANO
@@ -110,7 +112,8 @@ def test_context_ranks_compute_what_torch_computes(solo, pair, shape, tmp_path):
     of = CONTEXT[shape]
     solo.te("write_weights", of=of, folder=tmp_path / "weights")
     same = dict(of=of, weights=tmp_path / "weights", plan=ParallelPlan(context=2, context_comm="a2a"))
-    (ours, norms), (theirs, their_norms) = (mamba(pair, "losses", backend=name, **same) for name in ("torch", "te"))
+    mixtures = OURS, by_auto(of, same["plan"])
+    (ours, norms), (theirs, their_norms) = (mamba(pair, "losses", made_of=parts, **same) for parts in mixtures)
     assert theirs == pytest.approx(ours, rel=1e-5, abs=0)
     assert their_norms == pytest.approx(norms, rel=1e-4, abs=0)
 
@@ -125,8 +128,8 @@ def test_rollouts_under_te_are_those_of_torch(solo, shape, tmp_path):
     of = tiny.hybrid("M-M") if shape == "M-M" else SHAPES[shape]
     solo.te("write_weights", of=of, folder=tmp_path / "weights")
     same = dict(of=of, weights=tmp_path / "weights", prompts=PROMPTS)
-    ours = mamba(solo, "samples", backend="torch", **same)
-    theirs = mamba(solo, "samples", backend="te", **same)
+    ours = mamba(solo, "samples", made_of=OURS, **same)
+    theirs = mamba(solo, "samples", made_of=by_auto(of), **same)
     assert len(ours) == 3 * len(PROMPTS) and ours.keys() == theirs.keys()
     for key, (tokens, logprobs, margins) in ours.items():
         near = next((i for i, margin in enumerate(margins) if margin < 1e-4), len(margins))

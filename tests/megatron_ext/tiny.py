@@ -15,6 +15,7 @@ from megatron_ext.models.nanochat import config as nanochat
 from megatron_ext.models.nemotron_h import config as nemotron_h
 from megatron_ext.models.qwen2.config import Dims
 from megatron_ext.models.registry import Family
+from megatron_ext.parallel.parts import OURS, Parts
 
 QWEN2 = Family("qwen2")
 # 19 rows: an odd vocabulary, so that tensor parallelism pads it.
@@ -129,11 +130,11 @@ def hf_folder(folder: Path, of: Any = DIMS, seed: int = 0) -> Path:
     return folder
 
 
-def parts(hf: Path, of: Any, plan: Any) -> list[Any]:
+def parts(hf: Path, of: Any, plan: Any, made_of: Parts = OURS) -> list[Any]:
     """This rank's parts of the model in `hf`. Groups for `plan` must exist."""
     from megatron_ext.weights import convert
 
-    built = family(of).build(of, plan, torch.float32)
+    built = family(of).build(of, plan, torch.float32, made_of)
     for part in built:
         convert.import_weights(part, hf, family(of), of)
     return built

@@ -25,6 +25,7 @@ init_device()  # before megatron-core is imported
 
 from data_tools.progress import Stopped
 from megatron_ext.parallel import ranks
+from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl import collect, step
 from megatron_ext.rl.collect import Collector
@@ -109,14 +110,15 @@ def run_of(steps: int, lr: float, max_tokens: int = 8, **changes: Any) -> GrpoSe
 def trained(
     hf: Path, of: Any, plan: ParallelPlan, keep: Path, steps: int, lr: float = 0.01, stop_after: int = 0,
     judge: Callable[[int, str], Any] | None = None, reference: bool = False, turns: bool = False,
-    engine_of: dict[str, int] | None = None, identity: dict[str, Any] | None = None, **changes: Any,
+    engine_of: dict[str, int] | None = None, identity: dict[str, Any] | None = None,
+    made_of: Parts = OURS, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Facts of a run on these ranks. `stop_after` so many questions the run is asked to stop; `engine_of` are settings
     of the engine."""
     keep.mkdir(parents=True, exist_ok=True)
     collect.VOTE_EVERY = 2  # completions are short
     with ranks.started(plan, seed=3):
-        trainer = Trainer(tiny.parts(hf, of, plan), plan, AdamW())
+        trainer = Trainer(tiny.parts(hf, of, plan, made_of), plan, AdamW())
         engine = Engine(trainer.model[0], replace(ENGINE, **engine_of or {}), 11, {STOP_ID}, spell)
         asked = 0
 
@@ -141,7 +143,7 @@ def trained(
             stop=stop,
             turns=asking if turns else None,
         )
-        model = tiny.parts(hf, of, plan) if reference else None
+        model = tiny.parts(hf, of, plan, made_of) if reference else None
         against = (lambda rows: log_probs(model, rows)) if reference else None
         try:
             trained = step.train(
@@ -180,7 +182,8 @@ def main() -> None:
     hf, keep, death, arguments = Path(sys.argv[1]), Path(sys.argv[2]), *map(json.loads, sys.argv[3:5])
     if death:
         dies_in(*death)
-    facts = trained(hf, tiny.DIMS, ParallelPlan(), keep, **arguments)
+    made_of = Parts(*arguments.pop("made_of", ()))
+    facts = trained(hf, tiny.DIMS, ParallelPlan(), keep, made_of=made_of, **arguments)
     print(json.dumps({key: facts[key] for key in ("digest", "resumed_from")}), flush=True)
 
 

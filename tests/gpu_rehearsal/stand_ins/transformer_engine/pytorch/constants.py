@@ -14,3 +14,4 @@ AttnMaskTypes = (
     "padding_causal_bottom_right",
     "arbitrary",
 )
+dist_group_type = torch.distributed.ProcessGroup

@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 
 from transformer_engine.pytorch.attention.dot_product_attention import utils as dpa_utils
+from transformer_engine.pytorch.attention.dot_product_attention.context_parallel import attn_forward_func_with_cp
 from transformer_engine.pytorch.constants import AttnMaskTypes, AttnTypes
 from transformer_engine.pytorch.distributed import get_distributed_world_size, set_all_rng_states
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
-from transformer_engine.stand_in import not_here
+from transformer_engine.stand_in import attend, not_here
 
 
 class DotProductAttention(TransformerEngineBaseModule):
@@ -135,9 +136,37 @@ class DotProductAttention(TransformerEngineBaseModule):
             padded = (cu_seqlens_q_padded, cu_seqlens_q), (cu_seqlens_kv_padded, cu_seqlens_kv)
             if any(ends is not None and not torch.equal(ends[:-1], starts[:-1]) for ends, starts in padded):
                 not_here("padding between documents")
-            self._choose_kernel(query, layout, kind, window, num_splits)
-            bounds = cu_seqlens_q.tolist() if layout == "thd" else [0, query.size(0)]
-            return self._attend(query, key_layer, value_layer, bounds, window[0])
+            _, fused = self._choose_kernel(query, layout, kind, window, num_splits)
+            if self._contexts == 1:
+                bounds, given = cu_seqlens_q.tolist(), (query, key_layer, value_layer)
+                return attend(
+                    *given, bounds=bounds, left=window[0], scale=self.softmax_scale, sinks=self.softmax_offset
+                )
+            return attn_forward_func_with_cp(
+                self.training,
+                query,
+                key_layer,
+                value_layer,
+                cu_seqlens_q,
+                cu_seqlens_kv,
+                max_seqlen_q,
+                max_seqlen_kv,
+                cu_seqlens_q_padded,
+                cu_seqlens_kv_padded,
+                self.attention_dropout,
+                self.cp_group,
+                self.cp_global_ranks,
+                self.cp_stream,
+                self.cp_comm_type,
+                softmax_scale=self.softmax_scale,
+                qkv_format=layout,
+                attn_mask_type=kind,
+                use_fused_attention=fused,
+                window_size=window,
+                softmax_type=self.softmax_type,
+                softmax_offset=self.softmax_offset,
+                layer_number=self.layer_number,
+            )
 
     def _check_shapes(self, query_layer, key_layer, value_layer):
         assert query_layer.dtype == key_layer.dtype and query_layer.dtype == value_layer.dtype, (
@@ -186,41 +215,29 @@ class DotProductAttention(TransformerEngineBaseModule):
             "cu_seqlens_q and cu_seqlens_q must both be in dtype torch.int32!"
         )
 
+    @property
+    def _contexts(self):
+        """The ranks that share a row."""
+        return dist.get_world_size(self.cp_group) if isinstance(self.cp_group, dist.ProcessGroup) else 1
+
     def _choose_kernel(self, query, layout, kind, window, num_splits):
-        contexts = dist.get_world_size(self.cp_group) if isinstance(self.cp_group, dist.ProcessGroup) else 1
+        """Return whether flash-attn or cuDNN computes."""
         asked = dpa_utils.AttentionParams(
             qkv_dtype=query.dtype,
             qkv_layout="thd_thd_thd" if layout == "thd" else "sbhd_sbhd_sbhd",
             attn_mask_type=kind,
             window_size=window,
-            context_parallel=contexts > 1,
+            context_parallel=self._contexts > 1,
             cp_comm_type=self.cp_comm_type,
             is_training=self.training,
             softmax_type=self.softmax_type,
             num_splits=num_splits,
         )
-        if not any(dpa_utils.get_attention_backend(asked)[5]):
+        by_flash, _, fused, _, _, every = dpa_utils.get_attention_backend(asked)
+        if not any(every):
             raise ValueError(
                 "No dot product attention backend is available for the provided inputs. Please"
                 " run with NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to find out the reasons for"
                 " disabling all backends."
             )
-        if contexts > 1:
-            not_here("attention over context ranks")
-
-    def _attend(self, query, key, value, bounds, left):
-        """Attend document by document in fp32. `left`: tokens that one sees before it, -1 for all."""
-        outs = []
-        for start, end in zip(bounds[:-1], bounds[1:]):
-            q, k, v = (x[start:end].transpose(0, 1).float() for x in (query, key, value))
-            k, v = (x.repeat_interleave(q.size(0) // x.size(0), 0) for x in (k, v))
-            place = torch.arange(end - start)
-            hidden = place[None] > place[:, None]
-            if left >= 0:
-                hidden |= place[None] < place[:, None] - left
-            scores = (q @ k.transpose(1, 2) * self.softmax_scale).masked_fill(hidden, -torch.inf)
-            if self.softmax_offset is not None:
-                sinks = self.softmax_offset.float().view(-1, 1, 1).expand(-1, end - start, 1)
-                scores = torch.cat([scores, sinks], -1)
-            outs.append((scores.softmax(-1)[..., : end - start] @ v).transpose(0, 1).to(query.dtype))
-        return torch.cat(outs).flatten(1)
+        return by_flash, fused

@@ -81,6 +81,8 @@ def get_attention_backend(attention_params=None):
             use_unfused_attention = False
             if cp_comm_type != "a2a":
                 use_fused_attention = False
+    if context_parallel and use_unfused_attention:
+        use_unfused_attention = False
     use_fused_attention, use_unfused_attention = bool(use_fused_attention), bool(use_unfused_attention)
     if use_fused_attention:
         use_unfused_attention = False
