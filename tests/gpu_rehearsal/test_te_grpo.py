@@ -12,6 +12,7 @@ from megatron_ext.parallel.plan import ParallelPlan
 from tests.gpu_rehearsal.mixtures import by_auto
 from tests.gpu_rehearsal.pool import STAND_INS
 from tests.megatron_ext import tiny
+from tests.megatron_ext.rl.processes import in_ranks_of_their_own
 
 pytestmark = pytest.mark.rehearsal
 
@@ -69,8 +70,6 @@ def test_rollouts_and_training_agree_under_every_layout(pair, folders, tmp_path,
 
 
 def test_ranks_killed_in_a_rollout_and_in_a_save_end_as_the_uninterrupted_run(folders, tmp_path, monkeypatch):
-    from tests.megatron_ext.test_grpo import in_ranks_of_their_own
-
     monkeypatch.setenv("PYTHONPATH", str(STAND_INS))
     arguments = dict(steps=6, minibatches=2, checkpoint_every=2, made_of=astuple(by_auto(tiny.DIMS)))
     whole, cut, hf = tmp_path / "whole", tmp_path / "cut", folders["qwen2"]

@@ -2,12 +2,8 @@
 
 import itertools
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +20,9 @@ from megatron_ext.rl.samples import Sample, batch_of
 from megatron_ext.rl.settings import Advantage, Loss, Rewarding
 from megatron_ext.rl.step import draw
 from megatron_ext.rl.updates import totals_of
-from tests.command import ROOT
-from tests.megatron_ext import gloo, tiny
+from tests.megatron_ext import tiny
 from tests.megatron_ext.rl import toy
+from tests.megatron_ext.rl.processes import in_ranks_of_their_own
 
 FAMILIES = {
     "qwen2": tiny.DIMS,
@@ -330,31 +326,6 @@ def test_a_run_stopped_in_mid_rollout_ends_as_the_uninterrupted_one_bit_for_bit(
     used = texts(tmp_path / "cut")
     assert used == texts(tmp_path / "whole")
     assert len({key[1:3] for key in used}) == len(used) == whole["position"]["samples"]
-
-
-def in_ranks_of_their_own(
-    hf: Path, keep: Path, deaths: list[Any], **arguments: Any
-) -> list[subprocess.CompletedProcess]:
-    """Once a rank ended badly the others are killed, as srun does."""
-    port = gloo.free_port()
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable, "-m", "tests.megatron_ext.rl.toy", str(hf), str(keep), json.dumps(death),
-                json.dumps(arguments),
-            ],
-            env={**os.environ, **gloo.environment(rank, len(deaths), port)}, cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank, death in enumerate(deaths)
-    ]  # fmt: skip
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.poll() for rank in ranks):
-            time.sleep(0.1)
-            for rank in ranks:
-                rank.kill()
-        time.sleep(0.02)
-    return [subprocess.CompletedProcess(p.args, p.returncode, *p.communicate()) for p in ranks]
 
 
 LONGEST = {"rollout": 0.05, "reward": 0.01, "update": 0.1, "save": 0.3}  # seconds that the stage takes, about

@@ -30,11 +30,11 @@ def _fused(t, freqs, start_positions, tensor_format, interleaved, cu_seqlens, cp
     if freqs.dtype != torch.float32:
         freqs = freqs.float()
     assert tensor_format in ("sbhd", "bshd", "thd"), f"Unsupported tensor_format: {tensor_format}."
-    if tensor_format == "bshd" or start_positions is not None or interleaved or cp_size != 1:
+    if tensor_format == "bshd" or start_positions is not None or interleaved or (cp_size > 1 and tensor_format != "thd"):
         not_here(f"rotary embedding of {tensor_format} over {cp_size} context ranks")
     if tensor_format == "thd":
-        lengths = cu_seqlens.diff().tolist()
-        angles = torch.cat([freqs[:length, 0] for length in lengths])
+        lengths = (cu_seqlens // cp_size).diff().tolist()  # of a rank's share: fused_rope.cu divides the boundaries
+        angles = torch.cat([freqs[_positions(length, cp_size, cp_rank), 0] for length in lengths])
     else:
         angles = freqs[: t.size(0)]
     width = freqs.size(-1)
@@ -42,6 +42,15 @@ def _fused(t, freqs, start_positions, tensor_format, interleaved, cu_seqlens, cp
     first, second = turned.chunk(2, -1)
     turned = turned * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
     return torch.cat([turned.to(t.dtype), left], -1)
+
+
+def _positions(length, cp_size, cp_rank):
+    """Return where the tokens of a rank's share of a document stand in it: chunks `rank` and 2 * size - 1 - rank."""
+    if cp_size == 1:
+        return torch.arange(length)
+    half = length // 2
+    first = torch.arange(half) + cp_rank * half
+    return torch.cat([first, torch.arange(length - half) + length * cp_size - (cp_rank + 1) * half])
 
 
 def apply_fused_qkv_rotary_pos_emb(
