@@ -144,10 +144,10 @@ def losses(**given: Any) -> tuple[list[float], list[float]]:
         te_ranks.PACKS = kept
 
 
-def samples(of: Any, backend: str, weights: Any, prompts: list[tuple[int, ...]]) -> dict[Any, Any]:
-    """Return {(prompt, sample): (tokens, log-probs, margins)} of a rollout."""
+def samples(of: Any, weights: Any, prompts: list[tuple[int, ...]], **layers: Any) -> dict[Any, Any]:
+    """Return {(prompt, sample): (tokens, log-probs, margins)} of a rollout. `layers` says whose the model's are."""
     with ranks.started(ParallelPlan()):
-        (model,) = te_ranks._loaded(of, backend, weights)
+        (model,) = te_ranks._loaded(of, weights=weights, **layers)
         engine = Engine(model, EngineConfig(0.01, block_size=4, max_batch=6, token_budget=16), seed=7, stop_ids={5})
         wanted = [Request(i, prompt, 3) for i, prompt in enumerate(prompts)]
         return {

@@ -19,6 +19,7 @@ SHAPES = {
     "44 channels, which causal-conv1d refuses": tiny.hybrid("M", mamba_heads=5, mamba_groups=1),
 }
 EVERY = pytest.mark.parametrize("shape", SHAPES)
+OURS, THEIRS = dict(backend="torch"), dict(backend="te")  # whose layers a model has
 NUMBERS = {"installed": ("mamba_ssm", "causal_conv1d"), "dtype": "bfloat16", "capability": (9, 0)}
 
 
@@ -110,7 +111,7 @@ def test_context_ranks_compute_what_torch_computes(solo, pair, shape, tmp_path):
     of = CONTEXT[shape]
     solo.te("write_weights", of=of, folder=tmp_path / "weights")
     same = dict(of=of, weights=tmp_path / "weights", plan=ParallelPlan(context=2, context_comm="a2a"))
-    (ours, norms), (theirs, their_norms) = (mamba(pair, "losses", backend=name, **same) for name in ("torch", "te"))
+    (ours, norms), (theirs, their_norms) = (mamba(pair, "losses", **layers, **same) for layers in (OURS, THEIRS))
     assert theirs == pytest.approx(ours, rel=1e-5, abs=0)
     assert their_norms == pytest.approx(norms, rel=1e-4, abs=0)
 
@@ -125,8 +126,7 @@ def test_rollouts_under_te_are_those_of_torch(solo, shape, tmp_path):
     of = tiny.hybrid("M-M") if shape == "M-M" else SHAPES[shape]
     solo.te("write_weights", of=of, folder=tmp_path / "weights")
     same = dict(of=of, weights=tmp_path / "weights", prompts=PROMPTS)
-    ours = mamba(solo, "samples", backend="torch", **same)
-    theirs = mamba(solo, "samples", backend="te", **same)
+    ours, theirs = (mamba(solo, "samples", **layers, **same) for layers in (OURS, THEIRS))
     assert len(ours) == 3 * len(PROMPTS) and ours.keys() == theirs.keys()
     for key, (tokens, logprobs, margins) in ours.items():
         near = next((i for i, margin in enumerate(margins) if margin < 1e-4), len(margins))
