@@ -116,8 +116,8 @@ Updates = tuple[list[float], list[float]]  # losses, gradient norms
 def sweep(
     of: Any, mixtures: list[Parts], weights: Path, folder: Path, plan: ParallelPlan, lora: bool
 ) -> dict[Parts, tuple[str, Updates, set[str]]]:
-    """Return, by mixture, the digest of the weights that it loaded, its updates, and the classes of its modules. Each
-    loads what the one before saved.
+    """Return, by mixture, the digest of the weights that it loaded, its updates, and `_classes`. Each loads what
+    the one before saved.
 
     Transformer Engine has kernels for sinks over packed documents, as later releases have.
     """
@@ -128,9 +128,19 @@ def sweep(
             last = folder / str(number)
             checkpoint.save_weights(parts, last)
             digest = checkpoint.weights_digest(parts)
-            classes = {type(module).__name__ for part in parts for module in part.decoder.modules()}
-            found[made_of] = digest, _updates(of, parts, plan, lora), classes
+            found[made_of] = digest, _updates(of, parts, plan, lora), _classes(parts)
     return found
+
+
+def _classes(parts: list[Any]) -> set[str]:
+    """Return the names of all modules' classes, and where they stand: "MLP", "MLP.linear_fc2 RowParallelLinear"."""
+    modules = [module for part in parts for module in part.decoder.modules()]
+    inside = {
+        f"{type(module).__name__}.{name} {type(child).__name__}"
+        for module in modules
+        for name, child in module.named_children()
+    }
+    return inside | {type(module).__name__ for module in modules}
 
 
 def chosen(of: Any, backend: str) -> Parts | str:

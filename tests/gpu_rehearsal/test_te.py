@@ -88,25 +88,29 @@ def test_two_ranks_with_lora_compute_what_torch_computes(pair, weights):
     assert_same(pair, weights, "qwen2", TE, plan=PAIRS["qwen2"], lora=True)
 
 
-IN_A_LAYER = {  # a class of a part that is Transformer Engine's, and one of a part that is ours
-    "attention": ("TEPackedAttention", "PackedAttention"),
-    "linear": ("TERowParallelLinear", "RowParallelLinear"),
-    "norm": ("RMSNorm", "Norm"),
-    "experts": ("TEGroupedMLP", "SequentialMLP"),
+PLACES = {  # where a part stands, with its class of Transformer Engine's and ours
+    "attention": [("PackedSelfAttention.core_attention", "TEPackedAttention", "PackedAttention")],
+    "linear": [
+        (place, "TERowParallelLinear", "RowParallelLinear")
+        for place in ("PackedSelfAttention.linear_proj", "SharedExpertMLP.linear_fc2", "MambaMixer.out_proj")
+    ],
+    "norm": [
+        (f"{place}norm", "RMSNorm", "Norm")
+        for place in ("TransformerBlock.final_layer", "HybridStack.final_", "MoETransformerLayer.pre_mlp_layer")
+    ],
+    "experts": [("MoELayer.experts", "TEGroupedMLP", "SequentialMLP")],
 }
 
 
-def assert_assembled(family: str, made_of: Parts, names: set[str]) -> None:
-    """A model whose modules have these class names has the parts that were chosen."""
-    for part, (theirs, ours) in IN_A_LAYER.items():
-        if part == "experts" and family not in WITH_EXPERTS or part == "norm" and family == "nanochat":
-            continue
-        wanted, other = (theirs, ours) if getattr(made_of, part) == "te" else (ours, theirs)
-        assert wanted in names, (made_of, part)
-        # Experts of ours keep mcore's linear layers.
-        assert other not in names or part == "linear" and family in WITH_EXPERTS, (made_of, part)
-    assert ("TELayerNormColumnParallelLinear" in names) == (made_of.linear == made_of.norm == "te")
-    assert "PackedSelfAttention" in names and "SelfAttention" not in names
+def assert_assembled(made_of: Parts, classes: set[str]) -> None:
+    """A model with modules of these classes has the parts that were chosen."""
+    for part, places in PLACES.items():
+        for place, theirs, ours in places:
+            wanted = theirs if getattr(made_of, part) == "te" else ours
+            found = {name.split()[1] for name in classes if name.startswith(f"{place} ")}
+            assert found <= {wanted, "BareNorm"}, (made_of, place)
+    assert ("TELayerNormColumnParallelLinear" in classes) == (made_of.linear == made_of.norm == "te")
+    assert "PackedSelfAttention" in classes and "SelfAttention" not in classes
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "LoRA, recompute full"])
@@ -128,7 +132,7 @@ def test_every_mixture_computes_what_our_parts_compute_and_loads_what_another_sa
     for made_of, (digest, theirs, classes) in found.items():
         assert digest == own_digest, made_of
         assert_close(ours, theirs, made_of)
-        assert_assembled(family, made_of, classes)
+        assert_assembled(made_of, classes)
 
 
 def test_a_folder_s_parts_are_chosen_where_it_is_loaded(solo):

@@ -18,6 +18,7 @@ from data_tools.packs import pack
 from data_tools.packs.blended import BlendedPacks
 from data_tools.packs.plan import PackReader
 from megatron_ext.entrypoints import sft
+from megatron_ext.models import decoder_spec
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
@@ -156,6 +157,17 @@ def test_what_the_parts_cannot_do_is_refused():
     assert str(options.check_balance(ExpertBalance(aux_loss=0.1), experts=False)[0]).startswith(
         "balance.aux_loss: 0.1, and the"
     )
+
+
+@pytest.mark.parametrize("part", ["attention", "linear", "norm", "experts"])
+def test_fusions_follow_their_own_part(part):
+    fields = decoder_spec.settings(PLAN, torch.float32, replace(OURS, **{part: "te"}))
+    assert fields["apply_rope_fusion"] == (part == "attention")
+    assert fields["bias_activation_fusion"] == fields["bias_dropout_fusion"] == (part == "linear")
+    config = tiny.family(tiny.GPT_OSS_DIMS).spec.transformer_config(
+        tiny.GPT_OSS_DIMS, PLAN, torch.float32, replace(OURS, **{part: "te"})
+    )
+    assert config.moe_grouped_gemm == (part == "experts")
 
 
 @pytest.mark.parametrize("parts", [OURS, TE, None])
