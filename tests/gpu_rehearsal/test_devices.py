@@ -8,7 +8,6 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ext.device import NoOwnGpu, own_gpu
-from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.ranks import _check_own_gpu
 from megatron_ext.rl.settings import Loss
 from tests.gpu_rehearsal.pool import PretendedRanks, on_device
@@ -24,11 +23,6 @@ FAMILIES = {
     "nemotron_h": tiny.NEMOTRON_H_DIMS,
     "nanochat": tiny.NANOCHAT_DIMS,
 }
-PAIRS = {
-    "qwen2": ParallelPlan(tensor=2, sequence_parallel=True),
-    "gpt_oss": ParallelPlan(expert=2),
-    "nanochat": ParallelPlan(pipeline=2),
-}
 FORGOTTEN = (  # device_ranks.FORGOTTEN
     "norm", "adapter of a router", "tokens", "places of supervised tokens", "labels", "positions in documents",
     "places in buckets", "arrays of a step of the engine",
@@ -39,14 +33,6 @@ FORGOTTEN = (  # device_ranks.FORGOTTEN
 def pretended():
     """One rank on a pretended GPU."""
     ranks = PretendedRanks(1)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="session")
-def pretended_pair():
-    """Two ranks on a pretended GPU each, in touch by pretended NCCL."""
-    ranks = PretendedRanks(2)
     yield ranks
     ranks.close()
 
@@ -73,13 +59,6 @@ def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, plain, family, tmp_pa
     for name in ("frozen", "trained"):
         for kind, samples in there[name].items():
             assert [tokens for tokens, *_ in samples] == [tokens for tokens, *_ in here[name][kind]], (name, kind)
-
-
-@pytest.mark.parametrize("family", PAIRS)
-def test_two_ranks_speak_of_what_is_on_their_gpus(pretended_pair, family, tmp_path):
-    a, b = on_device(pretended_pair, "walk", of=FAMILIES[family], folder=tmp_path, plan=PAIRS[family])
-    for found in (a, b):
-        assert found["resumed"] == found["updates"][1] and found["digest"] == a["digest"]
 
 
 @pytest.mark.parametrize("level", ("token", "sequence"))

@@ -70,6 +70,33 @@ def _check_collective(func: Any, args: tuple, tensors: list[torch.Tensor]) -> No
                 raise Stray(f"{func} over {'nccl' if wanted else 'gloo'} of tensors {wrong} that lie elsewhere")
 
 
+def _is_for_gpu(func: Any, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> bool:
+    """Return whether an operator on `tensors` runs on the GPU. Raises Stray where it could not run at all."""
+    on_gpu = [is_on_gpu(tensor) for tensor in tensors]
+    if func.namespace == "c10d":
+        if func.name() != "c10d::barrier":
+            _check_collective(func, args, tensors)
+        return any(on_gpu)
+    if any(is_in(state.copying, tensor) for tensor in tensors):
+        raise Stray(f"{func} uses host memory that the GPU is still copying ({where(3)})")
+    if func is aten.copy_.default:
+        if on_gpu[0] != on_gpu[1]:
+            _copied(args[0], args[1], bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking")))
+        return on_gpu[0]
+    if any(on_gpu) and (strays := _strays(func, tensors, on_gpu)):
+        shapes = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in strays]
+        raise Stray(f"{func} finds CPU tensors {shapes} among those of cuda:0 ({where(3)})")
+    return any(on_gpu)
+
+
+def _is_unordered(func: Any, args: tuple) -> bool:
+    """Return whether a GPU adds up in another order at each run."""
+    name = func.name().split("::")[1].split(".")[0]
+    if func in INDEXING:
+        return len(args) > 3 and bool(args[3])  # accumulates
+    return name in UNORDERED and (name != "cumsum" or args[0].is_floating_point())
+
+
 class Discipline(TorchDispatchMode):
     """Sees every operator of a thread, those of backward included."""
 
@@ -83,41 +110,21 @@ class Discipline(TorchDispatchMode):
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         tensors = [tensor for tensor in tensors if original["device"].__get__(tensor) == CPU]  # meta is nobody's matter
-        on_gpu = [is_on_gpu(tensor) for tensor in tensors]
-        gpu = any(on_gpu) or (not tensors and getattr(local, "target", False))
+        target = getattr(local, "target", False)
         if isinstance(named := kwargs.get("device"), _device) and named.type == "cuda":  # from `with torch.device(...)`
-            kwargs, gpu = {**kwargs, "device": CPU}, True
-        if state.copying and func.namespace != "c10d":
-            for tensor in tensors:
-                if is_in(state.copying, tensor):
-                    raise Stray(f"{func} uses host memory that the GPU is still copying ({where()})")
-        if func.namespace == "c10d":
-            if func.name() != "c10d::barrier":
-                _check_collective(func, args, tensors)
-        elif func is aten.copy_.default:
-            gpu = on_gpu[0]
-            if on_gpu[0] != on_gpu[1]:
-                _copied(args[0], args[1], bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking")))
-        elif gpu and not all(on_gpu):
-            strays = _strays(func, tensors, on_gpu)
-            if strays:
-                shapes = [f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for tensor in strays]
-                raise Stray(f"{func} finds CPU tensors {shapes} among those of cuda:0 ({where()})")
+            kwargs, target = {**kwargs, "device": CPU}, True
+        gpu = _is_for_gpu(func, args, kwargs, tensors) if tensors else target
         if gpu and _makes_host_wait(func, args):
             event("read")
         out = self._run(func, args, kwargs, gpu)
-        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         if gpu and func is not aten._local_scalar_dense.default:
+            outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
             for tensor in outs:
                 add(state.on_gpu, tensor)
-            if func.name().split("::")[1].split(".")[0] in UNORDERED and not (
-                "cumsum" in func.name() and not tensors[0].is_floating_point()
-            ):
+            if _is_unordered(func, args):
                 state.unordered[str(func), where()] += 1
-            elif func in INDEXING and len(args) > 3 and args[3]:
-                state.unordered[f"{func} (accumulate)", where()] += 1
-        if state.graph is not None and gpu:
-            state.graph.note(func, args, kwargs, outs)
+            if state.graph is not None:
+                state.graph.note(func, args, kwargs, outs)
         return out
 
     def _run(self, func: Any, args: tuple, kwargs: dict, gpu: bool) -> Any:
