@@ -21,7 +21,6 @@ SHAPES = {
     "44 channels, which causal-conv1d refuses": tiny.hybrid("M", mamba_heads=5, mamba_groups=1),
 }
 EVERY = pytest.mark.parametrize("shape", SHAPES)
-OURS, THEIRS = dict(backend="torch"), dict(backend="te")  # whose layers a model has
 NUMBERS = {"installed": ("mamba_ssm", "causal_conv1d"), "dtype": "bfloat16", "capability": (9, 0)}
 
 

@@ -47,7 +47,8 @@ def mixtures(family: str) -> list[Parts]:
     owners, ours = ("torch", "te"), ("torch",)
     norms = ours if family == "nanochat" else owners
     experts = owners if family in WITH_EXPERTS else ours
-    return [Parts(*each) for each in product(owners, owners, norms, experts)]
+    kernels = ("torch", "mamba_ssm") if family.startswith("nemotron_h") else ours
+    return [Parts(*each) for each in product(owners, owners, norms, experts, kernels)]
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from megatron_ext.layers.moe import moe_spec
 from megatron_ext.layers.norm import Norm
 from megatron_ext.models import decoder_spec
 from megatron_ext.models.nemotron_h.config import Dims
-from megatron_ext.parallel.parts import OURS, TE, TORCH, Parts
+from megatron_ext.parallel.parts import OURS, TE, Parts
 from megatron_ext.parallel.plan import ParallelPlan, padded_rows
 
 
@@ -129,12 +129,11 @@ def stack_spec(config: TransformerConfig, parts: Parts) -> ModuleSpec:
     made_of = decoder_spec.modules(parts)
     # MambaLayer does not pass its norm the epsilon.
     norm = IdentityOp if made_of.fused else ModuleSpec(module=made_of.norm, params={"eps": config.layernorm_epsilon})
-    kernels = {"kernels": parts.mamba} if parts.mamba != TORCH else {}
     mamba = MambaLayerSubmodules(
         norm=norm,
         mixer=ModuleSpec(
             module=MambaMixer,
-            params={"norm_epsilon": config.layernorm_epsilon} | kernels,
+            params={"norm_epsilon": config.layernorm_epsilon, "kernels": parts.mamba},
             submodules=MambaMixerSubmodules(in_proj=made_of.normed_column, out_proj=made_of.row),
         ),
         mamba_bda=get_bias_dropout_add,

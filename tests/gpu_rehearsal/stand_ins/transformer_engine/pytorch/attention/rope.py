@@ -30,7 +30,12 @@ def _fused(t, freqs, start_positions, tensor_format, interleaved, cu_seqlens, cp
     if freqs.dtype != torch.float32:
         freqs = freqs.float()
     assert tensor_format in ("sbhd", "bshd", "thd"), f"Unsupported tensor_format: {tensor_format}."
-    if tensor_format == "bshd" or start_positions is not None or interleaved or (cp_size > 1 and tensor_format != "thd"):
+    if (
+        tensor_format == "bshd"
+        or start_positions is not None
+        or interleaved
+        or (cp_size > 1 and tensor_format != "thd")
+    ):
         not_here(f"rotary embedding of {tensor_format} over {cp_size} context ranks")
     if tensor_format == "thd":
         lengths = (cu_seqlens // cp_size).diff().tolist()  # of a rank's share: fused_rope.cu divides the boundaries
