@@ -2,9 +2,10 @@
 
 import contextlib
 import math
+import pickle
 import types
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_ext.lora import adapters
 from megatron_ext.model_folders import model_folder
 from megatron_ext.models.registry import stages
 from megatron_ext.parallel import ranks
-from megatron_ext.parallel.parts import Parts
+from megatron_ext.parallel.parts import OURS, Parts
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.training import certify
 from megatron_ext.training.update import AdamW, Trainer
@@ -30,6 +31,7 @@ from tests.megatron_ext.rl import toy
 PACKS = [tiny.pack([20, 9, 3, 32], seed, vocabulary=19) for seed in range(2)]
 ALONE = ParallelPlan()
 TE = Parts("te", "te", "te", "te")
+Lengths = Sequence[Sequence[int]]  # of the documents of each pack
 UPDATES, LEARNING_RATE = 3, 1e-2
 assert transformer_engine.__file__ and "stand_ins" in transformer_engine.__file__
 
@@ -55,10 +57,27 @@ def _kernels_of_bf16() -> Iterator[None]:
         dpa_utils.get_attention_backend = chosen
 
 
-def measured(**given: Any) -> certify.Measured:
-    """Do certify.measure."""
+def measured_alone(of: Any, lengths: Lengths, weights: Path, file: Path) -> None:
+    """Write weights, and to `file` what one process of our own layers computes from them."""
+    write_weights(of, weights)
+    file.write_bytes(pickle.dumps(_measured(of, lengths, weights, ALONE, OURS)))
+
+
+def measured_together(
+    of: Any, lengths: Lengths, weights: Path, file: Path, plan: ParallelPlan, made_of: Parts
+) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """Return certify.Difference of these ranks from what `measured_alone` wrote (rank 0; {} on others), and its losses
+    and norm.
+    """
+    found = _measured(of, lengths, weights, plan, made_of)
+    own = {} if not found.gradients else asdict(certify.difference(found, pickle.loads(file.read_bytes())))
+    return own, (found.loss, found.later_loss, found.norm)
+
+
+def _measured(of: Any, lengths: Lengths, weights: Path, plan: ParallelPlan, made_of: Parts) -> certify.Measured:
+    packs = [certify.random_pack(each, of.vocabulary, i) for i, each in enumerate(lengths)]
     with _kernels_of_bf16():
-        return certify.measure(**given)
+        return certify.measure(tiny.family(of), of, plan, weights, packs=packs, made_of=made_of)
 
 
 def trained_by_grpo(**given: Any) -> dict[str, Any]:

@@ -68,8 +68,8 @@ COMPARED = {  # functions whose every refusal the stand-in has, but for those wh
                                                                               "Unsupported": NOT_REACHED}},
     "transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py": {
         "attn_forward_func_with_cp": {"isinstance(cp_group, list)": NOT_REACHED, "qkv_format != 'thd'": NOT_REACHED},
-        "AttnFuncWithCPAndKVAllGather.forward": {"v2_3_plus": NOT_REACHED, "causal": NOT_REACHED},
-        "AttnFuncWithCPAndQKVOA2A.forward": {"v2_3_plus": NOT_REACHED, "fp8": NOT_REACHED, "Float8": NOT_REACHED},
+        "AttnFuncWithCPAndKVAllGather.forward": {"": "packed rows are refused before"},
+        "AttnFuncWithCPAndQKVOA2A.forward": {"v2_3_plus": NOT_REACHED},
     },
     "transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py": {
         "DotProductAttention.__init__": {},

@@ -1,14 +1,13 @@
 """Parallel equals serial where Transformer Engine's layers compute: each layout of each family, with the parts that
 `auto` chooses for it on an H100, beside one process of our own layers."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from megatron_ext.entrypoints.certify import ALIGN, DOCUMENTS
-from megatron_ext.parallel.parts import AUTO, OURS, TE
+from megatron_ext.parallel.parts import AUTO, TE
 from megatron_ext.parallel.plan import ParallelPlan, Workload
 from megatron_ext.parallel.rules import check
 from tests.gpu_rehearsal.mixtures import H100, by_auto
@@ -33,41 +32,22 @@ def workload(name: str, ranks: int) -> Workload:
                     machine=H100, dtype="bfloat16")  # fmt: skip
 
 
-@dataclass
-class References:
-    """One process of our own layers, by family and whether a document fills its row; made at first use."""
-
-    solo: Any
-    root: Path
-    made: dict[Any, Any]
-
-    def weights(self, name: str) -> Path:
-        folder = self.root / name.replace(" ", "_")
-        if not folder.is_dir():
-            self.solo.te("write_weights", of=FAMILIES[name], folder=folder)
-        return folder
-
-    def of(self, name: str, whole: bool) -> Any:
-        if (name, whole) not in self.made:
-            given = problem(name, ParallelPlan(), whole) | dict(made_of=OURS, weights=self.weights(name))
-            (self.made[name, whole],) = self.solo.te("measured", **given)
-        return self.made[name, whole]
-
-
 @pytest.fixture(scope="session")
-def references(solo, tmp_path_factory) -> References:
-    return References(solo, tmp_path_factory.mktemp("references"), {})
+def alone(solo, tmp_path_factory) -> Callable[[str, bool], dict[str, Any]]:
+    """The weights of a family and what one process of our own layers computes from them, made at first use."""
+    root, made = tmp_path_factory.mktemp("alone"), {}
 
+    def problem(name: str, whole: bool) -> dict[str, Any]:
+        if (name, whole) not in made:
+            folder = root / f"{name} {whole}".replace(" ", "_")
+            folder.mkdir()
+            lengths = [[ROW]] * len(PACKS) if whole else PACKS
+            given = dict(of=FAMILIES[name], lengths=lengths, weights=folder / "weights", file=folder / "measured")
+            solo.te("measured_alone", **given)
+            made[name, whole] = given
+        return made[name, whole]
 
-def problem(name: str, plan: ParallelPlan, whole: bool) -> dict[str, Any]:
-    from megatron_ext.device import init_device
-
-    init_device()  # before megatron-core is imported
-    from megatron_ext.training.certify import random_pack
-
-    dims = FAMILIES[name]
-    packs = [random_pack([ROW] if whole else lengths, dims.vocabulary, i) for i, lengths in enumerate(PACKS)]
-    return dict(family=tiny.family(dims), dims=dims, plan=plan, packs=packs)
+    return problem
 
 
 EVERYWHERE = {"packed CP2 ring", "packed CP2 all-to-all", "PP2", "TP2 EP2 SP", "EP2"}
@@ -86,18 +66,15 @@ EVERY = [
 
 
 @pytest.mark.parametrize("name, cell", EVERY)
-def test_parallel_equals_serial(request, references, name, cell):
-    from megatron_ext.training.certify import difference
-
+def test_parallel_equals_serial(request, alone, name, cell):
     pool = request.getfixturevalue("pair" if cell.ranks == 2 else "four")
     made_of = by_auto(FAMILIES[name], cell.plan)
     assert made_of.linear == TE
-    given = problem(name, cell.plan, cell.whole) | dict(made_of=made_of, weights=references.weights(name))
-    found = pool.te("measured", **given)
-    result = difference(found[0], references.of(name, cell.whole))
-    assert max(result.loss, result.later_loss) <= CLOSE, result
-    assert max(result.gradient, result.norm) <= CLOSE_GRADIENTS, result
-    assert len({(one.loss, one.later_loss, one.norm) for one in found}) == 1
+    found = pool.te("measured_together", **alone(name, cell.whole), plan=cell.plan, made_of=made_of)
+    far = found[0][0]
+    assert max(far["loss"], far["later_loss"]) <= CLOSE, far
+    assert max(far["gradient"], far["norm"]) <= CLOSE_GRADIENTS, far
+    assert len({numbers for _, numbers in found}) == 1
 
 
 def test_the_table_has_transformer_engines_attention_in_every_way_of_meeting():

@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as exchange
 
 from transformer_engine.pytorch.constants import dist_group_type
 from transformer_engine.pytorch.distributed import get_distributed_world_size
@@ -95,9 +94,26 @@ def attn_forward_func_with_cp(
     bounds, size = cu_seqlens_q_padded.tolist(), get_distributed_world_size(cp_group)
     own = [_own(bounds, size, rank) for rank in range(size)]
     back = torch.cat(own).argsort()
-    whole = (torch.cat(exchange.all_gather(x.contiguous(), cp_group))[back] for x in (q, k, v))
+    whole = (_Gather.apply(x, cp_group)[back] for x in (q, k, v))
     out = attend(*whole, bounds=bounds, left=window_size[0], scale=softmax_scale)
     return out[own[dist.get_rank(cp_group)]]
+
+
+class _Gather(torch.autograd.Function):
+    """Gathers the parts of all ranks along the first dimension; backward adds up what each rank asks of a part."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size())[ctx.group.rank()], None
 
 
 def _own(bounds, size, rank):
