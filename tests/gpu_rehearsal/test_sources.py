@@ -67,9 +67,14 @@ COMPARED = {  # functions whose every refusal the stand-in has, but for those wh
     "transformer_engine/pytorch/attention/rope.py": {"apply_rotary_pos_emb": {"max_offset": NOT_REACHED,
                                                                               "Unsupported": NOT_REACHED}},
     "transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py": {
-        "attn_forward_func_with_cp": {"isinstance(cp_group, list)": NOT_REACHED, "qkv_format != 'thd'": NOT_REACHED},
+        "attn_forward_func_with_cp": {
+            "isinstance(cp_group, list)": NOT_REACHED, "qkv_format != 'thd'": NOT_REACHED,
+            "softmax_type == 'vanilla'": NOT_REACHED,
+        },
         "AttnFuncWithCPAndKVAllGather.forward": {"": "packed rows are refused before"},
-        "AttnFuncWithCPAndQKVOA2A.forward": {"v2_3_plus": NOT_REACHED},
+        "AttnFuncWithCPAndQKVOA2A.forward": {
+            "v2_3_plus": NOT_REACHED, "FP8": NOT_REACHED, "isinstance(k, q.__class__)": "DotProductAttention does",
+        },
     },
     "transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py": {
         "DotProductAttention.__init__": {},

@@ -91,6 +91,10 @@ def attn_forward_func_with_cp(
         assert q.shape[-2] % cp_size == 0 and k.shape[-2] % cp_size == 0, (
             "The number of attention heads needs to be divisible by CP size!"
         )
+        seq_dim = qkv_format.index("t")
+        assert q.shape[seq_dim] % 2 == 0 and k.shape[seq_dim] % 2 == 0, (
+            "Sequence length per GPU needs to be divisible by 2!"
+        )
     bounds, size = cu_seqlens_q_padded.tolist(), get_distributed_world_size(cp_group)
     own = [_own(bounds, size, rank) for rank in range(size)]
     back = torch.cat(own).argsort()
