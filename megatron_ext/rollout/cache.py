@@ -244,5 +244,5 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
         positions=row_positions,
         cache=cache,
         places=row_places,
-        batches=tuple(CachedBatch(*fields, fresh.bool()) for *fields, fresh in batches),
+        batches=tuple(CachedBatch(rows, at, table, slots, fresh.bool()) for rows, at, table, slots, fresh in batches),
     )
