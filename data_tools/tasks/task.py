@@ -10,11 +10,11 @@ and, where its answers are to be learned too (materialize), rows:
     JSONL line ──parse_line──> rows ──verify──> None or a drop bucket ──canonical──> row ──encode_answer──> text
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.util
 import json
-import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -28,10 +28,7 @@ from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
 from data_tools.records import readers
 
-_NO_TASKS = (  # other modules of the folder
-    "arithmetic", "calculator_expressions", "calculator_measure", "calculator_tables", "environments", "estimators",
-    "math_answers", "mix", "outcome", "process", "rewards", "task",
-)  # fmt: skip
+_OF_TASKS = re.compile(r"^HUB = ", re.MULTILINE)  # what a task's file says, and no other of the folder
 
 
 class Row(NamedTuple):
@@ -139,6 +136,17 @@ class Task(Protocol):
     def check_options(self, options: Any) -> list[str]:
         """What is wrong with values of the right type; a task where nothing can be leaves the name out."""
 
+    def check_machine(self) -> str:
+        """Return why completions cannot be scored on this machine, "" where they can; of tasks that need a sandbox."""
+
+    def verdict_s(self, options: Any) -> float:
+        """Return how long a verdict may take, in seconds, where the task itself limits it; may be left out."""
+
+    def choices_of(self, item: Item, options: Any) -> list[str] | None:
+        """Return the texts that may follow the prompt, of which the model is to find the right one likeliest; None
+        where it writes its answer. The right one's letter (A, B, …) is the item's answer. Only `evaluate` asks so; a
+        task without choices leaves the name out."""
+
     def reply(self, item: Item, transcript: str, options: Any) -> str | None:
         """Return what the environment answers to the completion so far, earlier replies included; None when it is over.
 
@@ -190,9 +198,10 @@ class RowTask(Task, Protocol):
         """
 
 
+@functools.cache
 def task_names() -> list[str]:
-    folder = str(Path(__file__).parent)
-    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.name not in _NO_TASKS)
+    """Return the names of our own tasks: of the files beside this one that say where on the hub their prompts are."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if _OF_TASKS.search(path.read_text()))
 
 
 def load_task(name: str) -> Task:
@@ -333,9 +342,11 @@ def check_options(task: Any, values: Mapping[str, Any], where: str = "task_optio
         options = task_options(task, values)
     except UserMistake as mistake:
         return [Problem(where, str(mistake))]
-    own = getattr(task, "check_options", None)
+    own = getattr(task, "check_options", lambda options: [])
     refused = declared.check(options, where) if is_dataclass(options) else []
-    return refused + [Problem(where, message) for message in own(options)] if own and not refused else refused
+    why_not = getattr(task, "check_machine", lambda: "")()
+    refused += [Problem(where.rpartition(".")[0] or "task", why_not)] if why_not else []
+    return refused or [Problem(where, message) for message in own(options)]
 
 
 def check_source(source: Source) -> list[Problem]:
