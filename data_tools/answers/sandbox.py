@@ -168,10 +168,9 @@ def command() -> tuple[str, ...]:
     tmp = ["--tmpfs", "/tmp", "--remount-ro", "/tmp"]  # one that cannot be bounded is not written to
     if has("--size") and has("--perms"):
         tmp = ["--perms", "1777", "--size", str(TMP_MIB << 20), "--tmpfs", "/tmp"]
-    return (
-        bwrap, *user, *private, "--die-with-parent", "--new-session", *_files(),
-        "--dev", "/dev", "--remount-ro", "/dev", *tmp, "--remount-ro", "/", "--chdir", "/tmp", "--", _python(), "-S", "-s", "-P", "-c", _INSIDE.read_text(),
-    )  # fmt: skip
+    shown = [*_files(), "--dev", "/dev", "--remount-ro", "/dev", *tmp, "--remount-ro", "/", "--chdir", "/tmp"]
+    python = [_python(), "-S", "-s", "-P", "-c", _INSIDE.read_text()]
+    return (bwrap, *user, *private, "--die-with-parent", "--new-session", *shown, "--", *python)
 
 
 def _python() -> str:

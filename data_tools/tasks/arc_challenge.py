@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from data_tools.base.declared import with_default
 from data_tools.tasks import multiple_choice
-from data_tools.tasks.multiple_choice import REWARDS, check_options, choices_of, final_answer, items, rewards
+from data_tools.tasks.multiple_choice import REWARDS, check_options, compares, final_answer, items, rewards
 
-__all__ = ["HUB", "REWARDS", "Options", "check_options", "choices_of", "final_answer", "items", "rewards"]
+__all__ = ["HUB", "REWARDS", "Options", "check_options", "compares", "final_answer", "items", "rewards"]
 
 HUB = "allenai/ai2_arc:ARC-Challenge/train-*.parquet"
 

@@ -10,10 +10,10 @@ from typing import Any
 from data_tools.base.declared import setting
 from data_tools.mistake import nearest
 from data_tools.tasks import math_answers, multiple_choice
-from data_tools.tasks.multiple_choice import REWARDS, choices_of, final_answer, rewards
+from data_tools.tasks.multiple_choice import REWARDS, compares, final_answer, rewards
 from data_tools.tasks.task import Item
 
-__all__ = ["HUB", "REWARDS", "Options", "check_options", "choices_of", "final_answer", "items", "rewards"]
+__all__ = ["HUB", "REWARDS", "Options", "check_options", "compares", "final_answer", "items", "rewards"]
 
 HUB = "cais/mmlu:all/test-*.parquet"
 

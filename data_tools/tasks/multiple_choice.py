@@ -1,7 +1,7 @@
 """Questions with lettered choices, as MMLU and ARC have them.
 
 A record has `question`, `choices` (texts, or {"text", "label"}) and `answer` or `answerKey`: a label, or a place from
-0. With `answered_by: likelihood` nothing is generated: the choice counts that the model finds likeliest (`choices_of`).
+0. With `answered_by: likelihood` nothing is generated: the choice counts that the model finds likeliest.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from data_tools.tasks import math_answers
 from data_tools.tasks.math_answers import REWARDS, check_options, text_of
 from data_tools.tasks.task import Item
 
-__all__ = ["HUB", "REWARDS", "Options", "check_options", "choices_of", "final_answer", "items", "rewards"]
+__all__ = ["HUB", "REWARDS", "Options", "check_options", "compares", "final_answer", "items", "rewards"]
 
 HUB = "allenai/ai2_arc:ARC-Challenge/train-*.parquet"
 
@@ -67,9 +67,9 @@ def _scored(question: str, texts: list[str], answer: str, options: Options) -> I
     return Item.of(f"Question: {question}\nAnswer:", answer, {"letters": letters, "choices": texts})
 
 
-def choices_of(item: Item, options: Options) -> list[str] | None:
-    """Return what may follow the prompt, a text for each letter; None where the model writes its answer."""
-    return [f" {text}" for text in item.columns["choices"]] if options.answered_by == "likelihood" else None
+def compares(options: Options) -> bool:
+    """Return whether the model's likeliest choice is its answer, and nothing is generated."""
+    return options.answered_by == "likelihood"
 
 
 def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol, get_type_hints
 
 from data_tools.base import declared
 from data_tools.base.declared import setting
+from data_tools.chats.conversation import Conversation
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
 from data_tools.records import readers
@@ -142,10 +143,10 @@ class Task(Protocol):
     def verdict_s(self, options: Any) -> float:
         """Return how long a verdict may take, in seconds, where the task itself limits it; may be left out."""
 
-    def choices_of(self, item: Item, options: Any) -> list[str] | None:
-        """Return the texts that may follow the prompt, of which the model is to find the right one likeliest; None
-        where it writes its answer. The right one's letter (A, B, …) is the item's answer. Only `evaluate` asks so; a
-        task without choices leaves the name out."""
+    def compares(self, options: Any) -> bool:
+        """Return whether nothing is generated with these options: the likeliest of the texts in the item's column
+        `choices` answers, after a prompt that is a text. The column `letters` names them, and the item's answer is the
+        letter of the right one. Only `evaluate` asks so; a task without choices leaves the name out."""
 
     def reply(self, item: Item, transcript: str, options: Any) -> str | None:
         """Return what the environment answers to the completion so far, earlier replies included; None when it is over.
@@ -198,6 +199,17 @@ class RowTask(Task, Protocol):
         """
 
 
+class ChatTask(Protocol):
+    """Represents a data set of conversations to learn: what materialize reads as chats, with its own options. The
+    records are read by data_tools/chats/conversation.py, whichever of its schemas they have."""
+
+    Options: type
+    HUB: str
+
+    def conversation(self, given: Conversation, options: Any) -> Conversation:
+        """Return the conversation as it is to be learned. Raise BadRecord for one that is not."""
+
+
 @functools.cache
 def task_names() -> list[str]:
     """Return the names of our own tasks: of the files beside this one that say where on the hub their prompts are."""
@@ -228,6 +240,20 @@ def load_row_task(name: str) -> RowTask:
             f" (tasks with rows: {rows})"
         )
     return task  # type: ignore[return-value]  # which has parse_line, and so the other names
+
+
+def load_chat_task(name: str) -> ChatTask | None:
+    """Return one of our tasks of conversations by its name; None for any other name."""
+    task: Any = load_task(name) if name in task_names() else None
+    return task if hasattr(task, "conversation") else None
+
+
+def check_chats(name: str, options: dict[str, Any], source: Source) -> list[Problem]:
+    """Return wrong values of a task of conversations: its options, and a `source` that may be empty, for the hub's."""
+    problems = check_options(load_task(name), options)
+    if source.synthetic_rows:
+        problems.append(Problem("source.synthetic_rows", f"task {name} makes no rows; give files in source.inputs"))
+    return problems + (check_source(source) if source.inputs else [])
 
 
 def rows_of(task: RowTask, raw: Any) -> list[Row]:
