@@ -39,6 +39,7 @@ from data_tools.tasks.task import (
     check_task,
     code_digest,
     load_task,
+    task_names,
     task_options,
 )
 
@@ -166,6 +167,19 @@ def check_mix(config: MixConfig, training: bool = True, where: str = "mix", comp
         problems.append(
             Problem(f"{where}.entries", "every task is for evaluation only or has weight 0; nothing is trained on")
         )
+    return problems
+
+
+def check_verdicts(config: MixConfig, limit_s: float) -> list[Problem]:
+    """Return the entries whose own limit leaves no time for a verdict; of entries that `check_mix` accepts."""
+    problems = []
+    for name, entry in entries_of(config).items():
+        task: Any = load_task(entry.task) if entry.task in task_names() else None
+        if hasattr(task, "verdict_s") and (needed := task.verdict_s(task_options(task, entry.options))) >= limit_s:
+            message = (
+                f"a verdict may take {needed:g} s, and verify_limit_s is {limit_s:g}: lower the one or raise the other"
+            )
+            problems.append(Problem(f"mix.entries.{name}.options", message))
     return problems
 
 
