@@ -78,7 +78,7 @@ def tokenizer(tmp_path_factory):
 
 def texts_of(store: Path, tokenizer: Path) -> list[str]:
     read, known = Store(store), load_tokenizer(str(tokenizer))
-    return [known.decode(np.asarray(read.row(number)[0]).tolist()) for number in range(len(read))]
+    return [known.decode(np.asarray(read.ids(number)).tolist()) for number in range(len(read))]
 
 
 @pytest.mark.parametrize("answer_only", [False, True])
@@ -99,7 +99,7 @@ def test_materialize_reads_a_data_set_by_its_name_from_files_and_from_the_cache(
         build(hub, tmp_path / "missing")
     cache(tmp_path, {"data/train-0.jsonl": lines, "data/test-0.jsonl": lines})
     assert build(hub, tmp_path / "hub")[1]["kept"] == (1 if answer_only else 2)
-    stores = [texts_of(tmp_path / name / "store", tokenizer) for name in ("files", "hub")]
+    stores = [texts_of(tmp_path / name / "out1", tokenizer) for name in ("files", "hub")]
     assert stores[0] == stores[1] and ("SECRET" in "".join(stores[0])) != answer_only
 
 
