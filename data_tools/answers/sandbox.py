@@ -192,7 +192,8 @@ def _files() -> list[str]:
     libraries = [part for value in _libraries().values() for part in value.split(":") if part]
     for place in dict.fromkeys(map(os.path.realpath, [*standard, *libraries])):
         if Path(place).is_dir() and not place.startswith("/usr/") and place not in ("/", "/usr"):
-            shown += ["--ro-bind", place, place]
+            above = [str(folder) for folder in reversed(Path(place).parents[:-1])]  # open to all, unlike /root
+            shown += [word for folder in above for word in ("--dir", folder)] + ["--ro-bind", place, place]
     return shown
 
 

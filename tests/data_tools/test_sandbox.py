@@ -12,7 +12,9 @@ import pytest
 from data_tools.answers import sandbox
 from data_tools.answers.sandbox import Limits, verdict
 
-pytestmark = pytest.mark.skipif(bool(sandbox.why_not()), reason=sandbox.why_not() or "there is one")
+pytestmark = pytest.mark.skipif(
+    bool(sandbox.why_not()), reason="this machine has no sandbox (sandbox.why_not says why)"
+)
 
 ROOT = Path(__file__).parents[2]
 TESTS = ["assert f(2) == 4", "assert f([1]) == [1, 1]"]

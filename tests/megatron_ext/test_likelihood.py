@@ -107,10 +107,10 @@ def test_elements_and_ranks_do_not_change_what_is_likeliest(school, exact, tmp_p
     assert {name: value for name, value in joined.items() if "accuracy" in name} == {
         name: value for name, value in whole.items() if "accuracy" in name
     }
-    for name, plan in (("data", ParallelPlan()), ("tensor", ParallelPlan(tensor=2)), ("context", ParallelPlan(context=2)),
-                       ("pipeline", ParallelPlan(pipeline=2))):  # fmt: skip
+    plans = {"data": {}, "tensor": {"tensor": 2}, "context": {"context": 2}, "pipeline": {"pipeline": 2}}
+    for name, axes in plans.items():
         (tmp_path / name).mkdir()
-        parallel = replace(config(school), parallel=plan)
+        parallel = replace(config(school), parallel=ParallelPlan(**axes))
         both = two_ranks.run(evaluate.run, config=parallel, out=tmp_path / name, keep=tmp_path / f"{name}.keep")
         assert both[0] == both[1], name
         found = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
