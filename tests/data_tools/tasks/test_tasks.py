@@ -206,7 +206,7 @@ COUNTDOWN = {"nums": [19, 76, 27], "target": 84}
 @pytest.mark.parametrize("answer, right", [
     ("(19 + 76) - 27", False), ("27 * 76 / 19 - 24", False), ("76 + 27 - 19", True), ("27 - 19 + 76 = 84", True),
     ("76+27-19=85", False), ("76 + 8", False), ("76 + 27 - 19 + 0", False), ("76 + 27 - 19 - 19 + 19", False),
-    (r"76 + 27 - 19 \\times 1", False), (r"\(76 + 27 - 19\)", True), ("84", False), ("7.6 * 10 + 8", False),
+    (r"76 + 27 - 19 \times 1", False), (r"\(76 + 27 - 19\)", True), ("84", False), ("7.6 * 10 + 8", False),
     ("__import__('os')", False), ("76 + 27 − 19", True), ("", False), ("168 // 2", False),
 ])  # fmt: skip
 def test_a_countdown_uses_each_number_once_and_reaches_its_target(answer, right):
@@ -217,7 +217,7 @@ def test_a_countdown_uses_each_number_once_and_reaches_its_target(answer, right)
 
 def test_a_floor_division_is_no_answer_of_a_countdown_even_where_it_is_exact():
     item = item_of("countdown", {"nums": [8, 2], "target": 4})
-    assert [score("countdown", item, f"<answer>8 {sign} 2</answer>")["correct"] for sign in ("/", "//", r"\\div")] == [
+    assert [score("countdown", item, f"<answer>8 {sign} 2</answer>")["correct"] for sign in ("/", "//", r"\div")] == [
         1.0, 0.0, 1.0]  # fmt: skip
     assert item.prompt[0]["content"].startswith("Using the numbers 8, 2, write an expression that equals 4.")
 
