@@ -14,6 +14,7 @@ from data_tools.tasks.math_answers import Options, is_equal
 from data_tools.tasks.mix import Entry, MixConfig, check_mix, compared, load_items
 from data_tools.tasks.rewards import Score, Scorer, Verifier
 from data_tools.tasks.task import Item, Source, load_task, task_names, task_options
+from tests.inputs import public
 
 
 def item_of(task: str, record: dict, **options) -> Item:
@@ -360,6 +361,24 @@ def test_the_solutions_of_math_500_are_right(inputs):
         if not score("math500", Item.of("?", line["answer"]), line["solution"])["correct"]
     ]
     assert not wrong
+
+
+def test_the_labelled_solutions_of_gsm8k_and_nemo_skills_are_judged_as_their_labels_say():
+    other, judged = [], 0
+    for row in map(json.loads, open(public("data", "gsm8k", "example_model_solutions.jsonl"))):
+        gold = row["ground_truth"].rpartition("A:")[2].strip().replace(",", "")
+        for solved in (row[name] for name in row if name not in ("question", "ground_truth")):
+            said, mark, answer = solved["solution"].rpartition("A:")  # the models' own form
+            text = f"{said}#### {answer}" if mark else answer
+            found = score("gsm8k", Item.of("?", gold), text, answer_format="hashes")
+            judged += 1
+            other += [(gold, answer)] if found is None or found["correct"] != solved["is_correct"] else []
+    for name in ("output-rs0.jsonl", "output-rs1.jsonl", "output-rs2.jsonl"):
+        for row in map(json.loads, open(public("data", "nemo_skills", name))):
+            found = score("math500", Item.of("?", str(row["expected_answer"])), row["generation"])
+            judged += 1
+            other += [] if found and found["correct"] == row["is_correct"] else [(row["expected_answer"], name)]
+    assert not other and judged == 4 * 1319 + 15
 
 
 @pytest.mark.soak
