@@ -101,6 +101,26 @@ def test_a_row_whose_tests_cannot_be_run_is_not_scorable_and_a_hanging_program_f
     assert mbpp.rewards(item, hangs, mbpp.Options(time_limit_s=2.0)) == {"correct": 0.0}
 
 
+HOSTILE = [
+    "while True:\n    pass",
+    "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+    "x = bytearray(10 << 30)",
+    "import shutil\nshutil.rmtree('/usr')",
+    "import socket\nsocket.create_connection(('127.0.0.1', 22))",
+    "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nos._exit(0)",
+]
+
+
+@sandboxed
+def test_hostile_programs_are_failed_samples_and_the_run_goes_on():
+    [item] = mbpp.items(SANITIZED, mbpp.Options())
+    verifiers = {"hasty": Verifier("mbpp", {"time_limit_s": 3.0}), "patient": Verifier("mbpp", PATIENT)}
+    with Scorer(verifiers, workers=2, time_limit_s=120.0) as scorer:
+        asked = [scorer.submit("hasty", item, f"```python\n{program}\n```") for program in HOSTILE]
+        after = scorer.submit("patient", item, f"```python\n{SANITIZED['code']}\n```")
+        assert [one.result().reward for one in asked] == [0.0] * len(HOSTILE) and after.result().reward == 1.0
+
+
 def test_prompts_are_those_of_the_schemas():
     [item] = humaneval.items(HUMANEVAL, humaneval.Options(chat=False))
     assert item.prompt == HUMANEVAL["prompt"]
