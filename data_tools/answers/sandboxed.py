@@ -178,6 +178,8 @@ class _Program:
         return {"object": place}
 
     def _referred(self, told: Any) -> Any:
+        if "builtin" in told:
+            return getattr(builtins, told["builtin"])
         of = told["object"]
         return getattr(self.module, of) if isinstance(of, str) else self._kept[of]
 
@@ -274,7 +276,11 @@ class _Calls:
 
 
 def _told(value: Any) -> Any:
-    """Return what stands for a remote value on its way back. Raise TypeError for what is of the tests alone."""
+    """Return what stands for a remote value on its way back, or for what Python has built in (int, len). Raise
+    Unsupported for what is of the tests alone."""
+    name = getattr(value, "__name__", "")
+    if name and getattr(builtins, name, None) is value:
+        return {"builtin": name}
     if not isinstance(value, Remote):
         raise Unsupported(f"a {type(value).__name__} cannot be handed to the program")
     return {"object": value._of}
@@ -328,9 +334,10 @@ def judge(connection: Connection, given: Mapping[str, Any]) -> dict[str, Any]:
         if "raised" in loaded:
             return {"passed": False, "why": ": ".join(loaded["raised"])}
         calls = _Calls(connection)
-        names: dict[str, Any] = {"__name__": "tests"}
+        theirs: dict[str, Any] = {name: Remote(calls, name) for name in given["calls"]}
+        names = {"__name__": "tests", **theirs}
         exec(compile(given["setup"], "setup", "exec"), names)
-        names |= {name: Remote(calls, name) for name in given["calls"]}
+        names |= theirs  # what the setup may define, too: HumanEval's heads do
         for number, test in enumerate(given["tests"], 1):
             exec(compile(test, f"test {number}", "exec"), names)
     except Gone as error:

@@ -126,6 +126,8 @@ def sum(a, b):
     return a * b
 def fails(x):
     raise KeyError(x)
+def is_a(x, kind):
+    return isinstance(x, kind)
 """
 
 
@@ -135,9 +137,11 @@ def test_objects_and_generators_of_the_program_can_be_used():
         "assert list(halves(8)) == [4, 2, 1] and halves(8) != [4, 2, 1]",
         "mine = [3, 1]\nassert sort(mine) == [1, 3] and mine == [1, 3]",
         "assert sum(2, 3) == 6",
+        "assert is_a(3, int) and not is_a(3, str) and first.a == 7",
         "try:\n    fails('a')\n    assert False\nexcept KeyError:\n    pass",
     ]
-    assert verdict(OBJECTS, tests, ["Pair", "chain", "halves", "sort", "sum", "fails"], limits=PATIENT).why == ""
+    calls = ["Pair", "chain", "halves", "sort", "sum", "fails", "is_a"]
+    assert verdict(OBJECTS, tests, calls, setup="first = Pair(7, 8)", limits=PATIENT).why == ""
 
 
 def test_tests_that_ask_for_what_is_not_here_say_nothing_about_the_program():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
@@ -62,7 +62,7 @@ def run(config, out, **more):
 def exact(school) -> dict[str, list[tuple[float, float]]]:
     """Return of each question the log-likelihoods of its choices in float64, and how far fp32 may end from each."""
     model = AutoModelForCausalLM.from_pretrained(school / "hf", dtype=torch.float32).eval()
-    double, tokenizer = copy.deepcopy(model).double(), AutoTokenizer.from_pretrained(school / "hf")
+    double, tokenizer = copy.deepcopy(model).double(), PreTrainedTokenizerFast.from_pretrained(school / "hf")
     found: dict[str, list[tuple[float, float]]] = {}
     for item in (item for name, entry in entries(school).items() for item in load_items(name, entry)):
         before = len(tokenizer(item.prompt)["input_ids"])
