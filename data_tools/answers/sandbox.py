@@ -12,13 +12,14 @@ it prints, processes that outlive their parent. What a sandbox has:
     network    none, and no process, socket or message queue of outside is seen
     user       as root, a user without a name, since limits of processes do not bind root; else the caller's, in a user
                namespace
-    limits     `Limits`: time, CPU time, memory of a process, processes, sizes of files
+    limits     `Limits`; PROCESSES, so that these times the memory is the most that a program holds; sizes of files
 
-So PROCESSES times its memory is the most that a program holds. Python is the one that runs this, without site-packages.
+Python is the one that runs this, without site-packages.
 """
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from data_tools.answers.sandboxed import Connection, Gone
+from data_tools.answers.sandboxed import NOT_BEGUN, Connection, Gone
 
 PROCESSES = 8  # of a sandbox, threads counted
 TMP_MIB, FILE_MIB, OPEN_FILES = 64, 16, 64
@@ -43,17 +44,16 @@ _INSIDE = Path(__file__).with_name("sandboxed.py")
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds a program: `time_s` from when its tests begin, `cpu_s` and `memory_gib` of each of its processes."""
+    """Bounds a program: `time_s` from when its tests begin, `memory_gib` of each of its processes."""
 
     time_s: float = 6.0
-    cpu_s: int = 4
     memory_gib: float = 1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Says whether a program passed, and `why` it did not. `passed` is None where its tests ask for what cannot be
-    asked over a socket: a function that is handed to the program."""
+    """Says whether a program passed, and `why` it did not. `passed` is None where its tests ask for what is not here: a
+    package, a name that nobody defines, a function of theirs that is handed to the program."""
 
     passed: bool | None
     why: str = ""
@@ -68,7 +68,8 @@ def verdict(
 ) -> Verdict:
     """Return whether a program's answers pass all tests. Raise NoSandbox.
 
-    `calls` are the names that tests take from the program, `setup` is code that defines whatever else they use.
+    `calls` are the names that tests take from the program, `setup` is code that defines whatever else they use. As root
+    it is for one thread of a process at a time: others' programs would count as processes of the same user.
     """
     given = {"program": program, "setup": setup, "tests": list(tests), "calls": list(calls)}
     with contextlib.ExitStack() as stack:
@@ -90,7 +91,7 @@ def verdict(
             found = told.receive()
         except Gone as gone:
             return Verdict(False, str(gone))
-        if found["why"] == "the sandbox did not begin":
+        if found["why"] == NOT_BEGUN:
             raise NoSandbox("the sandbox of the program did not begin")
         return Verdict(found["passed"], found["why"])
 
@@ -127,8 +128,9 @@ def _sandbox(role: str, ends: Sequence[socket.socket], limits: Limits) -> Iterat
 def _limits(role: str, limits: Limits) -> dict[str, int]:
     second = _second_user(role)
     return {
-        "AS": int(limits.memory_gib * 2**30), "CPU": limits.cpu_s, "FSIZE": FILE_MIB << 20, "NOFILE": OPEN_FILES,
-        "CORE": 0, "processes": PROCESSES, "uid": second, "others": _threads_of(second or os.getuid()),
+        "AS": int(limits.memory_gib * 2**30), "CPU": math.ceil(limits.time_s) + 1, "FSIZE": FILE_MIB << 20,
+        "NOFILE": OPEN_FILES, "CORE": 0, "processes": PROCESSES, "uid": second,
+        "others": 0 if second else _threads_of(os.getuid()),
     }  # fmt: skip
 
 
@@ -142,6 +144,7 @@ def _second_user(role: str) -> int:
 
 
 def _threads_of(user: int) -> int:
+    """Return how many threads a user has: before Linux 5.14 a limit of processes counts those outside, too."""
     total = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 LONGEST = 32 << 20  # bytes of a message
+NOT_BEGUN = "the sandbox did not begin"
 _TEXTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {  # name: type, to and from text
     "Decimal": (decimal.Decimal, str, decimal.Decimal),
     "Fraction": (fractions.Fraction, str, fractions.Fraction),
@@ -86,8 +87,8 @@ def unpacked(told: Any, referred: Callable[[Any], Any]) -> Any:
     return referred(told)
 
 
-class Gone(Exception):
-    """Raised where the other side has ended its process, or sends what is no message."""
+class Gone(BaseException):
+    """Raised where the other side has ended its process, or sends what is no message. Tests do not catch it."""
 
 
 class Connection:
@@ -257,9 +258,17 @@ class _Calls:
 
     def __init__(self, connection: Connection):
         self._connection = connection
+        self.failed: Gone | Unsupported | None = None  # which a test may have caught
 
     def ask(self, what: str, of: Any, given: tuple = (), named: Mapping[str, Any] = {}) -> Any:
         """Return what the program gave; what it did to lists, sets and mappings is done to those of the tests, too."""
+        try:
+            return self._ask(what, of, given, named)
+        except (Gone, Unsupported) as error:
+            self.failed = error
+            raise
+
+    def _ask(self, what: str, of: Any, given: tuple, named: Mapping[str, Any]) -> Any:
         self._connection.send({"do": what, "of": of, "given": [packed(item, _told) for item in given],
                                "named": {name: packed(item, _told) for name, item in named.items()}})  # fmt: skip
         answer = self._connection.receive()
@@ -286,7 +295,7 @@ def _told(value: Any) -> Any:
     return {"object": value._of}
 
 
-class Unsupported(Exception):
+class Unsupported(BaseException):
     """Raised where tests ask for what cannot be asked here; that is no fault of the program."""
 
 
@@ -340,8 +349,10 @@ def judge(connection: Connection, given: Mapping[str, Any]) -> dict[str, Any]:
         names |= theirs  # what the setup may define, too: HumanEval's heads do
         for number, test in enumerate(given["tests"], 1):
             exec(compile(test, f"test {number}", "exec"), names)
+        if calls.failed:
+            raise calls.failed
     except Gone as error:
-        return {"passed": False, "why": str(error)} if begun else {"passed": None, "why": "the sandbox did not begin"}
+        return {"passed": False, "why": str(error)} if begun else {"passed": None, "why": NOT_BEGUN}
     except Unsupported as error:
         return {"passed": None, "why": str(error)}
     except BaseException as error:
