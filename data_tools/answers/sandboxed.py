@@ -18,6 +18,7 @@ import decimal
 import fractions
 import json
 import math
+import operator
 import os
 import resource
 import socket
@@ -168,7 +169,8 @@ class _Program:
         if what == "next":
             return [next(target)]
         simple: dict[str, Callable[..., Any]] = {
-            "getattr": getattr, "getitem": lambda one, key: one[key], "len": len, "iter": iter, "str": str,
+            "getattr": getattr, "getitem": operator.getitem, "setattr": setattr, "setitem": operator.setitem,
+            "len": len, "iter": iter, "str": str,
         }  # fmt: skip
         return simple[what](target, *given)
 
@@ -217,11 +219,11 @@ def _raised(error: BaseException) -> dict[str, Any]:
 
 
 class Remote:
-    """Represents what the program defines, or an object that stays with it: it can be called, read and walked through,
-    and is equal to nothing but itself."""
+    """Represents what the program defines, or an object that stays with it: it can be called, read, changed and walked
+    through, and is equal to nothing but itself."""
 
     def __init__(self, calls: "_Calls", of: str | int):
-        self._calls, self._of = calls, of
+        self.__dict__.update(_calls=calls, _of=of)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         return self._calls.ask("call", self._of, given, named)
@@ -231,8 +233,14 @@ class Remote:
             raise AttributeError(name)
         return self._calls.ask("getattr", self._of, (name,))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._calls.ask("setattr", self._of, (name, value))
+
     def __getitem__(self, key: Any) -> Any:
         return self._calls.ask("getitem", self._of, (key,))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._calls.ask("setitem", self._of, (key, value))
 
     def __len__(self) -> int:
         return self._calls.ask("len", self._of)

@@ -1,7 +1,7 @@
 """MBPP (google-research-datasets/mbpp, full and sanitized): short Python functions, each with some assertions that it
 has to pass; the prompt shows them. The hub's file here is that of training.
 
-What the assertions call is what the row's own solution defines.
+What the assertions call is what the row's own solution defines, and what it imports they may use.
 """
 
 from typing import Any
@@ -34,9 +34,8 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     tests = record.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError("'test_list' is no list of assertions")
-    imports = record.get("test_imports") or []
-    setup = "\n".join([*imports, record.get("test_setup_code") or ""])
-    calls = defined_by(text_of(record, "code").replace("\r\n", "\n"))
+    calls, imports = defined_by(text_of(record, "code").replace("\r\n", "\n"))
+    setup = "\n".join([imports, *(record.get("test_imports") or []), record.get("test_setup_code") or ""])
     if not calls:
         raise ValueError("its code defines no function")
     asked = _ASKED.format(task=text_of(record, "text", "prompt").strip(), tests="\n".join(tests))

@@ -63,15 +63,16 @@ def defines(code: str, names: list[str]) -> bool:
     return bool(re.search(rf"^(?:(?:async )?def|class) (?:{'|'.join(map(re.escape, names))})\b", code, re.MULTILINE))
 
 
-def defined_by(code: str) -> list[str]:
-    """Return the functions and classes that code defines at its outermost level. Raise ValueError for what is no
-    Python."""
+def defined_by(code: str) -> tuple[list[str], str]:
+    """Return (the functions and classes that code defines at its outermost level, its imports there). Raise ValueError
+    for what is no Python."""
     try:
         tree = ast.parse(code)
     except SyntaxError as error:
         raise ValueError(f"its code is no Python: {error.msg}, line {error.lineno}") from None
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return [node.name for node in tree.body if isinstance(node, kinds)]
+    imports = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [node.name for node in tree.body if isinstance(node, kinds)], "\n".join(imports)
 
 
 def ended_at(text: str, stops: tuple[str, ...]) -> str:

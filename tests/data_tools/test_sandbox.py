@@ -144,6 +144,7 @@ def test_objects_and_generators_of_the_program_can_be_used():
         "assert list(halves(8)) == [4, 2, 1] and halves(8) != [4, 2, 1]",
         "mine = [3, 1]\nassert sort(mine) == [1, 3] and mine == [1, 3]",
         "assert sum(2, 3) == 6",
+        "first.b = Pair(1, [2])\nfirst.b.b[0] = 3\nassert first.b.a == 1 and chain([first.b]) == [2]",
         "assert is_a(3, int) and not is_a(3, str) and first.a == 7",
         "try:\n    fails('a')\n    assert False\nexcept KeyError:\n    pass",
     ]
