@@ -11,7 +11,7 @@ import pytest
 from data_tools.answers.forms import find_answer, last_boxed
 from data_tools.records.hub import is_dataset
 from data_tools.tasks.math_answers import Options, is_equal
-from data_tools.tasks.mix import Entry, MixConfig, check_mix, compared, load_items
+from data_tools.tasks.mix import Entry, MixConfig, check_mix, compared, load, load_items
 from data_tools.tasks.rewards import Score, Scorer, Verifier
 from data_tools.tasks.task import Item, Source, load_task, task_names, task_options
 from tests.inputs import public
@@ -351,6 +351,14 @@ def test_real_files_are_read_whole(inputs, task, file):
     lines = [json.loads(line) for line in open(inputs.data(file))]
     asked = {json.dumps([line.get("question", line.get("problem", "")).strip(), line.get("choices")]) for line in lines}
     assert len(lines) == inputs.lines(file) and len(items) == len(asked)
+
+
+def test_svamps_real_rows_are_all_read_and_their_answers_are_right():
+    loaded = load("svamp", Entry("svamp", source=Source(inputs=[str(public("data", "qwen_math", "svamp.test.jsonl"))])))
+    counts = loaded.counts()
+    assert counts["lines"] == 1000 == counts["prompts"] + counts.get("duplicate", 0)
+    for item in loaded.items:
+        assert score("svamp", item, f"It is \\boxed{{{item.answer.removesuffix('.0')}}}.")["correct"] == 1.0
 
 
 def test_the_solutions_of_math_500_are_right(inputs):
