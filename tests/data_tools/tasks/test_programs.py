@@ -146,6 +146,8 @@ def test_a_row_that_is_malformed_is_named(change, message):
 def test_the_code_of_a_completion_is_the_last_block_that_defines_what_is_asked():
     one, two = "```python\ndef f():\n    pass\n```", "```\nprint(f())\n```"
     assert code_of(f"{one}\n{two}", ["f"]) == "def f():\n    pass\n" and code_of(two, ["f"]) == "print(f())\n"
+    again = "```python\ndef f():\n    return 2\n```"
+    assert code_of(f"{one}\nBetter:\n{again}\n{two}", ["f"]) == "def f():\n    return 2\n"
     assert code_of("def f(): pass", ["f"]) == "def f(): pass"
     assert code_of("```python\ndef f():\n    return 1", ["f"]) == "def f():\n    return 1"  # cut off in its block
     assert code_of("<think>def f(): pass", ["f"]) == ""
