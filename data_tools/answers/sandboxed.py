@@ -39,7 +39,7 @@ _TEXTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {  
     "float": (float, float.hex, float.fromhex),
     "int": (int, lambda value: int.__format__(value, "x"), lambda text: int(text, 16)),  # of any length
 }
-_LISTS: dict[str, type] = {
+_LISTS: dict[str, Any] = {
     "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque,
 }  # fmt: skip
 

@@ -112,5 +112,5 @@ def _joined(draws: Draws, values: list[int]) -> int | None:
         sign = "+-*/"[draws.integer(0, 3)]
         if sign == "/" and (other == 0 or one % other):
             return None
-        values.append({"+": one + other, "-": one - other, "*": one * other}.get(sign) if sign != "/" else one // other)
+        values.append(one // other if sign == "/" else {"+": one + other, "-": one - other, "*": one * other}[sign])
     return values[0]

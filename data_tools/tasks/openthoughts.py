@@ -31,7 +31,8 @@ def conversation(given: Conversation, options: Options) -> Conversation:
     that does not end."""
     if not options.answer_only:
         return given
-    messages, untrained = [], set()
+    messages: list[dict[str, Any]] = []
+    untrained = set()
     for number, message in enumerate(given.messages):
         if message["role"] == "system" and _ASKS_FOR_THOUGHTS in message["content"]:
             continue

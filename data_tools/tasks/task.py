@@ -368,7 +368,7 @@ def check_options(task: Any, values: Mapping[str, Any], where: str = "task_optio
         options = task_options(task, values)
     except UserMistake as mistake:
         return [Problem(where, str(mistake))]
-    own = getattr(task, "check_options", lambda options: [])
+    own: Callable[[Any], list[str]] = getattr(task, "check_options", lambda options: [])
     refused = declared.check(options, where) if is_dataclass(options) else []
     why_not = getattr(task, "check_machine", lambda: "")()
     refused += [Problem(where.rpartition(".")[0] or "task", why_not)] if why_not else []
