@@ -16,6 +16,8 @@ finish(parts, config, task)    merges the element folders `parts` into task.out;
 STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
 check(config, placement) -> [Problem]   what else can be refused before anything queues, of several settings or of
                                files: a value out of its range was refused, and is the default here
+datasets(config) -> [spec]     the datasets of the hub that it reads from the local cache (data_tools/records/hub.py); plan
+                               says which are not there
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
@@ -82,6 +84,11 @@ class PhaseKind:
         """Return what is wrong with a config: settings out of their range, and what the module's check finds."""
         own = getattr(self.module, "check", None)
         return declared.check_with(config, lambda legal: own(legal, placement) if own else [])
+
+    def datasets(self, config: Any) -> list[str]:
+        """Return the datasets of the hub that a config reads from the local cache."""
+        datasets = getattr(self.module, "datasets", None)
+        return datasets(declared.legal(config)) if datasets else []
 
     def forecast(self, config: Any, placement: Placement) -> dict[str, Any]:
         """Return what the phase's folder will hold, as far as it is known before it runs."""

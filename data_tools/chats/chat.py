@@ -10,7 +10,7 @@ inference the very prompt ids it was trained on.
 import datetime
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +111,8 @@ class ChatRows:
 
     def __init__(self, config: ChatConfig, tokenizer: Tokenizer, encoder: Encoder):
         self.config = config
+        # Makes of a conversation as it was read the one that is learned; may raise BadRecord.
+        self.change: Callable[[Conversation], Conversation] = lambda conversation: conversation
         self.tokenizer = tokenizer
         self.encoder = encoder
         self.turns = None if config.schema == "rendered" else _load_turns(config, tokenizer)
@@ -127,6 +129,7 @@ class ChatRows:
     def rows(self, record: Any) -> Iterator[Result]:
         """Raise BadRecord where the record is no conversation, and UserMistake where the verifier finds a fault."""
         for item in read_record(record, self.config.schema, self.config.ignored):
+            item = self.change(item) if isinstance(item, Conversation) else item
             if self.config.turns == "each" and isinstance(item, Conversation):
                 yield from map(self._result, item.turns())
             else:

@@ -38,8 +38,20 @@ from data_tools.packs.store import Provenance, RowText, StoreWriter, row_text
 from data_tools.progress import Progress, silent
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
+from data_tools.records.hub import dataset_files
 from data_tools.records.shares import FORMATS, Share, open_share
-from data_tools.tasks.task import Row, Source, check_rows, check_source, load_row_task, rows_of, task_options
+from data_tools.tasks.task import (
+    ChatTask,
+    Row,
+    Source,
+    check_chats,
+    check_rows,
+    check_source,
+    load_chat_task,
+    load_row_task,
+    rows_of,
+    task_options,
+)
 
 ON_BAD_ROW = ("fail", "bucket")
 
@@ -53,7 +65,9 @@ class Config:
 
     source: Source = setting(Source, "where the rows come from")
     tokenizer: str = setting("", "a folder or a hub name", needed=True, input="hub")
-    task: str = setting("", 'the task whose rows these are; "": they are conversations', module=True)
+    task: str = setting(
+        "", 'the task whose rows these are, or a data set of conversations; "": any conversations', module=True
+    )
     task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
     chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
     format: str = setting("auto", "format of the files, plain or under gzip or zstd", choices=FORMATS)
@@ -67,12 +81,12 @@ class Config:
     @staticmethod
     def meaning(config: "Config") -> dict[str, Any]:
         """Return what the settings have come to mean since stores were first sealed, for the key (jobs/kind.py)."""
-        return {} if config.task else {"loss": "through the stop token"}
+        return {} if config.task and _chats_of(config) is None else {"loss": "through the stop token"}
 
 
 def check(config: Config) -> list[Problem]:
     """Wrong values, all at once; opens no file, since upstream phases may have yet to make them."""
-    if config.task:
+    if config.task and _chats_of(config) is None:
         problems = check_rows(config.task, config.task_options, config.source)
     else:
         problems = _check_conversations(config)
@@ -80,8 +94,27 @@ def check(config: Config) -> list[Problem]:
     return problems
 
 
+def _chats_of(config: Config) -> ChatTask | None:
+    """Return the data set of conversations that the config names as its task; None where it names another task, or
+    none."""
+    return load_chat_task(config.task) if config.task else None
+
+
+def datasets(config: Config) -> list[str]:
+    """Return the datasets of the hub that are read, since the config names no files."""
+    chats = _chats_of(config)
+    return [chats.HUB] if chats and not config.source.inputs else []
+
+
+def inputs_of(config: Config) -> list[str]:
+    """Return the files that are read. Raise UserMistake for a dataset that is not in the hub's cache."""
+    return config.source.inputs or [str(path) for spec in datasets(config) for path in dataset_files(spec)]
+
+
 def _check_conversations(config: Config) -> list[Problem]:
     problems = [Problem(f"chat.{problem.where}", problem.message) for problem in check_chat(config.chat)]
+    if config.task:
+        return problems + check_chats(config.task, config.task_options, config.source)
     problems += check_source(config.source)
     if config.source.synthetic_rows:
         message = "only a task makes rows; name one in task, or give inputs alone"
@@ -112,7 +145,7 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
     writer = StoreWriter(out)
     with _line_maker(config) as lines_of:
         element = _Element(config, lines_of, writer, progress)
-        sheets = [element.add_file(place, name, index, count) for place, name in enumerate(config.source.inputs)]
+        sheets = [element.add_file(place, name, index, count) for place, name in enumerate(inputs_of(config))]
         if config.source.synthetic_rows:
             sheets.append(element.add_synthetic(len(sheets), index, count))
     facts = writer.close()
@@ -151,13 +184,18 @@ class _Rows:
     """Represents one shard's rows of conversations or of a task; made once in every process that works on it."""
 
     def __init__(self, config: Config):
-        self.max_tokens, self.is_task = config.max_tokens, bool(config.task)
+        chats = _chats_of(config)
+        self.max_tokens, self.is_task = config.max_tokens, bool(config.task) and chats is None
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.check_end()
-        if config.task:
+        if self.is_task:
             self._rows_of = TaskRows(config, tokenizer).rows
-        else:
-            self._rows_of = ChatRows(config.chat, tokenizer, Encoder(tokenizer, config.encoder)).rows
+            return
+        rows = ChatRows(config.chat, tokenizer, Encoder(tokenizer, config.encoder))
+        if chats is not None:
+            options = task_options(chats, config.task_options)
+            rows.change = functools.partial(chats.conversation, options=options)
+        self._rows_of = rows.rows
 
     def lines(self, chunk: list[Any]) -> list[Line]:
         return [self._line(raw) for raw in chunk]

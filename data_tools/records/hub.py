@@ -6,6 +6,7 @@ internet. `hf download NAME --repo-type dataset` on a machine with internet fill
 
 import fnmatch
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from data_tools.mistake import UserMistake
@@ -33,9 +34,8 @@ def dataset_files(spec: str) -> list[Path]:
     try:
         folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
-        remedy = (
-            f"run `hf download {name} --repo-type dataset` on a machine with internet, or give files in source.inputs"
-        )
+        command = f"hf download {name} --repo-type dataset{f' --revision {revision}' if revision else ''}"
+        remedy = f"run `{command}` on a machine with internet, or give files in source.inputs"
         raise UserMistake(f"dataset {spec} is not in the hub cache; {remedy}") from None
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _NO_DATA)
     data = [path for path in paths if path.name.endswith(_SUFFIXES)]
@@ -44,3 +44,15 @@ def dataset_files(spec: str) -> list[Path]:
         there = ", ".join(str(path.relative_to(folder)) for path in data[:8]) or "no data files"
         raise UserMistake(f"dataset {spec}: no file matches; it has {there}")
     return files
+
+
+def missing(specs: Iterable[str]) -> list[str]:
+    """Return why each of these datasets cannot be read on this machine, with the command that fetches it; nothing for
+    those that can."""
+    reasons = []
+    for spec in dict.fromkeys(specs):
+        try:
+            dataset_files(spec)
+        except UserMistake as mistake:
+            reasons.append(str(mistake))
+    return reasons

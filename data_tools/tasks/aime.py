@@ -20,5 +20,5 @@ HUB = "Maxwell-Jia/AIME_2024"
 
 
 def items(record: dict[str, Any], options: Options) -> list[Item]:
-    """Return the prompt of a record, by other spellings of the keys too: Qwen2.5-Math, HuggingFaceH4."""
-    return [question(text_of(record, "Problem", "problem"), text_of(record, "Answer", "answer"), options)]
+    """Return the prompt of a record, by other spellings of the keys too: Qwen2.5-Math, HuggingFaceH4, math-ai."""
+    return [question(text_of(record, "Problem", "problem", "question"), text_of(record, "Answer", "answer"), options)]

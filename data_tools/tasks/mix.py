@@ -39,6 +39,7 @@ from data_tools.tasks.task import (
     check_task,
     code_digest,
     load_task,
+    task_names,
     task_options,
 )
 
@@ -54,7 +55,7 @@ class Entry:
     source: Source = setting(Source, "where its rows come from")
     hub: str = setting(
         "",
-        'org/name[@revision][:glob] in the local cache; "": source, or the task\'s own when that is empty',
+        'org/name[@revision][:glob] in the local cache, where source is empty; "": the task\'s own',
         free=True,
     )
     limit: int = setting(0, "distinct prompts, the first ones; 0: all", unit="prompts", least=0)
@@ -118,13 +119,36 @@ def turn_ends(entries: Mapping[str, Entry]) -> dict[str, tuple[str, ...]]:
     return ends
 
 
+def datasets(config: MixConfig) -> list[str]:
+    """Return the datasets of the hub that the entries read, since they are given no source."""
+    specs = []
+    for name, entry in entries_of(config).items():
+        if not _has_source(entry):
+            specs.append(entry.hub or load_task(entry.task or name).HUB)
+    return specs
+
+
+def _has_source(entry: Entry) -> bool:
+    return bool(entry.source.inputs or entry.source.synthetic_rows)
+
+
+def compared(entries: Mapping[str, Entry]) -> list[str]:
+    """Return the entries whose choices are compared, so that nothing is generated."""
+    names = []
+    for name, entry in entries.items():
+        task = load_task(entry.task or name)
+        if hasattr(task, "compares") and task.compares(task_options(task, entry.options)):
+            names.append(name)
+    return names
+
+
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def check_mix(config: MixConfig, training: bool = True, where: str = "mix") -> list[Problem]:
+def check_mix(config: MixConfig, training: bool = True, where: str = "mix", comparing: bool = False) -> list[Problem]:
     """Return wrong values, all at once; opens the environment file alone.
 
-    `training` needs an entry that is not evaluated only.
+    `training` needs an entry that is not evaluated only. `comparing` allows tasks that compare choices.
     """
     try:
         entries = entries_of(config)
@@ -132,13 +156,30 @@ def check_mix(config: MixConfig, training: bool = True, where: str = "mix") -> l
         return [Problem(f"{where}.environments", str(problem)) for problem in mistake.problems]
     problems = []
     for name, entry in entries.items():
-        problems += check_entry(entry, f"{where}.entries.{name}")
+        wrong = check_entry(entry, f"{where}.entries.{name}")
+        if not (wrong or comparing) and "." not in entry.task and compared({name: entry}):
+            message = "compares choices, which only evaluate does; leave out answered_by: likelihood"
+            wrong = [Problem(f"{where}.entries.{name}.options", message)]
+        problems += wrong
     if not entries:
         problems.append(Problem(f"{where}.entries", "no tasks; give one, such as {gsm8k: {source: {inputs: [FILE]}}}"))
     elif training and not any(entry.weight > 0 and not entry.evaluation_only for entry in entries.values()):
         problems.append(
             Problem(f"{where}.entries", "every task is for evaluation only or has weight 0; nothing is trained on")
         )
+    return problems
+
+
+def check_verdicts(config: MixConfig, limit_s: float) -> list[Problem]:
+    """Return the entries whose own limit leaves no time for a verdict; of entries that `check_mix` accepts."""
+    problems = []
+    for name, entry in entries_of(config).items():
+        task: Any = load_task(entry.task) if entry.task in task_names() else None
+        if hasattr(task, "verdict_s") and (needed := task.verdict_s(task_options(task, entry.options))) >= limit_s:
+            message = (
+                f"a verdict may take {needed:g} s, and verify_limit_s is {limit_s:g}: lower the one or raise the other"
+            )
+            problems.append(Problem(f"mix.entries.{name}.options", message))
     return problems
 
 
@@ -149,6 +190,8 @@ def check_entry(entry: Entry, where: str) -> list[Problem]:
     task: Any = FunctionTask if ":" in entry.task else None if "." in entry.task else load_task(entry.task)
     if task:  # a user's module is first run where it is used
         problems += check_options(task, entry.options, f"{where}.options")
+    if task and not hasattr(task, "items"):
+        return [Problem(f"{where}.task", f"task {entry.task} has conversations to learn; materialize takes it")]
     terms = getattr(task, "REWARDS", {})
     for name in entry.rewards:
         if terms and name not in terms:
@@ -161,9 +204,7 @@ def check_entry(entry: Entry, where: str) -> list[Problem]:
 
 
 def _check_prompts(entry: Entry, task: Any, where: str) -> list[Problem]:
-    has_source = bool(entry.source.inputs or entry.source.synthetic_rows)
-    if entry.hub and has_source:
-        return [Problem(f"{where}.hub", "is given beside source; give one of them")]
+    has_source = _has_source(entry)
     if entry.hub and not is_dataset(entry.hub):
         return [
             Problem(f"{where}.hub", f"{entry.hub!r} is no dataset: write org/name, org/name@revision or org/name:glob")
@@ -263,11 +304,8 @@ def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[readers.
     Raise UserMistake for a record of a file that is none.
     """
     source = entry.source
-    if source.inputs:
-        files = [Path(name).expanduser() for name in source.inputs]
-    elif source.synthetic_rows:
-        files = []
-    else:
+    files = [Path(name).expanduser() for name in source.inputs]
+    if not _has_source(entry):
         files = dataset_files(entry.hub or task.HUB)
     for record in itertools.chain.from_iterable(map(readers.records, files)):
         if record.is_blank:

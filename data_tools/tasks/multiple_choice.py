@@ -1,7 +1,7 @@
 """Questions with lettered choices, as MMLU and ARC have them.
 
 A record has `question`, `choices` (texts, or {"text", "label"}) and `answer` or `answerKey`: a label, or a place from
-0.
+0. With `answered_by: likelihood` nothing is generated: the choice counts that the model finds likeliest.
 """
 
 from dataclasses import dataclass, replace
@@ -9,14 +9,16 @@ from typing import Any
 
 from data_tools.answers.choices import letter_of
 from data_tools.answers.forms import find_answer
+from data_tools.base.declared import setting
 from data_tools.tasks import math_answers
 from data_tools.tasks.math_answers import REWARDS, check_options, text_of
 from data_tools.tasks.task import Item
 
-__all__ = ["HUB", "REWARDS", "Options", "check_options", "final_answer", "items", "rewards"]
+__all__ = ["HUB", "REWARDS", "Options", "check_options", "compares", "final_answer", "items", "rewards"]
 
 HUB = "allenai/ai2_arc:ARC-Challenge/train-*.parquet"
 
+ANSWERED_BY = ("generation", "likelihood")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SHORTEST = 40  # characters of a completion that may say its letter without the form that was asked for
 
@@ -24,6 +26,13 @@ _SHORTEST = 40  # characters of a completion that may say its letter without the
 @dataclass
 class Options(math_answers.Options):
     instruction: str = "Give the letter of the right answer within \\boxed{}."
+    answered_by: str = setting(
+        "generation", "what answers: what the model writes, or the choice that it finds likeliest", choices=ANSWERED_BY
+    )
+    asked_as: str = setting(
+        "letters", "what likelihood compares: the letters of listed choices (MMLU), or their texts (ARC)",
+        choices=("letters", "texts"),
+    )  # fmt: skip
 
 
 def items(record: dict[str, Any], options: Options) -> list[Item]:
@@ -41,9 +50,26 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
         place = known.index(str(given))
     else:
         raise ValueError(f"answer {given!r} is none of the choices {', '.join(known)}, nor a place from 0")
+    question = text_of(record, "question")
+    if options.answered_by == "likelihood":
+        return [_scored(question.strip(), [str(text) for text in texts], letters[place], options)]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts)]
-    asked = math_answers.question("\n".join([text_of(record, "question"), "", *lines]), letters[place], options)
+    asked = math_answers.question("\n".join([question, "", *lines]), letters[place], options)
     return [replace(asked, columns={"letters": letters})]
+
+
+def _scored(question: str, texts: list[str], answer: str, options: Options) -> Item:
+    """Return the item of a question whose choices are compared, worded as lm-evaluation-harness words MMLU and ARC."""
+    letters = _LETTERS[: len(texts)]
+    if options.asked_as == "letters":
+        listed = "".join(f"{letter}. {text}\n" for letter, text in zip(letters, texts))
+        return Item.of(f"{question}\n{listed}Answer:", answer, {"letters": letters, "choices": [*letters]})
+    return Item.of(f"Question: {question}\nAnswer:", answer, {"letters": letters, "choices": texts})
+
+
+def compares(options: Options) -> bool:
+    """Return whether the model's likeliest choice is its answer, and nothing is generated."""
+    return options.answered_by == "likelihood"
 
 
 def rewards(item: Item, completion: str, options: Options) -> dict[str, float]:

@@ -10,11 +10,11 @@ and, where its answers are to be learned too (materialize), rows:
     JSONL line ──parse_line──> rows ──verify──> None or a drop bucket ──canonical──> row ──encode_answer──> text
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.util
 import json
-import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -24,14 +24,12 @@ from typing import Any, NamedTuple, Protocol, get_type_hints
 
 from data_tools.base import declared
 from data_tools.base.declared import setting
+from data_tools.chats.conversation import Conversation
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.own_packages import taken
 from data_tools.records import readers
 
-_NO_TASKS = (  # other modules of the folder
-    "arithmetic", "calculator_expressions", "calculator_measure", "calculator_tables", "environments", "estimators",
-    "math_answers", "mix", "outcome", "process", "rewards", "task",
-)  # fmt: skip
+_OF_TASKS = re.compile(r"^HUB = ", re.MULTILINE)  # what a task's file says, and no other of the folder
 
 
 class Row(NamedTuple):
@@ -139,6 +137,17 @@ class Task(Protocol):
     def check_options(self, options: Any) -> list[str]:
         """What is wrong with values of the right type; a task where nothing can be leaves the name out."""
 
+    def check_machine(self) -> str:
+        """Return why completions cannot be scored on this machine, "" where they can; of tasks that need a sandbox."""
+
+    def verdict_s(self, options: Any) -> float:
+        """Return how long a verdict may take, in seconds, where the task itself limits it; may be left out."""
+
+    def compares(self, options: Any) -> bool:
+        """Return whether nothing is generated with these options: the likeliest of the texts in the item's column
+        `choices` answers, after a prompt that is a text. The column `letters` names them, and the item's answer is the
+        letter of the right one. Only `evaluate` asks so; a task without choices leaves the name out."""
+
     def reply(self, item: Item, transcript: str, options: Any) -> str | None:
         """Return what the environment answers to the completion so far, earlier replies included; None when it is over.
 
@@ -190,9 +199,21 @@ class RowTask(Task, Protocol):
         """
 
 
+class ChatTask(Protocol):
+    """Represents a data set of conversations to learn: what materialize reads as chats, with its own options. The
+    records are read by data_tools/chats/conversation.py, whichever of its schemas they have."""
+
+    Options: type
+    HUB: str
+
+    def conversation(self, given: Conversation, options: Any) -> Conversation:
+        """Return the conversation as it is to be learned. Raise BadRecord for one that is not."""
+
+
+@functools.cache
 def task_names() -> list[str]:
-    folder = str(Path(__file__).parent)
-    return sorted(module.name for module in pkgutil.iter_modules([folder]) if module.name not in _NO_TASKS)
+    """Return the names of our own tasks: of the files beside this one that say where on the hub their prompts are."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if _OF_TASKS.search(path.read_text()))
 
 
 def load_task(name: str) -> Task:
@@ -219,6 +240,20 @@ def load_row_task(name: str) -> RowTask:
             f" (tasks with rows: {rows})"
         )
     return task  # type: ignore[return-value]  # which has parse_line, and so the other names
+
+
+def load_chat_task(name: str) -> ChatTask | None:
+    """Return one of our tasks of conversations by its name; None for any other name."""
+    task: Any = load_task(name) if name in task_names() else None
+    return task if hasattr(task, "conversation") else None
+
+
+def check_chats(name: str, options: dict[str, Any], source: Source) -> list[Problem]:
+    """Return wrong values of a task of conversations: its options, and a `source` that may be empty, for the hub's."""
+    problems = check_options(load_task(name), options)
+    if source.synthetic_rows:
+        problems.append(Problem("source.synthetic_rows", f"task {name} makes no rows; give files in source.inputs"))
+    return problems + (check_source(source) if source.inputs else [])
 
 
 def rows_of(task: RowTask, raw: Any) -> list[Row]:
@@ -333,9 +368,11 @@ def check_options(task: Any, values: Mapping[str, Any], where: str = "task_optio
         options = task_options(task, values)
     except UserMistake as mistake:
         return [Problem(where, str(mistake))]
-    own = getattr(task, "check_options", None)
+    own: Callable[[Any], list[str]] = getattr(task, "check_options", lambda options: [])
     refused = declared.check(options, where) if is_dataclass(options) else []
-    return refused + [Problem(where, message) for message in own(options)] if own and not refused else refused
+    why_not = getattr(task, "check_machine", lambda: "")()
+    refused += [Problem(where.rpartition(".")[0] or "task", why_not)] if why_not else []
+    return refused or [Problem(where, message) for message in own(options)]
 
 
 def check_source(source: Source) -> list[Problem]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.mistake import Problem
+from data_tools.tasks import mix
 from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import generate
@@ -14,6 +15,10 @@ STOPS = True
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return generate.check(config, placement.ranks, placement)
+
+
+def datasets(config: Config) -> list[str]:
+    return mix.datasets(config.mix)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

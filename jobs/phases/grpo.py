@@ -3,19 +3,24 @@
 from typing import Any
 
 from data_tools.mistake import Problem
+from data_tools.tasks import mix
 from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import grpo
 from megatron_ext.entrypoints.grpo import Config, forecast, parallel_report
 from megatron_ext.rl.untrained import told
 
-__all__ = ["STOPS", "Config", "check", "forecast", "parallel_report", "run"]
+__all__ = ["STOPS", "Config", "check", "datasets", "forecast", "parallel_report", "run"]
 
 STOPS = True
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
     return grpo.check(config, placement.ranks, placement)
+
+
+def datasets(config: Config) -> list[str]:
+    return mix.datasets(config.mix)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -18,7 +18,11 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def forecast(config: Config, placement: Placement) -> dict[str, Any]:
-    return {"sources": sources.forecast(config.source)}
+    return {"sources": None if materialize.datasets(config) else sources.forecast(config.source)}
+
+
+def datasets(config: Config) -> list[str]:
+    return materialize.datasets(config)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Plan:
     phases: list[PlannedPhase]
     verified: bool = False  # whether every sealed file was hashed
     again: str = ""  # a phase that runs anew though it is sealed
+    missing: list[str] = field(default_factory=list)  # datasets that are not on this machine, each with its command
 
     @property
     def to_run(self) -> list[PlannedPhase]:
@@ -60,8 +61,9 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What leaves the submitter's environment: names, and a warning for what is called a secret there."""
-        return forwarding_notes(self.cluster.profile, os.environ)
+        """What leaves the submitter's environment (names, and a warning for what is called a secret there), and which
+        datasets are not on this machine."""
+        return [*forwarding_notes(self.cluster.profile, os.environ), *self.missing]
 
     def as_json(self) -> dict[str, Any]:
         """Return what `afterok plan --json` prints."""

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake, nearest
+from data_tools.records.hub import missing
 from jobs.artifacts import standing
 from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest, key_of
@@ -21,7 +22,7 @@ from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
 from launchers.planning import limits
 from launchers.planning.ledger import Ledger
-from launchers.planning.plan import Plan, PlannedPhase
+from launchers.planning.plan import RUNS, Plan, PlannedPhase
 from launchers.planning.reasons import Reasoner
 from launchers.planning.snapshot import code_digests, code_of, find_code, users_code_digest
 from slurm.detect import Cluster
@@ -100,6 +101,7 @@ class _Planner:
         self.seals: dict[str, Seal] = {}  # of the phases that are reused
         self.checked: dict[str, tuple[Any, Placement]] = {}  # phase -> (its Config, where it runs), as it was checked
         self.forecasts: dict[str, dict[str, Any]] = {}  # phase -> what its folder will hold
+        self.datasets: dict[str, list[str]] = {}  # phase -> what it reads of the hub's cache
         self.reasoner = Reasoner(
             pipeline=pipeline,
             run=run,
@@ -128,7 +130,9 @@ class _Planner:
         self.problems += forwarding_problems(profile, os.environ)
         if self.problems:
             raise UserMistake(self.problems)
+        running = [name for name, planned in self.planned.items() if planned.action in RUNS]
         return Plan(
+            missing=missing(spec for name in running for spec in self.datasets[name]),
             pipeline=self.pipeline,
             run=self.run,
             cluster=self.cluster,
@@ -232,10 +236,12 @@ class _Planner:
             elements=phase.elements,
             forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
         )
-        for problem in phase.kind.check(config, placement):
+        problems = phase.kind.check(config, placement)
+        for problem in problems:
             self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message)
         self.checked[phase.name] = config, placement
         self.forecasts[phase.name] = phase.kind.forecast(config, placement)
+        self.datasets[phase.name] = [] if problems else phase.kind.datasets(config)
 
     def _check_partners(self, phase: Phase, frozen: FrozenPhase) -> None:
         """Refuse a phase with more elements than a partner that they are to follow one by one."""

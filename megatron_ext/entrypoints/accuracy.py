@@ -45,9 +45,11 @@ def _of_group(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, An
     found["accuracy"] = correct / len(lines) if lines and not unjudged else None
     if unscored := sum("reward" in line and line["reward"] is None for line in lines):
         found["unscored"] = unscored  # which count as wrong
+    if lines and all("correct_normalized" in line for line in lines):
+        found["accuracy_normalized"] = sum(line["correct_normalized"] for line in lines) / len(lines)
     sampled = [sample for line in lines for sample in line.get("graded", ())]
     found |= graded(lines) | graded(sampled, "sampled_")
-    if lines and "sampled" in lines[0] and not (unjudged or any(map(is_unjudged, sampled))):
+    if lines and all("sampled" in line for line in lines) and not (unjudged or any(map(is_unjudged, sampled))):
         found |= _of_samples(lines, before)
     return found
 
@@ -73,12 +75,13 @@ def write_tables(keep: Path, result: Mapping[str, Any], step: int) -> None:
     """Write KEEP/tables of a result: its accuracies, a row for each group of prompts, and the fates of the records."""
     largest = [name for kind in ("pass@", "maj@") for name in [name for name in result if name.startswith(kind)][-1:]]
     columns = [("distinct", "prompts"), ("correct", "correct"), ("greedy accuracy", "accuracy")]
-    further = [("sampled", "sampled_accuracy"), ("± error", "sampled_error"), *zip(largest, largest)]
+    further = [("by characters", "accuracy_normalized"), ("sampled", "sampled_accuracy"), ("± error", "sampled_error")]
+    further += zip(largest, largest)
     further += [("mean reward", "reward"), ("regret", "regret")]
     further += [("sampled reward", "sampled_reward"), ("sampled regret", "sampled_regret")]
     further += [("gain", "gain"), ("± error", "gain_error")]
-    columns += [(title, name) for title, name in further if name in result]
     prefixes = [name.removesuffix("prompts") for name in result if name.endswith("prompts")]
+    columns += [(title, name) for title, name in further if any(prefix + name in result for prefix in prefixes)]
     rows = [
         [_LABELS.get(prefix, prefix.rstrip("_").replace("_", " ")), *(result.get(prefix + name) for _, name in columns)]
         for prefix in prefixes

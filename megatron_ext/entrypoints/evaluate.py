@@ -5,6 +5,9 @@ what was gained over an earlier evaluation, prompt by prompt. Where a task's rew
 their mean and the regret to the best of the row; where it does not say which are right, these stand in place of
 accuracy.
 
+Of a task that compares choices (multiple_choice, mmlu, arc_* with `answered_by: likelihood`) nothing is generated: the
+likeliest choice is the answer (rl/likelihood.py), and `accuracy_normalized` stands beside the accuracy.
+
 The prompts are the rows of a task, or those of a mix: any tasks that generate and grpo take. Element i of n takes
 distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way. `finish` adds the counts.
 Both are read by data_tools/tasks/mix.py: files as given, then the synthetic stream; every row is accounted for.
@@ -18,7 +21,7 @@ if __name__ == "__main__":
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -26,12 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.base import durable
 from data_tools.base.declared import setting, with_default
+from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.samples import problem_of_evaluated
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, never, silent
 from data_tools.records import readers
-from data_tools.tasks.mix import Entry, Loaded, MixConfig, check_mix, load
+from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compared, entries_of, load
 from data_tools.tasks.outcome import is_graded, is_unjudged
 from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
@@ -76,7 +80,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     if not of_mix(config):
         problems += check_rows(config.task, config.task_options, config.source)
     else:
-        problems += check_mix(config.mix, training=False)
+        problems += check_mix(config.mix, training=False, comparing=True)
         own = ("task", "task_options", "source", "limit", "seen_in")
         if beside := [name for name in own if getattr(config, name) != getattr(Config(), name)]:
             message = f"is given beside {', '.join(beside)}: for the rows of one task; say it in mix.entries"
@@ -135,10 +139,11 @@ def _write(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:
     durable.write_json(out / RESULT, result)
 
 
-def _ways(config: Config) -> list[generate.Config]:
-    """Return how the mix is sampled: greedily, and where samples are asked for at a temperature too."""
+def _ways(config: Config, entries: dict[str, Entry]) -> list[generate.Config]:
+    """Return how these entries are sampled: greedily, and where samples are asked for at a temperature too."""
     greedy = Sampling(temperature=0, max_tokens=config.max_new_tokens, max_turns=config.max_turns)
     shared = {field.name: getattr(config, field.name) for field in fields(RolloutSettings)}
+    shared["mix"] = MixConfig(entries)
     ways = [generate.Config(**shared, seed=config.seed, samples=1, sampling=greedy)]
     if config.samples:
         sampling = replace(greedy, temperature=config.temperature, top_p=config.top_p)
@@ -165,18 +170,52 @@ def _lines_of_mix(
     from megatron_ext.weights.checkpoint import from_rank_zero
 
     load_once = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
-    element, by_way = keep / "sampled" / f"element_{index:04d}", []
-    for kept, way in zip((element / "greedy", element / "samples"), _ways(config)):
+    entries = entries_of(config.mix)
+    asked = {name: entries.pop(name) for name in compared(entries)}
+    element, by_way, records = keep / "sampled" / f"element_{index:04d}", [], {}
+    for kept, way in zip((element / "greedy", element / "samples"), _ways(config, entries) if entries else ()):
         samples = generate.sampled(
             way, folder, kept, index=index, count=count, progress=progress, stop=never, load=load_once
         )
         by_way.append(samples)
+        records = generate.records_of(kept) if ranks.is_writer() else {}
     for sample in itertools.chain(*by_way) if only_ended else ():
         sample["correct"] = sample["correct"] and sample["finish"] == "stop"
-    lines = {sample["prompt_id"]: _line(sample) for sample in by_way[0]}
-    if config.samples:
+    lines = {sample["prompt_id"]: _line(sample) for sample in by_way[0]} if by_way else {}
+    if config.samples and by_way:
         _add_samples(lines, by_way[1])
-    return from_rank_zero((list(lines.values()), generate.records_of(kept) if ranks.is_writer() else {}))
+    found, theirs = _compared_choices(config, folder, asked, load_once, progress=progress, index=index, count=count)
+    return from_rank_zero(([*lines.values(), *found], {**records, **theirs}))
+
+
+def _compared_choices(
+    config: Config,
+    folder: "ModelFolder",
+    entries: dict[str, Entry],
+    load_model: Callable[[], Any],
+    *,
+    progress: Progress,
+    index: int,
+    count: int,
+) -> tuple[list[Line], dict[str, Any]]:
+    """Return a line for each question of this element whose choices are compared, and their Mix.counts."""
+    if not entries:
+        return [], {}
+    from megatron_ext.rl import likelihood
+    from megatron_ext.rl.prompts import Encoding, all_of
+
+    mix = Mix(entries, config.seed)
+    positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
+    encoder = PromptEncoder(load_tokenizer(str(folder.hf)), config.chat_arguments, config.bos)
+    lines = likelihood.answered(
+        load_model(),
+        all_of(mix, list(mix.items))[index::count],
+        Encoding(encoder, positions),
+        plan=config.parallel,
+        row_tokens=config.engine.token_budget,
+        progress=progress,
+    )
+    return list(lines), mix.counts()
 
 
 def _line(sample: Mapping[str, Any]) -> Line:

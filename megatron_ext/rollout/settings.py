@@ -6,7 +6,7 @@ from typing import Any
 from data_tools.base.declared import setting
 from data_tools.chats.tokenizer import NEVER
 from data_tools.mistake import Problem
-from data_tools.tasks.mix import MixConfig
+from data_tools.tasks.mix import MixConfig, check_mix, check_verdicts
 from megatron_ext.parallel.settings import ModelSettings
 
 
@@ -92,6 +92,8 @@ def check_rollouts(config: RolloutSettings, sampling: Sampling) -> list[Problem]
         batch = config.engine.max_batch
         message = f"{config.engine.token_budget} tokens a pass do not hold one of each of {batch} samples"
         problems.append(Problem("engine.token_budget", f"{message}; give at least max_batch"))
+    if not check_mix(config.mix, training=False, comparing=True):
+        problems += check_verdicts(config.mix, config.verify_limit_s)
     if config.parallel.virtual > 1:
         problems.append(Problem("parallel.virtual", f"{config.parallel.virtual}: generation has whole stages: use 1"))
     return problems

@@ -130,3 +130,33 @@ def test_what_scores_is_in_the_key_by_content_with_what_it_imports(tmp_path, mon
         after = keys()
         assert after["init"] == before["init"]
         assert all(after[name] != before[name] for name in SCORERS)
+
+
+ASKS = """
+name: asks
+phases:
+  data:
+    uses: materialize
+    with: {task: openthoughts, tokenizer: org/name}
+  sampled:
+    uses: generate
+    with:
+      model: org/model
+      mix: {entries: {math500: {}, gsm8k: {source: {inputs: [FILE]}}, own: {task: gsm8k, hub: some/set@v1}}}
+  measured:
+    uses: evaluate
+    with: {model: org/model, mix: {entries: {math500: {}, aime: {}}}, max_new_tokens: 8}
+"""
+
+
+def test_all_datasets_that_are_not_on_this_machine_are_noted_once_with_their_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for name in ("model", "tokenizer"):
+        (tmp_path / name).mkdir()
+    text = ASKS.replace("FILE", str(tmp_path / "rows.jsonl")).replace("org/model", str(tmp_path / "model"))
+    plan = plan_of(tmp_path, text)
+    found = [note.partition("`hf download ")[2].partition(" --repo-type dataset")[0] for note in plan.notes]
+    assert found == ["open-thoughts/OpenThoughts-114k", "HuggingFaceH4/MATH-500", "some/set", "Maxwell-Jia/AIME_2024"]
+    assert "`hf download some/set --repo-type dataset --revision v1`" in plan.notes[2]
+    assert plan.as_json()["notes"] == plan.notes

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from data_tools.chats.char_tokenizer import write_char_tokenizer
 from data_tools.mistake import UserMistake
+from data_tools.records.hub import missing
 from data_tools.tasks.calculator import ALPHABET
 from data_tools.tasks.mix import (
     Entry,
@@ -23,6 +24,7 @@ from data_tools.tasks.mix import (
     MixConfig,
     check_mix,
     counts_table,
+    datasets,
     entries_of,
     load,
     load_items,
@@ -285,6 +287,25 @@ def test_datasets_of_the_hub_come_from_its_cache(tmp_path, monkeypatch):
         load_items("x", Entry(f"{HERE}:length", hub="some/set:nope*"))
     with pytest.raises(UserMistake, match="dataset some/other is not in the hub cache; run `hf download some/other"):
         load_items("x", Entry(f"{HERE}:length", hub="some/other"))
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "mine"}\n')
+    [own] = load_items("x", Entry(f"{HERE}:length", hub="some/other", source=Source([str(file)])))  # files go before it
+    assert own.prompt == "mine"
+
+
+def test_datasets_that_are_missing_are_told_at_once_with_their_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache(tmp_path, {"train.jsonl": '{"prompt": "a"}\n'})
+    entries = {
+        "aime": Entry(), "there": Entry("gsm8k", hub="some/set"), "files": Entry("gsm8k", source=Source(["x"])),
+        "again": Entry("aime"), "old": Entry("gsm8k", hub="some/other@v1:a*"),
+        "made": Entry("countdown", source=Source(synthetic_rows=1)),
+    }  # fmt: skip
+    told = missing(datasets(MixConfig(entries)))
+    gone = ("Maxwell-Jia/AIME_2024", "some/other@v1:a*")
+    assert [line.split(";")[0] for line in told] == [f"dataset {spec} is not in the hub cache" for spec in gone]
+    assert "`hf download Maxwell-Jia/AIME_2024 --repo-type dataset`" in told[0]
+    assert "`hf download some/other --repo-type dataset --revision v1`" in told[1]
 
 
 CONFIG = MixConfig({
@@ -300,7 +321,6 @@ mix.entries.calculater.weight: -1 is out of range: at least 0
 mix.entries.calculater.task: unknown task 'calculater' (did you mean calculator? known: {TASKS})
 mix.entries.b.limit: -1 is out of range: at least 0 (prompts)
 mix.entries.b.rewards: task calculator has no reward term 'corect' (did you mean correct? known: correct)
-mix.entries.b.hub: is given beside source; give one of them
 mix.entries.c.options: unknown task option 'prompt' (did you mean prompt_key? known: answer_key, prompt_key)
 mix.entries.c.source: no prompts; give files in source.inputs, or a dataset in hub
 mix.entries.d.weight: nan is out of range: at least 0

@@ -1,14 +1,20 @@
 """What each task takes from its records, and what it pays for."""
 
+import importlib
+import itertools
 import json
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from data_tools.answers.forms import find_answer, last_boxed
+from data_tools.records.hub import is_dataset
 from data_tools.tasks.math_answers import Options, is_equal
-from data_tools.tasks.mix import Entry, load_items
+from data_tools.tasks.mix import Entry, MixConfig, check_mix, compared, load, load_items
 from data_tools.tasks.rewards import Score, Scorer, Verifier
 from data_tools.tasks.task import Item, Source, load_task, task_names, task_options
+from tests.inputs import public
 
 
 def item_of(task: str, record: dict, **options) -> Item:
@@ -95,6 +101,12 @@ RECORDS = {
     "aime": [{"ID": "2024-I-1", "Problem": "What is 2+2?", "Answer": 4}, {"problem": "What is 2+2?", "answer": "4"}],
     "math500": [{"problem": "What is 2+2?", "solution": "It is $4$.", "answer": "4"}],
     "gsm8k": [{"question": "What is 2+2?", "answer": "It is <<2+2=4>>4.\n#### 4"}],
+    "math": [
+        {"problem": "What is 2+2?", "level": "Level 1", "type": "Algebra", "solution": "Not \\boxed{3}: \\boxed{4}."}
+    ],
+    "aime25": [{"problem": "What is 2+2?", "answer": "4", "id": "0"}, {"question": "What is 2+2?", "answer": 4}],
+    "amc": [{"id": 0, "problem": "What is 2+2?", "answer": 4.0, "url": "x"}],
+    "svamp": [{"ID": "chal-1", "Body": "What is", "Question": "2+2?", "Answer": 4.0, "Type": "Addition"}],
 }
 
 
@@ -102,15 +114,16 @@ RECORDS = {
 def test_questions_are_asked_in_the_form_that_is_wanted(task):
     for record in RECORDS[task]:
         item = item_of(task, record)
-        assert item.answer == "4" and item.prompt == [
+        asked = "What is. 2+2?" if task == "svamp" else "What is 2+2?"  # a body is a sentence
+        assert item.answer in ("4", "4.0") and item.prompt == [
             {
                 "role": "user",
-                "content": "What is 2+2?\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+                "content": f"{asked}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
             }
         ]
         text = item_of(task, record, chat=False, answer_format="hashes", instruction="Go.")
         assert (
-            text.prompt == "What is 2+2?\n\nGo.\n"
+            text.prompt == f"{asked}\n\nGo.\n"
             and score(task, text, "so\n#### 4", answer_format="hashes")["correct"] == 1.0
         )
 
@@ -159,6 +172,77 @@ def test_choices_are_lettered_and_the_letter_counts(record):
         assert score("multiple_choice", item, right) == {"correct": 1.0, "format": 0.0}, right
     assert score("multiple_choice", item, "\\boxed{B}") == {"correct": 0.0, "format": 1.0}
     assert score("multiple_choice", item, "Clearly") == {"correct": 0.0, "format": 0.0}
+
+
+def test_subjects_choose_questions_of_mmlu_and_unknown_ones_are_refused():
+    rows = [CHOICES | {"answer": 1, "subject": subject} for subject in ("anatomy", "virology", "college_physics")]
+    for subjects, count in (("", 3), ("science", 1), ("stem", 1), ("other", 2), ("anatomy, science", 2)):
+        options = task_options(load_task("mmlu"), {"subjects": subjects})
+        assert not load_task("mmlu").check_options(options)
+        assert sum(len(load_task("mmlu").items(row, options)) for row in rows) == count, subjects
+    [told] = load_task("mmlu").check_options(task_options(load_task("mmlu"), {"subjects": "sience"}))
+    assert "unknown subject 'sience' (did you mean science?" in told
+    with pytest.raises(ValueError, match="'subject' is 'x', none of MMLU's"):
+        item_of("mmlu", CHOICES | {"answer": 1, "subject": "x"})
+
+
+def test_choices_are_worded_for_likelihood_as_the_harness_words_them():
+    record = CHOICES | {"answer": 2, "subject": "high_school_physics"}
+    item = item_of("mmlu", record, answered_by="likelihood")
+    about = "The following are multiple choice questions (with answers) about high school physics.\n\n"
+    assert item.prompt == f"{about}Which?\nA. one\nB. two\nC. three\nAnswer:" and item.answer == "C"
+    assert item.columns == {"letters": "ABC", "choices": ["A", "B", "C"]}
+    for task in ("arc_easy", "arc_challenge"):
+        item = item_of(task, record, answered_by="likelihood")
+        assert item.prompt == "Question: Which?\nAnswer:" and item.columns["choices"] == ["one", "two", "three"]
+    entries = {"arc_easy": Entry("arc_easy", {"answered_by": "likelihood"}, source=Source(["x"]))}
+    assert compared(entries) == ["arc_easy"] and not check_mix(MixConfig(entries), comparing=True)
+    [problem] = check_mix(MixConfig(entries))
+    assert str(problem).startswith("mix.entries.arc_easy.options: compares choices, which only evaluate does")
+
+
+COUNTDOWN = {"nums": [19, 76, 27], "target": 84}
+
+
+@pytest.mark.parametrize("answer, right", [
+    ("(19 + 76) - 27", False), ("27 * 76 / 19 - 24", False), ("76 + 27 - 19", True), ("27 - 19 + 76 = 84", True),
+    ("76+27-19=85", False), ("76 + 8", False), ("76 + 27 - 19 + 0", False), ("76 + 27 - 19 - 19 + 19", False),
+    (r"76 + 27 - 19 \times 1", False), (r"\(76 + 27 - 19\)", True), ("84", False), ("7.6 * 10 + 8", False),
+    ("__import__('os')", False), ("76 + 27 − 19", True), ("", False), ("168 // 2", False),
+])  # fmt: skip
+def test_a_countdown_uses_each_number_once_and_reaches_its_target(answer, right):
+    item = item_of("countdown", COUNTDOWN)
+    found = score("countdown", item, f"I try.\n<answer>{answer}</answer>")
+    assert found == {"correct": float(right), "format": float(bool(answer) and not right)}
+
+
+def test_a_floor_division_is_no_answer_of_a_countdown_even_where_it_is_exact():
+    item = item_of("countdown", {"nums": [8, 2], "target": 4})
+    assert [score("countdown", item, f"<answer>8 {sign} 2</answer>")["correct"] for sign in ("/", "//", r"\div")] == [
+        1.0, 0.0, 1.0]  # fmt: skip
+    assert item.prompt[0]["content"].startswith("Using the numbers 8, 2, write an expression that equals 4.")
+
+
+def test_countdowns_are_made_up_that_can_be_solved_and_training_has_none_that_is_held_out():
+    task = load_task("countdown")
+    rows = {split: [task.synthetic_row(7, index, split) for index in range(200)] for split in ("train", "heldout")}
+    assert task.synthetic_row(7, 3, "train") == rows["train"][3] != task.synthetic_row(8, 3, "train")
+    for split, found in rows.items():
+        assert all(task.is_heldout(row["nums"], row["target"]) == (split == "heldout") for row in found)
+        assert all(_can_reach([Fraction(n) for n in row["nums"]], row["target"]) for row in found[:40])
+    entry = Entry("countdown", source=Source(synthetic_rows=5))
+    assert not check_mix(MixConfig({"countdown": entry})) and len(load_items("countdown", entry)) == 5
+
+
+def _can_reach(values: list[Fraction], target: int) -> bool:
+    if len(values) == 1:
+        return values[0] == target
+    for one, other in itertools.permutations(range(len(values)), 2):
+        a, b = values[one], values[other]
+        rest = [value for place, value in enumerate(values) if place not in (one, other)]
+        if any(_can_reach([*rest, value], target) for value in (a + b, a - b, a * b, *([a / b] if b else []))):
+            return True
+    return False
 
 
 def test_choices_without_an_answer_among_them_are_malformed():
@@ -239,8 +323,20 @@ def test_q_values_become_rewards_of_actions(tmp_path):
 def test_every_task_has_the_names():
     for name in task_names():
         task = load_task(name)
-        assert {"Options", "REWARDS", "HUB", "items", "rewards", "final_answer"} <= set(dir(task)), name
-        assert set(task.REWARDS.values()) <= {0.0, 1.0} and task.Options()
+        assert {"Options", "HUB"} <= set(dir(task)) and task.Options() and is_dataset(task.HUB or "none/none"), name
+        if hasattr(task, "conversation"):
+            continue
+        assert {"REWARDS", "items", "rewards"} <= set(dir(task)), name
+        assert set(task.REWARDS.values()) <= {0.0, 1.0}
+        assert hasattr(task, "final_answer") != hasattr(task, "check_machine"), name  # programs have no majority
+
+
+def test_a_new_file_is_a_task_and_helpers_are_none(tmp_path, monkeypatch):
+    folder = Path(load_task("aime").__file__).parent
+    others = {path.stem for path in folder.glob("*.py")} - set(task_names())
+    assert {"task", "mix", "rewards", "programs", "math_answers"} <= others and not others & set(RECORDS)
+    for name in others:  # a helper that looked like a task would be offered as one
+        assert not hasattr(importlib.import_module(f"data_tools.tasks.{name}"), "HUB"), name
 
 
 # -- real files, where they are ---------------------------------------------------------------------------------------
@@ -248,13 +344,21 @@ def test_every_task_has_the_names():
 
 @pytest.mark.parametrize("task, file", [
     ("gsm8k", "gsm8k/test.jsonl"), ("math500", "math500/test.jsonl"), ("aime", "qwen_math/aime24.test.jsonl"),
-    ("multiple_choice", "qwen_math/mmlu_stem.test.jsonl"),
+    ("multiple_choice", "qwen_math/mmlu_stem.test.jsonl"), ("mmlu", "qwen_math/mmlu_stem.test.jsonl"),
 ])  # fmt: skip
 def test_real_files_are_read_whole(inputs, task, file):
     items = load_items(task, Entry(task, source=Source(inputs=[str(inputs.data(file))])))
     lines = [json.loads(line) for line in open(inputs.data(file))]
     asked = {json.dumps([line.get("question", line.get("problem", "")).strip(), line.get("choices")]) for line in lines}
     assert len(lines) == inputs.lines(file) and len(items) == len(asked)
+
+
+def test_svamps_real_rows_are_all_read_and_their_answers_are_right():
+    loaded = load("svamp", Entry("svamp", source=Source(inputs=[str(public("data", "qwen_math", "svamp.test.jsonl"))])))
+    counts = loaded.counts()
+    assert counts["lines"] == 1000 == counts["prompts"] + counts.get("duplicate", 0)
+    for item in loaded.items:
+        assert score("svamp", item, f"It is \\boxed{{{item.answer.removesuffix('.0')}}}.")["correct"] == 1.0
 
 
 def test_the_solutions_of_math_500_are_right(inputs):
@@ -265,6 +369,24 @@ def test_the_solutions_of_math_500_are_right(inputs):
         if not score("math500", Item.of("?", line["answer"]), line["solution"])["correct"]
     ]
     assert not wrong
+
+
+def test_the_labelled_solutions_of_gsm8k_and_nemo_skills_are_judged_as_their_labels_say():
+    other, judged = [], 0
+    for row in map(json.loads, open(public("data", "gsm8k", "example_model_solutions.jsonl"))):
+        gold = row["ground_truth"].rpartition("A:")[2].strip().replace(",", "")
+        for solved in (row[name] for name in row if name not in ("question", "ground_truth")):
+            said, mark, answer = solved["solution"].rpartition("A:")  # the models' own form
+            text = f"{said}#### {answer}" if mark else answer
+            found = score("gsm8k", Item.of("?", gold), text, answer_format="hashes")
+            judged += 1
+            other += [(gold, answer)] if found is None or found["correct"] != solved["is_correct"] else []
+    for name in ("output-rs0.jsonl", "output-rs1.jsonl", "output-rs2.jsonl"):
+        for row in map(json.loads, open(public("data", "nemo_skills", name))):
+            found = score("math500", Item.of("?", str(row["expected_answer"])), row["generation"])
+            judged += 1
+            other += [] if found and found["correct"] == row["is_correct"] else [(row["expected_answer"], name)]
+    assert not other and judged == 4 * 1319 + 15
 
 
 @pytest.mark.soak
