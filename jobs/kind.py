@@ -17,6 +17,7 @@ STOPS = True                   `run` asks task.stop and goes on later from what 
 check(config, placement) -> [Problem]   what else can be refused before anything queues, of several settings or of
                                files: a value out of its range was refused, and is the default here
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
+remarks(config, placement) -> [text]    what `plan` and `submit` say of the phase, such as what a recipe came to
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
 
@@ -87,6 +88,11 @@ class PhaseKind:
         """Return what the phase's folder will hold, as far as it is known before it runs."""
         forecast = getattr(self.module, "forecast", None)
         return forecast(declared.legal(config), placement) if forecast else {}
+
+    def remarks(self, config: Any, placement: Placement) -> list[str]:
+        """Return what is to be known of the phase before it runs, a line each."""
+        remarks = getattr(self.module, "remarks", None)
+        return remarks(declared.legal(config), placement) if remarks else []
 
     def parallel_report(self, config: Any, placement: Placement, searching: bool) -> dict[str, Any] | None:
         """Return what the parallel plan costs; None where the phase has none."""
