@@ -5,6 +5,7 @@ Config                         dataclass, typed by OmegaConf. A field made by da
                                prints them. Metadata say what keys and plan need:
                                {"input": True}   a file or folder that must exist; enters the key by content
                                {"input": "hub"}  a folder, or a hub name org/name, which enters as text
+                               {"input": FILE_OR_NAME}  a file, or a name of ours, of which `meaning` tells the key
                                {"module": True}  may name a module of the user's: it goes into the snapshot, and
                                                  with what it imports of the user's files into the key, by content
                                {"keyed": False}  does not change the result; not part of the key
@@ -151,9 +152,10 @@ def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, s
             for name, entry in value.items():
                 if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
                     yield from inputs(type(entry), entry, f"{key}.{name}.")
-        elif field.metadata.get("input") and value:
+        elif (kind := field.metadata.get("input")) and value:
             for entry in value if isinstance(value, list) else [value]:
-                yield key, entry, field.metadata["input"]
+                if kind != declared.FILE_OR_NAME or declared.names_a_file(entry):
+                    yield key, entry, kind
 
 
 def user_code(uses: str, config: Any) -> list[Path]:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import FILE_OR_NAME, setting
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
@@ -36,6 +36,9 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
 from data_tools.packs.store import Provenance, RowText, StoreWriter, row_text
 from data_tools.progress import Progress, silent
+from data_tools.recipes import recipe as recipes
+from data_tools.recipes.recipe import Files, Origin, Recipe
+from data_tools.recipes.views import View
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
 from data_tools.records.shares import FORMATS, Share, open_share
@@ -52,6 +55,14 @@ class Config:
     """The config of the phase materialize."""
 
     source: Source = setting(Source, "where the rows come from")
+    recipe: str = setting(
+        "", "or a recipe: one that comes with afterok, or a YAML file; it names sources, shares and validation rows",
+        input=FILE_OR_NAME, keyed=False, free=True,
+    )  # fmt: skip
+    recipe_params: dict[str, Any] = setting(dict, "parameters of the recipe, over its own", free=True, keyed=False)
+    recipe_sources: dict[str, Files] = setting(
+        dict, "files of the recipe's sources, by their names, in place of the hub's cache", keyed="if_set"
+    )
     tokenizer: str = setting("", "a folder or a hub name", needed=True, input="hub")
     task: str = setting("", 'the task whose rows these are; "": they are conversations', module=True)
     task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
@@ -67,22 +78,70 @@ class Config:
     @staticmethod
     def meaning(config: "Config") -> dict[str, Any]:
         """Return what the settings have come to mean since stores were first sealed, for the key (jobs/kind.py)."""
-        return {} if config.task else {"loss": "through the stop token"}
+        loss = {} if config.task else {"loss": "through the stop token"}
+        try:
+            return {**loss, "recipe": recipe_of(config).plain()} if config.recipe else loss
+        except UserMistake:  # which `check` tells
+            return loss
 
 
 def check(config: Config) -> list[Problem]:
     """Wrong values, all at once; opens no file, since upstream phases may have yet to make them."""
     if config.task:
         problems = check_rows(config.task, config.task_options, config.source)
+        given = [name for name in ("recipe", "recipe_params", "recipe_sources") if getattr(config, name)]
+        problems += [Problem(name, "is for conversations; leave out task, or this") for name in given]
     else:
         problems = _check_conversations(config)
     problems += check_encoder(config.encoder)
     return problems
 
 
+def recipe_of(config: Config) -> Recipe:
+    """Return the recipe of a config that has one, its parameters put in. Raise UserMistake with all that is wrong."""
+    return recipes.resolve(config.recipe, config.recipe_params)
+
+
+def _check_recipe(config: Config) -> list[Problem]:
+    """Refuse what is wrong with a recipe, what stands beside one, and files that nobody has."""
+    if not config.recipe:
+        given = [name for name in ("recipe_params", "recipe_sources") if getattr(config, name)]
+        return [Problem(name, "there is no recipe; name one in recipe, or leave this out") for name in given]
+    beside = config.source.inputs or config.source.synthetic_rows
+    problems = [Problem("source", "is given beside a recipe; give its files in recipe_sources")] if beside else []
+    if config.chat.schema not in ("auto", "messages"):
+        own = f"{config.chat.schema}: the sources of a recipe have schemas of their own; leave it auto"
+        problems.append(Problem("chat.schema", own))
+    try:
+        recipe = recipe_of(config)
+        recipes.unread(recipe, config.recipe_sources)
+        recipes.origins(recipe, config.recipe_sources)
+    except UserMistake as mistake:
+        problems += mistake.problems
+    return problems
+
+
+def origins_of(config: Config) -> list[Origin]:
+    """Return the files that rows come from. Raise UserMistake where those of a recipe's sources are missing."""
+    if config.recipe:
+        return recipes.origins(recipe_of(config), config.recipe_sources)
+    return [Origin(name, Path(name).expanduser()) for name in config.source.inputs]
+
+
+def forecast(config: Config) -> list[str] | None:
+    """Return the names that the sources of the store will have; None where that shows only once files are read."""
+    if not config.recipe:
+        return sources.forecast(config.source)
+    try:
+        return [origin.name for origin in origins_of(config)]
+    except UserMistake:
+        return None
+
+
 def _check_conversations(config: Config) -> list[Problem]:
     problems = [Problem(f"chat.{problem.where}", problem.message) for problem in check_chat(config.chat)]
-    problems += check_source(config.source)
+    problems += _check_recipe(config)
+    problems += [] if config.recipe else check_source(config.source)
     if config.source.synthetic_rows:
         message = "only a task makes rows; name one in task, or give inputs alone"
         problems.append(Problem("source.synthetic_rows", message))
@@ -92,9 +151,10 @@ def _check_conversations(config: Config) -> list[Problem]:
 
 
 def _check_files(config: Config) -> Iterator[Problem]:
-    for place, name in enumerate(config.source.inputs):
-        if not Path(name).expanduser().is_file():
-            yield Problem(f"source.inputs[{place}]", f"no file {name}; give files that exist")
+    for place, origin in enumerate(origins_of(config)):
+        if not origin.path.is_file():
+            where = f"recipe_sources ({origin.name})" if config.recipe else f"source.inputs[{place}]"
+            yield Problem(where, f"no file {origin.path}; give files that exist")
     if is_path(config.tokenizer) and not Path(config.tokenizer).expanduser().is_dir():
         yield Problem("tokenizer", f"no folder {config.tokenizer}; give a tokenizer's folder or a hub name")
 
@@ -106,13 +166,13 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
     """
     if not 0 <= index < count:
         raise ValueError(f"element {index} of {count}")
-    problems = [*check(config), *_check_files(config)]
+    problems = check(config) or list(_check_files(config))
     if problems:
         raise UserMistake(problems)
     writer = StoreWriter(out)
     with _line_maker(config) as lines_of:
         element = _Element(config, lines_of, writer, progress)
-        sheets = [element.add_file(place, name, index, count) for place, name in enumerate(config.source.inputs)]
+        sheets = [element.add_file(place, origin, index, count) for place, origin in enumerate(origins_of(config))]
         if config.source.synthetic_rows:
             sheets.append(element.add_synthetic(len(sheets), index, count))
     facts = writer.close()
@@ -120,8 +180,13 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
 
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """Join the shards of all elements, in element order, into one store in the empty folder `out`; return its facts."""
-    return join(parts, out, config.dedupe)
+    """Join the shards of all elements, in element order, into one store in the empty folder `out`; return its facts.
+
+    With a recipe its rows are drawn, and those held out make a store of their own in OUT/validation.
+    """
+    if not config.recipe:
+        return join(parts, out, config.dedupe)
+    return join(parts, out, config.dedupe, recipe_of(config), [origin.source for origin in origins_of(config)])
 
 
 # -- records to rows, in this process or in workers --------------------------------------------------------------------
@@ -151,7 +216,7 @@ class _Rows:
     """Represents one shard's rows of conversations or of a task; made once in every process that works on it."""
 
     def __init__(self, config: Config):
-        self.max_tokens, self.is_task = config.max_tokens, bool(config.task)
+        self.max_tokens, self.is_task, self.ignored = config.max_tokens, bool(config.task), config.chat.ignored
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.check_end()
         if config.task:
@@ -164,13 +229,17 @@ class _Rows:
 
     def _line(self, raw: Any) -> Line:
         """Return what became of a record; `raw` is a line as bytes, or a value that was read from JSON or Parquet."""
+        view, raw = (raw.view, raw.raw) if isinstance(raw, Viewed) else (None, raw)
         if readers.is_blank(raw):
             return Malformed("blank_line")
         record = readers.Record(None, raw) if self.is_task else readers.record_of(raw)  # a task parses its lines itself
         if record.problem:
             return Malformed("malformed_line", record.problem)
         try:
-            return [self._kept(row) for row in self._rows_of(record.value)] or Malformed("no_rows")
+            value = view.apply(record.value, self.ignored) if view else record.value
+            if view and value is None:
+                return Malformed("not_chosen")
+            return [self._kept(row) for row in self._rows_of(value)] or Malformed("no_rows")
         except BadRecord as error:
             return Malformed(error.bucket, str(error))
         except UserMistake as mistake:
@@ -217,6 +286,13 @@ class TaskRows:
 
 class SyntheticRow(NamedTuple):
     number: int
+
+
+class Viewed(NamedTuple):
+    """Holds a record as a share gives it, and what the recipe takes of it."""
+
+    view: View
+    raw: Any
 
 
 LinesOf = Callable[[Iterable[list[Any]]], Iterator[list[Line]]]
@@ -282,11 +358,11 @@ class _Element:
         self.writer = writer
         self.progress = progress
 
-    def add_file(self, source: int, name: str, index: int, count: int) -> SourceBalance:
-        path = Path(name).expanduser()
-        share = open_share(path, index, count, self.config.format)
+    def add_file(self, source: int, origin: Origin, index: int, count: int) -> SourceBalance:
+        name, view = origin.name, origin.view
+        share = open_share(origin.path, index, count, self.config.format)
         sheet = SourceBalance(name)
-        for line in self._lines(share):
+        for line in self._lines((Viewed(view, raw) for raw in share) if view else share):
             sheet.lines += 1
             if sheet.lines % _REPORT_EVERY == 0:
                 self.progress(share.done, share.total, share.unit, name)
