@@ -27,7 +27,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +46,8 @@ class Placement(Site):
     """Where a phase would run, as far as its `check` needs to know: sizes, not names of partitions."""
 
     elements: int = 1
+    # Of the phases that it follows element by element (aftercorr): folder -> how many elements that phase has.
+    partners: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

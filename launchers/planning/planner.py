@@ -246,6 +246,10 @@ class _Planner:
             gpu_mem_gib=resources.gpu_mem_gib,
             environment=self.cluster.profile.env.set,
             elements=phase.elements,
+            partners={
+                folders[name]: self.planned[name].frozen.elements
+                for name in standing.partners(frozen, {name: each.frozen for name, each in self.planned.items()})
+            },
             forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
         )
         for problem in phase.kind.check(config, placement):
