@@ -7,7 +7,8 @@ every number of elements, workers and chunk sizes.
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
        │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
        │ malformed_record │ empty_assistant,         │ turn_unclear, reasoning_lost, tool_call_lost,
-       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained, …
+       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained,
+       │ not_chosen       │                          │ contaminated, …
                           │ refused_key, openthoughts_markers
 """
 
@@ -35,6 +36,7 @@ from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
 from data_tools.packs.store import Provenance, RowText, StoreWriter, row_text
+from data_tools.prepare.contamination import NGRAM, Contamination
 from data_tools.progress import Progress, silent
 from data_tools.recipes import recipe as recipes
 from data_tools.recipes.recipe import Files, Origin, Recipe
@@ -69,6 +71,10 @@ class Config:
     chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
     format: str = setting("auto", "format of the files, plain or under gzip or zstd", choices=FORMATS)
     max_tokens: int = setting(0, "tokens of a row, end token included; 0: no limit", unit="tokens", least=0)
+    evaluation_sets: list[str] = setting(
+        list, "files of evaluation sets; rows that hold one of their questions go (phase decontaminate has the rule)",
+        input=True, keyed="if_set",
+    )  # fmt: skip
     dedupe: bool = setting(True, "of equal rows, the same text with the same loss mask, the first is kept")
     on_bad_row: str = setting("fail", "what a malformed record does: bucket counts it", choices=ON_BAD_ROW)
     encoder: str = setting("auto", "what encodes; all give the same ids", choices=ENCODERS, keyed=False)
@@ -166,7 +172,8 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
     """
     if not 0 <= index < count:
         raise ValueError(f"element {index} of {count}")
-    problems = check(config) or list(_check_files(config))
+    problems = check(config)
+    problems += [] if problems and config.recipe else _check_files(config)
     if problems:
         raise UserMistake(problems)
     writer = StoreWriter(out)
@@ -217,6 +224,7 @@ class _Rows:
 
     def __init__(self, config: Config):
         self.max_tokens, self.is_task, self.ignored = config.max_tokens, bool(config.task), config.chat.ignored
+        self.evaluated = Contamination(NGRAM).add_files([Path(name).expanduser() for name in config.evaluation_sets])
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.check_end()
         if config.task:
@@ -250,6 +258,8 @@ class _Rows:
             return row
         if self.max_tokens and len(row.ids) > self.max_tokens:
             return Refused("too_long", len(row.ids))
+        if any(map(self.evaluated.touches, (row.prompt, row.answer))):
+            return Refused("contaminated", len(row.ids))
         return Kept(row.ids, row.mask, row_text(row.prompt, row.answer), row.turns)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from data_tools.records import readers
 
 QUESTIONS = ("question", "problem", "prompt", "instruction", "input")  # keys of an evaluation set's questions
+NGRAM = 13  # words; what is usual since GPT-3 (Brown et al., 2020, appendix C)
 SHORTEST = 5  # words; a shorter question is in too many texts
 
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[^\W_぀-ヿ㐀-鿿가-힯]+")  # a character of a script without spaces is a word

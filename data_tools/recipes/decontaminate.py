@@ -22,7 +22,16 @@ from typing import Any
 from data_tools.base.declared import setting
 from data_tools.base.durable import fsync_tree
 from data_tools.mistake import Problem, UserMistake
-from data_tools.prepare.contamination import SHORTEST, Contamination, Hit, every_text, questions_of, texts_of, words
+from data_tools.prepare.contamination import (
+    NGRAM,
+    SHORTEST,
+    Contamination,
+    Hit,
+    every_text,
+    questions_of,
+    texts_of,
+    words,
+)
 from data_tools.progress import Progress, silent
 from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
@@ -44,7 +53,7 @@ class Config:
     mix: MixConfig = setting(MixConfig, "the tasks that are evaluated: their prompts are the questions")
     evaluation_sets: list[str] = setting(list, "files of further questions", input=True)
     ngram: int = setting(
-        13, "words in a row that a row shares with a question when it holds it", unit="words", least=SHORTEST
+        NGRAM, "words in a row that a row shares with a question when it holds it", unit="words", least=SHORTEST
     )
     on_found: str = setting("drop", "what a row that holds a question does; report keeps it", choices=ON_FOUND)
     examples: int = setting(20, "rows that the table shows", unit="rows", least=0, keyed=False)

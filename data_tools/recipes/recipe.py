@@ -13,8 +13,8 @@
       smoltalk_test: {hub: "org/other:data/test-*", stop: 2000}
 
 A source without `share` is taken as far as its `stop`. The one with `share: rest` is, too, and it sets the measure of
-those with a number, or with a list of numbers whose product it is. In such a list `rest` is what the other sources leave
-of the first number, where theirs is written alike. Files come from the phase (`recipe_sources`) or from the hub's
+those with a number, or with a list of numbers whose product it is. In such a list `rest` is what is left of the first
+number by the other sources whose first is written alike. Files come from the phase (`recipe_sources`) or from the hub's
 cache; `files_of` takes those of another source. What is drawn is a pure function of the rows, the recipe and its
 parameters (draw.py).
 """

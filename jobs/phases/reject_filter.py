@@ -8,8 +8,9 @@ from typing import Any
 
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
-from data_tools.prepare import across, rejection
-from data_tools.prepare.rejection import Config, Share
+from data_tools.prepare import rejection, rejection_element, rejection_finish
+from data_tools.prepare.rejection import Config
+from data_tools.prepare.rejection_element import Share
 from jobs.kind import Placement
 from jobs.task import Task
 
@@ -27,11 +28,12 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def run(config: Config, task: Task) -> None:
-    rejection.reject_filter(config, task.out, Share(task.index, task.count, task.partners), task.progress_or_stop)
+    share = Share(task.index, task.count, task.partners)
+    rejection_element.reject_filter(config, task.out, share, task.progress_or_stop)
 
 
 def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
-    facts = across.finish(config, parts, task.out, task.progress)
+    facts = rejection_finish.finish(config, parts, task.out, task.progress)
     for name, table in facts.pop("tables").items():
         write_table(task.keep, name, **table)
     text = (

@@ -1,4 +1,4 @@
-"""What rejection looks at across prompts, once all elements have left their samples (rejection.py): JSONL chat.
+"""What rejection looks at across prompts, once all elements have left their samples: JSONL chat.
 
     same_question   a prompt that asks, word by word, what an earlier one asks
     no_band, over_band    prompts in no band of difficulty; those of a band that are too many
@@ -21,7 +21,8 @@ import numpy as np
 from data_tools.base.durable import fsync_tree, read_json
 from data_tools.base.tables import ShownTable
 from data_tools.mistake import UserMistake
-from data_tools.prepare.rejection import LEFT, ORIGINS, PROMPTS, Config
+from data_tools.prepare.rejection import Band, Config
+from data_tools.prepare.rejection_element import LEFT, ORIGINS, PROMPTS
 from data_tools.progress import Progress, silent
 from data_tools.records.balance import Balance
 
@@ -147,7 +148,7 @@ def _into_bands(samples: Sequence[_Sample], buckets: list[str], config: Config) 
     return {"title": "Bands of difficulty", "columns": columns, "rows": rows}
 
 
-def _lies_in(rate: float | None, band: Any) -> bool:
+def _lies_in(rate: float | None, band: Band) -> bool:
     return rate is not None and band.least <= rate <= band.most
 
 
