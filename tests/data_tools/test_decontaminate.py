@@ -103,8 +103,13 @@ def cleaned(config: Config, folder: Path, count: int) -> dict:
 
 def data(folder: Path) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = write(folder / "test.jsonl", [{"question": LONG, "answer": "so #### 3"}, {"question": "Why is it so, then, my dear?", "answer": "#### 1"}])  # fmt: skip
-    chats = [{"messages": [{"role": "user", "content": f"Question {number}"}, {"role": "assistant", "content": "No."}]} for number in range(30)]  # fmt: skip
+    questions = [
+        {"question": LONG, "answer": "so #### 3"},
+        {"question": "Why is it so, then, my dear?", "answer": "#### 1"},
+    ]
+    tasks = write(folder / "test.jsonl", questions)
+    said = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "No."}]
+    chats: list[dict] = [{"messages": [dict(message) for message in said], "number": number} for number in range(30)]
     chats[7]["messages"][1]["content"] = f"It goes\u2028like this: {LONG.lower()}!"
     chats[21]["messages"][0]["content"] = [{"type": "text", "text": "Hm: why is it so then, my dear"}]
     pairs = [{"problem": "one", "deepseek_solution": LONG}, {"problem": "two", "deepseek_solution": "x"}]

@@ -1,4 +1,4 @@
-"""Recipes: the seed's mixtures by name, a pure function of rows and seed, every share reported, nothing misspelt lost."""
+"""Recipes: the seed's mixtures by name, a pure function of rows and seed, shares reported, nothing misspelt lost."""
 
 import json
 from pathlib import Path
@@ -66,19 +66,19 @@ def refusal(recipe: str, params: dict | None = None) -> str:
         ("sourcse: {a: {}}", "sourcse: unknown key (did you mean sources?"),
         ("sources: {a: {shares: 1}}", "sources.a.shares: unknown key (did you mean share?"),
         ("sources: {a: {stop: -2}}", "sources.a.stop: -2 is not a whole number from 0"),
-        ("sources: {a: {view: answers_only}}", "sources.a.view: unknown view 'answers_only' (did you mean answer_only?"),
+        ("sources: {a: {view: answers_only}}", "sources.a.view: unknown view 'answers_only' (did you mean"),
         ("sources: {a: {hub: nothing}}", "sources.a.hub: 'nothing' is no dataset"),
         ("sources: {a: {share: 1.5}}", "sources.a.share: 1.5 is no share"),
-        ("sources: {a: {share: 0.5}}", "sources: one source has `share: rest`, which sets the measure of the others; none"),
+        ("sources: {a: {share: 0.5}}", "sources: one source has `share: rest`, which sets the measure of the others"),
         ("sources: {a: {share: rest}, b: {share: rest}}", "a, b have it"),
         ("sources: {a: {share: rest}, b: {share: 0.6}, c: {share: 0.4}}", "the other shares are 1 together"),
         ("params: {p: 1}\nsources: {a: {stop: '${q}'}}", "sources.a.stop: '${q}' is no parameter (did you mean p?"),
         ("params: {p: 1}\nsources: {a: {stop: '${p}0'}}", "a parameter stands alone"),
         ("by: words\nsources: {a: {}}", "by: unknown value 'words' (known: rows, tokens)"),
-        ("sources: {a: {where: {category: short}}}", "sources.a.where: {'category': 'short'} is not a mapping of columns"),
+        ("sources: {a: {where: {category: short}}}", "where: {'category': 'short'} is not a mapping of columns"),
         ("validation: {a: {}}", "sources: there are none"),
         ("sources: {a: {}}\nvalidation: {a: {}}", "stands once"),
-        ("sources: {a: {}}\nvalidation: {b: {held_out: 3}}", "validation.b.held_out: is for a source that is trained on"),
+        ("sources: {a: {}}\nvalidation: {b: {held_out: 3}}", "held_out: is for a source that is trained on"),
         ("[a]", "a recipe is a mapping of about"),
         ("sources: {a: {}, a: {}}", "not valid YAML"),
     ],
@@ -145,7 +145,8 @@ def test_the_draw_keeps_to_its_shares_and_does_not_depend_on_the_order_of_rows(r
 def test_another_seed_draws_other_rows_and_a_share_that_cannot_be_filled_may_fail() -> None:
     source_of, tokens = np.zeros(100, dtype=int), np.ones(100, dtype=int)
     hashes, first = np.arange(200, dtype=np.uint64).reshape(100, 2), np.ones(100, bool)
-    fates = [draw(Recipe("r", seed, "rows", "report", (RecipeSource("a", stop=50),)), source_of, hashes, tokens, first)[0] for seed in (1, 2)]  # fmt: skip
+    half = (RecipeSource("a", stop=50),)
+    fates = [draw(Recipe("r", seed, "rows", "report", half), source_of, hashes, tokens, first)[0] for seed in (1, 2)]
     assert 10 < (fates[0] != fates[1]).sum() and all((fate == KEPT).sum() == 50 for fate in fates)
     sources = (RecipeSource("a", share=0.5, is_rest=True), RecipeSource("b", share=0.5))
     with pytest.raises(UserMistake, match="b is 100 rows short of its share; lower the stop"):
@@ -155,17 +156,22 @@ def test_another_seed_draws_other_rows_and_a_share_that_cannot_be_filled_may_fai
 # -- views ------------------------------------------------------------------------------------------------------------
 
 
+ASKED = {"role": "user", "content": "2+2?"}
+MARKED = "<|begin_of_thought|>Two.<|end_of_thought|><|begin_of_solution|>4<|end_of_solution|>"  # OpenThoughts-114k's
+
+
 def test_answers_alone_leave_no_thought_in_any_schema() -> None:
     rows = [
         {"problem": "2+2?", "deepseek_reasoning": "Two and two.", "deepseek_solution": "4"},
         {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "<think>Two.</think>\n\n4"}]},
-        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", "reasoning_content": "Two."}]},
-        {"conversations": [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": "<|begin_of_thought|>Two.<|end_of_thought|><|begin_of_solution|>4<|end_of_solution|>"}]},
-    ]  # fmt: skip
+        {"messages": [ASKED, {"role": "assistant", "content": "4", "reasoning_content": "Two."}]},
+        {"conversations": [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": MARKED}]},
+    ]
     for row in rows:
         (conversation,) = read_record(View("answer_only").apply(row))
         assert [m["content"] for m in conversation.messages] == ["2+2?", "4"] and "wo" not in str(conversation), row
-    kept = View("answer_only").apply({"messages": [*rows[2]["messages"], {"role": "assistant", "content": "5", "weight": 0}]})  # fmt: skip
+    untrained = {"role": "assistant", "content": "5", "weight": 0}
+    kept = View("answer_only").apply({"messages": [*rows[2]["messages"], untrained]})
     assert read_record(kept)[0].untrained == {2}
     assert View("", {"category": ["short"]}).apply({"category": "code"}) is None
 
@@ -176,29 +182,41 @@ def test_a_question_with_choices_is_answered_by_its_letter() -> None:
     assert conversation.messages[1]["content"] == "\\boxed{B}" and "B. b" in conversation.messages[0]["content"]
 
 
-# -- materialize --------------------------------------------------------------------------------------------------------
+# -- materialize ------------------------------------------------------------------------------------------------------
 
 
 def chat(question: str, answer: str, **more: object) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
 
 
+def said(question: str, answer: str) -> list[dict]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     """Small files in the schemas of OpenThoughts3, smol-smoltalk, GSM8K, ARC and prepared Dolci-Think."""
     folder = tmp_path_factory.mktemp("sources")
-    rows = {
+    columns = {"difficulty": 5, "source": "ai2-adapt-dev/openmath-2-math", "domain": "math"}
+    categories = ["short", "chat", "code", "reasoning"]
+    rows: dict[str, list[dict]] = {
         "openthoughts": [
-            {"conversations": [{"from": "human", "value": f"Prove {n}"}, {"from": "gpt", "value": f"<think>Is {n} so?</think>\n\nIt is {n}."}], "difficulty": 5, "source": "ai2-adapt-dev/x", "domain": "math"}
-            for n in range(70)
+            {"conversations": said(f"Prove {n}", f"<think>So?</think>\n\n{n}"), **columns} for n in range(70)
         ],
         "smoltalk": [chat(f"Hello {n}", "Hi! " * (n % 9 + 1), source="smol-magpie-ultra") for n in range(60)],
         "gsm8k": [{"question": f"{n}+1?", "answer": f"It is <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(9)],
-        "smoltalk_test": [chat(f"Test {n}", "Yes.", source="smol-rewrite") for n in range(12)] + [chat("Hello 1", "Hi! Hi! ")],
-        "arc_test": [{"id": str(n), "question": f"Q {n}", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"} for n in range(5)],
-        "dolci": [chat(f"Do {n}", f"<think>Well {n}.</think>done {n}", source="WildChat", category=["short", "chat", "code", "reasoning"][n % 4]) for n in range(40)],
+        "smoltalk_test": [chat(f"Test {n}", "Yes.", source="smol-rewrite") for n in range(12)],
+        "arc_test": [
+            {"id": str(n), "question": f"Q {n}", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+            for n in range(5)
+        ],
+        "dolci": [
+            chat(f"Do {n}", f"<think>Well.</think>done {n}", source="WildChat", category=categories[n % 4])
+            for n in range(40)
+        ],
         "rs": [chat(f"RS {n}", f"<think>So {n}.</think>{n}", prompt_id=f"p{n}", pass_rate=0.5) for n in range(21)],
-    }  # fmt: skip
+    }
+    rows["smoltalk_test"].append(rows["smoltalk"][1])  # which is not trained on, then
     files = {}
     for name, lines in rows.items():
         (folder / name).mkdir()
@@ -328,6 +346,7 @@ def test_rows_that_hold_an_evaluated_question_are_in_no_store(tmp_path: Path, to
     rows = [chat("Hi", "Hello"), chat(f"Say: {long}?", "Noon."), chat("So", f"Well, {long.upper()}")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "set.jsonl").write_text(json.dumps({"question": long}))
-    config = Config(Source([str(tmp_path / "rows.jsonl")]), tokenizer=str(tokenizer), evaluation_sets=[str(tmp_path / "set.jsonl")])  # fmt: skip
+    source, sets = Source([str(tmp_path / "rows.jsonl")]), [str(tmp_path / "set.jsonl")]
+    config = Config(source, tokenizer=str(tokenizer), evaluation_sets=sets)
     _, facts = build(config, tmp_path, 1)
     assert facts["kept"] == 1 and facts["buckets"] == {"contaminated": 2}
