@@ -49,7 +49,10 @@ _REPORT_EVERY = 2000
 class Config:
     """The config of the phase decontaminate."""
 
-    inputs: list[str] = setting(list, "files of training data, of any format and schema", needed=True, input=True)
+    inputs: list[str] = setting(
+        list, "files of training data, of any format and schema; none: the questions are collected, for other phases",
+        input=True,
+    )  # fmt: skip
     mix: MixConfig = setting(MixConfig, "the tasks that are evaluated: their prompts are the questions")
     evaluation_sets: list[str] = setting(list, "files of further questions", input=True)
     ngram: int = setting(

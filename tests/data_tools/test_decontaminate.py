@@ -132,7 +132,7 @@ def test_rows_with_a_question_go_and_are_told_the_same_for_any_number_of_element
     ]  # fmt: skip
     lines = Path(config.inputs[0]).read_text().split("\n")
     assert (out / "chats.jsonl").read_text().split("\n") == lines[:7] + lines[8:21] + lines[22:]
-    assert facts["tables"]["contamination"]["rows"] == [["gsm8k_test", 2, 2, 3, 1]]
+    assert facts["tables"]["contamination"]["rows"] == [["gsm8k_test", 2, 2, 3, 2]]
     assert len(facts["tables"]["examples"]["rows"]) == 3
 
 
