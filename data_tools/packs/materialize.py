@@ -57,6 +57,10 @@ class Config:
     """The config of the phase materialize."""
 
     source: Source = setting(Source, "where the rows come from")
+    tokenizer: str = setting("", "a folder or a hub name", needed=True, input="hub")
+    task: str = setting("", 'the task whose rows these are; "": they are conversations', module=True)
+    task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
+    chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
     recipe: str = setting(
         "", "or a recipe: one that comes with afterok, or a YAML file; it names sources, shares and validation rows",
         input=FILE_OR_NAME, keyed=False, free=True,
@@ -65,10 +69,6 @@ class Config:
     recipe_sources: dict[str, Files] = setting(
         dict, "files of the recipe's sources, by their names, in place of the hub's cache", keyed="if_set"
     )
-    tokenizer: str = setting("", "a folder or a hub name", needed=True, input="hub")
-    task: str = setting("", 'the task whose rows these are; "": they are conversations', module=True)
-    task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
-    chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
     format: str = setting("auto", "format of the files, plain or under gzip or zstd", choices=FORMATS)
     max_tokens: int = setting(0, "tokens of a row, end token included; 0: no limit", unit="tokens", least=0)
     evaluation_sets: list[str] = setting(

@@ -72,7 +72,7 @@ def refusal(recipe: str, params: dict | None = None) -> str:
         ("sources: {a: {share: 0.5}}", "sources: one source has `share: rest`, which sets the measure of the others"),
         ("sources: {a: {share: rest}, b: {share: rest}}", "a, b have it"),
         ("sources: {a: {share: rest}, b: {share: 0.6}, c: {share: 0.4}}", "the other shares are 1 together"),
-        ("params: {p: 1}\nsources: {a: {stop: '${q}'}}", "sources.a.stop: '${q}' is no parameter (did you mean p?"),
+        ("params: {p: 1}\nsources: {a: {stop: '${q}'}}", "sources.a.stop: '${q}' is no parameter (known: p)"),
         ("params: {p: 1}\nsources: {a: {stop: '${p}0'}}", "a parameter stands alone"),
         ("by: words\nsources: {a: {}}", "by: unknown value 'words' (known: rows, tokens)"),
         ("sources: {a: {where: {category: short}}}", "where: {'category': 'short'} is not a mapping of columns"),
