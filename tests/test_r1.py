@@ -104,9 +104,9 @@ def small(nanochat: Path, files: dict[str, str]) -> list[str]:
     given = [f"params.{param}={{inputs: [{files[name]}]}}" for param, name in chats.items()]
     given += tasks(files, gsm8k="gsm8k", gsm8k_test="gsm8k_test", dapo="dapo", science="choices",
                    math500="math500", aime="aime")  # fmt: skip
-    sizes = ["pack_length=256", "global_batch=2", "warmup_steps=0", "cold_steps=2", "grpo_steps=1", "rs_steps=2", "prompts=2",
-             "samples=2", "max_tokens=8", "evaluation_samples=2", "elements=2"]  # fmt: skip
-    given += [f"params.{size}" for size in [f"nanochat={nanochat}", "tag=d2", *sizes]]
+    sizes = "pack_length=256 global_batch=2 warmup_steps=0 cold_steps=2 grpo_steps=1 rs_steps=2 prompts=2 samples=2"
+    sizes += " max_tokens=8 evaluation_samples=2 elements=2"
+    given += [f"params.{size}" for size in [f"nanochat={nanochat}", "tag=d2", *sizes.split()]]
     engine = "engine={kv_gib: 0.05, block_size: 16, max_batch: 16}"
     phases = ("cold_evaluated", "grpo", "grpo_evaluated", "sampled", "rs_evaluated")
     given += [f"{phase}.with.{engine}" for phase in phases]
