@@ -1,7 +1,8 @@
 """The R1 pipelines from a nanochat checkpoint to an export, small, on a CPU: what the seed's commands give here.
 
-The model is random, so that nothing it says is right: rejection keeps samples by `correct: false`. What is tested is
-that each phase reads what the one before wrote, in the real schemas.
+The model is random, so that nothing it says is right: GRPO gets the length of an answer as its reward, and rejection
+keeps samples by `correct: false`. What is tested is that each phase reads what the one before wrote, in the real
+schemas.
 """
 
 import json
@@ -16,6 +17,7 @@ from data_tools.base import durable
 from tests.command import ROOT, afterok, afterok_json
 from tests.megatron_ext import test_nanochat, test_nanochat_tokenizer
 
+LENGTH = "tests.data_tools.tasks.verifiers:length"
 WORDS = "one two three four five six seven eight nine ten".split()
 
 
@@ -102,8 +104,8 @@ def small(nanochat: Path, files: dict[str, str]) -> list[str]:
     chats = {"openthoughts": "openthoughts", "smoltalk": "smoltalk", "gsm8k_chats": "gsm8k", "dolci": "dolci",
              "smoltalk_test": "smoltalk_test", "arc_test": "choices"}  # fmt: skip
     given = [f"params.{param}={{inputs: [{files[name]}]}}" for param, name in chats.items()]
-    given += tasks(files, gsm8k="gsm8k", gsm8k_test="gsm8k_test", dapo="dapo", science="choices",
-                   math500="math500", aime="aime")  # fmt: skip
+    given += tasks(files, gsm8k="gsm8k", gsm8k_test="gsm8k_test", science="choices", math500="math500", aime="aime")
+    given += [f"params.dapo={{task: '{LENGTH}', source: {{inputs: [{files['dapo']}]}}}}"]
     sizes = "pack_length=256 global_batch=2 warmup_steps=0 cold_steps=2 grpo_steps=1 rs_steps=2 prompts=2 samples=2"
     sizes += " max_tokens=8 evaluation_samples=2 elements=2"
     given += [f"params.{size}" for size in [f"nanochat={nanochat}", "tag=d2", *sizes.split()]]
@@ -170,7 +172,8 @@ def test_gsm8k_by_reinforcement_runs_from_a_nanochat_checkpoint(
 ) -> None:
     given = [f"params.{size}" for size in (f"nanochat={nanochat}", "tag=d2", "steps=1", "prompts=2", "samples=2",
                                            "max_tokens=8", "evaluation_prompts=1")]  # fmt: skip
-    given += tasks(files, gsm8k="gsm8k", gsm8k_test="gsm8k_test")
+    given += tasks(files, gsm8k_test="gsm8k_test")
+    given += [f"params.gsm8k={{task: '{LENGTH}', source: {{inputs: [{files['dapo']}]}}}}"]
     engine = "engine={kv_gib: 0.05, block_size: 16, max_batch: 16}"
     given += [f"{phase}.with.{engine}" for phase in ("before", "grpo", "after")]
     given += [f"{phase}.resources={{role: cpu}}" for phase in ("before", "grpo", "after")]
