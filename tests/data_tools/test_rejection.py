@@ -11,6 +11,8 @@ from data_tools.mistake import UserMistake
 from data_tools.prepare.rejection import Band, Config, buckets_of, check, split_thinking
 from data_tools.prepare.rejection_element import Share, reject_filter
 from data_tools.prepare.rejection_finish import finish
+from jobs.kind import Placement
+from jobs.phases import reject_filter as reject_phase
 from tests.inputs import Inputs
 
 
@@ -343,6 +345,14 @@ def test_behind_generate_element_by_element_the_bytes_are_those_of_all_samples_a
     twice.mkdir()
     with pytest.raises(UserMistake, match="samples of 14 prompts lie in two elements"):
         finish(Config(inputs=[], **EVERYTHING), [parts[0], parts[0]], twice)
+
+
+def test_fewer_elements_than_the_samples_have_are_refused_before_anything_runs() -> None:
+    """Element by element behind more of them, some samples would be read by none."""
+    partners = {"/run/sampled/k": 3}
+    (problem,) = reject_phase.check(Config(["/run/sampled/k"]), Placement(ranks=1, elements=2, partners=partners))
+    assert "/run/sampled/k has 3 elements, of which 2 would be read one by one (aftercorr); say" in str(problem)
+    assert not reject_phase.check(Config(["/run/sampled/k"]), Placement(ranks=1, elements=3, partners=partners))
 
 
 def test_without_labels_the_answer_of_most_is_right_and_a_tie_is_none(tmp_path: Path) -> None:
