@@ -120,7 +120,8 @@ def origins(recipe: Recipe, given: Mapping[str, Files]) -> list[Origin]:
                 problems += mistake.problems
         short = sources.short_names([str(file) for file in files])
         view = View(source.view, dict(source.where)) if source.view or source.where else None
-        found += [Origin(f"{source.name}/{name}", file, view, number) for name, file in zip(short, files)]
+        folder = f"{sources.VALIDATION if source.is_validation else ''}{source.name}"
+        found += [Origin(f"{folder}/{name}", file, view, number) for name, file in zip(short, files)]
     if problems:
         raise UserMistake(problems)
     return found

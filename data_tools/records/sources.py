@@ -21,6 +21,7 @@ from typing import Any
 from data_tools.mistake import Problem, nearest
 
 EXACT, PATH, FOLDER, PATTERN = 4, 3, 2, 1
+VALIDATION = "validation/"  # begins the names of a recipe's sources that have no rows to train on
 _WILD = "*?["
 # RUN/PHASE/KEY, or in it the folder of the attempt that was sealed: jobs/artifacts/layout.py.
 _MADE = re.compile(r"^.*(/[a-z][a-z0-9_]*/[0-9a-f]{16})(?:/work/[^./]+\.a\d+\.r\d+\.g\d+)?(?=/|$)")
@@ -107,7 +108,8 @@ def check(weights: Mapping[str, float], overlong_of: Mapping[str, str], names: S
     """Return what is wrong with the keys of a pack's settings for a store with these sources."""
     _, problems = by_source("overlong_of", overlong_of, names)
     found, wrong = by_source("weights", weights, names)
-    missing = [name for name, weight in zip(names, found) if weights and weight is None]
+    needed = [(name, weight) for name, weight in zip(names, found) if weights and not name.startswith(VALIDATION)]
+    missing = [name for name, weight in needed if weight is None]
     return (
         problems
         + wrong

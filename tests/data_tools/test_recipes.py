@@ -18,6 +18,7 @@ from data_tools.packs.store import Store
 from data_tools.recipes.draw import KEPT, NOT_DRAWN, VALIDATION, draw
 from data_tools.recipes.recipe import Files, Recipe, RecipeSource, names, resolve, told, unread
 from data_tools.recipes.views import View
+from data_tools.records import sources
 from data_tools.records.balance import Balance
 from data_tools.tasks.task import Source
 from jobs.kind import inputs as inputs_of
@@ -295,9 +296,11 @@ def test_a_source_of_a_recipe_is_a_source_of_packs_by_its_name(
     store, _ = build(config, tmp_path, 2)
     out = tmp_path / "packs"
     out.mkdir()
-    weights = {"openthoughts": 0.5, "smoltalk": 0.5, "gsm8k": 0, "smoltalk_test": 0, "arc_test": 0}
+    weights = {"openthoughts": 0.5, "smoltalk": 0.5, "gsm8k": 0}
     facts = pack(PackConfig(store=str(store), pack_length=512, weights=weights), out)
-    assert facts["packs"] and phase.forecast(config, None)["sources"][0] == "smoltalk_test/train-00000.jsonl"
+    assert facts["packs"] and phase.forecast(config, None)["sources"][0] == "validation/smoltalk_test/train-00000.jsonl"
+    (problem,) = sources.check({"openthoughts": 1, "gsm8k": 0}, {}, ["openthoughts/a", "gsm8k/b", "smoltalk/a"])
+    assert "source smoltalk/a has none" in problem.message
 
 
 def test_what_a_recipe_came_to_is_in_the_key_and_neither_its_name_nor_its_words(tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ KINDS = {  # of each key, values of other types than it has
     "tokens": [None, True, "3", 3.0, -1], "finish": [None, "", "done", True],
     "correct": ["false", "true", 0, 1, 1.0, []],
     "reward": ["1", True, float("nan"), float("inf")], "sample": ["0", 0.0, True], "seed": ["7", 7.5], "weights": [7],
+    "sampling": ["0.7"],
     "messages": [[], "q", [{"role": "user", "content": "q"}]],
 }  # fmt: skip
 
