@@ -40,6 +40,14 @@ def test_a_text_holds_a_question_by_its_words_in_a_row(text: str, hit: bool) -> 
     assert known(LONG, "How many apples are left now", "Prove it").touches(text) == hit
 
 
+def test_questions_may_be_added_between_two_texts() -> None:
+    held = known(LONG)
+    assert not held.touches("how many apples are left now")
+    held.add("other", ["How many apples are left now?"])
+    hit = held.find("how many apples are left now, then")
+    assert hit is not None and (hit.evaluation, hit.number, hit.is_whole) == ("other", 0, True) and held.touches(LONG)
+
+
 def runs_of(text: str, size: int) -> set[tuple[str, ...]]:
     spelled = words(text)
     return {tuple(spelled[i : i + size]) for i in range(len(spelled) - size + 1)}
