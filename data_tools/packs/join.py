@@ -15,7 +15,7 @@ import numpy as np
 from data_tools.chats.fields import remedies
 from data_tools.mistake import UserMistake
 from data_tools.packs.store import Store, StoreFacts, StoreWriter
-from data_tools.recipes.draw import BUCKETS, DUPLICATE, KEPT, VALIDATION, draw
+from data_tools.recipes.draw import BUCKETS, DUPLICATE, KEPT, VALIDATION, draw, undrawn
 from data_tools.recipes.recipe import Recipe
 from data_tools.records.balance import Balance, SourceBalance
 
@@ -58,6 +58,10 @@ def join(
         numbers = np.repeat([source_of[piece.source] for piece in pieces], [p.stop - p.start for p in pieces])
         hashes = np.concatenate([piece.row_hashes() for piece in pieces])
         lengths = np.concatenate([piece.store.lengths[piece.start : piece.stop] for piece in pieces])
+        if dedupe:  # a row that a validation set has and does not take may be trained on
+            left = undrawn(recipe, numbers, hashes, first)
+            is_validation = np.array([source.is_validation for source in recipe.sources])[numbers]
+            first = np.where(is_validation, first, _first_of_equals(pieces, left))
         fate, table, short = draw(recipe, numbers, hashes, lengths.astype(np.int64), first)
         drawn = {"recipe": {"name": recipe.name, **recipe.plain()}, "short": short, "recipe_table": table}
     writer = StoreWriter(out)
@@ -167,15 +171,16 @@ def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
     return pieces
 
 
-def _first_of_equals(pieces: list[_Piece]) -> np.ndarray:
+def _first_of_equals(pieces: list[_Piece], passed: np.ndarray | None = None) -> np.ndarray:
     """Return bool[rows]: whether no earlier row has the same text, by its 128-bit hash, and the same loss mask.
 
-    Takes 40 bytes a row at the peak.
+    Rows that are `passed` over, bool[rows], are earlier than none. Takes 40 bytes a row at the peak.
     """
     words = np.concatenate([piece.row_hashes() for piece in pieces])
     order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal rows stay in their order
+    order = order if passed is None else order[~passed[order]]
     ordered = words[order]
-    repeats = np.zeros(len(words), dtype=bool)  # of the row before, in that order
+    repeats = np.zeros(len(order), dtype=bool)  # of the row before, in that order
     repeats[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
     first = np.ones(len(words), dtype=bool)
     ends = np.cumsum([piece.stop - piece.start for piece in pieces])

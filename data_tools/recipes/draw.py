@@ -45,18 +45,33 @@ def draw(
     fate = np.where(first, NOT_DRAWN, DUPLICATE).astype(np.uint8)
     drawn = {}
     for number, source in enumerate(recipe.sources):
-        rows = np.flatnonzero((source_of == number) & first)
-        order = rows[np.argsort(_places(recipe.seed, source.name, hashes[rows]), kind="stable")]
+        order = _in_order(recipe, number, source_of, hashes, first)
         if source.is_validation:
             fate[order[: source.stop or None]] = VALIDATION
             continue
         fate[order[: source.held_out]] = VALIDATION
         left = order[source.held_out :][: source.stop or None]
-        drawn[source.name] = _Drawn(len(rows), left, np.cumsum(tokens[left], dtype=np.int64))
+        drawn[source.name] = _Drawn(len(order), left, np.cumsum(tokens[left], dtype=np.int64))
     short = _take(recipe, drawn)
     for given in drawn.values():
         fate[given.order[: given.taken]] = KEPT
     return fate, _table(recipe, drawn, fate, source_of, tokens), short
+
+
+def undrawn(recipe: Recipe, source_of: np.ndarray, hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Return bool[rows]: which rows of validation sets `draw` does not take."""
+    left = np.zeros(len(source_of), dtype=bool)
+    for number, source in enumerate(recipe.sources):
+        if source.is_validation:
+            left |= source_of == number
+            left[_in_order(recipe, number, source_of, hashes, first)[: source.stop or None]] = False
+    return left
+
+
+def _in_order(recipe: Recipe, number: int, source_of: np.ndarray, hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Return the rows of a source that equal none before them, in the order in which they are drawn."""
+    rows = np.flatnonzero((source_of == number) & first)
+    return rows[np.argsort(_places(recipe.seed, recipe.sources[number].name, hashes[rows]), kind="stable")]
 
 
 def _places(seed: int, name: str, hashes: np.ndarray) -> np.ndarray:

@@ -273,6 +273,23 @@ def contents_of(folder: Path) -> dict[str, object]:
     return {path.name: contents_of(path) if path.is_dir() else path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def test_what_a_validation_set_leaves_may_be_trained_on_and_what_it_takes_never(
+    tmp_path: Path, tokenizer: Path, real: dict[str, Files]
+) -> None:
+    """The same file is both, with a stop; some of its rows stand there twice."""
+    rows = [json.loads(line) for name in real["openthoughts"].inputs for line in open(name)]
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:9]]))
+    sources = {"openthoughts": Files([str(twice)]), "smoltalk_test": Files([str(twice)])}
+    config = Config(
+        recipe="r1_ot", recipe_params={"val_smoltalk_stop": 30}, recipe_sources=sources, tokenizer=str(tokenizer)
+    )
+    store, facts = build(config, tmp_path, 2)
+    assert (facts["kept"], facts["validation"]["rows"]) == (40, 30)
+    hashes = [Store(folder).row_hashes.tolist() for folder in (store, store / "validation")]
+    assert len({tuple(words) for words in hashes[0] + hashes[1]}) == 70
+
+
 @pytest.mark.parametrize("recipe, params, kept", [
     ("r1_ot", {"ot_stop": 20}, {"openthoughts": 20}),
     ("dolci_mid", {"dolci_stop": 30}, {"dolci": 30}),

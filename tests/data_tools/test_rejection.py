@@ -319,7 +319,8 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING, {"near_duplicate": 1.0, "majority": 0.1}], ids=["", "all", "few"])
 def test_any_number_of_elements_leaves_the_same_bytes(tmp_path: Path, values: dict) -> None:
-    rows = many_samples()
+    rows = [*many_samples(), {"prompt_id": 3}, "\n", [4]]
+    values = {**values, "on_bad_row": "drop"}
     one, _ = filtered(tmp_path, rows, **values)
     bytes_of_one = (tmp_path / "out/chat.jsonl").read_bytes()
     assert bytes_of_one and sum(buckets(one).values()) == len(rows)
