@@ -221,6 +221,7 @@ def finish(config: Config, parts: Sequence[Path], out: Path) -> dict[str, Any]:
     return {
         "rows": total.rows,
         "kept": total.kept,
+        "questions": sum(asked_of.values()),
         "contaminated": len(found),
         "by_evaluation": {name: rows[name] for name in asked_of},
         "tables": {

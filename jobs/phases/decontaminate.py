@@ -23,6 +23,9 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     facts = decontaminate.finish(config, parts, task.out)
     for name, table in facts.pop("tables").items():
         write_table(task.keep, name, **table)
+    asked = f"{facts['questions']:,} questions of {len(facts['by_evaluation'])} evaluation sets"
+    if not config.inputs:
+        return {"headline": asked, **facts}
     by_set = ", ".join(f"{rows:,} of {name}" for name, rows in facts["by_evaluation"].items() if rows)
     text = f"{facts['contaminated']:,} of {facts['rows']:,} rows hold a question{f' ({by_set})' if by_set else ''}"
-    return {"headline": f"{text}, {facts['kept']:,} kept", **facts}
+    return {"headline": f"{asked}; {text}, {facts['kept']:,} kept", **facts}

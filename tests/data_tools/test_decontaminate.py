@@ -133,7 +133,7 @@ def test_rows_with_a_question_go_and_are_told_the_same_for_any_number_of_element
     facts = cleaned(config, tmp_path, count)
     out = tmp_path / f"out_{count}"
     assert (facts["rows"], facts["kept"], facts["contaminated"]) == (32, 29, 3)
-    assert facts["by_evaluation"] == {"gsm8k_test": 3}
+    assert (facts["by_evaluation"], facts["questions"]) == ({"gsm8k_test": 3}, 2)
     found = [json.loads(line) for line in open(out / "found.jsonl")]
     assert [(Path(row["input"]).name, row["row"], row["question"]) for row in found] == [
         ("chats.jsonl", 8, 1), ("chats.jsonl", 22, 2), ("ot.jsonl", 1, 1),
