@@ -194,6 +194,7 @@ class _Reader:
             self._note("sources", "there are none; a recipe names at least one")
         if len(twice := {source.name for source in sources}) < len(sources):
             self._note("validation", f"each of {', '.join(sorted(twice))} stands once, in sources or in validation")
+        sources = [self._with_files(source, sources) for source in sources]
         written = raw.get("sources")
         sources = self._with_rest(sources, written if isinstance(written, dict) else {})
         found = Recipe(
@@ -324,6 +325,19 @@ class _Reader:
             held_out=self._value(of, "held_out", 0, int, prefix),
             is_validation=is_validation,
         )
+
+    def _with_files(self, source: RecipeSource, sources: list[RecipeSource]) -> RecipeSource:
+        """Return a source that takes the files of another one with where those are."""
+        if not source.files_of:
+            return source
+        other = next((each for each in sources if each.name == source.files_of and each.name != source.name), None)
+        if other is None:
+            known = [each.name for each in sources if each.name != source.name]
+            self._note(
+                f"sources.{source.name}.files_of", f"no source {source.files_of!r}{nearest(source.files_of, known)}"
+            )
+            return source
+        return replace(source, hub=source.hub or other.hub, about=source.about or other.about)
 
     def _stop(self, of: Mapping[str, Any], prefix: str) -> int:
         """Return the most rows of a source; nanochat writes -1 for all."""

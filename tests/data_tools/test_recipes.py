@@ -52,6 +52,8 @@ def test_parameters_change_what_they_name_and_the_rest_follows() -> None:
     assert mixed["openthoughts"].stop == 1000 and mixed["openthoughts"].share == 0.5 == mixed["smoltalk"].share
     assert {s.name: s.stop for s in resolve("r1_ot_mixed", {"gsm8k_stop": -1}).sources}["gsm8k"] == 0  # nanochat's all
     rs = {s.name: s.share for s in resolve("r1_rs_sft", {"chat_ratio": 0.5, "chat_ot_answer_ratio": 0.5}).sources}
+    trace, answers = (s for s in resolve("r1_rs_sft", {}).sources if s.name.startswith("openthoughts"))
+    assert trace.hub == answers.hub != ""  # one data set, two views of it
     assert rs["smoltalk"] == pytest.approx(0.5 * 0.45) and rs["rs"] == 0.5  # the chats stay half of all
 
 
@@ -68,6 +70,7 @@ def refusal(recipe: str, params: dict | None = None) -> str:
         ("sources: {a: {shares: 1}}", "sources.a.shares: unknown key (did you mean share?"),
         ("sources: {a: {stop: -2}}", "sources.a.stop: -2 is not a whole number from 0"),
         ("sources: {a: {view: answers_only}}", "sources.a.view: unknown view 'answers_only' (did you mean"),
+        ("sources: {aa: {}, b: {files_of: ab}}", "sources.b.files_of: no source 'ab' (did you mean aa?"),
         ("sources: {a: {hub: nothing}}", "sources.a.hub: 'nothing' is no dataset"),
         ("sources: {a: {share: 1.5}}", "sources.a.share: 1.5 is no share"),
         ("sources: {a: {share: 0.5}}", "sources: one source has `share: rest`, which sets the measure of the others"),
