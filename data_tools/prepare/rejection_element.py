@@ -85,7 +85,8 @@ def sample_files(inputs: Sequence[str], key: str = "inputs") -> list[Path]:
     return files
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """Says which prompts are an element's: all of the files in the folders of its partners, of others those whose
     names' hash is `index` modulo `count`."""
 
@@ -219,14 +220,10 @@ def _write(
                 progress(done, len(groups), "prompts")
             rows = [_read(waiting, place.offset) for place in group.places]
             rate, agreement, buckets = _judged(group, rows, config)
-            chosen = [place for place, bucket in enumerate(buckets) if not bucket]
-            beside = buckets_of(
-                [rows[place]["completion"] for place in chosen],
-                [group.places[place].tokens for place in chosen],
-                config,
-            )
-            for place, bucket in zip(chosen, beside):
-                buckets[place] = bucket
+            chosen = [number for number, bucket in enumerate(buckets) if not bucket]
+            texts, tokens = [rows[n]["completion"] for n in chosen], [group.places[n].tokens for n in chosen]
+            for number, bucket in zip(chosen, buckets_of(texts, tokens, config)):
+                buckets[number] = bucket
             for place, row, bucket in zip(group.places, rows, buckets):
                 if bucket:
                     sheets[place.file].refuse(bucket, place.tokens)

@@ -204,9 +204,9 @@ def finish(config: Config, parts: Sequence[Path], out: Path) -> dict[str, Any]:
     fsync_tree(out)
     asked_of = Counter(line["evaluation"] for line in _lines(out / QUESTIONS))
     rows = Counter(row["evaluation"] for row in found)
-    whole = Counter(row["evaluation"] for row in found if row["whole"])
+    all_of_it = Counter(row["evaluation"] for row in found if row["whole"])
     hit = Counter(name for name, _ in {(row["evaluation"], row["question"]) for row in found})
-    by_set = [[name, asked_of[name], hit[name], rows[name], whole[name]] for name in asked_of]
+    by_set = [[name, asked_of[name], hit[name], rows[name], all_of_it[name]] for name in asked_of]
     shown = [
         [
             f"{row['input']}:{row['row']}",

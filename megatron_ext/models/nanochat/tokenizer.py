@@ -79,7 +79,8 @@ def _read(path: Path | None) -> tuple[str, dict[bytes, int], dict[str, int]]:
         raise UserMistake(Problem(str(path), f"is no tokenizer of nanochat: {error}")) from None
     if not isinstance(state, dict):
         raise UserMistake(Problem(str(path), "is no tokenizer of nanochat: no tiktoken Encoding with its own ranks"))
-    pattern, ranks, special = (state.get(key) for key in ("pat_str", "mergeable_ranks", "special_tokens"))
+    values: list[Any] = [state.get(key) for key in ("pat_str", "mergeable_ranks", "special_tokens")]
+    pattern, ranks, special = values
     if not (isinstance(pattern, str) and _are_ids(ranks, bytes) and _are_ids(special, str)):
         raise UserMistake(Problem(str(path), "has no pat_str, mergeable_ranks and special_tokens of their types"))
     if missing := [name for name in (BOS, END) if name not in special]:
