@@ -15,6 +15,7 @@
 Loading collects all violations, each with file, key and value, and raises them together as one UserMistake.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
 from jobs.schema.problems import Problems
-from jobs.schema.references import Resolver, references
+from jobs.schema.references import PARAM, Resolver, references
 from jobs.schema.typed import structured
 from jobs.schema.variables import Variable, beaten, declared, given
 from slurm.profile.schema import Request
@@ -118,6 +119,7 @@ class _Loader:
     def __init__(self, path: Path, overrides: list[str], environment: Mapping[str, str]):
         self.path, self.overrides, self.environment = path, overrides, environment
         self.problems = Problems(path)
+        self.of_phases: list[tuple[list[str], Any]] = []  # (parts of a dotted key, value) of overrides, in their order
 
     def load(self) -> Pipeline:
         """Return the pipeline. Raises UserMistake with all problems."""
@@ -125,6 +127,8 @@ class _Loader:
         names = declared(raw.get("variables") or {}, self.problems)
         variables = self._apply_variables(raw, names)
         cluster = self._apply_overrides(raw, [variable.override for variable in variables if variable.key == "cluster"])
+        for parts, value in self.of_phases:
+            _put(_mapping(raw.get("phases")), parts, value, _mapping(raw.get("params")))
         self.problems.note_unknown_keys(raw, TOP_KEYS, "")
         name = raw.get("name")
         if not isinstance(name, str) or not NAME.match(name):
@@ -231,16 +235,16 @@ class _Loader:
         return ""
 
     def _write(self, raw: dict[str, Any], parts: list[str], value: Any, source: str) -> None:
-        """Write a value where the parts of a dotted key say; `source` is what a problem with it will name."""
-        is_top = parts[0] in ("params", "name", "on_code_change")
-        below = raw if is_top else _mapping(raw.get("phases"))
-        key = ".".join(parts)
+        """Write a value where the parts of a dotted key say, of a phase once all of `params` is written (`load`).
+
+        `source` is what a problem with it will name.
+        """
+        is_top, key = parts[0] in ("params", "name", "on_code_change"), ".".join(parts)
         self.problems.overridden[key if is_top else f"phases.{key}"] = source
-        for part in parts[:-1]:
-            if not isinstance(below.get(part), dict):
-                below[part] = {}
-            below = below[part]
-        below[parts[-1]] = value
+        if is_top:
+            _put(raw, parts, value, {})
+        else:
+            self.of_phases.append((parts, value))
 
     # -- one phase -----------------------------------------------------------------------------------------------
 
@@ -367,6 +371,18 @@ class _Loader:
             for phase in ready:
                 ordered[phase.name] = waiting.pop(phase.name)
         return ordered
+
+
+def _put(below: dict[str, Any], parts: list[str], value: Any, params: dict[str, Any]) -> None:
+    """Write a value below the parts of a dotted key; a mapping that stands there as `${params.NAME}` becomes a copy."""
+    for part in parts[:-1]:
+        there = below.get(part)
+        if isinstance(there, str) and (param := PARAM.match(there)) and isinstance(params.get(param[1]), dict):
+            below[part] = copy.deepcopy(params[param[1]])
+        elif not isinstance(there, dict):
+            below[part] = {}
+        below = below[part]
+    below[parts[-1]] = value
 
 
 def _mapping(value: Any) -> dict[Any, Any]:
