@@ -5,6 +5,7 @@ Config                         dataclass, typed by OmegaConf. A field made by da
                                prints them. Metadata say what keys and plan need:
                                {"input": True}   a file or folder that must exist; enters the key by content
                                {"input": "hub"}  a folder, or a hub name org/name, which enters as text
+                               {"input": FILE_OR_NAME}  a file, or a name of ours, of which `meaning` tells the key
                                {"module": True}  may name a module of the user's: it goes into the snapshot, and
                                                  with what it imports of the user's files into the key, by content
                                {"keyed": False}  does not change the result; not part of the key
@@ -16,9 +17,10 @@ finish(parts, config, task)    merges the element folders `parts` into task.out;
 STOPS = True                   `run` asks task.stop and goes on later from what it left in task.keep
 check(config, placement) -> [Problem]   what else can be refused before anything queues, of several settings or of
                                files: a value out of its range was refused, and is the default here
-datasets(config) -> [spec]     the datasets of the hub that it reads from the local cache (data_tools/records/hub.py); plan
+datasets(config) -> [spec]     the datasets of the hub that it reads from the local cache (records/hub.py); plan
                                says which are not there
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
+remarks(config, placement) -> [text]    what `plan` and `submit` say of the phase, such as what a recipe came to
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
 
@@ -27,7 +29,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +48,8 @@ class Placement(Site):
     """Where a phase would run, as far as its `check` needs to know: sizes, not names of partitions."""
 
     elements: int = 1
+    # Of the phases that it follows element by element (aftercorr): folder -> how many elements that phase has.
+    partners: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,11 @@ class PhaseKind:
         """Return what the phase's folder will hold, as far as it is known before it runs."""
         forecast = getattr(self.module, "forecast", None)
         return forecast(declared.legal(config), placement) if forecast else {}
+
+    def remarks(self, config: Any, placement: Placement) -> list[str]:
+        """Return what is to be known of the phase before it runs, a line each."""
+        remarks = getattr(self.module, "remarks", None)
+        return remarks(declared.legal(config), placement) if remarks else []
 
     def parallel_report(self, config: Any, placement: Placement, searching: bool) -> dict[str, Any] | None:
         """Return what the parallel plan costs; None where the phase has none."""
@@ -152,9 +161,10 @@ def inputs(schema: type, config: Any, prefix: str = "") -> Iterator[tuple[str, s
             for name, entry in value.items():
                 if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
                     yield from inputs(type(entry), entry, f"{key}.{name}.")
-        elif field.metadata.get("input") and value:
+        elif (kind := field.metadata.get("input")) and value:
             for entry in value if isinstance(value, list) else [value]:
-                yield key, entry, field.metadata["input"]
+                if kind != declared.FILE_OR_NAME or declared.names_a_file(entry):
+                    yield key, entry, kind
 
 
 def user_code(uses: str, config: Any) -> list[Path]:

@@ -33,6 +33,7 @@ class Task:
     stop: Stop = never
     """True once the element should end early. A phase that can go on later asks it often, on every rank, makes what it
     did durable in `keep` and raises data_tools.progress.Stopped, on all ranks. Who never asks dies of SIGTERM."""
+    partners: tuple[str, ...] = ()  # of the phases followed element by element (aftercorr), this element's folders
     reached: tuple[int | None, int | None] = (None, None)  # the last progress that was told: done, total
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:

@@ -316,6 +316,7 @@ class Worker:
         facts: dict[str, Any] = {}
         if not beginning["only_fan_in"]:
             task = self._task(Path(beginning["out"]))
+            task.partners = tuple(beginning["folders"][name] for name in self.upstream.paired)
             config = typed_config(kind, substitute(self.phase.settings, beginning["folders"]))
             self._reveal_secrets(verdicts)
             try:

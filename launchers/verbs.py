@@ -34,7 +34,7 @@ def _make_plan(args: argparse.Namespace) -> "Plan":
     from launchers.planning.planner import default_run_folder, make_plan
     from slurm.detect import find_cluster
 
-    pipeline = load_pipeline(args.pipeline, args.overrides)
+    pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
     return make_plan(pipeline, default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster), args.verify)
 
 
@@ -91,7 +91,7 @@ def _plan_parallel(args: argparse.Namespace) -> int:
     from launchers.planning.planner import default_run_folder, report_parallel
     from slurm.detect import find_cluster
 
-    pipeline = load_pipeline(args.pipeline, args.overrides)
+    pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
     run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster)
     report = report_parallel(pipeline, run, cluster, name=args.parallel, searching=args.search)
     if args.json:
@@ -178,7 +178,9 @@ def do_resubmit(args: argparse.Namespace) -> int:
     if Path(frozen["cwd"]).is_dir():
         os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
         sys.path.append(frozen["cwd"])
-    pipeline = load_pipeline(run.pipeline_path(number), frozen["overrides"] + args.overrides)
+    recorded = {name: override.partition("=")[2] for name, override in frozen.get("variables", {}).items()}
+    environment = {**recorded, **{name: value for name, value in os.environ.items() if value}}
+    pipeline = load_pipeline(run.pipeline_path(number), frozen["overrides"] + args.overrides, environment)
     if args.again and args.elements:
         raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
     plan = make_plan(pipeline, run, find_cluster(pipeline.cluster), again=args.phase if args.again else "")

@@ -91,7 +91,9 @@ def commands(manual: Path) -> list[list[str]]:
 
 
 def check(words: list[str]) -> None:
-    """Fail where a command could not be typed like this, or where no rule says how to tell."""
+    """Fail where a command could not be typed like this, or where no rule says how to tell. Variables may stand before
+    it."""
+    words = words[next((place for place, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), 0) :]
     assert words[0] in RULES, f"no rule covers {shlex.join(words)!r}: write one into RULES, or take the command out"
     RULES[words[0]](words[1:])
 

@@ -23,6 +23,7 @@ Keyed = Literal[True, False, "if_set"]
 T = TypeVar("T")
 Config = TypeVar("Config")
 _DECLARATION = "declaration"  # key of a field's metadata
+FILE_OR_NAME = "file or name"  # of a setting's `input`: a file, or the name of something that comes with afterok
 NAME = "NAME"  # stands in a dotted key for the names that a user gives to the entries of a mapping
 
 
@@ -94,6 +95,11 @@ def setting(
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def names_a_file(text: str) -> bool:
+    """Return whether a setting FILE_OR_NAME gives a file: it has a slash, or ends in .yaml."""
+    return "/" in text or text.endswith((".yaml", ".yml"))
 
 
 def with_default(schema: type, name: str, default: Any) -> Any:

@@ -11,6 +11,7 @@
     reward       number, null                                   (may be absent)
     sample, seed whole number                                   (may be absent)
     weights      text                                           (may be absent)
+    sampling     mapping: temperature, top_p, …                 (may be absent)
     `ASKED_WITH`: what else was asked, and whether it is trained (may be absent): as a record of messages has it
 
 A value of another type is no sample: `"false"` is neither true nor false. What a completion says outside its text
@@ -102,6 +103,7 @@ _SAMPLE: dict[str, Kind] = {
     "prompt_id": ("text or whole number", lambda value: _is_text(value) or _is_whole(value)), "tokens": _COUNT,
     "finish": (f"one of {', '.join((*WHOLE, *CUT_OFF))}", lambda value: value in (*WHOLE, *CUT_OFF)), "correct": _TRUTH,
     "reward": ("finite number", _is_number), "sample": _WHOLE, "seed": _WHOLE, "weights": _TEXT,
+    "sampling": ("mapping", lambda value: isinstance(value, dict)),
 }  # fmt: skip
 _EVALUATED: dict[str, Kind] = {
     "prompt": _TEXT,

@@ -1,8 +1,11 @@
-"""The shards that materialize's elements wrote → one token store, without rows that are equal, and its balance
-sheet."""
+"""The shards that materialize's elements wrote → one token store, without rows that are equal, and its balance sheet.
+
+With a recipe, of the rows that it draws; those that it holds out become a second store, in OUT/validation.
+"""
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,11 @@ import numpy as np
 from data_tools.chats.fields import remedies
 from data_tools.mistake import UserMistake
 from data_tools.packs.store import Store, StoreFacts, StoreWriter
+from data_tools.recipes.draw import BUCKETS, DUPLICATE, KEPT, VALIDATION, draw, undrawn
+from data_tools.recipes.recipe import Recipe
 from data_tools.records.balance import Balance, SourceBalance
+
+VALIDATION_STORE = "validation"
 
 _MERGE_ROWS = 1 << 14  # rows copied at a time
 
@@ -29,11 +36,14 @@ def write_balance(balance: Balance, store: StoreFacts, out: Path) -> dict[str, A
     return {**facts, "buckets": dict(total.lines_dropped + total.dropped), "table": balance.table()}
 
 
-def join(parts: list[Path], out: Path, dedupe: bool) -> dict[str, Any]:
+def join(
+    parts: list[Path], out: Path, dedupe: bool, recipe: Recipe | None = None, source_of: Sequence[int] = ()
+) -> dict[str, Any]:
     """Join the shards of all elements, in element order, into one store in the empty folder `out`; return its facts.
 
     Rows come source by source and in the order of the source; of equal rows the first is kept when `dedupe`. Rows of
-    one text that train different parts of it are not equal. One that trains nothing was dropped before, as such.
+    one text that train different parts of it are not equal. One that trains nothing was dropped before, as such. Of a
+    recipe, `source_of` gives the number of its source that each source of the store belongs to.
     Raise UserMistake when no row is left.
     """
     stores = [Store(part) for part in parts]
@@ -42,20 +52,83 @@ def join(parts: list[Path], out: Path, dedupe: bool) -> dict[str, Any]:
     for sheet in sheets[1:]:
         balance = balance + sheet
     pieces = _source_major(stores, sheets)
-    keep = _first_of_equals(pieces) if dedupe else None
+    first = _first_of_equals(pieces) if dedupe else np.ones(sum(piece.stop - piece.start for piece in pieces), bool)
+    fate, drawn = np.where(first, KEPT, DUPLICATE).astype(np.uint8), dict[str, Any]()
+    if recipe is not None:
+        numbers = np.repeat([source_of[piece.source] for piece in pieces], [p.stop - p.start for p in pieces])
+        hashes = np.concatenate([piece.row_hashes() for piece in pieces])
+        lengths = np.concatenate([piece.store.lengths[piece.start : piece.stop] for piece in pieces])
+        if dedupe:  # a row that a validation set has and does not take may be trained on
+            left = undrawn(recipe, numbers, hashes, first)
+            is_validation = np.array([source.is_validation for source in recipe.sources])[numbers]
+            first = np.where(is_validation, first, _first_of_equals(pieces, left))
+        fate, table, short = draw(recipe, numbers, hashes, lengths.astype(np.int64), first)
+        drawn = {"recipe": {"name": recipe.name, **recipe.plain()}, "short": short, "recipe_table": table}
     writer = StoreWriter(out)
-    done = 0
-    for piece in pieces:
-        for start in range(piece.start, piece.stop, _MERGE_ROWS):
-            stop = min(start + _MERGE_ROWS, piece.stop)
-            kept = keep[done : done + stop - start] if keep is not None else np.ones(stop - start, dtype=bool)
-            piece.copy(start, stop, kept, writer=writer, sheet=balance.sources[piece.source])
-            done += stop - start
+    _copy(pieces, fate, KEPT, writer)
+    held_out = _validation(pieces, fate, out, balance) if (fate == VALIDATION).any() else {}
+    _drop(pieces, fate, balance)
     if writer.rows == 0:
         buckets = balance.total().dropped + balance.total().lines_dropped
         advice = "; ".join(remedies(buckets)) or "check inputs and tokenizer"
         raise UserMistake(f"no row is left of {balance.total().rows}: {_spell(buckets)}; {advice}")
-    return write_balance(balance, writer.close(), out)
+    return {**write_balance(balance, writer.close(), out), **held_out, **drawn}
+
+
+def _copy(pieces: "list[_Piece]", fate: np.ndarray, wanted: int, writer: StoreWriter) -> None:
+    """Append the rows whose fate is the wanted one to a store."""
+    done = 0
+    for piece in pieces:
+        for start in range(piece.start, piece.stop, _MERGE_ROWS):
+            stop = min(start + _MERGE_ROWS, piece.stop)
+            piece.copy(start, stop, fate[done : done + stop - start] == wanted, writer)
+            done += stop - start
+
+
+def _validation(pieces: "list[_Piece]", fate: np.ndarray, out: Path, balance: Balance) -> dict[str, Any]:
+    """Write the rows that are held out into a store of their own; return its counts."""
+    folder = out / VALIDATION_STORE
+    folder.mkdir()
+    writer = StoreWriter(folder)
+    _copy(pieces, fate, VALIDATION, writer)
+    sheets = [SourceBalance(source.name) for source in balance.sources]
+    for source, bucket, rows, tokens, supervised in _counts(pieces, fate):
+        if bucket == VALIDATION:
+            sheet = sheets[source]
+            for name in ("lines", "lines_with_rows", "rows", "kept"):
+                setattr(sheet, name, getattr(sheet, name) + rows)
+            for name in ("tokens_in", "tokens"):
+                setattr(sheet, name, getattr(sheet, name) + tokens)
+            sheet.supervised += supervised
+    facts = write_balance(Balance(sheets), writer.close(), folder)
+    return {VALIDATION_STORE: {name: facts[name] for name in ("rows", "tokens", "supervised")}}
+
+
+def _drop(pieces: "list[_Piece]", fate: np.ndarray, balance: Balance) -> None:
+    """Count on the sheet what is not kept."""
+    for source, bucket, rows, tokens, supervised in _counts(pieces, fate):
+        if bucket != KEPT:
+            balance.sources[source].drop_kept(BUCKETS[bucket], rows, tokens, supervised)
+
+
+def _counts(pieces: "list[_Piece]", fate: np.ndarray) -> list[tuple[int, int, int, int, int]]:
+    """Return (source, fate, rows, tokens, supervised tokens) of each piece and fate that has rows."""
+    counts, done = [], 0
+    for piece in pieces:
+        for start in range(piece.start, piece.stop, _MERGE_ROWS):
+            stop = min(start + _MERGE_ROWS, piece.stop)
+            here = fate[done : done + stop - start]
+            done += stop - start
+            if not here.any():  # all are kept
+                continue
+            _, mask = piece.store.span(start, stop)
+            lengths = piece.store.lengths[start:stop]
+            for bucket in np.unique(here).tolist():
+                rows = here == bucket
+                tokens = np.repeat(rows, lengths)
+                supervised = int(np.count_nonzero(mask[tokens]))
+                counts.append((piece.source, bucket, int(rows.sum()), int(tokens.sum()), supervised))
+    return counts
 
 
 def _spell(buckets: Counter[str]) -> str:
@@ -75,15 +148,15 @@ class _Piece:
     def row_hashes(self) -> np.ndarray:
         return self.store.row_hashes[self.start : self.stop]
 
-    def copy(self, start: int, stop: int, kept: np.ndarray, writer: StoreWriter, sheet: SourceBalance) -> None:
-        """Append the rows of [start, stop) that `kept` bool[stop - start] names; the others are duplicates."""
+    def copy(self, start: int, stop: int, chosen: np.ndarray, writer: StoreWriter) -> None:
+        """Append the rows of [start, stop) that `chosen` bool[stop - start] names."""
+        if not chosen.any():
+            return
         ids, mask = self.store.span(start, stop)
         records = self.store.records(start, stop)
         records["line"] += self.lines_before
-        tokens = np.repeat(kept, records["length"])  # (tokens,)
-        writer.add_records(ids[tokens], mask[tokens], records[kept])
-        if not kept.all():
-            sheet.drop_kept("duplicate", int((~kept).sum()), int((~tokens).sum()), int(np.count_nonzero(mask[~tokens])))
+        tokens = np.repeat(chosen, records["length"])  # (tokens,)
+        writer.add_records(ids[tokens], mask[tokens], records[chosen])
 
 
 def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
@@ -98,15 +171,16 @@ def _source_major(stores: list[Store], sheets: list[Balance]) -> list[_Piece]:
     return pieces
 
 
-def _first_of_equals(pieces: list[_Piece]) -> np.ndarray:
+def _first_of_equals(pieces: list[_Piece], passed: np.ndarray | None = None) -> np.ndarray:
     """Return bool[rows]: whether no earlier row has the same text, by its 128-bit hash, and the same loss mask.
 
-    Takes 40 bytes a row at the peak.
+    Rows that are `passed` over, bool[rows], are earlier than none. Takes 40 bytes a row at the peak.
     """
     words = np.concatenate([piece.row_hashes() for piece in pieces])
     order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal rows stay in their order
+    order = order if passed is None else order[~passed[order]]
     ordered = words[order]
-    repeats = np.zeros(len(words), dtype=bool)  # of the row before, in that order
+    repeats = np.zeros(len(order), dtype=bool)  # of the row before, in that order
     repeats[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
     first = np.ones(len(words), dtype=bool)
     ends = np.cumsum([piece.stop - piece.start for piece in pieces])

@@ -7,7 +7,8 @@ every number of elements, workers and chunk sizes.
     record ──schema──> conversation ──template──> text and spans ──tokenise──> store
        │ malformed_line   │ no_assistant,            │ template_error,   │ too_long, (finish) duplicate
        │ malformed_record │ empty_assistant,         │ turn_unclear, reasoning_lost, tool_call_lost,
-       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained, …
+       │ ambiguous_schema │ malformed_tool_call,     │ nothing_trained,
+       │ not_chosen       │                          │ contaminated, …
                           │ refused_key, openthoughts_markers
 """
 
@@ -23,19 +24,23 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from data_tools.base.declared import setting
+from data_tools.base.declared import FILE_OR_NAME, setting
 from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, Refused, Result, check_chat, encode_row
 from data_tools.chats.conversation import BadRecord
 from data_tools.chats.encoder import ENCODERS, Encoder, check_encoder
 from data_tools.chats.tokenizer import Tokenizer, is_path, load_tokenizer
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs.join import join, write_balance
-from data_tools.packs.store import Provenance, RowText, StoreWriter, row_text
+from data_tools.packs.lines import Kept, Line, Malformed, SyntheticRow, Viewed
+from data_tools.packs.store import Provenance, StoreWriter, row_text
+from data_tools.prepare.contamination import NGRAM, Contamination
 from data_tools.progress import Progress, silent
+from data_tools.recipes import recipe as recipes
+from data_tools.recipes.recipe import Files, Origin, Recipe
 from data_tools.records import readers, sources
 from data_tools.records.balance import Balance, SourceBalance
 from data_tools.records.hub import dataset_files
@@ -70,8 +75,20 @@ class Config:
     )
     task_options: dict[str, Any] = setting(dict, "options of the task", free=True)
     chat: ChatConfig = setting(ChatConfig, "how conversations become tokens")
+    recipe: str = setting(
+        "", "or a recipe: one that comes with afterok, or a YAML file; it names sources, shares and validation rows",
+        input=FILE_OR_NAME, keyed=False, free=True,
+    )  # fmt: skip
+    recipe_params: dict[str, Any] = setting(dict, "parameters of the recipe, over its own", free=True, keyed=False)
+    recipe_sources: dict[str, Files] = setting(
+        dict, "files of the recipe's sources, by their names, in place of the hub's cache", keyed="if_set"
+    )
     format: str = setting("auto", "format of the files, plain or under gzip or zstd", choices=FORMATS)
     max_tokens: int = setting(0, "tokens of a row, end token included; 0: no limit", unit="tokens", least=0)
+    evaluation_sets: list[str] = setting(
+        list, "files of evaluation sets; rows that hold one of their questions go (phase decontaminate has the rule)",
+        input=True, keyed="if_set",
+    )  # fmt: skip
     dedupe: bool = setting(True, "of equal rows, the same text with the same loss mask, the first is kept")
     on_bad_row: str = setting("fail", "what a malformed record does: bucket counts it", choices=ON_BAD_ROW)
     encoder: str = setting("auto", "what encodes; all give the same ids", choices=ENCODERS, keyed=False)
@@ -81,13 +98,17 @@ class Config:
     @staticmethod
     def meaning(config: "Config") -> dict[str, Any]:
         """Return what the settings have come to mean since stores were first sealed, for the key (jobs/kind.py)."""
-        return {} if config.task and _chats_of(config) is None else {"loss": "through the stop token"}
+        loss = {} if config.task and _chats_of(config) is None else {"loss": "through the stop token"}
+        try:
+            return {**loss, "recipe": recipe_of(config).plain()} if config.recipe else loss
+        except UserMistake:  # which `check` tells
+            return loss
 
 
 def check(config: Config) -> list[Problem]:
     """Wrong values, all at once; opens no file, since upstream phases may have yet to make them."""
     if config.task and _chats_of(config) is None:
-        problems = check_rows(config.task, config.task_options, config.source)
+        problems = _check_no_recipe(config) + check_rows(config.task, config.task_options, config.source)
     else:
         problems = _check_conversations(config)
     problems += check_encoder(config.encoder)
@@ -106,16 +127,63 @@ def datasets(config: Config) -> list[str]:
     return [chats.HUB] if chats and not config.source.inputs else []
 
 
-def inputs_of(config: Config) -> list[str]:
-    """Return the files that are read. Raise UserMistake for a dataset that is not in the hub's cache."""
-    return config.source.inputs or [str(path) for spec in datasets(config) for path in dataset_files(spec)]
+def _check_no_recipe(config: Config) -> list[Problem]:
+    """Refuse a recipe beside a task."""
+    given = [name for name in ("recipe", "recipe_params", "recipe_sources") if getattr(config, name)]
+    return [Problem(name, "says itself what its sources are; leave out task, or this") for name in given]
+
+
+def recipe_of(config: Config) -> Recipe:
+    """Return the recipe of a config that has one, its parameters put in. Raise UserMistake with all that is wrong."""
+    return recipes.resolve(config.recipe, config.recipe_params)
+
+
+def _check_recipe(config: Config) -> list[Problem]:
+    """Refuse what is wrong with a recipe, what stands beside one, and files that nobody has."""
+    if not config.recipe:
+        given = [name for name in ("recipe_params", "recipe_sources") if getattr(config, name)]
+        return [Problem(name, "there is no recipe; name one in recipe, or leave this out") for name in given]
+    beside = config.source.inputs or config.source.synthetic_rows
+    problems = [Problem("source", "is given beside a recipe; give its files in recipe_sources")] if beside else []
+    if config.chat.schema not in ("auto", "messages"):
+        own = f"{config.chat.schema}: the sources of a recipe have schemas of their own; leave it auto"
+        problems.append(Problem("chat.schema", own))
+    try:
+        recipe = recipe_of(config)
+        recipes.unread(recipe, config.recipe_sources)
+        recipes.origins(recipe, config.recipe_sources)
+    except UserMistake as mistake:
+        problems += mistake.problems
+    return problems
+
+
+def origins_of(config: Config) -> list[Origin]:
+    """Return the files that rows come from.
+
+    Raise UserMistake where those of a recipe's sources are missing, or a dataset is not in the hub's cache.
+    """
+    if config.recipe:
+        return recipes.origins(recipe_of(config), config.recipe_sources)
+    names = config.source.inputs or [str(path) for spec in datasets(config) for path in dataset_files(spec)]
+    return [Origin(name, Path(name).expanduser()) for name in names]
+
+
+def forecast(config: Config) -> list[str] | None:
+    """Return the names that the sources of the store will have; None where that shows only once files are read."""
+    if not config.recipe:
+        return None if datasets(config) else sources.forecast(config.source)
+    try:
+        return [origin.name for origin in origins_of(config)]
+    except UserMistake:
+        return None
 
 
 def _check_conversations(config: Config) -> list[Problem]:
     problems = [Problem(f"chat.{problem.where}", problem.message) for problem in check_chat(config.chat)]
     if config.task:
-        return problems + check_chats(config.task, config.task_options, config.source)
-    problems += check_source(config.source)
+        return problems + _check_no_recipe(config) + check_chats(config.task, config.task_options, config.source)
+    problems += _check_recipe(config)
+    problems += [] if config.recipe else check_source(config.source)
     if config.source.synthetic_rows:
         message = "only a task makes rows; name one in task, or give inputs alone"
         problems.append(Problem("source.synthetic_rows", message))
@@ -125,9 +193,10 @@ def _check_conversations(config: Config) -> list[Problem]:
 
 
 def _check_files(config: Config) -> Iterator[Problem]:
-    for place, name in enumerate(config.source.inputs):
-        if not Path(name).expanduser().is_file():
-            yield Problem(f"source.inputs[{place}]", f"no file {name}; give files that exist")
+    for place, origin in enumerate(origins_of(config)):
+        if not origin.path.is_file():
+            where = f"recipe_sources ({origin.name})" if config.recipe else f"source.inputs[{place}]"
+            yield Problem(where, f"no file {origin.path}; give files that exist")
     if is_path(config.tokenizer) and not Path(config.tokenizer).expanduser().is_dir():
         yield Problem("tokenizer", f"no folder {config.tokenizer}; give a tokenizer's folder or a hub name")
 
@@ -139,13 +208,14 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
     """
     if not 0 <= index < count:
         raise ValueError(f"element {index} of {count}")
-    problems = [*check(config), *_check_files(config)]
+    problems = check(config)
+    problems += [] if problems and config.recipe else _check_files(config)
     if problems:
         raise UserMistake(problems)
     writer = StoreWriter(out)
     with _line_maker(config) as lines_of:
         element = _Element(config, lines_of, writer, progress)
-        sheets = [element.add_file(place, name, index, count) for place, name in enumerate(inputs_of(config))]
+        sheets = [element.add_file(place, origin, index, count) for place, origin in enumerate(origins_of(config))]
         if config.source.synthetic_rows:
             sheets.append(element.add_synthetic(len(sheets), index, count))
     facts = writer.close()
@@ -153,31 +223,16 @@ def materialize(config: Config, out: Path, index: int, count: int, progress: Pro
 
 
 def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
-    """Join the shards of all elements, in element order, into one store in the empty folder `out`; return its facts."""
-    return join(parts, out, config.dedupe)
+    """Join the shards of all elements, in element order, into one store in the empty folder `out`; return its facts.
+
+    With a recipe its rows are drawn, and those held out make a store of their own in OUT/validation.
+    """
+    if not config.recipe:
+        return join(parts, out, config.dedupe)
+    return join(parts, out, config.dedupe, recipe_of(config), [origin.source for origin in origins_of(config)])
 
 
 # -- records to rows, in this process or in workers --------------------------------------------------------------------
-
-
-class Malformed(NamedTuple):
-    """Represents a record that gives no rows; a `fatal` one is a fault of the settings, whatever on_bad_row says."""
-
-    bucket: str
-    reason: str = ""
-    fatal: bool = False
-
-
-class Kept(NamedTuple):
-    """Says what the store gets of a row: `Encoded` with its text as hashes, so that a worker's text does not travel."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    text: RowText
-    turns: int
-
-
-Line = Malformed | list[Kept | Refused]  # what became of one record
 
 
 class _Rows:
@@ -186,6 +241,8 @@ class _Rows:
     def __init__(self, config: Config):
         chats = _chats_of(config)
         self.max_tokens, self.is_task = config.max_tokens, bool(config.task) and chats is None
+        self.ignored = config.chat.ignored
+        self.evaluated = Contamination(NGRAM).add_files([Path(name).expanduser() for name in config.evaluation_sets])
         tokenizer = load_tokenizer(config.tokenizer)
         tokenizer.check_end()
         if self.is_task:
@@ -202,13 +259,17 @@ class _Rows:
 
     def _line(self, raw: Any) -> Line:
         """Return what became of a record; `raw` is a line as bytes, or a value that was read from JSON or Parquet."""
+        view, raw = (raw.view, raw.raw) if isinstance(raw, Viewed) else (None, raw)
         if readers.is_blank(raw):
             return Malformed("blank_line")
         record = readers.Record(None, raw) if self.is_task else readers.record_of(raw)  # a task parses its lines itself
         if record.problem:
             return Malformed("malformed_line", record.problem)
         try:
-            return [self._kept(row) for row in self._rows_of(record.value)] or Malformed("no_rows")
+            value = view.apply(record.value, self.ignored) if view else record.value
+            if view and value is None:
+                return Malformed("not_chosen")
+            return [self._kept(row) for row in self._rows_of(value)] or Malformed("no_rows")
         except BadRecord as error:
             return Malformed(error.bucket, str(error))
         except UserMistake as mistake:
@@ -219,6 +280,8 @@ class _Rows:
             return row
         if self.max_tokens and len(row.ids) > self.max_tokens:
             return Refused("too_long", len(row.ids))
+        if any(map(self.evaluated.touches, (row.prompt, row.answer))):
+            return Refused("contaminated", len(row.ids))
         return Kept(row.ids, row.mask, row_text(row.prompt, row.answer), row.turns)
 
 
@@ -251,10 +314,6 @@ class TaskRows:
         if self.tokenizer.unk_id is not None and (ids[:-1] == self.tokenizer.unk_id).any():  # GPT-2 ends with its unk
             return Refused("unknown_character", len(ids))
         return Encoded(ids, mask, prompt=row.prompt, answer=row.answer, turns=1)
-
-
-class SyntheticRow(NamedTuple):
-    number: int
 
 
 LinesOf = Callable[[Iterable[list[Any]]], Iterator[list[Line]]]
@@ -320,11 +379,11 @@ class _Element:
         self.writer = writer
         self.progress = progress
 
-    def add_file(self, source: int, name: str, index: int, count: int) -> SourceBalance:
-        path = Path(name).expanduser()
-        share = open_share(path, index, count, self.config.format)
+    def add_file(self, source: int, origin: Origin, index: int, count: int) -> SourceBalance:
+        name, view = origin.name, origin.view
+        share = open_share(origin.path, index, count, self.config.format)
         sheet = SourceBalance(name)
-        for line in self._lines(share):
+        for line in self._lines((Viewed(view, raw) for raw in share) if view else share):
             sheet.lines += 1
             if sheet.lines % _REPORT_EVERY == 0:
                 self.progress(share.done, share.total, share.unit, name)

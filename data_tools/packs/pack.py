@@ -168,7 +168,9 @@ def pack(config: Config, out: Path, progress: Progress = silent) -> dict[str, An
     if problems:
         raise UserMistake(problems)
     policies = [policy or config.overlong for policy in sources.by_source("", config.overlong_of, names)[0]]
-    weights = list(map(float, sources.by_source("", config.weights, names)[0])) if config.weights else []
+    weights = (
+        [float(weight or 0) for weight in sources.by_source("", config.weights, names)[0]] if config.weights else []
+    )
     pieces, overlong = pieces_of(store, config, policies)
     if weights:
         pieces = pieces[np.array(weights)[store.sources[pieces.doc]] > 0]

@@ -4,7 +4,7 @@ A key is, from the most exact to the least:
 
     the source's name                   /data/maths.jsonl; `synthetic train rows, seed 1`
     the end of its path                 maths.jsonl, data/maths.jsonl
-    a folder                            /data, ${phases.kept.out}
+    a folder, a source of a recipe      /data, ${phases.kept.out}, smoltalk
     a pattern                           maths-*.jsonl, *, data/*.jsonl
 
 Of several keys that match a source the most exact one counts, of those the one with the most parts.
@@ -21,6 +21,7 @@ from typing import Any
 from data_tools.mistake import Problem, nearest
 
 EXACT, PATH, FOLDER, PATTERN = 4, 3, 2, 1
+VALIDATION = "validation/"  # begins the names of a recipe's sources that have no rows to train on
 _WILD = "*?["
 # RUN/PHASE/KEY, or in it the folder of the attempt that was sealed: jobs/artifacts/layout.py.
 _MADE = re.compile(r"^.*(/[a-z][a-z0-9_]*/[0-9a-f]{16})(?:/work/[^./]+\.a\d+\.r\d+\.g\d+)?(?=/|$)")
@@ -53,7 +54,7 @@ def _match(key: str, name: str) -> tuple[int, int]:
     parts = PurePath(name).parts
     if wanted and parts[-len(wanted) :] == tuple(wanted):
         return PATH, len(wanted)
-    if os.path.isabs(path) and parts[: len(wanted)] == tuple(wanted):
+    if os.path.isabs(path) == os.path.isabs(name) and wanted and parts[: len(wanted)] == tuple(wanted):
         return FOLDER, len(wanted)
     if set(_WILD) & set(key) and PurePath(name).match(path):
         return PATTERN, len(wanted)
@@ -70,7 +71,7 @@ def by_source(setting: str, values: Mapping[str, Any], names: Sequence[str]) -> 
     for key in values:
         matching = [name for name in names if match(key, name)[0]]
         if not matching:
-            problems.append(Problem(f"{setting}.{key}", f"no source matches{nearest(key, _short(names))}"))
+            problems.append(Problem(f"{setting}.{key}", f"no source matches{nearest(key, short_names(names))}"))
         elif len([name for name in matching if match(key, name)[0] == PATH]) > 1:
             problems.append(
                 Problem(
@@ -89,7 +90,7 @@ def by_source(setting: str, values: Mapping[str, Any], names: Sequence[str]) -> 
     return chosen, problems
 
 
-def _short(names: Sequence[str]) -> list[str]:
+def short_names(names: Sequence[str]) -> list[str]:
     """Return the names as a user would type them: as many last parts of the path as tell them apart."""
 
     def ending(name: str, parts: int) -> str:
@@ -107,7 +108,8 @@ def check(weights: Mapping[str, float], overlong_of: Mapping[str, str], names: S
     """Return what is wrong with the keys of a pack's settings for a store with these sources."""
     _, problems = by_source("overlong_of", overlong_of, names)
     found, wrong = by_source("weights", weights, names)
-    missing = [name for name, weight in zip(names, found) if weights and weight is None]
+    needed = [(name, weight) for name, weight in zip(names, found) if weights and not name.startswith(VALIDATION)]
+    missing = [name for name, weight in needed if weight is None]
     return (
         problems
         + wrong

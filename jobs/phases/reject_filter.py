@@ -1,22 +1,41 @@
-"""Sampled completions to JSONL chat: right, well-formed, not too alike, some a prompt, none of an evaluation set."""
+"""Sampled completions to JSONL chat: right, well-formed, not too alike, some a prompt, none of an evaluation set.
 
+An array over prompts; behind a generate of as many elements it follows that one by one (needs: aftercorr).
+"""
+
+from pathlib import Path
 from typing import Any
 
 from data_tools.base.tables import write_table
 from data_tools.mistake import Problem
-from data_tools.prepare import rejection
+from data_tools.prepare import rejection, rejection_element, rejection_finish
 from data_tools.prepare.rejection import Config
+from data_tools.prepare.rejection_element import Share
 from jobs.kind import Placement
 from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return rejection.check(config)
+    others = {folder: elements for folder, elements in placement.partners.items() if elements != placement.elements}
+    return rejection.check(config) + [
+        Problem(
+            "inputs",
+            f"{folder} has {elements} elements, of which {placement.elements} would be read one by one (aftercorr); "
+            f"say array: {elements}, or afterok",
+        )
+        for folder, elements in others.items()
+    ]
 
 
-def run(config: Config, task: Task) -> dict[str, Any]:
-    facts = rejection.reject_filter(config, task.out, task.progress)
-    write_table(task.keep, "balance", **facts.pop("table"))
+def run(config: Config, task: Task) -> None:
+    share = Share(task.index, task.count, task.partners)
+    rejection_element.reject_filter(config, task.out, share, task.progress_or_stop)
+
+
+def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
+    facts = rejection_finish.finish(config, parts, task.out, task.progress)
+    for name, table in facts.pop("tables").items():
+        write_table(task.keep, name, **table)
     text = (
         f"{facts['kept']:,} of {facts['samples']:,} samples kept, of {facts['prompts_left']:,} of "
         f"{facts['prompts']:,} prompts"

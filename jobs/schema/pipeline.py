@@ -10,12 +10,15 @@
         array: 4                                    # or a list of values, one element each
         throttle: 2                                 # elements that may run at once
         resources: {role: cpu, time: "0:30:00"}
+    variables: {PACK_LENGTH: params.pack_length}    # environment variables that set values (variables.py)
 
 Loading collects all violations, each with file, key and value, and raises them together as one UserMistake.
 """
 
+import copy
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,9 @@ from data_tools.base.yaml_loaders import read_values
 from data_tools.mistake import UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
 from jobs.schema.problems import Problems
-from jobs.schema.references import Resolver, references
+from jobs.schema.references import PARAM, Resolver, references
 from jobs.schema.typed import structured
+from jobs.schema.variables import Variable, beaten, declared, given
 from slurm.profile.schema import Request
 
 NAME = re.compile(r"^[a-z][a-z0-9_]{0,40}\Z")  # not $, which a newline may follow
@@ -37,7 +41,7 @@ RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "subm
 NEED_TYPES = ("afterok", "aftercorr", "afterany", "afternotok", "singleton")
 NEED_SEALS = ("afterok", "aftercorr")  # which cannot go on without the upstream's seal
 ON_CODE_CHANGE = ("report", "rerun")
-TOP_KEYS = ("name", "params", "phases", "on_code_change")
+TOP_KEYS = ("name", "params", "phases", "on_code_change", "variables")
 PHASE_KEYS = ("uses", "needs", "with", "array", "throttle", "resources")
 
 
@@ -85,7 +89,9 @@ class Pipeline:
     phases: dict[str, Phase]  # in an order in which every phase follows its needs
     on_code_change: str = "report"
     cluster: str = "auto"
-    overrides: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)  # those of the command line
+    variables: list[Variable] = field(default_factory=list)  # those that are set
+    declared: dict[str, str] = field(default_factory=dict)  # all that may be: {variable: dotted key}
 
     def descendants(self, name: str) -> set[str]:
         """Return the phases that need a phase, directly or through others."""
@@ -96,26 +102,33 @@ class Pipeline:
         return below
 
 
-def load_pipeline(path: Path, overrides: "list[str] | None" = None) -> Pipeline:
-    """Read, override, resolve and check a pipeline file.
+def load_pipeline(
+    path: Path, overrides: "list[str] | None" = None, environment: Mapping[str, str] | None = None
+) -> Pipeline:
+    """Read, override, resolve and check a pipeline file. Variables that it declares are read from `environment`.
 
     Raises:
-        UserMistake: with every violation found, each naming file (or the override), key and value.
+        UserMistake: with every violation found, each naming file (or the override, or the variable), key and value.
     """
-    return _Loader(Path(path), overrides or []).load()
+    return _Loader(Path(path), overrides or [], environment or {}).load()
 
 
 class _Loader:
     """Reads one pipeline file and collects its problems."""
 
-    def __init__(self, path: Path, overrides: list[str]):
-        self.path, self.overrides = path, overrides
+    def __init__(self, path: Path, overrides: list[str], environment: Mapping[str, str]):
+        self.path, self.overrides, self.environment = path, overrides, environment
         self.problems = Problems(path)
+        self.of_phases: list[tuple[list[str], Any]] = []  # (parts of a dotted key, value) of overrides, in their order
 
     def load(self) -> Pipeline:
         """Return the pipeline. Raises UserMistake with all problems."""
         raw = self._read()
-        cluster = self._apply_overrides(raw)
+        names = declared(raw.get("variables") or {}, self.problems)
+        variables = self._apply_variables(raw, names)
+        cluster = self._apply_overrides(raw, [variable.override for variable in variables if variable.key == "cluster"])
+        for parts, value in self.of_phases:
+            _put(_mapping(raw.get("phases")), parts, value, _mapping(raw.get("params")))
         self.problems.note_unknown_keys(raw, TOP_KEYS, "")
         name = raw.get("name")
         if not isinstance(name, str) or not NAME.match(name):
@@ -148,6 +161,8 @@ class _Loader:
             on_code_change=on_code_change,
             cluster=cluster,
             overrides=list(self.overrides),
+            variables=variables,
+            declared=names,
         )
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -166,10 +181,32 @@ class _Loader:
             raise UserMistake(f"{self.path}: a pipeline is a mapping of {', '.join(TOP_KEYS)}")
         return raw
 
-    def _apply_overrides(self, raw: dict[str, Any]) -> str:
-        """Write `a.b.c=value` into `raw`; the first word is `params`, a top key or a phase. Return the cluster."""
+    def _apply_variables(self, raw: dict[str, Any], names: dict[str, str]) -> list[Variable]:
+        """Write the variables that are set into `raw`, before the command line's overrides; return them."""
+        for name, key in names.items():
+            if key != "cluster" and (why := self._why_no_place(raw, key.split("."))):
+                self.problems.note(f"variables.{name}", f"{key!r}: {why}")
+        variables = []
+        for variable in given(names, self.environment, self.problems):
+            parts = variable.key.split(".")
+            try:
+                value = read_values(variable.value)
+            except yaml.YAMLError as error:
+                why = " ".join(str(error).split())
+                self.problems.note_variable(variable.name, f"{variable.value!r} is not valid YAML: {why}")
+                continue
+            variables.append(replace(variable, beaten_by=beaten(variable, self.overrides)))
+            if parts != ["cluster"] and not self._why_no_place(raw, parts):
+                self._write(raw, parts, value, f"variable {variable.name} ({variable.key})")
+        return variables
+
+    def _apply_overrides(self, raw: dict[str, Any], before: list[str]) -> str:
+        """Write `a.b.c=value` into `raw`; the first word is `params`, a top key or a phase. Return the cluster.
+
+        `before` are overrides of the cluster alone, which those of the command line beat.
+        """
         cluster = "auto"
-        for override in self.overrides:
+        for override in [*before, *self.overrides]:
             key, separator, text = override.partition("=")
             parts = key.split(".")
             if not separator or not all(parts):
@@ -182,31 +219,32 @@ class _Loader:
                 continue
             if parts == ["cluster"]:
                 cluster = str(value)
-            elif why := self._write(raw, parts, value):
+            elif why := self._why_no_place(raw, parts):
                 self.problems.note_override(override, why)
+            else:
+                self._write(raw, parts, value, f"override {key}")
         return cluster
 
-    def _write(self, raw: dict[str, Any], parts: list[str], value: Any) -> str:
-        """Write a value where the parts of a dotted key say; return why there is no such place, "" where there is."""
-        written = raw.get("phases")
-        phases = written if isinstance(written, dict) else {}
-        params = raw.get("params") or {}
-        if parts[0] in ("params", "name", "on_code_change"):
-            below = raw
-        elif parts[0] in phases:
-            below = phases
-        else:
+    def _why_no_place(self, raw: dict[str, Any], parts: list[str]) -> str:
+        """Return why there is no such place as the parts of a dotted key say, "" where there is."""
+        phases, params = _mapping(raw.get("phases")), _mapping(raw.get("params"))
+        if parts[0] not in ("params", "name", "on_code_change") and parts[0] not in phases:
             return f"no phase {parts[0]!r}{nearest(parts[0], ['params', 'cluster', *map(str, phases)])}"
         if parts[0] == "params" and len(parts) > 1 and parts[1] not in params:
             return f"no param {parts[1]!r}{nearest(parts[1], [str(name) for name in params])}"
-        key = ".".join(parts)
-        self.problems.overridden.add(key if below is raw else f"phases.{key}")
-        for part in parts[:-1]:
-            if not isinstance(below.get(part), dict):
-                below[part] = {}
-            below = below[part]
-        below[parts[-1]] = value
         return ""
+
+    def _write(self, raw: dict[str, Any], parts: list[str], value: Any, source: str) -> None:
+        """Write a value where the parts of a dotted key say, of a phase once all of `params` is written (`load`).
+
+        `source` is what a problem with it will name.
+        """
+        is_top, key = parts[0] in ("params", "name", "on_code_change"), ".".join(parts)
+        self.problems.overridden[key if is_top else f"phases.{key}"] = source
+        if is_top:
+            _put(raw, parts, value, {})
+        else:
+            self.of_phases.append((parts, value))
 
     # -- one phase -----------------------------------------------------------------------------------------------
 
@@ -336,6 +374,23 @@ class _Loader:
             for phase in ready:
                 ordered[phase.name] = waiting.pop(phase.name)
         return ordered
+
+
+def _put(below: dict[str, Any], parts: list[str], value: Any, params: dict[str, Any]) -> None:
+    """Write a value below the parts of a dotted key; a mapping that stands there as `${params.NAME}` becomes a copy."""
+    for part in parts[:-1]:
+        there = below.get(part)
+        if isinstance(there, str) and (param := PARAM.match(there)) and isinstance(params.get(param[1]), dict):
+            below[part] = copy.deepcopy(params[param[1]])
+        elif not isinstance(there, dict):
+            below[part] = {}
+        below = below[part]
+    below[parts[-1]] = value
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    """Return a value that is a mapping, else none that is empty."""
+    return value if isinstance(value, dict) else {}
 
 
 def _cycle(waiting: dict[str, Phase]) -> list[str]:

@@ -11,17 +11,21 @@ class Problems:
 
     def __init__(self, path: Path):
         self.path = path
-        self.overridden: set[str] = set()  # keys that overrides wrote
+        self.overridden: dict[str, str] = {}  # keys that overrides wrote: what wrote them
         self.noted: list[Problem] = []
 
     def note(self, key: str, message: str) -> None:
         """Note what is wrong with the value of a dotted key."""
-        where = f"override {key.removeprefix('phases.')}" if key in self.overridden else f"{self.path}: {key}"
+        where = self.overridden.get(key, f"{self.path}: {key}")
         self.noted.append(Problem(where, message))
 
     def note_override(self, override: str, message: str) -> None:
         """Note what is wrong with an override as it was typed."""
         self.noted.append(Problem(f"override {override!r}", message))
+
+    def note_variable(self, name: str, message: str) -> None:
+        """Note what is wrong with a variable of the environment."""
+        self.noted.append(Problem(f"variable {name}", message))
 
     def note_unknown_keys(self, written: Iterable[object], known: tuple[str, ...], prefix: str) -> None:
         """Note each of the keys `written` below `prefix` that is not `known`."""

@@ -53,6 +53,7 @@ class Plan:
     verified: bool = False  # whether every sealed file was hashed
     again: str = ""  # a phase that runs anew though it is sealed
     missing: list[str] = field(default_factory=list)  # datasets that are not on this machine, each with its command
+    remarks: list[str] = field(default_factory=list)  # what phases say of themselves beside what they run
 
     @property
     def to_run(self) -> list[PlannedPhase]:
@@ -61,14 +62,16 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What leaves the submitter's environment (names, and a warning for what is called a secret there), and which
-        datasets are not on this machine."""
-        return [*forwarding_notes(self.cluster.profile, os.environ), *self.missing]
+        """What of the submitter's environment sets a value; what leaves it: names, and a warning for what is called a
+        secret there; which datasets are not on this machine; and what phases say of themselves."""
+        variables = [str(variable) for variable in self.pipeline.variables]
+        return [*variables, *forwarding_notes(self.cluster.profile, os.environ), *self.missing, *self.remarks]
 
     def as_json(self) -> dict[str, Any]:
         """Return what `afterok plan --json` prints."""
         return {
             "notes": self.notes,
+            "variables": {variable.name: variable.override for variable in self.pipeline.variables},
             "pipeline": self.pipeline.name,
             "run": str(self.run.path),
             "cluster": self.cluster.name,

@@ -102,6 +102,7 @@ class _Planner:
         self.checked: dict[str, tuple[Any, Placement]] = {}  # phase -> (its Config, where it runs), as it was checked
         self.forecasts: dict[str, dict[str, Any]] = {}  # phase -> what its folder will hold
         self.datasets: dict[str, list[str]] = {}  # phase -> what it reads of the hub's cache
+        self.remarks: list[str] = []
         self.reasoner = Reasoner(
             pipeline=pipeline,
             run=run,
@@ -127,7 +128,7 @@ class _Planner:
         self.survey()
         limits.share_array_tasks(self.cluster, self.planned)
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
-        self.problems += forwarding_problems(profile, os.environ)
+        self.problems += forwarding_problems(profile, os.environ) + self._secret_variables()
         if self.problems:
             raise UserMistake(self.problems)
         running = [name for name, planned in self.planned.items() if planned.action in RUNS]
@@ -139,7 +140,22 @@ class _Planner:
             phases=list(self.planned.values()),
             verified=self.verify,
             again=self.again,
+            remarks=self.remarks,
         )
+
+    def _secret_variables(self) -> list[Problem]:
+        """Refuse variables of the pipeline whose values the profile keeps secret: overrides are written down."""
+        secrets = self.cluster.profile.env.secrets
+        kept = {*secrets, *(reference[4:] for reference in secrets.values() if reference.startswith("env:"))}
+        return [
+            Problem(
+                f"{self.pipeline.source}: variables.{name}",
+                f"profile {self.cluster.profile.meta.name} has it in env.secrets, and overrides are written down; "
+                "give the variable another name",
+            )
+            for name in self.pipeline.declared
+            if name in kept
+        ]
 
     def _phase(self, phase: Phase) -> PlannedPhase:
         frozen = self._frozen(phase)
@@ -234,6 +250,10 @@ class _Planner:
             gpu_mem_gib=resources.gpu_mem_gib,
             environment=self.cluster.profile.env.set,
             elements=phase.elements,
+            partners={
+                folders[name]: self.planned[name].frozen.elements
+                for name in standing.partners(frozen, {name: each.frozen for name, each in self.planned.items()})
+            },
             forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
         )
         problems = phase.kind.check(config, placement)
@@ -242,6 +262,7 @@ class _Planner:
         self.checked[phase.name] = config, placement
         self.forecasts[phase.name] = phase.kind.forecast(config, placement)
         self.datasets[phase.name] = [] if problems else phase.kind.datasets(config)
+        self.remarks += [f"{phase.name}: {remark}" for remark in phase.kind.remarks(config, placement)]
 
     def _check_partners(self, phase: Phase, frozen: FrozenPhase) -> None:
         """Refuse a phase with more elements than a partner that they are to follow one by one."""

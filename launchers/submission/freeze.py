@@ -38,6 +38,7 @@ def freeze(plan: Plan, number: int) -> None:
         {
             "source": plan.pipeline.source,
             "overrides": plan.pipeline.overrides,
+            "variables": {variable.name: variable.override for variable in plan.pipeline.variables},
             "params": plan.pipeline.params,
             "cwd": os.getcwd(),
         },

@@ -35,7 +35,9 @@ class Config:
     model_tag: str = setting("", "folder of nanochat's own checkpoint below `source`, such as d32", free=True)
     step: int = setting(-1, "step of nanochat's own checkpoint; -1: the last", unit="steps", least=-1)
     adapter: str = setting("", "PEFT folder of a LoRA for this model", input=True)
-    tokenizer: str = setting("", "folder whose tokenizer files go along, where `source` has none", input=True)
+    tokenizer: str = setting(
+        "", "folder whose tokenizer files go along, where `source` has none; or of nanochat's tokenizer.pkl", input=True
+    )
 
 
 def check(config: Config, ranks: int) -> list[Problem]:
@@ -152,13 +154,16 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     Return the facts: weights_digest, parameters, dtype, dtype_changes, family.
     """
     from megatron_ext.model_folders import model_folder
+    from megatron_ext.models.nanochat import tokenizer as nanochat_tokenizer
     from megatron_ext.weights import convert
 
     source = _source(config)
     family, hf, dtype = source.family, out / "hf", config.dtype or source.dims.dtype
     hf.mkdir(exist_ok=True)
     for folder in (config.tokenizer, source.files):
-        if folder:
+        if folder and nanochat_tokenizer.has_own(Path(folder)):
+            nanochat_tokenizer.convert(Path(folder), hf)
+        elif folder:
             model_folder.copy_hf_files(Path(folder), hf)
     if source.config:
         durable.write_json(hf / "config.json", source.config)

@@ -8,6 +8,7 @@ KEEP/samples/KEY/0003.jsonl    chunk 3 once it is whole; KEY names all that its 
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,12 @@ def run(
     named = {**identity, "prompts": names, "scoring": mix.scoring(draws), "chunk": config.chunk}
     key = durable.sha256_bytes(durable.canonical_json(named))
     stop_ids = stop_ids_of(folder, tokenizer)
-    texts, outcomes = Texts(tokenizer, stop_ids), Outcomes(mix.entries)
+    texts, outcomes, sampling = Texts(tokenizer, stop_ids), Outcomes(mix.entries), asdict(config.sampling)
 
     def line(sample: Sample) -> str:
         place = index + sample.item * count
-        return json.dumps(
-            _row(sample, draws, place, texts, seed=config.seed, folder=folder, outcomes=outcomes), ensure_ascii=False
-        )
+        row = _row(sample, draws, place, texts, seed=config.seed, folder=folder, outcomes=outcomes)
+        return json.dumps({**row, "sampling": sampling}, ensure_ascii=False)
 
     starts = range(0, len(draws), config.chunk)
     files = [keep / "samples" / key[:16] / f"{number:04d}.jsonl" for number in range(len(starts))]

@@ -1,4 +1,6 @@
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,11 @@ import pytest
 from data_tools.base import declared
 from data_tools.chats.conversation import read_record
 from data_tools.mistake import UserMistake
-from data_tools.prepare.rejection import Config, buckets_of, check, reject_filter, split_thinking
+from data_tools.prepare.rejection import Band, Config, buckets_of, check, split_thinking
+from data_tools.prepare.rejection_element import Share, reject_filter
+from data_tools.prepare.rejection_finish import finish
+from jobs.kind import Placement
+from jobs.phases import reject_filter as reject_phase
 from tests.inputs import Inputs
 
 
@@ -27,14 +33,25 @@ def sample(prompt_id: object = 0, completion: str = "<think>add</think>4", **val
 def filtered(folder: Path, rows: list[dict], **values: object) -> tuple[dict, list[dict]]:
     folder.mkdir(exist_ok=True)
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = folder / "out"
+    return rejected(Config(inputs=[str(folder / "samples.jsonl")], **values), folder)
+
+
+def rejected(config: Config, folder: Path, count: int = 1) -> tuple[dict, list[dict]]:
+    """What `count` elements leave, and finish makes of it, in FOLDER/out."""
+    parts, out = [folder / f"part_{count}_{index}" for index in range(count)], folder / "out"
+    for index, part in enumerate(parts):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        reject_filter(config, part, Share(index, count))
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    facts = reject_filter(Config(inputs=[str(folder / "samples.jsonl")], **values), out)
+    facts = finish(config, parts, out)
     return facts, [json.loads(line) for line in (out / "chat.jsonl").read_text().splitlines()]
 
 
 def buckets(facts: dict) -> dict[str, int]:
-    row = dict(zip(facts["table"]["columns"], facts["table"]["rows"][0]))
+    balance = facts["tables"]["balance"]
+    row = dict(zip(balance["columns"], balance["rows"][0]))
     others = ("source", "lines", "rows", "tokens in", "tokens", "supervised", "masked")
     return {key: value for key, value in row.items() if value and key not in others}
 
@@ -91,7 +108,6 @@ def test_rewards_without_a_verdict_are_refused_with_the_setting_to_change(tmp_pa
         UserMistake, match="reward 0.88 and no verdict: task decide does not say .* RIGHT .* correct: false"
     ):
         filtered(tmp_path, rows)
-    (tmp_path / "out").rmdir()
     facts, _ = filtered(tmp_path, rows, correct=False)
     assert facts["kept"] == 1
 
@@ -163,12 +179,12 @@ def test_a_line_that_is_no_sample_is_named_or_counted(tmp_path: Path) -> None:
     (tmp_path / "s.jsonl").write_text("\n".join(lines))
     config = Config(inputs=[str(tmp_path / "s.jsonl")])
     with pytest.raises(UserMistake, match=r"s.jsonl:1: not JSON: .*; mend it, or set on_bad_row: drop"):
-        reject_filter(config, tmp_path)
+        rejected(config, tmp_path)
     config.on_bad_row = "drop"
-    facts = reject_filter(config, tmp_path)
+    facts, _ = rejected(config, tmp_path)
     assert buckets(facts) == {"malformed_line": 1, "malformed_sample": 2, "kept": 1}
     with pytest.raises(UserMistake, match="inputs: .*absent is neither a JSONL file nor a folder"):
-        reject_filter(Config(inputs=[str(tmp_path / "absent")]), tmp_path)
+        rejected(Config(inputs=[str(tmp_path / "absent")]), tmp_path)
 
 
 KINDS = {  # of each key, values of other types than it has
@@ -176,6 +192,7 @@ KINDS = {  # of each key, values of other types than it has
     "tokens": [None, True, "3", 3.0, -1], "finish": [None, "", "done", True],
     "correct": ["false", "true", 0, 1, 1.0, []],
     "reward": ["1", True, float("nan"), float("inf")], "sample": ["0", 0.0, True], "seed": ["7", 7.5], "weights": [7],
+    "sampling": ["0.7"],
     "messages": [[], "q", [{"role": "user", "content": "q"}]],
 }  # fmt: skip
 
@@ -272,3 +289,136 @@ def test_model_solutions_of_gsm8k_are_filtered_as_they_are_marked(tmp_path: Path
         len(rows) == (16 if inputs.shipped else 1200) and 0 < right < len(rows) and found["wrong"] == len(rows) - right
     )
     assert found["kept"] + found.get("duplicate", 0) == right and len(chats) == found["kept"]
+
+
+# -- prompts beside one another ----------------------------------------------------------------------------------------
+
+
+def many_samples() -> list[dict]:
+    """Samples of 40 prompts of two tasks, with verdicts or answers, some alike, as generate leaves them in an array."""
+    rows = []
+    for place, number in itertools.product(range(40), range(4)):
+        right = (place * 7 + number * 5) % 8 > place % 4
+        text = f"<think>way {number % 3} for {place % 5}</think>the answer is {place + right}"
+        answer = {"correct": right} if place % 5 else {"correct": None, "answer": str((place + number) % 3)}
+        more = {"task": "ab"[place % 2], "place": place, "sample": number, "reward": None, **answer}
+        rows.append(sample(f"p{place}", text, prompt=f"What is question {place % 33} of the set", **more))
+    return rows
+
+
+EVERYTHING = {
+    "majority": 0.5,
+    "one_of_a_method": "run",
+    "one_of_a_question": True,
+    "bands": {"hard": Band(0, 0.5, 5), "easy": Band(0.5, 1.0, 9)},
+    "per_task": 8,
+    "most": 12,
+    "seed": 3,
+}
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING, {"near_duplicate": 1.0, "majority": 0.1}], ids=["", "all", "few"])
+def test_any_number_of_elements_leaves_the_same_bytes(tmp_path: Path, values: dict) -> None:
+    rows = [*many_samples(), {"prompt_id": 3}, "\n", [4]]
+    values = {**values, "on_bad_row": "drop"}
+    one, _ = filtered(tmp_path, rows, **values)
+    bytes_of_one = (tmp_path / "out/chat.jsonl").read_bytes()
+    assert bytes_of_one and sum(buckets(one).values()) == len(rows)
+    for count in (2, 7, 60):  # more elements than prompts, too
+        many, _ = rejected(Config(inputs=[str(tmp_path / "samples.jsonl")], **values), tmp_path, count)
+        assert (tmp_path / "out/chat.jsonl").read_bytes() == bytes_of_one and many == one
+
+
+def test_behind_generate_element_by_element_the_bytes_are_those_of_all_samples_at_once(tmp_path: Path) -> None:
+    """Element i of n sampled prompts i, i + n, …; its part is one element's, whatever its prompts' hashes are."""
+    rows, parts, out = many_samples(), [tmp_path / f"filtered_{index}" for index in range(3)], tmp_path / "joined"
+    filtered(tmp_path / "whole", rows, **EVERYTHING)
+    for index, part in enumerate(parts):
+        sampled = tmp_path / f"sampled_{index}"
+        sampled.mkdir()
+        own = [row for row in rows if row["place"] % 3 == index]
+        (sampled / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+        part.mkdir()
+        reject_filter(Config(inputs=[str(sampled)], **EVERYTHING), part, Share(index, 3, (str(sampled),)))
+    out.mkdir()
+    finish(Config(inputs=[], **EVERYTHING), parts, out)
+    assert (out / "chat.jsonl").read_bytes() == (tmp_path / "whole/out/chat.jsonl").read_bytes()
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    with pytest.raises(UserMistake, match="samples of 14 prompts lie in two elements"):
+        finish(Config(inputs=[], **EVERYTHING), [parts[0], parts[0]], twice)
+
+
+def test_fewer_elements_than_the_samples_have_are_refused_before_anything_runs() -> None:
+    """Element by element behind more of them, some samples would be read by none."""
+    partners = {"/run/sampled/k": 3}
+    (problem,) = reject_phase.check(Config(["/run/sampled/k"]), Placement(ranks=1, elements=2, partners=partners))
+    assert "/run/sampled/k has 3 elements, of which 2 would be read one by one (aftercorr); say" in str(problem)
+    assert not reject_phase.check(Config(["/run/sampled/k"]), Placement(ranks=1, elements=3, partners=partners))
+
+
+def test_without_labels_the_answer_of_most_is_right_and_a_tie_is_none(tmp_path: Path) -> None:
+    def voted(name: str, *answers: str | None, **more: object) -> list[dict]:
+        texts = (f"{name} way {number} to {answer}" for number, answer in enumerate(answers))
+        return [sample(name, text, correct=None, answer=a, **more) for text, a in zip(texts, answers)]
+
+    rows = [*voted("clear", "4", "4", "5", "4"), *voted("tie", "1", "1", "2", "2"), *voted("weak", "1", "2", "3", "1")]
+    rows += [*voted("silent", None, None, None, "7"), sample("labelled", "so 3", answer="3")]
+    rows += voted("labelled", "3", prompt="Question labelled") + voted("cut", "1", "1", "2", finish="length")
+    facts, chats = filtered(tmp_path / "half", rows, majority=0.5, near_duplicate=1.0)
+    assert {chat["prompt_id"] for chat in chats} == {"clear", "weak", "labelled"}
+    assert {chat.get("agreement") for chat in chats} == {0.75, 0.5, None}
+    assert buckets(facts) == {
+        "kept": 6, "minority": 3, "no_majority": 8, "unscored": 1, "truncated": 3,
+    }  # fmt: skip
+    facts, chats = filtered(tmp_path / "most", rows, majority=0.75, near_duplicate=1.0)
+    assert {chat["prompt_id"] for chat in chats} == {"clear", "labelled"}
+    with pytest.raises(UserMistake, match="'answer' is '4', a int, not a text to vote with"):
+        filtered(tmp_path / "number", [sample(answer=4)], majority=0.5)
+
+
+def test_one_of_a_method_is_kept_whatever_its_numbers(tmp_path: Path) -> None:
+    def texts(number: int) -> list[str]:
+        return [
+            f"Add {number} and {number + 1.5}, so {2 * number}.",
+            f"add {number + 8} and 1,000: so {number}",
+            "No, count.",
+        ]
+
+    rows = [sample(name, text) for name, number in (("a", 3), ("b", 4)) for text in texts(number)]
+    kept = {
+        of: [(chat["prompt_id"], chat["messages"][1]["content"][:3]) for chat in filtered(
+            tmp_path / f"m{of}", rows, one_of_a_method=of, prefer="first", near_duplicate=1.0
+        )[1]]
+        for of in ("", "prompt", "run")
+    }  # fmt: skip
+    assert len(kept[""]) == 6
+    assert kept["prompt"] == [("a", "Add"), ("a", "No,"), ("b", "Add"), ("b", "No,")]
+    assert kept["run"] == [("a", "Add"), ("a", "No,")]
+
+
+def test_bands_keep_so_many_prompts_each_and_caps_so_many_samples(tmp_path: Path) -> None:
+    rows = [
+        sample(f"{right}/{number}", f"{right} of {number} sample {place}", correct=place < right, task="ab"[number % 2])
+        for right in range(1, 5)
+        for number in range(6)
+        for place in range(4)
+    ]
+    bands = {"hard": Band(0, 0.25, 2), "fair": Band(0.25, 0.75), "easy": Band(0.9, 1.0, 3)}
+    facts, chats = filtered(tmp_path / "bands", rows, bands=bands, near_duplicate=1.0)
+    prompts = {chat["prompt_id"]: chat["pass_rate"] for chat in chats}
+    assert [list(prompts.values()).count(rate) for rate in (0.25, 0.5, 0.75, 1.0)] == [2, 6, 6, 3]
+    assert [row[2:] for row in facts["tables"]["bands"]["rows"]] == [[6, 2], [12, 12], [6, 3]]
+    assert buckets(facts)["over_band"] == 4 * 1 + 3 * 4
+    facts, chats = filtered(tmp_path / "caps", rows, per_task=7, most=10, near_duplicate=1.0)
+    assert len(chats) == 10 and buckets(facts)["over_most"] == 4
+    other, _ = filtered(tmp_path / "seed", rows, per_task=7, most=10, near_duplicate=1.0, seed=1)
+    assert (tmp_path / "seed/out/chat.jsonl").read_bytes() != (tmp_path / "caps/out/chat.jsonl").read_bytes()
+    facts, chats = filtered(tmp_path / "none", rows, bands={"mid": Band(0.4, 0.6)}, near_duplicate=1.0)
+    assert {chat["pass_rate"] for chat in chats} == {0.5} and buckets(facts)["no_band"] == 6 * (1 + 3 + 4)
+
+
+def test_a_question_asked_under_two_names_is_kept_once(tmp_path: Path) -> None:
+    rows = [sample("a", "x y", prompt="What is 2+2?"), sample("b", "z w", prompt="what is 2 + 2"), sample("c", "v")]
+    facts, chats = filtered(tmp_path, rows, one_of_a_question=True)
+    assert [chat["prompt_id"] for chat in chats] == ["a", "c"] and buckets(facts)["same_question"] == 1

@@ -15,6 +15,7 @@ from slurm.detect import find_cluster
 # Of each kind's default settings, as far as they are part of a key, the digest that the first seals were made with.
 # A new setting is {"keyed": "if_set"}; whoever changes a line here has every sealed phase of that kind run again.
 FIRST = {
+    "decontaminate": "78542bd489a6",
     "dolci_prepare": "697cb5209017",
     "evaluate": "9fc98a1c2ef1",
     "export_hf": "991b046b6652",

@@ -1,5 +1,6 @@
 """The pipeline file: every mistake is found at once, named by file, key and value; references become needs."""
 
+import itertools
 import textwrap
 
 import pytest
@@ -201,3 +202,19 @@ def test_snapshots_carry_the_modules_of_users_tasks():
 
     config = Config(mix=MixConfig({"gsm8k": Entry(), "mine": Entry("tests.data_tools.tasks.verifiers:length")}))
     assert [root.name for root in user_code("generate", config)] == ["tests"]
+
+
+def test_an_override_below_a_mapping_of_the_params_changes_that_one_value_of_its_phase(tmp_path):
+    """`grpo.with.mix.entries.gsm8k.weight=0.6` keeps the entry's task and files, whatever the order of overrides."""
+    text = """
+name: p
+params: {gsm8k: {task: gsm8k, hub: openai/gsm8k, weight: 0.45}}
+phases:
+  a: {uses: decontaminate, with: {mix: {entries: {gsm8k: "${params.gsm8k}"}}}}
+  b: {uses: decontaminate, with: {mix: {entries: {gsm8k: "${params.gsm8k}"}}}}
+"""
+    for overrides in itertools.permutations(["a.with.mix.entries.gsm8k.weight=0.6", "params.gsm8k.hub=own/gsm8k"]):
+        phases = load_pipeline(write(tmp_path, text), list(overrides)).phases.values()
+        entries = [phase.config.mix.entries["gsm8k"] for phase in phases]
+        assert [entry.weight for entry in entries] == [0.6, 0.45]
+        assert {(entry.task, entry.hub) for entry in entries} == {("gsm8k", "own/gsm8k")}

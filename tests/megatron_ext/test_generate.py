@@ -16,7 +16,7 @@ from data_tools.chats.samples import problem_of_sample
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.packs import materialize, pack
-from data_tools.prepare import rejection
+from data_tools.prepare import rejection, rejection_element, rejection_finish
 from data_tools.progress import Stopped
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
@@ -295,7 +295,11 @@ def test_generated_samples_are_filtered_materialized_packed_and_trained_on(folde
     for folder in (kept, part, store, packs, out, keep):
         folder.mkdir()
     rules = rejection.Config(inputs=[str(whole[0])], correct=False, truncated=True, per_prompt=2, near_duplicate=1.0)
-    facts = rejection.reject_filter(rules, kept)
+    (tmp_path / "element").mkdir()
+    rejection_element.reject_filter(rules, tmp_path / "element")
+    facts = rejection_finish.finish(rules, [tmp_path / "element"], kept)
+    chats = [json.loads(line) for line in open(kept / "chat.jsonl")]
+    assert all(chat["sampling"]["temperature"] == 1.0 and chat["weights"] and chat["seed"] == 3 for chat in chats)
     assert facts["samples"] == PROMPTS * SAMPLES and facts["kept"] > 0 and facts["seed"] == ["3"]
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     rows = materialize.Config(

@@ -226,7 +226,7 @@ NAMES = ["a.jsonl", "bom.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "bom.jso
 def test_every_door_reads_every_kind_of_file(tmp_path):
     """A mix, evaluate, materialize (rows of a task, and chats), dolci_prepare, and reject_filter."""
     from data_tools.packs import materialize
-    from data_tools.prepare import dolci, rejection
+    from data_tools.prepare import dolci, rejection, rejection_element
     from megatron_ext.entrypoints import evaluate
 
     rows = [{"question": "q", "answer": "so <<48/2=24>>24"}, {"question": "r", "answer": "x"}]
@@ -246,7 +246,7 @@ def test_every_door_reads_every_kind_of_file(tmp_path):
         assert build(materialize.Config(source, chats), folder / "chats")[1]["kept"] == 2, name
         assert dolci.sample_shard(dolci.Config([file], chats, language=""), folder / "shard", 0, 1)["kept"] == 2, name
         with pytest.raises(UserMistake, match=r":\d+|row 1: neither a text under 'prompt'"):
-            rejection.reject_filter(rejection.Config([file]), folder / "shard")
+            rejection_element.reject_filter(rejection.Config([file]), folder / "shard")
 
 
 def test_wrong_records_are_named_by_file_and_line_and_no_prompts_are_a_mistake(tmp_path):
