@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from data_tools.mistake import Problem
 from slurm.printed import format_minutes, parse_minutes
+from slurm.profile.policy import forbidden
 from slurm.profile.resolve import naming_problems, resolve, time_problems
 from slurm.profile.schema import KINDS, REFERENCES, STANDARD_ROLES, VARIABLE, Env, Partition, Profile, Request
 
@@ -17,11 +18,17 @@ def check(profile: Profile, request: Request, where: str) -> list[Problem]:
     `where` is the place of the request's resources, such as "tiny.yaml: sft.resources". An array's size is not checked:
     elements beyond max_array_size share tasks.
     """
-    problems = naming_problems(profile, request, where) or _limits(profile, request, where)
-    if problems:
-        last = problems[-1]
-        problems[-1] = dataclasses.replace(last, message=last.message + contact_note(profile))
-    return problems
+    problems = naming_problems(profile, request, where) or [
+        *_limits(profile, request, where),
+        *forbidden(profile, request, wants=resolve(profile, request), where=where),
+    ]
+    return _with_contact(profile, problems)
+
+
+def _with_contact(profile: Profile, problems: list[Problem]) -> list[Problem]:
+    """Return the problems, the last of which says whom to ask."""
+    last = [dataclasses.replace(problem, message=problem.message + contact_note(profile)) for problem in problems[-1:]]
+    return [*problems[:-1], *last]
 
 
 def contact_note(profile: Profile) -> str:
@@ -95,7 +102,9 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
             problems.append(Problem(f"{file}: env.{key}", message))
     if not problems:  # the numbers can be compared only now
         for name in profile.roles:
-            problems += check(profile, Request(role=name), f"{file}: roles.{name}")
+            where, request = f"{file}: roles.{name}", Request(role=name)
+            found = naming_problems(profile, request, where) or _limits(profile, request, where)
+            problems += _with_contact(profile, found)
     return problems
 
 

@@ -1,8 +1,9 @@
 """What a cluster profile may say: what an admin writes once, so that no pipeline names a partition, account or module.
 
-A profile is a YAML file of the dataclasses below (`slurm/profiles/example.yaml` is the one to copy); files.py finds and
-reads it. A pipeline asks for a role and perhaps some numbers (`Request`); resolve.py fills in the rest (`Resources`),
-check.py says what the cluster would refuse. Times are Slurm's: "30" (minutes), "1:30:00", "2-00:00:00".
+A profile is a YAML file of the dataclasses below (`slurm/profiles/example.yaml` is the one to copy), or several, each
+laid upon those that it extends (layers.py); files.py finds and reads them. A pipeline asks for a role and perhaps some
+numbers (`Request`); resolve.py fills in the rest (`Resources`), check.py says what the cluster would refuse, policy.py
+what its admin does. Times are Slurm's: "30" (minutes), "1:30:00", "2-00:00:00".
 
 The dataclasses are OmegaConf structured configs too.
 """
@@ -96,7 +97,34 @@ class Srun:
 
 
 @dataclass
+class Bound:
+    """What a value may be. Times are compared as minutes, all else as integers."""
+
+    min: str | None = None
+    max: str | None = None
+    choices: list[str] = field(default_factory=list)  # the only values; empty: any
+    reason: str = ""  # what a user who asks for more is told
+
+
+@dataclass
+class Policy:
+    """What an admin lets nobody change. It counts only in a file that is an admin's (admins.py), and is applied last.
+
+    Keys are dotted places of a profile, where "*" stands for any one name, and mean all that lies below: "env.setup",
+    "partitions.*.max_time", "roles". In `bounds`, "resources.KEY" is what a phase gets in the end (`Resources`),
+    whoever said it.
+    """
+
+    locked: dict[str, str] = field(default_factory=dict)  # key -> what a user who changes it is told
+    bounds: dict[str, Bound] = field(default_factory=dict)
+    require_account: bool = False
+    allowed_qos: list[str] = field(default_factory=list)  # empty: any
+    reason: str = ""  # what a user is told whom require_account or allowed_qos refuses
+
+
+@dataclass
 class Profile:
+    extends: list[str] = field(default_factory=list)  # names or paths of profiles that this one is laid upon, in order
     kind: str = "slurm"  # or "local": processes of this machine
     meta: Meta = field(default_factory=Meta)
     partitions: dict[str, Partition] = field(default_factory=dict)
@@ -107,6 +135,7 @@ class Profile:
     max_array_size: int | None = None  # None: no limit known
     max_submit_jobs: int | None = None  # of one user at a time, array elements counted; None: asked of sacctmgr
     signal_lead_s: int = 90  # seconds before the time limit at which a job is asked to stop: one checkpoint must fit
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass
