@@ -49,6 +49,8 @@ def do_explain(args: argparse.Namespace) -> int:
     from slurm.profile.layers import command_line, leaves
     from slurm.profile.policy import locked_by
 
+    if "=" in args.key:  # no key was given, and argparse took the first override for it
+        args.key, args.overrides = "", [args.key, *args.overrides]
     if args.profile:
         loaded = files.read(args.profile, command_line(args.overrides))
     else:

@@ -16,6 +16,7 @@ from jobs.retry import EXIT_UNFINISHED
 from launchers.backends.contract import JobSpec
 from launchers.backends.shell_lines import script_setup
 from slurm.printed import format_indices
+from slurm.profile.places import gpus_of
 from slurm.profile.schema import Profile
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
@@ -64,6 +65,8 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "signal": f"USR2@{profile.signal_lead_s}",
         "chdir": str(run.path),
     }
+    said = {key: getattr(resources, key) for key in ("reservation", "licenses", "gres")}
+    extra |= {key: value for key, value in said.items() if value is not None}
     if spec.links:
         extra |= {"array": f"0-{spec.links - 1}%1", "no-requeue": True}
     elif spec.is_array:
@@ -79,7 +82,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "nodes": resources.nodes,
         "ntasks_per_node": resources.ranks_per_node,
         "cpus_per_task": resources.cpus_per_task,
-        "gpus_per_node": resources.gpus_per_node or None,
+        "gpus_per_node": None if gpus_of(resources.gres)[1] else resources.gpus_per_node or None,
         "mem": f"{int(resources.mem_gib * 1024)}M" if resources.mem_gib else None,
         "wckey": None,
         "stderr_to_stdout": True,

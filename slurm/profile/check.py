@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 
 from data_tools.mistake import Problem
-from slurm.printed import format_minutes, parse_minutes
+from slurm.profile.limits import limit_problems
+from slurm.profile.places import gpus_of
 from slurm.profile.policy import forbidden
-from slurm.profile.resolve import naming_problems, resolve, time_problems
-from slurm.profile.schema import KINDS, REFERENCES, STANDARD_ROLES, VARIABLE, Env, Partition, Profile, Request
+from slurm.profile.resolve import choices, gres_problems, naming_problems, resolve, time_problems
+from slurm.profile.schema import KINDS, REFERENCES, STANDARD_ROLES, VARIABLE, Env, Profile, Request
 
 
 def check(profile: Profile, request: Request, where: str) -> list[Problem]:
@@ -38,40 +39,13 @@ def contact_note(profile: Profile) -> str:
 
 
 def _limits(profile: Profile, request: Request, where: str) -> list[Problem]:
-    """Return what is too small to start, or more than the partition has."""
-    problems: list[Problem] = []
-    wants = resolve(profile, request)
-    limit = profile.partitions[wants.partition] if wants.partition else Partition()
-    at = f"partition {wants.partition}" if wants.partition else "this machine"
-
-    def too_small(key: str, value: int | None, least: int) -> None:
-        if value is not None and value < least:
-            problems.append(Problem(f"{where}.{key}", f"{value} is too small; the least is {least}"))
-
-    def above(key: str, value: int | None, most: int | None, unit: str) -> None:
-        if value is not None and most is not None and value > most:
-            problems.append(Problem(f"{where}.{key}", f"{value} {unit}, but {at} has {most}; ask for at most {most}"))
-
-    too_small("nodes", wants.nodes, 1)
-    too_small("gpus_per_node", wants.gpus_per_node, 0)
-    too_small("cpus_per_task", wants.cpus_per_task, 1)
-    too_small("ranks_per_node", wants.ranks_per_node, 1)
-    too_small("mem_gib", wants.mem_gib, 1)
-    too_small("time", wants.time_minutes, 1)
-    above("nodes", wants.nodes, limit.max_nodes, "nodes")
-    above("gpus_per_node", wants.gpus_per_node, limit.gpus_per_node, "GPUs a node")
-    above("mem_gib", wants.mem_gib, limit.mem_gib, "GiB a node")
-    ranks, cpus = wants.ranks_per_node, wants.cpus_per_task * wants.ranks_per_node
-    if limit.cpus is not None and cpus > limit.cpus:
-        most = limit.cpus // ranks
-        remedy = f"at most {most} cpus_per_task" if most else f"at most {limit.cpus} ranks_per_node"
-        message = f"{ranks} ranks of {wants.cpus_per_task} CPUs are {cpus} a node, but {at} has {limit.cpus}; {remedy}"
-        problems.append(Problem(f"{where}.cpus_per_task", message))
-    longest = None if limit.max_time is None else parse_minutes(limit.max_time)
-    if longest is not None and wants.time_minutes is not None and wants.time_minutes > longest:
-        asked = format_minutes(wants.time_minutes)
-        message = f"{asked} is longer than {at} allows; ask for at most {limit.max_time}"
-        problems.append(Problem(f"{where}.time", message))
+    """Return why a request without naming problems fits nowhere: at the first place in full, of the others one word."""
+    (first, wants), *others = choices(profile, request)
+    problems = limit_problems(wants, first, where)
+    if problems and others:
+        nor = [f"{place.at}: {limit_problems(got, place, where)[0].message}" for place, got in others]
+        last = problems[-1]
+        problems[-1] = dataclasses.replace(last, message="; nor does it fit ".join([last.message, *nor]))
     return problems
 
 
@@ -85,8 +59,18 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
         problems.append(Problem(f"{file}: roles", f"no roles; pipelines ask for {standard}"))
     for name, partition in profile.partitions.items():
         problems += time_problems(f"{file}: partitions.{name}.max_time", partition.max_time)
+        problems += gres_problems(f"{file}: partitions.{name}.gres", partition.gres, partition.gpus_per_node)
+        for kind, nodes in partition.node_types.items():
+            at = f"{file}: partitions.{name}.node_types.{kind}"
+            problems += gres_problems(f"{at}.gres", nodes.gres, nodes.gpus_per_node)
+            if nodes.constraint is None and not gpus_of(nodes.gres)[0]:
+                message = "nothing tells Slurm these nodes from the others: say constraint, or gres with a type"
+                problems.append(Problem(at, message))
     for name, role in profile.roles.items():
         problems += time_problems(f"{file}: roles.{name}.time", role.time)
+        problems += gres_problems(f"{file}: roles.{name}.gres", role.gres, role.gpus_per_node or None)
+        if role.partition is not None and role.partitions:
+            problems.append(Problem(f"{file}: roles.{name}.partitions", "partition is said too; keep one of them"))
     ports = profile.network.port_range
     if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
         message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"

@@ -105,6 +105,8 @@ def forbidden(profile: Profile, request: Request, wants: Resources, where: str) 
     for key in PLACES:
         asked = getattr(request, key, None)
         for place, owner in ((f"roles.{wants.role}.{key}", role), (f"partitions.{wants.partition}.{key}", partition)):
+            if owner is partition and key == "gres":
+                continue  # a partition's is the name of its GPUs
             entry, has = locked_by(policy, place), getattr(owner, key, None)
             if asked is not None and entry is not None and hasattr(owner, key) and asked != has:
                 stays = f"locked by the admin; it stays {'unset' if has is None else repr(has)}"

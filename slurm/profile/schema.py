@@ -27,6 +27,23 @@ class Meta:
 
 
 @dataclass
+class NodeType:
+    """One kind of a partition's nodes, where they differ (None: the partition's value).
+
+    A job asks for `constraint`, beside what it asks for anyhow, or for `gres` by name: so it gets nodes of one kind.
+    """
+
+    max_nodes: int | None = None  # how many there are
+    cpus: int | None = None
+    mem_gib: int | None = None
+    gpus_per_node: int | None = None
+    gpu: str | None = None
+    gpu_mem_gib: int | None = None
+    gres: str | None = None
+    constraint: str | None = None
+
+
+@dataclass
 class Partition:
     """What a Slurm partition allows a job (None: not known, not checked) and what every job in it must say."""
 
@@ -39,7 +56,12 @@ class Partition:
     gpu_mem_gib: int | None = None  # of one GPU; None: that of the type
     account: str | None = None
     qos: str | None = None
+    reservation: str | None = None
+    licenses: str | None = None  # "lustre:1,matlab"
     constraint: str | None = None
+    # Slurm's name of a node's GPUs as `sinfo -o %G` prints it, "gpu:h100:8"; with it jobs ask by that name
+    gres: str | None = None
+    node_types: dict[str, NodeType] = field(default_factory=dict)  # the first that a phase fits on is taken
     # whether a stopped or preempted job may run again under its id; None: asked of Slurm
     requeue: bool | None = None
     extra_sbatch: dict[str, str] = field(default_factory=dict)
@@ -50,6 +72,7 @@ class Role:
     """What a phase of this kind gets where its pipeline does not say."""
 
     partition: str | None = None  # None: the only partition, or none at all on a local profile
+    partitions: list[str] = field(default_factory=list)  # or several: the first that a phase fits into is taken
     time: str | None = None  # None: the partition's max_time
     nodes: int = 1
     gpus_per_node: int = 0
@@ -58,6 +81,12 @@ class Role:
     cpus_per_task: int = 1
     mem_gib: int | None = None  # a node; None: the cluster's default
     ranks_per_node: int | None = None  # None: one a GPU, else one
+    account: str | None = None  # these five: None: the partition's
+    qos: str | None = None
+    reservation: str | None = None
+    licenses: str | None = None
+    constraint: str | None = None
+    gres: str | None = None  # what a node must have beside its GPUs, "nvme:1"; or its GPUs by name, "gpu:h100:4"
 
 
 @dataclass
@@ -150,6 +179,12 @@ class Request:
     time: str | None = None
     ranks_per_node: int | None = None
     partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    licenses: str | None = None
+    constraint: str | None = None
+    gres: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,3 +205,7 @@ class Resources:
     qos: str | None
     constraint: str | None
     extra_sbatch: dict[str, str]
+    reservation: str | None = None
+    licenses: str | None = None
+    gres: str | None = None  # whole, GPUs included; then gpus_per_node is not said a second time
+    node_type: str | None = None
