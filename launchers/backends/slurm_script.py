@@ -16,6 +16,7 @@ from jobs.retry import EXIT_UNFINISHED
 from launchers.backends.contract import JobSpec
 from launchers.backends.shell_lines import script_setup
 from slurm.printed import format_indices
+from slurm.profile.environments import environment_of
 from slurm.profile.places import gpus_of
 from slurm.profile.schema import Profile
 
@@ -58,7 +59,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     extra: dict[str, str | bool] = {key: value or True for key, value in resources.extra_sbatch.items()}
     extra |= {
         "output": str(log),
-        "export": ",".join(profile.env.forward) or "NONE",
+        "export": ",".join(environment_of(profile, resources.role).forward) or "NONE",
         # A dependent of a failed phase waits, so that it can be rewired to the next attempt; what only a failure calls
         # for must not wait for ever behind a success.
         "kill-on-invalid-dep": "yes" if spec.planned.conditional else "no",
@@ -87,7 +88,7 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "wckey": None,
         "stderr_to_stdout": True,
         "use_srun": False,
-        "setup": script_setup(profile, run.code_folder(number), frozen.ranks),
+        "setup": script_setup(profile, run.code_folder(number), ranks=frozen.ranks, role=resources.role),
         "additional_parameters": extra,
     }
 
@@ -109,7 +110,8 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
     srun += profile.srun.extra
-    python, frozen = profile.env.python or sys.executable, spec.planned.frozen
+    frozen = spec.planned.frozen
+    python = environment_of(profile, spec.planned.resources.role).python or sys.executable
     where = [str(run.path), spec.phase]
     worker = shlex.join([*WITHOUT_USR2, python, "-m", "jobs.worker", *where])
     restart = shlex.join([python, "-m", RESTART, *where])

@@ -16,7 +16,7 @@ from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest, key_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder, path_problem
 from jobs.artifacts.seal import Seal
-from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
+from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
 from launchers.planning import limits
@@ -27,7 +27,8 @@ from launchers.planning.snapshot import code_digests, code_of, find_code, users_
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems
-from slurm.profile.schema import Resources
+from slurm.profile.environments import environment_of, why_not_shared
+from slurm.profile.schema import Profile, Resources
 
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
@@ -122,6 +123,9 @@ class _Planner:
             raise UserMistake(other)
         profile = self.cluster.profile
         self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
+        if why := why_not_shared(profile, self.run.path):
+            self.problems.append(Problem("", why))
+        self.problems += _unknown_kinds(profile, self.cluster.profile_file or profile.meta.name)
         self.survey()
         limits.share_array_tasks(self.cluster, self.planned)
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
@@ -140,14 +144,14 @@ class _Planner:
     def _phase(self, phase: Phase) -> PlannedPhase:
         frozen = self._frozen(phase)
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
-        resources, problems = limits.resources_of(self.cluster.profile, phase.resources, where)
+        resources, problems = limits.resources_of(self.cluster.profile, phase, where)
         self.problems += problems
         self._check(phase, frozen, resources)
         self._check_partners(phase, frozen)
         if why := limits.why_time_is_too_short(self.cluster, phase, resources):
             self._problem(phase, "resources.time", why)
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
-        frozen.gpus_per_node = resources.gpus_per_node
+        frozen.gpus_per_node, frozen.role = resources.gpus_per_node, resources.role
         frozen.links = limits.links_of(
             cluster=self.cluster, run=self.run, phase=phase, frozen=frozen, resources=resources
         )
@@ -228,7 +232,7 @@ class _Planner:
             gpus_per_node=resources.gpus_per_node,
             gpu=resources.gpu or "",
             gpu_mem_gib=resources.gpu_mem_gib,
-            environment=self.cluster.profile.env.set,
+            environment=environment_of(self.cluster.profile, resources.role).set,
             elements=phase.elements,
             forecasts={folder: self.forecasts[name] for name, folder in folders.items()},
         )
@@ -251,6 +255,15 @@ class _Planner:
     def _problem(self, phase: Phase, key: str, message: str) -> None:
         """Note a problem of one of a phase's keys in the pipeline file."""
         self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+
+
+def _unknown_kinds(profile: Profile, file: str) -> list[Problem]:
+    """Return a problem for each phase kind of a profile that afterok does not have; a user's own are not looked for."""
+    return [
+        Problem(f"{file}: phases.{name}", f"no phase kind {name!r}{nearest(name, kind_names())}")
+        for name in profile.phases
+        if name not in kind_names() and "." not in name
+    ]
 
 
 def is_hub_name(text: str) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from data_tools.mistake import Problem
+from slurm.profile.environments import environments, site_variables
 from slurm.profile.limits import limit_problems
 from slurm.profile.places import gpus_of
 from slurm.profile.policy import forbidden
@@ -43,7 +44,7 @@ def _limits(profile: Profile, request: Request, where: str) -> list[Problem]:
     (first, wants), *others = choices(profile, request)
     problems = limit_problems(wants, first, where)
     if problems and others:
-        nor = [f"{place.at}: {limit_problems(got, place, where)[0].message}" for place, got in others]
+        nor = [f"{place.at.rstrip(chr(44))}: {limit_problems(got, place, where)[0].message}" for place, got in others]
         last = problems[-1]
         problems[-1] = dataclasses.replace(last, message="; nor does it fit ".join([last.message, *nor]))
     return problems
@@ -79,11 +80,31 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
         value = getattr(profile, key)
         if value is not None and value < least:
             problems.append(Problem(f"{file}: {key}", f"{value} is too small; the least is {least}"))
-    problems += _environment_problems(profile.env, f"{file}: env")
-    for key in ("setup", "modules"):
-        if profile.kind == "local" and getattr(profile.env, key):
-            message = "local processes run no shell lines; say it in env.set, or before you call afterok"
-            problems.append(Problem(f"{file}: env.{key}", message))
+    for kind, wishes in profile.phases.items():
+        problems += time_problems(f"{file}: phases.{kind}.time", wishes.time)
+        problems += gres_problems(f"{file}: phases.{kind}.gres", wishes.gres, wishes.gpus_per_node)
+    for place, env in environments(profile):
+        problems += _environment_problems(env, f"{file}: {place}")
+        for key in ("setup", "modules", "modules_init"):
+            if profile.kind == "local" and getattr(env, key):
+                message = "local processes run no shell lines; say it in env.set, or before you call afterok"
+                problems.append(Problem(f"{file}: {place}.{key}", message))
+        problems += [
+            Problem(f"{file}: {place}.set.{name}", f"{name} is said by network or storage too; keep one of them")
+            for name in site_variables(profile)
+            if name in env.set
+        ]
+    storage = profile.storage
+    for key, folders in (
+        ("scratch", [storage.scratch]),
+        ("node_local", [storage.node_local]),
+        ("shared", storage.shared),
+    ):
+        problems += [
+            Problem(f"{file}: storage.{key}", f"{folder!r} is relative to nobody knows what; write /...")
+            for folder in folders
+            if folder is not None and not folder.startswith("/")
+        ]
     if not problems:  # the numbers can be compared only now
         for name in profile.roles:
             where, request = f"{file}: roles.{name}", Request(role=name)
@@ -123,8 +144,10 @@ def _environment_problems(env: Env, where: str) -> list[Problem]:
 
 def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[str]:
     """Return what `plan` and `submit` say of the variables that leave the submitter's environment; names only."""
-    sent = [name for name in profile.env.forward if name in environment]
-    called_secret = [name for name, reference in profile.env.secrets.items() if reference.startswith("env:")]
+    every = [env for _, env in environments(profile)]
+    sent = [name for name in dict.fromkeys(name for env in every for name in env.forward) if name in environment]
+    secrets = [pair for env in every for pair in env.secrets.items()]
+    called_secret = list(dict.fromkeys(name for name, reference in secrets if reference.startswith("env:")))
     notes = []
     if sent:
         notes.append(
@@ -141,13 +164,16 @@ def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[s
 
 def forwarding_problems(profile: Profile, environment: Mapping[str, str]) -> list[Problem]:
     """Return a problem for each variable that the profile forwards and the submitter's environment has not."""
-    names = {reference[4:]: name for name, reference in profile.env.secrets.items() if reference.startswith("env:")}
+    places = {
+        reference[4:]: f"{place}.secrets.{name}"
+        for place, env in reversed(list(environments(profile)))
+        for name, reference in env.secrets.items()
+        if reference.startswith("env:")
+    }
     return [
         Problem(
-            "",
-            f"{source} is not set, and profile {profile.meta.name} forwards it (env.secrets.{name}); "
-            f"export {source} first",
+            "", f"{source} is not set, and profile {profile.meta.name} forwards it ({place}); export {source} first"
         )
-        for source, name in names.items()
+        for source, place in places.items()
         if not environment.get(source)
     ]

@@ -3,6 +3,7 @@
 Of several partitions, and kinds of nodes in them, the first is taken that all of it fits.
 """
 
+from dataclasses import replace
 from typing import TypeVar
 
 from data_tools.mistake import Problem, UserMistake, nearest
@@ -24,6 +25,21 @@ def resolve(profile: Profile, request: Request) -> Resources:
     if problems:
         raise UserMistake(problems)
     return choices(profile, request)[0][1]
+
+
+def with_defaults(profile: Profile, uses: str, request: Request) -> Request:
+    """Return a request with what the profile says of phases of this kind where it says nothing itself.
+
+    What depends on one another stays together: of a phase that says `gres` no other number of GPUs is taken.
+    """
+    if uses not in profile.phases:
+        return request
+    default, asked = vars(profile.phases[uses]), vars(request)
+    gpus = ("gres", "gpus_per_node", "ranks_per_node")
+    left = [key for key in default if asked[key] is None]
+    if any(asked[key] is not None for key in gpus[:2]):
+        left = [key for key in left if key not in gpus]
+    return replace(request, **{key: default[key] for key in left})
 
 
 def choices(profile: Profile, request: Request) -> list[tuple[Place, Resources]]:
@@ -83,8 +99,8 @@ def _gres(asked: str | None, named: str | None, gpus: int) -> str | None:
 
     GPUs without a name are no part of it: they are asked for as GPUs a node.
     """
-    others = [f"{name}:{kind}:{count}" if kind else f"{name}:{count}" for name, kind, count in items(asked or "none")]
-    others = [item for item in others if not item.startswith("gpu:") and asked]
+    wanted = [item for item in (items(asked) if asked else []) if item[0] != "gpu"]
+    others = [f"{name}:{kind}:{count}" if kind else f"{name}:{count}" for name, kind, count in wanted]
     kind = gpus_of(asked)[0] or gpus_of(named)[0]
     named_gpus = [f"gpu:{kind}:{gpus}"] if gpus and kind else []
     return ",".join([*named_gpus, *others]) or None

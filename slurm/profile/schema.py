@@ -68,6 +68,48 @@ class Partition:
 
 
 @dataclass
+class Env:
+    """What a job's environment is made of, in this order: `forward`, `set`, `modules`, `setup`, our own, `secrets`.
+
+    Each sees what those before it made, and may change it. `modules` are loaded with `module load`, one after the
+    other; `modules_init` is sourced before them, and without it a batch shell that has no `module` gets it from where
+    Environment Modules and Lmod are installed (launchers/backends/shell_lines.py). One that is not loaded ends the job.
+    `setup` are lines of one shell script, run under bash's default options, so without -e, -u and pipefail: a command
+    of theirs that fails is told in the job's log and does not end it, `exit` does. Our own are PYTHONPATH,
+    PYTHONSAFEPATH, PYTHONUNBUFFERED, MASTER_ADDR and MASTER_PORT. Local processes get `set` and `secrets`.
+
+    `secrets` maps a variable to where its value lies: "file:~/.wandb_key" and "cmd:pass show hf" are read by the worker
+    on its node (jobs/secrets.py) and are written nowhere. "env:NAME" means NAME of the submitter's environment, which
+    `forward` must list too. It is no secret: Slurm writes the environment that sbatch sends into the controller's
+    StateSaveLocation, the node's spool, and slurmdbd where it has AccountingStoreFlags=job_env (seen with 22.05).
+    """
+
+    python: str | None = None  # interpreter of the jobs; None: the one that submits
+    setup: list[str] = field(default_factory=list)  # shell lines
+    modules_init: str | None = None  # the file that defines `module`; None: looked for where packages put it
+    modules: list[str] = field(default_factory=list)
+    set: dict[str, str] = field(default_factory=dict)
+    forward: list[str] = field(default_factory=list)  # names of variables taken from the submitter
+    secrets: dict[str, str] = field(default_factory=dict)  # variable -> file:PATH, cmd:COMMAND or env:NAME
+
+
+@dataclass
+class RoleEnv:
+    """What a role's environment has otherwise: lists and single values replace the profile's, mappings are laid upon.
+
+    None is the profile's own. A trainer's and an engine's Python often cannot share modules.
+    """
+
+    python: str | None = None
+    setup: list[str] | None = None
+    modules_init: str | None = None
+    modules: list[str] | None = None
+    set: dict[str, str] = field(default_factory=dict)
+    forward: list[str] | None = None
+    secrets: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Role:
     """What a phase of this kind gets where its pipeline does not say."""
 
@@ -87,42 +129,50 @@ class Role:
     licenses: str | None = None
     constraint: str | None = None
     gres: str | None = None  # what a node must have beside its GPUs, "nvme:1"; or its GPUs by name, "gpu:h100:4"
-
-
-@dataclass
-class Env:
-    """What a job's environment is made of, in this order: `forward`, `set`, `modules`, `setup`, our own, `secrets`.
-
-    Each sees what those before it made, and may change it. `modules` are loaded with `module load`, one after the
-    other; a batch shell that has no `module` gets it from where Environment Modules and Lmod are installed (launchers/
-    shell_lines.py), and one that is not loaded ends the job. `setup` are lines of one shell script, run under bash's
-    default options, so without -e, -u and pipefail: a command of theirs that fails is told in the job's log and does
-    not end it, `exit` does. Our own are PYTHONPATH, PYTHONSAFEPATH, PYTHONUNBUFFERED, MASTER_ADDR and MASTER_PORT.
-    Local processes get `set` and `secrets`.
-
-    `secrets` maps a variable to where its value lies: "file:~/.wandb_key" and "cmd:pass show hf" are read by the worker
-    on its node (jobs/secrets.py) and are written nowhere. "env:NAME" means NAME of the submitter's environment, which
-    `forward` must list too. It is no secret: Slurm writes the environment that sbatch sends into the controller's
-    StateSaveLocation, the node's spool, and slurmdbd where it has AccountingStoreFlags=job_env (seen with 22.05).
-    """
-
-    python: str | None = None  # interpreter of the jobs; None: the one that submits
-    setup: list[str] = field(default_factory=list)  # shell lines
-    modules: list[str] = field(default_factory=list)
-    set: dict[str, str] = field(default_factory=dict)
-    forward: list[str] = field(default_factory=list)  # names of variables taken from the submitter
-    secrets: dict[str, str] = field(default_factory=dict)  # variable -> file:PATH, cmd:COMMAND or env:NAME
+    env: RoleEnv = field(default_factory=RoleEnv)
 
 
 @dataclass
 class Network:
+    """How nodes find each other. The two names become NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, and NCCL_IB_HCA."""
+
+    interface: str | None = None  # as `ip link` prints it, "ib0", or as NCCL reads several: "=eth0,eth1"
+    hca: str | None = None  # as `ibv_devinfo -l` prints them: "mlx5_0,mlx5_1"
     port_range: list[int] = field(default_factory=lambda: [20000, 29999])  # first and last port for MASTER_PORT
+
+
+@dataclass
+class Storage:
+    """Where files may lie. With `scratch` or `shared`, a run that lies below none of them is refused."""
+
+    scratch: str | None = None  # a folder that all nodes share; jobs have it as AFTEROK_SCRATCH
+    node_local: str | None = None  # a folder of each node's own, there already; jobs have it as TMPDIR
+    shared: list[str] = field(default_factory=list)  # further folders that every node must see
 
 
 @dataclass
 class Srun:
     mpi: str | None = None
     extra: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Wishes:
+    """What a phase may ask for, beside its role; None takes the profile's value for its kind, else the role's."""
+
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem_gib: int | None = None
+    time: str | None = None
+    ranks_per_node: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    licenses: str | None = None
+    constraint: str | None = None
+    gres: str | None = None
 
 
 @dataclass
@@ -158,7 +208,9 @@ class Profile:
     meta: Meta = field(default_factory=Meta)
     partitions: dict[str, Partition] = field(default_factory=dict)
     roles: dict[str, Role] = field(default_factory=dict)
+    phases: dict[str, Wishes] = field(default_factory=dict)  # phase kind (sft, ...) -> what it gets by default
     env: Env = field(default_factory=Env)
+    storage: Storage = field(default_factory=Storage)
     network: Network = field(default_factory=Network)
     srun: Srun = field(default_factory=Srun)
     max_array_size: int | None = None  # None: no limit known
@@ -168,23 +220,10 @@ class Profile:
 
 
 @dataclass
-class Request:
-    """What a phase asks for; None takes the role's value."""
+class Request(Wishes):
+    """What a phase asks for."""
 
     role: str
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    cpus_per_task: int | None = None
-    mem_gib: int | None = None
-    time: str | None = None
-    ranks_per_node: int | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    reservation: str | None = None
-    licenses: str | None = None
-    constraint: str | None = None
-    gres: str | None = None
 
 
 @dataclass(frozen=True)

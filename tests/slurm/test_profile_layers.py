@@ -114,7 +114,7 @@ def test_a_mistake_is_named_with_the_file_that_made_it(site):
 @pytest.mark.parametrize(
     "text, key, words",
     [
-        ("env: {modules: [cuda/11]}", "env.modules", "The driver wants this CUDA; ask hpc@x.org (locked by the admin; "),
+        ("env: {modules: [cuda/11]}", "env.modules", "The driver wants this CUDA; ask hpc@x.org (locked by "),
         ("env: {+modules: [x]}", "env.modules", "it stays ['cuda/12.8'])"),
         ("env: {modules: }", "env.modules", "The driver wants this CUDA"),
         ("env: ", "env", "The driver wants this CUDA"),
