@@ -236,18 +236,29 @@ def _add_cluster_verbs(cluster: argparse.ArgumentParser) -> None:
 
 
 def _add_profile_verbs(profile: argparse.ArgumentParser) -> None:
-    """Add what can be done with profiles: list and explain."""
+    """Add what can be done with profiles: list, explain, init and verify."""
     actions = profile.add_subparsers(dest="action", metavar="ACTION", required=True)
     listed = actions.add_parser("list", help="list the profiles, and the files that each is made of")
     explain = actions.add_parser("explain", help="show which file set each value, and which are locked")
     explain.add_argument("key", nargs="?", default="", metavar="KEY", help="such as roles.train (default: all)")
-    explain.add_argument("overrides", nargs="*", metavar="cluster.KEY=VALUE", help="values laid on top")
-    explain.add_argument(
-        "--profile", metavar="NAME", default="", help="a profile's name or file (default: this cluster's)"
+    draft = actions.add_parser("init", help="draft a profile from the live cluster")
+    draft.add_argument("--output", type=Path, metavar="FILE", help="write it there (default: print it)")
+    verify = actions.add_parser(
+        "verify", help="compare a profile with its live cluster, and with a compute node or two"
     )
-    for action, function in ((listed, profile_verbs.do_list), (explain, profile_verbs.do_explain)):
+    verify.add_argument("--no-jobs", action="store_true", help="ask the controller alone; no job runs")
+    for action in (explain, verify):
+        action.add_argument("overrides", nargs="*", metavar="cluster.KEY=VALUE", help="values laid on top")
+        action.add_argument("--profile", metavar="NAME", default="", help="its name or file (default: this cluster's)")
+    for action, function in (
+        (listed, profile_verbs.do_list),
+        (explain, profile_verbs.do_explain),
+        (draft, profile_verbs.do_init),
+        (verify, profile_verbs.do_verify),
+    ):
         action.set_defaults(verb=function)
-        action.add_argument("--json", action="store_true", help=JSON_HELP)
+        if action is not draft:
+            action.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 if __name__ == "__main__":

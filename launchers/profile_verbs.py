@@ -1,9 +1,9 @@
-"""Does what `afterok profile ACTION` says: show which profiles there are, and which file set a value."""
+"""Does what `afterok profile ACTION` says: list, explain, draft and verify profiles."""
 
 import argparse
 from typing import Any
 
-from data_tools.mistake import UserMistake, nearest
+from data_tools.mistake import EXIT_MISTAKE, UserMistake, nearest
 from launchers.verbs import print_json, tell
 
 
@@ -82,3 +82,58 @@ def do_explain(args: argparse.Namespace) -> int:
 
 def _written(value: Any) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def do_init(args: argparse.Namespace) -> int:
+    """Print, or write to a file, a profile drafted from the live cluster."""
+    from slurm.client import Slurm
+    from slurm.verify.draft import draft, text
+    from slurm.verify.live import ask
+
+    slurm = Slurm()
+    slurm.ping()
+    live = ask(slurm)
+    drafted = text(draft(live), live)
+    if args.output is None:
+        print(drafted, end="")
+        return 0
+    try:
+        with open(args.output, "x") as file:
+            file.write(drafted)
+    except FileExistsError:
+        raise UserMistake(f"{args.output} is there already; remove it, or name another file") from None
+    print(f"drafted {args.output}; read it, then: afterok profile verify --profile {args.output}")
+    return 0
+
+
+def do_verify(args: argparse.Namespace) -> int:
+    """Print where the profile and its live cluster disagree; exit with EXIT_MISTAKE where they do."""
+    from launchers.backends.probe import probe
+    from slurm.detect import find_cluster
+    from slurm.verify.checks import mismatches
+    from slurm.verify.live import ask
+
+    cluster = find_cluster(args.profile or "auto", args.overrides)
+    if cluster.kind != "slurm" or cluster.loaded is None:
+        raise UserMistake(f"profile {cluster.profile.meta.name} is of local processes: there is no cluster to verify")
+    live = ask(cluster.slurm)
+    found, not_asked = mismatches(cluster.profile, live), []
+    if live.accounts is None:
+        not_asked.append("accounts and QOS: the cluster keeps no accounting, or that does not answer")
+    if args.no_jobs:
+        not_asked.append("compute nodes: --no-jobs")
+    else:
+        probed = probe(cluster.profile, live=live, slurm=cluster.slurm, known=found)
+        found, not_asked = found + probed.mismatches, not_asked + probed.not_asked
+    rows = [{**vars(fault), "file": cluster.loaded.merged.origin(fault.key)} for fault in found]
+    if args.json:
+        where = {"profile": cluster.as_json(), "mismatches": rows, "not_asked": not_asked}
+        print_json(where)
+        return EXIT_MISTAKE if found else 0
+    print(cluster.where)
+    for row in rows:
+        print(f"{row['check']} {row['file']}: {row['key']}: {row['message']}")
+    for line in not_asked:
+        tell(f"not asked: {line}")
+    print(f"{len(rows)} mismatches" if rows else "the profile agrees with the cluster")
+    return EXIT_MISTAKE if found else 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from slurm.profile.schema import NodeType, Partition, Profile, Request
 
-GRES = re.compile(r"([A-Za-z][\w.-]*)(?::([A-Za-z_][\w.-]*))?(?::(\d+))?")  # name, type, count
+GRES = re.compile(r"([A-Za-z][\w.-]*)(?::([\w.-]*[A-Za-z_][\w.-]*))?(?::(\d+))?")  # name, type ("1g.5gb"), count
 
 
 @dataclass(frozen=True)
