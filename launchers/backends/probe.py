@@ -24,6 +24,7 @@ WAIT_S = 60  # for a free node
 LIMIT_S = 180.0  # for the whole of one role
 MARK = "afterok-probe"
 MEMORY = ("tmpfs", "ramfs", "devtmpfs")  # filesystems that are the memory of one machine
+SHELL_KEYS = ("env.setup", "hooks.prolog")
 LONGEST_ANSWER = 300  # characters of what an environment said that did not work
 
 
@@ -179,7 +180,7 @@ def _faults(
                 message = f"{name}: {node} has {', '.join(has) or 'none'}"
                 found.append(Mismatch("N001", f"network.{key}", message))
     worked = answers.get("environment", "no: it said nothing")
-    if not worked.startswith("yes") or LINE_FAILED in worked:
+    if not worked.startswith("yes") or any(LINE_FAILED.format(key=key) in worked for key in SHELL_KEYS):
         message = f"on {node} the environment of role {role} does not work: {worked[:LONGEST_ANSWER]}"
         found.append(Mismatch("E001", f"roles.{role}", message))
     return found

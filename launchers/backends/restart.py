@@ -174,6 +174,10 @@ def _after_link(life: Life, code: int, slurm: Slurm) -> None:
             limit_s = 60 * parse_minutes(slurm.job(f"{job}_{link}")["TimeLimit"])
             outcomes = life.run.outcomes(life.phase.name)
             needed = chain.links_needed(life.phase, outcomes, limit_s - profile.signal_lead_s)
+            ends = life.outcomes()
+            nodes = requeue.to_exclude(slurm, life.run, life.phase, attempt=life.attempt, ends=ends)
+            if nodes and link < last:
+                slurm.exclude(f"{job}_[{link + 1}-{last}]", nodes)
         plan = f"{needed} more links would do, {last - link} are left" if verdict.again else "no further link"
         _say(life, f"{verdict.why}; {plan}" + (": `afterok submit` appends" if needed > max(last - link, 1) else ""))
     dropped = chain.surplus(link, last, needed)

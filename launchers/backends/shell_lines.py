@@ -13,7 +13,7 @@ from slurm.profile.environments import environment_of, site_variables
 from slurm.profile.schema import Env, Profile
 
 STRICT, DEFAULTS = "set -euo pipefail", "set +euo pipefail"
-LINE_FAILED = "a command of env.setup ended with code"  # how the log tells of a line that did not end the job
+LINE_FAILED = "a command of {key} ended with code"  # how the log tells of a line that did not end the job
 # Where Environment Modules and Lmod have what defines `module`, in packages and from source.
 MODULE_FILES = (
     "${MODULESHOME:-/usr/share/modules}/init/bash", "${LMOD_PKG:-/usr/share/lmod/lmod}/init/bash",
@@ -32,8 +32,8 @@ def script_setup(profile: Profile, code: Path, ranks: int, role: str = "") -> li
     ]
     variables = site_variables(profile) | env.set
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    if env.modules_init or env.modules or env.setup:
-        lines += [DEFAULTS, *_admins_lines(env, profile.meta.name), f"unset IFS; {STRICT}"]
+    if env.modules_init or env.modules or env.setup or profile.hooks.prolog:
+        lines += [DEFAULTS, *_admins_lines(env, profile), f"unset IFS; {STRICT}"]
     lines += [f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"]
     if ranks > 1:
         # An address, not a name: node names need not resolve, and NodeAddr may itself be one.
@@ -47,13 +47,13 @@ def script_setup(profile: Profile, code: Path, ranks: int, role: str = "") -> li
     return lines
 
 
-def _admins_lines(env: Env, name: str) -> list[str]:
-    """Return modules and setup, and what tells the log which command of theirs failed or ended the job.
+def _admins_lines(env: Env, profile: Profile) -> list[str]:
+    """Return modules, setup and the job's prolog, and what tells the log which command of theirs failed or ended the job.
 
     The two traps take no part in what the lines do: functions and sourced files do not see the one, and the other goes
     with the lines unless they set one of their own.
     """
-    said = shlex.quote(f"afterok: profile {name}:")
+    said = shlex.quote(f"afterok: profile {profile.meta.name}:")
     lines = [
         f'afterok_say() {{ echo {said} "$@" >&2; }}',
         "afterok_now=env.modules",
@@ -69,13 +69,15 @@ def _admins_lines(env: Env, name: str) -> list[str]:
             'if [ -r "$file" ]; then . "$file"; break; fi; done'
         )
     lines += [_or_end(f"module load {shlex.quote(module)}", "env.modules") for module in env.modules]
-    if env.setup:
+    for key, written in (("env.setup", env.setup), ("hooks.prolog", profile.hooks.prolog)):
+        if not written:
+            continue
         lines += [
-            "afterok_now=env.setup",
+            f"afterok_now={key}",
             "trap 'afterok_code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || "
-            f"""afterok_say "{LINE_FAILED} $afterok_code: $BASH_COMMAND"' ERR""",
+            f"""afterok_say "{LINE_FAILED.format(key=key)} $afterok_code: $BASH_COMMAND"' ERR""",
             ": the first line",
-            *env.setup,
+            *written,
             "trap - ERR",
         ]
     return [*lines, '[[ "$(trap -p EXIT)" != *afterok_now* ]] || trap - EXIT']

@@ -18,7 +18,7 @@ from launchers.backends.shell_lines import script_setup
 from slurm.printed import format_indices
 from slurm.profile.environments import environment_of
 from slurm.profile.places import gpus_of
-from slurm.profile.schema import Profile
+from slurm.profile.schema import Health, Profile
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
@@ -123,13 +123,16 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
         )
     later_life = "$SLURM_ARRAY_TASK_ID" if spec.links else "${SLURM_RESTART_COUNT:-0}"
     ended = "" if spec.links else "[ $code = 0 ] || "
+    health = health_lines(profile, spec, number=number, python=python, log=log)
+    if_healthy = "[ $code != 0 ] || " if health else ""
     lines = [
         "run_element() {",
         f'    if [ "{later_life}" != 0 ]; then',
         f"        {restart} $1 --submission {number} || return $?",
         "    fi",
         "    local code=0",
-        f"    {shlex.join(srun)}{log} {worker} $1 --submission {number} --requeue || code=$?",
+        *health,
+        f"    {if_healthy}{shlex.join(srun)}{log} {worker} $1 --submission {number} --requeue || code=$?",
         f"    {ended}{restart} $1 --submission {number} --code $code",
         "    return $code",
         "}",
@@ -152,6 +155,33 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
             "exit $code",
         ]
     )
+
+
+def health_lines(profile: Profile, spec: JobSpec, number: int, python: str, log: str) -> list[str]:
+    """Return what asks each node of an element for its health and sets `code`; [] where the profile asks nothing.
+
+    `log` are srun's options for the element's own log. The first line begins a life in that log, as a worker's does.
+    """
+    health, resources = profile.hooks.health, spec.planned.resources
+    if health == Health():
+        return []
+    asked = ["--limit-s", str(health.limit_s)]
+    asked += ["--gpus", str(resources.gpus_per_node)] if health.gpus and resources.gpus_per_node else []
+    has_gpus = resources.gpus_per_node > 0
+    asked += ["--ecc"] if health.ecc and has_gpus else []
+    asked += ["--min-clock-mhz", str(health.min_clock_mhz)] if health.min_clock_mhz is not None and has_gpus else []
+    asked += ["--all-reduce"] if health.all_reduce and has_gpus else []
+    for command in health.commands:
+        asked += ["--command", command]
+    if len(asked) == 2:  # only the limit: the role has no GPUs, and nothing else is asked
+        return []
+    srun = ["srun", "--export=ALL", "--unbuffered", f"--nodes={resources.nodes}", f"--ntasks={resources.nodes}",
+            "--ntasks-per-node=1", f"--cpus-per-task={resources.cpus_per_task}"]  # fmt: skip
+    to_log = f" >> {log.rpartition('--output=')[2]}" if log else ""
+    return [
+        f'    echo "{spec.phase}[$1] attempt {number} asks its nodes for their health"{to_log}',
+        f"    {shlex.join(srun)}{log} {shlex.join([python, '-m', 'jobs.health', *asked])} || code=$?",
+    ]
 
 
 def script_changes(sent: str, now: str) -> str:

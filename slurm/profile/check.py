@@ -9,7 +9,7 @@ from slurm.profile.limits import limit_problems
 from slurm.profile.places import gpus_of
 from slurm.profile.policy import forbidden
 from slurm.profile.resolve import choices, gres_problems, naming_problems, resolve, time_problems
-from slurm.profile.schema import KINDS, REFERENCES, STANDARD_ROLES, VARIABLE, Env, Profile, Request
+from slurm.profile.schema import KINDS, REFERENCES, STANDARD_ROLES, VARIABLE, Env, Hooks, Profile, Request
 
 
 def check(profile: Profile, request: Request, where: str) -> list[Problem]:
@@ -85,15 +85,20 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
         problems += gres_problems(f"{file}: phases.{kind}.gres", wishes.gres, wishes.gpus_per_node)
     for place, env in environments(profile):
         problems += _environment_problems(env, f"{file}: {place}")
-        for key in ("setup", "modules", "modules_init"):
-            if profile.kind == "local" and getattr(env, key):
-                message = "local processes run no shell lines; say it in env.set, or before you call afterok"
-                problems.append(Problem(f"{file}: {place}.{key}", message))
+        problems += _unused_on_a_local_machine(profile, env, f"{file}: {place}")
         problems += [
             Problem(f"{file}: {place}.set.{name}", f"{name} is said by network or storage too; keep one of them")
             for name in site_variables(profile)
             if name in env.set
         ]
+    if profile.kind == "local" and profile.hooks != Hooks():
+        problems.append(
+            Problem(f"{file}: hooks", "local processes have no batch script that could run them; take it out")
+        )
+    health = profile.hooks.health
+    for key, value in (("min_clock_mhz", health.min_clock_mhz), ("limit_s", health.limit_s)):
+        if value is not None and value < 1:
+            problems.append(Problem(f"{file}: hooks.health.{key}", f"{value} is too small; the least is 1"))
     storage = profile.storage
     for key, folders in (
         ("scratch", [storage.scratch]),
@@ -111,6 +116,14 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
             found = naming_problems(profile, request, where) or _limits(profile, request, where)
             problems += _with_contact(profile, found)
     return problems
+
+
+def _unused_on_a_local_machine(profile: Profile, env: Env, where: str) -> list[Problem]:
+    """Return the shell lines of a profile that has no batch script to put them into."""
+    if profile.kind != "local":
+        return []
+    message = "local processes run no shell lines; say it in env.set, or before you call afterok"
+    return [Problem(f"{where}.{key}", message) for key in ("setup", "modules", "modules_init") if getattr(env, key)]
 
 
 def _environment_problems(env: Env, where: str) -> list[Problem]:

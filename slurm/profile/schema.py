@@ -156,6 +156,29 @@ class Srun:
     extra: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Health:
+    """What each node is asked before the ranks of a job start; one that fails is named, and the job runs without it.
+
+    Only what is said is asked. The all-reduce is among the GPUs of one node, so that a failure has one name.
+    """
+
+    gpus: bool = False  # nvidia-smi sees as many as the job has
+    ecc: bool = False  # none has an uncorrected error of memory
+    min_clock_mhz: int | None = None  # none is limited to less, or slowed down by heat or power
+    all_reduce: bool = False  # NCCL adds a tensor up on all of them
+    commands: list[str] = field(default_factory=list)  # shell lines that end with 0 on a good node
+    limit_s: int = 60  # of each command
+
+
+@dataclass
+class Hooks:
+    """The site's own lines in each job."""
+
+    prolog: list[str] = field(default_factory=list)  # shell lines, once a job, on its first node, before its ranks
+    health: Health = field(default_factory=Health)
+
+
 @dataclass(kw_only=True)
 class Wishes:
     """What a phase may ask for, beside its role; None takes the profile's value for its kind, else the role's."""
@@ -211,6 +234,7 @@ class Profile:
     phases: dict[str, Wishes] = field(default_factory=dict)  # phase kind (sft, ...) -> what it gets by default
     env: Env = field(default_factory=Env)
     storage: Storage = field(default_factory=Storage)
+    hooks: Hooks = field(default_factory=Hooks)
     network: Network = field(default_factory=Network)
     srun: Srun = field(default_factory=Srun)
     max_array_size: int | None = None  # None: no limit known
