@@ -1,4 +1,4 @@
-"""Asks the node it runs on whether it is fit for a job: its GPUs, their errors and clocks, NCCL, and the site's commands.
+"""Asks the node it runs on whether it is fit for a job: its GPUs, their errors and clocks, NCCL, the site's commands.
 
     srun --ntasks-per-node=1 python -m jobs.health --gpus 8 --ecc --min-clock-mhz 1500 --all-reduce --command "..."
 
@@ -41,7 +41,7 @@ def run(command: list[str], limit_s: float) -> tuple[int | None, str]:
 
 
 def gpu_problems(printed: str, gpus: int, ecc: bool, min_clock_mhz: int | None) -> list[str]:
-    """Return what is wrong with the GPUs that nvidia-smi printed with QUERY; a field it does not know is passed over."""
+    """Return what is wrong with the GPUs that nvidia-smi printed with QUERY; fields it does not know are none."""
     rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines() if line.strip()]
     found = [] if len(rows) >= gpus else [f"{len(rows)} GPUs, not {gpus}"]
     for row in rows:
@@ -54,8 +54,8 @@ def gpu_problems(printed: str, gpus: int, ecc: bool, min_clock_mhz: int | None) 
         if min_clock_mhz is not None and clock.isdigit() and int(clock) < min_clock_mhz:
             found.append(f"GPU {index} runs at {clock} MHz at most, less than {min_clock_mhz}")
         if min_clock_mhz is not None:
-            found += [f"GPU {index} is slowed down by {why}" for why, is_on in (("heat", hot), ("its power supply", braked))
-                      if is_on == "Active"]  # fmt: skip
+            reasons = (("heat", hot), ("its power supply", braked))
+            found += [f"GPU {index} is slowed down by {why}" for why, is_on in reasons if is_on == "Active"]
     return found
 
 

@@ -48,7 +48,7 @@ def script_setup(profile: Profile, code: Path, ranks: int, role: str = "") -> li
 
 
 def _admins_lines(env: Env, profile: Profile) -> list[str]:
-    """Return modules, setup and the job's prolog, and what tells the log which command of theirs failed or ended the job.
+    """Return modules, setup and prolog, and what tells the log which command of theirs failed or ended the job.
 
     The two traps take no part in what the lines do: functions and sourced files do not see the one, and the other goes
     with the lines unless they set one of their own.

@@ -9,7 +9,18 @@ from slurm.profile.limits import limit_problems
 from slurm.profile.places import gpus_of
 from slurm.profile.policy import forbidden
 from slurm.profile.resolve import choices, gres_problems, naming_problems, resolve, time_problems
-from slurm.profile.schema import KINDS, REFERENCES, STANDARD_ROLES, VARIABLE, Env, Hooks, Profile, Request
+from slurm.profile.schema import (
+    KINDS,
+    REFERENCES,
+    STANDARD_ROLES,
+    VARIABLE,
+    Env,
+    Hooks,
+    Partition,
+    Profile,
+    Request,
+    Storage,
+)
 
 
 def check(profile: Profile, request: Request, where: str) -> list[Problem]:
@@ -59,30 +70,20 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
         standard = ", ".join(STANDARD_ROLES)
         problems.append(Problem(f"{file}: roles", f"no roles; pipelines ask for {standard}"))
     for name, partition in profile.partitions.items():
-        problems += time_problems(f"{file}: partitions.{name}.max_time", partition.max_time)
-        problems += gres_problems(f"{file}: partitions.{name}.gres", partition.gres, partition.gpus_per_node)
-        for kind, nodes in partition.node_types.items():
-            at = f"{file}: partitions.{name}.node_types.{kind}"
-            problems += gres_problems(f"{at}.gres", nodes.gres, nodes.gpus_per_node)
-            if nodes.constraint is None and not gpus_of(nodes.gres)[0]:
-                message = "nothing tells Slurm these nodes from the others: say constraint, or gres with a type"
-                problems.append(Problem(at, message))
+        problems += _partition_problems(partition, f"{file}: partitions.{name}")
     for name, role in profile.roles.items():
         problems += time_problems(f"{file}: roles.{name}.time", role.time)
         problems += gres_problems(f"{file}: roles.{name}.gres", role.gres, role.gpus_per_node or None)
         if role.partition is not None and role.partitions:
             problems.append(Problem(f"{file}: roles.{name}.partitions", "partition is said too; keep one of them"))
+    for kind, wishes in profile.phases.items():
+        problems += time_problems(f"{file}: phases.{kind}.time", wishes.time)
+        problems += gres_problems(f"{file}: phases.{kind}.gres", wishes.gres, wishes.gpus_per_node)
     ports = profile.network.port_range
     if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
         message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"
         problems.append(Problem(f"{file}: network.port_range", message))
-    for key, least in (("max_array_size", 1), ("max_submit_jobs", 1), ("signal_lead_s", 1)):
-        value = getattr(profile, key)
-        if value is not None and value < least:
-            problems.append(Problem(f"{file}: {key}", f"{value} is too small; the least is {least}"))
-    for kind, wishes in profile.phases.items():
-        problems += time_problems(f"{file}: phases.{kind}.time", wishes.time)
-        problems += gres_problems(f"{file}: phases.{kind}.gres", wishes.gres, wishes.gpus_per_node)
+    problems += _least_problems(profile, file)
     for place, env in environments(profile):
         problems += _environment_problems(env, f"{file}: {place}")
         problems += _unused_on_a_local_machine(profile, env, f"{file}: {place}")
@@ -95,27 +96,49 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
         problems.append(
             Problem(f"{file}: hooks", "local processes have no batch script that could run them; take it out")
         )
-    health = profile.hooks.health
-    for key, value in (("min_clock_mhz", health.min_clock_mhz), ("limit_s", health.limit_s)):
-        if value is not None and value < 1:
-            problems.append(Problem(f"{file}: hooks.health.{key}", f"{value} is too small; the least is 1"))
-    storage = profile.storage
-    for key, folders in (
-        ("scratch", [storage.scratch]),
-        ("node_local", [storage.node_local]),
-        ("shared", storage.shared),
-    ):
-        problems += [
-            Problem(f"{file}: storage.{key}", f"{folder!r} is relative to nobody knows what; write /...")
-            for folder in folders
-            if folder is not None and not folder.startswith("/")
-        ]
+    problems += _folder_problems(profile.storage, f"{file}: storage")
     if not problems:  # the numbers can be compared only now
         for name in profile.roles:
             where, request = f"{file}: roles.{name}", Request(role=name)
             found = naming_problems(profile, request, where) or _limits(profile, request, where)
             problems += _with_contact(profile, found)
     return problems
+
+
+def _partition_problems(partition: Partition, where: str) -> list[Problem]:
+    """Return what is wrong with a partition's own values and those of its kinds of nodes."""
+    problems = time_problems(f"{where}.max_time", partition.max_time)
+    problems += gres_problems(f"{where}.gres", partition.gres, partition.gpus_per_node)
+    for kind, nodes in partition.node_types.items():
+        at = f"{where}.node_types.{kind}"
+        wrong = gres_problems(f"{at}.gres", nodes.gres, nodes.gpus_per_node)
+        if not wrong and nodes.constraint is None and not gpus_of(nodes.gres)[0]:
+            message = "nothing tells Slurm these nodes from the others: say constraint, or gres with a type"
+            wrong = [Problem(at, message)]
+        problems += wrong
+    return problems
+
+
+def _least_problems(profile: Profile, file: str) -> list[Problem]:
+    """Return the counts and times of a profile that are too small to mean anything."""
+    health = profile.hooks.health
+    values = {key: getattr(profile, key) for key in ("max_array_size", "max_submit_jobs", "signal_lead_s")}
+    values |= {f"hooks.health.{key}": getattr(health, key) for key in ("min_clock_mhz", "limit_s")}
+    return [
+        Problem(f"{file}: {key}", f"{value} is too small; the least is 1")
+        for key, value in values.items()
+        if value is not None and value < 1
+    ]
+
+
+def _folder_problems(storage: Storage, where: str) -> list[Problem]:
+    """Return the folders of a profile that are not absolute."""
+    named = [("scratch", storage.scratch), ("node_local", storage.node_local)]
+    return [
+        Problem(f"{where}.{key}", f"{folder!r} is relative to nobody knows what; write /...")
+        for key, folder in [*named, *(("shared", folder) for folder in storage.shared)]
+        if folder is not None and not folder.startswith("/")
+    ]
 
 
 def _unused_on_a_local_machine(profile: Profile, env: Env, where: str) -> list[Problem]:

@@ -101,23 +101,30 @@ def forbidden(profile: Profile, request: Request, wants: Resources, where: str) 
         bound = policy.bounds.get(f"{OF_A_PHASE}{place}")
         if bound and (why := beyond(key, getattr(wants, key), bound)):
             yield Problem(f"{where}.{place}", why)
-    role, partition = profile.roles[wants.role], profile.partitions.get(wants.partition or "")
-    for key in PLACES:
-        asked = getattr(request, key, None)
-        for place, owner in ((f"roles.{wants.role}.{key}", role), (f"partitions.{wants.partition}.{key}", partition)):
-            if owner is partition and key == "gres":
-                continue  # a partition's is the name of its GPUs
-            entry, has = locked_by(policy, place), getattr(owner, key, None)
-            if asked is not None and entry is not None and hasattr(owner, key) and asked != has:
-                stays = f"locked by the admin; it stays {'unset' if has is None else repr(has)}"
-                yield Problem(f"{where}.{key}", _said(policy.locked[entry], stays))
-                break
+    yield from _said_against_a_lock(profile, request, wants, where)
     if profile.kind == "slurm" and policy.require_account and not wants.account:
         words = "no account is said; say account in the phase's resources, or in a profile of yours"
         yield Problem(f"{where}.account", _said(policy.reason, words))
     if policy.allowed_qos and wants.qos and wants.qos not in policy.allowed_qos:
         words = f"QOS {wants.qos!r} is not among {', '.join(policy.allowed_qos)}"
         yield Problem(f"{where}.qos", _said(policy.reason, words))
+
+
+def _said_against_a_lock(profile: Profile, request: Request, wants: Resources, where: str) -> Iterator[Problem]:
+    """Yield what a phase says of a place that is locked in its role or its partition."""
+    policy, role = profile.policy, profile.roles[wants.role]
+    partition = profile.partitions.get(wants.partition or "")
+    for key in PLACES:
+        owners = [(f"roles.{wants.role}.{key}", role)]
+        if key not in ("partition", "gres"):  # a partition's gres is the name of its GPUs
+            owners.append((f"partitions.{wants.partition}.{key}", partition))
+        asked = getattr(request, key)
+        for place, owner in owners:
+            entry, has = locked_by(policy, place), getattr(owner, key, None)
+            if asked is not None and entry is not None and asked != has:
+                stays = f"locked by the admin; it stays {'unset' if has is None else repr(has)}"
+                yield Problem(f"{where}.{key}", _said(policy.locked[entry], stays))
+                break
 
 
 def _said(words: str, fact: str) -> str:

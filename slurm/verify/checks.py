@@ -57,13 +57,15 @@ def mismatches(profile: Profile, live: Live) -> list[Mismatch]:
         found += _limits(at, partition, live=live, name=name)
         for place in _kinds(profile, name):
             inner = f"{at}.node_types.{place.node_type}" if place.node_type else at
-            found += _nodes(inner, place.limits, live.nodes_of(name), profile=profile, place=place)
+            kind = partition.node_types[place.node_type] if place.node_type else partition
+            found += _nodes(inner, place, live.nodes_of(name), constraint=kind.constraint)
     limit = array_limit(live.configuration)
     if profile.max_array_size is not None and profile.max_array_size > limit:
         message = f"{profile.max_array_size}, but Slurm's arrays may have {limit} elements; write at most that"
         found.append(Mismatch("P004", "max_array_size", message))
     found += _accounts(profile, live)
     found += _named(profile, live)
+    found += _other_resources(profile, live)
     return found
 
 
@@ -99,35 +101,19 @@ def _limits(at: str, partition: Partition, live: Live, name: str) -> Iterator[Mi
         yield Mismatch("R001", f"{at}.requeue", message + f"{live.configuration.get('JobRequeue', '1')}; write false")
 
 
-def _nodes(at: str, limits: Partition, nodes: list[LiveNode], profile: Profile, place: Place) -> Iterator[Mismatch]:
+def _nodes(at: str, place: Place, nodes: list[LiveNode], constraint: str | None) -> Iterator[Mismatch]:
     """Yield what of a kind of nodes no node of the partition has; the constraint first narrows them down."""
-    name = place.partition or ""
-    kinds = profile.partitions[name].node_types
-    constraint = kinds[place.node_type].constraint if place.node_type else limits.constraint
+    name, limits = place.partition or "", place.limits
     features = sorted({feature for node in nodes for feature in node.features})
-    missing = [word for word in _features(constraint) if word not in features]
-    if missing:
-        has = ", ".join(features) or "none"
-        yield Mismatch(
-            "P009", f"{at}.constraint", f"{', '.join(missing)}: no node of {name} has it; their features: {has}"
-        )
+    if missing := [word for word in _features(constraint) if word not in features]:
+        message = f"{', '.join(missing)}: no node of {name} has it; their features: {', '.join(features) or 'none'}"
+        yield Mismatch("P009", f"{at}.constraint", message)
     elif constraint and re.fullmatch(r"[\w.-]+", constraint):
         nodes = [node for node in nodes if constraint in node.features]
-    kind, count = gpus_of(limits.gres)
-    if limits.gres is not None or limits.gpus_per_node:
-        has = sorted({node.gres or "none" for node in nodes})
-        named = [node for node in nodes if not kind or kind in [own for own, _ in node.gpus]]
-        if not named:
-            message = f"{limits.gres}: no node of {name} has gpu:{kind}; they have {', '.join(has)}"
-            yield Mismatch("P005", f"{at}.gres", message)
-            return
-        nodes = named if kind else nodes
-        most = max((sum(number for own, number in node.gpus if not kind or own == kind) for node in nodes), default=0)
-        wanted = max(limits.gpus_per_node or 0, count or 0)
-        if wanted > most:
-            key = "gpus_per_node" if limits.gpus_per_node else "gres"
-            message = f"{wanted} GPUs, but the nodes of {name} have {most} at most ({', '.join(has)})"
-            yield Mismatch("P005", f"{at}.{key}", message)
+    kind = gpus_of(limits.gres)[0]
+    named = [node for node in nodes if not kind or kind in dict(node.gpus)]
+    yield from _gpus(at, place, nodes, named)
+    nodes = named or nodes
     for key, most, unit in (
         ("cpus", max((node.cpus for node in nodes), default=0), "CPUs"),
         ("mem_gib", max((node.mem_mib for node in nodes), default=0) // 1024, "GiB"),
@@ -138,6 +124,21 @@ def _nodes(at: str, limits: Partition, nodes: list[LiveNode], profile: Profile, 
     if place.node_type and limits.max_nodes is not None and limits.max_nodes > len(nodes):
         message = f"{limits.max_nodes}, but {name} has {len(nodes)} of these nodes; write that"
         yield Mismatch("P003", f"{at}.max_nodes", message)
+
+
+def _gpus(at: str, place: Place, nodes: list[LiveNode], named: list[LiveNode]) -> Iterator[Mismatch]:
+    """Yield what of a kind of nodes' GPUs is not so; `named` are those of the nodes that have GPUs of its name."""
+    name, limits = place.partition, place.limits
+    kind, count = gpus_of(limits.gres)
+    has = ", ".join(sorted({node.gres or "none" for node in nodes}))
+    if not named:
+        yield Mismatch("P005", f"{at}.gres", f"{limits.gres}: no node of {name} has gpu:{kind}; they have {has}")
+        return
+    most = max(sum(number for own, number in node.gpus if not kind or own == kind) for node in named)
+    wanted = max(limits.gpus_per_node or 0, count or 0)
+    if wanted > most:
+        key = "gpus_per_node" if limits.gpus_per_node else "gres"
+        yield Mismatch("P005", f"{at}.{key}", f"{wanted} GPUs, but the nodes of {name} have {most} at most ({has})")
 
 
 def _features(constraint: str | None) -> list[str]:
@@ -174,14 +175,18 @@ def _named(profile: Profile, live: Live) -> Iterator[Mismatch]:
             if live.licenses.get(name, 0) < int(count or 1):
                 there = ", ".join(f"{name}:{total}" for name, total in live.licenses.items()) or "none"
                 yield Mismatch("L001", key, f"{entry}: Slurm has not that many; it has {there}")
+
+
+def _other_resources(profile: Profile, live: Live) -> Iterator[Mismatch]:
+    """Yield what roles ask for beside GPUs and no node of their partition has."""
     for name, role in profile.roles.items():
         others = [item for item in (items(role.gres) if role.gres else []) if item[0] != "gpu"]
-        for place in places(profile, Request(role=name)):
-            nodes = live.nodes_of(place.partition or "")
+        for partition in dict.fromkeys(place.partition or "" for place in places(profile, Request(role=name))):
+            nodes = live.nodes_of(partition)
             for resource, kind, count in others:
                 most = max((_count(node, resource, kind) for node in nodes), default=0)
                 if nodes and most < count:
-                    message = f"{role.gres}: the nodes of {place.partition} have {most} {resource} at most"
+                    message = f"{role.gres}: the nodes of {partition} have {most} {resource} at most"
                     yield Mismatch("P010", f"roles.{name}.gres", message)
 
 
