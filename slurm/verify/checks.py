@@ -55,6 +55,9 @@ def mismatches(profile: Profile, live: Live) -> list[Mismatch]:
             found.append(Mismatch("P001", at, f"Slurm has no partition {name}; it has {known}"))
             continue
         found += _limits(at, partition, live=live, name=name)
+        if not live.nodes_of(name):
+            found.append(Mismatch("P008", at, f"partition {name} has no nodes, so that nothing starts there"))
+            continue
         for place in _kinds(profile, name):
             inner = f"{at}.node_types.{place.node_type}" if place.node_type else at
             kind = partition.node_types[place.node_type] if place.node_type else partition
@@ -113,10 +116,15 @@ def _nodes(at: str, place: Place, nodes: list[LiveNode], constraint: str | None)
     kind = gpus_of(limits.gres)[0]
     named = [node for node in nodes if not kind or kind in dict(node.gpus)]
     yield from _gpus(at, place, nodes, named)
-    nodes = named or nodes
+    yield from _sizes(at, place, named or nodes)
+
+
+def _sizes(at: str, place: Place, nodes: list[LiveNode]) -> Iterator[Mismatch]:
+    """Yield what of a kind of nodes is larger than the largest, or more than there are."""
+    name, limits = place.partition, place.limits
     for key, most, unit in (
-        ("cpus", max((node.cpus for node in nodes), default=0), "CPUs"),
-        ("mem_gib", max((node.mem_mib for node in nodes), default=0) // 1024, "GiB"),
+        ("cpus", max(node.cpus for node in nodes), "CPUs"),
+        ("mem_gib", max(node.mem_mib for node in nodes) // 1024, "GiB"),
     ):
         said = getattr(limits, key)
         if said is not None and said > most:

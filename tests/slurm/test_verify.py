@@ -1,4 +1,4 @@
-"""Each disagreement of a profile and a cluster has one check that tells both values; a draft agrees with its cluster."""
+"""Each disagreement of a profile and a cluster has one check, which tells both values; a draft has none."""
 
 import dataclasses
 
