@@ -87,7 +87,8 @@ def problems(args: argparse.Namespace) -> list[str]:
     for command in args.command:
         code, said = run(["/bin/bash", "-c", command], args.limit_s)
         if code != 0:
-            found.append(f"`{command}`: {' '.join(said.split())[:200] or 'it said nothing'} (exit code {code})")
+            ended = "" if code is None else f" (exit code {code})"
+            found.append(f"`{command}`: {' '.join(said.split())[:200] or 'it said nothing'}{ended}")
     if args.all_reduce and not found:
         found += filter(None, [all_reduce_problem()])
     return found

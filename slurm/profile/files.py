@@ -157,7 +157,7 @@ def build(layers: list[Layer], name: str) -> Loaded:
     top = f"{layers[-1].file}: "
     for problem in meaning_problems(profile, layers[-1].file):
         key = problem.where.removeprefix(top)
-        problems.append(dataclasses.replace(problem, where=f"{merged.origin(key) or layers[-1].file}: {key}"))
+        problems.append(dataclasses.replace(problem, where=f"{merged.culprit(key) or layers[-1].file}: {key}"))
     problems += policy_problems(layers, merged, profile.policy)
     if problems:
         raise UserMistake(problems)

@@ -32,19 +32,25 @@ class Merged:
     """The values of several layers, and the file that set each."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)  # dotted key -> file; of a list that was added to, both
+    origins: dict[str, list[str]] = field(default_factory=dict)  # dotted key -> file; of a list that was added to, all
 
     def add(self, layer: Layer) -> None:
         """Lay a layer's values on top."""
         self._lay(self.values, layer.values, at="", file=layer.file)
 
     def origin(self, key: str) -> str:
-        """Return the file that set a key, or the nearest key above; "" where none did."""
+        """Return the file that set a key, or the nearest key above; of a list that was added to, all; "" for none."""
+        return " and ".join(self._files(key))
+
+    def culprit(self, key: str) -> str:
+        """Return the file that changed a key last, "" where none did."""
+        return next(reversed(self._files(key)), "")
+
+    def _files(self, key: str) -> list[str]:
         parts = key.split(".")
         tries = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        found = next((self.origins[some] for some in tries if some in self.origins), "")
-        below = (file for some, file in self.origins.items() if some.startswith(f"{key}."))
-        return found or next(below, "")
+        found = next((self.origins[some] for some in tries if some in self.origins), [])
+        return found or next((files for some, files in self.origins.items() if some.startswith(f"{key}.")), [])
 
     def _lay(self, below: dict[str, Any], values: dict[str, Any], at: str, file: str) -> None:
         for key, value in sorted(values.items(), key=lambda pair: pair[0].startswith(ADD)):
@@ -53,7 +59,7 @@ class Merged:
                 before = below.get(key)
                 if isinstance(before, list) and before:
                     below[key] = before + value
-                    self.origins[f"{at}{key}"] += f" and {file}"
+                    self.origins[f"{at}{key}"] = [*self.origins[f"{at}{key}"], file]
                     continue
             place = f"{at}{key}"
             if isinstance(value, dict):
@@ -61,12 +67,12 @@ class Merged:
                     below[key] = {}
                     self._forget(place)
                 if not value:
-                    self.origins.setdefault(place, file)
+                    self.origins.setdefault(place, [file])
                 self._lay(below[key], value, at=f"{place}.", file=file)
             else:
                 self._forget(place)
                 below[key] = value
-                self.origins[place] = file
+                self.origins[place] = [file]
 
     def _forget(self, place: str) -> None:
         for key in [key for key in self.origins if key == place or key.startswith(f"{place}.")]:

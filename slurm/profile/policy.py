@@ -26,7 +26,7 @@ def policy_problems(layers: list[Layer], merged: Merged, policy: Policy) -> list
         for layer in layers
         if "policy" in layer.values and not layer.is_admins
     ]
-    file = merged.origin("policy")
+    file = merged.culprit("policy")
     for key in policy.locked:
         if not is_place(key.split(".")):
             problems.append(Problem(f"{file}: policy.locked.{key}", "no place of a profile"))
@@ -45,7 +45,7 @@ def _changed(layers: list[Layer], merged: Merged, policy: Policy) -> Iterator[Pr
         if locked is None or now.get(key) == admins.get(key):
             continue
         stays = f"it stays {admins[key]!r}" if key in admins else "it stays unset"
-        yield Problem(f"{merged.origin(key)}: {key}", _said(policy.locked[locked], f"locked by the admin; {stays}"))
+        yield Problem(f"{merged.culprit(key)}: {key}", _said(policy.locked[locked], f"locked by the admin; {stays}"))
 
 
 def locked_by(policy: Policy, key: str) -> str | None:
@@ -63,7 +63,7 @@ def _beyond(merged: Merged, policy: Policy) -> Iterator[Problem]:
     for key, value in leaves(merged.values).items():
         for entry, bound in policy.bounds.items():
             if not entry.startswith(OF_A_PHASE) and _falls_under(key, entry) and (why := beyond(key, value, bound)):
-                yield Problem(f"{merged.origin(key)}: {key}", why)
+                yield Problem(f"{merged.culprit(key)}: {key}", why)
 
 
 def beyond(key: str, value: Any, bound: Bound) -> str:

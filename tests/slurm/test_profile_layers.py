@@ -116,7 +116,7 @@ def test_a_mistake_is_named_with_the_file_that_made_it(site):
     [
         ("env: {modules: [cuda/11]}", "env.modules", "The driver wants this CUDA; ask hpc@x.org (locked by "),
         ("env: {+modules: [x]}", "env.modules", "it stays ['cuda/12.8'])"),
-        ("env: {modules: }", "env.modules", "The driver wants this CUDA"),
+        ("env: {modules: []}", "env.modules", "The driver wants this CUDA"),
         ("env: ", "env", "The driver wants this CUDA"),
         ("partitions: {gpu: {account: mine}}", "partitions.gpu.account", "locked by the admin; it stays 'llm'"),
         ("partitions: {gpu: }", "partitions.gpu", "locked by the admin; it stays 'llm'"),
