@@ -13,6 +13,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from jobs.artifacts.run_folder import RunFolder
 from jobs.retry import EXIT_UNFINISHED
+from launchers.backends.containers import contained
 from launchers.backends.contract import JobSpec
 from launchers.backends.shell_lines import script_setup
 from slurm.printed import format_indices
@@ -99,21 +100,24 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     In a chain the array's index is a link, and all links work on the one element. Elements that share a task run one
     after the other; the task fails if one fails, and ends where one was asked to stop.
     """
+    frozen, resources = spec.planned.frozen, spec.planned.resources
+    python = environment_of(profile, resources.role).python or sys.executable
+    inside = contained(profile, resources.role, run.path, with_gpus=resources.gpus_per_node > 0)
     # Since 22.05 srun does not take --cpus-per-task over from sbatch.
     srun = [
         "srun",
         "--kill-on-bad-exit=1",
         "--export=ALL",
         "--unbuffered",
-        f"--cpus-per-task={spec.planned.resources.cpus_per_task}",
+        f"--cpus-per-task={resources.cpus_per_task}",
     ]
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
-    srun += profile.srun.extra
-    frozen = spec.planned.frozen
-    python = environment_of(profile, spec.planned.resources.role).python or sys.executable
+    srun += [*inside.srun, *profile.srun.extra]
     where = [str(run.path), spec.phase]
-    worker = shlex.join([*WITHOUT_USR2, python, "-m", "jobs.worker", *where])
+    worker = shlex.join([*WITHOUT_USR2, *inside.before, inside.python or python, "-m", "jobs.worker", *where])
+    # No container has Slurm's commands: what stopped inside is requeued from outside.
+    by_worker, by_script = ("", " --requeue") if inside.python else (" --requeue", "")
     restart = shlex.join([python, "-m", RESTART, *where])
     log = ""
     if frozen.batch > 1:
@@ -126,14 +130,15 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     health = health_lines(profile, spec, number=number, python=python, log=log)
     if_healthy = "[ $code != 0 ] || " if health else ""
     lines = [
+        *inside.exports,
         "run_element() {",
         f'    if [ "{later_life}" != 0 ]; then',
         f"        {restart} $1 --submission {number} || return $?",
         "    fi",
         "    local code=0",
         *health,
-        f"    {if_healthy}{shlex.join(srun)}{log} {worker} $1 --submission {number} --requeue || code=$?",
-        f"    {ended}{restart} $1 --submission {number} --code $code",
+        f"    {if_healthy}{shlex.join(srun)}{log} {worker} $1 --submission {number}{by_worker} || code=$?",
+        f"    {ended}{restart} $1 --submission {number} --code $code{by_script}",
         "    return $code",
         "}",
     ]

@@ -28,6 +28,7 @@ from slurm.detect import Cluster
 from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems
 from slurm.profile.environments import environment_of, why_not_shared
+from slurm.profile.images import image_of, unseen
 from slurm.profile.schema import Profile, Resources
 
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
@@ -152,12 +153,29 @@ class _Planner:
             self._problem(phase, "resources.time", why)
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
         frozen.gpus_per_node, frozen.role = resources.gpus_per_node, resources.role
+        frozen.image = self._image(phase, resources.role, frozen)
         frozen.links = limits.links_of(
             cluster=self.cluster, run=self.run, phase=phase, frozen=frozen, resources=resources
         )
         planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
         self.reasoner.decide(planned)
         return planned
+
+    def _image(self, phase: Phase, role: str, frozen: FrozenPhase) -> dict[str, str]:
+        """Return a phase's image with the digest of its file or folder; an input that it does not see is a problem.
+
+        Of what only a registry has there is no digest: the name, best one with a digest, is all that is known.
+        """
+        name = image_of(self.cluster.profile, role)
+        if not name:
+            return {}
+        for path in unseen(self.cluster.profile, role, run=self.run.path, paths=list(frozen.inputs)):
+            message = f"{path} is not mounted in the container of role {role}"
+            self._problem(phase, "with", f"{message}; add it to the profile's container.mounts, under the same name")
+        path = Path(name)
+        if not path.is_absolute() or not path.exists():
+            return {"name": name}
+        return {"name": name, "sha256": content_digest(path, self.cache)}
 
     def _inputs(self, phase: Phase) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return the inputs that no phase makes: ({config key: digests in order}, {absolute path: digest}).

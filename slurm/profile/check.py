@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from data_tools.mistake import Problem
+from data_tools.mistake import Problem, nearest
 from slurm.profile.environments import environments, site_variables
 from slurm.profile.limits import limit_problems
 from slurm.profile.places import gpus_of
@@ -12,6 +12,7 @@ from slurm.profile.resolve import choices, gres_problems, naming_problems, resol
 from slurm.profile.schema import (
     KINDS,
     REFERENCES,
+    RUNTIMES,
     STANDARD_ROLES,
     VARIABLE,
     Env,
@@ -97,6 +98,7 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
             Problem(f"{file}: hooks", "local processes have no batch script that could run them; take it out")
         )
     problems += _folder_problems(profile.storage, f"{file}: storage")
+    problems += _container_problems(profile, f"{file}: container")
     if not problems:  # the numbers can be compared only now
         for name in profile.roles:
             where, request = f"{file}: roles.{name}", Request(role=name)
@@ -129,6 +131,28 @@ def _least_problems(profile: Profile, file: str) -> list[Problem]:
         for key, value in values.items()
         if value is not None and value < 1
     ]
+
+
+def _container_problems(profile: Profile, where: str) -> list[Problem]:
+    """Return what is wrong with the containers of a profile."""
+    container, problems = profile.container, []
+    if container.runtime not in RUNTIMES:
+        message = f"{container.runtime!r} is none of {', '.join(RUNTIMES)}"
+        problems.append(Problem(f"{where}.runtime", message))
+    if container.runtime != "none" and profile.kind == "local":
+        problems.append(Problem(f"{where}.runtime", "local processes run in no container; take it out"))
+    for role in container.images:
+        if role not in profile.roles and role != "default":
+            known = nearest(role, [*profile.roles, "default"])
+            problems.append(Problem(f"{where}.images.{role}", f"no role {role!r}{known}"))
+    for mount in container.mounts:
+        source, target, flag = (*mount.split(":"), "", "")[:3]
+        if not source.startswith("/") or (target and not target.startswith("/")) or flag not in ("", "ro"):
+            problems.append(Problem(f"{where}.mounts", f"{mount!r} is not /SRC, /SRC:/DST or /SRC:/DST:ro"))
+        elif flag == "ro" and container.runtime == "charliecloud":
+            message = f"{mount!r}: ch-run cannot mount read-only; leave :ro out"
+            problems.append(Problem(f"{where}.mounts", message))
+    return problems
 
 
 def _folder_problems(storage: Storage, where: str) -> list[Problem]:

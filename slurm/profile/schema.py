@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 STANDARD_ROLES = ("cpu", "train", "generate", "eval")
 KINDS = ("slurm", "local")
+RUNTIMES = ("none", "pyxis", "apptainer", "charliecloud")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 REFERENCES = ("file", "cmd", "env")  # where env.secrets may point
 
@@ -157,6 +158,17 @@ class Srun:
 
 
 @dataclass
+class Container:
+    """In which image the ranks of each role run; the batch script itself runs outside, with `env.python`."""
+
+    runtime: str = "none"  # none, pyxis, apptainer, charliecloud
+    images: dict[str, str] = field(default_factory=dict)  # role -> file, folder or URI; "default" for the others
+    mounts: list[str] = field(default_factory=list)  # SRC[:DST[:ro]], beside the run's folder
+    python: str = "python3"  # of the image
+    args: list[str] = field(default_factory=list)  # further words for the runtime
+
+
+@dataclass
 class Health:
     """What each node is asked before the ranks of a job start; one that fails is named, and the job runs without it.
 
@@ -234,6 +246,7 @@ class Profile:
     phases: dict[str, Wishes] = field(default_factory=dict)  # phase kind (sft, ...) -> what it gets by default
     env: Env = field(default_factory=Env)
     storage: Storage = field(default_factory=Storage)
+    container: Container = field(default_factory=Container)
     hooks: Hooks = field(default_factory=Hooks)
     network: Network = field(default_factory=Network)
     srun: Srun = field(default_factory=Srun)
