@@ -108,7 +108,8 @@ def test_the_ranks_run_inside_and_what_watches_them_outside(tmp_path):
 def test_what_no_container_could_be_is_refused(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(
-        "partitions: {p: {}}\nroles: {cpu: {}}\ncontainer: {runtime: docker, images: {trian: x}, mounts: [a, /a:/b:rw]}\n"
+        "partitions: {p: {}}\nroles: {cpu: {}}\n"
+        "container: {runtime: docker, images: {trian: x}, mounts: [a, /a:/b:rw]}\n"
     )
     with pytest.raises(UserMistake) as error:
         files.load(str(path))
@@ -181,7 +182,10 @@ def test_an_input_that_the_image_does_not_see_is_refused_before_anything_is_sent
     (tmp_path / "p.yaml").write_text(
         f"name: p\nphases:\n  numbers: {{uses: tests.toy.numbers, with: {{file: {tmp_path}/data.txt}}}}\n"
     )
-    profile = "partitions: {batch: {}}\nroles: {cpu: {}}\ncontainer: {runtime: pyxis, images: {default: x}, mounts: [MOUNT]}\n"
+    profile = (
+        "partitions: {batch: {}}\nroles: {cpu: {}}\n"
+        "container: {runtime: pyxis, images: {default: x}, mounts: [MOUNT]}\n"
+    )
     (tmp_path / "site.yaml").write_text(profile.replace("MOUNT", "/elsewhere"))
     words_ = ["plan", tmp_path / "p.yaml", f"cluster={tmp_path / 'site.yaml'}", "--run", tmp_path / "run"]
     env = {"SLURM_CONF": str(dev_cluster.conf)}
