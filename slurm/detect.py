@@ -163,7 +163,7 @@ def _slurm(name: str | None, on_top: Layer | None) -> Cluster:
 def _refuse_without_policy(cluster_name: str, loaded: files.Loaded) -> None:
     """Refuse a profile that leaves out the cluster's policy by not extending the admin's file."""
     policy = files.policy_file(cluster_name)
-    if policy is not None and str(policy) not in [layer.file for layer in loaded.layers]:
+    if policy is not None and policy.resolve() not in [Path(layer.file).resolve() for layer in loaded.layers]:
         raise UserMistake(
             f"{loaded.layers[0].file}: does not extend {policy}, which has the policy of the cluster {cluster_name}; "
             f"write `extends: [{policy.stem}]` into it"

@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from launchers.backends.probe import filesystem
+from data_tools.mistake import UserMistake
+from launchers.backends.probe import filesystem, probe
 from slurm.client import Slurm
-from tests.cluster import accounted_cluster, scrub_slurm  # noqa: F401
+from slurm.detect import find_cluster
+from slurm.profile import admins, files
+from slurm.verify.live import ask
 from tests.command import afterok, afterok_json, one_line
 
 WRONG = """\
@@ -24,7 +28,7 @@ storage: {scratch: SCRATCH}
 
 
 @pytest.fixture
-def env(accounted_cluster):  # noqa: F811
+def env(accounted_cluster):
     return {key: value for key, value in accounted_cluster.env().items() if key.startswith(("SLURM", "PATH"))}
 
 
@@ -105,12 +109,8 @@ network: {{interface: ib7, hca: mlx5_0}}
     assert verify(env, path, "--no-jobs", code=0)["not_asked"] == ["compute nodes: --no-jobs"]
 
 
-def test_a_folder_that_is_another_one_on_the_node_is_told(env, folder, accounted_cluster):  # noqa: F811
+def test_a_folder_that_is_another_one_on_the_node_is_told(env, folder, accounted_cluster):
     """On one machine no folder is node-local but by a mount of its own: srun's rank looks into an empty one."""
-    from launchers.backends.probe import probe
-    from slurm.profile import files
-    from slurm.verify.live import ask
-
     path = folder / "p.yaml"
     (folder / "shared").mkdir()
     path.write_text(
@@ -130,3 +130,32 @@ def test_a_folder_that_is_another_one_on_the_node_is_told(env, folder, accounted
 
 def test_local_processes_have_nothing_to_verify():
     assert "there is no cluster" in one_line(afterok("profile", "verify", "--profile", "local", check=2))
+
+
+def test_a_profile_without_the_clusters_policy_and_an_override_of_a_locked_key_are_refused(
+    folder,
+    accounted_cluster,
+    monkeypatch,
+):
+    monkeypatch.setattr(admins, "admin_uids", lambda: {0, os.geteuid()})
+    monkeypatch.setenv("SLURM_CONF", str(accounted_cluster.conf))
+    mine = folder / "mine.yaml"
+    mine.write_text("partitions: {batch: {}}\nroles: {cpu: {partition: batch}}\n")
+    with tempfile.TemporaryDirectory(dir=Path.home()) as site:
+        monkeypatch.setattr(files, "ADMINS_FOLDER", Path(site))
+        if why := admins.why_no_admins(Path(site)):
+            pytest.skip(f"no folder here is an admin's: {why}")
+        admin = Path(site) / "dev.yaml"  # ClusterName
+        admin.write_text(mine.read_text() + "signal_lead_s: 90\npolicy: {locked: {signal_lead_s: Ask ops first.}}\n")
+        admin.chmod(0o644)
+        with pytest.raises(UserMistake, match=r"mine.yaml: does not extend .*dev.yaml, which has the policy"):
+            find_cluster(str(mine))
+        mine.write_text("extends: [dev]\nroles: {cpu: {time: 5}}\n".replace("[dev]", f"[{admin}]"))
+        found = find_cluster(str(mine), ["cluster.roles.cpu.nodes=2"])
+        assert f"({mine}, which extends {admin}); the command line sets roles.cpu.nodes" in found.where
+        assert found.as_json()["profile_extends"] == [str(admin)]
+        with pytest.raises(UserMistake) as error:
+            find_cluster(str(mine), ["cluster.signal_lead_s=10"])
+        assert str(error.value) == (
+            "the command line: signal_lead_s: Ask ops first (locked by the admin; it stays '90')"
+        )
