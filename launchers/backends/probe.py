@@ -11,9 +11,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launchers.backends.containers import contained
 from launchers.backends.shell_lines import LINE_FAILED, script_setup
 from slurm.client import Slurm, SlurmError
 from slurm.profile.environments import environment_of
+from slurm.profile.images import image_of
 from slurm.profile.resolve import choices
 from slurm.profile.schema import Profile, Request, Resources
 from slurm.verify.checks import Mismatch
@@ -110,6 +112,8 @@ def _probe_role(
         if line.startswith(f"{MARK}\t"):
             _, node, key, value = line.split("\t", 3)
             said.setdefault(node, {})[key] = value
+    if image_of(profile, role) and profile.container.runtime == "pyxis":
+        done.not_asked.append(f"role {role}: whether its image works: pyxis starts one by srun only")
     for node, answers in said.items():
         done.mismatches += _faults(profile, role, node=node, answers=answers, folders=folders)
 
@@ -135,7 +139,10 @@ def _command(profile: Profile, wants: Resources, nodes: int, folders: list[Path]
 
 def probe_script(profile: Profile, role: str, folders: list[Path]) -> str:
     """Return what a node runs: it prints one line `MARK node key value` (tabs between) for each question."""
-    python = environment_of(profile, role).python or sys.executable
+    wants = choices(profile, Request(role=role))[0][1]
+    inside = contained(profile, role, CODE, with_gpus=wants.gpus_per_node > 0)
+    python = inside.python or environment_of(profile, role).python or sys.executable
+    worker = shlex.join([*inside.before, python, "-m", "jobs.worker", "--help"])
     local = profile.storage.node_local
     lines = [
         "export PATH",
@@ -153,7 +160,8 @@ def probe_script(profile: Profile, role: str, folders: list[Path]) -> str:
         'say hcas "$(ls /sys/class/infiniband 2> /dev/null | tr "\\n" " ")"',
         "answer=$( (",
         *script_setup(profile, CODE, ranks=1, role=role),
-        f"{shlex.quote(python)} -m jobs.worker --help > /dev/null",
+        *inside.exports,
+        "true" if inside.srun else f"{worker} > /dev/null",  # pyxis would put all of this into the image
         ") 2>&1 )",  # no && behind it: bash would take -e from the lines within
         'code=$?; if [ $code = 0 ]; then worked=yes; else worked="no, code $code"; fi',
         'say environment "$worked: $(printf "%s" "$answer" | tr "\\n\\t" "  ")"',

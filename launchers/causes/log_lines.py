@@ -8,11 +8,12 @@ import re
 from dataclasses import dataclass
 
 from data_tools.progress import HUNG
+from jobs.health import FAILED_ON
 
 PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
 TIME_LINE = re.compile(r"DUE TO TIME LIMIT")
 NODE_LINE = re.compile(
-    r"DUE TO NODE FAILURE|Node failure on \S+|health check failed on node|launch failed on node|\bNODE_FAIL\b",
+    rf"DUE TO NODE FAILURE|Node failure on \S+|{FAILED_ON}|launch failed on node|\bNODE_FAIL\b",
     re.IGNORECASE,
 )
 CANCELLED_LINE = re.compile(r"slurmstepd.*: error: \*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT (?!.* DUE TO )")

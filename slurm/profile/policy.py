@@ -111,20 +111,22 @@ def forbidden(profile: Profile, request: Request, wants: Resources, where: str) 
 
 
 def _said_against_a_lock(profile: Profile, request: Request, wants: Resources, where: str) -> Iterator[Problem]:
-    """Yield what a phase says of a place that is locked in its role or its partition."""
+    """Yield what a phase says of a place locked in its role, and what phase or role say of one in their partition.
+
+    A role whose own place is locked may differ from its partition: the admin says both.
+    """
     policy, role = profile.policy, profile.roles[wants.role]
     partition = profile.partitions.get(wants.partition or "")
     for key in PLACES:
-        owners = [(f"roles.{wants.role}.{key}", role)]
-        if key not in ("partition", "gres"):  # a partition's gres is the name of its GPUs
-            owners.append((f"partitions.{wants.partition}.{key}", partition))
-        asked = getattr(request, key)
-        for place, owner in owners:
-            entry, has = locked_by(policy, place), getattr(owner, key, None)
-            if asked is not None and entry is not None and asked != has:
-                stays = f"locked by the admin; it stays {'unset' if has is None else repr(has)}"
-                yield Problem(f"{where}.{key}", _said(policy.locked[entry], stays))
-                break
+        asked, of_role = getattr(request, key), getattr(role, key)
+        entry, has = locked_by(policy, f"roles.{wants.role}.{key}"), of_role
+        said = asked
+        if entry is None and key not in ("partition", "gres"):  # a partition's gres is the name of its GPUs
+            entry, has = locked_by(policy, f"partitions.{wants.partition}.{key}"), getattr(partition, key, None)
+            said = of_role if asked is None else asked
+        if said is not None and entry is not None and said != has:
+            stays = f"locked by the admin; it stays {'unset' if has is None else repr(has)}"
+            yield Problem(f"{where}.{key}", _said(policy.locked[entry], stays))
 
 
 def _said(words: str, fact: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from slurm.printed import array_limit, format_minutes, parse_minutes
 from slurm.profile.places import Place, gpus_of, items, places
+from slurm.profile.resolve import choices
 from slurm.profile.schema import Partition, Profile, Request
 from slurm.verify.live import Live, LiveNode, minutes_of
 
@@ -66,6 +67,7 @@ def mismatches(profile: Profile, live: Live) -> list[Mismatch]:
     if profile.max_array_size is not None and profile.max_array_size > limit:
         message = f"{profile.max_array_size}, but Slurm's arrays may have {limit} elements; write at most that"
         found.append(Mismatch("P004", "max_array_size", message))
+    found += _roles(profile, live)
     found += _accounts(profile, live)
     found += _named(profile, live)
     found += _other_resources(profile, live)
@@ -102,6 +104,21 @@ def _limits(at: str, partition: Partition, live: Live, name: str) -> Iterator[Mi
     if partition.requeue and cancels:
         message = f"true, but {name} has PreemptMode={keys.get('PreemptMode')}, and JobRequeue is "
         yield Mismatch("R001", f"{at}.requeue", message + f"{live.configuration.get('JobRequeue', '1')}; write false")
+
+
+def _roles(profile: Profile, live: Live) -> Iterator[Mismatch]:
+    """Yield what a role asks for and its partition allows nobody, where the profile's own limits do not say so."""
+    for name in profile.roles:
+        place, wants = choices(profile, Request(role=name))[0]
+        keys = live.partitions.get(place.partition or "", {})
+        longest = minutes_of(keys.get("MaxTime", ""))
+        if place.limits.max_time is None and longest is not None and (wants.time_minutes or 0) > longest:
+            message = f"{format_minutes(wants.time_minutes or 0)}, but Slurm's MaxTime of {place.partition} is"
+            yield Mismatch("P002", f"roles.{name}.time", f"{message} {format_minutes(longest)}; write at most that")
+        there = len(live.nodes_of(place.partition or ""))
+        if place.limits.max_nodes is None and there and wants.nodes > there:
+            message = f"{wants.nodes}, but {place.partition} has {there}; write at most that"
+            yield Mismatch("P003", f"roles.{name}.nodes", message)
 
 
 def _nodes(at: str, place: Place, nodes: list[LiveNode], constraint: str | None) -> Iterator[Mismatch]:

@@ -77,12 +77,16 @@ def test_a_phase_speaks_before_its_role_and_that_before_the_partition(mixed):
 def test_a_role_that_locks_its_account_keeps_phases_from_saying_another(mixed):
     mixed.roles["cpu"].account = "ours"
     mixed.policy.locked = {"roles.*.account": "Billing is per team.", "partitions.small.qos": ""}
-    assert check(mixed, Request("cpu", account="ours"), "w") == []
+    assert check(mixed, Request("cpu", account="ours", qos="low"), "w") == []
     found = [str(problem) for problem in check(mixed, Request("cpu", account="other", qos="high"), "w")]
     assert found == [
         "w.account: Billing is per team (locked by the admin; it stays 'ours')",
         "w.qos: locked by the admin; it stays 'low'",
     ]
+    (problem,) = check(mixed, Request("cpu"), "w")  # nor does a role go around the lock of its partition
+    assert str(problem) == "w.qos: locked by the admin; it stays 'low'" and mixed.roles["cpu"].qos == "none"
+    mixed.policy.locked |= {"roles.cpu.qos": ""}  # the admin says both
+    assert check(mixed, Request("cpu"), "w") == []
 
 
 @pytest.mark.parametrize(

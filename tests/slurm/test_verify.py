@@ -125,6 +125,8 @@ def test_a_profile_that_is_right_has_no_mismatch(tmp_path):
         ("account: llm\n", "account: lmm\n", "Q002", "partitions.gpu.account", "yours are guest, llm"),
         ("max_nodes: 3", "requeue: true", "R001", "partitions.gpu.requeue", "PreemptMode=CANCEL"),
         ("reservation: course", "reservation: cours", "R004", "roles.eval.reservation", "it has course"),
+        ("{max_time: 1-0, max_nodes: 1, cpus: 128", "{cpus: 1", "P003", "roles.cpu.nodes", "2, but cpu has 1"),
+        ("{max_time: 1-0, max_nodes: 1, cpus: 128", "{cpus: 1", "P002", "roles.cpu.time", "3-00:00:00, but Slurm's"),
         ("lustre:2", "lustre:3", "L001", "roles.cpu.licenses", "it has lustre:2"),
     ],
 )
@@ -133,6 +135,8 @@ def test_each_check_finds_its_mistake_with_both_values(tmp_path, before, after, 
     changed = GOOD.replace(before, after)
     if check == "P001":
         changed = changed.replace("partition: cpu", "partition: cqu")
+    if key.startswith("roles.cpu.") and check in ("P002", "P003"):
+        changed = changed.replace("time: 1:00:00", "time: 3-0, nodes: 2")
     lines = found(tmp_path, changed)
     assert any(line[:2] == (check, key) and words in line[2] for line in lines), lines
     assert check in CHECKS
