@@ -31,20 +31,18 @@ def contained(profile: Profile, role: str, run: Path, with_gpus: bool) -> Contai
     if not image:
         return Contained()
     env = environment_of(profile, role)
-    names = [*OURS, *site_variables(profile), *env.set, *env.secrets]
+    names = list(dict.fromkeys([*OURS, *site_variables(profile), *env.set, *env.forward]))
     mounts = [(str(run), str(run), ""), *(split(mount) for mount in container.mounts)]
     if container.runtime == "pyxis":
         bound = ",".join(":".join(filter(None, mount)) for mount in mounts)
         options = [f"--container-image={image}", f"--container-mounts={bound}", f"--container-workdir={run}",
-                   f"--container-env={','.join(dict.fromkeys(names))}"]  # fmt: skip
+                   f"--container-env={','.join(names)}"]  # fmt: skip
         return Contained(srun=[*options, *container.args], python=container.python)
     if container.runtime == "apptainer":
         bound = [word for mount in mounts for word in ("--bind", ":".join(filter(None, mount)))]
         gpus = ["--nv"] if with_gpus else []
-        # The image's own environment would win otherwise.
-        exports = [
-            f'export APPTAINERENV_{name}="${{{name}:-}}"' for name in dict.fromkeys(names) if name not in env.secrets
-        ]
+        # The image's own environment would win otherwise; a variable that is not set stays so.
+        exports = [f'[ -z "${{{name}+x}}" ] || export APPTAINERENV_{name}="${name}"' for name in names]
         before = ["apptainer", "exec", *gpus, *bound, "--pwd", str(run), *container.args, image]
         return Contained(before=before, exports=exports, python=container.python)
     if not unseen(profile, role, run=Path("/nowhere"), paths=[str(run)]):

@@ -140,9 +140,11 @@ def _command(profile: Profile, wants: Resources, nodes: int, folders: list[Path]
 def probe_script(profile: Profile, role: str, folders: list[Path]) -> str:
     """Return what a node runs: it prints one line `MARK node key value` (tabs between) for each question."""
     wants = choices(profile, Request(role=role))[0][1]
-    inside = contained(profile, role, CODE, with_gpus=wants.gpus_per_node > 0)
-    python = inside.python or environment_of(profile, role).python or sys.executable
-    worker = shlex.join([*inside.before, python, "-m", "jobs.worker", "--help"])
+    inside = contained(profile, role, Path("/tmp"), with_gpus=wants.gpus_per_node > 0)
+    python = environment_of(profile, role).python or sys.executable
+    worker = shlex.join([python, "-m", "jobs.worker", "--help"])
+    if inside.before:  # a run brings its code along; here only whether the image has a Python can be asked
+        worker += f" && {shlex.join([*inside.before, inside.python, '-c', ''])}"
     local = profile.storage.node_local
     lines = [
         "export PATH",
@@ -161,7 +163,7 @@ def probe_script(profile: Profile, role: str, folders: list[Path]) -> str:
         "answer=$( (",
         *script_setup(profile, CODE, ranks=1, role=role),
         *inside.exports,
-        "true" if inside.srun else f"{worker} > /dev/null",  # pyxis would put all of this into the image
+        f"{{ {worker}; }} > /dev/null",
         ") 2>&1 )",  # no && behind it: bash would take -e from the lines within
         'code=$?; if [ $code = 0 ]; then worked=yes; else worked="no, code $code"; fi',
         'say environment "$worked: $(printf "%s" "$answer" | tr "\\n\\t" "  ")"',

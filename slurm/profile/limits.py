@@ -42,4 +42,8 @@ def limit_problems(wants: Resources, place: Place, where: str) -> list[Problem]:
     asked_type, has_type = gpus_of(wants.gres)[0], gpus_of(limit.gres)[0]
     if asked_type and limit.gres and asked_type != has_type:
         problems.append(Problem(f"{where}.gres", f"{at} has no gpu:{asked_type}, but {limit.gres}; ask for that"))
+    for key in ("reservation", "licenses", "gres"):
+        if getattr(wants, key) is not None and key in wants.extra_sbatch:
+            message = f"{at} has it in extra_sbatch too, and one of them would be lost; say it as the partition's {key}"
+            problems.append(Problem(f"{where}.{key}", message))
     return problems

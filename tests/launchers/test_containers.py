@@ -28,7 +28,7 @@ phases:
 def words(runtime, role="train", **said):
     profile = Profile(
         roles={"train": Role(), "eval": Role()},
-        env=Env(set={"HF_HOME": "/hf"}, secrets={"KEY": "file:/k"}),
+        env=Env(set={"HF_HOME": "/hf"}, forward=["WANDB_MODE"], secrets={"KEY": "file:/k"}),
         container=Container(
             runtime=runtime,
             images={"default": "/img/base.sif", "eval": "none"},
@@ -46,7 +46,7 @@ def test_pyxis_is_told_by_options_of_srun():
         "--container-image=/img/base.sif",
         "--container-mounts=/scratch/run:/scratch/run,/data:/data,/opt/x:/x:ro",
         "--container-workdir=/scratch/run",
-        "--container-env=PYTHONPATH,PYTHONSAFEPATH,PYTHONUNBUFFERED,MASTER_ADDR,MASTER_PORT,HF_HOME,KEY",
+        "--container-env=PYTHONPATH,PYTHONSAFEPATH,PYTHONUNBUFFERED,MASTER_ADDR,MASTER_PORT,HF_HOME,WANDB_MODE",
         "--container-writable",
     ]
     assert (got.before, got.exports, got.python) == ([], [], "/venv/bin/python")
@@ -58,8 +58,10 @@ def test_apptainer_stands_before_the_command_and_gets_our_variables_over_the_ima
         "apptainer", "exec", "--nv", "--bind", "/scratch/run:/scratch/run", "--bind", "/data:/data",
         "--bind", "/opt/x:/x:ro", "--pwd", "/scratch/run", "/img/base.sif",
     ]  # fmt: skip
-    assert got.srun == [] and got.exports[0] == 'export APPTAINERENV_PYTHONPATH="${PYTHONPATH:-}"'
-    assert 'export APPTAINERENV_HF_HOME="${HF_HOME:-}"' in got.exports and "KEY" not in "".join(got.exports)
+    assert (
+        got.srun == [] and got.exports[0] == '[ -z "${PYTHONPATH+x}" ] || export APPTAINERENV_PYTHONPATH="$PYTHONPATH"'
+    )
+    assert "APPTAINERENV_HF_HOME" in got.exports[-2] and "KEY" not in "".join(got.exports)
 
 
 def test_charliecloud_stands_before_the_command_and_mounts_the_run_once():

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
-from jobs.artifacts.run_folder import RunFolder
+from data_tools.base import durable
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.schema.pipeline import load_pipeline
-from launchers.backends.contract import JobSpec
+from launchers.backends.contract import JobSpec, request_of
 from launchers.backends.slurm import dependency, never_starting
 from launchers.backends.slurm_script import PhaseExecutor, phase_command, phase_parameters, script_changes
+from launchers.planning.plan import PlannedPhase
 from launchers.planning.planner import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
 from slurm.profile.files import load
+from slurm.profile.schema import Resources
 from tests.command import write_toy
 
 GOLDEN = """#!/bin/bash
@@ -149,7 +152,7 @@ def options(text):
 
 
 PLACES = """\
-partitions: {gpu: {gres: gpu:h100:8, licenses: lustre:1, extra_sbatch: {reservation: old}}}
+partitions: {gpu: {gres: gpu:h100:8, licenses: lustre:1, reservation: old}}
 roles:
   train: {gpus_per_node: 8, account: team, reservation: course}
   cpu: {}
@@ -164,6 +167,15 @@ def test_gpus_are_asked_for_by_the_name_that_the_site_gives_them(tmp_path):
                   "numbers.resources.qos=high", "numbers.resources.account=mine")  # fmt: skip
     said = options(text)
     assert (said["gres"], said["gpus-per-node"], said["qos"], said["account"]) == ("nvme:1", "8", "high", "mine")
+
+
+def test_a_request_that_says_nothing_new_is_that_of_jobs_of_before():
+    said = dict.fromkeys(("account", "qos", "constraint", "gpu", "gpu_mem_gib", "mem_gib", "partition", "time_minutes"))
+    said |= {"role": "cpu", "nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "extra_sbatch": {}}
+    frozen = FrozenPhase("p", "sft", "k", {}, {}, None, 1, False, {}, {}, 1, 1, 0)
+    before = durable.sha256_bytes(durable.canonical_json(["sft", 0, 1, said]))[:16]
+    assert request_of(PlannedPhase(frozen, Resources(**said), "cpu", "run")) == before
+    assert request_of(PlannedPhase(frozen, Resources(**said, gres="nvme:1"), "cpu", "run")) != before
 
 
 ENVIRONMENTS = """\

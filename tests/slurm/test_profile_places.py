@@ -95,6 +95,7 @@ def test_a_role_that_locks_its_account_keeps_phases_from_saying_another(mixed):
         ("gres: gpu::8", "partitions.p.gres", "is no generic resource"),
         ("gres: gpu:h100:8, gpus_per_node: 4", "partitions.p.gres", "has 8 GPUs, and gpus_per_node is 4"),
         ("gres: 'gpu:a:4,gpu:b:4'", "partitions.p.gres", "names GPUs twice"),
+        ("licenses: a, extra_sbatch: {licenses: b}", "roles.cpu.licenses", "in extra_sbatch too, and one of them"),
         ("node_types: {x: {cpus: 4}}", "partitions.p.node_types.x", "say constraint, or gres with a type"),
     ],
 )
