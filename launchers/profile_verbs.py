@@ -135,5 +135,6 @@ def do_verify(args: argparse.Namespace) -> int:
         print(f"{row['check']} {row['file']}: {row['key']}: {row['message']}")
     for line in not_asked:
         tell(f"not asked: {line}")
-    print(f"{len(rows)} mismatches" if rows else "the profile agrees with the cluster")
+    agrees = "no mismatch in what was asked" if not_asked else "the profile agrees with the cluster"
+    print(f"{len(rows)} mismatches" if rows else agrees)
     return EXIT_MISTAKE if found else 0

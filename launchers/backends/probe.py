@@ -112,6 +112,8 @@ def _probe_role(
         if line.startswith(f"{MARK}\t"):
             _, node, key, value = line.split("\t", 3)
             said.setdefault(node, {})[key] = value
+    if len(said) < nodes:
+        done.not_asked.append(f"role {role}: {nodes - len(said)} of {nodes} nodes said nothing")
     if image_of(profile, role) and profile.container.runtime == "pyxis":
         done.not_asked.append(f"role {role}: whether its image works: pyxis starts one by srun only")
     for node, answers in said.items():
@@ -183,12 +185,15 @@ def _faults(
     if answers.get("node_local") == "no":
         message = f"{profile.storage.node_local}: {node} has no such folder, or it may not be written there"
         found.append(Mismatch("F002", "storage.node_local", message))
-    for key, listed in (("interface", "interfaces"), ("hca", "hcas")):
-        has = answers.get(listed, "").split()
-        for name in (getattr(profile.network, key) or "").lstrip("=^").split(","):
-            if name and not any(own.startswith(name.partition(":")[0]) for own in has):
-                message = f"{name}: {node} has {', '.join(has) or 'none'}"
-                found.append(Mismatch("N001", f"network.{key}", message))
+    network = profile.network
+    interfaces, hcas = answers.get("interfaces", "").split(), answers.get("hcas", "").split()
+    for name in (network.interface or "").lstrip("=").split(","):
+        if name and name not in interfaces:
+            found.append(Mismatch("N001", "network.interface", f"{name}: {node} has {', '.join(interfaces) or 'none'}"))
+    for name in (network.hca or "").lstrip("=").split(","):
+        begins = name.partition(":")[0]  # the port follows
+        if begins and not begins.startswith("^") and not any(hca.startswith(begins) for hca in hcas):
+            found.append(Mismatch("N001", "network.hca", f"{name}: {node} has {', '.join(hcas) or 'none'}"))
     worked = answers.get("environment", "no: it said nothing")
     if not worked.startswith("yes") or any(LINE_FAILED.format(key=key) in worked for key in SHELL_KEYS):
         message = f"on {node} the environment of role {role} does not work: {worked[:LONGEST_ANSWER]}"

@@ -1,6 +1,7 @@
 """What is wrong with a profile, and what its cluster would refuse of a request."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from data_tools.mistake import Problem, nearest
@@ -17,6 +18,7 @@ from slurm.profile.schema import (
     VARIABLE,
     Env,
     Hooks,
+    Network,
     Partition,
     Profile,
     Request,
@@ -80,10 +82,7 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
     for kind, wishes in profile.phases.items():
         problems += time_problems(f"{file}: phases.{kind}.time", wishes.time)
         problems += gres_problems(f"{file}: phases.{kind}.gres", wishes.gres, wishes.gpus_per_node)
-    ports = profile.network.port_range
-    if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
-        message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"
-        problems.append(Problem(f"{file}: network.port_range", message))
+    problems += _network_problems(profile.network, f"{file}: network")
     problems += _least_problems(profile, file)
     for place, env in environments(profile):
         problems += _environment_problems(env, f"{file}: {place}")
@@ -104,6 +103,18 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
             where, request = f"{file}: roles.{name}", Request(role=name)
             found = naming_problems(profile, request, where) or _limits(profile, request, where)
             problems += _with_contact(profile, found)
+    return problems
+
+
+def _network_problems(network: Network, where: str) -> list[Problem]:
+    """Return what is wrong with a profile's ports and the names of its interfaces."""
+    problems, ports = [], network.port_range
+    if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
+        message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"
+        problems.append(Problem(f"{where}.port_range", message))
+    if network.interface is not None and not re.fullmatch(r"=?[\w.-]+(,[\w.-]+)*", network.interface):
+        message = f"{network.interface!r} is no list of names; write ib0, or eth0,eth1 (Gloo knows no others)"
+        problems.append(Problem(f"{where}.interface", message))
     return problems
 
 

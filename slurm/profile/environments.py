@@ -29,7 +29,7 @@ def site_variables(profile: Profile) -> dict[str, str]:
     network, storage = profile.network, profile.storage
     said = {
         "NCCL_SOCKET_IFNAME": network.interface,
-        "GLOO_SOCKET_IFNAME": network.interface and network.interface.lstrip("=^"),
+        "GLOO_SOCKET_IFNAME": network.interface and network.interface.lstrip("="),
         "NCCL_IB_HCA": network.hca,
         "AFTEROK_SCRATCH": storage.scratch,
         "TMPDIR": storage.node_local,

@@ -137,8 +137,8 @@ class Role:
 class Network:
     """How nodes find each other. The two names become NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME, and NCCL_IB_HCA."""
 
-    interface: str | None = None  # as `ip link` prints it, "ib0", or as NCCL reads several: "=eth0,eth1"
-    hca: str | None = None  # as `ibv_devinfo -l` prints them: "mlx5_0,mlx5_1"
+    interface: str | None = None  # whole names as `ip link` prints them: "ib0", "eth0,eth1"; NCCL reads "=ib0" as exact
+    hca: str | None = None  # NCCL's words: "mlx5_0,mlx5_1" as `ibv_devinfo -l` prints them, "mlx5" for all, "^mlx5_2"
     port_range: list[int] = field(default_factory=lambda: [20000, 29999])  # first and last port for MASTER_PORT
 
 

@@ -150,12 +150,14 @@ def test_network_and_storage_become_variables_and_none_is_said_twice(tmp_path):
     }  # fmt: skip
     assert site_variables(Profile()) == {}
     path = tmp_path / "p.yaml"
-    path.write_text("kind: local\nroles: {cpu: {}}\nnetwork: {hca: a}\nenv: {set: {NCCL_IB_HCA: b}}\n"
-                    "storage: {scratch: here}\n")  # fmt: skip
+    path.write_text(
+        "kind: local\nroles: {cpu: {}}\nnetwork: {hca: a, interface: ^docker0}\n"
+        "env: {set: {NCCL_IB_HCA: b}}\nstorage: {scratch: here}\n"
+    )
     with pytest.raises(UserMistake) as error:
         files.load(str(path))
     assert [problem.where for problem in error.value.problems] == [
-        f"{path}: env.set.NCCL_IB_HCA", f"{path}: storage.scratch",
+        f"{path}: network.interface", f"{path}: env.set.NCCL_IB_HCA", f"{path}: storage.scratch",
     ]  # fmt: skip
 
 
