@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from data_tools.mistake import EXIT_MISTAKE, UserMistake, nearest
+from data_tools.mistake import EXIT_MISTAKE, Problem, UserMistake, nearest
 from launchers.verbs import print_json, tell
 
 
@@ -11,7 +11,8 @@ def do_list(args: argparse.Namespace) -> int:
     """Print each profile by name, with the files that it is made of, the first lowest."""
     from slurm.profile import files
 
-    rows, broken = [], []
+    rows: list[dict[str, Any]] = []
+    broken: list[Problem] = []
     for name in files.names():
         try:
             loaded = files.read(name)
@@ -62,7 +63,7 @@ def do_explain(args: argparse.Namespace) -> int:
     if not chosen:
         raise UserMistake(f"profile {loaded.profile.meta.name} sets no {args.key!r}{nearest(args.key, list(values))}")
     policy = loaded.profile.policy
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "key": key,
             "value": values[key],
@@ -117,7 +118,8 @@ def do_verify(args: argparse.Namespace) -> int:
     if cluster.kind != "slurm" or cluster.loaded is None:
         raise UserMistake(f"profile {cluster.profile.meta.name} is of local processes: there is no cluster to verify")
     live = ask(cluster.slurm)
-    found, not_asked = mismatches(cluster.profile, live), []
+    found = mismatches(cluster.profile, live)
+    not_asked: list[str] = []
     if live.accounts is None:
         not_asked.append("accounts and QOS: the cluster keeps no accounting, or that does not answer")
     if args.no_jobs:

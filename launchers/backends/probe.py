@@ -57,8 +57,9 @@ def probe(profile: Profile, live: Live, slurm: Slurm, known: list[Mismatch]) -> 
 
 def _shared_folders(profile: Profile, done: Probed) -> dict[str, Path]:
     """Make a folder of ours in each folder that nodes are to share; return {key: ours}."""
-    storage, made = profile.storage, {}
-    places = {"storage.scratch": [storage.scratch], "storage.shared": storage.shared}
+    storage = profile.storage
+    made: dict[str, Path] = {}
+    places: dict[str, list[str | None]] = {"storage.scratch": [storage.scratch], "storage.shared": [*storage.shared]}
     for key, folder in ((key, Path(folder)) for key, listed in places.items() for folder in listed if folder):
         kind = filesystem(folder)
         if kind in MEMORY:

@@ -108,7 +108,8 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
 
 def _network_problems(network: Network, where: str) -> list[Problem]:
     """Return what is wrong with a profile's ports and the names of its interfaces."""
-    problems, ports = [], network.port_range
+    problems: list[Problem] = []
+    ports = network.port_range
     if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
         message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"
         problems.append(Problem(f"{where}.port_range", message))
@@ -146,7 +147,8 @@ def _least_problems(profile: Profile, file: str) -> list[Problem]:
 
 def _container_problems(profile: Profile, where: str) -> list[Problem]:
     """Return what is wrong with the containers of a profile."""
-    container, problems = profile.container, []
+    container = profile.container
+    problems: list[Problem] = []
     if container.runtime not in RUNTIMES:
         message = f"{container.runtime!r} is none of {', '.join(RUNTIMES)}"
         problems.append(Problem(f"{where}.runtime", message))
