@@ -193,6 +193,6 @@ def test_a_roles_own_variables_and_secrets_reach_its_phases_and_no_other(tmp_pat
     env = {"SLURM_CONF": str(dev_cluster.conf)} if cluster == "slurm" else {}
     afterok("run", pipeline, f"cluster={tmp_path / 'site.yaml'}", "--run", run, env=env)
     for phase_name, whose in (("a", "ours"), ("b", "theirs")):
-        (found,) = run.glob(f"{phase_name}/*/digests.txt")
+        (found,) = run.glob(f"{phase_name}/*/work/*/digests.txt")
         expected = [hashlib.sha256(value.encode()).hexdigest() for value in (whose, f"secret of {whose}")]
         assert found.read_text().split() == expected
