@@ -66,7 +66,7 @@ class Cluster:
         """The files that the profile's own is laid upon, the lowest first."""
         return self.loaded.extended if self.loaded else []
 
-    def as_json(self) -> dict[str, str]:
+    def as_json(self) -> dict[str, str | list[str]]:
         """Return what `where` tells, by name."""
         return {
             "kind": self.kind,

@@ -34,8 +34,8 @@ def contained(profile: Profile, role: str, run: Path, with_gpus: bool) -> Contai
     names = list(dict.fromkeys([*OURS, *site_variables(profile), *env.set, *env.forward]))
     mounts = [(str(run), str(run), ""), *(split(mount) for mount in container.mounts)]
     if container.runtime == "pyxis":
-        bound = ",".join(":".join(filter(None, mount)) for mount in mounts)
-        options = [f"--container-image={image}", f"--container-mounts={bound}", f"--container-workdir={run}",
+        listed = ",".join(":".join(filter(None, mount)) for mount in mounts)
+        options = [f"--container-image={image}", f"--container-mounts={listed}", f"--container-workdir={run}",
                    f"--container-env={','.join(names)}"]  # fmt: skip
         return Contained(srun=[*options, *container.args], python=container.python)
     if container.runtime == "apptainer":

@@ -169,8 +169,8 @@ class _Planner:
         name = image_of(self.cluster.profile, role)
         if not name:
             return {}
-        for path in unseen(self.cluster.profile, role, run=self.run.path, paths=list(frozen.inputs)):
-            message = f"{path} is not mounted in the container of role {role}"
+        for hidden in unseen(self.cluster.profile, role, run=self.run.path, paths=list(frozen.inputs)):
+            message = f"{hidden} is not mounted in the container of role {role}"
             self._problem(phase, "with", f"{message}; add it to the profile's container.mounts, under the same name")
         path = Path(name)
         if not path.is_absolute() or not path.exists():

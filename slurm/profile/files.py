@@ -173,9 +173,9 @@ def _named(name_or_path: str, beyond: Path | None = None) -> Path:
         path = next((file for folder in later if (file := _alike(folder, name_or_path))), None)
     if path is None:
         hint = nearest(name_or_path, names())
-        folders = ", ".join(map(str, search_folders()))
+        looked = ", ".join(map(str, search_folders()))
         who = f"{beyond}: extends: " if beyond else ""
-        raise UserMistake(f"{who}no cluster profile {name_or_path!r}{hint}; profiles are files NAME.yaml in {folders}")
+        raise UserMistake(f"{who}no cluster profile {name_or_path!r}{hint}; profiles are files NAME.yaml in {looked}")
     return path
 
 
