@@ -114,4 +114,5 @@ class Sealer:
             "ranks": self.phase.ranks,
             "started_at": self.started,
             "facts": facts,
+            **({"image": self.phase.image} if self.phase.image else {}),
         }

@@ -51,6 +51,7 @@ from jobs.task import Task
 from jobs.upstream import NotNeeded, Upstream, UpstreamNotSealed
 from slurm.client import Slurm, SlurmError
 from slurm.printed import ENDED_STATES
+from slurm.profile.environments import environment_of
 from slurm.profile.files import load
 from slurm.profile.schema import Profile
 
@@ -286,7 +287,7 @@ class Worker:
         if self.revealed:  # the fan-in of a rank that ran an element: a command may print another value each time
             return self.secrets
         self.revealed = True
-        references = self._profile().env.secrets
+        references = environment_of(self._profile(), self.phase.role).secrets
         commands = commands_among(references)
         printed = Printed(values={}, mistake="")
         if verdicts and commands:

@@ -1,4 +1,7 @@
-"""Reads the command line, and tells of mistakes. What each verb does stands in launchers/verbs.py."""
+"""Reads the command line, and tells of mistakes.
+
+What each verb does stands in launchers/verbs.py, and for `profile` in launchers/profile_verbs.py.
+"""
 
 import runpy
 
@@ -17,14 +20,14 @@ from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES
-from launchers import verbs
+from launchers import profile_verbs, verbs
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
 Without Slurm the same pipeline runs as local processes."""
 
 PIPELINE_HELP = "a pipeline file, for example jobs/pipelines/tiny.yaml"
-OVERRIDES_HELP = "dotted overrides: sft.with.lr=1e-5 params.steps=100 cluster=auto|local|dev|PROFILE"
+OVERRIDES_HELP = "dotted overrides: sft.with.lr=1e-5 params.steps=100 cluster=auto|local|dev|PROFILE cluster.KEY=VALUE"
 JSON_HELP = "print one JSON object instead of text"
 DRY_RUN_HELP = "print the sbatch and scontrol calls instead of making them"
 RUN_HELP = "a run's folder, or its name below ./runs (default: the run last submitted below ./runs)"
@@ -100,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cluster_verbs(
         words.add_parser("cluster", help="a private real Slurm on this machine, for rehearsal and tests")
     )
+    _add_profile_verbs(words.add_parser("profile", help="cluster profiles: which there are, and what each sets"))
     return parser
 
 
@@ -228,6 +232,32 @@ def _add_cluster_verbs(cluster: argparse.ArgumentParser) -> None:
         action.set_defaults(verb=function)
         action.add_argument("--prefix", type=Path, help="its folder (default: ~/.cache/afterok/cluster)")
         if action is not run_in:
+            action.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def _add_profile_verbs(profile: argparse.ArgumentParser) -> None:
+    """Add what can be done with profiles: list, explain, init and verify."""
+    actions = profile.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listed = actions.add_parser("list", help="list the profiles, and the files that each is made of")
+    explain = actions.add_parser("explain", help="show which file set each value, and which are locked")
+    explain.add_argument("key", nargs="?", default="", metavar="KEY", help="such as roles.train (default: all)")
+    draft = actions.add_parser("init", help="draft a profile from the live cluster")
+    draft.add_argument("--output", type=Path, metavar="FILE", help="write it there (default: print it)")
+    verify = actions.add_parser(
+        "verify", help="compare a profile with its live cluster, and with a compute node or two"
+    )
+    verify.add_argument("--no-jobs", action="store_true", help="ask the controller alone; no job runs")
+    for action in (explain, verify):
+        action.add_argument("overrides", nargs="*", metavar="cluster.KEY=VALUE", help="values laid on top")
+        action.add_argument("--profile", metavar="NAME", default="", help="its name or file (default: this cluster's)")
+    for action, function in (
+        (listed, profile_verbs.do_list),
+        (explain, profile_verbs.do_explain),
+        (draft, profile_verbs.do_init),
+        (verify, profile_verbs.do_verify),
+    ):
+        action.set_defaults(verb=function)
+        if action is not draft:
             action.add_argument("--json", action="store_true", help=JSON_HELP)
 
 

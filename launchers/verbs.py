@@ -35,7 +35,12 @@ def _make_plan(args: argparse.Namespace) -> "Plan":
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
-    return make_plan(pipeline, default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster), args.verify)
+    return make_plan(
+        pipeline,
+        default_run_folder(pipeline, args.run),
+        find_cluster(pipeline.cluster, pipeline.overrides),
+        args.verify,
+    )
 
 
 def do_plan(args: argparse.Namespace) -> int:
@@ -49,7 +54,7 @@ def do_plan(args: argparse.Namespace) -> int:
         raise UserMistake("--search is about one phase: give --parallel PHASE too")
     plan = _make_plan(args)
     if args.json:
-        return _print_json(plan.as_json())
+        return print_json(plan.as_json())
     from launchers.observe.show import console, plan_table
 
     console().print(plan_table(plan))
@@ -64,12 +69,12 @@ def do_explain(args: argparse.Namespace) -> int:
     if not args.phase:
         listed = kinds()
         if args.json:
-            return _print_json({"phases": [{"phase": name, "about": about} for name, about in listed]})
+            return print_json({"phases": [{"phase": name, "about": about} for name, about in listed]})
         console().print(table(["phase", "what it does"], [list(row) for row in listed]))
         return 0
     explained = explain(args.phase, args.setting)
     if args.json:
-        return _print_json(explained.as_json())
+        return print_json(explained.as_json())
     console().print(settings_table(explained))
     return 0
 
@@ -79,7 +84,7 @@ def _from_megatron(args: argparse.Namespace) -> int:
 
     overrides, notes = translate(args.from_megatron)
     if args.json:
-        return _print_json({"overrides": overrides, "notes": notes})
+        return print_json({"overrides": overrides, "notes": notes})
     print("\n".join(overrides))
     for note in notes:
         tell(note)
@@ -92,10 +97,10 @@ def _plan_parallel(args: argparse.Namespace) -> int:
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
-    run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster)
+    run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster, pipeline.overrides)
     report = report_parallel(pipeline, run, cluster, name=args.parallel, searching=args.search)
     if args.json:
-        _print_json(
+        print_json(
             {
                 "phase": report.phase,
                 "profile": cluster.as_json(),
@@ -143,7 +148,7 @@ def _report_submitted(args: argparse.Namespace, plan: "Plan", done: "Submitted")
     from launchers.observe.show import print_submitted
 
     if args.json:
-        _print_json(
+        print_json(
             {
                 "run": str(plan.run.path),
                 "submission": done.number,
@@ -183,7 +188,9 @@ def do_resubmit(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(run.pipeline_path(number), frozen["overrides"] + args.overrides, environment)
     if args.again and args.elements:
         raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
-    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster), again=args.phase if args.again else "")
+    plan = make_plan(
+        pipeline, run, find_cluster(pipeline.cluster, pipeline.overrides), again=args.phase if args.again else ""
+    )
     _announce(plan, quiet=args.json)
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
 
@@ -210,7 +217,7 @@ def do_repair(args: argparse.Namespace) -> int:
     run = find_run(args.run)
     lines = repair(run)
     if args.json:
-        return _print_json({"run": str(run.path), "repaired": lines})
+        return print_json({"run": str(run.path), "repaired": lines})
     print("\n".join(lines) or f"{as_typed(run.path)}: nothing to repair")
     return 0
 
@@ -241,7 +248,7 @@ def do_run(args: argparse.Namespace) -> int:
         )
         return EXIT_INTERRUPTED
     if args.json:
-        _print_json(status.as_json())
+        print_json(status.as_json())
     else:
         console().print(summary(status))
     return _exit_code(status, run)
@@ -282,7 +289,7 @@ def do_status(args: argparse.Namespace) -> int:
         status = run_status(run)
     code = EXIT_MISTAKE if status.unasked and not status.finished else 0
     if args.json:
-        _print_json(status.as_json())
+        print_json(status.as_json())
         return code
     from launchers.observe.show import console, status_table
 
@@ -301,7 +308,7 @@ def do_why(args: argparse.Namespace) -> int:
     run, phase = run_and_phase(args.words)
     report = why(run, phase)
     if args.json:
-        return _print_json(report.as_json())
+        return print_json(report.as_json())
     for line in [report.headline, report.given_up, *(f.sentence for f in report.findings), *report.notes]:
         if line:
             print(set_in(line))
@@ -315,7 +322,7 @@ def do_ls(args: argparse.Namespace) -> int:
         raise UserMistake(f"{args.folder} is no folder; name the one that your runs are in: afterok ls DIR")
     runs = list_runs(args.folder)
     if args.json:
-        return _print_json({"runs": [run.as_json() for run in runs]})
+        return print_json({"runs": [run.as_json() for run in runs]})
     from launchers.observe.show import console, runs_table
 
     if runs:
@@ -357,7 +364,7 @@ def do_inspect(args: argparse.Namespace) -> int:
         limit=max(args.tokens, 1),
     )
     if args.json:
-        return _print_json(inspection)
+        return print_json(inspection)
     print_inspection(inspection)
     return 0
 
@@ -369,7 +376,7 @@ def do_cancel(args: argparse.Namespace) -> int:
     run = find_run(args.run)
     done = cancel(run, args.phases)
     if args.json:
-        return _print_json({"run": str(run.path), "cancelled": done.jobs, "notes": done.notes})
+        return print_json({"run": str(run.path), "cancelled": done.jobs, "notes": done.notes})
     print(f"cancelled {', '.join(done.jobs)}" if done.jobs else f"{as_typed(run.path)}: nothing is active")
     for note in done.notes:
         tell(note)
@@ -391,7 +398,7 @@ def do_cluster_up(args: argparse.Namespace) -> int:
     prefix = args.prefix or devcluster.default_prefix()
     cluster = devcluster.up(prefix, args.nodes, args.gpus_per_node, accounting=args.dbd)
     if args.json:
-        return _print_json(cluster.status())
+        return print_json(cluster.status())
     with_ = " with accounting" if args.dbd else ""
     print(f"up: {args.nodes} nodes × {args.gpus_per_node} fake GPUs{with_} in {cluster.prefix}")
     print("use it: `afterok run PIPELINE cluster=dev`, or `afterok cluster exec squeue`")
@@ -402,7 +409,7 @@ def do_cluster_down(args: argparse.Namespace) -> int:
     cluster = _dev_cluster(args)
     cluster.down()
     if args.json:
-        return _print_json({"prefix": str(cluster.prefix), "up": False})
+        return print_json({"prefix": str(cluster.prefix), "up": False})
     print(f"down: {cluster.prefix}")
     return 0
 
@@ -410,7 +417,7 @@ def do_cluster_down(args: argparse.Namespace) -> int:
 def do_cluster_status(args: argparse.Namespace) -> int:
     status = _dev_cluster(args).status()
     if args.json:
-        return _print_json(status)
+        return print_json(status)
     for key, value in status.items():
         print(f"{key}: {value}")
     return 0
@@ -432,7 +439,7 @@ def do_cluster_exec(args: argparse.Namespace) -> int:
 # -- helpers ------------------------------------------------------------------------------------------------------
 
 
-def _print_json(value: Any) -> int:
+def print_json(value: Any) -> int:
     """Print the one JSON object of a verb, and return the exit code of success."""
     print(json.dumps(value, indent=1, default=str))
     return 0

@@ -7,14 +7,16 @@ where it was asked for: inside `afterok cluster exec`, or by the name `dev`.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.mistake import UserMistake
 from slurm import client
 from slurm.client import Slurm, SlurmError, SlurmTimeout, SlurmUnavailable
 from slurm.dev import cluster as devcluster
 from slurm.profile import files
+from slurm.profile.layers import COMMAND_LINE, Layer, command_line, leaves
 from slurm.profile.schema import Partition, Profile
 
 # Where packages and site builds put it; the last two are where a configless slurmd or sackd keeps what it was sent.
@@ -46,14 +48,25 @@ class Cluster:
     slurm_name: str = ""  # ClusterName, as the Slurm that answers spells it
     profile_file: str = ""  # "": made from the live cluster, for the reason that `made` tells
     made: str = ""
+    loaded: files.Loaded | None = None  # where each value of the profile is from
 
     @property
     def where(self) -> str:
-        """One line: which cluster this is, which profile describes it, and which file that is."""
+        """One line: which cluster this is, which profile describes it, and which files that is."""
         place = f"cluster {self.slurm_name or self.name}" if self.kind == "slurm" else "this machine"
-        return f"{place}: {self.made or f'profile {self.profile.meta.name} ({self.profile_file})'}"
+        extends = f", which extends {', '.join(self.extended)}" if self.extended else ""
+        top = self.loaded.layers[-1] if self.loaded else None
+        said = ", ".join(leaves(top.values)) if top and top.file == COMMAND_LINE else ""
+        changed = f"; the command line sets {said}" if said else ""
+        profile = self.made or f"profile {self.profile.meta.name} ({self.profile_file}{extends})"
+        return f"{place}: {profile}{changed}"
 
-    def as_json(self) -> dict[str, str]:
+    @property
+    def extended(self) -> list[str]:
+        """The files that the profile's own is laid upon, the lowest first."""
+        return self.loaded.extended if self.loaded else []
+
+    def as_json(self) -> dict[str, str | list[str]]:
         """Return what `where` tells, by name."""
         return {
             "kind": self.kind,
@@ -61,6 +74,7 @@ class Cluster:
             "cluster_name": self.slurm_name,
             "profile": self.profile.meta.name,
             "profile_file": self.profile_file,
+            "profile_extends": self.extended,
         }
 
     @property
@@ -69,23 +83,26 @@ class Cluster:
         return Slurm(self.env)
 
 
-def find_cluster(choice: str = "auto") -> Cluster:
+def find_cluster(choice: str = "auto", overrides: Sequence[str] = ()) -> Cluster:
     """Return the cluster that `choice` names: auto, local, slurm, dev, or a profile's name or path.
+
+    Of a pipeline's `overrides` those that begin with "cluster." are laid upon its profile.
 
     Raises UserMistake (SlurmUnavailable) when Slurm is meant and does not answer, or there is no such profile.
     """
+    on_top = command_line(overrides)
     if choice == "local":
-        return _local("local")
+        return _local("local", on_top)
     if choice == "dev":
-        return _dev(devcluster.DevCluster(devcluster.default_prefix()))
+        return _dev(devcluster.DevCluster(devcluster.default_prefix()), on_top)
     if choice in ("auto", "slurm"):
         inside = _cluster_around(os.environ)
         if inside:
-            return _dev(inside)
+            return _dev(inside, on_top)
         if choice == "slurm" or _slurm_is_configured(os.environ):
-            return _slurm(None)
-        return _local("local")
-    return _local(choice) if files.load(choice).kind == "local" else _slurm(choice)
+            return _slurm(None, on_top)
+        return _local("local", on_top)
+    return _local(choice, on_top) if files.read(choice, on_top).profile.kind == "local" else _slurm(choice, on_top)
 
 
 def can_requeue(cluster: Cluster, partition: str | None) -> bool:
@@ -103,34 +120,54 @@ def can_requeue(cluster: Cluster, partition: str | None) -> bool:
         return True
 
 
-def _local(name: str) -> Cluster:
+def _local(name: str, on_top: Layer | None) -> Cluster:
     """Return the processes of this machine; a role that the built-in profile leaves open takes all its GPUs."""
-    chosen = files.load(name)
+    loaded = files.read(name, None if name == "local" else on_top)
     if name == "local":
-        for role in chosen.roles:
+        for role in loaded.profile.roles:
             if role != "cpu":
-                chosen.roles[role].gpus_per_node = _gpus_here(os.environ)
+                loaded.profile.roles[role].gpus_per_node = _gpus_here(os.environ)
+        loaded = files.overlaid(loaded.profile, str(files.find(name)), on_top)
     env = {key: value for key, value in client.scrubbed_environment(os.environ).items() if not key.startswith("SLURM_")}
-    return Cluster("local", chosen, env, chosen.meta.name, profile_file=str(files.find(name)))
+    profile = loaded.profile
+    return Cluster("local", profile, env, profile.meta.name, profile_file=str(files.find(name)), loaded=loaded)
 
 
-def _slurm(name: str | None) -> Cluster:
+def _slurm(name: str | None, on_top: Layer | None) -> Cluster:
     """Return a Slurm that answers, with the profile `name`, that named like the cluster, or one made from it."""
     env = client.scrubbed_environment(os.environ)
     slurm = Slurm(env)
     slurm.ping(client.PING_LIMIT_S)
     own = cluster_name(slurm)
-    if name is not None:
-        chosen = files.load(name)
-        return Cluster(
-            "slurm", chosen, env=env, name=chosen.meta.name, slurm_name=own, profile_file=str(files.find(name))
+    file = files.find_for_cluster(own) if name is None else files.find(name)
+    made = ""
+    if file is not None or name is not None:
+        loaded = files.read(name or str(file), on_top)
+    else:
+        looked = ", ".join(map(str, files.site_folders()))
+        made = f"no profile is named like it ({own}.yaml in {looked}); used is one made from its own partitions"
+        loaded = files.overlaid(files.from_live(slurm), "the cluster's own partitions", on_top)
+    _refuse_without_policy(own, loaded)
+    return Cluster(
+        "slurm",
+        loaded.profile,
+        env=env,
+        name=own if name is None else loaded.profile.meta.name,
+        slurm_name=own,
+        profile_file="" if made else str(file),
+        made=made,
+        loaded=loaded,
+    )
+
+
+def _refuse_without_policy(cluster_name: str, loaded: files.Loaded) -> None:
+    """Refuse a profile that leaves out the cluster's policy by not extending the admin's file."""
+    policy = files.policy_file(cluster_name)
+    if policy is not None and policy.resolve() not in [Path(layer.file).resolve() for layer in loaded.layers]:
+        raise UserMistake(
+            f"{loaded.layers[0].file}: does not extend {policy}, which has the policy of the cluster {cluster_name}; "
+            f"write `extends: [{policy.stem}]` into it"
         )
-    file = files.find_for_cluster(own)
-    if file is not None:
-        return Cluster("slurm", files.load(str(file)), env=env, name=own, slurm_name=own, profile_file=str(file))
-    looked = ", ".join(map(str, files.site_folders()))
-    made = f"no profile is named like it ({own}.yaml in {looked}); used is one made from its own partitions"
-    return Cluster("slurm", files.from_live(slurm), env=env, name=own, slurm_name=own, made=made)
 
 
 def cluster_name(slurm: Slurm) -> str:
@@ -141,7 +178,7 @@ def cluster_name(slurm: Slurm) -> str:
         raise SlurmUnavailable(f"Slurm does not tell its name: {error}; submit again once it answers") from None
 
 
-def _dev(cluster: devcluster.DevCluster) -> Cluster:
+def _dev(cluster: devcluster.DevCluster, on_top: Layer | None) -> Cluster:
     """Return the dev cluster, with its profile's limits set to the shape it was started with."""
     if not cluster.is_up():
         raise NoDevCluster(f"no dev cluster is up at {cluster.prefix}; start one with `afterok cluster up`")
@@ -157,9 +194,10 @@ def _dev(cluster: devcluster.DevCluster) -> Cluster:
     for role in chosen.roles.values():  # a small cluster must still start what asks for nothing special
         if role.mem_gib is not None:
             role.mem_gib = max(min(role.mem_gib, shape.memory_mib // 1024), 1)
-    return Cluster(
-        "slurm", chosen, env=env, name="dev", slurm_name=cluster_name(Slurm(env)), profile_file=str(files.find("dev"))
-    )
+    file = str(files.find("dev"))
+    loaded = files.overlaid(chosen, file, on_top)
+    own = cluster_name(Slurm(env))
+    return Cluster("slurm", loaded.profile, env=env, name="dev", slurm_name=own, profile_file=file, loaded=loaded)
 
 
 def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 from data_tools.mistake import Problem
+from slurm.profile.environments import environments
 from slurm.profile.schema import Profile
 
 _OWN_LOG = "each element's log has its place in the run, where `afterok logs` and `why` read it"
@@ -69,12 +70,13 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
         instead = SRUN_RESERVED.get(option) or _begins(option, SRUN_RESERVED)
         if word.startswith("-") and instead:
             problems.append(Problem(f"{file}: srun.extra", f"afterok sets srun's {_dashed(option)} itself: {instead}"))
-    for key, names in (("set", list(profile.env.set)), ("forward", profile.env.forward)):
-        problems += [
-            Problem(f"{file}: env.{key}.{name}", f"afterok sets {name} itself: {VARIABLES[name]}")
-            for name in names
-            if name in VARIABLES
-        ]
+    problems += [
+        Problem(f"{file}: {place}.{key}.{name}", f"afterok sets {name} itself: {VARIABLES[name]}")
+        for place, env in environments(profile)
+        for key, names in (("set", list(env.set)), ("forward", env.forward))
+        for name in names
+        if name in VARIABLES
+    ]
     return problems
 
 

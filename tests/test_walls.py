@@ -28,7 +28,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     "data_tools": (
         "mistake progress own_packages", "base", "records", "chats", "answers", "prepare", "tasks", "recipes", "packs",
     ),
-    "slurm": ("printed", "client", "profile", "options", "dev", "detect"),
+    "slurm": ("printed", "client", "profile", "options", "dev", "detect", "verify"),
     "megatron_ext": (
         "adam device versions", "files", "parallel", "layers", "models", "weights", "lora", "model_folders",
         "preflight", "rollout", "training", "rl", "entrypoints",
@@ -36,9 +36,11 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     # A phase's file is found by its name (jobs/kind.py looks into jobs/phases), and each is written with jobs/kind.py.
     "jobs": (
         "schema kind phases task masking stopping", "retry", "artifacts",
-        "ranks requeue secrets replay sealing upstream", "worker",
+        "ranks requeue secrets replay sealing upstream health", "worker",
     ),
-    "launchers": ("planning", "causes", "backends", "submission", "observe", "verbs", "cli", "console"),
+    "launchers": (
+        "planning", "causes", "backends", "submission", "observe", "verbs", "profile_verbs", "cli", "console",
+    ),
 }  # fmt: skip
 MOST_LINES = 450  # of a file
 MOST_LINES_OF_A_FUNCTION = 80

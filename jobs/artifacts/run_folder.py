@@ -79,6 +79,10 @@ class FrozenPhase:
     gpus_per_node: int
     throttle: int = 0  # elements that may run at once; 0: as many as fit
     batch: int = 1  # consecutive elements that share an array task, where the cluster's arrays are too short
+    image: dict[str, str] = field(
+        default_factory=dict
+    )  # of its container: name, and sha256 where it is a file or folder
+    role: str = ""  # whose environment it has; "" of a submission of before: the profile's
     links: int = 0  # array tasks that go on one from another, where the job may not be requeued; 0: no such chain
 
     @property

@@ -9,6 +9,8 @@ from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
 from slurm.client import Slurm
 
+LATER = ("reservation", "licenses", "gres", "node_type")
+
 
 class OutcomeOpen(UserMistake):
     """A call got no answer in time: it may have happened all the same. Look before asking again."""
@@ -56,12 +58,10 @@ class TaskState:
 
 
 def request_of(planned: PlannedPhase) -> str:
-    """Return a digest of what a phase's job asks for, as the ledger keeps it."""
-    return durable.sha256_bytes(
-        durable.canonical_json(
-            [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch, asdict(planned.resources)]
-        )
-    )[:16]
+    """Return a digest of what a phase's job asks for, as the ledger keeps it; jobs of before said none of LATER."""
+    asked = {key: value for key, value in asdict(planned.resources).items() if key not in LATER or value is not None}
+    request = [planned.frozen.uses, planned.frozen.throttle, planned.frozen.batch, asked]
+    return durable.sha256_bytes(durable.canonical_json(request))[:16]
 
 
 class Backend(Protocol):

@@ -32,6 +32,7 @@ from launchers.causes.states import CANCELLED, COMPLETED, DRIVER_GONE, FAILED, N
 from launchers.planning.ledger import JobEntry
 from launchers.planning.plan import PlannedPhase
 from slurm.client import scrubbed_environment
+from slurm.profile.environments import environment_of, site_variables
 from slurm.profile.files import load
 
 POLL_S = 0.05
@@ -130,7 +131,8 @@ class LocalBackend:
         profile = load(str(self.run.profile_path(number)))
         env = (
             scrubbed_environment(os.environ)
-            | dict(profile.env.set)
+            | site_variables(profile)
+            | profile.env.set
             | {
                 "PYTHONPATH": str(self.run.code_folder(number)),
                 "PYTHONSAFEPATH": "1",
@@ -226,6 +228,7 @@ class Driver:
         self.run, self.number = run, number
         self.folder = run.local_folder(number)
         self.phases = run.frozen(number)
+        self.profile = load(str(run.profile_path(number)))
         self.cores = max(1, len(os.sched_getaffinity(0)))
         self.jobs = read_jobs(self.folder / "jobs.json")
         self.tasks: list[LocalTask] = [
@@ -372,8 +375,9 @@ class Driver:
             die_with_parent()
             stopping.hold()  # until the worker can take them
 
+        env = environment_of(self.profile, self.phases[task["phase"]].role)
         command = [
-            sys.executable,
+            env.python or sys.executable,
             "-m",
             "jobs.worker",
             str(self.run.path),
@@ -390,7 +394,7 @@ class Driver:
                 stderr=log,
                 cwd=self.run.path,
                 preexec_fn=before_exec,
-                env=os.environ | {"SLURM_RESTART_COUNT": str(task["restart"])},
+                env=os.environ | env.set | {"SLURM_RESTART_COUNT": str(task["restart"])},
             )
 
     def _save(self) -> None:

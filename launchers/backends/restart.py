@@ -146,11 +146,14 @@ def _end(outcome: Outcome) -> End:
 # -- on Slurm -----------------------------------------------------------------------------------------------------
 
 
-def after(life: Life, code: int, slurm: Slurm) -> None:
-    """Run the job of a life that ended with `code` again in place, where that is safe and its budget allows."""
+def after(life: Life, code: int, slurm: Slurm, for_worker: bool = False) -> None:
+    """Run the job of a life that ended with `code` again in place, where that is safe and its budget allows.
+
+    `for_worker`: its worker could not ask for that itself where it stopped, inside a container.
+    """
     if life.phase.links:
         return _after_link(life, code, slurm)
-    if retry.told_by(code) is not None:
+    if retry.told_by(code) is not None and not (for_worker and code == retry.EXIT_UNFINISHED):
         return  # the worker has spoken, and acted
     verdict = judge(life, code)
     refusal = requeue.refusal_here(slurm, ()) if verdict.again else ""
@@ -174,6 +177,10 @@ def _after_link(life: Life, code: int, slurm: Slurm) -> None:
             limit_s = 60 * parse_minutes(slurm.job(f"{job}_{link}")["TimeLimit"])
             outcomes = life.run.outcomes(life.phase.name)
             needed = chain.links_needed(life.phase, outcomes, limit_s - profile.signal_lead_s)
+            ends = life.outcomes()
+            nodes = requeue.to_exclude(slurm, life.run, life.phase, attempt=life.attempt, ends=ends)
+            if nodes and link < last:
+                slurm.exclude(f"{job}_[{link + 1}-{last}]", nodes)
         plan = f"{needed} more links would do, {last - link} are left" if verdict.again else "no further link"
         _say(life, f"{verdict.why}; {plan}" + (": `afterok submit` appends" if needed > max(last - link, 1) else ""))
     dropped = chain.surplus(link, last, needed)
@@ -247,6 +254,7 @@ def main() -> int:
     parser.add_argument("index", type=int)
     parser.add_argument("--submission", type=int, required=True)
     parser.add_argument("--code", type=int, help="how its srun ended (absent: it has not begun)")
+    parser.add_argument("--requeue", action="store_true", help="its worker could not: it ran in a container")
     args = parser.parse_args()
     run = RunFolder(args.run)
     attempt = run.redirected(args.submission, args.phase)
@@ -262,7 +270,7 @@ def main() -> int:
     try:
         if args.code is None:
             return before(life, Slurm())
-        after(life, args.code, Slurm())
+        after(life, args.code, Slurm(), for_worker=args.requeue)
     except SlurmError as error:
         _say(life, str(error))
     except Exception:  # nothing of this may keep an element from its work

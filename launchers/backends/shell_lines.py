@@ -9,10 +9,11 @@ import shlex
 from pathlib import Path
 
 from launchers.causes.log_lines import ENDED
+from slurm.profile.environments import environment_of, site_variables
 from slurm.profile.schema import Env, Profile
 
 STRICT, DEFAULTS = "set -euo pipefail", "set +euo pipefail"
-LINE_FAILED = "a command of env.setup ended with code"  # how the log tells of a line that did not end the job
+LINE_FAILED = "a command of {key} ended with code"  # how the log tells of a line that did not end the job
 # Where Environment Modules and Lmod have what defines `module`, in packages and from source.
 MODULE_FILES = (
     "${MODULESHOME:-/usr/share/modules}/init/bash", "${LMOD_PKG:-/usr/share/lmod/lmod}/init/bash",
@@ -20,17 +21,19 @@ MODULE_FILES = (
 )  # fmt: skip
 
 
-def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
+def script_setup(profile: Profile, code: Path, ranks: int, role: str = "") -> list[str]:
     """Return all lines before the command; `ranks` of the whole phase, `code` its snapshot."""
     low, high = profile.network.port_range
+    env = environment_of(profile, role)
     lines = [
         STRICT,
         # --export=NONE leaves a job no HOME and an unexported PATH; it speaks of sbatch, not of our srun.
         'export SLURM_EXPORT_ENV=ALL PATH HOME="${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}"',
     ]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in profile.env.set.items()]
-    if profile.env.modules or profile.env.setup:
-        lines += [DEFAULTS, *_admins_lines(profile.env, profile.meta.name), f"unset IFS; {STRICT}"]
+    variables = site_variables(profile) | env.set
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    if env.modules_init or env.modules or env.setup or profile.hooks.prolog:
+        lines += [DEFAULTS, *_admins_lines(env, profile), f"unset IFS; {STRICT}"]
     lines += [f"export PYTHONPATH={shlex.quote(str(code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"]
     if ranks > 1:
         # An address, not a name: node names need not resolve, and NodeAddr may itself be one.
@@ -44,38 +47,45 @@ def script_setup(profile: Profile, code: Path, ranks: int) -> list[str]:
     return lines
 
 
-def _admins_lines(env: Env, name: str) -> list[str]:
-    """Return modules and setup, and what tells the log which command of theirs failed or ended the job.
+def _admins_lines(env: Env, profile: Profile) -> list[str]:
+    """Return modules, setup and prolog, and what tells the log which command of theirs failed or ended the job.
 
     The two traps take no part in what the lines do: functions and sourced files do not see the one, and the other goes
     with the lines unless they set one of their own.
     """
-    said = shlex.quote(f"afterok: profile {name}:")
+    said = shlex.quote(f"afterok: profile {profile.meta.name}:")
     lines = [
         f'afterok_say() {{ echo {said} "$@" >&2; }}',
         "afterok_now=env.modules",
         f"""trap 'afterok_code=$?; afterok_say "$afterok_now {ENDED} $afterok_code, """
         """at or after: $BASH_COMMAND"' EXIT""",
     ]
-    if env.modules:
+    if env.modules_init:
+        lines.append(_or_end(f". {shlex.quote(env.modules_init)}", "env.modules_init"))
+    elif env.modules:
         files = " ".join(f'"{file}"' for file in MODULE_FILES)
         lines.append(
             f"command -v module > /dev/null || for file in {files}; do "
             'if [ -r "$file" ]; then . "$file"; break; fi; done'
         )
-    for module in env.modules:
-        load = f"module load {shlex.quote(module)}"
-        lines.append(
-            f"{load} || {{ afterok_code=$?; trap - EXIT; "
-            f"afterok_say env.modules {ENDED} $afterok_code, at: {shlex.quote(load)}; exit $afterok_code; }}"
-        )
-    if env.setup:
+    lines += [_or_end(f"module load {shlex.quote(module)}", "env.modules") for module in env.modules]
+    for key, written in (("env.setup", env.setup), ("hooks.prolog", profile.hooks.prolog)):
+        if not written:
+            continue
         lines += [
-            "afterok_now=env.setup",
+            f"afterok_now={key}",
             "trap 'afterok_code=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || "
-            f"""afterok_say "{LINE_FAILED} $afterok_code: $BASH_COMMAND"' ERR""",
+            f"""afterok_say "{LINE_FAILED.format(key=key)} $afterok_code: $BASH_COMMAND"' ERR""",
             ": the first line",
-            *env.setup,
+            *written,
             "trap - ERR",
         ]
     return [*lines, '[[ "$(trap -p EXIT)" != *afterok_now* ]] || trap - EXIT']
+
+
+def _or_end(command: str, key: str) -> str:
+    """Return a command of a profile's key that ends the job where it fails, and says so."""
+    return (
+        f"{command} || {{ afterok_code=$?; trap - EXIT; "
+        f"afterok_say {key} {ENDED} $afterok_code, at: {shlex.quote(command)}; exit $afterok_code; }}"
+    )

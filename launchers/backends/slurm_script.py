@@ -13,10 +13,13 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from jobs.artifacts.run_folder import RunFolder
 from jobs.retry import EXIT_UNFINISHED
+from launchers.backends.containers import contained
 from launchers.backends.contract import JobSpec
 from launchers.backends.shell_lines import script_setup
 from slurm.printed import format_indices
-from slurm.profile.schema import Profile
+from slurm.profile.environments import environment_of
+from slurm.profile.places import gpus_of
+from slurm.profile.schema import Health, Profile
 
 # Slurm gives a task the default signals, and Python takes a moment before the worker's handler is in place.
 WITHOUT_USR2 = ["/bin/sh", "-c", 'trap "" USR2; exec "$@"', "worker"]
@@ -57,13 +60,15 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
     extra: dict[str, str | bool] = {key: value or True for key, value in resources.extra_sbatch.items()}
     extra |= {
         "output": str(log),
-        "export": ",".join(profile.env.forward) or "NONE",
+        "export": ",".join(environment_of(profile, resources.role).forward) or "NONE",
         # A dependent of a failed phase waits, so that it can be rewired to the next attempt; what only a failure calls
         # for must not wait for ever behind a success.
         "kill-on-invalid-dep": "yes" if spec.planned.conditional else "no",
         "signal": f"USR2@{profile.signal_lead_s}",
         "chdir": str(run.path),
     }
+    said = {key: getattr(resources, key) for key in ("reservation", "licenses", "gres")}
+    extra |= {key: value for key, value in said.items() if value is not None}
     if spec.links:
         extra |= {"array": f"0-{spec.links - 1}%1", "no-requeue": True}
     elif spec.is_array:
@@ -79,12 +84,12 @@ def phase_parameters(profile: Profile, run: RunFolder, number: int, spec: JobSpe
         "nodes": resources.nodes,
         "ntasks_per_node": resources.ranks_per_node,
         "cpus_per_task": resources.cpus_per_task,
-        "gpus_per_node": resources.gpus_per_node or None,
+        "gpus_per_node": None if gpus_of(resources.gres)[1] else resources.gpus_per_node or None,
         "mem": f"{int(resources.mem_gib * 1024)}M" if resources.mem_gib else None,
         "wckey": None,
         "stderr_to_stdout": True,
         "use_srun": False,
-        "setup": script_setup(profile, run.code_folder(number), frozen.ranks),
+        "setup": script_setup(profile, run.code_folder(number), ranks=frozen.ranks, role=resources.role),
         "additional_parameters": extra,
     }
 
@@ -95,20 +100,24 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
     In a chain the array's index is a link, and all links work on the one element. Elements that share a task run one
     after the other; the task fails if one fails, and ends where one was asked to stop.
     """
+    frozen, resources = spec.planned.frozen, spec.planned.resources
+    python = environment_of(profile, resources.role).python or sys.executable
+    inside = contained(profile, resources.role, run.path, with_gpus=resources.gpus_per_node > 0)
     # Since 22.05 srun does not take --cpus-per-task over from sbatch.
     srun = [
         "srun",
         "--kill-on-bad-exit=1",
         "--export=ALL",
         "--unbuffered",
-        f"--cpus-per-task={spec.planned.resources.cpus_per_task}",
+        f"--cpus-per-task={resources.cpus_per_task}",
     ]
     if profile.srun.mpi:
         srun.append(f"--mpi={profile.srun.mpi}")
-    srun += profile.srun.extra
-    python, frozen = profile.env.python or sys.executable, spec.planned.frozen
+    srun += [*inside.srun, *profile.srun.extra]
     where = [str(run.path), spec.phase]
-    worker = shlex.join([*WITHOUT_USR2, python, "-m", "jobs.worker", *where])
+    worker = shlex.join([*WITHOUT_USR2, *inside.before, inside.python or python, "-m", "jobs.worker", *where])
+    # No container has Slurm's commands: what stopped inside is requeued from outside.
+    by_worker, by_script = ("", " --requeue") if inside.python else (" --requeue", "")
     restart = shlex.join([python, "-m", RESTART, *where])
     log = ""
     if frozen.batch > 1:
@@ -118,14 +127,18 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
         )
     later_life = "$SLURM_ARRAY_TASK_ID" if spec.links else "${SLURM_RESTART_COUNT:-0}"
     ended = "" if spec.links else "[ $code = 0 ] || "
+    health = health_lines(profile, spec, number=number, python=python, log=log)
+    if_healthy = "[ $code != 0 ] || " if health else ""
     lines = [
+        *inside.exports,
         "run_element() {",
         f'    if [ "{later_life}" != 0 ]; then',
         f"        {restart} $1 --submission {number} || return $?",
         "    fi",
         "    local code=0",
-        f"    {shlex.join(srun)}{log} {worker} $1 --submission {number} --requeue || code=$?",
-        f"    {ended}{restart} $1 --submission {number} --code $code",
+        *health,
+        f"    {if_healthy}{shlex.join(srun)}{log} {worker} $1 --submission {number}{by_worker} || code=$?",
+        f"    {ended}{restart} $1 --submission {number} --code $code{by_script}",
         "    return $code",
         "}",
     ]
@@ -147,6 +160,33 @@ def phase_command(profile: Profile, run: RunFolder, number: int, spec: JobSpec) 
             "exit $code",
         ]
     )
+
+
+def health_lines(profile: Profile, spec: JobSpec, number: int, python: str, log: str) -> list[str]:
+    """Return what asks each node of an element for its health and sets `code`; [] where the profile asks nothing.
+
+    `log` are srun's options for the element's own log. The first line begins a life in that log, as a worker's does.
+    """
+    health, resources = profile.hooks.health, spec.planned.resources
+    if health == Health():
+        return []
+    asked = ["--limit-s", str(health.limit_s)]
+    asked += ["--gpus", str(resources.gpus_per_node)] if health.gpus and resources.gpus_per_node else []
+    has_gpus = resources.gpus_per_node > 0
+    asked += ["--ecc"] if health.ecc and has_gpus else []
+    asked += ["--min-clock-mhz", str(health.min_clock_mhz)] if health.min_clock_mhz is not None and has_gpus else []
+    asked += ["--all-reduce"] if health.all_reduce and has_gpus else []
+    for command in health.commands:
+        asked += ["--command", command]
+    if len(asked) == 2:  # only the limit: the role has no GPUs, and nothing else is asked
+        return []
+    srun = ["srun", "--export=ALL", "--unbuffered", f"--nodes={resources.nodes}", f"--ntasks={resources.nodes}",
+            "--ntasks-per-node=1", f"--cpus-per-task={resources.cpus_per_task}"]  # fmt: skip
+    to_log = f" >> {log.rpartition('--output=')[2]}" if log else ""
+    return [
+        f'    echo "{spec.phase}[$1] attempt {number} asks its nodes for their health"{to_log}',
+        f"    {shlex.join(srun)}{log} {shlex.join([python, '-m', 'jobs.health', *asked])} || code=$?",
+    ]
 
 
 def script_changes(sent: str, now: str) -> str:

@@ -8,10 +8,14 @@ import re
 from dataclasses import dataclass
 
 from data_tools.progress import HUNG
+from jobs.health import FAILED_ON
 
 PREEMPTED_LINE = re.compile(r"DUE TO PREEMPTION")
 TIME_LINE = re.compile(r"DUE TO TIME LIMIT")
-NODE_LINE = re.compile(r"DUE TO NODE FAILURE|Node failure on \S+|launch failed on node|\bNODE_FAIL\b", re.IGNORECASE)
+NODE_LINE = re.compile(
+    rf"DUE TO NODE FAILURE|Node failure on \S+|{FAILED_ON}|launch failed on node|\bNODE_FAIL\b",
+    re.IGNORECASE,
+)
 CANCELLED_LINE = re.compile(r"slurmstepd.*: error: \*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT (?!.* DUE TO )")
 GPU_MEMORY_LINE = re.compile(
     r"torch(\.cuda)?\.OutOfMemoryError|\bOutOfMemoryError: |(CUDA|HIP) out of memory|CUDA error: out of memory"
@@ -30,7 +34,7 @@ COLLECTIVE_LINE = re.compile(
 )
 HUNG_LINE = re.compile(re.escape(HUNG) + r"|^Timeout \(\d+:\d\d:\d\d[.\d]*\)!$")  # the second is faulthandler's
 ENDED = "ended the job with code"  # what the lines of launchers/backends/shell_lines.py say of themselves
-ENVIRONMENT_LINE = re.compile(rf"^afterok: profile .*: (env\.\w+) {re.escape(ENDED)} \d+")
+ENVIRONMENT_LINE = re.compile(rf"^afterok: profile .*: ((?:env|hooks)\.\w+) {re.escape(ENDED)} \d+")
 NODE_NAMES = re.compile(r"Node failure on ([\w.-]+)|failed on node ([\w.-]+)")
 KILLED_TASK = re.compile(r"Killed|Segmentation fault|Aborted|Bus error|Illegal instruction", re.IGNORECASE)
 TASK_LINE = re.compile(r"srun: error: ([\w.-]+): tasks? ([\d,-]+): (.+)")

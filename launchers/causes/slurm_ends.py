@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from jobs.health import FAILED_ON
 from jobs.retry import Cause
 from launchers.causes.evidence import SIGNAL_NO_OUTPUT, Diagnosis, Evidence, guilty_node, last_line
 from launchers.causes.log_lines import (
@@ -56,7 +57,7 @@ def node_lost(e: Evidence) -> Diagnosis | None:
     if node := guilty_node(e):
         return Diagnosis(
             Cause.NODE,
-            f"lost node {node}",
+            f"found node {node} unfit" if FAILED_ON in line else f"lost node {node}",
             line or e.said,
             f"{remedy}, and tell the admin about {node}",
             node=node,

@@ -18,14 +18,16 @@ from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.profile.check import check as check_request
 from slurm.profile.check import contact_note
 from slurm.profile.resolve import resolve as resolve_request
+from slurm.profile.resolve import with_defaults
 from slurm.profile.schema import Profile, Request, Resources
 
 
-def resources_of(profile: Profile, request: Request, where: str) -> tuple[Resources, list[Problem]]:
+def resources_of(profile: Profile, phase: Phase, where: str) -> tuple[Resources, list[Problem]]:
     """Return what a phase gets of a cluster, and what of its request no partition has.
 
     Where there are problems, the resources are those of the default role: they let the other checks go on.
     """
+    request = with_defaults(profile, phase.uses, phase.resources)
     problems = check_request(profile, request, where)
     return resolve_request(profile, Request(DEFAULT_ROLE) if problems else request), problems
 

@@ -17,7 +17,7 @@ from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest, key_of
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder, path_problem
 from jobs.artifacts.seal import Seal
-from jobs.kind import Placement, inputs, keyed_settings, user_code, user_modules
+from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
 from launchers.planning import limits
@@ -28,7 +28,9 @@ from launchers.planning.snapshot import code_digests, code_of, find_code, users_
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems
-from slurm.profile.schema import Resources
+from slurm.profile.environments import environment_of, why_not_shared
+from slurm.profile.images import image_of, unseen
+from slurm.profile.schema import Profile, Resources
 
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
@@ -125,6 +127,9 @@ class _Planner:
             raise UserMistake(other)
         profile = self.cluster.profile
         self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
+        if why := why_not_shared(profile, self.run.path):
+            self.problems.append(Problem("", why))
+        self.problems += _unknown_kinds(profile, self.cluster.profile_file or profile.meta.name)
         self.survey()
         limits.share_array_tasks(self.cluster, self.planned)
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
@@ -160,20 +165,37 @@ class _Planner:
     def _phase(self, phase: Phase) -> PlannedPhase:
         frozen = self._frozen(phase)
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
-        resources, problems = limits.resources_of(self.cluster.profile, phase.resources, where)
+        resources, problems = limits.resources_of(self.cluster.profile, phase, where)
         self.problems += problems
         self._check(phase, frozen, resources)
         self._check_partners(phase, frozen)
         if why := limits.why_time_is_too_short(self.cluster, phase, resources):
             self._problem(phase, "resources.time", why)
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
-        frozen.gpus_per_node = resources.gpus_per_node
+        frozen.gpus_per_node, frozen.role = resources.gpus_per_node, resources.role
+        frozen.image = self._image(phase, resources.role, frozen)
         frozen.links = limits.links_of(
             cluster=self.cluster, run=self.run, phase=phase, frozen=frozen, resources=resources
         )
         planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
         self.reasoner.decide(planned)
         return planned
+
+    def _image(self, phase: Phase, role: str, frozen: FrozenPhase) -> dict[str, str]:
+        """Return a phase's image with the digest of its file or folder; an input that it does not see is a problem.
+
+        Of what only a registry has there is no digest: the name, best one with a digest, is all that is known.
+        """
+        name = image_of(self.cluster.profile, role)
+        if not name:
+            return {}
+        for hidden in unseen(self.cluster.profile, role, run=self.run.path, paths=list(frozen.inputs)):
+            message = f"{hidden} is not mounted in the container of role {role}"
+            self._problem(phase, "with", f"{message}; add it to the profile's container.mounts, under the same name")
+        path = Path(name)
+        if not path.is_absolute() or not path.exists():
+            return {"name": name}
+        return {"name": name, "sha256": content_digest(path, self.cache)}
 
     def _inputs(self, phase: Phase) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return the inputs that no phase makes: ({config key: digests in order}, {absolute path: digest}).
@@ -248,7 +270,7 @@ class _Planner:
             gpus_per_node=resources.gpus_per_node,
             gpu=resources.gpu or "",
             gpu_mem_gib=resources.gpu_mem_gib,
-            environment=self.cluster.profile.env.set,
+            environment=environment_of(self.cluster.profile, resources.role).set,
             elements=phase.elements,
             partners={
                 folders[name]: self.planned[name].frozen.elements
@@ -278,6 +300,15 @@ class _Planner:
     def _problem(self, phase: Phase, key: str, message: str) -> None:
         """Note a problem of one of a phase's keys in the pipeline file."""
         self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+
+
+def _unknown_kinds(profile: Profile, file: str) -> list[Problem]:
+    """Return a problem for each phase kind of a profile that afterok does not have; a user's own are not looked for."""
+    return [
+        Problem(f"{file}: phases.{name}", f"no phase kind {name!r}{nearest(name, kind_names())}")
+        for name in profile.phases
+        if name not in kind_names() and "." not in name
+    ]
 
 
 def is_hub_name(text: str) -> bool:

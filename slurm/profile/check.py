@@ -1,12 +1,29 @@
 """What is wrong with a profile, and what its cluster would refuse of a request."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
-from data_tools.mistake import Problem
-from slurm.printed import format_minutes, parse_minutes
-from slurm.profile.resolve import naming_problems, resolve, time_problems
-from slurm.profile.schema import KINDS, REFERENCES, STANDARD_ROLES, VARIABLE, Env, Partition, Profile, Request
+from data_tools.mistake import Problem, nearest
+from slurm.profile.environments import environments, site_variables
+from slurm.profile.limits import limit_problems
+from slurm.profile.places import gpus_of
+from slurm.profile.policy import forbidden
+from slurm.profile.resolve import choices, gres_problems, naming_problems, resolve, time_problems
+from slurm.profile.schema import (
+    KINDS,
+    REFERENCES,
+    RUNTIMES,
+    STANDARD_ROLES,
+    VARIABLE,
+    Env,
+    Hooks,
+    Network,
+    Partition,
+    Profile,
+    Request,
+    Storage,
+)
 
 
 def check(profile: Profile, request: Request, where: str) -> list[Problem]:
@@ -17,11 +34,17 @@ def check(profile: Profile, request: Request, where: str) -> list[Problem]:
     `where` is the place of the request's resources, such as "tiny.yaml: sft.resources". An array's size is not checked:
     elements beyond max_array_size share tasks.
     """
-    problems = naming_problems(profile, request, where) or _limits(profile, request, where)
-    if problems:
-        last = problems[-1]
-        problems[-1] = dataclasses.replace(last, message=last.message + contact_note(profile))
-    return problems
+    problems = naming_problems(profile, request, where) or [
+        *_limits(profile, request, where),
+        *forbidden(profile, request, wants=resolve(profile, request), where=where),
+    ]
+    return _with_contact(profile, problems)
+
+
+def _with_contact(profile: Profile, problems: list[Problem]) -> list[Problem]:
+    """Return the problems, the last of which says whom to ask."""
+    last = [dataclasses.replace(problem, message=problem.message + contact_note(profile)) for problem in problems[-1:]]
+    return [*problems[:-1], *last]
 
 
 def contact_note(profile: Profile) -> str:
@@ -31,40 +54,13 @@ def contact_note(profile: Profile) -> str:
 
 
 def _limits(profile: Profile, request: Request, where: str) -> list[Problem]:
-    """Return what is too small to start, or more than the partition has."""
-    problems: list[Problem] = []
-    wants = resolve(profile, request)
-    limit = profile.partitions[wants.partition] if wants.partition else Partition()
-    at = f"partition {wants.partition}" if wants.partition else "this machine"
-
-    def too_small(key: str, value: int | None, least: int) -> None:
-        if value is not None and value < least:
-            problems.append(Problem(f"{where}.{key}", f"{value} is too small; the least is {least}"))
-
-    def above(key: str, value: int | None, most: int | None, unit: str) -> None:
-        if value is not None and most is not None and value > most:
-            problems.append(Problem(f"{where}.{key}", f"{value} {unit}, but {at} has {most}; ask for at most {most}"))
-
-    too_small("nodes", wants.nodes, 1)
-    too_small("gpus_per_node", wants.gpus_per_node, 0)
-    too_small("cpus_per_task", wants.cpus_per_task, 1)
-    too_small("ranks_per_node", wants.ranks_per_node, 1)
-    too_small("mem_gib", wants.mem_gib, 1)
-    too_small("time", wants.time_minutes, 1)
-    above("nodes", wants.nodes, limit.max_nodes, "nodes")
-    above("gpus_per_node", wants.gpus_per_node, limit.gpus_per_node, "GPUs a node")
-    above("mem_gib", wants.mem_gib, limit.mem_gib, "GiB a node")
-    ranks, cpus = wants.ranks_per_node, wants.cpus_per_task * wants.ranks_per_node
-    if limit.cpus is not None and cpus > limit.cpus:
-        most = limit.cpus // ranks
-        remedy = f"at most {most} cpus_per_task" if most else f"at most {limit.cpus} ranks_per_node"
-        message = f"{ranks} ranks of {wants.cpus_per_task} CPUs are {cpus} a node, but {at} has {limit.cpus}; {remedy}"
-        problems.append(Problem(f"{where}.cpus_per_task", message))
-    longest = None if limit.max_time is None else parse_minutes(limit.max_time)
-    if longest is not None and wants.time_minutes is not None and wants.time_minutes > longest:
-        asked = format_minutes(wants.time_minutes)
-        message = f"{asked} is longer than {at} allows; ask for at most {limit.max_time}"
-        problems.append(Problem(f"{where}.time", message))
+    """Return why a request without naming problems fits nowhere: at the first place in full, of the others one word."""
+    (first, wants), *others = choices(profile, request)
+    problems = limit_problems(wants, first, where)
+    if problems and others:
+        nor = [f"{place.at.rstrip(chr(44))}: {limit_problems(got, place, where)[0].message}" for place, got in others]
+        last = problems[-1]
+        problems[-1] = dataclasses.replace(last, message="; nor does it fit ".join([last.message, *nor]))
     return problems
 
 
@@ -77,26 +73,117 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
         standard = ", ".join(STANDARD_ROLES)
         problems.append(Problem(f"{file}: roles", f"no roles; pipelines ask for {standard}"))
     for name, partition in profile.partitions.items():
-        problems += time_problems(f"{file}: partitions.{name}.max_time", partition.max_time)
+        problems += _partition_problems(partition, f"{file}: partitions.{name}")
     for name, role in profile.roles.items():
         problems += time_problems(f"{file}: roles.{name}.time", role.time)
-    ports = profile.network.port_range
-    if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
-        message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"
-        problems.append(Problem(f"{file}: network.port_range", message))
-    for key, least in (("max_array_size", 1), ("max_submit_jobs", 1), ("signal_lead_s", 1)):
-        value = getattr(profile, key)
-        if value is not None and value < least:
-            problems.append(Problem(f"{file}: {key}", f"{value} is too small; the least is {least}"))
-    problems += _environment_problems(profile.env, f"{file}: env")
-    for key in ("setup", "modules"):
-        if profile.kind == "local" and getattr(profile.env, key):
-            message = "local processes run no shell lines; say it in env.set, or before you call afterok"
-            problems.append(Problem(f"{file}: env.{key}", message))
+        problems += gres_problems(f"{file}: roles.{name}.gres", role.gres, role.gpus_per_node or None)
+        if role.partition is not None and role.partitions:
+            problems.append(Problem(f"{file}: roles.{name}.partitions", "partition is said too; keep one of them"))
+    for kind, wishes in profile.phases.items():
+        problems += time_problems(f"{file}: phases.{kind}.time", wishes.time)
+        problems += gres_problems(f"{file}: phases.{kind}.gres", wishes.gres, wishes.gpus_per_node)
+    problems += _network_problems(profile.network, f"{file}: network")
+    problems += _least_problems(profile, file)
+    for place, env in environments(profile):
+        problems += _environment_problems(env, f"{file}: {place}")
+        problems += _unused_on_a_local_machine(profile, env, f"{file}: {place}")
+        problems += [
+            Problem(f"{file}: {place}.set.{name}", f"{name} is said by network or storage too; keep one of them")
+            for name in site_variables(profile)
+            if name in env.set
+        ]
+    if profile.kind == "local" and profile.hooks != Hooks():
+        problems.append(
+            Problem(f"{file}: hooks", "local processes have no batch script that could run them; take it out")
+        )
+    problems += _folder_problems(profile.storage, f"{file}: storage")
+    problems += _container_problems(profile, f"{file}: container")
     if not problems:  # the numbers can be compared only now
         for name in profile.roles:
-            problems += check(profile, Request(role=name), f"{file}: roles.{name}")
+            where, request = f"{file}: roles.{name}", Request(role=name)
+            found = naming_problems(profile, request, where) or _limits(profile, request, where)
+            problems += _with_contact(profile, found)
     return problems
+
+
+def _network_problems(network: Network, where: str) -> list[Problem]:
+    """Return what is wrong with a profile's ports and the names of its interfaces."""
+    problems: list[Problem] = []
+    ports = network.port_range
+    if len(ports) != 2 or not 1024 <= ports[0] < ports[1] <= 65535:
+        message = f"{ports} is not [first, last] with 1024 <= first < last <= 65535"
+        problems.append(Problem(f"{where}.port_range", message))
+    if network.interface is not None and not re.fullmatch(r"=?[\w.-]+(,[\w.-]+)*", network.interface):
+        message = f"{network.interface!r} is no list of names; write ib0, or eth0,eth1 (Gloo knows no others)"
+        problems.append(Problem(f"{where}.interface", message))
+    return problems
+
+
+def _partition_problems(partition: Partition, where: str) -> list[Problem]:
+    """Return what is wrong with a partition's own values and those of its kinds of nodes."""
+    problems = time_problems(f"{where}.max_time", partition.max_time)
+    problems += gres_problems(f"{where}.gres", partition.gres, partition.gpus_per_node)
+    for kind, nodes in partition.node_types.items():
+        at = f"{where}.node_types.{kind}"
+        wrong = gres_problems(f"{at}.gres", nodes.gres, nodes.gpus_per_node)
+        if not wrong and nodes.constraint is None and not gpus_of(nodes.gres)[0]:
+            message = "nothing tells Slurm these nodes from the others: say constraint, or gres with a type"
+            wrong = [Problem(at, message)]
+        problems += wrong
+    return problems
+
+
+def _least_problems(profile: Profile, file: str) -> list[Problem]:
+    """Return the counts and times of a profile that are too small to mean anything."""
+    health = profile.hooks.health
+    values = {key: getattr(profile, key) for key in ("max_array_size", "max_submit_jobs", "signal_lead_s")}
+    values |= {f"hooks.health.{key}": getattr(health, key) for key in ("min_clock_mhz", "limit_s")}
+    return [
+        Problem(f"{file}: {key}", f"{value} is too small; the least is 1")
+        for key, value in values.items()
+        if value is not None and value < 1
+    ]
+
+
+def _container_problems(profile: Profile, where: str) -> list[Problem]:
+    """Return what is wrong with the containers of a profile."""
+    container = profile.container
+    problems: list[Problem] = []
+    if container.runtime not in RUNTIMES:
+        message = f"{container.runtime!r} is none of {', '.join(RUNTIMES)}"
+        problems.append(Problem(f"{where}.runtime", message))
+    if container.runtime != "none" and profile.kind == "local":
+        problems.append(Problem(f"{where}.runtime", "local processes run in no container; take it out"))
+    for role in container.images:
+        if role not in profile.roles and role != "default":
+            known = nearest(role, [*profile.roles, "default"])
+            problems.append(Problem(f"{where}.images.{role}", f"no role {role!r}{known}"))
+    for mount in container.mounts:
+        source, target, flag = (*mount.split(":"), "", "")[:3]
+        if not source.startswith("/") or (target and not target.startswith("/")) or flag not in ("", "ro"):
+            problems.append(Problem(f"{where}.mounts", f"{mount!r} is not /SRC, /SRC:/DST or /SRC:/DST:ro"))
+        elif flag == "ro" and container.runtime == "charliecloud":
+            message = f"{mount!r}: ch-run cannot mount read-only; leave :ro out"
+            problems.append(Problem(f"{where}.mounts", message))
+    return problems
+
+
+def _folder_problems(storage: Storage, where: str) -> list[Problem]:
+    """Return the folders of a profile that are not absolute."""
+    named = [("scratch", storage.scratch), ("node_local", storage.node_local)]
+    return [
+        Problem(f"{where}.{key}", f"{folder!r} is relative to nobody knows what; write /...")
+        for key, folder in [*named, *(("shared", folder) for folder in storage.shared)]
+        if folder is not None and not folder.startswith("/")
+    ]
+
+
+def _unused_on_a_local_machine(profile: Profile, env: Env, where: str) -> list[Problem]:
+    """Return the shell lines of a profile that has no batch script to put them into."""
+    if profile.kind != "local":
+        return []
+    message = "local processes run no shell lines; say it in env.set, or before you call afterok"
+    return [Problem(f"{where}.{key}", message) for key in ("setup", "modules", "modules_init") if getattr(env, key)]
 
 
 def _environment_problems(env: Env, where: str) -> list[Problem]:
@@ -130,8 +217,10 @@ def _environment_problems(env: Env, where: str) -> list[Problem]:
 
 def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[str]:
     """Return what `plan` and `submit` say of the variables that leave the submitter's environment; names only."""
-    sent = [name for name in profile.env.forward if name in environment]
-    called_secret = [name for name, reference in profile.env.secrets.items() if reference.startswith("env:")]
+    every = [env for _, env in environments(profile)]
+    sent = [name for name in dict.fromkeys(name for env in every for name in env.forward) if name in environment]
+    secrets = [pair for env in every for pair in env.secrets.items()]
+    called_secret = list(dict.fromkeys(name for name, reference in secrets if reference.startswith("env:")))
     notes = []
     if sent:
         notes.append(
@@ -148,13 +237,16 @@ def forwarding_notes(profile: Profile, environment: Mapping[str, str]) -> list[s
 
 def forwarding_problems(profile: Profile, environment: Mapping[str, str]) -> list[Problem]:
     """Return a problem for each variable that the profile forwards and the submitter's environment has not."""
-    names = {reference[4:]: name for name, reference in profile.env.secrets.items() if reference.startswith("env:")}
+    places = {
+        reference[4:]: f"{place}.secrets.{name}"
+        for place, env in reversed(list(environments(profile)))
+        for name, reference in env.secrets.items()
+        if reference.startswith("env:")
+    }
     return [
         Problem(
-            "",
-            f"{source} is not set, and profile {profile.meta.name} forwards it (env.secrets.{name}); "
-            f"export {source} first",
+            "", f"{source} is not set, and profile {profile.meta.name} forwards it ({place}); export {source} first"
         )
-        for source, name in names.items()
+        for source, place in places.items()
         if not environment.get(source)
     ]

@@ -6,18 +6,22 @@ yaml is imported where it is used: `afterok --help` must not pay for it.
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
 
 from data_tools.mistake import Problem, UserMistake, nearest
 from slurm.client import Slurm
 from slurm.printed import format_minutes
+from slurm.profile.admins import why_no_admins
 from slurm.profile.check import meaning_problems
-from slurm.profile.schema import STANDARD_ROLES, Meta, Partition, Profile, Role
+from slurm.profile.layers import COMMAND_LINE, Layer, Merged, merge, read_values
+from slurm.profile.policy import policy_problems
+from slurm.profile.schema import STANDARD_ROLES, Meta, Partition, Policy, Profile, Role
+from slurm.profile.typed import typed
 
+ADMINS_FOLDER = Path("/etc/afterok/profiles.d")
 BUILT_IN = Path(__file__).parents[1] / "profiles"
 DEFAULT_MINUTES = 24 * 60  # a role's time where neither the admin nor the partition sets a limit
-_NOTHING = ("", "null", "~")  # YAML's ways to write no value
 
 
 def search_folders() -> list[Path]:
@@ -29,7 +33,7 @@ def site_folders() -> list[Path]:
     """Return the folders of profiles that users and admins wrote."""
     named = os.environ.get("AFTEROK_PROFILES", "")
     folders = [Path(folder).expanduser() for folder in named.split(os.pathsep) if folder]
-    return [*folders, Path("~/.config/afterok/profiles").expanduser(), Path("/etc/afterok/profiles.d")]
+    return [*folders, Path("~/.config/afterok/profiles").expanduser(), ADMINS_FOLDER]
 
 
 def find_for_cluster(cluster_name: str) -> Path | None:
@@ -41,18 +45,28 @@ def find_for_cluster(cluster_name: str) -> Path | None:
     Raises:
         UserMistake: one folder has the name in several spellings, none of them Slurm's.
     """
-    for folder in site_folders():
-        files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
-        alike = [file for file in files if file.is_file() and file.stem.casefold() == cluster_name.casefold()]
-        exact = [file for file in alike if file.stem == cluster_name]
-        if len(alike) > 1 and not exact:
-            raise UserMistake(
-                f"{' and '.join(map(str, alike))} are both named like the cluster {cluster_name}; "
-                f"keep one of them, or call it {cluster_name}.yaml"
-            )
-        if alike:
-            return (exact or alike)[0]
-    return None
+    return next((file for folder in site_folders() if (file := _alike(folder, cluster_name))), None)
+
+
+def _alike(folder: Path, name: str) -> Path | None:
+    """Return a folder's file of this name in any case, None where it has none. Raises what find_for_cluster does."""
+    files = sorted(folder.glob("*.yaml")) if folder.is_dir() else []
+    alike = [file for file in files if file.is_file() and file.stem.casefold() == name.casefold()]
+    exact = [file for file in alike if file.stem == name]
+    if len(alike) > 1 and not exact:
+        raise UserMistake(
+            f"{' and '.join(map(str, alike))} are both named like the cluster {name}; "
+            f"keep one of them, or call it {name}.yaml"
+        )
+    return (exact or alike)[0] if alike else None
+
+
+def policy_file(cluster_name: str) -> Path | None:
+    """Return the admin's file for a cluster where it has a policy, which every profile used there has to extend."""
+    file = _alike(ADMINS_FOLDER, cluster_name)
+    if file is None or why_no_admins(file):
+        return None
+    return file if read(str(file)).profile.policy != Policy() else None
 
 
 def find(name_or_path: str) -> Path | None:
@@ -69,26 +83,129 @@ def names() -> list[str]:
     return sorted({file.stem for folder in search_folders() if folder.is_dir() for file in folder.glob("*.yaml")})
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A profile as it counts, and where each of its values is from."""
+
+    profile: Profile
+    layers: list[Layer]  # of these files, the lowest first
+    merged: Merged
+
+    @property
+    def extended(self) -> list[str]:
+        """The files, lowest first, that the profile's own file and the command line are laid upon."""
+        files = [layer.file for layer in self.layers if layer.file != COMMAND_LINE]
+        return files[:-1]
+
+
 def load(name_or_path: str) -> Profile:
     """Read and check a profile.
 
     Raises:
-        UserMistake: there is none of this name, or it is wrong; every problem of the file is named at once.
+        UserMistake: there is none of this name, or it is wrong; every problem of its files is named at once.
     """
-    path = find(name_or_path)
-    if path is None:
-        hint = nearest(name_or_path, names())
-        folders = ", ".join(map(str, search_folders()))
-        raise UserMistake(f"no cluster profile {name_or_path!r}{hint}; profiles are files NAME.yaml in {folders}")
+    return read(name_or_path).profile
+
+
+def read(name_or_path: str, on_top: Layer | None = None) -> Loaded:
+    """Read and check a profile with all that it extends, and `on_top` the values of the command line.
+
+    A file in one of the site's folders extends the next of the same name: a user's that of the admin.
+
+    Raises:
+        UserMistake: there is none of this name, or it is wrong; every problem of its files is named at once.
+    """
+    path = _named(name_or_path)
     problems: list[Problem] = []
-    values = _read_yaml(path, problems)
-    profile = _typed(Profile, values, file=str(path), at="", problems=problems)
-    if not problems:
-        profile.meta.name = profile.meta.name or path.stem
-        problems = meaning_problems(profile, str(path))
+    layers: list[Layer] = []
+    _stack(path, layers, (), problems)
     if problems:
         raise UserMistake(problems)
-    return profile
+    return build([*layers, *([on_top] if on_top else [])], path.stem)
+
+
+def overlaid(profile: Profile, file: str, on_top: Layer | None) -> Loaded:
+    """Return a profile that was made or changed by us, with the command line's values on top; `file` is said of it.
+
+    Raises:
+        UserMistake: these are wrong.
+    """
+    import yaml
+
+    from data_tools.base.yaml_loaders import TextLoader
+
+    values = yaml.load(to_yaml(profile), TextLoader)
+    layers = [Layer(file, values), *([on_top] if on_top else [])]
+    return build(layers, profile.meta.name)
+
+
+def build(layers: list[Layer], name: str) -> Loaded:
+    """Make a profile of layers, the lowest first, and apply the admin's policy last.
+
+    Raises:
+        UserMistake: every problem of the layers at once.
+    """
+    problems: list[Problem] = []
+    for layer in layers:
+        typed(Profile, layer.values, file=layer.file, at="", problems=problems)
+    if problems:
+        raise UserMistake(problems)
+    merged = merge(layers)
+    merged.values.pop("extends", None)
+    profile = typed(Profile, merged.values, file=layers[-1].file, at="", problems=problems)
+    profile.meta.name = profile.meta.name or name
+    top = f"{layers[-1].file}: "
+    for problem in meaning_problems(profile, layers[-1].file):
+        key = problem.where.removeprefix(top)
+        problems.append(dataclasses.replace(problem, where=f"{merged.culprit(key) or layers[-1].file}: {key}"))
+    problems += policy_problems(layers, merged, profile.policy)
+    if problems:
+        raise UserMistake(problems)
+    return Loaded(profile, layers, merged)
+
+
+def _named(name_or_path: str, beyond: Path | None = None) -> Path:
+    """Return the file of a profile; `beyond`, the one that extends it, is not it. Raises UserMistake for none."""
+    path = find(name_or_path)
+    if path is not None and beyond is not None and path.resolve() == beyond.resolve():
+        folders = search_folders()
+        later = folders[folders.index(path.parent) + 1 :] if path.parent in folders else []
+        path = next((file for folder in later if (file := _alike(folder, name_or_path))), None)
+    if path is None:
+        hint = nearest(name_or_path, names())
+        looked = ", ".join(map(str, search_folders()))
+        who = f"{beyond}: extends: " if beyond else ""
+        raise UserMistake(f"{who}no cluster profile {name_or_path!r}{hint}; profiles are files NAME.yaml in {looked}")
+    return path
+
+
+def _stack(path: Path, layers: list[Layer], inside: tuple[Path, ...], problems: list[Problem]) -> None:
+    """Add the layers of a file to those below it: of what it extends first, each file once, then its own."""
+    if path.resolve() in inside:
+        circle = " extends ".join(str(file) for file in (*inside[inside.index(path.resolve()) :], path.resolve()))
+        raise UserMistake(f"{circle}: a profile cannot extend itself; take one `extends` out")
+    if str(path) in [layer.file for layer in layers]:
+        return
+    values = read_values(path, problems)
+    bases = values.get("extends")
+    for base in [next_of_same_name(path), *(bases if isinstance(bases, list) else [])]:
+        if base is None:
+            continue
+        if isinstance(base, str):  # a path is meant from the file that says it
+            near = path.parent / Path(base).expanduser()
+            base = near if near.is_file() and near.suffix in (".yaml", ".yml") else _named(base, beyond=path)
+        _stack(base, layers, (*inside, path.resolve()), problems)
+    why = why_no_admins(path)
+    layers.append(Layer(str(path), values, is_admins=not why, why_not=why))
+
+
+def next_of_same_name(path: Path) -> Path | None:
+    """Return the file that one in a site's folder extends without saying so: the next of its name, None for none."""
+    folders = site_folders()
+    if path.parent not in folders:
+        return None
+    later = folders[folders.index(path.parent) + 1 :]
+    return next((file for folder in later if folder != path.parent and (file := _alike(folder, path.stem))), None)
 
 
 def from_live(slurm: Slurm) -> Profile:
@@ -122,98 +239,11 @@ def from_live(slurm: Slurm) -> Profile:
 
 
 def to_yaml(profile: Profile) -> str:
-    """Return the text of a file that `load` reads back equal; a submission freezes it."""
+    """Return the text of a file that `load` reads back equal, without what it extends and the policy: both are applied.
+
+    A submission freezes it.
+    """
     import yaml
 
-    return yaml.safe_dump(dataclasses.asdict(profile), sort_keys=False, width=120)
-
-
-def _read_yaml(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    """Return the file's mapping, every scalar still text: YAML 1.1 would read the time 1:30:00 as the number 5400."""
-    import yaml
-
-    from data_tools.base.yaml_loaders import TextLoader
-
-    try:
-        values = yaml.load(path.read_text(), TextLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problems.append(Problem(f"{path}{line}", f"not readable as YAML: {getattr(error, 'problem', None) or error}"))
-        return {}
-    if not isinstance(values, dict):
-        problems.append(Problem(str(path), "a profile is a mapping with the keys partitions, roles, ..."))
-        return {}
-    return values
-
-
-def _typed(schema: type, values: dict[str, Any], file: str, at: str, problems: list[Problem]) -> Any:
-    """Make a dataclass from a mapping of text; each unknown key and each value of a wrong type becomes a problem.
-
-    `at` is the place inside `file`, such as "partitions.gpu.".
-    """
-    hints = get_type_hints(schema)
-    result = schema()
-    for key, value in values.items():
-        place = f"{file}: {at}{key}"
-        if key not in hints:
-            message = f"unknown key{nearest(key, list(hints))}"
-            problems.append(Problem(place, message))
-            continue
-        hint = hints[key]
-        inner = get_args(hint)[1] if get_origin(hint) is dict else None
-        try:
-            if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-                typed = _typed(hint, _mapping(value), file=file, at=f"{at}{key}.", problems=problems)
-            elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
-                typed = {}
-                for name, entry in _mapping(value).items():
-                    place = f"{file}: {at}{key}.{name}"
-                    typed[name] = _typed(inner, _mapping(entry), file=file, at=f"{at}{key}.{name}.", problems=problems)
-            else:
-                typed = _leaf(hint, value)
-            setattr(result, key, typed)
-        except ValueError as error:
-            problems.append(Problem(place, str(error)))
-    return result
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    """Return a mapping as it is, and an empty one for no value.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if value in _NOTHING:
-        return {}  # `cpu:` with nothing below takes the defaults
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r} is not a mapping of keys to values")
-    return value
-
-
-def _leaf(hint: Any, value: Any) -> Any:
-    """Return the text, list or mapping as the type `hint` wants it.
-
-    Raises:
-        ValueError: it is something else; the message shows the value.
-    """
-    if get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{value!r} is not a list; write [{value if isinstance(value, str) else '...'}]")
-        return [_leaf(get_args(hint)[0], item) for item in value]
-    if get_origin(hint) is dict:
-        return {key: _leaf(get_args(hint)[1], item) for key, item in _mapping(value).items()}
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not one value")
-    if type(None) in get_args(hint):
-        return None if value in _NOTHING else _leaf(get_args(hint)[0], value)
-    if hint is bool:
-        if value not in ("true", "false"):
-            raise ValueError(f"{value!r} is neither true nor false")
-        return value == "true"
-    if hint is int:
-        try:
-            return int(value)
-        except ValueError:
-            raise ValueError(f"{value!r} is not an integer") from None
-    return value
+    values = {key: value for key, value in dataclasses.asdict(profile).items() if key not in ("extends", "policy")}
+    return yaml.safe_dump(values, sort_keys=False, width=120)

@@ -171,3 +171,28 @@ def test_on_slurm_an_unreadable_secret_is_named_by_status(planted, tmp_path, dev
     assert f"cat {planted.other}`" in done.stderr and "exit code 1" in done.stderr
     assert afterok_json("status", planted.run, env=env)["phases"][0]["exit_code"] == 2
     assert planted.found_below(planted.run) == {} and planted.found_below(dev_cluster.prefix) == {}
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_a_roles_own_variables_and_secrets_reach_its_phases_and_no_other(tmp_path, cluster, dev_cluster):
+    """Of two phases the one whose role has another environment sees another value and another secret."""
+    for name in ("ours", "theirs"):
+        (tmp_path / name).touch(0o600)
+        (tmp_path / name).write_text(f"secret of {name}\n")
+    pipeline, run = tmp_path / "two.yaml", tmp_path / "run"
+    phase = "{uses: tests.toy.secretive, with: {variables: [MODE, KEY]}, resources: {role: ROLE}}"
+    pipeline.write_text(
+        f"name: two\nphases:\n  a: {phase.replace('ROLE', 'cpu')}\n  b: {phase.replace('ROLE', 'train')}\n"
+    )
+    base = SLURM_PROFILE.partition("roles")[0] if cluster == "slurm" else "kind: local\n"
+    own = f"{{set: {{MODE: theirs}}, secrets: {{KEY: 'file:{tmp_path}/theirs'}}}}"
+    (tmp_path / "site.yaml").write_text(
+        f"{base}roles: {{cpu: {{}}, train: {{env: {own}}}}}\n"
+        f"env: {{set: {{MODE: ours}}, secrets: {{KEY: 'file:{tmp_path}/ours'}}}}\n"
+    )
+    env = {"SLURM_CONF": str(dev_cluster.conf)} if cluster == "slurm" else {}
+    afterok("run", pipeline, f"cluster={tmp_path / 'site.yaml'}", "--run", run, env=env)
+    for phase_name, whose in (("a", "ours"), ("b", "theirs")):
+        (found,) = run.glob(f"{phase_name}/*/work/*/digests.txt")
+        expected = [hashlib.sha256(value.encode()).hexdigest() for value in (whose, f"secret of {whose}")]
+        assert found.read_text().split() == expected

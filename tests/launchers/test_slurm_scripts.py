@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
-from jobs.artifacts.run_folder import RunFolder
+from data_tools.base import durable
+from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.schema.pipeline import load_pipeline
-from launchers.backends.contract import JobSpec
+from launchers.backends.contract import JobSpec, request_of
 from launchers.backends.slurm import dependency, never_starting
 from launchers.backends.slurm_script import PhaseExecutor, phase_command, phase_parameters, script_changes
+from launchers.planning.plan import PlannedPhase
 from launchers.planning.planner import make_plan
 from slurm.detect import Cluster
 from slurm.printed import QueueRow
 from slurm.profile.files import load
+from slurm.profile.schema import Resources
 from tests.command import write_toy
 
 GOLDEN = """#!/bin/bash
@@ -130,3 +133,100 @@ def test_what_waits_behind_a_job_that_can_never_start_never_starts_either():
             row("4", "Dependency", "afterany:3(unfulfilled)"),
             row("5", "Dependency", "afterok:7_*(unfulfilled)"), row("6", "Resources", "")]  # fmt: skip
     assert never_starting(rows) == {"2", "3", "5", "9"}
+
+
+def script(tmp_path, profile_text, *overrides):
+    """The script of the toy's first phase, as role train of a profile."""
+    (tmp_path / "site.yaml").write_text(profile_text)
+    profile = load(str(tmp_path / "site.yaml"))
+    pipeline = load_pipeline(write_toy(tmp_path), ["numbers.resources.role=train", *overrides])
+    run = RunFolder(Path("/run/toy"))
+    planned = make_plan(pipeline, run, Cluster("slurm", profile, {}, "site")).phases[0]
+    spec = JobSpec(planned, "toy.numbers.a3.cafe", [0, 2], {})
+    parameters, command = phase_parameters(profile, run, 3, spec), phase_command(profile, run, 3, spec)
+    return PhaseExecutor(tmp_path).text(parameters, command)
+
+
+def options(text):
+    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if "#SBATCH" in line)
+
+
+PLACES = """\
+partitions: {gpu: {gres: gpu:h100:8, licenses: lustre:1, reservation: old}}
+roles:
+  train: {gpus_per_node: 8, account: team, reservation: course}
+  cpu: {}
+"""
+
+
+def test_gpus_are_asked_for_by_the_name_that_the_site_gives_them(tmp_path):
+    said = options(script(tmp_path, PLACES))
+    assert said["gres"] == "gpu:h100:8" and "gpus-per-node" not in said
+    assert (said["account"], said["reservation"], said["licenses"]) == ("team", "course", "lustre:1")
+    text = script(tmp_path, PLACES.replace("gres: gpu:h100:8, ", ""), "numbers.resources.gres=nvme:1",
+                  "numbers.resources.qos=high", "numbers.resources.account=mine")  # fmt: skip
+    said = options(text)
+    assert (said["gres"], said["gpus-per-node"], said["qos"], said["account"]) == ("nvme:1", "8", "high", "mine")
+
+
+def test_a_request_that_says_nothing_new_is_that_of_jobs_of_before():
+    said = dict.fromkeys(("account", "qos", "constraint", "gpu", "gpu_mem_gib", "mem_gib", "partition", "time_minutes"))
+    said |= {"role": "cpu", "nodes": 1, "ranks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1, "extra_sbatch": {}}
+    frozen = FrozenPhase("p", "sft", "k", {}, {}, None, 1, False, {}, {}, 1, 1, 0)
+    before = durable.sha256_bytes(durable.canonical_json(["sft", 0, 1, said]))[:16]
+    assert request_of(PlannedPhase(frozen, Resources(**said), "cpu", "run")) == before
+    assert request_of(PlannedPhase(frozen, Resources(**said, gres="nvme:1"), "cpu", "run")) != before
+
+
+ENVIRONMENTS = """\
+partitions: {gpu: {}}
+roles:
+  train: {nodes: 2}
+  cpu: {}
+env: {python: /trainer/python, modules: [cuda], setup: [ulimit -l], set: {A: "1"}}
+network: {interface: ib0}
+storage: {node_local: /local}
+"""
+
+
+def test_a_roles_own_environment_is_its_scripts(tmp_path):
+    before = script(tmp_path, ENVIRONMENTS)
+    role = "{nodes: 2, env: {python: /vllm/python, modules_init: /opt/lmod/init, modules: [vllm], set: {B: x y}}}"
+    text = script(tmp_path, ENVIRONMENTS.replace("{nodes: 2}", role))
+    for line in (
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "export GLOO_SOCKET_IFNAME=ib0",
+        "export TMPDIR=/local",
+        "export A=1",
+    ):
+        assert line in before.splitlines() and line in text.splitlines()
+    assert "export B='x y'" in text and "module load vllm ||" in text and "module load cuda" not in text
+    assert ". /opt/lmod/init ||" in text and "MODULESHOME" not in text and "ulimit -l" in text
+    assert "/vllm/python -m jobs.worker" in text and "/trainer" not in text
+
+
+HOOKS = """\
+partitions: {gpu: {}}
+roles:
+  train: {nodes: 2, gpus_per_node: 8, cpus_per_task: 4}
+  cpu: {}
+env: {python: python}
+hooks:
+  prolog: [mkdir -p /local/$SLURM_JOB_ID]
+  health: {gpus: true, ecc: true, min_clock_mhz: 1500, all_reduce: true, commands: ["test -e '/x y'"], limit_s: 30}
+"""
+HEALTH = """\
+    local code=0
+    echo "numbers[$1] attempt 3 asks its nodes for their health"
+    srun --export=ALL --unbuffered --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=4 python -m jobs.health \
+--limit-s 30 --gpus 8 --ecc --min-clock-mhz 1500 --all-reduce --command 'test -e '"'"'/x y'"'"'' || code=$?
+    [ $code != 0 ] || srun --kill-on-bad-exit=1 --export=ALL --unbuffered --cpus-per-task=4 """
+
+
+def test_nodes_are_asked_for_their_health_before_the_ranks_start(tmp_path):
+    text = script(tmp_path, HOOKS)
+    assert HEALTH in text
+    assert "afterok_now=hooks.prolog\n" in text and "\nmkdir -p /local/$SLURM_JOB_ID\ntrap - ERR\n" in text
+    gpus_only = HOOKS.replace(", commands: [\"test -e '/x y'\"]", "").replace("gpus_per_node: 8, ", "")
+    assert "jobs.health" not in script(tmp_path, gpus_only)  # a role without GPUs is asked nothing of them
+    assert "jobs.health" not in script(tmp_path, PLACES)

@@ -38,7 +38,8 @@ def test_no_value_brings_a_line_of_its_own(key, value):
 
 
 def test_a_profile_is_asked_for_all_that_is_ours_and_the_shipped_ones_set_none_of_it():
-    assert [own_setting_problems(load(name), "p") for name in ("dev", "local", "example")] == [[], [], []]
+    shipped = ("dev", "local", "example", "plain", "h100_preemptible")
+    assert [own_setting_problems(load(name), "p") for name in shipped] == [[]] * len(shipped)
     profile = Profile(
         partitions={"gpu": Partition(extra_sbatch={"t": "5"})},
         srun=Srun(extra=["--mpi=pmix", "-oX"]),

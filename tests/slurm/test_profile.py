@@ -40,7 +40,7 @@ def problems_of(tmp_path, text):
     return {problem.where.replace(f"{path}", "p.yaml"): problem.message for problem in error.value.problems}
 
 
-@pytest.mark.parametrize("name", ["dev", "local", "example"])
+@pytest.mark.parametrize("name", ["dev", "local", "example", "plain", "h100_preemptible"])
 def test_shipped_profiles_load_have_every_standard_role_and_freeze_without_loss(name, tmp_path):
     loaded = files.load(name)
     assert set(loaded.roles) == set(STANDARD_ROLES)

@@ -1,0 +1,51 @@
+"""What a job finds: the environment of its role, the names of the network, and folders."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from slurm.profile.schema import Env, Profile, RoleEnv
+
+
+def environment_of(profile: Profile, role: str) -> Env:
+    """Return the environment of a role: the profile's, with what the role has otherwise. An unknown role has none."""
+    if role not in profile.roles:
+        return profile.env
+    own, env = profile.roles[role].env, profile.env
+    said = {key: value for key, value in vars(own).items() if value is not None and key not in ("set", "secrets")}
+    return dataclasses.replace(env, **said, set=env.set | own.set, secrets=env.secrets | own.secrets)
+
+
+def environments(profile: Profile) -> Iterator[tuple[str, Env]]:
+    """Yield (key, environment) of the profile, and of each role that has anything otherwise."""
+    yield "env", profile.env
+    for name, role in profile.roles.items():
+        if role.env != RoleEnv():
+            yield f"roles.{name}.env", environment_of(profile, name)
+
+
+def site_variables(profile: Profile) -> dict[str, str]:
+    """Return the variables that network and storage become in each job."""
+    network, storage = profile.network, profile.storage
+    said = {
+        "NCCL_SOCKET_IFNAME": network.interface,
+        "GLOO_SOCKET_IFNAME": network.interface and network.interface.lstrip("="),
+        "NCCL_IB_HCA": network.hca,
+        "AFTEROK_SCRATCH": storage.scratch,
+        "TMPDIR": storage.node_local,
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def why_not_shared(profile: Profile, folder: Path) -> str:
+    """Return why a run cannot lie in a folder, "" where it can, or where the profile does not say what is shared."""
+    shared = [place for place in (profile.storage.scratch, *profile.storage.shared) if place]
+    if profile.kind == "local" or not shared:
+        return ""
+    real = folder.resolve()
+    if any(real.is_relative_to(Path(place).expanduser().resolve()) for place in shared):
+        return ""
+    return (
+        f"{folder} is in no folder that profile {profile.meta.name} says all nodes share ({', '.join(shared)}); "
+        "choose one there with --run DIR"
+    )

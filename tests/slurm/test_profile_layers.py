@@ -1,0 +1,228 @@
+"""Profiles are laid upon one another, each value's file is known, and an admin's policy is the last word."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from slurm.profile import admins, files
+from slurm.profile.check import check
+from slurm.profile.layers import command_line
+from slurm.profile.schema import Request
+from tests.command import afterok, one_line
+
+ADMINS = """\
+partitions:
+  gpu: {max_time: 2-0, max_nodes: 8, gpus_per_node: 8, account: llm, qos: normal}
+roles:
+  train: {partition: gpu, time: 1-0, gpus_per_node: 8}
+  cpu: {partition: gpu}
+env: {modules: [cuda/12.8], set: {HF_HOME: /shared/hf}}
+policy:
+  locked: {env.modules: "The driver wants this CUDA; ask hpc@x.org.", partitions.*.account: ""}
+  bounds:
+    signal_lead_s: {min: 60, reason: Slurm needs a minute}
+    resources.nodes: {max: 4, reason: four nodes a job until May}
+    resources.time: {max: 1-12}
+    roles.*.gpus_per_node: {choices: [0, 8]}
+"""
+
+
+@pytest.fixture
+def site(monkeypatch, tmp_path):
+    """A site's folder that only admins may write, a user's, and how to write a file of each."""
+    monkeypatch.setattr(admins, "admin_uids", lambda: {0, os.geteuid()})
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
+        monkeypatch.setattr(files, "ADMINS_FOLDER", Path(folder))
+        if why := admins.why_no_admins(Path(folder)):
+            pytest.skip(f"no folder here is an admin's: {why}")
+        users = tmp_path / "users"
+        users.mkdir(mode=0o777)
+        users.chmod(0o777)
+        monkeypatch.setenv("AFTEROK_PROFILES", str(users))
+
+        def write(whose, name, text):
+            path = {"admin": Path(folder), "user": users}[whose] / f"{name}.yaml"
+            path.write_text(text)
+            path.chmod(0o644)
+            return path
+
+        yield write
+
+
+def refused(name, *overrides):
+    with pytest.raises(UserMistake) as error:
+        files.read(name, command_line(overrides))
+    return [str(problem) for problem in error.value.problems]
+
+
+def test_a_users_profile_extends_the_admins_of_its_name_and_each_value_knows_its_file(site):
+    admin = site("admin", "big", ADMINS)
+    user = site("user", "big", "roles: {train: {time: 2:00:00}, mine: {partition: gpu}}\n")
+    loaded = files.read("big", command_line(["cluster.roles.train.nodes=2", "sft.with.lr=1", "cluster=big"]))
+    train = loaded.profile.roles["train"]
+    assert (train.time, train.nodes, train.gpus_per_node) == ("2:00:00", 2, 8)
+    assert set(loaded.profile.roles) == {"train", "cpu", "mine"}
+    assert loaded.extended == [str(admin)]
+    origins = {key: loaded.merged.origin(key) for key in ("roles.train.time", "roles.train.nodes", "env.modules")}
+    assert origins == {
+        "roles.train.time": str(user), "roles.train.nodes": "the command line", "env.modules": str(admin),
+    }  # fmt: skip
+
+
+def test_lists_replace_or_are_added_to_and_a_team_stands_between(site, tmp_path):
+    site("admin", "big", ADMINS.partition("policy")[0])
+    team = tmp_path / "team.yaml"
+    team.write_text("extends: [big]\nenv: {+modules: [nccl], set: {TEAM: a}}\n")
+    site("user", "mine", f"extends: [{team}]\nenv: {{set: {{HF_HOME: /me}}, setup: [ulimit -l unlimited]}}\n")
+    loaded = files.read("mine")
+    assert loaded.profile.env.modules == ["cuda/12.8", "nccl"]
+    assert loaded.profile.env.set == {"HF_HOME": "/me", "TEAM": "a"}
+    assert [Path(file).name for file in loaded.extended] == ["big.yaml", "team.yaml"]
+    assert loaded.merged.origin("env.modules").endswith(f"big.yaml and {team}")
+    assert loaded.profile.meta.name == "mine" and loaded.profile.extends == []
+    replaced = files.read("mine", command_line(["cluster.env.modules=[gcc]"]))
+    assert replaced.profile.env.modules == ["gcc"]
+
+
+def test_a_circle_and_a_missing_base_are_refused_in_one_line(site):
+    first = site("user", "a", "extends: [b]\n")
+    site("user", "b", "extends: [a]\n")
+    (line,) = refused("a")
+    assert str(first) in line and "cannot extend itself" in line
+    site("user", "c", "extends: [big]\n")
+    (line,) = refused("c")
+    assert "c.yaml: extends: no cluster profile 'big'" in line
+
+
+def test_a_mistake_is_named_with_the_file_that_made_it(site):
+    admin = site("admin", "big", ADMINS)
+    user = site("user", "big", "roles: {cpu: {tiem: 5}}\n")
+    (line,) = refused("big")
+    assert line.startswith(f"{user}: roles.cpu.tiem: unknown key")
+    site("user", "big", "roles: {cpu: {nodes: 9}}\n")
+    (line,) = refused("big")
+    assert line.startswith(f"{user}: roles.cpu.nodes: 9 nodes, but partition gpu has 8")
+    site("user", "big", "meta: {description: mine}\n")
+    site("admin", "big", ADMINS.replace("time: 1-0", "time: 9-0"))
+    assert refused("big")[0].startswith(f"{admin}: roles.train.time: 9-00:00:00 is longer")
+
+
+@pytest.mark.parametrize(
+    "text, key, words",
+    [
+        ("env: {modules: [cuda/11]}", "env.modules", "The driver wants this CUDA; ask hpc@x.org (locked by "),
+        ("env: {+modules: [x]}", "env.modules", "it stays ['cuda/12.8'])"),
+        ("env: {modules: []}", "env.modules", "The driver wants this CUDA"),
+        ("env: ", "env", "The driver wants this CUDA"),
+        ("partitions: {gpu: {account: mine}}", "partitions.gpu.account", "locked by the admin; it stays 'llm'"),
+        ("partitions: {gpu: }", "partitions.gpu", "locked by the admin; it stays 'llm'"),
+        ("partitions: {new: {account: mine}}", "partitions.new.account", "locked by the admin; it stays unset"),
+        ("signal_lead_s: 30", "signal_lead_s", "Slurm needs a minute (30 is less than the admin allows; at least 60)"),
+        ("roles: {cpu: {gpus_per_node: 4}}", "roles.cpu.gpus_per_node", "'4' is not among 0, 8"),
+        ("policy: {locked: {}}", "policy", "counts only in an admin's file: others may write"),
+    ],
+)  # fmt: skip
+def test_what_the_policy_locks_or_bounds_is_refused_with_the_admins_words(site, text, key, words):
+    site("admin", "big", ADMINS)
+    user = site("user", "big", f"meta: {{description: x}}\n{text}\n")
+    lines = refused("big")
+    assert any(line.startswith(f"{user}: {key}") and words in line for line in lines), lines
+
+
+def test_the_command_line_is_a_user_too_and_the_same_value_changes_nothing(site):
+    site("admin", "big", ADMINS)
+    (line,) = refused("big", "cluster.env.modules=[x]")
+    assert line.startswith("the command line: env.modules: The driver wants this CUDA")
+    assert files.read("big", command_line(["cluster.env.modules=[cuda/12.8]"])).profile.env.modules == ["cuda/12.8"]
+
+
+def test_a_policy_in_a_file_that_others_may_write_is_refused_not_ignored(site):
+    path = site("admin", "big", ADMINS)
+    assert files.load("big").policy.locked
+    for mode in (0o664, 0o646):
+        path.chmod(mode)
+        assert any("policy: counts only in an admin's file: others may write" in line for line in refused("big"))
+    path.chmod(0o644)
+    path.parent.chmod(0o770)
+    assert any(f"others may write {path.parent} (mode 770)" in line for line in refused("big"))
+    path.parent.chmod(0o700)
+    linked = Path(os.environ["AFTEROK_PROFILES"]) / "lax.yaml"  # a link in a user's folder may point elsewhere tomorrow
+    linked.symlink_to(path)
+    assert any("counts only in an admin's file" in line for line in refused("lax"))
+
+
+def test_a_file_of_anybody_else_is_no_admins(site, monkeypatch):
+    path = site("admin", "big", ADMINS)
+    monkeypatch.setattr(admins, "admin_uids", lambda: {4242})
+    assert any("belongs to uid" in line for line in refused("big"))
+    assert str(path) in admins.why_no_admins(path)
+
+
+def test_who_installs_names_the_admins(tmp_path, monkeypatch):
+    monkeypatch.setattr(admins, "ADMINS_FILE", tmp_path / "admins")
+    assert admins.admin_uids() == {0}
+    (tmp_path / "admins").write_text("501\n502\n")
+    assert admins.admin_uids() == {0, 501, 502}
+
+
+def test_places_that_no_profile_has_are_the_admins_mistake(site):
+    admin = site("admin", "big", "roles: {cpu: {}}\nkind: local\npolicy: {locked: {rolls.cpu: x, roles.*.tiem: x}}\n")
+    found = refused("big")
+    assert [line.partition(": no place")[0] for line in found] == [
+        f"{admin}: policy.locked.rolls.cpu", f"{admin}: policy.locked.roles.*.tiem",
+    ]  # fmt: skip
+
+
+def test_a_phase_is_held_to_the_policy_by_what_it_gets(site):
+    site("admin", "big", ADMINS)
+    profile = files.load("big")
+    (problem,) = check(profile, Request("train", nodes=5), "p: sft.resources")
+    assert str(problem) == (
+        "p: sft.resources.nodes: four nodes a job until May (5 is more than the admin allows; at most 4)"
+    )
+    (problem,) = check(profile, Request("train", time="1-13"), "p")
+    assert problem.message == "1-13:00:00 is more than the admin allows; at most 1-12"
+    assert check(profile, Request("train", nodes=4, time="1-12"), "p") == []
+
+
+def test_account_and_qos_are_asked_of_each_phase_not_of_the_file(site):
+    rest = "policy: {require_account: true, allowed_qos: [normal], reason: Bill somebody.}\n"
+    site("admin", "big", "partitions: {gpu: {qos: high}}\nroles: {train: {}}\n" + rest)
+    found = [str(problem) for problem in check(files.load("big"), Request("train"), "p")]
+    assert found == [
+        "p.account: Bill somebody (no account is said; say account in the phase's resources, or in a profile of yours)",
+        "p.qos: Bill somebody (QOS 'high' is not among normal)",
+    ]
+    site("user", "big", "partitions: {gpu: {account: mine, qos: normal}}\n")
+    assert check(files.load("big"), Request("train"), "p") == []
+
+
+def test_a_frozen_profile_is_whole_without_its_files_and_its_policy(site, tmp_path):
+    site("admin", "big", ADMINS)
+    site("user", "big", "roles: {train: {time: 2:00:00}}\n")
+    frozen = tmp_path / "frozen.yaml"
+    frozen.write_text(files.to_yaml(files.load("big")))
+    again, before = files.load(str(frozen)), files.load("big")
+    assert (again.roles, again.env, again.partitions) == (before.roles, before.env, before.partitions)
+    assert again.meta.name == "big" and not again.policy.locked
+
+
+def test_explain_names_the_file_and_the_admins_words_and_list_all_files(site):
+    admin = site("admin", "big", ADMINS)
+    user = site("user", "big", "roles: {train: {time: 2:00:00}}\n")
+    env = {"AFTEROK_PROFILES": f"{user.parent}:{admin.parent}"}
+    site("admin", "big", ADMINS.partition("policy")[0])
+    done = afterok(
+        "profile", "explain", "roles.train", "cluster.roles.train.nodes=3", "--profile", "big", "--json", env=env
+    )
+    values = {row["key"]: (row["value"], row["file"]) for row in json.loads(done.stdout)["values"]}
+    assert values["roles.train.time"] == ("2:00:00", str(user))
+    assert values["roles.train.partition"] == ("gpu", str(admin))
+    assert values["roles.train.nodes"] == ("3", "the command line")
+    listed = json.loads(afterok("profile", "list", "--json", env=env).stdout)["profiles"]
+    assert next(row for row in listed if row["profile"] == "big")["files"] == [str(admin), str(user)]
+    assert "sets no 'rolls'" in one_line(afterok("profile", "explain", "rolls", "--profile", "big", env=env, check=2))
