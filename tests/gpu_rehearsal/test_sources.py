@@ -69,7 +69,7 @@ COMPARED = {  # functions whose every refusal the stand-in has, but for those wh
     "transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py": {
         "attn_forward_func_with_cp": {
             "isinstance(cp_group, list)": NOT_REACHED, "qkv_format != 'thd'": NOT_REACHED,
-            "softmax_type == 'vanilla'": NOT_REACHED,
+            "softmax_type == 'vanilla'": NOT_REACHED, "enable_mla": NOT_REACHED,
         },
         "AttnFuncWithCPAndKVAllGather.forward": {"": "packed rows are refused before"},
         "AttnFuncWithCPAndQKVOA2A.forward": {

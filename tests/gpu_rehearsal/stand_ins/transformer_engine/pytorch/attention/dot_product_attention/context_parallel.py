@@ -64,10 +64,26 @@ def attn_forward_func_with_cp(
     assert not sliding_window_attn or cp_comm_type in ["a2a", "all_gather"], (
         "Context parallelism does not support sliding window attention with {cp_comm_type=}!"
     )
-    enable_mla = k.shape[-1] != v.shape[-1]
-    assert not enable_mla or cp_comm_type in ["p2p", "a2a+p2p"], (
-        "Context parallelism does not support MLA with {cp_comm_type=}!"
-    )
+    _check_kernels(softmax_type, use_fused_attention, cp_comm_type, qkv_format)
+    if cp_comm_type not in ["p2p", "all_gather", "a2a"]:
+        raise ValueError(f"Unsupported communication type: {cp_comm_type}!")
+    padding = "padding" in attn_mask_type
+    if cp_comm_type == "all_gather":
+        assert not padding, f"{attn_mask_type} mask type is not supported!"
+        assert qkv_format != "thd", f"{qkv_format} format is not supported!"
+    if cp_comm_type == "a2a":
+        assert not padding or qkv_format == "thd", f"{attn_mask_type} mask type is not supported for BSHD and SBHD!"
+        assert attn_bias_type == "no_bias", f"{attn_bias_type} bias type is not supported!"
+        _check_heads(q, k, get_distributed_world_size(cp_group), qkv_format.index("t"))
+    bounds, size = cu_seqlens_q_padded.tolist(), get_distributed_world_size(cp_group)
+    own = [_own(bounds, size, rank) for rank in range(size)]
+    back = torch.cat(own).argsort()
+    whole = (_Gather.apply(x, cp_group)[back] for x in (q, k, v))
+    out = attend(*whole, bounds=bounds, left=window_size[0], scale=softmax_scale)
+    return out[own[dist.get_rank(cp_group)]]
+
+
+def _check_kernels(softmax_type, use_fused_attention, cp_comm_type, qkv_format):
     assert softmax_type == "vanilla" or use_fused_attention, (
         "Context parallelism only supports {softmax_type=} with FusedAttention backend!"
     )
@@ -77,30 +93,16 @@ def attn_forward_func_with_cp(
     assert softmax_type == "vanilla" or qkv_format != "thd", (
         "Context parallelism does not support {softmax_type=} with qkv_format = 'thd'!"
     )
-    if cp_comm_type not in ["p2p", "all_gather", "a2a"]:
-        raise ValueError(f"Unsupported communication type: {cp_comm_type}!")
-    padding = "padding" in attn_mask_type
-    if cp_comm_type == "all_gather":
-        assert not padding, f"{attn_mask_type} mask type is not supported!"
-        assert qkv_format != "thd", f"{qkv_format} format is not supported!"
-    if cp_comm_type == "a2a":
-        cp_size = get_distributed_world_size(cp_group)
-        assert not padding or qkv_format == "thd", f"{attn_mask_type} mask type is not supported for BSHD and SBHD!"
-        assert attn_bias_type == "no_bias", f"{attn_bias_type} bias type is not supported!"
-        assert q.shape[-1] % 8 == 0, "Hidden size per attention head should be multiple of 8!"
-        assert q.shape[-2] % cp_size == 0 and k.shape[-2] % cp_size == 0, (
-            "The number of attention heads needs to be divisible by CP size!"
-        )
-        seq_dim = qkv_format.index("t")
-        assert q.shape[seq_dim] % 2 == 0 and k.shape[seq_dim] % 2 == 0, (
-            "Sequence length per GPU needs to be divisible by 2!"
-        )
-    bounds, size = cu_seqlens_q_padded.tolist(), get_distributed_world_size(cp_group)
-    own = [_own(bounds, size, rank) for rank in range(size)]
-    back = torch.cat(own).argsort()
-    whole = (_Gather.apply(x, cp_group)[back] for x in (q, k, v))
-    out = attend(*whole, bounds=bounds, left=window_size[0], scale=softmax_scale)
-    return out[own[dist.get_rank(cp_group)]]
+
+
+def _check_heads(q, k, cp_size, seq_dim):
+    assert q.shape[-1] % 8 == 0, "Hidden size per attention head should be multiple of 8!"
+    assert q.shape[-2] % cp_size == 0 and k.shape[-2] % cp_size == 0, (
+        "The number of attention heads needs to be divisible by CP size!"
+    )
+    assert q.shape[seq_dim] % 2 == 0 and k.shape[seq_dim] % 2 == 0, (
+        "Sequence length per GPU needs to be divisible by 2!"
+    )
 
 
 class _Gather(torch.autograd.Function):
