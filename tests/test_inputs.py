@@ -11,10 +11,12 @@ from tests.inputs import LINES, ORIGINS, SHIPPED, Inputs
 HERE = Path(__file__).parent
 NAMES = {"public", "SHARED", "PUBLIC_LINES"}  # of tests.inputs, that lead to the public data only
 ALLOWED = {"benchmarks/materialize.py", "data_tools/chats.py", "test_openresearcher.py", "test_inputs.py", "inputs.py"}
-OTHER = {  # a column of a table, and weights, that are called shared
+OTHER = {  # a column of a table, weights, and storage of a profile, that are called shared
     "data_tools/tasks/test_mix.py",
+    "launchers/test_profile_verbs.py",
     "megatron_ext/test_nemotron_h.py",
     "megatron_ext/test_strangers.py",
+    "slurm/test_profile_places.py",
 }
 
 

@@ -14,7 +14,6 @@ from data_tools.tasks.math_answers import Options, is_equal
 from data_tools.tasks.mix import Entry, MixConfig, check_mix, compared, load, load_items
 from data_tools.tasks.rewards import Score, Scorer, Verifier
 from data_tools.tasks.task import Item, Source, load_task, task_names, task_options
-from tests.inputs import public
 
 
 def item_of(task: str, record: dict, **options) -> Item:
@@ -353,10 +352,11 @@ def test_real_files_are_read_whole(inputs, task, file):
     assert len(lines) == inputs.lines(file) and len(items) == len(asked)
 
 
-def test_svamps_real_rows_are_all_read_and_their_answers_are_right():
-    loaded = load("svamp", Entry("svamp", source=Source(inputs=[str(public("data", "qwen_math", "svamp.test.jsonl"))])))
-    counts = loaded.counts()
-    assert counts["lines"] == 1000 == counts["prompts"] + counts.get("duplicate", 0)
+def test_svamps_real_rows_are_all_read_and_their_answers_are_right(inputs):
+    file = inputs.data("qwen_math/svamp.test.jsonl")
+    loaded = load("svamp", Entry("svamp", source=Source(inputs=[str(file)])))
+    counts, lines = loaded.counts(), len(file.read_text().splitlines())
+    assert counts["lines"] == lines == counts["prompts"] + counts.get("duplicate", 0)
     for item in loaded.items:
         assert score("svamp", item, f"It is \\boxed{{{item.answer.removesuffix('.0')}}}.")["correct"] == 1.0
 
@@ -371,9 +371,9 @@ def test_the_solutions_of_math_500_are_right(inputs):
     assert not wrong
 
 
-def test_the_labelled_solutions_of_gsm8k_and_nemo_skills_are_judged_as_their_labels_say():
-    other, judged = [], 0
-    for row in map(json.loads, open(public("data", "gsm8k", "example_model_solutions.jsonl"))):
+def test_the_labelled_solutions_of_gsm8k_and_nemo_skills_are_judged_as_their_labels_say(inputs):
+    other, judged, solutions = [], 0, inputs.data("gsm8k/example_model_solutions.jsonl")
+    for row in map(json.loads, open(solutions)):
         gold = row["ground_truth"].rpartition("A:")[2].strip().replace(",", "")
         for solved in (row[name] for name in row if name not in ("question", "ground_truth")):
             said, mark, answer = solved["solution"].rpartition("A:")  # the models' own form
@@ -381,12 +381,13 @@ def test_the_labelled_solutions_of_gsm8k_and_nemo_skills_are_judged_as_their_lab
             found = score("gsm8k", Item.of("?", gold), text, answer_format="hashes")
             judged += 1
             other += [(gold, answer)] if found is None or found["correct"] != solved["is_correct"] else []
-    for name in ("output-rs0.jsonl", "output-rs1.jsonl", "output-rs2.jsonl"):
-        for row in map(json.loads, open(public("data", "nemo_skills", name))):
+    names = () if inputs.shipped else ("output-rs0.jsonl", "output-rs1.jsonl", "output-rs2.jsonl")
+    for name in names:
+        for row in map(json.loads, open(inputs.data(f"nemo_skills/{name}"))):
             found = score("math500", Item.of("?", str(row["expected_answer"])), row["generation"])
             judged += 1
             other += [] if found and found["correct"] == row["is_correct"] else [(row["expected_answer"], name)]
-    assert not other and judged == 4 * 1319 + 15
+    assert not other and judged == 4 * len(solutions.read_text().splitlines()) + 5 * len(names)
 
 
 @pytest.mark.soak
