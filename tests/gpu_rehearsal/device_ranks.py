@@ -52,7 +52,7 @@ def built(of: Any, hf: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = to
     parts = tiny.family(of).build(of, plan, dtype)
     for part in parts:
         convert.import_weights(part, hf, tiny.family(of), of)
-    assert left_behind(parts) == []
+    assert not (names := left_behind(parts)), names
     return parts
 
 
@@ -108,7 +108,7 @@ def walk(of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype =
                 found["trained"] = rollouts(trainer.model[0])
             found["updates"].append(update(trainer, plan))  # from a state that was off the device meanwhile
             found["after"] = trainer.evaluate(certify.rows_of(PACKS, plan)).reduced().mean_loss
-        assert left_behind(trainer.model) == []
+        assert not (names := left_behind(trainer.model)), names
     with ranks.started(plan, seed=5):
         trainer = Trainer(built(of, hf, plan, dtype), plan, AdamW(weight_decay=0.1))
         checkpoint.load_step(own / "steps" / "step_1", trainer.model, trainer.optimizer, plan, {})
@@ -126,7 +126,7 @@ def _adapted(of: Any, hf: Path, plan: ParallelPlan, dtype: torch.dtype, own: Pat
     config = replace(config, dropout=0.0 if set(BARE) & set(config.targets) else 0.1)
     parts = built(of, hf, plan, dtype)
     adapters.attach(parts, family, of, config, seed=3)
-    assert left_behind(parts) == []
+    assert not (names := left_behind(parts)), names
     trainer = Trainer(parts, plan, AdamW())
     found: list[Any] = [update(trainer, plan), update(trainer, plan)]
     adapters.write(own / "adapter", trainer.model, family, of)

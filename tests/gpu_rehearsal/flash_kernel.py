@@ -1,4 +1,5 @@
-"""A stand-in for torch's FlashAttention on CUDA: its operations, registered for the CPU, with its checks.
+"""Stand-ins for torch's attention on CUDA: FlashAttention's operations, registered for the CPU, with its checks, and
+scaled_dot_product_attention, with the conditions of its fused kernels.
 
 The operations' schemas are torch's own: a call that does not fit them fails. The checks are those of
 mha_varlen_fwd and mha_varlen_bwd in torch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, each under
@@ -10,15 +11,50 @@ not compute unset: keys of no sequence get gradients that are no numbers.
 """
 
 import contextlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_ext.layers import flash
+from megatron_ext.layers import flash, sdpa
 
 EXACT = (torch.float32, torch.float64)  # what the stand-in takes besides, for comparisons that rounding does not blur
 H100 = (9, 0)
+
+
+class Sdpa:
+    """scaled_dot_product_attention on a GPU: refuses what the one kernel that may run does not take.
+
+    The conditions are those of can_use_flash_attention and can_use_mem_efficient_attention in torch's sdp_utils.cpp.
+    """
+
+    def __init__(self) -> None:
+        self.backends: list[str] = []  # of each call
+
+    def __call__(
+        self, q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False, scale: Any = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        cuda = torch.backends.cuda
+        assert not cuda.math_sdp_enabled() and not cuda.cudnn_sdp_enabled(), "the math kernel may run"
+        assert all(x.stride(-1) == 1 for x in (q, k, v)) and q.size(2) > 0
+        alike = q.size(1) == k.size(1) and not enable_gqa
+        if cuda.flash_sdp_enabled():
+            assert not cuda.mem_efficient_sdp_enabled()
+            assert attn_mask is None and q.dtype in flash.HALVES and q.size(3) <= 256
+            assert not is_causal or q.size(2) == k.size(2)
+        else:
+            assert cuda.mem_efficient_sdp_enabled() and q.dtype in (torch.float32, torch.bfloat16)
+            assert alike, "the efficient kernel takes no shared heads"
+            assert q.size(3) % (16 // q.element_size()) == 0 and v.size(3) % (16 // q.element_size()) == 0
+        self.backends.append("flash" if cuda.flash_sdp_enabled() else "efficient")
+        with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
 
 
 class Played:
@@ -27,6 +63,7 @@ class Played:
     def __init__(self, dtypes: tuple[torch.dtype, ...]):
         self.dtypes = dtypes
         self.forwards = self.backwards = self.paged = 0
+        self.sdpa = Sdpa()
 
 
 def _check(given: bool, words: str) -> None:
@@ -165,15 +202,18 @@ def _backward(played: Played) -> Any:
 
 @contextlib.contextmanager
 def played(dtypes: tuple[torch.dtype, ...] = EXACT, gpu: tuple[int, int] = H100) -> Iterator[Played]:
-    """Let this process compute attention as on a GPU of this compute capability, with the kernel for `dtypes`."""
+    """Let this process compute attention as on a GPU of this compute capability, with the kernel for `dtypes`; what
+    that does not take, by scaled_dot_product_attention's.
+    """
     kernel = Played(dtypes)
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", _forward(kernel), "CPU")
     library.impl("_flash_attention_backward", _backward(kernel), "CPU")
-    before = flash.capability, flash.DTYPES
-    flash.capability, flash.DTYPES = lambda target: gpu, dtypes
+    before = flash.capability, flash.DTYPES, sdpa.F
+    functions = types.SimpleNamespace(scaled_dot_product_attention=kernel.sdpa, pad=F.pad)
+    flash.capability, flash.DTYPES, sdpa.F = lambda target: gpu, dtypes, functions
     try:
         yield kernel
     finally:
-        flash.capability, flash.DTYPES = before
+        flash.capability, flash.DTYPES, sdpa.F = before
         library._destroy()

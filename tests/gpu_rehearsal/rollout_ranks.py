@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,14 @@ def differences(of: Any, plan: ParallelPlan) -> dict[str, float]:
     return found
 
 
-def trained(of: Any, weights: Path, plan: ParallelPlan, by_flash: bool) -> tuple[list[float], list[float], int]:
-    """Return losses and gradient norms of a few updates with the torch backend, and the calls of the played kernel."""
+def trained(
+    of: Any, weights: Path, plan: ParallelPlan, flash: Sequence[torch.dtype] | None = None
+) -> tuple[list[float], list[float], int, set[str]]:
+    """Return losses and gradient norms of a few updates with the torch backend, the calls of the played kernel, and
+    which kernels of scaled_dot_product_attention ran.
+
+    `flash`: on a played GPU, whose FlashAttention takes these types.
+    """
     from megatron_ext.training import certify
     from megatron_ext.training.update import AdamW, Trainer
     from megatron_ext.weights import checkpoint
@@ -76,7 +82,7 @@ def trained(of: Any, weights: Path, plan: ParallelPlan, by_flash: bool) -> tuple
 
     packs = [tiny.pack([20, 8, 4, 32], seed) for seed in range(2)]
     found, norms = [], []
-    with ranks.started(plan), played() if by_flash else contextlib.nullcontext() as kernel:
+    with ranks.started(plan), contextlib.nullcontext() if flash is None else played(tuple(flash)) as kernel:
         parts = tiny.family(of).build(of, plan, torch.float32)
         checkpoint.load_weights(parts, weights)
         trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
@@ -84,7 +90,7 @@ def trained(of: Any, weights: Path, plan: ParallelPlan, by_flash: bool) -> tuple
             sums, norm = trainer.step(certify.rows_of(packs, plan), 1e-2)
             found.append(float(sums.reduced().mean_loss))
             norms.append(norm)
-    return found, norms, kernel.forwards if kernel else 0
+    return found, norms, kernel.forwards if kernel else 0, set(kernel.sdpa.backends) if kernel else set()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ext.layers.flash import HALVES
 from megatron_ext.parallel.parts import OURS
 from megatron_ext.parallel.plan import ParallelPlan
+from tests.gpu_rehearsal.flash_kernel import EXACT
 from tests.gpu_rehearsal.mixtures import by_auto
 from tests.gpu_rehearsal.rollout_ranks import Found, differences, sampled, trained, written
 from tests.megatron_ext import tiny
@@ -65,10 +67,20 @@ def assert_close(by_rank: list[dict[str, float]]) -> None:
 def test_training_by_flash_attention_has_the_losses_of_the_buckets(pair, folders, family):
     for plan in (PLANS["all_gather"], PLANS["a2a"]):
         same = dict(of=FAMILIES[family], weights=folders[family], plan=plan)
-        for ours, theirs in zip(*(pair.run(trained, **same, by_flash=by_flash) for by_flash in (True, False))):
+        for ours, theirs in zip(*(pair.run(trained, **same, flash=flash) for flash in (EXACT, None))):
             assert ours[0] == pytest.approx(theirs[0], rel=CLOSE, abs=0)
             assert ours[1] == pytest.approx(theirs[1], rel=1e-4, abs=0)  # sums in another order
             assert ours[2] > 0 and theirs[2] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_in_fp32_on_a_gpu_has_fused_kernels_and_the_losses_of_a_cpu(solo, folders, family):
+    """FlashAttention takes no fp32: masks and shared heads are made into what the other kernel takes."""
+    same = dict(of=FAMILIES[family], weights=folders[family], plan=ParallelPlan())
+    (ours,), (theirs,) = (solo.run(trained, **same, flash=flash) for flash in (HALVES, None))
+    assert ours[0] == pytest.approx(theirs[0], rel=CLOSE, abs=0)
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-4, abs=0)  # sums in another order
+    assert ours[2:] == (0, {"efficient"}) and theirs[2:] == (0, set())
 
 
 # ---------------------------------------------------------------- rollouts

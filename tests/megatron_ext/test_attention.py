@@ -236,7 +236,7 @@ def test_joined_packs_are_one_row_of_the_same_documents(model):
 def test_what_the_attention_cannot_do_is_refused_at_build_time(alone):
     from megatron.core.transformer.enums import AttnMaskType
 
-    config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, ParallelPlan(), torch.float32, "torch")
+    config = tiny.QWEN2.spec.transformer_config(tiny.DIMS, ParallelPlan(), torch.float32)
     config.window_size = (8, 3)
     with pytest.raises(NotImplementedError, match="no window_size = \\(8, 3\\)"):
         attention.PackedAttention(config, 1, AttnMaskType.causal, "self")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_ext.layers import flash, sdpa
 from megatron_ext.layers.attention import PackedAttention, attention_kernel
@@ -78,7 +77,7 @@ def test_outputs_and_gradients_are_those_of_the_documents_alone(kind, kernel, al
 
 @pytest.fixture
 def alone_config():
-    return tiny.QWEN2.spec.transformer_config(tiny.DIMS, ParallelPlan(), torch.float64, "torch")
+    return tiny.QWEN2.spec.transformer_config(tiny.DIMS, ParallelPlan(), torch.float64)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -158,41 +157,11 @@ def test_which_kernel_computes_is_said():
             attention_kernel(torch.bfloat16, 128, CPU)
 
 
-class Sdpa:
-    """scaled_dot_product_attention on a GPU: refuses what the one kernel that may run does not take.
-
-    The conditions are those of can_use_flash_attention and can_use_mem_efficient_attention in torch's sdp_utils.cpp.
-    """
-
-    def __init__(self):
-        self.shapes, self.backends = [], []
-
-    def __call__(self, q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
-        cuda = torch.backends.cuda
-        assert not cuda.math_sdp_enabled() and not cuda.cudnn_sdp_enabled(), "the math kernel may run"
-        assert all(x.stride(-1) == 1 for x in (q, k, v)) and q.size(2) > 0
-        alike = q.size(1) == k.size(1) and not enable_gqa
-        if cuda.flash_sdp_enabled():
-            assert not cuda.mem_efficient_sdp_enabled()
-            assert attn_mask is None and q.dtype in flash.HALVES and q.size(3) <= 256
-            assert not is_causal or q.size(2) == k.size(2)
-        else:
-            assert cuda.mem_efficient_sdp_enabled() and alike and q.dtype in (torch.float32, torch.bfloat16)
-            assert q.size(3) % (16 // q.element_size()) == 0 and v.size(3) % (16 // q.element_size()) == 0
-        self.backends.append("flash" if cuda.flash_sdp_enabled() else "efficient")
-        with sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-
-
 @pytest.fixture
-def gpu_sdpa(monkeypatch):
+def gpu_sdpa():
     """scaled_dot_product_attention as on an H100."""
-    strict = Sdpa()
-    monkeypatch.setattr(flash, "capability", lambda target: H100)
-    monkeypatch.setattr(sdpa, "F", SimpleNamespace(scaled_dot_product_attention=strict, pad=F.pad))
-    return strict
+    with played(dtypes=flash.HALVES) as kernel:
+        yield kernel.sdpa
 
 
 @pytest.mark.parametrize("d", [8, 10])

@@ -152,7 +152,7 @@ def test_what_megatron_trained_otherwise_is_named_with_both_values(dims, trained
 @pytest.mark.parametrize("dims", [DENSE, EXPERTS, tiny.NEMOTRON_H_DIMS, tiny.NANOCHAT_DIMS])
 def test_what_megatron_core_is_given_means_what_config_json_says(dims):
     """The other direction: of the configuration that we make of a model, seen as Megatron's arguments."""
-    made = tiny.family(dims).spec.transformer_config(dims, ParallelPlan(), torch.float32, "torch")
+    made = tiny.family(dims).spec.transformer_config(dims, ParallelPlan(), torch.float32)
     named = dict(norm_epsilon=made.layernorm_epsilon, num_experts=made.num_moe_experts, group_query_attention=True)
     assert unlike(Namespace(**vars(made), **named), dims) == []
     for name in ("norm_epsilon", "num_attention_heads", *(["moe_router_topk"] if made.num_moe_experts else [])):
