@@ -133,6 +133,7 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
 
 
 _ROUTER = "megatron.core.transformer.moe.router.router_gating_linear"
+_RANDOM = "megatron.core.tensor_parallel.random"
 _LINEAR = "megatron.core.tensor_parallel.layers.linear_with_"
 _SLOW_BF16 = "without AVX-512 torch multiplies bfloat16 row by row: from 16 rows on 2 to 8 times as slow as widened"
 
@@ -166,10 +167,10 @@ PATCHES: dict[str, Patch] = {
         "the original leaves CPU tensors alone, where all_to_all needs split sizes as numbers (moe_utils.py:1087)",
         lambda: _to_cpu,
     ),
-    "megatron.core.tensor_parallel.random._get_cuda_rng_state": Patch(
+    f"{_RANDOM}._get_cuda_rng_state": Patch(
         "the original queues a callback for CUDA's lazy start and returns nothing", lambda: _rng_state
     ),
-    "megatron.core.tensor_parallel.random._set_cuda_rng_state": Patch(
+    f"{_RANDOM}._set_cuda_rng_state": Patch(
         "the original queues a callback for CUDA's lazy start for ever", lambda: _set_rng_state
     ),
     "megatron.core.optimizer.Adam": Patch(
@@ -341,7 +342,7 @@ def init_device() -> None:
             "Call megatron_ext.device.init_device() first"
         )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_without_rng_noise)
+    logging.getLogger(_RANDOM).addFilter(_without_rng_noise)
     with _without_wandb():
         _patch(PATCHES)
     _mode = LiteralCudaIsCpu()
@@ -375,6 +376,20 @@ def backend() -> str:
     return "gloo" if is_cpu() else "nccl"
 
 
+@contextlib.contextmanager
+def _no_random_states() -> Iterator[None]:
+    """Have megatron-core's forks and checkpoints ask for no random state, as no recording may (CUDAGeneratorImpl)."""
+    module, names = importlib.import_module(_RANDOM), ("_get_cuda_rng_state", "_set_cuda_rng_state")
+    tracker, held = module.get_cuda_rng_tracker(), {name: getattr(module, name) for name in names}
+    states = tracker.get_states()
+    vars(module).update(dict.fromkeys(names, _nothing))
+    try:
+        yield
+    finally:
+        vars(module).update(held)
+        tracker.set_states(states)
+
+
 def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Return `run` as one CUDA graph, which reads what it reads and gives the same tensor; on CPU `run` itself."""
     if is_cpu():
@@ -386,7 +401,7 @@ def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others, as of a checkpoint, may copy meanwhile
+    with _no_random_states(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may copy meanwhile
         kept = run()
 
     def replay() -> torch.Tensor:
