@@ -5,15 +5,14 @@
 * the functions of PATCHES, each with the reason, before megatron-core is imported (some it takes at import);
 * one TorchFunctionMode that reads the literal "cuda" in megatron-core's calls as "cpu".
 
-On a machine with CUDA nothing is patched but, where Transformer Engine and Apex are not installed, what needs them
-(`WITHOUT_FUSED`): the router, and the optimizer whose checkpoints can be loaded.
+On a machine with CUDA nothing is patched but the router's product and, where Transformer Engine and Apex are not
+installed, the optimizer, whose checkpoints can then be loaded (`WITHOUT_FUSED`).
 Everything else in the package asks `device()` and `backend()`, or is a layer spec or a kernel.
 """
 
 import contextlib
 import functools
 import importlib
-import importlib.util
 import logging
 import os
 import resource
@@ -96,13 +95,6 @@ class CpuStream:
         pass
 
 
-def _router_gating_linear(
-    inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, router_dtype: torch.dtype
-) -> torch.Tensor:
-    bias = None if bias is None else bias.to(router_dtype)
-    return torch.nn.functional.linear(inp.to(router_dtype), weight.to(router_dtype), bias)
-
-
 def _widened(path: str) -> Callable[..., torch.Tensor]:
     """Return mcore's linear layer `path`, made to take bfloat16 as fp32 where the CPU has no instructions for it."""
     linear = original(path)
@@ -132,7 +124,8 @@ def _uncompiled(function: Any = None, **_: Any) -> Any:
     return _uncompiled if function is None else function
 
 
-_ROUTER = "megatron.core.transformer.moe.router.router_gating_linear"
+_ROUTER = "megatron.core.transformer.moe.moe_utils.te_general_gemm"  # there with Transformer Engine only
+_RANDOM = "megatron.core.tensor_parallel.random"
 _LINEAR = "megatron.core.tensor_parallel.layers.linear_with_"
 _SLOW_BF16 = "without AVX-512 torch multiplies bfloat16 row by row: from 16 rows on 2 to 8 times as slow as widened"
 
@@ -154,9 +147,10 @@ PATCHES: dict[str, Patch] = {
     "torch.cuda.Stream": Patch("the alltoall dispatcher copies its counts on a side stream", lambda: CpuStream),
     "torch.cuda.current_stream": Patch("the same", lambda: _current_stream),
     "torch.cuda.stream": Patch("the same", lambda: contextlib.nullcontext),
-    _ROUTER: Patch(  # on a GPU without Transformer Engine too
-        "the original asks for te_general_gemm, a name that only exists with Transformer Engine (moe_utils.py:1192)",
-        lambda: _router_gating_linear,
+    _ROUTER: Patch(  # on every GPU
+        "the router asks for it, there or not (moe_utils.py:1192). With Transformer Engine from 2.10 on it is None; an "
+        "older one would take a bfloat16 bias for the fp32 of its output (cublaslt_gemm.cu tells cuBLAS for fp8 only)",
+        lambda: None,
     ),
     **{
         f"{_LINEAR}{name}": Patch(_SLOW_BF16, functools.partial(_widened, f"{_LINEAR}{name}"))
@@ -166,10 +160,10 @@ PATCHES: dict[str, Patch] = {
         "the original leaves CPU tensors alone, where all_to_all needs split sizes as numbers (moe_utils.py:1087)",
         lambda: _to_cpu,
     ),
-    "megatron.core.tensor_parallel.random._get_cuda_rng_state": Patch(
+    f"{_RANDOM}._get_cuda_rng_state": Patch(
         "the original queues a callback for CUDA's lazy start and returns nothing", lambda: _rng_state
     ),
-    "megatron.core.tensor_parallel.random._set_cuda_rng_state": Patch(
+    f"{_RANDOM}._set_cuda_rng_state": Patch(
         "the original queues a callback for CUDA's lazy start for ever", lambda: _set_rng_state
     ),
     "megatron.core.optimizer.Adam": Patch(
@@ -191,7 +185,7 @@ PATCHES: dict[str, Patch] = {
 }
 
 # Of these, what a GPU needs without Transformer Engine and Apex.
-WITHOUT_FUSED = (_ROUTER, *(path for path in PATCHES if path.startswith("megatron.core.optimizer.")))
+WITHOUT_FUSED = tuple(path for path in PATCHES if path.startswith("megatron.core.optimizer."))
 
 
 def _resolve(path: str) -> tuple[Any, str]:
@@ -278,9 +272,9 @@ def check_version() -> None:
 def _patch(patches: Mapping[str, Patch]) -> None:
     for path, patch in patches.items():
         module, name = _resolve(path)
-        if not hasattr(module, name):
+        if not hasattr(module, name) and path != _ROUTER:
             raise RuntimeError(f"{path} does not exist in megatron-core {MEGATRON_CORE} with torch {torch.__version__}")
-        _originals[path] = getattr(module, name)
+        _originals[path] = getattr(module, name, _nothing)
         setattr(module, name, patch.replacement())
 
 
@@ -331,8 +325,10 @@ def init_device() -> None:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         with _without_wandb():
             importlib.import_module("megatron.core")
-            if not any(map(importlib.util.find_spec, ("transformer_engine", "apex"))):
-                _patch({path: PATCHES[path] for path in WITHOUT_FUSED})
+            lacks = importlib.import_module(
+                "megatron.core.optimizer"
+            ).USING_PYTORCH_OPTIMIZER  # what mcore could import
+            _patch({path: PATCHES[path] for path in (_ROUTER, *(WITHOUT_FUSED if lacks else ()))})
         _ready = True
         return
     if "megatron.core.jit" in sys.modules:
@@ -341,7 +337,7 @@ def init_device() -> None:
             "Call megatron_ext.device.init_device() first"
         )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_without_rng_noise)
+    logging.getLogger(_RANDOM).addFilter(_without_rng_noise)
     with _without_wandb():
         _patch(PATCHES)
     _mode = LiteralCudaIsCpu()
@@ -375,6 +371,20 @@ def backend() -> str:
     return "gloo" if is_cpu() else "nccl"
 
 
+@contextlib.contextmanager
+def _no_random_states() -> Iterator[None]:
+    """Have megatron-core's forks and checkpoints ask for no random state, as no recording may (CUDAGeneratorImpl)."""
+    module, names = importlib.import_module(_RANDOM), ("_get_cuda_rng_state", "_set_cuda_rng_state")
+    tracker, held = module.get_cuda_rng_tracker(), {name: getattr(module, name) for name in names}
+    states = tracker.get_states()
+    vars(module).update(dict.fromkeys(names, _nothing))
+    try:
+        yield
+    finally:
+        vars(module).update(held)
+        tracker.set_states(states)
+
+
 def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Return `run` as one CUDA graph, which reads what it reads and gives the same tensor; on CPU `run` itself."""
     if is_cpu():
@@ -386,7 +396,7 @@ def record(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
             run()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others, as of a checkpoint, may copy meanwhile
+    with _no_random_states(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may copy meanwhile
         kept = run()
 
     def replay() -> torch.Tensor:

@@ -41,8 +41,8 @@ from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
 from megatron_ext.entrypoints.accuracy import Line, accuracy, asked, write_tables
 from megatron_ext.parallel.plan import Site
-from megatron_ext.preflight.facts import check_forward
-from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_rollouts
+from megatron_ext.preflight import facts
+from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_recording, check_rollouts
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
@@ -88,7 +88,9 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     if config.compare_with and not config.samples:
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     problems += check_rollouts(config, Sampling())
-    return problems + check_forward(config, site or Site(ranks))
+    site = site or Site(ranks)
+    problems += check_recording(config, facts.forward(config, site).shape)
+    return problems + facts.check_forward(config, site)
 
 
 def of_mix(config: Config) -> bool:

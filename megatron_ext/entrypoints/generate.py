@@ -26,9 +26,9 @@ from data_tools.tasks.estimators import Vote, at_k, standard_error
 from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.parallel.plan import Site
-from megatron_ext.preflight.facts import check_forward
+from megatron_ext.preflight import facts
 from megatron_ext.rl.settings import GenerateSettings
-from megatron_ext.rollout.settings import check_rollouts
+from megatron_ext.rollout.settings import check_recording, check_rollouts
 from megatron_ext.training import options
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     if config.samples > 1 and config.sampling.is_greedy:
         problems.append(Problem("sampling.temperature", f"0 gives {config.samples} samples all alike; use samples: 1"))
     problems += check_rollouts(config, config.sampling)
-    return problems + check_forward(config, site or Site(ranks))
+    site = site or Site(ranks)
+    problems += check_recording(config, facts.forward(config, site).shape)
+    return problems + facts.check_forward(config, site)
 
 
 def run(

@@ -19,12 +19,11 @@ from data_tools.progress import Progress, Stop, never, silent
 from data_tools.tasks.mix import check_mix, entries_of
 from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.plan import ParallelPlan, Site
-from megatron_ext.parallel.shape import MAMBA, MOE, count_blocks
 from megatron_ext.preflight import facts, refusals, tables
 from megatron_ext.preflight.facts import Training
 from megatron_ext.rl.settings import GrpoSettings, check_comparable, check_loss, check_rewarding
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
-from megatron_ext.rollout.settings import check_graphs, check_rollouts
+from megatron_ext.rollout.settings import check_recording, check_rollouts
 from megatron_ext.training import options
 from megatron_ext.training import schedule as schedules
 
@@ -62,8 +61,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         if 0 < positions <= new:
             message = f"{new:,} new ones leave no room for a prompt in the model's {positions:,} positions: give fewer"
             problems.append(Problem("sampling.max_tokens", message))
-        blocks = count_blocks(training.shape.layers)
-        problems += check_graphs(config.engine, bool(blocks[MOE]), bool(blocks[MAMBA]), config.parallel.pipeline)
+    problems += check_recording(config, training.shape)
     return problems + refusals.check(config.parallel, training, site)
 
 

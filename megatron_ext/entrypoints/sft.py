@@ -17,6 +17,9 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from megatron_ext.entrypoints import certify
 from megatron_ext.lora import settings as loras
+from megatron_ext.parallel import rules
+from megatron_ext.parallel.machine import here
+from megatron_ext.parallel.parts import Needs
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts, refusals, tables
 from megatron_ext.preflight.facts import Training
@@ -53,7 +56,8 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     if training.shape is not None:
         problems += options.check_balance(config.balance, training.shape.experts > 0)
     problems += _check_data(config, site)
-    problems += options.check(config.engine, facts.parts_of(config.parallel, training.workload))
+    needs = rules.needs_of(config.parallel, training.workload)
+    problems += options.check(config.engine, facts.parts_of(config.parallel, training.workload), needs)
     problems += loras.check(config.lora, training.shape) + _check_base(config, site)
     return problems + refusals.check(config.parallel, training, site)
 
@@ -145,7 +149,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
         training = _training(config, Site(world))[0]
         choice = model_folder.told_parts(folder, config)
-        if problems := options.check(config.engine, choice.parts):
+        needs = Needs(here(), folder.shape, config.parallel, config.dtype or folder.dtype)
+        if problems := options.check(config.engine, choice.parts, needs):
             raise UserMistake(problems)
         trainer = _trainer(config, folder, training, weights)
         outcome = supervised.train_on_packs(

@@ -20,14 +20,30 @@ have not run on a GPU yet.
 Letters of shapes: b rows, T tokens of a row, p size of a head, n size of its state.
 """
 
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
 from megatron_ext.layers.mamba_scan import Parameters, Sizes, State, convolve, window
 from megatron_ext.parallel.mamba_kernels import WIDTHS, why_torch_convolution
+
+
+def _kernel(module: str, name: str) -> Callable[..., Any]:
+    """Import a kernel of mamba-ssm past the package's __init__.py: that imports models, which want names that
+    transformers 5 has no more (utils/generation.py, line 14).
+    """
+    if "mamba_ssm" not in sys.modules and (spec := importlib.util.find_spec("mamba_ssm")) is not None:
+        sys.modules["mamba_ssm"] = importlib.util.module_from_spec(spec)  # which knows where its modules are
+    return getattr(importlib.import_module(f"mamba_ssm.ops.triton.{module}"), name)
+
+
+selective_state_update = _kernel("selective_state_update", "selective_state_update")
+mamba_chunk_scan_combined = _kernel("ssd_combined", "mamba_chunk_scan_combined")
 
 
 def advance(

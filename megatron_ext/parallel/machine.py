@@ -4,6 +4,7 @@ At run time it is this machine, at plan time what the profile says of the GPUs a
 """
 
 import importlib.util
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +42,11 @@ def numbers(release: str) -> tuple[int, int]:
     """Return major and minor number of a release: "2.11.0+cu13" -> (2, 11)."""
     major, minor, *_ = release.split(".")
     return int(major), int(minor)
+
+
+def all_numbers(release: str) -> tuple[int, ...]:
+    """Return the numbers of a release, for comparison: "2.8.0.post2" -> (2, 8, 0, 2). A local part makes it later."""
+    return tuple(map(int, re.findall(r"\d+", release)))
 
 
 def spelled(release: tuple[int, int]) -> str:

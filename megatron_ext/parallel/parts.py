@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ext.parallel.machine import HOPPER, PINNED, Machine, numbers, spelled
+from megatron_ext.parallel.machine import HOPPER, PINNED, Machine, all_numbers, numbers, spelled
 from megatron_ext.parallel.mamba_kernels import PACKAGES, mamba_kernels
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.shape import MAMBA, MOE, WINDOW, ModelShape
@@ -27,7 +27,9 @@ BACKENDS = (AUTO, TORCH, TE)
 SINKS_SINCE = (2, 15), 91800
 FUSED_CUDNN, FUSED_CUDNN_OF_BLACKWELL = 90600, 90700  # the first with packed documents, few KV heads (fused_attn.cpp)
 FAULTY_CUDNN = 91000, 91001  # for which fused_attn.cpp has no kernel
-CONSUMER_BLACKWELL, AMPERE = (12, 0), (8, 0)  # compute capabilities
+CONSUMER_BLACKWELL, BLACKWELL, AMPERE = (12, 0), (10, 0), (8, 0)  # compute capabilities
+FLASH_ATTN, FLASH_ATTN_OF_BLACKWELL = ("2.1.1", "2.8.3"), "2.7.3"  # oldest and newest that Transformer Engine takes
+WIDE_FLASH_ATTN = AMPERE, HOPPER, BLACKWELL, CONSUMER_BLACKWELL  # the only ones with heads over 192
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ class Needs:
     def context_comm(self) -> str:
         """How context ranks meet; "" where there is one."""
         return self.plan.context_comm if self.plan and self.plan.context > 1 else ""
+
+
+NOTHING_KNOWN = Needs()
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,33 @@ def te_exchanges_whole_kv_groups(n: Needs) -> str:
     return uneven if groups % n.plan.context else ""
 
 
+def _lacks_flash_attn(n: Needs, machine: Machine) -> str:
+    """Return how Transformer Engine does without flash-attn on a GPU, "" where it has it (backends.py, utils.py)."""
+    least = FLASH_ATTN_OF_BLACKWELL if machine.arch >= BLACKWELL else FLASH_ATTN[0]
+    if not machine.flash_attn or machine.arch < AMPERE or (n.shape and n.shape.sinks):  # which it does not know
+        return "without flash-attn"
+    if not all_numbers(least) <= all_numbers(machine.flash_attn) <= all_numbers(FLASH_ATTN[1]):
+        return f"with flash-attn {machine.flash_attn}, of which it takes {least} to {FLASH_ATTN[1]}"
+    if n.shape and n.shape.head_dim > 192 and machine.arch not in WIDE_FLASH_ATTN:
+        return "with flash-attn, which has heads of at most 192 there"
+    return ""
+
+
+def _lacks_fused(n: Needs, machine: Machine, otherwise: str) -> str:
+    """Return why cuDNN has no fused attention on a GPU, "" where it has. `otherwise` there is none but this."""
+    head, arch = n.shape.head_dim if n.shape else 0, f"compute capability {spelled(machine.arch)}"
+    if machine.arch < HOPPER or machine.arch == CONSUMER_BLACKWELL:
+        return (
+            f"{n.te} has fused attention over packed documents on Hopper and B200, not on {arch} {otherwise}".rstrip()
+        )
+    least = FUSED_CUDNN if machine.arch == HOPPER else FUSED_CUDNN_OF_BLACKWELL
+    if machine.cudnn and (machine.cudnn < least or machine.cudnn in FAULTY_CUDNN):
+        return f"fused attention over packed documents on {arch} needs flash-attn or another cuDNN than {machine.cudnn}"
+    if head > 128 and machine.arch != HOPPER:
+        return f"{n.te} has no fused attention for heads of {head} on {arch} {otherwise}".rstrip()
+    return ""
+
+
 def te_has_an_attention_kernel_here(n: Needs) -> str:
     """Want cuDNN's fused attention or flash-attn: the unfused attention takes memory with the square of a pack."""
     machine = n.gpu
@@ -142,20 +174,20 @@ def te_has_an_attention_kernel_here(n: Needs) -> str:
         return ""
     if n.dtype == "float32":
         return f"{n.te} has no fused attention in float32, only one whose memory grows with the square of a pack"
-    head, sinks = (n.shape.head_dim, n.shape.sinks) if n.shape else (0, False)
+    head = n.shape.head_dim if n.shape else 0
     if head % 8 or head > 256:
         return f"{n.te} has no fused attention for heads of {head}, only for multiples of 8 up to 256"
-    if machine.flash_attn and machine.arch >= AMPERE and not sinks:  # which flash-attn does not know
+    lacks = _lacks_flash_attn(n, machine)
+    return lacks and _lacks_fused(n, machine, lacks)
+
+
+def kernel_is_missing(name: str, n: Needs) -> str:
+    """Return why Transformer Engine's attention has not the kernel "flash", "fused" or "unfused", "" where it has."""
+    if name == "unfused":
+        return f"{n.te} has none over context ranks" if n.context_comm else ""
+    if name == AUTO or n.gpu is None:
         return ""
-    arch = f"compute capability {spelled(machine.arch)}"
-    if machine.arch < HOPPER or machine.arch == CONSUMER_BLACKWELL:
-        return f"{n.te} has fused attention over packed documents on Hopper and B200, not on {arch} without flash-attn"
-    least = FUSED_CUDNN if machine.arch == HOPPER else FUSED_CUDNN_OF_BLACKWELL
-    if machine.cudnn and (machine.cudnn < least or machine.cudnn in FAULTY_CUDNN):
-        return f"fused attention over packed documents on {arch} needs flash-attn or another cuDNN than {machine.cudnn}"
-    if head > 128 and machine.arch != HOPPER:
-        return f"{n.te} has no fused attention for heads of {head} on {arch} without flash-attn"
-    return ""
+    return _lacks_flash_attn(n, n.gpu) if name == "flash" else _lacks_fused(n, n.gpu, "")
 
 
 def te_norms_have_weights(n: Needs) -> str:

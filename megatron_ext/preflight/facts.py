@@ -125,9 +125,14 @@ def forecast(model: str, lora: LoraConfig, site: Site) -> dict[str, Any]:
     return {"hf_config": model_config(model, site)[0], **adapter}
 
 
+def forward(config: ModelSettings, site: Site) -> Training:
+    """Return what a phase that trains nothing carries."""
+    return prepare(config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site)[0]
+
+
 def check_forward(config: ModelSettings, site: Site) -> list[Problem]:
     """Return what can be refused of the parallel plan and the layers of a phase that trains nothing."""
-    training, _ = prepare(config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site)
+    training = forward(config, site)
     return rules.check_forward(config.parallel, replace(training.workload, pack_length=None, global_batch=None))
 
 

@@ -26,7 +26,10 @@ _ANGLES = 1024  # positions; rotary tables are made for multiples, so that they 
 
 
 class NewTokens(NamedTuple):
-    """Tokens from `start` on of a document, as one step computes them, and the blocks and the slot of that document."""
+    """Tokens from `start` on of a document, as one step computes them, and the blocks and the slot of that document.
+
+    Without a slot its recurrent state goes to the one that is nobody's.
+    """
 
     tokens: tuple[int, ...]
     start: int
@@ -62,8 +65,8 @@ class Cache:
     """What each of this rank's layers that looks back needs of earlier tokens.
 
     Attention: keys and values [blocks, block size, groups, d]. Mamba: the state after the last token, [slots, ...].
-    The memory is there from `allocate` to `free`: between rollouts training has it. The last block is nobody's: tokens
-    that only fill a row up write there.
+    The memory is there from `allocate` to `free`: between rollouts training has it. The last block and the last slot
+    are nobody's: tokens that only fill a row up, or make a pass for other ranks' sake, write there.
     """
 
     def __init__(self, model: torch.nn.Module, config: TransformerConfig, block_size: int, target: torch.device):
@@ -74,6 +77,7 @@ class Cache:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self.states: dict[int, State] = {}
+        self.spare_slot = 0
 
     def blocks_in(self, gib: float) -> int:
         """Return how many blocks so much memory holds, besides the one that is nobody's."""
@@ -89,8 +93,9 @@ class Cache:
         for layer in self.attention:
             self.keys[layer] = torch.zeros(shape, dtype=self.dtype, device=self.target)
             self.values[layer] = torch.zeros(shape, dtype=self.dtype, device=self.target)
+        self.spare_slot = slots
         for layer, mixer in self.mixers.items():
-            empty = mixer.empty_state(torch.empty(slots, 0, dtype=self.dtype, device=self.target))
+            empty = mixer.empty_state(torch.empty(slots + 1, 0, dtype=self.dtype, device=self.target))
             self.states[layer] = empty
 
     def free(self) -> None:
@@ -226,7 +231,7 @@ def cached_row(documents: Sequence[NewTokens], cache: Cache, filler: int = 0, wi
             numpy.concatenate([numpy.arange(starts[i], starts[i + 1]) for i in numbers]),
             numpy.stack([spans[i] for i in numbers]),
             numpy.stack([numpy.pad(tables[i], (0, most - len(tables[i]))) for i in numbers]),
-            numpy.array([documents[i].slot or 0 for i in numbers]),
+            numpy.array([cache.spare_slot if (slot := documents[i].slot) is None else slot for i in numbers]),
             numpy.array([documents[i].start == 0 for i in numbers]),
         ]
 

@@ -8,6 +8,7 @@ from data_tools.chats.tokenizer import NEVER
 from data_tools.mistake import Problem
 from data_tools.tasks.mix import MixConfig, check_mix, check_verdicts
 from megatron_ext.parallel.settings import ModelSettings
+from megatron_ext.parallel.shape import MAMBA, MOE, ModelShape, count_blocks
 
 
 @dataclass
@@ -110,3 +111,11 @@ def check_graphs(
     }
     return [Problem(f"{where}.cuda_graphs", f"this model's decoding cannot be recorded, for {reason}; set it false")
             for reason, there in reasons.items() if config.cuda_graphs and there]  # fmt: skip
+
+
+def check_recording(config: RolloutSettings, shape: ModelShape | None) -> list[Problem]:
+    """Refuse it before anything runs, where the model is known."""
+    if shape is None:
+        return []
+    blocks = count_blocks(shape.layers)
+    return check_graphs(config.engine, bool(blocks[MOE]), bool(blocks[MAMBA]), config.parallel.pipeline)

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_tools.base.declared import setting
 from data_tools.mistake import Problem
-from megatron_ext.parallel.parts import TE, Parts
+from megatron_ext.parallel.parts import NOTHING_KNOWN, TE, Needs, Parts, kernel_is_missing
 
 ATTENTION_BACKENDS = ("auto", "flash", "fused", "unfused")  # enums.AttnBackend; its `local` is backend torch
 CUDA_GRAPHS = ("none", "local", "transformer_engine")  # TransformerConfig.cuda_graph_impl
@@ -64,7 +64,7 @@ ONE_PACK = (
 )
 
 
-def check(engine: Engine, parts: Parts | None, where: str = "engine") -> list[Problem]:
+def check(engine: Engine, parts: Parts | None, needs: Needs = NOTHING_KNOWN, where: str = "engine") -> list[Problem]:
     """Refuse what needs a part that is Transformer Engine's, or another setting. `parts`: None while not known."""
     problems = []
 
@@ -73,6 +73,8 @@ def check(engine: Engine, parts: Parts | None, where: str = "engine") -> list[Pr
 
     if engine.attention != "auto" and parts and parts.attention != TE:
         refuse("attention", f"{engine.attention} is Transformer Engine's, and attention is ours here: use auto")
+    elif missing := kernel_is_missing(engine.attention, needs):
+        refuse("attention", f"no {engine.attention} attention of Transformer Engine's is here ({missing}): use auto")
     if engine.cuda_graphs != "none":
         refuse("cuda_graphs", f"{engine.cuda_graphs}: {ONE_PACK}")
     if engine.te_rng and parts and not parts.uses_te:

@@ -77,11 +77,15 @@ def rollouts(model: Any, kinds: Sequence[str] = tuple(SAMPLINGS), **settings: An
     return found
 
 
-def decoded(of: Any, folder: Path, **settings: Any) -> dict[str, list]:
-    """Return `rollouts` of a model as it was imported."""
-    with ranks.started(ALONE):
-        (model,) = built(of, tiny.hf_folder(folder, of))
-        return rollouts(model, **settings)
+def decoded(of: Any, folder: Path, plan: ParallelPlan = ALONE, **settings: Any) -> dict[str, list]:
+    """Return `rollouts` of a model as it was imported, where they leave random states as they were."""
+    with ranks.started(plan):
+        (model,) = built(of, tiny.hf_folder(folder, of), plan)
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        before = tracker.get_states()
+        found = rollouts(model, **settings)
+        assert all(torch.equal(states, before[name]) for name, states in tracker.get_states().items())
+        return found
 
 
 def walk(of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -285,6 +289,22 @@ def refused_in_a_recording(what: str) -> str:
     except memory.Stray as stray:
         return str(stray)
     return "nothing"
+
+
+def forked_in_a_recording() -> list[float]:
+    """Return what a pass gives that forks random states, as TransformerBlock does under sequence parallelism."""
+    x = torch.ones(3, device=device())
+    with ranks.started(ALONE):
+        tracker = tensor_parallel.get_cuda_rng_tracker()
+        before = tracker.get_states()
+
+        def run() -> torch.Tensor:
+            with tracker.fork():
+                return x * 1
+
+        found = record(run)().tolist()
+        assert all(torch.equal(states, before[name]) for name, states in tracker.get_states().items())
+        return found
 
 
 def replayed() -> list[list[float]]:

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_ext.device import NoOwnGpu, own_gpu
+from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.ranks import _check_own_gpu
 from megatron_ext.rl.settings import Loss
 from tests.gpu_rehearsal.pool import PretendedRanks, on_device
@@ -111,6 +112,18 @@ def test_recorded_passes_draw_what_others_draw(pretended, family, tmp_path):
         (found,) = on_device(pretended, "decoded", of=FAMILIES[family], folder=folder, cuda_graphs=recorded)
         drawn.append({kind: [tokens for tokens, *_ in samples] for kind, samples in found.items()})
     assert drawn[0] == drawn[1]
+
+
+def test_recorded_passes_ask_for_no_random_state(pretended, tmp_path):
+    """As megatron-core's recomputation and its forks under sequence parallelism do, both in megatron_grpo.yaml."""
+    of, plan = tiny.DIMS, ParallelPlan(recompute="selective")
+    recorded, passed = (
+        on_device(pretended, "decoded", of=of, folder=tmp_path / str(graphs), plan=plan, cuda_graphs=graphs)
+        for graphs in (True, False)
+    )
+    for kind, samples in passed[0].items():
+        assert [tokens for tokens, *_ in recorded[0][kind]] == [tokens for tokens, *_ in samples], kind
+    assert on_device(pretended, "forked_in_a_recording") == [[1.0] * 3]
 
 
 REFUSED = ("a number read", "a choice by value", "a mask", "numbers of the host")

@@ -25,6 +25,7 @@ from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.rl.prompts import stop_ids_of
 from megatron_ext.rl.settings import Evaluation
 from megatron_ext.rollout.settings import EngineConfig, Sampling
+from tests.megatron_ext import tiny
 
 PROMPTS, SAMPLES = 12, 4
 VERIFIER = "tests.data_tools.tasks.verifiers:length"
@@ -317,3 +318,18 @@ def test_generated_samples_are_filtered_materialized_packed_and_trained_on(folde
         keep,
     )
     assert trained["step"] == 2
+
+
+@pytest.mark.parametrize("entrypoint", (generate, evaluate, grpo))
+@pytest.mark.parametrize("family, layout, word", [
+    ("gpt_oss", ParallelPlan(), "experts"),
+    ("nemotron_h", ParallelPlan(), "recurrent states"),
+    ("qwen2", ParallelPlan(pipeline=2), "pipeline"),
+    ("qwen2", ParallelPlan(), ""),
+])  # fmt: skip
+def test_decoding_that_cannot_be_recorded_is_refused_before_it_runs(entrypoint, family, layout, word, tmp_path):
+    of = {"gpt_oss": tiny.GPT_OSS_DIMS, "nemotron_h": tiny.NEMOTRON_H_DIMS, "qwen2": tiny.DIMS}[family]
+    tiny.hf_folder(tmp_path / "hf", of)
+    asked = entrypoint.Config(model=str(tmp_path), parallel=layout, engine=EngineConfig(cuda_graphs=True))
+    found = [str(problem) for problem in entrypoint.check(asked, layout.pipeline) if "cuda_graphs" in str(problem)]
+    assert bool(found) is bool(word) and all(word in " ".join(found) for _ in found)

@@ -9,12 +9,14 @@ from megatron_ext.entrypoints import evaluate, generate, grpo, sft
 from megatron_ext.parallel import parts
 from megatron_ext.parallel.calibration import GPUS
 from megatron_ext.parallel.machine import PINNED, Machine, numbers
-from megatron_ext.parallel.parts import LIMITS, OURS, Needs, Parts, choose
+from megatron_ext.parallel.parts import LIMITS, OURS, Needs, Parts, choose, kernel_is_missing
 from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
 from megatron_ext.parallel.rules import OF_PARTS, check, check_forward
 from megatron_ext.parallel.shape import ModelShape
 from megatron_ext.preflight import facts, memory
 from megatron_ext.preflight.facts import Documents, Training
+from megatron_ext.training import options
+from megatron_ext.training.options import Engine
 from tests.megatron_ext import tiny
 from tests.megatron_ext.shapes import GPT_OSS_20B, NANO, QWEN_32B
 
@@ -243,3 +245,48 @@ def test_memory_follows_the_linear_layers():
     assert more == 4096 * 64 * 2 * QWEN_32B.ffn / 8
     assert activations(QWEN_32B, None) == activations(QWEN_32B, H100)
     assert activations(NANO, H100_ALONE) == activations(NANO, H100)
+
+
+FLASH = {  # machine, head size: whether Transformer Engine takes its flash-attn (backends.py, get_attention_backend)
+    "the newest": (A100_FLASH, 128, True),
+    "an old one": (replace(A100_FLASH, flash_attn="2.1.1"), 128, True),
+    "a later build": (replace(A100_FLASH, flash_attn="2.8.3.post1"), 128, False),
+    "a local build": (replace(A100_FLASH, flash_attn="2.8.3+cu12torch2.8"), 128, False),
+    "a newer one": (replace(A100_FLASH, flash_attn="2.9.0"), 128, False),
+    "too old": (replace(A100_FLASH, flash_attn="2.0.9"), 128, False),
+    "too old for Blackwell": (replace(B200, flash_attn="2.7.2.post1"), 192, False),
+    "Blackwell": (replace(B200, flash_attn="2.7.4.post1"), 256, True),
+    "wide heads": (A100_FLASH, 256, True),
+    "wide heads on a smaller chip": (replace(A100_FLASH, capability=(8, 9)), 256, False),
+    "none": (A100, 128, False),
+}
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_only_flash_attn_that_transformer_engine_takes_counts(name):
+    machine, head, taken = FLASH[name]
+    needs = Needs(machine, replace(QWEN_32B, head_dim=head), None, "bfloat16")
+    assert (choose("auto", needs).parts.attention == "te") is taken
+    assert (kernel_is_missing("flash", needs) == "") is taken
+
+
+@pytest.mark.parametrize(
+    "machine, kernel, word",
+    [
+        (H100, "flash", "without flash-attn"),
+        (H100, "fused", ""),
+        (H100_FLASH, "flash", ""),
+        (A100_FLASH, "flash", ""),
+        (A100_FLASH, "fused", "not on compute capability 8.0): use auto"),
+        (A100_FLASH, "auto", ""),
+        (A100_FLASH, "unfused", ""),
+    ],
+)
+def test_a_kernel_that_is_asked_for_by_name_is_there_or_refused(machine, kernel, word):
+    problems = options.check(Engine(attention=kernel), TE, Needs(machine, QWEN_32B, None, "bfloat16"))
+    assert [word in str(problem) for problem in problems] == ([True] if word else [])
+
+
+def test_unfused_attention_is_refused_over_context_ranks():
+    (problem,) = options.check(Engine(attention="unfused"), TE, Needs(H100, QWEN_32B, cp("p2p"), "bfloat16"))
+    assert "context ranks" in str(problem)

@@ -120,6 +120,23 @@ def graph(cuda_graph: CUDAGraph, *_: Any, **__: Any) -> Iterator[None]:
         state.graph = None
 
 
+class Generator(torch.Generator):
+    """A GPU's, whose state is not to be had during a recording (CUDAGeneratorImpl.cpp, assertNotCapturing)."""
+
+    def get_state(self) -> torch.Tensor:
+        _not_capturing("current_seed")
+        return super().get_state()
+
+    def set_state(self, new_state: torch.Tensor) -> torch.Generator:
+        _not_capturing("set_state")
+        return super().set_state(new_state)
+
+
+def _not_capturing(name: str) -> None:
+    if state.graph is not None:
+        raise Stray(f"Cannot call CUDAGeneratorImpl::{name} during CUDA graph capture")
+
+
 def pretend_cuda(devices: int, name: str, capability: tuple[int, int]) -> None:
     cuda: Any = torch.cuda
     stream = Stream()
@@ -152,7 +169,7 @@ def pretend_cuda(devices: int, name: str, capability: tuple[int, int]) -> None:
         "CUDAGraph": CUDAGraph,
         "graph": graph,
         "is_current_stream_capturing": lambda: state.graph is not None,
-        "default_generators": (torch.Generator(),),
+        "default_generators": (Generator(),),
         "max_memory_allocated": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,

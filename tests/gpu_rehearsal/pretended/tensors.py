@@ -131,11 +131,11 @@ class Discipline(TorchDispatchMode):
         if not (gpu and torch.Tag.nondeterministic_seeded in func.tags):
             return func(*args, **kwargs)
         host, own = torch.get_rng_state(), torch.cuda.default_generators[0]  # the GPU has a generator of its own
-        torch.set_rng_state(own.get_state())
+        torch.set_rng_state(torch.Generator.get_state(own))  # also in a recording, which may draw
         try:
             return func(*args, **kwargs)
         finally:
-            own.set_state(torch.get_rng_state())
+            torch.Generator.set_state(own, torch.get_rng_state())
             torch.set_rng_state(host)
 
 

@@ -170,7 +170,7 @@ def test_recorded_passes_draw_the_same_samples_and_what_cannot_be_recorded_is_re
 def test_the_rows_of_a_recorded_pass_divide_over_the_tensor_ranks(unit):
     """Whatever their number: sequence parallelism cuts a row into as many parts."""
     made = []
-    cache = SimpleNamespace(block_size=4, spare=43, target=torch.device("cpu"))
+    cache = SimpleNamespace(block_size=4, spare=43, spare_slot=0, target=torch.device("cpu"))
     graphs = Graphs(lambda tokens, row: made.append(tokens.size(1)) or torch.zeros(tokens.size(1), 2), cache, unit)
     for count in range(1, 14):
         assert len(graphs.logits([NewTokens((1,), 0, [i]) for i in range(count)])) == count

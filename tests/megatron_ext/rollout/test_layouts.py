@@ -1,5 +1,6 @@
 """The same samples under every layout that training has."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,14 @@ from tests.megatron_ext.rollout.test_engine import FAMILIES, SMALL, STOP, reques
 Found = dict[tuple[int, int], tuple[list[int], list[float], list[float]]]
 
 
-def sampled(hf: Path, family: str, plan: ParallelPlan) -> Found:
+def sampled(hf: Path, family: str, plan: ParallelPlan, max_batch: int = SMALL.max_batch) -> Found:
     """Completion, log-probs and margins of each sample this rank's replica makes: its share of the prompts."""
     with ranks.started(plan):
         from megatron.core import parallel_state
 
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         model = tiny.model(hf, FAMILIES[family], plan)
-        engine = Engine(model, SMALL, seed=7, stop_ids={STOP})
+        engine = Engine(model, replace(SMALL, max_batch=max_batch), seed=7, stop_ids={STOP})
         mine = requests()[rank::size]
         found = {
             (s.prefix.request.uid, s.sample): (s.completion, s.logprobs, s.margins)
@@ -70,6 +71,14 @@ TWO = [
 @pytest.mark.parametrize("family, plan", TWO)
 def test_two_ranks_draw_the_samples_of_one(two_ranks, folders, expected, family, plan):
     same(two_ranks.run(sampled, hf=folders[family], family=family, plan=plan), expected[family])
+
+
+def test_a_pass_over_nothing_leaves_recurrent_states_alone(two_ranks, folders, expected):
+    """It is made for other ranks' experts, here where a prompt waits in the first slot for its next sample to begin."""
+    found = two_ranks.run(
+        sampled, hf=folders["nemotron_h"], family="nemotron_h", plan=ParallelPlan(expert=2), max_batch=1
+    )
+    same(found, expected["nemotron_h"])
 
 
 class Slow:
