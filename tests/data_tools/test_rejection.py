@@ -329,6 +329,18 @@ def test_any_number_of_elements_leaves_the_same_bytes(tmp_path: Path, values: di
         assert (tmp_path / "out/chat.jsonl").read_bytes() == bytes_of_one and many == one
 
 
+@pytest.mark.parametrize("place", [0, True], ids=str)
+def test_any_number_of_elements_leaves_the_same_bytes_where_places_are_not_of_one_prompt(
+    tmp_path: Path, place: object
+) -> None:
+    """Of a tool whose `place` says something else, such as a rank."""
+    filtered(tmp_path, [{**row, "place": place} for row in many_samples()])
+    bytes_of_one = (tmp_path / "out/chat.jsonl").read_bytes()
+    for count in (2, 7):
+        rejected(Config(inputs=[str(tmp_path / "samples.jsonl")]), tmp_path, count)
+        assert (tmp_path / "out/chat.jsonl").read_bytes() == bytes_of_one
+
+
 def test_behind_generate_element_by_element_the_bytes_are_those_of_all_samples_at_once(tmp_path: Path) -> None:
     """Element i of n sampled prompts i, i + n, …; its part is one element's, whatever its prompts' hashes are."""
     rows, parts, out = many_samples(), [tmp_path / f"filtered_{index}" for index in range(3)], tmp_path / "joined"
