@@ -41,9 +41,10 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     setup = "\n".join([imports, *imported, code])
     if not calls:
         raise ValueError("its code defines no function")
-    asked = _ASKED.format(task=text_of(record, "text", "prompt").strip(), tests="\n".join(tests))
+    task = text_of(record, "text", "prompt").strip()
+    asked = _ASKED.format(task=task, tests="\n".join(tests))
     prompt = [{"role": "user", "content": asked + _FORM}] if options.chat else asked + _BEGIN
-    return [Item.of(prompt, None, {"setup": setup, "tests": tests, "calls": calls})]
+    return [Item.of(prompt, None, {"setup": setup, "tests": tests, "calls": calls}, question=task)]
 
 
 def rewards(item: Item, completion: str, options: Options) -> dict[str, float] | None:
