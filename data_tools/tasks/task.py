@@ -57,7 +57,7 @@ class Item:
     def of(cls, prompt: Prompt, answer: Any = None, columns: Mapping[str, Any] = {}, question: str = "") -> "Item":
         """Return an item that is named by its prompt, so that the order of files and rows does not matter and equal
         prompts are one."""
-        return cls(_name_of(prompt), prompt, answer, columns, question)
+        return cls(_name_of(prompt), prompt, answer, columns, question=question)
 
     @property
     def scoring(self) -> str:
