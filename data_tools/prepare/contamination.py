@@ -158,8 +158,9 @@ def questions_of(record: readers.Record) -> list[str]:
     if isinstance(row, dict):
         found = [value for key, value in row.items() if key.lower() in QUESTIONS and isinstance(value, str)]
         found += texts_of(row.get("messages"), ("user", "human")) + texts_of(row.get("prompt"), ("user", "human"))
+    found = [text for text in found if words(text)]
     if not found:
-        reason = record.problem or f"no question under {', '.join(QUESTIONS)} or in messages"
+        reason = record.problem or f"no words of a question under {', '.join(QUESTIONS)} or in messages"
         raise record.mistake(reason, "mend the evaluation set, or name its questions so")
     return found
 

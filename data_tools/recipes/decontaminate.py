@@ -110,7 +110,8 @@ def questions_of_items(items: Sequence[Item]) -> list[str]:
     without its choices and tests, too; where there is none, or others have it with other choices, its prompt's."""
     alone = [" ".join(words(item.question)) for item in items]
     asking, prompts = Counter(alone), without_template([asked(item.prompt) for item in items])
-    return [text if text and asking[text] == 1 else prompt for text, prompt in zip(alone, prompts)]
+    found = [text if text and asking[text] == 1 else prompt for text, prompt in zip(alone, prompts)]
+    return [text for text in found if text]
 
 
 def asked(prompt: Prompt) -> str:
@@ -161,7 +162,7 @@ def decontaminate(config: Config, out: Path, index: int, count: int, progress: P
                         sheet.dropped["contaminated"] += config.on_found == "drop"
                     if not hit or config.on_found == "report":
                         sheet.keep(0, 0)
-                        kept.write(_line(record.value))
+                        kept.write(_kept(record))
             sheet.dropped += Counter()  # without the buckets of nothing
             progress(share.total, share.total, share.unit, name)
     balance = Balance(sheets)
@@ -180,6 +181,14 @@ def _is_row(record: readers.Record, sheet: SourceBalance, config: Config) -> boo
     sheet.lines_with_rows += 1
     sheet.rows += 1
     return True
+
+
+def _kept(record: readers.Record) -> str:
+    """Return the line of a row that stays. Raise UserMistake where it holds what JSON has not, such as a date."""
+    try:
+        return _line(record.value)
+    except TypeError as error:  # of Parquet
+        raise record.mistake(f"cannot be written as JSON Lines: {error}", "write that column as text") from None
 
 
 def _told(hit: Hit, record: readers.Record, name: str, *, number: int, config: Config) -> dict[str, Any]:
@@ -270,4 +279,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair stays as JSON spells it
+        text = json.dumps(row)
+    return f"{text}\n"

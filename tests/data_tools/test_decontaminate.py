@@ -1,7 +1,9 @@
 """No question of an evaluated task stays in training data: found however it is spelled, told where, dropped or not."""
 
+import datetime
 import json
 import random
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,22 @@ def test_a_question_that_is_asked_with_other_choices_counts_with_its_own(tmp_pat
 @pytest.mark.parametrize("text", ["cafe\u0301 on the fifth street", "ｃａｆé ｏｎ the \ufb01fth street"], ids=ascii)
 def test_a_question_is_found_in_any_form_of_unicode(text: str) -> None:
     assert known("Café on the fifth street").touches(text)
+
+
+def test_a_row_with_half_of_a_surrogate_pair_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "\\ud800"}\n')
+    config = Config(inputs=[str(tmp_path / "rows.jsonl")], evaluation_sets=[write(tmp_path / "q.jsonl", [CHOICES])])
+    assert cleaned(config, tmp_path, 1)["kept"] == 1
+    assert json.loads((tmp_path / "out_1/rows.jsonl").read_text()) == {"text": "\ud800"}
+
+
+@pytest.mark.parametrize("value", [b"\xff", datetime.date(2026, 1, 1), Decimal("1.5")], ids=str)
+def test_a_row_that_is_no_json_is_named(tmp_path: Path, value: object) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"text": ["hi"], "more": [value]}), tmp_path / "rows.parquet")
+    config = Config(inputs=[str(tmp_path / "rows.parquet")], evaluation_sets=[write(tmp_path / "q.jsonl", [CHOICES])])
+    with pytest.raises(
+        UserMistake, match="rows.parquet: row 1: cannot be written as JSON Lines: .*; write that column"
+    ):
+        cleaned(config, tmp_path, 1)

@@ -248,7 +248,7 @@ def test_a_name_is_of_one_prompt_and_one_and_its_text_are_two(tmp_path: Path) ->
         filtered(tmp_path / "one", [sample(1, prompt="a"), sample(1, prompt="b")])
 
 
-@pytest.mark.parametrize("line", ['{"title": "x"}', "[1]", "{", '{"question": 3}'])
+@pytest.mark.parametrize("line", ['{"title": "x"}', "[1]", "{", '{"question": 3}', '{"question": "?"}'])
 def test_an_evaluation_set_that_would_keep_nothing_out_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "set.jsonl").write_text(json.dumps({"Problem": "How many apples are left now"}) + f"\n{line}\n")
     with pytest.raises(UserMistake, match="set.jsonl:2: .*; mend the evaluation set"):
