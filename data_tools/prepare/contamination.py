@@ -1,6 +1,7 @@
 """Contamination: which texts hold a question of an evaluation set, however it is spelled.
 
-Texts are compared as words: lower case, no punctuation, one character of a script without spaces. A text holds a
+Texts are compared as words: lower case, no punctuation, one character of a script without spaces, and in one form of
+Unicode (NFKC), so that accents and wide characters do not matter. A text holds a
 question when it has `ngram` of its words in a row; of a shorter question all of them, where these are SHORTEST or more;
 and of any question when it is that question and nothing else.
 
@@ -9,6 +10,7 @@ that a hit is one. Memory: about 16 bytes for each word of the questions, whatev
 """
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd: hashes of runs are polynomials of 
 
 
 def words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    return _WORD.findall((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower())
 
 
 class Hit(NamedTuple):
@@ -156,8 +158,9 @@ def questions_of(record: readers.Record) -> list[str]:
     if isinstance(row, dict):
         found = [value for key, value in row.items() if key.lower() in QUESTIONS and isinstance(value, str)]
         found += texts_of(row.get("messages"), ("user", "human")) + texts_of(row.get("prompt"), ("user", "human"))
+    found = [text for text in found if words(text)]
     if not found:
-        reason = record.problem or f"no question under {', '.join(QUESTIONS)} or in messages"
+        reason = record.problem or f"no words of a question under {', '.join(QUESTIONS)} or in messages"
         raise record.mistake(reason, "mend the evaluation set, or name its questions so")
     return found
 

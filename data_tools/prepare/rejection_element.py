@@ -215,7 +215,8 @@ def _write(
 ) -> None:
     """Choose among each prompt's samples and write those that are left, prompts in their order."""
     with open(out / LEFT, "w", encoding="utf-8") as left:
-        for done, (name, group) in enumerate(sorted(groups.items(), key=lambda pair: pair[1].order)):
+        in_order = sorted(groups.items(), key=lambda pair: (pair[1].order, _number(pair[0])))  # as `finish` merges
+        for done, (name, group) in enumerate(in_order):
             if done % _REPORT_EVERY == 0:
                 progress(done, len(groups), "prompts")
             rows = [_read(waiting, place.offset) for place in group.places]

@@ -1,8 +1,9 @@
 """Training data → the same without the rows that hold a question of an evaluated task, and what was found.
 
-The questions are the prompts of tasks, as a mix names them, and of files (prepare/contamination.py has the rule). What
-all prompts of a task begin and end with is how it asks, and no part of its questions. Of a training row every text
-counts, at any depth. An array takes shares of every file; `finish` joins them: the same bytes for any number of
+The questions are those of tasks, as a mix names them, and of files (prepare/contamination.py has the rule). Choices and
+tests are no part of a question, unless others of the task ask the same. Of a task that does not tell its questions
+apart, its prompts are, without what all of them begin and end with. Of a training row every text counts, at any
+depth. An array takes shares of every file; `finish` joins them: the same bytes for any number of
 elements.
 
     OUT/NAME.jsonl        the rows of input NAME.* that stay, in their order
@@ -37,7 +38,7 @@ from data_tools.records import readers
 from data_tools.records.balance import Balance, SourceBalance
 from data_tools.records.shares import open_share
 from data_tools.tasks.mix import MixConfig, check_mix, entries_of, load_items
-from data_tools.tasks.task import Prompt
+from data_tools.tasks.task import Item, Prompt
 
 QUESTIONS, FOUND = "questions.jsonl", "found.jsonl"
 ON_FOUND, ON_BAD_ROW = ("drop", "report", "fail"), ("fail", "drop")
@@ -67,7 +68,7 @@ def check(config: Config) -> list[Problem]:
     """Refuse a phase without questions, and inputs whose outputs would have one name."""
     problems = []
     if config.mix.entries or config.mix.environments:
-        problems += check_mix(config.mix, training=False)
+        problems += check_mix(config.mix, training=False, comparing=True)  # prompts are all that is read
     elif not config.evaluation_sets:
         problems.append(
             Problem("mix.entries", "nothing to keep out: name evaluated tasks, or files in evaluation_sets")
@@ -94,7 +95,7 @@ def questions(config: Config) -> dict[str, list[str]]:
     """Return the questions of each evaluation set: tasks by their names in the mix, files by theirs."""
     has_tasks = bool(config.mix.entries or config.mix.environments)
     found = {
-        name: without_template([asked(item.prompt) for item in load_items(name, entry)])
+        name: questions_of_items(load_items(name, entry))
         for name, entry in (entries_of(config.mix) if has_tasks else {}).items()
     }
     for name in config.evaluation_sets:
@@ -102,6 +103,15 @@ def questions(config: Config) -> dict[str, list[str]]:
         key = path.name if path.name not in found else str(path)
         found[key] = [text for record in readers.records(path) for text in questions_of(record)]
     return found
+
+
+def questions_of_items(items: Sequence[Item]) -> list[str]:
+    """Return the question of each item as words: the one that its task tells apart, so that training data has it
+    without its choices and tests, too; where there is none, or others have it with other choices, its prompt's."""
+    alone = [" ".join(words(item.question)) for item in items]
+    asking, prompts = Counter(alone), without_template([asked(item.prompt) for item in items])
+    found = [text if text and asking[text] == 1 else prompt for text, prompt in zip(alone, prompts)]
+    return [text for text in found if text]
 
 
 def asked(prompt: Prompt) -> str:
@@ -152,7 +162,7 @@ def decontaminate(config: Config, out: Path, index: int, count: int, progress: P
                         sheet.dropped["contaminated"] += config.on_found == "drop"
                     if not hit or config.on_found == "report":
                         sheet.keep(0, 0)
-                        kept.write(_line(record.value))
+                        kept.write(_kept(record))
             sheet.dropped += Counter()  # without the buckets of nothing
             progress(share.total, share.total, share.unit, name)
     balance = Balance(sheets)
@@ -171,6 +181,14 @@ def _is_row(record: readers.Record, sheet: SourceBalance, config: Config) -> boo
     sheet.lines_with_rows += 1
     sheet.rows += 1
     return True
+
+
+def _kept(record: readers.Record) -> str:
+    """Return the line of a row that stays. Raise UserMistake where it holds what JSON has not, such as a date."""
+    try:
+        return _line(record.value)
+    except TypeError as error:  # of Parquet
+        raise record.mistake(f"cannot be written as JSON Lines: {error}", "write that column as text") from None
 
 
 def _told(hit: Hit, record: readers.Record, name: str, *, number: int, config: Config) -> dict[str, Any]:
@@ -261,4 +279,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair stays as JSON spells it
+        text = json.dumps(row)
+    return f"{text}\n"

@@ -34,13 +34,17 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     tests = record.get("test_list")
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError("'test_list' is no list of assertions")
+    imported, code = record.get("test_imports") or [], record.get("test_setup_code") or ""
+    if not isinstance(imported, list) or not all(isinstance(line, str) for line in [*imported, code]):
+        raise ValueError("'test_imports' is no list of lines, or 'test_setup_code' is no text")
     calls, imports = defined_by(text_of(record, "code").replace("\r\n", "\n"))
-    setup = "\n".join([imports, *(record.get("test_imports") or []), record.get("test_setup_code") or ""])
+    setup = "\n".join([imports, *imported, code])
     if not calls:
         raise ValueError("its code defines no function")
-    asked = _ASKED.format(task=text_of(record, "text", "prompt").strip(), tests="\n".join(tests))
+    task = text_of(record, "text", "prompt").strip()
+    asked = _ASKED.format(task=task, tests="\n".join(tests))
     prompt = [{"role": "user", "content": asked + _FORM}] if options.chat else asked + _BEGIN
-    return [Item.of(prompt, None, {"setup": setup, "tests": tests, "calls": calls})]
+    return [Item.of(prompt, None, {"setup": setup, "tests": tests, "calls": calls}, question=task)]
 
 
 def rewards(item: Item, completion: str, options: Options) -> dict[str, float] | None:

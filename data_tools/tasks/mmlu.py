@@ -4,7 +4,7 @@
 under `subject` (the hub), or `type` (Qwen2.5-Math's files); one of another subject gives no prompt.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from data_tools.base.declared import setting
@@ -67,7 +67,7 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     [item] = multiple_choice.items(record, options)
     about = subject.replace("_", " ")
     prompt = f"The following are multiple choice questions (with answers) about {about}.\n\n{item.prompt}"
-    return [replace(Item.of(prompt, item.answer), columns=item.columns)]
+    return [Item.of(prompt, item.answer, item.columns, item.question)]
 
 
 def _names(options: Options) -> list[str]:

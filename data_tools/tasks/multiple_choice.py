@@ -44,18 +44,19 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     given = record.get("answer", record.get("answerKey"))
     letters = _LETTERS[: len(texts)]
     known = [str(label) for label in labels or letters]
-    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(texts):
-        place = given
-    elif str(given) in known:
+    if str(given) in known:  # of choices with the labels 1 to 4, 1 is the first
         place = known.index(str(given))
+    elif isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(texts):
+        place = given
     else:
         raise ValueError(f"answer {given!r} is none of the choices {', '.join(known)}, nor a place from 0")
     question = text_of(record, "question")
     if options.answered_by == "likelihood":
-        return [_scored(question.strip(), [str(text) for text in texts], letters[place], options)]
+        scored = _scored(question.strip(), [str(text) for text in texts], letters[place], options)
+        return [replace(scored, question=question)]
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts)]
     asked = math_answers.question("\n".join([question, "", *lines]), letters[place], options)
-    return [replace(asked, columns={"letters": letters})]
+    return [replace(asked, columns={"letters": letters}, question=question)]
 
 
 def _scored(question: str, texts: list[str], answer: str, options: Options) -> Item:

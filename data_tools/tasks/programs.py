@@ -16,7 +16,7 @@ from data_tools.mistake import UserMistake
 from data_tools.tasks.task import Item
 
 REWARDS = {"correct": 1.0}
-_BLOCK = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_OPENING = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[^`]*$|(?P<after_text>`{3})[ \t]*\w*[ \t]*$")
 
 
 @dataclass
@@ -54,8 +54,30 @@ def code_of(completion: str, names: list[str]) -> str:
     """Return the code that a completion gives: its last fenced block that defines one of the names, or else its last
     block, or else all of it; of a completion that thinks, what follows its thoughts."""
     text = final_text(completion) or ""
-    blocks = [block for block in _BLOCK.findall(text) if block.strip()]
+    blocks = [block for block in _blocks(text) if block.strip()]
     return next((block for block in reversed(blocks) if defines(block, names)), blocks[-1] if blocks else text)
+
+
+def _blocks(text: str) -> list[str]:
+    """Return the contents of Markdown's fenced blocks, without the indentation of their fences; the last may be cut
+    off.
+
+    A fence that is indented by four more than the one that opened it is a line of the code, as in CommonMark.
+    """
+    blocks: list[list[str]] = []
+    indent, fence = 0, ""
+    for line in text.replace("\r\n", "\n").split("\n"):
+        inside = line.lstrip(" \t")
+        if not fence:
+            if opening := _OPENING.search(line):
+                indent, fence = len(opening["indent"] or ""), opening["fence"] or opening["after_text"]
+                blocks.append([])
+        elif inside.startswith(fence) and len(line) - len(inside) < indent + 4:
+            fence = ""
+            blocks[-1].append("")
+        else:
+            blocks[-1].append(line[:indent].lstrip(" \t") + line[indent:])
+    return ["\n".join(lines) for lines in blocks]
 
 
 def defines(code: str, names: list[str]) -> bool:

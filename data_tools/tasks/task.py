@@ -51,12 +51,13 @@ class Item:
     prompt: Prompt
     answer: Any = None
     columns: Mapping[str, Any] = field(default_factory=dict)  # of its row, for a task that wants more than the answer
+    question: str = ""  # what is asked, without instructions, choices and tests; "": the task does not tell it apart
 
     @classmethod
-    def of(cls, prompt: Prompt, answer: Any = None, columns: Mapping[str, Any] = {}) -> "Item":
+    def of(cls, prompt: Prompt, answer: Any = None, columns: Mapping[str, Any] = {}, question: str = "") -> "Item":
         """Return an item that is named by its prompt, so that the order of files and rows does not matter and equal
         prompts are one."""
-        return cls(_name_of(prompt), prompt, answer, columns)
+        return cls(_name_of(prompt), prompt, answer, columns, question=question)
 
     @property
     def scoring(self) -> str:

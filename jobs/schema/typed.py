@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, ValidationError
 from omegaconf.errors import OmegaConfBaseException
 
 from jobs.kind import PhaseKind
@@ -27,10 +27,10 @@ def structured(problems: Problems, key: str, schema: type, settings: Any, skippe
         problems.note(key, f"{settings!r} is not a mapping")
         return None
     try:
-        config = OmegaConf.merge(_defaults(schema), settings)
+        config = _merged(schema, settings)
     except OmegaConfBaseException:
         good = _good_keys(problems=problems, key=key, schema=schema, settings=settings, skipped=skipped)
-        config = OmegaConf.merge(_defaults(schema), good)
+        config = _merged(schema, good)
     missing = sorted(OmegaConf.missing_keys(config))
     for name in missing:
         if name not in settings:
@@ -55,12 +55,39 @@ def _good_keys(
             )
             continue
         try:
-            OmegaConf.merge(_defaults(schema), {name: value})
+            _merged(schema, {name: value})
             good[name] = value
         except OmegaConfBaseException as error:
             expected = type_.__name__ if isinstance(type_, type) else str(type_).replace("typing.", "")
             problems.note(f"{key}.{name}", f"{value!r} is not of type {expected} ({first_line(error)})")
     return good
+
+
+def _merged(schema: type, settings: dict[str, Any]) -> Any:
+    """Return the dataclass's defaults with settings over them. Raise OmegaConfBaseException for what is of another
+    type."""
+    _refuse_misplaced(schema, settings)
+    return OmegaConf.merge(_defaults(schema), settings)
+
+
+def _refuse_misplaced(wanted: Any, value: Any) -> None:
+    """Raise ValidationError for a list or mapping in the place of another, or of a text or number in one of these.
+
+    OmegaConf takes the latter as they are, and has a TypeError for the former.
+    """
+    if dataclasses.is_dataclass(wanted):
+        for name, inner in get_type_hints(wanted).items():
+            if isinstance(value, dict) and name in value:
+                _refuse_misplaced(inner, value[name])
+        return
+    kind = getattr(wanted, "__origin__", wanted)
+    if kind in (list, dict) and isinstance(value, (list, dict)) and not isinstance(value, kind):
+        raise ValidationError(f"a {type(value).__name__} in place of a {kind.__name__}")
+    if kind in (str, int, float, bool) and isinstance(value, (list, dict)):
+        raise ValidationError(f"{value!r} in place of a {kind.__name__}")
+    for inner in get_args(wanted)[-1:] if kind in (list, dict) else ():
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            _refuse_misplaced(inner, item)
 
 
 @functools.cache

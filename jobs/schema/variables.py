@@ -64,9 +64,16 @@ def declared(written: Any, problems: Problems) -> dict[str, str]:
                 f"{secret} says that it is a secret, and overrides are written down; "
                 "a secret reaches the jobs by the profile's env.secrets",
             )
+        elif other := next((other for other, its in good.items() if _overlap(its, key)), ""):
+            problems.note(where, f"{key} is set by {other} already ({good[other]}); leave one of them out")
         else:
             good[str(name)] = key
     return good
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Return whether two dotted keys are one, or one lies below the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def given(declared: Mapping[str, str], environment: Mapping[str, str], problems: Problems) -> list[Variable]:
@@ -92,6 +99,6 @@ def beaten(variable: Variable, overrides: list[str]) -> str:
     """Return the last override that writes where a variable does, above it or below it; "" where none does."""
     for override in reversed(overrides):
         key = override.partition("=")[0]
-        if f"{key}.".startswith(f"{variable.key}.") or f"{variable.key}.".startswith(f"{key}."):
+        if _overlap(key, variable.key):
             return override
     return ""

@@ -1,7 +1,9 @@
 """No question of an evaluated task stays in training data: found however it is spelled, told where, dropped or not."""
 
+import datetime
 import json
 import random
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,58 @@ def test_settings_that_keep_nothing_out_or_write_one_file_twice_are_refused(tmp_
 
 def test_every_text_of_a_record_counts_at_any_depth() -> None:
     assert list(every_text({"a": ["b", {"c": "d", "e": 3}], "f": None})) == ["b", "d"]
+
+
+ASKED = "Which of these is a mammal?"
+CHOICES = {"question": ASKED, "choices": ["a dog", "a frog"], "answer": 0, "subject": "anatomy"}
+WITH_MORE = {  # tasks whose prompts have more than the question, at options that word it otherwise
+    "arc_easy": (CHOICES, {}),
+    "arc_challenge": (CHOICES, {"answered_by": "likelihood"}),
+    "mmlu": (CHOICES, {"answered_by": "likelihood"}),
+    "mbpp": ({"text": ASKED, "code": "def f(): pass", "test_list": ["assert f() is None"]}, {}),
+}
+
+
+@pytest.mark.parametrize("task", WITH_MORE)
+def test_a_question_is_found_without_the_choices_and_tests_of_its_prompt(tmp_path: Path, task: str) -> None:
+    record, options = WITH_MORE[task]
+    key = "text" if task == "mbpp" else "question"
+    records = [record, record | {key: "What are the units of an electric current?", "subject": "virology"}]
+    rows = [record, {"messages": [{"role": "user", "content": ASKED}]}, {"text": f"Q: {ASKED} A:"}, {"text": "mammal"}]
+    entry = Entry(task, options, source=Source([write(tmp_path / "test.jsonl", records)]), evaluation_only=True)
+    config = Config(inputs=[write(tmp_path / "rows.jsonl", rows)], mix=MixConfig({task: entry}))
+    assert cleaned(config, tmp_path, 1)["contaminated"] == 3
+
+
+def test_a_question_that_is_asked_with_other_choices_counts_with_its_own(tmp_path: Path) -> None:
+    others = [CHOICES | {"choices": ["a cow", "a bee"]}, CHOICES | {"question": "What are the units of a current?"}]
+    records = [CHOICES, *others]
+    rows = [{"text": ASKED}, {"text": f"{ASKED} A) a cow B) a bee"}]
+    entry = Entry("arc_easy", source=Source([write(tmp_path / "test.jsonl", records)]), evaluation_only=True)
+    config = Config(inputs=[write(tmp_path / "rows.jsonl", rows)], mix=MixConfig({"arc_easy": entry}), ngram=8)
+    cleaned(config, tmp_path, 1)
+    assert [row["row"] for row in map(json.loads, open(tmp_path / "out_1/found.jsonl"))] == [2]
+
+
+@pytest.mark.parametrize("text", ["cafe\u0301 on the fifth street", "ｃａｆé ｏｎ the \ufb01fth street"], ids=ascii)
+def test_a_question_is_found_in_any_form_of_unicode(text: str) -> None:
+    assert known("Café on the fifth street").touches(text)
+
+
+def test_a_row_with_half_of_a_surrogate_pair_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "\\ud800"}\n')
+    config = Config(inputs=[str(tmp_path / "rows.jsonl")], evaluation_sets=[write(tmp_path / "q.jsonl", [CHOICES])])
+    assert cleaned(config, tmp_path, 1)["kept"] == 1
+    assert json.loads((tmp_path / "out_1/rows.jsonl").read_text()) == {"text": "\ud800"}
+
+
+@pytest.mark.parametrize("value", [b"\xff", datetime.date(2026, 1, 1), Decimal("1.5")], ids=str)
+def test_a_row_that_is_no_json_is_named(tmp_path: Path, value: object) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"text": ["hi"], "more": [value]}), tmp_path / "rows.parquet")
+    config = Config(inputs=[str(tmp_path / "rows.parquet")], evaluation_sets=[write(tmp_path / "q.jsonl", [CHOICES])])
+    with pytest.raises(
+        UserMistake, match="rows.parquet: row 1: cannot be written as JSON Lines: .*; write that column"
+    ):
+        cleaned(config, tmp_path, 1)

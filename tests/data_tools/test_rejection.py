@@ -248,7 +248,7 @@ def test_a_name_is_of_one_prompt_and_one_and_its_text_are_two(tmp_path: Path) ->
         filtered(tmp_path / "one", [sample(1, prompt="a"), sample(1, prompt="b")])
 
 
-@pytest.mark.parametrize("line", ['{"title": "x"}', "[1]", "{", '{"question": 3}'])
+@pytest.mark.parametrize("line", ['{"title": "x"}', "[1]", "{", '{"question": 3}', '{"question": "?"}'])
 def test_an_evaluation_set_that_would_keep_nothing_out_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "set.jsonl").write_text(json.dumps({"Problem": "How many apples are left now"}) + f"\n{line}\n")
     with pytest.raises(UserMistake, match="set.jsonl:2: .*; mend the evaluation set"):
@@ -327,6 +327,18 @@ def test_any_number_of_elements_leaves_the_same_bytes(tmp_path: Path, values: di
     for count in (2, 7, 60):  # more elements than prompts, too
         many, _ = rejected(Config(inputs=[str(tmp_path / "samples.jsonl")], **values), tmp_path, count)
         assert (tmp_path / "out/chat.jsonl").read_bytes() == bytes_of_one and many == one
+
+
+@pytest.mark.parametrize("place", [0, True], ids=str)
+def test_any_number_of_elements_leaves_the_same_bytes_where_places_are_not_of_one_prompt(
+    tmp_path: Path, place: object
+) -> None:
+    """Of a tool whose `place` says something else, such as a rank."""
+    filtered(tmp_path, [{**row, "place": place} for row in many_samples()])
+    bytes_of_one = (tmp_path / "out/chat.jsonl").read_bytes()
+    for count in (2, 7):
+        rejected(Config(inputs=[str(tmp_path / "samples.jsonl")]), tmp_path, count)
+        assert (tmp_path / "out/chat.jsonl").read_bytes() == bytes_of_one
 
 
 def test_behind_generate_element_by_element_the_bytes_are_those_of_all_samples_at_once(tmp_path: Path) -> None:

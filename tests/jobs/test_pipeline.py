@@ -2,12 +2,16 @@
 
 import itertools
 import textwrap
+from typing import get_type_hints
 
 import pytest
 
 from data_tools.mistake import UserMistake
+from jobs.kind import find_kind
 from jobs.schema.pipeline import load_pipeline
+from jobs.schema.problems import Problems
 from jobs.schema.references import references, substitute
+from jobs.schema.typed import structured
 
 GOOD = """
 name: good
@@ -93,6 +97,20 @@ def test_all_mistakes_are_reported_at_once_with_file_key_and_value(tmp_path):
     ):  # fmt: skip
         assert expected in text, f"{expected!r} not in:\n{text}"
     assert all("\n" not in line for line in found)
+
+
+@pytest.mark.parametrize("misplaced", [[{"a": "b"}], [["a"]], {"a": "b"}, [1, {"a": "b"}]], ids=str)
+@pytest.mark.parametrize("kind", ["decontaminate", "materialize", "reject_filter", "generate", "dolci_prepare"])
+def test_a_list_or_mapping_in_the_place_of_another_or_of_a_text_is_refused(kind, misplaced):
+    """Sweep the lists of texts of a kind of phase, and one inside its mix."""
+    schema = find_kind(kind).config
+    lists = [name for name, hint in get_type_hints(schema).items() if hint == list[str]]
+    assert lists or kind == "generate"
+    for name in [*lists, *(["mix"] if "mix" in get_type_hints(schema) else [])]:
+        noted = Problems("p.yaml")
+        value = {"entries": {"svamp": {"source": {"inputs": misplaced}}}} if name == "mix" else misplaced
+        structured(noted, "with", schema, {name: value})
+        assert any(f"with.{name}" in str(problem) and "is not of type" in str(problem) for problem in noted.noted)
 
 
 @pytest.mark.parametrize("body", [

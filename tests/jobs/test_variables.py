@@ -72,6 +72,8 @@ def test_a_wrong_value_is_told_as_the_variables(tmp_path: Path) -> None:
         ("{HF_TOKEN: params.recipe}", "TOKEN says that it is a secret"),
         ("{A-B: params.recipe}", "'A-B' is not the name of an environment variable"),
         ("{A: 3}", "3 is no dotted key"),
+        ("{A: params.stop, B: params.stop}", "variables.B: params.stop is set by A already (params.stop)"),
+        ("{A: packs.with.pack_length, B: packs.with}", "variables.B: packs.with is set by A already"),
         ("[A]", "is not a mapping of variables"),
     ],
 )

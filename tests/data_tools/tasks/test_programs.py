@@ -137,6 +137,8 @@ def test_prompts_are_those_of_the_schemas():
 @pytest.mark.parametrize("change, message", [
     ({"test_list": []}, "'test_list' is no list"), ({"code": "def"}, "its code is no Python: .*, line 1"),
     ({"code": "x = 1"}, "defines no function"), ({"code": None}, "no text under 'code'"),
+    ({"test_imports": "import math"}, "'test_imports' is no list of lines"),
+    ({"test_imports": [None]}, "'test_imports' is no list of lines"), ({"test_setup_code": 1}, "is no text"),
 ])  # fmt: skip
 def test_a_row_that_is_malformed_is_named(change, message):
     with pytest.raises(ValueError, match=message):
@@ -151,6 +153,19 @@ def test_the_code_of_a_completion_is_the_last_block_that_defines_what_is_asked()
     assert code_of("def f(): pass", ["f"]) == "def f(): pass"
     assert code_of("```python\ndef f():\n    return 1", ["f"]) == "def f():\n    return 1"  # cut off in its block
     assert code_of("<think>def f(): pass", ["f"]) == ""
+
+
+@pytest.mark.parametrize("completion", [
+    "```python3 title=\"f\"\n{code}\n```", "```{{.python}}\n{code}\n```", "~~~python\n{code}\n~~~",
+    "````\n{code}\n````",
+    "1. So:\n\n   ```python\n{indented}\n   ```\n", "Here: ```python\n{code}\n```", "a ``` b.\n```py\n{code}\n```",
+])  # fmt: skip
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["lf", "crlf"])
+def test_a_block_is_found_however_its_fence_is_written(completion, newline):
+    """Also where the code has fences of its own, in a docstring."""
+    code = 'def f(x):\n    """\n    ```\n    f(1)\n    ```\n    """\n\n    return x'
+    indented = "\n".join(f"   {line}" if line else "" for line in code.split("\n"))
+    assert code_of(completion.format(code=code, indented=indented).replace("\n", newline), ["f"]) == f"{code}\n"
 
 
 def test_a_program_may_not_take_longer_than_its_verdict():

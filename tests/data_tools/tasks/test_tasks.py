@@ -155,6 +155,7 @@ CHOICES = {"question": "Which?", "choices": ["one", "two", "three"]}
 @pytest.mark.parametrize("record", [
     CHOICES | {"answer": 2}, CHOICES | {"answer": "C"},
     {"question": "Which?", "choices": {"text": ["one", "two", "three"], "label": ["1", "2", "3"]}, "answerKey": "3"},
+    {"question": "Which?", "choices": {"text": ["one", "two", "three"], "label": [2, 3, 1]}, "answerKey": 1},
 ])  # fmt: skip
 def test_choices_are_lettered_and_the_letter_counts(record):
     item = item_of("multiple_choice", record)
