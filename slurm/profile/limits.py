@@ -5,11 +5,16 @@ from slurm.printed import format_minutes, parse_minutes
 from slurm.profile.places import Place, gpus_of
 from slurm.profile.schema import Resources
 
+ONE_LINE = ("partition", "account", "qos", "reservation", "licenses", "constraint")
+
 
 def limit_problems(wants: Resources, place: Place, where: str) -> list[Problem]:
     """Return each problem with its numbers and the nearest legal value; `where` is the place of the request."""
     problems: list[Problem] = []
     limit, at = place.limits, place.at
+    for key in ONE_LINE:  # another line of the script would be another option
+        if not (getattr(wants, key) or "").isprintable():
+            problems.append(Problem(f"{where}.{key}", f"{getattr(wants, key)!r} is no one line of plain text"))
 
     def too_small(key: str, value: int | None, least: int) -> None:
         if value is not None and value < least:

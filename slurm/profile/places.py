@@ -8,6 +8,8 @@ from slurm.profile.schema import NodeType, Partition, Profile, Request
 
 GRES = re.compile(r"([A-Za-z][\w.-]*)(?::([\w.-]*[A-Za-z_][\w.-]*))?(?::(\d+))?")  # name, type ("1g.5gb"), count
 
+SOCKETS = re.compile(r"\(S:[\d,-]+\)")  # behind an item, as `sinfo -o %G` prints the sockets that it is bound to
+
 
 @dataclass(frozen=True)
 class Place:
@@ -67,7 +69,7 @@ def items(gres: str) -> list[tuple[str, str, int]]:
         ValueError: an item is none.
     """
     found = []
-    for item in gres.split(","):
+    for item in SOCKETS.sub("", gres).split(","):
         match = GRES.fullmatch(item.strip())
         if match is None:
             raise ValueError(f"{item!r} is no generic resource of Slurm's; write NAME:COUNT or NAME:TYPE:COUNT")
