@@ -75,10 +75,6 @@ def meaning_problems(profile: Profile, file: str) -> list[Problem]:
     for name, partition in profile.partitions.items():
         problems += _partition_problems(partition, f"{file}: partitions.{name}")
     for name, role in profile.roles.items():
-        if "." in name:
-            problems.append(
-                Problem(f"{file}: roles.{name}", "a role's name has no dot: keys are dotted; call it other")
-            )
         problems += time_problems(f"{file}: roles.{name}.time", role.time)
         problems += gres_problems(f"{file}: roles.{name}.gres", role.gres, role.gpus_per_node or None)
         if role.partition is not None and role.partitions:

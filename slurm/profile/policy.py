@@ -39,6 +39,15 @@ def policy_problems(layers: list[Layer], merged: Merged, policy: Policy) -> list
         for other in others
         if other.file not in last.below
     ]
+    if policy.locked or policy.bounds:
+        problems += [
+            Problem(f"{layer.file}: {key}.{name}", "the policy's keys are dotted and would miss it; call it other")
+            for layer in layers
+            if not layer.is_admins
+            for key in ("roles", "partitions")
+            for name in (layer.values.get(key) or ())
+            if "." in name
+        ]
     file = merged.culprit("policy")
     for key in policy.locked:
         if not is_place(key.split(".")):

@@ -184,7 +184,7 @@ def test_a_configured_slurm_that_died_is_an_error_within_our_limit(short_folder,
 @pytest.mark.parametrize("kind", ["slurm", "dev"])
 def test_a_profile_of_local_processes_is_not_used_on_a_slurm(monkeypatch, kind):
     """Its partitions, limits and locks would not be asked about, and its jobs be sent all the same."""
-    local = files.Loaded(Profile(kind="local"), [], files.Merged())
+    local = files.Loaded(Profile(kind="local"), [files.Layer("big.yaml", {})], files.Merged())
     found = detect.Cluster("slurm", local.profile, env={}, name="big", slurm_name="big", profile_file="big.yaml",
                            loaded=local)  # fmt: skip
     monkeypatch.setattr(detect, f"_{kind}", lambda *_: found)

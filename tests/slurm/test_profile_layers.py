@@ -128,6 +128,7 @@ def test_a_mistake_is_named_with_the_file_that_made_it(site):
         ("signal_lead_s: 30", "signal_lead_s", "Slurm needs a minute (30 is less than the admin allows; at least 60)"),
         ("roles: {cpu: {gpus_per_node: 4}}", "roles.cpu.gpus_per_node", "'4' is not among 0, 8"),
         ("policy: {locked: {}}", "policy", "counts only in an admin's file: others may write"),
+        ("roles: {a.b: {partition: gpu}}", "roles.a.b", "the policy's keys are dotted and would miss it"),
         ("roles: {cpu: {env: {modules: []}}}", "roles.cpu.env.modules", "The driver wants this CUDA"),
         ("partitions: {gpu: {max_nodes: null}}", "partitions.gpu.max_nodes", "Nine (the admin bounds it, and says '8'"),
         ("roles: {train: }", "roles.train", "the admin bounds it, and says '8'; say a value, or leave it"),
