@@ -2,7 +2,7 @@
 
 from data_tools.mistake import Problem
 from slurm.printed import format_minutes, parse_minutes
-from slurm.profile.places import Place, gpus_of
+from slurm.profile.places import Place, gpus_of, items
 from slurm.profile.schema import Resources
 
 ONE_LINE = ("partition", "account", "qos", "reservation", "licenses", "constraint")
@@ -47,6 +47,11 @@ def limit_problems(wants: Resources, place: Place, where: str) -> list[Problem]:
     asked_type, has_type = gpus_of(wants.gres)[0], gpus_of(limit.gres)[0]
     if asked_type and limit.gres and asked_type != has_type:
         problems.append(Problem(f"{where}.gres", f"{at} has no gpu:{asked_type}, but {limit.gres}; ask for that"))
+    has = {(name, kind): count for name, kind, count in items(limit.gres or "")}
+    for name, kind, count in items(wants.gres or ""):  # what a node has beside its GPUs a profile need not say
+        most = has.get((name, kind))
+        if name != "gpu" and most is not None and count > most:
+            problems.append(Problem(f"{where}.gres", f"{name}:{count}, but a node of {at} has {most}; ask for that"))
     for key in ("reservation", "licenses", "gres"):
         if getattr(wants, key) is not None and key in wants.extra_sbatch:
             message = f"{at} has it in extra_sbatch too, and one of them would be lost; say it as the partition's {key}"

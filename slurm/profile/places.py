@@ -68,7 +68,9 @@ def items(gres: str) -> list[tuple[str, str, int]]:
     Raises:
         ValueError: an item is none.
     """
-    found = []
+    found: list[tuple[str, str, int]] = []
+    if not gres:
+        return found
     for item in SOCKETS.sub("", gres).split(","):
         match = GRES.fullmatch(item.strip())
         if match is None:
@@ -79,5 +81,5 @@ def items(gres: str) -> list[tuple[str, str, int]]:
 
 def gpus_of(gres: str | None) -> tuple[str, int | None]:
     """Return (type or "", count) of the GPUs in a list of generic resources; count None where it has none."""
-    gpus = [(kind, count) for name, kind, count in items(gres) if name == "gpu"] if gres else []
+    gpus = [(kind, count) for name, kind, count in items(gres or "") if name == "gpu"]
     return gpus[0] if gpus else ("", None)

@@ -186,3 +186,12 @@ def test_no_value_brings_another_line_into_the_script(key):
     assert [problem.where for problem in check(Profile(**site), Request("cpu"), "x")] == [f"x.{key}"]
     site = {"partitions": {"p": Partition(**{key: value})}, "roles": {"cpu": Role()}}
     assert [problem.where for problem in check(Profile(**site), Request("cpu"), "x")] == [f"x.{key}"]
+
+
+def test_what_a_node_has_beside_its_gpus_is_a_limit_where_the_profile_says_how_much():
+    few, many = (Partition(gres=f"gpu:a100:4,nvme:{count}") for count in (1, 4))
+    site = Profile(partitions={"few": few, "many": many}, roles={"cpu": Role(partitions=["few", "many"])})
+    asked = {gres: resolve(site, Request("cpu", gres=gres)).partition for gres in ("nvme", "nvme:2", "fpga:9")}
+    assert asked == {"nvme": "few", "nvme:2": "many", "fpga:9": "few"}
+    (problem,) = check(site, Request("cpu", gres="nvme:5"), "x")
+    assert problem.message.startswith("nvme:5, but a node of partition few has 1; ask for that; nor does it fit")
