@@ -33,7 +33,7 @@ def site_folders() -> list[Path]:
     """Return the folders of profiles that users and admins wrote."""
     named = os.environ.get("AFTEROK_PROFILES", "")
     folders = [folder for folder in named.split(os.pathsep) if folder]
-    return [*map(expanded, [*folders, "~/.config/afterok/profiles"]), ADMINS_FOLDER]
+    return list(dict.fromkeys([*map(expanded, [*folders, "~/.config/afterok/profiles"]), ADMINS_FOLDER]))
 
 
 def expanded(path: str) -> Path:
@@ -70,11 +70,13 @@ def _alike(folder: Path, name: str) -> Path | None:
 
 
 def policy_file(cluster_name: str) -> Path | None:
-    """Return the admin's file for a cluster where it has a policy, which every profile used there has to extend."""
+    """Return the admin's file for a cluster where it has a policy, which every profile used there has to extend.
+
+    Raises:
+        UserMistake: that file is wrong, or others may write it, and its policy must not be left out for that.
+    """
     file = _alike(ADMINS_FOLDER, cluster_name)
-    if file is None or why_no_admins(file):
-        return None
-    return file if read(str(file)).profile.policy != Policy() else None
+    return file if file is not None and read(str(file)).profile.policy != Policy() else None
 
 
 def find(name_or_path: str) -> Path | None:
@@ -221,7 +223,8 @@ def next_of_same_name(path: Path) -> Path | None:
     if path.parent not in folders:
         return None
     later = folders[folders.index(path.parent) + 1 :]
-    return next((file for folder in later if folder != path.parent and (file := _alike(folder, path.stem))), None)
+    alike = (_alike(folder, path.stem) for folder in later)
+    return next((file for file in alike if file is not None and file.resolve() != path.resolve()), None)
 
 
 def from_live(slurm: Slurm) -> Profile:

@@ -109,6 +109,9 @@ def read_values(path: Path, problems: list[Problem]) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         problems.append(Problem(f"{path}{line}", f"not readable as YAML: {getattr(error, 'problem', None) or error}"))
         return {}
+    except RecursionError:
+        problems.append(Problem(str(path), "not readable as YAML: it is nested too deep"))
+        return {}
     if not isinstance(values, dict):
         problems.append(Problem(str(path), "a profile is a mapping with the keys partitions, roles, ..."))
         return {}

@@ -26,7 +26,7 @@ Values = dict[str, Any]  # dotted key -> value
 def policy_problems(layers: list[Layer], merged: Merged, policy: Policy) -> list[Problem]:
     """Return what is wrong with a policy, and what of a profile it forbids."""
     problems = [
-        Problem(f"{layer.file}: policy", f"counts only in an admin's file: {layer.why_not}; take it out")
+        Problem(f"{layer.file}: policy", f"counts only in an admin's file: {layer.why_not}; mend that, or take it out")
         for layer in layers
         if "policy" in layer.values and not layer.is_admins
     ]

@@ -174,6 +174,7 @@ container:
     (row,) = [row for row in slurm.queue() if row.name.startswith("c.counter")]
     slurm.run(["scancel", "--signal=USR2", row.job_id])
     wait_for("its seal", lambda: list(run.path.glob("counter/*/seal.json")), 120)
+    wait_for("its last word, which follows the seal", lambda: len(run.outcomes("counter")) > 1)
     states = [(outcome.restart, outcome.state) for outcome in run.outcomes("counter")]
     assert states == [(0, "stopped"), (1, "sealed")]
     (seal,) = [durable.read_json(path) for path in run.path.glob("counter/*/seal.json")]

@@ -102,6 +102,24 @@ def test_a_circle_and_a_missing_base_are_refused_in_one_line(site):
     assert "c.yaml: extends: no cluster profile 'big'" in line
 
 
+def test_a_folder_that_is_named_twice_and_a_link_to_the_next_make_no_circle(site, monkeypatch):
+    admin = site("admin", "big", "partitions: {gpu: {}}\nroles: {cpu: {time: 5}}\n")
+    user = site("user", "big", "roles: {cpu: {time: 6}}\n")
+    monkeypatch.setenv("AFTEROK_PROFILES", f"{user.parent}:{user.parent}:{admin.parent}:{user.parent}")
+    assert files.load("big").roles["cpu"].time == "6"
+    monkeypatch.setenv("AFTEROK_PROFILES", f"{admin.parent}/../{admin.parent.name}")
+    assert files.load("big").roles["cpu"].time == "5"
+    monkeypatch.setenv("AFTEROK_PROFILES", str(user.parent))
+    user.unlink()
+    user.symlink_to(admin)
+    assert files.load("big").roles["cpu"].time == "5"
+
+
+def test_a_file_without_an_end_to_its_brackets_is_refused_in_one_line(site):
+    user = site("user", "big", "[" * 20_000)
+    assert refused("big") == [f"{user}: not readable as YAML: it is nested too deep"]
+
+
 def test_a_mistake_is_named_with_the_file_that_made_it(site):
     admin = site("admin", "big", ADMINS)
     user = site("user", "big", "roles: {cpu: {tiem: 5}}\n")
@@ -205,7 +223,10 @@ def test_a_policy_in_a_file_that_others_may_write_is_refused_not_ignored(site):
     for mode in (0o664, 0o646):
         path.chmod(mode)
         assert any("policy: counts only in an admin's file: others may write" in line for line in refused("big"))
+        with pytest.raises(UserMistake, match="policy: counts only"):  # another profile does not get around it either
+            files.policy_file("big")
     path.chmod(0o644)
+    assert files.policy_file("big") == path
     path.parent.chmod(0o770)
     assert any(f"others may write {path.parent} (mode 770)" in line for line in refused("big"))
     path.parent.chmod(0o700)
