@@ -69,6 +69,13 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
     in_srun = {"srun.extra": profile.srun.extra}
     if profile.container.runtime == "pyxis":  # its words are srun's too
         in_srun["container.args"] = profile.container.args
+    for key, words in in_srun.items():
+        before = ["", *words]
+        problems += [
+            Problem(f"{file}: {key}", f"srun would take {word!r} for the command that it runs; write --OPTION=VALUE")
+            for word, last in zip(words, before, strict=False)
+            if word == "--" or (not word.startswith("-") and ("=" in last or not last.startswith("-")))
+        ]
     for key, word in ((key, word) for key, words in in_srun.items() for word in words):
         option = word.lstrip("-").partition("=")[0]
         option = option[:1] if word[1:2] != "-" else option  # -oFILE

@@ -101,8 +101,8 @@ def _falls_under(key: str, entry: str) -> bool:
 
 def _beyond(admins: Values, now: Values, merged: Merged, policy: Policy) -> Iterator[Problem]:
     """Yield the values of a profile that are beyond a bound, and those that were taken away from under one."""
-    for key in dict.fromkeys([*now, *admins]):
-        value, theirs = now.get(key), admins.get(key)
+    for key in dict.fromkeys([*now, *admins, *policy.bounds]):  # these: a default of ours may be beyond, too
+        value, theirs = now.get(key, None if key in admins else _default(key)), admins.get(key)
         for entry, bound in policy.bounds.items():
             if entry.startswith(OF_A_PHASE) or not _falls_under(key, entry):
                 continue
@@ -110,7 +110,15 @@ def _beyond(admins: Values, now: Values, merged: Merged, policy: Policy) -> Iter
             if _is_nothing(value) and not _is_nothing(theirs):
                 why = _said(bound.reason, f"the admin bounds it, and says {theirs!r}; say a value, or leave it")
             if why:
-                yield Problem(f"{merged.culprit(key)}: {key}", why)
+                yield Problem(f"{merged.culprit(key) or merged.culprit('policy')}: {key}", why)
+
+
+def _default(key: str) -> Any:
+    """Return what a profile has at a dotted key of which nobody says anything."""
+    value: Any = Profile()
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _is_nothing(value: Any) -> bool:

@@ -81,3 +81,9 @@ def test_what_no_shell_exports_is_refused_wherever_it_is_set(name, value):
     by_role = Profile(roles={"cpu": Role(env=RoleEnv(set={name: value}))})
     assert [problem.where for problem in own_setting_problems(by_role, "p")] == [f"p: roles.cpu.env.set.{name}"]
     assert not own_setting_problems(Profile(env=Env(set={"_A1": "two\nlines, 'quoted'"})), "p")
+
+
+@pytest.mark.parametrize("extra, wrong", [(["hostname"], 1), (["--label", "--"], 1), (["--wait=60", "x"], 1),
+                                          (["--wait", "60", "x"], 1), (["--wait", "60", "-l"], 0)])  # fmt: skip
+def test_no_word_for_srun_is_its_command(extra, wrong):
+    assert len(own_setting_problems(Profile(srun=Srun(extra=extra)), "p")) == wrong

@@ -273,6 +273,12 @@ def test_a_bound_that_could_never_count_is_the_admins_mistake(site, entry, words
     assert line.startswith(f"{admin}: policy.bounds.{words}")
 
 
+def test_what_nobody_says_is_held_to_a_bound_too(site):
+    admin = site("admin", "big", "roles: {cpu: {}}\nkind: local\npolicy: {bounds: {signal_lead_s: {min: 120}}}\n")
+    assert refused("big") == [f"{admin}: signal_lead_s: 90 is less than the admin allows; at least 120"]
+    assert files.read("big", command_line(["cluster.signal_lead_s=120"])).profile.signal_lead_s == 120
+
+
 def test_a_list_is_compared_with_no_number(site):
     site("admin", "big", "roles: {cpu: {}}\nkind: local\npolicy: {bounds: {network.port_range: {max: 1}}}\n")
     (line,) = refused("big", "cluster.network.port_range=[2000,3000]")
