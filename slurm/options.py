@@ -66,6 +66,26 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
     problems = []
     for name, partition in profile.partitions.items():
         problems += option_problems(partition.extra_sbatch, f"{file}: partitions.{name}.extra_sbatch")
+    problems += _srun_problems(profile, file)
+    problems += [
+        Problem(f"{file}: {place}.{key}.{name}", f"afterok sets {name} itself: {VARIABLES[name]}")
+        for place, env in environments(profile)
+        for key, names in (("set", list(env.set)), ("forward", env.forward))
+        for name in names
+        if name in VARIABLES
+    ]
+    problems += [
+        Problem(f"{file}: {place}.set.{name}", why)
+        for place, env in environments(profile)
+        for name in env.set
+        if (why := _why_not_exported(name, env.set[name]))
+    ]
+    return problems
+
+
+def _srun_problems(profile: Profile, file: str) -> list[Problem]:
+    """Return the words of a profile for srun that afterok says itself, or that would be its command."""
+    problems: list[Problem] = []
     in_srun = {"srun.extra": profile.srun.extra}
     if profile.container.runtime == "pyxis":  # its words are srun's too
         in_srun["container.args"] = profile.container.args
@@ -82,19 +102,6 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
         instead = SRUN_RESERVED.get(option) or _begins(option, SRUN_RESERVED)
         if word.startswith("-") and instead:
             problems.append(Problem(f"{file}: {key}", f"afterok sets srun's {_dashed(option)} itself: {instead}"))
-    problems += [
-        Problem(f"{file}: {place}.{key}.{name}", f"afterok sets {name} itself: {VARIABLES[name]}")
-        for place, env in environments(profile)
-        for key, names in (("set", list(env.set)), ("forward", env.forward))
-        for name in names
-        if name in VARIABLES
-    ]
-    problems += [
-        Problem(f"{file}: {place}.set.{name}", why)
-        for place, env in environments(profile)
-        for name in env.set
-        if (why := _why_not_exported(name, env.set[name]))
-    ]
     return problems
 
 

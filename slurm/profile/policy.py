@@ -25,29 +25,11 @@ Values = dict[str, Any]  # dotted key -> value
 
 def policy_problems(layers: list[Layer], merged: Merged, policy: Policy) -> list[Problem]:
     """Return what is wrong with a policy, and what of a profile it forbids."""
-    problems = [
-        Problem(f"{layer.file}: policy", f"counts only in an admin's file: {layer.why_not}; mend that, or take it out")
-        for layer in layers
-        if "policy" in layer.values and not layer.is_admins
-    ]
     admins_layers = [layer for layer in layers if layer.is_admins]
     *others, last = [layer for layer in admins_layers if "policy" in layer.values] or [Layer("", {})]
-    problems += [
-        Problem(
-            f"{other.file}: policy", f"{last.file} has another, and does not extend this file; leave one of them out"
-        )
-        for other in others
-        if other.file not in last.below
-    ]
+    problems = [*_misplaced(layers, others, last)]
     if policy.locked or policy.bounds:
-        problems += [
-            Problem(f"{layer.file}: {key}.{name}", "the policy's keys are dotted and would miss it; call it other")
-            for layer in layers
-            if not layer.is_admins
-            for key in ("roles", "partitions")
-            for name in (layer.values.get(key) or ())
-            if "." in name
-        ]
+        problems += _out_of_reach(layers)
     file = merged.culprit("policy")
     for key in policy.locked:
         if not is_place(key.split(".")):
@@ -59,6 +41,29 @@ def policy_problems(layers: list[Layer], merged: Merged, policy: Policy) -> list
     admins = leaves(merge(chain).values)
     now = leaves(merged.values)
     return problems or [*_changed(admins, now, merged, policy), *_beyond(admins, now, merged, policy)]
+
+
+def _misplaced(layers: list[Layer], others: list[Layer], last: Layer) -> Iterator[Problem]:
+    """Yield the policies of users' files, and those of `others` that the admin's one that comes last would replace."""
+    for layer in layers:
+        if "policy" in layer.values and not layer.is_admins:
+            why = f"counts only in an admin's file: {layer.why_not}; mend that, or take it out"
+            yield Problem(f"{layer.file}: policy", why)
+    for other in others:
+        if other.file not in last.below:
+            why = f"{last.file} has another, and does not extend this file; leave one of them out"
+            yield Problem(f"{other.file}: policy", why)
+
+
+def _out_of_reach(layers: list[Layer]) -> Iterator[Problem]:
+    """Yield the names of users' roles and partitions that a dotted key cannot mean."""
+    for layer in layers:
+        for key in () if layer.is_admins else ("roles", "partitions"):
+            for name in layer.values.get(key) or ():
+                if "." in name:
+                    yield Problem(
+                        f"{layer.file}: {key}.{name}", "the policy's keys are dotted and would miss it; call it other"
+                    )
 
 
 def _bound_problems(key: str, bound: Bound, where: str) -> Iterator[Problem]:
@@ -92,10 +97,15 @@ def locked_by(policy: Policy, key: str) -> str | None:
 
 
 def _falls_under(key: str, entry: str) -> bool:
-    """Return whether a key is of an entry of the policy; a role's environment, which replaces, is of `env` too."""
+    """Return whether a key is of an entry of the policy.
+
+    A role's environment, which replaces, is of `env` too, and what `extra_sbatch` has is of the key that says the same.
+    """
     parts, wanted = key.split("."), entry.split(".")
     if parts[0] == "roles" and parts[2:3] == ["env"] and wanted[0] == "env":
         parts = parts[2:]
+    if parts[0] == "partitions" and parts[2:3] == ["extra_sbatch"] and wanted[2:3] != ["extra_sbatch"]:
+        parts = [*parts[:2], *parts[3:]]
     return len(parts) >= len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 

@@ -25,7 +25,8 @@ roles:
   eval: {partitions: [gpu, spare]}
 env: {modules: [cuda/12.8], set: {HF_HOME: /shared/hf}}
 policy:
-  locked: {roles.*.partitions: "", env.modules: "The driver wants this CUDA; ask hpc@x.org.", partitions.*.account: ""}
+  locked: {roles.*.partitions: "", env.modules: "The driver wants this CUDA; ask hpc@x.org.", partitions.*.account: "",
+    partitions.*.reservation: ""}
   bounds:
     signal_lead_s: {min: 60, reason: Slurm needs a minute}
     partitions.*.max_nodes: {max: 9, reason: Nine}
@@ -147,6 +148,7 @@ def test_a_mistake_is_named_with_the_file_that_made_it(site):
         ("roles: {cpu: {gpus_per_node: 4}}", "roles.cpu.gpus_per_node", "'4' is not among 0, 8"),
         ("policy: {locked: {}}", "policy", "counts only in an admin's file: others may write"),
         ("roles: {a.b: {partition: gpu}}", "roles.a.b", "the policy's keys are dotted and would miss it"),
+        ("partitions: {gpu: {extra_sbatch: {reservation: r}}}", "partitions.gpu.extra_sbatch.reservation", "unset"),
         ("roles: {cpu: {env: {modules: []}}}", "roles.cpu.env.modules", "The driver wants this CUDA"),
         ("partitions: {gpu: {max_nodes: null}}", "partitions.gpu.max_nodes", "Nine (the admin bounds it, and says '8'"),
         ("roles: {train: }", "roles.train", "the admin bounds it, and says '8'; say a value, or leave it"),
