@@ -124,11 +124,11 @@ def _beyond(admins: Values, now: Values, merged: Merged, policy: Policy) -> Iter
 
 
 def _default(key: str) -> Any:
-    """Return what a profile has at a dotted key of which nobody says anything."""
+    """Return the single value that a profile has at a dotted key of which nobody says anything, None for none."""
     value: Any = Profile()
     for part in key.split("."):
         value = getattr(value, part, None)
-    return value
+    return value if isinstance(value, int | str) else None
 
 
 def _is_nothing(value: Any) -> bool:
