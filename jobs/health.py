@@ -8,9 +8,12 @@ job's log (launchers/causes/log_lines.py reads it), and the job runs again witho
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from typing import Any
 
 EXIT_UNHEALTHY = 8
 FAILED_ON = "health check failed on node"
@@ -23,21 +26,23 @@ ELEMENTS = 1 << 20  # of the tensor that all GPUs add up
 
 
 def run(command: list[str], limit_s: float) -> tuple[int | None, str]:
-    """Return the exit code of a command (None: it did not end, or there is none) and what it said."""
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=limit_s,
-            text=True,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {limit_s:g} s"
-    except OSError as error:
-        return None, str(error.strerror)
-    return done.returncode, done.stdout
+    """Return the exit code of a command (None: it did not end, or there is none) and what it said.
+
+    What it leaves behind is not waited for, nor one that no signal ends since it hangs in a driver.
+    """
+    with os.fdopen(os.memfd_create("said"), "r+b") as said:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, f"no answer within {limit_s:g} s"
+        except OSError as error:
+            return None, str(error.strerror)
+        said.seek(0)
+        return code, said.read().decode(errors="replace")
 
 
 def gpu_problems(printed: str, gpus: int, ecc: bool, min_clock_mhz: int | None) -> list[str]:
@@ -59,10 +64,28 @@ def gpu_problems(printed: str, gpus: int, ecc: bool, min_clock_mhz: int | None) 
     return found
 
 
-def all_reduce_problem() -> str:
-    """Return why the node's GPUs cannot add up a tensor by NCCL, "" where they can."""
+def all_reduce_problem(limit_s: float) -> str:
+    """Return why the node's GPUs cannot add up a tensor by NCCL, "" where they can.
+
+    Where they do not within the limit, that is told at once and this process ends: nothing else leaves CUDA's calls.
+    """
     import torch
 
+    def give_up() -> None:
+        _tell([f"NCCL's all-reduce: no answer within {limit_s:g} s"])
+        os._exit(EXIT_UNHEALTHY)
+
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        return _all_reduce(torch)
+    finally:
+        timer.cancel()
+
+
+def _all_reduce(torch: Any) -> str:
+    """Return what all_reduce_problem does, whenever it ends."""
     count = torch.cuda.device_count()
     if not count:
         return "torch sees no GPU"
@@ -81,7 +104,7 @@ def problems(args: argparse.Namespace) -> list[str]:
     if args.gpus or args.ecc or args.min_clock_mhz is not None:
         code, said = run(QUERY, args.limit_s)
         if code != 0:
-            found.append(f"nvidia-smi: {said.strip()[:200] or f'exit code {code}'}")
+            found.append(f"nvidia-smi: {' '.join(said.split())[:200] or f'exit code {code}'}")
         else:
             found += gpu_problems(said, gpus=args.gpus, ecc=args.ecc, min_clock_mhz=args.min_clock_mhz)
     for command in args.command:
@@ -90,8 +113,13 @@ def problems(args: argparse.Namespace) -> list[str]:
             ended = "" if code is None else f" (exit code {code})"
             found.append(f"`{command}`: {' '.join(said.split())[:200] or 'it said nothing'}{ended}")
     if args.all_reduce and not found:
-        found += filter(None, [all_reduce_problem()])
+        found += filter(None, [all_reduce_problem(args.limit_s)])
     return found
+
+
+def _tell(found: list[str]) -> None:
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    print(f"afterok: {FAILED_ON} {node}: {'; '.join(found)}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,11 +130,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--min-clock-mhz", type=int, help="no GPU is limited to less, or slowed down")
     parser.add_argument("--all-reduce", action="store_true", help="its GPUs add up a tensor by NCCL")
     parser.add_argument("--command", action="append", default=[], help="ends with 0; more than once for several")
-    parser.add_argument("--limit-s", type=float, default=60.0, help="of each command, in seconds")
+    parser.add_argument("--limit-s", type=float, default=60.0, help="of each command and of the all-reduce, in seconds")
     found = problems(parser.parse_args(argv))
     if found:
-        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        print(f"afterok: {FAILED_ON} {node}: {'; '.join(found)}", file=sys.stderr, flush=True)
+        _tell(found)
     return EXIT_UNHEALTHY if found else 0
 
 

@@ -88,9 +88,21 @@ def find_cluster(choice: str = "auto", overrides: Sequence[str] = ()) -> Cluster
 
     Of a pipeline's `overrides` those that begin with "cluster." are laid upon its profile.
 
-    Raises UserMistake (SlurmUnavailable) when Slurm is meant and does not answer, or there is no such profile.
+    Raises UserMistake (SlurmUnavailable) when Slurm is meant and does not answer, or there is no such profile, or it is
+    of another kind than the cluster: nothing of what it says would be asked of that.
     """
-    on_top = command_line(overrides)
+    cluster = _chosen(choice, command_line(overrides))
+    if cluster.kind != cluster.profile.kind:
+        who = cluster.loaded.merged.culprit("kind") if cluster.loaded else cluster.profile_file
+        raise UserMistake(
+            f"{who}: kind: it says {cluster.profile.kind}, and {cluster.where} is of kind {cluster.kind}; take it out, "
+            f"or choose another cluster (cluster=local|slurm|PROFILE)"
+        )
+    return cluster
+
+
+def _chosen(choice: str, on_top: Layer | None) -> Cluster:
+    """Return the cluster that a choice means, with the command line's values on top of its profile."""
     if choice == "local":
         return _local("local", on_top)
     if choice == "dev":

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from data_tools.mistake import Problem
 from slurm.profile.environments import environments
-from slurm.profile.schema import Profile
+from slurm.profile.schema import VARIABLE, Profile
 
 _OWN_LOG = "each element's log has its place in the run, where `afterok logs` and `why` read it"
 _SAYS_ROLE = "say it in the role, or in a phase's resources"
@@ -56,6 +56,8 @@ VARIABLES: Mapping[str, str] = {
     **dict.fromkeys(("PYTHONUNBUFFERED", "SLURM_EXPORT_ENV", "SUBMITIT_EXECUTOR"), "it is how a phase's ranks are run"),
 }
 
+READ_ONLY = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID")  # bash(1): `export UID=5` ends a script
+
 
 def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
     """Return what of a profile `file` sets something that the toolkit sets itself.
@@ -64,12 +66,7 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
     problems = []
     for name, partition in profile.partitions.items():
         problems += option_problems(partition.extra_sbatch, f"{file}: partitions.{name}.extra_sbatch")
-    for word in profile.srun.extra:
-        option = word.lstrip("-").partition("=")[0]
-        option = option[:1] if word[1:2] != "-" else option  # -oFILE
-        instead = SRUN_RESERVED.get(option) or _begins(option, SRUN_RESERVED)
-        if word.startswith("-") and instead:
-            problems.append(Problem(f"{file}: srun.extra", f"afterok sets srun's {_dashed(option)} itself: {instead}"))
+    problems += _srun_problems(profile, file)
     problems += [
         Problem(f"{file}: {place}.{key}.{name}", f"afterok sets {name} itself: {VARIABLES[name]}")
         for place, env in environments(profile)
@@ -77,7 +74,44 @@ def own_setting_problems(profile: Profile, file: str) -> list[Problem]:
         for name in names
         if name in VARIABLES
     ]
+    problems += [
+        Problem(f"{file}: {place}.set.{name}", why)
+        for place, env in environments(profile)
+        for name in env.set
+        if (why := _why_not_exported(name, env.set[name]))
+    ]
     return problems
+
+
+def _srun_problems(profile: Profile, file: str) -> list[Problem]:
+    """Return the words of a profile for srun that afterok says itself, or that would be its command."""
+    problems: list[Problem] = []
+    in_srun = {"srun.extra": profile.srun.extra}
+    if profile.container.runtime == "pyxis":  # its words are srun's too
+        in_srun["container.args"] = profile.container.args
+    for key, words in in_srun.items():
+        before = ["", *words]
+        problems += [
+            Problem(f"{file}: {key}", f"srun would take {word!r} for the command that it runs; write --OPTION=VALUE")
+            for word, last in zip(words, before, strict=False)
+            if word == "--" or (not word.startswith("-") and ("=" in last or not last.startswith("-")))
+        ]
+    for key, word in ((key, word) for key, words in in_srun.items() for word in words):
+        option = word.lstrip("-").partition("=")[0]
+        option = option[:1] if word[1:2] != "-" else option  # -oFILE
+        instead = SRUN_RESERVED.get(option) or _begins(option, SRUN_RESERVED)
+        if word.startswith("-") and instead:
+            problems.append(Problem(f"{file}: {key}", f"afterok sets srun's {_dashed(option)} itself: {instead}"))
+    return problems
+
+
+def _why_not_exported(name: str, value: str) -> str:
+    """Return why no shell exports a variable, "" where one does."""
+    if not VARIABLE.fullmatch(name):
+        return "not the name of a variable; a name has letters, digits and _, and does not begin with a digit"
+    if name in READ_ONLY:
+        return f"bash lets nobody set {name}; take it out"
+    return "its value has a NUL byte, which no variable can hold" if "\0" in value else ""
 
 
 def option_problems(extra: Mapping[str, str], where: str) -> list[Problem]:

@@ -29,7 +29,7 @@ from slurm.detect import Cluster
 from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems
 from slurm.profile.environments import environment_of, why_not_shared
-from slurm.profile.images import image_of, unseen
+from slurm.profile.images import COMMA_PARTS_MOUNTS, image_of, unseen
 from slurm.profile.schema import Profile, Resources
 
 MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
@@ -192,7 +192,14 @@ class _Planner:
         for hidden in unseen(self.cluster.profile, role, run=self.run.path, paths=list(frozen.inputs)):
             message = f"{hidden} is not mounted in the container of role {role}"
             self._problem(phase, "with", f"{message}; add it to the profile's container.mounts, under the same name")
+        if "," in str(self.run.path) and (runtime := self.cluster.profile.container.runtime) in COMMA_PARTS_MOUNTS:
+            message = f"its container mounts {self.run.path}, and {runtime} takes what is behind the comma for another"
+            self._problem(phase, "resources", f"{message}; choose another folder with --run DIR")
         path = Path(name)
+        if path.is_absolute() and not path.exists():
+            self.remarks.append(
+                f"{phase.name}: its image {name} is not seen from here; its seal will have the name alone"
+            )
         if not path.is_absolute() or not path.exists():
             return {"name": name}
         return {"name": name, "sha256": content_digest(path, self.cache)}

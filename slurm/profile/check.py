@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from data_tools.mistake import Problem, nearest
 from slurm.profile.environments import environments, site_variables
+from slurm.profile.images import COMMA_PARTS_MOUNTS, is_relative, split
 from slurm.profile.limits import limit_problems
 from slurm.profile.places import gpus_of
 from slurm.profile.policy import forbidden
@@ -158,9 +159,16 @@ def _container_problems(profile: Profile, where: str) -> list[Problem]:
         if role not in profile.roles and role != "default":
             known = nearest(role, [*profile.roles, "default"])
             problems.append(Problem(f"{where}.images.{role}", f"no role {role!r}{known}"))
+    for role, image in container.images.items():
+        if is_relative(image):
+            message = f"{image!r} is relative to nobody knows what; write /..."
+            problems.append(Problem(f"{where}.images.{role}", message))
     for mount in container.mounts:
-        source, target, flag = (*mount.split(":"), "", "")[:3]
-        if not source.startswith("/") or (target and not target.startswith("/")) or flag not in ("", "ro"):
+        source, target, flag = split(mount)
+        if "," in mount and container.runtime in COMMA_PARTS_MOUNTS:
+            message = f"{mount!r}: {container.runtime} takes what is behind a comma for another mount"
+            problems.append(Problem(f"{where}.mounts", message))
+        elif not source.startswith("/") or (target and not target.startswith("/")) or flag not in ("", "ro"):
             problems.append(Problem(f"{where}.mounts", f"{mount!r} is not /SRC, /SRC:/DST or /SRC:/DST:ro"))
         elif flag == "ro" and container.runtime == "charliecloud":
             message = f"{mount!r}: ch-run cannot mount read-only; leave :ro out"

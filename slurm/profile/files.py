@@ -32,8 +32,16 @@ def search_folders() -> list[Path]:
 def site_folders() -> list[Path]:
     """Return the folders of profiles that users and admins wrote."""
     named = os.environ.get("AFTEROK_PROFILES", "")
-    folders = [Path(folder).expanduser() for folder in named.split(os.pathsep) if folder]
-    return [*folders, Path("~/.config/afterok/profiles").expanduser(), ADMINS_FOLDER]
+    folders = [folder for folder in named.split(os.pathsep) if folder]
+    return list(dict.fromkeys([*map(expanded, [*folders, "~/.config/afterok/profiles"]), ADMINS_FOLDER]))
+
+
+def expanded(path: str) -> Path:
+    """Return a path with ~ and ~USER written out. Raise UserMistake where no such home is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserMistake(f"{path}: the home that it begins with is not known here; write the whole path") from None
 
 
 def find_for_cluster(cluster_name: str) -> Path | None:
@@ -62,16 +70,18 @@ def _alike(folder: Path, name: str) -> Path | None:
 
 
 def policy_file(cluster_name: str) -> Path | None:
-    """Return the admin's file for a cluster where it has a policy, which every profile used there has to extend."""
+    """Return the admin's file for a cluster where it has a policy, which every profile used there has to extend.
+
+    Raises:
+        UserMistake: that file is wrong, or others may write it, and its policy must not be left out for that.
+    """
     file = _alike(ADMINS_FOLDER, cluster_name)
-    if file is None or why_no_admins(file):
-        return None
-    return file if read(str(file)).profile.policy != Policy() else None
+    return file if file is not None and read(str(file)).profile.policy != Policy() else None
 
 
 def find(name_or_path: str) -> Path | None:
     """Return the file of a profile, None if there is none: a path as it is, a name as NAME.yaml in the folders."""
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path if path.is_file() else None
     files = (folder / f"{name_or_path}.yaml" for folder in search_folders())
@@ -179,24 +189,32 @@ def _named(name_or_path: str, beyond: Path | None = None) -> Path:
     return path
 
 
-def _stack(path: Path, layers: list[Layer], inside: tuple[Path, ...], problems: list[Problem]) -> None:
-    """Add the layers of a file to those below it: of what it extends first, each file once, then its own."""
+def _stack(path: Path, layers: list[Layer], inside: tuple[Path, ...], problems: list[Problem]) -> frozenset[str]:
+    """Add the layers of a file to those below it: of what it extends first, each file once, then its own.
+
+    Returns all these files.
+    """
     if path.resolve() in inside:
         circle = " extends ".join(str(file) for file in (*inside[inside.index(path.resolve()) :], path.resolve()))
         raise UserMistake(f"{circle}: a profile cannot extend itself; take one `extends` out")
-    if str(path) in [layer.file for layer in layers]:
-        return
+    if found := next((layer for layer in layers if layer.file == str(path)), None):
+        return found.below | {found.file}
+    below: frozenset[str] = frozenset()
     values = read_values(path, problems)
     bases = values.get("extends")
     for base in [next_of_same_name(path), *(bases if isinstance(bases, list) else [])]:
+        if isinstance(base, list | dict):
+            problems.append(Problem(f"{path}: extends", f"{base!r} is neither a profile's name nor its file"))
+            continue
         if base is None:
             continue
         if isinstance(base, str):  # a path is meant from the file that says it
-            near = path.parent / Path(base).expanduser()
+            near = path.parent / expanded(base)
             base = near if near.is_file() and near.suffix in (".yaml", ".yml") else _named(base, beyond=path)
-        _stack(base, layers, (*inside, path.resolve()), problems)
+        below |= _stack(base, layers, (*inside, path.resolve()), problems)
     why = why_no_admins(path)
-    layers.append(Layer(str(path), values, is_admins=not why, why_not=why))
+    layers.append(Layer(str(path), values, is_admins=not why, why_not=why, below=below))
+    return below | {str(path)}
 
 
 def next_of_same_name(path: Path) -> Path | None:
@@ -205,7 +223,8 @@ def next_of_same_name(path: Path) -> Path | None:
     if path.parent not in folders:
         return None
     later = folders[folders.index(path.parent) + 1 :]
-    return next((file for folder in later if folder != path.parent and (file := _alike(folder, path.stem))), None)
+    alike = (_alike(folder, path.stem) for folder in later)
+    return next((file for file in alike if file is not None and file.resolve() != path.resolve()), None)
 
 
 def from_live(slurm: Slurm) -> Profile:

@@ -4,12 +4,22 @@ from pathlib import Path
 
 from slurm.profile.schema import Profile
 
+COMMA_PARTS_MOUNTS = ("pyxis", "apptainer")
+FILES = (".sqsh", ".sif", ".simg", ".img")  # how the names of images end that are files
+
 
 def image_of(profile: Profile, role: str) -> str:
     """Return the image of a role, "" for none."""
     container = profile.container
     image = container.images.get(role, container.images.get("default", ""))
     return image if container.runtime != "none" and image != "none" else ""
+
+
+def is_relative(image: str) -> bool:
+    """Return whether an image is a file or folder of no known place, and no name that a registry or a storage has."""
+    if image.startswith("/") or "://" in image:
+        return False
+    return image.startswith((".", "~")) or image.endswith(FILES)
 
 
 def split(mount: str) -> tuple[str, str, str]:

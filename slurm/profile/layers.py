@@ -25,6 +25,7 @@ class Layer:
     values: dict[str, Any]
     is_admins: bool = False
     why_not: str = ""  # why the file is not an admin's
+    below: frozenset[str] = frozenset()  # the files that it extends, and those that these do
 
 
 @dataclass
@@ -108,6 +109,9 @@ def read_values(path: Path, problems: list[Problem]) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         problems.append(Problem(f"{path}{line}", f"not readable as YAML: {getattr(error, 'problem', None) or error}"))
         return {}
+    except RecursionError:
+        problems.append(Problem(str(path), "not readable as YAML: it is nested too deep"))
+        return {}
     if not isinstance(values, dict):
         problems.append(Problem(str(path), "a profile is a mapping with the keys partitions, roles, ..."))
         return {}
@@ -124,7 +128,7 @@ def command_line(overrides: Sequence[str]) -> Layer | None:
 
     from data_tools.base.yaml_loaders import TextLoader
 
-    merged = Merged()
+    values: dict[str, Any] = {}
     for override in overrides:
         key, _, text = override.partition("=")
         if not key.startswith(ON_COMMAND_LINE):
@@ -133,7 +137,24 @@ def command_line(overrides: Sequence[str]) -> Layer | None:
             value = yaml.load(text, TextLoader)
         except yaml.YAMLError as error:
             raise UserMistake(f"{override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
-        for part in reversed(key.removeprefix(ON_COMMAND_LINE).split(".")):
-            value = {part: value}
-        merged.add(Layer(COMMAND_LINE, value))
-    return Layer(COMMAND_LINE, merged.values) if merged.values else None
+        _put(values, key.removeprefix(ON_COMMAND_LINE).split("."), value)
+    if "extends" in values:
+        raise UserMistake("cluster.extends: only a file extends others; write one that does, and say cluster=FILE.yaml")
+    return Layer(COMMAND_LINE, values, why_not="the command line is none") if values else None
+
+
+def _put(values: dict[str, Any], parts: list[str], value: Any) -> None:
+    """Write a value at a dotted place, laid upon what was said before; what is added to a list of a file stays so."""
+    *way, last = parts
+    for part in way:
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
+    if isinstance(value, dict) and isinstance(values.get(last), dict):
+        for key, entry in value.items():
+            _put(values[last], [key], entry)
+        return
+    if last.startswith(ADD) and isinstance(value, list) and isinstance(values.get(last), list):
+        value = values[last] + value
+    values.pop(f"{ADD}{last}", None)
+    values[last] = value

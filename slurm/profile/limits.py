@@ -2,8 +2,10 @@
 
 from data_tools.mistake import Problem
 from slurm.printed import format_minutes, parse_minutes
-from slurm.profile.places import Place, gpus_of
+from slurm.profile.places import Place, gpus_of, items
 from slurm.profile.schema import Resources
+
+ONE_LINE = ("partition", "account", "qos", "reservation", "licenses", "constraint")
 
 
 def limit_problems(wants: Resources, place: Place, where: str) -> list[Problem]:
@@ -39,9 +41,24 @@ def limit_problems(wants: Resources, place: Place, where: str) -> list[Problem]:
         asked = format_minutes(wants.time_minutes)
         message = f"{asked} is longer than {at} allows; ask for at most {limit.max_time}"
         problems.append(Problem(f"{where}.time", message))
+    return problems + _words_problems(wants, place, where)
+
+
+def _words_problems(wants: Resources, place: Place, where: str) -> list[Problem]:
+    """Return what is wrong with what a request says in words: names that the place has not, and more than one line."""
+    problems: list[Problem] = []
+    limit, at = place.limits, place.at
     asked_type, has_type = gpus_of(wants.gres)[0], gpus_of(limit.gres)[0]
     if asked_type and limit.gres and asked_type != has_type:
         problems.append(Problem(f"{where}.gres", f"{at} has no gpu:{asked_type}, but {limit.gres}; ask for that"))
+    has = {(name, kind): count for name, kind, count in items(limit.gres or "")}
+    for name, kind, count in items(wants.gres or ""):  # what a node has beside its GPUs a profile need not say
+        most = has.get((name, kind))
+        if name != "gpu" and most is not None and count > most:
+            problems.append(Problem(f"{where}.gres", f"{name}:{count}, but a node of {at} has {most}; ask for that"))
+    for key in ONE_LINE:  # another line of the script would be another option
+        if not (getattr(wants, key) or "").isprintable():
+            problems.append(Problem(f"{where}.{key}", f"{getattr(wants, key)!r} is no one line of plain text"))
     for key in ("reservation", "licenses", "gres"):
         if getattr(wants, key) is not None and key in wants.extra_sbatch:
             message = f"{at} has it in extra_sbatch too, and one of them would be lost; say it as the partition's {key}"

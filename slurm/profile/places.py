@@ -8,6 +8,8 @@ from slurm.profile.schema import NodeType, Partition, Profile, Request
 
 GRES = re.compile(r"([A-Za-z][\w.-]*)(?::([\w.-]*[A-Za-z_][\w.-]*))?(?::(\d+))?")  # name, type ("1g.5gb"), count
 
+SOCKETS = re.compile(r"\(S:[\d,-]+\)")  # behind an item, as `sinfo -o %G` prints the sockets that it is bound to
+
 
 @dataclass(frozen=True)
 class Place:
@@ -66,8 +68,10 @@ def items(gres: str) -> list[tuple[str, str, int]]:
     Raises:
         ValueError: an item is none.
     """
-    found = []
-    for item in gres.split(","):
+    found: list[tuple[str, str, int]] = []
+    if not gres:
+        return found
+    for item in SOCKETS.sub("", gres).split(","):
         match = GRES.fullmatch(item.strip())
         if match is None:
             raise ValueError(f"{item!r} is no generic resource of Slurm's; write NAME:COUNT or NAME:TYPE:COUNT")
@@ -77,5 +81,5 @@ def items(gres: str) -> list[tuple[str, str, int]]:
 
 def gpus_of(gres: str | None) -> tuple[str, int | None]:
     """Return (type or "", count) of the GPUs in a list of generic resources; count None where it has none."""
-    gpus = [(kind, count) for name, kind, count in items(gres) if name == "gpu"] if gres else []
+    gpus = [(kind, count) for name, kind, count in items(gres or "") if name == "gpu"]
     return gpus[0] if gpus else ("", None)

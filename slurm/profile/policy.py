@@ -11,35 +11,78 @@ from data_tools.mistake import Problem
 from slurm.printed import format_minutes, parse_minutes
 from slurm.profile.layers import Layer, Merged, leaves, merge
 from slurm.profile.schema import Bound, Policy, Profile, Request, Resources
-from slurm.profile.typed import is_place
+from slurm.profile.typed import NOTHING, is_place
 
 OF_A_PHASE = "resources."  # how the bound of what a phase gets begins
 # What of a phase's request a locked role or partition keeps it from saying; sizes are bounded, not locked.
 PLACES = ("partition", "account", "qos", "reservation", "licenses", "constraint", "gres")
 TIMES = ("time", "max_time", "time_minutes")
+OF_RESOURCES = tuple("time" if key == "time_minutes" else key for key in Resources.__annotations__
+                     if key != "extra_sbatch")  # fmt: skip
+
+Values = dict[str, Any]  # dotted key -> value
 
 
 def policy_problems(layers: list[Layer], merged: Merged, policy: Policy) -> list[Problem]:
     """Return what is wrong with a policy, and what of a profile it forbids."""
-    problems = [
-        Problem(f"{layer.file}: policy", f"counts only in an admin's file: {layer.why_not}; take it out")
-        for layer in layers
-        if "policy" in layer.values and not layer.is_admins
-    ]
+    admins_layers = [layer for layer in layers if layer.is_admins]
+    *others, last = [layer for layer in admins_layers if "policy" in layer.values] or [Layer("", {})]
+    problems = [*_misplaced(layers, others, last)]
+    if policy.locked or policy.bounds:
+        problems += _out_of_reach(layers)
     file = merged.culprit("policy")
     for key in policy.locked:
         if not is_place(key.split(".")):
             problems.append(Problem(f"{file}: policy.locked.{key}", "no place of a profile"))
-    for key in policy.bounds:
-        if not is_place(key.split(".")) and key.removeprefix(OF_A_PHASE) not in (*Resources.__annotations__, "time"):
-            problems.append(Problem(f"{file}: policy.bounds.{key}", "no place of a profile, and none of resources"))
-    return problems or [*_changed(layers, merged, policy), *_beyond(merged, policy)]
-
-
-def _changed(layers: list[Layer], merged: Merged, policy: Policy) -> Iterator[Problem]:
-    """Yield the locked keys that are not what the admin's own files make of them."""
-    admins = leaves(merge([layer for layer in layers if layer.is_admins]).values)
+    for key, bound in policy.bounds.items():
+        problems += _bound_problems(key, bound, f"{file}: policy.bounds.{key}")
+    # An admin's file that has nothing to do with the policy's was chosen by the user: its values are the user's.
+    chain = [layer for layer in admins_layers if layer.file in (last.file, *last.below) or last.file in layer.below]
+    admins = leaves(merge(chain).values)
     now = leaves(merged.values)
+    return problems or [*_changed(admins, now, merged, policy), *_beyond(admins, now, merged, policy)]
+
+
+def _misplaced(layers: list[Layer], others: list[Layer], last: Layer) -> Iterator[Problem]:
+    """Yield the policies of users' files, and those of `others` that the admin's one that comes last would replace."""
+    for layer in layers:
+        if "policy" in layer.values and not layer.is_admins:
+            why = f"counts only in an admin's file: {layer.why_not}; mend that, or take it out"
+            yield Problem(f"{layer.file}: policy", why)
+    for other in others:
+        if other.file not in last.below:
+            why = f"{last.file} has another, and does not extend this file; leave one of them out"
+            yield Problem(f"{other.file}: policy", why)
+
+
+def _out_of_reach(layers: list[Layer]) -> Iterator[Problem]:
+    """Yield the names of users' roles and partitions that a dotted key cannot mean."""
+    for layer in layers:
+        for key in () if layer.is_admins else ("roles", "partitions"):
+            for name in layer.values.get(key) or ():
+                if "." in name:
+                    yield Problem(
+                        f"{layer.file}: {key}.{name}", "the policy's keys are dotted and would miss it; call it other"
+                    )
+
+
+def _bound_problems(key: str, bound: Bound, where: str) -> Iterator[Problem]:
+    """Yield what would keep a bound from ever counting: no value is called so, or it cannot be compared with one."""
+    if key.startswith(OF_A_PHASE):
+        if key.removeprefix(OF_A_PHASE) not in OF_RESOURCES:
+            yield Problem(where, f"a phase gets nothing of this name; known: {', '.join(OF_RESOURCES)}")
+    elif not is_place(key.split(".")):
+        also = f"; of what a phase gets, write {OF_A_PHASE}{key}" if key in OF_RESOURCES else ""
+        yield Problem(where, f"no place of a profile{also}")
+    for name in ("min", "max"):
+        try:
+            _number(key, getattr(bound, name) or "0")
+        except ValueError as error:
+            yield Problem(f"{where}.{name}", str(error))
+
+
+def _changed(admins: Values, now: Values, merged: Merged, policy: Policy) -> Iterator[Problem]:
+    """Yield the locked keys that are not what the admin's own files make of them."""
     for key in dict.fromkeys([*now, *admins]):
         locked = locked_by(policy, key)
         if locked is None or now.get(key) == admins.get(key):
@@ -54,29 +97,68 @@ def locked_by(policy: Policy, key: str) -> str | None:
 
 
 def _falls_under(key: str, entry: str) -> bool:
+    """Return whether a key is of an entry of the policy.
+
+    A role's environment, which replaces, is of `env` too, and what `extra_sbatch` has is of the key that says the same.
+    """
     parts, wanted = key.split("."), entry.split(".")
+    if parts[0] == "roles" and parts[2:3] == ["env"] and wanted[0] == "env":
+        parts = parts[2:]
+    if parts[0] == "partitions" and parts[2:3] == ["extra_sbatch"] and wanted[2:3] != ["extra_sbatch"]:
+        parts = [*parts[:2], *parts[3:]]
     return len(parts) >= len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
-def _beyond(merged: Merged, policy: Policy) -> Iterator[Problem]:
-    """Yield the values of a profile that are beyond a bound."""
-    for key, value in leaves(merged.values).items():
+def _beyond(admins: Values, now: Values, merged: Merged, policy: Policy) -> Iterator[Problem]:
+    """Yield the values of a profile that are beyond a bound, and those that were taken away from under one."""
+    for key in dict.fromkeys([*now, *admins, *policy.bounds]):  # these: a default of ours may be beyond, too
+        value, theirs = now.get(key, None if key in admins else _default(key)), admins.get(key)
         for entry, bound in policy.bounds.items():
-            if not entry.startswith(OF_A_PHASE) and _falls_under(key, entry) and (why := beyond(key, value, bound)):
-                yield Problem(f"{merged.culprit(key)}: {key}", why)
+            if entry.startswith(OF_A_PHASE) or not _falls_under(key, entry):
+                continue
+            why = beyond(key, value, bound)
+            if _is_nothing(value) and not _is_nothing(theirs):
+                why = _said(bound.reason, f"the admin bounds it, and says {theirs!r}; say a value, or leave it")
+            if why:
+                yield Problem(f"{merged.culprit(key) or merged.culprit('policy')}: {key}", why)
+
+
+def _default(key: str) -> Any:
+    """Return the single value that a profile has at a dotted key of which nobody says anything, None for none."""
+    value: Any = Profile()
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, int | str) else None
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value in NOTHING
+
+
+def _number(key: str, text: Any) -> int:
+    """Return a value as it is compared: of a time its minutes. Raise ValueError where there is no such number."""
+    if isinstance(text, int):
+        return text
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is no number")
+    if key.rpartition(".")[2] in TIMES:
+        return parse_minutes(text)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no integer") from None
 
 
 def beyond(key: str, value: Any, bound: Bound) -> str:
     """Return why a value is beyond a bound, "" where it is not."""
-    if value is None or value in ("", "null", "~"):
+    if _is_nothing(value):
         return ""
-    as_time = key.rpartition(".")[2] in TIMES
 
     def number(text: Any) -> int:
-        return text if isinstance(text, int) else parse_minutes(text) if as_time else int(text)
+        return _number(key, text)
 
     def shown(text: Any) -> str:
-        return format_minutes(number(text)) if as_time else str(text)
+        return format_minutes(number(text)) if key.rpartition(".")[2] in TIMES else str(text)
 
     if bound.choices and str(value) not in bound.choices:
         return _said(bound.reason, f"{value!r} is not among {', '.join(bound.choices)}")
@@ -101,6 +183,10 @@ def forbidden(profile: Profile, request: Request, wants: Resources, where: str) 
         bound = policy.bounds.get(f"{OF_A_PHASE}{place}")
         if bound and (why := beyond(key, getattr(wants, key), bound)):
             yield Problem(f"{where}.{place}", why)
+    longest = policy.bounds.get(f"{OF_A_PHASE}time")
+    if profile.kind == "slurm" and longest and longest.max is not None and wants.time_minutes is None:
+        words = f"no time is said, and the admin allows at most {longest.max}; say one"
+        yield Problem(f"{where}.time", _said(longest.reason, words))
     yield from _said_against_a_lock(profile, request, wants, where)
     if profile.kind == "slurm" and policy.require_account and not wants.account:
         words = "no account is said; say account in the phase's resources, or in a profile of yours"
@@ -121,6 +207,9 @@ def _said_against_a_lock(profile: Profile, request: Request, wants: Resources, w
         asked, of_role = getattr(request, key), getattr(role, key)
         entry, has = locked_by(policy, f"roles.{wants.role}.{key}"), of_role
         said = asked
+        if key == "partition" and role.partitions:  # which of several it is, the phase may say
+            entry = entry or locked_by(policy, f"roles.{wants.role}.partitions")
+            has = asked if asked in role.partitions else " or ".join(role.partitions)
         if entry is None and key not in ("partition", "gres"):  # a partition's gres is the name of its GPUs
             entry, has = locked_by(policy, f"partitions.{wants.partition}.{key}"), getattr(partition, key, None)
             said = of_role if asked is None else asked

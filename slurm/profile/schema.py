@@ -180,7 +180,7 @@ class Health:
     min_clock_mhz: int | None = None  # none is limited to less, or slowed down by heat or power
     all_reduce: bool = False  # NCCL adds a tensor up on all of them
     commands: list[str] = field(default_factory=list)  # shell lines that end with 0 on a good node
-    limit_s: int = 60  # of each command
+    limit_s: int = 60  # of each command, and of the all-reduce
 
 
 @dataclass

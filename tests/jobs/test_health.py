@@ -1,5 +1,9 @@
 """A node that is not fit for a job says so in one line with its name, whatever is wrong with it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from jobs import health
@@ -53,3 +57,21 @@ def test_a_node_without_the_driver_has_no_gpus(monkeypatch, capfd, tmp_path):
     smi.chmod(0o755)
     assert health.main(["--ecc"]) == health.EXIT_UNHEALTHY
     assert "nvidia-smi: NVIDIA-SMI has failed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command, said", [(r"printf '\377 ok'; exit 3", "\ufffd ok (exit code 3)"), ("sleep 9 &", "")])
+def test_neither_bytes_that_are_no_text_nor_what_a_command_leaves_behind_matter(capfd, command, said):
+    """A command has ended when its shell has, and a bad one's node is named whatever it printed."""
+    code = health.main(["--command", command, "--limit-s", "5"])
+    assert code == (health.EXIT_UNHEALTHY if said else 0) and said in capfd.readouterr().err
+
+
+def test_an_all_reduce_that_hangs_is_the_nodes_fault_too(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import time\n\n\nclass cuda:\n    device_count = staticmethod(lambda: time.sleep(60))\n"
+    )
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from jobs import health; sys.exit(health.main())"
+    command = [sys.executable, "-c", script, "--all-reduce", "--limit-s", "0.2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SLURMD_NODENAME": "n7"})
+    assert done.returncode == health.EXIT_UNHEALTHY
+    assert done.stderr == "afterok: health check failed on node n7: NCCL's all-reduce: no answer within 0.2 s\n"

@@ -13,8 +13,9 @@ from jobs.artifacts.run_folder import RunFolder
 from launchers.backends.containers import contained
 from slurm.client import Slurm
 from slurm.profile import files
+from slurm.profile.check import meaning_problems
 from slurm.profile.images import unseen
-from slurm.profile.schema import Container, Env, Profile, Role
+from slurm.profile.schema import Container, Env, Partition, Profile, Role
 from tests.command import ROOT, afterok, one_line, wait_for
 from tests.launchers.test_slurm_scripts import script
 
@@ -173,6 +174,7 @@ container:
     (row,) = [row for row in slurm.queue() if row.name.startswith("c.counter")]
     slurm.run(["scancel", "--signal=USR2", row.job_id])
     wait_for("its seal", lambda: list(run.path.glob("counter/*/seal.json")), 300)
+    wait_for("its last word, which follows the seal", lambda: len(run.outcomes("counter")) > 1)
     states = [(outcome.restart, outcome.state) for outcome in run.outcomes("counter")]
     assert states == [(0, "stopped"), (1, "sealed")]
     (seal,) = [durable.read_json(path) for path in run.path.glob("counter/*/seal.json")]
@@ -193,5 +195,33 @@ def test_an_input_that_the_image_does_not_see_is_refused_before_anything_is_sent
     env = {"SLURM_CONF": str(dev_cluster.conf)}
     said = one_line(afterok(*words_, env=env, check=2))
     assert f"{tmp_path}/data.txt is not mounted in the container of role cpu" in said
-    (tmp_path / "site.yaml").write_text(profile.replace("MOUNT", str(tmp_path)))
-    afterok(*words_, env=env)
+    (tmp_path / "site.yaml").write_text(profile.replace("MOUNT", str(tmp_path)).replace("default: x", "default: /no/x"))
+    assert (
+        "its image /no/x is not seen from here; its seal will have the name alone" in afterok(*words_, env=env).stderr
+    )
+    said = one_line(afterok(*words_[:-1], tmp_path / "a,b", env=env, check=2))
+    assert "pyxis takes what is behind the comma for another" in said
+
+
+@pytest.mark.parametrize(
+    "runtime, said, words",
+    [
+        ("apptainer", {"images": {"default": "i/x.sif"}}, "container.images.default: 'i/x.sif' is relative"),
+        ("pyxis", {"images": {"default": "x.sqsh"}}, "container.images.default: 'x.sqsh' is relative"),
+        ("charliecloud", {"images": {"default": "~/x"}}, "container.images.default: '~/x' is relative"),
+        ("pyxis", {"mounts": ["/a,b"]}, "container.mounts: '/a,b': pyxis takes what is behind a comma for another"),
+        ("apptainer", {"mounts": ["/a:/b:ro,rw"]}, "apptainer takes what is behind a comma for another mount"),
+        ("pyxis", {"mounts": ["/a:/b:ro:x"]}, "container.mounts: '/a:/b:ro:x' is not /SRC, /SRC:/DST or"),
+    ],
+)
+def test_what_no_runtime_would_find_is_refused(runtime, said, words):
+    problems = meaning_problems(Profile(kind="slurm", roles={"train": Role()}, partitions={"p": Partition()},
+                                        container=Container(runtime, **said)), "f.yaml")  # fmt: skip
+    assert [problem for problem in problems if words in str(problem)], problems
+
+
+@pytest.mark.parametrize("runtime, image", [("apptainer", "docker://a/b"), ("pyxis", "nvcr.io#nvidia/pytorch:25.01"),
+                                            ("charliecloud", "debian"), ("apptainer", "none")])  # fmt: skip
+def test_the_names_of_registries_and_storages_are_no_paths(runtime, image):
+    said = Container(runtime, images={"default": image})
+    assert not meaning_problems(Profile(roles={"train": Role()}, partitions={"p": Partition()}, container=said), "f")

@@ -13,6 +13,7 @@ from slurm import client, detect
 from slurm.client import SlurmUnavailable
 from slurm.dev import cluster as devcluster
 from slurm.profile import files
+from slurm.profile.schema import Profile
 from tests.cluster import require_packages
 
 
@@ -178,3 +179,16 @@ def test_a_configured_slurm_that_died_is_an_error_within_our_limit(short_folder,
         detect.find_cluster()
     assert 4 < time.monotonic() - began < 7
     assert os.environ["SLURM_CONF"]
+
+
+@pytest.mark.parametrize("kind", ["slurm", "dev"])
+def test_a_profile_of_local_processes_is_not_used_on_a_slurm(monkeypatch, kind):
+    """Its partitions, limits and locks would not be asked about, and its jobs be sent all the same."""
+    local = files.Loaded(Profile(kind="local"), [files.Layer("big.yaml", {})], files.Merged())
+    found = detect.Cluster("slurm", local.profile, env={}, name="big", slurm_name="big", profile_file="big.yaml",
+                           loaded=local)  # fmt: skip
+    monkeypatch.setattr(detect, f"_{kind}", lambda *_: found)
+    monkeypatch.setattr(detect.devcluster, "default_prefix", lambda: None)
+    monkeypatch.setattr(detect.devcluster, "DevCluster", lambda _: None)
+    with pytest.raises(UserMistake, match="it says local, and cluster big: .* is of kind slurm; take it out"):
+        detect.find_cluster(kind)

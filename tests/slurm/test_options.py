@@ -4,7 +4,7 @@ import pytest
 
 from slurm.options import RESERVED, SRUN_RESERVED, VARIABLES, option_problems, own_setting_problems
 from slurm.profile.files import load
-from slurm.profile.schema import Env, Partition, Profile, Srun
+from slurm.profile.schema import Container, Env, Partition, Profile, Role, RoleEnv, Srun
 
 ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses",
            "wckey", "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network",
@@ -62,3 +62,28 @@ def test_srun_gets_nothing_twice(option):
     for word in ("--cpu-bind=cores", "--label", "-l", "--mem-bind=local", "--distribution=block", "--wait=60", "-vv"):
         assert not own_setting_problems(Profile(srun=Srun(extra=[word])), "p"), word
     assert VARIABLES
+
+
+def test_the_words_for_pyxis_are_sruns_and_those_for_other_runtimes_are_not():
+    def problems(runtime):
+        said = Container(runtime=runtime, args=["--container-remap-root", "--output=/x"])
+        return [problem.where for problem in own_setting_problems(Profile(container=said), "p")]
+
+    assert problems("pyxis") == ["p: container.args"]
+    assert problems("apptainer") == problems("none") == []
+
+
+@pytest.mark.parametrize("name, value", [("X-Y", "1"), ("A B", "1"), ("1A", "1"), ("", "1"), ("A=B", "1"), ("UID", "5"),
+                                         ("A", "nul\0")])  # fmt: skip
+def test_what_no_shell_exports_is_refused_wherever_it_is_set(name, value):
+    """`export X-Y=1` ends a job at its first line."""
+    assert own_setting_problems(Profile(env=Env(set={name: value})), "p")
+    by_role = Profile(roles={"cpu": Role(env=RoleEnv(set={name: value}))})
+    assert [problem.where for problem in own_setting_problems(by_role, "p")] == [f"p: roles.cpu.env.set.{name}"]
+    assert not own_setting_problems(Profile(env=Env(set={"_A1": "two\nlines, 'quoted'"})), "p")
+
+
+@pytest.mark.parametrize("extra, wrong", [(["hostname"], 1), (["--label", "--"], 1), (["--wait=60", "x"], 1),
+                                          (["--wait", "60", "x"], 1), (["--wait", "60", "-l"], 0)])  # fmt: skip
+def test_no_word_for_srun_is_its_command(extra, wrong):
+    assert len(own_setting_problems(Profile(srun=Srun(extra=extra)), "p")) == wrong

@@ -17,14 +17,19 @@ from tests.command import afterok, one_line
 ADMINS = """\
 partitions:
   gpu: {max_time: 2-0, max_nodes: 8, gpus_per_node: 8, account: llm, qos: normal}
+  spare: {max_nodes: 9, account: llm}
+  other: {}
 roles:
   train: {partition: gpu, time: 1-0, gpus_per_node: 8}
   cpu: {partition: gpu}
+  eval: {partitions: [gpu, spare]}
 env: {modules: [cuda/12.8], set: {HF_HOME: /shared/hf}}
 policy:
-  locked: {env.modules: "The driver wants this CUDA; ask hpc@x.org.", partitions.*.account: ""}
+  locked: {roles.*.partitions: "", env.modules: "The driver wants this CUDA; ask hpc@x.org.", partitions.*.account: "",
+    partitions.*.reservation: ""}
   bounds:
     signal_lead_s: {min: 60, reason: Slurm needs a minute}
+    partitions.*.max_nodes: {max: 9, reason: Nine}
     resources.nodes: {max: 4, reason: four nodes a job until May}
     resources.time: {max: 1-12}
     roles.*.gpus_per_node: {choices: [0, 8]}
@@ -65,7 +70,7 @@ def test_a_users_profile_extends_the_admins_of_its_name_and_each_value_knows_its
     loaded = files.read("big", command_line(["cluster.roles.train.nodes=2", "sft.with.lr=1", "cluster=big"]))
     train = loaded.profile.roles["train"]
     assert (train.time, train.nodes, train.gpus_per_node) == ("2:00:00", 2, 8)
-    assert set(loaded.profile.roles) == {"train", "cpu", "mine"}
+    assert set(loaded.profile.roles) == {"train", "cpu", "eval", "mine"}
     assert loaded.extended == [str(admin)]
     origins = {key: loaded.merged.origin(key) for key in ("roles.train.time", "roles.train.nodes", "env.modules")}
     assert origins == {
@@ -98,6 +103,24 @@ def test_a_circle_and_a_missing_base_are_refused_in_one_line(site):
     assert "c.yaml: extends: no cluster profile 'big'" in line
 
 
+def test_a_folder_that_is_named_twice_and_a_link_to_the_next_make_no_circle(site, monkeypatch):
+    admin = site("admin", "big", "partitions: {gpu: {}}\nroles: {cpu: {time: 5}}\n")
+    user = site("user", "big", "roles: {cpu: {time: 6}}\n")
+    monkeypatch.setenv("AFTEROK_PROFILES", f"{user.parent}:{user.parent}:{admin.parent}:{user.parent}")
+    assert files.load("big").roles["cpu"].time == "6"
+    monkeypatch.setenv("AFTEROK_PROFILES", f"{admin.parent}/../{admin.parent.name}")
+    assert files.load("big").roles["cpu"].time == "5"
+    monkeypatch.setenv("AFTEROK_PROFILES", str(user.parent))
+    user.unlink()
+    user.symlink_to(admin)
+    assert files.load("big").roles["cpu"].time == "5"
+
+
+def test_a_file_without_an_end_to_its_brackets_is_refused_in_one_line(site):
+    user = site("user", "big", "[" * 20_000)
+    assert refused("big") == [f"{user}: not readable as YAML: it is nested too deep"]
+
+
 def test_a_mistake_is_named_with_the_file_that_made_it(site):
     admin = site("admin", "big", ADMINS)
     user = site("user", "big", "roles: {cpu: {tiem: 5}}\n")
@@ -124,6 +147,11 @@ def test_a_mistake_is_named_with_the_file_that_made_it(site):
         ("signal_lead_s: 30", "signal_lead_s", "Slurm needs a minute (30 is less than the admin allows; at least 60)"),
         ("roles: {cpu: {gpus_per_node: 4}}", "roles.cpu.gpus_per_node", "'4' is not among 0, 8"),
         ("policy: {locked: {}}", "policy", "counts only in an admin's file: others may write"),
+        ("roles: {a.b: {partition: gpu}}", "roles.a.b", "the policy's keys are dotted and would miss it"),
+        ("partitions: {gpu: {extra_sbatch: {reservation: r}}}", "partitions.gpu.extra_sbatch.reservation", "unset"),
+        ("roles: {cpu: {env: {modules: []}}}", "roles.cpu.env.modules", "The driver wants this CUDA"),
+        ("partitions: {gpu: {max_nodes: null}}", "partitions.gpu.max_nodes", "Nine (the admin bounds it, and says '8'"),
+        ("roles: {train: }", "roles.train", "the admin bounds it, and says '8'; say a value, or leave it"),
     ],
 )  # fmt: skip
 def test_what_the_policy_locks_or_bounds_is_refused_with_the_admins_words(site, text, key, words):
@@ -140,13 +168,67 @@ def test_the_command_line_is_a_user_too_and_the_same_value_changes_nothing(site)
     assert files.read("big", command_line(["cluster.env.modules=[cuda/12.8]"])).profile.env.modules == ["cuda/12.8"]
 
 
+def test_what_the_command_line_adds_to_a_list_is_added_to_the_files(site):
+    """An override replaces what the overrides before it said of its key, and a `+` adds, as files do it."""
+    site("admin", "big", "partitions: {gpu: {}}\nroles: {cpu: {}}\nenv: {setup: [a]}\n")
+
+    def setup(*overrides):
+        return files.read("big", command_line([f"cluster.env.{said}" for said in overrides])).profile.env.setup
+
+    assert setup("+setup=[b]") == ["a", "b"]
+    assert setup("+setup=[b]", "+setup=[c]") == ["a", "b", "c"]
+    assert setup("setup=[b]", "+setup=[c]") == ["b", "c"]
+    assert setup("+setup=[b]", "setup=[c]") == ["c"]
+    layer = command_line(["cluster.roles.cpu.nodes=2", "cluster.roles.cpu={time: 1:30:00}"])
+    assert layer.values == {"roles": {"cpu": {"nodes": "2", "time": "1:30:00"}}}
+    with pytest.raises(UserMistake, match="only a file extends others"):
+        command_line(["cluster.extends=[big]"])
+    assert "the command line is none" in refused("big", "cluster.policy.reason=x")[0]
+
+
+def test_a_user_lifts_no_policy_with_another_admins_file(site):
+    """What an admin wrote for another cluster is not what this one's admin said, whichever is laid upon the other."""
+    big = site("admin", "big", ADMINS)
+    site("admin", "beside", "env: {modules: [other]}\n")
+    site("admin", "above", "extends: [big]\nenv: {modules: [other]}\n")
+    small = site("admin", "small", "policy: {allowed_qos: []}\n")
+    site("user", "mine", "extends: [big, beside]\n")
+    assert any("env.modules: The driver wants this CUDA" in line for line in refused("mine"))
+    site("user", "mine", "extends: [beside, big]\n")
+    assert files.load("mine").env.modules == ["cuda/12.8"]
+    site("user", "mine", "extends: [above]\n")  # that admin laid it upon the policy's file, and may
+    assert files.load("mine").env.modules == ["other"]
+    for order in ("big, small", "small, big"):
+        site("user", "mine", f"extends: [{order}]\n")
+        first, last = (big, small) if order.startswith("big") else (small, big)
+        assert f"{first}: policy: {last} has another, and does not extend this file; leave one of them out" in refused(
+            "mine"
+        )
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ("[a]", "['a'] is neither a profile's name nor its file"),
+        ("{a: b}", "{'a': 'b'} is neither a profile's name nor its file"),
+        ("~no.such.user/x", "the home that it begins with is not known here"),
+    ],
+)
+def test_what_extends_cannot_name_is_refused_in_one_line(site, entry, words):
+    site("user", "mine", f"extends: [{entry}]\n")
+    assert [line for line in refused("mine") if words in line]
+
+
 def test_a_policy_in_a_file_that_others_may_write_is_refused_not_ignored(site):
     path = site("admin", "big", ADMINS)
     assert files.load("big").policy.locked
     for mode in (0o664, 0o646):
         path.chmod(mode)
         assert any("policy: counts only in an admin's file: others may write" in line for line in refused("big"))
+        with pytest.raises(UserMistake, match="policy: counts only"):  # another profile does not get around it either
+            files.policy_file("big")
     path.chmod(0o644)
+    assert files.policy_file("big") == path
     path.parent.chmod(0o770)
     assert any(f"others may write {path.parent} (mode 770)" in line for line in refused("big"))
     path.parent.chmod(0o700)
@@ -175,6 +257,48 @@ def test_places_that_no_profile_has_are_the_admins_mistake(site):
     assert [line.partition(": no place")[0] for line in found] == [
         f"{admin}: policy.locked.rolls.cpu", f"{admin}: policy.locked.roles.*.tiem",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ("nodes: {max: 1}", "nodes: no place of a profile; of what a phase gets, write resources.nodes"),
+        ("resources.time_minutes: {max: 1}", "resources.time_minutes: a phase gets nothing of this name; known: role,"),
+        ("resources.extra_sbatch: {max: 1}", "resources.extra_sbatch: a phase gets nothing of this name"),
+        ("resources.nodes: {max: eight}", "resources.nodes.max: 'eight' is no integer"),
+        ("resources.time: {min: soon}", "resources.time.min: 'soon' is no Slurm time"),
+    ],
+)
+def test_a_bound_that_could_never_count_is_the_admins_mistake(site, entry, words):
+    admin = site("admin", "big", f"roles: {{cpu: {{}}}}\nkind: local\npolicy: {{bounds: {{{entry}}}}}\n")
+    (line,) = refused("big")
+    assert line.startswith(f"{admin}: policy.bounds.{words}")
+
+
+def test_what_nobody_says_is_held_to_a_bound_too(site):
+    admin = site("admin", "big", "roles: {cpu: {}}\nkind: local\npolicy: {bounds: {signal_lead_s: {min: 120}}}\n")
+    assert refused("big") == [f"{admin}: signal_lead_s: 90 is less than the admin allows; at least 120"]
+    assert files.read("big", command_line(["cluster.signal_lead_s=120"])).profile.signal_lead_s == 120
+
+
+def test_a_list_is_compared_with_no_number(site):
+    site("admin", "big", "roles: {cpu: {}}\nkind: local\npolicy: {bounds: {network.port_range: {max: 1}}}\n")
+    (line,) = refused("big", "cluster.network.port_range=[2000,3000]")
+    assert "cannot be compared with the admin's bound" in line
+
+
+def test_a_phase_takes_no_partition_that_a_locked_role_has_not(site):
+    site("admin", "big", ADMINS)
+    profile = files.load("big")
+    assert check(profile, Request("eval", partition="spare", time="1"), "p") == []
+    (problem,) = check(profile, Request("eval", partition="other", time="1"), "p")
+    assert str(problem) == "p.partition: locked by the admin; it stays 'gpu or spare'"
+
+
+def test_no_time_at_all_is_beyond_the_longest_that_an_admin_allows(site):
+    site("admin", "big", ADMINS)
+    (problem,) = check(files.load("big"), Request("cpu", partition="spare"), "p")
+    assert str(problem) == "p.time: no time is said, and the admin allows at most 1-12; say one"
 
 
 def test_a_phase_is_held_to_the_policy_by_what_it_gets(site):

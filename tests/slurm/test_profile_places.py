@@ -8,7 +8,7 @@ from slurm.profile.check import check
 from slurm.profile.environments import environment_of, site_variables, why_not_shared
 from slurm.profile.places import gpus_of, items
 from slurm.profile.resolve import resolve, with_defaults
-from slurm.profile.schema import Env, Network, Profile, Request, Role, RoleEnv, Storage, Wishes
+from slurm.profile.schema import Env, Network, Partition, Profile, Request, Role, RoleEnv, Storage, Wishes
 
 MIXED = """\
 partitions:
@@ -168,3 +168,30 @@ def test_a_run_lies_where_the_profile_says_all_nodes_share(tmp_path):
     assert why_not_shared(profile, tmp_path / "link" / "runs" / "x") == ""
     assert "choose one there with --run DIR" in why_not_shared(profile, tmp_path / "x")
     assert why_not_shared(Profile(), tmp_path) == ""
+
+
+def test_the_sockets_that_sinfo_prints_behind_a_resource_are_no_part_of_it():
+    assert items("gpu:h100:8(S:0-1),nvme:2(S:0,2)") == [("gpu", "h100", 8), ("nvme", "", 2)]
+    assert gpus_of("gpu:8(S:0-1)") == ("", 8)
+
+
+@pytest.mark.parametrize("key", ["account", "qos", "reservation", "licenses", "constraint"])
+def test_no_value_brings_another_line_into_the_script(key):
+    """Whoever says it, a phase, its role or its partition: the line could be an #SBATCH one."""
+    value = "a\n#SBATCH --qos=top"
+    site = {"partitions": {"p": Partition()}, "roles": {"cpu": Role()}}
+    (problem,) = check(Profile(**site), Request("cpu", **{key: value}), "x")
+    assert problem.where == f"x.{key}" and "no one line" in problem.message
+    setattr(site["roles"]["cpu"], key, value)
+    assert [problem.where for problem in check(Profile(**site), Request("cpu"), "x")] == [f"x.{key}"]
+    site = {"partitions": {"p": Partition(**{key: value})}, "roles": {"cpu": Role()}}
+    assert [problem.where for problem in check(Profile(**site), Request("cpu"), "x")] == [f"x.{key}"]
+
+
+def test_what_a_node_has_beside_its_gpus_is_a_limit_where_the_profile_says_how_much():
+    few, many = (Partition(gres=f"gpu:a100:4,nvme:{count}") for count in (1, 4))
+    site = Profile(partitions={"few": few, "many": many}, roles={"cpu": Role(partitions=["few", "many"])})
+    asked = {gres: resolve(site, Request("cpu", gres=gres)).partition for gres in ("nvme", "nvme:2", "fpga:9")}
+    assert asked == {"nvme": "few", "nvme:2": "many", "fpga:9": "few"}
+    (problem,) = check(site, Request("cpu", gres="nvme:5"), "x")
+    assert problem.message.startswith("nvme:5, but a node of partition few has 1; ask for that; nor does it fit")
