@@ -219,6 +219,7 @@ def test_plan_submit_and_status_say_which_profile_and_which_file(site, other_sit
         "cluster_name": "bigsite",
         "profile": "BigSite",
         "profile_file": file,
+        "profile_extends": [],
     }
     assert afterok.json("submit", pipeline, "numbers.with.seconds=60", "--run", run, env=env)["profile"] == planned
     where = f"cluster bigsite, profile BigSite ({file})"
