@@ -1,6 +1,10 @@
 import pytest
 
-from tests.gpu_rehearsal.pool import RehearsalRanks
+from megatron_ext.device import init_device
+
+init_device()  # before any test module imports megatron-core
+
+from tests.gpu_rehearsal.pool import RehearsalRanks  # noqa: E402
 
 
 def _pool(world_size: int):
