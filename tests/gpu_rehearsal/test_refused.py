@@ -20,7 +20,7 @@ def test_an_a100_without_flash_attention_has_our_attention_over_the_same_other_p
     """cuDNN's attention over packed documents needs a Hopper."""
     needs = Needs(A100, tiny.family(FAMILIES[family]).config.shape(FAMILIES[family]), None, "bfloat16")
     assert choose(AUTO, needs).parts == replace(by_auto(FAMILIES[family]), attention="torch")
-    assert family == "gpt_oss" or by_auto(FAMILIES[family]).attention == TE
+    assert family != "qwen2" or by_auto(FAMILIES[family]).attention == TE  # some small heads are no multiple of 8
 
 
 @pytest.mark.parametrize("graphs", [value for value in CUDA_GRAPHS if value != "none"])

@@ -302,7 +302,9 @@ def test_what_the_stand_in_asserts_the_release_asserts(releases, package):
         real = refusals(parsed(releases[package] / file))
         if str(file) == CPP:
             real |= {text for function in CPP_COMPARED for text in cpp_refusals(releases[package], function)}
-        own = {text for text in refusals(parsed(STAND_INS / file)) - real if "NotImplementedError(" not in text}
+        # A package that the release's own imports break is broken in the stand-in by one statement.
+        said = ("NotImplementedError(", "raise ImportError(")
+        own = {text for text in refusals(parsed(STAND_INS / file)) - real if not any(word in text for word in said)}
         if str(file) in SHAPES_IN_OTHER_WORDS:
             own = {text for text in own if "shape" not in text}
         invented += [f"{file}: {text}" for text in own]
