@@ -110,6 +110,20 @@ def attention_kernel(dtype: torch.dtype, head_size: int, target: torch.device) -
     return f"scaled_dot_product_attention ({kernel}) over documents in buckets, not FlashAttention: {why_not}"
 
 
+def over_cache(core: Any, row: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return the attention [T, heads * d] of a rollout's row (rollout/cache.py) as `core` would compute it."""
+    return row.cache.attend(
+        row,
+        core.layer_number,
+        query=query,
+        key=key,
+        value=value,
+        scale=core.scale,
+        window=core.window,
+        sinks=core.softmax_offset,
+    )
+
+
 class PackedAttention(MegatronModule):
     """Serves as `core_attention` of a SelfAttention spec: packed rows (THD), or a batch of full sequences (SBHD),
     causal.
@@ -173,18 +187,8 @@ class PackedAttention(MegatronModule):
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
             out = attend(query, key, value, scale=self.scale, window=self.window, sinks=sinks)
             return out.flatten(2).transpose(0, 1)
-        cache = getattr(packed_seq_params, "cache", None)
-        if cache is not None:
-            return cache.attend(
-                packed_seq_params,
-                self.layer_number,
-                query=query,
-                key=key,
-                value=value,
-                scale=self.scale,
-                window=self.window,
-                sinks=sinks,
-            )
+        if getattr(packed_seq_params, "cache", None) is not None:
+            return over_cache(self, packed_seq_params, query=query, key=key, value=value)
         if isinstance(packed_seq_params, PackedDocuments):
             documents = packed_seq_params
         else:

@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_ext.layers.attention import scale_of, window_of
+from megatron_ext.layers.attention import over_cache, scale_of, window_of
 
 
 class TEPackedAttention(TEDotProductAttention):
@@ -51,18 +51,8 @@ class TEPackedAttention(TEDotProductAttention):
         num_splits: int | None = None,
     ) -> torch.Tensor:
         """Attend: packed, [T / c, heads, d] -> [T / c, heads * d]; otherwise [s, b, heads, d] -> [s, b, heads * d]."""
-        cache = getattr(packed_seq_params, "cache", None)
-        if cache is not None:
-            return cache.attend(
-                packed_seq_params,
-                self.layer_number,
-                query=query,
-                key=key,
-                value=value,
-                scale=self.scale,
-                window=self.window,
-                sinks=self.softmax_offset,
-            )
+        if getattr(packed_seq_params, "cache", None) is not None:
+            return over_cache(self, packed_seq_params, query=query, key=key, value=value)
         return super().forward(
             query=query,
             key=key,

@@ -43,12 +43,18 @@ PAIRS = {
 
 
 def mixtures(family: str) -> list[Parts]:
-    """Return every mixture that the family's specs can be built of, our own parts alone first."""
+    """Return every mixture of layers that the family's specs can be built of, our own parts alone first.
+
+    Mamba's kernels are mamba-ssm's beside linear layers of Transformer Engine, and twice the other way round.
+    """
     owners, ours = ("torch", "te"), ("torch",)
     norms = ours if family == "nanochat" else owners
     experts = owners if family in WITH_EXPERTS else ours
-    kernels = ("torch", "mamba_ssm") if family.startswith("nemotron_h") else ours
-    return [Parts(*each) for each in product(owners, owners, norms, experts, kernels)]
+    mixed = [Parts(*each) for each in product(owners, owners, norms, experts)]
+    if not family.startswith("nemotron_h"):
+        return mixed
+    beside = [replace(parts, mamba="mamba_ssm") if parts.linear == "te" else parts for parts in mixed]
+    return [*beside, replace(OURS, mamba="mamba_ssm"), MOST[family]]
 
 
 @pytest.fixture(scope="session")

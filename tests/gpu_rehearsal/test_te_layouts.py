@@ -50,7 +50,7 @@ def alone(solo, tmp_path_factory) -> Callable[[str, bool], dict[str, Any]]:
     return problem
 
 
-EVERYWHERE = {"packed CP2 ring", "packed CP2 all-to-all", "PP2", "TP2 EP2 SP", "EP2"}
+EVERYWHERE = {"packed CP2 ring", "packed CP2 all-to-all", "PP2", "TP2 EP2 SP"}
 SHORT = [
     (name, cell)
     for cell in [*CELLS, *RING]
