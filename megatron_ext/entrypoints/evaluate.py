@@ -42,6 +42,7 @@ from megatron_ext.entrypoints import generate
 from megatron_ext.entrypoints.accuracy import Line, accuracy, asked, write_tables
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
+from megatron_ext.rollout.room import check_room
 from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_recording, check_rollouts
 
 if TYPE_CHECKING:
@@ -89,7 +90,10 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     problems += check_rollouts(config, Sampling())
     site = site or Site(ranks)
-    problems += check_recording(config, facts.forward(config, site).shape)
+    training = facts.forward(config, site)
+    problems += check_recording(config, training.shape)
+    new, where = config.max_new_tokens, "max_new_tokens"
+    problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
     return problems + facts.check_forward(config, site)
 
 

@@ -28,6 +28,7 @@ from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rl.settings import GenerateSettings
+from megatron_ext.rollout.room import check_room
 from megatron_ext.rollout.settings import check_recording, check_rollouts
 from megatron_ext.training import options
 
@@ -46,7 +47,9 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("sampling.temperature", f"0 gives {config.samples} samples all alike; use samples: 1"))
     problems += check_rollouts(config, config.sampling)
     site = site or Site(ranks)
-    problems += check_recording(config, facts.forward(config, site).shape)
+    training = facts.forward(config, site)
+    problems += check_recording(config, training.shape)
+    problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
     return problems + facts.check_forward(config, site)
 
 

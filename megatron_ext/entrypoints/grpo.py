@@ -55,12 +55,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_mix(config.mix)
     adapter = facts.model_adapter(config.model, site)[1]
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
-    problems += check_room(_room(config, training), config.engine)
-    if training.shape is not None:
-        positions, new = training.shape.max_positions, config.sampling.max_tokens
-        if 0 < positions <= new:
-            message = f"{new:,} new ones leave no room for a prompt in the model's {positions:,} positions: give fewer"
-            problems.append(Problem("sampling.max_tokens", message))
+    problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
     problems += check_recording(config, training.shape)
     return problems + refusals.check(config.parallel, training, site)
 

@@ -111,6 +111,13 @@ def needs_of(p: ParallelPlan, w: Workload) -> parts.Needs:
     return parts.Needs(w.machine, w.shape, p, w.dtype)
 
 
+@rule("backend")
+def te_runs_on_gpus(p: ParallelPlan, w: Workload) -> str:
+    """Refuse it before the phase queues: a package that is installed where plan runs computes nothing on a CPU."""
+    wrong = w.backend == parts.TE and w.gpus is False
+    return "Transformer Engine needs GPUs, and the phase has none" if wrong else ""
+
+
 @rule("context_comm", "context")
 def context_communication_is_known_to_attention(p: ParallelPlan, w: Workload) -> str:
     if p.context == 1 or p.context_comm != "p2p" or w.backend == parts.TE:

@@ -6,7 +6,7 @@ from data_tools.mistake import Problem
 from megatron_ext.parallel.calibration import GIB
 from megatron_ext.parallel.plan import ParallelPlan
 from megatron_ext.parallel.shape import ATTENTION, WINDOW, ModelShape, count_blocks
-from megatron_ext.rollout.settings import EngineConfig
+from megatron_ext.rollout.settings import EngineConfig, RolloutSettings
 
 BYTES = {"float32": 4, "bfloat16": 2}  # of a key's or value's element
 
@@ -50,9 +50,18 @@ def room(config: EngineConfig, plan: ParallelPlan, shape: ModelShape, dtype: str
     return Room(max(0, blocks_in(config.kv_gib, size)), config.block_size, tokens)
 
 
-def check_room(found: Room | None, config: EngineConfig) -> list[Problem]:
-    """Refuse memory in which not even one sample has a place."""
-    return [] if found is None or found.samples else [too_small(config, found.blocks, found.each + 1)]
+def check_room(
+    config: RolloutSettings, shape: ModelShape | None, dtype: str, new: int, where: str = "sampling.max_tokens"
+) -> list[Problem]:
+    """Refuse `new` tokens a sample for which memory or the model's positions have no room, where the model is known."""
+    if shape is None:
+        return []
+    found = room(config.engine, config.parallel, shape, dtype=dtype, tokens=1 + new)
+    problems = [] if found.samples else [too_small(config.engine, found.blocks, found.each + 1)]
+    if 0 < shape.max_positions <= new:
+        said = f"{new:,} new ones leave no room for a prompt in the model's {shape.max_positions:,} positions"
+        problems.append(Problem(where, f"{said}: give fewer"))
+    return problems
 
 
 def too_small(config: EngineConfig, blocks: int, needed: int) -> Problem:

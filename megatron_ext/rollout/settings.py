@@ -55,7 +55,7 @@ class EngineConfig:
 
     kv_gib: float = setting(1.0, "keys and values that a rank holds while it generates", unit="GiB", above=0)
     block_size: int = setting(
-        32, "size of a block of keys and values; GPU kernels with block tables want 256", unit="tokens", least=1
+        256, "size of a block of keys and values; GPU kernels read multiples of 256 in place", unit="tokens", least=1
     )
     max_batch: int = setting(32, "samples that are decoded together", unit="samples", least=1)
     token_budget: int = setting(

@@ -2,11 +2,12 @@
 
 import pytest
 
+from megatron_ext.entrypoints import evaluate, generate, grpo
 from megatron_ext.models.registry import parse_config, read_config
-from megatron_ext.parallel.plan import ParallelPlan
+from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.room import check_room, room, room_notes
-from megatron_ext.rollout.settings import EngineConfig
+from megatron_ext.rollout.settings import EngineConfig, RolloutSettings, Sampling
 from tests.launchers.test_parallel_plan import QWEN_32B
 from tests.megatron_ext import tiny
 from tests.megatron_ext.rollout.test_engine import FAMILIES
@@ -35,12 +36,37 @@ def test_the_seed_of_grpo_holds_54_samples_a_replica():
 def test_less_than_a_group_is_told_and_less_than_a_sample_refused():
     few = EngineConfig(kv_gib=2, block_size=256, max_batch=32)
     found = room(few, ParallelPlan(tensor=8), shape(QWEN_32B), "bfloat16", 12000)
-    assert found.samples == 5 and check_room(found, few) == []
+    assert found.samples == 5
     assert "warning: that is fewer than a group of 16" in room_notes(found, few, 16)[1]
     assert "fewer than max_batch 32" in room_notes(found, few, 64)[1]
-    none = room(EngineConfig(0.3, 256), ParallelPlan(tensor=8), shape(QWEN_32B), "bfloat16", 12000)
-    [problem] = check_room(none, EngineConfig(0.3, 256))
+    asked = RolloutSettings(engine=EngineConfig(0.3, 256), parallel=ParallelPlan(tensor=8))
+    [problem] = check_room(asked, shape(QWEN_32B), "bfloat16", new=11999)
     assert "0.3 GiB hold 9,472 tokens of keys and values, and one sample needs 12,288" in str(problem)
+
+
+KINDS = {
+    "grpo": (grpo, lambda new: dict(steps=1, sampling=Sampling(max_tokens=new)), "sampling.max_tokens"),
+    "generate": (generate, lambda new: dict(sampling=Sampling(max_tokens=new)), "sampling.max_tokens"),
+    "evaluate": (evaluate, lambda new: dict(max_new_tokens=new), "max_new_tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_that_samples_is_asked_for_room_before_it_queues(kind):
+    entrypoint, settings, where = KINDS[kind]
+    site = Site(8, gpus_per_node=8, forecasts={"model": {"hf_config": QWEN_32B}})
+
+    def found(gib: float, new: int) -> list[str]:
+        config = entrypoint.Config(
+            model="model", parallel=ParallelPlan(tensor=8), engine=EngineConfig(gib, 256), **settings(new)
+        )
+        return [problem.where for problem in entrypoint.check(config, 8, site)]
+
+    positions = QWEN_32B["max_position_embeddings"]
+    enough, little = found(20, 11_999), found(0.3, 11_999)
+    assert "engine.kv_gib" not in enough and where not in enough
+    assert "engine.kv_gib" in little and where not in little
+    assert where not in found(20, positions - 1) and where in found(20, positions)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
