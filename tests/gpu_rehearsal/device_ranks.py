@@ -89,7 +89,7 @@ def decoded(of: Any, folder: Path, plan: ParallelPlan = ALONE, **settings: Any) 
 
 
 def walk(of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Import, roll out, train, save, evaluate, resume, and adapt."""
+    """Import, roll out, train, save, evaluate, resume, export, and adapt."""
     found: dict[str, Any] = {}
     own = folder / backend()
     with ranks.started(plan):
@@ -120,8 +120,21 @@ def walk(of: Any, folder: Path, plan: ParallelPlan = ALONE, dtype: torch.dtype =
         checkpoint.save_weights(trainer.model, own / "weights")
         found["digest"] = checkpoint.weights_digest(trainer.model)
     with ranks.started(plan):
+        if ranks.is_writer():
+            export(of, own / "weights", own / "exported")
+        torch.distributed.barrier()
+        found["exported"] = checkpoint.weights_digest(built(of, own / "exported", plan, dtype))
+    with ranks.started(plan):
         found["lora"] = _adapted(of, hf, plan, dtype, own)
     return found
+
+
+def export(of: Any, weights: Path, out: Path) -> None:
+    """Write trained weights as safetensors."""
+    out.mkdir()
+    rules = tiny.family(of).mapping.rules(of)
+    convert.export_share(weights, rules, {"hf": {}, "tensors": {}}, out, dtype="", index=0, count=1)
+    convert.finish_export([out], out, {})
 
 
 def _adapted(of: Any, hf: Path, plan: ParallelPlan, dtype: torch.dtype, own: Path) -> list[Any]:

@@ -52,6 +52,7 @@ def test_a_whole_step_leaves_nothing_on_the_cpu(pretended, plain, family, tmp_pa
     (there,) = on_device(pretended, "walk", of=FAMILIES[family], folder=tmp_path)
     (here,) = on_device(plain, "walk", of=FAMILIES[family], folder=tmp_path)
     assert there["resumed"] == there["updates"][1], "random states and weights go on"
+    assert there["exported"] == there["digest"], "what was exported is what was trained"
     for name in ("evaluated", "after"):
         assert there[name] == pytest.approx(here[name], rel=1e-5), name
     for ours, theirs in zip(there["updates"], here["updates"], strict=True):
