@@ -7,6 +7,7 @@ every module below the part that is written out.
 import ast
 import functools
 import importlib.util
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 
@@ -88,26 +89,40 @@ def _written(argument: ast.expr) -> str:
 def beside(root: Path) -> list[Path]:
     """Return the modules beside a user's module or package that it imports, and those that these import.
 
-    Only what Python itself would import from there: installed packages are installed where the job runs, too.
+    Only what Python itself would import from there: installed packages are installed where the job runs, too. A file in
+    which no name from beside stands is not parsed: parsing a large package takes seconds.
     """
+    if root.parent.name in ("site-packages", "dist-packages"):
+        return []
+    names = {place.name.removesuffix(".py") for place in root.parent.iterdir()}
+    names -= {root.stem, *PACKAGES}
+    mentioned = re.compile("|".join(sorted(map(re.escape, names))).encode())
     places: dict[str, Path] = {}
-    waiting = [root]
+    waiting = [root] if names else []
     while waiting:
         code = waiting.pop()
         for file in [code] if code.is_file() else sorted(code.rglob("*.py")):
-            for first in {module.split(".")[0] for module in imported(file, PurePath(file.name))}:
+            if not mentioned.search(_text(file)):
+                continue
+            for first in {module.split(".")[0] for module in imported(file, PurePath(file.name))} & names:
                 place = _place_beside(root, first)
-                if place and place != root and first not in places:
+                if place and first not in places:
                     places[first] = place
                     waiting.append(place)
     return sorted(places.values())
 
 
+def _text(file: Path) -> bytes:
+    """Return a file's bytes; of one that cannot be read, none."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
 def _place_beside(root: Path, name: str) -> Path | None:
     """Return the module or package `name` beside a user's, where Python itself would import it from there."""
     places = [place for place in (root.parent / name, root.parent / f"{name}.py") if place.exists()]
-    if not places or name in PACKAGES or root.parent.name in ("site-packages", "dist-packages"):
-        return None
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
