@@ -109,6 +109,7 @@ def test_a_chain_survives_being_cancelled_by_preemption_and_its_dependents_wait_
     assert found == {0: "PREEMPTED", 1: "COMPLETED", 3: "COMPLETED"} and jobs_of(run) == jobs
 
 
+@pytest.mark.soak
 def test_a_link_that_is_asked_to_stop_exits_5_and_an_exception_ends_the_chain(chained):
     path, run, env, slurm = chained
     afterok("submit", path, "counter.with.fail_from=1", "--run", run, env=env)

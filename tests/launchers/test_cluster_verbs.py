@@ -2,10 +2,13 @@
 
 import sys
 
+import pytest
+
 from tests.cluster import require_packages
 from tests.command import afterok, afterok_json, one_line, write_toy
 
 
+@pytest.mark.soak
 def test_a_dev_cluster_from_up_to_down(short_folder, tmp_path):
     require_packages()
     env = {"AFTEROK_CLUSTER": str(short_folder)}

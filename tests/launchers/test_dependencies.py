@@ -75,6 +75,7 @@ phases:
 """
 
 
+@pytest.mark.soak
 def test_a_singleton_pair_never_runs_at_the_same_time_whichever_is_sent_first(tmp_path, dev_cluster):
     run, env = tmp_path / "run", dev_cluster.env()
     (tmp_path / "e.yaml").write_text(EXCLUSIVE)

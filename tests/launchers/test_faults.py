@@ -105,6 +105,7 @@ def test_ids_that_somebody_else_has_now_are_not_taken_for_ours(tmp_path, short_f
     assert {rows_of(slurm, job)[0].reason for job in others} == {"JobHeldUser"}
 
 
+@pytest.mark.soak
 def test_a_dependent_sent_after_its_parent_was_purged_runs_nothing(tmp_path, short_folder):
     """Slurm takes a parent that it has forgotten for one that succeeded."""
     require_packages()
@@ -145,6 +146,7 @@ def test_a_dependent_sent_after_its_parent_was_purged_runs_nothing(tmp_path, sho
     assert_sealed_once(run)
 
 
+@pytest.mark.soak
 def test_a_cluster_that_kills_invalid_dependents_loses_none(tmp_path, short_folder):
     require_packages()
     cluster = devcluster.up(short_folder, nodes=1, settings={"DependencyParameters": "kill_invalid_depend"})
@@ -309,6 +311,7 @@ def test_code_edited_after_the_submit_does_not_run(tmp_path, dev_cluster):
     assert_sealed_once(run)
 
 
+@pytest.mark.soak
 def test_of_two_workers_for_one_element_one_works_and_the_other_leaves(tmp_path, dev_cluster):
     run, env = tmp_path / "run", dev_cluster.env()
     pipeline = pipeline_of(tmp_path, counter={"uses": "tests.toy.counter", "with": {"steps": 4, "gate": f"{run}.gate"}})

@@ -277,6 +277,7 @@ def test_a_sealed_run_has_its_status_while_the_controller_hangs(site, big_site, 
     afterok("cancel", open_run, env=env)
 
 
+@pytest.mark.soak
 def test_a_run_is_followed_through_a_time_without_its_controller(site, big_site):
     pipeline, run, env = site
     command = [sys.executable, "-m", "launchers.cli", "run", pipeline, f"numbers.with.gate={run}.gate", "--run", run]

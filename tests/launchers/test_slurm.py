@@ -118,6 +118,7 @@ def test_nothing_of_the_submitters_environment_reaches_a_job_unless_forwarded(to
     assert "s3cr3t" not in shown and "JobId" in shown
 
 
+@pytest.mark.soak
 def test_a_controller_that_dies_before_a_submit_loses_nothing(toy, dev_cluster):
     pipeline, run, env = toy
     dev_cluster.kill_daemon("slurmctld")

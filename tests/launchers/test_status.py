@@ -255,6 +255,7 @@ def broken(tmp_path_factory, dev_cluster):
     return folder / "run"
 
 
+@pytest.mark.soak
 def test_status_asks_the_queue_once_and_accounting_once(broken, dev_cluster, tmp_path):
     env = shims(tmp_path / "bin", dev_cluster)
     assert (
@@ -344,6 +345,7 @@ def cancelled(folder, cluster):
     return pipeline, run
 
 
+@pytest.mark.soak
 def test_status_and_why_with_slurmdbd_running_and_gone(tmp_path, accounted_cluster):
     """A real slurmdbd tells what the queue forgot; without it the answers are poorer, never wrong, and jobs go on."""
     env = accounted_cluster.env()

@@ -75,6 +75,7 @@ def test_a_refused_job_takes_the_whole_submission_back(shimmed, at):
     assert_sealed_once(run, env)
 
 
+@pytest.mark.soak
 def test_a_job_that_begins_before_it_is_rewired_has_the_submission_planned_anew(shimmed):
     _, run, env, shim = shimmed
     afterok("run", MIDDLE, "mid.with.die_on_rank=0", "--run", run, env=env, check=1)
@@ -89,6 +90,7 @@ def test_a_job_that_begins_before_it_is_rewired_has_the_submission_planned_anew(
     assert set(states(run, env=env).values()) == {"COMPLETED"}
 
 
+@pytest.mark.soak
 def test_the_first_submit_after_a_killed_submitter_goes_on_though_the_queue_changed_since(shimmed):
     _, run, env, shim = shimmed
     afterok("run", MIDDLE, "mid.with.die_on_rank=0", "--run", run, env=env, check=1)
@@ -123,6 +125,7 @@ def test_an_element_that_ended_before_the_release_of_its_array_is_no_refusal(shi
     assert_sealed_once(run, env)
 
 
+@pytest.mark.soak
 def test_a_controller_that_gives_out_the_ids_of_running_jobs_again_loses_no_work(tmp_path, toy_on_fragile_cluster):
     pipeline, run, env, cluster = toy_on_fragile_cluster
     gate = tmp_path / "gate"  # the forgotten go on until the node has refused their ids
@@ -165,6 +168,7 @@ def toy_on_fragile_cluster(tmp_path, short_folder):
     return write_toy(tmp_path), tmp_path / "run", cluster.env(), cluster
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=pytest.mark.soak)])
 def test_a_controller_down_during_a_submit_is_waited_for(shimmed, dev_cluster, seconds):
     pipeline, run, env, shim = shimmed
