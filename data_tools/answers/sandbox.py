@@ -4,8 +4,8 @@
 
     the process of verifiers ── tests (bwrap) ══ a socket ══ the program (bwrap)
 
-sandboxed.py is what runs in both, after confined.py. A program passes if its answers are right and it has all of them given when its time
-ends. Whatever else it does is a failed sample, and ends with its sandbox: loops, forks, allocations, sys.exit(0), what
+sandboxed.py is what runs in both, after confined.py. A program passes if its answers are right and it has all of them given when
+its time ends. Whatever else it does is a failed sample, and ends with its sandbox: loops, forks, allocations, sys.exit(0), what
 it prints, processes that outlive their parent. What a sandbox has:
 
     files      the system's (/usr, /lib, …) and Python's own, read-only; an empty /tmp of TMP_MIB in TMP_FILES files;
@@ -119,7 +119,13 @@ def _sandbox(role: str, ends: Sequence[socket.socket], limits: Limits) -> Iterat
     """Start a sandbox with these ends of sockets. Whatever runs in it is over when this is."""
     numbers = [end.fileno() for end in ends]
     process = subprocess.Popen(
-        [*command(), json.dumps(_limits(role, limits)), _text("sandboxed.py"), role, *map(str, (numbers[0], numbers[-1]))],
+        [
+            *command(),
+            json.dumps(_limits(role, limits)),
+            _text("sandboxed.py"),
+            role,
+            *map(str, (numbers[0], numbers[-1])),
+        ],
         env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **_libraries()},
         pass_fds=numbers,
         stdin=subprocess.DEVNULL,
@@ -210,9 +216,11 @@ def _files() -> list[str]:
             shown += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir():
             shown += ["--ro-bind", str(path), str(path)]
-    shown += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    shown += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     # Not --dev, whose terminals take a user namespace more, in which /tmp could not be bounded.
-    shown += [word for name in _DEVICES for word in ("--dev-bind-try", f"/dev/{name}", f"/dev/{name}")]
+    shown += ["--dir", "/dev"] + [
+        word for name in _DEVICES for word in ("--dev-bind-try", f"/dev/{name}", f"/dev/{name}")
+    ]
     standard = [sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"), os.path.dirname(_python())]
     libraries = [part for value in _libraries().values() for part in value.split(":") if part]
     for place in dict.fromkeys(map(os.path.realpath, [*standard, *libraries])):

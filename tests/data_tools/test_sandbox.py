@@ -243,6 +243,131 @@ def test_memory_and_files_are_bounded():
     assert passes(LARGE, [f"assert f(100, 4) <= {sandbox.TMP_MIB << 20}"]) is True
 
 
+WAYS = """
+import ctypes, fcntl, mmap, os, socket
+c = ctypes.CDLL(None, use_errno=True)
+MIB, kept = 1 << 20, []
+def held(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), 'refused')
+    return result
+def heap():
+    kept.append(bytearray(8 * MIB))
+    return 8 * MIB
+def anonymous(flags=mmap.MAP_SHARED):
+    kept.append(mmap.mmap(-1, 8 * MIB, flags=flags))
+    kept[-1][::4096] = bytes(2048)
+    return 8 * MIB
+def mapped_files():
+    file = os.open(f'/tmp/{len(kept)}', os.O_RDWR | os.O_CREAT)
+    os.posix_fallocate(file, 0, 8 * MIB)
+    kept.append(mmap.mmap(file, 8 * MIB))
+    os.close(file)
+    return 8 * MIB
+def files():
+    with open(f'/tmp/{len(os.listdir("/tmp"))}', 'wb', buffering=0) as file:
+        for _ in range(8):
+            file.write(bytes(MIB))
+    return 8 * MIB
+def empty_files():  # a KiB of the kernel's memory each
+    for _ in range(1024):
+        os.close(os.open(f'/tmp/{len(kept)}', os.O_CREAT))
+        kept.append(None)
+    return MIB
+def links():
+    open('/tmp/one', 'w').close()
+    for _ in range(1024):
+        os.link('/tmp/one', f'/tmp/{len(kept)}')
+        kept.append(None)
+    return MIB
+def without_name():
+    file = os.memfd_create('x')
+    return os.write(file, bytes(8 * MIB))
+def system_v():
+    kept.append(held(c.shmget(0, 8 * MIB, 0o1600)))
+    return 8 * MIB
+def messages():
+    held(c.msgsnd(held(c.msgget(0, 0o1600)), ctypes.create_string_buffer(b'1' * 8200), 8192, 0))
+    return 8192
+def semaphores():
+    held(c.semget(0, 250, 0o1600))
+    return 250 * 64
+def dev_shm():
+    with open(f'/dev/shm/{len(kept)}', 'wb', buffering=0) as file:
+        return file.write(bytes(MIB))
+def pipes():
+    ends = os.pipe()
+    kept.append(ends)
+    fcntl.fcntl(ends[1], 1031, MIB)
+    os.set_blocking(ends[1], False)
+    return os.write(ends[1], bytes(MIB))
+def lent_to_pipes():
+    ends, page = os.pipe(), mmap.mmap(-1, 2 * MIB)
+    kept.append(ends)
+    lent = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.c_char.from_buffer(page)), 4096)
+    held(c.vmsplice(ends[1], lent, 1, 0))
+    return 2 * MIB
+def sockets():
+    one, other = socket.socketpair()
+    kept.append((one.detach(), other.detach()))
+    one = socket.socket(fileno=os.dup(kept[-1][0]))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 28)
+    one.setblocking(False)
+    return one.send(bytes(4 * MIB))
+def locked():
+    held(c.mlockall(2))
+    return anonymous()
+def f(way):
+    total = 0
+    while total < 10 << 30:
+        try:
+            total += globals()[way]()
+        except (OSError, MemoryError):
+            break
+    kept.clear()
+    return total
+"""
+
+
+@pytest.mark.parametrize("way, most_mib", [
+    ("heap", 128), ("anonymous", 128), ("mapped_files", 64), ("files", 64), ("empty_files", 0), ("links", 0),
+    ("without_name", 0), ("system_v", 0), ("messages", 0), ("semaphores", 0), ("dev_shm", 0), ("pipes", 32),
+    ("lent_to_pipes", 0), ("sockets", 0), ("locked", 0),
+])  # fmt: skip
+def test_there_is_no_way_to_ten_gigabytes(way, most_mib):
+    """What is 0 is refused at once: a file's entry, a segment, a queue, larger buffers of a socket."""
+    found = verdict(WAYS, [f"assert f({way!r}) <= {most_mib << 20}"], ["f"], limits=Limits(120.0, memory_gib=0.125))
+    assert found.why == ""
+
+
+ALL_TOGETHER = """
+import mmap, os
+def f(size):
+    gains, kept = os.pipe(), []
+    while True:
+        try:
+            if os.fork() == 0:
+                break
+        except OSError:
+            os.close(gains[1])
+            with open(gains[0], 'rb') as file:
+                return len(file.read()) * size
+    try:
+        while True:
+            kept.append(mmap.mmap(-1, size))
+            kept[-1][::4096] = bytes(size // 4096)
+            os.write(gains[1], b'x')
+    finally:
+        os._exit(0)
+"""
+
+
+def test_all_processes_together_hold_no_more_than_they_may_each():
+    most = int(sandbox.PROCESSES * 2**27)
+    found = verdict(ALL_TOGETHER, [f"assert 0 < f(1 << 22) < {most}"], ["f"], limits=Limits(120.0, memory_gib=0.125))
+    assert found.why == ""
+
+
 DESTROYS = """
 import os, shutil
 def f(path):
@@ -341,7 +466,10 @@ verdict(sys.stdin.read(), ['f'], ['f'], limits=Limits(1000.0))
 """
 
 
-def test_sandboxes_end_with_the_process_that_asked_for_them():
+ASKED, NONE = ("Inh", "Prm", "Eff", "Amb"), "0" * 16
+
+
+def test_a_sandbox_has_a_user_of_its_own_and_no_rights_and_ends_with_the_process_that_asked_for_it():
     mark = f"asked{os.getpid()}"
     process = subprocess.Popen([sys.executable, "-c", ASKS], cwd=ROOT, stdin=subprocess.PIPE, text=True)
     process.stdin.write(STAYS.format(mark=mark))
@@ -349,7 +477,13 @@ def test_sandboxes_end_with_the_process_that_asked_for_them():
     until = time.monotonic() + 120
     while not running(mark) and time.monotonic() < until:
         time.sleep(0.05)
-    assert running(mark)
+    (inside,) = running(mark)
+    assert Path(f"/proc/{inside}/oom_score_adj").read_text() == "1000\n"  # out of memory: it goes before all others
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{inside}/status").read_text().splitlines())
+    users = set(status["Uid"].split() + status["Gid"].split())
+    assert status["Seccomp"] == "2" and status["NoNewPrivs"] == "1" and {status[f"Cap{x}"] for x in ASKED} == {NONE}
+    if os.getuid() == 0:  # limits of processes do not bind root, in a namespace or out of it
+        assert len(users) == 1 and min(map(int, users)) > 1000 and status["Groups"].strip() == ""
     process.kill()
     process.wait()
     assert gone(mark)
