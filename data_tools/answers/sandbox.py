@@ -4,9 +4,9 @@
 
     the process of verifiers ── tests (bwrap) ══ a socket ══ the program (bwrap)
 
-sandboxed.py is what runs in both, after confined.py. A program passes if its answers are right and it has all of them given when
-its time ends. Whatever else it does is a failed sample, and ends with its sandbox: loops, forks, allocations, sys.exit(0), what
-it prints, processes that outlive their parent. What a sandbox has:
+sandboxed.py is what runs in both, after confined.py. A program passes if its answers are right and it has all of them
+given when its time ends. Whatever else it does is a failed sample, and ends with its sandbox: loops, forks,
+allocations, sys.exit(0), what it prints, processes that outlive their parent. What a sandbox has:
 
     files      the system's (/usr, /lib, …) and Python's own, read-only; an empty /tmp of TMP_MIB in TMP_FILES files;
                nothing else, not even /proc
