@@ -36,7 +36,7 @@ class Config:
     tag: str = setting("", 'nanochat\'s model tag; "": d and the number of layers, as nanochat names them', free=True)
     step: int = setting(
         -1,
-        "step in the files' names; -1: of the training, or of the checkpoint that was imported",
+        "step in the names; -1: of the training, or of the checkpoint that was imported",
         unit="steps",
         least=-1,
     )
@@ -48,7 +48,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     from megatron_ext.models.registry import parse_config
 
     problems = []
-    if config.tag and Path(config.tag).name != config.tag:
+    if config.tag and (Path(config.tag).name != config.tag or config.tag == ".."):
         problems.append(Problem("tag", f"{config.tag!r} is no name of a folder, such as d32"))
     if ranks != 1:
         problems.append(Problem("", f"export_nanochat runs on 1 rank, not {ranks}"))

@@ -1,9 +1,8 @@
 """nanochat's own checkpoints: FOLDER/TAG/model_STEP.pt beside meta_STEP.json (nanochat/checkpoint_manager.py).
 
 They are read as the tensors of a NanoChatForCausalLM, and written from them. Versions from January 2026 on add value
-embeddings, residual scales and sharper attention: what NanoChatForCausalLM does not have is refused by name. What it has
-no place for and nanochat does (the meta file, the rows that pad the vocabulary) goes along as ORIGIN. No torch at the
-top.
+embeddings, residual scales and sharper attention: what NanoChatForCausalLM does not have is refused by name. What only
+nanochat has (the meta file, the rows that pad the vocabulary) goes along as ORIGIN. No torch at the top.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""nanochat's tokenizer.pkl → tokenizer.json and a chat template, as transformers reads them. The file itself goes along.
+"""nanochat's tokenizer.pkl → tokenizer.json and a chat template, as transformers reads them; it goes along, too.
 
 The file is a pickled tiktoken.Encoding (nanochat/tokenizer.py, RustBPETokenizer.save): a pattern that cuts text into
 pieces, byte sequences with their ranks, and special tokens. Byte-level BPE says the same: of the pairs in a piece the
