@@ -19,6 +19,7 @@ FIRST = {
     "dolci_prepare": "697cb5209017",
     "evaluate": "9fc98a1c2ef1",
     "export_hf": "991b046b6652",
+    "export_nanochat": "8a8ceb06d0ac",
     "generate": "b0b9c6b6cf26",
     "grpo": "5c8870fcd159",
     "harmony_convert": "1e41e7533d9f",
