@@ -51,6 +51,8 @@ INDEX_RECORD = np.dtype(
     [("priority", "<u8"), ("offset", "<i8"), ("tokens", "<i4"), ("source", "<i4"), ("category", "i1")]
 )
 
+_ENTRY = struct.Struct("<Qqiib")  # the same, for one record
+
 _THINKING = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _CODE_FENCE = re.compile(r"```.*?```", re.DOTALL)
 _MATHS = re.compile(r"\\boxed|\\frac|\\\(|\\\[|\$[^$\n]+\$")
@@ -174,7 +176,7 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
         raise UserMistake(problems)
     encoder = Encoder(load_tokenizer(config.tokenizer))
     names = list(SHARES)
-    sheets, entries = [], []
+    sheets, entries = [], bytearray()
     with open(out / ROWS, "wb") as rows:
         for number, name in enumerate(config.inputs):
             share = open_share(Path(name).expanduser(), index, count)
@@ -198,13 +200,12 @@ def sample_shard(config: Config, out: Path, index: int, count: int, progress: Pr
                 category = category_of(
                     conversation, str(row.get("source", row.get("dataset_source", ""))), config.sources
                 )
-                entries.append(
-                    (priority(config.seed, conversation), rows.tell(), tokens, number, names.index(category))
-                )
+                place = priority(config.seed, conversation)
+                entries += _ENTRY.pack(place, rows.tell(), tokens, number, names.index(category))
                 rows.write(json.dumps({**row, "category": category}, ensure_ascii=False).encode() + b"\n")
                 sheet.keep(tokens, 0)
             progress(share.total, share.total, share.unit, name)
-    np.save(out / INDEX, np.array(entries, dtype=INDEX_RECORD))
+    np.save(out / INDEX, np.frombuffer(entries, dtype=INDEX_RECORD))
     balance = Balance(sheets)
     balance.write(out)
     return {"rows": balance.total().rows, "kept": balance.total().kept}
