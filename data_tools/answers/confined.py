@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-_LIMITS = ("AS", "CPU", "FSIZE", "NOFILE", "CORE", "MEMLOCK", "MSGQUEUE", "RTPRIO", "NICE")
+_LIMITS = ("AS", "CPU", "FSIZE", "NOFILE", "SIGPENDING", "CORE", "MEMLOCK", "MSGQUEUE", "RTPRIO", "NICE")
 _REMOUNT = 32 | 2 | 4  # MS_REMOUNT, MS_NOSUID and MS_NODEV, as bubblewrap mounts it
 _SECCOMP, _NO_NEW_PRIVILEGES, _AMBIENT = (22, 2), (38, 1, 0, 0, 0), (47, 4, 0, 0, 0)  # of prctl
 _CAPABILITIES = 0x20080522  # version 3 of their structs

@@ -145,7 +145,8 @@ def _limits(role: str, limits: Limits) -> dict[str, Any]:
     second = _second_user(role)
     return {
         "AS": int(limits.memory_gib * 2**30), "CPU": math.ceil(limits.time_s) + 1, "FSIZE": FILE_MIB << 20,
-        "NOFILE": OPEN_FILES, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "RTPRIO": 0, "NICE": 0,
+        "NOFILE": OPEN_FILES, "SIGPENDING": OPEN_FILES, "MEMLOCK": 0, "MSGQUEUE": 0, "RTPRIO": 0, "NICE": 0,
+        "CORE": 1,  # 0 would still start a handler of core dumps (core(5)), outside and as root
         "processes": PROCESSES, "uid": second, "others": 0 if second else _threads_of(os.getuid()),
         "files": TMP_FILES * ("--size" in command()), "filter": (syscalls.filter_for() or b"").hex(),
     }  # fmt: skip
