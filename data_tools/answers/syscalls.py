@@ -14,7 +14,7 @@ _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 LAST = 450  # the newest call that was looked at, of Linux 5.17
 REFUSED: dict[str, tuple[int, int | None]] = {  # numbers of x86_64 and aarch64
     # memory of no process: System V's and POSIX' shared things, files without a name, rings, keys, watched inodes,
-    # whole huge pages that a pipe holds by one of their bytes, sockets' buffers (net.core.wmem_max is large on clusters)
+    # whole huge pages that a pipe holds by one of their bytes, buffers of sockets (net.core.wmem_max of a cluster)
     "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "msgget": (68, 186), "semget": (64, 190),
     "mq_open": (240, 180), "memfd_create": (319, 279), "memfd_secret": (447, 447), "vmsplice": (278, 75),
     "splice": (275, 76), "tee": (276, 77), "sendfile": (40, 71),

@@ -114,6 +114,32 @@ def test_values_come_back_as_what_they_are():
     assert passes("def f(x):\n    return float('nan')\n", ["assert f(1) != f(1)"]) is True
 
 
+ORDINARY = """
+import asyncio, concurrent.futures, os, random, shutil, sqlite3, subprocess, sys, tempfile, threading, time
+def f(x):
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(folder, 'a'), 'w') as file:
+            file.write('text')
+        shutil.copy(file.name, file.name + 'b')
+        with sqlite3.connect(file.name + 'c') as table:
+            table.execute('create table t (a)')
+            table.execute('insert into t values (3)')
+        copied = open(file.name + 'b').read()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        squares = list(pool.map(lambda n: n * n, range(3)))
+    told = subprocess.run([sys.executable, '-c', 'print(7)'], capture_output=True, text=True).stdout
+    open('/dev/null', 'w').write(str(random.random()))
+    bytes = os.urandom(4) + open('/dev/zero', 'rb').read(1)
+    return copied, squares, told, asyncio.run(asyncio.sleep(0, 'slept')), len(bytes)
+"""
+
+
+def test_what_programs_do_in_the_ordinary_way_they_can_do():
+    assert (
+        verdict(ORDINARY, ["assert f(1) == ('text', [0, 1, 4], '7\\n', 'slept', 5)"], ["f"], limits=PATIENT).why == ""
+    )
+
+
 OBJECTS = """
 class Pair:
     def __init__(self, a, b):
