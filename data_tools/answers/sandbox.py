@@ -46,7 +46,7 @@ from data_tools.answers.sandboxed import NOT_BEGUN, Connection, Gone
 PROCESSES = 8  # of a sandbox, threads counted
 TMP_MIB, TMP_FILES, FILE_MIB, OPEN_FILES = 64, 1024, 16, 64
 _START_LIMIT_S = 60.0  # for a sandbox to stand, on a busy machine
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _REMEDY = "install bubblewrap (apt-get install bubblewrap) and allow user namespaces on every node that scores"
 _NOBODY = "65534"
@@ -118,14 +118,9 @@ def _pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
 def _sandbox(role: str, ends: Sequence[socket.socket], limits: Limits) -> Iterator[subprocess.Popen]:
     """Start a sandbox with these ends of sockets. Whatever runs in it is over when this is."""
     numbers = [end.fileno() for end in ends]
+    inside = [json.dumps(_limits(role, limits)), _text("sandboxed.py"), role, str(numbers[0]), str(numbers[-1])]
     process = subprocess.Popen(
-        [
-            *command(),
-            json.dumps(_limits(role, limits)),
-            _text("sandboxed.py"),
-            role,
-            *map(str, (numbers[0], numbers[-1])),
-        ],
+        [*command(), *inside],
         env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **_libraries()},
         pass_fds=numbers,
         stdin=subprocess.DEVNULL,
@@ -219,9 +214,7 @@ def _files() -> list[str]:
             shown += ["--ro-bind", str(path), str(path)]
     shown += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     # Not --dev, whose terminals take a user namespace more, in which /tmp could not be bounded.
-    shown += ["--dir", "/dev"] + [
-        word for name in _DEVICES for word in ("--dev-bind-try", f"/dev/{name}", f"/dev/{name}")
-    ]
+    shown += ["--dir", "/dev"] + [word for path in _DEVICES for word in ("--dev-bind-try", path, path)]
     standard = [sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"), os.path.dirname(_python())]
     libraries = [part for value in _libraries().values() for part in value.split(":") if part]
     for place in dict.fromkeys(map(os.path.realpath, [*standard, *libraries])):
