@@ -251,7 +251,12 @@ def test_files_of_outside_are_neither_seen_nor_changed(tmp_path):
 DIALS = """
 import os, socket
 def f(port, pid, name):
-    found = [name for _, name in socket.if_nameindex() if name != 'lo']
+    found = []
+    for family in range(2, 46):  # 40 would lead out of a virtual machine
+        try:
+            found.append(socket.socket(family, socket.SOCK_DGRAM).family)
+        except OSError:
+            pass
     for host in ('127.0.0.1', '1.1.1.1'):
         try:
             socket.create_connection((host, port), timeout=2)
