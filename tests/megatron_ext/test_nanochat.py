@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
-from megatron_ext.entrypoints import export_hf, export_nanochat, import_hf
+from megatron_ext.entrypoints import export_hf, export_nanochat, import_hf, merge_lora
 from megatron_ext.model_folders import model_folder
 from megatron_ext.models.nanochat import config as nanochat_config
 from megatron_ext.parallel import ranks
 from megatron_ext.parallel.plan import ParallelPlan, Site
-from tests.megatron_ext import tiny
+from tests.megatron_ext import adapted, tiny
 from tests.megatron_ext.rounding import bound
 from tests.megatron_ext.test_attention import forward
 
@@ -187,6 +187,24 @@ def test_a_trained_model_goes_back_with_its_own_step_and_without_what_was_measur
     meta = json.loads((tmp_path / "out/chatrl_checkpoints/mine/meta_000300.json").read_text())
     assert meta == {"step": 300, "model_config": CONFIG, "user_config": META["user_config"],
                     "afterok": {"weights_digest": digest, "from_step": 21}}  # fmt: skip
+
+
+def test_an_adapter_goes_back_merged_as_merge_lora_merges_it(tmp_path):
+    imported(tmp_path, weights(8))
+    base = model_folder.open_folder(tmp_path / "m")
+    (tmp_path / "adapted").mkdir()
+    with ranks.started(ParallelPlan()):
+        model = adapted.attach(model_folder.load_model(base, ParallelPlan()), base.dims, adapted.lora(base.dims))
+        model_folder.write(tmp_path / "adapted", model, base, step=9)
+    made(merge_lora.run, merge_lora.Config(str(tmp_path / "adapted")), tmp_path / "merged")
+    found = []
+    for name in ("adapted", "merged"):
+        facts = made(export_nanochat.run, export_nanochat.Config(str(tmp_path / name)), tmp_path / f"out_{name}")
+        assert facts["path"] == "chatsft_checkpoints/d2/model_000009.pt" and not facts["same_meta"]
+        found.append(loaded(facts, tmp_path / f"out_{name}"))
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+    changed = {name for name, tensor in weights(8).items() if not torch.equal(found[0][name], tensor)}
+    assert len(changed) == 5 * LAYERS  # the matrices that it is for
 
 
 def test_a_model_that_never_was_nanochats_gets_its_meta_and_padding(tmp_path):
