@@ -163,7 +163,7 @@ def test_r1_runs_from_a_nanochat_checkpoint_to_an_export(tmp_path: Path, nanocha
     again = facts_of(run)
     assert again["rs_data"]["recipe"]["name"] == "dolci_rs_sft" and again["cold_data"] == facts["cold_data"]
     changed = {name for name in facts if again[name] != facts[name]}
-    assert changed <= {"rs_data", "rs_packs", "rs_sft", "rs_evaluated", "exported"} and "rs_sft" in changed
+    assert changed <= {"rs_data", "rs_packs", "rs_sft", "rs_evaluated", "exported", "nanochat"} and "rs_sft" in changed
 
 
 @pytest.mark.soak

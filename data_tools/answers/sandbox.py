@@ -4,15 +4,20 @@
 
     the process of verifiers ── tests (bwrap) ══ a socket ══ the program (bwrap)
 
-sandboxed.py is what runs in both. A program passes if its answers are right and it has all of them given when its time
-ends. Whatever else it does is a failed sample, and ends with its sandbox: loops, forks, allocations, sys.exit(0), what
-it prints, processes that outlive their parent. What a sandbox has:
+sandboxed.py is what runs in both, after confined.py. A program passes if its answers are right and it has all of them
+given when its time ends. Whatever else it does is a failed sample, and ends with its sandbox: loops, forks,
+allocations, sys.exit(0), what it prints, processes that outlive their parent. What a sandbox has:
 
-    files      the system's (/usr, /lib, …) and Python's own, read-only; an empty /tmp of TMP_MIB; nothing else
+    files      the system's (/usr, /lib, …) and Python's own, read-only; an empty /tmp of TMP_MIB in TMP_FILES files;
+               nothing else, not even /proc
     network    none, and no process, socket or message queue of outside is seen
     user       as root, a user without a name, since limits of processes do not bind root; else the caller's, in a user
-               namespace
+               namespace; no capability, and no way to get one
+    calls      of the kernel, but those of syscalls.py: memory that counts for no process, namespaces, mounts, …
     limits     `Limits`; PROCESSES, so that these times the memory is the most that a program holds; sizes of files
+
+No cgroup is needed, as jobs of Slurm have none that is theirs to divide. Where memory runs out all the same, the kernel
+ends a program before anything else of the job (oom_score_adj).
 
 Python is the one that runs this, without site-packages.
 """
@@ -21,9 +26,11 @@ import contextlib
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -31,15 +38,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from data_tools.answers import syscalls
 from data_tools.answers.sandboxed import NOT_BEGUN, Connection, Gone
 
 PROCESSES = 8  # of a sandbox, threads counted
-TMP_MIB, FILE_MIB, OPEN_FILES = 64, 16, 64
+TMP_MIB, TMP_FILES, FILE_MIB, OPEN_FILES = 64, 1024, 16, 64
 _START_LIMIT_S = 60.0  # for a sandbox to stand, on a busy machine
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _REMEDY = "install bubblewrap (apt-get install bubblewrap) and allow user namespaces on every node that scores"
-_INSIDE = Path(__file__).with_name("sandboxed.py")
+_NOBODY = "65534"
+_FIRST_TO_GO = ("/bin/sh", "-c", 'echo 1000 >/proc/self/oom_score_adj; exec "$@"', "sh")
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ def _pair(stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
 def _sandbox(role: str, ends: Sequence[socket.socket], limits: Limits) -> Iterator[subprocess.Popen]:
     """Start a sandbox with these ends of sockets. Whatever runs in it is over when this is."""
     numbers = [end.fileno() for end in ends]
-    inside = [role, str(numbers[0]), str(numbers[-1]), json.dumps(_limits(role, limits))]
+    inside = [json.dumps(_limits(role, limits)), _text("sandboxed.py"), role, str(numbers[0]), str(numbers[-1])]
     process = subprocess.Popen(
         [*command(), *inside],
         env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **_libraries()},
@@ -125,12 +136,14 @@ def _sandbox(role: str, ends: Sequence[socket.socket], limits: Limits) -> Iterat
         process.wait()
 
 
-def _limits(role: str, limits: Limits) -> dict[str, int]:
+def _limits(role: str, limits: Limits) -> dict[str, Any]:
     second = _second_user(role)
     return {
         "AS": int(limits.memory_gib * 2**30), "CPU": math.ceil(limits.time_s) + 1, "FSIZE": FILE_MIB << 20,
-        "NOFILE": OPEN_FILES, "CORE": 0, "processes": PROCESSES, "uid": second,
-        "others": 0 if second else _threads_of(os.getuid()),
+        "NOFILE": OPEN_FILES, "SIGPENDING": OPEN_FILES, "MEMLOCK": 0, "MSGQUEUE": 0, "RTPRIO": 0, "NICE": 0,
+        "CORE": 1,  # 0 would still start a handler of core dumps (core(5)), outside and as root
+        "processes": PROCESSES, "uid": second, "others": 0 if second else _threads_of(os.getuid()),
+        "files": TMP_FILES * ("--size" in command()), "filter": (syscalls.filter_for() or b"").hex(),
     }  # fmt: skip
 
 
@@ -154,26 +167,35 @@ def _threads_of(user: int) -> int:
 
 @cache
 def command() -> tuple[str, ...]:
-    """Return the command that runs Python on sandboxed.py in a sandbox; what it is to do comes after it.
+    """Return the command that runs Python on confined.py in a sandbox; its arguments come after it.
 
-    Raise NoSandbox where there is no bubblewrap.
+    Raise NoSandbox where there is no bubblewrap, or no table of system calls.
     """
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise NoSandbox("there is no bubblewrap (bwrap) here")
+    if syscalls.filter_for() is None:
+        raise NoSandbox(f"it is not known which system calls to refuse on {platform.machine()}")
     known = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False)
     has = f"{known.stdout}{known.stderr}".__contains__
-    if _second_user(""):
-        user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        user = ["--unshare-user", *(["--disable-userns"] if has("--disable-userns") else [])]
+    second = bool(_second_user(""))
+    user = ["--cap-drop", "ALL"] if second else ["--unshare-user", "--uid", _NOBODY, "--gid", _NOBODY]
     private = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     tmp = ["--tmpfs", "/tmp", "--remount-ro", "/tmp"]  # one that cannot be bounded is not written to
-    if has("--size") and has("--perms"):
+    needed = ["SETUID", "SETGID"] if second else []
+    if has("--size") and has("--perms") and (second or not os.stat(bwrap).st_mode & stat.S_ISUID):
         tmp = ["--perms", "1777", "--size", str(TMP_MIB << 20), "--tmpfs", "/tmp"]
-    shown = [*_files(), "--dev", "/dev", "--remount-ro", "/dev", *tmp, "--remount-ro", "/", "--chdir", "/tmp"]
-    python = [_python(), "-S", "-s", "-P", "-c", _INSIDE.read_text()]
-    return (bwrap, *user, *private, "--die-with-parent", "--new-session", *shown, "--", *python)
+        needed.append("SYS_ADMIN")  # confined.py gives /tmp its number of files, and then drops them all
+    capabilities = [word for name in needed for word in ("--cap-add", f"CAP_{name}")]
+    shown = [*_files(), *tmp, "--remount-ro", "/", "--chdir", "/tmp"]
+    python = [_python(), "-S", "-s", "-P", "-c", _text("confined.py")]
+    ends = ["--die-with-parent", "--new-session"]
+    return (*_FIRST_TO_GO, bwrap, *user, *capabilities, *private, *ends, *shown, "--", *python)
+
+
+@cache
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text()
 
 
 def _python() -> str:
@@ -190,7 +212,9 @@ def _files() -> list[str]:
             shown += ["--symlink", os.readlink(path), str(path)]
         elif path.is_dir():
             shown += ["--ro-bind", str(path), str(path)]
-    shown += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    shown += ["--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    # Not --dev, whose terminals take a user namespace more, in which /tmp could not be bounded.
+    shown += ["--dir", "/dev"] + [word for path in _DEVICES for word in ("--dev-bind-try", path, path)]
     standard = [sys.base_prefix, sys.base_exec_prefix, sysconfig.get_path("stdlib"), os.path.dirname(_python())]
     libraries = [part for value in _libraries().values() for part in value.split(":") if part]
     for place in dict.fromkeys(map(os.path.realpath, [*standard, *libraries])):
@@ -240,10 +264,9 @@ def forks():
 
 
 def _tried() -> str:
-    """Return what bubblewrap itself says of a sandbox that does nothing."""
+    """Return what bubblewrap or confined.py itself says of a sandbox that does nothing."""
     with contextlib.suppress(NoSandbox, OSError, subprocess.TimeoutExpired):
-        arguments = list(command())
-        ask = [*arguments[: arguments.index("--")], "--", "/bin/true"]
+        ask = [*command(), json.dumps(_limits("program", Limits())), "pass"]
         tried = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=_START_LIMIT_S)
-        return f" ({' '.join(tried.stderr.split())[:200]})" if tried.returncode else ""
+        return f" ({' '.join(tried.stderr.split())[-200:]})" if tried.returncode else ""
     return ""

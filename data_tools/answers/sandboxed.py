@@ -1,14 +1,14 @@
 """What runs in the two sandboxes of one verdict: a program that answers calls, and its tests, which make them.
 
-    python -c TEXT-OF-THIS-FILE program CONNECTION CONNECTION LIMITS
-    python -c TEXT-OF-THIS-FILE tests CONNECTION RESULT LIMITS
+    python -c TEXT-OF-confined.py BOUNDS TEXT-OF-THIS-FILE program CONNECTION CONNECTION
+    python -c TEXT-OF-confined.py BOUNDS TEXT-OF-THIS-FILE tests CONNECTION RESULT
 
 The tests call what the program defines over a socket. Values go by what they are, never as pickles, so that the program
 can neither reach its tests nor change what `==`, `isclose` or `assert` mean there: it passes if its answers are right.
 What is no plain data (an object of a class of the program's, a generator) stays with the program, and the tests hold a
 `Remote` for it, which is equal to nothing else.
 
-This file imports the standard library alone: it is the only one of afterok that sandboxes see.
+This file imports the standard library alone, as sandboxes see no other.
 """
 
 import builtins
@@ -19,8 +19,6 @@ import fractions
 import json
 import math
 import operator
-import os
-import resource
 import socket
 import struct
 import sys
@@ -369,51 +367,8 @@ def judge(connection: Connection, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"passed": True, "why": ""}
 
 
-# -- limits -----------------------------------------------------------------------------------------------------------
-
-
-def confine(limits: Mapping[str, int]) -> None:
-    """Bound this process and what it starts, and become the user `uid` where one is named."""
-    for name in ("CORE", "AS", "CPU", "FSIZE", "NOFILE"):
-        _lower(getattr(resource, f"RLIMIT_{name}"), limits[name])
-    if limits["uid"]:
-        os.setgroups([])
-        os.setresgid(limits["uid"], limits["uid"], limits["uid"])
-        os.setresuid(limits["uid"], limits["uid"], limits["uid"])
-    for most in (limits["processes"], limits["processes"] + limits["others"]):
-        resource.setrlimit(resource.RLIMIT_NPROC, (_bounded(resource.RLIMIT_NPROC, most), _hard(resource.RLIMIT_NPROC)))
-        if _can_fork():
-            break  # before Linux 5.14 the user's processes outside count, too
-    _lower(resource.RLIMIT_NPROC, resource.getrlimit(resource.RLIMIT_NPROC)[0])
-
-
-def _can_fork() -> bool:
-    try:
-        child = os.fork()
-    except OSError:
-        return False
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return True
-
-
-def _hard(which: int) -> int:
-    return resource.getrlimit(which)[1]
-
-
-def _bounded(which: int, value: int) -> int:
-    hard = _hard(which)
-    return value if hard == resource.RLIM_INFINITY else min(value, hard)
-
-
-def _lower(which: int, value: int) -> None:
-    resource.setrlimit(which, (_bounded(which, value),) * 2)
-
-
-def main(role: str, connection: str, result: str, limits: str) -> None:
+def main(role: str, connection: str, result: str) -> None:
     sys.set_int_max_str_digits(0)
-    confine(json.loads(limits))
     if role == "program":
         serve(Connection(int(connection)))
         return

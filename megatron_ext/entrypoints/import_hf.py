@@ -154,6 +154,7 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
     Return the facts: weights_digest, parameters, dtype, dtype_changes, family.
     """
     from megatron_ext.model_folders import model_folder
+    from megatron_ext.models.nanochat import checkpoint as nanochat
     from megatron_ext.models.nanochat import tokenizer as nanochat_tokenizer
     from megatron_ext.weights import convert
 
@@ -169,6 +170,8 @@ def finish(config: Config, parts: list[Path], out: Path) -> dict[str, Any]:
         durable.write_json(hf / "config.json", source.config)
     ledger = convert.finish_import(parts, out, hf, {"family": family.name, "source": config.source})
     digest = ledger["weights_digest"]
+    if isinstance(source.tensors, nanochat.NanochatTensors):
+        nanochat.keep_origin(hf, source.meta, source.tensors, digest)
     model_folder.describe(out, family, step=0, weights_digest=digest, dtype=dtype)
     if config.adapter:
         digest = model_folder.adopt(out, Path(config.adapter))
@@ -192,6 +195,7 @@ class Source:
     where: str
     files: Path | None = None  # folder of config.json and the tokenizer
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where there is no file
+    meta: Path = Path()  # nanochat's own, whose config that is
 
 
 def _source(config: Config) -> Source:
@@ -210,7 +214,7 @@ def _source(config: Config) -> Source:
         family, file = Family("nanochat"), nanochat.config_of(meta, "float32")
         tensors = nanochat.NanochatTensors(model, file["vocab_size"])
         file["dtype"] = tensors.dtype("lm_head.weight")
-        return Source(family, family.config.read(file, str(meta))[0], tensors, str(model), config=file)
+        return Source(family, family.config.read(file, str(meta))[0], tensors, str(model), config=file, meta=meta)
     understood, dims, problems = read_config(folder)
     if problems or understood is None:
         raise UserMistake(problems)

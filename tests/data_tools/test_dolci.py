@@ -14,6 +14,7 @@ from data_tools.prepare.dolci import (
     category_of,
     draw,
     is_language,
+    named_by,
     priority,
     prose,
     quotas,
@@ -52,6 +53,33 @@ def row(source: str, thinking: str, answer: str, question: str = "What is it?") 
 )
 def test_a_row_has_one_category(given_row: dict, category: str) -> None:
     assert category_of(read_record(given_row)[0], given_row["source"], SOURCES) == category
+
+
+REAL = {  # dataset_source of Dolci-Think-SFT-7B; what its card says that each is
+    "saumyamalik/OpenThoughts3-full-filtered-math-decontam-v2": "reasoning",
+    "saumyamalik/OpenThoughts3-full-filtered-science-decontam-v2": "reasoning",
+    "allenai/SYNTHETIC-2-SFT-cn-fltrd-final-ngram-filtered-chinese-filtered": "reasoning",
+    "saumyamalik/OpenThoughts3-full-filtered-code-subsampled-decontam-v2": "code",
+    "saumyamalik/correct-python-sft-187k-x16-thoughts-filtered-decontam-v2": "code",
+    "allenai/nemotron-post-training-dataset-subset-ngram-filtered-no-tool-calls": "code",
+    "saumyamalik/if_qwq_reasoning_verified_filtered_decontam_v2": "chat",  # precise instructions
+    "allenai/persona-precise-if-r1-final-content-filtered-chinese-filtered": "chat",
+    "allenai/tulu_v3.9_wildchat_100k_english-r1-final-content-filtered": "chat",
+    "allenai/wildchat-r1-p2-repetition-filter": "chat",
+    "allenai/oasst1-r1-format-filtered-keyword-filtered-filter-datecutoff-chinese-filtered": "chat",
+    "allenai/aya-100k-r1-format-filtered-keyword-filtered-filter-datecutoff-ngram-filtered": "chat",
+    "allenai/coconot-r1-format-domain-filtered-keyword-filtered-filter-datecutoff-chinese-filtered": "safety",
+    "allenai/wildguardmix-r1-v2-all-filtered-ngram-filtered-chinese-filtered": "safety",
+    "allenai/wildjailbreak-r1-v2-format-filtered-keyword-filtered-filter-datecutoff-final-content-filtered": "safety",
+    "allenai/tablegpt_r1-format-filtered-keyword-filtered-filter-datecutoff": "",  # by the text
+    "allenai/tulu-3-sft-personas-math": "reasoning",  # of other data sets
+    "facebook/natural_reasoning": "reasoning",
+}
+
+
+@pytest.mark.parametrize("source, category", REAL.items())
+def test_the_data_sets_own_labels_mean_what_its_card_says(source: str, category: str) -> None:
+    assert named_by(source.lower(), SOURCES) == category
 
 
 def test_the_language_filter_abstains_on_code_and_maths() -> None:

@@ -114,6 +114,32 @@ def test_values_come_back_as_what_they_are():
     assert passes("def f(x):\n    return float('nan')\n", ["assert f(1) != f(1)"]) is True
 
 
+ORDINARY = """
+import asyncio, concurrent.futures, os, random, shutil, sqlite3, subprocess, sys, tempfile, threading, time
+def f(x):
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(folder, 'a'), 'w') as file:
+            file.write('text')
+        shutil.copy(file.name, file.name + 'b')
+        with sqlite3.connect(file.name + 'c') as table:
+            table.execute('create table t (a)')
+            table.execute('insert into t values (3)')
+        copied = open(file.name + 'b').read()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        squares = list(pool.map(lambda n: n * n, range(3)))
+    told = subprocess.run([sys.executable, '-c', 'print(7)'], capture_output=True, text=True).stdout
+    open('/dev/null', 'w').write(str(random.random()))
+    bytes = os.urandom(4) + open('/dev/zero', 'rb').read(1)
+    return copied, squares, told, asyncio.run(asyncio.sleep(0, 'slept')), len(bytes)
+"""
+
+
+def test_what_programs_do_in_the_ordinary_way_they_can_do():
+    assert (
+        verdict(ORDINARY, ["assert f(1) == ('text', [0, 1, 4], '7\\n', 'slept', 5)"], ["f"], limits=PATIENT).why == ""
+    )
+
+
 OBJECTS = """
 class Pair:
     def __init__(self, a, b):
@@ -193,56 +219,6 @@ def test_what_does_not_end_is_ended(program):
     assert passes(program, limits=HASTY) is False
 
 
-FORKS_ON = """
-import os
-def f(x):
-    while True:
-        try:
-            os.fork()
-        except OSError:
-            pass
-"""
-THREADS = """
-import threading, time
-def f(x):
-    for number in range(64):
-        try:
-            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
-        except RuntimeError:
-            return number
-    return 64
-"""
-
-
-def test_a_fork_bomb_is_held_to_its_processes_and_ended():
-    assert passes(FORKS_ON, limits=HASTY) is False
-    forks = sandbox._FORKS.replace("def forks():", "def f(x):")
-    for program in (forks, THREADS):
-        assert passes(program, [f"assert f(1) < {sandbox.PROCESSES}"]) is True  # no more than that many could be made
-
-
-LARGE = """
-import os, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-def f(count, size):
-    for number in range(count):
-        try:
-            with open(f'/tmp/{number}', 'wb', buffering=0) as file:
-                for _ in range(size):
-                    file.write(bytes(1 << 20))
-        except OSError:
-            pass
-    return sum(os.path.getsize(f'/tmp/{name}') for name in os.listdir('/tmp'))
-"""
-
-
-def test_memory_and_files_are_bounded():
-    assert passes("x = bytearray(10 << 30)\n" + RIGHT) is False
-    assert passes("def f(x):\n    return [0] * (10 << 30)\n") is False
-    assert passes(LARGE, [f"assert f(1, 100) <= {sandbox.FILE_MIB << 20}"]) is True
-    assert passes(LARGE, [f"assert f(100, 4) <= {sandbox.TMP_MIB << 20}"]) is True
-
-
 DESTROYS = """
 import os, shutil
 def f(path):
@@ -275,7 +251,12 @@ def test_files_of_outside_are_neither_seen_nor_changed(tmp_path):
 DIALS = """
 import os, socket
 def f(port, pid, name):
-    found = [name for _, name in socket.if_nameindex() if name != 'lo']
+    found = []
+    for family in range(2, 46):  # 40 would lead out of a virtual machine
+        try:
+            found.append(socket.socket(family, socket.SOCK_DGRAM).family)
+        except OSError:
+            pass
     for host in ('127.0.0.1', '1.1.1.1'):
         try:
             socket.create_connection((host, port), timeout=2)
@@ -341,7 +322,10 @@ verdict(sys.stdin.read(), ['f'], ['f'], limits=Limits(1000.0))
 """
 
 
-def test_sandboxes_end_with_the_process_that_asked_for_them():
+ASKED, NONE = ("Inh", "Prm", "Eff", "Amb"), "0" * 16
+
+
+def test_a_sandbox_has_a_user_of_its_own_and_no_rights_and_ends_with_the_process_that_asked_for_it():
     mark = f"asked{os.getpid()}"
     process = subprocess.Popen([sys.executable, "-c", ASKS], cwd=ROOT, stdin=subprocess.PIPE, text=True)
     process.stdin.write(STAYS.format(mark=mark))
@@ -349,7 +333,13 @@ def test_sandboxes_end_with_the_process_that_asked_for_them():
     until = time.monotonic() + 120
     while not running(mark) and time.monotonic() < until:
         time.sleep(0.05)
-    assert running(mark)
+    (inside,) = running(mark)
+    assert Path(f"/proc/{inside}/oom_score_adj").read_text() == "1000\n"  # out of memory: it goes before all others
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{inside}/status").read_text().splitlines())
+    users = set(status["Uid"].split() + status["Gid"].split())
+    assert status["Seccomp"] == "2" and status["NoNewPrivs"] == "1" and {status[f"Cap{x}"] for x in ASKED} == {NONE}
+    if os.getuid() == 0:  # limits of processes do not bind root, in a namespace or out of it
+        assert len(users) == 1 and min(map(int, users)) > 1000 and status["Groups"].strip() == ""
     process.kill()
     process.wait()
     assert gone(mark)

@@ -16,9 +16,10 @@ from slurm.detect import find_cluster
 # A new setting is {"keyed": "if_set"}; whoever changes a line here has every sealed phase of that kind run again.
 FIRST = {
     "decontaminate": "78542bd489a6",
-    "dolci_prepare": "697cb5209017",
+    "dolci_prepare": "80af1343a624",
     "evaluate": "9fc98a1c2ef1",
     "export_hf": "991b046b6652",
+    "export_nanochat": "8a8ceb06d0ac",
     "generate": "b0b9c6b6cf26",
     "grpo": "5c8870fcd159",
     "harmony_convert": "1e41e7533d9f",

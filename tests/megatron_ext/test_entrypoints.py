@@ -15,18 +15,29 @@ from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
-from megatron_ext.entrypoints import bare, evaluate, export_hf, generate, grpo, import_hf, init_model, merge_lora, sft
+from megatron_ext.entrypoints import (
+    bare,
+    evaluate,
+    export_hf,
+    export_nanochat,
+    generate,
+    grpo,
+    import_hf,
+    init_model,
+    merge_lora,
+    sft,
+)
 from megatron_ext.entrypoints.accuracy import accuracy
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel.plan import ParallelPlan
 
-ENTRYPOINTS = (init_model, import_hf, sft, grpo, generate, evaluate, merge_lora, export_hf)
+ENTRYPOINTS = (init_model, import_hf, sft, grpo, generate, evaluate, merge_lora, export_hf, export_nanochat)
 
 
 def test_entrypoints_import_and_check_without_torch():
     code = (
         "import sys, importlib\n"
-        "for name in 'init_model import_hf sft grpo generate evaluate merge_lora export_hf'.split():\n"
+        "for name in 'init_model import_hf sft grpo generate evaluate merge_lora export_hf export_nanochat'.split():\n"
         "    module = importlib.import_module('megatron_ext.entrypoints.' + name)\n"
         "    module.check(module.Config(), 1)\n"
         "print([m for m in ('torch', 'megatron.core', 'transformers', 'safetensors') if m in sys.modules])"

@@ -84,6 +84,7 @@ def test_its_ids_are_those_of_tiktoken_and_its_chats_those_of_nanochat(tmp_path:
     out.mkdir()
     assert nanochat.has_own(folder) and not nanochat.has_own(out)
     nanochat.convert(folder, out)
+    assert (out / "tokenizer.pkl").read_bytes() == (folder / "tokenizer.pkl").read_bytes()  # nanochat reads it again
     tokenizer = load_tokenizer(str(out))
     for text in TEXTS:
         assert tokenizer.encode(text) == tiktoken_ids(text), text

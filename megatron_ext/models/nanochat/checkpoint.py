@@ -1,9 +1,12 @@
 """nanochat's own checkpoints: FOLDER/TAG/model_STEP.pt beside meta_STEP.json (nanochat/checkpoint_manager.py).
 
-They are read as the tensors of a NanoChatForCausalLM. Versions from January 2026 on add value embeddings, residual
-scales and sharper attention: what NanoChatForCausalLM does not have is refused by name. No torch at the top.
+They are read as the tensors of a NanoChatForCausalLM, and written from them. Versions from January 2026 on add value
+embeddings, residual scales and sharper attention: what NanoChatForCausalLM does not have is refused by name. What only
+nanochat has (the meta file, the rows that pad the vocabulary) goes along as ORIGIN. No torch at the top.
 """
 
+import base64
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +29,9 @@ NAMES = {  # of a block's tensors
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+VOCABULARY = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+ORIGIN = "nanochat.json"  # among the Hugging Face files of a model folder
+PADDED_TO = 64  # rows of the vocabulary, where the model never had any (nanochat/gpt.py since December 2025)
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 LISTED = 8  # wrong tensors that a message names
 _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.weight$")
@@ -89,7 +95,16 @@ def hf_name(name: str) -> str:
     name = name.removeprefix("_orig_mod.")  # torch.compile's
     if block := _BLOCK.match(name):
         return f"model.layers.{block[1]}.{NAMES.get(block[2], block[2])}.weight"
-    return "model.embed_tokens.weight" if name == "transformer.wte.weight" else name
+    return VOCABULARY.get(name, name)
+
+
+def own_name(name: str) -> str:
+    """Return nanochat's name of NanoChatForCausalLM's tensor."""
+    layer, _, module = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
+    own = {theirs: ours for ours, theirs in NAMES.items()}
+    if name.startswith("model.layers.") and module in own:
+        return f"transformer.h.{layer}.{own[module]}.weight"
+    return {theirs: ours for ours, theirs in VOCABULARY.items()}[name]
 
 
 class NanochatTensors:
@@ -123,5 +138,104 @@ class NanochatTensors:
     def read(self, tensor: "HfTensor") -> "torch.Tensor":
         name = tensor if isinstance(tensor, str) else tensor.name
         data = self._tensors[name]
-        padded = name in ("model.embed_tokens.weight", "lm_head.weight") and data.dim()
-        return data[: self._vocabulary] if padded else data
+        return data[: self._vocabulary] if name in VOCABULARY.values() and data.dim() else data
+
+    def padding(self) -> dict[str, "torch.Tensor"]:
+        """Return the rows that `read` leaves out, by nanochat's names."""
+        return {own: self._tensors[name][self._vocabulary :] for own, name in VOCABULARY.items()}
+
+
+# ---------------------------------------------------------------- the way back
+
+
+def keep_origin(hf: Path, meta: Path, tensors: NanochatTensors, weights_digest: str) -> None:
+    """Write ORIGIN among a model folder's Hugging Face files: what else the checkpoint says, for an export.
+
+    `weights_digest` is that of the model folder; it tells whether the weights are still these.
+    """
+    import torch
+
+    padding = {
+        name: {
+            "dtype": str(rows.dtype).removeprefix("torch."),
+            "rows": len(rows),
+            "data": base64.b64encode(rows.contiguous().view(torch.uint8).numpy().tobytes()).decode(),
+        }
+        for name, rows in tensors.padding().items()
+    }
+    text = inside(meta.parent, meta.name).read_text(encoding="utf-8")
+    step = int(meta.stem.removeprefix("meta_"))
+    durable.write_json(hf / ORIGIN, {"step": step, "meta": text, "weights_digest": weights_digest, "padding": padding})
+
+
+def unlike(dims: Dims, where: str) -> list[Problem]:
+    """Return what of a model nanochat's own code has no setting for."""
+    of_nanochat = {
+        "tie_word_embeddings": (dims.tied, False), "intermediate_size": (dims.ffn, 4 * dims.hidden),
+        "final_logit_softcapping": (dims.logit_cap, LOGIT_CAP), "rope_theta": (dims.rope_base, 10000.0),
+        "rms_norm_eps": (dims.norm_epsilon, 1e-6),
+    }  # fmt: skip
+    return [
+        Problem(where, f"{key} is {value}, and nanochat's models have {own}: export_hf keeps it")
+        for key, (value, own) in of_nanochat.items()
+        if value != own
+    ]
+
+
+def write(
+    hf: Path, place: Path, dims: Dims, tensors: dict[str, "torch.Tensor"], step: int, weights_digest: str
+) -> tuple[int, bool]:
+    """Write model_STEP.pt and meta_STEP.json into the folder `place`; return (step, whether meta is the origin's).
+
+    `hf` has the model's Hugging Face files, `tensors` its weights by their names there. A `step` of -1 is that of the
+    checkpoint which the model was imported from, where the weights are still its own. Then meta is as it was. Of a
+    trained model it keeps what describes the model, and nothing that was measured.
+    """
+    import torch
+
+    sizes = (dims.max_positions, dims.vocabulary, dims.layers, dims.heads, dims.kv_groups, dims.hidden)
+    own = dict(zip(SIZES, sizes))
+    named = {own_name(name): tensor for name, tensor in tensors.items()}
+    origin: dict[str, Any] = {
+        "step": -1,
+        "meta": json.dumps({"model_config": own}),
+        "weights_digest": "",
+        "padding": {},
+    }
+    try:
+        if path := inside(hf, ORIGIN, needed=False):
+            origin = durable.read_json(path)
+        meta = json.loads(origin["meta"])
+        config = meta["model_config"]
+        if wrong := [f"{name} {config[name]}" for name in SIZES if int(config[name]) != own[name]]:
+            raise UserMistake(Problem(str(hf / ORIGIN), f"{', '.join(wrong)} is not what config.json says: {own}"))
+        for name in VOCABULARY:
+            named[name] = torch.cat([named[name], _padding(origin["padding"].get(name), named[name])])
+        same = origin["weights_digest"] == weights_digest and step in (-1, origin["step"])
+        step = origin["step"] if same else max(step, 0)
+        number = f"{step:06d}"
+    except (durable.TornFile, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        said = f"is not what import_hf wrote of a checkpoint of nanochat ({error!r}): import it again"
+        raise UserMistake(Problem(str(hf / ORIGIN), said)) from None
+    text = origin["meta"]
+    if not same:
+        kept = {"user_config": meta["user_config"]} if "user_config" in meta else {}
+        trained = {"weights_digest": weights_digest, "from_step": origin["step"] if path else None}
+        text = json.dumps({"step": step, "model_config": config, **kept, "afterok": trained}, indent=2)
+    place.mkdir(parents=True)
+    torch.save(named, place / f"model_{number}.pt")
+    durable.write_file(place / f"meta_{number}.json", text)
+    return step, same
+
+
+def _padding(kept: dict[str, Any] | None, rows: "torch.Tensor") -> "torch.Tensor":
+    """Return the rows [.., hidden] that follow the vocabulary's: those that were kept, or as many zeros as are due."""
+    import torch
+
+    if kept is None:
+        return rows.new_zeros(-len(rows) % PADDED_TO, rows.size(1))
+    data = bytearray(base64.b64decode(kept["data"]))
+    if not data:
+        return rows.new_empty(0, rows.size(1))
+    found = torch.frombuffer(data, dtype=torch.uint8).view(getattr(torch, kept["dtype"]))
+    return found.reshape(kept["rows"], rows.size(1)).to(rows.dtype)

@@ -1,4 +1,4 @@
-"""nanochat's tokenizer.pkl → tokenizer.json and a chat template, as transformers reads them.
+"""nanochat's tokenizer.pkl → tokenizer.json and a chat template, as transformers reads them; it goes along, too.
 
 The file is a pickled tiktoken.Encoding (nanochat/tokenizer.py, RustBPETokenizer.save): a pattern that cuts text into
 pieces, byte sequences with their ranks, and special tokens. Byte-level BPE says the same: of the pairs in a piece the
@@ -6,6 +6,7 @@ one is joined first whose joint has the lowest rank, so each way to cut a token 
 A chat is written as nanochat's render_conversation does.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def has_own(folder: Path) -> bool:
 
 
 def convert(folder: Path, out: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `out`. Raises UserMistake where the file is none of
-    nanochat's."""
+    """Write tokenizer.json and tokenizer_config.json into `out`, and the file as it is. Raises UserMistake where it is
+    none of nanochat's."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pattern, ranks, special = _read(inside(folder, FILE))
@@ -65,6 +66,8 @@ def convert(folder: Path, out: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": END,
               "clean_up_tokenization_spaces": False, "chat_template": TEMPLATE}  # fmt: skip
     durable.write_json(out / "tokenizer_config.json", config)
+    if folder != out:
+        shutil.copyfile(inside(folder, FILE), out / FILE)
 
 
 def _read(path: Path | None) -> tuple[str, dict[bytes, int], dict[str, int]]:

@@ -108,6 +108,13 @@ HOSTILE = [
     "import shutil\nshutil.rmtree('/usr')",
     "import socket\nsocket.create_connection(('127.0.0.1', 22))",
     "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nos._exit(0)",
+    "import os\nwith open(os.memfd_create('x'), 'wb') as file:\n    while True:\n        file.write(bytes(1 << 20))",
+    "import ctypes\nassert ctypes.CDLL(None).shmget(0, 10 << 30, 0o1600) >= 0",
+    "for number in range(1 << 20):\n    open(f'/tmp/{number}', 'wb').write(bytes(10 << 20))",
+    "import os, mmap\nos.truncate('/tmp/x', 10 << 30)\nmmap.mmap(os.open('/tmp/x', os.O_RDWR), 10 << 30)",
+    "import ctypes\nassert ctypes.CDLL(None).unshare(1 << 28) == 0",
+    "import glob\nprint([open(name).read() for name in glob.glob('/proc/*/environ')][0])",
+    "import os\nprint(open(f'/proc/{os.getppid()}/cmdline').read())",
 ]
 
 

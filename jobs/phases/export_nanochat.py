@@ -1,0 +1,19 @@
+"""A model folder of the family nanochat back into nanochat's own checkpoint."""
+
+from typing import Any
+
+from data_tools.mistake import Problem
+from jobs.kind import Placement
+from jobs.task import Task
+from megatron_ext.entrypoints import export_nanochat
+from megatron_ext.entrypoints.export_nanochat import Config
+
+
+def check(config: Config, placement: Placement) -> list[Problem]:
+    return export_nanochat.check(config, placement.ranks, placement)
+
+
+def run(config: Config, task: Task) -> dict[str, Any]:
+    facts = export_nanochat.run(config, task.out, task.keep, task.progress)
+    tokenizer = "" if facts["tokenizer"] else ", without tokenizer.pkl (the model was imported without one)"
+    return {"headline": f"{facts['path']}, {facts['bytes']:,} bytes, {facts['dtype']}{tokenizer}", **facts}
