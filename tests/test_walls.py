@@ -26,7 +26,8 @@ NEVER = {
 }  # fmt: skip
 LAYERS = {  # what a package is made of, from the ground up: a line may import itself and the lines above it
     "data_tools": (
-        "mistake progress own_packages", "base", "records", "chats", "answers", "prepare", "tasks", "recipes", "packs",
+        "mistake progress own_packages", "base", "records", "chats", "answers", "prepare", "tasks",
+        "evaluations recipes", "packs",
     ),
     "slurm": ("printed", "client", "profile", "options", "dev", "detect", "verify"),
     "megatron_ext": (

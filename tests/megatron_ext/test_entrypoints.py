@@ -12,11 +12,11 @@ import pytest
 
 from data_tools.base import declared, durable
 from data_tools.chats.tokenizer import load_tokenizer
+from data_tools.evaluations.accuracy import accuracy
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
 from megatron_ext.entrypoints import bare, evaluate, export_hf, generate, grpo, import_hf, init_model, merge_lora, sft
-from megatron_ext.entrypoints.accuracy import accuracy
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel.plan import ParallelPlan
 
