@@ -20,7 +20,7 @@ from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES
-from launchers import profile_verbs, verbs
+from launchers import profile_verbs, score_verbs, verbs
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -204,7 +204,7 @@ def _add_looking_verbs(verb: AddVerb) -> None:
         "--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)"
     )
 
-    scores = verb("scores", verbs.do_scores, "show the evaluations of a run side by side, with intervals and gains")
+    scores = verb("scores", score_verbs.do_scores, "show a run's evaluations side by side, with intervals and gains")
     scores.add_argument("run", nargs="?", help=RUN_HELP)
     scores.add_argument(
         "phases", nargs="*", metavar="PHASE", help="only these; the others are compared with the first (default: all)"

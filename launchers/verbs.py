@@ -225,6 +225,7 @@ def do_repair(args: argparse.Namespace) -> int:
 def do_run(args: argparse.Namespace) -> int:
     from launchers.observe.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
     from launchers.observe.runs import as_typed
+    from launchers.observe.scores import print_scores
     from launchers.observe.show import console, print_submitted, summary
     from launchers.submission.submit import submit
 
@@ -251,24 +252,8 @@ def do_run(args: argparse.Namespace) -> int:
         print_json(status.as_json())
     else:
         console().print(summary(status))
-        _print_scores(run)
+        print_scores(run)
     return _exit_code(status, run)
-
-
-def _print_scores(run: "RunFolder") -> None:
-    """Print the evaluations of a run side by side, where it has several."""
-    from data_tools.evaluations.side_by_side import table_of
-    from launchers.observe.scores import scores
-    from launchers.observe.show import console, table
-
-    try:
-        found = scores(run)
-    except UserMistake:  # no evaluation is sealed, or its lines cannot be read: `afterok scores` says so
-        return
-    if len(found.names) > 1:
-        console().print(table(**table_of(found)))
-        for note in found.notes:
-            tell(note)
 
 
 def _exit_code(status: "RunStatus", run: "RunFolder") -> int:
@@ -383,24 +368,6 @@ def do_inspect(args: argparse.Namespace) -> int:
     if args.json:
         return print_json(inspection)
     print_inspection(inspection)
-    return 0
-
-
-def do_scores(args: argparse.Namespace) -> int:
-    from data_tools.evaluations.plot import svg_of
-    from data_tools.evaluations.side_by_side import table_of
-    from launchers.observe.runs import find_run
-    from launchers.observe.scores import scores
-    from launchers.observe.show import console, table
-
-    found = scores(find_run(args.run), args.phases)
-    if args.svg:
-        args.svg.write_text(svg_of(found))
-    if args.json:
-        return print_json(found.as_json())
-    console().print(table(**table_of(found)))
-    for note in found.notes:
-        tell(note)
     return 0
 
 

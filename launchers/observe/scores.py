@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from data_tools.evaluations.side_by_side import SideBySide, side_by_side
+from data_tools.evaluations.side_by_side import SideBySide, side_by_side, table_of
 from data_tools.mistake import UserMistake, nearest
 from jobs.artifacts.run_folder import RunFolder
+from launchers.observe.show import console, table
 
 KIND = "evaluate"
 
@@ -28,3 +29,20 @@ def scores(run: RunFolder, names: Sequence[str] = ()) -> SideBySide:
         what = f"none of {', '.join(known)} is sealed yet" if known else "has no evaluate phase"
         raise UserMistake(f"{run.path}: {what}; see `afterok status {run.path}`")
     return side_by_side(folders)
+
+
+def print_scores(run: RunFolder) -> None:
+    """Print the evaluations of a run side by side, where it has several."""
+    try:
+        found = scores(run)
+    except UserMistake:  # none is sealed, or one cannot be read: `afterok scores` says so
+        return
+    if len(found.names) > 1:
+        print_table(found)
+
+
+def print_table(found: SideBySide) -> None:
+    """Print evaluations side by side, and how they were asked differently."""
+    console().print(table(**table_of(found)))
+    for note in found.notes:
+        print(note)

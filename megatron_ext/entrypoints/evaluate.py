@@ -1,4 +1,4 @@
-"""Accuracy of a model folder over distinct prompts, by the tasks' own verifiers. data_tools/evaluations has the numbers.
+"""Accuracy of a model folder over distinct prompts, by the tasks' own verifiers (the numbers: data_tools/evaluations).
 
 It is that of greedy answers, and of samples at a temperature their mean, pass@k and maj@k. With `compare_with` also
 what was gained over an earlier evaluation, prompt by prompt. Where a task's rewards are more than right and wrong, also
