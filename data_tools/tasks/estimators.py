@@ -120,7 +120,7 @@ def wilson(right: float, of: int) -> tuple[float, float]:
     share, more = right / of, Z * Z / of
     middle = (share + more / 2) / (1 + more)
     half = Z * float(np.sqrt(share * (1 - share) / of + more / (4 * of))) / (1 + more)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (middle - half if right > 0 else 0.0), (middle + half if right < of else 1.0)
 
 
 def bootstrap(values: Mapping[str, Sequence[float]], low: float | None = None) -> dict[str, tuple[float, float]]:
