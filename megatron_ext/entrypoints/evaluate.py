@@ -38,7 +38,7 @@ from data_tools.evaluations.accuracy import accuracy, write_tables
 from data_tools.evaluations.lines import RESULT, SAMPLES, Line, lines_of
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, never, silent
-from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compared, entries_of, load
+from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, check_template, compared, entries_of, load
 from data_tools.tasks.outcome import is_graded, is_unjudged
 from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
@@ -107,6 +107,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     problems += check_rollouts(config, Sampling())
     site = site or Site(ranks)
+    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     problems += check_recording(config, facts.forward(config, site).shape)
     return problems + facts.check_forward(config, site)
 

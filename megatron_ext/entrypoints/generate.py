@@ -23,7 +23,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.records import readers
 from data_tools.tasks.estimators import Vote, at_k, standard_error
-from data_tools.tasks.mix import check_mix, counts_table, entries_of
+from data_tools.tasks.mix import check_mix, check_template, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
@@ -46,6 +46,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         problems.append(Problem("sampling.temperature", f"0 gives {config.samples} samples all alike; use samples: 1"))
     problems += check_rollouts(config, config.sampling)
     site = site or Site(ranks)
+    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     problems += check_recording(config, facts.forward(config, site).shape)
     return problems + facts.check_forward(config, site)
 
