@@ -136,6 +136,16 @@ def test_a_line_with_a_mistake_is_refused_with_what_was_meant(
     assert said in str(caught.value) and "Traceback" not in str(caught.value), str(caught.value)
 
 
+def test_an_evaluation_is_planned_an_element_a_task_and_none_is_forgotten(tmp_path, nanochat, files):
+    given = small(nanochat, files)
+    plan = planned(PIPELINES / "r1_nanochat.yaml", given, tmp_path / "run")
+    [phase] = [phase for phase in plan.phases if phase.name == "rs_evaluated"]
+    assert phase.frozen.elements == 3
+    with pytest.raises(UserMistake) as caught:
+        planned(PIPELINES / "r1_nanochat.yaml", [*given, "cold_evaluated.array=[aime, gsm8k_test]"], tmp_path / "run")
+    assert "phases.cold_evaluated.with.mix: array: no element takes math500 of mix" in str(caught.value)
+
+
 # -- OpenResearcher, Megatron-LM --------------------------------------------------------------------------------------
 
 

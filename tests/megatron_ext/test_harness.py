@@ -1,4 +1,4 @@
-"""lm-evaluation-harness beside ours: the same model and prompts give the same log-likelihoods, completions and accuracy.
+"""lm-evaluation-harness beside ours: same model, same prompts, so same log-likelihoods, completions and accuracies.
 
 It runs under `soak`, since it needs lm-eval: that of LMEVAL_PYTHON, or one that is installed into an environment of the
 test from the package index.
@@ -157,10 +157,9 @@ def test_the_harness_gives_the_same_for_the_same_model_and_prompts(inputs, model
             error = f"{metric.split(',')[0]}_stderr,none"
             assert told["results"][name][error] == pytest.approx(said["results"][name][error])
     print(f"log-likelihoods differ by at most {near:.2e}")
-    missing = {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "group_subtasks"} - set(
-        told
-    )
-    assert not missing and told["higher_is_better"]["arc"] == said["higher_is_better"]["arc"]
+    names = {"results", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "group_subtasks"}
+    assert names <= set(told) & set(said)
+    assert told["higher_is_better"]["arc"] == said["higher_is_better"]["arc"]
     assert told["n-samples"]["stem"]["effective"] == said["n-samples"]["stem"]["effective"]
     code = "import json, sys; from lm_eval.utils import make_table; print(make_table(json.load(open(sys.argv[1]))))"
     table = subprocess.run([harness, "-c", code, mine / "results.json"], capture_output=True, text=True)
