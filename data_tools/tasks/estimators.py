@@ -90,16 +90,23 @@ def _drawn(size: int, most: int, n: int, k: int) -> np.ndarray:
 def each_at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, list[float]]:
     """Return pass@k and, where anything was answered, maj@k, a value for each prompt, which has the votes of its
     samples: for k = 1, 2, 4, … up to the fewest samples of a prompt. The order of a prompt's votes does not matter."""
-    ordered = [sorted(votes, key=lambda vote: (str(vote[0]), vote[1])) for votes in prompts]
+    ordered = [
+        tuple(sorted(((answer, right) for answer, right in votes), key=lambda vote: (str(vote[0]), vote[1])))
+        for votes in prompts
+    ]
     answered = any(answer is not None for votes in ordered for answer, _ in votes)
     results: dict[str, list[float]] = {}
     for k in (2**i for i in range(min(map(len, ordered), default=0).bit_length())):
         results[f"pass@{k}"] = [pass_at_k(len(votes), sum(right for _, right in votes), k) for votes in ordered]
         if answered:
-            results[f"maj@{k}"] = [
-                majority_at_k([answer for answer, _ in votes], [right for _, right in votes], k) for votes in ordered
-            ]
+            results[f"maj@{k}"] = [_majority(votes, k) for votes in ordered]
     return results
+
+
+@lru_cache(maxsize=2**16)
+def _majority(votes: tuple[Vote, ...], k: int) -> float:
+    """Return majority_at_k of sorted votes, which are asked about again for tables, intervals and files."""
+    return majority_at_k([answer for answer, _ in votes], [right for _, right in votes], k)
 
 
 def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
