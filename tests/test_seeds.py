@@ -28,7 +28,7 @@ FLAGS = {  # of nanochat's chat_sft.py and prepare_dolci_think.py
     "--chat_ratio": "params.recipe_params.chat_ratio", "--target_rows": "params.target_rows",
     "--max_tokens": "params.max_tokens",
 }  # fmt: skip
-OTHERS = {"--standalone", "--nproc_per_node", "-m", "--", "--output"}  # of torchrun; where the sample goes
+OTHERS = {"--", "--output"}  # what follows torchrun's own; where the sample goes
 
 
 def rows() -> list[tuple[str, str, str]]:
