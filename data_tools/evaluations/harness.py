@@ -56,12 +56,21 @@ def write_samples(
 ) -> None:
     """Write OUT/FOLDER/samples_TASK.jsonl of an element's lines, which give their samples' texts as `completions`."""
     for name, group in _by_task(evaluated, lines).items():
-        values = values_of(group)
+        values = _with_majorities(values_of(group), evaluated.entries[name].task or name)
         placed = sorted(group, key=lambda line: found[asked(line)][0])
         rows = [row for line in placed for row in _rows(evaluated, line, values, found[asked(line)])]
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         (out / FOLDER).mkdir(exist_ok=True)
         durable.write_file(_file(out, name), text)
+
+
+def _with_majorities(values: Values, task: str) -> Values:
+    """Return the measures in one order, with maj@k of 0 where a task has votes and no prompt of an element cast one: the
+    same lines for any number of elements."""
+    if hasattr(load_task(task), "final_answer"):
+        passed = {name.replace("pass@", "maj@"): each for name, each in values.items() if name.startswith("pass@")}
+        values = {name: dict.fromkeys(each, 0.0) for name, each in passed.items()} | values
+    return dict(sorted(values.items()))
 
 
 def join_samples(out: Path, evaluated: Evaluated, parts: Sequence[Path]) -> None:

@@ -266,14 +266,10 @@ def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):
 
 
 def test_right_answers_count_by_number_and_only_when_they_end():
-    samples = [
-        dict(correct=True, seen=True),
-        dict(correct=False, seen=True),
-        dict(correct=True, seen=False),
-    ]
+    samples = [dict(prompt=f"{n}", correct=n != 1, seen=n < 2) for n in range(3)]
     result = accuracy(samples)
     assert (result["accuracy"], result["seen_accuracy"], result["unseen_accuracy"]) == (2 / 3, 0.5, 1.0)
-    assert "seen_prompts" not in accuracy([dict(correct=True, seen=None)])
+    assert "seen_prompts" not in accuracy([dict(prompt="1", correct=True, seen=None)])
 
 
 def test_a_malformed_line_is_named_by_file_and_line(calculator, tmp_path):
