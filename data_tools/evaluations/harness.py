@@ -65,8 +65,9 @@ def write_samples(
 
 
 def _with_majorities(values: Values, task: str) -> Values:
-    """Return the measures in one order, with maj@k of 0 where a task has votes and no prompt of an element cast one: the
-    same lines for any number of elements."""
+    """Return the measures in one order, with maj@k of 0 where a task has votes and no prompt of an element cast one.
+
+    So the lines are the same for any number of elements."""
     if hasattr(load_task(task), "final_answer"):
         passed = {name.replace("pass@", "maj@"): each for name, each in values.items() if name.startswith("pass@")}
         values = {name: dict.fromkeys(each, 0.0) for name, each in passed.items()} | values
