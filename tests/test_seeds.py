@@ -84,32 +84,41 @@ def test_the_manual_has_every_line_of_the_seed() -> None:
     assert len(LINES) == 7
 
 
+def flags_of(seed: str) -> dict[str, str]:
+    """Return the flags of a line, whether their values follow = or a space."""
+    words = shlex.split(seed.strip("`").split("`")[0])
+    pairs = {name: value for name, _, value in (word.partition("=") for word in words if word.startswith("--"))}
+    return {name: value or (words + [""])[words.index(name) + 1] for name, value in pairs.items()}
+
+
+def check_words(seed: str, environment: dict[str, str], overrides: list[str]) -> None:
+    """See that a seed's own words and values are ours: variables as they stand, flags by their names."""
+    if exported := re.search(r"--export=(\S+)", seed):
+        assert environment == dict(pair.split("=", 1) for pair in exported[1].split(","))
+        return
+    flags = flags_of(seed)
+    assert set(flags) <= FLAGS.keys() | OTHERS, flags
+    assert {f"{FLAGS[name]}={value}" for name, value in flags.items() if name in FLAGS} <= set(overrides)
+
+
+def files_beside(name: str, nanochat: Path, files: dict[str, str], folder: Path) -> list[str]:
+    """Return overrides that give a pipeline the files of the test."""
+    if name == "r1_nanochat":
+        return small(nanochat, files)
+    if name == "gsm8k_rl":
+        given = [f"params.{key}.source.inputs=[{files[key]}]" for key in ("gsm8k", "gsm8k_test")]
+        return [*given, f"params.nanochat={nanochat}", "params.tag=d2"]
+    return [f"params.inputs=[{files['dolci']}]", f"params.tokenizer={write_tokenizer(folder / 'tokenizer')}"]
+
+
 @pytest.mark.parametrize("seed, command, says", LINES, ids=[seed.strip("`")[:40] for seed, _, _ in LINES])
 def test_a_line_of_nanochats_gives_what_the_manual_says(tmp_path, nanochat, files, seed, command, says):
     environment, (pipeline, *overrides) = command
-    # The seed's own words and values are ours: variables as they stand, flags by their names.
-    if exported := re.search(r"--export=(\S+)", seed):
-        assert environment == dict(pair.split("=", 1) for pair in exported[1].split(","))
-    flags = {name: value for name, _, value in (word.partition("=") for word in shlex.split(seed.strip("`"))
-                                                if word.startswith("--"))}  # fmt: skip
-    words = shlex.split(seed.strip("`").split("`")[0])
-    for name in flags.keys() & {"--target_rows", "--max_tokens"}:
-        flags[name] = words[words.index(name) + 1]
-    if not exported:
-        assert set(flags) <= FLAGS.keys() | OTHERS, flags
-        assert {f"{FLAGS[name]}={value}" for name, value in flags.items() if name in FLAGS} <= set(overrides)
     name = Path(pipeline).stem
-    if name == "r1_nanochat":
-        beside = small(nanochat, files)
-    elif name == "gsm8k_rl":
-        data = {"gsm8k": "gsm8k", "gsm8k_test": "gsm8k_test"}
-        beside = [f"params.{key}.source.inputs=[{files[file]}]" for key, file in data.items()]
-        beside += [f"params.nanochat={nanochat}", 'params.gsm8k.hub=""', 'params.gsm8k_test.hub=""']
-    else:
-        beside = [f"params.inputs=[{files['dolci']}]", f"params.tokenizer={write_tokenizer(tmp_path / 'tokenizer')}"]
-    beside += ["params.tag=d2"] if name != "dolci_think" else []
+    check_words(seed, environment, overrides)
     # Files and tags of the author's machine are those of the test; what says nothing of the machine stays.
     kept = [word for word in overrides if not re.match(r"params\.(inputs|dolci|tag|step)=", word)]
+    beside = files_beside(name, nanochat, files, tmp_path)
     plan = planned(ROOT / pipeline, [*kept, *beside, "cluster=local"], tmp_path / "run", environment)
     assert all(phase.action == "run" for phase in plan.phases)
     if name != "dolci_think":
