@@ -32,10 +32,10 @@ OTHERS = {"--", "--output"}  # what follows torchrun's own; where the sample goe
 
 
 def rows() -> list[tuple[str, str, str]]:
-    """Return the rows of the manual's table of nanochat's lines."""
+    """Return the rows of the manual's table of nanochat's lines: theirs, what comes of it, ours."""
     table = MANUAL.read_text().partition("## From nanochat R1")[2].partition("\n## ")[0]
     cells = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `")]
-    return [(seed.strip(), ours.strip(), says.strip(" |")) for seed, ours, says in cells]
+    return [(seed.strip(), says.strip(), ours.strip(" |")) for seed, says, ours in cells]
 
 
 def typed(text: str) -> list[tuple[dict[str, str], list[str]]]:
@@ -50,7 +50,7 @@ def typed(text: str) -> list[tuple[dict[str, str], list[str]]]:
     return found
 
 
-LINES = [(seed, command, says) for seed, ours, says in rows() for command in typed(ours)]
+LINES = [(seed, command, says) for seed, says, ours in rows() for command in typed(ours)]
 
 
 @pytest.fixture(scope="module")
