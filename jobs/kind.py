@@ -48,6 +48,7 @@ class Placement(Site):
     """Where a phase would run, as far as its `check` needs to know: sizes, not names of partitions."""
 
     elements: int = 1
+    values: tuple[Any, ...] = ()  # of an array that lists them
     # Of the phases that it follows element by element (aftercorr): folder -> how many elements that phase has.
     partners: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

@@ -20,7 +20,7 @@ from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES
-from launchers import profile_verbs, verbs
+from launchers import profile_verbs, score_verbs, verbs
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -164,7 +164,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
 
 
 def _add_looking_verbs(verb: AddVerb) -> None:
-    """Add the verbs that look at runs and change nothing: status, why, ls, logs and inspect."""
+    """Add the verbs that look at runs and change nothing: status, why, ls, logs, inspect and scores."""
     status = verb("status", verbs.do_status, "show the state of each phase of a run")
     status.add_argument("run", nargs="?", help=RUN_HELP)
     status.add_argument(
@@ -203,6 +203,13 @@ def _add_looking_verbs(verb: AddVerb) -> None:
     inspect.add_argument(
         "--tokens", type=int, default=400, metavar="N", help="at most so many of a document (default: 400)"
     )
+
+    scores = verb("scores", score_verbs.do_scores, "show a run's evaluations side by side, with intervals and gains")
+    scores.add_argument("run", nargs="?", help=RUN_HELP)
+    scores.add_argument(
+        "phases", nargs="*", metavar="PHASE", help="only these; the others are compared with the first (default: all)"
+    )
+    scores.add_argument("--svg", type=Path, metavar="FILE", help="also draw them")
 
 
 def _add_cancel(verb: AddVerb) -> None:

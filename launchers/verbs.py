@@ -225,6 +225,7 @@ def do_repair(args: argparse.Namespace) -> int:
 def do_run(args: argparse.Namespace) -> int:
     from launchers.observe.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
     from launchers.observe.runs import as_typed
+    from launchers.observe.scores import print_scores
     from launchers.observe.show import console, print_submitted, summary
     from launchers.submission.submit import submit
 
@@ -251,6 +252,7 @@ def do_run(args: argparse.Namespace) -> int:
         print_json(status.as_json())
     else:
         console().print(summary(status))
+        print_scores(run)
     return _exit_code(status, run)
 
 

@@ -1,11 +1,10 @@
-"""The R1 pipelines from a nanochat checkpoint to an export, small, on a CPU: what the seed's commands give here.
+"""The R1 pipelines from a nanochat checkpoint to an export, small, on a CPU (their plans: tests/test_seeds.py).
 
 The model is random, so that nothing it says is right: GRPO gets the length of an answer as its reward, and rejection
 keeps samples by `correct: false`. What is tested is that each phase reads what the one before wrote, in the real
 schemas.
 """
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,51 +15,7 @@ import pytest
 from data_tools.base import durable
 from tests.command import ROOT, afterok, afterok_json
 from tests.megatron_ext import test_nanochat, test_nanochat_tokenizer
-
-LENGTH = "tests.data_tools.tasks.verifiers:length"
-WORDS = "one two three four five six seven eight nine ten".split()
-
-
-def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
-
-
-def said(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def rows() -> dict[str, list[dict[str, Any]]]:
-    """A few rows of each data set in its own schema; of Dolci-Think with the categories that dolci_prepare gives."""
-    sums = [(a, b) for a in range(1, 7) for b in range(1, 5)]
-    text = [f"A train needs {WORDS[a]} hours and waits {WORDS[b]}; how long is it away" for a, b in sums]
-    categories = ["reasoning", "code", "chat", "short"]
-    return {
-        "openthoughts": [
-            {"conversations": said(q, f"<think>{a} and {b}.</think>\n\n{a + b}"), "domain": "math", "difficulty": 2}
-            for q, (a, b) in zip(text, sums)
-        ],
-        "smoltalk": [chat(f"Hello {n}", "Hi. " * (n % 3 + 1), source="smol-magpie-ultra") for n in range(20)],
-        "smoltalk_test": [chat(f"Hi {n}", "Hello.", source="smol-magpie-ultra") for n in range(4)],
-        "dolci": [
-            chat(q, f"<think>{a}+{b}</think>{a + b}", source="allenai/wildchat", category=categories[n % 4])
-            for n, (q, (a, b)) in enumerate(zip(text, sums))
-        ],
-        "gsm8k": [
-            {"question": q, "answer": f"It is <<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"}
-            for q, (a, b) in zip(text, sums)
-        ],
-        "gsm8k_test": [{"question": "What is 2 + 2 of the eggs that she has?", "answer": "#### 4"}],
-        "dapo": [
-            {"prompt": [{"role": "user", "content": f"Solve: {q}"}], "reward_model": {"ground_truth": str(a + b)}}
-            for q, (a, b) in zip(text, sums)
-        ],
-        "choices": [
-            {"id": str(n), "question": f"Which of {n}?", "choices": {"text": ["a", "b"], "label": ["A", "B"]},
-             "answerKey": "A"} for n in range(6)
-        ],
-        "math500": [{"problem": "What is half of ten?", "answer": "5", "solution": "It is $\\boxed{5}$."}],
-        "aime": [{"problem": "What is a third of nine?", "answer": "3"}],
-    }  # fmt: skip
+from tests.r1_files import LENGTH, small, tasks, written
 
 
 @pytest.fixture
@@ -83,40 +38,7 @@ def nanochat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    found = {}
-    for name, lines in rows().items():
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        found[name] = str(path)
-    return found
-
-
-def tasks(files: dict[str, str], **names: str) -> list[str]:
-    """Overrides that give tasks their files."""
-    return [
-        word
-        for param, name in names.items()
-        for word in (f"params.{param}.source.inputs=[{files[name]}]", f'params.{param}.hub=""')
-    ]
-
-
-def small(nanochat: Path, files: dict[str, str]) -> list[str]:
-    chats = {"openthoughts": "openthoughts", "smoltalk": "smoltalk", "gsm8k_chats": "gsm8k", "dolci": "dolci",
-             "smoltalk_test": "smoltalk_test", "arc_test": "choices"}  # fmt: skip
-    given = [f"params.{param}={{inputs: [{files[name]}]}}" for param, name in chats.items()]
-    given += tasks(files, gsm8k="gsm8k", gsm8k_test="gsm8k_test", science="choices", math500="math500", aime="aime")
-    given += [f"params.dapo={{task: '{LENGTH}', source: {{inputs: [{files['dapo']}]}}}}"]
-    sizes = "pack_length=256 global_batch=2 warmup_steps=0 cold_steps=2 grpo_steps=1 rs_steps=2 prompts=2 samples=2"
-    sizes += " max_tokens=8 evaluation_samples=2 elements=2"
-    given += [f"params.{size}" for size in [f"nanochat={nanochat}", "tag=d2", *sizes.split()]]
-    engine = "engine={kv_gib: 0.05, block_size: 16, max_batch: 16}"
-    phases = ("cold_evaluated", "grpo", "grpo_evaluated", "sampled", "rs_evaluated")
-    given += [f"{phase}.with.{engine}" for phase in phases]
-    given += [f"{phase}.resources={{role: cpu}}" for phase in (*phases, "cold_start", "rs_sft")]
-    all_count = ["advantage.drop_equal_groups=false", "rewarding.mask_truncated=false", "refill_tries=0"]
-    given += [f"grpo.with.{setting}" for setting in all_count]
-    given += [f"kept.with.{setting}" for setting in ("correct=false", "truncated=true", "max_pass_rate=1")]
-    return [*given, "cluster=local"]
+    return written(tmp_path)
 
 
 def facts_of(run: Path) -> dict[str, dict[str, Any]]:
@@ -124,24 +46,6 @@ def facts_of(run: Path) -> dict[str, dict[str, Any]]:
 
 
 PIPELINE = ROOT / "jobs/pipelines/r1_nanochat.yaml"
-
-
-def test_the_seeds_command_lines_are_planned(tmp_path: Path, nanochat: Path, files: dict[str, str]) -> None:
-    """sbatch --export=SFT_RECIPE=…,DOLCI_STOP=… and chat_sft's --sft_recipe, --ot_stop, --chat_ratio."""
-    given = [*small(nanochat, files), "--run", str(tmp_path / "run")]
-    for env, said in (
-        ({"SFT_RECIPE": "dolci_mid", "SFT_SOURCE": "chatsft", "DOLCI_STOP": "800000"},
-         ["recipe dolci_mid", "dolci: 800,000 rows at most"]),
-        ({"SFT_RECIPE": "r1_ot_mixed", "OT_STOP": "1000000", "CHAT_RATIO": "0.30"},
-         ["recipe r1_ot_mixed", "smoltalk: share 0.3", "share 0.7 (the rest; 1,000,000 rows at most)"]),
-    ):  # fmt: skip
-        done = afterok("plan", PIPELINE, *given, env=env)
-        for text in said:
-            assert text in done.stderr, done.stderr
-    done = afterok("plan", PIPELINE, *given, env={"SFT_RECIEP": "dolci_mid"}, check=2)
-    assert "variable SFT_RECIEP: the pipeline has no variable of this name (did you mean SFT_RECIPE?" in done.stderr
-    done = afterok("plan", PIPELINE, *given, env={"SFT_RECIPE": "r1_ot", "DOLCI_STOP": "5"}, check=2)
-    assert "recipe_params.dolci_stop: recipe r1_ot has no parameter of this name" in done.stderr
 
 
 @pytest.mark.soak

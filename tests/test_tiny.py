@@ -51,6 +51,16 @@ def test_every_phase_is_sealed_and_the_summary_says_accuracy_before_and_after(lo
         assert word in printed
 
 
+def test_the_evaluations_stand_side_by_side_with_what_each_gained_over_the_first(local_run):
+    run, _ = local_run
+    found = afterok_json("scores", run, "trained", "reinforced")
+    (row,) = [row for row in found["rows"] if (row["task"], row["measure"]) == ("calculator", "sampled_accuracy")]
+    facts = {phase["phase"]: phase["facts"] for phase in afterok_json("status", run)["phases"]}
+    for name, score in zip(found["names"], row["scores"]):
+        assert score["value"] == facts[name]["sampled_accuracy"]
+        assert (score["gain"] or {}).get("value") == facts[name].get("gain")
+
+
 def test_the_rows_of_the_data_add_up(local_run):
     run, _ = local_run
     balance = json.loads((seal_of(run, "data").folder / "balance.json").read_text())

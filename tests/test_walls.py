@@ -26,7 +26,8 @@ NEVER = {
 }  # fmt: skip
 LAYERS = {  # what a package is made of, from the ground up: a line may import itself and the lines above it
     "data_tools": (
-        "mistake progress own_packages", "base", "records", "chats", "answers", "prepare", "tasks", "recipes", "packs",
+        "mistake progress own_packages", "base", "records", "chats", "answers", "prepare", "tasks",
+        "evaluations recipes", "packs",
     ),
     "slurm": ("printed", "client", "profile", "options", "dev", "detect", "verify"),
     "megatron_ext": (
@@ -39,7 +40,8 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "ranks requeue secrets replay sealing upstream health", "worker",
     ),
     "launchers": (
-        "planning", "causes", "backends", "submission", "observe", "verbs", "profile_verbs", "cli", "console",
+        "planning", "causes", "backends", "submission", "observe", "verbs", "profile_verbs score_verbs", "cli",
+        "console",
     ),
 }  # fmt: skip
 MOST_LINES = 450  # of a file

@@ -64,8 +64,10 @@ def _based(text: str) -> Number | Words | None:
 
 
 def _clock(text: str) -> Measure | None:
-    """Read a time of day or a ratio. Raise Unclear for one with anything else behind it."""
-    match = _CLOCK.fullmatch(text)
+    """Read a time of day or a ratio, also one that is text as a whole. Raise Unclear for one with anything else behind
+    it."""
+    enclosed = re.fullmatch("⟦([^⟦⟧]*)⟧", text)
+    match = _CLOCK.fullmatch(enclosed[1].strip() if enclosed else text)
     if match is None:
         return None
     unit = unit_of(match[4]) if match[4].strip() else None

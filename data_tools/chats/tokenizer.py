@@ -191,6 +191,17 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
     return found
 
 
+def has_template(folder: Path) -> bool | None:
+    """Return whether the tokenizer in a folder has a chat template, without loading it; None where there is no
+    tokenizer, or its files cannot be read, which loading it says."""
+    try:
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            return None
+        return bool(_read_template(folder, _read_config(folder)))
+    except (OSError, ValueError, TypeError, KeyError, UserMistake):
+        return None
+
+
 def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 

@@ -127,6 +127,12 @@ def datasets(config: Config) -> list[str]:
     return [chats.HUB] if chats and not config.source.inputs else []
 
 
+def needs_template(config: Config) -> bool:
+    """Return whether conversations are rendered by the tokenizer's own chat template."""
+    conversations = not config.task or _chats_of(config) is not None
+    return conversations and not config.chat.template and config.chat.schema != "rendered"
+
+
 def _check_no_recipe(config: Config) -> list[Problem]:
     """Refuse a recipe beside a task."""
     given = [name for name in ("recipe", "recipe_params", "recipe_sources") if getattr(config, name)]

@@ -39,6 +39,7 @@ BY, SHORT, REST = ("rows", "tokens"), ("report", "fail"), "rest"
 
 _KEYS = ("about", "params", "seed", "by", "short", "sources", "validation")
 _SOURCE_KEYS = ("about", "hub", "files_of", "stop", "share", "view", "where", "held_out")
+_KINDS = {int: "whole number", float: "number", str: "text"}
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _PARAM = re.compile(r"\$\{([^}]*)\}")
 
@@ -117,7 +118,7 @@ def origins(recipe: Recipe, given: Mapping[str, Files]) -> list[Origin]:
             try:
                 files = _files_of_hub(source, recipe)
             except UserMistake as mistake:
-                problems += mistake.problems
+                problems += [each for each in mistake.problems if str(each) not in map(str, problems)]
         short = sources.short_names([str(file) for file in files])
         view = View(source.view, dict(source.where)) if source.view or source.where else None
         folder = f"{sources.VALIDATION if source.is_validation else ''}{source.name}"
@@ -184,6 +185,7 @@ class _Reader:
         self.name, self.given, self.problems = recipe, params, list[Problem]()
         self.path = Path(recipe).expanduser() if names_a_file(recipe) else FOLDER / f"{recipe}.yaml"
         self.params: dict[str, Any] = {}
+        self.put_in: dict[str, list[str]] = {}  # of each key, the parameters that its value was made of
 
     def recipe(self) -> Recipe:
         raw = self._read()
@@ -225,7 +227,12 @@ class _Reader:
         return raw
 
     def _note(self, key: str, message: str) -> None:
-        self.problems.append(Problem(f"{self.path}: {key}", message))
+        """Note a problem of a key of the recipe; where a parameter of the phase gave its value, at that parameter."""
+        if by := [name for name in self.put_in.get(key, ()) if name in self.given]:
+            message = f"{message} ({key} of recipe {self.path.stem})"
+            self.problems += [Problem(f"recipe_params.{name}", message) for name in by]
+        else:
+            self.problems.append(Problem("recipe", f"{self.path}: {key}: {message}"))
 
     def _unknown(self, written: Mapping[Any, Any], known: tuple[str, ...], prefix: str) -> None:
         for key in written:
@@ -246,7 +253,10 @@ class _Reader:
             wanted = type(defaults[name])
             is_number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
             if type(value) is not wanted and not is_number:
-                wrong = f"{value!r} is a {type(value).__name__}, not a {wanted.__name__} such as {defaults[name]!r}"
+                wrong = f"{value!r} is no {_KINDS.get(wanted, wanted.__name__)} such as {defaults[name]!r}"
+                wrong += (
+                    f"; write {int(value)}" if wanted is int and isinstance(value, float) and value % 1 == 0 else ""
+                )
                 self.problems.append(Problem(f"recipe_params.{name}", wrong))
                 continue
             params[name] = value
@@ -266,6 +276,7 @@ class _Reader:
         if match[1] not in self.params:
             self._note(key, f"{value!r} is no parameter{nearest(match[1], list(self.params))}")
             return None
+        self.put_in.setdefault(key, []).append(match[1])
         return self.params[match[1]]
 
     def _value(self, of: Mapping[str, Any], key: str, default: Any, kind: type, prefix: str = "") -> Any:

@@ -8,6 +8,8 @@ from math import exp, lgamma
 import numpy as np
 
 _NOTHING = 1e-20  # of a chance; the doubles of a result have 16 digits
+Z = 1.959963984540054  # 95% of the standard normal distribution lie within so many deviations
+RESAMPLES = 2000  # of a bootstrap
 Vote = tuple[str | None, bool]  # what a sample answers, None where it answers nothing; whether that is right
 
 
@@ -85,24 +87,72 @@ def _drawn(size: int, most: int, n: int, k: int) -> np.ndarray:
     return chances
 
 
-def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
-    """Return pass@k and, where anything was answered, maj@k, means over prompts, each with the votes of its samples:
-    for k = 1, 2, 4, … up to the fewest samples of a prompt. The order of a prompt's votes does not matter."""
-    ordered = [sorted(votes, key=lambda vote: (str(vote[0]), vote[1])) for votes in prompts]
+def each_at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, list[float]]:
+    """Return pass@k and, where anything was answered, maj@k, a value for each prompt, which has the votes of its
+    samples: for k = 1, 2, 4, … up to the fewest samples of a prompt. The order of a prompt's votes does not matter."""
+    ordered = [
+        tuple(sorted(((answer, right) for answer, right in votes), key=lambda vote: (str(vote[0]), vote[1])))
+        for votes in prompts
+    ]
     answered = any(answer is not None for votes in ordered for answer, _ in votes)
-    results: dict[str, float] = {}
+    results: dict[str, list[float]] = {}
     for k in (2**i for i in range(min(map(len, ordered), default=0).bit_length())):
-        results[f"pass@{k}"] = float(
-            np.mean([pass_at_k(len(votes), sum(right for _, right in votes), k) for votes in ordered])
-        )
+        results[f"pass@{k}"] = [pass_at_k(len(votes), sum(right for _, right in votes), k) for votes in ordered]
         if answered:
-            means = [
-                majority_at_k([answer for answer, _ in votes], [right for _, right in votes], k) for votes in ordered
-            ]
-            results[f"maj@{k}"] = float(np.mean(means))
+            results[f"maj@{k}"] = [_majority(votes, k) for votes in ordered]
     return results
+
+
+@lru_cache(maxsize=2**16)
+def _majority(votes: tuple[Vote, ...], k: int) -> float:
+    """Return majority_at_k of sorted votes, which are asked about again for tables, intervals and files."""
+    return majority_at_k([answer for answer, _ in votes], [right for _, right in votes], k)
+
+
+def at_k(prompts: Sequence[Sequence[Vote]]) -> dict[str, float]:
+    """Return the means over prompts of what `each_at_k` gives."""
+    return {name: float(np.mean(values)) for name, values in each_at_k(prompts).items()}
 
 
 def standard_error(values: Sequence[float]) -> float:
     """Return the standard error of the mean of independent values; 0 for fewer than two."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def wilson(right: float, of: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a share, of which `right` of `of` independent draws were seen.
+
+    Source: E. B. Wilson, Journal of the American Statistical Association 22 (1927), 209-212.
+    """
+    share, more = right / of, Z * Z / of
+    middle = (share + more / 2) / (1 + more)
+    half = Z * float(np.sqrt(share * (1 - share) / of + more / (4 * of))) / (1 + more)
+    return (middle - half if right > 0 else 0.0), (middle + half if right < of else 1.0)
+
+
+def bootstrap(values: Mapping[str, Sequence[float]], low: float | None = None) -> dict[str, tuple[float, float]]:
+    """Return the 95% interval of the mean of each measure: percentiles of the means of RESAMPLES draws of prompts.
+
+    `values` has as many values, one a prompt, for each measure; all are drawn together. They lie between `low` and 1,
+    or anywhere where it is None. The order of the prompts does not matter, and the draws are always the same.
+
+    Where all prompts have one value, no draw differs from another. Then the interval reaches as far as prompts could
+    move the mean that none of these happened to be like: at most a share of Wilson's bound of 0 in n.
+    """
+    table = np.array(list(values.values()), dtype=np.float64).T  # [prompts, measures]
+    table = table[np.lexsort(table.T)]
+    prompts, generator = len(table), np.random.default_rng(0)
+    means = np.empty((RESAMPLES, len(values)))
+    for place in range(RESAMPLES):
+        means[place] = np.bincount(generator.integers(prompts, size=prompts), minlength=prompts) @ table / prompts
+    unseen = wilson(0, prompts)[1]
+    intervals = {}
+    for name, column, drawn in zip(values, table.T, means.T):
+        value = float(column[0])
+        if (column == value).all():
+            down, up = (0.0, 0.0) if low is None else (value - low, 1 - value)
+            intervals[name] = value - unseen * down, value + unseen * up
+        else:
+            first, last = np.quantile(drawn, (0.025, 0.975))
+            intervals[name] = float(first), float(last)
+    return intervals

@@ -1,20 +1,52 @@
 """Conversations or task rows to token ids and loss masks: an array over shares of the inputs, merged into one store."""
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
 from data_tools.base.tables import write_table
 from data_tools.chats.fields import remedies
+from data_tools.chats.tokenizer import has_template
 from data_tools.mistake import Problem, UserMistake
 from data_tools.packs import materialize
 from data_tools.packs.materialize import Config
 from data_tools.recipes import recipe as recipes
+from data_tools.records.blend_file import LARGEST_BLEND, refuse_blend
 from jobs.kind import Placement
 from jobs.task import Task
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    return materialize.check(config)
+    return [*materialize.check(config), *_check_template(config, placement), *_check_blends(config)]
+
+
+def _check_template(config: Config, placement: Placement) -> list[Problem]:
+    """Refuse conversations to be rendered by a tokenizer that has no chat template, or will have none."""
+    if not materialize.needs_template(config):
+        return []
+    known = has_template(Path(config.tokenizer).expanduser())
+    for folder, forecast in placement.forecasts.items():
+        if known is None and config.tokenizer in (folder, f"{folder}/hf"):
+            known = forecast.get("chat_template")
+    if known is not False:
+        return []
+    message = f"{config.tokenizer} has no chat template, which conversations are rendered with; name a file in"
+    return [Problem("tokenizer", f"{message} chat.template, or a tokenizer that has one")]
+
+
+def _check_blends(config: Config) -> list[Problem]:
+    """Refuse Megatron's files of blends, as reading one would, but before anything queues."""
+    problems = []
+    for place, name in enumerate(config.source.inputs):
+        path = Path(name).expanduser()
+        if path.suffix == ".json" and path.is_file() and path.stat().st_size <= LARGEST_BLEND:
+            with contextlib.suppress(ValueError):  # what is no JSON, reading it says
+                try:
+                    refuse_blend(path, json.loads(path.read_text("utf-8-sig")))
+                except UserMistake as mistake:
+                    problems.append(Problem(f"source.inputs[{place}]", str(mistake)))
+    return problems
 
 
 def forecast(config: Config, placement: Placement) -> dict[str, Any]:

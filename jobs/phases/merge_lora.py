@@ -10,6 +10,7 @@ from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import merge_lora
 from megatron_ext.entrypoints.merge_lora import Config
+from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.preflight import facts
 
 
@@ -18,7 +19,7 @@ def check(config: Config, placement: Placement) -> list[Problem]:
 
 
 def forecast(config: Config, placement: Placement) -> dict[str, Any]:
-    return {"hf_config": facts.model_config(config.model, placement)[0]}
+    return facts.forecast(config.model, LoraConfig(), placement)
 
 
 def run(config: Config, task: Task) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jobs.schema.problems import Problems
 PARAM = re.compile(r"^\$\{params\.([A-Za-z0-9_]+)\}$")
 WRITTEN = re.compile(r"\$\{phases\.([A-Za-z0-9_]+)\.out\}")  # as users write it
 REFERENCE = re.compile(r"@\{phases\.([A-Za-z0-9_]+)\.out\}")  # as it stays until keys or folders are known
+MISSING = re.compile(r"^Interpolation key '([^']+)' not found")  # what OmegaConf says
 INNERMOST = re.compile(r"\$\{([^${}]*)\}")  # a reference that holds no other
 OURS = re.compile(r"\s*(params|phases)[.\[][^:]*")  # what may stand in one: no call of OmegaConf's resolvers
 
@@ -111,13 +112,22 @@ class Resolver:
             root = OmegaConf.create({"params": self.params, "phases": phases, "leaf": {"value": value}})
             leaf = OmegaConf.to_container(root.leaf, resolve=True)
         except OmegaConfBaseException as error:
-            word = re.search(r"\$\{([^}]*)\}", value)
-            why = nearest(word.group(1), known) if word else f": {first_line(error)}"
+            missing = MISSING.search(first_line(error))
+            why = f": there is no {missing[1]}{self._beside(missing[1])}" if missing else f": {first_line(error)}"
+            self.unresolved.add(key)
             self.problems.note(key, f"cannot resolve {value!r}{why}")
             return None
         assert isinstance(leaf, dict)
         resolved = leaf["value"]
         return self._refuse(key, resolved, known) if isinstance(resolved, str) and "${" in resolved else resolved
+
+    def _beside(self, missing: str) -> str:
+        """Return the nearest of the names that stand where a missing dotted name would."""
+        *above, last = missing.split(".")
+        inside: Any = {"params": self.params, "phases": dict.fromkeys(self.phases, {"out": ""})}
+        for part in above:
+            inside = inside.get(part) if isinstance(inside, dict) else None
+        return nearest(last, [str(name) for name in inside]) if isinstance(inside, dict) else ""
 
     def _refuse(self, key: str, reference: str, known: list[str]) -> None:
         """Refuse OmegaConf's resolvers, such as oc.env: what they give would stand in the run's files."""

@@ -279,6 +279,7 @@ class _Planner:
             gpu_mem_gib=resources.gpu_mem_gib,
             environment=environment_of(self.cluster.profile, resources.role).set,
             elements=phase.elements,
+            values=tuple(phase.array) if isinstance(phase.array, list) else (),
             partners={
                 folders[name]: self.planned[name].frozen.elements
                 for name in standing.partners(frozen, {name: each.frozen for name, each in self.planned.items()})

@@ -1,4 +1,4 @@
-"""Accuracy of a model folder over distinct prompts, by the tasks' own verifiers (accuracy.py has the numbers).
+"""Accuracy of a model folder over distinct prompts, by the tasks' own verifiers (the numbers: data_tools/evaluations).
 
 It is that of greedy answers, and of samples at a temperature their mean, pass@k and maj@k. With `compare_with` also
 what was gained over an earlier evaluation, prompt by prompt. Where a task's rewards are more than right and wrong, also
@@ -8,9 +8,10 @@ accuracy.
 Of a task that compares choices (multiple_choice, mmlu, arc_* with `answered_by: likelihood`) nothing is generated: the
 likeliest choice is the answer (rl/likelihood.py), and `accuracy_normalized` stands beside the accuracy.
 
-The prompts are the rows of a task, or those of a mix: any tasks that generate and grpo take. Element i of n takes
-distinct prompts i, i + n, i + 2n, …; data-parallel ranks share an element's the same way. `finish` adds the counts.
-Both are read by data_tools/tasks/mix.py: files as given, then the synthetic stream; every row is accounted for.
+The prompts are the rows of a task, or those of a mix: any tasks that generate and grpo take, each told by itself.
+An element takes all prompts of one task, or element i of n takes distinct prompts i, i + n, i + 2n, … of them all;
+data-parallel ranks share an element's the same way. `finish` adds the counts. Both are read by data_tools/tasks/mix.py:
+files as given, then the synthetic stream; every row is accounted for.
 """
 
 import runpy
@@ -25,21 +26,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 from data_tools.base import durable
 from data_tools.base.declared import setting, with_default
 from data_tools.chats.prompts import PromptEncoder
-from data_tools.chats.samples import problem_of_evaluated
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
-from data_tools.mistake import Problem, UserMistake
+from data_tools.evaluations import harness
+from data_tools.evaluations.accuracy import accuracy, write_tables
+from data_tools.evaluations.lines import RESULT, SAMPLES, Line, lines_of
+from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, never, silent
-from data_tools.records import readers
-from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compared, entries_of, load
+from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, check_template, compared, entries_of, load
 from data_tools.tasks.outcome import is_graded, is_unjudged
 from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate
-from megatron_ext.entrypoints.accuracy import Line, accuracy, asked, write_tables
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
 from megatron_ext.rollout.room import check_room
@@ -47,8 +49,6 @@ from megatron_ext.rollout.settings import RolloutSettings, Sampling, check_recor
 
 if TYPE_CHECKING:
     from megatron_ext.model_folders.model_folder import ModelFolder
-
-SAMPLES, RESULT = "samples.jsonl", "result.json"
 
 
 @dataclass
@@ -60,6 +60,10 @@ class Config(RolloutSettings):
     source: Source = setting(Source, "where the rows of the task come from")
     limit: int = setting(0, "distinct prompts, at most; 0: all", unit="prompts", least=0)
     mix: MixConfig = setting(MixConfig, "in place of task, source and limit: the prompts of these tasks")
+    macro: dict[str, list[str]] = setting(
+        dict, "means over tasks of mix, by name: the list of tasks, each of which counts alike", free=True,
+        keyed="if_set",
+    )  # fmt: skip
     max_new_tokens: int = setting(16, "new tokens of a completion, at most", unit="tokens", least=1)
     max_turns: int = setting(
         0, "turns of the model, at most, in tasks that reply; 0: as many as max_new_tokens leaves room for",
@@ -75,6 +79,19 @@ class Config(RolloutSettings):
     seen_in: str | None = setting(None, "training token store: prompts seen in training count apart", input=True)
 
 
+class Share(NamedTuple):
+    """Says which prompts an element takes: all of the task `only`, or each `count`-th from `index`."""
+
+    index: int
+    count: int
+    only: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Return the name of what it keeps its samples in."""
+        return f"task_{quote(self.only, safe='')}" if self.only else f"element_{self.index:04d}"
+
+
 def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]:
     """Return what can be refused before anything runs; `site` says what is known of `ranks` ranks yet to come."""
     problems = []
@@ -86,6 +103,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         if beside := [name for name in own if getattr(config, name) != getattr(Config(), name)]:
             message = f"is given beside {', '.join(beside)}: for the rows of one task; say it in mix.entries"
             problems.append(Problem("mix", message))
+    problems += _check_macro(config)
     if config.compare_with and not config.samples:
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     problems += check_rollouts(config, Sampling())
@@ -94,7 +112,38 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_recording(config, training.shape)
     new, where = config.max_new_tokens, "max_new_tokens"
     problems += check_room(config, training.shape, dtype=training.dtype, new=new, where=where)
+    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     return problems + facts.check_forward(config, site)
+
+
+def _check_macro(config: Config) -> list[Problem]:
+    try:
+        tasks = list(entries_of(config.mix))
+    except UserMistake:  # which check_mix told
+        return []
+    problems = []
+    for name, names in config.macro.items():
+        for task in names:
+            if task not in tasks:
+                problems.append(Problem(f"macro.{name}", f"no task {task!r} in mix{nearest(task, tasks)}"))
+        if len(set(names)) < len(names) or len(names) < 2:
+            message = f"{names}: name two tasks or more, each once; a mean over them counts each alike"
+            problems.append(Problem(f"macro.{name}", message))
+    return problems
+
+
+def check_elements(config: Config, values: Sequence[Any]) -> list[str]:
+    """Return what is wrong with the values of an array: they are the tasks of mix, each once, or say nothing."""
+    named = [value for value in values if isinstance(value, str)]
+    if not named:
+        return []
+    tasks = list(entries_of(config.mix))
+    wrong = [f"{name!r} is no task of mix{nearest(name, tasks)}" for name in named if name not in tasks]
+    if len(named) < len(values) or len(set(named)) < len(named):
+        wrong.append(f"{list(values)}: name each task once, or give a number of elements, which share all prompts")
+    elif missing := [task for task in tasks if task not in named]:
+        wrong.append(f"no element takes {', '.join(missing)} of mix; name all tasks, or leave these out of mix")
+    return wrong
 
 
 def of_mix(config: Config) -> bool:
@@ -112,10 +161,16 @@ def _entry(config: Config) -> Entry:
 
 
 def run(
-    config: Config, out: Path, keep: Path, progress: Progress = silent, index: int = 0, count: int = 1
+    config: Config,
+    out: Path,
+    keep: Path,
+    progress: Progress = silent,
+    index: int = 0,
+    count: int = 1,
+    only: str = "",
 ) -> dict[str, Any]:
-    """Evaluate element `index` of `count`. Rank 0 writes OUT/samples.jsonl, OUT/result.json and, for the only element,
-    the tables.
+    """Evaluate element `index` of `count`, or the task `only` of a mix. Rank 0 writes OUT/samples.jsonl,
+    OUT/result.json, the harness's samples and, for the only element, what is said of all.
 
     Return the facts of accuracy.accuracy, and `records`: Mix.counts.
     """
@@ -126,18 +181,41 @@ def run(
     if problems:
         raise UserMistake(problems)
     folder, before = model_folder.open_folder(config.model), _compared(config)
-    lines_of = _lines_of_mix if of_mix(config) else _lines_of_rows
+    asking = replace(config, mix=MixConfig({only: entries_of(config.mix)[only]}), macro={}) if only else config
+    share = Share(0, 1, only) if only else Share(index, count)
+    lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
     with ranks.started(config.parallel):
         choice = model_folder.told_parts(folder, config)
-        lines, records = lines_of(config, folder, keep, progress=progress, index=index, count=count)
+        lines, records = lines_of_share(asking, folder, keep, progress=progress, share=share)
         writer = ranks.is_writer()
     opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
-    result = {**accuracy(lines, before), "records": records, **opening}
+    tasks, macro = _tasks(asking), asking.macro if count == 1 else {}
+    result = {**accuracy(lines, before, tasks, macro), "records": records, **opening}
     if writer:
+        evaluated = _evaluated(asking)
+        items = {name: load(name, entry).items for name, entry in evaluated.entries.items()}
+        harness.write_samples(out, evaluated, lines, harness.documents(evaluated, items))
+        for line in lines:
+            line.pop("completions", None)
         _write(out, lines, result)
         if count == 1:
+            harness.write_results(out, evaluated, lines, result)
             write_tables(keep, result, folder.step)
     return {**result, "parts": choice.facts()}
+
+
+def _tasks(config: Config) -> list[str]:
+    return list(entries_of(config.mix)) if of_mix(config) else []
+
+
+def _evaluated(config: Config) -> harness.Evaluated:
+    """Return what was asked and how, for the files of the harness."""
+    entries = entries_of(config.mix) if of_mix(config) else {config.task: _entry(config)}
+    greedy: dict[str, Any] = {"do_sample": False, "temperature": 0.0, "max_gen_toks": config.max_new_tokens}
+    sampled = {**greedy, "do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+    return harness.Evaluated(
+        entries, model=config.model, samples=config.samples, seed=config.seed, greedy=greedy, sampled=sampled
+    )
 
 
 def _write(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:
@@ -163,8 +241,7 @@ def _lines_of_mix(
     keep: Path,
     *,
     progress: Progress,
-    index: int,
-    count: int,
+    share: Share,
     only_ended: bool = False,
 ) -> tuple[list[Line], dict[str, Any]]:
     """Return a line for each prompt of this element, and Mix.counts, on every rank. What KEEP has is not sampled again.
@@ -177,11 +254,11 @@ def _lines_of_mix(
 
     load_once = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
     entries = entries_of(config.mix)
-    asked = {name: entries.pop(name) for name in compared(entries)}
-    element, by_way, records = keep / "sampled" / f"element_{index:04d}", [], {}
+    choices = {name: entries.pop(name) for name in compared(entries)}
+    element, by_way, records = keep / "sampled" / share.folder, [], {}
     for kept, way in zip((element / "greedy", element / "samples"), _ways(config, entries) if entries else ()):
         samples = generate.sampled(
-            way, folder, kept, index=index, count=count, progress=progress, stop=never, load=load_once
+            way, folder, kept, index=share.index, count=share.count, progress=progress, stop=never, load=load_once
         )
         by_way.append(samples)
         records = generate.records_of(kept) if ranks.is_writer() else {}
@@ -190,7 +267,7 @@ def _lines_of_mix(
     lines = {sample["prompt_id"]: _line(sample) for sample in by_way[0]} if by_way else {}
     if config.samples and by_way:
         _add_samples(lines, by_way[1])
-    found, theirs = _compared_choices(config, folder, asked, load_once, progress=progress, index=index, count=count)
+    found, theirs = _compared_choices(config, folder, choices, load_once, progress=progress, share=share)
     return from_rank_zero(([*lines.values(), *found], {**records, **theirs}))
 
 
@@ -201,8 +278,7 @@ def _compared_choices(
     load_model: Callable[[], Any],
     *,
     progress: Progress,
-    index: int,
-    count: int,
+    share: Share,
 ) -> tuple[list[Line], dict[str, Any]]:
     """Return a line for each question of this element whose choices are compared, and their Mix.counts."""
     if not entries:
@@ -215,7 +291,7 @@ def _compared_choices(
     encoder = PromptEncoder(load_tokenizer(str(folder.hf)), config.chat_arguments, config.bos)
     lines = likelihood.answered(
         load_model(),
-        all_of(mix, list(mix.items))[index::count],
+        all_of(mix, list(mix.items))[share.index :: share.count],
         Encoding(encoder, positions),
         plan=config.parallel,
         row_tokens=config.engine.token_budget,
@@ -229,6 +305,7 @@ def _line(sample: Mapping[str, Any]) -> Line:
     line: Line = {"prompt": sample["prompt_id"]}
     line |= {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
     line["correct"] = None if is_unjudged(sample) else bool(sample["correct"])
+    line["said"] = generate.vote(sample)[0]
     line |= {"seen": None, "kind": sample["task"]}
     if is_graded(sample):
         line |= {"answer": sample["answer"], "best": sample.get("best")}
@@ -238,10 +315,11 @@ def _line(sample: Mapping[str, Any]) -> Line:
 def _add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]]) -> None:
     """Add to each line what the samples of its prompt answered, and how many of them are right."""
     for line in lines.values():
-        line["votes"] = []
+        line["votes"], line["completions"] = [], []
     for sample in samples:
         line = lines[sample["prompt_id"]]
         answer, right = generate.vote(sample)
+        line["completions"].append(sample["completion"])
         line["votes"].append((answer, None if is_unjudged(sample) else right))
         if is_graded(sample):
             line.setdefault("graded", []).append(generate.outcome(sample))
@@ -250,7 +328,7 @@ def _add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]]
 
 
 def _lines_of_rows(
-    config: Config, folder: "ModelFolder", keep: Path, *, progress: Progress, index: int, count: int
+    config: Config, folder: "ModelFolder", keep: Path, *, progress: Progress, share: Share
 ) -> tuple[list[Line], dict[str, Any]]:
     """Return a line for each row of this element, and Mix.counts of the task, on every rank.
 
@@ -258,7 +336,7 @@ def _lines_of_rows(
     """
     kind, loaded = getattr(load_task(config.task), "kind", None), rows(config)
     alone = replace(config, mix=MixConfig({config.task: _entry(config)}))
-    lines, records = _lines_of_mix(alone, folder, keep, progress=progress, index=index, count=count, only_ended=True)
+    lines, records = _lines_of_mix(alone, folder, keep, progress=progress, share=share, only_ended=True)
     items = {item.uid: item for item in loaded.items}
     element = [items[line["prompt"]] for line in lines]
     finished, rows_asked = [], Counter(item.prompt for item in loaded.items)
@@ -284,18 +362,7 @@ def _compared(config: Config) -> dict[str, Line]:
     """Return the lines to compare with, by prompt. Raise UserMistake where there are none, or two of a prompt."""
     if not config.compare_with:
         return {}
-    file, lines = Path(config.compare_with).expanduser() / SAMPLES, {}
-    records = readers.records(file) if file.is_file() else [readers.Record(file, None, "there is no such file")]
-    for record in records:
-        if record.is_blank:
-            continue
-        if wrong := record.problem or problem_of_evaluated(record.value):
-            message = f"{config.compare_with} is no output of an evaluation ({record.place}: {wrong}); name the folder"
-            raise UserMistake(Problem("compare_with", f"{message} with {SAMPLES}"))
-        if (key := asked(record.value)) in lines:
-            message = f"{config.compare_with} has two lines of prompt {key!r}, the second at {record.place}"
-            raise UserMistake(Problem("compare_with", f"{message}; evaluate it again, which tells them apart"))
-        lines[key] = record.value
+    lines = lines_of(config.compare_with, "compare_with")
     if not any("sampled" in line for line in lines.values()):
         message = f"{config.compare_with} has greedy answers alone; evaluate it again with samples: {config.samples}"
         raise UserMistake(Problem("compare_with", message))
@@ -307,8 +374,13 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     from megatron_ext.model_folders import model_folder
 
     lines = list(generate.lines_of([part / SAMPLES for part in parts]))
-    result = {**accuracy(lines, _compared(config)), **generate.told_of_parts(parts)}
+    told = [generate.told_of_parts([part]) for part in parts]
+    records = {name: counts for one in told for name, counts in one["records"].items()}
+    result = {**accuracy(lines, _compared(config), _tasks(config), config.macro), **told[0], "records": records}
+    evaluated = _evaluated(config)
     _write(out, lines, result)
+    harness.join_samples(out, evaluated, parts)
+    harness.write_results(out, evaluated, lines, result)
     write_tables(keep, result, model_folder.open_folder(config.model).step)
     return result
 

@@ -23,7 +23,7 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.records import readers
 from data_tools.tasks.estimators import Vote, at_k, standard_error
-from data_tools.tasks.mix import check_mix, counts_table, entries_of
+from data_tools.tasks.mix import check_mix, check_template, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts
@@ -50,6 +50,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     training = facts.forward(config, site)
     problems += check_recording(config, training.shape)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
+    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     return problems + facts.check_forward(config, site)
 
 

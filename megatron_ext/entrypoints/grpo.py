@@ -16,7 +16,7 @@ from typing import Any
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
-from data_tools.tasks.mix import check_mix, entries_of
+from data_tools.tasks.mix import check_mix, check_template, entries_of
 from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.preflight import facts, refusals, tables
@@ -53,6 +53,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_rollouts(config, config.sampling) + check_comparable(config)
     problems += check_loss(config.loss) + check_rewarding(config.rewarding, config.sampling.max_tokens)
     problems += check_mix(config.mix)
+    problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     adapter = facts.model_adapter(config.model, site)[1]
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.base import durable
 from data_tools.base.declared import setting
 from data_tools.base.inside import inside
+from data_tools.chats.tokenizer import has_template
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, silent
 from megatron_ext.lora import peft_config
@@ -77,15 +78,37 @@ def _same(config: Config) -> bool:
 
 def forecast(config: Config, forecasts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what of the model folder is known before it is made: config.json of the source, also of a hub name that is
-    in the cache of this machine. `forecasts` are those of the folders upstream."""
-    if config.source in forecasts:
-        return dict(forecasts[config.source])
+    in the cache of this machine, and whether there is a chat template. `forecasts` are those of the folders
+    upstream."""
+    upstream = forecasts.get(config.source, {})
+    template = _template(config, upstream.get("chat_template"))
+    if upstream:
+        return {**upstream, "chat_template": template}
     file = Path(config.source) / "config.json"
     try:
         path = inside(file.parent, file.name) if file.is_file() else _cached(config.source, config.revision)
-        return {"hf_config": durable.read_json(path)} if path else {}
+        return {"hf_config": durable.read_json(path), "chat_template": template} if path else {}
     except (OSError, ValueError, UserMistake):  # what is wrong with it, `check` says
         return {}
+
+
+def _template(config: Config, forecast: bool | None) -> bool | None:
+    """Return whether the model folder will have a chat template; None where that is not known. Files of the source go
+    over those of `tokenizer`."""
+    from megatron_ext.models.nanochat import tokenizer as nanochat_tokenizer
+
+    folders = [Path(name) for name in (config.source, config.tokenizer) if name]
+    if any(map(nanochat_tokenizer.has_own, folders)):
+        return True
+    own = has_template(folders[0])
+    if own is None:  # a checkpoint without a tokenizer, one that is yet to be made, or a name of the hub
+        own = forecast
+        if not folders[0].is_dir() and (cached := _cached(config.source, config.revision)):
+            own = has_template(cached.parent)
+    if own or not config.tokenizer:
+        return own
+    given = has_template(folders[1])
+    return given if own is None or own == given else None
 
 
 def _cached(source: str, revision: str) -> Path | None:

@@ -72,8 +72,12 @@ def _dims(
 
 
 def forecast(config: Config) -> dict[str, Any]:
-    """Return config.json of the checkpoint before it is made; the vocabulary is the tokenizer's and not yet known."""
-    return {"hf_config": _dims(config, vocabulary=1)[2]}
+    """Return what of the checkpoint is known before it is made: config.json, with a vocabulary that is the tokenizer's
+    and not yet known, and whether there is a chat template."""
+    from data_tools.chats.tokenizer import has_template
+
+    template = has_template(Path(config.tokenizer)) if config.tokenizer else False
+    return {"hf_config": _dims(config, vocabulary=1)[2], "chat_template": template}
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:

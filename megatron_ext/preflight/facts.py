@@ -12,6 +12,7 @@ import numpy
 
 from data_tools.base import durable
 from data_tools.base.inside import inside
+from data_tools.chats.tokenizer import has_template
 from data_tools.mistake import Problem, UserMistake
 from megatron_ext.lora.settings import LoraConfig
 from megatron_ext.models.registry import parse_config
@@ -109,6 +110,12 @@ def model_config(folder: str, site: Site) -> tuple[dict[str, Any] | None, str]:
         return site.forecasts.get(folder, {}).get("hf_config"), str(path)
 
 
+def model_template(folder: str, site: Site) -> bool | None:
+    """Return whether the tokenizer of a model folder has a chat template, or will have one; None: not known."""
+    known = has_template(Path(folder) / "hf")
+    return site.forecasts.get(folder, {}).get("chat_template") if known is None else known
+
+
 def model_adapter(folder: str, site: Site) -> tuple[bool, LoraConfig | None]:
     """Return (whether anything is known of a model folder, the adapter that it has or will have)."""
     try:
@@ -122,7 +129,7 @@ def model_adapter(folder: str, site: Site) -> tuple[bool, LoraConfig | None]:
 def forecast(model: str, lora: LoraConfig, site: Site) -> dict[str, Any]:
     """Return what the model folder of a training on the model folder `model` will hold."""
     adapter = {"adapter": {"lora": asdict(lora)}} if lora.rank else {}
-    return {"hf_config": model_config(model, site)[0], **adapter}
+    return {"hf_config": model_config(model, site)[0], "chat_template": model_template(model, site), **adapter}
 
 
 def forward(config: ModelSettings, site: Site) -> Training:

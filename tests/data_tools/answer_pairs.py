@@ -243,7 +243,9 @@ PAIRS: dict[str, list[tuple[str, str, bool]]] = {
         (r"\text{even}", "even.", R), ("Dolphin", "dolphin", R), ("ABC", "A, B, C", W),
         (r"\text{ellipse}", r"\textbf{ellipse}", R), (r"\text{no solution}", "no solution", R),
         (r"\text{no solution}", "solution", W), ("10:30", "10:30", R), ("10:30", "1:30", W),
-        ("10:30", r"10{:}30\text{ a.m.}", R), (r"10:30\text{ a.m.}", "10:30 pm", W), ("12:00", "1:00", W), ("2:30",
+        ("10:30", r"10{:}30\text{ a.m.}", R), (r"10:30\text{ a.m.}", "10:30 pm", W),
+        (r"\text{4:30 p.m.}", r"4:30 \text{ p.m.}", R), (r"\text{4:30 p.m.}", "4:30 PM", R),
+        (r"\text{4:30 p.m.}", "4:30 a.m.", W), ("12:00", "1:00", W), ("2:30",
         "0.0666666666666667", W), ("3:4", "6:8", W), ("east", "west", W), ("x", "X", W),
     ],
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""pass@k and maj@k equal what counting all subsets gives."""
+"""pass@k and maj@k equal what counting all subsets gives; intervals hold what they are defined to hold."""
 
 import itertools
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_tools.tasks.estimators import at_k, majority_at_k, pass_at_k, standard_error
+from data_tools.tasks.estimators import RESAMPLES, Z, at_k, bootstrap, majority_at_k, pass_at_k, standard_error, wilson
 
 
 @pytest.mark.parametrize("right", [[0, 0, 0, 0, 0], [1, 0, 0, 1, 0], [1, 1, 1, 1, 0], [1] * 5])
@@ -76,3 +76,36 @@ def test_impossible_k_are_refused():
         with pytest.raises(ValueError):
             call()
     assert standard_error([1.0]) == 0 and standard_error([0.0, 1.0]) == 0.5
+
+
+@pytest.mark.parametrize("right, of", [(0, 1), (0, 30), (3, 30), (30, 30), (659, 1319)])
+def test_the_ends_of_wilsons_interval_are_the_shares_that_are_just_not_refused(right, of):
+    """Of both ends p it holds that |seen - p| = Z √(p (1 - p) / n): the score test's own edge."""
+    low, high = wilson(right, of)
+    for p in (low, high):
+        assert abs((right / of - p) ** 2 - Z * Z * p * (1 - p) / of) < 1e-12
+    assert 0 <= low <= right / of <= high <= 1 and high - low > 0
+
+
+def test_a_bootstrap_draws_prompts_as_all_draws_would_and_is_the_same_in_any_order():
+    """Of 4 prompts there are 256 equally likely draws; their means are counted."""
+    values = [0.0, 0.25, 0.25, 1.0]
+    means = sorted(np.mean(draw) for draw in itertools.product(values, repeat=4))
+    found = bootstrap({"a": values}, 0.0)
+    many = np.random.default_rng(1).random((2, 40)).tolist()
+    ordered, turned = (bootstrap({"a": a, "b": b}, 0.0) for a, b in (many, [each[::-1] for each in many]))
+    assert ordered == turned and ordered["a"] != ordered["b"]
+    for end, share in zip(found["a"], (0.025, 0.975)):
+        # So many deviations of a share of RESAMPLES draws are never seen.
+        room = 6 * np.sqrt(share * (1 - share) / RESAMPLES)
+        below, up_to = np.mean(np.less(means, end - 1e-9)), np.mean(np.less(means, end + 1e-9))
+        assert below <= share + room and up_to >= share - room
+
+
+def test_prompts_that_are_all_alike_leave_an_interval_that_is_no_point():
+    """0 of 30 is no proof of 0%: the interval is Wilson's, and that of a difference reaches both ways."""
+    assert bootstrap({"a": [0.0] * 30}, 0.0)["a"] == pytest.approx(wilson(0, 30))
+    assert bootstrap({"a": [1.0] * 30}, 0.0)["a"] == pytest.approx(wilson(30, 30))
+    low, high = bootstrap({"a": [0.0] * 30}, -1.0)["a"]
+    assert low == -high == pytest.approx(-wilson(0, 30)[1])
+    assert bootstrap({"reward": [7.5] * 3})["reward"] == (7.5, 7.5)  # nothing is known of other prompts' rewards

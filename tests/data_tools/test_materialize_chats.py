@@ -23,6 +23,7 @@ from data_tools.packs.materialize import Config, check, materialize
 from data_tools.packs.store import Store
 from data_tools.records.balance import Balance
 from data_tools.tasks.task import Source
+from jobs.kind import Placement
 from jobs.phases import materialize as materialize_phase
 from jobs.task import Task
 from tests.data_tools.chats import (
@@ -361,3 +362,26 @@ def test_the_rows_of_the_shared_files_add_up(tmp_path, inputs, name, tokenizer_n
         assert not facts["buckets"]
     if name == "qwen2_5":  # whose template knows no reasoning
         assert facts["buckets"] == {"reasoning_lost": inputs.lines("llamafactory/reason_tool_use_demo_50.jsonl")}
+
+
+def test_conversations_for_a_tokenizer_without_a_chat_template_are_refused_before_they_queue(tmp_path):
+    """Whether its folder is there, or a phase upstream will make it; what nobody knows yet is not asked."""
+    plain, own = write_tokenizer(tmp_path / "plain", template=None), tmp_path / "own.jinja"
+    own.write_text(template_of("qwen3"))
+
+    def wheres(tokenizer: str, forecast: bool | None = None, **changes) -> list[str]:
+        config = replace(Config(Source(["x.jsonl"]), tokenizer), **changes)
+        placement = Placement(1, forecasts={"upstream": {"chat_template": forecast}})
+        return [p.where for p in materialize_phase.check(config, placement) if "no chat template" in p.message]
+
+    assert wheres(str(plain)) == ["tokenizer"] == wheres(str(plain), task="openthoughts")
+    assert wheres("upstream", False) == wheres("upstream/hf", False) == ["tokenizer"]
+    assert not [
+        *wheres("upstream", True),
+        *wheres("upstream"),
+        *wheres("org/name", False),
+        *wheres("nowhere/hf", False),
+    ]
+    with_template = write_tokenizer(tmp_path / "templated", template=template_of("qwen3"))
+    assert not [*wheres(str(with_template)), *wheres(str(plain), chat=ChatConfig(template=str(own)))]
+    assert not [*wheres(str(plain), chat=ChatConfig(schema="rendered")), *wheres(str(plain), task="calculator")]

@@ -99,7 +99,14 @@ def test_unknown_recipes_parameters_and_sources_are_refused_with_the_nearest(tmp
     assert (
         "recipe_params.chat_ration: recipe r1_ot_mixed has no parameter of this name (did you mean chat_ratio?" in said
     )
-    assert "recipe_params.ot_stop: 'many' is a str, not a int such as 1000000" in said and len(said.splitlines()) == 3
+    assert "recipe_params.ot_stop: 'many' is no whole number such as 1000000" in said and len(said.splitlines()) == 3
+    assert refusal("r1_ot", {"ot_stop": 1e6}).endswith("1000000.0 is no whole number such as 500000; write 1000000")
+    for params, wanted in (
+        ({"chat_ratio": 1.5}, "1.5 is no share from 0 to below 1, nor `rest` (sources.smoltalk.share of recipe"),
+        ({"ot_stop": -5}, "-5 is not a whole number from 0 (sources.openthoughts.stop of recipe r1_ot_mixed)"),
+        ({"chat_by": "words"}, "unknown value 'words' (known: rows, tokens) (by of recipe r1_ot_mixed)"),
+    ):  # fmt: skip
+        assert refusal("r1_ot_mixed", params).startswith(f"recipe_params.{next(iter(params))}: {wanted}")
     with pytest.raises(UserMistake, match=r"recipe_sources.smoltak: .* \(did you mean smoltalk\?"):
         unread(resolve("r1_ot_mixed", {}), {"smoltak": Files(["a"])})
     assert unread(resolve("r1_ot", {}), {"dolci": Files(["a"]), "smoltalk": Files([])}) == ["dolci"]

@@ -12,6 +12,7 @@ import pytest
 
 from data_tools.base import declared, durable
 from data_tools.chats.tokenizer import load_tokenizer
+from data_tools.evaluations.accuracy import accuracy
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
@@ -27,7 +28,6 @@ from megatron_ext.entrypoints import (
     merge_lora,
     sft,
 )
-from megatron_ext.entrypoints.accuracy import accuracy
 from megatron_ext.model_folders import model_folder
 from megatron_ext.parallel.plan import ParallelPlan
 
@@ -142,32 +142,53 @@ def test_a_mix_of_tasks_is_evaluated_with_pass_and_majority_at_k(calculator, tmp
         "sums": Entry("calculator", source=Source(synthetic_rows=9, synthetic_split="heldout")),
         "tool": Entry("tests.data_tools.tasks.verifiers", source=Source(inputs=[str(tmp_path / "questions.jsonl")])),
     })  # fmt: skip
-    config = evaluate.Config(model=str(calculator["base"]), mix=mix, max_new_tokens=5, samples=4, verifiers=1)
-    outs = [tmp_path / name for name in ("whole", "a", "b", "joined")]
+    macro = {"both": ["sums", "tool"]}
+    config = evaluate.Config(
+        model=str(calculator["base"]), mix=mix, macro=macro, max_new_tokens=5, samples=4, verifiers=1
+    )
+    outs = [tmp_path / name for name in ("whole", "a", "b", "joined", "sums", "tool", "by task")]
     for out in outs:
         out.mkdir()
     whole = evaluate.run(config, outs[0], tmp_path / "keep")
     for index in range(2):
         evaluate.run(config, outs[1 + index], tmp_path / "parts", index=index, count=2)
-    assert evaluate.finish(config, outs[1:3], outs[3], tmp_path / "parts") | {"parts": whole["parts"]} == whole
+        evaluate.run(config, outs[4 + index], tmp_path / "tasks", index=index, count=2, only=outs[4 + index].name)
+    for parts, out, keep in ((outs[1:3], outs[3], "parts"), (outs[4:6], outs[6], "tasks")):
+        assert evaluate.finish(config, parts, out, tmp_path / keep) | {"parts": whole["parts"]} == whole
+        for file in ("results.json", "samples_sums.jsonl", "samples_tool.jsonl"):
+            assert (out / "harness" / file).read_bytes() == (outs[0] / "harness" / file).read_bytes(), file
+    assert {json.loads(line)["kind"] for line in open(outs[4] / "samples.jsonl")} == {"sums"}  # an element a task
     # its reward is a length, of which 1 and more are right
     assert whole["prompts"] == 12 and whole["tool_prompts"] == 3 and whole["tool_accuracy"] == 1
-    assert (
-        whole["tool_pass@4"] == 1
-        and "tool_maj@4" not in whole
-        and {"pass@1", "pass@2", "pass@4", "maj@4"} <= set(whole)
-    )
-    assert (
-        whole["pass@1"] == pytest.approx(whole["sampled_accuracy"])
-        and whole["pass@4"] >= whole["pass@2"] >= whole["pass@1"]
-    )
+    assert whole["tool_pass@4"] == 1 and "tool_maj@4" not in whole
+    assert {"sums_pass@1", "sums_pass@2", "sums_pass@4", "sums_maj@4"} <= set(whole)
+    assert whole["sums_pass@1"] == pytest.approx(whole["sums_sampled_accuracy"])
+    assert whole["sums_pass@4"] >= whole["sums_pass@2"] >= whole["sums_pass@1"]
+    assert not {"accuracy", "pass@1", "sampled_accuracy"} & set(whole)  # tasks are not pooled
+    assert whole["macro"]["both"]["accuracy"] == (whole["sums_accuracy"] + 1) / 2
     # nothing is sampled anew
     again = evaluate.run(replace(config, compare_with=str(outs[0]), verifiers=2), outs[1], tmp_path / "keep")
-    assert again["gain"] == 0
+    assert again["sums_gain"] == again["tool_gain"] == 0
     wrong = replace(config, source=Source(synthetic_rows=1), task_options={"reverse_digits": True}, top_p=0.0)
     problems = declared.check_with(wrong, lambda config: evaluate.check(config, 1))
     assert [problem.where for problem in problems] == ["top_p", "mix"]
     assert "beside task_options, source" in problems[1].message
+
+
+def test_an_array_names_the_tasks_of_the_mix_each_once_and_a_mean_names_tasks_that_are_there():
+    entries = {name: Entry("calculator", source=Source(synthetic_rows=1)) for name in ("gsm8k", "aime")}
+    config = evaluate.Config(model="m", mix=MixConfig(entries))
+    for values, said in (
+        (["gsm8k", "aime"], ""), ([0, 1, 2], ""), ([], ""),
+        (["gsm8k"], "no element takes aime of mix"), (["gsm8k", "aime", "gsm8k"], "name each task once"),
+        (["gsm8k", 1], "name each task once"), (["gsm8k", "aim"], "'aim' is no task of mix (did you mean aime?"),
+    ):  # fmt: skip
+        assert said in (" ".join(evaluate.check_elements(config, values)) or "") and (
+            bool(said) == bool(evaluate.check_elements(config, values))
+        ), values
+    for names, said in ((["gsm8k", "aim"], "did you mean aime?"), (["aime", "aime"], "each once"), (["aime"], "two")):
+        (problem, *_) = evaluate.check(replace(config, macro={"all": names}), 1)
+        assert problem.where == "macro.all" and said in problem.message
 
 
 def test_a_task_is_sampled_and_scored_as_its_mix_is(calculator, tmp_path):
@@ -256,14 +277,10 @@ def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):
 
 
 def test_right_answers_count_by_number_and_only_when_they_end():
-    samples = [
-        dict(correct=True, seen=True),
-        dict(correct=False, seen=True),
-        dict(correct=True, seen=False),
-    ]
+    samples = [dict(prompt=f"{n}", correct=n != 1, seen=n < 2) for n in range(3)]
     result = accuracy(samples)
     assert (result["accuracy"], result["seen_accuracy"], result["unseen_accuracy"]) == (2 / 3, 0.5, 1.0)
-    assert "seen_prompts" not in accuracy([dict(correct=True, seen=None)])
+    assert "seen_prompts" not in accuracy([dict(prompt="1", correct=True, seen=None)])
 
 
 def test_a_malformed_line_is_named_by_file_and_line(calculator, tmp_path):

@@ -124,16 +124,19 @@ def test_choices_and_written_answers_stand_side_by_side_and_are_told_apart(schoo
     }
     result, lines = run(replace(config(school, max_new_tokens=4, samples=2), mix=MixConfig(mixed)), tmp_path / "out")
     assert result["written_prompts"] == result["arc_prompts"] == 5
-    assert "accuracy_normalized" not in result and "sampled_accuracy" not in result  # which some of them do not have
+    assert "accuracy" not in result and "sampled_accuracy" not in result  # tasks are not pooled
     assert "written_sampled_accuracy" in result and "arc_accuracy_normalized" in result
     assert set(result["records"]) == {"mmlu", "arc", "written"}
     table = durable.read_json(tmp_path / "out.keep" / "tables" / "accuracy.json")
-    assert "by characters" in table["columns"] and {row[0] for row in table["rows"]} == {
-        "all",
-        "mmlu",
-        "arc",
-        "written",
-    }
+    assert "by characters" in table["columns"]
+    assert {row[0] for row in table["rows"]} == {"mmlu", "arc", "written"}
+    harness = durable.read_json(tmp_path / "out" / "harness" / "results.json")
+    assert harness["results"]["arc"]["acc,none"] == result["arc_accuracy"]
+    assert harness["results"]["arc"]["acc_norm,none"] == result["arc_accuracy_normalized"]
+    assert harness["results"]["written"]["exact_match,greedy"] == result["written_accuracy"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "harness" / "samples_arc.jsonl").read_text().splitlines()]
+    assert [row["doc_id"] for row in rows] == [*range(5)] and len(rows[0]["arguments"]) == 3
+    assert rows[0]["arguments"]["gen_args_1"]["arg_1"] == " two of them"
 
 
 def test_a_question_that_the_positions_do_not_hold_is_refused_by_name(school, tmp_path):

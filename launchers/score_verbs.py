@@ -1,0 +1,20 @@
+"""Does what `afterok scores` says."""
+
+import argparse
+
+from launchers.verbs import print_json
+
+
+def do_scores(args: argparse.Namespace) -> int:
+    """Show the evaluations of a run side by side, and draw them where a file is named."""
+    from data_tools.evaluations.plot import svg_of
+    from launchers.observe.runs import find_run
+    from launchers.observe.scores import print_table, scores
+
+    found = scores(find_run(args.run), args.phases)
+    if args.svg:
+        args.svg.write_text(svg_of(found))
+    if args.json:
+        return print_json(found.as_json())
+    print_table(found)
+    return 0
