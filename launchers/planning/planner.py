@@ -25,10 +25,11 @@ from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, Plan, PlannedPhase
 from launchers.planning.reasons import Reasoner
 from launchers.planning.snapshot import code_digests, code_of, find_code, users_code_digest
+from slurm import exported
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems
-from slurm.profile.environments import environment_of, why_not_shared
+from slurm.profile.environments import environment_of, environments, why_not_shared
 from slurm.profile.images import COMMA_PARTS_MOUNTS, image_of, unseen
 from slurm.profile.schema import Profile, Resources
 
@@ -134,6 +135,8 @@ class _Planner:
         limits.share_array_tasks(self.cluster, self.planned)
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
         self.problems += forwarding_problems(profile, os.environ) + self._secret_variables()
+        forwarded = {name for _, env in environments(profile) for name in env.forward}
+        self.problems += exported.unknown(os.environ.get(exported.VARIABLE, ""), self.pipeline.declared, forwarded)
         if self.problems:
             raise UserMistake(self.problems)
         running = [name for name, planned in self.planned.items() if planned.action in RUNS]
