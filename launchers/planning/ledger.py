@@ -8,6 +8,7 @@
 {"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already
 {"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
 {"event": "cancel", "jobs": ["17"], …}
+{"event": "bundle", "submission": 4, …}       of one that submit.sh sends; what it sent stands in submissions/4/sent
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
+from jobs.artifacts.layout import RunLayout
 from launchers.planning.chain import last_link
 
 
@@ -96,6 +98,46 @@ class Ledger:
                 raise UserMistake(f"{torn}; remove that line, or restore it") from None
             event.pop(durable.SUM, None)
             yield event
+            if event["event"] == "bundle":
+                yield from self._of_bundle(event)
+
+    def _of_bundle(self, bundle: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the events that `submit` would have written where submit.sh of a bundle sent its jobs.
+
+        A last line without its end is dropped: a submitter was killed, and the job is looked up by its name.
+        """
+        number, jobs = bundle["submission"], bundle["jobs"]
+        path = RunLayout(self.path.parent).sent_path(number)
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        about = {"submission": number, "time": bundle["time"]}
+        waits: dict[str, str] = {}
+        for line in lines:
+            word, _, rest = line.partition(" ")
+            if word == "begin":
+                yield {key: value for key, value in bundle.items() if key not in ("jobs", "folder")} | {
+                    "event": "submission"
+                }
+            elif word == "cancelled":
+                yield {**about, "event": "abandoned", "why": rest, "jobs": list(waits.values())}
+            elif word == "released":
+                yield {**about, "event": "released"}
+            else:
+                step, _, job = rest.partition(" ")
+                told = jobs[int(step)]
+                if word == "sending":
+                    yield {**about, "event": "sending", "phase": told["phase"], "name": told["name"]}
+                    continue
+                on = {phase: waits[phase] for phase in told["needs"] if phase in waits}
+                yield {**about, **told, "event": "job", "job": job, "waits": on}
+                waits[told["phase"]] = last_link(job, told["links"])
+
+    def unsent(self, submission: int) -> str:
+        """Return the folder of a bundle that nobody has sent yet; "" where the submission is none, or was sent."""
+        folder = ""
+        for event in self.events():
+            if event.get("submission") == submission:
+                folder = event["folder"] if event["event"] == "bundle" else ""
+        return folder
 
     def jobs(self) -> list[JobEntry]:
         """Return the jobs in the order in which they were submitted, as the last rewiring left them.
