@@ -107,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _scale(text: str) -> float:
+    """Return the share of its time that a rehearsed phase sleeps."""
+    share = float(text)  # argparse tells a ValueError in its own words
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: above 0, at most 1")
+    return share
+
+
 def _add_pipeline_verbs(verb: AddVerb) -> None:
     """Add the verbs that take a pipeline file: plan, submit and run."""
     plan = verb("plan", verbs.do_plan, "show what would run, what is reused, and why; submits nothing")
@@ -124,6 +132,18 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
     for sub in (submit, run):
         sub.add_argument(
             "--group", metavar="NAME", default="", help="let this group of users read the run (default: nobody but you)"
+        )
+        sub.add_argument(
+            "--rehearse",
+            action="store_true",
+            help="the whole graph, with a sleep in place of each phase's work; its run is runs/NAME.rehearsal",
+        )
+        sub.add_argument(
+            "--rehearse-scale",
+            type=_scale,
+            default=0.001,
+            metavar="SHARE",
+            help="sleep this share of the planned time, which is the time limit of the phase's job (default: 0.001)",
         )
     plan.add_argument("--parallel", metavar="PHASE", help="memory, rank grid and predicted step of a training phase")
     plan.add_argument("--search", action="store_true", help="with --parallel: the legal plans that fit, best first")

@@ -34,6 +34,7 @@ def _make_plan(args: argparse.Namespace) -> "Plan":
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
+    pipeline.rehearsed = args.rehearse_scale if getattr(args, "rehearse", False) else 0.0
     return make_plan(
         pipeline,
         default_run_folder(pipeline, args.run),
