@@ -7,7 +7,7 @@
 The YAML file holds the phase's settings (`afterok explain KIND`), as `with` does, with folders in the place of
 references. The elements of a phase that can be split run one after the other, each into OUT.parts/INDEX, and are merged
 into OUT; with --index one of them runs alone, and --merge merges all. Rank 0 prints the facts as JSON. Nothing is
-sealed, and no input is checked beyond what `plan` checks. A phase that can stop does so at SIGTERM and SIGUSR2 with
+sealed. A phase that can stop does so at SIGTERM and SIGUSR2 with
 code 5, and goes on when called again. Exit code 2 and one line for a user's mistake.
 """
 
@@ -29,10 +29,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.mistake import EXIT_MISTAKE, UserMistake, nearest
+from data_tools.mistake import EXIT_MISTAKE, Problem, UserMistake, nearest
 from data_tools.progress import Stopped
 from jobs.artifacts.layout import element_name
-from jobs.kind import PhaseKind, Placement, find_kind, kind_names
+from jobs.kind import PhaseKind, Placement, find_kind, inputs, kind_names
 from jobs.retry import EXIT_UNFINISHED
 from jobs.task import Task
 from megatron_ext.entrypoints.bare import read_config
@@ -52,7 +52,12 @@ class Bare:
         """Refuse settings, and folders in the way. Raises UserMistake with all problems of the settings."""
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.ranks)))
         placement = Placement(ranks=self.ranks, nodes=max(1, self.ranks // local), elements=self.elements)
-        if problems := self.kind.check(self.config, placement):
+        problems = self.kind.check(self.config, placement) + [
+            Problem(key, f"{entry!r}: no such file or folder")
+            for key, entry, is_hub in inputs(self.kind.config, self.config)
+            if is_hub != "hub" and not Path(entry).expanduser().exists()
+        ]
+        if problems:
             raise UserMistake(problems)
         if self.elements > 1 and not self.kind.can_split:
             raise UserMistake(f"--elements {self.elements}: phase kind {self.name} cannot be split into elements")
@@ -115,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, check the settings, and do this rank's work. Return the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     sys.path.append(os.getcwd())  # for kinds of the user's
     try:
         kind = find_kind(arguments.kind)
