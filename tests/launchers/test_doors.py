@@ -49,7 +49,7 @@ def test_a_pipeline_and_then_a_phase_by_sbatch_with_and_without_ALL(toy, tmp_pat
     assert total(run, env) == 5 + 6
     origin = durable.read_json(run / "submissions/1/pipeline.json")
     assert origin["variables"] == {"TOY_START": "params.start=5", "TOY_LIST": "params.list=[7,8]"}
-    # once more, a phase, out of a job that has all that an outer job can have; what is forwarded comes from nowhere else
+    # once more, a phase, from within a job that has all that an outer job can have, though the profile forwards it
     told = dict.fromkeys(
         (OUTER | GPUS) - {name for name in OUTER if name.startswith(("SBATCH", "SLURM", "SQUEUE"))}, "7"
     )
