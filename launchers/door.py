@@ -21,10 +21,14 @@ from launchers.verbs import tell
 from slurm import exported
 
 LOCAL = "cluster=local"
+DOORS = {"pipeline": "submit", "phase": "resubmit"}  # to the verb that each leads to
 
 
 def main(words: list[str]) -> int:
     """Do what a door is for, and return the exit code of its verb."""
+    if not words or words[0] not in DOORS:
+        print(f"usage: {(__doc__ or '').partition(chr(10))[2].strip()}")
+        return EXIT_MISTAKE
     door, rest = words[0], words[1:]
     typed = os.environ.get(exported.VARIABLE, "")
     if problems := exported.lost(typed, os.environ):
@@ -33,7 +37,7 @@ def main(words: list[str]) -> int:
         return EXIT_MISTAKE
     os.environ.update(exported.unquoted(typed, os.environ))
     if LOCAL not in rest:
-        return cli.main(["submit" if door == "pipeline" else "resubmit", *rest])
+        return cli.main([DOORS[door], *rest])
     if door == "phase":  # its driver would end with this job
         tell(f"{LOCAL}: a phase is resubmitted to a cluster; `sbatch pipeline.sbatch PIPELINE {LOCAL}` runs in its job")
         return EXIT_MISTAKE

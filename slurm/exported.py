@@ -30,14 +30,18 @@ def parts(typed: str) -> Iterator[tuple[str, str | None]]:
             yield name, value if assigned else None
 
 
+def _bare(value: str) -> str:
+    """Return a value without the quotes around it."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
 def unquoted(typed: str, environment: Mapping[str, str]) -> dict[str, str]:
     """Return {name: value} of the variables whose quotes were there for Slurm alone: they held a comma together."""
     return {
-        name: value[1:-1]
+        name: _bare(value)
         for name, value in parts(typed)
-        if value and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and "," in value
-        and environment.get(name) == value
-    }  # fmt: skip
+        if value and "," in value and environment.get(name) == value != _bare(value)
+    }
 
 
 def lost(typed: str, environment: Mapping[str, str]) -> list[Problem]:
@@ -53,7 +57,7 @@ def lost(typed: str, environment: Mapping[str, str]) -> list[Problem]:
                         f"commas is quoted once more: --export='NAME=\"a,b\"'",
                     )
                 )
-        elif environment.get(name) != value and not MEANT_ELSEWHERE.fullmatch(name):
+        elif environment.get(name) not in (value, _bare(value)) and not MEANT_ELSEWHERE.fullmatch(name):
             problems.append(
                 Problem(
                     f"--export={typed}",

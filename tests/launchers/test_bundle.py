@@ -1,5 +1,6 @@
 """A bundle: what `submit` would send, sent by a shell that has sh and sbatch, known to afterok afterwards."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,33 @@ def test_a_bundle_is_sent_by_a_bare_shell_and_known_afterwards(toy, tmp_path):
     under_way = one_line(afterok("bundle", run, tmp_path / "fourth", env=env, check=2))
     assert "is under way as job" in under_way and not (tmp_path / "fourth").exists()
     afterok("cancel", run, env=env)
+
+
+GRAPH = """
+name: graph
+phases:
+  first: {uses: tests.toy.numbers, array: 4, throttle: 2}
+  each: {uses: tests.toy.numbers, array: 4, needs: [{first: aftercorr}]}
+  mended: {uses: tests.toy.numbers, needs: [{first: afternotok}]}
+  last: {uses: tests.toy.counter, needs: [each, {first: afterany}]}
+  alone: {uses: tests.toy.numbers, needs: [{each: singleton}, last]}
+"""
+
+
+def test_dependencies_are_those_of_submit_and_a_chain_is_awaited_by_its_last_link(dev_cluster, tmp_path):
+    (tmp_path / "graph.yaml").write_text(GRAPH)
+    env, run = dev_cluster.env(), tmp_path / "run"
+    shown = afterok("submit", tmp_path / "graph.yaml", "--dry-run", "--run", run, env=env).stdout
+    expected = re.findall(r"^sbatch (?:--hold )?(?:--dependency=(\S+) )?\S+/(\w+)\.sh$", shown, re.M)
+    afterok("bundle", tmp_path / "graph.yaml", tmp_path / "bundle", "--run", run, env=env)
+    calls = re.findall(r'^send (\d+) (\w+) \S+ "(.*)"$', (tmp_path / "bundle/submit.sh").read_text(), re.M)
+    names = {f"${{j{place}}}": f"<{phase}>" for place, phase, _ in calls}
+    said = [(re.sub(r"\$\{j\d+\}", lambda word: names[word[0]], condition), phase) for _, phase, condition in calls]
+    assert said == expected and len(said) == 5
+    chained = ["cluster.partitions.batch.requeue=false", "--run", tmp_path / "chained"]
+    afterok("bundle", tmp_path / "graph.yaml", tmp_path / "chain", *chained, env=env)
+    assert ',afterok:${j3}_3"' in (tmp_path / "chain/submit.sh").read_text()
+    assert "#SBATCH --array=0-3%1" in (tmp_path / "chain/last.sh").read_text()
 
 
 def test_a_refused_job_cancels_those_before_it_and_the_bundle_can_be_sent_again(toy, tmp_path):
