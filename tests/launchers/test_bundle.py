@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.artifacts.run_folder import RunFolder
 from launchers.planning.ledger import Ledger
-from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for, write_toy
+from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for, wait_until_sealed, write_toy
 from tests.launchers.shims import submitted_jobs
 
 TOOLS = ("sbatch", "scancel", "sh", "cat", "ln", "rm", "uname")  # all that submit.sh may call
@@ -57,10 +58,6 @@ def toy(tmp_path, dev_cluster):
     return write_toy(tmp_path), tmp_path / "run", env, LoginNode(tmp_path, env)
 
 
-def phases_sent(run):
-    return [entry.phase for entry in Ledger(run / "ledger.jsonl").jobs()]
-
-
 def test_a_bundle_is_sent_by_a_bare_shell_and_known_afterwards(toy, tmp_path):
     pipeline, run, env, node = toy
     bundle = tmp_path / "bundle"
@@ -77,24 +74,26 @@ def test_a_bundle_is_sent_by_a_bare_shell_and_known_afterwards(toy, tmp_path):
     assert entries[1].waits == {"numbers": entries[0].job} and entries[2].waits == {"total": entries[1].job}
     refused = node.send(bundle)
     assert refused.returncode == 2 and "was sent before, and stands" in refused.stderr
-    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
+    wait_until_sealed(run, "numbers", "total", "again", env=env)
     assert len(submitted_jobs(run, env)) == 3 and not (run / "submit.lock").exists()
     assert "numbers[1] attempt 1" in afterok("logs", run, "numbers:1", env=env).stdout
     assert "nothing to submit" in afterok("submit", pipeline, "numbers.throttle=2", "--run", run, env=env).stdout
-    # what is missing of a run can be bundled too; one that was overtaken since is not sent
-    other = ["params.start=3", "numbers.with.fail_at=1"]
-    afterok("bundle", pipeline, tmp_path / "second", *other, "--run", run, env=env)
-    afterok("bundle", run, tmp_path / "third", "params.factor=3", env=env)
-    late = node.send(tmp_path / "second")
-    assert (
-        late.returncode == 2 and "submission 3 of" in late.stderr and phases_sent(run) == ["numbers", "total", "again"]
-    )
-    assert node.send(tmp_path / "third").returncode == 0
-    wait_for("a failure", lambda: states(run, env=env)["numbers"] == "FAILED")
+
+
+def test_what_a_run_lacks_is_bundled_and_only_the_newest_bundle_is_sent(toy, tmp_path):
+    pipeline, run, env, node = toy
+    afterok("bundle", pipeline, tmp_path / "first", "numbers.with.fail_at=1", "--run", run, env=env)
+    afterok("bundle", run, tmp_path / "second", "params.factor=3", env=env)
+    late = node.send(tmp_path / "first")
+    assert late.returncode == 2 and "submission 2 of" in late.stderr and not (run / "submissions/1/sent").exists()
+    assert node.send(tmp_path / "second").returncode == 0
+    wait_for("a failure", lambda: RunFolder(run).outcomes("numbers") and list(run.glob("numbers/*/seals/0002.json")))
     assert "element 1 was told to fail" in afterok("why", run, env=env).stdout
-    under_way = one_line(afterok("bundle", run, tmp_path / "fourth", env=env, check=2))
-    assert "is under way as job" in under_way and not (tmp_path / "fourth").exists()
+    under_way = one_line(afterok("bundle", run, tmp_path / "third", env=env, check=2))  # what waits for `numbers`
+    assert "is under way as job" in under_way and not (tmp_path / "third").exists()
     afterok("cancel", run, env=env)
+    nowhere = one_line(afterok("bundle", pipeline, tmp_path / "third", "cluster=local", "--run", run, check=2))
+    assert "a bundle is for Slurm" in nowhere
 
 
 GRAPH = """
@@ -132,31 +131,26 @@ def test_a_refused_job_cancels_those_before_it_and_the_bundle_can_be_sent_again(
     done = node.send(tmp_path / "bundle")
     assert done.returncode == 1 and "QOS policy" in done.stderr and "sbatch refused again" in done.stderr
     wait_for("no job", lambda: not submitted_jobs(run, env))
-    status = afterok("status", run, env=env)
-    assert "was taken back, nothing of it ran: sbatch refused again" in status.stderr
+    assert Ledger(run / "ledger.jsonl").given_up().endswith("nothing of it ran: sbatch refused again")
     node.mend("sbatch")
     assert node.send(tmp_path / "bundle").returncode == 0
-    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
+    wait_until_sealed(run, "numbers", "total", "again", env=env)
     assert len(submitted_jobs(run, env)) == 3
 
 
-@pytest.mark.parametrize("do", ['$real "$@" > /dev/null; kill -9 $PPID', "kill -9 $PPID"])
+@pytest.mark.parametrize(
+    "do", ['$real "$@" > /dev/null; kill -9 $PPID', pytest.param("kill -9 $PPID", marks=pytest.mark.soak)]
+)
 def test_afterok_finishes_what_a_killed_shell_left_and_doubles_nothing(toy, tmp_path, do):
     pipeline, run, env, node = toy
     afterok("bundle", pipeline, tmp_path / "bundle", "--run", run, env=env)
     node.spoil("sbatch", 2, f"{do}; exit 1")
     assert node.send(tmp_path / "bundle").returncode == -9
-    assert "is not released" in afterok("status", run, env=env).stderr
+    assert "is not released" in Ledger(run / "ledger.jsonl").given_up()
     assert node.send(tmp_path / "bundle").returncode == 2  # the lock, and what stands
     afterok("repair", run, env=env)
-    wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"})
+    wait_until_sealed(run, "numbers", "total", "again", env=env)
     assert len(submitted_jobs(run, env)) == 3 and len(list(run.glob("*/*/seal.json"))) == 3
-
-
-def test_a_bundle_is_refused_where_it_makes_no_sense(tmp_path):
-    pipeline, run = write_toy(tmp_path), tmp_path / "run"
-    line = one_line(afterok("bundle", pipeline, tmp_path / "bundle", "cluster=local", "--run", run, check=2))
-    assert "a bundle is for Slurm" in line and not run.exists()
 
 
 @pytest.mark.soak
