@@ -11,8 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from data_tools.mistake import Problem, nearest
 
-TYPED = "SLURM_EXPORT_ENV"  # Slurm's
-VARIABLE = "AFTEROK_EXPORT"  # the same, kept by a door (slurm/door.sh): only those of its jobs have it
+VARIABLE = "AFTEROK_EXPORT"  # the same, kept by a door (slurm/door.sh): SLURM_EXPORT_ENV may be of another's script
 WHOLE = ("ALL", "NONE", "NIL")  # words of --export that are no variables
 # Variables that mean something to Slurm, Python, Hugging Face's caches or a shell, and no value of a pipeline.
 MEANT_ELSEWHERE = re.compile(

@@ -12,6 +12,7 @@
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -55,6 +56,9 @@ class JobEntry:
         return [i for i in self.elements if i // self.batch == task]
 
 
+SENT_LINE = re.compile(  # of what submit.sh of a bundle notes (launchers/submission/bundle_script.py)
+    r"(?P<word>begin|sending|job|released|cancelled)(?: (?P<step>\d+))?(?: (?P<job>\d+)| (?P<why>\D.*))?"
+)
 OF_A_JOB = tuple(entry.name for entry in fields(JobEntry) if entry.name != "scripted")  # what a "job" event says
 
 
@@ -105,31 +109,32 @@ class Ledger:
         """Yield the events that `submit` would have written where submit.sh of a bundle sent its jobs.
 
         A last line without its end is dropped: a submitter was killed, and the job is looked up by its name.
+
+        Raises:
+            UserMistake: another line is none of submit.sh's.
         """
         number, jobs = bundle["submission"], bundle["jobs"]
         path = RunLayout(self.path.parent).sent_path(number)
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        about = {"submission": number, "time": bundle["time"]}
         waits: dict[str, str] = {}
-        for line in lines:
-            word, _, rest = line.partition(" ")
-            if word == "begin":
-                yield {key: value for key, value in bundle.items() if key not in ("jobs", "folder")} | {
-                    "event": "submission"
-                }
-            elif word == "cancelled":
-                yield {**about, "event": "abandoned", "why": rest, "jobs": list(waits.values())}
-            elif word == "released":
-                yield {**about, "event": "released"}
+        for at, line in enumerate(lines, start=1):
+            told = SENT_LINE.fullmatch(line)
+            if told is None or int(told["step"] or 0) >= len(jobs):
+                raise UserMistake(f"{path}:{at}: {line!r:.60} is no line of submit.sh's; remove it, or restore it")
+            job, about = jobs[int(told["step"] or 0)], {"submission": number, "time": bundle["time"]}
+            if told["word"] == "begin":
+                opening = {key: value for key, value in bundle.items() if key not in ("jobs", "folder")}
+                yield opening | {"event": "submission"}
+            elif told["word"] == "cancelled":
+                yield {**about, "event": "abandoned", "why": told["why"], "jobs": list(waits.values())}
+            elif told["word"] == "sending":
+                yield {**about, "event": "sending", "phase": job["phase"], "name": job["name"]}
+            elif told["word"] == "job":
+                on = {phase: waits[phase] for phase in job["needs"] if phase in waits}
+                yield {**about, **job, "event": "job", "job": told["job"], "waits": on}
+                waits[job["phase"]] = last_link(told["job"], job["links"])
             else:
-                step, _, job = rest.partition(" ")
-                told = jobs[int(step)]
-                if word == "sending":
-                    yield {**about, "event": "sending", "phase": told["phase"], "name": told["name"]}
-                    continue
-                on = {phase: waits[phase] for phase in told["needs"] if phase in waits}
-                yield {**about, **told, "event": "job", "job": job, "waits": on}
-                waits[told["phase"]] = last_link(job, told["links"])
+                yield {**about, "event": "released"}
 
     def unsent(self, submission: int) -> str:
         """Return the folder of a bundle that nobody has sent yet; "" where the submission is none, or was sent."""

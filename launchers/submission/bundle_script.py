@@ -124,7 +124,10 @@ send() { # STEP PHASE NAME DEPENDENCY: sends one job, and sets `job`
         case $line in '' | *[!0-9]*) ;; *) job=$line ;; esac
     done
     unset IFS
-    [ -n "$job" ] || take_back "no line of what sbatch said for $2 is a job's id: $printed"
+    [ -n "$job" ] || {
+        echo "afterok: no line of what sbatch said is a job's id: $printed" >&2
+        take_back "sbatch gave no id for $2"
+    }
     jobs="$jobs $job"
     sending=
     note "job $1 $job"
