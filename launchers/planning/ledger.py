@@ -57,7 +57,7 @@ class JobEntry:
 
 
 SENT_LINE = re.compile(  # of what submit.sh of a bundle notes (launchers/submission/bundle_script.py)
-    r"(?P<word>begin|sending|job|released|cancelled)(?: (?P<step>\d+))?(?: (?P<job>\d+)| (?P<why>\D.*))?"
+    r"begin|released|cancelled (?P<why>.+)|sending (?P<next>\d+)|job (?P<step>\d+) (?P<id>\d+)"
 )
 OF_A_JOB = tuple(entry.name for entry in fields(JobEntry) if entry.name != "scripted")  # what a "job" event says
 
@@ -119,20 +119,21 @@ class Ledger:
         waits: dict[str, str] = {}
         for at, line in enumerate(lines, start=1):
             told = SENT_LINE.fullmatch(line)
-            if told is None or int(told["step"] or 0) >= len(jobs):
+            step = int(told["next"] or told["step"] or 0) if told else 0
+            if told is None or step >= len(jobs):
                 raise UserMistake(f"{path}:{at}: {line!r:.60} is no line of submit.sh's; remove it, or restore it")
-            job, about = jobs[int(told["step"] or 0)], {"submission": number, "time": bundle["time"]}
-            if told["word"] == "begin":
+            job, about = jobs[step], {"submission": number, "time": bundle["time"]}
+            if line == "begin":
                 opening = {key: value for key, value in bundle.items() if key not in ("jobs", "folder")}
                 yield opening | {"event": "submission"}
-            elif told["word"] == "cancelled":
+            elif told["why"]:
                 yield {**about, "event": "abandoned", "why": told["why"], "jobs": list(waits.values())}
-            elif told["word"] == "sending":
+            elif told["next"]:
                 yield {**about, "event": "sending", "phase": job["phase"], "name": job["name"]}
-            elif told["word"] == "job":
+            elif told["id"]:
                 on = {phase: waits[phase] for phase in job["needs"] if phase in waits}
-                yield {**about, **job, "event": "job", "job": told["job"], "waits": on}
-                waits[job["phase"]] = last_link(told["job"], job["links"])
+                yield {**about, **job, "event": "job", "job": told["id"], "waits": on}
+                waits[job["phase"]] = last_link(told["id"], job["links"])
             else:
                 yield {**about, "event": "released"}
 
