@@ -6,8 +6,8 @@
 
 The YAML file holds the phase's settings (`afterok explain KIND`), as `with` does, with folders in the place of
 references. The elements of a phase that can be split run one after the other, each into OUT.parts/INDEX, and are merged
-into OUT; with --index one of them runs alone, and --merge merges all. Rank 0 prints the facts as JSON. Nothing is
-sealed. A phase that can stop does so at SIGTERM and SIGUSR2 with
+into OUT; with --index one of them runs alone, and --merge merges all. Rank 0 prints the facts as JSON, and its progress
+to standard error. Nothing is sealed. A phase that can stop does so at SIGTERM and SIGUSR2 with
 code 5, and goes on when called again. Exit code 2 and one line for a user's mistake.
 """
 
@@ -22,6 +22,7 @@ if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("jobs", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -132,10 +133,13 @@ def main(argv: list[str] | None = None) -> int:
         bare.check()
         chosen = range(bare.elements) if arguments.index is None else [arguments.index]
         facts: dict[str, Any] = {}
-        for index in [] if arguments.merge else chosen:
-            facts = bare.run(index)
-        if bare.kind.can_split and arguments.index is None and bare.rank == 0:
-            facts = bare.merge()
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # progress, and what libraries print: standard output is the facts'
+            for index in [] if arguments.merge else chosen:
+                facts = bare.run(index)
+            if bare.kind.can_split and arguments.index is None and bare.rank == 0:
+                facts = bare.merge()
     except UserMistake as mistake:
         if int(os.environ.get("RANK", "0")) == 0 or getattr(mistake, "of_some_ranks", False):
             print(mistake, file=sys.stderr)
