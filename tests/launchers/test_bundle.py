@@ -157,8 +157,8 @@ def test_afterok_finishes_what_a_killed_shell_left_and_doubles_nothing(toy, tmp_
 def test_the_quick_start_as_a_bundle_from_a_shell_without_our_environment(dev_cluster, tmp_path):
     env, run = dev_cluster.env(), tmp_path / "run"
     node = LoginNode(tmp_path, env)
-    afterok("bundle", ROOT / "jobs/pipelines/tiny.yaml", tmp_path / "bundle", "params.steps=200", "params.grpo_steps=2",
-            "--run", run, env=env)  # fmt: skip
+    small = ["params.train_rows=4000", "params.test_rows=60", "params.steps=40", "params.grpo_steps=2"]
+    afterok("bundle", ROOT / "jobs/pipelines/tiny.yaml", tmp_path / "bundle", *small, "--run", run, env=env)
     assert node.send(tmp_path / "bundle").returncode == 0
     wait_for("the end", lambda: set(states(run, env=env).values()) == {"COMPLETED"}, timeout=900)
     print(afterok("status", run, env=env).stdout, file=sys.stderr)
