@@ -21,7 +21,7 @@ phases:
   counter:
     uses: tests.toy.counter
     needs: [numbers]
-    resources: {ranks_per_node: 2, nodes: 2, gpus_per_node: 8, partition: preempt}
+    resources: {ranks_per_node: 2, nodes: 2, gpus_per_node: 8, partition: preempt, time: "1-00:00:00"}
   after: {uses: tests.toy.numbers, array: 3, needs: [{numbers: aftercorr}]}
   total: {uses: tests.toy.total, with: {numbers: "${phases.counter.out}"}}
 """
@@ -70,10 +70,9 @@ def lose_node(cluster, slurm: Slurm, job: str) -> str:
 
 def test_a_rehearsal_on_slurm_goes_through_preemption_requeue_and_a_lost_node(pipeline, tmp_path, dev_cluster):
     env, slurm, run = dev_cluster.env(), Slurm(dev_cluster.env()), tmp_path / "run"
-    # 3 s for `counter`, none of which the others wait long for
-    scale = ["--rehearse", "--rehearse-scale", "0.00021"]
+    scale = ["--rehearse", "--rehearse-scale", "0.0001"]  # 9 s for `counter`, 1.4 s for the others
     said = afterok("submit", pipeline, *scale, "--run", run, env=env).stderr
-    assert "a rehearsal: each phase sleeps 0.00021 of the time limit of its job" in said
+    assert "a rehearsal: each phase sleeps 0.0001 of the time limit of its job" in said
     at_work(run, "counter", restart=0, least=150)
     job = {entry.phase: entry.job for entry in Ledger(run / "ledger.jsonl").jobs()}["counter"]
     preempt(slurm, nodes=4)
