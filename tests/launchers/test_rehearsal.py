@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder
 from jobs.artifacts.seal import read_seal
+from jobs.schema.pipeline import load_pipeline
+from jobs.upstream import Upstream
+from launchers import cli
 from launchers.planning.ledger import Ledger
+from launchers.planning.plan import Plan
+from launchers.planning.planner import make_plan
+from launchers.planning.recorded import recorded_pipeline
+from launchers.submission.freeze import freeze
 from slurm.client import Slurm
+from slurm.detect import find_cluster
 from tests.cluster import bring_back, cluster_for_a_while, crash_node, require_packages, rows_of
-from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for
+from tests.command import ROOT, afterok, states, wait_for
 
 TEXT = """
 name: survive
@@ -90,42 +99,49 @@ def test_a_rehearsal_on_slurm_goes_through_preemption_requeue_and_a_lost_node(pi
     assert not list(run.glob("numbers/*/work/*/numbers.txt")), "a payload ran"
 
 
-def test_a_rehearsal_and_the_real_thing_share_nothing(pipeline, tmp_path):
-    here = [pipeline, "cluster=local", "numbers.with.fail_at=null", "counter.resources={}", "after.needs=[]"]
-    rehearsal = tmp_path / "rehearsal"
-    small = ["--rehearse", "--rehearse-scale", "1e-5"]
-    afterok("run", *here, *small, "--run", rehearsal)
-    assert all(seal.is_rehearsal for seal in seals(rehearsal)) and len(seals(rehearsal)) == 4
-    assert "nothing to submit" in afterok("submit", *here, *small, "--run", rehearsal).stdout
-    resubmitted = afterok_json("resubmit", rehearsal, "total", "total.with.factor=2")  # it stays a rehearsal
-    assert list(resubmitted["jobs"]) == ["total"]
-    afterok("status", rehearsal, "--watch")
-    assert all(seal.is_rehearsal for seal in seals(rehearsal)) and len(seals(rehearsal)) == 5
-    refused = one_line(afterok("submit", *here, "--run", rehearsal, check=2))
-    assert f"{rehearsal} is a rehearsal's" in refused
-    real = tmp_path / "real"
-    afterok("run", *here, "--run", real)
-    assert not any(seal.is_rehearsal for seal in seals(real))
-    assert "is a real run" in one_line(afterok("submit", *here, *small, "--run", real, check=2))
-    keys = [{seal.content["key"] for seal in seals(run)} for run in (rehearsal, real)]
-    assert not keys[0] & keys[1]
-    # not even one that somebody moves into the other's place is taken for it
-    for seal in seals(rehearsal):
-        if seal.content["phase"] == "counter":
-            place = next(path for path in real.glob("counter/*/seal.json"))
-            place.write_bytes(seal.path.read_bytes())
-    worker = RunFolder(real)
-    from jobs.upstream import Upstream
+SHORT = """
+name: short
+phases:
+  numbers: {uses: tests.toy.numbers, array: 2}
+  total: {uses: tests.toy.total, with: {numbers: "${phases.numbers.out}"}}
+"""
 
-    phases = worker.frozen(1)
-    with pytest.raises(Exception, match="is of a rehearsal; submit again"):
-        Upstream(worker, phases, phases["total"], 0).read()
+
+def planned(file: Path, run: Path, rehearsed: float) -> Plan:
+    pipeline = load_pipeline(file, ["cluster=local"])
+    pipeline.rehearsed = rehearsed
+    return make_plan(pipeline, RunFolder(run), find_cluster("local"))
+
+
+def test_a_rehearsal_and_the_real_thing_share_nothing(tmp_path):
+    file, rehearsal, real = tmp_path / "short.yaml", tmp_path / "rehearsal", tmp_path / "real"
+    file.write_text(SHORT)
+    afterok("run", file, "cluster=local", "--rehearse", "--rehearse-scale", "1e-5", "--run", rehearsal)
+    assert all(seal.is_rehearsal for seal in seals(rehearsal)) and len(seals(rehearsal)) == 2
+    assert [phase.action for phase in planned(file, rehearsal, 0.5).phases] == ["reuse", "reuse"]  # whatever the scale
+    assert recorded_pipeline(RunFolder(rehearsal), [], {}).rehearsed == 1e-5  # it stays one when it is resubmitted
+    with pytest.raises(UserMistake, match="is a rehearsal's: choose another folder"):
+        planned(file, rehearsal, 0.0)
+    plan = planned(file, real, 0.0)
+    freeze(plan, 1)
+    with pytest.raises(UserMistake, match="is a real run: a rehearsal needs a folder of its own"):
+        planned(file, real, 0.5)
+    frozen = plan.run.frozen(1)
+    keys = {seal.content["phase"]: seal.content["key"] for seal in seals(rehearsal)}
+    assert keys.keys() == frozen.keys() and not set(keys.values()) & {phase.key for phase in frozen.values()}
+    # not even one that somebody moves into the other's place is taken for it
+    place = plan.run.artifact(frozen["numbers"]).seal_path
+    place.parent.mkdir(parents=True)
+    place.write_bytes(next(rehearsal.glob("numbers/*/seal.json")).read_bytes())
+    with pytest.raises(UserMistake, match="is of a rehearsal; submit again"):
+        Upstream(plan.run, frozen, frozen["total"], 0).read()
 
 
 @pytest.mark.parametrize("share", ["0", "1.5", "-1", "much"])
-def test_a_scale_is_a_share(pipeline, share):
-    done = afterok("submit", pipeline, "--rehearse", "--rehearse-scale", share, check=2)
-    assert "--rehearse-scale" in done.stderr and "Traceback" not in done.stderr
+def test_a_scale_is_a_share(capsys, share):
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["submit", "toy.yaml", "--rehearse", "--rehearse-scale", share])
+    assert refused.value.code == 2 and "--rehearse-scale" in capsys.readouterr().err
 
 
 @pytest.mark.soak
