@@ -24,7 +24,11 @@ setup(
     )
     + ["afterok"],
     package_dir={"afterok": "launchers/console"},
-    package_data={"data_tools": ["recipes/*.yaml"], "jobs": ["pipelines/*.yaml"], "slurm": ["profiles/*.yaml"]},
+    package_data={
+        "data_tools": ["recipes/*.yaml"],
+        "jobs": ["pipelines/*.yaml"],
+        "slurm": ["profiles/*.yaml", "*.sbatch", "door.sh"],
+    },
     install_requires=[
         "submitit>=1.5.4,<1.6",
         "torch==2.13.*",

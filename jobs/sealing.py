@@ -82,7 +82,7 @@ class Sealer:
         self.artifact.sweep(lease)
         for part in parts:
             part.verify()
-        config = typed_config(self.kind, substitute(self.phase.settings, self.upstream.folders_of_all()))
+        config = typed_config(self.kind, substitute(self.phase.own_settings, self.upstream.folders_of_all()))
         self.reveal()
         task = Task(
             phase=self.phase.name,
@@ -115,4 +115,5 @@ class Sealer:
             "started_at": self.started,
             "facts": facts,
             **({"image": self.phase.image} if self.phase.image else {}),
+            **({"rehearsal": self.phase.rehearsal} if self.phase.rehearsal else {}),
         }

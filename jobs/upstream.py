@@ -48,6 +48,8 @@ class Upstream:
                 raise UpstreamNotSealed(
                     f"needs {name}, which has no seal at {path}; see `afterok status {self.run.path}`"
                 )
+            if seal.is_rehearsal != bool(self.phase.rehearsal):
+                raise UserMistake(f"{path} is of {'a rehearsal' if seal.is_rehearsal else 'a real run'}; submit again")
             seal.verify(cache=cache)
             self.seals[name] = seal
         for place, digest in self.phase.inputs.items():

@@ -42,6 +42,7 @@ from jobs.artifacts.owner import Owner
 from jobs.artifacts.run_folder import FrozenPhase, Outcome, RunFolder
 from jobs.kind import PhaseKind, find_kind
 from jobs.ranks import SPAWN_VARIABLE, Rank, Verdicts, rank_from_environment, spawn_ranks, torch_environment
+from jobs.rehearsal import rehearsed_kind
 from jobs.retry import EXIT_FAILED, EXIT_LEASE_HELD, EXIT_NO_INPUT, EXIT_NOT_NEEDED, EXIT_SEALED, EXIT_UNFINISHED, Cause
 from jobs.schema.references import substitute
 from jobs.schema.typed import typed_config
@@ -307,7 +308,7 @@ class Worker:
 
     def _work(self) -> tuple[int, str]:
         """Take the lease, run the phase on this rank, and seal; return exit code and message."""
-        kind = find_kind(self.phase.uses)
+        kind = rehearsed_kind() if self.phase.rehearsal else find_kind(self.phase.uses)
         assert kind is not None, f"phase kind {self.phase.uses} vanished from the snapshot"
         verdicts = Verdicts(self.rank, self._meeting)
         beginning = verdicts.decide("lease", self._begin)
@@ -318,7 +319,7 @@ class Worker:
         if not beginning["only_fan_in"]:
             task = self._task(Path(beginning["out"]))
             task.partners = tuple(beginning["folders"][name] for name in self.upstream.paired)
-            config = typed_config(kind, substitute(self.phase.settings, beginning["folders"]))
+            config = typed_config(kind, substitute(self.phase.own_settings, beginning["folders"]))
             self._reveal_secrets(verdicts)
             try:
                 facts = kind.run(config, task) or {}

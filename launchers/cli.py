@@ -20,7 +20,7 @@ from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES
-from launchers import profile_verbs, score_verbs, verbs
+from launchers import bundle_verb, profile_verbs, score_verbs, verbs
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -107,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _scale(text: str) -> float:
+    """Return the share of its time that a rehearsed phase sleeps."""
+    share = float(text)  # argparse tells a ValueError in its own words
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: above 0, at most 1")
+    return share
+
+
 def _add_pipeline_verbs(verb: AddVerb) -> None:
     """Add the verbs that take a pipeline file: plan, submit and run."""
     plan = verb("plan", verbs.do_plan, "show what would run, what is reused, and why; submits nothing")
@@ -124,6 +132,18 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
     for sub in (submit, run):
         sub.add_argument(
             "--group", metavar="NAME", default="", help="let this group of users read the run (default: nobody but you)"
+        )
+        sub.add_argument(
+            "--rehearse",
+            action="store_true",
+            help="the whole graph, with a sleep in place of each phase's work; its run is runs/NAME.rehearsal",
+        )
+        sub.add_argument(
+            "--rehearse-scale",
+            type=_scale,
+            default=0.001,
+            metavar="SHARE",
+            help="sleep this share of the planned time, which is the time limit of the phase's job (default: 0.001)",
         )
     plan.add_argument("--parallel", metavar="PHASE", help="memory, rank grid and predicted step of a training phase")
     plan.add_argument("--search", action="store_true", help="with --parallel: the legal plans that fit, best first")
@@ -144,7 +164,7 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
 
 
 def _add_submission_verbs(verb: AddVerb) -> None:
-    """Add the verbs that change a run: resubmit and repair."""
+    """Add the verbs that change a run: resubmit, bundle and repair."""
     resubmit = verb("resubmit", verbs.do_resubmit, "a new attempt at one phase; what waits on it is rewired")
     resubmit.add_argument("run", help=RUN_HELP.partition(" (")[0])
     resubmit.add_argument("phase", metavar="PHASE")
@@ -158,6 +178,16 @@ def _add_submission_verbs(verb: AddVerb) -> None:
         help="run it anew though it is sealed; what it made so far, checkpoints too, is set aside in RUN/PHASE/retired",
     )
     resubmit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
+
+    bundle = verb("bundle", bundle_verb.do_bundle, "write a submission as plain files, for a node with sh and sbatch")
+    bundle.add_argument(
+        "what", metavar="RUN|PIPELINE", help="a run, of which what is missing is bundled, or a pipeline"
+    )
+    bundle.add_argument(
+        "folder", type=Path, metavar="DIR", help="an empty folder, or none yet: gets submit.sh and scripts"
+    )
+    bundle.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    bundle.add_argument("--run", type=Path, metavar="DIR", help="of a pipeline: the run's folder, which the jobs see")
 
     repair = verb("repair", verbs.do_repair, "finish a submission whose submitter was killed")
     repair.add_argument("run", nargs="?", help=RUN_HELP)

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import set_in
@@ -35,6 +34,7 @@ def _make_plan(args: argparse.Namespace) -> "Plan":
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
+    pipeline.rehearsed = args.rehearse_scale if getattr(args, "rehearse", False) else 0.0
     return make_plan(
         pipeline,
         default_run_folder(pipeline, args.run),
@@ -58,7 +58,7 @@ def do_plan(args: argparse.Namespace) -> int:
     from launchers.observe.show import console, plan_table
 
     console().print(plan_table(plan))
-    _announce(plan)
+    announce(plan)
     return 0
 
 
@@ -120,7 +120,7 @@ def _plan_parallel(args: argparse.Namespace) -> int:
     return EXIT_MISTAKE if report.problems else 0
 
 
-def _announce(plan: "Plan", quiet: bool = False) -> None:
+def announce(plan: "Plan", quiet: bool = False) -> None:
     """Say which cluster and profile a plan is for, and what leaves the submitter's environment."""
     if not quiet:
         print(plan.cluster.where, flush=True)
@@ -137,7 +137,7 @@ def do_submit(args: argparse.Namespace) -> int:
     from launchers.submission.submit import submit
 
     plan = _make_plan(args)
-    _announce(plan, quiet=args.json)
+    announce(plan, quiet=args.json)
     if not args.dry_run:
         plan.run.make(args.group)
     return _report_submitted(args, plan, submit(plan, args.dry_run))
@@ -170,28 +170,20 @@ def _report_submitted(args: argparse.Namespace, plan: "Plan", done: "Submitted")
 
 
 def do_resubmit(args: argparse.Namespace) -> int:
-    from data_tools.base import durable
-    from jobs.schema.pipeline import load_pipeline
     from launchers.observe.runs import find_run
     from launchers.planning.planner import make_plan
+    from launchers.planning.recorded import recorded_pipeline
     from launchers.submission.submit import resubmit
     from slurm.detect import find_cluster
 
     run = find_run(args.run)
-    number = run.newest_submission()
-    frozen = durable.read_checked(run.pipeline_origin_path(number))
-    if Path(frozen["cwd"]).is_dir():
-        os.chdir(frozen["cwd"])  # relative inputs and the user's modules mean what they meant at the first submission
-        sys.path.append(frozen["cwd"])
-    recorded = {name: override.partition("=")[2] for name, override in frozen.get("variables", {}).items()}
-    environment = {**recorded, **{name: value for name, value in os.environ.items() if value}}
-    pipeline = load_pipeline(run.pipeline_path(number), frozen["overrides"] + args.overrides, environment)
+    pipeline = recorded_pipeline(run, args.overrides, os.environ)
     if args.again and args.elements:
         raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
     plan = make_plan(
         pipeline, run, find_cluster(pipeline.cluster, pipeline.overrides), again=args.phase if args.again else ""
     )
-    _announce(plan, quiet=args.json)
+    announce(plan, quiet=args.json)
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
 
 
@@ -231,7 +223,7 @@ def do_run(args: argparse.Namespace) -> int:
 
     plan = _make_plan(args)
     run = plan.run
-    _announce(plan, quiet=args.json)
+    announce(plan, quiet=args.json)
     run.make(args.group)
     done = submit(plan)
     if not args.json:

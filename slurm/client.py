@@ -43,9 +43,27 @@ PING_RETRY_S = 0.25
 IDS_PER_COMMAND = 1000  # keeps a command line of 20-byte ids far below ARG_MAX and one Linux argument below 128 KiB
 
 # An outer job's or a user's variables change the meaning of a command: SBATCH_OUTPUT beats the script's --output,
-# SQUEUE_PARTITION filters the queue. Only where the cluster is may pass.
-_SCRUBBED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
+# SQUEUE_PARTITION filters the queue. Only where the cluster is may pass. These are the beginnings of names of Slurm's
+# own (the section "input environment variables" of its commands' man pages, and what it gives to a job), ...
+_OF_SLURM = (
+    "SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_",
+    "SSTAT_", "SPRIO_", "SREPORT_", "SSHARE_", "SDIAG_", "SBCAST_", "SPANK_", "_SLURM_",
+)  # fmt: skip
+# ... of launchers of ranks (PMI-1, PMI-2 and PMIx; Open MPI, MPICH's Hydra, Intel MPI, Cray's PALS), ...
+_OF_RANKS = ("PMI_", "PMI2_", "PMIX_", "OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "MPI_LOCAL", "HYDI_", "PALS_")
+# ... of torchrun, and of our own ranks: whoever has these takes himself for a rank of the outer job.
+_OF_TORCHRUN = ("TORCHELASTIC_",)
+_RANK_NAMES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "AFTEROK_RANK", "AFTEROK_SPAWN", "AFTEROK_MEETING",
+)  # fmt: skip
+# The GPUs of the outer job, by their numbers on its node: CUDA, Slurm's own name, AMD's two, Intel's.
+_DEVICES = (
+    "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
+)  # fmt: skip
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER")
+OUTER_PREFIXES = (*_OF_SLURM, *_OF_RANKS, *_OF_TORCHRUN)
+OUTER_NAMES = (*_RANK_NAMES, *_DEVICES)
 
 ASK_AGAIN_S = 2.0
 ACCOUNTING_LIMIT_S = 5.0
@@ -82,9 +100,17 @@ class SlurmUnavailable(UserMistake):
     """A configured Slurm does not answer."""
 
 
-def scrubbed_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """Return `env` without what an outer job or a dotfile would tell Slurm's commands; where the cluster is stays."""
-    return {key: value for key, value in env.items() if key in _KEPT or not key.startswith(_SCRUBBED)}
+def scrubbed_environment(env: Mapping[str, str], same_place: bool = False) -> dict[str, str]:
+    """Return `env` without what an outer job or a dotfile would tell Slurm's commands and another job's processes.
+
+    Where the cluster is stays; for processes of this same place (`same_place`) its GPUs do too.
+    """
+    left_out = _RANK_NAMES if same_place else OUTER_NAMES
+    return {
+        name: value
+        for name, value in env.items()
+        if name in _KEPT or not (name.startswith(OUTER_PREFIXES) or name in left_out)
+    }
 
 
 def configuration_of(env: Mapping[str, str]) -> str:

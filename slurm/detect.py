@@ -140,7 +140,8 @@ def _local(name: str, on_top: Layer | None) -> Cluster:
             if role != "cpu":
                 loaded.profile.roles[role].gpus_per_node = _gpus_here(os.environ)
         loaded = files.overlaid(loaded.profile, str(files.find(name)), on_top)
-    env = {key: value for key, value in client.scrubbed_environment(os.environ).items() if not key.startswith("SLURM_")}
+    scrubbed = client.scrubbed_environment(os.environ, same_place=True)
+    env = {key: value for key, value in scrubbed.items() if not key.startswith("SLURM_")}
     profile = loaded.profile
     return Cluster("local", profile, env, profile.meta.name, profile_file=str(files.find(name)), loaded=loaded)
 
@@ -224,6 +225,8 @@ def _cluster_around(env: Mapping[str, str]) -> devcluster.DevCluster | None:
 def _slurm_is_configured(env: Mapping[str, str]) -> bool:
     """Return whether this machine belongs to a Slurm, answering or not."""
     if env.get("SLURM_CONF") or env.get("SLURM_CONF_SERVER"):
+        return True
+    if env.get("SLURM_JOB_ID"):  # a job, whose PATH may lack Slurm's commands and whose Slurm may be configless
         return True
     if any(file.exists() for file in CONFIGURATION_FILES):
         return True

@@ -196,6 +196,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     "apt-get": check_apt_get,
     ".ci/run": check_ci,
     "sbatch": another_program,
+    "sh": another_program,
     "hf": another_program,
     "ruff": another_program,
     "mypy": another_program,

@@ -29,7 +29,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "mistake progress own_packages", "base", "records", "chats", "answers", "prepare", "tasks",
         "evaluations recipes", "packs",
     ),
-    "slurm": ("printed", "client", "profile", "options", "dev", "detect", "verify"),
+    "slurm": ("printed", "client", "profile", "options exported", "dev", "detect", "verify"),
     "megatron_ext": (
         "adam device versions", "files", "parallel", "layers", "models", "weights", "lora", "model_folders",
         "preflight", "rollout", "training", "rl", "entrypoints",
@@ -37,10 +37,11 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     # A phase's file is found by its name (jobs/kind.py looks into jobs/phases), and each is written with jobs/kind.py.
     "jobs": (
         "schema kind phases task masking stopping", "retry", "artifacts",
-        "ranks requeue secrets replay sealing upstream health", "worker",
+        "ranks requeue secrets replay sealing upstream health rehearsal", "bare worker",
     ),
     "launchers": (
-        "planning", "causes", "backends", "submission", "observe", "verbs", "profile_verbs score_verbs", "cli",
+        "planning", "causes", "backends", "submission", "observe", "verbs", "profile_verbs score_verbs bundle_verb",
+        "cli", "door",
         "console",
     ),
 }  # fmt: skip

@@ -5,6 +5,7 @@
       submit.lock                      who submits right now
       submissions/N/plan.json          the frozen plan: what each phase is, resolved
       submissions/N/journal.json       the steps of the submission (launchers/submission/journal.py)
+      submissions/N/sent               what submit.sh of a bundle did (launchers/submission/bundle_script.py)
       submissions/N/redirects.json     phases that its jobs run as a later submission froze them
       submissions/N/meeting_key        what the ranks of its jobs prove themselves with
       submissions/N/pipeline.yaml, pipeline.json, profile.yaml     what it was made of
@@ -131,6 +132,9 @@ class RunLayout:
 
     def journal_path(self, number: int) -> Path:
         return self.submission_folder(number) / "journal.json"
+
+    def sent_path(self, number: int) -> Path:
+        return self.submission_folder(number) / "sent"
 
     def redirects_path(self, number: int) -> Path:
         return self.submission_folder(number) / "redirects.json"

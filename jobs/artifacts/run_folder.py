@@ -84,11 +84,17 @@ class FrozenPhase:
     )  # of its container: name, and sha256 where it is a file or folder
     role: str = ""  # whose environment it has; "" of a submission of before: the profile's
     links: int = 0  # array tasks that go on one from another, where the job may not be requeued; 0: no such chain
+    rehearsal: dict[str, Any] = field(default_factory=dict)  # of one: jobs/rehearsal.py's settings; {}: it is real
 
     @property
     def ranks(self) -> int:
         """The processes of one element."""
         return self.ranks_per_node * self.nodes
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The settings of what its workers run: the phase's, or of its rehearsal."""
+        return self.rehearsal or self.settings
 
 
 @dataclass

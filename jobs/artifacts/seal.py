@@ -89,6 +89,11 @@ class Seal:
         return self.content.get("submission", 0)
 
     @property
+    def is_rehearsal(self) -> bool:
+        """Whether nothing was made: the phase slept in its work's place."""
+        return bool(self.content.get("rehearsal"))
+
+    @property
     def has_sum(self) -> bool:
         """False of what was sealed before seals had a sum over themselves: nobody can tell whether it was altered."""
         return durable.SUM in self.content

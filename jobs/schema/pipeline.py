@@ -92,6 +92,7 @@ class Pipeline:
     overrides: list[str] = field(default_factory=list)  # those of the command line
     variables: list[Variable] = field(default_factory=list)  # those that are set
     declared: dict[str, str] = field(default_factory=dict)  # all that may be: {variable: dotted key}
+    rehearsed: float = 0.0  # of a rehearsal: the share of its planned time that each phase sleeps; 0: it is none
 
     def descendants(self, name: str) -> set[str]:
         """Return the phases that need a phase, directly or through others."""

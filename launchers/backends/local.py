@@ -130,7 +130,7 @@ class LocalBackend:
             return
         profile = load(str(self.run.profile_path(number)))
         env = (
-            scrubbed_environment(os.environ)
+            scrubbed_environment(os.environ, same_place=True)
             | site_variables(profile)
             | profile.env.set
             | {

@@ -114,6 +114,8 @@ def run_status(run: RunFolder) -> RunStatus:
         status.notes += [f"{mistake}; what is told is from the files of the run" for mistake in look.unasked]
     if not status.finished and (given_up := ledger.given_up()):
         status.notes.append(given_up)
+    if folder := ledger.unsent(look.number):
+        status.notes.append(f"submission {look.number} is a bundle that was not sent yet: sh {folder}/submit.sh")
     if before := [phase.phase for phase in status.phases if phase.written_before]:
         status.notes.append(
             f"no sum: written before, so that nobody can tell whether it was altered: the seal of {', '.join(before)}"

@@ -8,9 +8,11 @@
 {"event": "submission", "submission": 3, …}, "released"                   of one without jobs: all sealed already
 {"event": "released", "submission": 2} or {"event": "abandoned", "submission": 2, "why": …}
 {"event": "cancel", "jobs": ["17"], …}
+{"event": "bundle", "submission": 4, …}       of one that submit.sh sends; what it sent stands in submissions/4/sent
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -19,6 +21,7 @@ from typing import Any
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
+from jobs.artifacts.layout import RunLayout
 from launchers.planning.chain import last_link
 
 
@@ -53,6 +56,9 @@ class JobEntry:
         return [i for i in self.elements if i // self.batch == task]
 
 
+SENT_LINE = re.compile(  # of what submit.sh of a bundle notes (launchers/submission/bundle_script.py)
+    r"begin|released|cancelled (?P<why>.+)|sending (?P<next>\d+)|job (?P<step>\d+) (?P<id>\d+)"
+)
 OF_A_JOB = tuple(entry.name for entry in fields(JobEntry) if entry.name != "scripted")  # what a "job" event says
 
 
@@ -96,6 +102,48 @@ class Ledger:
                 raise UserMistake(f"{torn}; remove that line, or restore it") from None
             event.pop(durable.SUM, None)
             yield event
+            if event["event"] == "bundle":
+                yield from self._of_bundle(event)
+
+    def _of_bundle(self, bundle: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the events that `submit` would have written where submit.sh of a bundle sent its jobs.
+
+        A last line without its end is dropped: a submitter was killed, and the job is looked up by its name.
+
+        Raises:
+            UserMistake: another line is none of submit.sh's.
+        """
+        number, jobs = bundle["submission"], bundle["jobs"]
+        path = RunLayout(self.path.parent).sent_path(number)
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        waits: dict[str, str] = {}
+        for at, line in enumerate(lines, start=1):
+            told = SENT_LINE.fullmatch(line)
+            step = int(told["next"] or told["step"] or 0) if told else 0
+            if told is None or step >= len(jobs):
+                raise UserMistake(f"{path}:{at}: {line!r:.60} is no line of submit.sh's; remove it, or restore it")
+            job, about = jobs[step], {"submission": number, "time": bundle["time"]}
+            if line == "begin":
+                opening = {key: value for key, value in bundle.items() if key not in ("jobs", "folder")}
+                yield opening | {"event": "submission"}
+            elif told["why"]:
+                yield {**about, "event": "abandoned", "why": told["why"], "jobs": list(waits.values())}
+            elif told["next"]:
+                yield {**about, "event": "sending", "phase": job["phase"], "name": job["name"]}
+            elif told["id"]:
+                on = {phase: waits[phase] for phase in job["needs"] if phase in waits}
+                yield {**about, **job, "event": "job", "job": told["id"], "waits": on}
+                waits[job["phase"]] = last_link(told["id"], job["links"])
+            else:
+                yield {**about, "event": "released"}
+
+    def unsent(self, submission: int) -> str:
+        """Return the folder of a bundle that nobody has sent yet; "" where the submission is none, or was sent."""
+        folder = ""
+        for event in self.events():
+            if event.get("submission") == submission:
+                folder = event["folder"] if event["event"] == "bundle" else ""
+        return folder
 
     def jobs(self) -> list[JobEntry]:
         """Return the jobs in the order in which they were submitted, as the last rewiring left them.

@@ -20,15 +20,16 @@ from jobs.artifacts.seal import Seal
 from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, user_modules
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
-from launchers.planning import limits
+from launchers.planning import limits, rehearsal
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, Plan, PlannedPhase
 from launchers.planning.reasons import Reasoner
 from launchers.planning.snapshot import code_digests, code_of, find_code, users_code_digest
+from slurm import exported
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems
-from slurm.profile.environments import environment_of, why_not_shared
+from slurm.profile.environments import environment_of, environments, why_not_shared
 from slurm.profile.images import COMMA_PARTS_MOUNTS, image_of, unseen
 from slurm.profile.schema import Profile, Resources
 
@@ -36,8 +37,9 @@ MATERIAL_FORMAT = 1  # raised when the meaning of a key changes
 
 
 def default_run_folder(pipeline: Pipeline, run: Path | None) -> RunFolder:
-    """Return the folder `run`, or runs/NAME of the pipeline where none is given."""
-    return RunFolder((run or Path("runs") / pipeline.name).absolute())
+    """Return the folder `run`, or runs/NAME of the pipeline where none is given; runs/NAME.rehearsal of a rehearsal."""
+    name = f"{pipeline.name}.rehearsal" if pipeline.rehearsed else pipeline.name
+    return RunFolder((run or Path("runs") / name).absolute())
 
 
 def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False, again: str = "") -> Plan:
@@ -125,6 +127,9 @@ class _Planner:
         """Return the plan. Raises UserMistake with all problems."""
         if other := Ledger(self.run.ledger).other_cluster(self.pipeline.cluster, self.cluster.slurm_name):
             raise UserMistake(other)
+        if other := rehearsal.why_not_mixed(self.pipeline, self.run):
+            raise UserMistake(other)
+        self.remarks += rehearsal.remarks(self.pipeline)
         profile = self.cluster.profile
         self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
         if why := why_not_shared(profile, self.run.path):
@@ -134,6 +139,8 @@ class _Planner:
         limits.share_array_tasks(self.cluster, self.planned)
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
         self.problems += forwarding_problems(profile, os.environ) + self._secret_variables()
+        forwarded = {name for _, env in environments(profile) for name in env.forward}
+        self.problems += exported.unknown(os.environ.get(exported.VARIABLE, ""), self.pipeline.declared, forwarded)
         if self.problems:
             raise UserMistake(self.problems)
         running = [name for name, planned in self.planned.items() if planned.action in RUNS]
@@ -173,6 +180,7 @@ class _Planner:
             self._problem(phase, "resources.time", why)
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
         frozen.gpus_per_node, frozen.role = resources.gpus_per_node, resources.role
+        frozen.rehearsal = rehearsal.of_phase(self.pipeline, phase, resources)
         frozen.image = self._image(phase, resources.role, frozen)
         frozen.links = limits.links_of(
             cluster=self.cluster, run=self.run, phase=phase, frozen=frozen, resources=resources
@@ -243,6 +251,7 @@ class _Planner:
         }
         if modules := user_modules(phase.config):  # what scores is part of the result; keys without it are as ever
             material["modules"] = {module: users_code_digest(module, self.code, self.digests) for module in modules}
+        material |= rehearsal.MARK if self.pipeline.rehearsed else {}
         if self.pipeline.on_code_change == "rerun":
             code = {name: self.digests[name] for name in code_of(phase.uses, phase.config, self.code.files)}
             material["code"] = durable.sha256_bytes(durable.canonical_json(code))

@@ -5,6 +5,7 @@ What its jobs run never depends on what the user edits meanwhile.
 
 import os
 from pathlib import Path
+from typing import Any
 
 from data_tools.base import durable
 from jobs.artifacts.run_folder import RunFolder
@@ -41,6 +42,7 @@ def freeze(plan: Plan, number: int) -> None:
             "variables": {variable.name: variable.override for variable in plan.pipeline.variables},
             "params": plan.pipeline.params,
             "cwd": os.getcwd(),
+            **({"rehearsed": plan.pipeline.rehearsed} if plan.pipeline.rehearsed else {}),
         },
     )
     durable.write_file(run.pipeline_path(number), Path(plan.pipeline.source).read_bytes())
@@ -49,19 +51,23 @@ def freeze(plan: Plan, number: int) -> None:
     run.freeze(number, plan.pipeline.name, [phase.frozen for phase in plan.phases])
 
 
+def opening(plan: Plan, number: int) -> dict[str, Any]:
+    """Return what the ledger's first line about a submission says: where it goes, and the run's place."""
+    return {
+        "submission": number,
+        "backend": "slurm" if plan.cluster.kind == "slurm" else "local",
+        "choice": plan.pipeline.cluster,
+        "cluster": plan.cluster.name,
+        "cluster_name": plan.cluster.slurm_name,
+        "profile": plan.cluster.profile.meta.name,
+        "profile_file": plan.cluster.profile_file,
+        "run": str(plan.run.path.resolve()),
+    }
+
+
 def open_submission(plan: Plan, number: int) -> None:
-    """Write the submission's first line into the ledger: where it goes, and the run's place."""
-    Ledger(plan.run.ledger).append(
-        "submission",
-        submission=number,
-        backend="slurm" if plan.cluster.kind == "slurm" else "local",
-        choice=plan.pipeline.cluster,
-        cluster=plan.cluster.name,
-        cluster_name=plan.cluster.slurm_name,
-        profile=plan.cluster.profile.meta.name,
-        profile_file=plan.cluster.profile_file,
-        run=str(plan.run.path.resolve()),
-    )
+    """Write the submission's first line into the ledger."""
+    Ledger(plan.run.ledger).append("submission", **opening(plan, number))
 
 
 def select(plan: Plan, number: int) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_tools.mistake import UserMistake
 from launchers.planning.ledger import Ledger
 
 
@@ -47,3 +48,29 @@ def test_a_run_belongs_to_the_cluster_whose_name_was_written_down(tmp_path, even
 def test_what_became_of_the_newest_submission_is_told_until_another_ran(tmp_path, events, told):
     said = ledger_of(tmp_path, sent("auto", "a"), *events).given_up()
     assert told in said and bool(said) is bool(told)
+
+
+def test_what_a_bundles_shell_noted_reads_as_if_submit_had_written_it(tmp_path):
+    ledger, sent = Ledger(tmp_path / "ledger.jsonl"), tmp_path / "submissions/1/sent"
+    step = {"key": "k", "elements": [0], "is_array": False, "request": "", "batch": 1, "links": 0, "needs": {}}
+    jobs = [
+        {**step, "phase": "a", "name": "run.a", "links": 3},
+        {**step, "phase": "b", "name": "run.b", "needs": {"a": "afterok"}},
+    ]
+    ledger.append(
+        "bundle", submission=1, backend="slurm", choice="auto", run=str(tmp_path), folder="/bundle", jobs=jobs
+    )
+    assert ledger.jobs() == [] and ledger.unreleased() == [] and ledger.unsent(1) == "/bundle"
+    sent.parent.mkdir(parents=True)
+    sent.write_text("begin\nsending 0\njob 0 12\nsending 1\njob 1 1")  # killed while it wrote
+    assert [(job.phase, job.job) for job in ledger.jobs()] == [("a", "12")]
+    assert ledger.unreleased() == [1] and ledger.unsent(1) == ""
+    assert [event["name"] for event in ledger.events() if event["event"] == "sending"] == ["run.a", "run.b"]
+    sent.write_text("begin\nsending 0\ncancelled sbatch refused a\n")
+    assert ledger.unreleased() == [] and "sbatch refused a" in ledger.given_up()
+    sent.write_text(f"{sent.read_text()}begin\nsending 0\njob 0 12\nsending 1\njob 1 13\nreleased\n")
+    assert ledger.unreleased() == [] and ledger.given_up() == "" and ledger.jobs()[1].waits == {"a": "12_2"}
+    for wrong in ("job 2 14", "job x", "", "freed"):
+        sent.write_text(f"begin\n{wrong}\n")
+        with pytest.raises(UserMistake, match="sent:2: .* is no line of submit.sh's"):
+            ledger.jobs()

@@ -112,6 +112,8 @@ def test_slurms_jobs_run_ours(project, dev_cluster):  # noqa: F811
     [
         "jobs.worker",
         "jobs.replay",
+        "jobs.bare",
+        "launchers.door",
         "launchers.backends.local",
         "launchers.backends.restart",
         "launchers.cli",

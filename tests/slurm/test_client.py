@@ -37,6 +37,25 @@ def test_only_where_the_cluster_is_passes_the_scrub():
     }  # fmt: skip
 
 
+OUTER = {  # what real launchers set for a rank, by their manuals; Slurm's by its commands' man pages
+    "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_SPANK_X", "_SLURM_SPANK_OPTION_pyxis_image", "SLURMD_NODENAME", "SRUN_DEBUG",
+    "SBATCH_OUTPUT", "SALLOC_ACCOUNT", "SQUEUE_PARTITION", "SINFO_FORMAT", "SACCT_FORMAT", "SCANCEL_QOS",
+    "SCONTROL_ALL", "SSTAT_FORMAT", "SPRIO_FORMAT", "SREPORT_TRES", "SBCAST_FORCE", "SPANK_X", "PMI_RANK", "PMI_FD",
+    "PMI2_RANK", "PMIX_RANK", "PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK", "OMPI_UNIVERSE_SIZE", "MPI_LOCALRANKID",
+    "MPI_LOCALNRANKS", "HYDI_CONTROL_FD", "PALS_RANKID", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "AFTEROK_RANK",
+    "AFTEROK_MEETING",
+}  # fmt: skip
+GPUS = {"CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"}
+
+
+def test_nothing_that_an_outer_job_is_told_of_itself_passes_the_scrub_and_what_is_the_users_does():
+    users = {"PATH", "HOME", "OMPI_MCA_btl", "RANKING", "GROUP_NAME", "NCCL_DEBUG", "AFTEROK_PROFILES"}
+    env = dict.fromkeys(OUTER | GPUS | users, "1")
+    assert set(client.scrubbed_environment(env)) == users
+    assert set(client.scrubbed_environment(env, same_place=True)) == users | GPUS  # processes on the same node
+
+
 def test_a_failure_names_command_and_code_and_keeps_the_whole_message(tmp_path):
     env = fake(tmp_path, "scancel", "echo 'scancel: error: no such' >&2; echo 'scancel: error: thing' >&2; exit 3")
     with pytest.raises(SlurmError) as error:

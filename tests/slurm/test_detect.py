@@ -51,6 +51,12 @@ def test_a_configless_slurm_that_is_found_but_does_not_answer_is_an_error(bare):
         detect.find_cluster()
 
 
+def test_within_a_job_whose_path_lacks_slurms_commands_nothing_runs_on_the_node_instead(bare, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    with pytest.raises(SlurmUnavailable, match="are Slurm's commands in PATH"):
+        detect.find_cluster()
+
+
 @pytest.mark.parametrize("variable", ["SLURM_CONF", "SLURM_CONF_SERVER"])
 def test_a_configured_slurm_that_does_not_answer_is_an_error_never_local(bare, monkeypatch, variable):
     monkeypatch.setenv(variable, "/nowhere/slurm.conf")

@@ -1,0 +1,48 @@
+"""What slurm/pipeline.sbatch and slurm/phase.sbatch start in their job: `afterok submit` and `afterok resubmit`.
+
+    python -P -m launchers.door pipeline PIPELINE [key=value ...] [--run DIR]
+    python -P -m launchers.door phase RUN PHASE [key=value ...]
+
+Before, the variables of `sbatch --export=…` are seen to: what Slurm lost of them on the way is refused, and quotes that
+only held a comma together are taken off. The planner refuses those that the pipeline does not declare.
+"""
+
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"](children=False)
+
+import os
+import sys
+
+from data_tools.mistake import EXIT_MISTAKE
+from launchers import cli
+from launchers.verbs import tell
+from slurm import exported
+
+LOCAL = "cluster=local"
+DOORS = {"pipeline": "submit", "phase": "resubmit"}  # to the verb that each leads to
+
+
+def main(words: list[str]) -> int:
+    """Do what a door is for, and return the exit code of its verb."""
+    if not words or words[0] not in DOORS:
+        print(f"usage: {(__doc__ or '').partition(chr(10))[2].strip()}")
+        return EXIT_MISTAKE
+    door, rest = words[0], words[1:]
+    typed = os.environ.get(exported.VARIABLE, "")
+    if problems := exported.lost(typed, os.environ):
+        for problem in problems:
+            tell(problem)
+        return EXIT_MISTAKE
+    os.environ.update(exported.unquoted(typed, os.environ))
+    if LOCAL not in rest:
+        return cli.main([DOORS[door], *rest])
+    if door == "phase":  # its driver would end with this job
+        tell(f"{LOCAL}: a phase is resubmitted to a cluster; `sbatch pipeline.sbatch PIPELINE {LOCAL}` runs in its job")
+        return EXIT_MISTAKE
+    return cli.main(["run", *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,13 @@
+# What pipeline.sbatch and phase.sbatch do: find afterok's Python, and give it the words of the job. No job of its own.
+#
+# The Python is $AFTEROK_PYTHON, or that of the checkout or environment which this file lies in, or the one in PATH.
+# What was exported with the job (`sbatch --export=…`) may be nothing, not even PATH and HOME.
+for python in "${AFTEROK_PYTHON:-}" "$home/.venv/bin/python" "$home/../../../bin/python" \
+    "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$(command -v python3)" "$(command -v python)"; do
+    if [ -x "$python" ] && PYTHONPATH="$home" "$python" -P -c 'import launchers.door' 2> /dev/null; then
+        export AFTEROK_EXPORT="${SLURM_EXPORT_ENV:-}" PATH PYTHONPATH="$home" PYTHONUNBUFFERED=1
+        exec "$python" -P -m launchers.door "$door" "$@"
+    fi
+done
+echo "afterok: no Python here has it; name one that does: sbatch --export=AFTEROK_PYTHON=/…/bin/python,… $door.sbatch" >&2
+exit 2
