@@ -28,7 +28,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
     "data_tools": (
         "mistake progress own_packages", "base", "records", "chats", "answers", "prepare", "tasks", "recipes", "packs",
     ),
-    "slurm": ("printed", "client", "profile", "options", "dev", "detect", "verify"),
+    "slurm": ("checks printed", "client", "profile", "options", "dev", "detect", "verify"),
     "megatron_ext": (
         "adam device versions", "files", "parallel", "layers", "models", "weights", "lora", "model_folders",
         "preflight", "rollout", "training", "rl", "entrypoints",

@@ -88,7 +88,9 @@ def _changed(admins: Values, now: Values, merged: Merged, policy: Policy) -> Ite
         if locked is None or now.get(key) == admins.get(key):
             continue
         stays = f"it stays {admins[key]!r}" if key in admins else "it stays unset"
-        yield Problem(f"{merged.culprit(key)}: {key}", _said(policy.locked[locked], f"locked by the admin; {stays}"))
+        yield Problem(
+            f"{merged.culprit(key)}: {key}", _said(policy.locked[locked], f"locked by the admin; {stays}"), "A002"
+        )
 
 
 def locked_by(policy: Policy, key: str) -> str | None:
@@ -120,7 +122,7 @@ def _beyond(admins: Values, now: Values, merged: Merged, policy: Policy) -> Iter
             if _is_nothing(value) and not _is_nothing(theirs):
                 why = _said(bound.reason, f"the admin bounds it, and says {theirs!r}; say a value, or leave it")
             if why:
-                yield Problem(f"{merged.culprit(key) or merged.culprit('policy')}: {key}", why)
+                yield Problem(f"{merged.culprit(key) or merged.culprit('policy')}: {key}", why, "A002")
 
 
 def _default(key: str) -> Any:
@@ -182,18 +184,18 @@ def forbidden(profile: Profile, request: Request, wants: Resources, where: str) 
         place = "time" if key == "time_minutes" else key
         bound = policy.bounds.get(f"{OF_A_PHASE}{place}")
         if bound and (why := beyond(key, getattr(wants, key), bound)):
-            yield Problem(f"{where}.{place}", why)
+            yield Problem(f"{where}.{place}", why, "A002")
     longest = policy.bounds.get(f"{OF_A_PHASE}time")
     if profile.kind == "slurm" and longest and longest.max is not None and wants.time_minutes is None:
         words = f"no time is said, and the admin allows at most {longest.max}; say one"
-        yield Problem(f"{where}.time", _said(longest.reason, words))
+        yield Problem(f"{where}.time", _said(longest.reason, words), "A002")
     yield from _said_against_a_lock(profile, request, wants, where)
     if profile.kind == "slurm" and policy.require_account and not wants.account:
         words = "no account is said; say account in the phase's resources, or in a profile of yours"
-        yield Problem(f"{where}.account", _said(policy.reason, words))
+        yield Problem(f"{where}.account", _said(policy.reason, words), "A002")
     if policy.allowed_qos and wants.qos and wants.qos not in policy.allowed_qos:
         words = f"QOS {wants.qos!r} is not among {', '.join(policy.allowed_qos)}"
-        yield Problem(f"{where}.qos", _said(policy.reason, words))
+        yield Problem(f"{where}.qos", _said(policy.reason, words), "A002")
 
 
 def _said_against_a_lock(profile: Profile, request: Request, wants: Resources, where: str) -> Iterator[Problem]:
@@ -215,7 +217,7 @@ def _said_against_a_lock(profile: Profile, request: Request, wants: Resources, w
             said = of_role if asked is None else asked
         if said is not None and entry is not None and said != has:
             stays = f"locked by the admin; it stays {'unset' if has is None else repr(has)}"
-            yield Problem(f"{where}.{key}", _said(policy.locked[entry], stays))
+            yield Problem(f"{where}.{key}", _said(policy.locked[entry], stays), "A002")
 
 
 def _said(words: str, fact: str) -> str:

@@ -116,14 +116,15 @@ def naming_problems(profile: Profile, request: Request, where: str) -> list[Prob
         message = (
             f"profile {profile.meta.name} has no role {request.role!r}{nearest(request.role, sorted(profile.roles))}"
         )
-        problems.append(Problem(f"{where}.role", message))
+        problems.append(Problem(f"{where}.role", message, "S001"))
     elif profile.kind == "slurm":
         names = partition_names(profile, request)
         for name in names or [""]:
             if name not in profile.partitions:
                 what = f"no partition {name!r}" if name else "no one partition to take"
                 known = nearest(name, sorted(profile.partitions))
-                problems.append(Problem(f"{where}.partition", f"profile {profile.meta.name} has {what}{known}"))
+                message = f"profile {profile.meta.name} has {what}{known}"
+                problems.append(Problem(f"{where}.partition", message, "P001"))
     if request.time is not None:
         problems += time_problems(f"{where}.time", request.time)
     if request.gres is not None:
@@ -136,7 +137,7 @@ def time_problems(where: str, time: str | None) -> list[Problem]:
     try:
         parse_minutes(time or "0")
     except ValueError as error:
-        return [Problem(where, str(error))]
+        return [Problem(where, str(error), "S001")]
     return []
 
 
@@ -147,12 +148,13 @@ def gres_problems(where: str, gres: str | None, gpus: int | None) -> list[Proble
     try:
         found = items(gres)
     except ValueError as error:
-        return [Problem(where, str(error))]
+        return [Problem(where, str(error), "S001")]
     counted = gpus_of(gres)[1]
     if sum(name == "gpu" for name, _, _ in found) > 1:
-        return [Problem(where, f"{gres!r} names GPUs twice; a phase's nodes are of one kind")]
+        return [Problem(where, f"{gres!r} names GPUs twice; a phase's nodes are of one kind", "S001")]
     if counted is not None and gpus is not None and counted != gpus:
-        return [Problem(where, f"{gres!r} has {counted} GPUs, and gpus_per_node is {gpus}; say one of them")]
+        message = f"{gres!r} has {counted} GPUs, and gpus_per_node is {gpus}; say one of them"
+        return [Problem(where, message, "S001")]
     return []
 
 
