@@ -4,9 +4,9 @@
 names the same facts of a profile by the same ids. A finding may be waived by id (`--waive`, `waive` of a pipeline or a
 profile) where it may turn out well all the same, and where the admin's policy lets it.
 
-P partitions and nodes, Q accounts, QOS and queue, R what stops, starts and reserves, L licences, V maintenance, F files,
-N network, E environment, H the hub's cache, D disk, A the profile itself, S what a phase asks for, I its inputs, K its
-own settings, B the budget.
+P partitions and nodes, Q accounts, QOS and queue, R what stops, starts and reserves, L licences, V maintenance,
+F files, N network, E environment, H the hub's cache, D disk, A the profile itself, S what a phase asks for, I its
+inputs, K its own settings, B the budget.
 """
 
 from collections.abc import Collection, Iterable, Mapping

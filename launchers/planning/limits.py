@@ -92,7 +92,7 @@ def fit_submit_limit(cluster: Cluster, run: RunFolder, phases: Collection[Planne
     Returns a problem where even one task a phase is too many.
     """
     runs = [planned for planned in phases if planned.action in RUNS]
-    if cluster.kind != "slurm" or not runs:
+    if cluster.kind != "slurm" or not runs or cluster.unasked:
         return []
     limit = _submit_limit(cluster, {planned.resources.qos or "" for planned in runs})
     if limit is None:
@@ -118,7 +118,7 @@ def fit_submit_limit(cluster: Cluster, run: RunFolder, phases: Collection[Planne
             f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
             f"once{contact_note(cluster.profile)}"
         )
-        return [Problem("", message)]
+        return [Problem("", message, "Q004")]
     for planned in runs:
         if planned.frozen.array is not None:
             planned.frozen.batch = max(planned.frozen.batch, factors[smallest])

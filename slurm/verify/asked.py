@@ -74,7 +74,7 @@ class Asked:
 
 
 def findings(wants: Resources, live: Live, where: str, now: datetime | None = None) -> list[Problem]:
-    """Return all that a cluster has against a job. With `now`, what of this moment would have it wait is looked for too.
+    """Return all that a cluster has against a job; with `now`, what of this moment would have it wait, too.
 
     Args:
         where: the place of the resources, such as "tiny.yaml: phases.sft.resources".

@@ -106,16 +106,16 @@ def preemption(profile: Profile, live: Live, partition: str, qos: str) -> Iterat
     grace = live.grace_s.get(qos, 0) if "qos" in kind else seconds_of(keys.get("GraceTime", ""))
     if grace < profile.signal_lead_s:
         message = (
-            f"a job that is preempted there has {grace} s (GraceTime) to write a checkpoint, and signal_lead_s says that "
-            f"it takes {profile.signal_lead_s}: it may lose its work since the last one; have checkpoints often, or ask "
-            "the admin for a longer GraceTime"
+            f"a job that is preempted there has {grace} s (GraceTime) to write a checkpoint, and signal_lead_s says "
+            f"that it takes {profile.signal_lead_s}: it may lose its work since the last one; have checkpoints often, "
+            "or ask the admin for a longer GraceTime"
         )
         yield Problem(f"partitions.{partition}", message, "R003")
 
 
 def _nodes(at: str, place: Place, nodes: list[LiveNode], constraint: str | None) -> Iterator[Mismatch]:
     """Yield what of a kind of nodes no node of the partition has; the constraint first narrows them down."""
-    name, limits = place.partition or "", place.limits
+    limits = place.limits
     if message := named.features(nodes, constraint):
         yield Mismatch("P009", f"{at}.constraint", message)
     else:
