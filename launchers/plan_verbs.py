@@ -37,10 +37,9 @@ def _show(args: argparse.Namespace, plan: "Plan") -> int:
         told = plan.as_json()
         for phase in told["phases"]:
             phase["predicted_start"] = starts.get(phase["phase"])
-        asked = ({"sbatch": texts} if args.sbatch else {}) | (
-            {"diff": [vars(each) for each in differ]} if before else {}
-        )
-        return print_json(told | asked)
+        told |= {"sbatch": texts} if args.sbatch else {}
+        told |= {"diff": [vars(each) for each in differ]} if before else {}
+        return print_json(told)
     console().print(plan_table(plan, starts))
     if line := hours_line(plan):
         print(line)

@@ -322,7 +322,7 @@ class Slurm:
         return job
 
     def predicted_start(self, script: str) -> str:
-        """Return when a batch script would start if it were sent now ("2026-11-30T04:20:00"); "" where Slurm does not say.
+        """Return when a batch script would start if it were sent now, "2026-11-30T04:20:00"; "" where Slurm is silent.
 
         `sbatch --test-only` submits nothing. It is no check: it finds fine what never starts (seen with 22.05).
         """
