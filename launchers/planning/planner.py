@@ -195,18 +195,20 @@ class _Planner:
         ]
 
     def _phase(self, phase: Phase) -> PlannedPhase:
-        frozen = self._frozen(phase)
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
         resources, problems = limits.resources_of(self.cluster.profile, phase, where)
         self.problems += problems
         self.fits[phase.name] = not problems
+        image = self._image(phase, resources.role)
+        frozen = self._frozen(phase, image)
         self._check(phase, frozen, resources)
         self._check_partners(phase, frozen)
+        if image:
+            self._check_container(phase, resources.role, frozen)
         if why := limits.why_time_is_too_short(self.cluster, phase, resources):
             self._problem(phase, "resources.time", why, "S002")
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
         frozen.gpus_per_node, frozen.role = resources.gpus_per_node, resources.role
-        frozen.image = self._image(phase, resources.role, frozen)
         frozen.links = limits.links_of(
             cluster=self.cluster, run=self.run, phase=phase, frozen=frozen, resources=resources
         )
@@ -215,25 +217,14 @@ class _Planner:
         self.reasoner.decide(planned)
         return planned
 
-    def _image(self, phase: Phase, role: str, frozen: FrozenPhase) -> dict[str, str]:
-        """Return a phase's image with the digest of its file or folder; an input that it does not see is a problem.
+    def _image(self, phase: Phase, role: str) -> dict[str, str]:
+        """Return a role's image with the digest of its file or folder, {} for none.
 
         Of what only a registry has there is no digest: the name, best one with a digest, is all that is known.
         """
         name = image_of(self.cluster.profile, role)
         if not name:
             return {}
-        for hidden in unseen(self.cluster.profile, role, run=self.run.path, paths=list(frozen.inputs)):
-            message = f"{hidden} is not mounted in the container of role {role}"
-            self._problem(
-                phase,
-                "with",
-                f"{message}; add it to the profile's container.mounts, under the same name",
-                "F004",
-            )
-        if "," in str(self.run.path) and (runtime := self.cluster.profile.container.runtime) in COMMA_PARTS_MOUNTS:
-            message = f"its container mounts {self.run.path}, and {runtime} takes what is behind the comma for another"
-            self._problem(phase, "resources", f"{message}; choose another folder with --run DIR", "F004")
         path = Path(name)
         if path.is_absolute() and not path.exists():
             self.remarks.append(
@@ -242,6 +233,20 @@ class _Planner:
         if not path.is_absolute() or not path.exists():
             return {"name": name}
         return {"name": name, "sha256": content_digest(path, self.cache)}
+
+    def _check_container(self, phase: Phase, role: str, frozen: FrozenPhase) -> None:
+        """Refuse inputs and files of secrets that the container of a phase does not see, and a run it cannot mount."""
+        profile, remedy = self.cluster.profile, "add it to the profile's container.mounts, under the same name"
+        kept = environment_of(profile, role).secrets.values()
+        secrets = [str(Path(text[5:]).expanduser()) for text in kept if text.startswith("file:")]
+        for key, paths in (("with", list(frozen.inputs)), ("resources.role", secrets)):
+            what = "the secret's file " if key != "with" else ""
+            for hidden in unseen(profile, role, run=self.run.path, paths=paths):
+                message = f"{what}{hidden} is not mounted in the container of role {role}; {remedy}"
+                self._problem(phase, key, message, "F004")
+        if "," in str(self.run.path) and (runtime := profile.container.runtime) in COMMA_PARTS_MOUNTS:
+            message = f"its container mounts {self.run.path}, and {runtime} takes what is behind the comma for another"
+            self._problem(phase, "resources", f"{message}; choose another folder with --run DIR", "F004")
 
     def _inputs(self, phase: Phase) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return the inputs that no phase makes: ({config key: digests in order}, {absolute path: digest}).
@@ -260,7 +265,7 @@ class _Planner:
                 digests.setdefault(key, []).append(files[str(path)])
             elif kind == "hub" and is_hub_name(str(entry)):
                 digests.setdefault(key, []).append(f"hub:{entry}")
-            elif self.cluster.unasked and str(entry).startswith("/"):
+            elif self.cluster.unasked:
                 self.not_asked.append(f"{phase.name}: what is in {entry}, which this machine has not")
                 digests.setdefault(key, []).append(f"unseen:{entry}")
             else:
@@ -270,8 +275,12 @@ class _Planner:
                 )
         return digests, files
 
-    def _frozen(self, phase: Phase) -> FrozenPhase:
-        """Return the phase with its key, as a submission would freeze it; its place on the cluster is not known yet."""
+    def _frozen(self, phase: Phase, image: dict[str, str]) -> FrozenPhase:
+        """Return the phase with its key, as a submission would freeze it; its place on the cluster is not known yet.
+
+        An image is to a phase what code is, an environment that is not meant to change results: it is recorded and a
+        change is told, and only `on_code_change: rerun` makes it, as the code, part of the key.
+        """
         digests, files = self._inputs(phase)
         settings = keyed_settings(phase.kind.config, phase.config)
         for key, values in digests.items():
@@ -290,6 +299,8 @@ class _Planner:
         if self.pipeline.on_code_change == "rerun":
             code = {name: self.digests[name] for name in code_of(phase.uses, phase.config, self.code.files)}
             material["code"] = durable.sha256_bytes(durable.canonical_json(code))
+            if image:
+                material["image"] = image.get("sha256", image["name"])
         return FrozenPhase(
             name=phase.name,
             uses=phase.uses,
@@ -305,6 +316,7 @@ class _Planner:
             nodes=1,
             gpus_per_node=0,
             throttle=phase.throttle,
+            image=image,
         )
 
     def _check(self, phase: Phase, frozen: FrozenPhase, resources: Resources) -> None:
@@ -331,6 +343,9 @@ class _Planner:
         )
         problems = phase.kind.check(config, placement)
         for problem in problems:
+            if self.cluster.unasked and problem.where.endswith(".inputs"):  # files, or the hub's cache, of there
+                self.not_asked.append(f"{phase.name}: with.{problem}")
+                continue
             self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message, "K001")
         self.checked[phase.name] = config, placement
         self.forecasts[phase.name] = phase.kind.forecast(config, placement)

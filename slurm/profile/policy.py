@@ -10,13 +10,16 @@ from typing import Any
 from data_tools.mistake import Problem
 from slurm.printed import format_minutes, parse_minutes
 from slurm.profile.layers import Layer, Merged, leaves, merge
+from slurm.profile.places import gpus_of, items
+from slurm.profile.resolve import least_minutes
 from slurm.profile.schema import Bound, Policy, Profile, Request, Resources
 from slurm.profile.typed import NOTHING, is_place
 
+RUNTIME, IMAGES = "container.runtime", "container.images"
 OF_A_PHASE = "resources."  # how the bound of what a phase gets begins
 # What of a phase's request a locked role or partition keeps it from saying; sizes are bounded, not locked.
 PLACES = ("partition", "account", "qos", "reservation", "licenses", "constraint", "gres")
-TIMES = ("time", "max_time", "time_minutes")
+TIMES = ("time", "max_time", "time_minutes", "time-min", "time_min")
 OF_RESOURCES = tuple("time" if key == "time_minutes" else key for key in Resources.__annotations__
                      if key != "extra_sbatch")  # fmt: skip
 
@@ -74,6 +77,9 @@ def _bound_problems(key: str, bound: Bound, where: str) -> Iterator[Problem]:
     elif not is_place(key.split(".")):
         also = f"; of what a phase gets, write {OF_A_PHASE}{key}" if key in OF_RESOURCES else ""
         yield Problem(where, f"no place of a profile{also}")
+    if key.rpartition(".")[2] == "gres" and (bound.min is not None or bound.max is not None):
+        words = 'gres is no number: say choices, such as ["gpu:a100", "nvme:1"], or bound resources.gpus_per_node'
+        yield Problem(where, words)
     for name in ("min", "max"):
         try:
             _number(key, getattr(bound, name) or "0")
@@ -95,7 +101,8 @@ def _changed(admins: Values, now: Values, merged: Merged, policy: Policy) -> Ite
 
 def locked_by(policy: Policy, key: str) -> str | None:
     """Return the entry of `locked` that a dotted key falls under, None where it is free."""
-    return next((entry for entry in policy.locked if _falls_under(key, entry)), None)
+    bears = key == RUNTIME  # without a runtime no image would be taken
+    return next((e for e in policy.locked if _falls_under(key, e) or (bears and e.startswith(IMAGES))), None)
 
 
 def _falls_under(key: str, entry: str) -> bool:
@@ -162,7 +169,7 @@ def beyond(key: str, value: Any, bound: Bound) -> str:
     def shown(text: Any) -> str:
         return format_minutes(number(text)) if key.rpartition(".")[2] in TIMES else str(text)
 
-    if bound.choices and str(value) not in bound.choices:
+    if bound.choices and not _is_among(key, str(value), bound.choices):
         return _said(bound.reason, f"{value!r} is not among {', '.join(bound.choices)}")
     try:
         if bound.max is not None and number(value) > number(bound.max):
@@ -172,6 +179,18 @@ def beyond(key: str, value: Any, bound: Bound) -> str:
     except ValueError:
         return _said(bound.reason, f"{value!r} cannot be compared with the admin's bound")
     return ""
+
+
+def _is_among(key: str, value: str, choices: list[str]) -> bool:
+    """Return whether a value is one of the choices; of gres whether each item is, by name, type or count too."""
+    if key.rpartition(".")[2] != "gres":
+        return value in choices
+    try:
+        spelled = [(name, f"{name}:{kind}", f"{name}:{kind}:{count}" if kind else f"{name}:{count}")
+                   for name, kind, count in items(value)]  # fmt: skip
+    except ValueError:
+        return value in choices
+    return value in choices or all(set(forms) & set(choices) for forms in spelled)
 
 
 def forbidden(profile: Profile, request: Request, wants: Resources, where: str) -> Iterator[Problem]:
@@ -186,6 +205,13 @@ def forbidden(profile: Profile, request: Request, wants: Resources, where: str) 
         if bound and (why := beyond(key, getattr(wants, key), bound)):
             yield Problem(f"{where}.{place}", why, "A002")
     longest = policy.bounds.get(f"{OF_A_PHASE}time")
+    least = least_minutes(wants)
+    if longest and least != wants.time_minutes and (why := beyond("time", least, longest)):
+        yield Problem(f"{where}.time", f"{why}, and the partition's extra_sbatch has time-min", "A002")
+    kinds = policy.bounds.get(f"{OF_A_PHASE}gres")
+    if kinds and kinds.choices and wants.gpus_per_node and not gpus_of(wants.gres)[1] and "gpu" not in kinds.choices:
+        words = f"GPUs of any name are not among {', '.join(kinds.choices)}; say gres"
+        yield Problem(f"{where}.gpus_per_node", _said(kinds.reason, words), "A002")
     if profile.kind == "slurm" and longest and longest.max is not None and wants.time_minutes is None:
         words = f"no time is said, and the admin allows at most {longest.max}; say one"
         yield Problem(f"{where}.time", _said(longest.reason, words), "A002")
