@@ -84,8 +84,10 @@ class Reasoner:
         if not all(some.has_sum for some in (seal, *planned.survey.parts.values())):
             planned.reasons.append("no sum: written before")
         planned.code_changed = self._code_changes(seal, planned.name)
-        if seal.content.get("image", {}) != planned.frozen.image:
-            planned.code_changed.append(f"image {_image(seal.content.get('image'))} → {_image(planned.frozen.image)}")
+        was, now = seal.content.get("image", {}), planned.frozen.image
+        known = all("sha256" in image for image in (was, now))
+        if was.get("name") != now.get("name") or (known and was != now):
+            planned.code_changed.append(f"image {_image(was)} → {_image(now)}")
         self.seals[planned.name] = seal
 
     def _run_unsealed(self, planned: PlannedPhase) -> None:

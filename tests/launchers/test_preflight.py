@@ -1,0 +1,221 @@
+"""Each check of preflight on a real Slurm with accounting: `plan` refuses, and what Slurm itself would have made of it.
+
+Slurm either takes the job, which then never starts (its pending reason), starts too late or fails once it runs; or it
+refuses the job itself, after other jobs of the pipeline are in the queue already. Which it is stands in each case.
+"""
+
+import contextlib
+import re
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from data_tools.mistake import UserMistake
+from jobs.artifacts.run_folder import RunFolder
+from jobs.kind import PhaseKind
+from jobs.schema.pipeline import load_pipeline
+from launchers.observe.foresee import scripts
+from launchers.planning import planner
+from launchers.planning.planner import make_plan
+from slurm.checks import CHECKS
+from slurm.client import Slurm, SlurmError
+from slurm.detect import find_cluster
+from slurm.verify.live import user_name
+from tests.cluster import wait_until
+from tests.command import ROOT
+
+ONE = "name: one\nphases:\n  counter: {uses: tests.toy.counter, with: {steps: 1}}\n"
+SITE = """\
+partitions: {batch: {}, long: {}, preempt: {requeue: true}, bathc: {}}
+roles: {cpu: {partition: batch, time: 10}}
+"""
+REFUSES = "it refuses the job itself"
+
+# check, what is changed of the cluster, what the phase asks for, Slurm's word
+CASES = [
+    ("P001", "", "partition=bathc", REFUSES),
+    ("P002", "", "time=1-01:00:00", "PartitionTimeLimit"),
+    ("P003", "partition=batch maxnodes=1", "nodes=2", "PartitionNodeLimit"),
+    ("P003", "", "nodes=3", "PartitionConfig"),
+    ("P005", "", "gpus_per_node=9", REFUSES),
+    ("P005", "", "gres=gpu:h100:1", REFUSES),
+    ("P006", "", "cpus_per_task=65", REFUSES),
+    ("P006", "", "mem_gib=251", REFUSES),
+    ("P006", "partition=batch maxcpuspernode=2", "cpus_per_task=4", REFUSES),
+    ("P007", "partition=batch allowqos=small", "qos=normal", "Qos"),
+    ("P007", "partition=batch allowaccounts=other", "account=main", "Account"),
+    ("P008", "partition=batch state=DOWN", "nodes=1", "PartitionDown"),
+    ("P009", "", "constraint=sxm", REFUSES),
+    ("P010", "", "gres=nvme:1", REFUSES),
+    ("P011", "nodename=n2 state=DRAIN reason=test", "nodes=2", "DOWN, DRAINED"),
+    ("P012", "partition=batch state=INACTIVE", "nodes=1", "PartitionInactive"),
+    ("Q001", "", "qos=hihg", REFUSES),
+    ("Q002", "", "account=mine", REFUSES),
+    ("Q003", "qos=small set maxwall=5", "qos=small", "QOSMaxWallDurationPerJobLimit"),
+    ("Q003", "account=main set grptres=node=1", "nodes=2", "AssocGrpNodeLimit"),
+    ("R004", "", "reservation=cours", REFUSES),
+    ("R005", "reservation 5", "reservation=ours", "Reservation"),
+    ("L001", "", "licenses=lustre:1", REFUSES),
+    ("V001", "maintenance 5", "nodes=1", "ReqNodeNotAvail"),
+]
+UNDO = {
+    "partition": "scontrol update partition=batch maxnodes=UNLIMITED maxcpuspernode=UNLIMITED state=UP allowqos=ALL "
+    "allowaccounts=ALL",
+    "nodename": "scontrol update nodename=n2 state=RESUME",
+    "qos": "sacctmgr -i modify qos small set maxwall=-1",
+    "account": "sacctmgr -i modify account main set grptres=node=-1",
+    "reservation": "scontrol delete reservationname=ours",
+    "maintenance": "scontrol delete reservationname=ours",
+}
+
+
+@pytest.fixture
+def slurm(accounted_cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", str(accounted_cluster.conf))
+    return Slurm(accounted_cluster.env())
+
+
+@pytest.fixture
+def plan(tmp_path, slurm):
+    """A function that plans the one phase, with what is said of its resources and of the plan."""
+    (tmp_path / "one.yaml").write_text(ONE)
+    (tmp_path / "site.yaml").write_text(SITE)
+
+    def of(*asked, waive=(), **words):
+        overrides = [f"counter.resources.{word}" for word in asked] + [f"cluster={tmp_path}/site.yaml"]
+        pipeline = load_pipeline(tmp_path / "one.yaml", overrides)
+        pipeline.waive = list(waive)
+        return make_plan(pipeline, RunFolder(tmp_path / "run"), find_cluster(pipeline.cluster), **words)
+
+    return of
+
+
+@contextlib.contextmanager
+def changed(slurm, update):
+    """Change the cluster for a while: a partition, a node, a QOS, an account, or a reservation in so many minutes."""
+    kind = re.split("[= ]", update)[0]
+    if kind in ("reservation", "maintenance"):
+        minutes = int(update.split()[1])
+        upkeep = datetime.now() + timedelta(minutes=minutes)
+        said = ["starttime=now", f"duration={minutes}", f"users={user_name()}"]
+        if kind == "maintenance":
+            said = [f"starttime={upkeep:%Y-%m-%dT%H:%M:%S}", "duration=60", "users=root", "flags=maint"]
+        slurm.run(["scontrol", "create", "reservation", "reservationname=ours", "nodes=n1,n2", *said])
+    elif update:
+        program = ["sacctmgr", "-i", "modify"] if kind in ("qos", "account") else ["scontrol", "update"]
+        slurm.run([*program, *update.replace("=", " name=", 1).split()] if kind in ("qos", "account") else
+                  [*program, *update.split()])  # fmt: skip
+    try:
+        yield
+    finally:
+        if update:
+            slurm.run(UNDO[kind].split())
+
+
+def refused(plan, *asked, **words):
+    """Return {check: line} of a plan that is refused."""
+    with pytest.raises(UserMistake) as error:
+        plan(*asked, **words)
+    return {problem.check: str(problem) for problem in error.value.problems}
+
+
+def sent_all_the_same(plan, slurm, monkeypatch, tmp_path, *asked):
+    """Send what the plan refuses; return (its id, "") or ("", what Slurm says against it)."""
+    with monkeypatch.context() as let_go:
+        let_go.setattr(planner, "sort_out", lambda found, waived: ([], [], []))
+        text = scripts(plan(*asked))["counter"]
+    with contextlib.suppress(FileExistsError):
+        (tmp_path / "run" / "counter" / "logs").mkdir(parents=True)
+    (tmp_path / "job.sh").write_text(text)
+    try:
+        return slurm.sbatch([str(tmp_path / "job.sh")]), ""
+    except SlurmError as error:
+        return "", str(error)
+
+
+def state_of(slurm, job):
+    return slurm.run(["squeue", "-h", "--states=all", "-j", job, "-o", "%T %r"]).strip()
+
+
+@pytest.mark.parametrize(
+    "check, update, asked, word", CASES, ids=[f"{case[0]}-{place}" for place, case in enumerate(CASES)]
+)
+def test_what_is_refused_would_have_waited_for_ever_or_been_refused_late(
+    plan, slurm, monkeypatch, tmp_path, check, update, asked, word
+):
+    with changed(slurm, update):
+        found = refused(plan, asked)
+        assert list(found) == [check], found
+        job, said = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, asked)
+        try:
+            assert bool(said) == (word == REFUSES), said or state_of(slurm, job)
+            if job:
+                wait_until(lambda: word in state_of(slurm, job), f"{word}, and not {state_of(slurm, job)}", 10)
+        finally:
+            if job:
+                slurm.cancel([job])
+
+
+def test_a_job_that_fits_is_planned_and_notes_refuse_nothing(plan, slurm):
+    assert (plan().told, plan().waived, plan().not_asked) == ([], [], [])
+    (note,) = plan("partition=preempt").told
+    assert note.check == "R003" and "has 0 s (GraceTime)" in note.message
+
+
+def test_a_preempted_job_that_the_profile_would_requeue_is_lost(plan, slurm, monkeypatch, tmp_path):
+    slurm.run(["scontrol", "update", "partition=preempt", "preemptmode=CANCEL"])
+    try:
+        found = refused(plan, "partition=preempt")
+        assert list(found) == ["R001"] and "PreemptMode=CANCEL" in found["R001"]
+        job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, "partition=preempt")
+        slurm.run(["scontrol", "hold", job])
+        assert slurm.job(job)["Requeue"] == "1"  # it may, and no preemption does it
+        slurm.cancel([job])
+        assert [problem.check for problem in plan("partition=preempt", waive=["R001"]).waived] == ["R001"]
+    finally:
+        slurm.run(["scontrol", "update", "partition=preempt", "preemptmode=REQUEUE"])
+
+
+def test_a_folder_of_logs_that_cannot_be_made_is_a_job_without_a_word(plan, slurm, monkeypatch, tmp_path):
+    (tmp_path / "run" / "counter").mkdir(parents=True)
+    (tmp_path / "run" / "counter" / "logs").write_text("")
+    assert "is no folder, and the logs of counter belong below it" in refused(plan)["F005"]
+    job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path)
+    wait_until(lambda: slurm.job(job)["JobState"] == "FAILED", "its end", 10)
+    assert slurm.job(job)["ExitCode"] == "0:53"
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_until_it_is_waived(plan, monkeypatch, tmp_path):
+    monkeypatch.setattr(PhaseKind, "costs", lambda self, config, placement: {"bytes": 2.0**60, "seconds": 7200.0})
+    line = refused(plan)["D001"]
+    assert "1,073,741,824.0 GiB of checkpoints at the least (counter 1,073,741,824.0)" in line and "keep fewer" in line
+    made = plan("gpus_per_node=2", "nodes=2", "time=3:00:00", waive=["D001"])
+    assert [problem.check for problem in made.waived] == ["D001"] and made.notes[0].startswith("waived: D001 ")
+    # GPU-hours: 2 nodes x 2 GPUs, 4 links of 3 hours at most, 2 hours planned
+    assert vars(made.gpu_hours) == {"bound": 4 * 3.0 * max(made.phases[0].frozen.links, 1), "planned": 8.0}
+
+
+def test_what_the_budget_does_not_cover_is_refused_with_the_hours_of_each_phase(plan):
+    line = refused(plan, "gpus_per_node=2", "time=3:00:00", budget=5.9)["B001"]
+    assert "the time limits come to 6.0 GPU-hours (counter 6.0), and the budget is 5.9" in line
+    assert plan("gpus_per_node=2", "time=3:00:00", budget=6.0).gpu_hours.bound == 6.0
+
+
+def test_refusals_and_unknown_ids_are_not_waived_and_all_is_told_at_once(plan):
+    found = refused(plan, "time=2-0", "qos=hihg", "nodes=9", waive=["P002", "P0"])
+    assert {"P002", "Q001", "P003", ""} == set(found)
+    with pytest.raises(UserMistake) as error:
+        plan(waive=["P002"])
+    assert "P002 (the time limit is at most the partition's) cannot be waived" in str(error.value)
+
+
+def test_every_check_of_a_plan_is_broken_somewhere(request):
+    here = {case[0] for case in CASES} | set(re.findall(r'"([A-Z]\d{3})"', Path(__file__).read_text()))
+    elsewhere = {
+        "P004": "tests/slurm/test_verify.py", "Q004": "tests/launchers/test_submit_limit.py",
+        "F001": "tests/launchers/test_profile_verbs.py", "F002": "tests/launchers/test_profile_verbs.py",
+        "N001": "tests/launchers/test_profile_verbs.py", "E001": "tests/launchers/test_profile_verbs.py",
+    }  # fmt: skip
+    for check in CHECKS:
+        assert check in here or check in (ROOT / elsewhere[check]).read_text(), check
