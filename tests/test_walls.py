@@ -39,7 +39,8 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "ranks requeue secrets replay sealing upstream health", "worker",
     ),
     "launchers": (
-        "planning", "causes", "backends", "submission", "observe", "verbs", "plan_verbs profile_verbs", "cli", "console",
+        "planning", "causes", "backends", "submission", "observe", "verbs", "plan_verbs profile_verbs", "cli",
+        "console",
     ),
 }  # fmt: skip
 MOST_LINES = 450  # of a file

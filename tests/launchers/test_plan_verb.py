@@ -92,8 +92,7 @@ def test_a_plan_is_compared_with_a_run_by_settings_resources_inputs_and_code(two
     (folder / "here.txt").write_text("y")
     with open(run / "submissions/1/code/tests/toy/total.py", "a") as code:
         code.write("# another\n")
-    changes = ["numbers.with.start=4", "numbers.with.seconds=0.5", "numbers.resources.cpus_per_task=1", "total.with.factor=9",
-               "numbers.throttle=2"]  # fmt: skip
+    changes = ["numbers.with.start=4", "numbers.with.seconds=0.5", "total.with.factor=9", "numbers.throttle=2"]
     rows = json.loads(said(capsys, *words, *changes, "--json").out)["diff"]
     found = {(row["phase"], row["what"], row["line"]) for row in rows}
     assert found >= {

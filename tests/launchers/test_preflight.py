@@ -52,8 +52,8 @@ CASES = [
     ("P012", "partition=batch state=INACTIVE", "nodes=1", "PartitionInactive"),
     ("Q001", "", "qos=hihg", REFUSES),
     ("Q002", "", "account=mine", REFUSES),
-    ("Q003", "qos=small set maxwall=5", "qos=small", "QOSMaxWallDurationPerJobLimit"),
-    ("Q003", "account=main set grptres=node=1", "nodes=2", "AssocGrpNodeLimit"),
+    ("Q003", "qos small set maxwall=5", "qos=small", "QOSMaxWallDurationPerJobLimit"),
+    ("Q003", "account main set grptres=node=1", "nodes=2", "AssocGrpNodeLimit"),
     ("R004", "", "reservation=cours", REFUSES),
     ("R005", "reservation 5", "reservation=ours", "Reservation"),
     ("L001", "", "licenses=lustre:1", REFUSES),
@@ -104,8 +104,7 @@ def changed(slurm, update):
         slurm.run(["scontrol", "create", "reservation", "reservationname=ours", "nodes=n1,n2", *said])
     elif update:
         program = ["sacctmgr", "-i", "modify"] if kind in ("qos", "account") else ["scontrol", "update"]
-        slurm.run([*program, *update.replace("=", " name=", 1).split()] if kind in ("qos", "account") else
-                  [*program, *update.split()])  # fmt: skip
+        slurm.run([*program, *update.split()])
     try:
         yield
     finally:

@@ -87,8 +87,8 @@ CASES = [
      "wants at least node=4"),
     ("R004", "reservation", {"reservation": "cours"}, "no such reservation; it has course"),
     ("R004", "reservation", {"cluster": reserved(Users="somebody,else"), "reservation": "upkeep"}, "somebody, else"),
-    ("R004", "reservation", {"cluster": reserved(Accounts="phys"), "reservation": "upkeep"}, "is for the accounts phys"),
-    ("R005", "nodes", {"cluster": reserved(NodeCnt="1"), "reservation": "upkeep"}, "2, but the reservation upkeep has 1"),
+    ("R004", "reservation", {"cluster": reserved(Accounts="phys"), "reservation": "upkeep"}, "for the accounts phys"),
+    ("R005", "nodes", {"cluster": reserved(NodeCnt="1"), "reservation": "upkeep"}, "the reservation upkeep has 1"),
     ("R005", "time", {"cluster": reserved(), "reservation": "upkeep"}, "10:00:00, but the reservation upkeep ends at "
      "2026-11-30T20:00:00: Slurm would take the job and never start it there; ask for at most 2:00:00"),
     ("L001", "licenses", {"licenses": "lustre:3,matlab"}, "lustre:3, matlab: Slurm has not that many; it has lustre:2"),

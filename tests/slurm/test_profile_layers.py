@@ -265,6 +265,7 @@ def test_places_that_no_profile_has_are_the_admins_mistake(site):
         ("nodes: {max: 1}", "nodes: no place of a profile; of what a phase gets, write resources.nodes"),
         ("resources.time_minutes: {max: 1}", "resources.time_minutes: a phase gets nothing of this name; known: role,"),
         ("resources.extra_sbatch: {max: 1}", "resources.extra_sbatch: a phase gets nothing of this name"),
+        ("resources.gres: {max: 4}", "resources.gres: gres is no number: say choices"),
         ("resources.nodes: {max: eight}", "resources.nodes.max: 'eight' is no integer"),
         ("resources.time: {min: soon}", "resources.time.min: 'soon' is no Slurm time"),
     ],
@@ -311,6 +312,65 @@ def test_a_phase_is_held_to_the_policy_by_what_it_gets(site):
     (problem,) = check(profile, Request("train", time="1-13"), "p")
     assert problem.message == "1-13:00:00 is more than the admin allows; at most 1-12"
     assert check(profile, Request("train", nodes=4, time="1-12"), "p") == []
+
+
+def test_a_bound_on_time_holds_for_the_least_that_slurm_may_give(site):
+    policy = (
+        "policy: {bounds: {resources.time: {min: 1:00:00, max: 1-0}, partitions.*.extra_sbatch.time-min: {min: 30}}}"
+    )
+    admin = site("admin", "big", "partitions: {gpu: {}}\nroles: {train: {time: 2:00:00}}\n" + policy + "\n")
+    assert check(files.load("big"), Request("train"), "p") == []
+    site("user", "big", "partitions: {gpu: {extra_sbatch: {time-min: 0:40:00}}}\n")
+    (problem,) = check(files.load("big"), Request("train"), "p")
+    assert str(problem) == (
+        "A002 p.time: 0:40:00 is less than the admin allows; at least 1:00:00, and the partition's extra_sbatch has "
+        "time-min"
+    )
+    user = site("user", "big", "partitions: {gpu: {extra_sbatch: {time-min: 0:20:00}}}\n")
+    assert refused("big") == [
+        f"A002 {user}: partitions.gpu.extra_sbatch.time-min: 0:20:00 is less than the admin allows; at least 30"
+    ]
+    assert admin != user
+
+
+def test_a_bound_on_gres_is_of_names_types_and_counts(site):
+    policy = "policy: {bounds: {resources.gres: {choices: ['gpu:a100', 'nvme:1'], reason: Ask us}}}\n"
+    site("admin", "big", "partitions: {gpu: {}}\nroles: {train: {}}\n" + policy)
+    profile = files.load("big")
+
+    def found(**said):
+        return [str(problem) for problem in check(profile, Request("train", **said), "p")]
+
+    assert found() == found(gres="gpu:a100:8") == found(gres="gpu:a100:2,nvme:1") == []
+    assert found(gres="nvme:2") == ["A002 p.gres: Ask us ('nvme:2' is not among gpu:a100, nvme:1)"]
+    assert found(gres="gpu:h100:1") == ["A002 p.gres: Ask us ('gpu:h100:1' is not among gpu:a100, nvme:1)"]
+    (line,) = found(gpus_per_node=8)  # any GPU would do for Slurm
+    assert line == "A002 p.gpus_per_node: Ask us (GPUs of any name are not among gpu:a100, nvme:1; say gres)"
+
+
+def test_a_lock_on_images_keeps_the_runtime_that_starts_them(site):
+    image = "partitions: {gpu: {}}\nroles: {train: {}}\ncontainer: {runtime: pyxis, images: {default: a#b}}\n"
+    for locked in ("container.images", "container.images.default"):
+        site("admin", "big", image + f"policy: {{locked: {{{locked}: Our image only.}}}}\n")
+        user = site("user", "big", "container: {runtime: none}\n")
+        assert refused("big") == [
+            f"A002 {user}: container.runtime: Our image only (locked by the admin; it stays 'pyxis')"
+        ]
+
+
+def test_a_variable_without_a_value_is_no_variable_named_null(site):
+    user = site(
+        "user", "mine", "kind: local\nroles: {cpu: {env: {set: {C: }}}}\nenv: {set: {A: , B: null, D: '', E: 'null'}}\n"
+    )
+    assert refused("mine") == [
+        f'{user}: {key}: no value is written; write "" for an empty one, or take the line out'
+        for key in ("roles.cpu.env.set.C", "env.set.A", "env.set.B")
+    ]
+    site("user", "mine", "kind: local\nroles: {cpu: }\nenv: {set: {D: '', E: 'null'}}\n")
+    assert files.load("mine").env.set == {"D": "", "E": "null"}
+    site("user", "mine", "partitions: {p: {extra_sbatch: {exclusive: null}}}\nroles: {cpu: }\n")
+    loaded = files.load("mine")
+    assert loaded.partitions["p"].extra_sbatch == {"exclusive": ""} and "exclusive: ''" in files.to_yaml(loaded)
 
 
 def test_account_and_qos_are_asked_of_each_phase_not_of_the_file(site):

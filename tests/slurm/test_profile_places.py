@@ -120,6 +120,18 @@ def test_gres_is_read_as_slurm_prints_it():
     assert gpus_of("nvme:2,gpu:4") == ("", 4) and gpus_of("gpu:h100") == ("h100", 1) and gpus_of(None) == ("", None)
 
 
+def test_gpus_of_another_name_are_not_taken_for_those_of_the_profile():
+    site = Profile(partitions={"p": Partition(gpu="h100", gpu_mem_gib=80)}, roles={"train": Role(gpus_per_node=8)})
+
+    def got(gres):
+        resources = resolve(site, Request("train", gres=gres))
+        return resources.gpu, resources.gpu_mem_gib
+
+    assert got("gpu:4") == got("gpu:h100:4") == got(None) == ("h100", 80) and got("gpu:v100:4") == ("v100", None)
+    site.partitions["p"].gres = "gpu:hopper:8"  # the site's name of its h100
+    assert got("gpu:hopper:4") == ("h100", 80)
+
+
 def test_phase_defaults_stand_between_phase_and_role(mixed):
     mixed.phases = {"sft": Wishes(nodes=2, time="10", gres="gpu:h100:8", qos="normal")}
     got = resolve(mixed, with_defaults(mixed, "sft", Request("train", time="20")))
