@@ -137,7 +137,7 @@ def _names(asked: Asked) -> Iterator[Problem]:
         )
         yield asked.problem("Q002", "account", message)
     for key, value in (("account", asked.account), ("qos", asked.qos)):
-        if message := named.not_let_in(asked.partition, key, value):
+        if not words[key][1] and (message := named.not_let_in(asked.partition, key, value)):
             yield asked.problem("P007", key, message)
     groups = asked.partition.get("AllowGroups", "ALL")
     if groups not in ("ALL", "") and user_name() != "root" and not set(groups.split(",")) & set(user_groups()):
