@@ -23,7 +23,7 @@ class Problem:
 
     def __str__(self) -> str:
         told = f"{self.where}: {self.message}" if self.where else self.message
-        return f"{self.check} {told}" if self.check else told
+        return f"{told} [{self.check}]" if self.check else told
 
 
 class UserMistake(Exception):

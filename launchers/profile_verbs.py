@@ -142,9 +142,9 @@ def do_verify(args: argparse.Namespace) -> int:
         return EXIT_MISTAKE if found else 0
     print(cluster.where)
     for row in rows:
-        print(f"{row['check']} {row['file']}: {row['key']}: {row['message']}")
+        print(Problem(f"{row['file']}: {row['key']}", row["message"], row["check"]))
     for fault in told:
-        tell(f"{fault.check} {fault.key}: {fault.message}")
+        tell(Problem(fault.key, fault.message, fault.check))
     for line in not_asked:
         tell(f"not asked: {line}")
     agrees = "no mismatch in what was asked" if not_asked else "the profile agrees with the cluster"

@@ -76,7 +76,7 @@ def test_the_scripts_are_printed_and_what_is_refused_is_in_json_too(two, capsys)
     checks = {finding["check"]: finding["severity"] for finding in json.loads(told.out)["refused"]}
     assert checks == {"S001": "refusal"} and "nodes: 0 is too small" in told.err
     told = said(capsys, *words, "--budget", "100", code=2)
-    assert "B001 --budget: the time limits come to 576.0 GPU-hours (numbers 576.0), and the budget is 100.0" in told.err
+    assert "--budget: the time limits come to 576.0 GPU-hours (numbers 576.0), and the budget is 100.0" in told.err
     assert "local processes have no batch script" in said(
         capsys, "plan", path, "cluster=local", "--run", folder / "run", "numbers.resources.role=cpu",
         "numbers.resources.nodes=1", "--sbatch", code=2).err  # fmt: skip
@@ -136,7 +136,7 @@ def test_a_warning_is_waived_by_pipeline_profile_or_command_line_where_the_polic
             return [str(problem) for problem in mistake.problems]
         return [problem.check for problem in plan.waived]
 
-    assert problems("") == ["D001 it is full"]
+    assert problems("") == ["it is full [D001]"]
     assert problems("waive: [D001]\n") == ["D001"] == problems("", "waive: [D001]\n")[0:1]
     assert problems("waive: [P002, D001]\n")[0].startswith(
         "waive: P002 (the time limit is at most the partition's) can"
@@ -145,7 +145,7 @@ def test_a_warning_is_waived_by_pipeline_profile_or_command_line_where_the_polic
     monkeypatch.setattr(files, "why_no_admins", lambda file: "")
     locked = "policy: {unwaivable: [D001], reason: The disk is everybody's.}\n"
     (line,) = problems("waive: [D001]\n", locked)
-    assert line.startswith("A002 waive: The disk is everybody's (the admin lets nobody waive D001")
+    assert line.startswith("waive: The disk is everybody's (the admin lets nobody waive D001")
     with pytest.raises(UserMistake, match="is not a list of checks"):
         problems("waive: D001\n")
 

@@ -190,7 +190,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_until_it_is_waived(p
     line = refused(plan)["D001"]
     assert "1,073,741,824.0 GiB of checkpoints at the least (counter 1,073,741,824.0)" in line and "keep fewer" in line
     made = plan("gpus_per_node=2", "nodes=2", "time=3:00:00", waive=["D001"])
-    assert [problem.check for problem in made.waived] == ["D001"] and made.notes[0].startswith("waived: D001 ")
+    assert [problem.check for problem in made.waived] == ["D001"] and made.notes[0].endswith("[D001]")
     # GPU-hours: 2 nodes x 2 GPUs, 4 links of 3 hours at most, 2 hours planned
     assert vars(made.gpu_hours) == {"bound": 4 * 3.0 * max(made.phases[0].frozen.links, 1), "planned": 8.0}
 

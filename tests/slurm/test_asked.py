@@ -174,4 +174,4 @@ def test_refusals_stay_warnings_go_by_id_and_notes_refuse_nothing():
     (unknown,) = waiver_problems(["V01"], "w")
     assert "did you mean V001?" in unknown.message
     (refused,) = waiver_problems(["V001"], "w", ["V001"], "Ask us.")
-    assert str(refused).startswith("A002 w: Ask us (the admin lets nobody waive V001 (no maintenance")
+    assert str(refused).startswith("w: Ask us (the admin lets nobody waive V001 (no maintenance")

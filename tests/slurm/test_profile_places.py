@@ -63,7 +63,7 @@ def test_what_fits_nowhere_is_told_of_the_first_in_full_and_of_the_others_in_a_w
         "7 nodes, but partition big, h100 nodes, has 6; ask for at most 6"
     ).replace(" nodes,:", " nodes:")
     (problem,) = check(mixed, Request("cpu", gres="gpu:v100:1"), "w")
-    assert str(problem) == "w.gres: partition small has no gpu:v100, but gpu:a100:4; ask for that"
+    assert str(problem) == "w.gres: partition small has no gpu:v100, but gpu:a100:4; ask for that [P005]"
 
 
 def test_a_phase_speaks_before_its_role_and_that_before_the_partition(mixed):
@@ -80,11 +80,11 @@ def test_a_role_that_locks_its_account_keeps_phases_from_saying_another(mixed):
     assert check(mixed, Request("cpu", account="ours", qos="low"), "w") == []
     found = [str(problem) for problem in check(mixed, Request("cpu", account="other", qos="high"), "w")]
     assert found == [
-        "w.account: Billing is per team (locked by the admin; it stays 'ours')",
-        "w.qos: locked by the admin; it stays 'low'",
+        "w.account: Billing is per team (locked by the admin; it stays 'ours') [A002]",
+        "w.qos: locked by the admin; it stays 'low' [A002]",
     ]
     (problem,) = check(mixed, Request("cpu"), "w")  # nor does a role go around the lock of its partition
-    assert str(problem) == "w.qos: locked by the admin; it stays 'low'" and mixed.roles["cpu"].qos == "none"
+    assert str(problem) == "w.qos: locked by the admin; it stays 'low' [A002]" and mixed.roles["cpu"].qos == "none"
     mixed.policy.locked |= {"roles.cpu.qos": ""}  # the admin says both
     assert check(mixed, Request("cpu"), "w") == []
 
