@@ -1,10 +1,14 @@
 """Does what `afterok profile ACTION` says: list, explain, draft and verify profiles."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.mistake import EXIT_MISTAKE, Problem, UserMistake, nearest
 from launchers.verbs import print_json, tell
+
+if TYPE_CHECKING:
+    from slurm.detect import Cluster
+    from slurm.verify.checks import Mismatch
 
 
 def do_list(args: argparse.Namespace) -> int:
@@ -135,7 +139,19 @@ def do_verify(args: argparse.Namespace) -> int:
     else:
         probed = probe(cluster.profile, live=live, slurm=cluster.slurm, known=found)
         found, not_asked = found + probed.mismatches, not_asked + probed.not_asked
-    rows = [{**vars(fault), "file": cluster.loaded.merged.origin(fault.key)} for fault in found]
+    return _report(args, cluster, found, told=told, not_asked=not_asked)
+
+
+def _report(
+    args: argparse.Namespace,
+    cluster: "Cluster",
+    found: "list[Mismatch]",
+    told: "list[Mismatch]",
+    not_asked: list[str],
+) -> int:
+    """Print the mismatches, what is told beside them, and what was not asked; return the exit code."""
+    origin = cluster.loaded.merged.origin if cluster.loaded else lambda key: ""
+    rows = [{**vars(fault), "file": origin(fault.key)} for fault in found]
     if args.json:
         notes = [vars(fault) for fault in told]
         print_json({"profile": cluster.as_json(), "mismatches": rows, "told": notes, "not_asked": not_asked})

@@ -199,22 +199,7 @@ def forbidden(profile: Profile, request: Request, wants: Resources, where: str) 
     `where` is the place of the request's resources, such as "tiny.yaml: sft.resources".
     """
     policy = profile.policy
-    for key in vars(wants):
-        place = "time" if key == "time_minutes" else key
-        bound = policy.bounds.get(f"{OF_A_PHASE}{place}")
-        if bound and (why := beyond(key, getattr(wants, key), bound)):
-            yield Problem(f"{where}.{place}", why, "A002")
-    longest = policy.bounds.get(f"{OF_A_PHASE}time")
-    least = least_minutes(wants)
-    if longest and least != wants.time_minutes and (why := beyond("time", least, longest)):
-        yield Problem(f"{where}.time", f"{why}, and the partition's extra_sbatch has time-min", "A002")
-    kinds = policy.bounds.get(f"{OF_A_PHASE}gres")
-    if kinds and kinds.choices and wants.gpus_per_node and not gpus_of(wants.gres)[1] and "gpu" not in kinds.choices:
-        words = f"GPUs of any name are not among {', '.join(kinds.choices)}; say gres"
-        yield Problem(f"{where}.gpus_per_node", _said(kinds.reason, words), "A002")
-    if profile.kind == "slurm" and longest and longest.max is not None and wants.time_minutes is None:
-        words = f"no time is said, and the admin allows at most {longest.max}; say one"
-        yield Problem(f"{where}.time", _said(longest.reason, words), "A002")
+    yield from _beyond_a_bound(profile, wants, where)
     yield from _said_against_a_lock(profile, request, wants, where)
     if profile.kind == "slurm" and policy.require_account and not wants.account:
         words = "no account is said; say account in the phase's resources, or in a profile of yours"
@@ -222,6 +207,28 @@ def forbidden(profile: Profile, request: Request, wants: Resources, where: str) 
     if policy.allowed_qos and wants.qos and wants.qos not in policy.allowed_qos:
         words = f"QOS {wants.qos!r} is not among {', '.join(policy.allowed_qos)}"
         yield Problem(f"{where}.qos", _said(policy.reason, words), "A002")
+
+
+def _beyond_a_bound(profile: Profile, wants: Resources, where: str) -> Iterator[Problem]:
+    """Yield what of a phase's resources is beyond a bound, or may come out beyond one: nothing said, or too little."""
+    bounds = profile.policy.bounds
+    for key in vars(wants):
+        place = "time" if key == "time_minutes" else key
+        bound = bounds.get(f"{OF_A_PHASE}{place}")
+        if bound and (why := beyond(key, getattr(wants, key), bound)):
+            yield Problem(f"{where}.{place}", why, "A002")
+    if profile.kind != "slurm":
+        return
+    longest, kinds = bounds.get(f"{OF_A_PHASE}time"), bounds.get(f"{OF_A_PHASE}gres")
+    least = least_minutes(wants)
+    if longest and least != wants.time_minutes and (why := beyond("time", least, longest)):
+        yield Problem(f"{where}.time", f"{why}, and the partition's extra_sbatch has time-min", "A002")
+    if longest and longest.max is not None and wants.time_minutes is None:
+        words = f"no time is said, and the admin allows at most {longest.max}; say one"
+        yield Problem(f"{where}.time", _said(longest.reason, words), "A002")
+    if kinds and kinds.choices and wants.gpus_per_node and not gpus_of(wants.gres)[1] and "gpu" not in kinds.choices:
+        words = f"GPUs of any name are not among {', '.join(kinds.choices)}; say gres"
+        yield Problem(f"{where}.gpus_per_node", _said(kinds.reason, words), "A002")
 
 
 def _said_against_a_lock(profile: Profile, request: Request, wants: Resources, where: str) -> Iterator[Problem]:

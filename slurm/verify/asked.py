@@ -254,25 +254,34 @@ def _reservation(asked: Asked, now: datetime | None) -> Iterator[Problem]:
         return
     for name in (wants.reservation or "").split(","):
         keys = asked.live.reservations[name]
-        users, accounts = _listed(keys.get("Users", "")), _listed(keys.get("Accounts", ""))
-        if (users and user_name() not in users) and not (accounts and asked.account in accounts):
-            message = f"{name} is for {', '.join([*users, *accounts])}, and you are {user_name()}"
-            yield asked.problem("R004", "reservation", f"{message}; ask its owner, or leave it out")
-        elif accounts and not users and asked.account not in accounts:
-            message = f"{name} is for the accounts {', '.join(accounts)}, and the job's is {asked.account or 'none'}"
-            yield asked.problem("R004", "reservation", f"{message}; say one of them as account")
+        if message := _not_let_into(asked, name, keys):
+            yield asked.problem("R004", "reservation", message)
+        if "FLEX" in keys.get("Flags", ""):
+            continue
         nodes = keys.get("NodeCnt", "")
-        if nodes.isdigit() and int(nodes) and wants.nodes > int(nodes) and "FLEX" not in keys.get("Flags", ""):
+        if nodes.isdigit() and int(nodes) and wants.nodes > int(nodes):
             message = f"{wants.nodes}, but the reservation {name} has {nodes}: {NEVER_STARTS}; ask for at most that"
             yield asked.problem("R005", "nodes", message)
         start, end = _moment(keys.get("StartTime", "")), _moment(keys.get("EndTime", ""))
-        if now is None or end is None or asked.minutes is None or "FLEX" in keys.get("Flags", ""):
+        if now is None or end is None or asked.minutes is None:
             continue
         left = math.floor((end - max(now, start or now)).total_seconds() / 60)
         if asked.minutes > left:
             message = f"{format_minutes(asked.minutes)}, but the reservation {name} ends at {keys['EndTime']}"
             remedy = f"ask for at most {format_minutes(left)}" if left > 0 else "leave it out"
             yield asked.problem("R005", "time", f"{message}: {NEVER_STARTS} there; {remedy}")
+
+
+def _not_let_into(asked: Asked, name: str, keys: dict[str, str]) -> str:
+    """Return why a reservation is not for this user or the job's account, "" where it is."""
+    users, accounts = _listed(keys.get("Users", "")), _listed(keys.get("Accounts", ""))
+    if user_name() in users or asked.account in accounts or not (users or accounts):
+        return ""
+    if users:
+        message = f"{name} is for {', '.join([*users, *accounts])}, and you are {user_name()}"
+        return f"{message}; ask its owner, or leave it out"
+    message = f"{name} is for the accounts {', '.join(accounts)}, and the job's is {asked.account or 'none'}"
+    return f"{message}; say one of them as account"
 
 
 def _listed(text: str) -> list[str]:
