@@ -273,15 +273,14 @@ def _reservation(asked: Asked, now: datetime | None) -> Iterator[Problem]:
 
 
 def _not_let_into(asked: Asked, name: str, keys: dict[str, str]) -> str:
-    """Return why a reservation is not for this user or the job's account, "" where it is."""
+    """Return why a reservation is not for this user or the job's account, "" where it is for both (scontrol(1))."""
     users, accounts = _listed(keys.get("Users", "")), _listed(keys.get("Accounts", ""))
-    if user_name() in users or asked.account in accounts or not (users or accounts):
-        return ""
-    if users:
-        message = f"{name} is for {', '.join([*users, *accounts])}, and you are {user_name()}"
-        return f"{message}; ask its owner, or leave it out"
-    message = f"{name} is for the accounts {', '.join(accounts)}, and the job's is {asked.account or 'none'}"
-    return f"{message}; say one of them as account"
+    if users and user_name() not in users:
+        return f"{name} is for {', '.join(users)}, and you are {user_name()}; ask its owner, or leave it out"
+    if accounts and asked.account not in accounts:
+        message = f"{name} is for the accounts {', '.join(accounts)}, and the job's is {asked.account or 'none'}"
+        return f"{message}; say one of them as account"
+    return ""
 
 
 def _listed(text: str) -> list[str]:
