@@ -61,6 +61,7 @@ def preflight(cluster: Cluster, run: RunFolder, jobs: Sequence[Job], costs: dict
     report.problems += _logs(run, jobs) + _space(run, jobs, costs)
     for job in jobs:
         report.problems += _hub(cluster, job)
+    report.problems = list(dict.fromkeys(report.problems))
     return report
 
 
@@ -78,7 +79,6 @@ def _ask_cluster(cluster: Cluster, jobs: Sequence[Job], report: Report) -> None:
         if job.fits:
             first = not any(need in running for need in job.planned.frozen.needs)
             report.problems += _against(cluster, job, live, now if first else None)
-    report.problems = list(dict.fromkeys(report.problems))
 
 
 def _against(cluster: Cluster, job: Job, live: Live, now: datetime | None) -> list[Problem]:

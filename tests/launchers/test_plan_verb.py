@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.mistake import UserMistake
+from data_tools.mistake import Problem, UserMistake
 from data_tools.records import hub
 from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.schema.pipeline import load_pipeline
@@ -150,9 +150,19 @@ def test_a_warning_is_waived_by_pipeline_profile_or_command_line_where_the_polic
         problems("waive: D001\n")
 
 
-def _full():
-    from data_tools.mistake import Problem
+def test_what_was_waived_at_the_first_submission_stays_so_in_those_that_follow(two, monkeypatch, capsys):
+    path, _, folder = two
+    monkeypatch.setattr("launchers.planning.preflight._space", lambda *_: [_full()])
+    path.write_text("name: two\nphases: {numbers: {uses: tests.toy.numbers}}\n")
+    words = ["run", path, "cluster=local", "--run", folder / "run"]
+    assert "it is full [D001]" in said(capsys, *words, code=2).err and not (folder / "run").exists()
+    assert "waived: it is full [D001]" in said(capsys, *words, "--waive", "D001").err
+    again = ["resubmit", folder / "run", "numbers", "numbers.with.start=3", "--dry-run", "--json"]
+    (finding,) = json.loads(said(capsys, *again).out)["findings"]
+    assert finding == {"check": "D001", "severity": "warning", "where": "", "message": "it is full", "waived": True}
 
+
+def _full():
     return Problem("", "it is full", "D001")
 
 
