@@ -323,8 +323,8 @@ def test_a_bound_on_time_holds_for_the_least_that_slurm_may_give(site):
     site("user", "big", "partitions: {gpu: {extra_sbatch: {time-min: 0:40:00}}}\n")
     (problem,) = check(files.load("big"), Request("train"), "p")
     assert str(problem) == (
-        "p.time: 0:40:00 is less than the admin allows; at least 1:00:00, and the partition's extra_sbatch has time-min "
-        "[A002]"
+        "p.time: 0:40:00 is less than the admin allows; at least 1:00:00, "
+        "and the partition's extra_sbatch has time-min [A002]"
     )
     user = site("user", "big", "partitions: {gpu: {extra_sbatch: {time-min: 0:20:00}}}\n")
     assert refused("big") == [
