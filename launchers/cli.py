@@ -135,7 +135,9 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
     )
     plan.add_argument("--sbatch", action="store_true", help="print the batch script of each phase that would run")
     plan.add_argument(
-        "--diff", metavar="RUN", help="what differs from RUN's newest submission: settings, resources, code, inputs"
+        "--diff",
+        metavar="RUN",
+        help="what differs from RUN's newest submission: settings, resources, inputs, code, profile",
     )
     submit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 

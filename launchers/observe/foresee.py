@@ -2,9 +2,11 @@
 of a run that was submitted before.
 """
 
-import re
 from dataclasses import asdict, dataclass
 
+import yaml
+
+from data_tools.base.yaml_loaders import TextLoader
 from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import FrozenPhase, RunFolder
 from jobs.kind import user_code
@@ -16,6 +18,8 @@ from launchers.planning.reasons import changed_settings
 from launchers.planning.snapshot import code_changes, code_digests, find_code
 from launchers.submission.freeze import next_number
 from slurm.client import SlurmError
+from slurm.profile.files import to_yaml
+from slurm.profile.layers import leaves, read_values
 
 TOKEN = "TOKEN"  # in place of what makes a job's name its own
 OF_A_SUBMISSION = ("job-name", "output", "chdir", "array")  # options that differ from one submission to the next
@@ -27,7 +31,7 @@ class Difference:
     """One thing in which a plan differs from what was submitted."""
 
     phase: str
-    what: str  # phase, settings, resources, inputs, code
+    what: str  # phase, settings, resources, inputs, code, profile
     line: str
 
 
@@ -60,7 +64,10 @@ def predicted_starts(plan: Plan) -> dict[str, str]:
     if cluster.kind != "slurm" or cluster.unasked:
         return starts
     running = {planned.name for planned in plan.to_run}
-    waiting = {row.array_job_id or row.job_id for row in cluster.slurm.queue() if row.state == PENDING}
+    try:
+        waiting = {row.array_job_id or row.job_id for row in cluster.slurm.queue() if row.state == PENDING}
+    except SlurmError:
+        return starts
     sent = {entry.phase: entry.job for entry in Ledger(plan.run.ledger).own_jobs() if entry.job in waiting}
     for planned in plan.to_run:
         try:
@@ -96,7 +103,16 @@ def differences(plan: Plan, run: RunFolder) -> list[Difference]:
         files = code_changes(run.code_folder(number), phase.uses, phase.config, code=code, digests=digests)
         found += [Difference(name, "code", f"{file} changed") for file in files]
     here = {planned.name for planned in plan.phases}
-    return found + [Difference(name, "phase", "no more in the pipeline") for name in before if name not in here]
+    found += [Difference(name, "phase", "no more in the pipeline") for name in before if name not in here]
+    return found + [Difference("", "profile", line) for line in _profile(plan, run, number)]
+
+
+def _profile(plan: Plan, run: RunFolder, number: int) -> list[str]:
+    """Return the values of the profile that are otherwise than in the one that the submission froze."""
+    was = leaves(read_values(run.profile_path(number), []))
+    now = leaves(yaml.load(to_yaml(plan.cluster.profile), TextLoader))
+    keys = sorted(was.keys() | now.keys())
+    return [f"{key} {was.get(key)!r} → {now.get(key)!r}" for key in keys if was.get(key) != now.get(key)]
 
 
 def _settings(was: FrozenPhase, now: FrozenPhase) -> list[str]:
@@ -116,21 +132,13 @@ def _inputs(was: FrozenPhase, now: FrozenPhase) -> list[str]:
 
 def _resources(plan: Plan, planned: PlannedPhase, was: FrozenPhase, run: RunFolder, number: int) -> list[str]:
     """Return what of sizes and of the options of sbatch is otherwise; options only where both have a script."""
+    from launchers.backends.slurm_script import option_changes
+
     old, new = asdict(was), asdict(planned.frozen)
     keys = [*SIZES, "nodes", "ranks_per_node", "gpus_per_node"]
     script = run.script_path(number, planned.name)
     lines = []
     if plan.cluster.kind == "slurm" and script.is_file():
         keys = list(SIZES)
-        sent, now = _options(script.read_text()), _options(_script(plan, planned))
-        lines = [
-            f"{option} {sent.get(option, 'none')} → {now.get(option, 'none')}"
-            for option in sorted(sent.keys() | now.keys())
-            if sent.get(option) != now.get(option) and option not in OF_A_SUBMISSION
-        ]
+        lines = option_changes(script.read_text(), _script(plan, planned), but=OF_A_SUBMISSION)
     return [f"{key} {old[key] or 'none'} → {new[key] or 'none'}" for key in keys if old[key] != new[key]] + lines
-
-
-def _options(script: str) -> dict[str, str]:
-    """Return {option: value} of a script's #SBATCH lines."""
-    return dict(re.findall(r"^#SBATCH --([^=\n]+)=?(.*)$", script, re.MULTILINE))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_tools.mistake import Problem
 from data_tools.records import hub
+from jobs.artifacts.layout import checkpoints_of
 from jobs.artifacts.run_folder import RunFolder
 from jobs.schema.pipeline import Phase
 from launchers.planning.plan import RUNS, PlannedPhase
@@ -118,8 +119,12 @@ def _logs(run: RunFolder, jobs: Sequence[Job]) -> list[Problem]:
 
 
 def _space(run: RunFolder, jobs: Sequence[Job], costs: dict[str, dict[str, float]]) -> list[Problem]:
-    """Return that the disk has no room for the checkpoints of all phases."""
+    """Return that the disk has no room for the checkpoints of all phases; those that lie there already are counted."""
     wanted = {job.phase.name: costs[job.phase.name].get("bytes", 0.0) * len(job.planned.missing) for job in jobs}
+    for job in jobs:
+        if wanted[job.phase.name]:
+            left = wanted[job.phase.name] - _held(run.artifact(job.planned.frozen).folder)
+            wanted[job.phase.name] = max(left, 0.0)
     place = _standing(run.path)
     disk = os.statvfs(place)
     free, needed = disk.f_bavail * disk.f_frsize, sum(wanted.values())
@@ -131,6 +136,12 @@ def _space(run: RunFolder, jobs: Sequence[Job], costs: dict[str, dict[str, float
         f"{run.path} lies; free some, keep fewer (keep_checkpoints), or choose another folder with --run DIR"
     )
     return [Problem("", message, "D001")]
+
+
+def _held(folder: Path) -> int:
+    """Return the bytes of the checkpoints of a phase's folder."""
+    files = (path for step in checkpoints_of(folder) for path in step.rglob("*"))
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _hub(cluster: Cluster, job: Job) -> list[Problem]:
