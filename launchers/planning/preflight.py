@@ -140,8 +140,13 @@ def _space(run: RunFolder, jobs: Sequence[Job], costs: dict[str, dict[str, float
 
 def _held(folder: Path) -> int:
     """Return the bytes of the checkpoints of a phase's folder."""
-    files = (path for step in checkpoints_of(folder) for path in step.rglob("*"))
-    return sum(path.stat().st_size for path in files if path.is_file())
+    held = 0
+    try:
+        for step in checkpoints_of(folder):
+            held += sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+    except FileNotFoundError:  # a job of the phase is at work there
+        pass
+    return held
 
 
 def _hub(cluster: Cluster, job: Job) -> list[Problem]:

@@ -122,9 +122,9 @@ def _partition(asked: Asked) -> Iterator[Problem]:
 def _names(asked: Asked) -> Iterator[Problem]:
     """Yield accounts, QOS, reservations, licences and features that are not there, or not this user's."""
     wants, live = asked.wants, asked.live
-    words = {
-        "account": ("Q002", named.account(live, wants.account)),
-        "qos": ("Q001", named.qos(live, wants.qos, asked.account)),
+    words = {  # what Slurm does not enforce it takes as it is
+        "account": ("Q002", named.account(live, wants.account) if live.enforces("associations") else ""),
+        "qos": ("Q001", named.qos(live, wants.qos, asked.account) if live.enforces("qos") else ""),
         "licenses": ("L001", named.licenses(live, wants.licenses)),
         "constraint": ("P009", named.features(live.nodes_of(wants.partition or ""), wants.constraint)),
     }

@@ -28,6 +28,11 @@ AWAY = (
     "UNKNOWN",
     "NOT_RESPONDING",
 )
+ENFORCED = {  # AccountingStorageEnforce has one of these
+    "associations": ("associations", "limits", "qos", "safe", "wckeys", "all"),
+    "limits": ("limits", "safe", "all"),
+    "qos": ("qos", "all"),
+}
 UNSPOKEN = ("", "N/A", "(null)", "NONE")  # Slurm's ways to say none
 
 
@@ -94,9 +99,9 @@ class Live:
         return [node for node in self.nodes if partition in node.partitions]
 
     def enforces(self, what: str) -> bool:
-        """Return whether Slurm holds jobs to its "associations", "limits" or "qos"."""
+        """Return whether Slurm holds jobs to its "associations", "limits" or "qos"; words imply others (slurm.conf(5))."""
         words = self.configuration.get("AccountingStorageEnforce", "").lower().split(",")
-        return what in words or "all" in words
+        return any(word in words for word in ENFORCED[what])
 
 
 def ask(slurm: Slurm) -> Live:

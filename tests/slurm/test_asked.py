@@ -142,6 +142,15 @@ def test_the_default_account_and_its_qos_count_where_a_job_says_none():
     assert [problem.check for problem in found(cluster, account=None, qos=None)] == ["P007"]
 
 
+def test_what_slurm_does_not_enforce_refuses_nothing():
+    cluster = live()
+    cluster.configuration["AccountingStorageEnforce"] = "none"
+    cluster.partitions["gpu"]["AllowQos"] = "ALL"
+    assert found(cluster, account="nobody", qos="hihg") == []
+    cluster.configuration["AccountingStorageEnforce"] = "safe"  # which implies associations and limits
+    assert [problem.check for problem in found(cluster, account="nobody", qos="hihg")] == ["Q002"]
+
+
 def test_nodes_are_read_as_slurm_lists_them():
     every = [f"n{number}" for number in range(1, 12)] + ["r1n01", "r2n02", "login"]
     assert nodes_in("n[1-3,7],login", every) == ["n1", "n2", "n3", "n7", "login"]

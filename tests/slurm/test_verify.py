@@ -27,7 +27,12 @@ def live():
         nodes=[H100, dataclasses.replace(H100, name="h2"), A100, CPU],
         reservations={"course": {}},
         licenses={"lustre": 2},
-        configuration={"ClusterName": "big", "MaxArraySize": "1001", "SLURM_VERSION": "22.05.8"},
+        configuration={
+            "ClusterName": "big",
+            "MaxArraySize": "1001",
+            "SLURM_VERSION": "22.05.8",
+            "AccountingStorageEnforce": "associations,limits,qos",
+        },
         accounts={"llm": ["normal", "high"], "guest": ["normal"]},
         qos=["normal", "high", "root"],
     )
