@@ -5,6 +5,7 @@ itself is compared in checks.py, by the same words (named.py).
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -263,13 +264,20 @@ def _reservation(asked: Asked, now: datetime | None) -> Iterator[Problem]:
             message = f"{wants.nodes}, but the reservation {name} has {nodes}: {NEVER_STARTS}; ask for at most that"
             yield asked.problem("R005", "nodes", message)
         start, end = _moment(keys.get("StartTime", "")), _moment(keys.get("EndTime", ""))
-        if now is None or end is None or asked.minutes is None:
+        over = _overrun(asked.live.configuration.get("ResvOverRun", "0"))
+        if now is None or end is None or asked.minutes is None or over is None:
             continue
-        left = math.floor((end - max(now, start or now)).total_seconds() / 60)
+        left = math.floor((end - max(now, start or now)).total_seconds() / 60) + over
         if asked.minutes > left:
             message = f"{format_minutes(asked.minutes)}, but the reservation {name} ends at {keys['EndTime']}"
             remedy = f"ask for at most {format_minutes(left)}" if left > 0 else "leave it out"
-            yield asked.problem("R005", "time", f"{message}: {NEVER_STARTS} there; {remedy}")
+            yield asked.problem("R005", "time", f"{message}, when Slurm kills its jobs; {remedy}")
+
+
+def _overrun(text: str) -> int | None:
+    """Return the minutes that jobs may run beyond their reservation (ResvOverRun, "5 min"); None for any number."""
+    number = re.match(r"\d+", text)
+    return int(number[0]) if number else None
 
 
 def _not_let_into(asked: Asked, name: str, keys: dict[str, str]) -> str:

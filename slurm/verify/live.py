@@ -99,7 +99,7 @@ class Live:
         return [node for node in self.nodes if partition in node.partitions]
 
     def enforces(self, what: str) -> bool:
-        """Return whether Slurm holds jobs to its "associations", "limits" or "qos"; words imply others (slurm.conf(5))."""
+        """Return whether Slurm holds jobs to its "associations", "limits" or "qos"; some words imply others."""
         words = self.configuration.get("AccountingStorageEnforce", "").lower().split(",")
         return any(word in words for word in ENFORCED[what])
 
@@ -134,7 +134,7 @@ def _ask_accounting(slurm: Slurm, live: Live) -> None:
         default = rows(("DefaultAccount",), "user", "where", f"name={user}")
         own = rows(ASSOCIATION, "assoc", "where", f"user={user}")
         names = list(dict.fromkeys(row["Account"] for row in own))
-        above = rows(ASSOCIATION, "assoc", "where", f"account={','.join(names)}") if names else []
+        above = rows(ASSOCIATION, "assoc", "where", f"account={','.join(names)}", "user=") if names else []
         qualities = rows(QUALITY, "qos")
     except SlurmError:
         return
@@ -147,7 +147,7 @@ def _ask_accounting(slurm: Slurm, live: Live) -> None:
         live.qos_flags[row["Name"]] = [flag for flag in row["Flags"].split(",") if flag]
         live.grace_s[row["Name"]] = seconds_of(row["GraceTime"])
     if live.enforces("limits"):
-        live.limits = [*_of_associations([*own, *(row for row in above if not row["User"])]), *_of_qualities(qualities)]
+        live.limits = [*_of_associations([*own, *above]), *_of_qualities(qualities)]
 
 
 def _of_associations(rows: Iterable[dict[str, str]]) -> list[Limit]:

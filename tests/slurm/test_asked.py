@@ -93,7 +93,7 @@ CASES = [
     ("R005", "nodes",
      {"cluster": reserved(NodeCnt="1"), "reservation": "upkeep", "time_minutes": 60}, "the reservation upkeep has 1"),
     ("R005", "time", {"cluster": reserved(), "reservation": "upkeep"}, "10:00:00, but the reservation upkeep ends at "
-     "2026-11-30T20:00:00: Slurm would take the job and never start it there; ask for at most 2:00:00"),
+     "2026-11-30T20:00:00, when Slurm kills its jobs; ask for at most 2:00:00"),
     ("L001", "licenses", {"licenses": "lustre:3,matlab"}, "lustre:3, matlab: Slurm has not that many; it has lustre:2"),
     ("V001", "time", {"cluster": reserved()}, "10:00:00, and the maintenance upkeep has 2 of the 2 nodes that fit from "
      "2026-11-30T18:00:00 to 2026-11-30T20:00:00: the job would wait for its end; ask for at most 6:00:00"),
