@@ -7,18 +7,17 @@ refuses the job itself, after other jobs of the pipeline are in the queue alread
 import contextlib
 import re
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import pytest
 
-from data_tools.mistake import UserMistake
+from data_tools.mistake import Problem, UserMistake
 from jobs.artifacts.run_folder import RunFolder
 from jobs.kind import PhaseKind
 from jobs.schema.pipeline import load_pipeline
-from launchers.observe.foresee import scripts
+from launchers.observe.foresee import predicted_starts, scripts
 from launchers.planning import planner
 from launchers.planning.planner import make_plan
-from slurm.checks import CHECKS
+from slurm.checks import CHECKS, sort_out
 from slurm.client import Slurm, SlurmError
 from slurm.detect import find_cluster
 from slurm.verify.live import user_name
@@ -55,7 +54,7 @@ CASES = [
     ("Q003", "qos small set maxwall=5", "qos=small", "QOSMaxWallDurationPerJobLimit"),
     ("Q003", "account main set grptres=node=1", "nodes=2", "AssocGrpNodeLimit"),
     ("R004", "", "reservation=cours", REFUSES),
-    ("R005", "reservation 60", "reservation=ours nodes=2", "ReqNodeNotAvail"),
+    ("R005", "reservation 60", "reservation=ours nodes=2", REFUSES),
     ("L001", "", "licenses=lustre:1", REFUSES),
     ("V001", "maintenance 5", "nodes=1", "ReqNodeNotAvail"),
 ]
@@ -121,17 +120,23 @@ def refused(plan, *asked, **words):
 
 
 def sent_all_the_same(plan, slurm, monkeypatch, tmp_path, *asked):
-    """Send what the plan refuses; return (its id, "") or ("", what Slurm says against it)."""
+    """Send what the plan refuses; return ({check: line}, the job's id, "") or ({...}, "", what Slurm says against it).
+
+    Everything that was found is let go, as if each check were not there.
+    """
+    found: list[Problem] = []
     with monkeypatch.context() as let_go:
-        let_go.setattr(planner, "sort_out", lambda found, waived: ([], [], []))
+        let_go.setattr(planner, "sort_out", lambda problems, waived: (found.extend(problems) or [], [], []))
         text = scripts(plan(*asked))["counter"]
+    refused, _, _ = sort_out(found, ())
+    lines = {problem.check: str(problem) for problem in refused}
     with contextlib.suppress(FileExistsError):
         (tmp_path / "run" / "counter" / "logs").mkdir(parents=True)
     (tmp_path / "job.sh").write_text(text)
     try:
-        return slurm.sbatch([str(tmp_path / "job.sh")]), ""
+        return lines, slurm.sbatch([str(tmp_path / "job.sh")]), ""
     except SlurmError as error:
-        return "", str(error)
+        return lines, "", str(error)
 
 
 def state_of(slurm, job):
@@ -145,10 +150,9 @@ def test_what_is_refused_would_have_waited_for_ever_or_been_refused_late(
     plan, slurm, monkeypatch, tmp_path, check, update, asked, word
 ):
     with changed(slurm, update):
-        found = refused(plan, *asked.split())
-        assert list(found) == [check], found
-        job, said = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, *asked.split())
+        found, job, said = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, *asked.split())
         try:
+            assert list(found) == [check], found
             assert bool(said) == (word == REFUSES), said or state_of(slurm, job)
             if job:
                 wait_until(lambda: word in state_of(slurm, job), f"{word}, and not {state_of(slurm, job)}", 10)
@@ -158,7 +162,9 @@ def test_what_is_refused_would_have_waited_for_ever_or_been_refused_late(
 
 
 def test_a_job_that_fits_is_planned_and_notes_refuse_nothing(plan, slurm):
-    assert (plan().told, plan().waived, plan().not_asked) == ([], [], [])
+    fits = plan()
+    assert (fits.told, fits.waived, fits.not_asked) == ([], [], [])
+    assert re.match(r"20\d\d-", predicted_starts(fits)["counter"])
     (note,) = plan("partition=preempt").told
     assert note.check == "R003" and "has 0 s (GraceTime)" in note.message
 
@@ -166,9 +172,8 @@ def test_a_job_that_fits_is_planned_and_notes_refuse_nothing(plan, slurm):
 def test_a_preempted_job_that_the_profile_would_requeue_is_lost(plan, slurm, monkeypatch, tmp_path):
     slurm.run(["scontrol", "update", "partition=preempt", "preemptmode=CANCEL"])
     try:
-        found = refused(plan, "partition=preempt")
+        found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, "partition=preempt", "nodes=2")
         assert list(found) == ["R001"] and "PreemptMode=CANCEL" in found["R001"]
-        job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, "partition=preempt", "nodes=2")
         wait_until(lambda: state_of(slurm, job).startswith("RUNNING"), "its start", 30)
         other = slurm.sbatch(["--partition=batch", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"])
         wait_until(lambda: state_of(slurm, job).startswith("PREEMPTED"), "its end", 30)
@@ -183,8 +188,8 @@ def test_a_preempted_job_that_the_profile_would_requeue_is_lost(plan, slurm, mon
 def test_a_job_that_outlasts_its_reservation_is_killed_at_its_end(plan, slurm, monkeypatch, tmp_path):
     """Not when its time limit, and the signal before it, are near: what it did since its last checkpoint is lost."""
     with changed(slurm, "reservation 1"):
-        assert "when Slurm kills its jobs; " in refused(plan, "reservation=ours")["R005"]
-        job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, "reservation=ours")
+        found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path, "reservation=ours")
+        assert "when Slurm kills its jobs; " in found["R005"]
         wait_until(lambda: state_of(slurm, job).startswith("RUNNING"), "its start", 30)
         wait_until(lambda: not state_of(slurm, job).startswith("RUNNING"), "its end", 150)
         assert slurm.job(job)["TimeLimit"] == "00:10:00"
@@ -194,8 +199,8 @@ def test_a_job_that_outlasts_its_reservation_is_killed_at_its_end(plan, slurm, m
 def test_a_folder_of_logs_that_cannot_be_made_is_a_job_without_a_word(plan, slurm, monkeypatch, tmp_path):
     (tmp_path / "run" / "counter").mkdir(parents=True)
     (tmp_path / "run" / "counter" / "logs").write_text("")
-    assert "is no folder, and the logs of counter belong below it" in refused(plan)["F005"]
-    job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path)
+    found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path)
+    assert "is no folder, and the logs of counter belong below it" in found["F005"]
     wait_until(lambda: slurm.job(job)["JobState"] == "FAILED", "its end", 10)
     assert slurm.job(job)["ExitCode"] == "0:53"
 
