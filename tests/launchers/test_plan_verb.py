@@ -118,6 +118,47 @@ def test_planned_hours_are_measured_in_the_run_else_predicted(tmp_path):
     assert planned_seconds(whole, PHASE, {"seconds": 5.0}) == (15.0, MEASURED)
 
 
+# -- what pipeline and profile alone tell -------------------------------------------------------------------------
+
+SLOW = "name: p\nphases: {counter: {uses: tests.toy.counter, resources: {time: 1}}}\n"
+PAIR = """\
+name: p
+phases:
+  few: {uses: tests.toy.numbers, array: 2}
+  many: {uses: tests.toy.numbers, array: 3, needs: [{few: aftercorr}]}
+"""
+
+
+@pytest.mark.parametrize(
+    "check, pipeline, profile, folder, words",
+    [
+        ("A001", "", "partitions: {p: {extra_sbatch: {output: /x}}}", "run", "afterok sets sbatch's --output itself"),
+        ("A002", "", "partitions: {p: {}}\npolicy: {require_account: true}", "run", "no account is said"),
+        ("E002", "", "partitions: {p: {}}\nenv: {forward: [NO_SUCH], secrets: {K: env:NO_SUCH}}", "run", "NO_SUCH is"),
+        ("F003", "", "partitions: {p: {}}", "100%", "Slurm reads it as a pattern"),
+        ("I001", "{file: /no/file}", "kind: local", "run", "no such file or folder"),
+        ("K001", "{start: -1}", "partitions: {p: {}}", "run", "-1 is negative; take 0"),
+        ("K002", PAIR, "partitions: {p: {}}", "run", "has 3 elements, few 2: say afterok"),
+        ("S001", "", "partitions: {p: {}}\nphases: {tests.toy.numbers: {nodes: 0}}", "run", "0 is too small"),
+        ("S002", SLOW, "partitions: {p: {}}", "run", "0:01:00 is over before the signal to stop"),
+        ("S002", SLOW.replace("time: 1", "time: 9"), "partitions: {p: {extra_sbatch: {time-min: '1'}}}", "run",
+         "0:01:00 is over before the signal"),
+    ],
+)  # fmt: skip
+def test_what_needs_no_cluster_is_refused_by_its_id_too(tmp_path, monkeypatch, check, pipeline, profile, folder, words):
+    monkeypatch.setattr(files, "why_no_admins", lambda file: "")
+    text = f"name: p\nphases: {{numbers: {{uses: tests.toy.numbers, with: {pipeline or '{}'}}}}}\n"
+    (tmp_path / "p.yaml").write_text(pipeline if pipeline.startswith("name") else text)
+    (tmp_path / "site.yaml").write_text(f"{profile}\nroles: {{cpu: {{}}}}\n")
+    loaded = files.read(str(tmp_path / "site.yaml"))
+    kind = loaded.profile.kind
+    cluster = Cluster(kind, loaded.profile, {}, "site", loaded=loaded, unasked="a test" if kind == "slurm" else "")
+    with pytest.raises(UserMistake) as error:
+        make_plan(load_pipeline(tmp_path / "p.yaml"), RunFolder(tmp_path / folder), cluster)
+    assert [problem.check for problem in error.value.problems] == [check], error.value
+    assert words in str(error.value)
+
+
 # -- waivers ------------------------------------------------------------------------------------------------------
 
 
