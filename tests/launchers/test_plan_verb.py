@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake
 from data_tools.records import hub
+from jobs.artifacts.layout import code_digests_beside
 from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.schema.pipeline import load_pipeline
 from launchers import cli
@@ -90,8 +92,10 @@ def test_a_plan_is_compared_with_a_run_by_settings_resources_inputs_and_code(two
     words = ["plan", path, *small, "--run", folder / "other", "--diff", run]
     assert "nothing differs" in said(capsys, *words).out
     (folder / "here.txt").write_text("y")
-    with open(run / "submissions/1/code/tests/toy/total.py", "a") as code:
-        code.write("# another\n")
+    record = code_digests_beside(run / "submissions/1/code")
+    recorded = durable.read_checked(record)
+    recorded["files"]["tests/toy/total.py"] = "another"
+    durable.write_checked(record, {key: recorded[key] for key in ("git", "files", "left_out")})
     changes = ["numbers.with.start=4", "numbers.with.seconds=0.5", "total.with.factor=9", "numbers.throttle=2"]
     rows = json.loads(said(capsys, *words, *changes, "--json").out)["diff"]
     found = {(row["phase"], row["what"], row["line"]) for row in rows}
