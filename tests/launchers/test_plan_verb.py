@@ -15,6 +15,7 @@ from launchers import cli
 from launchers.planning.hours import MEASURED, PREDICTED, planned_seconds
 from launchers.planning.planner import make_plan
 from launchers.planning.preflight import Job, _hub
+from launchers.submission.freeze import select
 from slurm.detect import Cluster, find_cluster
 from slurm.profile import admins, files
 from slurm.profile.environments import hub_cache
@@ -84,11 +85,19 @@ def test_the_scripts_are_printed_and_what_is_refused_is_in_json_too(two, capsys)
         "numbers.resources.nodes=1", "--sbatch", code=2).err  # fmt: skip
 
 
+def submitted(pipeline, folder):
+    """Write down a submission of a pipeline without its jobs; return the run's folder."""
+    run = RunFolder(folder)
+    plan = make_plan(pipeline, run, find_cluster("local"))
+    run.make()
+    select(plan, 1)
+    return folder
+
+
 def test_a_plan_is_compared_with_a_run_by_settings_resources_inputs_and_code(two, capsys):
     path, _, folder = two
     small = ["numbers.resources={role: cpu, nodes: 1}", "cluster=local"]
-    run = folder / "run"
-    assert said(capsys, "run", path, *small, "--run", run).out
+    run = submitted(load_pipeline(path, small), folder / "run")
     words = ["plan", path, *small, "--run", folder / "other", "--diff", run]
     assert "nothing differs" in said(capsys, *words).out
     (folder / "here.txt").write_text("y")
@@ -200,7 +209,10 @@ def test_what_was_waived_at_the_first_submission_stays_so_in_those_that_follow(t
     path.write_text("name: two\nphases: {numbers: {uses: tests.toy.numbers}}\n")
     words = ["run", path, "cluster=local", "--run", folder / "run"]
     assert "it is full [D001]" in said(capsys, *words, code=2).err and not (folder / "run").exists()
-    assert "waived: it is full [D001]" in said(capsys, *words, "--waive", "D001").err
+    assert "waived: it is full [D001]" in said(capsys, "plan", *words[1:], "--waive", "D001").err
+    pipeline = load_pipeline(path, ["cluster=local"])
+    pipeline.waive = ["D001"]
+    submitted(pipeline, folder / "run")
     again = ["resubmit", folder / "run", "numbers", "numbers.with.start=3", "--dry-run", "--json"]
     (finding,) = json.loads(said(capsys, *again).out)["findings"]
     assert finding == {"check": "D001", "severity": "warning", "where": "", "message": "it is full", "waived": True}
