@@ -61,6 +61,7 @@ CASES = [
     ("P001", "partition", {"partition": "gqu"}, "it has all, cpu, gpu"),
     ("P002", "time", {"time_minutes": 3000}, "2-02:00:00, but Slurm's MaxTime of gpu is 2-00:00:00: Slurm would take"),
     ("P003", "nodes", {"nodes": 3}, "3, but 2 of the 3 nodes of gpu have all that is asked of a node"),
+    ("P003", "nodes", {"nodes": 3, "constraint": "ib"}, "3, but 2 of the 3 nodes of gpu have all that is asked"),
     ("P003", "nodes", {"cluster": with_partition(MaxNodes="1")}, "MaxNodes of gpu is 1"),
     ("P003", "nodes", {"cluster": with_partition(MinNodes="4")}, "MinNodes of gpu is 4"),
     ("P005", "gres", {"gres": "gpu:h200:8"}, "8 gpu:h200 a node, but the nodes of gpu have 0 at most (gpu:h100:8)"),
@@ -123,6 +124,15 @@ def test_each_check_finds_what_is_asked_wrongly(monkeypatch, check, key, said, w
 )
 def test_a_reservation_that_leaves_the_job_its_nodes_is_no_hindrance(cluster):
     assert found(cluster) == []
+
+
+def test_the_longest_time_that_fits_is_until_too_few_nodes_are_left():
+    cluster = reserved(nodes="h1")
+    later = {"StartTime": "2026-11-30T20:00:00", "EndTime": "2026-11-30T23:00:00", "Nodes": "h2"}
+    cluster.reservations["later"] = cluster.reservations["upkeep"] | later
+    for nodes, remedy in ((1, "at most 8:00:00 to run before it"), (2, "at most 6:00:00 to run before it")):
+        (problem,) = found(cluster, nodes=nodes)
+        assert problem.check == "V001" and problem.message.endswith(remedy)
 
 
 def test_what_passes_by_is_asked_of_a_moment_only():
