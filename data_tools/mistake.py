@@ -15,13 +15,15 @@ EXIT_MISTAKE = 2
 @dataclass(frozen=True)
 class Problem:
     """Represents one violated rule. `where` is the place the user can edit: a file and a dotted key, or a file and
-    line."""
+    line. `check` is the id of the check that found it (slurm/checks.py), by which some can be waived."""
 
     where: str
     message: str
+    check: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}" if self.where else self.message
+        told = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{told} [{self.check}]" if self.check else told
 
 
 class UserMistake(Exception):

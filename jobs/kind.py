@@ -20,6 +20,7 @@ check(config, placement) -> [Problem]   what else can be refused before anything
 datasets(config) -> [spec]     the datasets of the hub that it reads from the local cache (records/hub.py); plan
                                says which are not there
 forecast(config, placement) -> facts    what its folder will hold, for the checks of the phases that read it
+costs(config, placement) -> facts       what is known of "seconds", and of "bytes" of checkpoints at the least
 remarks(config, placement) -> [text]    what `plan` and `submit` say of the phase, such as what a recipe came to
 parallel_report(config, placement, searching) -> {"facts", "tables", "notes"}   for `plan --parallel`
 """
@@ -99,6 +100,11 @@ class PhaseKind:
         """Return what the phase's folder will hold, as far as it is known before it runs."""
         forecast = getattr(self.module, "forecast", None)
         return forecast(declared.legal(config), placement) if forecast else {}
+
+    def costs(self, config: Any, placement: Placement) -> dict[str, float]:
+        """Return what of "seconds" of one element, and "bytes" of its checkpoints, is known before it runs."""
+        costs = getattr(self.module, "costs", None)
+        return costs(declared.legal(config), placement) if costs else {}
 
     def remarks(self, config: Any, placement: Placement) -> list[str]:
         """Return what is to be known of the phase before it runs, a line each."""

@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 
 from data_tools.mistake import UserMistake
-from launchers.verbs import announce, print_json
+from launchers.verbs import announce, plan_here, print_json
 
 
 def do_bundle(args: argparse.Namespace) -> int:
     from jobs.artifacts.layout import is_run
     from jobs.artifacts.run_folder import RunFolder
     from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.planner import default_run_folder, make_plan
+    from launchers.planning.planner import default_run_folder
     from launchers.planning.recorded import recorded_pipeline
     from launchers.submission.bundle import bundle
     from slurm.detect import find_cluster
@@ -27,7 +27,7 @@ def do_bundle(args: argparse.Namespace) -> int:
     else:
         pipeline = load_pipeline(Path(args.what), args.overrides, os.environ)
         run = default_run_folder(pipeline, args.run)
-    plan = make_plan(pipeline, run, find_cluster(pipeline.cluster, pipeline.overrides))
+    plan = plan_here(args, pipeline, run, find_cluster(pipeline.cluster, pipeline.overrides))
     announce(plan, quiet=args.json)
     done = bundle(plan, folder)
     if args.json:

@@ -20,7 +20,7 @@ from data_tools.base.durable import TornFile
 from data_tools.base.printing import clean_streams
 from data_tools.mistake import EXIT_MISTAKE, UserMistake, disk_problem
 from data_tools.own_packages import PACKAGES
-from launchers import bundle_verb, profile_verbs, score_verbs, verbs
+from launchers import bundle_verb, plan_verbs, profile_verbs, score_verbs, verbs
 from slurm.client import SlurmError
 
 DESCRIPTION = """Slurm-native post-training of language models: one YAML pipeline becomes dependent Slurm job arrays.
@@ -117,7 +117,7 @@ def _scale(text: str) -> float:
 
 def _add_pipeline_verbs(verb: AddVerb) -> None:
     """Add the verbs that take a pipeline file: plan, submit and run."""
-    plan = verb("plan", verbs.do_plan, "show what would run, what is reused, and why; submits nothing")
+    plan = verb("plan", plan_verbs.do_plan, "show what would run, what is reused, and why; submits nothing")
     submit = verb("submit", verbs.do_submit, "submit what is missing and return at once")
     run = verb("run", verbs.do_run, "submit what is missing, follow it to the end, and print a summary")
     plan.add_argument("pipeline", type=Path, nargs="?", help=PIPELINE_HELP)
@@ -129,6 +129,7 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
         sub.add_argument(
             "--verify", action="store_true", help="hash every sealed file again instead of trusting size and mtime"
         )
+        _add_preflight(sub)
     for sub in (submit, run):
         sub.add_argument(
             "--group", metavar="NAME", default="", help="let this group of users read the run (default: nobody but you)"
@@ -152,6 +153,12 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
         metavar="FLAGS",
         help="print the overrides that Megatron-LM's flags of a GRPO run stand for, and the flags that have none",
     )
+    plan.add_argument("--sbatch", action="store_true", help="print the batch script of each phase that would run")
+    plan.add_argument(
+        "--diff",
+        metavar="RUN",
+        help="what differs from RUN's newest submission: settings, resources, inputs, code, profile",
+    )
     submit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
 
     explain = verb("explain", verbs.do_explain, "say what a phase kind does, and what each of its settings means")
@@ -161,6 +168,18 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
     explain.add_argument(
         "setting", nargs="?", default="", metavar="SETTING", help="only this one, such as lora.rank or lora"
     )
+
+
+def _add_preflight(sub: argparse.ArgumentParser) -> None:
+    """Add what every verb that makes a plan takes: which findings do not stop it, and what it may cost."""
+    sub.add_argument(
+        "--waive",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="let a warning of the check ID not stop it (slurm/checks.py lists them); may be said again",
+    )
+    sub.add_argument("--budget", type=float, metavar="HOURS", help="refuse a plan that may use more GPU-hours")
 
 
 def _add_submission_verbs(verb: AddVerb) -> None:
@@ -178,6 +197,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
         help="run it anew though it is sealed; what it made so far, checkpoints too, is set aside in RUN/PHASE/retired",
     )
     resubmit.add_argument("--dry-run", action="store_true", help=DRY_RUN_HELP)
+    _add_preflight(resubmit)
 
     bundle = verb("bundle", bundle_verb.do_bundle, "write a submission as plain files, for a node with sh and sbatch")
     bundle.add_argument(
@@ -188,6 +208,7 @@ def _add_submission_verbs(verb: AddVerb) -> None:
     )
     bundle.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     bundle.add_argument("--run", type=Path, metavar="DIR", help="of a pipeline: the run's folder, which the jobs see")
+    _add_preflight(bundle)
 
     repair = verb("repair", verbs.do_repair, "finish a submission whose submitter was killed")
     repair.add_argument("run", nargs="?", help=RUN_HELP)

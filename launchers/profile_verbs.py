@@ -1,10 +1,14 @@
 """Does what `afterok profile ACTION` says: list, explain, draft and verify profiles."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_tools.mistake import EXIT_MISTAKE, Problem, UserMistake, nearest
 from launchers.verbs import print_json, tell
+
+if TYPE_CHECKING:
+    from slurm.detect import Cluster
+    from slurm.verify.checks import Mismatch
 
 
 def do_list(args: argparse.Namespace) -> int:
@@ -108,8 +112,14 @@ def do_init(args: argparse.Namespace) -> int:
 
 
 def do_verify(args: argparse.Namespace) -> int:
-    """Print where the profile and its live cluster disagree; exit with EXIT_MISTAKE where they do."""
+    """Print where the profile and its live cluster disagree; exit with EXIT_MISTAKE where they do.
+
+    What passes by (maintenance, nodes that are down) and what refuses nothing is told apart.
+    """
+    from datetime import datetime
+
     from launchers.backends.probe import probe
+    from slurm.checks import CHECKS, NOTE
     from slurm.detect import find_cluster
     from slurm.verify.checks import mismatches
     from slurm.verify.live import ask
@@ -118,7 +128,9 @@ def do_verify(args: argparse.Namespace) -> int:
     if cluster.kind != "slurm" or cluster.loaded is None:
         raise UserMistake(f"profile {cluster.profile.meta.name} is of local processes: there is no cluster to verify")
     live = ask(cluster.slurm)
-    found = mismatches(cluster.profile, live)
+    every = mismatches(cluster.profile, live, datetime.now())
+    told = [fault for fault in every if CHECKS[fault.check].severity == NOTE or CHECKS[fault.check].passes_by]
+    found = [fault for fault in every if fault not in told]
     not_asked: list[str] = []
     if live.accounts is None:
         not_asked.append("accounts and QOS: the cluster keeps no accounting, or that does not answer")
@@ -127,14 +139,28 @@ def do_verify(args: argparse.Namespace) -> int:
     else:
         probed = probe(cluster.profile, live=live, slurm=cluster.slurm, known=found)
         found, not_asked = found + probed.mismatches, not_asked + probed.not_asked
-    rows = [{**vars(fault), "file": cluster.loaded.merged.origin(fault.key)} for fault in found]
+    return _report(args, cluster, found, told=told, not_asked=not_asked)
+
+
+def _report(
+    args: argparse.Namespace,
+    cluster: "Cluster",
+    found: "list[Mismatch]",
+    told: "list[Mismatch]",
+    not_asked: list[str],
+) -> int:
+    """Print the mismatches, what is told beside them, and what was not asked; return the exit code."""
+    origin = cluster.loaded.merged.origin if cluster.loaded else lambda key: ""
+    rows = [{**vars(fault), "file": origin(fault.key)} for fault in found]
     if args.json:
-        where = {"profile": cluster.as_json(), "mismatches": rows, "not_asked": not_asked}
-        print_json(where)
+        notes = [vars(fault) for fault in told]
+        print_json({"profile": cluster.as_json(), "mismatches": rows, "told": notes, "not_asked": not_asked})
         return EXIT_MISTAKE if found else 0
     print(cluster.where)
     for row in rows:
-        print(f"{row['check']} {row['file']}: {row['key']}: {row['message']}")
+        print(Problem(f"{row['file']}: {row['key']}", row["message"], row["check"]))
+    for fault in told:
+        tell(Problem(fault.key, fault.message, fault.check))
     for line in not_asked:
         tell(f"not asked: {line}")
     agrees = "no mismatch in what was asked" if not_asked else "the profile agrees with the cluster"

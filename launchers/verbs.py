@@ -16,9 +16,11 @@ from data_tools.own_packages import environment
 
 if TYPE_CHECKING:
     from jobs.artifacts.run_folder import RunFolder
+    from jobs.schema.pipeline import Pipeline
     from launchers.observe.status import RunStatus
     from launchers.planning.plan import Plan
     from launchers.submission.submit import Submitted
+    from slurm.detect import Cluster
     from slurm.dev.cluster import DevCluster
 
 EXIT_UNFINISHED = 1
@@ -28,38 +30,34 @@ EXIT_INTERRUPTED = 130
 # -- pipeline verbs -----------------------------------------------------------------------------------------------
 
 
-def _make_plan(args: argparse.Namespace) -> "Plan":
+def make_plan_of(args: argparse.Namespace, only_plan: bool = False) -> "Plan":
+    """Return the plan of a command line; with `only_plan` a profile is enough where no Slurm is configured."""
     from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.planner import default_run_folder, make_plan
+    from launchers.planning.planner import default_run_folder
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
     pipeline.rehearsed = args.rehearse_scale if getattr(args, "rehearse", False) else 0.0
-    return make_plan(
-        pipeline,
-        default_run_folder(pipeline, args.run),
-        find_cluster(pipeline.cluster, pipeline.overrides),
-        args.verify,
-    )
+    run = default_run_folder(pipeline, args.run)
+    cluster = find_cluster(pipeline.cluster, pipeline.overrides, only_plan)
+    return plan_here(args, pipeline, run, cluster)
 
 
-def do_plan(args: argparse.Namespace) -> int:
-    if args.from_megatron is not None:
-        return _from_megatron(args)
-    if args.pipeline is None:
-        raise UserMistake("plan needs a pipeline file, or --from-megatron FLAGS")
-    if args.parallel:
-        return _plan_parallel(args)
-    if args.search:
-        raise UserMistake("--search is about one phase: give --parallel PHASE too")
-    plan = _make_plan(args)
-    if args.json:
-        return print_json(plan.as_json())
-    from launchers.observe.show import console, plan_table
+def plan_here(
+    args: argparse.Namespace, pipeline: "Pipeline", run: "RunFolder", cluster: "Cluster", again: str = ""
+) -> "Plan":
+    """Make the plan, with what the command line waives; what is refused is printed with --json too, then raised."""
+    from launchers.planning.planner import make_plan
+    from slurm.checks import finding
 
-    console().print(plan_table(plan))
-    announce(plan)
-    return 0
+    pipeline.waive = list(dict.fromkeys([*pipeline.waive, *args.waive]))
+    verify = getattr(args, "verify", False)
+    try:
+        return make_plan(pipeline, run, cluster, verify=verify, again=again, budget=args.budget)
+    except UserMistake as mistake:
+        if args.json:
+            print_json({"refused": [finding(problem) for problem in mistake.problems]})
+        raise
 
 
 def do_explain(args: argparse.Namespace) -> int:
@@ -79,47 +77,6 @@ def do_explain(args: argparse.Namespace) -> int:
     return 0
 
 
-def _from_megatron(args: argparse.Namespace) -> int:
-    from jobs.schema.megatron_flags import translate
-
-    overrides, notes = translate(args.from_megatron)
-    if args.json:
-        return print_json({"overrides": overrides, "notes": notes})
-    print("\n".join(overrides))
-    for note in notes:
-        tell(note)
-    return 0
-
-
-def _plan_parallel(args: argparse.Namespace) -> int:
-    from jobs.schema.pipeline import load_pipeline
-    from launchers.planning.planner import default_run_folder, report_parallel
-    from slurm.detect import find_cluster
-
-    pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
-    run, cluster = default_run_folder(pipeline, args.run), find_cluster(pipeline.cluster, pipeline.overrides)
-    report = report_parallel(pipeline, run, cluster, name=args.parallel, searching=args.search)
-    if args.json:
-        print_json(
-            {
-                "phase": report.phase,
-                "profile": cluster.as_json(),
-                **report.facts,
-                "notes": report.notes,
-                "problems": [str(problem) for problem in report.problems],
-            }
-        )
-    else:
-        from launchers.observe.show import console, table
-
-        for printed in report.tables:
-            console().print(table(printed["columns"], printed["rows"], printed["title"]))
-        print("\n".join([*report.notes, cluster.where]))
-    for problem in report.problems:
-        tell(problem)
-    return EXIT_MISTAKE if report.problems else 0
-
-
 def announce(plan: "Plan", quiet: bool = False) -> None:
     """Say which cluster and profile a plan is for, and what leaves the submitter's environment."""
     if not quiet:
@@ -136,7 +93,7 @@ def tell(what: object) -> None:
 def do_submit(args: argparse.Namespace) -> int:
     from launchers.submission.submit import submit
 
-    plan = _make_plan(args)
+    plan = make_plan_of(args)
     announce(plan, quiet=args.json)
     if not args.dry_run:
         plan.run.make(args.group)
@@ -154,6 +111,7 @@ def _report_submitted(args: argparse.Namespace, plan: "Plan", done: "Submitted")
                 "submission": done.number,
                 "jobs": done.jobs,
                 "profile": plan.cluster.as_json(),
+                "findings": plan.as_json()["findings"],
                 "active": done.active,
                 "rewired": done.rewired,
                 "calls": done.calls,
@@ -171,7 +129,6 @@ def _report_submitted(args: argparse.Namespace, plan: "Plan", done: "Submitted")
 
 def do_resubmit(args: argparse.Namespace) -> int:
     from launchers.observe.runs import find_run
-    from launchers.planning.planner import make_plan
     from launchers.planning.recorded import recorded_pipeline
     from launchers.submission.submit import resubmit
     from slurm.detect import find_cluster
@@ -180,9 +137,8 @@ def do_resubmit(args: argparse.Namespace) -> int:
     pipeline = recorded_pipeline(run, args.overrides, os.environ)
     if args.again and args.elements:
         raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
-    plan = make_plan(
-        pipeline, run, find_cluster(pipeline.cluster, pipeline.overrides), again=args.phase if args.again else ""
-    )
+    cluster = find_cluster(pipeline.cluster, pipeline.overrides)
+    plan = plan_here(args, pipeline, run, cluster, again=args.phase if args.again else "")
     announce(plan, quiet=args.json)
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
 
@@ -221,7 +177,7 @@ def do_run(args: argparse.Namespace) -> int:
     from launchers.observe.show import console, print_submitted, summary
     from launchers.submission.submit import submit
 
-    plan = _make_plan(args)
+    plan = make_plan_of(args)
     run = plan.run
     announce(plan, quiet=args.json)
     run.make(args.group)

@@ -7,6 +7,7 @@ would change what is asked or how it is printed. What they print is read in slur
 
 import os
 import pwd
+import re
 import signal
 import subprocess
 import time
@@ -135,6 +136,10 @@ class Slurm:
         """Run one of Slurm's commands; return its standard output. Raises SlurmError or SlurmTimeout where it fails or
         is late.
         """
+        return self._output(command, timeout_s)[0]
+
+    def _output(self, command: Sequence[str], timeout_s: float | None, text: str | None = None) -> tuple[str, str]:
+        """Return standard output and error of a command that reads `text` (None: nothing); raise what `run` does."""
         limit = self.timeout_s if timeout_s is None else timeout_s
         env = dict(self.env)
         if command[0] == "squeue":
@@ -143,7 +148,7 @@ class Slurm:
             process = subprocess.Popen(
                 command,
                 env=env,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -153,7 +158,7 @@ class Slurm:
         except OSError as error:
             raise SlurmError(command, None, f"{command[0]}: {error.strerror} (are Slurm's commands in PATH?)") from None
         try:
-            out, err = process.communicate(timeout=limit)
+            out, err = process.communicate(text, timeout=limit)
         except subprocess.TimeoutExpired:
             raise SlurmTimeout(command, limit) from None
         finally:
@@ -165,7 +170,7 @@ class Slurm:
             message = whole_message(command[0], err, out) or "it said nothing"
             silent = _ended_by_signal(code) or lost_connection(command[0], err)
             raise SlurmError(command, code, message=message, stderr=err, is_silence=silent)
-        return out
+        return out, err
 
     def patiently(self, command: Sequence[str], patience_s: float) -> str:
         """Run a command again and again for a while where nobody answers: for commands that may be given twice."""
@@ -341,6 +346,19 @@ class Slurm:
             said = whole_message("sbatch", printed, "") or "nothing"
             raise SlurmError(command, 0, f"no line of what it printed is a job's id: {said}", is_silence=True)
         return job
+
+    def predicted_start(self, script: str) -> str:
+        """Return when a batch script would start if it were sent now, "2026-11-30T04:20:00"; "" where Slurm is silent.
+
+        `sbatch --test-only` submits nothing. It is no check: it finds fine what never starts (seen with 22.05).
+        """
+        start = re.search(r"to start at (\S+)", self._output(["sbatch", "--test-only"], None, script)[1])
+        return start[1] if start else ""
+
+    def expected_start(self, job: str) -> str:
+        """Return when the backfill scheduler expects a waiting job to start; "" where it does not say."""
+        printed = self.run(["squeue", "--start", "--noheader", f"--jobs={job}", "--format=%S"]).split()
+        return min((moment for moment in printed if moment != "N/A"), default="")
 
 
 def job_element(env: Mapping[str, str]) -> str:

@@ -49,11 +49,14 @@ class Cluster:
     profile_file: str = ""  # "": made from the live cluster, for the reason that `made` tells
     made: str = ""
     loaded: files.Loaded | None = None  # where each value of the profile is from
+    unasked: str = ""  # why no Slurm was asked of anything, so that the profile alone is known; "" where one answers
 
     @property
     def where(self) -> str:
         """One line: which cluster this is, which profile describes it, and which files that is."""
         place = f"cluster {self.slurm_name or self.name}" if self.kind == "slurm" else "this machine"
+        if self.unasked:
+            place = f"{place} (not asked: {self.unasked})"
         extends = f", which extends {', '.join(self.extended)}" if self.extended else ""
         top = self.loaded.layers[-1] if self.loaded else None
         said = ", ".join(leaves(top.values)) if top and top.file == COMMAND_LINE else ""
@@ -83,15 +86,16 @@ class Cluster:
         return Slurm(self.env)
 
 
-def find_cluster(choice: str = "auto", overrides: Sequence[str] = ()) -> Cluster:
+def find_cluster(choice: str = "auto", overrides: Sequence[str] = (), only_plan: bool = False) -> Cluster:
     """Return the cluster that `choice` names: auto, local, slurm, dev, or a profile's name or path.
 
-    Of a pipeline's `overrides` those that begin with "cluster." are laid upon its profile.
+    Of a pipeline's `overrides` those that begin with "cluster." are laid upon its profile. With `only_plan` a profile
+    of a cluster is enough on a machine that no Slurm is configured on, such as a laptop.
 
     Raises UserMistake (SlurmUnavailable) when Slurm is meant and does not answer, or there is no such profile, or it is
     of another kind than the cluster: nothing of what it says would be asked of that.
     """
-    cluster = _chosen(choice, command_line(overrides))
+    cluster = _chosen(choice, command_line(overrides), only_plan)
     if cluster.kind != cluster.profile.kind:
         who = cluster.loaded.merged.culprit("kind") if cluster.loaded else cluster.profile_file
         raise UserMistake(
@@ -101,7 +105,7 @@ def find_cluster(choice: str = "auto", overrides: Sequence[str] = ()) -> Cluster
     return cluster
 
 
-def _chosen(choice: str, on_top: Layer | None) -> Cluster:
+def _chosen(choice: str, on_top: Layer | None, only_plan: bool) -> Cluster:
     """Return the cluster that a choice means, with the command line's values on top of its profile."""
     if choice == "local":
         return _local("local", on_top)
@@ -114,7 +118,15 @@ def _chosen(choice: str, on_top: Layer | None) -> Cluster:
         if choice == "slurm" or _slurm_is_configured(os.environ):
             return _slurm(None, on_top)
         return _local("local", on_top)
-    return _local(choice, on_top) if files.read(choice, on_top).profile.kind == "local" else _slurm(choice, on_top)
+    loaded = files.read(choice, on_top)
+    if loaded.profile.kind == "local":
+        return _local(choice, on_top)
+    if only_plan and not _slurm_is_configured(os.environ):
+        name, why = loaded.profile.meta.name, "no Slurm is configured on this machine"
+        env = client.scrubbed_environment(os.environ)
+        file = str(files.find(choice))
+        return Cluster("slurm", loaded.profile, env, name, profile_file=file, loaded=loaded, unasked=why)
+    return _slurm(choice, on_top)
 
 
 def can_requeue(cluster: Cluster, partition: str | None) -> bool:
@@ -123,7 +135,7 @@ def can_requeue(cluster: Cluster, partition: str | None) -> bool:
     The profile's word counts, and Slurm's where it has none.
     """
     said = cluster.profile.partitions.get(partition or "", Partition()).requeue
-    if said is not None or partition is None:
+    if said is not None or partition is None or cluster.unasked:
         return said is not False
     try:
         allowed = cluster.slurm.configuration().get("JobRequeue", "1") == "1"

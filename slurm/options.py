@@ -6,9 +6,11 @@ and any unambiguous beginning of a long name, so that `outp` would be `output`.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from data_tools.mistake import Problem
 from slurm.profile.environments import environments
+from slurm.profile.resolve import time_problems
 from slurm.profile.schema import VARIABLE, Profile
 
 _OWN_LOG = "each element's log has its place in the run, where `afterok logs` and `why` read it"
@@ -38,6 +40,24 @@ RESERVED: Mapping[str, str] = {
                      "cluster-constraint", "clusters", "cluster", "M", "chdir", "D", "workdir"), _TRANSACTION),
 }  # fmt: skip
 
+
+# All long options of sbatch, 22.05 to 24.11: of another name it may be that a plugin of the site knows it, but a mere
+# beginning of one of these would mean it, unseen by whoever looks for the option.
+LONG_OPTIONS = frozenset(
+    """
+account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments constraint
+container container-id contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot
+dependency distribution error exclude exclusive export export-file extra extra-node-info get-user-env gid gpu-bind
+gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags help hint hold ignore-pbs input job-name
+kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice
+no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket
+oom-kill-step open-mode output overcommit oversubscribe parsable partition power prefer priority profile propagate qos
+quiet reboot requeue reservation resv-ports segment share signal sockets-per-node spread-job spread-segments stepmgr
+switches tasks-per-node test-only thread-spec threads-per-core time time-min tmp tres-bind tres-per-task uid usage
+use-min-nodes verbose version wait wait-all-nodes wckey wrap workdir
+""".split()
+)
+TIME_MIN = "time-min"
 
 SRUN_RESERVED: Mapping[str, str] = {
     **{option: RESERVED[option] for option in (
@@ -132,6 +152,12 @@ def option_problems(extra: Mapping[str, str], where: str) -> list[Problem]:
             problems.append(Problem(at, f"{value!r} is more than one line; an option's value is one"))
         elif len(name) == 1:
             problems.append(Problem(at, f"write the long form of sbatch's {_dashed(name)}"))
+        elif name not in LONG_OPTIONS and (longer := [known for known in LONG_OPTIONS if known.startswith(name)]):
+            problems.append(Problem(at, f"write the whole name of the option: {' or '.join(sorted(longer))}"))
+        elif name == "gres" and "gpu" in value:
+            problems.append(Problem(at, f"{value!r} has GPUs, which afterok counts: say it as the partition's gres"))
+        elif name == TIME_MIN:
+            problems += [replace(problem, check="") for problem in time_problems(at, value)]
     return problems
 
 

@@ -29,7 +29,7 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "mistake progress own_packages", "base", "records", "chats", "answers", "prepare", "tasks",
         "evaluations recipes", "packs",
     ),
-    "slurm": ("printed", "client", "profile", "options exported", "dev", "detect", "verify"),
+    "slurm": ("checks printed", "client", "profile", "options exported", "dev", "detect", "verify"),
     "megatron_ext": (
         "adam device versions", "files", "parallel", "layers", "models", "weights", "lora", "model_folders",
         "preflight", "rollout", "training", "rl", "entrypoints",
@@ -40,8 +40,8 @@ LAYERS = {  # what a package is made of, from the ground up: a line may import i
         "ranks requeue secrets replay sealing upstream health rehearsal", "bare worker",
     ),
     "launchers": (
-        "planning", "causes", "backends", "submission", "observe", "verbs", "profile_verbs score_verbs bundle_verb",
-        "cli", "door",
+        "planning", "causes", "backends", "submission", "observe", "verbs",
+        "bundle_verb plan_verbs profile_verbs score_verbs", "cli", "door",
         "console",
     ),
 }  # fmt: skip
@@ -58,6 +58,7 @@ PLANNED_WITH = (
     "parallel/settings.py",
     "parallel/shape.py",
     "parallel/calibration.py",
+    "preflight/costs.py",
     "preflight/facts.py",
     "preflight/memory.py",
     "preflight/flops.py",

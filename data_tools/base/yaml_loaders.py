@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+NULLS = ("", "~", "null", "Null", "NULL")  # plain scalars that are no value, YAML 1.2
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -91,8 +92,17 @@ def _stands_twice(key: Any, first: yaml.Node, second: yaml.Node) -> None:
     raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice, {lines}", second.start_mark)
 
 
+class Nothing(str):
+    """Represents a scalar that is written as no value (`key:`, `~`, `null`): an empty text that tells so."""
+
+
 class TextLoader(_Strict, yaml.BaseLoader):
-    """Loads every scalar as text."""
+    """Loads every scalar as text, no value as `Nothing`."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        """Return the text of a scalar. Raise ConstructorError for what is none."""
+        is_null = isinstance(node, yaml.ScalarNode) and node.style is None
+        return Nothing() if is_null and node.value in NULLS else super().construct_scalar(node)
 
 
 class ValueLoader(_Strict, yaml.SafeLoader):

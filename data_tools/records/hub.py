@@ -21,9 +21,16 @@ def is_dataset(spec: str) -> bool:
     return _SPEC.fullmatch(spec) is not None
 
 
-def dataset_files(spec: str) -> list[Path]:
-    """Return the data files of a dataset that match, by name. Raise UserMistake when it is not in the cache or none
-    matches."""
+def cache() -> Path:
+    """Return the folder of the hub's cache that this process looks into."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def dataset_files(spec: str, folder: Path | None = None) -> list[Path]:
+    """Return the data files of a dataset that match, by name, in the cache `folder` (None: this process's). Raise
+    UserMistake when it is not there or none matches."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -32,7 +39,9 @@ def dataset_files(spec: str) -> list[Path]:
         raise UserMistake(f"{spec!r} names no dataset of the hub: write org/name, org/name@revision or org/name:glob")
     name, revision, glob = match.groups()
     try:
-        folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+        folder = Path(
+            snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True, cache_dir=folder)
+        )
     except LocalEntryNotFoundError:
         command = f"hf download {name} --repo-type dataset{f' --revision {revision}' if revision else ''}"
         remedy = f"run `{command}` on a machine with internet, or give files in source.inputs"
@@ -46,13 +55,13 @@ def dataset_files(spec: str) -> list[Path]:
     return files
 
 
-def missing(specs: Iterable[str]) -> list[str]:
-    """Return why each of these datasets cannot be read on this machine, with the command that fetches it; nothing for
-    those that can."""
+def missing(specs: Iterable[str], folder: Path | None = None) -> list[str]:
+    """Return why each of these datasets cannot be read from the cache `folder` (None: this process's), with the command
+    that fetches it; nothing for those that can."""
     reasons = []
     for spec in dict.fromkeys(specs):
         try:
-            dataset_files(spec)
+            dataset_files(spec, folder)
         except UserMistake as mistake:
             reasons.append(str(mistake))
     return reasons

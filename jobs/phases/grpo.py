@@ -7,10 +7,10 @@ from data_tools.tasks import mix
 from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import grpo
-from megatron_ext.entrypoints.grpo import Config, forecast, parallel_report
+from megatron_ext.entrypoints.grpo import Config, costs, forecast, parallel_report
 from megatron_ext.rl.untrained import told
 
-__all__ = ["STOPS", "Config", "check", "datasets", "forecast", "parallel_report", "run"]
+__all__ = ["STOPS", "Config", "check", "costs", "datasets", "forecast", "parallel_report", "run"]
 
 STOPS = True
 

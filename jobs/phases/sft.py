@@ -6,10 +6,10 @@ from data_tools.mistake import Problem
 from jobs.kind import Placement
 from jobs.task import Task
 from megatron_ext.entrypoints import sft
-from megatron_ext.entrypoints.sft import Config, forecast, parallel_report
+from megatron_ext.entrypoints.sft import Config, costs, forecast, parallel_report
 from megatron_ext.lora import settings as loras
 
-__all__ = ["STOPS", "Config", "check", "forecast", "parallel_report", "run"]
+__all__ = ["STOPS", "Config", "check", "costs", "forecast", "parallel_report", "run"]
 
 STOPS = True
 

@@ -11,6 +11,7 @@
         throttle: 2                                 # elements that may run at once
         resources: {role: cpu, time: "0:30:00"}
     variables: {PACK_LENGTH: params.pack_length}    # environment variables that set values (variables.py)
+    waive: [V001]                                   # checks whose findings do not stop it (slurm/checks.py)
 
 Loading collects all violations, each with file, key and value, and raises them together as one UserMistake.
 """
@@ -41,7 +42,7 @@ RESERVED_NAMES = ("params", "name", "cluster", "phases", "on_code_change", "subm
 NEED_TYPES = ("afterok", "aftercorr", "afterany", "afternotok", "singleton")
 NEED_SEALS = ("afterok", "aftercorr")  # which cannot go on without the upstream's seal
 ON_CODE_CHANGE = ("report", "rerun")
-TOP_KEYS = ("name", "params", "phases", "on_code_change", "variables")
+TOP_KEYS = ("name", "params", "phases", "on_code_change", "variables", "waive")
 PHASE_KEYS = ("uses", "needs", "with", "array", "throttle", "resources")
 
 
@@ -93,6 +94,7 @@ class Pipeline:
     variables: list[Variable] = field(default_factory=list)  # those that are set
     declared: dict[str, str] = field(default_factory=dict)  # all that may be: {variable: dotted key}
     rehearsed: float = 0.0  # of a rehearsal: the share of its planned time that each phase sleeps; 0: it is none
+    waive: list[str] = field(default_factory=list)  # ids of checks, those of the command line included
 
     def descendants(self, name: str) -> set[str]:
         """Return the phases that need a phase, directly or through others."""
@@ -138,6 +140,10 @@ class _Loader:
         if on_code_change not in ON_CODE_CHANGE:
             near = nearest(str(on_code_change), ON_CODE_CHANGE)
             self.problems.note("on_code_change", f"unknown value {on_code_change!r}{near}")
+        waive = raw.get("waive") or []
+        if not isinstance(waive, list) or not all(isinstance(check, str) for check in waive):
+            self.problems.note("waive", f"{waive!r} is not a list of checks, such as [V001]")
+            waive = []
         params, written = raw.get("params") or {}, raw.get("phases")
         if not isinstance(params, dict):
             self.problems.note("params", f"{params!r} is not a mapping")
@@ -164,6 +170,7 @@ class _Loader:
             overrides=list(self.overrides),
             variables=variables,
             declared=names,
+            waive=waive,
         )
 
     # -- reading -------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ WAIT_S = 60  # for a free node
 LIMIT_S = 180.0  # for the whole of one role
 MARK = "afterok-probe"
 MEMORY = ("tmpfs", "ramfs", "devtmpfs")  # filesystems that are the memory of one machine
+SIZES = ("max_time", "max_nodes", "cpus", "time", "nodes", "gpus_per_node", "cpus_per_task", "mem_gib")
 SHELL_KEYS = ("env.setup", "hooks.prolog")
 LONGEST_ANSWER = 300  # characters of what an environment said that did not work
 
@@ -122,10 +123,9 @@ def _probe_role(
 
 
 def _concerns(key: str, role: str, wants: Resources) -> bool:
-    """Return whether a mismatch keeps a role's job from starting where it is to be asked."""
+    """Return whether a mismatch keeps a role's job from starting where it is to be asked: a short one, of no size."""
     place = f"partitions.{wants.partition}"
-    limits = tuple(f"{place}.{name}" for name in ("max_time", "max_nodes", "cpus", "mem_gib"))
-    return f"{key}.".startswith((f"roles.{role}.", f"{place}.")) and key not in limits
+    return f"{key}.".startswith((f"roles.{role}.", f"{place}.")) and key.rpartition(".")[2] not in SIZES
 
 
 def _command(profile: Profile, wants: Resources, nodes: int, folders: list[Path]) -> list[str]:

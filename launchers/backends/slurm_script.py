@@ -7,6 +7,7 @@ pickles. The script runs by hand too: `sbatch RUN/submissions/N/scripts/PHASE.sh
 import re
 import shlex
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
@@ -194,10 +195,14 @@ def script_changes(sent: str, now: str) -> str:
     sent = sent.replace(f" -m {RESTART_BEFORE} ", f" -m {RESTART} ")
     if sent == now:
         return ""
+    return ", ".join(option_changes(sent, now)) or "another script"
+
+
+def option_changes(sent: str, now: str, but: Collection[str] = ()) -> list[str]:
+    """Return in which options of sbatch two scripts differ, "time 5 → 33", those in `but` left out."""
     options = [dict(re.findall(r"^#SBATCH --([^=\n]+)=?(.*)$", text, re.MULTILINE)) for text in (sent, now)]
-    changed = [
+    return [
         f"{name} {options[0].get(name, 'none')} → {options[1].get(name, 'none')}"
         for name in sorted(options[0].keys() | options[1].keys())
-        if options[0].get(name) != options[1].get(name)
+        if options[0].get(name) != options[1].get(name) and name not in but
     ]
-    return ", ".join(changed) or "another script"

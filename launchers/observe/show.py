@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools.base.printing import clean, raw
@@ -15,8 +15,11 @@ if TYPE_CHECKING:  # imported where they are needed, so that a --json answer doe
     from rich.console import Console, Group
     from rich.table import Table
 
+    from jobs.artifacts.run_folder import RunFolder
     from launchers.observe.explain import Explained
+    from launchers.observe.foresee import Difference
     from launchers.observe.inspect import Inspection
+    from launchers.planning.hours import GpuHours
     from launchers.planning.plan import Plan
     from launchers.submission.submit import Submitted
 
@@ -65,9 +68,13 @@ def table(columns: list[str], rows: list[list[Any]], title: str = "") -> "Table"
     return out
 
 
-def plan_table(plan: "Plan") -> "Table":
-    """Return one row a phase: what `plan` would do with it, on what, and why."""
-    rows = []
+def plan_table(plan: "Plan", starts: "Mapping[str, str] | None" = None) -> "Table":
+    """Return one row a phase: what `plan` would do with it, on what, and why.
+
+    With GPUs there is what it may cost at most; `starts` is when Slurm would start it, where that is known.
+    """
+    rows, starts = [], starts or {}
+    costly = any(phase.resources.gpus_per_node for phase in plan.to_run)
     for phase in plan.phases:
         r = phase.resources
         size = (
@@ -83,12 +90,37 @@ def plan_table(plan: "Plan") -> "Table":
             why += f"; code changed since: {', '.join(phase.code_changed[:3])}" + (
                 " …" if len(phase.code_changed) > 3 else ""
             )
-        rows.append([phase.name, missing, phase.role, size, phase.action, why])
+        known = [_at_most(phase.gpu_hours)] if costly else []
+        known += [starts.get(phase.name, "").replace("T", " ")] if starts else []
+        rows.append([phase.name, missing, phase.role, size, *known, phase.action, why])
+    known = [*(["GPU-h at most"] if costly else []), *(["starts"] if starts else [])]
     return table(
-        ["phase", "elements", "role", "resources", "action", "why"],
+        ["phase", "elements", "role", "resources", *known, "action", "why"],
         rows,
         f"{plan.pipeline.name} in {plan.run.path} on {plan.cluster.name}",
     )
+
+
+def _at_most(hours: "GpuHours") -> str:
+    """Return "120.0 (planned 31.5)"; "no limit" where no time limit bounds them."""
+    bound = "no limit" if hours.bound is None else _hours(hours.bound)
+    return f"{bound} (planned {_hours(hours.planned)})" if hours.planned else bound
+
+
+def hours_line(plan: "Plan") -> str:
+    """Return what all phases may cost, "" where none that runs has GPUs."""
+    if not any(phase.resources.gpus_per_node for phase in plan.to_run):
+        return ""
+    hours = plan.gpu_hours
+    bound = "no time limit bounds its GPU-hours" if hours.bound is None else f"at most {_hours(hours.bound)} GPU-hours"
+    planned = "" if hours.planned is None else f", {_hours(hours.planned)} as planned"
+    return f"{bound} by the time limits{planned}" if hours.bound is not None else f"{bound}{planned}"
+
+
+def differences_table(found: "Sequence[Difference]", run: "RunFolder") -> "Table":
+    """Return one row a difference of a plan from a run that was submitted."""
+    rows = [[each.phase, each.what, each.line] for each in found] or [["", "", "nothing differs"]]
+    return table(["phase", "what", "differs"], rows, f"against submission {run.newest_submission()} of {run.path}")
 
 
 def print_submitted(plan: "Plan", done: "Submitted") -> None:

@@ -17,8 +17,8 @@ from slurm.detect import Cluster, can_requeue
 from slurm.printed import ENDED_STATES, SubmitLimit, format_minutes
 from slurm.profile.check import check as check_request
 from slurm.profile.check import contact_note
+from slurm.profile.resolve import least_minutes, with_defaults
 from slurm.profile.resolve import resolve as resolve_request
-from slurm.profile.resolve import with_defaults
 from slurm.profile.schema import Profile, Request, Resources
 
 
@@ -37,19 +37,19 @@ def seconds_of_a_link(cluster: Cluster, phase: Phase, resources: Resources) -> i
 
     None of a phase that cannot stop and go on, or whose job has no limit.
     """
-    if cluster.kind != "slurm" or not phase.kind.can_stop or not resources.time_minutes:
+    if cluster.kind != "slurm" or not phase.kind.can_stop or not (minutes := least_minutes(resources)):
         return None
-    return 60 * resources.time_minutes - cluster.profile.signal_lead_s
+    return 60 * minutes - cluster.profile.signal_lead_s
 
 
 def why_time_is_too_short(cluster: Cluster, phase: Phase, resources: Resources) -> str:
     """Return why a phase that can stop would be over before it could; "" where it would not be."""
     link_s = seconds_of_a_link(cluster, phase, resources)
-    if link_s is None or link_s > 0 or not resources.time_minutes:
+    if link_s is None or link_s > 0:
         return ""
-    lead_s = cluster.profile.signal_lead_s
+    lead_s, least = cluster.profile.signal_lead_s, format_minutes(least_minutes(resources) or 0)
     return (
-        f"{format_minutes(resources.time_minutes)} is over before the signal to stop, which comes {lead_s} s before "
+        f"{least} is over before the signal to stop, which comes {lead_s} s before "
         f"the limit (the profile's signal_lead_s); ask for at least {format_minutes(lead_s // 60 + 1)}"
     )
 
@@ -92,7 +92,7 @@ def fit_submit_limit(cluster: Cluster, run: RunFolder, phases: Collection[Planne
     Returns a problem where even one task a phase is too many.
     """
     runs = [planned for planned in phases if planned.action in RUNS]
-    if cluster.kind != "slurm" or not runs:
+    if cluster.kind != "slurm" or not runs or cluster.unasked:
         return []
     limit = _submit_limit(cluster, {planned.resources.qos or "" for planned in runs})
     if limit is None:
@@ -118,7 +118,7 @@ def fit_submit_limit(cluster: Cluster, run: RunFolder, phases: Collection[Planne
             f"{others} are other jobs of yours; wait for those to end, or submit fewer phases at "
             f"once{contact_note(cluster.profile)}"
         )
-        return [Problem("", message)]
+        return [Problem("", message, "Q004")]
     for planned in runs:
         if planned.frozen.array is not None:
             planned.frozen.batch = max(planned.frozen.batch, factors[smallest])

@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 
 from data_tools.base import durable
 from data_tools.mistake import Problem, UserMistake, nearest
-from data_tools.records.hub import missing
 from jobs.artifacts import standing
 from jobs.artifacts.hash_cache import HashCache
 from jobs.artifacts.keys import content_digest, key_of
@@ -21,11 +20,14 @@ from jobs.kind import Placement, inputs, keyed_settings, kind_names, user_code, 
 from jobs.schema.pipeline import Phase, Pipeline
 from jobs.schema.references import references, substitute
 from launchers.planning import limits, rehearsal
+from launchers.planning.hours import over_budget, planned_seconds
 from launchers.planning.ledger import Ledger
 from launchers.planning.plan import RUNS, Plan, PlannedPhase
+from launchers.planning.preflight import Job, preflight
 from launchers.planning.reasons import Reasoner
 from launchers.planning.snapshot import code_digests, code_of, find_code, users_code_digest
 from slurm import exported
+from slurm.checks import by_check, sort_out, waiver_problems
 from slurm.detect import Cluster
 from slurm.options import own_setting_problems
 from slurm.profile.check import forwarding_problems
@@ -42,17 +44,24 @@ def default_run_folder(pipeline: Pipeline, run: Path | None) -> RunFolder:
     return RunFolder((run or Path("runs") / name).absolute())
 
 
-def make_plan(pipeline: Pipeline, run: RunFolder, cluster: Cluster, verify: bool = False, again: str = "") -> Plan:
+def make_plan(
+    pipeline: Pipeline,
+    run: RunFolder,
+    cluster: Cluster,
+    verify: bool = False,
+    again: str = "",
+    budget: float | None = None,
+) -> Plan:
     """Return the plan of a pipeline on a cluster; the phase `again` runs whatever is sealed of it.
 
-    With `verify` every sealed file is hashed, not only compared by size and time.
+    With `verify` every sealed file is hashed, not only compared by size and time. `budget` are GPU-hours.
 
     Raises:
         UserMistake: every violated rule of phases, profile and inputs at once, and sealed files that were altered.
     """
     if problem := path_problem(run.path, cluster.kind == "slurm"):
-        raise UserMistake(problem)
-    return _Planner(pipeline=pipeline, run=run, cluster=cluster, verify=verify, again=again).plan()
+        raise UserMistake(Problem("", problem, "F003"))
+    return _Planner(pipeline=pipeline, run=run, cluster=cluster, verify=verify, again=again).plan(budget)
 
 
 class ParallelTable(TypedDict):
@@ -106,7 +115,10 @@ class _Planner:
         self.checked: dict[str, tuple[Any, Placement]] = {}  # phase -> (its Config, where it runs), as it was checked
         self.forecasts: dict[str, dict[str, Any]] = {}  # phase -> what its folder will hold
         self.datasets: dict[str, list[str]] = {}  # phase -> what it reads of the hub's cache
+        self.costs: dict[str, dict[str, float]] = {}  # phase -> what is known of time and disk (jobs/kind.py)
+        self.fits: dict[str, bool] = {}  # phase -> whether its profile has the resources that it asks for
         self.remarks: list[str] = []
+        self.not_asked: list[str] = []
         self.reasoner = Reasoner(
             pipeline=pipeline,
             run=run,
@@ -123,7 +135,7 @@ class _Planner:
         for phase in self.pipeline.phases.values():
             self.planned[phase.name] = self._phase(phase)
 
-    def plan(self) -> Plan:
+    def plan(self, budget: float | None) -> Plan:
         """Return the plan. Raises UserMistake with all problems."""
         if other := Ledger(self.run.ledger).other_cluster(self.pipeline.cluster, self.cluster.slurm_name):
             raise UserMistake(other)
@@ -131,29 +143,50 @@ class _Planner:
             raise UserMistake(other)
         self.remarks += rehearsal.remarks(self.pipeline)
         profile = self.cluster.profile
-        self.problems += own_setting_problems(profile, self.cluster.profile_file or profile.meta.name)
-        if why := why_not_shared(profile, self.run.path):
-            self.problems.append(Problem("", why))
-        self.problems += _unknown_kinds(profile, self.cluster.profile_file or profile.meta.name)
+        file = self.cluster.profile_file or profile.meta.name
+        self.problems += by_check("A001", [*own_setting_problems(profile, file), *_unknown_kinds(profile, file)])
+        if not self.cluster.unasked and (why := why_not_shared(profile, self.run.path)):
+            self.problems.append(Problem("", why, "F003"))
         self.survey()
         limits.share_array_tasks(self.cluster, self.planned)
         self.problems += limits.fit_submit_limit(self.cluster, self.run, self.planned.values())
-        self.problems += forwarding_problems(profile, os.environ) + self._secret_variables()
         forwarded = {name for _, env in environments(profile) for name in env.forward}
-        self.problems += exported.unknown(os.environ.get(exported.VARIABLE, ""), self.pipeline.declared, forwarded)
-        if self.problems:
-            raise UserMistake(self.problems)
-        running = [name for name, planned in self.planned.items() if planned.action in RUNS]
+        typed = os.environ.get(exported.VARIABLE, "")
+        given = exported.unknown(typed, self.pipeline.declared, forwarded) + self._secret_variables()
+        self.problems += by_check("E002", [*forwarding_problems(profile, os.environ), *given])
+        report = preflight(self.cluster, self.run, [self._job(name) for name in self.planned], self.costs)
+        hours = {name: planned.gpu_hours for name, planned in self.planned.items() if planned.action in RUNS}
+        found = [*self.problems, *report.problems, *over_budget(hours, budget)]
+        refused, waived, told = sort_out(found, {*self.pipeline.waive, *profile.waive})
+        if refused := [*self._waivers(file), *refused]:
+            raise UserMistake(refused)
         return Plan(
-            missing=missing(spec for name in running for spec in self.datasets[name]),
+            told=told,
+            waived=waived,
+            not_asked=report.not_asked + self.not_asked,
             pipeline=self.pipeline,
             run=self.run,
             cluster=self.cluster,
             phases=list(self.planned.values()),
             verified=self.verify,
             again=self.again,
+            budget=budget,
             remarks=self.remarks,
         )
+
+    def _waivers(self, file: str) -> list[Problem]:
+        """Return what is wrong with the ids that pipeline, command line and profile (`file`) waive."""
+        profile, policy = self.cluster.profile, self.cluster.profile.policy
+        return [
+            *waiver_problems(self.pipeline.waive, "waive", policy.unwaivable, policy.reason),
+            *waiver_problems(profile.waive, f"{file}: waive", policy.unwaivable, policy.reason),
+        ]
+
+    def _job(self, name: str) -> Job:
+        """Return a phase as preflight sees it."""
+        phase = self.pipeline.phases[name]
+        where = f"{self.pipeline.source}: phases.{name}.resources"
+        return Job(phase, self.planned[name], where, fits=self.fits[name], datasets=self.datasets[name])
 
     def _secret_variables(self) -> list[Problem]:
         """Refuse variables of the pipeline whose values the profile keeps secret: overrides are written down."""
@@ -170,39 +203,37 @@ class _Planner:
         ]
 
     def _phase(self, phase: Phase) -> PlannedPhase:
-        frozen = self._frozen(phase)
         where = f"{self.pipeline.source}: phases.{phase.name}.resources"
         resources, problems = limits.resources_of(self.cluster.profile, phase, where)
         self.problems += problems
+        self.fits[phase.name] = not problems
+        image = self._image(phase, resources.role)
+        frozen = self._frozen(phase, image)
         self._check(phase, frozen, resources)
         self._check_partners(phase, frozen)
+        if image:
+            self._check_container(phase, resources.role, frozen)
         if why := limits.why_time_is_too_short(self.cluster, phase, resources):
-            self._problem(phase, "resources.time", why)
+            self._problem(phase, "resources.time", why, "S002")
         frozen.ranks_per_node, frozen.nodes = resources.ranks_per_node, resources.nodes
         frozen.gpus_per_node, frozen.role = resources.gpus_per_node, resources.role
-        frozen.rehearsal = rehearsal.of_phase(self.pipeline, phase, resources)
-        frozen.image = self._image(phase, resources.role, frozen)
+        frozen.rehearsal = rehearsal.of_phase(self.pipeline, phase, resources, self.costs[phase.name])
         frozen.links = limits.links_of(
             cluster=self.cluster, run=self.run, phase=phase, frozen=frozen, resources=resources
         )
         planned = PlannedPhase(frozen, resources, phase.resources.role, "run")
+        planned.planned_s, planned.planned_by = planned_seconds(self.run, frozen, self.costs[phase.name])
         self.reasoner.decide(planned)
         return planned
 
-    def _image(self, phase: Phase, role: str, frozen: FrozenPhase) -> dict[str, str]:
-        """Return a phase's image with the digest of its file or folder; an input that it does not see is a problem.
+    def _image(self, phase: Phase, role: str) -> dict[str, str]:
+        """Return a role's image with the digest of its file or folder, {} for none.
 
         Of what only a registry has there is no digest: the name, best one with a digest, is all that is known.
         """
         name = image_of(self.cluster.profile, role)
         if not name:
             return {}
-        for hidden in unseen(self.cluster.profile, role, run=self.run.path, paths=list(frozen.inputs)):
-            message = f"{hidden} is not mounted in the container of role {role}"
-            self._problem(phase, "with", f"{message}; add it to the profile's container.mounts, under the same name")
-        if "," in str(self.run.path) and (runtime := self.cluster.profile.container.runtime) in COMMA_PARTS_MOUNTS:
-            message = f"its container mounts {self.run.path}, and {runtime} takes what is behind the comma for another"
-            self._problem(phase, "resources", f"{message}; choose another folder with --run DIR")
         path = Path(name)
         if path.is_absolute() and not path.exists():
             self.remarks.append(
@@ -211,6 +242,20 @@ class _Planner:
         if not path.is_absolute() or not path.exists():
             return {"name": name}
         return {"name": name, "sha256": content_digest(path, self.cache)}
+
+    def _check_container(self, phase: Phase, role: str, frozen: FrozenPhase) -> None:
+        """Refuse inputs and files of secrets that the container of a phase does not see, and a run it cannot mount."""
+        profile, remedy = self.cluster.profile, "add it to the profile's container.mounts, under the same name"
+        kept = environment_of(profile, role).secrets.values()
+        secrets = [str(Path(text[5:]).expanduser()) for text in kept if text.startswith("file:")]
+        for key, paths in (("with", list(frozen.inputs)), ("resources.role", secrets)):
+            what = "the secret's file " if key != "with" else ""
+            for hidden in unseen(profile, role, run=self.run.path, paths=paths):
+                message = f"{what}{hidden} is not mounted in the container of role {role}; {remedy}"
+                self._problem(phase, key, message, "F004")
+        if "," in str(self.run.path) and (runtime := profile.container.runtime) in COMMA_PARTS_MOUNTS:
+            message = f"its container mounts {self.run.path}, and {runtime} takes what is behind the comma for another"
+            self._problem(phase, "resources", f"{message}; choose another folder with --run DIR", "F004")
 
     def _inputs(self, phase: Phase) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return the inputs that no phase makes: ({config key: digests in order}, {absolute path: digest}).
@@ -229,13 +274,22 @@ class _Planner:
                 digests.setdefault(key, []).append(files[str(path)])
             elif kind == "hub" and is_hub_name(str(entry)):
                 digests.setdefault(key, []).append(f"hub:{entry}")
+            elif self.cluster.unasked:
+                self.not_asked.append(f"{phase.name}: what is in {entry}, which this machine has not")
+                digests.setdefault(key, []).append(f"unseen:{entry}")
             else:
                 or_name = ", and not a hub name (org/name)" if kind == "hub" else ""
-                self._problem(phase, f"with.{key}", f"{entry!r}: no such file or folder{or_name} (looked for {path})")
+                self._problem(
+                    phase, f"with.{key}", f"{entry!r}: no such file or folder{or_name} (looked for {path})", "I001"
+                )
         return digests, files
 
-    def _frozen(self, phase: Phase) -> FrozenPhase:
-        """Return the phase with its key, as a submission would freeze it; its place on the cluster is not known yet."""
+    def _frozen(self, phase: Phase, image: dict[str, str]) -> FrozenPhase:
+        """Return the phase with its key, as a submission would freeze it; its place on the cluster is not known yet.
+
+        An image is to a phase what code is, an environment that is not meant to change results: it is recorded and a
+        change is told, and only `on_code_change: rerun` makes it, as the code, part of the key.
+        """
         digests, files = self._inputs(phase)
         settings = keyed_settings(phase.kind.config, phase.config)
         for key, values in digests.items():
@@ -255,6 +309,8 @@ class _Planner:
         if self.pipeline.on_code_change == "rerun":
             code = {name: self.digests[name] for name in code_of(phase.uses, phase.config, self.code.files)}
             material["code"] = durable.sha256_bytes(durable.canonical_json(code))
+            if image:
+                material["image"] = image.get("sha256", image["name"])
         return FrozenPhase(
             name=phase.name,
             uses=phase.uses,
@@ -270,6 +326,7 @@ class _Planner:
             nodes=1,
             gpus_per_node=0,
             throttle=phase.throttle,
+            image=image,
         )
 
     def _check(self, phase: Phase, frozen: FrozenPhase, resources: Resources) -> None:
@@ -297,10 +354,14 @@ class _Planner:
         )
         problems = phase.kind.check(config, placement)
         for problem in problems:
-            self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message)
+            if self.cluster.unasked and problem.where.endswith(".inputs"):  # files, or the hub's cache, of there
+                self.not_asked.append(f"{phase.name}: with.{problem}")
+                continue
+            self._problem(phase, f"with.{problem.where}" if problem.where else "with", problem.message, "K001")
         self.checked[phase.name] = config, placement
         self.forecasts[phase.name] = phase.kind.forecast(config, placement)
         self.datasets[phase.name] = [] if problems else phase.kind.datasets(config)
+        self.costs[phase.name] = {} if problems else phase.kind.costs(config, placement)
         self.remarks += [f"{phase.name}: {remark}" for remark in phase.kind.remarks(config, placement)]
 
     def _check_partners(self, phase: Phase, frozen: FrozenPhase) -> None:
@@ -312,11 +373,12 @@ class _Planner:
                     f"needs.{name}",
                     f"aftercorr has each element follow its partner, and {phase.name} "
                     f"has {frozen.elements} elements, {name} {others}: say afterok, or give both as many",
+                    "K002",
                 )
 
-    def _problem(self, phase: Phase, key: str, message: str) -> None:
-        """Note a problem of one of a phase's keys in the pipeline file."""
-        self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message))
+    def _problem(self, phase: Phase, key: str, message: str, check: str) -> None:
+        """Note a problem of one of a phase's keys in the pipeline file, and the check that found it."""
+        self.problems.append(Problem(f"{self.pipeline.source}: phases.{phase.name}.{key}", message, check))
 
 
 def _unknown_kinds(profile: Profile, file: str) -> list[Problem]:

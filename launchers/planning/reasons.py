@@ -84,6 +84,10 @@ class Reasoner:
         if not all(some.has_sum for some in (seal, *planned.survey.parts.values())):
             planned.reasons.append("no sum: written before")
         planned.code_changed = self._code_changes(seal, planned.name)
+        was, now = seal.content.get("image", {}), planned.frozen.image
+        known = all("sha256" in image for image in (was, now))
+        if was.get("name") != now.get("name") or (known and was != now):
+            planned.code_changed.append(f"image {_image(was)} → {_image(now)}")
         self.seals[planned.name] = seal
 
     def _run_unsealed(self, planned: PlannedPhase) -> None:
@@ -147,6 +151,8 @@ class Reasoner:
         if old.get("code") != new.get("code"):
             files = self._code_changes(seal, frozen.name)
             reasons.append(f"code changed: {', '.join(files[:SHOWN])}{' …' if len(files) > SHOWN else ''}")
+        if old.get("image") != new.get("image"):
+            reasons.append(f"image {_image(seal.content.get('image'))} → {_image(frozen.image)}")
         return reasons or ["its key differs from the last sealed one"]
 
     def _code_changes(self, seal: Seal, name: str) -> list[str]:
@@ -166,6 +172,13 @@ def changed_settings(phase: str, old: dict[str, Any], new: dict[str, Any]) -> li
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
+
+
+def _image(image: dict[str, str] | None) -> str:
+    """Return an image's name with the beginning of its digest, where it has one; "none" for no container."""
+    if not image:
+        return "none"
+    return f"{image['name']} ({image['sha256'][:12]})" if "sha256" in image else image["name"]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -25,4 +25,5 @@ def recorded_pipeline(run: RunFolder, overrides: Sequence[str], environment: Map
     variables = {**recorded, **{name: value for name, value in environment.items() if value}}
     pipeline = load_pipeline(run.pipeline_path(number), [*origin["overrides"], *overrides], variables)
     pipeline.rehearsed = origin.get("rehearsed", 0.0)
+    pipeline.waive += origin.get("waive", [])
     return pipeline

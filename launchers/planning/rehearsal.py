@@ -3,6 +3,7 @@
 What a rehearsal seals has other keys than the real thing, and lies in a run of its own.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from data_tools.mistake import UserMistake
@@ -14,14 +15,15 @@ MARK = {"rehearsed": True}  # of a key's material
 UNLIMITED_S = 3600.0  # planned for a phase whose job has no time limit, such as a local process
 
 
-def of_phase(pipeline: Pipeline, phase: Phase, resources: Resources) -> dict[str, Any]:
+def of_phase(pipeline: Pipeline, phase: Phase, resources: Resources, costs: Mapping[str, float]) -> dict[str, Any]:
     """Return the settings of a phase's rehearsal, {} where the pipeline is not rehearsed.
 
-    Its planned time is the limit of its job: what the queue is told, and the most that it can take.
+    Its planned time is what its kind predicts (`costs`), else the limit of its job: the most that it can take.
     """
     if not pipeline.rehearsed:
         return {}
-    planned_s = 60.0 * resources.time_minutes if resources.time_minutes else UNLIMITED_S
+    limit_s = 60.0 * resources.time_minutes if resources.time_minutes else UNLIMITED_S
+    planned_s = min(limit_s, costs.get("seconds", limit_s))
     return {"seconds": pipeline.rehearsed * planned_s, "stops": phase.kind.can_stop}
 
 
@@ -44,4 +46,4 @@ def remarks(pipeline: Pipeline) -> list[str]:
     """Return what `plan` and `submit` say of a rehearsal."""
     if not pipeline.rehearsed:
         return []
-    return [f"a rehearsal: each phase sleeps {pipeline.rehearsed:g} of the time limit of its job, and makes nothing"]
+    return [f"a rehearsal: each phase sleeps {pipeline.rehearsed:g} of its planned time or limit, and makes nothing"]

@@ -41,6 +41,7 @@ def freeze(plan: Plan, number: int) -> None:
             "overrides": plan.pipeline.overrides,
             "variables": {variable.name: variable.override for variable in plan.pipeline.variables},
             "params": plan.pipeline.params,
+            "waive": plan.pipeline.waive,
             "cwd": os.getcwd(),
             **({"rehearsed": plan.pipeline.rehearsed} if plan.pipeline.rehearsed else {}),
         },

@@ -175,7 +175,7 @@ def _submit_once(plan: Plan, fresh: Mapping[str, list[int]], dry_run: bool) -> S
     # The queue first, the seals after: a job that ends in between is then seen at least once.
     live = live_jobs(run, backends_of(run).values())
     again = plan.again if dry_run else ""
-    plan = make_plan(pipeline=plan.pipeline, run=run, cluster=plan.cluster, verify=plan.verified, again=again)
+    plan = make_plan(plan.pipeline, run, plan.cluster, verify=plan.verified, again=again, budget=plan.budget)
     if not dry_run:
         for some in backends_of(run).values():
             release_held(run, some)

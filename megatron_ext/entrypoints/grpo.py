@@ -20,6 +20,7 @@ from data_tools.tasks.mix import check_mix, check_template, entries_of
 from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.preflight import facts, refusals, tables
+from megatron_ext.preflight.costs import costs as costs_of
 from megatron_ext.preflight.facts import Training
 from megatron_ext.rl.settings import GrpoSettings, check_comparable, check_loss, check_rewarding
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
@@ -94,6 +95,13 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """Return what the model folder of a run will hold, known before it ran."""
     return facts.forecast(config.model, config.lora, site)
+
+
+def costs(config: Config, site: Site) -> dict[str, float]:
+    """Return what the training will take, as far as it is known: see preflight/costs.py."""
+    training = _training(config, site)[0]
+    updates = config.rate_schedule().steps
+    return costs_of(config.parallel, training, updates=updates, checkpoints=config.checkpoints_at_once(updates))
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatron_ext.parallel.machine import here
 from megatron_ext.parallel.parts import Needs
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts, refusals, tables
+from megatron_ext.preflight.costs import costs as costs_of
 from megatron_ext.preflight.facts import Training
 from megatron_ext.preflight.flops import training_flops
 from megatron_ext.training import options
@@ -113,6 +114,13 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
 def forecast(config: Config, site: Site) -> dict[str, Any]:
     """Return what the model folder of a run will hold, known before it ran."""
     return facts.forecast(config.model, config.lora, site)
+
+
+def costs(config: Config, site: Site) -> dict[str, float]:
+    """Return what the training will take, as far as it is known: see preflight/costs.py."""
+    training = _training(config, site)[0]
+    updates = config.rate_schedule(training.workload.pack_length).steps
+    return costs_of(config.parallel, training, updates=updates, checkpoints=config.checkpoints_at_once(updates))
 
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop: Stop = never) -> dict[str, Any]:

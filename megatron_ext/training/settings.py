@@ -46,6 +46,12 @@ class TrainingSettings(ModelSettings):
         30, "a rank that waits longer than this for another takes it for dead", unit="minutes", least=1, keyed=False
     )
 
+    def checkpoints_at_once(self, updates: int) -> int:
+        """Return how many checkpoints lie on the disk at once: while one is written, those that stay are there too."""
+        made = -(-updates // self.checkpoint_every) if self.checkpoint_every else 1
+        for_good = updates // self.keep_every if self.keep_every else 0
+        return min(max(made, 1), self.keep_checkpoints + 1 + for_good)
+
     def schedule_of(self, steps: int, warmup: float) -> Schedule:
         """Return the learning rate over so many updates, of which `warmup` (not always whole) warm up."""
         return Schedule(

@@ -1,7 +1,7 @@
 """What a job finds: the environment of its role, the names of the network, and folders."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from slurm.profile.schema import Env, Profile, RoleEnv
@@ -35,6 +35,23 @@ def site_variables(profile: Profile) -> dict[str, str]:
         "TMPDIR": storage.node_local,
     }
     return {name: value for name, value in said.items() if value}
+
+
+def hub_cache(profile: Profile, role: str, environment: Mapping[str, str]) -> Path | None:
+    """Return where a role's jobs look for files of the Hugging Face hub; None where shell lines of the site may say.
+
+    A job has of the submitter's `environment` only what the profile forwards, but local processes have all of it. The
+    order of the variables is that of huggingface_hub/constants.py.
+    """
+    env = environment_of(profile, role)
+    if any("HF_" in line or "HUGGINGFACE" in line for line in [*env.setup, *profile.hooks.prolog]):
+        return None
+    sent = environment if profile.kind == "local" else {name: environment.get(name, "") for name in env.forward}
+    said = {name: value for name, value in sent.items() if value} | site_variables(profile) | env.set
+    if folder := said.get("HF_HUB_CACHE") or said.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(folder).expanduser()
+    home = Path(said.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(said.get("HF_HOME") or home).expanduser() / "hub"
 
 
 def why_not_shared(profile: Profile, folder: Path) -> str:

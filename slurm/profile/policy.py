@@ -10,13 +10,16 @@ from typing import Any
 from data_tools.mistake import Problem
 from slurm.printed import format_minutes, parse_minutes
 from slurm.profile.layers import Layer, Merged, leaves, merge
+from slurm.profile.places import gpus_of, items
+from slurm.profile.resolve import least_minutes
 from slurm.profile.schema import Bound, Policy, Profile, Request, Resources
 from slurm.profile.typed import NOTHING, is_place
 
+RUNTIME, IMAGES = "container.runtime", "container.images"
 OF_A_PHASE = "resources."  # how the bound of what a phase gets begins
 # What of a phase's request a locked role or partition keeps it from saying; sizes are bounded, not locked.
 PLACES = ("partition", "account", "qos", "reservation", "licenses", "constraint", "gres")
-TIMES = ("time", "max_time", "time_minutes")
+TIMES = ("time", "max_time", "time_minutes", "time-min", "time_min")
 OF_RESOURCES = tuple("time" if key == "time_minutes" else key for key in Resources.__annotations__
                      if key != "extra_sbatch")  # fmt: skip
 
@@ -74,6 +77,9 @@ def _bound_problems(key: str, bound: Bound, where: str) -> Iterator[Problem]:
     elif not is_place(key.split(".")):
         also = f"; of what a phase gets, write {OF_A_PHASE}{key}" if key in OF_RESOURCES else ""
         yield Problem(where, f"no place of a profile{also}")
+    if key.rpartition(".")[2] == "gres" and (bound.min is not None or bound.max is not None):
+        words = 'gres is no number: say choices, such as ["gpu:a100", "nvme:1"], or bound resources.gpus_per_node'
+        yield Problem(where, words)
     for name in ("min", "max"):
         try:
             _number(key, getattr(bound, name) or "0")
@@ -88,12 +94,15 @@ def _changed(admins: Values, now: Values, merged: Merged, policy: Policy) -> Ite
         if locked is None or now.get(key) == admins.get(key):
             continue
         stays = f"it stays {admins[key]!r}" if key in admins else "it stays unset"
-        yield Problem(f"{merged.culprit(key)}: {key}", _said(policy.locked[locked], f"locked by the admin; {stays}"))
+        yield Problem(
+            f"{merged.culprit(key)}: {key}", _said(policy.locked[locked], f"locked by the admin; {stays}"), "A002"
+        )
 
 
 def locked_by(policy: Policy, key: str) -> str | None:
     """Return the entry of `locked` that a dotted key falls under, None where it is free."""
-    return next((entry for entry in policy.locked if _falls_under(key, entry)), None)
+    bears = key == RUNTIME  # without a runtime no image would be taken
+    return next((e for e in policy.locked if _falls_under(key, e) or (bears and e.startswith(IMAGES))), None)
 
 
 def _falls_under(key: str, entry: str) -> bool:
@@ -120,7 +129,7 @@ def _beyond(admins: Values, now: Values, merged: Merged, policy: Policy) -> Iter
             if _is_nothing(value) and not _is_nothing(theirs):
                 why = _said(bound.reason, f"the admin bounds it, and says {theirs!r}; say a value, or leave it")
             if why:
-                yield Problem(f"{merged.culprit(key) or merged.culprit('policy')}: {key}", why)
+                yield Problem(f"{merged.culprit(key) or merged.culprit('policy')}: {key}", why, "A002")
 
 
 def _default(key: str) -> Any:
@@ -160,7 +169,7 @@ def beyond(key: str, value: Any, bound: Bound) -> str:
     def shown(text: Any) -> str:
         return format_minutes(number(text)) if key.rpartition(".")[2] in TIMES else str(text)
 
-    if bound.choices and str(value) not in bound.choices:
+    if bound.choices and not _is_among(key, str(value), bound.choices):
         return _said(bound.reason, f"{value!r} is not among {', '.join(bound.choices)}")
     try:
         if bound.max is not None and number(value) > number(bound.max):
@@ -172,28 +181,54 @@ def beyond(key: str, value: Any, bound: Bound) -> str:
     return ""
 
 
+def _is_among(key: str, value: str, choices: list[str]) -> bool:
+    """Return whether a value is one of the choices; of gres whether each item is, by name, type or count too."""
+    if key.rpartition(".")[2] != "gres":
+        return value in choices
+    try:
+        spelled = [(name, f"{name}:{kind}", f"{name}:{kind}:{count}" if kind else f"{name}:{count}")
+                   for name, kind, count in items(value)]  # fmt: skip
+    except ValueError:
+        return value in choices
+    return value in choices or all(set(forms) & set(choices) for forms in spelled)
+
+
 def forbidden(profile: Profile, request: Request, wants: Resources, where: str) -> Iterator[Problem]:
     """Yield what the policy forbids of a phase's request, and of the resources that come of it.
 
     `where` is the place of the request's resources, such as "tiny.yaml: sft.resources".
     """
     policy = profile.policy
-    for key in vars(wants):
-        place = "time" if key == "time_minutes" else key
-        bound = policy.bounds.get(f"{OF_A_PHASE}{place}")
-        if bound and (why := beyond(key, getattr(wants, key), bound)):
-            yield Problem(f"{where}.{place}", why)
-    longest = policy.bounds.get(f"{OF_A_PHASE}time")
-    if profile.kind == "slurm" and longest and longest.max is not None and wants.time_minutes is None:
-        words = f"no time is said, and the admin allows at most {longest.max}; say one"
-        yield Problem(f"{where}.time", _said(longest.reason, words))
+    yield from _beyond_a_bound(profile, wants, where)
     yield from _said_against_a_lock(profile, request, wants, where)
     if profile.kind == "slurm" and policy.require_account and not wants.account:
         words = "no account is said; say account in the phase's resources, or in a profile of yours"
-        yield Problem(f"{where}.account", _said(policy.reason, words))
+        yield Problem(f"{where}.account", _said(policy.reason, words), "A002")
     if policy.allowed_qos and wants.qos and wants.qos not in policy.allowed_qos:
         words = f"QOS {wants.qos!r} is not among {', '.join(policy.allowed_qos)}"
-        yield Problem(f"{where}.qos", _said(policy.reason, words))
+        yield Problem(f"{where}.qos", _said(policy.reason, words), "A002")
+
+
+def _beyond_a_bound(profile: Profile, wants: Resources, where: str) -> Iterator[Problem]:
+    """Yield what of a phase's resources is beyond a bound, or may come out beyond one: nothing said, or too little."""
+    bounds = profile.policy.bounds
+    for key in vars(wants):
+        place = "time" if key == "time_minutes" else key
+        bound = bounds.get(f"{OF_A_PHASE}{place}")
+        if bound and (why := beyond(key, getattr(wants, key), bound)):
+            yield Problem(f"{where}.{place}", why, "A002")
+    if profile.kind != "slurm":
+        return
+    longest, kinds = bounds.get(f"{OF_A_PHASE}time"), bounds.get(f"{OF_A_PHASE}gres")
+    least = least_minutes(wants)
+    if longest and least != wants.time_minutes and (why := beyond("time", least, longest)):
+        yield Problem(f"{where}.time", f"{why}, and the partition's extra_sbatch has time-min", "A002")
+    if longest and longest.max is not None and wants.time_minutes is None:
+        words = f"no time is said, and the admin allows at most {longest.max}; say one"
+        yield Problem(f"{where}.time", _said(longest.reason, words), "A002")
+    if kinds and kinds.choices and wants.gpus_per_node and not gpus_of(wants.gres)[1] and "gpu" not in kinds.choices:
+        words = f"GPUs of any name are not among {', '.join(kinds.choices)}; say gres"
+        yield Problem(f"{where}.gpus_per_node", _said(kinds.reason, words), "A002")
 
 
 def _said_against_a_lock(profile: Profile, request: Request, wants: Resources, where: str) -> Iterator[Problem]:
@@ -215,7 +250,7 @@ def _said_against_a_lock(profile: Profile, request: Request, wants: Resources, w
             said = of_role if asked is None else asked
         if said is not None and entry is not None and said != has:
             stays = f"locked by the admin; it stays {'unset' if has is None else repr(has)}"
-            yield Problem(f"{where}.{key}", _said(policy.locked[entry], stays))
+            yield Problem(f"{where}.{key}", _said(policy.locked[entry], stays), "A002")
 
 
 def _said(words: str, fact: str) -> str:

@@ -54,6 +54,8 @@ def _at(profile: Profile, request: Request, place: Place) -> Resources:
     gres = _chosen(request.gres, role.gres)
     gpus = _chosen(_chosen(request.gpus_per_node, gpus_of(gres)[1]), role.gpus_per_node)
     time = _chosen(request.time, _chosen(role.time, limits.max_time))
+    # GPUs of another name than the place's are other GPUs, of which its memory says nothing.
+    other = gpus_of(gres)[0] if gpus_of(gres)[0] not in ("", limits.gpu, role.gpu, gpus_of(limits.gres)[0]) else ""
     # A role's ranks belong to its GPUs: asking for other GPUs without saying ranks means one a GPU again.
     role_ranks = role.ranks_per_node if gpus == role.gpus_per_node else None
     return Resources(
@@ -62,8 +64,8 @@ def _at(profile: Profile, request: Request, place: Place) -> Resources:
         nodes=_chosen(request.nodes, role.nodes),
         ranks_per_node=_chosen(request.ranks_per_node, _chosen(role_ranks, max(gpus, 1))),
         gpus_per_node=gpus,
-        gpu=_chosen(role.gpu, limits.gpu),
-        gpu_mem_gib=_chosen(role.gpu_mem_gib, limits.gpu_mem_gib),
+        gpu=other or _chosen(role.gpu, limits.gpu),
+        gpu_mem_gib=None if other else _chosen(role.gpu_mem_gib, limits.gpu_mem_gib),
         cpus_per_task=_chosen(request.cpus_per_task, role.cpus_per_task),
         mem_gib=_chosen(request.mem_gib, role.mem_gib),
         time_minutes=None if time is None else parse_minutes(time),
@@ -75,6 +77,14 @@ def _at(profile: Profile, request: Request, place: Place) -> Resources:
         licenses=_said("licenses", request, role, place),
         gres=_gres(gres, limits.gres, gpus),
         node_type=place.node_type,
+    )
+
+
+def least_minutes(wants: Resources) -> int | None:
+    """Return the shortest time limit in minutes that a job may get: sbatch's --time-min, else its time limit."""
+    least = next((wants.extra_sbatch[key] for key in ("time-min", "time_min") if key in wants.extra_sbatch), None)
+    return (
+        wants.time_minutes if least is None else min(parse_minutes(least), wants.time_minutes or parse_minutes(least))
     )
 
 
@@ -116,14 +126,15 @@ def naming_problems(profile: Profile, request: Request, where: str) -> list[Prob
         message = (
             f"profile {profile.meta.name} has no role {request.role!r}{nearest(request.role, sorted(profile.roles))}"
         )
-        problems.append(Problem(f"{where}.role", message))
+        problems.append(Problem(f"{where}.role", message, "S001"))
     elif profile.kind == "slurm":
         names = partition_names(profile, request)
         for name in names or [""]:
             if name not in profile.partitions:
                 what = f"no partition {name!r}" if name else "no one partition to take"
                 known = nearest(name, sorted(profile.partitions))
-                problems.append(Problem(f"{where}.partition", f"profile {profile.meta.name} has {what}{known}"))
+                message = f"profile {profile.meta.name} has {what}{known}"
+                problems.append(Problem(f"{where}.partition", message, "P001"))
     if request.time is not None:
         problems += time_problems(f"{where}.time", request.time)
     if request.gres is not None:
@@ -136,7 +147,7 @@ def time_problems(where: str, time: str | None) -> list[Problem]:
     try:
         parse_minutes(time or "0")
     except ValueError as error:
-        return [Problem(where, str(error))]
+        return [Problem(where, str(error), "S001")]
     return []
 
 
@@ -147,12 +158,13 @@ def gres_problems(where: str, gres: str | None, gpus: int | None) -> list[Proble
     try:
         found = items(gres)
     except ValueError as error:
-        return [Problem(where, str(error))]
+        return [Problem(where, str(error), "S001")]
     counted = gpus_of(gres)[1]
     if sum(name == "gpu" for name, _, _ in found) > 1:
-        return [Problem(where, f"{gres!r} names GPUs twice; a phase's nodes are of one kind")]
+        return [Problem(where, f"{gres!r} names GPUs twice; a phase's nodes are of one kind", "S001")]
     if counted is not None and gpus is not None and counted != gpus:
-        return [Problem(where, f"{gres!r} has {counted} GPUs, and gpus_per_node is {gpus}; say one of them")]
+        message = f"{gres!r} has {counted} GPUs, and gpus_per_node is {gpus}; say one of them"
+        return [Problem(where, message, "S001")]
     return []
 
 

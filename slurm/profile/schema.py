@@ -233,7 +233,8 @@ class Policy:
     bounds: dict[str, Bound] = field(default_factory=dict)
     require_account: bool = False
     allowed_qos: list[str] = field(default_factory=list)  # empty: any
-    reason: str = ""  # what a user is told whom require_account or allowed_qos refuses
+    unwaivable: list[str] = field(default_factory=list)  # checks (slurm/checks.py) that nobody may waive
+    reason: str = ""  # what a user is told whom require_account, allowed_qos or unwaivable refuses
 
 
 @dataclass
@@ -253,6 +254,7 @@ class Profile:
     max_array_size: int | None = None  # None: no limit known
     max_submit_jobs: int | None = None  # of one user at a time, array elements counted; None: asked of sacctmgr
     signal_lead_s: int = 90  # seconds before the time limit at which a job is asked to stop: one checkpoint must fit
+    waive: list[str] = field(default_factory=list)  # ids of checks (slurm/checks.py) whose findings do not count here
     policy: Policy = field(default_factory=Policy)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, get_args, get_origin, get_type_hints
 
+from data_tools.base.yaml_loaders import Nothing
 from data_tools.mistake import Problem, nearest
 from slurm.profile.schema import Profile
 
@@ -26,6 +27,10 @@ def typed(schema: type, values: dict[str, Any], file: str, at: str, problems: li
             problems.append(Problem(place, message))
             continue
         hint = hints[key]
+        if key == "set" and isinstance(value, dict):
+            message = 'no value is written; write "" for an empty one, or take the line out'
+            empty = [name for name, entry in value.items() if isinstance(entry, Nothing)]
+            problems += [Problem(f"{place}.{name}", message) for name in empty]
         inner = get_args(hint)[1] if get_origin(hint) is dict else None
         try:
             if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -81,7 +86,7 @@ def _leaf(hint: Any, value: Any) -> Any:
             return int(value)
         except ValueError:
             raise ValueError(f"{value!r} is not an integer") from None
-    return value
+    return str(value)
 
 
 def is_place(parts: list[str]) -> bool:

@@ -1,53 +1,34 @@
 """Where a profile and its live cluster disagree: pure functions of both. Each mismatch has the id of its check.
 
-P partitions and nodes, Q accounts and QOS, R what stops and starts jobs, S the scheduler. What only a job on a compute
-node can tell (F files, N network, E environment) is asked by launchers/backends/probe.py.
+The ids are those of slurm/checks.py. A role is checked as a job of its defaults would be (asked.py). What only a job on
+a compute node can tell (F files, N network, E environment) is asked by launchers/backends/probe.py.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 
+from data_tools.mistake import Problem
 from slurm.printed import array_limit, format_minutes, parse_minutes
-from slurm.profile.places import Place, gpus_of, items, places
+from slurm.profile.places import Place, gpus_of, places
 from slurm.profile.resolve import choices
 from slurm.profile.schema import Partition, Profile, Request
-from slurm.verify.live import Live, LiveNode, minutes_of
-
-CHECKS = {
-    "P001": "the partition exists",
-    "P002": "its max_time is at most Slurm's MaxTime",
-    "P003": "it has that many nodes, and allows one job that many",
-    "P004": "an array may be that long",
-    "P005": "its nodes have these GPUs, by this name",
-    "P006": "its nodes have that many CPUs and that much memory",
-    "P007": "it lets the account and the QOS in",
-    "P008": "it is up",
-    "P009": "its nodes have the features of the constraint",
-    "P010": "its nodes have the other generic resources",
-    "Q001": "the QOS exists, and this user may have it",
-    "Q002": "this user may charge the account",
-    "R001": "a job there may be requeued where the profile says so",
-    "R004": "the reservation exists",
-    "L001": "the licence exists, as often",
-    "F001": "scratch and shared folders are the same on all nodes",
-    "F002": "the node-local folder is there, and may be written",
-    "N001": "the network interface and the HCA are there",
-    "E001": "modules, setup and python of the role work, and the worker starts",
-}
+from slurm.verify import named
+from slurm.verify.asked import findings
+from slurm.verify.live import Live, LiveNode, minutes_of, seconds_of
 
 
 @dataclass(frozen=True)
 class Mismatch:
     """What a profile says at a place (`key`, dotted), and what its cluster says instead."""
 
-    check: str  # of CHECKS
+    check: str  # of slurm/checks.py
     key: str
     message: str  # both values and the remedy
 
 
-def mismatches(profile: Profile, live: Live) -> list[Mismatch]:
-    """Return all that a cluster itself can tell to be wrong with its profile."""
+def mismatches(profile: Profile, live: Live, now: datetime | None = None) -> list[Mismatch]:
+    """Return all that a cluster itself can tell to be wrong with its profile; with `now`, what passes by too."""
     found: list[Mismatch] = []
     for name, partition in profile.partitions.items():
         at = f"partitions.{name}"
@@ -67,11 +48,9 @@ def mismatches(profile: Profile, live: Live) -> list[Mismatch]:
     if profile.max_array_size is not None and profile.max_array_size > limit:
         message = f"{profile.max_array_size}, but Slurm's arrays may have {limit} elements; write at most that"
         found.append(Mismatch("P004", "max_array_size", message))
-    found += _roles(profile, live)
-    found += _accounts(profile, live)
-    found += _named(profile, live)
-    found += _other_resources(profile, live)
-    return found
+    found += _names(profile, live)
+    found += _roles(profile, live, found, now)
+    return list(dict.fromkeys(found))
 
 
 def _kinds(profile: Profile, partition: str) -> list[Place]:
@@ -93,47 +72,58 @@ def _limits(at: str, partition: Partition, live: Live, name: str) -> Iterator[Mi
     if partition.max_nodes is not None and most and partition.max_nodes > min(most):
         message = f"{partition.max_nodes}, but {name} has {most[-1]} nodes and MaxNodes {keys.get('MaxNodes')}"
         yield Mismatch("P003", f"{at}.max_nodes", f"{message}; write at most {min(most)}")
-    for key, allow, deny in (("account", "AllowAccounts", "DenyAccounts"), ("qos", "AllowQos", "DenyQos")):
-        said = getattr(partition, key)
-        allowed, denied = keys.get(allow, "ALL"), keys.get(deny, "")
-        if said is not None and allowed != "ALL" and said not in allowed.split(","):
-            yield Mismatch("P007", f"{at}.{key}", f"{said}, but {name} has {allow}={allowed}")
-        if said is not None and said in denied.split(","):
-            yield Mismatch("P007", f"{at}.{key}", f"{said}, but {name} has {deny}={denied}")
-    cancels = keys.get("PreemptMode") == "CANCEL" or live.configuration.get("JobRequeue", "1") == "0"
-    if partition.requeue and cancels:
-        message = f"true, but {name} has PreemptMode={keys.get('PreemptMode')}, and JobRequeue is "
-        yield Mismatch("R001", f"{at}.requeue", message + f"{live.configuration.get('JobRequeue', '1')}; write false")
+    for key in ("account", "qos"):
+        if message := named.not_let_in(keys, key, getattr(partition, key)):
+            yield Mismatch("P007", f"{at}.{key}", message)
 
 
-def _roles(profile: Profile, live: Live) -> Iterator[Mismatch]:
-    """Yield what a role asks for and its partition allows nobody, where the profile's own limits do not say so."""
+def _roles(profile: Profile, live: Live, found: list[Mismatch], now: datetime | None) -> Iterator[Mismatch]:
+    """Yield what the cluster has against a job of a role's defaults, where nothing that was `found` says so already."""
     for name in profile.roles:
         place, wants = choices(profile, Request(role=name))[0]
-        keys = live.partitions.get(place.partition or "", {})
-        longest = minutes_of(keys.get("MaxTime", ""))
-        if place.limits.max_time is None and longest is not None and (wants.time_minutes or 0) > longest:
-            message = f"{format_minutes(wants.time_minutes or 0)}, but Slurm's MaxTime of {place.partition} is"
-            yield Mismatch("P002", f"roles.{name}.time", f"{message} {format_minutes(longest)}; write at most that")
-        there = len(live.nodes_of(place.partition or ""))
-        if place.limits.max_nodes is None and there and wants.nodes > there:
-            message = f"{wants.nodes}, but {place.partition} has {there}; write at most that"
-            yield Mismatch("P003", f"roles.{name}.nodes", message)
+        partition = f"partitions.{place.partition}"
+        known = {fault.check for fault in found if f"{fault.key}.".startswith(f"{partition}.")}
+        if place.partition not in live.partitions or not live.nodes_of(place.partition):
+            continue
+        for problem in findings(wants, live, f"roles.{name}", now):
+            if problem.check not in known:
+                yield Mismatch(problem.check, problem.where, problem.message)
+        for problem in preemption(profile, live, partition=place.partition, qos=wants.qos or ""):
+            if problem.check not in known:
+                yield Mismatch(problem.check, problem.where, problem.message)
+
+
+def preemption(profile: Profile, live: Live, partition: str, qos: str) -> Iterator[Problem]:
+    """Yield what becomes of a partition's jobs that are preempted, where the profile expects something else."""
+    keys, said = live.partitions.get(partition, {}), profile.partitions.get(partition, Partition())
+    mode, requeues = keys.get("PreemptMode", "OFF"), live.configuration.get("JobRequeue", "1")
+    if said.requeue and (mode == "CANCEL" or requeues == "0"):
+        message = f"true, but {partition} has PreemptMode={mode}, and JobRequeue is {requeues}; write false"
+        yield Problem(f"partitions.{partition}.requeue", message, "R001")
+    kind = live.configuration.get("PreemptType", "preempt/none")
+    if "none" in kind or mode not in ("REQUEUE", "CANCEL"):
+        return
+    grace = live.grace_s.get(qos, 0) if "qos" in kind else seconds_of(keys.get("GraceTime", ""))
+    if grace < profile.signal_lead_s:
+        message = (
+            f"a job that is preempted there has {grace} s (GraceTime) to write a checkpoint, and signal_lead_s says "
+            f"that it takes {profile.signal_lead_s}: it may lose its work since the last one; have checkpoints often, "
+            "or ask the admin for a longer GraceTime"
+        )
+        yield Problem(f"partitions.{partition}", message, "R003")
 
 
 def _nodes(at: str, place: Place, nodes: list[LiveNode], constraint: str | None) -> Iterator[Mismatch]:
     """Yield what of a kind of nodes no node of the partition has; the constraint first narrows them down."""
-    name, limits = place.partition or "", place.limits
-    features = sorted({feature for node in nodes for feature in node.features})
-    if missing := [word for word in _features(constraint) if word not in features]:
-        message = f"{', '.join(missing)}: no node of {name} has it; their features: {', '.join(features) or 'none'}"
+    limits = place.limits
+    if message := named.features(nodes, constraint):
         yield Mismatch("P009", f"{at}.constraint", message)
-    elif constraint and re.fullmatch(r"[\w.-]+", constraint):
-        nodes = [node for node in nodes if constraint in node.features]
+    else:
+        nodes = named.with_features(nodes, constraint) or nodes
     kind = gpus_of(limits.gres)[0]
-    named = [node for node in nodes if not kind or kind in dict(node.gpus)]
-    yield from _gpus(at, place, nodes, named)
-    yield from _sizes(at, place, named or nodes)
+    having = [node for node in nodes if not kind or kind in dict(node.gpus)]
+    yield from _gpus(at, place, nodes, having)
+    yield from _sizes(at, place, having or nodes)
 
 
 def _sizes(at: str, place: Place, nodes: list[LiveNode]) -> Iterator[Mismatch]:
@@ -151,78 +141,37 @@ def _sizes(at: str, place: Place, nodes: list[LiveNode]) -> Iterator[Mismatch]:
         yield Mismatch("P003", f"{at}.max_nodes", message)
 
 
-def _gpus(at: str, place: Place, nodes: list[LiveNode], named: list[LiveNode]) -> Iterator[Mismatch]:
-    """Yield what of a kind of nodes' GPUs is not so; `named` are those of the nodes that have GPUs of its name."""
+def _gpus(at: str, place: Place, nodes: list[LiveNode], having: list[LiveNode]) -> Iterator[Mismatch]:
+    """Yield what of a kind of nodes' GPUs is not so; `having` are those of the nodes that have GPUs of its name."""
     name, limits = place.partition, place.limits
     kind, count = gpus_of(limits.gres)
     has = ", ".join(sorted({node.gres or "none" for node in nodes}))
-    if not named:
+    if not having:
         yield Mismatch("P005", f"{at}.gres", f"{limits.gres}: no node of {name} has gpu:{kind}; they have {has}")
         return
-    most = max(sum(number for own, number in node.gpus if not kind or own == kind) for node in named)
+    most = max(sum(number for own, number in node.gpus if not kind or own == kind) for node in having)
     wanted = max(limits.gpus_per_node or 0, count or 0)
     if wanted > most:
         key = "gpus_per_node" if limits.gpus_per_node else "gres"
         yield Mismatch("P005", f"{at}.{key}", f"{wanted} GPUs, but the nodes of {name} have {most} at most ({has})")
 
 
-def _features(constraint: str | None) -> list[str]:
-    """Return the features that a constraint names, without its operators and counts."""
-    return re.findall(r"[A-Za-z][\w.-]*", re.sub(r"\*\d+", "", constraint or ""))
+def _names(profile: Profile, live: Live) -> Iterator[Mismatch]:
+    """Yield accounts, QOS, reservations and licences of partitions and phases that Slurm or this user has not.
 
-
-def _accounts(profile: Profile, live: Live) -> Iterator[Mismatch]:
-    """Yield accounts and QOS that Slurm or this user has not."""
-    if live.accounts is None or live.qos is None:
-        return
-    own = sorted({qos for names in live.accounts.values() for qos in names})
-    for key, value in _said(profile, "account"):
-        if value not in live.accounts:
-            message = f"{value}: you may not charge it; yours are {', '.join(sorted(live.accounts)) or 'none'}"
-            yield Mismatch("Q002", key, message)
-    for key, value in _said(profile, "qos"):
-        if value not in live.qos:
-            yield Mismatch("Q001", key, f"{value}: Slurm has no such QOS; it has {', '.join(live.qos)}")
-        elif value not in own:
-            yield Mismatch("Q001", key, f"{value}: you may not have it; yours are {', '.join(own) or 'none'}")
-
-
-def _named(profile: Profile, live: Live) -> Iterator[Mismatch]:
-    """Yield reservations, licences and generic resources that are not there."""
-    for key, value in _said(profile, "reservation"):
-        for name in value.split(","):
-            if name not in live.reservations:
-                there = ", ".join(live.reservations) or "none"
-                yield Mismatch("R004", key, f"{name}: Slurm has no such reservation; it has {there}")
-    for key, value in _said(profile, "licenses"):
-        for entry in re.split(r"[,;|]", value):
-            name, _, count = entry.partition(":")
-            if live.licenses.get(name, 0) < int(count or 1):
-                there = ", ".join(f"{name}:{total}" for name, total in live.licenses.items()) or "none"
-                yield Mismatch("L001", key, f"{entry}: Slurm has not that many; it has {there}")
-
-
-def _other_resources(profile: Profile, live: Live) -> Iterator[Mismatch]:
-    """Yield what roles ask for beside GPUs and no node of their partition has."""
-    for name, role in profile.roles.items():
-        others = [item for item in (items(role.gres) if role.gres else []) if item[0] != "gpu"]
-        for partition in dict.fromkeys(place.partition or "" for place in places(profile, Request(role=name))):
-            nodes = live.nodes_of(partition)
-            for resource, kind, count in others:
-                most = max((_count(node, resource, kind) for node in nodes), default=0)
-                if nodes and most < count:
-                    message = f"{role.gres}: the nodes of {partition} have {most} {resource} at most"
-                    yield Mismatch("P010", f"roles.{name}.gres", message)
-
-
-def _count(node: LiveNode, resource: str, kind: str) -> int:
-    have = items(node.gres) if node.gres else []
-    return sum(count for name, own, count in have if name == resource and (not kind or own == kind))
+    Those of roles are found with the roles.
+    """
+    tests = {"account": ("Q002", named.account), "qos": ("Q001", named.qos), "reservation": ("R004", named.reservation),
+             "licenses": ("L001", named.licenses)}  # fmt: skip
+    for key, (check, why_not) in tests.items():
+        for place, value in _said(profile, key):
+            if message := why_not(live, value):
+                yield Mismatch(check, place, message)
 
 
 def _said(profile: Profile, key: str) -> Iterator[tuple[str, str]]:
-    """Yield (place, value) wherever a profile says a key of partitions, roles and phases."""
-    for group in ("partitions", "roles", "phases"):
+    """Yield (place, value) wherever a profile says a key of partitions and phases."""
+    for group in ("partitions", "phases"):
         for name, entry in getattr(profile, group).items():
             if (value := getattr(entry, key)) is not None:
                 yield f"{group}.{name}.{key}", value

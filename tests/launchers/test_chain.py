@@ -193,6 +193,25 @@ def test_a_link_whose_node_is_lost_is_followed_by_links_that_avoid_that_node(sho
     assert facts(run, "counter")["starts"][1] > 0
 
 
+@pytest.mark.soak
+def test_a_node_that_a_links_health_check_found_unhealthy_is_left_out_by_all_later_links(chained):
+    path, run, env, slurm = chained
+    profile = path.with_name("site.yaml")
+    profile.write_text(
+        "partitions: {preempt: {}, batch: {}}\nroles: {cpu: {partition: batch}}\n"
+        """hooks: {health: {commands: ['[ "$SLURMD_NODENAME" != n1 ]']}}\n"""
+    )
+    afterok("submit", path, "counter.with.steps=30", f"cluster={profile}", "--run", run, env=env)
+    job = jobs_of(run)["counter"]
+    wait_for("the end", lambda: states(run, env=env)["total"] == "COMPLETED")
+    (sick,) = [outcome for outcome in RunFolder(run).outcomes("counter") if outcome.cause]
+    assert (sick.cause, sick.node, sick.restart) == ("node failure", "n1", 0)
+    found = link_states(slurm, job)
+    assert found[0] == "FAILED" and found[1] == "COMPLETED"
+    for link in sorted(found)[1:]:
+        assert slurm.job(f"{job}_{link}")["ExcNodeList"] == "n1" != slurm.job(f"{job}_{link}").get("NodeList")
+
+
 def test_a_time_limit_shorter_than_the_signals_lead_is_refused(chained):
     path, run, env, _ = chained
     line = one_line(afterok("plan", path, "counter.resources.time=0:01:00", "--run", run, env=env, check=2))

@@ -10,8 +10,11 @@ import pytest
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from jobs.artifacts.run_folder import RunFolder
+from jobs.schema.pipeline import load_pipeline
 from launchers.backends.containers import contained
+from launchers.planning.planner import make_plan
 from slurm.client import Slurm
+from slurm.detect import Cluster, find_cluster
 from slurm.profile import files
 from slurm.profile.check import meaning_problems
 from slurm.profile.images import unseen
@@ -201,6 +204,47 @@ def test_an_input_that_the_image_does_not_see_is_refused_before_anything_is_sent
     )
     said = one_line(afterok(*words_[:-1], tmp_path / "a,b", env=env, check=2))
     assert "pyxis takes what is behind the comma for another" in said
+
+
+def test_a_secrets_file_that_the_image_does_not_see_is_refused(tmp_path):
+    """The worker reads it inside the container, just before the phase runs."""
+    problems = planned(tmp_path, "env: {secrets: {KEY: file:/keys/wandb, OTHER: cmd:pass show x}}\n")
+    (problem,) = problems
+    assert problem.check == "F004"
+    assert "the secret's file /keys/wandb is not mounted in the container of role cpu" in problem.message
+    seen = planned(tmp_path, "env: {secrets: {KEY: file:/keys/wandb}}\n", mounts="/keys")
+    assert seen.phases[0].frozen.image["name"] == f"{tmp_path}/image"
+
+
+def planned(folder, more="", mounts="/data", pipeline=""):
+    """Plan one phase in an image, on a cluster that is not asked; return the plan, or its problems."""
+    (folder / "image").mkdir(exist_ok=True)
+    (folder / "p.yaml").write_text(f"name: p\n{pipeline}phases: {{numbers: {{uses: tests.toy.numbers}}}}\n")
+    (folder / "site.yaml").write_text(
+        "partitions: {batch: {}}\nroles: {cpu: {}}\n"
+        f"container: {{runtime: apptainer, images: {{default: {folder}/image}}, mounts: [{mounts}]}}\n{more}"
+    )
+    cluster = Cluster("slurm", files.load(str(folder / "site.yaml")), {}, "site", unasked="a test")
+    try:
+        return make_plan(load_pipeline(folder / "p.yaml"), RunFolder(folder / "run"), cluster)
+    except UserMistake as mistake:
+        return mistake.problems
+
+
+def test_another_image_is_told_like_other_code_and_only_reruns_where_code_does(tmp_path):
+    def keys(pipeline=""):
+        return planned(tmp_path, pipeline=pipeline).phases[0].frozen.key
+
+    reported, rerun = keys(), keys("on_code_change: rerun\n")
+    plain = make_plan(load_pipeline(tmp_path / "p.yaml"), RunFolder(tmp_path / "none"), find_cluster("local")).phases[0]
+    assert reported != rerun != plain.frozen.key
+    afterok("run", tmp_path / "p.yaml", "cluster=local", "on_code_change=report", "--run", tmp_path / "run")
+    (phase,) = planned(tmp_path).phases
+    assert (phase.action, phase.code_changed[-1]) == (
+        "reuse", f"image none → {tmp_path}/image ({phase.frozen.image['sha256'][:12]})",
+    )  # fmt: skip
+    (tmp_path / "image" / "lib.so").write_text("new")
+    assert (keys() == reported, keys("on_code_change: rerun\n") == rerun) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -159,4 +159,4 @@ def test_all_datasets_that_are_not_on_this_machine_are_noted_once_with_their_com
     found = [note.partition("`hf download ")[2].partition(" --repo-type dataset")[0] for note in plan.notes]
     assert found == ["open-thoughts/OpenThoughts-114k", "HuggingFaceH4/MATH-500", "some/set", "Maxwell-Jia/AIME_2024"]
     assert "`hf download some/set --repo-type dataset --revision v1`" in plan.notes[2]
-    assert plan.as_json()["notes"] == plan.notes
+    assert plan.as_json()["notes"] == plan.notes and {problem.check for problem in plan.told} == {"H001"}

@@ -68,7 +68,9 @@ def test_verify_names_a_wrong_max_time_gres_partition_qos_and_a_node_local_scrat
     assert "gpu:h100" in said["P005"] and "gpu:8" in said["P005"]
     assert "normal, small" in said["Q001"] and "batch, long, preempt" in said["P001"] and "tmpfs" in said["F001"]
     text = afterok("profile", "verify", "--profile", path, env=env, check=2).stdout
-    assert f"P001 {path}: partitions.gpu: " in text and "5 mismatches" in text
+    assert (
+        f"{path}: partitions.gpu: Slurm has no partition gpu" in text and "[P001]\n" in text and "5 mismatches" in text
+    )
 
 
 def test_what_init_drafts_verifies_clean_and_is_not_written_over(env, folder):
@@ -157,5 +159,5 @@ def test_a_profile_without_the_clusters_policy_and_an_override_of_a_locked_key_a
         with pytest.raises(UserMistake) as error:
             find_cluster(str(mine), ["cluster.signal_lead_s=10"])
         assert str(error.value) == (
-            "the command line: signal_lead_s: Ask ops first (locked by the admin; it stays '90')"
+            "the command line: signal_lead_s: Ask ops first (locked by the admin; it stays '90') [A002]"
         )

@@ -57,7 +57,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers_before_anything_is_sent(lim
     others = slurm.sbatch(["--qos=small", "--array=0-3", "--hold", "--output=/dev/null", "--wrap=true"])
     line = one_line(afterok("submit", path, f"cluster={profile}", "--run", run, env=env, check=2))
     assert "3 phases are 3 jobs at the least" in line and "QOS small (MaxSubmitJobsPerUser) allows 6" in line
-    assert "4 are other jobs of yours" in line and not (run / "submissions").exists()
+    assert "4 are other jobs of yours" in line and "[Q004]" in line and not (run / "submissions").exists()
     # The profile promises more than Slurm allows:
     # the refusal itself is told with the numbers, and nothing stays behind.
     profile.write_text(SITE + "max_submit_jobs: 1000\n")

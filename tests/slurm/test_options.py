@@ -2,12 +2,12 @@
 
 import pytest
 
-from slurm.options import RESERVED, SRUN_RESERVED, VARIABLES, option_problems, own_setting_problems
+from slurm.options import LONG_OPTIONS, RESERVED, SRUN_RESERVED, VARIABLES, option_problems, own_setting_problems
 from slurm.profile.files import load
 from slurm.profile.schema import Container, Env, Partition, Profile, Role, RoleEnv, Srun
 
 ALLOWED = ("comment", "exclusive", "gres", "reservation", "mail-type", "mail_user", "nice", "exclude", "licenses",
-           "wckey", "time-min", "switches", "gres-flags", "hint", "begin", "mem-bind", "network",
+           "wckey", "switches", "gres-flags", "hint", "begin", "mem-bind", "network",
            "wait-all-nodes")  # fmt: skip
 
 
@@ -29,6 +29,21 @@ def test_what_afterok_sets_is_refused_in_each_spelling_that_sbatch_takes(option)
 @pytest.mark.parametrize("option", ALLOWED)
 def test_what_is_the_sites_alone_passes(option):
     assert problem_of(option) == problem_of(option, "") == ""
+
+
+@pytest.mark.parametrize("option", sorted(LONG_OPTIONS - RESERVED.keys()))
+def test_an_option_is_named_whole_so_that_whoever_looks_for_it_finds_it(option):
+    for length in range(2, len(option)):
+        if option[:length] not in LONG_OPTIONS:
+            assert problem_of(option[:length]), option[:length]  # of ours, or of another with the same beginning
+    assert problem_of(option, "5") == ""
+
+
+def test_what_only_a_plugin_of_the_site_knows_passes_and_gpus_are_counted_elsewhere():
+    assert problem_of("reserv").startswith("write the whole name of the option: reservation")
+    assert problem_of("container-image") == problem_of("x11") == ""
+    assert "say it as the partition's gres" in problem_of("gres", "gpu:8") and problem_of("gres", "nvme:1") == ""
+    assert problem_of("time-min", "1:00:00") == "" and "no Slurm time" in problem_of("time-min", "soon")
 
 
 @pytest.mark.parametrize("key, value", [("comment", "a\n#SBATCH --output=/x"), ("comment=a\n#SBATCH --output", ""),

@@ -265,6 +265,7 @@ def test_places_that_no_profile_has_are_the_admins_mistake(site):
         ("nodes: {max: 1}", "nodes: no place of a profile; of what a phase gets, write resources.nodes"),
         ("resources.time_minutes: {max: 1}", "resources.time_minutes: a phase gets nothing of this name; known: role,"),
         ("resources.extra_sbatch: {max: 1}", "resources.extra_sbatch: a phase gets nothing of this name"),
+        ("resources.gres: {max: 4}", "resources.gres: gres is no number: say choices"),
         ("resources.nodes: {max: eight}", "resources.nodes.max: 'eight' is no integer"),
         ("resources.time: {min: soon}", "resources.time.min: 'soon' is no Slurm time"),
     ],
@@ -277,7 +278,7 @@ def test_a_bound_that_could_never_count_is_the_admins_mistake(site, entry, words
 
 def test_what_nobody_says_is_held_to_a_bound_too(site):
     admin = site("admin", "big", "roles: {cpu: {}}\nkind: local\npolicy: {bounds: {signal_lead_s: {min: 120}}}\n")
-    assert refused("big") == [f"{admin}: signal_lead_s: 90 is less than the admin allows; at least 120"]
+    assert refused("big") == [f"{admin}: signal_lead_s: 90 is less than the admin allows; at least 120 [A002]"]
     assert files.read("big", command_line(["cluster.signal_lead_s=120"])).profile.signal_lead_s == 120
 
 
@@ -292,13 +293,13 @@ def test_a_phase_takes_no_partition_that_a_locked_role_has_not(site):
     profile = files.load("big")
     assert check(profile, Request("eval", partition="spare", time="1"), "p") == []
     (problem,) = check(profile, Request("eval", partition="other", time="1"), "p")
-    assert str(problem) == "p.partition: locked by the admin; it stays 'gpu or spare'"
+    assert str(problem) == "p.partition: locked by the admin; it stays 'gpu or spare' [A002]"
 
 
 def test_no_time_at_all_is_beyond_the_longest_that_an_admin_allows(site):
     site("admin", "big", ADMINS)
     (problem,) = check(files.load("big"), Request("cpu", partition="spare"), "p")
-    assert str(problem) == "p.time: no time is said, and the admin allows at most 1-12; say one"
+    assert str(problem) == "p.time: no time is said, and the admin allows at most 1-12; say one [A002]"
 
 
 def test_a_phase_is_held_to_the_policy_by_what_it_gets(site):
@@ -306,11 +307,70 @@ def test_a_phase_is_held_to_the_policy_by_what_it_gets(site):
     profile = files.load("big")
     (problem,) = check(profile, Request("train", nodes=5), "p: sft.resources")
     assert str(problem) == (
-        "p: sft.resources.nodes: four nodes a job until May (5 is more than the admin allows; at most 4)"
+        "p: sft.resources.nodes: four nodes a job until May (5 is more than the admin allows; at most 4) [A002]"
     )
     (problem,) = check(profile, Request("train", time="1-13"), "p")
     assert problem.message == "1-13:00:00 is more than the admin allows; at most 1-12"
     assert check(profile, Request("train", nodes=4, time="1-12"), "p") == []
+
+
+def test_a_bound_on_time_holds_for_the_least_that_slurm_may_give(site):
+    policy = (
+        "policy: {bounds: {resources.time: {min: 1:00:00, max: 1-0}, partitions.*.extra_sbatch.time-min: {min: 30}}}"
+    )
+    admin = site("admin", "big", "partitions: {gpu: {}}\nroles: {train: {time: 2:00:00}}\n" + policy + "\n")
+    assert check(files.load("big"), Request("train"), "p") == []
+    site("user", "big", "partitions: {gpu: {extra_sbatch: {time-min: 0:40:00}}}\n")
+    (problem,) = check(files.load("big"), Request("train"), "p")
+    assert str(problem) == (
+        "p.time: 0:40:00 is less than the admin allows; at least 1:00:00, "
+        "and the partition's extra_sbatch has time-min [A002]"
+    )
+    user = site("user", "big", "partitions: {gpu: {extra_sbatch: {time-min: 0:20:00}}}\n")
+    assert refused("big") == [
+        f"{user}: partitions.gpu.extra_sbatch.time-min: 0:20:00 is less than the admin allows; at least 30 [A002]"
+    ]
+    assert admin != user
+
+
+def test_a_bound_on_gres_is_of_names_types_and_counts(site):
+    policy = "policy: {bounds: {resources.gres: {choices: ['gpu:a100', 'nvme:1'], reason: Ask us}}}\n"
+    site("admin", "big", "partitions: {gpu: {}}\nroles: {train: {}}\n" + policy)
+    profile = files.load("big")
+
+    def found(**said):
+        return [str(problem) for problem in check(profile, Request("train", **said), "p")]
+
+    assert found() == found(gres="gpu:a100:8") == found(gres="gpu:a100:2,nvme:1") == []
+    assert found(gres="nvme:2") == ["p.gres: Ask us ('nvme:2' is not among gpu:a100, nvme:1) [A002]"]
+    assert found(gres="gpu:h100:1") == ["p.gres: Ask us ('gpu:h100:1' is not among gpu:a100, nvme:1) [A002]"]
+    (line,) = found(gpus_per_node=8)  # any GPU would do for Slurm
+    assert line == "p.gpus_per_node: Ask us (GPUs of any name are not among gpu:a100, nvme:1; say gres) [A002]"
+
+
+def test_a_lock_on_images_keeps_the_runtime_that_starts_them(site):
+    image = "partitions: {gpu: {}}\nroles: {train: {}}\ncontainer: {runtime: pyxis, images: {default: a#b}}\n"
+    for locked in ("container.images", "container.images.default"):
+        site("admin", "big", image + f"policy: {{locked: {{{locked}: Our image only.}}}}\n")
+        user = site("user", "big", "container: {runtime: none}\n")
+        assert refused("big") == [
+            f"{user}: container.runtime: Our image only (locked by the admin; it stays 'pyxis') [A002]"
+        ]
+
+
+def test_a_variable_without_a_value_is_no_variable_named_null(site):
+    user = site(
+        "user", "mine", "kind: local\nroles: {cpu: {env: {set: {C: }}}}\nenv: {set: {A: , B: null, D: '', E: 'null'}}\n"
+    )
+    assert refused("mine") == [
+        f'{user}: {key}: no value is written; write "" for an empty one, or take the line out'
+        for key in ("roles.cpu.env.set.C", "env.set.A", "env.set.B")
+    ]
+    site("user", "mine", "kind: local\nroles: {cpu: }\nenv: {set: {D: '', E: 'null'}}\n")
+    assert files.load("mine").env.set == {"D": "", "E": "null"}
+    site("user", "mine", "partitions: {p: {extra_sbatch: {exclusive: null}}}\nroles: {cpu: }\n")
+    loaded = files.load("mine")
+    assert loaded.partitions["p"].extra_sbatch == {"exclusive": ""} and "exclusive: ''" in files.to_yaml(loaded)
 
 
 def test_account_and_qos_are_asked_of_each_phase_not_of_the_file(site):
@@ -318,8 +378,9 @@ def test_account_and_qos_are_asked_of_each_phase_not_of_the_file(site):
     site("admin", "big", "partitions: {gpu: {qos: high}}\nroles: {train: {}}\n" + rest)
     found = [str(problem) for problem in check(files.load("big"), Request("train"), "p")]
     assert found == [
-        "p.account: Bill somebody (no account is said; say account in the phase's resources, or in a profile of yours)",
-        "p.qos: Bill somebody (QOS 'high' is not among normal)",
+        "p.account: Bill somebody (no account is said; say account in the phase's resources, or in a profile of yours) "
+        "[A002]",
+        "p.qos: Bill somebody (QOS 'high' is not among normal) [A002]",
     ]
     site("user", "big", "partitions: {gpu: {account: mine, qos: normal}}\n")
     assert check(files.load("big"), Request("train"), "p") == []

@@ -63,7 +63,7 @@ def test_what_fits_nowhere_is_told_of_the_first_in_full_and_of_the_others_in_a_w
         "7 nodes, but partition big, h100 nodes, has 6; ask for at most 6"
     ).replace(" nodes,:", " nodes:")
     (problem,) = check(mixed, Request("cpu", gres="gpu:v100:1"), "w")
-    assert str(problem) == "w.gres: partition small has no gpu:v100, but gpu:a100:4; ask for that"
+    assert str(problem) == "w.gres: partition small has no gpu:v100, but gpu:a100:4; ask for that [P005]"
 
 
 def test_a_phase_speaks_before_its_role_and_that_before_the_partition(mixed):
@@ -80,11 +80,11 @@ def test_a_role_that_locks_its_account_keeps_phases_from_saying_another(mixed):
     assert check(mixed, Request("cpu", account="ours", qos="low"), "w") == []
     found = [str(problem) for problem in check(mixed, Request("cpu", account="other", qos="high"), "w")]
     assert found == [
-        "w.account: Billing is per team (locked by the admin; it stays 'ours')",
-        "w.qos: locked by the admin; it stays 'low'",
+        "w.account: Billing is per team (locked by the admin; it stays 'ours') [A002]",
+        "w.qos: locked by the admin; it stays 'low' [A002]",
     ]
     (problem,) = check(mixed, Request("cpu"), "w")  # nor does a role go around the lock of its partition
-    assert str(problem) == "w.qos: locked by the admin; it stays 'low'" and mixed.roles["cpu"].qos == "none"
+    assert str(problem) == "w.qos: locked by the admin; it stays 'low' [A002]" and mixed.roles["cpu"].qos == "none"
     mixed.policy.locked |= {"roles.cpu.qos": ""}  # the admin says both
     assert check(mixed, Request("cpu"), "w") == []
 
@@ -118,6 +118,18 @@ def test_a_role_says_one_partition_or_several(tmp_path):
 def test_gres_is_read_as_slurm_prints_it():
     assert items("gpu:h100:8,nvme,fpga:2") == [("gpu", "h100", 8), ("nvme", "", 1), ("fpga", "", 2)]
     assert gpus_of("nvme:2,gpu:4") == ("", 4) and gpus_of("gpu:h100") == ("h100", 1) and gpus_of(None) == ("", None)
+
+
+def test_gpus_of_another_name_are_not_taken_for_those_of_the_profile():
+    site = Profile(partitions={"p": Partition(gpu="h100", gpu_mem_gib=80)}, roles={"train": Role(gpus_per_node=8)})
+
+    def got(gres):
+        resources = resolve(site, Request("train", gres=gres))
+        return resources.gpu, resources.gpu_mem_gib
+
+    assert got("gpu:4") == got("gpu:h100:4") == got(None) == ("h100", 80) and got("gpu:v100:4") == ("v100", None)
+    site.partitions["p"].gres = "gpu:hopper:8"  # the site's name of its h100
+    assert got("gpu:hopper:4") == ("h100", 80)
 
 
 def test_phase_defaults_stand_between_phase_and_role(mixed):

@@ -1,11 +1,13 @@
 """Each disagreement of a profile and a cluster has one check, which tells both values; a draft has none."""
 
 import dataclasses
+from datetime import datetime
 
 import pytest
 
+from slurm.checks import CHECKS, NOTE
 from slurm.profile import files
-from slurm.verify.checks import CHECKS, mismatches
+from slurm.verify.checks import mismatches
 from slurm.verify.draft import draft, text
 from slurm.verify.live import Live, LiveNode, _readable
 
@@ -18,14 +20,19 @@ def live():
     up = {"State": "UP", "MaxTime": "2-00:00:00", "MaxNodes": "UNLIMITED", "AllowAccounts": "ALL", "AllowQos": "ALL"}
     return Live(
         partitions={
-            "gpu": up | {"AllowQos": "normal,high", "PreemptMode": "CANCEL"},
+            "gpu": up | {"PartitionName": "gpu", "AllowQos": "normal,high", "PreemptMode": "CANCEL"},
             "cpu": up | {"Default": "YES", "MaxNodes": "1", "DenyAccounts": "guest"},
             "all": up | {"State": "DOWN", "MaxTime": "UNLIMITED"},
         },
         nodes=[H100, dataclasses.replace(H100, name="h2"), A100, CPU],
         reservations={"course": {}},
         licenses={"lustre": 2},
-        configuration={"ClusterName": "big", "MaxArraySize": "1001", "SLURM_VERSION": "22.05.8"},
+        configuration={
+            "ClusterName": "big",
+            "MaxArraySize": "1001",
+            "SLURM_VERSION": "22.05.8",
+            "AccountingStorageEnforce": "associations,limits,qos",
+        },
         accounts={"llm": ["normal", "high"], "guest": ["normal"]},
         qos=["normal", "high", "root"],
     )
@@ -44,7 +51,7 @@ partitions:
   cpu: {max_time: 1-0, max_nodes: 1, cpus: 128, mem_gib: 250, gpus_per_node: 0, account: llm}
 roles:
   train: {partition: gpu, gpus_per_node: 8}
-  eval: {partition: gpu, gpus_per_node: 4, gres: nvme:2, reservation: course}
+  eval: {partition: gpu, gres: "gpu:a100:4,nvme:2", reservation: course}
   cpu: {partition: cpu, licenses: lustre:2, time: 1:00:00}
 max_array_size: 1001
 """
@@ -119,13 +126,13 @@ def test_a_profile_that_is_right_has_no_mismatch(tmp_path):
             "partitions.gpu.node_types.h100.constraint",
             "pcie: no node",
         ),
-        ("gres: nvme:2", "gres: nvme:3", "P010", "roles.eval.gres", "have 2 nvme at most"),
+        ("nvme:2", "nvme:3", "P010", "roles.eval.gres", "3 nvme a node, but the nodes of gpu have 2 at most"),
         ("qos: high", "qos: hihg", "Q001", "partitions.gpu.qos", "no such QOS; it has normal, high, root"),
         ("gpus_per_node: 8}", "gpus_per_node: 8, qos: root}", "Q001", "roles.train.qos", "you may not have it"),
         ("account: llm\n", "account: lmm\n", "Q002", "partitions.gpu.account", "yours are guest, llm"),
         ("max_nodes: 3", "requeue: true", "R001", "partitions.gpu.requeue", "PreemptMode=CANCEL"),
         ("reservation: course", "reservation: cours", "R004", "roles.eval.reservation", "it has course"),
-        ("{max_time: 1-0, max_nodes: 1, cpus: 128", "{cpus: 1", "P003", "roles.cpu.nodes", "2, but cpu has 1"),
+        ("{max_time: 1-0, max_nodes: 1, cpus: 128", "{cpus: 1", "P003", "roles.cpu.nodes", "MaxNodes of cpu is 1"),
         ("{max_time: 1-0, max_nodes: 1, cpus: 128", "{cpus: 1", "P002", "roles.cpu.time", "3-00:00:00, but Slurm's"),
         ("lustre:2", "lustre:3", "L001", "roles.cpu.licenses", "it has lustre:2"),
     ],
@@ -140,6 +147,35 @@ def test_each_check_finds_its_mistake_with_both_values(tmp_path, before, after, 
     lines = found(tmp_path, changed)
     assert any(line[:2] == (check, key) and words in line[2] for line in lines), lines
     assert check in CHECKS
+
+
+def test_what_a_preempted_job_has_to_write_a_checkpoint_is_told(tmp_path):
+    (tmp_path / "p.yaml").write_text(GOOD)
+    profile, cluster = files.load(str(tmp_path / "p.yaml")), live()
+    for kind, grace, qos_grace, checks in (
+        ("preempt/partition_prio", "60", {}, ["R003"] * 2),  # of the two roles there
+        ("preempt/partition_prio", "90", {}, []),
+        ("preempt/qos", "0", {"high": 120}, []),
+        ("preempt/qos", "120", {"high": 30}, ["R003"] * 2),
+        ("preempt/none", "0", {}, []),
+    ):
+        cluster.configuration["PreemptType"], cluster.grace_s = kind, qos_grace
+        cluster.partitions["gpu"]["GraceTime"] = grace
+        found = mismatches(profile, cluster)
+        assert [fault.check for fault in found] == checks[:1], (kind, grace)
+    assert CHECKS["R003"].severity == NOTE
+
+
+def test_maintenance_that_a_roles_time_runs_into_is_told_with_what_would_fit_before_it(tmp_path):
+    (tmp_path / "p.yaml").write_text(GOOD)
+    cluster, now = live(), datetime(2026, 11, 30, 12)
+    cluster.reservations["upkeep"] = {
+        "StartTime": "2026-11-30T18:00:00", "EndTime": "2026-11-30T20:00:00", "Nodes": "ALL", "Flags": "MAINT",
+    }  # fmt: skip
+    found = mismatches(files.load(str(tmp_path / "p.yaml")), cluster, now)
+    assert [(fault.check, fault.key) for fault in found] == [("V001", "roles.train.time")]  # an hour of cpu fits
+    assert "ask for at most 6:00:00 to run before it" in found[0].message
+    assert mismatches(files.load(str(tmp_path / "p.yaml")), cluster) == []
 
 
 def test_a_draft_agrees_with_its_cluster_and_reads_back_equal(tmp_path):
