@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from data_tools.base import durable
+from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, afterok_json
 from tests.megatron_ext import test_nanochat, test_nanochat_tokenizer
 
@@ -93,11 +94,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 def tasks(files: dict[str, str], **names: str) -> list[str]:
     """Overrides that give tasks their files."""
-    return [
-        word
-        for param, name in names.items()
-        for word in (f"params.{param}.source.inputs=[{files[name]}]", f'params.{param}.hub=""')
-    ]
+    return [f"params.{param}.source.inputs=[{files[name]}]" for param, name in names.items()]
 
 
 def small(nanochat: Path, files: dict[str, str]) -> list[str]:
@@ -123,6 +120,12 @@ def facts_of(run: Path) -> dict[str, dict[str, Any]]:
     return {phase["phase"]: phase["facts"] for phase in afterok_json("status", run)["phases"]}
 
 
+def sent(run: Path, submission: int) -> set[str]:
+    """The phases that a submission sent."""
+    return {job.phase for job in Ledger(run / "ledger.jsonl").jobs() if job.submission == submission}
+
+
+FROM_RS_DATA = {"rs_data", "rs_packs", "rs_sft", "rs_evaluated", "exported"}
 PIPELINE = ROOT / "jobs/pipelines/r1_nanochat.yaml"
 
 
@@ -163,7 +166,13 @@ def test_r1_runs_from_a_nanochat_checkpoint_to_an_export(tmp_path: Path, nanocha
     again = facts_of(run)
     assert again["rs_data"]["recipe"]["name"] == "dolci_rs_sft" and again["cold_data"] == facts["cold_data"]
     changed = {name for name in facts if again[name] != facts[name]}
-    assert changed <= {"rs_data", "rs_packs", "rs_sft", "rs_evaluated", "exported"} and "rs_sft" in changed
+    assert changed <= FROM_RS_DATA and "rs_sft" in changed and sent(run, 2) == FROM_RS_DATA
+    # So does another share of GSM8K in GRPO's mix: issue 16's own example.
+    afterok("resubmit", run, "grpo", "grpo.with.mix.entries.gsm8k.weight=0.6", timeout=300)
+    afterok("status", run, "--watch", timeout=900)
+    assert sent(run, 3) == {"grpo", "grpo_evaluated", "sampled", "kept"} | FROM_RS_DATA
+    status = afterok_json("status", run)
+    assert status["finished"] and {phase["state"] for phase in status["phases"]} == {"COMPLETED"}
 
 
 @pytest.mark.soak

@@ -252,7 +252,7 @@ def test_a_phase_whose_when_is_false_is_left_out_and_nothing_may_count_on_it(tmp
     assert list(load_pipeline(write(tmp_path, WHEN)).phases) == ["a"]
     assert list(load_pipeline(write(tmp_path, WHEN), ["params.wanted=true"]).phases) == ["a", "extra", "more"]
     assert list(load_pipeline(write(tmp_path, WHEN), ["extra.when=true"]).phases) == ["a", "extra"]
-    needing = WHEN + '  needing: {uses: tests.toy.numbers, needs: [{extra: afterany}]}\n'
+    needing = WHEN + "  needing: {uses: tests.toy.numbers, needs: [{extra: afterany}]}\n"
     reading = WHEN + '  reading: {uses: tests.toy.total, with: {numbers: "${params.folder}/x"}}\n'
     for text, overrides, expected in (
         (WHEN, ["extra.with.start=3"], "override extra.with.start: phase extra is left out: its `when` is false"),
@@ -260,7 +260,7 @@ def test_a_phase_whose_when_is_false_is_left_out_and_nothing_may_count_on_it(tmp
         (needing, [], "phases.needing.needs: phase extra is left out: its `when` is false"),
         (reading, [], "phases.reading.with: refers to phase extra, which is left out: its `when` is false"),
         (WHEN, ["params.wanted=1"], "phases.extra.when: 1 is neither true nor false"),
-        (WHEN, ["extra.when='${params.wnated}'"], "cannot resolve '${params.wnated}' (did you mean params.wanted?)"),
+        (WHEN, ["extra.when='${params.wnated}'"], "cannot resolve '${params.wnated}' (did you mean params.wanted?"),
         (WHEN, ["a.when=false"], "phases: each is left out: its `when` is false"),
     ):  # fmt: skip
         found = problems(tmp_path, text, *overrides)
