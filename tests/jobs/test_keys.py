@@ -35,8 +35,8 @@ FIRST = {
 CAME_TO_MEAN = {"materialize": {"loss": "through the stop token"}}
 TINY = {"packs": "7a266f2a0b1cb2be", "controlled": "f6294f712afa5482", "exported": "81b0aaebee4274e0"}
 # What the quick start was when those were sealed.
-AT_FIRST = ["init.with.chats=false", "params.steps=4000", "params.grpo_steps=220", "params.samples=8",
-            "params.test_rows=1600", "params.control=true", "trained.with.compare_with=null",
+AT_FIRST = ["init.with.chats=false", "params.steps=4000", "params.grpo_steps=220", "params.train_rows=120000",
+            "params.test_rows=1600", "params.samples=8", "params.control=true", "trained.with.compare_with=null",
             "exported.with.model=${phases.grpo.out}"]  # fmt: skip
 
 
