@@ -43,7 +43,7 @@ def json_lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def local_run(tmp_path_factory, scrub_slurm):  # noqa: F811
     run = tmp_path_factory.mktemp("tiny") / "run"
-    done = afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=400)
+    done = afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=900)
     return run, done.stdout
 
 
