@@ -25,8 +25,9 @@ from tests.megatron_ext.rounding import logits_bound
 TINY = "jobs/pipelines/tiny.yaml"
 SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=240", "params.samples=2",
          "params.grpo_steps=4", "params.rs_prompts=256", "params.rs_steps=4", "rs_sft.with.warmup_steps=0",
-         "sft.with.checkpoint_every=20", "sft.with.log_every=10", "grpo.with.prompts=16",
-         "grpo.with.checkpoint_every=2", "grpo.with.advantage.drop_equal_groups=false"]  # fmt: skip
+         "rs_sft.resources.ranks_per_node=1", "sft.with.checkpoint_every=20", "sft.with.log_every=10",
+         "grpo.with.prompts=16", "grpo.with.checkpoint_every=2",
+         "grpo.with.advantage.drop_equal_groups=false"]  # fmt: skip
 FROM_SFT = {"sft", "trained", "grpo", "reinforced", "sampled", "kept", "rs_data", "rs_packs", "rs_sft", "refined",
             "exported"}  # fmt: skip
 FROM_GRPO = FROM_SFT - {"sft", "trained"}

@@ -16,7 +16,6 @@
 Loading collects all violations, each with file, key and value, and raises them together as one UserMistake.
 """
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -404,13 +403,15 @@ class _Loader:
 
 
 def _put(below: dict[str, Any], parts: list[str], value: Any, params: dict[str, Any]) -> None:
-    """Write a value below the parts of a dotted key; a mapping that stands there as `${params.NAME}` becomes a copy."""
+    """Write a value below the parts of a dotted key.
+
+    Each mapping on the way becomes a copy: it may stand elsewhere too, by an anchor of YAML or as `${params.NAME}`.
+    """
     for part in parts[:-1]:
         there = below.get(part)
-        if isinstance(there, str) and (param := PARAM.match(there)) and isinstance(params.get(param[1]), dict):
-            below[part] = copy.deepcopy(params[param[1]])
-        elif not isinstance(there, dict):
-            below[part] = {}
+        if isinstance(there, str) and (param := PARAM.match(there)):
+            there = params.get(param[1])
+        below[part] = dict(there) if isinstance(there, dict) else {}
         below = below[part]
     below[parts[-1]] = value
 

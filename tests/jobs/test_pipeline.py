@@ -238,6 +238,21 @@ phases:
         assert {(entry.task, entry.hub) for entry in entries} == {("gsm8k", "own/gsm8k")}
 
 
+def test_an_override_changes_one_phase_of_those_that_share_an_anchor(tmp_path):
+    text = """
+name: p
+phases:
+  a: {uses: decontaminate, with: {mix: &mix {entries: {one: &one {task: gsm8k, hub: openai/gsm8k}, two: *one}}}}
+  b: {uses: decontaminate, with: {mix: *mix}, resources: &cpu {role: cpu}}
+  c: {uses: decontaminate, with: {mix: {entries: {one: *one}}}, resources: *cpu}
+"""
+    overrides = ["b.with.mix.entries.one.weight=0.5", "c.resources.nodes=2"]
+    phases = load_pipeline(write(tmp_path, text), overrides).phases
+    weights = {name: [entry.weight for entry in phase.config.mix.entries.values()] for name, phase in phases.items()}
+    assert weights == {"a": [1.0, 1.0], "b": [0.5, 1.0], "c": [1.0]}
+    assert phases["b"].resources.nodes != 2 == phases["c"].resources.nodes
+
+
 WHEN = """
 name: p
 params: {wanted: false, folder: "${phases.extra.out}"}
