@@ -279,16 +279,15 @@ def _patch(patches: Mapping[str, Patch]) -> None:
 
 
 @contextlib.contextmanager
-def _without_wandb() -> Iterator[None]:
-    """Spare each rank a second: mcore's own inference engine, which nothing here uses, would import wandb."""
-    if "wandb" in sys.modules:
-        yield
-        return
-    sys.modules["wandb"] = None  # type: ignore[assignment]  # reads as not installed
+def _without_trackers() -> Iterator[None]:
+    """Spare each rank a second: mcore would import wandb and TensorBoard for what nothing here uses of it."""
+    spared = [name for name in ("wandb", "tensorboard") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(spared))  # type: ignore[arg-type]  # None reads as not installed
     try:
         yield
     finally:
-        del sys.modules["wandb"]
+        for name in spared:
+            del sys.modules[name]
 
 
 def own_gpu(local_rank: int, visible: int) -> int:
@@ -323,7 +322,7 @@ def init_device() -> None:
         # NCCL's monitor asks the store every second for a trace (ProcessGroupNCCL.cpp, HeartbeatMonitor::runLoop). Ours
         # is Python, which a thread of C++ must not enter while the process ends; and watch.py tells of a hang.
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-        with _without_wandb():
+        with _without_trackers():
             importlib.import_module("megatron.core")
             lacks = importlib.import_module(
                 "megatron.core.optimizer"
@@ -338,7 +337,7 @@ def init_device() -> None:
         )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore warns where tensor parallelism lacks it
     logging.getLogger(_RANDOM).addFilter(_without_rng_noise)
-    with _without_wandb():
+    with _without_trackers():
         _patch(PATCHES)
     _mode = LiteralCudaIsCpu()
     _mode.__enter__()

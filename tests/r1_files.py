@@ -62,11 +62,7 @@ def written(folder: Path) -> dict[str, str]:
 
 def tasks(files: dict[str, str], **names: str) -> list[str]:
     """Overrides that give tasks their files."""
-    return [
-        word
-        for param, name in names.items()
-        for word in (f"params.{param}.source.inputs=[{files[name]}]", f'params.{param}.hub=""')
-    ]
+    return [f"params.{param}.source.inputs=[{files[name]}]" for param, name in names.items()]
 
 
 def small(nanochat: Path, files: dict[str, str]) -> list[str]:

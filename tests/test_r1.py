@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from data_tools.base import durable
+from launchers.planning.ledger import Ledger
 from tests.command import ROOT, afterok, afterok_json
 from tests.megatron_ext import test_nanochat, test_nanochat_tokenizer
 from tests.r1_files import LENGTH, small, tasks, written
@@ -45,6 +46,12 @@ def facts_of(run: Path) -> dict[str, dict[str, Any]]:
     return {phase["phase"]: phase["facts"] for phase in afterok_json("status", run)["phases"]}
 
 
+def sent(run: Path, submission: int) -> set[str]:
+    """The phases that a submission sent."""
+    return {job.phase for job in Ledger(run / "ledger.jsonl").jobs() if job.submission == submission}
+
+
+FROM_RS_DATA = {"rs_data", "rs_packs", "rs_sft", "rs_evaluated", "exported", "nanochat"}
 PIPELINE = ROOT / "jobs/pipelines/r1_nanochat.yaml"
 
 
@@ -67,7 +74,13 @@ def test_r1_runs_from_a_nanochat_checkpoint_to_an_export(tmp_path: Path, nanocha
     again = facts_of(run)
     assert again["rs_data"]["recipe"]["name"] == "dolci_rs_sft" and again["cold_data"] == facts["cold_data"]
     changed = {name for name in facts if again[name] != facts[name]}
-    assert changed <= {"rs_data", "rs_packs", "rs_sft", "rs_evaluated", "exported", "nanochat"} and "rs_sft" in changed
+    assert changed <= FROM_RS_DATA and "rs_sft" in changed and sent(run, 2) == FROM_RS_DATA
+    # So does another share of GSM8K in GRPO's mix: issue 16's own example.
+    afterok("resubmit", run, "grpo", "grpo.with.mix.entries.gsm8k.weight=0.6", timeout=300)
+    afterok("status", run, "--watch", timeout=900)
+    assert sent(run, 3) == {"grpo", "grpo_evaluated", "sampled", "kept"} | FROM_RS_DATA
+    status = afterok_json("status", run)
+    assert status["finished"] and {phase["state"] for phase in status["phases"]} == {"COMPLETED"}
 
 
 @pytest.mark.soak

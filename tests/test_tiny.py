@@ -1,4 +1,7 @@
-"""The quick start itself, short: tiny.yaml here and on a real Slurm, killed and resumed, exported and read back."""
+"""The quick start itself, short: tiny.yaml here and on a real Slurm, killed and resumed, exported and read back.
+
+As the README shows it, with its gains, it runs under soak: python -m pytest tests/test_tiny.py -m soak -k gain -s
+"""
 
 import json
 import os
@@ -10,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.chats.chat import encode_row
+from data_tools.chats.tokenizer import load_tokenizer
+from data_tools.packs.store import Store
 from jobs.artifacts.seal import read_seal
 from launchers.planning.ledger import Ledger
 from tests.cluster import dev_cluster, scrub_slurm  # noqa: F401
@@ -17,37 +23,44 @@ from tests.command import ROOT, afterok, afterok_json, one_line, wait_for, wait_
 from tests.megatron_ext.rounding import logits_bound
 
 TINY = "jobs/pipelines/tiny.yaml"
-SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=300", "sft.with.checkpoint_every=20",
-         "sft.with.log_every=10", "params.grpo_steps=4", "grpo.with.prompts=16", "grpo.with.checkpoint_every=2",
+SHORT = ["params.steps=100", "params.train_rows=4000", "params.test_rows=240", "params.samples=2",
+         "params.grpo_steps=4", "params.rs_prompts=256", "params.rs_steps=4", "rs_sft.with.warmup_steps=0",
+         "rs_sft.resources.ranks_per_node=1", "sft.with.checkpoint_every=20", "sft.with.log_every=10",
+         "grpo.with.prompts=16", "grpo.with.checkpoint_every=2",
          "grpo.with.advantage.drop_equal_groups=false"]  # fmt: skip
+FROM_SFT = {"sft", "trained", "grpo", "reinforced", "sampled", "kept", "rs_data", "rs_packs", "rs_sft", "refined",
+            "exported"}  # fmt: skip
+FROM_GRPO = FROM_SFT - {"sft", "trained"}
 
 
 def seal_of(run: Path, phase: str):
     return read_seal(next(run.glob(f"{phase}/*/seal.json")))
 
 
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def local_run(tmp_path_factory, scrub_slurm):  # noqa: F811
     run = tmp_path_factory.mktemp("tiny") / "run"
-    done = afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=400)
+    done = afterok("run", TINY, *SHORT, "cluster=local", "--run", run, timeout=900)
     return run, done.stdout
 
 
 def test_every_phase_is_sealed_and_the_summary_says_accuracy_before_and_after(local_run):
     run, printed = local_run
     status = afterok_json("status", run)
-    assert status["finished"] and len(status["phases"]) == 12
+    assert status["finished"] and len(status["phases"]) == 16
     facts = {phase["phase"]: phase["facts"] for phase in status["phases"]}
     assert facts["untrained"]["accuracy"] <= facts["trained"]["accuracy"]
-    assert facts["trained"]["seen_prompts"] == 0 and facts["trained"]["unseen_prompts"] > 100
+    assert facts["trained"]["seen_prompts"] == 0 and facts["trained"]["unseen_prompts"] > 80
     assert facts["sft"]["loss_last"] < facts["sft"]["loss_first"]
     assert facts["grpo"]["step"] == 4 and facts["grpo"]["samples"] == 4 * 16 * 8
-    for phase in ("reinforced", "controlled"):  # beside SFT, on the same prompts
-        assert facts[phase]["gain"] == pytest.approx(
-            facts[phase]["sampled_accuracy"] - facts["trained"]["sampled_accuracy"]
-        )
-        assert facts[phase]["gain_error"] >= 0
-    for word in ("untrained", "trained", "accuracy", "reinforced", "gain", str(run / "exported")):
+    for before, after in (("untrained", "trained"), ("trained", "reinforced"), ("reinforced", "refined")):
+        gained = facts[after]["sampled_accuracy"] - facts[before]["sampled_accuracy"]  # on the same prompts
+        assert facts[after]["gain"] == pytest.approx(gained) and facts[after]["gain_error"] >= 0
+    for word in ("untrained", "trained", "accuracy", "reinforced", "refined", "gain", str(run / "exported")):
         assert word in printed
 
 
@@ -61,6 +74,21 @@ def test_the_evaluations_stand_side_by_side_with_what_each_gained_over_the_first
         assert (score["gain"] or {}).get("value") == facts[name].get("gain")
 
 
+def test_what_was_sampled_right_is_what_the_last_sft_learns(local_run):
+    """A row of it has the ids of a prompt, of the completion as it was sampled, and of the end."""
+    run, _ = local_run
+    sampled, kept = (json_lines(seal_of(run, phase).folder / name) for phase, name in
+                     (("sampled", "samples.jsonl"), ("kept", "chat.jsonl")))  # fmt: skip
+    right = {(line["prompt"], line["completion"]) for line in sampled if line["correct"] and line["finish"] == "stop"}
+    told = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in kept]
+    assert len(sampled) == 256 * 4 and told and set(told) <= right
+    assert sorted(prompt for prompt, _ in told) == sorted({prompt for prompt, _ in right})  # one of each
+    store, tokenizer = Store(seal_of(run, "rs_data").folder), load_tokenizer(str(seal_of(run, "init").folder))
+    assert {tuple(store.ids(row).tolist()) for row in range(len(told))} == {
+        tuple(encode_row(tokenizer, *pair)[0].tolist()) for pair in told
+    }
+
+
 def test_the_rows_of_the_data_add_up(local_run):
     run, _ = local_run
     balance = json.loads((seal_of(run, "data").folder / "balance.json").read_text())
@@ -70,14 +98,14 @@ def test_the_rows_of_the_data_add_up(local_run):
 
 def test_the_metrics_of_every_logged_step_are_there_once(local_run):
     run, _ = local_run
-    steps = [json.loads(line)["step"] for line in next(run.glob("sft/*/metrics.jsonl")).read_text().splitlines()]
+    steps = [line["step"] for line in json_lines(next(run.glob("sft/*/metrics.jsonl")))]
     assert steps == sorted(set(steps)) and steps[-1] == 100
 
 
 def test_each_sample_of_grpo_is_in_the_log_once_with_what_it_was_worth(local_run):
     run, _ = local_run
     paths = sorted(next(run.glob("grpo/*/samples")).glob("step_*.jsonl"))
-    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    lines = [line for path in paths for line in json_lines(path)]
     assert len({(line["item"], line["sample"]) for line in lines}) == len(lines) == 4 * 16 * 8
     for line in lines:
         assert line["prompt"].endswith("=") and line["entry"] == "calculator"
@@ -86,7 +114,7 @@ def test_each_sample_of_grpo_is_in_the_log_once_with_what_it_was_worth(local_run
 
 def test_a_recorded_rollout_is_drawn_again_to_the_same_tokens(local_run):
     run, _ = local_run
-    line = json.loads((next(run.glob("grpo/*/samples")) / "step_000003.jsonl").read_text().splitlines()[5])
+    line = json_lines(next(run.glob("grpo/*/samples")) / "step_000003.jsonl")[5]
     name = f"3/{line['item']}/{line['sample']}"
     done = afterok("logs", run, "grpo", "--replay", name)
     found = json.loads(done.stdout)
@@ -103,37 +131,62 @@ def test_a_second_run_submits_nothing_and_another_lr_reruns_what_depends_on_it(l
     plan = afterok_json("plan", TINY, *SHORT, "sft.with.lr=1e-3", "cluster=local", "--run", run)["phases"]
     found = {phase["phase"]: (phase["action"], phase["reasons"]) for phase in plan}
     assert found["sft"] == ("rerun", ["sft.with.lr 0.002 → 0.001"])
-    assert found["trained"] == found["grpo"] == found["control"] == ("rerun", ["because of sft"])
-    assert {found[name][0] for name in ("init", "imported", "data", "packs", "untrained")} == {"reuse"}
+    assert found["trained"] == found["grpo"] == ("rerun", ["because of sft"])
+    assert {name for name in found if found[name][0] != "reuse"} == FROM_SFT
+    again = afterok("resubmit", run, "grpo", "grpo.with.mix.entries.calculator.weight=0.6", "--dry-run").stdout
+    assert {line.split()[1] for line in again.splitlines() if line.startswith("start ")} == FROM_GRPO
     layout = afterok_json("plan", TINY, *SHORT, "sft.with.parallel.tensor=2", "cluster=local", "--run", run)["phases"]
     assert {phase["action"] for phase in layout} == {"reuse"}  # parallel degrees are recorded, not keyed
 
 
-def test_the_same_run_on_slurm_seals_the_same_weights_bit_for_bit(local_run, dev_cluster, tmp_path):  # noqa: F811
-    run, _ = local_run
-    env = dev_cluster.env()
-    afterok("submit", TINY, *SHORT, "--run", tmp_path / "slurm", env=env)
-    wait_until_sealed(tmp_path / "slurm", "exported", "trained", timeout=400, env=env)
-    afterok("cancel", tmp_path / "slurm", env=env)  # the control is of no interest here
+def copied(finished: Path, run: Path, *lost: str) -> Path:
+    """A copy of a finished run without what some phases made."""
+    shutil.copytree(finished, run)
+    for phase in lost:
+        shutil.rmtree(run / phase)
+    return run
+
+
+def assert_same_training(here: Path, there: Path) -> None:
     for phase in ("sft", "grpo"):
-        here, there = seal_of(run, phase).facts, seal_of(tmp_path / "slurm", phase).facts
-        assert here["weights_digest"] == there["weights_digest"]
-    sha = [seal_of(r, "exported").content["files"] for r in (run, tmp_path / "slurm")]
-    for name in sha[0]:
-        if name.endswith(".safetensors"):
-            assert sha[0][name]["sha256"] == sha[1][name]["sha256"]
-    assert json.loads((seal_of(run, "trained").folder / "result.json").read_text()) == json.loads(
-        (seal_of(tmp_path / "slurm", "trained").folder / "result.json").read_text()
-    )
+        assert seal_of(here, phase).facts["weights_digest"] == seal_of(there, phase).facts["weights_digest"]
+    results = [json.loads((seal_of(run, "trained").folder / "result.json").read_text()) for run in (here, there)]
+    assert results[0] == results[1]
+
+
+def test_the_same_training_on_slurm_seals_the_same_weights_bit_for_bit(local_run, dev_cluster, tmp_path):  # noqa: F811
+    env = dev_cluster.env()
+    run = copied(local_run[0], tmp_path / "slurm", *FROM_SFT)
+    afterok("submit", TINY, *SHORT, "--run", run, env=env)
+    wait_until_sealed(run, "trained", "grpo", timeout=400, env=env)
+    afterok("cancel", run, env=env)
+    assert_same_training(local_run[0], run)
+
+
+@pytest.mark.soak
+def test_the_same_run_on_slurm_exports_the_same_files(local_run, dev_cluster, tmp_path):  # noqa: F811
+    run, env = tmp_path / "slurm", dev_cluster.env()
+    afterok("run", TINY, *SHORT, "--run", run, env=env, timeout=900)
+    assert_same_training(local_run[0], run)
+    sha = [seal_of(r, "exported").content["files"] for r in (local_run[0], run)]
+    names = [name for name in sha[0] if name.endswith(".safetensors")]
+    assert names and all(sha[0][name]["sha256"] == sha[1][name]["sha256"] for name in names)
+
+
+@pytest.mark.soak
+def test_each_phase_of_training_gains_more_than_two_standard_errors(tmp_path):
+    """The README's first command, with its control."""
+    done = afterok("run", TINY, "params.control=true", "cluster=local", "--run", tmp_path / "run", timeout=3600)
+    print(done.stdout)
+    facts = {phase["phase"]: phase["facts"] for phase in afterok_json("status", tmp_path / "run")["phases"]}
+    for phase in ("trained", "reinforced", "refined"):
+        assert facts[phase]["gain"] > 2 * facts[phase]["gain_error"], phase
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_run, tmp_path, victim):
     finished, _ = local_run
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    for phase in ("sft", "trained", "exported", "grpo", "control", "reinforced", "controlled"):
-        shutil.rmtree(run / phase)
+    run = copied(finished, tmp_path / "run", *FROM_SFT)
     afterok("submit", TINY, *SHORT, "cluster=local", "--run", run)
     wait_for("a checkpoint", lambda: list(run.glob("sft/*/checkpoints/step_*")), 120)
     ranks = subprocess.run(["pgrep", "-f", f"jobs.worker {run} sft"], capture_output=True, text=True).stdout.split()
@@ -147,9 +200,8 @@ def test_a_killed_training_rank_resumes_to_the_same_weights_bit_for_bit(local_ru
     facts = seal_of(run, "sft").facts
     assert facts["resumed_from"] > 0
     assert facts["weights_digest"] == seal_of(finished, "sft").facts["weights_digest"]
-    assert [json.loads(line)["step"] for line in next(run.glob("sft/*/metrics.jsonl")).read_text().splitlines()] == [
-        json.loads(line)["step"] for line in next(finished.glob("sft/*/metrics.jsonl")).read_text().splitlines()
-    ]
+    here, there = ([line["step"] for line in json_lines(next(r.glob("sft/*/metrics.jsonl")))] for r in (run, finished))
+    assert here == there
 
 
 LOGITS = """
@@ -184,7 +236,7 @@ def test_the_exported_model_gives_the_logits_of_the_megatron_model(local_run, tm
             sys.executable,
             "-c",
             LOGITS,
-            str(seal_of(run, "grpo").folder),
+            str(seal_of(run, "rs_sft").folder),
             str(tmp_path / "ids.pt"),
             str(tmp_path / "logits.pt"),
         ],

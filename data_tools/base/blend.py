@@ -1,7 +1,8 @@
 """Blends: which source each place of an endless stream takes, in exact proportion over every prefix."""
 
 import numpy as np
-from numba import njit
+
+from data_tools.base.compiled import compiled
 
 
 def sources_of(weights: np.ndarray, length: int) -> np.ndarray:
@@ -14,7 +15,7 @@ def sources_of(weights: np.ndarray, length: int) -> np.ndarray:
     return _sources_of(np.asarray(weights, dtype=np.float64) / np.sum(weights), length)
 
 
-@njit(cache=True)
+@compiled()
 def _sources_of(shares: np.ndarray, length: int) -> np.ndarray:
     given = np.zeros(len(shares), dtype=np.int64)
     out = np.empty(length, dtype=np.int64)

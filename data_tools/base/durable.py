@@ -234,6 +234,11 @@ def read_checked(path: Path) -> dict[str, Any]:
     return value
 
 
+def cache_folder(name: str) -> Path:
+    """Return a folder of the user's cache, which may not be there yet: ~/.cache/afterok/NAME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afterok" / name
+
+
 def is_plain_path(name: Any) -> bool:
     """Return whether a name out of a file stays below the folder it is joined to: relative, and without `.` and
     `..`."""

@@ -3,7 +3,9 @@
     <pad> 0   <eos> 1   <unk> 2   then the alphabet in order
 
 Every character outside the alphabet becomes <unk>, so that a caller can tell. `transformers.AutoTokenizer` loads the
-folder; decoding joins the characters without spaces, an exact round trip.
+folder; decoding joins the characters without spaces, an exact round trip. The chat template writes the messages one
+after the other, with an end token behind an assistant's: a chat of a prompt and its completion has the ids of a task's
+row, so that what reject_filter keeps of a task's samples is trained as it was sampled.
 """
 
 from pathlib import Path
@@ -12,10 +14,14 @@ from data_tools.base.durable import write_file, write_json
 from data_tools.mistake import UserMistake
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
-def write_char_tokenizer(folder: Path, alphabet: str) -> None:
-    """Write tokenizer.json and tokenizer_config.json into `folder`; the same alphabet gives the same bytes.
+def write_char_tokenizer(folder: Path, alphabet: str, chat_template: str = "") -> None:
+    """Write tokenizer.json and tokenizer_config.json into `folder`; the same arguments give the same bytes.
 
     Raise UserMistake when a character of the alphabet occurs twice.
     """
@@ -40,5 +46,6 @@ def write_char_tokenizer(folder: Path, alphabet: str) -> None:
         "unk_token": UNK,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 20,  # no limit of its own; transformers warns without a number
+        **({"chat_template": chat_template} if chat_template else {}),
     }
     write_json(folder / "tokenizer_config.json", config)

@@ -9,7 +9,8 @@ Longest first (`longest_first`) this is best-fit decreasing: at most 11/9 of the
 """
 
 import numpy as np
-from numba import njit
+
+from data_tools.base.compiled import compiled
 
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _PLACE = np.empty(64, dtype=np.int64)  # of the lowest bit, by the top 6 bits of its product with the sequence
@@ -36,7 +37,7 @@ def best_fit(sizes: np.ndarray, capacity: int, apart: np.ndarray | None = None) 
     return _best_fit(sizes, capacity, groups, int(groups.max(initial=-1)) + 1)
 
 
-@njit(cache=True)
+@compiled()
 def _longest_first(sizes, capacity):
     starts = np.zeros(capacity + 2, dtype=np.int64)
     for size in sizes:
@@ -50,18 +51,18 @@ def _longest_first(sizes, capacity):
     return order
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _lowest(word):
     """Return the place of the lowest bit of a word that is not 0."""
     return _PLACE[((word & (~word + _ONE)) * _DE_BRUIJN) >> _TOP]
 
 
-@njit(cache=True, inline="always")
+@compiled(inline="always")
 def _bit(number):
     return _ONE << np.uint64(number & 63)
 
 
-@njit(cache=True)
+@compiled()
 def _successor(words, filled, blocks, least):
     """Return the smallest member of at least `least`, or -1."""
     word = least >> 6
@@ -90,14 +91,14 @@ def _successor(words, filled, blocks, least):
     return (word << 6) | _lowest(words[word])
 
 
-@njit(cache=True)
+@compiled()
 def _add(words, filled, blocks, space):
     words[space >> 6] |= _bit(space)
     filled[space >> 12] |= _bit(space >> 6)
     blocks[space >> 18] |= _bit(space >> 12)
 
 
-@njit(cache=True)
+@compiled()
 def _remove(words, filled, blocks, space):
     words[space >> 6] &= ~_bit(space)
     if not words[space >> 6]:
@@ -106,7 +107,7 @@ def _remove(words, filled, blocks, space):
             blocks[space >> 18] &= ~_bit(space >> 12)
 
 
-@njit(cache=True)
+@compiled()
 def _holds(packs, earlier, place, pack):
     """Return whether `pack` holds one of the places of the chain that starts at `place`."""
     while place >= 0:
@@ -116,7 +117,7 @@ def _holds(packs, earlier, place, pack):
     return False
 
 
-@njit(cache=True)
+@compiled()
 def _best_fit(sizes, capacity, groups, n_groups):
     n = len(sizes)
     words = np.zeros((capacity >> 6) + 1, dtype=np.uint64)

@@ -1,7 +1,6 @@
 """Digests of large files, remembered: a file of the same path, size and time is not read again."""
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
@@ -19,8 +18,7 @@ class HashCache:
     KEPT_S = 90 * 86_400.0
 
     def __init__(self, folder: Path | None = None):
-        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.folder = folder or cache_home / "afterok" / "sha256"
+        self.folder = folder or durable.cache_folder("sha256")
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of a file, read only where the cache does not know it."""

@@ -236,13 +236,21 @@ class RunFolder(RunLayout):
             return self.seal(phase, key)
         return None
 
-    def not_needed(self, phases: dict[str, FrozenPhase], name: str) -> str:
-        """Return why a phase without a seal never has to run (what it was to follow `afternotok` is sealed), or ""."""
+    def not_needed(self, phases: dict[str, FrozenPhase], name: str, asked: set[str] | None = None) -> str:
+        """Return why a phase without a seal never has to run (what it was to follow `afternotok` is sealed), or "".
+
+        `asked` are phases that were found to have no reason, so that none is asked twice.
+        """
+        if not any("afternotok" in phase.needs.values() for phase in phases.values()):
+            return ""  # without a look at seals: those who watch a run ask of every phase, again and again
+        asked = set() if asked is None else asked
+        asked.add(name)
         for need, type_ in phases[name].needs.items():
-            sealed = self.seal(need, phases[need].key) is not None
-            if type_ == "afternotok" and sealed:
+            if type_ == "afternotok" and self.seal(need, phases[need].key) is not None:
                 return f"{need} is sealed"
-            if type_ in NEED_SEALS and not sealed and (why := self.not_needed(phases, need)):
+            if type_ not in NEED_SEALS or need in asked or self.seal(need, phases[need].key) is not None:
+                continue
+            if why := self.not_needed(phases, need, asked):
                 return why
         return ""
 

@@ -10,13 +10,13 @@
         array: 4                                    # or a list of values, one element each
         throttle: 2                                 # elements that may run at once
         resources: {role: cpu, time: "0:30:00"}
+        when: "${params.packed}"                    # false: this phase is left out
     variables: {PACK_LENGTH: params.pack_length}    # environment variables that set values (variables.py)
     waive: [V001]                                   # checks whose findings do not stop it (slurm/checks.py)
 
 Loading collects all violations, each with file, key and value, and raises them together as one UserMistake.
 """
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -43,7 +43,7 @@ NEED_TYPES = ("afterok", "aftercorr", "afterany", "afternotok", "singleton")
 NEED_SEALS = ("afterok", "aftercorr")  # which cannot go on without the upstream's seal
 ON_CODE_CHANGE = ("report", "rerun")
 TOP_KEYS = ("name", "params", "phases", "on_code_change", "variables", "waive")
-PHASE_KEYS = ("uses", "needs", "with", "array", "throttle", "resources")
+PHASE_KEYS = ("uses", "needs", "with", "array", "throttle", "resources", "when")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class _Loader:
         self.path, self.overrides, self.environment = path, overrides, environment
         self.problems = Problems(path)
         self.of_phases: list[tuple[list[str], Any]] = []  # (parts of a dotted key, value) of overrides, in their order
+        self.left_out: set[str] = set()  # phases whose `when` is false
 
     def load(self) -> Pipeline:
         """Return the pipeline. Raises UserMistake with all problems."""
@@ -152,9 +153,10 @@ class _Loader:
             self.problems.note("phases", f"{written!r} is not a mapping of at least one phase")
             written = {}
         resolver = Resolver(params, map(str, written), self.problems)
+        self._leave_out(written, resolver)
         phases = {}
         for phase_name, body in written.items():
-            phase = self._phase(str(phase_name), body, resolver)
+            phase = self._phase(str(phase_name), body, resolver) if phase_name not in self.left_out else None
             if phase is not None:
                 phases[phase.name] = phase
         ordered = self._order(phases)
@@ -256,6 +258,24 @@ class _Loader:
         else:
             self.of_phases.append((parts, value))
 
+    def _leave_out(self, written: dict[Any, Any], resolver: Resolver) -> None:
+        """Find the phases that `when` leaves out; overrides of their values would do nothing, and are noted."""
+        for name, body in written.items():
+            if not isinstance(body, dict) or "when" not in body:
+                continue
+            key = f"phases.{name}.when"
+            when = resolver.resolve(key, body["when"])
+            if not isinstance(when, bool):
+                if key not in resolver.unresolved:
+                    self.problems.note(key, f"{when!r} is neither true nor false")
+            elif not when:
+                self.left_out.add(str(name))
+        for parts, _ in self.of_phases:
+            if parts[0] in self.left_out and parts[1:] != ["when"]:
+                self.problems.note(f"phases.{'.'.join(parts)}", f"phase {parts[0]} is left out: its `when` is false")
+        if written and len(self.left_out) == len(written):
+            self.problems.note("phases", "each is left out: its `when` is false")
+
     # -- one phase -----------------------------------------------------------------------------------------------
 
     def _phase(self, name: str, body: Any, resolver: Resolver) -> Phase | None:
@@ -341,13 +361,17 @@ class _Loader:
             for phase, type_ in entry.items() if isinstance(entry, dict) else [(entry, "afterok")]:
                 if phase not in names:
                     self.problems.note(f"{key}.needs", f"no phase {phase!r}{nearest(str(phase), names)}")
+                elif phase in self.left_out:
+                    self.problems.note(f"{key}.needs", f"phase {phase} is left out: its `when` is false")
                 elif type_ not in NEED_TYPES:
                     near = nearest(str(type_), NEED_TYPES)
                     self.problems.note(f"{key}.needs.{phase}", f"unknown dependency type {type_!r}{near}")
                 else:
                     needs[phase] = Need(phase, type_)
         for phase in sorted(references(settings)):
-            if phase in names:
+            if phase in self.left_out:
+                self.problems.note(f"{key}.with", f"refers to phase {phase}, which is left out: its `when` is false")
+            elif phase in names:
                 needs.setdefault(phase, Need(phase))
         return list(needs.values())
 
@@ -387,13 +411,15 @@ class _Loader:
 
 
 def _put(below: dict[str, Any], parts: list[str], value: Any, params: dict[str, Any]) -> None:
-    """Write a value below the parts of a dotted key; a mapping that stands there as `${params.NAME}` becomes a copy."""
+    """Write a value below the parts of a dotted key.
+
+    Each mapping on the way becomes a copy: it may stand elsewhere too, by an anchor of YAML or as `${params.NAME}`.
+    """
     for part in parts[:-1]:
         there = below.get(part)
-        if isinstance(there, str) and (param := PARAM.match(there)) and isinstance(params.get(param[1]), dict):
-            below[part] = copy.deepcopy(params[param[1]])
-        elif not isinstance(there, dict):
-            below[part] = {}
+        if isinstance(there, str) and (param := PARAM.match(there)):
+            there = params.get(param[1])
+        below[part] = dict(there) if isinstance(there, dict) else {}
         below = below[part]
     below[parts[-1]] = value
 

@@ -59,7 +59,7 @@ def spans(look: Look, name: str, now: float | None = None) -> list[Span]:
     asked = {
         number: phase
         for number in look.run.submissions()
-        if (phase := look.run.frozen(number).get(name)) is not None and phase.gpus_per_node
+        if (phase := look.frozen(number).get(name)) is not None and phase.gpus_per_node
     }
     return [_span(look, life, time.time() if now is None else now) for life in _lives(look, name, asked)]
 

@@ -86,6 +86,7 @@ class Look:
     unasked: list[UserMistake] = field(default_factory=list)  # why clusters told nothing
     _elements: dict[str, dict[int, Element]] = field(default_factory=dict)
     _outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    _frozen: dict[int, dict[str, FrozenPhase]] = field(default_factory=dict)
 
     def elements(self, phase: FrozenPhase) -> dict[int, Element]:
         """Return the elements of a phase that were ever submitted under its key, each with its newest job."""
@@ -122,6 +123,12 @@ class Look:
     def not_needed(self, phase: FrozenPhase) -> str:
         """Return why a phase never has to run, "" if it may."""
         return self.run.not_needed(self.phases, phase.name)
+
+    def frozen(self, number: int) -> dict[str, FrozenPhase]:
+        """Return the phases as a submission froze them; read once."""
+        if number not in self._frozen:
+            self._frozen[number] = self.run.frozen(number)
+        return self._frozen[number]
 
     def outcomes(self, name: str) -> list[Outcome]:
         """Return how all attempts at a phase ended, oldest first; read once."""

@@ -39,6 +39,10 @@ class Config:
     config: dict[str, Any] = setting(dict, "further keys of config.json, or other values of them", free=True)
     seed: int = setting(0, "draw of the weights", least=-(2**63), most=2**63 - 1)
     alphabet_task: str = setting("", "task whose alphabet a character tokenizer gets", free=True)
+    chats: bool = setting(
+        False, "the character tokenizer writes chats, too: messages one after the other, as a task's rows stand",
+        keyed="if_set",
+    )  # fmt: skip
     tokenizer: str = setting("", "or a folder whose tokenizer files are taken", input=True)
 
 
@@ -54,6 +58,8 @@ def check(config: Config, ranks: int) -> list[Problem]:
             load_row_task(config.alphabet_task)
         except UserMistake as mistake:
             problems.append(Problem("alphabet_task", str(mistake)))
+    if config.chats and not config.alphabet_task:
+        problems.append(Problem("chats", "is for the tokenizer of alphabet_task; a folder's has a template or has not"))
     if ranks != 1:
         problems.append(Problem("", f"init_model runs on 1 rank, not {ranks}"))
     return problems
@@ -82,7 +88,7 @@ def forecast(config: Config) -> dict[str, Any]:
 
 def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> dict[str, Any]:
     """Write the checkpoint into OUT. Return the facts: parameters, vocabulary, sha256 of the weights."""
-    from data_tools.chats.char_tokenizer import write_char_tokenizer
+    from data_tools.chats.char_tokenizer import CHAT_TEMPLATE, write_char_tokenizer
     from data_tools.chats.tokenizer import load_tokenizer
     from data_tools.tasks.task import load_row_task
     from megatron_ext.model_folders.model_folder import copy_hf_files
@@ -91,7 +97,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     if problems:
         raise UserMistake(problems)
     if config.alphabet_task:
-        write_char_tokenizer(out, load_row_task(config.alphabet_task).ALPHABET)
+        alphabet = load_row_task(config.alphabet_task).ALPHABET
+        write_char_tokenizer(out, alphabet, CHAT_TEMPLATE if config.chats else "")
     else:
         if not Path(config.tokenizer).is_dir():
             raise UserMistake(Problem("tokenizer", f"{config.tokenizer} is no folder with tokenizer files"))

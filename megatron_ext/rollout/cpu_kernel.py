@@ -1,4 +1,4 @@
-"""Attention over blocks where they lie, on CPU. Compiled once a submission: numba keeps the code beside this file."""
+"""Attention over blocks where they lie, on CPU."""
 
 import functools
 from collections.abc import Callable
@@ -6,8 +6,10 @@ from typing import Any
 
 import llvmlite.ir
 import numpy
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
+
+from data_tools.base.compiled import compiled
 
 
 @intrinsic
@@ -43,7 +45,7 @@ def in_place(share: int, d: int, size: int) -> Callable[..., None]:
     [heads] or [0]. A document's numbers depend on no other's.
     """
 
-    @njit(cache=True, fastmath={"reassoc", "nsz", "contract"}, nogil=True, error_model="numpy")
+    @compiled(fastmath={"reassoc", "nsz", "contract"}, nogil=True, error_model="numpy")
     def kernel(
         query: Any, keys: Any, values: Any, table: Any, positions: Any, scale: Any, window: Any, sinks: Any, out: Any
     ) -> None:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.base.durable import read_json, write_json
-from data_tools.chats.char_tokenizer import write_char_tokenizer
-from data_tools.chats.chat import encode_row
+from data_tools.chats.char_tokenizer import CHAT_TEMPLATE, write_char_tokenizer
+from data_tools.chats.chat import ChatConfig, ChatRows, Encoded, encode_row
+from data_tools.chats.encoder import Encoder
 from data_tools.chats.tokenizer import load_tokenizer
 from data_tools.mistake import UserMistake
 from data_tools.tasks.calculator import ALPHABET
@@ -101,6 +102,20 @@ def test_a_row_masks_its_prompt_and_supervises_answer_and_end(tokenizer_folder: 
     assert ids.dtype == np.int32 and mask.dtype == np.uint8
     assert ids.tolist() == [*tokenizer.encode(prompt), *tokenizer.encode(answer), tokenizer.eos_id]
     assert mask.tolist() == [0] * len(prompt) + [1] * (len(answer) + 1)
+
+
+def test_a_chat_of_a_prompt_and_its_completion_has_the_ids_of_a_tasks_row(tmp_path: Path) -> None:
+    write_char_tokenizer(tmp_path, ALPHABET, CHAT_TEMPLATE)
+    tokenizer = load_tokenizer(str(tmp_path))
+    chats = ChatRows(ChatConfig(), tokenizer, Encoder(tokenizer))
+    said = [{"role": "user", "content": "48/2="}, {"role": "assistant", "content": "42"}]
+    (row,) = chats.rows({"messages": said, "prompt_id": "48/2=", "pass_rate": 0.5})
+    ids, mask = encode_row(tokenizer, "48/2=", "42")
+    assert isinstance(row, Encoded) and (row.ids.tolist(), row.mask.tolist()) == (ids.tolist(), mask.tolist())
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(said, tokenize=False) == "48/2=42<eos>"
 
 
 @pytest.mark.parametrize(

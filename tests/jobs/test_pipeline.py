@@ -236,3 +236,47 @@ phases:
         entries = [phase.config.mix.entries["gsm8k"] for phase in phases]
         assert [entry.weight for entry in entries] == [0.6, 0.45]
         assert {(entry.task, entry.hub) for entry in entries} == {("gsm8k", "own/gsm8k")}
+
+
+def test_an_override_changes_one_phase_of_those_that_share_an_anchor(tmp_path):
+    text = """
+name: p
+phases:
+  a: {uses: decontaminate, with: {mix: &mix {entries: {one: &one {task: gsm8k, hub: openai/gsm8k}, two: *one}}}}
+  b: {uses: decontaminate, with: {mix: *mix}, resources: &cpu {role: cpu}}
+  c: {uses: decontaminate, with: {mix: {entries: {one: *one}}}, resources: *cpu}
+"""
+    overrides = ["b.with.mix.entries.one.weight=0.5", "c.resources.nodes=2"]
+    phases = load_pipeline(write(tmp_path, text), overrides).phases
+    weights = {name: [entry.weight for entry in phase.config.mix.entries.values()] for name, phase in phases.items()}
+    assert weights == {"a": [1.0, 1.0], "b": [0.5, 1.0], "c": [1.0]}
+    assert phases["b"].resources.nodes != 2 == phases["c"].resources.nodes
+
+
+WHEN = """
+name: p
+params: {wanted: false, folder: "${phases.extra.out}"}
+phases:
+  a: {uses: tests.toy.numbers, with: {start: 1}}
+  extra: {uses: tests.toy.numbers, with: {start: 2}, needs: [a], when: "${params.wanted}"}
+  more: {uses: tests.toy.total, with: {numbers: "${phases.extra.out}"}, when: "${params.wanted}"}
+"""
+
+
+def test_a_phase_whose_when_is_false_is_left_out_and_nothing_may_count_on_it(tmp_path):
+    assert list(load_pipeline(write(tmp_path, WHEN)).phases) == ["a"]
+    assert list(load_pipeline(write(tmp_path, WHEN), ["params.wanted=true"]).phases) == ["a", "extra", "more"]
+    assert list(load_pipeline(write(tmp_path, WHEN), ["extra.when=true"]).phases) == ["a", "extra"]
+    needing = WHEN + "  needing: {uses: tests.toy.numbers, needs: [{extra: afterany}]}\n"
+    reading = WHEN + '  reading: {uses: tests.toy.total, with: {numbers: "${params.folder}/x"}}\n'
+    for text, overrides, expected in (
+        (WHEN, ["extra.with.start=3"], "override extra.with.start: phase extra is left out: its `when` is false"),
+        (WHEN, ["more.when=true"], "phases.more.with: refers to phase extra, which is left out: its `when` is false"),
+        (needing, [], "phases.needing.needs: phase extra is left out: its `when` is false"),
+        (reading, [], "phases.reading.with: refers to phase extra, which is left out: its `when` is false"),
+        (WHEN, ["params.wanted=1"], "phases.extra.when: 1 is neither true nor false"),
+        (WHEN, ["extra.when='${params.wnated}'"], "cannot resolve '${params.wnated}' (did you mean params.wanted?"),
+        (WHEN, ["a.when=false"], "phases: each is left out: its `when` is false"),
+    ):  # fmt: skip
+        found = problems(tmp_path, text, *overrides)
+        assert any(expected in line for line in found), found

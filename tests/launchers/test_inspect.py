@@ -15,7 +15,7 @@ def run(tmp_path_factory) -> Path:
     """The data half of the quick start."""
     text = TINY.read_text()
     folder = tmp_path_factory.mktemp("inspect")
-    (folder / "data.yaml").write_text(text[: text.index("  untrained:")])
+    (folder / "data.yaml").write_text(text[: text.index("  sft:")])
     afterok("run", folder / "data.yaml", "params.train_rows=400", "cluster=local", "--run", folder / "run")
     return folder / "run"
 

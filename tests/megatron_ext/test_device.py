@@ -198,8 +198,9 @@ import megatron_ext.training.update
 optimizer = FusedAdam([torch.nn.Parameter(torch.zeros(2))])
 optimizer.load_state_dict(optimizer.state_dict())
 optimizer.zero_grad()
-print(sorted({"torch._dynamo", "torch._inductor", "wandb"} & set(sys.modules)))
+print(sorted({"torch._dynamo", "torch._inductor", "wandb", "tensorboard"} & set(sys.modules)))
 import wandb
+from torch.utils.tensorboard import SummaryWriter
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
