@@ -175,7 +175,7 @@ def _lines_of_mix(
     from megatron_ext.parallel import ranks
     from megatron_ext.weights.checkpoint import from_rank_zero
 
-    load_once = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
+    load_once = cache(lambda: model_folder.load_told(folder, config))
     entries = entries_of(config.mix)
     asked = {name: entries.pop(name) for name in compared(entries)}
     element, by_way, records = keep / "sampled" / f"element_{index:04d}", [], {}

@@ -35,9 +35,7 @@ def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
 
     A row of `row_tokens` stands in place of a pack, and documents are aligned as the plan needs it.
     """
-    training, problems = facts.prepare(
-        config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site
-    )
+    training, problems = facts.prepare(config, "", global_batch=1, site=site)
     workload = replace(training.workload, pack_length=None, global_batch=None)
     return replace(training, workload=workload, lora=config.lora), problems
 
@@ -55,6 +53,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     problems += check_mix(config.mix)
     adapter = facts.model_adapter(config.model, site)[1]
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
+    problems += loras.check_base(config.base, config.lora)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
     problems += check_recording(config, training.shape)
     return problems + refusals.check(config.parallel, training, site)

@@ -13,6 +13,7 @@ BLOCK = 32  # values that share a scale
 BIAS = 127
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 LARGEST_EXPONENT = 2  # of an E2M1 value: 4 and 6 are 2 ** 2 times 1 and 1.5
+TILE = 1 << 22  # values that are dequantised at a time
 HIGHEST = 125  # of a scale under which all values are finite in bfloat16
 
 
@@ -74,3 +75,26 @@ def _rounded(x: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, to
     codes = torch.bucketize(scaled.abs(), _limits(x.device)).to(torch.uint8)
     rounded = torch.tensor(E2M1[:8], device=x.device)[codes.int()]
     return codes | torch.signbit(x).to(torch.uint8) << 3, (scaled.abs() - rounded).square().sum(-1)
+
+
+# ---------------------------------------------------------------- blocks and scales of a matrix in one tensor
+
+
+def packed_room(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return zeros uint8 [out, in / 32, 17] for a matrix [out, in]: 16 bytes of a block, and its scale."""
+    rows, columns = shape
+    return torch.zeros(rows, columns // BLOCK, BLOCK // 2 + 1, dtype=torch.uint8, device=device)
+
+
+def packed(values: torch.Tensor) -> torch.Tensor:
+    """Return values [out, in] as uint8 [out, in / 32, 17]."""
+    blocks, scales = quantised(values)
+    return torch.cat([blocks, scales[..., None]], dim=-1)
+
+
+def unpacked(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the matrix [out, in] of uint8 [out, in / 32, 17], made in tiles of rows: of TILE values there is, besides,
+    what their making takes."""
+    rows = max(1, TILE // (packed.shape[1] * BLOCK))
+    tiles = [dequantised(tile[..., :-1], tile[..., -1], dtype) for tile in packed.split(rows)]
+    return torch.cat(tiles) if len(tiles) > 1 else tiles[0]

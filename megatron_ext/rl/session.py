@@ -130,7 +130,7 @@ def _trainer(config: GrpoSettings, folder: ModelFolder) -> Trainer:
     """Return the trainer of the model in `folder`, or of adapters for it."""
     plan = config.parallel
     model = model_folder.load_trainable(
-        folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend
+        folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend, base=config.base
     )
     return Trainer(model, plan, AdamW.of(config))
 
@@ -162,7 +162,7 @@ def reference_of(config: GrpoSettings, folder: ModelFolder, trainer: Trainer) ->
     from megatron.core.transformer.module import Float16Module
 
     chosen = model_folder.open_folder(config.reference) if config.reference else folder
-    parts = model_folder.load_stages(chosen, config.parallel, config.dtype, config.backend)
+    parts = model_folder.load_stages(chosen, config.parallel, config.dtype, backend=config.backend, base=config.base)
     for part in parts:
         part.requires_grad_(False)
     wrapped = [Float16Module(part.config, part) if part.config.bf16 else part for part in parts]

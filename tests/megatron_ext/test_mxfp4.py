@@ -71,10 +71,11 @@ def test_what_is_quantised_is_as_near_as_the_format_has_values(name):
     x = VALUES[name](torch.Generator().manual_seed(0))
     blocks, scales = quantised(x)
     back = dequantised(blocks, scales, torch.float32)
-    by_block, errors = (t.unflatten(-1, (-1, 32)).double() for t in (x, back - x))
+    by_block, errors = (t.unflatten(-1, (-1, 32)) for t in (x.double(), back.double() - x.double()))
     largest = by_block.abs().amax(-1, keepdim=True)
-    lowest = (scales == 0)[..., None] * 2.0**-128  # half of the smallest value under the lowest scale
-    assert (errors.abs() <= torch.maximum(by_block.abs() / 4, largest / 8).clamp(min=lowest)).all()
+    lowest = (scales == 0)[..., None] * 2.0**-129  # half of the smallest value under the lowest scale
+    bounds = torch.broadcast_tensors(by_block.abs() / 4, largest / 8, lowest)
+    assert (errors.abs() <= torch.stack(bounds).amax(0)).all()
     values = torch.tensor(E2M1).double()
     scaled = torch.ldexp(by_block, 127 - scales.int()[..., None])
     nearest = (scaled[..., None] - values).abs().amin(-1)
