@@ -21,6 +21,7 @@ from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.preflight import facts, refusals, tables
 from megatron_ext.preflight.facts import Training
+from megatron_ext.rl import memory
 from megatron_ext.rl.settings import GrpoSettings, check_comparable, check_loss, check_rewarding
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_recording, check_rollouts
@@ -80,11 +81,14 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
     """Return what the parallel plan costs, its rank grid, others (tables.report), and what the rollouts' memory
     holds."""
     training = _training(config, site)[0]
-    report = tables.report(config.parallel, training, site, searching)
-    memory = _room(config, training)
-    if memory is not None:
-        report["facts"]["rollout"] = asdict(memory) | {"samples": memory.samples}
-        report["notes"] = [*room_notes(memory, config.engine, config.group), *report["notes"]]
+    report = tables.report(config.parallel, training, site, searching, packed=False)
+    told, shown = memory.report(config, training)
+    report["facts"] |= told
+    report["tables"] += shown
+    held = _room(config, training)
+    if held is not None:
+        report["facts"]["rollout"] = asdict(held) | {"samples": held.samples}
+        report["notes"] = [*room_notes(held, config.engine, config.group), *report["notes"]]
     report["notes"] = [*report["notes"], *_recorded_notes(config)]
     return report
 

@@ -9,11 +9,12 @@ from functools import cache
 
 import torch
 
+from megatron_ext.parallel.calibration import TILE
+
 BLOCK = 32  # values that share a scale
 BIAS = 127
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 LARGEST_EXPONENT = 2  # of an E2M1 value: 4 and 6 are 2 ** 2 times 1 and 1.5
-TILE = 1 << 22  # values that are dequantised at a time
 HIGHEST = 125  # of a scale under which all values are finite in bfloat16
 
 

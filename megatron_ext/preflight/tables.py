@@ -26,10 +26,11 @@ from megatron_ext.preflight.search import (
 SHOWN = 8  # plans of a search
 
 
-def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict[str, Any]:
+def report(plan: ParallelPlan, t: Training, site: Site, searching: bool, packed: bool = True) -> dict[str, Any]:
     """Return {"facts", "tables", "notes"}: numbers for programs, the same as tables for people, and their sources.
 
-    `searching` ranks the legal plans of these GPUs; without it the plan's legal neighbours are shown.
+    `searching` ranks the legal plans of these GPUs; without it the plan's legal neighbours are shown. Of what is not
+    `packed` (samples) there is no time and no search.
     """
     w = t.workload
     facts: dict[str, Any] = {"plan": asdict(plan), "ranks": w.ranks}
@@ -45,11 +46,10 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
     notes += [f"assumed: {sentence}" for sentence in t.assumed]
     if not w.shape or not w.pack_length:
         what = "the model's config.json" if not w.shape else "the pack length"
-        return {
-            "facts": facts,
-            "tables": tables,
-            "notes": [*notes, f"{what} is not known yet: no memory, time or search"],
-        }
+        said = f"{what} is not known yet: no memory, time or search"
+        if w.shape and not packed:
+            said = "lengths of samples are not known: no time or search"
+        return {"facts": facts, "tables": tables, "notes": [*notes, said]}
     facts["parameters"], facts["active"] = t.known_shape.parameters.total, t.known_shape.active
     facts["costs"] = dict(zip(("cost_linear", "cost_quadratic"), cost_coefficients(t.known_shape)))
     notes.append(
