@@ -49,9 +49,27 @@ def _of_group(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, An
         found["accuracy_normalized"] = sum(line["correct_normalized"] for line in lines) / len(lines)
     sampled = [sample for line in lines for sample in line.get("graded", ())]
     found |= graded(lines) | graded(sampled, "sampled_")
+    found |= _reward_gain(lines, before)
     if lines and all("sampled" in line for line in lines) and not (unjudged or any(map(is_unjudged, sampled))):
         found |= _of_samples(lines, before)
     return found
+
+
+def _reward_gain(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, float]:
+    """Return what the mean reward of a prompt's samples gained over `before`, over prompts with rewards in both."""
+    gains = []
+    for line in lines:
+        now, then = (_mean_reward(of) for of in (line, before.get(asked(line), {})))
+        if now is not None and then is not None:
+            gains.append(now - then)
+    if not gains:
+        return {}
+    return {"reward_gain": sum(gains) / len(gains), "reward_gain_error": standard_error(gains)}
+
+
+def _mean_reward(line: Mapping[str, Any]) -> float | None:
+    rewards = [sample["reward"] for sample in line.get("graded", ()) if sample["reward"] is not None]
+    return sum(rewards) / len(rewards) if rewards else None
 
 
 def _of_samples(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, float]:
@@ -80,6 +98,7 @@ def write_tables(keep: Path, result: Mapping[str, Any], step: int) -> None:
     further += [("mean reward", "reward"), ("regret", "regret")]
     further += [("sampled reward", "sampled_reward"), ("sampled regret", "sampled_regret")]
     further += [("gain", "gain"), ("± error", "gain_error")]
+    further += [("reward gain", "reward_gain"), ("± error", "reward_gain_error")]
     prefixes = [name.removesuffix("prompts") for name in result if name.endswith("prompts")]
     columns += [(title, name) for title, name in further if any(prefix + name in result for prefix in prefixes)]
     rows = [
@@ -89,3 +108,28 @@ def write_tables(keep: Path, result: Mapping[str, Any], step: int) -> None:
     titles = ["prompts", *(title for title, _ in columns)]
     write_table(keep, "accuracy", title=f"Accuracy at step {step}", columns=titles, rows=rows)
     write_table(keep, "prompts", **counts_table(result["records"]))
+
+
+def headline(facts: Mapping[str, Any]) -> str:
+    """Return a result in a line."""
+    text = f"{facts['prompts']:,} prompts, no accuracy"
+    if facts["accuracy"] is not None:
+        text = f"accuracy {facts['accuracy']:.3f} ({facts['correct']:,} of {facts['prompts']:,})"
+    text += f", of which {facts['unscored']:,} could not be scored" if facts.get("unscored") else ""
+    for name in ("reward", "regret"):
+        text += f", {name} {facts[name]:.3f}" if name in facts else ""
+    if facts.get("seen_prompts"):
+        unseen = f"{facts['unseen_accuracy']:.3f}" if facts["unseen_prompts"] else "none"
+        text += f"; seen in training {facts['seen_accuracy']:.3f} of {facts['seen_prompts']:,}, not seen {unseen} of "
+        text += f"{facts['unseen_prompts']:,}"
+    if "sampled_accuracy" in facts:
+        text += f"; sampled {facts['sampled_accuracy']:.3f}"
+        for kind in ("pass@", "maj@"):
+            text += "".join(
+                f", {name} {facts[name]:.3f}" for name in [name for name in facts if name.startswith(kind)][-1:]
+            )
+    if "gain" in facts:
+        text += f", gain {100 * facts['gain']:+.1f} ± {100 * facts['gain_error']:.1f} points"
+    if "reward_gain" in facts:
+        text += f", reward gain {facts['reward_gain']:+.3f} ± {facts['reward_gain_error']:.3f}"
+    return text

@@ -125,7 +125,7 @@ def run(
     problems = check(config, ranks.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
-    folder, before = model_folder.open_folder(config.model), _compared(config)
+    folder, before = model_folder.open_folder(config.model), compared_lines(config.compare_with, config.samples)
     lines_of = _lines_of_mix if of_mix(config) else _lines_of_rows
     with ranks.started(config.parallel):
         choice = model_folder.told_parts(folder, config)
@@ -134,13 +134,13 @@ def run(
     opening = told_opening(load_tokenizer(str(folder.hf)), config.bos)
     result = {**accuracy(lines, before), "records": records, **opening}
     if writer:
-        _write(out, lines, result)
+        write_results(out, lines, result)
         if count == 1:
             write_tables(keep, result, folder.step)
     return {**result, "parts": choice.facts()}
 
 
-def _write(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:
+def write_results(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:
     durable.write_file(out / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     durable.write_json(out / RESULT, result)
 
@@ -187,9 +187,9 @@ def _lines_of_mix(
         records = generate.records_of(kept) if ranks.is_writer() else {}
     for sample in itertools.chain(*by_way) if only_ended else ():
         sample["correct"] = sample["correct"] and sample["finish"] == "stop"
-    lines = {sample["prompt_id"]: _line(sample) for sample in by_way[0]} if by_way else {}
+    lines = {sample["prompt_id"]: line_of(sample) for sample in by_way[0]} if by_way else {}
     if config.samples and by_way:
-        _add_samples(lines, by_way[1])
+        add_samples(lines, by_way[1])
     found, theirs = _compared_choices(config, folder, asked, load_once, progress=progress, index=index, count=count)
     return from_rank_zero(([*lines.values(), *found], {**records, **theirs}))
 
@@ -224,7 +224,7 @@ def _compared_choices(
     return list(lines), mix.counts()
 
 
-def _line(sample: Mapping[str, Any]) -> Line:
+def line_of(sample: Mapping[str, Any]) -> Line:
     """Return the line of a prompt from its greedy sample."""
     line: Line = {"prompt": sample["prompt_id"]}
     line |= {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
@@ -235,7 +235,7 @@ def _line(sample: Mapping[str, Any]) -> Line:
     return line
 
 
-def _add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]]) -> None:
+def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]]) -> None:
     """Add to each line what the samples of its prompt answered, and how many of them are right."""
     for line in lines.values():
         line["votes"] = []
@@ -280,24 +280,27 @@ def _seen(prompts: Sequence[Prompt], store_folder: str | None) -> list[bool | No
     return [tuple(text_hash(prompt)) in known if isinstance(prompt, str) else None for prompt in prompts]
 
 
-def _compared(config: Config) -> dict[str, Line]:
-    """Return the lines to compare with, by prompt. Raise UserMistake where there are none, or two of a prompt."""
-    if not config.compare_with:
+def compared_lines(compare_with: str | None, samples: int) -> dict[str, Line]:
+    """Return the lines of an evaluation's output, which `samples` samples are compared with, by prompt.
+
+    Raise UserMistake where there are none, or two of a prompt.
+    """
+    if not compare_with:
         return {}
-    file, lines = Path(config.compare_with).expanduser() / SAMPLES, {}
+    file, lines = Path(compare_with).expanduser() / SAMPLES, {}
     records = readers.records(file) if file.is_file() else [readers.Record(file, None, "there is no such file")]
     for record in records:
         if record.is_blank:
             continue
         if wrong := record.problem or problem_of_evaluated(record.value):
-            message = f"{config.compare_with} is no output of an evaluation ({record.place}: {wrong}); name the folder"
+            message = f"{compare_with} is no output of an evaluation ({record.place}: {wrong}); name the folder"
             raise UserMistake(Problem("compare_with", f"{message} with {SAMPLES}"))
         if (key := asked(record.value)) in lines:
-            message = f"{config.compare_with} has two lines of prompt {key!r}, the second at {record.place}"
+            message = f"{compare_with} has two lines of prompt {key!r}, the second at {record.place}"
             raise UserMistake(Problem("compare_with", f"{message}; evaluate it again, which tells them apart"))
         lines[key] = record.value
     if not any("sampled" in line for line in lines.values()):
-        message = f"{config.compare_with} has greedy answers alone; evaluate it again with samples: {config.samples}"
+        message = f"{compare_with} has greedy answers alone; evaluate it again with samples: {samples}"
         raise UserMistake(Problem("compare_with", message))
     return lines
 
@@ -307,8 +310,8 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     from megatron_ext.model_folders import model_folder
 
     lines = list(generate.lines_of([part / SAMPLES for part in parts]))
-    result = {**accuracy(lines, _compared(config)), **generate.told_of_parts(parts)}
-    _write(out, lines, result)
+    result = {**accuracy(lines, compared_lines(config.compare_with, config.samples)), **generate.told_of_parts(parts)}
+    write_results(out, lines, result)
     write_tables(keep, result, model_folder.open_folder(config.model).step)
     return result
 

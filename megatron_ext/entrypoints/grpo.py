@@ -22,7 +22,13 @@ from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.preflight import facts, refusals, tables
 from megatron_ext.preflight.facts import Training
 from megatron_ext.rl import memory
-from megatron_ext.rl.settings import GrpoSettings, check_comparable, check_loss, check_rewarding
+from megatron_ext.rl.settings import (
+    GrpoSettings,
+    check_comparable,
+    check_completions,
+    check_loss,
+    check_rewarding,
+)
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_recording, check_rollouts
 from megatron_ext.training import options
@@ -49,7 +55,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         samples = f"{config.prompts} prompts x {config.group} samples"
         problems.append(Problem("minibatches", f"{config.minibatches} are more than {samples}"))
     problems += schedules.check(config.rate_schedule())
-    problems += check_rollouts(config, config.sampling) + check_comparable(config)
+    problems += check_rollouts(config, config.sampling) + check_comparable(config) + check_completions(config)
     problems += check_loss(config.loss) + check_rewarding(config.rewarding, config.sampling.max_tokens)
     problems += check_mix(config.mix)
     adapter = facts.model_adapter(config.model, site)[1]

@@ -1,4 +1,4 @@
-"""What a GRPO needs of a GPU's memory: in an update, and while it samples, with keys and values in place of activations.
+"""What a GRPO needs of a GPU: in an update, and while it samples, with keys and values in place of activations.
 
 With adapters also what it would need with its base held otherwise (ModelSettings.base). No torch.
 """
