@@ -25,25 +25,26 @@ _TOLD = 20  # prompts that are too long, of one run
 
 
 class Encoding(NamedTuple):
-    """How prompts become tokens, and the most that one may have."""
+    """How prompts become tokens, and the most that one may have, by what."""
 
     encoder: PromptEncoder
     longest: int
+    by: str = "the model's positions and sampling.max_tokens"
 
 
 class Encoded:
     """Prompts as tokens, which leave room for a completion. UserMistake for one that does not."""
 
     def __init__(self, encoding: Encoding):
-        self.encoder, self.longest = encoding
+        self.encoder, self.longest, self.by = encoding
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
         """Return a prompt's tokens."""
         tokens = tuple(self.encoder.encode(draw.item.prompt))
         if not 0 < len(tokens) <= self.longest:
             what = f"prompt {draw.item.uid} has {len(tokens):,} tokens"
-            limit = f"prompt_tokens, or the model's positions and sampling.max_tokens, leave {self.longest:,} for it"
-            message = f"{what}; {limit}: leave it out, or change these"
+            remedy = f"leave it out, or {'raise prompt_tokens' if 'prompt_tokens' in self.by else 'lower max_tokens'}"
+            message = f"{what}; {self.by} leave {self.longest:,} for it: {remedy}"
             raise UserMistake(Problem(f"mix.entries.{draw.entry}", message))
         return tokens
 
@@ -188,7 +189,9 @@ def prompts_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> 
     positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
     encoder = PromptEncoder(tokenizer, config.chat_arguments, config.bos)
     room = positions - config.sampling.max_tokens
-    encoding = Encoding(encoder, min(room, config.prompt_tokens or room))
+    encoding = Encoding(encoder, room)
+    if 0 < config.prompt_tokens < room:
+        encoding = Encoding(encoder, config.prompt_tokens, "the settings (prompt_tokens)")
     return tokenizer, Mix(entries_of(config.mix), config.seed), encoding
 
 

@@ -167,8 +167,8 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
     record_s: float = setting(5.0, "sampling that a kill may cost", unit="s", least=0, keyed=False)
     log_samples: bool = setting(True, "every sample is logged with its text, in KEEP/samples", keyed=False)
     completions: str = setting(
-        "", "CSV file of all samples that were logged, made at the end, with a .jsonl beside it; below KEEP where it is "
-        "no absolute path", free=True, keyed=False,
+        "", "CSV file of all samples that were logged, made at the end, with a .jsonl beside it; below KEEP unless it "
+        "is an absolute path", free=True, keyed=False,
     )  # fmt: skip
 
     def rate_schedule(self) -> Schedule:
