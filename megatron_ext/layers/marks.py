@@ -9,7 +9,6 @@ class Marked(Protocol):
     """A parameter with the marks that we set."""
 
     tensor_model_parallel: bool  # tensor ranks hold different parts, so that the gradient's norm counts each of them
-    allreduce: bool  # data ranks hold the same, so that gradients are summed over them, not over those of experts alone
     sequence_parallel: bool  # each tensor rank sees its own tokens only, so that gradients are summed over the ranks
 
 

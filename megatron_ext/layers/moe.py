@@ -80,7 +80,8 @@ class _OverBlocks(torch.nn.Module):
         super().__init__(*args, **kwargs)
         plain = self.weight
         self.weight = torch.nn.Parameter(packed_room(plain.shape, plain.device), requires_grad=False)
-        marks(self.weight).allreduce = getattr(plain, "allreduce", True)
+        for mark, value in vars(plain).items():  # mcore's
+            setattr(self.weight, mark, value)
 
     def _forward_impl(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **_: Any
