@@ -27,7 +27,7 @@ from tests.megatron_ext.test_mxfp4 import DIMS
 from tests.megatron_ext.training import sft_config
 
 PACK = tiny.pack([40, 24], seed=2)
-PLAIN = replace(DIMS, mxfp4=False)
+PLAIN = replace(DIMS, mxfp4=False, vocabulary=40)  # the calculator's is smaller
 BOUND = 1e-3  # of logits and gradients in bfloat16, relative to the largest
 
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
     hf = tiny.hf_folder(root / "hf", PLAIN)
     import_hf.run(import_hf.Config(str(hf)), root / "rounded", root)
     export_hf.run(export_hf.Config(str(root / "rounded"), quantization="mxfp4"), root / "out", root)
-    import_hf.run(import_hf.Config(str(root / "out")), root / "model", root)
+    import_hf.run(import_hf.Config(str(root / "out"), dtype="float32"), root / "model", root)
     base = model_folder.open_folder(root / "model")
     with ranks.started(ParallelPlan(), seed=1):
         parts = adapted.attach(model_folder.load_stages(base, ParallelPlan()), base.dims, adapted.lora(base.dims))
@@ -137,7 +137,8 @@ def test_settings_that_blocks_do_not_go_with_are_refused_by_plan(folder):
         (sft.check(sft.Config(model=model, base="mxfp4"), 1, site), frozen),
         (evaluate.check(of_te, 1, site), ours),
     ):
-        assert [str(problem) for problem in problems if problem.where == "base" and said in str(problem)], problems
+        places = [problem.where for problem in problems if said in problem.message]
+        assert places in (["base"], ["backend"]), problems
     lora = grpo.check(grpo.Config(model=model, base="mxfp4", lora=LoraConfig(rank=4)), 1, site)
     assert not [problem for problem in lora if problem.where == "base"]
     dense, odd = (shape_of(of) for of in (tiny.DIMS, replace(PLAIN, ffn=48)))

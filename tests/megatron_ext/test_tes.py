@@ -167,8 +167,11 @@ def test_the_whole_pipeline_from_tables_to_mxfp4_again(released, tmp_path):
     untouched = ("norm.weight", "sinks", "embed_tokens.weight", "lm_head.weight")
     same = [torch.equal(exported[name], before[name]) for name in before if name.endswith(untouched)]
     assert same and all(same)
+    _check_completions(tmp_path / "run" / "grpo" / "keep")
 
-    kept = tmp_path / "run" / "grpo" / "keep"
+
+def _check_completions(kept: Path) -> None:
+    """The table that the pipeline asks for: each sample of 2 steps, 2 prompts and 4 samples once, in both files."""
     with open(kept / "micro_step_completions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     lines = [json.loads(line) for line in (kept / "micro_step_completions.jsonl").read_text().splitlines()]
