@@ -126,7 +126,8 @@ def overrides(released: Path, root: Path, **params: Any) -> list[str]:
     words = [f"params.{name}={json.dumps(value, default=str)}" for name, value in given.items()]
     words += [f"{phase}.with.identity={IDENTITY!r}" for phase in ("harmony_convert", "held_out_harmony")]
     words += [f"{phase}.with.engine.kv_gib=0.01" for phase in ("base_tested", "grpo", "test_adapter")]
-    return [*words, "grpo.with.engine.max_batch=16", "grpo.with.verifiers=1", "cluster=local"]
+    words += [f"{phase}.with.verifiers=1" for phase in ("base_tested", "grpo", "test_adapter", "run_exported")]
+    return [*words, "grpo.with.engine.max_batch=16", "cluster=local"]
 
 
 def run(words: list[str], root: Path, only: tuple[str, ...] = ()) -> dict[str, tuple[dict[str, Any], Path]]:
