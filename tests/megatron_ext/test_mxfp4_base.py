@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from data_tools.mistake import UserMistake
 from megatron_ext.entrypoints import evaluate, export_hf, grpo, import_hf, merge_lora, sft
@@ -23,6 +24,7 @@ from tests.megatron_ext import adapted, tiny
 from tests.megatron_ext.rounding import logits_bound
 from tests.megatron_ext.test_attention import forward
 from tests.megatron_ext.test_families import transformers_model
+from tests.megatron_ext.test_lora_parallel import TOLERANCE
 from tests.megatron_ext.test_mxfp4 import DIMS
 from tests.megatron_ext.training import sft_config
 
@@ -169,3 +171,35 @@ def test_training_over_blocks_is_training_over_matrices(calculator, folder, tmp_
         trained[base] = facts["weights_digest"], facts["loss_last"], norms
         assert facts["parts"]["experts"]["is"] == (base or "torch")
     assert trained[""] == trained["mxfp4"]
+
+
+def updated(folder: Path, base: str, plan: ParallelPlan) -> tuple[tuple[float, float, float], dict[str, torch.Tensor]]:
+    """Loss, norm and loss after an update, and the adapters' gradients."""
+    packs = [tiny.pack([16, 8, 24, 16], seed) for seed in range(4)]
+    with ranks.started(plan, seed=1):
+        parts = model_folder.load_stages(model_folder.open_folder(folder), plan, base=base)
+        trainer = Trainer(parts, plan, AdamW(weight_decay=0.1))
+        data = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        rows = [micro_batch([pack]) for pack in packs[data[0] :: data[1]]]
+        loss = trainer.gradient(rows, everywhere=True).reduced().mean_loss
+        gradients = adapters.gathered(trainer.model, lambda p: p.main_grad)
+        _, norm = trainer.step(rows, 1e-2)
+        return (loss, norm, trainer.gradient(rows).reduced().mean_loss), gradients
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ParallelPlan(tensor=2, expert=2, sequence_parallel=True, recompute="full"),
+        pytest.param(ParallelPlan(expert=2), marks=pytest.mark.soak),
+        pytest.param(ParallelPlan(tensor=2, expert_tensor=2, sequence_parallel=True), marks=pytest.mark.soak),
+    ],
+)
+def test_two_ranks_over_blocks_train_as_one_over_matrices(two_ranks, folder, plan):
+    alone, expected = updated(folder / "adapted", "", ParallelPlan())
+    numbers, gradients = two_ranks.run(updated, folder=folder / "adapted", base="mxfp4", plan=plan)[0]
+    assert numbers == pytest.approx(alone, rel=TOLERANCE)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= TOLERANCE * largest, name
