@@ -192,7 +192,6 @@ def updated(folder: Path, base: str, plan: ParallelPlan) -> tuple[tuple[float, f
     [
         ParallelPlan(tensor=2, expert=2, sequence_parallel=True, recompute="full"),
         pytest.param(ParallelPlan(expert=2), marks=pytest.mark.soak),
-        pytest.param(ParallelPlan(tensor=2, expert_tensor=2, sequence_parallel=True), marks=pytest.mark.soak),
     ],
 )
 def test_two_ranks_over_blocks_train_as_one_over_matrices(two_ranks, folder, plan):
