@@ -10,8 +10,8 @@ from functools import cache
 import torch
 
 from megatron_ext.parallel.calibration import TILE
+from megatron_ext.parallel.shape import MXFP4_BLOCK as BLOCK
 
-BLOCK = 32  # values that share a scale
 BIAS = 127
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 LARGEST_EXPONENT = 2  # of an E2M1 value: 4 and 6 are 2 ** 2 times 1 and 1.5

@@ -15,9 +15,8 @@ from data_tools.base import declared
 from data_tools.mistake import Problem
 from megatron_ext.parallel import parts
 from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
-from megatron_ext.parallel.shape import MAMBA, MLP, MOE
+from megatron_ext.parallel.shape import MAMBA, MLP, MOE, MXFP4_BLOCK
 
-MXFP4_BLOCK = 32
 Broken = Callable[[ParallelPlan, Workload], str]  # what is wrong with a plan, "" where nothing is
 
 

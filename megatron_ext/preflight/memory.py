@@ -15,11 +15,11 @@ from megatron_ext.parallel.calibration import CHUNK_LOGITS, RESERVE, TILE
 from megatron_ext.parallel.parts import TE, choose
 from megatron_ext.parallel.plan import DEGREES, ParallelPlan, Workload, padded_rows
 from megatron_ext.parallel.rules import needs_of
-from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape, Parameters, count_blocks
+from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, MXFP4_BLOCK, WINDOW, ModelShape, Parameters, count_blocks
 from megatron_ext.preflight.facts import Training
 
 LOGIT_BYTES = 10  # a logit: 2 in bf16, 4 in fp32, 4 for its softmax and gradient
-PACKED_BYTES = 17 / 32  # a value of MXFP4: half a byte, and a byte for each 32
+PACKED_BYTES = 1 / 2 + 1 / MXFP4_BLOCK  # a value of MXFP4: half a byte, and its share of a scale
 TILE_BYTES = 10  # a value that is dequantised, beside it: 2 of its index, 2 in bf16, 4 in fp32, 2 in bf16 again
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from data_tools.mistake import Problem
 from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
-from megatron_ext.parallel.shape import ATTENTION, MOE, WINDOW, ModelShape
+from megatron_ext.parallel.shape import ATTENTION, MOE, MXFP4_BLOCK, WINDOW, ModelShape
 
 SWIGLU_ALPHA = 1.702  # the only one that mcore's quick_gelu has
-MXFP4_BLOCK = 32
 MXFP4 = {  # quantization_config of the released files: all but the experts is as `dtype` says
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
