@@ -20,6 +20,7 @@ from jobs.schema.references import substitute
 from jobs.task import Task
 from megatron_ext.entrypoints import export_hf, import_hf
 from megatron_ext.models.gpt_oss.config import Dims, Yarn, hf_config
+from tests.command import afterok, afterok_json
 
 PIPELINE = Path("jobs/pipelines/tes_grpo.yaml")
 HARMONY = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>"]
@@ -192,3 +193,16 @@ def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released
     for tested in ("test_adapter", "run_exported"):
         facts = made[tested][0]
         assert facts["reward_gain"] > 2 * facts["reward_gain_error"], facts
+
+
+@pytest.mark.soak
+def test_afterok_runs_it_and_reuses_what_is_sealed(released, tmp_path):
+    """The command line, with variables of the environment: a second run has nothing left to do."""
+    words = overrides(released, tmp_path, steps=2, prompts=2, group=4, test_samples=1, test_prompts=4, save_steps=0)
+    log = tmp_path / "log.csv"
+    environment = {"GRPO_COMPLETION_LOG_PATH": str(log), "HF_HOME": str(tmp_path)}
+    command = ("run", PIPELINE, "--run", tmp_path / "run", *words)
+    afterok(*command, env=environment, timeout=1500)
+    assert len(log.read_text().splitlines()) > 16 and log.with_suffix(".jsonl").is_file()
+    planned = afterok_json("plan", *command[1:], env=environment)
+    assert {phase["state"] for phase in planned["phases"]} == {"reused"}, planned
