@@ -205,4 +205,4 @@ def test_afterok_runs_it_and_reuses_what_is_sealed(released, tmp_path):
     afterok(*command, env=environment, timeout=1500)
     assert len(log.read_text().splitlines()) > 16 and log.with_suffix(".jsonl").is_file()
     planned = afterok_json("plan", *command[1:], env=environment)
-    assert {phase["state"] for phase in planned["phases"]} == {"reused"}, planned
+    assert {phase["action"] for phase in planned["phases"]} == {"reuse"}, planned
