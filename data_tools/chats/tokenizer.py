@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_tools.base.durable import read_json
+from data_tools.base.durable import TornFile, read_json
 from data_tools.base.inside import files, inside
-from data_tools.mistake import UserMistake
+from data_tools.mistake import Problem, UserMistake
 
 # Classes for which transformers uses tokenizer.json as it stands. For any other it may rebuild the pipeline from the
 # class (v5 does for Qwen2), so those go through transformers.
@@ -233,3 +233,19 @@ def _load_with_transformers(name: str, revision: str | None) -> Tokenizer:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def stop_ids(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Return the end tokens of generation_config.json in a Hugging Face folder, where there is one, and the
+    tokenizer's.
+
+    Raises UserMistake for a torn file.
+    """
+    file = folder / "generation_config.json"
+    try:
+        named = read_json(file).get("eos_token_id") if file.exists() else None
+    except (TornFile, AttributeError) as error:
+        message = f"is no generation config ({error}): make the model folder again"
+        raise UserMistake(Problem(str(file), message)) from None
+    ids = named if isinstance(named, list) else [named]
+    return {token for token in [*ids, tokenizer.eos_id] if token is not None}

@@ -121,6 +121,9 @@ def _of_group(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, An
     if gains := difference(values.get("sampled_accuracy", {}), earlier):
         found |= {"gain": _mean(gains), "gain_error": standard_error([*gains.values()])}
         found["intervals"]["gain"] = list(intervals_of({"gain": gains}, low=-1.0)["gain"])
+    then = _sampled_rewards([*before.values()]).get("sampled_reward", {})
+    if gains := difference(values.get("sampled_reward", {}), then):
+        found |= {"reward_gain": _mean(gains), "reward_gain_error": standard_error([*gains.values()])}
     return found
 
 
@@ -154,6 +157,41 @@ def _mean_of(found: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     return mean
 
 
+def headline(facts: Mapping[str, Any]) -> str:
+    """Return a result in a line: each task by itself, and the means that were asked for."""
+    tasks = facts.get("tasks", [])
+    told = [f"{name}: {_told(facts, f'{name}_')}" for name in tasks if f"{name}_prompts" in facts]
+    for name, mean in facts.get("macro", {}).items():
+        value = mean.get("accuracy", mean.get("sampled_accuracy"))
+        told += [f"macro {name} {value:.3f} (mean over {', '.join(mean['tasks'])})"] if value is not None else []
+    return "; ".join(told) if len(tasks) > 1 else _told(facts, "")
+
+
+def _told(facts: Mapping[str, Any], prefix: str) -> str:
+    """Return what is said of one task: of the facts whose names begin with `prefix`."""
+    one = {name.removeprefix(prefix): value for name, value in facts.items() if name.startswith(prefix)}
+    text = f"{one['prompts']:,} prompts, no accuracy"
+    if one["accuracy"] is not None:
+        text = f"accuracy {one['accuracy']:.3f} ({one['correct']:,} of {one['prompts']:,})"
+    text += f", of which {one['unscored']:,} could not be scored" if one.get("unscored") else ""
+    for name in ("reward", "regret"):
+        text += f", {name} {one[name]:.3f}" if name in one else ""
+    if one.get("seen_prompts"):
+        unseen = f"{one['unseen_accuracy']:.3f}" if one["unseen_prompts"] else "none"
+        text += f"; seen in training {one['seen_accuracy']:.3f} of {one['seen_prompts']:,}, not seen {unseen} of "
+        text += f"{one['unseen_prompts']:,}"
+    if "sampled_accuracy" in one:
+        text += f"{', ' if prefix else '; '}sampled {one['sampled_accuracy']:.3f}"
+        for kind in ("pass@", "maj@"):
+            largest = [name for name in one if name.startswith(kind)][-1:]
+            text += "".join(f", {name} {one[name]:.3f}" for name in largest)
+    if "gain" in one:
+        text += f", gain {100 * one['gain']:+.1f} ± {100 * one['gain_error']:.1f} points"
+    if "reward_gain" in one:
+        text += f", reward gain {one['reward_gain']:+.3f} ± {one['reward_gain_error']:.3f}"
+    return text
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +206,7 @@ def write_tables(keep: Path, result: Mapping[str, Any], step: int) -> None:
     further += [("mean reward", "reward"), ("regret", "regret")]
     further += [("sampled reward", "sampled_reward"), ("sampled regret", "sampled_regret")]
     further += [("gain", "gain"), ("95%", "gain")]
+    further += [("reward gain", "reward_gain"), ("± error", "reward_gain_error")]
     columns += [(title, name) for title, name in further if any(prefix + name in result for prefix in prefixes)]
     rows = [
         [_LABELS.get(prefix, prefix.rstrip("_").replace("_", " ")),

@@ -14,6 +14,7 @@ import numpy as np
 from data_tools.mistake import Problem, UserMistake, nearest
 
 PROMPT = "prompt"
+csv.field_size_limit(1 << 30)  # of characters; Python's own limit refuses prompts from 131,073 on
 _MOST_PROBLEMS = 20  # told of one file
 
 

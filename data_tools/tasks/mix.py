@@ -329,7 +329,7 @@ def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[readers.
     Raise UserMistake for a record of a file that is none.
     """
     source = entry.source
-    files = [Path(name).expanduser() for name in source.inputs]
+    files = [file for name in source.inputs for file in _files(Path(name).expanduser())]
     if not _has_source(entry):
         files = dataset_files(entry.hub or task.HUB)
     for record in itertools.chain.from_iterable(map(readers.records, files)):
@@ -343,6 +343,16 @@ def _records(entry: Entry, task: Any, sheet: SourceBalance) -> Iterator[readers.
     for index in range(source.synthetic_rows):
         row = task.synthetic_row(source.synthetic_seed, index, source.synthetic_split)
         yield readers.Record(f"synthetic row {index}", row)
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files that an input names: itself, or of a folder, such as a phase's, those that hold records."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in (".csv", ".jsonl", ".parquet"))
+    if not files:
+        raise UserMistake(Problem("source.inputs", f"folder {path} has no CSV, JSONL or Parquet file"))
+    return files
 
 
 # -- their order ------------------------------------------------------------------------------------------------------

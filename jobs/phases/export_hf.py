@@ -25,6 +25,9 @@ def finish(parts: list[Path], config: Config, task: Task) -> dict[str, Any]:
     facts = export_hf.finish(config, parts, task.out)
     changes = "".join(f", {count:,} tensors {change}" for change, count in facts["dtype_changes"].items())
     size = sum(facts["bytes"].values())
+    if told := facts.get("quantized"):
+        changes += f", {told['matrices']:,} matrices of experts as MXFP4, {told['exact']:,} of them exactly, relative "
+        changes += f"error {told['relative_error']:.2g}"
     return {
         "headline": f"{len(facts['bytes'])} safetensors file(s), {size:,} bytes, {facts['dtype']}{changes}",
         **facts,

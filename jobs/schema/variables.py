@@ -6,7 +6,7 @@ The submitter reads them: plan, submit, run and resubmit. Each that is set is an
 and a submission records it as such with its name; a job reads none. An override on the command line beats it. One that
 is empty counts as not set, as in a script's ${SFT_RECIPE:-default}. What stands before the first underscore of a
 declared name is a prefix of the pipeline's: a variable of that prefix that is not declared is an error, so that no
-misspelt one is lost.
+misspelt one is lost. That is not so of prefixes of others (SHARED).
 
 A secret never comes this way, since overrides are written down: names that say so are refused here, and those of the
 profile's secrets by the planner.
@@ -21,6 +21,7 @@ from data_tools.mistake import nearest
 from jobs.schema.problems import Problems
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SHARED = ("HF_",)  # prefixes that programs of others have too, such as HF_HOME: those that are not declared are theirs
 TAKEN = ("SLURM", "SBATCH", "SRUN", "AFTEROK")  # prefixes of variables that Slurm and afterok set themselves
 SECRET = ("TOKEN", "KEY", "APIKEY", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS")
 
@@ -78,7 +79,7 @@ def _overlap(one: str, other: str) -> bool:
 
 def given(declared: Mapping[str, str], environment: Mapping[str, str], problems: Problems) -> list[Variable]:
     """Return the declared variables that are set, as declared; others of their prefixes are noted."""
-    prefixes = {prefix_of(name) for name in declared if prefix_of(name)}
+    prefixes = {prefix_of(name) for name in declared if prefix_of(name)} - {*SHARED}
     for name in sorted(environment):
         if environment[name] and name not in declared and prefix_of(name) in prefixes:
             problems.note_variable(

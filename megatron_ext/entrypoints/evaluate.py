@@ -180,7 +180,7 @@ def run(
     problems = check(config, ranks.world_size_of_environment())
     if problems:
         raise UserMistake(problems)
-    folder, before = model_folder.open_folder(config.model), _compared(config)
+    folder, before = model_folder.open_folder(config.model), compared_lines(config.compare_with, config.samples)
     asking = replace(config, mix=MixConfig({only: entries_of(config.mix)[only]}), macro={}) if only else config
     share = Share(0, 1, only) if only else Share(index, count)
     lines_of_share = _lines_of_mix if of_mix(config) else _lines_of_rows
@@ -195,9 +195,7 @@ def run(
         evaluated = _evaluated(asking)
         items = {name: load(name, entry).items for name, entry in evaluated.entries.items()}
         harness.write_samples(out, evaluated, lines, harness.documents(evaluated, items))
-        for line in lines:
-            line.pop("completions", None)
-        _write(out, lines, result)
+        write_results(out, lines, result)
         if count == 1:
             harness.write_results(out, evaluated, lines, result)
             write_tables(keep, result, folder.step)
@@ -218,8 +216,10 @@ def _evaluated(config: Config) -> harness.Evaluated:
     )
 
 
-def _write(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:
-    durable.write_file(out / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+def write_results(out: Path, lines: Sequence[Line], result: Mapping[str, Any]) -> None:
+    """Write the lines, but for their samples' texts, which the files of the harness have, and the result."""
+    kept = ({name: value for name, value in line.items() if name != "completions"} for line in lines)
+    durable.write_file(out / SAMPLES, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
     durable.write_json(out / RESULT, result)
 
 
@@ -252,7 +252,7 @@ def _lines_of_mix(
     from megatron_ext.parallel import ranks
     from megatron_ext.weights.checkpoint import from_rank_zero
 
-    load_once = cache(lambda: model_folder.load_model(folder, config.parallel, config.dtype, config.backend))
+    load_once = cache(lambda: model_folder.load_told(folder, config))
     entries = entries_of(config.mix)
     choices = {name: entries.pop(name) for name in compared(entries)}
     element, by_way, records = keep / "sampled" / share.folder, [], {}
@@ -264,9 +264,9 @@ def _lines_of_mix(
         records = generate.records_of(kept) if ranks.is_writer() else {}
     for sample in itertools.chain(*by_way) if only_ended else ():
         sample["correct"] = sample["correct"] and sample["finish"] == "stop"
-    lines = {sample["prompt_id"]: _line(sample) for sample in by_way[0]} if by_way else {}
+    lines = {sample["prompt_id"]: line_of(sample) for sample in by_way[0]} if by_way else {}
     if config.samples and by_way:
-        _add_samples(lines, by_way[1])
+        add_samples(lines, by_way[1])
     found, theirs = _compared_choices(config, folder, choices, load_once, progress=progress, share=share)
     return from_rank_zero(([*lines.values(), *found], {**records, **theirs}))
 
@@ -300,7 +300,7 @@ def _compared_choices(
     return list(lines), mix.counts()
 
 
-def _line(sample: Mapping[str, Any]) -> Line:
+def line_of(sample: Mapping[str, Any]) -> Line:
     """Return the line of a prompt from its greedy sample."""
     line: Line = {"prompt": sample["prompt_id"]}
     line |= {name: sample[name] for name in ("completion", "turns", "finish", "reward", "note") if name in sample}
@@ -312,7 +312,7 @@ def _line(sample: Mapping[str, Any]) -> Line:
     return line
 
 
-def _add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]]) -> None:
+def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]]) -> None:
     """Add to each line what the samples of its prompt answered, and how many of them are right."""
     for line in lines.values():
         line["votes"], line["completions"] = [], []
@@ -358,13 +358,16 @@ def _seen(prompts: Sequence[Prompt], store_folder: str | None) -> list[bool | No
     return [tuple(text_hash(prompt)) in known if isinstance(prompt, str) else None for prompt in prompts]
 
 
-def _compared(config: Config) -> dict[str, Line]:
-    """Return the lines to compare with, by prompt. Raise UserMistake where there are none, or two of a prompt."""
-    if not config.compare_with:
+def compared_lines(compare_with: str | None, samples: int) -> dict[str, Line]:
+    """Return the lines of an evaluation's output, which `samples` samples are compared with, by prompt.
+
+    Raise UserMistake where there are none, or two of a prompt.
+    """
+    if not compare_with:
         return {}
-    lines = lines_of(config.compare_with, "compare_with")
+    lines = lines_of(compare_with, "compare_with")
     if not any("sampled" in line for line in lines.values()):
-        message = f"{config.compare_with} has greedy answers alone; evaluate it again with samples: {config.samples}"
+        message = f"{compare_with} has greedy answers alone; evaluate it again with samples: {samples}"
         raise UserMistake(Problem("compare_with", message))
     return lines
 
@@ -376,9 +379,13 @@ def finish(config: Config, parts: list[Path], out: Path, keep: Path) -> dict[str
     lines = list(generate.lines_of([part / SAMPLES for part in parts]))
     told = [generate.told_of_parts([part]) for part in parts]
     records = {name: counts for one in told for name, counts in one["records"].items()}
-    result = {**accuracy(lines, _compared(config), _tasks(config), config.macro), **told[0], "records": records}
+    result = {
+        **accuracy(lines, compared_lines(config.compare_with, config.samples), _tasks(config), config.macro),
+        **told[0],
+        "records": records,
+    }
     evaluated = _evaluated(config)
-    _write(out, lines, result)
+    write_results(out, lines, result)
     harness.join_samples(out, evaluated, parts)
     harness.write_results(out, evaluated, lines, result)
     write_tables(keep, result, model_folder.open_folder(config.model).step)

@@ -83,7 +83,7 @@ def run(
         choice = model_folder.told_parts(folder, config)
 
         def load() -> Any:
-            return model_folder.load_model(folder, config.parallel, config.dtype, config.backend)
+            return model_folder.load_told(folder, config)
 
         kept = keep / f"element_{index:04d}"
         samples = sampled(config, folder, kept, index=index, count=count, progress=progress, stop=stop, load=load)

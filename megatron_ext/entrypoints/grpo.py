@@ -22,7 +22,14 @@ from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.preflight import facts, refusals, tables
 from megatron_ext.preflight.costs import costs as costs_of
 from megatron_ext.preflight.facts import Training
-from megatron_ext.rl.settings import GrpoSettings, check_comparable, check_loss, check_rewarding
+from megatron_ext.rl import memory
+from megatron_ext.rl.settings import (
+    GrpoSettings,
+    check_comparable,
+    check_completions,
+    check_loss,
+    check_rewarding,
+)
 from megatron_ext.rollout.room import Room, check_room, room, room_notes
 from megatron_ext.rollout.settings import check_recording, check_rollouts
 from megatron_ext.training import options
@@ -36,9 +43,7 @@ def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
 
     A row of `row_tokens` stands in place of a pack, and documents are aligned as the plan needs it.
     """
-    training, problems = facts.prepare(
-        config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site
-    )
+    training, problems = facts.prepare(config, "", global_batch=1, site=site)
     workload = replace(training.workload, pack_length=None, global_batch=None)
     return replace(training, workload=workload, lora=config.lora), problems
 
@@ -51,12 +56,13 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         samples = f"{config.prompts} prompts x {config.group} samples"
         problems.append(Problem("minibatches", f"{config.minibatches} are more than {samples}"))
     problems += schedules.check(config.rate_schedule())
-    problems += check_rollouts(config, config.sampling) + check_comparable(config)
+    problems += check_rollouts(config, config.sampling) + check_comparable(config) + check_completions(config)
     problems += check_loss(config.loss) + check_rewarding(config.rewarding, config.sampling.max_tokens)
     problems += check_mix(config.mix)
     problems += check_template(config.mix, facts.model_template(config.model, site), config.model)
     adapter = facts.model_adapter(config.model, site)[1]
     problems += loras.check(config.lora, training.shape) + loras.check_folder(config.lora, adapter, config.model)
+    problems += loras.check_base(config.base, config.lora)
     problems += check_room(config, training.shape, dtype=training.dtype, new=config.sampling.max_tokens)
     problems += check_recording(config, training.shape)
     return problems + refusals.check(config.parallel, training, site)
@@ -83,11 +89,14 @@ def parallel_report(config: Config, site: Site, searching: bool) -> dict[str, An
     """Return what the parallel plan costs, its rank grid, others (tables.report), and what the rollouts' memory
     holds."""
     training = _training(config, site)[0]
-    report = tables.report(config.parallel, training, site, searching)
-    memory = _room(config, training)
-    if memory is not None:
-        report["facts"]["rollout"] = asdict(memory) | {"samples": memory.samples}
-        report["notes"] = [*room_notes(memory, config.engine, config.group), *report["notes"]]
+    report = tables.report(config.parallel, training, site, searching, packed=False)
+    told, shown = memory.report(config, training)
+    report["facts"] |= told
+    report["tables"] += shown
+    held = _room(config, training)
+    if held is not None:
+        report["facts"]["rollout"] = asdict(held) | {"samples": held.samples}
+        report["notes"] = [*room_notes(held, config.engine, config.group), *report["notes"]]
     report["notes"] = [*report["notes"], *_recorded_notes(config)]
     return report
 

@@ -38,14 +38,7 @@ Config = SftSettings
 
 def _training(config: Config, site: Site) -> tuple[Training, list[Problem]]:
     """Return what the training would carry, as far as it is known, and what is wrong with its model."""
-    training, problems = facts.prepare(
-        config.model,
-        config.packs,
-        global_batch=config.global_batch,
-        dtype=config.dtype,
-        backend=config.backend,
-        site=site,
-    )
+    training, problems = facts.prepare(config, config.packs, global_batch=config.global_batch, site=site)
     return replace(training, offload=config.engine.offload_optimizer, lora=config.lora), problems
 
 
@@ -99,7 +92,7 @@ def _check_data(config: Config, site: Site) -> list[Problem]:
 
 def _check_base(config: Config, site: Site) -> list[Problem]:
     """Refuse other weights for a model that gets adapters, and a folder whose adapter is of another kind."""
-    problems = []
+    problems = loras.check_base(config.base, config.lora)
     if config.lora.rank and config.init_from:
         problems.append(Problem("init_from", "with LoRA the weights stay those of `model`: name that folder there"))
     adapter = facts.model_adapter(config.model, site)[1]
@@ -157,7 +150,8 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent, stop
 
         training = _training(config, Site(world))[0]
         choice = model_folder.told_parts(folder, config)
-        needs = Needs(here(), folder.shape, config.parallel, config.dtype or folder.dtype)
+        dtype = config.dtype or folder.dtype
+        needs = Needs(here(), folder.shape, plan=config.parallel, dtype=dtype, base=config.base)
         if problems := options.check(config.engine, choice.parts, needs):
             raise UserMistake(problems)
         trainer = _trainer(config, folder, training, weights)
@@ -203,6 +197,7 @@ def _trainer(config: Config, folder: "ModelFolder", training: Training, weights:
         config.seed,
         dtype=config.dtype,
         backend=config.backend,
+        base=config.base,
         options=options.transformer_fields(config.engine, config.balance, experts),
         weights=weights,
     )

@@ -1,6 +1,8 @@
 """Mixture of experts for layer specs: mcore's MoELayer with one MLP an expert (SequentialMLP), or Transformer Engine's.
 
-Distributed checkpoints are interchangeable with Transformer Engine's grouped experts.
+Distributed checkpoints are interchangeable with Transformer Engine's grouped experts. Experts that are not trained may
+be held as blocks of MXFP4 (layers/mxfp4.py), a quarter of bfloat16: each is dequantised when it is multiplied with, in
+forward and again in backward, and nothing of it stays. Not yet run on a GPU.
 """
 
 from typing import Any
@@ -8,12 +10,14 @@ from typing import Any
 import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_ext.layers.marks import marks
-from megatron_ext.parallel.parts import TE, Parts
+from megatron_ext.layers.mxfp4 import BLOCK, packed_room, unpacked
+from megatron_ext.parallel.parts import MXFP4, TE, Parts
 
 
 class ExpertRowParallelLinear(RowParallelLinear):
@@ -37,11 +41,76 @@ class ExpertRowParallelLinear(RowParallelLinear):
         return (output if bias is None else output.clone()), bias
 
 
+class _Product(torch.autograd.Function):
+    """x W^T of x [tokens, in] and packed blocks of W [out, in], computed as mcore's product with a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(packed)
+        return _times(x, packed, backwards=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (packed,) = ctx.saved_tensors
+        return _times(gradients[0], packed, backwards=True), None
+
+
+def _times(x: torch.Tensor, packed: torch.Tensor, backwards: bool) -> torch.Tensor:
+    """Return x W^T, or `backwards` x W. An expert without tokens is not dequantised."""
+    if not x.numel():
+        return x.new_empty(*x.shape[:-1], packed.shape[1] * BLOCK if backwards else packed.shape[0])
+    weight = unpacked(packed, x.dtype)
+    return layers.linear_with_frozen_weight(
+        x,
+        weight.mT if backwards else weight,
+        bias=None,
+        gradient_accumulation_fusion=False,
+        allreduce_dgrad=False,
+        sequence_parallel=False,
+        tp_group=None,
+    )
+
+
+class _OverBlocks(torch.nn.Module):
+    """Holds the matrix of an expert's linear layer as blocks, which weights/blocks.py fills. Tensor ranks exchange what
+    they exchange around an expert that is a matrix: outside of it (`explicit_expert_comm`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        plain = self.weight
+        self.weight = torch.nn.Parameter(packed_room(plain.shape, plain.device), requires_grad=False)
+        for mark, value in vars(plain).items():  # mcore's
+            setattr(self.weight, mark, value)
+
+    def _forward_impl(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **_: Any
+    ) -> torch.Tensor:
+        output: torch.Tensor = _Product.apply(input, weight)
+        return output if bias is None else output + bias
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Leave the blocks out: checkpoints have matrices, and these are not trained."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if name.rpartition(".")[2] != "weight"}
+
+
+class BlocksColumnParallelLinear(_OverBlocks, ColumnParallelLinear):
+    """Applies the first matrix of an expert."""
+
+
+class BlocksRowParallelLinear(_OverBlocks, ExpertRowParallelLinear):
+    """Applies the second matrix of an expert."""
+
+
 def moe_spec(experts: int, parts: Parts) -> ModuleSpec:
     """Return `mlp` of a transformer layer with `experts` experts, and shared ones where the configuration has them."""
     grouped = parts.experts == TE
     spec = get_moe_module_spec(use_te=grouped, num_experts=experts, moe_grouped_gemm=grouped)
-    if not grouped:
+    if parts.experts == MXFP4:
+        spec.submodules.experts.submodules.linear_fc1 = BlocksColumnParallelLinear
+        spec.submodules.experts.submodules.linear_fc2 = BlocksRowParallelLinear
+    elif not grouped:
         spec.submodules.experts.submodules.linear_fc2 = ExpertRowParallelLinear
     spec.submodules.shared_experts.submodules = (
         MLPSubmodules(linear_fc1=te.TEColumnParallelLinear, linear_fc2=te.TERowParallelLinear)

@@ -49,13 +49,14 @@ class Adapter(torch.nn.Module):
         """Make the factors beside `weight`, 0 both, as `part`, mcore's model chunk, shares them over ranks."""
         super().__init__()
         self.pair, self.scale, self.dropout = pair, config.scale, config.dropout
+        dtype = weight.dtype if weight.is_floating_point() else part.config.params_dtype  # uint8: blocks of MXFP4
         groups, self.is_expert = part.pg_collection, bool(pair.matrix.experts)
         self.group = groups.expt_tp if self.is_expert else groups.tp
         self.replicas = groups.expt_dp if self.is_expert else groups.dp_cp
         self.sequence_parallel = part.config.sequence_parallel and not self.is_expert
         for name, rule in (("A", pair.a), ("B", pair.b)):
             local = rule.layout.shard(torch.zeros(rule.layout.shape), self.group.size(), self.group.rank())
-            parameter = torch.nn.Parameter(local.to(weight))
+            parameter = torch.nn.Parameter(local.to(weight.device, dtype))
             self.register_parameter(name, parameter)
             # mcore's marks: which gradients tensor ranks add up, count once in the norm, or share with other groups.
             cut = local.shape != rule.layout.shape

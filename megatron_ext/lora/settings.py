@@ -125,6 +125,13 @@ def check(config: LoraConfig, shape: ModelShape | None, where: str = "lora") -> 
     return problems + (_check_targets(config, shape, where) if shape else [])
 
 
+def check_base(base: str, config: LoraConfig, where: str = "base") -> list[Problem]:
+    """Refuse to train a model whose experts are held in a format that no update can change."""
+    if not base or config.rank:
+        return []
+    return [Problem(where, f"{base} holds experts that stay as they are: train adapters (lora.rank), or leave it out")]
+
+
 def check_folder(config: LoraConfig, adapter: LoraConfig | None, folder: str) -> list[Problem]:
     """Refuse to train with `config` on a model folder that has an adapter of another kind."""
     if adapter is None or adapter == config:

@@ -189,14 +189,14 @@ def _otherwise(folder: ModelFolder, other: Path) -> list[str]:
     return [f"its vocabulary has {rows:,} rows, not {ours:,}"] if rows not in (None, ours) else []
 
 
-def choose_parts(folder: ModelFolder, plan: ParallelPlan, dtype: str, backend: str) -> Choice:
+def choose_parts(folder: ModelFolder, plan: ParallelPlan, dtype: str, backend: str, base: str = "") -> Choice:
     """Return whose layers the model is made of on this machine, whose ranks are started. Raise UserMistake where
     `backend` has not what the model, the plan or the machine need.
     """
     import torch.distributed as dist
 
     machine, dtype = here(), dtype or folder.dtype
-    asked = Workload(dist.get_world_size(), folder.shape, backend=backend, machine=machine, dtype=dtype)
+    asked = Workload(dist.get_world_size(), folder.shape, backend=backend, machine=machine, dtype=dtype, base=base)
     if problems := rules.check_parts(plan, asked):
         raise UserMistake(problems)
     return choose(backend, rules.needs_of(plan, asked))
@@ -206,7 +206,7 @@ def told_parts(folder: ModelFolder, config: ModelSettings) -> Choice:
     """Return `choose_parts` of a phase, and have rank 0 write a line for each part to the phase's log."""
     import torch.distributed as dist
 
-    choice = choose_parts(folder, config.parallel, config.dtype, config.backend)
+    choice = choose_parts(folder, config.parallel, config.dtype, backend=config.backend, base=config.base)
     if dist.get_rank() == 0:
         print(*choice.lines(), sep="\n", file=sys.stderr, flush=True)
     return choice
@@ -219,12 +219,14 @@ def load_stages(
     backend: str = AUTO,
     options: Mapping[str, Any] = {},
     weights: Path | None = None,
+    base: str = "",
 ) -> list[Any]:
     """Load this rank's parts of the model (registry.stages), weights loaded and the adapter in place. `dtype` "" keeps
     the folder's, `backend` is chosen by part (parallel/parts.py).
 
     `options`: further fields of TransformerConfig. `weights`: a distributed checkpoint in place of the folder's own.
-    Every rank takes part.
+    `base` "mxfp4" holds the experts as its blocks, for a model of which no more than adapters is trained. Every rank
+    takes part.
     """
     import torch
 
@@ -234,12 +236,16 @@ def load_stages(
         folder.dims,
         plan,
         dtype=getattr(torch, dtype or folder.dtype),
-        parts=choose_parts(folder, plan, dtype, backend).parts,
+        parts=choose_parts(folder, plan, dtype, backend=backend, base=base).parts,
         options=options,
     )
     if weights is not None:
         check_same_model(folder, weights)
     checkpoint.load_weights(parts, weights or folder.weights)
+    if base:
+        from megatron_ext.weights import blocks
+
+        blocks.load(parts, folder.family.mapping.rules(folder.dims), weights or folder.weights)
     if folder.lora:
         from megatron_ext.lora import adapters, pairs, peft_format
 
@@ -258,6 +264,7 @@ def load_trainable(
     backend: str = AUTO,
     options: Mapping[str, Any] = {},
     weights: Path | None = None,
+    base: str = "",
 ) -> list[Any]:
     """Load as `load_stages` does, for training: with LoRA, new adapters from `seed` unless the folder has one to go on
     with.
@@ -267,7 +274,7 @@ def load_trainable(
     problems = loras.check_folder(lora, folder.lora, str(folder.path))
     if problems:
         raise UserMistake(problems)
-    parts = load_stages(folder, plan, dtype=dtype, backend=backend, options=options, weights=weights)
+    parts = load_stages(folder, plan, dtype=dtype, backend=backend, options=options, weights=weights, base=base)
     if lora.rank and not folder.lora:
         from megatron_ext.lora import adapters
 
@@ -275,10 +282,15 @@ def load_trainable(
     return parts
 
 
-def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = AUTO) -> Any:
+def load_model(folder: ModelFolder, plan: ParallelPlan, dtype: str = "", backend: str = AUTO, base: str = "") -> Any:
     """Load as `load_stages` does, where the pipeline is not interleaved, and return the rank's one part."""
-    (model,) = load_stages(folder, plan, dtype, backend)
+    (model,) = load_stages(folder, plan, dtype, backend=backend, base=base)
     return model
+
+
+def load_told(folder: ModelFolder, config: ModelSettings) -> Any:
+    """Load as `load_model` does what a phase's settings say."""
+    return load_model(folder, config.parallel, dtype=config.dtype, backend=config.backend, base=config.base)
 
 
 def write(out: Path, model: Any, source: ModelFolder, step: int) -> str:

@@ -20,7 +20,7 @@ it calls them, is answered in one place, `placed`.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -238,9 +238,13 @@ def gate_up(ffn: int, hidden: int) -> Stacked:
 
 @dataclass(frozen=True)
 class Stored:
-    """Keeps `inner` for mcore and its checkpoints; subclasses say how Hugging Face stores it otherwise."""
+    """Keeps `inner` for mcore and its checkpoints; subclasses say how Hugging Face stores it otherwise.
+
+    `hf_dtype` is set where that is a format of its own, whatever the model's dtype; its values are rounded on export.
+    """
 
     inner: Layout
+    hf_dtype: ClassVar[str] = ""
 
     @property
     def shape(self) -> Shape:
@@ -299,6 +303,11 @@ class Rule:
     experts: int = 0
     dtype: str = ""
     start: Start | None = None
+
+
+def hf_dtype(layout: Layout) -> str:
+    """Return the dtype that a layout's Hugging Face tensors always have; "" where it is the model's."""
+    return layout.hf_dtype if isinstance(layout, Stored) else ""
 
 
 def hf_name(tensor: HfTensor) -> str:

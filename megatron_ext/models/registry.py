@@ -3,6 +3,7 @@
     config.py           no torch in it
         read(config.json) -> Dims or problems       hf_config(Dims) -> config.json      shape(Dims) -> ModelShape
         small(...) -> config.json of a random model      WITHOUT_EFFECT: keys that its function does not depend on
+        with_mxfp4(Dims) -> (Dims, why not)     of families whose checkpoints may have MXFP4 experts
     spec.py
         transformer_config(...)
         build(Dims, plan, dtype, parts, virtual_stage, options) -> mcore model: `dtype` is that of the parameters,

@@ -31,6 +31,7 @@ GPUS = {
 NETWORK = 50e9  # bytes/s a GPU between nodes, one direction: one 400 Gb/s adapter a GPU
 RESERVE = 4 * GIB  # CUDA context, NCCL buffers, workspaces: 3 to 6 GiB
 CHUNK_LOGITS = 2**25  # that the loss head holds at a time on a rank (layers/loss_head.py)
+TILE = 2**22  # values of a frozen expert that are dequantised at a time (layers/mxfp4.py)
 
 
 @dataclass(frozen=True)

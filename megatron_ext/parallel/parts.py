@@ -22,6 +22,8 @@ from megatron_ext.parallel.shape import MAMBA, MOE, WINDOW, ModelShape
 
 AUTO, TORCH, TE = "auto", "torch", "te"
 BACKENDS = (AUTO, TORCH, TE)
+MXFP4 = "mxfp4"
+BASES = ("", MXFP4)
 
 # The first Transformer Engine, and cuDNN, with a kernel for attention sinks over packed documents.
 SINKS_SINCE = (2, 15), 91800
@@ -34,7 +36,8 @@ WIDE_FLASH_ATTN = AMPERE, HOPPER, BLACKWELL, CONSUMER_BLACKWELL  # the only ones
 
 @dataclass(frozen=True)
 class Parts:
-    """Whose each part of a layer is: "torch" is ours, "te" Transformer Engine's, "mamba_ssm" those kernels."""
+    """Whose each part of a layer is: "torch" is ours, "mxfp4" ours over blocks of 4-bit floats, "te" Transformer
+    Engine's, "mamba_ssm" those kernels."""
 
     attention: str = TORCH  # the core, between the projections
     linear: str = TORCH  # projections and MLPs; those of Mamba and of shared experts too
@@ -59,6 +62,7 @@ class Needs:
     shape: ModelShape | None = None
     plan: ParallelPlan | None = None
     dtype: str = ""  # of the weights
+    base: str = ""  # "mxfp4": matrices of experts, which are frozen, are held as its blocks
 
     @property
     def gpu(self) -> Machine | None:
@@ -224,8 +228,8 @@ def limit(part: str, n: Needs) -> str:
 
 
 def choose(backend: str, n: Needs) -> Choice:
-    """Return the parts of `backend`. For "te" they are Transformer Engine's even where `limit` says that they cannot
-    be: such a phase is refused.
+    """Return the parts of `backend`, with experts over blocks where the base is MXFP4. For "te" they are Transformer
+    Engine's even where `limit` says that they cannot be: such a phase is refused.
     """
     chosen = {part: _owner(backend, part, n) for part in LIMITS} | {"mamba": _mamba(backend, n)}
     absent = _absent(n.shape)
@@ -236,6 +240,8 @@ def choose(backend: str, n: Needs) -> Choice:
 
 
 def _owner(backend: str, part: str, n: Needs) -> tuple[str, str]:
+    if part == "experts" and n.base == MXFP4:
+        return MXFP4, "base mxfp4: blocks are dequantised expert by expert"
     if backend == TORCH:
         return TORCH, "backend torch"
     if backend == TE:

@@ -117,6 +117,7 @@ class Workload:
     backend: str = "torch"  # auto | torch | te (parts.py)
     machine: Machine | None = None  # None: nothing is known of it
     dtype: str = ""  # of the weights
+    base: str = ""  # "mxfp4": matrices of experts, which are frozen, are held as its blocks
     gpus: bool | None = None  # False: the collectives are gloo's
 
 

@@ -15,7 +15,7 @@ from data_tools.base import declared
 from data_tools.mistake import Problem
 from megatron_ext.parallel import parts
 from megatron_ext.parallel.plan import CONTEXT_COMMS, RECOMPUTES, ParallelPlan, Workload, divisors
-from megatron_ext.parallel.shape import MAMBA, MLP, MOE
+from megatron_ext.parallel.shape import MAMBA, MLP, MOE, MXFP4_BLOCK
 
 Broken = Callable[[ParallelPlan, Workload], str]  # what is wrong with a plan, "" where nothing is
 
@@ -108,7 +108,7 @@ def all_to_all_splits_heads(p: ParallelPlan, w: Workload) -> str:
 
 def needs_of(p: ParallelPlan, w: Workload) -> parts.Needs:
     """Return what the choice of a layer's parts depends on."""
-    return parts.Needs(w.machine, w.shape, p, w.dtype)
+    return parts.Needs(w.machine, w.shape, plan=p, dtype=w.dtype, base=w.base)
 
 
 @rule("backend")
@@ -149,7 +149,28 @@ _of_te(parts.te_exchanges_whole_kv_groups, "context_comm", "context", "tensor")
 _of_te(parts.te_has_an_attention_kernel_here, "backend")
 _of_te(parts.te_norms_have_weights, "backend")
 _of_te(parts.te_multiplies_float32_exactly, "backend")
-OF_PARTS = tuple(one for one in RULES if one.broken.__name__.startswith(("te_", "context_communication")))
+
+
+@rule("base", "expert_tensor")
+def base_has_blocks(p: ParallelPlan, w: Workload) -> str:
+    """Want experts whose rows are whole blocks of MXFP4 on each rank (layers/mxfp4.py)."""
+    s = w.shape
+    if not w.base or not s:
+        return ""
+    if not s.experts:
+        return "the model has no experts to hold as MXFP4"
+    columns = s.hidden, s.expert_ffn // p.expert_tensor
+    if any(count % MXFP4_BLOCK for count in columns):
+        return f"experts with rows of {columns[0]} and {columns[1]} values have no whole blocks of {MXFP4_BLOCK}"
+    return ""
+
+
+@rule("base", "backend")
+def base_is_held_by_ours(p: ParallelPlan, w: Workload) -> str:
+    return "Transformer Engine has no experts over MXFP4 blocks" if w.base and w.backend == parts.TE else ""
+
+
+OF_PARTS = tuple(one for one in RULES if one.broken.__name__.startswith(("te_", "base_", "context_communication")))
 
 
 @rule("pack_length", "context", "tensor")
@@ -342,8 +363,8 @@ def candidates(name: str, plan: ParallelPlan, workload: Workload) -> list[Any]:
         return list(CONTEXT_COMMS)
     if name == "recompute":
         return list(RECOMPUTES)
-    if name == "backend":
-        return list(parts.BACKENDS)
+    if name in ("backend", "base"):
+        return list(parts.BACKENDS if name == "backend" else parts.BASES)
     if name == "pipeline_layers":
         return [[], _even_as_can_be(layers, plan.stages)] if layers >= plan.stages else [[]]
     present = getattr(plan if hasattr(plan, name) else w, name)
@@ -383,7 +404,7 @@ _SPELLED = {
 
 def spell(name: str, value: Any) -> str:
     """Return a remedy in words: "tensor 4", "a pack length of 12,000 tokens"."""
-    text = str(value).lower() if isinstance(value, bool) else value
+    text = str(value).lower() if isinstance(value, bool) else '""' if value == "" else value
     return _SPELLED.get(name, f"{name} {{}}").format(text)
 
 
@@ -413,7 +434,7 @@ def _problems(broken: list[tuple[Rule, str]], plan: ParallelPlan, workload: Work
     for one, message in broken:
         mend = remedy(one, plan, workload)
         place = f"{where}.{mend[0]}" if mend and mend[0] in own else where
-        if mend and mend[0] == "backend":  # a setting beside the plan
-            place = "backend"
+        if mend and mend[0] in ("backend", "base"):  # a setting beside the plan
+            place = mend[0]
         problems.append(Problem(place, message + (f": use {spell(*mend)}" if mend else "")))
     return problems

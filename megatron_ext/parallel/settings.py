@@ -6,7 +6,7 @@ No torch: plans and checks read them too.
 from dataclasses import dataclass
 
 from data_tools.base.declared import setting
-from megatron_ext.parallel.parts import BACKENDS
+from megatron_ext.parallel.parts import BACKENDS, BASES
 from megatron_ext.parallel.plan import ParallelPlan
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,6 +22,13 @@ class ModelSettings:
         "auto",
         "whose layers compute; auto: each part Transformer Engine's where it has what the model needs, else ours",
         choices=BACKENDS,
+        keyed=False,
+    )
+    base: str = setting(
+        "",
+        'how the model below adapters is held, which is frozen: "" in `dtype`; mxfp4: its experts in the 4-bit blocks '
+        "that they were imported from, which loses no bit",
+        choices=BASES,
         keyed=False,
     )
     parallel: ParallelPlan = setting(ParallelPlan, "how ranks share the model and the work", keyed=False)

@@ -9,6 +9,7 @@ from functools import cached_property
 
 # Blocks. A layer is one or two of them, each with its norm: ATTENTION then MLP in Qwen2, a single one in Nemotron-H.
 ATTENTION, WINDOW, MLP, MOE, MAMBA = "attention", "window", "mlp", "moe", "mamba"
+MXFP4_BLOCK = 32  # values of a row that share a scale (layers/mxfp4.py)
 Layer = tuple[str, ...]
 
 

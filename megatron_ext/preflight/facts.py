@@ -134,7 +134,7 @@ def forecast(model: str, lora: LoraConfig, site: Site) -> dict[str, Any]:
 
 def forward(config: ModelSettings, site: Site) -> Training:
     """Return what a phase that trains nothing carries."""
-    return prepare(config.model, "", global_batch=1, dtype=config.dtype, backend=config.backend, site=site)[0]
+    return prepare(config, "", global_batch=1, site=site)[0]
 
 
 def check_forward(config: ModelSettings, site: Site) -> list[Problem]:
@@ -188,13 +188,12 @@ def parts_of(plan: ParallelPlan, w: Workload) -> Parts | None:
     return choose(w.backend, rules.needs_of(plan, w)).parts
 
 
-def prepare(
-    model: str, packs: str, global_batch: int, dtype: str, backend: str, site: Site
-) -> tuple[Training, list[Problem]]:
-    """Return what a training on the model folder `model` and the pack plan `packs` would carry, as far as it is known.
+def prepare(settings: ModelSettings, packs: str, global_batch: int, site: Site) -> tuple[Training, list[Problem]]:
+    """Return what a training with these settings on the pack plan `packs` would carry, as far as it is known.
 
     The problems are those of the model's config.json.
     """
+    model, dtype, backend = settings.model, settings.dtype, settings.backend
     shape: ModelShape | None = None
     problems: list[Problem] = []
     config, where = model_config(model, site) if model else (None, "")
@@ -214,6 +213,7 @@ def prepare(
         backend=backend,
         machine=machine,
         dtype=dtype,
+        base=settings.base,
         gpus=None if site.gpus_per_node is None else site.gpus_per_node > 0,
     )
     lengths = _lengths(packs) if shape and length else None

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_ext.lora import settings as loras
-from megatron_ext.parallel.calibration import CHUNK_LOGITS, RESERVE
+from megatron_ext.parallel.calibration import CHUNK_LOGITS, RESERVE, TILE
 from megatron_ext.parallel.parts import TE, choose
 from megatron_ext.parallel.plan import DEGREES, ParallelPlan, Workload, padded_rows
 from megatron_ext.parallel.rules import needs_of
-from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, WINDOW, ModelShape, Parameters, count_blocks
+from megatron_ext.parallel.shape import ATTENTION, MLP, MOE, MXFP4_BLOCK, WINDOW, ModelShape, Parameters, count_blocks
 from megatron_ext.preflight.facts import Training
 
 LOGIT_BYTES = 10  # a logit: 2 in bf16, 4 in fp32, 4 for its softmax and gradient
+PACKED_BYTES = 1 / 2 + 1 / MXFP4_BLOCK  # a value of MXFP4: half a byte, and its share of a scale
+TILE_BYTES = 10  # a value that is dequantised, beside it: 2 of its index, 2 in bf16, 4 in fp32, 2 in bf16 again
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Memory:
     exchange: float  # tokens on their way to experts and back
     kv_cache: float
     reserve: float = RESERVE
+    dequantised: float = 0.0  # the one expert's matrix that is multiplied with, where they are held as MXFP4
 
     @property
     def state(self) -> float:
@@ -162,6 +165,15 @@ def trained(plan: ParallelPlan, t: Training, stage: Stage) -> Parameters:
     return Parameters(whole.sharded // plan.tensor, whole.replicated, expert)
 
 
+def packed_values(plan: ParallelPlan, w: Workload, stage: Stage) -> int:
+    """Return how many values of experts a rank of a stage holds as MXFP4 blocks; 0 where the base is not held so."""
+    s = w.shape
+    if not w.base or s is None:
+        return 0
+    of_block = s.experts * s.mlp_matrices * s.hidden * s.expert_ffn
+    return stage.blocks[MOE] * of_block // (plan.expert * plan.expert_tensor)
+
+
 def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
     """Return the memory of one rank of a stage."""
     w, shape = t.workload, t.known_shape
@@ -175,15 +187,19 @@ def stage_memory(plan: ParallelPlan, t: Training, stage: Stage) -> Memory:
         logits = loss_head_bytes(plan, shape, tokens * t.supervised, frozen=t.lora.rank > 0)
         logits += 2 * tokens * shape.hidden * plan.sequence_parallel  # the head gathers all tokens
     sharing = plan.data(w.ranks) * plan.context  # ranks that share the optimizer's state of dense weights
+    packed = packed_values(plan, w, stage)
+    largest = (shape.mlp_matrices - 1) * shape.expert_ffn * shape.hidden // plan.expert_tensor
     sent = 2 * 2 * shape.top_k * shape.hidden / plan.tensor if plan.expert > 1 else 0
     return Memory(
-        weights=weight * (stage.parameters.total + (learned.total if t.lora.rank else 0)),
+        weights=weight * (stage.parameters.total + (learned.total if t.lora.rank else 0))
+        - (weight - PACKED_BYTES) * packed,
         gradients=4 * (dense + expert),
         optimizer=moments * (1 - t.offload) * (dense / sharing + expert / plan.expert_data(w.ranks)),
         activations=tokens * (held * in_flight(plan, stage, micro_batches(plan, w)) + on_top),
         logits=logits,
         exchange=tokens * sent,
         kv_cache=t.kv_tokens * kv_bytes(plan, shape, stage),
+        dequantised=min(weight, 4) * largest + TILE_BYTES * TILE if packed else 0.0,
     )
 
 

@@ -26,10 +26,11 @@ from megatron_ext.preflight.search import (
 SHOWN = 8  # plans of a search
 
 
-def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict[str, Any]:
+def report(plan: ParallelPlan, t: Training, site: Site, searching: bool, packed: bool = True) -> dict[str, Any]:
     """Return {"facts", "tables", "notes"}: numbers for programs, the same as tables for people, and their sources.
 
-    `searching` ranks the legal plans of these GPUs; without it the plan's legal neighbours are shown.
+    `searching` ranks the legal plans of these GPUs; without it the plan's legal neighbours are shown. Of what is not
+    `packed` (samples) there is no time and no search.
     """
     w = t.workload
     facts: dict[str, Any] = {"plan": asdict(plan), "ranks": w.ranks}
@@ -44,12 +45,7 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
     tables.append(_parts_table(w.backend, choice))
     notes += [f"assumed: {sentence}" for sentence in t.assumed]
     if not w.shape or not w.pack_length:
-        what = "the model's config.json" if not w.shape else "the pack length"
-        return {
-            "facts": facts,
-            "tables": tables,
-            "notes": [*notes, f"{what} is not known yet: no memory, time or search"],
-        }
+        return {"facts": facts, "tables": tables, "notes": [*notes, _unknown(w, packed)]}
     facts["parameters"], facts["active"] = t.known_shape.parameters.total, t.known_shape.active
     facts["costs"] = dict(zip(("cost_linear", "cost_quadratic"), cost_coefficients(t.known_shape)))
     notes.append(
@@ -80,6 +76,14 @@ def report(plan: ParallelPlan, t: Training, site: Site, searching: bool) -> dict
         facts["neighbours"] = [_candidate_facts(candidate) for candidate in near]
         tables.append(_candidates_table("legal neighbours: one field changed", near, w))
     return {"facts": facts, "tables": tables, "notes": notes + _sources(t)}
+
+
+def _unknown(w: Workload, packed: bool) -> str:
+    """Say what is not known of a training, and what cannot be told therefore."""
+    if w.shape and not packed:
+        return "lengths of samples are not known: no time or search"
+    what = "the pack length" if w.shape else "the model's config.json"
+    return f"{what} is not known yet: no memory, time or search"
 
 
 def _parts_table(backend: str, choice: Choice) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_tools.base import durable
 from data_tools.chats.prompts import PromptEncoder
-from data_tools.chats.tokenizer import Tokenizer, load_tokenizer
+from data_tools.chats.tokenizer import Tokenizer, load_tokenizer, stop_ids
 from data_tools.mistake import Problem, UserMistake
 from data_tools.tasks.mix import Draw, Entry, Mix, entries_of, turn_ends, verifiers
 from data_tools.tasks.outcome import Outcomes
@@ -26,25 +25,26 @@ _TOLD = 20  # prompts that are too long, of one run
 
 
 class Encoding(NamedTuple):
-    """How prompts become tokens, and the most that one may have."""
+    """How prompts become tokens, and the most that one may have, by what."""
 
     encoder: PromptEncoder
     longest: int
+    by: str = "the model's positions and sampling.max_tokens"
 
 
 class Encoded:
     """Prompts as tokens, which leave room for a completion. UserMistake for one that does not."""
 
     def __init__(self, encoding: Encoding):
-        self.encoder, self.longest = encoding
+        self.encoder, self.longest, self.by = encoding
 
     def tokens(self, draw: Draw) -> tuple[int, ...]:
         """Return a prompt's tokens."""
         tokens = tuple(self.encoder.encode(draw.item.prompt))
         if not 0 < len(tokens) <= self.longest:
             what = f"prompt {draw.item.uid} has {len(tokens):,} tokens"
-            limit = f"the model's positions and sampling.max_tokens leave {self.longest:,} for it"
-            message = f"{what}; {limit}: leave it out, or lower max_tokens"
+            remedy = f"leave it out, or {'raise prompt_tokens' if 'prompt_tokens' in self.by else 'lower max_tokens'}"
+            message = f"{what}; {self.by} leave {self.longest:,} for it: {remedy}"
             raise UserMistake(Problem(f"mix.entries.{draw.entry}", message))
         return tokens
 
@@ -188,20 +188,13 @@ def prompts_of(config: GenerateSettings | GrpoSettings, folder: ModelFolder) -> 
     tokenizer = load_tokenizer(str(folder.hf))
     positions = folder.family.config.shape(folder.dims).max_positions or 2**62  # 0: no limit
     encoder = PromptEncoder(tokenizer, config.chat_arguments, config.bos)
-    encoding = Encoding(encoder, positions - config.sampling.max_tokens)
+    room = positions - config.sampling.max_tokens
+    encoding = Encoding(encoder, room)
+    if 0 < config.prompt_tokens < room:
+        encoding = Encoding(encoder, config.prompt_tokens, "the settings (prompt_tokens)")
     return tokenizer, Mix(entries_of(config.mix), config.seed), encoding
 
 
 def stop_ids_of(folder: ModelFolder, tokenizer: Tokenizer) -> set[int]:
-    """Return the end tokens of generation_config.json, where there is one, and the tokenizer's.
-
-    Raises UserMistake for a torn file.
-    """
-    file = folder.hf / "generation_config.json"
-    try:
-        named = durable.read_json(file).get("eos_token_id") if file.exists() else None
-    except (durable.TornFile, AttributeError) as error:
-        message = f"is no generation config ({error}): make the model folder again"
-        raise UserMistake(Problem(str(file), message)) from None
-    ids = named if isinstance(named, list) else [named]
-    return {token for token in [*ids, tokenizer.eos_id] if token is not None}
+    """Return the tokens that end a completion of a model folder's model."""
+    return stop_ids(folder.hf, tokenizer)

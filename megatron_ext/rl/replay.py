@@ -39,11 +39,13 @@ def replay(config: GrpoSettings, keep: Path, step: int, item: int, number: int) 
     plan = ParallelPlan()
     if step == 1:
         parts = model_folder.load_trainable(
-            folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend
+            folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend, base=config.base
         )
     else:
         weights = _weights(config, keep, step)
-        parts = model_folder.load_stages(folder, plan, config.dtype, config.backend, weights=weights)
+        parts = model_folder.load_stages(
+            folder, plan, config.dtype, backend=config.backend, weights=weights, base=config.base
+        )
     tokenizer, mix, encoding = prompts_of(config, folder)
     prompts = MixPrompts(mix, encoding)
     draw = prompts.item(item)

@@ -144,6 +144,7 @@ def write_samples(
         advantage, trained = worth.get(sample.key, (None, False))
         line = {"step": step, "item": sample.item, "sample": sample.number, **spell(sample)}
         line |= {"tokens": len(sample.tokens), "finish": sample.finish, "reward": sample.reward}
+        line |= {"answer": sample.answer}
         line |= {"parts": dict(sample.parts), "note": sample.note, "advantage": advantage, "trained": trained}
         if sample.key in differences:
             total, largest = differences[sample.key]

@@ -9,7 +9,8 @@ untrained.py    samples that teach nothing                report.py       what m
 evaluation.py   evaluation in the loop                    generation.py   samples of many prompts, without training
 prompts.py      prompts, scorer and texts of a mix        turns.py        replies of tasks
 replica.py      the ranks that hold one copy of a model   replay.py       one rollout drawn again
-settings.py     what a GRPO and a generation are told
+settings.py     what a GRPO and a generation are told    memory.py      what it needs of a GPU
+completions.py  all samples as one CSV file
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from data_tools.tasks.outcome import Outcomes
 from megatron_ext.model_folders import model_folder
 from megatron_ext.model_folders.model_folder import ModelFolder
 from megatron_ext.parallel.ranks import is_writer
+from megatron_ext.rl import completions
 from megatron_ext.rl.collect import Collector, Together
 from megatron_ext.rl.evaluation import evaluate
 from megatron_ext.rl.prompts import (
@@ -39,7 +41,7 @@ from megatron_ext.rl.prompts import (
 )
 from megatron_ext.rl.rows import RolloutRow, log_probs
 from megatron_ext.rl.settings import GrpoSettings
-from megatron_ext.rl.step import ROLLOUTS, GrpoTrained, train
+from megatron_ext.rl.step import ROLLOUTS, SAMPLES, GrpoTrained, train
 from megatron_ext.rl.updates import Reference
 from megatron_ext.rollout.engine import Engine
 from megatron_ext.rollout.settings import Sampling
@@ -122,6 +124,8 @@ def run(
             evaluate=evaluated if len(held_out) else None,
             spell=lambda sample: texts.log(prompts.item(sample.item), sample),
         )
+    if config.completions and config.log_samples and is_writer():
+        completions.write(keep / SAMPLES, keep / Path(config.completions).expanduser())
     digest = model_folder.write(out, trainer.model, folder, step=folder.step + trained.step)
     return trained, digest
 
@@ -130,7 +134,7 @@ def _trainer(config: GrpoSettings, folder: ModelFolder) -> Trainer:
     """Return the trainer of the model in `folder`, or of adapters for it."""
     plan = config.parallel
     model = model_folder.load_trainable(
-        folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend
+        folder, plan, config.lora, config.seed, dtype=config.dtype, backend=config.backend, base=config.base
     )
     return Trainer(model, plan, AdamW.of(config))
 
@@ -162,7 +166,7 @@ def reference_of(config: GrpoSettings, folder: ModelFolder, trainer: Trainer) ->
     from megatron.core.transformer.module import Float16Module
 
     chosen = model_folder.open_folder(config.reference) if config.reference else folder
-    parts = model_folder.load_stages(chosen, config.parallel, config.dtype, config.backend)
+    parts = model_folder.load_stages(chosen, config.parallel, config.dtype, backend=config.backend, base=config.base)
     for part in parts:
         part.requires_grad_(False)
     wrapped = [Float16Module(part.config, part) if part.config.bf16 else part for part in parts]

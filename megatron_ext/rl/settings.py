@@ -166,10 +166,21 @@ class GrpoSettings(TrainingSettings, RolloutSettings):
     offload: bool = setting(False, "optimizer and gradients leave the GPU during rollouts", keyed=False)
     record_s: float = setting(5.0, "sampling that a kill may cost", unit="s", least=0, keyed=False)
     log_samples: bool = setting(True, "every sample is logged with its text, in KEEP/samples", keyed=False)
+    completions: str = setting(
+        "", "CSV file of all samples that were logged, made at the end, with a .jsonl beside it; below KEEP unless it "
+        "is an absolute path", free=True, keyed=False,
+    )  # fmt: skip
 
     def rate_schedule(self) -> Schedule:
         """Return the learning rate of each step; all updates of a step have the same."""
         return self.schedule_of(self.steps, self.warmup_steps)
+
+
+def check_completions(config: GrpoSettings) -> list[Problem]:
+    """Refuse a file of completions beside which there is no place for the JSONL."""
+    if not config.completions or config.completions.endswith(".csv"):
+        return []
+    return [Problem("completions", f"{config.completions} is made a CSV file: give it a name that ends in .csv")]
 
 
 def check_comparable(config: GrpoSettings) -> list[Problem]:

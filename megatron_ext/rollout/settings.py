@@ -76,6 +76,10 @@ class RolloutSettings(ModelSettings):
         "", 'the token that opens a text prompt: "" as the tokenizer adds it, or never', choices=("", NEVER),
         keyed="if_set",
     )  # fmt: skip
+    prompt_tokens: int = setting(
+        0, "tokens of a prompt, at most: a longer one is refused; 0: as many as the model's positions leave",
+        unit="tokens", least=0, keyed="if_set",
+    )  # fmt: skip
     verify_limit_s: float = setting(
         10.0, "time that a verifier has for a sample, which then counts as not scorable", unit="s", above=0
     )

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
 from megatron_ext import device
+from megatron_ext.layers.mxfp4 import unpacked
 from megatron_ext.parallel.calibration import GPUS
 from megatron_ext.training.track import Track
 
@@ -206,7 +207,8 @@ def parameter_norm(model: Sequence[torch.nn.Module]) -> float:
             for p in part.parameters():
                 counts = param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p, tensor_group)
                 if counts and getattr(p, "allreduce", True) == is_dense:
-                    squares += p.detach().float().square().sum().double()
+                    values = unpacked(p, torch.float32) if p.dtype == torch.uint8 else p.detach().float()
+                    squares += values.square().sum().double()
         dist.all_reduce(squares, group=group)
         total += squares.item()
     return math.sqrt(total)

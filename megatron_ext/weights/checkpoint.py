@@ -43,6 +43,7 @@ from megatron_ext.weights.staging import (
     fill_optimizer,
     is_adapted,
     is_extra_state,
+    is_packed,
     metadata,
     model_state,
     sums,
@@ -105,6 +106,7 @@ def _load_model(model: Model, state: dict[str, Any], adapters: bool = False) -> 
     for i, part in enumerate(stages(model)):
         missing, unexpected = part.load_state_dict(state[f"stage{i}"], strict=False)
         missing = [name for name in missing if not is_extra_state(name) and name.startswith(ADAPTERS) == adapters]
+        missing = [name for name in missing if not is_packed(part, name)]
         if missing or unexpected:
             raise RuntimeError(f"the checkpoint lacks {missing} and has {unexpected} besides")
 

@@ -32,13 +32,14 @@ from megatron_ext.models.layouts import (
     Replicated,
     Rule,
     Stacked,
+    hf_dtype,
     hf_name,
     hf_shapes,
     placed,
     shard_on_rank,
 )
 from megatron_ext.models.registry import Family
-from megatron_ext.weights import copies, dist_weights
+from megatron_ext.weights import copies, dist_weights, rounded
 from megatron_ext.weights.dist_weights import Piece, Region, pieces, regions
 from megatron_ext.weights.hf_files import SHARD_BYTES, HfTensors, SafetensorsFiles
 
@@ -232,10 +233,10 @@ def base_ledger(hf: Path) -> dict[str, Any]:
 
 def main_dtype(dtypes: Mapping[str, str], rules: Sequence[Rule]) -> str:
     """Return the dtype of most elements of a Hugging Face checkpoint, by its tensors' dtypes; "" where it has none of
-    them.
+    them. Tensors that are stored in a format of their own do not count.
     """
     elements: Counter[str] = Counter()
-    for name, shape in hf_shapes(rules).items():
+    for name, shape in hf_shapes([rule for rule in rules if not hf_dtype(rule.layout)]).items():
         if name in dtypes:
             elements[dtypes[name]] += math.prod(shape)
     return max(elements, key=lambda dtype: elements[dtype], default="")
@@ -258,7 +259,8 @@ def _export_dtypes(
     for rule in rules:
         for name in map(hf_name, rule.hf):
             kept = theirs.get(name, main)
-            targets[name] = rule.dtype or dtype or (stored[rule.name] if kept == main else kept)
+            plain = rule.dtype or dtype or (stored[rule.name] if kept == main else kept)
+            targets[name] = hf_dtype(rule.layout) or plain
     return targets
 
 
@@ -290,9 +292,9 @@ def export_share(
     ledger: dict[str, dict[str, Any]] = {"hf": {}, "tensors": {}}
     with summing() as pool:
         for done, rule in enumerate(own):
-            sums = _export_one(reader, rule, files=files, my_files=my_files, changes=changes, pool=pool)
+            sums, lost = _export_one(reader, rule, files=files, my_files=my_files, changes=changes, pool=pool)
             if files.file(hf_name(rule.hf[0])) in my_files:  # of several shares that need a tensor, one counts it
-                ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums)
+                ledger["tensors"][rule.name] = _entry(rule, stored[rule.name], sums) | lost
             for name in map(hf_name, rule.hf):
                 ledger["hf"][name] = {"file": files.file(name), "dtype": dtypes[name]}
             progress(done + 1, len(own), "tensors")
@@ -309,14 +311,17 @@ def _export_one(
     my_files: set[str],
     changes: Changes,
     pool: Executor,
-) -> Counter[str]:
-    """Write the Hugging Face tensors of one rule that are in `my_files`. Returns the sums by key."""
+) -> tuple[Counter[str], dict[str, Any]]:
+    """Write the Hugging Face tensors of one rule that are in `my_files`. Return the sums by key, and what was
+    rounded (rounded.split)."""
     layout = rule.layout
     if not isinstance(layout, (Replicated, Stacked)) or rule.name in changes:
         whole, sums = read_whole(reader, rule, pool)
-        for position, data in enumerate(layout.split(changed(rule, whole, changes))):
+        whole = changed(rule, whole, changes)
+        tensors, lost = rounded.split(rule, whole, str(reader.folder))
+        for position, data in enumerate(tensors):
             _write_entry(files, my_files, rule=rule, position=position, data=data)
-        return sums.total()
+        return sums.total(), lost
     sums = Sums(pool)
     # As they are, so that they may pass in pieces of any size.
     heights = layout.rows if isinstance(layout, Stacked) else layout.shape[:1]
@@ -326,7 +331,7 @@ def _export_one(
             data = reader.read(box)
             sums.add(box, data)
             _write_entry(files, my_files, rule=rule, position=position, data=data, first=before + first)
-    return sums.total()
+    return sums.total(), {}
 
 
 def read_whole(reader: dist_weights.Reader, rule: Rule, pool: Executor) -> tuple[torch.Tensor, Sums]:

@@ -75,6 +75,12 @@ def is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2].startswith(EXTRA_STATE)
 
 
+def is_packed(part: torch.nn.Module, name: str) -> bool:
+    """Return whether the parameter is held as blocks of fewer bits, which no distributed checkpoint has (blocks.py)."""
+    parameter = dict(part.named_parameters()).get(name)
+    return parameter is not None and parameter.dtype == torch.uint8
+
+
 def adapter_state(model: Model) -> dict[str, Any]:
     """Return LoRA's adapters alone, as `model_state` returns the model."""
     return _state(model, lambda name: name.startswith(ADAPTERS))

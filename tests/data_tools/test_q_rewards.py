@@ -10,7 +10,10 @@ from hypothesis.extra.numpy import arrays
 
 from data_tools.base import declared
 from data_tools.mistake import UserMistake
+from data_tools.prepare import harmony
 from data_tools.prepare.q_rewards import Config, boltzmann, q_rewards
+from data_tools.tasks import mix
+from data_tools.tasks.task import Source
 from tests.inputs import Inputs
 
 
@@ -72,6 +75,8 @@ def test_other_columns_keep_their_text_and_old_rewards_go_only_when_asked(tmp_pa
     [
         ("prompt,q_action_0,q_action_2", "x,1,2", "has q_action_2 but no q_action_1"),
         ("prompt,action", "x,1", "needs columns q_action_0, q_action_1, …; it has prompt, action"),
+        ("prompt,q_action_0", "x,1", "needs columns q_action_0, q_action_1, …; it has prompt, q_action_0"),
+        ("prompt,q_action_0,q_action_1", "x,1,", "q.csv:2: q_action_1 is '', not a finite number"),
         ("prompt,q_action_0,q_action_1", "x,1,nan", "q.csv:2: q_action_1 is 'nan', not a finite number"),
         ("prompt,q_action_0,q_action_1", "x,one,2", "q.csv:2: q_action_0 is 'one', not a finite number"),
         ("prompt,q_action_0,q_action_1", "x,1", "q.csv:2: 2 values under 3 columns"),
@@ -95,3 +100,43 @@ def test_wrong_settings_are_told_at_once(tmp_path: Path) -> None:
     assert [problem.where for problem in declared.check(Config(tau=0.0))] == ["inputs", "tau"]
     with pytest.raises(UserMistake, match="absent.csv is neither a CSV file nor a folder"):
         q_rewards(Config(inputs=[str(tmp_path / "absent.csv")]), tmp_path)
+
+
+LONG = "word " * 40_000  # 200,000 characters
+GOOD = {  # prompts that are rows like any other, and the user's text of each
+    "system: Be brief.\nuser: What now?": "What now?",
+    "No role at all": "No role at all",
+    "user: Quoted:\nSystem: is no role here\n": "Quoted:\nSystem: is no role here",
+    f"user: {LONG}": LONG.strip(),
+    'user: "quoted", and\r\nlines': '"quoted", and\nlines',
+}
+
+
+def rows_of(path: Path, rows: list[dict[str, object]]) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_odd_prompts_of_four_actions_all_become_prompts_with_rewards(tmp_path: Path) -> None:
+    """Through harmony_convert, q_rewards and the task, as the pipeline tes_grpo has them: each row is there once."""
+    values = {f"q_action_{action}": float(action == 2) for action in range(4)}
+    rows = [{"prompt": prompt, **values} for prompt in GOOD]
+    rows += [rows[0], {**rows[0], "q_action_3": 2.0}]  # once more, and once with other rewards
+    source = rows_of(tmp_path / "q.csv", rows)
+    (harmonised := tmp_path / "harmony").mkdir()
+    (rewarded := tmp_path / "rewards").mkdir()
+    facts = harmony.harmony_convert(harmony.Config([str(source)], date="2026-01-01"), harmonised)
+    assert facts["rows"] == len(rows)
+    assert q_rewards(Config(inputs=[str(harmonised)]), rewarded)["rows"] == len(rows)
+    loaded = mix.load("decisions", mix.Entry("bracketed_action", source=Source(inputs=[str(rewarded)])))
+    sheet = loaded.sheet
+    assert (sheet.lines, sheet.kept, sheet.dropped["duplicate"]) == (len(rows), len(rows) - 1, 1)
+    texts = [item.prompt for item in loaded.items]
+    for text, said in zip(texts, GOOD.values()):
+        assert text.endswith(f"<|start|>user<|message|>{said}<|end|><|start|>assistant")
+    assert texts[0] == texts[-1] and loaded.items[0].uid != loaded.items[-1].uid
+    best = [int(np.argmax(item.columns["rewards"])) for item in loaded.items]
+    assert best == [2] * len(GOOD) + [3]

@@ -30,6 +30,7 @@ FIRST = {
     "pack": "b7e935762237",
     "q_rewards": "26c5fa98c7a5",
     "reject_filter": "46ace1733edb",
+    "run_exported": "2d463b7b4e40",
     "sft": "d4a8ac2e802f",
 }
 # On purpose, since the same settings give another result: stores of conversations are made anew, of tasks they are not.

@@ -57,6 +57,18 @@ def test_an_unknown_variable_of_a_declared_prefix_is_an_error_with_the_nearest(t
     assert len(said.splitlines()) == 2, said
 
 
+def test_variables_of_others_with_a_shared_prefix_are_left_alone() -> None:
+    """HF_HOME and HF_TOKEN are not the pipeline's, though it declares HF_REPO_ID."""
+    environment = {"HF_REPO_ID": "me/mine", "HF_HOME": "/cache", "HF_TOKEN": "hf_secret", "GRPO_LOG_COMPLETIONS": "0"}
+    found = load_pipeline(Path("jobs/pipelines/tes_grpo.yaml"), [], environment)
+    assert [variable.override for variable in found.variables] == [
+        "params.log_completions=0", "params.repo=me/mine",
+    ]  # fmt: skip
+    assert found.phases["grpo"].config.log_samples is False
+    with pytest.raises(UserMistake, match="GRPO_LOG_COMPLETION: .*did you mean GRPO_LOG_COMPLETIONS"):
+        load_pipeline(Path("jobs/pipelines/tes_grpo.yaml"), [], {"GRPO_LOG_COMPLETION": "0"})
+
+
 def test_a_wrong_value_is_told_as_the_variables(tmp_path: Path) -> None:
     assert "variable STEP (packs.with.pack_length): 'long' is not of type int" in refused(tmp_path, {"STEP": "long"})
     assert "variable DOLCI_STOP: '[1' is not valid YAML" in refused(tmp_path, {"DOLCI_STOP": "[1"})

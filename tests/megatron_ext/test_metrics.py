@@ -202,7 +202,7 @@ def test_mfu_is_the_planners_flops_over_the_data_sheets(calculator, tmp_path, mo
     config = replace(sft_config(calculator, 2), log_every=2)
     sft.run(config, tmp_path / "out", tmp_path / "keep")
     (line,) = lines_of(tmp_path / "keep")
-    training, _ = facts.prepare(config.model, config.packs, 4, "", "torch", Site(1))
+    training, _ = facts.prepare(replace(config, backend="torch"), config.packs, 4, Site(1))
     assert training.documents.known
     assert line["mfu"] == pytest.approx(flops.training_flops(training) * 4 / line["step_s"] / 989e12)
 

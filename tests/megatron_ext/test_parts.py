@@ -171,7 +171,7 @@ def test_a_phase_that_trains_nothing_is_asked_no_more_than_before():
 def test_every_limit_is_a_rule_of_te():
     of_limits = {parts.te_is_installed, *(one for limits in LIMITS.values() for one in limits)}
     names = {one.broken.__name__ for one in OF_PARTS}
-    ours = {"te_runs_on_gpus", "context_communication_is_known_to_attention"}
+    ours = {"te_runs_on_gpus", "context_communication_is_known_to_attention", "base_has_blocks", "base_is_held_by_ours"}
     assert names == {one.__name__ for one in of_limits} | ours
 
 

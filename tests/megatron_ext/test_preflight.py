@@ -12,6 +12,7 @@ from megatron_ext.models.qwen2.config import hf_config
 from megatron_ext.parallel.calibration import GIB, GPUS
 from megatron_ext.parallel.plan import ParallelPlan, Site, Workload
 from megatron_ext.parallel.rules import is_legal
+from megatron_ext.parallel.settings import ModelSettings
 from megatron_ext.preflight import facts, refusals, search, tables
 from megatron_ext.preflight.facts import Documents, Training
 from tests.data_tools.test_pack import store_of
@@ -41,7 +42,7 @@ def test_the_documents_of_a_pack_plan_are_counted(tmp_path):
     store = store_of(tmp_path / "store", [(20, 10), (10, 10), (30, 30), (4, 3)])
     out.mkdir()
     pack.pack(pack.Config(str(store), pack_length=64), out)
-    training, problems = facts.prepare(str(model), str(out), 2, "", "torch", Site(1))
+    training, problems = facts.prepare(ModelSettings(str(model), backend="torch"), str(out), 2, Site(1))
     assert problems == [] and training.dtype == "float32"
     assert training.workload.longest == 60 and training.workload.pack_length == 64
     lengths = numpy.array([30, 20, 60, 7])
@@ -70,7 +71,7 @@ def test_openresearchers_plan_is_refused_with_its_memory_and_a_legal_one_offered
 def test_a_running_rank_does_not_take_itself_for_a_cpu():
     """Experts split both ways need NCCL: refused where the profile has no GPUs, and not asked on the rank itself."""
     for gpus_per_node, gpus in ((None, None), (0, False), (8, True)):
-        training, _ = facts.prepare("", "", 1, "", "torch", Site(4, gpus_per_node=gpus_per_node))
+        training, _ = facts.prepare(ModelSettings(backend="torch"), "", 1, Site(4, gpus_per_node=gpus_per_node))
         assert training.workload.gpus is gpus
 
 

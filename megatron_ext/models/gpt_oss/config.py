@@ -3,15 +3,20 @@
 Its weights: weight_layout.py. Anything that would change the function and is not understood is refused.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_tools.mistake import Problem
 from megatron_ext.models.config_reading import ROPE_KEYS, Reading, file_of, small_dims
-from megatron_ext.parallel.shape import ATTENTION, MOE, WINDOW, ModelShape
+from megatron_ext.parallel.shape import ATTENTION, MOE, MXFP4_BLOCK, WINDOW, ModelShape
 
 SWIGLU_ALPHA = 1.702  # the only one that mcore's quick_gelu has
-MXFP4_BLOCK = 32
+MXFP4 = {  # quantization_config of the released files: all but the experts is as `dtype` says
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+    ],
+}  # fmt: skip
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -142,9 +147,21 @@ def _quantisation(reading: Reading, hidden: int, ffn: int) -> str | None:
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if method not in (None, "mxfp4"):
         reading.refuse("quantization_config", method, "import the unquantized or the MXFP4 model")
-    elif method and (hidden % MXFP4_BLOCK or ffn % MXFP4_BLOCK):
-        reading.wrong(f"MXFP4 needs whole blocks of {MXFP4_BLOCK}: hidden_size is {hidden}, intermediate_size {ffn}")
+    elif method and (said := _no_blocks(hidden, ffn)):
+        reading.wrong(said)
     return method
+
+
+def _no_blocks(hidden: int, ffn: int) -> str:
+    """Return why experts of these sizes have no MXFP4 blocks; "" where they have."""
+    if hidden % MXFP4_BLOCK == 0 and ffn % MXFP4_BLOCK == 0:
+        return ""
+    return f"MXFP4 needs whole blocks of {MXFP4_BLOCK}: hidden_size is {hidden}, intermediate_size {ffn}"
+
+
+def with_mxfp4(dims: Dims) -> tuple[Dims, str]:
+    """Return the model whose checkpoint has its experts as MXFP4, and why there is none such; "" where there is."""
+    return replace(dims, mxfp4=True), _no_blocks(dims.hidden, dims.ffn)
 
 
 def _rope_of(reading: Reading, head_dim: int) -> tuple[float, Yarn | None]:
@@ -208,7 +225,7 @@ def _rope(dims: Dims) -> dict[str, Any]:
 def hf_config(dims: Dims, eos: int | None = None, pad: int | None = None) -> dict[str, Any]:
     """Return config.json of a GptOssForCausalLM with these dimensions, as transformers 4 and 5 both read it."""
     rope = _rope(dims)
-    quantised = {"quantization_config": {"quant_method": "mxfp4"}} if dims.mxfp4 else {}
+    quantised = {"quantization_config": MXFP4} if dims.mxfp4 else {}
     return {
         **file_of(dims, "GptOssForCausalLM", model_type="gpt_oss", eos=eos, pad=pad),
         **quantised,
