@@ -105,7 +105,10 @@ def theirs(items: dict[str, list[Item]], model: Path, folder: Path, python: str)
         (tasks / f"{name}.yaml").write_text(
             (COMMON + kind).replace("NAME", name).replace("FILE", str(tasks / f"{name}.jsonl"))
         )
-    command = [python, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model / 'hf'},dtype=float32",
+    # A folder of its own for the tokenizer: beside a config.json of qwen2, transformers takes Qwen2's own expression in
+    # place of the one in tokenizer.json.
+    arguments = f"pretrained={model / 'hf'},tokenizer={model / 'tokenizer'},dtype=float32"
+    command = [python, "-m", "lm_eval", "--model", "hf", "--model_args", arguments,
                "--tasks", ",".join(items), "--include_path", str(tasks), "--output_path", str(folder / "theirs"),
                "--log_samples", "--batch_size", "1", "--device", "cpu"]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
