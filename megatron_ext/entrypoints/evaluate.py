@@ -38,7 +38,8 @@ from data_tools.evaluations.accuracy import accuracy, write_tables
 from data_tools.evaluations.lines import RESULT, SAMPLES, Line, lines_of
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, never, silent
-from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, check_template, compared, entries_of, load
+from data_tools.tasks.messages import check_template
+from data_tools.tasks.mix import Entry, Loaded, Mix, MixConfig, check_mix, compared, entries_of, load
 from data_tools.tasks.outcome import is_graded, is_unjudged
 from data_tools.tasks.task import Prompt, Row, Source, check_rows, load_task
 from megatron_ext.entrypoints import generate

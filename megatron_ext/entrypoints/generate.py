@@ -23,7 +23,8 @@ from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
 from data_tools.records import readers
 from data_tools.tasks.estimators import Vote, at_k, standard_error
-from data_tools.tasks.mix import check_mix, check_template, counts_table, entries_of
+from data_tools.tasks.messages import check_template
+from data_tools.tasks.mix import check_mix, counts_table, entries_of
 from data_tools.tasks.outcome import graded, is_unjudged
 from megatron_ext.parallel.plan import Site
 from megatron_ext.preflight import facts

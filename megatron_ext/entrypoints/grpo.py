@@ -16,7 +16,8 @@ from typing import Any
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.mistake import Problem, UserMistake
 from data_tools.progress import Progress, Stop, never, silent
-from data_tools.tasks.mix import check_mix, check_template, entries_of
+from data_tools.tasks.messages import check_template
+from data_tools.tasks.mix import check_mix, entries_of
 from megatron_ext.lora import settings as loras
 from megatron_ext.parallel.plan import ParallelPlan, Site
 from megatron_ext.preflight import facts, refusals, tables

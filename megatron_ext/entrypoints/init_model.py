@@ -82,7 +82,7 @@ def forecast(config: Config) -> dict[str, Any]:
     and not yet known, and whether there is a chat template."""
     from data_tools.chats.tokenizer import has_template
 
-    template = has_template(Path(config.tokenizer)) if config.tokenizer else False
+    template = has_template(Path(config.tokenizer)) if config.tokenizer else config.chats
     return {"hf_config": _dims(config, vocabulary=1)[2], "chat_template": template}
 
 
