@@ -20,7 +20,7 @@ SHIPPED = sorted((ROOT / "jobs/pipelines").glob("*.yaml"))
 
 def start(folder: Path, words: list[str], launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     command = [sys.executable, *launcher, "-m", "jobs.bare", *words, "--out", str(folder / "out")]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def written(folder: Path, **settings) -> list[str]:
@@ -81,7 +81,9 @@ def test_a_phase_of_the_users_on_two_ranks_of_torchrun(tmp_path):
 def test_the_quick_starts_training_by_hand(tmp_path):
     """init_model, import_hf, materialize, pack by python; sft on two ranks of torchrun; evaluate by python."""
     made: dict[str, str] = {}
-    pipeline = load_pipeline(ROOT / "jobs/pipelines/tiny.yaml", ["params.steps=20", "params.test_rows=40"])
+    pipeline = load_pipeline(
+        ROOT / "jobs/pipelines/tiny.yaml", ["params.train_rows=4000", "params.steps=20", "params.test_rows=40"]
+    )
     for name in ("init", "imported", "data", "packs", "sft", "trained"):
         phase, folder = pipeline.phases[name], tmp_path / name
         folder.mkdir()
