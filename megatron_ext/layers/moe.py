@@ -71,36 +71,51 @@ def _times(x: torch.Tensor, packed: torch.Tensor, backwards: bool) -> torch.Tens
     )
 
 
-class _OverBlocks(torch.nn.Module):
-    """Holds the matrix of an expert's linear layer as blocks, which weights/blocks.py fills. Tensor ranks exchange what
-    they exchange around an expert that is a matrix: outside of it (`explicit_expert_comm`).
-    """
+def _hold_as_blocks(layer: torch.nn.Module) -> None:
+    """Put blocks, which weights/blocks.py fills, in place of the matrix of an expert's linear layer."""
+    plain = layer.get_parameter("weight")
+    layer.weight = torch.nn.Parameter(packed_room(plain.shape, plain.device), requires_grad=False)
+    for mark, value in vars(plain).items():  # mcore's
+        setattr(layer.weight, mark, value)
+
+
+def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return what a layer over blocks computes. What tensor ranks exchange, they exchange outside of experts."""
+    output: torch.Tensor = _Product.apply(input, weight)
+    return output if bias is None else output + bias
+
+
+def _without_blocks(state: dict[str, Any]) -> dict[str, Any]:
+    """Leave the blocks out of a layer's part of a checkpoint: checkpoints have matrices, and these are not trained."""
+    return {name: value for name, value in state.items() if name.rpartition(".")[2] != "weight"}
+
+
+class BlocksColumnParallelLinear(ColumnParallelLinear):
+    """Applies the first matrix of an expert, held as blocks."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        plain = self.weight
-        self.weight = torch.nn.Parameter(packed_room(plain.shape, plain.device), requires_grad=False)
-        for mark, value in vars(plain).items():  # mcore's
-            setattr(self.weight, mark, value)
+        _hold_as_blocks(self)
 
-    def _forward_impl(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **_: Any
-    ) -> torch.Tensor:
-        output: torch.Tensor = _Product.apply(input, weight)
-        return output if bias is None else output + bias
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *, bias: Any = None, **_: Any) -> torch.Tensor:
+        return _product(input, weight, bias)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Leave the blocks out: checkpoints have matrices, and these are not trained."""
-        state = super().sharded_state_dict(*args, **kwargs)
-        return {name: value for name, value in state.items() if name.rpartition(".")[2] != "weight"}
+        return _without_blocks(super().sharded_state_dict(*args, **kwargs))
 
 
-class BlocksColumnParallelLinear(_OverBlocks, ColumnParallelLinear):
-    """Applies the first matrix of an expert."""
+class BlocksRowParallelLinear(ExpertRowParallelLinear):
+    """Applies the second matrix of an expert, held as blocks."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        _hold_as_blocks(self)
 
-class BlocksRowParallelLinear(_OverBlocks, ExpertRowParallelLinear):
-    """Applies the second matrix of an expert."""
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *, bias: Any = None, **_: Any) -> torch.Tensor:
+        return _product(input, weight, bias)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return _without_blocks(super().sharded_state_dict(*args, **kwargs))
 
 
 def moe_spec(experts: int, parts: Parts) -> ModuleSpec:

@@ -37,7 +37,8 @@ def write(samples: Path, target: Path) -> int:
 
 def _rows(log: Path) -> list[dict[str, Any]]:
     """Return the rows of the log of one step. Raise UserMistake for a line that is damaged."""
-    rows, prompts = [], {}
+    rows: list[dict[str, Any]] = []
+    prompts: dict[int, int] = {}
     for record in readers.records(log, "jsonl"):
         if record.problem:
             raise record.mistake(remedy="remove the file, or restore it")
