@@ -56,6 +56,9 @@ def test_a_kinds_default_settings_make_the_key_that_they_always_made(name):
 
 
 def test_the_quick_starts_keys_are_those_of_the_first_runs(tmp_path):
-    pipeline = load_pipeline(Path("jobs/pipelines/tiny.yaml"), [*AT_FIRST, "cluster=local"])
+    template = tmp_path / "chats.jinja"  # the tokenizer had none
+    template.write_text("{{ messages }}")
+    overrides = [*AT_FIRST, f"rs_data.with.chat.template={template}", "cluster=local"]
+    pipeline = load_pipeline(Path("jobs/pipelines/tiny.yaml"), overrides)
     planned = make_plan(pipeline, RunFolder(tmp_path / "run"), find_cluster("local")).phases
     assert {p.name: p.frozen.key for p in planned if p.name in TINY} == TINY
