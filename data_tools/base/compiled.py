@@ -38,7 +38,7 @@ class _Cache(FunctionCache):
     def __init__(self, function: Callable[..., Any]):
         super().__init__(function)
         source = f"{function.__module__} {function.__qualname__} {self._impl.locator.get_source_stamp()!r}"
-        self._cache_file = _Files(durable.cache_folder("compiled"), f"{numba.__version__} {source}")
+        self._cache_file: Any = _Files(durable.cache_folder("compiled"), f"{numba.__version__} {source}")
 
 
 class _Files:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from data_tools.base import durable
@@ -80,7 +80,8 @@ class Config(RolloutSettings):
     seen_in: str | None = setting(None, "training token store: prompts seen in training count apart", input=True)
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """Says which prompts an element takes: all of the task `only`, or each `count`-th from `index`."""
 
     index: int

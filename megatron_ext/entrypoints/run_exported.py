@@ -90,7 +90,9 @@ def run(config: Config, out: Path, keep: Path, progress: Progress = silent) -> d
     encoder = PromptEncoder(tokenizer, config.chat_arguments, config.bos)
     prompts = [encoder.encode(draw.item.prompt) for draw in draws]
     model = _Model(config, folder, tokenizer)
-    greedy, samples, done = [], [], 0
+    greedy: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    done = 0
     with Scorer(verifiers(entries), config.verifiers, config.verify_limit_s) as scorer:
         for first in range(0, len(draws), config.batch):
             some = slice(first, first + config.batch)
@@ -140,7 +142,7 @@ def _rows(
             future = None if score is not None else scorer.submit(draw.entry, draw.item, text, finish)
             pending.append((draw, text, tokens, finish, score, future))
     for draw, text, tokens, finish, score, future in pending:
-        verdict: Score = score if future is None else future.result()
+        verdict: Score = future.result() if future else score
         best = outcomes.best(draw.entry, draw.item)
         yield {
             "prompt_id": draw.item.uid,
@@ -165,7 +167,8 @@ class _Model:
 
         dtype = getattr(torch, config.dtype) if config.dtype else "auto"
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps it without its types
         self._config, self._tokenizer, self._stops = config, tokenizer, stop_ids(folder, tokenizer)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.version = transformers.__version__

@@ -186,11 +186,12 @@ def _check_completions(kept: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.xfail(reason="of this small model no rate was found yet: 0.01 breaks its format, 0.002 teaches little")
+@pytest.mark.xfail(reason="not shown yet: masked samples let its format drift, and with a penalty it has not run")
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_expected_reward_on_held_out_rows_rises_by_more_than_two_errors(released, tmp_path, seed):
     words = overrides(released, tmp_path, steps=40, prompts=8, group=8, test_samples=16, save_steps=0, seed=seed)
-    made = run([*words, "params.lr=0.005"], tmp_path / "run")
+    words += ["params.lr=0.005", "params.on_invalid=penalty", "grpo.with.rewarding.mask_truncated=false"]
+    made = run(words, tmp_path / "run")
     for tested in ("test_adapter", "run_exported"):
         facts = made[tested][0]
         assert facts["reward_gain"] > 2 * facts["reward_gain_error"], facts
