@@ -11,6 +11,7 @@ if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,14 @@ def _rows(
     outcomes: Outcomes,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row, with generate's keys, for each completion of these prompts: `samples` each, or (0) a greedy one."""
-    pending = []
+    pending: list[tuple[Draw, str, list[int], str, Score | Future[Score]]] = []
     for draw, sampled in zip(draws, model.completions(prompts, samples)):
         for tokens, finish in sampled:
             text = model.text(tokens, finish)
-            score = outcomes.cut_off(draw.entry, draw.item) if finish != "stop" else None
-            future = None if score is not None else scorer.submit(draw.entry, draw.item, text, finish)
-            pending.append((draw, text, tokens, finish, score, future))
-    for draw, text, tokens, finish, score, future in pending:
-        verdict: Score = future.result() if future else score
+            cut_off = outcomes.cut_off(draw.entry, draw.item) if finish != "stop" else None
+            pending.append((draw, text, tokens, finish, cut_off or scorer.submit(draw.entry, draw.item, text, finish)))
+    for draw, text, tokens, finish, scored in pending:
+        verdict = scored.result() if isinstance(scored, Future) else scored
         best = outcomes.best(draw.entry, draw.item)
         yield {
             "prompt_id": draw.item.uid,
