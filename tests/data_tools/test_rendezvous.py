@@ -211,7 +211,8 @@ def test_an_answer_that_came_too_late_is_not_taken_for_the_next_one(store, ended
     """A connection whose request was given up is given up with it."""
     server, client = store
     client.set("q", b"the next one's")
-    hasty = Client(server.meeting, 0.1)
+    hasty = Client(server.meeting, 20.0)
+    hasty.limit_s = 0.1  # of what it asks, once it is connected
     if ended_by == "a time limit":  # of the client's own, as where rank 0 is stopped
         monkeypatch.setattr(rendezvous, "MARGIN_S", -0.05)
         with pytest.raises(MeetingFailed):

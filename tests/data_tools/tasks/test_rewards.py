@@ -200,6 +200,8 @@ def test_a_killed_process_is_replaced_and_closing_leaves_none(tmp_path):
         later = [scorer.submit("a", ITEM, "x" * n).result() for n in range(6)]
         scored = [score.reward for score in later if score.reward is not None]
         assert len(scored) >= 4 and all("SIGKILL" in score.note for score in later if score.reward is None)
+        while (score := scorer.submit("a", ITEM, "x").result()).reward is None:  # the last of those that were killed
+            assert "SIGKILL" in score.note
         pids = [process._process.pid for process in scorer._processes]
     assert pids
     for pid in pids:
