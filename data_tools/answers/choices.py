@@ -25,7 +25,7 @@ _NOT = re.compile(
 )
 _STANDING = re.compile(r"(?<![A-Za-z'\\_^])([A-Z])(?![A-Za-z'_^])")
 _AFTER_A_LETTER = re.compile(  # never after the article in `is a dog`
-    r"(?:or|and|because|since|as|so|but|which|for|not|by|if|due|is|was)\b", re.IGNORECASE
+    r"(?:or|and|because|since|as|so|but|which|is|was)(?![\w-])"
 )
 _JOINED = re.compile(r"(?:,|/|&|;|\b(?:or|and)\b) ?(?:option |choice )?[(\[]? ?([A-Z])(?![A-Za-z'])", re.IGNORECASE)
 
