@@ -43,7 +43,7 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
         raise ValueError(f"'choices' are no list of 2 to {len(_LETTERS)} texts")
     letters = _LETTERS[: len(texts)]
     known = [str(label) for label in labels or letters]
-    if wrong := _wrong_choices(texts, known, options):
+    if wrong := _wrong_choices(texts, known):
         raise ValueError(wrong)
     given = record["answer"] if record.get("answer") is not None else record.get("answerKey")
     if str(given) in known:  # of choices with the labels 1 to 4, 1 is the first
@@ -61,15 +61,13 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     return [replace(asked, columns={"letters": letters}, question=question)]
 
 
-def _wrong_choices(texts: list[Any], labels: list[str], options: Options) -> str | None:
+def _wrong_choices(texts: list[Any], labels: list[str]) -> str | None:
     """Return why it cannot be told which of the choices is meant, None where it can."""
     if len(labels) != len(texts) or len(set(labels)) < len(labels):
         return f"'choices' have the labels {', '.join(labels)} of {len(texts)} texts: each needs one of its own"
     for text in texts:
-        if isinstance(text, bool) or not isinstance(text, (str, int, float)) or not str(text).strip():
+        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
             return f"'choices' have {text!r}, which is no text"
-    if options.answered_by == "likelihood" and options.asked_as == "texts" and len({*map(str, texts)}) < len(texts):
-        return "'choices' have one text twice: of equal texts none is likelier"
     return None
 
 
