@@ -2,6 +2,7 @@
 
 import argparse
 
+from data_tools.mistake import UserMistake
 from launchers.verbs import print_json
 
 
@@ -13,7 +14,12 @@ def do_scores(args: argparse.Namespace) -> int:
 
     found = scores(find_run(args.run), args.phases)
     if args.svg:
-        args.svg.write_text(svg_of(found))
+        try:
+            args.svg.write_text(svg_of(found), encoding="utf-8")
+        except OSError as error:
+            raise UserMistake(
+                f"--svg {args.svg}: {error.strerror}; name a file in a folder that can be written"
+            ) from None
     if args.json:
         return print_json(found.as_json())
     print_table(found)

@@ -24,6 +24,9 @@ _NOT = re.compile(
     r"\b(?:not|no|nor|never|neither|none|wrong|incorrect|false|except|eliminated?|isn't|aren't|either)\b", re.IGNORECASE
 )
 _STANDING = re.compile(r"(?<![A-Za-z'\\_^])([A-Z])(?![A-Za-z'_^])")
+_AFTER_A_LETTER = re.compile(  # never after the article in `is a dog`
+    r"(?:or|and|because|since|as|so|but|which|is|was)(?![\w-])"
+)
 _JOINED = re.compile(r"(?:,|/|&|;|\b(?:or|and)\b) ?(?:option |choice )?[(\[]? ?([A-Z])(?![A-Za-z'])", re.IGNORECASE)
 
 
@@ -52,6 +55,8 @@ def letter_of(answer: str, letters: str) -> str | None:
 def _is_letter(match: re.Match, text: str) -> bool:
     """Return whether what follows `is` is a choice and no word: not the article in `is a dog`."""
     letter, rest = match[1], text[match.end() :].strip()
+    if match[0].endswith((")", "]")) or (letter == "A" and _AFTER_A_LETTER.match(rest)):
+        return True
     if letter.islower():
         return not rest and letter not in "ai"
     return letter not in "AI" or not rest or not rest[0].isalpha()

@@ -5,6 +5,7 @@ has the most prompts. A mean over tasks is made where it is named, with its list
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from data_tools.tasks.outcome import graded, is_graded, is_unjudged
 _LABELS = {"": "all", "seen_": "seen in training", "unseen_": "not seen"}
 MEANS = ("accuracy", "accuracy_normalized", "sampled_accuracy")  # which `macro` takes over tasks
 REWARDS = ("reward", "regret", "sampled_reward", "sampled_regret")  # measures that are no shares
+_OWN = re.compile(r"(?:un)?seen|sampled|reward|(?:pass@|maj@|(?:sampled_)?share_).*")  # begins names of facts
 Values = dict[str, dict[str, float]]  # of each measure, a value for each prompt by its name
 
 
@@ -44,6 +46,20 @@ def accuracy(
         found |= {prefix + name: value for name, value in _of_group(group, before).items()}
     means = {name: _mean_of(found, names) for name, names in macro.items()}
     return found | ({"macro": means} if means else {})
+
+
+def unclear_names(tasks: Sequence[str]) -> dict[str, str]:
+    """Return the tasks that have facts under the names of another task's, which is beside them; "" is all prompts.
+
+    The fact a_sampled_accuracy is the mean of the samples of a task `a`, and the greedy accuracy of a task `a_sampled`.
+    """
+    prefixes = {"": ""} | {f"{task}_": task for task in tasks}
+    return {
+        task: other
+        for task in tasks
+        for prefix, other in prefixes.items()
+        if task.startswith(prefix) and _OWN.fullmatch(task.removeprefix(prefix))
+    }
 
 
 def values_of(lines: Sequence[Line]) -> Values:
@@ -118,7 +134,10 @@ def _of_group(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, An
         found |= {name: _mean(each) for name, each in values.items() if name.startswith(("pass@", "maj@"))}
     found["intervals"] = {name: list(pair) for name, pair in intervals_of(values, samples_of(lines)).items()}
     earlier = {name: line["sampled_correct"] / line["sampled"] for name, line in before.items() if "sampled" in line}
-    if gains := difference(values.get("sampled_accuracy", {}), earlier):
+    gains = difference(values.get("sampled_accuracy", {}), earlier)
+    if before and len(gains) < len(values.get("sampled_accuracy", {})):
+        found["compared_prompts"] = len(gains)  # which the earlier evaluation asked, too
+    if gains:
         found |= {"gain": _mean(gains), "gain_error": standard_error([*gains.values()])}
         found["intervals"]["gain"] = list(intervals_of({"gain": gains}, low=-1.0)["gain"])
     then = _sampled_rewards([*before.values()]).get("sampled_reward", {})
@@ -187,6 +206,9 @@ def _told(facts: Mapping[str, Any], prefix: str) -> str:
             text += "".join(f", {name} {one[name]:.3f}" for name in largest)
     if "gain" in one:
         text += f", gain {100 * one['gain']:+.1f} ± {100 * one['gain_error']:.1f} points"
+        text += f" of {one['compared_prompts']:,} prompts that both asked" if "compared_prompts" in one else ""
+    elif "compared_prompts" in one:
+        text += ", no gain: compare_with asked none of these prompts"
     if "reward_gain" in one:
         text += f", reward gain {one['reward_gain']:+.3f} ± {one['reward_gain_error']:.3f}"
     return text

@@ -59,7 +59,9 @@ def text_of(record: dict[str, Any], *keys: str) -> str:
         value = record.get(name)
         if isinstance(value, str) and value.strip():
             return value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int) and not isinstance(value, bool):  # of any size: 10**400 is no float
+            return str(value)
+        if isinstance(value, float) and math.isfinite(value):
             return format(Decimal(repr(value)), "f")  # 0.00001, which is 1e-05 to str
     raise ValueError(
         f"no text under {' or '.join(map(repr, keys))}; it has {', '.join(map(repr, record)) or 'nothing'}"

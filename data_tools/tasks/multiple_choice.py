@@ -41,9 +41,11 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     texts = choices.get("text") if isinstance(choices, dict) else choices
     if not isinstance(texts, list) or not 2 <= len(texts) <= len(_LETTERS):
         raise ValueError(f"'choices' are no list of 2 to {len(_LETTERS)} texts")
-    given = record.get("answer", record.get("answerKey"))
     letters = _LETTERS[: len(texts)]
     known = [str(label) for label in labels or letters]
+    if wrong := _wrong_choices(texts, known):
+        raise ValueError(wrong)
+    given = record["answer"] if record.get("answer") is not None else record.get("answerKey")
     if str(given) in known:  # of choices with the labels 1 to 4, 1 is the first
         place = known.index(str(given))
     elif isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(texts):
@@ -57,6 +59,16 @@ def items(record: dict[str, Any], options: Options) -> list[Item]:
     lines = [f"{letter}. {text}" for letter, text in zip(letters, texts)]
     asked = math_answers.question("\n".join([question, "", *lines]), letters[place], options)
     return [replace(asked, columns={"letters": letters}, question=question)]
+
+
+def _wrong_choices(texts: list[Any], labels: list[str]) -> str | None:
+    """Return why it cannot be told which of the choices is meant, None where it can."""
+    if len(labels) != len(texts) or len(set(labels)) < len(labels):
+        return f"'choices' have the labels {', '.join(labels)} of {len(texts)} texts: each needs one of its own"
+    for text in texts:
+        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+            return f"'choices' have {text!r}, which is no text"
+    return None
 
 
 def _scored(question: str, texts: list[str], answer: str, options: Options) -> Item:

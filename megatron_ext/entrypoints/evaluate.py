@@ -34,7 +34,7 @@ from data_tools.base.declared import setting, with_default
 from data_tools.chats.prompts import PromptEncoder
 from data_tools.chats.tokenizer import load_tokenizer, told_opening
 from data_tools.evaluations import harness
-from data_tools.evaluations.accuracy import accuracy, write_tables
+from data_tools.evaluations.accuracy import accuracy, unclear_names, write_tables
 from data_tools.evaluations.lines import RESULT, SAMPLES, Line, lines_of
 from data_tools.mistake import Problem, UserMistake, nearest
 from data_tools.progress import Progress, never, silent
@@ -105,7 +105,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         if beside := [name for name in own if getattr(config, name) != getattr(Config(), name)]:
             message = f"is given beside {', '.join(beside)}: for the rows of one task; say it in mix.entries"
             problems.append(Problem("mix", message))
-    problems += _check_macro(config)
+    problems += _check_tasks(config)
     if config.compare_with and not config.samples:
         problems.append(Problem("compare_with", "samples are compared, and samples is 0: give some, or leave it out"))
     problems += check_rollouts(config, Sampling())
@@ -118,12 +118,18 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     return problems + facts.check_forward(config, site)
 
 
-def _check_macro(config: Config) -> list[Problem]:
+def _check_tasks(config: Config) -> list[Problem]:
+    """Return what is wrong with the names of a mix's tasks, and with the means over them."""
     try:
         tasks = list(entries_of(config.mix))
     except UserMistake:  # which check_mix told
         return []
     problems = []
+    for task, other in unclear_names(tasks).items():
+        message = (
+            f"the results named {task}_… would be those of {other or 'all prompts'} too: give the entry another name"
+        )
+        problems.append(Problem(f"mix.entries.{task}", f"{message}, with its `task`"))
     for name, names in config.macro.items():
         for task in names:
             if task not in tasks:

@@ -10,6 +10,7 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("megatron_ext", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
     from megatron_ext.models.registry import parse_config
 
     problems = []
-    if config.tag and (Path(config.tag).name != config.tag or config.tag == ".."):
+    if config.tag and not _is_name(config.tag):
         problems.append(Problem("tag", f"{config.tag!r} is no name of a folder, such as d32"))
     if ranks != 1:
         problems.append(Problem("", f"export_nanochat runs on 1 rank, not {ranks}"))
@@ -57,6 +58,11 @@ def check(config: Config, ranks: int, site: Site | None = None) -> list[Problem]
         family, dims, wrong = parse_config(known, where)
         problems += wrong or _not_nanochat(family.name if family else "", dims, where)
     return problems
+
+
+def _is_name(tag: str) -> bool:
+    """Return whether a tag is the name of a folder that a file system takes and a shell shows: at most 255 bytes."""
+    return Path(tag).name == tag.strip() == tag != ".." and tag.isprintable() and len(os.fsencode(tag)) <= 255
 
 
 def _not_nanochat(family: str, dims: Any, where: str) -> list[Problem]:

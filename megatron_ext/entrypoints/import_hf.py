@@ -236,8 +236,12 @@ def _source(config: Config) -> Source:
         model, meta = found
         family, file = Family("nanochat"), nanochat.config_of(meta, "float32")
         tensors = nanochat.NanochatTensors(model, file["vocab_size"])
-        file["dtype"] = tensors.dtype("lm_head.weight")
-        return Source(family, family.config.read(file, str(meta))[0], tensors, str(model), config=file, meta=meta)
+        if (head := "lm_head.weight") in tensors.shapes():  # else it is named with all that is missing
+            file["dtype"] = tensors.dtype(head)
+        own, problems = family.config.read(file, f"{meta} with {model.name}")
+        if problems:
+            raise UserMistake(problems)
+        return Source(family, own, tensors, str(model), config=file, meta=meta)
     understood, dims, problems = read_config(folder)
     if problems or understood is None:
         raise UserMistake(problems)

@@ -185,10 +185,14 @@ CHOSEN = {
     r"\textbf{(B)}", r"\rm B", r"\bf B", "Option B", "option b",
           r"\text{Option B}", "B. 42", "(B) 42", r"\text{(B) } 42", "B: three", "B. A triangle", "I choose B",
           "The answer is B", "Answer: B", "B is correct", "**B**", "$B$",
-          r"\Large B", r"\operatorname{B}", "The correct option is (B)", "B - seven"],
+          r"\Large B", r"\operatorname{B}", "The correct option is (B)", "B - seven",
+          "Answer: (b) because 2 + 2", "The correct option is (B) a dog", "the answer is b) a dog"],
+    "A": ["A", "The answer is A because 2 + 2", "I believe A is right", "The correct option is (A) a dog", "A: a dog"],
     None: ["A or B", "A, B", "A and B", "(A) or (B)", "A/B", "both A and B", "B. 42 or C. 43", "not B",
     "Option B (not A)", "I", "I think so", "A dog", "Z", "E", "2", "Clearly", "",
-           "B: I think A", "the answer is a dog", "either B or C", "neither"],
+           "B: I think A", "the answer is a dog", "either B or C", "neither",
+           "choose A or choose B", "The answer is A dog", "The answer is A so-called dog", "The answer is A and B",
+           "choose (A), then choose (B)", "The answer is A for loop"],
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from data_tools.base import durable
 from data_tools.evaluations import harness
-from data_tools.evaluations.accuracy import accuracy, write_tables
+from data_tools.evaluations.accuracy import accuracy, headline, unclear_names, write_tables
 from data_tools.evaluations.lines import lines_of
 from data_tools.evaluations.plot import svg_of
 from data_tools.evaluations.side_by_side import side_by_side, table_of
@@ -49,6 +49,28 @@ def test_a_mean_over_tasks_is_made_where_it_is_named_and_counts_each_alike():
     assert mean["tasks"] == ["easy", "hard"] and mean["accuracy"] == (1 + 0.25) / 2  # of prompts it would be 0.7
     low, high = mean["accuracy_interval"]
     assert 0 <= low < mean["accuracy"] < high <= 1 and "accuracy_normalized" not in mean
+
+
+def test_no_task_has_facts_under_the_names_of_anothers():
+    for name in ("seen", "unseen", "sampled", "reward", "pass@4", "maj@1", "share_4", "sampled_share_4"):
+        assert unclear_names([name]) == {name: ""} and unclear_names(["a", f"a_{name}"]) == {f"a_{name}": "a"}
+    for names in (["a", "b_seen"], ["a", "a_b"], ["a", "aseen"], ["gsm8k", "gsm8k_hard", "math", "math500"]):
+        assert unclear_names(names) == {}
+        lines = [line(name, n, name == "a", [RIGHT if n else WRONG] * 2) for name in names for n in range(3)]
+        found = accuracy(lines, tasks=names)
+        for name in names:
+            alone = accuracy([{**one, "kind": ""} for one in lines if one["kind"] == name])
+            assert {fact: found[f"{name}_{fact}"] for fact in alone} == alone
+
+
+def test_a_gain_over_some_prompts_says_over_how_many():
+    before = {one["prompt"]: one for one in EASY}
+    told = headline(accuracy(EASY, before))
+    assert "gain +0.0" in told and "both asked" not in told
+    few = accuracy(EASY, dict([*before.items()][:2]))
+    assert few["compared_prompts"] == 2 and "of 2 prompts that both asked" in headline(few)
+    none = accuracy(HARD, before)
+    assert none["compared_prompts"] == 0 and "no gain: compare_with asked none of these prompts" in headline(none)
 
 
 def test_the_numbers_of_a_task_are_those_of_hand_enumeration():

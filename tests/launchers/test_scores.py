@@ -66,3 +66,6 @@ def test_the_verb_prints_and_draws(run, tmp_path, capsys, monkeypatch):
     assert "gsm8k" in capsys.readouterr().out and "<svg" in (tmp_path / "scores.svg").read_text()
     assert score_verbs.do_scores(Namespace(**{**words, "json": True})) == 0
     assert '"measure": "accuracy"' in capsys.readouterr().out
+    for place in (tmp_path / "none" / "scores.svg", tmp_path):
+        with pytest.raises(UserMistake, match="--svg .*name a file in a folder"):
+            score_verbs.do_scores(Namespace(**{**words, "svg": place}))

@@ -189,6 +189,9 @@ def test_an_array_names_the_tasks_of_the_mix_each_once_and_a_mean_names_tasks_th
     for names, said in ((["gsm8k", "aim"], "did you mean aime?"), (["aime", "aime"], "each once"), (["aime"], "two")):
         (problem, *_) = evaluate.check(replace(config, macro={"all": names}), 1)
         assert problem.where == "macro.all" and said in problem.message
+    names = MixConfig(entries | {"gsm8k_sampled": entries["gsm8k"]})
+    (problem, *_) = evaluate.check(replace(config, mix=names), 1)
+    assert problem.where == "mix.entries.gsm8k_sampled" and "would be those of gsm8k too" in problem.message
 
 
 def test_a_task_is_sampled_and_scored_as_its_mix_is(calculator, tmp_path):

@@ -84,16 +84,25 @@ def test_its_own_checkpoint_gives_its_own_logits(tmp_path):
 @pytest.mark.parametrize(
     "tensors, config, wanted, words",
     [
-        ({}, {}, dict(model_tag="d9"), r"'d9' has no model_\*\.pt"),
+        ({}, {}, dict(model_tag="d9"), r"'d9' has no model_STEP\.pt"),
         ({}, {}, dict(), "model_tag: is missing: .* has d2"),
         ({}, {}, dict(model_tag="d2", step=8), "has no step 8; there are 7"),
-        ({}, dict(window_pattern="SSSL"), dict(model_tag="d2"), "window_pattern has short windows"),
+        ({}, dict(window_pattern="SSSL"), dict(model_tag="d2"), "window_pattern 'SSSL' is not L alone"),
+        ({}, dict(window_pattern=None), dict(model_tag="d2"), "window_pattern None is not L alone"),
+        ({}, dict(n_layer=2.7), dict(model_tag="d2"), "n_layer is 2.7, no whole number"),
+        ({}, dict(n_layer=0), dict(model_tag="d2"), "meta_000007.json with model_000007.pt: .*num_hidden_layers"),
+        ({}, dict(n_head=3, n_kv_head=3), dict(model_tag="d2"), "hidden_size 32 does not divide by 3 attention heads"),
+        ({}, dict(n_kv_head=3), dict(model_tag="d2"), "4 attention heads do not divide by 3"),
+        ({"lm_head.weight": None}, {}, dict(model_tag="d2"), r"tensor lm_head.weight \[19, 32\] is missing"),
+        ({"lm_head.weight": torch.zeros(64, 32, dtype=torch.int32)}, {}, dict(model_tag="d2"), "int32"),
         ({}, dict(n_expert=3), dict(model_tag="d2"), "model_config has n_expert, which is not known"),
         (dict(resid_lambdas=torch.ones(2)), {}, dict(model_tag="d2"), r"tensor resid_lambdas \[2\] is not part of"),
     ],
 )
 def test_what_is_not_there_or_not_understood_is_named(tensors, config, wanted, words, tmp_path):
-    source = checkpoint(tmp_path / "base" / "d2", weights() | tensors, **config)
+    there = {name: tensor for name, tensor in (weights() | tensors).items() if tensor is not None}
+    source = checkpoint(tmp_path / "base" / "d2", there, **config)
+    (source / "d2" / "model_best.pt").touch()  # a copy beside the steps, which nanochat does not read either
     (tmp_path / "model").mkdir()
     with pytest.raises(UserMistake, match=words) as found:
         import_hf.run(import_hf.Config(str(source), **wanted), tmp_path / "model", tmp_path)
@@ -238,7 +247,7 @@ def test_what_nanochat_cannot_hold_is_refused_before_anything_runs(change, words
 
 
 def test_a_tag_is_the_name_of_a_folder():
-    for tag in ("../d2", "a/b", "..", "."):
+    for tag in ("../d2", "a/b", "..", ".", " ", "d2 ", "a\0b", "a\nb", "x" * 256):
         (problem,) = export_nanochat.check(export_nanochat.Config("m", tag=tag), 1)
         assert f"{tag!r} is no name of a folder" in str(problem)
 

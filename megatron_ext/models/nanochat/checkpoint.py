@@ -34,6 +34,7 @@ ORIGIN = "nanochat.json"  # among the Hugging Face files of a model folder
 PADDED_TO = 64  # rows of the vocabulary, where the model never had any (nanochat/gpt.py since December 2025)
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 LISTED = 8  # wrong tensors that a message names
+_MODEL = re.compile(r"model_(\d{6,})\.pt")  # nanochat reads no other, such as a copy model_best.pt
 _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.weight$")
 
 
@@ -49,9 +50,10 @@ def find(folder: Path, tag: str, step: int) -> tuple[Path, Path] | None:
             raise UserMistake(Problem("model_tag", f"is missing: {folder} has {', '.join(tags)}"))
         return None
     place = folder / tag
-    steps = sorted(int(path.stem.removeprefix("model_")) for path in place.glob("model_*.pt"))
+    steps = sorted(int(name[1]) for path in place.glob("model_*.pt") if (name := _MODEL.fullmatch(path.name)))
     if not steps:
-        raise UserMistake(Problem("model_tag", f"{tag!r} has no model_*.pt in {folder}; there are {', '.join(tags)}"))
+        message = f"{tag!r} has no model_STEP.pt, of six digits or more, in {folder}; there are {', '.join(tags)}"
+        raise UserMistake(Problem("model_tag", message))
     if step >= 0 and step not in steps:
         raise UserMistake(Problem("step", f"{place} has no step {step}; there are {', '.join(map(str, steps))}"))
     number = f"{steps[-1] if step < 0 else step:06d}"
@@ -64,11 +66,12 @@ def config_of(meta: Path, dtype: str) -> dict[str, Any]:
     """
     try:
         model = dict(durable.read_json(inside(meta.parent, meta.name))["model_config"])
-        sizes = [int(model.pop(key)) for key in SIZES]
+        sizes = [_whole(key, model.pop(key)) for key in SIZES]
     except (OSError, durable.TornFile, KeyError, TypeError, ValueError) as error:
         raise UserMistake(Problem(str(meta), f"has no model_config with {', '.join(SIZES)} ({error!r})")) from None
-    if set(model.pop("window_pattern", "L")) != {"L"}:
-        raise UserMistake(Problem(str(meta), "window_pattern has short windows: NanoChatForCausalLM has none"))
+    if set(str(pattern := model.pop("window_pattern", "L")).upper()) != {"L"}:
+        message = f"window_pattern {pattern!r} is not L alone: NanoChatForCausalLM has no short windows"
+        raise UserMistake(Problem(str(meta), message))
     if model:
         raise UserMistake(Problem(str(meta), f"model_config has {', '.join(model)}, which is not known"))
     positions, vocabulary, layers, heads, groups, hidden = sizes
@@ -88,6 +91,12 @@ def config_of(meta: Path, dtype: str) -> dict[str, Any]:
             dtype=dtype,
         )
     )
+
+
+def _whole(key: str, value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{key} is {value!r}, no whole number")
+    return value
 
 
 def hf_name(name: str) -> str:

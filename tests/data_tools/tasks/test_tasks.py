@@ -249,6 +249,27 @@ def test_choices_without_an_answer_among_them_are_malformed():
     for answer in (3, "D", True, None):
         with pytest.raises(ValueError, match="none of the choices A, B, C"):
             item_of("multiple_choice", CHOICES | {"answer": answer})
+    assert item_of("multiple_choice", CHOICES | {"answer": None, "answerKey": "C"}).answer == "C"
+
+
+@pytest.mark.parametrize("texts, labels, words", [
+    (["one", "two"], ["A", "B", "C"], "labels A, B, C of 2 texts"), (["one", "two"], ["C"], "labels C of 2"),
+    (["one", "two"], ["C", "C"], "labels C, C of 2 texts"), (["one", None], ["A", "C"], "None, which is no"),
+    (["one", {"text": "two"}], ["A", "C"], "which is no text"),
+])  # fmt: skip
+def test_choices_of_which_nobody_can_tell_which_is_meant_are_malformed(texts, labels, words):
+    record = {"question": "Which?", "choices": {"text": texts, "label": labels}, "answerKey": "C"}
+    with pytest.raises(ValueError, match=words):
+        item_of("multiple_choice", record)
+
+
+@pytest.mark.parametrize("task, record", [
+    ("gsm8k", {"question": 10**400, "answer": "#### 3"}), ("math500", {"problem": "p", "answer": 10**400}),
+    ("svamp", {"Body": "b", "Question": "q", "Answer": -(10**400)}),
+])  # fmt: skip
+def test_a_number_that_no_float_holds_is_its_digits(task, record):
+    item = item_of(task, record)
+    assert str(10**400) in f"{item.prompt} {item.answer}" and score(task, item, f"\\boxed{{{item.answer}}}")["correct"]
 
 
 ACTIONS = {"prompt": "Which?", "reward_action_0": "0.25", "reward_action_1": 0.75}
