@@ -115,6 +115,14 @@ def _scale(text: str) -> float:
     return share
 
 
+def _hours(text: str) -> float:
+    """Return a budget in GPU-hours; inf is one that refuses only what has no limit."""
+    hours = float(text)
+    if not hours >= 0:  # nan neither
+        raise argparse.ArgumentTypeError(f"{text} is no number of GPU-hours: at least 0")
+    return hours
+
+
 def _add_pipeline_verbs(verb: AddVerb) -> None:
     """Add the verbs that take a pipeline file: plan, submit and run."""
     plan = verb("plan", plan_verbs.do_plan, "show what would run, what is reused, and why; submits nothing")
@@ -179,7 +187,7 @@ def _add_preflight(sub: argparse.ArgumentParser) -> None:
         default=[],
         help="let a warning of the check ID not stop it (slurm/checks.py lists them); may be said again",
     )
-    sub.add_argument("--budget", type=float, metavar="HOURS", help="refuse a plan that may use more GPU-hours")
+    sub.add_argument("--budget", type=_hours, metavar="HOURS", help="refuse a plan that may use more GPU-hours")
 
 
 def _add_submission_verbs(verb: AddVerb) -> None:

@@ -29,7 +29,7 @@ def _show(args: argparse.Namespace, plan: "Plan") -> int:
     from launchers.observe.runs import find_run
     from launchers.observe.show import console, differences_table, hours_line, plan_table
 
-    before = find_run(args.diff) if args.diff else None
+    before = find_run(args.diff) if args.diff is not None else None
     differ = differences(plan, before) if before else []
     texts = scripts(plan) if args.sbatch else {}
     starts = predicted_starts(plan)

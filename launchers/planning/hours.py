@@ -66,10 +66,10 @@ def over_budget(hours: Mapping[str, GpuHours], budget: float | None) -> list[Pro
     if boundless := [name for name, each in hours.items() if each.bound is None]:
         message = f"{', '.join(boundless)} may use any number of GPU-hours: no time limit is said; say resources.time"
         return [Problem("--budget", message, "B001")]
-    most = total(list(hours.values())).bound or 0.0
+    most = round(total(list(hours.values())).bound or 0.0, 6)  # a sum of minutes, without what floats add to it
     if most <= budget:
         return []
     ranked = sorted(((each.bound or 0.0, name) for name, each in hours.items()), reverse=True)
-    each = ", ".join(f"{name} {bound:,.1f}" for bound, name in ranked if bound)
-    message = f"the time limits come to {most:,.1f} GPU-hours ({each}), and the budget is {budget:,.1f}; ask for less "
+    each = ", ".join(f"{name} {bound:,.2f}" for bound, name in ranked if bound)
+    message = f"the time limits come to {most:,.2f} GPU-hours ({each}), and the budget is {budget}; ask for less "
     return [Problem("--budget", f"{message}time, nodes or GPUs, or raise it", "B001")]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
-from data_tools.mistake import Problem
+from data_tools.mistake import Problem, nearest
+from slurm.checks import CHECKS
 from slurm.printed import format_minutes, parse_minutes
 from slurm.profile.layers import Layer, Merged, leaves, merge
 from slurm.profile.places import gpus_of, items
@@ -39,6 +40,10 @@ def policy_problems(layers: list[Layer], merged: Merged, policy: Policy) -> list
             problems.append(Problem(f"{file}: policy.locked.{key}", "no place of a profile"))
     for key, bound in policy.bounds.items():
         problems += _bound_problems(key, bound, f"{file}: policy.bounds.{key}")
+    for check in policy.unwaivable:
+        if check not in CHECKS:  # the one that is meant would stay waivable
+            words = f"there is no check {check!r}{nearest(check, list(CHECKS))}"
+            problems.append(Problem(f"{file}: policy.unwaivable", words))
     # An admin's file that has nothing to do with the policy's was chosen by the user: its values are the user's.
     chain = [layer for layer in admins_layers if layer.file in (last.file, *last.below) or last.file in layer.below]
     admins = leaves(merge(chain).values)
@@ -70,7 +75,7 @@ def _out_of_reach(layers: list[Layer]) -> Iterator[Problem]:
 
 
 def _bound_problems(key: str, bound: Bound, where: str) -> Iterator[Problem]:
-    """Yield what would keep a bound from ever counting: no value is called so, or it cannot be compared with one."""
+    """Yield what keeps a bound from counting, or every value from being legal (min above max)."""
     if key.startswith(OF_A_PHASE):
         if key.removeprefix(OF_A_PHASE) not in OF_RESOURCES:
             yield Problem(where, f"a phase gets nothing of this name; known: {', '.join(OF_RESOURCES)}")
@@ -80,11 +85,17 @@ def _bound_problems(key: str, bound: Bound, where: str) -> Iterator[Problem]:
     if key.rpartition(".")[2] == "gres" and (bound.min is not None or bound.max is not None):
         words = 'gres is no number: say choices, such as ["gpu:a100", "nvme:1"], or bound resources.gpus_per_node'
         yield Problem(where, words)
+    if bound.min is None and bound.max is None and not bound.choices:
+        yield Problem(where, "bounds nothing: say min, max or choices")
+    numbers = {}
     for name in ("min", "max"):
         try:
-            _number(key, getattr(bound, name) or "0")
+            if (said := getattr(bound, name)) is not None:
+                numbers[name] = _number(key, said)
         except ValueError as error:
             yield Problem(f"{where}.{name}", str(error))
+    if len(numbers) == 2 and numbers["min"] > numbers["max"]:
+        yield Problem(where, f"no value is legal: min {bound.min} is more than max {bound.max}")
 
 
 def _changed(admins: Values, now: Values, merged: Merged, policy: Policy) -> Iterator[Problem]:

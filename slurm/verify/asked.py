@@ -19,7 +19,6 @@ from slurm.verify.live import Limit, Live, LiveNode, minutes_of, user_groups, us
 
 NEVER_STARTS = "Slurm would take the job and never start it"
 CLOCK = "%Y-%m-%dT%H:%M:%S"  # as scontrol prints times
-STRAY = ("IGNORE_JOBS", "FLEX")  # flags of reservations that keep no job out
 
 
 @dataclass
@@ -304,8 +303,8 @@ def _reserved(asked: Asked, nodes: list[LiveNode], now: datetime) -> Iterator[Pr
     taken: dict[str, tuple[datetime, str]] = {}  # node -> the first reservation that keeps it
     for name, keys in asked.live.reservations.items():
         start, end = _moment(keys.get("StartTime", "")), _moment(keys.get("EndTime", ""))
-        if start is None or end is None or end <= now or any(flag in keys.get("Flags", "") for flag in STRAY):
-            continue
+        if start is None or end is None or end <= now:
+            continue  # no flag lets a job in that does not name it: IGNORE_JOBS and FLEX neither (seen with 22.05)
         if (start - now).total_seconds() / 60 >= minutes:
             continue
         for node in named.nodes_in(keys.get("Nodes", ""), [node.name for node in nodes]):

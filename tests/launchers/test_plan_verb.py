@@ -12,7 +12,7 @@ from jobs.artifacts.layout import code_digests_beside
 from jobs.artifacts.run_folder import Outcome, RunFolder
 from jobs.schema.pipeline import load_pipeline
 from launchers import cli
-from launchers.planning.hours import MEASURED, PREDICTED, planned_seconds
+from launchers.planning.hours import MEASURED, PREDICTED, GpuHours, over_budget, planned_seconds
 from launchers.planning.planner import make_plan
 from launchers.planning.preflight import Job, _hub
 from launchers.submission.freeze import select
@@ -79,10 +79,28 @@ def test_the_scripts_are_printed_and_what_is_refused_is_in_json_too(two, capsys)
     checks = {finding["check"]: finding["severity"] for finding in json.loads(told.out)["refused"]}
     assert checks == {"S001": "refusal"} and "nodes: 0 is too small" in told.err
     told = said(capsys, *words, "--budget", "100", code=2)
-    assert "--budget: the time limits come to 576.0 GPU-hours (numbers 576.0), and the budget is 100.0" in told.err
+    assert "--budget: the time limits come to 576.00 GPU-hours (numbers 576.00), and the budget is 100.0" in told.err
     assert "local processes have no batch script" in said(
         capsys, "plan", path, "cluster=local", "--run", folder / "run", "numbers.resources.role=cpu",
         "numbers.resources.nodes=1", "--sbatch", code=2).err  # fmt: skip
+
+
+@pytest.mark.parametrize("hours", ["-1", "nan", "-inf", "ten"])
+def test_a_budget_that_is_no_number_of_hours_is_refused_as_that(two, capsys, hours):
+    with pytest.raises(SystemExit) as told:
+        cli.main(["plan", str(two[0]), f"--budget={hours}"])
+    assert told.value.code == 2 and "argument --budget: " in capsys.readouterr().err
+
+
+def test_a_budget_is_compared_in_minutes_and_told_as_it_was_said():
+    tenths = {name: GpuHours(0.1, None) for name in "abc"}  # whose sum is 0.30000000000000004
+    assert over_budget(tenths, 0.3) == []
+    (problem,) = over_budget({"sft": GpuHours(12.0, None)}, 11.99)
+    assert "come to 12.00 GPU-hours (sft 12.00), and the budget is 11.99;" in problem.message
+
+
+def test_an_empty_name_of_a_run_to_compare_with_is_no_run(two, capsys):
+    assert "'' is no run" in said(capsys, "plan", two[0], f"cluster={two[1]}", "--diff", "", code=2).err
 
 
 def submitted(pipeline, folder):

@@ -118,12 +118,17 @@ def test_each_check_finds_what_is_asked_wrongly(monkeypatch, check, key, said, w
         reserved(end="2026-11-30T11:00:00"),  # over
         reserved(start="2026-11-30T22:00:00", end="2026-12-01T00:00:00"),  # begins as the job ends
         reserved(nodes="a1"),  # nodes that the job could not have
-        reserved(Flags="MAINT,IGNORE_JOBS", nodes="c1"),
         reserved(nodes="(null)", Flags=""),  # of licences alone
     ],
 )
 def test_a_reservation_that_leaves_the_job_its_nodes_is_no_hindrance(cluster):
     assert found(cluster) == []
+
+
+@pytest.mark.parametrize("flags", ["MAINT,IGNORE_JOBS,SPEC_NODES,ALL_NODES", "FLEX", "MAGNETIC", "IGNORE_JOBS,OVERLAP"])
+def test_whatever_its_flags_a_reservation_that_a_job_does_not_name_is_in_its_way(flags):
+    (problem,) = found(reserved(Flags=flags))
+    assert problem.check == "V001"
 
 
 def test_the_longest_time_that_fits_is_until_too_few_nodes_are_left():

@@ -268,12 +268,22 @@ def test_places_that_no_profile_has_are_the_admins_mistake(site):
         ("resources.gres: {max: 4}", "resources.gres: gres is no number: say choices"),
         ("resources.nodes: {max: eight}", "resources.nodes.max: 'eight' is no integer"),
         ("resources.time: {min: soon}", "resources.time.min: 'soon' is no Slurm time"),
+        ("resources.nodes: {}", "resources.nodes: bounds nothing"),
+        ("resources.nodes: {reason: Small.}", "resources.nodes: bounds nothing"),
+        ("resources.nodes: {min: 3, max: 1}", "resources.nodes: no value is legal: min 3 is more than max 1"),
+        ('resources.time: {min: "1-0", max: "90"}', "resources.time: no value is legal: min 1-0 is more than max 90"),
     ],
 )
 def test_a_bound_that_could_never_count_is_the_admins_mistake(site, entry, words):
     admin = site("admin", "big", f"roles: {{cpu: {{}}}}\nkind: local\npolicy: {{bounds: {{{entry}}}}}\n")
     (line,) = refused("big")
     assert line.startswith(f"{admin}: policy.bounds.{words}")
+
+
+def test_a_check_that_nobody_may_waive_is_one_that_there_is(site):
+    admin = site("admin", "big", "roles: {cpu: {}}\nkind: local\npolicy: {unwaivable: [D001, d001]}\n")
+    (line,) = refused("big")
+    assert line.startswith(f"{admin}: policy.unwaivable: there is no check 'd001' (")
 
 
 def test_what_nobody_says_is_held_to_a_bound_too(site):
