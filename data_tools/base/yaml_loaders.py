@@ -132,7 +132,7 @@ def read_values(text: str) -> Any:
     return yaml.load(text, ValueLoader)
 
 
-def read_typed(text: str) -> Any:
+def read_typed(text: str, loader: type = ValueLoader) -> Any:
     """Return the value of a text that somebody typed as one: an override, a variable.
 
     Raise yaml.YAMLError, also where YAML would leave out something of it in silence: a comment, which nobody types
@@ -146,4 +146,4 @@ def read_typed(text: str) -> Any:
         if is_comment or (folded and token.style not in tuple("|>")):
             lost = "from ' #' on it is a comment" if is_comment else "its line break becomes a space"
             raise yaml.YAMLError(f"{lost}; put the text in double quotes within the value, with \\n for a line break")
-    return read_values(text)
+    return yaml.load(text, loader)

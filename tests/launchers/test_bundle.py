@@ -14,7 +14,7 @@ from launchers.submission.bundle_script import submit_script
 from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for, wait_until_sealed, write_toy
 from tests.launchers.shims import submitted_jobs
 
-TOOLS = ("sbatch", "scancel", "sh", "cat", "ln", "rm", "uname")  # all that submit.sh may call
+TOOLS = ("sbatch", "scancel", "sh", "cat", "ln", "rm", "uname")  # all that submit.sh needs
 
 
 class LoginNode:
