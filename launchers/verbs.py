@@ -37,10 +37,20 @@ def make_plan_of(args: argparse.Namespace, only_plan: bool = False) -> "Plan":
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
-    pipeline.rehearsed = args.rehearse_scale if getattr(args, "rehearse", False) else 0.0
+    pipeline.rehearsed = _rehearsed(args)
     run = default_run_folder(pipeline, args.run)
     cluster = find_cluster(pipeline.cluster, pipeline.overrides, only_plan)
     return plan_here(args, pipeline, run, cluster)
+
+
+def _rehearsed(args: argparse.Namespace) -> float:
+    """Return the share of its time that each phase sleeps, 0 where it is no rehearsal."""
+    rehearse, share = getattr(args, "rehearse", False), getattr(args, "rehearse_scale", None)
+    if share is not None and not rehearse:
+        raise UserMistake(
+            f"--rehearse-scale {share:g} without --rehearse would submit the real thing; say --rehearse too"
+        )
+    return (share or 0.001) if rehearse else 0.0
 
 
 def plan_here(
