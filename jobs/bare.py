@@ -36,7 +36,7 @@ from jobs.artifacts.layout import element_name
 from jobs.kind import PhaseKind, Placement, find_kind, inputs, kind_names
 from jobs.retry import EXIT_UNFINISHED
 from jobs.task import Task
-from megatron_ext.entrypoints.bare import read_config
+from megatron_ext.entrypoints.bare import check_folders, read_config
 
 
 class Bare:
@@ -62,8 +62,8 @@ class Bare:
             raise UserMistake(problems)
         if self.elements > 1 and not self.kind.can_split:
             raise UserMistake(f"--elements {self.elements}: phase kind {self.name} cannot be split into elements")
-        if self.rank == 0 and self.out.exists() and any(self.out.iterdir()):
-            raise UserMistake(f"{self.out} is not empty: name a folder that does not exist yet")
+        if self.rank == 0:
+            check_folders(self.out, self.keep)
 
     def part(self, index: int) -> Path:
         """Return what an element fills: OUT itself where nothing is to be merged."""

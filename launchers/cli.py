@@ -150,7 +150,6 @@ def _add_pipeline_verbs(verb: AddVerb) -> None:
         sub.add_argument(
             "--rehearse-scale",
             type=_scale,
-            default=0.001,
             metavar="SHARE",
             help="sleep this share of the planned time, which is the time limit of the phase's job (default: 0.001)",
         )

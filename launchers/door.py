@@ -5,6 +5,9 @@
 
 Before, the variables of `sbatch --export=…` are seen to: what Slurm lost of them on the way is refused, and quotes that
 only held a comma together are taken off. The planner refuses those that the pipeline does not declare.
+
+Where the plan is for this machine, `submit` stays until all of it has ended, as `run` does, and `resubmit` is refused:
+their driver would end with this job (launchers/verbs.py).
 """
 
 import runpy
@@ -20,7 +23,6 @@ from launchers import cli
 from launchers.verbs import tell
 from slurm import exported
 
-LOCAL = "cluster=local"
 DOORS = {"pipeline": "submit", "phase": "resubmit"}  # to the verb that each leads to
 
 
@@ -35,13 +37,8 @@ def main(words: list[str]) -> int:
         for problem in problems:
             tell(problem)
         return EXIT_MISTAKE
-    os.environ.update(exported.unquoted(typed, os.environ))
-    if LOCAL not in rest:
-        return cli.main([DOORS[door], *rest])
-    if door == "phase":  # its driver would end with this job
-        tell(f"{LOCAL}: a phase is resubmitted to a cluster; `sbatch pipeline.sbatch PIPELINE {LOCAL}` runs in its job")
-        return EXIT_MISTAKE
-    return cli.main(["run", *rest])
+    os.environ.update({exported.VARIABLE: typed} | exported.unquoted(typed, os.environ))
+    return cli.main([DOORS[door], *rest])
 
 
 if __name__ == "__main__":

@@ -37,10 +37,20 @@ def make_plan_of(args: argparse.Namespace, only_plan: bool = False) -> "Plan":
     from slurm.detect import find_cluster
 
     pipeline = load_pipeline(args.pipeline, args.overrides, os.environ)
-    pipeline.rehearsed = args.rehearse_scale if getattr(args, "rehearse", False) else 0.0
+    pipeline.rehearsed = _rehearsed(args)
     run = default_run_folder(pipeline, args.run)
     cluster = find_cluster(pipeline.cluster, pipeline.overrides, only_plan)
     return plan_here(args, pipeline, run, cluster)
+
+
+def _rehearsed(args: argparse.Namespace) -> float:
+    """Return the share of its time that each phase sleeps, 0 where it is no rehearsal."""
+    rehearse, share = getattr(args, "rehearse", False), getattr(args, "rehearse_scale", None)
+    if share is not None and not rehearse:
+        raise UserMistake(
+            f"--rehearse-scale {share:g} without --rehearse would submit the real thing; say --rehearse too"
+        )
+    return (share or 0.001) if rehearse else 0.0
 
 
 def plan_here(
@@ -94,10 +104,19 @@ def do_submit(args: argparse.Namespace) -> int:
     from launchers.submission.submit import submit
 
     plan = make_plan_of(args)
+    if _ends_with_a_job(plan.cluster) and not args.dry_run:
+        return _follow(args, plan)
     announce(plan, quiet=args.json)
     if not args.dry_run:
         plan.run.make(args.group)
     return _report_submitted(args, plan, submit(plan, args.dry_run))
+
+
+def _ends_with_a_job(cluster: "Cluster") -> bool:
+    """Return whether what is started on this machine ends with the batch job around it: one of a door's."""
+    from slurm.exported import VARIABLE
+
+    return cluster.kind == "local" and VARIABLE in os.environ
 
 
 def _report_submitted(args: argparse.Namespace, plan: "Plan", done: "Submitted") -> int:
@@ -138,6 +157,11 @@ def do_resubmit(args: argparse.Namespace) -> int:
     if args.again and args.elements:
         raise UserMistake("--again runs all elements of a phase anew: leave --elements out")
     cluster = find_cluster(pipeline.cluster, pipeline.overrides)
+    if _ends_with_a_job(cluster):
+        raise UserMistake(
+            "cluster=local: a phase is resubmitted to a cluster; "
+            "`sbatch pipeline.sbatch PIPELINE cluster=local` runs what is missing in its job"
+        )
     plan = plan_here(args, pipeline, run, cluster, again=args.phase if args.again else "")
     announce(plan, quiet=args.json)
     return _report_submitted(args, plan, resubmit(plan, args.phase, _indices(args.elements), args.dry_run))
@@ -171,13 +195,17 @@ def do_repair(args: argparse.Namespace) -> int:
 
 
 def do_run(args: argparse.Namespace) -> int:
+    return _follow(args, make_plan_of(args))
+
+
+def _follow(args: argparse.Namespace, plan: "Plan") -> int:
+    """Submit a plan, follow it to its end, and print a summary."""
     from launchers.observe.follow import LOCAL_POLL_S, SLURM_POLL_S, follow
     from launchers.observe.runs import as_typed
     from launchers.observe.scores import print_scores
     from launchers.observe.show import console, print_submitted, summary
     from launchers.submission.submit import submit
 
-    plan = make_plan_of(args)
     run = plan.run
     announce(plan, quiet=args.json)
     run.make(args.group)

@@ -46,7 +46,8 @@ def unquoted(typed: str, environment: Mapping[str, str]) -> dict[str, str]:
 def lost(typed: str, environment: Mapping[str, str]) -> list[Problem]:
     """Return what of an --export did not reach this job as it was typed."""
     problems = []
-    for name, value in parts(typed):
+    given = list(parts(typed))
+    for name, value in given:
         if value is None:
             if name not in environment:
                 problems.append(
@@ -57,13 +58,10 @@ def lost(typed: str, environment: Mapping[str, str]) -> list[Problem]:
                     )
                 )
         elif environment.get(name) not in (value, _bare(value)) and not MEANT_ELSEWHERE.fullmatch(name):
-            problems.append(
-                Problem(
-                    f"--export={typed}",
-                    f"{name} is {environment.get(name)!r} here: with ALL, the one of your shell counts; "
-                    f"`unset {name}` there, or leave ALL out",
-                )
-            )
+            why = f"with ALL, the one of your shell counts; `unset {name}` there, or leave ALL out"
+            if [other for other, _ in given].count(name) > 1:
+                why = "it is said more than once"
+            problems.append(Problem(f"--export={typed}", f"{name} is {environment.get(name)!r} here: {why}"))
     return problems
 
 

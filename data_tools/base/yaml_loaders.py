@@ -130,3 +130,20 @@ ValueLoader.add_implicit_resolver(
 def read_values(text: str) -> Any:
     """Return the value of a YAML text. Raise yaml.YAMLError."""
     return yaml.load(text, ValueLoader)
+
+
+def read_typed(text: str, loader: type = ValueLoader) -> Any:
+    """Return the value of a text that somebody typed as one: an override, a variable.
+
+    Raise yaml.YAMLError, also where YAML would leave out something of it in silence: a comment, which nobody types
+    there, and a line break without quotes, which becomes a space.
+    """
+    end = 0
+    for token in yaml.scan(text):
+        is_comment = "#" in text[end : token.start_mark.index]
+        end = max(end, token.end_mark.index)
+        folded = isinstance(token, yaml.ScalarToken) and "\n" in text[token.start_mark.index : end].rstrip()
+        if is_comment or (folded and token.style not in tuple("|>")):
+            lost = "from ' #' on it is a comment" if is_comment else "its line break becomes a space"
+            raise yaml.YAMLError(f"{lost}; put the text in double quotes within the value, with \\n for a line break")
+    return yaml.load(text, loader)

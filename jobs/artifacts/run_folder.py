@@ -54,6 +54,8 @@ def path_problem(path: Path, on_slurm: bool) -> str:
         for part in path.parts
         if len(os.fsencode(part)) > LONGEST_NAME
     ]
+    if not wrong:  # no filesystem can be asked of what is wrong above
+        wrong += [(str(place), "that is a file") for place in (path, *path.parents) if place.is_file()]
     if not wrong:
         return ""
     part, why = wrong[0]

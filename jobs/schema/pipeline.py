@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from data_tools.base.yaml_loaders import read_values
+from data_tools.base.yaml_loaders import read_typed, read_values
 from data_tools.mistake import UserMistake, nearest
 from jobs.kind import PhaseKind, find_kind, kind_names
 from jobs.schema.problems import Problems
@@ -200,7 +200,7 @@ class _Loader:
         for variable in given(names, self.environment, self.problems):
             parts = variable.key.split(".")
             try:
-                value = read_values(variable.value)
+                value = read_typed(variable.value)
             except yaml.YAMLError as error:
                 why = " ".join(str(error).split())
                 self.problems.note_variable(variable.name, f"{variable.value!r} is not valid YAML: {why}")
@@ -225,7 +225,7 @@ class _Loader:
                 self.problems.note_override(override, "write it as dotted.key=value")
                 continue
             try:
-                value = read_values(text)
+                value = read_typed(text)
             except yaml.YAMLError as error:
                 self.problems.note_override(override, f"the value is not valid YAML: {' '.join(str(error).split())}")
                 continue

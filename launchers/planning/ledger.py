@@ -220,9 +220,10 @@ class Ledger:
     def given_up(self) -> str:
         """Return why the newest submission was taken back or was not finished; "" where it was released.
 
-        Nothing of such a submission ran: a cluster that refused one of its jobs is told of here.
+        A cluster that refused one of its jobs is told of here. Nothing of such a submission ran, since its jobs were
+        held, but for those that submit.sh of a bundle had sent.
         """
-        newest, end = 0, ""
+        newest, end, bundles = 0, "", set[int]()
         for event in self.events():
             if event["event"] == "submission":
                 newest, end = event["submission"], ""
@@ -230,11 +231,14 @@ class Ledger:
                 newest = 0
             elif event["event"] == "abandoned" and event["submission"] == newest:
                 end = event["why"]
+            elif event["event"] == "bundle":
+                bundles.add(event["submission"])
         if not newest or newest in self.copied():
             return ""
         where = self.path.parent
         if end:
-            return f"submission {newest} was taken back, nothing of it ran: {end}"
+            ran = "its jobs were cancelled" if newest in bundles else "nothing of it ran"
+            return f"submission {newest} was taken back, {ran}: {end}"
         return (
             f"submission {newest} is not released (its submitter was killed or still works, or Slurm did not "
             f"answer): `afterok repair {where}` goes on with it, `afterok cancel {where}` takes it back"

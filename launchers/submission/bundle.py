@@ -5,12 +5,14 @@ left, to a shell script (bundle_script.py), which notes in submissions/N/sent wh
 `submit` had written it, so that status, why, logs, repair and cancel know of its jobs.
 """
 
+import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.base import durable
 from data_tools.mistake import UserMistake
+from jobs.artifacts.run_folder import RunFolder
 from launchers.backends.choose import backends_of
 from launchers.backends.contract import JobSpec
 from launchers.backends.slurm import SlurmBackend
@@ -37,7 +39,8 @@ def bundle(plan: Plan, folder: Path) -> Bundled:
     """Write what a plan would submit into an empty folder, as a submission of the run that is yet to be sent.
 
     Raises:
-        UserMistake: the plan is for this machine, the folder holds something, or jobs of the run are under way.
+        UserMistake: the plan is for this machine, the folder holds something, cannot be made or is the run's, or jobs
+            of the run are under way.
     """
     if plan.cluster.kind != "slurm":
         raise UserMistake(f"a bundle is for Slurm, and this plan is for {plan.cluster.where}; say cluster=PROFILE")
@@ -47,6 +50,7 @@ def bundle(plan: Plan, folder: Path) -> Bundled:
         return Bundled(None, folder, [])
     with submit_lock(plan.run):
         _refuse_begun(plan)
+        _make_folder(plan.run, folder)  # before anything is written down of a submission
         number = next_number(plan.run)
         steps = _steps(plan, number)
         for planned in plan.to_run:
@@ -55,6 +59,18 @@ def bundle(plan: Plan, folder: Path) -> Bundled:
         told = [step.record() for step in steps]
         Ledger(plan.run.ledger).append("bundle", **opening(plan, number), folder=str(folder.resolve()), jobs=told)
     return Bundled(number, folder, files)
+
+
+def _make_folder(run: RunFolder, folder: Path) -> None:
+    """Make the bundle's folder, if need be. Raises UserMistake where it cannot be one."""
+    if folder.resolve().is_relative_to(run.path.resolve()):
+        raise UserMistake(f"{folder} lies in the run {run.path}, whose files are afterok's; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserMistake(f"{folder}: a folder above it is a file; name another folder") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserMistake(f"{folder}: you may not write there; name another folder")
 
 
 def _refuse_begun(plan: Plan) -> None:
@@ -88,10 +104,9 @@ def _write(plan: Plan, number: int, steps: list[Submit], folder: Path) -> list[s
     ]
     backend = SlurmBackend(plan.run, plan.cluster)
     backend.prepare(number, specs)
-    folder.mkdir(parents=True, exist_ok=True)
     names = [f"{step.phase}.sh" for step in steps]
     for step, name in zip(steps, names, strict=True):
         durable.write_file(folder / name, backend.script(number, step.phase).read_text())
-    durable.write_file(folder / NAME, submit_script(plan.run, number, steps))
+    durable.write_file(folder / NAME, submit_script(plan.run, number, steps, plan.cluster.slurm_name))
     (folder / NAME).chmod(0o755)
     return [NAME, *names]

@@ -5,6 +5,7 @@ What it does it notes in RUN/submissions/N/sent, a line before and after each ca
     begin, sending I, job I ID, released | cancelled WHY
 """
 
+import re
 import shlex
 
 from jobs.artifacts.run_folder import RunFolder
@@ -25,6 +26,7 @@ SCRIPT = r"""#!/bin/sh
 set -uf
 run=@quoted_run@
 number=@number@
+cluster=@cluster@
 sent=$run/submissions/$number/sent
 lock=$run/submit.lock
 case $0 in */*) here=${0%/*} ;; *) here=. ;; esac
@@ -52,6 +54,16 @@ unset IFS
 [ -d "$run/submissions/$number" ] || refuse "$run/submissions/$number is not here: this node does not see the run"
 [ -w "$run/submissions/$number" ] || refuse "$run/submissions/$number takes no writes: what is sent is noted there"
 command -v sbatch > /dev/null || refuse "no sbatch in PATH=${PATH:-}"
+# The ids of another cluster's jobs would be taken for this one's. Where scontrol is missing, nobody can tell.
+answers=$(scontrol show config 2> /dev/null) || answers=
+IFS=$newline
+for line in $answers; do
+    case $cluster,$line in
+        ,* | *,"ClusterName "*"= $cluster") ;;
+        *,"ClusterName "*"= "?*) refuse "this bundle is for the cluster $cluster, and here answers ${line##*= }" ;;
+    esac
+done
+unset IFS
 
 # One submitter a run: the lock is afterok's, which finds out whether this process lives.
 start=0
@@ -71,7 +83,7 @@ locked=$?
 rm -f "$mine"
 [ $locked = 0 ] || refuse "somebody is submitting to $run right now; wait, or remove $lock if it is gone"
 trap 'rm -f "$lock"' EXIT
-trap 'take_back interrupted' HUP INT TERM
+trap 'take_back interrupted' HUP INT QUIT PIPE TERM
 
 set +f
 for later in "$run"/submissions/*; do
@@ -99,7 +111,7 @@ note() {
 jobs=
 sending=
 take_back() {
-    trap '' HUP INT TERM
+    trap '' HUP INT QUIT PIPE TERM
     echo "afterok: $1" >&2
     # The job that was being sent may be there all the same. No other job has its name.
     if { [ -z "$sending" ] || scancel --name="$sending"; } && { [ -z "$jobs" ] || scancel $jobs; }; then
@@ -141,8 +153,11 @@ echo "submission $number of $run is sent: afterok status $run"
 """
 
 
-def submit_script(run: RunFolder, number: int, steps: list[Submit]) -> str:
-    """Return the text of submit.sh, which sends `steps`, those of submission `number`, in their order."""
+def submit_script(run: RunFolder, number: int, steps: list[Submit], cluster: str) -> str:
+    """Return the text of submit.sh, which sends `steps`, those of submission `number`, in their order.
+
+    `cluster` is the ClusterName of the Slurm that they are for; "" where none was asked.
+    """
     awaited: dict[str, str] = {}  # phase -> the shell's word for the job that its dependents wait on
     calls: list[str] = []
     for place, step in enumerate(steps):
@@ -153,13 +168,11 @@ def submit_script(run: RunFolder, number: int, steps: list[Submit]) -> str:
     said = {
         "number": str(number),
         "run": str(run.path),
+        "cluster": shlex.quote(cluster),
         "quoted_run": shlex.quote(str(run.path)),
         "count": str(len(steps)),
         "kept": "SLURM_CONF | SLURM_CONF_SERVER",
         "outer": " | ".join([*(f"{prefix}*" for prefix in OUTER_PREFIXES), *OUTER_NAMES]),
         "calls": "\n".join(calls),
     }
-    text = SCRIPT
-    for name, value in said.items():
-        text = text.replace(f"@{name}@", value)
-    return text
+    return re.sub(r"@(\w+)@", lambda word: said[word[1]], SCRIPT)  # in one go: a run's path may hold such a word too

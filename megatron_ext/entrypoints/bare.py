@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.base import declared
-from data_tools.base.yaml_loaders import read_values
+from data_tools.base.yaml_loaders import read_typed, read_values
 from data_tools.mistake import UserMistake
 
 LINE_S = 5.0  # between two progress lines
@@ -53,8 +53,7 @@ def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable
         out = arguments.out
         keep = arguments.keep or out.with_name(out.name + ".keep")
         if first:
-            if out.exists() and any(out.iterdir()):
-                raise UserMistake(f"{out} is not empty: name a folder that does not exist yet")
+            check_folders(out, keep)
             out.mkdir(parents=True, exist_ok=True)
             keep.mkdir(parents=True, exist_ok=True)
         facts = run(config, out, keep, Lines() if first else (lambda *_, **__: None))
@@ -67,6 +66,15 @@ def main(config_class: type, run: Callable[..., dict[str, Any]], check: Callable
     return 0
 
 
+def check_folders(out: Path, keep: Path) -> None:
+    """Raise UserMistake where `out` holds something, or a file lies where one of the two has to be made."""
+    for folder in (out, keep):
+        if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+            raise UserMistake(f"{folder} cannot be made: {file} is a file; name another folder")
+    if out.exists() and any(out.iterdir()):
+        raise UserMistake(f"{out} is not empty: name a folder that does not exist yet")
+
+
 def read_config(config_class: type, path: Path, overrides: list[str]) -> Any:
     """Return the typed config of a YAML file. Raise UserMistake for unknown keys and wrong types."""
     from omegaconf import OmegaConf
@@ -74,7 +82,15 @@ def read_config(config_class: type, path: Path, overrides: list[str]) -> Any:
     from yaml import YAMLError
 
     try:
-        given = OmegaConf.merge(OmegaConf.create(read_values(path.read_text())), OmegaConf.from_dotlist(overrides))
+        written = read_values(path.read_text())
+        if not isinstance(written, dict | None):
+            raise UserMistake(f"{path}: settings are a mapping, and this is {written!r:.60}")
+        given = OmegaConf.create(written or {})
+        for override in overrides:  # values are read as those of a pipeline's overrides
+            key, separator, text = override.partition("=")
+            if not separator:
+                raise UserMistake(f"{override!r}: write it as dotted.key=value")
+            OmegaConf.update(given, key, read_typed(text))
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), given))
     except OSError as error:
         raise UserMistake(f"{path}: {error.strerror or error}") from None

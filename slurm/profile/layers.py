@@ -126,7 +126,7 @@ def command_line(overrides: Sequence[str]) -> Layer | None:
     """
     import yaml
 
-    from data_tools.base.yaml_loaders import TextLoader
+    from data_tools.base.yaml_loaders import TextLoader, read_typed
 
     values: dict[str, Any] = {}
     for override in overrides:
@@ -134,7 +134,7 @@ def command_line(overrides: Sequence[str]) -> Layer | None:
         if not key.startswith(ON_COMMAND_LINE):
             continue
         try:
-            value = yaml.load(text, TextLoader)
+            value = read_typed(text, TextLoader)
         except yaml.YAMLError as error:
             raise UserMistake(f"{override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
         _put(values, key.removeprefix(ON_COMMAND_LINE).split("."), value)

@@ -36,6 +36,30 @@ def test_each_kind_reads_its_settings_and_refuses_what_it_has_not(kind, tmp_path
     assert "nosuch" in told and "Traceback" not in told and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text, words, said", [
+    ("[1]", [], "settings are a mapping, and this is [1]"),
+    ("3", [], "settings are a mapping"),
+    ("", ["tau"], "'tau': write it as dotted.key=value"),
+    ("", ["inputs=a #b"], "from ' #' on it is a comment"),
+    ("inputs: [FILE]", ["--out=FILE/out"], "is a file; name another folder"),
+    ("inputs: [FILE]", ["--out=FILE"], "is a file; name another folder"),
+    ("inputs: [FILE]", ["--out=out", "--keep=FILE"], "is a file; name another folder"),
+])  # fmt: skip
+def test_what_cannot_be_is_told_in_one_line(tmp_path, monkeypatch, capsys, text, words, said):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("prompt,q_action_0\n")
+    Path("config.yaml").write_text(text)
+    assert bare.main(["q_rewards", "--config", "config.yaml", "--out", "out", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1 and not Path("out").exists()
+
+
+def test_an_empty_file_and_typed_values_are_read_as_a_pipelines(tmp_path):
+    (tmp_path / "config.yaml").write_text("# none\n")
+    config = read_config(find_kind("q_rewards").config, tmp_path / "config.yaml", ["inputs=[1:30:00]", "tau=1e-2"])
+    assert config.inputs == ["1:30:00"] and config.tau == 0.01
+
+
 @pytest.mark.parametrize("pipeline", SHIPPED, ids=lambda path: path.stem)
 def test_the_settings_of_every_shipped_phase_are_read_as_the_pipeline_reads_them(pipeline, tmp_path):
     for phase in load_pipeline(pipeline).phases.values():

@@ -25,6 +25,21 @@ def loaded(folder: Path, environment: dict, *overrides: str, text: str = TEXT) -
     return load_pipeline(file, list(overrides), environment)
 
 
+@pytest.mark.parametrize("typed", ["a #b", "#b", "[a] # b", "a\nb", "'a\nb'", '"a\nb"', "[a,\n b\n c]"])
+def test_what_yaml_would_leave_out_of_a_value_is_refused_wherever_it_is_typed(tmp_path, typed):
+    for environment, overrides in (({"SFT_RECIPE": typed}, []), ({}, [f"params.recipe={typed}"])):
+        assert "put the text in double quotes" in refused(tmp_path, environment, *overrides)
+
+
+@pytest.mark.parametrize("typed, value", [
+    ('"a #b"', "a #b"), ("a#b", "a#b"), ('"a\\nb"', "a\nb"), ("|\n a # b\n b", "a # b\nb"),
+    ("[a,\n b]", ["a", "b"]), ("a\n", "a"),
+])  # fmt: skip
+def test_what_yaml_keeps_is_taken(tmp_path, typed, value):
+    assert loaded(tmp_path, {"SFT_RECIPE": typed}).params["recipe"] == value
+    assert loaded(tmp_path, {}, f"params.recipe={typed}").params["recipe"] == value
+
+
 def refused(folder: Path, environment: dict, *overrides: str, text: str = TEXT) -> str:
     with pytest.raises(UserMistake) as caught:
         loaded(folder, environment, *overrides, text=text)

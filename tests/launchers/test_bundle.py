@@ -10,10 +10,11 @@ import pytest
 
 from jobs.artifacts.run_folder import RunFolder
 from launchers.planning.ledger import Ledger
+from launchers.submission.bundle_script import submit_script
 from tests.command import ROOT, afterok, afterok_json, one_line, states, wait_for, wait_until_sealed, write_toy
 from tests.launchers.shims import submitted_jobs
 
-TOOLS = ("sbatch", "scancel", "sh", "cat", "ln", "rm", "uname")  # all that submit.sh may call
+TOOLS = ("sbatch", "scancel", "sh", "cat", "ln", "rm", "uname")  # all that submit.sh needs
 
 
 class LoginNode:
@@ -131,11 +132,49 @@ def test_a_refused_job_cancels_those_before_it_and_the_bundle_can_be_sent_again(
     done = node.send(tmp_path / "bundle")
     assert done.returncode == 1 and "QOS policy" in done.stderr and "sbatch refused again" in done.stderr
     wait_for("no job", lambda: not submitted_jobs(run, env))
-    assert Ledger(run / "ledger.jsonl").given_up().endswith("nothing of it ran: sbatch refused again")
+    assert (
+        Ledger(run / "ledger.jsonl").given_up().endswith("its jobs were cancelled: sbatch refused again")
+    )  # two were not held
     node.mend("sbatch")
     assert node.send(tmp_path / "bundle").returncode == 0
     wait_until_sealed(run, "numbers", "total", "again", env=env)
     assert len(submitted_jobs(run, env)) == 3
+
+
+def test_a_reader_that_left_takes_back_what_was_sent(toy, tmp_path):
+    pipeline, run, env, node = toy
+    afterok("bundle", pipeline, tmp_path / "bundle", "--run", run, env=env)
+    command = f"env -i PATH={node.bin} SLURM_CONF={node.conf} sh {tmp_path}/bundle/submit.sh | :"
+    subprocess.run(["sh", "-c", command], check=True, timeout=60)
+    assert (run / "submissions/1/sent").read_text().endswith("cancelled interrupted\n")
+    assert not (run / "submit.lock").exists() and not Ledger(run / "ledger.jsonl").unreleased()
+
+
+def test_a_bundle_goes_to_no_other_cluster_than_its_own(toy, tmp_path):
+    pipeline, run, env, node = toy
+    afterok("bundle", pipeline, tmp_path / "bundle", "--run", run, env=env)
+    scontrol = node.bin / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho 'ClusterName             = other'\n")
+    scontrol.chmod(0o755)
+    refused = node.send(tmp_path / "bundle")
+    assert refused.returncode == 2 and "is for the cluster dev, and here answers other" in refused.stderr
+    assert not (run / "submissions/1/sent").exists()
+    scontrol.unlink()
+    scontrol.symlink_to(shutil.which("scontrol"))
+    assert node.send(tmp_path / "bundle").returncode == 0
+
+
+def test_a_folder_that_cannot_be_a_bundles_is_refused_before_anything_is_written(toy, tmp_path):
+    pipeline, run, env, _ = toy
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file/below", tmp_path / "file/below/it", run, run / "numbers"):
+        told = one_line(afterok("bundle", pipeline, folder, "--run", run, env=env, check=2))
+        assert "name another folder" in told and not list(run.glob("submissions/*/journal.json")), told
+
+
+def test_a_run_whose_path_has_a_word_of_the_script(tmp_path):
+    text = submit_script(RunFolder(tmp_path / "@calls@"), 1, [], "dev")
+    assert f"run={tmp_path}/@calls@\n" in text and f"# Sends submission 1 of the run {tmp_path}/@calls@:" in text
 
 
 @pytest.mark.parametrize(

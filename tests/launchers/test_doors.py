@@ -73,7 +73,8 @@ def test_a_pipeline_and_then_a_phase_by_sbatch_with_and_without_ALL(toy, tmp_pat
     ("pipeline", "TOY_STRAT=5", (), "TOY_STRAT: the pipeline has no variable of this name (did you mean TOY_START"),
     ("pipeline", "TYO_START=5", (), "the pipeline has no variable TYO_START (did you mean TOY_START"),
     ("pipeline", "TOY_LIST=[7,8]", (), "'8]' is no variable of the environment that sbatch was called in"),
-    ("phase", "TOY_START=5", ("sum", "cluster=local"), "a phase is resubmitted to a cluster"),
+    ("pipeline", "TOY_START=5,TOY_START=6", (), "TOY_START is '5' here: it is said more than once"),
+    ("pipeline", "TOY_LIST=[7] #8", (), "from ' #' on it is a comment"),
 ])  # fmt: skip
 def test_what_would_be_lost_is_refused_and_nothing_runs(toy, tmp_path, monkeypatch, capfd, door, export, words, said):
     """The door's program as its script starts it: the environment that Slurm gives is that of tests/slurm."""
@@ -85,6 +86,34 @@ def test_what_would_be_lost_is_refused_and_nothing_runs(toy, tmp_path, monkeypat
     done = subprocess.run(command, cwd=ROOT, env={**there, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert not run.exists()
+
+
+@pytest.mark.parametrize("how", ["word", "variable", "profile"])
+def test_what_is_for_this_machine_is_followed_however_it_is_said_and_a_phase_of_it_refused(tmp_path, how):
+    (tmp_path / "toy.yaml").write_text(TEXT.replace("{TOY_START", "{TOY_CLUSTER: cluster, TOY_START"))
+    (tmp_path / "mine.yaml").write_text("extends: [local]\n")
+    words = {"word": ["cluster=local"], "variable": [], "profile": [f"cluster={tmp_path}/mine.yaml"]}[how]
+    said = {"TOY_CLUSTER": "local"} if how == "variable" else {}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | said
+    env |= {"AFTEROK_EXPORT": "ALL", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "launchers.door"]
+    given = [*command, "pipeline", tmp_path / "toy.yaml", "--run", tmp_path / "run", "--rehearse", *words]
+    done = subprocess.run([*given, "--rehearse-scale=1e-6"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "run").glob("*/*/seal.json"))) == 2
+    given = [*command, "phase", tmp_path / "run", "sum", "--again"]  # the run itself says that it is for this machine
+    done = subprocess.run(given, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "a phase is resubmitted to a cluster" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("text, variables, said", [
+    (". slurm/door.sh", {"AFTEROK_PYTHON": "/bin/false", "home": str(ROOT), "door": "pipeline"}, "/bin/false cannot"),
+    (". slurm/pipeline.sbatch", {"PATH": "/nowhere", "SLURM_SUBMIT_DIR": "/", "SLURM_JOB_ID": "1"}, "--export=PATH,"),
+])  # fmt: skip
+def test_a_job_that_cannot_start_says_why_and_takes_no_other_python(text, variables, said):
+    env = {"PATH": os.environ["PATH"], **variables}
+    done = subprocess.run(["/bin/bash", "-c", text], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1 if "home" not in env else -2], done.stderr
 
 
 def test_a_whole_pipeline_within_the_one_job(toy, tmp_path):

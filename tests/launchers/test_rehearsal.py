@@ -144,6 +144,13 @@ def test_a_scale_is_a_share(capsys, share):
     assert refused.value.code == 2 and "--rehearse-scale" in capsys.readouterr().err
 
 
+def test_a_scale_without_the_rehearsal_does_not_submit_the_real_thing(pipeline, tmp_path, capsys):
+    words = [str(pipeline), "cluster=local", "--run", str(tmp_path / "run"), "--rehearse-scale", "0.5"]
+    for verb in ("submit", "run"):
+        assert cli.main([verb, *words]) == 2 and "say --rehearse too" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.soak
 def test_megatrons_grpo_on_128_nodes_with_a_preemption_and_a_lost_node(tmp_path, scrub_slurm):
     """It prints how long that took; two minutes are the aim on two cores that do nothing else."""

@@ -23,6 +23,14 @@ def test_each_is_refused_and_every_other_character_is_none_of_them():
         assert not path_problem(Path("/runs", name), True), name
 
 
+def test_a_file_in_the_way_is_one_too(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "file/below", "file/below/it"):
+        assert path_problem(tmp_path / name, False), name
+    assert not path_problem(tmp_path / "folder/none/yet", True)
+
+
 @pytest.mark.parametrize("verb", ["plan", "submit", "run"])
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_every_verb_refuses_it_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, verb, name):

@@ -421,3 +421,10 @@ def test_explain_names_the_file_and_the_admins_words_and_list_all_files(site):
     listed = json.loads(afterok("profile", "list", "--json", env=env).stdout)["profiles"]
     assert next(row for row in listed if row["profile"] == "big")["files"] == [str(admin), str(user)]
     assert "sets no 'rolls'" in one_line(afterok("profile", "explain", "rolls", "--profile", "big", env=env, check=2))
+
+
+@pytest.mark.parametrize("text", ["[a] # b", "# b", "a\nb", '"a\nb"'])
+def test_what_yaml_would_leave_out_of_an_override_is_refused(text):
+    with pytest.raises(UserMistake, match="put the text in double quotes"):
+        command_line([f"cluster.env.setup={text}"])
+    assert command_line(['cluster.env.setup=["a # b"]']).values == {"env": {"setup": ["a # b"]}}
