@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, get_args, get_origin, get_type_hints
 
-from data_tools.base.yaml_loaders import Nothing
 from data_tools.mistake import Problem, nearest
 from slurm.profile.schema import Profile
 
@@ -16,6 +15,8 @@ def typed(schema: type, values: dict[str, Any], file: str, at: str, problems: li
 
     `at` is the place inside `file`, such as "partitions.gpu.".
     """
+    from data_tools.base.yaml_loaders import Nothing  # here: to find a cluster must not cost an import of yaml
+
     hints = get_type_hints(schema)
     result = schema()
     for key, value in values.items():
