@@ -126,17 +126,27 @@ def _score(measure: str, values: Values, first: Values, samples: int) -> Score |
 
 def _notes(folders: Mapping[str, Path]) -> list[str]:
     """Return how tasks were asked differently than in the first evaluation that says so."""
-    configs = {name: harness.configs_of(folder) for name, folder in folders.items()}
-    notes = []
-    first_of: dict[str, str] = {}
-    for name, each in configs.items():
-        for task, config in each.items():
-            first = first_of.setdefault(task, name)
-            theirs = configs[first][task]
-            keys = [key for key in {**theirs, **config} if theirs.get(key) != config.get(key)]
-            told = ", ".join(f"{key} {theirs.get(key)} and {config.get(key)}" for key in keys)
-            notes += [f"{task} was asked otherwise in {name} than in {first}: {told}"] if keys else []
-    return notes
+    first_of: dict[str, tuple[str, dict[str, Any]]] = {}
+    others: dict[tuple[str, str, str], list[str]] = {}  # (task, the first, what differs): evaluations
+    for name, folder in folders.items():
+        for task, config in harness.configs_of(folder).items():
+            own = _settings(config)
+            first, theirs = first_of.setdefault(task, (name, own))
+            keys = [key for key in {**theirs, **own} if theirs.get(key) != own.get(key)]
+            if told := ", ".join(f"{key} {own.get(key)} for {theirs.get(key)}" for key in keys):
+                others.setdefault((task, first, told), []).append(name)
+    return [
+        f"{task} was asked otherwise in {', '.join(names)} than in {first}: {told}"
+        for (task, first, told), names in others.items()
+    ]
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a task's configuration, those of its mappings too, each by its own name."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= _settings(value) if isinstance(value, dict) else {name: value}
+    return found
 
 
 # -- for people -------------------------------------------------------------------------------------------------------
