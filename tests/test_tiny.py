@@ -69,9 +69,10 @@ def test_the_evaluations_stand_side_by_side_with_what_each_gained_over_the_first
     found = afterok_json("scores", run, "trained", "reinforced")
     (row,) = [row for row in found["rows"] if (row["task"], row["measure"]) == ("calculator", "sampled_accuracy")]
     facts = {phase["phase"]: phase["facts"] for phase in afterok_json("status", run)["phases"]}
-    for name, score in zip(found["names"], row["scores"]):
+    for name, score in zip(found["names"], row["scores"], strict=True):
         assert score["value"] == facts[name]["sampled_accuracy"]
-        assert (score["gain"] or {}).get("value") == facts[name].get("gain")
+    first, second = row["scores"]
+    assert first["gain"] is None and second["gain"]["value"] == facts["reinforced"]["gain"]
 
 
 def test_what_was_sampled_right_is_what_the_last_sft_learns(local_run):
