@@ -106,6 +106,8 @@ def _standing(path: Path) -> Path:
 
 def _logs(run: RunFolder, jobs: Sequence[Job]) -> list[Problem]:
     """Return the folders of logs that cannot be made or written; Slurm itself fails such jobs without a word."""
+    if run.path.exists() and not os.access(run.path, os.W_OK | os.X_OK):
+        return []  # plan may look at such a run, and submit says so itself
     wrong: dict[Path, str] = {}
     for job in jobs:
         place = _standing(run.logs_folder(job.phase.name))

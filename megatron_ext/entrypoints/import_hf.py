@@ -100,6 +100,8 @@ def _template(config: Config, forecast: bool | None) -> bool | None:
     folders = [Path(name) for name in (config.source, config.tokenizer) if name]
     if any(map(nanochat_tokenizer.has_own, folders)):
         return True
+    if not folders:
+        return None
     own = has_template(folders[0])
     if own is None:  # a checkpoint without a tokenizer, one that is yet to be made, or a name of the hub
         own = forecast
@@ -107,7 +109,7 @@ def _template(config: Config, forecast: bool | None) -> bool | None:
             own = has_template(cached.parent)
     if own or not config.tokenizer:
         return own
-    given = has_template(folders[1])
+    given = has_template(Path(config.tokenizer))
     return given if own is None or own == given else None
 
 

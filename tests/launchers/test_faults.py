@@ -94,7 +94,7 @@ def test_ids_that_somebody_else_has_now_are_not_taken_for_ours(tmp_path, short_f
     pipeline, run = write_toy(tmp_path), tmp_path / "run"
     with controller_forgets(cluster):  # none of them started: test_submission has those that did
         slurm.run(["scontrol", "update", f"nodename={','.join(cluster.nodes)}", "state=drain", "reason=test"])
-        afterok("submit", pipeline, "--run", run, env=env)
+        afterok("submit", pipeline, "--run", run, "--waive", "P011", env=env)
     others = [slurm.sbatch(["--hold", "--job-name=foreign", "--output=/dev/null", "--wrap=true"]) for _ in range(3)]
     assert sorted(others) == sorted(jobs_of(run).values())
     assert set(states(run, env=env).values()) == {"UNKNOWN"}
@@ -236,6 +236,8 @@ def test_a_held_job_is_reported_and_lets_its_dependents_go_even_if_its_phase_was
             pipeline_of(tmp_path, parent=counter, child={**counter, "needs": ["parent"]}),
             "--run",
             run,
+            "--waive",
+            "P011",
             env=env,
         )
         watch = subprocess.Popen(

@@ -245,7 +245,7 @@ def test_an_evaluation_without_samples_is_nothing_to_compare_with(tmp_path):
         if line:
             (tmp_path / "samples.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(UserMistake, match=f"compare_with: {tmp_path} {said}"):
-            evaluate._compared(replace(config, samples=2))
+            evaluate.compared_lines(config.compare_with, samples=2)
 
 
 def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path):
@@ -265,11 +265,11 @@ def test_rows_of_one_prompt_are_compared_each_with_itself_or_not_at_all(tmp_path
     config = evaluate.Config(compare_with=str(tmp_path), samples=4)
     lines = [line("a", 0), line("b", 4)]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
-    assert accuracy(lines, evaluate._compared(config))["gain"] == 0
-    assert accuracy([line("b", 2)], evaluate._compared(config))["gain"] == -0.5
+    assert accuracy(lines, evaluate.compared_lines(config.compare_with, config.samples))["gain"] == 0
+    assert accuracy([line("b", 2)], evaluate.compared_lines(config.compare_with, config.samples))["gain"] == -0.5
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line("", right)) + "\n" for right in (0, 4)))
     with pytest.raises(UserMistake, match="two lines of prompt '1.1=', the second at .*samples.jsonl:2"):
-        evaluate._compared(config)
+        evaluate.compared_lines(config.compare_with, config.samples)
 
 
 def test_prompts_of_the_training_store_count_as_seen(calculator, tmp_path):
