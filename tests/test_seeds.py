@@ -71,6 +71,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def planned(file: Path, overrides: list[str], run: Path, environment: dict[str, str] | None = None) -> Plan:
     pipeline = load_pipeline(file, overrides, environment or {})
+    pipeline.waive.append("D001")  # this disk is not a cluster's
     return make_plan(pipeline, RunFolder(run), find_cluster(pipeline.cluster, pipeline.overrides))
 
 

@@ -13,6 +13,7 @@ FILES = [
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLES = (
     "megatron_ext/files/pickles.py",
+    "data_tools/base/compiled.py",  # numba's own format, in a folder of the user's that nobody else may write
     "data_tools/tasks/process.py",  # what the run writes into a socket of its own to the process of its verifiers
 )
 LOADS = {  # what unpickles within, and where it may be called

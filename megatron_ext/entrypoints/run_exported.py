@@ -167,7 +167,7 @@ class _Model:
 
         dtype = getattr(torch, config.dtype) if config.dtype else "auto"
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         self._model = model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps it without its types
         self._config, self._tokenizer, self._stops = config, tokenizer, stop_ids(folder, tokenizer)
         self.dtype = str(self._model.dtype).removeprefix("torch.")

@@ -158,7 +158,7 @@ def test_what_is_refused_would_have_waited_for_ever_or_been_refused_late(
             assert list(found) == [check], found
             assert bool(said) == (word == REFUSES), said or state_of(slurm, job)
             if job:
-                wait_until(lambda: word in state_of(slurm, job), f"{word}, and not {state_of(slurm, job)}", 10)
+                wait_until(lambda: word in state_of(slurm, job), f"{word}, and not {state_of(slurm, job)}", 60)
         finally:
             if job:
                 slurm.cancel([job])
@@ -204,7 +204,7 @@ def test_a_folder_of_logs_that_cannot_be_made_is_a_job_without_a_word(plan, slur
     (tmp_path / "run" / "counter" / "logs").write_text("")
     found, job, _ = sent_all_the_same(plan, slurm, monkeypatch, tmp_path)
     assert "is no folder, and the logs of counter belong below it" in found["F005"]
-    wait_until(lambda: slurm.job(job)["JobState"] == "FAILED", "its end", 10)
+    wait_until(lambda: slurm.job(job)["JobState"] == "FAILED", "its end", 60)
     assert slurm.job(job)["ExitCode"] == "0:53"
 
 
@@ -220,7 +220,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_until_it_is_waived(p
 
 def test_what_the_budget_does_not_cover_is_refused_with_the_hours_of_each_phase(plan):
     line = refused(plan, "gpus_per_node=2", "time=3:00:00", budget=5.9)["B001"]
-    assert "the time limits come to 6.0 GPU-hours (counter 6.0), and the budget is 5.9" in line
+    assert "the time limits come to 6.00 GPU-hours (counter 6.00), and the budget is 5.9" in line
     assert plan("gpus_per_node=2", "time=3:00:00", budget=6.0).gpu_hours.bound == 6.0
 
 

@@ -81,7 +81,7 @@ def test_a_rehearsal_on_slurm_goes_through_preemption_requeue_and_a_lost_node(pi
     env, slurm, run = dev_cluster.env(), Slurm(dev_cluster.env()), tmp_path / "run"
     scale = ["--rehearse", "--rehearse-scale", "0.0001"]  # 9 s for `counter`, 1.4 s for the others
     said = afterok("submit", pipeline, *scale, "--run", run, env=env).stderr
-    assert "a rehearsal: each phase sleeps 0.0001 of the time limit of its job" in said
+    assert "a rehearsal: each phase sleeps 0.0001 of its planned time or limit" in said
     at_work(run, "counter", restart=0, least=150)
     job = {entry.phase: entry.job for entry in Ledger(run / "ledger.jsonl").jobs()}["counter"]
     preempt(slurm, nodes=4)

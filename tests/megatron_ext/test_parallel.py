@@ -164,6 +164,8 @@ EXAMPLES = {  # rule: a plan that breaks it and, of its workload, shape, ranks a
     "te_has_no_ring_for_windows": (dict(context=2, context_comm="p2p"), GPT_OSS_20B, 2, TE),
     "te_gathers_no_packs": (dict(context=2), QWEN_32B, 2, TE),
     "te_exchanges_whole_kv_groups": (dict(context=4, context_comm="a2a"), NANO, 4, TE),
+    "base_has_blocks": ({}, QWEN_32B, 1, dict(base="mxfp4")),
+    "base_is_held_by_ours": ({}, NANO, 1, TE | dict(base="mxfp4")),
     "te_runs_on_gpus": ({}, QWEN_32B, 1, TE | dict(gpus=False)),
     "te_is_installed": ({}, QWEN_32B, 1, TE | dict(machine=Machine())),
     "te_has_an_attention_kernel_here": ({}, QWEN_32B, 1, TE | dict(machine=A100)),
