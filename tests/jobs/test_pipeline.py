@@ -275,7 +275,7 @@ def test_a_phase_whose_when_is_false_is_left_out_and_nothing_may_count_on_it(tmp
         (needing, [], "phases.needing.needs: phase extra is left out: its `when` is false"),
         (reading, [], "phases.reading.with: refers to phase extra, which is left out: its `when` is false"),
         (WHEN, ["params.wanted=1"], "phases.extra.when: 1 is neither true nor false"),
-        (WHEN, ["extra.when='${params.wnated}'"], "cannot resolve '${params.wnated}' (did you mean params.wanted?"),
+        (WHEN, ["extra.when='${params.wnated}'"], "there is no params.wnated (did you mean wanted?"),
         (WHEN, ["a.when=false"], "phases: each is left out: its `when` is false"),
     ):  # fmt: skip
         found = problems(tmp_path, text, *overrides)
