@@ -25,8 +25,6 @@ AWAY = (
     "ERROR",
     "INVAL",
     "FUTURE",
-    "UNKNOWN",
-    "NOT_RESPONDING",
 )
 ENFORCED = {  # AccountingStorageEnforce has one of these
     "associations": ("associations", "limits", "qos", "safe", "wckeys", "all"),
@@ -55,9 +53,9 @@ class LiveNode:
 
     @property
     def is_away(self) -> bool:
-        """Whether it is down, drained, failed or does not answer, so that no job starts there."""
-        words = re.split(r"[+*~#!%$@^-]", self.state)
-        return "*" in self.state or any(word in AWAY for word in words)
+        """Whether it is down, drained or failed, so that no job starts there. One that has not answered yet, as right
+        after a restart of the controller (UNKNOWN, IDLE*), may well be there; else Slurm soon says DOWN."""
+        return any(word in AWAY for word in re.split(r"[+*~#!%$@^-]", self.state))
 
     def count(self, resource: str, kind: str = "") -> int:
         """Return how many it has of a generic resource, of one type where that is said."""
