@@ -176,7 +176,8 @@ def test_nodes_are_read_as_slurm_lists_them():
 @pytest.mark.parametrize(
     "state, away",
     [("IDLE", False), ("MIXED", False), ("IDLE~", False), ("ALLOCATED+RESERVED", False), ("IDLE+MAINTENANCE", False),
-     ("DOWN", True), ("IDLE*", False), ("DOWN*+DRAIN", True), ("MIXED+DRAIN", True), ("IDLE+NOT_RESPONDING", False), ("UNKNOWN", False)],
+     ("DOWN", True), ("IDLE*", False), ("DOWN*+DRAIN", True), ("MIXED+DRAIN", True),
+     ("IDLE+NOT_RESPONDING", False), ("UNKNOWN", False)],
 )  # fmt: skip
 def test_a_node_is_away_as_its_state_says(state, away):
     assert LiveNode("n", [], 1, 1, "", [], state).is_away is away
