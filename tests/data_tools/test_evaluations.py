@@ -129,7 +129,9 @@ def test_evaluations_stand_side_by_side_and_gains_are_by_prompt(tmp_path):
     assert (second.gain.value, second.gain.prompts) == (0.25, 4) and second.gain.error == pytest.approx(0.25)
     assert second.gain.interval[0] <= 0.25 <= second.gain.interval[1]
     assert rows["svamp", "accuracy"][1].gain.interval == pytest.approx([-wilson(0, 1)[1] * 1, wilson(0, 1)[1] * 1])
-    assert len(found.notes) == 2 and "sampled_kwargs {'temperature': 1.0} and {'temperature': 0.6}" in found.notes[0]
+    assert found.notes == [
+        f"{task} was asked otherwise in after than in before: temperature 0.6 for 1.0" for task in ("gsm8k", "svamp")
+    ]
     table = table_of(found)
     assert table["columns"] == ["task", "measure", "before", "after"] and table["rows"][0][:2] == ["gsm8k", "greedy"]
     assert table["rows"][0][3].startswith("60.0% [") and "; +25.0 ± 25.0 [" in table["rows"][0][3]
