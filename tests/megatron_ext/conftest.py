@@ -5,7 +5,7 @@ import pytest
 
 from megatron_ext.device import init_device
 from tests.conftest import TABLES
-from tests.megatron_ext.gloo import Ranks
+from tests.megatron_ext.gloo import Ranks, settle
 from tests.megatron_ext.table import Table
 
 init_device()  # before any test module imports megatron-core
@@ -44,6 +44,7 @@ def alone():
     from megatron_ext.parallel import ranks
     from megatron_ext.parallel.plan import ParallelPlan
 
+    settle()
     with ranks.started(ParallelPlan(), seed=1):
         yield
     gc.collect()  # as the pool of ranks does (gloo.py)
