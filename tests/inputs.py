@@ -12,6 +12,10 @@ import pytest
 SHIPPED = Path(__file__).parent / "shipped"
 SHARED = Path(__file__).parents[2] / "shared"
 ORIGINS = ("shipped", "public")
+# For tests that take seconds a file: the public ones under soak.
+QUICK_ON_SHIPPED = pytest.mark.parametrize(
+    "inputs", ["shipped", pytest.param("public", marks=pytest.mark.soak)], indirect=True
+)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from megatron_ext.entrypoints import evaluate, generate, grpo, import_hf, init_m
 from megatron_ext.parallel.plan import Site
 from megatron_ext.rollout.settings import EngineConfig
 from tests.data_tools.chats import template_of, write_tokenizer
+from tests.inputs import QUICK_ON_SHIPPED
 
 FILES = {
     "mmlu": "qwen_math/mmlu_stem.test.jsonl", "aime": "qwen_math/aime24.test.jsonl", "math500": "math500/test.jsonl",
@@ -89,6 +90,7 @@ def check_all(inputs: Any, model: Path, folder: Path, limit: int, tokens: int) -
     assert facts["macro"]["mathematics"]["accuracy"] == pytest.approx(sum(means) / 3) and "accuracy" not in facts
 
 
+@QUICK_ON_SHIPPED
 def test_mmlu_aime_math_and_svamp_are_read_asked_and_scored_an_element_a_task(inputs, model, tmp_path):
     check_all(inputs, model, tmp_path, limit=5, tokens=6)
 
