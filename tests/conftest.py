@@ -1,5 +1,7 @@
 """Settings of every test: long trials only on request, no warnings that nobody here can act on; tables at the end."""
 
+import os
+
 import pytest
 
 from tests.inputs import ORIGINS, Inputs
@@ -15,6 +17,9 @@ def inputs(request):
 
 
 def pytest_configure(config):
+    os.environ.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # images set it: thousands of processes would each compile our modules
     config.addinivalue_line("markers", "soak: many trials of one fault; run with -m soak")
     config.addinivalue_line("markers", "rehearsal: the GPU path with stand-ins; run with -m rehearsal, as .ci/run does")
     for noise in (

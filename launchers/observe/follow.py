@@ -3,6 +3,8 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 from data_tools.base.printing import set_in
 from jobs.artifacts.run_folder import RunFolder
@@ -12,8 +14,8 @@ from launchers.observe.show import console, format_seconds, progress_text, statu
 from launchers.observe.status import PhaseStatus, RunStatus, run_status
 from launchers.planning.ledger import Ledger
 
-LOCAL_POLL_S = 0.5
-SLURM_POLL_S = 2.0
+LOCAL_POLL_S = SLURM_POLL_S = 2.0  # a look at a run of tens of phases takes tens of milliseconds
+NEWS_POLL_S = 0.1
 PROGRESS_LINE_S = 15.0  # between two progress lines of one phase in a plain log
 SETTLE_S = 10.0  # how long a job may be gone before its seal must be visible: shared filesystems lag
 
@@ -50,7 +52,23 @@ def _watch(run: RunFolder, poll_s: float, show: Callable[[RunStatus], None]) -> 
                 return status
         else:
             ended_since = None
-        time.sleep(poll_s)
+        _wait_for_news(run, poll_s)
+
+
+def _wait_for_news(run: RunFolder, longest_s: float) -> None:
+    """Return when a local driver has written something, at the latest after `longest_s` seconds."""
+    end, last = time.monotonic() + longest_s, _written(run)
+    while (left_s := end - time.monotonic()) > 0 and _written(run) == last:
+        time.sleep(min(NEWS_POLL_S, left_s))
+
+
+def _written(run: RunFolder) -> list[tuple[Path, int, int]]:
+    """Return the files of state of the run's local drivers, each with what a write of it changes."""
+    found = []
+    for path in run.local_files("state.json"):
+        with suppress(OSError):
+            found.append((path, path.stat().st_ino, path.stat().st_mtime_ns))
+    return found
 
 
 class _Lines:
