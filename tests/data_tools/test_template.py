@@ -27,6 +27,7 @@ from tests.data_tools.chats import (
     tokenizer_of,
     write_tokenizer,
 )
+from tests.inputs import QUICK_ON_SHIPPED
 
 DAY = date(2025, 10, 26)
 # What TRL's templates have in the loss and ours have not: headers, and line feeds behind stop tokens.
@@ -129,6 +130,7 @@ def real_tokenizers(request, tmp_path_factory, inputs):
     return AutoTokenizer.from_pretrained(folder), ours, Encoder(ours, "huggingface")
 
 
+@QUICK_ON_SHIPPED
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masks_of_real_conversations_are_those_of_trl(name, inputs, real_tokenizers):
     for file in FILES:
