@@ -89,7 +89,7 @@ def cluster_for_a_while(**shape: Any) -> Iterator[devcluster.DevCluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_until(ready: Callable[[], bool], what: str, limit_s: float = 20.0) -> None:
+def wait_until(ready: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
     """Poll until `ready`, or fail with `what`."""
     deadline = time.monotonic() + limit_s
     while not ready():
