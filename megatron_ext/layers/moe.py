@@ -71,51 +71,33 @@ def _times(x: torch.Tensor, packed: torch.Tensor, backwards: bool) -> torch.Tens
     )
 
 
-def _hold_as_blocks(layer: torch.nn.Module) -> None:
-    """Put blocks, which weights/blocks.py fills, in place of the matrix of an expert's linear layer."""
-    plain = layer.get_parameter("weight")
-    layer.weight = torch.nn.Parameter(packed_room(plain.shape, plain.device), requires_grad=False)
-    for mark, value in vars(plain).items():  # mcore's
-        setattr(layer.weight, mark, value)
+class _OfBlocks(torch.nn.Module):
+    """Makes a linear layer of an expert, the class that follows it, hold blocks, which weights/blocks.py fills."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        plain = self.get_parameter("weight")
+        self.weight = torch.nn.Parameter(packed_room(plain.shape, plain.device), requires_grad=False)
+        for mark, value in vars(plain).items():  # mcore's
+            setattr(self.weight, mark, value)
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *, bias: Any = None, **_: Any) -> torch.Tensor:
+        """Return the product. What tensor ranks exchange, they exchange outside of experts."""
+        output: torch.Tensor = _Product.apply(input, weight)
+        return output if bias is None else output + bias
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the part of a checkpoint without blocks: checkpoints have matrices, and these are not trained."""
+        state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)  # type: ignore[misc]  # of the class that follows
+        return {name: value for name, value in state.items() if name.rpartition(".")[2] != "weight"}
 
 
-def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return what a layer over blocks computes. What tensor ranks exchange, they exchange outside of experts."""
-    output: torch.Tensor = _Product.apply(input, weight)
-    return output if bias is None else output + bias
-
-
-def _without_blocks(state: dict[str, Any]) -> dict[str, Any]:
-    """Leave the blocks out of a layer's part of a checkpoint: checkpoints have matrices, and these are not trained."""
-    return {name: value for name, value in state.items() if name.rpartition(".")[2] != "weight"}
-
-
-class BlocksColumnParallelLinear(ColumnParallelLinear):
+class BlocksColumnParallelLinear(_OfBlocks, ColumnParallelLinear):
     """Applies the first matrix of an expert, held as blocks."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        _hold_as_blocks(self)
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *, bias: Any = None, **_: Any) -> torch.Tensor:
-        return _product(input, weight, bias)
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return _without_blocks(super().sharded_state_dict(*args, **kwargs))
-
-
-class BlocksRowParallelLinear(ExpertRowParallelLinear):
+class BlocksRowParallelLinear(_OfBlocks, ExpertRowParallelLinear):
     """Applies the second matrix of an expert, held as blocks."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        _hold_as_blocks(self)
-
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *, bias: Any = None, **_: Any) -> torch.Tensor:
-        return _product(input, weight, bias)
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return _without_blocks(super().sharded_state_dict(*args, **kwargs))
 
 
 def moe_spec(experts: int, parts: Parts) -> ModuleSpec:
