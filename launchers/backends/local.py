@@ -12,11 +12,13 @@ import runpy
 if __name__ == "__main__":
     runpy.run_path(__file__.rsplit("launchers", 1)[0] + "data_tools/own_packages.py")["hold"]()
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -246,26 +248,34 @@ class Driver:
             for job in self.jobs
             for index in job["elements"]
         ]
+        self.of_phase: dict[str, dict[int, LocalTask]] = {job["phase"]: {} for job in self.jobs}
+        for task in self.tasks:
+            self.of_phase[task["phase"]][task["index"]] = task
         self.needs = {job["phase"]: job["needs"] for job in self.jobs}
         self.cost = {job["phase"]: min(job["cores"], self.cores) for job in self.jobs}
         self.throttle = {job["phase"]: job["throttle"] for job in self.jobs}
         self.children: dict[int, subprocess.Popen] = {}  # position in tasks -> worker
         self.kill_at: dict[int, float] = {}
         self.cancel_all = False
-        self.unsaved = False  # the disk refused the last state.json
+        self.unsaved = False  # state.json is not what is known: the disk refused it, or it was written just now
+        self.save_at = 0.0  # not before
 
     def drive(self) -> None:
         """Start, watch and repeat the tasks until all of them have ended."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         self._save()
-        while any(task["state"] in (PENDING, RUNNING) for task in self.tasks):
-            changed = self._reap()
-            changed |= self._cancel()
-            changed |= self._start()
-            if changed or self.unsaved:
+        changed = True
+        while not changed or any(task["state"] in (PENDING, RUNNING) for task in self.tasks):
+            while changed:  # what starts nothing new may keep something else from ever starting
+                self.unsaved = True
+                changed = self._start()
+            if self.unsaved and time.monotonic() >= self.save_at:
                 self._save()
             time.sleep(POLL_S)
+            changed = self._reap()
+            changed |= self._cancel()
+        self._save()
         deadline = time.monotonic() + SAVE_TIMEOUT_S
         while self.unsaved and time.monotonic() < deadline:
             time.sleep(SAVE_POLL_S)
@@ -314,6 +324,8 @@ class Driver:
     def _cancel(self) -> bool:
         """Do what cancel/ asks for; True where a task that waited is cancelled."""
         asked = {path.name for path in (self.folder / "cancel").iterdir()}
+        if not asked and not self.cancel_all:
+            return False
         changed = False
         for position, task in enumerate(self.tasks):
             if not (self.cancel_all or task["job"] in asked):
@@ -329,20 +341,24 @@ class Driver:
     def _start(self) -> bool:
         """Start the tasks that may start and have cores; True where a state or a reason changed."""
         changed = False
-        free = self.cores - sum(self.cost[self.tasks[position]["phase"]] for position in self.children)
+        busy = Counter(self.tasks[position]["phase"] for position in self.children)
+        free = self.cores - sum(self.cost[phase] * count for phase, count in busy.items())
+        readiness = functools.cache(self._readiness)  # most tasks of a phase wait for the same
         for position, task in enumerate(self.tasks):
             if task["state"] != PENDING:
                 continue
-            ready, reason = self._readiness(task)
+            phase = task["phase"]
+            by_element = "aftercorr" in self.needs[phase].values()
+            ready, reason = readiness(phase, task["index"] if by_element else None)
             if reason == NEVER:
                 task |= {"state": CANCELLED, "reason": NEVER, "ended": time.time()}
                 changed = True
                 continue
-            busy = sum(self.tasks[other]["phase"] == task["phase"] for other in self.children)
-            if ready and busy >= (self.throttle[task["phase"]] or busy + 1):
+            if ready and busy[phase] >= (self.throttle[phase] or busy[phase] + 1):
                 ready, reason = False, "JobArrayTaskLimit"
-            if ready and self.cost[task["phase"]] <= free:
-                free -= self.cost[task["phase"]]
+            if ready and self.cost[phase] <= free:
+                free -= self.cost[phase]
+                busy[phase] += 1
                 self.children[position] = self._spawn(task)
                 task |= {"state": RUNNING, "reason": "", "started": time.time()}
                 changed = True
@@ -352,12 +368,11 @@ class Driver:
             task["reason"] = reason
         return changed
 
-    def _readiness(self, task: LocalTask) -> tuple[bool, str]:
-        """Return (whether a task may start, Slurm's reason where it may not)."""
-        for phase, type_ in self.needs[task["phase"]].items():
-            others = [other for other in self.tasks if other["phase"] == phase]
-            if type_ == "aftercorr":
-                others = [other for other in others if other["index"] == task["index"]] or others
+    def _readiness(self, phase: str, index: int | None) -> tuple[bool, str]:
+        """Return (whether a phase, or its element `index`, may start, Slurm's reason where it may not)."""
+        for upstream, type_ in self.needs[phase].items():
+            tasks = self.of_phase[upstream]
+            others = [tasks[index]] if type_ == "aftercorr" and index in tasks else [*tasks.values()]
             ended = [other for other in others if other["state"] not in (PENDING, RUNNING)]
             bad = [other for other in ended if other["state"] != COMPLETED]
             if type_ in NEED_SEALS and bad:
@@ -398,13 +413,15 @@ class Driver:
             )
 
     def _save(self) -> None:
-        """Write state.json."""
+        """Write state.json, which takes a twentieth of the time at most: it grows with the number of tasks."""
+        began = time.monotonic()
         driver = Owner.me(self.number, 0).__dict__
         try:
             durable.write_checked(self.folder / "state.json", {"driver": driver, "tasks": self.tasks})
             self.unsaved = False
         except OSError:  # a full disk must not end the driver, and its workers with it: tried again at the next poll
             self.unsaved = True
+        self.save_at = time.monotonic() + 20 * (time.monotonic() - began)
 
 
 if __name__ == "__main__":
