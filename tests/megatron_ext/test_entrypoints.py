@@ -16,6 +16,8 @@ from data_tools.evaluations.accuracy import accuracy
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
+from jobs.kind import Placement
+from jobs.phases import evaluate as phase
 from megatron_ext.entrypoints import (
     bare,
     evaluate,
@@ -186,6 +188,13 @@ def test_an_array_names_the_tasks_of_the_mix_each_once_and_a_mean_names_tasks_th
         assert said in (" ".join(evaluate.check_elements(config, values)) or "") and (
             bool(said) == bool(evaluate.check_elements(config, values))
         ), values
+    rows = replace(config, mix=MixConfig())  # of which check would say that the default task has no rows
+    for array in (["gsm8k"], ["gsm8k", "aime"]):
+        (problem,) = phase.check(rows, Placement(1, elements=len(array), values=tuple(array)))
+        assert problem.where == "mix" and f"{array} names tasks of a mix, and there is none" in problem.message
+        assert "mix: {entries: {gsm8k: {}" in problem.message and "a number of elements" in problem.message
+    wrong = [problem.message for problem in phase.check(config, Placement(1, elements=1, values=("gsm8k",)))]
+    assert len(wrong) > 1 and "no element takes aime of mix" in wrong[-1]  # and what else is wrong
     for names, said in ((["gsm8k", "aim"], "did you mean aime?"), (["aime", "aime"], "each once"), (["aime"], "two")):
         (problem, *_) = evaluate.check(replace(config, macro={"all": names}), 1)
         assert problem.where == "macro.all" and said in problem.message
