@@ -250,7 +250,8 @@ def test_a_line_of_5_mb_is_one_row(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(lines_of([ASKED, message("assistant", "word " * 1_000_000)], [ASKED, SOLVED]))
     out, facts = build(config_of(tokenizer, tmp_path / "a.jsonl"), tmp_path, 4)
     assert facts["kept"] == 2 and Store(out).lengths[0] > 1_000_000
-    _, facts = build(config_of(tokenizer, tmp_path / "a.jsonl", max_tokens=1000), tmp_path / "limited", 4)
+    (tmp_path / "b.jsonl").write_bytes(lines_of([ASKED, message("assistant", "word " * 1_000)], [ASKED, SOLVED]))
+    _, facts = build(config_of(tokenizer, tmp_path / "b.jsonl", max_tokens=1000), tmp_path / "limited", 4)
     assert facts["buckets"] == {"too_long": 1}
 
 

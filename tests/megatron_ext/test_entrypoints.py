@@ -92,7 +92,8 @@ def test_weights_that_were_changed_by_hand_are_not_exported(calculator, tmp_path
 
 def evaluation(calculator, **changes) -> evaluate.Config:
     source = Source(synthetic_rows=40, synthetic_split="heldout")
-    return evaluate.Config(model=str(calculator["base"]), source=source, **{"max_new_tokens": 4, **changes})
+    values = {"max_new_tokens": 4, "verifiers": 1, **changes}
+    return evaluate.Config(model=str(calculator["base"]), source=source, **values)
 
 
 def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
