@@ -194,14 +194,24 @@ def test_an_array_names_the_tasks_of_the_mix_each_once_and_a_mean_names_tasks_th
         (problem,) = phase.check(rows, Placement(1, elements=len(array), values=tuple(array)))
         assert problem.where == "mix" and f"{array} names tasks of a mix, and there is none" in problem.message
         assert "mix: {entries: {gsm8k: {}" in problem.message and "a number of elements" in problem.message
-    wrong = [problem.message for problem in phase.check(config, Placement(1, elements=1, values=("gsm8k",)))]
-    assert len(wrong) > 1 and "no element takes aime of mix" in wrong[-1]  # and what else is wrong
+    both = replace(config, macro={"all": ["aime"]})
+    problems = phase.check(both, Placement(1, elements=1, values=("gsm8k",)))
+    assert [problem.where for problem in problems] == ["macro.all", "mix"]  # all at once
     for names, said in ((["gsm8k", "aim"], "did you mean aime?"), (["aime", "aime"], "each once"), (["aime"], "two")):
         (problem, *_) = evaluate.check(replace(config, macro={"all": names}), 1)
         assert problem.where == "macro.all" and said in problem.message
     names = MixConfig(entries | {"gsm8k_sampled": entries["gsm8k"]})
     (problem, *_) = evaluate.check(replace(config, mix=names), 1)
     assert problem.where == "mix.entries.gsm8k_sampled" and "would be those of gsm8k too" in problem.message
+
+
+def test_samples_that_could_not_be_scored_are_counted_on_the_line_of_their_prompt():
+    lines: dict[str, dict] = {"p": {}, "q": {}}
+    outcomes = [("p", 1.0, True), ("p", None, None), ("p", 0.0, False), ("q", 1.0, True)]
+    told = dict(answer="4", finish="stop", completion="4")
+    evaluate.add_samples(lines, [dict(prompt_id=p, reward=r, correct=right, **told) for p, r, right in outcomes])
+    assert (lines["p"]["sampled"], lines["p"]["sampled_correct"], lines["p"]["sampled_unscored"]) == (3, 1, 1)
+    assert "sampled_unscored" not in lines["q"]
 
 
 def test_a_task_is_sampled_and_scored_as_its_mix_is(calculator, tmp_path):
