@@ -123,6 +123,8 @@ def _of_group(lines: Sequence[Line], before: Mapping[str, Line]) -> dict[str, An
     found["accuracy"] = correct / len(lines) if lines and not unjudged else None
     if unscored := sum("reward" in line and line["reward"] is None for line in lines):
         found["unscored"] = unscored  # which count as wrong
+    if unscored := sum(line.get("sampled_unscored", 0) for line in lines):
+        found["sampled_unscored"] = unscored  # these, too
     values = values_of(lines)
     if "accuracy_normalized" in values:
         found["accuracy_normalized"] = _mean(values["accuracy_normalized"])
@@ -162,12 +164,16 @@ def _mean(values: Mapping[str, float]) -> float:
 
 def _mean_of(found: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     """Return the mean over tasks, each as much as another, of what is known of all; with its error and interval, by
-    the tasks' own, which are independent."""
+    the tasks' own, which are independent. `missing` names the tasks of which a measure is not known, if it is of
+    others; of accuracy always."""
     mean: dict[str, Any] = {"tasks": list(tasks)}
     for measure in MEANS:
-        values = [found.get(f"{task}_{measure}") for task in tasks]
-        known = [value for value in values if value is not None]
+        values = {task: found.get(f"{task}_{measure}") for task in tasks}
+        known = [value for value in values.values() if value is not None]
         if len(known) < len(tasks):
+            if known or measure == "accuracy":
+                missing = [task for task, value in values.items() if value is None]
+                mean.setdefault("missing", {})[measure] = missing
             continue
         halves = [found[f"{task}_intervals"][measure] for task in tasks]
         error = math.sqrt(sum(((high - low) / 2 / Z) ** 2 for low, high in halves)) / len(tasks)
@@ -176,13 +182,20 @@ def _mean_of(found: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     return mean
 
 
+def _missing(mean: Mapping[str, Any]) -> str:
+    """Return which tasks have no accuracy, greedy or sampled, so that there is no mean of it."""
+    named = [("accuracy", "accuracy"), ("sampled accuracy", "sampled_accuracy")]
+    missing = [(title, mean.get("missing", {}).get(measure)) for title, measure in named]
+    return "".join(f"; no {title} of {', '.join(tasks)}" for title, tasks in missing if tasks)
+
+
 def headline(facts: Mapping[str, Any]) -> str:
     """Return a result in a line: each task by itself, and the means that were asked for."""
     tasks = facts.get("tasks", [])
     told = [f"{name}: {_told(facts, f'{name}_')}" for name in tasks if f"{name}_prompts" in facts]
     for name, mean in facts.get("macro", {}).items():
-        value = mean.get("accuracy", mean.get("sampled_accuracy"))
-        told += [f"macro {name} {value:.3f} (mean over {', '.join(mean['tasks'])})"] if value is not None else []
+        value = f"{mean['accuracy']:.3f}" if "accuracy" in mean else "none"
+        told.append(f"macro {name} {value} (mean over {', '.join(mean['tasks'])}{_missing(mean)})")
     return "; ".join(told) if len(tasks) > 1 else _told(facts, "")
 
 
@@ -192,15 +205,19 @@ def _told(facts: Mapping[str, Any], prefix: str) -> str:
     text = f"{one['prompts']:,} prompts, no accuracy"
     if one["accuracy"] is not None:
         text = f"accuracy {one['accuracy']:.3f} ({one['correct']:,} of {one['prompts']:,})"
-    text += f", of which {one['unscored']:,} could not be scored" if one.get("unscored") else ""
+    if unscored := one.get("unscored", 0):
+        counts = " and count as wrong" if one["accuracy"] is not None else ""
+        text += f", of which {unscored:,} could not be scored{counts}"
     for name in ("reward", "regret"):
-        text += f", {name} {one[name]:.3f}" if name in one else ""
+        text += f", {name} {one[name]:.3f}{' of the others' if unscored else ''}" if name in one else ""
     if one.get("seen_prompts"):
         unseen = f"{one['unseen_accuracy']:.3f}" if one["unseen_prompts"] else "none"
         text += f"; seen in training {one['seen_accuracy']:.3f} of {one['seen_prompts']:,}, not seen {unseen} of "
         text += f"{one['unseen_prompts']:,}"
     if "sampled_accuracy" in one:
         text += f"{', ' if prefix else '; '}sampled {one['sampled_accuracy']:.3f}"
+        unscored = one.get("sampled_unscored", 0)
+        text += f" ({unscored:,} samples could not be scored and count as wrong)" if unscored else ""
         for kind in ("pass@", "maj@"):
             largest = [name for name in one if name.startswith(kind)][-1:]
             text += "".join(f", {name} {one[name]:.3f}" for name in largest)
@@ -237,7 +254,7 @@ def write_tables(keep: Path, result: Mapping[str, Any], step: int) -> None:
     ]  # fmt: skip
     for name, mean in result.get("macro", {}).items():
         told = {**mean, "intervals": {measure: mean.get(f"{measure}_interval") for measure in MEANS}}
-        label = f"macro {name}: mean over {', '.join(mean['tasks'])}"
+        label = f"macro {name}: mean over {', '.join(mean['tasks'])}{_missing(mean)}"
         rows.append([label, *(_cell(told, "", title, measure) for title, measure in columns)])
     titles = ["prompts", *(title for title, _ in columns)]
     write_table(keep, "accuracy", title=f"Accuracy at step {step}", columns=titles, rows=rows)

@@ -16,10 +16,10 @@ from megatron_ext.entrypoints.evaluate import Config
 
 
 def check(config: Config, placement: Placement) -> list[Problem]:
-    problems = evaluate.check(config, placement.ranks, placement)
-    return problems or [
-        Problem("mix", f"array: {wrong}") for wrong in evaluate.check_elements(config, placement.values)
-    ]
+    named = [Problem("mix", f"array: {wrong}") for wrong in evaluate.check_elements(config, placement.values)]
+    if named and not evaluate.of_mix(config):
+        return named  # what the default task lacks would mislead whoever named tasks in the array alone
+    return evaluate.check(config, placement.ranks, placement) + named
 
 
 def datasets(config: Config) -> list[str]:

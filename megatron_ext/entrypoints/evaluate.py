@@ -145,7 +145,14 @@ def check_elements(config: Config, values: Sequence[Any]) -> list[str]:
     named = [value for value in values if isinstance(value, str)]
     if not named:
         return []
-    tasks = list(entries_of(config.mix))
+    if not of_mix(config):
+        mix = f"mix: {{entries: {{{', '.join(f'{name}: {{}}' for name in dict.fromkeys(named))}}}}}"
+        return [f"{list(values)} names tasks of a mix, and there is none: give {mix}, or a number of elements, which"
+                f" share the prompts of {config.task}"]  # fmt: skip
+    try:
+        tasks = list(entries_of(config.mix))
+    except UserMistake:  # which check_mix told
+        return []
     wrong = [f"{name!r} is no task of mix{nearest(name, tasks)}" for name in named if name not in tasks]
     if len(named) < len(values) or len(set(named)) < len(named):
         wrong.append(f"{list(values)}: name each task once, or give a number of elements, which share all prompts")
@@ -321,7 +328,7 @@ def line_of(sample: Mapping[str, Any]) -> Line:
 
 
 def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]]) -> None:
-    """Add to each line what the samples of its prompt answered, and how many of them are right."""
+    """Add to each line what the samples of its prompt answered, and how many of them are right, or not scored."""
     for line in lines.values():
         line["votes"], line["completions"] = [], []
     for sample in samples:
@@ -329,6 +336,8 @@ def add_samples(lines: Mapping[str, Line], samples: Sequence[Mapping[str, Any]])
         answer, right = generate.vote(sample)
         line["completions"].append(sample["completion"])
         line["votes"].append((answer, None if is_unjudged(sample) else right))
+        if sample["reward"] is None:
+            line["sampled_unscored"] = line.get("sampled_unscored", 0) + 1
         if is_graded(sample):
             line.setdefault("graded", []).append(generate.outcome(sample))
     for line in lines.values():

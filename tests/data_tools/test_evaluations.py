@@ -51,6 +51,42 @@ def test_a_mean_over_tasks_is_made_where_it_is_named_and_counts_each_alike():
     assert 0 <= low < mean["accuracy"] < high <= 1 and "accuracy_normalized" not in mean
 
 
+def test_a_mean_over_tasks_of_which_one_has_no_accuracy_says_which(tmp_path):
+    """In the facts, the headline and the table; another measure does not stand in for the accuracy."""
+    unjudged = [{**line("tool", n, True, [RIGHT] * 4), "correct": None, "reward": 0.3} for n in range(3)]
+    greedy = [{key: value for key, value in one.items() if "sampled" not in key} for one in HARD]
+    tasks = ["easy", "hard", "tool"]
+    for lines, pair, missing, said in (
+        ([*EASY, *unjudged], ["easy", "tool"], {"accuracy": ["tool"], "sampled_accuracy": ["tool"]},
+         "macro both none (mean over easy, tool; no accuracy of tool; no sampled accuracy of tool)"),
+        ([*EASY, *greedy], ["easy", "hard"], {"sampled_accuracy": ["hard"]},
+         "macro both 0.625 (mean over easy, hard; no sampled accuracy of hard)"),
+        ([*EASY, *HARD], ["easy", "hard"], None, "macro both 0.625 (mean over easy, hard)"),
+    ):  # fmt: skip
+        result = accuracy(lines, tasks=tasks, macro={"both": pair})
+        assert result["macro"]["both"].get("missing") == missing
+        assert headline(result).endswith(said) and ("accuracy" in result["macro"]["both"]) == ("none" not in said)
+        write_tables(tmp_path, {**result, "records": RECORDS}, step=3)
+        (label, *cells) = durable.read_json(tmp_path / "tables" / "accuracy.json")["rows"][-1]
+        told = said.removeprefix("macro both ").partition("(")[2].removesuffix(")")
+        assert label == f"macro both: {told}" and any(cells) == ("none" not in said)
+
+
+def test_samples_that_cannot_be_scored_count_as_wrong_and_the_headline_says_how_many():
+    """A mean reward leaves them out."""
+    unread = {"reward": None, "correct": False, "votes": [RIGHT, WRONG, WRONG], "sampled": 3, "sampled_correct": 1}
+    lines = [{**one, "reward": 1.0} for one in EASY[:3]] + [{**EASY[3], **unread, "sampled_unscored": 2}]
+    found = accuracy(lines)
+    assert (found["accuracy"], found["unscored"], found["sampled_unscored"]) == (0.75, 1, 2)
+    assert found["sampled_accuracy"] == pytest.approx((3 * 2 / 4 + 1 / 3) / 4)
+    told = headline(found)
+    assert "(3 of 4), of which 1 could not be scored and count as wrong" in told
+    assert "(2 samples could not be scored and count as wrong)" in told
+    graded = [{**one, "reward": 0.5, "best": 1.0} for one in EASY[:2]] + [lines[3]]
+    assert accuracy(graded)["reward"] == 0.5 and "reward 0.500 of the others" in headline(accuracy(graded))
+    assert "scored" not in headline(accuracy(lines[:3]))
+
+
 def test_no_task_has_facts_under_the_names_of_anothers():
     for name in ("seen", "unseen", "sampled", "reward", "pass@4", "maj@1", "share_4", "sampled_share_4"):
         assert unclear_names([name]) == {name: ""} and unclear_names(["a", f"a_{name}"]) == {f"a_{name}": "a"}

@@ -16,6 +16,8 @@ from data_tools.evaluations.accuracy import accuracy
 from data_tools.mistake import UserMistake
 from data_tools.tasks.mix import Entry, MixConfig
 from data_tools.tasks.task import Source
+from jobs.kind import Placement
+from jobs.phases import evaluate as phase
 from megatron_ext.entrypoints import (
     bare,
     evaluate,
@@ -90,7 +92,8 @@ def test_weights_that_were_changed_by_hand_are_not_exported(calculator, tmp_path
 
 def evaluation(calculator, **changes) -> evaluate.Config:
     source = Source(synthetic_rows=40, synthetic_split="heldout")
-    return evaluate.Config(model=str(calculator["base"]), source=source, **{"max_new_tokens": 4, **changes})
+    values = {"max_new_tokens": 4, "verifiers": 1, **changes}
+    return evaluate.Config(model=str(calculator["base"]), source=source, **values)
 
 
 def test_elements_of_an_evaluation_add_up_to_the_whole(calculator, tmp_path):
@@ -186,12 +189,29 @@ def test_an_array_names_the_tasks_of_the_mix_each_once_and_a_mean_names_tasks_th
         assert said in (" ".join(evaluate.check_elements(config, values)) or "") and (
             bool(said) == bool(evaluate.check_elements(config, values))
         ), values
+    rows = replace(config, mix=MixConfig())  # of which check would say that the default task has no rows
+    for array in (["gsm8k"], ["gsm8k", "aime"]):
+        (problem,) = phase.check(rows, Placement(1, elements=len(array), values=tuple(array)))
+        assert problem.where == "mix" and f"{array} names tasks of a mix, and there is none" in problem.message
+        assert "mix: {entries: {gsm8k: {}" in problem.message and "a number of elements" in problem.message
+    both = replace(config, macro={"all": ["aime"]})
+    problems = phase.check(both, Placement(1, elements=1, values=("gsm8k",)))
+    assert [problem.where for problem in problems] == ["macro.all", "mix"]  # all at once
     for names, said in ((["gsm8k", "aim"], "did you mean aime?"), (["aime", "aime"], "each once"), (["aime"], "two")):
         (problem, *_) = evaluate.check(replace(config, macro={"all": names}), 1)
         assert problem.where == "macro.all" and said in problem.message
     names = MixConfig(entries | {"gsm8k_sampled": entries["gsm8k"]})
     (problem, *_) = evaluate.check(replace(config, mix=names), 1)
     assert problem.where == "mix.entries.gsm8k_sampled" and "would be those of gsm8k too" in problem.message
+
+
+def test_samples_that_could_not_be_scored_are_counted_on_the_line_of_their_prompt():
+    lines: dict[str, dict] = {"p": {}, "q": {}}
+    outcomes = [("p", 1.0, True), ("p", None, None), ("p", 0.0, False), ("q", 1.0, True)]
+    told = dict(answer="4", finish="stop", completion="4")
+    evaluate.add_samples(lines, [dict(prompt_id=p, reward=r, correct=right, **told) for p, r, right in outcomes])
+    assert (lines["p"]["sampled"], lines["p"]["sampled_correct"], lines["p"]["sampled_unscored"]) == (3, 1, 1)
+    assert "sampled_unscored" not in lines["q"]
 
 
 def test_a_task_is_sampled_and_scored_as_its_mix_is(calculator, tmp_path):

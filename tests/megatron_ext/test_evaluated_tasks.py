@@ -17,7 +17,7 @@ from megatron_ext.entrypoints import evaluate, generate, grpo, import_hf, init_m
 from megatron_ext.parallel.plan import Site
 from megatron_ext.rollout.settings import EngineConfig
 from tests.data_tools.chats import template_of, write_tokenizer
-from tests.inputs import QUICK_ON_SHIPPED
+from tests.inputs import Inputs
 
 FILES = {
     "mmlu": "qwen_math/mmlu_stem.test.jsonl", "aime": "qwen_math/aime24.test.jsonl", "math500": "math500/test.jsonl",
@@ -60,11 +60,12 @@ def evaluated(config: evaluate.Config, folder: Path, array: list[str]) -> dict[s
     return phase.finish(parts, config, Task("evaluated", 0, len(array), None, folder / "out", keep, 0, 1))
 
 
-def check_all(inputs: Any, model: Path, folder: Path, limit: int, tokens: int) -> None:
+def check_all(inputs: Any, model: Path, folder: Path, *, limit: int, tokens: int, verifiers: int) -> None:
     """See that each task is there with all its prompts, and scored as its verifier scores the completions."""
     mix = entries(inputs, limit)
     config = evaluate.Config(model=str(model), mix=MixConfig(mix), macro={"mathematics": list(WRITTEN)}, samples=2,
-                             max_new_tokens=tokens, engine=EngineConfig(kv_gib=0.5, max_batch=128))  # fmt: skip
+                             max_new_tokens=tokens, engine=EngineConfig(kv_gib=0.5, max_batch=128),
+                             verifiers=verifiers)  # fmt: skip
     facts = evaluated(config, folder, list(mix))
     results = durable.read_json(folder / "out" / "harness" / "results.json")
     lines = [json.loads(line) for line in open(folder / "out" / "samples.jsonl")]
@@ -90,14 +91,14 @@ def check_all(inputs: Any, model: Path, folder: Path, limit: int, tokens: int) -
     assert facts["macro"]["mathematics"]["accuracy"] == pytest.approx(sum(means) / 3) and "accuracy" not in facts
 
 
-@QUICK_ON_SHIPPED
-def test_mmlu_aime_math_and_svamp_are_read_asked_and_scored_an_element_a_task(inputs, model, tmp_path):
-    check_all(inputs, model, tmp_path, limit=5, tokens=6)
+def test_mmlu_aime_math_and_svamp_are_read_asked_and_scored_an_element_a_task(model, tmp_path):
+    """Of the shipped files; the public ones under soak."""
+    check_all(Inputs("shipped"), model, tmp_path, limit=2, tokens=4, verifiers=1)
 
 
 @pytest.mark.soak
 def test_all_questions_of_mmlu_stem_aime24_math500_and_svamp_are_asked_and_scored(inputs, model, tmp_path):
-    check_all(inputs, model, tmp_path, limit=0, tokens=16)
+    check_all(inputs, model, tmp_path, limit=0, tokens=16, verifiers=2)
 
 
 # -- chat templates ---------------------------------------------------------------------------------------------------
