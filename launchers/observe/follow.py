@@ -8,12 +8,14 @@ from data_tools.base.printing import set_in
 from jobs.artifacts.run_folder import RunFolder
 from launchers.causes.states import COMPLETED, NO_SEAL, UNKNOWN
 from launchers.causes.waiting import remedy_if_stuck
+from launchers.observe.runs import last_change
 from launchers.observe.show import console, format_seconds, progress_text, status_table
 from launchers.observe.status import PhaseStatus, RunStatus, run_status
 from launchers.planning.ledger import Ledger
 
 LOCAL_POLL_S = 0.5
 SLURM_POLL_S = 2.0
+FILES_POLL_S = 0.25  # between two looks at whether a file of the run has changed, after which the queue is asked sooner
 PROGRESS_LINE_S = 15.0  # between two progress lines of one phase in a plain log
 SETTLE_S = 10.0  # how long a job may be gone before its seal must be visible: shared filesystems lag
 
@@ -36,9 +38,15 @@ def follow(run: RunFolder, poll_s: float = LOCAL_POLL_S, quiet: bool = False) ->
 
 
 def _watch(run: RunFolder, poll_s: float, show: Callable[[RunStatus], None]) -> RunStatus:
-    """Look at a run every `poll_s` seconds and show it, until it has ended and its seals had time to appear."""
+    """Look at a run every `poll_s` seconds and show it, until it has ended and its seals had time to appear.
+
+    A change of the run's files is seen at once. The queue may tell of it a moment later, so that the next looks follow
+    soon, and then less and less so.
+    """
     ended_since: float | None = None
+    pause_s = poll_s
     while True:
+        changed = last_change(run)
         status = run_status(run)
         show(status)
         if status.finished:
@@ -50,7 +58,17 @@ def _watch(run: RunFolder, poll_s: float, show: Callable[[RunStatus], None]) -> 
                 return status
         else:
             ended_since = None
-        time.sleep(poll_s)
+        pause_s = FILES_POLL_S if _changes(run, changed, pause_s) else min(2 * pause_s, poll_s)
+
+
+def _changes(run: RunFolder, changed: float, limit_s: float) -> bool:
+    """Wait until a run has changed since `changed`; return False where it did not within `limit_s` seconds."""
+    deadline = time.monotonic() + limit_s
+    while last_change(run) <= changed:
+        if (left_s := deadline - time.monotonic()) <= 0:
+            return False
+        time.sleep(min(FILES_POLL_S, left_s))
+    return True
 
 
 class _Lines:
