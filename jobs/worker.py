@@ -115,10 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UserMistake, TornFile) as mistake:
         print(f"afterok: {mistake}", file=sys.stderr)
         return EXIT_MISTAKE
-    rank = rank_from_environment(os.environ, phase.ranks)
+    rank = rank_from_environment(os.environ, phase.processes)
     if rank is None:
         command = _command(run=run, phase=phase.name, index=index, number=number, requeue=args.requeue)
-        return spawn_ranks(command, phase.ranks, phase.gpus_per_node)
+        return spawn_ranks(command, phase.processes, phase.gpus_per_node)
     os.environ.update(torch_environment(rank, phase.gpus_per_node))
     worker = Worker(run=run, number=number, phases=phases, phase=phase, index=index, rank=rank, requeue=args.requeue)
     return worker.work()

@@ -211,7 +211,10 @@ def test_a_folder_of_logs_that_cannot_be_made_is_a_job_without_a_word(plan, slur
 def test_a_disk_without_room_for_the_checkpoints_is_refused_until_it_is_waived(plan, monkeypatch, tmp_path):
     monkeypatch.setattr(PhaseKind, "costs", lambda self, config, placement: {"bytes": 2.0**60, "seconds": 7200.0})
     line = refused(plan)["D001"]
-    assert "1,073,741,824.0 GiB of checkpoints at the least (counter 1,073,741,824.0)" in line and "keep fewer" in line
+    assert (
+        "1,073,741,824.0 GiB of checkpoints and weights at the least (counter 1,073,741,824.0)" in line
+        and "keep fewer" in line
+    )
     made = plan("gpus_per_node=2", "nodes=2", "time=3:00:00", waive=["D001"])
     assert [problem.check for problem in made.waived] == ["D001"] and made.notes[0].endswith("[D001]")
     # GPU-hours: 2 nodes x 2 GPUs, 4 links of 3 hours at most, 2 hours planned
